@@ -1,0 +1,37 @@
+"""The errors that users see. Each message is one line that names the file, the value and the choices."""
+
+
+class FaceLoraError(Exception):
+    """Base of every error that is the user's to mend. The command line prints its message and exits with 1."""
+
+
+class BadFile(FaceLoraError):
+    """A weights file that cannot be read: missing, truncated, damaged, or a pickle."""
+
+
+class UnknownFamily(FaceLoraError):
+    """No supported model family matches the tensors (or the named one is not supported yet)."""
+
+
+class UnmatchedKeys(FaceLoraError):
+    """Tensors that have no place in the model, or places without a tensor."""
+
+
+class LoraMisfit(FaceLoraError):
+    """A LoRA that does not fit the base model it is to be applied to."""
+
+
+class BadPhoto(FaceLoraError):
+    """A photo that cannot be used, or a set of photos that is not enough."""
+
+
+class BadConfig(FaceLoraError):
+    """An option with a value that cannot work, or options that contradict each other."""
+
+
+class TrainingDiverged(FaceLoraError):
+    """The loss became NaN or infinite."""
+
+
+class MissingPackage(FaceLoraError):
+    """An optional package that the requested feature needs is not installed."""
