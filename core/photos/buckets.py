@@ -1,0 +1,43 @@
+"""Aspect buckets: the sizes that photos are scaled and cropped to, so that little of each is lost."""
+
+from __future__ import annotations
+
+import math
+
+from ..errors import BadConfig, BadPhoto
+
+MAX_ASPECT = 2.0
+"""Longer side by shorter side. Families are trained up to about this (SDXL's list ends at 2048x512, mostly under 2)."""
+
+Size = tuple[int, int]
+
+
+def bucket_sizes(resolution: int, multiple: int, within: Size | None = None) -> list[Size]:
+    """The (width, height) to choose from: sides multiples of `multiple`, area at most resolution².
+
+    Of all such sizes with an aspect of at most 2:1 (and, given `within`, no larger than it) those that could not
+    grow in any direction. The idea of one area and many aspects is NovelAI's aspect-ratio bucketing.
+    """
+    area = resolution * resolution
+    max_width, max_height = within or (math.inf, math.inf)
+    sizes = []
+    for width in range(multiple, int(min(max_width, resolution * math.sqrt(MAX_ASPECT))) + 1, multiple):
+        height = int(min(area // width, max_height, width * MAX_ASPECT)) // multiple * multiple
+        if height * MAX_ASPECT >= width and height > 0:
+            sizes.append((width, height))
+    return [a for a in sizes if not any(a != b and a[0] <= b[0] and a[1] <= b[1] for b in sizes)]
+
+
+def assign_bucket(size: Size, resolution: int, multiple: int, upscale: bool = False) -> Size:
+    """The bucket (width, height) whose aspect is closest to the photo's `size`; the larger of two equally close.
+
+    Never larger than the photo, unless `upscale`. Raises BadPhoto where even one `multiple` is more than the photo
+    has, BadConfig where it is more than the resolution.
+    """
+    if resolution < multiple:
+        raise BadConfig(f"resolution {resolution} is below {multiple}, the smallest that this model family can draw")
+    sizes = bucket_sizes(resolution, multiple, within=None if upscale else size)
+    if not sizes:
+        raise BadPhoto(f"{size[0]}x{size[1]} pixels are too few: each side needs at least {multiple}")
+    aspect = math.log(size[0] / size[1])
+    return min(sizes, key=lambda bucket: (round(abs(math.log(bucket[0] / bucket[1]) - aspect), 9), -math.prod(bucket)))

@@ -1,0 +1,161 @@
+"""From photos to what is trained on: a region of each, cropped to its bucket, with its caption."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..errors import BadPhoto
+from .buckets import assign_bucket
+from .captions import class_caption, default_caption, names_trigger, tag_counts
+from .reading import Photo
+
+Box = tuple[int, int, int, int]
+"""left, top, right, bottom in pixels of the upright photo; right and bottom are the first pixels outside."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of a photo that is a training picture of its own: the whole photo, or a closer look at the face."""
+
+    box: Box
+    caption: str | None = None
+    """What the picture shows, where it is not what the photo's own caption says; None: the usual caption."""
+
+
+@dataclass(frozen=True)
+class TrainingImage:
+    """One picture to train on: `crop` of the photo, scaled to `bucket`."""
+
+    photo: Photo
+    caption: str
+    bucket: tuple[int, int]
+    """Width and height that the denoiser is trained at, in pixels."""
+    region: Box
+    """The picture that the crop was cut from: the whole photo, or the part of it that was chosen as a picture."""
+    crop: Box
+    """The part of `region` that has the bucket's aspect."""
+    flip: bool
+    """Mirrored left to right."""
+    repeats: int
+    is_class: bool
+    """A picture of the class, not of the person: for prior preservation."""
+
+    def pixels(self) -> Tensor:
+        """float32 (3, height, width) in [-1, 1], by Lanczos resampling."""
+        return _to_tensor(self._resized(self.photo.image())) * 2 - 1
+
+    def mask(self) -> Tensor | None:
+        """float32 (1, height, width) in [0, 1], 1 where the loss counts; None: everywhere."""
+        mask = self.photo.mask()
+        return None if mask is None else _to_tensor(self._resized(mask))
+
+    @property
+    def original_size(self) -> tuple[int, int]:
+        """(width, height) of the picture before scaling: SDXL's size conditioning c_size (arXiv:2307.01952, 2.2)."""
+        left, top, right, bottom = self.region
+        return right - left, bottom - top
+
+    @property
+    def crop_top_left(self) -> tuple[int, int]:
+        """(x, y) of the crop's corner in the scaled picture: SDXL's c_crop (arXiv:2307.01952, 2.2).
+
+        SDXL was taught with the pixels that were cut off after scaling to the training size, so the offsets in the
+        photo are scaled alike; in a mirrored picture the right margin is the left one.
+        """
+        left, top, right, _ = self.crop
+        margin = self.region[2] - right if self.flip else left - self.region[0]
+        scale = self.bucket[0] / (right - left)
+        return round(margin * scale), round((top - self.region[1]) * scale)
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        resized = image.resize(self.bucket, Image.Resampling.LANCZOS, box=self.crop)
+        return resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flip else resized
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Everything that a training sees, and what the user should know about it."""
+
+    images: tuple[TrainingImage, ...]
+    warnings: tuple[str, ...] = ()
+
+    def bucket_counts(self) -> dict[tuple[int, int], int]:
+        """How many pictures (with repeats) are trained at each (width, height)."""
+        counts: Counter[tuple[int, int]] = Counter()
+        for image in self.images:
+            counts[image.bucket] += image.repeats
+        return dict(sorted(counts.items()))
+
+    def tag_counts(self) -> dict[str, int]:
+        """How many pictures of the person (without repeats) have each tag: Kohya's `ss_tag_frequency`."""
+        return tag_counts(image.caption for image in self.images if not image.is_class)
+
+
+def prepare(
+    photos: Sequence[Photo],
+    *,
+    resolution: int,
+    size_multiple: int,
+    trigger: str,
+    class_word: str,
+    upscale: bool = False,
+    flip: bool = False,
+    class_photos: Sequence[Photo] = (),
+    regions: Callable[[Photo], Sequence[Region]] | None = None,
+) -> Dataset:
+    """The Dataset: per photo its regions (all of it, where `regions` is None), cropped in the middle to a bucket.
+
+    The caption is the region's, else the sidecar's, else "a photo of TRIGGER CLASS". With `flip` a mirrored copy of
+    each picture of the person joins in. `class_photos` are captioned "a photo of CLASS" (or by their sidecars).
+
+    Raises BadPhoto where a photo is too small for any bucket and `upscale` is off.
+    """
+    images, notes = [], []
+    for photo in photos:
+        if photo.caption is not None and not names_trigger(photo.caption, trigger):
+            notes.append(f"{photo.name}: its caption does not have the trigger word {trigger!r}: {photo.caption!r}")
+        for region in regions(photo) if regions else (_whole(photo),):
+            caption = region.caption or photo.caption or default_caption(trigger, class_word)
+            bucket, crop = _fit(photo, region.box, resolution, size_multiple, upscale)
+            for mirrored in (False, True) if flip else (False,):
+                images.append(
+                    TrainingImage(photo, caption, bucket, region.box, crop, mirrored, photo.repeats, is_class=False)
+                )
+    for photo in class_photos:
+        box = _whole(photo).box
+        bucket, crop = _fit(photo, box, resolution, size_multiple, upscale)
+        caption = photo.caption or class_caption(class_word)
+        images.append(TrainingImage(photo, caption, bucket, box, crop, False, photo.repeats, is_class=True))
+    return Dataset(tuple(images), tuple(notes))
+
+
+def _whole(photo: Photo) -> Region:
+    return Region((0, 0, *photo.size))
+
+
+def _fit(photo: Photo, box: Box, resolution: int, multiple: int, upscale: bool) -> tuple[tuple[int, int], Box]:
+    """The bucket for a box of the photo, and the largest part in the middle of the box that has its aspect."""
+    left, top, right, bottom = box
+    width, height = right - left, bottom - top
+    try:
+        bucket = assign_bucket((width, height), resolution, multiple, upscale)
+    except BadPhoto as problem:
+        raise BadPhoto(f"{photo.name}: {problem}") from problem
+    scale = min(width / bucket[0], height / bucket[1])
+    crop_width, crop_height = round(bucket[0] * scale), round(bucket[1] * scale)
+    left += (width - crop_width) // 2
+    top += (height - crop_height) // 2
+    return bucket, (left, top, left + crop_width, top + crop_height)
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    """float32 (channels, height, width) in [0, 1]."""
+    array = np.asarray(image, dtype=np.float32) / 255
+    return torch.from_numpy(np.atleast_3d(array).transpose(2, 0, 1).copy())

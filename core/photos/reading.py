@@ -1,0 +1,263 @@
+"""Photos from a folder (or from memory), as values: size, caption, repeats and identity now, pixels on demand."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import struct
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps
+
+from ..errors import BadPhoto
+
+HEIF_SUFFIXES = (".heic", ".heif")
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", *HEIF_SUFFIXES)
+MASK_ENDING = "-masklabel.png"
+"""`anna-masklabel.png` beside `anna.jpg` is its mask, white where the loss counts: the name that OneTrainer uses."""
+
+MAX_PIXELS = 2 * 89_478_485
+"""Where Pillow itself refuses a picture as a decompression bomb. Above the 108 megapixels of large phone cameras."""
+
+_REPEATS_FOLDER = re.compile(r"(\d+)_.*")
+_ORIENTATION_TAG = 0x0112
+_TURNED_SIDEWAYS = (5, 6, 7, 8)
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+"""What Pillow's decoders raise on damaged files."""
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One photo. Made by `read_photos` or `Photo.from_image`; decoded each time `image()` is called."""
+
+    name: str
+    """File name without its folder: for messages only."""
+    size: tuple[int, int]
+    """Width and height in pixels, with the EXIF orientation applied."""
+    caption: str | None
+    """What the sidecar .txt says, on one line; None where there is none."""
+    repeats: int
+    """How often the photo counts in an epoch: N of a Kohya `N_name` folder, else 1."""
+    digest: str
+    """SHA-256 of the content (file and mask file, or pixels): equal content, equal digest, whatever the name."""
+    source: Path | Image.Image = field(repr=False, compare=False)
+    mask_source: Path | Image.Image | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def from_image(
+        cls,
+        image: Image.Image,
+        name: str,
+        caption: str | None = None,
+        repeats: int = 1,
+        mask: Image.Image | None = None,
+    ) -> Photo:
+        """A photo of pixels in memory: any Pillow mode, with an optional mask (white where the loss counts)."""
+        with _opened(name, image):
+            image = ImageOps.exif_transpose(image)
+        if mask is not None and mask.size != image.size:
+            raise BadPhoto(f"{name}: the mask has {_times(mask.size)} pixels, the photo {_times(image.size)}")
+        digest = hashlib.sha256()
+        for part in (image, mask):
+            if part is not None:
+                digest.update(f"{part.mode} {part.size}".encode() + part.tobytes())
+        return cls(name, image.size, caption, repeats, digest.hexdigest(), image, mask)
+
+    def image(self, shorter_side: int | None = None) -> Image.Image:
+        """The picture, upright, mode RGB, colours in sRGB, the first frame, transparency over white.
+
+        With `shorter_side` it may come smaller, with no side below that many pixels: JPEG files then decode at a
+        half, a quarter or an eighth, many times faster.
+        """
+        with _opened(self.name, self.source) as image:
+            if shorter_side is not None:
+                # Pillow's draft keeps both sides at or above what is asked; a square asks the same of both.
+                image.draft("RGB", (shorter_side, shorter_side))
+            return _to_rgb(ImageOps.exif_transpose(image))
+
+    def mask(self) -> Image.Image | None:
+        """Where the loss counts, mode L (white counts), the photo's size; None where nothing says so.
+
+        Taken from the mask beside the photo, else from the photo's own transparency.
+        """
+        if self.mask_source is not None:
+            with _opened(self.name, self.mask_source) as image:
+                return ImageOps.exif_transpose(image).convert("L")
+        with _opened(self.name, self.source) as image:
+            if not _is_transparent(image):
+                return None
+            alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
+        return None if alpha.getextrema() == (255, 255) else alpha
+
+
+def read_photos(
+    folder: str | Path, *, strict: bool = False, on_warning: Callable[[str], None] = warnings.warn
+) -> list[Photo]:
+    """The photos of a folder, in the order of their names, and of its Kohya-style `N_name` folders after them.
+
+    A photo that cannot be read is named to `on_warning` and left out; with `strict` it raises. Captions come from
+    `NAME.txt` beside the photo, masks from `NAME-masklabel.png` or from transparency.
+
+    Raises BadPhoto where the folder is missing, is a file, or holds no readable photo.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise BadPhoto(f"{folder}: there is no such folder of photos")
+    if not folder.is_dir():
+        raise BadPhoto(f"{folder}: photos are read from a folder, and this is a file")
+
+    photos = []
+    for path, repeats in _photo_paths(folder, on_warning):
+        try:
+            photos.append(_read_photo(path, repeats))
+        except BadPhoto as problem:
+            if strict:
+                raise
+            on_warning(f"left out: {problem}")
+    if not photos:
+        raise BadPhoto(f"{folder}: no readable photo in this folder (looked for {' '.join(PHOTO_SUFFIXES)})")
+    return photos
+
+
+def _photo_paths(folder: Path, on_warning: Callable[[str], None]) -> Iterator[tuple[Path, int]]:
+    """(path, repeats) of every file that is meant as a photo."""
+    entries = sorted(folder.iterdir(), key=lambda path: path.name)
+    for path in entries:
+        if _is_photo_file(path):
+            yield path, 1
+    for subfolder in (path for path in entries if path.is_dir() and not path.name.startswith(".")):
+        inside = sorted(filter(_is_photo_file, subfolder.iterdir()), key=lambda path: path.name)
+        match = _REPEATS_FOLDER.fullmatch(subfolder.name)
+        if match and int(match[1]) > 0:
+            yield from ((path, int(match[1])) for path in inside)
+        elif inside:
+            on_warning(
+                f"folder {subfolder.name!r} with {len(inside)} photos left out: "
+                "only sub-folders with a name like '10_name' (10 repeats) are read"
+            )
+
+
+def _is_photo_file(path: Path) -> bool:
+    name = path.name.lower()
+    # "._x.jpg" are the shadows that macOS leaves on foreign disks.
+    return (
+        name.endswith(PHOTO_SUFFIXES) and not name.endswith(MASK_ENDING) and not name.startswith(".") and path.is_file()
+    )
+
+
+def _read_photo(path: Path, repeats: int) -> Photo:
+    try:
+        digest = hashlib.sha256(path.read_bytes())
+    except OSError as problem:
+        raise BadPhoto(f"{path.name}: cannot be read ({problem.strerror})") from problem
+    with _opened(path.name, path) as image:
+        size = image.size
+        if image.getexif().get(_ORIENTATION_TAG) in _TURNED_SIDEWAYS:
+            size = (size[1], size[0])
+        # Decode once, at the lowest cost that still finds a truncated file now and not in the middle of a training.
+        image.draft("RGB", (1, 1))
+        image.load()
+
+    mask_path = path.with_name(path.stem + MASK_ENDING)
+    if mask_path.is_file():
+        with _opened(mask_path.name, mask_path) as mask:
+            mask_size = ImageOps.exif_transpose(mask).size
+        if mask_size != size:
+            raise BadPhoto(f"{mask_path.name}: has {_times(mask_size)} pixels, its photo {_times(size)}")
+        digest.update(mask_path.read_bytes())
+    else:
+        mask_path = None
+    return Photo(path.name, size, _read_caption(path.with_suffix(".txt")), repeats, digest.hexdigest(), path, mask_path)
+
+
+def _read_caption(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    try:
+        return " ".join(path.read_text(encoding="utf-8-sig").split()) or None
+    except (OSError, UnicodeDecodeError) as problem:
+        raise BadPhoto(f"{path.name}: the caption is not readable UTF-8 text") from problem
+
+
+@contextmanager
+def _opened(name: str, source: Path | Image.Image) -> Iterator[Image.Image]:
+    """The Pillow image, not yet decoded; whatever goes wrong inside the `with` becomes one line about the photo."""
+    if isinstance(source, Image.Image):
+        _refuse_float_pixels(name, source)
+        yield source
+        return
+    if source.suffix.lower() in HEIF_SUFFIXES:
+        _support_heif(name)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(source)
+        with image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            _refuse_float_pixels(name, image)
+            yield image
+    except Image.UnidentifiedImageError as problem:
+        raise BadPhoto(f"{name}: is not a picture that can be read") from problem
+    except Image.DecompressionBombError as problem:
+        raise BadPhoto(f"{name}: has more than {MAX_PIXELS // 10**6} megapixels; make it smaller first") from problem
+    except FileNotFoundError as problem:
+        raise BadPhoto(f"{name}: the file is no longer there") from problem
+    except _DAMAGED as problem:
+        raise BadPhoto(f"{name}: is damaged or incomplete ({problem})") from problem
+
+
+def _support_heif(name: str) -> None:
+    try:
+        import pillow_heif
+    except ImportError as problem:
+        raise BadPhoto(f"{name}: HEIC photos need a package: pip install pillow-heif") from problem
+    pillow_heif.register_heif_opener()
+
+
+def _refuse_float_pixels(name: str, image: Image.Image) -> None:
+    if image.mode == "F":
+        raise BadPhoto(f"{name}: has floating-point pixels; save it with 8 or 16 bits")
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # Pillow clips 16 bits to 255 on conversion instead of scaling them.
+        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if _is_transparent(image):
+        layer = image.convert("RGBA")
+        canvas = Image.new("RGBA", layer.size, "white")
+        flat = Image.alpha_composite(canvas, layer).convert("RGB")
+        flat.info = image.info
+        return _to_srgb(flat)
+    return _to_srgb(image.convert("RGB") if image.mode in ("P", "1") else image)
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """Mode RGB, in sRGB: phones save Display P3 and printers CMYK, whose numbers mean other colours."""
+    embedded = image.info.get("icc_profile")
+    if embedded:
+        try:
+            profile = ImageCms.ImageCmsProfile(io.BytesIO(embedded))
+            if not ImageCms.getProfileDescription(profile).startswith("sRGB"):
+                converted = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+                assert converted is not None, "profileToProfile returns None only when it works in place"
+                return converted
+        except (ImageCms.PyCMSError, OSError, ValueError):
+            pass  # A damaged profile, or one for another mode, says nothing: take the numbers as sRGB.
+    return image.convert("RGB")
+
+
+def _times(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
