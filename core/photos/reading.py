@@ -158,12 +158,13 @@ def _read_photo(path: Path, repeats: int) -> Photo:
     except OSError as problem:
         raise BadPhoto(f"{path.name}: cannot be read ({problem.strerror})") from problem
     with _opened(path.name, path) as image:
-        size = image.size
+        full_size = image.size
+        # Decode once, at the lowest cost that still finds a truncated file now and not in the middle of a training.
+        reduced = image.draft("RGB", (1, 1))
+        image.load()
+        size = full_size if reduced else image.size  # TIFF files turn upright by themselves as they load
         if image.getexif().get(_ORIENTATION_TAG) in _TURNED_SIDEWAYS:
             size = (size[1], size[0])
-        # Decode once, at the lowest cost that still finds a truncated file now and not in the middle of a training.
-        image.draft("RGB", (1, 1))
-        image.load()
 
     mask_path = path.with_name(path.stem + MASK_ENDING)
     if mask_path.is_file():

@@ -1,0 +1,273 @@
+"""core/photos/reading.py: every kind of picture comes out upright, RGB and named; what cannot be read says why."""
+
+import hashlib
+import io
+import struct
+import zlib
+
+import numpy as np
+import pillow_heif
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
+
+from core.errors import BadPhoto
+from core.photos import reading
+from core.photos.reading import Photo, read_photos
+
+RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
+
+
+def picture(size=(64, 48), left=RED, right=GREEN):
+    image = Image.new("RGB", size, left)
+    image.paste(right, (size[0] // 2, 0, *size))
+    return image
+
+
+def only_photo(folder):
+    (photo,) = read_photos(folder, strict=True)
+    return photo
+
+
+def close(pixel, expected, within=6):
+    return all(abs(a - b) <= within for a, b in zip(pixel, expected, strict=True))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "jpeg", "JPG", "png", "webp", "bmp", "tif", "tiff", "gif", "heic"])
+def test_every_file_format_is_read(tmp_path, suffix):
+    if suffix == "heic":
+        pillow_heif.register_heif_opener()
+    picture().save(tmp_path / f"a.{suffix}")
+    photo = only_photo(tmp_path)
+    image = photo.image()
+    assert (photo.name, photo.size, image.mode, image.size) == (f"a.{suffix}", (64, 48), "RGB", (64, 48))
+    assert close(image.getpixel((5, 20)), RED, within=12)
+    assert close(image.getpixel((60, 20)), GREEN, within=12)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_exif_orientation_is_applied_to_size_and_pixels(tmp_path, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # EXIF 2.3: row 0 is the right side, column 0 the top: turn clockwise by 90 degrees to view.
+    picture().save(tmp_path / f"a.{suffix}", exif=exif)
+    photo = only_photo(tmp_path)
+    image = photo.image()
+    assert photo.size == image.size == (48, 64)
+    assert close(image.getpixel((20, 5)), RED, within=12)  # what was left is on top
+    assert close(image.getpixel((20, 60)), GREEN, within=12)
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
+    Image.fromarray(np.full((32, 32), 0x8000, np.uint16)).save(tmp_path / "a.png")
+    assert only_photo(tmp_path).image().getpixel((3, 3)) == (128, 128, 128)
+
+
+def test_grey_palette_bilevel_and_cmyk_become_rgb(tmp_path):
+    picture().convert("L").save(tmp_path / "grey.png")
+    picture().quantize(4).save(tmp_path / "palette.png")
+    picture().convert("1").save(tmp_path / "bilevel.png")
+    picture().convert("CMYK").save(tmp_path / "cmyk.jpg")
+    images = {photo.name: photo.image() for photo in read_photos(tmp_path, strict=True)}
+    assert {image.mode for image in images.values()} == {"RGB"}
+    assert close(images["palette.png"].getpixel((5, 5)), RED)
+    assert close(images["cmyk.jpg"].getpixel((5, 20)), RED, within=12)
+
+
+def test_transparency_shows_white_and_becomes_the_mask(tmp_path):
+    image = picture().convert("RGBA")
+    image.putalpha(Image.new("L", image.size, 0))
+    image.paste((*GREEN, 255), (0, 0, 16, 48))
+    image.save(tmp_path / "a.png")
+    photo = only_photo(tmp_path)
+    assert photo.image().getpixel((5, 5)) == GREEN
+    assert photo.image().getpixel((40, 5)) == WHITE
+    mask = photo.mask()
+    assert mask is not None
+    assert (mask.mode, mask.size, mask.getpixel((5, 5)), mask.getpixel((40, 5))) == ("L", (64, 48), 255, 0)
+
+
+def test_an_opaque_alpha_channel_is_no_mask(tmp_path):
+    picture().convert("RGBA").save(tmp_path / "a.png")
+    assert only_photo(tmp_path).mask() is None
+
+
+def test_a_mask_file_beside_the_photo_wins_and_is_part_of_its_identity(tmp_path):
+    picture().save(tmp_path / "a.png")
+    without = only_photo(tmp_path)
+    Image.new("L", (64, 48), 200).save(tmp_path / "a-masklabel.png")
+    photo = only_photo(tmp_path)
+    mask = photo.mask()
+    assert mask is not None and mask.getpixel((0, 0)) == 200
+    assert photo.digest != without.digest
+
+
+def test_a_mask_of_another_size_is_refused(tmp_path):
+    picture().save(tmp_path / "a.png")
+    Image.new("L", (20, 20)).save(tmp_path / "a-masklabel.png")
+    with pytest.raises(BadPhoto, match=r"a-masklabel\.png: has 20x20 pixels, its photo 64x48"):
+        read_photos(tmp_path, strict=True)
+
+
+def test_the_first_frame_of_an_animation_is_the_photo(tmp_path):
+    for name in ("a.gif", "b.webp", "c.png"):
+        picture().save(tmp_path / name, save_all=True, append_images=[picture(left=GREEN, right=RED)], duration=50)
+    for photo in read_photos(tmp_path, strict=True):
+        assert close(photo.image().getpixel((5, 20)), RED, within=12), photo.name
+
+
+def test_colours_of_a_profile_are_converted_to_srgb(tmp_path):
+    # In XYZ's D50 space of the ICC, Lab (50, 0, 0) is mid grey: in sRGB 119, by the CIE and IEC 61966-2-1 formulas.
+    lab = ImageCms.createProfile("LAB")
+    image = Image.merge("LAB", [Image.new("L", (8, 8), value) for value in (128, 128, 128)])
+    image.save(tmp_path / "a.tif", icc_profile=ImageCms.ImageCmsProfile(lab).tobytes())
+    assert close(only_photo(tmp_path).image().getpixel((2, 2)), (119, 119, 119), within=2)
+
+
+def test_a_broken_colour_profile_is_ignored(tmp_path):
+    picture().save(tmp_path / "a.png", icc_profile=b"not a profile")
+    assert only_photo(tmp_path).image().getpixel((5, 5)) == RED
+
+
+def test_captions_come_from_text_files_as_one_line(tmp_path):
+    picture().save(tmp_path / "a.png")
+    picture().save(tmp_path / "b.png")
+    picture().save(tmp_path / "c.png")
+    (tmp_path / "a.txt").write_text("\ufeffphoto of sks person,\n smiling, é\n", encoding="utf-8")
+    (tmp_path / "b.txt").write_text("  \n")
+    assert [photo.caption for photo in read_photos(tmp_path)] == ["photo of sks person, smiling, é", None, None]
+
+
+def test_kohya_folders_give_repeats_and_other_folders_are_mentioned(tmp_path):
+    for folder in ("10_sks person", "3_more", "old"):
+        (tmp_path / folder).mkdir()
+        picture().save(tmp_path / folder / "x.png")
+    picture().save(tmp_path / "top.png")
+    said = []
+    photos = read_photos(tmp_path, on_warning=said.append)
+    assert [(photo.name, photo.repeats) for photo in photos] == [("top.png", 1), ("x.png", 10), ("x.png", 3)]
+    assert len(said) == 1 and "'old'" in said[0]
+
+
+def test_order_does_not_depend_on_when_files_were_written(tmp_path):
+    for name in ("c.png", "a.png", "b.png"):
+        picture().save(tmp_path / name)
+    assert [photo.name for photo in read_photos(tmp_path)] == ["a.png", "b.png", "c.png"]
+
+
+def test_the_digest_is_the_sha256_of_the_file_whatever_its_name(tmp_path):
+    picture().save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "b.png").write_bytes(data)
+    digests = [photo.digest for photo in read_photos(tmp_path)]
+    assert digests == [hashlib.sha256(data).hexdigest()] * 2
+
+
+def test_an_unreadable_photo_among_good_ones_is_named_and_left_out(tmp_path):
+    picture().save(tmp_path / "good.png")
+    data = io.BytesIO()
+    picture((600, 400)).save(data, "jpeg")
+    (tmp_path / "cut.jpg").write_bytes(data.getvalue()[: len(data.getvalue()) // 2])
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "text.jpg").write_text("hello")
+    said = []
+    assert [photo.name for photo in read_photos(tmp_path, on_warning=said.append)] == ["good.png"]
+    assert [message.split(": ")[1] for message in said] == ["cut.jpg", "empty.png", "text.jpg"]
+    with pytest.raises(BadPhoto, match=r"cut\.jpg: is damaged or incomplete"):
+        read_photos(tmp_path, strict=True)
+
+
+def test_a_folder_that_holds_no_photos_is_refused_in_one_line(tmp_path):
+    file = tmp_path / "a.png"
+    with pytest.raises(BadPhoto, match="no such folder"):
+        read_photos(tmp_path / "missing")
+    with pytest.raises(BadPhoto, match="no readable photo in this folder"):
+        read_photos(tmp_path)
+    picture().save(file)
+    with pytest.raises(BadPhoto, match="this is a file"):
+        read_photos(file)
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    # PNG of a few bytes that promises 30000 x 30000 pixels: IHDR is all that Pillow reads on opening.
+    small = io.BytesIO()
+    Image.new("1", (8, 8)).save(small, "png")
+    header = b"IHDR" + struct.pack(">II", 30_000, 30_000) + small.getvalue()[24:29]
+    png = small.getvalue()[:12] + header + struct.pack(">I", zlib.crc32(header)) + small.getvalue()[33:]
+    (tmp_path / "bomb.png").write_bytes(png)
+    with pytest.raises(BadPhoto, match=r"bomb\.png: has more than 178 megapixels"):
+        read_photos(tmp_path, strict=True)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # some programs switch Pillow's own check off
+    with pytest.raises(BadPhoto, match=r"bomb\.png: has more than 178 megapixels"):
+        read_photos(tmp_path, strict=True)
+
+
+def test_a_108_megapixel_photo_is_read_without_a_warning(tmp_path, recwarn):
+    Image.new("L", (12_000, 9_000)).save(tmp_path / "large.jpg")
+    assert only_photo(tmp_path).size == (12_000, 9_000)
+    assert not recwarn.list
+
+
+def test_a_missing_heif_package_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.heic").write_bytes(b"x")
+    monkeypatch.setitem(__import__("sys").modules, "pillow_heif", None)
+    with pytest.raises(BadPhoto, match=r"a\.heic: HEIC photos need a package: pip install pillow-heif"):
+        read_photos(tmp_path, strict=True)
+
+
+def test_a_photo_deleted_after_reading_says_so(tmp_path):
+    picture().save(tmp_path / "a.png")
+    photo = only_photo(tmp_path)
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(BadPhoto, match=r"a\.png: the file is no longer there"):
+        photo.image()
+
+
+def test_a_reduced_decode_keeps_both_sides_large_enough(tmp_path):
+    picture((4000, 3000)).save(tmp_path / "a.jpg")
+    photo = only_photo(tmp_path)
+    assert photo.image(shorter_side=640).size == (1000, 750)
+    assert photo.image(shorter_side=5000).size == (4000, 3000)
+
+
+def test_a_photo_from_memory_is_the_same_kind_of_value():
+    photo = Photo.from_image(picture(), "node 1", caption="sks person", mask=Image.new("L", (64, 48), 7))
+    assert (photo.size, photo.caption, photo.image().getpixel((5, 5))) == ((64, 48), "sks person", RED)
+    mask = photo.mask()
+    assert mask is not None and mask.getpixel((0, 0)) == 7
+    assert photo.digest != Photo.from_image(picture(), "node 1").digest
+    assert Photo.from_image(picture(), "x").digest == Photo.from_image(picture(), "y").digest
+    with pytest.raises(BadPhoto, match="float"):
+        Photo.from_image(Image.new("F", (8, 8)), "f")
+
+
+def test_a_photo_does_not_show_its_path(tmp_path):
+    picture().save(tmp_path / "a.png")
+    assert str(tmp_path) not in repr(only_photo(tmp_path))
+
+
+def sample_files():
+    files = {}
+    for kind in ("jpeg", "png", "webp", "gif", "tiff", "bmp"):
+        data = io.BytesIO()
+        picture().save(data, kind)
+        files[kind] = data.getvalue()
+    return files
+
+
+@pytest.mark.filterwarnings("ignore:Truncated File Read", "ignore:Corrupt EXIF", "ignore:Metadata Warning")
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(kind=st.sampled_from(["jpeg", "png", "webp", "gif", "tiff", "bmp"]), data=st.data())
+def test_a_damaged_file_is_a_photo_or_a_bad_photo_and_nothing_else(tmp_path, kind, data):
+    content = bytearray(sample_files()[kind])
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path / f"a.{ {'jpeg': 'jpg', 'tiff': 'tif'}.get(kind, kind) }"
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    try:
+        photo = reading._read_photo(path, 1)
+        assert photo.image().size == photo.size
+    except BadPhoto as problem:
+        assert str(problem).startswith(path.name) and "\n" not in str(problem)
+    finally:
+        path.unlink()
