@@ -1,0 +1,14 @@
+"""The names of LoRA tensors in every naming scheme, and which module of a model each of them means.
+
+Everywhere else in the project a module is `(part, path)`: `("denoiser", "down_blocks.0.attentions.0.proj_in")`,
+`("text_encoder", "text_model.encoder.layers.0.mlp.fc1")`, with the paths that diffusers and transformers use.
+A family adds one table, a `FamilyKeys`, to the list `FAMILIES` here.
+"""
+
+from .family import FamilyKeys, Fusion, ModuleId
+from .names import NamedTensor, parse_key
+from .stable_diffusion import SD2, SD15, SDXL
+
+FAMILIES: dict[str, FamilyKeys] = {family.name: family for family in (SD15, SD2, SDXL)}
+
+__all__ = ["FAMILIES", "FamilyKeys", "Fusion", "ModuleId", "NamedTensor", "parse_key"]

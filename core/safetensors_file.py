@@ -1,0 +1,300 @@
+"""Safetensors files: a strict, lazy reader and an atomic, deterministic writer.
+
+The reader trusts nothing: it looks at the header only, refuses what does not describe the file exactly, and maps
+tensors into memory one by one when they are asked for.
+"""
+
+import hashlib
+import json
+import math
+import mmap
+import os
+import struct
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .errors import BadFile
+
+MAX_HEADER_BYTES = 100_000_000
+"""The safetensors library refuses larger headers, so nobody can read such a file."""
+MAX_DIMENSIONS = 16
+HASH_CHUNK_BYTES = 1 << 20
+
+# torch has gained the unsigned and the small float types over time: list those that this torch knows.
+DTYPES: dict[str, torch.dtype] = {
+    code: getattr(torch, name)
+    for code, name in {
+        "F64": "float64",
+        "F32": "float32",
+        "F16": "float16",
+        "BF16": "bfloat16",
+        "F8_E4M3": "float8_e4m3fn",
+        "F8_E5M2": "float8_e5m2",
+        "F8_E8M0": "float8_e8m0fnu",
+        "C64": "complex64",
+        "I64": "int64",
+        "I32": "int32",
+        "I16": "int16",
+        "I8": "int8",
+        "U64": "uint64",
+        "U32": "uint32",
+        "U16": "uint16",
+        "U8": "uint8",
+        "BOOL": "bool",
+    }.items()
+    if hasattr(torch, name)
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+# The safetensors library stores tensors by falling rank of this list, then by name. The order is only visible in the
+# bytes, but it makes equal tensors give equal files, and it keeps large types aligned.
+_STORAGE_ORDER = [
+    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
+    "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
+]  # fmt: skip
+
+
+class SafetensorsFile(Mapping[str, Tensor]):
+    """A safetensors file whose header was read and checked; a mapping from names to tensors.
+
+    Tensors are mapped from the file when asked for, without a copy: cheap to ask for twice, and private to this process
+    (writing into one never changes the file). Open with `SafetensorsFile.open(path)`.
+    """
+
+    path: Path
+    metadata: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+
+    def __init__(
+        self,
+        path: Path,
+        metadata: dict[str, str],
+        shapes: dict[str, tuple[int, ...]],
+        dtypes: dict[str, torch.dtype],
+        offsets: dict[str, int],
+        size: int,
+    ):
+        self.path = path
+        self.metadata = metadata
+        self.shapes = shapes
+        self.dtypes = dtypes
+        self._offsets = offsets
+        self._size = size
+        self._memory: mmap.mmap | None = None
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "SafetensorsFile":
+        """The checked file. BadFile when it is missing, a pickle, truncated or in any way not what its header says."""
+        path = Path(path)
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                start = file.read(8)
+                header_size = _header_size(path, start, size)
+                header = file.read(header_size)
+        except OSError as error:
+            raise BadFile(f"{path}: cannot be read: {error.strerror or error}") from None
+        entries, metadata = _parse_header(path, header)
+        shapes, dtypes, offsets = _check_entries(path, entries, first_byte=8 + header_size, file_size=size)
+        return cls(path, metadata, shapes, dtypes, offsets, size)
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor called `name`, mapped from the file."""
+        shape, dtype, offset = self.shapes[name], self.dtypes[name], self._offsets[name]
+        count = math.prod(shape)
+        if count == 0:
+            return torch.empty(shape, dtype=dtype)
+        memory = self._map()
+        if offset % dtype.itemsize == 0:
+            return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).reshape(shape)
+        # Tensors of small types may come first and leave the next one unaligned: only a copy can be read safely.
+        raw = torch.frombuffer(memory, dtype=torch.uint8, count=count * dtype.itemsize, offset=offset)
+        return raw.clone().view(dtype).reshape(shape)
+
+    def sha256(self) -> str:
+        """The sha256 of the whole file as 64 hex digits."""
+        digest = hashlib.sha256()
+        with self.path.open("rb") as file:
+            while chunk := file.read(HASH_CHUNK_BYTES):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    def _map(self) -> mmap.mmap:
+        if self._memory is None:
+            try:
+                with self.path.open("rb") as file:
+                    if os.fstat(file.fileno()).st_size != self._size:
+                        raise BadFile(f"{self.path}: has changed on disk since it was opened")
+                    # A private mapping: torch wants writable memory, the file must stay as it is.
+                    self._memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            except OSError as error:
+                raise BadFile(f"{self.path}: cannot be read: {error.strerror or error}") from None
+        return self._memory
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __repr__(self) -> str:
+        return f"SafetensorsFile({str(self.path)!r}, {len(self)} tensors)"
+
+
+def _header_size(path: Path, start: bytes, file_size: int) -> int:
+    if file_size == 0:
+        raise BadFile(f"{path}: the file is empty")
+    if start[:2] == b"PK" or start[:1] == b"\x80" or start[:4] == b"\x93NUM":
+        raise BadFile(
+            f"{path}: this is a Python pickle (.pt, .ckpt, .bin) under whatever name, not a safetensors file; "
+            "opening a pickle can run any program, so convert it to .safetensors first with a tool that you trust"
+        )
+    if len(start) < 8:
+        raise BadFile(f"{path}: truncated: {file_size} bytes, a safetensors file begins with 8 bytes of header length")
+    size = struct.unpack("<Q", start)[0]
+    if size > MAX_HEADER_BYTES:
+        raise BadFile(f"{path}: not a safetensors file: it claims a header of {size} bytes (limit {MAX_HEADER_BYTES})")
+    if 8 + size > file_size:
+        raise BadFile(f"{path}: truncated: the header needs {8 + size} bytes, the file has {file_size}")
+    return size
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {twice[:80]!r} appears twice")
+    return result
+
+
+def _parse_header(path: Path, header: bytes) -> tuple[dict[str, object], dict[str, str]]:
+    if header[:1] != b"{":
+        raise BadFile(f"{path}: not a safetensors file: its header does not start with '{{'")
+    try:
+        entries = json.loads(header.decode("utf-8"), object_pairs_hook=_unique)
+    except UnicodeDecodeError:
+        raise BadFile(f"{path}: damaged header: not UTF-8") from None
+    except RecursionError:
+        raise BadFile(f"{path}: damaged header: nested too deeply") from None
+    except ValueError as error:
+        raise BadFile(f"{path}: damaged header: {error}") from None
+    metadata = entries.pop("__metadata__", None)
+    if metadata is None:
+        return entries, {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise BadFile(f"{path}: damaged header: __metadata__ must map strings to strings")
+    return entries, metadata
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _check_entries(
+    path: Path, entries: dict[str, object], first_byte: int, file_size: int
+) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype], dict[str, int]]:
+    """Shapes, dtypes and byte offsets in the file, of entries that fill the file without gap or overlap."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    offsets: dict[str, int] = {}
+    ranges: list[tuple[int, int, str]] = []
+    for name, entry in entries.items():
+        where = f"{path}: damaged header: tensor {name[:80]!r}"
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise BadFile(f"{where} must have exactly dtype, shape and data_offsets")
+        dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+        if dtype is None:
+            known = ", ".join(DTYPES)
+            raise BadFile(f"{path}: tensor {name[:80]!r} has dtype {str(entry['dtype'])[:20]!r}; known: {known}")
+        shape = entry["shape"]
+        if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(_is_size(side) for side in shape):
+            raise BadFile(f"{where} has a shape that is not a list of at most {MAX_DIMENSIONS} sizes")
+        span = entry["data_offsets"]
+        if not isinstance(span, list) or len(span) != 2 or not all(_is_size(value) for value in span):
+            raise BadFile(f"{where} has data_offsets that are not two byte positions")
+        begin, end = span
+        if begin > end or first_byte + end > file_size:
+            raise BadFile(
+                f"{path}: truncated or damaged: tensor {name[:80]!r} lies at bytes {begin} to {end}, "
+                f"the file has {file_size - first_byte} bytes of tensors"
+            )
+        # Sizes are bounded by the file before they are multiplied: no absurd dimension survives.
+        if any(side > file_size for side in shape) or math.prod(shape) * dtype.itemsize != end - begin:
+            raise BadFile(f"{where} of shape {shape} and dtype {entry['dtype']} does not take {end - begin} bytes")
+        shapes[name], dtypes[name], offsets[name] = tuple(shape), dtype, first_byte + begin
+        ranges.append((begin, end, name))
+    position = 0
+    for begin, end, name in sorted(ranges):
+        if begin != position:
+            fault = "overlaps another" if begin < position else "leaves a gap before it"
+            raise BadFile(f"{path}: damaged header: tensor {name[:80]!r} {fault}")
+        position = end
+    if first_byte + position != file_size:
+        raise BadFile(f"{path}: damaged: {file_size - first_byte - position} bytes after the last tensor")
+    return shapes, dtypes, offsets
+
+
+def storage_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names in the order in which `save_safetensors` stores them (that of the safetensors library)."""
+    return sorted(tensors, key=lambda name: (_STORAGE_ORDER.index(_CODES[tensors[name].dtype]), name))
+
+
+def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> bytes:
+    """The start of a safetensors file: length and header, padded to 8 bytes, the same bytes for the same input."""
+    entries: dict[str, object] = {}
+    if metadata:
+        entries["__metadata__"] = {key: metadata[key] for key in sorted(metadata)}
+    position = 0
+    for name in storage_order(tensors):
+        tensor = tensors[name]
+        end = position + tensor.numel() * tensor.element_size()
+        entries[name] = {
+            "dtype": _CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's values as they are stored."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def save_safetensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes the file under a temporary name and renames it, so that a reader sees the old file or the whole new one.
+
+    Equal input gives equal bytes. Each tensor is asked for when it is written, so a lazy mapping is never whole in
+    memory. BadFile when the folder is missing or closed, the disk is full, or a dtype has no safetensors name.
+    """
+    path = Path(path)
+    for name in tensors:
+        if tensors[name].dtype not in _CODES:
+            raise BadFile(f"{path}: cannot be written: tensor {name!r} has dtype {tensors[name].dtype}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        try:
+            with temporary.open("xb") as file:
+                file.write(header_bytes(tensors, metadata))
+                for name in storage_order(tensors):
+                    file.write(tensor_bytes(tensors[name]))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise BadFile(f"{path}: cannot be written: {error.strerror or error}") from None
