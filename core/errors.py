@@ -35,3 +35,7 @@ class TrainingDiverged(FaceLoraError):
 
 class MissingPackage(FaceLoraError):
     """An optional package that the requested feature needs is not installed."""
+
+
+class BadStylePack(FaceLoraError):
+    """A style pack, or a style in it, that cannot be used, or a name that no pack or style has."""
