@@ -230,7 +230,8 @@ class FoundPacks:
 def find_style_packs(user_folders: Iterable[str | Path] = ()) -> FoundPacks:
     """The packs of the package and of the user's folders, read now.
 
-    A user's pack replaces a shipped one of the same id. A file that cannot be used costs only itself: the problem is in `problems`.
+    A user's pack replaces a shipped one of the same id. A file that cannot be used costs only itself: a line in
+    `problems` says why.
     """
     problems: list[str] = []
     shipped = _packs_in(PACKAGE_FOLDER, problems)

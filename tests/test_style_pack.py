@@ -1,0 +1,636 @@
+"""Style packs: the shipped ones, bad ones, and the prompts they make."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import jsonschema
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.errors import BadConfig, BadStylePack, UnknownFamily
+from core.families.clip import load_tokenizer
+from core.style_pack import (
+    FAMILY_DEFAULTS,
+    PACKAGE_FOLDER,
+    PLACEHOLDER,
+    StylePack,
+    Subject,
+    Wording,
+    find_style_packs,
+    long_prompts,
+    picture_size,
+    read_style_pack,
+    split_prompt,
+)
+
+SCHEMA = json.loads((PACKAGE_FOLDER / "style_pack.schema.json").read_text("utf-8"))
+SHIPPED = find_style_packs()
+SUBJECT = Subject("sks", "person")
+shipped_packs = pytest.mark.parametrize("pack", SHIPPED.packs.values(), ids=list(SHIPPED.packs))
+
+
+def good_style(**changes) -> dict:
+    style = {
+        "name": "Plain",
+        "category": "Studio",
+        "framing": "chest-up",
+        "aspect": "4:5",
+        "strength": 0.9,
+        "prompts": {
+            "tags": {"prompt": "photo of {subject}, {light}", "negative": "blurry", "guidance": 6.5, "steps": 25},
+            "sentences": {"prompt": "A {framing} photograph of {subject}, lit by {light}."},
+        },
+        "axes": {"light": ["window light", "lamplight"]},
+        "picture": "plain.jpg",
+    }
+    return {**style, **changes}
+
+
+def good_pack(*styles: dict, **changes) -> dict:
+    pack = {"id": "mine", "title": "Mine", "version": "1.0", "licence": "CC0-1.0"}
+    return {**pack, "styles": list(styles) or [good_style()], **changes}
+
+
+def write(path: Path, document: object) -> Path:
+    path.write_text(json.dumps(document), "utf-8")
+    return path
+
+
+def tags(text: str, **more) -> dict:
+    return {"prompts": {"tags": {"prompt": text, **more}}, "axes": {}}
+
+
+@pytest.fixture(scope="module")
+def count_tokens() -> Callable[[str], int]:
+    tokenizer = load_tokenizer()
+    return lambda text: len(tokenizer(text).input_ids)
+
+
+# The shipped packs
+
+
+def test_at_least_six_packs_of_ten_styles_ship_and_load_without_a_problem():
+    assert SHIPPED.problems == ()
+    assert len(SHIPPED.packs) >= 6
+    assert all(len(pack.styles) == 10 for pack in SHIPPED.packs.values())
+
+
+def test_a_shipped_pack_has_the_id_of_its_file_name():
+    assert {f"{pack_id}.json" for pack_id in SHIPPED.packs} | {"style_pack.schema.json"} == {
+        path.name for path in PACKAGE_FOLDER.iterdir()
+    }
+
+
+@pytest.mark.parametrize("family", FAMILY_DEFAULTS)
+@shipped_packs
+def test_every_shipped_style_renders_for_every_family(pack: StylePack, family: str):
+    prompts = pack.prompts(SUBJECT, family, 40, seed=1)
+    assert {prompt.style for prompt in prompts} == set(pack.names)
+    for prompt in prompts:
+        assert "sks person" in prompt.prompt
+        assert not re.search(r"[{}]|  |, ,|\.\.| \.| ,", prompt.prompt)
+        assert prompt.width % FAMILY_DEFAULTS[family].size_multiple == 0
+        reads_tags = FAMILY_DEFAULTS[family].wording == "tags"
+        assert bool(prompt.negative) == reads_tags
+        assert prompt.prompt.endswith(".") != reads_tags
+
+
+@shipped_packs
+def test_the_longest_prompt_of_a_shipped_style_fits_one_clip_chunk(pack: StylePack, count_tokens):
+    subject = Subject("ohwx_first_last", "person")
+    assert count_tokens(str(subject)) - 2 >= 6  # longer than most trigger words
+    for style in pack.styles:
+        assert style.tags is not None
+        texts = {axis: max(values, key=count_tokens) for axis, values in style.axes.items()}
+        texts |= {"subject": str(subject), "framing": style.framing}
+        longest = PLACEHOLDER.sub(lambda match, texts=texts: texts[match[1]], style.tags.prompt)
+        assert count_tokens(longest) <= 77, style.name
+        assert count_tokens(style.tags.negative) <= 40, style.name
+
+
+@shipped_packs
+def test_shipped_prompts_speak_of_no_gender_age_or_beauty(pack: StylePack):
+    unwelcome = (
+        r"\b(he|she|his|her|him|hers|man|woman|men|women|male|female|boy|girl|lady|guy|young|old|elderly|aged|youthful"
+        r"|beautiful|handsome|pretty|attractive|sexy|slim|thin|fat|ugly|deformed|flawless|perfect|smooth skin|pale skin"
+        r"|fair|wrinkles|makeup|beard|hair|glasses)\b"
+    )
+    allowed = r"old (university|stone|plaster|brick)|of old buildings|serious and fair|with old buildings"
+    for style in pack.styles:
+        assert style.tags is not None and style.sentences is not None
+        texts = [style.tags.prompt, style.tags.negative, style.sentences.prompt]
+        texts += [value for values in style.axes.values() for value in values]
+        for text in texts:
+            assert not re.search(unwelcome, re.sub(allowed, "", text), re.IGNORECASE), (style.name, text)
+
+
+@shipped_packs
+def test_every_shipped_style_asks_for_real_skin_and_varies_the_expression(pack: StylePack):
+    for style in pack.styles:
+        assert style.tags is not None and style.sentences is not None
+        assert re.search(r"skin texture|visible pores|sharp eyes", style.tags.prompt), style.name
+        assert "plastic skin" in style.tags.negative
+        assert {"expression", "outfit", "light"} <= set(style.axes)
+        assert all(len(values) >= 2 for values in style.axes.values())
+
+
+def test_no_shipped_style_name_is_used_in_two_packs():
+    names = Counter(name for pack in SHIPPED.packs.values() for name in pack.names)
+    assert max(names.values()) == 1
+
+
+# The schema
+
+
+def examples() -> list[tuple[str, object]]:
+    second_subject = {"axes": {"subject_two": ["a dog", "a cat"]}}
+    return [
+        ("a good pack", good_pack()),
+        ("only what is required", good_pack({"name": "a", "prompts": {"sentences": {"prompt": "{subject}"}}})),
+        ("a schema for editors", good_pack(**{"$schema": "style_pack.schema.json"})),
+        ("whole float steps", good_pack(good_style(**tags("{subject}", steps=30.0)))),
+        ("broken steps", good_pack(good_style(**tags("{subject}", steps=30.5)))),
+        ("steps as a bool", good_pack(good_style(**tags("{subject}", steps=True)))),
+        ("no steps at all", good_pack(good_style(**tags("{subject}", steps=0)))),
+        ("too much guidance", good_pack(good_style(**tags("{subject}", guidance=31)))),
+        ("guidance as text", good_pack(good_style(**tags("{subject}", guidance="7")))),
+        ("no subject", good_pack(good_style(**tags("a photo")))),
+        ("an unknown wording field", good_pack(good_style(**tags("{subject}", sampler="x")))),
+        ("an unknown wording", good_pack(good_style(prompts={"emoji": {"prompt": "{subject}"}}))),
+        ("no wording", good_pack(good_style(prompts={}))),
+        ("prompts as a list", good_pack(good_style(prompts=[]))),
+        ("an unknown framing", good_pack(good_style(framing="passport"))),
+        ("framing as a list", good_pack(good_style(framing=["chest-up"]))),
+        ("an unknown aspect", good_pack(good_style(aspect="5:7"))),
+        ("negative strength", good_pack(good_style(strength=-0.1))),
+        ("strength too high", good_pack(good_style(strength=2.01))),
+        ("strength null", good_pack(good_style(strength=None))),
+        ("a style without a name", good_pack({"prompts": {"tags": {"prompt": "{subject}"}}})),
+        ("a blank name", good_pack(good_style(name=" \n"))),
+        ("a name that is a number", good_pack(good_style(name=3))),
+        ("an unknown style field", good_pack(good_style(negtive="x"))),
+        ("a style that is a text", good_pack(good_style(), **{"styles": ["Plain"]})),
+        ("an empty axis", good_pack(good_style(axes={"light": []}))),
+        ("an axis as text", good_pack(good_style(axes={"light": "window"}))),
+        ("an axis value twice", good_pack(good_style(axes={"light": ["a", "b", "a"]}))),
+        ("a blank axis value", good_pack(good_style(axes={"light": ["  "]}))),
+        ("an axis value with braces", good_pack(good_style(axes={"light": ["{subject}"]}))),
+        ("an axis called subject", good_pack(good_style(axes={"subject": ["x"]}))),
+        ("an axis called subject_two", good_pack({**good_style(**tags("{subject} {subject_two}")), **second_subject})),
+        ("an axis with a capital letter", good_pack(good_style(axes={"Light": ["x"]}))),
+        ("an axis name with a line end", good_pack(good_style(axes={"light\n": ["x"]}))),
+        ("pictures in a folder", good_pack(good_style(picture="pictures/plain.webp"))),
+        ("picture as a number", good_pack(good_style(picture=1))),
+        *[(f"picture {name!r}", good_pack(good_style(picture=name))) for name in PATH_TRICKS],
+        ("no styles", good_pack(**{"styles": []})),
+        ("styles as an object", good_pack(**{"styles": {}})),
+        ("an id with a slash", good_pack(id="../mine")),
+        ("an id with a line end", good_pack(id="mine\n")),
+        ("an id with capitals", good_pack(id="Mine")),
+        ("a version with letters", good_pack(version="v1")),
+        ("a version as a number", good_pack(version=1)),
+        ("an unknown pack field", good_pack(author="x")),
+        *[(f"no {name}", {k: v for k, v in good_pack().items() if k != name}) for name in good_pack()],
+        ("a text", "pack"),
+        ("a number", 1.5),
+        ("null", None),
+        ("a styler list", [{"name": "base", "prompt": "{prompt}", "negative_prompt": ""}]),
+        ("a styler list with other fields", [{"name": "base", "prompt": "a {prompt}", "author": "x"}]),
+        ("a styler style without a prompt", [{"name": "base", "negative_prompt": "x"}]),
+        ("a styler style without a place for the prompt", [{"name": "base", "prompt": "x"}]),
+        ("a styler negative that is null", [{"name": "base", "prompt": "{prompt}", "negative_prompt": None}]),
+        ("an empty styler list", []),
+        ("a styler list of texts", ["base"]),
+    ]
+
+
+PATH_TRICKS = [
+    "../secret.jpg",
+    "pictures/../../secret.jpg",
+    "/etc/secret.jpg",
+    "C:\\secret.jpg",
+    "C:secret.jpg",
+    "\\\\server\\share\\secret.jpg",
+    "..\\secret.jpg",
+    "~/secret.jpg",
+    ".hidden.jpg",
+    "null\x00byte.jpg",
+    "plain.svg",
+    "plain.jpg\n",
+    "https://example.org/a.jpg",
+    "",
+]
+
+
+@pytest.mark.parametrize("document", [pytest.param(doc, id=name) for name, doc in examples()])
+def test_our_own_checks_and_the_published_schema_agree(document, tmp_path):
+    """With jsonschema, an implementation by others, as the judge."""
+    try:
+        _, problems = read_style_pack(write(tmp_path / "pack.json", document))
+    except BadStylePack as error:
+        problems = (str(error),)
+    assert (problems == ()) == jsonschema.Draft202012Validator(SCHEMA).is_valid(document), problems
+
+
+def test_the_schema_itself_is_a_valid_schema_and_accepts_every_shipped_pack():
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    for pack_id in SHIPPED.packs:
+        jsonschema.validate(json.loads((PACKAGE_FOLDER / f"{pack_id}.json").read_text("utf-8")), SCHEMA)
+
+
+# Bad styles and bad files
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"strength": 3}, "strength: 3 is not between 0 and 2"),
+        ({"strength": True}, "strength: true is not a number"),
+        ({"framing": "passport"}, 'framing: "passport" is none of close-up, head-and-shoulders'),
+        ({"negtive": "x"}, "unknown field 'negtive'; known: name, category"),
+        ({"axes": {"light": "sun"}}, 'axes.light: "sun" is not an array'),
+        ({"axes": {"light": ["a"], "pose": ["b"]}}, "axes.pose: no prompt says {pose}"),
+        ({"picture": "../x.jpg"}, 'picture: "../x.jpg" is not the relative name of a jpg, png or webp file'),
+        (tags("photo"), 'prompts.tags.prompt: "photo" is not a text with {subject} in it'),
+        (
+            tags("{subject} {hat}"),
+            "prompts.tags.prompt: unknown placeholder {hat}; known: {subject}, {framing}",
+        ),
+        (tags("{subject} {subject.__class__}"), "unknown placeholder {subject.__class__}"),
+        (tags("{subject} in {a, 1}"), "unknown placeholder {a, 1}"),
+        (tags("{subject} {"), "prompts.tags.prompt: a brace without its partner"),
+        (tags("{subject}", negative="}{"), "prompts.tags.negative: a brace without its partner"),
+        (tags("{subject}", steps=2.5), "prompts.tags.steps: 2.5 is not an integer"),
+        ({"name": "Good"}, "name: another style of this pack has the same name"),
+        ({"name": "GOOD"}, "name: another style of this pack has the same name"),
+        ({"name": 7}, "name: 7 is not a string"),
+    ],
+)
+def test_a_bad_style_is_named_with_file_style_and_field_and_the_good_ones_load(change, expected, tmp_path):
+    bad = good_style(**{"name": "Bad", **change})
+    path = write(tmp_path / "my pack.json", good_pack(good_style(name="Good"), bad, good_style(name="Last")))
+    pack, problems = read_style_pack(path)
+    assert pack.names == ["Good", "Last"]
+    label = repr(bad["name"]) if isinstance(bad["name"], str) else "number 2"
+    assert len(problems) == 1
+    assert problems[0].startswith(f"my pack.json: style {label}: ")
+    assert expected in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b'{"id": "mine",', "bad.json: not JSON: .* \\(line 1, column 15\\)"),
+        (b"", "bad.json: not JSON"),
+        ("{}".encode("utf-16"), "bad.json: not UTF-8 text \\(byte 0\\)"),
+        ('{"title": "Café"}'.encode("latin-1"), "bad.json: not UTF-8 text \\(byte 14\\)"),
+        (b"[" * 200_000, "bad.json: not usable as JSON"),
+        (b'{"id": NaN}', "bad.json: not usable as JSON: NaN is not a number"),
+        (b'{"id": 1' + b"0" * 10_000 + b"}", "bad.json: not usable as JSON"),
+        (b'{"id": "a", "id": "b"}', "bad.json: not usable as JSON: the field 'id' is there 2 times in one object"),
+        (b'"pack"', 'bad.json: "pack" is not an object'),
+        (b"[]", "bad.json: is empty"),
+        (b"{}", "bad.json: the field 'id' is missing; the field 'title' is missing"),
+        (b"\x80\x04\x95", "bad.json: not UTF-8 text"),
+        (b"[" + b" " * 5 * 2**20 + b"]", "bad.json: 5.0 MiB; a style pack has at most 5 MiB"),
+    ],
+)
+def test_a_file_that_is_no_pack_gets_one_clear_line(content, expected, tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_bytes(content)
+    with pytest.raises(BadStylePack, match=f"^{expected}") as caught:
+        read_style_pack(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_a_folder_get_one_clear_line(tmp_path):
+    with pytest.raises(BadStylePack, match=r"none\.json: cannot be read"):
+        read_style_pack(tmp_path / "none.json")
+    with pytest.raises(BadStylePack, match="cannot be read"):
+        read_style_pack(tmp_path)
+
+
+def test_a_pack_whose_styles_are_all_bad_says_why(tmp_path):
+    path = write(tmp_path / "mine.json", good_pack(good_style(strength=9), good_style(name="B", strength=8)))
+    with pytest.raises(BadStylePack, match=r"mine.json: style 'Plain': strength: 9 .*no style .* problems: 2"):
+        read_style_pack(path)
+
+
+def test_a_byte_order_mark_is_no_reason_to_refuse_a_pack(tmp_path):
+    (tmp_path / "mine.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(good_pack()).encode())
+    assert read_style_pack(tmp_path / "mine.json")[0].names == ["Plain"]
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+        lambda inner: (
+            st.lists(inner, max_size=4)
+            | st.dictionaries(st.sampled_from(["id", "styles", "name", "prompts", "axes", "tags", "prompt"]), inner)
+        ),
+        max_leaves=12,
+    )
+)
+def test_whatever_stands_where_a_style_should_be_costs_only_itself(tmp_path_factory, junk):
+    path = write(tmp_path_factory.mktemp("fuzz") / "mine.json", good_pack(good_style(), junk))
+    pack, problems = read_style_pack(path)
+    assert pack.names == ["Plain"]
+    assert problems and all(problem.startswith("mine.json: style ") for problem in problems)
+
+
+# Pictures
+
+
+def test_the_picture_of_a_style_is_found_beside_the_pack(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "plain.jpg").write_bytes(b"x")
+    pack, _ = read_style_pack(write(tmp_path / "a.json", good_pack(good_style(picture="pictures/plain.jpg"))))
+    assert pack.picture(pack.styles[0]) == (tmp_path / "pictures" / "plain.jpg").resolve()
+
+
+def test_a_picture_that_is_not_there_is_no_picture(tmp_path):
+    pack, problems = read_style_pack(write(tmp_path / "a.json", good_pack()))
+    assert problems == ()
+    assert pack.picture(pack.styles[0]) is None
+
+
+@pytest.mark.parametrize("name", PATH_TRICKS)
+def test_path_tricks_in_the_name_of_a_picture_are_refused(name, tmp_path):
+    path = write(tmp_path / "a.json", good_pack(good_style(picture=name), good_style(name="Good")))
+    pack, problems = read_style_pack(path)
+    assert pack.names == ["Good"]
+    assert problems[0].startswith("a.json: style 'Plain': picture: ")
+
+
+def test_a_link_out_of_the_packs_folder_is_refused(tmp_path):
+    secret = tmp_path / "secret.jpg"
+    secret.write_bytes(b"x")
+    folder = tmp_path / "packs"
+    folder.mkdir()
+    (folder / "plain.jpg").symlink_to(secret)
+    pack, _ = read_style_pack(write(folder / "a.json", good_pack()))
+    with pytest.raises(BadStylePack, match=r"'plain\.jpg' leaves the folder"):
+        pack.picture(pack.styles[0])
+
+
+# The list of sdxl_prompt_styler
+
+
+def test_a_list_of_sdxl_prompt_styler_is_read_as_it_is(tmp_path):
+    # The example in the README of twri/sdxl_prompt_styler.
+    styler = [
+        {"name": "base", "prompt": "{prompt}", "negative_prompt": ""},
+        {
+            "name": "enhance",
+            "prompt": "breathtaking {prompt} . award-winning, professional, highly detailed",
+            "negative_prompt": "ugly, deformed, noisy, blurry, distorted, grainy",
+        },
+    ]
+    pack, problems = read_style_pack(write(tmp_path / "sdxl styles.json", styler))
+    assert problems == () and pack.id == "sdxl styles" and pack.names == ["base", "enhance"]
+    (enhanced,) = pack.prompts(SUBJECT, "sdxl", 1, seed=0, styles=["enhance"])
+    assert enhanced.prompt == (
+        "breathtaking head-and-shoulders portrait of sks person . award-winning, professional, highly detailed"
+    )
+    assert enhanced.negative == "ugly, deformed, noisy, blurry, distorted, grainy"
+
+
+def test_bad_entries_of_a_styler_list_are_named_and_the_others_load(tmp_path):
+    styler = [
+        {"name": "base", "prompt": "{prompt}"},
+        {"name": "only negative", "negative_prompt": "x"},
+        {"name": "typo", "prompt": "{prompt} {promt}", "negative_prompt": ""},
+        {"name": "base", "prompt": "again {prompt}"},
+    ]
+    pack, problems = read_style_pack(write(tmp_path / "s.json", styler))
+    assert pack.names == ["base"]
+    assert problems == (
+        "s.json: style 'only negative': the field 'prompt' is missing",
+        "s.json: style 'typo': prompt: unknown placeholder {promt}; known: {prompt}",
+        "s.json: style 'base': name: another style of this pack has the same name",
+    )
+
+
+# Finding packs
+
+
+def test_a_users_pack_replaces_the_shipped_one_and_is_seen_without_a_restart(tmp_path):
+    assert find_style_packs([tmp_path]).pick("corporate").title == "Corporate"
+    write(tmp_path / "any name.json", good_pack(id="corporate", title="Our house"))
+    assert find_style_packs([tmp_path]).pick("corporate").title == "Our house"
+    write(tmp_path / "any name.json", good_pack(id="corporate", title="Our new house"))
+    assert find_style_packs([tmp_path]).pick("corporate").title == "Our new house"
+
+
+def test_an_unknown_pack_is_an_error_that_lists_the_choices():
+    with pytest.raises(BadStylePack, match="no style pack 'corprate'; there are: black-and-white, care-science-law"):
+        SHIPPED.pick("corprate")
+
+
+def test_an_unknown_style_is_an_error_that_lists_the_choices():
+    with pytest.raises(BadStylePack, match="'outdoor' has no style 'Moon'; it has: Park in open shade, Golden hour"):
+        SHIPPED.pick("outdoor").prompts(SUBJECT, "sdxl", 1, seed=0, styles=["Moon"])
+
+
+def test_two_files_of_the_user_with_one_id_are_an_error_that_names_both(tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+        write(folder / "p.json", good_pack(id="corporate"))
+    found = find_style_packs(folders)
+    assert len(found.problems) == 1
+    with pytest.raises(BadStylePack, match=r"'corporate' is in several files, keep one: .*a.p\.json, .*b.p\.json"):
+        found.pick("corporate")
+    assert found.pick("outdoor").title == "Outdoor"
+
+
+def test_a_folder_named_twice_is_read_once(tmp_path):
+    write(tmp_path / "p.json", good_pack())
+    assert find_style_packs([tmp_path, str(tmp_path) + "/."]).pick("mine").title == "Mine"
+
+
+def test_bad_files_and_missing_folders_are_reported_and_the_other_packs_load(tmp_path):
+    (tmp_path / "broken.json").write_text("{")
+    write(tmp_path / "half.json", good_pack(good_style(), good_style(name="Bad", strength=9)))
+    found = find_style_packs([tmp_path, tmp_path / "nowhere"])
+    assert found.pick("mine").names == ["Plain"]
+    assert set(found.packs) == {*SHIPPED.packs, "mine"}
+    assert [re.sub(r"^.*nowhere", "nowhere", problem)[:25] for problem in found.problems] == [
+        "broken.json: not JSON: Ex",
+        "half.json: style 'Bad': s",
+        "nowhere: no such folder o",
+    ]
+
+
+# Expansion
+
+
+def test_the_same_arguments_give_the_same_list_and_another_seed_another():
+    pack = SHIPPED.pick("corporate")
+    assert pack.prompts(SUBJECT, "sdxl", 40, seed=7) == pack.prompts(SUBJECT, "sdxl", 40, seed=7)
+    assert pack.prompts(SUBJECT, "sdxl", 40, seed=7) != pack.prompts(SUBJECT, "sdxl", 40, seed=8)
+
+
+def test_the_list_stays_the_same_in_later_versions(tmp_path):
+    """A batch that was interrupted before an update goes on with the pictures that are missing, not with others."""
+    pack, _ = read_style_pack(write(tmp_path / "a.json", good_pack(good_style(), good_style(name="Other"))))
+    prompts = pack.prompts(SUBJECT, "sd15", 6, seed=42)
+    assert [(p.style, p.prompt.removeprefix("photo of sks person, ")) for p in prompts] == [
+        ("Plain", "window light"),
+        ("Other", "window light"),
+        ("Plain", "lamplight"),
+        ("Other", "lamplight"),
+        ("Plain", "window light"),
+        ("Other", "lamplight"),
+    ]
+
+
+@shipped_packs
+def test_forty_pictures_of_four_styles_use_styles_and_axis_values_equally_often(pack: StylePack):
+    # The same styles with prompts that are only a list of the values.
+    listed = [replace(s, tags=Wording("{" + "}|{".join(s.axes) + "}")) for s in pack.styles[:4]]
+    prompts = replace(pack, styles=tuple(listed)).prompts(SUBJECT, "sdxl", 40, seed=3)
+    assert Counter(prompt.style for prompt in prompts) == dict.fromkeys(pack.names[:4], 10)
+    for style in listed:
+        drawn = zip(*(prompt.prompt.split("|") for prompt in prompts if prompt.style == style.name), strict=True)
+        for texts, values in zip(drawn, style.axes.values(), strict=True):
+            uses = Counter(texts)
+            assert set(uses) == set(values)
+            assert set(uses.values()) <= {10 // len(values), -(-10 // len(values))}
+
+
+@given(count=st.integers(1, 60), more=st.integers(0, 40), seed=st.integers(0, 2**64 - 1))
+def test_a_longer_list_starts_with_the_shorter_one(count, more, seed):
+    pack = SHIPPED.pick("outdoor")
+    longer = pack.prompts(SUBJECT, "flux1", count + more, seed)
+    assert longer[:count] == pack.prompts(SUBJECT, "flux1", count, seed)
+    uses = Counter(prompt.style for prompt in longer)
+    assert max(uses.values()) - min(uses[name] for name in pack.names) <= 1
+
+
+def test_no_two_pictures_of_a_list_have_the_same_seed():
+    seeds = [prompt.seed for prompt in SHIPPED.pick("corporate").prompts(SUBJECT, "sdxl", 50, seed=2**64 - 3)]
+    assert len(set(seeds)) == 50 and max(seeds) < 2**64 and seeds[:4] == [2**64 - 3, 2**64 - 2, 2**64 - 1, 0]
+
+
+def test_styles_are_chosen_by_name_in_any_case_and_named_twice_count_once():
+    prompts = SHIPPED.pick("outdoor").prompts(SUBJECT, "sdxl", 4, seed=0, styles=["seaside", "Seaside", "CITY STREET"])
+    assert Counter(prompt.style for prompt in prompts) == {"Seaside": 2, "City street": 2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"count": 0}, "count is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**64}, "seed is 18446744073709551616"),
+        ({"styles": []}, "styles is empty; style pack 'outdoor' has: Park"),
+        ({"resolution": 32}, "resolution is 32; for sdxl it must be 64 or more"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused(arguments, expected):
+    with pytest.raises(BadConfig, match=expected):
+        SHIPPED.pick("outdoor").prompts(**{"subject": SUBJECT, "family": "sdxl", "count": 1, "seed": 0, **arguments})
+
+
+def test_an_unknown_family_is_an_error_that_lists_the_choices():
+    with pytest.raises(UnknownFamily, match="no family 'sd1'; known: sd15, sdxl, sd3, flux1"):
+        SHIPPED.pick("outdoor").prompts(SUBJECT, "sd1", 1, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "prompt", "negative", "guidance", "steps", "size"),
+    [
+        ("sdxl", "photo of sks person, window light", "blurry", 6.5, 25, (896, 1152)),
+        ("flux1", "A chest-up photograph of sks person, lit by window light.", "", 3.5, 28, (912, 1152)),
+    ],
+)
+def test_each_kind_of_family_gets_its_own_wording_and_numbers(
+    family, prompt, negative, guidance, steps, size, tmp_path
+):
+    style = good_style(axes={"light": ["window light"]})
+    pack, _ = read_style_pack(write(tmp_path / "a.json", good_pack(style)))
+    (made,) = pack.prompts(SUBJECT, family, 1, seed=5)
+    assert (made.prompt, made.negative, made.guidance, made.steps) == (prompt, negative, guidance, steps)
+    assert (made.width, made.height) == size
+    assert (made.style, made.seed, made.strength) == ("Plain", 5, 0.9)
+
+
+def test_a_missing_wording_borrows_the_prompt_but_not_the_numbers_of_the_other(tmp_path):
+    pack, _ = read_style_pack(
+        write(tmp_path / "a.json", good_pack(good_style(**tags("photo of {subject}", negative="x", guidance=9))))
+    )
+    (made,) = pack.prompts(SUBJECT, "flux1", 1, seed=0)
+    assert (made.prompt, made.negative, made.guidance) == ("photo of sks person", "", 3.5)
+
+
+def test_braces_in_a_trigger_word_are_only_text():
+    (made,) = SHIPPED.pick("outdoor").prompts(Subject("{light}", "person"), "sdxl", 1, seed=0)
+    assert "{light} person" in made.prompt
+
+
+@pytest.mark.parametrize(
+    ("aspect", "size"), [("1:1", (1024, 1024)), ("4:5", (896, 1152)), ("3:4", (896, 1152)), ("16:9", (1344, 768))]
+)
+def test_sizes_at_1024_are_those_that_sdxl_was_trained_on(aspect, size):
+    # Table of aspect ratios in appendix I of the SDXL paper, arXiv:2307.01952.
+    assert picture_size(aspect, 1024, 64) == size
+
+
+@given(
+    st.sampled_from(["1:1", "4:5", "5:4", "3:4", "2:3", "3:2", "9:16", "16:9"]),
+    st.sampled_from([(512, 64), (1024, 64), (1024, 16), (1328, 16)]),
+)
+def test_a_size_keeps_area_and_aspect_within_the_step_of_the_family(aspect, family):
+    resolution, multiple = family
+    width, height = picture_size(aspect, resolution, multiple)
+    across, down = map(int, aspect.split(":"))
+    assert width % multiple == height % multiple == 0
+    assert abs(width - resolution * (across / down) ** 0.5) <= multiple / 2
+    assert abs(height - resolution * (down / across) ** 0.5) <= multiple / 2
+
+
+# Token limits
+
+
+def test_clip_counts_start_and_end(count_tokens):
+    # The ids of this text in the CLIP tokenizer test of elixir-nx/bumblebee, which has its own reader of the vocabulary.
+    assert load_tokenizer()("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert count_tokens("a photo of a cat") == 7
+
+
+def test_a_prompt_over_the_limit_is_reported_with_its_style(count_tokens, tmp_path):
+    style = good_style(**tags("{subject}" + ", a red apple" * 30, negative="blurry"))
+    pack, _ = read_style_pack(write(tmp_path / "a.json", good_pack(style)))
+    prompts = pack.prompts(SUBJECT, "sdxl", 3, seed=0)
+    assert long_prompts(prompts, count_tokens) == [
+        "style 'Plain': the prompt has 124 tokens, 47 over the 77 of one chunk"
+    ]
+    assert long_prompts(SHIPPED.pick("corporate").prompts(SUBJECT, "sdxl", 40, seed=0), count_tokens) == []
+
+
+def test_a_long_prompt_is_cut_at_commas_into_chunks_that_fit(count_tokens):
+    text = ", ".join(f"detail number {i} of the picture" for i in range(40))
+    chunks = split_prompt(text, count_tokens)
+    assert all(count_tokens(chunk) <= 77 for chunk in chunks)
+    assert all(chunk.endswith(",") for chunk in chunks[:-1])
+    assert " ".join(chunks) == text
+
+
+def test_a_prompt_that_fits_is_one_chunk(count_tokens):
+    assert split_prompt("photo of sks person", count_tokens) == ["photo of sks person"]
+
+
+@given(st.text(st.sampled_from("ab ,.;é漢😀"), max_size=400))
+def test_splitting_loses_nothing_but_white_space(text):
+    def count(piece: str) -> int:
+        return len(piece.encode()) + 2
+
+    chunks = split_prompt(text, count, limit=30)
+    assert all(count(chunk) <= 30 for chunk in chunks)
+    assert "".join(chunks).split() == text.split() or "".join("".join(chunks).split()) == "".join(text.split())
