@@ -297,11 +297,17 @@ def family_defaults(family: str) -> FamilyDefaults:
 
 
 def picture_size(aspect: str, resolution: int, size_multiple: int) -> tuple[int, int]:
-    """(width, height) in pixels, multiples of `size_multiple`, nearest to the aspect at an area of resolution²."""
+    """(width, height) in pixels: multiples of `size_multiple`, near the aspect, with no more area than resolution².
+
+    The shorter side is rounded and the longer one takes the area that is left: at 1024 and 64 these are the sizes that
+    SDXL was trained on (appendix I of arXiv:2307.01952).
+    """
     across, down = (int(part) for part in aspect.split(":"))
-    ideal = resolution * math.sqrt(across / down), resolution * math.sqrt(down / across)
-    width, height = (max(1, round(side / size_multiple)) * size_multiple for side in ideal)
-    return width, height
+    side = resolution // size_multiple  # in multiples, as all of the following
+    shorter = round(side * math.sqrt(min(across, down) / max(across, down)))
+    longer = side * side // shorter
+    width, height = (shorter, longer) if across < down else (longer, shorter)
+    return width * size_multiple, height * size_multiple
 
 
 def long_prompts(prompts: Iterable[StyledPrompt], count_tokens: Callable[[str], int], limit: int = 77) -> list[str]:
