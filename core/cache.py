@@ -1,0 +1,208 @@
+"""What the encoders make of photos and captions: computed once, kept on disk by content, held ready for the loop."""
+
+import hashlib
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .base import Base
+from .config import TrainConfig
+from .errors import BadFile
+from .families.clip import chunk_count
+from .families.spec import Conditioning
+from .objective import shrink_mask
+from .photos import Dataset, TrainingImage
+from .safetensors_file import SafetensorsFile, save_safetensors
+
+CACHE_VERSION = "1"
+"""Part of every cache key: raised whenever the same input would be encoded differently."""
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """A training picture as the loop sees it."""
+
+    name: str
+    """The photo's file name, for messages only."""
+    mean: Tensor
+    """(C, h, w) float32: the mean of the VAE's latent distribution, in the denoiser's scale."""
+    deviation: Tensor
+    """(C, h, w) float32: its standard deviation, so that every step can draw anew."""
+    mask: Tensor | None
+    """(1, h, w) in [0, 1] where the loss counts; None: everywhere."""
+    conditioning: Conditioning
+    """What the family tells the denoiser of the picture itself (SDXL: sizes and crop), batch of 1."""
+    caption: str
+    class_caption: str
+    """The caption without the trigger word: what prior prediction holds to the frozen model."""
+    repeats: int
+    is_class: bool
+
+
+@dataclass(frozen=True, eq=False)
+class LatentCache:
+    """A whole data set, encoded."""
+
+    images: tuple[EncodedImage, ...]
+    text: dict[str, Conditioning]
+    """Conditioning of every caption and prompt that the run needs, batch of 1; empty when the text encoder trains."""
+    chunks: int
+    """Chunks of 77 tokens that every caption is padded to."""
+    digest: str
+    """Equal for equal photos, crops, captions and encoders."""
+
+
+def cache_folder() -> Path:
+    """Where encoded photos and captions are kept: $FACELORA_CACHE, else `facelora` in the user's cache folder."""
+    if folder := os.environ.get("FACELORA_CACHE"):
+        return Path(folder)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "facelora"
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "facelora"
+
+
+def clear_cache() -> int:
+    """Deletes everything that was cached; how many files there were."""
+    count = sum(1 for path in cache_folder().rglob("*") if path.is_file())
+    shutil.rmtree(cache_folder(), ignore_errors=True)
+    return count
+
+
+def content_key(*parts: object) -> str:
+    """A file name that says nothing but what the content is made from."""
+    return hashlib.sha256("\0".join(map(str, (CACHE_VERSION, *parts))).encode()).hexdigest()
+
+
+def encode(
+    dataset: Dataset,
+    base: Base,
+    config: TrainConfig,
+    *,
+    device: torch.device,
+    extra_prompts: Sequence[str] = (),
+    on_progress: Callable[[int, int], None] | None = None,
+) -> LatentCache:
+    """The data set's latents and text conditioning, each computed only when it is not in the cache folder.
+
+    The encoders are loaded one after the other, only if something is to be computed, and are gone afterwards.
+    `extra_prompts` are encoded too (for samples). `on_progress(done, total)` may raise to cancel.
+    """
+    captions = [image.caption for image in dataset.images]
+    class_captions = [_without_trigger(image.caption, config.trigger_word) for image in dataset.images]
+    prompts = sorted({*captions, *(class_captions if config.prior_prediction else ()), *extra_prompts, ""})
+    if config.text_encoder_lr:
+        prompts = []
+    chunks = chunk_count([*captions, *extra_prompts])
+    total = len(dataset.images) + len(prompts)
+    text_print = base.fingerprint(*base.family.text_encoders)
+
+    def progress(done: int) -> None:
+        if on_progress:
+            on_progress(done, total)
+
+    latents, keys = _encode_images(dataset.images, base, device, progress)
+    text = _encode_prompts(
+        prompts, base, config, chunks, text_print, device, lambda done: progress(len(dataset.images) + done)
+    )
+    encoded = []
+    for image, (mean, deviation), class_caption in zip(dataset.images, latents, class_captions, strict=True):
+        mask = image.mask()
+        encoded.append(
+            EncodedImage(
+                name=image.photo.name,
+                mean=mean,
+                deviation=deviation,
+                mask=None if mask is None else shrink_mask(mask, (mean.shape[1], mean.shape[2])),
+                conditioning=base.family.image_conditioning(image.original_size, image.crop_top_left, image.bucket),
+                caption=image.caption,
+                class_caption=class_caption,
+                repeats=image.repeats,
+                is_class=image.is_class,
+            )
+        )
+    described = [
+        (key, image.caption, image.repeats, image.is_class, _mask_digest(image.mask))
+        for key, image in zip(keys, encoded, strict=True)
+    ]
+    return LatentCache(tuple(encoded), text, chunks, content_key(described, text_print, chunks))
+
+
+def _without_trigger(caption: str, trigger: str) -> str:
+    return " ".join(caption.replace(trigger, " ").split())
+
+
+def _mask_digest(mask: Tensor | None) -> str:
+    return "" if mask is None else hashlib.sha256(mask.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _encode_images(
+    images: Sequence[TrainingImage], base: Base, device: torch.device, progress: Callable[[int], None]
+) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
+    vae_print = base.fingerprint("vae")
+    keys = [content_key("latents", image.photo.digest, image.crop, image.bucket, image.flip, vae_print) for image in images]
+    vae, results = None, []
+    for index, (image, key) in enumerate(zip(images, keys, strict=True)):
+        found = _read("latents", key)
+        if not found:
+            # In fp32 always: SDXL's VAE overflows in fp16, and it is a matter of seconds.
+            vae = vae or base.load("vae", device, torch.float32)
+            with torch.inference_mode():
+                latents = vae.encode(image.pixels().unsqueeze(0).to(device)).latent_dist  # pyright: ignore
+                found = {
+                    "mean": (latents.mean[0] * base.latent_scale).cpu(),
+                    "deviation": (latents.std[0] * base.latent_scale).cpu(),
+                }
+            found = {name: tensor.clone() for name, tensor in found.items()}
+            _write("latents", key, found)
+        results.append((found["mean"], found["deviation"]))
+        progress(index + 1)
+    return results, keys
+
+
+def _encode_prompts(
+    prompts: Iterable[str],
+    base: Base,
+    config: TrainConfig,
+    chunks: int,
+    text_print: str,
+    device: torch.device,
+    progress: Callable[[int], None],
+) -> dict[str, Conditioning]:
+    encoders, results = None, {}
+    for index, prompt in enumerate(prompts):
+        key = content_key("text", prompt, base.family.name, config.clip_skip, chunks, text_print)
+        found = _read("text", key)
+        if not found:
+            encoders = encoders or base.load_text_encoders(device, torch.float32)
+            with torch.inference_mode():
+                conditioning = base.family.encode_text(encoders, [prompt], config.clip_skip, chunks)
+            found = {name: tensor.cpu().clone() for name, tensor in conditioning.items()}
+            _write("text", key, found)
+        results[prompt] = found
+        progress(index + 1)
+    return results
+
+
+def _read(kind: str, key: str) -> dict[str, Tensor] | None:
+    path = cache_folder() / kind / f"{key}.safetensors"
+    if not path.exists():
+        return None
+    try:
+        return dict(SafetensorsFile.open(path))
+    except BadFile:
+        return None  # damaged (the machine lost power, say): it is computed again and written over
+
+
+def _write(kind: str, key: str, tensors: dict[str, Tensor]) -> None:
+    folder = cache_folder() / kind
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadFile(f"{folder}: the cache cannot be written ({error.strerror}); set FACELORA_CACHE to a folder") from None
+    save_safetensors(folder / f"{key}.safetensors", tensors, None)

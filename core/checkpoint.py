@@ -1,0 +1,110 @@
+"""Exact resume: everything that a run needs to go on as if it had never stopped, in one safetensors file.
+
+The order of the photos, the noise and the timesteps are functions of the seed and the step, so the number of the step
+stands for all of them.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import BadConfig, BadFile
+from .safetensors_file import SafetensorsFile, save_safetensors
+
+STATE_VERSION = "1"
+
+
+@dataclass(frozen=True, eq=False)
+class RunState:
+    """A run between two steps."""
+
+    step: int
+    """Steps that are done."""
+    identity: Mapping[str, str]
+    """What the run was started with: settings, photos and base, each as text that is equal when they are."""
+    tensors: Mapping[str, Tensor]
+    """Adapter, average, optimizer tensors under their names."""
+    scalars: Mapping[str, Any]
+    """What else the optimizer and the loss scaler keep; goes through JSON."""
+
+    def save(self, path: Path) -> None:
+        header = {
+            "step": str(self.step),
+            "version": STATE_VERSION,
+            "identity": json.dumps(dict(self.identity)),
+            "scalars": json.dumps(dict(self.scalars)),
+        }
+        save_safetensors(path, dict(self.tensors), header)
+
+
+def read_state(path: Path, identity: Mapping[str, str]) -> RunState:
+    """The saved state. BadConfig when it belongs to a run with other settings, photos or base; BadFile when damaged."""
+    file = SafetensorsFile.open(path)
+    try:
+        step, saved = int(file.metadata["step"]), json.loads(file.metadata["identity"])
+        scalars, version = json.loads(file.metadata["scalars"]), file.metadata["version"]
+    except (KeyError, ValueError) as error:
+        raise BadFile(f"{path}: not the state of a training run ({error})") from None
+    if version != STATE_VERSION:
+        raise BadConfig(f"{path.name}: was saved by another version of this program; start without --resume")
+    changed = [name for name in identity if saved.get(name) != identity[name]]
+    if changed:
+        raise BadConfig(
+            f"{path.name}: belongs to a run with other {' and '.join(changed)}"
+            f"{_difference(saved, identity)}; use the same, or start without --resume"
+        )
+    # Read into memory: the file is replaced while the run goes on.
+    return RunState(step, saved, {name: file[name].clone() for name in file}, scalars)
+
+
+def _difference(saved: Mapping[str, str], identity: Mapping[str, str]) -> str:
+    """Which settings differ, when it is the settings."""
+    if saved.get("settings") == identity["settings"]:
+        return ""
+    try:
+        old, new = json.loads(saved["settings"]), json.loads(identity["settings"])
+    except (KeyError, ValueError):
+        return ""
+    names = [name for name in new if old.get(name) != new[name]]
+    return " (" + ", ".join(f"{name}: {old.get(name)} then, {new[name]} now" for name in names[:4]) + ")"
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as flat tensors and plain values, whichever optimizer it is."""
+    state = optimizer.state_dict()
+    tensors, values = {}, {}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{name}"] = value.detach().cpu()
+            else:
+                values[f"{index}.{name}"] = value
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]]
+    return tensors, {"values": values, "groups": [_plain(group) for group in groups]}
+
+
+def _plain(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if isinstance(value, int | float | str | bool | list | tuple)}
+
+
+def unpack_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]
+) -> None:
+    """Puts back what `pack_optimizer` took, exactly."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith("optimizer."):
+            index, _, name = key.removeprefix("optimizer.").partition(".")
+            state.setdefault(int(index), {})[name] = tensor
+    for key, value in scalars["values"].items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    for group, saved in zip(groups, scalars["groups"], strict=True):
+        group.update({name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()})
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -1,0 +1,184 @@
+"""The settings of a training run, as one frozen value that checks itself.
+
+Every field is declared with `option(default, help)`: the help text is what the command line, the TOML file's reference and
+the ComfyUI tooltips show.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from .errors import BadConfig
+
+Targets = Literal["attention", "transformer", "transformer+conv"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+def option(default: Any, text: str) -> Any:
+    """A dataclass field with its default and the sentence that explains it, unit included."""
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides what a run makes, apart from the photos and the base model."""
+
+    trigger_word: str = option("sks", "word that names the person in captions and prompts")
+    class_word: str = option("person", "what the person is one of: person, woman, man, ...")
+
+    method: Literal["lora"] = option("lora", "what is trained")
+    rank: int = option(16, "rank of B·A, the size of the adapter")
+    alpha: float | None = option(None, "the weight change is alpha / rank · B·A; default: equal to the rank")
+    targets: Targets = option("transformer", "layers that are adapted: 'transformer' is Kohya's default set")
+    rank_pattern: dict[str, int] = option({}, "regular expression of a module's name -> its own rank")
+    alpha_pattern: dict[str, float] = option({}, "regular expression of a module's name -> its own alpha")
+    dropout: float = option(0.0, "share of the adapter's inputs that are dropped, 0 to 1")
+    rslora: bool = option(False, "scale by alpha / sqrt(rank) (arXiv:2312.03732); the file's alpha is adjusted to match")
+    lora_plus_ratio: float = option(1.0, "learning rate of B over that of A (LoRA+, arXiv:2402.12354)")
+
+    steps: int = option(800, "optimizer steps")
+    batch_size: int = option(1, "photos in a forward pass")
+    accumulation: int = option(1, "forward passes in an optimizer step")
+    resolution: int | None = option(None, "side of the square with a bucket's area, in pixels; default: the base's own")
+    upscale: bool = option(False, "enlarge photos that are smaller than their bucket")
+    flip: bool = option(False, "also train on mirrored photos (faces are asymmetric: costs likeness)")
+
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy"] = option("adamw", "optimizer")
+    learning_rate: float = option(1e-4, "peak learning rate of the denoiser's adapter (prodigy: 1.0)")
+    text_encoder_lr: float = option(0.0, "learning rate of the text encoders' adapter; 0: not trained")
+    weight_decay: float = option(0.01, "decoupled weight decay")
+    schedule: Literal["constant", "linear", "cosine"] = option("constant", "learning rate over the run")
+    warmup_steps: int = option(0, "steps over which the learning rate rises from 0")
+    max_grad_norm: float = option(1.0, "largest norm of the gradient; 0: not clipped")
+    ema_decay: float = option(0.0, "decay of the running average of the adapter that is saved instead; 0: none")
+
+    loss: Literal["mse", "huber"] = option("mse", "loss between prediction and target")
+    huber_delta: float = option(0.1, "where the Huber loss turns from square to linear")
+    min_snr_gamma: float = option(5.0, "min-SNR loss weighting (arXiv:2303.09556); 0: none")
+    debiased: bool = option(False, "weight the loss by 1 / sqrt(SNR) (arXiv:2310.08442) instead of min-SNR")
+    noise_offset: float = option(0.0, "constant added to each channel's noise, times a normal draw")
+    input_perturbation: float = option(0.0, "extra noise on the input only (arXiv:2301.11706)")
+    timestep_min: int = option(0, "lowest timestep drawn, 0 to 999")
+    timestep_max: int = option(999, "highest timestep drawn, 0 to 999")
+    timestep_bias: float = option(0.0, "above 0 draws late (noisy) timesteps more often, below 0 early ones; 0: uniform")
+    caption_dropout: float = option(0.0, "share of the photos whose caption is left out")
+    background_weight: float = option(0.1, "weight of the loss outside a photo's mask, 0 to 1")
+
+    prior_loss_weight: float = option(1.0, "weight of the loss on class images and of prior prediction")
+    class_images: int = option(0, "class images that the base model makes when none are given (prior preservation)")
+    prior_prediction: float = option(0.0, "share of the steps that hold the class caption to the frozen model's prediction")
+
+    clip_skip: int = option(1, "1 uses the text encoder's last layer, 2 the one before (SD1.x only)")
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = option("auto", "what the base predicts")
+    zero_terminal_snr: bool = option(False, "the base was trained to zero terminal SNR (arXiv:2305.08891)")
+
+    seed: int = option(1, "seed of everything random")
+    precision: Precision = option("auto", "of the frozen weights and the arithmetic; the adapter is always fp32")
+    gradient_checkpointing: Literal["auto", "on", "off"] = option("auto", "recompute activations to save memory")
+    save_precision: Literal["fp16", "bf16", "fp32"] = option("fp16", "of the tensors in the file")
+    save_every: int = option(0, "also save the LoRA every so many steps; 0: only at the end")
+    sample_every: int = option(0, "make sample images every so many steps; 0: never")
+    sample_prompts: tuple[str, ...] = option((), "prompts of the sample images; default: the trigger's caption")
+    thumbnail: bool = option(False, "put the last sample image into the file's metadata")
+    state_interval: float = option(60.0, "seconds between the states from which a killed run can resume")
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for item in dataclasses.fields(self):
+            _check_type(item.name, getattr(self, item.name), hints[item.name])
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise BadConfig(f"{name} = {value}: must be between {low} and {high}")
+        if not self.trigger_word.strip() or not self.class_word.strip():
+            raise BadConfig("trigger_word and class_word must not be empty")
+        if self.timestep_min > self.timestep_max:
+            raise BadConfig(f"timestep_min = {self.timestep_min} is above timestep_max = {self.timestep_max}")
+        if self.debiased and self.min_snr_gamma and self.min_snr_gamma != type(self).min_snr_gamma:
+            raise BadConfig("debiased and min_snr_gamma are both set; they weight the same loss: choose one")
+        if self.warmup_steps >= self.steps:
+            raise BadConfig(f"warmup_steps = {self.warmup_steps} leaves nothing of {self.steps} steps")
+        for name in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, name):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise BadConfig(f"{name}: {pattern!r} is no regular expression ({error})") from error
+
+    def alpha_for(self, rank: int) -> float:
+        """The alpha of a module of that rank: the set one, else the rank itself."""
+        return float(rank if self.alpha is None else self.alpha)
+
+
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("rank", 1, 4096),
+    ("alpha", 1e-6, 1e6),
+    ("dropout", 0, 0.99),
+    ("lora_plus_ratio", 1e-3, 1e3),
+    ("steps", 1, 10_000_000),
+    ("batch_size", 1, 1024),
+    ("accumulation", 1, 1024),
+    ("resolution", 16, 8192),
+    ("learning_rate", 0, 100),
+    ("text_encoder_lr", 0, 100),
+    ("weight_decay", 0, 10),
+    ("warmup_steps", 0, 10_000_000),
+    ("max_grad_norm", 0, math.inf),
+    ("ema_decay", 0, 0.99999),
+    ("huber_delta", 1e-6, 1e3),
+    ("min_snr_gamma", 0, 1e3),
+    ("noise_offset", 0, 1),
+    ("input_perturbation", 0, 1),
+    ("timestep_min", 0, 999),
+    ("timestep_max", 0, 999),
+    ("timestep_bias", -10, 10),
+    ("caption_dropout", 0, 1),
+    ("background_weight", 0, 1),
+    ("prior_loss_weight", 0, 100),
+    ("class_images", 0, 10_000),
+    ("prior_prediction", 0, 1),
+    ("clip_skip", 1, 4),
+    ("seed", 0, 2**63 - 1),
+    ("save_every", 0, 10_000_000),
+    ("sample_every", 0, 10_000_000),
+    ("state_interval", 0, 1e9),
+)
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise BadConfig(f"{name} = {value!r}: choose one of {', '.join(map(str, get_args(hint)))}")
+        return
+    if get_origin(hint) is dict:
+        expected = (dict,)
+    elif get_origin(hint) is tuple:
+        expected = (tuple,)
+    else:
+        expected = get_args(hint) or (hint,)
+    accepted = (*expected, int) if float in expected else expected
+    if (isinstance(value, bool) and bool not in expected) or not isinstance(value, accepted):
+        names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in expected if kind is not type(None))
+        raise BadConfig(f"{name} = {value!r}: expected {names}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadConfig(f"{name} = {value}: must be finite")
+
+
+def config_from(settings: Mapping[str, Any]) -> TrainConfig:
+    """A TrainConfig from plain settings (a TOML table, say); an unknown name is refused with the nearest known ones."""
+    import difflib
+
+    known = [item.name for item in dataclasses.fields(TrainConfig)]
+    cleaned = {}
+    for raw, value in settings.items():
+        name = raw.replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known
+            raise BadConfig(f"unknown setting {raw!r}; did you mean {', '.join(near)}?")
+        cleaned[name] = tuple(value) if isinstance(value, list) else value
+    return TrainConfig(**cleaned)

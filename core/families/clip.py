@@ -1,0 +1,167 @@
+"""CLIP's tokenizer and text encoders, from tensors in either naming: OpenAI's (SD1.x, SDXL's first) and OpenCLIP's.
+
+The vocabulary and merges in `clip_tokenizer/` are those that OpenAI published with CLIP (MIT licence, see NOTICE).
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnmatchedKeys
+from .ldm import count_children
+from .spec import Component, LazyTensors
+
+TOKENIZER_FOLDER = Path(__file__).parent / "clip_tokenizer"
+START, END = 49406, 49407
+CHUNK_TOKENS = 75
+"""Tokens of a caption that fit into one pass of the encoder, which adds a start and an end."""
+HEAD_WIDTH = 64
+"""Width of an attention head in every CLIP text encoder that Stable Diffusion uses."""
+
+TEXT_TARGETS = r"text_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
+
+
+@lru_cache(maxsize=1)
+def load_tokenizer():
+    """transformers' CLIPTokenizer with CLIP's 49,408 tokens."""
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(TOKENIZER_FOLDER)
+
+
+def caption_tokens(caption: str) -> list[int]:
+    """The tokens of a caption of any length, without start and end."""
+    return load_tokenizer()(caption, add_special_tokens=False, truncation=False, verbose=False).input_ids
+
+
+def chunk_count(captions: Sequence[str]) -> int:
+    """How many chunks of 75 tokens the longest caption needs, at least 1."""
+    longest = max((len(caption_tokens(caption)) for caption in captions), default=0)
+    return max(1, -(-longest // CHUNK_TOKENS))
+
+
+def token_chunks(captions: Sequence[str], chunks: int, padding: int) -> Tensor:
+    """(captions, chunks, 77) token numbers; each chunk has its own start and end and is filled with `padding`."""
+    result = torch.full((len(captions), chunks, CHUNK_TOKENS + 2), padding)
+    for row, caption in enumerate(captions):
+        tokens = caption_tokens(caption)
+        for chunk in range(chunks):
+            part = tokens[chunk * CHUNK_TOKENS : (chunk + 1) * CHUNK_TOKENS]
+            result[row, chunk, : len(part) + 2] = torch.tensor([START, *part, END])
+    return result
+
+
+def encode_chunks(encoder: nn.Module, tokens: Tensor, layer: int, final_norm: bool) -> tuple[Tensor, Any]:
+    """Hidden states of the layer counted from the end (1 = last), (B, chunks * 77, D), and the encoder's whole output."""
+    count, chunks, length = tokens.shape
+    device = next(encoder.parameters()).device
+    output = encoder(tokens.reshape(-1, length).to(device), output_hidden_states=True)
+    states = output.hidden_states[-layer]
+    if final_norm:
+        states = getattr(encoder, "text_model", encoder).final_layer_norm(states)
+    return states.reshape(count, chunks * length, -1), output
+
+
+def text_component(tensors: Mapping[str, Tensor], prefix: str, activation: str) -> Component:
+    """A text encoder in OpenAI's naming (`<prefix>text_model.…`), its config read off the shapes of its tensors."""
+    names = {}
+    for full in tensors:
+        if full.startswith(prefix) and not full.endswith(("position_ids", "logit_scale")):
+            short = full.removeprefix(prefix)
+            # Files saved by some versions of transformers lack the leading text_model.
+            names[short if short.startswith(("text_model.", "text_projection.")) else f"text_model.{short}"] = full
+    readers = {short: partial(tensors.__getitem__, full) for short, full in names.items()}
+    return Component(_text_config(readers, prefix, activation), LazyTensors(readers))
+
+
+def openclip_component(tensors: Mapping[str, Tensor], prefix: str) -> Component:
+    """A text encoder in OpenCLIP's naming (`<prefix>transformer.resblocks.…`), as SDXL's second."""
+    readers: dict[str, Callable[[], Tensor]] = {}
+    outside = {
+        "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+        "positional_embedding": "text_model.embeddings.position_embedding.weight",
+        "ln_final.weight": "text_model.final_layer_norm.weight",
+        "ln_final.bias": "text_model.final_layer_norm.bias",
+    }
+    inside = {
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+        "attn.out_proj": "self_attn.out_proj",
+    }
+
+    def third(full: str, index: int) -> Tensor:
+        return tensors[full].chunk(3)[index]
+
+    def transposed(full: str) -> Tensor:
+        return tensors[full].T.contiguous()
+
+    for full in tensors:
+        short = full.removeprefix(prefix)
+        if short == full or short == "logit_scale":
+            continue
+        if short in outside:
+            readers[outside[short]] = partial(tensors.__getitem__, full)
+        elif short == "text_projection":
+            readers["text_projection.weight"] = partial(transposed, full)
+        elif match := re.match(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)$", short):
+            for index, letter in enumerate("qkv"):
+                name = f"text_model.encoder.layers.{match[1]}.self_attn.{letter}_proj.{match[2]}"
+                readers[name] = partial(third, full, index)
+        elif match := re.match(r"transformer\.resblocks\.(\d+)\.(.+)\.(weight|bias)$", short):
+            name = f"text_model.encoder.layers.{match[1]}.{inside.get(match[2], match[2])}.{match[3]}"
+            readers[name] = partial(tensors.__getitem__, full)
+    return Component(_text_config(readers, prefix, "gelu"), LazyTensors(readers))
+
+
+def _text_config(readers: Mapping[str, Callable[[], Tensor]], prefix: str, activation: str) -> dict[str, Any]:
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in readers:
+            raise UnmatchedKeys(f"the text encoder {prefix}… lacks {name}")
+        return tuple(readers[name]().shape)
+
+    vocabulary, width = shape("text_model.embeddings.token_embedding.weight")
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": shape("text_model.encoder.layers.0.mlp.fc1.weight")[0],
+        "num_hidden_layers": count_children(readers, "text_model.encoder.layers"),
+        "num_attention_heads": max(1, width // HEAD_WIDTH),
+        "max_position_embeddings": shape("text_model.embeddings.position_embedding.weight")[0],
+        "hidden_act": activation,
+        "projection_dim": shape("text_projection.weight")[0] if "text_projection.weight" in readers else width,
+        "bos_token_id": START,
+        "eos_token_id": END,
+    }
+
+
+class _WithPrefix(nn.Module):
+    """Adds the `text_model.` that transformers 5 has dropped from CLIPTextModel, so that names are the same everywhere."""
+
+    def __init__(self, text_model: nn.Module):
+        super().__init__()
+        self.text_model = text_model
+
+    def forward(self, tokens: Tensor, output_hidden_states: bool) -> Any:
+        return self.text_model(tokens, output_hidden_states=output_hidden_states)
+
+
+def build_text_encoder(config: dict[str, Any], projection: bool) -> nn.Module:
+    """transformers' CLIPTextModel, or CLIPTextModelWithProjection, with module names that begin with `text_model.`."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    keep = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "max_position_embeddings", "hidden_act", "projection_dim", "bos_token_id", "eos_token_id")  # fmt: skip
+    text_config = CLIPTextConfig(**{name: config[name] for name in keep if name in config})
+    encoder = (CLIPTextModelWithProjection if projection else CLIPTextModel)(text_config)
+    for module in encoder.modules():
+        if "position_ids" in module._buffers:
+            # Not in any checkpoint, so it must not stay on the meta device.
+            module.register_buffer("position_ids", torch.arange(text_config.max_position_embeddings, device="cpu")[None], persistent=False)
+    return encoder if hasattr(encoder, "text_model") else _WithPrefix(encoder)

@@ -1,0 +1,260 @@
+"""Names of the original (LDM) checkpoints of SD1.x and SDXL beside the diffusers names of the same modules.
+
+The original code numbers its UNet blocks in one flat list, diffusers in nested ones; the arithmetic between the two needs
+only the number of residual blocks of a level. Every table in the project that speaks of "LDM names" comes from here.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import UnmatchedKeys
+from .spec import Component, LazyTensors
+
+# Inside a residual block of the UNet: diffusers name -> original name.
+_UNET_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_UNET_OUTSIDE_BLOCKS = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+_VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+_VAE_OUTSIDE_BLOCKS = {
+    "mid_block.resnets.0": "mid.block_1",
+    "mid_block.resnets.1": "mid.block_2",
+    "mid_block.attentions.0": "mid.attn_1",
+    "conv_norm_out": "norm_out",
+}
+
+
+def _replace_head(path: str, table: dict[str, str]) -> str:
+    """`path` with its leading component(s) replaced by the table, unchanged when no entry leads it."""
+    for old, new in table.items():
+        if path == old or path.startswith(old + "."):
+            return new + path[len(old) :]
+    return path
+
+
+def _inverse(table: dict[str, str]) -> dict[str, str]:
+    return {new: old for old, new in table.items()}
+
+
+def ldm_unet_path(path: str, layers_per_block: int = 2, attention_above: Callable[[int], bool] = lambda _: True) -> str:
+    """The original name of a UNet module or tensor, e.g. `input_blocks.4.1.proj_in` for `down_blocks.1.attentions.0.proj_in`.
+
+    `layers_per_block` is the number of residual blocks of a down level (2 in SD1.x and SDXL).
+    `attention_above(i)` says whether up level i has attentions: its upsampler then is entry 2 of its block, else entry 1.
+    """
+    match = re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", path)
+    if match:
+        side, level, kind, index, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
+        stride = layers_per_block + 1
+        if kind == "resnets":
+            rest = _replace_head(rest, _UNET_RESNET)
+        slot = {"resnets": 0, "attentions": 1, "downsamplers": 0}.get(kind)
+        if side == "down":
+            number = (level + 1) * stride if kind == "downsamplers" else level * stride + index + 1
+            if kind == "downsamplers":
+                rest = rest.replace("conv", "op", 1)
+            return f"input_blocks.{number}.{slot}.{rest}"
+        if kind == "upsamplers":
+            return f"output_blocks.{level * stride + layers_per_block}.{2 if attention_above(level) else 1}.{rest}"
+        return f"output_blocks.{level * stride + index}.{slot}.{rest}"
+    match = re.match(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", path)
+    if match:
+        if match[1] == "attentions":
+            return f"middle_block.1.{match[3]}"
+        return f"middle_block.{2 * int(match[2])}.{_replace_head(match[3], _UNET_RESNET)}"
+    return _replace_head(path, _UNET_OUTSIDE_BLOCKS)
+
+
+def diffusers_unet_path(path: str, layers_per_block: int = 2) -> str:
+    """The diffusers name of an original UNet module or tensor: the inverse of `ldm_unet_path`."""
+    stride = layers_per_block + 1
+    if path.startswith("input_blocks.0."):
+        return _replace_head(path, _inverse(_UNET_OUTSIDE_BLOCKS))
+    match = re.match(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.+)", path)
+    if match:
+        number, slot, rest = int(match[2]), int(match[3]), match[4]
+        if match[1] == "input":
+            level, index = divmod(number - 1, stride)
+            if index == layers_per_block:
+                return f"down_blocks.{level}.downsamplers.0.{rest.replace('op', 'conv', 1)}"
+            side = "down"
+        else:
+            level, index = divmod(number, stride)
+            if slot == 2 or (slot == 1 and rest.startswith("conv.")) or (slot == 1 and rest == "conv"):
+                return f"up_blocks.{level}.upsamplers.0.{rest}"
+            side = "up"
+        if slot == 0:
+            return f"{side}_blocks.{level}.resnets.{index}.{_replace_head(rest, _inverse(_UNET_RESNET))}"
+        return f"{side}_blocks.{level}.attentions.{index}.{rest}"
+    match = re.match(r"middle_block\.(\d+)\.(.+)", path)
+    if match:
+        if match[1] == "1":
+            return f"mid_block.attentions.0.{match[2]}"
+        return f"mid_block.resnets.{int(match[1]) // 2}.{_replace_head(match[2], _inverse(_UNET_RESNET))}"
+    return _replace_head(path, _inverse(_UNET_OUTSIDE_BLOCKS))
+
+
+def ldm_vae_path(path: str, levels: int = 4) -> str:
+    """The original name of a VAE module or tensor; `levels` is the number of resolutions (4 in SD1.x and SDXL)."""
+    side, _, rest = path.partition(".")
+    if side not in ("encoder", "decoder"):
+        return path
+    match = re.match(r"(?:down|up)_blocks\.(\d+)\.(resnets|downsamplers|upsamplers)\.(\d+)\.(.+)", rest)
+    if match:
+        level, kind, index, tail = int(match[1]), match[2], match[3], match[4]
+        block = f"down.{level}" if side == "encoder" else f"up.{levels - 1 - level}"
+        if kind == "resnets":
+            return f"{side}.{block}.block.{index}.{_replace_head(tail, {'conv_shortcut': 'nin_shortcut'})}"
+        return f"{side}.{block}.{kind.removesuffix('rs')}.{tail}"
+    rest = _replace_head(rest, _VAE_OUTSIDE_BLOCKS)
+    if rest.startswith("mid.attn_1."):
+        rest = "mid.attn_1." + _replace_head(rest.removeprefix("mid.attn_1."), _VAE_ATTENTION)
+    return f"{side}.{rest}"
+
+
+def diffusers_vae_path(path: str, levels: int = 4) -> str:
+    """The diffusers name of an original VAE module or tensor: the inverse of `ldm_vae_path`."""
+    side, _, rest = path.partition(".")
+    if side not in ("encoder", "decoder"):
+        return path
+    match = re.match(r"(?:down|up)\.(\d+)\.(?:block\.(\d+)|(downsample|upsample))\.(.+)", rest)
+    if match:
+        level, index, sampler, tail = int(match[1]), match[2], match[3], match[4]
+        block = f"down_blocks.{level}" if side == "encoder" else f"up_blocks.{levels - 1 - level}"
+        if sampler:
+            return f"{side}.{block}.{sampler}rs.0.{tail}"
+        return f"{side}.{block}.resnets.{index}.{_replace_head(tail, {'nin_shortcut': 'conv_shortcut'})}"
+    if rest.startswith("mid.attn_1."):
+        rest = "mid.attn_1." + _replace_head(rest.removeprefix("mid.attn_1."), _inverse(_VAE_ATTENTION))
+    return f"{side}.{_replace_head(rest, _inverse(_VAE_OUTSIDE_BLOCKS))}"
+
+
+def count_children(names: Iterable[str], prefix: str) -> int:
+    """How many numbered children `prefix` has: 1 + the largest n in `<prefix>.<n>.…`, 0 when there is none."""
+    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+    numbers = [int(match[1]) for name in names if (match := pattern.match(name))]
+    return max(numbers, default=-1) + 1
+
+
+def unet_component(tensors: Mapping[str, Tensor], head_width: int | None) -> Component:
+    """The denoiser of an original checkpoint, its diffusers config read off the shapes of its tensors.
+
+    `head_width` is the width of an attention head (64 in SDXL); None means eight heads whatever the width (SD1.x).
+    """
+    prefix = "model.diffusion_model."
+    names = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in names:
+            raise UnmatchedKeys(f"the denoiser lacks {prefix}{name}")
+        return tuple(tensors[names[name]].shape)
+
+    widths, resnets, depths = [], [], []
+    started = False
+    for number in range(1, count_children(names, "input_blocks")):
+        if f"input_blocks.{number}.0.op.weight" in names:
+            started = False
+            continue
+        if not started:
+            widths.append(shape(f"input_blocks.{number}.0.out_layers.3.weight")[0])
+            depths.append(count_children(names, f"input_blocks.{number}.1.transformer_blocks"))
+            resnets.append(0)
+            started = True
+        resnets[-1] += 1
+    if not widths or len(set(resnets)) != 1:
+        raise UnmatchedKeys(f"the denoiser's input_blocks are not those of a Stable Diffusion UNet: {resnets} per level")
+    layers = resnets[0]
+    context_width = shape("middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1]
+    mid_depth = count_children(names, "middle_block.1.transformer_blocks")
+    config: dict[str, Any] = {
+        "in_channels": shape("input_blocks.0.0.weight")[1],
+        "out_channels": shape("out.2.weight")[0],
+        "block_out_channels": tuple(widths),
+        "layers_per_block": layers,
+        "down_block_types": tuple("CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths),
+        "up_block_types": tuple("CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(depths)),
+        # The last entry also counts the blocks in the middle.
+        "transformer_layers_per_block": tuple([*(max(depth, 1) for depth in depths[:-1]), mid_depth]),
+        "cross_attention_dim": context_width,
+        "attention_head_dim": 8 if head_width is None else tuple(width // head_width for width in widths),
+        "use_linear_projection": len(shape("middle_block.1.proj_in.weight")) == 2,
+    }
+    if "label_emb.0.0.weight" in names:
+        config |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": shape("label_emb.0.0.weight")[1],
+        }
+    readers = {diffusers_unet_path(short, layers): partial(tensors.__getitem__, full) for short, full in names.items()}
+    return Component(config, LazyTensors(readers))
+
+
+def vae_component(tensors: Mapping[str, Tensor], latent_scale: float) -> Component:
+    """The VAE of an original checkpoint, its diffusers config read off the shapes of its tensors."""
+    prefix = "first_stage_model."
+    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+    names = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
+    names = {short: full for short, full in names.items() if short.startswith(parts)}
+    levels = count_children(names, "encoder.down")
+    if not levels or "quant_conv.weight" not in names:
+        raise UnmatchedKeys(f"the VAE lacks {prefix}encoder.down.… or {prefix}quant_conv.weight")
+    widths = tuple(tensors[names[f"encoder.down.{level}.block.0.conv1.weight"]].shape[0] for level in range(levels))
+    config: dict[str, Any] = {
+        "block_out_channels": widths,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "layers_per_block": count_children(names, "encoder.down.0.block"),
+        "latent_channels": tensors[names["post_quant_conv.weight"]].shape[1],
+        "scaling_factor": latent_scale,
+    }
+
+    def read(name: str) -> Tensor:
+        tensor = tensors[name]
+        # The original attention is made of 1x1 convolutions, diffusers' of linear layers.
+        return tensor.flatten(1) if ".attn_1." in name and tensor.ndim == 4 else tensor
+
+    readers = {diffusers_vae_path(short, levels): partial(read, full) for short, full in names.items()}
+    return Component(config, LazyTensors(readers))
+
+
+def build_unet(config: dict[str, Any]) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel.from_config(config)
+
+
+def build_vae(config: dict[str, Any]) -> nn.Module:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL.from_config(config)
+
+
+_UNET_ATTENTION = r"(down_blocks|up_blocks)\.\d+\.attentions\.\d+|mid_block\.attentions\.\d+"
+_UNET_BLOCKS = r"(down_blocks|up_blocks)\.\d+|mid_block"
+UNET_TARGETS = {
+    "attention": rf"({_UNET_ATTENTION})\.transformer_blocks\.\d+\.attn[12]\.to_(q|k|v|out\.0)",
+    "transformer": rf"({_UNET_ATTENTION})\.(proj_in|proj_out|transformer_blocks\.\d+\."
+    r"(attn[12]\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2)))",
+}
+UNET_TARGETS["transformer+conv"] = (
+    rf"{UNET_TARGETS['transformer']}|({_UNET_BLOCKS})\."
+    r"(resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)|(downsamplers|upsamplers)\.\d+\.conv)"
+)
+"""What sd-scripts adapts with `conv_dim`: its names are checked against a list made by it."""

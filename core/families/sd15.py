@@ -1,0 +1,65 @@
+"""Stable Diffusion 1.x (arXiv:2112.10752): UNet with cross-attention on CLIP ViT-L/14 text, 512 px, 8x VAE."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import clip, ldm
+from .spec import Component, Conditioning, FamilySpec
+
+TEXT_PREFIX = "cond_stage_model.transformer."
+LATENT_SCALE = 0.18215
+
+
+def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
+    return {
+        "denoiser": ldm.unet_component(tensors, head_width=None),
+        "vae": ldm.vae_component(tensors, LATENT_SCALE),
+        "text_encoder": clip.text_component(tensors, TEXT_PREFIX, activation="quick_gelu"),
+    }
+
+
+def build(part: str, config: dict[str, Any]) -> nn.Module:
+    if part == "denoiser":
+        return ldm.build_unet(config)
+    if part == "vae":
+        return ldm.build_vae(config)
+    return clip.build_text_encoder(config, projection=False)
+
+
+def encode_text(
+    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
+) -> Conditioning:
+    tokens = clip.token_chunks(captions, chunks, padding=clip.END)
+    states, _ = clip.encode_chunks(encoders["text_encoder"], tokens, layer=clip_skip, final_norm=True)
+    return {"context": states}
+
+
+def image_conditioning(
+    original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
+) -> Conditioning:
+    return {}
+
+
+def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    return denoiser(noisy_latents, timesteps, encoder_hidden_states=conditioning["context"], return_dict=False)[0]
+
+
+SD15 = FamilySpec(
+    name="sd15",
+    title="Stable Diffusion 1.x",
+    base_model_version="sd_v1",
+    architecture="stable-diffusion-v1",
+    resolution=512,
+    latent_scale=LATENT_SCALE,
+    pipeline_class="StableDiffusionPipeline",
+    text_encoders=("text_encoder",),
+    denoiser_targets=ldm.UNET_TARGETS,
+    text_encoder_targets=clip.TEXT_TARGETS,
+    split=split,
+    build=build,
+    encode_text=encode_text,
+    image_conditioning=image_conditioning,
+    predict=predict,
+)

@@ -1,0 +1,80 @@
+"""Stable Diffusion XL (arXiv:2307.01952): a larger UNet on two text encoders, told the picture's size and crop, 1024 px."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import clip, ldm
+from .spec import Component, Conditioning, FamilySpec
+
+LATENT_SCALE = 0.13025
+
+
+def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
+    return {
+        "denoiser": ldm.unet_component(tensors, head_width=64),
+        "vae": ldm.vae_component(tensors, LATENT_SCALE),
+        "text_encoder": clip.text_component(tensors, "conditioner.embedders.0.transformer.", activation="quick_gelu"),
+        "text_encoder_2": clip.openclip_component(tensors, "conditioner.embedders.1.model."),
+    }
+
+
+def build(part: str, config: dict[str, Any]) -> nn.Module:
+    if part == "denoiser":
+        return ldm.build_unet(config)
+    if part == "vae":
+        return ldm.build_vae(config)
+    return clip.build_text_encoder(config, projection=part == "text_encoder_2")
+
+
+def encode_text(
+    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
+) -> Conditioning:
+    # SDXL was trained on the layer before the last of both encoders, whatever the clip skip; the second is padded with 0.
+    first, _ = clip.encode_chunks(
+        encoders["text_encoder"], clip.token_chunks(captions, chunks, padding=clip.END), layer=2, final_norm=False
+    )
+    tokens = clip.token_chunks(captions, chunks, padding=0)
+    second, output = clip.encode_chunks(encoders["text_encoder_2"], tokens, layer=2, final_norm=False)
+    pooled = output.text_embeds.reshape(len(captions), chunks, -1)[:, 0]
+    return {"context": torch.cat([first, second], dim=-1), "pooled": pooled}
+
+
+def image_conditioning(
+    original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
+) -> Conditioning:
+    # SDXL's six numbers, height before width: original size, top and left of the crop, target size.
+    numbers = (original_size[1], original_size[0], crop_top_left[1], crop_top_left[0], target_size[1], target_size[0])
+    return {"time_ids": torch.tensor([numbers], dtype=torch.float32)}
+
+
+def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    added = {"text_embeds": conditioning["pooled"], "time_ids": conditioning["time_ids"]}
+    return denoiser(
+        noisy_latents,
+        timesteps,
+        encoder_hidden_states=conditioning["context"],
+        added_cond_kwargs=added,
+        return_dict=False,
+    )[0]
+
+
+SDXL = FamilySpec(
+    name="sdxl",
+    title="Stable Diffusion XL",
+    base_model_version="sdxl_base_v1-0",
+    architecture="stable-diffusion-xl-v1-base",
+    resolution=1024,
+    latent_scale=LATENT_SCALE,
+    pipeline_class="StableDiffusionXLPipeline",
+    text_encoders=("text_encoder", "text_encoder_2"),
+    denoiser_targets=ldm.UNET_TARGETS,
+    text_encoder_targets=clip.TEXT_TARGETS,
+    split=split,
+    build=build,
+    encode_text=encode_text,
+    image_conditioning=image_conditioning,
+    predict=predict,
+)

@@ -1,0 +1,458 @@
+"""The training loop: one run of one adapter on one base model, the same for every family."""
+
+import contextlib
+import gc
+import hashlib
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from . import adapters
+from .base import Base
+from .cache import EncodedImage, LatentCache
+from .checkpoint import RunState, pack_optimizer, read_state, unpack_optimizer
+from .config import TrainConfig
+from .errors import MissingPackage, TrainingDiverged
+from .families.spec import Conditioning
+from .lora_file import LoraFile
+from .objective import draw_noise, draw_timesteps, sample_losses
+from .training_metadata import training_metadata
+
+CHECK_EVERY = 10
+"""Steps between looks at whether the loss is still finite; each look waits for the device."""
+SMOOTHING = 0.98
+"""Decay of the running mean of the loss."""
+_NOT_IDENTITY = {"save_every", "sample_every", "sample_prompts", "state_interval", "save_precision", "thumbnail"}
+"""Settings that may change when a run is resumed, since they do not change its steps."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a callback learns after each optimizer step."""
+
+    step: int
+    """Steps done, 1 to `steps`."""
+    steps: int
+    learning_rate: float
+    seconds_per_step: float
+    seconds_left: float
+    memory: int
+    """Peak memory of the device in bytes; 0 on a CPU."""
+    _loss: Tensor = field(repr=False)
+
+    @property
+    def loss(self) -> float:
+        """The smoothed loss. Looking at it waits for the device: look when you show it, not at every step."""
+        return float(self._loss)
+
+
+OnStep = Callable[[StepReport], None]
+OnSave = Callable[[int, LoraFile], None]
+Sampler = Callable[[nn.Module, Mapping[str, nn.Module]], list[Image.Image]]
+"""(denoiser, text encoders) -> images with the adapter as it is now."""
+OnSample = Callable[[int, list[Image.Image]], None]
+
+
+class Batches:
+    """Which pictures each forward pass takes: a function of seed and pass number alone, so nothing needs to be saved.
+
+    An epoch is every picture `repeats` times, in batches that never mix shapes. A batch that would be short is filled from
+    the start of its bucket.
+    """
+
+    def __init__(self, images: Sequence[EncodedImage], batch_size: int, seed: int):
+        self.seed = seed
+        self.batch_size = batch_size
+        self.buckets: dict[tuple[int, ...], list[int]] = {}
+        for index, image in enumerate(images):
+            self.buckets.setdefault(tuple(image.mean.shape), []).extend([index] * image.repeats)
+        self.per_epoch = sum(-(-len(indices) // batch_size) for indices in self.buckets.values())
+        self._epoch, self._order = -1, []
+
+    def at(self, number: int) -> list[int]:
+        """The pictures of the forward pass with that number."""
+        epoch, position = divmod(number, self.per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._shuffled(epoch)
+        return self._order[position]
+
+    def _shuffled(self, epoch: int) -> list[list[int]]:
+        order = random.Random(f"{self.seed}/{epoch}")
+        batches = []
+        for indices in self.buckets.values():
+            indices = order.sample(indices, len(indices))
+            while len(indices) % self.batch_size:
+                indices += indices[: self.batch_size - len(indices) % self.batch_size]
+            batches += [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
+        order.shuffle(batches)
+        return batches
+
+
+def device_and_dtype(config: TrainConfig, device: torch.device | None = None) -> tuple[torch.device, torch.dtype]:
+    """Where to train and in which precision: CUDA (or another accelerator) and bf16 where there is one, else CPU and fp32."""
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    if config.precision != "auto":
+        return device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+    if device.type == "cuda":
+        return device, torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return device, torch.float32
+
+
+def learning_rate_factor(step: int, config: TrainConfig) -> float:
+    """What the peak learning rate is multiplied by in step 0, 1, ...: linear warm-up, then the schedule."""
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    if config.schedule == "linear":
+        return 1 - progress
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1.0
+
+
+def build_optimizer(adapter: adapters.Adapter, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer, with B's learning rate raised by the LoRA+ ratio and the text encoders' their own.
+
+    `peak` in each group is the rate that the schedule scales. MissingPackage names what to install.
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in adapter.parameters().items():
+        rate = config.learning_rate if name.startswith("denoiser.") else config.text_encoder_lr
+        ratio = config.lora_plus_ratio if name.endswith(".up") else 1.0
+        groups.setdefault(rate * ratio, []).append(parameter)
+    described = [{"params": parameters, "lr": rate, "peak": rate} for rate, parameters in groups.items()]
+    decay = config.weight_decay
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(described, weight_decay=decay, fused=device.type == "cuda" or None)
+    if config.optimizer == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor(described, weight_decay=decay, scale_parameter=False, relative_step=False, warmup_init=False)
+    try:
+        if config.optimizer == "prodigy":
+            from prodigyopt import Prodigy
+
+            return Prodigy(described, weight_decay=decay, safeguard_warmup=True, use_bias_correction=True)
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        package = {"prodigy": "prodigyopt", "adamw8bit": "bitsandbytes"}[config.optimizer]
+        raise MissingPackage(f"optimizer {config.optimizer!r} needs a package: pip install {package}") from None
+    return AdamW8bit(described, weight_decay=decay)
+
+
+class Run:
+    """A training run between two steps: the networks, the adapter, the optimizer, and how one step is made."""
+
+    def __init__(
+        self,
+        cache: LatentCache,
+        base: Base,
+        config: TrainConfig,
+        device: torch.device | None = None,
+        continue_from: LoraFile | None = None,
+    ):
+        self.config = config
+        self.family = base.family
+        self.device, self.dtype = device_and_dtype(config, device)
+        self.denoiser = base.load("denoiser", self.device, self.dtype)
+        self.encoders: dict[str, nn.Module] = {}
+        if config.text_encoder_lr:
+            self.encoders = base.load_text_encoders(self.device, self.dtype)
+        self.adapter = adapters.attach({"denoiser": self.denoiser, **self.encoders}, base.family, config, continue_from)
+        if wants_recompute(self, cache):
+            self.denoiser.enable_gradient_checkpointing()  # pyright: ignore
+        self.parameters = self.adapter.parameters()
+        self.average = {name: value.detach().clone() for name, value in self.parameters.items()} if config.ema_decay else None
+        self.optimizer = build_optimizer(self.adapter, config, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.schedule = base.noise_schedule().to(self.device)
+        self.images = [_to_device(image, self.device) for image in cache.images if not image.is_class]
+        self.class_images = [_to_device(image, self.device) for image in cache.images if image.is_class]
+        self.text = {
+            caption: {name: value.to(self.device) for name, value in conditioning.items()}
+            for caption, conditioning in cache.text.items()
+        }
+        self.chunks = cache.chunks
+        self.batches = Batches(self.images, config.batch_size, config.seed)
+        self.class_batches = Batches(self.class_images, config.batch_size, config.seed + 1) if self.class_images else None
+        self.step = 0
+        self.loss = torch.zeros((), device=self.device)
+        self.first_bad_step = torch.full((), -1, device=self.device)
+
+    def train_step(self) -> None:
+        """One optimizer step. Nothing in it waits for the device."""
+        config = self.config
+        rate = learning_rate_factor(self.step, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * rate
+        total = torch.zeros((), device=self.device)
+        for number in range(self.step * config.accumulation, (self.step + 1) * config.accumulation):
+            for loss in self._losses(number):
+                self.scaler.scale(loss / config.accumulation).backward()
+                total += loss.detach() / config.accumulation
+        if config.max_grad_norm:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            torch._foreach_lerp_(
+                list(self.average.values()), [p.detach() for p in self.parameters.values()], 1 - config.ema_decay
+            )
+        bad = ~torch.isfinite(total) & (self.first_bad_step < 0)
+        self.first_bad_step = torch.where(bad, self.step, self.first_bad_step)
+        # The mean starts at the first loss, so that it does not have to climb from 0.
+        self.loss = total if self.step == 0 else SMOOTHING * self.loss + (1 - SMOOTHING) * total
+        self.step += 1
+
+    def _losses(self, number: int):
+        """The losses that forward pass `number` is made of, one after the other, so that one graph is alive at a time."""
+        config = self.config
+        generator = self._generator("noise", number)
+        pictures = [self.images[index] for index in self.batches.at(number)]
+        if config.prior_prediction and random.Random(f"{config.seed}/prior/{number}").random() < config.prior_prediction:
+            yield config.prior_loss_weight * self.prior_prediction_loss(pictures, self._generator("prior", number))
+        dropped = random.Random(f"{config.seed}/dropout/{number}")
+        captions = ["" if dropped.random() < config.caption_dropout else picture.caption for picture in pictures]
+        yield self.picture_loss(pictures, captions, generator)
+        if self.class_batches:
+            pictures = [self.class_images[index] for index in self.class_batches.at(number)]
+            captions = [picture.caption for picture in pictures]
+            yield config.prior_loss_weight * self.picture_loss(pictures, captions, self._generator("class", number))
+
+    def picture_loss(self, pictures: Sequence[EncodedImage], captions: Sequence[str], generator: torch.Generator) -> Tensor:
+        """The weighted loss on pictures of one shape, a scalar: the denoising objective of the base model."""
+        latents, noise, noisy_latents, timesteps = self._noised(pictures, generator)
+        prediction = self._predict(noisy_latents, timesteps, self._conditioning(pictures, captions))
+        target = self.schedule.target(latents, noise, timesteps)
+        masks = None
+        if any(picture.mask is not None for picture in pictures):
+            masks = torch.stack([torch.ones_like(p.mean[:1]) if p.mask is None else p.mask for p in pictures])
+        losses = sample_losses(prediction, target, masks, self.config)
+        return (losses * self.schedule.loss_weights(timesteps, self.config)).mean()
+
+    def prior_prediction_loss(self, pictures: Sequence[EncodedImage], generator: torch.Generator) -> Tensor:
+        """How far the prediction for the class caption has moved from the frozen model's, a scalar.
+
+        The frozen model is the teacher on the same noisy pictures: no class images are needed (the idea is learning
+        without forgetting, arXiv:1606.09282; ai-toolkit calls it differential output preservation).
+        """
+        _, _, noisy_latents, timesteps = self._noised(pictures, generator)
+        captions = [picture.class_caption for picture in pictures]
+        with torch.no_grad(), self.adapter.disabled():
+            target = self._predict(noisy_latents, timesteps, self._conditioning(pictures, captions))
+        prediction = self._predict(noisy_latents, timesteps, self._conditioning(pictures, captions))
+        return sample_losses(prediction, target, None, self.config).mean()
+
+    def _noised(self, pictures: Sequence[EncodedImage], generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        mean = torch.stack([picture.mean for picture in pictures])
+        deviation = torch.stack([picture.deviation for picture in pictures])
+        latents = mean + deviation * torch.randn(mean.shape, generator=generator, device=self.device)
+        noise, input_noise = draw_noise(latents, self.config, generator)
+        timesteps = draw_timesteps(len(pictures), self.config, generator, self.device)
+        return latents, noise, self.schedule.add_noise(latents, input_noise, timesteps), timesteps
+
+    def _predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        with self._autocast():
+            return self.family.predict(self.denoiser, noisy_latents.to(self.dtype), timesteps, conditioning)
+
+    def _conditioning(self, pictures: Sequence[EncodedImage], captions: Sequence[str]) -> Conditioning:
+        if self.encoders:
+            with self._autocast():
+                text = self.family.encode_text(self.encoders, captions, self.config.clip_skip, self.chunks)
+        else:
+            text = _joined([self.text[caption] for caption in captions])
+        joined = text | _joined([picture.conditioning for picture in pictures])
+        return {name: value.to(self.dtype) for name, value in joined.items()}
+
+    def _autocast(self):
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def _generator(self, purpose: str, number: int) -> torch.Generator:
+        seed = hashlib.sha256(f"{self.config.seed}/{purpose}/{number}".encode()).digest()
+        if self.config.dropout:
+            torch.manual_seed(int.from_bytes(seed[8:15], "big"))
+        return torch.Generator(self.device).manual_seed(int.from_bytes(seed[:7], "big"))
+
+    def check_finite(self) -> None:
+        """Waits for the device; TrainingDiverged if the loss of any step so far was not finite."""
+        step = int(self.first_bad_step)
+        if step < 0:
+            return
+        names = sorted({self.images[i].name for n in range(self.config.accumulation)
+                        for i in self.batches.at(step * self.config.accumulation + n)})  # fmt: skip
+        advice = "lower the learning rate" if self.dtype != torch.float16 else "lower the learning rate, or precision bf16"
+        raise TrainingDiverged(
+            f"the loss became NaN or infinite in step {step + 1} on {', '.join(names)} at learning rate "
+            f"{self.config.learning_rate * learning_rate_factor(step, self.config):g}; {advice}"
+        )
+
+    def trained(self) -> Mapping[str, Tensor]:
+        """The values that are saved: the running average where there is one, else the parameters."""
+        return self.parameters if self.average is None else self.average
+
+    def state(self, identity: Mapping[str, str]) -> RunState:
+        tensors = {f"adapter.{name}": value.detach().cpu() for name, value in self.parameters.items()}
+        if self.average is not None:
+            tensors |= {f"average.{name}": value.cpu() for name, value in self.average.items()}
+        tensors["loss"] = self.loss.cpu()
+        optimizer_tensors, scalars = pack_optimizer(self.optimizer)
+        return RunState(self.step, identity, tensors | optimizer_tensors, scalars | {"scaler": self.scaler.state_dict()})
+
+    @torch.no_grad()
+    def restore(self, state: RunState) -> None:
+        for name, value in self.parameters.items():
+            value.copy_(state.tensors[f"adapter.{name}"])
+        for name, value in (self.average or {}).items():
+            value.copy_(state.tensors[f"average.{name}"])
+        unpack_optimizer(self.optimizer, state.tensors, state.scalars)
+        self.scaler.load_state_dict(state.scalars["scaler"])
+        self.loss = state.tensors["loss"].to(self.device)
+        self.step = state.step
+
+
+def _to_device(image: EncodedImage, device: torch.device) -> EncodedImage:
+    return replace(
+        image,
+        mean=image.mean.to(device),
+        deviation=image.deviation.to(device),
+        mask=None if image.mask is None else image.mask.to(device),
+        conditioning={name: value.to(device) for name, value in image.conditioning.items()},
+    )
+
+
+def _joined(parts: Sequence[Conditioning]) -> Conditioning:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+ACTIVATION_BYTES = 1e6
+"""Bytes that the backward pass keeps per latent pixel and picture of an SD UNet without recomputation; half in 16 bit.
+
+From the published peaks of SDXL at 1024 px, 13.0 GiB without and 6.5 GiB with recomputation, of which 5.2 GiB are weights.
+"""
+
+
+def wants_recompute(run: Run, cache: LatentCache) -> bool:
+    """Whether to recompute activations in the backward pass: as told, else when they would not fit the free memory."""
+    if run.config.gradient_checkpointing != "auto":
+        return run.config.gradient_checkpointing == "on"
+    if run.device.type != "cuda":
+        return False
+    pixels = max(image.mean[0].numel() for image in cache.images) * run.config.batch_size
+    kept = pixels * ACTIVATION_BYTES * (1.0 if run.dtype == torch.float32 else 0.5)
+    free, _ = torch.cuda.mem_get_info(run.device)
+    return kept > 0.8 * free
+
+
+def train_lora(
+    cache: LatentCache,
+    base: Base,
+    config: TrainConfig,
+    *,
+    device: torch.device | None = None,
+    continue_from: LoraFile | None = None,
+    state_path: Path | None = None,
+    resume: bool = False,
+    extra_metadata: Mapping[str, str] | None = None,
+    sampler: Sampler | None = None,
+    on_step: OnStep | None = None,
+    on_save: OnSave | None = None,
+    on_sample: OnSample | None = None,
+) -> LoraFile:
+    """The trained LoRA, in Kohya naming with complete metadata.
+
+    `on_step` hears of every step and cancels by raising: the state is then saved to `state_path` and the exception goes
+    on. With `resume` the run goes on from that state, if there is one; on the same machine the result is the same, tensor
+    for tensor, as of a run that was never interrupted. The state is deleted when the run is done.
+    `on_save(step, lora)` is called every `save_every` steps, `on_sample(step, images)` every `sample_every`.
+
+    TrainingDiverged when the loss is no longer finite; the last saved state is from before.
+    """
+    # A ComfyUI node runs in inference mode, in which nothing can be trained.
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng():
+        run = Run(cache, base, config, device, continue_from)
+        identity = run_identity(cache, base, config, continue_from)
+        if resume and state_path is not None and state_path.exists():
+            run.restore(read_state(state_path, identity))
+        started_at, first_step = time.time(), run.step
+        last_state, started = time.monotonic(), time.monotonic()
+        thumbnail: Image.Image | None = None
+
+        def lora() -> LoraFile:
+            metadata = training_metadata(cache, base, config, run.step, started_at, thumbnail)
+            modules = run.adapter.modules(run.trained())
+            return LoraFile.from_modules(base.family.name, modules, metadata | dict(extra_metadata or {}))
+
+        def save_state() -> None:
+            if state_path is not None:
+                run.check_finite()
+                run.state(identity).save(state_path)
+
+        while run.step < config.steps:
+            run.train_step()
+            if run.step % CHECK_EVERY == 0 or run.step == config.steps:
+                run.check_finite()
+            if sampler and on_sample and config.sample_every and run.step % config.sample_every == 0:
+                images = sampler(run.denoiser, run.encoders)
+                thumbnail = images[0] if config.thumbnail else None
+                on_sample(run.step, images)
+            if on_save and config.save_every and run.step % config.save_every == 0 and run.step < config.steps:
+                run.check_finite()
+                on_save(run.step, lora())
+            try:
+                if on_step:
+                    on_step(_report(run, first_step, started))
+            except BaseException:
+                # A cancel, also ComfyUI's and Ctrl-C's, which are no Exceptions.
+                save_state()
+                raise
+            if run.step < config.steps and time.monotonic() - last_state >= config.state_interval:
+                save_state()
+                last_state = time.monotonic()
+        result = lora()
+        if state_path is not None:
+            state_path.unlink(missing_ok=True)
+        del run
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return result
+
+
+def _report(run: Run, first_step: int, started: float) -> StepReport:
+    seconds = (time.monotonic() - started) / (run.step - first_step)
+    return StepReport(
+        step=run.step,
+        steps=run.config.steps,
+        learning_rate=run.optimizer.param_groups[0]["lr"],
+        seconds_per_step=seconds,
+        seconds_left=seconds * (run.config.steps - run.step),
+        memory=torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else 0,
+        _loss=run.loss,
+    )
+
+
+def run_identity(
+    cache: LatentCache, base: Base, config: TrainConfig, continue_from: LoraFile | None = None
+) -> dict[str, str]:
+    """What decides the result of a run, as text: equal for equal settings, photos and base model."""
+    settings: dict[str, Any] = {name: value for name, value in asdict(config).items() if name not in _NOT_IDENTITY}
+    if config.schedule == "constant":
+        del settings["steps"]  # the steps so far are the same, however many follow
+    if continue_from is not None:
+        settings["continue_from"] = continue_from.metadata.get("sshs_model_hash", continue_from.name)
+    fingerprint = base.fingerprint("denoiser") + base.prediction_type + str(base.zero_terminal_snr)
+    return {"settings": json.dumps(settings, sort_keys=True), "photos": cache.digest, "base model": fingerprint}
