@@ -1,19 +1,32 @@
-"""LoRA files: what the community trains, shares and loads, read into values and written in Kohya's format.
+"""LoRA files: what the community trains, shares and loads, read into values and written in any of its schemes.
 
 Facts about the format are in docs/formats.md.
 """
 
 import hashlib
+import itertools
+import json
+import math
 import os
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from .errors import BadFile, UnknownFamily, UnmatchedKeys
-from .lora_keys import FAMILIES, ModuleId, parse_key
+from .errors import BadFile, LoraMisfit, UnknownFamily, UnmatchedKeys
+from .lora_keys import FAMILIES, FamilyKeys, Fusion, ModuleId, bundled_embedding, parse_key
+from .lora_kinds import kind_of, needs_base, rank_of, weight_change, weight_shape
 from .safetensors_file import SafetensorsFile, header_bytes, save_safetensors, storage_order, tensor_bytes
+
+_T = TypeVar("_T")
+
+SCHEMES = ("kohya", "diffusers", "comfy")
+"""The schemes that can be written."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,10 +52,55 @@ class LoraModule:
 
     def delta(self) -> Tensor:
         """The change of the weight, float32, in the weight's shape."""
-        down, up = self.down.float(), self.up.float()
-        if self.mid is not None:
-            return self.scale * torch.einsum("or,rskl,si->oikl", up.flatten(1), self.mid.float(), down.flatten(1))
-        return self.scale * (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
+        tensors = {"down": self.down, "up": self.up} | ({} if self.mid is None else {"mid": self.mid})
+        return self.scale * weight_change("lora", tensors)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One adapted module as it stands in a file."""
+
+    name: str
+    """Its name in the file, without the suffixes of its tensors."""
+    scheme: str
+    part: str
+    fusion: Fusion
+    index: int | None
+    """Which part of the fusion it changes; None: the whole of it."""
+    kind: str
+    """One of lora_kinds.KINDS."""
+    keys: Mapping[str, str]
+    """Role -> name of the tensor."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Role -> shape of the tensor."""
+
+    @property
+    def modules(self) -> tuple[ModuleId, ...]:
+        """The modules that it changes."""
+        parts = self.fusion.parts if self.index is None else (self.fusion.parts[self.index],)
+        return tuple((self.part, path) for path in parts)
+
+    @property
+    def rank(self) -> int | None:
+        return rank_of(self.kind, self.shapes)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...] | None:
+        """The shape of the weight that the file's tensors change: that of the whole fusion where `index` is None."""
+        return weight_shape(self.kind, self.shapes)
+
+    def rows(self, shape: tuple[int, ...]) -> list[int]:
+        """How many rows of a weight of this shape each of `modules` has. ValueError when they do not add up."""
+        if len(self.modules) == 1:
+            return [shape[0]]
+        rows = [round(size * shape[1]) for size in self.fusion.sizes]
+        if sum(rows) != shape[0]:
+            raise ValueError(f"{shape[0]} rows are not {' + '.join(map(str, rows))}")
+        return rows
+
+    def swaps_halves(self, shape: tuple[int, ...]) -> bool:
+        """Whether the two halves of its rows are in the other order in diffusers."""
+        return self.index is None and self.fusion.halves_swapped and shape[0] == 2 * shape[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +108,7 @@ class LoraFile:
     """A LoRA as it stands in a file: its tensors under the names of the file, and what they mean."""
 
     family: str
-    scheme: str
-    """kohya, diffusers or comfy."""
+    """A name in lora_keys.FAMILIES."""
     metadata: dict[str, str]
     tensors: Mapping[str, Tensor] = field(repr=False)
     name: str = "LoRA"
@@ -60,70 +117,393 @@ class LoraFile:
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> "LoraFile":
         """The file, with its tensors still on disk. BadFile when it is damaged, UnknownFamily when it is no LoRA."""
-        return cls.from_tensors(file := SafetensorsFile.open(path), file.metadata, name=str(file.path))
+        file = SafetensorsFile.open(path)
+        return cls.from_tensors(file, file.metadata, name=str(file.path))
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str = "LoRA") -> "LoraFile":
-        """A LoRA from tensors under file names; detects family and scheme."""
-        names = {key: named for key in tensors if (named := parse_key(key))}
-        if not names:
-            example = next(iter(tensors), "none")
-            raise UnknownFamily(f"{name}: no LoRA tensors among its {len(tensors)} keys, e.g. {example!r}")
-        family = _detect_family(name, tensors, metadata)
-        return cls(family, next(iter(names.values())).scheme, dict(metadata), tensors, name)
+        """A LoRA from tensors under the names of a file; its family is detected. UnknownFamily when it is no LoRA."""
+        return cls(_detect_family(tensors, metadata, name), dict(metadata), tensors, name)
 
     @classmethod
     def from_modules(
-        cls, family: str, modules: Mapping[ModuleId, LoraModule], metadata: Mapping[str, str]
+        cls, family: str, modules: Mapping[ModuleId, LoraModule], metadata: Mapping[str, str], scheme: str = "kohya"
     ) -> "LoraFile":
-        """A LoRA in Kohya's scheme."""
-        keys = FAMILIES[family]
-        tensors: dict[str, Tensor] = {}
-        for (part, path), module in modules.items():
-            module_name = keys.kohya_name(part, path)
-            tensors[f"{module_name}.lora_down.weight"] = module.down
-            tensors[f"{module_name}.lora_up.weight"] = module.up
-            tensors[f"{module_name}.alpha"] = torch.tensor(module.alpha)
-            if module.mid is not None:
-                tensors[f"{module_name}.lora_mid.weight"] = module.mid
-        return cls(family, "kohya", dict(metadata), tensors)
+        """A LoRA in the given scheme: one of SCHEMES."""
+        if family not in FAMILIES:
+            raise UnknownFamily(f"no family {family!r}; known: {', '.join(FAMILIES)}")
+        return cls(family, dict(metadata), name_modules(family, modules, scheme))
+
+    @cached_property
+    def _sorted_keys(self) -> tuple[tuple[Entry, ...], tuple[str, ...], tuple[str, ...]]:
+        """Entries, keys of bundled embeddings, and keys that are not understood."""
+        family = FAMILIES[self.family]
+        found: dict[str, dict[str, str]] = {}
+        named = {}
+        embeddings, unknown = [], []
+        for key in self.tensors:
+            if bundled_embedding(key):
+                embeddings.append(key)
+            elif (parsed := parse_key(key)) is None:
+                unknown.append(key)
+            else:
+                found.setdefault(parsed.module_name, {})[parsed.role] = key
+                named[parsed.module_name] = parsed
+        entries = []
+        for module_name, keys in found.items():
+            shapes = {role: tuple(self.tensors[key].shape) for role, key in keys.items()}
+            kind = kind_of(shapes)
+            if kind is None:
+                unknown.extend(keys.values())
+                continue
+            parsed = named[module_name]
+            part, fusion, index = family.locate(parsed.part, parsed.path)
+            entries.append(Entry(module_name, parsed.scheme, part, fusion, index, kind, keys, shapes))
+        return tuple(entries), tuple(embeddings), tuple(unknown)
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """The adapted modules, in the file's order."""
+        return self._sorted_keys[0]
+
+    @property
+    def embedding_keys(self) -> tuple[str, ...]:
+        """Tensors of textual-inversion embeddings that came along."""
+        return self._sorted_keys[1]
+
+    @property
+    def unknown_keys(self) -> tuple[str, ...]:
+        """Tensors that are not understood, or that belong to an incomplete module."""
+        return self._sorted_keys[2]
+
+    @property
+    def scheme(self) -> str:
+        """The naming scheme of most modules."""
+        return _most_common(entry.scheme for entry in self.entries)
+
+    @property
+    def kind(self) -> str:
+        """The kind of adapter, "mixed" when there are several; a LoRA with some convolutions is "locon"."""
+        kinds = {entry.kind for entry in self.entries}
+        if kinds == {"lora", "locon"}:
+            return "locon"
+        return kinds.pop() if len(kinds) == 1 else "mixed"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of most tensors."""
+        return _most_common(tensor.dtype for tensor in self.tensors.values() if tensor.ndim > 0)
+
+    def tensors_of(self, entry: Entry) -> dict[str, Tensor]:
+        """Role -> tensor, with an alpha from peft's metadata where the file itself has none."""
+        tensors = {role: self.tensors[key] for role, key in entry.keys.items()}
+        if "alpha" not in tensors and entry.rank is not None:
+            alpha = _alpha_in_metadata(self.metadata, entry)
+            if alpha is not None:
+                tensors["alpha"] = torch.tensor(alpha)
+        return tensors
 
     def modules(self) -> dict[ModuleId, LoraModule]:
-        """The low-rank change of every module. UnmatchedKeys when tensors are left over or missing."""
-        roles: dict[ModuleId, dict[str, Tensor]] = {}
-        unknown = []
-        keys = FAMILIES[self.family]
-        for key in self.tensors:
-            named = parse_key(key)
-            if named is None:
-                unknown.append(key)
-                continue
-            fusion, _ = keys.locate(named.part, named.path)
-            roles.setdefault((named.part, fusion.parts[0]), {})[named.role] = self.tensors[key]
-        if unknown:
-            raise UnmatchedKeys(f"{self.name}: {len(unknown)} tensors are not understood, e.g. {unknown[0]!r}")
-        modules = {}
-        for module_id, found in roles.items():
-            if "down" not in found or "up" not in found:
-                missing = "lora_down" if "down" not in found else "lora_up"
-                raise UnmatchedKeys(f"{self.name}: {module_id[1]} of the {module_id[0]} has no {missing}")
-            # No alpha: Kohya then means alpha = rank.
-            alpha = found["alpha"].item() if "alpha" in found else found["down"].shape[0]
-            modules[module_id] = LoraModule(found["down"], found["up"], float(alpha), found.get("mid"))
+        """The low-rank change of every module, one for each of diffusers' modules.
+
+        UnmatchedKeys when tensors are left over, when a module is there twice, or for a kind of adapter that is no
+        plain LoRA (`lora_tools.to_plain` makes it one).
+        """
+        self._refuse_unknown()
+        modules: dict[ModuleId, LoraModule] = {}
+        for entry in self.entries:
+            if entry.kind not in ("lora", "locon") or "bias" in entry.keys:
+                what = "a LoRA with a bias" if entry.kind in ("lora", "locon") else f"of kind {entry.kind}"
+                raise UnmatchedKeys(f"{self.name}: {entry.name} is {what}, not a plain LoRA; convert it to one first")
+            for module_id, module in self._split(entry):
+                if module_id in modules:
+                    raise UnmatchedKeys(
+                        f"{self.name}: the change of {module_id[1]} is there twice, also as {entry.name}"
+                    )
+                modules[module_id] = module
         return modules
+
+    def _split(self, entry: Entry) -> Iterator[tuple[ModuleId, LoraModule]]:
+        tensors = self.tensors_of(entry)
+        down, up, mid = tensors["down"], tensors["up"], tensors.get("mid")
+        self._check_low_rank(entry, down, up, mid)
+        alpha = float(tensors["alpha"].item()) if "alpha" in tensors else float(down.shape[0])
+        kernel = FAMILIES[self.family].kernel(entry.fusion.parts[0]) if entry.part == "denoiser" else None
+        down, up = _in_weight_form(down, up, kernel)
+        shape = (up.shape[0], down.shape[1])
+        if entry.swaps_halves(shape):
+            up = up.roll(shape[0] // 2, 0)
+        try:
+            rows = entry.rows(shape)
+        except ValueError as error:
+            raise UnmatchedKeys(f"{self.name}: {entry.name} does not fit {self.family}: {error}") from None
+        for module_id, part_up in zip(entry.modules, up.split(rows), strict=True):
+            yield module_id, LoraModule(down, part_up, alpha, mid)
+
+    def _check_low_rank(self, entry: Entry, down: Tensor, up: Tensor, mid: Tensor | None) -> None:
+        rank = down.shape[0] if down.ndim else 0
+        fits = down.ndim in (2, 4) and up.ndim in (2, 4) and rank > 0 and up.shape[1] == rank
+        if not fits or math.prod(up.shape[2:]) != 1 or (mid is not None and tuple(mid.shape[:2]) != (rank, rank)):
+            shapes = " and ".join(str(list(shape)) for shape in (down.shape, up.shape))
+            raise UnmatchedKeys(f"{self.name}: {entry.name} has down and up of shapes {shapes}, which is no LoRA")
+
+    def changes(self, base: Callable[[ModuleId], Tensor] | None = None) -> Iterator[tuple[ModuleId, Tensor]]:
+        """The change of every weight, one at a time, whatever the kind: float32, fused rows split.
+
+        `base` gives the weight of a module, for the kinds whose change depends on it (DoRA, OFT). Changes of biases are
+        left out: `bias` entries and the bias of a full difference.
+        """
+        self._refuse_unknown()
+        for entry in self.entries:
+            if entry.kind == "bias":
+                continue
+            weight = None
+            if needs_base(entry.kind, entry.keys):
+                if base is None:
+                    raise UnmatchedKeys(
+                        f"{self.name}: {entry.name} is of kind {entry.kind}, whose change depends on the base weights: "
+                        "give the base model"
+                    )
+                weight = torch.cat([base(module).float() for module in entry.modules])
+                if entry.swaps_halves(tuple(weight.shape)):
+                    weight = weight.roll(weight.shape[0] // 2, 0)
+            try:
+                change = weight_change(entry.kind, self.tensors_of(entry), weight)
+                if entry.swaps_halves(tuple(change.shape)):
+                    change = change.roll(change.shape[0] // 2, 0)
+                rows = entry.rows(tuple(change.shape))
+            except (RuntimeError, ValueError) as error:
+                raise UnmatchedKeys(f"{self.name}: {entry.name} cannot be computed: {error}") from None
+            yield from zip(entry.modules, change.split(rows), strict=True)
+
+    def _refuse_unknown(self) -> None:
+        if self.unknown_keys:
+            count, example = len(self.unknown_keys), self.unknown_keys[0]
+            raise UnmatchedKeys(f"{self.name}: {count} tensors are not understood or not complete, e.g. {example!r}")
 
     def save(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> None:
         """Writes the file, whole or not at all, with its hashes in the metadata. BadFile when that is not possible."""
         tensors = {key: _cast(key, self.tensors[key], dtype) for key in self.tensors}
-        hashes = {
-            "sshs_model_hash": model_hash(tensors),
-            "sshs_legacy_hash": legacy_hash(tensors, self.metadata),
-        }
+        hashes = {"sshs_model_hash": model_hash(tensors), "sshs_legacy_hash": legacy_hash(tensors, self.metadata)}
         save_safetensors(path, tensors, {**self.metadata, **hashes})
 
     def with_metadata(self, metadata: Mapping[str, str]) -> "LoraFile":
         """The same tensors with other metadata."""
         return replace(self, metadata=dict(metadata))
+
+
+def _most_common(values: Iterable[_T]) -> _T:
+    return Counter(values).most_common(1)[0][0]
+
+
+def _detect_family(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str) -> str:
+    """The family with most signs; the metadata decide between equals, since many tools write them wrong."""
+    roles: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
+    for key, tensor in tensors.items():
+        if named := parse_key(key):
+            roles.setdefault((named.part, named.path), {})[named.role] = tuple(tensor.shape)
+    scores: dict[str, tuple[int, int]] = {}
+    for family in FAMILIES.values():
+        decisive = structural = 0
+        for (part, path), shapes in roles.items():
+            kind = kind_of(shapes)
+            shape = weight_shape(kind, shapes) if kind else None
+            for sign in family.signs:
+                if sign.matches(part, path, shape):
+                    decisive += sign.decisive
+                    structural += not sign.decisive
+        scores[family.name] = (decisive, structural)
+    best = max(scores.values())
+    if best == (0, 0):
+        example = next(iter(tensors), "none")
+        raise UnknownFamily(
+            f"{name}: no family matches its {len(tensors)} keys, e.g. {example!r}; known: {', '.join(FAMILIES)}"
+        )
+    candidates = [family for family, score in scores.items() if score == best]
+    claimed = family_in_metadata(metadata)
+    return claimed if claimed in candidates else candidates[0]
+
+
+def family_in_metadata(metadata: Mapping[str, str]) -> str | None:
+    """The family that the metadata claim, None when they claim none that is known."""
+    version = metadata.get("ss_base_model_version", "")
+    architecture = metadata.get("modelspec.architecture", "").partition("/")[0]
+    for family in FAMILIES.values():
+        if version in family.base_versions or architecture == family.architecture.partition("/")[0]:
+            return family.name
+    return None
+
+
+def _alpha_in_metadata(metadata: Mapping[str, str], entry: Entry) -> float | None:
+    """The alpha that peft's configuration in diffusers' metadata gives to a module, None when there is none."""
+    try:
+        config = json.loads(metadata.get("lora_adapter_metadata", "null"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(config, dict):
+        return None
+    prefix, _, path = entry.name.partition(".")
+    patterns = config.get(f"{prefix}.alpha_pattern") or {}
+    alpha = config.get(f"{prefix}.lora_alpha")
+    if isinstance(patterns, dict):
+        matching = (value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?{re.escape(pattern)}", path))
+        alpha = next(matching, alpha)
+    if not isinstance(alpha, (int, float)) or entry.rank is None:
+        return None
+    # rsLoRA (arXiv:2312.03732) divides by the square root of the rank.
+    return alpha * math.sqrt(entry.rank) if config.get(f"{prefix}.use_rslora") is True else float(alpha)
+
+
+def _in_weight_form(down: Tensor, up: Tensor, kernel: int | None) -> tuple[Tensor, Tensor]:
+    """Down and up as the module has its weight in diffusers: with two axes for a Linear, with four for a convolution.
+
+    sd-scripts writes SD2's Linear projections as 1x1 convolutions, ComfyUI's trainer every convolution flattened.
+    """
+    if kernel is None:
+        return (down, up) if down.ndim == 2 or math.prod(down.shape[2:]) != 1 else (down.flatten(1), up.flatten(1))
+    if down.ndim == 2:
+        down = down.reshape(down.shape[0], -1, kernel, kernel)
+    return down, up if up.ndim == 4 else up[:, :, None, None]
+
+
+def name_modules(family: str, modules: Mapping[ModuleId, LoraModule], scheme: str) -> dict[str, Tensor]:
+    """The tensors of a file in the given scheme (one of SCHEMES), fused where it names the original model's modules.
+
+    Only Kohya's has alpha: readers of the other two drop it or fail at it for some families, so it is multiplied in.
+    """
+    if scheme not in SCHEMES:
+        raise UnmatchedKeys(f"no scheme {scheme!r} to write; known: {', '.join(SCHEMES)}")
+    keys = FAMILIES[family]
+    fusions: dict[str, tuple[str, Fusion, dict[int, LoraModule]]] = {}
+    for (part, path), module in modules.items():
+        name, fusion, index = _name_in_scheme(keys, part, path, scheme)
+        fusions.setdefault(name, (part, fusion, {}))[2][index] = module
+    tensors: dict[str, Tensor] = {}
+    for name, (part, fusion, parts) in fusions.items():
+        module = fuse(fusion, parts)
+        if scheme != "kohya":
+            tensors[f"{name}.lora_A.weight"] = (module := without_tucker(module)).down
+            tensors[f"{name}.lora_B.weight"] = module.up if module.scale == 1 else module.up.float() * module.scale
+            continue
+        if part == "denoiser" and keys.kernel_in_kohya(fusion.parts[0]) == 1 and module.down.ndim == 2:
+            module = replace(module, down=module.down[:, :, None, None], up=module.up[:, :, None, None])
+        tensors[f"{name}.lora_down.weight"] = module.down
+        tensors[f"{name}.lora_up.weight"] = module.up
+        tensors[f"{name}.alpha"] = torch.tensor(module.alpha)
+        if module.mid is not None:
+            tensors[f"{name}.lora_mid.weight"] = module.mid
+    return tensors
+
+
+def _name_in_scheme(keys: FamilyKeys, part: str, path: str, scheme: str) -> tuple[str, Fusion, int]:
+    """The name in a file, the fusion that the name stands for, and which part of it the module is."""
+    alone = Fusion(path, (path,))
+    if scheme == "diffusers":
+        return (keys.diffusers_prefix if part == "denoiser" else f"{part}.") + path, alone, 0
+    in_kohya = scheme == "kohya"
+    prefixes = keys.kohya_prefixes if in_kohya else keys.comfy_prefixes
+    if part not in prefixes:
+        raise UnmatchedKeys(f"{keys.name} has no {part} in the {scheme} scheme, but the LoRA changes its {path}")
+    original = keys.original_in_kohya if in_kohya else keys.original_in_comfy
+    fusion = keys.of_diffusers(path) if part == "denoiser" and original else alone
+    name = fusion.original.replace(".", "_") if in_kohya else fusion.original
+    return prefixes[part] + name, fusion, fusion.parts.index(path)
+
+
+def fuse(fusion: Fusion, parts: Mapping[int, LoraModule]) -> LoraModule:
+    """The change of the original model's module, from those of its parts; a missing part is not changed.
+
+    The rank stays when the parts share one down matrix (they were fused once); else the ranks add up.
+    """
+    first = next(iter(parts.values()))
+    if len(fusion.parts) == 1:
+        if fusion.halves_swapped and first.up.shape[0] == 2 * first.down.shape[1]:
+            return replace(first, up=first.up.roll(first.up.shape[0] // 2, 0))
+        return first
+    rows = [round(size * first.down.shape[1]) for size in fusion.sizes]
+    for index, module in parts.items():
+        if module.up.shape[0] != rows[index]:
+            raise UnmatchedKeys(
+                f"{fusion.parts[index]} changes {module.up.shape[0]} rows, but has {rows[index]} in {fusion.original}"
+            )
+    if all(module.scale == first.scale and torch.equal(module.down, first.down) for module in parts.values()):
+        ups = [parts[i].up if i in parts else first.up.new_zeros(rows[i], first.rank) for i in range(len(rows))]
+        return LoraModule(first.down, torch.cat(ups), first.alpha)
+    # One scale for all: what the others differ by goes into their up matrices.
+    scale = max((module.scale for module in parts.values()), key=abs)
+    rank = sum(module.rank for module in parts.values())
+    up = torch.zeros(sum(rows), rank)
+    column = 0
+    for index, module in parts.items():
+        start = sum(rows[:index])
+        factor = module.scale / scale if scale else 0.0
+        up[start : start + rows[index], column : column + module.rank] = module.up.float() * factor
+        column += module.rank
+    # Fused weights are that much wider: alpha grows with the rank, so that the scale stays.
+    down = torch.cat([module.down.float() for module in parts.values()])
+    return LoraModule(down, up.to(first.up.dtype) if scale else up, scale * rank)
+
+
+def without_tucker(module: LoraModule) -> LoraModule:
+    """The same change as a plain convolution LoRA: the core multiplied into down, now (rank, in, kh, kw)."""
+    if module.mid is None:
+        return module
+    down = torch.einsum("rskl,si->rikl", module.mid.float(), module.down.flatten(1).float())
+    return LoraModule(down, module.up, module.alpha)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether a LoRA fits a base model."""
+
+    family: str
+    base_family: str
+    matched: tuple[ModuleId, ...]
+    left_over: Mapping[str, str]
+    """Name in the file -> why it has no place in the base model."""
+
+    @property
+    def fits(self) -> bool:
+        return not self.left_over
+
+    def check(self, name: str = "LoRA") -> None:
+        """LoraMisfit, naming the families and some keys, unless everything in the file has its place."""
+        if self.fits:
+            return
+        examples = "; ".join(f"{key}: {why}" for key, why in list(self.left_over.items())[:3])
+        families = f"it is for {self.family}, the base model is {self.base_family}"
+        count = len(self.left_over)
+        raise LoraMisfit(f"{name}: does not fit: {families}; {count} keys have no place in it, e.g. {examples}")
+
+
+def fit(lora: LoraFile, family: str, shapes: Mapping[ModuleId, tuple[int, ...]]) -> Fit:
+    """Which modules of a base model the LoRA changes, and what in the file has no place in it.
+
+    `family` and `shapes` describe the base: its family's name, and the weight shapes of all the modules that it has
+    (those of its text encoders too, or their part of the LoRA is left over). No tensor is read.
+    """
+    matched: list[ModuleId] = []
+    left_over: dict[str, str] = {key: "is not understood" for key in lora.unknown_keys}
+    if lora.family != family:
+        why = f"changes a {lora.family} model"
+        return Fit(lora.family, family, (), left_over | {entry.name: why for entry in lora.entries})
+    for entry in lora.entries:
+        missing = [module for module in entry.modules if module not in shapes]
+        if missing:
+            left_over[entry.name] = f"the base has no {missing[0][1]} in its {missing[0][0]}"
+            continue
+        expected = [tuple(shapes[module]) for module in entry.modules]
+        shape = entry.weight_shape
+        if shape is not None and not _same_weight(shape, (sum(e[0] for e in expected), *expected[0][1:])):
+            left_over[entry.name] = f"shape {list(shape)} does not fit {[list(e) for e in expected]}"
+            continue
+        matched.extend(entry.modules)
+    return Fit(lora.family, family, tuple(matched), left_over)
+
+
+def _same_weight(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    # 1x1 convolutions may be written as Linear and kernels flattened, so only the sizes count.
+    return shape[0] == other[0] and math.prod(shape[1:]) == math.prod(other[1:])
 
 
 def model_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -135,21 +515,18 @@ def model_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 def legacy_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """`sshs_legacy_hash`: 8 hex digits of sha256 over bytes 0x100000 to 0x110000 of the file with `ss_*` metadata only."""
+    """`sshs_legacy_hash`: of the file with `ss_*` metadata only, 8 hex digits of sha256 over 0x100000 to 0x110000."""
     training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     begin, end, position = 0x100000, 0x110000, 0
     digest = hashlib.sha256()
-
-    def update(data: bytes | memoryview) -> None:
-        nonlocal position
-        digest.update(data[max(begin - position, 0) : max(end - position, 0)])
-        position += len(data)
-
-    update(header_bytes(tensors, training))
-    for name in storage_order(tensors):
+    chunks = itertools.chain(
+        [header_bytes(tensors, training)], (tensor_bytes(tensors[name]) for name in storage_order(tensors))
+    )
+    for chunk in chunks:
+        digest.update(chunk[max(begin - position, 0) : max(end - position, 0)])
+        position += len(chunk)
         if position >= end:
             break
-        update(tensor_bytes(tensors[name]))
     return digest.hexdigest()[:8]
 
 
@@ -160,23 +537,6 @@ def _cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     # Alpha is one number: where the dtype would round it, the scale of the whole module would be off.
     if tensor.ndim == 0 and result.float() != tensor.float():
         return tensor.detach().cpu().float()
-    if not torch.isfinite(result).all() and torch.isfinite(tensor).all():
+    if not torch.isfinite(result.float()).all() and torch.isfinite(tensor.float()).all():
         raise BadFile(f"{key}: its values do not fit {dtype}; save as bfloat16 or float32")
     return result
-
-
-_CONTEXT_WIDTHS = {768: "sd15", 1024: "sd2", 2048: "sdxl"}
-_BASE_VERSIONS = {"sd_v1": "sd15", "sd_v2": "sd2", "sd_v2_v": "sd2", "sdxl_base_v1-0": "sdxl"}
-
-
-def _detect_family(name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    for key in tensors:
-        if key.startswith("lora_te2_"):
-            return "sdxl"
-        if "attn2_to_k.lora_down" in key and (family := _CONTEXT_WIDTHS.get(tensors[key].shape[1])):
-            return family
-    if family := _BASE_VERSIONS.get(metadata.get("ss_base_model_version", "")):
-        return family
-    raise UnknownFamily(
-        f"{name}: no family matches its keys, e.g. {next(iter(tensors))!r}; known: {', '.join(FAMILIES)}"
-    )

@@ -5,10 +5,17 @@ Everywhere else in the project a module is `(part, path)`: `("denoiser", "down_b
 A family adds one table, a `FamilyKeys`, to the list `FAMILIES` here.
 """
 
-from .family import FamilyKeys, Fusion, ModuleId
-from .names import NamedTensor, parse_key
+from .family import FamilyKeys, Fusion, ModuleId, Sign
+from .flux import CHROMA, FLUX1, FLUX2
+from .lumina import LUMINA2, ZIMAGE
+from .names import NamedTensor, bundled_embedding, parse_key
+from .qwen import QWEN_IMAGE
+from .sd3 import SD3
 from .stable_diffusion import SD2, SD15, SDXL
 
-FAMILIES: dict[str, FamilyKeys] = {family.name: family for family in (SD15, SD2, SDXL)}
+FAMILIES: dict[str, FamilyKeys] = {
+    family.name: family for family in (SD15, SD2, SDXL, SD3, FLUX1, CHROMA, FLUX2, LUMINA2, ZIMAGE, QWEN_IMAGE)
+}
+"""By name. Where a file fits several equally, the first one is meant."""
 
-__all__ = ["FAMILIES", "FamilyKeys", "Fusion", "ModuleId", "NamedTensor", "parse_key"]
+__all__ = ["FAMILIES", "FamilyKeys", "Fusion", "ModuleId", "NamedTensor", "Sign", "bundled_embedding", "parse_key"]

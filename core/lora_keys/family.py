@@ -1,7 +1,9 @@
 """What a model family says about names: one `FamilyKeys` per family."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
 
 ModuleId = tuple[str, str]
 """(part, path): the identity of a module in the whole project, see the package's docstring."""
@@ -9,7 +11,7 @@ ModuleId = tuple[str, str]
 
 @dataclass(frozen=True)
 class Fusion:
-    """A module of the original model and the diffusers modules that its output rows belong to.
+    """A module of the original model, and the diffusers modules that its output rows belong to.
 
     Mostly one to one; where the original has one Linear for q, k and v, diffusers has three.
     """
@@ -18,40 +20,114 @@ class Fusion:
     parts: tuple[str, ...]
     sizes: tuple[float, ...] = (1,)
     """Output rows of each part, in multiples of the module's input features; unused when there is one part."""
+    halves_swapped: bool = False
+    """Whether diffusers stores the two halves of the rows (shift, scale) in the other order (scale, shift).
+
+    Only where there are two: the same layer has six or nine in the other blocks of SD3, in the same order in both."""
+
+
+@dataclass(frozen=True)
+class Sign:
+    """Something in a LoRA by which its family is known: a module with this path and these widths."""
+
+    path: str
+    """A pattern that is searched in the dotted path, as it stands in the file."""
+    inputs: frozenset[int] | None = None
+    """Input features of the family's module; None: any, then the sign only says that the structure fits."""
+    ratio: float | None = None
+    """Output rows per input feature; None: any."""
+    part: str = "denoiser"
+
+    def matches(self, part: str, path: str, shape: tuple[int, ...] | None) -> bool:
+        """Whether the module is this one; `shape` is its weight's (out, in, ...), None where it cannot be known."""
+        if part != self.part or not re.search(self.path, path):
+            return False
+        if self.inputs is None and self.ratio is None:
+            return True
+        if shape is None:
+            return False
+        return (self.inputs is None or shape[1] in self.inputs) and (
+            self.ratio is None or shape[0] == round(self.ratio * shape[1])
+        )
+
+    @property
+    def decisive(self) -> bool:
+        """Whether widths were compared, so that a match is evidence for this family and no other."""
+        return self.inputs is not None or self.ratio is not None
 
 
 @dataclass(frozen=True)
 class FamilyKeys:
-    """The names of one family's modules in every scheme."""
+    """The names of one family's modules in every scheme, and what its LoRAs are known by."""
 
     name: str
-    kohya_prefixes: dict[str, str]
-    """Part -> prefix of its Kohya names."""
-    kohya_names_are_original: bool
-    """Whether Kohya names are made from the original model's paths; else from diffusers' paths."""
+    base_versions: tuple[str, ...]
+    """Values of `ss_base_model_version` that mean this family; the first is the one to write."""
+    architecture: str
+    """`modelspec.architecture` of its LoRAs."""
+    signs: tuple[Sign, ...]
     of_original: Callable[[str], Fusion | None]
     """The fusion of an original denoiser path, None when the path is not an original one."""
     of_diffusers: Callable[[str], Fusion]
     """The fusion that a diffusers denoiser path belongs to."""
+    kernel: Callable[[str], int | None] = lambda path: None
+    """The kernel size of a denoiser module in diffusers, None for a Linear."""
+    kernel_in_kohya: Callable[[str], int | None] = lambda path: None
+    """The same in sd-scripts; only 1x1 convolutions that are Linear in diffusers matter."""
+    diffusers_prefix: str = "transformer."
+    kohya_prefixes: Mapping[str, str] = field(default_factory=lambda: {"denoiser": "lora_unet_"})
+    """Part -> prefix of its Kohya names."""
+    comfy_prefixes: Mapping[str, str] = field(default_factory=lambda: {"denoiser": "diffusion_model."})
+    """Part -> prefix of its names in ComfyUI's own scheme."""
+    original_in_kohya: bool = True
+    """Whether Kohya names are made from the original model's paths; else from diffusers' paths."""
+    original_in_comfy: bool = True
+    """The same for ComfyUI's own scheme."""
+    part_names: Mapping[str, str] = field(default_factory=dict)
+    """Part as the prefix in a file numbers it -> part of this family's pipeline, where they differ."""
 
-    def locate(self, part: str, path: str) -> tuple[Fusion, int | None]:
-        """The fusion that a path found in a file belongs to, and which of its parts it is: None means all of it."""
-        if part != "denoiser":
-            path = _with_text_model(path)
-            return Fusion(path, (path,)), None
-        fusion = self.of_original(path)
-        if fusion is not None:
-            return fusion, None
-        fusion = self.of_diffusers(path)
-        return fusion, (fusion.parts.index(path) if len(fusion.parts) > 1 else None)
-
-    def kohya_name(self, part: str, path: str) -> str:
-        """The Kohya name of an unfused module."""
-        if part == "denoiser" and self.kohya_names_are_original:
-            path = self.of_diffusers(path).original
-        return self.kohya_prefixes[part] + path.replace(".", "_")
+    def locate(self, part: str, path: str) -> tuple[str, Fusion, int | None]:
+        """Where a name found in a file belongs: part, fusion, and which part of the fusion (None: all of it)."""
+        if part == "denoiser" and not path.startswith("text_model."):
+            fusion = self.of_original(path)
+            if fusion is not None:
+                return part, fusion, None
+            fusion = self.of_diffusers(path)
+            return part, fusion, (fusion.parts.index(path) if len(fusion.parts) > 1 else None)
+        # peft's files of a text encoder have the same prefix as those of a denoiser.
+        part = "text_encoder" if part == "denoiser" else self.part_names.get(part, part)
+        # transformers 5 dropped "text_model." from CLIP's paths, so files written with it lack it; all others have it.
+        if path.startswith(("encoder.layers.", "embeddings.", "final_layer_norm")):
+            path = f"text_model.{path}"
+        return part, Fusion(path, (path,)), None
 
 
-def _with_text_model(path: str) -> str:
-    # transformers 5 dropped "text_model." from CLIP's paths, so files written with it lack it; everybody else has it.
-    return f"text_model.{path}" if path.startswith(("encoder.layers.", "embeddings.", "final_layer_norm")) else path
+def by_rules(*rules: Fusion) -> tuple[Callable[[str], Fusion | None], Callable[[str], Fusion]]:
+    """`of_original` and `of_diffusers` of a family whose names are related by rules; "{}" stands for a number.
+
+    A path that no rule knows has the same name in both.
+    """
+
+    def compile_path(path: str) -> re.Pattern[str]:
+        return re.compile(re.escape(path).replace(r"\{\}", r"(\d+)"))
+
+    originals = [(compile_path(rule.original), rule) for rule in rules]
+    diffusers = [(compile_path(part), rule) for rule in rules for part in rule.parts]
+
+    def find(path: str, patterns: list[tuple[re.Pattern[str], Fusion]]) -> Fusion | None:
+        for pattern, rule in patterns:
+            if match := pattern.fullmatch(path):
+                numbers = match.groups()
+                parts = tuple(part.format(*numbers) for part in rule.parts)
+                return Fusion(rule.original.format(*numbers), parts, rule.sizes, rule.halves_swapped)
+        return None
+
+    @cache
+    def of_original(path: str) -> Fusion | None:
+        return find(path, originals)
+
+    @cache
+    def of_diffusers(path: str) -> Fusion:
+        return find(path, diffusers) or Fusion(path, (path,))
+
+    return of_original, of_diffusers

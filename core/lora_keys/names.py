@@ -3,43 +3,70 @@
 import re
 from dataclasses import dataclass
 
-# Kohya's scheme writes "_" for ".". These are the path components that contain "_" themselves, so that the dots can be
-# found again: the longest word of this list that fits is taken, any other text between two "_" is a component.
-_COMPOUND_WORDS = """
-diffusers' UNets
-down_blocks up_blocks mid_block transformer_blocks to_q to_k to_v to_out proj_in proj_out time_emb_proj conv_shortcut
-conv_in conv_out conv_norm_out time_embedding add_embedding linear_1 linear_2
-the original UNets
-input_blocks middle_block output_blocks in_layers emb_layers out_layers skip_connection time_embed label_emb
-CLIP
-text_model self_attn q_proj k_proj v_proj out_proj layer_norm1 layer_norm2 final_layer_norm text_projection
-token_embedding position_embedding
+# Schemes that flatten paths write "_" for ".". These are the path components that contain "_" themselves, so that the
+# dots can be found again: the longest word of this list that fits is taken, other text between two "_" is a component.
+_VOCABULARY = """
+diffusers' UNets:
+    down_blocks up_blocks mid_block transformer_blocks to_q to_k to_v to_out proj_in proj_out time_emb_proj
+    conv_shortcut conv_in conv_out conv_norm_out time_embedding add_embedding linear_1 linear_2
+original UNets:
+    input_blocks middle_block output_blocks in_layers emb_layers out_layers skip_connection time_embed label_emb
+CLIP and T5:
+    text_model self_attn q_proj k_proj v_proj out_proj layer_norm1 layer_norm2 final_layer_norm text_projection
+    token_embedding position_embedding layer_norm wi_0 wi_1
+diffusers' transformers:
+    single_transformer_blocks add_q_proj add_k_proj add_v_proj to_add_out ff_context norm_q norm_k norm_added_q
+    norm_added_k norm1_context norm_out proj_mlp x_embedder context_embedder pos_embed time_text_embed
+    timestep_embedder guidance_embedder text_embedder time_guidance_embed to_qkv_mlp_proj linear_in linear_out linear_3
+    time_caption_embed caption_embedder all_final_layer all_x_embedder txt_norm
+original transformers:
+    double_blocks single_blocks img_attn txt_attn img_mlp txt_mlp img_mod txt_mod img_in txt_in time_in vector_in
+    guidance_in in_layer out_layer final_layer adaLN_modulation query_norm key_norm double_stream_modulation_img
+    double_stream_modulation_txt single_stream_modulation distilled_guidance_layer in_proj joint_blocks x_block
+    context_block y_embedder t_embedder ln_q ln_k feed_forward noise_refiner context_refiner cap_embedder q_norm k_norm
 """
-COMPOUND_WORDS = frozenset(word for word in _COMPOUND_WORDS.split() if "_" in word)
+COMPOUND_WORDS = frozenset(word for word in _VOCABULARY.split() if "_" in word)
 _LONGEST_COMPOUND = max(word.count("_") for word in COMPOUND_WORDS) + 1
 
-# What a tensor is to its module -> the suffixes under which it is found.
+# What a tensor is to its module, and the suffixes (as patterns) under which it is found.
 _SUFFIXES = {
-    "down": ["lora_down.weight", "lora_A.weight", "lora_A.default.weight", "lora.down.weight"],
-    "up": ["lora_up.weight", "lora_B.weight", "lora_B.default.weight", "lora.up.weight"],
-    "mid": ["lora_mid.weight"],
-    "alpha": ["alpha"],
+    # peft may name the adapter after A and B; diffusers' first files have `to_q_lora.down.weight`.
+    "down": r"\.lora_down\.weight|\.lora_A((\.\w+)?\.weight)?|[._]lora\.down\.weight|\.lora_linear_layer\.down\.weight",
+    "up": r"\.lora_up\.weight|\.lora_B((\.\w+)?\.weight)?|[._]lora\.up\.weight|\.lora_linear_layer\.up\.weight",
+    "mid": r"\.lora_mid\.weight",
+    "alpha": r"\.alpha",
+    "bias": r"\.lora_(up|B(\.\w+)?)\.bias",
+    "dora": r"\.dora_scale|\.lora_magnitude_vector(\.\w+){0,2}",
+    **{role: rf"\.{role}" for role in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")},
+    **{role: rf"\.{role}" for role in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")},
+    **{role: rf"\.{role}" for role in ("lokr_t2", "oft_blocks", "oft_diag", "rescale")},
+    **{role: rf"\.{role}" for role in ("diff", "diff_b", "w_norm", "b_norm", "set_weight", "reshape_weight")},
 }
-_ROLE_OF_SUFFIX = {suffix: role for role, suffixes in _SUFFIXES.items() for suffix in suffixes}
-_SUFFIX = re.compile(r"\.(" + "|".join(map(re.escape, sorted(_ROLE_OF_SUFFIX, key=len, reverse=True))) + ")$")
+_SUFFIX = re.compile("|".join(rf"(?P<{role}>(?:{pattern})$)" for role, pattern in _SUFFIXES.items()))
 
-# Prefix -> (scheme, part, whether the rest is written with "_" for "."). Longer prefixes first.
+# Prefix -> (scheme, part, whether the rest is flattened); the first that fits counts.
 _PREFIXES = [
     ("lora_unet_", "kohya", "denoiser", True),
+    ("oft_unet_", "kohya", "denoiser", True),
     ("lora_te1_", "kohya", "text_encoder", True),
     ("lora_te2_", "kohya", "text_encoder_2", True),
     ("lora_te3_", "kohya", "text_encoder_3", True),
     ("lora_te_", "kohya", "text_encoder", True),
+    ("lora_transformer_", "onetrainer", "denoiser", True),
+    ("lycoris_", "lycoris", "denoiser", True),
+    ("unet.base_model.model.", "peft", "denoiser", False),
+    ("base_model.model.", "peft", "denoiser", False),
     ("unet.", "diffusers", "denoiser", False),
+    ("transformer.", "diffusers", "denoiser", False),
     ("text_encoder.", "diffusers", "text_encoder", False),
     ("text_encoder_2.", "diffusers", "text_encoder_2", False),
     ("text_encoder_3.", "diffusers", "text_encoder_3", False),
     ("diffusion_model.", "comfy", "denoiser", False),
+    ("text_encoders.clip_l.transformer.", "comfy", "text_encoder", False),
+    ("text_encoders.clip_h.transformer.", "comfy", "text_encoder", False),
+    ("text_encoders.clip_g.transformer.", "comfy", "text_encoder_2", False),
+    ("text_encoders.t5xxl.transformer.", "comfy", "text_encoder_3", False),
+    ("", "bare", "denoiser", False),
 ]
 
 
@@ -50,9 +77,9 @@ class NamedTensor:
     module_name: str
     """The name without its suffix, as it stands in the file: what the tensors of one module share."""
     role: str
-    """down, up, mid, alpha, ..."""
+    """down, up, mid, alpha, dora, hada_w1_a, ...: what the tensor is to its module."""
     scheme: str
-    """kohya, diffusers or comfy."""
+    """kohya, diffusers, peft, comfy, lycoris, onetrainer or bare (no prefix)."""
     part: str
     """denoiser, text_encoder, text_encoder_2 or text_encoder_3."""
     path: str
@@ -74,14 +101,21 @@ def unflatten(flat: str) -> str:
 
 
 def parse_key(key: str) -> NamedTensor | None:
-    """What `key` names, or None when it is no LoRA tensor's name."""
+    """What `key` names, or None when it is no adapter tensor's name."""
     suffix = _SUFFIX.search(key)
     if suffix is None:
         return None
-    module_name, role = key[: suffix.start()], _ROLE_OF_SUFFIX[suffix[1]]
-    for prefix, scheme, part, flat in _PREFIXES:
-        if module_name.startswith(prefix):
-            rest = module_name.removeprefix(prefix)
-            path = unflatten(rest) if flat else rest
-            return NamedTensor(module_name, role, scheme, part, path)
-    return None
+    module_name, role = key[: suffix.start()], str(suffix.lastgroup)
+    prefix, scheme, part, flat = next(entry for entry in _PREFIXES if module_name.startswith(entry[0]))
+    path = module_name.removeprefix(prefix)
+    if flat:
+        path = unflatten(path)
+    elif ".processor." in path:
+        # diffusers once hung LoRA on attention processors: `attn1.processor.to_out` is today's `attn1.to_out.0`.
+        path = re.sub(r"\.to_out$", ".to_out.0", path.replace(".processor.", "."))
+    return NamedTensor(module_name, role, scheme, part, path)
+
+
+def bundled_embedding(key: str) -> str | None:
+    """The name of the textual-inversion embedding that `key` of a LoRA file belongs to, None: it belongs to none."""
+    return key.split(".")[1] if key.startswith("bundle_emb.") and key.count(".") >= 2 else None

@@ -1,0 +1,255 @@
+import hashlib
+import json
+
+import pytest
+import safetensors.torch
+import torch
+
+from core.errors import BadFile, LoraMisfit, UnknownFamily, UnmatchedKeys
+from core.lora_file import LoraFile, LoraModule, fit
+from core.lora_keys import parse_key
+
+from .test_lora_keys import KOHYA_LISTS, kohya_names
+
+
+def module_of(shape: list[int], rank: int, alpha: float, generator: torch.Generator) -> LoraModule:
+    up_shape = [shape[0], rank] + [1] * (len(shape) - 2)
+    return LoraModule(
+        torch.randn(rank, *shape[1:], generator=generator), torch.randn(up_shape, generator=generator), alpha
+    )
+
+
+def kohya_tensors(names: dict[str, list[int]], rank: int = 2, alpha: float = 1.0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, shape in names.items():
+        module = module_of(shape, rank, alpha, generator)
+        tensors[f"{name}.lora_down.weight"] = module.down
+        tensors[f"{name}.lora_up.weight"] = module.up
+        tensors[f"{name}.alpha"] = torch.tensor(alpha)
+    return tensors
+
+
+def some(family: str, step: int = 23) -> dict[str, list[int]]:
+    return dict(list(kohya_names(family).items())[::step])
+
+
+@pytest.mark.parametrize("family", KOHYA_LISTS)
+def test_the_family_of_a_kohya_file_is_detected_from_its_tensors(family):
+    lora = LoraFile.from_tensors(kohya_tensors(some(family, 7), rank=1), {})
+    assert (lora.family, lora.scheme, lora.unknown_keys) == (family, "kohya", ())
+
+
+@pytest.mark.parametrize("family", KOHYA_LISTS)
+@pytest.mark.parametrize("scheme", ["kohya", "diffusers", "comfy"])
+def test_a_file_is_the_same_after_a_trip_through_another_scheme(family, scheme):
+    original = LoraFile.from_tensors(kohya_tensors(some(family)), {})
+    there = LoraFile.from_modules(family, original.modules(), {}, scheme)
+    assert LoraFile.from_tensors(there.tensors, {}).family == family
+    back = LoraFile.from_modules(family, there.modules(), {}, "kohya")
+    assert set(back.tensors) == set(original.tensors)
+    ours, theirs = back.modules(), original.modules()
+    for module_id in theirs:
+        # alpha / rank = 1 / 2: a power of two, so that nothing may be rounded
+        assert torch.equal(ours[module_id].down, theirs[module_id].down)
+        assert torch.equal(ours[module_id].up * ours[module_id].scale, theirs[module_id].up * theirs[module_id].scale)
+
+
+def test_a_delta_is_alpha_by_rank_times_up_times_down():
+    module = module_of([6, 5], rank=4, alpha=2.0, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(module.delta(), 2.0 / 4 * module.up @ module.down)
+
+
+def test_the_delta_of_a_convolution_is_the_change_of_its_output():
+    module = module_of([6, 5, 3, 3], rank=4, alpha=8.0, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(1, 5, 8, 8)
+    two_steps = 2.0 * torch.conv2d(torch.conv2d(pixels, module.down), module.up)
+    assert torch.allclose(torch.conv2d(pixels, module.delta()), two_steps, atol=1e-4)
+
+
+def test_a_tucker_core_is_a_convolution_between_down_and_up():
+    down, mid, up = torch.randn(4, 5, 1, 1), torch.randn(4, 4, 3, 3), torch.randn(6, 4, 1, 1)
+    pixels = torch.randn(1, 5, 8, 8)
+    three_steps = torch.conv2d(torch.conv2d(torch.conv2d(pixels, down), mid), up)
+    assert torch.allclose(torch.conv2d(pixels, LoraModule(down, up, 4.0, mid).delta()), three_steps, atol=1e-4)
+
+
+def test_a_fused_qkv_is_split_without_changing_the_weight_change():
+    name = "lora_unet_single_blocks_0_linear1"
+    tensors = kohya_tensors({name: [7 * 3072, 3072]}, rank=2, alpha=0.5)
+    modules = LoraFile.from_tensors(tensors, {}).modules()
+    paths = [path for _, path in modules]
+    prefix = "single_transformer_blocks.0"
+    assert paths == [f"{prefix}.attn.to_q", f"{prefix}.attn.to_k", f"{prefix}.attn.to_v", f"{prefix}.proj_mlp"]
+    features = torch.randn(3072)
+    whole = 0.25 * tensors[f"{name}.lora_up.weight"] @ (tensors[f"{name}.lora_down.weight"] @ features)
+    parts = [module.scale * module.up @ (module.down @ features) for module in modules.values()]
+    assert torch.allclose(torch.cat(parts), whole, atol=1e-4)
+
+
+def test_separate_q_k_v_of_different_rank_and_scale_are_fused_exactly():
+    generator = torch.Generator().manual_seed(0)
+    paths = [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"]
+    modules = {
+        ("denoiser", paths[0]): module_of([1536, 1536], 2, 1.0, generator),
+        ("denoiser", paths[2]): module_of([1536, 1536], 3, 12.0, generator),
+    }
+    lora = LoraFile.from_modules("sd3", modules, {})
+    name = "lora_unet_joint_blocks_0_x_block_attn_qkv"
+    assert lora.tensors[f"{name}.lora_down.weight"].shape == (5, 1536)
+    back = lora.modules()
+    assert back["denoiser", paths[1]].delta().abs().max() == 0
+    for module_id, module in modules.items():
+        assert torch.allclose(back[module_id].delta(), module.delta(), atol=1e-4)
+
+
+def test_shift_and_scale_of_the_last_layer_change_places_in_diffusers():
+    # diffusers' checkpoint converters do the same (swap_scale_shift).
+    tensors = kohya_tensors({"lora_unet_final_layer_adaLN_modulation_1": [6144, 3072]})
+    tensors |= kohya_tensors({"lora_unet_single_blocks_0_linear1": [7 * 3072, 3072]})
+    delta = LoraFile.from_tensors(tensors, {}).modules()["denoiser", "norm_out.linear"].delta()
+    name = "lora_unet_final_layer_adaLN_modulation_1"
+    original = 0.5 * tensors[f"{name}.lora_up.weight"] @ tensors[f"{name}.lora_down.weight"]
+    assert torch.allclose(delta, torch.cat([original[3072:], original[:3072]]))
+
+
+def test_a_missing_alpha_means_alpha_equals_rank():
+    tensors = kohya_tensors(some("sd15"), rank=4)
+    module_name = next(iter(tensors)).removesuffix(".lora_down.weight")
+    del tensors[f"{module_name}.alpha"]
+    named = parse_key(f"{module_name}.alpha")
+    assert named is not None
+    assert LoraFile.from_tensors(tensors, {}).modules()[named.part, named.path].scale == 1.0
+
+
+def test_alpha_and_rslora_in_the_metadata_of_peft_are_used():
+    down, up = torch.randn(4, 320), torch.randn(320, 4)
+    names = ["unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "unet.mid_block.attentions.0.proj_in"]
+    tensors = {
+        f"{name}.{suffix}": t for name in names for suffix, t in (("lora_A.weight", down), ("lora_B.weight", up))
+    }
+    config = {"unet.lora_alpha": 8, "unet.alpha_pattern": {"proj_in": 2}}
+    lora = LoraFile.from_tensors(tensors, {"lora_adapter_metadata": json.dumps(config)})
+    assert [module.scale for module in lora.modules().values()] == [2.0, 0.5]
+    config = {"unet.lora_alpha": 8, "unet.use_rslora": True}
+    lora = LoraFile.from_tensors(tensors, {"lora_adapter_metadata": json.dumps(config)})
+    assert [module.scale for module in lora.modules().values()] == [4.0, 4.0]
+
+
+def test_text_encoder_names_without_text_model_are_read_as_with_it():
+    # transformers 5 flattened CLIPTextModel, and trainers took their names from it.
+    tensors = kohya_tensors({"lora_te1_encoder_layers_0_mlp_fc1": [3072, 768]}, rank=1)
+    assert list(LoraFile.from_tensors(tensors, {}).modules()) == [
+        ("text_encoder", "text_model.encoder.layers.0.mlp.fc1")
+    ]
+
+
+def test_sd2_projections_are_linear_in_diffusers_and_convolutions_in_kohya():
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    tensors = kohya_tensors({name: [1280, 1280, 1, 1], "lora_te_text_model_encoder_layers_0_mlp_fc1": [4096, 1024]})
+    tensors |= kohya_tensors({"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k": [1280, 1024]})
+    modules = LoraFile.from_tensors(tensors, {}).modules()
+    assert modules["denoiser", "mid_block.attentions.0.proj_in"].delta().shape == (1280, 1280)
+    back = LoraFile.from_modules("sd2", modules, {}).tensors
+    assert back[f"{name}.lora_down.weight"].shape == (2, 1280, 1, 1)
+
+
+def test_flattened_convolutions_of_comfyuis_trainer_get_their_kernel_back():
+    name = "diffusion_model.input_blocks.1.0.in_layers.2"
+    tensors = {f"{name}.lora_down.weight": torch.randn(2, 320 * 9), f"{name}.lora_up.weight": torch.randn(320, 2)}
+    (module,) = LoraFile.from_tensors(tensors, {}).modules().values()
+    assert module.delta().shape == (320, 320, 3, 3)
+
+
+def test_what_is_read_back_is_what_was_saved(tmp_path):
+    lora = LoraFile.from_tensors(kohya_tensors(some("sd15")), {"ss_network_dim": "2"})
+    lora.save(tmp_path / "a.safetensors", torch.float32)
+    again = LoraFile.read(tmp_path / "a.safetensors")
+    assert again.metadata["ss_network_dim"] == "2"
+    assert all(torch.equal(again.tensors[key], lora.tensors[key]) for key in lora.tensors)
+
+
+def test_the_model_hash_is_the_sha256_of_all_bytes_after_the_header(tmp_path):
+    path = tmp_path / "a.safetensors"
+    LoraFile.from_tensors(kohya_tensors(some("sd15")), {}).save(path)
+    data = path.read_bytes()
+    header = int.from_bytes(data[:8], "little")
+    assert LoraFile.read(path).metadata["sshs_model_hash"] == hashlib.sha256(data[8 + header :]).hexdigest()
+
+
+def test_the_legacy_hash_is_that_of_the_file_with_training_metadata_only(tmp_path):
+    # Kohya's rule: serialise with the ss_* metadata only and hash 64 KiB from 1 MiB on.
+    path = tmp_path / "a.safetensors"
+    LoraFile.from_tensors(kohya_tensors(some("sd15", 4), rank=4), {"ss_seed": "1", "modelspec.title": "x"}).save(path)
+    tensors = safetensors.torch.load_file(path)
+    data = safetensors.torch.save(tensors, {"ss_seed": "1"})
+    assert len(data) > 0x110000
+    expected = hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
+    assert LoraFile.read(path).metadata["sshs_legacy_hash"] == expected
+
+
+def test_the_legacy_hash_of_a_small_file_is_that_of_nothing(tmp_path):
+    path = tmp_path / "a.safetensors"
+    LoraFile.from_tensors(kohya_tensors(some("sd15", 60), rank=1), {}).save(path)
+    assert LoraFile.read(path).metadata["sshs_legacy_hash"] == "e3b0c442"
+
+
+def test_an_alpha_that_the_save_type_would_round_is_kept_exact(tmp_path):
+    path = tmp_path / "a.safetensors"
+    LoraFile.from_tensors(kohya_tensors(some("sd15", 60), rank=3, alpha=5.3), {}).save(path, torch.bfloat16)
+    module = next(iter(LoraFile.read(path).modules().values()))
+    assert module.alpha == pytest.approx(5.3, rel=1e-6)
+
+
+def test_values_that_half_precision_cannot_hold_are_refused_and_nothing_is_written(tmp_path):
+    path = tmp_path / "a.safetensors"
+    tensors = kohya_tensors(some("sd15", 60), rank=1)
+    tensors[next(iter(tensors))].fill_(1e6)
+    with pytest.raises(BadFile, match="do not fit torch.float16"):
+        LoraFile.from_tensors(tensors, {}).save(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_metadata_decide_when_the_tensors_fit_two_families():
+    tensors = kohya_tensors({"lora_unet_double_blocks_0_img_attn_qkv": [9216, 3072]}, rank=1)
+    assert LoraFile.from_tensors(tensors, {}).family == "flux1"
+    assert LoraFile.from_tensors(tensors, {"ss_base_model_version": "chroma"}).family == "chroma"
+    assert LoraFile.from_tensors(tensors, {"ss_base_model_version": "flux2_klein_4b"}).family == "flux2"
+
+
+def test_metadata_do_not_outweigh_the_tensors():
+    lora = LoraFile.from_tensors(kohya_tensors(some("sdxl"), rank=1), {"ss_base_model_version": "sd_v1"})
+    assert lora.family == "sdxl"
+
+
+def test_tensors_that_are_no_lora_are_refused():
+    with pytest.raises(UnknownFamily, match=r"no family matches its 1 keys, e.g. 'conv.weight'"):
+        LoraFile.from_tensors({"conv.weight": torch.zeros(1)}, {})
+
+
+def test_a_module_without_its_up_matrix_is_named():
+    tensors = kohya_tensors(some("sd15"))
+    del tensors[next(key for key in tensors if key.endswith("lora_up.weight"))]
+    with pytest.raises(UnmatchedKeys, match="not complete"):
+        LoraFile.from_tensors(tensors, {}).modules()
+
+
+def test_a_lora_fits_the_base_that_has_all_its_modules():
+    lora = LoraFile.from_tensors(kohya_tensors(kohya_names("sd15"), rank=1), {})
+    shapes = {entry.modules[0]: tuple(kohya_names("sd15")[entry.name]) for entry in lora.entries}
+    result = fit(lora, "sd15", shapes)
+    assert result.fits and len(result.matched) == 350
+
+
+def test_a_misfit_names_both_families_and_keys():
+    lora = LoraFile.from_tensors(kohya_tensors(some("sdxl"), rank=1), {})
+    with pytest.raises(LoraMisfit, match=r"it is for sdxl, the base model is sd15; \d+ keys .* e.g. lora_te1_"):
+        fit(lora, "sd15", {}).check("x.safetensors")
+
+
+def test_a_wrong_width_is_a_misfit():
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+    lora = LoraFile.from_tensors(kohya_tensors({name: [1280, 768]}), {})
+    path = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    result = fit(lora, "sd15", {("denoiser", path): (640, 768)})
+    assert result.left_over == {name: "shape [1280, 768] does not fit [[640, 768]]"}
