@@ -102,8 +102,8 @@ def test_every_shipped_style_renders_for_every_family(pack: StylePack, family: s
 
 @shipped_packs
 def test_the_longest_prompt_of_a_shipped_style_fits_one_clip_chunk(pack: StylePack, count_tokens):
-    subject = Subject("ohwx_first_last", "person")
-    assert count_tokens(str(subject)) - 2 >= 6  # longer than most trigger words
+    subject = Subject("zkq_annamaria", "person")
+    assert count_tokens(str(subject)) - 2 == 8  # "sks person" has two
     for style in pack.styles:
         assert style.tags is not None
         texts = {axis: max(values, key=count_tokens) for axis, values in style.axes.items()}
@@ -343,6 +343,13 @@ def test_whatever_stands_where_a_style_should_be_costs_only_itself(tmp_path_fact
     assert problems and all(problem.startswith("mine.json: style ") for problem in problems)
 
 
+def test_the_example_in_the_docs_is_a_good_pack(tmp_path):
+    docs = Path(__file__).parents[1] / "docs" / "style-packs.md"
+    (example,) = re.findall(r"```json\n(.*?)```", docs.read_text("utf-8"), re.DOTALL)
+    (tmp_path / "a.json").write_text(example, "utf-8")
+    assert read_style_pack(tmp_path / "a.json")[1] == ()
+
+
 # Pictures
 
 
@@ -530,6 +537,7 @@ def test_styles_are_chosen_by_name_in_any_case_and_named_twice_count_once():
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**64}, "seed is 18446744073709551616"),
         ({"styles": []}, "styles is empty; style pack 'outdoor' has: Park"),
+        ({"subject": Subject("", " ")}, "the subject is empty"),
         ({"resolution": 32}, "resolution is 32; for sdxl it must be 64 or more"),
     ],
 )
