@@ -169,7 +169,8 @@ class StylePack:
         list starts with the shorter one. Picture i has the seed `seed + i`.
 
         resolution: side of the square with the pictures' area, in pixels; the family's own if None.
-        Raises BadStylePack for an unknown style, UnknownFamily, BadConfig for an empty subject or a number out of range.
+        Raises BadStylePack for an unknown style, UnknownFamily, BadConfig for an empty subject or a number out of
+        range.
         """
         if not str(subject):
             raise BadConfig("the subject is empty; it needs a trigger word, a class word or both")

@@ -328,7 +328,11 @@ def test_a_byte_order_mark_is_no_reason_to_refuse_a_pack(tmp_path):
 
 @given(
     st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text(max_size=8),
         lambda inner: (
             st.lists(inner, max_size=4)
             | st.dictionaries(st.sampled_from(["id", "styles", "name", "prompts", "axes", "tags", "prompt"]), inner)
