@@ -3,14 +3,22 @@
 from .buckets import assign_bucket, bucket_sizes
 from .dataset import Dataset, Region, TrainingImage, prepare
 from .reading import Photo, read_photos
+from .report import PhotoReport, SetReport, Thresholds, check_photos
+from .sheet import format_report, save_sheet
 
 __all__ = [
     "Dataset",
     "Photo",
+    "PhotoReport",
     "Region",
+    "SetReport",
+    "Thresholds",
     "TrainingImage",
     "assign_bucket",
     "bucket_sizes",
+    "check_photos",
+    "format_report",
     "prepare",
     "read_photos",
+    "save_sheet",
 ]

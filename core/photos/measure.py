@@ -1,0 +1,126 @@
+"""What can be measured on a photo and the face in it: each function one number or a short vector."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from ..faces import Face
+
+SHARPNESS_SIDE = 256
+"""Pixels of the face at which sharpness is judged: what a close-up is trained at, whatever the camera's resolution."""
+
+
+def perceptual_hash(image: Image.Image) -> np.ndarray:
+    """bool (64,): which of the 8 x 8 lowest frequencies of the 32 x 32 picture are above their median.
+
+    Copies in other sizes, formats and brightness differ in few bits; unrelated pictures in about 32. "pHash" of
+    Zauner, "Implementation and benchmarking of perceptual image hash functions" (2010), and the package ImageHash.
+    """
+    grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), np.float64)
+    positions, frequencies = np.arange(32), np.arange(8)[:, None]
+    cosines = np.cos(np.pi * (2 * positions + 1) * frequencies / 64)  # the DCT-II of 32 points, its first 8 rows
+    spectrum = (cosines @ grey @ cosines.T).ravel()
+    return spectrum > np.median(spectrum)
+
+
+def hash_distance(a: np.ndarray, b: np.ndarray) -> int:
+    """In how many of 64 bits two perceptual hashes differ."""
+    return int((a != b).sum())
+
+
+def face_luma(image: Image.Image, face: Face) -> np.ndarray:
+    """float64 (h, w), 0 to 255: the part of the face's box that is in the picture, at most SHARPNESS_SIDE long."""
+    crop = image.crop(_inside(image, face)).convert("L")
+    crop.thumbnail((SHARPNESS_SIDE, SHARPNESS_SIDE), Image.Resampling.LANCZOS)
+    return np.asarray(crop, np.float64)
+
+
+def sharpness(luma: np.ndarray) -> float:
+    """Variance of the Laplacian over variance of `luma`: how much of the contrast is in fine detail.
+
+    Dividing makes it indifferent to exposure, which the plain variance of the Laplacian (Pech-Pacheco 2000) is not.
+    """
+    if min(luma.shape) < 3 or luma.var() == 0:
+        return 0.0
+    middle = luma[1:-1, 1:-1]
+    laplacian = luma[:-2, 1:-1] + luma[2:, 1:-1] + luma[1:-1, :-2] + luma[1:-1, 2:] - 4 * middle
+    return float(laplacian.var() / luma.var())
+
+
+def highlights(luma: np.ndarray) -> float:
+    """The brightness that 5 % of the face exceed, 0 to 255. Low means underexposed for light and dark skin alike."""
+    return float(np.percentile(luma, 95))
+
+
+def midtone(luma: np.ndarray) -> float:
+    """The median brightness of the face, 0 to 255. Very high means overexposed."""
+    return float(np.median(luma))
+
+
+def share_in_frame(image_size: tuple[int, int], face: Face) -> float:
+    """How much of the face's box is inside the picture, 0 to 1."""
+    left, top, right, bottom = face.box
+    width = min(right, image_size[0]) - max(left, 0)
+    height = min(bottom, image_size[1]) - max(top, 0)
+    return max(0.0, width) * max(0.0, height) / ((right - left) * (bottom - top))
+
+
+def pose(face: Face) -> tuple[float, float]:
+    """(yaw, pitch) without unit, from where the nose tip is between eyes and mouth, as if the head were not tilted.
+
+    yaw: the nose's offset from the line between the middles of eyes and mouth, in eye distances: 0 frontal, negative
+    towards the picture's left. pitch: the nose's place between eyes (0) and mouth (1), about 0.55 for a level look;
+    less when looking up, more when looking down.
+    """
+    left_eye, right_eye, nose, left_mouth, right_mouth = face.landmarks.astype(np.float64)
+    eyes, mouth = (left_eye + right_eye) / 2, (left_mouth + right_mouth) / 2
+    across = (right_eye - left_eye) / max(1e-6, np.linalg.norm(right_eye - left_eye))
+    down = np.array([-across[1], across[0]])
+    yaw = (nose - (eyes + mouth) / 2) @ across / max(1e-6, np.linalg.norm(right_eye - left_eye))
+    length = (mouth - eyes) @ down
+    pitch = (nose - eyes) @ down / length if abs(length) > 1e-6 else 0.5
+    return float(yaw), float(pitch)
+
+
+def light(image: Image.Image, face: Face) -> np.ndarray:
+    """(3,): brightness, from which side, and warmth of the light on the face; at a distance of 1 light looks different.
+
+    Each in units of a visible difference: 15 % brightness, 10 % between the halves of the face, 6 % red against blue.
+    """
+    rgb = np.asarray(image.crop(_inside(image, face)).resize((32, 32), Image.Resampling.BOX), np.float64) / 255
+    halves = rgb[:, :16].mean(), rgb[:, 16:].mean()
+    red, green, blue = rgb.mean((0, 1))
+    total = max(1e-6, red + green + blue)
+    side = (halves[1] - halves[0]) / max(1e-6, halves[0] + halves[1])
+    return np.array([rgb.mean() / 0.15, side / 0.10, (red - blue) / total / 0.06])
+
+
+def background(image: Image.Image, face: Face) -> np.ndarray:
+    """(4,): mean colour and its spread beside and above the head; at a distance of 1 backgrounds look different."""
+    small = np.asarray(image.resize((64, 64), Image.Resampling.BOX), np.float64) / 255
+    left, top, right, bottom = face.box
+    # A head with hair is about twice as wide as the face, and half as high again above it.
+    width, height = right - left, bottom - top
+    x = (np.arange(64) + 0.5) * image.width / 64
+    y = (np.arange(64) + 0.5) * image.height / 64
+    head = ((x > left - width / 2) & (x < right + width / 2)) & (y > top - height / 2)[:, None]
+    beside = ~head & (y < bottom)[:, None]
+    pixels = small[beside] if beside.any() else small.reshape(-1, 3)
+    return np.array([*pixels.mean(0), pixels.mean(1).std()]) / 0.12
+
+
+def kinds(vectors: list[np.ndarray]) -> int:
+    """How many of the vectors are at a distance of more than 1 from all kept before them: a count of kinds."""
+    kept: list[np.ndarray] = []
+    for vector in vectors:
+        if all(np.linalg.norm(vector - other) > 1 for other in kept):
+            kept.append(vector)
+    return len(kept)
+
+
+def _inside(image: Image.Image, face: Face) -> tuple[int, int, int, int]:
+    """The face's box, cut at the picture's edges, never empty."""
+    left, top = (max(0, min(round(v), side - 1)) for v, side in zip(face.box[:2], image.size, strict=True))
+    right, bottom = (min(side, round(v)) for v, side in zip(face.box[2:], image.size, strict=True))
+    return left, top, max(left + 1, right), max(top + 1, bottom)

@@ -1,0 +1,415 @@
+"""The photo report: which photos will teach the person well, which not, why, and what is missing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..faces import Face, FaceNetwork, likeness
+from . import measure
+from .reading import Photo
+
+USE, CROP, REVIEW, REJECT = VERDICTS = ("use", "use with crop", "review", "reject")
+FRAMINGS = ("close-up", "chest-up", "body")
+VIEWS = ("front", "half-turned", "side")
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Where the verdicts change. Starting points, each with its origin; docs/photos.md shows what they do."""
+
+    face_pixels_reject: float = 200
+    """Size of a face, in pixels of the photo, below which it is rejected: half of what headshot services ask for."""
+    face_pixels_review: float = 410
+    """HeadshotPro's published minimum: 40 % of a picture of 1024 pixels."""
+    in_frame_reject: float = 0.75
+    """Share of the face's box inside the picture. A face cut through the middle has half of it."""
+    in_frame_review: float = 0.95
+    """Two photos cut beside an eye (package face_recognition) have 0.87 and 0.92; whole faces 0.98 and more."""
+    sharpness_reject: float = 0.015
+    """See `measure.sharpness`. Photos blurred by 2 pixels or enlarged from a sixth: 0.006 to 0.015."""
+    sharpness_review: float = 0.05
+    """Sharp portraits and the ORL set: 0.06 to 1.4; soft group pictures 0.01 to 0.09."""
+    highlights_reject: float = 40
+    """See `measure.highlights`. Portraits darkened to 15 %: 24 to 29."""
+    highlights_review: float = 80
+    """Portraits darkened to 30 %: 54 to 59; all of ORL is above 130."""
+    midtone_review: float = 225
+    """See `measure.midtone`. Ordinary faces: 50 to 175."""
+    midtone_reject: float = 245
+    """Portraits brightened 2.5 times: 234 to 255."""
+    likeness_reject: float = 0.40
+    """Cosine to the set's most typical photo: SFace's equal-error threshold on ORL."""
+    likeness_review: float = 0.55
+    """98.7 % of ORL's photos reach it; no photo of someone else does."""
+    same_picture: int = 2
+    """Bits of 64 between perceptual hashes. Copies scaled, recompressed or recoloured: 0 to 2, rarely 4."""
+    similar_picture: int = 6
+    """Copies cropped by 2 % or turned by 1 degree: 2 to 6."""
+    same_picture_likeness: float = 0.85
+    """Pictures with equal hashes are copies only if the faces agree too: such copies have 0.90 to 0.99."""
+    face_share_crop: float = 0.12
+    """Size of the face over the picture's (square root of its area). Below, a face has 120 of 1024 pixels: too few."""
+    other_face: float = 0.3
+    """Faces smaller than this share of the person's are taken for background."""
+    turned: float = 0.12
+    """`measure.pose` yaw from which a face is half-turned: 0.24 was measured at about 30 degrees."""
+    side: float = 0.35
+    """Yaw from which it is a side view."""
+    photos_needed: int = 5
+    photos_wanted: int = 10
+    """Headshot services ask for 6 to 20 photos; 8 to 15 do best."""
+    turned_wanted: int = 3
+    chest_up_wanted: int = 3
+    lights_wanted: int = 3
+    backgrounds_wanted: int = 3
+    """Kinds that a set should have, so that the LoRA learns the person and not the view, the light or the wall."""
+
+    @classmethod
+    def for_resolution(cls, resolution: int) -> Thresholds:
+        """The defaults, which are for 1024 pixels, with the sizes of faces in proportion to another resolution."""
+        default = cls()
+        return replace(
+            default,
+            face_pixels_reject=default.face_pixels_reject * resolution / 1024,
+            face_pixels_review=default.face_pixels_review * resolution / 1024,
+        )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that counts against a photo as it is, in a sentence for its owner."""
+
+    verdict: str
+    sentence: str
+
+
+@dataclass(frozen=True, eq=False)
+class PhotoReport:
+    """What was seen in one photo."""
+
+    photo: Photo
+    findings: tuple[Finding, ...]
+    faces: int
+    """People in the picture, without small faces in the background."""
+    face: Face | None
+    """The person's face, in pixels of the photo."""
+    other_faces: tuple[Face, ...] = ()
+    share_in_frame: float | None = None
+    sharpness: float | None = None
+    highlights: float | None = None
+    midtone: float | None = None
+    likeness: float | None = None
+    """Cosine to the most typical photo of the set; None where there is nothing to compare with."""
+    yaw: float | None = None
+    pitch: float | None = None
+    view: str | None = None
+    framing: str | None = None
+
+    @property
+    def verdict(self) -> str:
+        """The worst of the findings' verdicts; "use" without findings."""
+        return max((finding.verdict for finding in self.findings), key=VERDICTS.index, default=USE)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: everything but the pixels."""
+        face = self.face
+        return {
+            "name": self.photo.name,
+            "size": list(self.photo.size),
+            "verdict": self.verdict,
+            "reasons": [finding.sentence for finding in self.findings],
+            "faces": self.faces,
+            "face_box": None if face is None else [round(value, 1) for value in face.box],
+            "face_pixels": None if face is None else round(face.size),
+            "share_in_frame": _rounded(self.share_in_frame),
+            "sharpness": _rounded(self.sharpness),
+            "highlights": _rounded(self.highlights),
+            "midtone": _rounded(self.midtone),
+            "likeness": _rounded(self.likeness),
+            "yaw": _rounded(self.yaw),
+            "pitch": _rounded(self.pitch),
+            "view": self.view,
+            "framing": self.framing,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class SetReport:
+    """What was seen in all photos together."""
+
+    photos: tuple[PhotoReport, ...]
+    thresholds: Thresholds
+    network: str
+    """Name of the face network that the likeness is from."""
+    lights: int
+    """How many kinds of light the usable photos have."""
+    backgrounds: int
+    """How many kinds of background they have."""
+    advice: tuple[str, ...]
+    """What to add, and what is wrong with the set as a whole."""
+
+    @property
+    def usable(self) -> tuple[PhotoReport, ...]:
+        """Those that are not rejected."""
+        return tuple(report for report in self.photos if report.verdict != REJECT)
+
+    @property
+    def enough(self) -> bool:
+        """Whether there is something to train on."""
+        return len(self.usable) >= self.thresholds.photos_needed
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "network": self.network,
+            "usable": len(self.usable),
+            "enough": self.enough,
+            "verdicts": dict(Counter(report.verdict for report in self.photos)),
+            "views": dict(Counter(report.view for report in self.usable)),
+            "framings": dict(Counter(report.framing for report in self.usable)),
+            "lights": self.lights,
+            "backgrounds": self.backgrounds,
+            "advice": list(self.advice),
+            "photos": [report.to_dict() for report in self.photos],
+            "thresholds": asdict(self.thresholds),
+        }
+
+
+def check_photos(photos: Sequence[Photo], network: FaceNetwork, thresholds: Thresholds | None = None) -> SetReport:
+    """The SetReport, with a PhotoReport for each photo in the order given. Nothing is changed or deleted.
+
+    Who "the person" is, the photos decide: the face that is most like a face of each other photo is the most typical
+    one, and in every photo the face most like it is the person's.
+    """
+    thresholds = thresholds or Thresholds()
+    looks = [_look(photo, network, thresholds) for photo in photos]
+    chosen = _recognise(looks)
+    matches = [alike >= thresholds.likeness_reject for _, alike in chosen if alike is not None]
+    # With no majority for one person, nobody can say who of them is the intruder.
+    majority = len(matches) > 2 and 2 * sum(matches) > len(matches)
+    reports = [
+        _judge(look, index, alike, majority, thresholds) for look, (index, alike) in zip(looks, chosen, strict=True)
+    ]
+    reports = _mark_copies(reports, looks, [index for index, _ in chosen], thresholds)
+    usable = [
+        (look, index)
+        for look, (index, _), report in zip(looks, chosen, reports, strict=True)
+        if report.verdict != REJECT
+    ]
+    lights = measure.kinds([look.lights[index] for look, index in usable])
+    backgrounds = measure.kinds([look.backgrounds[index] for look, index in usable])
+    advice = _advise(reports, lights, backgrounds, several_people=len(matches) > 2 and not majority, limits=thresholds)
+    return SetReport(tuple(reports), thresholds, network.name, lights, backgrounds, advice)
+
+
+@dataclass(frozen=True, eq=False)
+class _Look:
+    """What one photo shows by itself, before it is compared with the others; lists are per face."""
+
+    photo: Photo
+    hash: np.ndarray
+    faces: list[Face]
+    """In pixels of the photo, largest first, without those that are small beside the largest."""
+    vectors: np.ndarray
+    lumas: list[np.ndarray]
+    lights: list[np.ndarray]
+    backgrounds: list[np.ndarray]
+
+
+def _look(photo: Photo, network: FaceNetwork, thresholds: Thresholds) -> _Look:
+    # The detector works at 640 pixels; a face is judged at SHARPNESS_SIDE. Decode no more than that needs.
+    image = photo.image(shorter_side=640)
+    faces = network.detect(image)
+    if faces and faces[0].size < measure.SHARPNESS_SIDE and image.size != photo.size:
+        needed = min(image.size) * measure.SHARPNESS_SIDE / max(faces[0].size, 1)
+        larger = photo.image(shorter_side=int(min(needed, *photo.size)))
+        faces = [_scaled(face, image, larger.size) for face in faces]
+        image = larger
+    faces = [face for face in faces if face.size >= thresholds.other_face * faces[0].size]
+    return _Look(
+        photo,
+        measure.perceptual_hash(image),
+        [_scaled(face, image, photo.size) for face in faces],
+        network.embed([image] * len(faces), faces),
+        [measure.face_luma(image, face) for face in faces],
+        [measure.light(image, face) for face in faces],
+        [measure.background(image, face) for face in faces],
+    )
+
+
+def _scaled(face: Face, image: Image.Image, size: tuple[int, int]) -> Face:
+    """The face in the pixels of the same picture at another size."""
+    factors = np.array(size) / image.size
+    left, top, right, bottom = (np.array(face.box) * np.tile(factors, 2)).tolist()
+    return Face((left, top, right, bottom), (face.landmarks * factors).astype(np.float32), face.score)
+
+
+def _recognise(looks: Sequence[_Look]) -> list[tuple[int, float | None]]:
+    """Per photo: the index of the person's face, and its likeness to the most typical face (None: no other photo)."""
+    with_faces = [look for look in looks if look.faces]
+    if len(with_faces) < 2:
+        return [(0, None) for _ in looks]
+    candidates = np.concatenate([look.vectors for look in with_faces])
+    # (candidates, photos): how alike a candidate is to the most similar face of each photo.
+    best = np.stack([likeness(candidates, look.vectors).max(1) for look in with_faces], 1)
+    typical = candidates[best.sum(1).argmax()]
+    chosen: list[tuple[int, float | None]] = []
+    for look in looks:
+        if look.faces:
+            alike = likeness(look.vectors, typical)
+            chosen.append((int(alike.argmax()), min(1.0, float(alike.max()))))
+        else:
+            chosen.append((0, None))
+    return chosen
+
+
+def _mark_copies(
+    reports: Sequence[PhotoReport], looks: Sequence[_Look], chosen: Sequence[int], limits: Thresholds
+) -> list[PhotoReport]:
+    """The reports, with a finding for each picture of which there is a better copy, or a similar one."""
+    marked = list(reports)
+    kept: list[int] = []
+    with_faces = [i for i, report in enumerate(reports) if report.face]
+    # The better copy has the better verdict, then the larger face, then the earlier name.
+    for i in sorted(with_faces, key=lambda i: (VERDICTS.index(reports[i].verdict), -looks[i].faces[chosen[i]].size, i)):
+        copies = [
+            (measure.hash_distance(looks[i].hash, looks[j].hash), j)
+            for j in kept
+            if likeness(looks[i].vectors[chosen[i]], looks[j].vectors[chosen[j]]) >= limits.same_picture_likeness
+        ]
+        distance, nearest = min(copies, default=(64, -1))
+        if distance <= limits.same_picture:
+            finding = Finding(REJECT, f"the same picture as {looks[nearest].photo.name}, which is kept")
+        elif distance <= limits.similar_picture:
+            finding = Finding(REVIEW, f"almost the same picture as {looks[nearest].photo.name}")
+        else:
+            finding = None
+        if finding:
+            marked[i] = replace(reports[i], findings=(*reports[i].findings, finding))
+        if distance > limits.same_picture:
+            kept.append(i)
+    return marked
+
+
+def _judge(look: _Look, index: int, alike: float | None, majority: bool, limits: Thresholds) -> PhotoReport:
+    if not look.faces:
+        nobody = Finding(REJECT, "no face was found; make sure that the whole face can be seen")
+        return PhotoReport(look.photo, (nobody,), faces=0, face=None)
+
+    face, luma = look.faces[index], look.lumas[index]
+    others = tuple(other for i, other in enumerate(look.faces) if i != index)
+    in_frame = measure.share_in_frame(look.photo.size, face)
+    sharp, bright, middle = measure.sharpness(luma), measure.highlights(luma), measure.midtone(luma)
+    yaw, pitch = measure.pose(face)
+    share = face.size / (look.photo.size[0] * look.photo.size[1]) ** 0.5
+
+    findings = []
+    if face.size < limits.face_pixels_reject:
+        findings.append(
+            Finding(REJECT, f"the face is {face.size:.0f} pixels large; {limits.face_pixels_reject:.0f} are needed")
+        )
+    elif face.size < limits.face_pixels_review:
+        findings.append(
+            Finding(REVIEW, f"the face is {face.size:.0f} pixels large; {limits.face_pixels_review:.0f} are better")
+        )
+    if in_frame < limits.in_frame_reject:
+        findings.append(Finding(REJECT, "much of the face is outside the picture"))
+    elif in_frame < limits.in_frame_review:
+        findings.append(Finding(REVIEW, "part of the face is outside the picture"))
+    if sharp < limits.sharpness_reject:
+        findings.append(Finding(REJECT, "the face is blurred"))
+    elif sharp < limits.sharpness_review:
+        findings.append(Finding(REVIEW, "the face is not quite sharp"))
+    if bright < limits.highlights_reject:
+        findings.append(Finding(REJECT, "the face is too dark"))
+    elif bright < limits.highlights_review:
+        findings.append(Finding(REVIEW, "the face is rather dark"))
+    if middle > limits.midtone_reject:
+        findings.append(Finding(REJECT, "the face is overexposed"))
+    elif middle > limits.midtone_review:
+        findings.append(Finding(REVIEW, "the face is rather bright"))
+    if alike is not None and alike < limits.likeness_reject:
+        if majority:
+            findings.append(
+                Finding(REJECT, f"this seems to be someone else (likeness {alike:.2f} to the other photos)")
+            )
+        else:
+            findings.append(Finding(REVIEW, "the photos show different people, and no one is in most of them"))
+    elif alike is not None and alike < limits.likeness_review:
+        findings.append(
+            Finding(REVIEW, f"this may be someone else, or an unusual view (likeness {alike:.2f} to the other photos)")
+        )
+    if others and alike is None:
+        findings.append(Finding(REVIEW, f"{len(look.faces)} people, and no other photo to tell which one is meant"))
+    elif others:
+        people = "another person" if len(others) == 1 else f"{len(others)} other people"
+        findings.append(Finding(CROP, f"{people} in the picture: cropped out or masked"))
+    if share < limits.face_share_crop:
+        findings.append(Finding(CROP, "the face is small in the picture: a closer part is used"))
+
+    return PhotoReport(
+        look.photo,
+        tuple(findings),
+        faces=len(look.faces),
+        face=face,
+        other_faces=others,
+        share_in_frame=in_frame,
+        sharpness=sharp,
+        highlights=bright,
+        midtone=middle,
+        likeness=alike,
+        yaw=yaw,
+        pitch=pitch,
+        view=VIEWS[(abs(yaw) >= limits.turned) + (abs(yaw) >= limits.side)],
+        framing=framing(face, look.photo.size[1]),
+    )
+
+
+def framing(face: Face, bottom: float) -> str:
+    """One of FRAMINGS, by how much is seen below the chin: `bottom` is where the picture ends, in the face's pixels.
+
+    Up to 0.8 face heights is a close-up (shoulders begin), up to 2.5 chest-up, below that the body is seen. A body is
+    about ten such heights (forehead to chin) tall.
+    """
+    _, top, _, chin = face.box
+    below = (bottom - chin) / (chin - top)
+    return FRAMINGS[(below > 0.8) + (below > 2.5)]
+
+
+def _advise(
+    reports: Sequence[PhotoReport], lights: int, backgrounds: int, several_people: bool, limits: Thresholds
+) -> tuple[str, ...]:
+    usable = [report for report in reports if report.verdict != REJECT]
+    advice = []
+    if several_people:
+        advice.append("The photos show different people, and no one is in most of them: sort them first.")
+    if len(usable) < limits.photos_needed:
+        advice.append(
+            f"{len(usable)} of {len(reports)} photos can be used; at least {limits.photos_needed} are needed, "
+            f"{limits.photos_wanted} to 20 work best."
+        )
+    elif len(usable) < limits.photos_wanted:
+        advice.append(f"{limits.photos_wanted - len(usable)} more photos would help: {len(usable)} can be used.")
+    missing = [
+        (limits.turned_wanted - sum(report.view != VIEWS[0] for report in usable), "with the head turned to a side"),
+        (
+            limits.chest_up_wanted - sum(report.framing != FRAMINGS[0] for report in usable),
+            "from further away, down to the chest or the waist",
+        ),
+        (limits.lights_wanted - lights, "in other light"),
+        (limits.backgrounds_wanted - backgrounds, "in front of another background"),
+    ]
+    wishes = [f"{count} {what}" for count, what in missing if count > 0]
+    if wishes:
+        advice.append(f"More variety helps: add {', '.join(wishes)}. One photo can be several of these.")
+    return tuple(advice)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)

@@ -1,0 +1,125 @@
+"""The photo report for reading: a table for the terminal, and one HTML page with the faces and the reasons."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+import uuid
+from collections import Counter
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from ..errors import BadFile
+from .report import CROP, REJECT, REVIEW, USE, VERDICTS, PhotoReport, SetReport
+
+THUMBNAIL = 360
+"""Long side of a picture on the sheet, in pixels."""
+COLOURS = {USE: "#1a7f37", CROP: "#0969da", REVIEW: "#9a6700", REJECT: "#cf222e"}
+
+
+def format_report(report: SetReport) -> str:
+    """Lines for a terminal: one per photo with its verdict and reasons, then the set and what to add."""
+    rows = [("photo", "verdict", "face", "likeness", "sharp", "view", "framing", "why")]
+    for photo in report.photos:
+        rows.append(
+            (
+                photo.photo.name,
+                photo.verdict,
+                "-" if photo.face is None else f"{photo.face.size:.0f} px",
+                _number(photo.likeness),
+                _number(photo.sharpness),
+                photo.view or "-",
+                photo.framing or "-",
+                "; ".join(finding.sentence for finding in photo.findings),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    lines = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
+    ]
+    return "\n".join([*(line.rstrip() for line in lines), "", *_summary(report)])
+
+
+def save_sheet(report: SetReport, path: str | Path) -> None:
+    """Writes one HTML page that needs nothing beside it: each photo with its face framed, verdict and reasons.
+
+    Raises BadFile where it cannot be written. The page shows the photos: it is as personal as they are.
+    """
+    cards = "\n".join(_card(photo) for photo in sorted(report.photos, key=lambda photo: -VERDICTS.index(photo.verdict)))
+    summary = "".join(f"<p>{html.escape(line)}</p>" for line in _summary(report))
+    page = _PAGE.replace("SUMMARY", summary).replace("CARDS", cards)
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        try:
+            temporary.write_text(page, encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as problem:
+        raise BadFile(f"{path}: cannot be written: {problem.strerror or problem}") from problem
+
+
+def _summary(report: SetReport) -> list[str]:
+    def counts(values: list[str | None]) -> str:
+        return ", ".join(f"{count} {value}" for value, count in Counter(values).most_common())
+
+    lines = [f"{len(report.usable)} of {len(report.photos)} photos can be used."]
+    if report.usable:
+        lines.append(
+            f"View: {counts([photo.view for photo in report.usable])}. "
+            f"Framing: {counts([photo.framing for photo in report.usable])}. "
+            f"Kinds of light: {report.lights}. Kinds of background: {report.backgrounds}."
+        )
+    return [*lines, *report.advice]
+
+
+def _card(report: PhotoReport) -> str:
+    colour = COLOURS[report.verdict]
+    reasons = "".join(f"<li>{html.escape(finding.sentence)}</li>" for finding in report.findings)
+    facts = [f"{report.photo.size[0]} x {report.photo.size[1]}"]
+    if report.face is not None:
+        facts += [f"face {report.face.size:.0f} px", f"likeness {_number(report.likeness)}", f"{report.view}"]
+        facts += [f"{report.framing}", f"sharpness {_number(report.sharpness)}"]
+    return (
+        f'<figure><img src="data:image/jpeg;base64,{_thumbnail(report)}" alt="{html.escape(report.photo.name)}">'
+        f'<figcaption><b style="background:{colour}">{report.verdict}</b> {html.escape(report.photo.name)}'
+        f"<ul>{reasons}</ul><small>{' &middot; '.join(facts)}</small></figcaption></figure>"
+    )
+
+
+def _thumbnail(report: PhotoReport) -> str:
+    """The photo as a small JPEG in base64, the person's face framed in the verdict's colour, others in grey."""
+    image = report.photo.image(shorter_side=THUMBNAIL)
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    draw = ImageDraw.Draw(image)
+    scale = image.width / report.photo.size[0]
+    for face in report.other_faces:
+        draw.rectangle([value * scale for value in face.box], outline="#888888", width=2)
+    if report.face is not None:
+        draw.rectangle([value * scale for value in report.face.box], outline=COLOURS[report.verdict], width=3)
+    data = io.BytesIO()
+    image.save(data, "jpeg", quality=85)
+    return base64.b64encode(data.getvalue()).decode()
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Photo report</title><style>
+body { font: 15px/1.4 system-ui, sans-serif; margin: 24px; color: #1f2328; background: #f6f8fa; }
+main { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 16px; }
+figure { margin: 0; background: #fff; border: 1px solid #d1d9e0; border-radius: 8px; overflow: hidden; }
+img { width: 100%; height: 260px; object-fit: contain; background: #eaeef2; }
+figcaption { padding: 8px 12px 12px; overflow-wrap: anywhere; }
+b { color: #fff; border-radius: 4px; padding: 1px 6px; font-weight: 600; }
+ul { margin: 6px 0; padding-left: 18px; } small { color: #59636e; }
+</style></head><body><h1>Photo report</h1>SUMMARY<main>
+CARDS
+</main></body></html>
+"""
