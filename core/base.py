@@ -219,7 +219,9 @@ def _folder_tensors(folder: Path, part: str) -> Mapping[str, Tensor]:
     plain = [path for path in paths if not any(f".{word}" in path.name for word in ("fp16", "non_ema", "ema"))] or paths
     if not plain:
         others = ", ".join(path.name for path in folder.glob("*.bin")) or "no weights"
-        raise BadFile(f"{folder.name}: no .safetensors in it ({others}); pickled weights are not read, convert them first")
+        raise BadFile(
+            f"{folder.name}: no .safetensors in it ({others}); pickled weights are not read, convert them first"
+        )
     readers: dict[str, Callable[[], Tensor]] = {}
     for path in plain:
         file = SafetensorsFile.open(path)

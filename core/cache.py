@@ -145,7 +145,9 @@ def _encode_images(
     images: Sequence[TrainingImage], base: Base, device: torch.device, progress: Callable[[int], None]
 ) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
     vae_print = base.fingerprint("vae")
-    keys = [content_key("latents", image.photo.digest, image.crop, image.bucket, image.flip, vae_print) for image in images]
+    keys = [
+        content_key("latents", image.photo.digest, image.crop, image.bucket, image.flip, vae_print) for image in images
+    ]
     vae, results = None, []
     for index, (image, key) in enumerate(zip(images, keys, strict=True)):
         found = _read("latents", key)
@@ -204,5 +206,7 @@ def _write(kind: str, key: str, tensors: dict[str, Tensor]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadFile(f"{folder}: the cache cannot be written ({error.strerror}); set FACELORA_CACHE to a folder") from None
+        raise BadFile(
+            f"{folder}: the cache cannot be written ({error.strerror}); set FACELORA_CACHE to a folder"
+        ) from None
     save_safetensors(folder / f"{key}.safetensors", tensors, None)

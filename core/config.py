@@ -38,7 +38,9 @@ class TrainConfig:
     rank_pattern: dict[str, int] = option({}, "regular expression of a module's name -> its own rank")
     alpha_pattern: dict[str, float] = option({}, "regular expression of a module's name -> its own alpha")
     dropout: float = option(0.0, "share of the adapter's inputs that are dropped, 0 to 1")
-    rslora: bool = option(False, "scale by alpha / sqrt(rank) (arXiv:2312.03732); the file's alpha is adjusted to match")
+    rslora: bool = option(
+        False, "scale by alpha / sqrt(rank) (arXiv:2312.03732); the file's alpha is adjusted to match"
+    )
     lora_plus_ratio: float = option(1.0, "learning rate of B over that of A (LoRA+, arXiv:2402.12354)")
 
     steps: int = option(800, "optimizer steps")
@@ -65,13 +67,17 @@ class TrainConfig:
     input_perturbation: float = option(0.0, "extra noise on the input only (arXiv:2301.11706)")
     timestep_min: int = option(0, "lowest timestep drawn, 0 to 999")
     timestep_max: int = option(999, "highest timestep drawn, 0 to 999")
-    timestep_bias: float = option(0.0, "above 0 draws late (noisy) timesteps more often, below 0 early ones; 0: uniform")
+    timestep_bias: float = option(
+        0.0, "above 0 draws late (noisy) timesteps more often, below 0 early ones; 0: uniform"
+    )
     caption_dropout: float = option(0.0, "share of the photos whose caption is left out")
     background_weight: float = option(0.1, "weight of the loss outside a photo's mask, 0 to 1")
 
     prior_loss_weight: float = option(1.0, "weight of the loss on class images and of prior prediction")
     class_images: int = option(0, "class images that the base model makes when none are given (prior preservation)")
-    prior_prediction: float = option(0.0, "share of the steps that hold the class caption to the frozen model's prediction")
+    prior_prediction: float = option(
+        0.0, "share of the steps that hold the class caption to the frozen model's prediction"
+    )
 
     clip_skip: int = option(1, "1 uses the text encoder's last layer, 2 the one before (SD1.x only)")
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = option("auto", "what the base predicts")

@@ -1,7 +1,6 @@
 """The training loop: one run of one adapter on one base model, the same for every family."""
 
 import contextlib
-import gc
 import hashlib
 import json
 import math
@@ -100,7 +99,9 @@ class Batches:
 def device_and_dtype(config: TrainConfig, device: torch.device | None = None) -> tuple[torch.device, torch.dtype]:
     """Where to train and in which precision: CUDA (or another accelerator) and bf16 where there is one, else CPU and fp32."""
     if device is None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        device = torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
     if config.precision != "auto":
         return device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
     if device.type == "cuda":
@@ -172,7 +173,9 @@ class Run:
         if wants_recompute(self, cache):
             self.denoiser.enable_gradient_checkpointing()  # pyright: ignore
         self.parameters = self.adapter.parameters()
-        self.average = {name: value.detach().clone() for name, value in self.parameters.items()} if config.ema_decay else None
+        self.average = (
+            {name: value.detach().clone() for name, value in self.parameters.items()} if config.ema_decay else None
+        )
         self.optimizer = build_optimizer(self.adapter, config, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.schedule = base.noise_schedule().to(self.device)
@@ -184,7 +187,9 @@ class Run:
         }
         self.chunks = cache.chunks
         self.batches = Batches(self.images, config.batch_size, config.seed)
-        self.class_batches = Batches(self.class_images, config.batch_size, config.seed + 1) if self.class_images else None
+        self.class_batches = (
+            Batches(self.class_images, config.batch_size, config.seed + 1) if self.class_images else None
+        )
         self.step = 0
         self.loss = torch.zeros((), device=self.device)
         self.first_bad_step = torch.full((), -1, device=self.device)
@@ -221,7 +226,10 @@ class Run:
         config = self.config
         generator = self._generator("noise", number)
         pictures = [self.images[index] for index in self.batches.at(number)]
-        if config.prior_prediction and random.Random(f"{config.seed}/prior/{number}").random() < config.prior_prediction:
+        if (
+            config.prior_prediction
+            and random.Random(f"{config.seed}/prior/{number}").random() < config.prior_prediction
+        ):
             yield config.prior_loss_weight * self.prior_prediction_loss(pictures, self._generator("prior", number))
         dropped = random.Random(f"{config.seed}/dropout/{number}")
         captions = ["" if dropped.random() < config.caption_dropout else picture.caption for picture in pictures]
@@ -231,7 +239,9 @@ class Run:
             captions = [picture.caption for picture in pictures]
             yield config.prior_loss_weight * self.picture_loss(pictures, captions, self._generator("class", number))
 
-    def picture_loss(self, pictures: Sequence[EncodedImage], captions: Sequence[str], generator: torch.Generator) -> Tensor:
+    def picture_loss(
+        self, pictures: Sequence[EncodedImage], captions: Sequence[str], generator: torch.Generator
+    ) -> Tensor:
         """The weighted loss on pictures of one shape, a scalar: the denoising objective of the base model."""
         latents, noise, noisy_latents, timesteps = self._noised(pictures, generator)
         prediction = self._predict(noisy_latents, timesteps, self._conditioning(pictures, captions))
@@ -255,7 +265,9 @@ class Run:
         prediction = self._predict(noisy_latents, timesteps, self._conditioning(pictures, captions))
         return sample_losses(prediction, target, None, self.config).mean()
 
-    def _noised(self, pictures: Sequence[EncodedImage], generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _noised(
+        self, pictures: Sequence[EncodedImage], generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         mean = torch.stack([picture.mean for picture in pictures])
         deviation = torch.stack([picture.deviation for picture in pictures])
         latents = mean + deviation * torch.randn(mean.shape, generator=generator, device=self.device)
@@ -294,7 +306,9 @@ class Run:
             return
         names = sorted({self.images[i].name for n in range(self.config.accumulation)
                         for i in self.batches.at(step * self.config.accumulation + n)})  # fmt: skip
-        advice = "lower the learning rate" if self.dtype != torch.float16 else "lower the learning rate, or precision bf16"
+        advice = (
+            "lower the learning rate" if self.dtype != torch.float16 else "lower the learning rate, or precision bf16"
+        )
         raise TrainingDiverged(
             f"the loss became NaN or infinite in step {step + 1} on {', '.join(names)} at learning rate "
             f"{self.config.learning_rate * learning_rate_factor(step, self.config):g}; {advice}"
@@ -310,7 +324,9 @@ class Run:
             tensors |= {f"average.{name}": value.cpu() for name, value in self.average.items()}
         tensors["loss"] = self.loss.cpu()
         optimizer_tensors, scalars = pack_optimizer(self.optimizer)
-        return RunState(self.step, identity, tensors | optimizer_tensors, scalars | {"scaler": self.scaler.state_dict()})
+        return RunState(
+            self.step, identity, tensors | optimizer_tensors, scalars | {"scaler": self.scaler.state_dict()}
+        )
 
     @torch.no_grad()
     def restore(self, state: RunState) -> None:
@@ -425,10 +441,6 @@ def train_lora(
         result = lora()
         if state_path is not None:
             state_path.unlink(missing_ok=True)
-        del run
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
         return result
 
 

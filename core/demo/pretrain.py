@@ -133,17 +133,50 @@ def captions_for(people: Tensor, flips: Tensor, views: Tensor, generator: torch.
 
 def person_word(person: int) -> str:
     """A word of its own for each person that the base learns: one token of CLIP's vocabulary, no name."""
-    words = (
-        "amber basil cedar coral daisy ember fern ginger hazel indigo ivory jade jasmine juniper laurel lilac lotus maple "
-        "moss olive onyx opal pearl pine plum quartz robin ruby saffron sage sierra topaz violet willow"
-    ).split()
+    words = [
+        "amber",
+        "basil",
+        "cedar",
+        "coral",
+        "daisy",
+        "ember",
+        "fern",
+        "ginger",
+        "hazel",
+        "indigo",
+        "ivory",
+        "jade",
+        "jasmine",
+        "juniper",
+        "laurel",
+        "lilac",
+        "lotus",
+        "maple",
+        "moss",
+        "olive",
+        "onyx",
+        "opal",
+        "pearl",
+        "pine",
+        "plum",
+        "quartz",
+        "robin",
+        "ruby",
+        "saffron",
+        "sage",
+        "sierra",
+        "topaz",
+        "violet",
+        "willow",
+    ]
     return words[person - 1]
 
 
 def looking_sides(faces: Tensor) -> Tensor:
     """-1, 0 or 1 for every photo: the face looks to the picture's left, the front, or its right (from YuNet's landmarks)."""
-    from ..faces import load_faces as load_network
     from PIL import Image
+
+    from ..faces import load_faces as load_network
 
     network = load_network()
     sides = []

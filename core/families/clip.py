@@ -163,5 +163,7 @@ def build_text_encoder(config: dict[str, Any], projection: bool) -> nn.Module:
     for module in encoder.modules():
         if "position_ids" in module._buffers:
             # Not in any checkpoint, so it must not stay on the meta device.
-            module.register_buffer("position_ids", torch.arange(text_config.max_position_embeddings, device="cpu")[None], persistent=False)
+            module.register_buffer(
+                "position_ids", torch.arange(text_config.max_position_embeddings, device="cpu")[None], persistent=False
+            )
     return encoder if hasattr(encoder, "text_model") else _WithPrefix(encoder)

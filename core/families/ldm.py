@@ -179,7 +179,9 @@ def unet_component(tensors: Mapping[str, Tensor], head_width: int | None) -> Com
             started = True
         resnets[-1] += 1
     if not widths or len(set(resnets)) != 1:
-        raise UnmatchedKeys(f"the denoiser's input_blocks are not those of a Stable Diffusion UNet: {resnets} per level")
+        raise UnmatchedKeys(
+            f"the denoiser's input_blocks are not those of a Stable Diffusion UNet: {resnets} per level"
+        )
     layers = resnets[0]
     context_width = shape("middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1]
     mid_depth = count_children(names, "middle_block.1.transformer_blocks")

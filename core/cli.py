@@ -1,0 +1,437 @@
+"""The command line: `facelora <command>`, the same as `python -m facelora <command>`."""
+
+import argparse
+import dataclasses
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from .config import TrainConfig, config_from
+from .errors import BadConfig, BadFile, FaceLoraError
+
+
+class Cancelled(FaceLoraError):
+    """The user has stopped the command."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; 0 when it is done, 1 when it failed with a message on stderr, 2 for wrong usage."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if not hasattr(options, "run"):
+        parser.print_help()
+        return 2
+    try:
+        return options.run(options) or 0
+    except FaceLoraError as error:
+        print(f"facelora: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("facelora: stopped", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="facelora",
+        description="10-20 photos of a person in, a small LoRA in Kohya's format out, and pictures of the person from it. "
+        "Train only people who have agreed to it.",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
+    for name, text, add, run in COMMANDS:
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        add(command)
+        command.set_defaults(run=run)
+    return parser
+
+
+# --- train ---
+
+
+def add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("photos", type=Path, metavar="PHOTOS", help="folder of photos (jpg, png, webp, heic, ...)")
+    parser.add_argument("--base", required=True, help="checkpoint file, diffusers folder, or hub id")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.safetensors", help="the LoRA to write")
+    parser.add_argument("--class-photos", type=Path, metavar="DIR", help="photos of the class, for prior preservation")
+    parser.add_argument("--continue-from", type=Path, metavar="FILE", help="LoRA to go on from")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE.toml", help="settings; options given here win over the file's"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the saved state of the same run if there is one"
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="fail on a photo that cannot be read, instead of skipping it"
+    )
+    add_device(parser)
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object per report on stdout instead of a progress bar"
+    )
+    add_settings(parser.add_argument_group("settings"))
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; default: the best there is")
+
+
+def add_settings(group) -> None:
+    """One option for each field of TrainConfig; what is not given does not appear, so that a file's value stays."""
+    hints = get_type_hints(TrainConfig)
+    for item in dataclasses.fields(TrainConfig):
+        flag = "--" + item.name.replace("_", "-")
+        names = ["--trigger", flag] if item.name == "trigger_word" else [flag]
+        hint, text = hints[item.name], item.metadata["help"]
+        common: dict[str, Any] = {"dest": f"setting_{item.name}", "default": argparse.SUPPRESS}
+        if get_origin(hint) is Literal:
+            text = f"{text} (default: {item.default})"
+            group.add_argument(*names, choices=get_args(hint), help=text, **common)
+        elif hint is bool:
+            text = f"{text} (default: {'yes' if item.default else 'no'})"
+            group.add_argument(*names, action=argparse.BooleanOptionalAction, help=text, **common)
+        elif get_origin(hint) is dict:
+            number = get_args(hint)[1]
+            kind = _pattern_of(number)
+            group.add_argument(*names, action="append", type=kind, metavar="REGEX=NUMBER", help=text, **common)
+        elif get_origin(hint) is tuple:
+            name = flag.removesuffix("s")
+            group.add_argument(name, action="append", metavar="TEXT", help=f"{text}; may be repeated", **common)
+        else:
+            kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
+            if item.default is not None:
+                text = f"{text} (default: {item.default})"
+            metavar = {int: "N", float: "X", str: "TEXT"}[kinds[0]]
+            group.add_argument(*names, type=kinds[0], metavar=metavar, help=text.replace("%", "%%"), **common)
+
+
+def _pattern_of(number: type) -> Callable[[str], tuple[str, Any]]:
+    def parse(text: str) -> tuple[str, Any]:
+        pattern, separator, value = text.rpartition("=")
+        if not separator:
+            raise argparse.ArgumentTypeError(f"{text!r} is not REGEX=NUMBER")
+        try:
+            return pattern, number(value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{value!r} in {text!r} is not a number") from None
+
+    return parse
+
+
+def settings_from(options: argparse.Namespace) -> TrainConfig:
+    """The TrainConfig of a TOML file, overridden by the options given on the command line."""
+    settings = read_toml(options.config) if options.config else {}
+    for name, value in vars(options).items():
+        if name.startswith("setting_"):
+            if value and isinstance(value, list) and isinstance(value[0], tuple):
+                value = dict(value)
+            settings[name.removeprefix("setting_")] = value
+    return config_from(settings)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadFile(f"{path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadConfig(f"{path}: not a TOML file: {error}") from None
+
+
+def run_train(options: argparse.Namespace) -> None:
+    from .photos_to_lora import state_path, train
+
+    config = settings_from(options)
+    stop = _StopOnSignal()
+    progress = JsonProgress() if options.json else BarProgress()
+
+    def on_step(report) -> None:
+        progress.step(report)
+        if stop.asked:
+            raise Cancelled(
+                f"stopped after step {report.step} of {report.steps}; "
+                f"go on with --resume (state: {state_path(options.output)})"
+            )
+
+    def on_phase(phase: str, done: int, total: int) -> None:
+        progress.phase(phase, done, total)
+        if stop.asked:
+            raise Cancelled(f"stopped while {phase}; nothing is lost, start again")
+
+    with stop, progress:
+        lora = train(
+            options.photos, options.base, config,
+            output=options.output, class_photos=options.class_photos, continue_from=options.continue_from,
+            resume=options.resume, strict=options.strict, device=device_from(options),
+            on_step=on_step, on_phase=on_phase, on_warning=progress.warning,
+        )  # fmt: skip
+    size = options.output.stat().st_size
+    trigger = lora.metadata["modelspec.trigger_phrase"]
+    if options.json:
+        print(json.dumps({"output": str(options.output), "bytes": size, "trigger_phrase": trigger}))
+    else:
+        print(f"{options.output}  ({size / 1e6:.1f} MB, rank {config.rank}); prompt it with: a photo of {trigger}")
+
+
+def device_from(options: argparse.Namespace):
+    if options.device is None:
+        return None
+    import torch
+
+    try:
+        device = torch.device(options.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadConfig(f"--device {options.device}: {reason}") from None
+    return device
+
+
+class _StopOnSignal:
+    """Within it, Ctrl-C and SIGTERM only leave a note, so that a run stops between two steps; a second Ctrl-C is at once."""
+
+    asked = False
+
+    def __enter__(self) -> "_StopOnSignal":
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, *_: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+class BarProgress:
+    """Progress bars on stderr, which look at the loss no more than twice a second."""
+
+    def __init__(self) -> None:
+        self._bar, self._name, self._shown = None, "", 0.0
+
+    def __enter__(self) -> "BarProgress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _bar_for(self, name: str, total: int):
+        from tqdm import tqdm
+
+        if self._bar is None or self._name != name:
+            self.__exit__()
+            self._bar, self._name = tqdm(total=total, desc=name, dynamic_ncols=True, file=sys.stderr), name
+        return self._bar
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        bar = self._bar_for(name, total)
+        bar.update(done - bar.n)
+
+    def step(self, report) -> None:
+        bar = self._bar_for("training", report.steps)
+        if bar.n == 0 and report.step > 1:
+            bar.initial = bar.n = report.step - 1  # resumed: the rate counts this session's steps only
+        now = time.monotonic()
+        if now - self._shown > 0.5 or report.step == report.steps:
+            self._shown = now
+            memory = f", {report.memory / 2**30:.1f} GiB" if report.memory else ""
+            bar.set_postfix_str(f"loss {report.loss:.4f}, lr {report.learning_rate:.1e}{memory}", refresh=False)
+            bar.update(report.step - bar.n)
+
+    def warning(self, message: str) -> None:
+        if self._bar is not None:
+            self._bar.clear()
+        print(f"warning: {message}", file=sys.stderr)
+
+
+class JsonProgress:
+    """The same as lines of JSON on stdout, at most twice a second and for the last step."""
+
+    def __init__(self) -> None:
+        self._shown = 0.0
+
+    def __enter__(self) -> "JsonProgress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        self._print(done == total, phase=name, done=done, total=total)
+
+    def step(self, report) -> None:
+        now = time.monotonic()
+        if report.step == report.steps or now - self._shown > 0.5:
+            self._print(
+                True, phase="training", step=report.step, steps=report.steps, loss=report.loss,
+                learning_rate=report.learning_rate, seconds_per_step=report.seconds_per_step,
+                seconds_left=report.seconds_left, memory=report.memory,
+            )  # fmt: skip
+
+    def warning(self, message: str) -> None:
+        self._print(True, warning=message)
+
+    def _print(self, always: bool, **values: Any) -> None:
+        if always or time.monotonic() - self._shown > 0.5:
+            self._shown = time.monotonic()
+            print(json.dumps(values), flush=True)
+
+
+# --- generate ---
+
+
+def add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", required=True, help="checkpoint file, diffusers folder, or hub id")
+    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="may be repeated")
+    parser.add_argument(
+        "--prompt", action="append", default=[], help="may be repeated; default: the LoRA's trigger phrase"
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the pictures")
+    parser.add_argument("--negative", default="", help="what should not be in the pictures")
+    parser.add_argument("--count", type=int, default=4, help="pictures of each prompt (default: 4)")
+    parser.add_argument(
+        "--seed", type=int, default=1, help="seed of the first picture; the next ones count up (default: 1)"
+    )
+    parser.add_argument("--size", type=_size, metavar="WxH", help="in pixels; default: what the base was trained at")
+    parser.add_argument("--steps", type=int, default=25, help="sampling steps (default: 25)")
+    parser.add_argument("--guidance", type=float, default=6.0, help="classifier-free guidance, CFG scale (default: 6)")
+    parser.add_argument(
+        "--sampler", default="dpmpp_2m_karras", help="default: dpmpp_2m_karras; an unknown one lists them"
+    )
+    parser.add_argument("--clip-skip", type=int, default=1, help="1: last layer of the text encoder (default: 1)")
+    parser.add_argument("--batch-size", type=int, default=1, help="pictures at a time (default: 1)")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
+    add_device(parser)
+    parser.add_argument("--json", action="store_true", help="list the pictures as JSON")
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT")
+    return int(width), int(height)
+
+
+def split_strength(text: str) -> tuple[str, float]:
+    """("face.safetensors", 0.8) of "face.safetensors:0.8"; without a number the strength is 1."""
+    path, separator, number = text.rpartition(":")
+    if separator and path:
+        try:
+            return path, float(number)
+        except ValueError:
+            pass
+    return text, 1.0
+
+
+def run_generate(options: argparse.Namespace) -> None:
+    from .base import load_base
+    from .generate import GenerateConfig, contact_sheet, generate
+    from .lora_file import LoraFile
+
+    config = GenerateConfig(
+        negative=options.negative, size=options.size, steps=options.steps, guidance=options.guidance,
+        sampler=options.sampler, clip_skip=options.clip_skip, batch_size=options.batch_size,
+    )  # fmt: skip
+    loras = [(LoraFile.read(path), strength) for path, strength in map(split_strength, options.lora)]
+    prompts = options.prompt
+    if not prompts:
+        phrases = [lora.metadata.get("modelspec.trigger_phrase") for lora, _ in loras]
+        prompts = [f"a photo of {phrase}" for phrase in phrases if phrase][:1]
+    if not prompts:
+        raise BadConfig("no --prompt given, and no LoRA that names a trigger phrase")
+    if options.count < 1:
+        raise BadConfig(f"--count {options.count}: must be at least 1")
+    base = load_base(options.base)
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadFile(f"{options.output}: cannot be written: {error.strerror}") from None
+    jobs = [(prompt, options.seed + number) for prompt in prompts for number in range(options.count)]
+    images, written = [], []
+    with BarProgress() as bar:
+        pictures = generate(
+            base, loras, jobs, config,
+            device=device_from(options), precision=TrainConfig(precision=options.precision),
+        )  # fmt: skip
+        for number, picture in enumerate(pictures):
+            path = options.output / f"{number:04d}-{picture.seed}.png"
+            picture.save(path)
+            images.append(picture.image)
+            written.append({"file": str(path), "prompt": picture.prompt, "seed": picture.seed})
+            bar.phase("pictures", number + 1, len(jobs))
+    rows = [
+        (prompt, images[index * options.count : (index + 1) * options.count]) for index, prompt in enumerate(prompts)
+    ]
+    sheet = options.output / "contact_sheet.png"
+    contact_sheet(rows, tile=256).save(sheet)
+    if options.json:
+        print(json.dumps({"pictures": written, "contact_sheet": str(sheet)}, indent=1))
+    else:
+        print(f"{len(written)} pictures in {options.output}; overview: {sheet}")
+
+
+# --- the smaller commands ---
+
+
+def add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="a LoRA")
+    parser.add_argument("--json", action="store_true")
+
+
+def run_inspect(options: argparse.Namespace) -> None:
+    from .lora_tools import format_inspection, inspect_lora
+
+    found = inspect_lora(options.file)
+    print(json.dumps(found, indent=1) if options.json else format_inspection(found))
+
+
+def add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), metavar="DIR")
+    parser.add_argument("--person", type=int, default=35, help="which of the unseen people, 35 to 40 (default: 35)")
+    parser.add_argument("--steps", type=int, help="optimizer steps; default: the demo's own")
+
+
+def run_demo(options: argparse.Namespace) -> None:
+    from .demo import run
+
+    with BarProgress() as bar:
+        report = run(options.output, person=options.person, steps=options.steps, progress=bar)
+    print(report.text)
+
+
+def add_clear_cache(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def run_clear_cache(options: argparse.Namespace) -> None:
+    from .cache import cache_folder, clear_cache
+
+    print(f"{clear_cache()} files deleted from {cache_folder()}")
+
+
+COMMANDS: tuple[
+    tuple[str, str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Any]], ...
+] = (
+    (
+        "demo",
+        "the whole job on the small base model that comes with the package, without GPU or download",
+        add_demo,
+        run_demo,
+    ),
+    ("train", "train a LoRA on a folder of photos of one person", add_train, run_train),
+    ("generate", "make pictures with a base model and LoRAs", add_generate, run_generate),
+    ("inspect", "say what is in a LoRA file", add_inspect, run_inspect),
+    ("clear-cache", "delete everything that was kept of photos and captions", add_clear_cache, run_clear_cache),
+)

@@ -1,0 +1,154 @@
+"""The whole job: a folder of photos and a base model in, a LoRA file out."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .base import Base, load_base
+from .cache import encode
+from .config import TrainConfig
+from .errors import BadConfig, BadFile, BadPhoto
+from .generate import make_class_images, sample_prompts, training_sampler
+from .lora_file import LoraFile, fit
+from .photos import Photo, prepare, read_photos
+from .training import OnStep, device_and_dtype, train_lora
+
+SAVE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+OnPhase = Callable[[str, int, int], None]
+"""(what is being done, done, total) while photos and captions are encoded and class images made."""
+
+
+def train(
+    photos: str | os.PathLike[str] | Sequence[Photo],
+    base: Base | str | os.PathLike[str] | Mapping[str, Tensor],
+    config: TrainConfig | None = None,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    class_photos: str | os.PathLike[str] | Sequence[Photo] | None = None,
+    continue_from: LoraFile | str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    strict: bool = False,
+    device: torch.device | None = None,
+    on_step: OnStep | None = None,
+    on_phase: OnPhase | None = None,
+    on_sample: Callable[[int, list[Image.Image]], None] | None = None,
+    on_warning: Callable[[str], None] = lambda message: None,
+) -> LoraFile:
+    """The trained LoRA; also written to `output` (a `.safetensors` path) when one is given.
+
+    `photos` is a folder, or photos already read; `class_photos` likewise, for prior preservation. With `output`, the state
+    from which `resume=True` goes on is kept beside it until the run is done, every `save_every` steps a numbered LoRA is
+    written beside it, and samples go into the folder `<name>-samples` (unless `on_sample` takes them).
+    Every callback may raise to cancel. Errors are subclasses of FaceLoraError.
+    """
+    config = config or TrainConfig()
+    output = None if output is None else Path(output)
+    if output is not None:
+        check_output(output)
+    if config.class_images and class_photos is not None:
+        raise BadConfig("class_images and class_photos are both given; class images are either made or read")
+    if not isinstance(base, Base):
+        base = load_base(base, prediction_type=config.prediction_type, zero_terminal_snr=config.zero_terminal_snr)
+    check_base_options(base, config)
+    if continue_from is not None and not isinstance(continue_from, LoraFile):
+        continue_from = LoraFile.read(continue_from)
+    if continue_from is not None:
+        fit(continue_from, base.family.name, base.module_shapes()).check(continue_from.name)
+    photos = _read(photos, strict, on_warning)
+    if not photos:
+        raise BadPhoto("no photos were given")
+    device, _ = device_and_dtype(config, device)
+
+    def progress(phase: str) -> Callable[[int, int], None] | None:
+        return None if on_phase is None else lambda done, total: on_phase(phase, done, total)
+
+    if config.class_images:
+        class_list = make_class_images(
+            base, config.class_word, config.class_images, resolution=config.resolution, device=device,
+            on_progress=progress("class images"),
+        )  # fmt: skip
+    else:
+        class_list = [] if class_photos is None else _read(class_photos, strict, on_warning)
+    dataset = prepare(
+        photos,
+        resolution=config.resolution or base.resolution,
+        size_multiple=base.size_multiple,
+        trigger=config.trigger_word,
+        class_word=config.class_word,
+        upscale=config.upscale,
+        flip=config.flip,
+        class_photos=class_list,
+    )
+    for warning in dataset.warnings:
+        on_warning(warning)
+    prompts = sample_prompts(config) if config.sample_every else ()
+    cache = encode(dataset, base, config, device=device, extra_prompts=prompts, on_progress=progress("encoding"))
+
+    def save(step: int, lora: LoraFile) -> None:
+        assert output is not None
+        lora.save(output.with_name(f"{output.stem}-step{step:06d}{output.suffix}"), SAVE_DTYPES[config.save_precision])
+
+    def save_samples(step: int, images: list[Image.Image]) -> None:
+        assert output is not None
+        folder = output.with_name(f"{output.stem}-samples")
+        folder.mkdir(exist_ok=True)
+        for index, image in enumerate(images):
+            image.save(folder / f"step{step:06d}-{index}.png")
+
+    lora = train_lora(
+        cache,
+        base,
+        config,
+        device=device,
+        continue_from=continue_from,
+        state_path=None if output is None else state_path(output),
+        resume=resume,
+        sampler=training_sampler(base, config, cache.text, device) if config.sample_every else None,
+        on_step=on_step,
+        on_save=save if output is not None else None,
+        on_sample=on_sample or (save_samples if output is not None else None),
+    )
+    if output is not None:
+        lora.save(output, SAVE_DTYPES[config.save_precision])
+        state_path(output).unlink(missing_ok=True)
+    return lora
+
+
+def state_path(output: Path) -> Path:
+    """Where the state of an unfinished run is kept."""
+    return output.with_name(f"{output.stem}.state.safetensors")
+
+
+def check_output(path: Path) -> None:
+    """BadFile, before hours are spent, when a file cannot be written there."""
+    if path.suffix != ".safetensors":
+        raise BadFile(f"{path}: the output's name must end in .safetensors")
+    if path.is_dir():
+        raise BadFile(f"{path}: is a folder; give the name of a file in it")
+    probe = path.with_name(f".{path.name}.probe")
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise BadFile(f"{path}: cannot be written there: {error.strerror}") from None
+
+
+def check_base_options(base: Base, config: TrainConfig) -> None:
+    """BadConfig for settings that the base model's family does not have."""
+    if config.clip_skip > 1 and base.family.name == "sdxl":
+        raise BadConfig("clip_skip: SDXL always uses the layer before the last; leave it at 1")
+    multiple = base.size_multiple
+    if config.resolution is not None and config.resolution < 2 * multiple:
+        raise BadConfig(f"resolution = {config.resolution}: {base.name} needs at least {2 * multiple}")
+
+
+def _read(
+    photos: str | os.PathLike[str] | Sequence[Photo], strict: bool, on_warning: Callable[[str], None]
+) -> list[Photo]:
+    if isinstance(photos, str | os.PathLike):
+        return read_photos(Path(photos), strict=strict, on_warning=on_warning)
+    return list(photos)
