@@ -21,7 +21,7 @@ from torch import Tensor
 from .errors import BadFile, LoraMisfit, UnknownFamily, UnmatchedKeys
 from .lora_keys import FAMILIES, FamilyKeys, Fusion, ModuleId, bundled_embedding, parse_key
 from .lora_kinds import kind_of, needs_base, rank_of, weight_change, weight_shape
-from .safetensors_file import SafetensorsFile, header_bytes, save_safetensors, storage_order, tensor_bytes
+from .safetensors_file import SafetensorsFile, header_bytes, layout_of, save_safetensors, storage_order, tensor_bytes
 
 _T = TypeVar("_T")
 
@@ -509,7 +509,7 @@ def _same_weight(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
 def model_hash(tensors: Mapping[str, Tensor]) -> str:
     """`sshs_model_hash`: sha256 of everything after the header, so it does not change with the metadata."""
     digest = hashlib.sha256()
-    for name in storage_order(tensors):
+    for name in storage_order(layout_of(tensors)):
         digest.update(tensor_bytes(tensors[name]))
     return digest.hexdigest()
 
@@ -519,9 +519,9 @@ def legacy_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> s
     training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     begin, end, position = 0x100000, 0x110000, 0
     digest = hashlib.sha256()
-    chunks = itertools.chain(
-        [header_bytes(tensors, training)], (tensor_bytes(tensors[name]) for name in storage_order(tensors))
-    )
+    layout = layout_of(tensors)
+    data = (tensor_bytes(tensors[name]) for name in storage_order(layout))
+    chunks = itertools.chain([header_bytes(layout, training)], data)
     for chunk in chunks:
         digest.update(chunk[max(begin - position, 0) : max(end - position, 0)])
         position += len(chunk)

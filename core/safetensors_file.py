@@ -9,10 +9,12 @@ import json
 import math
 import mmap
 import os
+import shutil
 import struct
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ from .errors import BadFile
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors library refuses larger headers, so nobody can read such a file."""
 MAX_DIMENSIONS = 16
-HASH_CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 20
 
 # torch has gained the unsigned and the small float types over time: list those that this torch knows.
 DTYPES: dict[str, torch.dtype] = {
@@ -119,7 +121,7 @@ class SafetensorsFile(Mapping[str, Tensor]):
         """The sha256 of the whole file as 64 hex digits."""
         digest = hashlib.sha256()
         with self.path.open("rb") as file:
-            while chunk := file.read(HASH_CHUNK_BYTES):
+            while chunk := file.read(CHUNK_BYTES):
                 digest.update(chunk)
         return digest.hexdigest()
 
@@ -242,27 +244,35 @@ def _check_entries(
     return shapes, dtypes, offsets
 
 
-def storage_order(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names in the order in which `save_safetensors` stores them (that of the safetensors library)."""
-    return sorted(tensors, key=lambda name: (_STORAGE_ORDER.index(_CODES[tensors[name].dtype]), name))
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Name -> dtype and shape: what a header says of the tensors."""
 
 
-def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> bytes:
+def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
+    """The layout of tensors that are at hand (or mapped, then none is read)."""
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def storage_order(layout: Layout) -> list[str]:
+    """The names in the order in which tensors are written (that of the safetensors library)."""
+    return sorted(layout, key=lambda name: (_STORAGE_ORDER.index(_CODES[layout[name][0]]), name))
+
+
+def header_bytes(layout: Layout, metadata: Mapping[str, str] | None) -> bytes:
     """The start of a safetensors file: length and header, padded to 8 bytes, the same bytes for the same input."""
     entries: dict[str, object] = {}
-    if metadata:
-        entries["__metadata__"] = {key: metadata[key] for key in sorted(metadata)}
     position = 0
-    for name in storage_order(tensors):
-        tensor = tensors[name]
-        end = position + tensor.numel() * tensor.element_size()
-        entries[name] = {
-            "dtype": _CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [position, end],
-        }
+    for name in storage_order(layout):
+        dtype, shape = layout[name]
+        end = position + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [position, end]}
         position = end
-    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    return _pack_header(entries, metadata)
+
+
+def _pack_header(entries: Mapping[str, object], metadata: Mapping[str, str] | None) -> bytes:
+    head = {"__metadata__": {key: metadata[key] for key in sorted(metadata)}} if metadata else {}
+    text = json.dumps({**head, **entries}, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
@@ -277,20 +287,52 @@ def save_safetensors(
 ) -> None:
     """Writes the file under a temporary name and renames it, so that a reader sees the old file or the whole new one.
 
-    Equal input gives equal bytes. Each tensor is asked for when it is written, so a lazy mapping is never whole in
-    memory. BadFile when the folder is missing or closed, the disk is full, or a dtype has no safetensors name.
+    Equal input gives equal bytes. BadFile when the folder is missing or closed, the disk is full, or a dtype has no
+    safetensors name.
     """
-    path = Path(path)
-    for name in tensors:
-        if tensors[name].dtype not in _CODES:
-            raise BadFile(f"{path}: cannot be written: tensor {name!r} has dtype {tensors[name].dtype}")
+    write_safetensors(path, layout_of(tensors), tensors.__getitem__, metadata)
+
+
+def write_safetensors(
+    path: str | os.PathLike[str],
+    layout: Layout,
+    read: Callable[[str], Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """As `save_safetensors`, of tensors that are computed (or read) one by one and never together in memory."""
+    for name, (dtype, _) in layout.items():
+        if dtype not in _CODES:
+            raise BadFile(f"{path}: cannot be written: tensor {name!r} has dtype {dtype}")
+
+    def write(file: BinaryIO) -> None:
+        file.write(header_bytes(layout, metadata))
+        for name in storage_order(layout):
+            tensor = read(name)
+            assert (tensor.dtype, tuple(tensor.shape)) == layout[name], name
+            file.write(tensor_bytes(tensor))
+
+    _write_atomically(Path(path), write)
+
+
+def copy_with_metadata(file: SafetensorsFile, path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
+    """Writes the same tensors, byte for byte in the same order, with other metadata (also over the file itself)."""
+
+    def write(output: BinaryIO) -> None:
+        with file.path.open("rb") as source:
+            size = struct.unpack("<Q", source.read(8))[0]
+            entries, _ = _parse_header(file.path, source.read(size))
+            output.write(_pack_header(entries, metadata))
+            shutil.copyfileobj(source, output, CHUNK_BYTES)
+
+    _write_atomically(Path(path), write)
+
+
+def _write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         try:
             with temporary.open("xb") as file:
-                file.write(header_bytes(tensors, metadata))
-                for name in storage_order(tensors):
-                    file.write(tensor_bytes(tensors[name]))
+                write(file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)

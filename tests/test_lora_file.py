@@ -205,7 +205,7 @@ def test_values_that_half_precision_cannot_hold_are_refused_and_nothing_is_writt
     path = tmp_path / "a.safetensors"
     tensors = kohya_tensors(some("sd15", 60), rank=1)
     tensors[next(iter(tensors))].fill_(1e6)
-    with pytest.raises(BadFile, match="do not fit torch.float16"):
+    with pytest.raises(BadFile, match="do not fit"):
         LoraFile.from_tensors(tensors, {}).save(path)
     assert list(tmp_path.iterdir()) == []
 

@@ -1,0 +1,226 @@
+import contextlib
+import errno
+import json
+import os
+import random
+import struct
+import tracemalloc
+
+import pytest
+import safetensors.torch
+import torch
+
+from core.errors import BadFile
+from core.safetensors_file import (
+    DTYPES,
+    SafetensorsFile,
+    copy_with_metadata,
+    save_safetensors,
+    write_safetensors,
+)
+
+
+def raw(header: object, data: bytes = b"") -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def entry(dtype: str = "F32", shape: tuple = (2,), offsets: tuple = (0, 8)) -> dict:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+@pytest.fixture
+def tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(6, generator=generator)
+    result = {f"of {code}": values.to(dtype) for code, dtype in DTYPES.items() if code != "BOOL"}
+    return result | {"flag": values > 0, "scalar": torch.tensor(3.0).bfloat16(), "empty": torch.zeros(0, 3)}
+
+
+def test_the_safetensors_library_writes_the_same_bytes(tensors, tmp_path):
+    metadata = {'quotes " and \\': "line\nbreak, tab\t, é, \x01, \x7f"}
+    save_safetensors(tmp_path / "a", tensors, metadata)
+    assert (tmp_path / "a").read_bytes() == safetensors.torch.save(tensors, metadata)
+
+
+def test_every_dtype_is_read_back_bit_by_bit(tensors, tmp_path):
+    save_safetensors(tmp_path / "a", tensors, {"key": "value"})
+    file = SafetensorsFile.open(tmp_path / "a")
+    assert file.metadata == {"key": "value"} and set(file) == set(tensors)
+    for name, tensor in tensors.items():
+        assert file[name].dtype == tensor.dtype and file.shapes[name] == tuple(tensor.shape)
+        assert torch.equal(file[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+
+
+def test_unaligned_tensors_are_read(tmp_path):
+    values = torch.tensor([1.5, -2.0])
+    header = {"a": entry("U8", (1,), (0, 1)), "b": entry("F32", (2,), (1, 9))}
+    (tmp_path / "a").write_bytes(raw(header, b"\x07" + values.numpy().tobytes()))
+    assert torch.equal(SafetensorsFile.open(tmp_path / "a")["b"], values)
+
+
+def test_writing_into_a_mapped_tensor_leaves_the_file_alone(tmp_path):
+    save_safetensors(tmp_path / "a", {"x": torch.ones(4)})
+    SafetensorsFile.open(tmp_path / "a")["x"].zero_()
+    assert torch.equal(SafetensorsFile.open(tmp_path / "a")["x"], torch.ones(4))
+
+
+def test_a_large_file_is_opened_without_reading_its_tensors(tmp_path):
+    size = 1 << 33
+    header = raw({"x": entry("U8", (size,), (0, size))})
+    with (tmp_path / "a").open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + size)  # sparse: takes no room on the disk
+    tracemalloc.start()
+    opened = SafetensorsFile.open(tmp_path / "a")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert opened.shapes == {"x": (size,)} and peak < 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the file is empty"),
+        (b"PK\x03\x04 and more of a zip", "Python pickle"),
+        (b"\x80\x02}q\x00X\x05\x00", "Python pickle"),
+        (b"\x10\x00\x00", "truncated: 3 bytes"),
+        (raw(b"{}")[:9], "truncated: the header needs 10 bytes"),
+        (struct.pack("<Q", 100_000_001) + b"{}", "claims a header of 100000001 bytes"),
+        (raw(b"[1, 2]"), "does not start with '{'"),
+        (raw(b'{"a": }'), "damaged header: Expecting value"),
+        (raw(b'{"\xff": 1}'), "not UTF-8"),
+        (raw(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "nested too deeply"),
+        (raw(b'{"a": {}, "a": {}}'), "'a' appears twice"),
+        (raw({"__metadata__": {"a": 1}}), "must map strings to strings"),
+        (raw({"__metadata__": ["a"]}), "must map strings to strings"),
+        (raw({"a": 5}), "exactly dtype, shape and data_offsets"),
+        (raw({"a": {"dtype": "F32", "shape": [2]}}), "exactly dtype, shape and data_offsets"),
+        (raw({"a": entry("F33")}, bytes(8)), "has dtype 'F33'; known: F64, F32"),
+        (raw({"a": entry(shape=(-1, -2))}, bytes(8)), "not a list of at most 16 sizes"),
+        (raw({"a": entry(shape=(True, 2))}, bytes(8)), "not a list of at most 16 sizes"),
+        (raw({"a": entry(shape=(1.0, 2))}, bytes(8)), "not a list of at most 16 sizes"),
+        (raw({"a": entry(shape=(1,) * 17)}, bytes(8)), "not a list of at most 16 sizes"),
+        (raw({"a": entry(shape=(3,))}, bytes(8)), "does not take 8 bytes"),
+        (raw({"a": entry(shape=(2**40, 2**40, 0))}, bytes(8)), "does not take 8 bytes"),
+        (raw({"a": entry(offsets=(0, 8, 9))}, bytes(8)), "not two byte positions"),
+        (raw({"a": entry(offsets=(8, 0))}, bytes(8)), "lies at bytes 8 to 0"),
+        (raw({"a": entry(offsets=(0, 8))}, bytes(7)), "the file has 7 bytes of tensors"),
+        (raw({"a": entry(), "b": entry(offsets=(4, 12))}, bytes(12)), "'b' overlaps another"),
+        (raw({"a": entry(), "b": entry(offsets=(12, 20))}, bytes(20)), "'b' leaves a gap"),
+        (raw({"a": entry()}, bytes(9)), "1 bytes after the last tensor"),
+    ],
+)
+def test_a_file_that_is_not_what_it_says_is_refused_with_the_reason(content, message, tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(BadFile) as caught:
+        SafetensorsFile.open(path)
+    assert message in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+    with pytest.raises(BadFile, match="No such file"):
+        SafetensorsFile.open(tmp_path / "none")
+    with pytest.raises(BadFile, match="cannot be read"):
+        SafetensorsFile.open(tmp_path)
+
+
+def test_a_file_that_changes_after_it_was_opened_is_noticed(tmp_path):
+    save_safetensors(tmp_path / "a", {"x": torch.ones(4)})
+    file = SafetensorsFile.open(tmp_path / "a")
+    (tmp_path / "a").write_bytes(b"short")
+    with pytest.raises(BadFile, match="has changed"):
+        file["x"]
+
+
+def damaged(good: bytes, chance: random.Random) -> bytes:
+    data = bytearray(good)
+    for _ in range(chance.randint(1, 4)):
+        position = chance.randrange(len(data))
+        action = chance.randrange(4)
+        if action == 0:
+            data[position] = chance.randrange(256)
+        elif action == 1:
+            data[position] = chance.choice(b'0123456789-"[]{}:,.eE')
+        elif action == 2:
+            del data[position : position + chance.randint(1, 30)]
+        else:
+            data[position:position] = data[: chance.randint(1, 30)]
+    return bytes(data)
+
+
+@pytest.fixture
+def good_file(tmp_path) -> bytes:
+    save_safetensors(tmp_path / "good", {"a": torch.randn(4, 4), "b": torch.tensor(2.0).half()}, {"k": "v"})
+    return (tmp_path / "good").read_bytes()
+
+
+def test_thousands_of_damaged_files_are_refused_or_stay_within_their_own_bytes(good_file, tmp_path):
+    chance = random.Random(0)
+    refused = 0
+    for _ in range(3000):
+        data = damaged(good_file, chance)
+        (tmp_path / "a").write_bytes(data)
+        try:
+            file = SafetensorsFile.open(tmp_path / "a")
+            assert sum(file[name].numel() * file[name].element_size() for name in file) <= len(data)
+        except BadFile:
+            refused += 1
+    assert refused > 1000
+
+
+def test_damaged_files_cause_no_large_allocation(good_file, tmp_path):
+    chance = random.Random(1)
+    tracemalloc.start()
+    for _ in range(200):
+        (tmp_path / "a").write_bytes(damaged(good_file, chance))
+        with contextlib.suppress(BadFile):
+            SafetensorsFile.open(tmp_path / "a")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    save_safetensors(path, {"x": torch.ones(4)})
+    before = path.read_bytes()
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(BadFile, match="cannot be written: No space left on device"):
+        save_safetensors(path, {"x": torch.zeros(4)})
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_cancelled_write_leaves_no_file(tmp_path):
+    def cancel(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_safetensors(tmp_path / "a", {"x": (torch.float32, (4,))}, cancel)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(BadFile, match="cannot be written: No such file"):
+        save_safetensors(tmp_path / "none" / "a", {"x": torch.ones(4)})
+
+
+def test_a_type_without_a_name_in_the_format_is_refused(tmp_path):
+    with pytest.raises(BadFile, match=r"'x' has dtype torch\.complex128"):
+        save_safetensors(tmp_path / "a", {"x": torch.ones(4, dtype=torch.complex128)})
+
+
+def test_other_metadata_leave_the_bytes_of_the_tensors_as_they_were(tmp_path):
+    # Not in the order that we write: what was published keeps the hash of its tensors.
+    header = {"a": entry("U8", (1,), (0, 1)), "b": entry("F32", (2,), (1, 9))}
+    path = tmp_path / "a"
+    path.write_bytes(raw(header, b"123456789"))
+    copy_with_metadata(SafetensorsFile.open(path), path, {"title": "new"})
+    assert path.read_bytes().endswith(b"123456789")
+    file = SafetensorsFile.open(path)
+    assert file.metadata == {"title": "new"} and file.shapes == {"a": (1,), "b": (2,)}
