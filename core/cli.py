@@ -404,11 +404,13 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def run_demo(options: argparse.Namespace) -> None:
-    from .demo import run
+    from .demo import CONFIG, run
 
+    config = CONFIG if options.steps is None else dataclasses.replace(CONFIG, steps=options.steps)
     with BarProgress() as bar:
-        report = run(options.output, person=options.person, steps=options.steps, progress=bar)
+        report = run(options.output, person=options.person, config=config, progress=bar)
     print(report.text)
+    print(f"look at {options.output / 'contact_sheet.png'}")
 
 
 def add_clear_cache(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,205 @@
+"""The demo: the whole job on a small base model that comes with the package, with likeness measured.
+
+A person whom the base has never seen is learnt from eight photos, through the code that trains on a full-size
+checkpoint; two photos are kept back to judge by.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from ..base import load_base
+from ..config import TrainConfig
+from ..errors import BadConfig, BadFile
+from ..faces import FaceNetwork, embed_images, likeness, load_faces
+from ..generate import GenerateConfig, contact_sheet, generate
+from ..lora_file import LoraFile
+from ..photos import Photo
+from ..photos_to_lora import train
+from .people import SEEN_PEOPLE, UNSEEN_PEOPLE, person_photos
+
+BASE_FILE = Path(__file__).parent / "base.safetensors"
+PICTURE_SIZE = (64, 80)
+"""Width and height of a picture, in pixels: the aspect of the photos at the base's resolution."""
+PICTURES = 8
+"""Generated for each comparison, with seeds 1 to 8."""
+HELD_OUT = 2
+
+CONFIG = TrainConfig(
+    rank=8,
+    steps=300,
+    batch_size=8,
+    learning_rate=2e-3,
+    schedule="cosine",
+    warmup_steps=10,
+    min_snr_gamma=0.0,
+    prior_prediction=0.5,
+)
+"""Higher rate and larger batch than a full-size model would take: the base is 400 times smaller than SD1.5's."""
+SAMPLING = GenerateConfig(size=PICTURE_SIZE, steps=25, guidance=2.5, batch_size=PICTURES)
+
+
+class Progress(Protocol):
+    def phase(self, name: str, done: int, total: int) -> None: ...
+
+    def step(self, report) -> None: ...
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """What the demo has measured. Likeness is SFace's cosine: the same person has 0.55 and more, others below 0.40."""
+
+    person: int
+    steps: int
+    training_seconds: float
+    file_bytes: int
+    likeness_before: float
+    """Mean cosine of the base's attempts to the held-out photos."""
+    likeness_after: float
+    """The same with the LoRA."""
+    likeness_of_photos: float
+    """The same of the training photos themselves: what a perfect result would have."""
+    rank1_before: int
+    """Attempts, of `pictures`, that are more like the held-out photos than like any of the other 39 people."""
+    rank1_after: int
+    pictures: int
+    class_likeness_before: float
+    """Mean cosine of "a photo of person", without trigger word, to the person."""
+    class_likeness_after: float
+    """The same with the LoRA: how much the person leaks into the class."""
+    class_change: float
+    """Mean absolute change of the pictures of "a photo of person" by the LoRA, in grey levels (forgetting)."""
+    faces_found: dict[str, int]
+    """Pictures in which a face was found; the others count as likeness 0."""
+
+    @property
+    def text(self) -> str:
+        return "\n".join(
+            [
+                f"person {self.person}, {self.steps} steps in {self.training_seconds:.0f} s, {self.file_bytes / 1e6:.2f} MB",
+                f"likeness to held-out photos  {self.likeness_before:.2f} -> {self.likeness_after:.2f}"
+                f"  (the photos themselves: {self.likeness_of_photos:.2f})",
+                f"recognised among 40 people   {self.rank1_before} -> {self.rank1_after} of {self.pictures}",
+                f'"a photo of person"          likeness {self.class_likeness_before:.2f} -> '
+                f"{self.class_likeness_after:.2f}, changed by {self.class_change:.0f} grey levels",
+            ]
+        )
+
+
+def run(
+    output: Path,
+    *,
+    person: int = 35,
+    config: TrainConfig | None = None,
+    progress: Progress | None = None,
+    base_file: Path = BASE_FILE,
+) -> DemoReport:
+    """Trains and judges; writes lora.safetensors, contact_sheet.png and report.json into `output`."""
+    if person not in UNSEEN_PEOPLE:
+        raise BadConfig(f"--person {person}: the base has seen people 1 to 34; choose one from 35 to 40")
+    config = config or CONFIG
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadFile(f"{output}: cannot be written: {error.strerror}") from None
+    faces = load_faces()
+    photos = person_photos(person)
+    training, held_out = photos[:-HELD_OUT], photos[-HELD_OUT:]
+    base = load_base(base_file)
+    lora_path = output / "lora.safetensors"
+    started = time.monotonic()
+    train(
+        [Photo.from_image(image, f"{number}.png") for number, image in enumerate(training, start=1)],
+        base,
+        config,
+        output=lora_path,
+        on_step=progress.step if progress else None,
+        on_phase=progress.phase if progress else None,
+    )
+    training_seconds = time.monotonic() - started
+    lora = LoraFile.read(lora_path)
+
+    def pictures(prompt: str, loras: Sequence[tuple[LoraFile, float]]) -> list[Image.Image]:
+        jobs = [(prompt, seed) for seed in range(1, PICTURES + 1)]
+        return [picture.image for picture in generate(base, loras, jobs, SAMPLING)]
+
+    subject, subject_class = f"a photo of {config.trigger_word} {config.class_word}", f"a photo of {config.class_word}"
+    before, after = pictures(subject, []), pictures(subject, [(lora, 1.0)])
+    class_before, class_after = pictures(subject_class, []), pictures(subject_class, [(lora, 1.0)])
+
+    named = {"before": before, "after": after, "class_before": class_before, "class_after": class_after}
+    judge = Judge(faces, person, held_out)
+    report = DemoReport(
+        person=person,
+        steps=config.steps,
+        training_seconds=round(training_seconds, 1),
+        file_bytes=lora_path.stat().st_size,
+        likeness_before=_mean(judge.likeness(before)),
+        likeness_after=_mean(judge.likeness(after)),
+        likeness_of_photos=_mean(judge.likeness(training)),
+        rank1_before=judge.recognised(before),
+        rank1_after=judge.recognised(after),
+        pictures=PICTURES,
+        class_likeness_before=_mean(judge.likeness(class_before)),
+        class_likeness_after=_mean(judge.likeness(class_after)),
+        class_change=_mean([_difference(a, b) for a, b in zip(class_before, class_after, strict=True)]),
+        faces_found={
+            name: int((~np.isnan(embed_images(faces, images)).any(axis=1)).sum())
+            for name, images in named.items()
+        },
+    )  # fmt: skip
+    rows = [
+        ("photos to train on", training),
+        ("photos kept back", held_out),
+        (f'the base: "{subject}"', before),
+        (f'with the LoRA: "{subject}"', after),
+        (f'the base: "{subject_class}"', class_before),
+        (f'with the LoRA: "{subject_class}"', class_after),
+    ]
+    labels = [[f"{value:.2f}" for value in judge.likeness(images)] for _, images in rows]
+    title = f"likeness to the photos kept back: {report.likeness_before:.2f} before, {report.likeness_after:.2f} after"
+    contact_sheet(rows, labels=labels, title=title).save(output / "contact_sheet.png")
+    (output / "report.json").write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+class Judge:
+    """Measures pictures against a person's held-out photos and against everybody else's photos."""
+
+    def __init__(self, faces: FaceNetwork, person: int, held_out: Sequence[Image.Image]):
+        self.faces = faces
+        self.reference = _centre(embed_images(faces, held_out))
+        others = [other for other in (*SEEN_PEOPLE, *UNSEEN_PEOPLE) if other != person]
+        self.others = np.stack([_centre(embed_images(faces, person_photos(other))) for other in others])
+
+    def likeness(self, images: Sequence[Image.Image]) -> list[float]:
+        """The cosine of each picture to the held-out photos; 0 where no face is found."""
+        return [round(float(value), 4) for value in likeness(self._embed(images), self.reference[None])[:, 0]]
+
+    def recognised(self, images: Sequence[Image.Image]) -> int:
+        """How many of the pictures are more like the held-out photos than like any other person."""
+        embedded = self._embed(images)
+        own, other = likeness(embedded, self.reference[None])[:, 0], likeness(embedded, self.others).max(axis=1)
+        return int((own > other).sum())
+
+    def _embed(self, images: Sequence[Image.Image]) -> np.ndarray:
+        return np.nan_to_num(embed_images(self.faces, images))
+
+
+def _centre(embeddings: np.ndarray) -> np.ndarray:
+    mean = np.nanmean(embeddings, axis=0)
+    return mean / np.linalg.norm(mean)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return round(float(np.mean(values)), 4)
+
+
+def _difference(a: Image.Image, b: Image.Image) -> float:
+    return float(np.abs(np.asarray(a, dtype=np.float32) - np.asarray(b, dtype=np.float32)).mean())

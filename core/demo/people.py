@@ -22,5 +22,5 @@ def people_folder() -> Path:
 
 
 def person_photos(person: int) -> list[Image.Image]:
-    """The ten photos of a person (1-40), in their order."""
-    return [Image.open(people_folder() / f"s{person}" / f"{number}.pgm") for number in range(1, 11)]
+    """The ten photos of a person (1-40), in their order, as RGB."""
+    return [Image.open(people_folder() / f"s{person}" / f"{number}.pgm").convert("RGB") for number in range(1, 11)]
