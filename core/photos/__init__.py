@@ -1,6 +1,8 @@
 """Reading, checking, cropping, masking, captioning and bucketing of photos."""
 
 from .buckets import assign_bucket, bucket_sizes
+from .captions import trigger_hint
+from .crops import face_regions, with_masks
 from .dataset import Dataset, Region, TrainingImage, prepare
 from .reading import Photo, read_photos
 from .report import PhotoReport, SetReport, Thresholds, check_photos
@@ -17,8 +19,11 @@ __all__ = [
     "assign_bucket",
     "bucket_sizes",
     "check_photos",
+    "face_regions",
     "format_report",
     "prepare",
     "read_photos",
     "save_sheet",
+    "trigger_hint",
+    "with_masks",
 ]

@@ -10,7 +10,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +70,11 @@ class Photo:
                 digest.update(f"{part.mode} {part.size}".encode() + part.tobytes())
         return cls(name, image.size, caption, repeats, digest.hexdigest(), image, mask)
 
+    def with_mask(self, mask: Image.Image) -> Photo:
+        """The same photo with another mask: mode L, white where the loss counts, stretched over the photo."""
+        digest = hashlib.sha256(self.digest.encode() + f"{mask.size}".encode() + mask.tobytes()).hexdigest()
+        return replace(self, digest=digest, mask_source=mask)
+
     def image(self, shorter_side: int | None = None) -> Image.Image:
         """The picture, upright, mode RGB, colours in sRGB, the first frame, transparency over white.
 
@@ -89,7 +94,9 @@ class Photo:
         """
         if self.mask_source is not None:
             with _opened(self.name, self.mask_source) as image:
-                return ImageOps.exif_transpose(image).convert("L")
+                mask = ImageOps.exif_transpose(image).convert("L")
+            # A mask that was drawn (`with_mask`) is smaller than a large photo.
+            return mask if mask.size == self.size else mask.resize(self.size, Image.Resampling.BILINEAR)
         with _opened(self.name, self.source) as image:
             if not _is_transparent(image):
                 return None

@@ -1,0 +1,175 @@
+"""From the photo report to training pictures: closer looks at the face, other people cut out, and masks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+from ..errors import BadConfig
+from ..faces import Face
+from .captions import view_caption
+from .dataset import Box, Region
+from .reading import Photo
+from .report import CROP, FRAMINGS, PhotoReport, SetReport, framing
+
+CLOSE_UP = (0.6, 0.5)
+"""What is seen above and below the face's box, in face heights: hair and the beginning of the shoulders."""
+CHEST_UP = (0.8, 2.0)
+MASK_SIDE = 1024
+"""Long side of a drawn mask, in pixels: finer than any latent."""
+
+
+def face_regions(
+    report: SetReport,
+    resolution: int,
+    trigger: str,
+    class_word: str,
+    *,
+    captioner: Callable[[Image.Image], str] | None = None,
+) -> Callable[[Photo], list[Region]]:
+    """The function that `prepare` takes as `regions`: of each reported photo its whole and a close-up.
+
+    Where the face is small or other people are near, a chest-up part takes the place of the whole. No region has fewer
+    pixels than `resolution`² unless the photo has, or other people leave no more: crops are never enlarged. Captions
+    name framing and view; a `captioner` (picture in, words out) can add what else is seen, and a sidecar caption stays.
+    """
+    reports = {item.photo.digest: item for item in report.photos}
+
+    def regions(photo: Photo) -> list[Region]:
+        item = reports.get(photo.digest)
+        if item is None or item.face is None:
+            return [Region((0, 0, *photo.size))]
+        return [
+            Region(box, _caption(photo, item, box, trigger, class_word, captioner)) for box in _boxes(item, resolution)
+        ]
+
+    return regions
+
+
+def with_masks(
+    photos: Sequence[Photo], report: SetReport, *, part: str = "person", background: float = 0.1
+) -> list[Photo]:
+    """The photos, each with a mask for the masked loss: the person's head and shoulders (or with part="face" the head
+    alone) count fully, other people's heads nothing, and the rest `background`.
+
+    Drawn from the face's box, with soft edges: it says where the person is, not where each hair ends. A photo that
+    has a mask, or in which no face was found, stays as it is. Some background has to count: with none, masked training
+    fills it with noise.
+    """
+    reports = {item.photo.digest: item for item in report.photos}
+    masked = []
+    for photo in photos:
+        item = reports.get(photo.digest)
+        if item is None or item.face is None or photo.mask() is not None:
+            masked.append(photo)
+        else:
+            masked.append(photo.with_mask(draw_mask(photo.size, item.face, item.other_faces, part, background)))
+    return masked
+
+
+def draw_mask(
+    size: tuple[int, int], face: Face, other_faces: Sequence[Face], part: str = "person", background: float = 0.1
+) -> Image.Image:
+    """Mode L, the photo's aspect, at most MASK_SIDE pixels long: see `with_masks`."""
+    if part not in ("person", "face"):
+        raise BadConfig(f"the part of a mask is 'person' or 'face', not {part!r}")
+    scale = min(1.0, MASK_SIDE / max(size))
+    mask = Image.new("L", (max(1, round(size[0] * scale)), max(1, round(size[1] * scale))), round(255 * background))
+    draw = ImageDraw.Draw(mask)
+    left, top, right, bottom = (value * scale for value in face.box)
+    width, height = right - left, bottom - top
+    if part == "person":
+        # From the neck to shoulders three faces wide, and straight down from there.
+        shoulders = bottom + 0.9 * height
+        outline = [
+            (left + 0.1 * width, bottom - 0.2 * height), (right - 0.1 * width, bottom - 0.2 * height),
+            (right + width, shoulders), (right + width, mask.height), (left - width, mask.height), (left - width, shoulders),
+        ]  # fmt: skip
+        draw.polygon(outline, fill=255)
+    for other in other_faces:
+        draw.ellipse(_head(other, scale), fill=0)
+    draw.ellipse(_head(face, scale), fill=255)
+    return mask.filter(ImageFilter.GaussianBlur(0.06 * height))
+
+
+def _head(face: Face, scale: float) -> tuple[float, float, float, float]:
+    """The ellipse around a head with its hair: wider than the face's box by a quarter on each side, and higher."""
+    left, top, right, bottom = (value * scale for value in face.box)
+    width, height = right - left, bottom - top
+    return left - 0.25 * width, top - 0.4 * height, right + 0.25 * width, bottom + 0.1 * height
+
+
+def _boxes(report: PhotoReport, resolution: int) -> list[Box]:
+    """The regions of one photo: the whole or a chest-up part, then a close-up where that is something else."""
+    assert report.face is not None, "checked by the caller"
+    whole: Box = (0, 0, *report.photo.size)
+    close_up = _around(report.face, CLOSE_UP, 1.0, whole, resolution)
+    if any(finding.verdict == CROP for finding in report.findings):
+        wide = _around(report.face, CHEST_UP, 0.8, whole, resolution)
+    else:
+        wide = whole
+    boxes = [_without(box, report.face, report.other_faces, resolution) for box in (wide, close_up)]
+    # Half the area is a closer look; more is the same picture again.
+    return boxes if _area(boxes[1]) <= _area(boxes[0]) / 2 else boxes[:1]
+
+
+def _around(face: Face, margins: tuple[float, float], aspect: float, whole: Box, resolution: int) -> Box:
+    """The part of the photo with the margins (above, below, in face heights) and aspect, enlarged to resolution²."""
+    left, top, right, bottom = face.box
+    height = (bottom - top) * (1 + sum(margins))
+    width = height * aspect
+    growth = max(1.0, resolution / math.sqrt(width * height))
+    width, height = math.ceil(min(width * growth, whole[2])), math.ceil(min(height * growth, whole[3]))
+    # The margins keep their proportion as the part grows; at the photo's edge it moves inwards.
+    eye_level = top + (bottom - top) / 2
+    above = (margins[0] + 0.5) / (1 + sum(margins))
+    x = round(min(max(0, (left + right) / 2 - width / 2), whole[2] - width))
+    y = round(min(max(0, eye_level - above * height), whole[3] - height))
+    return x, y, x + width, y + height
+
+
+def _without(box: Box, face: Face, others: Sequence[Face], resolution: int) -> Box:
+    """The largest part of `box` with the whole face but not the others, one side cut per other face.
+
+    Where a face cannot be cut off without cutting the person's, or leaving a side below half the resolution, it stays:
+    the mask takes care of it.
+    """
+    for other in others:
+        left, top, right, bottom = (round(value) for value in other.box)
+        x0, y0, x1, y1 = box
+        if left >= x1 or right <= x0 or top >= y1 or bottom <= y0:
+            continue
+        parts = [(x0, y0, left, y1), (right, y0, x1, y1), (x0, y0, x1, top), (x0, bottom, x1, y1)]
+        kept = np.array([max(face.box[0], x0), max(face.box[1], y0), min(face.box[2], x1), min(face.box[3], y1)])
+        parts = [
+            part
+            for part in parts
+            if (kept[:2] >= part[:2]).all() and (kept[2:] <= part[2:]).all()
+            and min(part[2] - part[0], part[3] - part[1]) >= resolution / 2
+        ]  # fmt: skip
+        box = max(parts, key=_area, default=box)
+    return box
+
+
+def _area(box: Box) -> int:
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def _caption(
+    photo: Photo,
+    report: PhotoReport,
+    box: Box,
+    trigger: str,
+    class_word: str,
+    captioner: Callable[[Image.Image], str] | None,
+) -> str:
+    assert report.face is not None and report.view is not None, "a photo with a face has a view"
+    shown = framing(report.face, box[3])
+    if photo.caption is not None:
+        closer = shown == FRAMINGS[0] and report.framing != FRAMINGS[0]
+        return f"{photo.caption}, {shown}" if closer else photo.caption
+    caption = view_caption(trigger, class_word, shown, report.view)
+    return caption if captioner is None else f"{caption}, {captioner(photo.image().crop(box))}"
