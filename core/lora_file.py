@@ -247,34 +247,39 @@ class LoraFile:
             shapes = " and ".join(str(list(shape)) for shape in (down.shape, up.shape))
             raise UnmatchedKeys(f"{self.name}: {entry.name} has down and up of shapes {shapes}, which is no LoRA")
 
-    def changes(self, base: Callable[[ModuleId], Tensor] | None = None) -> Iterator[tuple[ModuleId, Tensor]]:
+    def changes(self, base_weight: Callable[[ModuleId], Tensor] | None = None) -> Iterator[tuple[ModuleId, Tensor]]:
         """The change of every weight, one at a time, whatever the kind: float32, fused rows split.
 
-        `base` gives the weight of a module, for the kinds whose change depends on it (DoRA, OFT). Changes of biases are
-        left out: `bias` entries and the bias of a full difference.
+        `base_weight` gives the weight of a module, for the kinds whose change depends on it (DoRA, OFT). Changes of biases
+        are left out: `bias` entries and the bias beside a weight.
         """
         self._refuse_unknown()
         for entry in self.entries:
-            if entry.kind == "bias":
-                continue
-            weight = None
-            if needs_base(entry.kind, entry.keys):
-                if base is None:
-                    raise UnmatchedKeys(
-                        f"{self.name}: {entry.name} is of kind {entry.kind}, whose change depends on the base weights: "
-                        "give the base model"
-                    )
-                weight = torch.cat([base(module).float() for module in entry.modules])
-                if entry.swaps_halves(tuple(weight.shape)):
-                    weight = weight.roll(weight.shape[0] // 2, 0)
-            try:
-                change = weight_change(entry.kind, self.tensors_of(entry), weight)
-                if entry.swaps_halves(tuple(change.shape)):
-                    change = change.roll(change.shape[0] // 2, 0)
-                rows = entry.rows(tuple(change.shape))
-            except (RuntimeError, ValueError) as error:
-                raise UnmatchedKeys(f"{self.name}: {entry.name} cannot be computed: {error}") from None
-            yield from zip(entry.modules, change.split(rows), strict=True)
+            if entry.kind != "bias":
+                yield from self.changes_of(entry, base_weight)
+
+    def changes_of(
+        self, entry: Entry, base_weight: Callable[[ModuleId], Tensor] | None = None
+    ) -> list[tuple[ModuleId, Tensor]]:
+        """The changes of the weights of one entry, as in `changes`."""
+        weight = None
+        if needs_base(entry.kind, entry.keys):
+            if base_weight is None:
+                raise UnmatchedKeys(
+                    f"{self.name}: {entry.name} is of kind {entry.kind}, whose change depends on the base weights: "
+                    "give the base model"
+                )
+            weight = torch.cat([base_weight(module).float() for module in entry.modules])
+            if entry.swaps_halves(tuple(weight.shape)):
+                weight = weight.roll(weight.shape[0] // 2, 0)
+        try:
+            change = weight_change(entry.kind, self.tensors_of(entry), weight)
+            if entry.swaps_halves(tuple(change.shape)):
+                change = change.roll(change.shape[0] // 2, 0)
+            rows = entry.rows(tuple(change.shape))
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise UnmatchedKeys(f"{self.name}: {entry.name} cannot be computed: {error}") from None
+        return list(zip(entry.modules, change.split(rows), strict=True))
 
     def _refuse_unknown(self) -> None:
         if self.unknown_keys:
@@ -531,7 +536,7 @@ def legacy_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> s
 
 
 def _cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or tensor.dtype == dtype:
         return tensor
     result = tensor.detach().to("cpu", dtype).contiguous()
     # Alpha is one number: where the dtype would round it, the scale of the whole module would be off.

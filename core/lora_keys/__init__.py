@@ -10,6 +10,7 @@ from .flux import CHROMA, FLUX1, FLUX2
 from .lumina import LUMINA2, ZIMAGE
 from .names import NamedTensor, bundled_embedding, parse_key
 from .qwen import QWEN_IMAGE
+from .readers import not_loaded_by_comfyui
 from .sd3 import SD3
 from .stable_diffusion import SD2, SD15, SDXL
 
@@ -18,4 +19,14 @@ FAMILIES: dict[str, FamilyKeys] = {
 }
 """By name. Where a file fits several equally, the first one is meant."""
 
-__all__ = ["FAMILIES", "FamilyKeys", "Fusion", "ModuleId", "NamedTensor", "Sign", "bundled_embedding", "parse_key"]
+__all__ = [
+    "FAMILIES",
+    "FamilyKeys",
+    "Fusion",
+    "ModuleId",
+    "NamedTensor",
+    "Sign",
+    "bundled_embedding",
+    "not_loaded_by_comfyui",
+    "parse_key",
+]

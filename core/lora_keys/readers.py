@@ -1,0 +1,42 @@
+"""Which names ComfyUI knows, from its 0.30's `model_lora_keys_unet` and `model_lora_keys_clip`.
+
+ComfyUI only logs what it does not load, so a file with other names loads and does nothing. tests/test_lora_readers.py
+compares this table with ComfyUI itself.
+"""
+
+from .family import FamilyKeys
+from .names import parse_key
+
+_UNET = {("kohya", "diffusers"), ("kohya", "original"), ("comfy", "original"), ("lycoris", "diffusers")}
+_TRANSFORMER = {("kohya", "original"), ("comfy", "original"), ("diffusers", "diffusers"), ("lycoris", "diffusers")}
+_COMFYUI = {
+    "sd15": _UNET,
+    "sd2": _UNET,
+    "sdxl": _UNET,
+    "sd3": _TRANSFORMER | {("peft", "diffusers"), ("onetrainer", "diffusers")},
+    "flux1": _TRANSFORMER | {("onetrainer", "diffusers"), ("bare", "diffusers")},
+    "chroma": _TRANSFORMER | {("onetrainer", "diffusers"), ("bare", "diffusers")},
+    "flux2": _TRANSFORMER | {("onetrainer", "diffusers"), ("bare", "diffusers")},
+    # Its table of Z-Image's diffusers names serves Lumina 2 too, whose attention has another name in diffusers.
+    "lumina2": {("kohya", "original"), ("comfy", "original")},
+    "zimage": _TRANSFORMER | {("comfy", "diffusers"), ("bare", "diffusers")},
+    "qwen-image": _TRANSFORMER | {("bare", "diffusers"), ("kohya", "diffusers"), ("comfy", "diffusers")},
+}
+"""Family -> (scheme, whose paths) of the denoiser's names that ComfyUI loads."""
+
+
+def not_loaded_by_comfyui(family: FamilyKeys, module_name: str) -> str | None:
+    """Why ComfyUI would not load the module of this name, None when it loads it."""
+    named = parse_key(f"{module_name}.alpha")
+    assert named is not None
+    if named.part != "denoiser":
+        if named.scheme == "comfy" or "text_model" in module_name or named.part == "text_encoder_3":
+            return None
+        return "text encoder names without text_model"
+    original = family.of_original(named.path) is not None
+    if (named.scheme, "original" if original else "diffusers") in _COMFYUI[family.name]:
+        return None
+    # diffusers' names of attention processors are the only names of its own that ComfyUI knows of a UNet.
+    if named.scheme in ("diffusers", "bare") and ".processor." in module_name and _COMFYUI[family.name] is _UNET:
+        return None
+    return f"{named.scheme} names of {'the original model' if original else 'diffusers'}"
