@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from .lora_file import LoraFile, LoraModule
 ModuleId = tuple[str, str]
 """(part, path): which network, and the dotted path of the module in it."""
 _NAME = "facelora"
+_Number = TypeVar("_Number", int, float)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,8 +106,8 @@ def target_modules(
     return result
 
 
-def _by_pattern(patterns: Mapping[str, float], path: str, default: float) -> int | float:
-    return next((value for pattern, value in patterns.items() if re.search(pattern, path)), default)  # pyright: ignore
+def _by_pattern(patterns: Mapping[str, _Number], path: str, default: _Number) -> _Number:
+    return next((value for pattern, value in patterns.items() if re.search(pattern, path)), default)
 
 
 def attach(
@@ -131,8 +133,8 @@ def attach(
             target_modules=list(ranks),
             lora_dropout=config.dropout,
             use_rslora=config.rslora,
-            rank_pattern={f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != config.rank},
-            alpha_pattern={f"^{re.escape(path)}": alpha for path, alpha in alphas.items()},
+            rank_pattern=_exceptions(ranks, config.rank),
+            alpha_pattern=_exceptions(alphas, config.alpha_for(config.rank)),
         )
         inject_adapter_in_model(peft_config, network, adapter_name=_NAME)
         for path in ranks:
@@ -149,7 +151,16 @@ def attach(
             parameter.data.copy_(drawn)
     if continue_from is not None:
         adapter.load(continue_from.modules())
-    if config.dropout:
-        for layer in layers.values():
-            layer.train()
     return adapter
+
+
+def _exceptions(values: Mapping[str, _Number], default: _Number) -> dict[str, _Number]:
+    """peft's pattern -> value for the modules whose value is not the default, one pattern for each value.
+
+    peft tries the patterns in turn on every module, so hundreds of them would take minutes.
+    """
+    paths: dict[_Number, list[str]] = {}
+    for path, value in values.items():
+        if value != default:
+            paths.setdefault(value, []).append(re.escape(path))
+    return {f"^({'|'.join(group)})": value for value, group in paths.items()}

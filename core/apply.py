@@ -1,7 +1,7 @@
 """Putting a LoRA on a model: on a diffusers pipeline, or on bare networks."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,8 +34,8 @@ _PIPELINE_FAMILIES = {
 class AppliedLora:
     """A LoRA that is merged into the weights of networks, and the way back."""
 
-    originals: Mapping[ModuleId, Tensor]
-    """The weights as they were."""
+    originals: dict[ModuleId, Tensor]
+    """The changed weights as they were."""
     layers: Mapping[ModuleId, nn.Module]
 
     @torch.no_grad()
@@ -52,35 +52,39 @@ def apply(
 
     `target` is a diffusers pipeline, or a mapping part -> network (`denoiser`, `text_encoder`, ...; see `Base.load`) with
     the family's name under `family`. Text encoders that are not among the parts are left alone.
-    LoraMisfit, with nothing changed, when any other key of the LoRA has no place in the target.
+    LoraMisfit when any other key of the LoRA has no place in the target, UnmatchedKeys when one makes no sense; with an
+    error nothing is changed.
     """
     family, networks = _networks(target)
-    layers = {
+    layers: dict[ModuleId, nn.Module] = {
         (part, _with_prefix(part, path)): module
         for part, network in networks.items()
         for path, module in network.named_modules()
         if isinstance(getattr(module, "weight", None), Tensor)
     }
     shapes = {module_id: tuple(layer.weight.shape) for module_id, layer in layers.items()}  # pyright: ignore
-    present = lora if all(part in networks for part, _ in lora.modules()) else _without_absent_parts(lora, networks)
+    present = _without_absent_parts(lora, networks)
     fit(present, family, shapes).check(lora.name)
     if text_encoder_strength is None:
         text_encoder_strength = strength
-    originals: dict[ModuleId, Tensor] = {}
-    with torch.no_grad():
-        for (part, path), module in present.modules().items():
-            layer = layers[part, path]
-            weight: Tensor = layer.weight  # pyright: ignore
-            factor = strength if part == "denoiser" else text_encoder_strength
-            change = factor * module.delta().to(weight.device)
-            originals[part, path] = weight.data
-            layer.weight.data = (weight.float() + change.reshape(weight.shape)).to(weight.dtype)  # pyright: ignore
-    return AppliedLora(originals, {module_id: layers[module_id] for module_id in originals})
+    applied = AppliedLora({}, layers)
+    try:
+        with torch.no_grad():
+            for module_id, change in present.changes(lambda module_id: layers[module_id].weight.cpu()):  # pyright: ignore
+                weight: Tensor = layers[module_id].weight  # pyright: ignore
+                factor = strength if module_id[0] == "denoiser" else text_encoder_strength
+                changed = weight.float() + factor * change.reshape(weight.shape).to(weight.device)
+                applied.originals.setdefault(module_id, weight.data)
+                layers[module_id].weight.data = changed.to(weight.dtype)  # pyright: ignore
+    except BaseException:
+        applied.remove()
+        raise
+    return applied
 
 
 def _without_absent_parts(lora: LoraFile, networks: Mapping[str, nn.Module]) -> LoraFile:
-    kept = {module_id: module for module_id, module in lora.modules().items() if module_id[0] in networks}
-    return LoraFile.from_modules(lora.family, kept, lora.metadata)
+    absent = {key for entry in lora.entries if entry.part not in networks for key in entry.keys.values()}
+    return replace(lora, tensors={key: tensor for key, tensor in lora.tensors.items() if key not in absent})
 
 
 def _networks(target: Any) -> tuple[str, dict[str, nn.Module]]:

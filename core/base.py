@@ -16,7 +16,7 @@ from .errors import BadFile, UnknownFamily, UnmatchedKeys
 from .families import FAMILIES, detect_family
 from .families.spec import Component, FamilySpec, LazyTensors, materialise
 from .objective import NoiseSchedule
-from .safetensors_file import SafetensorsFile
+from .safetensors_file import SafetensorsFile, tensor_bytes
 
 PredictionType = Literal["epsilon", "v_prediction"]
 
@@ -72,9 +72,9 @@ class Base:
         for part in parts:
             tensors = self.components[part].tensors
             for name in sorted(tensors):
-                tensor = tensors[name].detach().cpu().contiguous()
+                tensor = tensors[name]
                 digest.update(f"{part}.{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-                digest.update(tensor.flatten().view(torch.uint8).numpy())
+                digest.update(tensor_bytes(tensor))
         return digest.hexdigest()
 
     @cached_property
@@ -164,7 +164,10 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+        # Of these folders only: a repository may hold the same weights again as a single file.
+        folders = ("scheduler", *_FOLDERS.values())
+        wanted = [f"{folder}/*.{ending}" for folder in folders for ending in ("json", "safetensors")]
+        return Path(snapshot_download(hub_id, allow_patterns=["model_index.json", *wanted]))
     except Exception as error:  # the hub client raises many kinds, down to those of its HTTP library
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadFile(f"{hub_id}: no such file or folder, and the hub does not give it: {reason}") from error
@@ -192,7 +195,7 @@ def _read_folder(folder: Path, prediction_type: str, zero_terminal_snr: bool) ->
         )
     scheduler_path = folder / "scheduler" / "scheduler_config.json"
     scheduler = _read_json(scheduler_path) if scheduler_path.exists() else {}
-    vae_levels = len(components["vae"].config["block_out_channels"])
+    latent_side, vae_levels = config.get("sample_size"), len(components["vae"].config["block_out_channels"])
     components["vae"].config.setdefault("scaling_factor", family.latent_scale)
     return Base(
         family=family,
@@ -200,7 +203,7 @@ def _read_folder(folder: Path, prediction_type: str, zero_terminal_snr: bool) ->
         components=components,
         prediction_type=_choose(prediction_type, scheduler.get("prediction_type", "epsilon")),
         zero_terminal_snr=zero_terminal_snr or bool(scheduler.get("rescale_betas_zero_snr")),
-        resolution=config.get("sample_size", 0) * 2 ** (vae_levels - 1) or family.resolution,
+        resolution=latent_side * 2 ** (vae_levels - 1) if isinstance(latent_side, int) else family.resolution,
     )
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +19,7 @@ from .families.clip import chunk_count
 from .families.spec import Conditioning
 from .objective import shrink_mask
 from .photos import Dataset, TrainingImage
+from .photos.captions import class_caption
 from .safetensors_file import SafetensorsFile, save_safetensors
 
 CACHE_VERSION = "1"
@@ -94,7 +96,7 @@ def encode(
     `extra_prompts` are encoded too (for samples). `on_progress(done, total)` may raise to cancel.
     """
     captions = [image.caption for image in dataset.images]
-    class_captions = [_without_trigger(image.caption, config.trigger_word) for image in dataset.images]
+    class_captions = [without_trigger(image.caption, config) for image in dataset.images]
     prompts = sorted({*captions, *(class_captions if config.prior_prediction else ()), *extra_prompts, ""})
     if config.text_encoder_lr:
         prompts = []
@@ -111,7 +113,7 @@ def encode(
         prompts, base, config, chunks, text_print, device, lambda done: progress(len(dataset.images) + done)
     )
     encoded = []
-    for image, (mean, deviation), class_caption in zip(dataset.images, latents, class_captions, strict=True):
+    for image, (mean, deviation), caption_of_class in zip(dataset.images, latents, class_captions, strict=True):
         mask = image.mask()
         encoded.append(
             EncodedImage(
@@ -121,7 +123,7 @@ def encode(
                 mask=None if mask is None else shrink_mask(mask, (mean.shape[1], mean.shape[2])),
                 conditioning=base.family.image_conditioning(image.original_size, image.crop_top_left, image.bucket),
                 caption=image.caption,
-                class_caption=class_caption,
+                class_caption=caption_of_class,
                 repeats=image.repeats,
                 is_class=image.is_class,
             )
@@ -133,8 +135,11 @@ def encode(
     return LatentCache(tuple(encoded), text, chunks, content_key(described, text_print, chunks))
 
 
-def _without_trigger(caption: str, trigger: str) -> str:
-    return " ".join(caption.replace(trigger, " ").split())
+def without_trigger(caption: str, config: TrainConfig) -> str:
+    """The caption as of anybody of the class; "a photo of CLASS" where it does not name the trigger in the first place."""
+    trigger = rf"(?<!\w){re.escape(config.trigger_word)}(?!\w)"
+    remaining, count = re.subn(trigger, " ", caption, flags=re.IGNORECASE)
+    return (" ".join(remaining.split()) if count else "") or class_caption(config.class_word)
 
 
 def _mask_digest(mask: Tensor | None) -> str:
@@ -146,7 +151,8 @@ def _encode_images(
 ) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
     vae_print = base.fingerprint("vae")
     keys = [
-        content_key("latents", image.photo.digest, image.crop, image.bucket, image.flip, vae_print) for image in images
+        content_key("latents", image.photo.digest, image.crop, image.bucket, image.flip, vae_print, base.latent_scale)
+        for image in images
     ]
     vae, results = None, []
     for index, (image, key) in enumerate(zip(images, keys, strict=True)):

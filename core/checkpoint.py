@@ -84,12 +84,12 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
                 tensors[f"optimizer.{index}.{name}"] = value.detach().cpu()
             else:
                 values[f"{index}.{name}"] = value
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in state["param_groups"]]
-    return tensors, {"values": values, "groups": [_plain(group) for group in groups]}
-
-
-def _plain(group: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if isinstance(value, int | float | str | bool | list | tuple)}
+    groups = []
+    for index, group in enumerate(state["param_groups"]):
+        group = {name: value for name, value in group.items() if name != "params"}
+        tensors |= {f"group.{index}.{k}": v.detach().cpu() for k, v in group.items() if isinstance(v, Tensor)}
+        groups.append({name: value for name, value in group.items() if not isinstance(value, Tensor)})
+    return tensors, {"values": values, "groups": groups}
 
 
 def unpack_optimizer(
@@ -105,6 +105,8 @@ def unpack_optimizer(
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = value
     groups = optimizer.state_dict()["param_groups"]
-    for group, saved in zip(groups, scalars["groups"], strict=True):
+    for index, (group, saved) in enumerate(zip(groups, scalars["groups"], strict=True)):
         group.update({name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()})
+        prefix = f"group.{index}."
+        group.update({key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)})
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -107,14 +107,27 @@ class TrainConfig:
             raise BadConfig(f"timestep_min = {self.timestep_min} is above timestep_max = {self.timestep_max}")
         if self.debiased and self.min_snr_gamma and self.min_snr_gamma != type(self).min_snr_gamma:
             raise BadConfig("debiased and min_snr_gamma are both set; they weight the same loss: choose one")
+        if self.optimizer == "prodigy":
+            # Prodigy multiplies the rate that it finds by this one, the same for every group of parameters.
+            if self.learning_rate < 0.1:
+                raise BadConfig(
+                    f"learning_rate = {self.learning_rate}: prodigy finds the rate by itself; set it to 1.0"
+                )
+            if self.text_encoder_lr not in (0, self.learning_rate) or self.lora_plus_ratio != 1:
+                raise BadConfig("prodigy has one rate for all: text_encoder_lr must be 0 or equal to learning_rate, and "
+                                "lora_plus_ratio 1")  # fmt: skip
+        if not self.sample_every and (self.sample_prompts or self.thumbnail):
+            raise BadConfig("sample_prompts and thumbnail need samples: set sample_every")
         if self.warmup_steps >= self.steps:
             raise BadConfig(f"warmup_steps = {self.warmup_steps} leaves nothing of {self.steps} steps")
-        for name in ("rank_pattern", "alpha_pattern"):
-            for pattern in getattr(self, name):
+        for name, low in (("rank_pattern", 1), ("alpha_pattern", 1e-6)):
+            for pattern, value in getattr(self, name).items():
                 try:
                     re.compile(pattern)
                 except re.error as error:
                     raise BadConfig(f"{name}: {pattern!r} is no regular expression ({error})") from error
+                if value < low:
+                    raise BadConfig(f"{name}: {pattern} = {value} must be at least {low}")
 
     def alpha_for(self, rank: int) -> float:
         """The alpha of a module of that rank: the set one, else the rank itself."""
@@ -163,8 +176,12 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
         return
     if get_origin(hint) is dict:
         expected = (dict,)
+        for key, number in value.items() if isinstance(value, dict) else ():
+            _check_type(f"{name}: {key}", number, get_args(hint)[1])
     elif get_origin(hint) is tuple:
         expected = (tuple,)
+        for part in value if isinstance(value, tuple) else ():
+            _check_type(name, part, get_args(hint)[0])
     else:
         expected = get_args(hint) or (hint,)
     accepted = (*expected, int) if float in expected else expected

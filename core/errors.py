@@ -30,7 +30,11 @@ class BadConfig(FaceLoraError):
 
 
 class TrainingDiverged(FaceLoraError):
-    """The loss became NaN or infinite."""
+    """The loss or the adapter became NaN or infinite."""
+
+
+class OutOfMemory(FaceLoraError):
+    """The device has not enough memory for the settings."""
 
 
 class MissingPackage(FaceLoraError):

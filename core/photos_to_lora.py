@@ -1,7 +1,9 @@
 """The whole job: a folder of photos and a base model in, a LoRA file out."""
 
+import glob
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,6 +51,7 @@ def train(
     output = None if output is None else Path(output)
     if output is not None:
         check_output(output)
+        _delete_leftovers(output)
     if config.class_images and class_photos is not None:
         raise BadConfig("class_images and class_photos are both given; class images are either made or read")
     if not isinstance(base, Base):
@@ -64,7 +67,7 @@ def train(
     device, _ = device_and_dtype(config, device)
 
     def progress(phase: str) -> Callable[[int, int], None] | None:
-        return None if on_phase is None else lambda done, total: on_phase(phase, done, total)
+        return partial(on_phase, phase) if on_phase else None
 
     if config.class_images:
         class_list = make_class_images(
@@ -95,9 +98,12 @@ def train(
     def save_samples(step: int, images: list[Image.Image]) -> None:
         assert output is not None
         folder = output.with_name(f"{output.stem}-samples")
-        folder.mkdir(exist_ok=True)
-        for index, image in enumerate(images):
-            image.save(folder / f"step{step:06d}-{index}.png")
+        try:
+            folder.mkdir(exist_ok=True)
+            for index, image in enumerate(images):
+                image.save(folder / f"step{step:06d}-{index}.png")
+        except OSError as error:
+            raise BadFile(f"{folder}: samples cannot be written: {error.strerror or error}") from None
 
     lora = train_lora(
         cache,
@@ -107,6 +113,7 @@ def train(
         continue_from=continue_from,
         state_path=None if output is None else state_path(output),
         resume=resume,
+        extra_metadata=None if output is None else {"ss_output_name": output.stem},
         sampler=training_sampler(base, config, cache.text, device) if config.sample_every else None,
         on_step=on_step,
         on_save=save if output is not None else None,
@@ -135,6 +142,13 @@ def check_output(path: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise BadFile(f"{path}: cannot be written there: {error.strerror}") from None
+
+
+def _delete_leftovers(output: Path) -> None:
+    """Deletes what a run that was killed while writing has left of this output or its state."""
+    for path in (output, state_path(output)):
+        for leftover in output.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            leftover.unlink(missing_ok=True)
 
 
 def check_base_options(base: Base, config: TrainConfig) -> None:

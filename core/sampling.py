@@ -90,9 +90,9 @@ def sample_latents(
     noise = torch.stack([torch.randn(channels, height, width, generator=generator) for generator in generators])
     latents = noise.to(device) * scheduler.init_noise_sigma
     picture = base.family.image_conditioning(size, (0, 0), size)
-    conditioning = _stack(positive, picture, len(seeds), device, dtype)
+    conditioning = _stack(positive, picture, device)
     if guidance != 1:
-        without = _stack(negative, picture, len(seeds), device, dtype)
+        without = _stack(negative, picture, device)
         conditioning = {name: torch.cat([without[name], conditioning[name]]) for name in conditioning}
     takes_generator = "ancestral" in sampler or "sde" in sampler
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -111,12 +111,10 @@ def sample_latents(
     return latents.float()
 
 
-def _stack(
-    parts: Sequence[Conditioning], picture: Conditioning, count: int, device: torch.device, dtype: torch.dtype
-) -> Conditioning:
+def _stack(parts: Sequence[Conditioning], picture: Conditioning, device: torch.device) -> Conditioning:
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    joined |= {name: value.expand(count, *value.shape[1:]) for name, value in picture.items()}
-    return {name: value.to(device=device, dtype=dtype) for name, value in joined.items()}
+    joined |= {name: value.expand(len(parts), *value.shape[1:]) for name, value in picture.items()}
+    return {name: value.to(device) for name, value in joined.items()}
 
 
 @torch.no_grad()

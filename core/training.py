@@ -6,7 +6,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from .base import Base
 from .cache import EncodedImage, LatentCache
 from .checkpoint import RunState, pack_optimizer, read_state, unpack_optimizer
 from .config import TrainConfig
-from .errors import MissingPackage, TrainingDiverged
+from .errors import BadConfig, MissingPackage, OutOfMemory, TrainingDiverged
 from .families.spec import Conditioning
-from .lora_file import LoraFile
+from .lora_file import LoraFile, model_hash
 from .objective import draw_noise, draw_timesteps, sample_losses
 from .training_metadata import training_metadata
 
@@ -30,7 +30,10 @@ CHECK_EVERY = 10
 """Steps between looks at whether the loss is still finite; each look waits for the device."""
 SMOOTHING = 0.98
 """Decay of the running mean of the loss."""
-_NOT_IDENTITY = {"save_every", "sample_every", "sample_prompts", "state_interval", "save_precision", "thumbnail"}
+_NOT_IDENTITY = {
+    "save_every", "sample_every", "sample_prompts", "state_interval", "save_precision", "thumbnail",
+    "gradient_checkpointing",
+}  # fmt: skip
 """Settings that may change when a run is resumed, since they do not change its steps."""
 
 
@@ -105,7 +108,9 @@ def device_and_dtype(config: TrainConfig, device: torch.device | None = None) ->
     if config.precision != "auto":
         return device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
     if device.type == "cuda":
-        return device, torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        # Older cards only emulate bf16, and torch.cuda.is_bf16_supported() says yes to that.
+        capable = torch.cuda.get_device_capability(device) >= (8, 0)
+        return device, torch.bfloat16 if capable else torch.float16
     return device, torch.float32
 
 
@@ -121,7 +126,7 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
     return 1.0
 
 
-def build_optimizer(adapter: adapters.Adapter, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer(adapter: adapters.Adapter, config: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer, with B's learning rate raised by the LoRA+ ratio and the text encoders' their own.
 
     `peak` in each group is the rate that the schedule scales. MissingPackage names what to install.
@@ -134,7 +139,7 @@ def build_optimizer(adapter: adapters.Adapter, config: TrainConfig, device: torc
     described = [{"params": parameters, "lr": rate, "peak": rate} for rate, parameters in groups.items()]
     decay = config.weight_decay
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(described, weight_decay=decay, fused=device.type == "cuda" or None)
+        return torch.optim.AdamW(described, weight_decay=decay, fused=True)
     if config.optimizer == "adafactor":
         from transformers.optimization import Adafactor
 
@@ -143,8 +148,10 @@ def build_optimizer(adapter: adapters.Adapter, config: TrainConfig, device: torc
         if config.optimizer == "prodigy":
             from prodigyopt import Prodigy
 
-            return Prodigy(described, weight_decay=decay, safeguard_warmup=True, use_bias_correction=True)
-        from bitsandbytes.optim import AdamW8bit
+            return Prodigy(
+                described, weight_decay=decay, safeguard_warmup=True, use_bias_correction=True,  # pyright: ignore
+            )  # fmt: skip
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
     except ImportError:
         package = {"prodigy": "prodigyopt", "adamw8bit": "bitsandbytes"}[config.optimizer]
         raise MissingPackage(f"optimizer {config.optimizer!r} needs a package: pip install {package}") from None
@@ -170,13 +177,15 @@ class Run:
         if config.text_encoder_lr:
             self.encoders = base.load_text_encoders(self.device, self.dtype)
         self.adapter = adapters.attach({"denoiser": self.denoiser, **self.encoders}, base.family, config, continue_from)
-        if wants_recompute(self, cache):
+        self._set_training(True)
+        self.recomputes = wants_recompute(self, cache)
+        if self.recomputes:
             self.denoiser.enable_gradient_checkpointing()  # pyright: ignore
         self.parameters = self.adapter.parameters()
         self.average = (
             {name: value.detach().clone() for name, value in self.parameters.items()} if config.ema_decay else None
         )
-        self.optimizer = build_optimizer(self.adapter, config, self.device)
+        self.optimizer = build_optimizer(self.adapter, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.schedule = base.noise_schedule().to(self.device)
         self.images = [_to_device(image, self.device) for image in cache.images if not image.is_class]
@@ -212,9 +221,10 @@ class Run:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
-            torch._foreach_lerp_(
-                list(self.average.values()), [p.detach() for p in self.parameters.values()], 1 - config.ema_decay
-            )
+            # Rising from 0.1, so that the average soon forgets the untrained adapter.
+            decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
+            values = [parameter.detach() for parameter in self.parameters.values()]
+            torch._foreach_lerp_(list(self.average.values()), values, 1 - decay)
         bad = ~torch.isfinite(total) & (self.first_bad_step < 0)
         self.first_bad_step = torch.where(bad, self.step, self.first_bad_step)
         # The mean starts at the first loss, so that it does not have to climb from 0.
@@ -285,8 +295,7 @@ class Run:
                 text = self.family.encode_text(self.encoders, captions, self.config.clip_skip, self.chunks)
         else:
             text = _joined([self.text[caption] for caption in captions])
-        joined = text | _joined([picture.conditioning for picture in pictures])
-        return {name: value.to(self.dtype) for name, value in joined.items()}
+        return text | _joined([picture.conditioning for picture in pictures])
 
     def _autocast(self):
         if self.dtype == torch.float32:
@@ -299,18 +308,34 @@ class Run:
             torch.manual_seed(int.from_bytes(seed[8:15], "big"))
         return torch.Generator(self.device).manual_seed(int.from_bytes(seed[:7], "big"))
 
+    def _set_training(self, training: bool) -> None:
+        """Dropout on or off. (Older versions of diffusers also recompute activations in training mode only.)"""
+        for network in (self.denoiser, *self.encoders.values()):
+            network.train(training)
+
+    def sample(self, sampler: Sampler) -> list[Image.Image]:
+        """Images with the adapter as it is now."""
+        self._set_training(False)
+        try:
+            return sampler(self.denoiser, self.encoders)
+        finally:
+            self._set_training(True)
+
     def check_finite(self) -> None:
-        """Waits for the device; TrainingDiverged if the loss of any step so far was not finite."""
+        """Waits for the device; TrainingDiverged if the loss of any step so far, or the adapter now, is not finite."""
         step = int(self.first_bad_step)
         if step < 0:
-            return
+            values = [parameter.detach() for parameter in self.parameters.values()]
+            if torch.stack(torch._foreach_norm(values)).isfinite().all():
+                return
+            step = self.step - 1
         names = sorted({self.images[i].name for n in range(self.config.accumulation)
                         for i in self.batches.at(step * self.config.accumulation + n)})  # fmt: skip
         advice = (
             "lower the learning rate" if self.dtype != torch.float16 else "lower the learning rate, or precision bf16"
         )
         raise TrainingDiverged(
-            f"the loss became NaN or infinite in step {step + 1} on {', '.join(names)} at learning rate "
+            f"the training became NaN or infinite in step {step + 1} on {', '.join(names)} at learning rate "
             f"{self.config.learning_rate * learning_rate_factor(step, self.config):g}; {advice}"
         )
 
@@ -392,23 +417,31 @@ def train_lora(
 
     `on_step` hears of every step and cancels by raising: the state is then saved to `state_path` and the exception goes
     on. With `resume` the run goes on from that state, if there is one; on the same machine the result is the same, tensor
-    for tensor, as of a run that was never interrupted. The state is deleted when the run is done.
+    for tensor, as of a run that was never interrupted. Whoever gave `state_path` deletes the state once the LoRA is safe.
     `on_save(step, lora)` is called every `save_every` steps, `on_sample(step, images)` every `sample_every`.
 
     TrainingDiverged when the loss is no longer finite; the last saved state is from before.
     """
+    device, dtype = device_and_dtype(config, device)
+    forked = [device] if device.type == "cuda" else []
     # A ComfyUI node runs in inference mode, in which nothing can be trained.
-    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng():
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(forked), _explained_memory_error():
         run = Run(cache, base, config, device, continue_from)
-        identity = run_identity(cache, base, config, continue_from)
+        identity = {} if state_path is None else run_identity(cache, base, config, dtype, continue_from)
         if resume and state_path is not None and state_path.exists():
-            run.restore(read_state(state_path, identity))
+            state = read_state(state_path, identity)
+            if state.step > config.steps:
+                raise BadConfig(f"{state_path.name}: is at step {state.step} already, beyond steps = {config.steps}")
+            run.restore(state)
         started_at, first_step = time.time(), run.step
         last_state, started = time.monotonic(), time.monotonic()
         thumbnail: Image.Image | None = None
 
         def lora() -> LoraFile:
-            metadata = training_metadata(cache, base, config, run.step, started_at, thumbnail)
+            metadata = training_metadata(
+                cache, base, config, steps=run.step, started_at=started_at, precision=dtype,
+                gradient_checkpointing=run.recomputes, thumbnail=thumbnail,
+            )  # fmt: skip
             modules = run.adapter.modules(run.trained())
             return LoraFile.from_modules(base.family.name, modules, metadata | dict(extra_metadata or {}))
 
@@ -421,14 +454,14 @@ def train_lora(
             run.train_step()
             if run.step % CHECK_EVERY == 0 or run.step == config.steps:
                 run.check_finite()
-            if sampler and on_sample and config.sample_every and run.step % config.sample_every == 0:
-                images = sampler(run.denoiser, run.encoders)
-                thumbnail = images[0] if config.thumbnail else None
-                on_sample(run.step, images)
-            if on_save and config.save_every and run.step % config.save_every == 0 and run.step < config.steps:
-                run.check_finite()
-                on_save(run.step, lora())
             try:
+                if on_save and config.save_every and run.step % config.save_every == 0 and run.step < config.steps:
+                    run.check_finite()
+                    on_save(run.step, lora())
+                if sampler and on_sample and config.sample_every and run.step % config.sample_every == 0:
+                    images = run.sample(sampler)
+                    thumbnail = images[0] if config.thumbnail else None
+                    on_sample(run.step, images)
                 if on_step:
                     on_step(_report(run, first_step, started))
             except BaseException:
@@ -438,10 +471,18 @@ def train_lora(
             if run.step < config.steps and time.monotonic() - last_state >= config.state_interval:
                 save_state()
                 last_state = time.monotonic()
-        result = lora()
-        if state_path is not None:
-            state_path.unlink(missing_ok=True)
-        return result
+        return lora()
+
+
+@contextlib.contextmanager
+def _explained_memory_error() -> Iterator[None]:
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise OutOfMemory(
+            f"the device has not enough memory ({str(error).splitlines()[0]}); "
+            "use gradient_checkpointing on, batch_size 1, or a lower resolution"
+        ) from None
 
 
 def _report(run: Run, first_step: int, started: float) -> StepReport:
@@ -458,13 +499,14 @@ def _report(run: Run, first_step: int, started: float) -> StepReport:
 
 
 def run_identity(
-    cache: LatentCache, base: Base, config: TrainConfig, continue_from: LoraFile | None = None
+    cache: LatentCache, base: Base, config: TrainConfig, dtype: torch.dtype, continue_from: LoraFile | None = None
 ) -> dict[str, str]:
     """What decides the result of a run, as text: equal for equal settings, photos and base model."""
     settings: dict[str, Any] = {name: value for name, value in asdict(config).items() if name not in _NOT_IDENTITY}
+    settings["precision"] = str(dtype).removeprefix("torch.")
     if config.schedule == "constant":
         del settings["steps"]  # the steps so far are the same, however many follow
     if continue_from is not None:
-        settings["continue_from"] = continue_from.metadata.get("sshs_model_hash", continue_from.name)
+        settings["continue_from"] = model_hash(continue_from.tensors)
     fingerprint = base.fingerprint("denoiser") + base.prediction_type + str(base.zero_terminal_snr)
     return {"settings": json.dumps(settings, sort_keys=True), "photos": cache.digest, "base model": fingerprint}

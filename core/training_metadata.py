@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from typing import Any
 
+import torch
 from PIL import Image
 
 from .base import Base
@@ -22,6 +23,8 @@ _OPTIMIZER_NAMES = {
     "adafactor": "transformers.optimization.Adafactor",
     "prodigy": "prodigyopt.prodigy.Prodigy",
 }
+_PRECISION_NAMES = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
+IMPLEMENTATION = "comfyui-facelora"
 THUMBNAIL_SIDE = 256
 """Longest side of the thumbnail, in pixels: it travels in the header, which every reader parses."""
 
@@ -30,8 +33,11 @@ def training_metadata(
     cache: LatentCache,
     base: Base,
     config: TrainConfig,
+    *,
     steps: int,
     started_at: float,
+    precision: torch.dtype,
+    gradient_checkpointing: bool,
     thumbnail: Image.Image | None = None,
 ) -> dict[str, str]:
     """Strings only, as safetensors wants them; None is "None", as sd-scripts writes it. Hashes of the tensors come on saving.
@@ -92,11 +98,12 @@ def training_metadata(
     batches = -(-pictures_seen // config.batch_size)
     epochs = -(-steps * config.accumulation // max(1, batches))
     text_encoder_lr = config.text_encoder_lr or None
-    precision = {"fp32": "no", "auto": "no"}.get(config.precision, config.precision)
+    conv = {"conv_dim": str(config.rank), "conv_alpha": str(config.alpha_for(config.rank))}
     values: dict[str, Any] = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{base.family.architecture}/lora",
         "modelspec.implementation": "diffusers",
+        "modelspec.implementation_version": IMPLEMENTATION,
         "modelspec.title": phrase,
         "modelspec.resolution": f"{resolution}x{resolution}",
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(finished_at)),
@@ -129,7 +136,7 @@ def training_metadata(
         "ss_fp8_base_unet": False,
         "ss_full_fp16": False,
         "ss_gradient_accumulation_steps": config.accumulation,
-        "ss_gradient_checkpointing": config.gradient_checkpointing == "on",
+        "ss_gradient_checkpointing": gradient_checkpointing,
         "ss_huber_c": config.huber_delta,
         "ss_huber_scale": 1.0,
         "ss_huber_schedule": "constant",
@@ -148,10 +155,11 @@ def training_metadata(
         "ss_max_validation_steps": None,
         "ss_min_bucket_reso": min((min(size) for size in sizes), default=None),
         "ss_min_snr_gamma": None if config.debiased else config.min_snr_gamma or None,
-        "ss_mixed_precision": precision,
+        "ss_mixed_precision": _PRECISION_NAMES[precision],
         "ss_multires_noise_discount": 0.3,
         "ss_multires_noise_iterations": None,
         "ss_network_alpha": config.alpha_for(config.rank),
+        "ss_network_args": conv if config.targets == "transformer+conv" else None,
         "ss_network_dim": config.rank,
         "ss_network_dropout": config.dropout or None,
         "ss_network_module": "networks.lora",
@@ -190,11 +198,11 @@ def training_metadata(
         "ss_validation_split": 0.0,
         "ss_zero_terminal_snr": base.zero_terminal_snr,
     }
-    # In modelspec a key without a value is left out; sd-scripts writes "None".
+    # In modelspec, and of network arguments, a key without a value is left out; else sd-scripts writes "None".
     return {
         name: json.dumps(value) if isinstance(value, dict | list) else str(value)
         for name, value in values.items()
-        if value is not None or not name.startswith("modelspec.")
+        if value is not None or not name.startswith(("modelspec.", "ss_network_args"))
     }
 
 

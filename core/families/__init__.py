@@ -17,9 +17,9 @@ _TEXT_LDM = "cond_stage_model.transformer."
 _NOT_SUPPORTED = (
     ("conditioner.embedders.0.model.transformer.resblocks.0.ln_1.weight", "the SDXL refiner"),
     ("cond_stage_model.model.transformer.resblocks.0.ln_1.weight", "Stable Diffusion 2.x"),
-    ("double_blocks.0.img_attn.norm.key_norm.scale", "FLUX.1"),
     ("double_stream_modulation_img.lin.weight", "FLUX.2"),
     ("distilled_guidance_layer.layers.0.in_layer.weight", "Chroma"),
+    ("double_blocks.0.img_attn.norm.key_norm.scale", "FLUX.1"),
     ("joint_blocks.0.x_block.attn.qkv.weight", "Stable Diffusion 3"),
     ("noise_refiner.0.attention.qkv.weight", "Lumina 2 or Z-Image"),
     ("transformer_blocks.0.attn.add_q_proj.weight", "Qwen-Image"),

@@ -61,9 +61,12 @@ def encode_chunks(encoder: nn.Module, tokens: Tensor, layer: int, final_norm: bo
     count, chunks, length = tokens.shape
     device = next(encoder.parameters()).device
     output = encoder(tokens.reshape(-1, length).to(device), output_hidden_states=True)
-    states = output.hidden_states[-layer]
-    if final_norm:
-        states = getattr(encoder, "text_model", encoder).final_layer_norm(states)
+    if final_norm and layer == 1:
+        # Not hidden_states[-1], on which versions of transformers do not agree whether it is normed.
+        states = output.last_hidden_state
+    else:
+        states = output.hidden_states[-layer]
+        states = encoder.text_model.final_layer_norm(states) if final_norm else states  # pyright: ignore
     return states.reshape(count, chunks * length, -1), output
 
 
@@ -71,10 +74,11 @@ def text_component(tensors: Mapping[str, Tensor], prefix: str, activation: str) 
     """A text encoder in OpenAI's naming (`<prefix>text_model.…`), its config read off the shapes of its tensors."""
     names = {}
     for full in tensors:
-        if full.startswith(prefix) and not full.endswith(("position_ids", "logit_scale")):
+        # Merging tools leave parts of the whole CLIP in the file that no picture depends on.
+        if full.startswith(prefix) and not full.endswith(("position_ids", "logit_scale", "text_projection.weight")):
             short = full.removeprefix(prefix)
             # Files saved by some versions of transformers lack the leading text_model.
-            names[short if short.startswith(("text_model.", "text_projection.")) else f"text_model.{short}"] = full
+            names[short if short.startswith("text_model.") else f"text_model.{short}"] = full
     readers = {short: partial(tensors.__getitem__, full) for short, full in names.items()}
     return Component(_text_config(readers, prefix, activation), LazyTensors(readers))
 
@@ -110,6 +114,8 @@ def openclip_component(tensors: Mapping[str, Tensor], prefix: str) -> Component:
             readers[outside[short]] = partial(tensors.__getitem__, full)
         elif short == "text_projection":
             readers["text_projection.weight"] = partial(transposed, full)
+        elif short == "text_projection.weight":
+            readers[short] = partial(tensors.__getitem__, full)
         elif match := re.match(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)$", short):
             for index, letter in enumerate("qkv"):
                 name = f"text_model.encoder.layers.{match[1]}.self_attn.{letter}_proj.{match[2]}"

@@ -239,13 +239,13 @@ def vae_component(tensors: Mapping[str, Tensor], latent_scale: float) -> Compone
 def build_unet(config: dict[str, Any]) -> nn.Module:
     from diffusers import UNet2DConditionModel
 
-    return UNet2DConditionModel.from_config(config)
+    return UNet2DConditionModel.from_config(config)  # pyright: ignore[reportReturnType]
 
 
 def build_vae(config: dict[str, Any]) -> nn.Module:
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL.from_config(config)
+    return AutoencoderKL.from_config(config)  # pyright: ignore[reportReturnType]
 
 
 _UNET_ATTENTION = r"(down_blocks|up_blocks)\.\d+\.attentions\.\d+|mid_block\.attentions\.\d+"

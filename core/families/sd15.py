@@ -43,7 +43,8 @@ def image_conditioning(
 
 
 def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-    return denoiser(noisy_latents, timesteps, encoder_hidden_states=conditioning["context"], return_dict=False)[0]
+    context = conditioning["context"].to(noisy_latents.dtype)
+    return denoiser(noisy_latents, timesteps, encoder_hidden_states=context, return_dict=False)[0]
 
 
 SD15 = FamilySpec(

@@ -51,11 +51,13 @@ def image_conditioning(
 
 
 def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-    added = {"text_embeds": conditioning["pooled"], "time_ids": conditioning["time_ids"]}
+    dtype = noisy_latents.dtype
+    # The sizes stay float32: in bf16 1000 and 1003 would be the same number.
+    added = {"text_embeds": conditioning["pooled"].to(dtype), "time_ids": conditioning["time_ids"]}
     return denoiser(
         noisy_latents,
         timesteps,
-        encoder_hidden_states=conditioning["context"],
+        encoder_hidden_states=conditioning["context"].to(dtype),
         added_cond_kwargs=added,
         return_dict=False,
     )[0]

@@ -74,7 +74,10 @@ class FamilySpec:
     image_conditioning: Callable[[tuple[int, int], tuple[int, int], tuple[int, int]], Conditioning]
     """(original size, crop's top left as x and y, target size; sizes as width and height) -> conditioning of one image."""
     predict: Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
-    """(denoiser, noisy latents (B, C, H, W), timesteps (B,), conditioning) -> prediction (B, C, H, W)."""
+    """(denoiser, noisy latents (B, C, H, W), timesteps (B,), conditioning) -> prediction (B, C, H, W).
+
+    The denoiser works in the dtype of the latents; the conditioning comes in the dtype that it was made in.
+    """
 
 
 def materialise(
@@ -82,7 +85,8 @@ def materialise(
 ) -> nn.Module:
     """`module` (built on the meta device) with the tensors as its frozen weights, in evaluation mode.
 
-    A tensor that is already of that device and dtype is used as it is, memory-mapped or not: nothing is held twice.
+    A tensor that is already of that device and dtype is used as it is, memory-mapped or not: nothing is held twice (but
+    for tensors made in inference mode, through which nothing could be trained).
     UnmatchedKeys when names or shapes are not exactly those of the module.
     """
     wanted = module.state_dict()
@@ -96,6 +100,9 @@ def materialise(
         tensor = tensors[name]
         if tensor.shape != place.shape:
             raise UnmatchedKeys(f"{what}: {name} has shape {list(tensor.shape)}, expected {list(place.shape)}")
-        state[name] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+        tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+        trainable = torch.is_inference_mode_enabled() or not tensor.is_inference()
+        state[name] = tensor if trainable else tensor.clone()
     module.load_state_dict(state, assign=True)
-    return module.requires_grad_(False).eval()
+    # What is in no checkpoint (CLIP's position numbers) was made on the CPU.
+    return module.to(device).requires_grad_(False).eval()

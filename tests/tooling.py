@@ -1,0 +1,206 @@
+"""Random base models in the original checkpoint naming, small or of full size, and what tests do with them."""
+
+import hashlib
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from core.demo.people import person_photos
+from core.families import FAMILIES
+from core.families.ldm import ldm_unet_path, ldm_vae_path
+from core.safetensors_file import Layout, write_safetensors
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The configs of a base model's networks; those of full size are the published models' own."""
+
+    family: str
+    unet: dict[str, Any]
+    vae_widths: tuple[int, ...]
+    vae_layers: int
+    text: dict[str, dict[str, Any]]
+
+
+def _text_config(width: int, layers: int, activation: str, projection: int | None = None) -> dict[str, Any]:
+    return {
+        "vocab_size": 49408,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 64,
+        "max_position_embeddings": 77,
+        "hidden_act": activation,
+        "projection_dim": projection or width,
+        "bos_token_id": 49406,
+        "eos_token_id": 49407,
+    }
+
+
+def _unet_config(
+    widths: tuple[int, ...], depths: tuple[int, ...], layers: int, context: int, pooled: int | None = None
+) -> dict[str, Any]:
+    """`depths` are the transformer blocks of each level, 0 for none; `pooled` is the pooled text's width in SDXL."""
+    config: dict[str, Any] = {
+        "block_out_channels": widths,
+        "layers_per_block": layers,
+        "down_block_types": tuple("CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths),
+        "up_block_types": tuple("CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(depths)),
+        "cross_attention_dim": context,
+        "attention_head_dim": 8,
+    }
+    if pooled is not None:
+        config |= {
+            "transformer_layers_per_block": tuple(max(depth, 1) for depth in depths),
+            "attention_head_dim": tuple(width // 64 for width in widths),
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": pooled + 6 * 256,
+        }
+    return config
+
+
+SMALL_SD15 = Shape(
+    "sd15", _unet_config((32, 64), (1, 0), 1, 64), (32, 32), 1, {"text_encoder": _text_config(64, 2, "quick_gelu")}
+)
+SMALL_SDXL = Shape(
+    "sdxl",
+    _unet_config((64, 64, 128), (0, 1, 2), 2, 64 + 128, pooled=128),
+    (32, 32),
+    1,
+    {"text_encoder": _text_config(64, 2, "quick_gelu"), "text_encoder_2": _text_config(128, 3, "gelu", 128)},
+)
+FULL_SD15 = Shape(
+    "sd15",
+    _unet_config((320, 640, 1280, 1280), (1, 1, 1, 0), 2, 768),
+    (128, 256, 512, 512),
+    2,
+    {"text_encoder": _text_config(768, 12, "quick_gelu")},
+)
+FULL_SDXL = Shape(
+    "sdxl",
+    _unet_config((320, 640, 1280), (0, 2, 10), 2, 2048, pooled=1280),
+    (128, 256, 512, 512),
+    2,
+    {"text_encoder": _text_config(768, 12, "quick_gelu"), "text_encoder_2": _text_config(1280, 32, "gelu", 1280)},
+)
+
+
+def configs(shape: Shape) -> dict[str, dict[str, Any]]:
+    """Part -> config, as diffusers and transformers want it."""
+    levels = len(shape.vae_widths)
+    vae = {
+        "block_out_channels": shape.vae_widths,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "layers_per_block": shape.vae_layers,
+        "latent_channels": 4,
+        "scaling_factor": FAMILIES[shape.family].latent_scale,
+    }
+    return {"denoiser": shape.unet, "vae": vae, **shape.text}
+
+
+def original_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """Original name -> shape of every tensor of a checkpoint."""
+    result: dict[str, tuple[int, ...]] = {}
+    attention_depths = [kind.startswith("CrossAttn") for kind in shape.unet["up_block_types"]]
+    for part, config in configs(shape).items():
+        with torch.device("meta"):
+            state = FAMILIES[shape.family].build(part, config).state_dict()
+        for name, tensor in state.items():
+            size = tuple(tensor.shape)
+            if part == "denoiser":
+                path = ldm_unet_path(name, shape.unet["layers_per_block"], attention_depths.__getitem__)
+                result["model.diffusion_model." + path] = size
+            elif part == "vae":
+                path = ldm_vae_path(name, len(shape.vae_widths))
+                attention_matrix = ".attn_1." in path and len(size) == 2
+                result["first_stage_model." + path] = (*size, 1, 1) if attention_matrix else size
+            elif part == "text_encoder":
+                prefix = "cond_stage_model." if shape.family == "sd15" else "conditioner.embedders.0."
+                result[f"{prefix}transformer.{name}"] = size
+            else:
+                result |= _openclip_shapes(name, size)
+    return result
+
+
+_OPENCLIP = {
+    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.final_layer_norm.weight": "ln_final.weight",
+    "text_model.final_layer_norm.bias": "ln_final.bias",
+    "text_projection.weight": "text_projection",
+}
+_OPENCLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+
+
+def _openclip_shapes(name: str, size: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    prefix = "conditioner.embedders.1.model."
+    if name in _OPENCLIP:
+        return {prefix + _OPENCLIP[name]: size[::-1] if name.startswith("text_projection") else size}
+    match = re.fullmatch(r"text_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
+    assert match, name
+    layer = f"{prefix}transformer.resblocks.{match[1]}."
+    if match[2] in ("self_attn.k_proj", "self_attn.v_proj"):
+        return {}
+    if match[2] == "self_attn.q_proj":
+        return {f"{layer}attn.in_proj_{match[3]}": (3 * size[0], *size[1:])}
+    return {f"{layer}{_OPENCLIP_LAYER[match[2]]}.{match[3]}": size}
+
+
+class RandomTensors:
+    """Weights that keep activations in range, drawn by name, so that they need not be in memory together."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, seed: int):
+        self.layout: Layout = {name: (dtype, size) for name, size in shapes.items()}
+        self._pool = torch.randn(4_000_037, generator=torch.Generator().manual_seed(seed))
+
+    def __call__(self, name: str) -> Tensor:
+        dtype, size = self.layout[name]
+        if re.search(r"(norm\d?|norm_out|ln_\w+|(in|out)_layers\.0|\bout\.0|layer_norm\d)\.weight$", name):
+            return torch.ones(size, dtype=dtype)
+        count = math.prod(size)
+        start = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % len(self._pool)
+        deviation = 0.02 if len(size) < 2 or "embedding" in name else 0.7 / math.sqrt(math.prod(size[1:]))
+        pool = (self._pool * deviation).to(dtype).roll(-start)
+        return pool.repeat(-(-count // len(pool)))[:count].reshape(size)
+
+
+def write_checkpoint(
+    path: Path,
+    shape: Shape,
+    dtype: torch.dtype = torch.float16,
+    seed: int = 1,
+    metadata: dict[str, str] | None = None,
+    without: str = "",
+    extra: dict[str, Tensor] | None = None,
+) -> Path:
+    """A checkpoint file with random weights: tensors whose name contains `without` left out, `extra` ones added."""
+    shapes = {name: size for name, size in original_shapes(shape).items() if not without or without not in name}
+    draw, extra = RandomTensors(shapes, dtype, seed), extra or {}
+    layout = {**draw.layout, **{name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in extra.items()}}
+    write_safetensors(path, layout, lambda name: extra[name] if name in extra else draw(name), metadata)
+    return path
+
+
+def write_photos(folder: Path, count: int = 4, scale: int = 1, person: int = 35) -> Path:
+    """A folder with real photos of one person of the AT&T/ORL set (92x112 pixels times `scale`), one with a caption."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, photo in enumerate(person_photos(person)[:count]):
+        size = (photo.width * scale, photo.height * scale)
+        photo.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(folder / f"{index}.png")
+    (folder / "0.txt").write_text("a photo of sks person, facing the camera")
+    return folder
