@@ -333,10 +333,9 @@ def family_in_metadata(metadata: Mapping[str, str]) -> str | None:
     """The family that the metadata claim, None when they claim none that is known."""
     version = metadata.get("ss_base_model_version", "")
     architecture = metadata.get("modelspec.architecture", "").partition("/")[0]
-    for family in FAMILIES.values():
-        if version in family.base_versions or architecture == family.architecture.partition("/")[0]:
-            return family.name
-    return None
+    by_version = [family.name for family in FAMILIES.values() if version in family.base_versions]
+    by_architecture = [f.name for f in FAMILIES.values() if architecture == f.architecture.partition("/")[0]]
+    return next(iter(by_version + by_architecture), None)
 
 
 def _alpha_in_metadata(metadata: Mapping[str, str], entry: Entry) -> float | None:

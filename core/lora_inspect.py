@@ -152,7 +152,8 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
     """The words that call what was trained, best first: from modelspec, from the subsets, then the most frequent tags."""
     words = [word.strip() for word in metadata.get("modelspec.trigger_phrase", "").split(",")]
     for dataset in _json(metadata, "ss_datasets", list):
-        for subset in dataset.get("subsets") or [] if isinstance(dataset, dict) else []:
+        subsets = dataset.get("subsets") if isinstance(dataset, dict) else None
+        for subset in subsets if isinstance(subsets, list) else []:
             if isinstance(subset, dict):
                 words.append(str(subset.get("class_tokens") or ""))
     for tags in _json(metadata, "ss_tag_frequency", dict).values():

@@ -1,0 +1,162 @@
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from core.errors import BadFile
+from core.lora_file import LoraFile
+from core.lora_inspect import (
+    block_norms,
+    edit_metadata,
+    file_hashes,
+    format_inspection,
+    inspect_lora,
+    trigger_words,
+    verify_lora,
+)
+from core.safetensors_file import SafetensorsFile, save_safetensors
+
+from .test_lora_file import kohya_tensors, some
+
+KOHYA_METADATA = json.loads((Path(__file__).parent / "reference" / "kohya_metadata_sd15.json").read_text())
+TRIGGER = {"modelspec.trigger_phrase": "sks person"}
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    path = tmp_path / "face.safetensors"
+    metadata = {**KOHYA_METADATA, "ss_network_dim": "2", **TRIGGER}
+    LoraFile.from_tensors(kohya_tensors(some("sd15"), rank=2), metadata).save(path)
+    return path
+
+
+def broken(path: Path, change) -> None:
+    tensors = {key: tensor.clone() for key, tensor in SafetensorsFile.open(path).items()}
+    change(tensors)
+    LoraFile.from_tensors(tensors, SafetensorsFile.open(path).metadata).save(path)
+
+
+def texts(path: Path) -> list[str]:
+    return [finding.text for finding in verify_lora(path)]
+
+
+def test_an_inspection_says_what_the_file_is(saved):
+    report = inspect_lora(saved)
+    assert (report["family"], report["scheme"], report["kind"]) == ("sd15", "kohya", "locon")
+    assert report["parts"] == {"text_encoder": 4, "denoiser": 12}
+    assert report["ranks"] == {"2": 16} and report["alphas"] == {"1": 16}
+    assert report["trigger_words"][0] == "sks person"
+    assert report["training"]["steps"] == "8" and report["base_model"]["version"] == "sd_v1"
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_the_text_of_an_inspection_has_the_facts_for_a_person(saved):
+    text = format_inspection(inspect_lora(saved))
+    for fact in ("face.safetensors", "sd15", "rank          2", "sks person", "learning rate: 0.0001", "mid_block"):
+        assert fact in text
+
+
+def test_an_inspection_of_the_header_alone_has_no_hashes_and_norms(saved):
+    report = inspect_lora(saved, read_tensors=False)
+    assert "hashes" not in report and "norms" not in report and "hashes" not in format_inspection(report)
+
+
+def test_the_four_hashes_are_those_of_the_bytes(saved):
+    data = saved.read_bytes()
+    header = int.from_bytes(data[:8], "little")
+    hashes = file_hashes(saved)
+    assert hashes["autov2"] == hashlib.sha256(data).hexdigest()[:10]
+    assert hashes["sshs_model_hash"] == hashlib.sha256(data[8 + header :]).hexdigest()
+    assert hashes["autov3"] == hashes["sshs_model_hash"][:12]
+    assert hashes["sshs_legacy_hash"] == SafetensorsFile.open(saved).metadata["sshs_legacy_hash"]
+
+
+def test_the_norm_of_a_block_is_that_of_its_weight_changes(saved):
+    lora = LoraFile.read(saved)
+    changes = [c for (part, path), c in lora.changes() if part == "denoiser" and path.startswith("up_blocks.3.")]
+    expected = sum(change.square().sum() for change in changes) ** 0.5
+    assert block_norms(lora)["up_blocks.3"] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_trigger_words_are_found_in_each_of_their_three_places():
+    assert trigger_words({"modelspec.trigger_phrase": "sks person, smiling"}) == ["sks person", "smiling"]
+    datasets = json.dumps([{"subsets": [{"class_tokens": "ohwx man"}]}])
+    assert trigger_words({"ss_datasets": datasets}) == ["ohwx man"]
+    frequency = json.dumps({"10_x": {"outdoors": 2, "sks": 12}})
+    assert trigger_words({"ss_tag_frequency": frequency}) == ["sks", "outdoors"]
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, "{", "[1]", '{"a": 1}', '[{"subsets": 5}]', '[{"subsets": [7]}]', ""])
+def test_damaged_nested_metadata_are_ignored(value):
+    assert trigger_words({"ss_datasets": value, "ss_tag_frequency": value}) == []
+
+
+def test_a_good_file_has_no_findings(saved):
+    assert texts(saved) == []
+
+
+def test_nan_is_found(saved):
+    broken(saved, lambda tensors: tensors[next(iter(tensors))].fill_(float("nan")))
+    assert any("1 tensors hold NaN" in text for text in texts(saved))
+
+
+def test_a_module_without_effect_is_found(saved):
+    broken(saved, lambda tensors: tensors[next(k for k in tensors if "lora_up" in k)].zero_())
+    assert any(text.startswith("1 modules change nothing") for text in texts(saved))
+
+
+def test_a_lora_without_any_effect_is_an_error(saved):
+    broken(saved, lambda tensors: [t.zero_() for k, t in tensors.items() if "lora_up" in k])
+    findings = [finding for finding in verify_lora(saved) if finding.is_error]
+    assert [finding.text for finding in findings] == ["no module changes anything"]
+
+
+def test_a_suspicious_norm_is_found(saved):
+    broken(saved, lambda tensors: tensors[next(k for k in tensors if "lora_up" in k)].mul_(1000))
+    assert any("change far more than the others" in text for text in texts(saved))
+
+
+def test_a_wrong_hash_is_found(saved):
+    file = SafetensorsFile.open(saved)
+    save_safetensors(saved, dict(file), {**file.metadata, "sshs_model_hash": "0" * 64})
+    assert texts(saved)[0].startswith("sshs_model_hash is 000000000000 in the metadata")
+
+
+def test_metadata_of_another_family_are_found(saved):
+    file = SafetensorsFile.open(saved)
+    save_safetensors(saved, dict(file), {**file.metadata, "ss_base_model_version": "sdxl_base_v1-0"})
+    assert any("its metadata say sdxl, its tensors are for sd15" in text for text in texts(saved))
+
+
+def test_names_that_comfyui_would_skip_are_found(saved):
+    lora = LoraFile.read(saved)
+    LoraFile.from_modules("sd15", lora.modules(), lora.metadata, "diffusers").save(saved)
+    report = inspect_lora(saved)
+    assert len(report["not_loaded_by_comfyui"]) == report["parts"]["denoiser"]
+    assert any(f"ComfyUI would not load {report['parts']['denoiser']} modules" in text for text in texts(saved))
+
+
+def test_edited_metadata_leave_the_tensors_and_their_hash(saved, tmp_path):
+    before = file_hashes(saved)
+    edit_metadata(saved, title="A face", author="", tags=["portrait", "photo"], remove=["ss_session_id"])
+    metadata = SafetensorsFile.open(saved).metadata
+    assert metadata["modelspec.title"] == "A face" and metadata["modelspec.tags"] == "portrait, photo"
+    assert "modelspec.author" not in metadata and "ss_session_id" not in metadata
+    assert file_hashes(saved)["sshs_model_hash"] == before["sshs_model_hash"] == metadata["sshs_model_hash"]
+    assert metadata["sshs_legacy_hash"] == file_hashes(saved)["sshs_legacy_hash"]
+
+
+def test_a_thumbnail_is_small_and_carries_no_exif(saved, tmp_path):
+    exif = Image.Exif()
+    exif[0x010F] = "camera of a private person"
+    Image.new("RGB", (1000, 500)).save(tmp_path / "picture.jpg", exif=exif)
+    url = edit_metadata(saved, tmp_path / "new.safetensors", thumbnail=tmp_path / "picture.jpg")["modelspec.thumbnail"]
+    assert url.startswith("data:image/jpeg;base64,") and len(url) < 10_000 and "private" not in url
+    assert "modelspec.thumbnail" not in SafetensorsFile.open(saved).metadata
+
+
+def test_a_thumbnail_that_is_no_picture_is_refused(saved):
+    with pytest.raises(BadFile, match="cannot be read as a picture"):
+        edit_metadata(saved, thumbnail=saved)

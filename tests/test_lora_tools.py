@@ -1,0 +1,338 @@
+import json
+import math
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from core.errors import BadConfig, LoraMisfit, UnmatchedKeys
+from core.families.ldm import ldm_unet_path
+from core.lora_file import LoraFile, LoraModule
+from core.lora_keys import FAMILIES
+from core.lora_tools import (
+    convert_lora,
+    merge_into_checkpoint,
+    merge_loras,
+    resize_lora,
+    to_plain,
+    truncated_svd,
+)
+from core.safetensors_file import SafetensorsFile, save_safetensors
+
+from .test_lora_file import kohya_tensors, some
+from .test_lora_keys import REFERENCE
+
+NAME = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+MODULE = ("denoiser", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
+
+
+def decaying(rank: int, outputs: int = 64, inputs: int = 768) -> LoraFile:
+    """A LoRA of one module whose singular values are 1, 1/2, 1/4, ..."""
+    left = torch.linalg.qr(torch.randn(outputs, rank))[0]
+    right = torch.linalg.qr(torch.randn(inputs, rank))[0]
+    values = 0.5 ** torch.arange(rank)
+    module = LoraModule((right * values).T.contiguous(), left, float(rank))
+    return LoraFile.from_modules("sd15", {MODULE: module}, {})
+
+
+def lokr(family_name: str) -> dict[str, torch.Tensor]:
+    return {f"{family_name}.lokr_w1": torch.randn(4, 4), f"{family_name}.lokr_w2": torch.randn(16, 192)}
+
+
+# --- convert
+
+
+@pytest.mark.parametrize("scheme", ["diffusers", "comfy"])
+def test_alpha_is_multiplied_in_where_readers_would_drop_it(scheme):
+    lora = LoraFile.from_tensors(kohya_tensors(some("sdxl"), rank=2, alpha=3.0), {"ss_network_dim": "2"})
+    converted, error = convert_lora(lora, scheme)
+    assert error == 0 and not any(key.endswith(".alpha") for key in converted.tensors)
+    back = converted.modules()
+    for module_id, module in lora.modules().items():
+        assert back[module_id].scale == 1
+        assert torch.allclose(back[module_id].delta(), module.delta(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_lokr_keeps_its_kind_where_names_can_express_it():
+    lora = LoraFile.from_tensors(lokr(NAME), {})
+    converted, _ = convert_lora(lora, "comfy")
+    assert set(converted.tensors) == {
+        "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.lokr_w1",
+        "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.lokr_w2",
+    }
+    (change,) = [change for _, change in lora.changes()]
+    assert torch.equal(next(converted.changes())[1], change)
+
+
+def test_a_lokr_in_diffusers_names_is_refused_unless_a_rank_is_given():
+    lora = LoraFile.from_tensors(lokr(NAME), {})
+    with pytest.raises(UnmatchedKeys, match="is of kind lokr, which diffusers names cannot express; give a rank"):
+        convert_lora(lora, "diffusers")
+    converted, error = convert_lora(lora, "diffusers", plain_rank=64)
+    assert error < 1e-3 and converted.kind == "lora"
+    assert torch.allclose(converted.modules()[MODULE].delta(), next(lora.changes())[1], atol=1e-3)
+
+
+def test_the_error_of_a_plain_lora_of_smaller_rank_is_stated():
+    lora = LoraFile.from_tensors(lokr(NAME), {})
+    change = next(lora.changes())[1]
+    plain, error = to_plain(lora, rank=3)
+    real = (plain.modules()[MODULE].delta() - change).norm() / change.norm()
+    assert error == pytest.approx(float(real), rel=1e-3) and error > 0.1
+
+
+def test_a_lokr_on_q_alone_does_not_fit_the_fused_names():
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    tensors = {f"{name}.lokr_w1": torch.randn(4, 4), f"{name}.lokr_w2": torch.randn(384, 384)}
+    with pytest.raises(UnmatchedKeys, match="cannot express"):
+        convert_lora(LoraFile.from_tensors(tensors, {}), "kohya")
+
+
+def test_a_dora_becomes_plain_with_the_weights_that_it_was_trained_on():
+    base = torch.randn(64, 768)
+    tensors = {f"{NAME}.lora_down.weight": torch.randn(2, 768), f"{NAME}.lora_up.weight": torch.randn(64, 2)}
+    lora = LoraFile.from_tensors(tensors | {f"{NAME}.dora_scale": torch.rand(64, 1)}, {})
+    with pytest.raises(UnmatchedKeys, match="depends on the base weights"):
+        to_plain(lora, rank=64)
+    plain, error = to_plain(lora, rank=64, base_weight=lambda _: base)
+    change = next(lora.changes(lambda _: base))[1]
+    assert error < 1e-3 and torch.allclose(plain.modules()[MODULE].delta(), change, atol=1e-3)
+
+
+def test_embeddings_in_the_file_come_along():
+    tensors = kohya_tensors(some("sd15")) | {"bundle_emb.face.string_to_param.*": torch.randn(2, 768)}
+    converted, _ = convert_lora(LoraFile.from_tensors(tensors, {}), "comfy")
+    assert "bundle_emb.face.string_to_param.*" in converted.tensors
+
+
+def test_an_unknown_scheme_is_refused_with_the_choices():
+    with pytest.raises(BadConfig, match="'civitai'; known: kohya, diffusers, comfy"):
+        convert_lora(decaying(2), "civitai")
+
+
+SHAPES = {
+    "sd15": [("mid_block.attentions.0.proj_in", (8, 8, 1, 1)), ("mid_block.resnets.0.conv1", (8, 6, 3, 3))],
+    "sd2": [
+        ("mid_block.attentions.0.proj_in", (8, 8)),
+        ("mid_block.attentions.0.transformer_blocks.0.ff.net.2", (8, 4)),
+    ],
+    "sdxl": [("mid_block.attentions.0.proj_in", (8, 8)), ("down_blocks.0.downsamplers.0.conv", (8, 8, 3, 3))],
+    "sd3": [
+        ("transformer_blocks.0.attn.to_q", (12, 12)),
+        ("transformer_blocks.0.attn.to_v", (12, 12)),
+        ("norm_out.linear", (24, 12)),
+        ("transformer_blocks.1.norm1_context.linear", (72, 12)),
+    ],
+    "flux1": [("single_transformer_blocks.3.proj_mlp", (48, 12)), ("single_transformer_blocks.3.attn.to_k", (12, 12))],
+    "chroma": [("transformer_blocks.2.attn.add_k_proj", (12, 12)), ("transformer_blocks.2.attn.to_out.0", (12, 12))],
+    "flux2": [("single_transformer_blocks.3.attn.to_qkv_mlp_proj", (108, 12)), ("norm_out.linear", (24, 12))],
+    "lumina2": [("layers.0.attn.to_k", (4, 12)), ("layers.0.attn.to_q", (12, 12)), ("layers.0.norm1.linear", (48, 12))],
+    "zimage": [("layers.0.attention.to_k", (12, 12)), ("all_final_layer.2-1.linear", (4, 12))],
+    "qwen-image": [("transformer_blocks.0.img_mlp.net.0.proj", (48, 12)), ("transformer_blocks.0.attn.to_q", (12, 12))],
+}
+
+
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+def test_any_adapter_makes_the_same_change_after_any_conversions(data):
+    family = data.draw(st.sampled_from(list(FAMILIES)))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    modules = {}
+    for path, shape in SHAPES[family]:
+        if modules and data.draw(st.booleans()):
+            continue
+        rank = data.draw(st.integers(1, 4))
+        dtype = data.draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))
+        down = torch.randn(rank, *shape[1:], generator=generator).to(dtype)
+        up = torch.randn(shape[0], rank, *[1] * (len(shape) - 2), generator=generator).to(dtype)
+        modules["denoiser", path] = LoraModule(down, up, data.draw(st.sampled_from([0.0, 1.0, 2.5, float(rank)])))
+    lora = LoraFile.from_modules(family, modules, {"ss_base_model_version": FAMILIES[family].base_versions[0]})
+    if data.draw(st.booleans()):
+        # Without alpha the scale is 1.
+        lora = LoraFile(family, lora.metadata, {k: t for k, t in lora.tensors.items() if not k.endswith(".alpha")})
+    expected = lora.modules()
+    for scheme in data.draw(st.lists(st.sampled_from(["kohya", "diffusers", "comfy"]), max_size=4)):
+        lora = convert_lora(lora, scheme)[0]
+        lora = LoraFile(family, lora.metadata, lora.tensors)
+    found = lora.modules()
+    assert set(expected) <= set(found)
+    for module_id, module in found.items():
+        delta = module.delta()
+        wanted = expected[module_id].delta() if module_id in expected else torch.zeros_like(delta)
+        # Fused modules in half precision round their columns once.
+        assert torch.allclose(delta.reshape(wanted.shape), wanted, rtol=2e-2, atol=5e-2)
+
+
+# --- resize
+
+
+def test_resizing_keeps_the_largest_singular_values():
+    # The best approximation of a rank leaves exactly the values that are cut off (Eckart and Young, 1936).
+    lora = decaying(8)
+    small, error = resize_lora(lora, rank=3)
+    values = torch.linalg.svdvals(small.modules()[MODULE].delta())[:4]
+    assert torch.allclose(values, torch.tensor([1.0, 0.5, 0.25, 0.0]), atol=1e-4)
+    squares = [0.25**n for n in range(8)]
+    assert error == pytest.approx(math.sqrt(sum(squares[3:]) / sum(squares)), rel=1e-4)
+
+
+def test_resizing_by_energy_keeps_the_smallest_rank_with_that_share():
+    small, error = resize_lora(decaying(8), energy=0.99)
+    # 1, 1/4, 1/16, 1/64: 0.75, 0.94, 0.984, 0.996 of the sum
+    assert small.modules()[MODULE].rank == 4 and error**2 < 0.01
+    assert small.metadata["ss_network_dim"] == "4"
+
+
+def test_a_larger_rank_changes_nothing():
+    lora = LoraFile.from_tensors(kohya_tensors(some("sd15"), rank=2), {})
+    same, error = resize_lora(lora, rank=8)
+    assert error == pytest.approx(0, abs=1e-3) and list(same.tensors) == list(lora.tensors)
+    for module_id, module in lora.modules().items():
+        assert torch.allclose(same.modules()[module_id].delta(), module.delta(), atol=1e-3)
+
+
+def test_a_tucker_convolution_is_resized_as_one_change():
+    name = "lora_unet_mid_block_resnets_0_conv1"
+    tensors = {
+        f"{name}.lora_down.weight": torch.randn(4, 16, 1, 1),
+        f"{name}.lora_mid.weight": torch.randn(4, 4, 3, 3),
+        f"{name}.lora_up.weight": torch.randn(16, 4, 1, 1),
+        f"{name}.alpha": torch.tensor(2.0),
+    }
+    lora = LoraFile.from_tensors(tensors, {"ss_base_model_version": "sd_v1"})
+    same, _ = resize_lora(lora, rank=4)
+    assert f"{name}.lora_mid.weight" not in same.tensors
+    assert torch.allclose(next(same.changes())[1], next(lora.changes())[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 2, "energy": 0.5}, {"rank": 0}, {"energy": 0.0}, {"energy": 1.5}])
+def test_senseless_sizes_are_refused(options):
+    with pytest.raises(BadConfig):
+        resize_lora(decaying(2), **options)
+
+
+def test_the_truncated_svd_of_a_large_matrix_is_that_of_the_full_one():
+    generator = torch.Generator().manual_seed(0)
+    left = torch.linalg.qr(torch.randn(700, 600, generator=generator))[0]
+    right = torch.linalg.qr(torch.randn(650, 600, generator=generator))[0]
+    # A tail that falls as slowly as those of real weight differences.
+    values = 1 / torch.arange(1.0, 601) ** 0.7
+    found = truncated_svd((left * values) @ right.T, 16)[1]
+    assert torch.allclose(found, values[:16], rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_a_whole_sdxl_lora_is_resized_in_under_a_minute():
+    linear = json.loads((REFERENCE / "kohya_sdxl.json").read_text())
+    lora = LoraFile.from_tensors(kohya_tensors(linear, rank=64, alpha=32.0), {})
+    assert len(lora.entries) == 986
+    started = time.process_time()
+    small, _ = resize_lora(lora, rank=16)
+    assert time.process_time() - started < 60
+    module_id = ("text_encoder", "text_model.encoder.layers.0.mlp.fc1")
+    full = torch.linalg.svdvals(lora.modules()[module_id].delta())[:16]
+    assert torch.allclose(torch.linalg.svdvals(small.modules()[module_id].delta())[:16], full, rtol=1e-4)
+
+
+# --- merge
+
+
+def test_a_merge_is_the_weighted_sum_of_the_changes():
+    one = LoraFile.from_tensors(kohya_tensors(some("sd15"), rank=2), {"modelspec.title": "one"})
+    two = LoraFile.from_tensors(kohya_tensors(some("sd15", 11), rank=3, alpha=6.0), {"modelspec.title": "two"})
+    merged, error = merge_loras([(one, 0.7), (two, -0.5)])
+    assert error == 0 and merged.metadata["modelspec.merged_from"] == "one, two"
+    first, second = one.modules(), two.modules()
+    assert set(merged.modules()) == {*first, *second}
+    for module_id, module in merged.modules().items():
+        wanted = torch.zeros_like(module.delta())
+        for part, weight in ((first, 0.7), (second, -0.5)):
+            if module_id in part:
+                wanted += weight * part[module_id].delta()
+        assert torch.allclose(module.delta(), wanted, atol=1e-3)
+
+
+def test_a_merge_to_a_rank_is_the_nearest_change_of_that_rank():
+    lora = decaying(8)
+    merged, error = merge_loras([(lora, 0.5), (lora, 0.5)], rank=3)
+    assert merged.modules()[MODULE].rank == 3
+    assert torch.allclose(
+        merged.modules()[MODULE].delta(), resize_lora(lora, rank=3)[0].modules()[MODULE].delta(), atol=1e-4
+    )
+    assert 0.1 < error < 0.2
+
+
+def test_fused_modules_stay_of_their_rank_when_merged():
+    tensors = kohya_tensors({"lora_unet_double_blocks_0_img_attn_qkv": [9216, 3072]}, rank=2)
+    lora = LoraFile.from_tensors(tensors, {})
+    merged, _ = merge_loras([(lora, 1.0), (lora, 1.0)])
+    assert merged.tensors["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"].shape == (4, 3072)
+
+
+def test_loras_of_two_families_are_not_merged():
+    other = LoraFile.from_tensors(kohya_tensors(some("sdxl")), {})
+    with pytest.raises(LoraMisfit, match="only LoRAs for the same family"):
+        merge_loras([(decaying(2), 1.0), (other, 1.0)])
+
+
+# --- checkpoints
+
+
+def tiny_sdxl_checkpoint(seed: int) -> dict[str, torch.Tensor]:
+    """A few weights of an SDXL checkpoint in original naming, small."""
+    generator = torch.Generator().manual_seed(seed)
+    unet = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    clip_g = "conditioner.embedders.1.model.transformer.resblocks.0."
+    shapes = {
+        f"model.diffusion_model.{ldm_unet_path(unet)}.weight": (8, 6),
+        "model.diffusion_model.input_blocks.3.0.op.weight": (8, 8, 3, 3),
+        "conditioner.embedders.0.transformer.text_model.encoder.layers.0.mlp.fc1.weight": (8, 6),
+        f"{clip_g}attn.in_proj_weight": (18, 6),
+        f"{clip_g}mlp.c_proj.weight": (6, 8),
+        "first_stage_model.encoder.conv_in.weight": (4, 3, 3, 3),
+    }
+    return {name: torch.randn(shape, generator=generator).half() for name, shape in shapes.items()}
+
+
+def test_a_merge_into_a_checkpoint_adds_each_change_to_its_weight(tmp_path):
+    weights = tiny_sdxl_checkpoint(0)
+    save_safetensors(tmp_path / "base", weights)
+    layer = "text_model.encoder.layers.0"
+    changes = {
+        ("denoiser", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"): (8, 6),
+        ("denoiser", "down_blocks.0.downsamplers.0.conv"): (8, 8, 3, 3),
+        ("text_encoder", f"{layer}.mlp.fc1"): (8, 6),
+        ("text_encoder_2", f"{layer}.self_attn.k_proj"): (6, 6),
+        ("text_encoder_2", f"{layer}.mlp.fc2"): (6, 8),
+    }
+    modules = {
+        key: LoraModule(torch.randn(2, *shape[1:]), torch.randn(shape[0], 2, *[1] * (len(shape) - 2)), 2.0)
+        for key, shape in changes.items()
+    }
+    lora = LoraFile.from_modules("sdxl", modules, {})
+    assert merge_into_checkpoint(tmp_path / "base", [(lora, 0.5)], tmp_path / "merged") == 5
+    merged = SafetensorsFile.open(tmp_path / "merged")
+    deltas = {path.split(".")[-1]: 0.5 * module.delta() for (_, path), module in modules.items()}
+    unchanged = torch.zeros(6, 6)
+    expected = {
+        "to_k": deltas["to_k"],
+        "op": deltas["conv"],
+        "fc1": deltas["fc1"],
+        "c_proj": deltas["fc2"],
+        "in_proj_weight": torch.cat([unchanged, deltas["k_proj"], unchanged]),
+        "conv_in": torch.zeros(4, 3, 3, 3),
+    }
+    for name, weight in weights.items():
+        change = expected[name.removesuffix(".weight").split(".")[-1]]
+        assert merged[name].dtype == torch.float16
+        assert torch.allclose(merged[name].float(), weight.float() + change, atol=5e-3), name
+
+
+def test_a_lora_without_a_place_in_the_checkpoint_is_refused(tmp_path):
+    save_safetensors(tmp_path / "base", tiny_sdxl_checkpoint(0))
+    lora = LoraFile.from_tensors(kohya_tensors(some("sdxl")), {})
+    with pytest.raises(LoraMisfit, match="have no place in the checkpoint"):
+        merge_into_checkpoint(tmp_path / "base", [(lora, 1.0)], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
