@@ -10,7 +10,7 @@ from .base import Base, load_base
 from .cache import clear_cache, encode
 from .config import TrainConfig
 from .errors import FaceLoraError
-from .generate import GenerateConfig, contact_sheet, generate
+from .generate import GenerateConfig, Job, contact_sheet, generate
 from .lora_file import LoraFile, LoraModule
 from .photos import Photo, prepare, read_photos
 from .photos_to_lora import train
@@ -20,6 +20,7 @@ __all__ = [
     "Base",
     "FaceLoraError",
     "GenerateConfig",
+    "Job",
     "LoraFile",
     "LoraModule",
     "Photo",

@@ -289,7 +289,7 @@ class JsonProgress:
             print(json.dumps(values), flush=True)
 
 
-# --- generate ---
+# --- generate, score, check ---
 
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
@@ -298,15 +298,32 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", action="append", default=[], help="may be repeated; default: the LoRA's trigger phrase"
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the pictures")
+    parser.add_argument(
+        "--style-pack", metavar="NAME", help="make headshots in the styles of a pack; 'list' lists them"
+    )
+    parser.add_argument("--style", action="append", metavar="NAME", help="only this style of the pack; may be repeated")
+    parser.add_argument(
+        "--style-folder", action="append", default=[], type=Path, metavar="DIR", help="your own style packs"
+    )
+    parser.add_argument(
+        "--subject", metavar="WORDS", help="the person in style prompts; default: the LoRA's trigger phrase"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder for the pictures; what is there is not made again"
+    )
+    parser.add_argument(
+        "--reference", type=Path, metavar="PHOTOS", help="photos of the person: sorts the pictures by likeness"
+    )
     parser.add_argument("--negative", default="", help="what should not be in the pictures")
-    parser.add_argument("--count", type=int, default=4, help="pictures of each prompt (default: 4)")
+    parser.add_argument("--count", type=int, default=4, help="pictures of each prompt, or of a whole pack (default: 4)")
     parser.add_argument(
         "--seed", type=int, default=1, help="seed of the first picture; the next ones count up (default: 1)"
     )
     parser.add_argument("--size", type=_size, metavar="WxH", help="in pixels; default: what the base was trained at")
-    parser.add_argument("--steps", type=int, default=25, help="sampling steps (default: 25)")
-    parser.add_argument("--guidance", type=float, default=6.0, help="classifier-free guidance, CFG scale (default: 6)")
+    parser.add_argument("--steps", type=int, help="sampling steps (default: 25, or the style's)")
+    parser.add_argument(
+        "--guidance", type=float, help="classifier-free guidance, CFG scale (default: 6, or the style's)"
+    )
     parser.add_argument(
         "--sampler", default="dpmpp_2m_karras", help="default: dpmpp_2m_karras; an unknown one lists them"
     )
@@ -337,49 +354,163 @@ def split_strength(text: str) -> tuple[str, float]:
 
 def run_generate(options: argparse.Namespace) -> None:
     from .base import load_base
-    from .generate import GenerateConfig, contact_sheet, generate
+    from .generate import GenerateConfig
+    from .headshots import make_headshots
     from .lora_file import LoraFile
+    from .photos import read_photos
 
-    config = GenerateConfig(
-        negative=options.negative, size=options.size, steps=options.steps, guidance=options.guidance,
-        sampler=options.sampler, clip_skip=options.clip_skip, batch_size=options.batch_size,
-    )  # fmt: skip
+    if options.style_pack == "list":
+        list_style_packs(options)
+        return
+    if options.output is None:
+        raise BadConfig("--output DIR is missing")
+    config = GenerateConfig(options.sampler, options.clip_skip, options.batch_size, options.precision)
     loras = [(LoraFile.read(path), strength) for path, strength in map(split_strength, options.lora)]
-    prompts = options.prompt
-    if not prompts:
-        phrases = [lora.metadata.get("modelspec.trigger_phrase") for lora, _ in loras]
-        prompts = [f"a photo of {phrase}" for phrase in phrases if phrase][:1]
+    base = load_base(options.base)
+    with BarProgress() as progress:
+        jobs = style_jobs(options, base, loras, progress) if options.style_pack else prompt_jobs(options, loras)
+        reference = read_photos(options.reference, on_warning=progress.warning) if options.reference else []
+        shots = make_headshots(
+            base, loras, jobs, options.output, config,
+            reference=[photo.image() for photo in reference], device=device_from(options),
+            on_picture=lambda done, total: progress.phase("pictures", done, total),
+        )  # fmt: skip
+    sheet = options.output / "contact_sheet.png"
+    if options.json:
+        pictures = [
+            {"file": str(shot.path), "prompt": shot.job.prompt, "seed": shot.job.seed, "likeness": shot.likeness}
+            for shot in shots
+        ]
+        print(json.dumps({"pictures": pictures, "contact_sheet": str(sheet)}, indent=1))
+        return
+    if reference and shots[0].likeness is not None:
+        print(f"most alike: {shots[0].path} ({shots[0].likeness:.2f})")
+    print(f"{len(shots)} pictures in {options.output}; overview: {sheet} and gallery.html")
+
+
+def trigger_phrase(loras: Sequence[tuple[Any, float]]) -> str | None:
+    """What the first LoRA that says so wants to be called by."""
+    phrases = [lora.metadata.get("modelspec.trigger_phrase") for lora, _ in loras]
+    return next((phrase for phrase in phrases if phrase), None)
+
+
+def prompt_jobs(options: argparse.Namespace, loras: Sequence[tuple[Any, float]]) -> list[Any]:
+    from .generate import Job
+
+    if options.style or options.subject:
+        raise BadConfig("--style and --subject go with --style-pack")
+    prompts = options.prompt or [f"a photo of {phrase}" for phrase in [trigger_phrase(loras)] if phrase]
     if not prompts:
         raise BadConfig("no --prompt given, and no LoRA that names a trigger phrase")
     if options.count < 1:
         raise BadConfig(f"--count {options.count}: must be at least 1")
-    base = load_base(options.base)
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadFile(f"{options.output}: cannot be written: {error.strerror}") from None
-    jobs = [(prompt, options.seed + number) for prompt in prompts for number in range(options.count)]
-    images, written = [], []
-    with BarProgress() as bar:
-        pictures = generate(
-            base, loras, jobs, config,
-            device=device_from(options), precision=TrainConfig(precision=options.precision),
-        )  # fmt: skip
-        for number, picture in enumerate(pictures):
-            path = options.output / f"{number:04d}-{picture.seed}.png"
-            picture.save(path)
-            images.append(picture.image)
-            written.append({"file": str(path), "prompt": picture.prompt, "seed": picture.seed})
-            bar.phase("pictures", number + 1, len(jobs))
-    rows = [
-        (prompt, images[index * options.count : (index + 1) * options.count]) for index, prompt in enumerate(prompts)
+    steps = 25 if options.steps is None else options.steps
+    guidance = 6.0 if options.guidance is None else options.guidance
+    return [
+        Job(prompt, options.seed + number, options.negative, options.size, steps, guidance)
+        for prompt in prompts
+        for number in range(options.count)
     ]
-    sheet = options.output / "contact_sheet.png"
-    contact_sheet(rows, tile=256).save(sheet)
+
+
+def style_jobs(
+    options: argparse.Namespace, base, loras: Sequence[tuple[Any, float]], progress: "BarProgress"
+) -> list[Any]:
+    from .families.clip import caption_tokens
+    from .generate import Job
+    from .style_pack import Subject, find_style_packs, long_prompts
+
+    if options.prompt:
+        raise BadConfig("--prompt and --style-pack are both given; choose one")
+    found = find_style_packs(options.style_folder)
+    for problem in found.problems:
+        progress.warning(problem)
+    phrase = options.subject or trigger_phrase(loras)
+    if not phrase:
+        raise BadConfig("no --subject given, and no LoRA that names a trigger phrase")
+    trigger, _, class_word = phrase.partition(" ")
+    styled = found.pick(options.style_pack).prompts(
+        Subject(trigger, class_word), base.family.name, options.count, options.seed, options.style, base.resolution
+    )
+    for line in long_prompts(styled, lambda text: len(caption_tokens(text)) + 2):
+        progress.warning(line + "; it is encoded in several chunks")
+    return [
+        Job(
+            prompt.prompt,
+            prompt.seed,
+            ", ".join(part for part in (prompt.negative, options.negative) if part),
+            options.size or (prompt.width, prompt.height),
+            prompt.steps if options.steps is None else options.steps,
+            prompt.guidance if options.guidance is None else options.guidance,
+            prompt.strength,
+            prompt.style,
+        )
+        for prompt in styled
+    ]
+
+
+def list_style_packs(options: argparse.Namespace) -> None:
+    from .style_pack import find_style_packs
+
+    found = find_style_packs(options.style_folder)
+    packs = {name: {"title": pack.title, "styles": pack.names} for name, pack in sorted(found.packs.items())}
     if options.json:
-        print(json.dumps({"pictures": written, "contact_sheet": str(sheet)}, indent=1))
-    else:
-        print(f"{len(written)} pictures in {options.output}; overview: {sheet}")
+        print(json.dumps({"packs": packs, "problems": list(found.problems)}, indent=1))
+        return
+    for name, pack in packs.items():
+        print(f"{name}: {pack['title']}")
+        for style in pack["styles"]:
+            print(f"    {style}")
+    for problem in found.problems:
+        print(f"warning: {problem}", file=sys.stderr)
+
+
+def add_score(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", type=Path, metavar="IMAGES", help="folder of pictures")
+    parser.add_argument(
+        "--reference", type=Path, required=True, metavar="PHOTOS", help="folder of photos of the person"
+    )
+    parser.add_argument("--json", action="store_true")
+
+
+def run_score(options: argparse.Namespace) -> None:
+    from .headshots import likeness_scores
+    from .photos import read_photos
+
+    def warn(message: str) -> None:
+        print(f"warning: {message}", file=sys.stderr)
+
+    images = read_photos(options.images, on_warning=warn)
+    reference = read_photos(options.reference, on_warning=warn)
+    scores = likeness_scores([photo.image() for photo in images], [photo.image() for photo in reference])
+    order = sorted(zip(images, scores, strict=True), key=lambda pair: -1 if pair[1] is None else pair[1], reverse=True)
+    if options.json:
+        print(json.dumps([{"image": photo.name, "likeness": score} for photo, score in order], indent=1))
+        return
+    for photo, score in order:
+        print(f"{'no face' if score is None else format(score, '7.3f')}  {photo.name}")
+
+
+def add_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("photos", type=Path, metavar="PHOTOS", help="folder of photos of one person")
+    parser.add_argument(
+        "--sheet", type=Path, metavar="FILE.html", help="also write a page with the faces and the reasons"
+    )
+    parser.add_argument(
+        "--resolution", type=int, default=1024, help="that the base is trained at, in pixels (default: 1024)"
+    )
+    parser.add_argument("--json", action="store_true")
+
+
+def run_check(options: argparse.Namespace) -> None:
+    from .faces import load_faces
+    from .photos import Thresholds, check_photos, format_report, read_photos, save_sheet
+
+    photos = read_photos(options.photos, on_warning=lambda message: print(f"warning: {message}", file=sys.stderr))
+    report = check_photos(photos, load_faces(), Thresholds.for_resolution(options.resolution))
+    if options.sheet:
+        save_sheet(report, options.sheet)
+    print(json.dumps(report.to_dict(), indent=1) if options.json else format_report(report))
 
 
 # --- the smaller commands ---
@@ -433,7 +564,14 @@ COMMANDS: tuple[
         run_demo,
     ),
     ("train", "train a LoRA on a folder of photos of one person", add_train, run_train),
-    ("generate", "make pictures with a base model and LoRAs", add_generate, run_generate),
+    (
+        "generate",
+        "make pictures with a base model and LoRAs, from prompts or in the styles of a pack",
+        add_generate,
+        run_generate,
+    ),
+    ("check", "say which photos will teach the person well, which not, and what is missing", add_check, run_check),
+    ("score", "measure how much pictures look like the person on photos", add_score, run_score),
     ("inspect", "say what is in a LoRA file", add_inspect, run_inspect),
     ("clear-cache", "delete everything that was kept of photos and captions", add_clear_cache, run_clear_cache),
 )

@@ -1,7 +1,9 @@
 """Pictures from a base model and LoRAs, and sheets of them."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
@@ -10,33 +12,51 @@ from torch import nn
 from .apply import apply
 from .base import Base
 from .cache import cache_folder, content_key
-from .config import TrainConfig
+from .config import Precision, TrainConfig
 from .errors import BadConfig
 from .lora_file import LoraFile
 from .photos import Photo, bucket_sizes
 from .photos.captions import class_caption, default_caption
-from .sampling import decode_latents, encode_prompts, sample_latents
+from .sampling import SAMPLERS, decode_latents, encode_prompts, sample_latents
 from .training import Sampler, device_and_dtype
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
-    """How pictures are made."""
+class Job:
+    """One picture to make."""
 
+    prompt: str
+    seed: int
     negative: str = ""
     size: tuple[int, int] | None = None
     """Width and height in pixels; None: the square that the base was trained at."""
     steps: int = 25
     guidance: float = 6.0
-    sampler: str = "dpmpp_2m_karras"
-    clip_skip: int = 1
-    batch_size: int = 1
+    """Scale of classifier-free guidance (CFG)."""
+    strength: float = 1.0
+    """What the strengths of all LoRAs are multiplied by."""
+    style: str = ""
+    """Name of the style that the prompt is from, if any."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= 1000:
             raise BadConfig(f"steps = {self.steps}: must be between 1 and 1000")
         if not 0 <= self.guidance <= 100:
             raise BadConfig(f"guidance = {self.guidance}: must be between 0 and 100")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """How the pictures of all jobs are made."""
+
+    sampler: str = "dpmpp_2m_karras"
+    clip_skip: int = 1
+    batch_size: int = 1
+    precision: Precision = "auto"
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise BadConfig(f"sampler = {self.sampler!r}: choose one of {', '.join(SAMPLERS)}")
         if self.batch_size < 1:
             raise BadConfig(f"batch_size = {self.batch_size}: must be at least 1")
 
@@ -46,52 +66,69 @@ class Picture:
     """A generated picture and what it takes to make it again."""
 
     image: Image.Image
-    prompt: str
-    seed: int
+    job: Job
     parameters: str
     """The text that A1111 writes into a PNG, which ComfyUI, Forge and Civitai read."""
 
-    def save(self, path) -> None:
-        """Writes a PNG with the parameters in it."""
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a PNG with the parameters in it, whole or not at all."""
         info = PngImagePlugin.PngInfo()
         info.add_text("parameters", self.parameters)
-        self.image.save(path, "PNG", pnginfo=info)
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.tmp")
+        self.image.save(temporary, "PNG", pnginfo=info)
+        temporary.replace(path)
 
 
 def generate(
     base: Base,
     loras: Sequence[tuple[LoraFile, float]],
-    jobs: Sequence[tuple[str, int]],
-    config: GenerateConfig,
+    jobs: Sequence[Job],
+    config: GenerateConfig | None = None,
     *,
     device: torch.device | None = None,
-    precision: TrainConfig | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Iterator[Picture]:
-    """One Picture per job (prompt, seed), in order, as each batch is done. LoRAs come with their strengths.
+    """A Picture per job as each batch is done, jobs of equal strength together. LoRAs come with their strengths.
 
-    A picture depends on its own prompt and seed alone, not on its neighbours in a batch (up to rounding).
+    A picture depends on its own job alone, not on its neighbours in a batch (up to rounding). `on_step(done, total)` is
+    called in each sampling step of a batch and may raise to cancel.
     """
-    device, dtype = device_and_dtype(precision or TrainConfig(), device)
-    size = picture_size(base, config.size)
-    encoders = base.load_text_encoders(device, dtype if device.type != "cpu" else torch.float32)
+    config = config or GenerateConfig()
+    jobs = [replace(job, size=picture_size(base, job.size)) for job in jobs]
+    device, dtype = device_and_dtype(TrainConfig(precision=config.precision), device)
     denoiser = base.load("denoiser", device, dtype)
-    for lora, strength in loras:
-        apply(lora, {"family": base.family.name, "denoiser": denoiser, **encoders}, strength)
-    prompts = sorted({prompt for prompt, _ in jobs} | {config.negative})
-    encoded = dict(zip(prompts, encode_prompts(base, encoders, prompts, config.clip_skip), strict=True))
-    del encoders
     vae = base.load("vae", device, torch.float32)
-    for start in range(0, len(jobs), config.batch_size):
-        batch = jobs[start : start + config.batch_size]
-        latents = sample_latents(
-            base, denoiser,
-            [encoded[prompt] for prompt, _ in batch], [encoded[config.negative]] * len(batch),
-            seeds=[seed for _, seed in batch], size=size, steps=config.steps,
-            guidance=config.guidance, sampler=config.sampler, on_step=on_step,
-        )  # fmt: skip
-        for (prompt, seed), image in zip(batch, decode_latents(base, vae, latents), strict=True):
-            yield Picture(image, prompt, seed, _parameters(base, loras, prompt, seed, size, config))
+    for strength in dict.fromkeys(job.strength for job in jobs):
+        group = [job for job in jobs if job.strength == strength]
+        networks = {"denoiser": denoiser, **base.load_text_encoders(device, torch.float32)}
+        applied = [apply(lora, {"family": base.family.name, **networks}, factor * strength) for lora, factor in loras]
+        texts = sorted({text for job in group for text in (job.prompt, job.negative)})
+        encoded = dict(zip(texts, encode_prompts(base, networks, texts, config.clip_skip), strict=True))
+        del networks
+        for batch in _batches(group, config.batch_size):
+            first = batch[0]
+            assert first.size is not None
+            latents = sample_latents(
+                base, denoiser,
+                [encoded[job.prompt] for job in batch], [encoded[job.negative] for job in batch],
+                seeds=[job.seed for job in batch], size=first.size, steps=first.steps,
+                guidance=first.guidance, sampler=config.sampler, on_step=on_step,
+            )  # fmt: skip
+            for job, image in zip(batch, decode_latents(base, vae, latents), strict=True):
+                yield Picture(image, job, parameters_text(base, loras, job, config))
+        for lora in reversed(applied):
+            lora.remove()
+
+
+def _batches(jobs: Sequence[Job], batch_size: int) -> Iterator[list[Job]]:
+    """The jobs in batches of equal size, steps and guidance."""
+    alike: dict[tuple, list[Job]] = {}
+    for job in jobs:
+        alike.setdefault((job.size, job.steps, job.guidance), []).append(job)
+    for group in alike.values():
+        for start in range(0, len(group), batch_size):
+            yield group[start : start + batch_size]
 
 
 def picture_size(base: Base, size: tuple[int, int] | None) -> tuple[int, int]:
@@ -108,36 +145,35 @@ def picture_size(base: Base, size: tuple[int, int] | None) -> tuple[int, int]:
     return size
 
 
-def _parameters(
-    base: Base,
-    loras: Sequence[tuple[LoraFile, float]],
-    prompt: str,
-    seed: int,
-    size: tuple[int, int],
-    config: GenerateConfig,
-) -> str:
-    lines = [prompt]
-    if config.negative:
-        lines.append(f"Negative prompt: {config.negative}")
+def parameters_text(base: Base, loras: Sequence[tuple[LoraFile, float]], job: Job, config: GenerateConfig) -> str:
+    """A1111's description of a picture, from which it can be made again."""
+    width, height = picture_size(base, job.size)
+    lines = [job.prompt]
+    if job.negative:
+        lines.append(f"Negative prompt: {job.negative}")
     settings = [
-        f"Steps: {config.steps}",
+        f"Steps: {job.steps}",
         f"Sampler: {config.sampler}",
-        f"CFG scale: {config.guidance:g}",
-        f"Seed: {seed}",
-        f"Size: {size[0]}x{size[1]}",
+        f"CFG scale: {job.guidance:g}",
+        f"Seed: {job.seed}",
+        f"Size: {width}x{height}",
         f"Model: {base.name.removesuffix('.safetensors')}",
     ]
     if base.sha256:
         settings.append(f"Model hash: {base.sha256[:10]}")
     if config.clip_skip > 1:
         settings.append(f"Clip skip: {config.clip_skip}")
+    titles = [lora.metadata.get("modelspec.title", "lora") for lora, _ in loras]
     hashes = [
-        f"{lora.metadata.get('modelspec.title', 'lora')}: {lora.metadata['sshs_model_hash'][:12]}"
-        for lora, _ in loras
+        f"{title}: {lora.metadata['sshs_model_hash'][:12]}"
+        for title, (lora, _) in zip(titles, loras, strict=True)
         if lora.metadata.get("sshs_model_hash")
     ]
     if hashes:
         settings.append(f'Lora hashes: "{", ".join(hashes)}"')
+    if loras:
+        strengths = [f"{title}: {factor * job.strength:g}" for title, (_, factor) in zip(titles, loras, strict=True)]
+        settings.append(f'Lora strengths: "{", ".join(strengths)}"')
     return "\n".join([*lines, ", ".join(settings)])
 
 
@@ -186,11 +222,9 @@ def make_class_images(
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{index:05d}.png" for index in range(count)]
     missing = [index for index, path in enumerate(paths) if not path.exists()]
-    pictures = generate(base, [], [(prompt, index) for index in missing], GenerateConfig(size=size), device=device)
+    pictures = generate(base, [], [Job(prompt, index, size=size) for index in missing], device=device)
     for done, picture in enumerate(pictures if missing else (), start=1):
-        path = paths[picture.seed]
-        picture.save(path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
+        picture.save(paths[picture.job.seed])
         if on_progress:
             on_progress(done, len(missing))
     return [Photo.from_image(Image.open(path), path.name) for path in paths]

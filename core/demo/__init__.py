@@ -18,7 +18,7 @@ from ..base import load_base
 from ..config import TrainConfig
 from ..errors import BadConfig, BadFile
 from ..faces import FaceNetwork, embed_images, likeness, load_faces
-from ..generate import GenerateConfig, contact_sheet, generate
+from ..generate import GenerateConfig, Job, contact_sheet, generate
 from ..lora_file import LoraFile
 from ..photos import Photo
 from ..photos_to_lora import train
@@ -42,7 +42,7 @@ CONFIG = TrainConfig(
     prior_prediction=0.5,
 )
 """Higher rate and larger batch than a full-size model would take: the base is 400 times smaller than SD1.5's."""
-SAMPLING = GenerateConfig(size=PICTURE_SIZE, steps=25, guidance=2.5, batch_size=PICTURES)
+GUIDANCE = 2.5
 
 
 class Progress(Protocol):
@@ -126,8 +126,8 @@ def run(
     lora = LoraFile.read(lora_path)
 
     def pictures(prompt: str, loras: Sequence[tuple[LoraFile, float]]) -> list[Image.Image]:
-        jobs = [(prompt, seed) for seed in range(1, PICTURES + 1)]
-        return [picture.image for picture in generate(base, loras, jobs, SAMPLING)]
+        jobs = [Job(prompt, seed, size=PICTURE_SIZE, guidance=GUIDANCE) for seed in range(1, PICTURES + 1)]
+        return [picture.image for picture in generate(base, loras, jobs, GenerateConfig(batch_size=PICTURES))]
 
     subject, subject_class = f"a photo of {config.trigger_word} {config.class_word}", f"a photo of {config.class_word}"
     before, after = pictures(subject, []), pictures(subject, [(lora, 1.0)])
