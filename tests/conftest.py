@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tests.tooling import SMALL_SD15, SMALL_SDXL, write_checkpoint, write_photos
 
 

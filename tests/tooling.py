@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from core.base import Base
 from core.demo.people import person_photos
 from core.families import FAMILIES
+from core.families.clip import TOKENIZER_FOLDER
 from core.families.ldm import ldm_unet_path, ldm_vae_path
 from core.safetensors_file import Layout, write_safetensors
 
@@ -166,17 +168,18 @@ class RandomTensors:
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, seed: int):
         self.layout: Layout = {name: (dtype, size) for name, size in shapes.items()}
-        self._pool = torch.randn(4_000_037, generator=torch.Generator().manual_seed(seed))
+        self._pool = torch.randn(1_000_003, generator=torch.Generator().manual_seed(seed))
 
     def __call__(self, name: str) -> Tensor:
         dtype, size = self.layout[name]
         if re.search(r"(norm\d?|norm_out|ln_\w+|(in|out)_layers\.0|\bout\.0|layer_norm\d)\.weight$", name):
             return torch.ones(size, dtype=dtype)
         count = math.prod(size)
+        # Every tensor starts elsewhere in the same million numbers: billions of new ones would take minutes.
         start = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % len(self._pool)
         deviation = 0.02 if len(size) < 2 or "embedding" in name else 0.7 / math.sqrt(math.prod(size[1:]))
-        pool = (self._pool * deviation).to(dtype).roll(-start)
-        return pool.repeat(-(-count // len(pool)))[:count].reshape(size)
+        drawn = self._pool.repeat(-(-(start + count) // len(self._pool)))[start : start + count]
+        return drawn.mul_(deviation).to(dtype).reshape(size)
 
 
 def write_checkpoint(
@@ -204,3 +207,37 @@ def write_photos(folder: Path, count: int = 4, scale: int = 1, person: int = 35)
         photo.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(folder / f"{index}.png")
     (folder / "0.txt").write_text("a photo of sks person, facing the camera")
     return folder
+
+
+def small_pipeline(base: Base):
+    """diffusers' own pipeline with the base's weights in fp32, as a user of diffusers would have it."""
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    cpu = torch.device("cpu")
+    encoders = {}
+    for part, network in base.load_text_encoders(cpu, torch.float32).items():
+        # Built by transformers itself, so that its module names are those of the installed version.
+        text_config = CLIPTextConfig(**base.components[part].config)
+        theirs = (CLIPTextModelWithProjection if part == "text_encoder_2" else CLIPTextModel)(text_config).eval()
+        flat = not hasattr(theirs, "text_model")
+        state = network.state_dict()
+        theirs.load_state_dict({name.removeprefix("text_model.") if flat else name: state[name] for name in state})
+        encoders[part] = theirs
+    # The published SDXL pads its second tokenizer with "!", number 0.
+    paddings = {"tokenizer": "<|endoftext|>"} | ({"tokenizer_2": "!"} if "text_encoder_2" in encoders else {})
+    tokenizers = {
+        name: CLIPTokenizer.from_pretrained(TOKENIZER_FOLDER, pad_token=token) for name, token in paddings.items()
+    }
+    parts = {
+        "unet": base.load("denoiser", cpu, torch.float32),
+        "vae": base.load("vae", cpu, torch.float32),
+        "scheduler": diffusers.DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False
+        ),
+        **encoders,
+        **tokenizers,
+    }
+    if base.family.name == "sd15":
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return getattr(diffusers, base.family.pipeline_class)(**parts)

@@ -1,0 +1,230 @@
+"""Base models in the original naming: the same networks, with the same weights, as diffusers and transformers make of them."""
+
+import json
+
+import pytest
+import torch
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
+)
+
+from core.base import load_base
+from core.errors import UnknownFamily, UnmatchedKeys
+from core.families import FAMILIES, clip
+from core.families.ldm import diffusers_unet_path, diffusers_vae_path, ldm_unet_path, ldm_vae_path
+from core.safetensors_file import SafetensorsFile
+from tests.tooling import (
+    FULL_SD15,
+    FULL_SDXL,
+    SMALL_SD15,
+    SMALL_SDXL,
+    Shape,
+    configs,
+    original_shapes,
+    small_pipeline,
+    write_checkpoint,
+)
+
+CPU = torch.device("cpu")
+
+
+def meta_checkpoint(shape: Shape) -> dict[str, torch.Tensor]:
+    return {name: torch.empty(size, device="meta") for name, size in original_shapes(shape).items()}
+
+
+@pytest.fixture(scope="module")
+def small_bases(small_sd15, small_sdxl):
+    return {"sd15": load_base(small_sd15), "sdxl": load_base(small_sdxl)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_denoiser_has_the_weights_that_diffusers_conversion_gives(small_bases, family):
+    base = small_bases[family]
+    denoiser = base.load("denoiser", CPU, torch.float32)
+    converted = convert_ldm_unet_checkpoint(dict(base.file), dict(denoiser.config))
+    state = denoiser.state_dict()
+    assert set(converted) == set(state)
+    assert all(torch.equal(converted[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_vae_has_the_weights_that_diffusers_conversion_gives(small_bases, family):
+    base = small_bases[family]
+    vae = base.load("vae", CPU, torch.float32)
+    converted = convert_ldm_vae_checkpoint(dict(base.file), dict(vae.config))
+    state = vae.state_dict()
+    assert set(converted) == set(state)
+    assert all(torch.equal(converted[name].reshape(state[name].shape), state[name]) for name in state)
+
+
+def test_sdxls_second_text_encoder_has_the_weights_that_diffusers_conversion_gives(small_bases):
+    base = small_bases["sdxl"]
+    encoder = base.load("text_encoder_2", CPU, torch.float32)
+    converted = convert_open_clip_checkpoint(encoder, dict(base.file), prefix="conditioner.embedders.1.model.")
+    state = encoder.state_dict()
+    shared = set(state) & set(converted)
+    assert len(shared) >= len(state) - 1
+    assert all(torch.equal(converted[name], state[name]) for name in shared)
+
+
+@pytest.mark.parametrize(("shape", "reference"), [(FULL_SD15, "sd15"), (FULL_SDXL, "sdxl")], ids=["sd15", "sdxl"])
+def test_a_full_size_checkpoint_has_the_published_models_configuration(shape, reference):
+    components = FAMILIES[reference].split(meta_checkpoint(shape))
+    for part, expected in configs(shape).items():
+        found = components[part].config
+        assert {name: found[name] for name in expected if name in found} == {
+            name: value for name, value in expected.items() if name in found
+        }
+    with torch.device("meta"):
+        denoiser = FAMILIES[reference].build("denoiser", components["denoiser"].config)
+    # 859.5 and 2567.5 million: the parameter counts of the published UNets.
+    millions = sum(parameter.numel() for parameter in denoiser.parameters()) / 1e6
+    assert millions == pytest.approx({"sd15": 859.5, "sdxl": 2567.5}[reference], abs=0.1)
+
+
+@pytest.mark.parametrize("shape", [SMALL_SD15, SMALL_SDXL, FULL_SD15, FULL_SDXL])
+def test_names_of_unet_and_vae_go_to_the_original_and_back(shape):
+    layers, levels = shape.unet["layers_per_block"], len(shape.vae_widths)
+    attentions = [kind.startswith("CrossAttn") for kind in shape.unet["up_block_types"]]
+    for part, config in configs(shape).items():
+        with torch.device("meta"):
+            names = list(FAMILIES[shape.family].build(part, config).state_dict())
+        if part == "denoiser":
+            there = [ldm_unet_path(name, layers, attentions.__getitem__) for name in names]
+            back = [diffusers_unet_path(name, layers) for name in there]
+        elif part == "vae":
+            there = [ldm_vae_path(name, levels) for name in names]
+            back = [diffusers_vae_path(name, levels) for name in there]
+        else:
+            continue
+        assert back == names
+        assert len(set(there)) == len(names)
+
+
+@pytest.mark.parametrize("skip", [1, 2])
+def test_prompts_are_encoded_as_diffusers_sd15_pipeline_does(small_bases, skip, monkeypatch):
+    pipeline, base = small_pipeline(small_bases["sd15"]), small_bases["sd15"]
+    if not hasattr(pipeline.text_encoder, "text_model"):
+        # diffusers 0.42 looks for it in transformers 5, which has dropped it.
+        monkeypatch.setattr(type(pipeline.text_encoder), "text_model", property(lambda encoder: encoder), raising=False)
+    encoders = base.load_text_encoders(CPU, torch.float32)
+    with torch.no_grad():
+        ours = base.family.encode_text(encoders, ["a photo of sks person"], skip, 1)
+        theirs, _ = pipeline.encode_prompt("a photo of sks person", CPU, 1, False, clip_skip=skip - 1 or None)
+    torch.testing.assert_close(ours["context"], theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_prompts_are_encoded_as_diffusers_sdxl_pipeline_does(small_bases):
+    pipeline, base = small_pipeline(small_bases["sdxl"]), small_bases["sdxl"]
+    encoders = base.load_text_encoders(CPU, torch.float32)
+    with torch.no_grad():
+        ours = base.family.encode_text(encoders, ["a photo of sks person"], 1, 1)
+        context, _, pooled, _ = pipeline.encode_prompt(
+            "a photo of sks person", device=CPU, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+    torch.testing.assert_close(ours["context"], context, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours["pooled"], pooled, rtol=1e-5, atol=1e-5)
+
+
+def test_a_long_caption_is_encoded_in_chunks_of_75_tokens_without_loss():
+    caption = " ".join(f"word{number}" for number in range(100))
+    chunks = clip.chunk_count([caption])
+    tokens = clip.token_chunks([caption, "short"], chunks, padding=clip.END)
+    assert tokens.shape == (2, chunks, 77)
+    inner = [token for chunk in tokens[0].tolist() for token in chunk[1:76] if token != clip.END]
+    assert inner == clip.caption_tokens(caption)
+    assert tokens[1, 1].tolist() == [clip.START, *[clip.END] * 76]
+
+
+def test_tokens_are_those_of_clips_own_tokenizer():
+    # 320 1125 539 1533 1611 2533: "a photo of" and the start of a prompt, as in OpenAI's CLIP for "a photo of a cat".
+    assert clip.caption_tokens("a photo of a cat") == [320, 1125, 539, 320, 2368]
+
+
+def test_size_conditioning_is_height_first_and_in_full_precision(small_bases):
+    family = FAMILIES["sdxl"]
+    conditioning = family.image_conditioning((1003, 1501), (17, 5), (832, 1216))
+    assert conditioning["time_ids"].tolist() == [[1501, 1003, 5, 17, 1216, 832]]
+    seen = {}
+
+    def denoiser(latents, timesteps, encoder_hidden_states, added_cond_kwargs, return_dict):
+        seen.update(added_cond_kwargs)
+        return (latents,)
+
+    text = {"context": torch.zeros(1, 77, 192), "pooled": torch.zeros(1, 128)}
+    family.predict(denoiser, torch.zeros(1, 4, 8, 8, dtype=torch.bfloat16), torch.zeros(1), text | conditioning)  # pyright: ignore
+    assert seen["time_ids"].tolist() == [[1501, 1003, 5, 17, 1216, 832]]
+    assert seen["text_embeds"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("marker", "name"),
+    [
+        ("conditioner.embedders.0.model.transformer.resblocks.0.ln_1.weight", "refiner"),
+        ("cond_stage_model.model.transformer.resblocks.0.ln_1.weight", "Stable Diffusion 2"),
+        ("model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale", "FLUX.1"),
+        ("double_stream_modulation_img.lin.weight", "FLUX.2"),
+        ("distilled_guidance_layer.layers.0.in_layer.weight", "Chroma"),
+        ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "Stable Diffusion 3"),
+        ("noise_refiner.0.attention.qkv.weight", "Z-Image"),
+    ],
+)
+def test_models_of_other_families_are_refused_by_name(marker, name):
+    tensors = {marker: torch.zeros(1)}
+    if name in ("FLUX.2", "Chroma"):
+        tensors["double_blocks.0.img_attn.norm.key_norm.scale"] = torch.zeros(1)  # they have FLUX.1's blocks too
+    with pytest.raises(UnknownFamily, match=f"this is .*{name}.* not supported yet; supported: Stable Diffusion 1"):
+        load_base(tensors)
+
+
+@pytest.mark.parametrize(("channels", "name"), [(9, "inpainting"), (8, "InstructPix2Pix"), (5, "unknown variant")])
+def test_variants_with_other_inputs_are_refused_by_name(channels, name):
+    tensors = meta_checkpoint(SMALL_SD15)
+    tensors["model.diffusion_model.input_blocks.0.0.weight"] = torch.empty(32, channels, 3, 3)
+    with pytest.raises(UnknownFamily, match=f"{name}.*{channels} channels"):
+        load_base(tensors)
+
+
+def test_a_checkpoint_without_a_tensor_is_refused_with_its_name(tmp_path):
+    path = write_checkpoint(tmp_path / "holes.safetensors", SMALL_SD15, without="out_layers.3.bias")
+    base = load_base(path)
+    with pytest.raises(UnmatchedKeys, match=r"^holes\.safetensors: the denoiser lacks \d+ tensors, e\.g\. down_blocks"):
+        base.load("denoiser", CPU, torch.float32)
+
+
+def test_a_text_encoder_on_another_device_is_there_with_all_of_it(small_bases):
+    """CLIP's position numbers are in no checkpoint; once they stayed on the CPU."""
+    for part in ("text_encoder", "text_encoder_2"):
+        encoder = small_bases["sdxl"].load(part, torch.device("meta"), torch.float16)
+        assert {buffer.device.type for buffer in encoder.buffers()} | {p.device.type for p in encoder.parameters()} == {
+            "meta"
+        }
+
+
+def test_parts_of_clip_that_no_picture_depends_on_are_passed_over(tmp_path):
+    prefix = "cond_stage_model.transformer."
+    extra = {
+        f"{prefix}text_model.embeddings.position_ids": torch.arange(77)[None],
+        f"{prefix}text_projection.weight": torch.zeros(64, 64),
+        f"{prefix}logit_scale": torch.zeros(()),
+    }
+    base = load_base(write_checkpoint(tmp_path / "merged.safetensors", SMALL_SD15, extra=extra))
+    assert base.load("text_encoder", CPU, torch.float32)
+
+
+def test_reading_a_base_holds_no_weight_twice(small_sd15):
+    base = load_base(small_sd15)
+    denoiser = base.load("denoiser", CPU, torch.float32)
+    assert isinstance(base.file, SafetensorsFile)
+    name = "model.diffusion_model.middle_block.0.in_layers.2.weight"
+    assert denoiser.get_submodule("mid_block.resnets.0.conv1").weight.data_ptr() == base.file[name].data_ptr()  # pyright: ignore
+
+
+def test_the_tokenizers_licence_and_origin_are_stated():
+    vocabulary = json.loads((clip.TOKENIZER_FOLDER / "vocab.json").read_text(encoding="utf-8"))
+    assert len(vocabulary) == 49408
+    assert vocabulary["<|endoftext|>"] == clip.END
+    notice = (clip.TOKENIZER_FOLDER.parents[2] / "NOTICE").read_text(encoding="utf-8")
+    assert "CLIP" in notice and "MIT" in notice
