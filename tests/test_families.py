@@ -106,10 +106,10 @@ def test_names_of_unet_and_vae_go_to_the_original_and_back(shape):
 @pytest.mark.parametrize("skip", [1, 2])
 def test_prompts_are_encoded_as_diffusers_sd15_pipeline_does(small_bases, skip, monkeypatch):
     pipeline, base = small_pipeline(small_bases["sd15"]), small_bases["sd15"]
+    encoders = base.load_text_encoders(CPU, torch.float32)
     if not hasattr(pipeline.text_encoder, "text_model"):
         # diffusers 0.42 looks for it in transformers 5, which has dropped it.
         monkeypatch.setattr(type(pipeline.text_encoder), "text_model", property(lambda encoder: encoder), raising=False)
-    encoders = base.load_text_encoders(CPU, torch.float32)
     with torch.no_grad():
         ours = base.family.encode_text(encoders, ["a photo of sks person"], skip, 1)
         theirs, _ = pipeline.encode_prompt("a photo of sks person", CPU, 1, False, clip_skip=skip - 1 or None)
