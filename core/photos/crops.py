@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from ..errors import BadConfig
@@ -132,26 +131,42 @@ def _around(face: Face, margins: tuple[float, float], aspect: float, whole: Box,
 
 
 def _without(box: Box, face: Face, others: Sequence[Face], resolution: int) -> Box:
-    """The largest part of `box` with the whole face but not the others, one side cut per other face.
+    """The largest part of `box` with the whole face but not the others, one side cut per other person.
 
-    Where a face cannot be cut off without cutting the person's, or leaving a side below half the resolution, it stays:
-    the mask takes care of it.
+    The cut is beside the other's hair if it can be, else beside the face. Where even that would cut the person's face,
+    or leave a side below half the resolution, the other stays: the mask takes care of it.
     """
     for other in others:
-        left, top, right, bottom = (round(value) for value in other.box)
-        x0, y0, x1, y1 = box
-        if left >= x1 or right <= x0 or top >= y1 or bottom <= y0:
-            continue
-        parts = [(x0, y0, left, y1), (right, y0, x1, y1), (x0, y0, x1, top), (x0, bottom, x1, y1)]
-        kept = np.array([max(face.box[0], x0), max(face.box[1], y0), min(face.box[2], x1), min(face.box[3], y1)])
-        parts = [
-            part
-            for part in parts
-            if (kept[:2] >= part[:2]).all() and (kept[2:] <= part[2:]).all()
-            and min(part[2] - part[0], part[3] - part[1]) >= resolution / 2
-        ]  # fmt: skip
-        box = max(parts, key=_area, default=box)
+        for left, top, right, bottom in (_head(other, 1.0), other.box):
+            x0, y0, x1, y1 = box
+            if left >= x1 or right <= x0 or top >= y1 or bottom <= y0:
+                break
+            parts = [
+                (x0, y0, int(left), y1),
+                (math.ceil(right), y0, x1, y1),
+                (x0, y0, x1, int(top)),
+                (x0, math.ceil(bottom), x1, y1),
+            ]
+            parts = [part for part in parts if _shorter_side(part) >= resolution / 2 and _keeps(part, face, box)]
+            if parts:
+                box = max(parts, key=_area)
+                break
     return box
+
+
+def _keeps(part: Box, face: Face, box: Box) -> bool:
+    """Whether `part` has as much of the face as `box` has."""
+    left, top, right, bottom = face.box
+    return (
+        part[0] <= max(left, box[0])
+        and part[1] <= max(top, box[1])
+        and part[2] >= min(right, box[2])
+        and part[3] >= min(bottom, box[3])
+    )
+
+
+def _shorter_side(box: Box) -> int:
+    return min(box[2] - box[0], box[3] - box[1])
 
 
 def _area(box: Box) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -61,13 +62,17 @@ class Thresholds:
     side: float = 0.35
     """Yaw from which it is a side view: about 38 degrees."""
     photos_needed: int = 5
+    """Usable photos below which there is nothing to train on: one less than the services accept."""
     photos_wanted: int = 10
     """Headshot services ask for 6 to 20 photos; 8 to 15 do best."""
     turned_wanted: int = 3
+    """Usable photos with a turned head, so that the LoRA learns the person and not the view."""
     chest_up_wanted: int = 3
+    """Usable photos that show more than the face."""
     lights_wanted: int = 3
+    """Kinds of light (`measure.light`) among the usable photos."""
     backgrounds_wanted: int = 3
-    """Kinds that a set should have, so that the LoRA learns the person and not the view, the light or the wall."""
+    """Kinds of background (`measure.background`), so that the wall does not become part of the person."""
 
     @classmethod
     def for_resolution(cls, resolution: int) -> Thresholds:
@@ -275,8 +280,12 @@ def _mark_copies(
     marked = list(reports)
     kept: list[int] = []
     with_faces = [i for i, report in enumerate(reports) if report.face]
-    # The better copy has the better verdict, then the larger face, then the earlier name.
-    for i in sorted(with_faces, key=lambda i: (VERDICTS.index(reports[i].verdict), -looks[i].faces[chosen[i]].size, i)):
+
+    def rank(i: int) -> tuple[int, int, int]:
+        # The better copy has the better verdict, then more pixels, then the earlier name.
+        return VERDICTS.index(reports[i].verdict), -math.prod(looks[i].photo.size), i
+
+    for i in sorted(with_faces, key=rank):
         copies = [
             (measure.hash_distance(looks[i].hash, looks[j].hash), j)
             for j in kept
