@@ -46,7 +46,7 @@ class Photo:
     repeats: int
     """How often the photo counts in an epoch: N of a Kohya `N_name` folder, else 1."""
     digest: str
-    """SHA-256 of the content (file and mask file, or pixels): equal content, equal digest, whatever the name."""
+    """SHA-256 of the picture (of the file, or of pixels in memory): whatever its name, caption and mask."""
     source: Path | Image.Image = field(repr=False, compare=False)
     mask_source: Path | Image.Image | None = field(default=None, repr=False, compare=False)
 
@@ -64,16 +64,12 @@ class Photo:
             image = ImageOps.exif_transpose(image)
         if mask is not None and mask.size != image.size:
             raise BadPhoto(f"{name}: the mask has {_times(mask.size)} pixels, the photo {_times(image.size)}")
-        digest = hashlib.sha256()
-        for part in (image, mask):
-            if part is not None:
-                digest.update(f"{part.mode} {part.size}".encode() + part.tobytes())
-        return cls(name, image.size, caption, repeats, digest.hexdigest(), image, mask)
+        digest = hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
+        return cls(name, image.size, caption, repeats, digest, image, mask)
 
     def with_mask(self, mask: Image.Image) -> Photo:
         """The same photo with another mask: mode L, white where the loss counts, stretched over the photo."""
-        digest = hashlib.sha256(self.digest.encode() + f"{mask.size}".encode() + mask.tobytes()).hexdigest()
-        return replace(self, digest=digest, mask_source=mask)
+        return replace(self, mask_source=mask)
 
     def image(self, shorter_side: int | None = None) -> Image.Image:
         """The picture, upright, mode RGB, colours in sRGB, the first frame, transparency over white.
@@ -161,7 +157,7 @@ def _is_photo_file(path: Path) -> bool:
 
 def _read_photo(path: Path, repeats: int) -> Photo:
     try:
-        digest = hashlib.sha256(path.read_bytes())
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as problem:
         raise BadPhoto(f"{path.name}: cannot be read ({problem.strerror})") from problem
     with _opened(path.name, path) as image:
@@ -179,10 +175,9 @@ def _read_photo(path: Path, repeats: int) -> Photo:
             mask_size = ImageOps.exif_transpose(mask).size
         if mask_size != size:
             raise BadPhoto(f"{mask_path.name}: has {_times(mask_size)} pixels, its photo {_times(size)}")
-        digest.update(mask_path.read_bytes())
     else:
         mask_path = None
-    return Photo(path.name, size, _read_caption(path.with_suffix(".txt")), repeats, digest.hexdigest(), path, mask_path)
+    return Photo(path.name, size, _read_caption(path.with_suffix(".txt")), repeats, digest, path, mask_path)
 
 
 def _read_caption(path: Path) -> str | None:
