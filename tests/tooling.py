@@ -209,17 +209,19 @@ def write_photos(folder: Path, count: int = 4, scale: int = 1, person: int = 35)
     return folder
 
 
-def small_pipeline(base: Base):
-    """diffusers' own pipeline with the base's weights in fp32, as a user of diffusers would have it."""
+def diffusers_pipeline(base: Base, dtype: torch.dtype = torch.float32):
+    """diffusers' own pipeline with the base's weights, as a user of diffusers would have it."""
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     cpu = torch.device("cpu")
     encoders = {}
-    for part, network in base.load_text_encoders(cpu, torch.float32).items():
+    for part, network in base.load_text_encoders(cpu, dtype).items():
         # Built by transformers itself, so that its module names are those of the installed version.
         text_config = CLIPTextConfig(**base.components[part].config)
-        theirs = (CLIPTextModelWithProjection if part == "text_encoder_2" else CLIPTextModel)(text_config).eval()
+        theirs = (
+            (CLIPTextModelWithProjection if part == "text_encoder_2" else CLIPTextModel)(text_config).eval().to(dtype)
+        )
         flat = not hasattr(theirs, "text_model")
         state = network.state_dict()
         theirs.load_state_dict({name.removeprefix("text_model.") if flat else name: state[name] for name in state})
@@ -230,8 +232,8 @@ def small_pipeline(base: Base):
         name: CLIPTokenizer.from_pretrained(TOKENIZER_FOLDER, pad_token=token) for name, token in paddings.items()
     }
     parts = {
-        "unet": base.load("denoiser", cpu, torch.float32),
-        "vae": base.load("vae", cpu, torch.float32),
+        "unet": base.load("denoiser", cpu, dtype),
+        "vae": base.load("vae", cpu, dtype),
         "scheduler": diffusers.DDIMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False
         ),

@@ -1,0 +1,216 @@
+"""Exact resume: a run that is killed, again and again, gives the file of a run that was never interrupted."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from core.checkpoint import RunState, pack_optimizer, read_state, unpack_optimizer
+from core.errors import BadConfig, BadFile
+from core.safetensors_file import SafetensorsFile
+from tests.tooling import SMALL_SD15, write_checkpoint, write_photos
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(folder: Path, base: Path, photos: Path, output: str, *options: str) -> list[str]:
+    return [
+        sys.executable, "-m", "core", "train", str(photos), "--base", str(base), "--output", str(folder / output),
+        "--resolution", "32", "--rank", "2", "--json", *options,
+    ]  # fmt: skip
+
+
+def finish(arguments: list[str]) -> None:
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in SafetensorsFile.open(path).items()}
+
+
+def assert_equal(path: Path, other: Path) -> None:
+    ours, theirs = tensors_of(path), tensors_of(other)
+    assert list(ours) == list(theirs)
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different
+
+
+def kill_and_resume(arguments: list[str], state: Path, kills: int, draw: random.Random) -> int:
+    """Kills the run `kills` times (-9) at random moments after it has begun to step, then lets it end; how often it hit."""
+    hits = 0
+    for _ in range(kills):
+        run = subprocess.Popen(
+            [*arguments, "--resume"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert run.stdout is not None
+        # The first line about a step: from here on the moment is random.
+        next((line for line in run.stdout if '"training"' in line), None)
+        time.sleep(draw.uniform(0, 0.3))
+        if run.poll() is None:
+            os.kill(run.pid, signal.SIGKILL)
+            hits += 1
+        run.communicate()
+    finish([*arguments, "--resume"])
+    assert not state.exists()
+    return hits
+
+
+VARIANTS = {
+    "adamw, ema, dropout": ["--ema-decay", "0.9", "--dropout", "0.2", "--caption-dropout", "0.3"],
+    "prodigy, cosine": ["--optimizer", "prodigy", "--learning-rate", "1", "--schedule", "cosine"],
+    "adafactor, text encoder": ["--optimizer", "adafactor", "--text-encoder-lr", "1e-4", "--accumulation", "2"],
+    "prior prediction, convolutions": [
+        "--prior-prediction",
+        "0.5",
+        "--targets",
+        "transformer+conv",
+        "--batch-size",
+        "2",
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_a_run_killed_at_random_moments_gives_the_same_file(tmp_path, small_sd15, photo_folder, options):
+    options = [*options, "--steps", "60", "--state-interval", "0"]
+    finish(command(tmp_path, small_sd15, photo_folder, "whole.safetensors", *options))
+    hits = kill_and_resume(
+        command(tmp_path, small_sd15, photo_folder, "killed.safetensors", *options),
+        tmp_path / "killed.state.safetensors",
+        kills=5,
+        draw=random.Random(str(options)),
+    )
+    assert hits >= 3  # of 5 in each of 4 variants: more than ten in all
+    assert_equal(tmp_path / "whole.safetensors", tmp_path / "killed.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.safetensors", "whole.safetensors"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_run_with_a_state_from_which_it_goes_on(tmp_path, small_sd15, photo_folder, number):
+    arguments = command(tmp_path, small_sd15, photo_folder, "face.safetensors", "--steps", "100000")
+    run = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    next(line for line in run.stdout if '"training"' in line)
+    run.send_signal(number)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 1
+    assert errors.startswith("facelora: stopped after step ") and errors.count("\n") == 1
+    state = SafetensorsFile.open(tmp_path / "face.state.safetensors")
+    step = int(state.metadata["step"])
+    assert f"stopped after step {step} of" in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["face.state.safetensors"]
+
+
+@pytest.mark.parametrize("build", [
+    lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    lambda p: prodigy(p),
+    lambda p: adafactor(p),
+    lambda p: torch.optim.AdamW([{"params": p[:1], "lr": torch.tensor(0.02)}, {"params": p[1:]}], lr=0.01, foreach=False),
+], ids=["adamw", "prodigy", "adafactor", "tensors in groups"])  # fmt: skip
+def test_an_optimizer_goes_on_exactly_from_what_was_packed(tmp_path, build):
+    def parameters():
+        generator = torch.Generator().manual_seed(1)
+        return [torch.nn.Parameter(torch.randn(6, 5, generator=generator)) for _ in range(3)]
+
+    def step(optimizer, number):
+        for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            generator = torch.Generator().manual_seed(100 * number + index)
+            # The last one never has a gradient, like a text encoder's unused layer.
+            parameter.grad = None if index == 2 else torch.randn(6, 5, generator=generator)
+        optimizer.step()
+
+    whole = build(parameters())
+    for number in range(8):
+        step(whole, number)
+    first = build(parameters())
+    for number in range(5):
+        step(first, number)
+    tensors, scalars = pack_optimizer(first)
+    state = RunState(5, {"settings": "{}"}, tensors, scalars)
+    state.save(tmp_path / "state.safetensors")
+    saved = read_state(tmp_path / "state.safetensors", {"settings": "{}"})
+
+    second = build(parameters())
+    for group, before in zip(second.param_groups, first.param_groups, strict=True):
+        for parameter, value in zip(group["params"], before["params"], strict=True):
+            parameter.data.copy_(value.data)
+    unpack_optimizer(second, saved.tensors, saved.scalars)
+    for number in range(5, 8):
+        step(second, number)
+    for group, expected in zip(second.param_groups, whole.param_groups, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(group["params"], expected["params"], strict=True))
+        assert {k: v for k, v in group.items() if k != "params"} == {k: v for k, v in expected.items() if k != "params"}
+
+
+def prodigy(parameters):
+    from prodigyopt import Prodigy
+
+    return Prodigy(parameters, lr=1.0, safeguard_warmup=True, use_bias_correction=True)  # pyright: ignore
+
+
+def adafactor(parameters):
+    from transformers.optimization import Adafactor
+
+    return Adafactor(parameters, lr=0.01, scale_parameter=False, relative_step=False, warmup_init=False)
+
+
+IDENTITY = {"settings": json.dumps({"rank": 4, "seed": 1}), "photos": "abc", "base model": "def"}
+
+
+def saved_state(folder: Path) -> Path:
+    path = folder / "run.state.safetensors"
+    RunState(3, IDENTITY, {"loss": torch.zeros(())}, {}).save(path)
+    return path
+
+
+@pytest.mark.parametrize("part", ["photos", "base model"])
+def test_a_state_of_other_photos_or_another_base_is_refused(tmp_path, part):
+    path = saved_state(tmp_path)
+    with pytest.raises(BadConfig, match=f"belongs to a run with other {part}; use the same, or start without --resume"):
+        read_state(path, IDENTITY | {part: "changed"})
+
+
+def test_a_state_of_other_settings_is_refused_with_their_names(tmp_path):
+    changed = IDENTITY | {"settings": json.dumps({"rank": 8, "seed": 1})}
+    with pytest.raises(BadConfig, match=r"other settings \(rank: 4 then, 8 now\)"):
+        read_state(saved_state(tmp_path), changed)
+
+
+def test_a_file_that_is_no_state_is_refused(tmp_path, small_sd15):
+    with pytest.raises(BadFile, match="not the state of a training run"):
+        read_state(small_sd15, IDENTITY)
+
+
+@pytest.mark.slow
+def test_resuming_with_other_settings_photos_or_base_is_refused_and_the_state_stays(tmp_path, small_sd15, photo_folder):
+    options = ["--steps", "100000", "--state-interval", "0"]
+    arguments = command(tmp_path, small_sd15, photo_folder, "face.safetensors", *options)
+    run = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    next(line for line in run.stdout if '"training"' in line)
+    run.send_signal(signal.SIGTERM)
+    run.communicate(timeout=60)
+    other_base = write_checkpoint(tmp_path / "other.safetensors", SMALL_SD15, torch.float32, seed=2)
+    other_photos = write_photos(tmp_path / "others", count=3)
+    for changed, message in [
+        (
+            command(tmp_path, small_sd15, photo_folder, "face.safetensors", *options, "--seed", "7"),
+            "other settings (seed: 1",
+        ),
+        (command(tmp_path, other_base, photo_folder, "face.safetensors", *options), "base model"),
+        (command(tmp_path, small_sd15, other_photos, "face.safetensors", *options), "other photos"),
+        (command(tmp_path, small_sd15, photo_folder, "face.safetensors", "--steps", "1"), "beyond steps = 1"),
+    ]:
+        done = subprocess.run([*changed, "--resume"], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert message in done.stderr and done.stderr.count("\n") == 1
+        assert (tmp_path / "face.state.safetensors").exists()
