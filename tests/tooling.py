@@ -3,7 +3,8 @@
 import hashlib
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from core.base import Base
+from core.cache import EncodedImage, LatentCache
 from core.demo.people import person_photos
 from core.families import FAMILIES
 from core.families.clip import TOKENIZER_FOLDER
@@ -243,3 +245,31 @@ def diffusers_pipeline(base: Base, dtype: torch.dtype = torch.float32):
     if base.family.name == "sd15":
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return getattr(diffusers, base.family.pipeline_class)(**parts)
+
+
+def encoded_image(
+    base: Base, name: str, caption: str, seed: int, is_class: bool = False, **changes: Any
+) -> EncodedImage:
+    """A training picture of 16x16 latents, random but reproducible."""
+    generator = torch.Generator().manual_seed(seed)
+    image = EncodedImage(
+        name=name,
+        mean=torch.randn(4, 16, 16, generator=generator),
+        deviation=0.1 * torch.rand(4, 16, 16, generator=generator),
+        mask=None,
+        conditioning=base.family.image_conditioning((90, 110), (0, 3), (32, 32)),
+        caption=caption,
+        class_caption="a photo of person",
+        repeats=1,
+        is_class=is_class,
+    )
+    return replace(image, **changes)
+
+
+def encoded_cache(base: Base, images: Sequence[EncodedImage]) -> LatentCache:
+    """The images with the conditioning of their captions, made by the base's own text encoders."""
+    encoders = base.load_text_encoders(torch.device("cpu"), torch.float32)
+    captions = {"", *(image.caption for image in images), *(image.class_caption for image in images)}
+    with torch.no_grad():
+        text = {caption: base.family.encode_text(encoders, [caption], 1, 1) for caption in sorted(captions)}
+    return LatentCache(tuple(images), text, 1, "digest")

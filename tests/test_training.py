@@ -1,0 +1,451 @@
+"""The training loop: its losses and gradients against plain torch and diffusers, its order, its schedule, its ends."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
+from PIL import Image
+
+from core.base import Base, load_base
+from core.config import TrainConfig
+from core.errors import MissingPackage, TrainingDiverged
+from core.families import FAMILIES
+from core.lora_file import LoraFile
+from core.safetensors_file import SafetensorsFile
+from core.training import Batches, Run, learning_rate_factor, train_lora
+from tests.tooling import encoded_cache, encoded_image
+
+CPU = torch.device("cpu")
+PLAIN = TrainConfig(rank=3, alpha=2.0, min_snr_gamma=0.0, precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def bases(small_sd15, small_sdxl) -> dict[str, Base]:
+    return {"sd15": load_base(small_sd15), "sdxl": load_base(small_sdxl)}
+
+
+@pytest.fixture(scope="module")
+def caches(bases):
+    """Two pictures of the person and two of the class, for each family."""
+    return {
+        name: encoded_cache(
+            base,
+            [
+                encoded_image(base, "a.png", "a photo of sks person", 1),
+                encoded_image(base, "b.png", "sks person, outdoors", 2),
+                encoded_image(base, "c.png", "a photo of person", 3, is_class=True),
+                encoded_image(base, "d.png", "a photo of person", 4, is_class=True),
+            ],
+        )
+        for name, base in bases.items()
+    }
+
+
+def person_only(cache):
+    return replace(cache, images=tuple(image for image in cache.images if not image.is_class))
+
+
+def started_run(cache, base: Base, config: TrainConfig) -> Run:
+    """A run whose adapter already changes something, as in the middle of a training."""
+    run = Run(cache, base, config, CPU)
+    generator = torch.Generator().manual_seed(9)
+    for name, parameter in run.parameters.items():
+        if name.endswith(".up"):
+            parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return run
+
+
+def reference_prediction(base: Base, run: Run, leaves, noisy, timesteps, conditioning):
+    """The frozen network of diffusers with W + alpha / rank * up @ down in the place of each adapted weight."""
+    unet = base.load("denoiser", CPU, torch.float32)
+    weights: dict[str, torch.Tensor] = dict(unet.named_parameters())
+    for _, path in run.adapter.layers:
+        down, up = leaves[f"denoiser.{path}.down"], leaves[f"denoiser.{path}.up"]
+        change = 2.0 / 3 * (up.flatten(1) @ down.flatten(1))
+        weights[f"{path}.weight"] = weights[f"{path}.weight"] + change.reshape(weights[f"{path}.weight"].shape)
+    arguments = {"encoder_hidden_states": conditioning["context"]}
+    if base.family.name == "sdxl":
+        arguments["added_cond_kwargs"] = {"text_embeds": conditioning["pooled"], "time_ids": conditioning["time_ids"]}
+    return torch.func.functional_call(unet, weights, (noisy, timesteps), arguments).sample
+
+
+def conditioning_of(run: Run, images):
+    parts = [run.text[image.caption] | image.conditioning for image in images]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+@pytest.mark.parametrize("targets", ["transformer", "transformer+conv"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_gradient_of_a_step_is_that_of_plain_torch(bases, caches, family, targets):
+    base, config = bases[family], replace(PLAIN, batch_size=2, targets=targets)
+    run = started_run(person_only(caches[family]), base, config)
+    images = [run.images[index] for index in run.batches.at(0)]
+    latents, noise, noisy, timesteps = run._noised(images, run._generator("noise", 0))
+    (loss,) = run._losses(0)
+    loss.backward()
+
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in run.parameters.items()}
+    process = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    torch.testing.assert_close(noisy, process.add_noise(latents, noise, timesteps), rtol=1e-4, atol=1e-4)  # pyright: ignore
+    prediction = reference_prediction(base, run, leaves, noisy, timesteps, conditioning_of(run, images))
+    expected = F.mse_loss(prediction, noise)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for name, parameter in run.parameters.items():
+        ours, theirs = parameter.grad, leaves[name].grad
+        assert ours is not None and theirs is not None
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + 1e-9, name
+
+
+def test_a_step_is_one_of_adamw_on_the_clipped_mean_gradient(bases, caches):
+    config = replace(PLAIN, accumulation=2, max_grad_norm=0.01, learning_rate=1e-3, weight_decay=0.1)
+    cache, base = person_only(caches["sd15"]), bases["sd15"]
+    run, reference = started_run(cache, base, config), started_run(cache, base, config)
+    run.train_step()
+
+    optimizer = torch.optim.AdamW(reference.parameters.values(), lr=1e-3, weight_decay=0.1, foreach=False, fused=False)
+    for number in (0, 1):
+        (loss,) = reference._losses(number)
+        (loss / 2).backward()
+    norm = torch.stack([p.grad.norm() for p in reference.parameters.values() if p.grad is not None]).norm()
+    assert norm > 0.01
+    for parameter in reference.parameters.values():
+        assert parameter.grad is not None
+        parameter.grad *= 0.01 / (norm + 1e-6)
+    optimizer.step()
+    for name, parameter in reference.parameters.items():
+        torch.testing.assert_close(run.parameters[name], parameter, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_loss_with_min_snr_is_that_of_the_diffusers_training_script(bases, caches, prediction_type):
+    base = replace(bases["sd15"], prediction_type=prediction_type)
+    run = started_run(person_only(caches["sd15"]), base, replace(PLAIN, batch_size=2, min_snr_gamma=5.0))
+    images = [run.images[index] for index in run.batches.at(0)]
+    latents, noise, noisy, timesteps = run._noised(images, run._generator("noise", 0))
+    (loss,) = run._losses(0)
+    with torch.no_grad():
+        prediction = reference_prediction(
+            base, run, run.parameters, noisy, timesteps, conditioning_of(run, images)
+        ).float()
+    process = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction_type
+    )
+    target = noise if prediction_type == "epsilon" else process.get_velocity(latents, noise, timesteps)  # pyright: ignore
+    snr = compute_snr(process, timesteps)
+    weights = torch.stack([snr, 5.0 * torch.ones_like(snr)], dim=1).min(dim=1)[0]
+    weights = weights / snr if prediction_type == "epsilon" else weights / (snr + 1)
+    expected = (F.mse_loss(prediction, target, reduction="none").mean(dim=[1, 2, 3]) * weights).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_prior_preservation_adds_the_weighted_loss_on_class_images(bases, caches):
+    """DreamBooth's objective (arXiv:2208.12242, eq. 2): the person's loss + lambda * the class images' loss."""
+    base = bases["sd15"]
+    run = started_run(caches["sd15"], base, replace(PLAIN, batch_size=2, prior_loss_weight=0.7))
+    expected = []
+    for images, number, purpose in ((run.images, run.batches, "noise"), (run.class_images, run.class_batches, "class")):
+        assert number is not None
+        chosen = [images[index] for index in number.at(0)]
+        assert {image.is_class for image in chosen} == {purpose == "class"}
+        _, noise, noisy, timesteps = run._noised(chosen, run._generator(purpose, 0))
+        with torch.no_grad():
+            prediction = reference_prediction(base, run, run.parameters, noisy, timesteps, conditioning_of(run, chosen))
+        expected.append(F.mse_loss(prediction, noise).item())
+    person, prior = (loss.item() for loss in run._losses(0))
+    assert person == pytest.approx(expected[0], rel=1e-4)
+    assert prior == pytest.approx(0.7 * expected[1], rel=1e-4)
+    run.train_step()
+    assert run.loss.item() == pytest.approx(expected[0] + 0.7 * expected[1], rel=1e-4)
+
+
+def test_prior_prediction_holds_the_class_caption_to_the_frozen_model(bases, caches):
+    base = bases["sd15"]
+    run = started_run(person_only(caches["sd15"]), base, replace(PLAIN, prior_prediction=1.0, prior_loss_weight=0.5))
+    images = [run.images[index] for index in run.batches.at(0)]
+    _, _, noisy, timesteps = run._noised(images, run._generator("prior", 0))
+    of_class = [replace(image, caption=image.class_caption) for image in images]
+    conditioning = conditioning_of(run, of_class)
+    frozen = base.load("denoiser", CPU, torch.float32)
+    with torch.no_grad():
+        teacher = frozen(noisy, timesteps, conditioning["context"]).sample
+        student = reference_prediction(base, run, run.parameters, noisy, timesteps, conditioning)
+    prior, _ = run._losses(0)
+    assert prior.item() == pytest.approx(0.5 * F.mse_loss(student, teacher).item(), rel=1e-3)
+    prior.backward()
+    assert all(parameter.grad is not None and parameter.requires_grad for parameter in run.parameters.values())
+
+
+def test_a_new_adapter_changes_nothing_so_its_prior_prediction_loss_is_zero(bases, caches):
+    run = Run(person_only(caches["sd15"]), bases["sd15"], replace(PLAIN, prior_prediction=1.0), CPU)
+    prior, _ = run._losses(0)
+    assert prior.item() == 0
+
+
+def test_a_masked_picture_counts_inside_its_mask(bases, caches):
+    mask = torch.zeros(1, 16, 16)
+    mask[:, 4:9, 5:12] = 1
+    cache = person_only(caches["sd15"])
+    cache = replace(cache, images=(replace(cache.images[0], mask=mask),))
+    run = started_run(cache, bases["sd15"], replace(PLAIN, background_weight=0.0))
+    _, noise, noisy, timesteps = run._noised(run.images, run._generator("noise", 0))
+    (loss,) = run._losses(0)
+    with torch.no_grad():
+        prediction = reference_prediction(
+            bases["sd15"], run, run.parameters, noisy, timesteps, conditioning_of(run, run.images)
+        )
+    inside = ((prediction - noise) ** 2)[..., 4:9, 5:12].mean()
+    assert loss.item() == pytest.approx(inside.item(), rel=1e-4)
+
+
+def test_caption_dropout_trains_on_the_empty_caption(bases, caches):
+    cache, base = person_only(caches["sd15"]), bases["sd15"]
+    dropped = started_run(cache, base, replace(PLAIN, caption_dropout=1.0))
+    emptied = replace(cache, images=tuple(replace(image, caption="") for image in cache.images))
+    (loss,), (expected,) = dropped._losses(0), started_run(emptied, base, PLAIN)._losses(0)
+    assert loss.item() == expected.item()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recomputing_activations_gives_the_same_step(bases, caches, family):
+    cache = person_only(caches[family])
+    plain = started_run(cache, bases[family], replace(PLAIN, dropout=0.2, gradient_checkpointing="off"))
+    saving = started_run(cache, bases[family], replace(PLAIN, dropout=0.2, gradient_checkpointing="on"))
+    passes = []
+    saving.denoiser.get_submodule("up_blocks.0.resnets.0").register_forward_hook(lambda *_: passes.append(1))
+    plain.train_step()
+    saving.train_step()
+    assert len(passes) == 2
+    for name, parameter in plain.parameters.items():
+        torch.testing.assert_close(saving.parameters[name], parameter, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_in_half_precision_the_adapter_stays_float32_and_learns(bases, caches, family, precision):
+    config = replace(
+        PLAIN, precision=precision, max_grad_norm=1.0 if precision == "bf16" else 0.0, text_encoder_lr=1e-4
+    )
+    run = Run(person_only(caches[family]), bases[family], config, CPU)
+    before = {name: value.detach().clone() for name, value in run.parameters.items()}
+    for _ in range(2):
+        run.train_step()
+    run.check_finite()
+    assert {value.dtype for value in run.parameters.values()} == {torch.float32}
+    assert next(run.denoiser.parameters()).dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    changed = [name for name, value in run.parameters.items() if not torch.equal(value, before[name])]
+    assert {name.partition(".")[0] for name in changed} == {"denoiser", *run.encoders}
+
+
+def test_each_picture_comes_as_often_as_it_is_repeated_in_batches_of_one_shape(bases):
+    base = bases["sd15"]
+    wide = torch.zeros(4, 8, 24)
+    images = [encoded_image(base, f"{i}", "", i, repeats=1 + i % 3) for i in range(6)]
+    images += [encoded_image(base, f"w{i}", "", i, mean=wide, deviation=wide) for i in range(2)]
+    batches = Batches(images, batch_size=3, seed=1)
+    epoch = [batches.at(number) for number in range(batches.per_epoch)]
+    assert all(len(batch) == 3 and len({images[i].mean.shape for i in batch}) == 1 for batch in epoch)
+    seen = [index for batch in epoch for index in batch]
+    assert sum(1 for index in seen if index < 6) == 12  # 1 + 2 + 3 + 1 + 2 + 3
+    assert all(seen.count(index) == 1 + index % 3 for index in range(6))
+    assert {6, 7} <= set(seen)
+
+
+def test_the_order_depends_on_the_seed_and_the_epoch_but_not_on_what_was_asked_before(bases):
+    images = [encoded_image(bases["sd15"], f"{i}", "", i) for i in range(8)]
+    first, second = Batches(images, 1, seed=1), Batches(images, 1, seed=1)
+    order = [first.at(number) for number in range(24)]
+    assert [second.at(number) for number in reversed(range(24))] == order[::-1]
+    assert order[:8] != order[8:16]
+    assert [Batches(images, 1, seed=2).at(number) for number in range(8)] != order[:8]
+
+
+def test_the_learning_rate_rises_then_follows_its_schedule():
+    def rates(schedule, steps=10, warmup=4):
+        config = TrainConfig(steps=steps, warmup_steps=warmup, schedule=schedule)
+        return [learning_rate_factor(step, config) for step in range(steps)]
+
+    assert rates("constant")[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates("linear")[4:] == pytest.approx([1 - i / 6 for i in range(6)])
+    assert rates("cosine")[4:] == pytest.approx([0.5 * (1 + math.cos(math.pi * i / 6)) for i in range(6)])
+
+
+def test_lora_plus_and_the_text_encoder_have_their_own_rates(bases, caches):
+    config = replace(PLAIN, learning_rate=1e-4, text_encoder_lr=1e-5, lora_plus_ratio=16.0)
+    run = Run(person_only(caches["sd15"]), bases["sd15"], config, CPU)
+    rates = {id(p): group["peak"] for group in run.optimizer.param_groups for p in group["params"]}
+    for name, parameter in run.parameters.items():
+        rate = 1e-4 if name.startswith("denoiser.") else 1e-5
+        assert rates[id(parameter)] == pytest.approx(rate * (16 if name.endswith(".up") else 1))
+
+
+def test_the_running_average_is_what_is_saved(bases, caches):
+    config = replace(PLAIN, ema_decay=0.5, steps=4, learning_rate=1e-2)
+    run = Run(person_only(caches["sd15"]), bases["sd15"], config, CPU)
+    name = next(name for name in run.parameters if name.endswith(".up"))
+    average = run.parameters[name].detach().clone()
+    for step in range(4):
+        run.train_step()
+        decay = min(0.5, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * run.parameters[name].detach()
+    torch.testing.assert_close(run.trained()[name], average, rtol=1e-5, atol=1e-8)
+    assert not torch.equal(run.trained()[name], run.parameters[name])
+
+
+def test_a_missing_optimizer_package_is_named_with_the_command(bases, caches, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(MissingPackage, match="pip install bitsandbytes"):
+        Run(person_only(caches["sd15"]), bases["sd15"], replace(PLAIN, optimizer="adamw8bit"), CPU)
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "prodigy"])
+def test_other_optimizers_learn(bases, caches, optimizer):
+    config = replace(PLAIN, optimizer=optimizer, learning_rate=1.0 if optimizer == "prodigy" else 1e-3)
+    run = Run(person_only(caches["sd15"]), bases["sd15"], config, CPU)
+    for _ in range(3):
+        run.train_step()
+    assert all(value.abs().max() > 0 for name, value in run.parameters.items() if name.endswith(".up"))
+
+
+def test_the_same_seed_gives_the_same_file_and_another_seed_another(bases, caches):
+    cache, config = person_only(caches["sd15"]), replace(PLAIN, steps=3, dropout=0.1)
+    first, second, third = (
+        train_lora(cache, bases["sd15"], replace(config, seed=seed), device=CPU).modules() for seed in (1, 1, 2)
+    )
+    assert all(torch.equal(first[m].up, second[m].up) and torch.equal(first[m].down, second[m].down) for m in first)
+    assert not all(torch.equal(first[m].up, third[m].up) for m in first)
+
+
+def test_training_leaves_the_callers_random_state_alone(bases, caches):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    train_lora(person_only(caches["sd15"]), bases["sd15"], replace(PLAIN, steps=1, dropout=0.1), device=CPU)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_run_inside_inference_mode_trains_on_tensors_made_there(bases, caches):
+    """As in a ComfyUI node, which is handed tensors that were made in inference mode."""
+    file = bases["sd15"].file
+    assert isinstance(file, SafetensorsFile)
+    with torch.inference_mode():
+        base = load_base({name: tensor.clone() for name, tensor in file.items()})
+        lora = train_lora(person_only(caches["sd15"]), base, replace(PLAIN, steps=2), device=CPU)
+    assert all(module.up.abs().max() > 0 for module in lora.modules().values())
+
+
+def test_a_callback_that_raises_stops_the_run_with_a_state_and_the_exception(bases, caches, tmp_path):
+    class Interrupt(BaseException):
+        """ComfyUI's cancel is no Exception either."""
+
+    def cancel(report):
+        if report.step == 2:
+            raise Interrupt
+
+    cache, base, config = person_only(caches["sd15"]), bases["sd15"], replace(PLAIN, steps=4)
+    state = tmp_path / "run.state.safetensors"
+    with pytest.raises(Interrupt):
+        train_lora(cache, base, config, device=CPU, state_path=state, on_step=cancel)
+    steps = []
+    resumed = train_lora(
+        cache, base, config, device=CPU, state_path=state, resume=True, on_step=lambda report: steps.append(report.step)
+    )
+    whole = train_lora(cache, base, config, device=CPU)
+    assert steps == [3, 4]
+    assert all(torch.equal(module.up, resumed.modules()[name].up) for name, module in whole.modules().items())
+
+
+def test_a_sampler_that_raises_also_leaves_a_state(bases, caches, tmp_path):
+    def sampler(denoiser, encoders):
+        raise KeyboardInterrupt
+
+    state = tmp_path / "run.state.safetensors"
+    config = replace(PLAIN, steps=4, sample_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        train_lora(
+            person_only(caches["sd15"]), bases["sd15"], config, device=CPU, state_path=state, sampler=sampler,
+            on_sample=lambda step, images: None,
+        )  # fmt: skip
+    assert SafetensorsFile.open(state).metadata["step"] == "1"
+
+
+def test_samples_are_made_without_dropout_and_training_goes_on_with_it(bases, caches):
+    run = Run(person_only(caches["sd15"]), bases["sd15"], replace(PLAIN, dropout=0.3), CPU)
+    modes = []
+
+    def sampler(denoiser, encoders):
+        modes.append(any(module.training for module in denoiser.modules()))
+        return []
+
+    run.sample(sampler)
+    assert modes == [False]
+    assert all(layer.training for layer in run.adapter.layers.values())
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_photo_and_learning_rate(bases, caches, tmp_path):
+    cache = person_only(caches["sd15"])
+    broken = replace(cache.images[0], mean=torch.full((4, 16, 16), math.nan))
+    state = tmp_path / "run.state.safetensors"
+    with pytest.raises(TrainingDiverged, match=r"NaN or infinite in step 1 on a\.png at learning rate 0\.0001; lower"):
+        train_lora(replace(cache, images=(broken,)), bases["sd15"], PLAIN, device=CPU, state_path=state)
+    assert not state.exists()
+
+
+def test_an_adapter_that_is_not_finite_is_never_saved(bases, caches):
+    run = Run(person_only(caches["sd15"]), bases["sd15"], PLAIN, CPU)
+    run.train_step()
+    next(iter(run.parameters.values())).data[0, 0] = math.inf
+    with pytest.raises(TrainingDiverged, match="step 1 on"):
+        run.check_finite()
+
+
+def test_numbered_loras_and_samples_come_when_they_are_asked_for(bases, caches):
+    saved, sampled = [], []
+    config = replace(PLAIN, steps=6, save_every=2, sample_every=3, thumbnail=True)
+    lora = train_lora(
+        person_only(caches["sd15"]), bases["sd15"], config, device=CPU,
+        sampler=lambda denoiser, encoders: [Image.new("RGB", (512, 640), "red")],
+        on_save=lambda step, lora: saved.append((step, lora.metadata["ss_steps"])),
+        on_sample=lambda step, images: sampled.append((step, images[0].size)),
+    )  # fmt: skip
+    assert saved == [(2, "2"), (4, "4")]
+    assert sampled == [(3, (512, 640)), (6, (512, 640))]
+    assert lora.metadata["modelspec.thumbnail"].startswith("data:image/jpeg;base64,")
+
+
+def test_the_trigger_stands_where_each_reader_looks(bases, caches):
+    config = replace(PLAIN, steps=1, trigger_word="ohwx", class_word="woman")
+    metadata = train_lora(caches["sd15"], bases["sd15"], config, device=CPU).metadata
+    assert metadata["modelspec.trigger_phrase"] == "ohwx woman"
+    assert "ohwx woman" in json.loads(metadata["ss_tag_frequency"])["1_ohwx woman"]
+    assert json.loads(metadata["ss_datasets"])[0]["subsets"][0]["class_tokens"] == "ohwx woman"
+    assert json.loads(metadata["ss_reg_dataset_dirs"]) == {"1_woman": {"n_repeats": 1, "img_count": 2}}
+
+
+def test_the_metadata_name_the_precision_that_was_used(bases, caches):
+    for precision, name in (("auto", "no"), ("bf16", "bf16")):
+        config = replace(PLAIN, steps=1, precision=precision)
+        lora = train_lora(person_only(caches["sd15"]), bases["sd15"], config, device=CPU)
+        assert lora.metadata["ss_mixed_precision"] == name
+
+
+def test_no_name_of_a_photo_goes_into_the_file(bases, caches):
+    cache = person_only(caches["sd15"])
+    named = replace(cache, images=tuple(replace(image, name="anna_secret.jpg") for image in cache.images))
+    lora = train_lora(named, bases["sd15"], replace(PLAIN, steps=1), device=CPU)
+    assert "anna_secret" not in json.dumps(lora.metadata)
+    assert all(isinstance(value, str) for value in lora.metadata.values())
+
+
+def test_rslora_is_written_as_the_alpha_that_means_the_same(bases, caches, tmp_path):
+    config = replace(PLAIN, steps=1, rank=4, alpha=4.0, rslora=True)
+    lora = train_lora(person_only(caches["sd15"]), bases["sd15"], config, device=CPU)
+    lora.save(tmp_path / "rs.safetensors", torch.float32)
+    # alpha / sqrt(rank) = 2 = alpha' / rank with alpha' = 8
+    assert {module.alpha for module in LoraFile.read(tmp_path / "rs.safetensors").modules().values()} == {8.0}
