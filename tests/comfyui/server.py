@@ -1,5 +1,6 @@
 """A real ComfyUI server for tests: started on a free port with a folder of its own, spoken to through its HTTP API."""
 
+import io
 import json
 import os
 import signal
@@ -14,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from .setup_comfyui import COMFYUI, PYTHON
 
@@ -115,9 +118,14 @@ class ComfyServer:
         cached = frozenset(messages.get("execution_cached", {}).get("nodes", ()))
         return Result(status, entry["outputs"], cached, error, seconds, self.log(mark))
 
-    def picture(self, image: Mapping[str, str]) -> bytes:
-        """The file of an entry of a node's `images`."""
-        return self.read(f"/view?filename={image['filename']}&subfolder={image['subfolder']}&type={image['type']}")
+    def picture(self, image: Mapping[str, str]) -> Image.Image:
+        """The picture of an entry of a node's `images`. (Its file also holds the graph, so files always differ.)"""
+        address = f"/view?filename={image['filename']}&subfolder={image['subfolder']}&type={image['type']}"
+        return Image.open(io.BytesIO(self.read(address))).convert("RGB")
+
+    def drawn(self, result: Result, node: str = "picture") -> Image.Image:
+        """The first picture that a node showed."""
+        return self.picture(result.outputs[node]["images"][0])
 
     def kill(self) -> None:
         """As if the machine lost power."""

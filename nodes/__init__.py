@@ -1,0 +1,32 @@
+"""The nodes: each reads its inputs, calls `core`, and hands on the result."""
+
+# ComfyUI's modules are there when ComfyUI imports this.
+# pyright: reportMissingImports=false
+
+from comfy_api.latest import ComfyExtension
+
+from . import panel
+from .apply import ApplyLora
+from .helpers import ContactSheet, InspectLora, LikenessScore, SaveLora
+from .photos import LoadFacePhotos
+from .style_pack import HeadshotStylePack
+from .train import TrainFaceLora
+
+NODES = [
+    LoadFacePhotos,
+    TrainFaceLora,
+    ApplyLora,
+    HeadshotStylePack,
+    SaveLora,
+    InspectLora,
+    LikenessScore,
+    ContactSheet,
+]
+
+
+class FaceLoraExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        panel.add_routes()
+
+    async def get_node_list(self) -> list[type]:
+        return list(NODES)

@@ -1,0 +1,179 @@
+"""Save LoRA, Inspect LoRA, Likeness Score and Contact Sheet."""
+
+# pyright: reportMissingImports=false
+
+import json
+from pathlib import Path
+
+import folder_paths
+import numpy as np
+from comfy_api.latest import io, ui
+
+from ..core.errors import BadPhoto
+from ..core.faces import embed_images, likeness, load_faces
+from ..core.generate import contact_sheet
+from ..core.lora_inspect import format_inspection, inspect_lora
+from ..core.lora_tools import convert_lora
+from ..core.photos_to_lora import SAVE_DTYPES
+from .convert import FacePhotos, LoraModel, image_tensor, lora_file, photos_of, pictures
+from .panel import show_text
+
+
+class SaveLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FaceLoRASave",
+            display_name="Save LoRA",
+            category="FaceLoRA",
+            description="Writes a LoRA with its metadata and hashes into ComfyUI's output/loras folder, in the naming "
+            "scheme that its readers want.",
+            search_aliases=["export lora", "convert lora"],
+            is_output_node=True,
+            inputs=[
+                LoraModel.Input("lora", tooltip="A LoRA from Train Face LoRA or from a loader."),
+                io.String.Input("name", default="lora", tooltip="Name of the file; a number is added to it."),
+                io.Combo.Input(
+                    "scheme",
+                    options=["kohya", "diffusers", "comfy"],
+                    tooltip="kohya: read by everything; diffusers: for its pipelines; comfy: the original model's names.",
+                ),
+                io.Combo.Input(
+                    "precision", options=list(SAVE_DTYPES), tooltip="fp16 is what is usually shared.", advanced=True
+                ),
+            ],
+            outputs=[io.String.Output(display_name="lora_name", tooltip="Its name in loaders' lists.")],
+        )
+
+    @classmethod
+    def execute(cls, lora, name, scheme, precision) -> io.NodeOutput:
+        converted, _ = convert_lora(lora_file(lora), scheme)
+        folder, stem, counter, subfolder, _ = folder_paths.get_save_image_path(
+            f"loras/{name}", folder_paths.get_output_directory()
+        )
+        path = Path(folder) / f"{stem}_{counter:05}_.safetensors"
+        converted.save(path, SAVE_DTYPES[precision])
+        relative = (Path(subfolder).relative_to("loras") / path.name).as_posix()
+        return io.NodeOutput(relative, ui=ui.PreviewText(relative))
+
+
+class InspectLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FaceLoRAInspect",
+            display_name="Inspect LoRA",
+            category="FaceLoRA",
+            description="What is in a LoRA file: family, rank, trigger words, training settings, hashes, and what "
+            "ComfyUI would not load.",
+            search_aliases=["lora info", "lora metadata"],
+            is_output_node=True,
+            inputs=[
+                io.Combo.Input(
+                    "lora_name",
+                    options=folder_paths.get_filename_list("loras"),
+                    tooltip="A file of the loras folders.",
+                )
+            ],
+            outputs=[
+                io.String.Output(display_name="report", tooltip="As lines of text."),
+                io.String.Output(display_name="json", tooltip="The same for programs."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str) -> str:
+        state = Path(folder_paths.get_full_path_or_raise("loras", lora_name)).stat()
+        return f"{state.st_size} {state.st_mtime_ns}"
+
+    @classmethod
+    def execute(cls, lora_name) -> io.NodeOutput:
+        found = inspect_lora(folder_paths.get_full_path_or_raise("loras", lora_name))
+        report = format_inspection(found)
+        show_text(cls, report)
+        return io.NodeOutput(report, json.dumps(found, indent=1), ui=ui.PreviewText(report))
+
+
+class LikenessScore(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FaceLoRALikeness",
+            display_name="Likeness Score",
+            category="FaceLoRA",
+            description="How much the faces in pictures are those of the person in the reference photos, by a "
+            "face-recognition network, and the pictures sorted by it.",
+            search_aliases=["face similarity", "face score", "rank images"],
+            is_input_list=True,
+            is_output_node=True,
+            inputs=[
+                io.Image.Input("images", tooltip="The pictures to judge."),
+                io.MultiType.Input(
+                    "reference",
+                    [FacePhotos, io.Image],
+                    tooltip="Photos of the person, best such as were not trained on.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="images", is_output_list=True, tooltip="The pictures, most alike first."),
+                io.Float.Output(
+                    display_name="scores",
+                    is_output_list=True,
+                    tooltip="Cosine to the mean of the reference faces, in the same order: the same person mostly above "
+                    "0.55, someone else mostly below 0.40; -1 where no face was found.",
+                ),
+                io.Image.Output(display_name="sheet", tooltip="The pictures in that order with their scores."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, images, reference) -> io.NodeOutput:
+        network = load_faces()
+        judged = [image for batch in images for image in pictures(batch)]
+        known = embed_images(network, [photo.image(shorter_side=640) for photo in photos_of(reference)])
+        known = known[~np.isnan(known).any(axis=1)]
+        if not len(known):
+            raise BadPhoto("no face was found in the reference photos")
+        mean = known.mean(axis=0, keepdims=True)
+        found = likeness(embed_images(network, judged), mean / np.linalg.norm(mean))[:, 0]
+        scores = np.nan_to_num(found, nan=-1.0).round(4).tolist()
+        order = sorted(range(len(scores)), key=lambda index: -scores[index])
+        labels = [f"{scores[index]:.2f}" if scores[index] > -1 else "no face" for index in order]
+        sheet = contact_sheet([("likeness", [judged[index] for index in order])], tile=256, labels=[labels])
+        return io.NodeOutput(
+            [image_tensor(judged[index]) for index in order],
+            [scores[index] for index in order],
+            image_tensor(sheet),
+            ui=ui.PreviewImage(image_tensor(sheet), cls=cls),
+        )
+
+
+class ContactSheet(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FaceLoRAContactSheet",
+            display_name="Contact Sheet",
+            category="FaceLoRA",
+            description="Pictures side by side on one sheet, with a label below each.",
+            search_aliases=["grid", "image grid", "collage"],
+            is_input_list=True,
+            inputs=[
+                io.Image.Input("images", tooltip="Pictures of any sizes."),
+                io.Int.Input("columns", default=4, min=1, max=50, tooltip="Pictures in a row."),
+                io.Int.Input("height", default=256, min=32, max=2048, tooltip="Height of each, in pixels."),
+                io.String.Input("title", default="", tooltip="Stands above the sheet."),
+                io.String.Input("labels", optional=True, force_input=True, tooltip="A label for each picture."),
+            ],
+            outputs=[io.Image.Output(display_name="sheet", tooltip="The sheet.")],
+        )
+
+    @classmethod
+    def execute(cls, images, columns, height, title, labels=None) -> io.NodeOutput:
+        shown = [image for batch in images for image in pictures(batch)]
+        texts = [str(label) for label in labels or ()]
+        rows = [("", shown[start : start + columns[0]]) for start in range(0, len(shown), columns[0])]
+        split = [texts[start : start + columns[0]] for start in range(0, len(shown), columns[0])]
+        sheet = contact_sheet(rows, tile=height[0], labels=split if texts else None, title=title[0])
+        return io.NodeOutput(image_tensor(sheet))

@@ -1,0 +1,129 @@
+"""Headshot Style Pack."""
+
+# pyright: reportMissingImports=false
+
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..core.errors import BadConfig, BadStylePack
+from ..core.style_pack import FAMILY_DEFAULTS, FoundPacks, Subject, find_style_packs
+from .convert import style_family
+
+FROM_MODEL = "that of the model"
+
+
+def user_folder() -> Path:
+    """Where users put their own packs: style_packs in ComfyUI's models folder."""
+    return Path(folder_paths.models_dir) / "style_packs"
+
+
+def find_packs() -> FoundPacks:
+    folder = user_folder()
+    return find_style_packs([folder] if folder.is_dir() else [])
+
+
+class HeadshotStylePack(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        packs = find_packs().packs
+        styles = "\n".join(f"{name}: {', '.join(pack.names)}" for name, pack in packs.items())
+        return io.Schema(
+            node_id="FaceLoRAStylePack",
+            display_name="Headshot Style Pack",
+            category="FaceLoRA",
+            description="Prompts, negative prompts, seeds and sizes for a whole batch of headshots, as lists: wired to "
+            f"CLIP Text Encode, Empty Latent Image and KSampler, each picture is drawn in turn.\n\n{styles}",
+            search_aliases=["style", "prompt styler", "headshots", "prompts"],
+            inputs=[
+                io.Combo.Input(
+                    "pack",
+                    options=list(packs),
+                    tooltip="A pack of styles. Your own packs go into models/style_packs and replace those of the same id.",
+                ),
+                io.String.Input(
+                    "styles",
+                    default="",
+                    placeholder="all styles of the pack",
+                    tooltip="Names of styles of the pack, with commas between; empty: all of them. "
+                    "The node's description lists them.",
+                ),
+                io.String.Input(
+                    "subject",
+                    default="sks person",
+                    tooltip="Who is in the pictures: the LoRA's trigger phrase, as Apply LoRA gives it.",
+                ),
+                io.Int.Input(
+                    "count", default=8, min=1, max=1000, tooltip="Number of pictures, spread evenly over the styles."
+                ),
+                io.Int.Input(
+                    "first_seed",
+                    default=1, min=0, max=2**64 - 1,
+                    tooltip="Seed of the first picture; the next ones count up. Also decides which variations are drawn.",
+                ),
+                io.Combo.Input(
+                    "family",
+                    options=[FROM_MODEL, *FAMILY_DEFAULTS],
+                    tooltip="Kind of model that reads the prompts: tags for SD1.5 and SDXL, sentences for later ones.",
+                ),
+                io.Int.Input(
+                    "resolution",
+                    default=0, min=0, max=4096, step=8, advanced=True,
+                    tooltip="Side of the square with a picture's area, in pixels; 0: what the family was trained at.",
+                ),
+                io.Model.Input("model", optional=True, tooltip="Tells the family when it is not chosen."),
+            ],
+            outputs=[
+                io.String.Output(display_name="prompts", is_output_list=True, tooltip="To CLIP Text Encode."),
+                io.String.Output(display_name="negatives", is_output_list=True, tooltip="To another CLIP Text Encode."),
+                io.Int.Output(display_name="seeds", is_output_list=True, tooltip="To KSampler's seed."),
+                io.Int.Output(display_name="widths", is_output_list=True, tooltip="To Empty Latent Image, in pixels."),
+                io.Int.Output(display_name="heights", is_output_list=True, tooltip="To Empty Latent Image, in pixels."),
+                io.Float.Output(display_name="guidance", is_output_list=True, tooltip="To KSampler's cfg."),
+                io.Int.Output(display_name="steps", is_output_list=True, tooltip="To KSampler's steps."),
+                io.String.Output(display_name="names", is_output_list=True, tooltip="Name of each picture's style."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, pack: str, **_: object) -> str:
+        """Packs are read anew on each run, so a changed file counts."""
+        return repr(find_packs().packs.get(pack))
+
+    @classmethod
+    def validate_inputs(cls, pack: str | None = None, styles: str | None = None) -> bool | str:
+        if pack is None or styles is None:  # wired: only known when it runs
+            return True
+        try:
+            chosen = find_packs().pick(pack)
+            for name in _names(styles):
+                chosen.style(name)
+        except BadStylePack as problem:
+            return str(problem)
+        return True
+
+    @classmethod
+    def execute(cls, pack, styles, subject, count, first_seed, family, resolution, model=None) -> io.NodeOutput:
+        if family == FROM_MODEL:
+            if model is None:
+                raise BadConfig("family: connect a model, or choose a family")
+            family = style_family(model)
+        prompts = find_packs().pick(pack).prompts(
+            Subject(subject.strip(), class_word=""), family, count, first_seed,
+            styles=_names(styles) or None, resolution=resolution or None,
+        )  # fmt: skip
+        return io.NodeOutput(
+            [item.prompt for item in prompts],
+            [item.negative for item in prompts],
+            [item.seed for item in prompts],
+            [item.width for item in prompts],
+            [item.height for item in prompts],
+            [item.guidance for item in prompts],
+            [item.steps for item in prompts],
+            [item.style for item in prompts],
+        )
+
+
+def _names(styles: str) -> list[str]:
+    return [name.strip() for name in styles.split(",") if name.strip()]

@@ -1,0 +1,43 @@
+"""Graphs in ComfyUI's API format, as small as the random models allow."""
+
+from typing import Any
+
+Node = dict[str, Any]
+
+
+def node(class_type: str, **inputs: Any) -> Node:
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def training(checkpoint: str = "sd15.safetensors", folder: str = "anna", **changes: Any) -> dict[str, Node]:
+    """Photos -> Train Face LoRA: node "train", on the checkpoint in node "base"."""
+    settings = {
+        "name": "anna", "trigger_word": "sks", "class_word": "person", "recipe": "fast", "samples": 0, "steps": 2, "rank": 4,
+        "learning_rate": 0.01, "resolution": 64, "training_seed": 1, "sample_prompts": "", "settings": "",
+    }  # fmt: skip
+    return {
+        "base": node("CheckpointLoaderSimple", ckpt_name=checkpoint),
+        "photos": node("FaceLoRALoadPhotos", folder=folder, check=False, strict=False),
+        "train": node(
+            "FaceLoRATrain",
+            model=["base", 0], clip=["base", 1], vae=["base", 2], photos=["photos", 0], **(settings | changes),
+        ),
+    }  # fmt: skip
+
+
+def drawing(
+    model: list, clip: list, vae: list, prompt: Any = "a photo of sks person", seed: Any = 1
+) -> dict[str, Node]:
+    """A picture of 64 x 64 pixels in two steps: node "picture"."""
+    return {
+        "positive": node("CLIPTextEncode", clip=clip, text=prompt),
+        "negative": node("CLIPTextEncode", clip=clip, text=""),
+        "empty": node("EmptyLatentImage", width=64, height=64, batch_size=1),
+        "sampler": node(
+            "KSampler",
+            model=model, positive=["positive", 0], negative=["negative", 0], latent_image=["empty", 0], seed=seed,
+            steps=2, cfg=1.0, sampler_name="euler", scheduler="normal", denoise=1.0,
+        ),
+        "decoded": node("VAEDecode", samples=["sampler", 0], vae=vae),
+        "picture": node("PreviewImage", images=["decoded", 0]),
+    }  # fmt: skip

@@ -1,0 +1,129 @@
+"""Run by test_lora_readers.py in a process of its own, with ComfyUI on its path: what does ComfyUI make of LoRA files?
+
+Arguments: pairs of family and file. Prints one JSON line for each: how many weights are patched, which keys are reported
+as not loaded, and for each patched weight its change times a fixed vector.
+"""
+
+# pyright: reportMissingImports=false
+import json
+import logging
+import sys
+
+import comfy.cli_args
+
+comfy.cli_args.args.cpu = True
+
+import comfy.lora  # noqa: E402
+import comfy.lora_convert  # noqa: E402
+import comfy.sd1_clip  # noqa: E402
+import comfy.sdxl_clip  # noqa: E402
+import comfy.supported_models as supported  # noqa: E402
+import comfy.text_encoders.sd2_clip  # noqa: E402
+import safetensors.torch  # noqa: E402
+import torch  # noqa: E402
+
+UNET = {"image_size": 32, "in_channels": 4, "out_channels": 4, "num_res_blocks": [2, 2, 2, 2], "dtype": torch.float32,
+        "use_spatial_transformer": True, "legacy": False, "use_temporal_attention": False, "transformer_depth_middle": 1,
+        "channel_mult": [1, 2, 4, 4], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+        "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "model_channels": 320,
+        "adm_in_channels": None}  # fmt: skip
+FLUX = {"axes_dim": [16, 56, 56], "num_heads": 24, "mlp_ratio": 4.0, "theta": 10000, "out_channels": 16,
+        "qkv_bias": True, "txt_ids_dims": [], "patch_size": 2, "in_channels": 16, "hidden_size": 3072,
+        "context_in_dim": 4096, "vec_in_dim": 768, "depth": 2, "depth_single_blocks": 2, "guidance_embed": True,
+        "yak_mlp": False, "txt_norm": False}  # fmt: skip
+LUMINA = {"image_model": "lumina2", "patch_size": 2, "in_channels": 16, "n_layers": 2, "qk_norm": True}
+# As ComfyUI's model_detection reads them off the published checkpoints, with fewer layers.
+MODELS = {
+    "sd15": (supported.SD15, {**UNET, "context_dim": 768, "use_linear_in_transformer": False, "num_heads": 8}),
+    "sd2": (supported.SD20, {**UNET, "context_dim": 1024, "use_linear_in_transformer": True, "num_head_channels": 64}),
+    "sdxl": (
+        supported.SDXL,
+        {**UNET, "context_dim": 2048, "use_linear_in_transformer": True, "num_head_channels": 64,
+         "channel_mult": [1, 2, 4], "num_res_blocks": [2, 2, 2], "transformer_depth": [0, 0, 2, 2, 10, 10],
+         "transformer_depth_middle": 10, "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+         "adm_in_channels": 2816, "num_classes": "sequential"},
+    ),
+    "sd3": (
+        supported.SD3,
+        {"in_channels": 16, "patch_size": 2, "out_channels": 16, "depth": 24, "input_size": None,
+         "adm_in_channels": 2048, "num_patches": 147456, "pos_embed_max_size": 384, "qk_norm": "rms",
+         "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 1536}},
+         "pos_embed_scaling_factor": None, "x_block_self_attn_layers": list(range(13))},
+    ),
+    "flux1": (supported.Flux, {**FLUX, "image_model": "flux"}),
+    "chroma": (
+        supported.Chroma,
+        {"image_model": "chroma", "in_channels": 64, "out_channels": 64, "in_dim": 64, "out_dim": 3072,
+         "hidden_dim": 5120, "n_layers": 5, **{key: FLUX[key] for key in (
+             "axes_dim", "num_heads", "mlp_ratio", "theta", "qkv_bias", "txt_ids_dims", "patch_size", "hidden_size",
+             "context_in_dim", "vec_in_dim", "depth", "depth_single_blocks")}},
+    ),
+    "flux2": (
+        supported.Flux2,
+        {**FLUX, "image_model": "flux2", "axes_dim": [32, 32, 32, 32], "num_heads": 48, "mlp_ratio": 3.0, "theta": 2000,
+         "out_channels": 128, "global_modulation": True, "mlp_silu_act": True, "qkv_bias": False, "ops_bias": False,
+         "txt_ids_dims": [3], "patch_size": 1, "in_channels": 128, "hidden_size": 6144, "context_in_dim": 15360,
+         "vec_in_dim": None},
+    ),
+    "lumina2": (
+        supported.Lumina2,
+        {**LUMINA, "dim": 2304, "cap_feat_dim": 2304, "n_heads": 24, "n_kv_heads": 8, "axes_dims": [32, 32, 32],
+         "axes_lens": [300, 512, 512], "rope_theta": 10000.0, "ffn_dim_multiplier": 4.0},
+    ),
+    "zimage": (
+        supported.ZImage,
+        {**LUMINA, "dim": 3840, "cap_feat_dim": 2560, "n_heads": 30, "n_kv_heads": 30, "axes_dims": [32, 48, 48],
+         "axes_lens": [1536, 512, 512], "rope_theta": 256.0, "ffn_dim_multiplier": 8.0 / 3.0,
+         "z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32},
+    ),
+    "qwen-image": (supported.QwenImage, {"image_model": "qwen_image", "in_channels": 64, "num_layers": 2}),
+}  # fmt: skip
+TEXT_ENCODERS = {
+    "sd15": comfy.sd1_clip.SD1ClipModel,
+    "sd2": comfy.text_encoders.sd2_clip.SD2ClipModel,
+    "sdxl": comfy.sdxl_clip.SDXLClipModel,
+}
+
+
+class Warnings(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.messages = []
+
+    def emit(self, record):
+        self.messages.append(record.getMessage())
+
+
+def probe(inputs: int) -> torch.Tensor:
+    return torch.randn(inputs, generator=torch.Generator().manual_seed(inputs))
+
+
+def report(family: str, path: str) -> dict:
+    cls, config = MODELS[family]
+    model = cls(dict(config)).get_model({}, "", device=torch.device("meta"))
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    key_map = comfy.lora.model_lora_keys_unet(model, {})
+    if family in TEXT_ENCODERS:
+        clip = TEXT_ENCODERS[family](device="meta", dtype=torch.float32)
+        shapes |= {name: tensor.shape for name, tensor in clip.state_dict().items()}
+        key_map = comfy.lora.model_lora_keys_clip(clip, key_map)
+    warnings = Warnings()
+    logging.getLogger().addHandler(warnings)
+    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(safetensors.torch.load_file(path)), key_map)
+    changes = {}
+    for target, patch in patches.items():
+        name, offset, function = target, None, None
+        if not isinstance(target, str):
+            name, offset, function = target[0], target[1], target[2] if len(target) > 2 else None
+        weight = torch.zeros(shapes[name])
+        # Like ModelPatcher.add_patches and comfy.lora.calculate_weight.
+        weight = comfy.lora.calculate_weight([(1.0, patch, 1.0, offset, function)], weight, name)
+        matrix = weight.flatten(1)
+        change = matrix @ probe(matrix.shape[1])
+        changes[name] = (torch.tensor(changes[name]) + change).tolist() if name in changes else change.tolist()
+    logging.getLogger().removeHandler(warnings)
+    return {"weights": len(changes), "not_loaded": warnings.messages, "changes": changes}
+
+
+for family, path in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+    print("RESULT " + json.dumps(report(family, path)), flush=True)
