@@ -13,6 +13,7 @@ from core.lora_file import LoraFile, LoraModule
 from core.lora_keys import FAMILIES
 from core.lora_tools import (
     convert_lora,
+    extract_lora,
     merge_into_checkpoint,
     merge_loras,
     resize_lora,
@@ -336,3 +337,37 @@ def test_a_lora_without_a_place_in_the_checkpoint_is_refused(tmp_path):
     with pytest.raises(LoraMisfit, match="have no place in the checkpoint"):
         merge_into_checkpoint(tmp_path / "base", [(lora, 1.0)], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_the_difference_of_two_checkpoints_is_extracted_and_only_that(small_sdxl, tmp_path):
+    base = SafetensorsFile.open(small_sdxl)
+    names = {
+        "model.diffusion_model.middle_block.1.proj_in.weight": ("denoiser", "mid_block.attentions.0.proj_in"),
+        "conditioner.embedders.1.model.transformer.resblocks.0.mlp.c_fc.weight": (
+            "text_encoder_2",
+            "text_model.encoder.layers.0.mlp.fc1",
+        ),
+    }
+    tuned = dict(base)
+    changes = {}
+    for name, module_id in names.items():
+        rows, columns = base.shapes[name]
+        changes[module_id] = torch.randn(rows, 2) @ torch.randn(2, columns)
+        tuned[name] = base[name] + changes[module_id]
+    save_safetensors(tmp_path / "tuned", tuned)
+    lora, error = extract_lora(small_sdxl, tmp_path / "tuned", rank=2)
+    assert error < 1e-2 and lora.metadata["ss_base_model_version"] == "sdxl_base_v1-0"
+    modules = lora.modules()
+    assert set(modules) == set(changes)
+    for module_id, change in changes.items():
+        assert torch.allclose(modules[module_id].delta(), change, atol=1e-2)
+
+
+def test_checkpoints_of_two_families_have_no_difference(small_sd15, small_sdxl):
+    with pytest.raises(LoraMisfit, match="no LoRA between them"):
+        extract_lora(small_sd15, small_sdxl, rank=2)
+
+
+def test_equal_checkpoints_leave_nothing_to_extract(small_sd15):
+    with pytest.raises(LoraMisfit, match="the same weights"):
+        extract_lora(small_sd15, small_sd15, rank=2)

@@ -23,6 +23,11 @@ _COMFYUI = {
     "qwen-image": _TRANSFORMER | {("bare", "diffusers"), ("kohya", "diffusers"), ("comfy", "diffusers")},
 }
 """Family -> (scheme, whose paths) of the denoiser's names that ComfyUI loads."""
+_UNKNOWN_DIFFUSERS_PATHS = {
+    "chroma": ("distilled_guidance_layer.",),
+    "flux2": ("double_stream_modulation_", "single_stream_modulation.", "time_guidance_embed."),
+}
+"""Family -> starts of paths that are missing in ComfyUI's table of diffusers' names."""
 
 
 def not_loaded_by_comfyui(family: FamilyKeys, module_name: str) -> str | None:
@@ -34,9 +39,12 @@ def not_loaded_by_comfyui(family: FamilyKeys, module_name: str) -> str | None:
             return None
         return "text encoder names without text_model"
     original = family.of_original(named.path) is not None
+    if not original and named.path.startswith(_UNKNOWN_DIFFUSERS_PATHS.get(family.name, "?")):
+        return "a path that ComfyUI knows in the original model's names only"
     if (named.scheme, "original" if original else "diffusers") in _COMFYUI[family.name]:
         return None
-    # diffusers' names of attention processors are the only names of its own that ComfyUI knows of a UNet.
-    if named.scheme in ("diffusers", "bare") and ".processor." in module_name and _COMFYUI[family.name] is _UNET:
+    # Of diffusers' UNet names it knows all but attentions, which it expects as once hung on their processors.
+    is_unet_of_diffusers = _COMFYUI[family.name] is _UNET and not original and named.scheme in ("diffusers", "bare")
+    if is_unet_of_diffusers and (".processor." in module_name or ".to_" not in named.path):
         return None
     return f"{named.scheme} names of {'the original model' if original else 'diffusers'}"
