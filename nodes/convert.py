@@ -11,7 +11,6 @@ from typing import Any
 import comfy.lora
 import comfy.model_sampling
 import comfy.supported_models
-import comfy.utils
 import numpy as np
 import torch
 from comfy.quant_ops import QuantizedTensor
@@ -201,17 +200,11 @@ def loadable(lora: LoraFile, model: Any, clip: Any | None) -> dict[str, Tensor]:
         entries = [entry for entry in candidate.entries if clip is not None or entry.part == "denoiser"]
         misfits = {key: "is not understood" for key in candidate.unknown_keys}
         for entry in entries:
-            if entry.name in places:
-                shape = shape_of(places[entry.name])
-            elif entry.name in text_places:
-                shape = _place_shape(clip.cond_stage_model, text_places[entry.name])
-            else:
+            if entry.name not in shapes:
                 misfits[entry.name] = "has no place"
-                continue
-            if not _same_size(entry, shape):
-                misfits[entry.name] = (
-                    f"changes a weight of shape {list(entry.weight_shape or ())}, it has {list(shape)}"
-                )
+            elif not _same_size(entry, shapes[entry.name]):
+                sizes = f"{list(entry.weight_shape or ())}, it has {list(shapes[entry.name])}"
+                misfits[entry.name] = f"changes a weight of shape {sizes}"
         if not misfits:
             return {key: candidate.tensors[key] for entry in entries for key in entry.keys.values()}
         problems.append(misfits)
@@ -237,10 +230,13 @@ def _place_shapes(network: Any, places: Mapping[str, Any]) -> dict[str, tuple[in
 
     The map's values are a weight's name, or (name, (dimension, start, length)) for a part of a weight.
     """
+    weights = network.state_dict()
     shapes = {}
     for name, place in places.items():
         weight, part = (place, None) if isinstance(place, str) else place[:2]
-        shape = list(comfy.utils.get_attr(network, weight).shape)
+        if weight not in weights:  # the map is made for the usual depth
+            continue
+        shape = list(weights[weight].shape)
         if part is not None:
             shape[part[0]] = part[2]
         shapes[name] = tuple(shape)

@@ -139,8 +139,10 @@ class TrainFaceLora(io.ComfyNode):
         learning_rate=None, resolution=None, training_seed=None, sample_prompts=None, settings=None,
     ) -> bool | str:  # fmt: skip
         """Finds wrong settings before anything is loaded; a wired one is only known when the node runs."""
-        given: list[Any] = [name, trigger_word, class_word, recipe, samples, steps, rank, learning_rate, resolution, training_seed,
-                 sample_prompts, settings]  # fmt: skip
+        given: list[Any] = [
+            name, trigger_word, class_word, recipe, samples, steps, rank, learning_rate, resolution, training_seed,
+            sample_prompts, settings,
+        ]  # fmt: skip
         given = [value[0] if isinstance(value, list) else value for value in given]
         if any(value is None for value in given):
             return True

@@ -2,6 +2,7 @@
 
 import time
 
+import numpy as np
 import pytest
 import torch
 from PIL import ImageChops
@@ -190,5 +191,5 @@ def test_a_lora_in_a_naming_that_comfyui_skips_is_loaded_all_the_same(server, tr
     result = server.run(BASE | apply | drawing(["apply", 0], ["apply", 1], ["base", 2]))
     assert result.status == "success", result.error
     assert "not loaded" not in result.log
-    difference = ImageChops.difference(server.drawn(result), server.drawn(trained))
-    assert max(high for _, high in difference.getextrema()) <= 2  # fp16 rounds alpha / rank times the matrix anew
+    difference = np.asarray(ImageChops.difference(server.drawn(result), server.drawn(trained)))
+    assert difference.max() <= 2  # fp16 rounds alpha / rank times the matrix anew
