@@ -218,7 +218,7 @@ def test_recomputing_activations_gives_the_same_step(bases, caches, family):
     plain = started_run(cache, bases[family], replace(PLAIN, dropout=0.2, gradient_checkpointing="off"))
     saving = started_run(cache, bases[family], replace(PLAIN, dropout=0.2, gradient_checkpointing="on"))
     passes = []
-    saving.denoiser.get_submodule("up_blocks.0.resnets.0").register_forward_hook(lambda *_: passes.append(1))
+    saving.denoiser.get_submodule("up_blocks.0.resnets.0").register_forward_pre_hook(lambda *_: passes.append(1))
     plain.train_step()
     saving.train_step()
     assert len(passes) == 2

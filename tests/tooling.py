@@ -221,13 +221,11 @@ def diffusers_pipeline(base: Base, dtype: torch.dtype = torch.float32):
     for part, network in base.load_text_encoders(cpu, dtype).items():
         # Built by transformers itself, so that its module names are those of the installed version.
         text_config = CLIPTextConfig(**base.components[part].config)
-        theirs = (
-            (CLIPTextModelWithProjection if part == "text_encoder_2" else CLIPTextModel)(text_config).eval().to(dtype)
-        )
+        theirs = (CLIPTextModelWithProjection if part == "text_encoder_2" else CLIPTextModel)(text_config).eval()
         flat = not hasattr(theirs, "text_model")
         state = network.state_dict()
         theirs.load_state_dict({name.removeprefix("text_model.") if flat else name: state[name] for name in state})
-        encoders[part] = theirs
+        encoders[part] = theirs.to(dtype=dtype)  # pyright: ignore
     # The published SDXL pads its second tokenizer with "!", number 0.
     paddings = {"tokenizer": "<|endoftext|>"} | ({"tokenizer_2": "!"} if "text_encoder_2" in encoders else {})
     tokenizers = {
