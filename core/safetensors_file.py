@@ -153,19 +153,20 @@ class SafetensorsFile(Mapping[str, Tensor]):
 def _header_size(path: Path, start: bytes, file_size: int) -> int:
     if file_size == 0:
         raise BadFile(f"{path}: the file is empty")
-    if start[:2] == b"PK" or start[:1] == b"\x80" or start[:4] == b"\x93NUM":
+    size = struct.unpack("<Q", start)[0] if len(start) == 8 else None
+    if size is not None and size <= MAX_HEADER_BYTES and 8 + size <= file_size:
+        return size
+    # Only now: the length of a good header may have the same bytes as the start of a pickle.
+    if start[:2] == b"PK" or start[:1] == b"\x80":
         raise BadFile(
             f"{path}: this is a Python pickle (.pt, .ckpt, .bin) under whatever name, not a safetensors file; "
             "opening a pickle can run any program, so convert it to .safetensors first with a tool that you trust"
         )
-    if len(start) < 8:
+    if size is None:
         raise BadFile(f"{path}: truncated: {file_size} bytes, a safetensors file begins with 8 bytes of header length")
-    size = struct.unpack("<Q", start)[0]
     if size > MAX_HEADER_BYTES:
         raise BadFile(f"{path}: not a safetensors file: it claims a header of {size} bytes (limit {MAX_HEADER_BYTES})")
-    if 8 + size > file_size:
-        raise BadFile(f"{path}: truncated: the header needs {8 + size} bytes, the file has {file_size}")
-    return size
+    raise BadFile(f"{path}: truncated: the header needs {8 + size} bytes, the file has {file_size}")
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -59,6 +59,14 @@ def test_unaligned_tensors_are_read(tmp_path):
     assert torch.equal(SafetensorsFile.open(tmp_path / "a")["b"], values)
 
 
+@pytest.mark.parametrize("length", [0x80, 0x280, 0x4B50])
+def test_a_header_whose_length_looks_like_the_start_of_a_pickle_is_read(length, tmp_path):
+    # 0x80 begins a pickle, 0x80 0x02 one of torch.save, "PK" (0x50 0x4B) a zip.
+    header = b"{" + b" " * (length - 2) + b"}"
+    (tmp_path / "a").write_bytes(raw(header))
+    assert len(SafetensorsFile.open(tmp_path / "a")) == 0
+
+
 def test_writing_into_a_mapped_tensor_leaves_the_file_alone(tmp_path):
     save_safetensors(tmp_path / "a", {"x": torch.ones(4)})
     SafetensorsFile.open(tmp_path / "a")["x"].zero_()

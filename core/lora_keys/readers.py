@@ -24,7 +24,7 @@ _COMFYUI = {
 }
 """Family -> (scheme, whose paths) of the denoiser's names that ComfyUI loads."""
 _UNKNOWN_DIFFUSERS_PATHS = {
-    "chroma": ("distilled_guidance_layer.",),
+    "chroma": ("distilled_guidance_layer.layers.",),
     "flux2": ("double_stream_modulation_", "single_stream_modulation.", "time_guidance_embed."),
 }
 """Family -> starts of paths that are missing in ComfyUI's table of diffusers' names."""

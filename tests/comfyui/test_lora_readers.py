@@ -115,7 +115,8 @@ def loras_of(model: nn.Module, blocks_only: bool) -> dict[ModuleId, LoraModule]:
 
 
 def of_project(family: str, lora: LoraFile) -> Changes:
-    found = LoraFile.from_tensors(lora.tensors, {})
+    # Of the same widths as FLUX.1 are Chroma's blocks: there the metadata decide.
+    found = LoraFile.from_tensors(lora.tensors, {"ss_base_model_version": FAMILIES[family].base_versions[0]})
     assert found.family == family
     return {path: probed(m.down, m.up, m.scale) for (_, path), m in found.modules().items()}
 
