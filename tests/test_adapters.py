@@ -1,0 +1,138 @@
+"""Adapters on frozen networks: which modules, how they start, what is read out, and what does not fit."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from core import adapters
+from core.base import load_base
+from core.config import TrainConfig
+from core.errors import BadConfig, LoraMisfit
+from core.families import FAMILIES
+from core.lora_file import LoraFile
+
+CPU = torch.device("cpu")
+CONFIG = TrainConfig(rank=4, alpha=2.0)
+
+
+@pytest.fixture(scope="module")
+def base(small_sd15):
+    return load_base(small_sd15)
+
+
+def attach(base, config=CONFIG, parts=("denoiser",), continue_from=None):
+    networks = {part: base.load(part, CPU, torch.float32) for part in parts}
+    return adapters.attach(networks, base.family, config, continue_from)
+
+
+def inputs(base):
+    generator = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(1, 4, 8, 8, generator=generator),
+        torch.tensor([500]),
+        torch.randn(1, 77, 64, generator=generator),
+    )
+
+
+def predict(denoiser, base):
+    with torch.no_grad():
+        return denoiser(*inputs(base)).sample
+
+
+def test_a_new_adapter_changes_nothing(base):
+    plain = predict(base.load("denoiser", CPU, torch.float32), base)
+    adapter = attach(base, replace(CONFIG, targets="transformer+conv"))
+    assert torch.equal(predict(adapter.networks["denoiser"], base), plain)
+
+
+def test_down_is_drawn_kaiming_uniform_and_up_is_zero(base):
+    parameters = attach(base).parameters()
+    for name, value in parameters.items():
+        if name.endswith(".up"):
+            assert not value.any()
+        else:
+            # Kaiming uniform with a = sqrt 5 has the bound 1 / sqrt(fan in): what sd-scripts and peft draw.
+            bound = 1 / math.sqrt(value.shape[1:].numel())
+            assert 0.8 * bound < value.abs().max() <= bound
+
+
+def test_only_the_adapter_is_trained(base):
+    adapter = attach(base, parts=("denoiser", "text_encoder"))
+    trained = {id(p) for network in adapter.networks.values() for p in network.parameters() if p.requires_grad}
+    assert trained == {id(p) for p in adapter.parameters().values()}
+
+
+def test_disabled_means_the_frozen_network_and_afterwards_it_trains_again(base):
+    plain = predict(base.load("denoiser", CPU, torch.float32), base)
+    adapter = attach(base)
+    for parameter in adapter.parameters().values():
+        parameter.data.normal_()
+    adapted = predict(adapter.networks["denoiser"], base)
+    with adapter.disabled():
+        assert torch.equal(predict(adapter.networks["denoiser"], base), plain)
+    assert torch.equal(predict(adapter.networks["denoiser"], base), adapted)
+    assert all(parameter.requires_grad for parameter in adapter.parameters().values())
+
+
+def test_rank_and_alpha_follow_the_patterns_of_names(base):
+    config = replace(CONFIG, rank_pattern={r"attn1\.": 2, r"ff\.": 6}, alpha_pattern={r"ff\.net\.2": 3.0})
+    modules = attach(base, config).modules()
+    ranks = {path: (module.rank, module.alpha) for (_, path), module in modules.items()}
+    assert {value for path, value in ranks.items() if "attn1." in path} == {(2, 2.0)}
+    assert {value for path, value in ranks.items() if path.endswith("ff.net.2")} == {(6, 3.0)}
+    assert {value for path, value in ranks.items() if path.endswith("ff.net.0.proj")} == {(6, 2.0)}
+    assert {value for path, value in ranks.items() if "attn2." in path} == {(4, 2.0)}
+
+
+def test_without_an_alpha_it_is_each_modules_own_rank(base):
+    config = replace(CONFIG, alpha=None, rank_pattern={r"attn1\.": 2})
+    assert all(module.alpha == module.rank for module in attach(base, config).modules().values())
+
+
+def test_attention_targets_are_the_attentions_alone(base):
+    paths = {path for _, path in attach(base, replace(CONFIG, targets="attention")).layers}
+    assert paths and all(".attn1.to_" in path or ".attn2.to_" in path for path in paths)
+
+
+def test_a_rank_above_the_layers_is_refused_with_the_layer_and_the_limit(base):
+    with pytest.raises(BadConfig, match=r"rank 33 is larger than .* \(32 x \d+\) allows; use at most 32"):
+        attach(base, replace(CONFIG, rank=33))
+
+
+@pytest.mark.parametrize("targets", ["transformer", "transformer+conv"])
+def test_going_on_from_a_file_starts_with_its_weight_change_whatever_its_alpha(base, targets, tmp_path):
+    config = replace(CONFIG, targets=targets)
+    first = attach(base, config)
+    for parameter in first.parameters().values():
+        parameter.data.normal_(std=0.1)
+    LoraFile.from_modules("sd15", first.modules(), {}).save(tmp_path / "first.safetensors", torch.float32)
+    lora = LoraFile.read(tmp_path / "first.safetensors")
+    second = attach(base, replace(config, alpha=8.0), continue_from=lora)
+    torch.testing.assert_close(
+        predict(second.networks["denoiser"], base), predict(first.networks["denoiser"], base), rtol=1e-4, atol=1e-5
+    )
+    assert all(module.alpha == 8.0 for module in second.modules().values())
+
+
+def test_a_lora_of_another_rank_or_other_targets_to_go_on_from_is_refused(base):
+    lora = LoraFile.from_modules("sd15", attach(base).modules(), {})
+    with pytest.raises(LoraMisfit, match=r"has rank 4 at .*, these settings 8"):
+        attach(base, replace(CONFIG, rank=8), continue_from=lora)
+    with pytest.raises(LoraMisfit, match=r"they differ at .*choose the same targets"):
+        attach(base, replace(CONFIG, targets="attention"), continue_from=lora)
+
+
+def test_a_full_size_sdxl_is_adapted_in_seconds_with_patterns_for_every_module():
+    """peft compares each module with each pattern: one pattern for each of 722 modules took minutes."""
+    import time
+
+    from tests.tooling import FULL_SDXL
+
+    with torch.device("meta"):
+        denoiser = FAMILIES["sdxl"].build("denoiser", FULL_SDXL.unet)
+        started = time.process_time()
+        adapter = adapters.attach({"denoiser": denoiser}, FAMILIES["sdxl"], replace(CONFIG, rank_pattern={"attn": 8}))
+    assert time.process_time() - started < 20
+    assert len(adapter.layers) == 722  # as in sd-scripts (reference/kohya_sdxl.json)

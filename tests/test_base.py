@@ -1,0 +1,178 @@
+"""Base models from files, mappings and folders, and what they say of themselves."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from core.base import Base, load_base
+from core.errors import BadFile, UnknownFamily
+from core.families import FAMILIES
+from core.safetensors_file import SafetensorsFile
+from tests.tooling import SMALL_SD15, diffusers_pipeline, write_checkpoint
+
+CPU = torch.device("cpu")
+
+
+def weights(base: Base) -> dict[str, torch.Tensor]:
+    parts = ("denoiser", "vae", *base.family.text_encoders)
+    return {
+        f"{part}.{name}": tensor
+        for part in parts
+        for name, tensor in base.load(part, CPU, torch.float32).state_dict().items()
+    }
+
+
+def assert_same_weights(ours: Base, theirs: Base) -> None:
+    a, b = weights(ours), weights(theirs)
+    assert set(a) == set(b)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, small_sd15, small_sdxl) -> dict[str, Path]:
+    """What diffusers writes of the small bases, with its own save_pretrained."""
+    result = {}
+    for family, path in (("sd15", small_sd15), ("sdxl", small_sdxl)):
+        result[family] = tmp_path_factory.mktemp("folder") / family
+        diffusers_pipeline(load_base(path)).save_pretrained(result[family])
+    return result
+
+
+@pytest.fixture
+def folder(folders, tmp_path) -> Path:
+    return Path(shutil.copytree(folders["sd15"], tmp_path / "model"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mapping_of_tensors_is_the_same_base_as_the_file(small_sd15, small_sdxl, family):
+    base = load_base({"sd15": small_sd15, "sdxl": small_sdxl}[family])
+    assert isinstance(base.file, SafetensorsFile)
+    mapped = load_base(dict(base.file))
+    assert_same_weights(base, mapped)
+    assert base.fingerprint("denoiser") == mapped.fingerprint("denoiser")
+    assert mapped.sha256 is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_diffusers_folder_is_the_same_base_as_the_file(small_sd15, small_sdxl, folders, family):
+    base = load_base({"sd15": small_sd15, "sdxl": small_sdxl}[family])
+    from_folder = load_base(folders[family])
+    assert from_folder.family is base.family
+    assert from_folder.latent_scale == base.latent_scale
+    assert from_folder.size_multiple == base.size_multiple
+    assert_same_weights(base, from_folder)
+
+
+def test_a_folder_with_the_attention_names_of_old_diffusers_is_read(folder, small_sd15):
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for name, tensor in load_file(path).items():
+        for new, before in old.items():
+            name = name.replace(f".{new}.", f".{before}.") if ".attentions." in name else name
+        renamed[name] = tensor
+    assert any(".proj_attn." in name for name in renamed)
+    save_file(renamed, path)
+    assert_same_weights(load_base(folder), load_base(small_sd15))
+
+
+def test_of_a_folder_with_an_fp16_copy_the_full_weights_are_read_and_the_copy_when_it_is_alone(folder, small_sd15):
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    half = {name: tensor.half() for name, tensor in load_file(path).items()}
+    save_file(half, folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    assert load_base(folder).components["denoiser"].tensors["conv_in.weight"].dtype == torch.float32
+    path.unlink()
+    assert load_base(folder).components["denoiser"].tensors["conv_in.weight"].dtype == torch.float16
+
+
+def test_the_folders_scheduler_says_what_is_predicted(folder):
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text()) | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    path.write_text(json.dumps(config))
+    base = load_base(folder)
+    assert (base.prediction_type, base.zero_terminal_snr) == ("v_prediction", True)
+
+
+def test_folders_that_are_not_whole_or_not_supported_are_refused(folder):
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").rename(folder / "vae" / "diffusion_pytorch_model.bin")
+    with pytest.raises(BadFile, match=r"vae: no \.safetensors in it \(diffusion_pytorch_model\.bin\); pickled"):
+        load_base(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
+    with pytest.raises(UnknownFamily, match=r"model_index\.json says FluxPipeline; supported: StableDiffusionPipeline"):
+        load_base(folder)
+    (folder / "model_index.json").unlink()
+    with pytest.raises(BadFile, match=r"not a whole diffusers folder, model_index\.json is missing"):
+        load_base(folder)
+
+
+@pytest.mark.parametrize(
+    ("extra", "metadata", "options", "expected"),
+    [
+        ({}, {}, {}, ("epsilon", False)),
+        ({"v_pred": torch.zeros(0)}, {}, {}, ("v_prediction", False)),
+        ({"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, {}, {}, ("v_prediction", True)),
+        ({}, {"modelspec.prediction_type": "v"}, {}, ("v_prediction", False)),
+        ({}, {}, {"prediction_type": "v_prediction", "zero_terminal_snr": True}, ("v_prediction", True)),
+        ({"v_pred": torch.zeros(0)}, {}, {"prediction_type": "epsilon"}, ("epsilon", False)),
+    ],
+)
+def test_markers_metadata_and_options_say_what_is_predicted(tmp_path, extra, metadata, options, expected):
+    path = write_checkpoint(tmp_path / "base.safetensors", SMALL_SD15, extra=extra, metadata=metadata)
+    base = load_base(path, **options)
+    assert (base.prediction_type, base.zero_terminal_snr) == expected
+
+
+def test_the_resolution_of_the_metadata_is_believed_when_it_makes_sense(tmp_path):
+    def resolution(text: str) -> int:
+        metadata = {"modelspec.resolution": text}
+        return load_base(write_checkpoint(tmp_path / "base.safetensors", SMALL_SD15, metadata=metadata)).resolution
+
+    assert resolution("768x768") == 768
+    assert resolution("832x1216") == 1006
+    assert resolution("very large") == 512
+    assert resolution("0x0") == 512
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_weights_of_any_type_are_read_into_the_type_that_is_worked_in(tmp_path, dtype):
+    base = load_base(write_checkpoint(tmp_path / "base.safetensors", SMALL_SD15, dtype))
+    denoiser = base.load("denoiser", CPU, torch.bfloat16)
+    assert {parameter.dtype for parameter in denoiser.parameters()} == {torch.bfloat16}
+    assert isinstance(base.file, SafetensorsFile)
+    stored = base.file["model.diffusion_model.input_blocks.0.0.weight"]
+    assert torch.equal(denoiser.conv_in.weight, stored.to(torch.bfloat16))  # pyright: ignore
+
+
+def test_the_hashes_are_those_that_other_tools_show(small_sd15):
+    content = small_sd15.read_bytes()
+    base = load_base(small_sd15)
+    assert base.sha256 == hashlib.sha256(content).hexdigest()
+    assert base.legacy_hash == hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8]
+
+
+def test_the_fingerprint_changes_with_a_single_weight(small_sd15):
+    tensors = dict(SafetensorsFile.open(small_sd15))
+    before = load_base(tensors).fingerprint("denoiser")
+    name = "model.diffusion_model.out.2.bias"
+    tensors[name] = tensors[name].clone()
+    tensors[name][0] += 1e-3
+    assert load_base(tensors).fingerprint("denoiser") != before
+
+
+def test_a_name_that_is_no_file_is_only_taken_for_a_hub_id_when_it_looks_like_one(tmp_path, monkeypatch):
+    def download(*arguments, **options):
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(
+        BadFile, match=r"someone/model: no such file or folder, and the hub does not give it: no network"
+    ):
+        load_base("someone/model")
+    with pytest.raises(BadFile, match=r"missing\.safetensors: cannot be read: No such file"):
+        load_base("folder/missing.safetensors")

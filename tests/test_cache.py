@@ -1,0 +1,155 @@
+"""What the encoders make of photos and captions: computed once, by content, and damaged or strange files do no harm."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from core.base import Base, load_base
+from core.cache import cache_folder, clear_cache, encode, without_trigger
+from core.config import TrainConfig
+from core.errors import BadFile
+from core.photos import Photo, prepare, read_photos
+from tests.tooling import SMALL_SD15, write_checkpoint
+
+CPU = torch.device("cpu")
+CONFIG = TrainConfig(resolution=32)
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("FACELORA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def base(small_sd15):
+    return load_base(small_sd15)
+
+
+@pytest.fixture
+def dataset(photo_folder, base):
+    return dataset_of(read_photos(photo_folder), base)
+
+
+def dataset_of(photos, base, **options):
+    return prepare(
+        photos, resolution=32, size_multiple=base.size_multiple, trigger="sks", class_word="person", **options
+    )
+
+
+def loads(monkeypatch) -> list[str]:
+    """The parts that are loaded from now on."""
+    loaded, load = [], Base.load
+
+    def counted(self, part, device, dtype):
+        loaded.append(part)
+        return load(self, part, device, dtype)
+
+    monkeypatch.setattr("core.base.Base.load", counted)
+    return loaded
+
+
+def test_latents_are_the_vaes_mean_and_deviation_in_the_denoisers_scale(dataset, base):
+    cache = encode(dataset, base, CONFIG, device=CPU)
+    vae = base.load("vae", CPU, torch.float32)
+    with torch.no_grad():
+        latents = vae.encode(dataset.images[0].pixels()[None]).latent_dist  # pyright: ignore
+    torch.testing.assert_close(cache.images[0].mean, 0.18215 * latents.mean[0])
+    torch.testing.assert_close(cache.images[0].deviation, 0.18215 * latents.std[0])
+
+
+def test_a_second_run_loads_no_encoder_and_gives_the_same(dataset, base, monkeypatch):
+    first = encode(dataset, base, CONFIG, device=CPU)
+    loaded = loads(monkeypatch)
+    second = encode(dataset, base, CONFIG, device=CPU)
+    assert loaded == []
+    assert first.digest == second.digest
+    assert all(torch.equal(a.mean, b.mean) for a, b in zip(first.images, second.images, strict=True))
+    assert all(torch.equal(first.text[c]["context"], second.text[c]["context"]) for c in first.text)
+
+
+def test_each_encoder_is_loaded_once(dataset, base, monkeypatch):
+    loaded = loads(monkeypatch)
+    encode(dataset, base, CONFIG, device=CPU)
+    assert loaded == ["vae", "text_encoder"]
+
+
+def test_names_in_the_cache_say_nothing(dataset, base, empty_cache):
+    encode(dataset, base, CONFIG, device=CPU)
+    names = [path.name for path in empty_cache.rglob("*") if path.is_file()]
+    assert names and all(re.fullmatch(r"[0-9a-f]{64}\.safetensors", name) for name in names)
+
+
+def test_a_damaged_cache_file_is_computed_again(dataset, base, empty_cache):
+    first = encode(dataset, base, CONFIG, device=CPU)
+    for path in empty_cache.rglob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    second = encode(dataset, base, CONFIG, device=CPU)
+    assert all(torch.equal(a.mean, b.mean) for a, b in zip(first.images, second.images, strict=True))
+
+
+@pytest.mark.parametrize("change", ["photo", "caption", "flip", "text encoder"])
+def test_the_digest_changes_with_everything_that_is_trained_on(photo_folder, base, change, tmp_path):
+    photos = read_photos(photo_folder)
+    before = encode(dataset_of(photos, base), base, CONFIG, device=CPU).digest
+    options = {}
+    if change == "photo":
+        photos[1] = Photo.from_image(photos[1].image().transpose(Image.Transpose.FLIP_TOP_BOTTOM), photos[1].name)
+    elif change == "caption":
+        photos[1] = replace(photos[1], caption="sks person at the sea")
+    elif change == "flip":
+        options["flip"] = True
+    else:
+        base = load_base(write_checkpoint(tmp_path / "other.safetensors", SMALL_SD15, torch.float32, seed=2))
+    assert encode(dataset_of(photos, base, **options), base, CONFIG, device=CPU).digest != before
+
+
+def test_when_the_text_encoder_trains_no_caption_is_cached(dataset, base, monkeypatch):
+    loaded = loads(monkeypatch)
+    cache = encode(dataset, base, replace(CONFIG, text_encoder_lr=1e-5), device=CPU)
+    assert cache.text == {}
+    assert loaded == ["vae"]
+
+
+def test_the_class_captions_are_encoded_only_for_prior_prediction(dataset, base):
+    assert set(encode(dataset, base, CONFIG, device=CPU).text) == {image.caption for image in dataset.images} | {""}
+    cache = encode(dataset, base, replace(CONFIG, prior_prediction=0.5), device=CPU)
+    assert {image.class_caption for image in cache.images} <= set(cache.text)
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("a photo of sks person, outdoors", "a photo of person, outdoors"),
+        ("Sks person wearing masks", "person wearing masks"),
+        ("a man at the sea", "a photo of person"),  # names no trigger: nothing to hold against it
+        ("sks", "a photo of person"),
+    ],
+)
+def test_the_caption_of_the_class_is_the_caption_without_the_trigger(caption, expected):
+    assert without_trigger(caption, CONFIG) == expected
+
+
+def test_all_captions_are_padded_to_the_longest(photo_folder, base):
+    photos = read_photos(photo_folder)
+    photos[0] = replace(photos[0], caption="sks person " + "word " * 100)
+    cache = encode(dataset_of(photos, base), base, CONFIG, device=CPU)
+    assert cache.chunks == 2
+    assert {text["context"].shape for text in cache.text.values()} == {(1, 2 * 77, 64)}
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named(dataset, base, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("FACELORA_CACHE", str(tmp_path / "file"))
+    with pytest.raises(BadFile, match=r"the cache cannot be written \(Not a directory\); set FACELORA_CACHE"):
+        encode(dataset, base, CONFIG, device=CPU)
+
+
+def test_clearing_the_cache_deletes_all_of_it(dataset, base):
+    encode(dataset, base, CONFIG, device=CPU)
+    assert clear_cache() == len(dataset.images) + 3  # and the captions: two different ones and the empty one
+    assert not cache_folder().exists()
