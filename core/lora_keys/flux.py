@@ -45,9 +45,7 @@ _of_original, _of_diffusers = by_rules(
     *_embedders(
         "time_text_embed", time_in="timestep_embedder", vector_in="text_embedder", guidance_in="guidance_embedder"
     ),
-    # Only Chroma has these; the two projections have one name in both.
-    Fusion("distilled_guidance_layer.in_proj", ("distilled_guidance_layer.in_proj",)),
-    Fusion("distilled_guidance_layer.out_proj", ("distilled_guidance_layer.out_proj",)),
+    # Only Chroma has these.
     Fusion("distilled_guidance_layer.layers.{}.in_layer", ("distilled_guidance_layer.layers.{}.linear_1",)),
     Fusion("distilled_guidance_layer.layers.{}.out_layer", ("distilled_guidance_layer.layers.{}.linear_2",)),
     *_ENDS,

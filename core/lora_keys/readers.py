@@ -24,7 +24,7 @@ _COMFYUI = {
 }
 """Family -> (scheme, whose paths) of the denoiser's names that ComfyUI loads."""
 _UNKNOWN_DIFFUSERS_PATHS = {
-    "chroma": ("distilled_guidance_layer.layers.",),
+    "chroma": ("distilled_guidance_layer.",),
     "flux2": ("double_stream_modulation_", "single_stream_modulation.", "time_guidance_embed."),
 }
 """Family -> starts of paths that are missing in ComfyUI's table of diffusers' names."""
@@ -38,13 +38,16 @@ def not_loaded_by_comfyui(family: FamilyKeys, module_name: str) -> str | None:
         if named.scheme == "comfy" or "text_model" in module_name or named.part == "text_encoder_3":
             return None
         return "text encoder names without text_model"
+    known = _COMFYUI[family.name]
     original = family.of_original(named.path) is not None
-    if not original and named.path.startswith(_UNKNOWN_DIFFUSERS_PATHS.get(family.name, "?")):
-        return "a path that ComfyUI knows in the original model's names only"
-    if (named.scheme, "original" if original else "diffusers") in _COMFYUI[family.name]:
+    same_in_both = not original and family.of_diffusers(named.path).original == named.path
+    if (original or same_in_both) and (named.scheme, "original") in known:
+        return None
+    unknown_paths = _UNKNOWN_DIFFUSERS_PATHS.get(family.name, ())
+    if not original and (named.scheme, "diffusers") in known and not named.path.startswith(unknown_paths):
         return None
     # Of diffusers' UNet names it knows all but attentions, which it expects as once hung on their processors.
-    is_unet_of_diffusers = _COMFYUI[family.name] is _UNET and not original and named.scheme in ("diffusers", "bare")
+    is_unet_of_diffusers = known is _UNET and not original and named.scheme in ("diffusers", "bare")
     if is_unet_of_diffusers and (".processor." in module_name or ".to_" not in named.path):
         return None
     return f"{named.scheme} names of {'the original model' if original else 'diffusers'}"
