@@ -1,0 +1,154 @@
+"""Applying a LoRA: the weights become W + strength * alpha / rank * B A, in our networks and in diffusers' pipelines."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from core import adapters
+from core.apply import apply
+from core.base import load_base
+from core.config import TrainConfig
+from core.errors import LoraMisfit, UnmatchedKeys
+from core.families import FAMILIES
+from core.lora_file import LoraFile
+from core.training import Run
+from tests.tooling import diffusers_pipeline, encoded_cache, encoded_image
+
+CPU = torch.device("cpu")
+CONFIG = TrainConfig(rank=4, alpha=2.0, targets="transformer+conv", text_encoder_lr=1e-4)
+
+
+@pytest.fixture(scope="module")
+def bases(small_sd15, small_sdxl):
+    return {"sd15": load_base(small_sd15), "sdxl": load_base(small_sdxl)}
+
+
+@pytest.fixture(scope="module")
+def loras(bases, tmp_path_factory) -> dict[str, LoraFile]:
+    """For each family a LoRA file with random changes of the denoiser and of all text encoders."""
+    result = {}
+    for name, base in bases.items():
+        networks = {part: base.load(part, CPU, torch.float32) for part in ("denoiser", *base.family.text_encoders)}
+        adapter = adapters.attach(networks, base.family, CONFIG)
+        generator = torch.Generator().manual_seed(4)
+        values = {
+            key: 0.1 * torch.randn(tensor.shape, generator=generator) for key, tensor in adapter.parameters().items()
+        }
+        metadata = {"ss_base_model_version": base.family.base_model_version}
+        path = tmp_path_factory.mktemp("lora") / f"{name}.safetensors"
+        LoraFile.from_modules(name, adapter.modules(values), metadata).save(path, torch.float32)
+        result[name] = LoraFile.read(path)
+    return result
+
+
+def networks_of(base):
+    return {part: base.load(part, CPU, torch.float32) for part in ("denoiser", *base.family.text_encoders)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_named_weight_changes_by_strength_times_alpha_over_rank_b_a(bases, loras, family):
+    networks, originals = networks_of(bases[family]), networks_of(bases[family])
+    apply(loras[family], {"family": family, **networks}, strength=0.8, text_encoder_strength=0.3)
+    modules = loras[family].modules()
+    for part, network in networks.items():
+        before = dict(originals[part].named_parameters())
+        for name, weight in network.named_parameters():
+            module = modules.get((part, name.removesuffix(".weight")))
+            expected = before[name]
+            if module is not None and name.endswith(".weight"):
+                change = 2 / 4 * (module.up.flatten(1) @ module.down.flatten(1)).reshape(weight.shape)
+                expected = expected + (0.8 if part == "denoiser" else 0.3) * change
+            torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_diffusers_pipeline_gets_the_same_weights_as_from_diffusers_own_loader(bases, loras, family):
+    ours, theirs = diffusers_pipeline(bases[family]), diffusers_pipeline(bases[family])
+    apply(loras[family], ours)
+    theirs.load_lora_weights(loras[family].name)
+    theirs.fuse_lora(components=["unet", *bases[family].family.text_encoders])
+    theirs.unload_lora_weights()
+    for part in ("unet", *bases[family].family.text_encoders):
+        expected = dict(getattr(theirs, part).named_parameters())
+        for name, weight in getattr(ours, part).named_parameters():
+            torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_what_was_applied_can_be_removed_bit_for_bit(bases, loras):
+    networks, originals = networks_of(bases["sd15"]), networks_of(bases["sd15"])
+    applied = apply(loras["sd15"], {"family": "sd15", **networks}, strength=1.7)
+    assert not torch.equal(networks["denoiser"].conv_in.weight, networks["denoiser"].conv_out.weight)
+    applied.remove()
+    for part, network in networks.items():
+        before = dict(originals[part].named_parameters())
+        assert all(torch.equal(weight, before[name]) for name, weight in network.named_parameters())
+
+
+def test_the_applied_lora_draws_what_the_adapter_drew_in_training(bases, tmp_path):
+    base = bases["sd15"]
+    config = replace(CONFIG, text_encoder_lr=0.0, learning_rate=1e-2, max_grad_norm=0.0)
+    run = Run(encoded_cache(base, [encoded_image(base, "a", "sks person", 1)]), base, config, CPU)
+    for _ in range(3):
+        run.train_step()
+    LoraFile.from_modules("sd15", run.adapter.modules(), {}).save(tmp_path / "a.safetensors", torch.float32)
+    plain = base.load("denoiser", CPU, torch.float32)
+    apply(LoraFile.read(tmp_path / "a.safetensors"), {"family": "sd15", "denoiser": plain})
+    latents, context = torch.randn(1, 4, 8, 8), torch.randn(1, 77, 64)
+    with torch.no_grad():
+        trained = run.denoiser(latents, 400, context).sample
+        torch.testing.assert_close(plain(latents, 400, context).sample, trained, rtol=1e-4, atol=1e-5)
+
+
+def test_text_encoders_that_are_not_there_are_left_alone(bases, loras):
+    denoiser = bases["sdxl"].load("denoiser", CPU, torch.float32)
+    applied = apply(loras["sdxl"], {"family": "sdxl", "denoiser": denoiser})
+    assert {part for part, _ in applied.originals} == {"denoiser"}
+
+
+def test_a_lora_of_another_family_is_refused_and_changes_nothing(bases, loras):
+    networks, originals = networks_of(bases["sd15"]), networks_of(bases["sd15"])
+    with pytest.raises(LoraMisfit, match="it is for sdxl, the base model is sd15"):
+        apply(loras["sdxl"], {"family": "sd15", **networks})
+    before = dict(originals["denoiser"].named_parameters())
+    assert all(torch.equal(weight, before[name]) for name, weight in networks["denoiser"].named_parameters())
+
+
+def test_a_key_that_makes_no_sense_is_refused_and_changes_nothing(bases, loras):
+    broken = dict(loras["sd15"].tensors)
+    last = [name for name in broken if name.endswith("lora_up.weight")][-1]
+    broken[last] = broken[last][:-1]
+    networks, originals = networks_of(bases["sd15"]), networks_of(bases["sd15"])
+    with pytest.raises((LoraMisfit, UnmatchedKeys)):
+        apply(replace(loras["sd15"], tensors=broken), {"family": "sd15", **networks})
+    for part, network in networks.items():
+        before = dict(originals[part].named_parameters())
+        assert all(torch.equal(weight, before[name]) for name, weight in network.named_parameters())
+
+
+def test_a_pipeline_that_is_not_known_is_refused_with_those_that_are(loras):
+    class FluxPipeline:
+        pass
+
+    with pytest.raises(
+        LoraMisfit, match="FluxPipeline is no pipeline that is known here; known: StableDiffusionPipeline"
+    ):
+        apply(loras["sd15"], FluxPipeline())
+
+
+def test_a_loha_is_applied_too(bases):
+    """LyCORIS: the change is (w1_a w1_b) * (w2_a w2_b) * alpha / rank."""
+    generator = torch.Generator().manual_seed(1)
+    denoiser = bases["sd15"].load("denoiser", CPU, torch.float32)
+    path = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    weight = denoiser.get_submodule(path).weight.clone()  # pyright: ignore
+    parts = {
+        "hada_w1_a": torch.randn(32, 2, generator=generator), "hada_w1_b": torch.randn(2, 32, generator=generator),
+        "hada_w2_a": torch.randn(32, 2, generator=generator), "hada_w2_b": torch.randn(2, 32, generator=generator),
+    }  # fmt: skip
+    name = f"lora_unet_{path.replace('.', '_')}"
+    tensors = {f"{name}.{role}": tensor for role, tensor in parts.items()} | {f"{name}.alpha": torch.tensor(1.0)}
+    lora = LoraFile.from_tensors(tensors, {"ss_base_model_version": "sd_v1"})
+    apply(lora, {"family": "sd15", "denoiser": denoiser})
+    first, second = parts["hada_w1_a"] @ parts["hada_w1_b"], parts["hada_w2_a"] @ parts["hada_w2_b"]
+    torch.testing.assert_close(denoiser.get_submodule(path).weight, weight + 0.5 * first * second)  # pyright: ignore
