@@ -1,0 +1,332 @@
+"""Bad input: each time exit code 1, one clear line on stderr, and nothing half-written."""
+
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from core.base import load_base
+from core.cli import main
+from core.config import TrainConfig, config_from
+from core.errors import BadConfig
+from core.lora_file import LoraFile, LoraModule
+from core.safetensors_file import save_safetensors
+from tests.tooling import SMALL_SD15, write_checkpoint
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass
+class Desk:
+    """What a user has on the table; a case spoils one thing."""
+
+    folder: Path
+    photos: Path
+    base: Path
+    output: Path
+    options: list[str]
+
+    def arguments(self) -> list[str]:
+        paths = ["train", str(self.photos), "--base", str(self.base), "--output", str(self.output)]
+        return [*paths, "--json", "--resolution", "32", "--steps", "1", *self.options]
+
+    def write(self, name: str, content: bytes | str) -> Path:
+        path = self.folder / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+
+@pytest.fixture
+def desk(tmp_path, small_sd15, photo_folder) -> Desk:
+    (tmp_path / "results").mkdir()
+    return Desk(tmp_path, photo_folder, small_sd15, tmp_path / "results" / "face.safetensors", ["--rank", "2"])
+
+
+def assert_refused(desk: Desk, capsys, pattern: str) -> None:
+    code = main(desk.arguments())
+    errors = capsys.readouterr().err
+    assert code == 1
+    assert re.fullmatch(rf"facelora: .*{pattern}.*\n", errors), errors
+    assert list((desk.folder / "results").iterdir()) == []
+
+
+def empty_folder(desk: Desk) -> None:
+    desk.photos = desk.folder / "empty"
+    desk.photos.mkdir()
+
+
+def missing_folder(desk: Desk) -> None:
+    desk.photos = desk.folder / "nowhere"
+
+
+def file_as_folder(desk: Desk) -> None:
+    desk.photos = desk.photos / "0.png"
+
+
+def with_bad_photo(desk: Desk) -> None:
+    desk.photos = Path(shutil.copytree(desk.photos, desk.folder / "some"))
+    (desk.photos / "broken.jpg").write_bytes(b"no picture")
+
+
+def bad_photo_and_strict(desk: Desk) -> None:
+    with_bad_photo(desk)
+    desk.options += ["--strict"]
+
+
+def only_bad_photos(desk: Desk) -> None:
+    desk.photos = desk.folder / "bad"
+    desk.photos.mkdir()
+    (desk.photos / "broken.jpg").write_bytes(b"no picture")
+
+
+def tiny_photos(desk: Desk) -> None:
+    from PIL import Image
+
+    desk.photos = desk.folder / "tiny"
+    desk.photos.mkdir()
+    Image.new("RGB", (3, 200)).save(desk.photos / "a.png")
+
+
+def base_of(name: str, content: Callable[[Desk], bytes]) -> Callable[[Desk], None]:
+    def spoil(desk: Desk) -> None:
+        desk.base = desk.write(name, content(desk))
+
+    return spoil
+
+
+def zipped(desk: Desk) -> bytes:
+    path = desk.folder / "archive"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", b"x" * 100)
+    return path.read_bytes()
+
+
+def missing_base(desk: Desk) -> None:
+    desk.base = desk.folder / "nowhere.safetensors"
+
+
+def tensors_as_base(*names: str) -> Callable[[Desk], None]:
+    def spoil(desk: Desk) -> None:
+        desk.base = desk.folder / "strange.safetensors"
+        save_safetensors(desk.base, {name: torch.zeros(4, 4) for name in names})
+
+    return spoil
+
+
+def incomplete_base(desk: Desk) -> None:
+    desk.base = write_checkpoint(
+        desk.folder / "part.safetensors", SMALL_SD15, without="middle_block.0.in_layers.2.weight"
+    )
+
+
+def lora_file(desk: Desk, family: str = "sd15", rank: int = 2) -> Path:
+    path = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    module = LoraModule(torch.zeros(rank, 32), torch.zeros(32, rank), float(rank))
+    metadata = {"ss_base_model_version": {"sd15": "sd_v1", "sdxl": "sdxl_base_v1-0"}[family]}
+    target = desk.folder / "lora.safetensors"
+    LoraFile.from_modules(family, {("denoiser", path): module}, metadata).save(target)
+    return target
+
+
+def lora_as_base(desk: Desk) -> None:
+    desk.base = lora_file(desk)
+
+
+def continue_from(make: Callable[[Desk], Path]) -> Callable[[Desk], None]:
+    def spoil(desk: Desk) -> None:
+        desk.options += ["--continue-from", str(make(desk))]
+
+    return spoil
+
+
+def options(*values: str) -> Callable[[Desk], None]:
+    def spoil(desk: Desk) -> None:
+        desk.options += values
+
+    return spoil
+
+
+def toml(text: str) -> Callable[[Desk], None]:
+    def spoil(desk: Desk) -> None:
+        desk.options += ["--config", str(desk.write("settings.toml", text))]
+
+    return spoil
+
+
+def output(make: Callable[[Desk], Path]) -> Callable[[Desk], None]:
+    def spoil(desk: Desk) -> None:
+        desk.output = make(desk)
+
+    return spoil
+
+
+def class_photos_twice(desk: Desk) -> None:
+    desk.options += ["--class-images", "2", "--class-photos", str(desk.photos)]
+
+
+HUGE = struct.pack("<Q", 10**12) + b"{}"
+CASES: dict[str, tuple[Callable[[Desk], None], str]] = {
+    "no photos": (empty_folder, "empty"),
+    "no folder": (missing_folder, "nowhere"),
+    "a file for a folder": (file_as_folder, r"0\.png"),
+    "a bad photo, strict": (bad_photo_and_strict, r"broken\.jpg"),
+    "bad photos only": (only_bad_photos, "bad"),
+    "photos too small": (tiny_photos, r"a\.png: 3x200 pixels are too few"),
+    "base missing": (missing_base, r"nowhere\.safetensors: cannot be read: No such file"),
+    "base empty": (base_of("base.safetensors", lambda desk: b""), r"base\.safetensors: the file is empty"),
+    "base truncated": (base_of("base.safetensors", lambda desk: desk.base.read_bytes()[:-100]), "truncated"),
+    "base a pickle": (base_of("base.ckpt", lambda desk: b"\x80\x02}q\x00X\x05\x00\x00\x00stateq\x01."), "Python pickle"),
+    "base a torch zip": (base_of("base.safetensors", zipped), "Python pickle"),
+    "header huge": (base_of("base.safetensors", lambda desk: HUGE), "header of 1000000000000 bytes"),
+    "base random bytes": (base_of("base.safetensors", lambda desk: bytes(range(256)) * 10), r"base\.safetensors"),
+    "unknown family": (tensors_as_base("encoder.weight"), "strange.*no family matches its 1 tensors"),
+    "FLUX": (tensors_as_base("double_blocks.0.img_attn.norm.key_norm.scale"), "this is FLUX.1, which is not supported"),
+    "a UNet alone": (tensors_as_base("unet.down_blocks.0.weight"), "give the whole diffusers folder instead"),
+    "base incomplete": (incomplete_base, r"part\.safetensors: the denoiser lacks 1 tensors, e\.g\. mid_block"),
+    "LoRA as base": (lora_as_base, r"lora\.safetensors: this is a LoRA, not a base model"),
+    "continue: other family": (continue_from(lambda desk: lora_file(desk, "sdxl")), "it is for sdxl, the base model is sd15"),
+    "continue: other modules": (continue_from(lora_file), "adapts 1 modules, these settings"),
+    "continue: a checkpoint": (continue_from(lambda desk: desk.base), r"small\.safetensors: no family matches"),
+    "rank too large": (options("--rank", "999"), "rank 999 is larger than .* allows; use at most 32"),
+    "rank 0": (options("--rank", "0"), "rank = 0: must be between 1"),
+    "class images twice": (class_photos_twice, "class_images and class_photos are both given"),
+    "two weightings": (options("--debiased", "--min-snr-gamma", "3"), "choose one"),
+    "timesteps crossed": (options("--timestep-min", "800", "--timestep-max", "200"), "800 is above timestep_max = 200"),
+    "all warm-up": (options("--warmup-steps", "5"), "leaves nothing of 1 steps"),
+    "prodigy's rate": (options("--optimizer", "prodigy"), "prodigy finds the rate by itself; set it to 1.0"),
+    "prodigy's groups": (
+        options("--optimizer", "prodigy", "--learning-rate", "1", "--text-encoder-lr", "0.5"), "one rate for all"
+    ),
+    "samples never": (options("--thumbnail"), "need samples: set sample_every"),
+    "resolution too low": (options("--resolution", "12"), "resolution = 12: must be between 16 and 8192"),
+    "bad pattern": (options("--rank-pattern", "(=4"), "no regular expression"),
+    "rank 0 by pattern": (options("--rank-pattern", "attn=0"), "rank_pattern: attn = 0 must be at least 1"),
+    "no such device": (options("--device", "toaster"), "--device toaster"),
+    "unknown setting": (toml("learning_rat = 1e-4"), "unknown setting 'learning_rat'; did you mean learning_rate"),
+    "wrong type": (toml('seed = "many"'), "seed = 'many': expected int"),
+    "wrong choice": (toml('targets = "everything"'), "choose one of attention, transformer, transformer.conv"),
+    "no TOML": (toml("steps = = 3"), r"settings\.toml: not a TOML file"),
+    "no config": (options("--config", "nowhere.toml"), r"nowhere\.toml: cannot be read"),
+    "output's folder missing": (output(lambda d: d.folder / "no" / "a.safetensors"), "cannot be written there: No such"),
+    "output under a file": (
+        output(lambda d: d.write("file", "") / "a.safetensors"), "cannot be written there: Not a directory"
+    ),
+    "output a folder": (output(lambda d: d.folder), r"must end in \.safetensors"),
+    "output's ending": (output(lambda d: d.folder / "a.pt"), r"a\.pt: the output's name must end in \.safetensors"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_refused_in_one_line(desk, capsys, case):
+    spoil, pattern = CASES[case]
+    spoil(desk)
+    assert_refused(desk, capsys, pattern)
+
+
+def test_sdxl_has_no_clip_skip(desk, capsys, small_sdxl):
+    desk.base = small_sdxl
+    desk.options += ["--clip-skip", "2"]
+    assert_refused(desk, capsys, "clip_skip: SDXL always uses the layer before the last")
+
+
+def test_a_bad_photo_among_good_ones_is_named_and_left_out(desk, capsys):
+    with_bad_photo(desk)
+    assert main(desk.arguments()) == 0
+    captured = capsys.readouterr()
+    assert "broken.jpg" in captured.out + captured.err
+    assert desk.output.exists()
+
+
+def test_an_unknown_option_is_wrong_usage(desk, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([*desk.arguments(), "--learning-rte", "1"])
+    assert exit_.value.code == 2
+    assert "unrecognized arguments: --learning-rte" in capsys.readouterr().err
+
+
+def run_with_file_limit(desk: Desk, limit: int) -> subprocess.CompletedProcess[str]:
+    """The command in a process that cannot write more than `limit` bytes into a file, as on a disk that is full."""
+    command = [sys.executable, "-m", "core", *desk.arguments()]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_half_written(desk, capsys):
+    assert main(desk.arguments()) == 0  # photos and captions are in the cache now
+    size = desk.output.stat().st_size
+    desk.output.unlink()
+    capsys.readouterr()
+    done = run_with_file_limit(desk, size // 2)
+    assert done.returncode == 1
+    assert done.stderr == f"facelora: {desk.output}: cannot be written: File too large\n"
+    assert list((desk.folder / "results").iterdir()) == []
+
+
+def test_a_disk_that_is_full_keeps_the_file_that_was_there(desk, capsys):
+    assert main(desk.arguments()) == 0
+    before = desk.output.read_bytes()
+    done = run_with_file_limit(desk, len(before) // 2)
+    assert done.returncode == 1
+    assert desk.output.read_bytes() == before
+    assert os.listdir(desk.folder / "results") == [desk.output.name]
+
+
+def test_when_the_lora_cannot_be_saved_the_state_is_still_there(desk, capsys, monkeypatch):
+    """The run is not lost: it once deleted its state before the LoRA was written."""
+    from core.errors import BadFile
+
+    def no_room(self, path, dtype=None):
+        raise BadFile(f"{path}: cannot be written: No space left on device")
+
+    desk.options += ["--steps", "3", "--state-interval", "0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(LoraFile, "save", no_room)
+        assert main(desk.arguments()) == 1
+    assert [path.name for path in (desk.folder / "results").iterdir()] == ["face.state.safetensors"]
+    assert main([*desk.arguments(), "--resume"]) == 0
+    assert [path.name for path in (desk.folder / "results").iterdir()] == ["face.safetensors"]
+
+
+def test_what_a_killed_run_left_half_written_is_cleared_away(desk):
+    leftover = desk.output.with_name(".face.state.safetensors.1a2b3c4d.tmp")
+    leftover.write_bytes(b"half")
+    assert main(desk.arguments()) == 0
+    assert os.listdir(desk.folder / "results") == [desk.output.name]
+
+
+def test_small_photos_are_enlarged_when_told(desk):
+    desk.options += ["--resolution", "128", "--upscale"]
+    assert main(desk.arguments()) == 0
+    (bucket,) = json.loads(LoraFile.read(desk.output).metadata["ss_bucket_info"])["buckets"].values()
+    assert math.prod(bucket["resolution"]) > 92 * 112
+
+
+def test_settings_that_make_no_sense_are_refused_by_name():
+    for settings, message in [
+        ({"learning_rate": float("nan")}, "learning_rate = nan: must be finite"),
+        ({"steps": True}, "steps = True: expected int"),
+        ({"trigger_word": " "}, "trigger_word and class_word must not be empty"),
+        ({"sample_every": 5, "sample_prompts": [1]}, "sample_prompts = 1: expected str"),
+        ({"rank_pattern": {"attn": "4"}}, "rank_pattern: attn = '4': expected int"),
+    ]:
+        with pytest.raises(BadConfig, match=re.escape(message)):
+            config_from(settings)
+    assert config_from({"learning-rate": 1}) == TrainConfig(learning_rate=1)
+
+
+def test_a_base_is_named_by_its_file_and_never_by_its_folder(small_sd15):
+    assert load_base(small_sd15).name == "small.safetensors"
