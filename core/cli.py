@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from .cli_lora import LORA_COMMANDS, split_strength
 from .config import TrainConfig, config_from
 from .errors import BadConfig, BadFile, FaceLoraError
 
@@ -341,17 +342,6 @@ def _size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def split_strength(text: str) -> tuple[str, float]:
-    """("face.safetensors", 0.8) of "face.safetensors:0.8"; without a number the strength is 1."""
-    path, separator, number = text.rpartition(":")
-    if separator and path:
-        try:
-            return path, float(number)
-        except ValueError:
-            pass
-    return text, 1.0
-
-
 def run_generate(options: argparse.Namespace) -> None:
     from .base import load_base
     from .generate import GenerateConfig
@@ -516,18 +506,6 @@ def run_check(options: argparse.Namespace) -> None:
 # --- the smaller commands ---
 
 
-def add_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, metavar="FILE", help="a LoRA")
-    parser.add_argument("--json", action="store_true")
-
-
-def run_inspect(options: argparse.Namespace) -> None:
-    from .lora_tools import format_inspection, inspect_lora
-
-    found = inspect_lora(options.file)
-    print(json.dumps(found, indent=1) if options.json else format_inspection(found))
-
-
 def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("demo_output"), metavar="DIR")
     parser.add_argument("--person", type=int, default=35, help="which of the unseen people, 35 to 40 (default: 35)")
@@ -572,6 +550,6 @@ COMMANDS: tuple[
     ),
     ("check", "say which photos will teach the person well, which not, and what is missing", add_check, run_check),
     ("score", "measure how much pictures look like the person on photos", add_score, run_score),
-    ("inspect", "say what is in a LoRA file", add_inspect, run_inspect),
+    *LORA_COMMANDS,
     ("clear-cache", "delete everything that was kept of photos and captions", add_clear_cache, run_clear_cache),
 )

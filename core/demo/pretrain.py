@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..base import load_base
 from ..families.clip import load_tokenizer
 from ..families.ldm import ldm_unet_path, ldm_vae_path
 from ..objective import NoiseSchedule
@@ -222,10 +223,20 @@ def build_unet():
     )
 
 
-def train_unet(faces, people, views, vae, arguments, generator, on_save) -> None:
+def read_networks(path: Path):
+    """VAE, UNet and text encoder of an earlier export, to go on from."""
+    base = load_base(path)
+    vae, unet, prefixed = (base.load(part, torch.device("cpu"), torch.float32) for part in ("vae", "denoiser", "text_encoder"))
+    text_encoder = build_text_encoder()
+    plain = {name.removeprefix("text_model."): value for name, value in prefixed.state_dict().items()}
+    lacks_prefix = "final_layer_norm.weight" in text_encoder.state_dict()
+    text_encoder.load_state_dict(plain if lacks_prefix else prefixed.state_dict())
+    return vae, unet.requires_grad_(True), text_encoder
+
+
+def train_unet(faces, people, views, vae, unet, text_encoder, arguments, generator, on_save) -> None:
     """Trains UNet and text encoder together on the noise-prediction loss; hands their running averages to `on_save`."""
     tokenizer = load_tokenizer()
-    unet, text_encoder = build_unet(), build_text_encoder()
     networks = {"unet": unet, "text": text_encoder}
     parameters = {
         f"{part}.{name}": value
@@ -254,7 +265,7 @@ def train_unet(faces, people, views, vae, arguments, generator, on_save) -> None
         progress = max(step / arguments.unet_steps, elapsed / arguments.seconds)
         if progress >= 1:
             break
-        rate = 1e-3 * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * math.cos(progress * math.pi / 2) ** 2)
+        rate = arguments.rate * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * math.cos(progress * math.pi / 2) ** 2)
         for group in optimizer.param_groups:
             group["lr"] = rate
         index = torch.randint(len(moments), (arguments.batch_size,), generator=generator)
@@ -275,7 +286,7 @@ def train_unet(faces, people, views, vae, arguments, generator, on_save) -> None
         loss.backward()
         nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         optimizer.step()
-        decay = min(0.9995, (step + 1) / (step + 10))
+        decay = min(0.999, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], 1 - decay)
         running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
         if step % 100 == 0:
@@ -318,30 +329,27 @@ def export(path: Path, vae, trained: dict[str, Tensor]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--vae", type=Path, help="state of an earlier VAE (safetensors), instead of training one")
+    parser.add_argument("--continue-from", type=Path, help="an earlier output to go on from")
     parser.add_argument("--vae-steps", type=int, default=3000)
     parser.add_argument("--unet-steps", type=int, default=12000)
     parser.add_argument("--seconds", type=float, default=math.inf, help="most time for the UNet")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--save-every", type=int, default=1000)
+    parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate of the UNet")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
-    from safetensors.torch import load_file, save_file
-
     torch.manual_seed(arguments.seed)
     generator = torch.Generator().manual_seed(arguments.seed)
     faces, people = load_faces()
-    vae_path = arguments.vae or arguments.output.with_suffix(".vae.safetensors")
-    if arguments.vae:
-        vae = build_vae().eval()
-        vae.load_state_dict(load_file(vae_path))
+    if arguments.continue_from:
+        vae, unet, text_encoder = read_networks(arguments.continue_from)
     else:
         vae = train_vae(faces, arguments.vae_steps, 16, generator)
-        save_file(vae.state_dict(), vae_path)
+        unet, text_encoder = build_unet(), build_text_encoder()
     views = looking_sides(faces)
     train_unet(
-        faces, people, views, vae, arguments, generator,
+        faces, people, views, vae, unet, text_encoder, arguments, generator,
         lambda trained: export(arguments.output, vae, trained),
     )  # fmt: skip
 

@@ -1,0 +1,188 @@
+"""The commands that work on LoRA files: inspect, verify, convert, merge, resize, extract, metadata."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .errors import BadConfig
+from .photos_to_lora import SAVE_DTYPES, check_output
+
+
+def split_strength(text: str) -> tuple[str, float]:
+    """("face.safetensors", 0.8) of "face.safetensors:0.8"; without a number the strength is 1."""
+    path, separator, number = text.rpartition(":")
+    if separator and path:
+        try:
+            return path, float(number)
+        except ValueError:
+            pass
+    return text, 1.0
+
+
+def _progress(name: str) -> Callable[[int, int], None]:
+    from tqdm import tqdm
+
+    bar = tqdm(desc=name, dynamic_ncols=True, delay=1)
+
+    def update(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    return update
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("output", type=Path, metavar="OUT.safetensors", help="the file to write")
+    parser.add_argument(
+        "--precision", choices=tuple(SAVE_DTYPES), default="fp16", help="of the tensors (default: fp16)"
+    )
+
+
+def _save(lora, error: float, options: argparse.Namespace) -> None:
+    lora.save(options.output, SAVE_DTYPES[options.precision])
+    size = options.output.stat().st_size / 1e6
+    lost = f"; largest relative error of a module's change: {error:.2g}" if error else ""
+    print(f"{options.output}  ({lora.family}, {lora.scheme} names, {size:.1f} MB){lost}")
+
+
+def add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="a LoRA")
+    parser.add_argument("--fast", action="store_true", help="read no tensors: without the norms of the blocks")
+    parser.add_argument("--json", action="store_true")
+
+
+def run_inspect(options: argparse.Namespace) -> None:
+    from .lora_tools import format_inspection, inspect_lora
+
+    found = inspect_lora(options.file, read_tensors=not options.fast)
+    print(json.dumps(found, indent=1) if options.json else format_inspection(found))
+
+
+def add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="a LoRA")
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    from .lora_tools import verify_lora
+
+    findings = verify_lora(options.file)
+    for finding in findings:
+        print(f"{'error' if finding.is_error else 'odd'}: {finding.text}")
+    if not findings:
+        print("nothing wrong with it")
+    return int(any(finding.is_error for finding in findings))
+
+
+def add_convert(parser: argparse.ArgumentParser) -> None:
+    from .lora_file import SCHEMES
+
+    parser.add_argument("file", type=Path, metavar="IN", help="a LoRA of any naming")
+    _add_output(parser)
+    parser.add_argument("--to", choices=SCHEMES, required=True, help="naming of the tensors")
+    parser.add_argument("--plain-rank", type=int, metavar="N", help="make LoHa, LoKr, ... a plain LoRA of that rank")
+
+
+def run_convert(options: argparse.Namespace) -> None:
+    from .lora_file import LoraFile
+    from .lora_tools import convert_lora
+
+    check_output(options.output)
+    lora = LoraFile.read(options.file)
+    _save(*convert_lora(lora, options.to, options.plain_rank, on_progress=_progress("converting")), options)
+
+
+def add_merge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILE[:STRENGTH]", help="the LoRAs")
+    _add_output(parser)
+    parser.add_argument("--rank", type=int, metavar="N", help="of the result; default: exact, the ranks add up")
+    parser.add_argument("--into", type=Path, metavar="CHECKPOINT", help="merge into this checkpoint instead")
+
+
+def run_merge(options: argparse.Namespace) -> None:
+    from .lora_file import LoraFile
+    from .lora_tools import merge_into_checkpoint, merge_loras
+
+    check_output(options.output)
+    loras = [(LoraFile.read(path), strength) for path, strength in map(split_strength, options.files)]
+    if options.into is None:
+        _save(*merge_loras(loras, options.rank, on_progress=_progress("merging")), options)
+        return
+    if options.rank is not None:
+        raise BadConfig("--rank and --into are both given: a checkpoint has no rank")
+    count = merge_into_checkpoint(options.into, loras, options.output, on_progress=_progress("merging"))
+    print(f"{options.output}  ({count} tensors of {options.into.name} changed)")
+
+
+def add_resize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="IN", help="a LoRA")
+    _add_output(parser)
+    parser.add_argument("--rank", type=int, metavar="N", help="the most that a module may have")
+    parser.add_argument(
+        "--energy", type=float, metavar="X", help="or: share of the squared singular values to keep, to 1"
+    )
+
+
+def run_resize(options: argparse.Namespace) -> None:
+    from .lora_file import LoraFile
+    from .lora_tools import resize_lora
+
+    check_output(options.output)
+    resized = resize_lora(LoraFile.read(options.file), options.rank, options.energy, on_progress=_progress("resizing"))
+    _save(*resized, options)
+
+
+def add_extract(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("original", type=Path, metavar="ORIGINAL", help="checkpoint")
+    parser.add_argument("tuned", type=Path, metavar="TUNED", help="checkpoint that was trained from it")
+    _add_output(parser)
+    parser.add_argument("--rank", type=int, default=64, metavar="N", help="of the LoRA (default: 64)")
+
+
+def run_extract(options: argparse.Namespace) -> None:
+    from .lora_tools import extract_lora
+
+    check_output(options.output)
+    extracted = extract_lora(options.original, options.tuned, options.rank, on_progress=_progress("extracting"))
+    _save(*extracted, options)
+
+
+_EDITABLE = ("title", "author", "description", "trigger_phrase", "license", "usage_hint")
+
+
+def add_metadata(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="a LoRA, changed in place unless --output is given")
+    parser.add_argument("--output", type=Path, metavar="FILE.safetensors")
+    for name in _EDITABLE:
+        parser.add_argument("--" + name.replace("_", "-"), metavar="TEXT")
+    parser.add_argument("--tag", action="append", metavar="TEXT", help="may be repeated")
+    parser.add_argument("--thumbnail", type=Path, metavar="PICTURE")
+    parser.add_argument(
+        "--remove", action="append", default=[], metavar="KEY", help="a metadata key to remove; may be repeated"
+    )
+
+
+def run_metadata(options: argparse.Namespace) -> None:
+    from .lora_tools import edit_metadata
+
+    texts = {name: getattr(options, name) for name in _EDITABLE}
+    edit_metadata(
+        options.file, options.output, tags=options.tag, thumbnail=options.thumbnail, remove=options.remove, **texts
+    )
+    print(options.output or options.file)
+
+
+LORA_COMMANDS: tuple[
+    tuple[str, str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Any]], ...
+] = (
+    ("inspect", "say what is in a LoRA file", add_inspect, run_inspect),
+    ("verify", "look for what is wrong with a LoRA file", add_verify, run_verify),
+    ("convert", "write a LoRA with the names that another tool wants", add_convert, run_convert),
+    ("merge", "add LoRAs up, to one LoRA or into a checkpoint", add_merge, run_merge),
+    ("resize", "make the rank of a LoRA smaller", add_resize, run_resize),
+    ("extract", "make a LoRA of the difference of two checkpoints", add_extract, run_extract),
+    ("metadata", "change title, author, trigger phrase, thumbnail, ... of a LoRA file", add_metadata, run_metadata),
+)
