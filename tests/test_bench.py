@@ -1,0 +1,178 @@
+"""core/bench.py: the models are of the published size, the figures are of real steps, and both loops do the same work."""
+
+import argparse
+import json
+from typing import Any, Literal
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from core import bench
+from core.config import TrainConfig
+from core.errors import BadConfig
+from core.families import FAMILIES
+
+CPU = torch.device("cpu")
+RESOLUTION = {"sd15": 128, "sdxl": 64}
+"""Pixels at which 2 x 2 latents are left in the middle: on a single one, attention has nothing to choose and to learn."""
+
+
+def small_loops(family="sd15", precision: Literal["fp32", "bf16"] = "fp32"):
+    """Our loop and the peer's on one small denoiser, as the benchmark makes them."""
+    config = TrainConfig(rank=4, resolution=RESOLUTION[family], precision=precision, gradient_checkpointing="off")
+    _, dtype = bench.device_and_dtype(config, CPU)
+    base = bench.random_base(family, 64, CPU, dtype)
+    cache = bench.random_cache(base, config)
+    return bench.OurLoop(cache, base, config, CPU), bench.PlainLoop(cache, base, config, CPU)
+
+
+def options(*arguments):
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+@pytest.fixture(scope="module")
+def report():
+    """A report from options as the command line gives them."""
+    arguments = "--channels 64 --resolution 64 --rank 4 --batch-size 2 --precision fp32 --steps 2"
+    return bench.run(options(*arguments.split()), CPU)
+
+
+# "DiffusionWrapper has 859.52 M params." is what CompVis' code prints when it loads SD1.x; 2,567 M: SDXL-Base in the
+# comparison of U-Nets on KOALA's model card (huggingface.co/etri-vilab/koala-700m).
+@pytest.mark.parametrize(("family", "millions", "digits"), [("sd15", 859.52, 2), ("sdxl", 2567, 0)])
+def test_the_denoiser_has_the_published_number_of_parameters(family, millions, digits):
+    with torch.device("meta"):
+        denoiser = FAMILIES[family].build("denoiser", bench.denoiser_config(family))
+    assert round(sum(parameter.numel() for parameter in denoiser.parameters()) / 1e6, digits) == millions
+
+
+@pytest.mark.parametrize("family", bench.SHAPES)
+def test_a_small_denoiser_has_the_same_layers_as_the_real_one(family):
+    with torch.device("meta"):
+        real, small = (
+            FAMILIES[family].build("denoiser", bench.denoiser_config(family, channels)) for channels in (320, 64)
+        )
+    assert set(real.state_dict()) == set(small.state_dict())
+
+
+def test_a_product_of_matrices_counts_two_operations_for_each_multiply_add():
+    left, right = torch.randn(8, 16), torch.randn(16, 32)
+    assert bench.count_flops(lambda: left @ right) == 2 * 8 * 16 * 32
+
+
+def test_attention_is_counted_on_the_cpu_too():
+    query, key, value = (torch.randn(1, 2, 64, 8, requires_grad=True) for _ in range(3))
+    product = 2 * 2 * 64 * 64 * 8  # of the queries of both heads with the keys
+
+    def attend():
+        return F.scaled_dot_product_attention(query, key, value)
+
+    assert bench.count_flops(attend) == 2 * product  # query · key, then · value
+    # Backward: the first product again, then one for the gradient of each factor of both.
+    assert bench.count_flops(lambda: attend().sum().backward()) == (2 + 5) * product
+
+
+def test_recomputing_the_forward_pass_shows_in_the_count():
+    ours, _ = small_loops()
+    without = bench.count_flops(ours.step)
+    denoiser: Any = ours.run.denoiser
+    denoiser.enable_gradient_checkpointing()
+    denoiser.train()
+    assert bench.count_flops(ours.step) > without + 0.8 * bench.count_flops(ours.forward)
+
+
+@pytest.mark.parametrize(("family", "precision"), [("sd15", "bf16"), ("sdxl", "fp32")])
+def test_a_step_of_either_loop_trains_every_layer(family, precision):
+    for loop in small_loops(family, precision):
+        loop.step()
+        parameters = loop.run.parameters if isinstance(loop, bench.OurLoop) else dict(enumerate(loop.parameters))
+        values = [parameter.detach() for parameter in parameters.values()]
+        assert all(bool(value.isfinite().all()) for value in values)
+        assert all(bool(value.any()) for value in values)  # B starts at 0 and gets a gradient in the first step
+
+
+def test_both_loops_train_layers_of_the_same_shapes():
+    ours, peer = small_loops("sdxl")
+    assert sorted(tuple(p.shape) for p in ours.run.parameters.values()) == sorted(
+        tuple(p.shape) for p in peer.parameters
+    )
+
+
+def test_both_loops_use_the_same_weights_in_memory():
+    ours, peer = small_loops()
+    weights: list[Any] = [denoiser.get_submodule("conv_in").weight for denoiser in (ours.run.denoiser, peer.denoiser)]
+    assert weights[0].data_ptr() == weights[1].data_ptr()
+
+
+def test_our_step_is_the_training_loop_s_own():
+    ours, _ = small_loops()
+    ours.step()
+    ours.step()
+    assert ours.run.step == 2
+
+
+def test_forward_leaves_no_gradient():
+    ours, peer = small_loops()
+    ours.forward()
+    peer.forward()
+    assert all(p.grad is None for p in [*ours.run.parameters.values(), *peer.parameters])
+
+
+def test_peak_memory_sees_what_was_allocated_and_freed_again():
+    def fill(megabytes):
+        peak = bench.peak_memory(lambda: torch.ones(megabytes * 2**18).sum(), CPU)
+        assert peak is not None
+        return peak
+
+    small, large, small_again = fill(1), fill(200), fill(1)
+    assert large - small == pytest.approx(199 * 2**20, rel=0.05)
+    assert abs(small_again - small) < 20 * 2**20
+
+
+def test_both_loops_do_the_same_arithmetic(report):
+    assert report["ours"]["flops_per_step"] == pytest.approx(report["peer"]["flops_per_step"], rel=1e-3)
+
+
+def test_a_step_counts_about_two_forwards_since_frozen_weights_need_no_gradient():
+    ours, _ = small_loops()
+    assert 1.7 < bench.count_flops(ours.step) / bench.count_flops(ours.forward) < 2.1  # 3 with the weights' gradients
+
+
+def test_the_figures_of_a_report_agree_with_each_other(report):
+    for name in ("ours", "peer"):
+        figures = report[name]
+        assert figures["seconds_per_image"] == figures["seconds_per_step"] / 2
+        assert figures["host_seconds_per_step"] <= figures["seconds_per_step"] * 1.01
+        assert figures["seconds_to_first_step"] > figures["seconds_per_step"]
+        assert figures["peak_bytes"] > report["parameters"] * 4
+        rate = figures["flops_per_step"] / figures["seconds_per_step"]
+        assert figures["matmul_rate_share"] == pytest.approx(rate / report["matmul_flops_per_second"])
+    low, high = report["step_over_peer_quartiles"]
+    assert low <= report["step_over_peer"] <= high
+
+
+def test_a_report_is_json_and_a_table(report):
+    assert json.loads(json.dumps(report)) == report
+    text = bench.format_report(report)
+    step = f"{report['ours']['seconds_per_step']:.3f} | {report['peer']['seconds_per_step']:.3f}"
+    assert f"| seconds per step | {step} |" in text
+    assert "Stable Diffusion 1.x" in text and "64 px, batch 2, transformer targets, rank 4, fp32" in text
+    assert "kernels" not in text  # there are none to count on a CPU
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (("--channels", "100"), "--channels 100: must be a multiple of 64"),
+        (("--resolution", "100"), "--resolution 100: must be a multiple of 64"),
+        (("--family", "sdxl", "--resolution", "48"), "--resolution 48: must be a multiple of 32"),
+        (("--steps", "0"), "--steps 0: must be at least 1"),
+        (("--batch-size", "0"), "batch_size = 0: must be between 1 and 1024"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(arguments, what):
+    with pytest.raises(BadConfig, match=what):
+        bench.run(options(*arguments), CPU)
