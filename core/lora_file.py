@@ -66,7 +66,7 @@ class Entry:
     part: str
     fusion: Fusion
     index: int | None
-    """Which part of the fusion it changes; None: the whole of it."""
+    """Which part of the fusion it changes; None: the whole of it, in the original model's order of rows."""
     kind: str
     """One of lora_kinds.KINDS."""
     keys: Mapping[str, str]

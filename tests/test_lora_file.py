@@ -113,6 +113,18 @@ def test_shift_and_scale_of_the_last_layer_change_places_in_diffusers():
     assert torch.allclose(delta, torch.cat([original[3072:], original[:3072]]))
 
 
+@pytest.mark.parametrize("scheme", ["kohya", "diffusers", "comfy"])
+def test_shift_and_scale_survive_every_scheme(scheme):
+    modules = {
+        ("denoiser", "norm_out.linear"): module_of([6144, 3072], 1, 1.0, torch.Generator().manual_seed(0)),
+        ("denoiser", "single_transformer_blocks.0.proj_mlp"): module_of([12288, 3072], 1, 1.0, torch.Generator()),
+    }
+    lora = LoraFile.from_modules("flux1", modules, {}, scheme)
+    for module_id, module in LoraFile.from_tensors(lora.tensors, {}).modules().items():
+        if module_id in modules:
+            assert torch.equal(module.up, modules[module_id].up)
+
+
 def test_a_missing_alpha_means_alpha_equals_rank():
     tensors = kohya_tensors(some("sd15"), rank=4)
     module_name = next(iter(tensors)).removesuffix(".lora_down.weight")

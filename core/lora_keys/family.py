@@ -87,13 +87,16 @@ class FamilyKeys:
     """Part as the prefix in a file numbers it -> part of this family's pipeline, where they differ."""
 
     def locate(self, part: str, path: str) -> tuple[str, Fusion, int | None]:
-        """Where a name found in a file belongs: part, fusion, and which part of the fusion (None: all of it)."""
+        """Where a name found in a file belongs: part, fusion, and which part of the fusion.
+
+        None as the last means all of it, in the original model's order of rows.
+        """
         if part == "denoiser" and not path.startswith("text_model."):
             fusion = self.of_original(path)
             if fusion is not None:
                 return part, fusion, None
             fusion = self.of_diffusers(path)
-            return part, fusion, (fusion.parts.index(path) if len(fusion.parts) > 1 else None)
+            return part, fusion, fusion.parts.index(path)
         # peft's files of a text encoder have the same prefix as those of a denoiser.
         part = "text_encoder" if part == "denoiser" else self.part_names.get(part, part)
         # transformers 5 dropped "text_model." from CLIP's paths, so files written with it lack it; all others have it.
