@@ -94,7 +94,7 @@ def test_a_run_killed_at_random_moments_gives_the_same_file(tmp_path, small_sd15
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.safetensors", "whole.safetensors"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_stops_the_run_with_a_state_from_which_it_goes_on(tmp_path, small_sd15, photo_folder, number):
     arguments = command(tmp_path, small_sd15, photo_folder, "face.safetensors", "--steps", "100000")
     run = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
