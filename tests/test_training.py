@@ -243,6 +243,30 @@ def test_in_half_precision_the_adapter_stays_float32_and_learns(bases, caches, f
     assert {name.partition(".")[0] for name in changed} == {"denoiser", *run.encoders}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("text_encoder_lr", [0.0, 1e-4])
+def test_a_step_never_asks_the_device_for_a_value_nor_mixes_devices(
+    bases, caches, family, text_encoder_lr, monkeypatch
+):
+    """The meta device has no values: reading one raises, and so does a tensor that was left on the CPU."""
+
+    def plain_descent(adapter, config):
+        parameters = list(adapter.parameters().values())
+        return torch.optim.SGD([{"params": parameters, "lr": 0.1, "peak": 0.1}], foreach=True)
+
+    monkeypatch.setattr("core.training.build_optimizer", plain_descent)  # the fused AdamW has no meta kernel
+    monkeypatch.setattr(Run, "_generator", lambda run, purpose, number: None)  # nor is there a generator of it
+    config = replace(
+        PLAIN, text_encoder_lr=text_encoder_lr, ema_decay=0.9, prior_prediction=1.0, min_snr_gamma=5.0,
+        input_perturbation=0.1, noise_offset=0.1, timestep_bias=0.5, accumulation=2, targets="transformer+conv",
+    )  # fmt: skip
+    run = Run(caches[family], bases[family], config, torch.device("meta"))
+    run.train_step()
+    assert run.loss.device.type == "meta"
+    with pytest.raises(RuntimeError, match="meta"):
+        run.check_finite()  # does look at a value
+
+
 def test_each_picture_comes_as_often_as_it_is_repeated_in_batches_of_one_shape(bases):
     base = bases["sd15"]
     wide = torch.zeros(4, 8, 24)
