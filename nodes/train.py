@@ -134,21 +134,11 @@ class TrainFaceLora(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(
-        cls, name=None, trigger_word=None, class_word=None, recipe=None, samples=None, steps=None, rank=None,
-        learning_rate=None, resolution=None, training_seed=None, sample_prompts=None, settings=None,
-    ) -> bool | str:  # fmt: skip
-        """Finds wrong settings before anything is loaded; a wired one is only known when the node runs."""
-        given: list[Any] = [
-            name, trigger_word, class_word, recipe, samples, steps, rank, learning_rate, resolution, training_seed,
-            sample_prompts, settings,
-        ]  # fmt: skip
-        given = [value[0] if isinstance(value, list) else value for value in given]
-        if any(value is None for value in given):
-            return True
+    def validate_inputs(cls, settings: Any = None) -> bool | str:
+        """Finds a wrong line of settings before anything is loaded. (ComfyUI would repeat the message for each argument.)"""
+        text = settings[0] if isinstance(settings, list) else settings
         try:
-            _check_name(given[0])
-            _config(*given[1:])
+            config_from(_toml(text or ""))
         except FaceLoraError as problem:
             return str(problem)
         return True

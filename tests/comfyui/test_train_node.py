@@ -68,8 +68,10 @@ def test_a_file_gives_the_same_picture_as_the_connected_lora(server, trained):
 
 
 def test_a_queued_graph_that_has_not_changed_does_not_train_again(server, trained):
+    server.run(training())
     result = server.run(training())
     assert "train" in result.cached
+    assert result.seconds < 2
 
 
 def test_the_file_is_found_by_its_content_when_comfyui_has_forgotten_the_result(server, trained):
@@ -149,18 +151,30 @@ def wait_for(condition, what: str, seconds: float = 180) -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("rnak = 4", ["rnak", "rank"]),
+        ("rank = many", ["settings", "NAME = VALUE"]),
+        ("steps = 0", ["steps = 0"]),
+    ],
+)
+def test_a_wrong_setting_is_refused_before_anything_runs(server, settings, words):
+    answer = server.refusal(training(settings=settings))
+    assert all(word in answer for word in words), answer
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"name": "../anna"}, ["name", "loras folder"]),
         ({"trigger_word": " "}, ["trigger_word"]),
-        ({"settings": "rnak = 4"}, ["rnak", "rank"]),
-        ({"settings": "rank = many"}, ["settings", "TOML", "NAME = VALUE"]),
-        ({"settings": "steps = 0"}, ["steps = 0"]),
+        ({"captions": "only one"}, ["1 captions for 3 photos"]),
     ],
 )
-def test_a_wrong_setting_is_refused_before_anything_runs(server, changes, words):
-    answer = server.refusal(training(**changes))
-    assert all(word in answer for word in words), answer
+def test_a_wrong_input_is_one_clear_line_in_the_node(server, changes, words):
+    result = server.run(training(**changes))
+    assert result.status == "error"
+    assert all(word in result.error for word in words), result.error
 
 
 def test_a_lora_of_another_family_is_an_error_in_the_node(server, trained):

@@ -1,0 +1,132 @@
+"""Load Face Photos, Headshot Style Pack and the helpers in a real server."""
+
+import json
+
+import pytest
+
+from core.lora_file import LoraFile
+from core.style_pack import Subject, find_style_packs
+from tests.tooling import write_photos
+
+from .graphs import drawing, node, training
+
+pytestmark = pytest.mark.comfyui
+
+BASE = {"base": node("CheckpointLoaderSimple", ckpt_name="sd15.safetensors")}
+STYLES = {
+    "pack": "corporate", "styles": "", "subject": "sks person", "count": 3, "first_seed": 5, "family": "sd15",
+    "resolution": 128,
+}  # fmt: skip
+
+
+def texts(result, name: str) -> list[str]:
+    """What a PreviewAny node shows."""
+    return result.outputs[name]["text"]
+
+
+def test_a_style_pack_drives_a_batch_through_ksampler(server):
+    graph = BASE | drawing(["base", 0], ["base", 1], ["base", 2], prompt=["styles", 0], seed=["styles", 2])
+    graph["styles"] = node("FaceLoRAStylePack", **STYLES)
+    graph["empty"]["inputs"] |= {"width": ["styles", 3], "height": ["styles", 4]}
+    graph["prompts"] = node("PreviewAny", source=["styles", 0])
+    result = server.run(graph)
+    assert result.status == "success", result.error
+    pictures = [server.picture(image) for image in result.outputs["picture"]["images"]]
+    assert len(pictures) == 3
+    expected = find_style_packs().pick("corporate").prompts(Subject("sks person", ""), "sd15", 3, 5, resolution=128)
+    assert [picture.size for picture in pictures] == [(styled.width, styled.height) for styled in expected]
+    assert len({picture.tobytes() for picture in pictures}) == 3
+    assert texts(result, "prompts") == [styled.prompt for styled in expected]
+
+
+def test_the_node_lists_the_packs_and_their_styles(server):
+    info = server.get("/object_info/FaceLoRAStylePack")["FaceLoRAStylePack"]
+    pack = find_style_packs().pick("corporate")
+    assert "corporate" in json.dumps(info["input"]["required"]["pack"])
+    assert all(style in info["description"] for style in pack.names)
+
+
+def test_the_model_tells_the_family(server):
+    settings = STYLES | {"family": "that of the model", "resolution": 0}
+    graph = BASE | {
+        "styles": node("FaceLoRAStylePack", model=["base", 0], **settings),
+        "widths": node("PreviewAny", source=["styles", 3]),
+    }
+    result = server.run(graph)
+    assert result.status == "success", result.error
+    expected = find_style_packs().pick("corporate").prompts(Subject("sks person", ""), "sd15", 3, 5)
+    assert [int(width) for width in texts(result, "widths")] == [styled.width for styled in expected]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"), [({"styles": "baroque"}, "no style 'baroque'"), ({"pack": "x"}, "no style pack 'x'")]
+)
+def test_an_unknown_style_is_refused_with_the_choices(server, changes, words):
+    graph = {"styles": node("FaceLoRAStylePack", **STYLES | changes), "show": node("PreviewAny", source=["styles", 0])}
+    answer = server.refusal(graph)
+    assert words in answer
+
+
+def test_photos_are_reported_on_and_counted(server):
+    folder = write_photos(server.folder / "input" / "clara", count=3, person=37)
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    graph = {
+        "photos": node("FaceLoRALoadPhotos", folder="clara", check=True, strict=False),
+        "report": node("PreviewAny", source=["photos", 3]),
+        "captions": node("PreviewAny", source=["photos", 2]),
+        "images": node("PreviewImage", images=["photos", 1]),
+    }
+    result = server.run(graph)
+    assert result.status == "success", result.error
+    report = texts(result, "report")[0]
+    assert "3 photos" in report
+    assert "broken.jpg" in report
+    assert "verdict" in report
+    assert "a photo of sks person, facing the camera" in texts(result, "captions")
+    assert len(result.outputs["images"]["images"]) == 3
+
+
+def test_a_folder_without_photos_is_one_clear_line(server):
+    (server.folder / "input" / "empty folder").mkdir(exist_ok=True)
+    result = server.run(training(folder="empty folder"))
+    assert result.status == "error"
+    assert "empty folder: no readable photo" in result.error
+    assert str(server.folder) not in result.error.partition(":")[2]
+
+
+def test_pictures_of_the_person_score_above_those_of_someone_else(server):
+    write_photos(server.folder / "input" / "dora", count=3, person=38, scale=2)
+    write_photos(server.folder / "input" / "emil", count=2, person=39, scale=2)
+    graph = {
+        name: node("FaceLoRALoadPhotos", folder=name, check=False, strict=False) for name in ("dora", "emil")
+    } | {
+        "score": node("FaceLoRALikeness", images=["emil", 1], reference=["dora", 0]),
+        "own": node("FaceLoRALikeness", images=["dora", 1], reference=["dora", 1]),
+        "other_scores": node("PreviewAny", source=["score", 1]),
+        "own_scores": node("PreviewAny", source=["own", 1]),
+        "labelled": node(
+            "FaceLoRAContactSheet", images=["own", 0], columns=2, height=100, title="scores", labels=["dora", 2]
+        ),
+        "sheet": node("PreviewImage", images=["labelled", 0]),
+    }  # fmt: skip
+    result = server.run(graph)
+    assert result.status == "success", result.error
+    own, others = ([float(score) for score in texts(result, name)] for name in ("own_scores", "other_scores"))
+    assert min(own) > 0.55 > 0.40 > max(others)  # SFace's thresholds, docs/photos.md
+    assert own == sorted(own, reverse=True)
+    assert server.drawn(result, "sheet").height > 200
+
+
+def test_a_lora_is_saved_in_another_scheme_and_inspected(server):
+    graph = training(name="saved") | {
+        "save": node("FaceLoRASave", lora=["train", 0], name="by_facelora", scheme="comfy", precision="bf16"),
+    }
+    result = server.run(graph)
+    assert result.status == "success", result.error
+    (file,) = (server.folder / "output" / "loras").glob("by_facelora*.safetensors")
+    lora = LoraFile.read(file)
+    assert lora.scheme == "comfy"
+    assert lora.metadata["modelspec.trigger_phrase"] == "sks person"
+    inspect = server.run({"inspect": node("FaceLoRAInspect", lora_name=file.name)})
+    assert inspect.status == "success", inspect.error
+    assert "sks person" in inspect.outputs["inspect"]["text"][0]
