@@ -66,7 +66,9 @@ def test_names_and_shapes_are_those_of_sd_scripts(family, targets):
         ("sdxl", "transformer+conv", ["--precision", "bf16", "--steps", "2", "--gradient-checkpointing", "on"]),
     ],
 )
-def test_training_on_a_full_size_checkpoint_writes_a_file_that_diffusers_loads(request, tmp_path, family, targets, options):
+def test_training_on_a_full_size_checkpoint_writes_a_file_that_diffusers_loads(
+    request, tmp_path, family, targets, options
+):
     base_path = write_checkpoint(tmp_path / "base.safetensors", SHAPES[family], torch.float16)
     request.addfinalizer(base_path.unlink)  # gigabytes, which pytest would keep
     photos = write_photos(tmp_path / "photos", count=2)
