@@ -10,6 +10,7 @@ demo: $(STAMP)
 	$(RUN) -m core demo --output demo_output
 
 test: lint
+	$(RUN) tests/comfyui/setup_comfyui.py
 	$(RUN) -m pytest
 
 test-fast: $(STAMP)

@@ -522,6 +522,21 @@ def run_demo(options: argparse.Namespace) -> None:
     print(f"look at {options.output / 'contact_sheet.png'}")
 
 
+def add_bench(parser: argparse.ArgumentParser) -> None:
+    from .bench import add_arguments
+
+    add_arguments(parser)
+    add_device(parser)
+    parser.add_argument("--json", action="store_true")
+
+
+def run_bench(options: argparse.Namespace) -> None:
+    from .bench import format_report, run
+
+    report = run(options, device_from(options))
+    print(json.dumps(report, indent=1) if options.json else format_report(report))
+
+
 def add_clear_cache(parser: argparse.ArgumentParser) -> None:
     pass
 
@@ -551,5 +566,11 @@ COMMANDS: tuple[
     ("check", "say which photos will teach the person well, which not, and what is missing", add_check, run_check),
     ("score", "measure how much pictures look like the person on photos", add_score, run_score),
     *LORA_COMMANDS,
+    (
+        "bench",
+        "time training steps on a full-size denoiser, beside a plain diffusers and peft loop",
+        add_bench,
+        run_bench,
+    ),
     ("clear-cache", "delete everything that was kept of photos and captions", add_clear_cache, run_clear_cache),
 )
