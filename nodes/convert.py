@@ -94,8 +94,13 @@ def _merged(name: str, weight: Any, convert: Callable[..., Any], patches: list) 
 
 
 def _trainable(tensor: Tensor) -> Tensor:
-    """A tensor that autograd can take: those that ComfyUI makes belong to inference mode."""
-    return tensor.detach().clone() if tensor.is_inference() else tensor.detach()
+    """A tensor that autograd can take, of the same memory where possible: those that ComfyUI makes are for inference only."""
+    tensor = tensor.detach()
+    if not tensor.is_inference():
+        return tensor
+    if tensor.device.type == "cpu" and tensor.ndim and tensor.is_contiguous():
+        return torch.from_numpy(tensor.view(torch.uint8).numpy()).view(tensor.dtype)
+    return tensor.clone()
 
 
 def _sampling_markers(model: Any) -> dict[str, Tensor]:

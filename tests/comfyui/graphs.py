@@ -11,6 +11,7 @@ def node(class_type: str, **inputs: Any) -> Node:
 
 def training(checkpoint: str = "sd15.safetensors", folder: str = "anna", **changes: Any) -> dict[str, Node]:
     """Photos -> Train Face LoRA: node "train", on the checkpoint in node "base"."""
+    links = {"model": ["base", 0], "clip": ["base", 1], "vae": ["base", 2], "photos": ["photos", 0]}
     settings = {
         "name": "anna", "trigger_word": "sks", "class_word": "person", "recipe": "fast", "samples": 0, "steps": 2, "rank": 4,
         "learning_rate": 0.01, "resolution": 64, "training_seed": 1, "sample_prompts": "", "settings": "",
@@ -18,10 +19,7 @@ def training(checkpoint: str = "sd15.safetensors", folder: str = "anna", **chang
     return {
         "base": node("CheckpointLoaderSimple", ckpt_name=checkpoint),
         "photos": node("FaceLoRALoadPhotos", folder=folder, check=False, strict=False),
-        "train": node(
-            "FaceLoRATrain",
-            model=["base", 0], clip=["base", 1], vae=["base", 2], photos=["photos", 0], **(settings | changes),
-        ),
+        "train": node("FaceLoRATrain", **(links | settings | changes)),
     }  # fmt: skip
 
 
