@@ -1,7 +1,5 @@
 """ComfyUI-FaceLoRA. Installed it is the package `facelora`, all of it in `facelora.core`; in ComfyUI it is a node pack."""
 
-WEB_DIRECTORY = "./web"
-
 
 async def comfy_entrypoint():
     """What ComfyUI asks for the nodes. Nothing of ComfyUI is imported before."""
