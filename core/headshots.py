@@ -13,7 +13,7 @@ from PIL import Image
 
 from .base import Base
 from .errors import BadFile, BadPhoto
-from .generate import GenerateConfig, Job, contact_sheet, generate, parameters_text
+from .generate import GenerateConfig, Job, contact_sheet, generate, parameters_text, picture_size
 from .lora_file import LoraFile
 
 
@@ -50,14 +50,13 @@ def make_headshots(
     except OSError as error:
         raise BadFile(f"{folder}: cannot be written: {error.strerror}") from None
     width = len(str(len(jobs)))
+    jobs = [replace(job, size=picture_size(base, job.size)) for job in jobs]
     paths = {job: folder / f"{number:0{width}d}-{job.seed}.png" for number, job in enumerate(jobs, start=1)}
     missing = [job for job, path in paths.items() if not _is_made(path, parameters_text(base, loras, job, config))]
     done = len(paths) - len(missing)
-    by_place = {(job.prompt, job.seed, job.style): path for job, path in paths.items()}
     for picture in generate(base, loras, missing, config, device=device) if missing else ():
-        job = picture.job
         try:
-            picture.save(by_place[job.prompt, job.seed, job.style])
+            picture.save(paths[picture.job])
         except OSError as error:
             raise BadFile(f"{folder}: a picture cannot be written: {error.strerror}") from None
         done += 1

@@ -50,6 +50,12 @@ def test_an_interrupted_batch_makes_no_picture_twice(base, tmp_path: Path) -> No
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in made} == made
 
 
+def test_jobs_that_differ_in_nothing_but_their_size_are_pictures_of_their_own(base, tmp_path: Path) -> None:
+    sizes = [(64, 80), (80, 64)]
+    shots = make_headshots(base, [], [Job("a photo of person", 1, size=size, steps=1) for size in sizes], tmp_path)
+    assert [Image.open(shot.path).size for shot in shots] == sizes
+
+
 def test_pictures_are_ranked_by_their_likeness_to_the_reference(base, tmp_path: Path) -> None:
     shots = make_headshots(base, [], jobs(3), tmp_path, reference=person_photos(1)[:2])
     scores = [-1 if shot.likeness is None else shot.likeness for shot in shots]
