@@ -87,6 +87,15 @@ def likeness(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return a @ b.T
 
 
+def mean_face(embeddings: np.ndarray) -> np.ndarray | None:
+    """float32 (D,), length 1: the mean of the rows (N, D) that are not NaN; None when all are."""
+    seen = embeddings[~np.isnan(embeddings).any(axis=1)]
+    if not len(seen):
+        return None
+    mean = seen.mean(axis=0)
+    return mean / np.linalg.norm(mean)
+
+
 class YuNetSFace:
     """The default FaceNetwork; see `load_faces`."""
 
