@@ -2,7 +2,6 @@
 
 import html
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from PIL import Image
 
 from .base import Base
 from .errors import BadFile, BadPhoto
+from .files import write_text
 from .generate import GenerateConfig, Job, contact_sheet, generate, parameters_text, picture_size
 from .lora_file import LoraFile
 
@@ -91,15 +91,13 @@ def likeness_scores(images: Sequence[Image.Image], reference: Sequence[Image.Ima
 
     BadPhoto when no reference photo shows a face.
     """
-    from .faces import embed_images, likeness, load_faces
+    from .faces import embed_images, likeness, load_faces, mean_face
 
     network = load_faces()
-    known = embed_images(network, reference)
-    known = known[~np.isnan(known).any(axis=1)]
-    if not len(known):
+    person = mean_face(embed_images(network, reference))
+    if person is None:
         raise BadPhoto(f"no face was found in the {len(reference)} photos to compare with")
-    centre = known.mean(axis=0)
-    scores = likeness(embed_images(network, images), (centre / np.linalg.norm(centre))[None])[:, 0]
+    scores = likeness(embed_images(network, images), person[None])[:, 0]
     return [None if np.isnan(score) else round(float(score), 4) for score in scores]
 
 
@@ -122,13 +120,6 @@ def _write_overview(shots: Sequence[Headshot], folder: Path) -> None:
 
 def _score(shot: Headshot) -> str:
     return "" if shot.likeness is None else f"{shot.likeness:.2f}"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 _PAGE = """<!doctype html>

@@ -11,20 +11,23 @@ import mmap
 import os
 import shutil
 import struct
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import torch
 from torch import Tensor
 
 from .errors import BadFile
+from .files import write_file
 
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors library refuses larger headers, so nobody can read such a file."""
 MAX_DIMENSIONS = 16
 CHUNK_BYTES = 1 << 20
+SMALL_BYTES = 64
+"""Tensors up to this size are read, not mapped: touching a mapped page makes the system read its neighbours too."""
 
 # torch has gained the unsigned and the small float types over time: list those that this torch knows.
 DTYPES: dict[str, torch.dtype] = {
@@ -88,6 +91,11 @@ class SafetensorsFile(Mapping[str, Tensor]):
         self._size = size
         self._memory: mmap.mmap | None = None
 
+    @property
+    def layout(self) -> "Layout":
+        """Name -> dtype and shape."""
+        return {name: (self.dtypes[name], shape) for name, shape in self.shapes.items()}
+
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "SafetensorsFile":
         """The checked file. BadFile when it is missing, a pickle, truncated or in any way not what its header says."""
@@ -110,6 +118,9 @@ class SafetensorsFile(Mapping[str, Tensor]):
         count = math.prod(shape)
         if count == 0:
             return torch.empty(shape, dtype=dtype)
+        if count * dtype.itemsize <= SMALL_BYTES:
+            raw = self._bytes(offset, count * dtype.itemsize)
+            return torch.frombuffer(raw, dtype=torch.uint8).view(dtype).reshape(shape)
         memory = self._map()
         if offset % dtype.itemsize == 0:
             return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).reshape(shape)
@@ -125,17 +136,27 @@ class SafetensorsFile(Mapping[str, Tensor]):
                 digest.update(chunk)
         return digest.hexdigest()
 
+    def _bytes(self, offset: int, count: int) -> bytearray:
+        with self._reopened() as file:
+            file.seek(offset)
+            return bytearray(file.read(count))
+
     def _map(self) -> mmap.mmap:
         if self._memory is None:
-            try:
-                with self.path.open("rb") as file:
-                    if os.fstat(file.fileno()).st_size != self._size:
-                        raise BadFile(f"{self.path}: has changed on disk since it was opened")
-                    # A private mapping: torch wants writable memory, the file must stay as it is.
-                    self._memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            except OSError as error:
-                raise BadFile(f"{self.path}: cannot be read: {error.strerror or error}") from None
+            with self._reopened() as file:
+                # A private mapping: torch wants writable memory, the file must stay as it is.
+                self._memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         return self._memory
+
+    @contextmanager
+    def _reopened(self) -> Iterator[BinaryIO]:
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                if os.fstat(file.fileno()).st_size != self._size:
+                    raise BadFile(f"{self.path}: has changed on disk since it was opened")
+                yield file
+        except OSError as error:
+            raise BadFile(f"{self.path}: cannot be read: {error.strerror or error}") from None
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensor(name)
@@ -249,8 +270,46 @@ Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """Name -> dtype and shape: what a header says of the tensors."""
 
 
+class ComputedTensors(Mapping[str, Tensor]):
+    """Tensors that are made when asked for, so that a large file is written without ever being in memory.
+
+    Each maker returns some tensors by name, every time the same. All are called once to learn the layout; later the
+    tensors of the last one are kept, because those of one module are asked for one after another.
+    """
+
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+    def __init__(self, makers: Iterable[Callable[[], Mapping[str, Tensor]]]):
+        self.layout = {}
+        self._makers: dict[str, Callable[[], Mapping[str, Tensor]]] = {}
+        self._numbers: dict[str, Tensor] = {}
+        self._last: tuple[object, Mapping[str, Tensor]] = (None, {})
+        for make in makers:
+            for name, tensor in make().items():
+                self.layout[name] = (tensor.dtype, tuple(tensor.shape))
+                self._makers[name] = make
+                if tensor.ndim == 0:
+                    self._numbers[name] = tensor
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._numbers:
+            return self._numbers[name]
+        make = self._makers[name]
+        if self._last[0] is not make:
+            self._last = (make, make())
+        return self._last[1][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout)
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+
 def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
-    """The layout of tensors that are at hand (or mapped, then none is read)."""
+    """The layout of tensors; of those in a file none is read, and none is computed again."""
+    if isinstance(tensors, (SafetensorsFile, ComputedTensors)):
+        return tensors.layout
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
@@ -294,25 +353,52 @@ def save_safetensors(
     write_safetensors(path, layout_of(tensors), tensors.__getitem__, metadata)
 
 
+class Digest(Protocol):
+    """What hashlib's objects do."""
+
+    def update(self, data: bytes | memoryview, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
+
+
 def write_safetensors(
     path: str | os.PathLike[str],
     layout: Layout,
     read: Callable[[str], Tensor],
     metadata: Mapping[str, str] | None = None,
+    digests: Mapping[str, Digest] | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """As `save_safetensors`, of tensors that are computed (or read) one by one and never together in memory."""
+    """As `save_safetensors`, of tensors that are computed (or read) one by one and never together in memory.
+
+    `digests` (key in the metadata -> digest) are fed the bytes of the tensors as they are stored, and end up in the
+    metadata. `on_progress(done, total)` counts tensors.
+    """
     for name, (dtype, _) in layout.items():
         if dtype not in _CODES:
             raise BadFile(f"{path}: cannot be written: tensor {name!r} has dtype {dtype}")
+    digests = digests or {}
+
+    def header() -> bytes:
+        found = {key: digest.hexdigest() for key, digest in digests.items()}
+        return header_bytes(layout, {**(metadata or {}), **found})
 
     def write(file: BinaryIO) -> None:
-        file.write(header_bytes(layout, metadata))
-        for name in storage_order(layout):
+        file.write(header())
+        for done, name in enumerate(storage_order(layout), 1):
             tensor = read(name)
             assert (tensor.dtype, tuple(tensor.shape)) == layout[name], name
-            file.write(tensor_bytes(tensor))
+            data = tensor_bytes(tensor)
+            file.write(data)
+            for digest in digests.values():
+                digest.update(data)
+            on_progress(done, len(layout))
+        if digests:
+            # Now they are known; a digest is as long as that of nothing, so the tensors stay where they are.
+            file.seek(0)
+            file.write(header())
 
-    _write_atomically(Path(path), write)
+    write_file(path, write)
 
 
 def copy_with_metadata(file: SafetensorsFile, path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
@@ -325,19 +411,4 @@ def copy_with_metadata(file: SafetensorsFile, path: str | os.PathLike[str], meta
             output.write(_pack_header(entries, metadata))
             shutil.copyfileobj(source, output, CHUNK_BYTES)
 
-    _write_atomically(Path(path), write)
-
-
-def _write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        try:
-            with temporary.open("xb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise BadFile(f"{path}: cannot be written: {error.strerror or error}") from None
+    write_file(path, write)

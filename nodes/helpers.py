@@ -6,12 +6,10 @@ import json
 from pathlib import Path
 
 import folder_paths
-import numpy as np
 from comfy_api.latest import io, ui
 
-from ..core.errors import BadPhoto
-from ..core.faces import embed_images, likeness, load_faces
 from ..core.generate import contact_sheet
+from ..core.headshots import likeness_scores
 from ..core.lora_inspect import format_inspection, inspect_lora
 from ..core.lora_tools import convert_lora
 from ..core.photos_to_lora import SAVE_DTYPES
@@ -129,15 +127,9 @@ class LikenessScore(io.ComfyNode):
 
     @classmethod
     def execute(cls, images, reference) -> io.NodeOutput:
-        network = load_faces()
         judged = [image for batch in images for image in pictures(batch)]
-        known = embed_images(network, [photo.image(shorter_side=640) for photo in photos_of(reference)])
-        known = known[~np.isnan(known).any(axis=1)]
-        if not len(known):
-            raise BadPhoto("no face was found in the reference photos")
-        mean = known.mean(axis=0, keepdims=True)
-        found = likeness(embed_images(network, judged), mean / np.linalg.norm(mean))[:, 0]
-        scores = np.nan_to_num(found, nan=-1.0).round(4).tolist()
+        found = likeness_scores(judged, [photo.image(shorter_side=640) for photo in photos_of(reference)])
+        scores = [-1.0 if score is None else score for score in found]
         order = sorted(range(len(scores)), key=lambda index: -scores[index])
         labels = [f"{scores[index]:.2f}" if scores[index] > -1 else "no face" for index in order]
         sheet = contact_sheet([("likeness", [judged[index] for index in order])], tile=256, labels=[labels])

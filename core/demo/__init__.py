@@ -17,7 +17,8 @@ from PIL import Image
 from ..base import load_base
 from ..config import TrainConfig
 from ..errors import BadConfig, BadFile
-from ..faces import FaceNetwork, embed_images, likeness, load_faces
+from ..faces import FaceNetwork, embed_images, likeness, load_faces, mean_face
+from ..files import write_text
 from ..generate import GenerateConfig, Job, contact_sheet, generate
 from ..lora_file import LoraFile
 from ..photos import Photo
@@ -164,7 +165,7 @@ def run(
     labels = [[f"{value:.2f}" for value in judge.likeness(images)] for _, images in rows]
     title = f"likeness to the photos kept back: {report.likeness_before:.2f} before, {report.likeness_after:.2f} after"
     contact_sheet(rows, labels=labels, title=title).save(output / "contact_sheet.png")
-    (output / "report.json").write_text(json.dumps(asdict(report), indent=1) + "\n", encoding="utf-8")
+    write_text(output / "report.json", json.dumps(asdict(report), indent=1) + "\n")
     return report
 
 
@@ -173,9 +174,9 @@ class Judge:
 
     def __init__(self, faces: FaceNetwork, person: int, held_out: Sequence[Image.Image]):
         self.faces = faces
-        self.reference = _centre(embed_images(faces, held_out))
+        self.reference = _centre(faces, held_out)
         others = [other for other in (*SEEN_PEOPLE, *UNSEEN_PEOPLE) if other != person]
-        self.others = np.stack([_centre(embed_images(faces, person_photos(other))) for other in others])
+        self.others = np.stack([_centre(faces, person_photos(other)) for other in others])
 
     def likeness(self, images: Sequence[Image.Image]) -> list[float]:
         """The cosine of each picture to the held-out photos; 0 where no face is found."""
@@ -191,9 +192,10 @@ class Judge:
         return np.nan_to_num(embed_images(self.faces, images))
 
 
-def _centre(embeddings: np.ndarray) -> np.ndarray:
-    mean = np.nanmean(embeddings, axis=0)
-    return mean / np.linalg.norm(mean)
+def _centre(faces: FaceNetwork, photos: Sequence[Image.Image]) -> np.ndarray:
+    person = mean_face(embed_images(faces, photos))
+    assert person is not None, "each person of the set has photos whose face is found"
+    return person
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import base64
 import html
 import io
-import os
-import uuid
 from collections import Counter
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from ..errors import BadFile
+from ..files import write_text
 from .report import CROP, REJECT, REVIEW, USE, VERDICTS, PhotoReport, SetReport
 
 THUMBNAIL = 360
@@ -51,16 +49,7 @@ def save_sheet(report: SetReport, path: str | Path) -> None:
     cards = "\n".join(_card(photo) for photo in sorted(report.photos, key=lambda photo: -VERDICTS.index(photo.verdict)))
     summary = "".join(f"<p>{html.escape(line)}</p>" for line in _summary(report))
     page = _PAGE.replace("SUMMARY", summary).replace("CARDS", cards)
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        try:
-            temporary.write_text(page, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as problem:
-        raise BadFile(f"{path}: cannot be written: {problem.strerror or problem}") from problem
+    write_text(path, page)
 
 
 def _summary(report: SetReport) -> list[str]:
