@@ -6,22 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.tooling import FULL_SD15, FULL_SDXL, write_checkpoint, write_photos
+from tests.tooling import FULL_SDXL, write_checkpoint, write_photos
 
+from .demo_checkpoint import COMFY_SD15
 from .server import ComfyServer, running_server
 
-# ComfyUI knows the families by some widths and depths, and has the text encoders and the VAE at one size only: of SD1.5
-# two levels of one residual block are enough (314 million values), of SDXL only the width can shrink (1.1 billion).
-COMFY_SD15 = replace(
-    FULL_SD15,
-    unet={
-        **FULL_SD15.unet,
-        "block_out_channels": (320, 640),
-        "layers_per_block": 1,
-        "down_block_types": ("CrossAttnDownBlock2D",) * 2,
-        "up_block_types": ("CrossAttnUpBlock2D",) * 2,
-    },
-)
+# Of SDXL only the width can shrink: 1.1 billion values.
 COMFY_SDXL = replace(
     FULL_SDXL, unet={**FULL_SDXL.unet, "block_out_channels": (320, 320, 320), "attention_head_dim": (5, 5, 5)}
 )
