@@ -48,6 +48,9 @@ class TrainConfig:
     accumulation: int = option(1, "forward passes in an optimizer step")
     resolution: int | None = option(None, "side of the square with a bucket's area, in pixels; default: the base's own")
     upscale: bool = option(False, "enlarge photos that are smaller than their bucket")
+    check_photos: bool = option(False, "leave out photos that the photo report rejects (facelora check)")
+    face_crops: bool = option(False, "also train on close-ups of the face, without other people in them")
+    face_masks: bool = option(False, "draw masks, so that the loss counts the person more than the background")
     flip: bool = option(False, "also train on mirrored photos (faces are asymmetric: costs likeness)")
 
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy"] = option("adamw", "optimizer")
@@ -90,6 +93,14 @@ class TrainConfig:
     save_every: int = option(0, "also save the LoRA every so many steps; 0: only at the end")
     sample_every: int = option(0, "make sample images every so many steps; 0: never")
     sample_prompts: tuple[str, ...] = option((), "prompts of the sample images; default: the trigger's caption")
+    sample_guidance: float = option(6.0, "scale of classifier-free guidance (CFG) of the sample images")
+    hold_out: int = option(
+        0, "photos kept back from training, to measure likeness whenever samples are made; 0: not measured"
+    )
+    likeness_pictures: int = option(4, "pictures with and without the trigger word that likeness is measured on")
+    keep: Literal["best", "last"] = option("best", "checkpoint that is written, when likeness is measured")
+    merge_best: int = option(0, "also try the average of so many of the best checkpoints; 0: do not")
+    stop_early: bool = option(False, "stop when likeness no longer rises, or the class turns into the person")
     thumbnail: bool = option(False, "put the last sample image into the file's metadata")
     state_interval: float = option(60.0, "seconds between the states from which a killed run can resume")
 
@@ -116,8 +127,12 @@ class TrainConfig:
             if self.text_encoder_lr not in (0, self.learning_rate) or self.lora_plus_ratio != 1:
                 raise BadConfig("prodigy has one rate for all: text_encoder_lr must be 0 or equal to learning_rate, and "
                                 "lora_plus_ratio 1")  # fmt: skip
-        if not self.sample_every and (self.sample_prompts or self.thumbnail):
-            raise BadConfig("sample_prompts and thumbnail need samples: set sample_every")
+        if not self.sample_every and (self.sample_prompts or self.thumbnail or self.hold_out):
+            raise BadConfig("sample_prompts, thumbnail and hold_out need samples: set sample_every")
+        if not self.hold_out and (self.stop_early or self.merge_best):
+            raise BadConfig("stop_early and merge_best go by likeness, which needs photos held out: set hold_out")
+        if self.merge_best and self.keep == "last":
+            raise BadConfig("merge_best averages the best checkpoints, keep = 'last' takes the last: choose one")
         if self.warmup_steps >= self.steps:
             raise BadConfig(f"warmup_steps = {self.warmup_steps} leaves nothing of {self.steps} steps")
         for name, low in (("rank_pattern", 1), ("alpha_pattern", 1e-6)):
@@ -165,6 +180,10 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("seed", 0, 2**63 - 1),
     ("save_every", 0, 10_000_000),
     ("sample_every", 0, 10_000_000),
+    ("sample_guidance", 0, 100),
+    ("hold_out", 0, 1000),
+    ("likeness_pictures", 1, 100),
+    ("merge_best", 0, 100),
     ("state_interval", 0, 1e9),
 )
 

@@ -1,7 +1,9 @@
 """Pictures from a base model and LoRAs, and sheets of them."""
 
+import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,11 +16,16 @@ from .base import Base
 from .cache import cache_folder, content_key
 from .config import Precision, TrainConfig
 from .errors import BadConfig
+from .families.spec import Conditioning
+from .files import write_file
 from .lora_file import LoraFile
 from .photos import Photo, bucket_sizes
 from .photos.captions import class_caption, default_caption
-from .sampling import SAMPLERS, decode_latents, encode_prompts, sample_latents
+from .sampling import SAMPLER_TITLES, SAMPLERS, decode_latents, encode_pictures, encode_prompts, sample_latents
 from .training import Sampler, device_and_dtype
+
+SAMPLE_BATCH = 4
+"""Pictures that are drawn at a time while training."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +77,13 @@ class Picture:
     parameters: str
     """The text that A1111 writes into a PNG, which ComfyUI, Forge and Civitai read."""
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a PNG with the parameters in it, whole or not at all."""
+    def save(self, path: str | os.PathLike[str], texts: Mapping[str, str] | None = None) -> None:
+        """Writes a PNG with the parameters, and `texts` under their names, in it; whole or not at all. BadFile if it cannot."""
         info = PngImagePlugin.PngInfo()
-        info.add_text("parameters", self.parameters)
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.tmp")
-        self.image.save(temporary, "PNG", pnginfo=info)
-        temporary.replace(path)
+        for name, text in {"parameters": self.parameters, **(texts or {})}.items():
+            # iTXt, which is UTF-8, only where it must be: not every program reads it.
+            (info.add_text if text.isascii() else info.add_itxt)(name, text)
+        write_file(path, lambda file: self.image.save(file, "PNG", pnginfo=info))
 
 
 def generate(
@@ -86,13 +92,16 @@ def generate(
     jobs: Sequence[Job],
     config: GenerateConfig | None = None,
     *,
+    starts: Mapping[Job, Image.Image] | None = None,
+    denoise: float = 1.0,
     device: torch.device | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Iterator[Picture]:
     """A Picture per job as each batch is done, jobs of equal strength together. LoRAs come with their strengths.
 
-    A picture depends on its own job alone, not on its neighbours in a batch (up to rounding). `on_step(done, total)` is
-    called in each sampling step of a batch and may raise to cancel.
+    A picture depends on its own job alone, not on its neighbours in a batch (up to rounding). With `starts`, a picture of
+    the job's size for each job, these are drawn anew instead: the last `denoise` (above 0 to 1) of the steps is taken.
+    `on_step(done, total)` is called in each sampling step of a batch and may raise to cancel.
     """
     config = config or GenerateConfig()
     jobs = [replace(job, size=picture_size(base, job.size)) for job in jobs]
@@ -109,11 +118,12 @@ def generate(
         for batch in _batches(group, config.batch_size):
             first = batch[0]
             assert first.size is not None
+            begin = encode_pictures(base, vae, [starts[job] for job in batch]) if starts else None
             latents = sample_latents(
                 base, denoiser,
                 [encoded[job.prompt] for job in batch], [encoded[job.negative] for job in batch],
                 seeds=[job.seed for job in batch], size=first.size, steps=first.steps,
-                guidance=first.guidance, sampler=config.sampler, on_step=on_step,
+                guidance=first.guidance, sampler=config.sampler, start=begin, denoise=denoise, on_step=on_step,
             )  # fmt: skip
             for job, image in zip(batch, decode_latents(base, vae, latents), strict=True):
                 yield Picture(image, job, parameters_text(base, loras, job, config))
@@ -146,53 +156,69 @@ def picture_size(base: Base, size: tuple[int, int] | None) -> tuple[int, int]:
 
 
 def parameters_text(base: Base, loras: Sequence[tuple[LoraFile, float]], job: Job, config: GenerateConfig) -> str:
-    """A1111's description of a picture, from which it can be made again."""
+    """A1111's description of a picture, from which it can be made again.
+
+    The LoRAs stand in the prompt as `<lora:file name:strength>`, which A1111 and ComfyUI load them by.
+    """
     width, height = picture_size(base, job.size)
-    lines = [job.prompt]
-    if job.negative:
-        lines.append(f"Negative prompt: {job.negative}")
-    settings = [
-        f"Steps: {job.steps}",
-        f"Sampler: {config.sampler}",
-        f"CFG scale: {job.guidance:g}",
-        f"Seed: {job.seed}",
-        f"Size: {width}x{height}",
-        f"Model: {base.name.removesuffix('.safetensors')}",
-    ]
+    names = [Path(lora.name).stem for lora, _ in loras]
+    used = [f"<lora:{name}:{factor * job.strength:g}>" for name, (_, factor) in zip(names, loras, strict=True)]
+    settings = {
+        "Steps": f"{job.steps}",
+        "Sampler": SAMPLER_TITLES[config.sampler],
+        "CFG scale": f"{job.guidance:g}",
+        "Seed": f"{job.seed}",
+        "Size": f"{width}x{height}",
+        "Model": _quoted(base.name.removesuffix(".safetensors")),
+    }
     if base.sha256:
-        settings.append(f"Model hash: {base.sha256[:10]}")
+        settings["Model hash"] = base.sha256[:10]
     if config.clip_skip > 1:
-        settings.append(f"Clip skip: {config.clip_skip}")
-    titles = [lora.metadata.get("modelspec.title", "lora") for lora, _ in loras]
-    hashes = [
-        f"{title}: {lora.metadata['sshs_model_hash'][:12]}"
-        for title, (lora, _) in zip(titles, loras, strict=True)
-        if lora.metadata.get("sshs_model_hash")
-    ]
-    if hashes:
-        settings.append(f'Lora hashes: "{", ".join(hashes)}"')
+        settings["Clip skip"] = f"{config.clip_skip}"
     if loras:
-        strengths = [f"{title}: {factor * job.strength:g}" for title, (_, factor) in zip(titles, loras, strict=True)]
-        settings.append(f'Lora strengths: "{", ".join(strengths)}"')
-    return "\n".join([*lines, ", ".join(settings)])
+        hashes = [f"{name}: {lora.model_hash[:12]}" for name, (lora, _) in zip(names, loras, strict=True)]
+        settings["Lora hashes"] = f'"{", ".join(hashes)}"'
+    lines = [
+        " ".join([job.prompt, *used]),
+        # Also when it is empty: ComfyUI reads nothing from a text without it.
+        f"Negative prompt: {job.negative}",
+        ", ".join(f"{name}: {value}" for name, value in settings.items()),
+    ]
+    return "\n".join(lines)
 
 
-def training_sampler(base: Base, config: TrainConfig, encoded: dict, device: torch.device, steps: int = 20) -> Sampler:
-    """A Sampler of the config's prompts, always with the same seeds; `encoded` holds their conditioning (and "")."""
-    prompts = sample_prompts(config)
-    size = picture_size(base, None)
+def _quoted(value: str) -> str:
+    """As A1111 writes a value that would be taken for several."""
+    return json.dumps(value, ensure_ascii=False) if re.search(r'[,:\n"]', value) else value
 
-    def sample(denoiser: nn.Module, encoders) -> list[Image.Image]:
+
+def training_sampler(
+    base: Base,
+    config: TrainConfig,
+    encoded: Mapping[str, Conditioning],
+    device: torch.device,
+    shots: Sequence[tuple[str, int]],
+    size: tuple[int, int] | None = None,
+    steps: int = 20,
+) -> Sampler:
+    """A Sampler of the shots, (prompt, seed) each; `encoded` holds their conditioning and that of "".
+
+    `size` is (width, height) in pixels; None: the square that the base was trained at.
+    """
+    width_height = picture_size(base, size)
+
+    def sample(denoiser: nn.Module, encoders: Mapping[str, nn.Module]) -> list[Image.Image]:
         texts = encoded
         if encoders:
-            wanted = [*prompts, ""]
+            wanted = sorted({prompt for prompt, _ in shots} | {""})
             texts = dict(zip(wanted, encode_prompts(base, encoders, wanted, config.clip_skip), strict=True))
         vae = base.load("vae", device, torch.float32)
         images = []
-        for index, prompt in enumerate(prompts):
+        for start in range(0, len(shots), SAMPLE_BATCH):
+            batch = shots[start : start + SAMPLE_BATCH]
             latents = sample_latents(
-                base, denoiser, [texts[prompt]], [texts[""]],
-                seeds=[config.seed + index], size=size, steps=steps, guidance=6.0,
+                base, denoiser, [texts[prompt] for prompt, _ in batch], [texts[""]] * len(batch),
+                seeds=[seed for _, seed in batch], size=width_height, steps=steps, guidance=config.sample_guidance,
             )  # fmt: skip
             images += decode_latents(base, vae, latents)
         return images
@@ -200,8 +226,10 @@ def training_sampler(base: Base, config: TrainConfig, encoded: dict, device: tor
     return sample
 
 
-def sample_prompts(config: TrainConfig) -> tuple[str, ...]:
-    return config.sample_prompts or (default_caption(config.trigger_word, config.class_word),)
+def sample_shots(config: TrainConfig) -> list[tuple[str, int]]:
+    """(prompt, seed) of the pictures that a training shows its user."""
+    prompts = config.sample_prompts or (default_caption(config.trigger_word, config.class_word),)
+    return [(prompt, config.seed + index) for index, prompt in enumerate(prompts)]
 
 
 def make_class_images(

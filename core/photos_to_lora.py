@@ -14,9 +14,12 @@ from .base import Base, load_base
 from .cache import encode
 from .config import TrainConfig
 from .errors import BadConfig, BadFile, BadPhoto
-from .generate import make_class_images, sample_prompts, training_sampler
+from .faces import FaceNetwork, load_faces
+from .generate import make_class_images, sample_shots, training_sampler
+from .likeness import LikenessWatch, hold_out
 from .lora_file import LoraFile, fit
-from .photos import Photo, prepare, read_photos
+from .photos import Photo, Thresholds, check_photos, face_regions, prepare, read_photos, with_masks
+from .photos.report import REJECT
 from .training import OnStep, device_and_dtype, train_lora
 
 SAVE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -32,6 +35,8 @@ def train(
     output: str | os.PathLike[str] | None = None,
     class_photos: str | os.PathLike[str] | Sequence[Photo] | None = None,
     continue_from: LoraFile | str | os.PathLike[str] | None = None,
+    held_out: Sequence[Photo] = (),
+    faces: FaceNetwork | None = None,
     resume: bool = False,
     strict: bool = False,
     device: torch.device | None = None,
@@ -45,6 +50,8 @@ def train(
     `photos` is a folder, or photos already read; `class_photos` likewise, for prior preservation. With `output`, the state
     from which `resume=True` goes on is kept beside it until the run is done, every `save_every` steps a numbered LoRA is
     written beside it, and samples go into the folder `<name>-samples` (unless `on_sample` takes them).
+    Likeness is measured to the `held_out` photos, or to `config.hold_out` of `photos`, by `faces` (default: YuNet, SFace);
+    what was measured is in the metadata under `core.likeness.LIKENESS_KEY`.
     Every callback may raise to cancel. Errors are subclasses of FaceLoraError.
     """
     config = config or TrainConfig()
@@ -64,7 +71,11 @@ def train(
     photos = _read(photos, strict, on_warning)
     if not photos:
         raise BadPhoto("no photos were given")
+    if held_out and not config.sample_every:
+        raise BadConfig("held_out photos are for measuring likeness at samples: set sample_every")
     device, _ = device_and_dtype(config, device)
+    if held_out or config.hold_out or config.check_photos or config.face_crops or config.face_masks:
+        faces = faces or load_faces()
 
     def progress(phase: str) -> Callable[[int, int], None] | None:
         return partial(on_phase, phase) if on_phase else None
@@ -76,20 +87,51 @@ def train(
         )  # fmt: skip
     else:
         class_list = [] if class_photos is None else _read(class_photos, strict, on_warning)
+    resolution = config.resolution or base.resolution
+    regions = None
+    if config.check_photos or config.face_crops or config.face_masks:
+        assert faces is not None
+        report = check_photos(photos, faces, Thresholds.for_resolution(resolution))
+        if config.check_photos:
+            for item in report.photos:
+                if item.verdict == REJECT:
+                    on_warning(f"{item.photo.name} is left out: {' '.join(f.sentence for f in item.findings)}")
+            photos = [item.photo for item in report.photos if item.verdict != REJECT]
+            if not photos:
+                raise BadPhoto("the photo report rejects every photo; `facelora check` shows why")
+        if config.face_crops:
+            regions = face_regions(report, resolution, config.trigger_word, config.class_word)
+        if config.face_masks:
+            photos = with_masks(photos, report, background=0.0)  # the loss gives it background_weight
+    if config.hold_out and not held_out:
+        assert faces is not None
+        photos, held_out = hold_out(photos, config.hold_out, faces)
+    watch = None
+    if held_out:
+        assert faces is not None
+        watch = LikenessWatch(faces, photos, held_out, config)
     dataset = prepare(
         photos,
-        resolution=config.resolution or base.resolution,
+        resolution=resolution,
         size_multiple=base.size_multiple,
         trigger=config.trigger_word,
         class_word=config.class_word,
         upscale=config.upscale,
         flip=config.flip,
         class_photos=class_list,
+        regions=regions,
     )
     for warning in dataset.warnings:
         on_warning(warning)
-    prompts = sample_prompts(config) if config.sample_every else ()
-    cache = encode(dataset, base, config, device=device, extra_prompts=prompts, on_progress=progress("encoding"))
+    samples = sample_shots(config) if config.sample_every else []
+    shots = watch.shots if watch else []
+    cache = encode(
+        dataset, base, config, device=device, extra_prompts=[prompt for prompt, _ in [*samples, *shots]],
+        on_progress=progress("encoding"),
+    )  # fmt: skip
+    # Samples have the shape that most of the photos are trained at.
+    size = max(dataset.bucket_counts().items(), key=lambda bucket: bucket[1])[0]
+    draw = partial(training_sampler, base, config, cache.text, device, size=size)
 
     def save(step: int, lora: LoraFile) -> None:
         assert output is not None
@@ -114,7 +156,9 @@ def train(
         state_path=None if output is None else state_path(output),
         resume=resume,
         extra_metadata=None if output is None else {"ss_output_name": output.stem},
-        sampler=training_sampler(base, config, cache.text, device) if config.sample_every else None,
+        sampler=draw(samples) if samples else None,
+        watch=watch,
+        watch_sampler=draw(shots) if shots else None,
         on_step=on_step,
         on_save=save if output is not None else None,
         on_sample=on_sample or (save_samples if output is not None else None),

@@ -22,6 +22,7 @@ from .checkpoint import RunState, pack_optimizer, read_state, unpack_optimizer
 from .config import TrainConfig
 from .errors import BadConfig, MissingPackage, OutOfMemory, TrainingDiverged
 from .families.spec import Conditioning
+from .likeness import LikenessPoint, LikenessWatch, Selection
 from .lora_file import LoraFile, model_hash
 from .objective import draw_noise, draw_timesteps, sample_losses
 from .training_metadata import training_metadata
@@ -32,7 +33,7 @@ SMOOTHING = 0.98
 """Decay of the running mean of the loss."""
 _NOT_IDENTITY = {
     "save_every", "sample_every", "sample_prompts", "state_interval", "save_precision", "thumbnail",
-    "gradient_checkpointing",
+    "gradient_checkpointing", "keep", "merge_best", "stop_early",
 }  # fmt: skip
 """Settings that may change when a run is resumed, since they do not change its steps."""
 
@@ -49,6 +50,8 @@ class StepReport:
     seconds_left: float
     memory: int
     """Peak memory of the device in bytes; 0 on a CPU."""
+    likeness: LikenessPoint | None
+    """What was measured last, where photos are held out."""
     _loss: Tensor = field(repr=False)
 
     @property
@@ -313,13 +316,21 @@ class Run:
         for network in (self.denoiser, *self.encoders.values()):
             network.train(training)
 
-    def sample(self, sampler: Sampler) -> list[Image.Image]:
-        """Images with the adapter as it is now."""
+    def sample(self, sampler: Sampler, values: Mapping[str, Tensor] | None = None) -> list[Image.Image]:
+        """Images with the adapter as it would be saved now, or with other `values` in it."""
+        before = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self._set_training(False)
+        self._put(self.trained() if values is None else values)
         try:
             return sampler(self.denoiser, self.encoders)
         finally:
+            self._put(before)
             self._set_training(True)
+
+    @torch.no_grad()
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])
 
     def check_finite(self) -> None:
         """Waits for the device; TrainingDiverged if the loss of any step so far, or the adapter now, is not finite."""
@@ -343,20 +354,21 @@ class Run:
         """The values that are saved: the running average where there is one, else the parameters."""
         return self.parameters if self.average is None else self.average
 
-    def state(self, identity: Mapping[str, str]) -> RunState:
+    def state(self, identity: Mapping[str, str], selection: Selection | None = None) -> RunState:
         tensors = {f"adapter.{name}": value.detach().cpu() for name, value in self.parameters.items()}
         if self.average is not None:
             tensors |= {f"average.{name}": value.cpu() for name, value in self.average.items()}
         tensors["loss"] = self.loss.cpu()
         optimizer_tensors, scalars = pack_optimizer(self.optimizer)
+        candidates, points = selection.pack() if selection else ({}, [])
         return RunState(
-            self.step, identity, tensors | optimizer_tensors, scalars | {"scaler": self.scaler.state_dict()}
-        )
+            self.step, identity, tensors | optimizer_tensors | candidates,
+            scalars | {"scaler": self.scaler.state_dict(), "likeness": points},
+        )  # fmt: skip
 
     @torch.no_grad()
     def restore(self, state: RunState) -> None:
-        for name, value in self.parameters.items():
-            value.copy_(state.tensors[f"adapter.{name}"])
+        self._put({name: state.tensors[f"adapter.{name}"] for name in self.parameters})
         for name, value in (self.average or {}).items():
             value.copy_(state.tensors[f"average.{name}"])
         unpack_optimizer(self.optimizer, state.tensors, state.scalars)
@@ -409,6 +421,8 @@ def train_lora(
     resume: bool = False,
     extra_metadata: Mapping[str, str] | None = None,
     sampler: Sampler | None = None,
+    watch: LikenessWatch | None = None,
+    watch_sampler: Sampler | None = None,
     on_step: OnStep | None = None,
     on_save: OnSave | None = None,
     on_sample: OnSample | None = None,
@@ -419,6 +433,8 @@ def train_lora(
     on. With `resume` the run goes on from that state, if there is one; on the same machine the result is the same, tensor
     for tensor, as of a run that was never interrupted. Whoever gave `state_path` deletes the state once the LoRA is safe.
     `on_save(step, lora)` is called every `save_every` steps, `on_sample(step, images)` every `sample_every`.
+    With a `watch`, whose shots `watch_sampler` draws, likeness is measured every `sample_every` steps and at the end, the
+    checkpoint that the watch chooses is the one that comes back, and the curve is in its metadata.
 
     TrainingDiverged when the loss is no longer finite; the last saved state is from before.
     """
@@ -427,28 +443,39 @@ def train_lora(
     # A ComfyUI node runs in inference mode, in which nothing can be trained.
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(forked), _explained_memory_error():
         run = Run(cache, base, config, device, continue_from)
+        selection = Selection(watch) if watch else None
         identity = {} if state_path is None else run_identity(cache, base, config, dtype, continue_from)
         if resume and state_path is not None and state_path.exists():
             state = read_state(state_path, identity)
             if state.step > config.steps:
                 raise BadConfig(f"{state_path.name}: is at step {state.step} already, beyond steps = {config.steps}")
             run.restore(state)
+            if selection:
+                selection.unpack(state.tensors, state.scalars["likeness"])
+        if watch and watch_sampler:
+            with run.adapter.disabled():
+                watch.see_base(run.sample(watch_sampler))
         started_at, first_step = time.time(), run.step
         last_state, started = time.monotonic(), time.monotonic()
         thumbnail: Image.Image | None = None
 
-        def lora() -> LoraFile:
+        def lora(values: Mapping[str, Tensor], step: int) -> LoraFile:
             metadata = training_metadata(
-                cache, base, config, steps=run.step, started_at=started_at, precision=dtype,
+                cache, base, config, steps=step, started_at=started_at, precision=dtype,
                 gradient_checkpointing=run.recomputes, thumbnail=thumbnail,
             )  # fmt: skip
-            modules = run.adapter.modules(run.trained())
+            modules = run.adapter.modules(values)
             return LoraFile.from_modules(base.family.name, modules, metadata | dict(extra_metadata or {}))
+
+        def measure(values: Mapping[str, Tensor], merged: tuple[int, ...] = ()) -> None:
+            assert selection and watch_sampler
+            images = run.sample(watch_sampler, values)
+            selection.add(selection.watch.measure(run.step, images, merged), values)
 
         def save_state() -> None:
             if state_path is not None:
                 run.check_finite()
-                run.state(identity).save(state_path)
+                run.state(identity, selection).save(state_path)
 
         while run.step < config.steps:
             run.train_step()
@@ -457,13 +484,16 @@ def train_lora(
             try:
                 if on_save and config.save_every and run.step % config.save_every == 0 and run.step < config.steps:
                     run.check_finite()
-                    on_save(run.step, lora())
-                if sampler and on_sample and config.sample_every and run.step % config.sample_every == 0:
-                    images = run.sample(sampler)
-                    thumbnail = images[0] if config.thumbnail else None
-                    on_sample(run.step, images)
+                    on_save(run.step, lora(run.trained(), run.step))
+                if config.sample_every and run.step % config.sample_every == 0:
+                    if sampler and on_sample:
+                        images = run.sample(sampler)
+                        thumbnail = images[0] if config.thumbnail else None
+                        on_sample(run.step, images)
+                    if selection:
+                        measure(run.trained())
                 if on_step:
-                    on_step(_report(run, first_step, started))
+                    on_step(_report(run, first_step, started, selection))
             except BaseException:
                 # A cancel, also ComfyUI's and Ctrl-C's, which are no Exceptions.
                 save_state()
@@ -471,7 +501,18 @@ def train_lora(
             if run.step < config.steps and time.monotonic() - last_state >= config.state_interval:
                 save_state()
                 last_state = time.monotonic()
-        return lora()
+            if selection and config.stop_early and selection.watch.enough(selection.points):
+                break
+        if selection is None:
+            return lora(run.trained(), run.step)
+        if not selection.points or selection.points[-1].step != run.step:
+            measure(run.trained())
+        if config.merge_best and (average := selection.average(config.merge_best)):
+            steps, values = average
+            measure(values, merged=steps)
+        kept, values = selection.choose() if config.keep == "best" else (selection.points[-1], run.trained())
+        chosen = lora(values, kept.step)
+        return chosen.with_metadata({**chosen.metadata, **selection.metadata(kept)})
 
 
 @contextlib.contextmanager
@@ -485,7 +526,7 @@ def _explained_memory_error() -> Iterator[None]:
         ) from None
 
 
-def _report(run: Run, first_step: int, started: float) -> StepReport:
+def _report(run: Run, first_step: int, started: float, selection: Selection | None) -> StepReport:
     seconds = (time.monotonic() - started) / (run.step - first_step)
     return StepReport(
         step=run.step,
@@ -494,6 +535,7 @@ def _report(run: Run, first_step: int, started: float) -> StepReport:
         seconds_per_step=seconds,
         seconds_left=seconds * (run.config.steps - run.step),
         memory=torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else 0,
+        likeness=selection.points[-1] if selection and selection.points else None,
         _loss=run.loss,
     )
 
