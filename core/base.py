@@ -36,6 +36,8 @@ class Base:
     """Side of the square at which the model was trained, in pixels."""
     file: SafetensorsFile | None = field(default=None, repr=False)
     """The checkpoint file, when it is one."""
+    _digests: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Part -> sha256 over its tensors, of the parts that were asked for."""
 
     @property
     def latent_size(self) -> int:
@@ -67,15 +69,11 @@ class Base:
         return {part: self.load(part, device, dtype) for part in self.family.text_encoders}
 
     def fingerprint(self, *parts: str) -> str:
-        """sha256 over the parts' tensors: equal for equal weights, wherever they come from."""
-        digest = hashlib.sha256()
+        """sha256 over the parts' tensors, read once: equal for equal weights, wherever they come from."""
         for part in parts:
-            tensors = self.components[part].tensors
-            for name in sorted(tensors):
-                tensor = tensors[name]
-                digest.update(f"{part}.{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-                digest.update(tensor_bytes(tensor))
-        return digest.hexdigest()
+            if part not in self._digests:
+                self._digests[part] = _digest(part, self.components[part].tensors)
+        return hashlib.sha256("".join(self._digests[part] for part in parts).encode()).hexdigest()
 
     @cached_property
     def sha256(self) -> str | None:
@@ -100,6 +98,15 @@ class Base:
             for name in self.components[part].tensors
             if name.endswith(".weight")
         }
+
+
+def _digest(part: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{part}.{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
 
 
 def load_base(
