@@ -4,7 +4,6 @@ Facts about the format are in docs/formats.md.
 """
 
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -12,16 +11,25 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from .errors import BadFile, LoraMisfit, UnknownFamily, UnmatchedKeys
-from .lora_keys import FAMILIES, FamilyKeys, Fusion, ModuleId, bundled_embedding, parse_key
+from .lora_keys import FAMILIES, FamilyKeys, Fusion, ModuleId, Place, bundled_embedding, families_of, parse_key
 from .lora_kinds import kind_of, needs_base, rank_of, weight_change, weight_shape
-from .safetensors_file import SafetensorsFile, header_bytes, layout_of, save_safetensors, storage_order, tensor_bytes
+from .safetensors_file import (
+    ComputedTensors,
+    Layout,
+    SafetensorsFile,
+    header_bytes,
+    layout_of,
+    storage_order,
+    tensor_bytes,
+    write_safetensors,
+)
 
 _T = TypeVar("_T")
 
@@ -63,10 +71,8 @@ class Entry:
     name: str
     """Its name in the file, without the suffixes of its tensors."""
     scheme: str
-    part: str
-    fusion: Fusion
-    index: int | None
-    """Which part of the fusion it changes; None: the whole of it, in the original model's order of rows."""
+    place: Place
+    """The weight that it changes."""
     kind: str
     """One of lora_kinds.KINDS."""
     keys: Mapping[str, str]
@@ -75,10 +81,13 @@ class Entry:
     """Role -> shape of the tensor."""
 
     @property
+    def part(self) -> str:
+        return self.place.part
+
+    @property
     def modules(self) -> tuple[ModuleId, ...]:
         """The modules that it changes."""
-        parts = self.fusion.parts if self.index is None else (self.fusion.parts[self.index],)
-        return tuple((self.part, path) for path in parts)
+        return self.place.modules
 
     @property
     def rank(self) -> int | None:
@@ -86,21 +95,8 @@ class Entry:
 
     @property
     def weight_shape(self) -> tuple[int, ...] | None:
-        """The shape of the weight that the file's tensors change: that of the whole fusion where `index` is None."""
+        """The shape of the weight that the file's tensors change, None where it cannot be known."""
         return weight_shape(self.kind, self.shapes)
-
-    def rows(self, shape: tuple[int, ...]) -> list[int]:
-        """How many rows of a weight of this shape each of `modules` has. ValueError when they do not add up."""
-        if len(self.modules) == 1:
-            return [shape[0]]
-        rows = [round(size * shape[1]) for size in self.fusion.sizes]
-        if sum(rows) != shape[0]:
-            raise ValueError(f"{shape[0]} rows are not {' + '.join(map(str, rows))}")
-        return rows
-
-    def swaps_halves(self, shape: tuple[int, ...]) -> bool:
-        """Whether the two halves of its rows are in the other order in diffusers."""
-        return self.index is None and self.fusion.halves_swapped and shape[0] == 2 * shape[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +128,19 @@ class LoraFile:
         """A LoRA in the given scheme: one of SCHEMES."""
         if family not in FAMILIES:
             raise UnknownFamily(f"no family {family!r}; known: {', '.join(FAMILIES)}")
-        return cls(family, dict(metadata), name_modules(family, modules, scheme))
+        return cls(family, dict(metadata), dict(name_modules(family, modules, scheme)))
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Name -> dtype and shape of every tensor."""
+        return layout_of(self.tensors)
+
+    @cached_property
+    def model_hash(self) -> str:
+        """`sshs_model_hash` as it is in fact, whatever the metadata say."""
+        if isinstance(self.tensors, SafetensorsFile):
+            return self.tensors.sha256(with_header=False)  # in the file's order, which need not be ours
+        return model_hash(self.tensors)
 
     @cached_property
     def _sorted_keys(self) -> tuple[tuple[Entry, ...], tuple[str, ...], tuple[str, ...]]:
@@ -141,7 +149,7 @@ class LoraFile:
         found: dict[str, dict[str, str]] = {}
         named = {}
         embeddings, unknown = [], []
-        for key in self.tensors:
+        for key in self.layout:
             if bundled_embedding(key):
                 embeddings.append(key)
             elif (parsed := parse_key(key)) is None:
@@ -151,14 +159,14 @@ class LoraFile:
                 named[parsed.module_name] = parsed
         entries = []
         for module_name, keys in found.items():
-            shapes = {role: tuple(self.tensors[key].shape) for role, key in keys.items()}
+            shapes = {role: self.layout[key][1] for role, key in keys.items()}
             kind = kind_of(shapes)
             if kind is None:
                 unknown.extend(keys.values())
                 continue
             parsed = named[module_name]
-            part, fusion, index = family.locate(parsed.part, parsed.path)
-            entries.append(Entry(module_name, parsed.scheme, part, fusion, index, kind, keys, shapes))
+            place = family.locate(parsed.part, parsed.path)
+            entries.append(Entry(module_name, parsed.scheme, place, kind, keys, shapes))
         return tuple(entries), tuple(embeddings), tuple(unknown)
 
     @property
@@ -192,7 +200,7 @@ class LoraFile:
     @property
     def dtype(self) -> torch.dtype:
         """The type of most tensors."""
-        return _most_common(tensor.dtype for tensor in self.tensors.values() if tensor.ndim > 0)
+        return _most_common(dtype for dtype, shape in self.layout.values() if shape)
 
     def tensors_of(self, entry: Entry) -> dict[str, Tensor]:
         """Role -> tensor, with an alpha from peft's metadata where the file itself has none."""
@@ -228,16 +236,13 @@ class LoraFile:
         down, up, mid = tensors["down"], tensors["up"], tensors.get("mid")
         self._check_low_rank(entry, down, up, mid)
         alpha = float(tensors["alpha"].item()) if "alpha" in tensors else float(down.shape[0])
-        kernel = FAMILIES[self.family].kernel(entry.fusion.parts[0]) if entry.part == "denoiser" else None
+        kernel = FAMILIES[self.family].kernel(entry.modules[0][1]) if entry.part == "denoiser" else None
         down, up = _in_weight_form(down, up, kernel)
-        shape = (up.shape[0], down.shape[1])
-        if entry.swaps_halves(shape):
-            up = up.roll(shape[0] // 2, 0)
         try:
-            rows = entry.rows(shape)
+            parts = entry.place.split(up, inputs=down.shape[1])
         except ValueError as error:
             raise UnmatchedKeys(f"{self.name}: {entry.name} does not fit {self.family}: {error}") from None
-        for module_id, part_up in zip(entry.modules, up.split(rows), strict=True):
+        for module_id, part_up in parts:
             yield module_id, LoraModule(down, part_up, alpha, mid)
 
     def _check_low_rank(self, entry: Entry, down: Tensor, up: Tensor, mid: Tensor | None) -> None:
@@ -269,28 +274,43 @@ class LoraFile:
                     f"{self.name}: {entry.name} is of kind {entry.kind}, whose change depends on the base weights: "
                     "give the base model"
                 )
-            weight = torch.cat([base_weight(module).float() for module in entry.modules])
-            if entry.swaps_halves(tuple(weight.shape)):
-                weight = weight.roll(weight.shape[0] // 2, 0)
+            weight = entry.place.join([base_weight(module).float() for module in entry.modules])
         try:
-            change = weight_change(entry.kind, self.tensors_of(entry), weight)
-            if entry.swaps_halves(tuple(change.shape)):
-                change = change.roll(change.shape[0] // 2, 0)
-            rows = entry.rows(tuple(change.shape))
+            return entry.place.split(weight_change(entry.kind, self.tensors_of(entry), weight))
         except (RuntimeError, ValueError, IndexError) as error:
             raise UnmatchedKeys(f"{self.name}: {entry.name} cannot be computed: {error}") from None
-        return list(zip(entry.modules, change.split(rows), strict=True))
 
     def _refuse_unknown(self) -> None:
         if self.unknown_keys:
             count, example = len(self.unknown_keys), self.unknown_keys[0]
             raise UnmatchedKeys(f"{self.name}: {count} tensors are not understood or not complete, e.g. {example!r}")
 
-    def save(self, path: str | os.PathLike[str], dtype: torch.dtype = torch.float16) -> None:
-        """Writes the file, whole or not at all, with its hashes in the metadata. BadFile when that is not possible."""
-        tensors = {key: _cast(key, self.tensors[key], dtype) for key in self.tensors}
-        hashes = {"sshs_model_hash": model_hash(tensors), "sshs_legacy_hash": legacy_hash(tensors, self.metadata)}
-        save_safetensors(path, tensors, {**self.metadata, **hashes})
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        dtype: torch.dtype = torch.float16,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """Writes the file, whole or not at all, with its hashes in the metadata. BadFile when that is not possible.
+
+        One tensor after another: neither tensors that are read from a file nor computed ones are together in memory.
+        """
+        layout = {key: (self._saved_dtype(key, dtype), shape) for key, (_, shape) in self.layout.items()}
+        digests = {"sshs_model_hash": hashlib.sha256(), "sshs_legacy_hash": LegacyHash(layout, self.metadata)}
+
+        def read(key: str) -> Tensor:
+            return _cast(key, self.tensors[key], layout[key][0])
+
+        write_safetensors(path, layout, read, self.metadata, digests, on_progress)
+
+    def _saved_dtype(self, key: str, dtype: torch.dtype) -> torch.dtype:
+        own, shape = self.layout[key]
+        if not own.is_floating_point or own == dtype:
+            return own
+        # Alpha is one number: where the dtype would round it, the scale of the whole module would be off.
+        if shape == () and self.tensors[key].to(dtype).float() != self.tensors[key].float():
+            return torch.float32
+        return dtype
 
     def with_metadata(self, metadata: Mapping[str, str]) -> "LoraFile":
         """The same tensors with other metadata."""
@@ -304,27 +324,16 @@ def _most_common(values: Iterable[_T]) -> _T:
 def _detect_family(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str) -> str:
     """The family with most signs; the metadata decide between equals, since many tools write them wrong."""
     roles: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
-    for key, tensor in tensors.items():
+    for key, (_, shape) in layout_of(tensors).items():
         if named := parse_key(key):
-            roles.setdefault((named.part, named.path), {})[named.role] = tuple(tensor.shape)
-    scores: dict[str, tuple[int, int]] = {}
-    for family in FAMILIES.values():
-        decisive = structural = 0
-        for (part, path), shapes in roles.items():
-            kind = kind_of(shapes)
-            shape = weight_shape(kind, shapes) if kind else None
-            for sign in family.signs:
-                if sign.matches(part, path, shape):
-                    decisive += sign.decisive
-                    structural += not sign.decisive
-        scores[family.name] = (decisive, structural)
-    best = max(scores.values())
-    if best == (0, 0):
+            roles.setdefault((named.part, named.path), {})[named.role] = shape
+    kinds = {module: kind_of(shapes) for module, shapes in roles.items()}
+    candidates = families_of((*m, weight_shape(kind, roles[m]) if kind else None) for m, kind in kinds.items())
+    if not candidates:
         example = next(iter(tensors), "none")
         raise UnknownFamily(
             f"{name}: no family matches its {len(tensors)} keys, e.g. {example!r}; known: {', '.join(FAMILIES)}"
         )
-    candidates = [family for family, score in scores.items() if score == best]
     claimed = family_in_metadata(metadata)
     return claimed if claimed in candidates else candidates[0]
 
@@ -370,33 +379,37 @@ def _in_weight_form(down: Tensor, up: Tensor, kernel: int | None) -> tuple[Tenso
     return down, up if up.ndim == 4 else up[:, :, None, None]
 
 
-def name_modules(family: str, modules: Mapping[ModuleId, LoraModule], scheme: str) -> dict[str, Tensor]:
+def name_modules(
+    family: str, modules: Mapping[ModuleId, LoraModule], scheme: str, extra: Mapping[str, Tensor] | None = None
+) -> ComputedTensors:
     """The tensors of a file in the given scheme (one of SCHEMES), fused where it names the original model's modules.
 
     Only Kohya's has alpha: readers of the other two drop it or fail at it for some families, so it is multiplied in.
+    `modules` are asked again each time that a tensor is. `extra` tensors keep their names.
     """
     if scheme not in SCHEMES:
         raise UnmatchedKeys(f"no scheme {scheme!r} to write; known: {', '.join(SCHEMES)}")
     keys = FAMILIES[family]
-    fusions: dict[str, tuple[str, Fusion, dict[int, LoraModule]]] = {}
-    for (part, path), module in modules.items():
+    fusions: dict[str, tuple[Fusion, dict[int, ModuleId]]] = {}
+    for part, path in modules:
         name, fusion, index = _name_in_scheme(keys, part, path, scheme)
-        fusions.setdefault(name, (part, fusion, {}))[2][index] = module
-    tensors: dict[str, Tensor] = {}
-    for name, (part, fusion, parts) in fusions.items():
-        module = fuse(fusion, parts)
+        fusions.setdefault(name, (fusion, {}))[1][index] = (part, path)
+
+    def tensors_of(name: str, fusion: Fusion, parts: Mapping[int, ModuleId]) -> dict[str, Tensor]:
+        module = fuse(fusion, {index: modules[module_id] for index, module_id in parts.items()})
         if scheme != "kohya":
-            tensors[f"{name}.lora_A.weight"] = (module := without_tucker(module)).down
-            tensors[f"{name}.lora_B.weight"] = module.up if module.scale == 1 else module.up.float() * module.scale
-            continue
-        if part == "denoiser" and keys.kernel_in_kohya(fusion.parts[0]) == 1 and module.down.ndim == 2:
+            module = without_tucker(module)
+            up = module.up if module.scale == 1 else module.up.float() * module.scale
+            return {f"{name}.lora_A.weight": module.down, f"{name}.lora_B.weight": up}
+        in_denoiser = all(part == "denoiser" for part, _ in parts.values())
+        if in_denoiser and keys.kernel_in_kohya(fusion.parts[0]) == 1 and module.down.ndim == 2:
             module = replace(module, down=module.down[:, :, None, None], up=module.up[:, :, None, None])
-        tensors[f"{name}.lora_down.weight"] = module.down
-        tensors[f"{name}.lora_up.weight"] = module.up
+        tensors = {f"{name}.lora_down.weight": module.down, f"{name}.lora_up.weight": module.up}
         tensors[f"{name}.alpha"] = torch.tensor(module.alpha)
-        if module.mid is not None:
-            tensors[f"{name}.lora_mid.weight"] = module.mid
-    return tensors
+        return tensors if module.mid is None else tensors | {f"{name}.lora_mid.weight": module.mid}
+
+    makers = [partial(tensors_of, name, *fusion) for name, fusion in fusions.items()]
+    return ComputedTensors([*makers, lambda: extra or {}])
 
 
 def _name_in_scheme(keys: FamilyKeys, part: str, path: str, scheme: str) -> tuple[str, Fusion, int]:
@@ -518,29 +531,45 @@ def model_hash(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def legacy_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+class LegacyHash:
     """`sshs_legacy_hash`: of the file with `ss_*` metadata only, 8 hex digits of sha256 over 0x100000 to 0x110000."""
-    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    begin, end, position = 0x100000, 0x110000, 0
-    digest = hashlib.sha256()
+
+    _BEGIN, _END = 0x100000, 0x110000
+
+    def __init__(self, layout: Layout, metadata: Mapping[str, str]):
+        self._digest = hashlib.sha256()
+        self._position = 0
+        self.update(header_bytes(layout, {key: value for key, value in metadata.items() if key.startswith("ss_")}))
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Takes the bytes of the tensors, in the order in which they are stored."""
+        self._digest.update(data[max(self._BEGIN - self._position, 0) : max(self._END - self._position, 0)])
+        self._position += len(data)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether further bytes change nothing."""
+        return self._position >= self._END
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()[:8]
+
+
+def legacy_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """The `LegacyHash` of tensors that are at hand."""
     layout = layout_of(tensors)
-    data = (tensor_bytes(tensors[name]) for name in storage_order(layout))
-    chunks = itertools.chain([header_bytes(layout, training)], data)
-    for chunk in chunks:
-        digest.update(chunk[max(begin - position, 0) : max(end - position, 0)])
-        position += len(chunk)
-        if position >= end:
+    digest = LegacyHash(layout, metadata)
+    for name in storage_order(layout):
+        if digest.is_complete:
             break
-    return digest.hexdigest()[:8]
+        digest.update(tensor_bytes(tensors[name]))
+    return digest.hexdigest()
 
 
 def _cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if not tensor.is_floating_point() or tensor.dtype == dtype:
+    if tensor.dtype == dtype:
         return tensor
     result = tensor.detach().to("cpu", dtype).contiguous()
-    # Alpha is one number: where the dtype would round it, the scale of the whole module would be off.
-    if tensor.ndim == 0 and result.float() != tensor.float():
-        return tensor.detach().cpu().float()
     if not torch.isfinite(result.float()).all() and torch.isfinite(tensor.float()).all():
         raise BadFile(f"{key}: its values do not fit {dtype}; save as bfloat16 or float32")
     return result

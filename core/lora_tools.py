@@ -1,21 +1,22 @@
 """New LoRAs from old ones: convert, merge, resize, extract; and a LoRA merged into a checkpoint.
 
-All of it is linear algebra on one module at a time: nothing large is ever in memory, and `on_progress(done, total)` is
-called after each module.
+All of it is linear algebra on one module at a time. What is only renamed or put together is computed when it is written
+(`LoraFile.save`), so a file of any size is converted or merged without being in memory; what has a new rank is held in
+memory, but not what it is made of. `on_progress(done, total)` is called after each module.
 """
 
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from .base_weights import BaseWeights
 from .errors import BadConfig, LoraMisfit, UnmatchedKeys
-from .families import detect_family
-from .lora_file import SCHEMES, Entry, LoraFile, LoraModule, name_modules, without_tucker
+from .lora_file import SCHEMES, Entry, LoraFile, LoraModule, fit, name_modules, without_tucker
 from .lora_inspect import (
     Finding,
     edit_metadata,
@@ -25,8 +26,8 @@ from .lora_inspect import (
     trigger_words,
     verify_lora,
 )
-from .lora_keys import FAMILIES, ModuleId
-from .safetensors_file import SafetensorsFile, write_safetensors
+from .lora_keys import FAMILIES, ModuleId, Place
+from .safetensors_file import write_safetensors
 
 __all__ = [
     "Finding",
@@ -79,7 +80,7 @@ def convert_lora(
 
 def _from_modules(lora: LoraFile, modules: Mapping[ModuleId, LoraModule], scheme: str) -> LoraFile:
     embeddings = {key: lora.tensors[key] for key in lora.embedding_keys}
-    return replace(lora, tensors=name_modules(lora.family, modules, scheme) | embeddings)
+    return replace(lora, tensors=name_modules(lora.family, modules, scheme, embeddings))
 
 
 def _metadata_for(lora: LoraFile, scheme: str) -> dict[str, str]:
@@ -100,15 +101,16 @@ def _renamed(lora: LoraFile, scheme: str) -> dict[str, Tensor]:
     for entry in lora.entries:
         in_kohya = scheme == "kohya"
         original = family.original_in_kohya if in_kohya else family.original_in_comfy
-        moves_rows = len(entry.fusion.parts) > 1 and original != (entry.index is None)
-        swaps_rows = entry.fusion.halves_swapped and original != (entry.index is None)
+        fusion, index = entry.place.fusion, entry.place.index
+        moves_rows = len(fusion.parts) > 1 and original != (index is None)
+        swaps_rows = fusion.halves_swapped and original != (index is None)
         if scheme == "diffusers" or moves_rows or swaps_rows:
             raise UnmatchedKeys(
                 f"{lora.name}: {entry.name} is of kind {entry.kind}, which {scheme} names cannot express; "
                 "give a rank to make it a plain LoRA"
             )
         prefix = (family.kohya_prefixes if in_kohya else family.comfy_prefixes)[entry.part]
-        path = entry.fusion.original if original and entry.part == "denoiser" else entry.modules[0][1]
+        path = fusion.original if original and entry.part == "denoiser" else entry.modules[0][1]
         name = prefix + (path.replace(".", "_") if in_kohya else path)
         for key in entry.keys.values():
             suffix = re.sub(r"^\.lora_magnitude_vector.*", ".dora_scale", key.removeprefix(entry.name))
@@ -271,9 +273,7 @@ def merge_loras(
     collected: dict[ModuleId, list[LoraModule]] = {}
     for lora, weight in loras:
         for module_id, module in lora.modules().items():
-            module = without_tucker(module)
             collected.setdefault(module_id, []).append(replace(module, alpha=module.alpha * weight))
-    merged = {module_id: _concatenate(modules) for module_id, modules in collected.items()}
     titles = [
         lora.metadata.get("modelspec.title") or lora.metadata.get("ss_output_name") or "LoRA" for lora, _ in loras
     ]
@@ -287,17 +287,32 @@ def merge_loras(
     phrases = [words[0] for lora, _ in loras if (words := trigger_words(lora.metadata))]
     if phrases:
         metadata["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(phrases))
-    whole = LoraFile.from_modules(family, merged, metadata, scheme)
+    whole, error = LoraFile(family, metadata, name_modules(family, _Sums(collected), scheme)), 0.0
     if rank is not None:
         whole, error = resize_lora(whole, rank=rank, on_progress=on_progress)
-        return replace(whole, metadata=_metadata_for(whole, scheme)), error
-    on_progress(len(merged), len(merged))
-    return replace(whole, metadata=_metadata_for(whole, scheme)), 0.0
+    return replace(whole, metadata=_metadata_for(whole, scheme)), error
+
+
+class _Sums(Mapping[ModuleId, LoraModule]):
+    """The sum of several changes of each module, computed when it is asked for."""
+
+    def __init__(self, summands: Mapping[ModuleId, Sequence[LoraModule]]):
+        self._summands = summands
+
+    def __getitem__(self, module_id: ModuleId) -> LoraModule:
+        return _concatenate(self._summands[module_id])
+
+    def __iter__(self) -> Iterator[ModuleId]:
+        return iter(self._summands)
+
+    def __len__(self) -> int:
+        return len(self._summands)
 
 
 def _concatenate(modules: Sequence[LoraModule]) -> LoraModule:
     if len(modules) == 1:
         return modules[0]
+    modules = [without_tucker(module) for module in modules]
     first = modules[0]
     # A 1x1 convolution may be a Linear in one file: the shapes of the first count.
     downs = [module.down.float().reshape(-1, *first.down.shape[1:]) for module in modules]
@@ -314,82 +329,42 @@ def extract_lora(
 ) -> tuple[LoraFile, float]:
     """The difference of two checkpoints as a LoRA, and the largest relative error of a module's change.
 
-    Both are single files in original naming, of the same family. One pair of weights at a time is in memory; modules
-    that are equal in both are left out.
+    Both are single files of the same family. One pair of weights at a time is in memory, and the LoRA; modules that are
+    equal in both are left out.
     """
     _check_rank(rank)
-    first, second = SafetensorsFile.open(original), SafetensorsFile.open(tuned)
-    family, other = detect_family(first), detect_family(second)
-    if family.name != other.name:
-        raise LoraMisfit(f"{first.path} is {family.title}, but {second.path} is {other.title}: no LoRA between them")
-    before, after = family.split(first), family.split(second)
-    pairs = [
-        (part, name)
-        for part in ("denoiser", *family.text_encoders)
-        for name in before[part].tensors
-        if name.endswith(".weight") and ".embeddings." not in name and name in after[part].tensors
-    ]
-    modules: dict[ModuleId, LoraModule] = {}
+    before, after = BaseWeights.open(original), BaseWeights.open(tuned)
+    if before.family != after.family:
+        raise LoraMisfit(
+            f"{before.file.path} is {before.family}, but {after.file.path} is {after.family}: no LoRA between them"
+        )
+    names_after = {place: name for name, place in after.places.items()}
+    tensors: dict[str, Tensor] = {}
     worst = 0.0
-    for done, (part, name) in enumerate(pairs, 1):
-        old, new = before[part].tensors[name], after[part].tensors[name]
-        if old.ndim in (2, 4):
+    for done, (name, place) in enumerate(before.places.items(), 1):
+        if place in names_after:
+            old, new = before.file[name], after.file[names_after[place]]
             if old.shape != new.shape:
-                raise LoraMisfit(
-                    f"{name} of the {part} is {list(old.shape)} in one file and {list(new.shape)} in the other"
-                )
+                raise LoraMisfit(f"{name} is {list(old.shape)} in one file and {list(new.shape)} in the other")
             change = new.float() - old.float()
             if change.any():
-                down, up, error = _factorise(change, rank)
-                modules[part, name.removesuffix(".weight")] = LoraModule(down, up, float(down.shape[0]))
-                worst = max(worst, error)
-        on_progress(done, len(pairs))
-    if not modules:
-        raise LoraMisfit(f"{first.path} and {second.path} have the same weights: there is nothing to extract")
-    lora = LoraFile.from_modules(family.name, modules, {"modelspec.architecture": f"{family.architecture}/lora"})
-    return replace(lora, metadata=_metadata_for(lora, "kohya")), worst
+                for path, part in _paths_in_lora(place, change):
+                    down, up, error = _factorise(part, rank)
+                    tensors |= {f"{path}.lora_A.weight": down, f"{path}.lora_B.weight": up}
+                    worst = max(worst, error)
+        on_progress(done, len(before.places))
+    if not tensors:
+        raise LoraMisfit(f"{before.file.path} and {after.file.path} have the same weights: there is nothing to extract")
+    lora = LoraFile(before.family, {"modelspec.architecture": FAMILIES[before.family].architecture}, tensors)
+    return convert_lora(lora, "kohya")[0], worst
 
 
-_DENOISER = "model.diffusion_model."
-_TEXT_ENCODERS = {
-    ("sd15", "text_encoder"): "cond_stage_model.transformer.",
-    ("sdxl", "text_encoder"): "conditioner.embedders.0.transformer.",
-    ("sdxl", "text_encoder_2"): "conditioner.embedders.1.model.transformer.resblocks.",
-}
-_OPENCLIP = {"mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "self_attn.out_proj": "attn.out_proj"}
-
-
-def _place(family: str, module_id: ModuleId, names: Mapping[str, tuple[int, ...]]) -> tuple[str, slice] | None:
-    """The tensor and its rows in a checkpoint of original naming that are the module's weight, None: it has none."""
-    part, path = module_id
-    part_number, sizes = 0, (1.0,)
-    if part == "denoiser":
-        fusion = FAMILIES[family].of_diffusers(path)
-        part_number, sizes = fusion.parts.index(path), fusion.sizes
-        candidates = [f"{_DENOISER}{fusion.original}.weight", f"{fusion.original}.weight"]
-    elif (prefix := _TEXT_ENCODERS.get((family, part), "")).endswith("resblocks."):
-        match = re.fullmatch(r"text_model\.encoder\.layers\.(\d+)\.(.+)", path)
-        if match is None:
-            return None
-        if re.fullmatch(r"self_attn\.[qkv]_proj", match[2]):
-            part_number, sizes = "qkv".index(match[2].split(".")[1][0]), (1.0, 1.0, 1.0)
-            candidates = [f"{prefix}{match[1]}.attn.in_proj_weight"]
-        else:
-            candidates = [f"{prefix}{match[1]}.{_OPENCLIP.get(match[2], match[2])}.weight"]
-    else:
-        comfy = FAMILIES[family].comfy_prefixes.get(part, "")
-        candidates = [
-            f"{prefix}{path}.weight",
-            f"{prefix}{path.removeprefix('text_model.')}.weight",
-            f"{comfy}{path}.weight",
-        ]
-    name = next((name for name in candidates if name in names), None)
-    if name is None:
-        return None
-    if len(sizes) == 1:
-        return name, slice(0, names[name][0])
-    rows = [round(size * names[name][1]) for size in sizes]
-    return name, slice(sum(rows[:part_number]), sum(rows[: part_number + 1]))
+def _paths_in_lora(place: Place, change: Tensor) -> list[tuple[str, Tensor]]:
+    """The change of a weight under the name that it has in a LoRA: whole in the denoiser, q, k and v apart in CLIP."""
+    if place.part == "denoiser":
+        path = place.fusion.original if place.index is None else place.modules[0][1]
+        return [(f"diffusion_model.{path}", change)]
+    return [(f"{part}.{path}", rows) for (part, path), rows in place.split(change)]
 
 
 def merge_into_checkpoint(
@@ -400,60 +375,32 @@ def merge_into_checkpoint(
 ) -> int:
     """How many tensors were changed, after writing the checkpoint with the LoRAs, each times its strength, merged in.
 
-    The checkpoint is a single file in original naming, with text encoders if a LoRA changes them; any kind of adapter
-    will do. One weight at a time is in memory, types stay as they are. LoraMisfit when a module has no place in it.
+    The checkpoint is a single file, with text encoders if a LoRA changes them; any kind of adapter will do. One weight at
+    a time is in memory, types stay as they are. LoraMisfit when a module has no place in it.
     """
-    file = SafetensorsFile.open(checkpoint)
+    base = BaseWeights.open(checkpoint)
+    file = base.file
     plan: dict[str, list[tuple[LoraFile, float, Entry]]] = {}
     for lora, strength in loras:
-        missing = list(lora.unknown_keys)
+        fit(lora, base.family, base.shapes).check(lora.name)
         for entry in lora.entries:
-            places = [_place(lora.family, module, file.shapes) for module in entry.modules]
-            if entry.kind == "bias" or any(place is None for place in places):
-                missing.append(entry.name)
-            for name in {place[0] for place in places if place is not None}:
+            if entry.kind == "bias":
+                raise LoraMisfit(f"{lora.name}: {entry.name} changes a bias alone, which cannot be merged in")
+            for name in dict.fromkeys(base.name_of(module) for module in entry.modules):
                 plan.setdefault(name, []).append((lora, strength, entry))
-        if missing:
-            raise LoraMisfit(
-                f"{lora.name}: does not fit {file.path}: it is for {lora.family}, and {len(missing)} of its keys have "
-                f"no place in the checkpoint, e.g. {missing[0]}"
-            )
-    done = 0
 
     def read(name: str) -> Tensor:
-        nonlocal done
-        tensor = _merged(file, name, plan[name]) if name in plan else file[name]
-        done += 1
-        on_progress(done, len(file))
-        return tensor
+        if name not in plan:
+            return file[name]
+        changes: dict[ModuleId, Tensor] = {}
+        for lora, strength, entry in plan[name]:
+            for module, change in lora.changes_of(entry, base.read):
+                changes[module] = strength * change + changes.get(module, 0)
+        place = base.places[name]
+        parts = [(module, weight.float()) for module, weight in place.split(file[name])]
+        changed = [w + changes[m].reshape(w.shape) if m in changes else w for m, w in parts]
+        return place.join(changed).to(file.dtypes[name])
 
-    layout = {name: (file.dtypes[name], file.shapes[name]) for name in file}
     metadata = {key: value for key, value in file.metadata.items() if key != "modelspec.hash_sha256"}
-    write_safetensors(output, layout, read, metadata)
+    write_safetensors(output, file.layout, read, metadata, on_progress=on_progress)
     return len(plan)
-
-
-def _merged(file: SafetensorsFile, name: str, changes: Sequence[tuple[LoraFile, float, Entry]]) -> Tensor:
-    weight = file[name].float().clone()
-    for lora, strength, entry in changes:
-
-        def base_weight(module_id: ModuleId, family: str = lora.family) -> Tensor:
-            place = _place(family, module_id, file.shapes)
-            assert place is not None
-            return _reordered(family, module_id, file[place[0]][place[1]])
-
-        for module_id, change in lora.changes_of(entry, base_weight):
-            place = _place(lora.family, module_id, file.shapes)
-            assert place is not None
-            rows = weight[place[1]]
-            if change.numel() != rows.numel():
-                shapes = f"{list(change.shape)} is not {list(rows.shape)}"
-                raise LoraMisfit(f"{lora.name}: {entry.name} does not fit {file.path}: {shapes}")
-            rows += strength * _reordered(lora.family, module_id, change).reshape(rows.shape)
-    return weight.to(file.dtypes[name])
-
-
-def _reordered(family: str, module_id: ModuleId, tensor: Tensor) -> Tensor:
-    """A weight or change in the other one of the original's and diffusers' orders of rows."""
-    swapped = module_id[0] == "denoiser" and FAMILIES[family].of_diffusers(module_id[1]).halves_swapped
-    return tensor.roll(tensor.shape[0] // 2, 0) if swapped and tensor.shape[0] == 2 * tensor.shape[1] else tensor

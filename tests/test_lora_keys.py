@@ -27,9 +27,9 @@ def test_every_kohya_name_is_found_and_is_written_back_the_same(family):
     for name in kohya_names(family):
         named = parse_key(f"{name}.alpha")
         assert named is not None
-        part, fusion, _ = keys.locate(named.part, named.path)
-        path = fusion.original if keys.original_in_kohya else fusion.parts[0]
-        assert keys.kohya_prefixes[part] + path.replace(".", "_") == name
+        place = keys.locate(named.part, named.path)
+        path = place.fusion.original if keys.original_in_kohya else place.fusion.parts[0]
+        assert keys.kohya_prefixes[place.part] + path.replace(".", "_") == name
 
 
 @pytest.mark.parametrize("family", KOHYA_LISTS)
@@ -38,8 +38,7 @@ def test_no_two_kohya_names_mean_the_same_module(family):
     for name in kohya_names(family):
         named = parse_key(f"{name}.alpha")
         assert named is not None
-        part, fusion, _ = FAMILIES[family].locate(named.part, named.path)
-        modules = {(part, path) for path in fusion.parts}
+        modules = set(FAMILIES[family].locate(named.part, named.path).modules)
         assert not modules & found
         found |= modules
 

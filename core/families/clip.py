@@ -23,6 +23,15 @@ CHUNK_TOKENS = 75
 HEAD_WIDTH = 64
 """Width of an attention head in every CLIP text encoder that Stable Diffusion uses."""
 
+OPENCLIP_LAYER = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}
+"""Modules of a layer in OpenCLIP's naming -> in transformers'; q, k and v are one there."""
+
 TEXT_TARGETS = r"text_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
 
 
@@ -92,13 +101,6 @@ def openclip_component(tensors: Mapping[str, Tensor], prefix: str) -> Component:
         "ln_final.weight": "text_model.final_layer_norm.weight",
         "ln_final.bias": "text_model.final_layer_norm.bias",
     }
-    inside = {
-        "ln_1": "layer_norm1",
-        "ln_2": "layer_norm2",
-        "mlp.c_fc": "mlp.fc1",
-        "mlp.c_proj": "mlp.fc2",
-        "attn.out_proj": "self_attn.out_proj",
-    }
 
     def third(full: str, index: int) -> Tensor:
         return tensors[full].chunk(3)[index]
@@ -121,7 +123,7 @@ def openclip_component(tensors: Mapping[str, Tensor], prefix: str) -> Component:
                 name = f"text_model.encoder.layers.{match[1]}.self_attn.{letter}_proj.{match[2]}"
                 readers[name] = partial(third, full, index)
         elif match := re.match(r"transformer\.resblocks\.(\d+)\.(.+)\.(weight|bias)$", short):
-            name = f"text_model.encoder.layers.{match[1]}.{inside.get(match[2], match[2])}.{match[3]}"
+            name = f"text_model.encoder.layers.{match[1]}.{OPENCLIP_LAYER.get(match[2], match[2])}.{match[3]}"
             readers[name] = partial(tensors.__getitem__, full)
     return Component(_text_config(readers, prefix, "gelu"), LazyTensors(readers))
 

@@ -5,7 +5,9 @@ Everywhere else in the project a module is `(part, path)`: `("denoiser", "down_b
 A family adds one table, a `FamilyKeys`, to the list `FAMILIES` here.
 """
 
-from .family import FamilyKeys, Fusion, ModuleId, Sign
+from collections.abc import Iterable
+
+from .family import FamilyKeys, Fusion, ModuleId, Place, Sign
 from .flux import CHROMA, FLUX1, FLUX2
 from .lumina import LUMINA2, ZIMAGE
 from .names import NamedTensor, bundled_embedding, parse_key
@@ -19,14 +21,30 @@ FAMILIES: dict[str, FamilyKeys] = {
 }
 """By name. Where a file fits several equally, the first one is meant."""
 
+
+def families_of(modules: Iterable[tuple[str, str, tuple[int, ...] | None]]) -> list[str]:
+    """The families that fit best: those with the most signs among (part, path, shape of the weight); none without any."""
+    scores = {name: (0, 0) for name in FAMILIES}
+    for part, path, shape in modules:
+        for family in FAMILIES.values():
+            for sign in family.signs:
+                if sign.matches(part, path, shape):
+                    decisive, structural = scores[family.name]
+                    scores[family.name] = (decisive + sign.decisive, structural + (not sign.decisive))
+    best = max(scores.values())
+    return [name for name, score in scores.items() if score == best != (0, 0)]
+
+
 __all__ = [
     "FAMILIES",
     "FamilyKeys",
     "Fusion",
     "ModuleId",
     "NamedTensor",
+    "Place",
     "Sign",
     "bundled_embedding",
+    "families_of",
     "not_loaded_by_comfyui",
     "parse_key",
 ]

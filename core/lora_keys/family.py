@@ -1,9 +1,12 @@
 """What a model family says about names: one `FamilyKeys` per family."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+
+import torch
+from torch import Tensor
 
 ModuleId = tuple[str, str]
 """(part, path): the identity of a module in the whole project, see the package's docstring."""
@@ -24,6 +27,49 @@ class Fusion:
     """Whether diffusers stores the two halves of the rows (shift, scale) in the other order (scale, shift).
 
     Only where there are two: the same layer has six or nine in the other blocks of SD3, in the same order in both."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a weight of a file is: a module of the original model, or one that diffusers has."""
+
+    part: str
+    fusion: Fusion
+    index: int | None
+    """Which part of the fusion it is; None: the whole of it, in the original model's order of rows."""
+
+    @property
+    def modules(self) -> tuple[ModuleId, ...]:
+        """The modules whose weights it is, in the order of its rows."""
+        parts = self.fusion.parts if self.index is None else (self.fusion.parts[self.index],)
+        return tuple((self.part, path) for path in parts)
+
+    def rows(self, outputs: int, inputs: int) -> list[int]:
+        """How many rows of a weight of this size each of `modules` has. ValueError when they do not add up."""
+        if len(self.modules) == 1:
+            return [outputs]
+        rows = [round(size * inputs) for size in self.fusion.sizes]
+        if sum(rows) != outputs:
+            raise ValueError(f"{outputs} rows are not {' + '.join(map(str, rows))}")
+        return rows
+
+    def split(self, tensor: Tensor, inputs: int | None = None) -> list[tuple[ModuleId, Tensor]]:
+        """Its rows by module, in diffusers' order. `inputs` are the weight's input features, where they are not the tensor's.
+
+        ValueError when the rows do not add up.
+        """
+        inputs = tensor.shape[1] if inputs is None else inputs
+        rows = self.rows(tensor.shape[0], inputs)
+        return list(zip(self.modules, self._swapped(tensor, inputs).split(rows), strict=True))
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The weight in the file's order of rows, from those of `modules`: undoes `split`."""
+        whole = torch.cat(list(tensors))
+        return self._swapped(whole, whole.shape[1])
+
+    def _swapped(self, tensor: Tensor, inputs: int) -> Tensor:
+        swapped = self.index is None and self.fusion.halves_swapped and tensor.shape[0] == 2 * inputs
+        return tensor.roll(inputs, 0) if swapped else tensor
 
 
 @dataclass(frozen=True)
@@ -86,23 +132,20 @@ class FamilyKeys:
     part_names: Mapping[str, str] = field(default_factory=dict)
     """Part as the prefix in a file numbers it -> part of this family's pipeline, where they differ."""
 
-    def locate(self, part: str, path: str) -> tuple[str, Fusion, int | None]:
-        """Where a name found in a file belongs: part, fusion, and which part of the fusion.
-
-        None as the last means all of it, in the original model's order of rows.
-        """
+    def locate(self, part: str, path: str) -> Place:
+        """Where a name found in a file belongs."""
         if part == "denoiser" and not path.startswith("text_model."):
             fusion = self.of_original(path)
             if fusion is not None:
-                return part, fusion, None
+                return Place(part, fusion, None)
             fusion = self.of_diffusers(path)
-            return part, fusion, fusion.parts.index(path)
+            return Place(part, fusion, fusion.parts.index(path))
         # peft's files of a text encoder have the same prefix as those of a denoiser.
         part = "text_encoder" if part == "denoiser" else self.part_names.get(part, part)
         # transformers 5 dropped "text_model." from CLIP's paths, so files written with it lack it; all others have it.
         if path.startswith(("encoder.layers.", "embeddings.", "final_layer_norm")):
             path = f"text_model.{path}"
-        return part, Fusion(path, (path,)), None
+        return Place(part, Fusion(path, (path,)), None)
 
 
 def by_rules(*rules: Fusion) -> tuple[Callable[[str], Fusion | None], Callable[[str], Fusion]]:

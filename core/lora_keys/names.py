@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 # Schemes that flatten paths write "_" for ".". These are the path components that contain "_" themselves, so that the
 # dots can be found again: the longest word of this list that fits is taken, other text between two "_" is a component.
@@ -100,6 +101,7 @@ def unflatten(flat: str) -> str:
     return ".".join(components)
 
 
+@lru_cache(maxsize=1 << 16)
 def parse_key(key: str) -> NamedTensor | None:
     """What `key` names, or None when it is no adapter tensor's name."""
     suffix = _SUFFIX.search(key)
