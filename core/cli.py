@@ -180,6 +180,21 @@ def run_train(options: argparse.Namespace) -> None:
         print(json.dumps({"output": str(options.output), "bytes": size, "trigger_phrase": trigger}))
     else:
         print(f"{options.output}  ({size / 1e6:.1f} MB, rank {config.rank}); prompt it with: a photo of {trigger}")
+        if LIKENESS_KEY in lora.metadata:
+            print(format_likeness(json.loads(lora.metadata[LIKENESS_KEY])))
+
+
+def format_likeness(measured: dict[str, Any]) -> str:
+    """The curve in a LoRA's metadata as a table."""
+    rows = [f"likeness to held-out photos ({measured['network']}; the training photos themselves: {measured['photos']:.2f})"]
+    rows.append("      step  likeness  copying  leakage  drift")
+    for index, point in enumerate(measured["points"]):
+        name = "+".join(map(str, point["merged"])) or str(point["step"])
+        rows.append(
+            f"{name:>10}  {point['likeness']:8.2f}  {point['copying']:7.2f}  {point['leakage']:7.2f}  {point['drift']:5.1f}"
+            + ("  <- kept" if index == measured["kept"] else "")
+        )
+    return "\n".join(rows)
 
 
 def device_from(options: argparse.Namespace):
@@ -247,8 +262,9 @@ class BarProgress:
         now = time.monotonic()
         if now - self._shown > 0.5 or report.step == report.steps:
             self._shown = now
+            alike = f", likeness {report.likeness.likeness:.2f}" if report.likeness else ""
             memory = f", {report.memory / 2**30:.1f} GiB" if report.memory else ""
-            bar.set_postfix_str(f"loss {report.loss:.4f}, lr {report.learning_rate:.1e}{memory}", refresh=False)
+            bar.set_postfix_str(f"loss {report.loss:.4f}, lr {report.learning_rate:.1e}{alike}{memory}", refresh=False)
             bar.update(report.step - bar.n)
 
     def warning(self, message: str) -> None:
@@ -279,6 +295,7 @@ class JsonProgress:
                 True, phase="training", step=report.step, steps=report.steps, loss=report.loss,
                 learning_rate=report.learning_rate, seconds_per_step=report.seconds_per_step,
                 seconds_left=report.seconds_left, memory=report.memory,
+                likeness=None if report.likeness is None else asdict(report.likeness),
             )  # fmt: skip
 
     def warning(self, message: str) -> None:
@@ -315,6 +332,22 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference", type=Path, metavar="PHOTOS", help="photos of the person: sorts the pictures by likeness"
     )
+    parser.add_argument(
+        "--keep",
+        type=int,
+        metavar="K",
+        help="copy the K most alike into DIR/kept (default: a quarter; needs --reference)",
+    )
+    parser.add_argument(
+        "--face-pass",
+        type=float,
+        metavar="SHARE",
+        help="draw faces anew that are smaller than this share of the base's "
+        "resolution, where likeness does not fall by it; 0: never (default: 0.25; needs --reference)",
+    )
+    parser.add_argument(
+        "--face-denoise", type=float, metavar="SHARE", help="of the steps that are taken for it (default: 0.35)"
+    )
     parser.add_argument("--negative", default="", help="what should not be in the pictures")
     parser.add_argument("--count", type=int, default=4, help="pictures of each prompt, or of a whole pack (default: 4)")
     parser.add_argument(
@@ -344,8 +377,9 @@ def _size(text: str) -> tuple[int, int]:
 
 def run_generate(options: argparse.Namespace) -> None:
     from .base import load_base
+    from .face_pass import FacePass
     from .generate import GenerateConfig
-    from .headshots import make_headshots
+    from .headshots import OVERVIEW, make_headshots, summary
     from .lora_file import LoraFile
     from .photos import read_photos
 
@@ -355,6 +389,13 @@ def run_generate(options: argparse.Namespace) -> None:
     if options.output is None:
         raise BadConfig("--output DIR is missing")
     config = GenerateConfig(options.sampler, options.clip_skip, options.batch_size, options.precision)
+    given = {name: getattr(options, name) for name in ("keep", "face_pass", "face_denoise")}
+    if options.reference is None and (wanting := [name for name, value in given.items() if value is not None]):
+        raise BadConfig(f"--{wanting[0].replace('_', '-')} needs --reference PHOTOS, to measure likeness")
+    face_pass = FacePass(
+        FacePass.below if options.face_pass is None else options.face_pass,
+        FacePass.denoise if options.face_denoise is None else options.face_denoise,
+    )
     loras = [(LoraFile.read(path), strength) for path, strength in map(split_strength, options.lora)]
     base = load_base(options.base)
     with BarProgress() as progress:
@@ -362,20 +403,19 @@ def run_generate(options: argparse.Namespace) -> None:
         reference = read_photos(options.reference, on_warning=progress.warning) if options.reference else []
         shots = make_headshots(
             base, loras, jobs, options.output, config,
-            reference=[photo.image() for photo in reference], device=device_from(options),
-            on_picture=lambda done, total: progress.phase("pictures", done, total),
+            reference=[photo.image() for photo in reference], face_pass=face_pass, keep=options.keep,
+            device=device_from(options), on_progress=progress.phase,
         )  # fmt: skip
-    sheet = options.output / "contact_sheet.png"
     if options.json:
-        pictures = [
-            {"file": str(shot.path), "prompt": shot.job.prompt, "seed": shot.job.seed, "likeness": shot.likeness}
-            for shot in shots
-        ]
-        print(json.dumps({"pictures": pictures, "contact_sheet": str(sheet)}, indent=1))
+        print((options.output / OVERVIEW).read_text("utf-8"), end="")
         return
-    if reference and shots[0].likeness is not None:
-        print(f"most alike: {shots[0].path} ({shots[0].likeness:.2f})")
-    print(f"{len(shots)} pictures in {options.output}; overview: {sheet} and gallery.html")
+    print(summary(shots))
+    redrawn = [shot.face_pass for shot in shots if shot.face_pass]
+    if redrawn:
+        print(f"faces drawn anew: {len(redrawn)}, of which {sum(one.kept for one in redrawn)} were taken")
+    if any(shot.kept for shot in shots):
+        print(f"most alike: {shots[0].path} ({shots[0].likeness:.2f}); the kept ones are in {options.output / 'kept'}")
+    print(f"overview: {options.output / 'gallery.html'} and contact_sheet.png")
 
 
 def trigger_phrase(loras: Sequence[tuple[Any, float]]) -> str | None:
@@ -464,7 +504,7 @@ def add_score(parser: argparse.ArgumentParser) -> None:
 
 
 def run_score(options: argparse.Namespace) -> None:
-    from .headshots import likeness_scores
+    from .faces import Reference
     from .photos import read_photos
 
     def warn(message: str) -> None:
@@ -472,7 +512,8 @@ def run_score(options: argparse.Namespace) -> None:
 
     images = read_photos(options.images, on_warning=warn)
     reference = read_photos(options.reference, on_warning=warn)
-    scores = likeness_scores([photo.image() for photo in images], [photo.image() for photo in reference])
+    person = Reference([photo.image() for photo in reference])
+    scores = person.likeness(photo.image() for photo in images)
     order = sorted(zip(images, scores, strict=True), key=lambda pair: -1 if pair[1] is None else pair[1], reverse=True)
     if options.json:
         print(json.dumps([{"image": photo.name, "likeness": score} for photo, score in order], indent=1))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from PIL import Image
 
-from .errors import MissingPackage
+from .errors import BadPhoto, MissingPackage
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -94,6 +94,29 @@ def mean_face(embeddings: np.ndarray) -> np.ndarray | None:
         return None
     mean = seen.mean(axis=0)
     return mean / np.linalg.norm(mean)
+
+
+class Reference:
+    """A person's face, the mean of those on photos, that pictures are compared with."""
+
+    def __init__(self, photos: Sequence[Image.Image], network: FaceNetwork | None = None):
+        """The network is the default one if None is given. BadPhoto when no photo shows a face."""
+        self.network: FaceNetwork = network or load_faces()
+        face = mean_face(_embed_one_by_one(self.network, photos))
+        if face is None:
+            raise BadPhoto(f"no face was found in the {len(photos)} photos to compare with")
+        self._face = face
+
+    def likeness(self, images: Iterable[Image.Image]) -> list[float | None]:
+        """The cosine of each picture's largest face to the person's; None where a picture shows no face."""
+        scores = likeness(_embed_one_by_one(self.network, images), self._face[None])[:, 0]
+        return [None if np.isnan(score) else round(float(score), 4) for score in scores]
+
+
+def _embed_one_by_one(network: FaceNetwork, images: Iterable[Image.Image]) -> np.ndarray:
+    """As `embed_images`, with one picture in memory at a time."""
+    rows = [embed_images(network, [image]) for image in images]
+    return np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)
 
 
 class YuNetSFace:

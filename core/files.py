@@ -29,3 +29,9 @@ def write_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """The same with text, as UTF-8."""
     write_file(path, lambda file: file.write(text.encode()))
+
+
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Deletes what `write_file` was writing under that name (a glob pattern) when its process was killed."""
+    for leftover in folder.glob(f".{name}.????????.tmp"):
+        leftover.unlink(missing_ok=True)

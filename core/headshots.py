@@ -1,7 +1,7 @@
-"""A batch of headshots in a folder: made once, judged by likeness, shown on one page."""
+"""A batch of headshots in a folder: made once, small faces drawn anew, judged by likeness, the best kept, shown on a page."""
 
-import html
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,10 +11,34 @@ import torch
 from PIL import Image
 
 from .base import Base
-from .errors import BadFile, BadPhoto
-from .files import write_text
-from .generate import GenerateConfig, Job, contact_sheet, generate, parameters_text, picture_size
+from .errors import BadConfig, BadFile
+from .face_pass import CutOut, FacePass, blend, cut_out
+from .faces import Reference
+from .files import remove_leftovers, write_file, write_text
+from .gallery import gallery_page
+from .generate import GenerateConfig, Job, Picture, contact_sheet, generate, parameters_text, picture_size
 from .lora_file import LoraFile
+
+OVERVIEW = "headshots.json"
+TILE = 256
+"""Height of a picture on the contact sheet, in pixels."""
+
+
+@dataclass(frozen=True)
+class FaceOutcome:
+    """What the face pass did to a picture; it travels in the PNG, so that it is done once."""
+
+    below: float
+    denoise: float
+    before: float
+    """Likeness of the picture as it was drawn first."""
+    after: float | None
+    """Likeness with the new face; None when no face is found in it any more."""
+
+    @property
+    def kept(self) -> bool:
+        """The new face is kept only when it is no less like the person."""
+        return self.after is not None and self.after >= self.before
 
 
 @dataclass(frozen=True)
@@ -25,6 +49,9 @@ class Headshot:
     job: Job
     likeness: float | None = None
     """Cosine to the person's photos; None when there is no reference or no face in the picture."""
+    kept: bool = False
+    """Among the most alike: also in the folder `kept`."""
+    face_pass: FaceOutcome | None = None
 
 
 def make_headshots(
@@ -35,106 +62,185 @@ def make_headshots(
     config: GenerateConfig | None = None,
     *,
     reference: Sequence[Image.Image] = (),
+    face_pass: FacePass | None = None,
+    keep: int | None = None,
     device: torch.device | None = None,
-    on_picture: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Headshot]:
     """The pictures of all jobs as PNG files in `folder`, most alike first where photos to compare with are given.
 
+    With `reference` photos, faces that `face_pass` calls small are drawn anew and that is kept where likeness does not
+    fall; and the `keep` most alike pictures (None: a quarter) are copied into `folder`/kept.
     A picture that is already there, made from the same job, models and settings, is not made again: an interrupted batch
-    goes on where it was. Also writes contact_sheet.png, gallery.html and headshots.json. `on_picture(done, total)` may
-    raise to cancel. BadFile when the folder cannot be written.
+    goes on where it was. Also writes contact_sheet.png, gallery.html and headshots.json.
+    `on_progress(phase, done, total)`, phases "pictures" and "faces", may raise to cancel. BadFile when the folder cannot be
+    written, BadPhoto when no reference photo shows a face.
     """
-    config = config or GenerateConfig()
+    config, face_pass = config or GenerateConfig(), face_pass or FacePass()
+    if keep is not None and not reference:
+        raise BadConfig("keep needs photos of the person to compare with")
+    if keep is not None and keep < 1:
+        raise BadConfig(f"keep = {keep}: must be at least 1")
+    person = Reference(reference) if reference else None
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadFile(f"{folder}: cannot be written: {error.strerror}") from None
+    batch = _Batch(base, loras, config, device, on_progress or (lambda phase, done, total: None))
     width = len(str(len(jobs)))
     jobs = [replace(job, size=picture_size(base, job.size)) for job in jobs]
     paths = {job: folder / f"{number:0{width}d}-{job.seed}.png" for number, job in enumerate(jobs, start=1)}
-    missing = [job for job, path in paths.items() if not _is_made(path, parameters_text(base, loras, job, config))]
-    done = len(paths) - len(missing)
-    for picture in generate(base, loras, missing, config, device=device) if missing else ():
-        try:
-            picture.save(paths[picture.job])
-        except OSError as error:
-            raise BadFile(f"{folder}: a picture cannot be written: {error.strerror}") from None
-        done += 1
-        if on_picture:
-            on_picture(done, len(paths))
-    shots = [Headshot(path, job) for job, path in paths.items()]
-    if reference:
-        shots = ranked(shots, reference)
-    _write_overview(shots, folder)
+    remove_leftovers(folder)
+    batch.draw_missing(paths, face_pass)
+    if person and face_pass.below:
+        batch.improve_faces(paths, face_pass, person)
+    shots = [Headshot(path, job, face_pass=_face_outcome(path)) for job, path in paths.items()]
+    if person:
+        shots = ranked(shots, person, -(-len(shots) // 4) if keep is None else keep)
+        _copy_kept(shots, folder / "kept")
+    _write_overview(shots, folder, compared=person is not None)
     return shots
 
 
-def _is_made(path: Path, parameters: str) -> bool:
-    if not path.exists():
-        return False
-    try:
-        with Image.open(path) as image:
-            return image.info.get("parameters") == parameters
-    except OSError:
-        return False
+@dataclass(frozen=True)
+class _Batch:
+    """What pictures are made with."""
+
+    base: Base
+    loras: Sequence[tuple[LoraFile, float]]
+    config: GenerateConfig
+    device: torch.device | None
+    on_progress: Callable[[str, int, int], None]
+
+    def draw_missing(self, paths: dict[Job, Path], face_pass: FacePass) -> None:
+        missing = [job for job, path in paths.items() if not self._is_made(job, path, face_pass)]
+        done = len(paths) - len(missing)
+        if missing:
+            for picture in generate(self.base, self.loras, missing, self.config, device=self.device):
+                picture.save(paths[picture.job])
+                done += 1
+                self.on_progress("pictures", done, len(paths))
+
+    def _is_made(self, job: Job, path: Path, face_pass: FacePass) -> bool:
+        try:
+            with Image.open(path) as image:
+                image.load()  # a file that was cut short is not made
+                same = image.info.get("parameters") == parameters_text(self.base, self.loras, job, self.config)
+        except OSError:
+            return False
+        outcome = _face_outcome(path)
+        # A face that was drawn with other settings has to go, and the first drawing is gone.
+        return same and (outcome is None or not outcome.kept or _settings(outcome) == face_pass)
+
+    def improve_faces(self, paths: dict[Job, Path], face_pass: FacePass, person: Reference) -> None:
+        """Draws the small faces anew; the outcome is written into each picture, also when it stays as it was."""
+        parts: dict[Job, tuple[Path, CutOut]] = {}
+        for job, path in paths.items():
+            outcome = _face_outcome(path)
+            if outcome and _settings(outcome) == face_pass:
+                continue
+            image = _picture(path)
+            faces = person.network.detect(image)
+            if faces and face_pass.wants(faces[0], self.base.resolution):
+                part = cut_out(image, faces[0], self.base.resolution, self.base.size_multiple)
+                if part:
+                    parts[replace(job, size=part.image.size)] = (path, part)
+        starts = {job: part.image for job, (_, part) in parts.items()}
+        drawn = generate(
+            self.base, self.loras, list(parts), self.config, starts=starts, denoise=face_pass.denoise, device=self.device
+        )  # fmt: skip
+        for done, picture in enumerate(drawn if parts else (), start=1):
+            path, part = parts[picture.job]
+            first = _picture(path)
+            second = blend(first, part, picture.image)
+            before, after = person.likeness([first, second])
+            assert before is not None, "the face was found a moment ago"
+            outcome = FaceOutcome(face_pass.below, face_pass.denoise, before, after)
+            with Image.open(path) as image:
+                parameters = image.info["parameters"]
+            result = Picture(second if outcome.kept else first, picture.job, parameters)
+            result.save(path, {"face_pass": json.dumps(asdict(outcome))})
+            self.on_progress("faces", done, len(parts))
 
 
-def ranked(shots: Sequence[Headshot], reference: Sequence[Image.Image]) -> list[Headshot]:
-    """The pictures with their likeness to the reference photos, most alike first, those without a face last."""
-    scores = likeness_scores([Image.open(shot.path).convert("RGB") for shot in shots], reference)
+def _settings(outcome: FaceOutcome) -> FacePass:
+    return FacePass(outcome.below, outcome.denoise)
+
+
+def _face_outcome(path: Path) -> FaceOutcome | None:
+    with Image.open(path) as image:
+        text = image.info.get("face_pass")
+    return FaceOutcome(**json.loads(text)) if text else None
+
+
+def _picture(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def ranked(shots: Sequence[Headshot], person: Reference, keep: int) -> list[Headshot]:
+    """The pictures with their likeness, most alike first, those without a face last; the first `keep` with a face are kept."""
+    scores = person.likeness(_picture(shot.path) for shot in shots)
     judged = [replace(shot, likeness=score) for shot, score in zip(shots, scores, strict=True)]
-    return sorted(judged, key=lambda shot: -1 if shot.likeness is None else shot.likeness, reverse=True)
+    judged.sort(key=lambda shot: -2 if shot.likeness is None else shot.likeness, reverse=True)
+    return [replace(shot, kept=place < keep and shot.likeness is not None) for place, shot in enumerate(judged)]
 
 
-def likeness_scores(images: Sequence[Image.Image], reference: Sequence[Image.Image]) -> list[float | None]:
-    """The cosine of each picture's largest face to the mean of the reference faces; None without a face.
-
-    BadPhoto when no reference photo shows a face.
-    """
-    from .faces import embed_images, likeness, load_faces, mean_face
-
-    network = load_faces()
-    person = mean_face(embed_images(network, reference))
-    if person is None:
-        raise BadPhoto(f"no face was found in the {len(reference)} photos to compare with")
-    scores = likeness(embed_images(network, images), person[None])[:, 0]
-    return [None if np.isnan(score) else round(float(score), 4) for score in scores]
+def mean_likeness(shots: Sequence[Headshot]) -> float:
+    """The mean over the pictures, of which one without a face counts 0."""
+    return round(float(np.mean([shot.likeness or 0.0 for shot in shots] or [0.0])), 4)
 
 
-def _write_overview(shots: Sequence[Headshot], folder: Path) -> None:
+def _copy_kept(shots: Sequence[Headshot], folder: Path) -> None:
+    """Puts copies of the kept pictures into the folder, and takes out what is of this batch and is not kept any more."""
+    try:
+        folder.mkdir(exist_ok=True)
+        for shot in shots:
+            if shot.kept:
+                shutil.copy2(shot.path, folder / shot.path.name)
+            else:
+                (folder / shot.path.name).unlink(missing_ok=True)
+    except OSError as error:
+        raise BadFile(f"{folder}: cannot be written: {error.strerror or error}") from None
+
+
+def _write_overview(shots: Sequence[Headshot], folder: Path, compared: bool) -> None:
+    kept = [shot for shot in shots if shot.kept]
+    means = {"mean_likeness": mean_likeness(shots), "mean_likeness_kept": mean_likeness(kept)} if compared else {}
+    described = [asdict(shot.job) | _findings(shot) for shot in shots]
+    write_text(folder / OVERVIEW, json.dumps({**means, "headshots": described}, indent=1) + "\n")
+    write_text(folder / "gallery.html", gallery_page(shots, summary(shots), compared))
+
     styles: dict[str, list[Headshot]] = {}
     for shot in shots:
         styles.setdefault(shot.job.style or shot.job.prompt, []).append(shot)
-    rows = [(name, [Image.open(shot.path) for shot in group]) for name, group in styles.items()]
-    labels = [[_score(shot) for shot in group] for group in styles.values()]
-    contact_sheet(rows, tile=256, labels=labels).save(folder / "contact_sheet.png")
-    described = [asdict(shot.job) | {"file": shot.path.name, "likeness": shot.likeness} for shot in shots]
-    write_text(folder / "headshots.json", json.dumps(described, indent=1) + "\n")
-    figures = "\n".join(
-        f'<figure><img src="{html.escape(shot.path.name)}" loading="lazy"><figcaption><b>{_score(shot)}</b> '
-        f"{html.escape(shot.job.style)} <span>{html.escape(shot.job.prompt)}</span></figcaption></figure>"
-        for shot in shots
+    rows = [(name, [_tile(shot.path) for shot in group]) for name, group in styles.items()]
+    labels = [[_label(shot) for shot in group] for group in styles.values()] if compared else None
+    sheet = contact_sheet(rows, tile=TILE, labels=labels, title=summary(shots))
+    write_file(folder / "contact_sheet.png", lambda file: sheet.save(file, "PNG"))
+
+
+def summary(shots: Sequence[Headshot]) -> str:
+    """A line: how many there are, how many were kept, and how alike they are."""
+    kept = [shot for shot in shots if shot.kept]
+    if not kept:
+        return f"{len(shots)} pictures"
+    return (
+        f"{len(shots)} pictures, the {len(kept)} most alike kept: "
+        f"mean likeness {mean_likeness(kept):.2f}, that of all {mean_likeness(shots):.2f}"
     )
-    write_text(folder / "gallery.html", _PAGE.replace("FIGURES", figures).replace("COUNT", str(len(shots))))
 
 
-def _score(shot: Headshot) -> str:
-    return "" if shot.likeness is None else f"{shot.likeness:.2f}"
+def _findings(shot: Headshot) -> dict:
+    face_pass = asdict(shot.face_pass) | {"kept": shot.face_pass.kept} if shot.face_pass else None
+    return {"file": shot.path.name, "likeness": shot.likeness, "kept": shot.kept, "face_pass": face_pass}
 
 
-_PAGE = """<!doctype html>
-<meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Headshots</title>
-<style>
-body { font: 14px/1.4 system-ui, sans-serif; margin: 1.5rem; background: #fafafa; color: #222 }
-main { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 1rem }
-figure { margin: 0; background: #fff; border-radius: 8px; overflow: hidden; box-shadow: 0 1px 3px #0003 }
-img { width: 100%; display: block }
-figcaption { padding: .5rem .7rem }
-figcaption span { color: #777; display: block; font-size: 12px }
-</style>
-<h1>COUNT headshots</h1>
-<main>
-FIGURES
-</main>
-"""
+def _tile(path: Path) -> Image.Image:
+    image = _picture(path)
+    image.thumbnail((image.width, TILE), Image.Resampling.LANCZOS)  # all of them are in memory at once
+    return image
+
+
+def _label(shot: Headshot) -> str:
+    return ("no face" if shot.likeness is None else f"{shot.likeness:.2f}") + (", kept" if shot.kept else "")

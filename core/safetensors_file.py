@@ -128,10 +128,12 @@ class SafetensorsFile(Mapping[str, Tensor]):
         raw = torch.frombuffer(memory, dtype=torch.uint8, count=count * dtype.itemsize, offset=offset)
         return raw.clone().view(dtype).reshape(shape)
 
-    def sha256(self) -> str:
-        """The sha256 of the whole file as 64 hex digits."""
+    def sha256(self, *, with_header: bool = True) -> str:
+        """The sha256 of the whole file, or of what comes after its header, as 64 hex digits."""
         digest = hashlib.sha256()
         with self.path.open("rb") as file:
+            if not with_header:
+                file.seek(8 + struct.unpack("<Q", file.read(8))[0])
             while chunk := file.read(CHUNK_BYTES):
                 digest.update(chunk)
         return digest.hexdigest()

@@ -8,8 +8,8 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io, ui
 
+from ..core.faces import Reference
 from ..core.generate import contact_sheet
-from ..core.headshots import likeness_scores
 from ..core.lora_inspect import format_inspection, inspect_lora
 from ..core.lora_tools import convert_lora
 from ..core.photos_to_lora import SAVE_DTYPES
@@ -128,7 +128,7 @@ class LikenessScore(io.ComfyNode):
     @classmethod
     def execute(cls, images, reference) -> io.NodeOutput:
         judged = [image for batch in images for image in pictures(batch)]
-        found = likeness_scores(judged, [photo.image(shorter_side=640) for photo in photos_of(reference)])
+        found = Reference([photo.image(shorter_side=640) for photo in photos_of(reference)]).likeness(judged)
         scores = [-1.0 if score is None else score for score in found]
         order = sorted(range(len(scores)), key=lambda index: -scores[index])
         labels = [f"{scores[index]:.2f}" if scores[index] > -1 else "no face" for index in order]

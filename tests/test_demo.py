@@ -37,12 +37,12 @@ def test_a_picture_depends_on_its_own_seed_and_not_on_its_batch(base, tmp_path: 
 
 
 def test_an_interrupted_batch_makes_no_picture_twice(base, tmp_path: Path) -> None:
-    def stop_at_two(done: int, total: int) -> None:
+    def stop_at_two(phase: str, done: int, total: int) -> None:
         if done == 2:
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        make_headshots(base, [], jobs(4), tmp_path, on_picture=stop_at_two)
+        make_headshots(base, [], jobs(4), tmp_path, on_progress=stop_at_two)
     made = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*-*.png")}
     assert len(made) == 2
     shots = make_headshots(base, [], jobs(4), tmp_path)
@@ -61,14 +61,14 @@ def test_pictures_are_ranked_by_their_likeness_to_the_reference(base, tmp_path: 
     scores = [-1 if shot.likeness is None else shot.likeness for shot in shots]
     assert scores == sorted(scores, reverse=True)
     described = json.loads((tmp_path / "headshots.json").read_text())
-    assert [entry["file"] for entry in described] == [shot.path.name for shot in shots]
+    assert [entry["file"] for entry in described["headshots"]] == [shot.path.name for shot in shots]
     assert "gallery.html" in {path.name for path in tmp_path.iterdir()}
 
 
 def test_a_png_carries_its_parameters(base, tmp_path: Path) -> None:
     shot = make_headshots(base, [], jobs(1), tmp_path)[0]
     text = Image.open(shot.path).info["parameters"]
-    assert text.startswith("a photo of person\n")
+    assert text.startswith("a photo of person\nNegative prompt: \nSteps: 2, Sampler: DPM++ 2M Karras, ")
     assert f"Seed: 0, Size: 64x80, Model: base, Model hash: {base.sha256[:10]}" in text
 
 
@@ -78,8 +78,8 @@ def test_headshots_of_a_style_pack_come_from_the_command_line(
     arguments = ["--subject", "sks person", "--style-pack", "corporate", "--count", "2", "--steps", "1"]
     assert main(["generate", "--base", str(BASE_FILE), "--output", str(tmp_path), *arguments, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert len(report["pictures"]) == 2
-    assert all("sks person" in picture["prompt"] for picture in report["pictures"])
+    assert len(report["headshots"]) == 2
+    assert all("sks person" in picture["prompt"] for picture in report["headshots"])
 
 
 @pytest.mark.slow
