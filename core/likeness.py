@@ -167,6 +167,10 @@ class Selection:
         kept = [index for index in ranked[:MAX_CANDIDATES] if _as_good(self.points[index], self.points[ranked[0]])]
         self._values = {index: self._values[index] for index in kept}
 
+    def has(self, step: int) -> bool:
+        """Whether the checkpoint of that step was measured."""
+        return any(point.step == step and not point.merged for point in self.points)
+
     def average(self, count: int) -> tuple[tuple[int, ...], dict[str, Tensor]] | None:
         """Steps and mean values of the `count` most alike candidates (arXiv:1803.05407); None with fewer than two."""
         chosen = self._ranked()[:count]

@@ -15,12 +15,13 @@ from .cache import encode
 from .config import TrainConfig
 from .errors import BadConfig, BadFile, BadPhoto
 from .faces import FaceNetwork, load_faces
+from .families.clip import load_tokenizer
 from .generate import make_class_images, sample_shots, training_sampler
 from .likeness import LikenessWatch, hold_out
 from .lora_file import LoraFile, fit
-from .photos import Photo, Thresholds, check_photos, face_regions, prepare, read_photos, with_masks
+from .photos import Photo, Thresholds, check_photos, face_regions, prepare, read_photos, trigger_hint, with_masks
 from .photos.report import REJECT
-from .training import OnStep, device_and_dtype, train_lora
+from .training import CheckCancelled, OnStep, device_and_dtype, train_lora
 
 SAVE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 OnPhase = Callable[[str, int, int], None]
@@ -44,6 +45,7 @@ def train(
     on_phase: OnPhase | None = None,
     on_sample: Callable[[int, list[Image.Image]], None] | None = None,
     on_warning: Callable[[str], None] = lambda message: None,
+    check_cancelled: CheckCancelled | None = None,
 ) -> LoraFile:
     """The trained LoRA; also written to `output` (a `.safetensors` path) when one is given.
 
@@ -52,7 +54,8 @@ def train(
     written beside it, and samples go into the folder `<name>-samples` (unless `on_sample` takes them).
     Likeness is measured to the `held_out` photos, or to `config.hold_out` of `photos`, by `faces` (default: YuNet, SFace);
     what was measured is in the metadata under `core.likeness.LIKENESS_KEY`.
-    Every callback may raise to cancel. Errors are subclasses of FaceLoraError.
+    Every callback may raise to cancel; `check_cancelled` is called many times a step. `on_step` raises StopAndKeep to end
+    now with what has been learned. Errors are subclasses of FaceLoraError.
     """
     config = config or TrainConfig()
     output = None if output is None else Path(output)
@@ -73,6 +76,8 @@ def train(
         raise BadPhoto("no photos were given")
     if held_out and not config.sample_every:
         raise BadConfig("held_out photos are for measuring likeness at samples: set sample_every")
+    if hint := trigger_hint(config.trigger_word, load_tokenizer()):
+        on_warning(hint)
     device, _ = device_and_dtype(config, device)
     if held_out or config.hold_out or config.check_photos or config.face_crops or config.face_masks:
         faces = faces or load_faces()
@@ -162,6 +167,7 @@ def train(
         on_step=on_step,
         on_save=save if output is not None else None,
         on_sample=on_sample or (save_samples if output is not None else None),
+        check_cancelled=check_cancelled,
     )
     if output is not None:
         lora.save(output, SAVE_DTYPES[config.save_precision])

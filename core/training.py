@@ -61,10 +61,16 @@ class StepReport:
 
 
 OnStep = Callable[[StepReport], None]
+CheckCancelled = Callable[[], None]
+"""Is called many times in each step, and cancels by raising."""
 OnSave = Callable[[int, LoraFile], None]
 Sampler = Callable[[nn.Module, Mapping[str, nn.Module]], list[Image.Image]]
 """(denoiser, text encoders) -> images with the adapter as it is now."""
 OnSample = Callable[[int, list[Image.Image]], None]
+
+
+class StopAndKeep(Exception):
+    """What `on_step` raises to end the run after this step as if it had no more: with the LoRA, and without an error."""
 
 
 class Batches:
@@ -171,6 +177,7 @@ class Run:
         config: TrainConfig,
         device: torch.device | None = None,
         continue_from: LoraFile | None = None,
+        check_cancelled: CheckCancelled | None = None,
     ):
         self.config = config
         self.family = base.family
@@ -181,6 +188,8 @@ class Run:
             self.encoders = base.load_text_encoders(self.device, self.dtype)
         self.adapter = adapters.attach({"denoiser": self.denoiser, **self.encoders}, base.family, config, continue_from)
         self._set_training(True)
+        if check_cancelled:
+            _check_often(self.denoiser, check_cancelled)
         self.recomputes = wants_recompute(self, cache)
         if self.recomputes:
             self.denoiser.enable_gradient_checkpointing()  # pyright: ignore
@@ -208,30 +217,39 @@ class Run:
 
     def train_step(self) -> None:
         """One optimizer step. Nothing in it waits for the device."""
+        self.update(self.accumulate())
+
+    def accumulate(self) -> Tensor:
+        """The loss of the next step, its gradients accumulated. Interrupted, it leaves the run as it was between two steps."""
         config = self.config
-        rate = learning_rate_factor(self.step, config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * rate
+        self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for number in range(self.step * config.accumulation, (self.step + 1) * config.accumulation):
             for loss in self._losses(number):
                 self.scaler.scale(loss / config.accumulation).backward()
                 total += loss.detach() / config.accumulation
+        return total
+
+    def update(self, loss: Tensor) -> None:
+        """Moves the adapter along the accumulated gradients of that loss, and goes on to the next step."""
+        config = self.config
+        rate = learning_rate_factor(self.step, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * rate
         if config.max_grad_norm:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             # Rising from 0.1, so that the average soon forgets the untrained adapter.
             decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
             values = [parameter.detach() for parameter in self.parameters.values()]
             torch._foreach_lerp_(list(self.average.values()), values, 1 - decay)
-        bad = ~torch.isfinite(total) & (self.first_bad_step < 0)
+        bad = ~torch.isfinite(loss) & (self.first_bad_step < 0)
         self.first_bad_step = torch.where(bad, self.step, self.first_bad_step)
         # The mean starts at the first loss, so that it does not have to climb from 0.
-        self.loss = total if self.step == 0 else SMOOTHING * self.loss + (1 - SMOOTHING) * total
+        self.loss = loss if self.step == 0 else SMOOTHING * self.loss + (1 - SMOOTHING) * loss
         self.step += 1
 
     def _losses(self, number: int):
@@ -377,6 +395,24 @@ class Run:
         self.step = state.step
 
 
+def _check_often(network: nn.Module, check_cancelled: CheckCancelled) -> None:
+    """Has `check_cancelled` called at every block of the network, forward and backward."""
+
+    def check(*_: object) -> None:
+        check_cancelled()
+
+    def check_backward_too(module: nn.Module, inputs: object, output: object) -> None:
+        for tensor in output if isinstance(output, tuple) else (output,):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(check)
+
+    for blocks in network.modules():
+        if isinstance(blocks, nn.ModuleList):
+            for block in blocks:
+                block.register_forward_pre_hook(check)
+                block.register_forward_hook(check_backward_too)
+
+
 def _to_device(image: EncodedImage, device: torch.device) -> EncodedImage:
     return replace(
         image,
@@ -426,11 +462,14 @@ def train_lora(
     on_step: OnStep | None = None,
     on_save: OnSave | None = None,
     on_sample: OnSample | None = None,
+    check_cancelled: CheckCancelled | None = None,
 ) -> LoraFile:
     """The trained LoRA, in Kohya naming with complete metadata.
 
     `on_step` hears of every step and cancels by raising: the state is then saved to `state_path` and the exception goes
-    on. With `resume` the run goes on from that state, if there is one; on the same machine the result is the same, tensor
+    on. When it raises StopAndKeep the run ends there, and the LoRA comes back as if that had been the last step.
+    `check_cancelled` cancels in the middle of a step or of a sample, which may take long.
+    With `resume` the run goes on from that state, if there is one; on the same machine the result is the same, tensor
     for tensor, as of a run that was never interrupted. Whoever gave `state_path` deletes the state once the LoRA is safe.
     `on_save(step, lora)` is called every `save_every` steps, `on_sample(step, images)` every `sample_every`.
     With a `watch`, whose shots `watch_sampler` draws, likeness is measured every `sample_every` steps and at the end, the
@@ -442,7 +481,7 @@ def train_lora(
     forked = [device] if device.type == "cuda" else []
     # A ComfyUI node runs in inference mode, in which nothing can be trained.
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(forked), _explained_memory_error():
-        run = Run(cache, base, config, device, continue_from)
+        run = Run(cache, base, config, device, continue_from, check_cancelled)
         selection = Selection(watch) if watch else None
         identity = {} if state_path is None else run_identity(cache, base, config, dtype, continue_from)
         if resume and state_path is not None and state_path.exists():
@@ -477,27 +516,50 @@ def train_lora(
                 run.check_finite()
                 run.state(identity, selection).save(state_path)
 
-        while run.step < config.steps:
-            run.train_step()
-            if run.step % CHECK_EVERY == 0 or run.step == config.steps:
-                run.check_finite()
+        @contextlib.contextmanager
+        def cancelled_with_a_state() -> Iterator[None]:
             try:
-                if on_save and config.save_every and run.step % config.save_every == 0 and run.step < config.steps:
-                    run.check_finite()
-                    on_save(run.step, lora(run.trained(), run.step))
-                if config.sample_every and run.step % config.sample_every == 0:
-                    if sampler and on_sample:
-                        images = run.sample(sampler)
-                        thumbnail = images[0] if config.thumbnail else None
-                        on_sample(run.step, images)
-                    if selection:
-                        measure(run.trained())
-                if on_step:
-                    on_step(_report(run, first_step, started, selection))
+                yield
+            except StopAndKeep:
+                raise
             except BaseException:
                 # A cancel, also ComfyUI's and Ctrl-C's, which are no Exceptions.
                 save_state()
                 raise
+
+        def look() -> None:
+            nonlocal thumbnail
+            if sampler and on_sample:
+                images = run.sample(sampler)
+                thumbnail = images[0] if config.thumbnail else None
+                on_sample(run.step, images)
+            if selection and not selection.has(run.step):
+                measure(run.trained())
+
+        def is_time_to_look() -> bool:
+            return bool(config.sample_every) and run.step > 0 and run.step % config.sample_every == 0
+
+        with cancelled_with_a_state():
+            if is_time_to_look():  # it may have been cancelled just then
+                look()
+        while run.step < config.steps:
+            with cancelled_with_a_state():
+                loss = run.accumulate()
+            run.update(loss)
+            if run.step % CHECK_EVERY == 0 or run.step == config.steps:
+                run.check_finite()
+            try:
+                with cancelled_with_a_state():
+                    if on_save and config.save_every and run.step % config.save_every == 0 and run.step < config.steps:
+                        run.check_finite()
+                        on_save(run.step, lora(run.trained(), run.step))
+                    if is_time_to_look():
+                        look()
+                    if on_step:
+                        on_step(_report(run, first_step, started, selection))
+            except StopAndKeep:
+                run.check_finite()
+                break
             if run.step < config.steps and time.monotonic() - last_state >= config.state_interval:
                 save_state()
                 last_state = time.monotonic()
@@ -505,11 +567,12 @@ def train_lora(
                 break
         if selection is None:
             return lora(run.trained(), run.step)
-        if not selection.points or selection.points[-1].step != run.step:
-            measure(run.trained())
-        if config.merge_best and (average := selection.average(config.merge_best)):
-            steps, values = average
-            measure(values, merged=steps)
+        with cancelled_with_a_state():
+            if not selection.has(run.step):
+                measure(run.trained())
+            if config.merge_best and (average := selection.average(config.merge_best)):
+                steps, values = average
+                measure(values, merged=steps)
         kept, values = selection.choose() if config.keep == "best" else (selection.points[-1], run.trained())
         chosen = lora(values, kept.step)
         return chosen.with_metadata({**chosen.metadata, **selection.metadata(kept)})

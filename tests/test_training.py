@@ -18,7 +18,7 @@ from core.errors import MissingPackage, TrainingDiverged
 from core.families import FAMILIES
 from core.lora_file import LoraFile
 from core.safetensors_file import SafetensorsFile
-from core.training import Batches, Run, learning_rate_factor, train_lora
+from core.training import Batches, Run, StopAndKeep, learning_rate_factor, train_lora
 from tests.tooling import encoded_cache, encoded_image
 
 CPU = torch.device("cpu")
@@ -382,6 +382,44 @@ def test_a_callback_that_raises_stops_the_run_with_a_state_and_the_exception(bas
     )
     whole = train_lora(cache, base, config, device=CPU)
     assert steps == [3, 4]
+    assert all(torch.equal(module.up, resumed.modules()[name].up) for name, module in whole.modules().items())
+
+
+def test_stop_and_keep_ends_the_run_with_what_it_has_learned(bases, caches):
+    def stop(report):
+        if report.step == 2:
+            raise StopAndKeep
+
+    cache, base = person_only(caches["sd15"]), bases["sd15"]
+    kept = train_lora(cache, base, replace(PLAIN, steps=50), device=CPU, on_step=stop)
+    short = train_lora(cache, base, replace(PLAIN, steps=2), device=CPU)
+    assert kept.metadata["ss_steps"] == "2"
+    assert all(torch.equal(module.up, kept.modules()[name].up) for name, module in short.modules().items())
+
+
+@pytest.mark.parametrize("recompute", ["off", "on"])
+def test_a_run_that_is_cancelled_within_a_step_goes_on_exactly(bases, caches, tmp_path, recompute):
+    class Interrupt(BaseException):
+        pass
+
+    calls = 0
+
+    def check():
+        nonlocal calls
+        calls += 1
+        if calls == stop_at:
+            raise Interrupt
+
+    cache, base = person_only(caches["sd15"]), bases["sd15"]
+    config = replace(PLAIN, steps=2, gradient_checkpointing=recompute)
+    state = tmp_path / "run.state.safetensors"
+    stop_at = 0
+    whole = train_lora(cache, base, config, device=CPU, check_cancelled=check)
+    calls, stop_at = 0, calls - 2  # in the backward pass of the last step
+    with pytest.raises(Interrupt):
+        train_lora(cache, base, config, device=CPU, state_path=state, check_cancelled=check)
+    assert SafetensorsFile.open(state).metadata["step"] == "1"
+    resumed = train_lora(cache, base, config, device=CPU, state_path=state, resume=True)
     assert all(torch.equal(module.up, resumed.modules()[name].up) for name, module in whole.modules().items())
 
 
