@@ -148,6 +148,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def run_train(options: argparse.Namespace) -> None:
+    from .likeness import LIKENESS_KEY
     from .photos_to_lora import state_path, train
 
     config = settings_from(options)
@@ -186,7 +187,9 @@ def run_train(options: argparse.Namespace) -> None:
 
 def format_likeness(measured: dict[str, Any]) -> str:
     """The curve in a LoRA's metadata as a table."""
-    rows = [f"likeness to held-out photos ({measured['network']}; the training photos themselves: {measured['photos']:.2f})"]
+    rows = [
+        f"likeness to held-out photos ({measured['network']}; the training photos themselves: {measured['photos']:.2f})"
+    ]
     rows.append("      step  likeness  copying  leakage  drift")
     for index, point in enumerate(measured["points"]):
         name = "+".join(map(str, point["merged"])) or str(point["step"])
@@ -295,7 +298,7 @@ class JsonProgress:
                 True, phase="training", step=report.step, steps=report.steps, loss=report.loss,
                 learning_rate=report.learning_rate, seconds_per_step=report.seconds_per_step,
                 seconds_left=report.seconds_left, memory=report.memory,
-                likeness=None if report.likeness is None else asdict(report.likeness),
+                likeness=report.likeness and dataclasses.asdict(report.likeness),
             )  # fmt: skip
 
     def warning(self, message: str) -> None:

@@ -94,6 +94,7 @@ class TrainConfig:
     sample_every: int = option(0, "make sample images every so many steps; 0: never")
     sample_prompts: tuple[str, ...] = option((), "prompts of the sample images; default: the trigger's caption")
     sample_guidance: float = option(6.0, "scale of classifier-free guidance (CFG) of the sample images")
+    sample_steps: int = option(20, "sampling steps of the sample images")
     hold_out: int = option(
         0, "photos kept back from training, to measure likeness whenever samples are made; 0: not measured"
     )
@@ -181,6 +182,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("save_every", 0, 10_000_000),
     ("sample_every", 0, 10_000_000),
     ("sample_guidance", 0, 100),
+    ("sample_steps", 1, 1000),
     ("hold_out", 0, 1000),
     ("likeness_pictures", 1, 100),
     ("merge_best", 0, 100),

@@ -199,7 +199,6 @@ def training_sampler(
     device: torch.device,
     shots: Sequence[tuple[str, int]],
     size: tuple[int, int] | None = None,
-    steps: int = 20,
 ) -> Sampler:
     """A Sampler of the shots, (prompt, seed) each; `encoded` holds their conditioning and that of "".
 
@@ -218,7 +217,8 @@ def training_sampler(
             batch = shots[start : start + SAMPLE_BATCH]
             latents = sample_latents(
                 base, denoiser, [texts[prompt] for prompt, _ in batch], [texts[""]] * len(batch),
-                seeds=[seed for _, seed in batch], size=width_height, steps=steps, guidance=config.sample_guidance,
+                seeds=[seed for _, seed in batch], size=width_height, steps=config.sample_steps,
+                guidance=config.sample_guidance,
             )  # fmt: skip
             images += decode_latents(base, vae, latents)
         return images

@@ -471,7 +471,8 @@ def train_lora(
     `check_cancelled` cancels in the middle of a step or of a sample, which may take long.
     With `resume` the run goes on from that state, if there is one; on the same machine the result is the same, tensor
     for tensor, as of a run that was never interrupted. Whoever gave `state_path` deletes the state once the LoRA is safe.
-    `on_save(step, lora)` is called every `save_every` steps, `on_sample(step, images)` every `sample_every`.
+    `on_save(step, lora)` is called every `save_every` steps (for the last one too, if another is kept), and
+    `on_sample(step, images)` every `sample_every`.
     With a `watch`, whose shots `watch_sampler` draws, likeness is measured every `sample_every` steps and at the end, the
     checkpoint that the watch chooses is the one that comes back, and the curve is in its metadata.
 
@@ -574,6 +575,8 @@ def train_lora(
                 steps, values = average
                 measure(values, merged=steps)
         kept, values = selection.choose() if config.keep == "best" else (selection.points[-1], run.trained())
+        if on_save and config.save_every and (kept.merged or kept.step < run.step):
+            on_save(run.step, lora(run.trained(), run.step))
         chosen = lora(values, kept.step)
         return chosen.with_metadata({**chosen.metadata, **selection.metadata(kept)})
 

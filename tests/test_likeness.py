@@ -1,0 +1,226 @@
+"""Likeness while training: what is measured on real faces, which checkpoint is kept, when a run ends by itself."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from core.cli import main
+from core.config import TrainConfig
+from core.demo import BASE_FILE
+from core.demo.people import person_photos
+from core.errors import BadConfig, BadPhoto
+from core.faces import embed_images, likeness, load_faces, mean_face
+from core.likeness import LIKENESS_KEY, LikenessPoint, LikenessWatch, Selection, hold_out
+from core.lora_file import LoraFile
+from core.photos import Photo
+from core.photos_to_lora import train
+from tests.tooling import write_photos
+
+CONFIG = TrainConfig(
+    rank=4,
+    steps=6,
+    batch_size=4,
+    learning_rate=3e-3,
+    sample_every=2,
+    sample_guidance=2.5,
+    sample_steps=4,
+    likeness_pictures=2,
+    hold_out=2,
+)
+
+
+@pytest.fixture(scope="module")
+def network():
+    return load_faces()
+
+
+def photos_of(person: int) -> list[Photo]:
+    return [Photo.from_image(image, f"{number}.png") for number, image in enumerate(person_photos(person), start=1)]
+
+
+@pytest.fixture(scope="module")
+def watch(network) -> LikenessWatch:
+    photos = photos_of(36)
+    return LikenessWatch(network, photos[:6], photos[6:8], replace(CONFIG, likeness_pictures=2))
+
+
+def pictures(of_person: list[Image.Image], of_class: list[Image.Image], grey: int = 90) -> list[Image.Image]:
+    return [*of_person, *of_class, *[Image.new("RGB", (64, 80), (grey, grey, grey))] * 3]
+
+
+def point(step: int, *scores: float, copying=0.0, leakage=0.0, drift=0.0) -> LikenessPoint:
+    return LikenessPoint(step, float(np.mean(scores)), scores, copying, leakage, drift)
+
+
+def test_pictures_are_measured_against_photos_that_were_held_out(watch, network):
+    own, other = person_photos(36), person_photos(1)
+    watch.see_base(pictures(other[:2], other[2:4]))
+    measured = watch.measure(5, pictures(own[8:], other[2:4]))
+    person = mean_face(embed_images(network, own[6:8]))
+    assert person is not None
+    assert measured.scores == pytest.approx(likeness(embed_images(network, own[8:]), person[None])[:, 0].tolist())
+    assert measured.likeness == pytest.approx(np.mean(measured.scores)) and measured.likeness > 0.55
+    assert measured.leakage == pytest.approx(0, abs=1e-6) and measured.drift == 0
+    assert watch.measure(5, pictures(other[:2], other[2:4])).likeness < 0.4
+
+
+def test_copies_of_training_photos_leaks_and_drift_show(watch):
+    own, other = person_photos(36), person_photos(1)
+    watch.see_base(pictures(other[:2], other[2:4]))
+    copied = watch.measure(5, pictures(own[:2], own[8:], grey=100))
+    fresh = watch.measure(5, pictures(own[8:], other[2:4], grey=93))
+    assert copied.copying > fresh.copying + 0.05 and copied.copying > watch.own_copying
+    assert copied.leakage > 0.4 and abs(fresh.leakage) < 1e-6
+    assert (copied.drift, fresh.drift) == (10, 3)
+    assert watch.cost(copied) > watch.cost(fresh)
+
+
+def test_a_picture_without_a_face_counts_nothing(watch):
+    nothing = Image.new("RGB", (64, 80), (120, 90, 60))
+    watch.see_base(pictures([nothing] * 2, [nothing] * 2))
+    measured = watch.measure(1, pictures([nothing, person_photos(36)[8]], [nothing] * 2))
+    assert measured.scores[0] == 0 and measured.scores[1] > 0.5
+    with pytest.raises(BadPhoto, match="no face"):
+        LikenessWatch(watch.network, photos_of(36), [Photo.from_image(nothing, "grey.png")], CONFIG)
+
+
+def test_the_cheapest_of_those_as_good_as_the_best_is_kept(watch):
+    cheap = point(100, 0.50, 0.40, 0.45, 0.42, leakage=0.05, drift=5)
+    good = point(200, 0.61, 0.52, 0.55, 0.53, leakage=0.10, drift=9)
+    best = point(300, 0.60, 0.53, 0.56, 0.54, leakage=0.30, drift=20)
+    assert watch.choose([cheap, good, best]) is good
+    assert watch.choose([cheap, best]) is best  # 0.11 less in every picture is measurable
+    # One picture in four that got worse is no evidence: the mean shortfall is its own standard error.
+    unsure = point(150, 0.60, 0.53, 0.56, 0.40, leakage=0.01)
+    assert watch.choose([unsure, best]) is unsure
+    copied = replace(good, copying=watch.own_copying + 0.3)
+    assert watch.choose([copied, best]) is best
+
+
+def test_a_run_has_enough_when_likeness_is_flat_or_the_class_is_lost(watch):
+    other = person_photos(1)
+    watch.see_base(pictures(other[:2], other[2:4]))
+    rising = [point(step, step / 1000, step / 1000) for step in (100, 200, 300, 400)]
+    assert watch.enough(rising[:1]) is None and watch.enough(rising) is None
+    flat = [*rising, *(point(step, 0.405, 0.395) for step in (500, 600, 700))]
+    assert watch.enough(flat[:-1]) is None
+    assert "step 400" in (watch.enough(flat) or "")
+    leaking = [*rising, point(500, 0.5, 0.5, leakage=0.6), point(600, 0.6, 0.6, leakage=0.6)]
+    assert watch.enough(leaking[:-1]) is None and "trigger" in (watch.enough(leaking) or "")
+
+
+def test_what_can_no_longer_win_is_forgotten_and_a_selection_survives_packing(watch):
+    selection = Selection(watch)
+    for number in range(8):
+        score = 0.1 * number
+        selection.add(point(number, score, score + 0.01, score - 0.01), {"x": torch.full((2,), float(number))})
+    kept, values = selection.choose()
+    assert kept.step == 7 and values["x"].tolist() == [7.0, 7.0]
+    assert selection.average(3) is None
+    selection.add(point(8, 0.69, 0.70, 0.72), {"x": torch.full((2,), 8.0)})
+    steps, mean = selection.average(3) or ((), {})
+    assert steps == (7, 8) and mean["x"].tolist() == [7.5, 7.5]
+    tensors, points = selection.pack()
+    again = Selection(watch)
+    again.unpack(tensors | {"adapter.x": torch.zeros(1)}, json.loads(json.dumps(points)))
+    assert again.points == selection.points and again.choose()[0] == selection.choose()[0]
+    for _ in range(6):
+        selection.add(point(9, 0.70, 0.71, 0.69), {"x": torch.zeros(2)})
+    assert len({key for key in selection.pack()[0]}) <= 4
+
+
+def test_typical_photos_are_held_out_but_never_one_of_a_pair(network):
+    photos = photos_of(37)
+    kept, out = hold_out(photos, 2, network)
+    assert len(kept) == 8 and len(out) == 2 and not {p.name for p in kept} & {p.name for p in out}
+    twins = [Photo.from_image(photo.image().resize((184, 224)), f"copy-{photo.name}") for photo in out]
+    _, others = hold_out([*photos, *twins], 2, network)
+    assert not {p.name for p in others} & {p.name for p in (*out, *twins)}
+    with pytest.raises(BadPhoto, match="hold_out = 8"):
+        hold_out(photos, 8, network)
+
+
+def test_the_checkpoint_that_is_kept_comes_back_with_the_curve(tmp_path, network):
+    config = replace(CONFIG, save_every=2, save_precision="fp32")
+    seen = []
+    lora = train(
+        photos_of(35), BASE_FILE, config, output=tmp_path / "a.safetensors", on_step=lambda report: seen.append(report.likeness)
+    )  # fmt: skip
+    curve = json.loads(lora.metadata[LIKENESS_KEY])
+    measured, kept = curve["points"], curve["points"][curve["kept"]]
+    assert [entry["step"] for entry in measured] == [2, 4, 6]
+    assert [report and report.step for report in seen] == [None, 2, 2, 4, 4, 6]
+    assert curve["network"] == "sface" and 0.7 < curve["photos"] < 1
+    assert lora.metadata["ss_steps"] == str(kept["step"]) and lora.metadata["ss_num_train_images"] == "8"
+    # The last one is there too, whichever was kept.
+    files = {step: tmp_path / f"a-step{step:06d}.safetensors" for step in (2, 4, 6)}
+    assert {step for step, path in files.items() if path.exists()} == {2, 4} | ({6} if kept["step"] < 6 else set())
+    if kept["step"] < 6:
+        saved = LoraFile.read(files[kept["step"]])
+        assert all(torch.equal(saved.tensors[name], lora.tensors[name]) for name in lora.tensors)
+    last = train(photos_of(35), BASE_FILE, replace(config, keep="last", merge_best=0, save_every=0))
+    assert last.metadata["ss_steps"] == "6"
+    average = train(photos_of(35), BASE_FILE, replace(config, merge_best=2, save_every=0))
+    assert [point["merged"] for point in json.loads(average.metadata[LIKENESS_KEY])["points"]][:3] == [[], [], []]
+
+
+def test_a_run_that_was_stopped_chooses_as_one_that_was_not(tmp_path):
+    whole = train(photos_of(35), BASE_FILE, CONFIG, output=tmp_path / "whole.safetensors")
+
+    def stop(report):
+        if report.step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(photos_of(35), BASE_FILE, CONFIG, output=tmp_path / "part.safetensors", on_step=stop)
+    resumed = train(photos_of(35), BASE_FILE, CONFIG, output=tmp_path / "part.safetensors", resume=True)
+    assert resumed.metadata[LIKENESS_KEY] == whole.metadata[LIKENESS_KEY]
+    assert all(torch.equal(whole.tensors[name], resumed.tensors[name]) for name in whole.tensors)
+
+
+def test_photos_that_the_report_rejects_are_left_out_and_faces_come_closer():
+    intruder = Photo.from_image(person_photos(2)[0], "someone-else.png")
+    warnings: list[str] = []
+    config = replace(CONFIG, hold_out=0, sample_every=0, check_photos=True, face_crops=True, face_masks=True, steps=1)
+    lora = train([*photos_of(35), intruder], BASE_FILE, config, on_warning=warnings.append)
+    assert sum("someone-else.png is left out" in warning for warning in warnings) == 1
+    assert int(lora.metadata["ss_num_train_images"]) >= 10
+
+
+def test_the_command_line_shows_the_curve(tmp_path, capsys):
+    photos = write_photos(tmp_path / "photos", count=6)
+    options = ["--rank", "4", "--steps", "2", "--sample-every", "1", "--sample-steps", "2", "--likeness-pictures", "1"]
+    command = [
+        "train",
+        str(photos),
+        "--base",
+        str(BASE_FILE),
+        "--output",
+        str(tmp_path / "a.safetensors"),
+        "--hold-out",
+        "2",
+    ]
+    assert main([*command, *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("<- kept" in line for line in lines) == 1 and any("held-out" in line for line in lines)
+    assert main([*command, *options, "--json"]) == 0
+    steps = [entry for line in capsys.readouterr().out.splitlines() if (entry := json.loads(line)).get("step")]
+    assert steps[-1]["likeness"]["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"sample_every": 0}, "sample_every"),
+        ({"hold_out": 0, "stop_early": True}, "hold_out"),
+        ({"keep": "last", "merge_best": 2}, "merge_best"),
+        ({"likeness_pictures": 0}, "likeness_pictures"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, words):
+    with pytest.raises(BadConfig, match=words):
+        replace(CONFIG, **settings)
