@@ -11,9 +11,16 @@ from aiohttp import web
 from PIL import Image
 from server import PromptServer
 
+from ..core.photos import Photo
+
 EVENT = "facelora.training"
 SAMPLE_SIDE = 256
 """Longest side of a sample in the panel, in pixels."""
+
+PHOTOS = 8
+"""Photos that the panel shows beside the samples."""
+SERIES = {"history": "loss", "learning_rates": "learning_rate", "likenesses": "likeness"}
+"""Name in a state -> the value of the news of a step whose course it is, as a list of (step, value). web/ has the same."""
 
 _states: dict[str, dict[str, Any]] = {}
 """Node id -> the last state of its training, for a page that is opened in the middle of it."""
@@ -26,15 +33,23 @@ def show_text(node: Any, text: str) -> None:
         PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
 
 
-def begin(node_id: str, history: Sequence[tuple[int, float]]) -> None:
-    """Forgets the node's last training, and a stop that came too late for it. `history` grows while it trains."""
-    _states[node_id] = {"history": history}
+def begin(node_id: str, history: Sequence[tuple[int, float]], photos: Sequence[Photo]) -> None:
+    """Forgets the node's last training, and a stop that came too late for it. `history` is the loss before this run."""
+    shown = [photo.image(shorter_side=SAMPLE_SIDE) for photo in photos[:PHOTOS]]
+    _states[node_id] = {}
     _wanted_stops.discard(node_id)
+    publish(node_id, {"begin": True, "history": list(history), "photos": data_urls(shown)})
 
 
 def publish(node_id: str, news: Mapping[str, Any]) -> None:
     """Sends what is new of a training to every open page, and keeps it for those that open later."""
-    _states[node_id].update(news)
+    state = _states[node_id]
+    for series, value in SERIES.items():
+        if value in news and "step" in news:
+            # Steps from before the server was killed are taken again.
+            earlier = [point for point in state.get(series, ()) if point[0] < news["step"]]
+            state[series] = [*earlier, (news["step"], news[value])]
+    state.update(news)
     PromptServer.instance.send_sync(EVENT, {"node": node_id, **news})
 
 
@@ -61,7 +76,7 @@ def add_routes() -> None:
 
     @routes.get("/facelora/training")
     async def training(_: web.Request) -> web.Response:
-        return web.json_response(_states)
+        return web.json_response({node_id: dict(state) for node_id, state in list(_states.items())})
 
     @routes.post("/facelora/stop")
     async def stop(request: web.Request) -> web.Response:
@@ -69,4 +84,5 @@ def add_routes() -> None:
         if _states.get(node_id, {}).get("phase") != "training":
             return web.json_response({"error": f"node {node_id} is not training"}, status=404)
         _wanted_stops.add(node_id)
+        publish(node_id, {"stopping": True})
         return web.json_response({"stopping": node_id})

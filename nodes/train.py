@@ -253,7 +253,7 @@ def make(job: Job, base: Base, node_id: str) -> tuple[Path, "RunFolder"]:
     key = job.key(base)
     run = RunFolder(cache_folder() / "runs" / key)
     path, found = _place(job.name, key)
-    panel.begin(node_id, run.history())
+    panel.begin(node_id, run.history(), job.photos)
     if found:
         panel.publish(node_id, {"phase": "done", "file": path.name})
         return path, run
@@ -395,7 +395,7 @@ class Watch:
             {
                 "phase": "training", "step": report.step, "steps": report.steps, "loss": report.loss,
                 "learning_rate": report.learning_rate, "seconds_left": report.seconds_left, "memory": report.memory,
-                "can_keep": self._can_keep, "point": [report.step, report.loss],
+                "can_keep": self._can_keep,
             },
         )  # fmt: skip
 

@@ -1,0 +1,131 @@
+"""ComfyUI's real frontend in headless chromium: workflows opened, prompts made and queued as a user's page does it."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
+
+from core.errors import MissingPackage
+from tests.comfyui.server import ComfyServer
+
+SWITCHES = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--force-color-profile=srgb",
+]  # fmt: skip
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,  # else the template browser opens by itself
+    "Comfy.Validation.Workflows": True,
+    "Comfy.Graph.CanvasInfo": False,
+    "Comfy.Minimap.Visible": False,
+}
+SIZE = {"width": 1600, "height": 1000}
+
+
+@contextmanager
+def running_browser() -> Iterator[Browser]:
+    """A chromium of the system, with a profile of its own that is thrown away."""
+    program = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+    if program is None:
+        raise MissingPackage("the browser tests need chromium: apt-get install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=SWITCHES)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+class ComfyPage:
+    """One open page. `problems` are the errors and toasts that a user would have seen."""
+
+    def __init__(self, browser: Browser, server: ComfyServer, address: str = "/"):
+        self.server = server
+        self.problems: list[str] = []
+        self._page = browser.new_context(viewport=SIZE).new_page()  # pyright: ignore
+        self._page.on("console", self._heard)
+        self._page.on("pageerror", lambda error: self.problems.append(f"page error: {error}"))
+        self._page.goto(server.url + address)
+        self.wait_until_ready()
+
+    @property
+    def page(self) -> Page:
+        return self._page
+
+    def _heard(self, message: ConsoleMessage) -> None:
+        if message.type == "error":
+            self.problems.append(f"console: {message.text} ({message.location.get('url')})")
+
+    def wait_until_ready(self) -> None:
+        self._page.wait_for_function(
+            "() => window.app?.graph && window.LiteGraph?.registered_node_types?.FaceLoRATrain", timeout=120_000
+        )
+        self._page.wait_for_selector("#graph-canvas, canvas", timeout=60_000)
+        self._page.wait_for_timeout(500)
+
+    def run(self, script: str, argument: Any = None) -> Any:
+        """What a function in the page returns."""
+        return self._page.evaluate(script, argument)
+
+    def open(self, workflow: dict[str, Any], name: str) -> None:
+        self.run("([workflow, name]) => window.app.loadGraphData(workflow, true, true, name)", [workflow, name])
+        self._page.wait_for_timeout(800)
+
+    def saved(self) -> dict[str, Any]:
+        """The graph as the frontend would write it into a file."""
+        return json.loads(self.run("() => JSON.stringify(window.app.graph.serialize())"))
+
+    def prompt(self) -> dict[str, Any]:
+        """The graph as the frontend would send it to the server."""
+        return self.run("async () => (await window.app.graphToPrompt()).output")
+
+    def set_widgets(self, values: dict[str, dict[str, Any]]) -> None:
+        """Node type -> widget -> value, on every node of the type."""
+        missing = self.run(
+            """(values) => {
+                const missing = []
+                for (const [type, widgets] of Object.entries(values))
+                    for (const node of window.app.graph.nodes.filter((node) => node.type === type))
+                        for (const [name, value] of Object.entries(widgets)) {
+                            const widget = node.widgets.find((widget) => widget.name === name)
+                            if (!widget) missing.push(`${type}.${name}`)
+                            else { widget.value = value; widget.callback?.(value) }
+                        }
+                return missing
+            }""",
+            values,
+        )
+        assert not missing, missing
+
+    def queue(self) -> str:
+        """The id of the prompt that the frontend has queued."""
+        with self._page.expect_response(lambda answer: answer.url.endswith("/prompt"), timeout=60_000) as answered:
+            self.run("() => { window.app.queuePrompt(0) }")
+        answer = answered.value.json()
+        assert "prompt_id" in answer, answer
+        return answer["prompt_id"]
+
+    def toasts(self) -> list[str]:
+        return self._page.eval_on_selector_all(".p-toast-message", "(all) => all.map((one) => one.innerText)")
+
+    def dialogs(self) -> list[str]:
+        return self._page.eval_on_selector_all("[role=dialog]", "(all) => all.map((one) => one.innerText)")
+
+    def complaints(self) -> list[str]:
+        """All that a user would call a warning."""
+        return self.problems + [f"toast: {text}" for text in self.toasts()] + [f"dialog: {d}" for d in self.dialogs()]
+
+    def fit(self) -> None:
+        """Shows the whole graph."""
+        self.run("() => { window.app.canvas.fitViewToSelectionAnimated?.({duration: 0}) }")
+        self._page.wait_for_timeout(600)
+
+    def screenshot(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._page.screenshot(path=path, type="jpeg", quality=88)
+
+    def close(self) -> None:
+        self._page.context.close()

@@ -1,0 +1,61 @@
+/** Line charts as SVG, in the colours of ComfyUI's theme. */
+
+const WIDTH = 320, HEIGHT = 96, LEFT = 40, RIGHT = 40, TOP = 16, BOTTOM = 14
+const SVG = "http://www.w3.org/2000/svg"
+
+/** Ticks of at most four characters or so: 0.0812, 1e-4, 120. */
+export function short(value) {
+  if (value === 0) return "0"
+  const size = Math.abs(value)
+  if (size < 1e-3) return value.toExponential(1).replace(".0e", "e")
+  return size < 10 ? Number(value.toPrecision(3)).toString() : Math.round(value).toString()
+}
+
+function element(name, attributes, text) {
+  const made = document.createElementNS(SVG, name)
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value)
+  if (text !== undefined) made.textContent = text
+  return made
+}
+
+/** Lowest and highest value with a little room, never of no height. */
+function range(points) {
+  const values = points.map(([, value]) => value)
+  const low = Math.min(...values), high = Math.max(...values)
+  const room = 0.06 * (high - low || Math.abs(high) || 1)
+  return [low - room, high + room]
+}
+
+/**
+ * Draws one or two lines over the steps into an <svg>. Each line is {name, points: [[step, value], ...], colour}; the
+ * first has its scale on the left, the second on the right.
+ */
+export function drawChart(svg, lines, lastStep) {
+  svg.setAttribute("viewBox", `0 0 ${WIDTH} ${HEIGHT}`)
+  const shown = lines.filter((line) => line.points.length)
+  const parts = [
+    element("rect", {
+      x: LEFT, y: TOP, width: WIDTH - LEFT - RIGHT, height: HEIGHT - TOP - BOTTOM, class: "facelora-frame",
+    }),
+  ]
+  shown.forEach((line, index) => {
+    const [low, high] = range(line.points)
+    const x = (step) => LEFT + ((WIDTH - LEFT - RIGHT) * step) / Math.max(lastStep, 1)
+    const y = (value) => HEIGHT - BOTTOM - ((HEIGHT - TOP - BOTTOM) * (value - low)) / (high - low)
+    const path = line.points.map(([step, value]) => `${x(step).toFixed(1)},${y(value).toFixed(1)}`)
+    const right = index > 0
+    const side = right ? { x: WIDTH - RIGHT + 4 } : { x: LEFT - 4, "text-anchor": "end" }
+    const title = right ? { x: WIDTH - RIGHT, "text-anchor": "end" } : { x: LEFT }
+    parts.push(element("polyline", { points: path.join(" "), stroke: line.colour, "data-line": line.name }))
+    if (path.length === 1) {
+      const [step, value] = line.points[0]
+      parts.push(element("circle", { cx: x(step), cy: y(value), r: 2, fill: line.colour }))
+    }
+    parts.push(element("text", { ...title, y: TOP - 5, style: `fill: ${line.colour}` }, line.name))
+    parts.push(element("text", { ...side, y: TOP + 6 }, short(high)))
+    parts.push(element("text", { ...side, y: HEIGHT - BOTTOM }, short(low)))
+  })
+  parts.push(element("text", { x: LEFT, y: HEIGHT - 3 }, "0"))
+  parts.push(element("text", { x: WIDTH - RIGHT, y: HEIGHT - 3, "text-anchor": "end" }, `step ${lastStep}`))
+  svg.replaceChildren(...parts)
+}
