@@ -150,6 +150,17 @@ class TrainConfig:
         return float(rank if self.alpha is None else self.alpha)
 
 
+_DISPLAY = ("sample_every", "sample_prompts", "sample_guidance", "sample_steps")
+_NO_EFFECT = ("state_interval", "save_every", "gradient_checkpointing")
+
+
+def settings_of_the_file(config: TrainConfig) -> dict[str, Any]:
+    """The settings that the trained file depends on: all but those of what is shown and saved on the way."""
+    samples_count = config.hold_out or config.thumbnail
+    left_out = _NO_EFFECT if samples_count else (*_NO_EFFECT, *_DISPLAY)
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
+
+
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("rank", 1, 4096),
     ("alpha", 1e-6, 1e6),

@@ -2,19 +2,24 @@
 
 # pyright: reportMissingImports=false
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import comfy.sd
+import comfy.lora
 import folder_paths
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
-from ..core.errors import BadFile
-from ..core.lora_file import LoraFile
+from ..core.errors import BadConfig, BadFile
+from ..core.lora_blocks import BLOCK_LISTS, block_strengths
+from ..core.lora_file import Entry, LoraFile
 from ..core.lora_inspect import trigger_words
+from .beside import BesideWeights
 from .convert import LoraModel, loadable, lora_file
 from .panel import show_text
 
 CONNECTED = "(the connected LoRA)"
+MODES = ("into the weights", "bypass", "off")
 
 
 class ApplyLora(io.ComfyNode):
@@ -26,7 +31,7 @@ class ApplyLora(io.ComfyNode):
             category="FaceLoRA",
             description="Puts a LoRA on MODEL and CLIP, in whatever naming scheme its file is. A LoRA that does not fit "
             "is an error here, not a line in the log.",
-            search_aliases=["lora loader", "load lora", "use lora"],
+            search_aliases=["lora loader", "load lora", "use lora", "lora block weight", "lora schedule"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that draws the pictures."),
                 io.Combo.Input(
@@ -43,6 +48,27 @@ class ApplyLora(io.ComfyNode):
                     "strength_clip",
                     default=0.8, min=-10.0, max=10.0, step=0.05,
                     tooltip="The same for CLIP, if the LoRA has a part for it and CLIP is connected.",
+                ),
+                io.Combo.Input(
+                    "mode", options=list(MODES), default=MODES[0], optional=True, advanced=True,
+                    tooltip="bypass: computed beside MODEL's weights, which stay as they are (slower, exact on fp8 weights); "
+                    "off: MODEL and CLIP pass through as they came.",
+                ),
+                io.String.Input(
+                    "block_weights", default="", multiline=True, optional=True, advanced=True,
+                    placeholder="all blocks alike, or e.g. up_blocks=0.5, IN04=0",
+                    tooltip="What the strengths of single blocks are multiplied by: BLOCK=NUMBER with commas between, by the "
+                    "names that Inspect LoRA shows, or BASE, IN04, M00, OUT05; or a LoRA Block Weight list of "
+                    + ", ".join(f"{count} ({family})" for count, family in BLOCK_LISTS) + " numbers.",
+                ),
+                io.Float.Input(
+                    "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
+                    tooltip="Share of the sampling after which the LoRA begins to work on MODEL; later leaves the layout to "
+                    "the base.",
+                ),
+                io.Float.Input(
+                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,
+                    tooltip="Share of the sampling after which it ends. With a range the LoRA is computed beside the weights.",
                 ),
                 io.Clip.Input("clip", optional=True, tooltip="The text encoder, for LoRAs that change it."),
                 LoraModel.Input("lora", optional=True, tooltip="A LoRA from Train Face LoRA or from a loader."),
@@ -68,18 +94,85 @@ class ApplyLora(io.ComfyNode):
         return f"{state.st_size} {state.st_mtime_ns}"
 
     @classmethod
-    def execute(cls, model, lora_name, strength_model, strength_clip, clip=None, lora=None) -> io.NodeOutput:
+    def execute(
+        cls, model, lora_name, strength_model, strength_clip, mode=MODES[0], block_weights="", start_percent=0.0,
+        end_percent=1.0, clip=None, lora=None,
+    ) -> io.NodeOutput:  # fmt: skip
+        if start_percent >= end_percent:
+            raise BadConfig(f"start_percent = {start_percent:g} is not below end_percent = {end_percent:g}")
         if lora is not None:
             found = lora_file(lora)
         elif lora_name == CONNECTED:
             raise BadFile("no LoRA: connect one, or choose a file in lora_name")
         else:
             found = LoraFile.read(_path(lora_name))
-        tensors = loadable(found, model, clip)
-        new_model, new_clip = comfy.sd.load_lora_for_models(model, clip, tensors, strength_model, strength_clip)
+        if mode != "off":
+            steps = (start_percent, end_percent)
+            model, clip = _apply(
+                found, model, clip, strength_model, strength_clip, block_weights, mode == "bypass", steps
+            )
         phrase = next(iter(trigger_words(found.metadata)), "")
-        show_text(cls, summary(found, phrase))
-        return io.NodeOutput(new_model, new_clip, phrase, f"a photo of {phrase}" if phrase else "")
+        text = summary(found, phrase)
+        show_text(cls, text)
+        return io.NodeOutput(model, clip, phrase, f"a photo of {phrase}" if phrase else "", ui=ui.PreviewText(text))
+
+
+def _apply(
+    lora: LoraFile, model: Any, clip: Any, strength_model: float, strength_clip: float, block_weights: str,
+    bypass: bool, steps: tuple[float, float],
+) -> tuple[Any, Any]:  # fmt: skip
+    """MODEL and CLIP (None if there is none) with the LoRA on them; those that came are left as they are."""
+    lora, entries = loadable(lora, model, clip)
+    factors = block_strengths(lora, block_weights)
+    model, key_map = model.clone(), comfy.lora.model_lora_keys_unet(model.model, {})
+    whole = steps == (0.0, 1.0)
+    beside = BesideWeights(None if whole else _sigmas(model, steps))
+    fixed: list[Entry] = []
+    for factor, group in _by_factor([entry for entry in entries if entry.part == "denoiser"], factors):
+        movable = [entry for entry in group if (bypass or not whole) and _works_beside(entry, key_map[entry.name])]
+        rest = [entry for entry in group if entry not in movable]
+        fixed += rest
+        beside.add(_patches(lora, movable, key_map), strength_model * factor)
+        model.add_patches(_patches(lora, rest, key_map), strength_model * factor)
+    if fixed and not whole:
+        raise BadConfig(
+            f"start_percent, end_percent: {len(fixed)} modules of {Path(lora.name).name} can only go into the weights, for "
+            f"all steps, e.g. {fixed[0].name} of kind {fixed[0].kind}; set 0 and 1"
+        )
+    if bypass or not whole:
+        beside.attach(model)
+    if clip is not None:
+        key_map = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
+        clip = clip.clone()
+        for factor, group in _by_factor([entry for entry in entries if entry.part != "denoiser"], factors):
+            clip.add_patches(_patches(lora, group, key_map), strength_clip * factor)
+    return model, clip
+
+
+def _sigmas(model: Any, steps: tuple[float, float]) -> tuple[float, float]:
+    sampling = model.get_model_object("model_sampling")
+    return sampling.percent_to_sigma(steps[0]), sampling.percent_to_sigma(steps[1])
+
+
+def _by_factor(entries: list[Entry], factors: Mapping[str, float]) -> list[tuple[float, list[Entry]]]:
+    """The entries by what their strength is multiplied by; not those of 0."""
+    groups: dict[float, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(factors[entry.name], []).append(entry)
+    return [(factor, group) for factor, group in groups.items() if factor]
+
+
+def _works_beside(entry: Entry, place: Any) -> bool:
+    """Whether its part is a sum with what the module does: not where the base weight or other tensors take part."""
+    additive = entry.kind in ("lora", "locon", "loha", "lokr") and "dora" not in entry.keys
+    only_rows = isinstance(place, str) or (len(place) == 2 and place[1][0] == 0)
+    return additive and entry.keys.keys().isdisjoint(("diff_b", "reshape_weight")) and only_rows
+
+
+def _patches(lora: LoraFile, entries: list[Entry], key_map: Mapping[str, Any]) -> dict[Any, Any]:
+    """Place in the model -> what ComfyUI patches it with."""
+    tensors = {key: lora.tensors[key] for entry in entries for key in entry.keys.values()}
+    return comfy.lora.load_lora(tensors, {entry.name: key_map[entry.name] for entry in entries})
 
 
 def summary(lora: LoraFile, phrase: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.lora
+import comfy.model_management
 import comfy.model_sampling
 import comfy.supported_models
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ..core.base import Base, load_base
 from ..core.config import TrainConfig
-from ..core.errors import BadPhoto, FaceLoraError, LoraMisfit, UnknownFamily
+from ..core.errors import BadConfig, BadPhoto, FaceLoraError, LoraMisfit, UnknownFamily
 from ..core.families.spec import LazyTensors
 from ..core.lora_file import Entry, LoraFile
 from ..core.lora_tools import convert_lora
@@ -45,24 +46,36 @@ STYLE_FAMILIES = FAMILIES | {
 """The same for all families that style packs have words for."""
 
 
+def trained_family(model: Any) -> str:
+    """The family of a MODEL that can be trained. UnknownFamily names those that can."""
+    kind = type(model.model.model_config)
+    if kind not in FAMILIES:
+        raise UnknownFamily(
+            f"MODEL is {kind.__name__}; Train Face LoRA can train Stable Diffusion 1.x (SD15) and XL (SDXL)"
+        )
+    return FAMILIES[kind]
+
+
 def base_from(model: Any, clip: Any, vae: Any, config: TrainConfig) -> Base:
     """A core Base of MODEL, CLIP and VAE as they are wired: whatever is patched onto them is merged in when it is read.
 
     Nothing is loaded onto the device, and no weight is copied until it is used. UnknownFamily for what cannot be trained.
     """
     model_config = model.model.model_config
-    kind = type(model_config)
-    if kind not in FAMILIES:
-        raise UnknownFamily(
-            f"MODEL is {kind.__name__}; Train Face LoRA can train Stable Diffusion 1.x (SD15) and XL (SDXL)"
+    if model.injections:
+        raise BadConfig(
+            "MODEL: something is computed beside its weights (a LoRA in mode 'bypass' or over part of the steps), which "
+            "cannot be trained on; put the LoRA into the weights"
         )
+    family = trained_family(model)
     denoiser = _readers(model, "diffusion_model.")
     readers: dict[str, Callable[[], Tensor]] = model_config.process_unet_state_dict_for_saving(
         {name.removeprefix("diffusion_model."): read for name, read in denoiser.items()}
     )
     text = {name: read() for name, read in _readers(clip.patcher).items()}
-    if ("clip_g" in {name.partition(".")[0] for name in text}) != (kind is comfy.supported_models.SDXL):
-        raise UnknownFamily(f"CLIP does not belong to MODEL, which is {kind.__name__}; wire both from one checkpoint")
+    if ("clip_g" in {name.partition(".")[0] for name in text}) != (family == "sdxl"):
+        kind = type(model_config).__name__
+        raise UnknownFamily(f"CLIP does not belong to MODEL, which is {kind}; wire both from one checkpoint")
     tensors = model_config.process_clip_state_dict_for_saving(text)
     tensors |= model_config.process_vae_state_dict_for_saving(dict(vae.get_sd()))
     tensors |= _sampling_markers(model)
@@ -84,7 +97,8 @@ def _readers(patcher: Any, prefix: str = "") -> dict[str, Callable[[], Tensor]]:
 
 
 def _merged(name: str, weight: Any, convert: Callable[..., Any], patches: list) -> Tensor:
-    """The weight with its patches, in the type in which it is stored; 16 bit where that is less."""
+    """The weight with its patches, in the type in which it is stored; 16 bit where that is less. Can be cancelled."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
     value = (weight.dequantize() if isinstance(weight, QuantizedTensor) else weight).detach()
     if not patches:
         return _trainable(convert(value, inplace=False))
@@ -149,8 +163,10 @@ def pictures(images: Tensor) -> Iterator[Image.Image]:
         yield Image.fromarray(array)
 
 
-def photos_of(values: Sequence[Any] | None, captions: Sequence[str] | None = None) -> list[Photo]:
-    """Photos from what is wired to an input of type FACE_PHOTOS or IMAGE, with captions in the same order."""
+def photos_of(
+    values: Sequence[Any] | None, captions: Sequence[str] | None = None, masks: Sequence[Tensor] | None = None
+) -> list[Photo]:
+    """Photos from what is wired to an input of type FACE_PHOTOS or IMAGE, with captions and masks in the same order."""
     photos: list[Photo] = []
     for value in values or ():
         if isinstance(value, Tensor):
@@ -159,14 +175,20 @@ def photos_of(values: Sequence[Any] | None, captions: Sequence[str] | None = Non
             ]
         else:
             photos += value
-    if not captions:
-        return photos
-    if len(captions) != len(photos):
-        raise BadPhoto(f"{len(captions)} captions for {len(photos)} photos; give one for each")
-    return [
-        replace(photo, caption=" ".join(caption.split()) or None)
-        for photo, caption in zip(photos, captions, strict=True)
-    ]
+    drawn = [mask for batch in masks or () for mask in batch.reshape(-1, *batch.shape[-2:])]
+    for what, given in (("captions", captions), ("masks", drawn)):
+        if given and len(given) != len(photos):
+            raise BadPhoto(f"{len(given)} {what} for {len(photos)} photos; give one for each")
+    if captions:
+        texts = [" ".join(caption.split()) or None for caption in captions]
+        photos = [replace(photo, caption=text) for photo, text in zip(photos, texts, strict=True)]
+    if drawn:
+        photos = [photo.with_mask(_mask(mask)) for photo, mask in zip(photos, drawn, strict=True)]
+    return photos
+
+
+def _mask(mask: Tensor) -> Image.Image:
+    return Image.fromarray((mask.detach().float().cpu().numpy() * 255).round().clip(0, 255).astype(np.uint8))
 
 
 # --- LoRAs ---
@@ -192,8 +214,9 @@ def lora_file(value: Mapping[str, Tensor]) -> LoraFile:
     return LoraFile.from_tensors(value, getattr(value, "metadata", {}), getattr(value, "name", "LoRA"))
 
 
-def loadable(lora: LoraFile, model: Any, clip: Any | None) -> dict[str, Tensor]:
-    """The LoRA's tensors in a naming scheme of which ComfyUI loads every one; without text encoders if there is no CLIP.
+def loadable(lora: LoraFile, model: Any, clip: Any | None) -> tuple[LoraFile, list[Entry]]:
+    """The LoRA in a naming scheme of which ComfyUI loads every name, and its entries that have a place: those of text
+    encoders have none if there is no CLIP.
 
     LoraMisfit, naming some of them, when there is no such scheme: ComfyUI itself would only log it and go on.
     """
@@ -211,7 +234,7 @@ def loadable(lora: LoraFile, model: Any, clip: Any | None) -> dict[str, Tensor]:
                 sizes = f"{list(entry.weight_shape or ())}, it has {list(shapes[entry.name])}"
                 misfits[entry.name] = f"changes a weight of shape {sizes}"
         if not misfits:
-            return {key: candidate.tensors[key] for entry in entries for key in entry.keys.values()}
+            return candidate, entries
         problems.append(misfits)
     first = problems[0]
     examples = "; ".join(f"{name} {why}" for name, why in list(first.items())[:3])

@@ -3,6 +3,7 @@
 # pyright: reportMissingImports=false
 
 import hashlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import folder_paths
@@ -11,11 +12,34 @@ from comfy_api.latest import io, ui
 from ..core.errors import BadPhoto, MissingPackage
 from ..core.faces import load_faces
 from ..core.generate import contact_sheet
-from ..core.photos import Photo, check_photos, format_report, read_photos
+from ..core.photos import Photo, check_photos, format_report, read_photo_files, read_photos
+from ..core.photos.reading import MASK_ENDING
 from .convert import FacePhotos, image_tensor
 
 PREVIEW_SIDE = 1024
 """Longest side of the pictures that go to other nodes, in pixels; training reads the photos themselves."""
+NO_FOLDER = "(no folder)"
+NO_PICTURES = "(no single pictures)"
+
+
+def _uploads() -> io.Combo.Input:
+    """A choice of pictures in the input folder, to which the frontend adds a button and drag and drop of several files."""
+    upload = io.Combo.Input(
+        "pictures",
+        options=[NO_PICTURES, *_input_pictures()],
+        tooltip="Single photos, taken beside those of the folder: the button below takes several files at once, and so does "
+        "dropping them onto the node.",
+        extra_dict={"image_upload": True, "allow_batch": True},
+    )
+    upload.multiselect = True  # the widget holds a list of names once there are several
+    return upload
+
+
+def _input_pictures() -> list[str]:
+    root = Path(folder_paths.get_input_directory())
+    return sorted(
+        folder_paths.filter_files_content_types([file.name for file in root.iterdir() if file.is_file()], ["image"])
+    )
 
 
 class LoadFacePhotos(io.ComfyNode):
@@ -25,13 +49,13 @@ class LoadFacePhotos(io.ComfyNode):
             node_id="FaceLoRALoadPhotos",
             display_name="Load Face Photos",
             category="FaceLoRA",
-            description="Ten to twenty photos of one person, from a folder below ComfyUI's input folder, and a report "
-            "that says which of them will teach the person well.",
-            search_aliases=["load photos", "face dataset", "training images", "load folder"],
+            description="Ten to twenty photos of one person, from a folder below ComfyUI's input folder or uploaded here, "
+            "and a report that says which of them will teach the person well.",
+            search_aliases=["load photos", "upload photos", "face dataset", "training images", "load folder"],
             inputs=[
                 io.Combo.Input(
                     "folder",
-                    options=folder_paths.get_input_subfolders(),
+                    options=[NO_FOLDER, *folder_paths.get_input_subfolders()],
                     tooltip="Folder below ComfyUI's input folder. NAME.txt beside a photo is its caption, "
                     "NAME-masklabel.png its mask; '10_name' folders in it count ten times.",
                 ),
@@ -47,6 +71,7 @@ class LoadFacePhotos(io.ComfyNode):
                     advanced=True,
                     tooltip="Fail on a photo that cannot be read, instead of leaving it out with a note in the report.",
                 ),
+                _uploads(),
             ],
             outputs=[
                 FacePhotos.Output(display_name="photos", tooltip="The photos as they are, for Train Face LoRA."),
@@ -66,29 +91,36 @@ class LoadFacePhotos(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, folder: str, check: bool, strict: bool) -> str:
+    def validate_inputs(cls, folder: str | None = None, pictures: str | list[str] | None = None) -> bool | str:
+        if folder is None or pictures is None:  # wired: only known when it runs
+            return True
+        if folder == NO_FOLDER and not _names(pictures):
+            return "no photos: choose a folder below ComfyUI's input folder, or upload pictures"
+        try:
+            list(_files(folder, pictures))
+        except BadPhoto as problem:
+            return str(problem)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str, pictures: str | list[str], **_: object) -> str:
         digest = hashlib.sha256()
-        path = _folder(folder)
-        for file in sorted(path.rglob("*")):
-            if file.is_file():
-                digest.update(str(file.relative_to(path)).encode("utf-8", "surrogateescape") + file.read_bytes())
+        for name, file in _files(folder, pictures):
+            digest.update(name.encode("utf-8", "surrogateescape") + file.read_bytes())
         return digest.hexdigest()
 
     @classmethod
-    def execute(cls, folder: str, check: bool, strict: bool) -> io.NodeOutput:
+    def execute(cls, folder: str, check: bool, strict: bool, pictures: str | list[str]) -> io.NodeOutput:
         notes: list[str] = []
-        try:
-            photos = read_photos(_folder(folder), strict=strict, on_warning=notes.append)
-        except BadPhoto as problem:
-            # The path on the server is not for the report; the folder's name says enough.
-            raise BadPhoto(str(problem).replace(str(_folder(folder)), folder)) from None
+        photos = _read(folder, pictures, strict=strict, on_warning=notes.append)
         if check:
             notes.append(_report(photos))
         images = [photo.image(shorter_side=PREVIEW_SIDE) for photo in photos]
         for image in images:
             image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
         report = "\n".join([f"{len(photos)} photos", *notes])
-        sheet = contact_sheet([(f"{folder}: {len(photos)} photos", images)], tile=128)
+        shown = "" if folder == NO_FOLDER else f"{folder}: "
+        sheet = contact_sheet([(f"{shown}{len(photos)} photos", images)], tile=128)
         return io.NodeOutput(
             photos,
             [image_tensor(image) for image in images],
@@ -98,8 +130,43 @@ class LoadFacePhotos(io.ComfyNode):
         )
 
 
-def _folder(name: str) -> Path:
-    """A folder below the input folder. BadPhoto for one that is elsewhere."""
+def _read(folder: str, pictures: str | list[str], *, strict: bool, on_warning: Callable[[str], None]) -> list[Photo]:
+    photos: list[Photo] = []
+    if folder != NO_FOLDER:
+        try:
+            photos += read_photos(_path(folder), strict=strict, on_warning=on_warning)
+        except BadPhoto as problem:
+            # The path on the server is not for the report; the folder's name says enough.
+            raise BadPhoto(str(problem).replace(str(_path(folder)), folder)) from None
+    photos += read_photo_files(map(_path, _names(pictures)), strict=strict, on_warning=on_warning)
+    if not photos:
+        raise BadPhoto(f"no readable photo among {', '.join(_names(pictures))}")
+    return photos
+
+
+def _names(pictures: str | list[str]) -> list[str]:
+    """The chosen pictures: the widget holds one name, or a list of them when several were uploaded."""
+    names = [pictures] if isinstance(pictures, str) else pictures
+    return [name for name in names if name != NO_PICTURES]
+
+
+def _files(folder: str, pictures: str | list[str]) -> Iterator[tuple[str, Path]]:
+    """(name, path) of everything that counts. BadPhoto for what is not there."""
+    if folder != NO_FOLDER:
+        path = _path(folder)
+        if not path.is_dir():
+            raise BadPhoto(f"{folder}: there is no such folder below ComfyUI's input folder")
+        yield from ((str(file.relative_to(path)), file) for file in sorted(path.rglob("*")) if file.is_file())
+    for name in _names(pictures):
+        picture = _path(name)
+        if not picture.is_file():
+            raise BadPhoto(f"{name}: there is no such picture in ComfyUI's input folder")
+        companions = (picture.with_suffix(".txt"), picture.with_name(picture.stem + MASK_ENDING))
+        yield from ((file.name, file) for file in (picture, *companions) if file.is_file())
+
+
+def _path(name: str) -> Path:
+    """A folder or picture below the input folder. BadPhoto for one that is elsewhere."""
     root = Path(folder_paths.get_input_directory()).resolve()
     path = (root / name).resolve()
     if not path.is_relative_to(root):

@@ -2,11 +2,12 @@
 
 # pyright: reportMissingImports=false
 
+import hashlib
 import json
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +20,39 @@ from PIL import Image
 
 from ..core.base import Base
 from ..core.cache import cache_folder, content_key
-from ..core.config import TrainConfig, config_from
+from ..core.config import TrainConfig, config_from, settings_of_the_file
 from ..core.errors import BadConfig, BadFile, FaceLoraError
 from ..core.generate import contact_sheet
+from ..core.likeness import LikenessPoint
 from ..core.lora_file import LoraFile, model_hash
 from ..core.photos import Photo
 from ..core.photos_to_lora import SAVE_DTYPES, train
-from ..core.training import StepReport
+from ..core.training import StepReport, StopAndKeep
 from . import panel
-from .convert import FacePhotos, LoraModel, base_from, image_tensor, lora_file, lora_model, photos_of
+from .convert import FacePhotos, LoraModel, base_from, image_tensor, lora_file, lora_model, photos_of, trained_family
 from .plot import loss_plot
 
-RECIPES: dict[str, dict[str, Any]] = {
-    "fast": {"steps": 400, "rank": 8, "learning_rate": 2e-4},
-    "balanced": {"steps": 1000, "rank": 16, "learning_rate": 1e-4},
-    "best likeness": {"steps": 2000, "rank": 32, "learning_rate": 1e-4},
+RECIPES: dict[str, dict[str, dict[str, Any]]] = {
+    "fast": {
+        "sd15": {"steps": 400, "rank": 8, "learning_rate": 2e-4},
+        "sdxl": {"steps": 400, "rank": 8, "learning_rate": 1e-4},
+    },
+    "balanced": {
+        "sd15": {"steps": 1000, "rank": 16, "learning_rate": 1e-4},
+        "sdxl": {"steps": 1200, "rank": 16, "learning_rate": 1e-4},
+    },
+    "best likeness": {
+        "sd15": {"steps": 2000, "rank": 32, "learning_rate": 1e-4, "hold_out": 2},
+        "sdxl": {"steps": 2400, "rank": 32, "learning_rate": 5e-5, "hold_out": 2},
+    },
 }
+"""Name -> family -> settings. With photos held out, likeness is measured and the best checkpoint is kept."""
+MEASUREMENTS = 8
+"""Times that likeness is measured where no samples are asked for."""
 KEY = "facelora.key"
 """In a LoRA's metadata: what it was made from, as a hash. The file that a run would make is found by it."""
 TRAINING_VERSION = "1"
 """Part of every key: raised when the same inputs would train differently."""
-NOT_IN_KEY = ("sample_every", "sample_prompts", "state_interval", "gradient_checkpointing")
-"""Settings that do not change the file."""
 SHOW_INTERVAL = 0.5
 """Seconds between two looks at the loss, each of which waits for the device."""
 
@@ -74,7 +86,8 @@ class TrainFaceLora(io.ComfyNode):
                 io.String.Input("class_word", default="person", tooltip=f"{_help('class_word')}."),
                 io.Combo.Input(
                     "recipe", options=list(RECIPES), default="balanced",
-                    tooltip="; ".join(f"{name}: {_described(recipe)}" for name, recipe in RECIPES.items()),
+                    tooltip="; ".join(f"{name}: {_described(families)}" for name, families in RECIPES.items())
+                    + ". With photos held out, likeness is measured and the best checkpoint is kept.",
                 ),
                 io.Int.Input(
                     "samples", default=4, min=0, max=100,
@@ -120,6 +133,11 @@ class TrainFaceLora(io.ComfyNode):
                     tooltip="Pictures of other people of the class, for prior preservation: keeps 'person' from "
                     "becoming this person.",
                 ),
+                io.Mask.Input(
+                    "masks", optional=True,
+                    tooltip="A mask for each photo, in the same order: white where the loss counts in full. Those beside "
+                    "the files come with the photos.",
+                ),
                 LoraModel.Input("continue_from", optional=True, tooltip="A LoRA to go on from, instead of a new one."),
             ],
             outputs=[
@@ -146,17 +164,18 @@ class TrainFaceLora(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, clip, vae, photos, name, trigger_word, class_word, recipe, samples, steps, rank, learning_rate,
-        resolution, training_seed, sample_prompts, settings, captions=None, class_photos=None, continue_from=None,
+        resolution, training_seed, sample_prompts, settings, captions=None, class_photos=None, masks=None,
+        continue_from=None,
     ) -> io.NodeOutput:  # fmt: skip
         _check_name(name[0])
         config = _config(
-            trigger_word[0], class_word[0], recipe[0], samples[0], steps[0], rank[0], learning_rate[0], resolution[0],
-            training_seed[0], sample_prompts[0], settings[0],
+            trained_family(model[0]), trigger_word[0], class_word[0], recipe[0], samples[0], steps[0], rank[0],
+            learning_rate[0], resolution[0], training_seed[0], sample_prompts[0], settings[0],
         )  # fmt: skip
         job = Job(
             name=name[0],
             config=config,
-            photos=photos_of(photos, captions),
+            photos=photos_of(photos, captions, masks),
             class_photos=photos_of(class_photos) or None,
             continue_from=lora_file(continue_from[0]) if continue_from else None,
         )
@@ -178,23 +197,29 @@ def _help(setting: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def _described(recipe: dict[str, Any]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in recipe.items())
+def _described(families: dict[str, dict[str, Any]]) -> str:
+    """The settings, those of the families with a slash between where they differ."""
+    settings = []
+    for name in families["sd15"]:
+        values = dict.fromkeys(f"{recipe[name]:g}" for recipe in families.values())
+        settings.append(f"{name.replace('_', ' ')} {'/'.join(values)}")
+    return ", ".join(settings) + f" ({'/'.join(families)})"
 
 
 def _config(
-    trigger_word: str, class_word: str, recipe: str, samples: int, steps: int, rank: int, learning_rate: float,
+    family: str, trigger_word: str, class_word: str, recipe: str, samples: int, steps: int, rank: int, learning_rate: float,
     resolution: int, seed: int, sample_prompts: str, settings: str,
 ) -> TrainConfig:  # fmt: skip
     """The TrainConfig of the node's widgets: the recipe, then the widgets that are not 0, then the settings."""
     if recipe not in RECIPES:
         raise BadConfig(f"recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
     widgets = {"steps": steps, "rank": rank, "learning_rate": learning_rate, "resolution": resolution}
-    chosen = RECIPES[recipe] | {name: value for name, value in widgets.items() if value}
+    chosen = RECIPES[recipe][family] | {name: value for name, value in widgets.items() if value}
     chosen |= {"trigger_word": trigger_word, "class_word": class_word, "seed": seed} | _toml(settings)
     prompts = [line.strip() for line in sample_prompts.splitlines() if line.strip()]
-    if samples:
-        chosen.setdefault("sample_every", max(1, -(-chosen["steps"] // samples)))
+    looks = samples or (MEASUREMENTS if chosen.get("hold_out") else 0)
+    if looks:
+        chosen.setdefault("sample_every", max(1, -(-chosen["steps"] // looks)))
     return config_from(chosen | ({"sample_prompts": prompts} if prompts else {}))
 
 
@@ -235,9 +260,9 @@ class Job:
 
     def key(self, base: Base) -> str:
         """Equal when the same file would be made, whatever the photos and models are called."""
-        settings = {name: value for name, value in asdict(self.config).items() if name not in NOT_IN_KEY}
+        settings = settings_of_the_file(self.config)
         photos = [
-            [(photo.digest, photo.caption, photo.repeats) for photo in group]
+            [(photo.digest, _mask_digest(photo), photo.caption, photo.repeats) for photo in group]
             for group in (self.photos, self.class_photos or ())
         ]
         start = model_hash(self.continue_from.tensors) if self.continue_from else None
@@ -246,6 +271,13 @@ class Job:
         return content_key(
             "lora", TRAINING_VERSION, json.dumps(settings, sort_keys=True), photos, start, weights, schedule
         )
+
+
+def _mask_digest(photo: Photo) -> str:
+    """Of a mask of its own; that of transparency is in the photo's."""
+    source = photo.mask_source
+    data = b"" if source is None else source.read_bytes() if isinstance(source, Path) else source.tobytes()
+    return hashlib.sha256(data).hexdigest()
 
 
 def make(job: Job, base: Base, node_id: str) -> tuple[Path, "RunFolder"]:
@@ -269,13 +301,10 @@ def make(job: Job, base: Base, node_id: str) -> tuple[Path, "RunFolder"]:
         "on_phase": watch.phase,
         "on_sample": watch.sample,
         "on_warning": watch.warning,
+        "check_cancelled": comfy.model_management.throw_exception_if_processing_interrupted,
     }
     try:
-        try:
-            lora = train(job.photos, base, job.config, **arguments)
-        except _StopAndKeep as stop:
-            # The state is saved; a run that has as many steps as are done goes on from it and ends at once.
-            lora = train(job.photos, base, replace(job.config, steps=stop.step), **arguments)
+        lora = train(job.photos, base, job.config, **arguments)
     except BaseException:
         panel.publish(node_id, {"phase": "stopped"})
         raise
@@ -351,13 +380,6 @@ class RunFolder:
         return contact_sheet(rows, tile=256, title="" if rows else "no samples were drawn")
 
 
-class _StopAndKeep(Exception):
-    """Ends a training early, to keep what it has learned."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-
 class Watch:
     """Listens to a training: shows it, and ends it when the user has cancelled."""
 
@@ -365,10 +387,7 @@ class Watch:
         self._node_id, self._run = node_id, run
         self._bar = comfy.utils.ProgressBar(config.steps, node_id=node_id)
         self._shown = 0.0
-        self._history: list[tuple[int, float]] = []
-        # Of another schedule the steps so far would have been others, had the run been that short from the start.
-        self._can_keep = config.schedule == "constant"
-        self._warm = config.warmup_steps
+        self._likeness: LikenessPoint | None = None
 
     def phase(self, name: str, done: int, total: int) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -380,14 +399,15 @@ class Watch:
 
     def step(self, report: StepReport) -> None:
         now = time.monotonic()
-        if now - self._shown > SHOW_INTERVAL or report.step == report.steps:
-            self._shown = now
-            self._show(report)
-        if self._can_keep and panel.stop_is_wanted(self._node_id) and report.step > self._warm:
-            raise _StopAndKeep(report.step)
+        measured = report.likeness is not self._likeness
+        if measured or now - self._shown > SHOW_INTERVAL or report.step == report.steps:
+            self._shown, self._likeness = now, report.likeness
+            self._show(report, measured)
         comfy.model_management.throw_exception_if_processing_interrupted()
+        if panel.stop_is_wanted(self._node_id):
+            raise StopAndKeep
 
-    def _show(self, report: StepReport) -> None:
+    def _show(self, report: StepReport, measured: bool) -> None:
         self._run.add(report.step, report.loss)
         self._bar.update_absolute(report.step, report.steps)
         panel.publish(
@@ -395,7 +415,7 @@ class Watch:
             {
                 "phase": "training", "step": report.step, "steps": report.steps, "loss": report.loss,
                 "learning_rate": report.learning_rate, "seconds_left": report.seconds_left, "memory": report.memory,
-                "can_keep": self._can_keep,
+                **({"likeness": report.likeness.likeness} if measured and report.likeness else {}),
             },
         )  # fmt: skip
 

@@ -8,7 +8,7 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -116,16 +116,28 @@ def read_photos(
     if not folder.is_dir():
         raise BadPhoto(f"{folder}: photos are read from a folder, and this is a file")
 
+    photos = _read_each(_photo_paths(folder, on_warning), strict, on_warning)
+    if not photos:
+        raise BadPhoto(f"{folder}: no readable photo in this folder (looked for {' '.join(PHOTO_SUFFIXES)})")
+    return photos
+
+
+def read_photo_files(
+    paths: Iterable[str | Path], *, strict: bool = False, on_warning: Callable[[str], None] = warnings.warn
+) -> list[Photo]:
+    """The photos in these files, in this order, with captions and masks as `read_photos` finds them; perhaps none."""
+    return _read_each(((Path(path), 1) for path in paths), strict, on_warning)
+
+
+def _read_each(paths: Iterable[tuple[Path, int]], strict: bool, on_warning: Callable[[str], None]) -> list[Photo]:
     photos = []
-    for path, repeats in _photo_paths(folder, on_warning):
+    for path, repeats in paths:
         try:
             photos.append(_read_photo(path, repeats))
         except BadPhoto as problem:
             if strict:
                 raise
             on_warning(f"left out: {problem}")
-    if not photos:
-        raise BadPhoto(f"{folder}: no readable photo in this folder (looked for {' '.join(PHOTO_SUFFIXES)})")
     return photos
 
 

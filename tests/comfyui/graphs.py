@@ -9,6 +9,13 @@ def node(class_type: str, **inputs: Any) -> Node:
     return {"class_type": class_type, "inputs": inputs}
 
 
+def load_photos(
+    folder: str = "(no folder)", pictures: str | list[str] = "(no single pictures)", **changes: Any
+) -> Node:
+    value = {"__value__": pictures} if isinstance(pictures, list) else pictures  # a list alone would be a link
+    return node("FaceLoRALoadPhotos", folder=folder, pictures=value, **({"check": False, "strict": False} | changes))
+
+
 def training(checkpoint: str = "sd15.safetensors", folder: str = "anna", **changes: Any) -> dict[str, Node]:
     """Photos -> Train Face LoRA: node "train", on the checkpoint in node "base"."""
     links = {"model": ["base", 0], "clip": ["base", 1], "vae": ["base", 2], "photos": ["photos", 0]}
@@ -18,7 +25,7 @@ def training(checkpoint: str = "sd15.safetensors", folder: str = "anna", **chang
     }  # fmt: skip
     return {
         "base": node("CheckpointLoaderSimple", ckpt_name=checkpoint),
-        "photos": node("FaceLoRALoadPhotos", folder=folder, check=False, strict=False),
+        "photos": load_photos(folder),
         "train": node("FaceLoRATrain", **(links | settings | changes)),
     }  # fmt: skip
 

@@ -8,7 +8,7 @@ from core.lora_file import LoraFile
 from core.style_pack import Subject, find_style_packs
 from tests.tooling import write_photos
 
-from .graphs import drawing, node, training
+from .graphs import drawing, load_photos, node, training
 
 pytestmark = pytest.mark.comfyui
 
@@ -71,7 +71,7 @@ def test_photos_are_reported_on_and_counted(server):
     folder = write_photos(server.folder / "input" / "clara", count=3, person=37)
     (folder / "broken.jpg").write_bytes(b"no picture")
     graph = {
-        "photos": node("FaceLoRALoadPhotos", folder="clara", check=True, strict=False),
+        "photos": load_photos("clara", check=True),
         "report": node("PreviewAny", source=["photos", 3]),
         "captions": node("PreviewAny", source=["photos", 2]),
         "images": node("PreviewImage", images=["photos", 1]),
@@ -98,7 +98,7 @@ def test_pictures_of_the_person_score_above_those_of_someone_else(server):
     write_photos(server.folder / "input" / "dora", count=3, person=38, scale=2)
     write_photos(server.folder / "input" / "emil", count=2, person=39, scale=2)
     graph = {
-        name: node("FaceLoRALoadPhotos", folder=name, check=False, strict=False) for name in ("dora", "emil")
+        name: load_photos(name) for name in ("dora", "emil")
     } | {
         "score": node("FaceLoRALikeness", images=["emil", 1], reference=["dora", 0]),
         "own": node("FaceLoRALikeness", images=["dora", 1], reference=["dora", 1]),

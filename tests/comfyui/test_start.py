@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from .graphs import node, training
+from .graphs import load_photos, node, training
 from .server import running_server
 
 pytestmark = pytest.mark.comfyui
@@ -38,6 +38,6 @@ def test_the_pack_starts_fast_in_a_folder_of_any_name_beside_a_pack_with_a_core_
         refusal = server.refusal(training(settings="rnak = 1"))
         assert "rnak" in refusal
         show = {"show": node("PreviewAny", source=["photos", 3])}
-        photos = {"photos": node("FaceLoRALoadPhotos", folder="anna", check=False, strict=True)}
+        photos = {"photos": load_photos("anna", strict=True)}
         result = server.run(photos | show)
         assert result.status == "success", result.error
