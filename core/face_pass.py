@@ -4,16 +4,18 @@ The face is cut out with what is around it, enlarged, drawn again lightly, and b
 that works on latents of eight pixels has little more than ten of them for a face of a hundred.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from PIL import Image, ImageDraw, ImageFilter
 
 from .errors import BadConfig
-from .faces import Face
+from .faces import Face, FaceNetwork
 from .style_pack import picture_size
 
-FACE_SHARE = 0.45
-"""Size of the face in the cut-out, as a share of the cut-out's size (both: square root of the area)."""
+FACE_SHARES = (0.4, 0.85)
+"""Least and most that a face fills of its cut-out (both sizes: square root of the area)."""
 MASK_SHARE = 1.25
 """Axes of the ellipse that is blended, as a share of the face's box: with hairline and chin."""
 FEATHER = 0.12
@@ -52,10 +54,20 @@ class CutOut:
     """In the picture."""
 
 
-def cut_out(picture: Image.Image, face: Face, resolution: int, size_multiple: int) -> CutOut | None:
-    """The face with its surroundings, in the picture's aspect at the base's own area; None where that enlarges nothing."""
+def face_share(network: FaceNetwork, photos: Sequence[Image.Image]) -> float:
+    """How much of its cut-out a face should fill: as much as on the person's photos, which is how the LoRA knows it."""
+    found = [(photo, faces[0]) for photo in photos if (faces := network.detect(photo))]
+    share = median(face.size / (photo.width * photo.height) ** 0.5 for photo, face in found)
+    return min(max(share, FACE_SHARES[0]), FACE_SHARES[1])
+
+
+def cut_out(picture: Image.Image, face: Face, share: float, resolution: int, size_multiple: int) -> CutOut | None:
+    """The face, filling `share` of what is cut out, in the picture's aspect at the base's own area.
+
+    None where that would enlarge nothing.
+    """
     size = picture_size(f"{picture.width}:{picture.height}", resolution, size_multiple)
-    scale = face.size / FACE_SHARE / (size[0] * size[1]) ** 0.5
+    scale = face.size / share / (size[0] * size[1]) ** 0.5
     width, height = (min(round(side * scale), limit) for side, limit in zip(size, picture.size, strict=True))
     if width >= size[0] or height >= size[1]:
         return None

@@ -12,7 +12,7 @@ from PIL import Image
 
 from .base import Base
 from .errors import BadConfig, BadFile
-from .face_pass import CutOut, FacePass, blend, cut_out
+from .face_pass import CutOut, FacePass, blend, cut_out, face_share
 from .faces import Reference
 from .files import remove_leftovers, write_file, write_text
 from .gallery import gallery_page
@@ -93,7 +93,7 @@ def make_headshots(
     remove_leftovers(folder)
     batch.draw_missing(paths, face_pass)
     if person and face_pass.below:
-        batch.improve_faces(paths, face_pass, person)
+        batch.improve_faces(paths, face_pass, person, face_share(person.network, reference))
     shots = [Headshot(path, job, face_pass=_face_outcome(path)) for job, path in paths.items()]
     if person:
         shots = ranked(shots, person, -(-len(shots) // 4) if keep is None else keep)
@@ -132,7 +132,7 @@ class _Batch:
         # A face that was drawn with other settings has to go, and the first drawing is gone.
         return same and (outcome is None or not outcome.kept or _settings(outcome) == face_pass)
 
-    def improve_faces(self, paths: dict[Job, Path], face_pass: FacePass, person: Reference) -> None:
+    def improve_faces(self, paths: dict[Job, Path], face_pass: FacePass, person: Reference, share: float) -> None:
         """Draws the small faces anew; the outcome is written into each picture, also when it stays as it was."""
         parts: dict[Job, tuple[Path, CutOut]] = {}
         for job, path in paths.items():
@@ -142,9 +142,10 @@ class _Batch:
             image = _picture(path)
             faces = person.network.detect(image)
             if faces and face_pass.wants(faces[0], self.base.resolution):
-                part = cut_out(image, faces[0], self.base.resolution, self.base.size_multiple)
+                part = cut_out(image, faces[0], share, self.base.resolution, self.base.size_multiple)
                 if part:
-                    parts[replace(job, size=part.image.size)] = (path, part)
+                    # The file's name keeps apart what would else be the same job: one prompt and seed at two sizes.
+                    parts[replace(job, size=part.image.size, style=path.name)] = (path, part)
         starts = {job: part.image for job, (_, part) in parts.items()}
         drawn = generate(
             self.base, self.loras, list(parts), self.config, starts=starts, denoise=face_pass.denoise, device=self.device

@@ -1,0 +1,351 @@
+"""Batches of headshots: made once, small faces drawn anew, ranked, the best kept, shown on a page."""
+
+import html
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from core import GenerateConfig, Job, LoraFile, TrainConfig, load_base, train
+from core.cli import main
+from core.demo import BASE_FILE
+from core.demo.people import person_photos
+from core.errors import BadConfig, BadPhoto
+from core.face_pass import FacePass, blend, cut_out
+from core.faces import Face, Reference
+from core.generate import Picture, generate, parameters_text
+from core.headshots import make_headshots
+from core.lora_inspect import file_hashes
+from core.sampling import SAMPLER_TITLES, SAMPLERS
+from tests.tooling import write_photos
+
+STYLES = ("Classic grey studio", "Navy backdrop executive", "Bright open office", "Warm beige studio")
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_base(BASE_FILE)
+
+
+def jobs(count: int) -> list[Job]:
+    return [Job("a photo of person", seed, size=(64, 80), steps=2) for seed in range(count)]
+
+
+def times(folder: Path) -> dict[str, int]:
+    """When each picture of a batch was written."""
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*-*.png")}
+
+
+# Made once
+
+
+def test_a_picture_depends_on_its_own_seed_and_not_on_its_batch(base, tmp_path: Path) -> None:
+    alone = make_headshots(base, [], jobs(2), tmp_path / "alone")
+    together = make_headshots(base, [], jobs(2), tmp_path / "together", GenerateConfig(batch_size=2))
+    for one, other in zip(alone, together, strict=True):
+        a, b = Image.open(one.path), Image.open(other.path)
+        assert max(abs(x - y) for x, y in zip(a.tobytes(), b.tobytes(), strict=True)) <= 1
+    assert Image.open(alone[0].path).tobytes() != Image.open(alone[1].path).tobytes()
+
+
+def test_an_interrupted_batch_makes_no_picture_twice(base, tmp_path: Path) -> None:
+    def stop_at_two(phase: str, done: int, total: int) -> None:
+        if done == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        make_headshots(base, [], jobs(4), tmp_path, on_progress=stop_at_two)
+    made = times(tmp_path)
+    assert len(made) == 2
+    shots = make_headshots(base, [], jobs(4), tmp_path)
+    assert len(shots) == 4
+    assert made.items() <= times(tmp_path).items()
+
+
+def test_a_picture_of_another_setting_or_cut_short_is_made_again(base, tmp_path: Path) -> None:
+    second = make_headshots(base, [], jobs(3), tmp_path)[1]
+    second.path.write_bytes(second.path.read_bytes()[:2000])
+    before = times(tmp_path)
+    make_headshots(base, [], jobs(3), tmp_path)
+    after = times(tmp_path)
+    assert {name for name in before if before[name] != after[name]} == {second.path.name}
+    make_headshots(base, [], jobs(3), tmp_path, GenerateConfig(sampler="euler"))
+    assert not times(tmp_path).items() & after.items()
+
+
+def test_jobs_that_differ_in_nothing_but_their_size_are_pictures_of_their_own(base, tmp_path: Path) -> None:
+    sizes = [(64, 80), (80, 64)]
+    shots = make_headshots(base, [], [Job("a photo of person", 1, size=size, steps=1) for size in sizes], tmp_path)
+    assert [Image.open(shot.path).size for shot in shots] == sizes
+
+
+@pytest.mark.slow
+def test_a_killed_batch_goes_on_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "core", "generate", "--base", str(BASE_FILE), "--output", str(tmp_path), "--json"]
+    command += ["--prompt", "a photo of person", "--count", "8", "--size", "64x80", "--steps", "20"]
+    process = subprocess.Popen(command, cwd=BASE_FILE.parents[2], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while len(times(tmp_path)) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    made = times(tmp_path)
+    assert 3 <= len(made) < 8
+    assert not (tmp_path / "headshots.json").exists()
+    # What a kill in the middle of writing leaves.
+    (tmp_path / ".4-4.png.0123abcd.tmp").write_bytes(b"half a picture")
+    done = subprocess.run(command, cwd=BASE_FILE.parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["headshots"]) == len(times(tmp_path)) == 8
+    assert made.items() <= times(tmp_path).items()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+# What the PNG says
+
+
+def test_a_png_carries_its_parameters_as_a1111_and_comfyui_read_them(base, tmp_path: Path) -> None:
+    shot = make_headshots(base, [], jobs(1), tmp_path)[0]
+    prompt, negative, settings = Image.open(shot.path).info["parameters"].split("\n")
+    # ComfyUI's reader takes nothing from a text without a line for the negative prompt, so it is there when empty too.
+    assert (prompt, negative) == ("a photo of person", "Negative prompt: ")
+    assert settings == (
+        f"Steps: 2, Sampler: DPM++ 2M Karras, CFG scale: 6, Seed: 0, Size: 64x80, Model: base, "
+        f"Model hash: {base.sha256[:10]}"
+    )
+
+
+def test_the_loras_stand_in_the_parameters_with_name_strength_and_hash(base, tmp_path: Path) -> None:
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(8, 2)}
+    LoraFile.from_tensors(tensors, {"ss_base_model_version": "sd_v1"}).save(tmp_path / "anna.safetensors")
+    lora = LoraFile.read(tmp_path / "anna.safetensors")
+    text = parameters_text(base, [(lora, 0.8)], Job("a photo of sks person", 1, strength=0.5), GenerateConfig())
+    assert text.startswith("a photo of sks person <lora:anna:0.4>\n")
+    assert text.endswith(f'Lora hashes: "anna: {file_hashes(tmp_path / "anna.safetensors")["autov3"]}"')
+
+
+def test_every_sampler_has_a1111s_name() -> None:
+    assert SAMPLER_TITLES.keys() == SAMPLERS.keys()
+
+
+def test_text_beyond_ascii_survives_in_the_png(tmp_path: Path) -> None:
+    picture = Picture(Image.new("RGB", (8, 8)), Job("x", 1), "Zoë à Zürich\nNegative prompt: \nSteps: 1")
+    picture.save(tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").info["parameters"] == picture.parameters
+    assert "Zoë à Zürich".encode() in (tmp_path / "a.png").read_bytes()  # as UTF-8, which ComfyUI expects
+
+
+# Ranked and kept
+
+
+def batch_with_faces(base, folder: Path) -> list[Job]:
+    """Five jobs whose pictures are there as if they had been drawn: four people and one without a face."""
+    made = [*(person_photos(person)[3].convert("RGB").resize((64, 80)) for person in (2, 1, 4, 1)), None]
+    for number, (job, image) in enumerate(zip(jobs(5), made, strict=True), start=1):
+        picture = Picture(image or Image.new("RGB", (64, 80)), job, parameters_text(base, [], job, GenerateConfig()))
+        picture.save(folder / f"{number}-{job.seed}.png")
+    return jobs(5)
+
+
+def test_pictures_are_ranked_by_likeness_and_the_best_are_kept(base, tmp_path: Path) -> None:
+    photos = person_photos(1)[:2]
+    shots = make_headshots(base, [], batch_with_faces(base, tmp_path), tmp_path, reference=photos, keep=2)
+    assert [shot.job.seed for shot in shots][:2] == [1, 3]  # person 1
+    assert shots[-1].likeness is None
+    scores = [shot.likeness for shot in shots if shot.likeness is not None]
+    assert scores == sorted(scores, reverse=True)
+    expected = Reference(photos).likeness([Image.open(shot.path) for shot in shots])
+    assert [shot.likeness for shot in shots] == expected
+    kept = [shot for shot in shots if shot.kept]
+    assert kept == shots[:2]
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {shot.path.name for shot in kept}
+    described = json.loads((tmp_path / "headshots.json").read_text())
+    assert [entry["file"] for entry in described["headshots"]] == [shot.path.name for shot in shots]
+    assert [entry["kept"] for entry in described["headshots"]] == [shot.kept for shot in shots]
+    assert described["mean_likeness"] == pytest.approx(np.mean([score or 0 for score in expected]), abs=1e-4)
+
+
+def test_a_second_choice_replaces_the_first_and_leaves_other_files_alone(base, tmp_path: Path) -> None:
+    photos = person_photos(1)[:2]
+    batch = batch_with_faces(base, tmp_path)
+    make_headshots(base, [], batch, tmp_path, reference=photos, keep=9)
+    assert len(list((tmp_path / "kept").iterdir())) == 4  # not the one without a face
+    (tmp_path / "kept" / "mine.png").write_bytes(b"")
+    before = times(tmp_path)
+    shots = make_headshots(base, [], batch, tmp_path, reference=photos)  # a quarter
+    names = {path.name for path in (tmp_path / "kept").iterdir()}
+    assert names == {"mine.png", *(shot.path.name for shot in shots if shot.kept)}
+    assert len(names) == 1 + 2
+    assert times(tmp_path) == before
+
+
+def test_what_cannot_be_compared_is_refused(base, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(BadConfig, match="keep needs photos"):
+        make_headshots(base, [], jobs(1), tmp_path, keep=1)
+    with pytest.raises(BadConfig, match="keep = 0: must be at least 1"):
+        make_headshots(base, [], jobs(1), tmp_path, keep=0, reference=person_photos(1)[:1])
+    with pytest.raises(BadPhoto, match="no face was found in the 1 photos"):
+        make_headshots(base, [], jobs(1), tmp_path, reference=[Image.new("RGB", (64, 64))])
+    assert not times(tmp_path)  # all of this is said before anything is drawn
+    arguments = ["generate", "--base", str(BASE_FILE), "--prompt", "a", "--output", str(tmp_path)]
+    for option in ("--keep", "--face-pass", "--face-denoise"):
+        assert main([*arguments, option, "1"]) == 1
+        assert capsys.readouterr().err == f"facelora: {option} needs --reference PHOTOS, to measure likeness\n"
+
+
+# The face pass
+
+
+def face(left: float, top: float, right: float, bottom: float) -> Face:
+    return Face((left, top, right, bottom), np.zeros((5, 2), np.float32), 1.0)
+
+
+def test_a_cut_out_is_the_face_at_its_share_in_the_pictures_aspect() -> None:
+    picture = Image.new("RGB", (1000, 500))
+    part = cut_out(picture, face(480, 240, 520, 280), share=0.5, resolution=512, size_multiple=64)
+    assert part is not None
+    left, top, right, bottom = part.box
+    assert part.image.size == (640, 384)
+    assert (right - left) / (bottom - top) == pytest.approx(640 / 384, rel=0.02)
+    assert 40 / ((right - left) * (bottom - top)) ** 0.5 == pytest.approx(0.5, rel=0.02)
+    assert ((left + right) / 2, (top + bottom) / 2) == pytest.approx((500, 260), abs=1)
+
+
+def test_a_cut_out_at_the_edge_stays_inside_with_its_aspect() -> None:
+    part = cut_out(Image.new("RGB", (1000, 1000)), face(-10, 960, 40, 1010), 0.5, 512, 64)
+    assert part is not None
+    assert part.box == (0, 900, 100, 1000)
+
+
+def test_a_large_face_has_nothing_to_gain() -> None:
+    assert cut_out(Image.new("RGB", (512, 512)), face(100, 100, 400, 400), 0.5, 512, 64) is None
+    assert not FacePass(below=0.25).wants(face(0, 0, 128, 128), 512)
+    assert FacePass(below=0.25).wants(face(0, 0, 127, 127), 512)
+
+
+def test_blending_changes_the_face_and_nothing_far_from_it_without_a_seam() -> None:
+    picture = Image.new("RGB", (400, 400), (100, 100, 100))
+    part = cut_out(picture, face(180, 180, 220, 220), 0.5, 512, 64)
+    assert part is not None
+    result = np.asarray(blend(picture, part, Image.new("RGB", part.image.size, (200, 200, 200))), int)[..., 0]
+    assert result[200, 200] == 200
+    left, top, right, bottom = part.box
+    outside = np.ones_like(result, bool)
+    outside[top:bottom, left:right] = False
+    assert (result[outside] == 100).all()
+    assert abs(np.diff(result, axis=1)).max() < 30  # of 100: the edge is spread over several pixels
+
+
+@pytest.mark.parametrize("wrong", [{"below": -0.1}, {"below": 1.5}, {"denoise": 0.0}, {"denoise": 1.1}])
+def test_face_pass_settings_that_cannot_work_are_refused(wrong) -> None:
+    with pytest.raises(BadConfig, match=next(iter(wrong))):
+        FacePass(**wrong)
+
+
+def small_face(base, job: Job, folder: Path, photo: Image.Image) -> Path:
+    """The job's picture as if it had been drawn: the photo small on grey."""
+    picture = Image.new("RGB", job.size or (0, 0), (120, 120, 120))
+    picture.paste(photo.convert("RGB").resize((40, 50), Image.Resampling.LANCZOS), (60, 50))
+    folder.mkdir(exist_ok=True)
+    Picture(picture, job, parameters_text(base, [], job, GenerateConfig())).save(folder / f"1-{job.seed}.png")
+    return folder / f"1-{job.seed}.png"
+
+
+def test_a_new_face_that_is_more_like_the_person_is_taken_once(base, tmp_path: Path) -> None:
+    drawn = Job("a photo of person", 3, size=(64, 80), steps=10, guidance=2.5)
+    while not Reference([person_photos(1)[0]]).network.detect(person := next(generate(base, [], [drawn])).image):
+        drawn = Job(drawn.prompt, drawn.seed + 1, size=drawn.size, steps=10, guidance=2.5)
+    # To draw the whole of the face anew from the same seed makes the person that the base draws there: the reference.
+    job = Job(drawn.prompt, drawn.seed, size=(160, 200), steps=10, guidance=2.5)
+    path = small_face(base, job, tmp_path, person_photos(2)[0])
+    before = np.asarray(Image.open(path), int)
+    settings = FacePass(below=0.6, denoise=1.0)
+    (shot,) = make_headshots(base, [], [job], tmp_path, reference=[person], face_pass=settings)
+    assert shot.face_pass is not None and shot.face_pass.kept
+    assert shot.face_pass.after is not None and shot.face_pass.after > shot.face_pass.before + 0.1
+    assert shot.likeness == shot.face_pass.after
+    after = np.asarray(Image.open(path), int)
+    changed = np.flatnonzero(abs(after - before).max(axis=(0, 2)) > 0)
+    assert 0 < len(changed) < 80  # of 160 columns
+    assert f"{shot.face_pass.before:.2f} → {shot.face_pass.after:.2f}, taken" in (tmp_path / "gallery.html").read_text()
+    first = times(tmp_path)
+    assert make_headshots(base, [], [job], tmp_path, reference=[person], face_pass=settings) == [shot]
+    assert times(tmp_path) == first
+    # Without the pass, the picture as it was drawn first is wanted: it has to be made.
+    (plain,) = make_headshots(base, [], [job], tmp_path, reference=[person], face_pass=FacePass(below=0))
+    assert plain.face_pass is None and times(tmp_path) != first
+
+
+def test_a_new_face_that_is_less_like_the_person_is_not_taken(base, tmp_path: Path) -> None:
+    photos = person_photos(36)  # whom the base has never seen
+    job = Job("a photo of person", 3, size=(160, 200), steps=10, guidance=2.5)
+    path = small_face(base, job, tmp_path, photos[0])
+    before = Image.open(path).convert("RGB").tobytes()
+    settings = FacePass(below=0.6, denoise=1.0)
+    (shot,) = make_headshots(base, [], [job], tmp_path, reference=photos, face_pass=settings)
+    assert shot.face_pass is not None and not shot.face_pass.kept
+    assert shot.likeness == shot.face_pass.before
+    assert Image.open(path).convert("RGB").tobytes() == before
+    first = times(tmp_path)
+    make_headshots(base, [], [job], tmp_path, reference=photos, face_pass=settings)
+    assert times(tmp_path) == first  # tried once
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_drawing_anew_with_few_steps_stays_near_the_picture(base, sampler: str) -> None:
+    photo = person_photos(1)[0].convert("RGB").resize((64, 80), Image.Resampling.LANCZOS)
+    job = Job("a photo of person", 1, size=(64, 80), steps=10, guidance=1)
+
+    def distance(denoise: float) -> float:
+        config = GenerateConfig(sampler)
+        (picture,) = generate(base, [], [job], config, starts={job: photo}, denoise=denoise)
+        return float(np.abs(np.asarray(picture.image, int) - np.asarray(photo, int)).mean())
+
+    assert distance(0.1) < 12 < distance(1.0)  # of 255
+
+
+# The command line
+
+
+def test_headshots_of_a_style_pack_come_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--subject", "sks person", "--style-pack", "corporate", "--count", "2", "--steps", "1"]
+    assert main(["generate", "--base", str(BASE_FILE), "--output", str(tmp_path), *arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["headshots"]) == 2
+    assert all("sks person" in picture["prompt"] for picture in report["headshots"])
+
+
+@pytest.mark.slow
+def test_forty_pictures_of_a_trained_person_in_four_styles_are_ranked(
+    base, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = write_photos(tmp_path / "photos", count=6, person=35)
+    config = TrainConfig(steps=60, batch_size=4, learning_rate=3e-3, min_snr_gamma=0.0)
+    train(photos, base, config, output=tmp_path / "anna.safetensors")
+    arguments = [part for style in STYLES for part in ("--style", style)]
+    arguments += ["--lora", str(tmp_path / "anna.safetensors"), "--reference", str(photos), "--style-pack", "corporate"]
+    arguments += ["--count", "40", "--size", "64x80", "--steps", "10", "--guidance", "2.5", "--batch-size", "8"]
+    output = tmp_path / "pictures"
+    assert main(["generate", "--base", str(BASE_FILE), "--output", str(output), *arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert Counter(shot["style"] for shot in report["headshots"]) == dict.fromkeys(STYLES, 10)
+    assert [shot["kept"] for shot in report["headshots"]] == [True] * 10 + [False] * 30
+    assert report["mean_likeness_kept"] > report["mean_likeness"]
+    page = html.unescape((output / "gallery.html").read_text("utf-8"))
+    means = f"mean likeness {report['mean_likeness_kept']:.2f}, that of all {report['mean_likeness']:.2f}"
+    assert f"40 pictures, the 10 most alike kept: {means}" in page
+    assert len(re.findall("<figure ", page)) == 40
+    assert len(list((output / "kept").iterdir())) == 10
