@@ -83,6 +83,12 @@ class HeadshotStylePack(io.ComfyNode):
                 io.Float.Output(display_name="guidance", is_output_list=True, tooltip="To KSampler's cfg."),
                 io.Int.Output(display_name="steps", is_output_list=True, tooltip="To KSampler's steps."),
                 io.String.Output(display_name="names", is_output_list=True, tooltip="Name of each picture's style."),
+                io.Float.Output(
+                    display_name="strengths",
+                    is_output_list=True,
+                    tooltip="LoRA strength that each style suggests; to Apply LoRA's strength, which then runs for each "
+                    "picture.",
+                ),
             ],
         )  # fmt: skip
 
@@ -122,6 +128,7 @@ class HeadshotStylePack(io.ComfyNode):
             [item.guidance for item in prompts],
             [item.steps for item in prompts],
             [item.style for item in prompts],
+            [item.strength for item in prompts],
         )
 
 

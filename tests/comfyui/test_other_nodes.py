@@ -39,6 +39,53 @@ def test_a_style_pack_drives_a_batch_through_ksampler(server):
     assert texts(result, "prompts") == [styled.prompt for styled in expected]
 
 
+def test_one_queue_draws_several_styles_each_as_its_style_says(server):
+    settings = STYLES | {"styles": "Classic grey studio, Lobby with marble", "count": 4, "resolution": 64}
+    graph = BASE | drawing(["base", 0], ["base", 1], ["base", 2], prompt=["styles", 0], seed=["styles", 2])
+    graph["styles"] = node("FaceLoRAStylePack", **settings)
+    graph["negative"]["inputs"]["text"] = ["styles", 1]
+    graph["empty"]["inputs"] |= {"width": ["styles", 3], "height": ["styles", 4]}
+    graph["sampler"]["inputs"]["cfg"] = ["styles", 5]
+    graph["sheet"] = node(
+        "FaceLoRAContactSheet", images=["decoded", 0], columns=2, height=64, title="", labels=["styles", 7]
+    )
+    graph["sheet_picture"] = node("PreviewImage", images=["sheet", 0])
+    graph["names"] = node("PreviewAny", source=["styles", 7])
+    graph["strengths"] = node("PreviewAny", source=["styles", 8])
+    result = server.run(graph)
+    assert result.status == "success", result.error
+    styled = find_style_packs().pick("corporate").prompts(
+        Subject("sks person", ""), "sd15", 4, 5, styles=settings["styles"].split(", "), resolution=64
+    )  # fmt: skip
+    assert len(result.outputs["picture"]["images"]) == 4
+    assert texts(result, "names") == [item.style for item in styled]
+    assert [float(text) for text in texts(result, "strengths")] == [item.strength for item in styled]
+    assert set(texts(result, "names")) == set(settings["styles"].split(", "))
+    assert server.drawn(result, "sheet_picture").height > 2 * 64
+
+
+def test_a_users_pack_is_found_without_a_restart(server):
+    folder = server.folder / "models" / "style_packs"
+    folder.mkdir()
+    pack = {
+        "id": "ours", "title": "Ours", "version": "1", "licence": "CC0-1.0",
+        "styles": [{"name": "Green wall", "prompts": {"tags": {"prompt": "photo of {subject}, green wall"}}}],
+    }  # fmt: skip
+    (folder / "ours.json").write_text(json.dumps(pack))
+    (folder / "broken.json").write_text("{")
+    graph = {
+        "styles": node("FaceLoRAStylePack", **STYLES | {"pack": "ours"}),
+        "show": node("PreviewAny", source=["styles", 0]),
+    }
+    result = server.run(graph)
+    assert result.status == "success", result.error
+    assert texts(result, "show") == ["photo of sks person, green wall"] * 3
+    assert "ours" in json.dumps(server.get("/object_info/FaceLoRAStylePack")["FaceLoRAStylePack"]["input"])
+    pack["styles"][0]["prompts"]["tags"]["prompt"] = "photo of {subject}, blue wall"
+    (folder / "ours.json").write_text(json.dumps(pack))
+    assert texts(server.run(graph), "show") == ["photo of sks person, blue wall"] * 3
+
+
 def test_the_node_lists_the_packs_and_their_styles(server):
     info = server.get("/object_info/FaceLoRAStylePack")["FaceLoRAStylePack"]
     pack = find_style_packs().pick("corporate")
