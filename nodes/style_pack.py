@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..core.errors import BadConfig, BadStylePack
 from ..core.style_pack import FAMILY_DEFAULTS, FoundPacks, Subject, find_style_packs
 from .convert import style_family
+from .panel import show_text
 
 FROM_MODEL = "that of the model"
 
@@ -27,14 +28,15 @@ def find_packs() -> FoundPacks:
 class HeadshotStylePack(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        packs = find_packs().packs
+        found = find_packs()
+        packs, problems = found.packs, "".join(f"\nNot used: {problem}" for problem in found.problems)
         styles = "\n".join(f"{name}: {', '.join(pack.names)}" for name, pack in packs.items())
         return io.Schema(
             node_id="FaceLoRAStylePack",
             display_name="Headshot Style Pack",
             category="FaceLoRA",
             description="Prompts, negative prompts, seeds and sizes for a whole batch of headshots, as lists: wired to "
-            f"CLIP Text Encode, Empty Latent Image and KSampler, each picture is drawn in turn.\n\n{styles}",
+            f"CLIP Text Encode, Empty Latent Image and KSampler, each picture is drawn in turn.\n\n{styles}{problems}",
             search_aliases=["style", "prompt styler", "headshots", "prompts"],
             inputs=[
                 io.Combo.Input(
@@ -90,6 +92,7 @@ class HeadshotStylePack(io.ComfyNode):
                     "picture.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
@@ -115,7 +118,10 @@ class HeadshotStylePack(io.ComfyNode):
             if model is None:
                 raise BadConfig("family: connect a model, or choose a family")
             family = style_family(model)
-        prompts = find_packs().pick(pack).prompts(
+        found = find_packs()
+        if found.problems:
+            show_text(cls, "\n".join(found.problems))
+        prompts = found.pick(pack).prompts(
             Subject(subject.strip(), class_word=""), family, count, first_seed,
             styles=_names(styles) or None, resolution=resolution or None,
         )  # fmt: skip

@@ -80,7 +80,9 @@ def test_a_users_pack_is_found_without_a_restart(server):
     result = server.run(graph)
     assert result.status == "success", result.error
     assert texts(result, "show") == ["photo of sks person, green wall"] * 3
-    assert "ours" in json.dumps(server.get("/object_info/FaceLoRAStylePack")["FaceLoRAStylePack"]["input"])
+    info = server.get("/object_info/FaceLoRAStylePack")["FaceLoRAStylePack"]
+    assert "ours" in json.dumps(info["input"])
+    assert "Not used: broken.json: not JSON" in info["description"]
     pack["styles"][0]["prompts"]["tags"]["prompt"] = "photo of {subject}, blue wall"
     (folder / "ours.json").write_text(json.dumps(pack))
     assert texts(server.run(graph), "show") == ["photo of sks person, blue wall"] * 3
