@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BadConfig, BadStylePack, UnknownFamily
+from .families import FAMILIES
 
 PACKAGE_FOLDER = Path(__file__).parent / "style_packs"
 MAX_FILE_BYTES = 5 * 1024 * 1024
@@ -49,12 +50,13 @@ class FamilyDefaults:
     steps: int
 
 
-# Guidance and steps: the defaults of diffusers 0.42's pipelines and, for sd3, of SD3.5 Medium's model card. Except 30
-# steps for sd15 and sdxl, enough for DPM++ 2M, and a little less guidance for sd15 than the usual 7.5: it hardens skin.
-# Qwen-Image's model card draws squares of 1328 pixels.
+# Those that can be trained say it themselves. Of the others: the defaults of diffusers 0.42's pipelines and, for sd3, of
+# SD3.5 Medium's model card. Qwen-Image's model card draws squares of 1328 pixels.
 FAMILY_DEFAULTS: Mapping[str, FamilyDefaults] = {
-    "sd15": FamilyDefaults("tags", 512, 64, guidance=6.0, steps=30),
-    "sdxl": FamilyDefaults("tags", 1024, 64, guidance=5.0, steps=30),
+    **{
+        name: FamilyDefaults(family.wording, family.resolution, family.size_multiple, family.guidance, family.steps)
+        for name, family in FAMILIES.items()
+    },
     "sd3": FamilyDefaults("sentences", 1024, 16, guidance=4.5, steps=40),
     "flux1": FamilyDefaults("sentences", 1024, 16, guidance=3.5, steps=28),
     "flux2": FamilyDefaults("sentences", 1024, 16, guidance=4.0, steps=50),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,14 @@ class FamilySpec:
     """`modelspec.architecture` of a checkpoint; a LoRA adds `/lora`."""
     resolution: int
     """Side of the square that the published models were trained at, in pixels."""
+    size_multiple: int
+    """Width and height of the pictures that they were trained on are multiples of this, in pixels."""
+    wording: Literal["tags", "sentences"]
+    """What prompts should be made of."""
+    guidance: float
+    """Scale of classifier-free guidance that suits photographs of people."""
+    steps: int
+    """Sampling steps that are enough."""
     latent_scale: float
     """VAE latents times this have unit deviation."""
     pipeline_class: str
