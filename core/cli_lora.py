@@ -43,7 +43,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def _save(lora, error: float, options: argparse.Namespace) -> None:
-    lora.save(options.output, SAVE_DTYPES[options.precision])
+    lora.save(options.output, SAVE_DTYPES[options.precision], on_progress=_progress("writing"))
     size = options.output.stat().st_size / 1e6
     lost = f"; largest relative error of a module's change: {error:.2g}" if error else ""
     print(f"{options.output}  ({lora.family}, {lora.scheme} names, {size:.1f} MB){lost}")
@@ -64,12 +64,13 @@ def run_inspect(options: argparse.Namespace) -> None:
 
 def add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="a LoRA")
+    parser.add_argument("--base", type=Path, metavar="CHECKPOINT", help="the model that it should fit")
 
 
 def run_verify(options: argparse.Namespace) -> int:
     from .lora_tools import verify_lora
 
-    findings = verify_lora(options.file)
+    findings = verify_lora(options.file, options.base)
     for finding in findings:
         print(f"{'error' if finding.is_error else 'odd'}: {finding.text}")
     if not findings:
@@ -84,15 +85,22 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     _add_output(parser)
     parser.add_argument("--to", choices=SCHEMES, required=True, help="naming of the tensors")
     parser.add_argument("--plain-rank", type=int, metavar="N", help="make LoHa, LoKr, ... a plain LoRA of that rank")
+    parser.add_argument("--base", type=Path, metavar="CHECKPOINT", help="what a DoRA or OFT was trained on, to do that")
 
 
 def run_convert(options: argparse.Namespace) -> None:
-    from .lora_file import LoraFile
+    from .base_weights import BaseWeights
+    from .lora_file import LoraFile, fit
     from .lora_tools import convert_lora
 
     check_output(options.output)
     lora = LoraFile.read(options.file)
-    _save(*convert_lora(lora, options.to, options.plain_rank, on_progress=_progress("converting")), options)
+    weight = None
+    if options.base is not None:
+        base = BaseWeights.open(options.base)
+        fit(lora, base.family, base.shapes).check(lora.name)
+        weight = base.read
+    _save(*convert_lora(lora, options.to, options.plain_rank, weight, _progress("converting")), options)
 
 
 def add_merge(parser: argparse.ArgumentParser) -> None:

@@ -157,7 +157,7 @@ class LoraFile:
             else:
                 found.setdefault(parsed.module_name, {})[parsed.role] = key
                 named[parsed.module_name] = parsed
-        entries = []
+        entries: list[Entry] = []
         for module_name, keys in found.items():
             shapes = {role: self.layout[key][1] for role, key in keys.items()}
             kind = kind_of(shapes)
@@ -181,7 +181,7 @@ class LoraFile:
 
     @property
     def unknown_keys(self) -> tuple[str, ...]:
-        """Tensors that are not understood, or that belong to an incomplete module."""
+        """Tensors that are not understood, or that belong to a module which lacks one or whose shapes do not match."""
         return self._sorted_keys[2]
 
     @property
@@ -234,23 +234,15 @@ class LoraFile:
     def _split(self, entry: Entry) -> Iterator[tuple[ModuleId, LoraModule]]:
         tensors = self.tensors_of(entry)
         down, up, mid = tensors["down"], tensors["up"], tensors.get("mid")
-        self._check_low_rank(entry, down, up, mid)
         alpha = float(tensors["alpha"].item()) if "alpha" in tensors else float(down.shape[0])
         kernel = FAMILIES[self.family].kernel(entry.modules[0][1]) if entry.part == "denoiser" else None
-        down, up = _in_weight_form(down, up, kernel)
         try:
+            down, up = _in_weight_form(down, up, kernel)
             parts = entry.place.split(up, inputs=down.shape[1])
         except ValueError as error:
             raise UnmatchedKeys(f"{self.name}: {entry.name} does not fit {self.family}: {error}") from None
         for module_id, part_up in parts:
             yield module_id, LoraModule(down, part_up, alpha, mid)
-
-    def _check_low_rank(self, entry: Entry, down: Tensor, up: Tensor, mid: Tensor | None) -> None:
-        rank = down.shape[0] if down.ndim else 0
-        fits = down.ndim in (2, 4) and up.ndim in (2, 4) and rank > 0 and up.shape[1] == rank
-        if not fits or math.prod(up.shape[2:]) != 1 or (mid is not None and tuple(mid.shape[:2]) != (rank, rank)):
-            shapes = " and ".join(str(list(shape)) for shape in (down.shape, up.shape))
-            raise UnmatchedKeys(f"{self.name}: {entry.name} has down and up of shapes {shapes}, which is no LoRA")
 
     def changes(self, base_weight: Callable[[ModuleId], Tensor] | None = None) -> Iterator[tuple[ModuleId, Tensor]]:
         """The change of every weight, one at a time, whatever the kind: float32, fused rows split.
@@ -283,7 +275,10 @@ class LoraFile:
     def _refuse_unknown(self) -> None:
         if self.unknown_keys:
             count, example = len(self.unknown_keys), self.unknown_keys[0]
-            raise UnmatchedKeys(f"{self.name}: {count} tensors are not understood or not complete, e.g. {example!r}")
+            raise UnmatchedKeys(
+                f"{self.name}: {count} tensors are not understood, or not a complete module of matching shapes, "
+                f"e.g. {example!r} of shape {list(self.layout[example][1])}"
+            )
 
     def save(
         self,
@@ -371,10 +366,13 @@ def _in_weight_form(down: Tensor, up: Tensor, kernel: int | None) -> tuple[Tenso
     """Down and up as the module has its weight in diffusers: with two axes for a Linear, with four for a convolution.
 
     sd-scripts writes SD2's Linear projections as 1x1 convolutions, ComfyUI's trainer every convolution flattened.
+    ValueError when the sizes are not those of a convolution.
     """
     if kernel is None:
         return (down, up) if down.ndim == 2 or math.prod(down.shape[2:]) != 1 else (down.flatten(1), up.flatten(1))
     if down.ndim == 2:
+        if down.shape[1] % kernel**2:
+            raise ValueError(f"{down.shape[1]} inputs are no kernel of {kernel} times {kernel}")
         down = down.reshape(down.shape[0], -1, kernel, kernel)
     return down, up if up.ndim == 4 else up[:, :, None, None]
 

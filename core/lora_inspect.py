@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .base_weights import BaseWeights
 from .errors import BadFile
-from .lora_file import Entry, LoraFile, family_in_metadata, legacy_hash
-from .lora_keys import FAMILIES, bundled_embedding, not_loaded_by_comfyui
+from .lora_file import Entry, LoraFile, family_in_metadata, fit, legacy_hash
+from .lora_keys import FAMILIES, READERS, bundled_embedding, not_loaded
 from .lora_kinds import KINDS, needs_base, weight_change
 from .safetensors_file import CHUNK_BYTES, SafetensorsFile, copy_with_metadata
 
@@ -70,11 +71,7 @@ def inspect_lora(path: str | os.PathLike[str], read_tensors: bool = True) -> dic
         "alphas": _histogram(_alpha_text(lora, entry) for entry in entries if entry.rank is not None),
         "embeddings": sorted({str(bundled_embedding(key)) for key in lora.embedding_keys}),
         "unknown_keys": list(lora.unknown_keys),
-        "not_loaded_by_comfyui": {
-            entry.name: reason
-            for entry in entries
-            if (reason := not_loaded_by_comfyui(FAMILIES[lora.family], entry.name))
-        },
+        "not_loaded_by": {reader: not_loaded_by(reader, lora) for reader in READERS},
         "base_model": _known(
             version=lora.metadata.get("ss_base_model_version"),
             name=lora.metadata.get("ss_sd_model_name"),
@@ -90,6 +87,13 @@ def inspect_lora(path: str | os.PathLike[str], read_tensors: bool = True) -> dic
         report["hashes"] = file_hashes(path)
         report["norms"] = block_norms(lora)
     return report
+
+
+def not_loaded_by(reader: str, lora: LoraFile) -> dict[str, str]:
+    """Name of a module -> why one of lora_keys.READERS would not load it; empty when it loads everything."""
+    family = FAMILIES[lora.family]
+    reasons = {e.name: not_loaded(reader, family, e.name, e.kind, e.keys.values()) for e in lora.entries}
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def _histogram(values) -> dict[str, int]:
@@ -121,16 +125,24 @@ def format_inspection(report: Mapping[str, Any]) -> str:
         rows = report.get(section) or {}
         lines += [f"  {title if first else '':<13} {key}: {_short(value)}" for first, key, value in _rows(rows)]
     norms = report.get("norms") or {}
-    largest = max(norms.values(), default=0.0) or 1.0
+    largest = max((norm for norm in norms.values() if norm is not None), default=0.0) or 1.0
     for first, block, norm in _rows(norms):
-        lines.append(f"  {'change' if first else '':<13} {block:<28} {norm:9.4f} {'#' * round(24 * norm / largest)}")
+        value = "NaN or infinity" if norm is None else f"{norm:9.4f} {'#' * round(24 * norm / largest)}"
+        lines.append(f"  {'change' if first else '':<13} {block:<28} {value}")
     if report["embeddings"]:
         lines.append(f"  embeddings    {', '.join(report['embeddings'])}")
-    refused = [f"{name}: {reason}" for name, reason in report["not_loaded_by_comfyui"].items()]
-    for title, names in (("not understood", report["unknown_keys"]), ("not loaded by ComfyUI", refused)):
-        if names:
-            lines.append(f"  {title}: {len(names)}, e.g. {names[0]}")
+    if report["unknown_keys"]:
+        lines.append(f"  not understood: {len(report['unknown_keys'])}, e.g. {report['unknown_keys'][0]}")
+    total = sum(report["parts"].values())
+    loads = {reader: _loads(total, refused) for reader, refused in report["not_loaded_by"].items()}
+    lines += [f"  {'loads' if first else '':<13} {reader}: {text}" for first, reader, text in _rows(loads)]
     return "\n".join(lines)
+
+
+def _loads(total: int, refused: Mapping[str, str]) -> str:
+    if not refused:
+        return f"all {total} modules"
+    return f"{total - len(refused)} of {total} modules; it does not know {next(iter(refused.values()))}"
 
 
 def _rows(section: Mapping[str, Any]) -> list[tuple[bool, str, Any]]:
@@ -195,15 +207,18 @@ def file_hashes(path: str | os.PathLike[str]) -> dict[str, str]:
     }
 
 
-def block_norms(lora: LoraFile) -> dict[str, float]:
-    """Frobenius norm of the weight change of every block; DoRA and OFT are left out."""
+def block_norms(lora: LoraFile) -> dict[str, float | None]:
+    """Frobenius norm of the weight change of every block, None if it is not finite; DoRA and OFT are left out."""
     squares: dict[str, float] = {}
     for entry in lora.entries:
         if entry.kind == "bias" or needs_base(entry.kind, entry.keys):
             continue
         block = _block(entry)
         squares[block] = squares.get(block, 0.0) + change_norm(lora, entry) ** 2
-    return {block: round(math.sqrt(squares[block]), 6) for block in sorted(squares, key=_by_number)}
+    finite = {
+        block: round(math.sqrt(square), 6) if math.isfinite(square) else None for block, square in squares.items()
+    }
+    return {block: finite[block] for block in sorted(finite, key=_by_number)}
 
 
 def _by_number(block: str) -> list[tuple[str, int]]:
@@ -242,14 +257,26 @@ SUSPICIOUS_NORM = 20.0
 """How many times the median a module's change may be before it is suspicious."""
 
 
-def verify_lora(path: str | os.PathLike[str]) -> list[Finding]:
-    """What is wrong or odd with a file: nothing, if it is what its metadata say and every module has a sane change."""
+def verify_lora(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> list[Finding]:
+    """What is wrong or odd with a file: nothing, if it is what its metadata say and every module has a sane change.
+
+    With the checkpoint `base`, also what of it has no place there.
+    """
     file = SafetensorsFile.open(path)
     lora = LoraFile.from_tensors(file, file.metadata, name=str(file.path))
     findings = [
         *_verify_names(lora),
         *_verify_metadata(lora, file_hashes(path)),
     ]
+    if base is not None:
+        weights = BaseWeights.open(base)
+        left_over = fit(lora, weights.family, weights.shapes).left_over
+        examples = "; ".join(f"{key} {why}" for key, why in list(left_over.items())[:3])
+        if left_over:
+            text = (
+                f"{len(left_over)} keys have no place in {weights.file.path.name} ({weights.family}), e.g. {examples}"
+            )
+            findings.append(Finding(True, text))
     broken = [name for name, tensor in file.items() if not _is_finite(tensor)]
     if broken:
         findings.append(Finding(True, f"{len(broken)} tensors hold NaN or infinity, e.g. {broken[0]}"))
@@ -273,8 +300,7 @@ def _verify_names(lora: LoraFile) -> list[Finding]:
     twice = [module for module, count in modules.items() if count > 1]
     if twice:
         findings.append(Finding(True, f"{len(twice)} modules are changed twice, e.g. {twice[0][1]}"))
-    family = FAMILIES[lora.family]
-    refused = [entry.name for entry in lora.entries if not_loaded_by_comfyui(family, entry.name)]
+    refused = list(not_loaded_by("ComfyUI", lora))
     if refused:
         findings.append(Finding(False, f"ComfyUI would not load {len(refused)} modules, e.g. {refused[0]}; convert it"))
     return findings

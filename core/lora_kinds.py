@@ -23,8 +23,20 @@ KINDS = {
 }
 
 
-def kind_of(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """The kind of adapter that tensors with these roles and shapes are, None when they are no complete one."""
+LARGEST_WEIGHT = 1 << 30
+"""Elements of a weight; no layer of a model has so many, but two small tensors can claim a product of any size."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Role -> shape of the tensor."""
+
+
+def kind_of(shapes: Shapes) -> str | None:
+    """The kind of adapter that tensors with these roles and shapes are, None when they are no complete, sensible one."""
+    kind = _kind_by_roles(shapes)
+    return kind if kind is not None and _fit_together(kind, shapes) else None
+
+
+def _kind_by_roles(shapes: Shapes) -> str | None:
     roles = shapes.keys()
     if "down" in roles and "up" in roles:
         if "dora" in roles:
@@ -46,12 +58,53 @@ def kind_of(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     return "bias" if roles and roles <= {"diff_b", "b_norm"} else None
 
 
+def _fit_together(kind: str, shapes: Shapes) -> bool:
+    """Whether the tensors can be multiplied as their kind says, to a weight that a model may have."""
+    if math.prod(shapes.get("alpha", ())) != 1:
+        return False
+    if kind in ("oft", "boft"):
+        blocks = shapes["oft_blocks"]
+        return len(blocks) in (3, 4) and blocks[-1] == blocks[-2] > 0
+    if kind in ("full", "norm", "bias"):
+        return all(len(shape) > 0 for shape in shapes.values())
+    tensors = {
+        role: shape for role, shape in shapes.items() if role not in ("alpha", "dora", "bias", "diff_b", "b_norm")
+    }
+    is_sensible = all(len(shape) in (2, 4) and math.prod(shape) > 0 for shape in tensors.values())
+    if not is_sensible:
+        return False
+    if kind in ("lora", "locon", "dora"):
+        rank = shapes["down"][0]
+        core = shapes.get("mid", (rank, rank))
+        fits = shapes["up"][1] == rank and math.prod(shapes["up"][2:]) == 1 and core[:2] == (rank, rank)
+    elif kind == "loha":
+        fits = all(_product(shapes, f"hada_w{n}", f"hada_t{n}") for n in "12")
+        fits = fits and _product(shapes, "hada_w1", "hada_t1") == _product(shapes, "hada_w2", "hada_t2")
+    else:
+        whole = [_product(shapes, f"lokr_w{n}", "lokr_t2" if n == "2" else None) for n in "12"]
+        fits = None not in whole
+    shape = weight_shape(kind, shapes) if fits else None
+    return shape is not None and math.prod(shape) <= LARGEST_WEIGHT
+
+
+def _product(shapes: Shapes, name: str, core_name: str | None) -> tuple[int, ...] | None:
+    """The shape of a factor that is whole, or `a` times `b`, or both around a core; None when they do not fit."""
+    if name in shapes:
+        return shapes[name]
+    first, second, core = shapes[f"{name}_a"], shapes[f"{name}_b"], shapes.get(core_name or "")
+    if len(first) != 2 or len(second) != 2:
+        return None
+    if core is None:
+        return (first[0], second[1]) if first[1] == second[0] else None
+    return (first[1], second[1], *core[2:]) if core[:2] == (first[0], second[0]) else None
+
+
 def needs_base(kind: str, roles: Collection[str]) -> bool:
     """Whether the change depends on the weight that it changes. LoHa and LoKr, too, may have a trained magnitude."""
     return kind in ("oft", "boft") or "dora" in roles
 
 
-def rank_of(kind: str, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+def rank_of(kind: str, shapes: Shapes) -> int | None:
     """The rank by which alpha is divided; None for a kind without one."""
     if kind in ("lora", "locon", "dora"):
         return shapes["down"][0]
@@ -63,24 +116,16 @@ def rank_of(kind: str, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
     return None
 
 
-def weight_shape(kind: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
+def weight_shape(kind: str, shapes: Shapes) -> tuple[int, ...] | None:
     """The shape of the weight that is changed: (out, in, ...), a kernel perhaps flattened into `in`. None: unknown."""
     if kind in ("lora", "locon", "dora"):
         kernel = shapes["mid"][2:] if "mid" in shapes else shapes["down"][2:]
         return (shapes["up"][0], shapes["down"][1], *kernel)
     if kind == "loha":
-        if "hada_t1" in shapes:
-            return (shapes["hada_w1_a"][1], shapes["hada_w1_b"][1], *shapes["hada_t1"][2:])
-        return (shapes["hada_w1_a"][0], shapes["hada_w1_b"][1])
+        return _product(shapes, "hada_w1", "hada_t1")
     if kind == "lokr":
-        first = shapes["lokr_w1"] if "lokr_w1" in shapes else (shapes["lokr_w1_a"][0], shapes["lokr_w1_b"][1])
-        if "lokr_w2" in shapes:
-            second = shapes["lokr_w2"]
-        elif "lokr_t2" in shapes:
-            second = (shapes["lokr_w2_a"][1], shapes["lokr_w2_b"][1], *shapes["lokr_t2"][2:])
-        else:
-            second = (shapes["lokr_w2_a"][0], shapes["lokr_w2_b"][1])
-        return (first[0] * second[0], first[1] * second[1], *second[2:])
+        first, second = _product(shapes, "lokr_w1", None), _product(shapes, "lokr_w2", "lokr_t2")
+        return (first[0] * second[0], first[1] * second[1], *second[2:]) if first and second else None
     if kind == "full":
         return shapes["diff"]
     if kind == "norm":

@@ -140,7 +140,7 @@ def to_plain(
                 f"{lora.name}: {entry.name} changes a bias or a normalisation, which no LoRA can express"
             )
         for module_id, change in lora.changes_of(entry, base_weight):
-            down, up, error = _factorise(change, rank)
+            down, up, error = _factorise(change, rank, f"{lora.name}: {entry.name}")
             modules[module_id] = LoraModule(down, up, float(down.shape[0]))
             worst = max(worst, error)
         on_progress(done, len(others))
@@ -153,11 +153,13 @@ def _check_rank(rank: int) -> None:
         raise BadConfig(f"a rank must be at least 1, not {rank}")
 
 
-def _factorise(change: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Down, up and the relative error of the nearest change of that rank."""
+def _factorise(change: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor, float]:
+    """Down, up and the relative error of the nearest change of that rank; `name` is for messages."""
     matrix = change.flatten(1)
+    total = torch.linalg.vector_norm(matrix, dtype=torch.float64).item() ** 2
+    if not math.isfinite(total):
+        raise UnmatchedKeys(f"{name}: its change holds NaN or infinity")
     left, values, right = truncated_svd(matrix, min(rank, *matrix.shape))
-    total = matrix.double().square().sum().item()
     missing = max(total - values.double().square().sum().item(), 0.0)
     roots = values.sqrt()
     down = (roots[:, None] * right).reshape(-1, *change.shape[1:])
@@ -215,6 +217,8 @@ def resize_lora(
         found = lora.tensors_of(entry)
         alpha = found["alpha"].item() if "alpha" in found else float(found["down"].shape[0])
         module = without_tucker(LoraModule(found["down"], found["up"], alpha, found.get("mid")))
+        if not (module.down.isfinite().all() and module.up.isfinite().all() and math.isfinite(alpha)):
+            raise UnmatchedKeys(f"{lora.name}: {entry.name}: its change holds NaN or infinity")
         small, error = _resize(module, rank, energy)
         tensors[entry.keys["down"]], tensors[entry.keys["up"]] = small.down, small.up
         tensors.pop(entry.keys.get("mid", ""), None)
@@ -349,7 +353,7 @@ def extract_lora(
             change = new.float() - old.float()
             if change.any():
                 for path, part in _paths_in_lora(place, change):
-                    down, up, error = _factorise(part, rank)
+                    down, up, error = _factorise(part, rank, f"{after.file.path}: {name}")
                     tensors |= {f"{path}.lora_A.weight": down, f"{path}.lora_B.weight": up}
                     worst = max(worst, error)
         on_progress(done, len(before.places))

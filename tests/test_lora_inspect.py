@@ -1,12 +1,17 @@
 import hashlib
 import json
+import random
+import struct
+import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from core.errors import BadFile
-from core.lora_file import LoraFile
+from core.errors import BadFile, FaceLoraError
+from core.lora_file import SCHEMES, LoraFile, LoraModule
 from core.lora_inspect import (
     block_norms,
     edit_metadata,
@@ -16,6 +21,7 @@ from core.lora_inspect import (
     trigger_words,
     verify_lora,
 )
+from core.lora_tools import convert_lora
 from core.safetensors_file import SafetensorsFile, save_safetensors
 
 from .test_lora_file import kohya_tensors, some
@@ -133,7 +139,7 @@ def test_metadata_of_another_family_are_found(saved):
 def test_names_that_comfyui_would_skip_are_found(saved):
     lora = LoraFile.read(saved)
     LoraFile.from_modules("sd15", lora.modules(), lora.metadata, "diffusers").save(saved)
-    refused = inspect_lora(saved)["not_loaded_by_comfyui"]
+    refused = inspect_lora(saved)["not_loaded_by"]["ComfyUI"]
     # Of diffusers' UNet names it is the attention's that ComfyUI does not know.
     assert set(refused) == {e.name for e in LoraFile.read(saved).entries if e.part == "denoiser" and ".to_" in e.name}
     assert any(f"ComfyUI would not load {len(refused)} modules" in text for text in texts(saved))
@@ -161,3 +167,97 @@ def test_a_thumbnail_is_small_and_carries_no_exif(saved, tmp_path):
 def test_a_thumbnail_that_is_no_picture_is_refused(saved):
     with pytest.raises(BadFile, match="cannot be read as a picture"):
         edit_metadata(saved, thumbnail=saved)
+
+
+# --- damaged and absurd files
+
+BLOCK = "lora_unet_mid_block_attentions_0_transformer_blocks_0_"
+EVERY_KIND = {
+    f"{BLOCK}attn1_to_q": {"lora_down.weight": (2, 12), "lora_up.weight": (12, 2), "alpha": (), "dora_scale": (12, 1)},
+    f"{BLOCK}attn2_to_k": {"lora_down.weight": (2, 768), "lora_up.weight": (12, 2), "alpha": ()},
+    "lora_unet_mid_block_resnets_0_conv1": {
+        "lora_down.weight": (2, 12, 1, 1), "lora_mid.weight": (2, 2, 3, 3), "lora_up.weight": (12, 2, 1, 1),
+    },
+    f"{BLOCK}attn1_to_k": {"hada_w1_a": (12, 2), "hada_w1_b": (2, 12), "hada_w2_a": (12, 3), "hada_w2_b": (3, 12)},
+    f"{BLOCK}attn1_to_v": {"lokr_w1": (2, 2), "lokr_w2_a": (6, 2), "lokr_w2_b": (2, 6), "alpha": ()},
+    f"{BLOCK}attn1_to_out_0": {"diff": (12, 12), "diff_b": (12,)},
+    f"{BLOCK}ff_net_2": {"oft_blocks": (3, 4, 4), "alpha": ()},
+    f"{BLOCK}norm1": {"w_norm": (12,), "b_norm": (12,)},
+}  # fmt: skip
+
+
+def damaged_lora(chance: random.Random) -> dict[str, torch.Tensor]:
+    """All kinds of adapters, with some tensors gone, of another shape or type, under another role, or not finite."""
+    shapes = {f"{name}.{role}": shape for name, roles in EVERY_KIND.items() for role, shape in roles.items()}
+    tensors = {key: torch.randn(shape) for key, shape in shapes.items()}
+    for _ in range(chance.randint(1, 4)):
+        key = chance.choice(list(tensors))
+        action = chance.randrange(5)
+        if action == 0:
+            del tensors[key]
+        elif action == 1:
+            tensors[key] = torch.randn([chance.choice([0, 1, 2, 3, 12]) for _ in range(chance.randrange(6))])
+        elif action == 2:
+            tensors[key] = tensors[key].to(chance.choice([torch.int64, torch.bool, torch.float8_e4m3fn, torch.float64]))
+        elif action == 3:
+            tensors[chance.choice(list(tensors))] = tensors[key]
+        else:
+            tensors[key] = torch.full(tensors[key].shape, chance.choice([float("nan"), float("inf"), 0.0]))
+    return tensors
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(2000, marks=pytest.mark.slow)])
+def test_damaged_adapters_are_explained_or_refused_by_name(count, tmp_path):
+    chance = random.Random(count)
+    torch.manual_seed(count)
+    path = tmp_path / "a.safetensors"
+    inspected = 0
+    for _ in range(count):
+        save_safetensors(path, damaged_lora(chance))
+        try:
+            report = inspect_lora(path)
+            verify_lora(path)
+            inspected += len(format_inspection(report)) > 0
+            convert_lora(LoraFile.read(path), chance.choice(SCHEMES), plain_rank=2)[0].save(path)
+        except FaceLoraError as error:
+            assert "\n" not in str(error)
+    assert inspected > 0.9 * count
+
+
+def test_a_small_file_that_claims_a_huge_weight_allocates_none(tmp_path):
+    path = tmp_path / "a.safetensors"
+    absurd = {"lokr_w1": torch.ones(1000, 100), "lokr_w2": torch.ones(100, 1000)}
+    more = {"lora_down.weight": torch.ones(1, 100_000), "lora_up.weight": torch.ones(100_000, 1)}
+    tensors = {f"{BLOCK}attn1_to_q.{role}": tensor for role, tensor in absurd.items()}
+    tensors |= {f"{BLOCK}attn1_to_k.{role}": tensor for role, tensor in more.items()}
+    good = LoraModule(torch.ones(1, 768), torch.ones(12, 1), 1.0)
+    path_of_good = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    tensors |= LoraFile.from_modules("sd15", {("denoiser", path_of_good): good}, {}).tensors
+    save_safetensors(path, tensors)
+    report = inspect_lora(path)
+    assert len(report["unknown_keys"]) == 2 + 2 and list(report["norms"]) == ["mid_block"]
+    assert any("4 tensors are not understood" in text for text in texts(path))
+
+
+@pytest.mark.slow
+def test_two_gigabytes_are_inspected_in_under_a_second_without_reading_them(tmp_path):
+    path = tmp_path / "a.safetensors"
+    names = [n.removesuffix(".alpha") for n in kohya_tensors(some("sdxl", 1), rank=1) if n.endswith(".alpha")]
+    entries, position = {}, 0
+    for name in names:
+        for suffix, shape in (("alpha", []), ("lora_down.weight", [400, 1280]), ("lora_up.weight", [1280, 400])):
+            size = 2 * (1 if not shape else shape[0] * shape[1])
+            entries[f"{name}.{suffix}"] = {"dtype": "F16", "shape": shape, "data_offsets": [position, position + size]}
+            position += size
+    header = json.dumps(entries).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + position)  # sparse: takes no room on the disk
+    assert path.stat().st_size > 2e9
+    tracemalloc.start()
+    inspect_lora(path, read_tensors=False)
+    assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    tracemalloc.stop()
+    started = time.process_time()
+    inspect_lora(path, read_tensors=False)
+    assert time.process_time() - started < 1

@@ -12,7 +12,7 @@ from .flux import CHROMA, FLUX1, FLUX2
 from .lumina import LUMINA2, ZIMAGE
 from .names import NamedTensor, bundled_embedding, parse_key
 from .qwen import QWEN_IMAGE
-from .readers import not_loaded_by_comfyui
+from .readers import READERS, not_loaded
 from .sd3 import SD3
 from .stable_diffusion import SD2, SD15, SDXL
 
@@ -37,6 +37,7 @@ def families_of(modules: Iterable[tuple[str, str, tuple[int, ...] | None]]) -> l
 
 __all__ = [
     "FAMILIES",
+    "READERS",
     "FamilyKeys",
     "Fusion",
     "ModuleId",
@@ -45,6 +46,6 @@ __all__ = [
     "Sign",
     "bundled_embedding",
     "families_of",
-    "not_loaded_by_comfyui",
+    "not_loaded",
     "parse_key",
 ]

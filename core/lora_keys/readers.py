@@ -1,11 +1,15 @@
-"""Which names ComfyUI knows, from its 0.30's `model_lora_keys_unet` and `model_lora_keys_clip`.
+"""What other programs would not load of a file, and why: from what ComfyUI 0.30, diffusers 0.42 and peft 0.21 do.
 
-ComfyUI only logs what it does not load, so a file with other names loads and does nothing. tests/test_lora_readers.py
-compares this table with ComfyUI itself.
+All of them skip what they do not know, at best with a line in a log, so a file with other names loads and does nothing.
+tests/comfyui/test_lora_readers.py compares these tables with the programs themselves.
 """
 
+from collections.abc import Collection
+
 from .family import FamilyKeys
-from .names import parse_key
+from .names import NamedTensor, parse_key
+
+READERS = ("ComfyUI", "diffusers", "peft")
 
 _UNET = {("kohya", "diffusers"), ("kohya", "original"), ("comfy", "original"), ("lycoris", "diffusers")}
 _TRANSFORMER = {("kohya", "original"), ("comfy", "original"), ("diffusers", "diffusers"), ("lycoris", "diffusers")}
@@ -28,16 +32,49 @@ _UNKNOWN_DIFFUSERS_PATHS = {
     "flux2": ("double_stream_modulation_", "single_stream_modulation.", "time_guidance_embed."),
 }
 """Family -> starts of paths that are missing in ComfyUI's table of diffusers' names."""
+_DIFFUSERS = {
+    "sd15": {"kohya", "diffusers"},
+    "sd2": {"diffusers"},
+    "sdxl": {"kohya", "diffusers"},
+    "sd3": {"diffusers"},
+    "flux1": {"kohya", "diffusers"},
+    "chroma": {"kohya", "diffusers"},
+    "flux2": {"kohya", "diffusers", "comfy", "peft"},
+    "lumina2": {"diffusers", "comfy"},
+    "zimage": {"kohya", "diffusers", "comfy"},
+    "qwen-image": {"kohya", "diffusers", "comfy"},
+}
+"""Family -> schemes that diffusers' pipelines load."""
 
 
-def not_loaded_by_comfyui(family: FamilyKeys, module_name: str) -> str | None:
-    """Why ComfyUI would not load the module of this name, None when it loads it."""
+def not_loaded(reader: str, family: FamilyKeys, module_name: str, kind: str, keys: Collection[str]) -> str | None:
+    """Why one of READERS would not load a module, None when it loads it.
+
+    `module_name`, `kind` and `keys` (names of its tensors) are those of a `LoraFile`'s entry.
+    """
     named = parse_key(f"{module_name}.alpha")
     assert named is not None
+    if reader == "ComfyUI":
+        return _not_loaded_by_comfyui(family, named)
+    if reader == "peft":
+        if named.scheme not in ("diffusers", "peft"):
+            return f"{named.scheme} names"
+    elif named.part == "text_encoder_3" or ".block." in named.path:
+        return "T5 text encoder"
+    elif named.scheme not in _DIFFUSERS[family.name]:
+        return f"{named.scheme} names of {family.name}"
+    if kind == "dora" and not any("lora_magnitude_vector" in key for key in keys):
+        return "dora_scale, without which it is another change"
+    return None if kind in ("lora", "locon", "dora") else f"adapters of kind {kind}"
+
+
+def _not_loaded_by_comfyui(family: FamilyKeys, named: NamedTensor) -> str | None:
     if named.part != "denoiser":
-        if named.scheme == "comfy" or "text_model" in module_name or named.part == "text_encoder_3":
+        if named.scheme == "comfy" or "text_model" in named.module_name or named.part == "text_encoder_3":
             return None
         return "text encoder names without text_model"
+    if named.module_name.startswith("oft_unet_"):
+        return "names that begin with oft_unet_"
     known = _COMFYUI[family.name]
     original = family.of_original(named.path) is not None
     same_in_both = not original and family.of_diffusers(named.path).original == named.path
@@ -48,6 +85,6 @@ def not_loaded_by_comfyui(family: FamilyKeys, module_name: str) -> str | None:
         return None
     # Of diffusers' UNet names it knows all but attentions, which it expects as once hung on their processors.
     is_unet_of_diffusers = known is _UNET and not original and named.scheme in ("diffusers", "bare")
-    if is_unet_of_diffusers and (".processor." in module_name or ".to_" not in named.path):
+    if is_unet_of_diffusers and (".processor." in named.module_name or ".to_" not in named.path):
         return None
     return f"{named.scheme} names of {'the original model' if original else 'diffusers'}"

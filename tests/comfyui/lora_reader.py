@@ -18,7 +18,10 @@ import comfy.lora_convert  # noqa: E402
 import comfy.sd1_clip  # noqa: E402
 import comfy.sdxl_clip  # noqa: E402
 import comfy.supported_models as supported  # noqa: E402
+import comfy.text_encoders.flux  # noqa: E402
+import comfy.text_encoders.pixart_t5  # noqa: E402
 import comfy.text_encoders.sd2_clip  # noqa: E402
+import comfy.text_encoders.sd3_clip  # noqa: E402
 import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 
@@ -82,6 +85,9 @@ TEXT_ENCODERS = {
     "sd15": comfy.sd1_clip.SD1ClipModel,
     "sd2": comfy.text_encoders.sd2_clip.SD2ClipModel,
     "sdxl": comfy.sdxl_clip.SDXLClipModel,
+    "sd3": comfy.text_encoders.sd3_clip.sd3_clip(dtype_t5=torch.float32),
+    "flux1": comfy.text_encoders.flux.flux_clip(dtype_t5=torch.float32),
+    "chroma": comfy.text_encoders.pixart_t5.pixart_te(dtype_t5=torch.float32),
 }
 
 
