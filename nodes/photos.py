@@ -175,8 +175,12 @@ def _path(name: str) -> Path:
 
 
 def _report(photos: list[Photo]) -> str:
+    """What is to be said about the photos. BadPhoto when there is no face at all."""
     try:
         network = load_faces()
     except MissingPackage as missing:
         return f"Not checked: {missing}"
-    return format_report(check_photos(photos, network))
+    checked = check_photos(photos, network)
+    if not any(item.faces for item in checked.photos):
+        raise BadPhoto(f"none of the {len(photos)} photos shows a face; switch check off to use them all the same")
+    return format_report(checked)

@@ -11,6 +11,8 @@ from tests.tooling import FULL_SDXL, write_checkpoint, write_photos
 from .demo_checkpoint import COMFY_SD15
 from .server import ComfyServer, running_server
 
+TEST_PACK = Path(__file__).parent / "pack_for_tests.py"
+
 # Of SDXL only the width can shrink: 1.1 billion values.
 COMFY_SDXL = replace(
     FULL_SDXL, unet={**FULL_SDXL.unet, "block_out_channels": (320, 320, 320), "attention_head_dim": (5, 5, 5)}
@@ -26,6 +28,8 @@ def comfy_folder(tmp_path_factory) -> Path:
     (folder / "models" / "loras").mkdir()
     write_checkpoint(checkpoints / "sd15.safetensors", COMFY_SD15)
     write_photos(folder / "input" / "anna", count=3)
+    (folder / "custom_nodes").mkdir()
+    (folder / "custom_nodes" / "pack_for_tests.py").symlink_to(TEST_PACK)
     return folder
 
 

@@ -41,7 +41,7 @@ def drawing(
         "sampler": node(
             "KSampler",
             model=model, positive=["positive", 0], negative=["negative", 0], latent_image=["empty", 0], seed=seed,
-            steps=2, cfg=1.0, sampler_name="euler", scheduler="normal", denoise=1.0,
+            steps=2, cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0,
         ),
         "decoded": node("VAEDecode", samples=["sampler", 0], vae=vae),
         "picture": node("PreviewImage", images=["decoded", 0]),

@@ -1,17 +1,22 @@
 """Train Face LoRA and Apply LoRA in a real server."""
 
+import json
 import time
+from dataclasses import replace
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import ImageChops
 
-from core.lora_file import LoraFile, LoraModule
-from core.lora_tools import convert_lora
-from tests.tooling import write_photos
+from core.config import TrainConfig
+from core.likeness import LIKENESS_KEY
+from core.lora_file import LoraFile
+from core.photos_to_lora import train
+from core.safetensors_file import SafetensorsFile
+from tests.tooling import write_checkpoint, write_photos
 
-from .graphs import drawing, node, training
+from .demo_checkpoint import COMFY_SD15
+from .graphs import drawing, load_photos, node, training
 
 pytestmark = pytest.mark.comfyui
 
@@ -188,28 +193,137 @@ def test_training_leaves_the_model_that_it_was_given_as_it_was(server, trained):
     assert not pixels_differ(before, drawn("another"))
 
 
-def test_a_lora_of_another_family_is_an_error_in_the_node(server, trained):
-    path = "mid_block.attentions.0.transformer_blocks.9.attn2.to_k"
-    modules = {("denoiser", path): LoraModule(torch.randn(4, 2048), torch.randn(1280, 4), 4.0)}
-    LoraFile.from_modules("sdxl", modules, {}).save(loras(server) / "xl.safetensors")
-    apply = {"apply": node("FaceLoRAApply", lora_name="xl.safetensors", **APPLY)}
-    result = server.run(BASE | apply | drawing(["apply", 0], ["apply", 1], ["base", 2]))
-    assert result.status == "error"
-    assert "LoraMisfit: xl.safetensors: is a LoRA for sdxl and does not fit MODEL, which is SD15" in result.error
+def tensors(server, name: str) -> dict:
+    """Those of a file in loras, for comparison."""
+    return dict(LoraFile.read(loras(server) / f"{name}.safetensors").tensors)
 
 
-def test_a_lora_in_a_naming_that_comfyui_skips_is_loaded_all_the_same(server, trained):
-    kohya = LoraFile.read(loras(server) / "anna.safetensors")
-    convert_lora(kohya, "diffusers")[0].save(loras(server) / "peft.safetensors")
-    skipped = server.run(
-        BASE
-        | {"loader": node("LoraLoader", lora_name="peft.safetensors", **APPLY)}
-        | drawing(["loader", 0], ["loader", 1], ["base", 2])
-    )
-    assert "lora key not loaded" in skipped.log
-    apply = {"apply": node("FaceLoRAApply", lora_name="peft.safetensors", **APPLY)}
-    result = server.run(BASE | apply | drawing(["apply", 0], ["apply", 1], ["base", 2]))
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_the_same_training_through_core_gives_the_same_tensors(server, trained):
+    config = TrainConfig(steps=2, rank=4, learning_rate=0.01, resolution=64, seed=1)
+    checkpoint = server.folder / "models" / "checkpoints" / "sd15.safetensors"
+    output = server.folder / "core.safetensors"
+    train(server.folder / "input" / "anna", checkpoint, config, output=output)
+    assert same(dict(LoraFile.read(output).tensors), tensors(server, "anna"))
+
+
+def test_a_base_with_a_lora_on_it_is_another_base_even_half_loaded(server, trained):
+    loader = {"loader": node("LoraLoader", lora_name="anna.safetensors", **APPLY)}
+    result = server.run(training(name="on-lora", model=["loader", 0], clip=["loader", 1]) | loader)
     assert result.status == "success", result.error
-    assert "not loaded" not in result.log
-    difference = np.asarray(ImageChops.difference(server.drawn(result), server.drawn(trained)))
-    assert difference.max() <= 2  # fp16 rounds alpha / rank times the matrix anew
+    assert not same(tensors(server, "on-lora"), tensors(server, "anna"))
+
+    half = {"half": node("TestPartlyLoaded", model=["loader", 0])}
+    before = server.mark()
+    result = server.run(training(name="on-lora", model=["half", 0], clip=["loader", 1]) | loader | half)
+    assert result.status == "success", result.error
+    assert training_state(server)["file"] == "on-lora.safetensors", "the same weights, so the same file is found"
+    assert "loaded partially" in server.log(before) or "Unloaded partially" in server.log(before)
+
+
+def test_another_checkpoint_trains_again(server, trained):
+    checkpoints = server.folder / "models" / "checkpoints"
+    data = bytearray((checkpoints / "sd15.safetensors").read_bytes())
+    data[-1] ^= 1  # the lowest bit of an exponent, in a weight of the VAE or the text encoder
+    (checkpoints / "other.safetensors").write_bytes(data)
+    del data
+    result = server.run(training("other.safetensors"))
+    assert result.status == "success", result.error
+    assert training_state(server)["file"] != "anna.safetensors"
+
+
+def test_weights_in_8_bits_can_be_trained_on(server, trained):
+    unets = server.folder / "models" / "diffusion_models"
+    unets.mkdir(exist_ok=True)
+    (unets / "unet.safetensors").symlink_to(server.folder / "models" / "checkpoints" / "sd15.safetensors")
+    eight = {"unet": node("UNETLoader", unet_name="unet.safetensors", weight_dtype="fp8_e4m3fn")}
+    loader = {"loader": node("LoraLoader", lora_name="fp8.safetensors", **APPLY | {"model": ["unet", 0]})}
+    result = server.run(training(name="fp8", model=["unet", 0]) | eight)
+    assert result.status == "success", result.error
+    assert not same(tensors(server, "fp8"), tensors(server, "anna"))
+    graph = BASE | eight | loader | drawing(["loader", 0], ["loader", 1], ["base", 2])
+    drawn = server.run(graph)
+    assert drawn.status == "success", drawn.error
+    assert "not loaded" not in drawn.log
+
+
+def test_masks_class_photos_and_a_lora_to_go_on_from_change_what_is_learned(server, trained):
+    write_photos(server.folder / "input" / "others", count=2, person=36)
+    graph = training(
+        name="more", masks=["mask", 0], class_photos=["others", 0], continue_from=["train before", 0], steps=3
+    ) | {
+        "others": load_photos("others"),
+        "train before": training()["train"],
+        "mask": node("SolidMask", value=0.5, width=92, height=112),
+    }
+    result = server.run(graph)
+    assert result.status == "error"
+    assert "1 masks for 3 photos" in result.error
+    graph["three"] = node("RepeatImageBatch", image=["mask image", 0], amount=3)
+    graph["mask image"] = node("MaskToImage", mask=["mask", 0])
+    graph["masks"] = node("ImageToMask", image=["three", 0], channel="red")
+    graph["train"]["inputs"]["masks"] = ["masks", 0]
+    result = server.run(graph)
+    assert result.status == "success", result.error
+    assert not same(tensors(server, "more"), tensors(server, "anna"))
+
+
+def test_two_queued_graphs_are_trained_one_after_the_other(server, trained):
+    first = server.queue(training(name="first", training_seed=11))
+    second = server.queue(training(name="second", training_seed=12))
+    assert [server.wait(prompt).status for prompt in (first, second)] == ["success", "success"]
+    assert not same(tensors(server, "first"), tensors(server, "second"))
+
+
+def test_best_likeness_measures_and_keeps_the_best(server, trained):
+    write_photos(server.folder / "input" / "frida", count=6, person=37, scale=2)
+    settings = "sample_steps = 1\nlikeness_pictures = 1\nsample_guidance = 1.0"
+    changes: dict[str, Any] = {
+        "folder": "frida",
+        "name": "best",
+        "recipe": "best likeness",
+        "samples": 1,
+        "settings": settings,
+    }
+    result = server.run(training(**changes))
+    assert result.status == "success", result.error
+    measured = json.loads(LoraFile.read(loras(server) / "best.safetensors").metadata[LIKENESS_KEY])
+    assert [point["step"] for point in measured["points"]] == [2]
+    assert training_state(server)["likenesses"] == [[2, measured["points"][0]["likeness"]]]
+
+
+def test_cancelled_while_a_sample_is_drawn_it_ends_at_once_and_goes_on(server, trained):
+    graph = training(name="sampling", steps=3, samples=3, settings="sample_steps = 1000\nsample_guidance = 1.0")
+    mark, prompt_id = server.mark(), server.queue(graph)
+    wait_for(lambda: training_state(server).get("phase") == "encoding", "the encoding")
+    time.sleep(8)  # a step takes two seconds, a thousand sampling steps minutes
+    asked = time.monotonic()
+    server.post("/interrupt", {})
+    assert server.wait(prompt_id, mark=mark).status == "interrupted"
+    assert time.monotonic() - asked < 2
+    assert "step" not in training_state(server), "the first step was not reported yet: it draws its sample"
+    (state,) = (server.folder / "cache" / "runs").rglob("*.state.safetensors")
+    assert SafetensorsFile.open(state).metadata["step"] == "1"
+
+
+def test_a_model_of_another_family_is_refused_with_the_choices(server):
+    shape = replace(
+        COMFY_SD15,
+        unet={**COMFY_SD15.unet, "cross_attention_dim": 1024, "use_linear_projection": True},
+    )
+    unets = server.folder / "models" / "diffusion_models"
+    unets.mkdir(exist_ok=True)
+    write_checkpoint(unets / "sd2.safetensors", shape)
+    graph = training(model=["unet", 0]) | {
+        "unet": node("UNETLoader", unet_name="sd2.safetensors", weight_dtype="default")
+    }
+    result = server.run(graph)
+    assert result.status == "error"
+    assert (
+        "UnknownFamily: MODEL is SD20; Train Face LoRA can train Stable Diffusion 1.x (SD15) and XL (SDXL)"
+        in result.error
+    )
+    (unets / "sd2.safetensors").unlink()
