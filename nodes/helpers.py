@@ -10,10 +10,11 @@ from comfy_api.latest import io, ui
 
 from ..core.faces import Reference
 from ..core.generate import contact_sheet
+from ..core.lora_file import LoraFile
 from ..core.lora_inspect import format_inspection, inspect_lora
 from ..core.lora_tools import convert_lora
 from ..core.photos_to_lora import SAVE_DTYPES
-from .convert import FacePhotos, LoraModel, image_tensor, lora_file, photos_of, pictures
+from .convert import FacePhotos, LoraModel, image_tensor, lora_file, lora_model, photos_of, pictures
 from .panel import show_text
 
 
@@ -76,6 +77,7 @@ class InspectLora(io.ComfyNode):
             outputs=[
                 io.String.Output(display_name="report", tooltip="As lines of text."),
                 io.String.Output(display_name="json", tooltip="The same for programs."),
+                LoraModel.Output(display_name="lora", tooltip="The LoRA itself, for Save LoRA or Apply LoRA."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -87,10 +89,12 @@ class InspectLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora_name) -> io.NodeOutput:
-        found = inspect_lora(folder_paths.get_full_path_or_raise("loras", lora_name))
+        path = folder_paths.get_full_path_or_raise("loras", lora_name)
+        found = inspect_lora(path)
         report = format_inspection(found)
         show_text(cls, report)
-        return io.NodeOutput(report, json.dumps(found, indent=1), ui=ui.PreviewText(report))
+        lora = lora_model(LoraFile.read(path))
+        return io.NodeOutput(report, json.dumps(found, indent=1), lora, ui=ui.PreviewText(report))
 
 
 class LikenessScore(io.ComfyNode):

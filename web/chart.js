@@ -18,12 +18,12 @@ function element(name, attributes, text) {
   return made
 }
 
-/** Lowest and highest value with a little room, never of no height. */
+/** Lowest and highest value with a little room, never of no height, and not below zero for what never is. */
 function range(points) {
   const values = points.map(([, value]) => value)
   const low = Math.min(...values), high = Math.max(...values)
   const room = 0.06 * (high - low || Math.abs(high) || 1)
-  return [low - room, high + room]
+  return [low < 0 ? low - room : Math.max(low - room, 0), high + room]
 }
 
 /**

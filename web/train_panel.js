@@ -20,13 +20,14 @@ const STYLE = `
 .facelora-panel [hidden] { display: none !important; }
 .facelora-quiet { color: var(--descrip-text, #999); }
 .facelora-row { display: flex; gap: 6px; align-items: center; }
-.facelora-status { flex: 1; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.facelora-panel > * { flex: none; }
+.facelora-status { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .facelora-panel button { font: inherit; padding: 3px 8px; border-radius: 4px; cursor: pointer;
   color: var(--input-text, #ddd); background: var(--comfy-input-bg, #222); border: 1px solid var(--border-color, #555); }
 .facelora-panel button:disabled { opacity: 0.4; cursor: default; }
-.facelora-bar { height: 4px; border-radius: 2px; background: var(--comfy-input-bg, #222); }
+.facelora-bar { flex: 1; height: 4px; border-radius: 2px; background: var(--comfy-input-bg, #222); }
 .facelora-bar > div { height: 100%; width: 0; border-radius: 2px; background: #3b82f6; }
-.facelora-panel svg { width: 100%; flex: none; }
+.facelora-panel svg { display: block; width: 100%; }
 .facelora-panel svg text { font: 8px sans-serif; fill: var(--descrip-text, #999); }
 .facelora-panel polyline { fill: none; stroke-width: 1.4; }
 .facelora-frame { fill: var(--comfy-input-bg, #222); stroke: var(--border-color, #555); stroke-width: 0.5; }
@@ -42,6 +43,8 @@ function make(name, className, ...children) {
   made.append(...children)
   return made
 }
+
+const svg = () => document.createElementNS("http://www.w3.org/2000/svg", "svg")
 
 /** 75 -> "1 min 15 s" */
 function duration(seconds) {
@@ -78,8 +81,8 @@ class Panel {
     this.cancel.title = "Ends the training; queued again, it goes on from there"
     this.bar = make("div", "")
     this.progress = make("div", "facelora-bar", this.bar)
-    this.loss = document.createElementNS("http://www.w3.org/2000/svg", "svg")
-    this.likeness = document.createElementNS("http://www.w3.org/2000/svg", "svg")
+    this.loss = make("div", "facelora-loss", svg())
+    this.likeness = make("div", "facelora-likeness", svg())
     this.photos = make("div", "facelora-strip facelora-photos")
     this.samples = make("div", "facelora-strip facelora-samples")
     this.samplesTitle = make("div", "facelora-quiet", "samples")
@@ -87,8 +90,7 @@ class Panel {
       make("div", "facelora-quiet", "photos"), this.samplesTitle, this.photos, this.samples)
     this.warning = make("div", "facelora-warning")
     this.root = make("div", "facelora-panel",
-      make("div", "facelora-row", this.status, this.keep, this.cancel),
-      this.progress, this.warning, this.loss, this.likeness, this.pictures)
+      this.status, make("div", "facelora-row", this.progress, this.keep, this.cancel), this.warning, this.loss, this.likeness, this.pictures)
     this.keep.addEventListener("click", () => this.stopAndKeep())
     this.cancel.addEventListener("click", () => api.interrupt(null))
     for (const part of [this.keep, this.cancel, this.progress, this.warning, this.loss, this.likeness, this.pictures])
@@ -121,23 +123,23 @@ class Panel {
     this.loss.hidden = !state.history?.length
     this.likeness.hidden = !state.likenesses?.length
     if (!this.loss.hidden)
-      drawChart(this.loss, [
+      drawChart(this.loss.firstChild, [
         { name: "loss", points: state.history, colour: "#60a5fa" },
         { name: "learning rate", points: state.learning_rates ?? [], colour: "#f59e0b" },
       ], last)
     if (!this.likeness.hidden)
-      drawChart(this.likeness, [{ name: "likeness", points: state.likenesses, colour: "#34d399" }], last)
+      drawChart(this.likeness.firstChild, [{ name: "likeness", points: state.likenesses, colour: "#34d399" }], last)
     this.pictures.hidden = !state.samples?.length && !state.photos?.length
     fill(this.photos, state.photos)
     fill(this.samples, state.samples)
     this.samplesTitle.textContent = state.samples?.length ? `samples, step ${state.samples_step}` : "samples"
-    this.grow()
+    this.grow(active)
   }
 
   /** Makes room in the node for what the panel shows now. */
-  grow() {
+  grow(active) {
     const charts = Math.round(0.3 * (this.node.size[0] - 30))
-    let height = 44
+    let height = active ? 62 : 44
     for (const [part, size] of [[this.warning, 20], [this.loss, charts + 6], [this.likeness, charts + 6], [this.pictures, 112]])
       if (!part.hidden) height += size
     if (height === this.height) return

@@ -1,12 +1,13 @@
 """ComfyUI's real frontend in headless chromium: workflows opened, prompts made and queued as a user's page does it."""
 
+import io
 import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 from core.errors import MissingPackage
@@ -22,7 +23,18 @@ SETTINGS = {
     "Comfy.Graph.CanvasInfo": False,
     "Comfy.Minimap.Visible": False,
 }
+UNSEEN = "filename=%28no+single+pictures%29"
+"""The frontend asks for a preview of whatever stands in an upload widget, and shows nothing when there is none."""
 SIZE = {"width": 1600, "height": 1000}
+EMPTY = {
+    "version": 0.4, "last_node_id": 0, "last_link_id": 0, "nodes": [], "links": [], "groups": [], "config": {}, "extra": {},
+}  # fmt: skip
+
+
+def prepare(server: ComfyServer) -> None:
+    """Settings of a user who has seen the tour, and wants workflow files to be checked."""
+    for name, value in SETTINGS.items():
+        server.post(f"/settings/{name}", value)
 
 
 @contextmanager
@@ -48,21 +60,32 @@ class ComfyPage:
         self._page = browser.new_context(viewport=SIZE).new_page()  # pyright: ignore
         self._page.on("console", self._heard)
         self._page.on("pageerror", lambda error: self.problems.append(f"page error: {error}"))
-        self._page.goto(server.url + address)
-        self.wait_until_ready()
+        self.go(address)
 
     @property
     def page(self) -> Page:
         return self._page
 
     def _heard(self, message: ConsoleMessage) -> None:
-        if message.type == "error":
-            self.problems.append(f"console: {message.text} ({message.location.get('url')})")
+        address = message.location.get("url", "")
+        if message.type == "error" and UNSEEN not in address:
+            self.problems.append(f"console: {message.text} ({address})")
+
+    def reload(self) -> None:
+        """As if the user pressed F5."""
+        self.go("/")
+
+    def go(self, address: str) -> None:
+        self._page.goto(self.server.url + address)
+        self.wait_until_ready()
+        self.problems.clear()
+
+    def wait_for(self, condition: str, seconds: float = 60) -> None:
+        """Until a function in the page returns something true."""
+        self._page.wait_for_function(condition, timeout=1000 * seconds)
 
     def wait_until_ready(self) -> None:
-        self._page.wait_for_function(
-            "() => window.app?.graph && window.LiteGraph?.registered_node_types?.FaceLoRATrain", timeout=120_000
-        )
+        self._page.wait_for_function("() => window.LiteGraph?.registered_node_types?.FaceLoRATrain", timeout=120_000)
         self._page.wait_for_selector("#graph-canvas, canvas", timeout=60_000)
         self._page.wait_for_timeout(500)
 
@@ -70,8 +93,13 @@ class ComfyPage:
         """What a function in the page returns."""
         return self._page.evaluate(script, argument)
 
+    def clear(self) -> None:
+        """An empty graph, and nothing wrong so far."""
+        self.open(EMPTY, "")
+        self.problems.clear()
+
     def open(self, workflow: dict[str, Any], name: str) -> None:
-        self.run("([workflow, name]) => window.app.loadGraphData(workflow, true, true, name)", [workflow, name])
+        self.run("([workflow, name]) => window.app.loadGraphData(workflow, true, true, name || null)", [workflow, name])
         self._page.wait_for_timeout(800)
 
     def saved(self) -> dict[str, Any]:
@@ -120,12 +148,27 @@ class ComfyPage:
 
     def fit(self) -> None:
         """Shows the whole graph."""
-        self.run("() => { window.app.canvas.fitViewToSelectionAnimated?.({duration: 0}) }")
-        self._page.wait_for_timeout(600)
+        self.run(
+            """() => {
+                const SIDE = 70, TOP = 100, BOTTOM = 20
+                const { nodes, groups } = window.app.graph
+                const all = [...groups.map((group) => [...group.pos, ...group.size]),
+                             ...nodes.map((node) => [node.pos[0], node.pos[1] - 30, node.size[0], node.size[1] + 30])]
+                const left = Math.min(...all.map((box) => box[0])), top = Math.min(...all.map((box) => box[1]))
+                const width = Math.max(...all.map((box) => box[0] + box[2])) - left
+                const height = Math.max(...all.map((box) => box[1] + box[3])) - top
+                const scale = Math.min((innerWidth - SIDE - 20) / width, (innerHeight - TOP - BOTTOM) / height)
+                const { ds } = window.app.canvas
+                ds.scale = scale
+                ds.offset = [SIDE / scale - left, TOP / scale - top]
+                window.app.canvas.setDirty(true, true)
+            }"""
+        )
+        self._page.wait_for_timeout(1000)
 
-    def screenshot(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._page.screenshot(path=path, type="jpeg", quality=88)
+    def screenshot(self) -> Image.Image:
+        """What the page shows."""
+        return Image.open(io.BytesIO(self._page.screenshot())).convert("RGB")
 
     def close(self) -> None:
         self._page.context.close()

@@ -1,0 +1,69 @@
+"""Every shipped workflow, opened from its file by ComfyUI's own frontend, and run."""
+
+import json
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from .conftest import IMAGES, SCREENSHOTS
+from .workflows import FOLDER, SDXL, WORKFLOWS
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+
+# What a user with a CPU and a minute would turn down.
+QUICK: dict[str, dict[str, Any]] = {
+    "FaceLoRATrain": {"resolution": 64, "steps": 40 if SCREENSHOTS else 2, "samples": 2 if SCREENSHOTS else 1},
+    "FaceLoRAStylePack": {"count": 4 if SCREENSHOTS else 2, "resolution": 144},
+    "EmptyLatentImage": {"width": 128, "height": 160},
+    "FaceLoRALoadPhotos": {"check": False},
+}
+QUICK_SAMPLER = {"KSampler": {"steps": 20 if SCREENSHOTS else 2, "cfg": 2.5}}
+NAMES = [workflow.name for workflow in WORKFLOWS]
+
+
+def types(graph: dict[str, Any]) -> list[str]:
+    return [node["type"] for node in graph["nodes"]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_workflow_opens_without_a_warning_and_runs(name, page, server, lora, request):
+    workflow = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    if SDXL["name"] in json.dumps(workflow):
+        request.getfixturevalue("sdxl")
+        page.reload()
+    page.open(workflow, name)
+    assert page.complaints() == []
+    present = set(types(workflow))
+    page.set_widgets({type: widgets for type, widgets in (QUICK | QUICK_SAMPLER).items() if type in present})
+    result = server.wait(page.queue(), 900)
+    assert result.status == "success", result.error + result.log
+    assert "not loaded" not in result.log
+    assert page.complaints() == []
+    shown = [image for output in result.outputs.values() for image in output.get("images", ())]
+    assert shown or name == "6 Inspect and convert a LoRA"
+    if SCREENSHOTS:
+        page.fit()
+        picture = page.screenshot()
+        picture.save(IMAGES / f"workflow-{name[0]}.jpg", quality=85)
+        picture.resize((800, picture.height * 800 // picture.width), Image.Resampling.LANCZOS).save(
+            FOLDER / f"{name}.jpg", quality=85
+        )
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=NAMES)
+def test_a_file_says_what_its_plan_says(workflow):
+    graph = json.loads((FOLDER / f"{workflow.name}.json").read_text(encoding="utf-8"))
+    planned = [node for step in workflow.steps for node in step.nodes]
+    assert sorted(types(graph)) == sorted([node.type for node in planned] + ["MarkdownNote"] * len(workflow.steps))
+    assert len(graph["links"]) == sum(len(node.links) for node in planned)
+    assert (FOLDER / f"{workflow.name}.jpg").exists()
+
+
+def test_the_template_browser_lists_them_and_opens_one(page, server, lora):
+    pack = "ComfyUI-FaceLoRA"
+    assert sorted(server.get("/api/workflow_templates")[pack]) == sorted(NAMES)
+    page.go(f"/?template={NAMES[2]}&source={pack}")
+    page.wait_for("() => window.app.graph.nodes.some((node) => node.type === 'FaceLoRAApply')")
+    preview = server.read(f"/api/workflow_templates/{pack}/{NAMES[2].replace(' ', '%20')}.jpg")
+    assert preview[:2] == b"\xff\xd8"
