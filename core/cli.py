@@ -503,11 +503,15 @@ def add_score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference", type=Path, required=True, metavar="PHOTOS", help="folder of photos of the person"
     )
+    parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="also write a sheet of the pictures, sorted")
     parser.add_argument("--json", action="store_true")
 
 
 def run_score(options: argparse.Namespace) -> None:
     from .faces import Reference
+    from .files import write_file
+    from .generate import contact_sheet
+    from .likeness import Score
     from .photos import read_photos
 
     def warn(message: str) -> None:
@@ -516,13 +520,22 @@ def run_score(options: argparse.Namespace) -> None:
     images = read_photos(options.images, on_warning=warn)
     reference = read_photos(options.reference, on_warning=warn)
     person = Reference([photo.image() for photo in reference])
-    scores = person.likeness(photo.image() for photo in images)
-    order = sorted(zip(images, scores, strict=True), key=lambda pair: -1 if pair[1] is None else pair[1], reverse=True)
+    found = person.compare(photo.image() for photo in images)
+    scores = [Score.of(photo.name, *seen) for photo, seen in zip(images, found, strict=True)]
+    order = sorted(range(len(images)), key=lambda index: scores[index].likeness or -1, reverse=True)
+    if options.sheet:
+        tiles = [(images[index].image(shorter_side=256), str(scores[index])) for index in order]
+        rows = [tiles[start : start + 6] for start in range(0, len(tiles), 6)]
+        sheet = contact_sheet(
+            [(f"{6 * number + 1} to {6 * number + len(row)}", [image for image, _ in row]) for number, row in enumerate(rows)],
+            tile=224, labels=[[label for _, label in row] for row in rows], title="likeness, the most alike first",
+        )  # fmt: skip
+        write_file(options.sheet, lambda file: sheet.save(file, "PNG"))
     if options.json:
-        print(json.dumps([{"image": photo.name, "likeness": score} for photo, score in order], indent=1))
+        print(json.dumps([dataclasses.asdict(scores[index]) for index in order], indent=1))
         return
-    for photo, score in order:
-        print(f"{'no face' if score is None else format(score, '7.3f')}  {photo.name}")
+    for index in order:
+        print(f"{scores[index]}  {scores[index].image}")
 
 
 def add_check(parser: argparse.ArgumentParser) -> None:

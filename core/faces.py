@@ -109,8 +109,18 @@ class Reference:
 
     def likeness(self, images: Iterable[Image.Image]) -> list[float | None]:
         """The cosine of each picture's largest face to the person's; None where a picture shows no face."""
-        scores = likeness(_embed_one_by_one(self.network, images), self._face[None])[:, 0]
-        return [None if np.isnan(score) else round(float(score), 4) for score in scores]
+        return [score for score, _ in self.compare(images)]
+
+    def compare(self, images: Iterable[Image.Image]) -> list[tuple[float | None, Face | None]]:
+        """The same, with the face that was looked at."""
+        return [self._compare(image) for image in images]
+
+    def _compare(self, image: Image.Image) -> tuple[float | None, Face | None]:
+        found = self.network.detect(image)
+        if not found:
+            return None, None
+        vector = self.network.embed([image], found[:1])
+        return round(float(likeness(vector, self._face[None])[0, 0]), 4), found[0]
 
 
 def _embed_one_by_one(network: FaceNetwork, images: Iterable[Image.Image]) -> np.ndarray:

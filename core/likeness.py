@@ -19,10 +19,10 @@ from torch import Tensor
 
 from .config import TrainConfig
 from .errors import BadPhoto
-from .faces import FaceNetwork, embed_images, likeness, mean_face
+from .faces import Face, FaceNetwork, embed_images, likeness, mean_face
 from .photos import Photo, Thresholds
 from .photos.captions import class_caption, default_caption
-from .photos.measure import hash_distance, perceptual_hash
+from .photos.measure import hash_distance, perceptual_hash, pose
 
 NEUTRAL_PROMPTS = ("a photo of a street", "a photo of a dog", "a landscape with trees")
 """What a LoRA of a person should leave alone."""
@@ -33,6 +33,8 @@ MAX_CANDIDATES = 4
 """Checkpoints that are kept in memory until one is chosen."""
 TOLERANCE = 0.01
 """Likeness that nobody sees: SFace's cosine moves as much when a photo is recompressed."""
+SURE_FACE = 56
+"""Pixels of a face below which its likeness says little: half of what SFace looks at; ORL's faces have 72 and more."""
 PATIENCE = 3
 """Measurements without a better one after which likeness counts as flat."""
 LEAK_LIMIT = 0.5
@@ -56,6 +58,36 @@ class LikenessPoint:
     """Mean absolute change of the pictures of neutral prompts from the base's, in grey levels, 0 to 255."""
     merged: tuple[int, ...] = ()
     """Steps of the checkpoints that this one is the average of."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """How alike one picture is, and how far that can be trusted."""
+
+    image: str
+    likeness: float | None
+    """Cosine to the person's mean face; None without a face."""
+    face_pixels: float | None
+    yaw: float | None
+    """`photos.measure.pose`: 0 frontal, 0.35 a side view."""
+    doubt: str | None
+    """Why the number says little, or None."""
+
+    @classmethod
+    def of(cls, image: str, likeness: float | None, face: Face | None) -> Score:
+        if likeness is None or face is None:
+            return cls(image, None, None, None, "no face")
+        yaw, _ = pose(face)
+        doubts = []
+        if face.size < SURE_FACE:
+            doubts.append(f"face of {face.size:.0f} px")
+        if abs(yaw) >= Thresholds().side:
+            doubts.append("side view")
+        return cls(image, likeness, round(face.size, 1), round(yaw, 3), ", ".join(doubts) or None)
+
+    def __str__(self) -> str:
+        number = "  -  " if self.likeness is None else f"{self.likeness:5.2f}"
+        return number + (f"  ({self.doubt})" if self.doubt else "")
 
 
 class LikenessWatch:

@@ -212,6 +212,27 @@ def test_the_command_line_shows_the_curve(tmp_path, capsys):
     assert steps[-1]["likeness"]["step"] == 2
 
 
+def test_pictures_are_scored_sorted_and_doubted(tmp_path, capsys):
+    reference = write_photos(tmp_path / "reference", count=4, person=36)
+    images = tmp_path / "images"
+    images.mkdir()
+    person_photos(36)[8].save(images / "own.png")
+    person_photos(36)[9].resize((46, 56)).save(images / "tiny.png")
+    person_photos(1)[0].save(images / "other.png")
+    Image.new("RGB", (90, 110), (120, 90, 60)).save(images / "wall.png")
+    command = ["score", str(images), "--reference", str(reference)]
+    assert main([*command, "--sheet", str(tmp_path / "sheet.png"), "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert [score["image"] for score in scores] == ["own.png", "tiny.png", "other.png", "wall.png"]
+    assert scores[0]["likeness"] > 0.55 > 0.4 > scores[2]["likeness"]
+    assert [score["doubt"] is None for score in scores] == [True, False, True, False]
+    assert "px" in scores[1]["doubt"] and scores[3]["doubt"] == "no face" and scores[3]["likeness"] is None
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 4 * 180 and sheet.height > 224
+    assert main(command) == 0
+    assert capsys.readouterr().out.splitlines()[3].split() == ["-", "(no", "face)", "wall.png"]
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
