@@ -87,9 +87,8 @@ def make_headshots(
     except OSError as error:
         raise BadFile(f"{folder}: cannot be written: {error.strerror}") from None
     batch = _Batch(base, loras, config, device, on_progress or (lambda phase, done, total: None))
-    width = len(str(len(jobs)))
     jobs = [replace(job, size=picture_size(base, job.size)) for job in jobs]
-    paths = {job: folder / f"{number:0{width}d}-{job.seed}.png" for number, job in enumerate(jobs, start=1)}
+    paths = {job: folder / f"{number:03d}-{job.seed}.png" for number, job in enumerate(jobs, start=1)}
     remove_leftovers(folder)
     batch.draw_missing(paths, face_pass)
     if person and face_pass.below:

@@ -88,6 +88,14 @@ def test_jobs_that_differ_in_nothing_but_their_size_are_pictures_of_their_own(ba
     assert [Image.open(shot.path).size for shot in shots] == sizes
 
 
+def test_a_larger_batch_begins_with_the_pictures_that_are_there(base, tmp_path: Path) -> None:
+    make_headshots(base, [], jobs(2), tmp_path)
+    made = times(tmp_path)
+    make_headshots(base, [], jobs(3), tmp_path)
+    assert len(times(tmp_path)) == 3
+    assert made.items() <= times(tmp_path).items()
+
+
 @pytest.mark.slow
 def test_a_killed_batch_goes_on_and_leaves_nothing_behind(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "core", "generate", "--base", str(BASE_FILE), "--output", str(tmp_path), "--json"]
@@ -103,7 +111,7 @@ def test_a_killed_batch_goes_on_and_leaves_nothing_behind(tmp_path: Path) -> Non
     assert 3 <= len(made) < 8
     assert not (tmp_path / "headshots.json").exists()
     # What a kill in the middle of writing leaves.
-    (tmp_path / ".4-4.png.0123abcd.tmp").write_bytes(b"half a picture")
+    (tmp_path / ".004-4.png.0123abcd.tmp").write_bytes(b"half a picture")
     done = subprocess.run(command, cwd=BASE_FILE.parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["headshots"]) == len(times(tmp_path)) == 8
@@ -154,7 +162,7 @@ def batch_with_faces(base, folder: Path) -> list[Job]:
     made = [*(person_photos(person)[3].convert("RGB").resize((64, 80)) for person in (2, 1, 4, 1)), None]
     for number, (job, image) in enumerate(zip(jobs(5), made, strict=True), start=1):
         picture = Picture(image or Image.new("RGB", (64, 80)), job, parameters_text(base, [], job, GenerateConfig()))
-        picture.save(folder / f"{number}-{job.seed}.png")
+        picture.save(folder / f"{number:03d}-{job.seed}.png")
     return jobs(5)
 
 
@@ -258,8 +266,8 @@ def small_face(base, job: Job, folder: Path, photo: Image.Image) -> Path:
     picture = Image.new("RGB", job.size or (0, 0), (120, 120, 120))
     picture.paste(photo.convert("RGB").resize((40, 50), Image.Resampling.LANCZOS), (60, 50))
     folder.mkdir(exist_ok=True)
-    Picture(picture, job, parameters_text(base, [], job, GenerateConfig())).save(folder / f"1-{job.seed}.png")
-    return folder / f"1-{job.seed}.png"
+    Picture(picture, job, parameters_text(base, [], job, GenerateConfig())).save(folder / f"001-{job.seed}.png")
+    return folder / f"001-{job.seed}.png"
 
 
 def test_a_new_face_that_is_more_like_the_person_is_taken_once(base, tmp_path: Path) -> None:
