@@ -4,6 +4,7 @@
 
 import hashlib
 import json
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -55,6 +56,8 @@ TRAINING_VERSION = "1"
 """Part of every key: raised when the same inputs would train differently."""
 SHOW_INTERVAL = 0.5
 """Seconds between two looks at the loss, each of which waits for the device."""
+SAVE_INTERVAL = 10.0
+"""Seconds between two times that the curve is saved, of which a killed server loses the rest."""
 
 
 class TrainFaceLora(io.ComfyNode):
@@ -386,7 +389,7 @@ class Watch:
     def __init__(self, node_id: str, config: TrainConfig, run: RunFolder):
         self._node_id, self._run = node_id, run
         self._bar = comfy.utils.ProgressBar(config.steps, node_id=node_id)
-        self._shown = 0.0
+        self._shown = self._saved = -math.inf
         self._likeness: LikenessPoint | None = None
 
     def phase(self, name: str, done: int, total: int) -> None:
@@ -403,6 +406,9 @@ class Watch:
         if measured or now - self._shown > SHOW_INTERVAL or report.step == report.steps:
             self._shown, self._likeness = now, report.likeness
             self._show(report, measured)
+        if now - self._saved > SAVE_INTERVAL:
+            self._saved = now
+            self._run.save_history()
         comfy.model_management.throw_exception_if_processing_interrupted()
         if panel.stop_is_wanted(self._node_id):
             raise StopAndKeep
