@@ -314,7 +314,7 @@ class JsonProgress:
 
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base", required=True, help="checkpoint file, diffusers folder, or hub id")
+    parser.add_argument("--base", help="checkpoint file, diffusers folder, or hub id")
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="may be repeated")
     parser.add_argument(
         "--prompt", action="append", default=[], help="may be repeated; default: the LoRA's trigger phrase"
@@ -389,8 +389,9 @@ def run_generate(options: argparse.Namespace) -> None:
     if options.style_pack == "list":
         list_style_packs(options)
         return
-    if options.output is None:
-        raise BadConfig("--output DIR is missing")
+    for option, value in (("--base FILE", options.base), ("--output DIR", options.output)):
+        if value is None:
+            raise BadConfig(f"{option} is missing")
     config = GenerateConfig(options.sampler, options.clip_skip, options.batch_size, options.precision)
     given = {name: getattr(options, name) for name in ("keep", "face_pass", "face_denoise")}
     if options.reference is None and (wanting := [name for name, value in given.items() if value is not None]):

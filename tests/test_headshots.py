@@ -336,6 +336,23 @@ def test_headshots_of_a_style_pack_come_from_the_command_line(
     assert all("sks person" in picture["prompt"] for picture in report["headshots"])
 
 
+def test_the_packs_are_listed_without_a_base_and_drawing_asks_for_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--style-pack", "list"]) == 0
+    assert "corporate: Corporate\n    Classic grey studio\n" in capsys.readouterr().out
+    assert main(["generate", "--style-pack", "corporate", "--output", "x"]) == 1
+    assert capsys.readouterr().err == "facelora: --base FILE is missing\n"
+
+
+def test_a_prompt_beyond_77_tokens_is_reported_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = "{prompt}, " + ", ".join(["a wall of old red bricks"] * 20)
+    (tmp_path / "long.json").write_text(json.dumps([{"name": "Wall", "prompt": prompt}]))
+    arguments = ["generate", "--base", str(BASE_FILE), "--style-pack", "long", "--style-folder", str(tmp_path)]
+    arguments += ["--subject", "sks person", "--count", "1", "--steps", "1", "--size", "64x80"]
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
+    assert "style 'Wall'" in (warning := capsys.readouterr().err) and "it is encoded in several chunks" in warning
+    assert len(times(tmp_path / "out")) == 1
+
+
 @pytest.mark.slow
 def test_forty_pictures_of_a_trained_person_in_four_styles_are_ranked(
     base, tmp_path: Path, capsys: pytest.CaptureFixture[str]
