@@ -38,7 +38,15 @@ def begin(node_id: str, history: Sequence[tuple[int, float]], photos: Sequence[P
     shown = [photo.image(shorter_side=SAMPLE_SIDE) for photo in photos[:PHOTOS]]
     _states[node_id] = {}
     _wanted_stops.discard(node_id)
-    publish(node_id, {"begin": True, "history": list(history), "photos": data_urls(shown)})
+    news = {"workflow": _workflow_id(), "history": list(history), "photos": data_urls(shown)}
+    publish(node_id, {"begin": True, **news})
+
+
+def _workflow_id() -> str | None:
+    """The id of the workflow that is running, as a page's graph has it; None for a prompt that no page has sent."""
+    for _, _, _, extra, *_ in list(PromptServer.instance.prompt_queue.currently_running.values()):
+        return extra.get("extra_pnginfo", {}).get("workflow", {}).get("id")
+    return None
 
 
 def publish(node_id: str, news: Mapping[str, Any]) -> None:

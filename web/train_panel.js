@@ -167,8 +167,11 @@ function merge(id, news) {
   states.set(id, state)
 }
 
+/** Shows a panel the state of its node, unless it is that of a node with the same id in another workflow. */
 function refresh(panel) {
-  for (const [id, state] of states) if (panel.is(id)) panel.show(state)
+  const workflow = (app.rootGraph ?? app.graph)?.id
+  for (const [id, state] of states)
+    if (panel.is(id) && (!state.workflow || state.workflow === workflow)) panel.show(state)
 }
 
 async function readStates() {
@@ -184,7 +187,7 @@ app.registerExtension({
     document.head.append(make("style", "", STYLE))
     api.addEventListener(EVENT, ({ detail: { node, ...news } }) => {
       merge(node, news)
-      for (const panel of panels) if (panel.is(node)) panel.show(states.get(node))
+      panels.forEach(refresh)
     })
     api.addEventListener("reconnected", readStates)
     await readStates()
@@ -205,9 +208,8 @@ app.registerExtension({
       panels.delete(panel)
       return removed?.apply(this, arguments)
     }
-    // The node gets its id after this, when it is added to the graph or read from a file.
-    queueMicrotask(() => refresh(panel))
   },
+  // Only now do the nodes and the graph have their ids.
   afterConfigureGraph() {
     panels.forEach(refresh)
   },

@@ -1,0 +1,55 @@
+"""The nodes' texts in locales and help pages. After a change of the nodes: `python -m tests.comfyui.texts`."""
+
+import json
+
+import pytest
+
+from .texts import HELP, LOCALES, TABLES, english, inputs, node_infos, tables
+
+pytestmark = pytest.mark.comfyui
+
+NODES = [page.stem for page in sorted(HELP.glob("*.md"))]
+
+
+@pytest.fixture(scope="module")
+def infos(server):
+    return node_infos(server)
+
+
+def definitions(language: str) -> dict:
+    return json.loads((LOCALES / language / "nodeDefs.json").read_text(encoding="utf-8"))
+
+
+def test_every_node_has_a_help_page(infos):
+    assert sorted(infos) == NODES
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_a_help_page_has_prose_and_describes_exactly_the_inputs_and_outputs(infos, server, name):
+    page = (HELP / f"{name}.md").read_text(encoding="utf-8")
+    prose, mark, rest = page.partition(TABLES)
+    assert prose.startswith(f"# {infos[name]['display_name']}\n")
+    assert len(prose) > 200
+    assert mark + rest == tables(name, infos[name])
+    assert server.read(f"/extensions/ComfyUI-FaceLoRA/docs/{name}.md").decode() == page
+
+
+def test_every_input_and_output_has_a_tooltip(infos):
+    for name, info in infos.items():
+        assert all(options.get("tooltip") for _, options in inputs(info).values()), name
+        assert all(info["output_tooltips"]), name
+
+
+def test_the_english_texts_are_the_nodes_own(infos, server):
+    assert definitions("en") == {name: english(info) for name, info in infos.items()}
+    assert server.get("/i18n")["en"]["nodeDefs"]["FaceLoRATrain"] == english(infos["FaceLoRATrain"])
+
+
+def test_the_german_texts_are_complete(infos):
+    german, theirs = definitions("de"), definitions("en")
+    assert set(german) == set(theirs)
+    for name, own in german.items():
+        assert own["display_name"] == theirs[name]["display_name"], "the nodes' names are the same everywhere"
+        for part in ("inputs", "outputs"):
+            assert set(own[part]) == set(theirs[name][part]), f"{name} {part}"
+            assert all(entry["tooltip"] for entry in own[part].values()), f"{name} {part}"
