@@ -16,6 +16,7 @@ from ..core.lora_tools import convert_lora
 from ..core.photos_to_lora import SAVE_DTYPES
 from .convert import FacePhotos, LoraModel, image_tensor, lora_file, lora_model, photos_of, pictures
 from .panel import show_text
+from .plot import score_plot
 
 
 class SaveLora(io.ComfyNode):
@@ -126,6 +127,7 @@ class LikenessScore(io.ComfyNode):
                     "0.55, someone else mostly below 0.40; -1 where no face was found.",
                 ),
                 io.Image.Output(display_name="sheet", tooltip="The pictures in that order with their scores."),
+                io.Image.Output(display_name="plot", tooltip="The scores in that order, beside the two limits."),
             ],
         )
 
@@ -141,6 +143,7 @@ class LikenessScore(io.ComfyNode):
             [image_tensor(judged[index]) for index in order],
             [scores[index] for index in order],
             image_tensor(sheet),
+            image_tensor(score_plot([scores[index] for index in order], limits=(0.55, 0.40))),
             ui=ui.PreviewImage(image_tensor(sheet), cls=cls),
         )
 

@@ -39,3 +39,30 @@ def loss_plot(history: Sequence[tuple[int, float]], title: str) -> Image.Image:
     else:
         draw.line(points, fill=LINE, width=2, joint="curve")
     return image
+
+
+def score_plot(scores: Sequence[float], limits: Sequence[float]) -> Image.Image:
+    """Likeness as bars between 0 and 1, in the order given, with a line at each limit; no bar for a picture without a face."""
+    image = Image.new("RGB", SIZE, "white")
+    draw = ImageDraw.Draw(image)
+    left, top, right, bottom = MARGIN, MARGIN, SIZE[0] - 16, SIZE[1] - 40
+    draw.text((left, 14), "likeness", fill="black", font=ImageFont.load_default(18))
+    small = ImageFont.load_default(12)
+    width = (right - left) / max(1, len(scores))
+    for index, score in enumerate(scores):
+        x, y = left + index * width, bottom - (bottom - top) * min(max(score, 0.0), 1.0)
+        draw.rectangle((x + 0.1 * width, y, x + 0.9 * width, bottom), fill=LINE)
+        if width > 30:
+            draw.text(
+                (x + width / 2, bottom + 8),
+                f"{score:.2f}" if score >= 0 else "-",
+                fill="#475569",
+                font=small,
+                anchor="ma",
+            )
+    for limit in limits:
+        y = bottom - (bottom - top) * limit
+        draw.line((left, y, right, y), fill="#dc2626")
+        draw.text((8, y - 7), f"{limit:.2f}", fill="#475569", font=small)
+    draw.rectangle((left, top, right, bottom), outline="#cbd5e1")
+    return image

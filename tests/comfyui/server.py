@@ -72,6 +72,15 @@ class ComfyServer:
             answer = error.read()
         return json.loads(answer) if answer else None
 
+    def upload(self, file: Path, name: str) -> str:
+        """The name in the input folder, after an upload as the frontend does it."""
+        boundary = uuid.uuid4().hex
+        head = f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n\r\n'
+        body = head.encode() + file.read_bytes() + f"\r\n--{boundary}--\r\n".encode()
+        kind = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+        with urllib.request.urlopen(urllib.request.Request(self.url + "/upload/image", body, kind)) as response:
+            return json.loads(response.read())["name"]
+
     def queue(self, graph: Graph) -> str:
         """The id of the queued prompt."""
         answer = self.post("/prompt", {"prompt": graph, "client_id": uuid.uuid4().hex})

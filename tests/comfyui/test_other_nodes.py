@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from core.lora_file import LoraFile
 from core.style_pack import Subject, find_style_packs
@@ -135,6 +136,44 @@ def test_photos_are_reported_on_and_counted(server):
     assert len(result.outputs["images"]["images"]) == 3
 
 
+def test_uploaded_pictures_are_photos_too(server):
+    folder = write_photos(server.folder / "input" / "gina", count=2, person=36)
+    uploaded = [server.upload(folder / f"{index}.png", f"gina {index}.png") for index in range(2)]
+    graph = {
+        "photos": load_photos(pictures=uploaded),
+        "images": node("PreviewImage", images=["photos", 1]),
+    }
+    result = server.run(graph)
+    assert result.status == "success", result.error
+    assert [server.picture(image).size for image in result.outputs["images"]["images"]] == [(92, 112)] * 2
+    graph["photos"] = load_photos(pictures=uploaded[0])
+    assert len(server.run(graph).outputs["images"]["images"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("choice", "words"),
+    [
+        ({}, "choose a folder below ComfyUI's input folder, or upload pictures"),
+        ({"folder": "nowhere"}, "nowhere: there is no such folder"),
+        ({"pictures": ["gone.png"]}, "gone.png: there is no such picture"),
+        ({"pictures": "../../secret.png"}, "is not below ComfyUI's input folder"),
+    ],
+)
+def test_photos_that_are_not_there_are_refused_before_anything_runs(server, choice, words):
+    graph = {"photos": load_photos(**choice), "show": node("PreviewAny", source=["photos", 3])}
+    assert words in server.refusal(graph)
+
+
+def test_photos_without_a_face_are_refused(server):
+    folder = server.folder / "input" / "walls"
+    folder.mkdir()
+    for shade in (80, 160):
+        Image.new("RGB", (256, 256), (shade, shade, shade)).save(folder / f"{shade}.png")
+    result = server.run(training(folder="walls") | {"photos": load_photos("walls", check=True)})
+    assert result.status == "error"
+    assert "none of the 2 photos shows a face" in result.error
+
+
 def test_a_folder_without_photos_is_one_clear_line(server):
     (server.folder / "input" / "empty folder").mkdir(exist_ok=True)
     result = server.run(training(folder="empty folder"))
@@ -157,6 +196,7 @@ def test_pictures_of_the_person_score_above_those_of_someone_else(server):
             "FaceLoRAContactSheet", images=["own", 0], columns=2, height=100, title="scores", labels=["dora", 2]
         ),
         "sheet": node("PreviewImage", images=["labelled", 0]),
+        "plot": node("PreviewImage", images=["own", 3]),
     }  # fmt: skip
     result = server.run(graph)
     assert result.status == "success", result.error
@@ -164,6 +204,7 @@ def test_pictures_of_the_person_score_above_those_of_someone_else(server):
     assert min(own) > 0.55 > 0.40 > max(others)  # SFace's thresholds, docs/photos.md
     assert own == sorted(own, reverse=True)
     assert server.drawn(result, "sheet").height > 200
+    assert server.drawn(result, "plot").size == (640, 400)
 
 
 def test_a_lora_is_saved_in_another_scheme_and_inspected(server):
