@@ -1,15 +1,16 @@
 import json
 import math
 import time
+import weakref
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.errors import BadConfig, LoraMisfit, UnmatchedKeys
+from core.errors import BadConfig, BadFile, LoraMisfit, UnmatchedKeys
 from core.families.ldm import ldm_unet_path
-from core.lora_file import LoraFile, LoraModule
+from core.lora_file import LoraFile, LoraModule, legacy_hash, model_hash
 from core.lora_keys import FAMILIES
 from core.lora_tools import (
     convert_lora,
@@ -371,3 +372,76 @@ def test_checkpoints_of_two_families_have_no_difference(small_sd15, small_sdxl):
 def test_equal_checkpoints_leave_nothing_to_extract(small_sd15):
     with pytest.raises(LoraMisfit, match="the same weights"):
         extract_lora(small_sd15, small_sd15, rank=2)
+
+
+# Weights in the original models' names, of the width by which the family is known; few rows where that is possible.
+ORIGINAL_WEIGHTS = {
+    "sd2": {
+        "model.diffusion_model.input_blocks.1.1.proj_in": (8, 320),
+        "model.diffusion_model.input_blocks.3.0.op": (8, 8, 3, 3),
+        "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_": (48, 16),
+    },
+    "sd3": {
+        "model.diffusion_model.joint_blocks.0.x_block.attn.qkv": (4608, 1536),
+        "model.diffusion_model.joint_blocks.23.context_block.adaLN_modulation.1": (3072, 1536),
+        "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q": (8, 4096),
+    },
+    "flux1": {"double_blocks.0.img_mod.lin": (8, 3072), "single_blocks.0.linear2": (8, 15360)},
+    "chroma": {"distilled_guidance_layer.layers.0.in_layer": (8, 5120), "double_blocks.0.img_attn.proj": (8, 3072)},
+    "flux2": {"model.diffusion_model.double_stream_modulation_img.lin": (8, 6144)},
+    "lumina2": {"layers.0.attention.qkv": (3840, 2304), "cap_embedder.1": (8, 2304)},
+    "zimage": {"layers.0.feed_forward.w1": (8, 3840), "layers.0.attention.out": (8, 3840)},
+    "qwen-image": {"transformer_blocks.0.attn.add_q_proj": (8, 3072), "transformer_blocks.0.img_mod.1": (8, 3072)},
+}
+
+
+@pytest.mark.parametrize("family", ORIGINAL_WEIGHTS)
+def test_what_is_extracted_from_a_model_of_any_family_and_merged_in_makes_it_the_tuned_one(family, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    base, change = {}, {}
+    for path, shape in ORIGINAL_WEIGHTS[family].items():
+        name = f"{path}weight" if path.endswith("_") else f"{path}.weight"
+        base[name] = random(*shape)
+        change[name] = (random(shape[0], 2) @ random(2, math.prod(shape[1:]))).reshape(shape)
+    base["first_stage_model.decoder.conv_in.weight"] = random(4, 4, 3, 3)
+    tuned = {name: weight + change.get(name, 0) for name, weight in base.items()}
+    save_safetensors(tmp_path / "base", base)
+    save_safetensors(tmp_path / "tuned", tuned)
+    lora, _ = extract_lora(tmp_path / "base", tmp_path / "tuned", rank=2)
+    assert lora.family == family
+    for scheme in ("kohya", "diffusers", "comfy"):
+        converted = convert_lora(lora, scheme)[0]
+        assert merge_into_checkpoint(tmp_path / "base", [(converted, 1.0)], tmp_path / "merged") == len(change)
+        merged = SafetensorsFile.open(tmp_path / "merged")
+        for name, weight in tuned.items():
+            assert torch.allclose(merged[name], weight, atol=1e-2), name
+
+
+def test_a_model_that_is_quantised_with_scales_is_refused(tmp_path):
+    weights = {
+        "double_blocks.0.img_mod.lin.weight": torch.ones(8, 3072),
+        "double_blocks.0.img_mod.lin.scale_weight": torch.ones(1),
+    }
+    save_safetensors(tmp_path / "base", weights)
+    with pytest.raises(BadFile, match="is quantised with scales"):
+        extract_lora(tmp_path / "base", tmp_path / "base", rank=2)
+
+
+def test_a_conversion_holds_one_module_in_memory(tmp_path):
+    names = [f"lora_unet_double_blocks_{n}_img_attn_qkv" for n in range(12)]
+    lora = LoraFile.from_tensors(kohya_tensors({name: [9216, 3072] for name in names}, rank=4, alpha=3.0), {})
+    lora.save(tmp_path / "kohya")
+    converted = convert_lora(LoraFile.read(tmp_path / "kohya"), "diffusers")[0]
+    alive = []
+    # The down matrices stay in the file; the up matrices are multiplied by alpha / rank.
+    for name in [name for name in converted.tensors if name.endswith("lora_B.weight")]:
+        alive.append(weakref.ref(converted.tensors[name]))
+        assert sum(reference() is not None for reference in alive) <= 1
+    converted.save(tmp_path / "diffusers")
+    saved = SafetensorsFile.open(tmp_path / "diffusers")
+    assert saved.metadata["sshs_model_hash"] == model_hash(dict(saved))
+    assert saved.metadata["sshs_legacy_hash"] == legacy_hash(dict(saved), saved.metadata)

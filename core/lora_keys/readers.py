@@ -34,7 +34,7 @@ _UNKNOWN_DIFFUSERS_PATHS = {
 """Family -> starts of paths that are missing in ComfyUI's table of diffusers' names."""
 _DIFFUSERS = {
     "sd15": {"kohya", "diffusers"},
-    "sd2": {"diffusers"},
+    "sd2": {"kohya", "diffusers"},
     "sdxl": {"kohya", "diffusers"},
     "sd3": {"diffusers"},
     "flux1": {"kohya", "diffusers"},
@@ -59,20 +59,26 @@ def not_loaded(reader: str, family: FamilyKeys, module_name: str, kind: str, key
     if reader == "peft":
         if named.scheme not in ("diffusers", "peft"):
             return f"{named.scheme} names"
-    elif named.part == "text_encoder_3" or ".block." in named.path:
-        return "T5 text encoder"
+    elif _is_t5(named):
+        return "T5 as a text encoder"
     elif named.scheme not in _DIFFUSERS[family.name]:
         return f"{named.scheme} names of {family.name}"
+    elif family.name == "sd2" and (named.scheme, named.part) == ("kohya", "denoiser"):
+        return "convolutions that sd-scripts has where SD2 has Linear layers"
     if kind == "dora" and not any("lora_magnitude_vector" in key for key in keys):
         return "dora_scale, without which it is another change"
     return None if kind in ("lora", "locon", "dora") else f"adapters of kind {kind}"
 
 
+def _is_t5(named: NamedTensor) -> bool:
+    return named.path.startswith("encoder.block.")
+
+
 def _not_loaded_by_comfyui(family: FamilyKeys, named: NamedTensor) -> str | None:
     if named.part != "denoiser":
-        if named.scheme == "comfy" or "text_model" in named.module_name or named.part == "text_encoder_3":
+        if named.scheme == "comfy" or (named.scheme == "kohya" if _is_t5(named) else "text_model" in named.module_name):
             return None
-        return "text encoder names without text_model"
+        return f"{named.scheme} names of T5" if _is_t5(named) else "text encoder names without text_model"
     if named.module_name.startswith("oft_unet_"):
         return "names that begin with oft_unet_"
     known = _COMFYUI[family.name]

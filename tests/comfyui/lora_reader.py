@@ -124,7 +124,7 @@ def report(family: str, path: str) -> dict:
         weight = torch.zeros(shapes[name])
         # Like ModelPatcher.add_patches and comfy.lora.calculate_weight.
         weight = comfy.lora.calculate_weight([(1.0, patch, 1.0, offset, function)], weight, name)
-        matrix = weight.flatten(1)
+        matrix = weight.reshape(weight.shape[0], -1)  # a bias is a matrix of one column
         change = matrix @ probe(matrix.shape[1])
         changes[name] = (torch.tensor(changes[name]) + change).tolist() if name in changes else change.tolist()
     logging.getLogger().removeHandler(warnings)

@@ -29,8 +29,8 @@ from .setup_comfyui import COMFYUI, PYTHON
 pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "formats.md"
-EXACT = 1e-4
-"""Relative deviation that float32 sums of a few products can have."""
+EXACT = 1e-3
+"""Relative deviation that float32 sums of thousands of products can have, where they cancel."""
 UNET = {"attention_head_dim": 8}
 XL_BLOCKS = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -206,12 +206,17 @@ def of_diffusers(family: str, lora: LoraFile) -> Changes:
     options: dict[str, Any] = {"unet_config": model.config} if is_unet else {}
     if "return_alphas" in inspect.signature(pipeline.lora_state_dict).parameters:
         options["return_alphas"] = True
-    converted = pipeline.lora_state_dict(dict(lora.tensors), **options)
+    converted = pipeline.lora_state_dict(copied(lora), **options)
     state, alphas = converted if isinstance(converted, tuple) else (converted, None)
     load = pipeline.load_lora_into_unet if is_unet else pipeline.load_lora_into_transformer
     options = {"network_alphas": alphas} if "network_alphas" in inspect.signature(load).parameters else {}
     load(state, **{"unet" if is_unet else "transformer": model}, **options)
     return of_peft_layers(model)
+
+
+def copied(lora: LoraFile) -> dict[str, Tensor]:
+    """Copies: diffusers multiplies some tensors in place."""
+    return {key: tensor.clone() for key, tensor in lora.tensors.items()}
 
 
 def text_of_diffusers(family: str, lora: LoraFile) -> Changes:
@@ -224,7 +229,7 @@ def text_of_diffusers(family: str, lora: LoraFile) -> Changes:
     options: dict[str, Any] = {"unet_config": model_of(family).config} if family == "sdxl" else {}
     if "return_alphas" in inspect.signature(pipeline.lora_state_dict).parameters:
         options["return_alphas"] = True
-    converted = pipeline.lora_state_dict(dict(lora.tensors), **options)
+    converted = pipeline.lora_state_dict(copied(lora), **options)
     state, alphas = converted if isinstance(converted, tuple) else (converted, None)
     for part, size in TEXT_ENCODERS[family].items():
         if size != "T5":
@@ -314,7 +319,6 @@ class Cell:
         if self.matched == 0:
             return "-"
         deviation = "exact" if self.deviation < EXACT else f"off by {self.deviation:.0%}"
-        print(f"largest deviation {self.deviation:.1e}")
         return f"{self.matched}/{self.total} {deviation}"
 
 
@@ -429,6 +433,7 @@ def test_it_is_known_what_comfyui_and_diffusers_make_of_other_schemes(family, tm
 
 def test_it_is_known_what_comfyui_makes_of_other_kinds(tmp_path):
     block = "lora_unet_mid_block_attentions_0_transformer_blocks_0_"
+    # Without alpha ComfyUI fails at a BOFT.
     down_up = {"lora_down.weight": torch.ones(2, 1280), "lora_up.weight": torch.ones(1280, 2)}
     modules = {
         f"{block}attn1_to_q": {f"hada_w{n}_{x}": torch.ones(1280, 2) for n in "12" for x in "a"}
@@ -436,9 +441,9 @@ def test_it_is_known_what_comfyui_makes_of_other_kinds(tmp_path):
         f"{block}attn1_to_k": {"lokr_w1": torch.ones(4, 4), "lokr_w2": torch.ones(320, 320)},
         f"{block}attn1_to_v": {**down_up, "dora_scale": torch.ones(1280, 1)},
         f"{block}attn1_to_out_0": {"diff": torch.ones(1280, 1280), "diff_b": torch.ones(1280)},
-        f"{block}attn2_to_q": {"oft_blocks": torch.zeros(16, 80, 80)},
-        f"{block}attn2_to_out_0": {"oft_blocks": torch.zeros(4, 16, 80, 80)},
-        f"{block.replace('lora', 'oft')}ff_net_2": {"oft_blocks": torch.zeros(16, 80, 80)},
+        f"{block}attn2_to_q": {"oft_blocks": torch.zeros(16, 80, 80), "alpha": torch.ones(())},
+        f"{block}attn2_to_out_0": {"oft_blocks": torch.zeros(4, 16, 80, 80), "alpha": torch.ones(())},
+        f"{block.replace('lora', 'oft')}ff_net_2": {"oft_blocks": torch.zeros(16, 80, 80), "alpha": torch.ones(())},
     }
     tensors = {f"{name}.{role}": tensor for name, roles in modules.items() for role, tensor in roles.items()}
     lora = LoraFile("sd15", {}, tensors)
