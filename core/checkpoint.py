@@ -79,7 +79,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
     state = optimizer.state_dict()
     tensors, values = {}, {}
     for index, entries in state["state"].items():
-        for name, value in entries.items():
+        for name, value in _flat(entries).items():
             if isinstance(value, Tensor):
                 tensors[f"optimizer.{index}.{name}"] = value.detach().cpu()
             else:
@@ -100,13 +100,32 @@ def unpack_optimizer(
     for key, tensor in tensors.items():
         if key.startswith("optimizer."):
             index, _, name = key.removeprefix("optimizer.").partition(".")
-            state.setdefault(int(index), {})[name] = tensor
+            _put(state.setdefault(int(index), {}), name, tensor)
     for key, value in scalars["values"].items():
         index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
+        _put(state.setdefault(int(index), {}), name, value)
     groups = optimizer.state_dict()["param_groups"]
     for index, (group, saved) in enumerate(zip(groups, scalars["groups"], strict=True)):
         group.update({name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()})
         prefix = f"group.{index}."
         group.update({key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)})
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _flat(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of dictionaries in dictionaries, which bitsandbytes has, under names joined by "/"."""
+    flat = {}
+    for name, value in entries.items():
+        flat |= (
+            {f"{name}/{inner}": v for inner, v in _flat(value).items()} if isinstance(value, Mapping) else {name: value}
+        )
+    return flat
+
+
+def _put(entries: dict[str, Any], name: str, value: Any) -> None:
+    """The inverse of `_flat`, for one entry."""
+    outer, slash, inner = name.partition("/")
+    if slash:
+        _put(entries.setdefault(outer, {}), inner, value)
+    else:
+        entries[name] = value

@@ -114,18 +114,19 @@ def test_a_signal_stops_the_run_with_a_state_from_which_it_goes_on(tmp_path, sma
     lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
     lambda p: prodigy(p),
     lambda p: adafactor(p),
+    lambda p: eight_bit(p),
     lambda p: torch.optim.AdamW([{"params": p[:1], "lr": torch.tensor(0.02)}, {"params": p[1:]}], lr=0.01, foreach=False),
-], ids=["adamw", "prodigy", "adafactor", "tensors in groups"])  # fmt: skip
+], ids=["adamw", "prodigy", "adafactor", "adamw8bit", "tensors in groups"])  # fmt: skip
 def test_an_optimizer_goes_on_exactly_from_what_was_packed(tmp_path, build):
     def parameters():
         generator = torch.Generator().manual_seed(1)
-        return [torch.nn.Parameter(torch.randn(6, 5, generator=generator)) for _ in range(3)]
+        return [torch.nn.Parameter(torch.randn(64, 65, generator=generator)) for _ in range(3)]
 
     def step(optimizer, number):
         for index, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
             generator = torch.Generator().manual_seed(100 * number + index)
             # The last one never has a gradient, like a text encoder's unused layer.
-            parameter.grad = None if index == 2 else torch.randn(6, 5, generator=generator)
+            parameter.grad = None if index == 2 else torch.randn(64, 65, generator=generator)
         optimizer.step()
 
     whole = build(parameters())
@@ -155,6 +156,12 @@ def prodigy(parameters):
     from prodigyopt import Prodigy
 
     return Prodigy(parameters, lr=1.0, safeguard_warmup=True, use_bias_correction=True)  # pyright: ignore
+
+
+def eight_bit(parameters):
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(parameters, lr=0.01)
 
 
 def adafactor(parameters):
