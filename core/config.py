@@ -151,13 +151,13 @@ class TrainConfig:
 
 
 _DISPLAY = ("sample_every", "sample_prompts", "sample_guidance", "sample_steps")
-_NO_EFFECT = ("state_interval", "save_every", "gradient_checkpointing")
+_NO_EFFECT = ("state_interval", "gradient_checkpointing")
 
 
 def settings_of_the_file(config: TrainConfig) -> dict[str, Any]:
-    """The settings that the trained file depends on: all but those of what is shown and saved on the way."""
-    samples_count = config.hold_out or config.thumbnail
-    left_out = _NO_EFFECT if samples_count else (*_NO_EFFECT, *_DISPLAY)
+    """The settings that the trained files depend on: all but those of what is shown on the way, and of memory."""
+    samples_matter = config.hold_out or config.thumbnail
+    left_out = _NO_EFFECT if samples_matter else (*_NO_EFFECT, *_DISPLAY)
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from ..core.base import Base
 from ..core.cache import cache_folder, content_key
 from ..core.config import TrainConfig, config_from, settings_of_the_file
 from ..core.errors import BadConfig, BadFile, FaceLoraError
+from ..core.files import write_text
 from ..core.generate import contact_sheet
 from ..core.likeness import LikenessPoint
 from ..core.lora_file import LoraFile, model_hash
@@ -94,7 +96,8 @@ class TrainFaceLora(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "samples", default=4, min=0, max=100,
-                    tooltip="How many times sample pictures are drawn during the training; 0: never.",
+                    tooltip="How many times sample pictures are drawn during the training; 0: never (where photos are held "
+                    f"out: {MEASUREMENTS} times all the same).",
                 ),
                 io.Int.Input(
                     "steps", default=0, min=0, max=100_000, advanced=True,
@@ -320,6 +323,8 @@ def make(job: Job, base: Base, node_id: str) -> tuple[Path, "RunFolder"]:
         raise BadFile(f"{path.parent}: cannot be written: {error.strerror}") from None
     lora.with_metadata(metadata).save(path, SAVE_DTYPES[job.config.save_precision])
     output.unlink()
+    for checkpoint in run.path.glob(f"{output.stem}-step*.safetensors"):
+        shutil.move(checkpoint, path.with_name(path.stem + checkpoint.name.removeprefix(output.stem)))
     panel.publish(node_id, {"phase": "done", "file": path.name})
     return path, run
 
@@ -362,9 +367,7 @@ class RunFolder:
         self._history.append((step, loss))
 
     def save_history(self) -> None:
-        partial = self.path / "history.json.tmp"
-        partial.write_text(json.dumps(self._history))
-        partial.replace(self.path / "history.json")
+        write_text(self.path / "history.json", json.dumps(self._history))
 
     def add_samples(self, step: int, images: Sequence[Image.Image]) -> None:
         for index, image in enumerate(images):

@@ -18,7 +18,7 @@ import torch
 
 from core.base import load_base
 from core.cli import main
-from core.config import TrainConfig, config_from
+from core.config import TrainConfig, config_from, settings_of_the_file
 from core.errors import BadConfig
 from core.lora_file import LoraFile, LoraModule
 from core.safetensors_file import save_safetensors
@@ -316,6 +316,13 @@ def test_settings_that_make_no_sense_are_refused_by_name():
         with pytest.raises(BadConfig, match=re.escape(message)):
             config_from(settings)
     assert config_from({"learning-rate": 1}) == TrainConfig(learning_rate=1)
+
+
+def test_a_file_does_not_depend_on_what_is_only_shown():
+    plain, shown = TrainConfig(), TrainConfig(sample_every=10, sample_prompts=("a",), gradient_checkpointing="on")
+    assert settings_of_the_file(plain) == settings_of_the_file(shown)
+    measured = [TrainConfig(sample_every=every, hold_out=2) for every in (10, 20)]
+    assert settings_of_the_file(measured[0]) != settings_of_the_file(measured[1])
 
 
 def test_a_base_is_named_by_its_file_and_never_by_its_folder(small_sd15):

@@ -271,6 +271,14 @@ def test_masks_class_photos_and_a_lora_to_go_on_from_change_what_is_learned(serv
     assert not same(tensors(server, "more"), tensors(server, "anna"))
 
 
+def test_checkpoints_on_the_way_are_files_beside_it(server, trained):
+    result = server.run(training(name="steps", settings="save_every = 1"))
+    assert result.status == "success", result.error
+    first = LoraFile.read(loras(server) / "steps-step000001.safetensors")
+    assert first.metadata["ss_steps"] == "1"
+    assert not same(dict(first.tensors), tensors(server, "steps"))
+
+
 def test_two_queued_graphs_are_trained_one_after_the_other(server, trained):
     first = server.queue(training(name="first", training_seed=11))
     second = server.queue(training(name="second", training_seed=12))
