@@ -393,7 +393,6 @@ class Watch:
         self._node_id, self._run = node_id, run
         self._bar = comfy.utils.ProgressBar(config.steps, node_id=node_id)
         self._shown = self._saved = -math.inf
-        self._likeness: LikenessPoint | None = None
 
     def phase(self, name: str, done: int, total: int) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -405,10 +404,10 @@ class Watch:
 
     def step(self, report: StepReport) -> None:
         now = time.monotonic()
-        measured = report.likeness is not self._likeness
+        measured = report.likeness is not None and report.likeness.step == report.step
         if measured or now - self._shown > SHOW_INTERVAL or report.step == report.steps:
-            self._shown, self._likeness = now, report.likeness
-            self._show(report, measured)
+            self._shown = now
+            self._show(report, report.likeness if measured else None)
         if now - self._saved > SAVE_INTERVAL:
             self._saved = now
             self._run.save_history()
@@ -416,7 +415,7 @@ class Watch:
         if panel.stop_is_wanted(self._node_id):
             raise StopAndKeep
 
-    def _show(self, report: StepReport, measured: bool) -> None:
+    def _show(self, report: StepReport, measured: LikenessPoint | None) -> None:
         self._run.add(report.step, report.loss)
         self._bar.update_absolute(report.step, report.steps)
         panel.publish(
@@ -424,7 +423,7 @@ class Watch:
             {
                 "phase": "training", "step": report.step, "steps": report.steps, "loss": report.loss,
                 "learning_rate": report.learning_rate, "seconds_left": report.seconds_left, "memory": report.memory,
-                **({"likeness": report.likeness.likeness} if measured and report.likeness else {}),
+                **({"likeness": measured.likeness} if measured else {}),
             },
         )  # fmt: skip
 

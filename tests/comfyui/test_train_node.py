@@ -128,10 +128,9 @@ def test_cancelled_within_a_second_it_goes_on_from_there(server, trained):
     server.post("/interrupt", {})
     result = server.wait(prompt_id, mark=mark)
     assert result.status == "interrupted"
+    assert time.monotonic() - asked < 2  # one on a machine that does nothing else
     step = training_state(server)["step"]
     assert not (loras(server) / "long.safetensors").exists()
-    seconds_a_step = (training_state(server)["seconds_left"]) / (400 - step)
-    assert time.monotonic() - asked < 2 + 3 * seconds_a_step
 
     prompt_id = server.queue(graph)
     wait_for(lambda: training_state(server).get("phase") == "training", "the training to go on")
@@ -311,7 +310,7 @@ def test_cancelled_while_a_sample_is_drawn_it_ends_at_once_and_goes_on(server, t
     asked = time.monotonic()
     server.post("/interrupt", {})
     assert server.wait(prompt_id, mark=mark).status == "interrupted"
-    assert time.monotonic() - asked < 2
+    assert time.monotonic() - asked < 2  # the same
     assert "step" not in training_state(server), "the first step was not reported yet: it draws its sample"
     (state,) = (server.folder / "cache" / "runs").rglob("*.state.safetensors")
     assert SafetensorsFile.open(state).metadata["step"] == "1"

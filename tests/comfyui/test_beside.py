@@ -1,0 +1,68 @@
+"""LoRAs beside the weights, on ComfyUI's own ModelPatcher and adapters, where the original model has q, k and v in one."""
+
+import subprocess
+
+import pytest
+
+from .server import PACK
+from .setup_comfyui import COMFYUI, PYTHON
+
+pytestmark = pytest.mark.comfyui
+
+SCRIPT = """
+import importlib.util, sys
+comfyui, pack = sys.argv[1:]
+sys.argv = ["main.py", "--cpu"]
+sys.path.insert(0, comfyui)
+import comfy.options
+comfy.options.enable_args_parsing()
+import comfy.model_patcher, torch
+from comfy.weight_adapter.lora import LoRAAdapter
+
+spec = importlib.util.spec_from_file_location("beside", pack + "/nodes/beside.py")
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+
+torch.manual_seed(1)
+model = torch.nn.Module()
+model.qkv = torch.nn.Linear(8, 24)
+model.conv = torch.nn.Conv2d(4, 6, 3, padding=1)
+sizes = {("qkv.weight", (0, 8, 8)): ((8, 2), (2, 8)), "conv.weight": ((6, 2, 1, 1), (2, 4, 3, 3))}
+weights = {place: [torch.randn(size) for size in pair] for place, pair in sizes.items()}
+
+
+def beside():
+    adapters = {place: LoRAAdapter(set(), (up, down, 2.0, None, None, None)) for place, (up, down) in weights.items()}
+    patcher = comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
+    one = module.BesideWeights(None)
+    one.add(adapters, 0.5)
+    one.attach(patcher)
+    return patcher
+
+
+first, second = beside(), beside()
+x, image = torch.randn(3, 8), torch.randn(1, 4, 5, 5)
+plain, plain_image = model.qkv(x), model.conv(image)
+up, down = weights["qkv.weight", (0, 8, 8)]
+change = torch.zeros(3, 24)
+change[:, 8:16] = 0.5 * x @ (up @ down).T
+up, down = weights["conv.weight"]
+kernel = 0.5 * (up.flatten(1) @ down.flatten(1)).reshape(6, 4, 3, 3)
+change_image = torch.nn.functional.conv2d(image, kernel, padding=1)
+for injected, times in ((first, 1), (second, 2)):
+    injected.inject_model()
+    torch.testing.assert_close(model.qkv(x), plain + times * change)
+    torch.testing.assert_close(model.conv(image), plain_image + times * change_image)
+first.eject_model()
+torch.testing.assert_close(model.qkv(x), plain + change)
+second.eject_model()
+assert torch.equal(model.qkv(x), plain) and torch.equal(model.conv(image), plain_image)
+print("AS EXPECTED")
+"""
+
+
+def test_rows_of_a_weight_and_convolutions_are_added_to_and_taken_off_in_any_order():
+    done = subprocess.run(
+        [str(PYTHON), "-c", SCRIPT, str(COMFYUI), str(PACK)], capture_output=True, text=True, cwd=COMFYUI, timeout=300
+    )
+    assert "AS EXPECTED" in done.stdout, done.stdout + done.stderr
