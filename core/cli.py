@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import logging
 import signal
 import sys
 import time
@@ -26,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not hasattr(options, "run"):
         parser.print_help()
         return 2
+    # peft imports bitsandbytes where it is installed, which then complains about kernels that nobody here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         return options.run(options) or 0
     except FaceLoraError as error:

@@ -34,7 +34,7 @@ from tests.photo_tables import replace_table, table
 DOCUMENT = Path(__file__).parent.parent / "docs" / "likeness.md"
 PRIORS = {"none": 0.0, "prior prediction 0.5": 0.5}
 SEEDS = range(101, 109)
-MEASUREMENTS = 6
+MEASUREMENTS = 5
 """Times that likeness is measured during a run."""
 
 
@@ -105,20 +105,20 @@ def measure(name: str, person: Person, config: TrainConfig, prior: str) -> list[
         selected = train(training, base, config, held_out=held_out, output=Path(folder) / "lora.safetensors")
         last = next(Path(folder).glob("lora-step*"), None)
         last = selected if last is None else LoraFile.read(last)
-    print(selected.metadata[LIKENESS_KEY], flush=True)
-    subject, of_class = default_caption(config.trigger_word, config.class_word), class_caption(config.class_word)
-    class_before, results = draw(of_class, None), []
-    for kept, lora in (("last step", last), ("selected", selected)):
-        of_person, class_after = draw(subject, lora), draw(of_class, lora)
-        results.append(
-            Result(
-                name, prior, kept, int(lora.metadata["ss_steps"]),
-                likeness=float(np.mean(judge.likeness(of_person))),
-                rank1=judge.recognised(of_person) / len(of_person),
-                leakage=float(np.mean(judge.likeness(class_after)) - np.mean(judge.likeness(class_before))),
-                drift=float(np.mean([change(a, b) for a, b in zip(class_before, class_after, strict=True)])),
-            )
-        )  # fmt: skip
+        print(selected.metadata[LIKENESS_KEY], flush=True)
+        subject, of_class = default_caption(config.trigger_word, config.class_word), class_caption(config.class_word)
+        class_before, results = draw(of_class, None), []
+        for kept, lora in (("last step", last), ("selected", selected)):
+            of_person, class_after = draw(subject, lora), draw(of_class, lora)
+            results.append(
+                Result(
+                    name, prior, kept, int(lora.metadata["ss_steps"]),
+                    likeness=float(np.mean(judge.likeness(of_person))),
+                    rank1=judge.recognised(of_person) / len(of_person),
+                    leakage=float(np.mean(judge.likeness(class_after)) - np.mean(judge.likeness(class_before))),
+                    drift=float(np.mean([change(a, b) for a, b in zip(class_before, class_after, strict=True)])),
+                )
+            )  # fmt: skip
     return results
 
 
@@ -167,7 +167,7 @@ def main() -> None:
             every = options.steps // MEASUREMENTS
             config = replace(
                 CONFIG, steps=options.steps, prior_prediction=share, sample_every=every, save_every=options.steps,
-                sample_guidance=GUIDANCE, likeness_pictures=8,
+                sample_guidance=GUIDANCE, sample_steps=12, likeness_pictures=8,
             )  # fmt: skip
             results += measure(name, person, config, prior)
             print(
