@@ -242,7 +242,9 @@ def test_tensors_that_are_no_lora_are_refused():
 def test_a_module_without_its_up_matrix_is_named():
     tensors = kohya_tensors(some("sd15"))
     del tensors[next(key for key in tensors if key.endswith("lora_up.weight"))]
-    with pytest.raises(UnmatchedKeys, match=r"2 tensors are not understood, or not a complete module .* of shape \[2, 768\]"):
+    with pytest.raises(
+        UnmatchedKeys, match=r"2 tensors are not understood, or not a complete module .* of shape \[2, 768\]"
+    ):
         LoraFile.from_tensors(tensors, {}).modules()
 
 
