@@ -8,9 +8,9 @@ people 35-40 stay unseen, for the demo and for every measurement of likeness. Ru
     python -m core.demo.pretrain --output first.safetensors --vae-steps 1800 --unet-steps 5600
     python -m core.demo.pretrain --continue-from first.safetensors --output base.safetensors --rate 8e-4 --unet-steps 9000
 
-The shipped file was saved after 7,000 steps of the second run (its first run weighted all noise alike); a step took half a second on one core. With glibc,
-set MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ to a large number: else a fifth of the time goes into giving memory
-back and asking for it again.
+The shipped file was saved after 7,000 steps of the second run (its first run weighted all noise alike); a step took half
+a second on one core. With glibc, set MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_ to a large number: else a fifth of
+the time goes into giving memory back and asking for it again.
 """
 
 import argparse
