@@ -31,7 +31,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     write_file(path, lambda file: file.write(text.encode()))
 
 
-def remove_leftovers(folder: Path, name: str = "*") -> None:
+def remove_leftovers(folder: Path, name: str) -> None:
     """Deletes what `write_file` was writing under that name (a glob pattern) when its process was killed."""
     for leftover in folder.glob(f".{name}.????????.tmp"):
         leftover.unlink(missing_ok=True)

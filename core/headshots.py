@@ -89,7 +89,7 @@ def make_headshots(
     batch = _Batch(base, loras, config, device, on_progress or (lambda phase, done, total: None))
     jobs = [replace(job, size=picture_size(base, job.size)) for job in jobs]
     paths = {job: folder / f"{number:03d}-{job.seed}.png" for number, job in enumerate(jobs, start=1)}
-    remove_leftovers(folder)
+    remove_leftovers(folder, "*.png")
     batch.draw_missing(paths, face_pass)
     if person and face_pass.below:
         batch.improve_faces(paths, face_pass, person, face_share(person.network, reference))

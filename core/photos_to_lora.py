@@ -16,6 +16,7 @@ from .config import TrainConfig
 from .errors import BadConfig, BadFile, BadPhoto
 from .faces import FaceNetwork, load_faces
 from .families.clip import load_tokenizer
+from .files import remove_leftovers
 from .generate import make_class_images, sample_shots, training_sampler
 from .likeness import LikenessWatch, hold_out
 from .lora_file import LoraFile, fit
@@ -197,8 +198,7 @@ def check_output(path: Path) -> None:
 def _delete_leftovers(output: Path) -> None:
     """Deletes what a run that was killed while writing has left of this output or its state."""
     for path in (output, state_path(output)):
-        for leftover in output.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-            leftover.unlink(missing_ok=True)
+        remove_leftovers(output.parent, glob.escape(path.name))
 
 
 def check_base_options(base: Base, config: TrainConfig) -> None:
