@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 
+from core.base import load_base
+from core.demo import BASE_FILE, GUIDANCE
+from core.generate import GenerateConfig, Job, generate
 from tests.comfyui.conftest import COMFY_SDXL
-from tests.comfyui.demo_checkpoint import write_demo_checkpoint
-from tests.comfyui.graphs import node, training
+from tests.comfyui.demo_checkpoint import PICTURE_SIZE, write_demo_checkpoint
+from tests.comfyui.graphs import training
 from tests.comfyui.server import PACK, ComfyServer, running_server
 from tests.tooling import write_checkpoint, write_photos
 
@@ -31,10 +34,11 @@ def server(tmp_path_factory) -> Iterator[ComfyServer]:
     checkpoints.mkdir(parents=True)
     (folder / "models" / "loras").mkdir()
     write_demo_checkpoint(checkpoints / SD15["name"])
+    IMAGES.mkdir(exist_ok=True)
     with running_server(folder) as server:
         for name, person in (("my-photos", 35), ("class-photos", 36)):
             if SCREENSHOTS:
-                write_generated_photos(server, folder / "input" / name, seed=person)
+                write_generated_photos(folder / "input" / name, seed=person)
             else:
                 write_photos(folder / "input" / name, count=3, scale=2, person=person)
         prepare(server)
@@ -70,27 +74,18 @@ def page(browser, server) -> Iterator[ComfyPage]:
     page.close()
 
 
-def write_generated_photos(server: ComfyServer, folder: Path, seed: int, count: int = 6) -> None:
-    """Faces that the demo's base model draws, alike since each begins from the same picture."""
-    sampling = {
-        "positive": ["positive", 0], "negative": ["negative", 0], "model": ["base", 0], "cfg": 2.5,
-        "sampler_name": "dpmpp_2m", "scheduler": "karras", "steps": 25,
-    }  # fmt: skip
-    graph = {
-        "base": node("CheckpointLoaderSimple", ckpt_name=SD15["name"]),
-        "positive": node("CLIPTextEncode", clip=["base", 1], text="a photo of person"),
-        "negative": node("CLIPTextEncode", clip=["base", 1], text=""),
-        "empty": node("EmptyLatentImage", width=128, height=160, batch_size=1),
-        "first": node("KSampler", latent_image=["empty", 0], seed=seed, denoise=1.0, **sampling),
-        "repeated": node("RepeatLatentBatch", samples=["first", 0], amount=count),
-        "varied": node("KSampler", latent_image=["repeated", 0], seed=seed + 1, denoise=0.5, **sampling),
-        "decoded": node("VAEDecode", samples=["varied", 0], vae=["base", 2]),
-        "picture": node("PreviewImage", images=["decoded", 0]),
-    }
-    result = server.run(graph)
-    assert result.status == "success", result.error
+def write_generated_photos(folder: Path, seed: int) -> None:
+    """A face that the demo's base model draws, and views of it."""
+    job = Job("a photo of person", seed, size=PICTURE_SIZE, guidance=GUIDANCE)
+    (drawn,) = generate(load_base(BASE_FILE), [], [job], GenerateConfig())
+    width, height = PICTURE_SIZE
+    face = drawn.image.resize((4 * width, 4 * height), Image.Resampling.LANCZOS)
+    views = [
+        face,
+        ImageOps.mirror(face.rotate(3, Image.Resampling.BICUBIC)),
+        ImageEnhance.Brightness(ImageOps.crop(face, 12)).enhance(0.8),
+        ImageEnhance.Contrast(face.rotate(-4, Image.Resampling.BICUBIC)).enhance(1.2),
+    ]
     folder.mkdir(parents=True)
-    for number, entry in enumerate(result.outputs["picture"]["images"]):
-        picture = server.picture(entry)
-        size = (4 * picture.width, 4 * picture.height)
-        picture.resize(size, Image.Resampling.LANCZOS).save(folder / f"{number}.png")
+    for number, view in enumerate(views):
+        ImageOps.crop(view, 8).save(folder / f"{number}.png")

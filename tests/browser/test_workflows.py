@@ -13,12 +13,12 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 # What a user with a CPU and a minute would turn down.
 QUICK: dict[str, dict[str, Any]] = {
-    "FaceLoRATrain": {"resolution": 64, "steps": 40 if SCREENSHOTS else 2, "samples": 2 if SCREENSHOTS else 1},
-    "FaceLoRAStylePack": {"count": 4 if SCREENSHOTS else 2, "resolution": 144},
-    "EmptyLatentImage": {"width": 128, "height": 160},
+    "FaceLoRATrain": {"resolution": 64, "steps": 12 if SCREENSHOTS else 2, "samples": 1},
+    "FaceLoRAStylePack": {"count": 3 if SCREENSHOTS else 2, "resolution": 144 if SCREENSHOTS else 64},
+    "EmptyLatentImage": {"width": 128, "height": 160, "batch_size": 1},
     "FaceLoRALoadPhotos": {"check": False},
 }
-QUICK_SAMPLER = {"KSampler": {"steps": 20 if SCREENSHOTS else 2, "cfg": 2.5}}
+QUICK_SAMPLER = {"KSampler": {"steps": 12 if SCREENSHOTS else 2, "cfg": 2.5}}
 NAMES = [workflow.name for workflow in WORKFLOWS]
 
 
