@@ -166,9 +166,22 @@ class ComfyPage:
         )
         self._page.wait_for_timeout(1000)
 
-    def screenshot(self) -> Image.Image:
-        """What the page shows."""
-        return Image.open(io.BytesIO(self._page.screenshot())).convert("RGB")
+    def screenshot(self, node_type: str = "") -> Image.Image:
+        """What the page shows, or the part with the first node of a type."""
+        shown = Image.open(io.BytesIO(self._page.screenshot())).convert("RGB")
+        if not node_type:
+            return shown
+        left, top, right, bottom = self.run(
+            """(type) => {
+                const node = window.app.graph.nodes.find((node) => node.type === type)
+                const { scale, offset } = window.app.canvas.ds
+                const corner = (x, y) => [(x + offset[0]) * scale, (y + offset[1]) * scale]
+                const [x, y] = node.pos, [width, height] = node.size
+                return [...corner(x - 10, y - 40), ...corner(x + width + 10, y + height + 10)]
+            }""",
+            node_type,
+        )
+        return shown.crop((round(left), round(top), round(right), round(bottom)))
 
     def close(self) -> None:
         self._page.context.close()

@@ -13,7 +13,7 @@ STATUS = ".facelora-status"
 def train_node(seed: int, **widgets) -> list[dict]:
     """A graph for BUILD: photos -> Train Face LoRA."""
     quick = {
-        "name": f"panel-{seed}", "steps": 400, "resolution": 64, "samples": 100, "training_seed": seed,
+        "name": f"panel-{seed}", "steps": 60 if SCREENSHOTS else 400, "resolution": 64, "samples": 100, "training_seed": seed,
         "settings": "sample_steps = 4" if not SCREENSHOTS else "sample_every = 6\nsample_steps = 12",
     } | widgets  # fmt: skip
     base = {"key": "base", "type": "CheckpointLoaderSimple", "widgets": {"ckpt_name": SD15["name"]}, "links": {}}
@@ -63,9 +63,9 @@ def test_a_training_is_followed_on_two_pages_through_a_reload_and_kept(page, bro
     assert points(page, "loss") >= 4, "the curve begins where the training began"
     assert page.page.locator(".facelora-photos img").count() >= 3
     if SCREENSHOTS:
-        wait_for_step(page, 20, 600)
+        wait_for_step(page, 30, 600)
         page.fit()
-        page.screenshot().save(IMAGES / "panel.jpg", quality=88)
+        page.screenshot("FaceLoRATrain").save(IMAGES / "panel.jpg", quality=88)
 
     other.page.click(".facelora-keep")
     result = server.wait(prompt_id, 300)

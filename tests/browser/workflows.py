@@ -83,6 +83,7 @@ def apply(key: str = "apply", strength: float = 0.8, lora_name: str = CONNECTED,
     return Node(
         key, "FaceLoRAApply", {"lora_name": lora_name, "strength_model": strength, "strength_clip": strength},
         {"model": "base.MODEL", "clip": "base.CLIP"} | links, title=f"Apply LoRA at {strength}" if key != "apply" else "",
+        height=360,
     )  # fmt: skip
 
 
