@@ -22,6 +22,7 @@ SETTINGS = {
     "Comfy.Validation.Workflows": True,
     "Comfy.Graph.CanvasInfo": False,
     "Comfy.Minimap.Visible": False,
+    "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # texts stay readable on a screenshot of a whole graph
 }
 UNSEEN = "filename=%28no+single+pictures%29"
 """The frontend asks for a preview of whatever stands in an upload widget, and shows nothing when there is none."""
