@@ -75,8 +75,10 @@ def _fit_together(kind: str, shapes: Shapes) -> bool:
         return False
     if kind in ("lora", "locon", "dora"):
         rank = shapes["down"][0]
-        core = shapes.get("mid", (rank, rank))
-        fits = shapes["up"][1] == rank and math.prod(shapes["up"][2:]) == 1 and core[:2] == (rank, rank)
+        fits = shapes["up"][1] == rank and math.prod(shapes["up"][2:]) == 1
+        if "mid" in shapes:
+            core = shapes["mid"]
+            fits = fits and len(core) == 4 and core[:2] == (rank, rank) and math.prod(shapes["down"][2:]) == 1
     elif kind == "loha":
         fits = all(_product(shapes, f"hada_w{n}", f"hada_t{n}") for n in "12")
         fits = fits and _product(shapes, "hada_w1", "hada_t1") == _product(shapes, "hada_w2", "hada_t2")
@@ -96,7 +98,7 @@ def _product(shapes: Shapes, name: str, core_name: str | None) -> tuple[int, ...
         return None
     if core is None:
         return (first[0], second[1]) if first[1] == second[0] else None
-    return (first[1], second[1], *core[2:]) if core[:2] == (first[0], second[0]) else None
+    return (first[1], second[1], *core[2:]) if len(core) == 4 and core[:2] == (first[0], second[0]) else None
 
 
 def needs_base(kind: str, roles: Collection[str]) -> bool:
