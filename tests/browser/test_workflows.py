@@ -47,7 +47,7 @@ def test_a_workflow_opens_without_a_warning_and_runs(name, page, server, lora, r
     assert "not loaded" not in result.log
     assert page.complaints() == []
     shown = [image for output in result.outputs.values() for image in output.get("images", ())]
-    assert shown or name == "6 Inspect and convert a LoRA"
+    assert shown or name == "6-inspect-and-convert-lora"
     if SCREENSHOTS:
         page.fit()
         picture = page.screenshot()
@@ -71,5 +71,5 @@ def test_the_template_browser_lists_them_and_opens_one(page, server, lora):
     assert sorted(server.get("/api/workflow_templates")[pack]) == sorted(NAMES)
     page.go(f"/?template={NAMES[2]}&source={pack}")
     page.wait_for("() => window.app.graph.nodes.some((node) => node.type === 'FaceLoRAApply')")
-    preview = server.read(f"/api/workflow_templates/{pack}/{NAMES[2].replace(' ', '%20')}.jpg")
+    preview = server.read(f"/api/workflow_templates/{pack}/{NAMES[2]}.jpg")
     assert preview[:2] == b"\xff\xd8"

@@ -54,6 +54,7 @@ class Step:
 @dataclass(frozen=True)
 class Workflow:
     name: str
+    """Of the file and in the template browser, whose links take letters, digits, '.', '-' and '_' only."""
     steps: list[Step]
 
 
@@ -186,7 +187,7 @@ def comparison() -> Workflow:
             )
         )  # fmt: skip
     return Workflow(
-        "5 Compare strengths and checkpoints",
+        "5-compare-strengths-and-checkpoints",
         [
             Step(
                 "Base model and reference",
@@ -224,15 +225,15 @@ def comparison() -> Workflow:
 
 WORKFLOWS = [
     photos_to_headshots(
-        "1 Photos to headshots SD1.5", SD15, "my-face", "SD1.5",
+        "1-photos-to-headshots-sd15", SD15, "my-face", "SD1.5",
         "The checkpoint is a small one to begin with; any SD1.5 model that draws people well is better.",
     ),
     photos_to_headshots(
-        "2 Photos to headshots SDXL", SDXL, "my-face-sdxl", "SDXL",
+        "2-photos-to-headshots-sdxl", SDXL, "my-face-sdxl", "SDXL",
         "SDXL wants about 12 GB of GPU memory at 1024 pixels; a lower `resolution` needs less.",
     ),
     Workflow(
-        "3 An existing LoRA with a style pack",
+        "3-existing-lora-with-style-pack",
         [
             Step(
                 "Base model and LoRA",
@@ -247,7 +248,7 @@ WORKFLOWS = [
         ],
     ),
     Workflow(
-        "4 Train with prior preservation and masks",
+        "4-prior-preservation-and-masks",
         [
             Step(
                 "Photos of the person",
@@ -318,7 +319,7 @@ WORKFLOWS = [
     ),
     comparison(),
     Workflow(
-        "6 Inspect and convert a LoRA",
+        "6-inspect-and-convert-lora",
         [
             Step(
                 "Inspect",
