@@ -323,7 +323,8 @@ def test_the_running_average_is_what_is_saved(bases, caches):
 
 
 def test_a_missing_optimizer_package_is_named_with_the_command(bases, caches, monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    for name in ("bitsandbytes", "bitsandbytes.optim"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingPackage, match="pip install bitsandbytes"):
         Run(person_only(caches["sd15"]), bases["sd15"], replace(PLAIN, optimizer="adamw8bit"), CPU)
 
