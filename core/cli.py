@@ -526,7 +526,9 @@ def run_score(options: argparse.Namespace) -> None:
     person = Reference([photo.image() for photo in reference])
     found = person.compare(photo.image() for photo in images)
     scores = [Score.of(photo.name, *seen) for photo, seen in zip(images, found, strict=True)]
-    order = sorted(range(len(images)), key=lambda index: scores[index].likeness or -1, reverse=True)
+    order = sorted(
+        range(len(images)), key=lambda index: -2.0 if (score := scores[index].likeness) is None else score, reverse=True
+    )
     if options.sheet:
         tiles = [(images[index].image(shorter_side=256), str(scores[index])) for index in order]
         rows = [tiles[start : start + 6] for start in range(0, len(tiles), 6)]

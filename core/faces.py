@@ -102,7 +102,7 @@ class Reference:
     def __init__(self, photos: Sequence[Image.Image], network: FaceNetwork | None = None):
         """The network is the default one if None is given. BadPhoto when no photo shows a face."""
         self.network: FaceNetwork = network or load_faces()
-        face = mean_face(_embed_one_by_one(self.network, photos))
+        face = mean_face(embed_one_by_one(self.network, photos))
         if face is None:
             raise BadPhoto(f"no face was found in the {len(photos)} photos to compare with")
         self._face = face
@@ -123,7 +123,7 @@ class Reference:
         return round(float(likeness(vector, self._face[None])[0, 0]), 4), found[0]
 
 
-def _embed_one_by_one(network: FaceNetwork, images: Iterable[Image.Image]) -> np.ndarray:
+def embed_one_by_one(network: FaceNetwork, images: Iterable[Image.Image]) -> np.ndarray:
     """As `embed_images`, with one picture in memory at a time."""
     rows = [embed_images(network, [image]) for image in images]
     return np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)

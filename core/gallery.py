@@ -6,10 +6,12 @@ import html
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from .photos import Thresholds
+
 if TYPE_CHECKING:
     from .headshots import Headshot
 
-SAME_PERSON, SOMEONE_ELSE = 0.55, 0.40
+SAME_PERSON, SOMEONE_ELSE = Thresholds.likeness_review, Thresholds.likeness_reject
 """SFace: the same person mostly above, other people mostly below (docs/photos.md has the figures)."""
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .config import TrainConfig
 from .errors import BadPhoto
-from .faces import Face, FaceNetwork, embed_images, likeness, mean_face
+from .faces import Face, FaceNetwork, embed_images, embed_one_by_one, likeness, mean_face
 from .photos import Photo, Thresholds
 from .photos.captions import class_caption, default_caption
 from .photos.measure import hash_distance, perceptual_hash, pose
@@ -35,6 +35,8 @@ TOLERANCE = 0.01
 """Likeness that nobody sees: SFace's cosine moves as much when a photo is recompressed."""
 SURE_FACE = 56
 """Pixels of a face below which its likeness says little: half of what SFace looks at; ORL's faces have 72 and more."""
+FACE_SIDE, HASH_SIDE = 640, 64
+"""Shorter side, in pixels, at which a photo is enough for its face, and for its perceptual hash: JPEG files decode faster."""
 PATIENCE = 3
 """Measurements without a better one after which likeness counts as flat."""
 LEAK_LIMIT = 0.5
@@ -96,8 +98,8 @@ class LikenessWatch:
     def __init__(self, network: FaceNetwork, training: Sequence[Photo], held_out: Sequence[Photo], config: TrainConfig):
         """BadPhoto when no held-out photo shows a face."""
         self.network = network
-        self._training = _faces_of(network, training)
-        self._held_out = _faces_of(network, held_out)
+        self._training = _seen(_faces_of(network, training))
+        self._held_out = _seen(_faces_of(network, held_out))
         person = mean_face(self._held_out)
         if person is None:
             raise BadPhoto(f"no face was found in the {len(held_out)} photos held out: likeness cannot be measured")
@@ -130,7 +132,7 @@ class LikenessWatch:
         of_person, of_class, neutral = self._split(images)
         embedded = embed_images(self.network, of_person)
         scores = self._alike(embedded)
-        seen = embedded[~np.isnan(embedded).any(axis=1)]
+        seen = _seen(embedded)
         gap = (
             likeness(seen, self._training).max(axis=1) - likeness(seen, self._held_out).max(axis=1)
             if len(seen)
@@ -143,7 +145,7 @@ class LikenessWatch:
             scores=tuple(float(score) for score in scores),
             copying=float(np.mean(gap)),
             leakage=leaked - self._base_class,
-            drift=float(np.mean([_difference(a, b) for a, b in zip(self._base, neutral, strict=True)])),
+            drift=float(np.mean([picture_change(a, b) for a, b in zip(self._base, neutral, strict=True)])),
             merged=merged,
         )
 
@@ -258,12 +260,12 @@ def hold_out(photos: Sequence[Photo], count: int, network: FaceNetwork) -> tuple
 
     A photo that nearly repeats another is never held out: its twin would be trained on. BadPhoto when too few are left.
     """
-    embedded = _faces_of(network, photos, keep_missing=True)
+    embedded = _faces_of(network, photos)
     centre = mean_face(embedded)
     typical = (
         np.full(len(photos), -1.0) if centre is None else np.nan_to_num(likeness(embedded, centre[None])[:, 0], nan=-1)
     )
-    hashes = [perceptual_hash(photo.image()) for photo in photos]
+    hashes = [perceptual_hash(photo.image(shorter_side=HASH_SIDE)) for photo in photos]
     limits = Thresholds()
 
     def repeats_another(index: int) -> bool:
@@ -287,10 +289,14 @@ def hold_out(photos: Sequence[Photo], count: int, network: FaceNetwork) -> tuple
     )
 
 
-def _faces_of(network: FaceNetwork, photos: Sequence[Photo], keep_missing: bool = False) -> np.ndarray:
-    """float32 (N, D): who each photo shows, looked at one by one; rows of photos without a face are left out, or NaN."""
-    rows = np.concatenate([embed_images(network, [photo.image()]) for photo in photos])
-    return rows if keep_missing else rows[~np.isnan(rows).any(axis=1)]
+def _faces_of(network: FaceNetwork, photos: Sequence[Photo]) -> np.ndarray:
+    """float32 (N, D): who each photo shows; NaN without a face."""
+    return embed_one_by_one(network, (photo.image(shorter_side=FACE_SIDE) for photo in photos))
+
+
+def _seen(embedded: np.ndarray) -> np.ndarray:
+    """The rows that are faces."""
+    return embedded[~np.isnan(embedded).any(axis=1)]
 
 
 def _as_good(point: LikenessPoint, best: LikenessPoint) -> bool:
@@ -308,5 +314,6 @@ def _rounded(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
 
 
-def _difference(a: Image.Image, b: Image.Image) -> float:
+def picture_change(a: Image.Image, b: Image.Image) -> float:
+    """Mean absolute difference of two pictures of one size, in grey levels, 0 to 255."""
     return float(np.abs(np.asarray(a, dtype=np.float32) - np.asarray(b, dtype=np.float32)).mean())

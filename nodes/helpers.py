@@ -9,6 +9,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..core.faces import Reference
+from ..core.gallery import SAME_PERSON, SOMEONE_ELSE
 from ..core.generate import contact_sheet
 from ..core.lora_file import LoraFile
 from ..core.lora_inspect import format_inspection, inspect_lora
@@ -143,7 +144,7 @@ class LikenessScore(io.ComfyNode):
             [image_tensor(judged[index]) for index in order],
             [scores[index] for index in order],
             image_tensor(sheet),
-            image_tensor(score_plot([scores[index] for index in order], limits=(0.55, 0.40))),
+            image_tensor(score_plot([scores[index] for index in order], limits=(SAME_PERSON, SOMEONE_ELSE))),
             ui=ui.PreviewImage(image_tensor(sheet), cls=cls),
         )
 

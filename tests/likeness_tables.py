@@ -23,7 +23,7 @@ from core.demo import BASE_FILE, CONFIG, GUIDANCE, PICTURE_SIZE, Judge
 from core.demo.people import UNSEEN_PEOPLE, person_photos
 from core.faces import load_faces
 from core.generate import GenerateConfig, Job, generate
-from core.likeness import LIKENESS_KEY
+from core.likeness import LIKENESS_KEY, picture_change
 from core.lora_file import LoraFile
 from core.photos import Photo
 from core.photos.captions import class_caption, default_caption
@@ -116,14 +116,10 @@ def measure(name: str, person: Person, config: TrainConfig, prior: str) -> list[
                     likeness=float(np.mean(judge.likeness(of_person))),
                     rank1=judge.recognised(of_person) / len(of_person),
                     leakage=float(np.mean(judge.likeness(class_after)) - np.mean(judge.likeness(class_before))),
-                    drift=float(np.mean([change(a, b) for a, b in zip(class_before, class_after, strict=True)])),
+                    drift=float(np.mean([picture_change(a, b) for a, b in zip(class_before, class_after, strict=True)])),
                 )
             )  # fmt: skip
     return results
-
-
-def change(a: Image.Image, b: Image.Image) -> float:
-    return float(np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).mean())
 
 
 def rows(results: Sequence[Result]) -> list[tuple[str, ...]]:

@@ -20,6 +20,7 @@ from ..errors import BadConfig, BadFile
 from ..faces import FaceNetwork, embed_images, likeness, load_faces, mean_face
 from ..files import write_text
 from ..generate import GenerateConfig, Job, contact_sheet, generate
+from ..likeness import picture_change
 from ..lora_file import LoraFile
 from ..photos import Photo
 from ..photos_to_lora import train
@@ -149,7 +150,7 @@ def run(
         pictures=PICTURES,
         class_likeness_before=_mean(judge.likeness(class_before)),
         class_likeness_after=_mean(judge.likeness(class_after)),
-        class_change=_mean([_difference(a, b) for a, b in zip(class_before, class_after, strict=True)]),
+        class_change=_mean([picture_change(a, b) for a, b in zip(class_before, class_after, strict=True)]),
         faces_found={
             name: int((~np.isnan(embed_images(faces, images)).any(axis=1)).sum())
             for name, images in named.items()
@@ -201,7 +202,3 @@ def _centre(faces: FaceNetwork, photos: Sequence[Image.Image]) -> np.ndarray:
 
 def _mean(values: Sequence[float]) -> float:
     return round(float(np.mean(values)), 4)
-
-
-def _difference(a: Image.Image, b: Image.Image) -> float:
-    return float(np.abs(np.asarray(a, dtype=np.float32) - np.asarray(b, dtype=np.float32)).mean())
