@@ -4,21 +4,10 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from .cli_common import Command, split_strength
 from .errors import BadConfig
 from .photos_to_lora import SAVE_DTYPES, check_output
-
-
-def split_strength(text: str) -> tuple[str, float]:
-    """("face.safetensors", 0.8) of "face.safetensors:0.8"; without a number the strength is 1."""
-    path, separator, number = text.rpartition(":")
-    if separator and path:
-        try:
-            return path, float(number)
-        except ValueError:
-            pass
-    return text, 1.0
 
 
 def _progress(name: str) -> Callable[[int, int], None]:
@@ -183,9 +172,7 @@ def run_metadata(options: argparse.Namespace) -> None:
     print(options.output or options.file)
 
 
-LORA_COMMANDS: tuple[
-    tuple[str, str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Any]], ...
-] = (
+LORA_COMMANDS: tuple[Command, ...] = (
     ("inspect", "say what is in a LoRA file", add_inspect, run_inspect),
     ("verify", "look for what is wrong with a LoRA file", add_verify, run_verify),
     ("convert", "write a LoRA with the names that another tool wants", add_convert, run_convert),

@@ -1,0 +1,120 @@
+"""What several commands share: the device, a LoRA with its strength, and the progress that is shown."""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from .errors import BadConfig
+
+Command = tuple[str, str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Any]]
+"""Name, what it does, what adds its options to a parser, and what runs it: its return value is the exit code, or None for 0."""
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; default: the best there is")
+
+
+def device_from(options: argparse.Namespace):
+    if options.device is None:
+        return None
+    import torch
+
+    try:
+        device = torch.device(options.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadConfig(f"--device {options.device}: {reason}") from None
+    return device
+
+
+def split_strength(text: str) -> tuple[str, float]:
+    """("face.safetensors", 0.8) of "face.safetensors:0.8"; without a number the strength is 1."""
+    path, separator, number = text.rpartition(":")
+    if separator and path:
+        try:
+            return path, float(number)
+        except ValueError:
+            pass
+    return text, 1.0
+
+
+class BarProgress:
+    """Progress bars on stderr, which look at the loss no more than twice a second."""
+
+    def __init__(self) -> None:
+        self._bar, self._name, self._shown = None, "", 0.0
+
+    def __enter__(self) -> "BarProgress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _bar_for(self, name: str, total: int):
+        from tqdm import tqdm
+
+        if self._bar is None or self._name != name:
+            self.__exit__()
+            self._bar, self._name = tqdm(total=total, desc=name, dynamic_ncols=True, file=sys.stderr), name
+        return self._bar
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        bar = self._bar_for(name, total)
+        bar.update(done - bar.n)
+
+    def step(self, report) -> None:
+        bar = self._bar_for("training", report.steps)
+        if bar.n == 0 and report.step > 1:
+            bar.initial = bar.n = report.step - 1  # resumed: the rate counts this session's steps only
+        now = time.monotonic()
+        if now - self._shown > 0.5 or report.step == report.steps:
+            self._shown = now
+            alike = f", likeness {report.likeness.likeness:.2f}" if report.likeness else ""
+            memory = f", {report.memory / 2**30:.1f} GiB" if report.memory else ""
+            bar.set_postfix_str(f"loss {report.loss:.4f}, lr {report.learning_rate:.1e}{alike}{memory}", refresh=False)
+            bar.update(report.step - bar.n)
+
+    def warning(self, message: str) -> None:
+        if self._bar is not None:
+            self._bar.clear()
+        print(f"warning: {message}", file=sys.stderr)
+
+
+class JsonProgress:
+    """The same as lines of JSON on stdout, at most twice a second and for the last step."""
+
+    def __init__(self) -> None:
+        self._shown = 0.0
+
+    def __enter__(self) -> "JsonProgress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        self._print(done == total, phase=name, done=done, total=total)
+
+    def step(self, report) -> None:
+        now = time.monotonic()
+        if report.step == report.steps or now - self._shown > 0.5:
+            self._print(
+                True, phase="training", step=report.step, steps=report.steps, loss=report.loss,
+                learning_rate=report.learning_rate, seconds_per_step=report.seconds_per_step,
+                seconds_left=report.seconds_left, memory=report.memory,
+                likeness=report.likeness and dataclasses.asdict(report.likeness),
+            )  # fmt: skip
+
+    def warning(self, message: str) -> None:
+        self._print(True, warning=message)
+
+    def _print(self, always: bool, **values: Any) -> None:
+        if always or time.monotonic() - self._shown > 0.5:
+            self._shown = time.monotonic()
+            print(json.dumps(values), flush=True)
