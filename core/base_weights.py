@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .errors import BadFile, UnknownFamily
 from .families.clip import OPENCLIP_LAYER
-from .families.ldm import diffusers_unet_path
 from .lora_keys import FAMILIES, FamilyKeys, Fusion, ModuleId, Place, families_of
+from .lora_keys.ldm import diffusers_unet_path
 from .safetensors_file import SafetensorsFile
 
 _DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")

@@ -13,7 +13,8 @@ from diffusers.loaders.single_file_utils import (
 from core.base import load_base
 from core.errors import UnknownFamily, UnmatchedKeys
 from core.families import FAMILIES, clip
-from core.families.ldm import diffusers_unet_path, diffusers_vae_path, ldm_unet_path, ldm_vae_path
+from core.families.ldm import diffusers_vae_path, ldm_vae_path
+from core.lora_keys.ldm import diffusers_unet_path, ldm_unet_path
 from core.safetensors_file import SafetensorsFile
 from tests.tooling import (
     FULL_SD15,

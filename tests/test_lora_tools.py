@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import BadConfig, BadFile, LoraMisfit, UnmatchedKeys
-from core.families.ldm import ldm_unet_path
 from core.lora_file import LoraFile, LoraModule, legacy_hash, model_hash
 from core.lora_keys import FAMILIES
+from core.lora_keys.ldm import ldm_unet_path
 from core.lora_tools import (
     convert_lora,
     extract_lora,

@@ -17,7 +17,8 @@ from core.cache import EncodedImage, LatentCache
 from core.demo.people import person_photos
 from core.families import FAMILIES
 from core.families.clip import TOKENIZER_FOLDER
-from core.families.ldm import ldm_unet_path, ldm_vae_path
+from core.families.ldm import ldm_vae_path
+from core.lora_keys.ldm import ldm_unet_path
 from core.safetensors_file import Layout, write_safetensors
 
 

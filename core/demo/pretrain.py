@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from ..base import load_base
 from ..config import TrainConfig
 from ..families.clip import load_tokenizer
-from ..families.ldm import ldm_unet_path, ldm_vae_path
+from ..families.ldm import ldm_vae_path
+from ..lora_keys.ldm import ldm_unet_path
 from ..objective import NoiseSchedule
 from ..safetensors_file import save_safetensors
 from .people import SEEN_PEOPLE, person_photos

@@ -1,37 +1,16 @@
-"""Names of the original (LDM) checkpoints of SD1.x and SDXL beside the diffusers names of the same modules.
-
-The original code numbers its UNet blocks in one flat list, diffusers in nested ones; the arithmetic between the two needs
-only the number of residual blocks of a level. Every table in the project that speaks of "LDM names" comes from here.
-"""
+"""What SD1.x and SDXL have in common: UNet and VAE read off an original (LDM) checkpoint."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import UnmatchedKeys
+from ..lora_keys.ldm import diffusers_unet_path, inverse, replace_head
 from .spec import Component, LazyTensors
 
-# Inside a residual block of the UNet: diffusers name -> original name.
-_UNET_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-_UNET_OUTSIDE_BLOCKS = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _VAE_OUTSIDE_BLOCKS = {
     "mid_block.resnets.0": "mid.block_1",
@@ -39,76 +18,6 @@ _VAE_OUTSIDE_BLOCKS = {
     "mid_block.attentions.0": "mid.attn_1",
     "conv_norm_out": "norm_out",
 }
-
-
-def _replace_head(path: str, table: dict[str, str]) -> str:
-    """`path` with its leading component(s) replaced by the table, unchanged when no entry leads it."""
-    for old, new in table.items():
-        if path == old or path.startswith(old + "."):
-            return new + path[len(old) :]
-    return path
-
-
-def _inverse(table: dict[str, str]) -> dict[str, str]:
-    return {new: old for old, new in table.items()}
-
-
-def ldm_unet_path(path: str, layers_per_block: int = 2, attention_above: Callable[[int], bool] = lambda _: True) -> str:
-    """The original name of a UNet module or tensor, e.g. `input_blocks.4.1.proj_in` for `down_blocks.1.attentions.0.proj_in`.
-
-    `layers_per_block` is the number of residual blocks of a down level (2 in SD1.x and SDXL).
-    `attention_above(i)` says whether up level i has attentions: its upsampler then is entry 2 of its block, else entry 1.
-    """
-    match = re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", path)
-    if match:
-        side, level, kind, index, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
-        stride = layers_per_block + 1
-        if kind == "resnets":
-            rest = _replace_head(rest, _UNET_RESNET)
-        slot = {"resnets": 0, "attentions": 1, "downsamplers": 0}.get(kind)
-        if side == "down":
-            number = (level + 1) * stride if kind == "downsamplers" else level * stride + index + 1
-            if kind == "downsamplers":
-                rest = rest.replace("conv", "op", 1)
-            return f"input_blocks.{number}.{slot}.{rest}"
-        if kind == "upsamplers":
-            return f"output_blocks.{level * stride + layers_per_block}.{2 if attention_above(level) else 1}.{rest}"
-        return f"output_blocks.{level * stride + index}.{slot}.{rest}"
-    match = re.match(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", path)
-    if match:
-        if match[1] == "attentions":
-            return f"middle_block.1.{match[3]}"
-        return f"middle_block.{2 * int(match[2])}.{_replace_head(match[3], _UNET_RESNET)}"
-    return _replace_head(path, _UNET_OUTSIDE_BLOCKS)
-
-
-def diffusers_unet_path(path: str, layers_per_block: int = 2) -> str:
-    """The diffusers name of an original UNet module or tensor: the inverse of `ldm_unet_path`."""
-    stride = layers_per_block + 1
-    if path.startswith("input_blocks.0."):
-        return _replace_head(path, _inverse(_UNET_OUTSIDE_BLOCKS))
-    match = re.match(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.+)", path)
-    if match:
-        number, slot, rest = int(match[2]), int(match[3]), match[4]
-        if match[1] == "input":
-            level, index = divmod(number - 1, stride)
-            if index == layers_per_block:
-                return f"down_blocks.{level}.downsamplers.0.{rest.replace('op', 'conv', 1)}"
-            side = "down"
-        else:
-            level, index = divmod(number, stride)
-            if slot == 2 or (slot == 1 and rest.startswith("conv.")) or (slot == 1 and rest == "conv"):
-                return f"up_blocks.{level}.upsamplers.0.{rest}"
-            side = "up"
-        if slot == 0:
-            return f"{side}_blocks.{level}.resnets.{index}.{_replace_head(rest, _inverse(_UNET_RESNET))}"
-        return f"{side}_blocks.{level}.attentions.{index}.{rest}"
-    match = re.match(r"middle_block\.(\d+)\.(.+)", path)
-    if match:
-        if match[1] == "1":
-            return f"mid_block.attentions.0.{match[2]}"
-        return f"mid_block.resnets.{int(match[1]) // 2}.{_replace_head(match[2], _inverse(_UNET_RESNET))}"
-    return _replace_head(path, _inverse(_UNET_OUTSIDE_BLOCKS))
 
 
 def ldm_vae_path(path: str, levels: int = 4) -> str:
@@ -121,11 +30,11 @@ def ldm_vae_path(path: str, levels: int = 4) -> str:
         level, kind, index, tail = int(match[1]), match[2], match[3], match[4]
         block = f"down.{level}" if side == "encoder" else f"up.{levels - 1 - level}"
         if kind == "resnets":
-            return f"{side}.{block}.block.{index}.{_replace_head(tail, {'conv_shortcut': 'nin_shortcut'})}"
+            return f"{side}.{block}.block.{index}.{replace_head(tail, {'conv_shortcut': 'nin_shortcut'})}"
         return f"{side}.{block}.{kind.removesuffix('rs')}.{tail}"
-    rest = _replace_head(rest, _VAE_OUTSIDE_BLOCKS)
+    rest = replace_head(rest, _VAE_OUTSIDE_BLOCKS)
     if rest.startswith("mid.attn_1."):
-        rest = "mid.attn_1." + _replace_head(rest.removeprefix("mid.attn_1."), _VAE_ATTENTION)
+        rest = "mid.attn_1." + replace_head(rest.removeprefix("mid.attn_1."), _VAE_ATTENTION)
     return f"{side}.{rest}"
 
 
@@ -140,10 +49,10 @@ def diffusers_vae_path(path: str, levels: int = 4) -> str:
         block = f"down_blocks.{level}" if side == "encoder" else f"up_blocks.{levels - 1 - level}"
         if sampler:
             return f"{side}.{block}.{sampler}rs.0.{tail}"
-        return f"{side}.{block}.resnets.{index}.{_replace_head(tail, {'nin_shortcut': 'conv_shortcut'})}"
+        return f"{side}.{block}.resnets.{index}.{replace_head(tail, {'nin_shortcut': 'conv_shortcut'})}"
     if rest.startswith("mid.attn_1."):
-        rest = "mid.attn_1." + _replace_head(rest.removeprefix("mid.attn_1."), _inverse(_VAE_ATTENTION))
-    return f"{side}.{_replace_head(rest, _inverse(_VAE_OUTSIDE_BLOCKS))}"
+        rest = "mid.attn_1." + replace_head(rest.removeprefix("mid.attn_1."), inverse(_VAE_ATTENTION))
+    return f"{side}.{replace_head(rest, inverse(_VAE_OUTSIDE_BLOCKS))}"
 
 
 def count_children(names: Iterable[str], prefix: str) -> int:

@@ -3,8 +3,8 @@
 import re
 from functools import partial
 
-from ..families.ldm import diffusers_unet_path, ldm_unet_path
 from .family import FamilyKeys, Fusion, Sign
+from .ldm import diffusers_unet_path, ldm_unet_path
 
 _ORIGINAL_ROOTS = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
 
