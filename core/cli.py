@@ -15,6 +15,7 @@ from .cli_lora import LORA_COMMANDS
 from .cli_pictures import PICTURE_COMMANDS
 from .config import TrainConfig, config_from
 from .errors import BadConfig, BadFile, FaceLoraError
+from .recipes import RECIPES, recipe_settings
 
 
 class Cancelled(FaceLoraError):
@@ -68,6 +69,10 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", type=Path, metavar="FILE.toml", help="settings; options given here win over the file's"
     )
+    parser.add_argument(
+        "--recipe", choices=tuple(RECIPES),
+        help="settings for little, usual or much time, which the file's and the options here win over",
+    )  # fmt: skip
     parser.add_argument(
         "--resume", action="store_true", help="go on from the saved state of the same run if there is one"
     )
@@ -123,15 +128,16 @@ def _pattern_of(number: type) -> Callable[[str], tuple[str, Any]]:
     return parse
 
 
-def settings_from(options: argparse.Namespace) -> TrainConfig:
-    """The TrainConfig of a TOML file, overridden by the options given on the command line."""
+def settings_from(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings of a TOML file, overridden by the options given on the command line."""
     settings = read_toml(options.config) if options.config else {}
+    settings = {name.replace("-", "_"): value for name, value in settings.items()}
     for name, value in vars(options).items():
         if name.startswith("setting_"):
             if value and isinstance(value, list) and isinstance(value[0], tuple):
                 value = dict(value)
             settings[name.removeprefix("setting_")] = value
-    return config_from(settings)
+    return settings
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -148,10 +154,16 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def run_train(options: argparse.Namespace) -> None:
+    from .base import load_base
     from .likeness import LIKENESS_KEY
     from .photos_to_lora import state_path, train
 
-    config = settings_from(options)
+    settings = settings_from(options)
+    schedule = {name: settings[name] for name in ("prediction_type", "zero_terminal_snr") if name in settings}
+    base = load_base(options.base, **schedule)
+    if options.recipe:
+        settings = recipe_settings(options.recipe, base.family.name, settings)
+    config = config_from(settings)
     stop = _StopOnSignal()
     progress = JsonProgress() if options.json else BarProgress()
 
@@ -170,7 +182,7 @@ def run_train(options: argparse.Namespace) -> None:
 
     with stop, progress:
         lora = train(
-            options.photos, options.base, config,
+            options.photos, base, config,
             output=options.output, class_photos=options.class_photos, continue_from=options.continue_from,
             resume=options.resume, strict=options.strict, device=device_from(options),
             on_step=on_step, on_phase=on_phase, on_warning=progress.warning,

@@ -24,34 +24,19 @@ from ..core.base import Base
 from ..core.cache import cache_folder, content_key
 from ..core.config import TrainConfig, config_from, settings_of_the_file
 from ..core.errors import BadConfig, BadFile, FaceLoraError
+from ..core.families import FAMILIES
 from ..core.files import write_text
 from ..core.generate import contact_sheet
 from ..core.likeness import LikenessPoint
 from ..core.lora_file import LoraFile, model_hash
 from ..core.photos import Photo
 from ..core.photos_to_lora import SAVE_DTYPES, train
+from ..core.recipes import MEASUREMENTS, RECIPES, recipe_settings
 from ..core.training import StepReport, StopAndKeep
 from . import panel
 from .convert import FacePhotos, LoraModel, base_from, image_tensor, lora_file, lora_model, photos_of, trained_family
 from .plot import loss_plot
 
-RECIPES: dict[str, dict[str, dict[str, Any]]] = {
-    "fast": {
-        "sd15": {"steps": 400, "rank": 8, "learning_rate": 2e-4},
-        "sdxl": {"steps": 400, "rank": 8, "learning_rate": 1e-4},
-    },
-    "balanced": {
-        "sd15": {"steps": 1000, "rank": 16, "learning_rate": 1e-4},
-        "sdxl": {"steps": 1200, "rank": 16, "learning_rate": 1e-4},
-    },
-    "best likeness": {
-        "sd15": {"steps": 2000, "rank": 32, "learning_rate": 1e-4, "hold_out": 2},
-        "sdxl": {"steps": 2400, "rank": 32, "learning_rate": 5e-5, "hold_out": 2},
-    },
-}
-"""Name -> family -> settings. With photos held out, likeness is measured and the best checkpoint is kept."""
-MEASUREMENTS = 8
-"""Times that likeness is measured where no samples are asked for."""
 KEY = "facelora.key"
 """In a LoRA's metadata: what it was made from, as a hash. The file that a run would make is found by it."""
 TRAINING_VERSION = "1"
@@ -91,7 +76,7 @@ class TrainFaceLora(io.ComfyNode):
                 io.String.Input("class_word", default="person", tooltip=f"{_help('class_word')}."),
                 io.Combo.Input(
                     "recipe", options=list(RECIPES), default="balanced",
-                    tooltip="; ".join(f"{name}: {_described(families)}" for name, families in RECIPES.items())
+                    tooltip="; ".join(f"{name}: {_described(name)}" for name in RECIPES)
                     + ". With photos held out, likeness is measured and the best checkpoint is kept.",
                 ),
                 io.Int.Input(
@@ -203,11 +188,12 @@ def _help(setting: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def _described(families: dict[str, dict[str, Any]]) -> str:
-    """The settings, those of the families with a slash between where they differ."""
+def _described(recipe: str) -> str:
+    """The recipe's settings, those of the families with a slash between where they differ."""
+    families = {family: recipe_settings(recipe, family) for family in FAMILIES}
     settings = []
-    for name in families["sd15"]:
-        values = dict.fromkeys(f"{recipe[name]:g}" for recipe in families.values())
+    for name in ("steps", "batch_size", "rank", "learning_rate"):
+        values = dict.fromkeys(f"{settings[name]:g}" for settings in families.values())
         settings.append(f"{name.replace('_', ' ')} {'/'.join(values)}")
     return ", ".join(settings) + f" ({'/'.join(families)})"
 
@@ -217,16 +203,16 @@ def _config(
     resolution: int, seed: int, sample_prompts: str, settings: str,
 ) -> TrainConfig:  # fmt: skip
     """The TrainConfig of the node's widgets: the recipe, then the widgets that are not 0, then the settings."""
-    if recipe not in RECIPES:
-        raise BadConfig(f"recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
     widgets = {"steps": steps, "rank": rank, "learning_rate": learning_rate, "resolution": resolution}
-    chosen = RECIPES[recipe][family] | {name: value for name, value in widgets.items() if value}
-    chosen |= {"trigger_word": trigger_word, "class_word": class_word, "seed": seed} | _toml(settings)
+    given = {name: value for name, value in widgets.items() if value}
+    given |= {"trigger_word": trigger_word, "class_word": class_word, "seed": seed} | _toml(settings)
     prompts = [line.strip() for line in sample_prompts.splitlines() if line.strip()]
-    looks = samples or (MEASUREMENTS if chosen.get("hold_out") else 0)
-    if looks:
-        chosen.setdefault("sample_every", max(1, -(-chosen["steps"] // looks)))
-    return config_from(chosen | ({"sample_prompts": prompts} if prompts else {}))
+    if prompts:
+        given["sample_prompts"] = prompts
+    chosen = recipe_settings(recipe, family, given)
+    if samples and "sample_every" not in given:
+        chosen["sample_every"] = max(1, -(-chosen["steps"] // samples))
+    return config_from(chosen)
 
 
 def _toml(text: str) -> dict[str, Any]:

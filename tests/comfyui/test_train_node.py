@@ -285,13 +285,13 @@ def test_two_queued_graphs_are_trained_one_after_the_other(server, trained):
     assert not same(tensors(server, "first"), tensors(server, "second"))
 
 
-def test_best_likeness_measures_and_keeps_the_best(server, trained):
+def test_the_best_recipe_measures_and_keeps_the_best(server, trained):
     write_photos(server.folder / "input" / "frida", count=6, person=37, scale=2)
     settings = "sample_steps = 1\nlikeness_pictures = 1\nsample_guidance = 1.0"
     changes: dict[str, Any] = {
         "folder": "frida",
         "name": "best",
-        "recipe": "best likeness",
+        "recipe": "best",
         "samples": 1,
         "settings": settings,
     }
