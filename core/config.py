@@ -150,15 +150,27 @@ class TrainConfig:
         return float(rank if self.alpha is None else self.alpha)
 
 
-_DISPLAY = ("sample_every", "sample_prompts", "sample_guidance", "sample_steps")
 _NO_EFFECT = ("state_interval", "gradient_checkpointing")
+_WHEN_SAMPLED = ("sample_every", "sample_prompts")
+_HOW_SAMPLED = ("sample_guidance", "sample_steps", "likeness_pictures")
+_WHICH_IS_SAVED = ("save_every", "save_precision", "thumbnail", "keep", "merge_best", "stop_early")
+# Every other setting decides the steps themselves.
 
 
 def settings_of_the_file(config: TrainConfig) -> dict[str, Any]:
-    """The settings that the trained files depend on: all but those of what is shown on the way, and of memory."""
+    """The settings that the trained files depend on: all but those of memory, and of samples that are only shown."""
     samples_matter = config.hold_out or config.thumbnail
-    left_out = _NO_EFFECT if samples_matter else (*_NO_EFFECT, *_DISPLAY)
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in left_out}
+    return _settings_without(config, _NO_EFFECT + (() if samples_matter else _WHEN_SAMPLED + _HOW_SAMPLED))
+
+
+def settings_of_the_steps(config: TrainConfig, measured: bool) -> dict[str, Any]:
+    """The settings that a run cannot change when it is resumed; where likeness is `measured`, also how samples are drawn."""
+    changeable = _NO_EFFECT + _WHEN_SAMPLED + _WHICH_IS_SAVED
+    return _settings_without(config, changeable + (() if measured else _HOW_SAMPLED))
+
+
+def _settings_without(config: TrainConfig, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in names}
 
 
 _RANGES: tuple[tuple[str, float, float], ...] = (

@@ -22,7 +22,7 @@ from .lora_file import LoraFile
 from .photos import Photo, bucket_sizes
 from .photos.captions import class_caption, default_caption
 from .sampling import SAMPLER_TITLES, SAMPLERS, decode_latents, encode_pictures, encode_prompts, sample_latents
-from .training import Sampler, device_and_dtype
+from .training import Sampler, Shot, device_and_dtype
 
 SAMPLE_BATCH = 4
 """Pictures that are drawn at a time while training."""
@@ -197,16 +197,15 @@ def training_sampler(
     config: TrainConfig,
     encoded: Mapping[str, Conditioning],
     device: torch.device,
-    shots: Sequence[tuple[str, int]],
     size: tuple[int, int] | None = None,
 ) -> Sampler:
-    """A Sampler of the shots, (prompt, seed) each; `encoded` holds their conditioning and that of "".
+    """A Sampler of shots whose prompts, and "", `encoded` holds the conditioning of.
 
     `size` is (width, height) in pixels; None: the square that the base was trained at.
     """
     width_height = picture_size(base, size)
 
-    def sample(denoiser: nn.Module, encoders: Mapping[str, nn.Module]) -> list[Image.Image]:
+    def sample(denoiser: nn.Module, encoders: Mapping[str, nn.Module], shots: Sequence[Shot]) -> list[Image.Image]:
         texts = encoded
         if encoders:
             wanted = sorted({prompt for prompt, _ in shots} | {""})
@@ -226,8 +225,8 @@ def training_sampler(
     return sample
 
 
-def sample_shots(config: TrainConfig) -> list[tuple[str, int]]:
-    """(prompt, seed) of the pictures that a training shows its user."""
+def sample_shots(config: TrainConfig) -> list[Shot]:
+    """The pictures that a training shows its user."""
     prompts = config.sample_prompts or (default_caption(config.trigger_word, config.class_word),)
     return [(prompt, config.seed + index) for index, prompt in enumerate(prompts)]
 

@@ -22,7 +22,7 @@ from .likeness import LikenessWatch, hold_out
 from .lora_file import LoraFile, fit
 from .photos import Photo, Thresholds, check_photos, face_regions, prepare, read_photos, trigger_hint, with_masks
 from .photos.report import REJECT
-from .training import CheckCancelled, OnStep, device_and_dtype, train_lora
+from .training import CheckCancelled, OnStep, Samples, device_and_dtype, train_lora
 
 SAVE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 OnPhase = Callable[[str, int, int], None]
@@ -129,15 +129,14 @@ def train(
     )
     for warning in dataset.warnings:
         on_warning(warning)
-    samples = sample_shots(config) if config.sample_every else []
-    shots = watch.shots if watch else []
+    shots = sample_shots(config) if config.sample_every else []
+    prompts = [prompt for prompt, _ in [*shots, *(watch.shots if watch else [])]]
     cache = encode(
-        dataset, base, config, device=device, extra_prompts=[prompt for prompt, _ in [*samples, *shots]],
-        on_progress=progress("encoding"),
+        dataset, base, config, device=device, extra_prompts=prompts, on_progress=progress("encoding"),
     )  # fmt: skip
     # Samples have the shape that most of the photos are trained at.
     size = max(dataset.bucket_counts().items(), key=lambda bucket: bucket[1])[0]
-    draw = partial(training_sampler, base, config, cache.text, device, size=size)
+    samples = Samples(training_sampler(base, config, cache.text, device, size), shots, watch) if shots else None
 
     def save(step: int, lora: LoraFile) -> None:
         assert output is not None
@@ -162,9 +161,7 @@ def train(
         state_path=None if output is None else state_path(output),
         resume=resume,
         extra_metadata=None if output is None else {"ss_output_name": output.stem},
-        sampler=draw(samples) if samples else None,
-        watch=watch,
-        watch_sampler=draw(shots) if shots else None,
+        samples=samples,
         on_step=on_step,
         on_save=save if output is not None else None,
         on_sample=on_sample or (save_samples if output is not None else None),

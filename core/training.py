@@ -7,9 +7,8 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -19,7 +18,7 @@ from . import adapters
 from .base import Base
 from .cache import EncodedImage, LatentCache
 from .checkpoint import RunState, pack_optimizer, read_state, unpack_optimizer
-from .config import TrainConfig
+from .config import TrainConfig, settings_of_the_steps
 from .errors import BadConfig, MissingPackage, OutOfMemory, TrainingDiverged
 from .families.spec import Conditioning
 from .likeness import LikenessPoint, LikenessWatch, Selection
@@ -31,11 +30,6 @@ CHECK_EVERY = 10
 """Steps between looks at whether the loss is still finite; each look waits for the device."""
 SMOOTHING = 0.98
 """Decay of the running mean of the loss."""
-_NOT_IDENTITY = {
-    "save_every", "sample_every", "sample_prompts", "state_interval", "save_precision", "thumbnail",
-    "gradient_checkpointing", "keep", "merge_best", "stop_early",
-}  # fmt: skip
-"""Settings that may change when a run is resumed, since they do not change its steps."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +58,22 @@ OnStep = Callable[[StepReport], None]
 CheckCancelled = Callable[[], None]
 """Is called many times in each step, and cancels by raising."""
 OnSave = Callable[[int, LoraFile], None]
-Sampler = Callable[[nn.Module, Mapping[str, nn.Module]], list[Image.Image]]
-"""(denoiser, text encoders) -> images with the adapter as it is now."""
+Shot = tuple[str, int]
+"""Prompt and seed of a picture."""
+Sampler = Callable[[nn.Module, Mapping[str, nn.Module], Sequence[Shot]], list[Image.Image]]
+"""(denoiser, text encoders, shots) -> an image of each shot with the adapter as it is now."""
 OnSample = Callable[[int, list[Image.Image]], None]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The pictures that a run makes of its checkpoints."""
+
+    sampler: Sampler
+    shots: Sequence[Shot] = ()
+    """What `on_sample` is given."""
+    watch: LikenessWatch | None = None
+    """Measures likeness on shots of its own. What is a shot of both is drawn once."""
 
 
 class StopAndKeep(Exception):
@@ -334,13 +341,15 @@ class Run:
         for network in (self.denoiser, *self.encoders.values()):
             network.train(training)
 
-    def sample(self, sampler: Sampler, values: Mapping[str, Tensor] | None = None) -> list[Image.Image]:
+    def sample(
+        self, sampler: Sampler, shots: Sequence[Shot], values: Mapping[str, Tensor] | None = None
+    ) -> list[Image.Image]:
         """Images with the adapter as it would be saved now, or with other `values` in it."""
         before = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self._set_training(False)
         self._put(self.trained() if values is None else values)
         try:
-            return sampler(self.denoiser, self.encoders)
+            return sampler(self.denoiser, self.encoders, shots)
         finally:
             self._put(before)
             self._set_training(True)
@@ -456,9 +465,7 @@ def train_lora(
     state_path: Path | None = None,
     resume: bool = False,
     extra_metadata: Mapping[str, str] | None = None,
-    sampler: Sampler | None = None,
-    watch: LikenessWatch | None = None,
-    watch_sampler: Sampler | None = None,
+    samples: Samples | None = None,
     on_step: OnStep | None = None,
     on_save: OnSave | None = None,
     on_sample: OnSample | None = None,
@@ -472,9 +479,9 @@ def train_lora(
     With `resume` the run goes on from that state, if there is one; on the same machine the result is the same, tensor
     for tensor, as of a run that was never interrupted. Whoever gave `state_path` deletes the state once the LoRA is safe.
     `on_save(step, lora)` is called every `save_every` steps (for the last one too, if another is kept), and
-    `on_sample(step, images)` every `sample_every`.
-    With a `watch`, whose shots `watch_sampler` draws, likeness is measured every `sample_every` steps and at the end, the
-    checkpoint that the watch chooses is the one that comes back, and the curve is in its metadata.
+    `on_sample(step, images)` every `sample_every`, with the shots of `samples`.
+    With a watch in `samples`, likeness is measured every `sample_every` steps and at the end, the checkpoint that the watch
+    chooses is the one that comes back, and the curve is in its metadata.
 
     TrainingDiverged when the loss is no longer finite; the last saved state is from before.
     """
@@ -483,8 +490,11 @@ def train_lora(
     # A ComfyUI node runs in inference mode, in which nothing can be trained.
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(forked), _explained_memory_error():
         run = Run(cache, base, config, device, continue_from, check_cancelled)
+        watch = samples.watch if samples else None
         selection = Selection(watch) if watch else None
-        identity = {} if state_path is None else run_identity(cache, base, config, dtype, continue_from)
+        identity = (
+            {} if state_path is None else run_identity(cache, base, config, dtype, continue_from, watch is not None)
+        )
         if resume and state_path is not None and state_path.exists():
             state = read_state(state_path, identity)
             if state.step > config.steps:
@@ -492,9 +502,9 @@ def train_lora(
             run.restore(state)
             if selection:
                 selection.unpack(state.tensors, state.scalars["likeness"])
-        if watch and watch_sampler:
+        if samples and watch:
             with run.adapter.disabled():
-                watch.see_base(run.sample(watch_sampler))
+                watch.see_base(run.sample(samples.sampler, watch.shots))
         started_at, first_step = time.time(), run.step
         last_state, started = time.monotonic(), time.monotonic()
         thumbnail: Image.Image | None = None
@@ -507,9 +517,16 @@ def train_lora(
             modules = run.adapter.modules(values)
             return LoraFile.from_modules(base.family.name, modules, metadata | dict(extra_metadata or {}))
 
-        def measure(values: Mapping[str, Tensor], merged: tuple[int, ...] = ()) -> None:
-            assert selection and watch_sampler
-            images = run.sample(watch_sampler, values)
+        def draw(shots: Sequence[Shot], values: Mapping[str, Tensor]) -> dict[Shot, Image.Image]:
+            assert samples
+            distinct = list(dict.fromkeys(shots))
+            return dict(zip(distinct, run.sample(samples.sampler, distinct, values), strict=True))
+
+        def measure(
+            drawn: Mapping[Shot, Image.Image], values: Mapping[str, Tensor], merged: tuple[int, ...] = ()
+        ) -> None:
+            assert selection
+            images = [drawn[shot] for shot in selection.watch.shots]
             selection.add(selection.watch.measure(run.step, images, merged), values)
 
         def save_state() -> None:
@@ -530,12 +547,17 @@ def train_lora(
 
         def look() -> None:
             nonlocal thumbnail
-            if sampler and on_sample:
-                images = run.sample(sampler)
+            if samples is None:
+                return
+            measured = selection.watch.shots if selection and not selection.has(run.step) else []
+            shown = samples.shots if on_sample else []
+            drawn = draw([*measured, *shown], run.trained())
+            if on_sample and shown:
+                images = [drawn[shot] for shot in shown]
                 thumbnail = images[0] if config.thumbnail else None
                 on_sample(run.step, images)
-            if selection and not selection.has(run.step):
-                measure(run.trained())
+            if measured:
+                measure(drawn, run.trained())
 
         def is_time_to_look() -> bool:
             return bool(config.sample_every) and run.step > 0 and run.step % config.sample_every == 0
@@ -570,10 +592,10 @@ def train_lora(
             return lora(run.trained(), run.step)
         with cancelled_with_a_state():
             if not selection.has(run.step):
-                measure(run.trained())
+                measure(draw(selection.watch.shots, run.trained()), run.trained())
             if config.merge_best and (average := selection.average(config.merge_best)):
                 steps, values = average
-                measure(values, merged=steps)
+                measure(draw(selection.watch.shots, values), values, merged=steps)
         kept, values = selection.choose() if config.keep == "best" else (selection.points[-1], run.trained())
         if on_save and config.save_every and (kept.merged or kept.step < run.step):
             on_save(run.step, lora(run.trained(), run.step))
@@ -607,10 +629,15 @@ def _report(run: Run, first_step: int, started: float, selection: Selection | No
 
 
 def run_identity(
-    cache: LatentCache, base: Base, config: TrainConfig, dtype: torch.dtype, continue_from: LoraFile | None = None
+    cache: LatentCache,
+    base: Base,
+    config: TrainConfig,
+    dtype: torch.dtype,
+    continue_from: LoraFile | None = None,
+    measured: bool = False,
 ) -> dict[str, str]:
     """What decides the result of a run, as text: equal for equal settings, photos and base model."""
-    settings: dict[str, Any] = {name: value for name, value in asdict(config).items() if name not in _NOT_IDENTITY}
+    settings = settings_of_the_steps(config, measured)
     settings["precision"] = str(dtype).removeprefix("torch.")
     if config.schedule == "constant":
         del settings["steps"]  # the steps so far are the same, however many follow

@@ -18,7 +18,7 @@ import torch
 
 from core.base import load_base
 from core.cli import main
-from core.config import TrainConfig, config_from, settings_of_the_file
+from core.config import TrainConfig, config_from, settings_of_the_file, settings_of_the_steps
 from core.errors import BadConfig
 from core.lora_file import LoraFile, LoraModule
 from core.safetensors_file import save_safetensors
@@ -323,6 +323,12 @@ def test_a_file_does_not_depend_on_what_is_only_shown():
     assert settings_of_the_file(plain) == settings_of_the_file(shown)
     measured = [TrainConfig(sample_every=every, hold_out=2) for every in (10, 20)]
     assert settings_of_the_file(measured[0]) != settings_of_the_file(measured[1])
+
+
+def test_how_samples_are_drawn_may_change_on_the_way_unless_likeness_is_measured_on_them():
+    few, many = TrainConfig(sample_every=10), TrainConfig(sample_every=10, sample_steps=30, sample_guidance=3.0)
+    assert settings_of_the_steps(few, measured=False) == settings_of_the_steps(many, measured=False)
+    assert settings_of_the_steps(few, measured=True) != settings_of_the_steps(many, measured=True)
 
 
 def test_a_base_is_named_by_its_file_and_never_by_its_folder(small_sd15):

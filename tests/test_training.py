@@ -18,7 +18,7 @@ from core.errors import MissingPackage, TrainingDiverged
 from core.families import FAMILIES
 from core.lora_file import LoraFile
 from core.safetensors_file import SafetensorsFile
-from core.training import Batches, Run, StopAndKeep, learning_rate_factor, train_lora
+from core.training import Batches, Run, Samples, StopAndKeep, learning_rate_factor, train_lora
 from tests.tooling import encoded_cache, encoded_image
 
 CPU = torch.device("cpu")
@@ -425,15 +425,15 @@ def test_a_run_that_is_cancelled_within_a_step_goes_on_exactly(bases, caches, tm
 
 
 def test_a_sampler_that_raises_also_leaves_a_state(bases, caches, tmp_path):
-    def sampler(denoiser, encoders):
+    def sampler(denoiser, encoders, shots):
         raise KeyboardInterrupt
 
     state = tmp_path / "run.state.safetensors"
     config = replace(PLAIN, steps=4, sample_every=1)
     with pytest.raises(KeyboardInterrupt):
         train_lora(
-            person_only(caches["sd15"]), bases["sd15"], config, device=CPU, state_path=state, sampler=sampler,
-            on_sample=lambda step, images: None,
+            person_only(caches["sd15"]), bases["sd15"], config, device=CPU, state_path=state,
+            samples=Samples(sampler, [("a", 1)]), on_sample=lambda step, images: None,
         )  # fmt: skip
     assert SafetensorsFile.open(state).metadata["step"] == "1"
 
@@ -442,11 +442,11 @@ def test_samples_are_made_without_dropout_and_training_goes_on_with_it(bases, ca
     run = Run(person_only(caches["sd15"]), bases["sd15"], replace(PLAIN, dropout=0.3), CPU)
     modes = []
 
-    def sampler(denoiser, encoders):
+    def sampler(denoiser, encoders, shots):
         modes.append(any(module.training for module in denoiser.modules()))
         return []
 
-    run.sample(sampler)
+    run.sample(sampler, [])
     assert modes == [False]
     assert all(layer.training for layer in run.adapter.layers.values())
 
@@ -473,7 +473,7 @@ def test_numbered_loras_and_samples_come_when_they_are_asked_for(bases, caches):
     config = replace(PLAIN, steps=6, save_every=2, sample_every=3, thumbnail=True)
     lora = train_lora(
         person_only(caches["sd15"]), bases["sd15"], config, device=CPU,
-        sampler=lambda denoiser, encoders: [Image.new("RGB", (512, 640), "red")],
+        samples=Samples(lambda denoiser, encoders, shots: [Image.new("RGB", (512, 640), "red")], [("a", 1)]),
         on_save=lambda step, lora: saved.append((step, lora.metadata["ss_steps"])),
         on_sample=lambda step, images: sampled.append((step, images[0].size)),
     )  # fmt: skip
