@@ -17,6 +17,7 @@ from .config import TrainConfig
 from .errors import BadFile
 from .families.clip import chunk_count
 from .families.spec import Conditioning
+from .methods import trains_text
 from .objective import shrink_mask
 from .photos import Dataset, TrainingImage
 from .photos.captions import class_caption
@@ -98,7 +99,7 @@ def encode(
     captions = [image.caption for image in dataset.images]
     class_captions = [without_trigger(image.caption, config) for image in dataset.images]
     prompts = sorted({*captions, *(class_captions if config.prior_prediction else ()), *extra_prompts, ""})
-    if config.text_encoder_lr:
+    if trains_text(config):
         prompts = []
     chunks = chunk_count([*captions, *extra_prompts])
     total = len(dataset.images) + len(prompts)

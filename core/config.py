@@ -6,15 +6,25 @@ the ComfyUI tooltips show.
 
 import dataclasses
 import math
+import pkgutil
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import BadConfig
 
 Targets = Literal["attention", "transformer", "transformer+conv"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+METHOD_NAMES = tuple(
+    module.name.replace("_", "-") for module in pkgutil.iter_modules([str(Path(__file__).parent / "methods")])
+)
+"""The files in `methods/`, so that a new one needs no other file."""
+if TYPE_CHECKING:
+    MethodName = str
+else:
+    MethodName = Literal[METHOD_NAMES]
 
 
 def option(default: Any, text: str) -> Any:
@@ -31,7 +41,7 @@ class TrainConfig:
     trigger_word: str = option("sks", "word that names the person in captions and prompts")
     class_word: str = option("person", "what the person is one of: person, woman, man, ...")
 
-    method: Literal["lora"] = option("lora", "what is trained")
+    method: MethodName = option("lora", "what is trained")
     rank: int = option(16, "rank of B·A, the size of the adapter")
     alpha: float | None = option(None, "the weight change is alpha / rank · B·A; default: equal to the rank")
     targets: Targets = option("transformer", "layers that are adapted: 'transformer' is Kohya's default set")

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from . import adapters
+from .adapters import Adapter
 from .base import Base
 from .cache import EncodedImage, LatentCache
 from .checkpoint import RunState, pack_optimizer, read_state, unpack_optimizer
@@ -23,6 +23,7 @@ from .errors import BadConfig, MissingPackage, OutOfMemory, TrainingDiverged
 from .families.spec import Conditioning
 from .likeness import LikenessPoint, LikenessWatch, Selection
 from .lora_file import LoraFile, model_hash
+from .methods import attach, trains_text
 from .objective import draw_noise, draw_timesteps, sample_losses
 from .training_metadata import training_metadata
 
@@ -142,16 +143,14 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
     return 1.0
 
 
-def build_optimizer(adapter: adapters.Adapter, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(adapter: Adapter, config: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer, with B's learning rate raised by the LoRA+ ratio and the text encoders' their own.
 
     `peak` in each group is the rate that the schedule scales. MissingPackage names what to install.
     """
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in adapter.parameters().items():
-        rate = config.learning_rate if name.startswith("denoiser.") else config.text_encoder_lr
-        ratio = config.lora_plus_ratio if name.endswith(".up") else 1.0
-        groups.setdefault(rate * ratio, []).append(parameter)
+        groups.setdefault(adapter.rate(name, config), []).append(parameter)
     described = [{"params": parameters, "lr": rate, "peak": rate} for rate, parameters in groups.items()]
     decay = config.weight_decay
     if config.optimizer == "adamw":
@@ -191,9 +190,9 @@ class Run:
         self.device, self.dtype = device_and_dtype(config, device)
         self.denoiser = base.load("denoiser", self.device, self.dtype)
         self.encoders: dict[str, nn.Module] = {}
-        if config.text_encoder_lr:
+        if trains_text(config):
             self.encoders = base.load_text_encoders(self.device, self.dtype)
-        self.adapter = adapters.attach({"denoiser": self.denoiser, **self.encoders}, base.family, config, continue_from)
+        self.adapter = attach({"denoiser": self.denoiser, **self.encoders}, base.family, config, continue_from)
         self._set_training(True)
         if check_cancelled:
             _check_often(self.denoiser, check_cancelled)
@@ -514,8 +513,7 @@ def train_lora(
                 cache, base, config, steps=step, started_at=started_at, precision=dtype,
                 gradient_checkpointing=run.recomputes, thumbnail=thumbnail,
             )  # fmt: skip
-            modules = run.adapter.modules(values)
-            return LoraFile.from_modules(base.family.name, modules, metadata | dict(extra_metadata or {}))
+            return run.adapter.export(values, base, metadata | dict(extra_metadata or {}))
 
         def draw(shots: Sequence[Shot], values: Mapping[str, Tensor]) -> dict[Shot, Image.Image]:
             assert samples

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from core import adapters
 from core.apply import apply
 from core.base import load_base
 from core.config import TrainConfig
 from core.errors import LoraMisfit, UnmatchedKeys
 from core.families import FAMILIES
 from core.lora_file import LoraFile
+from core.methods.lora import attach as attach_lora
 from core.training import Run
 from tests.tooling import diffusers_pipeline, encoded_cache, encoded_image
 
@@ -30,7 +30,7 @@ def loras(bases, tmp_path_factory) -> dict[str, LoraFile]:
     result = {}
     for name, base in bases.items():
         networks = {part: base.load(part, CPU, torch.float32) for part in ("denoiser", *base.family.text_encoders)}
-        adapter = adapters.attach(networks, base.family, CONFIG)
+        adapter = attach_lora(networks, base.family, CONFIG)
         generator = torch.Generator().manual_seed(4)
         values = {
             key: 0.1 * torch.randn(tensor.shape, generator=generator) for key, tensor in adapter.parameters().items()
@@ -91,7 +91,7 @@ def test_the_applied_lora_draws_what_the_adapter_drew_in_training(bases, tmp_pat
     run = Run(encoded_cache(base, [encoded_image(base, "a", "sks person", 1)]), base, config, CPU)
     for _ in range(3):
         run.train_step()
-    LoraFile.from_modules("sd15", run.adapter.modules(), {}).save(tmp_path / "a.safetensors", torch.float32)
+    run.adapter.export(run.parameters, base, {}).save(tmp_path / "a.safetensors", torch.float32)
     plain = base.load("denoiser", CPU, torch.float32)
     apply(LoraFile.read(tmp_path / "a.safetensors"), {"family": "sd15", "denoiser": plain})
     latents, context = torch.randn(1, 4, 8, 8), torch.randn(1, 77, 64)

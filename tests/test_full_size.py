@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from core import adapters
 from core.base import load_base
 from core.config import TrainConfig
 from core.families import FAMILIES
 from core.lora_file import LoraFile
+from core.methods.lora import attach as attach_lora
 from core.safetensors_file import SafetensorsFile
 from tests.tooling import FULL_SD15, FULL_SDXL, configs, diffusers_pipeline, write_checkpoint, write_photos
 
@@ -51,7 +51,7 @@ def test_names_and_shapes_are_those_of_sd_scripts(family, targets):
             networks[part] = FAMILIES[family].build(part, config)
     del networks["vae"]
     with torch.device("meta"):
-        adapter = adapters.attach(networks, FAMILIES[family], TrainConfig(rank=4, targets=targets))
+        adapter = attach_lora(networks, FAMILIES[family], TrainConfig(rank=4, targets=targets))
     values = {name: torch.zeros(tensor.shape) for name, tensor in adapter.parameters().items()}
     lora = LoraFile.from_modules(family, adapter.modules(values), {})
     found = {name: tuple(tensor.shape) for name, tensor in lora.tensors.items()}

@@ -65,7 +65,7 @@ def reference_prediction(base: Base, run: Run, leaves, noisy, timesteps, conditi
     """The frozen network of diffusers with W + alpha / rank * up @ down in the place of each adapted weight."""
     unet = base.load("denoiser", CPU, torch.float32)
     weights: dict[str, torch.Tensor] = dict(unet.named_parameters())
-    for _, path in run.adapter.layers:
+    for path in {name.removeprefix("denoiser.").rpartition(".")[0] for name in leaves}:
         down, up = leaves[f"denoiser.{path}.down"], leaves[f"denoiser.{path}.up"]
         change = 2.0 / 3 * (up.flatten(1) @ down.flatten(1))
         weights[f"{path}.weight"] = weights[f"{path}.weight"] + change.reshape(weights[f"{path}.weight"].shape)
@@ -448,7 +448,7 @@ def test_samples_are_made_without_dropout_and_training_goes_on_with_it(bases, ca
 
     run.sample(sampler, [])
     assert modes == [False]
-    assert all(layer.training for layer in run.adapter.layers.values())
+    assert all(module.training for module in run.denoiser.modules())
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_photo_and_learning_rate(bases, caches, tmp_path):

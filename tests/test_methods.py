@@ -1,4 +1,4 @@
-"""Adapters on frozen networks: which modules, how they start, what is read out, and what does not fit."""
+"""Methods on frozen networks: which modules, how they start, what is read out, and what does not fit."""
 
 import math
 from dataclasses import replace
@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from core import adapters
 from core.base import load_base
 from core.config import TrainConfig
 from core.errors import BadConfig, LoraMisfit
 from core.families import FAMILIES
 from core.lora_file import LoraFile
+from core.methods.lora import attach as attach_lora
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(rank=4, alpha=2.0)
@@ -24,7 +24,7 @@ def base(small_sd15):
 
 def attach(base, config=CONFIG, parts=("denoiser",), continue_from=None):
     networks = {part: base.load(part, CPU, torch.float32) for part in parts}
-    return adapters.attach(networks, base.family, config, continue_from)
+    return attach_lora(networks, base.family, config, continue_from)
 
 
 def inputs(base):
@@ -133,6 +133,6 @@ def test_a_full_size_sdxl_is_adapted_in_seconds_with_patterns_for_every_module()
     with torch.device("meta"):
         denoiser = FAMILIES["sdxl"].build("denoiser", FULL_SDXL.unet)
         started = time.process_time()
-        adapter = adapters.attach({"denoiser": denoiser}, FAMILIES["sdxl"], replace(CONFIG, rank_pattern={"attn": 8}))
+        adapter = attach_lora({"denoiser": denoiser}, FAMILIES["sdxl"], replace(CONFIG, rank_pattern={"attn": 8}))
     assert time.process_time() - started < 20
     assert len(adapter.layers) == 722  # as in sd-scripts (reference/kohya_sdxl.json)

@@ -1,0 +1,143 @@
+"""LoRA (arXiv:2106.09685): each weight W becomes W + alpha / rank * B A, with the layers that peft puts in place."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import Adapter, Method, target_modules
+from ..base import Base
+from ..config import TrainConfig
+from ..errors import LoraMisfit
+from ..families.spec import FamilySpec
+from ..lora_file import LoraFile, LoraModule
+from ..lora_keys import ModuleId
+
+_NAME = "facelora"
+_Number = TypeVar("_Number", int, float)
+
+
+@dataclass(frozen=True, eq=False)
+class LoraAdapter(Adapter):
+    """LoRA layers on one or more networks."""
+
+    networks: Mapping[str, nn.Module]
+    layers: Mapping[ModuleId, nn.Module]
+    """peft's layer in the place of each adapted module."""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {
+            f"{part}.{path}.{side}": getattr(layer, f"lora_{letter}")[_NAME].weight
+            for (part, path), layer in self.layers.items()
+            for side, letter in (("down", "A"), ("up", "B"))
+        }
+
+    def modules(self, values: Mapping[str, Tensor] | None = None) -> dict[ModuleId, LoraModule]:
+        """The weight changes as they are now (or with other `values` in the place of the parameters), detached, on the CPU."""
+        values = values or self.parameters()
+        result = {}
+        for (part, path), layer in self.layers.items():
+            down = values[f"{part}.{path}.down"].detach().float().cpu().clone()
+            up = values[f"{part}.{path}.up"].detach().float().cpu().clone()
+            # The scale in use, whichever way it came about (rsLoRA), written as the alpha that means the same.
+            result[part, path] = LoraModule(down, up, layer.scaling[_NAME] * down.shape[0])  # pyright: ignore
+        return result
+
+    def export(self, values: Mapping[str, Tensor], base: Base, metadata: Mapping[str, str]) -> LoraFile:
+        return LoraFile.from_modules(base.family.name, self.modules(values), metadata)
+
+    def rate(self, name: str, config: TrainConfig) -> float:
+        return super().rate(name, config) * (config.lora_plus_ratio if name.endswith(".up") else 1.0)
+
+    @torch.no_grad()
+    def load(self, modules: Mapping[ModuleId, LoraModule]) -> None:
+        """Starts from given weight changes. LoraMisfit when modules or ranks are not those of this adapter."""
+        if set(modules) != set(self.layers):
+            odd = sorted(set(modules) ^ set(self.layers))[0]
+            raise LoraMisfit(
+                f"the LoRA to go on from adapts {len(modules)} modules, these settings {len(self.layers)}; "
+                f"they differ at {odd[1]} of the {odd[0]}: choose the same targets"
+            )
+        for (part, path), module in modules.items():
+            layer = self.layers[part, path]
+            down, up = layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight  # pyright: ignore
+            if module.down.numel() != down.numel() or module.up.numel() != up.numel():
+                raise LoraMisfit(
+                    f"the LoRA to go on from has rank {module.rank} at {path}, these settings {down.shape[0]}"
+                )
+            # Same product, whatever alpha the file has: the ratio of the scales goes into B.
+            ratio = module.scale / layer.scaling[_NAME]  # pyright: ignore
+            down.copy_(module.down.reshape(down.shape))
+            up.copy_(module.up.reshape(up.shape).float() * ratio)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        for layer in self.layers.values():
+            layer.enable_adapters(False)  # pyright: ignore
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.enable_adapters(True)  # pyright: ignore
+
+
+def attach(
+    networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
+) -> LoraAdapter:
+    """A LoraAdapter on the networks (denoiser, text encoders), which are changed in place.
+
+    A is drawn Kaiming-uniform with a = sqrt 5 from the seed on the CPU, B is 0 (arXiv:2106.09685), so that a new adapter
+    changes nothing and is the same on every machine.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    targets = target_modules(family, config, networks)
+    layers: dict[ModuleId, nn.Module] = {}
+    for part, network in networks.items():
+        ranks = {path: rank for (owner, path), (rank, _) in targets.items() if owner == part}
+        alphas = {path: alpha for (owner, path), (_, alpha) in targets.items() if owner == part}
+        peft_config = LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha_for(config.rank),  # pyright: ignore
+            target_modules=list(ranks),
+            lora_dropout=config.dropout,
+            use_rslora=config.rslora,
+            rank_pattern=_exceptions(ranks, config.rank),
+            alpha_pattern=_exceptions(alphas, config.alpha_for(config.rank)),
+        )
+        inject_adapter_in_model(peft_config, network, adapter_name=_NAME)
+        for path in ranks:
+            layers[part, path] = network.get_submodule(path)
+    adapter = LoraAdapter(networks, layers)
+    generator = torch.Generator().manual_seed(config.seed)
+    for name, parameter in sorted(adapter.parameters().items()):
+        # peft gives the adapter the dtype of the layer it sits on; it learns in float32 whatever that is.
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+        if name.endswith(".down"):
+            bound = 1 / math.sqrt(parameter[0].numel())  # Kaiming with a = sqrt 5: 1 / sqrt(fan in)
+            drawn = (torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound
+            parameter.data.copy_(drawn)
+    if continue_from is not None:
+        adapter.load(continue_from.modules())
+    return adapter
+
+
+def _exceptions(values: Mapping[str, _Number], default: _Number) -> dict[str, _Number]:
+    """peft's pattern -> value for the modules whose value is not the default, one pattern for each value.
+
+    peft tries the patterns in turn on every module, so hundreds of them would take minutes.
+    """
+    paths: dict[_Number, list[str]] = {}
+    for path, value in values.items():
+        if value != default:
+            paths.setdefault(value, []).append(re.escape(path))
+    return {f"^({'|'.join(group)})": value for value, group in paths.items()}
+
+
+METHOD = Method("LoRA (arXiv:2106.09685)", attach)
