@@ -70,6 +70,7 @@ def target_modules(
     result: dict[ModuleId, tuple[int, float]] = {}
     for part, network in networks.items():
         pattern = family.denoiser_targets[config.targets] if part == "denoiser" else family.text_encoder_targets
+        assert pattern is not None
         before = len(result)
         for path, module in network.named_modules():
             if not re.fullmatch(pattern, path):

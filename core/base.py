@@ -3,8 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,12 +13,37 @@ import torch
 from torch import Tensor, nn
 
 from .errors import BadFile, UnknownFamily, UnmatchedKeys
-from .families import FAMILIES, detect_family
-from .families.spec import Component, FamilySpec, LazyTensors, materialise
-from .objective import NoiseSchedule
+from .families import FAMILIES, detect_family, text
+from .families.ldm import VAE_PREFIXES
+from .families.quantised import dequantised
+from .families.spec import (
+    DENOISER_PREFIX,
+    Component,
+    Conditioning,
+    FamilySpec,
+    LatentShape,
+    LazyTensors,
+    materialise,
+)
+from .objective import FlowSchedule, NoiseSchedule, Schedule
 from .safetensors_file import SafetensorsFile, tensor_bytes
 
-PredictionType = Literal["epsilon", "v_prediction"]
+PredictionType = Literal["epsilon", "v_prediction", "flow"]
+Source = str | os.PathLike[str] | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class CaptionEncoder:
+    """Text encoders that are not core's (ComfyUI's CLIP as it is wired)."""
+
+    encode: Callable[[str], Conditioning]
+    """Caption -> its conditioning, batch of 1, with the tensors that the family's `encode_text` gives."""
+    fingerprint: str
+    """Equal for equal encoders: part of the cache's keys."""
+
+
+LARGE_ENCODER = 2 * 2**30
+"""Bytes from which a text encoder is a language model."""
 
 
 @dataclass(frozen=True)
@@ -36,44 +61,79 @@ class Base:
     """Side of the square at which the model was trained, in pixels."""
     file: SafetensorsFile | None = field(default=None, repr=False)
     """The checkpoint file, when it is one."""
+    caption_encoder: CaptionEncoder | None = field(default=None, repr=False)
+    """What encodes captions in the place of the base's own text encoders."""
     _digests: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
     """Part -> sha256 over its tensors, of the parts that were asked for."""
 
-    @property
-    def latent_size(self) -> int:
-        """Pixels along a side of one latent (8 in SD1.x and SDXL)."""
-        return 2 ** (len(self.components["vae"].config["block_out_channels"]) - 1)
+    @cached_property
+    def latent_shape(self) -> LatentShape:
+        return self.family.latent_shape(self.components)
 
     @property
     def size_multiple(self) -> int:
-        """What a picture's width and height must be multiples of, in pixels, so that every level of the UNet halves."""
-        return self.latent_size * 2 ** (len(self.components["denoiser"].config["block_out_channels"]) - 1)
+        """What a picture's width and height must be multiples of, in pixels."""
+        return self.latent_shape.pixels * self.latent_shape.multiple
 
     @property
-    def latent_scale(self) -> float:
-        """VAE latents times this are what the denoiser works on."""
-        return self.components["vae"].config["scaling_factor"]
+    def embeds_guidance(self) -> bool:
+        """Whether guidance is a number that the denoiser takes, so that it predicts once and not twice."""
+        return self.family.embeds_guidance(self.components["denoiser"].config)
 
-    def noise_schedule(self) -> NoiseSchedule:
+    def schedule(self) -> Schedule:
+        if self.family.flow_shift:
+            return FlowSchedule(self.family.flow_shift, self.latent_shape.positions_side)
+        assert self.prediction_type != "flow"
         return NoiseSchedule.scaled_linear(self.prediction_type, self.zero_terminal_snr)
 
     def load(self, part: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The part's network with frozen weights, in evaluation mode."""
-        component = self.components[part]
+        """The part's network with frozen weights, in evaluation mode. BadFile when the base has no such part."""
+        component = self._component(part)
         with torch.device("meta"):
             module = self.family.build(part, component.config)
         what = f"{self.name}: the {part.replace('_', ' ')}"
         return materialise(module, component.tensors, what, device, dtype)
 
+    def _component(self, part: str) -> Component:
+        if part not in self.components:
+            option = "vae" if part == "vae" else "text_encoders"
+            raise BadFile(f"{self.name}: has no {part.replace('_', ' ')}; give its file too ({option})")
+        return self.components[part]
+
     def load_text_encoders(self, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
-        return {part: self.load(part, device, dtype) for part in self.family.text_encoders}
+        """Part -> network, none when captions are encoded by something else.
+
+        A language model (the encoders of FLUX.1 and later) stays in the type in which it is stored, and on the CPU when it
+        has no room on the device.
+        """
+        if self.caption_encoder:
+            return {}
+        encoders = {}
+        for part in self.family.text_encoders:
+            tensors = self._component(part).tensors
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            if size < LARGE_ENCODER:
+                encoders[part] = self.load(part, device, dtype)
+                continue
+            stored = next(iter(tensors.values())).dtype
+            fits = device.type != "cuda" or torch.cuda.mem_get_info(device)[0] > 1.2 * size
+            place = device if fits else torch.device("cpu")
+            encoders[part] = self.load(part, place, stored if stored.itemsize == 2 else dtype)
+        return encoders
 
     def fingerprint(self, *parts: str) -> str:
         """sha256 over the parts' tensors, read once: equal for equal weights, wherever they come from."""
         for part in parts:
             if part not in self._digests:
-                self._digests[part] = _digest(part, self.components[part].tensors)
+                self._digests[part] = _digest(part, self._component(part).tensors)
         return hashlib.sha256("".join(self._digests[part] for part in parts).encode()).hexdigest()
+
+    @property
+    def text_fingerprint(self) -> str:
+        """The same of whatever encodes captions."""
+        return (
+            self.caption_encoder.fingerprint if self.caption_encoder else self.fingerprint(*self.family.text_encoders)
+        )
 
     @cached_property
     def sha256(self) -> str | None:
@@ -91,13 +151,18 @@ class Base:
 
     def module_shapes(self) -> dict[tuple[str, str], tuple[int, ...]]:
         """(part, module path) -> shape of its weight, for every weight of the denoiser and the text encoders."""
-        parts = ("denoiser", *self.family.text_encoders)
-        return {
-            (part, name.removesuffix(".weight")): tuple(self.components[part].tensors[name].shape)
-            for part in parts
-            for name in self.components[part].tensors
-            if name.endswith(".weight")
-        }
+        shapes = {}
+        for part in ("denoiser", *self.family.text_encoders):
+            if part in self.components:
+                # Of the empty network: a tensor that is stored quantised would have to be computed to be looked at.
+                with torch.device("meta"):
+                    state = self.family.build(part, self.components[part].config).state_dict()
+                shapes |= {
+                    (part, name.removesuffix(".weight")): tuple(tensor.shape)
+                    for name, tensor in state.items()
+                    if name.endswith(".weight")
+                }
+        return shapes
 
 
 def _digest(part: str, tensors: Mapping[str, Tensor]) -> str:
@@ -110,46 +175,110 @@ def _digest(part: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def load_base(
-    source: str | os.PathLike[str] | Mapping[str, Tensor],
+    source: Source,
     *,
+    vae: Source | None = None,
+    text_encoders: Sequence[Source] = (),
+    tokenizer: str | os.PathLike[str] | None = None,
+    caption_encoder: CaptionEncoder | None = None,
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto",
     zero_terminal_snr: bool = False,
 ) -> Base:
     """A Base from a `.safetensors` checkpoint, a mapping of tensors in its naming, a diffusers folder, or a hub id.
 
+    The checkpoint holds everything, or the denoiser alone; `vae` and `text_encoders` are then the other files. `tokenizer`
+    is the folder of the tokenizer of T5 or Qwen, where the family has one; with a `caption_encoder` neither is needed.
     Only a hub id (`owner/name` that is no local path) lets the network be used. v-prediction and zero terminal SNR are
     recognised by the marker tensors `v_pred` and `ztsnr` and by modelspec metadata; the options override.
     BadFile, UnknownFamily or UnmatchedKeys when it is not a usable base.
     """
-    file = None
-    if isinstance(source, Mapping):
-        name, tensors, metadata = "given tensors", source, {}
-    else:
+    if not isinstance(source, Mapping):
         path = Path(source)
-        if path.is_dir():
-            return _read_folder(path, prediction_type, zero_terminal_snr)
+        folder = path if path.is_dir() else None
         if not path.exists() and _is_hub_id(str(source)):
-            return _read_folder(_download(str(source)), prediction_type, zero_terminal_snr)
-        file = SafetensorsFile.open(path)
-        name, tensors, metadata = path.name, file, file.metadata
+            folder = _download(str(source))
+        if folder:
+            return replace(_read_folder(folder, prediction_type, zero_terminal_snr), caption_encoder=caption_encoder)
+    name, file = _opened(source)
+    metadata = file.metadata if isinstance(file, SafetensorsFile) else {}
     try:
+        tensors = _one_checkpoint(file, vae, text_encoders)
         family = detect_family(tensors)
         components = family.split(tensors)
+        _check_channels(family, components)
     except (UnknownFamily, UnmatchedKeys) as error:
         raise type(error)(f"{name}: {error}") from None
+    if tokenizer is not None:
+        for part in family.text_encoders:
+            if part in components:
+                components[part].config["tokenizer"] = os.fspath(tokenizer)
     marked_v = "v_pred" in tensors or metadata.get("modelspec.prediction_type", "") in ("v", "v_prediction")
     return Base(
         family=family,
         name=name,
         components=components,
-        prediction_type=_choose(prediction_type, "v_prediction" if marked_v else "epsilon"),
+        prediction_type=_choose(family, prediction_type, "v_prediction" if marked_v else "epsilon"),
         zero_terminal_snr=zero_terminal_snr or "ztsnr" in tensors,
         resolution=_side(metadata.get("modelspec.resolution"), family.resolution),
-        file=file,
+        file=file if isinstance(file, SafetensorsFile) else None,
+        caption_encoder=caption_encoder,
     )
 
 
-def _choose(wanted: str, found: str) -> PredictionType:
+_PARTS = (DENOISER_PREFIX, *VAE_PREFIXES, "cond_stage_model.", "conditioner.", "text_encoders.", "unet.")
+"""What names begin with in a checkpoint of several parts, or in another naming."""
+
+
+def _opened(source: Source) -> tuple[str, Mapping[str, Tensor]]:
+    if isinstance(source, Mapping):
+        return "given tensors", source
+    file = SafetensorsFile.open(source)
+    return file.path.name, file
+
+
+def _one_checkpoint(
+    source: Mapping[str, Tensor], vae: Source | None, text_encoders: Sequence[Source]
+) -> Mapping[str, Tensor]:
+    """The tensors of all files under the names that they would have in one checkpoint, none read."""
+    if not source:
+        raise UnknownFamily("there is not a single tensor in it")
+    if any(name.endswith((".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight")) for name in source):
+        raise UnknownFamily("this is a LoRA, not a base model")
+    source = dequantised(source)
+    names = {name: partial(source.__getitem__, name) for name in source}
+    if not any(name.startswith(_PARTS) for name in source):
+        # A file of a denoiser alone.
+        names = {DENOISER_PREFIX + name.removeprefix("diffusion_model."): read for name, read in names.items()}
+    if vae is not None:
+        _, tensors = _opened(vae)
+        for name in tensors:
+            names[name if name.startswith(VAE_PREFIXES) else VAE_PREFIXES[0] + name] = partial(
+                tensors.__getitem__, name
+            )
+    for text_encoder in text_encoders:
+        what, tensors = _opened(text_encoder)
+        tensors = dequantised(tensors)
+        try:
+            prefix = text.PREFIX.format(text.kind_of(tensors))
+        except UnknownFamily as error:
+            raise UnknownFamily(f"{what}: {error}") from None
+        names |= {prefix + name: partial(tensors.__getitem__, name) for name in tensors}
+    return LazyTensors(names)
+
+
+def _check_channels(family: FamilySpec, components: Mapping[str, Component]) -> None:
+    channels = components["denoiser"].config.get("in_channels", family.in_channels)
+    if channels != family.in_channels:
+        kinds = {9: "an inpainting model", 8: "an InstructPix2Pix model", 384: "a fill (inpainting) model"}
+        raise UnknownFamily(
+            f"this is {kinds.get(channels, 'an unknown variant')} (its denoiser takes {channels} channels), "
+            "which is not supported; train on the model that it was made from"
+        )
+
+
+def _choose(family: FamilySpec, wanted: str, found: str) -> PredictionType:
+    if family.flow_shift:
+        return "flow"
     chosen = found if wanted == "auto" else wanted
     return "v_prediction" if chosen in ("v", "v_prediction") else "epsilon"
 
@@ -172,15 +301,12 @@ def _download(hub_id: str) -> Path:
 
     try:
         # Of these folders only: a repository may hold the same weights again as a single file.
-        folders = ("scheduler", *_FOLDERS.values())
-        wanted = [f"{folder}/*.{ending}" for folder in folders for ending in ("json", "safetensors")]
+        parts = ("scheduler", "unet", "transformer", "vae", "text_encoder*", "tokenizer*")
+        wanted = [f"{part}/*.{ending}" for part in parts for ending in ("json", "safetensors", "txt", "model")]
         return Path(snapshot_download(hub_id, allow_patterns=["model_index.json", *wanted]))
     except Exception as error:  # the hub client raises many kinds, down to those of its HTTP library
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadFile(f"{hub_id}: no such file or folder, and the hub does not give it: {reason}") from error
-
-
-_FOLDERS = {"denoiser": "unet", "vae": "vae", "text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2"}
 
 
 def _read_folder(folder: Path, prediction_type: str, zero_terminal_snr: bool) -> Base:
@@ -192,26 +318,29 @@ def _read_folder(folder: Path, prediction_type: str, zero_terminal_snr: bool) ->
         raise UnknownFamily(f"{folder.name}: model_index.json says {class_name}; supported: {known}")
     components = {}
     for part in ("denoiser", "vae", *family.text_encoders):
-        subfolder = folder / _FOLDERS[part]
+        subfolder = folder / (part if part != "denoiser" else "transformer" if family.flow_shift else "unet")
         config = _read_json(subfolder / "config.json")
+        if part.startswith("text_encoder"):
+            config["tokenizer"] = str(folder / part.replace("text_encoder", "tokenizer"))
         components[part] = Component(config, _folder_tensors(subfolder, part))
-    config = components["denoiser"].config
-    if config.get("in_channels", 4) != 4:
-        raise UnknownFamily(
-            f"{folder.name}: its denoiser takes {config['in_channels']} channels (inpainting?), which is not supported"
-        )
+    try:
+        _check_channels(family, components)
+    except UnknownFamily as error:
+        raise UnknownFamily(f"{folder.name}: {error}") from None
     scheduler_path = folder / "scheduler" / "scheduler_config.json"
     scheduler = _read_json(scheduler_path) if scheduler_path.exists() else {}
-    latent_side, vae_levels = config.get("sample_size"), len(components["vae"].config["block_out_channels"])
-    components["vae"].config.setdefault("scaling_factor", family.latent_scale)
-    return Base(
+    latent_side = components["denoiser"].config.get("sample_size")
+    base = Base(
         family=family,
         name=folder.name,
         components=components,
-        prediction_type=_choose(prediction_type, scheduler.get("prediction_type", "epsilon")),
+        prediction_type=_choose(family, prediction_type, scheduler.get("prediction_type", "epsilon")),
         zero_terminal_snr=zero_terminal_snr or bool(scheduler.get("rescale_betas_zero_snr")),
-        resolution=latent_side * 2 ** (vae_levels - 1) if isinstance(latent_side, int) else family.resolution,
+        resolution=family.resolution,
     )
+    if isinstance(latent_side, int) and not family.flow_shift:
+        return replace(base, resolution=latent_side * base.latent_shape.pixels)
+    return base
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -239,7 +368,7 @@ def _folder_tensors(folder: Path, part: str) -> Mapping[str, Tensor]:
             if name.endswith(("position_ids", "logit_scale")):
                 continue
             readers[_library_name(name, part)] = partial(file.tensor, name)
-    return LazyTensors(readers)
+    return LazyTensors(text.library_tensors(readers) if part.startswith("text_encoder") else readers)
 
 
 def _library_name(name: str, part: str) -> str:
@@ -247,6 +376,4 @@ def _library_name(name: str, part: str) -> str:
     if part == "vae" and ".attentions." in name:
         for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
             name = name.replace(f".{old}.", f".{new}.")
-    if part.startswith("text_encoder") and not name.startswith(("text_model.", "text_projection.")):
-        name = f"text_model.{name}"
     return name

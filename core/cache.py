@@ -103,7 +103,7 @@ def encode(
         prompts = []
     chunks = chunk_count([*captions, *extra_prompts])
     total = len(dataset.images) + len(prompts)
-    text_print = base.fingerprint(*base.family.text_encoders)
+    text_print = base.text_fingerprint
 
     def progress(done: int) -> None:
         if on_progress:
@@ -151,8 +151,9 @@ def _encode_images(
     images: Sequence[TrainingImage], base: Base, device: torch.device, progress: Callable[[int], None]
 ) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
     vae_print = base.fingerprint("vae")
+    scale = [base.components["vae"].config.get(name) for name in ("scaling_factor", "shift_factor")]
     keys = [
-        content_key("latents", image.photo.digest, image.crop, image.bucket, image.flip, vae_print, base.latent_scale)
+        content_key("latents", image.photo.digest, image.crop, image.bucket, image.flip, vae_print, scale)
         for image in images
     ]
     vae, results = None, []
@@ -162,11 +163,8 @@ def _encode_images(
             # In fp32 always: SDXL's VAE overflows in fp16, and it is a matter of seconds.
             vae = vae or base.load("vae", device, torch.float32)
             with torch.inference_mode():
-                latents = vae.encode(image.pixels().unsqueeze(0).to(device)).latent_dist  # pyright: ignore
-                found = {
-                    "mean": (latents.mean[0] * base.latent_scale).cpu(),
-                    "deviation": (latents.std[0] * base.latent_scale).cpu(),
-                }
+                mean, deviation = base.family.encode_image(vae, image.pixels().unsqueeze(0).to(device))
+                found = {"mean": mean[0].cpu(), "deviation": deviation[0].cpu()}
             found = {name: tensor.clone() for name, tensor in found.items()}
             _write("latents", key, found)
         results.append((found["mean"], found["deviation"]))
@@ -188,9 +186,12 @@ def _encode_prompts(
         key = content_key("text", prompt, base.family.name, config.clip_skip, chunks, text_print)
         found = _read("text", key)
         if not found:
-            encoders = encoders or base.load_text_encoders(device, torch.float32)
             with torch.inference_mode():
-                conditioning = base.family.encode_text(encoders, [prompt], config.clip_skip, chunks)
+                if base.caption_encoder:
+                    conditioning = base.caption_encoder.encode(prompt)
+                else:
+                    encoders = encoders or base.load_text_encoders(device, torch.float32)
+                    conditioning = base.family.encode_text(encoders, [prompt], config.clip_skip, chunks)
             found = {name: tensor.cpu().clone() for name, tensor in conditioning.items()}
             _write("text", key, found)
         results[prompt] = found

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from .cli_common import BarProgress, Command, JsonProgress, add_device, device_from
+from .cli_common import BarProgress, Command, JsonProgress, add_base, add_device, base_from, device_from
 from .cli_lora import LORA_COMMANDS
 from .cli_pictures import PICTURE_COMMANDS
 from .config import TrainConfig, config_from
@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("photos", type=Path, metavar="PHOTOS", help="folder of photos (jpg, png, webp, heic, ...)")
-    parser.add_argument("--base", required=True, help="checkpoint file, diffusers folder, or hub id")
+    add_base(parser, required=True)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.safetensors", help="the LoRA to write")
     parser.add_argument("--class-photos", type=Path, metavar="DIR", help="photos of the class, for prior preservation")
     parser.add_argument("--continue-from", type=Path, metavar="FILE", help="LoRA to go on from")
@@ -154,13 +154,12 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def run_train(options: argparse.Namespace) -> None:
-    from .base import load_base
     from .likeness import LIKENESS_KEY
     from .photos_to_lora import state_path, train
 
     settings = settings_from(options)
     schedule = {name: settings[name] for name in ("prediction_type", "zero_terminal_snr") if name in settings}
-    base = load_base(options.base, **schedule)
+    base = base_from(options, **schedule)
     if options.recipe:
         settings = recipe_settings(options.recipe, base.family.name, settings)
     config = config_from(settings)

@@ -18,6 +18,27 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; default: the best there is")
 
 
+def add_base(parser: argparse.ArgumentParser, required: bool) -> None:
+    parser.add_argument("--base", required=required, help="checkpoint file, diffusers folder, or hub id")
+    parser.add_argument("--vae", metavar="FILE", help="VAE, where the base's file is the denoiser alone")
+    parser.add_argument(
+        "--text-encoder", action="append", default=[], metavar="FILE",
+        help="text encoder, where the base's file has none; repeated for a family that has several (FLUX.1: CLIP-L and T5)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokenizer", metavar="DIR",
+        help="folder with the tokenizer of T5 or Qwen (FLUX.1 and later), from a diffusers folder or from ComfyUI's "
+        "comfy/text_encoders",
+    )  # fmt: skip
+
+
+def base_from(options: argparse.Namespace, **schedule: Any):
+    from .base import load_base
+
+    files = {"vae": options.vae, "text_encoders": options.text_encoder, "tokenizer": options.tokenizer}
+    return load_base(options.base, **files, **schedule)
+
+
 def device_from(options: argparse.Namespace):
     if options.device is None:
         return None

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .cli_common import BarProgress, Command, add_device, device_from, split_strength
+from .cli_common import BarProgress, Command, add_base, add_device, base_from, device_from, split_strength
 from .errors import BadConfig
 
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base", help="checkpoint file, diffusers folder, or hub id")
+    add_base(parser, required=False)
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="may be repeated")
     parser.add_argument(
         "--prompt", action="append", default=[], help="may be repeated; default: the LoRA's trigger phrase"
@@ -56,13 +56,14 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=1, help="seed of the first picture; the next ones count up (default: 1)"
     )
     parser.add_argument("--size", type=_size, metavar="WxH", help="in pixels; default: what the base was trained at")
-    parser.add_argument("--steps", type=int, help="sampling steps (default: 25, or the style's)")
+    parser.add_argument("--steps", type=int, help="sampling steps (default: what suits the base, or the style's)")
     parser.add_argument(
-        "--guidance", type=float, help="classifier-free guidance, CFG scale (default: 6, or the style's)"
+        "--guidance",
+        type=float,
+        help="classifier-free guidance, CFG scale (default: what suits the base, or the style's)",
     )
-    parser.add_argument(
-        "--sampler", default="dpmpp_2m_karras", help="default: dpmpp_2m_karras; an unknown one lists them"
-    )
+    parser.add_argument("--sampler", help="default: what suits the base (dpmpp_2m_karras; FLUX.1 and later: euler); "
+                        "an unknown one lists them")  # fmt: skip
     parser.add_argument("--clip-skip", type=int, default=1, help="1: last layer of the text encoder (default: 1)")
     parser.add_argument("--batch-size", type=int, default=1, help="pictures at a time (default: 1)")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
@@ -78,7 +79,6 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def run_generate(options: argparse.Namespace) -> None:
-    from .base import load_base
     from .face_pass import FacePass
     from .generate import GenerateConfig
     from .headshots import OVERVIEW, make_headshots, summary
@@ -100,9 +100,9 @@ def run_generate(options: argparse.Namespace) -> None:
         FacePass.denoise if options.face_denoise is None else options.face_denoise,
     )
     loras = [(LoraFile.read(path), strength) for path, strength in map(split_strength, options.lora)]
-    base = load_base(options.base)
+    base = base_from(options)
     with BarProgress() as progress:
-        jobs = style_jobs(options, base, loras, progress) if options.style_pack else prompt_jobs(options, loras)
+        jobs = style_jobs(options, base, loras, progress) if options.style_pack else prompt_jobs(options, base, loras)
         reference = read_photos(options.reference, on_warning=progress.warning) if options.reference else []
         shots = make_headshots(
             base, loras, jobs, options.output, config,
@@ -127,7 +127,7 @@ def trigger_phrase(loras: Sequence[tuple[Any, float]]) -> str | None:
     return next((phrase for phrase in phrases if phrase), None)
 
 
-def prompt_jobs(options: argparse.Namespace, loras: Sequence[tuple[Any, float]]) -> list[Any]:
+def prompt_jobs(options: argparse.Namespace, base, loras: Sequence[tuple[Any, float]]) -> list[Any]:
     from .generate import Job
 
     if options.style or options.subject:
@@ -137,8 +137,8 @@ def prompt_jobs(options: argparse.Namespace, loras: Sequence[tuple[Any, float]])
         raise BadConfig("no --prompt given, and no LoRA that names a trigger phrase")
     if options.count < 1:
         raise BadConfig(f"--count {options.count}: must be at least 1")
-    steps = 25 if options.steps is None else options.steps
-    guidance = 6.0 if options.guidance is None else options.guidance
+    steps = base.family.steps if options.steps is None else options.steps
+    guidance = base.family.guidance if options.guidance is None else options.guidance
     return [
         Job(prompt, options.seed + number, options.negative, options.size, steps, guidance)
         for prompt in prompts

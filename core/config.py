@@ -83,6 +83,13 @@ class TrainConfig:
     timestep_bias: float = option(
         0.0, "above 0 draws late (noisy) timesteps more often, below 0 early ones; 0: uniform"
     )
+    timestep_sampling: Literal["auto", "uniform", "logit-normal"] = option(
+        "auto", "how a rectified flow's times are drawn (FLUX.1 and later): logit-normal unless told otherwise"
+    )
+    timestep_shift: float | None = option(
+        None,
+        "how far a rectified flow's times are shifted towards noise, 1: not; default: the family's, by picture size",
+    )
     caption_dropout: float = option(0.0, "share of the photos whose caption is left out")
     background_weight: float = option(0.1, "weight of the loss outside a photo's mask, 0 to 1")
 
@@ -103,7 +110,9 @@ class TrainConfig:
     save_every: int = option(0, "also save the LoRA every so many steps; 0: only at the end")
     sample_every: int = option(0, "make sample images every so many steps; 0: never")
     sample_prompts: tuple[str, ...] = option((), "prompts of the sample images; default: the trigger's caption")
-    sample_guidance: float = option(6.0, "scale of classifier-free guidance (CFG) of the sample images")
+    sample_guidance: float | None = option(
+        None, "scale of classifier-free guidance (CFG) of the sample images; default: what suits the family"
+    )
     sample_steps: int = option(20, "sampling steps of the sample images")
     hold_out: int = option(
         0, "photos kept back from training, to measure likeness whenever samples are made; 0: not measured"
@@ -205,6 +214,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("timestep_min", 0, 999),
     ("timestep_max", 0, 999),
     ("timestep_bias", -10, 10),
+    ("timestep_shift", 0.01, 100),
     ("caption_dropout", 0, 1),
     ("background_weight", 0, 1),
     ("prior_loss_weight", 0, 100),

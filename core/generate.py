@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +22,16 @@ from .files import write_file
 from .lora_file import LoraFile
 from .photos import Photo, bucket_sizes
 from .photos.captions import class_caption, default_caption
-from .sampling import SAMPLER_TITLES, SAMPLERS, decode_latents, encode_pictures, encode_prompts, sample_latents
+from .sampling import (
+    FLOW_SAMPLERS,
+    SAMPLER_TITLES,
+    SAMPLERS,
+    decode_latents,
+    encode_pictures,
+    encode_prompts,
+    sample_latents,
+    sampler_name,
+)
 from .training import Sampler, Shot, device_and_dtype
 
 SAMPLE_BATCH = 4
@@ -56,14 +66,16 @@ class Job:
 class GenerateConfig:
     """How the pictures of all jobs are made."""
 
-    sampler: str = "dpmpp_2m_karras"
+    sampler: str | None = None
+    """A name in `sampling.SAMPLERS` or, for FLUX.1 and later, `FLOW_SAMPLERS`; None: what suits the family."""
     clip_skip: int = 1
     batch_size: int = 1
     precision: Precision = "auto"
 
     def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise BadConfig(f"sampler = {self.sampler!r}: choose one of {', '.join(SAMPLERS)}")
+        known = SAMPLERS | FLOW_SAMPLERS
+        if self.sampler is not None and self.sampler not in known:
+            raise BadConfig(f"sampler = {self.sampler!r}: choose one of {', '.join(known)}")
         if self.batch_size < 1:
             raise BadConfig(f"batch_size = {self.batch_size}: must be at least 1")
 
@@ -106,27 +118,57 @@ def generate(
     config = config or GenerateConfig()
     jobs = [replace(job, size=picture_size(base, job.size)) for job in jobs]
     device, dtype = device_and_dtype(TrainConfig(precision=config.precision), device)
+    groups: dict[float, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(job.strength, []).append(job)
+    encoded = _encode(base, loras, groups, config, device)
     denoiser = base.load("denoiser", device, dtype)
     vae = base.load("vae", device, torch.float32)
-    for strength in dict.fromkeys(job.strength for job in jobs):
-        group = [job for job in jobs if job.strength == strength]
-        networks = {"denoiser": denoiser, **base.load_text_encoders(device, torch.float32)}
-        applied = [apply(lora, {"family": base.family.name, **networks}, factor * strength) for lora, factor in loras]
+    for strength, group in groups.items():
+        with _applied(base, loras, strength, {"denoiser": denoiser}):
+            for batch in _batches(group, config.batch_size):
+                first = batch[0]
+                assert first.size is not None
+                begin = encode_pictures(base, vae, [starts[job] for job in batch]) if starts else None
+                latents = sample_latents(
+                    base, denoiser,
+                    [encoded[strength, job.prompt] for job in batch], [encoded[strength, job.negative] for job in batch],
+                    seeds=[job.seed for job in batch], size=first.size, steps=first.steps,
+                    guidance=first.guidance, sampler=config.sampler, start=begin, denoise=denoise, on_step=on_step,
+                )  # fmt: skip
+                for job, image in zip(batch, decode_latents(base, vae, latents), strict=True):
+                    yield Picture(image, job, parameters_text(base, loras, job, config))
+
+
+def _encode(
+    base: Base,
+    loras: Sequence[tuple[LoraFile, float]],
+    groups: Mapping[float, Sequence[Job]],
+    config: GenerateConfig,
+    device: torch.device,
+) -> dict[tuple[float, str], Conditioning]:
+    """(strength, prompt) -> its conditioning. The text encoders are gone before the denoiser is loaded."""
+    encoders = base.load_text_encoders(device, torch.float32)
+    encoded = {}
+    for strength, group in groups.items():
         texts = sorted({text for job in group for text in (job.prompt, job.negative)})
-        encoded = dict(zip(texts, encode_prompts(base, networks, texts, config.clip_skip), strict=True))
-        del networks
-        for batch in _batches(group, config.batch_size):
-            first = batch[0]
-            assert first.size is not None
-            begin = encode_pictures(base, vae, [starts[job] for job in batch]) if starts else None
-            latents = sample_latents(
-                base, denoiser,
-                [encoded[job.prompt] for job in batch], [encoded[job.negative] for job in batch],
-                seeds=[job.seed for job in batch], size=first.size, steps=first.steps,
-                guidance=first.guidance, sampler=config.sampler, start=begin, denoise=denoise, on_step=on_step,
-            )  # fmt: skip
-            for job, image in zip(batch, decode_latents(base, vae, latents), strict=True):
-                yield Picture(image, job, parameters_text(base, loras, job, config))
+        with _applied(base, loras, strength, encoders):
+            parts = encode_prompts(base, encoders, texts, config.clip_skip)
+        encoded |= {(strength, text): part for text, part in zip(texts, parts, strict=True)}
+    return encoded
+
+
+@contextmanager
+def _applied(
+    base: Base, loras: Sequence[tuple[LoraFile, float]], strength: float, networks: Mapping[str, nn.Module]
+) -> Iterator[None]:
+    """The networks with the LoRAs on them, as far as these change them."""
+    applied = []
+    try:
+        for lora, factor in loras:
+            applied.append(apply(lora, {"family": base.family.name, **networks}, factor * strength))
+        yield
+    finally:
         for lora in reversed(applied):
             lora.remove()
 
@@ -165,7 +207,7 @@ def parameters_text(base: Base, loras: Sequence[tuple[LoraFile, float]], job: Jo
     used = [f"<lora:{name}:{factor * job.strength:g}>" for name, (_, factor) in zip(names, loras, strict=True)]
     settings = {
         "Steps": f"{job.steps}",
-        "Sampler": SAMPLER_TITLES[config.sampler],
+        "Sampler": SAMPLER_TITLES[sampler_name(config.sampler, base)],
         "CFG scale": f"{job.guidance:g}",
         "Seed": f"{job.seed}",
         "Size": f"{width}x{height}",
@@ -217,7 +259,7 @@ def training_sampler(
             latents = sample_latents(
                 base, denoiser, [texts[prompt] for prompt, _ in batch], [texts[""]] * len(batch),
                 seeds=[seed for _, seed in batch], size=width_height, steps=config.sample_steps,
-                guidance=config.sample_guidance,
+                guidance=base.family.guidance if config.sample_guidance is None else config.sample_guidance,
             )  # fmt: skip
             images += decode_latents(base, vae, latents)
         return images
@@ -244,7 +286,7 @@ def make_class_images(
     prompt = class_caption(class_word)
     side = resolution or base.resolution
     size = min(bucket_sizes(side, base.size_multiple), key=lambda s: abs(s[0] - s[1]))
-    identity = base.fingerprint("denoiser", "vae", *base.family.text_encoders)
+    identity = base.fingerprint("denoiser", "vae") + base.text_fingerprint
     folder = cache_folder() / "class" / content_key("class images", prompt, size, identity)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{index:05d}.png" for index in range(count)]

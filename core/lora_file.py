@@ -390,7 +390,7 @@ def name_modules(
     keys = FAMILIES[family]
     fusions: dict[str, tuple[Fusion, dict[int, ModuleId]]] = {}
     for part, path in modules:
-        name, fusion, index = _name_in_scheme(keys, part, path, scheme)
+        name, fusion, index = name_in_scheme(keys, part, path, scheme)
         fusions.setdefault(name, (fusion, {}))[1][index] = (part, path)
 
     def tensors_of(name: str, fusion: Fusion, parts: Mapping[int, ModuleId]) -> dict[str, Tensor]:
@@ -410,7 +410,7 @@ def name_modules(
     return ComputedTensors([*makers, lambda: extra or {}])
 
 
-def _name_in_scheme(keys: FamilyKeys, part: str, path: str, scheme: str) -> tuple[str, Fusion, int]:
+def name_in_scheme(keys: FamilyKeys, part: str, path: str, scheme: str) -> tuple[str, Fusion, int]:
     """The name in a file, the fusion that the name stands for, and which part of it the module is."""
     alone = Fusion(path, (path,))
     if scheme == "diffusers":

@@ -4,6 +4,8 @@ A training picture x_0 is mixed with noise e at timestep t: x_t = sqrt(a_t) x_0 
 where a_t is the cumulative product of the schedule's alphas and SNR_t = a_t / (1 - a_t).
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,6 +40,10 @@ class NoiseSchedule:
     def to(self, device: torch.device) -> "NoiseSchedule":
         return NoiseSchedule(self.alphas_cumprod.to(device), self.prediction_type)
 
+    def draw_timesteps(self, latents: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:
+        """A timestep for each of the latents (B, C, H, W), as `draw_timesteps`."""
+        return draw_timesteps(len(latents), config, generator, latents.device)
+
     def _signal(self, timesteps: Tensor) -> Tensor:
         return self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
 
@@ -70,6 +76,74 @@ class NoiseSchedule:
         return clipped / (snr + 1) if self.prediction_type == "v_prediction" else clipped / snr.clamp(min=1e-8)
 
 
+@dataclass(frozen=True)
+class FlowSchedule:
+    """A rectified flow (arXiv:2209.03003): x_t = (1 - t) x_0 + t e, and the denoiser predicts its velocity, e - x_0.
+
+    Timesteps are 1000 t. Times are shifted towards noise, since a larger picture is destroyed later by the same noise:
+    t' = s t / (1 + (s - 1) t) (arXiv:2403.03206, eq. 23).
+    """
+
+    shift: Callable[[int], float]
+    """Positions of the denoiser in a picture -> s."""
+    positions_side: int
+    """Latents along a side of a position."""
+
+    def to(self, device: torch.device) -> "FlowSchedule":
+        return self
+
+    def shift_for(self, latents: Tensor, config: TrainConfig | None = None) -> float:
+        """The s of latents (B, C, H, W): the config's, else the family's."""
+        if config is not None and config.timestep_shift is not None:
+            return config.timestep_shift
+        return self.shift(latents.shape[2] * latents.shape[3] // self.positions_side**2)
+
+    def draw_timesteps(self, latents: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:
+        """A timestep for each of the latents, float32 in the config's range.
+
+        Times are logit-normal, the sigmoid of a standard normal (arXiv:2403.03206, section 3.1), or uniform; then shifted.
+        """
+        if config.timestep_sampling == "uniform":
+            times = torch.rand(len(latents), generator=generator, device=latents.device) ** math.exp(
+                -config.timestep_bias
+            )
+        else:
+            normal = torch.randn(len(latents), generator=generator, device=latents.device)
+            times = torch.sigmoid(normal + config.timestep_bias)
+        times = shift_times(times, self.shift_for(latents, config))
+        return config.timestep_min + times * (config.timestep_max + 1 - config.timestep_min)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t, (B, C, H, W)."""
+        times = timesteps.view(-1, 1, 1, 1) / TIMESTEPS
+        return (1 - times) * latents + times * noise
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The velocity e - x_0."""
+        return noise - latents
+
+    def loss_weights(self, timesteps: Tensor, config: TrainConfig) -> Tensor:
+        """1 for each sample: how often a time is drawn is its weight."""
+        return torch.ones_like(timesteps)
+
+    def sampling_times(self, steps: int, latents: Tensor) -> Tensor:
+        """(steps + 1,) times from 1 to 0 for sampling latents of this size: evenly spaced, then shifted as in training."""
+        return shift_times(torch.linspace(1, 0, steps + 1, device=latents.device), self.shift_for(latents))
+
+
+Schedule = NoiseSchedule | FlowSchedule
+
+
+def shift_times(times: Tensor, shift: float) -> Tensor:
+    return shift * times / (1 + (shift - 1) * times)
+
+
+def linear_shift(low: int, mu_low: float, high: int, mu_high: float) -> Callable[[int], float]:
+    """exp(mu), with mu linear in the positions between two known points (Black Forest Labs' code for FLUX.1)."""
+    slope = (mu_high - mu_low) / (high - low)
+    return lambda positions: math.exp(mu_low + slope * (positions - low))
+
+
 def rescale_to_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
     """The schedule shifted and scaled in sqrt(a_t) so that its last timestep is pure noise (arXiv:2305.08891, alg. 1)."""
     root = alphas_cumprod.sqrt()
@@ -81,7 +155,7 @@ def draw_timesteps(count: int, config: TrainConfig, generator: torch.Generator, 
     """(count,) whole timesteps in the config's range; bias b draws u^(exp(-b)), so that 0 is uniform."""
     uniform = torch.rand(count, generator=generator, device=device)
     if config.timestep_bias:
-        uniform = uniform ** (2.718281828459045**-config.timestep_bias)
+        uniform = uniform ** math.exp(-config.timestep_bias)
     span = config.timestep_max - config.timestep_min + 1
     return config.timestep_min + (uniform * span).long().clamp(max=span - 1)
 

@@ -198,10 +198,23 @@ def _delete_leftovers(output: Path) -> None:
         remove_leftovers(output.parent, glob.escape(path.name))
 
 
+_OF_NOISE = ("prediction_type", "zero_terminal_snr", "min_snr_gamma", "debiased", "clip_skip")
+"""Settings of models that predict noise or velocity on SD's schedule."""
+_OF_FLOWS = ("timestep_sampling", "timestep_shift")
+"""Settings of rectified flows."""
+
+
 def check_base_options(base: Base, config: TrainConfig) -> None:
     """BadConfig for settings that the base model's family does not have."""
     if config.clip_skip > 1 and base.family.name == "sdxl":
         raise BadConfig("clip_skip: SDXL always uses the layer before the last; leave it at 1")
+    family, default = base.family, TrainConfig()
+    others = _OF_NOISE if family.flow_shift else _OF_FLOWS
+    if wrong := [name for name in others if getattr(config, name) != getattr(default, name)]:
+        kind = "a rectified flow" if family.flow_shift else "no rectified flow"
+        raise BadConfig(f"{', '.join(wrong)}: {family.title} is {kind} and has no such setting; leave it out")
+    if config.text_encoder_lr and (family.text_encoder_targets is None or base.caption_encoder):
+        raise BadConfig(f"text_encoder_lr: the text encoders of {family.title} cannot be trained here; leave it at 0")
     multiple = base.size_multiple
     if config.resolution is not None and config.resolution < 2 * multiple:
         raise BadConfig(f"resolution = {config.resolution}: {base.name} needs at least {2 * multiple}")

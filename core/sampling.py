@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .base import Base
 from .errors import BadConfig
 from .families.clip import chunk_count
-from .families.spec import Conditioning
+from .families.spec import Conditioning, stack_conditioning
+from .objective import TIMESTEPS, FlowSchedule
 
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
@@ -28,7 +29,13 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "unipc": ("UniPCMultistepScheduler", {}),
     "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
 }
-"""Name -> diffusers scheduler and its options."""
+"""Name -> diffusers scheduler and its options, on SD's noise schedule."""
+FLOW_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "euler": ("", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+"""The same for rectified flows; Euler is our own `FlowEuler`."""
 SAMPLER_TITLES = {
     "dpmpp_2m_karras": "DPM++ 2M Karras",
     "dpmpp_2m": "DPM++ 2M",
@@ -41,31 +48,79 @@ SAMPLER_TITLES = {
 """Name -> what A1111 calls it."""
 
 
-def build_sampler(name: str, base: Base):
-    """diffusers' scheduler for the base's noise schedule. BadConfig for an unknown name."""
+class FlowEuler:
+    """Euler's method along a rectified flow's velocity, with the interface of diffusers' schedulers."""
+
+    init_noise_sigma = 1.0
+
+    def __init__(self, times: Tensor):
+        """`times` (steps + 1,) run from 1, noise, to 0."""
+        self.timesteps = TIMESTEPS * times[:-1]
+        self._times = times
+        self._index = 0
+
+    def set_begin_index(self, index: int) -> None:
+        self._index = index
+
+    def scale_model_input(self, latents: Tensor, timestep: Tensor) -> Tensor:
+        return latents
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        time = timesteps.view(-1, 1, 1, 1) / TIMESTEPS
+        return (1 - time) * latents + time * noise
+
+    def step(self, velocity: Tensor, timestep: Tensor, latents: Tensor, return_dict: bool) -> tuple[Tensor]:
+        now, then = self._times[self._index], self._times[self._index + 1]
+        self._index += 1
+        return (latents + (then - now) * velocity,)
+
+
+def sampler_name(name: str | None, base: Base) -> str:
+    """The name, or what suits the base's family where there is none. BadConfig for one that the family does not have."""
+    known = FLOW_SAMPLERS if base.family.flow_shift else SAMPLERS
+    if name is None:
+        return "euler" if base.family.flow_shift else "dpmpp_2m_karras"
+    if name not in known:
+        raise BadConfig(f"sampler = {name!r}: {base.family.title} has {', '.join(known)}")
+    return name
+
+
+def build_sampler(name: str | None, base: Base, steps: int, latents: Tensor) -> Any:
+    """A diffusers scheduler (or one like it) on the base's noise schedule, its steps set, for latents of that size."""
     import diffusers
 
-    if name not in SAMPLERS:
-        raise BadConfig(f"sampler = {name!r}: choose one of {', '.join(SAMPLERS)}")
-    class_name, options = SAMPLERS[name]
-    settings: dict[str, Any] = {
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "prediction_type": base.prediction_type,
-        "timestep_spacing": "trailing" if base.zero_terminal_snr else "leading",
-        "steps_offset": 1,
-        **options,
-    }
-    if base.zero_terminal_snr:
-        settings["rescale_betas_zero_snr"] = True
-    return getattr(diffusers, class_name)(**settings)
+    name = sampler_name(name, base)
+    schedule = base.schedule()
+    if isinstance(schedule, FlowSchedule):
+        if name == "euler":
+            return FlowEuler(schedule.sampling_times(steps, latents))
+        class_name, options = FLOW_SAMPLERS[name]
+        shift = schedule.shift_for(latents)
+        settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift, **options}
+    else:
+        class_name, options = SAMPLERS[name]
+        settings = {
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "prediction_type": base.prediction_type,
+            "timestep_spacing": "trailing" if base.zero_terminal_snr else "leading",
+            "steps_offset": 1,
+            **options,
+        }
+        if base.zero_terminal_snr:
+            settings["rescale_betas_zero_snr"] = True
+    scheduler = getattr(diffusers, class_name)(**settings)
+    scheduler.set_timesteps(steps, device=latents.device)
+    return scheduler
 
 
 def encode_prompts(
     base: Base, encoders: Mapping[str, nn.Module], prompts: Sequence[str], clip_skip: int = 1
 ) -> list[Conditioning]:
     """The conditioning of each prompt, batch of 1, all padded to the same number of chunks."""
+    if base.caption_encoder:
+        return [base.caption_encoder.encode(prompt) for prompt in prompts]
     chunks = chunk_count(prompts)
     with torch.inference_mode():
         joined = base.family.encode_text(encoders, prompts, clip_skip, chunks)
@@ -83,40 +138,43 @@ def sample_latents(
     size: tuple[int, int],
     steps: int,
     guidance: float,
-    sampler: str = "dpmpp_2m_karras",
+    sampler: str | None = None,
     start: Tensor | None = None,
     denoise: float = 1.0,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Latents (N, C, h, w) of one picture per seed, float32; the noise of a picture depends on its own seed alone.
 
-    `guidance` is classifier-free guidance's scale (arXiv:2207.12598); at 1 the negative prompt is not evaluated.
+    `guidance` is classifier-free guidance's scale (arXiv:2207.12598); at 1 the negative prompt is not evaluated. A base that
+    was distilled takes it as a number, and no negative prompt.
     `size` is (width, height) in pixels. With `start`, latents of pictures (N, C, h, w), these are drawn anew: noised to
     where the last `denoise` (above 0 to 1) of the steps begins, and only those steps are taken.
     """
     parameter = next(denoiser.parameters())
     device, dtype = parameter.device, parameter.dtype
-    scheduler = build_sampler(sampler, base)
-    scheduler.set_timesteps(steps, device=device)
-    width, height = (side // base.latent_size for side in size)
-    channels = base.components["denoiser"].config["in_channels"]
+    shape = base.latent_shape
+    width, height = (side // shape.pixels for side in size)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    noise = torch.stack([torch.randn(channels, height, width, generator=generator) for generator in generators])
+    noise = torch.stack([torch.randn(shape.channels, height, width, generator=generator) for generator in generators])
+    noise = noise.to(device)
+    scheduler = build_sampler(sampler, base, steps, noise)
     timesteps = scheduler.timesteps
     if start is None:
-        latents = noise.to(device) * scheduler.init_noise_sigma
+        latents = noise * scheduler.init_noise_sigma
     else:
         first = len(timesteps) - max(1, round(denoise * len(timesteps)))
         timesteps = timesteps[first:]
         if hasattr(scheduler, "set_begin_index"):  # DDIM goes by the timesteps alone
             scheduler.set_begin_index(first)
-        latents = scheduler.add_noise(start.to(device), noise.to(device), timesteps[:1])
+        latents = scheduler.add_noise(start.to(device), noise, timesteps[:1])
     picture = base.family.image_conditioning(size, (0, 0), size)
+    if base.embeds_guidance:
+        picture, guidance = picture | {"guidance": torch.tensor([guidance])}, 1.0
     conditioning = _stack(positive, picture, device)
     if guidance != 1:
         without = _stack(negative, picture, device)
-        conditioning = {name: torch.cat([without[name], conditioning[name]]) for name in conditioning}
-    takes_generator = "ancestral" in sampler or "sde" in sampler
+        conditioning = stack_conditioning([without, conditioning])
+    takes_generator = any(word in sampler_name(sampler, base) for word in ("ancestral", "sde"))
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for index, timestep in enumerate(timesteps):
             model_input = torch.cat([latents, latents]) if guidance != 1 else latents
@@ -134,7 +192,7 @@ def sample_latents(
 
 
 def _stack(parts: Sequence[Conditioning], picture: Conditioning, device: torch.device) -> Conditioning:
-    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    joined = stack_conditioning(parts)
     joined |= {name: value.expand(len(parts), *value.shape[1:]) for name, value in picture.items()}
     return {name: value.to(device) for name, value in joined.items()}
 
@@ -146,7 +204,7 @@ def encode_pictures(base: Base, vae: nn.Module, images: Sequence[Image.Image]) -
     latents = []
     for image in images:
         pixels = torch.from_numpy(np.array(image, np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
-        latents.append(vae.encode(pixels.to(parameter)).latent_dist.mean.float() * base.latent_scale)  # pyright: ignore
+        latents.append(base.family.encode_image(vae, pixels.to(parameter))[0].float())
     return torch.cat(latents)
 
 
@@ -156,7 +214,7 @@ def decode_latents(base: Base, vae: nn.Module, latents: Tensor) -> list[Image.Im
     parameter = next(vae.parameters())
     images = []
     for latent in latents:
-        pixels = vae.decode((latent[None] / base.latent_scale).to(parameter)).sample[0]  # pyright: ignore
+        pixels = base.family.decode_latents(vae, latent[None].to(parameter))[0]
         array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
         images.append(Image.fromarray(array))
     return images

@@ -20,11 +20,11 @@ from .cache import EncodedImage, LatentCache
 from .checkpoint import RunState, pack_optimizer, read_state, unpack_optimizer
 from .config import TrainConfig, settings_of_the_steps
 from .errors import BadConfig, MissingPackage, OutOfMemory, TrainingDiverged
-from .families.spec import Conditioning
+from .families.spec import Conditioning, stack_conditioning
 from .likeness import LikenessPoint, LikenessWatch, Selection
 from .lora_file import LoraFile, model_hash
 from .methods import attach, trains_text
-from .objective import draw_noise, draw_timesteps, sample_losses
+from .objective import draw_noise, sample_losses
 from .training_metadata import training_metadata
 
 CHECK_EVERY = 10
@@ -205,7 +205,7 @@ class Run:
         )
         self.optimizer = build_optimizer(self.adapter, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.schedule = base.noise_schedule().to(self.device)
+        self.schedule = base.schedule().to(self.device)
         self.images = [_to_device(image, self.device) for image in cache.images if not image.is_class]
         self.class_images = [_to_device(image, self.device) for image in cache.images if image.is_class]
         self.text = {
@@ -309,7 +309,7 @@ class Run:
         deviation = torch.stack([picture.deviation for picture in pictures])
         latents = mean + deviation * torch.randn(mean.shape, generator=generator, device=self.device)
         noise, input_noise = draw_noise(latents, self.config, generator)
-        timesteps = draw_timesteps(len(pictures), self.config, generator, self.device)
+        timesteps = self.schedule.draw_timesteps(latents, self.config, generator)
         return latents, noise, self.schedule.add_noise(latents, input_noise, timesteps), timesteps
 
     def _predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -321,8 +321,8 @@ class Run:
             with self._autocast():
                 text = self.family.encode_text(self.encoders, captions, self.config.clip_skip, self.chunks)
         else:
-            text = _joined([self.text[caption] for caption in captions])
-        return text | _joined([picture.conditioning for picture in pictures])
+            text = stack_conditioning([self.text[caption] for caption in captions])
+        return text | stack_conditioning([picture.conditioning for picture in pictures])
 
     def _autocast(self):
         if self.dtype == torch.float32:
@@ -429,10 +429,6 @@ def _to_device(image: EncodedImage, device: torch.device) -> EncodedImage:
         mask=None if image.mask is None else image.mask.to(device),
         conditioning={name: value.to(device) for name, value in image.conditioning.items()},
     )
-
-
-def _joined(parts: Sequence[Conditioning]) -> Conditioning:
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 ACTIVATION_BYTES = 1e6

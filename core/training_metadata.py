@@ -49,7 +49,7 @@ def training_metadata(
     pictures = [image for image in cache.images if not image.is_class]
     class_pictures = [image for image in cache.images if image.is_class]
     sizes = Counter(
-        (image.mean.shape[2] * base.latent_size, image.mean.shape[1] * base.latent_size)
+        (image.mean.shape[2] * base.latent_shape.pixels, image.mean.shape[1] * base.latent_shape.pixels)
         for image in cache.images
         for _ in range(image.repeats)
     )
@@ -98,6 +98,7 @@ def training_metadata(
     batches = -(-pictures_seen // config.batch_size)
     epochs = -(-steps * config.accumulation // max(1, batches))
     text_encoder_lr = config.text_encoder_lr or None
+    flow = base.prediction_type == "flow"
     conv = {"conv_dim": str(config.rank), "conv_alpha": str(config.alpha_for(config.rank))}
     values: dict[str, Any] = {
         "modelspec.sai_model_spec": "1.0.1",
@@ -107,7 +108,7 @@ def training_metadata(
         "modelspec.title": phrase,
         "modelspec.resolution": f"{resolution}x{resolution}",
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(finished_at)),
-        "modelspec.prediction_type": "v" if base.prediction_type == "v_prediction" else "epsilon",
+        "modelspec.prediction_type": {"epsilon": "epsilon", "v_prediction": "v", "flow": None}[base.prediction_type],
         "modelspec.trigger_phrase": phrase,
         "modelspec.timestep_range": None
         if (config.timestep_min, config.timestep_max) == (0, TIMESTEPS - 1)
@@ -154,7 +155,7 @@ def training_metadata(
         "ss_max_train_steps": config.steps,
         "ss_max_validation_steps": None,
         "ss_min_bucket_reso": min((min(size) for size in sizes), default=None),
-        "ss_min_snr_gamma": None if config.debiased else config.min_snr_gamma or None,
+        "ss_min_snr_gamma": None if config.debiased or flow else config.min_snr_gamma or None,
         "ss_mixed_precision": _PRECISION_NAMES[precision],
         "ss_multires_noise_discount": 0.3,
         "ss_multires_noise_iterations": None,
@@ -198,6 +199,12 @@ def training_metadata(
         "ss_validation_split": 0.0,
         "ss_zero_terminal_snr": base.zero_terminal_snr,
     }
+    if flow:
+        values |= {
+            "ss_model_prediction_type": "raw",
+            "ss_timestep_sampling": "uniform" if config.timestep_sampling == "uniform" else "shift",
+            "ss_discrete_flow_shift": config.timestep_shift,
+        }
     # In modelspec, and of network arguments, a key without a value is left out; else sd-scripts writes "None".
     return {
         name: json.dumps(value) if isinstance(value, dict | list) else str(value)

@@ -9,11 +9,10 @@ from core.apply import apply
 from core.base import load_base
 from core.config import TrainConfig
 from core.errors import LoraMisfit, UnmatchedKeys
-from core.families import FAMILIES
 from core.lora_file import LoraFile
 from core.methods.lora import attach as attach_lora
 from core.training import Run
-from tests.tooling import diffusers_pipeline, encoded_cache, encoded_image
+from tests.tooling import UNETS, diffusers_pipeline, encoded_cache, encoded_image
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(rank=4, alpha=2.0, targets="transformer+conv", text_encoder_lr=1e-4)
@@ -46,7 +45,7 @@ def networks_of(base):
     return {part: base.load(part, CPU, torch.float32) for part in ("denoiser", *base.family.text_encoders)}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", UNETS)
 def test_every_named_weight_changes_by_strength_times_alpha_over_rank_b_a(bases, loras, family):
     networks, originals = networks_of(bases[family]), networks_of(bases[family])
     apply(loras[family], {"family": family, **networks}, strength=0.8, text_encoder_strength=0.3)
@@ -62,7 +61,7 @@ def test_every_named_weight_changes_by_strength_times_alpha_over_rank_b_a(bases,
             torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", UNETS)
 def test_a_diffusers_pipeline_gets_the_same_weights_as_from_diffusers_own_loader(bases, loras, family):
     ours, theirs = diffusers_pipeline(bases[family]), diffusers_pipeline(bases[family])
     apply(loras[family], ours)

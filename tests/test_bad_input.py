@@ -189,7 +189,7 @@ CASES: dict[str, tuple[Callable[[Desk], None], str]] = {
     "header huge": (base_of("base.safetensors", lambda desk: HUGE), "header of 1000000000000 bytes"),
     "base random bytes": (base_of("base.safetensors", lambda desk: bytes(range(256)) * 10), r"base\.safetensors"),
     "unknown family": (tensors_as_base("encoder.weight"), "strange.*no family matches its 1 tensors"),
-    "FLUX": (tensors_as_base("double_blocks.0.img_attn.norm.key_norm.scale"), "this is FLUX.1, which is not supported"),
+    "Wan": (tensors_as_base("blocks.0.self_attn.q.weight"), "this is Wan, which is not supported"),
     "a UNet alone": (tensors_as_base("unet.down_blocks.0.weight"), "give the whole diffusers folder instead"),
     "base incomplete": (incomplete_base, r"part\.safetensors: the denoiser lacks 1 tensors, e\.g\. mid_block"),
     "LoRA as base": (lora_as_base, r"lora\.safetensors: this is a LoRA, not a base model"),

@@ -15,11 +15,10 @@ from PIL import Image
 from core.base import Base, load_base
 from core.config import TrainConfig
 from core.errors import MissingPackage, TrainingDiverged
-from core.families import FAMILIES
 from core.lora_file import LoraFile
 from core.safetensors_file import SafetensorsFile
 from core.training import Batches, Run, Samples, StopAndKeep, learning_rate_factor, train_lora
-from tests.tooling import encoded_cache, encoded_image
+from tests.tooling import UNETS, encoded_cache, encoded_image
 
 CPU = torch.device("cpu")
 PLAIN = TrainConfig(rank=3, alpha=2.0, min_snr_gamma=0.0, precision="fp32")
@@ -81,7 +80,7 @@ def conditioning_of(run: Run, images):
 
 
 @pytest.mark.parametrize("targets", ["transformer", "transformer+conv"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", UNETS)
 def test_the_gradient_of_a_step_is_that_of_plain_torch(bases, caches, family, targets):
     base, config = bases[family], replace(PLAIN, batch_size=2, targets=targets)
     run = started_run(person_only(caches[family]), base, config)
@@ -212,7 +211,7 @@ def test_caption_dropout_trains_on_the_empty_caption(bases, caches):
     assert loss.item() == expected.item()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", UNETS)
 def test_recomputing_activations_gives_the_same_step(bases, caches, family):
     cache = person_only(caches[family])
     plain = started_run(cache, bases[family], replace(PLAIN, dropout=0.2, gradient_checkpointing="off"))
@@ -226,7 +225,7 @@ def test_recomputing_activations_gives_the_same_step(bases, caches, family):
         torch.testing.assert_close(saving.parameters[name], parameter, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", UNETS)
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_in_half_precision_the_adapter_stays_float32_and_learns(bases, caches, family, precision):
     config = replace(
@@ -243,7 +242,7 @@ def test_in_half_precision_the_adapter_stays_float32_and_learns(bases, caches, f
     assert {name.partition(".")[0] for name in changed} == {"denoiser", *run.encoders}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", UNETS)
 @pytest.mark.parametrize("text_encoder_lr", [0.0, 1e-4])
 def test_a_step_never_asks_the_device_for_a_value_nor_mixes_devices(
     bases, caches, family, text_encoder_lr, monkeypatch

@@ -98,6 +98,10 @@ FULL_SDXL = Shape(
 )
 
 
+UNETS = ("sd15", "sdxl")
+"""Families whose denoiser is a UNet."""
+
+
 def configs(shape: Shape) -> dict[str, dict[str, Any]]:
     """Part -> config, as diffusers and transformers want it."""
     levels = len(shape.vae_widths)
@@ -107,7 +111,7 @@ def configs(shape: Shape) -> dict[str, dict[str, Any]]:
         "up_block_types": ("UpDecoderBlock2D",) * levels,
         "layers_per_block": shape.vae_layers,
         "latent_channels": 4,
-        "scaling_factor": FAMILIES[shape.family].latent_scale,
+        "scaling_factor": {"sd15": 0.18215, "sdxl": 0.13025}[shape.family],
     }
     return {"denoiser": shape.unet, "vae": vae, **shape.text}
 

@@ -79,13 +79,17 @@ def encode_chunks(encoder: nn.Module, tokens: Tensor, layer: int, final_norm: bo
     return states.reshape(count, chunks * length, -1), output
 
 
-def text_component(tensors: Mapping[str, Tensor], prefix: str, activation: str) -> Component:
+def text_component(tensors: Mapping[str, Tensor], prefix: str, activation: str, projection: bool = False) -> Component:
     """A text encoder in OpenAI's naming (`<prefix>text_model.…`), its config read off the shapes of its tensors."""
+    # Merging tools leave parts of the whole CLIP in the file that no picture depends on.
+    left_out = ("position_ids", "logit_scale", *(() if projection else ("text_projection.weight",)))
     names = {}
     for full in tensors:
-        # Merging tools leave parts of the whole CLIP in the file that no picture depends on.
-        if full.startswith(prefix) and not full.endswith(("position_ids", "logit_scale", "text_projection.weight")):
+        if full.startswith(prefix) and not full.endswith(left_out):
             short = full.removeprefix(prefix)
+            if short == "text_projection.weight":
+                names[short] = full
+                continue
             # Files saved by some versions of transformers lack the leading text_model.
             names[short if short.startswith("text_model.") else f"text_model.{short}"] = full
     readers = {short: partial(tensors.__getitem__, full) for short, full in names.items()}

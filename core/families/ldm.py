@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import UnmatchedKeys
 from ..lora_keys.ldm import diffusers_unet_path, inverse, replace_head
-from .spec import Component, LazyTensors
+from .spec import DENOISER_PREFIX, Component, LatentShape, LazyTensors
 
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _VAE_OUTSIDE_BLOCKS = {
@@ -62,12 +62,17 @@ def count_children(names: Iterable[str], prefix: str) -> int:
     return max(numbers, default=-1) + 1
 
 
+FIRST_WEIGHT, POOLED_WEIGHT = "input_blocks.0.0.weight", "label_emb.0.0.weight"
+"""Of a Stable Diffusion UNet, and of one that is told more than text (SDXL)."""
+VAE_PREFIXES = ("first_stage_model.", "vae.")
+
+
 def unet_component(tensors: Mapping[str, Tensor], head_width: int | None) -> Component:
     """The denoiser of an original checkpoint, its diffusers config read off the shapes of its tensors.
 
     `head_width` is the width of an attention head (64 in SDXL); None means eight heads whatever the width (SD1.x).
     """
-    prefix = "model.diffusion_model."
+    prefix = DENOISER_PREFIX
     names = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
 
     def shape(name: str) -> tuple[int, ...]:
@@ -95,7 +100,7 @@ def unet_component(tensors: Mapping[str, Tensor], head_width: int | None) -> Com
     context_width = shape("middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1]
     mid_depth = count_children(names, "middle_block.1.transformer_blocks")
     config: dict[str, Any] = {
-        "in_channels": shape("input_blocks.0.0.weight")[1],
+        "in_channels": shape(FIRST_WEIGHT)[1],
         "out_channels": shape("out.2.weight")[0],
         "block_out_channels": tuple(widths),
         "layers_per_block": layers,
@@ -107,33 +112,39 @@ def unet_component(tensors: Mapping[str, Tensor], head_width: int | None) -> Com
         "attention_head_dim": 8 if head_width is None else tuple(width // head_width for width in widths),
         "use_linear_projection": len(shape("middle_block.1.proj_in.weight")) == 2,
     }
-    if "label_emb.0.0.weight" in names:
+    if POOLED_WEIGHT in names:
         config |= {
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": shape("label_emb.0.0.weight")[1],
+            "projection_class_embeddings_input_dim": shape(POOLED_WEIGHT)[1],
         }
     readers = {diffusers_unet_path(short, layers): partial(tensors.__getitem__, full) for short, full in names.items()}
     return Component(config, LazyTensors(readers))
 
 
-def vae_component(tensors: Mapping[str, Tensor], latent_scale: float) -> Component:
+def vae_component(
+    tensors: Mapping[str, Tensor], latent_scale: float, latent_shift: float | None = None, quant_conv: bool = True
+) -> Component:
     """The VAE of an original checkpoint, its diffusers config read off the shapes of its tensors."""
-    prefix = "first_stage_model."
+    prefix = next((prefix for prefix in VAE_PREFIXES if any(name.startswith(prefix) for name in tensors)), "")
     parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
     names = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
     names = {short: full for short, full in names.items() if short.startswith(parts)}
     levels = count_children(names, "encoder.down")
-    if not levels or "quant_conv.weight" not in names:
-        raise UnmatchedKeys(f"the VAE lacks {prefix}encoder.down.… or {prefix}quant_conv.weight")
+    if not levels or ("quant_conv.weight" in names) != quant_conv:
+        odd = "has" if levels and not quant_conv else "lacks"
+        raise UnmatchedKeys(f"the VAE {odd} {prefix}{'quant_conv.weight' if levels else 'encoder.down.…'}")
     widths = tuple(tensors[names[f"encoder.down.{level}.block.0.conv1.weight"]].shape[0] for level in range(levels))
     config: dict[str, Any] = {
         "block_out_channels": widths,
         "down_block_types": ("DownEncoderBlock2D",) * levels,
         "up_block_types": ("UpDecoderBlock2D",) * levels,
         "layers_per_block": count_children(names, "encoder.down.0.block"),
-        "latent_channels": tensors[names["post_quant_conv.weight"]].shape[1],
+        "latent_channels": tensors[names["decoder.conv_in.weight"]].shape[1],
         "scaling_factor": latent_scale,
+        "shift_factor": latent_shift,
+        "use_quant_conv": quant_conv,
+        "use_post_quant_conv": quant_conv,
     }
 
     def read(name: str) -> Tensor:
@@ -143,6 +154,17 @@ def vae_component(tensors: Mapping[str, Tensor], latent_scale: float) -> Compone
 
     readers = {diffusers_vae_path(short, levels): partial(read, full) for short, full in names.items()}
     return Component(config, LazyTensors(readers))
+
+
+def unet_latent_shape(components: Mapping[str, Component]) -> LatentShape:
+    """Every level of the UNet but the last halves the latents."""
+    config = components["denoiser"].config
+    return LatentShape(config["in_channels"], kl_pixels(components), 2 ** (len(config["block_out_channels"]) - 1))
+
+
+def kl_pixels(components: Mapping[str, Component]) -> int:
+    """Pixels along a side of one latent of AutoencoderKL; 8, as in the published models, where there is none."""
+    return 2 ** (len(components["vae"].config["block_out_channels"]) - 1) if "vae" in components else 8
 
 
 def build_unet(config: dict[str, Any]) -> nn.Module:

@@ -12,6 +12,10 @@ TEXT_PREFIX = "cond_stage_model.transformer."
 LATENT_SCALE = 0.18215
 
 
+def recognise(denoiser: Mapping[str, Tensor]) -> bool:
+    return ldm.FIRST_WEIGHT in denoiser and ldm.POOLED_WEIGHT not in denoiser
+
+
 def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     return {
         "denoiser": ldm.unet_component(tensors, head_width=None),
@@ -57,13 +61,15 @@ SD15 = FamilySpec(
     wording="tags",
     guidance=6.0,  # a little less than the usual 7.5, which hardens skin
     steps=30,  # enough for DPM++ 2M
-    latent_scale=LATENT_SCALE,
     pipeline_class="StableDiffusionPipeline",
     text_encoders=("text_encoder",),
     denoiser_targets=ldm.UNET_TARGETS,
     text_encoder_targets=clip.TEXT_TARGETS,
+    in_channels=4,
+    recognise=recognise,
     split=split,
     build=build,
+    latent_shape=ldm.unet_latent_shape,
     encode_text=encode_text,
     image_conditioning=image_conditioning,
     predict=predict,

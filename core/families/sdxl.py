@@ -12,6 +12,10 @@ from .spec import Component, Conditioning, FamilySpec
 LATENT_SCALE = 0.13025
 
 
+def recognise(denoiser: Mapping[str, Tensor]) -> bool:
+    return ldm.FIRST_WEIGHT in denoiser and ldm.POOLED_WEIGHT in denoiser
+
+
 def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     return {
         "denoiser": ldm.unet_component(tensors, head_width=64),
@@ -73,13 +77,15 @@ SDXL = FamilySpec(
     wording="tags",
     guidance=5.0,  # diffusers' default
     steps=30,  # enough for DPM++ 2M
-    latent_scale=LATENT_SCALE,
     pipeline_class="StableDiffusionXLPipeline",
     text_encoders=("text_encoder", "text_encoder_2"),
     denoiser_targets=ldm.UNET_TARGETS,
     text_encoder_targets=clip.TEXT_TARGETS,
+    in_channels=4,
+    recognise=recognise,
     split=split,
     build=build,
+    latent_shape=ldm.unet_latent_shape,
     encode_text=encode_text,
     image_conditioning=image_conditioning,
     predict=predict,

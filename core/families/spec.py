@@ -40,6 +40,48 @@ class Component:
 
 
 @dataclass(frozen=True)
+class LatentShape:
+    """Latents as the denoiser sees them."""
+
+    channels: int
+    pixels: int
+    """Pixels along a side of one latent."""
+    multiple: int
+    """Height and width in latents are multiples of this."""
+    positions_side: int = 1
+    """Latents along a side of one of the denoiser's positions (tokens)."""
+
+
+DENOISER_PREFIX = "model.diffusion_model."
+"""Of the denoiser's tensors in a checkpoint in original naming, wherever they came from."""
+
+
+def encode_kl(vae: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the latents of diffusers' AutoencoderKL, scaled by its config."""
+    distribution = vae.encode(pixels).latent_dist  # pyright: ignore
+    scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0  # pyright: ignore
+    return (distribution.mean - shift) * scale, distribution.std * scale
+
+
+def decode_kl(vae: nn.Module, latents: Tensor) -> Tensor:
+    """Pixels of scaled latents by diffusers' AutoencoderKL."""
+    scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0  # pyright: ignore
+    return vae.decode(latents / scale + shift).sample  # pyright: ignore
+
+
+def stack_conditioning(parts: Sequence[Conditioning]) -> Conditioning:
+    """The conditioning of a batch. Texts of different lengths are filled up with zeros: their family then carries a mask."""
+    joined = {}
+    for name, first in parts[0].items():
+        tensors = [part[name] for part in parts]
+        if first.ndim > 1 and len({tensor.shape[1] for tensor in tensors}) > 1:
+            longest = max(tensor.shape[1] for tensor in tensors)
+            tensors = [torch.cat([t, t.new_zeros(t.shape[0], longest - t.shape[1], *t.shape[2:])], 1) for t in tensors]
+        joined[name] = torch.cat(tensors)
+    return joined
+
+
+@dataclass(frozen=True)
 class FamilySpec:
     """A model family: data, and the functions that differ from family to family."""
 
@@ -61,8 +103,6 @@ class FamilySpec:
     """Scale of classifier-free guidance that suits photographs of people."""
     steps: int
     """Sampling steps that are enough."""
-    latent_scale: float
-    """VAE latents times this have unit deviation."""
     pipeline_class: str
     """Name of the diffusers pipeline, also in a folder's model_index.json."""
     text_encoders: tuple[str, ...]
@@ -70,13 +110,19 @@ class FamilySpec:
 
     denoiser_targets: Mapping[str, str]
     """Choice of TrainConfig.targets -> regular expression that a denoiser's module path must match in full."""
-    text_encoder_targets: str
-    """The same for the text encoders, on paths that begin with `text_model.`."""
+    text_encoder_targets: str | None
+    """The same for the text encoders, on paths that begin with `text_model.`; None: they cannot be trained."""
 
+    in_channels: int
+    """Channels of the denoiser's input in its config: other numbers are inpainting and edit models."""
+    recognise: Callable[[Mapping[str, Tensor]], bool]
+    """Whether a checkpoint's denoiser, its tensors under their original names without a prefix, is of this family."""
     split: Callable[[Mapping[str, Tensor]], dict[str, Component]]
     """Original checkpoint naming -> part (denoiser, vae, text_encoder, ...) -> Component."""
     build: Callable[[str, dict[str, Any]], nn.Module]
     """(part, config) -> the network without weights; call it under the meta device."""
+    latent_shape: Callable[[Mapping[str, Component]], LatentShape]
+    """Parts -> what they say of the latents; the VAE may be missing."""
     encode_text: Callable[[Mapping[str, nn.Module], Sequence[str], int, int], Conditioning]
     """(text encoders, captions, clip skip, chunks of 77 tokens) -> conditioning of each caption."""
     image_conditioning: Callable[[tuple[int, int], tuple[int, int], tuple[int, int]], Conditioning]
@@ -84,8 +130,21 @@ class FamilySpec:
     predict: Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
     """(denoiser, noisy latents (B, C, H, W), timesteps (B,), conditioning) -> prediction (B, C, H, W).
 
-    The denoiser works in the dtype of the latents; the conditioning comes in the dtype that it was made in.
+    The denoiser works in the dtype of the latents; the conditioning comes in the dtype that it was made in. Timesteps run
+    from 0 (picture) to 1000 (noise), whole numbers unless the family is a rectified flow.
     """
+    flow_shift: Callable[[int], float] | None = None
+    """Of a rectified flow: positions of the denoiser in a picture -> how far its times are shifted towards noise, see
+    `objective.FlowSchedule`. None: the family predicts noise or velocity on SD's schedule."""
+    encode_image: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] = encode_kl
+    """(VAE, pixels (B, 3, H, W) in [-1, 1]) -> mean and deviation of their latents (B, C, h, w) as the denoiser sees them."""
+    decode_latents: Callable[[nn.Module, Tensor], Tensor] = decode_kl
+    """(VAE, latents (B, C, h, w) as the denoiser sees them) -> pixels (B, 3, H, W) in about [-1, 1]."""
+    embeds_guidance: Callable[[dict[str, Any]], bool] = lambda config: False
+    """The denoiser's config -> whether guidance is a number that it takes (`guidance` in the conditioning, distilled), so
+    that no prediction without the prompt is needed."""
+    lora_scheme: Literal["kohya", "comfy"] = "kohya"
+    """Names that its LoRA files are written with: those that most programs load."""
 
 
 def materialise(

@@ -15,8 +15,8 @@ from ..base import Base
 from ..config import TrainConfig
 from ..errors import LoraMisfit
 from ..families.spec import FamilySpec
-from ..lora_file import LoraFile, LoraModule
-from ..lora_keys import ModuleId
+from ..lora_file import LoraFile, LoraModule, name_in_scheme
+from ..lora_keys import FAMILIES, ModuleId
 
 _NAME = "facelora"
 _Number = TypeVar("_Number", int, float)
@@ -29,27 +29,30 @@ class LoraAdapter(Adapter):
     networks: Mapping[str, nn.Module]
     layers: Mapping[ModuleId, nn.Module]
     """peft's layer in the place of each adapted module."""
+    shared: Mapping[ModuleId, ModuleId]
+    """Module -> the one whose A it uses: of layers that are one in the file (q, k and v), the first; else itself."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        return {
-            f"{part}.{path}.{side}": getattr(layer, f"lora_{letter}")[_NAME].weight
-            for (part, path), layer in self.layers.items()
-            for side, letter in (("down", "A"), ("up", "B"))
-        }
+        found = {}
+        for (part, path), layer in self.layers.items():
+            if self.shared[part, path] == (part, path):
+                found[f"{part}.{path}.down"] = layer.lora_A[_NAME].weight  # pyright: ignore
+            found[f"{part}.{path}.up"] = layer.lora_B[_NAME].weight  # pyright: ignore
+        return found
 
     def modules(self, values: Mapping[str, Tensor] | None = None) -> dict[ModuleId, LoraModule]:
         """The weight changes as they are now (or with other `values` in the place of the parameters), detached, on the CPU."""
         values = values or self.parameters()
         result = {}
         for (part, path), layer in self.layers.items():
-            down = values[f"{part}.{path}.down"].detach().float().cpu().clone()
+            down = values[f"{'.'.join(self.shared[part, path])}.down"].detach().float().cpu().clone()
             up = values[f"{part}.{path}.up"].detach().float().cpu().clone()
             # The scale in use, whichever way it came about (rsLoRA), written as the alpha that means the same.
             result[part, path] = LoraModule(down, up, layer.scaling[_NAME] * down.shape[0])  # pyright: ignore
         return result
 
     def export(self, values: Mapping[str, Tensor], base: Base, metadata: Mapping[str, str]) -> LoraFile:
-        return LoraFile.from_modules(base.family.name, self.modules(values), metadata)
+        return LoraFile.from_modules(base.family.name, self.modules(values), metadata, base.family.lora_scheme)
 
     def rate(self, name: str, config: TrainConfig) -> float:
         return super().rate(name, config) * (config.lora_plus_ratio if name.endswith(".up") else 1.0)
@@ -72,6 +75,11 @@ class LoraAdapter(Adapter):
                 )
             # Same product, whatever alpha the file has: the ratio of the scales goes into B.
             ratio = module.scale / layer.scaling[_NAME]  # pyright: ignore
+            first = self.shared[part, path]
+            if first != (part, path) and not torch.equal(module.down, modules[first].down):
+                raise LoraMisfit(
+                    f"the LoRA to go on from has matrices A of their own at {first[1]} and {path}, here they share one"
+                )
             down.copy_(module.down.reshape(down.shape))
             up.copy_(module.up.reshape(up.shape).float() * ratio)
 
@@ -113,7 +121,10 @@ def attach(
         inject_adapter_in_model(peft_config, network, adapter_name=_NAME)
         for path in ranks:
             layers[part, path] = network.get_submodule(path)
-    adapter = LoraAdapter(networks, layers)
+    shared = _shared(family, layers)
+    for module_id, first in shared.items():
+        layers[module_id].lora_A[_NAME] = layers[first].lora_A[_NAME]  # pyright: ignore
+    adapter = LoraAdapter(networks, layers, shared)
     generator = torch.Generator().manual_seed(config.seed)
     for name, parameter in sorted(adapter.parameters().items()):
         # peft gives the adapter the dtype of the layer it sits on; it learns in float32 whatever that is.
@@ -126,6 +137,17 @@ def attach(
     if continue_from is not None:
         adapter.load(continue_from.modules())
     return adapter
+
+
+def _shared(family: FamilySpec, layers: Mapping[ModuleId, nn.Module]) -> dict[ModuleId, ModuleId]:
+    """Layers that the family's files name as one have one A, as if they were: else the file's rank would be their sum."""
+    firsts: dict[tuple[str, int], ModuleId] = {}
+    shared = {}
+    for (part, path), layer in layers.items():
+        name, _, _ = name_in_scheme(FAMILIES[family.name], part, path, family.lora_scheme)
+        rank = layer.lora_A[_NAME].weight.shape[0]  # pyright: ignore
+        shared[part, path] = firsts.setdefault((name, rank), (part, path))
+    return shared
 
 
 def _exceptions(values: Mapping[str, _Number], default: _Number) -> dict[str, _Number]:

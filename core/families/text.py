@@ -1,0 +1,135 @@
+"""Text encoders of the diffusion transformers, from files in the naming of transformers, which all of them have.
+
+Their tokenizers are too large to travel with the package (CLIP's does): a folder that has one must be given.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BadFile, UnknownFamily
+from . import clip
+from .ldm import count_children
+from .spec import Component, LazyTensors
+
+PREFIX = "text_encoders.{}.transformer."
+"""Of the tensors of a text encoder in a checkpoint, by kind: ComfyUI's."""
+KINDS = {
+    "clip_l": "CLIP ViT-L/14",
+    "clip_g": "OpenCLIP ViT-bigG/14",
+    "t5xxl": "T5 v1.1 XXL",
+}
+"""Kind, as ComfyUI calls it -> name that a person knows."""
+_HEAD_WIDTH_T5 = 64
+
+
+def kind_of(tensors: Mapping[str, Tensor]) -> str:
+    """The kind of a text encoder in a file of its own. UnknownFamily names those that are known."""
+    if "encoder.block.0.layer.0.SelfAttention.q.weight" in tensors:
+        return "t5xxl"
+    for name in ("text_model.final_layer_norm.weight", "final_layer_norm.weight"):
+        if name in tensors:
+            return "clip_g" if tensors[name].shape[0] == 1280 else "clip_l"
+    raise UnknownFamily(
+        f"no text encoder that is known, e.g. {next(iter(tensors), 'no tensor')!r}; known: {', '.join(KINDS.values())}"
+    )
+
+
+def has(tensors: Mapping[str, Tensor], kind: str) -> bool:
+    """Whether a checkpoint holds a text encoder of that kind."""
+    prefix = PREFIX.format(kind)
+    return any(name.startswith(prefix) for name in tensors)
+
+
+def component(tensors: Mapping[str, Tensor], kind: str) -> Component:
+    """A text encoder of a checkpoint, its config read off the shapes of its tensors."""
+    prefix = PREFIX.format(kind)
+    if kind == "clip_l":
+        return clip.text_component(tensors, prefix, activation="quick_gelu")
+    if kind == "clip_g":
+        return clip.text_component(tensors, prefix, activation="gelu", projection=True)
+    names = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
+    readers = library_tensors({short: partial(tensors.__getitem__, full) for short, full in names.items()})
+    return Component(_t5_config(readers), LazyTensors(readers))
+
+
+def library_tensors(readers: Mapping[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Tensor]]:
+    """The tensors of a text encoder under the names of its network here, whichever version of transformers wrote them."""
+    named = {
+        f"text_model.{name}" if re.match(r"encoder\.layers\.|embeddings\.|final_layer_norm\.", name) else name: read
+        for name, read in readers.items()
+    }
+    # T5's embedding has two names, of which files have one.
+    tied = ("shared.weight", "encoder.embed_tokens.weight")
+    embedding = next((named[name] for name in tied if name in named), None)
+    return named if embedding is None else named | dict.fromkeys(tied, embedding)
+
+
+def _t5_config(readers: Mapping[str, Callable[[], Tensor]]) -> dict[str, Any]:
+    def shape(name: str) -> tuple[int, ...]:
+        return tuple(readers[name]().shape)
+
+    first = "encoder.block.0.layer"
+    vocabulary, width = shape("shared.weight")
+    return {
+        "vocab_size": vocabulary,
+        "d_model": width,
+        "d_kv": _HEAD_WIDTH_T5,
+        "d_ff": shape(f"{first}.1.DenseReluDense.wi_0.weight")[0],
+        "num_layers": count_children(readers, "encoder.block"),
+        "num_heads": shape(f"{first}.0.SelfAttention.q.weight")[0] // _HEAD_WIDTH_T5,
+        "relative_attention_num_buckets": shape(f"{first}.0.SelfAttention.relative_attention_bias.weight")[0],
+        "feed_forward_proj": "gated-gelu",
+    }
+
+
+def build(kind: str, config: dict[str, Any]) -> nn.Module:
+    """The text encoder without weights. It knows where its tokenizer is: `config["tokenizer"]`."""
+    if kind.startswith("clip"):
+        return clip.build_text_encoder(config, projection=kind == "clip_g")
+    from transformers import T5Config, T5EncoderModel
+
+    keep = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "relative_attention_num_buckets",
+            "feed_forward_proj")  # fmt: skip
+    encoder = T5EncoderModel(T5Config(**{name: config[name] for name in keep if name in config}))
+    encoder.tokenizer_folder = config.get("tokenizer")  # pyright: ignore
+    return encoder
+
+
+@lru_cache(maxsize=4)
+def load_tokenizer(folder: str | None, kind: str) -> Any:
+    """transformers' tokenizer of that folder. BadFile when there is none."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if folder is None:
+        raise BadFile(
+            f"captions need the tokenizer of {KINDS[kind]}, which does not travel with this program: give its folder "
+            "(`tokenizer`), from a diffusers folder or from ComfyUI's comfy/text_encoders"
+        )
+    file = Path(folder) / "tokenizer.json"
+    try:
+        if file.exists():
+            return PreTrainedTokenizerFast(tokenizer_file=str(file))
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library raises many kinds, for files that are missing or damaged
+        raise BadFile(f"{folder}: no tokenizer of {KINDS[kind]} in it: {str(error).splitlines()[0]}") from None
+
+
+def encode_t5(encoder: nn.Module, captions: Sequence[str], length: int) -> Tensor:
+    """T5's states (B, length, D). Padding is seen like text, as the models were trained."""
+    tokenizer = load_tokenizer(encoder.tokenizer_folder, "t5xxl")  # pyright: ignore
+    rows = [tokenizer(caption, add_special_tokens=True).input_ids[:length] for caption in captions]
+    tokens = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+    return encoder(tokens.to(next(encoder.parameters()).device)).last_hidden_state
+
+
+def pooled_clip(encoder: nn.Module, captions: Sequence[str]) -> Tensor:
+    """CLIP's pooled state of the first 75 tokens of each caption, (B, D)."""
+    tokens = clip.token_chunks(captions, 1, padding=clip.END)
+    _, output = clip.encode_chunks(encoder, tokens, layer=1, final_norm=True)
+    return output.pooler_output

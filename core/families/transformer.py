@@ -1,0 +1,100 @@
+"""What diffusion transformers have in common: weights read off an original checkpoint, latents cut into patches."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import UnmatchedKeys
+from ..lora_keys.family import FamilyKeys, Place
+from . import text
+from .ldm import VAE_PREFIXES, kl_pixels
+from .spec import DENOISER_PREFIX, Component, LatentShape, LazyTensors
+
+
+def denoiser_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Original name without a prefix -> name in the checkpoint, of the denoiser's tensors."""
+    return {name.removeprefix(DENOISER_PREFIX): name for name in tensors if name.startswith(DENOISER_PREFIX)}
+
+
+def transformer_component(
+    tensors: Mapping[str, Tensor],
+    config: dict[str, Any],
+    keys: FamilyKeys,
+    renames: Sequence[tuple[str, str]] = (),
+    left_out: str = r"$^",
+) -> Component:
+    """The denoiser of a checkpoint under diffusers' names: fused layers are split, by the same table as LoRA files.
+
+    `renames` (regular expression of a whole original name -> diffusers name) go before the table; names that match
+    `left_out` are no weights of the network.
+    """
+    names = {short: full for short, full in denoiser_names(tensors).items() if not re.search(left_out, short)}
+    readers: dict[str, Callable[[], Tensor]] = {}
+
+    def part_of(full: str, place: Place, weight: str, index: int) -> Tensor:
+        # A bias has as many rows as its weight, whose inputs say how many belong to each part.
+        tensor, inputs = tensors[full], tensors[weight].shape[1]
+        return place.split(tensor, inputs)[index][1].contiguous()
+
+    for short, full in names.items():
+        renamed = next((re.sub(pattern, new, short) for pattern, new in renames if re.fullmatch(pattern, short)), None)
+        if renamed is not None:
+            readers[renamed] = partial(tensors.__getitem__, full)
+            continue
+        path, _, kind = short.rpartition(".")
+        fusion = keys.of_original(path)
+        if fusion is None:
+            readers[short] = partial(tensors.__getitem__, full)
+        elif len(fusion.parts) == 1 and not fusion.halves_swapped:
+            readers[f"{fusion.parts[0]}.{kind}"] = partial(tensors.__getitem__, full)
+        else:
+            weight = names[f"{path}.weight"]
+            for index, part in enumerate(fusion.parts):
+                readers[f"{part}.{kind}"] = partial(part_of, full, Place("denoiser", fusion, None), weight, index)
+    return Component(config, LazyTensors(readers))
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> Callable[[str], tuple[int, ...]]:
+    """A function: original name of the denoiser's tensor, without a prefix -> shape; UnmatchedKeys where it lacks it."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        if DENOISER_PREFIX + name not in tensors:
+            raise UnmatchedKeys(f"the denoiser lacks {name}")
+        return tuple(tensors[DENOISER_PREFIX + name].shape)
+
+    return shape
+
+
+def patch_latent_shape(channels: int, components: Mapping[str, Component]) -> LatentShape:
+    """Latents of a KL VAE, of which the denoiser takes two by two as one position."""
+    return LatentShape(channels, kl_pixels(components), multiple=2, positions_side=2)
+
+
+def cut_patches(latents: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H/2 * W/2, 4 C): two by two latents as one position, channel by channel."""
+    return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def join_patches(patches: Tensor, height: int, width: int) -> Tensor:
+    """(B, H/2 * W/2, 4 C) -> (B, C, H, W): undoes `cut_patches`."""
+    return F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
+
+
+def grid_positions(height: int, width: int, device: torch.device) -> Tensor:
+    """(height * width, 3) float32: 0, row and column of each position of a picture."""
+    return torch.cartesian_prod(*(torch.arange(float(count), device=device) for count in (1, height, width)))
+
+
+def other_parts(
+    tensors: Mapping[str, Tensor], vae: Callable[[Mapping[str, Tensor]], Component], text_kinds: Mapping[str, str]
+) -> dict[str, Component]:
+    """VAE and text encoders (part -> kind, see `text.KINDS`), as far as they are among the tensors."""
+    parts = {part: text.component(tensors, kind) for part, kind in text_kinds.items() if text.has(tensors, kind)}
+    if any(name.startswith(VAE_PREFIXES) for name in tensors):
+        parts["vae"] = vae(tensors)
+    return parts
