@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -19,6 +19,8 @@ from .families.spec import FamilySpec
 from .lora_file import LoraFile
 from .lora_keys import ModuleId
 
+PEFT_NAME = "facelora"
+"""What peft calls our adapter."""
 _Number = TypeVar("_Number", int, float)
 
 
@@ -91,3 +93,43 @@ def target_modules(
 
 def _by_pattern(patterns: Mapping[str, _Number], path: str, default: _Number) -> _Number:
     return next((value for pattern, value in patterns.items() if re.search(pattern, path)), default)
+
+
+def peft_layers(
+    networks: Mapping[str, nn.Module],
+    targets: Mapping[ModuleId, tuple[int, float]],
+    config: TrainConfig,
+    peft_config: Callable[..., Any],
+) -> dict[ModuleId, nn.Module]:
+    """The layers that peft puts in the place of the targets, by its name PEFT_NAME.
+
+    `peft_config` makes a configuration of the options that all kinds have: r, alpha, target_modules, patterns of both.
+    """
+    from peft import inject_adapter_in_model
+
+    layers: dict[ModuleId, nn.Module] = {}
+    for part, network in networks.items():
+        ranks = {path: rank for (owner, path), (rank, _) in targets.items() if owner == part}
+        alphas = {path: alpha for (owner, path), (_, alpha) in targets.items() if owner == part}
+        configured = peft_config(
+            r=config.rank,
+            alpha=config.alpha_for(config.rank),
+            target_modules=list(ranks),
+            rank_pattern=_exceptions(ranks, config.rank),
+            alpha_pattern=_exceptions(alphas, config.alpha_for(config.rank)),
+        )
+        inject_adapter_in_model(configured, network, adapter_name=PEFT_NAME)
+        layers |= {(part, path): network.get_submodule(path) for path in ranks}
+    return layers
+
+
+def _exceptions(values: Mapping[str, _Number], default: _Number) -> dict[str, _Number]:
+    """peft's pattern -> value for the modules whose value is not the default, one pattern for each value.
+
+    peft tries the patterns in turn on every module, so hundreds of them would take minutes.
+    """
+    paths: dict[_Number, list[str]] = {}
+    for path, value in values.items():
+        if value != default:
+            paths.setdefault(value, []).append(re.escape(path))
+    return {f"^({'|'.join(group)})": value for value, group in paths.items()}

@@ -42,7 +42,7 @@ class TrainConfig:
     class_word: str = option("person", "what the person is one of: person, woman, man, ...")
 
     method: MethodName = option("lora", "what is trained")
-    rank: int = option(16, "rank of B·A, the size of the adapter")
+    rank: int = option(16, "rank of B·A, the size of the adapter (oft: most rows that are rotated together)")
     alpha: float | None = option(None, "the weight change is alpha / rank · B·A; default: equal to the rank")
     targets: Targets = option("transformer", "layers that are adapted: 'transformer' is Kohya's default set")
     rank_pattern: dict[str, int] = option({}, "regular expression of a module's name -> its own rank")
@@ -51,6 +51,7 @@ class TrainConfig:
     rslora: bool = option(
         False, "scale by alpha / sqrt(rank) (arXiv:2312.03732); the file's alpha is adjusted to match"
     )
+    lokr_factor: int = option(-1, "size of LoKr's small matrix, where it divides a layer's; -1: near the square root")
     lora_plus_ratio: float = option(1.0, "learning rate of B over that of A (LoRA+, arXiv:2402.12354)")
 
     steps: int = option(800, "optimizer steps")
@@ -196,6 +197,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("rank", 1, 4096),
     ("alpha", 1e-6, 1e6),
     ("dropout", 0, 0.99),
+    ("lokr_factor", -1, 4096),
     ("lora_plus_ratio", 1e-3, 1e3),
     ("steps", 1, 10_000_000),
     ("batch_size", 1, 1024),

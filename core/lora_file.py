@@ -410,6 +410,25 @@ def name_modules(
     return ComputedTensors([*makers, lambda: extra or {}])
 
 
+_KOHYA_SUFFIXES = {"down": "lora_down.weight", "up": "lora_up.weight", "dora": "dora_scale"}
+
+
+def name_kinds(family: str, modules: Mapping[ModuleId, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a file in Kohya's scheme, from those of each module by role, whatever their kind.
+
+    UnmatchedKeys where the family's files have several modules in one: only plain LoRAs can be put together.
+    """
+    tensors = {}
+    for (part, path), roles in modules.items():
+        name, fusion, _ = name_in_scheme(FAMILIES[family], part, path, "kohya")
+        if len(fusion.parts) > 1:
+            raise UnmatchedKeys(
+                f"{path} is one with {len(fusion.parts) - 1} others in files of {family}, where only a plain LoRA fits"
+            )
+        tensors |= {f"{name}.{_KOHYA_SUFFIXES.get(role, role)}": tensor for role, tensor in roles.items()}
+    return tensors
+
+
 def name_in_scheme(keys: FamilyKeys, part: str, path: str, scheme: str) -> tuple[str, Fusion, int]:
     """The name in a file, the fusion that the name stands for, and which part of it the module is."""
     alone = Fusion(path, (path,))

@@ -1,25 +1,20 @@
 """LoRA (arXiv:2106.09685): each weight W becomes W + alpha / rank * B A, with the layers that peft puts in place."""
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Adapter, Method, target_modules
+from ..adapters import PEFT_NAME, Adapter, Method, peft_layers, target_modules
 from ..base import Base
 from ..config import TrainConfig
 from ..errors import LoraMisfit
 from ..families.spec import FamilySpec
 from ..lora_file import LoraFile, LoraModule, name_in_scheme
 from ..lora_keys import FAMILIES, ModuleId
-
-_NAME = "facelora"
-_Number = TypeVar("_Number", int, float)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +31,8 @@ class LoraAdapter(Adapter):
         found = {}
         for (part, path), layer in self.layers.items():
             if self.shared[part, path] == (part, path):
-                found[f"{part}.{path}.down"] = layer.lora_A[_NAME].weight  # pyright: ignore
-            found[f"{part}.{path}.up"] = layer.lora_B[_NAME].weight  # pyright: ignore
+                found[f"{part}.{path}.down"] = layer.lora_A[PEFT_NAME].weight  # pyright: ignore
+            found[f"{part}.{path}.up"] = layer.lora_B[PEFT_NAME].weight  # pyright: ignore
         return found
 
     def modules(self, values: Mapping[str, Tensor] | None = None) -> dict[ModuleId, LoraModule]:
@@ -48,7 +43,7 @@ class LoraAdapter(Adapter):
             down = values[f"{'.'.join(self.shared[part, path])}.down"].detach().float().cpu().clone()
             up = values[f"{part}.{path}.up"].detach().float().cpu().clone()
             # The scale in use, whichever way it came about (rsLoRA), written as the alpha that means the same.
-            result[part, path] = LoraModule(down, up, layer.scaling[_NAME] * down.shape[0])  # pyright: ignore
+            result[part, path] = LoraModule(down, up, layer.scaling[PEFT_NAME] * down.shape[0])  # pyright: ignore
         return result
 
     def export(self, values: Mapping[str, Tensor], base: Base, metadata: Mapping[str, str]) -> LoraFile:
@@ -68,13 +63,13 @@ class LoraAdapter(Adapter):
             )
         for (part, path), module in modules.items():
             layer = self.layers[part, path]
-            down, up = layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight  # pyright: ignore
+            down, up = layer.lora_A[PEFT_NAME].weight, layer.lora_B[PEFT_NAME].weight  # pyright: ignore
             if module.down.numel() != down.numel() or module.up.numel() != up.numel():
                 raise LoraMisfit(
                     f"the LoRA to go on from has rank {module.rank} at {path}, these settings {down.shape[0]}"
                 )
             # Same product, whatever alpha the file has: the ratio of the scales goes into B.
-            ratio = module.scale / layer.scaling[_NAME]  # pyright: ignore
+            ratio = module.scale / layer.scaling[PEFT_NAME]  # pyright: ignore
             first = self.shared[part, path]
             if first != (part, path) and not torch.equal(module.down, modules[first].down):
                 raise LoraMisfit(
@@ -102,28 +97,18 @@ def attach(
     A is drawn Kaiming-uniform with a = sqrt 5 from the seed on the CPU, B is 0 (arXiv:2106.09685), so that a new adapter
     changes nothing and is the same on every machine.
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import LoraConfig
 
     targets = target_modules(family, config, networks)
-    layers: dict[ModuleId, nn.Module] = {}
-    for part, network in networks.items():
-        ranks = {path: rank for (owner, path), (rank, _) in targets.items() if owner == part}
-        alphas = {path: alpha for (owner, path), (_, alpha) in targets.items() if owner == part}
-        peft_config = LoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha_for(config.rank),  # pyright: ignore
-            target_modules=list(ranks),
-            lora_dropout=config.dropout,
-            use_rslora=config.rslora,
-            rank_pattern=_exceptions(ranks, config.rank),
-            alpha_pattern=_exceptions(alphas, config.alpha_for(config.rank)),
-        )
-        inject_adapter_in_model(peft_config, network, adapter_name=_NAME)
-        for path in ranks:
-            layers[part, path] = network.get_submodule(path)
+    layers = peft_layers(
+        networks, targets, config,
+        lambda r, alpha, **options: LoraConfig(
+            r=r, lora_alpha=alpha, lora_dropout=config.dropout, use_rslora=config.rslora, **options
+        ),
+    )  # fmt: skip
     shared = _shared(family, layers)
     for module_id, first in shared.items():
-        layers[module_id].lora_A[_NAME] = layers[first].lora_A[_NAME]  # pyright: ignore
+        layers[module_id].lora_A[PEFT_NAME] = layers[first].lora_A[PEFT_NAME]  # pyright: ignore
     adapter = LoraAdapter(networks, layers, shared)
     generator = torch.Generator().manual_seed(config.seed)
     for name, parameter in sorted(adapter.parameters().items()):
@@ -145,21 +130,9 @@ def _shared(family: FamilySpec, layers: Mapping[ModuleId, nn.Module]) -> dict[Mo
     shared = {}
     for (part, path), layer in layers.items():
         name, _, _ = name_in_scheme(FAMILIES[family.name], part, path, family.lora_scheme)
-        rank = layer.lora_A[_NAME].weight.shape[0]  # pyright: ignore
+        rank = layer.lora_A[PEFT_NAME].weight.shape[0]  # pyright: ignore
         shared[part, path] = firsts.setdefault((name, rank), (part, path))
     return shared
-
-
-def _exceptions(values: Mapping[str, _Number], default: _Number) -> dict[str, _Number]:
-    """peft's pattern -> value for the modules whose value is not the default, one pattern for each value.
-
-    peft tries the patterns in turn on every module, so hundreds of them would take minutes.
-    """
-    paths: dict[_Number, list[str]] = {}
-    for path, value in values.items():
-        if value != default:
-            paths.setdefault(value, []).append(re.escape(path))
-    return {f"^({'|'.join(group)})": value for value, group in paths.items()}
 
 
 METHOD = Method("LoRA (arXiv:2106.09685)", attach)

@@ -1,12 +1,15 @@
 """Run by test_lora_readers.py in a process of its own, with ComfyUI on its path: what does ComfyUI make of LoRA files?
 
 Arguments: pairs of family and file. Prints one JSON line for each: how many weights are patched, which keys are reported
-as not loaded, and for each patched weight its change times a fixed vector.
+as not loaded, and for each patched weight its change times a fixed vector. The weights are 0 before, or with
+`LORA_READER_BASE=random` fixed random ones, for the kinds whose change depends on them.
 """
 
 # pyright: reportMissingImports=false
 import json
 import logging
+import math
+import os
 import sys
 
 import comfy.cli_args
@@ -104,6 +107,13 @@ def probe(inputs: int) -> torch.Tensor:
     return torch.randn(inputs, generator=torch.Generator().manual_seed(inputs))
 
 
+def base_weight(shape: torch.Size) -> torch.Tensor:
+    if os.environ.get("LORA_READER_BASE") != "random":
+        return torch.zeros(shape)
+    generator = torch.Generator().manual_seed(math.prod(shape))
+    return torch.randn(shape, generator=generator) / math.prod(shape[1:]) ** 0.5
+
+
 def report(family: str, path: str) -> dict:
     cls, config = MODELS[family]
     model = cls(dict(config)).get_model({}, "", device=torch.device("meta"))
@@ -121,9 +131,10 @@ def report(family: str, path: str) -> dict:
         name, offset, function = target, None, None
         if not isinstance(target, str):
             name, offset, function = target[0], target[1], target[2] if len(target) > 2 else None
-        weight = torch.zeros(shapes[name])
+        weight = base_weight(shapes[name])
         # Like ModelPatcher.add_patches and comfy.lora.calculate_weight.
         weight = comfy.lora.calculate_weight([(1.0, patch, 1.0, offset, function)], weight, name)
+        weight = weight - base_weight(shapes[name])
         matrix = weight.reshape(weight.shape[0], -1)  # a bias is a matrix of one column
         change = matrix @ probe(matrix.shape[1])
         changes[name] = (torch.tensor(changes[name]) + change).tolist() if name in changes else change.tolist()

@@ -1,0 +1,241 @@
+"""DoRA, LoHa, LoKr and OFT: each against the formula of its paper, from the first step to the file and back."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from core.apply import apply
+from core.base import load_base
+from core.config import TrainConfig
+from core.errors import BadConfig, LoraMisfit
+from core.families import FAMILIES
+from core.lora_file import LoraFile
+from core.lora_tools import convert_lora
+from core.methods import METHODS, attach
+from core.training import Run, train_lora
+from tests.tooling import encoded_cache, encoded_image
+
+CPU = torch.device("cpu")
+KINDS = ("dora", "loha", "lokr", "oft")
+CONFIG = TrainConfig(
+    rank=4, alpha=2.0, targets="transformer+conv", min_snr_gamma=0.0, precision="fp32", learning_rate=1e-2, steps=3
+)
+
+
+@pytest.fixture(scope="module")
+def bases(small_sd15, small_sdxl):
+    return {"sd15": load_base(small_sd15), "sdxl": load_base(small_sdxl)}
+
+
+@pytest.fixture(scope="module")
+def caches(bases):
+    return {
+        name: encoded_cache(base, [encoded_image(base, f"{i}.png", "a photo of sks person", i) for i in (1, 2)])
+        for name, base in bases.items()
+    }
+
+
+def config_of(method: str) -> TrainConfig:
+    return replace(CONFIG, method=method)
+
+
+def adapter_of(base, config, parts=("denoiser",), continue_from=None):
+    return attach({part: base.load(part, CPU, torch.float32) for part in parts}, base.family, config, continue_from)
+
+
+def stir(parameters, amount=0.1):
+    """Values as after some training: every tensor moved away from where it started."""
+    generator = torch.Generator().manual_seed(3)
+    for _, parameter in sorted(parameters.items()):
+        parameter.data += amount * torch.randn(parameter.shape, generator=generator)
+
+
+def changed_weight(method: str, weight, roles, rank=4, alpha=2.0):
+    """W' of a module by the formula of its paper, differentiable; written anew from the papers for this test."""
+    matrix = weight.flatten(1)
+    if method == "dora":  # arXiv:2402.09353, eq. 5 and section 4.3
+        moved = matrix + alpha / rank * roles["up"].flatten(1) @ roles["down"].flatten(1)
+        columns = moved.reshape(weight.shape)
+        norm = columns.pow(2).sum(dim=[axis for axis in range(weight.ndim) if axis != 1], keepdim=True).sqrt().detach()
+        return roles["dora"].reshape(1, -1, *[1] * (weight.ndim - 2)) * columns / norm
+    if method == "loha":  # arXiv:2108.06098, prop. 1
+        first, second = roles["hada_w1_a"] @ roles["hada_w1_b"], roles["hada_w2_a"] @ roles["hada_w2_b"]
+        return (matrix + alpha / rank * first * second).reshape(weight.shape)
+    if method == "lokr":  # arXiv:2309.14859, eq. 6; a whole second factor has no rank to divide by
+        whole = "lokr_w2" in roles
+        second = roles["lokr_w2"].flatten(1) if whole else roles["lokr_w2_a"] @ roles["lokr_w2_b"]
+        product = torch.einsum("ij,kl->ikjl", roles["lokr_w1"], second).reshape(matrix.shape)
+        return (matrix + (1.0 if whole else alpha / rank) * product).reshape(weight.shape)
+    blocks = roles["oft_blocks"]  # arXiv:2306.07280, eq. 3: orthogonal blocks by Cayley's transform
+    skew, identity = blocks - blocks.mT, torch.eye(blocks.shape[1])
+    rotations = (identity + skew) @ torch.linalg.inv(identity - skew)
+    return (torch.block_diag(*rotations).T @ matrix).reshape(weight.shape)
+
+
+def reference_prediction(base, method, values, noisy, timesteps, text):
+    unet = base.load("denoiser", CPU, torch.float32)
+    weights = dict(unet.named_parameters())
+    modules: dict[str, dict] = {}
+    for name, value in values.items():
+        path, _, role = name.removeprefix("denoiser.").rpartition(".")
+        modules.setdefault(path, {})[role] = value
+    for path, roles in modules.items():
+        weights[f"{path}.weight"] = changed_weight(method, weights[f"{path}.weight"], roles)
+    arguments = {"encoder_hidden_states": text["context"]}
+    if "pooled" in text:
+        arguments["added_cond_kwargs"] = {"text_embeds": text["pooled"], "time_ids": text["time_ids"]}
+    return torch.func.functional_call(unet, weights, (noisy, timesteps), arguments).sample
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", KINDS)
+def test_the_gradient_of_a_step_is_that_of_the_papers_formula(bases, caches, family, method):
+    base = bases[family]
+    run = Run(caches[family], base, config_of(method), CPU)
+    stir(run.parameters)
+    images = [run.images[index] for index in run.batches.at(0)]
+    _, noise, noisy, timesteps = run._noised(images, run._generator("noise", 0))
+    (loss,) = run._losses(0)
+    loss.backward()
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in run.parameters.items()}
+    text = run._conditioning(images, [image.caption for image in images])
+    expected = F.mse_loss(reference_prediction(base, method, leaves, noisy, timesteps, text), noise)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    for name, parameter in run.parameters.items():
+        ours, theirs = parameter.grad, leaves[name].grad
+        assert ours is not None and theirs is not None
+        assert (ours - theirs).norm() <= 1e-3 * theirs.norm() + 1e-8, name
+
+
+@pytest.mark.parametrize("method", KINDS)
+def test_a_new_adapter_changes_nothing_and_disabled_is_the_frozen_network(bases, caches, method):
+    base, config = bases["sd15"], config_of(method)
+    plain = base.load("denoiser", CPU, torch.float32)
+    run = Run(caches["sd15"], base, config, CPU)
+    noisy, timesteps, text = torch.randn(1, 4, 16, 16), torch.tensor([400]), run.text["a photo of sks person"]
+
+    def draw(denoiser):
+        with torch.no_grad():
+            return base.family.predict(denoiser, noisy, timesteps, text)
+
+    expected = draw(plain)
+    torch.testing.assert_close(draw(run.denoiser), expected, rtol=1e-4, atol=1e-5)
+    stir(run.parameters)
+    changed = draw(run.denoiser)
+    assert (changed - expected).norm() > 1e-2 * expected.norm()
+    with run.adapter.disabled():
+        assert torch.equal(draw(run.denoiser), expected)
+    assert torch.equal(draw(run.denoiser), changed)
+
+
+@pytest.mark.parametrize("method", KINDS)
+def test_only_the_adapter_is_trained_on_every_network(bases, method):
+    adapter = adapter_of(bases["sdxl"], config_of(method), ("denoiser", "text_encoder", "text_encoder_2"))
+    trained = {id(p) for network in adapter.networks.values() for p in network.parameters() if p.requires_grad}
+    parameters = adapter.parameters()
+    assert trained == {id(p) for p in parameters.values()}
+    assert {name.partition(".")[0] for name in parameters} == set(adapter.networks)
+    assert {p.dtype for p in parameters.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", KINDS)
+def test_the_saved_file_read_and_applied_draws_what_the_adapter_drew(bases, caches, family, method, tmp_path):
+    base = bases[family]
+    run = Run(caches[family], base, config_of(method), CPU)
+    stir(run.parameters)
+    metadata = {"ss_base_model_version": base.family.base_model_version}
+    run.adapter.export(run.parameters, base, metadata).save(tmp_path / "a.safetensors", torch.float32)
+    file = LoraFile.read(tmp_path / "a.safetensors")
+    assert (file.kind, file.family, file.unknown_keys) == (method, family, ())
+    applied = base.load("denoiser", CPU, torch.float32)
+    apply(file, {"family": family, "denoiser": applied})
+    noisy, timesteps = torch.randn(1, 4, 16, 16), torch.tensor([400])
+    text = run._conditioning(run.images[:1], ["a photo of sks person"])
+    with torch.no_grad():
+        expected = base.family.predict(run.denoiser, noisy, timesteps, text)
+        found = base.family.predict(applied, noisy, timesteps, text)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", KINDS)
+def test_it_becomes_a_plain_lora_with_the_error_that_is_stated(bases, method):
+    base = bases["sd15"]
+    adapter = adapter_of(base, config_of(method))
+    stir(adapter.parameters())
+    file = adapter.export(adapter.parameters(), base, {"ss_base_model_version": "sd_v1"})
+    tensors = base.components["denoiser"].tensors
+
+    def weight(module):
+        return tensors[f"{module[1]}.weight"]
+
+    plain, stated = convert_lora(file, "kohya", plain_rank=8, base_weight=weight)
+    wanted, found = dict(file.changes(weight)), dict(plain.changes())
+    errors = [((found[module] - change.reshape(found[module].shape)).norm() / change.norm()).item()
+              for module, change in wanted.items()]  # fmt: skip
+    assert set(found) == set(wanted) and 0 < max(errors) < 1
+    assert stated == pytest.approx(max(errors), rel=1e-2)
+
+
+@pytest.mark.parametrize("method", KINDS)
+def test_going_on_from_a_file_starts_with_its_change_whatever_its_alpha(bases, method, tmp_path):
+    base = bases["sd15"]
+    first = adapter_of(base, config_of(method))
+    stir(first.parameters())
+    metadata = {"ss_base_model_version": "sd_v1"}
+    first.export(first.parameters(), base, metadata).save(tmp_path / "a.safetensors", torch.float32)
+    file = LoraFile.read(tmp_path / "a.safetensors")
+    second = adapter_of(base, replace(config_of(method), alpha=8.0), continue_from=file)
+    tensors = base.components["denoiser"].tensors
+    wanted, found = (
+        dict(lora.changes(lambda module: tensors[f"{module[1]}.weight"]))
+        for lora in (file, second.export(second.parameters(), base, metadata))
+    )
+    assert all(torch.allclose(found[module], wanted[module], rtol=1e-4, atol=1e-6) for module in wanted)
+
+
+@pytest.mark.parametrize("method", KINDS)
+def test_a_file_of_another_method_or_rank_to_go_on_from_is_refused(bases, method):
+    base = bases["sd15"]
+    other = adapter_of(base, config_of("lora"))
+    with pytest.raises(LoraMisfit, match="choose the same"):
+        adapter_of(base, config_of(method), continue_from=other.export(other.parameters(), base, {}))
+    same = adapter_of(base, config_of(method))
+    with pytest.raises(LoraMisfit):
+        adapter_of(base, replace(config_of(method), rank=2), continue_from=same.export(same.parameters(), base, {}))
+
+
+@pytest.mark.parametrize("method", KINDS)
+def test_a_run_that_is_cancelled_goes_on_exactly(bases, caches, method, tmp_path):
+    def cancel(report):
+        if report.step == 2:
+            raise KeyboardInterrupt
+
+    config, state = config_of(method), tmp_path / "run.state.safetensors"
+    whole = train_lora(caches["sd15"], bases["sd15"], config, device=CPU)
+    with pytest.raises(KeyboardInterrupt):
+        train_lora(caches["sd15"], bases["sd15"], config, device=CPU, state_path=state, on_step=cancel)
+    resumed = train_lora(caches["sd15"], bases["sd15"], config, device=CPU, state_path=state, resume=True)
+    assert whole.tensors.keys() == resumed.tensors.keys()
+    assert all(torch.equal(tensor, resumed.tensors[name]) for name, tensor in whole.tensors.items())
+
+
+@pytest.mark.parametrize("method", ["loha", "lokr", "oft"])
+def test_settings_that_a_method_does_not_have_are_refused_by_name(bases, method):
+    with pytest.raises(BadConfig, match=f"dropout: method '{method}' has none"):
+        adapter_of(bases["sd15"], replace(config_of(method), dropout=0.1))
+
+
+def test_a_row_count_that_no_block_divides_is_refused(bases):
+    with pytest.raises(BadConfig, match=r"rank = 1: .* has 32 rows"):
+        adapter_of(bases["sd15"], replace(config_of("oft"), rank=1))
+
+
+def test_methods_are_the_files_of_their_folder():
+    assert {"lora", *KINDS} <= METHODS.keys()
+    assert all(method.title for method in METHODS.values())
+    with pytest.raises(BadConfig, match="method = 'ia3': choose one of dora, "):
+        TrainConfig(method="ia3")
