@@ -12,14 +12,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from core.base import Base
+from core.base import Base, CaptionEncoder
 from core.cache import EncodedImage, LatentCache
 from core.demo.people import person_photos
 from core.families import FAMILIES
 from core.families.clip import TOKENIZER_FOLDER
 from core.families.ldm import ldm_vae_path
+from core.families.spec import Component, Conditioning
 from core.lora_keys.ldm import ldm_unet_path
 from core.safetensors_file import Layout, write_safetensors
+from core.sampling import encode_prompts
 
 
 @dataclass(frozen=True)
@@ -206,6 +208,68 @@ def write_checkpoint(
     return path
 
 
+@dataclass(frozen=True)
+class SmallFlow:
+    """Configs of a small model of a rectified flow's family, and what its captions are encoded into."""
+
+    denoiser: dict[str, Any]
+    vae: dict[str, Any]
+    context: int
+    """Width of the text's states."""
+    pooled: int = 0
+    """Width of the pooled text; 0: there is none."""
+    masked: bool = False
+    """Whether texts keep their length, and a mask says what is padding."""
+
+
+def _kl_config(scale: float, shift: float) -> dict[str, Any]:
+    return {
+        "block_out_channels": (32, 32), "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2, "layers_per_block": 1, "latent_channels": 16,
+        "scaling_factor": scale, "shift_factor": shift, "use_quant_conv": False, "use_post_quant_conv": False,
+    }  # fmt: skip
+
+
+SMALL_FLOWS = {
+    "flux1": SmallFlow(
+        {"in_channels": 64, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 128, "num_attention_heads": 1,
+         "joint_attention_dim": 32, "pooled_projection_dim": 24, "guidance_embeds": True, "axes_dims_rope": (16, 56, 56)},
+        _kl_config(0.3611, 0.1159), context=32, pooled=24,
+    ),
+}  # fmt: skip
+
+
+def small_flow_base(name: str) -> Base:
+    """A Base of the family with random weights in memory, whose captions are encoded into random numbers."""
+    family, small = FAMILIES[name], SMALL_FLOWS[name]
+    components = {}
+    for part, config in (("denoiser", small.denoiser), ("vae", small.vae)):
+        with torch.device("meta"):
+            state = family.build(part, config).state_dict()
+        draw = RandomTensors({name: tuple(tensor.shape) for name, tensor in state.items()}, torch.float32, seed=1)
+        components[part] = Component(config, {name: draw(name) for name in state})
+
+    def encode(caption: str) -> Conditioning:
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(caption.encode()).digest()[:4], "big"))
+        length = 4 + len(caption.split()) if small.masked else 16
+        conditioning = {"context": torch.randn(1, length, small.context, generator=generator)}
+        if small.pooled:
+            conditioning["pooled"] = torch.randn(1, small.pooled, generator=generator)
+        if small.masked:
+            conditioning["context_mask"] = torch.ones(1, length)
+        return conditioning
+
+    return Base(
+        family=family,
+        name=f"small-{name}.safetensors",
+        components=components,
+        prediction_type="flow",
+        zero_terminal_snr=False,
+        resolution=64,
+        caption_encoder=CaptionEncoder(encode, "random"),
+    )
+
+
 def write_photos(folder: Path, count: int = 4, scale: int = 1, person: int = 35) -> Path:
     """A folder with real photos of one person of the AT&T/ORL set (92x112 pixels times `scale`), one with a caption."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -251,14 +315,20 @@ def diffusers_pipeline(base: Base, dtype: torch.dtype = torch.float32):
 
 
 def encoded_image(
-    base: Base, name: str, caption: str, seed: int, is_class: bool = False, **changes: Any
+    base: Base,
+    name: str,
+    caption: str,
+    seed: int,
+    is_class: bool = False,
+    shape: tuple[int, int, int] = (4, 16, 16),
+    **changes: Any,
 ) -> EncodedImage:
-    """A training picture of 16x16 latents, random but reproducible."""
+    """A training picture of latents of that shape, random but reproducible."""
     generator = torch.Generator().manual_seed(seed)
     image = EncodedImage(
         name=name,
-        mean=torch.randn(4, 16, 16, generator=generator),
-        deviation=0.1 * torch.rand(4, 16, 16, generator=generator),
+        mean=torch.randn(shape, generator=generator),
+        deviation=0.1 * torch.rand(shape, generator=generator),
         mask=None,
         conditioning=base.family.image_conditioning((90, 110), (0, 3), (32, 32)),
         caption=caption,
@@ -273,6 +343,5 @@ def encoded_cache(base: Base, images: Sequence[EncodedImage]) -> LatentCache:
     """The images with the conditioning of their captions, made by the base's own text encoders."""
     encoders = base.load_text_encoders(torch.device("cpu"), torch.float32)
     captions = {"", *(image.caption for image in images), *(image.class_caption for image in images)}
-    with torch.no_grad():
-        text = {caption: base.family.encode_text(encoders, [caption], 1, 1) for caption in sorted(captions)}
+    text = {caption: encode_prompts(base, encoders, [caption])[0] for caption in sorted(captions)}
     return LatentCache(tuple(images), text, 1, "digest")

@@ -1,0 +1,186 @@
+"""Rectified flows (FLUX.1 and later): one step against plain torch, learning, sampling, the file that comes out."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from core.base import Base
+from core.config import TrainConfig
+from core.errors import BadConfig
+from core.families import FAMILIES
+from core.families.spec import stack_conditioning
+from core.generate import Job, generate
+from core.lora_file import LoraFile
+from core.lora_keys import FAMILIES as KEYS
+from core.objective import FlowSchedule
+from core.photos_to_lora import check_base_options, train
+from core.sampling import FLOW_SAMPLERS, encode_prompts, sample_latents
+from core.training import Run
+from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, small_flow_base
+
+CPU = torch.device("cpu")
+PLAIN = TrainConfig(rank=3, alpha=2.0, precision="fp32", batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def bases() -> dict[str, Base]:
+    return {name: small_flow_base(name) for name in SMALL_FLOWS}
+
+
+def started_run(base: Base, config: TrainConfig) -> Run:
+    """A run on two pictures with captions of different lengths, whose adapter already changes something."""
+    shape = (base.latent_shape.channels, 8, 12)
+    captions = ("a photo of sks person", "sks person, outdoors in the evening sun")
+    cache = encoded_cache(base, [encoded_image(base, f"{i}.png", captions[i], i, shape=shape) for i in range(2)])
+    run = Run(cache, base, config, CPU)
+    generator = torch.Generator().manual_seed(9)
+    for name, parameter in run.parameters.items():
+        if name.endswith(".up"):
+            parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return run
+
+
+def test_every_rectified_flow_has_a_small_model_here():
+    assert set(SMALL_FLOWS) == {name for name, family in FAMILIES.items() if family.flow_shift}
+
+
+@pytest.mark.parametrize("family", SMALL_FLOWS)
+def test_the_gradient_of_a_step_is_that_of_plain_torch(bases, family):
+    base = bases[family]
+    run = started_run(base, PLAIN)
+    images = [run.images[index] for index in run.batches.at(0)]
+    latents, noise, noisy, timesteps = run._noised(images, run._generator("noise", 0))
+    (loss,) = run._losses(0)
+    loss.backward()
+
+    # W + alpha / rank * up @ down in the place of each adapted weight; the velocity is noise - picture.
+    time = timesteps.view(-1, 1, 1, 1) / 1000
+    torch.testing.assert_close(noisy, (1 - time) * latents + time * noise)
+    denoiser = base.load("denoiser", CPU, torch.float32)
+    weights: dict[str, torch.Tensor] = dict(denoiser.named_parameters())
+    modules = {path: module for (_, path), module in run.adapter.modules().items()}  # pyright: ignore
+    leaves = {path: (m.down.clone().requires_grad_(), m.up.clone().requires_grad_()) for path, m in modules.items()}
+    for path, (down, up) in leaves.items():
+        weights[f"{path}.weight"] = weights[f"{path}.weight"] + 2.0 / 3 * up @ down
+
+    class Plain:
+        config = denoiser.config
+
+        def __call__(self, *arguments, **options):
+            return torch.func.functional_call(denoiser, weights, arguments, options)
+
+    conditioning = stack_conditioning([run.text[image.caption] | image.conditioning for image in images])
+    prediction = base.family.predict(Plain(), noisy, timesteps, conditioning)  # pyright: ignore
+    expected = F.mse_loss(prediction, noise - latents)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    downs: dict[str, torch.Tensor] = {}
+    for path, (down, up) in leaves.items():
+        assert down.grad is not None and up.grad is not None
+        close(run.parameters[f"denoiser.{path}.up"].grad, up.grad)
+        first = ".".join(run.adapter.shared["denoiser", path])  # pyright: ignore
+        downs[first] = downs.get(first, 0) + down.grad  # layers that share their A add up in it
+    for name, gradient in downs.items():
+        close(run.parameters[f"{name}.down"].grad, gradient)
+
+
+def close(ours: torch.Tensor | None, theirs: torch.Tensor) -> None:
+    assert ours is not None
+    assert (ours - theirs).norm() <= 1e-4 * theirs.norm() + 1e-9
+
+
+@pytest.mark.parametrize("family", SMALL_FLOWS)
+def test_the_loss_falls_over_100_steps_on_two_pictures(bases, family):
+    run = started_run(bases[family], replace(PLAIN, rank=8, learning_rate=2e-3))
+    losses = []
+    for _ in range(100):
+        loss = run.accumulate()
+        run.update(loss)
+        losses.append(loss.item())
+    assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
+
+
+@pytest.mark.parametrize("family", SMALL_FLOWS)
+def test_recomputing_activations_gives_the_same_step(bases, family):
+    plain = started_run(bases[family], replace(PLAIN, gradient_checkpointing="off"))
+    saving = started_run(bases[family], replace(PLAIN, gradient_checkpointing="on"))
+    plain.train_step()
+    saving.train_step()
+    for name, parameter in plain.parameters.items():
+        torch.testing.assert_close(saving.parameters[name], parameter, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", SMALL_FLOWS)
+def test_in_half_precision_the_adapter_stays_float32_and_learns(bases, family):
+    run = started_run(bases[family], replace(PLAIN, precision="bf16"))
+    before = {name: value.detach().clone() for name, value in run.parameters.items()}
+    run.train_step()
+    run.check_finite()
+    assert {value.dtype for value in run.parameters.values()} == {torch.float32}
+    assert all(not torch.equal(value, before[name]) for name, value in run.parameters.items())
+
+
+@pytest.mark.parametrize("family", SMALL_FLOWS)
+def test_photos_become_a_lora_that_changes_the_pictures(bases, family, photo_folder, tmp_path):
+    base, output = bases[family], tmp_path / "me.safetensors"
+    config = TrainConfig(steps=3, rank=2, precision="fp32", learning_rate=1e-2, sample_every=3, sample_steps=2)
+    train(photo_folder, base, config, output=output, device=CPU)
+    lora = LoraFile.read(output)
+    assert (lora.family, lora.metadata["ss_base_model_version"]) == (family, KEYS[family].base_versions[0])
+    assert {entry.rank for entry in lora.entries} == {2}  # q, k and v share one A: fused, the rank stays
+    assert any(key.endswith(".alpha") for key in lora.tensors) == (base.family.lora_scheme == "kohya")
+    job = Job("a photo of sks person", seed=1, steps=2, guidance=2.0)
+    (plain,), (changed,) = (list(generate(base, loras, [job], device=CPU)) for loras in ([], [(lora, 1.0)]))
+    assert plain.image.tobytes() != changed.image.tobytes()
+    assert len(list((tmp_path / "me-samples").iterdir())) == 1
+
+
+@pytest.mark.parametrize("sampler", FLOW_SAMPLERS)
+def test_sampling_follows_a_known_flow_to_its_picture(bases, sampler):
+    """A network that always sees the one picture x_0 in the noise has the velocity (x_t - x_0) / t."""
+    base, target = bases["flux1"], 0.5
+
+    def velocity(denoiser, latents, timesteps, conditioning):
+        return (latents - target) / (timesteps.view(-1, 1, 1, 1) / 1000).clamp(min=1e-6)
+
+    known = replace(base, family=replace(base.family, predict=velocity))
+    text = encode_prompts(base, {}, ["a prompt"])
+    latents = sample_latents(
+        known, base.load("denoiser", CPU, torch.float32), text, text, seeds=[1], size=(64, 64), steps=8, guidance=1.0,
+        sampler=sampler,
+    )  # fmt: skip
+    assert (latents - target).abs().max() < 1e-2
+
+
+def test_times_are_shifted_as_the_authors_of_flux1_shift_them():
+    schedule = FlowSchedule(FAMILIES["flux1"].flow_shift, positions_side=2)  # pyright: ignore
+    # Black Forest Labs: mu is 0.5 at 256 positions (a picture of 256 px) and 1.15 at 4096 (1024 px).
+    for side, mu in ((32, 0.5), (128, 1.15)):
+        times = schedule.sampling_times(4, torch.zeros(1, 16, side, side))
+        expected = [1 / (1 + math.exp(-mu) * (1 / t - 1)) for t in (1, 0.75, 0.5, 0.25)] + [0]
+        assert times.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("sampling", "median"), [("auto", 0.5), ("uniform", 0.5)])
+def test_times_are_drawn_with_the_shift_and_within_the_range(sampling, median):
+    schedule = FlowSchedule(lambda positions: 3.0, positions_side=2)
+    config = TrainConfig(timestep_sampling=sampling, timestep_min=100, timestep_max=899)
+    latents = torch.zeros(20_000, 1, 2, 2)
+    drawn = schedule.draw_timesteps(latents, config, torch.Generator().manual_seed(1))
+    assert drawn.min() >= 100 and drawn.max() <= 900
+    shifted = 3 * median / (1 + 2 * median)
+    assert drawn.median().item() == pytest.approx(100 + 800 * shifted, abs=10)
+    unshifted = schedule.draw_timesteps(latents, replace(config, timestep_shift=1.0), torch.Generator().manual_seed(1))
+    assert unshifted.median().item() == pytest.approx(100 + 800 * median, abs=10)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"min_snr_gamma": 1.0}, {"prediction_type": "v_prediction"}, {"zero_terminal_snr": True}, {"clip_skip": 2}],
+)
+def test_settings_of_models_that_predict_noise_are_refused(bases, wrong):
+    with pytest.raises(BadConfig, match=f"{next(iter(wrong))}: FLUX.1 is a rectified flow and has no such setting"):
+        check_base_options(bases["flux1"], TrainConfig(**wrong))
