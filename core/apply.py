@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import LoraMisfit
+from .families import FAMILIES
 from .lora_file import LoraFile, fit
 
 ModuleId = tuple[str, str]
@@ -18,15 +19,16 @@ _PIPELINE_PARTS = {
     "text_encoder_2": "text_encoder_2",
     "text_encoder_3": "text_encoder_3",
 }
-_PIPELINE_FAMILIES = {
-    "StableDiffusionPipeline": "sd15",
+_PIPELINE_FAMILIES = {family.pipeline_class: name for name, family in FAMILIES.items()} | {
     "StableDiffusionImg2ImgPipeline": "sd15",
     "StableDiffusionInpaintPipeline": "sd15",
     "StableDiffusionControlNetPipeline": "sd15",
-    "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusionXLImg2ImgPipeline": "sdxl",
     "StableDiffusionXLInpaintPipeline": "sdxl",
     "StableDiffusionXLControlNetPipeline": "sdxl",
+    "FluxImg2ImgPipeline": "flux1",
+    "FluxInpaintPipeline": "flux1",
+    "FluxControlNetPipeline": "flux1",
 }
 
 
