@@ -126,13 +126,13 @@ def test_a_key_that_makes_no_sense_is_refused_and_changes_nothing(bases, loras):
 
 
 def test_a_pipeline_that_is_not_known_is_refused_with_those_that_are(loras):
-    class FluxPipeline:
+    class WanPipeline:
         pass
 
     with pytest.raises(
-        LoraMisfit, match="FluxPipeline is no pipeline that is known here; known: StableDiffusionPipeline"
+        LoraMisfit, match="WanPipeline is no pipeline that is known here; known: StableDiffusionPipeline"
     ):
-        apply(loras["sd15"], FluxPipeline())
+        apply(loras["sd15"], WanPipeline())
 
 
 def test_a_loha_is_applied_too(bases):
