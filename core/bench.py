@@ -8,6 +8,7 @@ of the ratios of neighbours.
 import argparse
 import contextlib
 import ctypes
+import math
 import os
 import platform
 import re
@@ -258,8 +259,10 @@ def count_flops(work: Callable[[], object]) -> int:
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
     aten: Any = torch.ops.aten
-    # torch counts the attention kernels of a GPU, not those of the CPU. The arguments are the shapes of the kernel's.
-    attention: dict[Any, Callable[..., int]] = {
+    # torch counts the attention kernels of a GPU, not those of the CPU, and no products in place. The arguments are the
+    # shapes of the kernel's.
+    more: dict[Any, Callable[..., int]] = {
+        aten.addmm_: lambda total, left, right, **__: 2 * math.prod(left) * right[1],
         aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
             query, key, value
         ),
@@ -267,7 +270,7 @@ def count_flops(work: Callable[[], object]) -> int:
             sdpa_backward_flop_count(gradient, query, key, value)
         ),
     }
-    counter = FlopCounterMode(display=False, custom_mapping=attention)
+    counter = FlopCounterMode(display=False, custom_mapping=more)
     with counter:
         work()
     return counter.get_total_flops()

@@ -172,4 +172,6 @@ def materialise(
         state[name] = tensor if trainable else tensor.clone()
     module.load_state_dict(state, assign=True)
     # What is in no checkpoint (CLIP's position numbers) was made on the CPU.
-    return module.to(device).requires_grad_(False).eval()
+    if any(buffer.device != device for buffer in module.buffers()):
+        module.to(device)
+    return module.requires_grad_(False).eval()

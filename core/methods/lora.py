@@ -1,4 +1,4 @@
-"""LoRA (arXiv:2106.09685): each weight W becomes W + alpha / rank * B A, with the layers that peft puts in place."""
+"""LoRA (arXiv:2106.09685): each weight W becomes W + alpha / rank * B A."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..adapters import PEFT_NAME, Adapter, Method, peft_layers, target_modules
+from ..adapters import Adapter, Method, target_modules
 from ..base import Base
 from ..config import TrainConfig
 from ..errors import LoraMisfit
 from ..families.spec import FamilySpec
 from ..lora_file import LoraFile, LoraModule, name_in_scheme
 from ..lora_keys import FAMILIES, ModuleId
+from ..lora_layer import LoraLayer
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,8 +23,8 @@ class LoraAdapter(Adapter):
     """LoRA layers on one or more networks."""
 
     networks: Mapping[str, nn.Module]
-    layers: Mapping[ModuleId, nn.Module]
-    """peft's layer in the place of each adapted module."""
+    layers: Mapping[ModuleId, LoraLayer]
+    """What stands in the place of each adapted module."""
     shared: Mapping[ModuleId, ModuleId]
     """Module -> the one whose A it uses: of layers that are one in the file (q, k and v), the first; else itself."""
 
@@ -31,8 +32,8 @@ class LoraAdapter(Adapter):
         found = {}
         for (part, path), layer in self.layers.items():
             if self.shared[part, path] == (part, path):
-                found[f"{part}.{path}.down"] = layer.lora_A[PEFT_NAME].weight  # pyright: ignore
-            found[f"{part}.{path}.up"] = layer.lora_B[PEFT_NAME].weight  # pyright: ignore
+                found[f"{part}.{path}.down"] = layer.down
+            found[f"{part}.{path}.up"] = layer.up
         return found
 
     def modules(self, values: Mapping[str, Tensor] | None = None) -> dict[ModuleId, LoraModule]:
@@ -43,7 +44,7 @@ class LoraAdapter(Adapter):
             down = values[f"{'.'.join(self.shared[part, path])}.down"].detach().float().cpu().clone()
             up = values[f"{part}.{path}.up"].detach().float().cpu().clone()
             # The scale in use, whichever way it came about (rsLoRA), written as the alpha that means the same.
-            result[part, path] = LoraModule(down, up, layer.scaling[PEFT_NAME] * down.shape[0])  # pyright: ignore
+            result[part, path] = LoraModule(down, up, layer.scale * down.shape[0])
         return result
 
     def export(self, values: Mapping[str, Tensor], base: Base, metadata: Mapping[str, str]) -> LoraFile:
@@ -63,30 +64,29 @@ class LoraAdapter(Adapter):
             )
         for (part, path), module in modules.items():
             layer = self.layers[part, path]
-            down, up = layer.lora_A[PEFT_NAME].weight, layer.lora_B[PEFT_NAME].weight  # pyright: ignore
-            if module.down.numel() != down.numel() or module.up.numel() != up.numel():
+            if module.down.numel() != layer.down.numel() or module.up.numel() != layer.up.numel():
                 raise LoraMisfit(
-                    f"the LoRA to go on from has rank {module.rank} at {path}, these settings {down.shape[0]}"
+                    f"the LoRA to go on from has rank {module.rank} at {path}, these settings {layer.down.shape[0]}"
                 )
             # Same product, whatever alpha the file has: the ratio of the scales goes into B.
-            ratio = module.scale / layer.scaling[PEFT_NAME]  # pyright: ignore
+            ratio = module.scale / layer.scale
             first = self.shared[part, path]
             if first != (part, path) and not torch.equal(module.down, modules[first].down):
                 raise LoraMisfit(
                     f"the LoRA to go on from has matrices A of their own at {first[1]} and {path}, here they share one"
                 )
-            down.copy_(module.down.reshape(down.shape))
-            up.copy_(module.up.reshape(up.shape).float() * ratio)
+            layer.down.copy_(module.down.reshape(layer.down.shape))
+            layer.up.copy_(module.up.reshape(layer.up.shape).float() * ratio)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         for layer in self.layers.values():
-            layer.enable_adapters(False)  # pyright: ignore
+            layer.enabled = False
         try:
             yield
         finally:
             for layer in self.layers.values():
-                layer.enable_adapters(True)  # pyright: ignore
+                layer.enabled = True
 
 
 def attach(
@@ -97,24 +97,17 @@ def attach(
     A is drawn Kaiming-uniform with a = sqrt 5 from the seed on the CPU, B is 0 (arXiv:2106.09685), so that a new adapter
     changes nothing and is the same on every machine.
     """
-    from peft import LoraConfig
-
-    targets = target_modules(family, config, networks)
-    layers = peft_layers(
-        networks, targets, config,
-        lambda r, alpha, **options: LoraConfig(
-            r=r, lora_alpha=alpha, lora_dropout=config.dropout, use_rslora=config.rslora, **options
-        ),
-    )  # fmt: skip
+    layers: dict[ModuleId, LoraLayer] = {}
+    for (part, path), (rank, alpha) in target_modules(family, config, networks).items():
+        frozen = networks[part].get_submodule(path)
+        layers[part, path] = LoraLayer(frozen, rank, alpha, rslora=config.rslora, dropout=config.dropout)
+        networks[part].set_submodule(path, layers[part, path])
     shared = _shared(family, layers)
     for module_id, first in shared.items():
-        layers[module_id].lora_A[PEFT_NAME] = layers[first].lora_A[PEFT_NAME]  # pyright: ignore
+        layers[module_id].down = layers[first].down
     adapter = LoraAdapter(networks, layers, shared)
     generator = torch.Generator().manual_seed(config.seed)
     for name, parameter in sorted(adapter.parameters().items()):
-        # peft gives the adapter the dtype of the layer it sits on; it learns in float32 whatever that is.
-        parameter.data = parameter.data.float()
-        parameter.requires_grad_(True)
         if name.endswith(".down"):
             bound = 1 / math.sqrt(parameter[0].numel())  # Kaiming with a = sqrt 5: 1 / sqrt(fan in)
             drawn = (torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound
@@ -124,14 +117,13 @@ def attach(
     return adapter
 
 
-def _shared(family: FamilySpec, layers: Mapping[ModuleId, nn.Module]) -> dict[ModuleId, ModuleId]:
+def _shared(family: FamilySpec, layers: Mapping[ModuleId, LoraLayer]) -> dict[ModuleId, ModuleId]:
     """Layers that the family's files name as one have one A, as if they were: else the file's rank would be their sum."""
     firsts: dict[tuple[str, int], ModuleId] = {}
     shared = {}
     for (part, path), layer in layers.items():
         name, _, _ = name_in_scheme(FAMILIES[family.name], part, path, family.lora_scheme)
-        rank = layer.lora_A[PEFT_NAME].weight.shape[0]  # pyright: ignore
-        shared[part, path] = firsts.setdefault((name, rank), (part, path))
+        shared[part, path] = firsts.setdefault((name, layer.down.shape[0]), (part, path))
     return shared
 
 

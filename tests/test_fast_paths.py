@@ -1,0 +1,60 @@
+"""Every fast path trains what the plain one does, over 20 steps."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from core.base import Base, load_base
+from core.config import TrainConfig
+from core.lora_layer import LoraLayer
+from core.training import Run
+from tests.tooling import encoded_cache, encoded_image
+
+CPU = torch.device("cpu")
+STEPS = 20
+CONFIG = TrainConfig(rank=4, learning_rate=1e-3, batch_size=2, precision="fp32", gradient_checkpointing="off")
+Path = Callable[[Base], Run]
+
+
+def cache_of(base: Base):
+    return encoded_cache(base, [encoded_image(base, f"{seed}.png", "a photo of sks person", seed) for seed in range(4)])
+
+
+def plain_forward(layer: LoraLayer, x: Tensor) -> Tensor:
+    """LoRA as it is written down."""
+    linear = F.linear if layer.up.ndim == 2 else F.conv2d
+    return layer.base_layer(x) + layer.scale * linear(linear(x, layer.down), layer.up)
+
+
+@pytest.fixture(scope="module", params=["sd15", "sdxl"])
+def base(request, small_sd15, small_sdxl) -> Base:
+    return load_base({"sd15": small_sd15, "sdxl": small_sdxl}[request.param])
+
+
+@pytest.fixture(scope="module")
+def plain(base) -> Run:
+    """After 20 steps without anything fast."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LoraLayer, "forward", plain_forward)
+        return after_steps(Run(cache_of(base), base, CONFIG, CPU))
+
+
+def after_steps(run: Run) -> Run:
+    for _ in range(STEPS):
+        run.train_step()
+    return run
+
+
+def assert_trained_alike(run: Run, plain: Run) -> None:
+    assert run.loss.item() == pytest.approx(plain.loss.item(), rel=1e-4)
+    for name, parameter in run.parameters.items():
+        expected = plain.parameters[name].detach()
+        assert expected.norm() > 0
+        assert (parameter.detach() - expected).norm() <= 1e-3 * expected.norm(), name
+
+
+def test_the_fused_layer(base, plain):
+    assert_trained_alike(after_steps(Run(cache_of(base), base, CONFIG, CPU)), plain)
