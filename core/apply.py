@@ -1,7 +1,8 @@
 """Putting a LoRA on a model: on a diffusers pipeline, or on bare networks."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,23 +35,32 @@ _PIPELINE_FAMILIES = {family.pipeline_class: name for name, family in FAMILIES.i
 
 @dataclass(frozen=True, eq=False)
 class AppliedLora:
-    """A LoRA that is merged into the weights of networks, and the way back."""
+    """A LoRA that is merged into the weights and biases of networks, and the way back."""
 
-    originals: dict[ModuleId, Tensor]
-    """The changed weights as they were."""
     layers: Mapping[ModuleId, nn.Module]
+    originals: dict[tuple[ModuleId, str], Tensor] = field(default_factory=dict)
+    """(module, "weight" or "bias") -> the changed parameter as it was."""
+
+    @torch.no_grad()
+    def add(self, module_id: ModuleId, name: str, change: Tensor) -> None:
+        """Adds the change, in any shape, to a parameter."""
+        parameter: Tensor = getattr(self.layers[module_id], name)
+        changed = parameter.float() + change.reshape(parameter.shape).to(parameter.device)
+        self.originals.setdefault((module_id, name), parameter.data)
+        parameter.data = changed.to(parameter.dtype)
 
     @torch.no_grad()
     def remove(self) -> None:
-        """Puts back the weights as they were, bit for bit. Of several LoRAs the last applied must be removed first."""
-        for module_id, weight in self.originals.items():
-            self.layers[module_id].weight.data = weight  # pyright: ignore
+        """Puts back everything as it was, bit for bit. Of several LoRAs the last applied must be removed first."""
+        for (module_id, name), original in self.originals.items():
+            getattr(self.layers[module_id], name).data = original
 
 
 def apply(
     lora: LoraFile, target: Any, strength: float = 1.0, text_encoder_strength: float | None = None
 ) -> AppliedLora:
-    """The applied LoRA: every weight W of `target` that it names becomes W + strength * alpha / rank * up @ down.
+    """The applied LoRA: every weight W of `target` that it names becomes W + strength * alpha / rank * up @ down; other
+    kinds of adapters change it, and the bias, as they mean to.
 
     `target` is a diffusers pipeline, or a mapping part -> network (`denoiser`, `text_encoder`, ...; see `Base.load`) with
     the family's name under `family`. Text encoders that are not among the parts are left alone.
@@ -65,19 +75,20 @@ def apply(
         if isinstance(getattr(module, "weight", None), Tensor)
     }
     shapes = {module_id: tuple(layer.weight.shape) for module_id, layer in layers.items()}  # pyright: ignore
+    biased = {module_id for module_id, layer in layers.items() if isinstance(getattr(layer, "bias", None), Tensor)}
     present = _without_absent_parts(lora, networks)
-    fit(present, family, shapes).check(lora.name)
+    fit(present, family, shapes, biased).check(lora.name)
     if text_encoder_strength is None:
         text_encoder_strength = strength
-    applied = AppliedLora({}, layers)
+    applied = AppliedLora(layers)
     try:
-        with torch.no_grad():
-            for module_id, change in present.changes(lambda module_id: layers[module_id].weight.cpu()):  # pyright: ignore
-                weight: Tensor = layers[module_id].weight  # pyright: ignore
-                factor = strength if module_id[0] == "denoiser" else text_encoder_strength
-                changed = weight.float() + factor * change.reshape(weight.shape).to(weight.device)
-                applied.originals.setdefault(module_id, weight.data)
-                layers[module_id].weight.data = changed.to(weight.dtype)  # pyright: ignore
+        for entry in present.entries:
+            factor = strength if entry.part == "denoiser" else text_encoder_strength
+            changes = present.changes_of(entry, lambda module_id: layers[module_id].weight.cpu())  # pyright: ignore
+            for module_id, change in changes:
+                applied.add(module_id, "weight", factor * change)
+            for module_id, change in present.bias_changes_of(entry, inputs=math.prod(shapes[entry.modules[0]][1:2])):
+                applied.add(module_id, "bias", factor * change)
     except BaseException:
         applied.remove()
         raise

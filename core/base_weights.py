@@ -4,6 +4,7 @@ Nothing is built and nothing read but the header: enough to say whether a LoRA f
 checkpoints.
 """
 
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -40,18 +41,23 @@ class BaseWeights:
     """Name of a weight in the file -> the modules whose it is."""
     shapes: dict[ModuleId, tuple[int, ...]]
     """Module -> shape of its weight in diffusers."""
+    biased: set[ModuleId]
+    """The modules that have a bias."""
 
     def __init__(self, file: SafetensorsFile, family: str, places: Mapping[str, Place]):
         self.file = file
         self.family = family
         self.places = dict(places)
         self.shapes = {}
+        self.biased = set()
         self._names: dict[ModuleId, str] = {}
         for name, place in places.items():
             shape = file.shapes[name]
-            for module, rows in zip(place.modules, place.rows(*shape[:2]), strict=True):
+            for module, rows in zip(place.modules, _rows(place, shape), strict=True):
                 self.shapes[module] = (rows, *shape[1:])
                 self._names[module] = name
+            if bias_name(name) in file.shapes:
+                self.biased.update(place.modules)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "BaseWeights":
@@ -86,12 +92,21 @@ class BaseWeights:
         return self._names[module]
 
 
+def bias_name(name: str) -> str:
+    """The tensor that is the bias beside a weight, if the file has it."""
+    return name.removesuffix("weight") + "bias"
+
+
+def _rows(place: Place, shape: tuple[int, ...]) -> list[int]:
+    return place.rows(shape[0], math.prod(shape[1:2]))
+
+
 def _paths(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, str]]:
     """Name of a weight -> part (or a prefix that stands for one), and path of its module."""
     denoiser = next((prefix for prefix in _DENOISER_PREFIXES if any(name.startswith(prefix) for name in shapes)), "")
     found = {}
     for name, shape in shapes.items():
-        if len(shape) not in (2, 4) or not name.endswith("weight"):
+        if len(shape) not in (1, 2, 4) or not name.endswith("weight"):
             continue
         path = name.removesuffix("_weight").removesuffix(".weight")
         text = re.match(r"text_encoders\.\w+\.transformer\.", name)
@@ -118,7 +133,7 @@ def _family_of(file: SafetensorsFile, paths: Mapping[str, tuple[str, str]]) -> s
 
 def _fits(place: Place, shape: tuple[int, ...]) -> bool:
     try:
-        place.rows(*shape[:2])
+        _rows(place, shape)
     except ValueError:
         return False
     return True

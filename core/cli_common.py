@@ -64,6 +64,10 @@ def split_strength(text: str) -> tuple[str, float]:
     return text, 1.0
 
 
+def print_warning(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
 class BarProgress:
     """Progress bars on stderr, which look at the loss no more than twice a second."""
 
@@ -104,7 +108,7 @@ class BarProgress:
     def warning(self, message: str) -> None:
         if self._bar is not None:
             self._bar.clear()
-        print(f"warning: {message}", file=sys.stderr)
+        print_warning(message)
 
 
 class JsonProgress:

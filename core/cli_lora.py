@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from .cli_common import Command, split_strength
+from .cli_common import Command, print_warning, split_strength
 from .errors import BadConfig
 from .photos_to_lora import SAVE_DTYPES, check_output
 
@@ -143,7 +143,9 @@ def run_extract(options: argparse.Namespace) -> None:
     from .lora_tools import extract_lora
 
     check_output(options.output)
-    extracted = extract_lora(options.original, options.tuned, options.rank, on_progress=_progress("extracting"))
+    extracted = extract_lora(
+        options.original, options.tuned, options.rank, on_progress=_progress("extracting"), on_warning=print_warning
+    )
     _save(*extracted, options)
 
 

@@ -3,12 +3,20 @@
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .cli_common import BarProgress, Command, add_base, add_device, base_from, device_from, split_strength
+from .cli_common import (
+    BarProgress,
+    Command,
+    add_base,
+    add_device,
+    base_from,
+    device_from,
+    print_warning,
+    split_strength,
+)
 from .errors import BadConfig
 
 
@@ -195,7 +203,7 @@ def list_style_packs(options: argparse.Namespace) -> None:
         for style in pack["styles"]:
             print(f"    {style}")
     for problem in found.problems:
-        print(f"warning: {problem}", file=sys.stderr)
+        print_warning(problem)
 
 
 def add_score(parser: argparse.ArgumentParser) -> None:
@@ -214,11 +222,8 @@ def run_score(options: argparse.Namespace) -> None:
     from .likeness import Score
     from .photos import read_photos
 
-    def warn(message: str) -> None:
-        print(f"warning: {message}", file=sys.stderr)
-
-    images = read_photos(options.images, on_warning=warn)
-    reference = read_photos(options.reference, on_warning=warn)
+    images = read_photos(options.images, on_warning=print_warning)
+    reference = read_photos(options.reference, on_warning=print_warning)
     person = Reference([photo.image() for photo in reference])
     found = person.compare(photo.image() for photo in images)
     scores = [Score.of(photo.name, *seen) for photo, seen in zip(images, found, strict=True)]
@@ -255,7 +260,7 @@ def run_check(options: argparse.Namespace) -> None:
     from .faces import load_faces
     from .photos import Thresholds, check_photos, format_report, read_photos, save_sheet
 
-    photos = read_photos(options.photos, on_warning=lambda message: print(f"warning: {message}", file=sys.stderr))
+    photos = read_photos(options.photos, on_warning=print_warning)
     report = check_photos(photos, load_faces(), Thresholds.for_resolution(options.resolution))
     if options.sheet:
         save_sheet(report, options.sheet)

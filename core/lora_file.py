@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TypeVar
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .errors import BadFile, LoraMisfit, UnknownFamily, UnmatchedKeys
 from .lora_keys import FAMILIES, FamilyKeys, Fusion, ModuleId, Place, bundled_embedding, families_of, parse_key
-from .lora_kinds import kind_of, needs_base, rank_of, weight_change, weight_shape
+from .lora_kinds import BIAS_ROLES, bias_change, kind_of, needs_base, rank_of, weight_change, weight_shape
 from .safetensors_file import (
     ComputedTensors,
     Layout,
@@ -92,6 +92,11 @@ class Entry:
     @property
     def rank(self) -> int | None:
         return rank_of(self.kind, self.shapes)
+
+    @property
+    def changes_bias(self) -> bool:
+        """Whether it changes the bias, too or alone."""
+        return not self.keys.keys().isdisjoint(BIAS_ROLES)
 
     @property
     def weight_shape(self) -> tuple[int, ...] | None:
@@ -220,7 +225,7 @@ class LoraFile:
         self._refuse_unknown()
         modules: dict[ModuleId, LoraModule] = {}
         for entry in self.entries:
-            if entry.kind not in ("lora", "locon") or "bias" in entry.keys:
+            if entry.kind not in ("lora", "locon") or entry.changes_bias:
                 what = "a LoRA with a bias" if entry.kind in ("lora", "locon") else f"of kind {entry.kind}"
                 raise UnmatchedKeys(f"{self.name}: {entry.name} is {what}, not a plain LoRA; convert it to one first")
             for module_id, module in self._split(entry):
@@ -245,20 +250,20 @@ class LoraFile:
             yield module_id, LoraModule(down, part_up, alpha, mid)
 
     def changes(self, base_weight: Callable[[ModuleId], Tensor] | None = None) -> Iterator[tuple[ModuleId, Tensor]]:
-        """The change of every weight, one at a time, whatever the kind: float32, fused rows split.
-
-        `base_weight` gives the weight of a module, for the kinds whose change depends on it (DoRA, OFT). Changes of biases
-        are left out: `bias` entries and the bias beside a weight.
-        """
+        """The change of every weight, one at a time, as in `changes_of`; those of biases are apart (`bias_changes_of`)."""
         self._refuse_unknown()
         for entry in self.entries:
-            if entry.kind != "bias":
-                yield from self.changes_of(entry, base_weight)
+            yield from self.changes_of(entry, base_weight)
 
     def changes_of(
         self, entry: Entry, base_weight: Callable[[ModuleId], Tensor] | None = None
     ) -> list[tuple[ModuleId, Tensor]]:
-        """The changes of the weights of one entry, as in `changes`."""
+        """The changes of the weights of one entry, whatever its kind: float32, fused rows split.
+
+        `base_weight` gives the weight of a module, for the kinds whose change depends on it (DoRA, OFT).
+        """
+        if entry.kind == "bias":
+            return []
         weight = None
         if needs_base(entry.kind, entry.keys):
             if base_weight is None:
@@ -271,6 +276,14 @@ class LoraFile:
             return entry.place.split(weight_change(entry.kind, self.tensors_of(entry), weight))
         except (RuntimeError, ValueError, IndexError) as error:
             raise UnmatchedKeys(f"{self.name}: {entry.name} cannot be computed: {error}") from None
+
+    def bias_changes_of(self, entry: Entry, inputs: int) -> list[tuple[ModuleId, Tensor]]:
+        """The changes of the biases of one entry, float32, fused rows split; `inputs` are the weight's input features."""
+        change = bias_change(entry.kind, self.tensors_of(entry))
+        try:
+            return [] if change is None else entry.place.split(change, inputs)
+        except ValueError as error:
+            raise UnmatchedKeys(f"{self.name}: the bias of {entry.name} does not fit {self.family}: {error}") from None
 
     def _refuse_unknown(self) -> None:
         if self.unknown_keys:
@@ -510,11 +523,17 @@ class Fit:
         raise LoraMisfit(f"{name}: does not fit: {families}; {count} keys have no place in it, e.g. {examples}")
 
 
-def fit(lora: LoraFile, family: str, shapes: Mapping[ModuleId, tuple[int, ...]]) -> Fit:
+def fit(
+    lora: LoraFile,
+    family: str,
+    shapes: Mapping[ModuleId, tuple[int, ...]],
+    biased: Collection[ModuleId] | None = None,
+) -> Fit:
     """Which modules of a base model the LoRA changes, and what in the file has no place in it.
 
-    `family` and `shapes` describe the base: its family's name, and the weight shapes of all the modules that it has
-    (those of its text encoders too, or their part of the LoRA is left over). No tensor is read.
+    `family`, `shapes` and `biased` describe the base: its family's name, the weight shapes of all the modules that it has
+    (those of its text encoders too, or their part of the LoRA is left over), and which of them have a bias (None: not
+    asked). No tensor is read.
     """
     matched: list[ModuleId] = []
     left_over: dict[str, str] = {key: "is not understood" for key in lora.unknown_keys}
@@ -530,6 +549,9 @@ def fit(lora: LoraFile, family: str, shapes: Mapping[ModuleId, tuple[int, ...]])
         shape = entry.weight_shape
         if shape is not None and not _same_weight(shape, (sum(e[0] for e in expected), *expected[0][1:])):
             left_over[entry.name] = f"shape {list(shape)} does not fit {[list(e) for e in expected]}"
+            continue
+        if biased is not None and entry.changes_bias and (bare := [m for m in entry.modules if m not in biased]):
+            left_over[entry.name] = f"changes a bias, and {bare[0][1]} has none"
             continue
         matched.extend(entry.modules)
     return Fit(lora.family, family, tuple(matched), left_over)

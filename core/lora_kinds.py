@@ -23,6 +23,8 @@ KINDS = {
 }
 
 
+BIAS_ROLES = ("diff_b", "b_norm", "bias")
+"""Roles of tensors that change a bias, beside a weight's change or alone; `bias` is that of the up matrix (peft's)."""
 LARGEST_WEIGHT = 1 << 30
 """Elements of a weight; no layer of a model has so many, but two small tensors can claim a product of any size."""
 
@@ -60,16 +62,14 @@ def _kind_by_roles(shapes: Shapes) -> str | None:
 
 def _fit_together(kind: str, shapes: Shapes) -> bool:
     """Whether the tensors can be multiplied as their kind says, to a weight that a model may have."""
-    if math.prod(shapes.get("alpha", ())) != 1:
+    if math.prod(shapes.get("alpha", ())) != 1 or any(len(shapes.get(role, (1,))) != 1 for role in BIAS_ROLES):
         return False
     if kind in ("oft", "boft"):
         blocks = shapes["oft_blocks"]
         return len(blocks) in (3, 4) and blocks[-1] == blocks[-2] > 0
     if kind in ("full", "norm", "bias"):
         return all(len(shape) > 0 for shape in shapes.values())
-    tensors = {
-        role: shape for role, shape in shapes.items() if role not in ("alpha", "dora", "bias", "diff_b", "b_norm")
-    }
+    tensors = {role: shape for role, shape in shapes.items() if role not in ("alpha", "dora", *BIAS_ROLES)}
     is_sensible = all(len(shape) in (2, 4) and math.prod(shape) > 0 for shape in tensors.values())
     if not is_sensible:
         return False
@@ -152,6 +152,16 @@ def weight_change(kind: str, tensors: Mapping[str, Tensor], base: Tensor | None 
         return change
     assert base is not None
     return _with_magnitude(base.float() + change.reshape(base.shape), float32["dora"]) - base.float()
+
+
+def bias_change(kind: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """The change that the adapter makes to the bias, float32 (out,); None if it makes none."""
+    changes = [tensors[role].float() for role in ("diff_b", "b_norm") if role in tensors]
+    if "bias" in tensors:
+        # The up matrix' bias is scaled as the product is: peft's lora_bias.
+        rank = rank_of(kind, {role: tuple(tensor.shape) for role, tensor in tensors.items()})
+        changes.append((_scale(tensors, rank) if rank else 1.0) * tensors["bias"].float())
+    return torch.stack(changes).sum(0) if changes else None
 
 
 def _additive_change(kind: str, tensors: Mapping[str, Tensor]) -> Tensor:

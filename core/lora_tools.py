@@ -7,14 +7,13 @@ memory, but not what it is made of. `on_progress(done, total)` is called after e
 
 import math
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .base_weights import BaseWeights
+from .base_weights import BaseWeights, bias_name
 from .errors import BadConfig, LoraMisfit, UnmatchedKeys
 from .lora_file import SCHEMES, Entry, LoraFile, LoraModule, fit, name_modules, without_tucker
 from .lora_inspect import (
@@ -27,7 +26,8 @@ from .lora_inspect import (
     verify_lora,
 )
 from .lora_keys import FAMILIES, ModuleId, Place
-from .safetensors_file import write_safetensors
+from .lora_kinds import BIAS_ROLES, bias_change
+from .safetensors_file import SafetensorsFile, write_safetensors
 
 __all__ = [
     "Finding",
@@ -69,13 +69,16 @@ def convert_lora(
     """
     if scheme not in SCHEMES:
         raise BadConfig(f"no naming scheme {scheme!r}; known: {', '.join(SCHEMES)}")
-    is_plain = lora.kind in ("lora", "locon") and not any("bias" in entry.keys for entry in lora.entries)
-    if is_plain:
+    if all(_is_plain(entry) for entry in lora.entries):
         return replace(_from_modules(lora, lora.modules(), scheme), metadata=_metadata_for(lora, scheme)), 0.0
     if plain_rank is not None:
         plain, error = to_plain(lora, plain_rank, base_weight, on_progress)
         return replace(_from_modules(lora, plain.modules(), scheme), metadata=_metadata_for(plain, scheme)), error
     return replace(lora, tensors=_renamed(lora, scheme), metadata=_metadata_for(lora, scheme)), 0.0
+
+
+def _is_plain(entry: Entry) -> bool:
+    return entry.kind in ("lora", "locon") and not entry.changes_bias
 
 
 def _from_modules(lora: LoraFile, modules: Mapping[ModuleId, LoraModule], scheme: str) -> LoraFile:
@@ -92,6 +95,15 @@ def _metadata_for(lora: LoraFile, scheme: str) -> dict[str, str]:
         metadata.setdefault("ss_network_module", "networks.lora")
         metadata.setdefault("ss_network_dim", str(ranks.pop()) if len(ranks) == 1 else "Dynamic")
     return metadata
+
+
+_SUFFIXES = {
+    "down": ".lora_down.weight",
+    "up": ".lora_up.weight",
+    "mid": ".lora_mid.weight",
+    "dora": ".dora_scale",
+}
+"""Role -> suffix in Kohya's and ComfyUI's files, where it is not the role itself."""
 
 
 def _renamed(lora: LoraFile, scheme: str) -> dict[str, Tensor]:
@@ -112,9 +124,15 @@ def _renamed(lora: LoraFile, scheme: str) -> dict[str, Tensor]:
         prefix = (family.kohya_prefixes if in_kohya else family.comfy_prefixes)[entry.part]
         path = fusion.original if original and entry.part == "denoiser" else entry.modules[0][1]
         name = prefix + (path.replace(".", "_") if in_kohya else path)
-        for key in entry.keys.values():
-            suffix = re.sub(r"^\.lora_magnitude_vector.*", ".dora_scale", key.removeprefix(entry.name))
-            tensors[name + suffix] = lora.tensors[key]
+        found = lora.tensors_of(entry)
+        for role in found.keys() - set(BIAS_ROLES):
+            tensors[name + _SUFFIXES.get(role, f".{role}")] = found[role]
+        if "dora" in found and found["dora"].ndim == 1:
+            tensors[f"{name}.dora_scale"] = found["dora"].reshape(-1, *[1] * (len(entry.weight_shape or (0, 0)) - 1))
+        if entry.kind == "norm" and "b_norm" in found:
+            tensors[f"{name}.b_norm"] = found["b_norm"]
+        elif (bias := bias_change(entry.kind, found)) is not None:
+            tensors[f"{name}.diff_b"] = bias
     return tensors
 
 
@@ -128,14 +146,13 @@ def to_plain(
     refused.
     """
     _check_rank(rank)
-    plain_entries = [entry for entry in lora.entries if entry.kind in ("lora", "locon") and "bias" not in entry.keys]
+    plain_entries = [entry for entry in lora.entries if _is_plain(entry)]
     kept = {key: lora.tensors[key] for entry in plain_entries for key in entry.keys.values()}
     modules = replace(lora, tensors=kept).modules() if kept else {}
-    others = [entry for entry in lora.entries if entry not in plain_entries]
+    others = [entry for entry in lora.entries if not _is_plain(entry)]
     worst = 0.0
     for done, entry in enumerate(others, 1):
-        extra = [role for role in ("bias", "diff_b", "b_norm", "w_norm", "set_weight") if role in entry.keys]
-        if entry.kind in ("bias", "norm") or extra:
+        if entry.kind == "norm" or entry.changes_bias:
             raise UnmatchedKeys(
                 f"{lora.name}: {entry.name} changes a bias or a normalisation, which no LoRA can express"
             )
@@ -211,9 +228,8 @@ def resize_lora(
     worst = 0.0
     for done, entry in enumerate(lora.entries, 1):
         if entry.kind not in ("lora", "locon") or "bias" in entry.keys:
-            raise UnmatchedKeys(
-                f"{lora.name}: {entry.name} is of kind {entry.kind}, not a plain LoRA; convert it first"
-            )
+            what = "has a bias in its up matrix" if "bias" in entry.keys else f"is of kind {entry.kind}"
+            raise UnmatchedKeys(f"{lora.name}: {entry.name} {what}, not a plain LoRA; convert it first")
         found = lora.tensors_of(entry)
         alpha = found["alpha"].item() if "alpha" in found else float(found["down"].shape[0])
         module = without_tucker(LoraModule(found["down"], found["up"], alpha, found.get("mid")))
@@ -330,11 +346,12 @@ def extract_lora(
     tuned: str | os.PathLike[str],
     rank: int,
     on_progress: OnProgress = _silent,
+    on_warning: Callable[[str], None] = lambda message: None,
 ) -> tuple[LoraFile, float]:
     """The difference of two checkpoints as a LoRA, and the largest relative error of a module's change.
 
     Both are single files of the same family. One pair of weights at a time is in memory, and the LoRA; modules that are
-    equal in both are left out.
+    equal in both are left out. `on_warning` hears of what differs and has no place in a LoRA.
     """
     _check_rank(rank)
     before, after = BaseWeights.open(original), BaseWeights.open(tuned)
@@ -344,14 +361,18 @@ def extract_lora(
         )
     names_after = {place: name for name, place in after.places.items()}
     tensors: dict[str, Tensor] = {}
+    left_out: list[str] = []
     worst = 0.0
     for done, (name, place) in enumerate(before.places.items(), 1):
         if place in names_after:
-            old, new = before.file[name], after.file[names_after[place]]
-            if old.shape != new.shape:
-                raise LoraMisfit(f"{name} is {list(old.shape)} in one file and {list(new.shape)} in the other")
-            change = new.float() - old.float()
-            if change.any():
+            new_name = names_after[place]
+            change = _difference(before.file, name, after.file, new_name)
+            bias, new_bias = bias_name(name), bias_name(new_name)
+            if bias in before.file and new_bias in after.file:
+                left_out += [bias] if _difference(before.file, bias, after.file, new_bias).any() else []
+            if change.ndim == 1:
+                left_out += [name] if change.any() else []
+            elif change.any():
                 for path, part in _paths_in_lora(place, change):
                     down, up, error = _factorise(part, rank, f"{after.file.path}: {name}")
                     tensors |= {f"{path}.lora_A.weight": down, f"{path}.lora_B.weight": up}
@@ -359,8 +380,19 @@ def extract_lora(
         on_progress(done, len(before.places))
     if not tensors:
         raise LoraMisfit(f"{before.file.path} and {after.file.path} have the same weights: there is nothing to extract")
+    if left_out:
+        on_warning(
+            f"{len(left_out)} biases and normalisation layers differ too, which no LoRA can express, e.g. {left_out[0]}"
+        )
     lora = LoraFile(before.family, {"modelspec.architecture": FAMILIES[before.family].architecture}, tensors)
     return convert_lora(lora, "kohya")[0], worst
+
+
+def _difference(before: SafetensorsFile, name: str, after: SafetensorsFile, new_name: str) -> Tensor:
+    old, new = before[name], after[new_name]
+    if old.shape != new.shape:
+        raise LoraMisfit(f"{name} is {list(old.shape)} in one file and {list(new.shape)} in the other")
+    return new.float() - old.float()
 
 
 def _paths_in_lora(place: Place, change: Tensor) -> list[tuple[str, Tensor]]:
@@ -380,31 +412,36 @@ def merge_into_checkpoint(
     """How many tensors were changed, after writing the checkpoint with the LoRAs, each times its strength, merged in.
 
     The checkpoint is a single file, with text encoders if a LoRA changes them; any kind of adapter will do. One weight at
-    a time is in memory, types stay as they are. LoraMisfit when a module has no place in it.
+    a time is in memory, types stay as they are. LoraMisfit when a module, or its bias, has no place in it.
     """
     base = BaseWeights.open(checkpoint)
     file = base.file
-    plan: dict[str, list[tuple[LoraFile, float, Entry]]] = {}
+    weights: dict[str, list[tuple[LoraFile, float, Entry]]] = {}
+    biases: dict[str, str] = {}
     for lora, strength in loras:
-        fit(lora, base.family, base.shapes).check(lora.name)
+        fit(lora, base.family, base.shapes, base.biased).check(lora.name)
         for entry in lora.entries:
-            if entry.kind == "bias":
-                raise LoraMisfit(f"{lora.name}: {entry.name} changes a bias alone, which cannot be merged in")
             for name in dict.fromkeys(base.name_of(module) for module in entry.modules):
-                plan.setdefault(name, []).append((lora, strength, entry))
+                weights.setdefault(name, []).append((lora, strength, entry))
+                if entry.changes_bias:
+                    biases[bias_name(name)] = name
+    changed = biases.keys() | {name for name, plan in weights.items() if any(e.kind != "bias" for _, _, e in plan)}
 
     def read(name: str) -> Tensor:
-        if name not in plan:
+        if name not in changed:
             return file[name]
+        weight = biases.get(name, name)
+        inputs = math.prod(file.shapes[weight][1:2])
         changes: dict[ModuleId, Tensor] = {}
-        for lora, strength, entry in plan[name]:
-            for module, change in lora.changes_of(entry, base.read):
+        for lora, strength, entry in weights[weight]:
+            found = lora.bias_changes_of(entry, inputs) if name in biases else lora.changes_of(entry, base.read)
+            for module, change in found:
                 changes[module] = strength * change + changes.get(module, 0)
-        place = base.places[name]
-        parts = [(module, weight.float()) for module, weight in place.split(file[name])]
-        changed = [w + changes[m].reshape(w.shape) if m in changes else w for m, w in parts]
-        return place.join(changed).to(file.dtypes[name])
+        place = base.places[weight]
+        parts = [(module, part.float()) for module, part in place.split(file[name], inputs)]
+        sums = [part + changes[m].reshape(part.shape) if m in changes else part for m, part in parts]
+        return place.join(sums, inputs).to(file.dtypes[name])
 
     metadata = {key: value for key, value in file.metadata.items() if key != "modelspec.hash_sha256"}
     write_safetensors(output, file.layout, read, metadata, on_progress=on_progress)
-    return len(plan)
+    return len(changed)

@@ -10,7 +10,7 @@ import comfy.lora
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..core.errors import BadConfig, BadFile
+from ..core.errors import BadConfig, BadFile, LoraMisfit
 from ..core.lora_blocks import BLOCK_LISTS, block_strengths
 from ..core.lora_file import Entry, LoraFile
 from ..core.lora_inspect import trigger_words
@@ -133,7 +133,7 @@ def _apply(
         rest = [entry for entry in group if entry not in movable]
         fixed += rest
         beside.add(_patches(lora, movable, key_map), strength_model * factor)
-        model.add_patches(_patches(lora, rest, key_map), strength_model * factor)
+        _add_patches(model, _patches(lora, rest, key_map), strength_model * factor, lora)
     if fixed and not whole:
         raise BadConfig(
             f"start_percent, end_percent: {len(fixed)} modules of {Path(lora.name).name} can only go into the weights, for "
@@ -145,7 +145,7 @@ def _apply(
         key_map = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
         clip = clip.clone()
         for factor, group in _by_factor([entry for entry in entries if entry.part != "denoiser"], factors):
-            clip.add_patches(_patches(lora, group, key_map), strength_clip * factor)
+            _add_patches(clip, _patches(lora, group, key_map), strength_clip * factor, lora)
     return model, clip
 
 
@@ -173,6 +173,12 @@ def _patches(lora: LoraFile, entries: list[Entry], key_map: Mapping[str, Any]) -
     """Place in the model -> what ComfyUI patches it with."""
     tensors = {key: lora.tensors[key] for entry in entries for key in entry.keys.values()}
     return comfy.lora.load_lora(tensors, {entry.name: key_map[entry.name] for entry in entries})
+
+
+def _add_patches(model_or_clip: Any, patches: Mapping[Any, Any], strength: float, lora: LoraFile) -> None:
+    """Adds the patches to a MODEL or CLIP. LoraMisfit where ComfyUI has none of a bias that the LoRA changes."""
+    if left_over := patches.keys() - set(model_or_clip.add_patches(patches, strength)):
+        raise LoraMisfit(f"{Path(lora.name).name}: MODEL and CLIP have no {next(iter(left_over))}, which it changes")
 
 
 def summary(lora: LoraFile, phrase: str) -> str:

@@ -230,6 +230,8 @@ def loadable(lora: LoraFile, model: Any, clip: Any | None) -> tuple[LoraFile, li
         for entry in entries:
             if entry.name not in shapes:
                 misfits[entry.name] = "has no place"
+            elif "bias" in entry.keys:
+                misfits[entry.name] = "has a bias in its up matrix"
             elif not _same_size(entry, shapes[entry.name]):
                 sizes = f"{list(entry.weight_shape or ())}, it has {list(shapes[entry.name])}"
                 misfits[entry.name] = f"changes a weight of shape {sizes}"

@@ -102,7 +102,7 @@ def test_the_applied_lora_draws_what_the_adapter_drew_in_training(bases, tmp_pat
 def test_text_encoders_that_are_not_there_are_left_alone(bases, loras):
     denoiser = bases["sdxl"].load("denoiser", CPU, torch.float32)
     applied = apply(loras["sdxl"], {"family": "sdxl", "denoiser": denoiser})
-    assert {part for part, _ in applied.originals} == {"denoiser"}
+    assert {part for (part, _), _ in applied.originals} == {"denoiser"}
 
 
 def test_a_lora_of_another_family_is_refused_and_changes_nothing(bases, loras):
@@ -151,3 +151,56 @@ def test_a_loha_is_applied_too(bases):
     apply(lora, {"family": "sd15", "denoiser": denoiser})
     first, second = parts["hada_w1_a"] @ parts["hada_w1_b"], parts["hada_w2_a"] @ parts["hada_w2_b"]
     torch.testing.assert_close(denoiser.get_submodule(path).weight, weight + 0.5 * first * second)  # pyright: ignore
+
+
+BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
+DOWN_UP = {"lora_down.weight": torch.ones(2, 32), "lora_up.weight": torch.ones(32, 2), "alpha": torch.tensor(1.0)}
+
+
+def named(modules: dict[str, dict[str, torch.Tensor]]) -> LoraFile:
+    tensors = {
+        f"lora_unet_{path.replace('.', '_')}.{role}": tensor
+        for path, roles in modules.items()
+        for role, tensor in roles.items()
+    }
+    return LoraFile.from_tensors(tensors, {"ss_base_model_version": "sd_v1"})
+
+
+def test_changes_of_biases_and_normalisation_layers_are_applied_and_removed(bases):
+    modules = {
+        f"{BLOCK}.attn1.to_out.0": {**DOWN_UP, "diff_b": torch.full((32,), 3.0)},
+        f"{BLOCK}.attn2.to_out.0": {"diff_b": torch.full((32,), 5.0)},
+        f"{BLOCK}.norm1": {"w_norm": torch.full((32,), 7.0), "b_norm": torch.full((32,), 9.0)},
+    }
+    networks = networks_of(bases["sd15"])
+    before = {name: value.clone() for name, value in networks["denoiser"].named_parameters()}
+    applied = apply(named(modules), {"family": "sd15", **networks}, strength=0.5)
+    after = dict(networks["denoiser"].named_parameters())
+    expected = {
+        f"{BLOCK}.attn1.to_out.0.weight": 0.5 * 0.5 * 2, f"{BLOCK}.attn1.to_out.0.bias": 1.5,
+        f"{BLOCK}.attn2.to_out.0.bias": 2.5, f"{BLOCK}.norm1.weight": 3.5, f"{BLOCK}.norm1.bias": 4.5,
+    }  # fmt: skip
+    for name, value in after.items():
+        torch.testing.assert_close(value, before[name] + expected.get(name, 0.0), rtol=0, atol=1e-5)
+    applied.remove()
+    assert all(torch.equal(value, before[name]) for name, value in networks["denoiser"].named_parameters())
+
+
+def test_the_bias_of_the_up_matrix_is_scaled_as_peft_scales_it(bases):
+    """peft's lora_bias: merging adds lora_B.bias times the scaling to the bias of the layer."""
+    path = f"{BLOCK}.attn1.to_out.0"
+    roles = {
+        "lora_down.weight": torch.zeros(2, 32),
+        "lora_up.weight": torch.zeros(32, 2),
+        "lora_up.bias": torch.ones(32),
+    }
+    networks = networks_of(bases["sd15"])
+    bias = networks["denoiser"].get_submodule(path).bias.clone()  # pyright: ignore
+    apply(named({path: {**roles, "alpha": torch.tensor(0.5)}}), {"family": "sd15", **networks})
+    torch.testing.assert_close(networks["denoiser"].get_submodule(path).bias, bias + 0.25)  # pyright: ignore
+
+
+def test_a_change_of_a_bias_that_is_not_there_is_a_misfit(bases):
+    lora = named({f"{BLOCK}.attn1.to_q": {**DOWN_UP, "diff_b": torch.ones(32)}})
+    with pytest.raises(LoraMisfit, match=r"changes a bias, and .*attn1.to_q has none"):
+        apply(lora, {"family": "sd15", **networks_of(bases["sd15"])})

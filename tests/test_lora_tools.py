@@ -103,6 +103,42 @@ def test_a_dora_becomes_plain_with_the_weights_that_it_was_trained_on():
     assert error < 1e-3 and torch.allclose(plain.modules()[MODULE].delta(), change, atol=1e-3)
 
 
+def test_a_change_of_a_bias_is_never_left_out_silently():
+    plain = {"lora_down.weight": torch.ones(2, 320), "lora_up.weight": torch.ones(320, 2), "alpha": torch.tensor(1.0)}
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"
+    for bias, value in (("diff_b", 3.0), ("lora_up.bias", 1.5)):
+        tensors = {f"{name}.{role}": tensor for role, tensor in (plain | {bias: torch.full((320,), 3.0)}).items()}
+        lora = LoraFile("sd15", {}, tensors)
+        kept = convert_lora(lora, "comfy")[0].tensors
+        (changed,) = (tensor for key, tensor in kept.items() if key.endswith(".diff_b"))
+        assert torch.equal(changed, torch.full((320,), value))
+        for refused in (
+            lambda lora=lora: convert_lora(lora, "diffusers"),
+            lambda lora=lora: convert_lora(lora, "kohya", plain_rank=2),
+            lambda lora=lora: merge_loras([(lora, 1.0)]),
+            lora.modules,
+        ):
+            with pytest.raises(UnmatchedKeys, match="to_out_0"):
+                refused()
+
+
+def test_alpha_and_magnitude_of_peft_are_written_as_kohyas_readers_expect_them():
+    prefix = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q."
+    tensors = {
+        f"{prefix}lora_A.weight": torch.ones(2, 320),
+        f"{prefix}lora_B.weight": torch.ones(320, 2),
+        f"{prefix}lora_magnitude_vector": torch.ones(320),
+    }
+    metadata = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 6, "unet.r": 2})}
+    converted = convert_lora(LoraFile.from_tensors(tensors, metadata), "kohya")[0]
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    assert {key: tuple(tensor.shape) for key, tensor in converted.tensors.items()} == {
+        f"{name}.lora_down.weight": (2, 320), f"{name}.lora_up.weight": (320, 2), f"{name}.alpha": (),
+        f"{name}.dora_scale": (320, 1),
+    }  # fmt: skip
+    assert float(converted.tensors[f"{name}.alpha"]) == 6
+
+
 def test_embeddings_in_the_file_come_along():
     tensors = kohya_tensors(some("sd15")) | {"bundle_emb.face.string_to_param.*": torch.randn(2, 768)}
     converted, _ = convert_lora(LoraFile.from_tensors(tensors, {}), "comfy")
@@ -332,6 +368,40 @@ def test_a_merge_into_a_checkpoint_adds_each_change_to_its_weight(tmp_path):
         assert torch.allclose(merged[name].float(), weight.float() + change, atol=5e-3), name
 
 
+def test_changes_of_biases_and_normalisation_layers_are_merged_in(tmp_path):
+    attention, conv = "model.diffusion_model.middle_block.1.", "model.diffusion_model.input_blocks.3.0.op"
+    clip = "conditioner.embedders.1.model.transformer.resblocks.0."
+    base = {
+        f"{attention}transformer_blocks.0.attn2.to_k.weight": torch.zeros(8, 2048),
+        f"{attention}norm.weight": torch.zeros(8),
+        f"{attention}norm.bias": torch.zeros(8),
+        f"{conv}.weight": torch.zeros(8, 8, 3, 3),
+        f"{conv}.bias": torch.zeros(8),
+        f"{clip}attn.in_proj_weight": torch.zeros(18, 6),
+        f"{clip}attn.in_proj_bias": torch.zeros(18),
+    }
+    save_safetensors(tmp_path / "base", base)
+    tensors = {
+        "lora_unet_mid_block_attentions_0_norm.w_norm": torch.full((8,), 1.0),
+        "lora_unet_mid_block_attentions_0_norm.b_norm": torch.full((8,), 2.0),
+        "lora_unet_down_blocks_0_downsamplers_0_conv.diff": torch.full((8, 8, 3, 3), 3.0),
+        "lora_unet_down_blocks_0_downsamplers_0_conv.diff_b": torch.full((8,), 4.0),
+        "lora_te2_text_model_encoder_layers_0_self_attn_k_proj.diff_b": torch.full((6,), 5.0),
+    }
+    lora = LoraFile("sdxl", {}, tensors)
+    assert merge_into_checkpoint(tmp_path / "base", [(lora, 0.5), (lora, 0.5)], tmp_path / "merged") == 5
+    merged = SafetensorsFile.open(tmp_path / "merged")
+    assert [float(merged[f"{attention}norm.{x}"].mean()) for x in ("weight", "bias")] == [1, 2]
+    assert [float(merged[f"{conv}.{x}"].mean()) for x in ("weight", "bias")] == [3, 4]
+    assert torch.equal(merged[f"{clip}attn.in_proj_bias"], torch.tensor([0.0, 5.0, 0.0]).repeat_interleave(6))
+    assert not merged[f"{clip}attn.in_proj_weight"].any()
+    bare = LoraFile(
+        "sdxl", {}, {"lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k.diff_b": torch.ones(8)}
+    )
+    with pytest.raises(LoraMisfit, match=r"changes a bias, and mid_block.attentions.0.*to_k has none"):
+        merge_into_checkpoint(tmp_path / "base", [(bare, 1.0)], tmp_path / "again")
+
+
 def test_a_lora_without_a_place_in_the_checkpoint_is_refused(tmp_path):
     save_safetensors(tmp_path / "base", tiny_sdxl_checkpoint(0))
     lora = LoraFile.from_tensors(kohya_tensors(some("sdxl")), {})
@@ -355,8 +425,12 @@ def test_the_difference_of_two_checkpoints_is_extracted_and_only_that(small_sdxl
         rows, columns = base.shapes[name]
         changes[module_id] = torch.randn(rows, 2) @ torch.randn(2, columns)
         tuned[name] = base[name] + changes[module_id]
+    for name in ("out.2.bias", "out.0.weight", "out.0.bias"):
+        tuned[f"model.diffusion_model.{name}"] = base[f"model.diffusion_model.{name}"] + 1
     save_safetensors(tmp_path / "tuned", tuned)
-    lora, error = extract_lora(small_sdxl, tmp_path / "tuned", rank=2)
+    warnings = []
+    lora, error = extract_lora(small_sdxl, tmp_path / "tuned", rank=2, on_warning=warnings.append)
+    assert len(warnings) == 1 and warnings[0].startswith("3 biases and normalisation layers differ too")
     assert error < 1e-2 and lora.metadata["ss_base_model_version"] == "sdxl_base_v1-0"
     modules = lora.modules()
     assert set(modules) == set(changes)

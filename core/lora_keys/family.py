@@ -29,6 +29,11 @@ class Fusion:
     Only where there are two: the same layer has six or nine in the other blocks of SD3, in the same order in both."""
 
 
+def _inputs(weight: Tensor) -> int:
+    """Input features of a weight; 1 of a normalisation layer's."""
+    return weight.shape[1] if weight.ndim > 1 else 1
+
+
 @dataclass(frozen=True)
 class Place:
     """What a weight of a file is: a module of the original model, or one that diffusers has."""
@@ -58,14 +63,14 @@ class Place:
 
         ValueError when the rows do not add up.
         """
-        inputs = tensor.shape[1] if inputs is None else inputs
+        inputs = _inputs(tensor) if inputs is None else inputs
         rows = self.rows(tensor.shape[0], inputs)
         return list(zip(self.modules, self._swapped(tensor, inputs).split(rows), strict=True))
 
-    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+    def join(self, tensors: Sequence[Tensor], inputs: int | None = None) -> Tensor:
         """The weight in the file's order of rows, from those of `modules`: undoes `split`."""
         whole = torch.cat(list(tensors))
-        return self._swapped(whole, whole.shape[1])
+        return self._swapped(whole, _inputs(whole) if inputs is None else inputs)
 
     def _swapped(self, tensor: Tensor, inputs: int) -> Tensor:
         swapped = self.index is None and self.fusion.halves_swapped and tensor.shape[0] == 2 * inputs
@@ -90,7 +95,7 @@ class Sign:
             return False
         if self.inputs is None and self.ratio is None:
             return True
-        if shape is None:
+        if shape is None or len(shape) < 2:
             return False
         return (self.inputs is None or shape[1] in self.inputs) and (
             self.ratio is None or shape[0] == round(self.ratio * shape[1])

@@ -4,6 +4,7 @@ All of them skip what they do not know, at best with a line in a log, so a file 
 tests/comfyui/test_lora_readers.py compares these tables with the programs themselves.
 """
 
+import re
 from collections.abc import Collection
 
 from .family import FamilyKeys
@@ -45,6 +46,14 @@ _DIFFUSERS = {
     "qwen-image": {"kohya", "diffusers", "comfy"},
 }
 """Family -> schemes that diffusers' pipelines load."""
+_LOKR_IN_DIFFUSERS = {
+    "flux2": {
+        ("comfy", "original"), ("peft", "original"), ("bare", "diffusers"), ("lycoris", "diffusers"),
+        ("diffusers", "diffusers"),
+    },
+    "zimage": {("comfy", "diffusers"), ("bare", "diffusers"), ("diffusers", "diffusers")},
+}  # fmt: skip
+"""Family -> (scheme, whose paths) of the LoKr files that diffusers' pipelines load."""
 
 
 def not_loaded(reader: str, family: FamilyKeys, module_name: str, kind: str, keys: Collection[str]) -> str | None:
@@ -55,12 +64,18 @@ def not_loaded(reader: str, family: FamilyKeys, module_name: str, kind: str, key
     named = parse_key(f"{module_name}.alpha")
     assert named is not None
     if reader == "ComfyUI":
+        if any(re.search(r"\.lora_(up|B(\.\w+)?)\.bias$", key) for key in keys):
+            return "a bias of the up matrix"
         return _not_loaded_by_comfyui(family, named)
+    if any(key.endswith((".diff_b", ".b_norm")) for key in keys):
+        return "changes of a bias"
     if reader == "peft":
         if named.scheme not in ("diffusers", "peft"):
             return f"{named.scheme} names"
     elif _is_t5(named):
         return "T5 as a text encoder"
+    elif kind == "lokr":
+        return _lokr_not_loaded_by_diffusers(family, named, any(key.endswith(".alpha") for key in keys))
     elif named.scheme not in _DIFFUSERS[family.name]:
         return f"{named.scheme} names of {family.name}"
     elif family.name == "sd2" and (named.scheme, named.part) == ("kohya", "denoiser"):
@@ -68,6 +83,25 @@ def not_loaded(reader: str, family: FamilyKeys, module_name: str, kind: str, key
     if kind == "dora" and not any("lora_magnitude_vector" in key for key in keys):
         return "dora_scale, without which it is another change"
     return None if kind in ("lora", "locon", "dora") else f"adapters of kind {kind}"
+
+
+def _lokr_not_loaded_by_diffusers(family: FamilyKeys, named: NamedTensor, has_alpha: bool) -> str | None:
+    known = _LOKR_IN_DIFFUSERS.get(family.name, set())
+    if not known & {(named.scheme, whose) for whose in _whose_paths(family, named)}:
+        return f"adapters of kind lokr with {named.scheme} names of {family.name}"
+    if named.scheme == "diffusers" and has_alpha:
+        return "adapters of kind lokr with an alpha under its own names"
+    if (family.name, named.scheme) == ("zimage", "bare") and not has_alpha:
+        return "adapters of kind lokr without a prefix and without an alpha"
+    in_blocks = named.path.startswith(("transformer_blocks.", "single_transformer_blocks."))
+    return None if named.scheme != "lycoris" or in_blocks else "adapters of kind lokr outside the blocks"
+
+
+def _whose_paths(family: FamilyKeys, named: NamedTensor) -> set[str]:
+    """Whose path a name has: the original model's, diffusers', or both."""
+    if family.of_original(named.path) is not None:
+        return {"original"}
+    return {"original", "diffusers"} if family.of_diffusers(named.path).original == named.path else {"diffusers"}
 
 
 def _is_t5(named: NamedTensor) -> bool:
@@ -81,16 +115,14 @@ def _not_loaded_by_comfyui(family: FamilyKeys, named: NamedTensor) -> str | None
         return f"{named.scheme} names of T5" if _is_t5(named) else "text encoder names without text_model"
     if named.module_name.startswith("oft_unet_"):
         return "names that begin with oft_unet_"
-    known = _COMFYUI[family.name]
-    original = family.of_original(named.path) is not None
-    same_in_both = not original and family.of_diffusers(named.path).original == named.path
-    if (original or same_in_both) and (named.scheme, "original") in known:
+    known, whose = _COMFYUI[family.name], _whose_paths(family, named)
+    if "original" in whose and (named.scheme, "original") in known:
         return None
     unknown_paths = _UNKNOWN_DIFFUSERS_PATHS.get(family.name, ())
-    if not original and (named.scheme, "diffusers") in known and not named.path.startswith(unknown_paths):
+    if "diffusers" in whose and (named.scheme, "diffusers") in known and not named.path.startswith(unknown_paths):
         return None
     # Of diffusers' UNet names it knows all but attentions, which it expects as once hung on their processors.
-    is_unet_of_diffusers = known is _UNET and not original and named.scheme in ("diffusers", "bare")
+    is_unet_of_diffusers = known is _UNET and "diffusers" in whose and named.scheme in ("diffusers", "bare")
     if is_unet_of_diffusers and (".processor." in named.module_name or ".to_" not in named.path):
         return None
-    return f"{named.scheme} names of {'the original model' if original else 'diffusers'}"
+    return f"{named.scheme} names of {'diffusers' if 'diffusers' in whose else 'the original model'}"

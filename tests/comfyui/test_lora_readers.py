@@ -95,6 +95,17 @@ OTHER_SCHEMES = {
     "peft": ("base_model.model.", False),
     "bare": ("", False),
 }
+# Prefix, whether the rest is flattened, and whether it is the original model's path.
+LOKR_NAMES = {
+    "comfy": ("diffusion_model.", False, True),
+    "comfy with diffusers' paths": ("diffusion_model.", False, False),
+    "kohya": ("lora_unet_", True, True),
+    "diffusers": ("transformer.", False, False),
+    "bare": ("", False, False),
+    "lycoris": ("lycoris_", True, False),
+    "peft": ("base_model.model.", False, True),
+    "peft with diffusers' paths": ("base_model.model.", False, False),
+}
 Changes = dict[str, Tensor]
 """Path of a module -> change of its weight times a fixed vector."""
 
@@ -429,6 +440,49 @@ def test_it_is_known_what_comfyui_and_diffusers_make_of_other_schemes(family, tm
     for lora, result in zip(loras, results, strict=True):
         assert_predicted(lora, result)
         assert_diffusers_predicted(lora, changes_or_none(of_diffusers, family, lora))
+
+
+@pytest.mark.parametrize("family", ["flux2", "zimage", "qwen-image"])
+@pytest.mark.parametrize("has_alpha", [True, False])
+def test_it_is_known_of_which_lokr_files_diffusers_loads_what(family, has_alpha):
+    warnings.simplefilter("ignore")
+    for scheme, (prefix, is_flat, original) in LOKR_NAMES.items():
+        shapes: dict[str, tuple[int, int]] = {}
+        for (_, path), module in loras_of(model_of(family), blocks_only=True).items():
+            fusion, inputs = FAMILIES[family].of_diffusers(path), module.down.shape[1]
+            is_whole = original and len(fusion.parts) > 1
+            name = prefix + (fusion.original if original else path)
+            rows = round(sum(fusion.sizes) * inputs) if is_whole else module.up.shape[0]
+            shapes[name.replace(".", "_") if is_flat else name] = (rows, inputs)
+        tensors = {}
+        for name, (outputs, inputs) in shapes.items():
+            tensors[f"{name}.lokr_w1"] = torch.ones(4, 4)
+            tensors |= {
+                f"{name}.lokr_w2_a": torch.ones(outputs // 4, 2),
+                f"{name}.lokr_w2_b": torch.ones(2, inputs // 4),
+            }
+            tensors |= {f"{name}.alpha": torch.tensor(1.0)} if has_alpha else {}
+        lora = LoraFile(family, {}, tensors)
+        assert len(lora.entries) == len(shapes) and {entry.kind for entry in lora.entries} == {"lokr"}
+        expected = len(shapes) - len(not_loaded_by("diffusers", lora))
+        assert lokr_layers_in_diffusers(family, lora) == expected, scheme
+
+
+def lokr_layers_in_diffusers(family: str, lora: LoraFile) -> int:
+    """How many modules diffusers puts a LoKr on; 0 when it refuses the file."""
+    import diffusers
+    from peft.tuners.lokr import LoKrLayer
+
+    pipeline, model = getattr(diffusers, MODELS[family][2]), model_of(family)
+    try:
+        state = pipeline.lora_state_dict(copied(lora))
+        words = ("lora", "lokr") if family in ("flux2", "zimage") else ("lora",)
+        if not all(any(word in key for word in words) for key in state):  # as load_lora_weights begins
+            return 0
+        pipeline.load_lora_into_transformer(state, transformer=model)
+    except ValueError:
+        return 0
+    return sum(isinstance(layer, LoKrLayer) for layer in model.modules())
 
 
 def test_it_is_known_what_comfyui_makes_of_other_kinds(tmp_path):
