@@ -36,6 +36,10 @@ class LoraLayer(nn.Module):
         layer: Any = self.base_layer
         if not self.enabled:
             return layer(x)
+        kind = x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            # As autocast does for a Linear, to which norms hand on float32: what is worked on in place must be of one type.
+            x = x.to(torch.get_autocast_dtype(kind))
         if isinstance(layer, nn.Linear) and not (self.dropout and self.training):
             return _AdaptedLinear.apply(x, layer.weight, layer.bias, self.down, self.up, self.scale)
         down, up = self.down.to(x.dtype), self.up.to(x.dtype)

@@ -103,3 +103,15 @@ def test_it_keeps_no_copy_of_its_input_in_16_bit_where_peft_keeps_one_in_32():
     weight = 512 * 512 * 2
     assert kept_bytes(ours, x) < weight + 0.1 * x.nbytes
     assert kept_bytes(theirs, x) > weight + 1.9 * x.nbytes
+
+
+def test_under_autocast_a_float32_input_is_worked_on_in_half_precision():
+    """CUDA's autocast has norms hand on float32 to layers whose weights are in 16 bit."""
+    layer = layer_of(nn.Linear(16, 8).to(torch.bfloat16))
+    x = torch.randn(5, 16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(x)
+    output.sum().backward()
+    assert output.dtype == torch.bfloat16
+    assert x.grad is not None and x.grad.dtype == layer.down.grad.dtype == torch.float32  # pyright: ignore
+    torch.testing.assert_close(output.float(), plainly(layer, x), rtol=0.05, atol=0.05)
