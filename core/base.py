@@ -103,22 +103,22 @@ class Base:
     def load_text_encoders(self, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
         """Part -> network, none when captions are encoded by something else.
 
-        A language model (the encoders of FLUX.1 and later) stays in the type in which it is stored, and on the CPU when it
-        has no room on the device.
+        A language model (the encoders of FLUX.1 and later) is loaded in bf16, unless it is stored in more (T5 overflows in
+        fp16), and on the CPU when it has no room on the device.
         """
         if self.caption_encoder:
             return {}
         encoders = {}
         for part in self.family.text_encoders:
-            tensors = self._component(part).tensors
-            size = sum(tensor.nbytes for tensor in tensors.values())
-            if size < LARGE_ENCODER:
+            tensors = self._component(part).tensors.values()
+            if sum(tensor.nbytes for tensor in tensors) < LARGE_ENCODER:
                 encoders[part] = self.load(part, device, dtype)
                 continue
-            stored = next(iter(tensors.values())).dtype
+            size = sum(2 * tensor.numel() for tensor in tensors)
             fits = device.type != "cuda" or torch.cuda.mem_get_info(device)[0] > 1.2 * size
+            stored_in_more = any(tensor.dtype.itemsize > 2 for tensor in tensors)
             place = device if fits else torch.device("cpu")
-            encoders[part] = self.load(part, place, stored if stored.itemsize == 2 else dtype)
+            encoders[part] = self.load(part, place, dtype if stored_in_more else torch.bfloat16)
         return encoders
 
     def fingerprint(self, *parts: str) -> str:
