@@ -5,7 +5,7 @@
 
 from comfy_api.latest import ComfyExtension
 
-from . import panel
+from . import panel, photos, style_pack
 from .apply import ApplyLora
 from .helpers import ContactSheet, InspectLora, LikenessScore, SaveLora
 from .photos import LoadFacePhotos
@@ -26,7 +26,8 @@ NODES = [
 
 class FaceLoraExtension(ComfyExtension):
     async def on_load(self) -> None:
-        panel.add_routes()
+        for module in (panel, photos, style_pack):
+            module.add_routes()
 
     async def get_node_list(self) -> list[type]:
         return list(NODES)

@@ -182,11 +182,13 @@ def _add_patches(model_or_clip: Any, patches: Mapping[Any, Any], strength: float
 
 
 def summary(lora: LoraFile, phrase: str) -> str:
-    """What the node shows of a LoRA."""
+    """What the node shows of a LoRA: name, family, rank, trigger and base."""
     ranks = sorted({entry.rank for entry in lora.entries if entry.rank is not None})
     rank = f", rank {ranks[0]}" if len(ranks) == 1 else f", ranks {ranks[0]} to {ranks[-1]}" if ranks else ""
-    base = lora.metadata.get("ss_sd_model_name") or "an unknown base"
-    return f"{Path(lora.name).name}: {lora.family}{rank}, made on {base}\ntrigger: {phrase or 'not stated'}"
+    return (
+        f"{Path(lora.name).name}: {lora.family}{rank};\ntrigger: {phrase or 'not stated'};\n"
+        f"base: {lora.metadata.get('ss_sd_model_name') or 'not stated'}"
+    )
 
 
 def _path(name: str) -> Path:

@@ -4,13 +4,18 @@
 
 import base64
 import io
+import json
+import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import folder_paths
 from aiohttp import web
 from PIL import Image
 from server import PromptServer
 
+from ..core.files import write_text
 from ..core.photos import Photo
 
 EVENT = "facelora.training"
@@ -20,10 +25,16 @@ SAMPLE_SIDE = 256
 PHOTOS = 8
 """Photos that the panel shows beside the samples."""
 SERIES = {"history": "loss", "learning_rates": "learning_rate", "likenesses": "likeness"}
-"""Name in a state -> the value of the news of a step whose course it is, as a list of (step, value). web/ has the same."""
+"""Name in a state -> the value of the news of a step whose course it is, as a list of (step, value)."""
+ENDED = ("done", "stopped")
+"""Phases after which nothing more comes."""
+SAVE_INTERVAL = 10.0
+"""Seconds between two times that the states are saved while a training goes on."""
+KEPT = 20
+"""States that are kept on disk, of the nodes that trained last."""
 
 _states: dict[str, dict[str, Any]] = {}
-"""Node id -> the last state of its training, for a page that is opened in the middle of it."""
+"""Node id -> the last state of its training, for pages that are opened later. The last one begun is the last here."""
 _wanted_stops: set[str] = set()
 
 
@@ -36,6 +47,7 @@ def show_text(node: Any, text: str) -> None:
 def begin(node_id: str, history: Sequence[tuple[int, float]], photos: Sequence[Photo]) -> None:
     """Forgets the node's last training, and a stop that came too late for it. `history` is the loss before this run."""
     shown = [photo.image(shorter_side=SAMPLE_SIDE) for photo in photos[:PHOTOS]]
+    _states.pop(node_id, None)
     _states[node_id] = {}
     _wanted_stops.discard(node_id)
     news = {"workflow": _workflow_id(), "history": list(history), "photos": data_urls(shown)}
@@ -51,14 +63,38 @@ def _workflow_id() -> str | None:
 
 def publish(node_id: str, news: Mapping[str, Any]) -> None:
     """Sends what is new of a training to every open page, and keeps it for those that open later."""
+    global _saved
     state = _states[node_id]
-    for series, value in SERIES.items():
-        if value in news and "step" in news:
-            # Steps from before the server was killed are taken again.
-            earlier = [point for point in state.get(series, ()) if point[0] < news["step"]]
-            state[series] = [*earlier, (news["step"], news[value])]
+    points = {series: (news["step"], news[value]) for series, value in SERIES.items() if value in news}
+    for series, (step, value) in points.items():
+        # Steps from before the server was killed are taken again.
+        state[series] = [*(point for point in state.get(series, ()) if point[0] < step), (step, value)]
     state.update(news)
-    PromptServer.instance.send_sync(EVENT, {"node": node_id, **news})
+    PromptServer.instance.send_sync(EVENT, {"node": node_id, "points": points, **news})
+    if state.get("phase") in ENDED or time.monotonic() - _saved > SAVE_INTERVAL:
+        _saved = time.monotonic()
+        kept = dict(list(_states.items())[-KEPT:])
+        write_text(_states_file(), json.dumps(kept))
+
+
+_saved = 0.0
+"""When the states were saved last, on time.monotonic()."""
+
+
+def _states_file() -> Path:
+    folder = Path(folder_paths.get_user_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / "facelora-training.json"
+
+
+def _read_states() -> None:
+    """Takes up the states from before the server was restarted; a training that was running then is not any more."""
+    try:
+        states = json.loads(_states_file().read_text("utf-8"))
+    except (OSError, ValueError):  # none yet, or written by half
+        return
+    for node_id, state in states.items():
+        _states[node_id] = state if state.get("phase") in ENDED else state | {"phase": "stopped"}
 
 
 def stop_is_wanted(node_id: str) -> bool:
@@ -81,6 +117,7 @@ def data_urls(images: Sequence[Image.Image]) -> list[str]:
 def add_routes() -> None:
     """GET /facelora/training: the states of all trainings; POST /facelora/stop {"node": id}: end now, keep the result."""
     routes = PromptServer.instance.routes
+    _read_states()
 
     @routes.get("/facelora/training")
     async def training(_: web.Request) -> web.Response:

@@ -2,12 +2,16 @@
 
 # pyright: reportMissingImports=false
 
+import asyncio
 import hashlib
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 
 import folder_paths
+from aiohttp import web
 from comfy_api.latest import io, ui
+from server import PromptServer
 
 from ..core.errors import BadPhoto, MissingPackage
 from ..core.faces import load_faces
@@ -18,28 +22,9 @@ from .convert import FacePhotos, image_tensor
 
 PREVIEW_SIDE = 1024
 """Longest side of the pictures that go to other nodes, in pixels; training reads the photos themselves."""
+THUMBNAIL_SIDE = 160
+"""Longest side of an uploaded picture as its node shows it, in pixels."""
 NO_FOLDER = "(no folder)"
-NO_PICTURES = "(no single pictures)"
-
-
-def _uploads() -> io.Combo.Input:
-    """A choice of pictures in the input folder, to which the frontend adds a button and drag and drop of several files."""
-    upload = io.Combo.Input(
-        "pictures",
-        options=[NO_PICTURES, *_input_pictures()],
-        tooltip="Single photos, taken beside those of the folder: the button below takes several files at once, and so does "
-        "dropping them onto the node.",
-        extra_dict={"image_upload": True, "allow_batch": True},
-    )
-    upload.multiselect = True  # the widget holds a list of names once there are several
-    return upload
-
-
-def _input_pictures() -> list[str]:
-    root = Path(folder_paths.get_input_directory())
-    return sorted(
-        folder_paths.filter_files_content_types([file.name for file in root.iterdir() if file.is_file()], ["image"])
-    )
 
 
 class LoadFacePhotos(io.ComfyNode):
@@ -71,7 +56,14 @@ class LoadFacePhotos(io.ComfyNode):
                     advanced=True,
                     tooltip="Fail on a photo that cannot be read, instead of leaving it out with a note in the report.",
                 ),
-                _uploads(),
+                io.String.Input(
+                    "pictures",
+                    default="",
+                    multiline=True,
+                    placeholder="names of pictures in the input folder, one a line",
+                    tooltip="Single photos, taken beside those of the folder: drop files onto the node, paste them, or press "
+                    "Add photos. The value is their names in ComfyUI's input folder, one a line.",
+                ),
             ],
             outputs=[
                 FacePhotos.Output(display_name="photos", tooltip="The photos as they are, for Train Face LoRA."),
@@ -91,7 +83,7 @@ class LoadFacePhotos(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, folder: str | None = None, pictures: str | list[str] | None = None) -> bool | str:
+    def validate_inputs(cls, folder: str | None = None, pictures: str | None = None) -> bool | str:
         if folder is None or pictures is None:  # wired: only known when it runs
             return True
         if folder == NO_FOLDER and not _names(pictures):
@@ -103,14 +95,14 @@ class LoadFacePhotos(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, folder: str, pictures: str | list[str], **_: object) -> str:
+    def fingerprint_inputs(cls, folder: str, pictures: str, **_: object) -> str:
         digest = hashlib.sha256()
         for name, file in _files(folder, pictures):
             digest.update(name.encode("utf-8", "surrogateescape") + file.read_bytes())
         return digest.hexdigest()
 
     @classmethod
-    def execute(cls, folder: str, check: bool, strict: bool, pictures: str | list[str]) -> io.NodeOutput:
+    def execute(cls, folder: str, check: bool, strict: bool, pictures: str) -> io.NodeOutput:
         notes: list[str] = []
         photos = _read(folder, pictures, strict=strict, on_warning=notes.append)
         if check:
@@ -130,7 +122,7 @@ class LoadFacePhotos(io.ComfyNode):
         )
 
 
-def _read(folder: str, pictures: str | list[str], *, strict: bool, on_warning: Callable[[str], None]) -> list[Photo]:
+def _read(folder: str, pictures: str, *, strict: bool, on_warning: Callable[[str], None]) -> list[Photo]:
     photos: list[Photo] = []
     if folder != NO_FOLDER:
         try:
@@ -144,13 +136,11 @@ def _read(folder: str, pictures: str | list[str], *, strict: bool, on_warning: C
     return photos
 
 
-def _names(pictures: str | list[str]) -> list[str]:
-    """The chosen pictures: the widget holds one name, or a list of them when several were uploaded."""
-    names = [pictures] if isinstance(pictures, str) else pictures
-    return [name for name in names if name != NO_PICTURES]
+def _names(pictures: str) -> list[str]:
+    return [line.strip() for line in pictures.splitlines() if line.strip()]
 
 
-def _files(folder: str, pictures: str | list[str]) -> Iterator[tuple[str, Path]]:
+def _files(folder: str, pictures: str) -> Iterator[tuple[str, Path]]:
     """(name, path) of everything that counts. BadPhoto for what is not there."""
     if folder != NO_FOLDER:
         path = _path(folder)
@@ -184,3 +174,28 @@ def _report(photos: list[Photo]) -> str:
     if not any(item.faces for item in checked.photos):
         raise BadPhoto(f"none of the {len(photos)} photos shows a face; switch check off to use them all the same")
     return format_report(checked)
+
+
+def _thumbnail(name: str) -> bytes:
+    """A small JPEG of a picture in the input folder, the right way up. BadPhoto for what is no picture."""
+    path = _path(name)
+    if not path.is_file():
+        raise BadPhoto(f"{name}: there is no such picture in ComfyUI's input folder")
+    (photo,) = read_photo_files([path], strict=True, on_warning=lambda _: None)
+    image = photo.image(shorter_side=THUMBNAIL_SIDE)
+    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    buffer = BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def add_routes() -> None:
+    """GET /facelora/photo?name=NAME: a thumbnail of a picture in the input folder, in any format that photos may have."""
+
+    @PromptServer.instance.routes.get("/facelora/photo")
+    async def photo(request: web.Request) -> web.Response:
+        try:
+            small = await asyncio.to_thread(_thumbnail, request.query.get("name", ""))
+        except BadPhoto as problem:
+            return web.json_response({"error": str(problem)}, status=404)
+        return web.Response(body=small, content_type="image/jpeg")

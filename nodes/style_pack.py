@@ -5,10 +5,13 @@
 from pathlib import Path
 
 import folder_paths
+from aiohttp import web
 from comfy_api.latest import io
+from server import PromptServer
 
 from ..core.errors import BadConfig, BadStylePack
 from ..core.style_pack import FAMILY_DEFAULTS, FoundPacks, Subject, find_style_packs
+from ..core.style_picture import style_picture
 from .convert import style_family
 from .panel import show_text
 
@@ -42,6 +45,7 @@ class HeadshotStylePack(io.ComfyNode):
                 io.Combo.Input(
                     "pack",
                     options=list(packs),
+                    default="corporate",
                     tooltip="A pack of styles. Your own packs go into models/style_packs and replace those of the same id.",
                 ),
                 io.String.Input(
@@ -49,7 +53,7 @@ class HeadshotStylePack(io.ComfyNode):
                     default="",
                     placeholder="all styles of the pack",
                     tooltip="Names of styles of the pack, with commas between; empty: all of them. "
-                    "The node's description lists them.",
+                    "A click on a picture below adds or takes out its style.",
                 ),
                 io.String.Input(
                     "subject",
@@ -140,3 +144,27 @@ class HeadshotStylePack(io.ComfyNode):
 
 def _names(styles: str) -> list[str]:
     return [name.strip() for name in styles.split(",") if name.strip()]
+
+
+def add_routes() -> None:
+    """GET /facelora/styles?pack=ID: the names of its styles; GET /facelora/style?pack=ID&style=NAME: the picture of one."""
+    routes = PromptServer.instance.routes
+
+    @routes.get("/facelora/styles")
+    async def styles(request: web.Request) -> web.Response:
+        try:
+            return web.json_response(find_packs().pick(request.query.get("pack", "")).names)
+        except BadStylePack as problem:
+            return web.json_response({"error": str(problem)}, status=404)
+
+    @routes.get("/facelora/style")
+    async def style(request: web.Request) -> web.StreamResponse:
+        try:
+            pack = find_packs().pick(request.query.get("pack", ""))
+            shown = pack.style(request.query.get("style", ""))
+            picture = pack.picture(shown)
+        except BadStylePack as problem:
+            return web.json_response({"error": str(problem)}, status=404)
+        if picture is not None:
+            return web.FileResponse(picture)
+        return web.Response(text=style_picture(shown), content_type="image/svg+xml")

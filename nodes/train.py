@@ -17,7 +17,7 @@ import comfy.model_management
 import comfy.utils
 import folder_paths
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from PIL import Image
 
 from ..core.base import Base
@@ -176,11 +176,9 @@ class TrainFaceLora(io.ComfyNode):
             path, run = make(job, base_from(model[0], clip[0], vae[0], config), cls.hidden.unique_id)
         relative = str(path.relative_to(_loras_folder()))
         plot = loss_plot(run.history(), f"{path.stem}: loss")
-        samples_sheet = run.sample_sheet()
         return io.NodeOutput(
-            lora_model(LoraFile.read(path)), relative, image_tensor(plot), image_tensor(samples_sheet),
-            ui=ui.PreviewImage(image_tensor(contact_sheet([(relative, [plot, samples_sheet])], tile=320)), cls=cls),
-        )  # fmt: skip
+            lora_model(LoraFile.read(path)), relative, image_tensor(plot), image_tensor(run.sample_sheet())
+        )
 
 
 def _help(setting: str) -> str:
@@ -415,5 +413,4 @@ class Watch:
 
     def sample(self, step: int, images: list[Image.Image]) -> None:
         self._run.add_samples(step, images)
-        self._bar.update_absolute(step, preview=("JPEG", images[0], panel.SAMPLE_SIDE))
         panel.publish(self._node_id, {"samples": panel.data_urls(images), "samples_step": step})

@@ -3,46 +3,16 @@
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import { drawChart, short } from "./chart.js"
+import { addElement, after, make, makeRoom } from "./dom.js"
 
 const NODE = "FaceLoRATrain"
 const EVENT = "facelora.training"
 const IDLE_HEIGHT = 28
-const ACTIVE = new Set(["done", "stopped", undefined])
-const SERIES = { history: "loss", learning_rates: "learning_rate", likenesses: "likeness" }
+const ENDED = new Set(["done", "stopped", undefined])
 
 /** Execution id of a node -> the last known state of its training, as GET /facelora/training gives it. */
 const states = new Map()
 const panels = new Set()
-
-const STYLE = `
-.facelora-panel { display: flex; flex-direction: column; gap: 6px; overflow: hidden; box-sizing: border-box;
-  padding: 4px 2px; font: 12px sans-serif; color: var(--input-text, #ddd); }
-.facelora-panel [hidden] { display: none !important; }
-.facelora-quiet { color: var(--descrip-text, #999); }
-.facelora-row { display: flex; gap: 6px; align-items: center; }
-.facelora-panel > * { flex: none; }
-.facelora-status { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.facelora-panel button { font: inherit; padding: 3px 8px; border-radius: 4px; cursor: pointer;
-  color: var(--input-text, #ddd); background: var(--comfy-input-bg, #222); border: 1px solid var(--border-color, #555); }
-.facelora-panel button:disabled { opacity: 0.4; cursor: default; }
-.facelora-bar { flex: 1; height: 4px; border-radius: 2px; background: var(--comfy-input-bg, #222); }
-.facelora-bar > div { height: 100%; width: 0; border-radius: 2px; background: #3b82f6; }
-.facelora-panel svg { display: block; width: 100%; }
-.facelora-panel svg text { font: 8px sans-serif; fill: var(--descrip-text, #999); }
-.facelora-panel polyline { fill: none; stroke-width: 1.4; }
-.facelora-frame { fill: var(--comfy-input-bg, #222); stroke: var(--border-color, #555); stroke-width: 0.5; }
-.facelora-pictures { display: grid; grid-template-columns: 1fr 1fr; gap: 6px; }
-.facelora-strip { display: flex; gap: 3px; height: 84px; overflow-x: auto; }
-.facelora-strip img { height: 100%; border-radius: 3px; }
-.facelora-warning { color: #fbbf24; }
-`
-
-function make(name, className, ...children) {
-  const made = document.createElement(name)
-  made.className = className
-  made.append(...children)
-  return made
-}
 
 const svg = () => document.createElementNS("http://www.w3.org/2000/svg", "svg")
 
@@ -57,7 +27,7 @@ function duration(seconds) {
 function statusText(state) {
   if (state.stopping && state.phase === "training") return `ending after step ${state.step}, keeping what is learned`
   if (state.phase === "done") return `done: ${state.file}`
-  if (state.phase === "stopped") return "cancelled; queue again to go on from there"
+  if (state.phase === "stopped") return "stopped; queued again, it goes on from there"
   if (state.phase !== "training") return state.total ? `${state.phase}: ${state.done} of ${state.total}` : state.phase
   const parts = [`step ${state.step} of ${state.steps}`, `loss ${short(state.loss)}`, `rate ${short(state.learning_rate)}`]
   if (state.likeness != null) parts.push(`likeness ${state.likeness.toFixed(2)}`)
@@ -110,13 +80,13 @@ class Panel {
   }
 
   show(state) {
-    const active = !ACTIVE.has(state.phase)
+    const active = !ENDED.has(state.phase)
     this.status.textContent = this.status.title = statusText(state)
     this.status.classList.remove("facelora-quiet")
     this.progress.hidden = false
     this.bar.style.width = `${100 * doneShare(state)}%`
     this.keep.hidden = this.cancel.hidden = !active
-    this.keep.disabled = state.phase !== "training" || state.stopping === true || state.can_keep === false
+    this.keep.disabled = state.phase !== "training" || state.stopping === true
     this.warning.hidden = !state.warning
     this.warning.textContent = state.warning ?? ""
     const last = state.steps ?? state.history?.at(-1)?.[0] ?? 0
@@ -138,15 +108,14 @@ class Panel {
 
   /** Makes room in the node for what the panel shows now. */
   grow(active) {
-    const charts = Math.round(0.3 * (this.node.size[0] - 30))
+    const part = Math.round(0.3 * (this.node.size[0] - 30))
+    this.root.style.setProperty("--facelora-strip", `${part}px`)
     let height = active ? 62 : 44
-    for (const [part, size] of [[this.warning, 20], [this.loss, charts + 6], [this.likeness, charts + 6], [this.pictures, 112]])
-      if (!part.hidden) height += size
+    for (const [element, size] of [[this.warning, 20], [this.loss, part + 6], [this.likeness, part + 6], [this.pictures, part + 28]])
+      if (!element.hidden) height += size
     if (height === this.height) return
     this.height = height
-    const wanted = this.node.computeSize()[1]
-    if (this.node.size[1] < wanted) this.node.setSize([this.node.size[0], wanted])
-    this.node.setDirtyCanvas?.(true, true)
+    makeRoom(this.node)
   }
 }
 
@@ -158,12 +127,10 @@ function fill(strip, urls = []) {
 }
 
 /** Takes news of a training into its state. */
-function merge(id, news) {
-  const fresh = news.begin ? {} : (states.get(id) ?? {})
-  const state = { ...fresh, ...news }
-  for (const [series, value] of Object.entries(SERIES))
-    if (value in news && "step" in news && !(series in news))
-      state[series] = [...(state[series] ?? []).filter(([step]) => step < news.step), [news.step, news[value]]]
+function merge(id, points, news) {
+  const state = { ...(news.begin ? {} : states.get(id)), ...news }
+  for (const [series, point] of Object.entries(points))
+    state[series] = [...(state[series] ?? []).filter(([step]) => step < point[0]), point]
   states.set(id, state)
 }
 
@@ -184,9 +151,8 @@ async function readStates() {
 app.registerExtension({
   name: "facelora.trainPanel",
   async setup() {
-    document.head.append(make("style", "", STYLE))
-    api.addEventListener(EVENT, ({ detail: { node, ...news } }) => {
-      merge(node, news)
+    api.addEventListener(EVENT, ({ detail: { node, points, ...news } }) => {
+      merge(node, points, news)
       panels.forEach(refresh)
     })
     api.addEventListener("reconnected", readStates)
@@ -195,19 +161,9 @@ app.registerExtension({
   nodeCreated(node) {
     if (node.comfyClass !== NODE) return
     const panel = new Panel(node)
-    const widget = node.addDOMWidget("training", "facelora_training", panel.root, {
-      serialize: false,
-      hideOnZoom: false,
-      getMinHeight: () => panel.height,
-      getMaxHeight: () => Math.max(panel.height, IDLE_HEIGHT),
-    })
-    widget.serialize = false
+    addElement(node, "training", panel.root, () => panel.height)
     panels.add(panel)
-    const removed = node.onRemoved
-    node.onRemoved = function () {
-      panels.delete(panel)
-      return removed?.apply(this, arguments)
-    }
+    after(node, "onRemoved", () => panels.delete(panel))
   },
   // Only now do the nodes and the graph have their ids.
   afterConfigureGraph() {

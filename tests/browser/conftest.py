@@ -74,6 +74,18 @@ def page(browser, server) -> Iterator[ComfyPage]:
     page.close()
 
 
+@pytest.fixture(params=["classic", "nodes-2"])
+def either_page(request, browser, server) -> Iterator[ComfyPage]:
+    """A page that draws its nodes on the canvas, and one that makes elements of them (the setting "Nodes 2.0")."""
+    server.post("/settings/Comfy.VueNodes.Enabled", request.param == "nodes-2")
+    page = ComfyPage(browser, server)
+    page.design = request.param
+    page.clear()
+    yield page
+    page.close()
+    server.post("/settings/Comfy.VueNodes.Enabled", False)
+
+
 def write_generated_photos(folder: Path, seed: int) -> None:
     """A face that the demo's base model draws, and views of it."""
     job = Job("a photo of person", seed, size=PICTURE_SIZE, guidance=GUIDANCE)

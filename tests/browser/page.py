@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -24,8 +25,6 @@ SETTINGS = {
     "Comfy.Minimap.Visible": False,
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,  # texts stay readable on a screenshot of a whole graph
 }
-UNSEEN = "filename=%28no+single+pictures%29"
-"""The frontend asks for a preview of whatever stands in an upload widget, and shows nothing when there is none."""
 SIZE = {"width": 1600, "height": 1000}
 EMPTY = {
     "version": 0.4, "last_node_id": 0, "last_link_id": 0, "nodes": [], "links": [], "groups": [], "config": {}, "extra": {},
@@ -58,6 +57,7 @@ class ComfyPage:
     def __init__(self, browser: Browser, server: ComfyServer, address: str = "/"):
         self.server = server
         self.problems: list[str] = []
+        self.design = "classic"
         self._page = browser.new_context(viewport=SIZE).new_page()  # pyright: ignore
         self._page.on("console", self._heard)
         self._page.on("pageerror", lambda error: self.problems.append(f"page error: {error}"))
@@ -69,7 +69,7 @@ class ComfyPage:
 
     def _heard(self, message: ConsoleMessage) -> None:
         address = message.location.get("url", "")
-        if message.type == "error" and UNSEEN not in address:
+        if message.type == "error":
             self.problems.append(f"console: {message.text} ({address})")
 
     def reload(self) -> None:
@@ -128,6 +128,43 @@ class ComfyPage:
             values,
         )
         assert not missing, missing
+
+    def add(self, node_type: str, position: tuple[int, int] = (100, 100)) -> None:
+        """Puts a node on the canvas, as wide as the workflows have it."""
+        self.run(
+            """([type, position]) => {
+                const node = LiteGraph.createNode(type)
+                app.graph.add(node)
+                node.pos = position
+                node.setSize([400, node.computeSize()[1]])
+            }""",
+            [node_type, position],
+        )
+        self._page.wait_for_timeout(300)
+
+    def widgets(self, node_type: str) -> dict[str, Any]:
+        """Name -> value, of the first node of a type."""
+        return self.run(
+            """(type) => Object.fromEntries(window.app.graph.nodes.find((node) => node.type === type)
+                .widgets.map((widget) => [widget.name, widget.value]))""",
+            node_type,
+        )
+
+    def drop(self, node_type: str, files: list[Path]) -> None:
+        """Drags files from the desktop onto the title of a node, and lets them go."""
+        x, y = self.run(
+            """(type) => {
+                const node = window.app.graph.nodes.find((node) => node.type === type)
+                const { scale, offset } = window.app.canvas.ds
+                return [(node.pos[0] + node.size[0] / 2 + offset[0]) * scale, (node.pos[1] + 15 + offset[1]) * scale]
+            }""",
+            node_type,
+        )
+        session = self._page.context.new_cdp_session(self._page)
+        data = {"items": [], "files": [str(file) for file in files], "dragOperationsMask": 1}
+        for event in ("dragEnter", "dragOver", "dragOver", "drop"):
+            session.send("Input.dispatchDragEvent", {"type": event, "x": x, "y": y, "data": data})
+            self._page.wait_for_timeout(150)
 
     def queue(self) -> str:
         """The id of the prompt that the frontend has queued."""

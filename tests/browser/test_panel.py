@@ -1,6 +1,12 @@
 """The live panel of Train Face LoRA, during a real training."""
 
+import json
+
 import pytest
+
+from core.likeness import LIKENESS_KEY
+from core.lora_file import LoraFile
+from tests.tooling import write_photos
 
 from .conftest import IMAGES, SCREENSHOTS
 from .workflows import BUILD, SD15
@@ -10,7 +16,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow]
 STATUS = ".facelora-status"
 
 
-def train_node(seed: int, **widgets) -> list[dict]:
+def train_node(seed: int, folder: str = "my-photos", **widgets) -> list[dict]:
     """A graph for BUILD: photos -> Train Face LoRA."""
     quick = {
         "name": f"panel-{seed}", "steps": 60 if SCREENSHOTS else 400, "resolution": 64, "samples": 100, "training_seed": seed,
@@ -18,7 +24,7 @@ def train_node(seed: int, **widgets) -> list[dict]:
     } | widgets  # fmt: skip
     base = {"key": "base", "type": "CheckpointLoaderSimple", "widgets": {"ckpt_name": SD15["name"]}, "links": {}}
     photos = {
-        "key": "photos", "type": "FaceLoRALoadPhotos", "widgets": {"folder": "my-photos", "check": False}, "links": {},
+        "key": "photos", "type": "FaceLoRALoadPhotos", "widgets": {"folder": folder, "check": False}, "links": {},
     }  # fmt: skip
     links = {"model": "base.MODEL", "clip": "base.CLIP", "vae": "base.VAE", "photos": "photos.photos"}
     train = {"key": "train", "type": "FaceLoRATrain", "widgets": quick, "links": links}
@@ -103,20 +109,34 @@ def test_the_panel_is_no_part_of_what_is_saved_or_queued(page):
     assert "training" not in queued["inputs"]
 
 
-def tell(page, news: dict) -> None:
-    """News of a training, as the server sends them."""
-    page.run("(news) => window.comfyAPI.api.api.dispatchCustomEvent('facelora.training', news)", news)
+def test_the_likeness_that_a_training_measures_is_drawn(either_page, server):
+    page, name = either_page, f"measured-{either_page.design}"
+    write_photos(server.folder / "input" / name, count=6, scale=2, person=37)
+    settings = "sample_steps = 6\nlikeness_pictures = 2\nsample_guidance = 2.0"
+    graph = train_node(seed=14, name=name, recipe="best likeness", steps=4, samples=2, settings=settings, folder=name)
+    page.reload()  # so that the list of folders has the new one
+    page.clear()
+    page.run(BUILD, graph)
+    prompt_id = page.queue()
+    page.wait_for("() => document.querySelector('.facelora-status')?.textContent.includes('likeness')", 300)
+    result = server.wait(prompt_id, 300)
+    assert result.status == "success", result.error
+    metadata = LoraFile.read(server.folder / "models" / "loras" / f"{name}.safetensors").metadata
+    measured = [point["likeness"] for point in json.loads(metadata[LIKENESS_KEY])["points"]]
+    assert len(measured) >= 2 and any(measured)
+    page.wait_for("() => document.querySelector('.facelora-status').textContent.startsWith('done')")
+    assert points(page, "likeness") == len(measured)
+    assert page.complaints() == []
 
 
-def test_the_likeness_is_drawn_once_it_is_measured(page):
-    page.run(BUILD, train_node(seed=14))
+def test_a_node_with_the_same_id_in_another_workflow_shows_nothing_of_it(page):
+    page.run(BUILD, train_node(seed=15))
     node_id = page.run("() => String(window.app.graph.nodes.find((node) => node.type === 'FaceLoRATrain').id)")
-    workflow = page.run("() => window.app.graph.id")
-    tell(page, {"node": node_id, "begin": True, "workflow": workflow, "history": [], "photos": []})
-    for step, likeness in ((10, 0.2), (20, None), (30, 0.5)):
-        news = {"phase": "training", "step": step, "steps": 40, "loss": 0.1, "learning_rate": 1e-4, "seconds_left": 75}
-        tell(page, {"node": node_id} | news | ({"likeness": likeness} if likeness else {}))
-    assert points(page, "likeness") == 2
-    assert status(page) == "step 30 of 40 · loss 0.1 · rate 1e-4 · likeness 0.50 · 1 min 15 s left"
-    tell(page, {"node": node_id, "begin": True, "workflow": "of somebody else", "history": [], "photos": []})
-    assert status(page).startswith("step 30"), "a node with the same id in another workflow"
+    ours, theirs = page.run("() => window.app.graph.id"), "of somebody else"
+    for workflow, step in ((ours, 30), (theirs, 40)):
+        news = {"begin": True, "workflow": workflow, "history": [], "photos": [], "points": {"history": [step, 0.1]}}
+        news |= {"phase": "training", "step": step, "steps": 60, "loss": 0.1, "learning_rate": 1e-4, "seconds_left": 75}
+        page.run(
+            "(news) => window.comfyAPI.api.api.dispatchCustomEvent('facelora.training', news)", {"node": node_id} | news
+        )
+    assert status(page) == "step 30 of 60 · loss 0.1 · rate 1e-4 · 1 min 15 s left"

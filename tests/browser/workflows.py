@@ -67,7 +67,7 @@ def checkpoint(model: dict[str, str]) -> Node:
 
 
 def photos(key: str = "photos", folder: str = "my-photos", title: str = "") -> Node:
-    return Node(key, "FaceLoRALoadPhotos", {"folder": folder}, height=420, title=title)
+    return Node(key, "FaceLoRALoadPhotos", {"folder": folder}, height=430, title=title)
 
 
 BASE_LINKS = {"model": "base.MODEL", "clip": "base.CLIP", "vae": "base.VAE"}
@@ -76,7 +76,7 @@ BASE_LINKS = {"model": "base.MODEL", "clip": "base.CLIP", "vae": "base.VAE"}
 def train(name: str, settings: str = "", **links: str) -> Node:
     return Node(
         "train", "FaceLoRATrain", {"name": name, "settings": settings},
-        BASE_LINKS | {"photos": "photos.photos"} | links, height=980,
+        BASE_LINKS | {"photos": "photos.photos"} | links, height=880,
     )  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def apply(key: str = "apply", strength: float = 0.8, lora_name: str = CONNECTED,
     return Node(
         key, "FaceLoRAApply", {"lora_name": lora_name, "strength_model": strength, "strength_clip": strength},
         {"model": "base.MODEL", "clip": "base.CLIP"} | links, title=f"Apply LoRA at {strength}" if key != "apply" else "",
-        height=360,
+        height=390,
     )  # fmt: skip
 
 
@@ -96,10 +96,10 @@ def headshots(pack: str, prefix: str) -> list[Step]:
             note("""**Headshot Style Pack** writes prompts, sizes, seeds and steps for a whole batch, as lists: ComfyUI draws
             one picture after the other. Choose a pack and how many pictures you want.
 
-            `styles` picks single styles by name; empty takes them all."""),
+            Click the styles that you want; if none is chosen, all of them are drawn."""),
             [
                 Node("styles", "FaceLoRAStylePack", {"pack": pack, "count": 8},
-                     {"subject": "apply.trigger_phrase", "model": "apply.model"}),
+                     {"subject": "apply.trigger_phrase", "model": "apply.model"}, height=700),
                 Node("positive", "CLIPTextEncode", {}, {"clip": "apply.clip", "text": "styles.prompts"}, "Prompts"),
                 Node("negative", "CLIPTextEncode", {}, {"clip": "apply.clip", "text": "styles.negatives"}, "Negatives"),
                 Node("empty", "EmptyLatentImage", {}, {"width": "styles.widths", "height": "styles.heights"}),
@@ -131,7 +131,7 @@ def photos_to_headshots(name: str, model: dict[str, str], lora: str, family: str
             Step(
                 "Base model and photos",
                 note(f"""**Photos to headshots, {family}.** Put 10 to 20 photos of one person into a folder below
-                `ComfyUI/input/` and choose it in **Load Face Photos** (or upload them there). Its report says which photos
+                `ComfyUI/input/` and choose it in **Load Face Photos**, or drop the files onto it. Its report says which photos
                 will teach the person well.
 
                 Train only people who have agreed to it. {advice}"""),
@@ -266,7 +266,7 @@ WORKFLOWS = [
                 Put them into a folder of their own below `ComfyUI/input/`."""),
                 [
                     Node("class", "FaceLoRALoadPhotos", {"folder": "class-photos", "check": False},
-                         title="Load class images", height=420),
+                         title="Load class images", height=430),
                 ],
             ),
             Step(
@@ -347,7 +347,7 @@ WORKFLOWS = [
 
 # Builds a Workflow in the open page: a column for each step, in a group, below a note.
 BUILD = """(steps) => {
-    const GAP = 40, TITLE = 34, NOTE = 150
+    const GAP = 40, TITLE = 34, NOTE = 140
     const made = {}
     let x = 0
     const add = (type, title, position, size) => {

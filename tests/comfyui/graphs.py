@@ -9,11 +9,8 @@ def node(class_type: str, **inputs: Any) -> Node:
     return {"class_type": class_type, "inputs": inputs}
 
 
-def load_photos(
-    folder: str = "(no folder)", pictures: str | list[str] = "(no single pictures)", **changes: Any
-) -> Node:
-    value = {"__value__": pictures} if isinstance(pictures, list) else pictures  # a list alone would be a link
-    return node("FaceLoRALoadPhotos", folder=folder, pictures=value, **({"check": False, "strict": False} | changes))
+def load_photos(folder: str = "(no folder)", pictures: str = "", **changes: Any) -> Node:
+    return node("FaceLoRALoadPhotos", folder=folder, pictures=pictures, **({"check": False, "strict": False} | changes))
 
 
 def training(checkpoint: str = "sd15.safetensors", folder: str = "anna", **changes: Any) -> dict[str, Node]:

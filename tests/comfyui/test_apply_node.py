@@ -62,7 +62,7 @@ def test_the_node_shows_what_the_lora_is(server, lora):
     graph = BASE | {"apply": apply(lora, model=["base", 0]), "show": node("PreviewAny", source=["apply", 3])}
     result = server.run(graph)
     (text,) = result.outputs["apply"]["text"]
-    for words in (lora, "sd15", "rank 4", "made on sd15.safetensors", "trigger: sks person"):
+    for words in (lora, "sd15", "rank 4", "base: sd15.safetensors", "trigger: sks person"):
         assert words in text
     assert result.outputs["show"]["text"] == ["a photo of sks person"]
 

@@ -1,6 +1,9 @@
 """Load Face Photos, Headshot Style Pack and the helpers in a real server."""
 
 import json
+from io import BytesIO
+from urllib.error import HTTPError
+from urllib.parse import quote
 
 import pytest
 from PIL import Image
@@ -67,7 +70,7 @@ def test_one_queue_draws_several_styles_each_as_its_style_says(server):
 
 def test_a_users_pack_is_found_without_a_restart(server):
     folder = server.folder / "models" / "style_packs"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     pack = {
         "id": "ours", "title": "Ours", "version": "1", "licence": "CC0-1.0",
         "styles": [{"name": "Green wall", "prompts": {"tags": {"prompt": "photo of {subject}, green wall"}}}],
@@ -140,7 +143,7 @@ def test_uploaded_pictures_are_photos_too(server):
     folder = write_photos(server.folder / "input" / "gina", count=2, person=36)
     uploaded = [server.upload(folder / f"{index}.png", f"gina {index}.png") for index in range(2)]
     graph = {
-        "photos": load_photos(pictures=uploaded),
+        "photos": load_photos(pictures="\n".join(uploaded)),
         "images": node("PreviewImage", images=["photos", 1]),
     }
     result = server.run(graph)
@@ -150,12 +153,40 @@ def test_uploaded_pictures_are_photos_too(server):
     assert len(server.run(graph).outputs["images"]["images"]) == 1
 
 
+def test_a_thumbnail_of_an_uploaded_picture_is_the_right_way_up(server):
+    lying = Image.new("RGB", (640, 320), "red")
+    exif = lying.getexif()
+    exif[0x0112] = 6  # EXIF orientation: to be turned by a quarter
+    lying.save(server.folder / "input" / "turned.jpg", exif=exif)
+    small = Image.open(BytesIO(server.read("/facelora/photo?name=turned.jpg")))
+    assert small.size == (80, 160)
+    for name in ("gone.jpg", "../server.log", ""):
+        with pytest.raises(HTTPError, match="404"):
+            server.read(f"/facelora/photo?name={name}")
+
+
+def test_every_style_has_a_picture_its_own_if_the_pack_has_one(server):
+    names = server.get("/facelora/styles?pack=corporate")
+    assert names == find_style_packs().pick("corporate").names
+    drawn = server.read(f"/facelora/style?pack=corporate&style={quote(names[0])}").decode()
+    assert drawn.startswith("<svg") and names[0] in drawn
+    folder = server.folder / "models" / "style_packs"
+    folder.mkdir(exist_ok=True)
+    Image.new("RGB", (8, 10), "blue").save(folder / "blue.png")
+    style = {"name": "Blue", "picture": "blue.png", "prompts": {"tags": {"prompt": "photo of {subject}"}}}
+    pack = {"id": "pictured", "title": "Pictured", "version": "1", "licence": "CC0-1.0", "styles": [style]}
+    (folder / "pictured.json").write_text(json.dumps(pack))
+    assert server.read("/facelora/style?pack=pictured&style=Blue") == (folder / "blue.png").read_bytes()
+    with pytest.raises(HTTPError, match="404"):
+        server.read("/facelora/style?pack=pictured&style=Red")
+
+
 @pytest.mark.parametrize(
     ("choice", "words"),
     [
         ({}, "choose a folder below ComfyUI's input folder, or upload pictures"),
         ({"folder": "nowhere"}, "nowhere: there is no such folder"),
-        ({"pictures": ["gone.png"]}, "gone.png: there is no such picture"),
+        ({"pictures": "gone.png"}, "gone.png: there is no such picture"),
         ({"pictures": "../../secret.png"}, "is not below ComfyUI's input folder"),
     ],
 )

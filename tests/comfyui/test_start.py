@@ -102,6 +102,9 @@ def test_it_starts_in_any_folder_beside_any_pack_and_goes_on_after_the_server_wa
         first.kill()
 
     with running_server(folder, "--multi-user", pack_name=PACK_NAME) as second:
+        state = training_state(second)
+        assert state["phase"] == "stopped" and state["photos"], "what a page shows is still known"
+
         found = second.run(training())
         assert found.status == "success", found.error
         assert "train" not in found.cached and training_state(second)["phase"] == "done"

@@ -1,0 +1,74 @@
+"""The nodes under a user's hands, in both designs of ComfyUI's frontend."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from core.style_pack import find_style_packs
+
+pytestmark = pytest.mark.browser
+
+PHOTOS, STYLES = "FaceLoRALoadPhotos", "FaceLoRAStylePack"
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    """Three pictures and a text."""
+    made = [tmp_path / f"holiday {number}.png" for number in range(3)]
+    for number, file in enumerate(made):
+        Image.new("RGB", (300, 200), (80 * number, 90, 120)).save(file)
+    (tmp_path / "notes.txt").write_text("no picture")
+    return [*made, tmp_path / "notes.txt"]
+
+
+def test_several_pictures_dropped_on_load_face_photos_are_its_photos(either_page, server, files):
+    page = either_page
+    page.add(PHOTOS)
+    page.drop(PHOTOS, files)
+    page.wait_for("() => document.querySelectorAll('.facelora-tile').length === 3")
+    page.wait_for(
+        "() => [...document.querySelectorAll('.facelora-tile img')].every((image) => image.naturalWidth === 160)"
+    )
+    names = [file.name for file in files[:3]]
+    (queued,) = page.prompt().values()
+    assert queued["inputs"]["pictures"].split("\n") == names
+    assert all((server.folder / "input" / name).exists() for name in names)
+
+    page.page.locator(".facelora-tile button").nth(1).click(force=True)
+    assert page.widgets(PHOTOS)["pictures"].split("\n") == [names[0], names[2]]
+    page.open(page.saved(), "again")
+    page.wait_for("() => document.querySelectorAll('.facelora-tile').length === 2")
+    assert page.complaints() == []
+
+
+def test_pictures_chosen_with_the_button_are_added_to_those_that_are_there(page, files):
+    page.add(PHOTOS)
+    for chosen in (files[:1], files[1:3]):
+        with page.page.expect_file_chooser() as chooser:
+            page.page.click(".facelora-add")
+        chooser.value.set_files(chosen)
+        page.wait_for(f"() => document.querySelectorAll('.facelora-tile').length >= {len(chosen)}")
+    page.wait_for("() => document.querySelectorAll('.facelora-tile').length === 3")
+    assert page.widgets(PHOTOS)["pictures"].split("\n") == [file.name for file in files[:3]]
+
+
+def test_styles_are_chosen_by_their_pictures(either_page):
+    page = either_page
+    page.add(STYLES)
+    names = find_style_packs().pick("corporate").names
+    page.wait_for(f"() => document.querySelectorAll('.facelora-style').length === {len(names)}")
+    page.wait_for(
+        "() => [...document.querySelectorAll('.facelora-style img')].every((image) => image.naturalWidth > 0)"
+    )
+    for name in (names[2], names[0]):
+        page.page.click(f'[data-name="{name}"]')
+    assert page.widgets(STYLES)["styles"] == f"{names[2]}, {names[0]}"
+    page.page.click(f'[data-name="{names[2]}"]')
+    assert page.widgets(STYLES)["styles"] == names[0]
+    assert page.page.locator("[aria-pressed=true]").get_attribute("data-name") == names[0]
+
+    page.set_widgets({STYLES: {"pack": "outdoor", "styles": ""}})
+    page.wait_for("() => document.querySelector('[data-name=Seaside]')")
+    assert page.page.locator(".facelora-dim").count() == 0, "all are drawn where none is named"
+    assert page.complaints() == []

@@ -1,0 +1,60 @@
+/** What the widgets of the nodes share: elements, the style sheet, small talk with ComfyUI. */
+
+import { app } from "../../scripts/app.js"
+
+document.head.append(Object.assign(document.createElement("link"), {
+  rel: "stylesheet", href: new URL("./facelora.css", import.meta.url).href,
+}))
+
+export function make(name, className, ...children) {
+  const made = document.createElement(name)
+  made.className = className
+  made.append(...children)
+  return made
+}
+
+const MARGIN = 4
+
+/** Adds an element to a node that is no part of what is saved or queued. `height` says how many pixels it wants now. */
+export function addElement(node, name, element, height) {
+  const room = () => height() + 2 * MARGIN
+  const widget = node.addDOMWidget(name, `facelora_${name}`, element, {
+    serialize: false, hideOnZoom: false, margin: MARGIN, getMinHeight: room, getMaxHeight: room,
+  })
+  widget.serialize = false
+  return widget
+}
+
+export const widgetOf = (node, name) => node.widgets.find((widget) => widget.name === name)
+
+/** Calls a function after whatever the node does when something is done to it, e.g. "onRemoved". */
+export function after(node, event, then) {
+  const before = node[event]
+  node[event] = function () {
+    const result = before?.apply(this, arguments)
+    then.apply(this, arguments)
+    return result
+  }
+}
+
+/** Calls a function whenever a widget has a new value: typed, chosen, or from a workflow that was opened. */
+export function whenChanged(node, widget, then) {
+  const before = widget.callback
+  widget.callback = function () {
+    const result = before?.apply(this, arguments)
+    then()
+    return result
+  }
+  after(node, "onConfigure", then)
+}
+
+/** Makes the node as tall as its widgets need now. */
+export function makeRoom(node) {
+  const wanted = node.computeSize()[1]
+  if (node.size[1] < wanted) node.setSize([node.size[0], wanted])
+  node.setDirtyCanvas?.(true, true)
+}
+
+export function complain(summary, detail) {
+  app.extensionManager.toast.add({ severity: "error", summary, detail, life: 8000 })
+}

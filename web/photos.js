@@ -1,0 +1,99 @@
+/** The pictures of Load Face Photos: dropped, pasted or chosen files, as thumbnails that can be taken out again. */
+
+import { app } from "../../scripts/app.js"
+import { api } from "../../scripts/api.js"
+import { addElement, complain, make, makeRoom, whenChanged, widgetOf } from "./dom.js"
+
+const NODE = "FaceLoRALoadPhotos"
+const TILE = 58, GAP = 4
+const HEIC = /\.(heic|heif|avif)$/i // for which some browsers know no type
+
+const isPicture = (file) => file.type.startsWith("image/") || HEIC.test(file.name)
+
+/** The name in the input folder of an uploaded file; the server gives another if that is taken by other content. */
+async function upload(file) {
+  const body = new FormData()
+  body.append("image", file)
+  const answer = await api.fetchApi("/upload/image", { method: "POST", body })
+  if (!answer.ok) throw new Error(`${file.name}: ${answer.status} ${answer.statusText}`)
+  const { name, subfolder } = await answer.json()
+  return subfolder ? `${subfolder}/${name}` : name
+}
+
+class Pictures {
+  constructor(node) {
+    this.node = node
+    this.value = widgetOf(node, "pictures")
+    this.value.hidden = this.value.options.hidden = true
+    this.button = make("button", "facelora-add", "Add photos")
+    this.button.title = "Or drop them onto the node, or paste them"
+    this.note = make("span", "facelora-quiet")
+    this.tiles = make("div", "facelora-tiles")
+    this.chooser = Object.assign(document.createElement("input"), { type: "file", multiple: true, accept: "image/*,.heic,.heif,.avif" })
+    this.button.addEventListener("click", () => this.chooser.click())
+    this.chooser.addEventListener("change", () => this.add([...this.chooser.files]))
+    const root = make("div", "facelora-panel", make("div", "facelora-row", this.button, this.note), this.tiles)
+    this.widget = addElement(node, "thumbnails", root, () => this.height())
+    node.onDragOver = (event) => [...(event.dataTransfer?.items ?? [])].some((item) => item.kind === "file")
+    node.onDragDrop = (event) => this.add([...event.dataTransfer.files])
+    node.pasteFiles = (files) => this.add([...files])
+    whenChanged(node, this.value, () => this.show())
+    this.show()
+  }
+
+  get names() {
+    return this.value.value.split("\n").map((name) => name.trim()).filter(Boolean)
+  }
+
+  set names(names) {
+    this.value.value = names.join("\n")
+    this.show()
+    this.node.graph?.change?.()
+  }
+
+  height() {
+    const columns = Math.max(1, Math.floor((this.node.size[0] - 30) / (TILE + GAP)))
+    return 36 + Math.ceil(this.names.length / columns) * (TILE + GAP)
+  }
+
+  /** Uploads what is a picture among the files; true if anything was. */
+  async add(files) {
+    const pictures = files.filter(isPicture)
+    for (const [index, file] of pictures.entries()) {
+      this.note.textContent = `uploading ${index + 1} of ${pictures.length}`
+      try {
+        const name = await upload(file)
+        if (!this.names.includes(name)) this.names = [...this.names, name]
+      } catch (error) {
+        complain("The photo was not uploaded", error.message)
+      }
+    }
+    this.chooser.value = ""
+    this.show()
+    return pictures.length > 0
+  }
+
+  show() {
+    const { names } = this
+    this.note.textContent = names.length ? `${names.length} added` : "or drop them here"
+    this.tiles.replaceChildren(...names.map((name) => this.tile(name)))
+    makeRoom(this.node)
+  }
+
+  tile(name) {
+    const image = Object.assign(make("img", ""), { src: api.apiURL(`/facelora/photo?name=${encodeURIComponent(name)}`), alt: name })
+    const remove = make("button", "", "×")
+    remove.title = `Take out ${name}`
+    remove.addEventListener("click", () => (this.names = this.names.filter((other) => other !== name)))
+    const tile = make("div", "facelora-tile", image, remove)
+    tile.title = name
+    return tile
+  }
+}
+
+app.registerExtension({
+  name: "facelora.photos",
+  nodeCreated(node) {
+    if (node.comfyClass === NODE) new Pictures(node)
+  },
+})

@@ -1,0 +1,73 @@
+/** The styles of Headshot Style Pack as pictures to choose from. */
+
+import { app } from "../../scripts/app.js"
+import { api } from "../../scripts/api.js"
+import { addElement, make, makeRoom, whenChanged, widgetOf } from "./dom.js"
+
+const NODE = "FaceLoRAStylePack"
+const HEIGHT = 266
+
+class StylePicker {
+  constructor(node) {
+    this.node = node
+    this.pack = widgetOf(node, "pack")
+    this.styles = widgetOf(node, "styles")
+    this.grid = make("div", "facelora-styles")
+    addElement(node, "picker", make("div", "facelora-panel", this.grid), () => HEIGHT)
+    whenChanged(node, this.pack, () => this.load())
+    whenChanged(node, this.styles, () => this.mark())
+    this.load()
+    makeRoom(node)
+  }
+
+  get chosen() {
+    return this.styles.value.split(",").map((name) => name.trim()).filter(Boolean)
+  }
+
+  async load() {
+    const pack = this.pack.value
+    if (pack === this.shown) return this.mark()
+    this.shown = pack
+    const answer = await api.fetchApi(`/facelora/styles?pack=${encodeURIComponent(pack)}`)
+    const names = answer.ok ? await answer.json() : []
+    if (pack !== this.shown) return
+    this.grid.replaceChildren(...names.map((name) => this.card(pack, name)))
+    this.mark()
+  }
+
+  card(pack, name) {
+    const address = `/facelora/style?pack=${encodeURIComponent(pack)}&style=${encodeURIComponent(name)}`
+    const picture = Object.assign(make("img", ""), { src: api.apiURL(address), alt: "" })
+    const card = make("button", "facelora-style", picture, make("span", "", name))
+    card.title = card.dataset.name = name
+    card.addEventListener("click", () => this.toggle(name))
+    return card
+  }
+
+  toggle(name) {
+    const { chosen } = this
+    const others = chosen.filter((other) => !same(other, name))
+    this.styles.value = (others.length < chosen.length ? others : [...chosen, name]).join(", ")
+    this.mark()
+    this.node.graph?.change?.()
+  }
+
+  /** Shows which are chosen: all of them if none is named. */
+  mark() {
+    const { chosen } = this
+    for (const card of this.grid.children) {
+      const named = chosen.some((name) => same(name, card.dataset.name))
+      card.setAttribute("aria-pressed", named)
+      card.classList.toggle("facelora-dim", chosen.length > 0 && !named)
+    }
+  }
+}
+
+const same = (one, other) => one.toLowerCase() === other.toLowerCase()
+
+app.registerExtension({
+  name: "facelora.stylePicker",
+  nodeCreated(node) {
+    if (node.comfyClass === NODE) new StylePicker(node)
+  },
+})

@@ -1,0 +1,15 @@
+/** Texts of several lines take little of a node, so that what it shows has the room. */
+
+import { app } from "../../scripts/app.js"
+
+const HEIGHT = 64 // in pixels
+
+app.registerExtension({
+  name: "facelora.texts",
+  nodeCreated(node) {
+    if (!node.comfyClass?.startsWith("FaceLoRA")) return
+    for (const widget of node.widgets ?? [])
+      if (widget.element?.tagName === "TEXTAREA")
+        Object.assign(widget.options, { getMinHeight: () => HEIGHT, getMaxHeight: () => HEIGHT })
+  },
+})
