@@ -175,6 +175,8 @@ def run_train(options: argparse.Namespace) -> None:
             )
 
     def on_phase(phase: str, done: int, total: int) -> None:
+        if phase == "samples":  # a part of the training, whose bar is shown
+            return
         progress.phase(phase, done, total)
         if stop.asked:
             raise Cancelled(f"stopped while {phase}; nothing is lost, start again")

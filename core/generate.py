@@ -240,10 +240,12 @@ def training_sampler(
     encoded: Mapping[str, Conditioning],
     device: torch.device,
     size: tuple[int, int] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> Sampler:
     """A Sampler of shots whose prompts, and "", `encoded` holds the conditioning of.
 
-    `size` is (width, height) in pixels; None: the square that the base was trained at.
+    `size` is (width, height) in pixels; None: the square that the base was trained at. `on_progress` hears of each of the
+    sampling steps, as (done, all).
     """
     width_height = picture_size(base, size)
 
@@ -254,12 +256,18 @@ def training_sampler(
             texts = dict(zip(wanted, encode_prompts(base, encoders, wanted, config.clip_skip), strict=True))
         vae = base.load("vae", device, torch.float32)
         images = []
-        for start in range(0, len(shots), SAMPLE_BATCH):
-            batch = shots[start : start + SAMPLE_BATCH]
+        batches = [shots[start : start + SAMPLE_BATCH] for start in range(0, len(shots), SAMPLE_BATCH)]
+        for index, batch in enumerate(batches):
+
+            def drawn(step: int, steps: int, earlier: int = index) -> None:
+                if on_progress:
+                    on_progress(earlier * steps + step, len(batches) * steps)
+
             latents = sample_latents(
                 base, denoiser, [texts[prompt] for prompt, _ in batch], [texts[""]] * len(batch),
                 seeds=[seed for _, seed in batch], size=width_height, steps=config.sample_steps,
                 guidance=base.family.guidance if config.sample_guidance is None else config.sample_guidance,
+                on_step=drawn,
             )  # fmt: skip
             images += decode_latents(base, vae, latents)
         return images

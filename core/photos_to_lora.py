@@ -136,7 +136,8 @@ def train(
     )  # fmt: skip
     # Samples have the shape that most of the photos are trained at.
     size = max(dataset.bucket_counts().items(), key=lambda bucket: bucket[1])[0]
-    samples = Samples(training_sampler(base, config, cache.text, device, size), shots, watch) if shots else None
+    sampler = training_sampler(base, config, cache.text, device, size, progress("samples"))
+    samples = Samples(sampler, shots, watch) if shots else None
 
     def save(step: int, lora: LoraFile) -> None:
         assert output is not None

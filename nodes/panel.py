@@ -26,6 +26,8 @@ PHOTOS = 8
 """Photos that the panel shows beside the samples."""
 SERIES = {"history": "loss", "learning_rates": "learning_rate", "likenesses": "likeness"}
 """Name in a state -> the value of the news of a step whose course it is, as a list of (step, value)."""
+TRAINING = ("training", "samples")
+"""Phases in which there is something to keep."""
 ENDED = ("done", "stopped")
 """Phases after which nothing more comes."""
 SAVE_INTERVAL = 10.0
@@ -71,7 +73,7 @@ def publish(node_id: str, news: Mapping[str, Any]) -> None:
         state[series] = [*(point for point in state.get(series, ()) if point[0] < step), (step, value)]
     state.update(news)
     PromptServer.instance.send_sync(EVENT, {"node": node_id, "points": points, **news})
-    if state.get("phase") in ENDED or time.monotonic() - _saved > SAVE_INTERVAL:
+    if "begin" in news or state.get("phase") in ENDED or time.monotonic() - _saved > SAVE_INTERVAL:
         _saved = time.monotonic()
         kept = dict(list(_states.items())[-KEPT:])
         write_text(_states_file(), json.dumps(kept))
@@ -126,7 +128,7 @@ def add_routes() -> None:
     @routes.post("/facelora/stop")
     async def stop(request: web.Request) -> web.Response:
         node_id = str((await request.json()).get("node"))
-        if _states.get(node_id, {}).get("phase") != "training":
+        if _states.get(node_id, {}).get("phase") not in TRAINING:
             return web.json_response({"error": f"node {node_id} is not training"}, status=404)
         _wanted_stops.add(node_id)
         publish(node_id, {"stopping": True})

@@ -8,6 +8,7 @@ import { addElement, after, make, makeRoom } from "./dom.js"
 const NODE = "FaceLoRATrain"
 const EVENT = "facelora.training"
 const IDLE_HEIGHT = 28
+const TRAINING = new Set(["training", "samples"])
 const ENDED = new Set(["done", "stopped", undefined])
 
 /** Execution id of a node -> the last known state of its training, as GET /facelora/training gives it. */
@@ -25,7 +26,7 @@ function duration(seconds) {
 }
 
 function statusText(state) {
-  if (state.stopping && state.phase === "training") return `ending after step ${state.step}, keeping what is learned`
+  if (state.stopping && TRAINING.has(state.phase)) return `ending after step ${state.step}, keeping what is learned`
   if (state.phase === "done") return `done: ${state.file}`
   if (state.phase === "stopped") return "stopped; queued again, it goes on from there"
   if (state.phase !== "training") return state.total ? `${state.phase}: ${state.done} of ${state.total}` : state.phase
@@ -86,7 +87,7 @@ class Panel {
     this.progress.hidden = false
     this.bar.style.width = `${100 * doneShare(state)}%`
     this.keep.hidden = this.cancel.hidden = !active
-    this.keep.disabled = state.phase !== "training" || state.stopping === true
+    this.keep.disabled = !TRAINING.has(state.phase) || state.stopping === true
     this.warning.hidden = !state.warning
     this.warning.textContent = state.warning ?? ""
     const last = state.steps ?? state.history?.at(-1)?.[0] ?? 0

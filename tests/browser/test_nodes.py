@@ -66,7 +66,7 @@ def test_styles_are_chosen_by_their_pictures(either_page):
     assert page.widgets(STYLES)["styles"] == f"{names[2]}, {names[0]}"
     page.page.click(f'[data-name="{names[2]}"]')
     assert page.widgets(STYLES)["styles"] == names[0]
-    assert page.page.locator("[aria-pressed=true]").get_attribute("data-name") == names[0]
+    assert page.page.locator(".facelora-style[aria-pressed=true]").get_attribute("data-name") == names[0]
 
     page.set_widgets({STYLES: {"pack": "outdoor", "styles": ""}})
     page.wait_for("() => document.querySelector('[data-name=Seaside]')")

@@ -22,6 +22,7 @@ def train_node(seed: int, folder: str = "my-photos", **widgets) -> list[dict]:
         "name": f"panel-{seed}", "steps": 60 if SCREENSHOTS else 400, "resolution": 64, "samples": 100, "training_seed": seed,
         "settings": "sample_steps = 4" if not SCREENSHOTS else "sample_every = 6\nsample_steps = 12",
     } | widgets  # fmt: skip
+    quick["settings"] = f"batch_size = 1\n{quick['settings']}"
     base = {"key": "base", "type": "CheckpointLoaderSimple", "widgets": {"ckpt_name": SD15["name"]}, "links": {}}
     photos = {
         "key": "photos", "type": "FaceLoRALoadPhotos", "widgets": {"folder": folder, "check": False}, "links": {},
@@ -113,7 +114,7 @@ def test_the_likeness_that_a_training_measures_is_drawn(either_page, server):
     page, name = either_page, f"measured-{either_page.design}"
     write_photos(server.folder / "input" / name, count=6, scale=2, person=37)
     settings = "sample_steps = 6\nlikeness_pictures = 2\nsample_guidance = 2.0"
-    graph = train_node(seed=14, name=name, recipe="best likeness", steps=4, samples=2, settings=settings, folder=name)
+    graph = train_node(seed=14, name=name, recipe="best", steps=4, samples=2, settings=settings, folder=name)
     page.reload()  # so that the list of folders has the new one
     page.clear()
     page.run(BUILD, graph)

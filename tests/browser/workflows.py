@@ -135,7 +135,11 @@ def photos_to_headshots(name: str, model: dict[str, str], lora: str, family: str
                 will teach the person well.
 
                 Train only people who have agreed to it. {advice}"""),
-                [checkpoint(model), photos()],
+                [
+                    checkpoint(model),
+                    photos(),
+                    Node("report", "PreviewAny", {}, {"source": "photos.report"}, "What the photos are worth", height=200),
+                ],
             ),
             Step(
                 "Train",

@@ -20,10 +20,12 @@ def training(checkpoint: str = "sd15.safetensors", folder: str = "anna", **chang
         "name": "anna", "trigger_word": "sks", "class_word": "person", "recipe": "fast", "samples": 0, "steps": 2, "rank": 4,
         "learning_rate": 0.01, "resolution": 64, "training_seed": 1, "sample_prompts": "", "settings": "",
     }  # fmt: skip
+    chosen = links | settings | changes
+    chosen["settings"] = f"batch_size = 1\n{chosen['settings']}"
     return {
         "base": node("CheckpointLoaderSimple", ckpt_name=checkpoint),
         "photos": load_photos(folder),
-        "train": node("FaceLoRATrain", **(links | settings | changes)),
+        "train": node("FaceLoRATrain", **chosen),
     }  # fmt: skip
 
 

@@ -6,7 +6,10 @@ import comfy.model_management
 
 
 class PartlyLoaded:
-    """MODEL as `--lowvram` leaves it: half of its weights patched in place, those of the rest as they are used."""
+    """MODEL as ComfyUI leaves it where memory is short: half of its weights patched in place, the rest as they are used.
+
+    (ComfyUI takes `--lowvram` and `--cpu` not together.)
+    """
 
     CATEGORY = "tests"
     INPUT_TYPES = classmethod(lambda cls: {"required": {"model": ("MODEL",)}})

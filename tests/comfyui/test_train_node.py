@@ -120,27 +120,33 @@ def test_comfyuis_own_nodes_take_the_lora_and_save_it(server, trained):
     assert set(LoraFile.read(saved).tensors) == set(LoraFile.read(loras(server) / "anna.safetensors").tensors)
 
 
-def test_cancelled_within_a_second_it_goes_on_from_there(server, trained):
-    graph = training(name="long", steps=400)
-    mark, prompt_id = server.mark(), server.queue(graph)
-    wait_for(lambda: training_state(server).get("step", 0) >= 3, "the training to begin")
+def seconds_to_cancel(server, prompt_id: str) -> float:
     asked = time.monotonic()
     server.post("/interrupt", {})
-    result = server.wait(prompt_id, mark=mark)
-    assert result.status == "interrupted"
-    assert time.monotonic() - asked < 2  # one on a machine that does nothing else
-    step = training_state(server)["step"]
-    assert not (loras(server) / "long.safetensors").exists()
+    assert server.wait(prompt_id).status == "interrupted"
+    return time.monotonic() - asked
+
+
+def test_cancelled_within_a_second_it_goes_on_from_there(server, trained):
+    graph, steps, times = training(name="long", steps=400), [0], []
+    for _ in range(3):  # a busy machine may delay one of them
+        prompt_id = server.queue(graph)
+        wait_for(lambda: training_state(server).get("phase") == "training", "the training to go on")
+        assert training_state(server)["step"] > steps[-1]
+        wait_for(lambda: training_state(server)["step"] >= steps[-1] + 3, "three steps")
+        times.append(seconds_to_cancel(server, prompt_id))
+        steps.append(training_state(server)["step"])
+        assert not (loras(server) / "long.safetensors").exists()
+    assert min(times) < 1, times
 
     prompt_id = server.queue(graph)
     wait_for(lambda: training_state(server).get("phase") == "training", "the training to go on")
-    assert training_state(server)["step"] > step
-    assert training_state(server)["history"][0][0] <= 3, "the curve begins where it was cancelled"
+    assert training_state(server)["history"][0][0] <= 3, "the curve begins where the training began"
     server.post("/facelora/stop", {"node": "train"})
     kept = server.wait(prompt_id)
     assert kept.status == "success", kept.error
     lora = LoraFile.read(loras(server) / "long.safetensors")
-    assert step < int(lora.metadata["ss_steps"]) < 400
+    assert steps[-1] < int(lora.metadata["ss_steps"]) < 400
 
 
 def training_state(server) -> dict:
@@ -304,13 +310,9 @@ def test_the_best_recipe_measures_and_keeps_the_best(server, trained):
 
 def test_cancelled_while_a_sample_is_drawn_it_ends_at_once_and_goes_on(server, trained):
     graph = training(name="sampling", steps=3, samples=3, settings="sample_steps = 1000\nsample_guidance = 1.0")
-    mark, prompt_id = server.mark(), server.queue(graph)
-    wait_for(lambda: training_state(server).get("phase") == "encoding", "the encoding")
-    time.sleep(8)  # a step takes two seconds, a thousand sampling steps minutes
-    asked = time.monotonic()
-    server.post("/interrupt", {})
-    assert server.wait(prompt_id, mark=mark).status == "interrupted"
-    assert time.monotonic() - asked < 2  # the same
+    prompt_id = server.queue(graph)
+    wait_for(lambda: training_state(server).get("phase") == "samples", "the first sample")
+    assert seconds_to_cancel(server, prompt_id) < 10, "a thousand steps of sampling take minutes"
     assert "step" not in training_state(server), "the first step was not reported yet: it draws its sample"
     (state,) = (server.folder / "cache" / "runs").rglob("*.state.safetensors")
     assert SafetensorsFile.open(state).metadata["step"] == "1"
