@@ -90,7 +90,7 @@ def test_the_cancel_button_ends_a_training_that_goes_on_when_queued_again(page, 
     wait_for_step(page, 3)
     page.page.click(".facelora-cancel")
     assert server.wait(prompt_id, 60).status == "interrupted"
-    page.wait_for(f"() => document.querySelector('{STATUS}').textContent.startsWith('cancelled')")
+    page.wait_for(f"() => document.querySelector('{STATUS}').textContent.startsWith('stopped')")
     prompt_id = page.queue()
     wait_for_step(page, 4)
     assert points(page, "loss") >= 3, "the curve goes on"

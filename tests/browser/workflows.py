@@ -138,7 +138,9 @@ def photos_to_headshots(name: str, model: dict[str, str], lora: str, family: str
                 [
                     checkpoint(model),
                     photos(),
-                    Node("report", "PreviewAny", {}, {"source": "photos.report"}, "What the photos are worth", height=200),
+                    Node(
+                        "report", "PreviewAny", {}, {"source": "photos.report"}, "What the photos are worth", height=200
+                    ),
                 ],
             ),
             Step(
