@@ -2,6 +2,7 @@
 
 # pyright: reportMissingImports=false
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -11,7 +12,6 @@ from typing import Any
 import comfy.lora
 import comfy.model_management
 import comfy.model_sampling
-import comfy.supported_models
 import numpy as np
 import torch
 from comfy.quant_ops import QuantizedTensor
@@ -19,13 +19,15 @@ from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
-from ..core.base import Base, load_base
+from ..core.base import Base, CaptionEncoder, load_base
 from ..core.config import TrainConfig
 from ..core.errors import BadConfig, BadPhoto, FaceLoraError, LoraMisfit, UnknownFamily
-from ..core.families.spec import LazyTensors
+from ..core.families import FAMILIES
+from ..core.families.spec import Conditioning, LazyTensors
 from ..core.lora_file import Entry, LoraFile
 from ..core.lora_tools import convert_lora
 from ..core.photos import Photo
+from ..core.safetensors_file import tensor_bytes
 
 FacePhotos = io.Custom("FACE_PHOTOS")
 """list[Photo]: what Load Face Photos gives and Train Face LoRA takes, without loss and decoded only when needed."""
@@ -34,26 +36,34 @@ LoraModel = io.Custom("LORA_MODEL")
 
 # --- models ---
 
-FAMILIES = {comfy.supported_models.SD15: "sd15", comfy.supported_models.SDXL: "sdxl"}
-"""ComfyUI's class of a model -> the family that can be trained."""
-STYLE_FAMILIES = FAMILIES | {
-    getattr(comfy.supported_models, name): family
-    for name, family in {
-        "SD3": "sd3", "Flux": "flux1", "FluxSchnell": "flux1", "Flux2": "flux2", "ZImage": "zimage", "QwenImage": "qwen-image",
-    }.items()
-    if hasattr(comfy.supported_models, name)
+FAMILY_OF_CLASS = {
+    "SD15": "sd15", "SDXL": "sdxl", "SD3": "sd3", "Flux": "flux1", "FluxSchnell": "flux1", "Flux2": "flux2",
+    "ZImage": "zimage", "QwenImage": "qwen-image",
 }  # fmt: skip
-"""The same for all families that style packs have words for."""
+"""Name of ComfyUI's class of a model (comfy.supported_models) -> its family."""
+
+
+def style_family(model: Any) -> str:
+    """The family of a MODEL as style packs call it. UnknownFamily names the families."""
+    kind = _class_name(model)
+    if kind not in FAMILY_OF_CLASS:
+        known = ", ".join(sorted(set(FAMILY_OF_CLASS.values())))
+        raise UnknownFamily(f"MODEL is {kind}, for which style packs have no words; choose one of: {known}")
+    return FAMILY_OF_CLASS[kind]
 
 
 def trained_family(model: Any) -> str:
     """The family of a MODEL that can be trained. UnknownFamily names those that can."""
-    kind = type(model.model.model_config)
-    if kind not in FAMILIES:
-        raise UnknownFamily(
-            f"MODEL is {kind.__name__}; Train Face LoRA can train Stable Diffusion 1.x (SD15) and XL (SDXL)"
-        )
-    return FAMILIES[kind]
+    kind = _class_name(model)
+    family = FAMILY_OF_CLASS.get(kind)
+    if family not in FAMILIES:
+        known = ", ".join(family.title for family in FAMILIES.values())
+        raise UnknownFamily(f"MODEL is {kind}; Train Face LoRA can train {known}")
+    return family
+
+
+def _class_name(model: Any) -> str:
+    return type(model.model.model_config).__name__
 
 
 def base_from(model: Any, clip: Any, vae: Any, config: TrainConfig) -> Base:
@@ -67,33 +77,68 @@ def base_from(model: Any, clip: Any, vae: Any, config: TrainConfig) -> Base:
             "MODEL: something is computed beside its weights (a LoRA in mode 'bypass' or over part of the steps), which "
             "cannot be trained on; put the LoRA into the weights"
         )
-    family = trained_family(model)
-    denoiser = _readers(model, "diffusion_model.")
-    readers: dict[str, Callable[[], Tensor]] = model_config.process_unet_state_dict_for_saving(
-        {name.removeprefix("diffusion_model."): read for name, read in denoiser.items()}
-    )
-    text = {name: read() for name, read in _readers(clip.patcher).items()}
-    if ("clip_g" in {name.partition(".")[0] for name in text}) != (family == "sdxl"):
-        kind = type(model_config).__name__
-        raise UnknownFamily(f"CLIP does not belong to MODEL, which is {kind}; wire both from one checkpoint")
-    tensors = model_config.process_clip_state_dict_for_saving(text)
-    tensors |= model_config.process_vae_state_dict_for_saving(dict(vae.get_sd()))
-    tensors |= _sampling_markers(model)
+    family = FAMILIES[trained_family(model)]
+    denoiser = {name.removeprefix("diffusion_model."): read for name, read in _readers(model, "diffusion_model.").items()}
+    readers: dict[str, Callable[[], Tensor]] = model_config.process_unet_state_dict_for_saving(denoiser)
+    tensors = model_config.process_vae_state_dict_for_saving(dict(vae.get_sd()))
+    captions = None
+    if family.flow_shift:
+        captions = CaptionEncoder(partial(_encode_caption, clip, family.title), _clip_fingerprint(clip))
+    else:
+        text = {
+            name: read() for name, read in _readers(clip.patcher).items() if name.endswith((".weight", ".bias"))
+        }
+        if ("clip_g" in {name.partition(".")[0] for name in text}) != (family.name == "sdxl"):
+            raise UnknownFamily(
+                f"CLIP does not belong to MODEL, which is {_class_name(model)}; wire both from one checkpoint"
+            )
+        tensors |= model_config.process_clip_state_dict_for_saving(text) | _sampling_markers(model)
     readers |= {name: partial(_trainable, tensor) for name, tensor in tensors.items()}
     base = load_base(
-        LazyTensors(readers), prediction_type=config.prediction_type, zero_terminal_snr=config.zero_terminal_snr
+        LazyTensors(readers),
+        caption_encoder=captions,
+        prediction_type=config.prediction_type,
+        zero_terminal_snr=config.zero_terminal_snr,
     )
     # Samples are drawn at the resolution that is trained.
     return replace(base, name=_file_name(model), resolution=config.resolution or base.resolution)
 
 
+_OF_QUANTISATION = ("comfy_quant", "input_scale", "pre_quant_scale", "weight_scale", "weight_scale_2")
+"""What the state of a layer with quantised weights has beside them; reading the weights takes account of it."""
+
+
 def _readers(patcher: Any, prefix: str = "") -> dict[str, Callable[[], Tensor]]:
-    """Name -> how to read it, for every weight and bias of a ComfyUI ModelPatcher, with its patches merged."""
+    """Name -> how to read it, for every parameter of a ComfyUI ModelPatcher, with its patches merged."""
     return {
         name: partial(_merged, name, weight, convert, patches)
         for name, ((weight, convert), *patches) in patcher.get_key_patches(prefix).items()
-        if name.endswith((".weight", ".bias"))
+        if isinstance(weight, Tensor) and not name.endswith(_OF_QUANTISATION)
     }
+
+
+def _encode_caption(clip: Any, title: str, caption: str) -> Conditioning:
+    """What CLIP makes of a caption, in which brackets and colons are text and no weights."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+    with torch.inference_mode():
+        try:
+            tokens = clip.tokenize(caption, disable_weights=True)
+        except TypeError:  # of those that have no weights at all
+            tokens = clip.tokenize(caption)
+        given = clip.encode_from_tokens(tokens, return_pooled=True, return_dict=True)
+    names = {"context": "cond", "pooled": "pooled_output", "context_mask": "attention_mask"}
+    return {
+        ours: given[theirs].clone().cpu() for ours, theirs in names.items() if isinstance(given.get(theirs), Tensor)
+    }
+
+
+def _clip_fingerprint(clip: Any) -> str:
+    digest = hashlib.sha256(f"{type(clip.cond_stage_model).__name__} {clip.layer_idx}".encode())
+    for name, read in sorted(_readers(clip.patcher).items()):
+        tensor = read()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        digest.update(tensor_bytes(tensor.contiguous()))
+    return digest.hexdigest()
 
 
 def _merged(name: str, weight: Any, convert: Callable[..., Any], patches: list) -> Tensor:
@@ -137,15 +182,6 @@ def _file_name(model: Any) -> str:
     loader = getattr(model, "cached_patcher_init", None)
     path = loader[1][0] if loader and loader[1] and isinstance(loader[1][0], str) else "ComfyUI MODEL"
     return Path(path).name
-
-
-def style_family(model: Any) -> str:
-    """The family of a MODEL as style packs call it. UnknownFamily names the families."""
-    kind = type(model.model.model_config)
-    if kind not in STYLE_FAMILIES:
-        known = ", ".join(sorted(set(STYLE_FAMILIES.values())))
-        raise UnknownFamily(f"MODEL is {kind.__name__}, for which style packs have no words; choose one of: {known}")
-    return STYLE_FAMILIES[kind]
 
 
 # --- pictures ---
@@ -242,7 +278,7 @@ def loadable(lora: LoraFile, model: Any, clip: Any | None) -> tuple[LoraFile, li
     examples = "; ".join(f"{name} {why}" for name, why in list(first.items())[:3])
     raise LoraMisfit(
         f"{Path(lora.name).name}: is a LoRA for {lora.family} and does not fit MODEL, which is "
-        f"{type(model.model.model_config).__name__}: {len(first)} of {len(lora.entries)} modules, e.g. {examples}"
+        f"{_class_name(model)}: {len(first)} of {len(lora.entries)} modules, e.g. {examples}"
     )
 
 

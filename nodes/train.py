@@ -61,7 +61,11 @@ class TrainFaceLora(io.ComfyNode):
             is_input_list=True,
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="The model to train on (SD1.5 or SDXL), with whatever is patched onto it."),
+                io.Model.Input(
+                    "model",
+                    tooltip=f"The model to train on ({', '.join(family.title for family in FAMILIES.values())}), with "
+                    "whatever is patched onto it.",
+                ),
                 io.Clip.Input("clip", tooltip="The text encoder that belongs to the model."),
                 io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
                 io.MultiType.Input(
@@ -256,7 +260,7 @@ class Job:
             for group in (self.photos, self.class_photos or ())
         ]
         start = model_hash(self.continue_from.tensors) if self.continue_from else None
-        weights = base.fingerprint("denoiser", "vae", *base.family.text_encoders)
+        weights = base.fingerprint("denoiser", "vae"), base.text_fingerprint
         schedule = (base.prediction_type, base.zero_terminal_snr)
         return content_key(
             "lora", TRAINING_VERSION, json.dumps(settings, sort_keys=True), photos, start, weights, schedule

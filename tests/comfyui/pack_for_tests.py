@@ -1,8 +1,15 @@
-"""A custom node of ComfyUI for the tests: what a small graphics card makes of a model."""
+"""A custom node of ComfyUI for the tests: what a small graphics card makes of a model, and small text encoders."""
 
 # pyright: reportMissingImports=false
 
+from types import SimpleNamespace
+
 import comfy.model_management
+import comfy.sd
+import comfy.text_encoders.flux
+import comfy.text_encoders.z_image
+import torch
+from nodes import CLIPLoader, DualCLIPLoader
 
 
 class PartlyLoaded:
@@ -24,3 +31,38 @@ class PartlyLoaded:
 
 
 NODE_CLASS_MAPPINGS = {"TestPartlyLoaded": PartlyLoaded}
+
+# The text encoders of the diffusion transformers have billions of parameters, and ComfyUI knows them by their sizes. Here
+# its loaders build them narrow, with random weights, whatever is in the file; tokenizers and everything else are its own.
+SIZES = {
+    "clip_l": {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 1, "num_hidden_layers": 2},
+    "t5xxl": {"d_model": 64, "d_ff": 64, "d_kv": 64, "num_heads": 1, "num_layers": 1},
+    "qwen3_4b": {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1},
+}
+TARGETS = {
+    "flux": (comfy.text_encoders.flux.flux_clip(torch.float32), comfy.text_encoders.flux.FluxTokenizer),
+    "flux2": (comfy.text_encoders.flux.klein_te(torch.float32), comfy.text_encoders.flux.KleinTokenizer),
+    "lumina2": (comfy.text_encoders.z_image.te(torch.float32), comfy.text_encoders.z_image.ZImageTokenizer),
+}
+
+
+def small_clip(kind: str):
+    clip, tokenizer = TARGETS[kind]
+    options = {f"{name}_model_config": sizes for name, sizes in SIZES.items()}
+    made = comfy.sd.CLIP(SimpleNamespace(params={}, clip=clip, tokenizer=tokenizer), model_options=options)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in made.cond_stage_model.parameters():
+        if parameter.ndim:
+            parameter.data.normal_(0, parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 1, generator=generator)
+    return made
+
+
+def load_one(self, clip_name, type="stable_diffusion", device="default"):
+    return (small_clip(type),)
+
+
+def load_two(self, clip_name1, clip_name2, type, device="default"):
+    return (small_clip(type),)
+
+
+CLIPLoader.load_clip, DualCLIPLoader.load_clip = load_one, load_two
