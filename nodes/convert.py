@@ -78,16 +78,16 @@ def base_from(model: Any, clip: Any, vae: Any, config: TrainConfig) -> Base:
             "cannot be trained on; put the LoRA into the weights"
         )
     family = FAMILIES[trained_family(model)]
-    denoiser = {name.removeprefix("diffusion_model."): read for name, read in _readers(model, "diffusion_model.").items()}
+    denoiser = {
+        name.removeprefix("diffusion_model."): read for name, read in _readers(model, "diffusion_model.").items()
+    }
     readers: dict[str, Callable[[], Tensor]] = model_config.process_unet_state_dict_for_saving(denoiser)
     tensors = model_config.process_vae_state_dict_for_saving(dict(vae.get_sd()))
     captions = None
     if family.flow_shift:
         captions = CaptionEncoder(partial(_encode_caption, clip, family.title), _clip_fingerprint(clip))
     else:
-        text = {
-            name: read() for name, read in _readers(clip.patcher).items() if name.endswith((".weight", ".bias"))
-        }
+        text = {name: read() for name, read in _readers(clip.patcher).items() if name.endswith((".weight", ".bias"))}
         if ("clip_g" in {name.partition(".")[0] for name in text}) != (family.name == "sdxl"):
             raise UnknownFamily(
                 f"CLIP does not belong to MODEL, which is {_class_name(model)}; wire both from one checkpoint"
