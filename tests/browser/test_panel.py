@@ -29,7 +29,7 @@ def train_node(seed: int, folder: str = "my-photos", **widgets) -> list[dict]:
     }  # fmt: skip
     links = {"model": "base.MODEL", "clip": "base.CLIP", "vae": "base.VAE", "photos": "photos.photos"}
     train = {"key": "train", "type": "FaceLoRATrain", "widgets": quick, "links": links}
-    nodes = [{"title": "", "height": 0, "model": None} | node for node in (base, photos, train)]
+    nodes = [{"title": "", "height": 0, "models": []} | node for node in (base, photos, train)]
     steps = [nodes[:2], nodes[2:]]
     return [{"title": "Train", "note": "", "width": 420, "nodes": part} for part in steps]
 

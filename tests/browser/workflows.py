@@ -13,17 +13,19 @@ from tests.comfyui.server import PACK, running_server
 
 FOLDER = PACK / "workflows"
 LORA = "my-face.safetensors"
-SD15 = {
-    "name": "v1-5-pruned-emaonly-fp16.safetensors",
-    "url": "https://huggingface.co/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/"
-    "v1-5-pruned-emaonly-fp16.safetensors",
-    "directory": "checkpoints",
-}
-SDXL = {
-    "name": "sd_xl_base_1.0.safetensors",
-    "url": "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/resolve/main/sd_xl_base_1.0.safetensors",
-    "directory": "checkpoints",
-}
+HUB = "https://huggingface.co/"
+
+
+def file(directory: str, address: str) -> dict[str, str]:
+    """A file that the frontend offers to download: its name, from where, into which folder of models."""
+    return {"name": address.rpartition("/")[2], "url": HUB + address, "directory": directory}
+
+
+SD15 = file(
+    "checkpoints",
+    "Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/v1-5-pruned-emaonly-fp16.safetensors",
+)
+SDXL = file("checkpoints", "stabilityai/stable-diffusion-xl-base-1.0/resolve/main/sd_xl_base_1.0.safetensors")
 CONNECTED = "(the connected LoRA)"
 
 
@@ -37,7 +39,7 @@ class Node:
     title: str = ""
     height: int = 0
     """At least, in pixels of the canvas: room for what the node shows."""
-    model: dict[str, str] | None = None
+    models: list[dict[str, str]] = field(default_factory=list)
     """What the frontend offers to download if the user has no such file."""
 
 
@@ -62,34 +64,72 @@ def note(text: str) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.strip().split("\n\n"))
 
 
-def checkpoint(model: dict[str, str]) -> Node:
-    return Node("base", "CheckpointLoaderSimple", {"ckpt_name": model["name"]}, model=model)
+@dataclass(frozen=True)
+class Base:
+    """A base model: its loaders, and what differs in the graph around it."""
+
+    title: str
+    nodes: list[Node]
+    model: str = "base.MODEL"
+    clip: str = "base.CLIP"
+    vae: str = "base.VAE"
+    latent: str = "EmptyLatentImage"
+    sampler: dict[str, Any] = field(default_factory=lambda: {"sampler_name": "dpmpp_2m", "scheduler": "karras"})
+    embeds_guidance: bool = False
+    """Guidance goes into the prompt's conditioning instead of the sampler."""
+
+    @property
+    def links(self) -> dict[str, str]:
+        return {"model": self.model, "clip": self.clip}
+
+
+def checkpoint(title: str, model: dict[str, str]) -> Base:
+    return Base(title, [Node("base", "CheckpointLoaderSimple", {"ckpt_name": model["name"]}, models=[model])])
+
+
+def transformer(title: str, denoiser: dict[str, str], clip: Node, vae: dict[str, str], **changes: Any) -> Base:
+    """A base of three files."""
+    loaders = [
+        Node("unet", "UNETLoader", {"unet_name": denoiser["name"]}, models=[denoiser]),
+        clip,
+        Node("vae", "VAELoader", {"vae_name": vae["name"]}, models=[vae]),
+    ]
+    sampler = {"sampler_name": "euler", "scheduler": "simple"}
+    return Base(title, loaders, "unet.MODEL", "clip.CLIP", "vae.VAE", **{"sampler": sampler, **changes})
 
 
 def photos(key: str = "photos", folder: str = "my-photos", title: str = "") -> Node:
     return Node(key, "FaceLoRALoadPhotos", {"folder": folder}, height=430, title=title)
 
 
-BASE_LINKS = {"model": "base.MODEL", "clip": "base.CLIP", "vae": "base.VAE"}
-
-
-def train(name: str, settings: str = "", **links: str) -> Node:
+def train(base: Base, name: str, settings: str = "", **links: str) -> Node:
     return Node(
         "train", "FaceLoRATrain", {"name": name, "settings": settings},
-        BASE_LINKS | {"photos": "photos.photos"} | links, height=880,
+        base.links | {"vae": base.vae, "photos": "photos.photos"} | links, height=880,
     )  # fmt: skip
 
 
-def apply(key: str = "apply", strength: float = 0.8, lora_name: str = CONNECTED, **links: str) -> Node:
+def apply(base: Base, key: str = "apply", strength: float = 0.8, lora_name: str = CONNECTED, **links: str) -> Node:
     return Node(
         key, "FaceLoRAApply", {"lora_name": lora_name, "strength_model": strength, "strength_clip": strength},
-        {"model": "base.MODEL", "clip": "base.CLIP"} | links, title=f"Apply LoRA at {strength}" if key != "apply" else "",
-        height=390,
+        base.links | links, title=f"Apply LoRA at {strength}" if key != "apply" else "", height=390,
     )  # fmt: skip
 
 
-def headshots(pack: str, prefix: str) -> list[Step]:
+def headshots(base: Base, pack: str, prefix: str) -> list[Step]:
     """Style pack -> pictures, from the node "apply"."""
+    negatives = [
+        Node("negative", "CLIPTextEncode", {}, {"clip": "apply.clip", "text": "styles.negatives"}, "Negatives")
+    ]
+    sampler, cfg = {"positive": "positive.CONDITIONING"}, {"cfg": "styles.guidance"}
+    if base.embeds_guidance:
+        negatives = [
+            Node(
+                "guided", "FluxGuidance", {}, {"conditioning": "positive.CONDITIONING", "guidance": "styles.guidance"}
+            ),
+            Node("negative", "ConditioningZeroOut", {}, {"conditioning": "positive.CONDITIONING"}),
+        ]
+        sampler, cfg = {"positive": "guided.CONDITIONING"}, {}
     return [
         Step(
             "Styles",
@@ -101,8 +141,8 @@ def headshots(pack: str, prefix: str) -> list[Step]:
                 Node("styles", "FaceLoRAStylePack", {"pack": pack, "count": 8},
                      {"subject": "apply.trigger_phrase", "model": "apply.model"}, height=700),
                 Node("positive", "CLIPTextEncode", {}, {"clip": "apply.clip", "text": "styles.prompts"}, "Prompts"),
-                Node("negative", "CLIPTextEncode", {}, {"clip": "apply.clip", "text": "styles.negatives"}, "Negatives"),
-                Node("empty", "EmptyLatentImage", {}, {"width": "styles.widths", "height": "styles.heights"}),
+                *negatives,
+                Node("empty", base.latent, {}, {"width": "styles.widths", "height": "styles.heights"}),
             ],
         ),
         Step(
@@ -112,11 +152,10 @@ def headshots(pack: str, prefix: str) -> list[Step]:
             Change `first_seed` in the style pack for other pictures of the same styles."""),
             [
                 Node("sampler", "KSampler",
-                     {"sampler_name": "dpmpp_2m", "scheduler": "karras", "control_after_generate": "fixed"},
-                     {"model": "apply.model", "positive": "positive.CONDITIONING", "negative": "negative.CONDITIONING",
-                      "latent_image": "empty.LATENT", "seed": "styles.seeds", "steps": "styles.steps",
-                      "cfg": "styles.guidance"}),
-                Node("decoded", "VAEDecode", {}, {"samples": "sampler.LATENT", "vae": "base.VAE"}),
+                     {**base.sampler, "control_after_generate": "fixed", **({"cfg": 1.0} if base.embeds_guidance else {})},
+                     {"model": "apply.model", **sampler, "negative": "negative.CONDITIONING",
+                      "latent_image": "empty.LATENT", "seed": "styles.seeds", "steps": "styles.steps", **cfg}),
+                Node("decoded", "VAEDecode", {}, {"samples": "sampler.LATENT", "vae": base.vae}),
                 Node("saved", "SaveImage", {"filename_prefix": prefix}, {"images": "decoded.IMAGE"}, height=460),
             ],
             width=460,
@@ -124,19 +163,19 @@ def headshots(pack: str, prefix: str) -> list[Step]:
     ]  # fmt: skip
 
 
-def photos_to_headshots(name: str, model: dict[str, str], lora: str, family: str, advice: str) -> Workflow:
+def photos_to_headshots(name: str, base: Base, lora: str, advice: str) -> Workflow:
     return Workflow(
         name,
         [
             Step(
                 "Base model and photos",
-                note(f"""**Photos to headshots, {family}.** Put 10 to 20 photos of one person into a folder below
+                note(f"""**Photos to headshots, {base.title}.** Put 10 to 20 photos of one person into a folder below
                 `ComfyUI/input/` and choose it in **Load Face Photos**, or drop the files onto it. Its report says which photos
                 will teach the person well.
 
                 Train only people who have agreed to it. {advice}"""),
                 [
-                    checkpoint(model),
+                    *base.nodes,
                     photos(),
                     Node(
                         "report", "PreviewAny", {}, {"source": "photos.report"}, "What the photos are worth", height=200
@@ -149,7 +188,7 @@ def photos_to_headshots(name: str, model: dict[str, str], lora: str, family: str
                 and the time that is left; *Stop and keep* ends it early.
 
                 Cancelled, it goes on from there when queued again. What is trained already is not trained again."""),
-                [train(lora)],
+                [train(base, lora)],
                 width=440,
             ),
             Step(
@@ -158,16 +197,17 @@ def photos_to_headshots(name: str, model: dict[str, str], lora: str, family: str
 
                 More strength is more likeness, less leaves the style more room."""),
                 [
-                    apply(lora="train.lora"),
+                    apply(base, lora="train.lora"),
                     Node("loss", "PreviewImage", {}, {"images": "train.loss_plot"}, "Loss", height=320),
                     Node("grid", "PreviewImage", {}, {"images": "train.sample_grid"}, "Samples", height=320),
                 ],
             ),
-            *headshots("corporate", f"headshots/{lora}"),
+            *headshots(base, "corporate", f"headshots/{lora}"),
         ],
     )
 
 
+BASE = checkpoint("SD1.5", SD15)
 STRENGTHS = (0.6, 0.8, 1.0)
 
 
@@ -180,7 +220,7 @@ def comparison() -> Workflow:
                 note("""The same prompt and the same seeds in every column; only the LoRA differs. To compare steps instead of
                 strengths, choose another file of the same training in each column."""),
                 [
-                    apply(f"apply{index}", strength, LORA),
+                    apply(BASE, f"apply{index}", strength, LORA),
                     Node(f"positive{index}", "CLIPTextEncode", {},
                          {"clip": f"apply{index}.clip", "text": f"apply{index}.prompt"}, "Prompt"),
                     Node(f"sampler{index}", "KSampler",
@@ -202,7 +242,7 @@ def comparison() -> Workflow:
 
                 As reference take photos that were *not* trained on, if you have some."""),
                 [
-                    checkpoint(SD15),
+                    *BASE.nodes,
                     photos(title="Reference photos"),
                     Node("negative", "CLIPTextEncode", {"text": "blurry, deformed"}, {"clip": "base.CLIP"}, "Negative"),
                     Node("empty", "EmptyLatentImage", {"width": 512, "height": 640, "batch_size": 2}),
@@ -229,13 +269,48 @@ def comparison() -> Workflow:
     )  # fmt: skip
 
 
+FLUX1 = transformer(
+    "FLUX.1",
+    file("diffusion_models", "Comfy-Org/flux1-dev/resolve/main/flux1-dev.safetensors"),
+    Node(
+        "clip", "DualCLIPLoader",
+        {"clip_name1": "clip_l.safetensors", "clip_name2": "t5xxl_fp16.safetensors", "type": "flux"},
+        models=[
+            file("text_encoders", "comfyanonymous/flux_text_encoders/resolve/main/clip_l.safetensors"),
+            file("text_encoders", "comfyanonymous/flux_text_encoders/resolve/main/t5xxl_fp16.safetensors"),
+        ],
+    ),
+    file("vae", "Comfy-Org/Lumina_Image_2.0_Repackaged/resolve/main/split_files/vae/ae.safetensors"),
+    latent="EmptySD3LatentImage",
+    embeds_guidance=True,
+)  # fmt: skip
+QWEN3 = file("text_encoders", "Comfy-Org/z_image_turbo/resolve/main/split_files/text_encoders/qwen_3_4b.safetensors")
+KLEIN = transformer(
+    "FLUX.2 klein 4B",
+    file(
+        "diffusion_models",
+        "black-forest-labs/FLUX.2-klein-base-4b-fp8/resolve/main/flux-2-klein-base-4b-fp8.safetensors",
+    ),
+    Node("clip", "CLIPLoader", {"clip_name": QWEN3["name"], "type": "flux2"}, models=[QWEN3]),
+    file("vae", "Comfy-Org/flux2-dev/resolve/main/split_files/vae/flux2-vae.safetensors"),
+    latent="EmptyFlux2LatentImage",
+)
+ZIMAGE = transformer(
+    "Z-Image",
+    file("diffusion_models", "Comfy-Org/z_image/resolve/main/split_files/diffusion_models/z_image_bf16.safetensors"),
+    Node("clip", "CLIPLoader", {"clip_name": QWEN3["name"], "type": "lumina2"}, models=[QWEN3]),
+    file("vae", "Comfy-Org/z_image_turbo/resolve/main/split_files/vae/ae.safetensors"),
+    latent="EmptySD3LatentImage",
+    sampler={"sampler_name": "res_multistep", "scheduler": "simple"},
+)
+
 WORKFLOWS = [
     photos_to_headshots(
-        "1-photos-to-headshots-sd15", SD15, "my-face", "SD1.5",
+        "1-photos-to-headshots-sd15", BASE, "my-face",
         "The checkpoint is a small one to begin with; any SD1.5 model that draws people well is better.",
     ),
     photos_to_headshots(
-        "2-photos-to-headshots-sdxl", SDXL, "my-face-sdxl", "SDXL",
+        "2-photos-to-headshots-sdxl", checkpoint("SDXL", SDXL), "my-face-sdxl",
         "SDXL wants about 12 GB of GPU memory at 1024 pixels; a lower `resolution` needs less.",
     ),
     Workflow(
@@ -248,9 +323,9 @@ WORKFLOWS = [
                 error instead of a line in the log.
 
                 The trigger words come from the file. If it has none, type them into `subject` of the style pack."""),
-                [checkpoint(SD15), apply(lora_name=LORA)],
+                [*BASE.nodes, apply(BASE, lora_name=LORA)],
             ),
-            *headshots("neutral-backdrops", "headshots/existing-lora"),
+            *headshots(BASE, "neutral-backdrops", "headshots/existing-lora"),
         ],
     ),
     Workflow(
@@ -262,7 +337,7 @@ WORKFLOWS = [
 
                 A picture `NAME-masklabel.png` beside a photo is its mask; for the others `face_masks = true` in the training's
                 settings draws one, so that the background counts less."""),
-                [checkpoint(SD15), photos()],
+                [*BASE.nodes, photos()],
             ),
             Step(
                 "Class images",
@@ -282,7 +357,7 @@ WORKFLOWS = [
 
                 The help page of the node (press its ?) lists all settings."""),
                 [
-                    train("my-face-prior", "prior_loss_weight = 1.0\nface_masks = true\nbackground_weight = 0.1",
+                    train(BASE, "my-face-prior", "prior_loss_weight = 1.0\nface_masks = true\nbackground_weight = 0.1",
                           class_photos="class.photos"),
                 ],
                 width=440,
@@ -292,7 +367,7 @@ WORKFLOWS = [
                 note("""Two pictures with the same seed: the person, and the class alone. The second should still look like
                 someone else."""),
                 [
-                    apply(lora="train.lora"),
+                    apply(BASE, lora="train.lora"),
                     Node("subject", "CLIPTextEncode", {}, {"clip": "apply.clip", "text": "apply.prompt"}, "The person"),
                     Node("class_text", "CLIPTextEncode", {"text": "a photo of person"}, {"clip": "apply.clip"}, "The class"),
                     Node("negative", "CLIPTextEncode", {"text": "blurry, deformed"}, {"clip": "apply.clip"}, "Negative"),
@@ -349,6 +424,10 @@ WORKFLOWS = [
             ),
         ],
     ),
+    photos_to_headshots(
+        "7-photos-to-headshots-flux1", FLUX1, "my-face-flux1",
+        "It wants a large card, or a file in 8 bits and a `resolution` of 512.",
+    ),
 ]  # fmt: skip
 
 # Builds a Workflow in the open page: a column for each step, in a group, below a note.
@@ -378,7 +457,7 @@ BUILD = """(steps) => {
                 if (!widget) throw new Error(`${spec.type} has no widget ${name}`)
                 widget.value = value
             }
-            if (spec.model) node.properties.models = [spec.model]
+            if (spec.models.length) node.properties.models = spec.models
             if (spec.type.startsWith("FaceLoRA")) node.properties.cnr_id = "comfyui-facelora"
             y += node.size[1] + GAP + TITLE
         }
