@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from core.families import FAMILIES
-from core.lora_keys.ldm import ldm_vae_path
+from core.families.ldm import ldm_vae_path
 from core.safetensors_file import SafetensorsFile, write_safetensors
 from tests.tooling import RandomTensors
 
