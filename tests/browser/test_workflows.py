@@ -49,6 +49,7 @@ def test_a_workflow_opens_without_a_warning_and_runs(name, page, server, lora, r
     shown = [image for output in result.outputs.values() for image in output.get("images", ())]
     assert shown or name == "6-inspect-and-convert-lora"
     if SCREENSHOTS:
+        page.page.set_viewport_size({"width": 1920, "height": 1200})
         page.fit()
         picture = page.screenshot()
         picture.save(IMAGES / f"workflow-{name[0]}.jpg", quality=85)
