@@ -14,14 +14,15 @@ from PIL import Image, ImageEnhance, ImageOps
 from core.base import load_base
 from core.demo import BASE_FILE, GUIDANCE
 from core.generate import GenerateConfig, Job, generate
-from tests.comfyui.conftest import COMFY_SDXL
+from tests.comfyui.conftest import COMFY_SDXL, TEST_PACK
 from tests.comfyui.demo_checkpoint import PICTURE_SIZE, write_demo_checkpoint
+from tests.comfyui.flow_files import write_denoisers, write_text_encoders, write_vae
 from tests.comfyui.graphs import training
 from tests.comfyui.server import PACK, ComfyServer, running_server
 from tests.tooling import write_checkpoint, write_photos
 
 from .page import ComfyPage, prepare, running_browser
-from .workflows import LORA, SD15, SDXL
+from .workflows import FLOWS, LORA, SD15, SDXL
 
 SCREENSHOTS = os.environ.get("FACELORA_SCREENSHOTS") == "1"
 IMAGES = PACK / "docs" / "images"
@@ -34,6 +35,8 @@ def server(tmp_path_factory) -> Iterator[ComfyServer]:
     checkpoints.mkdir(parents=True)
     (folder / "models" / "loras").mkdir()
     write_demo_checkpoint(checkpoints / SD15["name"])
+    (folder / "custom_nodes").mkdir()
+    (folder / "custom_nodes" / TEST_PACK.name).symlink_to(TEST_PACK)
     IMAGES.mkdir(exist_ok=True)
     with running_server(folder) as server:
         for name, person in (("my-photos", 35), ("class-photos", 36)):
@@ -58,6 +61,21 @@ def lora(server) -> str:
 def sdxl(server) -> str:
     write_checkpoint(server.folder / "models" / "checkpoints" / SDXL["name"], COMFY_SDXL)
     return SDXL["name"]
+
+
+@pytest.fixture(scope="session")
+def flows(server) -> None:
+    """The files of the diffusion transformers that the workflows name, small and random."""
+    models = server.folder / "models"
+    for family, base in FLOWS.items():
+        for file in (file for node in base.nodes for file in node.models):
+            folder = models / file["directory"]
+            if file["directory"] == "diffusion_models":
+                write_denoisers(folder, {family: file["name"]})
+            elif file["directory"] == "vae":
+                write_vae(folder / file["name"])
+            else:
+                write_text_encoders(folder, [file["name"]])
 
 
 @pytest.fixture(scope="session")

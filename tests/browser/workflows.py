@@ -303,6 +303,8 @@ ZIMAGE = transformer(
     latent="EmptySD3LatentImage",
     sampler={"sampler_name": "res_multistep", "scheduler": "simple"},
 )
+FLOWS = {"flux1": FLUX1}
+"""Family -> the base that its workflow trains."""
 
 WORKFLOWS = [
     photos_to_headshots(
