@@ -2,6 +2,7 @@
 
 # pyright: reportMissingImports=false
 
+import sys
 from types import SimpleNamespace
 
 import comfy.model_management
@@ -9,7 +10,6 @@ import comfy.sd
 import comfy.text_encoders.flux
 import comfy.text_encoders.z_image
 import torch
-from nodes import CLIPLoader, DualCLIPLoader
 
 
 class PartlyLoaded:
@@ -65,4 +65,5 @@ def load_two(self, clip_name1, clip_name2, type, device="default"):
     return (small_clip(type),)
 
 
-CLIPLoader.load_clip, DualCLIPLoader.load_clip = load_one, load_two
+comfyui = sys.modules["nodes"]
+comfyui.CLIPLoader.load_clip, comfyui.DualCLIPLoader.load_clip = load_one, load_two
