@@ -83,10 +83,7 @@ def base_from(model: Any, clip: Any, vae: Any, config: TrainConfig) -> Base:
     }
     readers: dict[str, Callable[[], Tensor]] = model_config.process_unet_state_dict_for_saving(denoiser)
     tensors = model_config.process_vae_state_dict_for_saving(dict(vae.get_sd()))
-    captions = None
-    if family.flow_shift:
-        captions = CaptionEncoder(partial(_encode_caption, clip, family.title), _clip_fingerprint(clip))
-    else:
+    if not family.flow_shift:
         text = {name: read() for name, read in _readers(clip.patcher).items() if name.endswith((".weight", ".bias"))}
         if ("clip_g" in {name.partition(".")[0] for name in text}) != (family.name == "sdxl"):
             raise UnknownFamily(
@@ -95,11 +92,11 @@ def base_from(model: Any, clip: Any, vae: Any, config: TrainConfig) -> Base:
         tensors |= model_config.process_clip_state_dict_for_saving(text) | _sampling_markers(model)
     readers |= {name: partial(_trainable, tensor) for name, tensor in tensors.items()}
     base = load_base(
-        LazyTensors(readers),
-        caption_encoder=captions,
-        prediction_type=config.prediction_type,
-        zero_terminal_snr=config.zero_terminal_snr,
+        LazyTensors(readers), prediction_type=config.prediction_type, zero_terminal_snr=config.zero_terminal_snr
     )
+    if family.flow_shift:
+        encode = partial(_encode_caption, clip, family.title, _text_width(base))
+        base = replace(base, caption_encoder=CaptionEncoder(encode, _clip_fingerprint(clip)))
     # Samples are drawn at the resolution that is trained.
     return replace(base, name=_file_name(model), resolution=config.resolution or base.resolution)
 
@@ -117,8 +114,14 @@ def _readers(patcher: Any, prefix: str = "") -> dict[str, Callable[[], Tensor]]:
     }
 
 
-def _encode_caption(clip: Any, title: str, caption: str) -> Conditioning:
-    """What CLIP makes of a caption, in which brackets and colons are text and no weights."""
+def _text_width(base: Base) -> int:
+    """Width of the texts that the denoiser takes, by the two names that it has in diffusers' configs."""
+    config = base.components["denoiser"].config
+    return config["joint_attention_dim"] if "joint_attention_dim" in config else config["cap_feat_dim"]
+
+
+def _encode_caption(clip: Any, title: str, width: int, caption: str) -> Conditioning:
+    """What CLIP makes of a caption, in which brackets and colons are text and no weights. UnknownFamily for another CLIP."""
     comfy.model_management.throw_exception_if_processing_interrupted()
     with torch.inference_mode():
         try:
@@ -126,6 +129,11 @@ def _encode_caption(clip: Any, title: str, caption: str) -> Conditioning:
         except TypeError:  # of those that have no weights at all
             tokens = clip.tokenize(caption)
         given = clip.encode_from_tokens(tokens, return_pooled=True, return_dict=True)
+    if given["cond"].shape[-1] != width:
+        raise UnknownFamily(
+            f"CLIP does not belong to MODEL, which is {title}: texts are {width} wide there, this CLIP's "
+            f"{given['cond'].shape[-1]}; load its text encoders with the loader's type for it"
+        )
     names = {"context": "cond", "pooled": "pooled_output", "context_mask": "attention_mask"}
     return {
         ours: given[theirs].clone().cpu() for ours, theirs in names.items() if isinstance(given.get(theirs), Tensor)

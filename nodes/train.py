@@ -384,6 +384,8 @@ class Watch:
 
     def phase(self, name: str, done: int, total: int) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
+        if name == "encoding" and done == total:
+            comfy.model_management.unload_all_models()  # CLIP, where it has encoded the captions
         self._bar.update_absolute(done, total)
         panel.publish(self._node_id, {"phase": name, "done": done, "total": total})
 

@@ -47,6 +47,13 @@ def picture(model: list) -> dict[str, Node]:
     return graph
 
 
+def test_the_clip_of_another_family_is_refused(server, models):
+    checkpoint = {"base": node("CheckpointLoaderSimple", ckpt_name="sd15.safetensors")}
+    result = server.run(training(name="wrong", **LINKS | {"clip": ["base", 1]}) | loaders("flux1") | checkpoint)
+    assert result.status == "error"
+    assert "CLIP does not belong to MODEL, which is FLUX.1: texts are 64 wide there, this CLIP's 768" in result.error
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_photos_become_a_lora_that_comfyui_loads_whole_and_that_changes_the_picture(server, models, family):
     name = f"anna-{family}"
