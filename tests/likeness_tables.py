@@ -1,13 +1,16 @@
-"""The tables of docs/likeness.md: `python -m tests.likeness_tables` measures them and writes them there (about half an hour).
+"""The tables of docs/likeness.md: `python -m tests.likeness_tables` measures them and writes them there (over an hour).
 
 Each of the people whom the demo's base model has never seen, and one person from colour photos, is trained with and without
-prior prediction. One run gives two LoRAs: that of the last step, and the one that was selected by two held-out photos. Both
-are judged by two further photos and by pictures of other seeds, which neither the training nor the selection has seen.
+prior prediction. In each run likeness is measured five times by two held-out photos, which is what the selection sees.
+The LoRA of each of these steps is then judged by two further photos and by pictures of other seeds, which neither the
+training nor the selection has seen. A run's record is a file, so that the work can be done in pieces, and so that another
+rule can be tried on the same runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -22,27 +25,31 @@ from core.config import TrainConfig
 from core.demo import BASE_FILE, CONFIG, GUIDANCE, PICTURE_SIZE, Judge
 from core.demo.people import UNSEEN_PEOPLE, person_photos
 from core.faces import load_faces
+from core.files import write_text
 from core.generate import GenerateConfig, Job, generate
-from core.likeness import LIKENESS_KEY, picture_change
+from core.likeness import LikenessPoint, LikenessWatch, Selection, picture_change
 from core.lora_file import LoraFile
 from core.photos import Photo
 from core.photos.captions import class_caption, default_caption
 from core.photos_to_lora import train
+from core.training import StepReport
 from tests.face_samples import sdist_photos
 from tests.photo_tables import replace_table, table
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "likeness.md"
 PRIORS = {"none": 0.0, "prior prediction 0.5": 0.5}
+KEPT = ("last step", "selected")
 SEEDS = range(101, 109)
-MEASUREMENTS = 5
-"""Times that likeness is measured during a run."""
+"""Of the pictures to judge by; the selection's count from 1."""
+JUDGE_STEPS = 12
+STEPS, MEASUREMENTS = 200, 5
+"""Of each run, and times that likeness is measured during it. The demo takes 300 steps."""
 
 
 @dataclass(frozen=True)
-class Result:
-    person: str
-    prior: str
-    kept: str
+class Judgement:
+    """What a checkpoint is worth on photos and pictures that the selection has not seen."""
+
     step: int
     likeness: float
     """Mean cosine to the test photos of pictures with the trigger word; 0 where no face is found."""
@@ -52,6 +59,25 @@ class Result:
     """Rise of the cosine of pictures without the trigger word."""
     drift: float
     """Mean change of pictures of the class from the base's, in grey levels."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run: what the selection saw at each step, and what each of these steps is worth."""
+
+    person: str
+    prior: str
+    points: tuple[LikenessPoint, ...]
+    judgements: tuple[Judgement, ...]
+
+
+@dataclass(frozen=True)
+class Result:
+    person: str
+    prior: str
+    kept: str
+    """One of KEPT."""
+    judgement: Judgement
 
 
 @dataclass(frozen=True)
@@ -87,48 +113,84 @@ def framed_like_the_set(image: Image.Image) -> Image.Image:
     return image.crop(box).resize((184, 224), Image.Resampling.LANCZOS)
 
 
-def measure(name: str, person: Person, config: TrainConfig, prior: str) -> list[Result]:
-    """The Results of one run: of the last step and of the selected one."""
-    base = load_base(BASE_FILE)
+def photos(images: Sequence[Image.Image]) -> list[Photo]:
+    return [Photo.from_image(image, f"{number}.png") for number, image in enumerate(images)]
+
+
+def settings(prior: str) -> TrainConfig:
+    every = STEPS // MEASUREMENTS
+    return replace(
+        CONFIG, steps=STEPS, prior_prediction=PRIORS[prior], sample_every=every, save_every=every, keep="last",
+        sample_guidance=GUIDANCE, sample_steps=12, likeness_pictures=8,
+    )  # fmt: skip
+
+
+def measure(name: str, person: Person, prior: str) -> Record:
+    """The Record of one run."""
+    base, config = load_base(BASE_FILE), settings(prior)
     judge = Judge(load_faces(), person.number, person.test)
-    training, held_out = (
-        [Photo.from_image(image, f"{number}.png") for number, image in enumerate(images)]
-        for images in (person.training, person.held_out)
-    )
+    points: list[LikenessPoint] = []
+
+    def on_step(report: StepReport) -> None:
+        if report.likeness and report.likeness not in points:
+            points.append(report.likeness)
+            print(f"{name}, {prior}: step {report.step}, likeness {report.likeness.likeness:.3f}", flush=True)
 
     def draw(prompt: str, lora: LoraFile | None) -> list[Image.Image]:
         loras = [] if lora is None else [(lora, 1.0)]
-        jobs = [Job(prompt, seed, size=PICTURE_SIZE, guidance=GUIDANCE) for seed in SEEDS]
+        jobs = [Job(prompt, seed, size=PICTURE_SIZE, guidance=GUIDANCE, steps=JUDGE_STEPS) for seed in SEEDS]
         return [picture.image for picture in generate(base, loras, jobs, GenerateConfig(batch_size=len(jobs)))]
 
+    subject, of_class = default_caption(config.trigger_word, config.class_word), class_caption(config.class_word)
+    class_before, judgements = draw(of_class, None), []
     with tempfile.TemporaryDirectory() as folder:
-        selected = train(training, base, config, held_out=held_out, output=Path(folder) / "lora.safetensors")
-        last = next(Path(folder).glob("lora-step*"), None)
-        last = selected if last is None else LoraFile.read(last)
-        print(selected.metadata[LIKENESS_KEY], flush=True)
-        subject, of_class = default_caption(config.trigger_word, config.class_word), class_caption(config.class_word)
-        class_before, results = draw(of_class, None), []
-        for kept, lora in (("last step", last), ("selected", selected)):
+        output = Path(folder) / "lora.safetensors"
+        train(photos(person.training), base, config, held_out=photos(person.held_out), output=output, on_step=on_step)
+        for path in [*sorted(output.parent.glob("lora-step*")), output]:
+            lora = LoraFile.read(path)
             of_person, class_after = draw(subject, lora), draw(of_class, lora)
-            results.append(
-                Result(
-                    name, prior, kept, int(lora.metadata["ss_steps"]),
+            judgements.append(
+                Judgement(
+                    int(lora.metadata["ss_steps"]),
                     likeness=float(np.mean(judge.likeness(of_person))),
                     rank1=judge.recognised(of_person) / len(of_person),
                     leakage=float(np.mean(judge.likeness(class_after)) - np.mean(judge.likeness(class_before))),
                     drift=float(np.mean([picture_change(a, b) for a, b in zip(class_before, class_after, strict=True)])),
                 )
             )  # fmt: skip
-    return results
+    return Record(name, prior, tuple(points), tuple(judgements))
+
+
+def read_record(path: Path) -> Record:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    points = (LikenessPoint(**point | {"scores": tuple(point["scores"]), "merged": ()}) for point in values["points"])
+    judgements = (Judgement(**judgement) for judgement in values["judgements"])
+    return Record(values["person"], values["prior"], tuple(points), tuple(judgements))
+
+
+def results_of(record: Record, person: Person) -> list[Result]:
+    """What the last step is worth, and what the step that the selection keeps."""
+    held_out = photos(person.held_out)
+    watch = LikenessWatch(load_faces(), photos(person.training), held_out, settings(record.prior))
+    selection = Selection(watch)
+    for point in record.points:
+        selection.add(point, {})
+    kept, _ = selection.choose()
+    judged = {judgement.step: judgement for judgement in record.judgements}
+    return [
+        Result(record.person, record.prior, name, judged[point.step])
+        for name, point in zip(KEPT, (record.points[-1], kept), strict=True)
+    ]
 
 
 def rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
     return [
         (
-            result.person, result.prior, result.kept, str(result.step), f"{result.likeness:.2f}", f"{result.rank1:.0%}",
-            f"{result.leakage:.2f}", f"{result.drift:.1f}",
+            result.person, result.prior, result.kept, str(judged.step), f"{judged.likeness:.2f}", f"{judged.rank1:.0%}",
+            f"{judged.leakage:.2f}", f"{judged.drift:.1f}",
         )
         for result in results
+        for judged in [result.judgement]
     ]  # fmt: skip
 
 
@@ -136,50 +198,47 @@ def means(results: Sequence[Result]) -> list[tuple[str, ...]]:
     """Mean over the people (and standard deviation of likeness) of each way to train and to keep."""
     summary = []
     for prior in PRIORS:
-        for kept in ("last step", "selected"):
-            group = [result for result in results if (result.prior, result.kept) == (prior, kept)]
-            alike = [result.likeness for result in group]
+        for kept in KEPT:
+            group = [result.judgement for result in results if (result.prior, result.kept) == (prior, kept)]
+            alike = [judged.likeness for judged in group]
             summary.append(
                 (
-                    prior, kept, f"{np.mean([r.step for r in group]):.0f}", f"{np.mean(alike):.3f} ± {np.std(alike):.3f}",
-                    f"{np.mean([r.rank1 for r in group]):.0%}", f"{np.mean([r.leakage for r in group]):.3f}",
-                    f"{np.mean([r.drift for r in group]):.1f}",
+                    prior, kept, f"{np.mean([j.step for j in group]):.0f}", f"{np.mean(alike):.3f} ± {np.std(alike):.3f}",
+                    f"{np.mean([j.rank1 for j in group]):.0%}", f"{np.mean([j.leakage for j in group]):.3f}",
+                    f"{np.mean([j.drift for j in group]):.1f}",
                 )
             )  # fmt: skip
     return summary
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=CONFIG.steps, help="of each run")
-    parser.add_argument("--person", action="append", help="only this one, and write nothing; may be repeated")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=Path, required=True, metavar="DIR", help="what is there is not measured again")
+    parser.add_argument("--person", action="append", help="only this one, and write no table; may be repeated")
+    parser.add_argument("--prior", action="append", choices=tuple(PRIORS), help="likewise")
     options = parser.parse_args()
-    results = []
-    for name, person in people().items():
-        if options.person and name not in options.person:
-            continue
-        for prior, share in PRIORS.items():
-            started = time.monotonic()
-            every = options.steps // MEASUREMENTS
-            config = replace(
-                CONFIG, steps=options.steps, prior_prediction=share, sample_every=every, save_every=options.steps,
-                sample_guidance=GUIDANCE, sample_steps=12, likeness_pictures=8,
-            )  # fmt: skip
-            results += measure(name, person, config, prior)
-            print(
-                *(asdict(result) for result in results[-2:]),
-                f"{time.monotonic() - started:.0f} s",
-                sep="\n",
-                flush=True,
-            )
+    options.records.mkdir(parents=True, exist_ok=True)
+    results: list[Result] = []
+    for prior in options.prior or PRIORS:
+        for name, person in people().items():
+            if options.person and name not in options.person:
+                continue
+            path = options.records / f"{name}-{PRIORS[prior]:g}.json"
+            if not path.exists():
+                started = time.monotonic()
+                record = measure(name, person, prior)
+                write_text(path, json.dumps(asdict(record), indent=1) + "\n")
+                print(f"{path.name}: {time.monotonic() - started:.0f} s", flush=True)
+            results += results_of(read_record(path), person)
     columns = ("prior", "kept", "step", "likeness", "rank-1", "leakage", "drift")
+    print(table(("person", *columns), rows(results)))
+    if options.person or options.prior:
+        return
     tables = {"people": table(("person", *columns), rows(results)), "means": table(columns, means(results))}
     text = DOCUMENT.read_text(encoding="utf-8")
     for name, content in tables.items():
-        print(f"\n{content}")
         text = replace_table(text, name, content)
-    if not options.person:
-        DOCUMENT.write_text(text, encoding="utf-8")
+    DOCUMENT.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
