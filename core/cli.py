@@ -10,7 +10,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from .cli_common import BarProgress, Command, JsonProgress, add_base, add_device, base_from, device_from
+from .cli_common import (
+    BarProgress,
+    Command,
+    JsonProgress,
+    add_base,
+    add_device,
+    add_face_network,
+    base_from,
+    device_from,
+)
 from .cli_lora import LORA_COMMANDS
 from .cli_pictures import PICTURE_COMMANDS
 from .config import TrainConfig, config_from
@@ -79,6 +88,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strict", action="store_true", help="fail on a photo that cannot be read, instead of skipping it"
     )
+    add_face_network(parser, default=None)
     add_device(parser)
     parser.add_argument(
         "--json", action="store_true", help="one JSON object per report on stdout instead of a progress bar"
@@ -154,6 +164,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def run_train(options: argparse.Namespace) -> None:
+    from .faces import load_faces
     from .likeness import LIKENESS_KEY
     from .photos_to_lora import state_path, train
 
@@ -181,9 +192,15 @@ def run_train(options: argparse.Namespace) -> None:
         if stop.asked:
             raise Cancelled(f"stopped while {phase}; nothing is lost, start again")
 
+    looks = config.hold_out or config.check_photos or config.face_crops or config.face_masks
+    if options.face_network and not looks:
+        raise BadConfig(
+            "--face-network needs --hold-out, --check-photos, --face-crops or --face-masks: nothing else looks"
+        )
+    faces = load_faces(options.face_network) if options.face_network else None
     with stop, progress:
         lora = train(
-            options.photos, base, config,
+            options.photos, base, config, faces=faces,
             output=options.output, class_photos=options.class_photos, continue_from=options.continue_from,
             resume=options.resume, strict=options.strict, device=device_from(options),
             on_step=on_step, on_phase=on_phase, on_warning=progress.warning,

@@ -39,6 +39,13 @@ def base_from(options: argparse.Namespace, **schedule: Any):
     return load_base(options.base, **files, **schedule)
 
 
+def add_face_network(parser: argparse.ArgumentParser, default: str | None = "sface") -> None:
+    parser.add_argument(
+        "--face-network", default=default, metavar="NAME|FILE.onnx",
+        help="what tells people apart: sface, dlib, or a network in ArcFace's form (default: sface)",
+    )  # fmt: skip
+
+
 def device_from(options: argparse.Namespace):
     if options.device is None:
         return None

@@ -12,6 +12,7 @@ from .cli_common import (
     Command,
     add_base,
     add_device,
+    add_face_network,
     base_from,
     device_from,
     print_warning,
@@ -212,11 +213,12 @@ def add_score(parser: argparse.ArgumentParser) -> None:
         "--reference", type=Path, required=True, metavar="PHOTOS", help="folder of photos of the person"
     )
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="also write a sheet of the pictures, sorted")
+    add_face_network(parser)
     parser.add_argument("--json", action="store_true")
 
 
 def run_score(options: argparse.Namespace) -> None:
-    from .faces import Reference
+    from .faces import Reference, load_faces
     from .files import write_file
     from .generate import contact_sheet
     from .likeness import Score
@@ -224,7 +226,7 @@ def run_score(options: argparse.Namespace) -> None:
 
     images = read_photos(options.images, on_warning=print_warning)
     reference = read_photos(options.reference, on_warning=print_warning)
-    person = Reference([photo.image() for photo in reference])
+    person = Reference([photo.image() for photo in reference], load_faces(options.face_network))
     found = person.compare(photo.image() for photo in images)
     scores = [Score.of(photo.name, *seen) for photo, seen in zip(images, found, strict=True)]
     order = sorted(
@@ -253,7 +255,25 @@ def add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resolution", type=int, default=1024, help="that the base is trained at, in pixels (default: 1024)"
     )
+    parser.add_argument(
+        "--threshold", action="append", default=[], type=_threshold, metavar="NAME=NUMBER",
+        help="where a verdict changes (docs/photos.md lists the names); may be repeated",
+    )  # fmt: skip
+    add_face_network(parser)
     parser.add_argument("--json", action="store_true")
+
+
+def _threshold(text: str) -> tuple[str, float]:
+    from .photos import Thresholds
+
+    name, _, number = text.partition("=")
+    names = [field.name for field in dataclasses.fields(Thresholds)]
+    if name not in names:
+        raise argparse.ArgumentTypeError(f"{name!r} is no threshold: {', '.join(names)}")
+    try:
+        return name, float(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{number!r} in {text!r} is not a number") from None
 
 
 def run_check(options: argparse.Namespace) -> None:
@@ -261,7 +281,9 @@ def run_check(options: argparse.Namespace) -> None:
     from .photos import Thresholds, check_photos, format_report, read_photos, save_sheet
 
     photos = read_photos(options.photos, on_warning=print_warning)
-    report = check_photos(photos, load_faces(), Thresholds.for_resolution(options.resolution))
+    network = load_faces(options.face_network)
+    thresholds = Thresholds.for_resolution(options.resolution, network.name)
+    report = check_photos(photos, network, dataclasses.replace(thresholds, **dict(options.threshold)))
     if options.sheet:
         save_sheet(report, options.sheet)
     print(json.dumps(report.to_dict(), indent=1) if options.json else format_report(report))

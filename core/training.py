@@ -487,9 +487,8 @@ def train_lora(
         run = Run(cache, base, config, device, continue_from, check_cancelled)
         watch = samples.watch if samples else None
         selection = Selection(watch) if watch else None
-        identity = (
-            {} if state_path is None else run_identity(cache, base, config, dtype, continue_from, watch is not None)
-        )
+        network = watch.network.name if watch else None
+        identity = {} if state_path is None else run_identity(cache, base, config, dtype, continue_from, network)
         if resume and state_path is not None and state_path.exists():
             state = read_state(state_path, identity)
             if state.step > config.steps:
@@ -628,10 +627,15 @@ def run_identity(
     config: TrainConfig,
     dtype: torch.dtype,
     continue_from: LoraFile | None = None,
-    measured: bool = False,
+    face_network: str | None = None,
 ) -> dict[str, str]:
-    """What decides the result of a run, as text: equal for equal settings, photos and base model."""
-    settings = settings_of_the_steps(config, measured)
+    """What decides the result of a run, as text: equal for equal settings, photos and base model.
+
+    `face_network` names what measures likeness, where that is measured.
+    """
+    settings = settings_of_the_steps(config, measured=face_network is not None)
+    if face_network:
+        settings["face_network"] = face_network
     settings["precision"] = str(dtype).removeprefix("torch.")
     if config.schedule == "constant":
         del settings["steps"]  # the steps so far are the same, however many follow

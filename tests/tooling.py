@@ -345,3 +345,16 @@ def encoded_cache(base: Base, images: Sequence[EncodedImage]) -> LatentCache:
     captions = {"", *(image.caption for image in images), *(image.class_caption for image in images)}
     text = {caption: encode_prompts(base, encoders, [caption])[0] for caption in sorted(captions)}
     return LatentCache(tuple(images), text, 1, "digest")
+
+
+def save_mean_colour(path: Path, size: int = 112) -> None:
+    """An ONNX file that takes (1, 3, size, size) and gives each face's mean colour: a network in ArcFace's form."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    picture = helper.make_tensor_value_info("picture", TensorProto.FLOAT, [1, 3, size, size])
+    result = helper.make_tensor_value_info("result", TensorProto.FLOAT, [1, 3, 1, 1])
+    node = helper.make_node("GlobalAveragePool", ["picture"], ["result"])
+    opset = helper.make_opsetid("", 17)
+    graph = helper.make_graph([node], "mean", [picture], [result])
+    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=8), path)

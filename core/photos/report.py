@@ -16,6 +16,9 @@ from . import measure
 from .reading import Photo
 
 USE, CROP, REVIEW, REJECT = VERDICTS = ("use", "use with crop", "review", "reject")
+TURNS = {90: "it lies on its side: turn it to the left", 270: "it lies on its side: turn it to the right",
+         180: "it stands on its head: turn it round"}  # fmt: skip
+"""Degrees, counter-clockwise, that a picture without a face may have to be turned by."""
 FRAMINGS = ("close-up", "chest-up", "body")
 VIEWS = ("front", "half-turned", "side")
 
@@ -75,14 +78,28 @@ class Thresholds:
     """Kinds of background (`measure.background`), so that the wall does not become part of the person."""
 
     @classmethod
-    def for_resolution(cls, resolution: int) -> Thresholds:
-        """The defaults, which are for 1024 pixels, with the sizes of faces in proportion to another resolution."""
+    def for_resolution(cls, resolution: int, network: str = "sface") -> Thresholds:
+        """The defaults, which are for 1024 pixels, with the sizes of faces in proportion to another resolution.
+
+        Likeness counts as it does for that face network; one that is not in LIKENESS_LIMITS is taken to be like SFace.
+        """
         default = cls()
+        reject, review, same_picture = LIKENESS_LIMITS.get(network, LIKENESS_LIMITS["sface"])
         return replace(
             default,
             face_pixels_reject=default.face_pixels_reject * resolution / 1024,
             face_pixels_review=default.face_pixels_review * resolution / 1024,
+            likeness_reject=reject,
+            likeness_review=review,
+            same_picture_likeness=same_picture,
         )
+
+
+LIKENESS_LIMITS = {
+    "sface": (Thresholds.likeness_reject, Thresholds.likeness_review, Thresholds.same_picture_likeness),
+    "dlib": (0.93, 0.95, 0.985),
+}
+"""(likeness_reject, likeness_review, same_picture_likeness) of the networks that were measured, in the same way."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +131,8 @@ class PhotoReport:
     pitch: float | None = None
     view: str | None = None
     framing: str | None = None
+    turn: int = 0
+    """Degrees, counter-clockwise, by which the photo must be turned for its faces to be found."""
 
     @property
     def verdict(self) -> str:
@@ -126,6 +145,7 @@ class PhotoReport:
         return {
             "name": self.photo.name,
             "size": list(self.photo.size),
+            "turn": self.turn,
             "verdict": self.verdict,
             "reasons": [finding.sentence for finding in self.findings],
             "faces": self.faces,
@@ -218,6 +238,7 @@ class _Look:
 
     photo: Photo
     hash: np.ndarray
+    turn: int
     faces: list[Face]
     """In pixels of the photo, largest first, without those that are small beside the largest."""
     vectors: np.ndarray
@@ -236,9 +257,11 @@ def _look(photo: Photo, network: FaceNetwork, thresholds: Thresholds) -> _Look:
         faces = [_scaled(face, image, larger.size) for face in faces]
         image = larger
     faces = [face for face in faces if face.size >= thresholds.other_face * faces[0].size]
+    turned = () if faces else (degrees for degrees in TURNS if network.detect(image.rotate(degrees, expand=True)))
     return _Look(
         photo,
         measure.perceptual_hash(image),
+        next(iter(turned), 0),
         [_scaled(face, image, photo.size) for face in faces],
         network.embed([image] * len(faces), faces),
         [measure.face_luma(image, face) for face in faces],
@@ -307,8 +330,9 @@ def _mark_copies(
 
 def _judge(look: _Look, index: int, alike: float | None, majority: bool, limits: Thresholds) -> PhotoReport:
     if not look.faces:
-        nobody = Finding(REJECT, "no face was found; make sure that the whole face can be seen")
-        return PhotoReport(look.photo, (nobody,), faces=0, face=None)
+        hint = TURNS.get(look.turn, "make sure that the whole face can be seen")
+        nobody = Finding(REJECT, f"no face was found; {hint}")
+        return PhotoReport(look.photo, (nobody,), faces=0, face=None, turn=look.turn)
 
     face, luma = look.faces[index], look.lumas[index]
     others = tuple(other for i, other in enumerate(look.faces) if i != index)
