@@ -16,9 +16,14 @@ from . import measure
 from .reading import Photo
 
 USE, CROP, REVIEW, REJECT = VERDICTS = ("use", "use with crop", "review", "reject")
-TURNS = {90: "it lies on its side: turn it to the left", 270: "it lies on its side: turn it to the right",
-         180: "it stands on its head: turn it round"}  # fmt: skip
-"""Degrees, counter-clockwise, that a picture without a face may have to be turned by."""
+TURNS = {
+    90: "the picture lies on its side: turn it to the left",
+    180: "the picture stands on its head: turn it round",
+    270: "the picture lies on its side: turn it to the right",
+}
+"""Degrees, counter-clockwise, that a picture may have to be turned by."""
+UPRIGHT_SCORE, UPRIGHT_MARGIN = 0.91, 0.03
+"""YuNet's scores of upright faces of ORL are 0.914 and more, and 0.035 and more above those of the same faces turned."""
 FRAMINGS = ("close-up", "chest-up", "body")
 VIEWS = ("front", "half-turned", "side")
 
@@ -132,7 +137,7 @@ class PhotoReport:
     view: str | None = None
     framing: str | None = None
     turn: int = 0
-    """Degrees, counter-clockwise, by which the photo must be turned for its faces to be found."""
+    """Degrees, counter-clockwise, by which the photo must be turned to be upright."""
 
     @property
     def verdict(self) -> str:
@@ -256,18 +261,33 @@ def _look(photo: Photo, network: FaceNetwork, thresholds: Thresholds) -> _Look:
         larger = photo.image(shorter_side=int(min(needed, *photo.size)))
         faces = [_scaled(face, image, larger.size) for face in faces]
         image = larger
-    faces = [face for face in faces if face.size >= thresholds.other_face * faces[0].size]
-    turned = () if faces else (degrees for degrees in TURNS if network.detect(image.rotate(degrees, expand=True)))
+    turn = _turn(image, faces, network)
+    # The landmarks of a face that is not upright are wrong.
+    faces = [] if turn else [face for face in faces if face.size >= thresholds.other_face * faces[0].size]
     return _Look(
         photo,
         measure.perceptual_hash(image),
-        next(iter(turned), 0),
+        turn,
         [_scaled(face, image, photo.size) for face in faces],
         network.embed([image] * len(faces), faces),
         [measure.face_luma(image, face) for face in faces],
         [measure.light(image, face) for face in faces],
         [measure.background(image, face) for face in faces],
     )
+
+
+def _turn(image: Image.Image, faces: Sequence[Face], network: FaceNetwork) -> int:
+    """Degrees, counter-clockwise, after which the faces in the picture would be upright; 0 when they are, or there are none."""
+    upright = _surest(faces)
+    if upright >= UPRIGHT_SCORE:
+        return 0
+    scores = {degrees: _surest(network.detect(image.rotate(degrees, expand=True))) for degrees in TURNS}
+    best = max(scores, key=lambda degrees: scores[degrees])
+    return best if scores[best] > upright + UPRIGHT_MARGIN else 0
+
+
+def _surest(faces: Sequence[Face]) -> float:
+    return max((face.score for face in faces), default=0.0)
 
 
 def _scaled(face: Face, image: Image.Image, size: tuple[int, int]) -> Face:
@@ -330,8 +350,8 @@ def _mark_copies(
 
 def _judge(look: _Look, index: int, alike: float | None, majority: bool, limits: Thresholds) -> PhotoReport:
     if not look.faces:
-        hint = TURNS.get(look.turn, "make sure that the whole face can be seen")
-        nobody = Finding(REJECT, f"no face was found; {hint}")
+        nothing = "no face was found; make sure that the whole face can be seen"
+        nobody = Finding(REJECT, TURNS.get(look.turn, nothing))
         return PhotoReport(look.photo, (nobody,), faces=0, face=None, turn=look.turn)
 
     face, luma = look.faces[index], look.lumas[index]
