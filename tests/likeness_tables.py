@@ -120,8 +120,8 @@ def photos(images: Sequence[Image.Image]) -> list[Photo]:
 def settings(prior: str) -> TrainConfig:
     every = STEPS // MEASUREMENTS
     return replace(
-        CONFIG, steps=STEPS, schedule="constant", prior_prediction=PRIORS[prior], sample_every=every, save_every=every, keep="last",
-        sample_guidance=GUIDANCE, sample_steps=12, likeness_pictures=8,
+        CONFIG, steps=STEPS, schedule="constant", prior_prediction=PRIORS[prior], sample_every=every, save_every=every,
+        keep="last", sample_guidance=GUIDANCE, sample_steps=12, likeness_pictures=8,
     )  # fmt: skip
 
 

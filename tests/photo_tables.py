@@ -1,7 +1,11 @@
-"""The tables of docs/photos.md: `python -m tests.photo_tables` measures them and writes them there (about a minute)."""
+"""The tables of docs/photos.md: `python -m tests.photo_tables` measures them and writes them there (about a minute).
+
+With `--face-network` another network is measured on the same photos, and nothing is written: its limits can be read off.
+"""
 
 from __future__ import annotations
 
+import argparse
 import ast
 import hashlib
 import inspect
@@ -16,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 
 import core.photos.report as report_module
+from core.cli_common import add_face_network
 from core.faces import Face, FaceNetwork, embed_images, likeness, load_faces
 from core.photos import Photo, Thresholds, check_photos
 from tests.face_samples import NUMBERS, PEOPLE, orl, sdist_photos
@@ -92,7 +97,7 @@ def find_intruders(network: FaceNetwork) -> tuple[float, float]:
             other = chance.choice([p for p in PEOPLE if p != person])
             intruder = photos[other, chance.choice(NUMBERS)]
             members = [photos[person, k] for k in NUMBERS if k != number]
-            report = check_photos([*members, intruder], network, Thresholds.for_resolution(64))
+            report = check_photos([*members, intruder], network, Thresholds.for_resolution(64, network.name))
             named = [any("someone else (" in f.sentence for f in item.findings) for item in report.photos]
             found += named[-1]
             wrongly += sum(named[:-1])
@@ -185,7 +190,9 @@ def replace_table(text: str, name: str, content: str) -> str:
 
 
 def main() -> None:
-    network = Remembering(load_faces())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_face_network(parser)
+    network = Remembering(load_faces(parser.parse_args().face_network))
     vectors = embed_images(network, [orl(person, number) for person in PEOPLE for number in NUMBERS])
     figures = verification(vectors, np.repeat(PEOPLE, len(NUMBERS)))
     found, wrongly = find_intruders(network)
@@ -208,14 +215,16 @@ def main() -> None:
             ("sets of 10", "intruders found", "right photos taken for someone else"),
             [(str(len(PEOPLE) * len(NUMBERS)), f"{found:.2%}", f"{wrongly:.2%}")],
         ),
-        "tried": table(("photo", "verdict", "reasons"), try_real_photos(network)),
-        "thresholds": table(("threshold", "value", "where it comes from"), threshold_rows()),
     }
+    if network.name == "sface":
+        tables["tried"] = table(("photo", "verdict", "reasons"), try_real_photos(network))
+        tables["thresholds"] = table(("threshold", "value", "where it comes from"), threshold_rows())
     text = DOCUMENT.read_text(encoding="utf-8")
-    for name, content in tables.items():
-        print(f"\n{name}\n{content}")
-        text = replace_table(text, name, content)
-    DOCUMENT.write_text(text, encoding="utf-8")
+    for title, content in tables.items():
+        print(f"\n{title}\n{content}")
+        text = replace_table(text, title, content)
+    if network.name == "sface":
+        DOCUMENT.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
