@@ -104,7 +104,11 @@ LIKENESS_LIMITS = {
     "sface": (Thresholds.likeness_reject, Thresholds.likeness_review, Thresholds.same_picture_likeness),
     "dlib": (0.93, 0.95, 0.985),
 }
-"""(likeness_reject, likeness_review, same_picture_likeness) of the networks that were measured, in the same way."""
+"""(likeness_reject, likeness_review, same_picture_likeness) by face network, where they were measured.
+
+dlib's on ORL: its equal-error threshold is 0.925; 98.0 % of the photos reach 0.95, no photo of someone else exceeds 0.942;
+copies scaled, recompressed, cropped by 2 % or turned by 1 degree have 0.992 and more.
+"""
 
 
 @dataclass(frozen=True)
