@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -331,26 +330,6 @@ def long_prompts(prompts: Iterable[StyledPrompt], count_tokens: Callable[[str], 
         for (style, part), tokens in longest.items()
         if tokens > limit
     ]
-
-
-def split_prompt(text: str, count_tokens: Callable[[str], int], limit: int = 77) -> list[str]:
-    """The text in chunks of at most `limit` tokens each (as `count_tokens` counts them, start and end included).
-
-    Cut after a comma, semicolon or full stop where that is possible, else between words, else inside a word.
-    Encoded one by one and joined along the token axis, as ComfyUI and A1111 do, the chunks say the whole prompt.
-    """
-    chunks = []
-    while count_tokens(text) > limit:
-        for boundary in (r"(?<=[,;.])\s+", r"\s+", r"(?<=.)"):
-            cuts = (match.start() for match in re.finditer(boundary, text) if match.start() > 0)
-            fitting = list(takewhile(lambda cut, text=text: count_tokens(text[:cut]) <= limit, cuts))
-            if fitting:
-                break
-        else:
-            raise ValueError(f"not even one character of {text[:20]!r} fits {limit} tokens")
-        chunks.append(text[: fitting[-1]])
-        text = text[fitting[-1] :].strip()
-    return [*chunks, text]
 
 
 def _in_rounds(values: Sequence[Any], count: int, key: str) -> list[Any]:

@@ -203,6 +203,33 @@ def test_any_adapter_makes_the_same_change_after_any_conversions(data):
         assert torch.allclose(delta.reshape(wanted.shape), wanted, rtol=2e-2, atol=5e-2)
 
 
+@pytest.mark.parametrize("family", SHAPES)
+@pytest.mark.parametrize("scheme", ["diffusers", "comfy"])
+def test_a_kohya_file_is_the_same_after_a_trip_through_another_scheme(family, scheme):
+    """Where the original model has one weight for q, k and v, it is fused, split and fused again."""
+    keys, generator = FAMILIES[family], torch.Generator().manual_seed(0)
+    tensors = {}
+    for path, shape in SHAPES[family]:
+        fusion = keys.of_diffusers(path)
+        rows = shape[0] if len(fusion.parts) == 1 else round(sum(fusion.sizes) * shape[1])
+        name = "lora_unet_" + (fusion.original if keys.original_in_kohya else path).replace(".", "_")
+        kernel = keys.kernel_in_kohya(path) if len(shape) == 2 else None
+        extra = (1, 1) if kernel else shape[2:]
+        tensors[f"{name}.lora_down.weight"] = torch.randn(2, shape[1], *extra, generator=generator)
+        tensors[f"{name}.lora_up.weight"] = torch.randn(rows, 2, *[1] * len(extra), generator=generator)
+        # alpha / rank is a power of two, so that nothing may be rounded
+        tensors[f"{name}.alpha"] = torch.tensor(1.0)
+    there = convert_lora(LoraFile(family, {}, tensors), scheme)[0]
+    back = convert_lora(LoraFile(family, {}, dict(there.tensors)), "kohya")[0]
+    assert set(back.tensors) == set(tensors)
+    for name in tensors:
+        if name.endswith("lora_down.weight"):
+            assert torch.equal(back.tensors[name], tensors[name]), name
+        elif name.endswith("lora_up.weight"):
+            alpha = back.tensors[name.replace("lora_up.weight", "alpha")]
+            assert torch.equal(back.tensors[name] * alpha, tensors[name]), name
+
+
 # --- resize
 
 

@@ -1,0 +1,197 @@
+"""The commands for LoRA files, run as a user runs them."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from core.cli import main
+from core.lora_file import LoraFile, LoraModule
+from core.safetensors_file import SafetensorsFile, save_safetensors
+
+MODULE = ("denoiser", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
+
+
+def write_lora(
+    path: Path, seed: int, rank: int = 2, size: tuple[int, ...] = (32, 64), metadata: dict[str, str] | None = None
+) -> LoraModule:
+    """Writes a LoRA of one module, in float32, and returns the module."""
+    generator = torch.Generator().manual_seed(seed)
+    down, up = (torch.randn(shape, generator=generator) for shape in ((rank, size[1]), (size[0], rank)))
+    module = LoraModule(down, up, 1.0)
+    lora = LoraFile.from_modules("sd15", {MODULE: module}, {"ss_base_model_version": "sd_v1", **(metadata or {})})
+    lora.save(path, torch.float32)
+    return module
+
+
+def run(*arguments: object) -> None:
+    assert main([str(argument) for argument in arguments]) == 0
+
+
+def inspected(path: Path, capsys) -> dict:
+    capsys.readouterr()
+    run("inspect", path, "--json")
+    return json.loads(capsys.readouterr().out)
+
+
+def test_metadata_are_edited_in_place_and_the_tensors_and_their_hash_stay(tmp_path, capsys):
+    path, picture = tmp_path / "a.safetensors", tmp_path / "face.png"
+    write_lora(path, 0, metadata={"ss_steps": "7", "note": "private"})
+    Image.new("RGB", (800, 600), "red").save(picture)
+    before, data = inspected(path, capsys), dict(SafetensorsFile.open(path))
+    edits = [
+        "--title",
+        "A person",
+        "--author",
+        "Somebody",
+        "--description",
+        "made\nhere",
+        "--trigger-phrase",
+        "sks woman",
+    ]
+    run("metadata", path, *edits, "--tag", "woman", "--tag", "portrait", "--thumbnail", picture, "--remove", "note")
+    after = inspected(path, capsys)
+    assert after["about"] == {
+        "title": "A person", "author": "Somebody", "description": "made\nhere", "trigger_phrase": "sks woman",
+        "tags": "woman, portrait",
+    }  # fmt: skip
+    assert after["trigger_words"] == ["sks woman"] and after["thumbnail"] and after["training"] == {"steps": "7"}
+    assert after["hashes"]["sshs_model_hash"] == before["hashes"]["sshs_model_hash"]
+    assert after["hashes"]["sha256"] != before["hashes"]["sha256"]
+    edited = SafetensorsFile.open(path)
+    assert "note" not in edited.metadata
+    assert {key: edited.metadata[key] for key in ("sshs_model_hash", "sshs_legacy_hash")} == {
+        key: after["hashes"][key] for key in ("sshs_model_hash", "sshs_legacy_hash")
+    }
+    assert all(torch.equal(edited[name], tensor) for name, tensor in data.items())
+
+
+def test_metadata_are_edited_into_another_file_and_an_empty_text_deletes(tmp_path, capsys):
+    path, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    write_lora(path, 0, metadata={"modelspec.title": "old", "modelspec.author": "Somebody"})
+    content = path.read_bytes()
+    run("metadata", path, "--output", other, "--title", "new", "--author", "")
+    assert path.read_bytes() == content
+    assert inspected(other, capsys)["about"] == {"title": "new"}
+    assert main(["metadata", str(path), "--thumbnail", str(path)]) == 1
+    assert "cannot be read as a picture" in capsys.readouterr().err and path.read_bytes() == content
+
+
+def test_a_merge_is_exact_and_its_ranks_add_up(tmp_path, capsys):
+    first = write_lora(tmp_path / "a.safetensors", 1, rank=2, metadata={"modelspec.title": "one"})
+    second = write_lora(tmp_path / "b.safetensors", 2, rank=3, metadata={"modelspec.title": "two"})
+    merged = tmp_path / "merged.safetensors"
+    run("merge", f"{tmp_path / 'a.safetensors'}:0.5", f"{tmp_path / 'b.safetensors'}:-2", merged, "--precision", "fp32")
+    lora = LoraFile.read(merged)
+    module = lora.modules()[MODULE]
+    assert module.rank == 5 and lora.metadata["modelspec.merged_from"] == "one, two"
+    torch.testing.assert_close(module.delta(), 0.5 * first.delta() - 2 * second.delta(), rtol=0, atol=1e-5)
+    run("merge", tmp_path / "a.safetensors", tmp_path / "b.safetensors", merged, "--rank", 1, "--precision", "fp32")
+    error = float(capsys.readouterr().out.rpartition(": ")[2].rstrip(")\n"))
+    whole, nearest = first.delta() + second.delta(), LoraFile.read(merged).modules()[MODULE].delta()
+    assert error == pytest.approx(float((whole - nearest).norm() / whole.norm()), rel=0.01)
+
+
+def test_what_is_merged_into_a_checkpoint_is_extracted_again(small_sd15, tmp_path, capsys):
+    lora, tuned, back = (tmp_path / f"{name}.safetensors" for name in ("lora", "tuned", "back"))
+    name = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+    outputs, inputs = SafetensorsFile.open(small_sd15).shapes[name]
+    module = write_lora(lora, 3, size=(outputs, inputs))
+    run("merge", lora, tuned, "--into", small_sd15)
+    assert "(1 tensors of small.safetensors changed)" in capsys.readouterr().out
+    run("extract", small_sd15, tuned, back, "--rank", 2, "--precision", "fp32")
+    found = LoraFile.read(back).modules()
+    assert set(found) == {MODULE}
+    scale = (
+        SafetensorsFile.open(small_sd15)[name].float().abs().max()
+    )  # the tuned weights are rounded as the base's are
+    torch.testing.assert_close(
+        found[MODULE].delta(), module.delta(), rtol=0, atol=0.02 * float(scale + module.delta().abs().max())
+    )
+    run("verify", back, "--base", small_sd15)
+
+
+def test_a_lora_is_converted_there_and_back_and_resized(tmp_path, capsys):
+    names = {scheme: tmp_path / f"{scheme}.safetensors" for scheme in ("kohya", "diffusers", "comfy")}
+    module = write_lora(tmp_path / "a.safetensors", 4)
+    source = tmp_path / "a.safetensors"
+    for scheme in ("diffusers", "comfy", "kohya"):
+        run("convert", source, names[scheme], "--to", scheme, "--precision", "fp32")
+        source = names[scheme]
+        assert inspected(source, capsys)["scheme"] == scheme
+    assert torch.equal(LoraFile.read(source).modules()[MODULE].delta(), module.delta())
+    run("resize", source, tmp_path / "small.safetensors", "--rank", 1, "--precision", "fp32")
+    values = torch.linalg.svdvals(LoraFile.read(tmp_path / "small.safetensors").modules()[MODULE].delta())[:2]
+    torch.testing.assert_close(
+        values, torch.stack([torch.linalg.svdvals(module.delta())[0], torch.tensor(0.0)]), atol=1e-4, rtol=0
+    )
+
+
+def test_what_is_wrong_with_a_file_is_said_in_one_line_and_nothing_is_written(tmp_path, capsys):
+    write_lora(tmp_path / "a.safetensors", 5)
+    (tmp_path / "pickle.safetensors").write_bytes(b"\x80\x02}q\x00.")
+    output = tmp_path / "out.safetensors"
+    good, pickle = tmp_path / "a.safetensors", tmp_path / "pickle.safetensors"
+    for arguments, words in [
+        (["convert", pickle, output, "--to", "comfy"], "pickle"),
+        (["merge", good, pickle, output], "pickle"),
+        (["merge", good, output, "--into", pickle], "pickle"),
+        (["resize", good, output], "give either a rank or an energy"),
+        (["resize", good, output, "--rank", 0], "a rank must be at least 1"),
+        (["extract", good, good, output], "no base model"),
+        (["inspect", tmp_path / "missing.safetensors"], "missing.safetensors"),
+        (["convert", good, tmp_path / "no" / "out.safetensors", "--to", "comfy"], "cannot be written"),
+    ]:
+        assert main([str(argument) for argument in arguments]) == 1
+        error = capsys.readouterr().err
+        assert words in error and error.startswith("facelora: ") and error.count("\n") == 1, error
+    assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", "pickle.safetensors"}
+
+
+class AnonymousMemory:
+    """Within it, the most memory that the process had beside the pages of files, in bytes; Linux says it."""
+
+    peak = 0
+
+    def __enter__(self) -> "AnonymousMemory":
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.005):
+            line = next(
+                line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")
+            )
+            self.peak = max(self.peak, 1024 * int(line.split()[1]))
+
+
+def write_constant_weights(path: Path, layers: int, change: float) -> None:
+    weights = {
+        f"double_blocks.{n}.img_mod.lin.weight": torch.full((640, 3072), 1.0 + change * n, dtype=torch.bfloat16)
+        for n in range(1, layers + 1)
+    }
+    save_safetensors(path, weights)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says how much memory is anonymous")
+def test_an_extraction_takes_no_more_memory_for_a_checkpoint_of_five_times_the_size(tmp_path):
+    peaks = []
+    for layers in (8, 40):
+        for index, name in enumerate(("base", "tuned")):
+            write_constant_weights(tmp_path / f"{name}{layers}.safetensors", layers, index)
+        files = [tmp_path / f"{name}{layers}.safetensors" for name in ("base", "tuned", "lora")]
+        with AnonymousMemory() as memory:
+            run("extract", *files, "--rank", 1)
+        assert len(LoraFile.read(files[-1]).entries) == layers
+        peaks.append(memory.peak)
+    # The further 32 pairs of weights have 500 MB in float32, the LoRA's modules of them half a megabyte.
+    assert peaks[1] - peaks[0] < 40e6, peaks
