@@ -195,7 +195,14 @@ def list_style_packs(options: argparse.Namespace) -> None:
     from .style_pack import find_style_packs
 
     found = find_style_packs(options.style_folder)
-    packs = {name: {"title": pack.title, "styles": pack.names} for name, pack in sorted(found.packs.items())}
+    packs = {
+        name: {
+            "title": pack.title,
+            "styles": pack.names,
+            "pictures": {style.name: str(path) for style in pack.styles if (path := pack.picture(style))},
+        }
+        for name, pack in sorted(found.packs.items())
+    }
     if options.json:
         print(json.dumps({"packs": packs, "problems": list(found.problems)}, indent=1))
         return

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +132,41 @@ def test_a_png_carries_its_parameters_as_a1111_and_comfyui_read_them(base, tmp_p
         f"Steps: 2, Sampler: DPM++ 2M Karras, CFG scale: 6, Seed: 0, Size: 64x80, Model: base, "
         f"Model hash: {base.sha256[:10]}"
     )
+
+
+def read_as_a1111_does(text: str) -> tuple[str, str, dict[str, str]]:
+    """Prompt, negative prompt and settings, by the grammar of A1111 1.10's reader of such texts.
+
+    The last line is `Name: value` with commas between, a value in JSON's quotes where it holds a comma, colon or line
+    break; a name has letters, digits, spaces, `-` and `/`. The negative prompt begins where a line says so.
+    """
+    *lines, last = text.strip().split("\n")
+    said = "\n".join(line.strip() for line in lines)
+    prompt, _, negative = said.partition("\nNegative prompt:")
+    settings = {}
+    while last:
+        match = re.match(r'\s*(?P<name>\w[\w /-]+):\s*(?P<value>"(?:[^"\\]|\\.)+"|[^,]*)(?:,|$)', last)
+        assert match, last
+        value = match["value"]
+        settings[match["name"]] = json.loads(value) if value.startswith('"') else value
+        last = last[match.end() :]
+    return prompt, negative.strip(), settings
+
+
+def test_a1111_reads_back_what_was_drawn_however_the_files_are_called(base, tmp_path: Path) -> None:
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(8, 2)}
+    lora = LoraFile.from_tensors(tensors, {"ss_base_model_version": "sd_v1"}, name="sks, the woman.safetensors")
+    odd = replace(base, name='mix: "A", fp16.safetensors')
+    job = Job("a photo of sks woman,\n(smiling:1.2)", 2**40, "blurry,\nugly", (64, 80), 20, 4.5)
+    text = parameters_text(odd, [(lora, 0.75)], job, GenerateConfig("euler_ancestral", clip_skip=2))
+    prompt, negative, settings = read_as_a1111_does(text)
+    assert prompt == f"{job.prompt} <lora:sks, the woman:0.75>" and negative == job.negative
+    assert settings == {
+        "Steps": "20", "Sampler": "Euler a", "CFG scale": "4.5", "Seed": str(2**40), "Size": "64x80",
+        "Model": 'mix: "A", fp16', "Model hash": base.sha256[:10], "Clip skip": "2",
+        "Lora hashes": f"sks, the woman: {lora.model_hash[:12]}",
+    }  # fmt: skip
 
 
 def test_the_loras_stand_in_the_parameters_with_name_strength_and_hash(base, tmp_path: Path) -> None:

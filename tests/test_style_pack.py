@@ -25,7 +25,6 @@ from core.style_pack import (
     long_prompts,
     picture_size,
     read_style_pack,
-    split_prompt,
 )
 
 SCHEMA = json.loads((PACKAGE_FOLDER / "style_pack.schema.json").read_text("utf-8"))
@@ -634,25 +633,3 @@ def test_a_prompt_over_the_limit_is_reported_with_its_style(count_tokens, tmp_pa
         "style 'Plain': the prompt has 124 tokens, 47 over the 77 of one chunk"
     ]
     assert long_prompts(SHIPPED.pick("corporate").prompts(SUBJECT, "sdxl", 40, seed=0), count_tokens) == []
-
-
-def test_a_long_prompt_is_cut_at_commas_into_chunks_that_fit(count_tokens):
-    text = ", ".join(f"detail number {i} of the picture" for i in range(40))
-    chunks = split_prompt(text, count_tokens)
-    assert all(count_tokens(chunk) <= 77 for chunk in chunks)
-    assert all(chunk.endswith(",") for chunk in chunks[:-1])
-    assert " ".join(chunks) == text
-
-
-def test_a_prompt_that_fits_is_one_chunk(count_tokens):
-    assert split_prompt("photo of sks person", count_tokens) == ["photo of sks person"]
-
-
-@given(st.text(st.sampled_from("ab ,.;é漢😀"), max_size=400))
-def test_splitting_loses_nothing_but_white_space(text):
-    def count(piece: str) -> int:
-        return len(piece.encode()) + 2
-
-    chunks = split_prompt(text, count, limit=30)
-    assert all(count(chunk) <= 30 for chunk in chunks)
-    assert "".join(chunks).split() == text.split() or "".join("".join(chunks).split()) == "".join(text.split())
