@@ -51,6 +51,9 @@ class TrainConfig:
     rslora: bool = option(
         False, "scale by alpha / sqrt(rank) (arXiv:2312.03732); the file's alpha is adjusted to match"
     )
+    embedding_vectors: int = option(2, "textual inversion and pivotal tuning: vectors of the trigger word per encoder")
+    embedding_words: str | None = option(None, "words whose vectors they start from; default: the class word")
+    embedding_lr: float = option(5e-3, "peak learning rate of the vectors")
     lokr_factor: int = option(-1, "size of LoKr's small matrix, where it divides a layer's; -1: near the square root")
     lora_plus_ratio: float = option(1.0, "learning rate of B over that of A (LoRA+, arXiv:2402.12354)")
 
@@ -197,6 +200,8 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("rank", 1, 4096),
     ("alpha", 1e-6, 1e6),
     ("dropout", 0, 0.99),
+    ("embedding_vectors", 1, 64),
+    ("embedding_lr", 0, 100),
     ("lokr_factor", -1, 4096),
     ("lora_plus_ratio", 1e-3, 1e3),
     ("steps", 1, 10_000_000),

@@ -247,6 +247,7 @@ class Run:
             nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.adapter.constrain()
         if self.average is not None:
             # Rising from 0.1, so that the average soon forgets the untrained adapter.
             decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
