@@ -25,7 +25,7 @@ from .cli_lora import LORA_COMMANDS
 from .cli_pictures import PICTURE_COMMANDS
 from .cli_settings import add_settings, settings_from
 from .config import config_from
-from .errors import FaceLoraError
+from .errors import BadConfig, FaceLoraError
 from .recipes import RECIPES, recipe_settings
 
 
