@@ -109,7 +109,12 @@ class TrainConfig:
 
     seed: int = option(1, "seed of everything random")
     precision: Precision = option("auto", "of the frozen weights and the arithmetic; the adapter is always fp32")
-    gradient_checkpointing: Literal["auto", "on", "off"] = option("auto", "recompute activations to save memory")
+    gradient_checkpointing: Literal["auto", "on", "off"] = option(
+        "auto", "recompute activations to save memory; auto: as much as the memory plan needs"
+    )
+    memory_limit: float | None = option(
+        None, "GiB that the training may take; default: what is free on a GPU, and no limit on a CPU"
+    )
     save_precision: Literal["fp16", "bf16", "fp32"] = option("fp16", "of the tensors in the file")
     save_every: int = option(0, "also save the LoRA every so many steps; 0: only at the end")
     sample_every: int = option(0, "make sample images every so many steps; 0: never")
@@ -173,7 +178,7 @@ class TrainConfig:
         return float(rank if self.alpha is None else self.alpha)
 
 
-_NO_EFFECT = ("state_interval", "gradient_checkpointing")
+_NO_EFFECT = ("state_interval", "gradient_checkpointing", "memory_limit")
 _WHEN_SAMPLED = ("sample_every", "sample_prompts")
 _HOW_SAMPLED = ("sample_guidance", "sample_steps", "likeness_pictures")
 _WHICH_IS_SAVED = ("save_every", "save_precision", "thumbnail", "keep", "merge_best", "stop_early")
@@ -237,6 +242,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("likeness_pictures", 1, 100),
     ("merge_best", 0, 100),
     ("state_interval", 0, 1e9),
+    ("memory_limit", 1e-3, 1e6),
 )
 
 

@@ -167,6 +167,7 @@ def train(
         on_step=on_step,
         on_save=save if output is not None else None,
         on_sample=on_sample or (save_samples if output is not None else None),
+        on_warning=on_warning,
         check_cancelled=check_cancelled,
     )
     if output is not None:
