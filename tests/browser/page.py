@@ -81,7 +81,7 @@ class ComfyPage:
         self.wait_until_ready()
         self.problems.clear()
 
-    def wait_for(self, condition: str, seconds: float = 60) -> None:
+    def wait_for(self, condition: str, seconds: float = 120) -> None:
         """Until a function in the page returns something true."""
         self._page.wait_for_function(condition, timeout=1000 * seconds)
 

@@ -53,21 +53,15 @@ class ComfyServer:
         return self._log_path.read_bytes()[start:].decode("utf-8", "replace")
 
     def get(self, path: str) -> Any:
-        with urllib.request.urlopen(self.url + path, timeout=60) as response:
-            return json.loads(response.read())
+        return json.loads(self.read(path))
 
     def read(self, path: str) -> bytes:
-        with urllib.request.urlopen(self.url + path, timeout=60) as response:
-            return response.read()
+        return self._answer(path)
 
     def post(self, path: str, body: Any) -> Any:
         """The answer's JSON, also of a refusal."""
-        request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
         try:
-            with urllib.request.urlopen(request, timeout=60) as response:
-                answer = response.read()
+            answer = self._answer(path, json.dumps(body).encode(), "application/json")
         except urllib.error.HTTPError as error:
             answer = error.read()
         return json.loads(answer) if answer else None
@@ -77,9 +71,18 @@ class ComfyServer:
         boundary = uuid.uuid4().hex
         head = f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n\r\n'
         body = head.encode() + file.read_bytes() + f"\r\n--{boundary}--\r\n".encode()
-        kind = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
-        with urllib.request.urlopen(urllib.request.Request(self.url + "/upload/image", body, kind)) as response:
-            return json.loads(response.read())["name"]
+        return json.loads(self._answer("/upload/image", body, f"multipart/form-data; boundary={boundary}"))["name"]
+
+    def _answer(self, path: str, body: bytes | None = None, kind: str = "") -> bytes:
+        request = urllib.request.Request(self.url + path, body, {"Content-Type": kind} if kind else {})
+        try:
+            with urllib.request.urlopen(request, timeout=120) as response:
+                return response.read()
+        except urllib.error.HTTPError:
+            raise
+        except OSError:
+            assert self.process.poll() is None, f"the server is gone:\n{self.log()[-4000:]}"
+            raise
 
     def queue(self, graph: Graph) -> str:
         """The id of the queued prompt."""
