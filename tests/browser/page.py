@@ -57,7 +57,6 @@ class ComfyPage:
     def __init__(self, browser: Browser, server: ComfyServer, address: str = "/"):
         self.server = server
         self.problems: list[str] = []
-        self.design = "classic"
         self._page = browser.new_context(viewport=SIZE).new_page()  # pyright: ignore
         self._page.on("console", self._heard)
         self._page.on("pageerror", lambda error: self.problems.append(f"page error: {error}"))

@@ -96,11 +96,11 @@ class ComfyServer:
         assert "prompt_id" not in answer, "the graph was accepted"
         return json.dumps(answer, ensure_ascii=False)
 
-    def run(self, graph: Graph, seconds: float = 240) -> Result:
+    def run(self, graph: Graph, seconds: float = 600) -> Result:
         mark, started = len(self._log_path.read_bytes()), time.monotonic()
         return self.wait(self.queue(graph), seconds, mark, started)
 
-    def wait(self, prompt_id: str, seconds: float = 240, mark: int = 0, started: float | None = None) -> Result:
+    def wait(self, prompt_id: str, seconds: float = 600, mark: int = 0, started: float | None = None) -> Result:
         started = started or time.monotonic()
         while time.monotonic() - started < seconds:
             history = self.get(f"/history/{prompt_id}")
@@ -110,7 +110,7 @@ class ComfyServer:
             time.sleep(0.05)
         raise TimeoutError(f"{prompt_id} is not done after {seconds} s:\n{self.log()[-4000:]}")
 
-    def wait_for_log(self, text: str, mark: int, seconds: float = 120) -> None:
+    def wait_for_log(self, text: str, mark: int, seconds: float = 300) -> None:
         end = time.monotonic() + seconds
         while text not in self.log(mark):
             assert time.monotonic() < end, f"{text!r} was not logged:\n{self.log(mark)[-4000:]}"
@@ -174,7 +174,7 @@ def running_server(folder: Path, *options: str, pack_name: str = "ComfyUI-FaceLo
             server.kill()
 
 
-def _wait_until_ready(server: ComfyServer, seconds: float = 180) -> None:
+def _wait_until_ready(server: ComfyServer, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         assert server.process.poll() is None, f"the server did not start:\n{server.log()[-4000:]}"
