@@ -50,17 +50,14 @@ class FamilyDefaults:
 
 
 # Those that can be trained say it themselves. Of the others: the defaults of diffusers 0.42's pipelines and, for sd3, of
-# SD3.5 Medium's model card. Qwen-Image's model card draws squares of 1328 pixels.
+# SD3.5 Medium's model card.
 FAMILY_DEFAULTS: Mapping[str, FamilyDefaults] = {
     **{
         name: FamilyDefaults(family.wording, family.resolution, family.size_multiple, family.guidance, family.steps)
         for name, family in FAMILIES.items()
     },
     "sd3": FamilyDefaults("sentences", 1024, 16, guidance=4.5, steps=40),
-    "flux1": FamilyDefaults("sentences", 1024, 16, guidance=3.5, steps=28),
     "flux2": FamilyDefaults("sentences", 1024, 16, guidance=4.0, steps=50),
-    "zimage": FamilyDefaults("sentences", 1024, 16, guidance=5.0, steps=50),
-    "qwen-image": FamilyDefaults("sentences", 1328, 16, guidance=4.0, steps=50),
 }
 
 

@@ -169,7 +169,10 @@ def test_size_conditioning_is_height_first_and_in_full_precision(small_bases):
         ("double_stream_modulation_img.lin.weight", "FLUX.2"),
         ("distilled_guidance_layer.layers.0.in_layer.weight", "Chroma"),
         ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "Stable Diffusion 3"),
-        ("noise_refiner.0.attention.qkv.weight", "Z-Image"),
+        ("noise_refiner.0.adaLN_modulation.1.weight", "Lumina 2"),
+        ("siglip_embedder.1.weight", "Z-Image-Omni"),
+        ("__index_timestep_zero__", "Qwen-Image-Edit"),
+        ("time_text_embed.addition_t_embedding.weight", "Qwen-Image-Layered"),
     ],
 )
 def test_models_of_other_families_are_refused_by_name(marker, name):

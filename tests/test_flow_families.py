@@ -1,6 +1,7 @@
 """Rectified flows (FLUX.1 and later): one step against plain torch, learning, sampling, the file that comes out."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -79,6 +80,9 @@ def test_the_gradient_of_a_step_is_that_of_plain_torch(bases, family):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     downs: dict[str, torch.Tensor] = {}
     for path, (down, up) in leaves.items():
+        if re.fullmatch(SMALL_FLOWS[family].unused, path):
+            assert not any(leaf.grad is not None and leaf.grad.any() for leaf in (down, up))
+            continue
         assert down.grad is not None and up.grad is not None
         close(run.parameters[f"denoiser.{path}.up"].grad, up.grad)
         first = ".".join(run.adapter.shared["denoiser", path])  # pyright: ignore
@@ -94,7 +98,7 @@ def close(ours: torch.Tensor | None, theirs: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("family", SMALL_FLOWS)
 def test_the_loss_falls_over_100_steps_on_two_pictures(bases, family):
-    run = started_run(bases[family], replace(PLAIN, rank=8, learning_rate=2e-3))
+    run = started_run(bases[family], replace(PLAIN, rank=8, learning_rate=1e-2))
     losses = []
     for _ in range(100):
         loss = run.accumulate()
@@ -120,7 +124,8 @@ def test_in_half_precision_the_adapter_stays_float32_and_learns(bases, family):
     run.train_step()
     run.check_finite()
     assert {value.dtype for value in run.parameters.values()} == {torch.float32}
-    assert all(not torch.equal(value, before[name]) for name, value in run.parameters.items())
+    unchanged = [name for name, value in run.parameters.items() if torch.equal(value, before[name])]
+    assert all(re.fullmatch(rf"denoiser\.({SMALL_FLOWS[family].unused})\.(up|down)", name) for name in unchanged)
 
 
 @pytest.mark.parametrize("family", SMALL_FLOWS)

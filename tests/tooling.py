@@ -181,7 +181,7 @@ class RandomTensors:
 
     def __call__(self, name: str) -> Tensor:
         dtype, size = self.layout[name]
-        if re.search(r"(norm\d?|norm_out|ln_\w+|(in|out)_layers\.0|\bout\.0|layer_norm\d)\.weight$", name):
+        if re.search(r"(norm\d?|norm_\w+|ln_\w+|(in|out)_layers\.0|\bout\.0|layer_norm\d)\.weight$", name):
             return torch.ones(size, dtype=dtype)
         count = math.prod(size)
         # Every tensor starts elsewhere in the same million numbers: billions of new ones would take minutes.
@@ -220,6 +220,8 @@ class SmallFlow:
     """Width of the pooled text; 0: there is none."""
     masked: bool = False
     """Whether texts keep their length, and a mask says what is padding."""
+    unused: str = r"$^"
+    """Pattern of the layers that the prediction does not depend on: what the last block makes of the text."""
 
 
 def _kl_config(scale: float, shift: float) -> dict[str, Any]:
@@ -235,6 +237,17 @@ SMALL_FLOWS = {
         {"in_channels": 64, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 128, "num_attention_heads": 1,
          "joint_attention_dim": 32, "pooled_projection_dim": 24, "guidance_embeds": True, "axes_dims_rope": (16, 56, 56)},
         _kl_config(0.3611, 0.1159), context=32, pooled=24,
+    ),
+    "zimage": SmallFlow(
+        {"in_channels": 16, "dim": 128, "n_layers": 3, "n_refiner_layers": 1, "n_heads": 1, "n_kv_heads": 1,
+         "cap_feat_dim": 32, "axes_dims": (32, 48, 48), "axes_lens": (1536, 512, 512)},
+        _kl_config(0.3611, 0.1159), context=32, masked=True,
+    ),
+    "qwen-image": SmallFlow(
+        {"in_channels": 64, "num_layers": 2, "attention_head_dim": 128, "num_attention_heads": 1,
+         "joint_attention_dim": 32, "axes_dims_rope": (16, 56, 56)},
+        {"base_dim": 8, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [False]},
+        context=32, masked=True, unused=r"transformer_blocks\.1\.(attn\.(add_q_proj|to_add_out)|txt_mlp\..+)",
     ),
 }  # fmt: skip
 

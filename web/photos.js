@@ -29,8 +29,7 @@ class Pictures {
     this.button.title = "Or drop them onto the node, or paste them"
     this.note = make("span", "facelora-quiet")
     this.tiles = make("div", "facelora-tiles")
-    const accept = "image/*,.heic,.heif,.avif"
-    this.chooser = Object.assign(document.createElement("input"), { type: "file", multiple: true, accept })
+    this.chooser = Object.assign(document.createElement("input"), { type: "file", multiple: true, accept: "image/*,.heic,.heif,.avif" })
     this.button.addEventListener("click", () => this.chooser.click())
     this.chooser.addEventListener("change", () => this.add([...this.chooser.files]))
     const root = make("div", "facelora-panel", make("div", "facelora-row", this.button, this.note), this.tiles)
@@ -82,8 +81,7 @@ class Pictures {
   }
 
   tile(name) {
-    const src = api.apiURL(`/facelora/photo?name=${encodeURIComponent(name)}`)
-    const image = Object.assign(make("img", ""), { src, alt: name })
+    const image = Object.assign(make("img", ""), { src: api.apiURL(`/facelora/photo?name=${encodeURIComponent(name)}`), alt: name })
     const remove = make("button", "", "×")
     remove.title = `Take out ${name}`
     remove.addEventListener("click", () => (this.names = this.names.filter((other) => other !== name)))

@@ -7,11 +7,13 @@ from torch import Tensor
 
 from ..errors import UnknownFamily
 from .flux1 import FLUX1
+from .qwen_image import QWEN_IMAGE
 from .sd15 import SD15
 from .sdxl import SDXL
 from .spec import DENOISER_PREFIX, FamilySpec, LazyTensors
+from .zimage import ZIMAGE
 
-FAMILIES: dict[str, FamilySpec] = {family.name: family for family in (SD15, SDXL, FLUX1)}
+FAMILIES: dict[str, FamilySpec] = {family.name: family for family in (SD15, SDXL, FLUX1, ZIMAGE, QWEN_IMAGE)}
 
 # Tensors by which checkpoints of other kinds are known, so that they can be refused by name. The first match counts.
 _NOT_SUPPORTED = (
@@ -20,8 +22,10 @@ _NOT_SUPPORTED = (
     (DENOISER_PREFIX + "double_stream_modulation_img.lin.weight", "FLUX.2"),
     (DENOISER_PREFIX + "distilled_guidance_layer.layers.0.in_layer.weight", "Chroma"),
     (DENOISER_PREFIX + "joint_blocks.0.x_block.attn.qkv.weight", "Stable Diffusion 3"),
-    (DENOISER_PREFIX + "noise_refiner.0.attention.qkv.weight", "Lumina 2 or Z-Image"),
-    (DENOISER_PREFIX + "transformer_blocks.0.attn.add_q_proj.weight", "Qwen-Image"),
+    (DENOISER_PREFIX + "noise_refiner.0.adaLN_modulation.1.weight", "Lumina 2"),
+    (DENOISER_PREFIX + "siglip_embedder.1.weight", "Z-Image-Omni"),
+    (DENOISER_PREFIX + "__index_timestep_zero__", "Qwen-Image-Edit"),
+    (DENOISER_PREFIX + "time_text_embed.addition_t_embedding.weight", "Qwen-Image-Layered"),
     (DENOISER_PREFIX + "blocks.0.self_attn.q.weight", "Wan"),
     (DENOISER_PREFIX + "clip_mapper.weight", "Stable Cascade"),
 )

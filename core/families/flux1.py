@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from ..lora_keys.flux import FLUX1 as KEYS
 from ..objective import linear_shift
 from . import text, transformer
-from .ldm import build_vae, count_children, vae_component
+from .ldm import build_vae, count_children
 from .spec import Component, Conditioning, FamilySpec, LatentShape
 
-LATENT_SCALE, LATENT_SHIFT = 0.3611, 0.1159
 TEXT_TOKENS = 512
 """Tokens of T5 that FLUX.1-dev was trained with; shorter captions are filled up."""
 TRAINING_GUIDANCE = 1.0
@@ -60,11 +59,7 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
         "axes_dims_rope": ROTARY_AXES,
     }
     denoiser = transformer.transformer_component(tensors, config, KEYS, _RENAMES)
-    return {"denoiser": denoiser} | transformer.other_parts(tensors, _vae, TEXT)
-
-
-def _vae(tensors: Mapping[str, Tensor]) -> Component:
-    return vae_component(tensors, LATENT_SCALE, LATENT_SHIFT, quant_conv=False)
+    return {"denoiser": denoiser} | transformer.other_parts(tensors, transformer.flux1_vae, TEXT)
 
 
 def build(part: str, config: dict[str, Any]) -> nn.Module:

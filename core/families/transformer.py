@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import UnmatchedKeys
+from ..errors import MissingPackage, UnmatchedKeys
 from ..lora_keys.family import FamilyKeys, Place
 from . import text
-from .ldm import VAE_PREFIXES, kl_pixels
+from .ldm import VAE_PREFIXES, kl_pixels, vae_component
 from .spec import DENOISER_PREFIX, Component, LatentShape, LazyTensors
 
 
@@ -68,6 +68,25 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> Callable[[str], tuple[int, ...]]
         return tuple(tensors[DENOISER_PREFIX + name].shape)
 
     return shape
+
+
+def diffusers_class(name: str, version: tuple[int, int]) -> Any:
+    """The class of diffusers. MissingPackage when the installed one is older than the version from which it is of use here."""
+    import diffusers
+
+    installed = tuple(int(number) for number in diffusers.__version__.split(".")[:2])
+    if installed < version:
+        needed = ".".join(map(str, version))
+        raise MissingPackage(
+            f"{name} is in diffusers {needed} and later, and {diffusers.__version__} is installed: "
+            f"pip install 'diffusers>={needed}'"
+        )
+    return getattr(diffusers, name)
+
+
+def flux1_vae(tensors: Mapping[str, Tensor]) -> Component:
+    """FLUX.1's VAE, which Z-Image has too, of a checkpoint."""
+    return vae_component(tensors, latent_scale=0.3611, latent_shift=0.1159, quant_conv=False)
 
 
 def patch_latent_shape(channels: int, components: Mapping[str, Component]) -> LatentShape:

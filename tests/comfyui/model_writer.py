@@ -2,27 +2,60 @@
 
 Arguments: pairs of family and file. Writes into each file the weights of a model of the real architecture but few and narrow
 layers, random, under ComfyUI's names (`weights.…`), and for some noisy latents, times and texts what it predicts (`case0.…`).
+The same of the text encoders in TEXTS (`text.weights.…`, and `text.case0.context` for the captions in the file's metadata) and
+of the VAEs in VAES (`vae.weights.…`, and `vae.case0.…`).
 """
 
 # pyright: reportMissingImports=false
+import json
 import sys
 
 import comfy.cli_args
 
 comfy.cli_args.args.cpu = True
 
+import comfy.latent_formats  # noqa: E402
+import comfy.ldm.wan.vae  # noqa: E402
 import comfy.supported_models as supported  # noqa: E402
+import comfy.text_encoders.llama  # noqa: E402
+import comfy.text_encoders.qwen_image  # noqa: E402
+import comfy.text_encoders.z_image  # noqa: E402
 import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 
 FLUX = {"axes_dim": [16, 56, 56], "num_heads": 2, "mlp_ratio": 4.0, "theta": 10000, "out_channels": 16, "qkv_bias": True,
         "txt_ids_dims": [], "patch_size": 2, "in_channels": 16, "hidden_size": 256, "context_in_dim": 64, "vec_in_dim": 48,
         "depth": 2, "depth_single_blocks": 2, "yak_mlp": False, "txt_norm": False}  # fmt: skip
+Z_IMAGE = {"image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 1152, "cap_feat_dim": 64, "n_layers": 2,
+           "n_refiner_layers": 1, "qk_norm": True, "n_heads": 9, "n_kv_heads": 9, "axes_dims": [32, 48, 48],
+           "axes_lens": [1536, 512, 512], "rope_theta": 256.0, "ffn_dim_multiplier": 8 / 3, "z_image_modulation": True,
+           "time_scale": 1000.0, "pad_tokens_multiple": 32}  # fmt: skip
+QWEN_IMAGE = {"image_model": "qwen_image", "in_channels": 64, "num_layers": 2, "num_attention_heads": 2,
+              "joint_attention_dim": 64}  # fmt: skip
 # ComfyUI's class and what its model_detection reads off a checkpoint, narrower; channels of the latents; widths of text.
 MODELS = {
     "flux1": (supported.Flux, {**FLUX, "image_model": "flux", "guidance_embed": True}, 16, {"context": 64, "pooled": 48}),
+    "zimage": (supported.ZImage, Z_IMAGE, 16, {"context": 64}),
+    "qwen-image": (supported.QwenImage, QWEN_IMAGE, 16, {"context": 64}),
 }  # fmt: skip
-TEXT_LENGTHS = (5, 32)
+TEXT_LENGTHS = (5, 32, 40)
+# ComfyUI's tokenizer and text encoder, and the encoder's name in it.
+TEXTS = {
+    "zimage": (comfy.text_encoders.z_image.ZImageTokenizer, comfy.text_encoders.z_image.ZImageTEModel, "qwen3_4b"),
+    "qwen-image": (
+        comfy.text_encoders.qwen_image.QwenImageTokenizer, comfy.text_encoders.qwen_image.QwenImageTEModel, "qwen25_7b",
+    ),
+}  # fmt: skip
+SMALL_TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+              "num_key_value_heads": 2}  # fmt: skip
+CAPTIONS = ("", "a photo of sks person", "sks person (35), café at night, 東京, smiling: {close-up}")
+VAES = {
+    "qwen-image": (
+        comfy.ldm.wan.vae.WanVAE,
+        {"dim": 8, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "temperal_downsample": [False, True, True]},
+        comfy.latent_formats.Wan21,
+    )
+}
 
 
 def random_weights(model: torch.nn.Module) -> None:
@@ -30,9 +63,8 @@ def random_weights(model: torch.nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
             noise = 0.1 * torch.randn(parameter.shape, generator=generator)
-            parameter.data = (
-                noise + 1 if name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "scale")) else noise
-            )
+            owner, _, kind = name.rpartition(".")
+            parameter.data = noise + 1 if "norm" in owner.rpartition(".")[2] and kind != "bias" else noise
         else:
             deviation = 0.7 * parameter[0].numel() ** -0.5
             parameter.data = deviation * torch.randn(parameter.shape, generator=generator)
@@ -52,14 +84,48 @@ def write(family: str, path: str) -> None:
             "context": torch.randn(1, length, widths["context"], generator=generator),
         }
         given = {"c_crossattn": case["context"]}
+        if family == "zimage":
+            given["num_tokens"] = length
         if "pooled" in widths:
             given["y"] = case["pooled"] = torch.randn(1, widths["pooled"], generator=generator)
         if config.get("guidance_embed"):
             given["guidance"] = case["guidance"] = torch.tensor([3.5])
-        denoised = model.apply_model(case["latents"], case["time"], **given)
-        case["prediction"] = (case["latents"] - denoised) / case["time"].view(-1, 1, 1, 1)
+        latents = case["latents"]
+        frames = latents.unsqueeze(2) if model.latent_format.latent_dimensions == 3 else latents
+        denoised = model.apply_model(frames, case["time"], **given).reshape(latents.shape)
+        case["prediction"] = (latents - denoised) / case["time"].view(-1, 1, 1, 1)
         tensors |= {f"case{number}.{name}": value.contiguous() for name, value in case.items()}
-    safetensors.torch.save_file(tensors, path)
+    if family in TEXTS:
+        tensors |= text_tensors(family)
+    if family in VAES:
+        tensors |= vae_tensors(family)
+    safetensors.torch.save_file(tensors, path, {"captions": json.dumps(CAPTIONS)})
+
+
+def text_tensors(family: str) -> dict[str, torch.Tensor]:
+    tokenizer, cls, name = TEXTS[family]
+    # Hundreds of millions of weights that are for pictures.
+    comfy.text_encoders.llama.qwen_vl.Qwen2VLVisionTransformer = lambda **_: torch.nn.Identity()
+    encoder = cls(dtype=torch.float32, model_options={f"{name}_model_config": SMALL_TEXT})
+    transformer = getattr(encoder, name).transformer
+    random_weights(transformer)
+    tensors = {f"text.weights.{name}": value.contiguous() for name, value in transformer.state_dict().items()}
+    for number, caption in enumerate(CAPTIONS):
+        tokens = tokenizer().tokenize_with_weights(caption)
+        tensors[f"text.case{number}.context"] = encoder.encode_token_weights(tokens)[0].contiguous()
+    return tensors
+
+
+def vae_tensors(family: str) -> dict[str, torch.Tensor]:
+    cls, config, latent_format = VAES[family]
+    vae, scaled = cls(**config).eval(), latent_format()
+    random_weights(vae)
+    pixels = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    latents = scaled.process_in(vae.encode(pixels.unsqueeze(2)))
+    case = {"pixels": pixels, "latents": latents.squeeze(2)}
+    case["decoded"] = vae.decode(scaled.process_out(latents)).squeeze(2)
+    tensors = {f"vae.weights.{name}": value.contiguous() for name, value in vae.state_dict().items()}
+    return tensors | {f"vae.case0.{name}": value.contiguous() for name, value in case.items()}
 
 
 for family, path in zip(sys.argv[1::2], sys.argv[2::2], strict=True):

@@ -1,22 +1,31 @@
-"""The diffusion transformers against ComfyUI's own classes: the same weights in original naming predict the same."""
+"""The diffusion transformers against ComfyUI's own classes: the same weights in original naming give the same.
 
+Their text encoders and VAEs as well, where these are no older families'.
+"""
+
+import json
 import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from core.base import load_base
+from core.base import Base, load_base
 from core.families import FAMILIES
+from core.families.spec import Conditioning, stack_conditioning
 from core.safetensors_file import SafetensorsFile
 
 from .setup_comfyui import COMFYUI, PYTHON
 
 CPU = torch.device("cpu")
 FLOWS = [name for name, family in FAMILIES.items() if family.flow_shift]
+TEXTS = ["zimage", "qwen-image"]
+"""Families whose texts keep their length, so that a mask says what is padding."""
+TOKENIZER = COMFYUI / "comfy" / "text_encoders" / "qwen25_tokenizer"
 pytestmark = pytest.mark.comfyui
 
 
@@ -38,18 +47,73 @@ def part_of(file: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(f"{prefix}."): file[name] for name in file if name.startswith(f"{prefix}.")}
 
 
+def denoiser_base(file: Mapping[str, Tensor], prefix: str = "", **others: Any) -> Base:
+    return load_base({prefix + name: tensor for name, tensor in part_of(file, "weights").items()}, **others)
+
+
+def cases_of(file: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    return [part_of(file, f"case{number}") for number in range(3)]
+
+
+def conditioning_of(base: Base, case: Mapping[str, Tensor]) -> Conditioning:
+    height, width = (side * base.latent_shape.pixels for side in case["latents"].shape[2:])
+    conditioning = base.family.image_conditioning((width, height), (0, 0), (width, height))
+    conditioning |= {name: case[name] for name in ("context", "pooled", "guidance") if name in case}
+    return conditioning | {"context_mask": torch.ones(case["context"].shape[:2])}
+
+
+def assert_same(ours: Tensor, theirs: Tensor) -> None:
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).norm() < 1e-3 * theirs.norm()
+
+
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 @pytest.mark.parametrize("family", FLOWS)
 def test_a_model_predicts_what_comfyuis_own_class_predicts(files, family, prefix):
     file = SafetensorsFile.open(files[family])
-    base = load_base({prefix + name: tensor for name, tensor in part_of(file, "weights").items()})
+    base = denoiser_base(file, prefix)
     assert base.family.name == family
     denoiser = base.load("denoiser", CPU, torch.float32)
-    for case in (part_of(file, "case0"), part_of(file, "case1")):
-        height, width = (side * base.latent_shape.pixels for side in case["latents"].shape[2:])
-        conditioning = base.family.image_conditioning((width, height), (0, 0), (width, height))
-        conditioning |= {name: case[name] for name in ("context", "pooled", "guidance") if name in case}
+    for case in cases_of(file):
         with torch.no_grad():
-            prediction = base.family.predict(denoiser, case["latents"], 1000 * case["time"], conditioning)
-        error = (prediction - case["prediction"]).norm() / case["prediction"].norm()
-        assert error < 1e-3
+            prediction = base.family.predict(
+                denoiser, case["latents"], 1000 * case["time"], conditioning_of(base, case)
+            )
+        assert_same(prediction, case["prediction"])
+
+
+@pytest.mark.parametrize("family", TEXTS)
+def test_texts_of_different_lengths_in_a_batch_give_what_each_gives_alone(files, family):
+    file = SafetensorsFile.open(files[family])
+    base, cases = denoiser_base(file), cases_of(file)
+    latents, times, predictions = (
+        torch.cat([case[name] for case in cases]) for name in ("latents", "time", "prediction")
+    )
+    together = stack_conditioning([conditioning_of(base, case) for case in cases])
+    with torch.no_grad():
+        ours = base.family.predict(base.load("denoiser", CPU, torch.float32), latents, 1000 * times, together)
+    assert_same(ours, predictions)
+
+
+@pytest.mark.parametrize("family", TEXTS)
+def test_captions_have_the_states_that_comfyuis_text_encoder_gives(files, family):
+    file = SafetensorsFile.open(files[family])
+    encoder = part_of(file, "text.weights") | {"lm_head.weight": torch.zeros(1), "visual.proj.weight": torch.zeros(1)}
+    base = denoiser_base(file, text_encoders=[encoder], tokenizer=TOKENIZER)
+    captions = json.loads(file.metadata["captions"])
+    encoders = base.load_text_encoders(CPU, torch.float32)
+    with torch.no_grad():
+        together = base.family.encode_text(encoders, captions, 1, 1)
+    for number, (states, mask) in enumerate(zip(together["context"], together["context_mask"], strict=True)):
+        assert_same(states[: int(mask.sum())], file[f"text.case{number}.context"][0])
+        assert mask.tolist() == sorted(mask.tolist(), reverse=True)
+
+
+def test_qwen_images_vae_gives_what_comfyuis_gives(files):
+    file = SafetensorsFile.open(files["qwen-image"])
+    base, case = denoiser_base(file, vae=part_of(file, "vae.weights")), part_of(file, "vae.case0")
+    vae = base.load("vae", CPU, torch.float32)
+    assert base.latent_shape.pixels == 8
+    with torch.no_grad():
+        assert_same(base.family.encode_image(vae, case["pixels"])[0], case["latents"])
+        assert_same(base.family.decode_latents(vae, case["latents"]), case["decoded"].clamp(-1, 1))
