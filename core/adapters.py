@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
@@ -42,6 +42,9 @@ class Adapter(ABC):
     def export(self, values: Mapping[str, Tensor], base: Base, metadata: Mapping[str, str]) -> LoraFile:
         """The file to save, with these values in the place of the parameters."""
 
+    def constrain(self) -> None:  # noqa: B027, most have nothing to do
+        """Called after each optimizer step: brings the parameters back to where they may be."""
+
     def rate(self, name: str, config: TrainConfig) -> float:
         """The peak learning rate of a parameter."""
         return config.learning_rate if name.startswith("denoiser.") else config.text_encoder_lr
@@ -60,6 +63,12 @@ class Method:
     attach: Attach
     trains_text: Callable[[TrainConfig], bool] = lambda config: config.text_encoder_lr > 0
     """Whether text is encoded anew in each step, since something trainable sits on the text encoders."""
+    beside: Callable[[LoraFile, Base, TrainConfig], Mapping[str, LoraFile]] = lambda file, base, config: {}
+    """What else is written beside the file: addition to its name -> file."""
+    makes: Literal["lora", "checkpoint"] = "lora"
+    """What the file is: something that goes on a base model (embeddings too), or a base model itself."""
+    rate_factor: float = 1.0
+    """What a LoRA's learning rate is multiplied by to suit this method."""
 
 
 def target_modules(

@@ -6,9 +6,9 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 from .cli_common import (
     BarProgress,
@@ -20,10 +20,12 @@ from .cli_common import (
     base_from,
     device_from,
 )
+from .cli_compare import COMPARE_COMMANDS
 from .cli_lora import LORA_COMMANDS
 from .cli_pictures import PICTURE_COMMANDS
-from .config import TrainConfig, config_from
-from .errors import BadConfig, BadFile, FaceLoraError
+from .cli_settings import add_settings, settings_from
+from .config import config_from
+from .errors import BadConfig, FaceLoraError
 from .recipes import RECIPES, recipe_settings
 
 
@@ -94,73 +96,6 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         "--json", action="store_true", help="one JSON object per report on stdout instead of a progress bar"
     )
     add_settings(parser.add_argument_group("settings"))
-
-
-def add_settings(group) -> None:
-    """One option for each field of TrainConfig; what is not given does not appear, so that a file's value stays."""
-    hints = get_type_hints(TrainConfig)
-    for item in dataclasses.fields(TrainConfig):
-        flag = "--" + item.name.replace("_", "-")
-        names = ["--trigger", flag] if item.name == "trigger_word" else [flag]
-        hint, text = hints[item.name], item.metadata["help"]
-        common: dict[str, Any] = {"dest": f"setting_{item.name}", "default": argparse.SUPPRESS}
-        if get_origin(hint) is Literal:
-            text = f"{text} (default: {item.default})"
-            group.add_argument(*names, choices=get_args(hint), help=text, **common)
-        elif hint is bool:
-            text = f"{text} (default: {'yes' if item.default else 'no'})"
-            group.add_argument(*names, action=argparse.BooleanOptionalAction, help=text, **common)
-        elif get_origin(hint) is dict:
-            number = get_args(hint)[1]
-            kind = _pattern_of(number)
-            group.add_argument(*names, action="append", type=kind, metavar="REGEX=NUMBER", help=text, **common)
-        elif get_origin(hint) is tuple:
-            name = flag.removesuffix("s")
-            group.add_argument(name, action="append", metavar="TEXT", help=f"{text}; may be repeated", **common)
-        else:
-            kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
-            if item.default is not None:
-                text = f"{text} (default: {item.default})"
-            metavar = {int: "N", float: "X", str: "TEXT"}[kinds[0]]
-            group.add_argument(*names, type=kinds[0], metavar=metavar, help=text.replace("%", "%%"), **common)
-
-
-def _pattern_of(number: type) -> Callable[[str], tuple[str, Any]]:
-    def parse(text: str) -> tuple[str, Any]:
-        pattern, separator, value = text.rpartition("=")
-        if not separator:
-            raise argparse.ArgumentTypeError(f"{text!r} is not REGEX=NUMBER")
-        try:
-            return pattern, number(value)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{value!r} in {text!r} is not a number") from None
-
-    return parse
-
-
-def settings_from(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings of a TOML file, overridden by the options given on the command line."""
-    settings = read_toml(options.config) if options.config else {}
-    settings = {name.replace("-", "_"): value for name, value in settings.items()}
-    for name, value in vars(options).items():
-        if name.startswith("setting_"):
-            if value and isinstance(value, list) and isinstance(value[0], tuple):
-                value = dict(value)
-            settings[name.removeprefix("setting_")] = value
-    return settings
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib  # pyright: ignore[reportMissingImports]
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadFile(f"{path}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadConfig(f"{path}: not a TOML file: {error}") from None
 
 
 def run_train(options: argparse.Namespace) -> None:
@@ -301,6 +236,7 @@ COMMANDS: tuple[Command, ...] = (
         run_demo,
     ),
     ("train", "train a LoRA on a folder of photos of one person", add_train, run_train),
+    *COMPARE_COMMANDS,
     *PICTURE_COMMANDS,
     *LORA_COMMANDS,
     (

@@ -51,6 +51,9 @@ class TrainConfig:
     rslora: bool = option(
         False, "scale by alpha / sqrt(rank) (arXiv:2312.03732); the file's alpha is adjusted to match"
     )
+    embedding_vectors: int = option(2, "textual inversion and pivotal tuning: vectors of the trigger word per encoder")
+    embedding_words: str | None = option(None, "words whose vectors they start from; default: the class word")
+    embedding_lr: float = option(5e-3, "peak learning rate of the vectors")
     lokr_factor: int = option(-1, "size of LoKr's small matrix, where it divides a layer's; -1: near the square root")
     lora_plus_ratio: float = option(1.0, "learning rate of B over that of A (LoRA+, arXiv:2402.12354)")
 
@@ -106,7 +109,12 @@ class TrainConfig:
 
     seed: int = option(1, "seed of everything random")
     precision: Precision = option("auto", "of the frozen weights and the arithmetic; the adapter is always fp32")
-    gradient_checkpointing: Literal["auto", "on", "off"] = option("auto", "recompute activations to save memory")
+    gradient_checkpointing: Literal["auto", "on", "off"] = option(
+        "auto", "recompute activations to save memory; auto: as much as the memory plan needs"
+    )
+    memory_limit: float | None = option(
+        None, "GiB that the training may take; default: what is free on a GPU, and no limit on a CPU"
+    )
     save_precision: Literal["fp16", "bf16", "fp32"] = option("fp16", "of the tensors in the file")
     save_every: int = option(0, "also save the LoRA every so many steps; 0: only at the end")
     sample_every: int = option(0, "make sample images every so many steps; 0: never")
@@ -170,7 +178,7 @@ class TrainConfig:
         return float(rank if self.alpha is None else self.alpha)
 
 
-_NO_EFFECT = ("state_interval", "gradient_checkpointing")
+_NO_EFFECT = ("state_interval", "gradient_checkpointing", "memory_limit")
 _WHEN_SAMPLED = ("sample_every", "sample_prompts")
 _HOW_SAMPLED = ("sample_guidance", "sample_steps", "likeness_pictures")
 _WHICH_IS_SAVED = ("save_every", "save_precision", "thumbnail", "keep", "merge_best", "stop_early")
@@ -197,6 +205,8 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("rank", 1, 4096),
     ("alpha", 1e-6, 1e6),
     ("dropout", 0, 0.99),
+    ("embedding_vectors", 1, 64),
+    ("embedding_lr", 0, 100),
     ("lokr_factor", -1, 4096),
     ("lora_plus_ratio", 1e-3, 1e3),
     ("steps", 1, 10_000_000),
@@ -232,6 +242,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("likeness_pictures", 1, 100),
     ("merge_best", 0, 100),
     ("state_interval", 0, 1e9),
+    ("memory_limit", 1e-3, 1e6),
 )
 
 

@@ -16,6 +16,7 @@ from .apply import apply
 from .base import Base
 from .cache import cache_folder, content_key
 from .config import Precision, TrainConfig
+from .embeddings import new_words
 from .errors import BadConfig
 from .families.spec import Conditioning
 from .files import write_file
@@ -162,12 +163,13 @@ def _encode(
 def _applied(
     base: Base, loras: Sequence[tuple[LoraFile, float]], strength: float, networks: Mapping[str, nn.Module]
 ) -> Iterator[None]:
-    """The networks with the LoRAs on them, as far as these change them."""
+    """The networks with the LoRAs on them, as far as these change them, and the words that the files bring along."""
     applied = []
     try:
         for lora, factor in loras:
             applied.append(apply(lora, {"family": base.family.name, **networks}, factor * strength))
-        yield
+        with new_words(networks, [lora for lora, _ in loras]):
+            yield
     finally:
         for lora in reversed(applied):
             lora.remove()
@@ -203,6 +205,7 @@ def parameters_text(base: Base, loras: Sequence[tuple[LoraFile, float]], job: Jo
     The LoRAs stand in the prompt as `<lora:file name:strength>`, which A1111 and ComfyUI load them by.
     """
     width, height = picture_size(base, job.size)
+    loras = [(lora, factor) for lora, factor in loras if lora.entries]  # an embedding is named by its word alone
     names = [Path(lora.name).stem for lora, _ in loras]
     used = [f"<lora:{name}:{factor * job.strength:g}>" for name, (_, factor) in zip(names, loras, strict=True)]
     settings = {

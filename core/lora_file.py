@@ -18,7 +18,17 @@ import torch
 from torch import Tensor
 
 from .errors import BadFile, LoraMisfit, UnknownFamily, UnmatchedKeys
-from .lora_keys import FAMILIES, FamilyKeys, Fusion, ModuleId, Place, bundled_embedding, families_of, parse_key
+from .lora_keys import (
+    EMBEDDING_KEYS,
+    FAMILIES,
+    FamilyKeys,
+    Fusion,
+    ModuleId,
+    Place,
+    bundled_embedding,
+    families_of,
+    parse_key,
+)
 from .lora_kinds import BIAS_ROLES, bias_change, kind_of, needs_base, rank_of, weight_change, weight_shape
 from .safetensors_file import (
     ComputedTensors,
@@ -33,6 +43,8 @@ from .safetensors_file import (
 
 _T = TypeVar("_T")
 
+SD2_TEXT_WIDTH = 1024
+"""Width of SD2.x's text encoder, by which its embeddings are told from SD1.x's."""
 SCHEMES = ("kohya", "diffusers", "comfy")
 """The schemes that can be written."""
 
@@ -155,7 +167,7 @@ class LoraFile:
         named = {}
         embeddings, unknown = [], []
         for key in self.layout:
-            if bundled_embedding(key):
+            if key in EMBEDDING_KEYS or bundled_embedding(key):
                 embeddings.append(key)
             elif (parsed := parse_key(key)) is None:
                 unknown.append(key)
@@ -192,12 +204,12 @@ class LoraFile:
     @property
     def scheme(self) -> str:
         """The naming scheme of most modules."""
-        return _most_common(entry.scheme for entry in self.entries)
+        return _most_common(entry.scheme for entry in self.entries) if self.entries else "kohya"
 
     @property
     def kind(self) -> str:
         """The kind of adapter, "mixed" when there are several; a LoRA with some convolutions is "locon"."""
-        kinds = {entry.kind for entry in self.entries}
+        kinds = {entry.kind for entry in self.entries} or ({"embedding"} if self.embedding_keys else set())
         if kinds == {"lora", "locon"}:
             return "locon"
         return kinds.pop() if len(kinds) == 1 else "mixed"
@@ -337,6 +349,10 @@ def _detect_family(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], n
             roles.setdefault((named.part, named.path), {})[named.role] = shape
     kinds = {module: kind_of(shapes) for module, shapes in roles.items()}
     candidates = families_of((*m, weight_shape(kind, roles[m]) if kind else None) for m, kind in kinds.items())
+    if not candidates and set(tensors) <= set(EMBEDDING_KEYS):
+        candidates = ["sdxl"] if "clip_g" in tensors else ["sd15", "sd2"]
+        if "emb_params" in tensors and tensors["emb_params"].shape[-1] == SD2_TEXT_WIDTH:
+            candidates.reverse()
     if not candidates:
         example = next(iter(tensors), "none")
         raise UnknownFamily(

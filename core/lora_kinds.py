@@ -20,6 +20,7 @@ KINDS = {
     "full": "the whole difference of a weight",
     "norm": "the difference of a normalisation layer",
     "bias": "the difference of a bias only",
+    "embedding": "the vectors of a new word (textual inversion, arXiv:2208.01618)",
 }
 
 

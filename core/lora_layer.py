@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .eight_bit import EightBitLinear, widened
+
 
 class LoraLayer(nn.Module):
     """A frozen Linear or Conv2d with W + scale * B A in the place of its weight W (arXiv:2106.09685).
@@ -40,11 +42,14 @@ class LoraLayer(nn.Module):
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             # As autocast does for a Linear, to which norms hand on float32: what is worked on in place must be of one type.
             x = x.to(torch.get_autocast_dtype(kind))
-        if isinstance(layer, nn.Linear) and not (self.dropout and self.training):
-            return _AdaptedLinear.apply(x, layer.weight, layer.bias, self.down, self.up, self.scale)
+        linear = isinstance(layer, nn.Linear | EightBitLinear)
+        if linear and not (self.dropout and self.training):
+            narrow = isinstance(layer, EightBitLinear)
+            weight, weight_scale = (layer.narrow, layer.scale) if narrow else (layer.weight, None)
+            return _AdaptedLinear.apply(x, weight, weight_scale, layer.bias, self.down, self.up, self.scale)
         down, up = self.down.to(x.dtype), self.up.to(x.dtype)
         dropped = F.dropout(x, self.dropout, self.training)
-        if isinstance(layer, nn.Linear):
+        if linear:
             return layer(x) + self.scale * F.linear(F.linear(dropped, down), up)
         change = F.conv2d(F.conv2d(dropped, down, None, layer.stride, layer.padding, layer.dilation), up)
         return layer(x) + self.scale * change
@@ -55,12 +60,13 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float
-    ) -> Tensor:
+        ctx: Any, x: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor | None,
+        down: Tensor, up: Tensor, scale: float,
+    ) -> Tensor:  # fmt: skip
         low = F.linear(x, down.to(x.dtype))
-        result = F.linear(x, weight, bias)
+        result = F.linear(x, widened(weight, weight_scale, x.dtype), bias)
         result.view(-1, result.shape[-1]).addmm_(low.flatten(0, -2), up.to(x.dtype).t(), alpha=scale)
-        ctx.save_for_backward(x, low, weight, down, up)
+        ctx.save_for_backward(x, low, weight, weight_scale, down, up)
         ctx.scale = scale
         return result
 
@@ -69,12 +75,13 @@ class _AdaptedLinear(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *gradients: Tensor
     ) -> tuple[Tensor | None, ...]:
-        x, low, weight, down, up = ctx.saved_tensors
+        x, low, weight, weight_scale, down, up = ctx.saved_tensors
         gradient = gradients[0].flatten(0, -2)
         low_gradient = (gradient @ up.to(x.dtype)).mul_(ctx.scale)
         up_gradient = (gradient.t() @ low.flatten(0, -2)).mul_(ctx.scale).to(up.dtype)
         down_gradient = (low_gradient.t() @ x.flatten(0, -2)).to(down.dtype)
         x_gradient = None
         if ctx.needs_input_grad[0]:
-            x_gradient = (gradient @ weight).addmm_(low_gradient, down.to(x.dtype)).view(x.shape)
-        return x_gradient, None, None, down_gradient, up_gradient, None
+            x_gradient = gradient @ widened(weight, weight_scale, x.dtype)
+            x_gradient = x_gradient.addmm_(low_gradient, down.to(x.dtype)).view(x.shape)
+        return x_gradient, None, None, None, down_gradient, up_gradient, None

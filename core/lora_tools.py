@@ -157,7 +157,7 @@ def to_plain(
                 f"{lora.name}: {entry.name} changes a bias or a normalisation, which no LoRA can express"
             )
         for module_id, change in lora.changes_of(entry, base_weight):
-            down, up, error = _factorise(change, rank, f"{lora.name}: {entry.name}")
+            down, up, error = factorise(change, rank, f"{lora.name}: {entry.name}")
             modules[module_id] = LoraModule(down, up, float(down.shape[0]))
             worst = max(worst, error)
         on_progress(done, len(others))
@@ -170,7 +170,7 @@ def _check_rank(rank: int) -> None:
         raise BadConfig(f"a rank must be at least 1, not {rank}")
 
 
-def _factorise(change: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor, float]:
+def factorise(change: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor, float]:
     """Down, up and the relative error of the nearest change of that rank; `name` is for messages."""
     matrix = change.flatten(1)
     total = torch.linalg.vector_norm(matrix, dtype=torch.float64).item() ** 2
@@ -374,7 +374,7 @@ def extract_lora(
                 left_out += [name] if change.any() else []
             elif change.any():
                 for path, part in _paths_in_lora(place, change):
-                    down, up, error = _factorise(part, rank, f"{after.file.path}: {name}")
+                    down, up, error = factorise(part, rank, f"{after.file.path}: {name}")
                     tensors |= {f"{path}.lora_A.weight": down, f"{path}.lora_B.weight": up}
                     worst = max(worst, error)
         on_progress(done, len(before.places))

@@ -20,6 +20,7 @@ from .files import remove_leftovers
 from .generate import make_class_images, sample_shots, training_sampler
 from .likeness import LikenessWatch, hold_out
 from .lora_file import LoraFile, fit
+from .methods import files_beside
 from .photos import Photo, Thresholds, check_photos, face_regions, prepare, read_photos, trigger_hint, with_masks
 from .photos.report import REJECT
 from .training import CheckCancelled, OnStep, Samples, device_and_dtype, train_lora
@@ -166,9 +167,12 @@ def train(
         on_step=on_step,
         on_save=save if output is not None else None,
         on_sample=on_sample or (save_samples if output is not None else None),
+        on_warning=on_warning,
         check_cancelled=check_cancelled,
     )
     if output is not None:
+        for addition, other in files_beside(lora, base, config).items():
+            other.save(output.with_name(f"{output.stem}-{addition}{output.suffix}"), SAVE_DTYPES[config.save_precision])
         lora.save(output, SAVE_DTYPES[config.save_precision])
         state_path(output).unlink(missing_ok=True)
     return lora

@@ -23,12 +23,24 @@ from .errors import BadConfig, MissingPackage, OutOfMemory, TrainingDiverged
 from .families.spec import Conditioning, stack_conditioning
 from .likeness import LikenessPoint, LikenessWatch, Selection
 from .lora_file import LoraFile, model_hash
+from .memory_plan import (
+    RESERVE,
+    MemoryCount,
+    MemoryPlan,
+    MemorySaver,
+    free_memory,
+    is_out_of_memory,
+    next_plan,
+    plans_for,
+    unique_bytes,
+)
 from .methods import attach, trains_text
 from .objective import draw_noise, sample_losses
 from .training_metadata import training_metadata
 
 CHECK_EVERY = 10
 """Steps between looks at whether the loss is still finite; each look waits for the device."""
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMOOTHING = 0.98
 """Decay of the running mean of the loss."""
 
@@ -123,7 +135,7 @@ def device_and_dtype(config: TrainConfig, device: torch.device | None = None) ->
             "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         )
     if config.precision != "auto":
-        return device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+        return device, PRECISIONS[config.precision]
     if device.type == "cuda":
         # Older cards only emulate bf16, and torch.cuda.is_bf16_supported() says yes to that.
         capable = torch.cuda.get_device_capability(device) >= (8, 0)
@@ -184,11 +196,15 @@ class Run:
         device: torch.device | None = None,
         continue_from: LoraFile | None = None,
         check_cancelled: CheckCancelled | None = None,
+        plan: MemoryPlan | None = None,
     ):
         self.config = config
         self.family = base.family
         self.device, self.dtype = device_and_dtype(config, device)
-        self.denoiser = base.load("denoiser", self.device, self.dtype)
+        plan = plan or plans_for(config.gradient_checkpointing)[0]
+        # What a plan leaves in the computer's memory, or makes smaller, never has to fit the device.
+        place = torch.device("cpu") if plan.offload or plan.weights != "full" else self.device
+        self.denoiser = base.load("denoiser", place, self.dtype)
         self.encoders: dict[str, nn.Module] = {}
         if trains_text(config):
             self.encoders = base.load_text_encoders(self.device, self.dtype)
@@ -196,9 +212,8 @@ class Run:
         self._set_training(True)
         if check_cancelled:
             _check_often(self.denoiser, check_cancelled)
-        self.recomputes = wants_recompute(self, cache)
-        if self.recomputes:
-            self.denoiser.enable_gradient_checkpointing()  # pyright: ignore
+        self.memory = MemorySaver(self.denoiser, self.device)
+        self.memory.adopt(plan)
         self.parameters = self.adapter.parameters()
         self.average = (
             {name: value.detach().clone() for name, value in self.parameters.items()} if config.ema_decay else None
@@ -236,6 +251,27 @@ class Run:
                 total += loss.detach() / config.accumulation
         return total
 
+    def accumulate_within_memory(self, on_warning: Callable[[str], None]) -> Tensor:
+        """The same, with smaller and smaller memory plans until the step fits. OutOfMemory when not even the smallest does."""
+        while True:
+            try:
+                return self.accumulate()
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Out of the except clause, where the error no longer holds on to the step's activations.
+            self.optimizer.zero_grad(set_to_none=True)
+            plan = next_plan(self.memory.plan, self.config.gradient_checkpointing)
+            if plan is None:
+                raise OutOfMemory(
+                    f"step {self.step + 1} does not fit the memory of the device ({self.memory.plan}); "
+                    "use batch_size 1, a lower resolution, or gradient_checkpointing auto"
+                )
+            on_warning(f"out of memory in step {self.step + 1}: done again with {plan}")
+            self.memory.adopt(plan)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
     def update(self, loss: Tensor) -> None:
         """Moves the adapter along the accumulated gradients of that loss, and goes on to the next step."""
         config = self.config
@@ -247,6 +283,7 @@ class Run:
             nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.adapter.constrain()
         if self.average is not None:
             # Rising from 0.1, so that the average soon forgets the untrained adapter.
             decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
@@ -431,23 +468,86 @@ def _to_device(image: EncodedImage, device: torch.device) -> EncodedImage:
     )
 
 
-ACTIVATION_BYTES = 1e6
-"""Bytes that the backward pass keeps per latent pixel and picture of an SD UNet without recomputation; half in 16 bit.
-
-From the published peaks of SDXL at 1024 px, 13.0 GiB without and 6.5 GiB with recomputation, of which 5.2 GiB are weights.
-"""
+OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0, "prodigy": 16}
+"""What each optimizer keeps for a trained number. (Adafactor keeps a row and a column of each matrix.)"""
+_PEFT_METHODS = ("loha", "lokr", "oft")
 
 
-def wants_recompute(run: Run, cache: LatentCache) -> bool:
-    """Whether to recompute activations in the backward pass: as told, else when they would not fit the free memory."""
-    if run.config.gradient_checkpointing != "auto":
-        return run.config.gradient_checkpointing == "on"
-    if run.device.type != "cuda":
-        return False
-    pixels = max(image.mean[0].numel() for image in cache.images) * run.config.batch_size
-    kept = pixels * ACTIVATION_BYTES * (1.0 if run.dtype == torch.float32 else 0.5)
-    free, _ = torch.cuda.mem_get_info(run.device)
-    return kept > 0.8 * free
+def predicted_memory(cache: LatentCache, base: Base, config: TrainConfig, dtype: torch.dtype, plan: MemoryPlan) -> int:
+    """The bytes that a run will have in use at a time, found by going through a step with tensors that hold no numbers.
+
+    peft's layers cannot be built of such tensors: a LoRA of the same rank stands for them.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    cpu = torch.device("cpu")
+    trained_text = trains_text(config)
+    if config.method in _PEFT_METHODS:
+        config = replace(config, method="lora")
+    config = replace(config, precision={v: k for k, v in PRECISIONS.items()}[dtype])
+    largest = max(cache.images, key=lambda image: image.mean.numel())
+    with FakeTensorMode() as mode:
+        components = dict(base.components)
+        for part in ("denoiser", *(base.family.text_encoders if trained_text else ())):
+            with torch.device("meta"):
+                state = base.family.build(part, components[part].config).state_dict()
+            tensors = {name: torch.empty(tensor.shape, dtype=dtype, device=cpu) for name, tensor in state.items()}
+            components[part] = replace(components[part], tensors=tensors)
+        image = replace(
+            largest,
+            mean=mode.from_tensor(largest.mean),
+            deviation=mode.from_tensor(largest.deviation),
+            mask=None,
+            conditioning={name: mode.from_tensor(value) for name, value in largest.conditioning.items()},
+            is_class=False,
+        )
+        text = {
+            caption: {name: mode.from_tensor(value) for name, value in conditioning.items()}
+            for caption, conditioning in cache.text.items()
+        }
+        small = replace(cache, images=(image,) * config.batch_size, text=text)
+        run = Run(small, replace(base, components=components), config, cpu, plan=plan)
+        there = [*run.memory.resident(), *(run.average or {}).values()]
+        for encoder in run.encoders.values():
+            there += [*encoder.parameters(), *encoder.buffers()]
+        with MemoryCount() as count:
+            for tensor in [*there, *run.denoiser.parameters()]:
+                count.leave_out(tensor)
+            run.accumulate()
+    trained = sum(parameter.numel() for parameter in run.parameters.values())
+    return unique_bytes(there) + trained * OPTIMIZER_BYTES[config.optimizer] + count.peak
+
+
+def choose_plan(
+    cache: LatentCache,
+    base: Base,
+    config: TrainConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_warning: Callable[[str], None],
+) -> MemoryPlan:
+    """The fastest plan that fits into `memory_limit`, or else into what is free on a GPU; the smallest when none fits.
+
+    `on_warning` is told when it is not the fastest of all.
+    """
+    plans = plans_for(config.gradient_checkpointing)
+    if config.memory_limit is not None:
+        room, whose = int(config.memory_limit * 2**30), "memory_limit"
+    elif (free := free_memory(device)) is not None:
+        room, whose = int(free * RESERVE), "free"
+    else:
+        return plans[0]
+    needs: list[int] = []
+    while not needs or (needs[-1] > room and len(needs) < len(plans)):
+        needs.append(predicted_memory(cache, base, config, dtype, plans[len(needs)]))
+    plan = plans[len(needs) - 1]
+    if needs[0] > room:
+        too_much = ", which may still be too much: lower resolution or batch_size" if needs[-1] > room else ""
+        on_warning(
+            f"memory: a step would take {needs[0] / 2**30:.1f} GiB, and there are {room / 2**30:.1f} ({whose}); "
+            f"with {plan} it takes {needs[-1] / 2**30:.1f}{too_much}"
+        )
+    return plan
 
 
 def train_lora(
@@ -464,6 +564,7 @@ def train_lora(
     on_step: OnStep | None = None,
     on_save: OnSave | None = None,
     on_sample: OnSample | None = None,
+    on_warning: Callable[[str], None] = lambda message: None,
     check_cancelled: CheckCancelled | None = None,
 ) -> LoraFile:
     """The trained LoRA, in Kohya naming with complete metadata.
@@ -478,13 +579,16 @@ def train_lora(
     With a watch in `samples`, likeness is measured every `sample_every` steps and at the end, the checkpoint that the watch
     chooses is the one that comes back, and the curve is in its metadata.
 
+    A step that does not fit the memory is done again with a smaller memory plan, of which `on_warning` hears.
+
     TrainingDiverged when the loss is no longer finite; the last saved state is from before.
     """
     device, dtype = device_and_dtype(config, device)
     forked = [device] if device.type == "cuda" else []
     # A ComfyUI node runs in inference mode, in which nothing can be trained.
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(forked), _explained_memory_error():
-        run = Run(cache, base, config, device, continue_from, check_cancelled)
+        plan = choose_plan(cache, base, config, device, dtype, on_warning)
+        run = Run(cache, base, config, device, continue_from, check_cancelled, plan)
         watch = samples.watch if samples else None
         selection = Selection(watch) if watch else None
         network = watch.network.name if watch else None
@@ -506,7 +610,7 @@ def train_lora(
         def lora(values: Mapping[str, Tensor], step: int) -> LoraFile:
             metadata = training_metadata(
                 cache, base, config, steps=step, started_at=started_at, precision=dtype,
-                gradient_checkpointing=run.recomputes, thumbnail=thumbnail,
+                gradient_checkpointing=run.memory.plan.recompute != "nothing", thumbnail=thumbnail,
             )  # fmt: skip
             return run.adapter.export(values, base, metadata | dict(extra_metadata or {}))
 
@@ -560,7 +664,7 @@ def train_lora(
                 look()
         while run.step < config.steps:
             with cancelled_with_a_state():
-                loss = run.accumulate()
+                loss = run.accumulate_within_memory(on_warning)
             run.update(loss)
             if run.step % CHECK_EVERY == 0 or run.step == config.steps:
                 run.check_finite()
@@ -600,10 +704,9 @@ def train_lora(
 def _explained_memory_error() -> Iterator[None]:
     try:
         yield
-    except torch.cuda.OutOfMemoryError as error:
+    except torch.OutOfMemoryError as error:
         raise OutOfMemory(
-            f"the device has not enough memory ({str(error).splitlines()[0]}); "
-            "use gradient_checkpointing on, batch_size 1, or a lower resolution"
+            f"the device has not enough memory ({str(error).splitlines()[0]}); use batch_size 1 or a lower resolution"
         ) from None
 
 

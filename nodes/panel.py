@@ -7,6 +7,7 @@ import io
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from aiohttp import web
 from PIL import Image
 from server import PromptServer
 
+from ..core.errors import BadFile
 from ..core.files import write_text
 from ..core.photos import Photo
 
@@ -76,7 +78,8 @@ def publish(node_id: str, news: Mapping[str, Any]) -> None:
     if "begin" in news or state.get("phase") in ENDED or time.monotonic() - _saved > SAVE_INTERVAL:
         _saved = time.monotonic()
         kept = dict(list(_states.items())[-KEPT:])
-        write_text(_states_file(), json.dumps(kept))
+        with suppress(BadFile):  # a full disk is no reason to end a training
+            write_text(_states_file(), json.dumps(kept))
 
 
 _saved = 0.0

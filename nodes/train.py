@@ -27,7 +27,7 @@ from ..core.errors import BadConfig, BadFile, FaceLoraError
 from ..core.families import FAMILIES
 from ..core.files import write_text
 from ..core.generate import contact_sheet
-from ..core.likeness import LikenessPoint
+from ..core.likeness import LIKENESS_KEY, LikenessPoint
 from ..core.lora_file import LoraFile, model_hash
 from ..core.photos import Photo
 from ..core.photos_to_lora import SAVE_DTYPES, train
@@ -281,7 +281,7 @@ def make(job: Job, base: Base, node_id: str) -> tuple[Path, "RunFolder"]:
     path, found = _place(job.name, key)
     panel.begin(node_id, run.history(), job.photos)
     if found:
-        panel.publish(node_id, {"phase": "done", "file": path.name})
+        panel.publish(node_id, {"phase": "done", "file": path.name, **_looks(path, run)})
         return path, run
     watch = Watch(node_id, job.config, run)
     output = run.path / "lora.safetensors"
@@ -315,6 +315,20 @@ def make(job: Job, base: Base, node_id: str) -> tuple[Path, "RunFolder"]:
         shutil.move(checkpoint, path.with_name(path.stem + checkpoint.name.removeprefix(output.stem)))
     panel.publish(node_id, {"phase": "done", "file": path.name})
     return path, run
+
+
+def _looks(path: Path, run: "RunFolder") -> dict[str, Any]:
+    """What the panel shows of a training that was done before, apart from the loss: likeness, the last samples."""
+    shown: dict[str, Any] = {}
+    metadata = LoraFile.read(path).metadata
+    if LIKENESS_KEY in metadata:
+        shown["likenesses"] = [
+            (point["step"], point["likeness"]) for point in json.loads(metadata[LIKENESS_KEY])["points"]
+        ]
+    if samples := run.samples():
+        step = max(samples)
+        shown |= {"samples": panel.data_urls(samples[step]), "samples_step": step}
+    return shown
 
 
 def _place(name: str, key: str) -> tuple[Path, bool]:

@@ -29,7 +29,8 @@ class Pictures {
     this.button.title = "Or drop them onto the node, or paste them"
     this.note = make("span", "facelora-quiet")
     this.tiles = make("div", "facelora-tiles")
-    this.chooser = Object.assign(document.createElement("input"), { type: "file", multiple: true, accept: "image/*,.heic,.heif,.avif" })
+    const accept = "image/*,.heic,.heif,.avif"
+    this.chooser = Object.assign(document.createElement("input"), { type: "file", multiple: true, accept })
     this.button.addEventListener("click", () => this.chooser.click())
     this.chooser.addEventListener("change", () => this.add([...this.chooser.files]))
     const root = make("div", "facelora-panel", make("div", "facelora-row", this.button, this.note), this.tiles)
@@ -81,7 +82,8 @@ class Pictures {
   }
 
   tile(name) {
-    const image = Object.assign(make("img", ""), { src: api.apiURL(`/facelora/photo?name=${encodeURIComponent(name)}`), alt: name })
+    const src = api.apiURL(`/facelora/photo?name=${encodeURIComponent(name)}`)
+    const image = Object.assign(make("img", ""), { src, alt: name })
     const remove = make("button", "", "×")
     remove.title = `Take out ${name}`
     remove.addEventListener("click", () => (this.names = this.names.filter((other) => other !== name)))

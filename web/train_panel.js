@@ -61,7 +61,8 @@ class Panel {
       make("div", "facelora-quiet", "photos"), this.samplesTitle, this.photos, this.samples)
     this.warning = make("div", "facelora-warning")
     this.root = make("div", "facelora-panel",
-      this.status, make("div", "facelora-row", this.progress, this.keep, this.cancel), this.warning, this.loss, this.likeness, this.pictures)
+      this.status, make("div", "facelora-row", this.progress, this.keep, this.cancel), this.warning, this.loss,
+      this.likeness, this.pictures)
     this.keep.addEventListener("click", () => this.stopAndKeep())
     this.cancel.addEventListener("click", () => api.interrupt(null))
     for (const part of [this.keep, this.cancel, this.progress, this.warning, this.loss, this.likeness, this.pictures])
@@ -112,7 +113,8 @@ class Panel {
     const part = Math.round(0.3 * (this.node.size[0] - 30))
     this.root.style.setProperty("--facelora-strip", `${part}px`)
     let height = active ? 62 : 44
-    for (const [element, size] of [[this.warning, 20], [this.loss, part + 6], [this.likeness, part + 6], [this.pictures, part + 28]])
+    const sizes = [[this.warning, 20], [this.loss, part + 6], [this.likeness, part + 6], [this.pictures, part + 28]]
+    for (const [element, size] of sizes)
       if (!element.hidden) height += size
     if (height === this.height) return
     this.height = height

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import UnmatchedKeys
 from .ldm import count_children
-from .spec import Component, LazyTensors
+from .spec import Component, LazyTensors, replace_module
 
 TOKENIZER_FOLDER = Path(__file__).parent / "clip_tokenizer"
 START, END = 49406, 49407
@@ -43,26 +43,105 @@ def load_tokenizer():
     return CLIPTokenizer.from_pretrained(TOKENIZER_FOLDER)
 
 
-def caption_tokens(caption: str) -> list[int]:
-    """The tokens of a caption of any length, without start and end."""
+Words = Mapping[str, Sequence[int]]
+"""Word -> numbers of the tokens that stand for it: textual inversion's."""
+
+
+def caption_tokens(caption: str, words: Words | None = None) -> list[int]:
+    """The tokens of a caption of any length, without start and end; each of `words` (or `embedding:word`) has its own."""
+    if words:
+        longest_first = sorted(words, key=len, reverse=True)
+        names = "|".join(re.escape(word) for word in longest_first)
+        pieces = re.split(rf"(?<!\w)(?:embedding:)?({names})(?!\w)", caption, flags=re.IGNORECASE)
+        by_name = {word.lower(): tokens for word, tokens in words.items()}
+        # Every other piece is a word, the rest lie between.
+        tokens = [by_name[piece.lower()] if index % 2 else caption_tokens(piece) for index, piece in enumerate(pieces)]
+        return [token for part in tokens for token in part]
     return load_tokenizer()(caption, add_special_tokens=False, truncation=False, verbose=False).input_ids
 
 
-def chunk_count(captions: Sequence[str]) -> int:
+def chunk_count(captions: Sequence[str], words: Words | None = None) -> int:
     """How many chunks of 75 tokens the longest caption needs, at least 1."""
-    longest = max((len(caption_tokens(caption)) for caption in captions), default=0)
+    longest = max((len(caption_tokens(caption, words)) for caption in captions), default=0)
     return max(1, -(-longest // CHUNK_TOKENS))
 
 
-def token_chunks(captions: Sequence[str], chunks: int, padding: int) -> Tensor:
-    """(captions, chunks, 77) token numbers; each chunk has its own start and end and is filled with `padding`."""
+def token_chunks(captions: Sequence[str], chunks: int, padding: int, words: Words | None = None) -> Tensor:
+    """(captions, chunks, 77) token numbers; each chunk has its own start and end and is filled with `padding`.
+
+    More chunks where the vectors of `words` need them.
+    """
+    if words:
+        chunks = max(chunks, chunk_count(captions, words))
     result = torch.full((len(captions), chunks, CHUNK_TOKENS + 2), padding)
     for row, caption in enumerate(captions):
-        tokens = caption_tokens(caption)
+        tokens = caption_tokens(caption, words)
         for chunk in range(chunks):
             part = tokens[chunk * CHUNK_TOKENS : (chunk + 1) * CHUNK_TOKENS]
             result[row, chunk, : len(part) + 2] = torch.tensor([START, *part, END])
     return result
+
+
+_TOKEN_EMBEDDING = "text_model.embeddings.token_embedding"
+
+
+class WordEmbedding(nn.Module):
+    """CLIP's table of token vectors, with the vectors of new words behind its end."""
+
+    def __init__(self, table: nn.Embedding):
+        super().__init__()
+        self.table = table
+        self.words: list[str] = []
+        self.vectors = nn.ParameterList()
+        """Of each word, (vectors, width)."""
+        self.enabled = True
+
+    def tokens(self) -> Words:
+        """Word -> its token numbers, which go on from the table's; none while it is not enabled."""
+        found, first = {}, len(self.table.weight)
+        for word, vectors in zip(self.words, self.vectors, strict=True) if self.enabled else ():
+            found[word] = range(first, first + len(vectors))
+            first += len(vectors)
+        return found
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        known = len(self.table.weight)
+        looked_up = self.table(tokens.clamp(max=known - 1))
+        if not self.words:
+            return looked_up
+        new = torch.cat(list(self.vectors)).to(looked_up.dtype)
+        return torch.where((tokens >= known)[..., None], new[(tokens - known).clamp(min=0)], looked_up)
+
+
+def token_table(encoder: nn.Module) -> nn.Module:
+    """The encoder's nn.Embedding of tokens, or the WordEmbedding in its place."""
+    return encoder.get_submodule(_TOKEN_EMBEDDING)
+
+
+def words_of(encoder: nn.Module) -> Words:
+    """The new words that an encoder knows, with their tokens."""
+    table = token_table(encoder)
+    return table.tokens() if isinstance(table, WordEmbedding) else {}
+
+
+def add_word(encoder: nn.Module, word: str, vectors: Tensor) -> nn.Parameter:
+    """Teaches the encoder a word, which captions then name; its vectors (vectors, width), float32, as they are used."""
+    table = token_table(encoder)
+    if not isinstance(table, WordEmbedding):
+        assert isinstance(table, nn.Embedding)
+        table = WordEmbedding(table)
+        replace_module(encoder, _TOKEN_EMBEDDING, table)
+    parameter = nn.Parameter(vectors.detach().float().to(table.table.weight.device, copy=True), requires_grad=False)
+    table.words.append(word)
+    table.vectors.append(parameter)
+    return parameter
+
+
+def remove_words(encoder: nn.Module) -> None:
+    """Undoes every `add_word`."""
+    table = token_table(encoder)
+    if isinstance(table, WordEmbedding):
+        replace_module(encoder, _TOKEN_EMBEDDING, table.table)
 
 
 def encode_chunks(encoder: nn.Module, tokens: Tensor, layer: int, final_norm: bool) -> tuple[Tensor, Any]:

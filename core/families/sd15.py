@@ -35,8 +35,9 @@ def build(part: str, config: dict[str, Any]) -> nn.Module:
 def encode_text(
     encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
 ) -> Conditioning:
-    tokens = clip.token_chunks(captions, chunks, padding=clip.END)
-    states, _ = clip.encode_chunks(encoders["text_encoder"], tokens, layer=clip_skip, final_norm=True)
+    encoder = encoders["text_encoder"]
+    tokens = clip.token_chunks(captions, chunks, clip.END, clip.words_of(encoder))
+    states, _ = clip.encode_chunks(encoder, tokens, layer=clip_skip, final_norm=True)
     return {"context": states}
 
 

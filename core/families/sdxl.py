@@ -37,12 +37,12 @@ def encode_text(
     encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
 ) -> Conditioning:
     # SDXL was trained on the layer before the last of both encoders, whatever the clip skip; the second is padded with 0.
-    first, _ = clip.encode_chunks(
-        encoders["text_encoder"], clip.token_chunks(captions, chunks, padding=clip.END), layer=2, final_norm=False
-    )
-    tokens = clip.token_chunks(captions, chunks, padding=0)
-    second, output = clip.encode_chunks(encoders["text_encoder_2"], tokens, layer=2, final_norm=False)
-    pooled = output.text_embeds.reshape(len(captions), chunks, -1)[:, 0]
+    of_first, of_second = encoders["text_encoder"], encoders["text_encoder_2"]
+    tokens = clip.token_chunks(captions, chunks, clip.END, clip.words_of(of_first))
+    first, _ = clip.encode_chunks(of_first, tokens, layer=2, final_norm=False)
+    tokens = clip.token_chunks(captions, chunks, 0, clip.words_of(of_second))
+    second, output = clip.encode_chunks(of_second, tokens, layer=2, final_norm=False)
+    pooled = output.text_embeds.reshape(len(captions), tokens.shape[1], -1)[:, 0]
     return {"context": torch.cat([first, second], dim=-1), "pooled": pooled}
 
 

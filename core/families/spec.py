@@ -147,6 +147,12 @@ class FamilySpec:
     """Names that its LoRA files are written with: those that most programs load."""
 
 
+def replace_module(network: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts `module` in the place of the one at the path."""
+    parent, _, name = path.rpartition(".")
+    setattr(network.get_submodule(parent), name, module)
+
+
 def materialise(
     module: nn.Module, tensors: Mapping[str, Tensor], what: str, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from .family import FamilyKeys, Fusion, ModuleId, Place, Sign
 from .flux import CHROMA, FLUX1, FLUX2
 from .lumina import LUMINA2, ZIMAGE
-from .names import NamedTensor, bundled_embedding, parse_key
+from .names import EMBEDDING_KEYS, NamedTensor, bundled_embedding, parse_key
 from .qwen import QWEN_IMAGE
 from .readers import READERS, not_loaded
 from .sd3 import SD3
@@ -36,6 +36,7 @@ def families_of(modules: Iterable[tuple[str, str, tuple[int, ...] | None]]) -> l
 
 
 __all__ = [
+    "EMBEDDING_KEYS",
     "FAMILIES",
     "READERS",
     "FamilyKeys",

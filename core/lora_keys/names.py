@@ -118,6 +118,10 @@ def parse_key(key: str) -> NamedTensor | None:
     return NamedTensor(module_name, role, scheme, part, path)
 
 
+EMBEDDING_KEYS = ("emb_params", "clip_l", "clip_g")
+"""Tensors of a file that is a textual-inversion embedding and nothing else."""
+
+
 def bundled_embedding(key: str) -> str | None:
     """The name of the textual-inversion embedding that `key` of a LoRA file belongs to, None: it belongs to none."""
     return key.split(".")[1] if key.startswith("bundle_emb.") and key.count(".") >= 2 else None

@@ -6,6 +6,7 @@ from importlib import import_module
 from torch import nn
 
 from ..adapters import Adapter, Method
+from ..base import Base
 from ..config import METHOD_NAMES, TrainConfig
 from ..families.spec import FamilySpec
 from ..lora_file import LoraFile
@@ -25,3 +26,8 @@ def attach(
 def trains_text(config: TrainConfig) -> bool:
     """Whether the text is encoded anew in each step: there is no conditioning to compute beforehand then."""
     return METHODS[config.method].trains_text(config)
+
+
+def files_beside(file: LoraFile, base: Base, config: TrainConfig) -> Mapping[str, LoraFile]:
+    """What is written beside the trained file: addition to its name -> file."""
+    return METHODS[config.method].beside(file, base, config)

@@ -16,7 +16,7 @@ from ..adapters import Adapter, Method, target_modules
 from ..base import Base
 from ..config import TrainConfig
 from ..errors import LoraMisfit
-from ..families.spec import FamilySpec
+from ..families.spec import FamilySpec, replace_module
 from ..lora_file import LoraFile, LoraModule, name_kinds
 from ..lora_keys import ModuleId
 from .lora import LoraAdapter
@@ -127,7 +127,7 @@ def attach(
             networks[part].get_submodule(path), weight,  # pyright: ignore
             parameters[f"{part}.{path}.down"], parameters[f"{part}.{path}.up"], modules[part, path].scale,
         )  # fmt: skip
-        networks[part].set_submodule(path, layers[part, path])
+        replace_module(networks[part], path, layers[part, path])
     dora = DoraAdapter(networks, adapter, layers)
     if continue_from is not None:
         dora.load(continue_from)

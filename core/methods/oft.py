@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..adapters import Method, target_modules
 from ..config import TrainConfig
 from ..errors import BadConfig
-from ..families.spec import FamilySpec
+from ..families.spec import FamilySpec, replace_module
 from ..kind_adapter import KindAdapter
 from ..lora_file import LoraFile
 
@@ -63,7 +63,7 @@ def attach(
         if size == 1:
             raise BadConfig(f"rank = {rank}: {path} has {rows} rows, which no block of 2 to {rank} divides evenly")
         layers[part, path] = RotatedLayer(layer, size)
-        networks[part].set_submodule(path, layers[part, path])
+        replace_module(networks[part], path, layers[part, path])
     # Alpha is no scale in this kind but a bound on the rotation; 0 is none.
     adapter = KindAdapter(
         networks, "oft", layers, lambda layer: {"oft_blocks": layer.oft_blocks},  # pyright: ignore
@@ -73,4 +73,4 @@ def attach(
     return adapter
 
 
-METHOD = Method("OFT, blocks of rows are rotated (arXiv:2306.07280)", attach)
+METHOD = Method("OFT, blocks of rows are rotated (arXiv:2306.07280)", attach, rate_factor=0.3)

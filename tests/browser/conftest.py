@@ -5,7 +5,7 @@ are then generated ones, since no photo of a person may be seen in them.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -97,10 +97,21 @@ def either_page(request, browser, server) -> Iterator[ComfyPage]:
     """A page that draws its nodes on the canvas, and one that makes elements of them (the setting "Nodes 2.0")."""
     server.post("/settings/Comfy.VueNodes.Enabled", request.param == "nodes-2")
     page = ComfyPage(browser, server)
-    page.design = request.param
     page.clear()
     yield page
     page.close()
+    server.post("/settings/Comfy.VueNodes.Enabled", False)
+
+
+@pytest.fixture
+def nodes_2(page, server) -> Iterator[Callable[[], None]]:
+    """Lets the open page have its nodes drawn as elements (the setting "Nodes 2.0"), until the test is over."""
+
+    def change() -> None:
+        server.post("/settings/Comfy.VueNodes.Enabled", True)
+        page.reload()
+
+    yield change
     server.post("/settings/Comfy.VueNodes.Enabled", False)
 
 

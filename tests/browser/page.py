@@ -57,7 +57,6 @@ class ComfyPage:
     def __init__(self, browser: Browser, server: ComfyServer, address: str = "/"):
         self.server = server
         self.problems: list[str] = []
-        self.design = "classic"
         self._page = browser.new_context(viewport=SIZE).new_page()  # pyright: ignore
         self._page.on("console", self._heard)
         self._page.on("pageerror", lambda error: self.problems.append(f"page error: {error}"))
@@ -81,7 +80,7 @@ class ComfyPage:
         self.wait_until_ready()
         self.problems.clear()
 
-    def wait_for(self, condition: str, seconds: float = 60) -> None:
+    def wait_for(self, condition: str, seconds: float = 120) -> None:
         """Until a function in the page returns something true."""
         self._page.wait_for_function(condition, timeout=1000 * seconds)
 

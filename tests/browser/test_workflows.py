@@ -20,7 +20,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "KSampler": {"steps": 2},
 }
 SHOWN = QUICK | {
-    "FaceLoRATrain": {"resolution": 64, "steps": 12, "samples": 1},
+    "FaceLoRATrain": {"resolution": 64, "steps": 8, "samples": 1},
     "FaceLoRAStylePack": {"count": 3, "resolution": 144},
     "KSampler": {"steps": 12, "cfg": 2.5},
 }

@@ -14,11 +14,10 @@ from tests.tooling import RandomTensors
 
 from .setup_comfyui import COMFYUI, PYTHON
 
-# The one VAE that ComfyUI knows, with 16 channels in its latents.
+# The widths at which ComfyUI knows such a VAE.
 KL = {
     "block_out_channels": (128, 256, 512, 512), "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_block": 2, "latent_channels": 16,
-    "use_quant_conv": False, "use_post_quant_conv": False,
+    "up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_block": 2,
 }  # fmt: skip
 
 
@@ -43,17 +42,21 @@ def write_denoisers(folder: Path, names: dict[str, str]) -> None:
 
 
 def write_vae(path: Path) -> None:
-    """A VAE with random weights, under the names that FLUX.1's has."""
+    """A VAE with random weights, under original names: FLUX.1's, which Z-Image has too, or, by the file's name, FLUX.2's."""
+    flux2 = path.name.startswith("flux2")
+    config = KL | {"latent_channels": 32 if flux2 else 16, "use_quant_conv": flux2, "use_post_quant_conv": flux2}
     path.parent.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
-        state = FAMILIES["flux1"].build("vae", {**KL, "scaling_factor": 0.3611, "shift_factor": 0.1159}).state_dict()
+        state = FAMILIES["flux1"].build("vae", config).state_dict()
     shapes = {}
     for name, tensor in state.items():
         path_of = ldm_vae_path(name, len(KL["block_out_channels"]))
         size = tuple(tensor.shape)
         shapes[path_of] = (*size, 1, 1) if ".attn_1." in path_of and len(size) == 2 else size
     draw = RandomTensors(shapes, torch.float16, seed=1)
-    write_safetensors(path, draw.layout, draw)
+    norm = dict.fromkeys(("bn.running_mean", "bn.running_var"), torch.ones(128)) if flux2 else {}
+    layout = draw.layout | {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in norm.items()}
+    write_safetensors(path, layout, lambda name: norm[name] if name in norm else draw(name))
 
 
 def write_text_encoders(folder: Path, names: Sequence[str]) -> None:

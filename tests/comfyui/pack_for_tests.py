@@ -5,8 +5,10 @@
 import sys
 from types import SimpleNamespace
 
+import comfy.model_detection
 import comfy.model_management
 import comfy.sd
+import comfy.supported_models
 import comfy.text_encoders.flux
 import comfy.text_encoders.z_image
 import torch
@@ -31,6 +33,24 @@ class PartlyLoaded:
 
 
 NODE_CLASS_MAPPINGS = {"TestPartlyLoaded": PartlyLoaded}
+
+# ComfyUI takes what is 3840 wide for a Z-Image; this is the narrow one of model_writer.py.
+SMALL_ZIMAGE = {
+    "dim": 1152, "n_heads": 9, "n_kv_heads": 9, "n_refiner_layers": 1, "axes_dims": [32, 48, 48],
+    "axes_lens": [1536, 512, 512], "rope_theta": 256.0, "ffn_dim_multiplier": 8 / 3, "z_image_modulation": True,
+    "time_scale": 1000.0, "pad_tokens_multiple": 32,
+}  # fmt: skip
+detect = comfy.model_detection.detect_unet_config
+
+
+def detect_also_small(*arguments, **options):
+    config = detect(*arguments, **options)
+    is_small = config is not None and config.get("dim") == SMALL_ZIMAGE["dim"]
+    return config | SMALL_ZIMAGE if is_small else config
+
+
+comfy.model_detection.detect_unet_config = detect_also_small
+comfy.supported_models.ZImage.unet_config = {"image_model": "lumina2", "dim": SMALL_ZIMAGE["dim"]}
 
 # The text encoders of the diffusion transformers have billions of parameters, and ComfyUI knows them by their sizes. Here
 # its loaders build them narrow, with random weights, whatever is in the file; tokenizers and everything else are its own.

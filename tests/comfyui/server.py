@@ -53,21 +53,15 @@ class ComfyServer:
         return self._log_path.read_bytes()[start:].decode("utf-8", "replace")
 
     def get(self, path: str) -> Any:
-        with urllib.request.urlopen(self.url + path, timeout=60) as response:
-            return json.loads(response.read())
+        return json.loads(self.read(path))
 
     def read(self, path: str) -> bytes:
-        with urllib.request.urlopen(self.url + path, timeout=60) as response:
-            return response.read()
+        return self._answer(path)
 
     def post(self, path: str, body: Any) -> Any:
         """The answer's JSON, also of a refusal."""
-        request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
         try:
-            with urllib.request.urlopen(request, timeout=60) as response:
-                answer = response.read()
+            answer = self._answer(path, json.dumps(body).encode(), "application/json")
         except urllib.error.HTTPError as error:
             answer = error.read()
         return json.loads(answer) if answer else None
@@ -77,9 +71,18 @@ class ComfyServer:
         boundary = uuid.uuid4().hex
         head = f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n\r\n'
         body = head.encode() + file.read_bytes() + f"\r\n--{boundary}--\r\n".encode()
-        kind = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
-        with urllib.request.urlopen(urllib.request.Request(self.url + "/upload/image", body, kind)) as response:
-            return json.loads(response.read())["name"]
+        return json.loads(self._answer("/upload/image", body, f"multipart/form-data; boundary={boundary}"))["name"]
+
+    def _answer(self, path: str, body: bytes | None = None, kind: str = "") -> bytes:
+        request = urllib.request.Request(self.url + path, body, {"Content-Type": kind} if kind else {})
+        try:
+            with urllib.request.urlopen(request, timeout=120) as response:
+                return response.read()
+        except urllib.error.HTTPError:
+            raise
+        except OSError:
+            assert self.process.poll() is None, f"the server is gone:\n{self.log()[-4000:]}"
+            raise
 
     def queue(self, graph: Graph) -> str:
         """The id of the queued prompt."""
@@ -93,11 +96,11 @@ class ComfyServer:
         assert "prompt_id" not in answer, "the graph was accepted"
         return json.dumps(answer, ensure_ascii=False)
 
-    def run(self, graph: Graph, seconds: float = 240) -> Result:
+    def run(self, graph: Graph, seconds: float = 600) -> Result:
         mark, started = len(self._log_path.read_bytes()), time.monotonic()
         return self.wait(self.queue(graph), seconds, mark, started)
 
-    def wait(self, prompt_id: str, seconds: float = 240, mark: int = 0, started: float | None = None) -> Result:
+    def wait(self, prompt_id: str, seconds: float = 600, mark: int = 0, started: float | None = None) -> Result:
         started = started or time.monotonic()
         while time.monotonic() - started < seconds:
             history = self.get(f"/history/{prompt_id}")
@@ -107,7 +110,7 @@ class ComfyServer:
             time.sleep(0.05)
         raise TimeoutError(f"{prompt_id} is not done after {seconds} s:\n{self.log()[-4000:]}")
 
-    def wait_for_log(self, text: str, mark: int, seconds: float = 120) -> None:
+    def wait_for_log(self, text: str, mark: int, seconds: float = 300) -> None:
         end = time.monotonic() + seconds
         while text not in self.log(mark):
             assert time.monotonic() < end, f"{text!r} was not logged:\n{self.log(mark)[-4000:]}"
@@ -171,7 +174,7 @@ def running_server(folder: Path, *options: str, pack_name: str = "ComfyUI-FaceLo
             server.kill()
 
 
-def _wait_until_ready(server: ComfyServer, seconds: float = 180) -> None:
+def _wait_until_ready(server: ComfyServer, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         assert server.process.poll() is None, f"the server did not start:\n{server.log()[-4000:]}"

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+import core.families
 from core.lora_file import LoraFile
 
 from .flow_files import write_denoisers, write_text_encoders, write_vae
@@ -17,14 +18,16 @@ CLIPS: dict[str, Node] = {
     "flux2": node("CLIPLoader", clip_name="qwen_3_4b.safetensors", type="flux2"),
     "zimage": node("CLIPLoader", clip_name="qwen_3_4b.safetensors", type="lumina2"),
 }
-FAMILIES = ["flux1"]
+VAES = {"flux1": "ae.safetensors", "flux2": "flux2-vae.safetensors", "zimage": "ae.safetensors"}
+FAMILIES = [family for family in CLIPS if family in core.families.FAMILIES]
 
 
 @pytest.fixture(scope="module")
 def models(comfy_folder):
     folder = comfy_folder / "models"
     write_denoisers(folder / "diffusion_models", {family: f"{family}.safetensors" for family in FAMILIES})
-    write_vae(folder / "vae" / "ae.safetensors")
+    for name in set(VAES.values()):
+        write_vae(folder / "vae" / name)
     write_text_encoders(
         folder / "text_encoders", ["clip_l.safetensors", "t5xxl_fp16.safetensors", "qwen_3_4b.safetensors"]
     )
@@ -34,16 +37,16 @@ def loaders(family: str) -> dict[str, Node]:
     return {
         "unet": node("UNETLoader", unet_name=f"{family}.safetensors", weight_dtype="default"),
         "clip": CLIPS[family],
-        "vae": node("VAELoader", vae_name="ae.safetensors"),
+        "vae": node("VAELoader", vae_name=VAES[family]),
     }
 
 
 LINKS: dict[str, Any] = {"model": ["unet", 0], "clip": ["clip", 0], "vae": ["vae", 0]}
 
 
-def picture(model: list) -> dict[str, Node]:
+def picture(family: str, model: list) -> dict[str, Node]:
     graph = drawing(model, ["clip", 0], ["vae", 0])
-    graph["empty"]["class_type"] = "EmptySD3LatentImage"
+    graph["empty"]["class_type"] = "EmptyFlux2LatentImage" if family == "flux2" else "EmptySD3LatentImage"
     return graph
 
 
@@ -60,14 +63,14 @@ def test_photos_become_a_lora_that_comfyui_loads_whole_and_that_changes_the_pict
     train = training(name=name, steps=3, settings="sample_steps = 2", samples=1, **LINKS) | loaders(family)
     apply = node("FaceLoRAApply", model=["unet", 0], lora=["train", 0], lora_name="(the connected LoRA)",
                  strength_model=1.0, strength_clip=1.0)  # fmt: skip
-    result = server.run(train | {"apply": apply} | picture(["apply", 0]))
+    result = server.run(train | {"apply": apply} | picture(family, ["apply", 0]))
     assert result.status == "success", result.error + result.log
     lora = LoraFile.read(server.folder / "models" / "loras" / f"{name}.safetensors")
     assert lora.family == family
     assert lora.metadata["ss_sd_model_name"] == f"{family}.safetensors"
 
     theirs = node("LoraLoaderModelOnly", model=["unet", 0], lora_name=f"{name}.safetensors", strength_model=1.0)
-    by_comfyui = server.run(loaders(family) | {"theirs": theirs} | picture(["theirs", 0]))
+    by_comfyui = server.run(loaders(family) | {"theirs": theirs} | picture(family, ["theirs", 0]))
     assert "not loaded" not in by_comfyui.log and "ERROR" not in by_comfyui.log
-    plain = server.run(loaders(family) | picture(["unet", 0]))
+    plain = server.run(loaders(family) | picture(family, ["unet", 0]))
     assert server.drawn(by_comfyui).tobytes() == server.drawn(result).tobytes() != server.drawn(plain).tobytes()

@@ -153,7 +153,7 @@ def training_state(server) -> dict:
     return server.get("/facelora/training").get("train", {})
 
 
-def wait_for(condition, what: str, seconds: float = 180) -> None:
+def wait_for(condition, what: str, seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"waited in vain for {what}"

@@ -1,0 +1,142 @@
+"""Full DreamBooth (arXiv:2208.12242): every weight of the denoiser is trained, and of the text encoders if they have a rate.
+
+The result is a checkpoint in the original naming, as ComfyUI loads it; beside it, the same change as a LoRA.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import Adapter, Method, target_modules
+from ..base import Base, load_base
+from ..config import TrainConfig
+from ..errors import BadConfig, LoraMisfit, OutOfMemory
+from ..families.spec import FamilySpec
+from ..lora_file import LoraFile, LoraModule
+from ..lora_keys import ModuleId
+from ..lora_tools import factorise
+from ..original_checkpoint import ORIGINAL_FAMILIES, original_tensors
+
+OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2.0, "adafactor": 0.1, "prodigy": 16.0}
+"""What an optimizer keeps of each trained number."""
+_PLAIN_BYTES = 8
+"""A float32 weight and its gradient."""
+_GIB = 2**30
+
+
+@dataclass(frozen=True, eq=False)
+class FullAdapter(Adapter):
+    """The networks' own weights, with the frozen ones kept beside them."""
+
+    networks: Mapping[str, nn.Module]
+    originals: Mapping[str, Tensor]
+    """Name of a parameter -> what it was; on the CPU in float32 these are the base's own memory."""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {
+            f"{part}.{name}": parameter
+            for part, network in self.networks.items()
+            for name, parameter in network.named_parameters()
+        }
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        parameters = self.parameters()
+        trained = {name: parameter.data for name, parameter in parameters.items()}
+        for name, parameter in parameters.items():
+            parameter.data = self.originals[name]
+        try:
+            yield
+        finally:
+            for name, parameter in parameters.items():
+                parameter.data = trained[name]
+
+    def export(self, values: Mapping[str, Tensor], base: Base, metadata: Mapping[str, str]) -> LoraFile:
+        parts = {part: dict(component.tensors) for part, component in base.components.items()}
+        for name, value in values.items():
+            part, _, path = name.partition(".")
+            parts[part][path] = value.detach().float().cpu().clone()
+        kept = {key: value for key, value in metadata.items() if not key.startswith("ss_network_")}
+        kept["modelspec.architecture"] = base.family.architecture
+        return Checkpoint(base.family.name, kept, original_tensors(base, parts))
+
+
+class Checkpoint(LoraFile):
+    """A whole base model in the original naming: it goes the way to the disk that LoRA files go."""
+
+
+def attach(
+    networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
+) -> FullAdapter:
+    """A FullAdapter. OutOfMemory, before anything is copied, when it would not fit; BadConfig for what it does not have."""
+    if family.name not in ORIGINAL_FAMILIES:
+        raise BadConfig(f"method 'dreambooth': no checkpoint of {family.title} can be written; use 'lora'")
+    if continue_from is not None:
+        raise LoraMisfit(f"{continue_from.name}: method 'dreambooth' goes on from a checkpoint: give it as the base")
+    if config.dropout or config.rslora:
+        raise BadConfig("dropout and rslora: method 'dreambooth' has none; they are for 'lora' and 'dora'")
+    parameters = [parameter for network in networks.values() for parameter in network.parameters()]
+    check_memory(sum(parameter.numel() for parameter in parameters), config, free_memory(parameters[0].device))
+    adapter = FullAdapter(networks, {})
+    originals = {name: parameter.data for name, parameter in adapter.parameters().items()}
+    for parameter in parameters:
+        parameter.data = parameter.data.float().clone()
+        parameter.requires_grad_(True)
+    return FullAdapter(networks, originals)
+
+
+def check_memory(count: int, config: TrainConfig, free: float) -> None:
+    """OutOfMemory, with what would do, when `count` trained numbers need more than the `free` bytes."""
+
+    def needed(optimizer: str) -> float:
+        return count * (_PLAIN_BYTES + OPTIMIZER_BYTES[optimizer] + (4 if config.ema_decay else 0))
+
+    if needed(config.optimizer) <= free:
+        return
+    smaller = [name for name in ("adamw8bit", "adafactor") if needed(name) <= free]
+    advice = f"optimizer {smaller[0]} needs {needed(smaller[0]) / _GIB:.1f} GiB, or " if smaller else ""
+    raise OutOfMemory(
+        f"method 'dreambooth' needs {needed(config.optimizer) / _GIB:.1f} GiB for {count / 1e6:.0f} million weights, their "
+        f"gradients and {config.optimizer}, {free / _GIB:.1f} GiB are free; {advice}method 'lora' trains a hundredth of it"
+    )
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that a device has left; infinity where nobody says."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    if device.type == "cpu" and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        try:
+            with open("/proc/meminfo", encoding="ascii") as file:
+                return 1024.0 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
+        except (OSError, StopIteration):
+            return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+    return float("inf")
+
+
+def beside(file: LoraFile, base: Base, config: TrainConfig) -> dict[str, LoraFile]:
+    """The change of the layers that a LoRA with convolutions has, at the settings' rank; norms and biases are left out."""
+    trained = load_base(file.tensors).components
+    networks = {}
+    for part in ("denoiser", *(base.family.text_encoders if config.text_encoder_lr else ())):
+        with torch.device("meta"):
+            networks[part] = base.family.build(part, base.components[part].config)
+    modules: dict[ModuleId, LoraModule] = {}
+    for (part, path), (rank, _) in target_modules(
+        base.family, replace(config, targets="transformer+conv"), networks
+    ).items():
+        before, after = (parts[part].tensors[f"{path}.weight"].float() for parts in (base.components, trained))
+        if (change := after - before).any():
+            down, up, _ = factorise(change, rank, path)
+            modules[part, path] = LoraModule(down, up, float(rank))
+    metadata = file.metadata | {"modelspec.architecture": f"{base.family.architecture}/lora"}
+    return {"lora": LoraFile.from_modules(base.family.name, modules, metadata)}
+
+
+METHOD = Method(
+    "DreamBooth: all weights (arXiv:2208.12242)", attach, beside=beside, makes="checkpoint", rate_factor=0.1
+)

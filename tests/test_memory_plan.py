@@ -1,0 +1,220 @@
+"""core/memory_plan.py: what a step needs is known beforehand, and a run that has less goes on with less."""
+
+import ctypes
+import gc
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from core import bench
+from core.base import Base, load_base
+from core.config import TrainConfig
+from core.eight_bit import EightBitConv2d, EightBitLinear, narrow_weights, narrowed, widened
+from core.errors import OutOfMemory
+from core.memory_plan import PLANS, MemoryCount, MemoryPlan, blocks_of
+from core.training import Run, predicted_memory, train_lora
+from tests.tooling import encoded_cache, encoded_image
+
+CPU = torch.device("cpu")
+CONFIG = TrainConfig(rank=4, learning_rate=1e-3, precision="fp32", steps=4)
+OFFLOADED = MemoryPlan("everything", offload=True)
+
+
+@pytest.fixture(scope="module")
+def base(small_sd15) -> Base:
+    return load_base(small_sd15)
+
+
+@pytest.fixture(scope="module")
+def cache(base):
+    return encoded_cache(base, [encoded_image(base, f"{seed}.png", "a photo of sks person", seed) for seed in range(3)])
+
+
+def resident_set(field: str) -> int:
+    found = re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+def measured_memory(base: Base, cache, config: TrainConfig, plan: MemoryPlan) -> int:
+    """Bytes that two steps take at most, beside the weights that are there already."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = resident_set("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    run = Run(cache, base, config, CPU, plan=plan)
+    for _ in range(2):
+        run.train_step()
+    return resident_set("VmHWM") - before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "sizes"), [("sd15", (256, 320, 384)), ("sdxl", (256, 384, 512))])
+def test_the_prediction_is_within_15_percent_of_what_the_process_takes(family, sizes):
+    if not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        pytest.skip("the process's peak is only read on Linux")
+    channels = 128
+    weights = bench.random_base(family, channels, CPU, torch.float32)
+    held = sum(tensor.nbytes for tensor in weights.components["denoiser"].tensors.values())
+    for size in sizes:
+        config = TrainConfig(rank=16, resolution=size, batch_size=2, precision="fp32")
+        cache = bench.random_cache(weights, config)
+        for plan in PLANS[:3]:
+            predicted = predicted_memory(cache, weights, config, torch.float32, plan)
+            measured = held + measured_memory(weights, cache, config, plan)
+            assert predicted == pytest.approx(measured, rel=0.15), (size, str(plan))
+
+
+def test_what_lives_at_a_time_is_counted_and_what_is_gone_is_not():
+    there = torch.zeros(1000)
+    with MemoryCount() as count:
+        count.leave_out(there)
+        made = there + 1  # 4,000 bytes
+        made = there + 2  # while it is made, the first is still there
+        view = made.view(10, 100)
+    assert (count.peak, count.live) == (8000, 4000)
+    del made, view
+    assert count.live == 0
+
+
+def test_each_plan_needs_less_than_the_one_before(base, cache):
+    large = replace(cache.images[0], mean=torch.zeros(4, 64, 64), deviation=torch.zeros(4, 64, 64))
+    needs = [predicted_memory(replace(cache, images=(large,)), base, CONFIG, torch.float32, plan) for plan in PLANS]
+    assert needs == sorted(needs, reverse=True) and len(set(needs)) == len(PLANS)
+
+
+def test_a_small_limit_chooses_a_smaller_plan_which_trains_the_same(base, cache):
+    needs = [predicted_memory(cache, base, CONFIG, torch.float32, plan) for plan in PLANS[:3]]
+    warnings: list[str] = []
+    tight = replace(CONFIG, memory_limit=(needs[1] + needs[2]) / 2 / 2**30)
+    small = train_lora(cache, base, tight, device=CPU, on_warning=warnings.append)
+    assert len(warnings) == 1 and "everything recomputed" in warnings[0]
+    plain = train_lora(cache, base, CONFIG, device=CPU)
+    assert small.metadata["ss_gradient_checkpointing"] == "True" != plain.metadata["ss_gradient_checkpointing"]
+    assert small.metadata["ss_steps"] == plain.metadata["ss_steps"] == str(CONFIG.steps)
+    for name, tensor in plain.tensors.items():
+        torch.testing.assert_close(small.tensors[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_with_a_limit_that_nothing_fits_it_trains_with_the_smallest_plan_and_says_so(base, cache):
+    warnings: list[str] = []
+    lora = train_lora(cache, base, replace(CONFIG, memory_limit=0.001), device=CPU, on_warning=warnings.append)
+    assert "may still be too much" in warnings[0] and str(PLANS[-1]) in warnings[0]
+    assert lora.metadata["ss_steps"] == str(CONFIG.steps)
+
+
+class Full(torch.OutOfMemoryError):
+    pass
+
+
+def run_out_of_memory(monkeypatch, when) -> None:
+    """Has the denoiser's pass of a run fail as a GPU's allocator does, when `when(run)` says so."""
+    predict = Run._predict
+
+    def fail_or_predict(run, *arguments):
+        if when(run):
+            raise Full("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return predict(run, *arguments)
+
+    monkeypatch.setattr(Run, "_predict", fail_or_predict)
+
+
+def test_out_of_memory_in_a_step_it_goes_on_from_there_with_a_smaller_plan(base, cache, monkeypatch):
+    plain = train_lora(cache, base, CONFIG, device=CPU)
+    run_out_of_memory(monkeypatch, lambda run: run.step == 2 and run.memory.plan.recompute != "everything")
+    warnings: list[str] = []
+    steps: list[int] = []
+    lora = train_lora(
+        cache, base, CONFIG, device=CPU, on_warning=warnings.append, on_step=lambda report: steps.append(report.step)
+    )
+    assert steps == [1, 2, 3, 4]
+    assert [warning.split(":")[0] for warning in warnings] == ["out of memory in step 3"] * 2  # half, then everything
+    assert lora.tensors.keys() == plain.tensors.keys()
+    for name, tensor in plain.tensors.items():
+        torch.testing.assert_close(lora.tensors[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_when_no_plan_is_left_it_says_what_would_help(base, cache, monkeypatch):
+    run_out_of_memory(monkeypatch, lambda run: True)
+    with pytest.raises(OutOfMemory, match=r"step 1 does not fit .* batch_size 1"):
+        train_lora(cache, base, CONFIG, device=CPU)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(base, cache, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(Run, "_predict", fail)
+    with pytest.raises(RuntimeError, match="something else"):
+        train_lora(cache, base, CONFIG, device=CPU)
+
+
+def test_weights_that_come_block_by_block_train_the_same(base, cache):
+    plain, offloaded = (Run(cache, base, CONFIG, CPU, plan=plan) for plan in (MemoryPlan(), OFFLOADED))
+    for run in (plain, offloaded):
+        for _ in range(3):
+            run.train_step()
+    for name, parameter in plain.parameters.items():
+        torch.testing.assert_close(offloaded.parameters[name], parameter, rtol=1e-4, atol=1e-6)
+
+
+def test_between_steps_the_weights_of_blocks_are_at_home_again(base, cache):
+    run = Run(cache, base, CONFIG, CPU, plan=OFFLOADED)
+    before = {name: parameter.data_ptr() for name, parameter in run.denoiser.named_parameters()}
+    run.train_step()
+    assert {name: parameter.data_ptr() for name, parameter in run.denoiser.named_parameters()} == before
+
+
+def test_from_the_second_step_on_every_block_is_under_way_before_it_is_needed(base, cache, monkeypatch):
+    run = Run(cache, base, CONFIG, CPU, plan=OFFLOADED)
+    offload = run.memory._offload
+    assert offload
+    for _ in range(2):
+        run.train_step()
+    started, visits = [], []
+    start = offload._start
+    monkeypatch.setattr(offload, "_start", lambda block: started.append(block) or start(block))
+    for block in blocks_of(run.denoiser):
+        block.register_forward_pre_hook(lambda block, _: visits.append(block), prepend=True)
+    run.train_step()
+    assert set(visits) == set(blocks_of(run.denoiser)) and len(visits) > 1.8 * len(set(visits))  # twice: recomputed
+    assert len(started) == len(visits)  # none was fetched twice, or fetched and not used
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_a_layer_in_8_bits_computes_with_its_rounded_weight(kind):
+    frozen = (nn.Linear(300, 300) if kind == "linear" else nn.Conv2d(64, 128, 3, stride=2, padding=1)).requires_grad_(
+        False
+    )
+    network = nn.Sequential(frozen)
+    narrow_weights(network)
+    assert isinstance(network[0], EightBitLinear if kind == "linear" else EightBitConv2d)
+    rounded = widened(*narrowed(frozen.weight), torch.float32)
+    x = torch.randn((5, 300) if kind == "linear" else (2, 64, 9, 9), requires_grad=True)
+    again = x.detach().clone().requires_grad_()
+    plain = F.linear if kind == "linear" else lambda x, weight, bias: F.conv2d(x, weight, bias, 2, 1)
+    results = [network(x), plain(again, rounded, frozen.bias)]
+    torch.testing.assert_close(*results)
+    for result in results:
+        result.square().sum().backward()
+    torch.testing.assert_close(x.grad, again.grad)
+
+
+def test_8_bits_with_a_scale_for_each_output_lose_less_than_fp8():
+    weight = torch.randn(640, 640, generator=torch.Generator().manual_seed(1))
+    wide = widened(*narrowed(weight), torch.float32)
+    scale = weight.abs().amax(dim=1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+    fp8 = (weight / scale).to(torch.float8_e4m3fn).float() * scale
+    errors = [((rounded - weight).norm() / weight.norm()).item() for rounded in (wide, fp8)]
+    assert errors[0] < 0.01 < 0.02 < errors[1]
+
+
+def test_small_and_trained_layers_stay_as_they_are():
+    network = nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.Linear(300, 300))
+    narrow_weights(network)
+    assert all(type(layer) is nn.Linear for layer in network)

@@ -1,0 +1,142 @@
+"""Full DreamBooth: every weight, held to memory, written as a checkpoint that is read again, and as a LoRA."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from core.base import load_base
+from core.config import TrainConfig
+from core.errors import BadConfig, LoraMisfit, OutOfMemory
+from core.lora_file import LoraFile
+from core.methods import files_beside
+from core.methods.dreambooth import check_memory
+from core.safetensors_file import SafetensorsFile
+from core.training import Run, train_lora
+from tests.tooling import encoded_cache, encoded_image
+
+CPU = torch.device("cpu")
+CONFIG = TrainConfig(method="dreambooth", rank=8, min_snr_gamma=0.0, precision="fp32", learning_rate=1e-3, steps=3)
+
+
+@pytest.fixture(scope="module")
+def bases(small_sd15, small_sdxl):
+    return {"sd15": load_base(small_sd15), "sdxl": load_base(small_sdxl)}
+
+
+@pytest.fixture(scope="module")
+def caches(bases):
+    return {
+        name: encoded_cache(base, [encoded_image(base, f"{i}.png", "a photo of sks person", i) for i in (1, 2)])
+        for name, base in bases.items()
+    }
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_a_step_is_one_of_adamw_on_all_weights_of_diffusers_network(bases, caches, family):
+    base = bases[family]
+    run = Run(caches[family], base, replace(CONFIG, weight_decay=0.1), CPU)
+    images = [run.images[index] for index in run.batches.at(0)]
+    _, noise, noisy, timesteps = run._noised(images, run._generator("noise", 0))
+    text = run._conditioning(images, [image.caption for image in images])
+    run.train_step()
+    unet = base.load("denoiser", CPU, torch.float32)
+    for parameter in unet.parameters():
+        parameter.data = parameter.data.clone()
+    unet.requires_grad_(True)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3, weight_decay=0.1, foreach=False, fused=False)
+    extra = (
+        {"added_cond_kwargs": {"text_embeds": text["pooled"], "time_ids": text["time_ids"]}} if family == "sdxl" else {}
+    )
+    loss = F.mse_loss(unet(noisy, timesteps, encoder_hidden_states=text["context"], **extra).sample, noise)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+    optimizer.step()
+    assert run.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert run.parameters.keys() == {f"denoiser.{name}" for name, _ in unet.named_parameters()}
+    for name, parameter in unet.named_parameters():
+        torch.testing.assert_close(run.parameters[f"denoiser.{name}"], parameter, rtol=1e-4, atol=1e-5)
+
+
+def test_the_base_itself_stays_as_it_is_and_disabled_is_the_frozen_network(bases, caches):
+    base = bases["sd15"]
+    before = {name: tensor.clone() for name, tensor in base.components["denoiser"].tensors.items()}
+    run = Run(caches["sd15"], base, CONFIG, CPU)
+    run.train_step()
+    for name, tensor in base.components["denoiser"].tensors.items():
+        assert torch.equal(tensor, before[name])
+        assert not torch.equal(run.parameters[f"denoiser.{name}"], tensor) or not tensor.any()
+        with run.adapter.disabled():
+            assert torch.equal(run.parameters[f"denoiser.{name}"], tensor)
+
+
+def test_prior_prediction_holds_the_class_to_the_frozen_weights(bases, caches):
+    run = Run(caches["sd15"], bases["sd15"], replace(CONFIG, prior_prediction=1.0), CPU)
+    prior, _ = run._losses(0)
+    assert prior.item() == 0
+    run.train_step()
+    assert next(iter(run._losses(1))).item() > 0
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_the_checkpoint_has_the_names_and_shapes_of_its_base_and_the_trained_weights(bases, caches, family, tmp_path):
+    base = bases[family]
+    config = replace(CONFIG, text_encoder_lr=1e-3)
+    run = Run(caches[family], base, config, CPU)
+    run.train_step()
+    run.adapter.export(run.parameters, base, {}).save(tmp_path / "tuned.safetensors", torch.float32)
+    tuned, original = SafetensorsFile.open(tmp_path / "tuned.safetensors"), base.file
+    assert original is not None
+    assert tuned.shapes == original.shapes
+    for name, value in run.parameters.items():
+        part, _, path = name.partition(".")
+        assert torch.equal(load_base(tmp_path / "tuned.safetensors").components[part].tensors[path], value)
+    vae = [name for name in original if name.startswith("first_stage_model.")]
+    assert vae and all(torch.equal(tuned[name], original[name]) for name in vae)
+
+
+def test_the_lora_beside_it_has_the_same_change_where_its_rank_is_enough(bases, caches, tmp_path):
+    base = bases["sd15"]
+    run = Run(caches["sd15"], base, replace(CONFIG, rank=32), CPU)
+    run.train_step()
+    tuned = run.adapter.export(run.parameters, base, {"ss_base_model_version": "sd_v1"})
+    files_beside(tuned, base, run.config)["lora"].save(tmp_path / "lora.safetensors", torch.float32)
+    modules = LoraFile.read(tmp_path / "lora.safetensors").modules()
+    tensors = base.components["denoiser"].tensors
+    whole = [module for module, lora in modules.items() if min(lora.down[0].numel(), lora.up.shape[0]) <= 32]
+    assert whole
+    for module in whole:
+        change = run.parameters[f"denoiser.{module[1]}.weight"].detach() - tensors[f"{module[1]}.weight"]
+        assert (modules[module].delta().reshape(change.shape) - change).norm() < 1e-3 * change.norm()
+
+
+def test_what_memory_cannot_hold_is_refused_with_what_would_do():
+    sdxl = 2_567_463_684  # weights of SDXL's UNet
+    check_memory(sdxl, CONFIG, free=40 * 2**30)
+    with pytest.raises(OutOfMemory, match=r"needs 38\.3 GiB for 2567 million weights.*24\.0 GiB are free; optimizer "
+                       r"adamw8bit needs 23\.9 GiB, or method 'lora'"):  # fmt: skip
+        check_memory(sdxl, CONFIG, free=24 * 2**30)
+    with pytest.raises(OutOfMemory, match=r"8\.0 GiB are free; method 'lora'"):
+        check_memory(sdxl, CONFIG, free=8 * 2**30)
+
+
+def test_what_it_does_not_have_is_refused(bases, caches):
+    cache, base = caches["sd15"], bases["sd15"]
+    with pytest.raises(BadConfig, match="dropout and rslora"):
+        Run(cache, base, replace(CONFIG, dropout=0.1), CPU)
+    with pytest.raises(LoraMisfit, match="give it as the base"):
+        Run(cache, base, CONFIG, CPU, continue_from=LoraFile("sd15", {}, {}))
+
+
+def test_a_run_that_is_cancelled_goes_on_exactly(bases, caches, tmp_path):
+    def cancel(report):
+        if report.step == 2:
+            raise KeyboardInterrupt
+
+    base, cache, state = bases["sd15"], caches["sd15"], tmp_path / "run.state.safetensors"
+    whole = train_lora(cache, base, CONFIG, device=CPU)
+    with pytest.raises(KeyboardInterrupt):
+        train_lora(cache, base, CONFIG, device=CPU, state_path=state, on_step=cancel)
+    resumed = train_lora(cache, base, CONFIG, device=CPU, state_path=state, resume=True)
+    assert all(torch.equal(tensor, resumed.tensors[name]) for name, tensor in whole.tensors.items())

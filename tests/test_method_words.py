@@ -1,0 +1,193 @@
+"""Textual inversion and pivotal tuning: the trigger word's own vectors, from the first step to prompts and files."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from core.base import load_base
+from core.config import TrainConfig
+from core.embeddings import WORD_KEY, embedding_files, embeddings_of, new_words
+from core.errors import BadConfig
+from core.families.clip import add_word, caption_tokens, remove_words, token_chunks, words_of
+from core.lora_file import LoraFile
+from core.methods import files_beside
+from core.sampling import encode_prompts
+from core.training import Run, train_lora
+from tests.tooling import encoded_cache, encoded_image
+
+CPU = torch.device("cpu")
+CONFIG = TrainConfig(
+    method="textual-inversion", embedding_vectors=3, rank=4, min_snr_gamma=0.0, precision="fp32", steps=3
+)
+METHODS = ("textual-inversion", "pivotal")
+
+
+@pytest.fixture(scope="module")
+def bases(small_sd15, small_sdxl):
+    return {"sd15": load_base(small_sd15), "sdxl": load_base(small_sdxl)}
+
+
+@pytest.fixture(scope="module")
+def caches(bases):
+    return {
+        name: encoded_cache(base, [encoded_image(base, f"{i}.png", "a photo of sks person", i) for i in (1, 2)])
+        for name, base in bases.items()
+    }
+
+
+def started_run(bases, caches, family, method="textual-inversion") -> Run:
+    run = Run(caches[family], bases[family], replace(CONFIG, method=method), CPU)
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in sorted(run.parameters.items()):
+        if name.endswith((".vectors", ".up")):
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return run
+
+
+def test_a_word_stands_for_its_tokens_alone_or_after_embedding(bases):
+    words = {"sks": range(49408, 49411)}
+    expected = [*caption_tokens("a photo of"), 49408, 49409, 49410, *caption_tokens("person")]
+    assert caption_tokens("a photo of SKS person", words) == expected
+    assert caption_tokens("a photo of embedding:sks person", words) == expected
+    assert caption_tokens("sksy, sks-like", {"sks": [7]})[-3:] == [7, *caption_tokens("-like")]
+    assert token_chunks(["sks " * 30], 1, 0, words).shape == (1, 2, 77)  # 90 vectors need two chunks
+
+
+def test_an_encoder_looks_new_words_up_behind_its_table_and_forgets_them_again(bases):
+    encoder = bases["sd15"].load("text_encoder", CPU, torch.float32)
+    plain = encode_prompts(bases["sd15"], {"text_encoder": encoder}, ["a sks b"])[0]["context"]
+    table = encoder.get_submodule("text_model.embeddings.token_embedding").weight
+    add_word(encoder, "sks", table[caption_tokens("cat")])
+    found = encode_prompts(bases["sd15"], {"text_encoder": encoder}, ["a sks b"])[0]["context"]
+    wanted = encode_prompts(bases["sd15"], {"text_encoder": encoder}, ["a cat b"])[0]["context"]
+    assert torch.equal(found, wanted) and not torch.equal(found, plain)
+    remove_words(encoder)
+    assert words_of(encoder) == {}
+    assert torch.equal(encode_prompts(bases["sd15"], {"text_encoder": encoder}, ["a sks b"])[0]["context"], plain)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_the_gradient_of_a_step_is_that_of_vectors_put_into_the_table_itself(bases, caches, family):
+    """Independently: the vectors overwrite rows of other words in transformers' own table, and captions name those."""
+    base, run = bases[family], started_run(bases, caches, family)
+    images = [run.images[index] for index in run.batches.at(0)]
+    _, noise, noisy, timesteps = run._noised(images, run._generator("noise", 0))
+    (loss,) = run._losses(0)
+    loss.backward()
+    encoders, rows = base.load_text_encoders(CPU, torch.float32), caption_tokens("apple river stone")
+    leaves = {}
+    for name, parameter in run.parameters.items():
+        part = name.removesuffix(".vectors")
+        leaves[name] = parameter.detach().clone().requires_grad_()
+        table = encoders[part].get_submodule("text_model.embeddings.token_embedding")
+        whole = table.weight.detach().clone().index_put((torch.tensor(rows),), leaves[name])
+        del table.weight
+        table.weight = whole
+    text = base.family.encode_text(encoders, ["a photo of apple river stone person"], 1, 1)
+    conditioning = text | images[0].conditioning
+    prediction = base.family.predict(base.load("denoiser", CPU, torch.float32), noisy, timesteps, conditioning)
+    expected = F.mse_loss(prediction, noise)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for name, parameter in run.parameters.items():
+        assert leaves[name].grad.norm() > 0
+        torch.testing.assert_close(parameter.grad, leaves[name].grad, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_the_vectors_start_from_the_words_of_the_class_on_every_encoder(bases, caches, family):
+    base = bases[family]
+    run = Run(caches[family], base, replace(CONFIG, class_word="old man", trigger_word="ohwx"), CPU)
+    first, second = caption_tokens("old man")
+    assert set(run.parameters) == {f"{part}.vectors" for part in base.family.text_encoders}
+    for name, parameter in run.parameters.items():
+        table = base.components[name.removesuffix(".vectors")].tensors["text_model.embeddings.token_embedding.weight"]
+        assert torch.equal(parameter.data, table[[first, second, first]])
+
+
+def test_a_vector_never_outgrows_the_longest_word(bases, caches):
+    run = Run(caches["sd15"], bases["sd15"], replace(CONFIG, embedding_lr=1.0), CPU)
+    table = bases["sd15"].components["text_encoder"].tensors["text_model.embeddings.token_embedding.weight"]
+    longest = table.norm(dim=1).max()
+    for _ in range(2):
+        run.train_step()
+    assert run.parameters["text_encoder.vectors"].norm(dim=1).max() <= longest * 1.001
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_disabled_the_word_is_an_ordinary_one_again(bases, caches, method):
+    base, run = bases["sd15"], started_run(bases, caches, "sd15", method)
+    plain = run.text["a photo of sks person"]["context"]
+    with torch.no_grad():
+        changed = run._conditioning(run.images[:1], ["a photo of sks person"])["context"]
+        with run.adapter.disabled():
+            disabled = run._conditioning(run.images[:1], ["a photo of sks person"])["context"]
+    assert torch.equal(disabled, plain) and not torch.allclose(changed, plain)
+    assert words_of(run.encoders["text_encoder"]).keys() == {"sks"}
+    assert base.family.text_encoders == tuple(run.encoders)
+
+
+@pytest.mark.parametrize(("family", "keys"), [("sd15", {"emb_params"}), ("sdxl", {"clip_l", "clip_g"})])
+def test_the_embedding_file_is_what_a1111_and_comfyui_read_and_prompts_name_its_word(
+    bases, caches, family, keys, tmp_path
+):
+    base, run = bases[family], started_run(bases, caches, family)
+    metadata = {"ss_base_model_version": base.family.base_model_version}
+    run.adapter.export(run.parameters, base, metadata).save(tmp_path / "face.safetensors", torch.float32)
+    file = LoraFile.read(tmp_path / "face.safetensors")
+    assert (set(file.tensors), file.kind, file.family, file.unknown_keys) == (keys, "embedding", family, ())
+    assert file.metadata[WORD_KEY] == "sks"
+    encoders = base.load_text_encoders(CPU, torch.float32)
+    with torch.no_grad():
+        wanted = run._conditioning(run.images[:1], ["a photo of sks person"])["context"]
+    with new_words(encoders, [file]):
+        for word in ("sks", "embedding:sks", "face"):
+            found = encode_prompts(base, encoders, [f"a photo of {word} person"])[0]["context"]
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert all(words_of(encoder) == {} for encoder in encoders.values())
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_a_pivotal_file_brings_its_word_along_and_beside(bases, caches, family, tmp_path):
+    base, run = bases[family], started_run(bases, caches, family, "pivotal")
+    metadata = {"ss_base_model_version": base.family.base_model_version}
+    lora = run.adapter.export(run.parameters, base, metadata)
+    lora.save(tmp_path / "face.safetensors", torch.float32)
+    file = LoraFile.read(tmp_path / "face.safetensors")
+    assert file.kind == "lora" and not file.unknown_keys
+    # As kohya's and OneTrainer's bundles are named, which A1111's and ComfyUI's loaders know.
+    expected = {
+        "sd15": {"bundle_emb.sks.string_to_param.*"},
+        "sdxl": {"bundle_emb.sks.clip_l", "bundle_emb.sks.clip_g"},
+    }
+    assert set(file.embedding_keys) == expected[family]
+    beside = files_beside(lora, base, run.config)["embedding"]
+    assert embedding_files(file)["sks"].tensors.keys() == beside.tensors.keys()
+    for part, vectors in embeddings_of(beside)["sks"].items():
+        assert torch.equal(vectors, run.parameters[f"{part}.vectors"].detach())
+        assert torch.equal(embeddings_of(file)["sks"][part], vectors)
+    trained = {name.rpartition(".")[0] for name in run.parameters if name.endswith(".up")}
+    assert {".".join(module) for module in file.modules()} == trained
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_is_cancelled_goes_on_exactly(bases, caches, method, tmp_path):
+    def cancel(report):
+        if report.step == 2:
+            raise KeyboardInterrupt
+
+    base, cache, config = bases["sd15"], caches["sd15"], replace(CONFIG, method=method)
+    state = tmp_path / "run.state.safetensors"
+    whole = train_lora(cache, base, config, device=CPU)
+    with pytest.raises(KeyboardInterrupt):
+        train_lora(cache, base, config, device=CPU, state_path=state, on_step=cancel)
+    resumed = train_lora(cache, base, config, device=CPU, state_path=state, resume=True)
+    assert whole.tensors.keys() == resumed.tensors.keys()
+    assert all(torch.equal(tensor, resumed.tensors[name]) for name, tensor in whole.tensors.items())
+
+
+def test_words_to_start_from_must_be_there(bases, caches):
+    with pytest.raises(BadConfig, match="there is no word in it"):
+        Run(caches["sd15"], bases["sd15"], replace(CONFIG, embedding_words=" "), CPU)
