@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -63,12 +64,15 @@ def device_from(options: argparse.Namespace):
 def split_strength(text: str) -> tuple[str, float]:
     """("face.safetensors", 0.8) of "face.safetensors:0.8"; without a number the strength is 1."""
     path, separator, number = text.rpartition(":")
-    if separator and path:
-        try:
-            return path, float(number)
-        except ValueError:
-            pass
-    return text, 1.0
+    try:
+        strength = float(number) if separator and path else None
+    except ValueError:
+        strength = None
+    if strength is None:
+        return text, 1.0
+    if not math.isfinite(strength):
+        raise BadConfig(f"{text}: the strength of a LoRA must be finite")
+    return path, strength
 
 
 def print_warning(message: str) -> None:

@@ -228,10 +228,11 @@ def run_score(options: argparse.Namespace) -> None:
     from .faces import Reference, load_faces
     from .files import write_file
     from .generate import contact_sheet
+    from .headshots import CONTACT_SHEET
     from .likeness import Score
     from .photos import read_photos
 
-    images = read_photos(options.images, on_warning=print_warning)
+    images = [photo for photo in read_photos(options.images, on_warning=print_warning) if photo.name != CONTACT_SHEET]
     reference = read_photos(options.reference, on_warning=print_warning)
     person = Reference([photo.image() for photo in reference], load_faces(options.face_network))
     found = person.compare(photo.image() for photo in images)

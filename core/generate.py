@@ -59,6 +59,8 @@ class Job:
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= 1000:
             raise BadConfig(f"steps = {self.steps}: must be between 1 and 1000")
+        if not 0 <= self.seed < 2**64:
+            raise BadConfig(f"seed = {self.seed}: must be between 0 and 2**64 - 1")
         if not 0 <= self.guidance <= 100:
             raise BadConfig(f"guidance = {self.guidance}: must be between 0 and 100")
 
@@ -77,8 +79,9 @@ class GenerateConfig:
         known = SAMPLERS | FLOW_SAMPLERS
         if self.sampler is not None and self.sampler not in known:
             raise BadConfig(f"sampler = {self.sampler!r}: choose one of {', '.join(known)}")
-        if self.batch_size < 1:
-            raise BadConfig(f"batch_size = {self.batch_size}: must be at least 1")
+        for name in ("batch_size", "clip_skip"):
+            if getattr(self, name) < 1:
+                raise BadConfig(f"{name} = {getattr(self, name)}: must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,8 @@ def generate(
     `on_step(done, total)` is called in each sampling step of a batch and may raise to cancel.
     """
     config = config or GenerateConfig()
+    if config.clip_skip > 1 and base.family.name != "sd15":
+        raise BadConfig(f"clip_skip = {config.clip_skip}: {base.family.title} has no choice of layers; leave it at 1")
     jobs = [replace(job, size=picture_size(base, job.size)) for job in jobs]
     device, dtype = device_and_dtype(TrainConfig(precision=config.precision), device)
     groups: dict[float, list[Job]] = {}

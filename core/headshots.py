@@ -20,6 +20,7 @@ from .generate import GenerateConfig, Job, Picture, contact_sheet, generate, par
 from .lora_file import LoraFile
 
 OVERVIEW = "headshots.json"
+CONTACT_SHEET = "contact_sheet.png"
 TILE = 256
 """Height of a picture on the contact sheet, in pixels."""
 
@@ -217,7 +218,7 @@ def _write_overview(shots: Sequence[Headshot], folder: Path, compared: bool) -> 
     rows = [(name, [_tile(shot.path) for shot in group]) for name, group in styles.items()]
     labels = [[_label(shot) for shot in group] for group in styles.values()] if compared else None
     sheet = contact_sheet(rows, tile=TILE, labels=labels, title=summary(shots))
-    write_file(folder / "contact_sheet.png", lambda file: sheet.save(file, "PNG"))
+    write_file(folder / CONTACT_SHEET, lambda file: sheet.save(file, "PNG"))
 
 
 def summary(shots: Sequence[Headshot]) -> str:

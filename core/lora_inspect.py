@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .base_weights import BaseWeights
-from .errors import BadFile
+from .errors import BadConfig, BadFile
 from .lora_file import Entry, LoraFile, family_in_metadata, fit, legacy_hash
 from .lora_keys import FAMILIES, READERS, bundled_embedding, not_loaded
 from .lora_kinds import KINDS, needs_base, weight_change
@@ -373,6 +373,8 @@ def edit_metadata(
         "usage_hint": usage_hint,
         "thumbnail": None if thumbnail is None else _thumbnail(thumbnail),
     }
+    if not remove and all(value is None for value in values.values()):
+        raise BadConfig("nothing to change: give a title, author, ... or keys to remove")
     metadata = dict(file.metadata)
     metadata.update({f"modelspec.{key}": value for key, value in values.items() if value is not None})
     metadata = {key: value for key, value in metadata.items() if value != "" and key not in remove}

@@ -139,6 +139,8 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line_and_nothing_is_written(tm
         (["convert", pickle, output, "--to", "comfy"], "pickle"),
         (["merge", good, pickle, output], "pickle"),
         (["merge", good, output, "--into", pickle], "pickle"),
+        (["merge", f"{good}:nan", output], "the strength of a LoRA must be finite"),
+        (["metadata", good], "nothing to change"),
         (["resize", good, output], "give either a rank or an energy"),
         (["resize", good, output, "--rank", 0], "a rank must be at least 1"),
         (["extract", good, good, output], "no base model"),

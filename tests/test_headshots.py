@@ -346,6 +346,12 @@ def test_a_new_face_that_is_less_like_the_person_is_not_taken(base, tmp_path: Pa
     assert times(tmp_path) == first  # tried once
 
 
+def test_a_clip_skip_that_the_base_does_not_have_is_refused(base) -> None:
+    for layer, words in ((0, "must be at least 1"), (99, "the text encoder has 2 layers")):
+        with pytest.raises(BadConfig, match=f"clip_skip = {layer}: {words}"):
+            next(generate(base, [], jobs(1), GenerateConfig(clip_skip=layer)))
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_drawing_anew_with_few_steps_stays_near_the_picture(base, sampler: str) -> None:
     photo = person_photos(1)[0].convert("RGB").resize((64, 80), Image.Resampling.LANCZOS)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnmatchedKeys
+from ..errors import BadConfig, UnmatchedKeys
 from .ldm import count_children
 from .spec import Component, LazyTensors, replace_module
 
@@ -153,6 +153,8 @@ def encode_chunks(encoder: nn.Module, tokens: Tensor, layer: int, final_norm: bo
         # Not hidden_states[-1], on which versions of transformers do not agree whether it is normed.
         states = output.last_hidden_state
     else:
+        if layer >= len(output.hidden_states):
+            raise BadConfig(f"clip_skip = {layer}: the text encoder has {len(output.hidden_states) - 1} layers")
         states = output.hidden_states[-layer]
         states = encoder.text_model.final_layer_norm(states) if final_norm else states  # pyright: ignore
     return states.reshape(count, chunks * length, -1), output
