@@ -108,7 +108,12 @@ class Entry:
     @property
     def changes_bias(self) -> bool:
         """Whether it changes the bias, too or alone."""
-        return not self.keys.keys().isdisjoint(BIAS_ROLES)
+        return self.bias_size is not None
+
+    @property
+    def bias_size(self) -> int | None:
+        """How many numbers of a bias it changes, None if it changes none."""
+        return next((self.shapes[role][0] for role in BIAS_ROLES if role in self.shapes), None)
 
     @property
     def weight_shape(self) -> tuple[int, ...] | None:
@@ -562,9 +567,12 @@ def fit(
             left_over[entry.name] = f"the base has no {missing[0][1]} in its {missing[0][0]}"
             continue
         expected = [tuple(shapes[module]) for module in entry.modules]
-        shape = entry.weight_shape
-        if shape is not None and not _same_weight(shape, (sum(e[0] for e in expected), *expected[0][1:])):
+        shape, outputs = entry.weight_shape, sum(rows for rows, *_ in expected)
+        if shape is not None and not _same_weight(shape, (outputs, *expected[0][1:])):
             left_over[entry.name] = f"shape {list(shape)} does not fit {[list(e) for e in expected]}"
+            continue
+        if entry.bias_size is not None and entry.bias_size != outputs:
+            left_over[entry.name] = f"a bias of {entry.bias_size} does not fit {outputs} outputs"
             continue
         if biased is not None and entry.changes_bias and (bare := [m for m in entry.modules if m not in biased]):
             left_over[entry.name] = f"changes a bias, and {bare[0][1]} has none"

@@ -270,7 +270,7 @@ def verify_lora(path: str | os.PathLike[str], base: str | os.PathLike[str] | Non
     ]
     if base is not None:
         weights = BaseWeights.open(base)
-        left_over = fit(lora, weights.family, weights.shapes).left_over
+        left_over = fit(lora, weights.family, weights.shapes, weights.biased).left_over
         examples = "; ".join(f"{key} {why}" for key, why in list(left_over.items())[:3])
         if left_over:
             text = (

@@ -63,7 +63,8 @@ def _kind_by_roles(shapes: Shapes) -> str | None:
 
 def _fit_together(kind: str, shapes: Shapes) -> bool:
     """Whether the tensors can be multiplied as their kind says, to a weight that a model may have."""
-    if math.prod(shapes.get("alpha", ())) != 1 or any(len(shapes.get(role, (1,))) != 1 for role in BIAS_ROLES):
+    biases = {shapes[role] for role in BIAS_ROLES if role in shapes}
+    if math.prod(shapes.get("alpha", ())) != 1 or len(biases) > 1 or any(len(shape) != 1 for shape in biases):
         return False
     if kind in ("oft", "boft"):
         blocks = shapes["oft_blocks"]

@@ -204,3 +204,6 @@ def test_a_change_of_a_bias_that_is_not_there_is_a_misfit(bases):
     lora = named({f"{BLOCK}.attn1.to_q": {**DOWN_UP, "diff_b": torch.ones(32)}})
     with pytest.raises(LoraMisfit, match=r"changes a bias, and .*attn1.to_q has none"):
         apply(lora, {"family": "sd15", **networks_of(bases["sd15"])})
+    lora = named({f"{BLOCK}.attn1.to_out.0": {"diff_b": torch.ones(31)}})
+    with pytest.raises(LoraMisfit, match=r"a bias of 31 does not fit 32 outputs"):
+        apply(lora, {"family": "sd15", **networks_of(bases["sd15"])})
