@@ -29,10 +29,11 @@ from torch import Tensor, nn
 from .base import Base
 from .cache import EncodedImage, LatentCache
 from .config import Targets, TrainConfig
-from .errors import BadConfig
+from .errors import BadConfig, BadFile
 from .families import FAMILIES
 from .families.spec import Component, Conditioning
-from .training import Run, device_and_dtype
+from .memory_plan import MemoryPlan
+from .training import Run, device_and_dtype, predicted_memory
 
 CAPTION = "a photo of sks person"
 LATENT_CHANNELS, LATENT_SIZE, TOKENS = 4, 8, 77
@@ -243,15 +244,18 @@ def synchronize(device: torch.device) -> None:
     getattr(torch, device.type).synchronize()
 
 
-def seconds(work: Callable[[], object], device: torch.device, times: int = 1) -> tuple[float, float]:
-    """Seconds that one of `times` runs in a row takes, and the share of it after which the host was free again."""
+def seconds(work: Callable[[], object], device: torch.device, times: int = 1) -> tuple[float, float, float]:
+    """Seconds that one of `times` runs in a row takes, those after which the host was free again, and the processor's.
+
+    The processor's are those of all threads together: other work on the machine lengthens them far less.
+    """
     synchronize(device)
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
     for _ in range(times):
         work()
     host = time.perf_counter() - start
     synchronize(device)
-    return (time.perf_counter() - start) / times, host / times
+    return (time.perf_counter() - start) / times, host / times, (time.process_time() - used) / times
 
 
 def count_flops(work: Callable[[], object]) -> int:
@@ -359,10 +363,10 @@ def bench(
     taken: dict[str, list[float]] = {}
     for number in range(rounds):
         for name in list(loops)[:: 1 if number % 2 == 0 else -1]:
-            step, host = seconds(loops[name].step, device, block)
-            forward, _ = seconds(loops[name].forward, device, block)
-            for what, value in ((f"{name} step", step), (f"{name} host", host), (f"{name} forward", forward)):
-                taken.setdefault(what, []).append(value)
+            for what in ("step", "forward"):
+                measured = seconds(getattr(loops[name], what), device, block)
+                for kind, value in zip(("", " host", " processor"), measured, strict=True):
+                    taken.setdefault(f"{name} {what}{kind}", []).append(value)
         taken.setdefault("matmul", []).append(seconds(product, device, block)[0])
     rate = product_flops / median(taken["matmul"])
     report: dict[str, Any] = {
@@ -383,6 +387,7 @@ def bench(
         "steps": rounds * block,
         "parameters": sum(tensor.numel() for tensor in base.components["denoiser"].tensors.values()),
         "matmul_flops_per_second": rate,
+        "predicted_bytes": predicted_memory(cache, base, config, dtype, MemoryPlan()),
     }
     for name in loops:
         step = median(taken[f"{name} step"])
@@ -393,14 +398,19 @@ def bench(
             "forwards_per_step": median(_ratios(taken[f"{name} step"], taken[f"{name} forward"])),
             "flops_per_step": flops[name],
             "matmul_rate_share": flops[name] / step / rate,
-            "host_seconds_per_step": median(taken[f"{name} host"]),
+            "host_seconds_per_step": median(taken[f"{name} step host"]),
+            "processor_seconds_per_step": median(taken[f"{name} step processor"]),
+            "processor_forwards_per_step": median(
+                _ratios(taken[f"{name} step processor"], taken[f"{name} forward processor"])
+            ),
             "kernels_per_step": kernels[name],
             "peak_bytes": peaks[name],
             "seconds_to_first_step": first[name],
         }
-    ratios = _ratios(taken["ours step"], taken["peer step"])
-    report["step_over_peer"] = median(ratios)
-    report["step_over_peer_quartiles"] = quantiles(ratios)[::2] if len(ratios) > 1 else [ratios[0]] * 2
+    for kind in ("", "_processor"):
+        ratios = _ratios(*(taken[f"{name} step{kind.replace('_', ' ')}"] for name in ("ours", "peer")))
+        report[f"step_over_peer{kind}"] = median(ratios)
+        report[f"step_over_peer{kind}_quartiles"] = quantiles(ratios)[::2] if len(ratios) > 1 else [ratios[0]] * 2
     return report
 
 
@@ -442,6 +452,8 @@ def format_report(report: Mapping[str, Any]) -> str:
         ("TFLOP per step", "flops_per_step", 1e12, 3),
         (f"share of the matrix-multiply rate ({rate:.0f} GFLOP/s)", "matmul_rate_share", 1, 2),
         ("host seconds per step", "host_seconds_per_step", 1, 3),
+        ("processor seconds per step", "processor_seconds_per_step", 1, 3),
+        ("step / forward in processor seconds", "processor_forwards_per_step", 1, 2),
         ("kernels per step", "kernels_per_step", 1, 0),
         ("peak memory, GiB", "peak_bytes", 2**30, 2),
         ("seconds to the first step", "seconds_to_first_step", 1, 1),
@@ -452,9 +464,24 @@ def format_report(report: Mapping[str, Any]) -> str:
             lines.append(f"| {title} | {ours[key] / unit:.{digits}f} | {peer[key] / unit:.{digits}f} |")
     verdict = (
         f"A step of ours takes {report['step_over_peer']:.3f} of the peer's "
-        f"(median of {report['steps']} steps in turns; quartiles {low:.3f} to {high:.3f})."
+        f"(median of {report['steps']} steps in turns; quartiles {low:.3f} to {high:.3f}), "
+        f"in processor seconds {report['step_over_peer_processor']:.3f} "
+        f"({report['step_over_peer_processor_quartiles'][0]:.3f} to {report['step_over_peer_processor_quartiles'][1]:.3f})."
     )
-    return "\n\n".join([*heading, "\n".join(lines), verdict])
+    memory = (
+        f"Memory predicted for a run of ours: {report['predicted_bytes'] / 2**30:.2f} GiB, without Python's libraries."
+    )
+    return "\n\n".join([*heading, "\n".join(lines), verdict, memory])
+
+
+def append_report(path: Path, report: Mapping[str, Any], command: str) -> None:
+    """Adds the report to a Markdown file, under a title and with the command that it came from."""
+    title = f"{FAMILIES[report['family']].title}, {report['resolution']} px, {report['precision']}, {report['device']}"
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"\n### {title} ({report['date']})\n\n`{command}`\n\n{format_report(report)}\n")
+    except OSError as error:
+        raise BadFile(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -466,6 +493,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--targets", choices=get_args(Targets), default="transformer", help="default: transformer")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="default: auto")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each loop (default: 20)")
+    parser.add_argument("--append", type=Path, metavar="FILE", help="also add the report to this Markdown file")
     parser.add_argument(
         "--channels", type=int, default=REAL_CHANNELS, help=f"of the first level; real size: {REAL_CHANNELS} (default)"
     )

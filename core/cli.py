@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -212,9 +213,11 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
 
 
 def run_bench(options: argparse.Namespace) -> None:
-    from .bench import format_report, run
+    from .bench import append_report, format_report, run
 
     report = run(options, device_from(options))
+    if options.append:
+        append_report(options.append, report, shlex.join(["facelora", *sys.argv[1:]]))
     print(json.dumps(report, indent=1) if options.json else format_report(report))
 
 

@@ -176,3 +176,17 @@ def test_a_report_is_json_and_a_table(report):
 def test_options_that_cannot_work_are_refused(arguments, what):
     with pytest.raises(BadConfig, match=what):
         bench.run(options(*arguments), CPU)
+
+
+def test_a_report_is_added_to_a_file_with_its_command(report, tmp_path):
+    file = tmp_path / "benchmarks.md"
+    file.write_text("# Benchmarks\n")
+    bench.append_report(file, report, "facelora bench --channels 64")
+    text = file.read_text()
+    assert text.startswith("# Benchmarks\n\n### Stable Diffusion 1.x, 64 px, fp32, cpu")
+    assert "`facelora bench --channels 64`" in text and text.endswith(bench.format_report(report) + "\n")
+
+
+def test_the_predicted_memory_is_less_than_what_the_process_takes_with_all_its_libraries(report):
+    weights = 4 * report["parameters"]
+    assert weights < report["predicted_bytes"] < report["ours"]["peak_bytes"]

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.base import Base, load_base
 from core.config import TrainConfig
@@ -58,3 +59,26 @@ def assert_trained_alike(run: Run, plain: Run) -> None:
 
 def test_the_fused_layer(base, plain):
     assert_trained_alike(after_steps(Run(cache_of(base), base, CONFIG, CPU)), plain)
+
+
+class Waits(TorchDispatchMode):
+    """The operations within it for which a GPU's host would have to wait."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_never_waits_for_the_device(base):
+    run = Run(cache_of(base), base, CONFIG, CPU)
+    run.train_step()
+    with Waits() as waits:
+        run.train_step()
+        assert waits.found == []
+        float(run.loss)
+    assert len(waits.found) == 1
