@@ -65,8 +65,8 @@ class Method:
     """Whether text is encoded anew in each step, since something trainable sits on the text encoders."""
     beside: Callable[[LoraFile, Base, TrainConfig], Mapping[str, LoraFile]] = lambda file, base, config: {}
     """What else is written beside the file: addition to its name -> file."""
-    makes: Literal["lora", "checkpoint"] = "lora"
-    """What the file is: something that goes on a base model (embeddings too), or a base model itself."""
+    makes: Literal["lora", "embedding", "checkpoint"] = "lora"
+    """What the file is: something that goes on a base model, or a base model itself."""
     rate_factor: float = 1.0
     """What a LoRA's learning rate is multiplied by to suit this method."""
 

@@ -90,8 +90,7 @@ class Comparison:
         """Equal when the numbers can stand in one table."""
         common = replace(self.config, method="lora")
         settings = {
-            **asdict(common), "methods": self.methods, "rates": dict(self.rates), "held_out": self.held_out,
-            "settings": self.settings,
+            **asdict(common), "rates": dict(self.rates), "held_out": self.held_out, "settings": self.settings,
         }  # fmt: skip
         return {"settings": json.dumps(settings, sort_keys=True), "base": self.base.fingerprint("denoiser")}
 
@@ -107,7 +106,7 @@ def compare(
 ) -> list[Result]:
     """A Result of each method, and of the base, for each person; what `output` has of the same comparison is not made again.
 
-    Writes compare.json, compare.png and, for each person, a report, a sheet of pictures and the trained files.
+    Writes compare.json and compare.png, for each person a report, and for each method the files and a row of pictures.
     """
     device, _ = device_and_dtype(comparison.config, device)
     try:
@@ -116,21 +115,19 @@ def compare(
         raise BadFile(f"{output}: cannot be written: {error.strerror}") from None
     results, methods = [], ("base", *comparison.methods)
     for number, (person, photos) in enumerate(people.items()):
-        found = known_results(output / f"{person}.json", comparison)
-        if not found:
-            training, held_out = hold_out(photos, comparison.held_out, faces)
-            judge = Judge(comparison, faces, training, held_out, device)
-            rows = [("held-out photos", [photo.image() for photo in held_out])]
-            for index, method in enumerate(methods):
-                one, pictures = judge.base_result(person) if method == "base" else judge.result(person, method, output)
-                found.append(one)
-                rows.append((f"{method}: likeness {one.likeness:.2f}", pictures))
-                if on_phase:
-                    on_phase("comparing", number * len(methods) + index + 1, len(people) * len(methods))
-            sheet = contact_sheet(rows, title=person, tile=112)
-            write_file(output / f"{person}.png", lambda file, sheet=sheet: sheet.save(file, "PNG"))
-            write_results(output / f"{person}.json", comparison, found)
-        results += found
+        report = output / f"{person}.json"
+        found = {result.method: result for result in known_results(report, comparison)}
+        missing = [method for method in methods if method not in found]
+        judge = Judge(comparison, faces, *hold_out(photos, comparison.held_out, faces), device) if missing else None
+        for method in missing:
+            assert judge
+            found[method], pictures = judge.result(person, method, output)
+            row = contact_sheet([(f"{method}: likeness {found[method].likeness:.2f}", pictures)], tile=112)
+            write_file(output / f"{person}-{method}.png", lambda file, row=row: row.save(file, "PNG"))
+            write_results(report, comparison, list(found.values()))
+            if on_phase:
+                on_phase("comparing", number * len(methods) + len(found), len(people) * len(methods))
+        results += [found[method] for method in methods]
     write_results(output / REPORT, comparison, results)
     plot = plot_results(results)
     write_file(output / "compare.png", lambda file: plot.save(file, "PNG"))
@@ -182,13 +179,11 @@ class Judge:
         self._size = max(dataset.bucket_counts().items(), key=lambda bucket: bucket[1])[0]
         self._before = self._pictures(comparison.base, [])
 
-    def base_result(self, person: str) -> tuple[Result, list[Image.Image]]:
-        """What is measured of the base itself, and its pictures of the person."""
-        measured = self._measured(self._before)
-        return Result(person, "base", 0.0, 0, seconds=0.0, file_bytes=0, memory=0, **measured), self._before[0]
-
     def result(self, person: str, method: str, output: Path) -> tuple[Result, list[Image.Image]]:
-        """What a method has cost and given, and its pictures of the person."""
+        """What a method, or "base", has cost and given, and its pictures of the person."""
+        if method == "base":
+            measured = self._measured(self._before)
+            return Result(person, method, 0.0, 0, seconds=0.0, file_bytes=0, memory=0, **measured), self._before[0]
         base, config = self.comparison.base, self.comparison.config_of(method)
         path, marks = output / f"{person}-{method}.safetensors", []
         clock = time.process_time if self.device.type == "cpu" else time.monotonic
@@ -202,7 +197,7 @@ class Judge:
         )
         # From the first step's end to the last's: the first one also warms up.
         seconds = (marks[-1] - marks[0]) * len(marks) / max(1, len(marks) - 1)
-        file = LoraFile.read(path) if METHODS[method].makes == "lora" else None
+        file = LoraFile.read(path) if METHODS[method].makes != "checkpoint" else None
         trained = base if file else load_base(path)
         pictures = self._pictures(trained, [(file, 1.0)] if file else [])
         return (

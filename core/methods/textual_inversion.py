@@ -86,4 +86,9 @@ def attach(
     return WordAdapter(networks, config.trigger_word, vectors, longest)
 
 
-METHOD = Method("textual inversion: vectors of a new word (arXiv:2208.01618)", attach, trains_text=lambda config: True)
+METHOD = Method(
+    "textual inversion: vectors of a new word (arXiv:2208.01618)",
+    attach,
+    trains_text=lambda config: True,
+    makes="embedding",
+)

@@ -1,4 +1,4 @@
-"""What ComfyUI makes of DoRA, LoHa, LoKr and OFT files that we write: each weight's change is the one that was trained."""
+"""What ComfyUI makes of the files of our methods: weight changes, embeddings and checkpoints are those that were trained."""
 
 import json
 import math
@@ -10,17 +10,22 @@ import pytest
 import torch
 from torch import nn
 
-from core.base import Base
+from core.base import Base, load_base
 from core.config import TrainConfig
+from core.embeddings import bundled_tensors, embedding_tensors
 from core.families import FAMILIES
 from core.lora_file import LoraFile
 from core.lora_keys import FAMILIES as KEYS
 from core.methods import METHODS
+from core.safetensors_file import SafetensorsFile
+from tests.tooling import write_checkpoint
 
+from .demo_checkpoint import COMFY_SD15
 from .setup_comfyui import COMFYUI, PYTHON
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 
+CPU = torch.device("cpu")
 KINDS = ("dora", "loha", "lokr", "oft")
 BLOCK = "mid_block.attentions.0."
 # Path -> layer of some modules as the published models have them: Linear layers that are no squares, both convolutions.
@@ -110,3 +115,57 @@ def test_comfyui_changes_every_weight_as_it_was_trained(results, method, family)
         matrix = change.flatten(1) if change.ndim > 1 else change
         wanted = matrix @ torch.randn(matrix.shape[1], generator=torch.Generator().manual_seed(matrix.shape[1]))
         assert (found - wanted).norm() <= 1e-3 * wanted.norm(), path
+
+
+def read_in_comfyui(requests: list[tuple[str, Path, Path, dict]]) -> list[dict[str, torch.Tensor]]:
+    done = subprocess.run(
+        [str(PYTHON), str(Path(__file__).with_name("method_reader.py")), json.dumps(requests, default=str)],
+        env={**os.environ, "PYTHONPATH": str(COMFYUI), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    files = [SafetensorsFile.open(output) for _, _, output, _ in requests]
+    assert [json.loads(file.metadata["log"]) for file in files] == [[]] * len(files)
+    return [dict(file) for file in files]
+
+
+def test_comfyui_reads_embeddings_alone_and_within_a_lora(tmp_path):
+    vectors = {part: torch.randn(3, width) for part, width in (("text_encoder", 768), ("text_encoder_2", 1280))}
+    alone, bundled = {}, {}
+    for family in ("sd15", "sdxl"):
+        of_family = {part: vectors[part] for part in FAMILIES[family].text_encoders}
+        alone[family], bundled[family] = tmp_path / f"sks-{family}.safetensors", tmp_path / f"lora-{family}.safetensors"
+        LoraFile(family, {}, embedding_tensors(family, of_family)).save(alone[family], torch.float32)
+        LoraFile(family, {}, bundled_tensors(family, "sks", of_family)).save(bundled[family], torch.float32)
+    requests, wanted = [], []
+    for files in (alone, bundled):
+        for family, part, key in (("sd15", "text_encoder", "clip_l"), ("sdxl", "text_encoder", "clip_l"),
+                                  ("sdxl", "text_encoder_2", "clip_g")):  # fmt: skip
+            options = {"width": vectors[part].shape[1], "key": key}
+            requests.append(("embedding", files[family], tmp_path / f"{len(requests)}.out", options))
+            wanted.append(vectors[part])
+    for found, vector in zip(read_in_comfyui(requests), wanted, strict=True):
+        assert torch.equal(found["vectors"], vector)
+
+
+def test_comfyui_draws_with_a_dreambooth_checkpoint_what_was_trained(tmp_path):
+    base = load_base(write_checkpoint(tmp_path / "base.safetensors", COMFY_SD15, torch.float32))
+    config = TrainConfig(method="dreambooth", text_encoder_lr=1e-4)
+    networks = {"denoiser": base.load("denoiser", CPU, torch.float32), **base.load_text_encoders(CPU, torch.float32)}
+    adapter = METHODS["dreambooth"].attach(networks, base.family, config, None)
+    generator = torch.Generator().manual_seed(1)
+    for _, parameter in sorted(adapter.parameters().items()):
+        parameter.data *= 1 + 0.1 * torch.randn(parameter.shape, generator=generator)
+    tuned = tmp_path / "tuned.safetensors"
+    adapter.export(adapter.parameters(), base, {}).save(tuned, torch.float32)
+    (found,) = read_in_comfyui([("checkpoint", tuned, tmp_path / "out", {"seed": 2})])
+    with torch.no_grad():
+        text = base.family.encode_text(networks, ["a photo of sks person"], 1, 1)
+        latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(2))
+        wanted = base.family.predict(networks["denoiser"], latents, found["timestep"], {"context": found["context"]})
+    assert (found["context"] - text["context"]).norm() < 1e-2 * text["context"].norm()
+    assert (found["prediction"] - wanted).norm() < 1e-2 * wanted.norm()
+    with adapter.disabled(), torch.no_grad():
+        before = base.family.predict(networks["denoiser"], latents, found["timestep"], {"context": found["context"]})
+    assert (before - wanted).norm() > 0.1 * wanted.norm()
