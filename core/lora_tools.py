@@ -125,8 +125,9 @@ def _renamed(lora: LoraFile, scheme: str) -> dict[str, Tensor]:
         path = fusion.original if original and entry.part == "denoiser" else entry.modules[0][1]
         name = prefix + (path.replace(".", "_") if in_kohya else path)
         found = lora.tensors_of(entry)
-        for role in found.keys() - set(BIAS_ROLES):
-            tensors[name + _SUFFIXES.get(role, f".{role}")] = found[role]
+        for role, tensor in found.items():
+            if role not in BIAS_ROLES:
+                tensors[name + _SUFFIXES.get(role, f".{role}")] = tensor
         if "dora" in found and found["dora"].ndim == 1:
             tensors[f"{name}.dora_scale"] = found["dora"].reshape(-1, *[1] * (len(entry.weight_shape or (0, 0)) - 1))
         if entry.kind == "norm" and "b_norm" in found:
