@@ -18,7 +18,7 @@ from core.eight_bit import EightBitConv2d, EightBitLinear, narrow_weights, narro
 from core.errors import OutOfMemory
 from core.memory_plan import PLANS, MemoryCount, MemoryPlan, blocks_of
 from core.training import Run, predicted_memory, train_lora
-from tests.tooling import encoded_cache, encoded_image
+from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, small_flow_base
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(rank=4, learning_rate=1e-3, precision="fp32", steps=4)
@@ -160,6 +160,21 @@ def test_weights_that_come_block_by_block_train_the_same(base, cache):
             run.train_step()
     for name, parameter in plain.parameters.items():
         torch.testing.assert_close(offloaded.parameters[name], parameter, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", SMALL_FLOWS)
+def test_transformers_are_planned_and_saved_like_unets(family):
+    base = small_flow_base(family)
+    shape = (base.latent_shape.channels, 16, 16)
+    cache = encoded_cache(base, [encoded_image(base, "a.png", "a photo of sks person", 1, shape=shape)])
+    plain, offloaded = (Run(cache, base, CONFIG, CPU, plan=plan) for plan in (MemoryPlan(), OFFLOADED))
+    for run in (plain, offloaded):
+        run.train_step()
+        run.train_step()
+    for name, parameter in plain.parameters.items():
+        torch.testing.assert_close(offloaded.parameters[name], parameter, rtol=1e-4, atol=1e-6)
+    needs = [predicted_memory(cache, base, CONFIG, torch.float32, plan) for plan in (MemoryPlan(), OFFLOADED)]
+    assert needs[1] < needs[0]
 
 
 def test_between_steps_the_weights_of_blocks_are_at_home_again(base, cache):

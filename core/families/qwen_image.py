@@ -16,7 +16,7 @@ from ..lora_keys.qwen import QWEN_IMAGE as KEYS
 from ..objective import linear_shift
 from . import text, transformer
 from .ldm import VAE_PREFIXES, count_children
-from .spec import Component, Conditioning, FamilySpec, LatentShape, LazyTensors
+from .spec import Component, Conditioning, FamilySpec, LatentShape, LazyTensors, holds_numbers
 
 TEXT = {"text_encoder": "qwen25_7b"}
 TEXT_TOKENS = 1024
@@ -170,7 +170,7 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
     patches = denoiser(
         transformer.cut_patches(noisy_latents),
         encoder_hidden_states=conditioning["context"].to(noisy_latents.dtype),
-        encoder_hidden_states_mask=None if mask.all() else mask,
+        encoder_hidden_states_mask=mask if holds_numbers(mask) and not mask.all() else None,
         timestep=timesteps / 1000,
         img_shapes=[(1, height // 2, width // 2)] * len(noisy_latents),
         return_dict=False,

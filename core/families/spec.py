@@ -69,6 +69,11 @@ def decode_kl(vae: nn.Module, latents: Tensor) -> Tensor:
     return vae.decode(latents / scale + shift).sample  # pyright: ignore
 
 
+def holds_numbers(tensor: Tensor) -> bool:
+    """False while the memory of a step is predicted (core/memory_plan.py), where only shapes are known."""
+    return not hasattr(tensor, "fake_mode")
+
+
 def stack_conditioning(parts: Sequence[Conditioning]) -> Conditioning:
     """The conditioning of a batch. Texts of different lengths are filled up with zeros: their family then carries a mask."""
     joined = {}

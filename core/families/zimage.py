@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..lora_keys.lumina import ZIMAGE as KEYS
 from . import text, transformer
 from .ldm import build_vae, count_children
-from .spec import Component, Conditioning, FamilySpec, LatentShape
+from .spec import Component, Conditioning, FamilySpec, LatentShape, holds_numbers
 
 TEXT = {"text_encoder": "qwen3_4b"}
 TEXT_TOKENS = 512
@@ -80,7 +80,8 @@ def image_conditioning(
 
 def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
     context = conditioning["context"].to(noisy_latents.dtype)
-    lengths = conditioning["context_mask"].sum(1).int().tolist()
+    mask = conditioning["context_mask"]
+    lengths = mask.sum(1).int().tolist() if holds_numbers(mask) else [mask.shape[1]] * len(mask)
     # Its time runs from 0, noise, to 1, picture, and so does its velocity.
     velocities = denoiser(
         list(noisy_latents.unsqueeze(2)),
