@@ -126,7 +126,7 @@ class TrainConfig:
     hold_out: int = option(
         0, "photos kept back from training, to measure likeness whenever samples are made; 0: not measured"
     )
-    likeness_pictures: int = option(4, "pictures with and without the trigger word that likeness is measured on")
+    likeness_pictures: int = option(8, "pictures with and without the trigger word that likeness is measured on")
     keep: Literal["best", "last"] = option("best", "checkpoint that is written, when likeness is measured")
     merge_best: int = option(0, "also try the average of so many of the best checkpoints; 0: do not")
     stop_early: bool = option(False, "stop when likeness no longer rises, or the class turns into the person")
