@@ -3,13 +3,14 @@
 Each of the people whom the demo's base model has never seen, and one person from colour photos, is trained with and without
 prior prediction. In each run likeness is measured four times by two held-out photos, which is what the selection sees.
 The LoRA of each of these steps is then judged by two further photos and by pictures of other seeds, which neither the
-training nor the selection has seen. A run's record is a file, so that the work can be done in pieces, and so that another
-rule can be tried on the same runs.
+training nor the selection has seen. A run's record is a file, so that the work can be done in pieces, and so that other
+rules can be tried on the same runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
@@ -27,7 +28,7 @@ from core.demo.people import UNSEEN_PEOPLE, person_photos
 from core.faces import load_faces
 from core.files import write_text
 from core.generate import GenerateConfig, Job, generate
-from core.likeness import LikenessPoint, LikenessWatch, Selection, picture_change
+from core.likeness import TOLERANCE, LikenessPoint, LikenessWatch, Selection, picture_change
 from core.lora_file import LoraFile
 from core.photos import Photo
 from core.photos.captions import class_caption, default_caption
@@ -169,10 +170,13 @@ def read_record(path: Path) -> Record:
     return Record(values["person"], values["prior"], tuple(points), tuple(judgements))
 
 
-def results_of(record: Record, person: Person) -> list[Result]:
+def watch_of(record: Record, person: Person) -> LikenessWatch:
+    """What has measured the record's points."""
+    return LikenessWatch(load_faces(), photos(person.training), photos(person.held_out), settings(record.prior))
+
+
+def results_of(record: Record, watch: LikenessWatch) -> list[Result]:
     """What the last step is worth, and what the step that the selection keeps."""
-    held_out = photos(person.held_out)
-    watch = LikenessWatch(load_faces(), photos(person.training), held_out, settings(record.prior))
     selection = Selection(watch)
     for point in record.points:
         selection.add(point, {})
@@ -182,6 +186,54 @@ def results_of(record: Record, person: Person) -> list[Result]:
         Result(record.person, record.prior, name, judged[point.step])
         for name, point in zip(KEPT, (record.points[-1], kept), strict=True)
     ]
+
+
+def most_alike(watch: LikenessWatch, points: Sequence[LikenessPoint]) -> LikenessPoint:
+    return max(points, key=lambda point: point.likeness)
+
+
+def one_standard_error(watch: LikenessWatch, points: Sequence[LikenessPoint]) -> LikenessPoint:
+    """The cheapest whose mean shortfall is within its standard error: Breiman et al., 1984."""
+
+    def may_be_as_alike(point: LikenessPoint) -> bool:
+        shortfall = np.subtract(most_alike(watch, points).scores, point.scores)
+        return shortfall.mean() <= max(shortfall.std(ddof=1) / len(shortfall) ** 0.5, TOLERANCE * watch.scale)
+
+    return min(filter(may_be_as_alike, points), key=watch.cost)
+
+
+RULES = {
+    "most alike": most_alike,
+    "one standard error": one_standard_error,
+    "shown to be as alike": LikenessWatch.choose,
+}
+
+
+def rules(records: Sequence[Record], watches: Sequence[LikenessWatch]) -> list[tuple[str, ...]]:
+    """What each rule gains over the last step, with all pictures and with each choice of fewer."""
+    summary = []
+    for name, rule in RULES.items():
+        for count in (2, 4, 8):
+            gains = []
+            for record, watch in zip(records, watches, strict=True):
+                judged = {judgement.step: judgement for judgement in record.judgements}
+                last = judged[record.points[-1].step]
+                for chosen in itertools.combinations(range(8), count):
+                    points = [seen_by(point, chosen) for point in record.points]
+                    kept = judged[rule(watch, points).step]
+                    gains.append((kept.likeness - last.likeness, kept.leakage - last.leakage, kept.drift - last.drift))
+            alike, leakage, drift = np.array(gains).T
+            worst = f"{alike.min():+.2f}"
+            summary.append(
+                (name, str(count), f"{alike.mean():+.4f}", worst, f"{leakage.mean():+.4f}", f"{drift.mean():+.2f}")
+            )
+    return summary
+
+
+def seen_by(point: LikenessPoint, pictures: Sequence[int]) -> LikenessPoint:
+    """The point if likeness had been measured on those of its pictures alone."""
+    scores = tuple(point.scores[index] for index in pictures)
+    return replace(point, scores=scores, likeness=float(np.mean(scores)))
 
 
 def rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
@@ -221,27 +273,32 @@ def main() -> None:
     parser.add_argument("--prior", action="append", choices=tuple(PRIORS), help="likewise")
     options = parser.parse_args()
     options.records.mkdir(parents=True, exist_ok=True)
-    results: list[Result] = []
-    for prior in options.prior or PRIORS:
-        for name, person in people().items():
-            if options.person and name not in options.person:
-                continue
-            path = options.records / f"{name}-{PRIORS[prior]:g}.json"
-            if not path.exists():
-                started = time.monotonic()
-                record = measure(name, person, prior)
-                write_text(path, json.dumps(asdict(record), indent=1) + "\n")
-                print(f"{path.name}: {time.monotonic() - started:.0f} s", flush=True)
-            results += results_of(read_record(path), person)
+    runs = [
+        (options.records / f"{name}-{PRIORS[prior]:g}.json", name, person, prior)
+        for prior in options.prior or PRIORS
+        for name, person in people().items()
+        if not options.person or name in options.person
+    ]
+    for path, name, person, prior in runs:
+        if not path.exists():
+            started = time.monotonic()
+            write_text(path, json.dumps(asdict(measure(name, person, prior)), indent=1) + "\n")
+            print(f"{path.name}: {time.monotonic() - started:.0f} s", flush=True)
+    records = [read_record(path) for path, *_ in runs]
+    watches = [watch_of(record, person) for record, (_, _, person, _) in zip(records, runs, strict=True)]
+    results = [result for record, watch in zip(records, watches, strict=True) for result in results_of(record, watch)]
     columns = ("prior", "kept", "step", "likeness", "rank-1", "leakage", "drift")
-    print(table(("person", *columns), rows(results)))
-    if options.person or options.prior:
-        return
-    tables = {"people": table(("person", *columns), rows(results)), "means": table(columns, means(results))}
-    text = DOCUMENT.read_text(encoding="utf-8")
-    for name, content in tables.items():
-        text = replace_table(text, name, content)
-    DOCUMENT.write_text(text, encoding="utf-8")
+    tables = {"people": table(("person", *columns), rows(results))}
+    if not options.person and not options.prior:
+        tables["means"] = table(columns, means(results))
+        header = ("rule", "pictures", "likeness", "worst", "leakage", "drift")
+        tables["rules"] = table(header, rules(records, watches))
+    print(*tables.values(), sep="\n\n")
+    if "means" in tables:
+        text = DOCUMENT.read_text(encoding="utf-8")
+        for name, content in tables.items():
+            text = replace_table(text, name, content)
+        DOCUMENT.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
