@@ -288,9 +288,11 @@ _COLUMNS: dict[str, tuple[str, Callable[[Result], float], str]] = {
 
 def summary(results: Sequence[Result]) -> list[tuple[str, ...]]:
     """The header, and a row for each method: mean and standard deviation over the people."""
-    rows: list[tuple[str, ...]] = [("method", *(f"{name} ({unit})" for name, (unit, _, _) in _COLUMNS.items()))]
+    rows: list[tuple[str, ...]] = [
+        ("method", "people", *(f"{name} ({unit})" for name, (unit, _, _) in _COLUMNS.items()))
+    ]
     for method in dict.fromkeys(result.method for result in results):
-        cells: list[str] = [method]
+        cells: list[str] = [method, str(sum(result.method == method for result in results))]
         for _, value, form in _COLUMNS.values():
             found = [value(result) for result in results if result.method == method]
             cells.append(f"{form.format(np.mean(found))} ± {form.format(np.std(found))}")

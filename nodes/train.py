@@ -28,6 +28,7 @@ from ..core.files import write_text
 from ..core.generate import contact_sheet
 from ..core.likeness import LIKENESS_KEY, LikenessPoint
 from ..core.lora_file import LoraFile, model_hash
+from ..core.methods import METHODS
 from ..core.photos import Photo
 from ..core.photos_to_lora import SAVE_DTYPES, train
 from ..core.recipes import MEASUREMENTS, RECIPES, recipe_settings
@@ -162,6 +163,11 @@ class TrainFaceLora(io.ComfyNode):
             trained_family(model[0]), trigger_word[0], class_word[0], recipe[0], samples[0], steps[0], rank[0],
             learning_rate[0], resolution[0], training_seed[0], sample_prompts[0], settings[0],
         )  # fmt: skip
+        if METHODS[config.method].makes != "lora":
+            raise BadConfig(
+                f"settings: method = {config.method!r} makes no LoRA (but: {METHODS[config.method].makes}); "
+                "train it on the command line (facelora train)"
+            )
         job = Job(
             name=name[0],
             config=config,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from core.apply import apply
 from core.base import load_base
 from core.config import TrainConfig
-from core.errors import BadConfig, LoraMisfit, UnmatchedKeys
+from core.errors import BadConfig, LoraMisfit, TrainingDiverged, UnmatchedKeys
 from core.lora_file import LoraFile, name_kinds
 from core.lora_tools import convert_lora
 from core.methods import METHODS, attach
@@ -238,6 +238,38 @@ def test_modules_that_are_one_in_the_familys_files_are_refused_by_name():
         UnmatchedKeys, match="to_k is one with 2 others in files of flux1, where only a plain LoRA fits"
     ):
         name_kinds("flux1", {("denoiser", "transformer_blocks.0.attn.to_k"): {}})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_becomes_nan_stops_with_the_photo_and_the_learning_rate(bases, caches, method):
+    run = Run(caches["sd15"], bases["sd15"], config_of(method), CPU)
+    next(iter(run.parameters.values())).data.fill_(float("nan"))
+    run.train_step()
+    with pytest.raises(TrainingDiverged, match=r"in step 1 on [12]\.png at learning rate 0\.01"):
+        run.check_finite()
+
+
+def test_two_files_together_change_each_weight_by_the_sum_of_both_times_their_strengths(bases):
+    """A person and a style: also where one is no plain LoRA; the second of two that depend on the weight sees the first."""
+    base, files = bases["sd15"], []
+    tensors = base.components["denoiser"].tensors
+    for method in ("lora", "loha"):
+        adapter = adapter_of(base, config_of(method))
+        stir(adapter.parameters())
+        files.append(adapter.export(adapter.parameters(), base, {"ss_base_model_version": "sd_v1"}))
+    denoiser = base.load("denoiser", CPU, torch.float32)
+    applied = [
+        apply(file, {"family": "sd15", "denoiser": denoiser}, s) for file, s in zip(files, (0.8, 0.5), strict=True)
+    ]
+    first, second = (dict(file.changes()) for file in files)
+    assert first.keys() == second.keys()
+    for (part, path), change in first.items():
+        before = tensors[f"{path}.weight"]
+        wanted = before + 0.8 * change.reshape(before.shape) + 0.5 * second[part, path].reshape(before.shape)
+        torch.testing.assert_close(denoiser.get_submodule(path).weight.data, wanted, rtol=1e-5, atol=1e-6)
+    for one in reversed(applied):
+        one.remove()
+    assert all(torch.equal(value, tensors[name]) for name, value in denoiser.state_dict().items())
 
 
 def test_methods_are_the_files_of_their_folder():

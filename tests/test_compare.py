@@ -1,0 +1,87 @@
+"""Comparing methods: what is measured, kept, shown; one slow run over the demo's base."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from core.base import load_base
+from core.compare import Comparison, Result, compare, known_results, plot_results, summary, write_results
+from core.config import TrainConfig
+from core.demo import BASE_FILE
+from core.demo.people import person_photos
+from core.errors import BadConfig
+from core.faces import load_faces
+from core.photos import Photo
+
+CONFIG = TrainConfig(steps=2, batch_size=2, sample_steps=2, sample_guidance=2.5, learning_rate=1e-3, precision="fp32")
+
+
+def result(person: str, method: str, **changes) -> Result:
+    values = {
+        "likeness": 0.5,
+        "seconds": 10.0,
+        "file_bytes": 2_000_000,
+        "adherence": 0.75,
+        "leakage": 0.1,
+        "drift": 3.0,
+    }
+    return Result(person, method, 1e-3, 2, memory=10**8, **{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_base(BASE_FILE)
+
+
+def test_the_table_has_the_mean_and_the_spread_over_the_people(base):
+    header, lora, words = summary(
+        [result("a", "lora"), result("b", "lora", likeness=0.7, seconds=14.0), result("a", "textual-inversion")]
+    )
+    assert header[:4] == ("method", "people", "likeness (to held-out photos)", "time (seconds)")
+    assert lora[:5] == ("lora", "2", "0.60 ± 0.10", "12 ± 2", "2 ± 0")
+    assert words[2] == "0.50 ± 0.00"
+
+
+def test_the_learning_rate_is_the_settings_times_the_methods_factor_unless_one_is_given(base):
+    comparison = Comparison(base, ("lora", "dreambooth", "oft"), CONFIG, {"oft": 0.5})
+    rates = {method: comparison.config_of(method).learning_rate for method in comparison.methods}
+    assert rates == {"lora": 1e-3, "dreambooth": pytest.approx(1e-4), "oft": 0.5}
+
+
+def test_results_of_other_settings_are_not_taken_for_known(base, tmp_path):
+    comparison = Comparison(base, ("lora",), CONFIG)
+    write_results(tmp_path / "a.json", comparison, [result("a", "lora")])
+    assert known_results(tmp_path / "a.json", comparison) == [result("a", "lora")]
+    assert known_results(tmp_path / "a.json", replace(comparison, methods=("lora", "dora"))) != []
+    assert known_results(tmp_path / "a.json", replace(comparison, config=replace(CONFIG, steps=3))) == []
+    assert known_results(tmp_path / "missing.json", comparison) == []
+
+
+def test_the_plot_has_a_panel_for_each_column_and_takes_values_below_zero(base):
+    image = plot_results([result("a", "base", leakage=0.0), result("a", "lora", leakage=-0.2)])
+    assert image.width > 600 and image.getextrema() != ((255, 255),) * 3
+
+
+def test_an_unknown_method_is_refused_with_the_choices(base):
+    with pytest.raises(BadConfig, match="method 'dreamboth': choose of dora, dreambooth, "):
+        Comparison(base, ("lora", "dreamboth"), CONFIG)
+
+
+@pytest.mark.slow
+def test_methods_of_every_kind_of_file_are_trained_measured_and_not_made_again(base, tmp_path):
+    photos = [Photo.from_image(image, f"{index}.png") for index, image in enumerate(person_photos(35))]
+    comparison = Comparison(base, ("lora", "textual-inversion", "dreambooth"), CONFIG)
+    done = []
+    results = compare({"anna": photos}, comparison, tmp_path, load_faces(), on_phase=lambda *phase: done.append(phase))
+    assert [one.method for one in results] == ["base", "lora", "textual-inversion", "dreambooth"]
+    assert done[-1] == ("comparing", 4, 4)
+    by_method = {one.method: one for one in results}
+    assert by_method["base"].drift == by_method["base"].leakage == 0
+    assert all(0 <= one.adherence <= 1 for one in results)
+    sizes = [by_method[method].file_bytes for method in ("textual-inversion", "lora", "dreambooth")]
+    assert sizes == sorted(sizes) and sizes[0] < 10_000
+    assert json.loads((tmp_path / "compare.json").read_text())["results"][1]["steps"] == 2
+    assert (tmp_path / "compare.png").exists() and (tmp_path / "anna-lora.png").exists()
+    again = compare({"anna": photos}, comparison, tmp_path, load_faces(), on_phase=lambda *phase: done.append(phase))
+    assert again == results and len(done) == 4
