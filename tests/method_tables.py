@@ -1,4 +1,4 @@
-"""The table of docs/methods.md: `python -m tests.method_tables DIR` writes what `facelora compare --output DIR` has measured."""
+"""The table of docs/methods.md: `python -m tests.method_tables DIR` writes what `facelora compare --output DIR` has found."""
 
 import argparse
 import json
