@@ -109,7 +109,7 @@ class Base:
         if self.caption_encoder:
             return {}
         encoders = {}
-        for part in self.family.text_encoders:
+        for part in self.text_encoders:
             tensors = self._component(part).tensors.values()
             if sum(tensor.nbytes for tensor in tensors) < LARGE_ENCODER:
                 encoders[part] = self.load(part, device, dtype)
@@ -121,6 +121,12 @@ class Base:
             encoders[part] = self.load(part, place, dtype if stored_in_more else torch.bfloat16)
         return encoders
 
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """The parts that encode text: all of the family's but optional ones that are not there."""
+        optional = self.family.optional_encoders
+        return tuple(part for part in self.family.text_encoders if part in self.components or part not in optional)
+
     def fingerprint(self, *parts: str) -> str:
         """sha256 over the parts' tensors, read once: equal for equal weights, wherever they come from."""
         for part in parts:
@@ -131,9 +137,7 @@ class Base:
     @property
     def text_fingerprint(self) -> str:
         """The same of whatever encodes captions."""
-        return (
-            self.caption_encoder.fingerprint if self.caption_encoder else self.fingerprint(*self.family.text_encoders)
-        )
+        return self.caption_encoder.fingerprint if self.caption_encoder else self.fingerprint(*self.text_encoders)
 
     @cached_property
     def sha256(self) -> str | None:
@@ -319,6 +323,8 @@ def _read_folder(folder: Path, prediction_type: str, zero_terminal_snr: bool) ->
     components = {}
     for part in ("denoiser", "vae", *family.text_encoders):
         subfolder = folder / (part if part != "denoiser" else "transformer" if family.flow_shift else "unet")
+        if part in family.optional_encoders and not subfolder.exists():
+            continue
         config = _read_json(subfolder / "config.json")
         if part.startswith("text_encoder"):
             config["tokenizer"] = str(folder / part.replace("text_encoder", "tokenizer"))

@@ -49,15 +49,9 @@ class FamilyDefaults:
     steps: int
 
 
-# Those that can be trained say it themselves. Of the others: the defaults of diffusers 0.42's pipelines and, for sd3, of
-# SD3.5 Medium's model card.
 FAMILY_DEFAULTS: Mapping[str, FamilyDefaults] = {
-    **{
-        name: FamilyDefaults(family.wording, family.resolution, family.size_multiple, family.guidance, family.steps)
-        for name, family in FAMILIES.items()
-    },
-    "sd3": FamilyDefaults("sentences", 1024, 16, guidance=4.5, steps=40),
-    "flux2": FamilyDefaults("sentences", 1024, 16, guidance=4.0, steps=50),
+    name: FamilyDefaults(family.wording, family.resolution, family.size_multiple, family.guidance, family.steps)
+    for name, family in FAMILIES.items()
 }
 
 

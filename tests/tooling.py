@@ -181,7 +181,7 @@ class RandomTensors:
 
     def __call__(self, name: str) -> Tensor:
         dtype, size = self.layout[name]
-        if re.search(r"(norm\d?|norm_\w+|ln_\w+|(in|out)_layers\.0|\bout\.0|layer_norm\d)\.weight$", name):
+        if re.search(r"(norm\d?|norm_\w+|ln_\w+|(in|out)_layers\.0|\bout\.0|layer_norm\d)\.weight$|running_var$", name):
             return torch.ones(size, dtype=dtype)
         count = math.prod(size)
         # Every tensor starts elsewhere in the same million numbers: billions of new ones would take minutes.
@@ -233,10 +233,23 @@ def _kl_config(scale: float, shift: float) -> dict[str, Any]:
 
 
 SMALL_FLOWS = {
+    "sd3": SmallFlow(
+        {"sample_size": 32, "in_channels": 16, "num_layers": 2, "attention_head_dim": 64, "num_attention_heads": 1,
+         "joint_attention_dim": 32, "caption_projection_dim": 64, "pooled_projection_dim": 24, "pos_embed_max_size": 48,
+         "dual_attention_layers": (0,), "qk_norm": "rms_norm"},
+        _kl_config(1.5305, 0.0609), context=32, pooled=24,
+    ),
     "flux1": SmallFlow(
         {"in_channels": 64, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 128, "num_attention_heads": 1,
          "joint_attention_dim": 32, "pooled_projection_dim": 24, "guidance_embeds": True, "axes_dims_rope": (16, 56, 56)},
         _kl_config(0.3611, 0.1159), context=32, pooled=24,
+    ),
+    "flux2": SmallFlow(
+        {"in_channels": 128, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 128, "num_attention_heads": 1,
+         "joint_attention_dim": 32, "axes_dims_rope": (32, 32, 32, 32), "guidance_embeds": False},
+        {"block_out_channels": (32, 32), "down_block_types": ("DownEncoderBlock2D",) * 2,
+         "up_block_types": ("UpDecoderBlock2D",) * 2, "layers_per_block": 1},
+        context=32,
     ),
     "zimage": SmallFlow(
         {"in_channels": 16, "dim": 128, "n_layers": 3, "n_refiner_layers": 1, "n_heads": 1, "n_kv_heads": 1,

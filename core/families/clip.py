@@ -160,6 +160,11 @@ def encode_chunks(encoder: nn.Module, tokens: Tensor, layer: int, final_norm: bo
     return states.reshape(count, chunks * length, -1), output
 
 
+def pooled(output: Any) -> Tensor:
+    """The pooled state of each text, projected by an encoder that has a projection; (B, D)."""
+    return output.text_embeds if "text_embeds" in output else output.pooler_output
+
+
 def text_component(tensors: Mapping[str, Tensor], prefix: str, activation: str, projection: bool = False) -> Component:
     """A text encoder in OpenAI's naming (`<prefix>text_model.…`), its config read off the shapes of its tensors."""
     # Merging tools leave parts of the whole CLIP in the file that no picture depends on.

@@ -148,6 +148,8 @@ class FamilySpec:
     embeds_guidance: Callable[[dict[str, Any]], bool] = lambda config: False
     """The denoiser's config -> whether guidance is a number that it takes (`guidance` in the conditioning, distilled), so
     that no prediction without the prompt is needed."""
+    optional_encoders: tuple[str, ...] = ()
+    """Those of `text_encoders` that a base may lack."""
     lora_scheme: Literal["kohya", "comfy"] = "kohya"
     """Names that its LoRA files are written with: those that most programs load."""
 

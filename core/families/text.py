@@ -119,7 +119,8 @@ def _qwen_config(readers: Mapping[str, Callable[[], Tensor]]) -> dict[str, Any]:
 def build(kind: str, config: dict[str, Any]) -> nn.Module:
     """The text encoder without weights. It knows where its tokenizer is: `config["tokenizer"]`."""
     if kind.startswith("clip"):
-        return clip.build_text_encoder(config, projection=kind == "clip_g")
+        with_projection = kind == "clip_g" or "CLIPTextModelWithProjection" in config.get("architectures", ())
+        return clip.build_text_encoder(config, with_projection)
     if kind.startswith("qwen"):
         return _build_qwen(kind, config)
     from transformers import T5Config, T5EncoderModel

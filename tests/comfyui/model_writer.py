@@ -1,6 +1,6 @@
 """Run by test_flow_models.py in a process of its own, with ComfyUI on its path: small models of ComfyUI's own classes.
 
-Arguments: pairs of family and file. Writes into each file the weights of a model of the real architecture but few and narrow
+Arguments: pairs of a model's name and file. Writes into each file the weights of a model of the real architecture but few and narrow
 layers, random, under ComfyUI's names (`weights.…`), and for some noisy latents, times and texts what it predicts (`case0.…`).
 The same of the text encoders in TEXTS (`text.weights.…`, and `text.case0.context` for the captions in the file's metadata) and
 of the VAEs in VAES (`vae.weights.…`, and `vae.case0.…`).
@@ -26,19 +26,36 @@ import torch  # noqa: E402
 FLUX = {"axes_dim": [16, 56, 56], "num_heads": 2, "mlp_ratio": 4.0, "theta": 10000, "out_channels": 16, "qkv_bias": True,
         "txt_ids_dims": [], "patch_size": 2, "in_channels": 16, "hidden_size": 256, "context_in_dim": 64, "vec_in_dim": 48,
         "depth": 2, "depth_single_blocks": 2, "yak_mlp": False, "txt_norm": False}  # fmt: skip
+FLUX2 = {**FLUX, "image_model": "flux2", "axes_dim": [32] * 4, "mlp_ratio": 3.0, "theta": 2000, "in_channels": 128,
+         "out_channels": 128, "patch_size": 1, "vec_in_dim": None, "qkv_bias": False, "ops_bias": False, "txt_ids_dims": [3],
+         "global_modulation": True, "mlp_silu_act": True, "default_ref_method": "index",
+         "ref_index_scale": 10.0}  # fmt: skip
+SD3 = {"in_channels": 16, "out_channels": 16, "patch_size": 2, "depth": 2, "num_blocks": 3, "input_size": None,
+       "adm_in_channels": 48, "num_patches": 144, "pos_embed_max_size": 12, "pos_embed_scaling_factor": None,
+       "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 64, "out_features": 128}},
+       "x_block_self_attn_layers": []}  # fmt: skip
+SD3_WIDTHS = {"context": 64, "pooled": 48}
 Z_IMAGE = {"image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 1152, "cap_feat_dim": 64, "n_layers": 2,
            "n_refiner_layers": 1, "qk_norm": True, "n_heads": 9, "n_kv_heads": 9, "axes_dims": [32, 48, 48],
            "axes_lens": [1536, 512, 512], "rope_theta": 256.0, "ffn_dim_multiplier": 8 / 3, "z_image_modulation": True,
            "time_scale": 1000.0, "pad_tokens_multiple": 32}  # fmt: skip
 QWEN_IMAGE = {"image_model": "qwen_image", "in_channels": 64, "num_layers": 2, "num_attention_heads": 2,
               "joint_attention_dim": 64}  # fmt: skip
-# ComfyUI's class and what its model_detection reads off a checkpoint, narrower; channels of the latents; widths of text.
+# Family, and after a dot what kind of it: ComfyUI's class and what its model_detection reads off a checkpoint, narrower;
+# channels of the latents; widths of text.
 MODELS = {
+    # 3.5 medium
+    "sd3": (supported.SD3, {**SD3, "qk_norm": "rms", "x_block_self_attn_layers": [0, 1]}, 16, SD3_WIDTHS),
+    "sd3.large": (supported.SD3, {**SD3, "qk_norm": "rms"}, 16, SD3_WIDTHS),
+    "sd3.medium": (supported.SD3, SD3, 16, SD3_WIDTHS),
     "flux1": (supported.Flux, {**FLUX, "image_model": "flux", "guidance_embed": True}, 16, {"context": 64, "pooled": 48}),
+    "flux2": (supported.Flux2, {**FLUX2, "guidance_embed": False}, 128, {"context": 64}),
+    "flux2.dev": (supported.Flux2, {**FLUX2, "guidance_embed": True}, 128, {"context": 64}),
     "zimage": (supported.ZImage, Z_IMAGE, 16, {"context": 64}),
     "qwen-image": (supported.QwenImage, QWEN_IMAGE, 16, {"context": 64}),
 }  # fmt: skip
-TEXT_LENGTHS = (5, 32, 40)
+CASES = ((5, (8, 12)), (32, (8, 12)), (40, (8, 12)), (16, (20, 6)))
+"""Tokens of text, and height and width of the latents."""
 # ComfyUI's tokenizer and text encoder, and the encoder's name in it.
 TEXTS = {
     "zimage": (comfy.text_encoders.z_image.ZImageTokenizer, comfy.text_encoders.z_image.ZImageTEModel, "qwen3_4b"),
@@ -68,23 +85,26 @@ def random_weights(model: torch.nn.Module) -> None:
         else:
             deviation = 0.7 * parameter[0].numel() ** -0.5
             parameter.data = deviation * torch.randn(parameter.shape, generator=generator)
+    for name in set(model.state_dict()) - set(dict(model.named_parameters())):
+        buffer = model.get_buffer(name)
+        buffer.copy_(torch.rand(buffer.shape, generator=generator))
 
 
 @torch.no_grad()
-def write(family: str, path: str) -> None:
-    cls, config, channels, widths = MODELS[family]
+def write(name: str, path: str) -> None:
+    cls, config, channels, widths = MODELS[name]
     model = cls(dict(config)).get_model({}, "", device=torch.device("cpu")).float()
     random_weights(model.diffusion_model)
-    tensors = {f"weights.{name}": value.contiguous() for name, value in model.diffusion_model.state_dict().items()}
+    tensors = {f"weights.{key}": value.contiguous() for key, value in model.diffusion_model.state_dict().items()}
     generator = torch.Generator().manual_seed(2)
-    for number, length in enumerate(TEXT_LENGTHS):
+    for number, (length, size) in enumerate(CASES):
         case = {
-            "latents": torch.randn(1, channels, 8, 12, generator=generator),
-            "time": torch.tensor([0.3 + 0.4 * number]),
+            "latents": torch.randn(1, channels, *size, generator=generator),
+            "time": torch.tensor([0.3 + 0.2 * number]),
             "context": torch.randn(1, length, widths["context"], generator=generator),
         }
         given = {"c_crossattn": case["context"]}
-        if family == "zimage":
+        if name == "zimage":
             given["num_tokens"] = length
         if "pooled" in widths:
             given["y"] = case["pooled"] = torch.randn(1, widths["pooled"], generator=generator)
@@ -94,11 +114,11 @@ def write(family: str, path: str) -> None:
         frames = latents.unsqueeze(2) if model.latent_format.latent_dimensions == 3 else latents
         denoised = model.apply_model(frames, case["time"], **given).reshape(latents.shape)
         case["prediction"] = (latents - denoised) / case["time"].view(-1, 1, 1, 1)
-        tensors |= {f"case{number}.{name}": value.contiguous() for name, value in case.items()}
-    if family in TEXTS:
-        tensors |= text_tensors(family)
-    if family in VAES:
-        tensors |= vae_tensors(family)
+        tensors |= {f"case{number}.{key}": value.contiguous() for key, value in case.items()}
+    if name in TEXTS:
+        tensors |= text_tensors(name)
+    if name in VAES:
+        tensors |= vae_tensors(name)
     safetensors.torch.save_file(tensors, path, {"captions": json.dumps(CAPTIONS)})
 
 
@@ -128,5 +148,5 @@ def vae_tensors(family: str) -> dict[str, torch.Tensor]:
     return tensors | {f"vae.case0.{name}": value.contiguous() for name, value in case.items()}
 
 
-for family, path in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
-    write(family, path)
+for name, path in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+    write(name, path)
