@@ -1,9 +1,9 @@
 """Run by test_flow_models.py in a process of its own, with ComfyUI on its path: small models of ComfyUI's own classes.
 
-Arguments: pairs of a model's name and file. Writes into each file the weights of a model of the real architecture but few and narrow
-layers, random, under ComfyUI's names (`weights.…`), and for some noisy latents, times and texts what it predicts (`case0.…`).
-The same of the text encoders in TEXTS (`text.weights.…`, and `text.case0.context` for the captions in the file's metadata) and
-of the VAEs in VAES (`vae.weights.…`, and `vae.case0.…`).
+Arguments: pairs of a model's name and file. Writes into each file the weights of a model of the real architecture but few
+and narrow layers, random, under ComfyUI's names (`weights.…`), and for some noisy latents, times and texts what it predicts
+(`case0.…`). The same of the text encoders in TEXTS (`text.weights.…`, and `text.case0.context` for the captions in the file's
+metadata) and of the VAEs in VAES (`vae.weights.…`, and `vae.case0.…`).
 """
 
 # pyright: reportMissingImports=false
