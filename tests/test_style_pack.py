@@ -550,7 +550,7 @@ def test_arguments_that_cannot_work_are_refused(arguments, expected):
 
 
 def test_an_unknown_family_is_an_error_that_lists_the_choices():
-    with pytest.raises(UnknownFamily, match="no family 'sd1'; known: sd15, sdxl, flux1"):
+    with pytest.raises(UnknownFamily, match="no family 'sd1'; known: sd15, sdxl, sd3, flux1"):
         SHIPPED.pick("outdoor").prompts(SUBJECT, "sd1", 1, seed=0)
 
 
