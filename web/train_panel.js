@@ -29,10 +29,13 @@ function statusText(state) {
   if (state.stopping && TRAINING.has(state.phase)) return `ending after step ${state.step}, keeping what is learned`
   if (state.phase === "done") return `done: ${state.file}`
   if (state.phase === "stopped") return "stopped; queued again, it goes on from there"
-  if (state.phase !== "training") return state.total ? `${state.phase}: ${state.done} of ${state.total}` : state.phase
-  const parts = [`step ${state.step} of ${state.steps}`, `loss ${short(state.loss)}`, `rate ${short(state.learning_rate)}`]
+  if (!TRAINING.has(state.phase)) return state.total ? `${state.phase}: ${state.done} of ${state.total}` : state.phase
+  const parts = []
+  if ("step" in state)
+    parts.push(`step ${state.step} of ${state.steps}`, `loss ${short(state.loss)}`, `rate ${short(state.learning_rate)}`)
   if (state.likeness != null) parts.push(`likeness ${state.likeness.toFixed(2)}`)
   if (state.seconds_left != null) parts.push(`${duration(state.seconds_left)} left`)
+  if (state.phase === "samples") parts.push(`samples: ${state.done} of ${state.total}`)
   return parts.join(" · ")
 }
 

@@ -85,8 +85,8 @@ class ComfyPage:
         self._page.wait_for_function(condition, timeout=1000 * seconds)
 
     def wait_until_ready(self) -> None:
-        self._page.wait_for_function("() => window.LiteGraph?.registered_node_types?.FaceLoRATrain", timeout=120_000)
-        self._page.wait_for_selector("#graph-canvas, canvas", timeout=60_000)
+        self._page.wait_for_function("() => window.LiteGraph?.registered_node_types?.FaceLoRATrain", timeout=300_000)
+        self._page.wait_for_selector("#graph-canvas, canvas", timeout=300_000)
         self._page.wait_for_timeout(500)
 
     def run(self, script: str, argument: Any = None) -> Any:

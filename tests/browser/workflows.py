@@ -285,6 +285,16 @@ FLUX1 = transformer(
     embeds_guidance=True,
 )  # fmt: skip
 QWEN3 = file("text_encoders", "Comfy-Org/z_image_turbo/resolve/main/split_files/text_encoders/qwen_3_4b.safetensors")
+KLEIN = transformer(
+    "FLUX.2 klein 4B",
+    file(
+        "diffusion_models",
+        "black-forest-labs/FLUX.2-klein-base-4b-fp8/resolve/main/flux-2-klein-base-4b-fp8.safetensors",
+    ),
+    Node("clip", "CLIPLoader", {"clip_name": QWEN3["name"], "type": "flux2"}, models=[QWEN3]),
+    file("vae", "Comfy-Org/flux2-dev/resolve/main/split_files/vae/flux2-vae.safetensors"),
+    latent="EmptyFlux2LatentImage",
+)
 ZIMAGE = transformer(
     "Z-Image",
     file("diffusion_models", "Comfy-Org/z_image/resolve/main/split_files/diffusion_models/z_image_bf16.safetensors"),
@@ -293,7 +303,7 @@ ZIMAGE = transformer(
     latent="EmptySD3LatentImage",
     sampler={"sampler_name": "res_multistep", "scheduler": "simple"},
 )
-FLOWS = {"flux1": FLUX1, "zimage": ZIMAGE}
+FLOWS = {"flux1": FLUX1, "flux2": KLEIN, "zimage": ZIMAGE}
 """Family -> the base that its workflow trains."""
 
 WORKFLOWS = [
@@ -420,6 +430,10 @@ WORKFLOWS = [
     photos_to_headshots(
         "7-photos-to-headshots-flux1", FLUX1, "my-face-flux1",
         "It wants a large card, or a file in 8 bits and a `resolution` of 512.",
+    ),
+    photos_to_headshots(
+        "8-photos-to-headshots-flux2-klein", KLEIN, "my-face-klein",
+        "This is the base model; its LoRAs load into the distilled one of the same size too.",
     ),
     photos_to_headshots(
         "9-photos-to-headshots-zimage", ZIMAGE, "my-face-zimage",
