@@ -539,7 +539,11 @@ def choose_plan(
         return plans[0]
     needs: list[int] = []
     while not needs or (needs[-1] > room and len(needs) < len(plans)):
-        needs.append(predicted_memory(cache, base, config, dtype, plans[len(needs)]))
+        try:
+            needs.append(predicted_memory(cache, base, config, dtype, plans[len(needs)]))
+        except RuntimeError as error:  # a network whose step depends on the numbers in its tensors
+            on_warning(f"memory: cannot be predicted ({str(error).splitlines()[0]}); {plans[0]} until it runs out")
+            return plans[0]
     plan = plans[len(needs) - 1]
     if needs[0] > room:
         too_much = ", which may still be too much: lower resolution or batch_size" if needs[-1] > room else ""

@@ -107,6 +107,26 @@ def test_with_a_limit_that_nothing_fits_it_trains_with_the_smallest_plan_and_say
     assert lora.metadata["ss_steps"] == str(CONFIG.steps)
 
 
+def test_trained_text_encoders_are_in_the_prediction(base, cache):
+    without, trained = (
+        predicted_memory(cache, base, replace(CONFIG, text_encoder_lr=rate), torch.float32, PLANS[0])
+        for rate in (0.0, 1e-5)
+    )
+    encoders = sum(tensor.nbytes for tensor in base.components["text_encoder"].tensors.values())
+    assert trained > without + encoders
+
+
+def test_where_nothing_can_be_predicted_it_starts_with_the_fastest_plan(base, cache, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("aten._local_scalar_dense.default")
+
+    monkeypatch.setattr("core.training.predicted_memory", fail)
+    warnings: list[str] = []
+    lora = train_lora(cache, base, replace(CONFIG, memory_limit=0.1), device=CPU, on_warning=warnings.append)
+    assert "cannot be predicted" in warnings[0]
+    assert lora.metadata["ss_gradient_checkpointing"] == "False"
+
+
 class Full(torch.OutOfMemoryError):
     pass
 
