@@ -1,7 +1,8 @@
 """The commands for LoRA files, run as a user runs them."""
 
 import json
-import threading
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -153,29 +154,6 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line_and_nothing_is_written(tm
     assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", "pickle.safetensors"}
 
 
-class AnonymousMemory:
-    """Within it, the most memory that the process had beside the pages of files, in bytes; Linux says it."""
-
-    peak = 0
-
-    def __enter__(self) -> "AnonymousMemory":
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.005):
-            line = next(
-                line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")
-            )
-            self.peak = max(self.peak, 1024 * int(line.split()[1]))
-
-
 def write_constant_weights(path: Path, layers: int, change: float) -> None:
     weights = {
         f"double_blocks.{n}.img_mod.lin.weight": torch.full((640, 3072), 1.0 + change * n, dtype=torch.bfloat16)
@@ -191,9 +169,9 @@ def test_an_extraction_takes_no_more_memory_for_a_checkpoint_of_five_times_the_s
         for index, name in enumerate(("base", "tuned")):
             write_constant_weights(tmp_path / f"{name}{layers}.safetensors", layers, index)
         files = [tmp_path / f"{name}{layers}.safetensors" for name in ("base", "tuned", "lora")]
-        with AnonymousMemory() as memory:
-            run("extract", *files, "--rank", 1)
+        command = [sys.executable, "-m", "tests.peak_memory", "extract", *map(str, files), "--rank", "1"]
+        result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
         assert len(LoraFile.read(files[-1]).entries) == layers
-        peaks.append(memory.peak)
+        peaks.append(int(result.stdout.splitlines()[-1]))
     # The further 32 pairs of weights have 500 MB in float32, the LoRA's modules of them half a megabyte.
     assert peaks[1] - peaks[0] < 40e6, peaks
