@@ -15,7 +15,7 @@ from core.lora_file import LoraFile
 from core.methods import files_beside
 from core.sampling import encode_prompts
 from core.training import Run, train_lora
-from tests.tooling import encoded_cache, encoded_image
+from tests.tooling import diffusers_pipeline, encoded_cache, encoded_image
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(
@@ -191,3 +191,14 @@ def test_a_run_that_is_cancelled_goes_on_exactly(bases, caches, method, tmp_path
 def test_words_to_start_from_must_be_there(bases, caches):
     with pytest.raises(BadConfig, match="there is no word in it"):
         Run(caches["sd15"], bases["sd15"], replace(CONFIG, embedding_words=" "), CPU)
+
+
+def test_diffusers_reads_the_embedding_file_and_encodes_its_word_alike(bases, caches, tmp_path):
+    base, run = bases["sd15"], started_run(bases, caches, "sd15")
+    run.adapter.export(run.parameters, base, {}).save(tmp_path / "sks.safetensors", torch.float32)
+    pipeline = diffusers_pipeline(base)
+    pipeline.load_textual_inversion(str(tmp_path / "sks.safetensors"), token="sks")
+    theirs, _ = pipeline.encode_prompt("a photo of sks person", CPU, 1, False)
+    with torch.no_grad():
+        ours = run._conditioning(run.images[:1], ["a photo of sks person"])["context"]
+    torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4)
