@@ -1,20 +1,24 @@
 """Rectified flows (FLUX.1 and later): one step against plain torch, learning, sampling, the file that comes out."""
 
+import json
 import math
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 
-from core.base import Base
+from core.base import Base, load_base
 from core.config import TrainConfig
-from core.errors import BadConfig
+from core.errors import BadConfig, MissingPackage
 from core.families import FAMILIES
 from core.families.spec import stack_conditioning
 from core.generate import Job, generate
 from core.lora_file import LoraFile
+from core.lora_inspect import not_loaded_by
 from core.lora_keys import FAMILIES as KEYS
 from core.objective import FlowSchedule
 from core.photos_to_lora import check_base_options, train
@@ -42,6 +46,45 @@ def started_run(base: Base, config: TrainConfig) -> Run:
         if name.endswith(".up"):
             parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
     return run
+
+
+SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "num_key_value_heads": 1, "head_dim": 128}  # fmt: skip
+
+
+def language_model(family: str) -> Any:
+    """The network that a diffusers folder of the family has as its text encoder, small."""
+    if family == "zimage":
+        return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES, rope_theta=1e6))
+    text = SIZES | {"hidden_size": 256, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
+    text["rope_scaling"] = {"type": "mrope", "mrope_section": [16, 24, 24]}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 1, "out_hidden_size": 256}
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    return transformers.Qwen2_5_VLForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("family", ["zimage", "qwen-image"])
+def test_a_diffusers_folder_with_a_language_model_is_the_same_base(bases, family, tmp_path):
+    base, theirs = bases[family], language_model(family).eval()
+    for part, folder in (("denoiser", "transformer"), ("vae", "vae")):
+        base.load(part, CPU, torch.float32).save_pretrained(tmp_path / folder)  # pyright: ignore
+    theirs.save_pretrained(tmp_path / "text_encoder")
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": base.family.pipeline_class}))
+    read = load_base(tmp_path)
+    assert read.family is base.family and read.fingerprint("denoiser", "vae") == base.fingerprint("denoiser", "vae")
+    tokens = torch.tensor([[5, 3, 60, 1]])
+    with torch.no_grad():
+        ours = read.load("text_encoder", CPU, torch.float32)(tokens).last_hidden_state
+        expected = theirs(tokens, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_diffusers_that_is_too_old_for_a_model_is_named(bases, monkeypatch):
+    monkeypatch.setattr("diffusers.__version__", "0.35.2")
+    with pytest.raises(
+        MissingPackage, match=r"is in diffusers 0\.36 and later, and 0\.35\.2 is installed: pip install"
+    ):
+        bases["zimage"].load("denoiser", CPU, torch.float32)
 
 
 def test_every_rectified_flow_has_a_small_model_here():
@@ -136,6 +179,7 @@ def test_photos_become_a_lora_that_changes_the_pictures(bases, family, photo_fol
     lora = LoraFile.read(output)
     assert (lora.family, lora.metadata["ss_base_model_version"]) == (family, KEYS[family].base_versions[0])
     assert {entry.rank for entry in lora.entries} == {2}  # q, k and v share one A: fused, the rank stays
+    assert not not_loaded_by("ComfyUI", lora) and not not_loaded_by("diffusers", lora)
     assert any(key.endswith(".alpha") for key in lora.tensors) == (base.family.lora_scheme == "kohya")
     job = Job("a photo of sks person", seed=1, steps=2, guidance=2.0)
     (plain,), (changed,) = (list(generate(base, loras, [job], device=CPU)) for loras in ([], [(lora, 1.0)]))
