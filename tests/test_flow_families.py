@@ -49,14 +49,14 @@ def started_run(base: Base, config: TrainConfig) -> Run:
 
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "num_key_value_heads": 1, "head_dim": 128}  # fmt: skip
+         "num_key_value_heads": 1, "head_dim": 128, "rope_theta": 1e6, "rms_norm_eps": 1e-6}  # fmt: skip
 
 
 def language_model(family: str) -> Any:
     """The network that a diffusers folder of the family has as its text encoder, small."""
     if family == "zimage":
-        return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES, rope_theta=1e6))
-    text = SIZES | {"hidden_size": 256, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
+        return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES))
+    text = SIZES | {"hidden_size": 256}
     text["rope_scaling"] = {"type": "mrope", "mrope_section": [16, 24, 24]}
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 1, "out_hidden_size": 256}
     config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
