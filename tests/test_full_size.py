@@ -58,6 +58,30 @@ def test_names_and_shapes_are_those_of_sd_scripts(family, targets):
     assert found == reference_shapes(family, targets, 4)
 
 
+# Reference -> family, and what its denoiser's config has that is not diffusers' default.
+FLOWS = {
+    "flux1": ("flux1", {"guidance_embeds": True}),
+    "sd35_medium": (
+        "sd3",
+        {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 384,
+         "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reference", FLOWS)
+def test_names_and_shapes_of_rectified_flows_are_those_of_sd_scripts(reference):
+    name, config = FLOWS[reference]
+    family = FAMILIES[name]
+    with torch.device("meta"):
+        adapter = attach_lora({"denoiser": family.build("denoiser", config)}, family, TrainConfig(rank=4))
+    values = {name: torch.zeros(tensor.shape) for name, tensor in adapter.parameters().items()}
+    lora = LoraFile.from_modules(name, adapter.modules(values), {}, family.lora_scheme)
+    found = {name: tuple(tensor.shape) for name, tensor in lora.tensors.items()}
+    wanted = reference_shapes(reference, "transformer", 4)
+    assert found == {name: shape for name, shape in wanted.items() if name.startswith("lora_unet_")}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "targets", "options"),
