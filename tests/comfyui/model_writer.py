@@ -15,8 +15,10 @@ import comfy.cli_args
 comfy.cli_args.args.cpu = True
 
 import comfy.latent_formats  # noqa: E402
+import comfy.ldm.models.autoencoder as autoencoder  # noqa: E402
 import comfy.ldm.wan.vae  # noqa: E402
 import comfy.supported_models as supported  # noqa: E402
+import comfy.text_encoders.flux as flux_text  # noqa: E402
 import comfy.text_encoders.llama  # noqa: E402
 import comfy.text_encoders.qwen_image  # noqa: E402
 import comfy.text_encoders.z_image  # noqa: E402
@@ -59,6 +61,7 @@ CASES = ((5, (8, 12)), (32, (8, 12)), (40, (8, 12)), (16, (20, 6)))
 """Tokens of text, and height and width of the latents."""
 # ComfyUI's tokenizer and text encoder, and the encoder's name in it.
 TEXTS = {
+    "flux2": (flux_text.KleinTokenizer, flux_text.klein_te(), "qwen3_4b"),
     "zimage": (comfy.text_encoders.z_image.ZImageTokenizer, comfy.text_encoders.z_image.ZImageTEModel, "qwen3_4b"),
     "qwen-image": (
         comfy.text_encoders.qwen_image.QwenImageTokenizer, comfy.text_encoders.qwen_image.QwenImageTEModel, "qwen25_7b",
@@ -67,12 +70,29 @@ TEXTS = {
 SMALL_TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
               "num_key_value_heads": 2}  # fmt: skip
 CAPTIONS = ("", "a photo of sks person", "sks person (35), café at night, 東京, smiling: {close-up}")
+_KL = {"double_z": True, "resolution": 64, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1,
+       "attn_resolutions": [], "dropout": 0.0, "z_channels": 16}  # fmt: skip
+_MODULES = "comfy.ldm.modules.diffusionmodules.model."
 VAES = {
+    "sd3": (
+        autoencoder.AutoencodingEngine,
+        {
+            "regularizer_config": {"target": "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer"},
+            "encoder_config": {"target": f"{_MODULES}Encoder", "params": _KL},
+            "decoder_config": {"target": f"{_MODULES}Decoder", "params": _KL},
+        },
+        comfy.latent_formats.SD3,
+    ),
+    "flux2": (
+        autoencoder.AutoencoderKL,
+        {"ddconfig": {**_KL, "z_channels": 32, "batch_norm_latent": True}, "embed_dim": 32},
+        comfy.latent_formats.Flux2,
+    ),
     "qwen-image": (
         comfy.ldm.wan.vae.WanVAE,
         {"dim": 8, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "temperal_downsample": [False, True, True]},
         comfy.latent_formats.Wan21,
-    )
+    ),
 }
 
 
@@ -127,7 +147,9 @@ def text_tensors(family: str) -> dict[str, torch.Tensor]:
     tokenizer, cls, name = TEXTS[family]
     # Hundreds of millions of weights that are for pictures.
     comfy.text_encoders.llama.qwen_vl.Qwen2VLVisionTransformer = lambda **_: torch.nn.Identity()
-    encoder = cls(dtype=torch.float32, model_options={f"{name}_model_config": SMALL_TEXT})
+    # FLUX.2 takes the states after the 9th, 18th and 27th layer.
+    small = {**SMALL_TEXT, "num_hidden_layers": 28} if family == "flux2" else SMALL_TEXT
+    encoder = cls(dtype=torch.float32, model_options={f"{name}_model_config": small})
     transformer = getattr(encoder, name).transformer
     random_weights(transformer)
     tensors = {f"text.weights.{name}": value.contiguous() for name, value in transformer.state_dict().items()}
@@ -142,9 +164,10 @@ def vae_tensors(family: str) -> dict[str, torch.Tensor]:
     vae, scaled = cls(**config).eval(), latent_format()
     random_weights(vae)
     pixels = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(3)) * 2 - 1
-    latents = scaled.process_in(vae.encode(pixels.unsqueeze(2)))
-    case = {"pixels": pixels, "latents": latents.squeeze(2)}
-    case["decoded"] = vae.decode(scaled.process_out(latents)).squeeze(2)
+    frames = scaled.latent_dimensions == 3
+    latents = scaled.process_in(vae.encode(pixels.unsqueeze(2) if frames else pixels))
+    decoded = vae.decode(scaled.process_out(latents))
+    case = {"pixels": pixels, "latents": latents.squeeze(2), "decoded": decoded.squeeze(2)}
     tensors = {f"vae.weights.{name}": value.contiguous() for name, value in vae.state_dict().items()}
     return tensors | {f"vae.case0.{name}": value.contiguous() for name, value in case.items()}
 

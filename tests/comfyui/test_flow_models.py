@@ -110,11 +110,22 @@ def test_captions_have_the_states_that_comfyuis_text_encoder_gives(files, family
         assert mask.tolist() == sorted(mask.tolist(), reverse=True)
 
 
-def test_qwen_images_vae_gives_what_comfyuis_gives(files):
-    file = SafetensorsFile.open(files["qwen-image"])
+def test_flux2s_captions_fill_512_tokens_as_in_comfyui(files):
+    file = SafetensorsFile.open(files["flux2"])
+    base = denoiser_base(file, text_encoders=[part_of(file, "text.weights")], tokenizer=TOKENIZER)
+    captions = json.loads(file.metadata["captions"])
+    with torch.no_grad():
+        ours = base.family.encode_text(base.load_text_encoders(CPU, torch.float32), captions, 1, 1)["context"]
+    assert_same(ours, torch.cat([file[f"text.case{number}.context"] for number in range(len(captions))]))
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux2", "qwen-image"])
+def test_a_vae_gives_what_comfyuis_gives(files, family):
+    file = SafetensorsFile.open(files[family])
     base, case = denoiser_base(file, vae=part_of(file, "vae.weights")), part_of(file, "vae.case0")
     vae = base.load("vae", CPU, torch.float32)
-    assert base.latent_shape.pixels == 8
+    assert case["latents"].shape[3] * base.latent_shape.pixels == case["pixels"].shape[3]
     with torch.no_grad():
         assert_same(base.family.encode_image(vae, case["pixels"])[0], case["latents"])
-        assert_same(base.family.decode_latents(vae, case["latents"]), case["decoded"].clamp(-1, 1))
+        decoded = base.family.decode_latents(vae, case["latents"])
+        assert_same(decoded.clamp(-1, 1), case["decoded"].clamp(-1, 1))
