@@ -105,6 +105,9 @@ class TrainConfig:
 
     clip_skip: int = option(1, "1 uses the text encoder's last layer, 2 the one before (SD1.x only)")
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = option("auto", "what the base predicts")
+    allow_distilled: bool = option(
+        False, "train on a model that was distilled to a few steps (FLUX.1-schnell); only with a training adapter in it"
+    )
     zero_terminal_snr: bool = option(False, "the base was trained to zero terminal SNR (arXiv:2305.08891)")
 
     seed: int = option(1, "seed of everything random")

@@ -218,6 +218,11 @@ def check_base_options(base: Base, config: TrainConfig) -> None:
     if wrong := [name for name in others if getattr(config, name) != getattr(default, name)]:
         kind = "a rectified flow" if family.flow_shift else "no rectified flow"
         raise BadConfig(f"{', '.join(wrong)}: {family.title} is {kind} and has no such setting; leave it out")
+    if family.is_distilled(base.components["denoiser"].config) and not config.allow_distilled:
+        raise BadConfig(
+            f"{base.name}: was distilled to a few steps (FLUX.1-schnell), and training on it undoes that: train on the "
+            "undistilled model, or merge a training adapter into it first and set allow_distilled"
+        )
     if config.text_encoder_lr and (family.text_encoder_targets is None or base.caption_encoder):
         raise BadConfig(f"text_encoder_lr: the text encoders of {family.title} cannot be trained here; leave it at 0")
     multiple = base.size_multiple

@@ -109,6 +109,11 @@ def embeds_guidance(config: dict[str, Any]) -> bool:
     return config["guidance_embeds"]
 
 
+def is_distilled(config: dict[str, Any]) -> bool:
+    # FLUX.1-schnell, distilled to four steps, is the one that takes no guidance.
+    return not config["guidance_embeds"]
+
+
 FLUX1 = FamilySpec(
     name="flux1",
     title="FLUX.1",
@@ -133,4 +138,5 @@ FLUX1 = FamilySpec(
     predict=predict,
     flow_shift=linear_shift(256, 0.5, 4096, 1.15),  # of FLUX.1-dev's scheduler, by positions
     embeds_guidance=embeds_guidance,
+    is_distilled=is_distilled,
 )

@@ -150,6 +150,8 @@ class FamilySpec:
     that no prediction without the prompt is needed."""
     optional_encoders: tuple[str, ...] = ()
     """Those of `text_encoders` that a base may lack."""
+    is_distilled: Callable[[dict[str, Any]], bool] = lambda config: False
+    """The denoiser's config -> whether the model was distilled to a few steps, which training on it would undo."""
     lora_scheme: Literal["kohya", "comfy"] = "kohya"
     """Names that its LoRA files are written with: those that most programs load."""
 

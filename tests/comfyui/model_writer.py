@@ -118,9 +118,11 @@ def write(name: str, path: str) -> None:
     random_weights(model.diffusion_model)
     tensors = {f"weights.{key}": value.contiguous() for key, value in model.diffusion_model.state_dict().items()}
     generator = torch.Generator().manual_seed(2)
-    for number, (length, size) in enumerate(CASES):
+    for number, (length, (height, width)) in enumerate(CASES):
+        if name == "qwen-image":
+            width = -(-width // 4) * 4  # odd counts of positions are numbered one apart from the authors' code
         case = {
-            "latents": torch.randn(1, channels, *size, generator=generator),
+            "latents": torch.randn(1, channels, height, width, generator=generator),
             "time": torch.tensor([0.3 + 0.2 * number]),
             "context": torch.randn(1, length, widths["context"], generator=generator),
         }
