@@ -29,7 +29,7 @@ def test_a_picture_is_svg_in_the_styles_shape_with_its_name():
 
 def test_a_closer_framing_shows_a_larger_head():
     def head(framing):
-        return float(re.search(r'ry="([\d.]+)"', style_picture(style(framing=framing)))[1])
+        return float(re.findall(r'ry="([\d.]+)"', style_picture(style(framing=framing)))[0])
 
     sizes = [head(framing) for framing in HEAD_SIZES]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)

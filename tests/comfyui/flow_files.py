@@ -55,7 +55,7 @@ def write_vae(path: Path) -> None:
         shapes[path_of] = (*size, 1, 1) if ".attn_1." in path_of and len(size) == 2 else size
     draw = RandomTensors(shapes, torch.float16, seed=1)
     norm = dict.fromkeys(("bn.running_mean", "bn.running_var"), torch.ones(128)) if flux2 else {}
-    layout = draw.layout | {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in norm.items()}
+    layout = {**draw.layout, **{name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in norm.items()}}
     write_safetensors(path, layout, lambda name: norm[name] if name in norm else draw(name))
 
 

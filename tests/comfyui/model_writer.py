@@ -9,6 +9,7 @@ metadata) and of the VAEs in VAES (`vae.weights.…`, and `vae.case0.…`).
 # pyright: reportMissingImports=false
 import json
 import sys
+from typing import Any
 
 import comfy.cli_args
 
@@ -126,7 +127,7 @@ def write(name: str, path: str) -> None:
             "time": torch.tensor([0.3 + 0.2 * number]),
             "context": torch.randn(1, length, widths["context"], generator=generator),
         }
-        given = {"c_crossattn": case["context"]}
+        given: dict[str, Any] = {"c_crossattn": case["context"]}
         if name == "zimage":
             given["num_tokens"] = length
         if "pooled" in widths:

@@ -45,8 +45,9 @@ detect = comfy.model_detection.detect_unet_config
 
 def detect_also_small(*arguments, **options):
     config = detect(*arguments, **options)
-    is_small = config is not None and config.get("dim") == SMALL_ZIMAGE["dim"]
-    return config | SMALL_ZIMAGE if is_small else config
+    if config is None or config.get("dim") != SMALL_ZIMAGE["dim"]:
+        return config
+    return config | SMALL_ZIMAGE
 
 
 comfy.model_detection.detect_unet_config = detect_also_small

@@ -51,8 +51,9 @@ def picture(family: str, model: list) -> dict[str, Node]:
 
 
 def test_the_clip_of_another_family_is_refused(server, models):
+    changes: dict[str, Any] = {**LINKS, "name": "wrong", "clip": ["base", 1]}
     checkpoint = {"base": node("CheckpointLoaderSimple", ckpt_name="sd15.safetensors")}
-    result = server.run(training(name="wrong", **LINKS | {"clip": ["base", 1]}) | loaders("flux1") | checkpoint)
+    result = server.run(training(**changes) | loaders("flux1") | checkpoint)
     assert result.status == "error"
     assert "CLIP does not belong to MODEL, which is FLUX.1: texts are 64 wide there, this CLIP's 768" in result.error
 
