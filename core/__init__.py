@@ -11,7 +11,8 @@ from .cache import clear_cache, encode
 from .config import TrainConfig
 from .errors import FaceLoraError
 from .generate import GenerateConfig, Job, contact_sheet, generate
-from .lora_file import LoraFile, LoraModule
+from .lora_file import LoraFile
+from .lora_modules import LoraModule
 from .photos import Photo, prepare, read_photos
 from .photos_to_lora import train
 from .training import StepReport, train_lora

@@ -6,10 +6,11 @@ A method is one file in `methods/`, known to the settings by its name; it makes 
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from .base import Base
@@ -37,6 +38,10 @@ class Adapter(ABC):
     @abstractmethod
     def disabled(self) -> AbstractContextManager[None]:
         """Within it the networks are the frozen ones."""
+
+    def cast_once(self, dtype: torch.dtype) -> AbstractContextManager[None]:
+        """Within it no parameter changes, and what has to be cast to that dtype for the arithmetic is so already."""
+        return nullcontext()
 
     @abstractmethod
     def export(self, values: Mapping[str, Tensor], base: Base, metadata: Mapping[str, str]) -> LoraFile:
@@ -69,6 +74,12 @@ class Method:
     """What the file is: something that goes on a base model, or a base model itself."""
     rate_factor: float = 1.0
     """What a LoRA's learning rate is multiplied by to suit this method."""
+    has_pefts_layers: bool = False
+    """peft's cannot be built of tensors that hold no numbers: where memory is predicted, a LoRA's stand for them."""
+    freezes_weights: bool = True
+    """Whether the networks' own weights stay as they are, and so can be kept in 8 bits or away from the device."""
+    keeps_dtype: bool = False
+    """Whether its layers work in the dtype of their inputs, whatever their own, and so need no autocast."""
 
 
 def target_modules(
@@ -76,7 +87,7 @@ def target_modules(
 ) -> dict[ModuleId, tuple[int, float]]:
     """(part, path) -> (rank, alpha) of everything that the settings adapt.
 
-    BadConfig when a rank is above its layer's, or when a network has nothing to adapt.
+    BadConfig when a rank is above its layer's, when a network has nothing to adapt, or when a pattern matches nothing.
     """
     result: dict[ModuleId, tuple[int, float]] = {}
     for part, network in networks.items():
@@ -97,7 +108,21 @@ def target_modules(
             result[part, path] = (rank, float(alpha))
         if len(result) == before:
             raise BadConfig(f"nothing in the {part.replace('_', ' ')} matches targets = {config.targets!r}")
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, name):
+            if not any(re.search(pattern, path) for _, path in result):
+                example = next(iter(result))[1]
+                raise BadConfig(
+                    f"{name}: {pattern!r} matches none of the {len(result)} adapted modules, e.g. {example}"
+                )
     return result
+
+
+def refuse_settings_of_lora(config: TrainConfig) -> None:
+    """BadConfig for a setting that methods other than LoRA and DoRA have no use for."""
+    for name in ("dropout", "rslora", "lora_plus_ratio"):
+        if getattr(config, name) != getattr(TrainConfig, name):
+            raise BadConfig(f"{name}: method {config.method!r} has none; it is for 'lora' and 'dora'")
 
 
 def _by_pattern(patterns: Mapping[str, _Number], path: str, default: _Number) -> _Number:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from .errors import LoraMisfit
 from .families import FAMILIES
 from .lora_file import LoraFile, fit
+from .lora_keys import ModuleId, text_encoder_path
 
-ModuleId = tuple[str, str]
 _PIPELINE_PARTS = {
     "unet": "denoiser",
     "transformer": "denoiser",
@@ -69,14 +69,14 @@ def apply(
     """
     family, networks = _networks(target)
     layers: dict[ModuleId, nn.Module] = {
-        (part, _with_prefix(part, path)): module
+        (part, path if part == "denoiser" else text_encoder_path(path)): module
         for part, network in networks.items()
         for path, module in network.named_modules()
         if isinstance(getattr(module, "weight", None), Tensor)
     }
     shapes = {module_id: tuple(layer.weight.shape) for module_id, layer in layers.items()}  # pyright: ignore
     biased = {module_id for module_id, layer in layers.items() if isinstance(getattr(layer, "bias", None), Tensor)}
-    present = _without_absent_parts(lora, networks)
+    present = lora.of_parts(networks)
     fit(present, family, shapes, biased).check(lora.name)
     if text_encoder_strength is None:
         text_encoder_strength = strength
@@ -95,11 +95,6 @@ def apply(
     return applied
 
 
-def _without_absent_parts(lora: LoraFile, networks: Mapping[str, nn.Module]) -> LoraFile:
-    absent = {key for entry in lora.entries if entry.part not in networks for key in entry.keys.values()}
-    return replace(lora, tensors={key: tensor for key, tensor in lora.tensors.items() if key not in absent})
-
-
 def _networks(target: Any) -> tuple[str, dict[str, nn.Module]]:
     if isinstance(target, Mapping):
         networks = {part: network for part, network in target.items() if part != "family"}
@@ -109,10 +104,3 @@ def _networks(target: Any) -> tuple[str, dict[str, nn.Module]]:
         raise LoraMisfit(f"{class_name} is no pipeline that is known here; known: {', '.join(_PIPELINE_FAMILIES)}")
     found = {part: getattr(target, name, None) for name, part in _PIPELINE_PARTS.items()}
     return _PIPELINE_FAMILIES[class_name], {part: network for part, network in found.items() if network is not None}
-
-
-def _with_prefix(part: str, path: str) -> str:
-    """The project's name of a text encoder's module, whether or not the installed transformers says `text_model.`."""
-    if part == "denoiser" or path.startswith("text_model.") or not path.startswith(("encoder.", "embeddings.")):
-        return path
-    return f"text_model.{path}"

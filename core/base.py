@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .errors import BadFile, UnknownFamily, UnmatchedKeys
+from .errors import BadConfig, BadFile, UnknownFamily, UnmatchedKeys
 from .families import FAMILIES, detect_family, text
-from .families.ldm import VAE_PREFIXES
+from .families.ldm import VAE_PREFIXES, current_vae_path
 from .families.quantised import dequantised
 from .families.spec import (
     DENOISER_PREFIX,
@@ -59,8 +59,12 @@ class Base:
     zero_terminal_snr: bool
     resolution: int
     """Side of the square at which the model was trained, in pixels."""
+    says_distilled: bool = False
+    """Whether its folder says that it was distilled to a few steps."""
     file: SafetensorsFile | None = field(default=None, repr=False)
     """The checkpoint file, when it is one."""
+    vae_file: SafetensorsFile | None = field(default=None, repr=False)
+    """The file that the VAE is from, when it is one of its own."""
     caption_encoder: CaptionEncoder | None = field(default=None, repr=False)
     """What encodes captions in the place of the base's own text encoders."""
     _digests: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -79,6 +83,11 @@ class Base:
     def embeds_guidance(self) -> bool:
         """Whether guidance is a number that the denoiser takes, so that it predicts once and not twice."""
         return self.family.embeds_guidance(self.components["denoiser"].config)
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether it is known to be distilled to a few steps, which training on it would undo."""
+        return self.says_distilled or self.family.is_distilled(self.components["denoiser"].config)
 
     def schedule(self) -> Schedule:
         if self.family.flow_shift:
@@ -139,10 +148,21 @@ class Base:
         """The same of whatever encodes captions."""
         return self.caption_encoder.fingerprint if self.caption_encoder else self.fingerprint(*self.text_encoders)
 
+    @property
+    def identity(self) -> str:
+        """Equal for bases that make the same pictures: all weights, and how they predict."""
+        prediction = f"{self.prediction_type} {self.zero_terminal_snr}"
+        return f"{self.fingerprint('denoiser', 'vae')} {self.text_fingerprint} {prediction}"
+
     @cached_property
     def sha256(self) -> str | None:
         """sha256 of the checkpoint file (`ss_new_sd_model_hash`); None when the base is no file."""
         return self.file.sha256() if self.file else None
+
+    @cached_property
+    def vae_sha256(self) -> str | None:
+        """sha256 of the VAE's own file; None when it has none."""
+        return self.vae_file.sha256() if self.vae_file else None
 
     @cached_property
     def legacy_hash(self) -> str | None:
@@ -194,19 +214,23 @@ def load_base(
     is the folder of the tokenizer of T5 or Qwen, where the family has one; with a `caption_encoder` neither is needed.
     Only a hub id (`owner/name` that is no local path) lets the network be used. v-prediction and zero terminal SNR are
     recognised by the marker tensors `v_pred` and `ztsnr` and by modelspec metadata; the options override.
-    BadFile, UnknownFamily or UnmatchedKeys when it is not a usable base.
+    BadFile, UnknownFamily or UnmatchedKeys when it is not a usable base. BadConfig for other files beside a folder or hub
+    id, which has its own.
     """
     if not isinstance(source, Mapping):
         path = Path(source)
-        folder = path if path.is_dir() else None
-        if not path.exists() and _is_hub_id(str(source)):
-            folder = _download(str(source))
-        if folder:
+        is_on_hub = not path.exists() and _is_hub_id(str(source))
+        if path.is_dir() or is_on_hub:
+            parts = {"vae": vae, "text_encoders": text_encoders, "tokenizer": tokenizer}
+            if given := [what for what, one in parts.items() if one]:
+                raise BadConfig(f"{source}: a folder of diffusers has all parts itself: leave out {', '.join(given)}")
+            folder = _download(str(source)) if is_on_hub else path
             return replace(_read_folder(folder, prediction_type, zero_terminal_snr), caption_encoder=caption_encoder)
     name, file = _opened(source)
     metadata = file.metadata if isinstance(file, SafetensorsFile) else {}
+    vae_file = None if vae is None else _opened(vae)[1]
     try:
-        tensors = _one_checkpoint(file, vae, text_encoders)
+        tensors = _one_checkpoint(file, vae_file, text_encoders)
         family = detect_family(tensors)
         components = family.split(tensors)
         _check_channels(family, components)
@@ -225,6 +249,7 @@ def load_base(
         zero_terminal_snr=zero_terminal_snr or "ztsnr" in tensors,
         resolution=_side(metadata.get("modelspec.resolution"), family.resolution),
         file=file if isinstance(file, SafetensorsFile) else None,
+        vae_file=vae_file if isinstance(vae_file, SafetensorsFile) else None,
         caption_encoder=caption_encoder,
     )
 
@@ -241,7 +266,7 @@ def _opened(source: Source) -> tuple[str, Mapping[str, Tensor]]:
 
 
 def _one_checkpoint(
-    source: Mapping[str, Tensor], vae: Source | None, text_encoders: Sequence[Source]
+    source: Mapping[str, Tensor], vae: Mapping[str, Tensor] | None, text_encoders: Sequence[Source]
 ) -> Mapping[str, Tensor]:
     """The tensors of all files under the names that they would have in one checkpoint, none read."""
     if not source:
@@ -254,11 +279,10 @@ def _one_checkpoint(
         # A file of a denoiser alone.
         names = {DENOISER_PREFIX + name.removeprefix("diffusion_model."): read for name, read in names.items()}
     if vae is not None:
-        _, tensors = _opened(vae)
-        for name in tensors:
-            names[name if name.startswith(VAE_PREFIXES) else VAE_PREFIXES[0] + name] = partial(
-                tensors.__getitem__, name
-            )
+        # In the place of the one that the checkpoint may have.
+        names = {name: read for name, read in names.items() if not name.startswith(VAE_PREFIXES)}
+        for name in vae:
+            names[name if name.startswith(VAE_PREFIXES) else VAE_PREFIXES[0] + name] = partial(vae.__getitem__, name)
     for text_encoder in text_encoders:
         what, tensors = _opened(text_encoder)
         tensors = dequantised(tensors)
@@ -315,7 +339,8 @@ def _download(hub_id: str) -> Path:
 
 def _read_folder(folder: Path, prediction_type: str, zero_terminal_snr: bool) -> Base:
     """A Base from a folder as diffusers' `save_pretrained` writes it; only safetensors weights are read."""
-    class_name = _read_json(folder / "model_index.json").get("_class_name")
+    index = _read_json(folder / "model_index.json")
+    class_name = index.get("_class_name")
     family = next((family for family in FAMILIES.values() if family.pipeline_class == class_name), None)
     if family is None:
         known = ", ".join(family.pipeline_class for family in FAMILIES.values())
@@ -343,6 +368,7 @@ def _read_folder(folder: Path, prediction_type: str, zero_terminal_snr: bool) ->
         prediction_type=_choose(family, prediction_type, scheduler.get("prediction_type", "epsilon")),
         zero_terminal_snr=zero_terminal_snr or bool(scheduler.get("rescale_betas_zero_snr")),
         resolution=family.resolution,
+        says_distilled=index.get("is_distilled") is True,
     )
     if isinstance(latent_side, int) and not family.flow_shift:
         return replace(base, resolution=latent_side * base.latent_shape.pixels)
@@ -373,13 +399,5 @@ def _folder_tensors(folder: Path, part: str) -> Mapping[str, Tensor]:
         for name in file:
             if name.endswith(("position_ids", "logit_scale")):
                 continue
-            readers[_library_name(name, part)] = partial(file.tensor, name)
+            readers[current_vae_path(name) if part == "vae" else name] = partial(file.tensor, name)
     return LazyTensors(text.library_tensors(readers) if part.startswith("text_encoder") else readers)
-
-
-def _library_name(name: str, part: str) -> str:
-    """Today's name of a tensor in a diffusers folder, which may have been written by an old or a very new library."""
-    if part == "vae" and ".attentions." in name:
-        for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
-            name = name.replace(f".{old}.", f".{new}.")
-    return name

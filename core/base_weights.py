@@ -31,33 +31,52 @@ _OTHER_PARTS = (
 _SCALES = (".scale_weight", ".weight_scale", ".scale_input", ".absmax", ".comfy_quant", "scaled_fp8")
 
 
-class BaseWeights:
-    """Where a checkpoint has the weight of each module. Open with `BaseWeights.open(path)`."""
+class BaseLayers:
+    """The layers of a base model that LoRAs can change: what `lora_file.fit` asks about it."""
 
-    file: SafetensorsFile
     family: str
     """A name in lora_keys.FAMILIES."""
     places: dict[str, Place]
-    """Name of a weight in the file -> the modules whose it is."""
+    """Name of a weight -> the modules whose it is."""
     shapes: dict[ModuleId, tuple[int, ...]]
     """Module -> shape of its weight in diffusers."""
     biased: set[ModuleId]
     """The modules that have a bias."""
 
-    def __init__(self, file: SafetensorsFile, family: str, places: Mapping[str, Place]):
-        self.file = file
-        self.family = family
-        self.places = dict(places)
+    def __init__(self, tensor_shapes: Mapping[str, tuple[int, ...]], name: str, family: str | None = None):
+        """From the shapes of a model's tensors, in original or diffusers naming; its `family` is detected by them where it
+        is not known. UnknownFamily, saying that it is `name` that is no base model that is known."""
+        paths = _paths(tensor_shapes)
+        self.family = family or _family_of(tensor_shapes, paths, name)
+        self.places = {}
         self.shapes = {}
         self.biased = set()
         self._names: dict[ModuleId, str] = {}
-        for name, place in places.items():
-            shape = file.shapes[name]
+        layers = _layers_per_block(paths.values())
+        for weight, (part, path) in paths.items():
+            place, shape = _place(FAMILIES[self.family], part, path, layers), tensor_shapes[weight]
+            if place is None or not _fits(place, shape):
+                continue
+            self.places[weight] = place
             for module, rows in zip(place.modules, _rows(place, shape), strict=True):
                 self.shapes[module] = (rows, *shape[1:])
-                self._names[module] = name
-            if bias_name(name) in file.shapes:
+                self._names[module] = weight
+            if bias_name(weight) in tensor_shapes:
                 self.biased.update(place.modules)
+
+    def name_of(self, module: ModuleId) -> str:
+        """The tensor that is the weight of a module, or that it is a part of."""
+        return self._names[module]
+
+
+class BaseWeights(BaseLayers):
+    """Where a checkpoint has the weight of each module. Open with `BaseWeights.open(path)`."""
+
+    file: SafetensorsFile
+
+    def __init__(self, file: SafetensorsFile):
+        super().__init__(file.shapes, str(file.path))
+        self.file = file
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "BaseWeights":
@@ -72,24 +91,18 @@ class BaseWeights:
                 f"{file.path}: is quantised with scales, e.g. {scale!r}, so its tensors are not the weights themselves; "
                 "give the model in fp32, bf16, fp16 or plain fp8"
             )
-        paths = _paths(file.shapes)
-        family = _family_of(file, paths)
-        layers = _layers_per_block(paths.values())
-        places = {}
-        for name, (part, path) in paths.items():
-            place = _place(FAMILIES[family], part, path, layers)
-            if place is not None and _fits(place, file.shapes[name]):
-                places[name] = place
-        return cls(file, family, places)
+        return cls(file)
 
     def read(self, module: ModuleId) -> Tensor:
         """The weight of a module, in diffusers' order of rows."""
         name = self._names[module]
         return dict(self.places[name].split(self.file[name]))[module]
 
-    def name_of(self, module: ModuleId) -> str:
-        """The tensor of the file that holds the weight of a module."""
-        return self._names[module]
+    def read_bias(self, module: ModuleId) -> Tensor:
+        """The bias of a module, one of `biased`, in diffusers' order."""
+        name = self._names[module]
+        inputs = math.prod(self.file.shapes[name][1:2])
+        return dict(self.places[name].split(self.file[bias_name(name)], inputs))[module]
 
 
 def bias_name(name: str) -> str:
@@ -118,14 +131,14 @@ def _paths(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _family_of(file: SafetensorsFile, paths: Mapping[str, tuple[str, str]]) -> str:
+def _family_of(shapes: Mapping[str, tuple[int, ...]], paths: Mapping[str, tuple[str, str]], model: str) -> str:
     prefixes = {prefix for prefix, _ in paths.values()}
-    modules = [(part, path, file.shapes[name]) for name, (part, path) in paths.items() if part == "denoiser"]
+    modules = [(part, path, shapes[name]) for name, (part, path) in paths.items() if part == "denoiser"]
     families = [_TEXT_ENCODERS[prefix][0] for prefix in sorted(prefixes & set(_TEXT_ENCODERS))] or families_of(modules)
     if not modules or not families:
-        example = next(iter(file), "none")
+        example = next(iter(shapes), "none")
         raise UnknownFamily(
-            f"{file.path}: no base model: no family matches its {len(file)} tensors, e.g. {example!r}; "
+            f"{model}: no base model: no family matches its {len(shapes)} tensors, e.g. {example!r}; "
             f"known: {', '.join(FAMILIES)}"
         )
     return families[0]

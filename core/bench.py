@@ -1,242 +1,52 @@
-"""The benchmark: our training step beside that of a plain diffusers + peft loop, in one run on the same weights and input.
+"""The benchmark: our training step beside its peers', in one run on the same weights and input.
 
-The denoiser has the family's real architecture and random weights made in memory; latents and conditioning have the real
-shapes. The two loops take turns, so that a machine that is busy or gets warm slows both, and what is compared is the median
+The loops take turns, so that a machine that is busy or gets warm slows all, and what is compared is the median
 of the ratios of neighbours.
 """
 
 import argparse
-import contextlib
 import ctypes
 import math
 import os
 import platform
 import re
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import date
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any, Protocol, get_args
+from typing import Any, get_args
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from .base import Base
-from .cache import EncodedImage, LatentCache
+from .bench_loops import (
+    LATENT_SIZE,
+    REAL_CHANNELS,
+    SHAPES,
+    ComfyLoop,
+    Loop,
+    OurLoop,
+    PlainLoop,
+    precision_name,
+    random_base,
+    random_cache,
+)
 from .config import Targets, TrainConfig
+from .device import device_and_dtype
 from .errors import BadConfig, BadFile
 from .families import FAMILIES
-from .families.spec import Component, Conditioning
 from .memory_plan import MemoryPlan
-from .training import Run, device_and_dtype, predicted_memory
+from .memory_prediction import predicted_memory
 
-CAPTION = "a photo of sks person"
-LATENT_CHANNELS, LATENT_SIZE, TOKENS = 4, 8, 77
 WARM_UP = 2
 """Steps of each loop before the timed ones, the first of them reported as the time to the first step."""
 MATRIX_SIZE, MATRIX_SECONDS = 8192, 0.05
 """Side of the square matrices whose product gives the machine's rate, or less where that takes this long."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a family's denoiser looks like in its published size."""
-
-    config: Mapping[str, Any]
-    """Arguments of the UNet that differ from family to family; widths follow from the channels of the first level."""
-    widths: tuple[int, ...]
-    """Channels of each level, as multiples of the first level's."""
-    heads: tuple[int, ...] | int
-    """Attention heads of each level, as multiples of the first level's channels / 64; a number: whatever the width."""
-    pooled: int | None
-    """Width of the pooled text that the denoiser is told beside the context; None: it is not told."""
-
-
-REAL_CHANNELS = 320
-SHAPES = {
-    "sd15": Shape(
-        config={
-            "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
-            "cross_attention_dim": 768,
-        },
-        widths=(1, 2, 4, 4),
-        heads=8,
-        pooled=None,
-    ),
-    "sdxl": Shape(
-        config={
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            "transformer_layers_per_block": (1, 2, 10),
-            "cross_attention_dim": 2048,
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 1280 + 6 * 256,
-        },
-        widths=(1, 2, 4),
-        heads=(1, 2, 4),
-        pooled=1280,
-    ),
-}
-
-
-def denoiser_config(family: str, channels: int = REAL_CHANNELS) -> dict[str, Any]:
-    """The diffusers config of the family's denoiser; fewer `channels` in the first level make a small one of the same kind.
-
-    BadConfig unless they are a multiple of 64: group norm wants 32, SDXL's attention heads are 64 wide.
-    """
-    if channels < 64 or channels % 64:
-        raise BadConfig(f"--channels {channels}: must be a multiple of 64 (the published models have {REAL_CHANNELS})")
-    shape = SHAPES[family]
-    heads = shape.heads if isinstance(shape.heads, int) else tuple(n * channels // 64 for n in shape.heads)
-    widths = tuple(n * channels for n in shape.widths)
-    return {**shape.config, "block_out_channels": widths, "attention_head_dim": heads}
-
-
-def random_base(family: str, channels: int, device: torch.device, dtype: torch.dtype) -> Base:
-    """A Base of which there is only the denoiser, its random weights on the device in that dtype.
-
-    Each layer keeps the size of its input (deviation 1 / sqrt(fan in)), so that no activation overflows in fp16.
-    """
-    spec, config = FAMILIES[family], denoiser_config(family, channels)
-    with torch.device("meta"):
-        shapes = spec.build("denoiser", config).state_dict()
-    generator = torch.Generator(device).manual_seed(0)
-    tensors = {}
-    for name, place in shapes.items():
-        tensor = torch.empty(place.shape, device=device, dtype=dtype)
-        if place.ndim == 1:
-            tensor.fill_(1.0 if name.endswith("weight") else 0.0)  # the norms' weights, and every bias
-        else:
-            tensor.normal_(std=place[0].numel() ** -0.5, generator=generator)
-        tensors[name] = tensor
-    return Base(
-        family=spec,
-        name="random weights",
-        components={"denoiser": Component(config, tensors)},
-        prediction_type="epsilon",
-        zero_terminal_snr=False,
-        resolution=spec.resolution,
-    )
-
-
-def random_cache(base: Base, config: TrainConfig) -> LatentCache:
-    """One batch of random latents and a random caption's conditioning, in the shapes that the family's encoders make."""
-    side = config.resolution or base.resolution
-    latent = (LATENT_CHANNELS, side // LATENT_SIZE, side // LATENT_SIZE)
-    generator = torch.Generator().manual_seed(0)
-    image = EncodedImage(
-        name="random",
-        mean=torch.randn(latent, generator=generator),
-        deviation=torch.full(latent, 0.1),
-        mask=None,
-        conditioning=base.family.image_conditioning((side, side), (0, 0), (side, side)),
-        caption=CAPTION,
-        class_caption="a photo of person",
-        repeats=1,
-        is_class=False,
-    )
-    width = base.components["denoiser"].config["cross_attention_dim"]
-    text = {"context": torch.randn(1, TOKENS, width, generator=generator)}
-    if pooled := SHAPES[base.family.name].pooled:
-        text["pooled"] = torch.randn(1, pooled, generator=generator)
-    return LatentCache((image,) * config.batch_size, {CAPTION: text}, chunks=1, digest="random")
-
-
-class Loop(Protocol):
-    """One way to train, as the benchmark sees it."""
-
-    def step(self) -> None:
-        """One whole optimizer step."""
-
-    def forward(self) -> None:
-        """What the step does up to its loss, without gradients, the adapter on."""
-
-
-class OurLoop:
-    """This project's loop, as `train_lora` runs it."""
-
-    def __init__(self, cache: LatentCache, base: Base, config: TrainConfig, device: torch.device):
-        self.run = Run(cache, base, config, device)
-        self.generator = torch.Generator(device).manual_seed(0)
-
-    def step(self) -> None:
-        self.run.train_step()
-
-    @torch.no_grad()
-    def forward(self) -> None:
-        self.run.picture_loss(self.run.images, [CAPTION] * len(self.run.images), self.generator)
-
-
-class PlainLoop:
-    """What diffusers' DreamBooth-LoRA script does in a step, written with diffusers and peft alone.
-
-    To be fair to it, its latents are encoded before, and it adapts the same layers with the same rank.
-    """
-
-    def __init__(self, cache: LatentCache, base: Base, config: TrainConfig, device: torch.device):
-        from diffusers import DDPMScheduler
-        from diffusers.optimization import get_scheduler
-        from peft import LoraConfig
-
-        self.device, self.dtype = device_and_dtype(config, device)
-        self.family, self.max_grad_norm = base.family, config.max_grad_norm
-        self.denoiser: Any = base.load("denoiser", self.device, self.dtype)
-        self.denoiser.add_adapter(
-            LoraConfig(
-                r=config.rank,
-                lora_alpha=config.rank,
-                init_lora_weights="gaussian",
-                target_modules=base.family.denoiser_targets[config.targets],
-            )
-        )
-        self.denoiser.train()
-        self.parameters = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
-        for parameter in self.parameters:
-            parameter.data = parameter.data.float()
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-        self.lr_scheduler = get_scheduler("constant", self.optimizer)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.noise_scheduler: Any = DDPMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000
-        )
-        self.latents = torch.stack([image.mean for image in cache.images]).to(self.device)
-        parts = [{**cache.text[image.caption], **image.conditioning} for image in cache.images]
-        self.conditioning: Conditioning = {
-            name: torch.cat([part[name] for part in parts]).to(self.device, self.dtype) for name in parts[0]
-        }
-        self.shown_loss = 0.0
-
-    def loss(self) -> Tensor:
-        noise = torch.randn_like(self.latents)
-        timesteps = torch.randint(0, 1000, (len(self.latents),), device=self.device)
-        noisy_latents = self.noise_scheduler.add_noise(self.latents, noise, timesteps).to(self.dtype)
-        autocast = torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else None
-        with autocast or contextlib.nullcontext():
-            prediction = self.family.predict(self.denoiser, noisy_latents, timesteps, self.conditioning)
-        return F.mse_loss(prediction.float(), noise.float())
-
-    def step(self) -> None:
-        loss = self.loss()
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.lr_scheduler.step()
-        self.optimizer.zero_grad()
-        self.shown_loss = loss.detach().item()
-
-    @torch.no_grad()
-    def forward(self) -> None:
-        self.loss()
 
 
 def synchronize(device: torch.device) -> None:
@@ -278,6 +88,25 @@ def count_flops(work: Callable[[], object]) -> int:
     with counter:
         work()
     return counter.get_total_flops()
+
+
+class OperationCount(TorchDispatchMode):
+    """How many operations torch is asked for within it, those aside that only look at memory in another way."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().partition("::")[2]
+        if not func.is_view and not name.startswith(("_unsafe_view", "empty", "new_empty", "_record_function")):
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count_operations(work: Callable[[], object]) -> int:
+    """The operations that `work` asks torch for: on a GPU each is a kernel or a few, which the host has to start."""
+    with OperationCount() as operations:
+        work()
+    return operations.count
 
 
 def count_kernels(work: Callable[[], object], device: torch.device) -> int | None:
@@ -327,11 +156,16 @@ def bench(
     steps: int = 20,
     channels: int = REAL_CHANNELS,
     device: torch.device | None = None,
+    comfyui: Path | None = None,
+    comfyui_python: Path = Path(sys.executable),
 ) -> dict[str, Any]:
     """The report: what was measured on what, `ours` and `peer` each with its figures, seconds and bytes, medians of `steps`.
 
-    `step_over_peer` is the median of the ratios of neighbouring steps, with its quartiles.
+    `step_over_peer` is the median of the ratios of neighbouring steps, with its quartiles. With the folder of a ComfyUI,
+    and the Python that it runs in, its own trainer takes turns too: `comfyui`, `step_over_comfyui`.
     """
+    if comfyui and not (comfyui / "comfy_extras" / "nodes_train.py").is_file():
+        raise BadFile(f"--comfyui {comfyui}: is no folder of a ComfyUI that can train")
     device, dtype = device_and_dtype(config, device)
     resolution = config.resolution or FAMILIES[family].resolution
     multiple = LATENT_SIZE * 2 ** (len(SHAPES[family].widths) - 1)
@@ -352,7 +186,13 @@ def bench(
         for loop in loops.values():
             loop.step()
             loop.forward()
+    comfy = ComfyLoop(cache, base, config, device, comfyui, comfyui_python) if comfyui else None
     flops = {name: count_flops(loop.step) for name, loop in loops.items()}
+    # (What is compiled cannot be counted so.)
+    operations = {
+        name: None if config.compile and name == "ours" else count_operations(loop.gradients)
+        for name, loop in loops.items()
+    }
     kernels = {name: count_kernels(loop.step, device) for name, loop in loops.items()}
     peaks = {name: peak_memory(loop.step, device) for name, loop in loops.items()}
     product, product_flops = matmul(device, dtype)
@@ -367,7 +207,13 @@ def bench(
                 measured = seconds(getattr(loops[name], what), device, block)
                 for kind, value in zip(("", " host", " processor"), measured, strict=True):
                     taken.setdefault(f"{name} {what}{kind}", []).append(value)
+        if comfy:
+            steps_taken = [comfy.step() for _ in range(block)]
+            for kind, key in (("", "seconds"), (" processor", "processor"), (" peak", "peak")):
+                taken.setdefault(f"comfyui step{kind}", []).append(median(step[key] or 0 for step in steps_taken))
         taken.setdefault("matmul", []).append(seconds(product, device, block)[0])
+    if comfy:
+        comfy.close()
     rate = product_flops / median(taken["matmul"])
     report: dict[str, Any] = {
         "family": family,
@@ -376,7 +222,8 @@ def bench(
         "batch_size": config.batch_size,
         "targets": config.targets,
         "rank": config.rank,
-        "precision": {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype],
+        "compiled": config.compile,
+        "precision": precision_name(dtype),
         "device": device.type,
         "processor": _processor(device),
         "threads": torch.get_num_threads(),
@@ -403,14 +250,24 @@ def bench(
             "processor_forwards_per_step": median(
                 _ratios(taken[f"{name} step processor"], taken[f"{name} forward processor"])
             ),
+            "operations_per_gradient": operations[name],
             "kernels_per_step": kernels[name],
             "peak_bytes": peaks[name],
             "seconds_to_first_step": first[name],
         }
-    for kind in ("", "_processor"):
-        ratios = _ratios(*(taken[f"{name} step{kind.replace('_', ' ')}"] for name in ("ours", "peer")))
-        report[f"step_over_peer{kind}"] = median(ratios)
-        report[f"step_over_peer{kind}_quartiles"] = quantiles(ratios)[::2] if len(ratios) > 1 else [ratios[0]] * 2
+    pairs = {"peer": "peer step", "peer_processor": "peer step processor"} | (
+        {"comfyui": "comfyui step"} if comfy else {}
+    )
+    for name, key in pairs.items():
+        ratios = _ratios(taken[f"ours {key.partition(' ')[2]}"], taken[key])
+        report[f"step_over_{name}"] = median(ratios)
+        report[f"step_over_{name}_quartiles"] = quantiles(ratios)[::2] if len(ratios) > 1 else [ratios[0]] * 2
+    if comfy:
+        report["comfyui"] = {
+            "seconds_per_step": median(taken["comfyui step"]),
+            "processor_seconds_per_step": median(taken["comfyui step processor"]),
+            "peak_bytes": max(taken["comfyui step peak"]),
+        }
     return report
 
 
@@ -441,7 +298,7 @@ def format_report(report: Mapping[str, Any]) -> str:
     heading = [
         f"{FAMILIES[report['family']].title}, random weights ({report['parameters'] / 1e6:.1f} M), "
         f"{report['resolution']} px, batch {report['batch_size']}, {report['targets']} targets, rank {report['rank']}, "
-        f"{report['precision']}",
+        f"{report['precision']}{', our blocks compiled' if report['compiled'] else ''}",
         f"{report['device']}: {report['processor']}, {report['threads']} threads; {versions}; {report['date']}{load}",
     ]
     rows = [
@@ -454,6 +311,7 @@ def format_report(report: Mapping[str, Any]) -> str:
         ("host seconds per step", "host_seconds_per_step", 1, 3),
         ("processor seconds per step", "processor_seconds_per_step", 1, 3),
         ("step / forward in processor seconds", "processor_forwards_per_step", 1, 2),
+        ("operations of a forward and backward pass", "operations_per_gradient", 1, 0),
         ("kernels per step", "kernels_per_step", 1, 0),
         ("peak memory, GiB", "peak_bytes", 2**30, 2),
         ("seconds to the first step", "seconds_to_first_step", 1, 1),
@@ -471,7 +329,15 @@ def format_report(report: Mapping[str, Any]) -> str:
     memory = (
         f"Memory predicted for a run of ours: {report['predicted_bytes'] / 2**30:.2f} GiB, without Python's libraries."
     )
-    return "\n\n".join([*heading, "\n".join(lines), verdict, memory])
+    others = []
+    if comfy := report.get("comfyui"):
+        low, high = report["step_over_comfyui_quartiles"]
+        others.append(
+            f"ComfyUI's own trainer, which adapts every weight: {comfy['seconds_per_step']:.3f} s a step (processor "
+            f"{comfy['processor_seconds_per_step']:.3f}), its process at most {comfy['peak_bytes'] / 2**30:.2f} GiB. A step "
+            f"of ours takes {report['step_over_comfyui']:.3f} of its (quartiles {low:.3f} to {high:.3f})."
+        )
+    return "\n\n".join([*heading, "\n".join(lines), verdict, *others, memory])
 
 
 def append_report(path: Path, report: Mapping[str, Any], command: str) -> None:
@@ -492,7 +358,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, default=16, help="of the adapter (default: 16)")
     parser.add_argument("--targets", choices=get_args(Targets), default="transformer", help="default: transformer")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="default: auto")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks of our loop")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each loop (default: 20)")
+    parser.add_argument("--comfyui", type=Path, metavar="FOLDER", help="also time the trainer of the ComfyUI there")
+    parser.add_argument(
+        "--comfyui-python", type=Path, metavar="FILE", default=Path(sys.executable), help="default: this one"
+    )
     parser.add_argument("--append", type=Path, metavar="FILE", help="also add the report to this Markdown file")
     parser.add_argument(
         "--channels", type=int, default=REAL_CHANNELS, help=f"of the first level; real size: {REAL_CHANNELS} (default)"
@@ -509,6 +380,10 @@ def run(options: argparse.Namespace, device: torch.device | None = None) -> dict
         batch_size=options.batch_size,
         resolution=options.resolution,
         precision=options.precision,
+        compile=options.compile,
         gradient_checkpointing="off",
     )
-    return bench(options.family, config, steps=options.steps, channels=options.channels, device=device)
+    return bench(
+        options.family, config, steps=options.steps, channels=options.channels, device=device, comfyui=options.comfyui,
+        comfyui_python=options.comfyui_python,
+    )  # fmt: skip

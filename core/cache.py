@@ -6,7 +6,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from .photos import Dataset, TrainingImage
 from .photos.captions import class_caption
 from .safetensors_file import SafetensorsFile, save_safetensors
 
-CACHE_VERSION = "1"
+CACHE_VERSION = "2"
 """Part of every cache key: raised whenever the same input would be encoded differently."""
 
 
@@ -54,11 +54,13 @@ class LatentCache:
 
     images: tuple[EncodedImage, ...]
     text: dict[str, Conditioning]
-    """Conditioning of every caption and prompt that the run needs, batch of 1; empty when the text encoder trains."""
+    """Conditioning of every caption that the run needs, batch of 1; empty when the text encoder trains."""
     chunks: int
     """Chunks of 77 tokens that every caption is padded to."""
     digest: str
     """Equal for equal photos, crops, captions and encoders."""
+    prompts: dict[str, Conditioning] = field(default_factory=dict)
+    """The same of the prompts of samples, and of "": as long as the longest of them needs, which no training depends on."""
 
 
 def cache_folder() -> Path:
@@ -68,6 +70,18 @@ def cache_folder() -> Path:
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "facelora"
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "facelora"
+
+
+def made_folder(*names: str) -> Path:
+    """A folder in the cache folder, made where it is not there yet. BadFile when it cannot be."""
+    folder = cache_folder().joinpath(*names)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadFile(
+            f"{folder}: the cache cannot be written ({error.strerror}); set FACELORA_CACHE to a folder"
+        ) from None
+    return folder
 
 
 def clear_cache() -> int:
@@ -94,15 +108,17 @@ def encode(
     """The data set's latents and text conditioning, each computed only when it is not in the cache folder.
 
     The encoders are loaded one after the other, only if something is to be computed, and are gone afterwards.
-    `extra_prompts` are encoded too (for samples). `on_progress(done, total)` may raise to cancel.
+    `extra_prompts` are those of samples. `on_progress(done, total)` may raise to cancel.
     """
     captions = [image.caption for image in dataset.images]
     class_captions = [without_trigger(image.caption, config) for image in dataset.images]
-    prompts = sorted({*captions, *(class_captions if config.prior_prediction else ()), *extra_prompts, ""})
+    chunks = chunk_count(captions)
+    long = max(chunks, chunk_count(extra_prompts))
+    wanted = {(caption, chunks) for caption in (*captions, *(class_captions if config.prior_prediction else ()), "")}
+    prompts = {(prompt, long) for prompt in (*extra_prompts, "")} if extra_prompts else set()
     if trains_text(config):
-        prompts = []
-    chunks = chunk_count([*captions, *extra_prompts])
-    total = len(dataset.images) + len(prompts)
+        wanted, prompts = set(), set()
+    total = len(dataset.images) + len(wanted | prompts)
     text_print = base.text_fingerprint
 
     def progress(done: int) -> None:
@@ -111,7 +127,7 @@ def encode(
 
     latents, keys = _encode_images(dataset.images, base, device, progress)
     text = _encode_prompts(
-        prompts, base, config, chunks, text_print, device, lambda done: progress(len(dataset.images) + done)
+        sorted(wanted | prompts), base, config, text_print, device, lambda done: progress(len(dataset.images) + done)
     )
     encoded = []
     for image, (mean, deviation), caption_of_class in zip(dataset.images, latents, class_captions, strict=True):
@@ -133,7 +149,13 @@ def encode(
         (key, image.caption, image.repeats, image.is_class, _mask_digest(image.mask))
         for key, image in zip(keys, encoded, strict=True)
     ]
-    return LatentCache(tuple(encoded), text, chunks, content_key(described, text_print, chunks))
+    return LatentCache(
+        tuple(encoded),
+        {caption: text[caption, count] for caption, count in wanted},
+        chunks,
+        content_key(described, text_print, chunks),
+        {prompt: text[prompt, count] for prompt, count in prompts},
+    )
 
 
 def without_trigger(caption: str, config: TrainConfig) -> str:
@@ -173,16 +195,16 @@ def _encode_images(
 
 
 def _encode_prompts(
-    prompts: Iterable[str],
+    prompts: Iterable[tuple[str, int]],
     base: Base,
     config: TrainConfig,
-    chunks: int,
     text_print: str,
     device: torch.device,
     progress: Callable[[int], None],
-) -> dict[str, Conditioning]:
+) -> dict[tuple[str, int], Conditioning]:
+    """(prompt, chunks that it is padded to) -> its conditioning."""
     encoders, results = None, {}
-    for index, prompt in enumerate(prompts):
+    for index, (prompt, chunks) in enumerate(prompts):
         key = content_key("text", prompt, base.family.name, config.clip_skip, chunks, text_print)
         found = _read("text", key)
         if not found:
@@ -194,7 +216,7 @@ def _encode_prompts(
                     conditioning = base.family.encode_text(encoders, [prompt], config.clip_skip, chunks)
             found = {name: tensor.cpu().clone() for name, tensor in conditioning.items()}
             _write("text", key, found)
-        results[prompt] = found
+        results[prompt, chunks] = found
         progress(index + 1)
     return results
 
@@ -210,11 +232,4 @@ def _read(kind: str, key: str) -> dict[str, Tensor] | None:
 
 
 def _write(kind: str, key: str, tensors: dict[str, Tensor]) -> None:
-    folder = cache_folder() / kind
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadFile(
-            f"{folder}: the cache cannot be written ({error.strerror}); set FACELORA_CACHE to a folder"
-        ) from None
-    save_safetensors(folder / f"{key}.safetensors", tensors, None)
+    save_safetensors(made_folder(kind) / f"{key}.safetensors", tensors, None)

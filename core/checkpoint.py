@@ -70,8 +70,8 @@ def _difference(saved: Mapping[str, str], identity: Mapping[str, str]) -> str:
         old, new = json.loads(saved["settings"]), json.loads(identity["settings"])
     except (KeyError, ValueError):
         return ""
-    names = [name for name in new if old.get(name) != new[name]]
-    return " (" + ", ".join(f"{name}: {old.get(name)} then, {new[name]} now" for name in names[:4]) + ")"
+    names = [name for name in {**new, **old} if old.get(name) != new.get(name)]
+    return " (" + ", ".join(f"{name}: {old.get(name)} then, {new.get(name)} now" for name in names[:4]) + ")"
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

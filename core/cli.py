@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import io
 import json
 import logging
 import shlex
@@ -24,7 +25,7 @@ from .cli_common import (
 from .cli_compare import COMPARE_COMMANDS
 from .cli_lora import LORA_COMMANDS
 from .cli_pictures import PICTURE_COMMANDS
-from .cli_settings import add_settings, settings_from
+from .cli_settings import add_settings, schedule_from, settings_from
 from .config import config_from
 from .errors import BadConfig, FaceLoraError
 from .recipes import RECIPES, recipe_settings
@@ -38,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; 0 when it is done, 1 when it failed with a message on stderr, 2 for wrong usage."""
     parser = build_parser()
     options = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As stderr does: a name that the terminal, or the file in its place, has no letters for is no reason to fail.
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not hasattr(options, "run"):
         parser.print_help()
         return 2
@@ -105,8 +109,7 @@ def run_train(options: argparse.Namespace) -> None:
     from .photos_to_lora import state_path, train
 
     settings = settings_from(options)
-    schedule = {name: settings[name] for name in ("prediction_type", "zero_terminal_snr") if name in settings}
-    base = base_from(options, **schedule)
+    base = base_from(options, **schedule_from(settings))
     if options.recipe:
         settings = recipe_settings(options.recipe, base.family.name, settings)
     config = config_from(settings)

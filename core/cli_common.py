@@ -140,8 +140,9 @@ class JsonProgress:
     def step(self, report) -> None:
         now = time.monotonic()
         if report.step == report.steps or now - self._shown > 0.5:
+            loss = report.loss if math.isfinite(report.loss) else None  # JSON has no NaN
             self._print(
-                True, phase="training", step=report.step, steps=report.steps, loss=report.loss,
+                True, phase="training", step=report.step, steps=report.steps, loss=loss,
                 learning_rate=report.learning_rate, seconds_per_step=report.seconds_per_step,
                 seconds_left=report.seconds_left, memory=report.memory,
                 likeness=report.likeness and dataclasses.asdict(report.likeness),

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from .cli_common import BarProgress, Command, add_base, add_device, base_from, device_from
-from .cli_settings import add_settings, settings_from
+from .cli_settings import add_settings, schedule_from, settings_from
 from .config import config_from
 from .errors import BadConfig
 
@@ -42,19 +42,23 @@ def run_compare(options: argparse.Namespace) -> None:
     from .faces import load_faces
     from .photos import read_photos
 
-    names = [folder.name for folder in options.photos]
+    names = [folder.resolve().name for folder in options.photos]
     if twice := [name for name in names if names.count(name) > 1]:
         raise BadConfig(f"two of the folders are called {twice[0]}; the people are told apart by the folders' names")
+    settings = settings_from(options)
     comparison = Comparison(
-        base_from(options),
+        base_from(options, **schedule_from(settings)),
         tuple(options.methods.split(",")),
-        config_from(settings_from(options)),
+        config_from(settings),
         dict(map(_rate, options.rate)),
         options.held_out,
         tuple(options.scene) or SETTINGS,
     )
     with BarProgress() as progress:
-        people = {folder.name: read_photos(folder, on_warning=progress.warning) for folder in options.photos}
+        people = {
+            name: read_photos(folder, on_warning=progress.warning)
+            for name, folder in zip(names, options.photos, strict=True)
+        }
         results = compare(
             people, comparison, options.output, load_faces(), device=device_from(options), on_phase=progress.phase
         )

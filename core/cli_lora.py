@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .cli_common import Command, print_warning, split_strength
-from .errors import BadConfig
+from .errors import BadConfig, one_line
 from .photos_to_lora import SAVE_DTYPES, check_output
 
 
@@ -24,8 +24,14 @@ def _progress(name: str) -> Callable[[int, int], None]:
     return update
 
 
+_SCHEMES_HELP = (
+    "naming of the tensors: kohya is read by nearly everything, diffusers by its pipelines and peft, comfy (the original "
+    "model's names) by ComfyUI"
+)
+
+
 def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("output", type=Path, metavar="OUT.safetensors", help="the file to write")
+    parser.add_argument("output", type=Path, metavar="OUT.safetensors", help="the file to write, or to write over")
     parser.add_argument(
         "--precision", choices=tuple(SAVE_DTYPES), default="fp16", help="of the tensors (default: fp16)"
     )
@@ -41,13 +47,13 @@ def _save(lora, error: float, options: argparse.Namespace) -> None:
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="a LoRA")
     parser.add_argument("--fast", action="store_true", help="read no tensors: without the norms of the blocks")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="as JSON, with everything that is known")
 
 
 def run_inspect(options: argparse.Namespace) -> None:
-    from .lora_tools import format_inspection, inspect_lora
+    from .lora_inspect import format_inspection, inspect_lora
 
-    found = inspect_lora(options.file, read_tensors=not options.fast)
+    found = inspect_lora(options.file, read_tensors=not options.fast, on_progress=_progress("reading"))
     print(json.dumps(found, indent=1) if options.json else format_inspection(found))
 
 
@@ -57,22 +63,22 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def run_verify(options: argparse.Namespace) -> int:
-    from .lora_tools import verify_lora
+    from .lora_inspect import verify_lora
 
-    findings = verify_lora(options.file, options.base)
+    findings = verify_lora(options.file, options.base, on_progress=_progress("reading"))
     for finding in findings:
-        print(f"{'error' if finding.is_error else 'odd'}: {finding.text}")
+        print(f"{'error' if finding.is_error else 'odd'}: {one_line(finding.text)}")
     if not findings:
         print("nothing wrong with it")
     return int(any(finding.is_error for finding in findings))
 
 
 def add_convert(parser: argparse.ArgumentParser) -> None:
-    from .lora_file import SCHEMES
+    from .lora_modules import SCHEMES
 
     parser.add_argument("file", type=Path, metavar="IN", help="a LoRA of any naming")
     _add_output(parser)
-    parser.add_argument("--to", choices=SCHEMES, required=True, help="naming of the tensors")
+    parser.add_argument("--to", choices=SCHEMES, required=True, help=_SCHEMES_HELP)
     parser.add_argument("--plain-rank", type=int, metavar="N", help="make LoHa, LoKr, ... a plain LoRA of that rank")
     parser.add_argument("--base", type=Path, metavar="CHECKPOINT", help="what a DoRA or OFT was trained on, to do that")
 
@@ -89,28 +95,53 @@ def run_convert(options: argparse.Namespace) -> None:
         base = BaseWeights.open(options.base)
         fit(lora, base.family, base.shapes).check(lora.name)
         weight = base.read
-    _save(*convert_lora(lora, options.to, options.plain_rank, weight, _progress("converting")), options)
+    converted, error = convert_lora(lora, options.to, options.plain_rank, weight, _progress("converting"))
+    _save(converted, error, options)
+    if options.to == "diffusers":
+        _save_words(lora, options)
+
+
+def _save_words(lora, options: argparse.Namespace) -> None:
+    from .embeddings import embedding_files, file_word, word_of
+
+    files = embedding_files(lora)
+    for word in sorted({word_of(lora, key) for key in lora.embedding_keys} - files.keys()):
+        print_warning(f"the vectors of {word!r} are left out: there are no files of words for {lora.family}")
+    for word, embedding in files.items():
+        beside = options.output.with_name(f"{options.output.stem}-{file_word(word)}{options.output.suffix}")
+        embedding.save(beside, SAVE_DTYPES[options.precision])
+        print(f"{beside}  (the vectors of {word!r}, which a LoRA in {options.to} names does not hold)")
 
 
 def add_merge(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", metavar="FILE[:STRENGTH]", help="the LoRAs")
+    from .lora_modules import SCHEMES
+
+    parser.add_argument("files", nargs="+", metavar="FILE[:STRENGTH]", help="the LoRAs; without a strength it is 1")
     _add_output(parser)
+    parser.add_argument("--to", choices=SCHEMES, default="kohya", help=f"{_SCHEMES_HELP} (default: kohya)")
     parser.add_argument("--rank", type=int, metavar="N", help="of the result; default: exact, the ranks add up")
-    parser.add_argument("--into", type=Path, metavar="CHECKPOINT", help="merge into this checkpoint instead")
+    parser.add_argument(
+        "--into", type=Path, metavar="CHECKPOINT", help="merge into a copy of this checkpoint instead, in its own types"
+    )
 
 
 def run_merge(options: argparse.Namespace) -> None:
+    from .lora_checkpoints import merge_into_checkpoint
     from .lora_file import LoraFile
-    from .lora_tools import merge_into_checkpoint, merge_loras
+    from .lora_tools import merge_loras
 
     check_output(options.output)
     loras = [(LoraFile.read(path), strength) for path, strength in map(split_strength, options.files)]
     if options.into is None:
-        _save(*merge_loras(loras, options.rank, on_progress=_progress("merging")), options)
+        _save(*merge_loras(loras, options.rank, options.to, on_progress=_progress("merging")), options)
+        for lora, _ in loras if options.to == "diffusers" else ():
+            _save_words(lora, options)
         return
     if options.rank is not None:
         raise BadConfig("--rank and --into are both given: a checkpoint has no rank")
-    count = merge_into_checkpoint(options.into, loras, options.output, on_progress=_progress("merging"))
+    count = merge_into_checkpoint(
+        options.into, loras, options.output, on_progress=_progress("merging"), on_warning=print_warning
+    )
     print(f"{options.output}  ({count} tensors of {options.into.name} changed)")
 
 
@@ -140,7 +171,7 @@ def add_extract(parser: argparse.ArgumentParser) -> None:
 
 
 def run_extract(options: argparse.Namespace) -> None:
-    from .lora_tools import extract_lora
+    from .lora_checkpoints import extract_lora
 
     check_output(options.output)
     extracted = extract_lora(
@@ -154,22 +185,30 @@ _EDITABLE = ("title", "author", "description", "trigger_phrase", "license", "usa
 
 def add_metadata(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="a LoRA, changed in place unless --output is given")
-    parser.add_argument("--output", type=Path, metavar="FILE.safetensors")
+    parser.add_argument("--output", type=Path, metavar="FILE.safetensors", help="the file to write instead")
     for name in _EDITABLE:
-        parser.add_argument("--" + name.replace("_", "-"), metavar="TEXT")
-    parser.add_argument("--tag", action="append", metavar="TEXT", help="may be repeated")
-    parser.add_argument("--thumbnail", type=Path, metavar="PICTURE")
+        parser.add_argument("--" + name.replace("_", "-"), metavar="TEXT", help='"" deletes it')
+    parser.add_argument("--tag", action="append", metavar="TEXT", help="may be repeated; replaces all tags")
+    parser.add_argument("--thumbnail", type=Path, metavar="PICTURE", help="a small copy of it is put into the file")
     parser.add_argument(
         "--remove", action="append", default=[], metavar="KEY", help="a metadata key to remove; may be repeated"
     )
 
 
 def run_metadata(options: argparse.Namespace) -> None:
-    from .lora_tools import edit_metadata
+    from .lora_inspect import edit_metadata
 
+    if options.output is not None:
+        check_output(options.output)
     texts = {name: getattr(options, name) for name in _EDITABLE}
     edit_metadata(
-        options.file, options.output, tags=options.tag, thumbnail=options.thumbnail, remove=options.remove, **texts
+        options.file,
+        options.output,
+        tags=options.tag,
+        thumbnail=options.thumbnail,
+        remove=options.remove,
+        on_progress=_progress("hashing"),
+        **texts,
     )
     print(options.output or options.file)
 

@@ -3,9 +3,10 @@
 import argparse
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from .cli_common import (
     BarProgress,
@@ -18,11 +19,13 @@ from .cli_common import (
     print_warning,
     split_strength,
 )
-from .errors import BadConfig
+from .cli_settings import SCHEDULE, add_settings, given_settings
+from .errors import BadConfig, BadStylePack
 
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
     add_base(parser, required=False)
+    add_settings(parser, SCHEDULE)
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="may be repeated")
     parser.add_argument(
         "--prompt", action="append", default=[], help="may be repeated; default: the LoRA's trigger phrase"
@@ -38,7 +41,10 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         "--subject", metavar="WORDS", help="the person in style prompts; default: the LoRA's trigger phrase"
     )
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="folder for the pictures; what is there is not made again"
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder for the pictures; what is there is not made again, and moves to DIR/earlier where it was made otherwise",
     )
     parser.add_argument(
         "--reference", type=Path, metavar="PHOTOS", help="photos of the person: sorts the pictures by likeness"
@@ -109,7 +115,7 @@ def run_generate(options: argparse.Namespace) -> None:
         FacePass.denoise if options.face_denoise is None else options.face_denoise,
     )
     loras = [(LoraFile.read(path), strength) for path, strength in map(split_strength, options.lora)]
-    base = base_from(options)
+    base = base_from(options, **given_settings(options))
     with BarProgress() as progress:
         jobs = style_jobs(options, base, loras, progress) if options.style_pack else prompt_jobs(options, base, loras)
         reference = read_photos(options.reference, on_warning=progress.warning) if options.reference else []
@@ -148,10 +154,11 @@ def prompt_jobs(options: argparse.Namespace, base, loras: Sequence[tuple[Any, fl
         raise BadConfig(f"--count {options.count}: must be at least 1")
     steps = base.family.steps if options.steps is None else options.steps
     guidance = base.family.guidance if options.guidance is None else options.guidance
+    # A larger count goes on where a smaller one ended, so that no picture gets another number.
     return [
         Job(prompt, options.seed + number, options.negative, options.size, steps, guidance)
-        for prompt in prompts
         for number in range(options.count)
+        for prompt in prompts
     ]
 
 
@@ -195,22 +202,25 @@ def list_style_packs(options: argparse.Namespace) -> None:
     from .style_pack import find_style_packs
 
     found = find_style_packs(options.style_folder)
-    packs = {
-        name: {
-            "title": pack.title,
-            "styles": pack.names,
-            "pictures": {style.name: str(path) for style in pack.styles if (path := pack.picture(style))},
-        }
-        for name, pack in sorted(found.packs.items())
-    }
+    problems = list(found.problems)
+    packs = {}
+    for name, pack in sorted(found.packs.items()):
+        pictures = {}
+        for style in pack.styles:
+            try:
+                if path := pack.picture(style):
+                    pictures[style.name] = str(path)
+            except BadStylePack as problem:
+                problems.append(str(problem))
+        packs[name] = {"title": pack.title, "styles": pack.names, "pictures": pictures}
     if options.json:
-        print(json.dumps({"packs": packs, "problems": list(found.problems)}, indent=1))
+        print(json.dumps({"packs": packs, "problems": problems}, indent=1))
         return
     for name, pack in packs.items():
         print(f"{name}: {pack['title']}")
         for style in pack["styles"]:
             print(f"    {style}")
-    for problem in found.problems:
+    for problem in problems:
         print_warning(problem)
 
 
@@ -240,6 +250,10 @@ def run_score(options: argparse.Namespace) -> None:
     order = sorted(
         range(len(images)), key=lambda index: -2.0 if (score := scores[index].likeness) is None else score, reverse=True
     )
+    if options.json:
+        print(json.dumps([dataclasses.asdict(scores[index]) for index in order], indent=1))
+    else:
+        print("\n".join(f"{scores[index]}  {scores[index].image}" for index in order))
     if options.sheet:
         tiles = [(images[index].image(shorter_side=256), str(scores[index])) for index in order]
         rows = [tiles[start : start + 6] for start in range(0, len(tiles), 6)]
@@ -248,11 +262,6 @@ def run_score(options: argparse.Namespace) -> None:
             tile=224, labels=[[label for _, label in row] for row in rows], title="likeness, the most alike first",
         )  # fmt: skip
         write_file(options.sheet, lambda file: sheet.save(file, "PNG"))
-    if options.json:
-        print(json.dumps([dataclasses.asdict(scores[index]) for index in order], indent=1))
-        return
-    for index in order:
-        print(f"{scores[index]}  {scores[index].image}")
 
 
 def add_check(parser: argparse.ArgumentParser) -> None:
@@ -275,13 +284,17 @@ def _threshold(text: str) -> tuple[str, float]:
     from .photos import Thresholds
 
     name, _, number = text.partition("=")
-    names = [field.name for field in dataclasses.fields(Thresholds)]
-    if name not in names:
-        raise argparse.ArgumentTypeError(f"{name!r} is no threshold: {', '.join(names)}")
+    kinds = get_type_hints(Thresholds)
+    if name not in kinds:
+        raise argparse.ArgumentTypeError(f"{name!r} is no threshold: {', '.join(kinds)}")
     try:
-        return name, float(number)
+        value = kinds[name](number)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{number!r} in {text!r} is not a number") from None
+        value = math.nan
+    if not math.isfinite(value):
+        what = "whole number" if kinds[name] is int else "number"
+        raise argparse.ArgumentTypeError(f"{number!r} in {text!r} is not a {what}")
+    return name, value
 
 
 def run_check(options: argparse.Namespace) -> None:
@@ -292,9 +305,9 @@ def run_check(options: argparse.Namespace) -> None:
     network = load_faces(options.face_network)
     thresholds = Thresholds.for_resolution(options.resolution, network.name)
     report = check_photos(photos, network, dataclasses.replace(thresholds, **dict(options.threshold)))
+    print(json.dumps(report.to_dict(), indent=1) if options.json else format_report(report))
     if options.sheet:
         save_sheet(report, options.sheet)
-    print(json.dumps(report.to_dict(), indent=1) if options.json else format_report(report))
 
 
 PICTURE_COMMANDS: tuple[Command, ...] = (

@@ -3,18 +3,25 @@
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .config import TrainConfig
 from .errors import BadConfig, BadFile
 
+SCHEDULE = ("prediction_type", "zero_terminal_snr")
+"""Settings that say of the base model how it predicts: it is loaded with them."""
 
-def add_settings(group) -> None:
-    """One option for each field of TrainConfig; what is not given does not appear, so that a file's value stays."""
+
+def add_settings(group, only: Collection[str] | None = None) -> None:
+    """One option for each field of TrainConfig, or for those; what is not given does not appear, so that a file's value
+    stays.
+    """
     hints = get_type_hints(TrainConfig)
     for item in dataclasses.fields(TrainConfig):
+        if only is not None and item.name not in only:
+            continue
         flag = "--" + item.name.replace("_", "-")
         names = ["--trigger", flag] if item.name == "trigger_word" else [flag]
         hint, text = hints[item.name], item.metadata["help"]
@@ -56,7 +63,12 @@ def _pattern_of(number: type) -> Callable[[str], tuple[str, Any]]:
 def settings_from(options: argparse.Namespace) -> dict[str, Any]:
     """The settings of a TOML file, overridden by the options given on the command line."""
     settings = read_toml(options.config) if options.config else {}
-    settings = {name.replace("-", "_"): value for name, value in settings.items()}
+    return {name.replace("-", "_"): value for name, value in settings.items()} | given_settings(options)
+
+
+def given_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Those that are given on the command line."""
+    settings: dict[str, Any] = {}
     for name, value in vars(options).items():
         if name.startswith("setting_"):
             if value and isinstance(value, list) and isinstance(value[0], tuple):
@@ -65,13 +77,18 @@ def settings_from(options: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
+def schedule_from(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the settings that are in SCHEDULE."""
+    return {name: settings[name] for name in SCHEDULE if name in settings}
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         import tomli as tomllib  # pyright: ignore[reportMissingImports]
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise BadFile(f"{path}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

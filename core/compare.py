@@ -20,7 +20,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .base import Base, load_base
 from .bench import peak_memory
+from .cache import content_key
 from .config import TrainConfig
+from .device import device_and_dtype
 from .errors import BadConfig, BadFile
 from .faces import FaceNetwork, embed_images, likeness, mean_face
 from .files import write_file, write_text
@@ -32,7 +34,7 @@ from .photos import Photo, prepare
 from .photos.captions import class_caption, default_caption
 from .photos_to_lora import train
 from .sampling import encode_pictures, encode_prompts
-from .training import StepReport, device_and_dtype
+from .training import StepReport
 
 PICTURES = 8
 """Of the person and of the class, with seeds 1, 2, ..."""
@@ -80,6 +82,10 @@ class Comparison:
     def __post_init__(self) -> None:
         if unknown := [name for name in (*self.methods, *self.rates) if name not in METHODS]:
             raise BadConfig(f"method {unknown[0]!r}: choose of {', '.join(METHODS)}")
+        if self.held_out < 1:
+            raise BadConfig(f"held_out = {self.held_out}: likeness is measured to at least 1 photo that is held out")
+        if len(self.settings) < 2:
+            raise BadConfig(f"scenes {list(self.settings)}: to be told apart there must be two or more")
 
     def config_of(self, method: str) -> TrainConfig:
         rate = self.rates.get(method, self.config.learning_rate * METHODS[method].rate_factor)
@@ -92,7 +98,7 @@ class Comparison:
         settings = {
             **asdict(common), "rates": dict(self.rates), "held_out": self.held_out, "settings": self.settings,
         }  # fmt: skip
-        return {"settings": json.dumps(settings, sort_keys=True), "base": self.base.fingerprint("denoiser")}
+        return {"settings": json.dumps(settings, sort_keys=True), "base": self.base.identity}
 
 
 def compare(
@@ -116,7 +122,8 @@ def compare(
     results, methods = [], ("base", *comparison.methods)
     for number, (person, photos) in enumerate(people.items()):
         report = output / f"{person}.json"
-        found = {result.method: result for result in known_results(report, comparison)}
+        identity = {**comparison.identity, "photos": content_key(*(photo.fingerprint for photo in photos))}
+        found = {result.method: result for result in known_results(report, identity)}
         missing = [method for method in methods if method not in found]
         judge = Judge(comparison, faces, *hold_out(photos, comparison.held_out, faces), device) if missing else None
         for method in missing:
@@ -124,11 +131,11 @@ def compare(
             found[method], pictures = judge.result(person, method, output)
             row = contact_sheet([(f"{method}: likeness {found[method].likeness:.2f}", pictures)], tile=112)
             write_file(output / f"{person}-{method}.png", lambda file, row=row: row.save(file, "PNG"))
-            write_results(report, comparison, list(found.values()))
+            write_results(report, identity, list(found.values()))
             if on_phase:
                 on_phase("comparing", number * len(methods) + len(found), len(people) * len(methods))
         results += [found[method] for method in methods]
-    write_results(output / REPORT, comparison, results)
+    write_results(output / REPORT, comparison.identity, results)
     plot = plot_results(results)
     write_file(output / "compare.png", lambda file: plot.save(file, "PNG"))
     return results
@@ -137,17 +144,17 @@ def compare(
 REPORT = "compare.json"
 
 
-def write_results(path: Path, comparison: Comparison, results: Sequence[Result]) -> None:
+def write_results(path: Path, identity: Mapping[str, str], results: Sequence[Result]) -> None:
     """Writes what was measured, with what it depends on."""
-    described = {**comparison.identity, "results": [asdict(result) for result in results]}
+    described = {**identity, "results": [asdict(result) for result in results]}
     write_text(path, json.dumps(described, indent=1) + "\n")
 
 
-def known_results(path: Path, comparison: Comparison) -> list[Result]:
-    """What the file has of the same comparison; nothing when there is none, or one of other settings."""
+def known_results(path: Path, identity: Mapping[str, str]) -> list[Result]:
+    """What the file has of the same comparison; nothing when there is none, or one of other settings or photos."""
     try:
         found = json.loads(path.read_text("utf-8"))
-        same = all(found[name] == value for name, value in comparison.identity.items())
+        same = all(found[name] == value for name, value in identity.items())
         return [Result(**result) for result in found["results"]] if same else []
     except (OSError, ValueError, KeyError, TypeError):
         return []
@@ -277,7 +284,7 @@ class Judge:
 _COLUMNS: dict[str, tuple[str, Callable[[Result], float], str]] = {
     "likeness": ("to held-out photos", lambda r: r.likeness, "{:.2f}"),
     "time": ("seconds", lambda r: r.seconds, "{:.0f}"),
-    "file": ("MB", lambda r: r.file_bytes / 1e6, "{:.3g}"),
+    "file": ("MB", lambda r: r.file_bytes / 1e6, "{:.3f}"),
     "adherence": ("share of settings", lambda r: r.adherence, "{:.2f}"),
     "leakage": ("into the class", lambda r: r.leakage, "{:.2f}"),
     "drift": ("grey levels", lambda r: r.drift, "{:.1f}"),

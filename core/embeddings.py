@@ -55,9 +55,13 @@ def embeddings_of(lora: LoraFile) -> dict[str, dict[str, Tensor]]:
         tail = key.rpartition(".")[2] if name else key
         part = parts.get("emb_params" if tail == "*" else tail)
         if part is not None:
-            word = name or lora.metadata.get(WORD_KEY) or Path(lora.name).stem
-            words.setdefault(word, {})[part] = lora.tensors[key]
+            words.setdefault(word_of(lora, key), {})[part] = lora.tensors[key]
     return words
+
+
+def word_of(lora: LoraFile, key: str) -> str:
+    """The word whose vectors are a tensor of a file, one of its `embedding_keys`."""
+    return bundled_embedding(key) or lora.metadata.get(WORD_KEY) or Path(lora.name).stem
 
 
 def embedding_files(lora: LoraFile) -> dict[str, LoraFile]:

@@ -1,8 +1,16 @@
 """The errors that users see. Each message is one line that names the file, the value and the choices."""
 
 
+def one_line(text: str) -> str:
+    """The text without line breaks and what a terminal takes for commands: names in files may hold anything."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
 class FaceLoraError(Exception):
     """Base of every error that is the user's to mend. The command line prints its message and exits with 1."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class BadFile(FaceLoraError):

@@ -14,8 +14,9 @@ from torch import nn
 
 from .apply import apply
 from .base import Base
-from .cache import cache_folder, content_key
+from .cache import content_key, made_folder
 from .config import Precision, TrainConfig
+from .device import device_and_dtype
 from .embeddings import new_words
 from .errors import BadConfig
 from .families.spec import Conditioning
@@ -23,6 +24,8 @@ from .files import write_file
 from .lora_file import LoraFile
 from .photos import Photo, bucket_sizes
 from .photos.captions import class_caption, default_caption
+from .run import Sampler, Shot
+from .safetensors_file import SafetensorsFile
 from .sampling import (
     FLOW_SAMPLERS,
     SAMPLER_TITLES,
@@ -33,7 +36,6 @@ from .sampling import (
     sample_latents,
     sampler_name,
 )
-from .training import Sampler, Shot, device_and_dtype
 
 SAMPLE_BATCH = 4
 """Pictures that are drawn at a time while training."""
@@ -120,7 +122,7 @@ def generate(
     `on_step(done, total)` is called in each sampling step of a batch and may raise to cancel.
     """
     config = config or GenerateConfig()
-    if config.clip_skip > 1 and base.family.name != "sd15":
+    if config.clip_skip > 1 and not base.family.has_clip_skip:
         raise BadConfig(f"clip_skip = {config.clip_skip}: {base.family.title} has no choice of layers; leave it at 1")
     jobs = [replace(job, size=picture_size(base, job.size)) for job in jobs]
     device, dtype = device_and_dtype(TrainConfig(precision=config.precision), device)
@@ -139,7 +141,7 @@ def generate(
                 latents = sample_latents(
                     base, denoiser,
                     [encoded[strength, job.prompt] for job in batch], [encoded[strength, job.negative] for job in batch],
-                    seeds=[job.seed for job in batch], size=first.size, steps=first.steps,
+                    device=device, dtype=dtype, seeds=[job.seed for job in batch], size=first.size, steps=first.steps,
                     guidance=first.guidance, sampler=config.sampler, start=begin, denoise=denoise, on_step=on_step,
                 )  # fmt: skip
                 for job, image in zip(batch, decode_latents(base, vae, latents), strict=True):
@@ -207,10 +209,12 @@ def picture_size(base: Base, size: tuple[int, int] | None) -> tuple[int, int]:
 def parameters_text(base: Base, loras: Sequence[tuple[LoraFile, float]], job: Job, config: GenerateConfig) -> str:
     """A1111's description of a picture, from which it can be made again.
 
-    The LoRAs stand in the prompt as `<lora:file name:strength>`, which A1111 and ComfyUI load them by.
+    The LoRAs stand in the prompt as `<lora:file name:strength>`, which A1111 and ComfyUI load them by; an embedding is in
+    the prompt already, by its word.
     """
     width, height = picture_size(base, job.size)
-    loras = [(lora, factor) for lora, factor in loras if lora.entries]  # an embedding is named by its word alone
+    embeddings = [lora for lora, _ in loras if lora.embedding_keys and not lora.entries]
+    loras = [(lora, factor) for lora, factor in loras if lora.entries]
     names = [Path(lora.name).stem for lora, _ in loras]
     used = [f"<lora:{name}:{factor * job.strength:g}>" for name, (_, factor) in zip(names, loras, strict=True)]
     settings = {
@@ -223,11 +227,21 @@ def parameters_text(base: Base, loras: Sequence[tuple[LoraFile, float]], job: Jo
     }
     if base.sha256:
         settings["Model hash"] = base.sha256[:10]
+    if base.vae_file and base.vae_sha256:
+        settings |= {"VAE hash": base.vae_sha256[:10], "VAE": _quoted(base.vae_file.path.name)}
+    # (The two have no name in A1111, which reads them from a file beside the checkpoint.)
+    if base.prediction_type == "v_prediction":
+        settings["Prediction"] = "v"
+    if base.zero_terminal_snr:
+        settings["Zero terminal SNR"] = "True"
     if config.clip_skip > 1:
         settings["Clip skip"] = f"{config.clip_skip}"
     if loras:
         hashes = [f"{name}: {lora.model_hash[:12]}" for name, (lora, _) in zip(names, loras, strict=True)]
         settings["Lora hashes"] = f'"{", ".join(hashes)}"'
+    if embeddings:
+        hashes = [f"{Path(lora.name).stem}: {_embedding_hash(lora)[:12]}" for lora in embeddings]
+        settings["TI hashes"] = f'"{", ".join(hashes)}"'
     lines = [
         " ".join([job.prompt, *used]),
         # Also when it is empty: ComfyUI reads nothing from a text without it.
@@ -235,6 +249,11 @@ def parameters_text(base: Base, loras: Sequence[tuple[LoraFile, float]], job: Jo
         ", ".join(f"{name}: {value}" for name, value in settings.items()),
     ]
     return "\n".join(lines)
+
+
+def _embedding_hash(lora: LoraFile) -> str:
+    """What A1111 tells embeddings apart by, the sha256 of the whole file; of one that is no file that of its tensors."""
+    return lora.tensors.sha256() if isinstance(lora.tensors, SafetensorsFile) else lora.model_hash
 
 
 def _quoted(value: str) -> str:
@@ -256,6 +275,7 @@ def training_sampler(
     sampling steps, as (done, all).
     """
     width_height = picture_size(base, size)
+    dtype = device_and_dtype(config, device)[1]
 
     def sample(denoiser: nn.Module, encoders: Mapping[str, nn.Module], shots: Sequence[Shot]) -> list[Image.Image]:
         texts = encoded
@@ -273,7 +293,7 @@ def training_sampler(
 
             latents = sample_latents(
                 base, denoiser, [texts[prompt] for prompt, _ in batch], [texts[""]] * len(batch),
-                seeds=[seed for _, seed in batch], size=width_height, steps=config.sample_steps,
+                device=device, dtype=dtype, seeds=[seed for _, seed in batch], size=width_height, steps=config.sample_steps,
                 guidance=base.family.guidance if config.sample_guidance is None else config.sample_guidance,
                 on_step=drawn,
             )  # fmt: skip
@@ -302,12 +322,12 @@ def make_class_images(
     prompt = class_caption(class_word)
     side = resolution or base.resolution
     size = min(bucket_sizes(side, base.size_multiple), key=lambda s: abs(s[0] - s[1]))
-    identity = base.fingerprint("denoiser", "vae") + base.text_fingerprint
-    folder = cache_folder() / "class" / content_key("class images", prompt, size, identity)
-    folder.mkdir(parents=True, exist_ok=True)
+    steps, guidance = base.family.steps, base.family.guidance
+    folder = made_folder("class", content_key("class images", prompt, size, steps, guidance, base.identity))
     paths = [folder / f"{index:05d}.png" for index in range(count)]
     missing = [index for index, path in enumerate(paths) if not path.exists()]
-    pictures = generate(base, [], [Job(prompt, index, size=size) for index in missing], device=device)
+    jobs = [Job(prompt, index, size=size, steps=steps, guidance=guidance) for index in missing]
+    pictures = generate(base, [], jobs, device=device)
     for done, picture in enumerate(pictures if missing else (), start=1):
         picture.save(paths[picture.job.seed])
         if on_progress:

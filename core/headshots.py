@@ -1,5 +1,6 @@
 """A batch of headshots in a folder: made once, small faces drawn anew, judged by likeness, the best kept, shown on a page."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from .lora_file import LoraFile
 
 OVERVIEW = "headshots.json"
 CONTACT_SHEET = "contact_sheet.png"
+EARLIER = "earlier"
 TILE = 256
 """Height of a picture on the contact sheet, in pixels."""
 
@@ -73,7 +75,8 @@ def make_headshots(
     With `reference` photos, faces that `face_pass` calls small are drawn anew and that is kept where likeness does not
     fall; and the `keep` most alike pictures (None: a quarter) are copied into `folder`/kept.
     A picture that is already there, made from the same job, models and settings, is not made again: an interrupted batch
-    goes on where it was. Also writes contact_sheet.png, gallery.html and headshots.json.
+    goes on where it was. Another picture of its name moves to `folder`/earlier. Also writes contact_sheet.png,
+    gallery.html and headshots.json.
     `on_progress(phase, done, total)`, phases "pictures" and "faces", may raise to cancel. BadFile when the folder cannot be
     written, BadPhoto when no reference photo shows a face.
     """
@@ -117,6 +120,7 @@ class _Batch:
         done = len(paths) - len(missing)
         if missing:
             for picture in generate(self.base, self.loras, missing, self.config, device=self.device):
+                _set_aside(paths[picture.job])
                 picture.save(paths[picture.job])
                 done += 1
                 self.on_progress("pictures", done, len(paths))
@@ -162,6 +166,19 @@ class _Batch:
             result = Picture(second if outcome.kept else first, picture.job, parameters)
             result.save(path, {"face_pass": json.dumps(asdict(outcome))})
             self.on_progress("faces", done, len(parts))
+
+
+def _set_aside(path: Path) -> None:
+    """Moves a picture that was made otherwise, or by others, into the folder `earlier`, where none is replaced."""
+    if not path.exists():
+        return
+    folder = path.parent / EARLIER
+    try:
+        folder.mkdir(exist_ok=True)
+        names = (f"{path.stem}{f' ({number})' if number > 1 else ''}{path.suffix}" for number in itertools.count(1))
+        path.rename(next(place for name in names if not (place := folder / name).exists()))
+    except OSError as error:
+        raise BadFile(f"{folder}: cannot be written: {error.strerror or error}") from None
 
 
 def _settings(outcome: FaceOutcome) -> FacePass:

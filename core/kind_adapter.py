@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .adapters import Adapter
+from .adapters import Adapter, refuse_settings_of_lora
 from .base import Base
 from .config import TrainConfig
-from .errors import BadConfig, LoraMisfit
-from .lora_file import LoraFile, name_kinds
+from .errors import LoraMisfit
+from .lora_file import LoraFile
 from .lora_keys import ModuleId
 from .lora_kinds import rank_of
+from .lora_modules import name_kinds
 
 Roles = Mapping[str, nn.Parameter]
 """Role of lora_kinds (`hada_w1_a`, ...) -> trained tensor."""
@@ -52,9 +53,7 @@ class KindAdapter(Adapter):
 
         `deviations` are the normal deviations of the roles, or KAIMING. BadConfig for settings that the kind does not have.
         """
-        for name in ("dropout", "rslora"):
-            if getattr(config, name):
-                raise BadConfig(f"{name}: method {config.method!r} has none; it is for 'lora' and 'dora'")
+        refuse_settings_of_lora(config)
         name_kinds(
             family, {module: {} for module in self.layers}
         )  # refuses what could not be written, before hours are spent

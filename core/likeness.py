@@ -96,13 +96,17 @@ class LikenessWatch:
     """Measures checkpoints of one person: what `train_lora` shows its pictures to."""
 
     def __init__(self, network: FaceNetwork, training: Sequence[Photo], held_out: Sequence[Photo], config: TrainConfig):
-        """BadPhoto when no held-out photo shows a face."""
+        """BadPhoto when no photo that is trained on, or none that is held out, shows a face."""
         self.network = network
         self._training = _seen(_faces_of(network, training))
         self._held_out = _seen(_faces_of(network, held_out))
         person = mean_face(self._held_out)
         if person is None:
             raise BadPhoto(f"no face was found in the {len(held_out)} photos held out: likeness cannot be measured")
+        if not len(self._training):
+            raise BadPhoto(
+                f"no face was found in the {len(training)} photos that are trained on: likeness cannot be measured"
+            )
         self._person = person
         self._count = config.likeness_pictures
         seeds = range(config.seed, config.seed + self._count)
@@ -117,8 +121,12 @@ class LikenessWatch:
         """Likeness of the training photos themselves: what a perfect LoRA would have."""
         nearest = likeness(self._training, self._training)
         np.fill_diagonal(nearest, -1)
-        self.own_copying = float(np.mean(nearest.max(axis=1) - likeness(self._training, self._held_out).max(axis=1)))
-        """The copying that the training photos show among themselves: zero copying has this value, not 0."""
+        self.own_copying = (
+            float(np.mean(nearest.max(axis=1) - likeness(self._training, self._held_out).max(axis=1)))
+            if len(nearest) > 1
+            else 0.0
+        )
+        """The copying that the training photos show among themselves (a single one none): zero copying has this value."""
         self._base: list[Image.Image] = []
         self._base_class = 0.0
 
@@ -275,7 +283,7 @@ def hold_out(photos: Sequence[Photo], count: int, network: FaceNetwork) -> tuple
         np.full(len(photos), -1.0) if centre is None else np.nan_to_num(likeness(embedded, centre[None])[:, 0], nan=-1)
     )
     hashes = [perceptual_hash(photo.image(shorter_side=HASH_SIDE)) for photo in photos]
-    limits = Thresholds()
+    limits = Thresholds.for_resolution(1024, network.name)
 
     def repeats_another(index: int) -> bool:
         return any(

@@ -7,22 +7,21 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from typing import TypeVar
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .errors import BadFile, LoraMisfit, UnknownFamily, UnmatchedKeys
+from .lora_hashes import LegacyHash, model_hash
 from .lora_keys import (
     EMBEDDING_KEYS,
     FAMILIES,
-    FamilyKeys,
-    Fusion,
     ModuleId,
     Place,
     bundled_embedding,
@@ -30,14 +29,11 @@ from .lora_keys import (
     parse_key,
 )
 from .lora_kinds import BIAS_ROLES, bias_change, kind_of, needs_base, rank_of, weight_change, weight_shape
+from .lora_modules import LoraModule, name_modules
 from .safetensors_file import (
-    ComputedTensors,
     Layout,
     SafetensorsFile,
-    header_bytes,
     layout_of,
-    storage_order,
-    tensor_bytes,
     write_safetensors,
 )
 
@@ -45,35 +41,6 @@ _T = TypeVar("_T")
 
 SD2_TEXT_WIDTH = 1024
 """Width of SD2.x's text encoder, by which its embeddings are told from SD1.x's."""
-SCHEMES = ("kohya", "diffusers", "comfy")
-"""The schemes that can be written."""
-
-
-@dataclass(frozen=True, eq=False)
-class LoraModule:
-    """A low-rank change of one weight: `delta = alpha / rank * up @ down`.
-
-    Of a Linear, down is (rank, in) and up (out, rank); of a convolution, (rank, in, kh, kw) and (out, rank, 1, 1).
-    With a Tucker core (LyCORIS), down is (rank, in, 1, 1), mid (rank, rank, kh, kw) and up (out, rank, 1, 1).
-    """
-
-    down: Tensor
-    up: Tensor
-    alpha: float
-    mid: Tensor | None = None
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
-
-    def delta(self) -> Tensor:
-        """The change of the weight, float32, in the weight's shape."""
-        tensors = {"down": self.down, "up": self.up} | ({} if self.mid is None else {"mid": self.mid})
-        return self.scale * weight_change("lora", tensors)
 
 
 @dataclass(frozen=True)
@@ -134,9 +101,12 @@ class LoraFile:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> "LoraFile":
-        """The file, with its tensors still on disk. BadFile when it is damaged, UnknownFamily when it is no LoRA."""
+        """The file, with its tensors still on disk. BadFile when it is damaged, UnknownFamily when it is no LoRA.
+
+        Of an `adapter_model.safetensors` of peft's the `adapter_config.json` beside it is read too, which has its alpha.
+        """
         file = SafetensorsFile.open(path)
-        return cls.from_tensors(file, file.metadata, name=str(file.path))
+        return cls.from_tensors(file, _peft_metadata(file.path) | file.metadata, name=str(file.path))
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str = "LoRA") -> "LoraFile":
@@ -183,7 +153,7 @@ class LoraFile:
         for module_name, keys in found.items():
             shapes = {role: self.layout[key][1] for role, key in keys.items()}
             kind = kind_of(shapes)
-            if kind is None:
+            if kind is None or any(self.layout[key][0].is_complex for key in keys.values()):
                 unknown.extend(keys.values())
                 continue
             parsed = named[module_name]
@@ -221,16 +191,30 @@ class LoraFile:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of most tensors."""
-        return _most_common(dtype for dtype, shape in self.layout.values() if shape)
+        """The type of most tensors, of which alphas are none."""
+        return _most_common([dtype for dtype, shape in self.layout.values() if shape] or [torch.float32])
+
+    @cached_property
+    def _peft_config(self) -> dict[str, Any]:
+        """peft's configuration in the metadata, empty when there is none or when it is damaged."""
+        try:
+            config = json.loads(self.metadata.get("lora_adapter_metadata", "null"))
+        except (ValueError, RecursionError):
+            return {}
+        return config if isinstance(config, dict) else {}
 
     def tensors_of(self, entry: Entry) -> dict[str, Tensor]:
-        """Role -> tensor, with an alpha from peft's metadata where the file itself has none."""
+        """Role -> tensor, scaled as peft's metadata say where the file itself has no alpha."""
         tensors = {role: self.tensors[key] for role, key in entry.keys.items()}
-        if "alpha" not in tensors and entry.rank is not None:
-            alpha = _alpha_in_metadata(self.metadata, entry)
-            if alpha is not None:
-                tensors["alpha"] = torch.tensor(alpha)
+        if "lora_magnitude_vector" in entry.keys.get("dora", ""):
+            # (1, out, 1, 1) of a convolution, which in LyCORIS' layout would be one for each input.
+            tensors["dora"] = tensors["dora"].flatten()
+        scale = None if "alpha" in tensors else _scale_in_config(self._peft_config, entry)
+        if scale is not None and entry.rank is not None:
+            tensors["alpha"] = torch.tensor(scale * entry.rank)
+        elif scale is not None and entry.kind == "lokr":
+            # Both factors are whole, which peft scales like others and everybody else not at all.
+            tensors["lokr_w1"] = scale * tensors["lokr_w1"].float()
         return tensors
 
     def modules(self) -> dict[ModuleId, LoraModule]:
@@ -239,21 +223,17 @@ class LoraFile:
         UnmatchedKeys when tensors are left over, when a module is there twice, or for a kind of adapter that is no
         plain LoRA (`lora_tools.to_plain` makes it one).
         """
-        self._refuse_unknown()
+        self.check()
         modules: dict[ModuleId, LoraModule] = {}
         for entry in self.entries:
             if entry.kind not in ("lora", "locon") or entry.changes_bias:
                 what = "a LoRA with a bias" if entry.kind in ("lora", "locon") else f"of kind {entry.kind}"
                 raise UnmatchedKeys(f"{self.name}: {entry.name} is {what}, not a plain LoRA; convert it to one first")
-            for module_id, module in self._split(entry):
-                if module_id in modules:
-                    raise UnmatchedKeys(
-                        f"{self.name}: the change of {module_id[1]} is there twice, also as {entry.name}"
-                    )
-                modules[module_id] = module
+            modules |= self.low_rank_of(entry)
         return modules
 
-    def _split(self, entry: Entry) -> Iterator[tuple[ModuleId, LoraModule]]:
+    def low_rank_of(self, entry: Entry) -> Iterator[tuple[ModuleId, LoraModule]]:
+        """The low-rank change of each module of an entry that has one: of a DoRA that without its magnitude."""
         tensors = self.tensors_of(entry)
         down, up, mid = tensors["down"], tensors["up"], tensors.get("mid")
         alpha = float(tensors["alpha"].item()) if "alpha" in tensors else float(down.shape[0])
@@ -268,9 +248,14 @@ class LoraFile:
 
     def changes(self, base_weight: Callable[[ModuleId], Tensor] | None = None) -> Iterator[tuple[ModuleId, Tensor]]:
         """The change of every weight, one at a time, as in `changes_of`; those of biases are apart (`bias_changes_of`)."""
-        self._refuse_unknown()
+        self.check()
         for entry in self.entries:
             yield from self.changes_of(entry, base_weight)
+
+    def of_parts(self, parts: Collection[str]) -> "LoraFile":
+        """The same without what it changes in parts other than these."""
+        left_out = {key for entry in self.entries if entry.part not in parts for key in entry.keys.values()}
+        return replace(self, tensors={key: tensor for key, tensor in self.tensors.items() if key not in left_out})
 
     def changes_of(
         self, entry: Entry, base_weight: Callable[[ModuleId], Tensor] | None = None
@@ -302,13 +287,22 @@ class LoraFile:
         except ValueError as error:
             raise UnmatchedKeys(f"{self.name}: the bias of {entry.name} does not fit {self.family}: {error}") from None
 
-    def _refuse_unknown(self) -> None:
+    def check(self) -> None:
+        """UnmatchedKeys when there are tensors that are not understood, or when a module is there twice."""
         if self.unknown_keys:
             count, example = len(self.unknown_keys), self.unknown_keys[0]
             raise UnmatchedKeys(
                 f"{self.name}: {count} tensors are not understood, or not a complete module of matching shapes, "
                 f"e.g. {example!r} of shape {list(self.layout[example][1])}"
             )
+        seen: set[ModuleId] = set()
+        for entry in self.entries:
+            for module_id in entry.modules:
+                if module_id in seen:
+                    raise UnmatchedKeys(
+                        f"{self.name}: the change of {module_id[1]} is there twice, also as {entry.name}"
+                    )
+                seen.add(module_id)
 
     def save(
         self,
@@ -322,11 +316,13 @@ class LoraFile:
         """
         layout = {key: (self._saved_dtype(key, dtype), shape) for key, (_, shape) in self.layout.items()}
         digests = {"sshs_model_hash": hashlib.sha256(), "sshs_legacy_hash": LegacyHash(layout, self.metadata)}
+        # modelspec's is that of the tensors that were read.
+        metadata = {key: value for key, value in self.metadata.items() if key != "modelspec.hash_sha256"}
 
         def read(key: str) -> Tensor:
             return _cast(key, self.tensors[key], layout[key][0])
 
-        write_safetensors(path, layout, read, self.metadata, digests, on_progress)
+        write_safetensors(path, layout, read, metadata, digests, on_progress)
 
     def _saved_dtype(self, key: str, dtype: torch.dtype) -> torch.dtype:
         own, shape = self.layout[key]
@@ -360,6 +356,8 @@ def _detect_family(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], n
             candidates.reverse()
     if not candidates:
         example = next(iter(tensors), "none")
+        if not roles:
+            raise UnknownFamily(f"{name}: no LoRA: no adapter's tensor is among its {len(tensors)}, e.g. {example!r}")
         raise UnknownFamily(
             f"{name}: no family matches its {len(tensors)} keys, e.g. {example!r}; known: {', '.join(FAMILIES)}"
         )
@@ -376,24 +374,38 @@ def family_in_metadata(metadata: Mapping[str, str]) -> str | None:
     return next(iter(by_version + by_architecture), None)
 
 
-def _alpha_in_metadata(metadata: Mapping[str, str], entry: Entry) -> float | None:
-    """The alpha that peft's configuration in diffusers' metadata gives to a module, None when there is none."""
+def _peft_metadata(path: Path) -> dict[str, str]:
+    """The configuration that peft writes beside its file, as diffusers has it in the metadata; empty for other files."""
+    beside = path.with_name("adapter_config.json")
+    if path.name != "adapter_model.safetensors" or not beside.exists():
+        return {}
     try:
-        config = json.loads(metadata.get("lora_adapter_metadata", "null"))
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(config, dict):
-        return None
+        config = json.loads(beside.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadFile(f"{beside}: cannot be read, and the alpha of {path.name} stands in it: {error}") from None
+    named = {f"base_model.{key}": value for key, value in config.items()} if isinstance(config, dict) else {}
+    return {"lora_adapter_metadata": json.dumps(named)}
+
+
+def _scale_in_config(config: Mapping[str, Any], entry: Entry) -> float | None:
+    """What peft's configuration multiplies a module's change by, None when it does not say."""
     prefix, _, path = entry.name.partition(".")
-    patterns = config.get(f"{prefix}.alpha_pattern") or {}
-    alpha = config.get(f"{prefix}.lora_alpha")
-    if isinstance(patterns, dict):
-        matching = (value for pattern, value in patterns.items() if re.fullmatch(rf"(.*\.)?{re.escape(pattern)}", path))
-        alpha = next(matching, alpha)
-    if not isinstance(alpha, (int, float)) or entry.rank is None:
+
+    def number(name: str, patterns: str) -> float | None:
+        by_path = config.get(f"{prefix}.{patterns}")
+        found = config.get(f"{prefix}.{name}")
+        if isinstance(by_path, dict):
+            matching = (value for pattern, value in by_path.items() if f".{path}".endswith(f".{pattern}"))
+            found = next(matching, found)
+        return float(found) if isinstance(found, (int, float)) else None
+
+    is_lora = entry.kind in ("lora", "locon", "dora")
+    alpha = number("lora_alpha" if is_lora else "alpha", "alpha_pattern")
+    rank = entry.rank or number("r", "rank_pattern")
+    if alpha is None or not rank:
         return None
     # rsLoRA (arXiv:2312.03732) divides by the square root of the rank.
-    return alpha * math.sqrt(entry.rank) if config.get(f"{prefix}.use_rslora") is True else float(alpha)
+    return alpha / (math.sqrt(rank) if config.get(f"{prefix}.use_rslora") is True else rank)
 
 
 def _in_weight_form(down: Tensor, up: Tensor, kernel: int | None) -> tuple[Tensor, Tensor]:
@@ -409,115 +421,6 @@ def _in_weight_form(down: Tensor, up: Tensor, kernel: int | None) -> tuple[Tenso
             raise ValueError(f"{down.shape[1]} inputs are no kernel of {kernel} times {kernel}")
         down = down.reshape(down.shape[0], -1, kernel, kernel)
     return down, up if up.ndim == 4 else up[:, :, None, None]
-
-
-def name_modules(
-    family: str, modules: Mapping[ModuleId, LoraModule], scheme: str, extra: Mapping[str, Tensor] | None = None
-) -> ComputedTensors:
-    """The tensors of a file in the given scheme (one of SCHEMES), fused where it names the original model's modules.
-
-    Only Kohya's has alpha: readers of the other two drop it or fail at it for some families, so it is multiplied in.
-    `modules` are asked again each time that a tensor is. `extra` tensors keep their names.
-    """
-    if scheme not in SCHEMES:
-        raise UnmatchedKeys(f"no scheme {scheme!r} to write; known: {', '.join(SCHEMES)}")
-    keys = FAMILIES[family]
-    fusions: dict[str, tuple[Fusion, dict[int, ModuleId]]] = {}
-    for part, path in modules:
-        name, fusion, index = name_in_scheme(keys, part, path, scheme)
-        fusions.setdefault(name, (fusion, {}))[1][index] = (part, path)
-
-    def tensors_of(name: str, fusion: Fusion, parts: Mapping[int, ModuleId]) -> dict[str, Tensor]:
-        module = fuse(fusion, {index: modules[module_id] for index, module_id in parts.items()})
-        if scheme != "kohya":
-            module = without_tucker(module)
-            up = module.up if module.scale == 1 else module.up.float() * module.scale
-            return {f"{name}.lora_A.weight": module.down, f"{name}.lora_B.weight": up}
-        in_denoiser = all(part == "denoiser" for part, _ in parts.values())
-        if in_denoiser and keys.kernel_in_kohya(fusion.parts[0]) == 1 and module.down.ndim == 2:
-            module = replace(module, down=module.down[:, :, None, None], up=module.up[:, :, None, None])
-        tensors = {f"{name}.lora_down.weight": module.down, f"{name}.lora_up.weight": module.up}
-        tensors[f"{name}.alpha"] = torch.tensor(module.alpha)
-        return tensors if module.mid is None else tensors | {f"{name}.lora_mid.weight": module.mid}
-
-    makers = [partial(tensors_of, name, *fusion) for name, fusion in fusions.items()]
-    return ComputedTensors([*makers, lambda: extra or {}])
-
-
-_KOHYA_SUFFIXES = {"down": "lora_down.weight", "up": "lora_up.weight", "dora": "dora_scale"}
-
-
-def name_kinds(family: str, modules: Mapping[ModuleId, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of a file in Kohya's scheme, from those of each module by role, whatever their kind.
-
-    UnmatchedKeys where the family's files have several modules in one: only plain LoRAs can be put together.
-    """
-    tensors = {}
-    for (part, path), roles in modules.items():
-        name, fusion, _ = name_in_scheme(FAMILIES[family], part, path, "kohya")
-        if len(fusion.parts) > 1:
-            raise UnmatchedKeys(
-                f"{path} is one with {len(fusion.parts) - 1} others in files of {family}, where only a plain LoRA fits"
-            )
-        tensors |= {f"{name}.{_KOHYA_SUFFIXES.get(role, role)}": tensor for role, tensor in roles.items()}
-    return tensors
-
-
-def name_in_scheme(keys: FamilyKeys, part: str, path: str, scheme: str) -> tuple[str, Fusion, int]:
-    """The name in a file, the fusion that the name stands for, and which part of it the module is."""
-    alone = Fusion(path, (path,))
-    if scheme == "diffusers":
-        return (keys.diffusers_prefix if part == "denoiser" else f"{part}.") + path, alone, 0
-    in_kohya = scheme == "kohya"
-    prefixes = keys.kohya_prefixes if in_kohya else keys.comfy_prefixes
-    if part not in prefixes:
-        raise UnmatchedKeys(f"{keys.name} has no {part} in the {scheme} scheme, but the LoRA changes its {path}")
-    original = keys.original_in_kohya if in_kohya else keys.original_in_comfy
-    fusion = keys.of_diffusers(path) if part == "denoiser" and original else alone
-    name = fusion.original.replace(".", "_") if in_kohya else fusion.original
-    return prefixes[part] + name, fusion, fusion.parts.index(path)
-
-
-def fuse(fusion: Fusion, parts: Mapping[int, LoraModule]) -> LoraModule:
-    """The change of the original model's module, from those of its parts; a missing part is not changed.
-
-    The rank stays when the parts share one down matrix (they were fused once); else the ranks add up.
-    """
-    first = next(iter(parts.values()))
-    if len(fusion.parts) == 1:
-        if fusion.halves_swapped and first.up.shape[0] == 2 * first.down.shape[1]:
-            return replace(first, up=first.up.roll(first.up.shape[0] // 2, 0))
-        return first
-    rows = [round(size * first.down.shape[1]) for size in fusion.sizes]
-    for index, module in parts.items():
-        if module.up.shape[0] != rows[index]:
-            raise UnmatchedKeys(
-                f"{fusion.parts[index]} changes {module.up.shape[0]} rows, but has {rows[index]} in {fusion.original}"
-            )
-    if all(module.scale == first.scale and torch.equal(module.down, first.down) for module in parts.values()):
-        ups = [parts[i].up if i in parts else first.up.new_zeros(rows[i], first.rank) for i in range(len(rows))]
-        return LoraModule(first.down, torch.cat(ups), first.alpha)
-    # One scale for all: what the others differ by goes into their up matrices.
-    scale = max((module.scale for module in parts.values()), key=abs)
-    rank = sum(module.rank for module in parts.values())
-    up = torch.zeros(sum(rows), rank)
-    column = 0
-    for index, module in parts.items():
-        start = sum(rows[:index])
-        factor = module.scale / scale if scale else 0.0
-        up[start : start + rows[index], column : column + module.rank] = module.up.float() * factor
-        column += module.rank
-    # Fused weights are that much wider: alpha grows with the rank, so that the scale stays.
-    down = torch.cat([module.down.float() for module in parts.values()])
-    return LoraModule(down, up.to(first.up.dtype) if scale else up, scale * rank)
-
-
-def without_tucker(module: LoraModule) -> LoraModule:
-    """The same change as a plain convolution LoRA: the core multiplied into down, now (rank, in, kh, kw)."""
-    if module.mid is None:
-        return module
-    down = torch.einsum("rskl,si->rikl", module.mid.float(), module.down.flatten(1).float())
-    return LoraModule(down, module.up, module.alpha)
 
 
 @dataclass(frozen=True)
@@ -560,7 +463,8 @@ def fit(
     left_over: dict[str, str] = {key: "is not understood" for key in lora.unknown_keys}
     if lora.family != family:
         why = f"changes a {lora.family} model"
-        return Fit(lora.family, family, (), left_over | {entry.name: why for entry in lora.entries})
+        names = [*(entry.name for entry in lora.entries), *lora.embedding_keys]
+        return Fit(lora.family, family, (), left_over | dict.fromkeys(names, why))
     for entry in lora.entries:
         missing = [module for module in entry.modules if module not in shapes]
         if missing:
@@ -584,49 +488,6 @@ def fit(
 def _same_weight(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
     # 1x1 convolutions may be written as Linear and kernels flattened, so only the sizes count.
     return shape[0] == other[0] and math.prod(shape[1:]) == math.prod(other[1:])
-
-
-def model_hash(tensors: Mapping[str, Tensor]) -> str:
-    """`sshs_model_hash`: sha256 of everything after the header, so it does not change with the metadata."""
-    digest = hashlib.sha256()
-    for name in storage_order(layout_of(tensors)):
-        digest.update(tensor_bytes(tensors[name]))
-    return digest.hexdigest()
-
-
-class LegacyHash:
-    """`sshs_legacy_hash`: of the file with `ss_*` metadata only, 8 hex digits of sha256 over 0x100000 to 0x110000."""
-
-    _BEGIN, _END = 0x100000, 0x110000
-
-    def __init__(self, layout: Layout, metadata: Mapping[str, str]):
-        self._digest = hashlib.sha256()
-        self._position = 0
-        self.update(header_bytes(layout, {key: value for key, value in metadata.items() if key.startswith("ss_")}))
-
-    def update(self, data: bytes | memoryview) -> None:
-        """Takes the bytes of the tensors, in the order in which they are stored."""
-        self._digest.update(data[max(self._BEGIN - self._position, 0) : max(self._END - self._position, 0)])
-        self._position += len(data)
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether further bytes change nothing."""
-        return self._position >= self._END
-
-    def hexdigest(self) -> str:
-        return self._digest.hexdigest()[:8]
-
-
-def legacy_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """The `LegacyHash` of tensors that are at hand."""
-    layout = layout_of(tensors)
-    digest = LegacyHash(layout, metadata)
-    for name in storage_order(layout):
-        if digest.is_complete:
-            break
-        digest.update(tensor_bytes(tensors[name]))
-    return digest.hexdigest()
 
 
 def _cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

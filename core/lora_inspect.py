@@ -3,13 +3,14 @@
 import base64
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
 import re
 import struct
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ import torch
 from torch import Tensor
 
 from .base_weights import BaseWeights
-from .errors import BadConfig, BadFile
-from .lora_file import Entry, LoraFile, family_in_metadata, fit, legacy_hash
-from .lora_keys import FAMILIES, READERS, bundled_embedding, not_loaded
+from .embeddings import word_of
+from .errors import BadConfig, BadFile, one_line
+from .lora_file import Entry, LoraFile, family_in_metadata, fit
+from .lora_hashes import legacy_hash
+from .lora_keys import FAMILIES, READERS, not_loaded
 from .lora_kinds import KINDS, needs_base, weight_change
 from .safetensors_file import CHUNK_BYTES, SafetensorsFile, copy_with_metadata
 
@@ -43,24 +46,41 @@ _SETTINGS = {
     "mixed_precision": "precision",
     "seed": "seed",
 }
+MODELSPEC_VERSION = "1.0.1"
 _MODELSPEC = ("title", "author", "description", "trigger_phrase", "tags", "license", "usage_hint", "date")
 _SHOWN_CHARACTERS = 200
 
 
-def inspect_lora(path: str | os.PathLike[str], read_tensors: bool = True) -> dict[str, Any]:
+OnProgress = Callable[[int, int], None]
+"""(steps done, of all)."""
+
+
+def silent(done: int, total: int) -> None:
+    pass
+
+
+def _steps(on_progress: OnProgress, total: int) -> Callable[[], None]:
+    """What is called after each of so many steps."""
+    done = itertools.count(1)
+    return lambda: on_progress(next(done), total)
+
+
+def inspect_lora(
+    path: str | os.PathLike[str], read_tensors: bool = True, on_progress: OnProgress = silent
+) -> dict[str, Any]:
     """Everything that is known of a file, ready for JSON.
 
     Without `read_tensors` only the header is read, whatever the size of the file: hashes and norms are left out.
     BadFile or UnknownFamily when it is no LoRA file.
     """
-    file = SafetensorsFile.open(path)
-    lora = LoraFile.from_tensors(file, file.metadata, name=str(file.path))
+    path = Path(path)
+    lora = LoraFile.read(path)
     entries = lora.entries
     ranks = Counter(entry.rank for entry in entries if entry.rank is not None)
     report: dict[str, Any] = {
-        "file": file.path.name,
-        "bytes": file.path.stat().st_size,
-        "tensors": len(file),
+        "file": path.name,
+        "bytes": path.stat().st_size,
+        "tensors": len(lora.tensors),
         "dtype": str(lora.dtype).removeprefix("torch."),
         "family": lora.family,
         "scheme": lora.scheme,
@@ -69,7 +89,7 @@ def inspect_lora(path: str | os.PathLike[str], read_tensors: bool = True) -> dic
         "parts": _histogram(entry.part for entry in entries),
         "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
         "alphas": _histogram(_alpha_text(lora, entry) for entry in entries if entry.rank is not None),
-        "embeddings": sorted({str(bundled_embedding(key)) for key in lora.embedding_keys}),
+        "embeddings": sorted({word_of(lora, key) for key in lora.embedding_keys}),
         "unknown_keys": list(lora.unknown_keys),
         "not_loaded_by": {reader: not_loaded_by(reader, lora) for reader in READERS},
         "base_model": _known(
@@ -84,8 +104,9 @@ def inspect_lora(path: str | os.PathLike[str], read_tensors: bool = True) -> dic
         "thumbnail": "modelspec.thumbnail" in lora.metadata,
     }
     if read_tensors:
-        report["hashes"] = file_hashes(path)
-        report["norms"] = block_norms(lora)
+        step = _steps(on_progress, _chunks(path) + len(entries))
+        report["hashes"] = file_hashes(path, step)
+        report["norms"] = block_norms(lora, step)
     return report
 
 
@@ -115,12 +136,13 @@ def format_inspection(report: Mapping[str, Any]) -> str:
         f"{report['file']}  ({report['bytes'] / 1e6:.1f} MB, {report['tensors']} tensors, {report['dtype']})",
         f"  for           {report['family']}, {report['scheme']} names",
         f"  kind          {report['kind']}: {KINDS.get(report['kind'], 'several kinds of adapters')}",
-        f"  modules       {_counts(report['parts'])}",
-        f"  rank          {_counts(report['ranks'])}",
-        f"  alpha         {_counts(report['alphas'])}",
     ]
+    if report["parts"]:
+        lines.append(f"  modules       {_counts(report['parts'])}")
+        lines.append(f"  rank          {_counts(report['ranks'])}")
+        lines.append(f"  alpha         {_counts(report['alphas'])}")
     if report["trigger_words"]:
-        lines.append(f"  trigger       {', '.join(report['trigger_words'][:10])}")
+        lines.append(f"  trigger       {_short(', '.join(report['trigger_words'][:10]))}")
     for title, section in (("base", "base_model"), ("about", "about"), ("training", "training"), ("hashes", "hashes")):
         rows = report.get(section) or {}
         lines += [f"  {title if first else '':<13} {key}: {_short(value)}" for first, key, value in _rows(rows)]
@@ -130,13 +152,13 @@ def format_inspection(report: Mapping[str, Any]) -> str:
         value = "NaN or infinity" if norm is None else f"{norm:9.4f} {'#' * round(24 * norm / largest)}"
         lines.append(f"  {'change' if first else '':<13} {block:<28} {value}")
     if report["embeddings"]:
-        lines.append(f"  embeddings    {', '.join(report['embeddings'])}")
+        lines.append(f"  embeddings    {_short(', '.join(report['embeddings']))}")
     if report["unknown_keys"]:
-        lines.append(f"  not understood: {len(report['unknown_keys'])}, e.g. {report['unknown_keys'][0]}")
+        lines.append(f"  not understood: {len(report['unknown_keys'])}, e.g. {_short(report['unknown_keys'][0])}")
     total = sum(report["parts"].values())
-    loads = {reader: _loads(total, refused) for reader, refused in report["not_loaded_by"].items()}
+    loads = {reader: _loads(total, refused) for reader, refused in report["not_loaded_by"].items() if total}
     lines += [f"  {'loads' if first else '':<13} {reader}: {text}" for first, reader, text in _rows(loads)]
-    return "\n".join(lines)
+    return "\n".join(map(one_line, lines))
 
 
 def _loads(total: int, refused: Mapping[str, str]) -> str:
@@ -184,8 +206,13 @@ def _json(metadata: Mapping[str, str], key: str, kind: type) -> Any:
     return value if isinstance(value, kind) else kind()
 
 
-def file_hashes(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The hashes by which the community knows a file, computed from its bytes.
+def _chunks(path: str | os.PathLike[str]) -> int:
+    """In how many steps a file is hashed."""
+    return 1 + Path(path).stat().st_size // CHUNK_BYTES
+
+
+def file_hashes(path: str | os.PathLike[str], step: Callable[[], None] = lambda: None) -> dict[str, str]:
+    """The hashes by which the community knows a file, computed from its bytes; `step` is called `_chunks` times.
 
     `autov3` and A1111's short hash are the first 12 digits of `sshs_model_hash`, `autov2` the first 10 of `sha256`.
     """
@@ -195,9 +222,11 @@ def file_hashes(path: str | os.PathLike[str]) -> dict[str, str]:
         start = stream.read(8)
         header = stream.read(struct.unpack("<Q", start)[0])
         whole.update(start + header)
-        while chunk := stream.read(CHUNK_BYTES):
+        for _ in range(_chunks(path)):
+            chunk = stream.read(CHUNK_BYTES)
             whole.update(chunk)
             model.update(chunk)
+            step()
     return {
         "sha256": whole.hexdigest(),
         "autov2": whole.hexdigest()[:10],
@@ -207,10 +236,14 @@ def file_hashes(path: str | os.PathLike[str]) -> dict[str, str]:
     }
 
 
-def block_norms(lora: LoraFile) -> dict[str, float | None]:
-    """Frobenius norm of the weight change of every block, None if it is not finite; DoRA and OFT are left out."""
+def block_norms(lora: LoraFile, step: Callable[[], None] = lambda: None) -> dict[str, float | None]:
+    """Frobenius norm of the weight change of every block, None if it is not finite; DoRA and OFT are left out.
+
+    `step` is called for each module.
+    """
     squares: dict[str, float] = {}
     for entry in lora.entries:
+        step()
         if entry.kind == "bias" or needs_base(entry.kind, entry.keys):
             continue
         block = _block(entry)
@@ -257,16 +290,18 @@ SUSPICIOUS_NORM = 20.0
 """How many times the median a module's change may be before it is suspicious."""
 
 
-def verify_lora(path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None) -> list[Finding]:
+def verify_lora(
+    path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None, on_progress: OnProgress = silent
+) -> list[Finding]:
     """What is wrong or odd with a file: nothing, if it is what its metadata say and every module has a sane change.
 
     With the checkpoint `base`, also what of it has no place there.
     """
-    file = SafetensorsFile.open(path)
-    lora = LoraFile.from_tensors(file, file.metadata, name=str(file.path))
+    lora = LoraFile.read(path)
+    step = _steps(on_progress, _chunks(path) + len(lora.tensors) + len(lora.entries))
     findings = [
         *_verify_names(lora),
-        *_verify_metadata(lora, file_hashes(path)),
+        *_verify_metadata(lora, file_hashes(path, step)),
     ]
     if base is not None:
         weights = BaseWeights.open(base)
@@ -277,11 +312,14 @@ def verify_lora(path: str | os.PathLike[str], base: str | os.PathLike[str] | Non
                 f"{len(left_over)} keys have no place in {weights.file.path.name} ({weights.family}), e.g. {examples}"
             )
             findings.append(Finding(True, text))
-    broken = [name for name, tensor in file.items() if not _is_finite(tensor)]
+    broken = []
+    for name, tensor in lora.tensors.items():
+        broken += [] if _is_finite(tensor) else [name]
+        step()
     if broken:
         findings.append(Finding(True, f"{len(broken)} tensors hold NaN or infinity, e.g. {broken[0]}"))
         return findings
-    return findings + _verify_norms(lora)
+    return findings + _verify_norms(lora, step)
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -311,9 +349,11 @@ def _verify_metadata(lora: LoraFile, hashes: Mapping[str, str]) -> list[Finding]
     claimed = family_in_metadata(lora.metadata)
     if claimed not in (None, lora.family):
         findings.append(Finding(True, f"its metadata say {claimed}, its tensors are for {lora.family}"))
-    for key in ("sshs_model_hash", "sshs_legacy_hash"):
-        if key in lora.metadata and lora.metadata[key] != hashes[key]:
-            text = f"{key} is {lora.metadata[key][:12]} in the metadata, but {hashes[key][:12]} in fact"
+    in_fact: dict[str, str] = {**hashes, "modelspec.hash_sha256": hashes["sshs_model_hash"]}
+    for key in ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"):
+        claimed_hash = lora.metadata.get(key, in_fact[key]).removeprefix("0x")
+        if claimed_hash != in_fact[key]:
+            text = f"{key} is {claimed_hash[:12]} in the metadata, but {in_fact[key][:12]} in fact"
             findings.append(Finding(key == "sshs_model_hash", text))
     ranks = {str(entry.rank) for entry in lora.entries if entry.rank is not None}
     stated = lora.metadata.get("ss_network_dim", "")
@@ -324,9 +364,12 @@ def _verify_metadata(lora: LoraFile, hashes: Mapping[str, str]) -> list[Finding]
     return findings
 
 
-def _verify_norms(lora: LoraFile) -> list[Finding]:
-    entries = [e for e in lora.entries if e.kind != "bias" and not needs_base(e.kind, e.keys)]
-    norms = {entry.name: change_norm(lora, entry) for entry in entries}
+def _verify_norms(lora: LoraFile, step: Callable[[], None]) -> list[Finding]:
+    norms = {}
+    for entry in lora.entries:
+        if entry.kind != "bias" and not needs_base(entry.kind, entry.keys):
+            norms[entry.name] = change_norm(lora, entry)
+        step()
     findings = []
     zero = [name for name, norm in norms.items() if norm == 0]
     if zero:
@@ -356,6 +399,7 @@ def edit_metadata(
     usage_hint: str | None = None,
     thumbnail: str | os.PathLike[str] | None = None,
     remove: Sequence[str] = (),
+    on_progress: OnProgress = silent,
 ) -> dict[str, str]:
     """The new metadata, after writing them to `output` (default: into the file itself); tensors stay byte for byte.
 
@@ -375,13 +419,13 @@ def edit_metadata(
     }
     if not remove and all(value is None for value in values.values()):
         raise BadConfig("nothing to change: give a title, author, ... or keys to remove")
-    metadata = dict(file.metadata)
-    metadata.update({f"modelspec.{key}": value for key, value in values.items() if value is not None})
-    metadata = {key: value for key, value in metadata.items() if value != "" and key not in remove}
+    given = {f"modelspec.{key}": value for key, value in values.items() if value is not None}
+    removed = {*remove, *(key for key, value in given.items() if value == "")}
+    metadata = {key: value for key, value in (file.metadata | given).items() if key not in removed}
     if any(key.startswith("modelspec.") for key in metadata):
         # Without its version nobody reads the rest.
-        metadata.setdefault("modelspec.sai_model_spec", "1.0.1")
-    metadata["sshs_model_hash"] = file_hashes(path)["sshs_model_hash"]
+        metadata.setdefault("modelspec.sai_model_spec", MODELSPEC_VERSION)
+    metadata["sshs_model_hash"] = file_hashes(path, _steps(on_progress, _chunks(path)))["sshs_model_hash"]
     metadata["sshs_legacy_hash"] = legacy_hash(file, metadata)
     copy_with_metadata(file, path if output is None else output, metadata)
     return metadata
@@ -402,5 +446,5 @@ def _thumbnail(picture: str | os.PathLike[str]) -> str:
         raise BadFile(f"{Path(picture)}: cannot be read as a picture: {error}") from None
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     data = io.BytesIO()
-    small.save(data, "JPEG", quality=85)
+    small.save(data, "JPEG", quality=85, comment="")  # else the picture's own comes along
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode("ascii")

@@ -70,7 +70,7 @@ def _fit_together(kind: str, shapes: Shapes) -> bool:
         blocks = shapes["oft_blocks"]
         return len(blocks) in (3, 4) and blocks[-1] == blocks[-2] > 0
     if kind in ("full", "norm", "bias"):
-        return all(len(shape) > 0 for shape in shapes.values())
+        return all(shape and math.prod(shape) > 0 for shape in shapes.values())
     tensors = {role: shape for role, shape in shapes.items() if role not in ("alpha", "dora", *BIAS_ROLES)}
     is_sensible = all(len(shape) in (2, 4) and math.prod(shape) > 0 for shape in tensors.values())
     if not is_sensible:
@@ -235,7 +235,7 @@ def _rotation(t: Mapping[str, Tensor], base: Tensor) -> Tensor:
     bound = t["alpha"].item() * base.shape[0] if "alpha" in t else 0.0
     if bound > 0 and skew.norm() > bound:
         skew = skew * (bound / skew.norm())
-    identity = torch.eye(blocks.shape[-1])
+    identity = torch.eye(blocks.shape[-1], device=blocks.device)
     rotations = (identity + skew) @ torch.linalg.inv(identity - skew)
     rotated = base.flatten(1)
     if blocks.ndim == 3:

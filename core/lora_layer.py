@@ -25,6 +25,8 @@ class LoraLayer(nn.Module):
         self.scale = alpha / (math.sqrt(rank) if rslora else rank)
         self.dropout = dropout
         self.enabled = True
+        self.cast: tuple[Tensor, Tensor] | None = None
+        """A and B in the dtype of the arithmetic, while somebody else sees to it that they are up to date."""
         self.down = nn.Parameter(torch.empty(rank, *weight.shape[1:], device=weight.device, dtype=torch.float32))
         ones = (1,) * (weight.ndim - 2)
         self.up = nn.Parameter(torch.zeros(weight.shape[0], rank, *ones, device=weight.device, dtype=torch.float32))
@@ -46,7 +48,9 @@ class LoraLayer(nn.Module):
         if linear and not (self.dropout and self.training):
             narrow = isinstance(layer, EightBitLinear)
             weight, weight_scale = (layer.narrow, layer.scale) if narrow else (layer.weight, None)
-            return _AdaptedLinear.apply(x, weight, weight_scale, layer.bias, self.down, self.up, self.scale)
+            matrices = self.cast or (self.down.detach(), self.up.detach())
+            cast = [matrix.to(x.dtype) for matrix in matrices]
+            return _AdaptedLinear.apply(x, weight, weight_scale, layer.bias, self.down, self.up, *cast, self.scale)
         down, up = self.down.to(x.dtype), self.up.to(x.dtype)
         dropped = F.dropout(x, self.dropout, self.training)
         if linear:
@@ -56,18 +60,21 @@ class LoraLayer(nn.Module):
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """x W^T + bias + scale * (x A^T) B^T. The change is added in place, and of the activations only x and x A^T are kept."""
+    """x W^T + bias + scale * (x A^T) B^T. The change is added in place, and of the activations only x and x A^T are kept.
+
+    The arithmetic is done with `down_cast` and `up_cast`, A and B in the dtype of x; the gradients are those of A and B.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, weight_scale: Tensor | None, bias: Tensor | None,
-        down: Tensor, up: Tensor, scale: float,
+        down: Tensor, up: Tensor, down_cast: Tensor, up_cast: Tensor, scale: float,
     ) -> Tensor:  # fmt: skip
-        low = F.linear(x, down.to(x.dtype))
+        low = F.linear(x, down_cast)
         result = F.linear(x, widened(weight, weight_scale, x.dtype), bias)
-        result.view(-1, result.shape[-1]).addmm_(low.flatten(0, -2), up.to(x.dtype).t(), alpha=scale)
-        ctx.save_for_backward(x, low, weight, weight_scale, down, up)
-        ctx.scale = scale
+        result.view(-1, result.shape[-1]).addmm_(low.flatten(0, -2), up_cast.t(), alpha=scale)
+        ctx.save_for_backward(x, low, weight, weight_scale, down_cast, up_cast)
+        ctx.scale, ctx.trained = scale, down.dtype
         return result
 
     @staticmethod
@@ -76,12 +83,13 @@ class _AdaptedLinear(torch.autograd.Function):
         ctx: Any, *gradients: Tensor
     ) -> tuple[Tensor | None, ...]:
         x, low, weight, weight_scale, down, up = ctx.saved_tensors
-        gradient = gradients[0].flatten(0, -2)
-        low_gradient = (gradient @ up.to(x.dtype)).mul_(ctx.scale)
-        up_gradient = (gradient.t() @ low.flatten(0, -2)).mul_(ctx.scale).to(up.dtype)
-        down_gradient = (low_gradient.t() @ x.flatten(0, -2)).to(down.dtype)
+        gradient, low = gradients[0].flatten(0, -2), low.flatten(0, -2)
+        # With beta = 0 the first argument counts for nothing but its shape: a product times alpha in one kernel.
+        low_gradient = torch.addmm(low, gradient, up, beta=0, alpha=ctx.scale)
+        up_gradient = torch.addmm(up, gradient.t(), low, beta=0, alpha=ctx.scale).to(ctx.trained)
+        down_gradient = (low_gradient.t() @ x.flatten(0, -2)).to(ctx.trained)
         x_gradient = None
         if ctx.needs_input_grad[0]:
             x_gradient = gradient @ widened(weight, weight_scale, x.dtype)
-            x_gradient = x_gradient.addmm_(low_gradient, down.to(x.dtype)).view(x.shape)
-        return x_gradient, None, None, None, down_gradient, up_gradient, None
+            x_gradient = x_gradient.addmm_(low_gradient, down).view(x.shape)
+        return x_gradient, None, None, None, down_gradient, up_gradient, None, None, None

@@ -1,4 +1,4 @@
-"""New LoRAs from old ones: convert, merge, resize, extract; and a LoRA merged into a checkpoint.
+"""New LoRAs from old ones: convert, merge, resize.
 
 All of it is linear algebra on one module at a time. What is only renamed or put together is computed when it is written
 (`LoraFile.save`), so a file of any size is converted or merged without being in memory; what has a new rank is held in
@@ -6,53 +6,21 @@ memory, but not what it is made of. `on_progress(done, total)` is called after e
 """
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .base_weights import BaseWeights, bias_name
 from .errors import BadConfig, LoraMisfit, UnmatchedKeys
-from .lora_file import SCHEMES, Entry, LoraFile, LoraModule, fit, name_modules, without_tucker
-from .lora_inspect import (
-    Finding,
-    edit_metadata,
-    file_hashes,
-    format_inspection,
-    inspect_lora,
-    trigger_words,
-    verify_lora,
-)
-from .lora_keys import FAMILIES, ModuleId, Place
+from .lora_file import Entry, LoraFile
+from .lora_inspect import MODELSPEC_VERSION, OnProgress, silent, trigger_words
+from .lora_keys import FAMILIES, ModuleId, bundled_embedding
 from .lora_kinds import BIAS_ROLES, bias_change
-from .safetensors_file import SafetensorsFile, write_safetensors
+from .lora_modules import SCHEMES, LoraModule, name_in_scheme, name_modules, without_tucker
 
-__all__ = [
-    "Finding",
-    "convert_lora",
-    "edit_metadata",
-    "extract_lora",
-    "file_hashes",
-    "format_inspection",
-    "inspect_lora",
-    "merge_into_checkpoint",
-    "merge_loras",
-    "resize_lora",
-    "to_plain",
-    "trigger_words",
-    "truncated_svd",
-    "verify_lora",
-]
-
-OnProgress = Callable[[int, int], None]
 BaseWeight = Callable[[ModuleId], Tensor]
 """The weight of a module of the base model, for adapters whose change depends on it (DoRA, OFT)."""
-
-
-def _silent(done: int, total: int) -> None:
-    pass
 
 
 def convert_lora(
@@ -60,41 +28,55 @@ def convert_lora(
     scheme: str,
     plain_rank: int | None = None,
     base_weight: BaseWeight | None = None,
-    on_progress: OnProgress = _silent,
+    on_progress: OnProgress = silent,
 ) -> tuple[LoraFile, float]:
-    """The LoRA in another naming scheme (one of lora_file.SCHEMES), and the largest relative error of a module's change.
+    """The LoRA in another naming scheme (one of lora_modules.SCHEMES), and the largest relative error of a module's change.
 
     The error is 0 unless `plain_rank` is given: then adapters that are no plain LoRA become one of at most that rank.
-    Without it they keep their kind where the scheme can express it, and are refused by name where it cannot.
+    Without it they keep their kind where the scheme can express it, and are refused by name where it cannot. Vectors of
+    words are left out of diffusers' scheme (`embeddings.embedding_files` gives them).
     """
     if scheme not in SCHEMES:
         raise BadConfig(f"no naming scheme {scheme!r}; known: {', '.join(SCHEMES)}")
-    if all(_is_plain(entry) for entry in lora.entries):
-        return replace(_from_modules(lora, lora.modules(), scheme), metadata=_metadata_for(lora, scheme)), 0.0
     if plain_rank is not None:
-        plain, error = to_plain(lora, plain_rank, base_weight, on_progress)
-        return replace(_from_modules(lora, plain.modules(), scheme), metadata=_metadata_for(plain, scheme)), error
-    return replace(lora, tensors=_renamed(lora, scheme), metadata=_metadata_for(lora, scheme)), 0.0
+        check_rank(plain_rank)
+    lora.check()
+    if scheme == "diffusers" and not lora.entries:
+        raise UnmatchedKeys(f"{lora.name}: has words and no module; diffusers reads such a file as it is")
+    others = [entry for entry in lora.entries if not _is_plain(entry)]
+    if others and plain_rank is not None:
+        converted, error = to_plain(lora, plain_rank, base_weight, on_progress)
+        modules, kept = converted.modules(), {}
+    else:
+        converted, error = lora, 0.0
+        modules, kept = _plain_modules(lora), _renamed(lora, others, scheme)
+    # diffusers takes no file with anything but adapters in it.
+    words = {} if scheme == "diffusers" else {key: lora.tensors[key] for key in lora.embedding_keys}
+    tensors = name_modules(lora.family, modules, scheme, kept | words)
+    return replace(lora, tensors=tensors, metadata=_metadata_for(converted, scheme)), error
 
 
 def _is_plain(entry: Entry) -> bool:
     return entry.kind in ("lora", "locon") and not entry.changes_bias
 
 
-def _from_modules(lora: LoraFile, modules: Mapping[ModuleId, LoraModule], scheme: str) -> LoraFile:
-    embeddings = {key: lora.tensors[key] for key in lora.embedding_keys}
-    return replace(lora, tensors=name_modules(lora.family, modules, scheme, embeddings))
+def _plain_modules(lora: LoraFile) -> dict[ModuleId, LoraModule]:
+    """The modules of the plain LoRAs that are in a file, perhaps among others."""
+    keys = [key for entry in lora.entries if _is_plain(entry) for key in entry.keys.values()]
+    return replace(lora, tensors={key: lora.tensors[key] for key in keys}).modules()
 
 
 def _metadata_for(lora: LoraFile, scheme: str) -> dict[str, str]:
     """The metadata without what is only true of the old names, with what readers of the new ones want to know."""
-    metadata = {key: value for key, value in lora.metadata.items() if key != "lora_adapter_metadata"}
+    family = FAMILIES[lora.family]
+    known = {"modelspec.sai_model_spec": MODELSPEC_VERSION, "modelspec.architecture": family.architecture}
     if scheme == "kohya":
         ranks = {entry.rank for entry in lora.entries}
-        metadata.setdefault("ss_base_model_version", FAMILIES[lora.family].base_versions[0])
-        metadata.setdefault("ss_network_module", "networks.lora")
-        metadata.setdefault("ss_network_dim", str(ranks.pop()) if len(ranks) == 1 else "Dynamic")
-    return metadata
+        is_lora = all(entry.kind in ("lora", "locon") for entry in lora.entries)
+        known["ss_base_model_version"] = family.base_versions[0]
+        known["ss_network_module"] = "networks.lora" if is_lora else "lycoris.kohya"
+        known["ss_network_dim"] = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
+    return known | {key: value for key, value in lora.metadata.items() if key != "lora_adapter_metadata"}
 
 
 _SUFFIXES = {
@@ -106,13 +88,15 @@ _SUFFIXES = {
 """Role -> suffix in Kohya's and ComfyUI's files, where it is not the role itself."""
 
 
-def _renamed(lora: LoraFile, scheme: str) -> dict[str, Tensor]:
-    """The tensors under names of the scheme, with their kind of adapter as it is."""
+def _renamed(lora: LoraFile, entries: Sequence[Entry], scheme: str) -> dict[str, Tensor]:
+    """The tensors of entries under names of the scheme, with their kind of adapter as it is."""
     family = FAMILIES[lora.family]
-    tensors: dict[str, Tensor] = {key: lora.tensors[key] for key in lora.embedding_keys}
-    for entry in lora.entries:
-        in_kohya = scheme == "kohya"
-        original = family.original_in_kohya if in_kohya else family.original_in_comfy
+    tensors: dict[str, Tensor] = {}
+    for entry in entries:
+        if scheme == "diffusers" and _has_pefts_magnitude(lora, entry):
+            tensors |= _pefts_dora(lora, entry)
+            continue
+        original = family.original_in_kohya if scheme == "kohya" else family.original_in_comfy
         fusion, index = entry.place.fusion, entry.place.index
         moves_rows = len(fusion.parts) > 1 and original != (index is None)
         swaps_rows = fusion.halves_swapped and original != (index is None)
@@ -121,9 +105,7 @@ def _renamed(lora: LoraFile, scheme: str) -> dict[str, Tensor]:
                 f"{lora.name}: {entry.name} is of kind {entry.kind}, which {scheme} names cannot express; "
                 "give a rank to make it a plain LoRA"
             )
-        prefix = (family.kohya_prefixes if in_kohya else family.comfy_prefixes)[entry.part]
-        path = fusion.original if original and entry.part == "denoiser" else entry.modules[0][1]
-        name = prefix + (path.replace(".", "_") if in_kohya else path)
+        name = name_in_scheme(family, *entry.modules[0], scheme)[0]
         found = lora.tensors_of(entry)
         for role, tensor in found.items():
             if role not in BIAS_ROLES:
@@ -137,8 +119,30 @@ def _renamed(lora: LoraFile, scheme: str) -> dict[str, Tensor]:
     return tensors
 
 
+def _has_pefts_magnitude(lora: LoraFile, entry: Entry) -> bool:
+    """Whether it is a DoRA with a magnitude for each output and nothing else, as peft's are."""
+    if entry.kind != "dora" or entry.changes_bias:
+        return False
+    shape = lora.tensors_of(entry)["dora"].shape
+    return math.prod(shape) == shape[0] == entry.shapes["up"][0]
+
+
+def _pefts_dora(lora: LoraFile, entry: Entry) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    changes = list(lora.low_rank_of(entry))
+    magnitudes = dict(entry.place.split(lora.tensors_of(entry)["dora"].flatten(), inputs=entry.shapes["down"][1]))
+    for (part, path), module in changes:
+        name = name_in_scheme(FAMILIES[lora.family], part, path, "diffusers")[0]
+        plain, magnitude = without_tucker(module), magnitudes[part, path]
+        tensors[f"{name}.lora_A.weight"] = plain.down
+        tensors[f"{name}.lora_B.weight"] = plain.up.float() * plain.scale
+        is_convolution = plain.down.ndim == 4
+        tensors[f"{name}.lora_magnitude_vector"] = magnitude[None, :, None, None] if is_convolution else magnitude
+    return tensors
+
+
 def to_plain(
-    lora: LoraFile, rank: int, base_weight: BaseWeight | None = None, on_progress: OnProgress = _silent
+    lora: LoraFile, rank: int, base_weight: BaseWeight | None = None, on_progress: OnProgress = silent
 ) -> tuple[LoraFile, float]:
     """A plain LoRA in Kohya's scheme with the nearest change of at most that rank, and the largest relative error.
 
@@ -146,14 +150,13 @@ def to_plain(
     `base_weight` is needed for DoRA and OFT. Changes of biases and normalisation layers have no place in a LoRA and are
     refused.
     """
-    _check_rank(rank)
-    plain_entries = [entry for entry in lora.entries if _is_plain(entry)]
-    kept = {key: lora.tensors[key] for entry in plain_entries for key in entry.keys.values()}
-    modules = replace(lora, tensors=kept).modules() if kept else {}
+    check_rank(rank)
+    lora.check()
+    modules = _plain_modules(lora)
     others = [entry for entry in lora.entries if not _is_plain(entry)]
     worst = 0.0
     for done, entry in enumerate(others, 1):
-        if entry.kind == "norm" or entry.changes_bias:
+        if entry.kind == "norm" or entry.changes_bias or len(entry.weight_shape or ()) == 1:
             raise UnmatchedKeys(
                 f"{lora.name}: {entry.name} changes a bias or a normalisation, which no LoRA can express"
             )
@@ -166,9 +169,15 @@ def to_plain(
     return LoraFile.from_modules(lora.family, modules, metadata), worst
 
 
-def _check_rank(rank: int) -> None:
+def check_rank(rank: int) -> None:
     if rank < 1:
         raise BadConfig(f"a rank must be at least 1, not {rank}")
+
+
+def _check_finite(module: LoraModule, name: str) -> None:
+    tensors = [module.down, module.up] + ([] if module.mid is None else [module.mid])
+    if not (math.isfinite(module.alpha) and all(tensor.float().isfinite().all() for tensor in tensors)):
+        raise UnmatchedKeys(f"{name}: its change holds NaN or infinity")
 
 
 def factorise(change: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor, float]:
@@ -211,7 +220,7 @@ def resize_lora(
     lora: LoraFile,
     rank: int | None = None,
     energy: float | None = None,
-    on_progress: OnProgress = _silent,
+    on_progress: OnProgress = silent,
 ) -> tuple[LoraFile, float]:
     """The LoRA with smaller modules under the same names, and the largest relative error of a module's change.
 
@@ -221,9 +230,12 @@ def resize_lora(
     if (rank is None) == (energy is None):
         raise BadConfig("give either a rank or an energy")
     if rank is not None:
-        _check_rank(rank)
+        check_rank(rank)
     elif energy is not None and not 0 < energy <= 1:
         raise BadConfig(f"energy must be above 0 and at most 1, not {energy}")
+    lora.check()
+    if not lora.entries:
+        raise UnmatchedKeys(f"{lora.name}: has no module that could be made smaller")
     tensors = dict(lora.tensors)
     ranks = set()
     worst = 0.0
@@ -233,9 +245,8 @@ def resize_lora(
             raise UnmatchedKeys(f"{lora.name}: {entry.name} {what}, not a plain LoRA; convert it first")
         found = lora.tensors_of(entry)
         alpha = found["alpha"].item() if "alpha" in found else float(found["down"].shape[0])
-        module = without_tucker(LoraModule(found["down"], found["up"], alpha, found.get("mid")))
-        if not (module.down.isfinite().all() and module.up.isfinite().all() and math.isfinite(alpha)):
-            raise UnmatchedKeys(f"{lora.name}: {entry.name}: its change holds NaN or infinity")
+        module = without_tucker(LoraModule(found["down"].float(), found["up"].float(), alpha, found.get("mid")))
+        _check_finite(module, f"{lora.name}: {entry.name}")
         small, error = _resize(module, rank, energy)
         tensors[entry.keys["down"]], tensors[entry.keys["up"]] = small.down, small.up
         tensors.pop(entry.keys.get("mid", ""), None)
@@ -251,7 +262,7 @@ def resize_lora(
 
 
 def _resize(module: LoraModule, rank: int | None, energy: float | None) -> tuple[LoraModule, float]:
-    down, up = module.down.float(), module.up.float()
+    down, up = module.down, module.up
     left_basis, left_core = torch.linalg.qr(up.flatten(1))
     right_basis, right_core = torch.linalg.qr(down.flatten(1).T)
     left, values, right = torch.linalg.svd(module.scale * left_core @ right_core.T, full_matrices=False)
@@ -275,12 +286,13 @@ def merge_loras(
     loras: Sequence[tuple[LoraFile, float]],
     rank: int | None = None,
     scheme: str = "kohya",
-    on_progress: OnProgress = _silent,
+    on_progress: OnProgress = silent,
 ) -> tuple[LoraFile, float]:
     """One LoRA with the sum of the changes, each times its weight; and the largest relative error of a module's change.
 
     Without `rank` exact, by concatenation: ranks add up. With it, resized to that rank afterwards.
-    The metadata are the first file's, with `modelspec.merged_from` and without what is true of one of them only.
+    Words that the files bring along come along, except in diffusers' names; two of one name are refused. The metadata are
+    the first file's, with `modelspec.merged_from` and without what is true of one of them only.
     """
     if not loras:
         raise BadConfig("nothing to merge: give at least one LoRA")
@@ -290,11 +302,18 @@ def merge_loras(
         raise LoraMisfit(f"only LoRAs for the same family can be merged, but {found}")
     family = loras[0][0].family
     if rank is not None:
-        _check_rank(rank)
-    collected: dict[ModuleId, list[LoraModule]] = {}
+        check_rank(rank)
+    collected: dict[ModuleId, list[tuple[str, LoraModule]]] = {}
+    vectors: dict[str, Tensor] = {}
     for lora, weight in loras:
+        if not lora.entries:
+            raise LoraMisfit(f"{lora.name}: has no module that could be merged")
+        for key in lora.embedding_keys:
+            if not torch.equal(vectors.setdefault(key, lora.tensors[key]), lora.tensors[key]):
+                raise LoraMisfit(f"{lora.name}: another file brings along the word {bundled_embedding(key)!r} too")
         for module_id, module in lora.modules().items():
-            collected.setdefault(module_id, []).append(replace(module, alpha=module.alpha * weight))
+            weighted = replace(module, alpha=module.alpha * weight)
+            collected.setdefault(module_id, []).append((lora.name, weighted))
     titles = [
         lora.metadata.get("modelspec.title") or lora.metadata.get("ss_output_name") or "LoRA" for lora, _ in loras
     ]
@@ -302,26 +321,29 @@ def merge_loras(
     metadata = {
         key: value
         for key, value in loras[0][0].metadata.items()
-        if key in kept or (key.startswith("modelspec.") and key not in ("modelspec.thumbnail", "modelspec.hash_sha256"))
+        if key in kept or (key.startswith("modelspec.") and key != "modelspec.thumbnail")
     }
     metadata["modelspec.merged_from"] = ", ".join(titles)
     phrases = [words[0] for lora, _ in loras if (words := trigger_words(lora.metadata))]
     if phrases:
         metadata["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(phrases))
-    whole, error = LoraFile(family, metadata, name_modules(family, _Sums(collected), scheme)), 0.0
+    tensors = name_modules(family, _Sums(collected), scheme, {} if scheme == "diffusers" else vectors)
+    whole, error = LoraFile(family, metadata, tensors), 0.0
     if rank is not None:
         whole, error = resize_lora(whole, rank=rank, on_progress=on_progress)
     return replace(whole, metadata=_metadata_for(whole, scheme)), error
 
 
 class _Sums(Mapping[ModuleId, LoraModule]):
-    """The sum of several changes of each module, computed when it is asked for."""
+    """The sum of several changes of each module, each with the name of its file, computed when it is asked for."""
 
-    def __init__(self, summands: Mapping[ModuleId, Sequence[LoraModule]]):
+    def __init__(self, summands: Mapping[ModuleId, Sequence[tuple[str, LoraModule]]]):
         self._summands = summands
 
     def __getitem__(self, module_id: ModuleId) -> LoraModule:
-        return _concatenate(self._summands[module_id])
+        for name, module in self._summands[module_id]:
+            _check_finite(module, f"{name}: {module_id[1]}")
+        return _concatenate([module for _, module in self._summands[module_id]])
 
     def __iter__(self) -> Iterator[ModuleId]:
         return iter(self._summands)
@@ -340,109 +362,3 @@ def _concatenate(modules: Sequence[LoraModule]) -> LoraModule:
     ups = [(module.scale * module.up.float()).reshape(first.up.shape[0], -1, *first.up.shape[2:]) for module in modules]
     down, up = torch.cat(downs), torch.cat(ups, dim=1)
     return LoraModule(down, up, float(down.shape[0]))
-
-
-def extract_lora(
-    original: str | os.PathLike[str],
-    tuned: str | os.PathLike[str],
-    rank: int,
-    on_progress: OnProgress = _silent,
-    on_warning: Callable[[str], None] = lambda message: None,
-) -> tuple[LoraFile, float]:
-    """The difference of two checkpoints as a LoRA, and the largest relative error of a module's change.
-
-    Both are single files of the same family. One pair of weights at a time is in memory, and the LoRA; modules that are
-    equal in both are left out. `on_warning` hears of what differs and has no place in a LoRA.
-    """
-    _check_rank(rank)
-    before, after = BaseWeights.open(original), BaseWeights.open(tuned)
-    if before.family != after.family:
-        raise LoraMisfit(
-            f"{before.file.path} is {before.family}, but {after.file.path} is {after.family}: no LoRA between them"
-        )
-    names_after = {place: name for name, place in after.places.items()}
-    tensors: dict[str, Tensor] = {}
-    left_out: list[str] = []
-    worst = 0.0
-    for done, (name, place) in enumerate(before.places.items(), 1):
-        if place in names_after:
-            new_name = names_after[place]
-            change = _difference(before.file, name, after.file, new_name)
-            bias, new_bias = bias_name(name), bias_name(new_name)
-            if bias in before.file and new_bias in after.file:
-                left_out += [bias] if _difference(before.file, bias, after.file, new_bias).any() else []
-            if change.ndim == 1:
-                left_out += [name] if change.any() else []
-            elif change.any():
-                for path, part in _paths_in_lora(place, change):
-                    down, up, error = factorise(part, rank, f"{after.file.path}: {name}")
-                    tensors |= {f"{path}.lora_A.weight": down, f"{path}.lora_B.weight": up}
-                    worst = max(worst, error)
-        on_progress(done, len(before.places))
-    if not tensors:
-        raise LoraMisfit(f"{before.file.path} and {after.file.path} have the same weights: there is nothing to extract")
-    if left_out:
-        on_warning(
-            f"{len(left_out)} biases and normalisation layers differ too, which no LoRA can express, e.g. {left_out[0]}"
-        )
-    lora = LoraFile(before.family, {"modelspec.architecture": FAMILIES[before.family].architecture}, tensors)
-    return convert_lora(lora, "kohya")[0], worst
-
-
-def _difference(before: SafetensorsFile, name: str, after: SafetensorsFile, new_name: str) -> Tensor:
-    old, new = before[name], after[new_name]
-    if old.shape != new.shape:
-        raise LoraMisfit(f"{name} is {list(old.shape)} in one file and {list(new.shape)} in the other")
-    return new.float() - old.float()
-
-
-def _paths_in_lora(place: Place, change: Tensor) -> list[tuple[str, Tensor]]:
-    """The change of a weight under the name that it has in a LoRA: whole in the denoiser, q, k and v apart in CLIP."""
-    if place.part == "denoiser":
-        path = place.fusion.original if place.index is None else place.modules[0][1]
-        return [(f"diffusion_model.{path}", change)]
-    return [(f"{part}.{path}", rows) for (part, path), rows in place.split(change)]
-
-
-def merge_into_checkpoint(
-    checkpoint: str | os.PathLike[str],
-    loras: Sequence[tuple[LoraFile, float]],
-    output: str | os.PathLike[str],
-    on_progress: OnProgress = _silent,
-) -> int:
-    """How many tensors were changed, after writing the checkpoint with the LoRAs, each times its strength, merged in.
-
-    The checkpoint is a single file, with text encoders if a LoRA changes them; any kind of adapter will do. One weight at
-    a time is in memory, types stay as they are. LoraMisfit when a module, or its bias, has no place in it.
-    """
-    base = BaseWeights.open(checkpoint)
-    file = base.file
-    weights: dict[str, list[tuple[LoraFile, float, Entry]]] = {}
-    biases: dict[str, str] = {}
-    for lora, strength in loras:
-        fit(lora, base.family, base.shapes, base.biased).check(lora.name)
-        for entry in lora.entries:
-            for name in dict.fromkeys(base.name_of(module) for module in entry.modules):
-                weights.setdefault(name, []).append((lora, strength, entry))
-                if entry.changes_bias:
-                    biases[bias_name(name)] = name
-    changed = biases.keys() | {name for name, plan in weights.items() if any(e.kind != "bias" for _, _, e in plan)}
-
-    def read(name: str) -> Tensor:
-        if name not in changed:
-            return file[name]
-        weight = biases.get(name, name)
-        inputs = math.prod(file.shapes[weight][1:2])
-        changes: dict[ModuleId, Tensor] = {}
-        for lora, strength, entry in weights[weight]:
-            found = lora.bias_changes_of(entry, inputs) if name in biases else lora.changes_of(entry, base.read)
-            for module, change in found:
-                changes[module] = strength * change + changes.get(module, 0)
-        place = base.places[weight]
-        parts = [(module, part.float()) for module, part in place.split(file[name], inputs)]
-        sums = [part + changes[m].reshape(part.shape) if m in changes else part for m, part in parts]
-        return place.join(sums, inputs).to(file.dtypes[name])
-
-    metadata = {key: value for key, value in file.metadata.items() if key != "modelspec.hash_sha256"}
-    write_safetensors(output, file.layout, read, metadata, on_progress=on_progress)
-    return len(changed)

@@ -1,7 +1,7 @@
 """Memory: the ways in which a training step can need less of it, and how much it will need, found out without doing it."""
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,9 @@ from .eight_bit import narrow_weights
 RESERVE = 0.9
 """Share of the free memory that a plan may fill: the allocator cannot use all of it, and kernels need some to work in."""
 
+OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0, "prodigy": 16}
+"""What each optimizer keeps for a trained number. (Adafactor keeps a row and a column of each matrix.)"""
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -26,15 +29,16 @@ class MemoryPlan:
     fewest weights, whose activations are the largest for the arithmetic."""
     weights: Literal["full", "8 bits"] = "full"
     """The frozen weights of the denoiser: in the precision of the run, or in 8 bits (core/eight_bit.py)."""
-    offload: bool = False
-    """Whether the blocks' frozen weights stay in the computer's memory, and come to the device one block ahead."""
+    offload: Literal["nothing", "half", "everything"] = "nothing"
+    """Blocks whose frozen weights stay in the computer's memory, and come to the device one block ahead. Half of them: every
+    other one, so that each comes while one that is there works."""
 
     def __str__(self) -> str:
         parts = [f"{self.recompute} recomputed"]
         if self.weights == "8 bits":
             parts.append("frozen weights in 8 bits")
-        if self.offload:
-            parts.append("blocks brought in one by one")
+        if self.offload != "nothing":
+            parts.append(f"{'every other block' if self.offload == 'half' else 'blocks'} brought in one by one")
         return ", ".join(parts)
 
 
@@ -43,23 +47,19 @@ PLANS = (
     MemoryPlan("half"),
     MemoryPlan("everything"),
     MemoryPlan("everything", "8 bits"),
-    MemoryPlan("everything", "8 bits", offload=True),
+    MemoryPlan("everything", "8 bits", "half"),
+    MemoryPlan("everything", "8 bits", "everything"),
 )
 """From the fastest to the smallest. Only 8 bits change what is computed."""
 
 
-def plans_for(gradient_checkpointing: Literal["auto", "on", "off"]) -> tuple[MemoryPlan, ...]:
-    """The plans that the setting allows, from the fastest to the smallest."""
+def plans_for(gradient_checkpointing: Literal["auto", "on", "off"], frozen: bool = True) -> tuple[MemoryPlan, ...]:
+    """The plans that the setting allows, from the fastest to the smallest; recomputing alone where no weights are `frozen`."""
+    plans = [plan for plan in PLANS if frozen or (plan.weights, plan.offload) == ("full", "nothing")]
     if gradient_checkpointing == "auto":
-        return PLANS
+        return tuple(plans)
     wanted = "everything" if gradient_checkpointing == "on" else "nothing"
-    return tuple(plan for plan in PLANS if plan.recompute == wanted)
-
-
-def next_plan(plan: MemoryPlan, gradient_checkpointing: Literal["auto", "on", "off"]) -> MemoryPlan | None:
-    """The next smaller plan that the setting allows; None after the smallest."""
-    plans = plans_for(gradient_checkpointing)
-    return plans[plans.index(plan) + 1] if plan != plans[-1] else None
+    return tuple(plan for plan in plans if plan.recompute == wanted)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -104,7 +104,7 @@ class MemorySaver:
         self._denoiser, self._device = denoiser, device
         self._blocks = blocks_of(denoiser)
         self._recomputed: set[nn.Module] = set()
-        self._offload: BlockOffload | None = None
+        self._offload = BlockOffload(device)
 
     def adopt(self, plan: MemoryPlan) -> None:
         """Goes over to a plan that saves at least as much as the one so far."""
@@ -117,8 +117,7 @@ class MemorySaver:
                 module._gradient_checkpointing_func = self._run  # pyright: ignore
         if plan.weights == "8 bits":
             narrow_weights(self._denoiser)
-        if plan.offload and self._offload is None:
-            self._offload = BlockOffload(self._blocks, self._device)
+        self._offload.take({"nothing": [], "half": self._blocks[::2], "everything": self._blocks}[plan.offload])
         for tensor in self.resident():
             if tensor.device != self._device:
                 tensor.data = tensor.data.to(self._device)
@@ -126,7 +125,7 @@ class MemorySaver:
 
     def resident(self) -> list[Tensor]:
         """The denoiser's tensors that are on the device between two steps."""
-        at_home = set(self._offload.parameters()) if self._offload else set()
+        at_home = set(self._offload.parameters())
         return [t for t in [*self._denoiser.parameters(), *self._denoiser.buffers()] if t not in at_home]
 
     def _run(self, block: Any, *inputs: Any) -> Any:
@@ -143,14 +142,23 @@ class BlockOffload:
     What the backward pass keeps of a block's weights it keeps on the device: blocks have to be recomputed.
     """
 
-    def __init__(self, blocks: Iterable[nn.Module], device: torch.device):
+    def __init__(self, device: torch.device):
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
         self._home: dict[nn.Module, dict[tuple[nn.Module, str], nn.Parameter]] = {}
         self._coming: tuple[nn.Module, list[Tensor]] | None = None
         self._visited: tuple[nn.Module | None, nn.Module | None] = (None, None)
         self._following: dict[tuple[nn.Module | None, nn.Module | None], nn.Module] = {}
+
+    def take(self, blocks: Sequence[nn.Module]) -> None:
+        """From now on also offloads those of the blocks that it does not yet."""
+        if blocks and self._stream is None and self._device.type == "cuda":
+            self._stream = torch.cuda.Stream(self._device)
+        self._following.clear()
+        self._coming, self._visited = None, (None, None)
         for block in blocks:
+            if block in self._home:
+                continue
             self._home[block] = {
                 (module, name): parameter
                 for module in block.modules()
@@ -159,7 +167,7 @@ class BlockOffload:
             }
             for parameter in self._home[block].values():
                 stored = parameter.data.cpu()
-                parameter.data = stored.pin_memory() if device.type == "cuda" else stored
+                parameter.data = stored.pin_memory() if self._device.type == "cuda" else stored
             block.register_forward_pre_hook(self._bring)
             block.register_forward_hook(self._take_away, always_call=True)
 

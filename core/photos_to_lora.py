@@ -2,7 +2,9 @@
 
 import glob
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from .base import Base, load_base
 from .cache import encode
 from .config import TrainConfig
+from .device import device_and_dtype
 from .errors import BadConfig, BadFile, BadPhoto
 from .faces import FaceNetwork, load_faces
 from .families.clip import load_tokenizer
@@ -23,7 +26,8 @@ from .lora_file import LoraFile, fit
 from .methods import files_beside
 from .photos import Photo, Thresholds, check_photos, face_regions, prepare, read_photos, trigger_hint, with_masks
 from .photos.report import REJECT
-from .training import CheckCancelled, OnStep, Samples, device_and_dtype, train_lora
+from .run import CheckCancelled
+from .training import OnStep, Samples, train_lora
 
 SAVE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 OnPhase = Callable[[str, int, int], None]
@@ -80,6 +84,8 @@ def train(
         raise BadConfig("held_out photos are for measuring likeness at samples: set sample_every")
     if hint := trigger_hint(config.trigger_word, load_tokenizer()):
         on_warning(hint)
+    if hint := distilled_hint(base, config):
+        on_warning(hint)
     device, _ = device_and_dtype(config, device)
     if held_out or config.hold_out or config.check_photos or config.face_crops or config.face_masks:
         faces = faces or load_faces()
@@ -135,9 +141,10 @@ def train(
     cache = encode(
         dataset, base, config, device=device, extra_prompts=prompts, on_progress=progress("encoding"),
     )  # fmt: skip
-    # Samples have the shape that most of the photos are trained at.
-    size = max(dataset.bucket_counts().items(), key=lambda bucket: bucket[1])[0]
-    sampler = training_sampler(base, config, cache.text, device, size, progress("samples"))
+    # Samples have the shape that most of the person's photos are trained at.
+    of_person = replace(dataset, images=tuple(image for image in dataset.images if not image.is_class))
+    size = max(of_person.bucket_counts().items(), key=lambda bucket: bucket[1])[0]
+    sampler = training_sampler(base, config, cache.prompts, device, size, progress("samples"))
     samples = Samples(sampler, shots, watch) if shots else None
 
     def save(step: int, lora: LoraFile) -> None:
@@ -209,20 +216,30 @@ _OF_FLOWS = ("timestep_sampling", "timestep_shift")
 """Settings of rectified flows."""
 
 
+_UNDONE = (
+    ", and training on it undoes that: train on the undistilled model, or merge a training adapter into it first and set "
+    "allow_distilled"
+)
+
+
+def distilled_hint(base: Base, config: TrainConfig) -> str | None:
+    """A sentence, when the base's name alone says that it was distilled to a few steps; else None."""
+    if config.allow_distilled or not re.search(base.family.distilled_names, base.name, re.IGNORECASE):
+        return None
+    return f"{base.name}: by its name was distilled to a few steps{_UNDONE}"
+
+
 def check_base_options(base: Base, config: TrainConfig) -> None:
     """BadConfig for settings that the base model's family does not have."""
-    if config.clip_skip > 1 and base.family.name == "sdxl":
-        raise BadConfig("clip_skip: SDXL always uses the layer before the last; leave it at 1")
     family, default = base.family, TrainConfig()
     others = _OF_NOISE if family.flow_shift else _OF_FLOWS
     if wrong := [name for name in others if getattr(config, name) != getattr(default, name)]:
         kind = "a rectified flow" if family.flow_shift else "no rectified flow"
         raise BadConfig(f"{', '.join(wrong)}: {family.title} is {kind} and has no such setting; leave it out")
-    if family.is_distilled(base.components["denoiser"].config) and not config.allow_distilled:
-        raise BadConfig(
-            f"{base.name}: was distilled to a few steps (FLUX.1-schnell), and training on it undoes that: train on the "
-            "undistilled model, or merge a training adapter into it first and set allow_distilled"
-        )
+    if config.clip_skip > 1 and not family.has_clip_skip:
+        raise BadConfig(f"clip_skip = {config.clip_skip}: {family.title} has no choice of layers; leave it at 1")
+    if base.is_distilled and not config.allow_distilled:
+        raise BadConfig(f"{base.name}: was distilled to a few steps{_UNDONE}")
     if config.text_encoder_lr and (family.text_encoder_targets is None or base.caption_encoder):
         raise BadConfig(f"text_encoder_lr: the text encoders of {family.title} cannot be trained here; leave it at 0")
     multiple = base.size_multiple

@@ -11,6 +11,7 @@ import mmap
 import os
 import shutil
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,8 @@ from .files import write_file
 
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors library refuses larger headers, so nobody can read such a file."""
+MAX_HEADER_VALUES = 1_000_000
+"""Commas and brackets, far more than tensors and metadata have. What is three bytes there takes a hundred once it is read."""
 MAX_DIMENSIONS = 16
 CHUNK_BYTES = 1 << 20
 SMALL_BYTES = 64
@@ -195,8 +198,7 @@ def _header_size(path: Path, start: bytes, file_size: int) -> int:
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the name {twice[:80]!r} appears twice")
     return result
 
@@ -204,6 +206,9 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def _parse_header(path: Path, header: bytes) -> tuple[dict[str, object], dict[str, str]]:
     if header[:1] != b"{":
         raise BadFile(f"{path}: not a safetensors file: its header does not start with '{{'")
+    values = sum(header.count(mark) for mark in b",[{")
+    if values > MAX_HEADER_VALUES:
+        raise BadFile(f"{path}: its header has {values} commas and brackets (limit {MAX_HEADER_VALUES})")
     try:
         entries = json.loads(header.decode("utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError:
@@ -214,9 +219,14 @@ def _parse_header(path: Path, header: bytes) -> tuple[dict[str, object], dict[st
         raise BadFile(f"{path}: damaged header: {error}") from None
     metadata = entries.pop("__metadata__", None)
     if metadata is None:
-        return entries, {}
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise BadFile(f"{path}: damaged header: __metadata__ must map strings to strings")
+    for text in (*entries, *metadata, *metadata.values()):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which no file and no terminal takes
+            raise BadFile(f"{path}: damaged header: {text[:80]!r} is no Unicode text") from None
     return entries, metadata
 
 

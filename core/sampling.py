@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .base import Base
 from .errors import BadConfig
 from .families.clip import chunk_count
-from .families.spec import Conditioning, stack_conditioning
+from .families.spec import Conditioning, on_device, stack_conditioning
 from .objective import TIMESTEPS, FlowSchedule
 
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -134,6 +134,8 @@ def sample_latents(
     positive: Sequence[Conditioning],
     negative: Sequence[Conditioning],
     *,
+    device: torch.device,
+    dtype: torch.dtype,
     seeds: Sequence[int],
     size: tuple[int, int],
     steps: int,
@@ -145,13 +147,12 @@ def sample_latents(
 ) -> Tensor:
     """Latents (N, C, h, w) of one picture per seed, float32; the noise of a picture depends on its own seed alone.
 
+    The denoiser computes on `device` in `dtype`; its own tensors may be elsewhere between two passes, and in 8 bits.
     `guidance` is classifier-free guidance's scale (arXiv:2207.12598); at 1 the negative prompt is not evaluated. A base that
     was distilled takes it as a number, and no negative prompt.
     `size` is (width, height) in pixels. With `start`, latents of pictures (N, C, h, w), these are drawn anew: noised to
     where the last `denoise` (above 0 to 1) of the steps begins, and only those steps are taken.
     """
-    parameter = next(denoiser.parameters())
-    device, dtype = parameter.device, parameter.dtype
     shape = base.latent_shape
     width, height = (side // shape.pixels for side in size)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -194,7 +195,7 @@ def sample_latents(
 def _stack(parts: Sequence[Conditioning], picture: Conditioning, device: torch.device) -> Conditioning:
     joined = stack_conditioning(parts)
     joined |= {name: value.expand(len(parts), *value.shape[1:]) for name, value in picture.items()}
-    return {name: value.to(device) for name, value in joined.items()}
+    return on_device(joined, device)
 
 
 @torch.no_grad()

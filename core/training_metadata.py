@@ -14,6 +14,7 @@ from PIL import Image
 from .base import Base
 from .cache import LatentCache
 from .config import TrainConfig
+from .memory_plan import MemoryPlan
 from .objective import TIMESTEPS
 from .photos.captions import tag_counts
 
@@ -25,6 +26,8 @@ _OPTIMIZER_NAMES = {
 }
 _PRECISION_NAMES = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 IMPLEMENTATION = "comfyui-facelora"
+WEIGHTS_KEY = "facelora.frozen_weights"
+"""How the frozen weights were stored, where that was not in full: what was trained on them is a little different."""
 THUMBNAIL_SIDE = 256
 """Longest side of the thumbnail, in pixels: it travels in the header, which every reader parses."""
 
@@ -37,7 +40,8 @@ def training_metadata(
     steps: int,
     started_at: float,
     precision: torch.dtype,
-    gradient_checkpointing: bool,
+    plan: MemoryPlan,
+    weights_narrowed: bool,
     thumbnail: Image.Image | None = None,
 ) -> dict[str, str]:
     """Strings only, as safetensors wants them; None is "None", as sd-scripts writes it. Hashes of the tensors come on saving.
@@ -137,7 +141,7 @@ def training_metadata(
         "ss_fp8_base_unet": False,
         "ss_full_fp16": False,
         "ss_gradient_accumulation_steps": config.accumulation,
-        "ss_gradient_checkpointing": gradient_checkpointing,
+        "ss_gradient_checkpointing": plan.recompute != "nothing",
         "ss_huber_c": config.huber_delta,
         "ss_huber_scale": 1.0,
         "ss_huber_schedule": "constant",
@@ -199,6 +203,8 @@ def training_metadata(
         "ss_validation_split": 0.0,
         "ss_zero_terminal_snr": base.zero_terminal_snr,
     }
+    if weights_narrowed:
+        values[WEIGHTS_KEY] = "8 bits"
     if flow:
         values |= {
             "ss_model_prediction_type": "raw",

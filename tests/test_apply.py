@@ -10,8 +10,9 @@ from core.base import load_base
 from core.config import TrainConfig
 from core.errors import LoraMisfit, UnmatchedKeys
 from core.lora_file import LoraFile
+from core.lora_modules import LoraModule
 from core.methods.lora import attach as attach_lora
-from core.training import Run
+from core.run import Run
 from tests.tooling import UNETS, diffusers_pipeline, encoded_cache, encoded_image
 
 CPU = torch.device("cpu")
@@ -103,6 +104,21 @@ def test_text_encoders_that_are_not_there_are_left_alone(bases, loras):
     denoiser = bases["sdxl"].load("denoiser", CPU, torch.float32)
     applied = apply(loras["sdxl"], {"family": "sdxl", "denoiser": denoiser})
     assert {part for (part, _), _ in applied.originals} == {"denoiser"}
+
+
+def test_a_lora_of_t5_is_applied():
+    """Its paths begin with `encoder.` like CLIP's, and have no `text_model.` before."""
+    from transformers import T5Config, T5EncoderModel
+
+    path = "encoder.block.0.layer.0.SelfAttention.q"
+    network = T5EncoderModel(T5Config(d_model=16, d_kv=4, d_ff=8, num_layers=1, num_heads=4, vocab_size=8))
+    before = network.get_submodule(path).weight.detach().clone()  # pyright: ignore
+    module = LoraModule(torch.randn(2, 16), torch.randn(16, 2), 1.0)
+    apply(
+        LoraFile.from_modules("flux1", {("text_encoder_2", path): module}, {}),
+        {"family": "flux1", "text_encoder_2": network},
+    )
+    torch.testing.assert_close(network.get_submodule(path).weight, before + module.delta())
 
 
 def test_a_lora_of_another_family_is_refused_and_changes_nothing(bases, loras):

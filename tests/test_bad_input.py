@@ -20,7 +20,8 @@ from core.base import load_base
 from core.cli import main
 from core.config import TrainConfig, config_from, settings_of_the_file, settings_of_the_steps
 from core.errors import BadConfig
-from core.lora_file import LoraFile, LoraModule
+from core.lora_file import LoraFile
+from core.lora_modules import LoraModule
 from core.safetensors_file import save_safetensors
 from tests.tooling import SMALL_SD15, write_checkpoint
 
@@ -195,7 +196,7 @@ CASES: dict[str, tuple[Callable[[Desk], None], str]] = {
     "LoRA as base": (lora_as_base, r"lora\.safetensors: this is a LoRA, not a base model"),
     "continue: other family": (continue_from(lambda desk: lora_file(desk, "sdxl")), "it is for sdxl, the base model is sd15"),
     "continue: other modules": (continue_from(lora_file), "adapts 1 modules, these settings"),
-    "continue: a checkpoint": (continue_from(lambda desk: desk.base), r"small\.safetensors: no family matches"),
+    "continue: a checkpoint": (continue_from(lambda desk: desk.base), r"small\.safetensors: no LoRA: no adapter's tensor"),
     "rank too large": (options("--rank", "999"), "rank 999 is larger than .* allows; use at most 32"),
     "rank 0": (options("--rank", "0"), "rank = 0: must be between 1"),
     "class images twice": (class_photos_twice, "class_images and class_photos are both given"),
@@ -207,6 +208,7 @@ CASES: dict[str, tuple[Callable[[Desk], None], str]] = {
         options("--optimizer", "prodigy", "--learning-rate", "1", "--text-encoder-lr", "0.5"), "one rate for all"
     ),
     "samples never": (options("--thumbnail"), "need samples: set sample_every"),
+    "no sample": (options("--thumbnail", "--sample-every", "9", "--steps", "8"), "no sample is drawn in 8 steps"),
     "resolution too low": (options("--resolution", "12"), "resolution = 12: must be between 16 and 8192"),
     "bad pattern": (options("--rank-pattern", "(=4"), "no regular expression"),
     "rank 0 by pattern": (options("--rank-pattern", "attn=0"), "rank_pattern: attn = 0 must be at least 1"),
@@ -235,7 +237,7 @@ def test_bad_input_is_refused_in_one_line(desk, capsys, case):
 def test_sdxl_has_no_clip_skip(desk, capsys, small_sdxl):
     desk.base = small_sdxl
     desk.options += ["--clip-skip", "2"]
-    assert_refused(desk, capsys, "clip_skip: SDXL always uses the layer before the last")
+    assert_refused(desk, capsys, "clip_skip = 2: Stable Diffusion XL has no choice of layers")
 
 
 def test_a_bad_photo_among_good_ones_is_named_and_left_out(desk, capsys):
@@ -296,6 +298,13 @@ def test_what_a_killed_run_left_half_written_is_cleared_away(desk):
     leftover.write_bytes(b"half")
     assert main(desk.arguments()) == 0
     assert os.listdir(desk.folder / "results") == [desk.output.name]
+
+
+def test_settings_that_begin_with_a_byte_order_mark_are_read(desk):
+    toml("\ufeffsteps = 2\nrank = 2\n")(desk)
+    desk.options += ["--rank", "3"]
+    assert main(desk.arguments()) == 0
+    assert LoraFile.read(desk.output).metadata["ss_network_dim"] == "3"
 
 
 def test_small_photos_are_enlarged_when_told(desk):

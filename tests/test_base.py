@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from core.base import Base, load_base
-from core.errors import BadFile, UnknownFamily
+from core.errors import BadConfig, BadFile, UnknownFamily
 from core.safetensors_file import SafetensorsFile
 from tests.tooling import SMALL_SD15, UNETS, diffusers_pipeline, write_checkpoint
 
@@ -79,6 +79,21 @@ def test_a_folder_with_the_attention_names_of_old_diffusers_is_read(folder, smal
     assert any(".proj_attn." in name for name in renamed)
     save_file(renamed, path)
     assert_same_weights(load_base(folder), load_base(small_sd15))
+    assert_same_weights(load_base(small_sd15, vae=path), load_base(small_sd15))
+
+
+def test_a_vae_file_takes_the_place_of_the_one_in_the_checkpoint(folder, small_sd15):
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
+    ours, other = (load_base(small_sd15, vae=vae).components["vae"].tensors for vae in (None, path))
+    assert set(ours) == set(other)
+    assert all(torch.equal(other[name], ours[name] + 1) for name in ours)
+
+
+def test_a_part_beside_a_folder_that_has_it_is_refused_and_not_passed_over(folder):
+    vae = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(BadConfig, match="has all parts itself: leave out vae, tokenizer"):
+        load_base(folder, vae=vae, tokenizer=folder / "tokenizer")
 
 
 def test_of_a_folder_with_an_fp16_copy_the_full_weights_are_read_and_the_copy_when_it_is_alone(folder, small_sd15):

@@ -6,19 +6,39 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
+from torch import Tensor, nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from core.base import load_base
 from core.cli import main
 from core.errors import BadFile, UnknownFamily
 from core.families import ldm, text
 from core.families.clip import TOKENIZER_FOLDER
+from core.families.sd3 import CONTEXT_WIDTH
 from core.lora_file import LoraFile
 from core.safetensors_file import save_safetensors
 from tests.tooling import SMALL_FLOWS, RandomTensors
 
 CPU = torch.device("cpu")
 WIDTH = 128
+T5 = {"vocab_size": 32128, "d_model": 32, "d_kv": 64, "d_ff": 48, "num_layers": 2, "num_heads": 2,
+      "feed_forward_proj": "gated-gelu"}  # fmt: skip
+SD3_SHAPES = {
+    name: torch.empty(shape, device="meta")
+    for name, shape in {
+        "x_embedder.proj.weight": (64, 16, 2, 2), "final_layer.linear.weight": (64, 64), "pos_embed": (1, 144, 64),
+        "context_embedder.weight": (64, 256), "y_embedder.mlp.0.weight": (64, 152),
+        "joint_blocks.0.x_block.attn.qkv.weight": (192, 64),
+    }.items()
+}  # fmt: skip
+"""What tells an SD3 and its sizes, for what asks nothing more of the denoiser."""
 
 
 def flux1_shapes() -> dict[str, tuple[int, ...]]:
@@ -59,9 +79,7 @@ def parts() -> dict[str, dict[str, Tensor]]:
     clip = {"vocab_size": 49408, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2,
             "num_attention_heads": 1, "max_position_embeddings": 77, "hidden_act": "quick_gelu",
             "eos_token_id": 49407}  # fmt: skip
-    t5 = {"vocab_size": 32128, "d_model": 32, "d_kv": 64, "d_ff": 48, "num_layers": 2, "num_heads": 2,
-          "feed_forward_proj": "gated-gelu"}  # fmt: skip
-    t5_state = state_of("t5xxl", t5)
+    t5_state = state_of("t5xxl", T5)
     del t5_state["encoder.embed_tokens.weight"]  # files have one of its two names
     vae_state = {
         ldm.ldm_vae_path(name, 2): tensor for name, tensor in state_of("vae", SMALL_FLOWS["flux1"].vae).items()
@@ -111,24 +129,65 @@ def test_files_apart_and_one_checkpoint_are_the_same_base(parts, files, tokenize
             assert torch.equal(tensor, expected[name]), name
 
 
-def test_captions_are_encoded_as_by_diffusers_pipeline(files, tokenizer):
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast
+def pipelines_clip(encoder: nn.Module, config: dict[str, Any], cls: type = CLIPTextModelWithProjection) -> Any:
+    """transformers' own CLIP with the weights of ours."""
+    theirs, state = cls(CLIPTextConfig(**config)).eval(), encoder.state_dict()
+    flat = not hasattr(theirs, "text_model")
+    state = {name.removeprefix("text_model.") if flat else name: tensor for name, tensor in state.items()}
+    if cls is CLIPTextModelWithProjection:
+        # SD3's CLIP-L has a projection in diffusers that changes nothing, and none in its file.
+        state.setdefault("text_projection.weight", torch.eye(config["hidden_size"]))
+    theirs.load_state_dict(state)
+    return theirs
 
+
+def pipelines_t5_tokenizer(folder: Path) -> Any:
+    return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), pad_token="<pad>")
+
+
+def test_captions_are_encoded_as_by_diffusers_pipeline(files, tokenizer):
     base = load_base(files["flux"], text_encoders=[files["t5xxl"], files["clip_l"]], tokenizer=tokenizer)
     encoders = base.load_text_encoders(CPU, torch.float32)
-    clip = CLIPTextModel(CLIPTextConfig(**base.components["text_encoder"].config)).eval()
-    flat = not hasattr(clip, "text_model")
-    state = encoders["text_encoder"].state_dict()
-    clip.load_state_dict({name.removeprefix("text_model.") if flat else name: state[name] for name in state})
+    clip = pipelines_clip(encoders["text_encoder"], base.components["text_encoder"].config, CLIPTextModel)
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(), vae=None, transformer=None,  # pyright: ignore
         text_encoder=clip, tokenizer=CLIPTokenizer.from_pretrained(TOKENIZER_FOLDER),
-        text_encoder_2=encoders["text_encoder_2"],  # pyright: ignore
-        tokenizer_2=PreTrainedTokenizerFast(tokenizer_file=str(tokenizer / "tokenizer.json"), pad_token="<pad>"),  # pyright: ignore
+        text_encoder_2=encoders["text_encoder_2"], tokenizer_2=pipelines_t5_tokenizer(tokenizer),  # pyright: ignore
     )  # fmt: skip
     prompts = ["a photo of sks person", "sks"]
     context, pooled, _ = pipeline.encode_prompt(prompts, prompts, max_sequence_length=512)
+    ours = base.family.encode_text(encoders, prompts, 1, 1)
+    torch.testing.assert_close(ours["context"], context, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours["pooled"], pooled, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("with_t5", [True, False])
+def test_sd3s_captions_are_encoded_as_by_diffusers_pipeline(parts, tokenizer, with_t5):
+    big = {"vocab_size": 49408, "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 3,
+           "num_attention_heads": 2, "max_position_embeddings": 77, "hidden_act": "gelu", "projection_dim": 128,
+           "eos_token_id": 49407}  # fmt: skip
+    text_parts = {"clip_l": parts["clip_l"], "clip_g": state_of("clip_g", big)}
+    if with_t5:
+        text_parts["t5xxl"] = state_of("t5xxl", T5 | {"d_model": 256})
+    whole = {f"model.diffusion_model.{name}": tensor for name, tensor in SD3_SHAPES.items()}
+    for kind, state in text_parts.items():
+        whole |= {f"text_encoders.{kind}.transformer.{name}": tensor for name, tensor in state.items()}
+    base = load_base(whole, tokenizer=tokenizer)
+    encoders = base.load_text_encoders(CPU, torch.float32)
+    assert base.family.name == "sd3" and ("text_encoder_3" in encoders) == with_t5
+    clips = [
+        pipelines_clip(encoders[part], base.components[part].config) for part in ("text_encoder", "text_encoder_2")
+    ]
+    width = 256 if with_t5 else CONTEXT_WIDTH
+    pipeline = StableDiffusion3Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=None,  # pyright: ignore
+        transformer=SD3Transformer2DModel(num_layers=1, num_attention_heads=1, joint_attention_dim=width),
+        text_encoder=clips[0], tokenizer=CLIPTokenizer.from_pretrained(TOKENIZER_FOLDER),
+        text_encoder_2=clips[1], tokenizer_2=CLIPTokenizer.from_pretrained(TOKENIZER_FOLDER, pad_token="!"),
+        text_encoder_3=encoders.get("text_encoder_3"), tokenizer_3=pipelines_t5_tokenizer(tokenizer),  # pyright: ignore
+    )  # fmt: skip
+    prompts = ["a photo of sks person", "sks"]
+    context, _, pooled, _ = pipeline.encode_prompt(prompts, prompts, prompts, do_classifier_free_guidance=False)
     ours = base.family.encode_text(encoders, prompts, 1, 1)
     torch.testing.assert_close(ours["context"], context, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours["pooled"], pooled, rtol=1e-4, atol=1e-5)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from core import bench
+from core import bench, bench_loops
 from core.config import TrainConfig
 from core.errors import BadConfig
 from core.families import FAMILIES
@@ -22,9 +22,9 @@ def small_loops(family="sd15", precision: Literal["fp32", "bf16"] = "fp32"):
     """Our loop and the peer's on one small denoiser, as the benchmark makes them."""
     config = TrainConfig(rank=4, resolution=RESOLUTION[family], precision=precision, gradient_checkpointing="off")
     _, dtype = bench.device_and_dtype(config, CPU)
-    base = bench.random_base(family, 64, CPU, dtype)
-    cache = bench.random_cache(base, config)
-    return bench.OurLoop(cache, base, config, CPU), bench.PlainLoop(cache, base, config, CPU)
+    base = bench_loops.random_base(family, 64, CPU, dtype)
+    cache = bench_loops.random_cache(base, config)
+    return bench_loops.OurLoop(cache, base, config, CPU), bench_loops.PlainLoop(cache, base, config, CPU)
 
 
 def options(*arguments):
@@ -45,15 +45,15 @@ def report():
 @pytest.mark.parametrize(("family", "millions", "digits"), [("sd15", 859.52, 2), ("sdxl", 2567, 0)])
 def test_the_denoiser_has_the_published_number_of_parameters(family, millions, digits):
     with torch.device("meta"):
-        denoiser = FAMILIES[family].build("denoiser", bench.denoiser_config(family))
+        denoiser = FAMILIES[family].build("denoiser", bench_loops.denoiser_config(family))
     assert round(sum(parameter.numel() for parameter in denoiser.parameters()) / 1e6, digits) == millions
 
 
-@pytest.mark.parametrize("family", bench.SHAPES)
+@pytest.mark.parametrize("family", bench_loops.SHAPES)
 def test_a_small_denoiser_has_the_same_layers_as_the_real_one(family):
     with torch.device("meta"):
         real, small = (
-            FAMILIES[family].build("denoiser", bench.denoiser_config(family, channels)) for channels in (320, 64)
+            FAMILIES[family].build("denoiser", bench_loops.denoiser_config(family, channels)) for channels in (320, 64)
         )
     assert set(real.state_dict()) == set(small.state_dict())
 
@@ -88,7 +88,7 @@ def test_recomputing_the_forward_pass_shows_in_the_count():
 def test_a_step_of_either_loop_trains_every_layer(family, precision):
     for loop in small_loops(family, precision):
         loop.step()
-        parameters = loop.run.parameters if isinstance(loop, bench.OurLoop) else dict(enumerate(loop.parameters))
+        parameters = loop.run.parameters if isinstance(loop, bench_loops.OurLoop) else dict(enumerate(loop.parameters))
         values = [parameter.detach() for parameter in parameters.values()]
         assert all(bool(value.isfinite().all()) for value in values)
         assert all(bool(value.any()) for value in values)  # B starts at 0 and gets a gradient in the first step
@@ -134,6 +134,17 @@ def test_peak_memory_sees_what_was_allocated_and_freed_again():
 
 def test_both_loops_do_the_same_arithmetic(report):
     assert report["ours"]["flops_per_step"] == pytest.approx(report["peer"]["flops_per_step"], rel=1e-3)
+
+
+@pytest.mark.parametrize(("precision", "share"), [("fp32", 0.85), ("bf16", 0.7)])
+def test_our_step_asks_torch_for_fewer_operations_than_the_peers(precision, share):
+    ours, peer = small_loops(precision=precision)
+    assert bench.count_operations(ours.gradients) < share * bench.count_operations(peer.gradients)
+
+
+def test_operations_are_counted_without_views_and_allocations():
+    matrix = torch.ones(3, 4)
+    assert bench.count_operations(lambda: torch.empty(3).view(3, 1).expand(3, 4) @ (matrix + 1).t()) == 2
 
 
 def test_a_step_counts_about_two_forwards_since_frozen_weights_need_no_gradient():

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from core.base import Base, load_base
 from core.cache import cache_folder, clear_cache, encode, without_trigger
 from core.config import TrainConfig
 from core.errors import BadFile
+from core.generate import Job, generate, make_class_images
 from core.photos import Photo, prepare, read_photos
 from tests.tooling import SMALL_SD15, write_checkpoint
 
@@ -142,11 +144,32 @@ def test_all_captions_are_padded_to_the_longest(photo_folder, base):
     assert {text["context"].shape for text in cache.text.values()} == {(1, 2 * 77, 64)}
 
 
+def test_what_is_trained_does_not_depend_on_the_prompts_of_samples(dataset, base):
+    plain, shown = (encode(dataset, base, CONFIG, device=CPU, extra_prompts=extra) for extra in ([], ["word " * 100]))
+    assert (plain.chunks, plain.digest) == (shown.chunks, shown.digest)
+    assert plain.text.keys() == shown.text.keys()
+    assert all(torch.equal(plain.text[c]["context"], shown.text[c]["context"]) for c in plain.text)
+    assert {text["context"].shape for text in shown.prompts.values()} == {(1, 2 * 77, 64)}
+
+
+def test_class_images_are_drawn_as_suits_the_family_and_anew_when_the_base_predicts_otherwise(base):
+    first, again, other = (
+        make_class_images(one, "person", 1, resolution=32, device=CPU)[0]
+        for one in (base, base, replace(base, prediction_type="v_prediction"))
+    )
+    assert first.digest == again.digest != other.digest
+    family = base.family
+    job = Job("a photo of person", 0, size=(32, 32), steps=family.steps, guidance=family.guidance)
+    (picture,) = generate(base, [], [job], device=CPU)
+    assert first.image().tobytes() == picture.image.tobytes()
+
+
 def test_a_cache_folder_that_cannot_be_written_is_named(dataset, base, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("FACELORA_CACHE", str(tmp_path / "file"))
-    with pytest.raises(BadFile, match=r"the cache cannot be written \(Not a directory\); set FACELORA_CACHE"):
-        encode(dataset, base, CONFIG, device=CPU)
+    for use in (partial(encode, dataset, base, CONFIG), partial(make_class_images, base, "person", 1)):
+        with pytest.raises(BadFile, match=r"the cache cannot be written \(Not a directory\); set FACELORA_CACHE"):
+            use(device=CPU)
 
 
 def test_clearing_the_cache_deletes_all_of_it(dataset, base):

@@ -190,6 +190,9 @@ def test_a_state_of_other_settings_is_refused_with_their_names(tmp_path):
     changed = IDENTITY | {"settings": json.dumps({"rank": 8, "seed": 1})}
     with pytest.raises(BadConfig, match=r"other settings \(rank: 4 then, 8 now\)"):
         read_state(saved_state(tmp_path), changed)
+    fewer = IDENTITY | {"settings": json.dumps({"rank": 4})}
+    with pytest.raises(BadConfig, match=r"other settings \(seed: 1 then, None now\)"):
+        read_state(saved_state(tmp_path), fewer)
 
 
 def test_a_file_that_is_no_state_is_refused(tmp_path, small_sd15):

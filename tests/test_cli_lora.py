@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from core.cli import main
-from core.lora_file import LoraFile, LoraModule
+from core.lora_file import LoraFile
+from core.lora_modules import LoraModule
 from core.safetensors_file import SafetensorsFile, save_safetensors
 
 MODULE = ("denoiser", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
@@ -115,6 +116,16 @@ def test_what_is_merged_into_a_checkpoint_is_extracted_again(small_sd15, tmp_pat
     run("verify", back, "--base", small_sd15)
 
 
+def test_words_that_a_checkpoint_cannot_hold_are_named(small_sd15, tmp_path, capsys):
+    lora = tmp_path / "lora.safetensors"
+    word = {"bundle_emb.sks.string_to_param.*": torch.randn(2, 64)}
+    name = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+    write_lora(lora, 3, size=SafetensorsFile.open(small_sd15).shapes[name])
+    save_safetensors(lora, {key: t.clone() for key, t in SafetensorsFile.open(lora).items()} | word)
+    run("merge", lora, tmp_path / "tuned.safetensors", "--into", small_sd15)
+    assert "what no checkpoint can hold: the vectors of sks" in capsys.readouterr().err
+
+
 def test_a_lora_is_converted_there_and_back_and_resized(tmp_path, capsys):
     names = {scheme: tmp_path / f"{scheme}.safetensors" for scheme in ("kohya", "diffusers", "comfy")}
     module = write_lora(tmp_path / "a.safetensors", 4)
@@ -142,6 +153,7 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line_and_nothing_is_written(tm
         (["merge", good, output, "--into", pickle], "pickle"),
         (["merge", f"{good}:nan", output], "the strength of a LoRA must be finite"),
         (["metadata", good], "nothing to change"),
+        (["metadata", good, "--title", "a", "--output", tmp_path / "out.pt"], "must end in .safetensors"),
         (["resize", good, output], "give either a rank or an energy"),
         (["resize", good, output, "--rank", 0], "a rank must be at least 1"),
         (["extract", good, good, output], "no base model"),
@@ -152,6 +164,29 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line_and_nothing_is_written(tm
         error = capsys.readouterr().err
         assert words in error and error.startswith("facelora: ") and error.count("\n") == 1, error
     assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", "pickle.safetensors"}
+
+
+def test_a_word_of_a_family_without_files_of_words_is_not_left_out_silently(tmp_path, capsys):
+    path, name = tmp_path / "a.safetensors", "lora_unet_single_blocks_0_linear1"
+    tensors = {f"{name}.lora_down.weight": torch.ones(1, 3072), f"{name}.lora_up.weight": torch.ones(7 * 3072, 1)}
+    save_safetensors(path, tensors | {"bundle_emb.sks.t5": torch.ones(1, 4096)})
+    run("convert", path, tmp_path / "b.safetensors", "--to", "diffusers")
+    assert "warning: the vectors of 'sks' are left out" in capsys.readouterr().err
+
+
+def test_nothing_in_a_file_gives_a_terminal_commands_or_a_message_lines(tmp_path, capsys):
+    path, command = tmp_path / "a.safetensors", "\n\x1b[2J"
+    write_lora(path, 0, metadata={"modelspec.trigger_phrase": f"{command}word", "modelspec.title": command})
+    tensors = {key: tensor.clone() for key, tensor in SafetensorsFile.open(path).items()}
+    save_safetensors(path, tensors | {command: torch.ones(2)}, SafetensorsFile.open(path).metadata)
+    assert main(["inspect", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "word" in shown and "not understood: 1, e.g." in shown and "\x1b" not in shown
+    assert main(["verify", str(path)]) == 1
+    assert main(["verify", str(path), "--base", str(path)]) == 1
+    captured = capsys.readouterr()
+    assert "1 tensors are not understood" in captured.out and "\x1b" not in captured.out + captured.err
+    assert captured.err.count("\n") == 1
 
 
 def write_constant_weights(path: Path, layers: int, change: float) -> None:
@@ -175,3 +210,17 @@ def test_an_extraction_takes_no_more_memory_for_a_checkpoint_of_five_times_the_s
         peaks.append(int(result.stdout.splitlines()[-1]))
     # The further 32 pairs of weights have 500 MB in float32, the LoRA's modules of them half a megabyte.
     assert peaks[1] - peaks[0] < 40e6, peaks
+
+
+def test_converted_for_diffusers_a_word_is_a_file_beside_it_whatever_the_word_is(tmp_path):
+    write_lora(tmp_path / "a.safetensors", 0)
+    word = {"bundle_emb.x/y.string_to_param.*": torch.randn(2, 768)}
+    save_safetensors(tmp_path / "b.safetensors", dict(SafetensorsFile.open(tmp_path / "a.safetensors")) | word)
+    (tmp_path / "out").mkdir()
+    for command in ("convert", "merge"):
+        run(command, tmp_path / "b.safetensors", tmp_path / "out" / f"{command}.safetensors", "--to", "diffusers")
+        names = LoraFile.read(tmp_path / "out" / f"{command}.safetensors").tensors
+        assert all(name.startswith("unet.") and "lora" in name for name in names)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "convert-x_y.safetensors", "convert.safetensors", "merge-x_y.safetensors", "merge.safetensors",
+    }  # fmt: skip

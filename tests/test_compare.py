@@ -4,8 +4,10 @@ import json
 from dataclasses import replace
 
 import pytest
+from PIL import Image
 
 from core.base import load_base
+from core.cli import main
 from core.compare import Comparison, Result, compare, known_results, plot_results, summary, write_results
 from core.config import TrainConfig
 from core.demo import BASE_FILE
@@ -39,7 +41,7 @@ def test_the_table_has_the_mean_and_the_spread_over_the_people(base):
         [result("a", "lora"), result("b", "lora", likeness=0.7, seconds=14.0), result("a", "textual-inversion")]
     )
     assert header[:4] == ("method", "people", "likeness (to held-out photos)", "time (seconds)")
-    assert lora[:5] == ("lora", "2", "0.60 ± 0.10", "12 ± 2", "2 ± 0")
+    assert lora[:5] == ("lora", "2", "0.60 ± 0.10", "12 ± 2", "2.000 ± 0.000")
     assert words[2] == "0.50 ± 0.00"
 
 
@@ -51,11 +53,47 @@ def test_the_learning_rate_is_the_settings_times_the_methods_factor_unless_one_i
 
 def test_results_of_other_settings_are_not_taken_for_known(base, tmp_path):
     comparison = Comparison(base, ("lora",), CONFIG)
-    write_results(tmp_path / "a.json", comparison, [result("a", "lora")])
-    assert known_results(tmp_path / "a.json", comparison) == [result("a", "lora")]
-    assert known_results(tmp_path / "a.json", replace(comparison, methods=("lora", "dora"))) != []
-    assert known_results(tmp_path / "a.json", replace(comparison, config=replace(CONFIG, steps=3))) == []
-    assert known_results(tmp_path / "missing.json", comparison) == []
+    write_results(tmp_path / "a.json", comparison.identity, [result("a", "lora")])
+    assert known_results(tmp_path / "a.json", comparison.identity) == [result("a", "lora")]
+    assert known_results(tmp_path / "a.json", replace(comparison, methods=("lora", "dora")).identity) != []
+    assert known_results(tmp_path / "a.json", replace(comparison, config=replace(CONFIG, steps=3)).identity) == []
+    other = replace(base, prediction_type="v_prediction")
+    assert known_results(tmp_path / "a.json", replace(comparison, base=other).identity) == []
+    assert known_results(tmp_path / "missing.json", comparison.identity) == []
+
+
+def test_results_of_other_photos_in_a_folder_of_the_same_name_are_not_taken_for_known(base, tmp_path, monkeypatch):
+    judged = []
+    monkeypatch.setattr("core.compare.Judge", lambda *_: judged.append(1) or Stub())
+    photos = [Photo.from_image(image, f"{index}.png") for index, image in enumerate(person_photos(35)[:6])]
+    others = [*photos[:5], replace(photos[5], caption="sks person at the sea")]
+    comparison, faces = Comparison(base, ("lora",), CONFIG), load_faces()
+    for given, judges in ((photos, 1), (photos, 1), (others, 2), (photos[:5], 3)):
+        compare({"anna": given}, comparison, tmp_path, faces)
+        assert len(judged) == judges
+
+
+class Stub:
+    """A judge that knows without looking."""
+
+    def result(self, person, method, output):
+        return result(person, method), [Image.new("RGB", (8, 8))]
+
+
+def test_how_the_base_predicts_is_what_the_settings_say(photo_folder, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr("core.compare.compare", lambda people, comparison, *_, **__: given.append(comparison) or [])
+    options = ["--base", str(BASE_FILE), "--output", str(tmp_path), "--json"]
+    assert main(["compare", str(photo_folder), *options, "--prediction-type", "v_prediction"]) == 0
+    assert given[0].base.prediction_type == "v_prediction"
+
+
+def test_a_person_has_the_folders_name_however_it_is_given(photo_folder, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr("core.compare.compare", lambda people, *_, **__: given.append(people) or [])
+    monkeypatch.chdir(photo_folder)
+    assert main(["compare", ".", "--base", str(BASE_FILE), "--output", str(tmp_path), "--json"]) == 0
+    assert list(given[0]) == [photo_folder.name]
 
 
 def test_the_plot_has_a_panel_for_each_column_and_takes_values_below_zero(base):
@@ -66,6 +104,13 @@ def test_the_plot_has_a_panel_for_each_column_and_takes_values_below_zero(base):
 def test_an_unknown_method_is_refused_with_the_choices(base):
     with pytest.raises(BadConfig, match="method 'dreamboth': choose of dora, dreambooth, "):
         Comparison(base, ("lora", "dreamboth"), CONFIG)
+
+
+def test_what_cannot_be_measured_is_refused(base):
+    with pytest.raises(BadConfig, match="held_out = 0: "):
+        Comparison(base, ("lora",), CONFIG, held_out=0)
+    with pytest.raises(BadConfig, match=r"scenes \['left'\]: "):
+        Comparison(base, ("lora",), CONFIG, settings=("left",))
 
 
 @pytest.mark.slow

@@ -166,7 +166,7 @@ def test_size_conditioning_is_height_first_and_in_full_precision(small_bases):
     [
         ("conditioner.embedders.0.model.transformer.resblocks.0.ln_1.weight", "refiner"),
         ("cond_stage_model.model.transformer.resblocks.0.ln_1.weight", "Stable Diffusion 2"),
-        ("distilled_guidance_layer.layers.0.in_layer.weight", "Chroma"),
+        ("nerf_blocks.0.norm.scale", "Chroma Radiance"),
         ("noise_refiner.0.adaLN_modulation.1.weight", "Lumina 2"),
         ("siglip_embedder.1.weight", "Z-Image-Omni"),
         ("__index_timestep_zero__", "Qwen-Image-Edit"),
@@ -175,7 +175,7 @@ def test_size_conditioning_is_height_first_and_in_full_precision(small_bases):
 )
 def test_models_of_other_families_are_refused_by_name(marker, name):
     tensors = {marker: torch.zeros(1)}
-    if name == "Chroma":
+    if name == "Chroma Radiance":
         tensors["double_blocks.0.img_attn.norm.key_norm.scale"] = torch.zeros(1)  # it has FLUX.1's blocks too
     with pytest.raises(UnknownFamily, match=f"this is .*{name}.* not supported yet; supported: Stable Diffusion 1"):
         load_base(tensors)

@@ -1,6 +1,7 @@
 """Every fast path trains what the plain one does, over 20 steps."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from core.adapters import Adapter
 from core.base import Base, load_base
 from core.config import TrainConfig
 from core.lora_layer import LoraLayer
-from core.training import Run
+from core.methods.lora import LoraAdapter
+from core.run import Run
 from tests.tooling import encoded_cache, encoded_image
 
 CPU = torch.device("cpu")
@@ -59,6 +62,19 @@ def assert_trained_alike(run: Run, plain: Run) -> None:
 
 def test_the_fused_layer(base, plain):
     assert_trained_alike(after_steps(Run(cache_of(base), base, CONFIG, CPU)), plain)
+
+
+def test_matrices_cast_once_a_step(base, monkeypatch):
+    """In half precision, with two passes a step, one of them with the adapter off: tensor for tensor the same."""
+    config = replace(CONFIG, precision="bf16", prior_prediction=1.0, accumulation=2)
+    once = after_steps(Run(cache_of(base), base, config, CPU))
+    layers = [module for module in once.denoiser.modules() if isinstance(module, LoraLayer)]
+    assert all(layer.cast is None for layer in layers)
+    with once.fast():
+        assert all(layer.cast and torch.equal(layer.cast[1], layer.up.bfloat16()) for layer in layers)
+    monkeypatch.setattr(LoraAdapter, "cast_once", Adapter.cast_once)
+    each_time = after_steps(Run(cache_of(base), base, config, CPU))
+    assert all(torch.equal(once.parameters[name], value) for name, value in each_time.parameters.items())
 
 
 class Waits(TorchDispatchMode):

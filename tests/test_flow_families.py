@@ -15,15 +15,15 @@ from core.base import Base, load_base
 from core.config import TrainConfig
 from core.errors import BadConfig, MissingPackage
 from core.families import FAMILIES
-from core.families.spec import stack_conditioning
+from core.families.spec import on_device, stack_conditioning
 from core.generate import Job, generate
 from core.lora_file import LoraFile
 from core.lora_inspect import not_loaded_by
 from core.lora_keys import FAMILIES as KEYS
 from core.objective import FlowSchedule
-from core.photos_to_lora import check_base_options, train
+from core.photos_to_lora import check_base_options, distilled_hint, train
+from core.run import Run
 from core.sampling import FLOW_SAMPLERS, encode_prompts, sample_latents
-from core.training import Run
 from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, small_flow_base
 
 CPU = torch.device("cpu")
@@ -140,6 +140,19 @@ def close(ours: torch.Tensor | None, theirs: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("family", SMALL_FLOWS)
+def test_a_prediction_never_waits_for_the_device(bases, family):
+    """The meta device has no numbers: whoever asks for one gets an error instead of having to wait."""
+    base, meta = bases[family], torch.device("meta")
+    run = started_run(base, PLAIN)
+    pictures = run.images[:2]
+    conditioning = on_device(run._conditioning(pictures, [picture.caption for picture in pictures]), meta)
+    denoiser = base.family.build("denoiser", base.components["denoiser"].config).to(meta)
+    latents = torch.empty(2, base.latent_shape.channels, 8, 12, device=meta)
+    prediction = base.family.predict(denoiser, latents, torch.empty(2, device=meta), conditioning)
+    assert prediction.shape == latents.shape
+
+
+@pytest.mark.parametrize("family", SMALL_FLOWS)
 def test_the_loss_falls_over_100_steps_on_two_pictures(bases, family):
     run = started_run(bases[family], replace(PLAIN, rank=8, learning_rate=1e-2))
     losses = []
@@ -200,7 +213,8 @@ def test_sampling_follows_a_known_flow_to_its_picture(bases, sampler):
     known = replace(base, family=replace(base.family, predict=velocity))
     text = encode_prompts(base, {}, ["a prompt"])
     latents = sample_latents(
-        known, base.load("denoiser", CPU, torch.float32), text, text, seeds=[1], size=(64, 64), steps=8, guidance=1.0,
+        known, base.load("denoiser", CPU, torch.float32), text, text, device=CPU,
+        dtype=torch.float32, seeds=[1], size=(64, 64), steps=8, guidance=1.0,
         sampler=sampler,
     )  # fmt: skip
     assert (latents - target).abs().max() < 1e-2
@@ -243,6 +257,39 @@ def test_a_model_that_was_distilled_to_few_steps_is_refused_unless_told_otherwis
         base.components["denoiser"], config=base.components["denoiser"].config | {"guidance_embeds": False}
     )
     schnell = replace(base, components={**base.components, "denoiser": denoiser})
-    with pytest.raises(BadConfig, match=r"distilled to a few steps \(FLUX\.1-schnell\).* set allow_distilled"):
+    with pytest.raises(BadConfig, match=r"distilled to a few steps, .* set allow_distilled"):
         check_base_options(schnell, TrainConfig())
     check_base_options(schnell, TrainConfig(allow_distilled=True))
+
+
+@pytest.mark.parametrize("is_distilled", [True, False])
+def test_a_klein_folder_that_says_it_is_distilled_is_refused_unless_told_otherwise(bases, is_distilled, tmp_path):
+    base = bases["flux2"]
+    for part, folder in (("denoiser", "transformer"), ("vae", "vae")):
+        base.load(part, CPU, torch.float32).save_pretrained(tmp_path / folder)  # pyright: ignore
+    transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES)).save_pretrained(tmp_path / "text_encoder")
+    index = {"_class_name": base.family.pipeline_class, "is_distilled": is_distilled}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    read = load_base(tmp_path)
+    assert read.is_distilled == is_distilled
+    if is_distilled:
+        with pytest.raises(BadConfig, match=r"distilled to a few steps, .* set allow_distilled"):
+            check_base_options(read, TrainConfig())
+    check_base_options(read, TrainConfig(allow_distilled=True))
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "distilled"),
+    [
+        ("zimage", "z_image_turbo_bf16.safetensors", True),
+        ("zimage", "z_image_bf16.safetensors", False),
+        ("flux2", "flux-2-klein-4b-fp8.safetensors", True),
+        ("flux2", "flux-2-klein-base-4b-fp8.safetensors", False),
+        ("sd3", "sd3.5_large_turbo.safetensors", True),
+    ],
+)
+def test_training_warns_where_only_the_name_says_that_a_model_is_distilled(bases, family, name, distilled):
+    base = replace(bases[family], name=name)
+    hint = distilled_hint(base, TrainConfig())
+    assert bool(hint) == distilled and distilled_hint(base, TrainConfig(allow_distilled=True)) is None
+    assert not hint or hint.startswith(f"{name}: by its name was distilled to a few steps, and training on it undoes")

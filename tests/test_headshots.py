@@ -1,5 +1,6 @@
 """Batches of headshots: made once, small faces drawn anew, ranked, the best kept, shown on a page."""
 
+import hashlib
 import html
 import json
 import re
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from core import GenerateConfig, Job, LoraFile, TrainConfig, load_base, train
 from core.cli import main
@@ -81,6 +83,18 @@ def test_a_picture_of_another_setting_or_cut_short_is_made_again(base, tmp_path:
     assert {name for name in before if before[name] != after[name]} == {second.path.name}
     make_headshots(base, [], jobs(3), tmp_path, GenerateConfig(sampler="euler"))
     assert not times(tmp_path).items() & after.items()
+
+
+def test_a_picture_that_was_made_otherwise_is_set_aside_and_none_is_lost(base, tmp_path: Path) -> None:
+    (foreign := tmp_path / "001-0.png").write_bytes(b"somebody's")
+    made = []
+    for prompt in ("a photo of person", "a drawing of person", "a photo of person"):
+        make_headshots(base, [], [Job(prompt, 0, size=(64, 80), steps=1)], tmp_path)
+        made.append(foreign.read_bytes())
+    aside = [
+        path.read_bytes() for path in sorted((tmp_path / "earlier").iterdir(), key=lambda path: path.stat().st_ctime_ns)
+    ]
+    assert aside == [b"somebody's", *made[:2]] and made[2] == made[0] != made[1]
 
 
 def test_jobs_that_differ_in_nothing_but_their_size_are_pictures_of_their_own(base, tmp_path: Path) -> None:
@@ -177,6 +191,51 @@ def test_the_loras_stand_in_the_parameters_with_name_strength_and_hash(base, tmp
     text = parameters_text(base, [(lora, 0.8)], Job("a photo of sks person", 1, strength=0.5), GenerateConfig())
     assert text.startswith("a photo of sks person <lora:anna:0.4>\n")
     assert text.endswith(f'Lora hashes: "anna: {file_hashes(tmp_path / "anna.safetensors")["autov3"]}"')
+
+
+def test_a_picture_of_another_embedding_is_made_again(base, tmp_path: Path) -> None:
+    job = Job("a photo of face", 1, size=(64, 80), steps=1)
+    pictures = []
+    for value in (0.1, 3.0):
+        metadata = {"ss_base_model_version": "sd_v1"}
+        LoraFile.from_tensors({"emb_params": torch.full((1, 64), value)}, metadata).save(tmp_path / "face.safetensors")
+        lora = LoraFile.read(tmp_path / "face.safetensors")
+        (shot,) = make_headshots(base, [(lora, 1.0)], [job], tmp_path / "pictures")
+        with Image.open(shot.path) as image:
+            pictures.append(image.tobytes())
+            said = read_as_a1111_does(image.info["parameters"])[2]
+        assert said["TI hashes"] == f"face: {file_hashes(tmp_path / 'face.safetensors')['sha256'][:12]}"
+    assert pictures[0] != pictures[1]
+
+
+def test_a_picture_of_another_vae_file_is_made_again(tmp_path: Path) -> None:
+    tensors = load_file(BASE_FILE)
+    vae = {name: tensor for name, tensor in tensors.items() if name.startswith("first_stage_model.")}
+    pictures = []
+    for scale in (1.0, 1.5):
+        name = "first_stage_model.decoder.conv_out.weight"
+        save_file(vae | {name: (vae[name].float() * scale).half()}, tmp_path / "vae.safetensors")
+        other = load_base(BASE_FILE, vae=tmp_path / "vae.safetensors")
+        (shot,) = make_headshots(other, [], jobs(1), tmp_path / "pictures")
+        with Image.open(shot.path) as image:
+            pictures.append(image.tobytes())
+            said = read_as_a1111_does(image.info["parameters"])[2]
+        digest = hashlib.sha256((tmp_path / "vae.safetensors").read_bytes()).hexdigest()
+        assert (said["VAE"], said["VAE hash"]) == ("vae.safetensors", digest[:10])
+    assert pictures[0] != pictures[1]
+
+
+def test_a_base_can_be_said_to_predict_otherwise_and_the_picture_is_made_again(tmp_path: Path) -> None:
+    command = ["generate", "--base", str(BASE_FILE), "--output", str(tmp_path), "--prompt", "a photo of person"]
+    command += ["--count", "1", "--size", "64x80", "--steps", "1"]
+    pictures, said = [], []
+    for options in ([], ["--prediction-type", "v_prediction", "--zero-terminal-snr"]):
+        assert main([*command, *options]) == 0
+        with Image.open(tmp_path / "001-1.png") as image:
+            pictures.append(image.tobytes())
+            said.append(read_as_a1111_does(image.info["parameters"])[2])
+    assert pictures[0] != pictures[1]
+    assert said[1] == said[0] | {"Prediction": "v", "Zero terminal SNR": "True"} != said[0]
 
 
 def test_every_sampler_has_a1111s_name() -> None:
@@ -383,6 +442,32 @@ def test_the_packs_are_listed_without_a_base_and_drawing_asks_for_one(capsys: py
     assert "corporate: Corporate\n    Classic grey studio\n" in capsys.readouterr().out
     assert main(["generate", "--style-pack", "corporate", "--output", "x"]) == 1
     assert capsys.readouterr().err == "facelora: --base FILE is missing\n"
+
+
+def test_a_larger_count_of_several_prompts_begins_with_the_pictures_that_are_there(tmp_path: Path) -> None:
+    arguments = ["generate", "--base", str(BASE_FILE), "--prompt", "a photo of person", "--prompt", "a face"]
+    arguments += ["--steps", "1", "--size", "64x80", "--output", str(tmp_path), "--count"]
+    assert main([*arguments, "1"]) == 0
+    made = times(tmp_path)
+    assert main([*arguments, "2"]) == 0
+    assert len(times(tmp_path)) == 4
+    assert made.items() <= times(tmp_path).items()
+
+
+def test_a_picture_that_leaves_its_folder_does_not_hide_the_packs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "packs"
+    folder.mkdir()
+    (tmp_path / "secret.jpg").write_bytes(b"x")
+    (folder / "plain.jpg").symlink_to(tmp_path / "secret.jpg")
+    style = {"name": "Plain", "prompts": {"tags": {"prompt": "{subject}"}}, "picture": "plain.jpg"}
+    pack = {"id": "linked", "title": "Linked", "version": "1", "licence": "CC0-1.0", "styles": [style]}
+    (folder / "linked.json").write_text(json.dumps(pack))
+    assert main(["generate", "--style-pack", "list", "--style-folder", str(folder)]) == 0
+    said = capsys.readouterr()
+    assert "linked: Linked\n    Plain\n" in said.out and "corporate: Corporate\n" in said.out
+    assert "'plain.jpg' leaves the folder" in said.err and "secret" not in said.out + said.err
 
 
 def test_a_prompt_beyond_77_tokens_is_reported_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

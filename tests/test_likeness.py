@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +15,7 @@ from core.config import TrainConfig
 from core.demo import BASE_FILE
 from core.demo.people import person_photos
 from core.errors import BadConfig, BadPhoto
-from core.faces import embed_images, likeness, load_faces, mean_face
+from core.faces import Face, embed_images, likeness, load_faces, mean_face
 from core.generate import training_sampler
 from core.likeness import LIKENESS_KEY, NEUTRAL_PROMPTS, LikenessPoint, LikenessWatch, Selection, hold_out
 from core.lora_file import LoraFile
@@ -81,13 +82,21 @@ def test_copies_of_training_photos_leaks_and_drift_show(watch):
     assert watch.cost(copied) > watch.cost(fresh)
 
 
+def test_a_single_training_photo_copies_none_of_the_others(watch):
+    assert LikenessWatch(watch.network, photos_of(36)[:1], photos_of(36)[8:], CONFIG).own_copying == 0
+    assert watch.own_copying > -0.5
+
+
 def test_a_picture_without_a_face_counts_nothing(watch):
     nothing = Image.new("RGB", (64, 80), (120, 90, 60))
     watch.see_base(pictures([nothing] * 2, [nothing] * 2))
     measured = watch.measure(1, pictures([nothing, person_photos(36)[8]], [nothing] * 2))
     assert measured.scores[0] == 0 and measured.scores[1] > 0.5
-    with pytest.raises(BadPhoto, match="no face"):
-        LikenessWatch(watch.network, photos_of(36), [Photo.from_image(nothing, "grey.png")], CONFIG)
+    grey = [Photo.from_image(nothing, "grey.png")]
+    with pytest.raises(BadPhoto, match="no face was found in the 1 photos held out"):
+        LikenessWatch(watch.network, photos_of(36), grey, CONFIG)
+    with pytest.raises(BadPhoto, match="no face was found in the 1 photos that are trained on"):
+        LikenessWatch(watch.network, grey, photos_of(36), CONFIG)
 
 
 def test_the_cheapest_of_those_shown_to_be_as_alike_as_the_best_is_kept(watch):
@@ -169,6 +178,30 @@ def test_typical_photos_are_held_out_but_never_one_of_a_pair(network):
     assert not {p.name for p in others} & {p.name for p in (*out, *twins)}
     with pytest.raises(BadPhoto, match="hold_out = 8"):
         hold_out(photos, 8, network)
+
+
+class PackedFaces:
+    """A face network with dlib's closely packed cosines: 0.97 between any two photos."""
+
+    name = "dlib"
+
+    def __init__(self):
+        self.seen = 0
+
+    def detect(self, image):
+        return [Face((0, 0, *image.size), np.zeros((5, 2), np.float32), 1.0)]
+
+    def embed(self, images, faces):
+        self.seen += 1
+        vector = np.zeros(20, np.float32)
+        vector[[0, self.seen]] = math.sqrt(0.97), math.sqrt(0.03)
+        return vector[None]
+
+
+def test_what_repeats_a_photo_is_judged_by_the_networks_own_limit():
+    photos = [Photo.from_image(person_photos(37)[0], str(number)) for number in range(5)]
+    kept, out = hold_out(photos, 2, PackedFaces())
+    assert len(kept) == 3 and len(out) == 2
 
 
 def test_the_checkpoint_that_is_kept_comes_back_with_the_curve(tmp_path, network):

@@ -5,7 +5,8 @@ import torch
 
 from core.errors import BadConfig
 from core.lora_blocks import BLOCK_LISTS, block_strengths
-from core.lora_file import LoraFile, LoraModule
+from core.lora_file import LoraFile
+from core.lora_modules import LoraModule
 from core.lora_tools import convert_lora
 
 PATHS = {

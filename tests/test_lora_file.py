@@ -1,13 +1,15 @@
 import hashlib
 import json
+import time
 
 import pytest
 import safetensors.torch
 import torch
 
 from core.errors import BadFile, LoraMisfit, UnknownFamily, UnmatchedKeys
-from core.lora_file import LoraFile, LoraModule, fit
+from core.lora_file import LoraFile, fit
 from core.lora_keys import parse_key
+from core.lora_modules import LoraModule
 
 from .test_lora_keys import KOHYA_LISTS, kohya_names
 
@@ -103,6 +105,17 @@ def test_separate_q_k_v_of_different_rank_and_scale_are_fused_exactly():
         assert torch.allclose(back[module_id].delta(), module.delta(), atol=1e-4)
 
 
+def test_factors_in_8_bits_are_split_and_fused_like_others():
+    name = "lora_unet_joint_blocks_0_x_block_attn_qkv"
+    tensors = {key: t.to(torch.float8_e4m3fn) for key, t in kohya_tensors({name: [3 * 1536, 1536]}).items()}
+    lora = LoraFile.from_tensors(tensors, {})
+    there = LoraFile.from_modules("sd3", lora.modules(), {}, "diffusers")
+    back = LoraFile.from_modules("sd3", there.modules(), {}, "kohya")
+    assert back.tensors[f"{name}.lora_down.weight"].shape == (2, 1536)
+    for module_id, module in back.modules().items():
+        assert torch.equal(module.delta(), lora.modules()[module_id].delta())
+
+
 def test_shift_and_scale_of_the_last_layer_change_places_in_diffusers():
     # diffusers' checkpoint converters do the same (swap_scale_shift).
     tensors = kohya_tensors({"lora_unet_final_layer_adaLN_modulation_1": [6144, 3072]})
@@ -146,6 +159,60 @@ def test_alpha_and_rslora_in_the_metadata_of_peft_are_used():
     config = {"unet.lora_alpha": 8, "unet.use_rslora": True}
     lora = LoraFile.from_tensors(tensors, {"lora_adapter_metadata": json.dumps(config)})
     assert [module.scale for module in lora.modules().values()] == [4.0, 4.0]
+
+
+def test_an_alpha_for_each_of_a_thousand_modules_is_found_at_once():
+    paths = [f"mid_block.attentions.0.transformer_blocks.{i}.attn2.to_k" for i in range(1000)]
+    tensors = {f"unet.{path}.lora_A.weight": torch.zeros(1, 2048) for path in paths}
+    tensors |= {f"unet.{path}.lora_B.weight": torch.zeros(1280, 1) for path in paths}
+    metadata = {"lora_adapter_metadata": json.dumps({"unet.alpha_pattern": {path: 2 for path in paths}})}
+    lora = LoraFile.from_tensors(tensors, metadata)
+    started = time.process_time()
+    assert {module.scale for module in lora.modules().values()} == {2.0}
+    assert time.process_time() - started < 3  # it was more than ten when each module read the metadata
+
+
+def small_network() -> torch.nn.Module:
+    attention = torch.nn.ModuleDict({"to_q": torch.nn.Linear(8, 8), "to_k": torch.nn.Linear(768, 8)})
+    return torch.nn.ModuleDict({"mid_block": torch.nn.ModuleDict({"attn2": attention})})
+
+
+def test_the_alpha_that_peft_writes_into_a_file_beside_is_used(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    network = small_network()
+    config = LoraConfig(
+        r=4, lora_alpha=8, alpha_pattern={"to_q": 2}, target_modules=["to_q", "to_k"], init_lora_weights=False
+    )
+    model = get_peft_model(network, config)  # pyright: ignore
+    model.save_pretrained(tmp_path)
+    modules = LoraFile.read(tmp_path / "adapter_model.safetensors").modules()
+    assert {path: module.scale for (_, path), module in modules.items()} == {
+        "mid_block.attn2.to_q": 0.5, "mid_block.attn2.to_k": 2.0,
+    }  # fmt: skip
+    for (_, path), module in modules.items():
+        layer = network.get_submodule(path)
+        torch.testing.assert_close(module.delta(), layer.get_delta_weight("default").detach())  # pyright: ignore
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(BadFile, match=r"adapter_config\.json: cannot be read"):
+        LoraFile.read(tmp_path / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_the_alpha_of_pefts_other_adapters_is_used_where_factors_are_whole_too(tmp_path, kind):
+    import peft
+
+    config = {"loha": peft.LoHaConfig, "lokr": peft.LoKrConfig}[kind](
+        r=4, alpha=2, rank_pattern={"to_q": 16}, alpha_pattern={"to_q": 24}, target_modules=["to_q", "to_k"],
+        init_weights=False,
+    )  # fmt: skip
+    network = small_network()
+    peft.get_peft_model(network, config).save_pretrained(tmp_path)  # pyright: ignore
+    lora = LoraFile.read(tmp_path / "adapter_model.safetensors")
+    assert [entry.rank for entry in lora.entries] == [4, 16 if kind == "loha" else None]  # of to_k and to_q
+    for (_, path), change in lora.changes():
+        wanted = network.get_submodule(path).get_delta_weight("default").detach()  # pyright: ignore
+        torch.testing.assert_close(change, wanted)
 
 
 def test_text_encoder_names_without_text_model_are_read_as_with_it():
@@ -229,14 +296,36 @@ def test_metadata_decide_when_the_tensors_fit_two_families():
     assert LoraFile.from_tensors(tensors, {"ss_base_model_version": "flux2_klein_4b"}).family == "flux2"
 
 
+def clip_names(prefix: str, layers: int, width: int) -> dict[str, list[int]]:
+    return {f"{prefix}text_model_encoder_layers_{i}_self_attn_q_proj": [width, width] for i in range(layers)}
+
+
+def test_text_encoders_never_outweigh_the_denoiser():
+    """SD3 has SDXL's text encoders and FLUX.1 has SD1.x's, with more modules than a short list of blocks."""
+    texts = clip_names("lora_te1_", 12, 768) | clip_names("lora_te2_", 32, 1280)
+    sd3 = kohya_tensors(some("sd3") | texts, rank=1)
+    assert LoraFile.from_tensors(sd3, {}).family == "sd3"
+    flux = {"lora_unet_single_blocks_7_linear2": [3072, 15360]} | clip_names("lora_te1_", 12, 768)
+    assert LoraFile.from_tensors(kohya_tensors(flux, rank=1), {}).family == "flux1"
+
+
+def test_of_text_encoders_alone_the_metadata_say_the_family():
+    tensors = kohya_tensors(clip_names("lora_te1_", 12, 768), rank=1)
+    assert LoraFile.from_tensors(tensors, {}).family == "sd15"
+    assert LoraFile.from_tensors(tensors, {"ss_base_model_version": "flux1"}).family == "flux1"
+    assert LoraFile.from_tensors(tensors, {"ss_base_model_version": "sd3"}).family == "sd3"
+
+
 def test_metadata_do_not_outweigh_the_tensors():
     lora = LoraFile.from_tensors(kohya_tensors(some("sdxl"), rank=1), {"ss_base_model_version": "sd_v1"})
     assert lora.family == "sdxl"
 
 
 def test_tensors_that_are_no_lora_are_refused():
-    with pytest.raises(UnknownFamily, match=r"no family matches its 1 keys, e.g. 'conv.weight'"):
+    with pytest.raises(UnknownFamily, match=r"no LoRA: no adapter's tensor is among its 1, e.g. 'conv.weight'"):
         LoraFile.from_tensors({"conv.weight": torch.zeros(1)}, {})
+    with pytest.raises(UnknownFamily, match=r"no family matches its 1 keys, e.g. 'conv.diff'; known: sd15"):
+        LoraFile.from_tensors({"conv.diff": torch.zeros(1)}, {})
 
 
 def test_a_module_without_its_up_matrix_is_named():

@@ -1,3 +1,4 @@
+import base64
 import hashlib
 import json
 import random
@@ -10,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from core.errors import BadFile, FaceLoraError
-from core.lora_file import SCHEMES, LoraFile, LoraModule
+from core.errors import BadFile, FaceLoraError, UnmatchedKeys
+from core.lora_file import LoraFile
 from core.lora_inspect import (
     block_norms,
     edit_metadata,
@@ -21,7 +22,8 @@ from core.lora_inspect import (
     trigger_words,
     verify_lora,
 )
-from core.lora_tools import convert_lora
+from core.lora_modules import SCHEMES, LoraModule
+from core.lora_tools import convert_lora, merge_loras, resize_lora
 from core.safetensors_file import SafetensorsFile, save_safetensors
 
 from .test_lora_file import kohya_tensors, some
@@ -62,6 +64,26 @@ def test_the_text_of_an_inspection_has_the_facts_for_a_person(saved):
     text = format_inspection(inspect_lora(saved))
     for fact in ("face.safetensors", "sd15", "rank          2", "sks person", "learning rate: 0.0001", "mid_block"):
         assert fact in text
+
+
+@pytest.mark.parametrize(
+    "look", [inspect_lora, verify_lora, lambda path, **more: edit_metadata(path, title="a", **more)]
+)
+def test_progress_is_told_to_the_end(saved, look):
+    told = []
+    look(saved, on_progress=lambda done, total: told.append((done, total)))
+    assert told == [(done, len(told)) for done in range(1, len(told) + 1)]
+
+
+def test_of_a_file_of_words_the_word_is_named(tmp_path):
+    path = tmp_path / "sks.safetensors"
+    save_safetensors(path, {"emb_params": torch.randn(2, 768)})
+    report = inspect_lora(path)
+    text = format_inspection(report)
+    assert report["embeddings"] == ["sks"] and "embeddings    sks" in text and "rank" not in text
+    for tool in (lambda lora: convert_lora(lora, "diffusers"), lambda lora: resize_lora(lora, rank=1)):
+        with pytest.raises(UnmatchedKeys, match=r"sks\.safetensors: has .*no module"):
+            tool(LoraFile.read(path))
 
 
 def test_an_inspection_of_the_header_alone_has_no_hashes_and_norms(saved):
@@ -130,6 +152,15 @@ def test_a_wrong_hash_is_found(saved):
     assert texts(saved)[0].startswith("sshs_model_hash is 000000000000 in the metadata")
 
 
+def test_a_wrong_hash_of_modelspec_is_found(saved):
+    right = edit_metadata(saved, title="A face")["sshs_model_hash"]
+    lora = LoraFile.read(saved)
+    tensors = {key: tensor.clone() for key, tensor in lora.tensors.items()}
+    for value, wrong in ((f"0x{right}", False), ("0x12", True)):
+        save_safetensors(saved, tensors, {**lora.metadata, "modelspec.hash_sha256": value})
+        assert any(text.startswith("modelspec.hash_sha256 is 12 in the metadata") for text in texts(saved)) == wrong
+
+
 def test_metadata_of_another_family_are_found(saved):
     file = SafetensorsFile.open(saved)
     save_safetensors(saved, dict(file), {**file.metadata, "ss_base_model_version": "sdxl_base_v1-0"})
@@ -155,12 +186,22 @@ def test_edited_metadata_leave_the_tensors_and_their_hash(saved, tmp_path):
     assert metadata["sshs_legacy_hash"] == file_hashes(saved)["sshs_legacy_hash"]
 
 
-def test_a_thumbnail_is_small_and_carries_no_exif(saved, tmp_path):
+def test_an_edit_changes_nothing_else(saved):
+    file = SafetensorsFile.open(saved)
+    save_safetensors(saved, dict(file), before := {**file.metadata, "ss_training_comment": ""})
+    assert edit_metadata(saved, title="A face") == before | {
+        "modelspec.title": "A face", "modelspec.sai_model_spec": "1.0.1",
+    }  # fmt: skip
+
+
+def test_a_thumbnail_is_small_and_carries_neither_exif_nor_a_comment(saved, tmp_path):
     exif = Image.Exif()
     exif[0x010F] = "camera of a private person"
-    Image.new("RGB", (1000, 500)).save(tmp_path / "picture.jpg", exif=exif)
+    Image.new("RGB", (1000, 500)).save(tmp_path / "picture.jpg", exif=exif, comment="a private remark")
+    assert (tmp_path / "picture.jpg").read_bytes().count(b"private") == 2
     url = edit_metadata(saved, tmp_path / "new.safetensors", thumbnail=tmp_path / "picture.jpg")["modelspec.thumbnail"]
-    assert url.startswith("data:image/jpeg;base64,") and len(url) < 10_000 and "private" not in url
+    start, _, data = url.partition(",")
+    assert start == "data:image/jpeg;base64" and len(url) < 10_000 and b"private" not in base64.b64decode(data)
     assert "modelspec.thumbnail" not in SafetensorsFile.open(saved).metadata
 
 
@@ -186,9 +227,13 @@ EVERY_KIND = {
 }  # fmt: skip
 
 
+_RARE_TYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float64, torch.complex64)
+
+
 def damaged_lora(chance: random.Random) -> dict[str, torch.Tensor]:
-    """All kinds of adapters, with some tensors gone, of another shape or type, under another role, or not finite."""
-    shapes = {f"{name}.{role}": shape for name, roles in EVERY_KIND.items() for role, shape in roles.items()}
+    """Some kinds of adapters, with some tensors gone, of another shape or type, under another role, or not finite."""
+    kinds = chance.sample(list(EVERY_KIND), chance.randint(2, len(EVERY_KIND)))
+    shapes = {f"{name}.{role}": shape for name in kinds for role, shape in EVERY_KIND[name].items()}
     tensors = {key: torch.randn(shape) for key, shape in shapes.items()}
     for _ in range(chance.randint(1, 4)):
         key = chance.choice(list(tensors))
@@ -198,7 +243,7 @@ def damaged_lora(chance: random.Random) -> dict[str, torch.Tensor]:
         elif action == 1:
             tensors[key] = torch.randn([chance.choice([0, 1, 2, 3, 12]) for _ in range(chance.randrange(6))])
         elif action == 2:
-            tensors[key] = tensors[key].to(chance.choice([torch.int64, torch.bool, torch.float8_e4m3fn, torch.float64]))
+            tensors[key] = tensors[key].to(chance.choice([torch.int64, torch.bool, *_RARE_TYPES]))
         elif action == 3:
             tensors[chance.choice(list(tensors))] = tensors[key]
         else:
@@ -206,21 +251,32 @@ def damaged_lora(chance: random.Random) -> dict[str, torch.Tensor]:
     return tensors
 
 
+@pytest.mark.filterwarnings("ignore:Casting complex values")
 @pytest.mark.parametrize("count", [100, pytest.param(2000, marks=pytest.mark.slow)])
 def test_damaged_adapters_are_explained_or_refused_by_name(count, tmp_path):
     chance = random.Random(count)
     torch.manual_seed(count)
-    path = tmp_path / "a.safetensors"
-    inspected = 0
+    path, inspected, written = tmp_path / "a.safetensors", 0, 0
+    tools = (
+        lambda lora: convert_lora(lora, chance.choice(SCHEMES), chance.choice([None, 2])),
+        lambda lora: resize_lora(lora, rank=1),
+        lambda lora: merge_loras([(lora, 0.5), (lora, 2.0)], scheme=chance.choice(SCHEMES)),
+    )
     for _ in range(count):
         save_safetensors(path, damaged_lora(chance))
         try:
             report = inspect_lora(path)
             verify_lora(path)
             inspected += len(format_inspection(report)) > 0
-            convert_lora(LoraFile.read(path), chance.choice(SCHEMES), plain_rank=2)[0].save(path)
         except FaceLoraError as error:
             assert "\n" not in str(error)
+        for tool in tools:
+            try:
+                tool(LoraFile.read(path))[0].save(tmp_path / "b.safetensors")
+                written += 1
+            except FaceLoraError as error:
+                assert "\n" not in str(error)
+    assert written > 0.1 * count
     assert inspected > 0.9 * count
 
 

@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import BadConfig, BadFile, LoraMisfit, UnmatchedKeys
-from core.lora_file import LoraFile, LoraModule, legacy_hash, model_hash
+from core.lora_checkpoints import extract_lora, merge_into_checkpoint
+from core.lora_file import LoraFile
+from core.lora_hashes import legacy_hash, model_hash
 from core.lora_keys import FAMILIES
 from core.lora_keys.ldm import ldm_unet_path
+from core.lora_modules import LoraModule
 from core.lora_tools import (
     convert_lora,
-    extract_lora,
-    merge_into_checkpoint,
     merge_loras,
     resize_lora,
     to_plain,
@@ -39,8 +40,8 @@ def decaying(rank: int, outputs: int = 64, inputs: int = 768) -> LoraFile:
     return LoraFile.from_modules("sd15", {MODULE: module}, {})
 
 
-def lokr(family_name: str) -> dict[str, torch.Tensor]:
-    return {f"{family_name}.lokr_w1": torch.randn(4, 4), f"{family_name}.lokr_w2": torch.randn(16, 192)}
+def lokr(name: str, outputs: int = 64, inputs: int = 768) -> dict[str, torch.Tensor]:
+    return {f"{name}.lokr_w1": torch.randn(4, 4), f"{name}.lokr_w2": torch.randn(outputs // 4, inputs // 4)}
 
 
 # --- convert
@@ -66,6 +67,26 @@ def test_a_lokr_keeps_its_kind_where_names_can_express_it():
     }
     (change,) = [change for _, change in lora.changes()]
     assert torch.equal(next(converted.changes())[1], change)
+
+
+def test_what_is_known_of_a_file_without_metadata_is_written():
+    plain = {f"{NAME}.lora_down.weight": torch.ones(2, 768), f"{NAME}.lora_up.weight": torch.ones(64, 2)}
+    for tensors, network, rank in ((plain, "networks.lora", "2"), (lokr(NAME), "lycoris.kohya", "None")):
+        there = convert_lora(LoraFile.from_tensors(tensors, {}), "comfy")[0]
+        assert there.metadata == {
+            "modelspec.sai_model_spec": "1.0.1", "modelspec.architecture": "stable-diffusion-v1/lora",
+        }  # fmt: skip
+        back = convert_lora(there, "kohya")[0].metadata
+        assert back["ss_network_module"] == network and back["ss_network_dim"] == rank
+        assert back["ss_base_model_version"] == "sd_v1"
+
+
+def test_the_hash_of_other_tensors_does_not_come_along(tmp_path):
+    plain = {f"{NAME}.lora_down.weight": torch.ones(2, 768), f"{NAME}.lora_up.weight": torch.ones(64, 2)}
+    lora = LoraFile.from_tensors(plain, {"modelspec.hash_sha256": "0x12", "modelspec.title": "A face"})
+    resize_lora(lora, rank=1)[0].save(tmp_path / "a.safetensors")
+    metadata = LoraFile.read(tmp_path / "a.safetensors").metadata
+    assert "modelspec.hash_sha256" not in metadata and metadata["modelspec.title"] == "A face"
 
 
 def test_a_lokr_in_diffusers_names_is_refused_unless_a_rank_is_given():
@@ -103,6 +124,66 @@ def test_a_dora_becomes_plain_with_the_weights_that_it_was_trained_on():
     assert error < 1e-3 and torch.allclose(plain.modules()[MODULE].delta(), change, atol=1e-3)
 
 
+def test_a_dora_of_pefts_is_read_and_written_as_peft_computes_it(tmp_path):
+    import peft
+
+    def network() -> torch.nn.Module:
+        torch.manual_seed(0)
+        layers = {"to_k": torch.nn.Linear(768, 8), "conv1": torch.nn.Conv2d(8, 8, 3)}
+        return torch.nn.ModuleDict({"mid_block": torch.nn.ModuleDict({"attn2": torch.nn.ModuleDict(layers)})})
+
+    def with_dora(alpha: int):
+        config = peft.LoraConfig(r=4, lora_alpha=alpha, target_modules=["to_k", "conv1"], use_dora=True)
+        return peft.get_peft_model(network(), config)  # pyright: ignore
+
+    def weights(model) -> dict[str, torch.Tensor]:
+        found = {name: tensor.detach() for name, tensor in model.named_parameters() if name.endswith("weight")}
+        return {name.removesuffix(".weight"): tensor for name, tensor in found.items()}
+
+    trained = with_dora(8)
+    for name, parameter in trained.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data * 0.5 if "magnitude" in name else torch.randn_like(parameter)
+    trained.save_pretrained(tmp_path)
+    theirs = weights(trained.merge_and_unload())
+    lora = LoraFile.read(tmp_path / "adapter_model.safetensors")
+    before = weights(network())
+    for (_, path), change in lora.changes(lambda module: before[module[1]]):
+        torch.testing.assert_close(before[path] + change, theirs[path], rtol=0, atol=1e-5)
+    there = convert_lora(convert_lora(lora, "kohya")[0], "diffusers")[0]
+    names = {key.replace("unet.", "base_model.model.", 1): tensor for key, tensor in there.tensors.items()}
+    loaded = with_dora(4)
+    assert peft.set_peft_model_state_dict(loaded, names).unexpected_keys == []
+    for path, weight in weights(loaded.merge_and_unload()).items():
+        torch.testing.assert_close(weight, theirs[path], rtol=0, atol=1e-5)
+
+
+def test_a_dora_with_a_magnitude_for_each_input_is_none_of_pefts():
+    tensors = {f"{NAME}.lora_down.weight": torch.randn(2, 768), f"{NAME}.lora_up.weight": torch.randn(64, 2)}
+    lora = LoraFile.from_tensors(tensors | {f"{NAME}.dora_scale": torch.rand(1, 768)}, {})
+    with pytest.raises(UnmatchedKeys, match="is of kind dora, which diffusers names cannot express"):
+        convert_lora(lora, "diffusers")
+
+
+def test_a_plain_lora_is_regrouped_among_other_kinds():
+    name = "lora_unet_layers_0_attention_qkv"
+    lora = kohya_tensors({name: [3 * 3840, 3840]}) | {"lora_unet_layers_0_feed_forward_w1.diff": torch.ones(4, 3840)}
+    there = convert_lora(LoraFile.from_tensors(lora, {}), "comfy")[0]
+    assert {key for key in there.tensors if not key.endswith("lora_A.weight")} == {
+        "diffusion_model.layers.0.feed_forward.w1.diff",
+        *(f"diffusion_model.layers.0.attention.to_{x}.lora_B.weight" for x in "qkv"),
+    }
+    back = convert_lora(there, "kohya")[0]
+    assert set(back.tensors) == set(lora)
+
+
+def test_a_part_without_a_name_in_a_scheme_is_refused_whatever_its_kind():
+    denoiser = lokr("transformer.transformer_blocks.0.attn.to_q", 3072, 3072)
+    lora = LoraFile.from_tensors(denoiser | lokr("text_encoder.model.layers.0.self_attn.q_proj"), {})
+    with pytest.raises(UnmatchedKeys, match="has no text_encoder in the comfy scheme"):
+        convert_lora(lora, "comfy")
+
+
 def test_a_change_of_a_bias_is_never_left_out_silently():
     plain = {"lora_down.weight": torch.ones(2, 320), "lora_up.weight": torch.ones(320, 2), "alpha": torch.tensor(1.0)}
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"
@@ -120,6 +201,23 @@ def test_a_change_of_a_bias_is_never_left_out_silently():
         ):
             with pytest.raises(UnmatchedKeys, match="to_out_0"):
                 refused()
+
+
+def test_what_is_not_understood_or_there_twice_is_never_left_out_silently():
+    plain = {f"{NAME}.lora_down.weight": torch.ones(2, 768), f"{NAME}.lora_up.weight": torch.ones(64, 2)}
+    also = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k"
+    for adapter in (plain, lokr(NAME)):
+        for more, reason in (({"mystery": torch.ones(3)}, "'mystery'"), (lokr(also), "is there twice")):
+            lora = LoraFile("sd15", {}, adapter | more)
+            for refused in (
+                lambda lora=lora: convert_lora(lora, "comfy"),
+                lambda lora=lora: convert_lora(lora, "kohya", plain_rank=2),
+                lambda lora=lora: to_plain(lora, 2),
+                lambda lora=lora: resize_lora(lora, rank=1),
+                lambda lora=lora: merge_loras([(lora, 1.0)]),
+            ):
+                with pytest.raises(UnmatchedKeys, match=reason):
+                    refused()
 
 
 def test_alpha_and_magnitude_of_peft_are_written_as_kohyas_readers_expect_them():
@@ -336,6 +434,34 @@ def test_fused_modules_stay_of_their_rank_when_merged():
     assert merged.tensors["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"].shape == (4, 3072)
 
 
+def test_words_come_along_when_merged():
+    plain = {f"{NAME}.lora_down.weight": torch.ones(2, 768), f"{NAME}.lora_up.weight": torch.ones(64, 2)}
+    first, second, other = ({"bundle_emb.sks.string_to_param.*": torch.full((2, 768), x)} for x in (1.0, 1.0, 2.0))
+    one, two, three = (LoraFile.from_tensors(plain | word, {}) for word in (first, second, other))
+    merged, _ = merge_loras([(one, 0.5), (two, 0.5)], rank=1)
+    assert torch.equal(merged.tensors["bundle_emb.sks.string_to_param.*"], torch.ones(2, 768))
+    with pytest.raises(LoraMisfit, match="another file brings along the word 'sks' too"):
+        merge_loras([(one, 0.5), (three, 0.5)])
+    with pytest.raises(LoraMisfit, match="no module that could be merged"):
+        merge_loras([(one, 0.5), (LoraFile.from_tensors({"emb_params": torch.ones(2, 768)}, {}), 0.5)])
+
+
+@pytest.mark.parametrize("broken", ["alpha", "lora_up.weight"])
+def test_nan_is_not_merged_into_good_weights(broken, tmp_path):
+    tensors = {"lora_down.weight": torch.ones(2, 768), "lora_up.weight": torch.ones(64, 2), "alpha": torch.tensor(1.0)}
+    good = LoraFile.from_tensors({f"{NAME}.{role}": tensor for role, tensor in tensors.items()}, {})
+    tensors[broken] = torch.full_like(tensors[broken], float("nan"))
+    bad = LoraFile("sd15", {}, {f"{NAME}.{role}": tensor for role, tensor in tensors.items()}, name="bad")
+    with pytest.raises(UnmatchedKeys, match=r"bad: .*to_k: its change holds NaN or infinity"):
+        merge_loras([(good, 1.0), (bad, 1.0)])
+    weight = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+    save_safetensors(tmp_path / "base.safetensors", {weight: torch.ones(64, 768, dtype=torch.float16)})
+    for lora, strength in ((bad, 1.0), (good, 1e9)):
+        with pytest.raises(UnmatchedKeys, match=r"to_k\.weight would hold NaN or infinity"):
+            merge_into_checkpoint(tmp_path / "base.safetensors", [(lora, strength)], tmp_path / "merged.safetensors")
+    assert not (tmp_path / "merged.safetensors").exists()
+
+
 def test_loras_of_two_families_are_not_merged():
     other = LoraFile.from_tensors(kohya_tensors(some("sdxl")), {})
     with pytest.raises(LoraMisfit, match="only LoRAs for the same family"):
@@ -452,17 +578,34 @@ def test_the_difference_of_two_checkpoints_is_extracted_and_only_that(small_sdxl
         rows, columns = base.shapes[name]
         changes[module_id] = torch.randn(rows, 2) @ torch.randn(2, columns)
         tuned[name] = base[name] + changes[module_id]
-    for name in ("out.2.bias", "out.0.weight", "out.0.bias"):
-        tuned[f"model.diffusion_model.{name}"] = base[f"model.diffusion_model.{name}"] + 1
+    others = [f"model.diffusion_model.{name}" for name in ("out.2.bias", "out.0.weight", "out.0.bias")]
+    embedding = "conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight"
+    for name in (*others, embedding, "first_stage_model.decoder.conv_in.weight"):
+        tuned[name] = base[name] + 1
     save_safetensors(tmp_path / "tuned", tuned)
     warnings = []
     lora, error = extract_lora(small_sdxl, tmp_path / "tuned", rank=2, on_warning=warnings.append)
-    assert len(warnings) == 1 and warnings[0].startswith("3 biases and normalisation layers differ too")
+    assert len(warnings) == 1 and warnings[0].startswith("5 tensors that no LoRA can express")
     assert error < 1e-2 and lora.metadata["ss_base_model_version"] == "sdxl_base_v1-0"
     modules = lora.modules()
     assert set(modules) == set(changes)
     for module_id, change in changes.items():
         assert torch.allclose(modules[module_id].delta(), change, atol=1e-2)
+
+
+def test_checkpoints_with_names_of_the_original_and_of_diffusers_are_compared(tmp_path):
+    block, theirs = "model.diffusion_model.joint_blocks.0.x_block.attn", "transformer_blocks.0.attn"
+    base = {"qkv.weight": torch.randn(4608, 1536), "qkv.bias": torch.randn(4608), "proj.weight": torch.randn(8, 1536)}
+    change = torch.randn(4608, 2) @ torch.randn(2, 1536)
+    save_safetensors(tmp_path / "base", {f"{block}.{name}": tensor for name, tensor in base.items()})
+    tuned = {f"{theirs}.to_{x}.weight": t for x, t in zip("qkv", (base["qkv.weight"] + change).chunk(3), strict=True)}
+    tuned |= {f"{theirs}.to_{x}.bias": t for x, t in zip("qkv", (base["qkv.bias"] + 1).chunk(3), strict=True)}
+    save_safetensors(tmp_path / "tuned", {name: tensor.contiguous() for name, tensor in tuned.items()})
+    warnings = []
+    lora, _ = extract_lora(tmp_path / "base", tmp_path / "tuned", rank=2, on_warning=warnings.append)
+    torch.testing.assert_close(next(lora.changes())[1], change[:1536], rtol=0, atol=1e-2)
+    assert len(lora.entries) == 1 and [warning.split(" ")[0] for warning in warnings] == ["1", "1"]
+    assert warnings[0].endswith("qkv.bias") and "one of the files only" in warnings[1]
 
 
 def test_checkpoints_of_two_families_have_no_difference(small_sd15, small_sdxl):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
 from core.base import load_base
 from core.config import TrainConfig
@@ -12,8 +13,10 @@ from core.errors import BadConfig, LoraMisfit, OutOfMemory
 from core.lora_file import LoraFile
 from core.methods import files_beside
 from core.methods.dreambooth import check_memory
+from core.run import Run
 from core.safetensors_file import SafetensorsFile
-from core.training import Run, train_lora
+from core.training import train_lora
+from core.training_metadata import WEIGHTS_KEY
 from tests.tooling import encoded_cache, encoded_image
 
 CPU = torch.device("cpu")
@@ -59,6 +62,14 @@ def test_a_step_is_one_of_adamw_on_all_weights_of_diffusers_network(bases, cache
         torch.testing.assert_close(run.parameters[f"denoiser.{name}"], parameter, rtol=1e-4, atol=1e-5)
 
 
+def test_only_recomputing_saves_memory_since_no_weight_is_frozen(bases, caches):
+    warnings: list[str] = []
+    config = replace(CONFIG, memory_limit=0.001, steps=1)
+    file = train_lora(caches["sd15"], bases["sd15"], config, device=CPU, on_warning=warnings.append)
+    assert "with everything recomputed it takes" in warnings[0] and "8 bits" not in warnings[0]
+    assert WEIGHTS_KEY not in file.metadata and file.metadata["ss_gradient_checkpointing"] == "True"
+
+
 def test_the_base_itself_stays_as_it_is_and_disabled_is_the_frozen_network(bases, caches):
     base = bases["sd15"]
     before = {name: tensor.clone() for name, tensor in base.components["denoiser"].tensors.items()}
@@ -80,7 +91,9 @@ def test_prior_prediction_holds_the_class_to_the_frozen_weights(bases, caches):
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
-def test_the_checkpoint_has_the_names_and_shapes_of_its_base_and_the_trained_weights(bases, caches, family, tmp_path):
+def test_the_checkpoint_has_the_names_and_shapes_of_its_base_and_the_trained_weights_which_diffusers_finds_too(
+    bases, caches, family, tmp_path
+):
     base = bases[family]
     config = replace(CONFIG, text_encoder_lr=1e-3)
     run = Run(caches[family], base, config, CPU)
@@ -92,6 +105,8 @@ def test_the_checkpoint_has_the_names_and_shapes_of_its_base_and_the_trained_wei
     for name, value in run.parameters.items():
         part, _, path = name.partition(".")
         assert torch.equal(load_base(tmp_path / "tuned.safetensors").components[part].tensors[path], value)
+    theirs = convert_ldm_unet_checkpoint(dict(tuned), dict(base.components["denoiser"].config))
+    assert all(torch.equal(tensor, run.parameters[f"denoiser.{path}"]) for path, tensor in theirs.items())
     vae = [name for name in original if name.startswith("first_stage_model.")]
     assert vae and all(torch.equal(tuned[name], original[name]) for name in vae)
 
@@ -123,8 +138,10 @@ def test_what_memory_cannot_hold_is_refused_with_what_would_do():
 
 def test_what_it_does_not_have_is_refused(bases, caches):
     cache, base = caches["sd15"], bases["sd15"]
-    with pytest.raises(BadConfig, match="dropout and rslora"):
+    with pytest.raises(BadConfig, match="dropout: method 'dreambooth' has none"):
         Run(cache, base, replace(CONFIG, dropout=0.1), CPU)
+    with pytest.raises(BadConfig, match="lora_plus_ratio"):
+        Run(cache, base, replace(CONFIG, lora_plus_ratio=16.0), CPU)
     with pytest.raises(LoraMisfit, match="give it as the base"):
         Run(cache, base, CONFIG, CPU, continue_from=LoraFile("sd15", {}, {}))
 

@@ -10,10 +10,14 @@ from core.apply import apply
 from core.base import load_base
 from core.config import TrainConfig
 from core.errors import BadConfig, LoraMisfit, TrainingDiverged, UnmatchedKeys
-from core.lora_file import LoraFile, name_kinds
+from core.lora_file import LoraFile
+from core.lora_modules import name_kinds
 from core.lora_tools import convert_lora
+from core.memory_plan import plans_for
+from core.memory_prediction import predicted_memory
 from core.methods import METHODS, attach
-from core.training import Run, train_lora
+from core.run import Run
+from core.training import train_lora
 from tests.tooling import encoded_cache, encoded_image
 
 CPU = torch.device("cpu")
@@ -224,8 +228,9 @@ def test_a_run_that_is_cancelled_goes_on_exactly(bases, caches, method, tmp_path
 
 @pytest.mark.parametrize("method", ["loha", "lokr", "oft"])
 def test_settings_that_a_method_does_not_have_are_refused_by_name(bases, method):
-    with pytest.raises(BadConfig, match=f"dropout: method '{method}' has none"):
-        adapter_of(bases["sd15"], replace(config_of(method), dropout=0.1))
+    for name, value in (("dropout", 0.1), ("lora_plus_ratio", 16.0)):
+        with pytest.raises(BadConfig, match=f"{name}: method '{method}' has none"):
+            adapter_of(bases["sd15"], replace(config_of(method), **{name: value}))
 
 
 def test_a_row_count_that_no_block_divides_is_refused(bases):
@@ -247,6 +252,18 @@ def test_a_run_that_becomes_nan_stops_with_the_photo_and_the_learning_rate(bases
     run.train_step()
     with pytest.raises(TrainingDiverged, match=r"in step 1 on [12]\.png at learning rate 0\.01"):
         run.check_finite()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_memory_of_a_step_is_predicted_and_more_vectors_or_a_larger_rank_take_more(bases, caches, method):
+    base, plan = bases["sd15"], plans_for("off")[0]
+    small, large = (
+        predicted_memory(caches["sd15"], base, replace(config_of(method), **size), torch.float32, plan)
+        for size in ({"rank": 2, "embedding_vectors": 1}, {"rank": 16, "embedding_vectors": 64})
+    )
+    weights = sum(tensor.nbytes for tensor in base.components["denoiser"].tensors.values())
+    assert weights < small
+    assert small == large if method == "dreambooth" else small < large
 
 
 def test_two_files_together_change_each_weight_by_the_sum_of_both_times_their_strengths(bases):

@@ -6,15 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from core.apply import apply
 from core.base import load_base
+from core.cli import main
 from core.config import TrainConfig
 from core.embeddings import WORD_KEY, embedding_files, embeddings_of, new_words
-from core.errors import BadConfig
+from core.errors import BadConfig, LoraMisfit
 from core.families.clip import add_word, caption_tokens, remove_words, token_chunks, words_of
 from core.lora_file import LoraFile
 from core.methods import files_beside
+from core.run import Run
 from core.sampling import encode_prompts
-from core.training import Run, train_lora
+from core.training import train_lora
 from tests.tooling import diffusers_pipeline, encoded_cache, encoded_image
 
 CPU = torch.device("cpu")
@@ -188,6 +191,34 @@ def test_a_run_that_is_cancelled_goes_on_exactly(bases, caches, method, tmp_path
     assert all(torch.equal(tensor, resumed.tensors[name]) for name, tensor in whole.tensors.items())
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_file_to_go_on_from_is_refused(bases, caches, method):
+    start = LoraFile("sd15", {}, {})
+    with pytest.raises(LoraMisfit, match=f"method '{method}' starts from words, not from a file"):
+        Run(caches["sd15"], bases["sd15"], replace(CONFIG, method=method), CPU, continue_from=start)
+
+
+def test_settings_of_a_lora_are_refused_by_vectors_alone(bases, caches):
+    config = replace(CONFIG, method="textual-inversion", rslora=True)
+    with pytest.raises(BadConfig, match="rslora: method 'textual-inversion' has none"):
+        Run(caches["sd15"], bases["sd15"], config, CPU)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_file_of_another_family_does_not_fit(bases, caches, method):
+    run = started_run(bases, caches, "sd15", method)
+    file = run.adapter.export(run.parameters, bases["sd15"], {"ss_base_model_version": "sd_v1"})
+    sdxl = {"family": "sdxl", **bases["sdxl"].load_text_encoders(CPU, torch.float32)}
+    with pytest.raises(LoraMisfit, match=r"it is for sd15, the base model is sdxl; .*changes a sd15 model"):
+        apply(file, sdxl)
+
+
+def test_vectors_of_another_width_are_refused(bases):
+    encoder = bases["sd15"].load("text_encoder", CPU, torch.float32)
+    with pytest.raises(LoraMisfit, match="'sks' have 100 numbers each, the text encoder's words 64"):
+        add_word(encoder, "sks", torch.randn(2, 100))
+
+
 def test_words_to_start_from_must_be_there(bases, caches):
     with pytest.raises(BadConfig, match="there is no word in it"):
         Run(caches["sd15"], bases["sd15"], replace(CONFIG, embedding_words=" "), CPU)
@@ -202,3 +233,29 @@ def test_diffusers_reads_the_embedding_file_and_encodes_its_word_alike(bases, ca
     with torch.no_grad():
         ours = run._conditioning(run.images[:1], ["a photo of sks person"])["context"]
     torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4)
+
+
+def test_diffusers_reads_a_pivotal_file_that_is_converted_and_its_word_beside_it(bases, caches, tmp_path):
+    base, run = bases["sd15"], started_run(bases, caches, "sd15", "pivotal")
+    metadata = {"ss_base_model_version": "sd_v1"}
+    run.adapter.export(run.parameters, base, metadata).save(tmp_path / "a.safetensors", torch.float32)
+    command = [
+        "convert",
+        tmp_path / "a.safetensors",
+        tmp_path / "b.safetensors",
+        "--to",
+        "diffusers",
+        "--precision",
+        "fp32",
+    ]
+    assert main([str(argument) for argument in command]) == 0
+    pipeline = diffusers_pipeline(base)
+    pipeline.load_lora_weights(str(tmp_path / "b.safetensors"))
+    pipeline.load_textual_inversion(str(tmp_path / "b-sks.safetensors"), token="sks")
+    text, _ = pipeline.encode_prompt("a photo of sks person", CPU, 1, False)
+    noisy, timesteps = torch.randn(1, 4, 16, 16), torch.tensor([400])
+    with torch.no_grad():
+        ours = run._conditioning(run.images[:1], ["a photo of sks person"])
+        wanted = base.family.predict(run.denoiser, noisy, timesteps, ours)
+        found = pipeline.unet(noisy, timesteps, text).sample
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)

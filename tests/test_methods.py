@@ -101,6 +101,12 @@ def test_a_rank_above_the_layers_is_refused_with_the_layer_and_the_limit(base):
         attach(base, replace(CONFIG, rank=33))
 
 
+@pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_matches_no_adapted_module_is_refused(base, setting):
+    with pytest.raises(BadConfig, match=rf"{setting}: 'atn1' matches none of the \d+ adapted modules, e\.g\. \w+"):
+        attach(base, replace(CONFIG, **{setting: {r"attn1\.": 2, "atn1": 2}}))
+
+
 @pytest.mark.parametrize("targets", ["transformer", "transformer+conv"])
 def test_going_on_from_a_file_starts_with_its_weight_change_whatever_its_alpha(base, targets, tmp_path):
     config = replace(CONFIG, targets=targets)

@@ -2,7 +2,9 @@
 
 import hashlib
 import io
+import os
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -188,6 +190,23 @@ def test_a_folder_that_holds_no_photos_is_refused_in_one_line(tmp_path):
         read_photos(file)
 
 
+def test_a_folder_that_may_not_be_read_is_refused_in_one_line(tmp_path, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(reading.Path, "iterdir", refuse)
+    with pytest.raises(BadPhoto, match=r"cannot be read \(Permission denied\)"):
+        read_photos(tmp_path)
+
+
+def test_a_link_to_a_photo_that_is_gone_is_named_and_left_out(tmp_path):
+    picture().save(tmp_path / "good.png")
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    said = []
+    assert [photo.name for photo in read_photos(tmp_path, on_warning=said.append)] == ["good.png"]
+    assert said == ["left out: gone.jpg: cannot be read (No such file or directory)"]
+
+
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     # PNG of a few bytes that promises 30000 x 30000 pixels: IHDR is all that Pillow reads on opening.
     small = io.BytesIO()
@@ -241,6 +260,13 @@ def test_a_photo_from_memory_is_the_same_kind_of_value():
         Photo.from_image(Image.new("F", (8, 8)), "f")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_name_that_is_not_utf_8_can_be_shown(tmp_path):
+    picture().save(tmp_path / "a.png")
+    (tmp_path / "a.png").rename(os.fsdecode(os.fsencode(tmp_path) + b"/J\xfcrgen.png"))
+    assert only_photo(tmp_path).name == "J\N{REPLACEMENT CHARACTER}rgen.png"
+
+
 def test_a_photo_does_not_show_its_path(tmp_path):
     picture().save(tmp_path / "a.png")
     assert str(tmp_path) not in repr(only_photo(tmp_path))
@@ -271,3 +297,12 @@ def test_a_damaged_file_is_a_photo_or_a_bad_photo_and_nothing_else(tmp_path, kin
         assert str(problem).startswith(path.name) and "\n" not in str(problem)
     finally:
         path.unlink()
+
+
+def test_pictures_that_differ_in_their_palette_alone_are_two_photos():
+    pictures = [Image.new("P", (8, 8), 1) for _ in range(2)]
+    for picture, colour in zip(pictures, (10, 200), strict=True):
+        picture.putpalette([0, 0, 0, colour, colour, colour])
+    first, second = (Photo.from_image(picture, "palette") for picture in pictures)
+    assert first.digest != second.digest
+    assert [photo.image().getpixel((0, 0)) for photo in (first, second)] == [(10,) * 3, (200,) * 3]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageFilter
 
-from core.errors import BadFile
+from core.cli import main
+from core.errors import BadConfig, BadFile
 from core.faces import TEMPLATE, Face, load_faces
 from core.photos import Photo, Thresholds, check_photos, format_report, measure, read_photos, save_sheet
 from core.photos.report import framing
@@ -111,6 +112,14 @@ def test_of_two_copies_the_better_one_is_kept(network):
     assert reports["3.png"].verdict == "use"
 
 
+def test_a_copy_of_a_rejected_photo_does_not_call_it_kept(network):
+    blurred = orl(5, 3).filter(ImageFilter.GaussianBlur(2))
+    photos = [*seven_of(5)[:2], photo(blurred, "a.png"), photo(blurred, "b.png")]
+    *_, first, second = check_photos(photos, network, SMALL).photos
+    assert (first.verdict, second.verdict) == ("reject", "reject")
+    assert second.findings[-1].sentence == "the same picture as a.png"
+
+
 def test_of_many_copies_one_is_kept(network):
     photos = [*seven_of(5), *(photo(orl(5, 3), f"copy {i}") for i in range(3))]
     report = check_photos(photos, network, SMALL)
@@ -146,7 +155,7 @@ def test_a_single_photo_has_nothing_to_compare_with(network):
 
 def test_an_empty_set_is_reported_as_such(network):
     report = check_photos([], network)
-    assert not report.enough and report.advice[0].startswith("0 of 0 photos can be used; at least 5")
+    assert not report.enough and report.advice[0].startswith("At least 5 are needed")
 
 
 def test_a_photo_with_exif_orientation_is_judged_upright(network, tmp_path):
@@ -172,7 +181,7 @@ def test_faces_are_in_pixels_of_the_photo_however_it_was_decoded(network, tmp_pa
 def test_the_set_counts_variety_and_says_what_to_add(network):
     report = check_photos(seven_of(5), network, SMALL)
     assert len(report.usable) == 7 and report.enough
-    assert report.advice[0] == "3 more photos would help: 7 can be used."
+    assert report.advice[0] == "3 more would help."
     assert "in front of another background" in report.advice[1] and "from further away" in report.advice[1]
 
 
@@ -195,6 +204,43 @@ def test_the_sheet_is_one_page_with_every_photo_and_escaped_names(network, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["sheet.html"]
     with pytest.raises(BadFile, match="cannot be written"):
         save_sheet(report, tmp_path / "missing" / "sheet.html")
+
+
+def test_a_threshold_on_the_command_line_keeps_its_kind(tmp_path, capsys):
+    orl(5, 1).save(tmp_path / "a.png")
+    command = ["check", str(tmp_path), "--resolution", "64"]
+    assert main([*command, "--threshold", "photos_wanted=12", "--threshold", "turned_wanted=4"]) == 0
+    said = capsys.readouterr().out
+    assert "12 to 20 work best" in said and "add 4 with the head turned" in said
+
+
+@pytest.mark.parametrize(
+    ("threshold", "reason"),
+    [
+        ("likeness_reject=nan", "'nan' in 'likeness_reject=nan' is not a number"),
+        ("turned=inf", "'inf' in 'turned=inf' is not a number"),
+        ("photos_needed=2.5", "'2.5' in 'photos_needed=2.5' is not a whole number"),
+        ("likeness=0.3", "'likeness' is no threshold: face_pixels_reject, "),
+    ],
+)
+def test_a_threshold_that_cannot_be_is_wrong_usage(threshold, reason, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["check", "photos", "--threshold", threshold])
+    assert reason in capsys.readouterr().err
+
+
+def test_a_resolution_that_cannot_be_is_refused():
+    with pytest.raises(BadConfig, match="resolution = 0: must be at least 1"):
+        Thresholds.for_resolution(0)
+
+
+def test_names_that_the_output_has_no_letters_for_do_not_end_a_command(tmp_path, monkeypatch):
+    orl(5, 1).save(tmp_path / "写真.png")
+    output = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr("sys.stdout", output)
+    assert main(["check", str(tmp_path)]) == 0
+    output.flush()
+    assert rb"\u5199\u771f.png" in output.buffer.getvalue()
 
 
 class OneFace:

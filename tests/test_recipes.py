@@ -41,6 +41,13 @@ def test_what_is_given_wins():
     assert (settings["steps"], settings["learning_rate"], settings["resolution"]) == (7, 3e-4, 512)
 
 
+def test_another_method_has_the_rate_that_suits_it():
+    lora, dreambooth = (recipe_settings("fast", "sd15", {"method": method}) for method in ("lora", "dreambooth"))
+    assert (lora["learning_rate"], dreambooth["learning_rate"]) == (2e-4, 2e-5)
+    with pytest.raises(BadConfig, match="method"):
+        recipe_settings("fast", "sd15", {"method": "magic"})
+
+
 def test_prodigy_finds_the_rate_by_itself():
     assert config_from(recipe_settings("fast", "sd15", {"optimizer": "prodigy"})).learning_rate == 1.0
 

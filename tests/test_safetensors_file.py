@@ -4,6 +4,7 @@ import json
 import os
 import random
 import struct
+import time
 import tracemalloc
 
 import pytest
@@ -100,6 +101,8 @@ def test_a_large_file_is_opened_without_reading_its_tensors(tmp_path):
         (raw(b'{"\xff": 1}'), "not UTF-8"),
         (raw(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "nested too deeply"),
         (raw(b'{"a": {}, "a": {}}'), "'a' appears twice"),
+        (raw(b'{"__metadata__": {"a": "\\ud800"}}'), "'\\ud800' is no Unicode text"),
+        (raw(b'{"\\udfff": {}}'), "'\\udfff' is no Unicode text"),
         (raw({"__metadata__": {"a": 1}}), "must map strings to strings"),
         (raw({"__metadata__": ["a"]}), "must map strings to strings"),
         (raw({"a": 5}), "exactly dtype, shape and data_offsets"),
@@ -125,6 +128,35 @@ def test_a_file_that_is_not_what_it_says_is_refused_with_the_reason(content, mes
     with pytest.raises(BadFile) as caught:
         SafetensorsFile.open(path)
     assert message in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"a":[' + b"[]," * 2_000_000 + b"[]]}",
+        b'{"a":[' + b"{}," * 2_000_000 + b"{}]}",
+        b'{"a":{"dtype":"F32","shape":[' + b"999," * 2_000_000 + b"1]}}",
+        b'{"__metadata__":{' + b'"a":"",' * 1_000_000 + b'"b":""}}',
+    ],
+    ids=["lists", "objects", "numbers", "texts"],
+)
+def test_a_header_of_millions_of_small_values_is_refused_before_it_is_read(header, tmp_path):
+    (tmp_path / "a").write_bytes(raw(header))
+    tracemalloc.start()
+    with pytest.raises(BadFile, match="commas and brackets"):
+        SafetensorsFile.open(tmp_path / "a")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < len(header) + 1_000_000
+
+
+def test_a_name_that_appears_twice_among_many_is_found_at_once(tmp_path):
+    header = b"{" + b",".join(b'"%d":1' % i for i in range(100_000)) + b',"x":1,"x":2}'
+    (tmp_path / "a").write_bytes(raw(header))
+    start = time.monotonic()
+    with pytest.raises(BadFile, match="'x' appears twice"):
+        SafetensorsFile.open(tmp_path / "a")
+    assert time.monotonic() - start < 10  # comparing all with all took minutes
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):

@@ -13,11 +13,17 @@ from diffusers.training_utils import compute_snr
 from PIL import Image
 
 from core.base import Base, load_base
+from core.batches import Batches
+from core.cli_common import JsonProgress
 from core.config import TrainConfig
-from core.errors import MissingPackage, TrainingDiverged
+from core.errors import BadConfig, MissingPackage, TrainingDiverged
 from core.lora_file import LoraFile
+from core.optimizer import learning_rate_factor
+from core.photos import Photo
+from core.photos_to_lora import train
+from core.run import Run
 from core.safetensors_file import SafetensorsFile
-from core.training import Batches, Run, Samples, StopAndKeep, learning_rate_factor, train_lora
+from core.training import Samples, StepReport, StopAndKeep, train_lora
 from tests.tooling import UNETS, encoded_cache, encoded_image
 
 CPU = torch.device("cpu")
@@ -253,7 +259,7 @@ def test_a_step_never_asks_the_device_for_a_value_nor_mixes_devices(
         parameters = list(adapter.parameters().values())
         return torch.optim.SGD([{"params": parameters, "lr": 0.1, "peak": 0.1}], foreach=True)
 
-    monkeypatch.setattr("core.training.build_optimizer", plain_descent)  # the fused AdamW has no meta kernel
+    monkeypatch.setattr("core.run.build_optimizer", plain_descent)  # the fused AdamW has no meta kernel
     monkeypatch.setattr(Run, "_generator", lambda run, purpose, number: None)  # nor is there a generator of it
     config = replace(
         PLAIN, text_encoder_lr=text_encoder_lr, ema_decay=0.9, prior_prediction=1.0, min_snr_gamma=5.0,
@@ -335,6 +341,17 @@ def test_other_optimizers_learn(bases, caches, optimizer):
     for _ in range(3):
         run.train_step()
     assert all(value.abs().max() > 0 for name, value in run.parameters.items() if name.endswith(".up"))
+
+
+@pytest.mark.parametrize("method", ["pivotal", "textual-inversion"])
+def test_prodigy_has_one_rate_also_for_the_vectors_of_a_word(bases, caches, method, capsys):
+    config = replace(PLAIN, optimizer="prodigy", learning_rate=1.0, method=method)
+    with pytest.raises(
+        BadConfig, match=r"prodigy has one rate for all, here 1: set embedding_lr to it, which is 0\.005"
+    ):
+        Run(person_only(caches["sd15"]), bases["sd15"], config, CPU)
+    Run(person_only(caches["sd15"]), bases["sd15"], replace(config, embedding_lr=1.0), CPU).train_step()
+    assert capsys.readouterr().out == ""  # where reports in JSON go
 
 
 def test_the_same_seed_gives_the_same_file_and_another_seed_another(bases, caches):
@@ -459,6 +476,11 @@ def test_a_loss_that_is_not_finite_stops_with_step_photo_and_learning_rate(bases
     assert not state.exists()
 
 
+def test_a_loss_that_is_not_finite_is_null_in_json(capsys):
+    JsonProgress().step(StepReport(1, 9, 1e-4, 1.0, 8.0, 0, None, torch.tensor(math.nan)))
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["loss"] is None
+
+
 def test_an_adapter_that_is_not_finite_is_never_saved(bases, caches):
     run = Run(person_only(caches["sd15"]), bases["sd15"], PLAIN, CPU)
     run.train_step()
@@ -479,6 +501,37 @@ def test_numbered_loras_and_samples_come_when_they_are_asked_for(bases, caches):
     assert saved == [(2, "2"), (4, "4")]
     assert sampled == [(3, (512, 640)), (6, (512, 640))]
     assert lora.metadata["modelspec.thumbnail"].startswith("data:image/jpeg;base64,")
+
+
+def test_samples_have_the_shape_of_the_persons_photos_however_many_are_of_the_class(bases, photo_folder):
+    wide = [Photo.from_image(Image.new("RGB", (96, 64), (shade, 0, 0)), f"{shade}.png") for shade in range(9)]
+    config, sizes = TrainConfig(rank=2, steps=1, resolution=32, sample_every=1, sample_steps=1), []
+    train(
+        photo_folder, bases["sd15"], config, class_photos=wide, device=CPU,
+        on_sample=lambda step, images: sizes.extend(image.size for image in images),
+    )  # fmt: skip
+    assert sizes and all(width < height for width, height in sizes)
+
+
+def test_a_resumed_run_keeps_the_thumbnail_of_before(bases, caches, tmp_path):
+    config = replace(PLAIN, steps=5, sample_every=3, thumbnail=True)
+    drawn = Samples(lambda *_: [Image.new("RGB", (64, 80), "red")], [("a", 1)])
+
+    def stop(report):
+        if report.step == 4:
+            raise KeyboardInterrupt
+
+    def trained(**options) -> LoraFile:
+        return train_lora(
+            person_only(caches["sd15"]), bases["sd15"], config, device=CPU, samples=drawn,
+            on_sample=lambda step, images: None, **options,
+        )  # fmt: skip
+
+    whole, state = trained(), tmp_path / "run.state.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        trained(state_path=state, on_step=stop)
+    resumed = trained(state_path=state, resume=True)
+    assert resumed.metadata["modelspec.thumbnail"] == whole.metadata["modelspec.thumbnail"]
 
 
 def test_the_trigger_stands_where_each_reader_looks(bases, caches):

@@ -244,6 +244,11 @@ SMALL_FLOWS = {
          "joint_attention_dim": 32, "pooled_projection_dim": 24, "guidance_embeds": True, "axes_dims_rope": (16, 56, 56)},
         _kl_config(0.3611, 0.1159), context=32, pooled=24,
     ),
+    "chroma": SmallFlow(
+        {"in_channels": 64, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 128, "num_attention_heads": 1,
+         "joint_attention_dim": 32, "axes_dims_rope": (16, 56, 56), "approximator_hidden_dim": 64, "approximator_layers": 2},
+        _kl_config(0.3611, 0.1159), context=32, masked=True,
+    ),
     "flux2": SmallFlow(
         {"in_channels": 128, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 128, "num_attention_heads": 1,
          "joint_attention_dim": 32, "axes_dims_rope": (32, 32, 32, 32), "guidance_embeds": False},
@@ -265,11 +270,14 @@ SMALL_FLOWS = {
 }  # fmt: skip
 
 
-def small_flow_base(name: str) -> Base:
-    """A Base of the family with random weights in memory, whose captions are encoded into random numbers."""
+def small_flow_base(name: str, **denoiser: Any) -> Base:
+    """A Base of the family with random weights in memory, whose captions are encoded into random numbers.
+
+    `denoiser` are settings of its config that are to be others.
+    """
     family, small = FAMILIES[name], SMALL_FLOWS[name]
     components = {}
-    for part, config in (("denoiser", small.denoiser), ("vae", small.vae)):
+    for part, config in (("denoiser", {**small.denoiser, **denoiser}), ("vae", small.vae)):
         with torch.device("meta"):
             state = family.build(part, config).state_dict()
         draw = RandomTensors({name: tuple(tensor.shape) for name, tensor in state.items()}, torch.float32, seed=1)

@@ -6,6 +6,7 @@ from functools import partial
 from torch import Tensor
 
 from ..errors import UnknownFamily
+from .chroma import CHROMA
 from .flux1 import FLUX1
 from .flux2 import FLUX2
 from .qwen_image import QWEN_IMAGE
@@ -16,14 +17,14 @@ from .spec import DENOISER_PREFIX, FamilySpec, LazyTensors
 from .zimage import ZIMAGE
 
 FAMILIES: dict[str, FamilySpec] = {
-    family.name: family for family in (SD15, SDXL, SD3, FLUX1, FLUX2, ZIMAGE, QWEN_IMAGE)
+    family.name: family for family in (SD15, SDXL, SD3, FLUX1, CHROMA, FLUX2, ZIMAGE, QWEN_IMAGE)
 }
 
 # Tensors by which checkpoints of other kinds are known, so that they can be refused by name. The first match counts.
 _NOT_SUPPORTED = (
     ("conditioner.embedders.0.model.transformer.resblocks.0.ln_1.weight", "the SDXL refiner"),
     ("cond_stage_model.model.transformer.resblocks.0.ln_1.weight", "Stable Diffusion 2.x"),
-    (DENOISER_PREFIX + "distilled_guidance_layer.layers.0.in_layer.weight", "Chroma"),
+    (DENOISER_PREFIX + "nerf_blocks.0.norm.scale", "Chroma Radiance"),
     (DENOISER_PREFIX + "noise_refiner.0.adaLN_modulation.1.weight", "Lumina 2"),
     (DENOISER_PREFIX + "siglip_embedder.1.weight", "Z-Image-Omni"),
     (DENOISER_PREFIX + "__index_timestep_zero__", "Qwen-Image-Edit"),

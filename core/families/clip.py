@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadConfig, UnmatchedKeys
+from ..errors import BadConfig, LoraMisfit, UnmatchedKeys
 from .ldm import count_children
 from .spec import Component, LazyTensors, replace_module
 
@@ -125,12 +125,20 @@ def words_of(encoder: nn.Module) -> Words:
 
 
 def add_word(encoder: nn.Module, word: str, vectors: Tensor) -> nn.Parameter:
-    """Teaches the encoder a word, which captions then name; its vectors (vectors, width), float32, as they are used."""
+    """Teaches the encoder a word, which captions then name; its vectors (vectors, width), float32, as they are used.
+
+    LoraMisfit when the encoder's own are of another width.
+    """
     table = token_table(encoder)
     if not isinstance(table, WordEmbedding):
         assert isinstance(table, nn.Embedding)
         table = WordEmbedding(table)
         replace_module(encoder, _TOKEN_EMBEDDING, table)
+    width = table.table.embedding_dim
+    if vectors.shape[1] != width:
+        raise LoraMisfit(
+            f"the vectors of {word!r} have {vectors.shape[1]} numbers each, the text encoder's words {width}"
+        )
     parameter = nn.Parameter(vectors.detach().float().to(table.table.weight.device, copy=True), requires_grad=False)
     table.words.append(word)
     table.vectors.append(parameter)

@@ -26,7 +26,7 @@ ROTARY_AXES = (16, 56, 56)
 """Width of a head that is rotated by a position's number, row and column."""
 
 _NORM = r"norm\.(q|k)(?:uery|ey)_norm\.(?:scale|weight)"
-_RENAMES = (
+RENAMES = (
     (rf"double_blocks\.(\d+)\.img_attn\.{_NORM}", r"transformer_blocks.\1.attn.norm_\2.weight"),
     (rf"double_blocks\.(\d+)\.txt_attn\.{_NORM}", r"transformer_blocks.\1.attn.norm_added_\2.weight"),
     (rf"single_blocks\.(\d+)\.{_NORM}", r"single_transformer_blocks.\1.attn.norm_\2.weight"),
@@ -45,20 +45,26 @@ def recognise(denoiser: Mapping[str, Tensor]) -> bool:
     return "double_blocks.0.img_mod.lin.weight" in denoiser and "single_blocks.0.linear1.weight" in denoiser
 
 
-def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
+def blocks_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the blocks say of the denoiser's config."""
     names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
-    config = {
+    return {
         "in_channels": shape("img_in.weight")[1],
         "num_layers": count_children(names, "double_blocks"),
         "num_single_layers": count_children(names, "single_blocks"),
         "attention_head_dim": sum(ROTARY_AXES),
         "num_attention_heads": shape("img_in.weight")[0] // sum(ROTARY_AXES),
         "joint_attention_dim": shape("txt_in.weight")[1],
-        "pooled_projection_dim": shape("vector_in.in_layer.weight")[1],
-        "guidance_embeds": "guidance_in.in_layer.weight" in names,
         "axes_dims_rope": ROTARY_AXES,
     }
-    denoiser = transformer.transformer_component(tensors, config, KEYS, _RENAMES)
+
+
+def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
+    config = blocks_config(tensors) | {
+        "pooled_projection_dim": transformer.shapes_of(tensors)("vector_in.in_layer.weight")[1],
+        "guidance_embeds": "guidance_in.in_layer.weight" in transformer.denoiser_names(tensors),
+    }
+    denoiser = transformer.transformer_component(tensors, config, KEYS, RENAMES)
     return {"denoiser": denoiser} | transformer.other_parts(tensors, transformer.flux1_vae, TEXT)
 
 

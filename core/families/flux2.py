@@ -82,9 +82,9 @@ def _vae(tensors: Mapping[str, Tensor]) -> Component:
     plain = vae_component(files, latent_scale=1.0)
     config = {name: value for name, value in plain.config.items() if name not in ("scaling_factor", "shift_factor")}
     # There is a version with a narrower decoder.
-    levels = range(len(config["block_out_channels"]))
+    levels = reversed(range(len(config["block_out_channels"])))
     config["decoder_block_out_channels"] = tuple(
-        files[f"{prefix}decoder.up.{level}.block.0.conv1.weight"].shape[0] for level in levels
+        plain.tensors[f"decoder.up_blocks.{level}.resnets.0.conv1.weight"].shape[0] for level in levels
     )
     tensors_of_vae = {name: partial(plain.tensors.__getitem__, name) for name in plain.tensors}
     statistics = {name: readers[name] for name in ("bn.running_mean", "bn.running_var") if name in readers}
@@ -193,5 +193,6 @@ FLUX2 = FamilySpec(
     encode_image=encode_image,
     decode_latents=decode_latents,
     embeds_guidance=embeds_guidance,
+    distilled_names="klein(?!.*base)",
     lora_scheme="comfy",
 )

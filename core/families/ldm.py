@@ -39,7 +39,7 @@ def ldm_vae_path(path: str, levels: int = 4) -> str:
 
 
 def diffusers_vae_path(path: str, levels: int = 4) -> str:
-    """The diffusers name of an original VAE module or tensor: the inverse of `ldm_vae_path`."""
+    """The diffusers name of an original VAE module or tensor: the inverse of `ldm_vae_path`. diffusers' own stay."""
     side, _, rest = path.partition(".")
     if side not in ("encoder", "decoder"):
         return path
@@ -53,6 +53,15 @@ def diffusers_vae_path(path: str, levels: int = 4) -> str:
     if rest.startswith("mid.attn_1."):
         rest = "mid.attn_1." + replace_head(rest.removeprefix("mid.attn_1."), inverse(_VAE_ATTENTION))
     return f"{side}.{replace_head(rest, inverse(_VAE_OUTSIDE_BLOCKS))}"
+
+
+_OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def current_vae_path(path: str) -> str:
+    """Today's name of a VAE's tensor in diffusers' naming, which may be that of an old diffusers."""
+    head, attention, tail = path.rpartition(".attentions.0.")
+    return head + attention + replace_head(tail, _OLD_VAE_ATTENTION)
 
 
 def count_children(names: Iterable[str], prefix: str) -> int:
@@ -125,21 +134,25 @@ def unet_component(tensors: Mapping[str, Tensor], head_width: int | None) -> Com
 def vae_component(
     tensors: Mapping[str, Tensor], latent_scale: float, latent_shift: float | None = None, quant_conv: bool = True
 ) -> Component:
-    """The VAE of an original checkpoint, its diffusers config read off the shapes of its tensors."""
+    """The VAE of a checkpoint in original or diffusers naming, its diffusers config read off the shapes of its tensors."""
     prefix = next((prefix for prefix in VAE_PREFIXES if any(name.startswith(prefix) for name in tensors)), "")
     parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-    names = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
-    names = {short: full for short, full in names.items() if short.startswith(parts)}
-    levels = count_children(names, "encoder.down")
+    given = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
+    levels = count_children(given, "encoder.down") or count_children(given, "encoder.down_blocks")
+    names = {
+        current_vae_path(diffusers_vae_path(short, levels)): full
+        for short, full in given.items()
+        if short.startswith(parts)
+    }
     if not levels or ("quant_conv.weight" in names) != quant_conv:
         odd = "has" if levels and not quant_conv else "lacks"
         raise UnmatchedKeys(f"the VAE {odd} {prefix}{'quant_conv.weight' if levels else 'encoder.down.…'}")
-    widths = tuple(tensors[names[f"encoder.down.{level}.block.0.conv1.weight"]].shape[0] for level in range(levels))
+    widths = tuple(tensors[names[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"]].shape[0] for i in range(levels))
     config: dict[str, Any] = {
         "block_out_channels": widths,
         "down_block_types": ("DownEncoderBlock2D",) * levels,
         "up_block_types": ("UpDecoderBlock2D",) * levels,
-        "layers_per_block": count_children(names, "encoder.down.0.block"),
+        "layers_per_block": count_children(names, "encoder.down_blocks.0.resnets"),
         "latent_channels": tensors[names["decoder.conv_in.weight"]].shape[1],
         "scaling_factor": latent_scale,
         "shift_factor": latent_shift,
@@ -152,8 +165,7 @@ def vae_component(
         # The original attention is made of 1x1 convolutions, diffusers' of linear layers.
         return tensor.flatten(1) if ".attn_1." in name and tensor.ndim == 4 else tensor
 
-    readers = {diffusers_vae_path(short, levels): partial(read, full) for short, full in names.items()}
-    return Component(config, LazyTensors(readers))
+    return Component(config, LazyTensors({name: partial(read, full) for name, full in names.items()}))
 
 
 def unet_latent_shape(components: Mapping[str, Component]) -> LatentShape:

@@ -73,7 +73,8 @@ _VAE_RESNET = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm
 
 
 def diffusers_vae_path(path: str, resnets: int) -> str:
-    """diffusers' name of a tensor of the original VAE; `resnets` is the number of them at a resolution of the encoder."""
+    """diffusers' name of a tensor of the original VAE, diffusers' own as they are; `resnets` is the number of them at a
+    resolution of the encoder."""
     for pattern, new in _VAE_RENAMES:
         path = re.sub(rf"^{pattern}", new, path)
     if match := re.match(r"decoder\.upsamples\.(\d+)\.(.+)", path):
@@ -87,28 +88,28 @@ def diffusers_vae_path(path: str, resnets: int) -> str:
 
 
 def vae_component(tensors: Mapping[str, Tensor]) -> Component:
-    """The VAE of a checkpoint, its diffusers config read off the shapes of its tensors."""
+    """The VAE of a checkpoint in original or diffusers naming, its diffusers config read off the shapes of its tensors."""
     prefix = next(prefix for prefix in VAE_PREFIXES if any(name.startswith(prefix) for name in tensors))
-    names = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
-    blocks = count_children(names, "encoder.downsamples")
-    samplers = [i for i in range(blocks) if f"encoder.downsamples.{i}.resample.1.weight" in names]
+    given = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
+    halving = r"encoder\.(?:downsamples|down_blocks)\.(\d+)\.resample\.1\.weight"
+    samplers = sorted(int(match[1]) for short in given if (match := re.fullmatch(halving, short)))
     if not samplers:
         raise UnmatchedKeys(f"the VAE is not Qwen-Image's: it lacks {prefix}encoder.downsamples.….resample.1.weight")
     resnets = samplers[0]
+    names = {diffusers_vae_path(short, resnets): full for short, full in given.items()}
 
     def width(name: str) -> int:
         return tensors[names[f"{name}.weight"]].shape[0]
 
-    base = width("encoder.conv1")
+    base, blocks = width("encoder.conv_in"), count_children(names, "encoder.down_blocks")
     config: dict[str, Any] = {
         "base_dim": base,
-        "z_dim": width("conv2"),
-        "dim_mult": [width(f"encoder.downsamples.{i - 1}.residual.6") // base for i in (*samplers, blocks)],
+        "z_dim": width("post_quant_conv"),
+        "dim_mult": [width(f"encoder.down_blocks.{i - 1}.conv2") // base for i in (*samplers, blocks)],
         "num_res_blocks": resnets,
-        "temperal_downsample": [f"encoder.downsamples.{i}.time_conv.weight" in names for i in samplers],
+        "temperal_downsample": [f"encoder.down_blocks.{i}.time_conv.weight" in names for i in samplers],
     }
-    readers = {diffusers_vae_path(short, resnets): partial(tensors.__getitem__, full) for short, full in names.items()}
-    return Component(config, LazyTensors(readers))
+    return Component(config, LazyTensors({name: partial(tensors.__getitem__, full) for name, full in names.items()}))
 
 
 def build(part: str, config: dict[str, Any]) -> nn.Module:
@@ -170,7 +171,7 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
     patches = denoiser(
         transformer.cut_patches(noisy_latents),
         encoder_hidden_states=conditioning["context"].to(noisy_latents.dtype),
-        encoder_hidden_states_mask=mask if holds_numbers(mask) and not mask.all() else None,
+        encoder_hidden_states_mask=mask.to(noisy_latents.device) if holds_numbers(mask) and not mask.all() else None,
         timestep=timesteps / 1000,
         img_shapes=[(1, height // 2, width // 2)] * len(noisy_latents),
         return_dict=False,

@@ -74,4 +74,5 @@ SD15 = FamilySpec(
     encode_text=encode_text,
     image_conditioning=image_conditioning,
     predict=predict,
+    has_clip_skip=True,
 )

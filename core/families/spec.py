@@ -86,6 +86,12 @@ def stack_conditioning(parts: Sequence[Conditioning]) -> Conditioning:
     return joined
 
 
+def on_device(conditioning: Conditioning, device: torch.device) -> Conditioning:
+    """The conditioning on the device, but `context_mask` on the CPU: a family asks it how long its texts are, for which a
+    GPU would have to be waited for at every step."""
+    return {name: value.to("cpu" if name == "context_mask" else device) for name, value in conditioning.items()}
+
+
 @dataclass(frozen=True)
 class FamilySpec:
     """A model family: data, and the functions that differ from family to family."""
@@ -135,7 +141,8 @@ class FamilySpec:
     predict: Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
     """(denoiser, noisy latents (B, C, H, W), timesteps (B,), conditioning) -> prediction (B, C, H, W).
 
-    The denoiser works in the dtype of the latents; the conditioning comes in the dtype that it was made in. Timesteps run
+    The denoiser works in the dtype of the latents; the conditioning comes in the dtype that it was made in, and on the
+    device of the latents but for a `context_mask`, which is on the CPU. Timesteps run
     from 0 (picture) to 1000 (noise), whole numbers unless the family is a rectified flow.
     """
     flow_shift: Callable[[int], float] | None = None
@@ -148,10 +155,14 @@ class FamilySpec:
     embeds_guidance: Callable[[dict[str, Any]], bool] = lambda config: False
     """The denoiser's config -> whether guidance is a number that it takes (`guidance` in the conditioning, distilled), so
     that no prediction without the prompt is needed."""
+    has_clip_skip: bool = False
+    """Whether the layer of the text encoder whose states are used can be chosen."""
     optional_encoders: tuple[str, ...] = ()
     """Those of `text_encoders` that a base may lack."""
     is_distilled: Callable[[dict[str, Any]], bool] = lambda config: False
-    """The denoiser's config -> whether the model was distilled to a few steps, which training on it would undo."""
+    """The denoiser's config -> whether it says that the model was distilled to a few steps, which training would undo."""
+    distilled_names: str = "turbo|lightning|schnell"
+    """Regular expression of what the file names of such models contain, where nothing in the file tells them from others."""
     lora_scheme: Literal["kohya", "comfy"] = "kohya"
     """Names that its LoRA files are written with: those that most programs load."""
 

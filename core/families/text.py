@@ -76,7 +76,7 @@ def library_tensors(readers: Mapping[str, Callable[[], Tensor]]) -> dict[str, Ca
         for name, read in readers.items()
     }
     # Neither what a language model writes words with nor what it sees pictures with.
-    named = {_qwen_name(name): read for name, read in named.items() if not re.search(r"^lm_head\.|\bvisual\.", name)}
+    named = {_qwen_name(name): read for name, read in named.items() if not re.search(r"\b(lm_head|visual)\.", name)}
     # T5's embedding has two names, of which files have one.
     tied = ("shared.weight", "encoder.embed_tokens.weight")
     embedding = next((named[name] for name in tied if name in named), None)

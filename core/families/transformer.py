@@ -13,7 +13,7 @@ from ..errors import MissingPackage, UnmatchedKeys
 from ..lora_keys.family import FamilyKeys, Place
 from . import text
 from .ldm import VAE_PREFIXES, kl_pixels, vae_component
-from .spec import DENOISER_PREFIX, Component, LatentShape, LazyTensors
+from .spec import DENOISER_PREFIX, Component, LatentShape, LazyTensors, holds_numbers
 
 
 def denoiser_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -107,6 +107,11 @@ def join_patches(patches: Tensor, height: int, width: int) -> Tensor:
 def grid_positions(height: int, width: int, device: torch.device) -> Tensor:
     """(height * width, 3) float32: 0, row and column of each position of a picture."""
     return torch.cartesian_prod(*(torch.arange(float(count), device=device) for count in (1, height, width)))
+
+
+def text_lengths(mask: Tensor) -> list[int]:
+    """How many tokens each text of a batch has, from its `context_mask`."""
+    return mask.sum(1).int().tolist() if holds_numbers(mask) else [mask.shape[1]] * len(mask)
 
 
 def other_parts(

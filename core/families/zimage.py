@@ -1,8 +1,8 @@
 """Z-Image (Alibaba, 2025): a rectified flow; one stream of text and image after a refiner for each; 1024 px.
 
-Text comes from Qwen3-4B. Z-Image-Turbo has the same tensors and cannot be told from the base model: it is distilled to eight
-steps without guidance, and a LoRA that is trained on it alone undoes that. Train on the base model, or on Turbo with a
-training adapter merged into it.
+Text comes from Qwen3-4B. Z-Image-Turbo has the same tensors, so that only its name tells it from the base model: it is
+distilled to eight steps without guidance, and a LoRA that is trained on it alone undoes that. Train on the base model, or on
+Turbo with a training adapter merged into it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..lora_keys.lumina import ZIMAGE as KEYS
 from . import text, transformer
 from .ldm import build_vae, count_children
-from .spec import Component, Conditioning, FamilySpec, LatentShape, holds_numbers
+from .spec import Component, Conditioning, FamilySpec, LatentShape
 
 TEXT = {"text_encoder": "qwen3_4b"}
 TEXT_TOKENS = 512
@@ -80,8 +80,7 @@ def image_conditioning(
 
 def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
     context = conditioning["context"].to(noisy_latents.dtype)
-    mask = conditioning["context_mask"]
-    lengths = mask.sum(1).int().tolist() if holds_numbers(mask) else [mask.shape[1]] * len(mask)
+    lengths = transformer.text_lengths(conditioning["context_mask"])
     # Its time runs from 0, noise, to 1, picture, and so does its velocity.
     velocities = denoiser(
         list(noisy_latents.unsqueeze(2)),

@@ -7,7 +7,7 @@ A family adds one table, a `FamilyKeys`, to the list `FAMILIES` here.
 
 from collections.abc import Iterable
 
-from .family import FamilyKeys, Fusion, ModuleId, Place, Sign
+from .family import FamilyKeys, Fusion, ModuleId, Place, Sign, text_encoder_path
 from .flux import CHROMA, FLUX1, FLUX2
 from .lumina import LUMINA2, ZIMAGE
 from .names import EMBEDDING_KEYS, NamedTensor, bundled_embedding, parse_key
@@ -23,16 +23,18 @@ FAMILIES: dict[str, FamilyKeys] = {
 
 
 def families_of(modules: Iterable[tuple[str, str, tuple[int, ...] | None]]) -> list[str]:
-    """The families that fit best: those with the most signs among (part, path, shape of the weight); none without any."""
-    scores = {name: (0, 0) for name in FAMILIES}
+    """The families that fit best: those with the most signs among (part, path, shape of the weight); none without any.
+
+    Signs in text encoders, which families share, only decide between those that fit equally without.
+    """
+    scores = {name: [0, 0, 0, 0] for name in FAMILIES}
     for part, path, shape in modules:
         for family in FAMILIES.values():
             for sign in family.signs:
                 if sign.matches(part, path, shape):
-                    decisive, structural = scores[family.name]
-                    scores[family.name] = (decisive + sign.decisive, structural + (not sign.decisive))
+                    scores[family.name][2 * (part != "denoiser") + (not sign.decisive)] += 1
     best = max(scores.values())
-    return [name for name, score in scores.items() if score == best != (0, 0)]
+    return [name for name, score in scores.items() if score == best and any(score)]
 
 
 __all__ = [
@@ -49,4 +51,5 @@ __all__ = [
     "families_of",
     "not_loaded",
     "parse_key",
+    "text_encoder_path",
 ]

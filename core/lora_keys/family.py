@@ -107,6 +107,17 @@ class Sign:
         return self.inputs is not None or self.ratio is not None
 
 
+def clip_signs(width: int) -> tuple[Sign, ...]:
+    """The signs of a first text encoder that is a CLIP of that width."""
+    return (
+        Sign(r"^(text_model\.)?encoder\.layers\.", part="text_encoder"),
+        Sign(r"(self_attn\.\w+|mlp\.fc1)$", frozenset({width}), part="text_encoder"),
+    )
+
+
+CLIP_G_SIGN = Sign(r"(self_attn\.\w+|mlp\.fc1)$", frozenset({1280}), part="text_encoder_2")
+
+
 @dataclass(frozen=True)
 class FamilyKeys:
     """The names of one family's modules in every scheme, and what its LoRAs are known by."""
@@ -147,10 +158,13 @@ class FamilyKeys:
             return Place(part, fusion, fusion.parts.index(path))
         # peft's files of a text encoder have the same prefix as those of a denoiser.
         part = "text_encoder" if part == "denoiser" else self.part_names.get(part, part)
-        # transformers 5 dropped "text_model." from CLIP's paths, so files written with it lack it; all others have it.
-        if path.startswith(("encoder.layers.", "embeddings.", "final_layer_norm")):
-            path = f"text_model.{path}"
+        path = text_encoder_path(path)
         return Place(part, Fusion(path, (path,)), None)
+
+
+def text_encoder_path(path: str) -> str:
+    """A path in a text encoder with the `text_model.` that transformers 5 dropped from CLIP's, and no other lacks."""
+    return f"text_model.{path}" if path.startswith(("encoder.layers.", "embeddings.", "final_layer_norm")) else path
 
 
 def by_rules(*rules: Fusion) -> tuple[Callable[[str], Fusion | None], Callable[[str], Fusion]]:

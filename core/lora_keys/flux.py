@@ -1,6 +1,6 @@
 """FLUX.1, Chroma and FLUX.2: double blocks of an image and a text stream, then single blocks of both together."""
 
-from .family import FamilyKeys, Fusion, Sign, by_rules
+from .family import FamilyKeys, Fusion, Sign, by_rules, clip_signs
 
 _DOUBLE, _SINGLE = "transformer_blocks.{}", "single_transformer_blocks.{}"
 _QKV = (1, 1, 1)
@@ -86,6 +86,7 @@ FLUX1 = FamilyKeys(
         # Chroma took the modulation layers out.
         Sign(r"(mod|modulation)\.lin$|^(vector|guidance)_in\.", frozenset({256, 768, 3072})),
         Sign(r"^(single_)?transformer_blocks\.\d+\.norm(1|1_context)?\.linear$", _WIDTH_1),
+        *clip_signs(768),
     ),
     of_original=_of_original,
     of_diffusers=_of_diffusers,

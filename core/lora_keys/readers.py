@@ -66,6 +66,8 @@ def not_loaded(reader: str, family: FamilyKeys, module_name: str, kind: str, key
     if reader == "ComfyUI":
         if any(re.search(r"\.lora_(up|B(\.\w+)?)\.bias$", key) for key in keys):
             return "a bias of the up matrix"
+        if any("lora_magnitude_vector" in key for key in keys):
+            return "lora_magnitude_vector, without which it is another change"
         return _not_loaded_by_comfyui(family, named)
     if any(key.endswith((".diff_b", ".b_norm")) for key in keys):
         return "changes of a bias"

@@ -1,6 +1,6 @@
 """SD3 and SD3.5: MM-DiT with joint blocks of an image and a text ("context") stream."""
 
-from .family import FamilyKeys, Fusion, Sign, by_rules
+from .family import CLIP_G_SIGN, FamilyKeys, Fusion, Sign, by_rules, clip_signs
 
 _BLOCK = "transformer_blocks.{}"
 _JOINT = "joint_blocks.{}"
@@ -37,6 +37,8 @@ SD3 = FamilyKeys(
         Sign(r"^(joint_blocks|transformer_blocks)\.\d+\."),
         Sign(r"^joint_blocks\.\d+\.(x|context)_block\.attn2?\.", frozenset({1536, 2432})),
         Sign(r"^transformer_blocks\.\d+\.attn2?\.", frozenset({1536, 2432})),
+        *clip_signs(768),
+        CLIP_G_SIGN,
     ),
     of_original=_of_original,
     of_diffusers=_of_diffusers,

@@ -3,7 +3,7 @@
 import re
 from functools import partial
 
-from .family import FamilyKeys, Fusion, Sign
+from .family import CLIP_G_SIGN, FamilyKeys, Fusion, Sign, clip_signs
 from .ldm import diffusers_unet_path, ldm_unet_path
 
 _ORIGINAL_ROOTS = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
@@ -34,8 +34,7 @@ def _signs(context_width: int, text_width: int) -> tuple[Sign, ...]:
     return (
         Sign(r"(^|\.)(down_blocks|up_blocks|mid_block|input_blocks|output_blocks|middle_block)\."),
         Sign(r"attn2\.to_[kv]$", frozenset({context_width})),
-        Sign(r"^(text_model\.)?encoder\.layers\.", part="text_encoder"),
-        Sign(r"(self_attn\.\w+|mlp\.fc1)$", frozenset({text_width}), part="text_encoder"),
+        *clip_signs(text_width),
     )
 
 
@@ -76,7 +75,7 @@ SDXL = FamilyKeys(
         # Up to ten transformer blocks in a row, where SD1.x and SD2.x have one.
         Sign(r"\.transformer_blocks\.[1-9]\.", frozenset({640, 1280, 2048, 2560, 5120})),
         Sign(r"\.transformer_blocks\.[1-9]\."),
-        Sign(r"(self_attn\.\w+|mlp\.fc1)$", frozenset({1280}), part="text_encoder_2"),
+        CLIP_G_SIGN,
     ),
     of_original=_of_original,
     of_diffusers=_of_diffusers_sdxl,

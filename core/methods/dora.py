@@ -17,8 +17,10 @@ from ..base import Base
 from ..config import TrainConfig
 from ..errors import LoraMisfit
 from ..families.spec import FamilySpec, replace_module
-from ..lora_file import LoraFile, LoraModule, name_kinds
+from ..lora_file import LoraFile
 from ..lora_keys import ModuleId
+from ..lora_layer import LoraLayer
+from ..lora_modules import LoraModule, name_kinds
 from .lora import LoraAdapter
 from .lora import attach as attach_lora
 
@@ -26,12 +28,10 @@ from .lora import attach as attach_lora
 class MagnitudeLayer(nn.Module):
     """A LoRA layer whose columns have trained lengths. A factor on a column of the weight is one on the input."""
 
-    def __init__(self, lora_layer: nn.Module, weight: Tensor, down: Tensor, up: Tensor, scale: float):
+    def __init__(self, lora_layer: LoraLayer):
         super().__init__()
         self.lora_layer = lora_layer
-        self.magnitude = nn.Parameter(column_norms(weight.detach()))
-        self._scale = scale
-        self._tensors = (weight, down, up)  # in a tuple: they are parameters of the layer within
+        self.magnitude = nn.Parameter(column_norms(lora_layer.weight.detach()))
         self._enabled = True
 
     def enable(self, enabled: bool) -> None:
@@ -40,10 +40,11 @@ class MagnitudeLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self._enabled:
             return self.lora_layer(x)
-        weight, down, up = self._tensors
+        # As it is now: a memory plan may keep it in 8 bits, or away from the device.
+        weight, down, up = self.lora_layer.weight, self.lora_layer.down, self.lora_layer.up
         with torch.no_grad():  # the norm counts as a constant (section 4.3 of the paper)
             change = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
-            norms = column_norms(weight + self._scale * change)
+            norms = column_norms(weight + self.lora_layer.scale * change)
         factors = (self.magnitude / norms).to(x.dtype)
         return self.lora_layer(x * (factors[:, None, None] if weight.ndim == 4 else factors))
 
@@ -119,15 +120,10 @@ def attach(
     """A DoraAdapter, which at first changes nothing: the LoRA is 0, and the lengths are those of the frozen weights."""
     targets = target_modules(family, config, networks)
     name_kinds(family.name, {module: {} for module in targets})  # refuses what could not be written
-    weights = {(part, path): networks[part].get_submodule(path).weight for part, path in targets}
     adapter = attach_lora(networks, family, config)
-    parameters, modules, layers = adapter.parameters(), adapter.modules(), {}
-    for (part, path), weight in weights.items():
-        layers[part, path] = MagnitudeLayer(
-            networks[part].get_submodule(path), weight,  # pyright: ignore
-            parameters[f"{part}.{path}.down"], parameters[f"{part}.{path}.up"], modules[part, path].scale,
-        )  # fmt: skip
-        replace_module(networks[part], path, layers[part, path])
+    layers = {module: MagnitudeLayer(layer) for module, layer in adapter.layers.items()}
+    for (part, path), layer in layers.items():
+        replace_module(networks[part], path, layer)
     dora = DoraAdapter(networks, adapter, layers)
     if continue_from is not None:
         dora.load(continue_from)

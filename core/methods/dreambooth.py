@@ -11,18 +11,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Adapter, Method, target_modules
+from ..adapters import Adapter, Method, refuse_settings_of_lora, target_modules
 from ..base import Base, load_base
 from ..config import TrainConfig
 from ..errors import BadConfig, LoraMisfit, OutOfMemory
 from ..families.spec import FamilySpec
-from ..lora_file import LoraFile, LoraModule
+from ..lora_file import LoraFile
 from ..lora_keys import ModuleId
+from ..lora_modules import LoraModule
 from ..lora_tools import factorise
+from ..memory_plan import OPTIMIZER_BYTES
 from ..original_checkpoint import ORIGINAL_FAMILIES, original_tensors
 
-OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2.0, "adafactor": 0.1, "prodigy": 16.0}
-"""What an optimizer keeps of each trained number."""
 _PLAIN_BYTES = 8
 """A float32 weight and its gradient."""
 _GIB = 2**30
@@ -77,8 +77,7 @@ def attach(
         raise BadConfig(f"method 'dreambooth': no checkpoint of {family.title} can be written; use 'lora'")
     if continue_from is not None:
         raise LoraMisfit(f"{continue_from.name}: method 'dreambooth' goes on from a checkpoint: give it as the base")
-    if config.dropout or config.rslora:
-        raise BadConfig("dropout and rslora: method 'dreambooth' has none; they are for 'lora' and 'dora'")
+    refuse_settings_of_lora(config)
     parameters = [parameter for network in networks.values() for parameter in network.parameters()]
     check_memory(sum(parameter.numel() for parameter in parameters), config, free_memory(parameters[0].device))
     adapter = FullAdapter(networks, {})
@@ -138,5 +137,6 @@ def beside(file: LoraFile, base: Base, config: TrainConfig) -> dict[str, LoraFil
 
 
 METHOD = Method(
-    "DreamBooth: all weights (arXiv:2208.12242)", attach, beside=beside, makes="checkpoint", rate_factor=0.1
-)
+    "DreamBooth: all weights (arXiv:2208.12242)", attach, beside=beside, makes="checkpoint", rate_factor=0.1,
+    freezes_weights=False,
+)  # fmt: skip

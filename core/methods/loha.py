@@ -34,4 +34,9 @@ def attach(
     return adapter
 
 
-METHOD = Method("LoHa, the product of two LoRAs element by element (arXiv:2108.06098)", attach, rate_factor=0.15)
+METHOD = Method(
+    "LoHa, the product of two LoRAs element by element (arXiv:2108.06098)",
+    attach,
+    rate_factor=0.15,
+    has_pefts_layers=True,
+)

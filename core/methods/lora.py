@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,10 @@ from ..base import Base
 from ..config import TrainConfig
 from ..errors import LoraMisfit
 from ..families.spec import FamilySpec
-from ..lora_file import LoraFile, LoraModule, name_in_scheme
+from ..lora_file import LoraFile
 from ..lora_keys import FAMILIES, ModuleId
 from ..lora_layer import LoraLayer
+from ..lora_modules import LoraModule, name_in_scheme
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +28,8 @@ class LoraAdapter(Adapter):
     """What stands in the place of each adapted module."""
     shared: Mapping[ModuleId, ModuleId]
     """Module -> the one whose A it uses: of layers that are one in the file (q, k and v), the first; else itself."""
+    _cast: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    """Parameter -> its place in the dtype of the arithmetic, where that is not float32."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         found = {}
@@ -35,6 +38,23 @@ class LoraAdapter(Adapter):
                 found[f"{part}.{path}.down"] = layer.down
             found[f"{part}.{path}.up"] = layer.up
         return found
+
+    @contextmanager
+    def cast_once(self, dtype: torch.dtype) -> Iterator[None]:
+        if dtype == torch.float32:
+            yield
+            return
+        if not self._cast:
+            self._cast.update((value, torch.empty_like(value, dtype=dtype)) for value in self.parameters().values())
+        with torch.no_grad():
+            torch._foreach_copy_(list(self._cast.values()), list(self._cast))  # a few kernels for all of them
+        for layer in self.layers.values():
+            layer.cast = self._cast[layer.down], self._cast[layer.up]
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.cast = None
 
     def modules(self, values: Mapping[str, Tensor] | None = None) -> dict[ModuleId, LoraModule]:
         """The weight changes as they are now (or with other `values` in the place of the parameters), detached, on the CPU."""
@@ -127,4 +147,4 @@ def _shared(family: FamilySpec, layers: Mapping[ModuleId, LoraLayer]) -> dict[Mo
     return shared
 
 
-METHOD = Method("LoRA (arXiv:2106.09685)", attach)
+METHOD = Method("LoRA (arXiv:2106.09685)", attach, keeps_dtype=True)

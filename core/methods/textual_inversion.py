@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Adapter, Method
+from ..adapters import Adapter, Method, refuse_settings_of_lora
 from ..base import Base
 from ..config import TrainConfig
 from ..embeddings import PART_KEYS, WORD_KEY, embedding_tensors
@@ -72,6 +72,7 @@ def attach(
         raise BadConfig(f"method {config.method!r}: no embeddings for {family.title}; known for {', '.join(PART_KEYS)}")
     if continue_from is not None:
         raise LoraMisfit(f"{continue_from.name}: method {config.method!r} starts from words, not from a file")
+    refuse_settings_of_lora(config)
     start = caption_tokens(config.embedding_words or config.class_word)
     if not start:
         raise BadConfig(f"embedding_words = {config.embedding_words!r}: there is no word in it")

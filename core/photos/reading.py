@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 import struct
 import warnings
@@ -19,7 +20,7 @@ from PIL import Image, ImageCms, ImageOps
 from ..errors import BadPhoto
 
 HEIF_SUFFIXES = (".heic", ".heif")
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", *HEIF_SUFFIXES)
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", *HEIF_SUFFIXES)
 MASK_ENDING = "-masklabel.png"
 """`anna-masklabel.png` beside `anna.jpg` is its mask, white where the loss counts: the name that OneTrainer uses."""
 
@@ -50,6 +51,17 @@ class Photo:
     source: Path | Image.Image = field(repr=False, compare=False)
     mask_source: Path | Image.Image | None = field(default=None, repr=False, compare=False)
 
+    @property
+    def fingerprint(self) -> str:
+        """Equal for photos that train the same: picture, mask, caption and repeats; whatever its name."""
+        source = self.mask_source
+        if isinstance(source, Image.Image):
+            mask = f"{source.mode} {source.size}".encode() + source.tobytes()
+        else:
+            mask = source.read_bytes() if source else b""
+        described = [self.digest, hashlib.sha256(mask).hexdigest(), self.caption, self.repeats]
+        return hashlib.sha256(repr(described).encode("utf-8", "surrogateescape")).hexdigest()
+
     @classmethod
     def from_image(
         cls,
@@ -62,6 +74,8 @@ class Photo:
         """A photo of pixels in memory: any Pillow mode, with an optional mask (white where the loss counts)."""
         with _opened(name, image):
             image = ImageOps.exif_transpose(image)
+            if image.mode == "P":  # whose pixels mean nothing without the palette
+                image = image.convert("RGBA" if image.has_transparency_data else "RGB")
         if mask is not None and mask.size != image.size:
             raise BadPhoto(f"{name}: the mask has {_times(mask.size)} pixels, the photo {_times(image.size)}")
         digest = hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
@@ -108,15 +122,19 @@ def read_photos(
     A photo that cannot be read is named to `on_warning` and left out; with `strict` it raises. Captions come from
     `NAME.txt` beside the photo, masks from `NAME-masklabel.png` or from transparency.
 
-    Raises BadPhoto where the folder is missing, is a file, or holds no readable photo.
+    Raises BadPhoto where the folder is missing, is a file, may not be read, or holds no readable photo.
     """
     folder = Path(folder)
-    if not folder.exists():
-        raise BadPhoto(f"{folder}: there is no such folder of photos")
-    if not folder.is_dir():
-        raise BadPhoto(f"{folder}: photos are read from a folder, and this is a file")
+    try:
+        if not folder.exists():
+            raise BadPhoto(f"{folder}: there is no such folder of photos")
+        if not folder.is_dir():
+            raise BadPhoto(f"{folder}: photos are read from a folder, and this is a file")
+        paths = list(_photo_paths(folder, on_warning))
+    except OSError as problem:
+        raise BadPhoto(f"{problem.filename or folder}: cannot be read ({problem.strerror})") from problem
 
-    photos = _read_each(_photo_paths(folder, on_warning), strict, on_warning)
+    photos = _read_each(paths, strict, on_warning)
     if not photos:
         raise BadPhoto(f"{folder}: no readable photo in this folder (looked for {' '.join(PHOTO_SUFFIXES)})")
     return photos
@@ -162,9 +180,9 @@ def _photo_paths(folder: Path, on_warning: Callable[[str], None]) -> Iterator[tu
 def _is_photo_file(path: Path) -> bool:
     name = path.name.lower()
     # "._x.jpg" are the shadows that macOS leaves on foreign disks.
-    return (
-        name.endswith(PHOTO_SUFFIXES) and not name.endswith(MASK_ENDING) and not name.startswith(".") and path.is_file()
-    )
+    if not name.endswith(PHOTO_SUFFIXES) or name.endswith(MASK_ENDING) or name.startswith("."):
+        return False
+    return path.is_file() or path.is_symlink()  # a link to a photo that is gone is named, not passed over
 
 
 def _read_photo(path: Path, repeats: int) -> Photo:
@@ -189,7 +207,9 @@ def _read_photo(path: Path, repeats: int) -> Photo:
             raise BadPhoto(f"{mask_path.name}: has {_times(mask_size)} pixels, its photo {_times(size)}")
     else:
         mask_path = None
-    return Photo(path.name, size, _read_caption(path.with_suffix(".txt")), repeats, digest, path, mask_path)
+    # A name from another system's archive need not be UTF-8, which no page and no terminal can then show.
+    name = os.fsencode(path.name).decode(errors="replace")
+    return Photo(name, size, _read_caption(path.with_suffix(".txt")), repeats, digest, path, mask_path)
 
 
 def _read_caption(path: Path) -> str | None:

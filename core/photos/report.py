@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..errors import BadConfig
 from ..faces import Face, FaceNetwork, likeness
 from . import measure
 from .reading import Photo
@@ -87,7 +88,10 @@ class Thresholds:
         """The defaults, which are for 1024 pixels, with the sizes of faces in proportion to another resolution.
 
         Likeness counts as it does for that face network; one that is not in LIKENESS_LIMITS is taken to be like SFace.
+        BadConfig for a resolution below 1.
         """
+        if resolution < 1:
+            raise BadConfig(f"resolution = {resolution}: must be at least 1")
         default = cls()
         reject, review, same_picture = LIKENESS_LIMITS.get(network, LIKENESS_LIMITS["sface"])
         return replace(
@@ -340,7 +344,8 @@ def _mark_copies(
         ]
         distance, nearest = min(copies, default=(64, -1))
         if distance <= limits.same_picture:
-            finding = Finding(REJECT, f"the same picture as {looks[nearest].photo.name}, which is kept")
+            stays = "" if reports[nearest].verdict == REJECT else ", which is kept"
+            finding = Finding(REJECT, f"the same picture as {looks[nearest].photo.name}{stays}")
         elif distance <= limits.similar_picture:
             finding = Finding(REVIEW, f"almost the same picture as {looks[nearest].photo.name}")
         else:
@@ -446,12 +451,9 @@ def _advise(
     if several_people:
         advice.append("The photos show different people, and no one is in most of them: sort them first.")
     if len(usable) < limits.photos_needed:
-        advice.append(
-            f"{len(usable)} of {len(reports)} photos can be used; at least {limits.photos_needed} are needed, "
-            f"{limits.photos_wanted} to 20 work best."
-        )
+        advice.append(f"At least {limits.photos_needed} are needed; {limits.photos_wanted} to 20 work best.")
     elif len(usable) < limits.photos_wanted:
-        advice.append(f"{limits.photos_wanted - len(usable)} more photos would help: {len(usable)} can be used.")
+        advice.append(f"{limits.photos_wanted - len(usable)} more would help.")
     missing = [
         (limits.turned_wanted - sum(report.view != VIEWS[0] for report in usable), "with the head turned to a side"),
         (

@@ -1,0 +1,71 @@
+"""core/compiled.py: compiled blocks train like plain ones, and are a choice that can fail."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from core.compiled import CompiledBlocks
+from core.config import TrainConfig
+from core.run import Run
+from core.training import train_lora
+from tests.tooling import encoded_cache, encoded_image, small_flow_base
+
+CPU = torch.device("cpu")
+CONFIG = TrainConfig(
+    rank=2, steps=20, learning_rate=1e-3, precision="fp32", gradient_checkpointing="off", prior_prediction=0.5
+)
+
+
+@pytest.fixture(scope="module")
+def base():
+    return small_flow_base("flux1")
+
+
+@pytest.fixture(scope="module")
+def cache(base):
+    shape = (base.latent_shape.channels, 8, 12)
+    return encoded_cache(base, [encoded_image(base, "0.png", "a photo of sks person", 0, shape=shape)])
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_as_plain_ones_do(base, cache):
+    plain = Run(cache, base, CONFIG, CPU)
+    compiled = Run(cache, base, replace(CONFIG, compile=True), CPU, check_cancelled=lambda: None)
+    assert compiled.compiled and not compiled.why_not_compiled
+    torch._dynamo.utils.counters.clear()
+    for _ in range(CONFIG.steps):
+        plain.train_step()
+        compiled.train_step()
+        torch.testing.assert_close(compiled.loss, plain.loss, rtol=1e-4, atol=0)
+    for name, parameter in plain.parameters.items():
+        torch.testing.assert_close(compiled.parameters[name], parameter, rtol=1e-3, atol=1e-4)
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"] and counters["frames"]["ok"] == counters["frames"]["total"]
+
+
+def test_pictures_are_drawn_with_the_blocks_as_they_are():
+    """Their shapes and precision differ from those of the steps: compiling for them would take longer than it saves."""
+    seen = []
+
+    class Block(torch.nn.Module):
+        def forward(self, x):
+            seen.append(torch.compiler.is_compiling())
+            return x
+
+    block = Block()
+    CompiledBlocks([block])
+    block(torch.ones(1, 2))
+    assert seen == [False]
+
+
+def test_where_nothing_can_be_compiled_the_training_goes_on_without(base, cache, monkeypatch):
+    def no_compiler(*_, **__):
+        raise RuntimeError("no C++ compiler found\nand more")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    warnings = []
+    config = replace(CONFIG, steps=1, compile=True)
+    lora = train_lora(cache, base, config, device=CPU, on_warning=warnings.append)
+    assert lora.modules()
+    assert warnings == ["compile: not possible here (no C++ compiler found); the training goes on without"]
