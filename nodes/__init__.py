@@ -5,6 +5,7 @@
 
 from comfy_api.latest import ComfyExtension
 
+from ..core import errors
 from . import panel, photos, style_pack
 from .apply import ApplyLora
 from .helpers import ContactSheet, InspectLora, LikenessScore, SaveLora
@@ -22,6 +23,11 @@ NODES = [
     LikenessScore,
     ContactSheet,
 ]
+
+# ComfyUI shows an error with its module, and calls the modules of a pack by the path of its folder.
+for kind in vars(errors).values():
+    if isinstance(kind, type):
+        kind.__module__ = "FaceLoRA"
 
 
 class FaceLoraExtension(ComfyExtension):

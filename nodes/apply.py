@@ -16,7 +16,8 @@ from ..core.lora_file import Entry, LoraFile
 from ..core.lora_inspect import trigger_words
 from .beside import BesideWeights
 from .convert import LoraModel, loadable, lora_file
-from .panel import show_text
+from .embeddings import prompt_phrase
+from .own_changes import load_patches
 
 CONNECTED = "(the connected LoRA)"
 MODES = ("into the weights", "bypass", "off")
@@ -82,7 +83,7 @@ class ApplyLora(io.ComfyNode):
                 ),
                 io.String.Output(display_name="prompt", tooltip="'a photo of' the trigger phrase, to begin a prompt with."),
             ],
-            hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,  # what it shows is shown again where it need not run
         )  # fmt: skip
 
     @classmethod
@@ -106,14 +107,18 @@ class ApplyLora(io.ComfyNode):
             raise BadFile("no LoRA: connect one, or choose a file in lora_name")
         else:
             found = LoraFile.read(_path(lora_name))
+        if not found.entries:
+            raise LoraMisfit(
+                f"{Path(found.name).name}: changes no weight: a file of words (textual inversion) belongs into the embeddings "
+                "folder, where prompts name it as embedding:NAME"
+            )
         if mode != "off":
             steps = (start_percent, end_percent)
             model, clip = _apply(
                 found, model, clip, strength_model, strength_clip, block_weights, mode == "bypass", steps
             )
-        phrase = next(iter(trigger_words(found.metadata)), "")
-        text = summary(found, phrase)
-        show_text(cls, text)
+        phrase, missing = prompt_phrase(found, next(iter(trigger_words(found.metadata)), ""))
+        text = summary(found, phrase) + (f"\n{missing}" if missing else "")
         return io.NodeOutput(model, clip, phrase, f"a photo of {phrase}" if phrase else "", ui=ui.PreviewText(text))
 
 
@@ -132,8 +137,8 @@ def _apply(
         movable = [entry for entry in group if (bypass or not whole) and _works_beside(entry, key_map[entry.name])]
         rest = [entry for entry in group if entry not in movable]
         fixed += rest
-        beside.add(_patches(lora, movable, key_map), strength_model * factor)
-        _add_patches(model, _patches(lora, rest, key_map), strength_model * factor, lora)
+        beside.add(load_patches(lora, movable, key_map), strength_model * factor)
+        _add_patches(model, load_patches(lora, rest, key_map), strength_model * factor, lora)
     if fixed and not whole:
         raise BadConfig(
             f"start_percent, end_percent: {len(fixed)} modules of {Path(lora.name).name} can only go into the weights, for "
@@ -145,7 +150,7 @@ def _apply(
         key_map = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
         clip = clip.clone()
         for factor, group in _by_factor([entry for entry in entries if entry.part != "denoiser"], factors):
-            _add_patches(clip, _patches(lora, group, key_map), strength_clip * factor, lora)
+            _add_patches(clip, load_patches(lora, group, key_map), strength_clip * factor, lora)
     return model, clip
 
 
@@ -169,12 +174,6 @@ def _works_beside(entry: Entry, place: Any) -> bool:
     return additive and entry.keys.keys().isdisjoint(("diff_b", "reshape_weight")) and only_rows
 
 
-def _patches(lora: LoraFile, entries: list[Entry], key_map: Mapping[str, Any]) -> dict[Any, Any]:
-    """Place in the model -> what ComfyUI patches it with."""
-    tensors = {key: lora.tensors[key] for entry in entries for key in entry.keys.values()}
-    return comfy.lora.load_lora(tensors, {entry.name: key_map[entry.name] for entry in entries})
-
-
 def _add_patches(model_or_clip: Any, patches: Mapping[Any, Any], strength: float, lora: LoraFile) -> None:
     """Adds the patches to a MODEL or CLIP. LoraMisfit where ComfyUI has none of a bias that the LoRA changes."""
     if left_over := patches.keys() - set(model_or_clip.add_patches(patches, strength)):
@@ -186,7 +185,7 @@ def summary(lora: LoraFile, phrase: str) -> str:
     ranks = sorted({entry.rank for entry in lora.entries if entry.rank is not None})
     rank = f", rank {ranks[0]}" if len(ranks) == 1 else f", ranks {ranks[0]} to {ranks[-1]}" if ranks else ""
     return (
-        f"{Path(lora.name).name}: {lora.family}{rank};\ntrigger: {phrase or 'not stated'};\n"
+        f"{Path(lora.name).name}: {lora.family}{rank}\ntrigger: {phrase or 'not stated'}\n"
         f"base: {lora.metadata.get('ss_sd_model_name') or 'not stated'}"
     )
 

@@ -20,11 +20,12 @@ from PIL import Image
 from torch import Tensor
 
 from ..core.base import Base, CaptionEncoder, load_base
+from ..core.base_weights import BaseLayers
 from ..core.config import TrainConfig
 from ..core.errors import BadConfig, BadPhoto, FaceLoraError, LoraMisfit, UnknownFamily
 from ..core.families import FAMILIES
 from ..core.families.spec import Conditioning, LazyTensors
-from ..core.lora_file import Entry, LoraFile
+from ..core.lora_file import Entry, LoraFile, fit
 from ..core.lora_tools import convert_lora
 from ..core.photos import Photo
 from ..core.safetensors_file import tensor_bytes
@@ -38,6 +39,7 @@ LoraModel = io.Custom("LORA_MODEL")
 
 FAMILY_OF_CLASS = {
     "SD15": "sd15", "SDXL": "sdxl", "SD3": "sd3", "Flux": "flux1", "FluxSchnell": "flux1", "Flux2": "flux2",
+    "Chroma": "chroma",
     "ZImage": "zimage", "QwenImage": "qwen-image",
 }  # fmt: skip
 """Name of ComfyUI's class of a model (comfy.supported_models) -> its family."""
@@ -135,7 +137,8 @@ def _encode_caption(clip: Any, title: str, width: int, caption: str) -> Conditio
             f"{given['cond'].shape[-1]}; load its text encoders with the loader's type for it"
         )
     names = {"context": "cond", "pooled": "pooled_output", "context_mask": "attention_mask"}
-    return {
+    # A mask that hides nothing is left out by ComfyUI.
+    return {"context_mask": torch.ones(given["cond"].shape[:2])} | {
         ours: given[theirs].clone().cpu() for ours, theirs in names.items() if isinstance(given.get(theirs), Tensor)
     }
 
@@ -259,34 +262,29 @@ def lora_file(value: Mapping[str, Tensor]) -> LoraFile:
 
 
 def loadable(lora: LoraFile, model: Any, clip: Any | None) -> tuple[LoraFile, list[Entry]]:
-    """The LoRA in a naming scheme of which ComfyUI loads every name, and its entries that have a place: those of text
-    encoders have none if there is no CLIP.
+    """The LoRA in a naming scheme of which ComfyUI loads every name, and its entries, without those of text encoders if
+    there is no CLIP.
 
-    LoraMisfit, naming some of them, when there is no such scheme: ComfyUI itself would only log it and go on.
+    LoraMisfit when it does not fit the models, or when there is no such scheme: ComfyUI itself would only log it and go on.
     """
-    shapes = _place_shapes(model.model, comfy.lora.model_lora_keys_unet(model.model, {}))
-    if clip is not None:
-        shapes |= _place_shapes(clip.cond_stage_model, comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}))
-    problems = []
+    parts = {f"model.{name}": tensor for name, tensor in model.model.state_dict().items()}
+    names = comfy.lora.model_lora_keys_unet(model.model, {})
+    if clip is None:
+        lora = lora.of_parts({"denoiser"})
+    else:
+        parts |= {f"text_encoders.{name}": tensor for name, tensor in clip.cond_stage_model.state_dict().items()}
+        names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, names)
+    shapes = {name: tuple(tensor.shape) for name, tensor in parts.items()}
+    base = BaseLayers(shapes, _file_name(model), FAMILY_OF_CLASS.get(_class_name(model)))
+    fit(lora, base.family, base.shapes, base.biased).check(Path(lora.name).name)
+    skipped: list[str] = []
     for candidate in _in_every_scheme(lora):
-        entries = [entry for entry in candidate.entries if clip is not None or entry.part == "denoiser"]
-        misfits = {key: "is not understood" for key in candidate.unknown_keys}
-        for entry in entries:
-            if entry.name not in shapes:
-                misfits[entry.name] = "has no place"
-            elif "bias" in entry.keys:
-                misfits[entry.name] = "has a bias in its up matrix"
-            elif not _same_size(entry, shapes[entry.name]):
-                sizes = f"{list(entry.weight_shape or ())}, it has {list(shapes[entry.name])}"
-                misfits[entry.name] = f"changes a weight of shape {sizes}"
-        if not misfits:
-            return candidate, entries
-        problems.append(misfits)
-    first = problems[0]
-    examples = "; ".join(f"{name} {why}" for name, why in list(first.items())[:3])
+        skipped = [entry.name for entry in candidate.entries if entry.name not in names or "bias" in entry.keys]
+        if not skipped:
+            return candidate, list(candidate.entries)
     raise LoraMisfit(
-        f"{Path(lora.name).name}: is a LoRA for {lora.family} and does not fit MODEL, which is "
-        f"{_class_name(model)}: {len(first)} of {len(lora.entries)} modules, e.g. {examples}"
+        f"{Path(lora.name).name}: ComfyUI would leave out {len(skipped)} of {len(lora.entries)} modules, e.g. "
+        f"{', '.join(skipped[:3])}: it has no name for them, or they have a bias in the up matrix"
     )
 
 
@@ -297,27 +295,3 @@ def _in_every_scheme(lora: LoraFile) -> Iterator[LoraFile]:
             yield convert_lora(lora, scheme)[0]
         except FaceLoraError:
             continue  # the scheme has no word for something in it; the reason given is that of the file as it is
-
-
-def _place_shapes(network: Any, places: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name in a LoRA -> shape of the weight that it changes, from ComfyUI's key map.
-
-    The map's values are a weight's name, or (name, (dimension, start, length)) for a part of a weight.
-    """
-    weights = network.state_dict()
-    shapes = {}
-    for name, place in places.items():
-        weight, part = (place, None) if isinstance(place, str) else place[:2]
-        if weight not in weights:  # the map is made for the usual depth
-            continue
-        shape = list(weights[weight].shape)
-        if part is not None:
-            shape[part[0]] = part[2]
-        shapes[name] = tuple(shape)
-    return shapes
-
-
-def _same_size(entry: Entry, shape: tuple[int, ...]) -> bool:
-    # 1x1 convolutions may be written as Linear and kernels flattened, so only the sizes count.
-    own = entry.weight_shape
-    return own is None or (own[0] == shape[0] and np.prod(own[1:]) == np.prod(shape[1:]))

@@ -16,7 +16,7 @@ from ..core.lora_inspect import format_inspection, inspect_lora
 from ..core.lora_tools import convert_lora
 from ..core.photos_to_lora import SAVE_DTYPES
 from .convert import FacePhotos, LoraModel, image_tensor, lora_file, lora_model, photos_of, pictures
-from .panel import show_text
+from .file_names import lora_path
 from .plot import score_plot
 
 
@@ -33,7 +33,9 @@ class SaveLora(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 LoraModel.Input("lora", tooltip="A LoRA from Train Face LoRA or from a loader."),
-                io.String.Input("name", default="lora", tooltip="Name of the file; a number is added to it."),
+                io.String.Input(
+                    "name", default="lora", tooltip="Name of the file, or FOLDER/NAME; a number is added to it."
+                ),
                 io.Combo.Input(
                     "scheme",
                     options=["kohya", "diffusers", "comfy"],
@@ -48,14 +50,15 @@ class SaveLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora, name, scheme, precision) -> io.NodeOutput:
+        prefix = f"loras/{lora_path(name)}"
         converted, _ = convert_lora(lora_file(lora), scheme)
         folder, stem, counter, subfolder, _ = folder_paths.get_save_image_path(
-            f"loras/{name}", folder_paths.get_output_directory()
+            prefix, folder_paths.get_output_directory()
         )
         path = Path(folder) / f"{stem}_{counter:05}_.safetensors"
         converted.save(path, SAVE_DTYPES[precision])
-        relative = (Path(subfolder).relative_to("loras") / path.name).as_posix()
-        return io.NodeOutput(relative, ui=ui.PreviewText(relative))
+        relative = str(Path(subfolder).relative_to("loras") / path.name)
+        return io.NodeOutput(relative, ui=ui.PreviewText(f"written: output/loras/{relative}"))
 
 
 class InspectLora(io.ComfyNode):
@@ -81,7 +84,6 @@ class InspectLora(io.ComfyNode):
                 io.String.Output(display_name="json", tooltip="The same for programs."),
                 LoraModel.Output(display_name="lora", tooltip="The LoRA itself, for Save LoRA or Apply LoRA."),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -94,7 +96,6 @@ class InspectLora(io.ComfyNode):
         path = folder_paths.get_full_path_or_raise("loras", lora_name)
         found = inspect_lora(path)
         report = format_inspection(found)
-        show_text(cls, report)
         lora = lora_model(LoraFile.read(path))
         return io.NodeOutput(report, json.dumps(found, indent=1), lora, ui=ui.PreviewText(report))
 

@@ -1,4 +1,4 @@
-"""What the nodes tell the browser: lines of text under a node, and the state of a training for its live panel."""
+"""What a training tells the browser: its state, for the live panel."""
 
 # pyright: reportMissingImports=false
 
@@ -30,7 +30,7 @@ SERIES = {"history": "loss", "learning_rates": "learning_rate", "likenesses": "l
 """Name in a state -> the value of the news of a step whose course it is, as a list of (step, value)."""
 TRAINING = ("training", "samples")
 """Phases in which there is something to keep."""
-ENDED = ("done", "stopped")
+ENDED = ("done", "stopped", "failed")
 """Phases after which nothing more comes."""
 SAVE_INTERVAL = 10.0
 """Seconds between two times that the states are saved while a training goes on."""
@@ -42,26 +42,22 @@ _states: dict[str, dict[str, Any]] = {}
 _wanted_stops: set[str] = set()
 
 
-def show_text(node: Any, text: str) -> None:
-    """Shows a few lines under a node class that asked for its hidden unique_id."""
-    if PromptServer.instance is not None and node.hidden.unique_id is not None:
-        PromptServer.instance.send_progress_text(text, node.hidden.unique_id)
-
-
-def begin(node_id: str, history: Sequence[tuple[int, float]], photos: Sequence[Photo]) -> None:
-    """Forgets the node's last training, and a stop that came too late for it. `history` is the loss before this run."""
+def begin(node_id: str, photos: Sequence[Photo]) -> None:
+    """Forgets the node's last training, and a stop that came too late for it."""
     shown = [photo.image(shorter_side=SAMPLE_SIDE) for photo in photos[:PHOTOS]]
     _states.pop(node_id, None)
     _states[node_id] = {}
     _wanted_stops.discard(node_id)
-    news = {"workflow": _workflow_id(), "history": list(history), "photos": data_urls(shown)}
+    news = {"workflow": _workflow_id(), "phase": "reading the model", "photos": data_urls(shown)}
     publish(node_id, {"begin": True, **news})
 
 
 def _workflow_id() -> str | None:
     """The id of the workflow that is running, as a page's graph has it; None for a prompt that no page has sent."""
     for _, _, _, extra, *_ in list(PromptServer.instance.prompt_queue.currently_running.values()):
-        return extra.get("extra_pnginfo", {}).get("workflow", {}).get("id")
+        match extra:
+            case {"extra_pnginfo": {"workflow": {"id": str(workflow_id)}}}:
+                return workflow_id
     return None
 
 
@@ -130,7 +126,10 @@ def add_routes() -> None:
 
     @routes.post("/facelora/stop")
     async def stop(request: web.Request) -> web.Response:
-        node_id = str((await request.json()).get("node"))
+        try:
+            node_id = str((await request.json())["node"])
+        except (ValueError, TypeError, KeyError):
+            return web.json_response({"error": 'send {"node": ID}'}, status=400)
         if _states.get(node_id, {}).get("phase") not in TRAINING:
             return web.json_response({"error": f"node {node_id} is not training"}, status=404)
         _wanted_stops.add(node_id)

@@ -61,8 +61,8 @@ class LoadFacePhotos(io.ComfyNode):
                     default="",
                     multiline=True,
                     placeholder="names of pictures in the input folder, one a line",
-                    tooltip="Single photos, taken beside those of the folder: drop files onto the node, paste them, or press "
-                    "Add photos. The value is their names in ComfyUI's input folder, one a line.",
+                    tooltip="Single photos, taken beside those of the folder: drop files or a folder onto the node, paste "
+                    "them, or press Add photos. The value is their names in ComfyUI's input folder, one a line.",
                 ),
             ],
             outputs=[

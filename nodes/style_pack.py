@@ -6,14 +6,13 @@ from pathlib import Path
 
 import folder_paths
 from aiohttp import web
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 from server import PromptServer
 
 from ..core.errors import BadConfig, BadStylePack
 from ..core.style_pack import FAMILY_DEFAULTS, FoundPacks, Subject, find_style_packs
 from ..core.style_picture import style_picture
 from .convert import style_family
-from .panel import show_text
 
 FROM_MODEL = "that of the model"
 
@@ -96,7 +95,7 @@ class HeadshotStylePack(io.ComfyNode):
                     "picture.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
+            has_intermediate_output=True,
         )  # fmt: skip
 
     @classmethod
@@ -123,8 +122,6 @@ class HeadshotStylePack(io.ComfyNode):
                 raise BadConfig("family: connect a model, or choose a family")
             family = style_family(model)
         found = find_packs()
-        if found.problems:
-            show_text(cls, "\n".join(found.problems))
         prompts = found.pick(pack).prompts(
             Subject(subject.strip(), class_word=""), family, count, first_seed,
             styles=_names(styles) or None, resolution=resolution or None,
@@ -139,6 +136,7 @@ class HeadshotStylePack(io.ComfyNode):
             [item.steps for item in prompts],
             [item.style for item in prompts],
             [item.strength for item in prompts],
+            ui=ui.PreviewText("\n".join(found.problems)),
         )
 
 

@@ -2,14 +2,14 @@
 
 # pyright: reportMissingImports=false
 
-import hashlib
 import json
 import math
-import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +24,36 @@ from ..core.base import Base
 from ..core.cache import cache_folder, content_key
 from ..core.config import TrainConfig, config_from, settings_of_the_file
 from ..core.errors import BadConfig, BadFile, FaceLoraError
-from ..core.files import write_text
+from ..core.families import FAMILIES
+from ..core.files import write_file, write_text
 from ..core.generate import contact_sheet
 from ..core.likeness import LIKENESS_KEY, LikenessPoint
-from ..core.lora_file import LoraFile, model_hash
+from ..core.lora_file import LoraFile
+from ..core.lora_hashes import model_hash
 from ..core.methods import METHODS
 from ..core.photos import Photo
 from ..core.photos_to_lora import SAVE_DTYPES, train
 from ..core.recipes import MEASUREMENTS, RECIPES, recipe_settings
+from ..core.safetensors_file import SafetensorsFile
 from ..core.training import StepReport, StopAndKeep
 from . import panel
 from .convert import FacePhotos, LoraModel, base_from, image_tensor, lora_file, lora_model, photos_of, trained_family
+from .embeddings import write_embedding
+from .file_names import lora_path
 from .plot import loss_plot
 
 KEY = "facelora.key"
 """In a LoRA's metadata: what it was made from, as a hash. The file that a run would make is found by it."""
-TRAINING_VERSION = "1"
+MODEL_HASH = "sshs_model_hash"
+"""In the metadata of every saved LoRA: the hash of its tensors."""
+TRAINING_VERSION = "2"
 """Part of every key: raised when the same inputs would train differently."""
 SHOW_INTERVAL = 0.5
 """Seconds between two looks at the loss, each of which waits for the device."""
 SAVE_INTERVAL = 10.0
 """Seconds between two times that the curve is saved, of which a killed server loses the rest."""
+_made: dict[str, set[Path]] = {}
+"""Name in the node -> the files that it has given out since the server was started."""
 
 
 class TrainFaceLora(io.ComfyNode):
@@ -146,11 +155,19 @@ class TrainFaceLora(io.ComfyNode):
     def validate_inputs(cls, settings: Any = None) -> bool | str:
         """Finds a wrong line of settings before anything is loaded. (ComfyUI would repeat the message for each argument.)"""
         text = settings[0] if isinstance(settings, list) else settings
+        # What the lines may need of the recipe and the other widgets: many steps, samples, photos held out.
+        plenty = {"steps": 100_000, "sample_every": 1}
         try:
-            config_from(_toml(text or ""))
+            config_from(recipe_settings("best", "sd15", plenty | _toml(text or "")))
         except FaceLoraError as problem:
             return str(problem)
         return True
+
+    @classmethod
+    def fingerprint_inputs(cls, name: Any = None, **_: object) -> list[str]:
+        """Changes when a file that was made has been deleted or moved: the name that ComfyUI remembers is then of none."""
+        given = name[0] if isinstance(name, list) else name
+        return sorted(str(path) for path in _made.get(given, ()) if not path.exists())
 
     @classmethod
     def execute(
@@ -158,10 +175,11 @@ class TrainFaceLora(io.ComfyNode):
         resolution, training_seed, sample_prompts, settings, captions=None, class_photos=None, masks=None,
         continue_from=None,
     ) -> io.NodeOutput:  # fmt: skip
-        _check_name(name[0])
+        family = trained_family(model[0])
+        _check_parts(model[0], clip[0], vae[0])
         config = _config(
-            trained_family(model[0]), trigger_word[0], class_word[0], recipe[0], samples[0], steps[0], rank[0],
-            learning_rate[0], resolution[0], training_seed[0], sample_prompts[0], settings[0],
+            family, _clip_skip(family, clip[0].layer_idx), trigger_word[0], class_word[0], recipe[0], samples[0], steps[0],
+            rank[0], learning_rate[0], resolution[0], training_seed[0], sample_prompts[0], settings[0],
         )  # fmt: skip
         if METHODS[config.method].makes != "lora":
             raise BadConfig(
@@ -169,7 +187,7 @@ class TrainFaceLora(io.ComfyNode):
                 "train it on the command line (facelora train)"
             )
         job = Job(
-            name=name[0],
+            name=lora_path(name[0]),
             config=config,
             photos=photos_of(photos, captions, masks),
             class_photos=photos_of(class_photos) or None,
@@ -179,6 +197,7 @@ class TrainFaceLora(io.ComfyNode):
         comfy.model_management.soft_empty_cache()
         with torch.inference_mode(False):
             path, run = make(job, base_from(model[0], clip[0], vae[0], config), cls.hidden.unique_id)
+        _made.setdefault(name[0], set()).add(path)
         relative = str(path.relative_to(_loras_folder()))
         plot = loss_plot(run.history(), f"{path.stem}: loss")
         return io.NodeOutput(
@@ -192,20 +211,33 @@ def _help(setting: str) -> str:
 
 
 def _config(
-    family: str, trigger_word: str, class_word: str, recipe: str, samples: int, steps: int, rank: int, learning_rate: float,
-    resolution: int, seed: int, sample_prompts: str, settings: str,
+    family: str, clip_skip: Mapping[str, int], trigger_word: str, class_word: str, recipe: str, samples: int, steps: int,
+    rank: int, learning_rate: float, resolution: int, seed: int, sample_prompts: str, settings: str,
 ) -> TrainConfig:  # fmt: skip
-    """The TrainConfig of the node's widgets: the recipe, then the widgets that are not 0, then the settings."""
+    """The TrainConfig of the node's inputs: the recipe, then CLIP's layer and the widgets that are not 0, then the settings."""
     widgets = {"steps": steps, "rank": rank, "learning_rate": learning_rate, "resolution": resolution}
     given = {name: value for name, value in widgets.items() if value}
-    given |= {"trigger_word": trigger_word, "class_word": class_word, "seed": seed} | _toml(settings)
-    prompts = [line.strip() for line in sample_prompts.splitlines() if line.strip()]
-    if prompts:
-        given["sample_prompts"] = prompts
+    given |= {"trigger_word": trigger_word, "class_word": class_word, "seed": seed}
+    given |= {**clip_skip, **_toml(settings)}
     chosen = recipe_settings(recipe, family, given)
     if samples and "sample_every" not in given:
         chosen["sample_every"] = max(1, -(-chosen["steps"] // samples))
+    prompts = [line.strip() for line in sample_prompts.splitlines() if line.strip()]
+    if prompts and chosen.get("sample_every"):
+        chosen["sample_prompts"] = prompts
     return config_from(chosen)
+
+
+def _clip_skip(family: str, layer: int | None) -> dict[str, int]:
+    """The setting that is CLIP Set Last Layer's. BadConfig for a layer that the family is not trained on."""
+    spec = FAMILIES[family]
+    if layer is None or spec.flow_shift:  # their CLIP encodes the captions itself
+        return {}
+    if spec.has_clip_skip:
+        return {"clip_skip": -layer}
+    if layer == -2:  # what SDXL takes anyway
+        return {}
+    raise BadConfig(f"clip: CLIP Set Last Layer is at {layer}, and {spec.title} is trained on layer -2 alone; set that")
 
 
 def _toml(text: str) -> dict[str, Any]:
@@ -219,14 +251,14 @@ def _toml(text: str) -> dict[str, Any]:
         raise BadConfig(f"settings: {error}; each line is NAME = VALUE, text in quotes") from None
 
 
-def _check_name(name: str) -> None:
-    parts = re.split(r"[\\/]", name)
-    if (
-        not name.strip()
-        or any(part.strip() in ("", ".", "..") for part in parts)
-        or re.search(r'[<>:"|?*\x00-\x1f]', name)
-    ):
-        raise BadConfig(f"name {name!r}: give a file name, or FOLDER/NAME below the loras folder")
+def _check_parts(model: Any, clip: Any, vae: Any) -> None:
+    """BadConfig where a loader has found no text encoder or no VAE in its file, which it only logs, or another model's VAE."""
+    for name, found in (("clip", clip), ("vae", getattr(vae, "first_stage_model", None))):
+        if found is None:
+            raise BadConfig(f"{name}: the checkpoint that it comes from has none; load MODEL's own from another file")
+    wanted, made = model.model.latent_format.latent_channels, vae.latent_channels
+    if made != wanted:
+        raise BadConfig(f"vae: it makes latents of {made} channels and MODEL takes {wanted}; wire the VAE of MODEL")
 
 
 def _loras_folder() -> Path:
@@ -238,6 +270,7 @@ class Job:
     """What is to be trained, apart from the base model."""
 
     name: str
+    """Of the file, below the loras folder and without its ending."""
     config: TrainConfig
     photos: Sequence[Photo]
     class_photos: Sequence[Photo] | None
@@ -246,34 +279,38 @@ class Job:
     def key(self, base: Base) -> str:
         """Equal when the same file would be made, whatever the photos and models are called."""
         settings = settings_of_the_file(self.config)
-        photos = [
-            [(photo.digest, _mask_digest(photo), photo.caption, photo.repeats) for photo in group]
-            for group in (self.photos, self.class_photos or ())
-        ]
+        photos = [[photo.fingerprint for photo in group] for group in (self.photos, self.class_photos or ())]
         start = model_hash(self.continue_from.tensors) if self.continue_from else None
-        weights = base.fingerprint("denoiser", "vae"), base.text_fingerprint
-        schedule = (base.prediction_type, base.zero_terminal_snr)
-        return content_key(
-            "lora", TRAINING_VERSION, json.dumps(settings, sort_keys=True), photos, start, weights, schedule
-        )
-
-
-def _mask_digest(photo: Photo) -> str:
-    """Of a mask of its own; that of transparency is in the photo's."""
-    source = photo.mask_source
-    data = b"" if source is None else source.read_bytes() if isinstance(source, Path) else source.tobytes()
-    return hashlib.sha256(data).hexdigest()
+        return content_key("lora", TRAINING_VERSION, json.dumps(settings, sort_keys=True), photos, start, base.identity)
 
 
 def make(job: Job, base: Base, node_id: str) -> tuple[Path, "RunFolder"]:
     """The trained file in the loras folder and the folder of its run: found if it is there already, else trained now."""
-    key = job.key(base)
-    run = RunFolder(cache_folder() / "runs" / key)
-    path, found = _place(job.name, key)
-    panel.begin(node_id, run.history(), job.photos)
-    if found:
-        panel.publish(node_id, {"phase": "done", "file": path.name, **_looks(path, run)})
-        return path, run
+    panel.begin(node_id, job.photos)
+    try:
+        key = job.key(base)
+        run = RunFolder(cache_folder() / "runs" / key)
+        panel.publish(node_id, {"history": run.history()})
+        path, found = _place(job.name, key)
+        if found:
+            write_embedding(path)
+        elif before := _with_tensors(run.made()):  # under another name, or moved
+            _write(before, path, job, key)
+            found = True
+        else:
+            _train(job, base, node_id, path, key, run)
+        run.set_made(LoraFile.read(path))
+        panel.publish(node_id, {"phase": "done", "file": path.name, **(_looks(path, run) if found else {})})
+    except Exception as error:
+        panel.publish(node_id, {"phase": "failed", "error": str(error)})
+        raise
+    except BaseException:  # cancelled
+        panel.publish(node_id, {"phase": "stopped"})
+        raise
+    return path, run
+
+
+def _train(job: Job, base: Base, node_id: str, path: Path, key: str, run: "RunFolder") -> None:
     watch = Watch(node_id, job.config, run)
     output = run.path / "lora.safetensors"
     arguments: dict[str, Any] = {
@@ -290,22 +327,25 @@ def make(job: Job, base: Base, node_id: str) -> tuple[Path, "RunFolder"]:
     }
     try:
         lora = train(job.photos, base, job.config, **arguments)
-    except BaseException:
-        panel.publish(node_id, {"phase": "stopped"})
-        raise
     finally:
         run.save_history()
-    metadata = lora.metadata | {KEY: key, "ss_output_name": path.stem}
+    _write(lora, path, job, key)
+    del lora  # Windows deletes no file that is still read
+    output.unlink()
+    output.with_name(f"{output.stem}-embedding{output.suffix}").unlink(missing_ok=True)  # it is in `lora` too
+    for checkpoint in run.path.glob(f"{output.stem}-step*.safetensors"):
+        shutil.move(checkpoint, path.with_name(path.stem + checkpoint.name.removeprefix(output.stem)))
+
+
+def _write(lora: LoraFile, path: Path, job: Job, key: str) -> None:
+    """Writes the LoRA into the loras folder, and the words that it brings along into that of the embeddings."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadFile(f"{path.parent}: cannot be written: {error.strerror}") from None
+    metadata = lora.metadata | {KEY: key, "ss_output_name": path.stem}
     lora.with_metadata(metadata).save(path, SAVE_DTYPES[job.config.save_precision])
-    output.unlink()
-    for checkpoint in run.path.glob(f"{output.stem}-step*.safetensors"):
-        shutil.move(checkpoint, path.with_name(path.stem + checkpoint.name.removeprefix(output.stem)))
-    panel.publish(node_id, {"phase": "done", "file": path.name})
-    return path, run
+    write_embedding(path)
 
 
 def _looks(path: Path, run: "RunFolder") -> dict[str, Any]:
@@ -329,12 +369,27 @@ def _place(name: str, key: str) -> tuple[Path, bool]:
         path = _loras_folder() / f"{name}{f'-{number}' if number > 1 else ''}.safetensors"
         if not path.exists():
             return path, False
-        try:
-            if LoraFile.read(path).metadata.get(KEY) == key:
-                return path, True
-        except FaceLoraError:
-            pass  # whatever it is, it is not ours
+        if _has_key(path, key):
+            return path, True
         number += 1
+
+
+def _has_key(path: Path, key: str) -> bool:
+    """Whether that is a LoRA, made from what the key says."""
+    try:
+        return LoraFile.read(path).metadata.get(KEY) == key
+    except FaceLoraError:
+        return False
+
+
+def _with_tensors(made: str | None) -> LoraFile | None:
+    """The first LoRA of the loras folders whose tensors have that hash, whatever it is called now."""
+    for name in folder_paths.get_filename_list("loras") if made else ():
+        with suppress(FaceLoraError, FileNotFoundError):
+            path = folder_paths.get_full_path_or_raise("loras", name)
+            if SafetensorsFile.open(path).metadata.get(MODEL_HASH) == made:
+                return LoraFile.read(path)
+    return None
 
 
 @dataclass
@@ -362,9 +417,17 @@ class RunFolder:
     def save_history(self) -> None:
         write_text(self.path / "history.json", json.dumps(self._history))
 
+    def made(self) -> str | None:
+        """The hash of the tensors of the LoRA that the run has made, None if it has made none yet."""
+        file = self.path / "made.txt"
+        return file.read_text("utf-8") if file.exists() else None
+
+    def set_made(self, lora: LoraFile) -> None:
+        write_text(self.path / "made.txt", lora.metadata[MODEL_HASH])
+
     def add_samples(self, step: int, images: Sequence[Image.Image]) -> None:
         for index, image in enumerate(images):
-            image.save(self.path / f"sample-{step:06d}-{index}.png")
+            write_file(self.path / f"sample-{step:06d}-{index}.png", partial(image.save, format="PNG"))
 
     def samples(self) -> dict[int, list[Image.Image]]:
         """Step -> its samples."""

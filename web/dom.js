@@ -19,7 +19,7 @@ const MARGIN = 4
 export function addElement(node, name, element, height) {
   const room = () => height() + 2 * MARGIN
   const widget = node.addDOMWidget(name, `facelora_${name}`, element, {
-    serialize: false, hideOnZoom: false, margin: MARGIN, getMinHeight: room, getMaxHeight: room,
+    serialize: false, hideOnZoom: false, hideInPanel: true, margin: MARGIN, getMinHeight: room, getMaxHeight: room,
   })
   widget.serialize = false
   return widget

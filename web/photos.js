@@ -10,6 +10,21 @@ const HEIC = /\.(heic|heif|avif)$/i // for which some browsers know no type
 
 const isPicture = (file) => file.type.startsWith("image/") || HEIC.test(file.name)
 
+/** The file of something that was dropped, or the files of a folder. */
+async function filesOf(entry) {
+  if (entry.isFile) return [await new Promise((done, failed) => entry.file(done, failed))]
+  const reader = entry.createReader(), inside = []
+  for (let more = [null]; more.length; inside.push(...more))
+    more = await new Promise((done, failed) => reader.readEntries(done, failed))
+  return (await Promise.all(inside.map(filesOf))).flat()
+}
+
+/** All files that were dropped. The entries are there only until the event is over. */
+async function dropped({ items, files }) {
+  const entries = [...items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean)
+  return entries.some((entry) => entry.isDirectory) ? (await Promise.all(entries.map(filesOf))).flat() : [...files]
+}
+
 /** The name in the input folder of an uploaded file; the server gives another if that is taken by other content. */
 async function upload(file) {
   const body = new FormData()
@@ -36,7 +51,7 @@ class Pictures {
     const root = make("div", "facelora-panel", make("div", "facelora-row", this.button, this.note), this.tiles)
     this.widget = addElement(node, "thumbnails", root, () => this.height())
     node.onDragOver = (event) => [...(event.dataTransfer?.items ?? [])].some((item) => item.kind === "file")
-    node.onDragDrop = (event) => this.add([...event.dataTransfer.files])
+    node.onDragDrop = async (event) => this.add(await dropped(event.dataTransfer))
     node.pasteFiles = (files) => this.add([...files])
     whenChanged(node, this.value, () => this.show())
     this.show()

@@ -9,7 +9,7 @@ const NODE = "FaceLoRATrain"
 const EVENT = "facelora.training"
 const IDLE_HEIGHT = 28
 const TRAINING = new Set(["training", "samples"])
-const ENDED = new Set(["done", "stopped", undefined])
+const ENDED = new Set(["done", "stopped", "failed", undefined])
 
 /** Execution id of a node -> the last known state of its training, as GET /facelora/training gives it. */
 const states = new Map()
@@ -26,16 +26,18 @@ function duration(seconds) {
 }
 
 function statusText(state) {
-  if (state.stopping && TRAINING.has(state.phase)) return `ending after step ${state.step}, keeping what is learned`
+  if (state.stopping && TRAINING.has(state.phase)) return `ending after step ${state.step ?? 1}, keeping what is learned`
   if (state.phase === "done") return `done: ${state.file}`
+  if (state.phase === "failed") return `failed: ${state.error}`
   if (state.phase === "stopped") return "stopped; queued again, it goes on from there"
   if (!TRAINING.has(state.phase)) return state.total ? `${state.phase}: ${state.done} of ${state.total}` : state.phase
   const parts = []
-  if ("step" in state)
-    parts.push(`step ${state.step} of ${state.steps}`, `loss ${short(state.loss)}`, `rate ${short(state.learning_rate)}`)
+  const sampling = state.phase === "samples"
+  if ("step" in state) parts.push(`step ${state.step} of ${state.steps}`, `loss ${short(state.loss)}`)
+  if ("step" in state && !sampling) parts.push(`rate ${short(state.learning_rate)}`)
   if (state.likeness != null) parts.push(`likeness ${state.likeness.toFixed(2)}`)
   if (state.seconds_left != null) parts.push(`${duration(state.seconds_left)} left`)
-  if (state.phase === "samples") parts.push(`samples: ${state.done} of ${state.total}`)
+  if (sampling) parts.push(`samples: ${state.done} of ${state.total}`)
   return parts.join(" · ")
 }
 

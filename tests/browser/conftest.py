@@ -28,7 +28,7 @@ SCREENSHOTS = os.environ.get("FACELORA_SCREENSHOTS") == "1"
 IMAGES = PACK / "docs" / "images"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(tmp_path_factory) -> Iterator[ComfyServer]:
     folder = tmp_path_factory.mktemp("browser")
     checkpoints = folder / "models" / "checkpoints"
@@ -48,7 +48,7 @@ def server(tmp_path_factory) -> Iterator[ComfyServer]:
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def lora(server) -> str:
     """The name of a trained LoRA in the server's folder."""
     graph = training(SD15["name"], "my-photos", name=LORA.removesuffix(".safetensors"), training_seed=2)
@@ -57,13 +57,13 @@ def lora(server) -> str:
     return LORA
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def sdxl(server) -> str:
     write_checkpoint(server.folder / "models" / "checkpoints" / SDXL["name"], COMFY_SDXL)
     return SDXL["name"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def flows(server) -> None:
     """The files of the diffusion transformers that the workflows name, small and random."""
     models = server.folder / "models"
@@ -78,7 +78,7 @@ def flows(server) -> None:
                 write_text_encoders(folder, [file["name"]])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser():
     with running_browser() as browser:
         yield browser

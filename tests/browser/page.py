@@ -85,7 +85,8 @@ class ComfyPage:
         self._page.wait_for_function(condition, timeout=1000 * seconds)
 
     def wait_until_ready(self) -> None:
-        self._page.wait_for_function("() => window.LiteGraph?.registered_node_types?.FaceLoRATrain", timeout=300_000)
+        ready = "() => window.app?.graph && window.LiteGraph?.registered_node_types?.FaceLoRATrain"
+        self._page.wait_for_function(ready, timeout=300_000)
         self._page.wait_for_selector("#graph-canvas, canvas", timeout=300_000)
         self._page.wait_for_timeout(500)
 

@@ -7,9 +7,16 @@ from PIL import Image
 
 from core.style_pack import find_style_packs
 
+from .workflows import BUILD, SD15
+
 pytestmark = pytest.mark.browser
 
 PHOTOS, STYLES = "FaceLoRALoadPhotos", "FaceLoRAStylePack"
+
+
+def node(key: str, node_type: str, widgets: dict, links: dict) -> dict:
+    """A node for BUILD."""
+    return {"key": key, "type": node_type, "widgets": widgets, "links": links, "title": "", "height": 0, "models": []}
 
 
 @pytest.fixture
@@ -42,6 +49,14 @@ def test_several_pictures_dropped_on_load_face_photos_are_its_photos(either_page
     assert page.complaints() == []
 
 
+def test_the_pictures_of_a_dropped_folder_are_its_photos(page, files):
+    page.add(PHOTOS)
+    page.drop(PHOTOS, [files[0].parent])
+    page.wait_for("() => document.querySelectorAll('.facelora-tile').length === 3")
+    assert sorted(page.widgets(PHOTOS)["pictures"].split("\n")) == [file.name for file in files[:3]]
+    assert page.complaints() == []
+
+
 def test_pictures_chosen_with_the_button_are_added_to_those_that_are_there(page, files):
     page.add(PHOTOS)
     for chosen in (files[:1], files[1:3]):
@@ -71,4 +86,43 @@ def test_styles_are_chosen_by_their_pictures(either_page):
     page.set_widgets({STYLES: {"pack": "outdoor", "styles": ""}})
     page.wait_for("() => document.querySelector('[data-name=Seaside]')")
     assert page.page.locator(".facelora-dim").count() == 0, "all are drawn where none is named"
+    assert page.complaints() == []
+
+
+def test_what_a_lora_is_stands_in_the_node_also_where_it_did_not_run_again(either_page, server, lora):
+    page = either_page
+    page.reload()  # so that the list of files has the LoRA
+    page.clear()
+    nodes = [
+        node("base", "CheckpointLoaderSimple", {"ckpt_name": SD15["name"]}, {}),
+        node("apply", "FaceLoRAApply", {"lora_name": lora}, {"model": "base.MODEL"}),
+        node("shown", "PreviewAny", {}, {"source": "apply.prompt"}),
+        node("inspect", "FaceLoRAInspect", {"lora_name": lora}, {}),
+    ]
+    page.run(BUILD, [{"title": "", "note": "", "width": 400, "nodes": nodes}])
+    graph = page.saved()
+    page.open(graph, "what-it-is")
+
+    def is_said() -> bool:
+        texts = page.page.locator(".facelora-said").all_inner_texts()
+        return [f"{lora}: sd15, rank 4\ntrigger: sks person" in text for text in texts] == [True, False] and (
+            "arXiv:2106.09685" in texts[1]
+        )
+
+    assert server.wait(page.queue()).status == "success"
+    page.page.wait_for_timeout(500)
+    assert is_said()
+
+    page.clear()  # another tab, and back
+    page.page.get_by_text("what-it-is").first.click()
+    page.page.wait_for_timeout(1000)
+    assert is_said()
+
+    page.reload()
+    page.clear()
+    page.open(graph, "again")
+    result = server.wait(page.queue())
+    assert len(result.cached) == 4
+    page.page.wait_for_timeout(500)
+    assert is_said()
     assert page.complaints() == []

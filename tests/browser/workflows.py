@@ -178,9 +178,10 @@ def photos_to_headshots(name: str, base: Base, lora: str, advice: str) -> Workfl
                     *base.nodes,
                     photos(),
                     Node(
-                        "report", "PreviewAny", {}, {"source": "photos.report"}, "What the photos are worth", height=200
+                        "report", "PreviewAny", {}, {"source": "photos.report"}, "What the photos are worth", height=300
                     ),
                 ],
+                width=560,
             ),
             Step(
                 "Train",
@@ -409,8 +410,7 @@ WORKFLOWS = [
                 note("""**Inspect LoRA** says what a file is: family, rank, trigger words, how it was trained, its hashes, and
                 which keys ComfyUI would not load."""),
                 [
-                    Node("inspect", "FaceLoRAInspect", {"lora_name": LORA}, height=340),
-                    Node("report", "PreviewAny", {}, {"source": "inspect.report"}, "The whole report", height=620),
+                    Node("inspect", "FaceLoRAInspect", {"lora_name": LORA}, height=780),
                 ],
                 width=560,
             ),

@@ -19,7 +19,7 @@ COMFY_SDXL = replace(
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def comfy_folder(tmp_path_factory) -> Path:
     """ComfyUI's base directory: a checkpoint and a folder of photos."""
     folder = tmp_path_factory.mktemp("comfyui")
@@ -33,13 +33,13 @@ def comfy_folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(comfy_folder) -> Iterator[ComfyServer]:
     with running_server(comfy_folder) as server:
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def sdxl_checkpoint(comfy_folder) -> str:
     """The name of an SDXL checkpoint in the server's folder."""
     write_checkpoint(comfy_folder / "models" / "checkpoints" / "sdxl.safetensors", COMFY_SDXL)

@@ -2,14 +2,14 @@
 
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from core.families import FAMILIES
 from core.families.ldm import ldm_vae_path
-from core.safetensors_file import SafetensorsFile, write_safetensors
+from core.safetensors_file import SafetensorsFile, save_safetensors, write_safetensors
 from tests.tooling import RandomTensors
 
 from .setup_comfyui import COMFYUI, PYTHON
@@ -21,24 +21,34 @@ KL = {
 }  # fmt: skip
 
 
-def write_denoisers(folder: Path, names: dict[str, str]) -> None:
-    """A small denoiser of ComfyUI's own class for each family, in a file of that name."""
-    folder.mkdir(parents=True, exist_ok=True)
-    made = {family: folder / f".{name}" for family, name in names.items()}
-    arguments = [str(part) for pair in made.items() for part in pair]
+def run_model_writer(paths: Mapping[str, Path]) -> None:
+    """Name of a model in model_writer.py -> the file that is written."""
+    arguments = [str(part) for pair in paths.items() for part in pair]
     subprocess.run(
         [str(PYTHON), str(Path(__file__).with_name("model_writer.py")), *arguments],
         env={**os.environ, "PYTHONPATH": str(COMFYUI)},
         check=True,
     )
+
+
+def write_denoisers(folder: Path, names: dict[str, str], qwen_vae: Path | None = None) -> None:
+    """A small denoiser of ComfyUI's own class for each family, in a file of that name; Qwen-Image's VAE if it is wanted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = {family: folder / f".{name}" for family, name in names.items()}
+    run_model_writer(made)
     for family, path in made.items():
         file = SafetensorsFile.open(path)
-        weights = {name.removeprefix("weights."): name for name in file if name.startswith("weights.")}
-        layout = {name: (torch.bfloat16, tuple(file[full].shape)) for name, full in weights.items()}
-        write_safetensors(
-            folder / names[family], layout, lambda name, file=file, weights=weights: file[weights[name]].bfloat16()
-        )
+        write_part(file, "weights.", folder / names[family])
+        if family == "qwen-image" and qwen_vae is not None:
+            write_part(file, "vae.weights.", qwen_vae)
         path.unlink()
+
+
+def write_part(file: SafetensorsFile, prefix: str, path: Path) -> None:
+    """The tensors whose names begin with the prefix, without it, in bf16."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name.removeprefix(prefix): file[name].bfloat16() for name in file if name.startswith(prefix)}
+    save_safetensors(path, tensors, None)
 
 
 def write_vae(path: Path) -> None:

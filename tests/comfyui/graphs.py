@@ -9,7 +9,7 @@ def node(class_type: str, **inputs: Any) -> Node:
     return {"class_type": class_type, "inputs": inputs}
 
 
-def load_photos(folder: str = "(no folder)", pictures: str = "", **changes: Any) -> Node:
+def load_photos(folder: str = "(no folder)", pictures: Any = "", **changes: Any) -> Node:
     return node("FaceLoRALoadPhotos", folder=folder, pictures=pictures, **({"check": False, "strict": False} | changes))
 
 

@@ -1,8 +1,9 @@
 """Run by test_lora_readers.py in a process of its own, with ComfyUI on its path: what does ComfyUI make of LoRA files?
 
-Arguments: pairs of family and file. Prints one JSON line for each: how many weights are patched, which keys are reported
-as not loaded, and for each patched weight its change times a fixed vector. The weights are 0 before, or with
-`LORA_READER_BASE=random` fixed random ones, for the kinds whose change depends on them.
+Arguments: pairs of family, or `small-` and the name of a model in model_writer.py, and file. Prints one JSON line for each:
+how many weights are patched, which keys are reported as not loaded, and for each patched weight its change times a fixed
+vector. The weights are 0 before, or with `LORA_READER_BASE=random` fixed random ones, for the kinds whose change depends on
+them.
 """
 
 # pyright: reportMissingImports=false
@@ -25,6 +26,7 @@ import comfy.text_encoders.flux  # noqa: E402
 import comfy.text_encoders.pixart_t5  # noqa: E402
 import comfy.text_encoders.sd2_clip  # noqa: E402
 import comfy.text_encoders.sd3_clip  # noqa: E402
+import model_writer  # noqa: E402
 import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 
@@ -84,6 +86,7 @@ MODELS = {
     ),
     "qwen-image": (supported.QwenImage, {"image_model": "qwen_image", "in_channels": 64, "num_layers": 2}),
 }  # fmt: skip
+MODELS |= {f"small-{name}": (cls, config) for name, (cls, config, *_) in model_writer.MODELS.items()}
 TEXT_ENCODERS = {
     "sd15": comfy.sd1_clip.SD1ClipModel,
     "sd2": comfy.text_encoders.sd2_clip.SD2ClipModel,

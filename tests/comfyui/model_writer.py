@@ -2,8 +2,8 @@
 
 Arguments: pairs of a model's name and file. Writes into each file the weights of a model of the real architecture but few
 and narrow layers, random, under ComfyUI's names (`weights.…`), and for some noisy latents, times and texts what it predicts
-(`case0.…`). The same of the text encoders in TEXTS (`text.weights.…`, and `text.case0.context` for the captions in the file's
-metadata) and of the VAEs in VAES (`vae.weights.…`, and `vae.case0.…`).
+(`case0.…`). The same of the text encoders in TEXTS (`text.weights.…` as in a checkpoint, and `text.case0.…` for the captions in
+the file's metadata) and of the VAEs in VAES (`vae.weights.…`, and `vae.case0.…`).
 """
 
 # pyright: reportMissingImports=false
@@ -21,7 +21,9 @@ import comfy.ldm.wan.vae  # noqa: E402
 import comfy.supported_models as supported  # noqa: E402
 import comfy.text_encoders.flux as flux_text  # noqa: E402
 import comfy.text_encoders.llama  # noqa: E402
+import comfy.text_encoders.pixart_t5  # noqa: E402
 import comfy.text_encoders.qwen_image  # noqa: E402
+import comfy.text_encoders.sd3_clip as sd3_text  # noqa: E402
 import comfy.text_encoders.z_image  # noqa: E402
 import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
@@ -34,11 +36,15 @@ FLUX2 = {**FLUX, "image_model": "flux2", "axes_dim": [32] * 4, "mlp_ratio": 3.0,
          "context_in_dim": 96,
          "global_modulation": True, "mlp_silu_act": True, "default_ref_method": "index",
          "ref_index_scale": 10.0}  # fmt: skip
-SD3 = {"in_channels": 16, "out_channels": 16, "patch_size": 2, "depth": 2, "num_blocks": 3, "input_size": None,
+# ComfyUI counts the modulations of as many blocks as the published model has.
+CHROMA = {**{name: value for name, value in FLUX.items() if name not in ("yak_mlp", "txt_norm")},
+          "image_model": "chroma", "in_channels": 64, "out_channels": 64, "num_heads": 1, "hidden_size": 128, "depth": 19,
+          "depth_single_blocks": 38, "in_dim": 64, "out_dim": 128, "hidden_dim": 64, "n_layers": 2}  # fmt: skip
+SD3 = {"in_channels": 16, "out_channels": 16, "patch_size": 2, "depth": 3, "input_size": None,
        "adm_in_channels": 48, "num_patches": 144, "pos_embed_max_size": 12, "pos_embed_scaling_factor": None,
-       "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 64, "out_features": 128}},
+       "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 192}},
        "x_block_self_attn_layers": []}  # fmt: skip
-SD3_WIDTHS = {"context": 64, "pooled": 48}
+SD3_WIDTHS = {"context": 4096, "pooled": 48}  # ComfyUI fills CLIP's states up to so many
 Z_IMAGE = {"image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 1152, "cap_feat_dim": 64, "n_layers": 2,
            "n_refiner_layers": 1, "qk_norm": True, "n_heads": 9, "n_kv_heads": 9, "axes_dims": [32, 48, 48],
            "axes_lens": [1536, 512, 512], "rope_theta": 256.0, "ffn_dim_multiplier": 8 / 3, "z_image_modulation": True,
@@ -53,23 +59,69 @@ MODELS = {
     "sd3.large": (supported.SD3, {**SD3, "qk_norm": "rms"}, 16, SD3_WIDTHS),
     "sd3.medium": (supported.SD3, SD3, 16, SD3_WIDTHS),
     "flux1": (supported.Flux, {**FLUX, "image_model": "flux", "guidance_embed": True}, 16, {"context": 64, "pooled": 48}),
+    "chroma": (supported.Chroma, CHROMA, 16, {"context": 64}),
     "flux2": (supported.Flux2, {**FLUX2, "guidance_embed": False}, 128, {"context": 96}),
+    "flux2.9b": (supported.Flux2, {**FLUX2, "guidance_embed": False, "num_heads": 3, "hidden_size": 384}, 128, {"context": 96}),
     "flux2.dev": (supported.Flux2, {**FLUX2, "guidance_embed": True}, 128, {"context": 96}),
     "zimage": (supported.ZImage, Z_IMAGE, 16, {"context": 64}),
     "qwen-image": (supported.QwenImage, QWEN_IMAGE, 16, {"context": 64}),
 }  # fmt: skip
-CASES = ((5, (8, 12)), (32, (8, 12)), (40, (8, 12)), (16, (20, 6)))
-"""Tokens of text, and height and width of the latents."""
-# ComfyUI's tokenizer and text encoder, and the encoder's name in it.
-TEXTS = {
-    "flux2": (flux_text.KleinTokenizer, flux_text.klein_te(), "qwen3_4b"),
-    "zimage": (comfy.text_encoders.z_image.ZImageTokenizer, comfy.text_encoders.z_image.ZImageTEModel, "qwen3_4b"),
-    "qwen-image": (
-        comfy.text_encoders.qwen_image.QwenImageTokenizer, comfy.text_encoders.qwen_image.QwenImageTEModel, "qwen25_7b",
+# The same at the published models' widths, with one or two blocks of each kind: for wide_models.py.
+WIDE_FLUX = {"hidden_size": 3072, "num_heads": 24, "depth": 1, "depth_single_blocks": 1}
+MODELS |= {
+    "sd3.wide": (
+        supported.SD3,
+        {**SD3, "qk_norm": "rms", "depth": 38, "num_blocks": 2, "adm_in_channels": 2048, "num_patches": 36864,
+         "pos_embed_max_size": 192,
+         "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 2432}}},
+        16, {"context": 4096, "pooled": 2048},
+    ),
+    "flux1.wide": (
+        supported.Flux,
+        {**FLUX, **WIDE_FLUX, "image_model": "flux", "guidance_embed": True, "context_in_dim": 4096, "vec_in_dim": 768},
+        16, {"context": 4096, "pooled": 768},
+    ),
+    "flux2.wide": (
+        supported.Flux2,
+        {**FLUX2, **WIDE_FLUX, "guidance_embed": False, "hidden_size": 4096, "num_heads": 32, "context_in_dim": 12288},
+        128, {"context": 12288},
+    ),
+    "zimage.wide": (
+        supported.ZImage,
+        {**Z_IMAGE, "dim": 3840, "n_heads": 30, "n_kv_heads": 30, "cap_feat_dim": 2560, "n_layers": 1},
+        16, {"context": 2560},
+    ),
+    "qwen-image.wide": (
+        supported.QwenImage, {**QWEN_IMAGE, "num_attention_heads": 24, "joint_attention_dim": 3584}, 16, {"context": 3584},
     ),
 }  # fmt: skip
+CASES = ((5, (8, 12)), (32, (8, 12)), (40, (8, 12)), (16, (20, 6)))
+"""Tokens of text, and height and width of the latents."""
 SMALL_TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
               "num_key_value_heads": 2}  # fmt: skip
+SMALL_KLEIN = {**SMALL_TEXT, "num_hidden_layers": 28}  # FLUX.2 takes the states after the 9th, 18th and 27th layer
+SMALL_CLIP = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 1, "num_hidden_layers": 3}
+# ComfyUI's tokenizer and text encoder, and its parts' names and sizes.
+TEXTS = {
+    "sd3": (
+        sd3_text.SD3Tokenizer, sd3_text.sd3_clip(dtype_t5=torch.float32),
+        {"clip_l": SMALL_CLIP, "clip_g": {**SMALL_CLIP, "hidden_size": 128, "num_attention_heads": 2},
+         "t5xxl": {"d_model": 256, "d_ff": 64, "d_kv": 64, "num_heads": 2, "num_layers": 2}},
+    ),
+    "chroma": (
+        comfy.text_encoders.pixart_t5.PixArtTokenizer, comfy.text_encoders.pixart_t5.pixart_te(dtype_t5=torch.float32),
+        {"t5xxl": {"d_model": 64, "d_ff": 64, "d_kv": 64, "num_heads": 2, "num_layers": 2}},
+    ),
+    "flux2": (flux_text.KleinTokenizer, flux_text.klein_te(), {"qwen3_4b": SMALL_KLEIN}),
+    "flux2.9b": (flux_text.KleinTokenizer8B, flux_text.klein_te(model_type="qwen3_8b"), {"qwen3_8b": SMALL_KLEIN}),
+    "zimage": (
+        comfy.text_encoders.z_image.ZImageTokenizer, comfy.text_encoders.z_image.ZImageTEModel, {"qwen3_4b": SMALL_TEXT},
+    ),
+    "qwen-image": (
+        comfy.text_encoders.qwen_image.QwenImageTokenizer, comfy.text_encoders.qwen_image.QwenImageTEModel,
+        {"qwen25_7b": SMALL_TEXT},
+    ),
+}  # fmt: skip
 CAPTIONS = ("", "a photo of sks person", "sks person (35), café at night, 東京, smiling: {close-up}")
 _KL = {"double_z": True, "resolution": 64, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1,
        "attn_resolutions": [], "dropout": 0.0, "z_channels": 16}  # fmt: skip
@@ -120,7 +172,7 @@ def write(name: str, path: str) -> None:
     tensors = {f"weights.{key}": value.contiguous() for key, value in model.diffusion_model.state_dict().items()}
     generator = torch.Generator().manual_seed(2)
     for number, (length, (height, width)) in enumerate(CASES):
-        if name == "qwen-image":
+        if name.startswith("qwen-image"):
             width = -(-width // 4) * 4  # odd counts of positions are numbered one apart from the authors' code
         case = {
             "latents": torch.randn(1, channels, height, width, generator=generator),
@@ -128,10 +180,12 @@ def write(name: str, path: str) -> None:
             "context": torch.randn(1, length, widths["context"], generator=generator),
         }
         given: dict[str, Any] = {"c_crossattn": case["context"]}
-        if name == "zimage":
+        if name.startswith("zimage"):
             given["num_tokens"] = length
         if "pooled" in widths:
             given["y"] = case["pooled"] = torch.randn(1, widths["pooled"], generator=generator)
+        if name == "chroma":
+            given["guidance"] = torch.zeros(1)
         if config.get("guidance_embed"):
             given["guidance"] = case["guidance"] = torch.tensor([3.5])
         latents = case["latents"]
@@ -146,19 +200,31 @@ def write(name: str, path: str) -> None:
     safetensors.torch.save_file(tensors, path, {"captions": json.dumps(CAPTIONS)})
 
 
-def text_tensors(family: str) -> dict[str, torch.Tensor]:
-    tokenizer, cls, name = TEXTS[family]
+def text_tensors(name: str) -> dict[str, torch.Tensor]:
+    tokenizer, cls, sizes = TEXTS[name]
     # Hundreds of millions of weights that are for pictures.
     comfy.text_encoders.llama.qwen_vl.Qwen2VLVisionTransformer = lambda **_: torch.nn.Identity()
-    # FLUX.2 takes the states after the 9th, 18th and 27th layer.
-    small = {**SMALL_TEXT, "num_hidden_layers": 28} if family == "flux2" else SMALL_TEXT
-    encoder = cls(dtype=torch.float32, model_options={f"{name}_model_config": small})
-    transformer = getattr(encoder, name).transformer
-    random_weights(transformer)
-    tensors = {f"text.weights.{name}": value.contiguous() for name, value in transformer.state_dict().items()}
+    options = {f"{part}_model_config": dict(config) for part, config in sizes.items()}
+    encoder = cls(dtype=torch.float32, model_options=options)
+    tensors = {}
+    for part in sizes:
+        transformer = getattr(encoder, part).transformer
+        random_weights(transformer)
+        prefix = f"text.weights.text_encoders.{part}.transformer"
+        tensors |= {f"{prefix}.{key}": value.contiguous() for key, value in transformer.state_dict().items()}
+    # SD3's CLIPs are filled up to the width of the real T5: the small one is asked by itself.
+    t5 = encoder.t5xxl if name == "sd3" else None
+    if t5 is not None:
+        encoder.t5xxl = None
     for number, caption in enumerate(CAPTIONS):
-        tokens = tokenizer().tokenize_with_weights(caption)
-        tensors[f"text.case{number}.context"] = encoder.encode_token_weights(tokens)[0].contiguous()
+        # The others take brackets for text anyway.
+        plain = {"disable_weights": True} if name in ("sd3", "chroma") else {}
+        tokens = tokenizer().tokenize_with_weights(caption, **plain)
+        context, pooled = encoder.encode_token_weights(tokens)[:2]
+        case = {"context": context}
+        if t5 is not None:
+            case |= {"pooled": pooled, "of_t5": t5.encode_token_weights(tokens["t5xxl"])[0]}
+        tensors |= {f"text.case{number}.{key}": value.contiguous() for key, value in case.items()}
     return tensors
 
 
@@ -175,5 +241,6 @@ def vae_tensors(family: str) -> dict[str, torch.Tensor]:
     return tensors | {f"vae.case0.{name}": value.contiguous() for name, value in case.items()}
 
 
-for name, path in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
-    write(name, path)
+if __name__ == "__main__":
+    for name, path in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        write(name, path)

@@ -1,7 +1,9 @@
-"""A custom node of ComfyUI for the tests: what a small graphics card makes of a model, and small text encoders."""
+"""Custom nodes of ComfyUI for the tests: what a small graphics card makes of a model, weights as they are used, and small
+text encoders."""
 
 # pyright: reportMissingImports=false
 
+import os
 import sys
 from types import SimpleNamespace
 
@@ -10,7 +12,13 @@ import comfy.model_management
 import comfy.sd
 import comfy.supported_models
 import comfy.text_encoders.flux
+import comfy.text_encoders.llama
+import comfy.text_encoders.pixart_t5
+import comfy.text_encoders.qwen_image
+import comfy.text_encoders.sd3_clip
 import comfy.text_encoders.z_image
+import comfy.utils
+import folder_paths
 import torch
 
 
@@ -32,22 +40,54 @@ class PartlyLoaded:
         return (model,)
 
 
-NODE_CLASS_MAPPINGS = {"TestPartlyLoaded": PartlyLoaded}
+class PatchedWeights:
+    """Writes the weights that patches change, as they are then, into a file of the output folder."""
 
-# ComfyUI takes what is 3840 wide for a Z-Image; this is the narrow one of model_writer.py.
+    CATEGORY = "tests"
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"model": ("MODEL",), "name": ("STRING", {})}})
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "write"
+
+    def write(self, model, name):
+        comfy.model_management.load_models_gpu([model])
+        weights = {key: comfy.utils.get_attr(model.model, key).detach().clone() for key in model.patches}
+        folder = folder_paths.get_output_directory()
+        os.makedirs(folder, exist_ok=True)
+        comfy.utils.save_torch_file(weights, os.path.join(folder, name))
+        return {}
+
+
+NODE_CLASS_MAPPINGS = {"TestPartlyLoaded": PartlyLoaded, "TestPatchedWeights": PatchedWeights}
+
+# ComfyUI takes what is 3840 wide for a Z-Image, and every Qwen-Image and Chroma is 3072 wide; these are the narrow ones of
+# model_writer.py.
 SMALL_ZIMAGE = {
     "dim": 1152, "n_heads": 9, "n_kv_heads": 9, "n_refiner_layers": 1, "axes_dims": [32, 48, 48],
     "axes_lens": [1536, 512, 512], "rope_theta": 256.0, "ffn_dim_multiplier": 8 / 3, "z_image_modulation": True,
     "time_scale": 1000.0, "pad_tokens_multiple": 32,
 }  # fmt: skip
+SMALL = {
+    "qwen_image": {"num_attention_heads": 2, "joint_attention_dim": 64},
+    "chroma": {
+        "out_dim": 128,
+        "hidden_dim": 64,
+        "n_layers": 2,
+        "hidden_size": 128,
+        "num_heads": 1,
+        "context_in_dim": 64,
+    },
+}
 detect = comfy.model_detection.detect_unet_config
 
 
 def detect_also_small(*arguments, **options):
     config = detect(*arguments, **options)
-    if config is None or config.get("dim") != SMALL_ZIMAGE["dim"]:
-        return config
-    return config | SMALL_ZIMAGE
+    if config is None:
+        return None
+    if config.get("dim") == SMALL_ZIMAGE["dim"]:
+        return config | SMALL_ZIMAGE
+    return config | SMALL.get(config.get("image_model"), {})
 
 
 comfy.model_detection.detect_unet_config = detect_also_small
@@ -62,13 +102,24 @@ SIZES = {
         "t5xxl": {"d_model": 64, "d_ff": 64, "d_kv": 64, "num_heads": 1, "num_layers": 1},
     },
     "flux2": {"qwen3_4b": {**QWEN3, "hidden_size": 32}},  # FLUX.2 reads three layers side by side
+    "chroma": {"t5xxl": {"d_model": 64, "d_ff": 64, "d_kv": 64, "num_heads": 1, "num_layers": 1}},
     "lumina2": {"qwen3_4b": QWEN3},
+    "qwen_image": {"qwen25_7b": {**QWEN3, "num_hidden_layers": 2}},
+    "sd3": {
+        "clip_l": {"hidden_size": 16, "intermediate_size": 64, "num_attention_heads": 1, "num_hidden_layers": 3},
+        "clip_g": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 1, "num_hidden_layers": 3},
+    },
 }
 TARGETS = {
     "flux": (comfy.text_encoders.flux.flux_clip(torch.float32), comfy.text_encoders.flux.FluxTokenizer),
     "flux2": (comfy.text_encoders.flux.klein_te(torch.float32), comfy.text_encoders.flux.KleinTokenizer),
+    "chroma": (comfy.text_encoders.pixart_t5.pixart_te(torch.float32), comfy.text_encoders.pixart_t5.PixArtTokenizer),
     "lumina2": (comfy.text_encoders.z_image.te(torch.float32), comfy.text_encoders.z_image.ZImageTokenizer),
+    "qwen_image": (comfy.text_encoders.qwen_image.te(torch.float32), comfy.text_encoders.qwen_image.QwenImageTokenizer),
+    "sd3": (comfy.text_encoders.sd3_clip.sd3_clip(t5=False), comfy.text_encoders.sd3_clip.SD3Tokenizer),
 }
+# Hundreds of millions of weights that are for pictures.
+comfy.text_encoders.llama.qwen_vl.Qwen2VLVisionTransformer = lambda **_: torch.nn.Identity()
 
 
 def small_clip(kind: str):

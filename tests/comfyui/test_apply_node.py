@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
-from core.lora_file import LoraFile, LoraModule
+from core.lora_file import LoraFile
+from core.lora_modules import LoraModule
 from core.lora_tools import convert_lora
 
 from .graphs import drawing, node, training
@@ -134,12 +135,12 @@ def test_dora_cannot_be_limited_to_some_steps_and_says_so(server, lora):
     name = next(entry.name for entry in file.entries if entry.part == "denoiser")
     out = file.tensors[f"{name}.lora_up.weight"].shape[0]
     tensors = {**file.tensors, f"{name}.dora_scale": torch.ones(out, 1)}
-    LoraFile.from_tensors(tensors, file.metadata).save(folder / "dora.safetensors")
+    LoraFile.from_tensors(tensors, file.metadata).save(folder / "one-dora.safetensors")
     result = server.run(
-        BASE | {"apply": apply("dora.safetensors", model=["base", 0], end_percent=0.5)} | shown("apply")
+        BASE | {"apply": apply("one-dora.safetensors", model=["base", 0], end_percent=0.5)} | shown("apply")
     )
     assert result.status == "error"
-    assert "1 modules of dora.safetensors can only go into the weights" in result.error
+    assert "1 modules of one-dora.safetensors can only go into the weights" in result.error
 
 
 def test_nothing_is_trained_on_what_is_computed_beside_the_weights(server, lora):
@@ -156,7 +157,7 @@ def test_a_lora_of_another_family_is_an_error_in_the_node(server, lora):
     LoraFile.from_modules("sdxl", modules, {}).save(server.folder / "models" / "loras" / "xl.safetensors")
     result = server.run(BASE | {"apply": apply("xl.safetensors", model=["base", 0])} | shown("apply"))
     assert result.status == "error"
-    assert "LoraMisfit: xl.safetensors: is a LoRA for sdxl and does not fit MODEL, which is SD15" in result.error
+    assert "LoraMisfit: xl.safetensors: does not fit: it is for sdxl, the base model is sd15" in result.error
 
 
 def test_a_lora_in_a_naming_that_comfyui_skips_is_loaded_all_the_same(server, lora, whole):

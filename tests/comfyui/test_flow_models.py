@@ -4,8 +4,6 @@ Their text encoders and VAEs as well, where these are no older families'.
 """
 
 import json
-import os
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,18 +13,24 @@ import torch
 from torch import Tensor
 
 from core.base import Base, load_base
-from core.families import FAMILIES
+from core.families import FAMILIES, sd3
 from core.families.spec import Conditioning, stack_conditioning
 from core.safetensors_file import SafetensorsFile
 
-from .setup_comfyui import COMFYUI, PYTHON
+from .flow_files import run_model_writer
+from .setup_comfyui import COMFYUI
 
 CPU = torch.device("cpu")
-MODELS = [name for name, family in FAMILIES.items() if family.flow_shift] + ["sd3.large", "sd3.medium", "flux2.dev"]
+MODELS = [name for name, family in FAMILIES.items() if family.flow_shift] + [
+    "sd3.large",
+    "sd3.medium",
+    "flux2.9b",
+    "flux2.dev",
+]
 """Families, and other kinds of them."""
-TEXTS = ["zimage", "qwen-image"]
+TEXTS = ["chroma", "zimage", "qwen-image"]
 """Families whose texts keep their length, so that a mask says what is padding."""
-TOKENIZER = COMFYUI / "comfy" / "text_encoders" / "qwen25_tokenizer"
+QWEN_TOKENIZER, T5_TOKENIZER = (COMFYUI / "comfy" / "text_encoders" / f"{name}_tokenizer" for name in ("qwen25", "t5"))
 pytestmark = pytest.mark.comfyui
 
 
@@ -35,12 +39,7 @@ def files(tmp_path_factory) -> dict[str, Path]:
     """Name of a model -> what ComfyUI's own is made of and predicts."""
     folder = tmp_path_factory.mktemp("models")
     paths = {name: folder / f"{name}.safetensors" for name in MODELS}
-    arguments = [str(part) for pair in paths.items() for part in pair]
-    subprocess.run(
-        [str(PYTHON), str(Path(__file__).with_name("model_writer.py")), *arguments],
-        env={**os.environ, "PYTHONPATH": str(COMFYUI)},
-        check=True,
-    )
+    run_model_writer(paths)
     return paths
 
 
@@ -50,6 +49,12 @@ def part_of(file: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def denoiser_base(file: Mapping[str, Tensor], prefix: str = "", **others: Any) -> Base:
     return load_base({prefix + name: tensor for name, tensor in part_of(file, "weights").items()}, **others)
+
+
+def whole_base(file: Mapping[str, Tensor], **others: Any) -> Base:
+    """Of one checkpoint that holds denoiser and text encoders."""
+    denoiser = {f"model.diffusion_model.{name}": tensor for name, tensor in part_of(file, "weights").items()}
+    return load_base(denoiser | part_of(file, "text.weights"), **others)
 
 
 def cases_of(file: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -96,27 +101,44 @@ def test_texts_of_different_lengths_in_a_batch_give_what_each_gives_alone(files,
     assert_same(ours, predictions)
 
 
+def encode_captions(file: SafetensorsFile, base: Base) -> tuple[Conditioning, list[dict[str, Tensor]]]:
+    """What our text encoders make of the file's captions, and what ComfyUI's makes of each."""
+    captions = json.loads(file.metadata["captions"])
+    with torch.no_grad():
+        ours = base.family.encode_text(base.load_text_encoders(CPU, torch.float32), captions, 1, 1)
+    return ours, [part_of(file, f"text.case{number}") for number in range(len(captions))]
+
+
 @pytest.mark.parametrize("family", TEXTS)
 def test_captions_have_the_states_that_comfyuis_text_encoder_gives(files, family):
     file = SafetensorsFile.open(files[family])
-    encoder = part_of(file, "text.weights") | {"lm_head.weight": torch.zeros(1), "visual.proj.weight": torch.zeros(1)}
-    base = denoiser_base(file, text_encoders=[encoder], tokenizer=TOKENIZER)
-    captions = json.loads(file.metadata["captions"])
-    encoders = base.load_text_encoders(CPU, torch.float32)
-    with torch.no_grad():
-        together = base.family.encode_text(encoders, captions, 1, 1)
-    for number, (states, mask) in enumerate(zip(together["context"], together["context_mask"], strict=True)):
-        assert_same(states[: int(mask.sum())], file[f"text.case{number}.context"][0])
+    kind = {"chroma": "t5xxl", "zimage": "qwen3_4b", "qwen-image": "qwen25_7b"}[family]
+    encoder = part_of(file, f"text.weights.text_encoders.{kind}.transformer")
+    if family != "chroma":
+        encoder |= {"lm_head.weight": torch.zeros(1), "visual.proj.weight": torch.zeros(1)}
+    tokenizer = T5_TOKENIZER if family == "chroma" else QWEN_TOKENIZER
+    together, cases = encode_captions(file, denoiser_base(file, text_encoders=[encoder], tokenizer=tokenizer))
+    padding = int(family == "chroma")  # the authors' one token, which ComfyUI leaves out
+    for states, mask, case in zip(together["context"], together["context_mask"], cases, strict=True):
+        assert_same(states[: int(mask.sum()) - padding], case["context"][0])
         assert mask.tolist() == sorted(mask.tolist(), reverse=True)
 
 
-def test_flux2s_captions_fill_512_tokens_as_in_comfyui(files):
-    file = SafetensorsFile.open(files["flux2"])
-    base = denoiser_base(file, text_encoders=[part_of(file, "text.weights")], tokenizer=TOKENIZER)
-    captions = json.loads(file.metadata["captions"])
-    with torch.no_grad():
-        ours = base.family.encode_text(base.load_text_encoders(CPU, torch.float32), captions, 1, 1)["context"]
-    assert_same(ours, torch.cat([file[f"text.case{number}.context"] for number in range(len(captions))]))
+@pytest.mark.parametrize("model", ["flux2", "flux2.9b"])
+def test_flux2s_captions_fill_512_tokens_as_in_comfyui(files, model):
+    file = SafetensorsFile.open(files[model])
+    ours, cases = encode_captions(file, whole_base(file, tokenizer=QWEN_TOKENIZER))
+    assert_same(ours["context"], torch.cat([case["context"] for case in cases]))
+
+
+def test_sd3s_captions_have_the_states_of_both_clips_and_of_t5_as_in_comfyui(files, monkeypatch):
+    monkeypatch.setattr(sd3, "TEXT_TOKENS", 77)  # ComfyUI fills up to so many, diffusers and sd-scripts to 256
+    file = SafetensorsFile.open(files["sd3"])
+    ours, cases = encode_captions(file, whole_base(file, tokenizer=T5_TOKENIZER))
+    of_clips, of_t5 = ours["context"].split(77, dim=1)
+    assert_same(of_clips, torch.cat([case["context"] for case in cases])[..., : of_clips.shape[2]])
+    assert_same(of_t5, torch.cat([case["of_t5"] for case in cases]))
+    assert_same(ours["pooled"], torch.cat([case["pooled"] for case in cases]))
 
 
 @pytest.mark.parametrize("family", ["sd3", "flux2", "qwen-image"])
@@ -129,3 +151,6 @@ def test_a_vae_gives_what_comfyuis_gives(files, family):
         assert_same(base.family.encode_image(vae, case["pixels"])[0], case["latents"])
         decoded = base.family.decode_latents(vae, case["latents"])
         assert_same(decoded.clamp(-1, 1), case["decoded"].clamp(-1, 1))
+    in_diffusers_names = denoiser_base(file, vae=vae.state_dict())
+    assert in_diffusers_names.components["vae"].config == base.components["vae"].config
+    torch.testing.assert_close(in_diffusers_names.load("vae", CPU, torch.float32).state_dict(), vae.state_dict())

@@ -1,36 +1,55 @@
 """Train Face LoRA and Apply LoRA on small diffusion transformers in a real server."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-import core.families
+from core.base import load_base
 from core.lora_file import LoraFile
+from core.lora_tools import convert_lora
 
 from .flow_files import write_denoisers, write_text_encoders, write_vae
 from .graphs import Node, drawing, node, training
+from .test_lora_readers import (
+    EXACT,
+    Changes,
+    changes_of,
+    comfyui_changes,
+    compare,
+    in_original_names,
+    of_diffusers,
+    run_comfyui,
+)
 
 pytestmark = pytest.mark.comfyui
 
-# Family -> loader of the text encoders, latents, guidance of the sampler.
+# Family -> loader of the text encoders.
 CLIPS: dict[str, Node] = {
+    "sd3": node("DualCLIPLoader", clip_name1="clip_l.safetensors", clip_name2="clip_g.safetensors", type="sd3"),
     "flux1": node("DualCLIPLoader", clip_name1="clip_l.safetensors", clip_name2="t5xxl_fp16.safetensors", type="flux"),
+    "chroma": node("CLIPLoader", clip_name="t5xxl_fp16.safetensors", type="chroma"),
     "flux2": node("CLIPLoader", clip_name="qwen_3_4b.safetensors", type="flux2"),
     "zimage": node("CLIPLoader", clip_name="qwen_3_4b.safetensors", type="lumina2"),
+    "qwen-image": node("CLIPLoader", clip_name="qwen_2.5_vl_7b.safetensors", type="qwen_image"),
 }
-VAES = {"flux1": "ae.safetensors", "flux2": "flux2-vae.safetensors", "zimage": "ae.safetensors"}
-FAMILIES = [family for family in CLIPS if family in core.families.FAMILIES]
+VAES = {"sd3": "ae.safetensors", "flux1": "ae.safetensors", "chroma": "ae.safetensors",
+        "flux2": "flux2-vae.safetensors", "zimage": "ae.safetensors",
+        "qwen-image": "qwen_image_vae.safetensors"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def models(comfy_folder):
     folder = comfy_folder / "models"
-    write_denoisers(folder / "diffusion_models", {family: f"{family}.safetensors" for family in FAMILIES})
-    for name in set(VAES.values()):
+    names = {family: f"{family}.safetensors" for family in CLIPS}
+    write_denoisers(folder / "diffusion_models", names, qwen_vae=folder / "vae" / VAES["qwen-image"])
+    for name in ("ae.safetensors", "flux2-vae.safetensors"):
         write_vae(folder / "vae" / name)
-    write_text_encoders(
-        folder / "text_encoders", ["clip_l.safetensors", "t5xxl_fp16.safetensors", "qwen_3_4b.safetensors"]
-    )
+    encoders = {
+        name for loader in CLIPS.values() for key, name in loader["inputs"].items() if key.startswith("clip_name")
+    }
+    write_text_encoders(folder / "text_encoders", sorted(encoders))
 
 
 def loaders(family: str) -> dict[str, Node]:
@@ -58,20 +77,62 @@ def test_the_clip_of_another_family_is_refused(server, models):
     assert "CLIP does not belong to MODEL, which is FLUX.1: texts are 64 wide there, this CLIP's 768" in result.error
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_photos_become_a_lora_that_comfyui_loads_whole_and_that_changes_the_picture(server, models, family):
-    name = f"anna-{family}"
-    train = training(name=name, steps=3, settings="sample_steps = 2", samples=1, **LINKS) | loaders(family)
-    apply = node("FaceLoRAApply", model=["unet", 0], lora=["train", 0], lora_name="(the connected LoRA)",
-                 strength_model=1.0, strength_clip=1.0)  # fmt: skip
-    result = server.run(train | {"apply": apply} | picture(family, ["apply", 0]))
-    assert result.status == "success", result.error + result.log
-    lora = LoraFile.read(server.folder / "models" / "loras" / f"{name}.safetensors")
+def test_the_vae_of_another_family_is_refused(server, models):
+    checkpoint = {"base": node("CheckpointLoaderSimple", ckpt_name="sd15.safetensors")}
+    changes: dict[str, Any] = {"name": "wrong", "vae": ["vae", 0]}
+    result = server.run(training(**changes) | checkpoint | {"vae": loaders("flux2")["vae"]})
+    assert result.status == "error"
+    assert "vae: it makes latents of 128 channels and MODEL takes 4" in result.error
+
+
+def training_of(family: str) -> dict[str, Node]:
+    return training(name=f"anna-{family}", steps=3, settings="sample_steps = 2", samples=1, **LINKS) | loaders(family)
+
+
+@pytest.fixture(scope="module")
+def trained(server, models) -> dict[str, Path]:
+    """Family -> the LoRA that Train Face LoRA has made."""
+    files = {}
+    for family in CLIPS:
+        result = server.run(training_of(family))
+        assert result.status == "success", result.error + result.log
+        files[family] = server.folder / "models" / "loras" / f"anna-{family}.safetensors"
+    return files
+
+
+@pytest.mark.parametrize("family", CLIPS)
+def test_photos_become_a_lora_that_comfyui_loads_whole_and_that_changes_the_picture(server, trained, family):
+    lora = LoraFile.read(trained[family])
     assert lora.family == family
     assert lora.metadata["ss_sd_model_name"] == f"{family}.safetensors"
 
-    theirs = node("LoraLoaderModelOnly", model=["unet", 0], lora_name=f"{name}.safetensors", strength_model=1.0)
+    apply = node("FaceLoRAApply", model=["unet", 0], lora=["train", 0], lora_name="(the connected LoRA)",
+                 strength_model=1.0, strength_clip=1.0)  # fmt: skip
+    result = server.run(training_of(family) | {"apply": apply} | picture(family, ["apply", 0]))
+    assert result.status == "success", result.error + result.log
+    theirs = node("LoraLoaderModelOnly", model=["unet", 0], lora_name=f"anna-{family}.safetensors", strength_model=1.0)
     by_comfyui = server.run(loaders(family) | {"theirs": theirs} | picture(family, ["theirs", 0]))
     assert "not loaded" not in by_comfyui.log and "ERROR" not in by_comfyui.log
     plain = server.run(loaders(family) | picture(family, ["unet", 0]))
     assert server.drawn(by_comfyui).tobytes() == server.drawn(result).tobytes() != server.drawn(plain).tobytes()
+
+
+def test_comfyui_and_diffusers_change_every_weight_as_the_trained_files_say(server, trained):
+    by_comfyui = run_comfyui([(f"small-{family}", path) for family, path in trained.items()])
+    for (family, path), result in zip(trained.items(), by_comfyui, strict=True):
+        lora = LoraFile.read(path)
+        modules = lora.modules()
+        assert result["not_loaded"] == []
+        assert_exact(comfyui_changes(result, "diffusion_model."), in_original_names(family, modules))
+
+        # In Kohya's names diffusers reads nothing of SD3, and FLUX.1 at its real width alone.
+        if lora.scheme == "kohya":
+            lora, _ = convert_lora(lora, "diffusers")
+        base = load_base(server.folder / "models" / "diffusion_models" / f"{family}.safetensors")
+        denoiser = base.load("denoiser", torch.device("cpu"), torch.float32)
+        assert_exact(of_diffusers(family, lora, denoiser), changes_of(modules))
+
+
+def assert_exact(found: Changes, wanted: Changes) -> None:
+    assert set(found) == set(wanted)
+    assert compare(found, wanted).deviation < EXACT

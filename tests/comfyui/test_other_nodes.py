@@ -251,3 +251,16 @@ def test_a_lora_is_saved_in_another_scheme_and_inspected(server):
     inspect = server.run({"inspect": node("FaceLoRAInspect", lora_name=file.name)})
     assert inspect.status == "success", inspect.error
     assert "sks person" in inspect.outputs["inspect"]["text"][0]
+
+
+def test_a_saved_lora_stays_below_its_folder_and_has_one_ending(server):
+    graph = training(name="named")
+    for name, number in (("by_name/one.safetensors", 1), ("by_name\\one", 2)):
+        save = node("FaceLoRASave", lora=["train", 0], name=name, scheme="kohya", precision="fp16")
+        result = server.run(graph | {"save": save, "shown": node("PreviewAny", source=["save", 0])})
+        assert result.status == "success", result.error
+        assert texts(result, "shown") == [f"by_name/one_0000{number}_.safetensors"]
+        assert (server.folder / "output" / "loras" / texts(result, "shown")[0]).exists()
+    for name in ("../one", "", "a:b"):
+        save = node("FaceLoRASave", lora=["train", 0], name=name, scheme="kohya", precision="fp16")
+        assert f"name {name!r}: give a file name" in server.run(graph | {"save": save}).error

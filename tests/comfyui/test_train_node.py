@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from core.config import TrainConfig
 from core.likeness import LIKENESS_KEY
@@ -89,6 +90,60 @@ def test_the_file_is_found_by_its_content_when_comfyui_has_forgotten_the_result(
     assert not (loras(server) / "anna-2.safetensors").exists()
 
 
+def test_under_another_name_the_file_is_a_copy_and_nothing_is_trained(server, trained):
+    result = server.run(training(name="renamed"))
+    assert result.status == "success", result.error
+    assert "learning_rates" not in training_state(server), "no step was made"
+    copy = LoraFile.read(loras(server) / "renamed.safetensors")
+    assert same(dict(copy.tensors), tensors(server, "anna"))
+    assert copy.metadata["ss_output_name"] == "renamed"
+
+    (loras(server) / "renamed.safetensors").unlink()
+    server.post("/free", {"free_memory": True, "unload_models": True})
+    assert server.run(training()).status == "success"
+    assert not (loras(server) / "anna-2.safetensors").exists(), "that under its own name is still found"
+
+
+@pytest.mark.parametrize("sent", [None, {"workflow": None}, {"workflow": {"id": "of a page"}}])
+def test_what_else_a_client_sends_with_a_prompt_does_not_matter(server, trained, sent):
+    graph = training(name=f"sent-{len(str(sent))}")
+    answer = server.post("/prompt", {"prompt": graph, "extra_data": {"extra_pnginfo": sent}})
+    result = server.wait(answer["prompt_id"])
+    assert result.status == "success", result.error
+    assert training_state(server)["workflow"] == ("of a page" if sent and sent["workflow"] else None)
+
+
+def test_how_often_and_with_which_prompts_samples_are_drawn_changes_nothing(server, trained):
+    several: list[dict[str, Any]] = [{"sample_prompts": "a portrait of sks person"}, {"samples": 1}]
+    for changes in several:
+        result = server.run(training(**changes))
+        assert result.status == "success", result.error
+        assert training_state(server)["file"] == "anna.safetensors"
+
+
+def test_a_file_that_was_moved_is_found_too(server, trained):
+    assert server.run(training(name="moved", training_seed=7)).status == "success"
+    moved = loras(server) / "people" / "anna of 2026.safetensors"
+    moved.parent.mkdir()
+    (loras(server) / "moved.safetensors").rename(moved)
+    result = server.run(training(name="moved again", training_seed=7))
+    assert result.status == "success", result.error
+    assert "learning_rates" not in training_state(server), "no step was made"
+    assert same(tensors(server, "moved again"), tensors(server, "people/anna of 2026"))
+
+
+def test_a_deleted_file_is_made_again(server, trained):
+    file = loras(server) / "deleted.safetensors"
+    assert server.run(training(name="deleted", training_seed=8)).status == "success"
+    first = tensors(server, "deleted")
+    file.unlink()
+    assert server.run(training(name="deleted", training_seed=8)).status == "success"
+    assert "learning_rates" in training_state(server), "it was trained"
+    assert same(tensors(server, "deleted"), first)
+    server.run(training(name="deleted", training_seed=8))
+    assert "train" in server.run(training(name="deleted", training_seed=8)).cached
+
+
 def test_another_setting_trains_a_second_file_and_leaves_the_first_alone(server, trained):
     before = (loras(server) / "anna.safetensors").read_bytes()
     result = server.run(training(training_seed=2))
@@ -149,6 +204,11 @@ def test_cancelled_within_a_second_it_goes_on_from_there(server, trained):
     assert steps[-1] < int(lora.metadata["ss_steps"]) < 400
 
 
+@pytest.mark.parametrize("body", [None, [], {}, {"node": "nobody"}])
+def test_a_stop_of_what_does_not_train_is_refused(server, body):
+    assert "error" in server.post("/facelora/stop", body)
+
+
 def training_state(server) -> dict:
     return server.get("/facelora/training").get("train", {})
 
@@ -174,6 +234,15 @@ def test_a_wrong_setting_is_refused_before_anything_runs(server, settings, words
 
 
 @pytest.mark.parametrize(
+    "settings", ["hold_out = 2", "optimizer = 'prodigy'", "thumbnail = true", "stop_early = true", "warmup_steps = 900"]
+)
+def test_a_setting_that_needs_the_recipe_or_the_widgets_is_not_refused(server, settings):
+    graph = training(settings=settings, recipe="best", steps=1000, samples=1, learning_rate=0.0)
+    wired = {"photos": load_photos(pictures=["name", 0]), "name": node("PrimitiveString", value="gone.png")}
+    assert "no readable photo" in server.run(graph | wired).error, "it was begun"
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"name": "../anna"}, ["name", "loras folder"]),
@@ -185,6 +254,20 @@ def test_a_wrong_input_is_one_clear_line_in_the_node(server, changes, words):
     result = server.run(training(**changes))
     assert result.status == "error"
     assert all(word in result.error for word in words), result.error
+    assert result.error.startswith("FaceLoRA.Bad"), "not the path of the pack on the server"
+
+
+@pytest.mark.parametrize(("input_name", "output"), [("clip", 1), ("vae", 2)])
+def test_a_checkpoint_without_text_encoder_or_vae_is_named_in_one_clear_line(server, input_name, output):
+    checkpoints = server.folder / "models" / "checkpoints"
+    if not (checkpoints / "denoiser.safetensors").exists():
+        whole = SafetensorsFile.open(checkpoints / "sd15.safetensors")
+        save_file({key: whole[key] for key in whole if key.startswith("model.")}, checkpoints / "denoiser.safetensors")
+    bare = {"bare": node("CheckpointLoaderSimple", ckpt_name="denoiser.safetensors")}
+    changes: dict[str, Any] = {input_name: ["bare", output]}
+    result = server.run(training(**changes) | bare)
+    assert result.status == "error"
+    assert f"{input_name}: the checkpoint that it comes from has none" in result.error
 
 
 def test_training_leaves_the_model_that_it_was_given_as_it_was(server, trained):
@@ -213,6 +296,14 @@ def test_the_same_training_through_core_gives_the_same_tensors(server, trained):
     output = server.folder / "core.safetensors"
     train(server.folder / "input" / "anna", checkpoint, config, output=output)
     assert same(dict(LoraFile.read(output).tensors), tensors(server, "anna"))
+
+
+def test_the_layer_that_is_set_on_clip_is_trained_on(server, trained):
+    skipping = {"skip": node("CLIPSetLastLayer", clip=["base", 1], stop_at_clip_layer=-2)}
+    result = server.run(training(name="skip", clip=["skip", 0]) | skipping)
+    assert result.status == "success", result.error
+    assert LoraFile.read(loras(server) / "skip.safetensors").metadata["ss_clip_skip"] == "2"
+    assert not same(tensors(server, "skip"), tensors(server, "anna"))
 
 
 def test_a_base_with_a_lora_on_it_is_another_base_even_half_loaded(server, trained):
@@ -253,6 +344,14 @@ def test_weights_in_8_bits_can_be_trained_on(server, trained):
     drawn = server.run(graph)
     assert drawn.status == "success", drawn.error
     assert "not loaded" not in drawn.log
+
+
+def test_a_training_that_fails_says_why_in_its_panel(server, trained):
+    before = {"train before": training()["train"]}
+    result = server.run(training(name="failed", rank=8, continue_from=["train before", 0]) | before)
+    assert "LoraMisfit" in result.error
+    state = training_state(server)
+    assert state["phase"] == "failed" and "has rank 4" in state["error"]
 
 
 def test_masks_class_photos_and_a_lora_to_go_on_from_change_what_is_learned(server, trained):

@@ -1,0 +1,79 @@
+"""ComfyUI's own LoRA trainer as a peer of `facelora bench`, in a process of its own.
+
+`python nodes/comfyui_trainer.py COMFYUI FOLDER` trains, with the code of the `Train LoRA` node, on what is in the folder:
+`weights.safetensors` (a denoiser in diffusers' names), `inputs.safetensors` (latents and conditioning), `task.json`. For each
+line on its standard input it makes one step and answers with a line `STEP {...}`; it ends when there are no more.
+"""
+
+# pyright: reportMissingImports=false
+
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+class Turns:
+    """In the place of the node's progress bar: says after each step how long it took, and waits for the next turn."""
+
+    def __init__(self, *_: object):
+        self._wait()
+
+    def update(self, _: int) -> None:
+        import torch
+
+        on_gpu = torch.cuda.is_available() and "--cpu" not in sys.argv
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds, processor = time.perf_counter() - self._start, time.process_time() - self._used
+        peak = torch.cuda.max_memory_allocated() if on_gpu else _peak_of_the_process()
+        print("STEP", json.dumps({"seconds": seconds, "processor": processor, "peak": peak}), flush=True)
+        self._wait()
+
+    def _wait(self) -> None:
+        if not sys.stdin.readline():
+            sys.exit()
+        self._start, self._used = time.perf_counter(), time.process_time()
+
+
+def _peak_of_the_process() -> int | None:
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else None
+
+
+def main(comfyui: str, folder: Path) -> None:
+    task: dict[str, Any] = json.loads((folder / "task.json").read_text())
+    # The folder of this file comes first there, and has modules with names that ComfyUI has too.
+    sys.path[0] = comfyui
+    sys.argv = sys.argv[:1] + (["--cpu"] if task["device"] == "cpu" else [])
+    import comfy.options
+
+    comfy.options.enable_args_parsing()  # before anything else of ComfyUI's is imported
+    import comfy_extras.nodes_train as trainer
+    import torch
+    from comfy.sd import load_diffusion_model
+    from safetensors.torch import load_file
+
+    trainer.ProgressBar = Turns
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    with torch.inference_mode():
+        weights = str(folder / "weights.safetensors")
+        model = load_diffusion_model(weights, model_options={"dtype": dtypes[task["precision"]]})
+        inputs = load_file(folder / "inputs.safetensors")
+        extra = {"pooled_output": inputs["pooled"]} if "pooled" in inputs else {}
+        # All inputs of this node are lists.
+        trainer.TrainLoraNode.execute(
+            model=[model], latents=[{"samples": inputs["latents"]}], positive=[[[inputs["context"], extra]]],
+            batch_size=[len(inputs["latents"])], steps=[10**9], grad_accumulation_steps=[1], learning_rate=[1e-4],
+            rank=[task["rank"]], optimizer=["AdamW"], loss_function=["MSE"], seed=[0],
+            training_dtype=["none" if task["precision"] == "fp16" else task["precision"]], lora_dtype=["fp32"],
+            quantized_backward=[False], algorithm=["LoRA"], gradient_checkpointing=[False], checkpoint_depth=[1],
+            offloading=[False], existing_lora=["[None]"], bucket_mode=[False], bypass_mode=[False],
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

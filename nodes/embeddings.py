@@ -1,0 +1,44 @@
+"""The vectors of a new word that a LoRA brings along (pivotal tuning), where ComfyUI's prompts find them: in a file of the
+embeddings folder, by the file's name after `embedding:`.
+"""
+
+# pyright: reportMissingImports=false
+
+import re
+from pathlib import Path
+
+import folder_paths
+
+from ..core.embeddings import embedding_files, file_word
+from ..core.errors import BadFile
+from ..core.lora_file import LoraFile
+
+
+def embedding_name(lora: LoraFile, embedding: LoraFile) -> str:
+    """The name of the file, without its ending. No spaces: a prompt's name ends there. Other vectors have another name."""
+    return file_word(f"{Path(lora.name).stem}-{embedding.model_hash[:8]}")
+
+
+def write_embedding(path: Path) -> None:
+    """Writes the vectors that the LoRA at `path` brings along, if any, into the embeddings folder. BadFile if it cannot."""
+    lora = LoraFile.read(path)
+    for embedding in embedding_files(lora).values():
+        folder = Path(folder_paths.get_folder_paths("embeddings")[0])
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadFile(f"{folder}: cannot be written: {error.strerror}") from None
+        embedding.save(folder / f"{embedding_name(lora, embedding)}.safetensors", lora.dtype)
+
+
+def prompt_phrase(lora: LoraFile, phrase: str) -> tuple[str, str]:
+    """The trigger phrase as a prompt has to have it, and what is missing for it, for people; empty when nothing is."""
+    files = embedding_files(lora)
+    if len(files) != 1:
+        return phrase, ""
+    ((word, embedding),) = files.items()
+    name = embedding_name(lora, embedding)
+    if name not in {Path(file).stem for file in folder_paths.get_filename_list("embeddings")}:
+        return phrase, f"{word} has vectors of its own, and the embeddings folder has no {name}.safetensors"
+    spelled = re.escape(word).replace("_", r"[\W_]+")  # file_word undone
+    return re.sub(rf"(?<!\w){spelled}(?!\w)", f"embedding:{name}", phrase), ""

@@ -1,0 +1,51 @@
+"""nodes/comfyui_trainer.py: ComfyUI's own trainer as a peer of `facelora bench`."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from core.base import load_base
+from core.bench import bench
+from core.bench_loops import ComfyLoop, random_cache
+from core.config import TrainConfig
+from core.errors import BadConfig, BadFile
+from core.safetensors_file import SafetensorsFile
+from tests.tooling import write_checkpoint
+
+from .demo_checkpoint import COMFY_SD15
+from .setup_comfyui import COMFYUI, PYTHON
+
+pytestmark = pytest.mark.comfyui
+CPU = torch.device("cpu")
+CONFIG = TrainConfig(rank=2, precision="fp32", resolution=64)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    path = write_checkpoint(tmp_path_factory.mktemp("peer") / "base.safetensors", COMFY_SD15, torch.float32)
+    base, prefix = load_base(path), "model.diffusion_model."
+    # ComfyUI knows diffusers' names of models of the published size only.
+    original = {name: tensor for name, tensor in SafetensorsFile.open(path).items() if name.startswith(prefix)}
+    return replace(base, components={"denoiser": replace(base.components["denoiser"], tensors=original)})
+
+
+def test_it_makes_one_step_for_each_turn(base):
+    loop = ComfyLoop(random_cache(base, CONFIG), base, CONFIG, CPU, COMFYUI, PYTHON)
+    steps = [loop.step() for _ in range(2)]
+    loop.close()
+    weights = sum(tensor.nbytes for tensor in base.components["denoiser"].tensors.values())
+    for step in steps:
+        assert step["processor"] > 0 and 0 < step["seconds"] < 60 and step["peak"] > weights
+
+
+def test_what_is_no_comfyui_is_named_before_anything_is_timed(tmp_path):
+    with pytest.raises(BadFile, match=r"--comfyui .*: is no folder of a ComfyUI that can train"):
+        bench("sd15", CONFIG, device=CPU, comfyui=tmp_path)
+
+
+def test_what_its_trainer_says_last_is_shown(base, tmp_path):
+    (tmp_path / "comfy_extras").mkdir()
+    (tmp_path / "comfy_extras" / "nodes_train.py").touch()
+    with pytest.raises(BadConfig, match=r"exit status 1; last it said: ModuleNotFoundError: No module named 'comfy'"):
+        ComfyLoop(random_cache(base, CONFIG), base, CONFIG, CPU, tmp_path, PYTHON)
