@@ -86,6 +86,8 @@ Needs = list[tuple[str, int, int]]
 
 
 def needs(base: Base, cache, config: TrainConfig, what: str, plans: Iterable[MemoryPlan]) -> Needs:
+    """One run goes first and is not counted: it loads code of torch and of its libraries, up to 77 MiB of pages."""
+    measured_memory(base, cache, config, MemoryPlan())
     return [
         (
             f"{what}, {plan}",
