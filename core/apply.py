@@ -51,9 +51,13 @@ class AppliedLora:
 
     @torch.no_grad()
     def remove(self) -> None:
-        """Puts back everything as it was, bit for bit. Of several LoRAs the last applied must be removed first."""
+        """Puts back everything as it was, bit for bit, where the networks are now and in the precision they have now.
+
+        Of several LoRAs the last applied must be removed first.
+        """
         for (module_id, name), original in self.originals.items():
-            getattr(self.layers[module_id], name).data = original
+            parameter: Tensor = getattr(self.layers[module_id], name)
+            parameter.data = original.to(parameter.device, parameter.dtype)
 
 
 def apply(
@@ -76,7 +80,7 @@ def apply(
     }
     shapes = {module_id: tuple(layer.weight.shape) for module_id, layer in layers.items()}  # pyright: ignore
     biased = {module_id for module_id, layer in layers.items() if isinstance(getattr(layer, "bias", None), Tensor)}
-    present = lora.of_parts(networks)
+    present = lora.of_parts({"denoiser", *networks})
     fit(present, family, shapes, biased).check(lora.name)
     if text_encoder_strength is None:
         text_encoder_strength = strength
@@ -102,5 +106,5 @@ def _networks(target: Any) -> tuple[str, dict[str, nn.Module]]:
     class_name = type(target).__name__
     if class_name not in _PIPELINE_FAMILIES:
         raise LoraMisfit(f"{class_name} is no pipeline that is known here; known: {', '.join(_PIPELINE_FAMILIES)}")
-    found = {part: getattr(target, name, None) for name, part in _PIPELINE_PARTS.items()}
-    return _PIPELINE_FAMILIES[class_name], {part: network for part, network in found.items() if network is not None}
+    found = [(part, getattr(target, name, None)) for name, part in _PIPELINE_PARTS.items()]
+    return _PIPELINE_FAMILIES[class_name], {part: network for part, network in found if network is not None}

@@ -64,15 +64,23 @@ def test_every_named_weight_changes_by_strength_times_alpha_over_rank_b_a(bases,
 
 @pytest.mark.parametrize("family", UNETS)
 def test_a_diffusers_pipeline_gets_the_same_weights_as_from_diffusers_own_loader(bases, loras, family):
-    ours, theirs = diffusers_pipeline(bases[family]), diffusers_pipeline(bases[family])
+    untouched, ours, theirs = (diffusers_pipeline(bases[family]) for _ in range(3))
+    parts = ("unet", *bases[family].family.text_encoders)
+    for part in parts:
+        for weight in getattr(theirs, part).parameters():
+            weight.data = weight.data.clone()  # diffusers adds to it in place, and the three share a file's mapping
     apply(loras[family], ours)
     theirs.load_lora_weights(loras[family].name)
-    theirs.fuse_lora(components=["unet", *bases[family].family.text_encoders])
+    theirs.fuse_lora(components=list(parts))
     theirs.unload_lora_weights()
-    for part in ("unet", *bases[family].family.text_encoders):
-        expected = dict(getattr(theirs, part).named_parameters())
+    for part in parts:
+        before, expected = (dict(getattr(pipeline, part).named_parameters()) for pipeline in (untouched, theirs))
+        changed = 0
         for name, weight in getattr(ours, part).named_parameters():
             torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
+            changed += not torch.equal(weight, before[name])
+        named = sum(module_part == part.replace("unet", "denoiser") for module_part, _ in loras[family].modules())
+        assert changed == named > 0
 
 
 def test_what_was_applied_can_be_removed_bit_for_bit(bases, loras):
@@ -104,6 +112,22 @@ def test_text_encoders_that_are_not_there_are_left_alone(bases, loras):
     denoiser = bases["sdxl"].load("denoiser", CPU, torch.float32)
     applied = apply(loras["sdxl"], {"family": "sdxl", "denoiser": denoiser})
     assert {part for (part, _), _ in applied.originals} == {"denoiser"}
+
+
+def test_a_denoiser_that_is_not_there_is_missed(bases, loras):
+    encoder = bases["sd15"].load("text_encoder", CPU, torch.float32)
+    with pytest.raises(LoraMisfit):
+        apply(loras["sd15"], {"family": "sd15", "text_encoder": encoder})
+
+
+def test_what_is_removed_has_the_precision_that_the_pipeline_has_by_then(bases, loras):
+    pipeline = diffusers_pipeline(bases["sd15"])
+    before = {name: weight.to(torch.bfloat16) for name, weight in pipeline.unet.state_dict().items()}
+    applied = apply(loras["sd15"], pipeline)
+    pipeline.to(torch.bfloat16)
+    applied.remove()
+    after = pipeline.unet.state_dict()
+    assert all(after[name].dtype == torch.bfloat16 and torch.equal(after[name], before[name]) for name in before)
 
 
 def test_a_lora_of_t5_is_applied():
