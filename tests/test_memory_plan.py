@@ -28,7 +28,7 @@ from core.methods import METHODS
 from core.run import Run
 from core.training import train_lora
 from core.training_metadata import WEIGHTS_KEY
-from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, small_flow_base
+from tests.tooling import SMALL_FLOWS, assert_trained_alike, encoded_cache, encoded_image, small_flow_base
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(rank=4, learning_rate=1e-3, precision="fp32", steps=4)
@@ -161,8 +161,7 @@ def test_a_small_limit_chooses_a_smaller_plan_which_trains_the_same(base, cache)
     plain = train_lora(cache, base, CONFIG, device=CPU)
     assert small.metadata["ss_gradient_checkpointing"] == "True" != plain.metadata["ss_gradient_checkpointing"]
     assert small.metadata["ss_steps"] == plain.metadata["ss_steps"] == str(CONFIG.steps)
-    for name, tensor in plain.tensors.items():
-        torch.testing.assert_close(small.tensors[name], tensor, rtol=1e-4, atol=1e-6)
+    assert_trained_alike(small.tensors, plain.tensors)
 
 
 def test_with_a_limit_that_nothing_fits_it_trains_with_the_smallest_plan_and_says_so(base, cache):
@@ -279,9 +278,7 @@ def test_out_of_memory_in_a_step_it_goes_on_from_there_with_a_smaller_plan(base,
     )
     assert steps == [1, 2, 3, 4]
     assert [warning.split(":")[0] for warning in warnings] == ["out of memory in step 3"] * 2  # half, then everything
-    assert lora.tensors.keys() == plain.tensors.keys()
-    for name, tensor in plain.tensors.items():
-        torch.testing.assert_close(lora.tensors[name], tensor, rtol=1e-4, atol=1e-6)
+    assert_trained_alike(lora.tensors, plain.tensors)
 
 
 def test_when_no_plan_is_left_it_says_what_would_help(base, cache, monkeypatch):
@@ -307,8 +304,7 @@ def test_weights_that_come_block_by_block_train_the_same(base, cache):
             offloaded.memory.adopt(OFFLOADED)
         plain.train_step()
         offloaded.train_step()
-    for name, parameter in plain.parameters.items():
-        torch.testing.assert_close(offloaded.parameters[name], parameter, rtol=1e-4, atol=1e-6)
+    assert_trained_alike(offloaded.parameters, plain.parameters)
 
 
 @pytest.mark.parametrize("family", SMALL_FLOWS)
@@ -320,8 +316,7 @@ def test_transformers_are_planned_and_saved_like_unets(family):
     for run in (plain, offloaded):
         run.train_step()
         run.train_step()
-    for name, parameter in plain.parameters.items():
-        torch.testing.assert_close(offloaded.parameters[name], parameter, rtol=1e-4, atol=1e-6)
+    assert_trained_alike(offloaded.parameters, plain.parameters)
     needs = [predicted_memory(cache, base, CONFIG, torch.float32, plan) for plan in (MemoryPlan(), OFFLOADED)]
     assert needs[1] < needs[0]
 
