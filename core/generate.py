@@ -3,10 +3,11 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
@@ -19,7 +20,7 @@ from .config import Precision, TrainConfig
 from .device import device_and_dtype
 from .embeddings import new_words
 from .errors import BadConfig
-from .families.spec import Conditioning
+from .families.spec import Pair, stacked_with
 from .files import write_file
 from .lora_file import LoraFile
 from .photos import Photo, bucket_sizes
@@ -31,12 +32,13 @@ from .sampling import (
     SAMPLER_TITLES,
     SAMPLERS,
     decode_latents,
+    encode_pairs,
     encode_pictures,
-    encode_prompts,
     sample_latents,
     sampler_name,
 )
 
+_Item = TypeVar("_Item", bound=Hashable)
 SAMPLE_BATCH = 4
 """Pictures that are drawn at a time while training."""
 
@@ -134,13 +136,14 @@ def generate(
     vae = base.load("vae", device, torch.float32)
     for strength, group in groups.items():
         with _applied(base, loras, strength, {"denoiser": denoiser}):
-            for batch in _batches(group, config.batch_size):
+            texts = [encoded[strength, _texts(job, base)] for job in group]
+            for batch, pairs in _batches(group, texts, config.batch_size, _settings):
                 first = batch[0]
                 assert first.size is not None
                 begin = encode_pictures(base, vae, [starts[job] for job in batch]) if starts else None
                 latents = sample_latents(
                     base, denoiser,
-                    [encoded[strength, job.prompt] for job in batch], [encoded[strength, job.negative] for job in batch],
+                    [prompt for prompt, _ in pairs], [negative for _, negative in pairs],
                     device=device, dtype=dtype, seeds=[job.seed for job in batch], size=first.size, steps=first.steps,
                     guidance=first.guidance, sampler=config.sampler, start=begin, denoise=denoise, on_step=on_step,
                 )  # fmt: skip
@@ -154,16 +157,25 @@ def _encode(
     groups: Mapping[float, Sequence[Job]],
     config: GenerateConfig,
     device: torch.device,
-) -> dict[tuple[float, str], Conditioning]:
-    """(strength, prompt) -> its conditioning. The text encoders are gone before the denoiser is loaded."""
+) -> dict[tuple[float, tuple[str, str]], Pair]:
+    """(strength, texts of a job) -> their conditioning. The text encoders are gone before the denoiser is loaded."""
     encoders = base.load_text_encoders(device, torch.float32)
     encoded = {}
     for strength, group in groups.items():
-        texts = sorted({text for job in group for text in (job.prompt, job.negative)})
         with _applied(base, loras, strength, encoders):
-            parts = encode_prompts(base, encoders, texts, config.clip_skip)
-        encoded |= {(strength, text): part for text, part in zip(texts, parts, strict=True)}
+            pairs = encode_pairs(base, encoders, {_texts(job, base) for job in group}, config.clip_skip)
+        encoded |= {(strength, pair): parts for pair, parts in pairs.items()}
     return encoded
+
+
+def _settings(job: Job) -> tuple:
+    """What is the same for all pictures of a batch."""
+    return job.size, job.steps, job.guidance
+
+
+def _texts(job: Job, base: Base) -> tuple[str, str]:
+    """Prompt and negative prompt, "" where that is not looked at: then not even its length matters."""
+    return job.prompt, "" if base.embeds_guidance or job.guidance == 1 else job.negative
 
 
 @contextmanager
@@ -182,14 +194,17 @@ def _applied(
             lora.remove()
 
 
-def _batches(jobs: Sequence[Job], batch_size: int) -> Iterator[list[Job]]:
-    """The jobs in batches of equal size, steps and guidance."""
-    alike: dict[tuple, list[Job]] = {}
-    for job in jobs:
-        alike.setdefault((job.size, job.steps, job.guidance), []).append(job)
-    for group in alike.values():
-        for start in range(0, len(group), batch_size):
-            yield group[start : start + batch_size]
+def _batches(
+    items: Sequence[_Item], texts: Sequence[Pair], size: int, alike: Callable[[_Item], Hashable] = lambda item: ()
+) -> Iterator[tuple[tuple[_Item, ...], tuple[Pair, ...]]]:
+    """The items and their texts in batches of at most that size, of `alike` items and texts of equal length."""
+    groups: dict[Hashable, list[tuple[_Item, Pair]]] = {}
+    for item, pair in zip(items, texts, strict=True):
+        groups.setdefault((alike(item), stacked_with(pair[0])), []).append((item, pair))
+    for group in groups.values():
+        for start in range(0, len(group), size):
+            batch, pairs = zip(*group[start : start + size], strict=True)
+            yield batch, pairs
 
 
 def picture_size(base: Base, size: tuple[int, int] | None) -> tuple[int, int]:
@@ -264,12 +279,12 @@ def _quoted(value: str) -> str:
 def training_sampler(
     base: Base,
     config: TrainConfig,
-    encoded: Mapping[str, Conditioning],
+    encoded: Mapping[str, Pair],
     device: torch.device,
     size: tuple[int, int] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Sampler:
-    """A Sampler of shots whose prompts, and "", `encoded` holds the conditioning of.
+    """A Sampler of shots whose prompts `encoded` holds the conditioning of, each with that of an empty negative prompt.
 
     `size` is (width, height) in pixels; None: the square that the base was trained at. `on_progress` hears of each of the
     sampling steps, as (done, all).
@@ -280,25 +295,25 @@ def training_sampler(
     def sample(denoiser: nn.Module, encoders: Mapping[str, nn.Module], shots: Sequence[Shot]) -> list[Image.Image]:
         texts = encoded
         if encoders:
-            wanted = sorted({prompt for prompt, _ in shots} | {""})
-            texts = dict(zip(wanted, encode_prompts(base, encoders, wanted, config.clip_skip), strict=True))
+            pairs = encode_pairs(base, encoders, {(prompt, "") for prompt, _ in shots}, config.clip_skip)
+            texts = {prompt: pair for (prompt, _), pair in pairs.items()}
         vae = base.load("vae", device, torch.float32)
-        images = []
-        batches = [shots[start : start + SAMPLE_BATCH] for start in range(0, len(shots), SAMPLE_BATCH)]
-        for index, batch in enumerate(batches):
+        images = {}
+        batches = list(_batches(shots, [texts[prompt] for prompt, _ in shots], SAMPLE_BATCH))
+        for index, (batch, pairs) in enumerate(batches):
 
             def drawn(step: int, steps: int, earlier: int = index) -> None:
                 if on_progress:
                     on_progress(earlier * steps + step, len(batches) * steps)
 
             latents = sample_latents(
-                base, denoiser, [texts[prompt] for prompt, _ in batch], [texts[""]] * len(batch),
+                base, denoiser, [prompt for prompt, _ in pairs], [negative for _, negative in pairs],
                 device=device, dtype=dtype, seeds=[seed for _, seed in batch], size=width_height, steps=config.sample_steps,
                 guidance=base.family.guidance if config.sample_guidance is None else config.sample_guidance,
                 on_step=drawn,
             )  # fmt: skip
-            images += decode_latents(base, vae, latents)
-        return images
+            images |= zip(batch, decode_latents(base, vae, latents), strict=True)
+        return [images[shot] for shot in shots]
 
     return sample
 

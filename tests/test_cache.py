@@ -145,11 +145,14 @@ def test_all_captions_are_padded_to_the_longest(photo_folder, base):
 
 
 def test_what_is_trained_does_not_depend_on_the_prompts_of_samples(dataset, base):
-    plain, shown = (encode(dataset, base, CONFIG, device=CPU, extra_prompts=extra) for extra in ([], ["word " * 100]))
+    prompts = ["short", "word " * 100]
+    plain, shown = (encode(dataset, base, CONFIG, device=CPU, extra_prompts=extra) for extra in ([], prompts))
     assert (plain.chunks, plain.digest) == (shown.chunks, shown.digest)
     assert plain.text.keys() == shown.text.keys()
     assert all(torch.equal(plain.text[c]["context"], shown.text[c]["context"]) for c in plain.text)
-    assert {text["context"].shape for text in shown.prompts.values()} == {(1, 2 * 77, 64)}
+    # Nor does one sample's text depend on another's length.
+    lengths = [[text["context"].shape[1] for text in shown.prompts[prompt]] for prompt in prompts]
+    assert lengths == [[77, 77], [2 * 77, 2 * 77]]
 
 
 def test_class_images_are_drawn_as_suits_the_family_and_anew_when_the_base_predicts_otherwise(base):

@@ -28,7 +28,7 @@ from core.faces import Face, Reference
 from core.generate import Picture, generate, parameters_text
 from core.headshots import make_headshots
 from core.lora_inspect import file_hashes
-from core.sampling import SAMPLER_TITLES, SAMPLERS
+from core.sampling import SAMPLER_TITLES, SAMPLERS, encode_pairs
 from tests.tooling import write_photos
 
 STYLES = ("Classic grey studio", "Navy backdrop executive", "Bright open office", "Warm beige studio")
@@ -58,6 +58,30 @@ def test_a_picture_depends_on_its_own_seed_and_not_on_its_batch(base, tmp_path: 
         a, b = Image.open(one.path), Image.open(other.path)
         assert max(abs(x - y) for x, y in zip(a.tobytes(), b.tobytes(), strict=True)) <= 1
     assert Image.open(alone[0].path).tobytes() != Image.open(alone[1].path).tobytes()
+
+
+def test_a_picture_depends_on_its_own_texts_and_not_on_longer_ones_in_its_batch(base) -> None:
+    short, long = (Job(f"a photo of person{', red bricks' * count}", 1, size=(64, 80), steps=2) for count in (0, 40))
+    unread = replace(short, guidance=1.0)
+    given = [short, long, replace(short, negative=long.prompt), unread, replace(unread, negative=long.prompt)]
+    together = {picture.job: picture.image for picture in generate(base, [], given, GenerateConfig(batch_size=5))}
+    (alone,) = generate(base, [], [short])
+    difference = np.array(alone.image, int) - np.array(together[alone.job], int)
+    assert abs(difference).max() <= 1
+    assert together[replace(alone.job, guidance=1.0)].tobytes() == list(together.values())[-1].tobytes()
+
+
+def test_texts_are_encoded_some_at_a_time(base) -> None:
+    family, sizes = base.family, []
+
+    def encode_text(encoders, texts, clip_skip, chunks):
+        sizes.append(len(texts))
+        return family.encode_text(encoders, texts, clip_skip, chunks)
+
+    counted = replace(base, family=replace(family, encode_text=encode_text))
+    encoders = base.load_text_encoders(torch.device("cpu"), torch.float32)
+    pairs = encode_pairs(counted, encoders, [(f"a photo of person {number}", "") for number in range(40)])
+    assert sizes == [16, 16, 9] and len(pairs) == 40
 
 
 def test_an_interrupted_batch_makes_no_picture_twice(base, tmp_path: Path) -> None:
