@@ -17,6 +17,7 @@ from .config import TrainConfig
 from .errors import BadFile
 from .families.clip import chunk_count
 from .families.spec import Conditioning, Pair
+from .memory_plan import explained_memory_error
 from .methods import trains_text
 from .objective import shrink_mask
 from .photos import Dataset, TrainingImage
@@ -125,10 +126,11 @@ def encode(
         if on_progress:
             on_progress(done, total)
 
-    latents, keys = _encode_images(dataset.images, base, device, progress)
-    text = _encode_prompts(
-        sorted(texts), base, config, text_print, device, lambda done: progress(len(dataset.images) + done)
-    )
+    with explained_memory_error("a lower resolution or the device cpu"):
+        latents, keys = _encode_images(dataset.images, base, device, progress)
+        text = _encode_prompts(
+            sorted(texts), base, config, text_print, device, lambda done: progress(len(dataset.images) + done)
+        )
     encoded = []
     for image, (mean, deviation), caption_of_class in zip(dataset.images, latents, class_captions, strict=True):
         mask = image.mask()

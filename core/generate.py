@@ -23,6 +23,7 @@ from .errors import BadConfig
 from .families.spec import Pair, stacked_with
 from .files import write_file
 from .lora_file import LoraFile
+from .memory_plan import explained_memory_error
 from .photos import Photo, bucket_sizes
 from .photos.captions import class_caption, default_caption
 from .run import Sampler, Shot
@@ -131,24 +132,25 @@ def generate(
     groups: dict[float, list[Job]] = {}
     for job in jobs:
         groups.setdefault(job.strength, []).append(job)
-    encoded = _encode(base, loras, groups, config, device)
-    denoiser = base.load("denoiser", device, dtype)
-    vae = base.load("vae", device, torch.float32)
-    for strength, group in groups.items():
-        with _applied(base, loras, strength, {"denoiser": denoiser}):
-            texts = [encoded[strength, _texts(job, base)] for job in group]
-            for batch, pairs in _batches(group, texts, config.batch_size, _settings):
-                first = batch[0]
-                assert first.size is not None
-                begin = encode_pictures(base, vae, [starts[job] for job in batch]) if starts else None
-                latents = sample_latents(
-                    base, denoiser,
-                    [prompt for prompt, _ in pairs], [negative for _, negative in pairs],
-                    device=device, dtype=dtype, seeds=[job.seed for job in batch], size=first.size, steps=first.steps,
-                    guidance=first.guidance, sampler=config.sampler, start=begin, denoise=denoise, on_step=on_step,
-                )  # fmt: skip
-                for job, image in zip(batch, decode_latents(base, vae, latents), strict=True):
-                    yield Picture(image, job, parameters_text(base, loras, job, config))
+    with explained_memory_error("batch_size 1, smaller pictures or the device cpu"):
+        encoded = _encode(base, loras, groups, config, device)
+        denoiser = base.load("denoiser", device, dtype)
+        vae = base.load("vae", device, torch.float32)
+        for strength, group in groups.items():
+            with _applied(base, loras, strength, {"denoiser": denoiser}):
+                texts = [encoded[strength, _texts(job, base)] for job in group]
+                for batch, pairs in _batches(group, texts, config.batch_size, _settings):
+                    first = batch[0]
+                    assert first.size is not None
+                    begin = encode_pictures(base, vae, [starts[job] for job in batch]) if starts else None
+                    latents = sample_latents(
+                        base, denoiser,
+                        [prompt for prompt, _ in pairs], [negative for _, negative in pairs],
+                        device=device, dtype=dtype, seeds=[job.seed for job in batch], size=first.size, steps=first.steps,
+                        guidance=first.guidance, sampler=config.sampler, start=begin, denoise=denoise, on_step=on_step,
+                    )  # fmt: skip
+                    for job, image in zip(batch, decode_latents(base, vae, latents), strict=True):
+                        yield Picture(image, job, parameters_text(base, loras, job, config))
 
 
 def _encode(

@@ -12,7 +12,7 @@ from PIL import Image
 from core.base import Base, load_base
 from core.cache import cache_folder, clear_cache, encode, without_trigger
 from core.config import TrainConfig
-from core.errors import BadFile
+from core.errors import BadFile, OutOfMemory
 from core.generate import Job, generate, make_class_images
 from core.photos import Photo, prepare, read_photos
 from tests.tooling import SMALL_SD15, write_checkpoint
@@ -173,6 +173,18 @@ def test_a_cache_folder_that_cannot_be_written_is_named(dataset, base, tmp_path,
     for use in (partial(encode, dataset, base, CONFIG), partial(make_class_images, base, "person", 1)):
         with pytest.raises(BadFile, match=r"the cache cannot be written \(Not a directory\); set FACELORA_CACHE"):
             use(device=CPU)
+
+
+def test_a_lack_of_memory_is_explained_where_photos_are_encoded_and_pictures_drawn(dataset, base):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    for change, use in (
+        ({"encode_image": full}, partial(encode, dataset, config=CONFIG, device=CPU)),
+        ({"predict": full}, lambda base: list(generate(base, [], [Job("a photo", 1, size=(64, 64))]))),
+    ):
+        with pytest.raises(OutOfMemory, match=r"not enough memory \(CUDA .* or the device cpu"):
+            use(base=replace(base, family=replace(base.family, **change)))
 
 
 def test_clearing_the_cache_deletes_all_of_it(dataset, base):
