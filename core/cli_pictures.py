@@ -65,7 +65,11 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--face-denoise", type=float, metavar="SHARE", help="of the steps that are taken for it (default: 0.35)"
     )
-    parser.add_argument("--negative", default="", help="what should not be in the pictures")
+    parser.add_argument(
+        "--negative",
+        default="",
+        help="what should not be in the pictures (FLUX.1-dev and the like take none, nor does --guidance 1)",
+    )
     parser.add_argument("--count", type=int, default=4, help="pictures of each prompt, or of a whole pack (default: 4)")
     parser.add_argument(
         "--seed", type=int, default=1, help="seed of the first picture; the next ones count up (default: 1)"
@@ -117,6 +121,8 @@ def run_generate(options: argparse.Namespace) -> None:
     loras = [(LoraFile.read(path), strength) for path, strength in map(split_strength, options.lora)]
     base = base_from(options, **given_settings(options))
     with BarProgress() as progress:
+        if options.negative and base.embeds_guidance:
+            progress.warning(f"--negative has no effect: this {base.family.title} takes no negative prompt")
         jobs = style_jobs(options, base, loras, progress) if options.style_pack else prompt_jobs(options, base, loras)
         reference = read_photos(options.reference, on_warning=progress.warning) if options.reference else []
         shots = make_headshots(

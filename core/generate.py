@@ -234,10 +234,13 @@ def parameters_text(base: Base, loras: Sequence[tuple[LoraFile, float]], job: Jo
     loras = [(lora, factor) for lora, factor in loras if lora.entries]
     names = [Path(lora.name).stem for lora, _ in loras]
     used = [f"<lora:{name}:{factor * job.strength:g}>" for name, (_, factor) in zip(names, loras, strict=True)]
+    guidance = {"CFG scale": f"{job.guidance:g}"}
+    if base.embeds_guidance:  # in Forge's words
+        guidance = {"CFG scale": "1", "Distilled CFG Scale": f"{job.guidance:g}"}
     settings = {
         "Steps": f"{job.steps}",
         "Sampler": SAMPLER_TITLES[sampler_name(config.sampler, base)],
-        "CFG scale": f"{job.guidance:g}",
+        **guidance,
         "Seed": f"{job.seed}",
         "Size": f"{width}x{height}",
         "Model": _quoted(base.name.removesuffix(".safetensors")),
@@ -262,7 +265,7 @@ def parameters_text(base: Base, loras: Sequence[tuple[LoraFile, float]], job: Jo
     lines = [
         " ".join([job.prompt, *used]),
         # Also when it is empty: ComfyUI reads nothing from a text without it.
-        f"Negative prompt: {job.negative}",
+        f"Negative prompt: {_texts(job, base)[1]}",
         ", ".join(f"{name}: {value}" for name, value in settings.items()),
     ]
     return "\n".join(lines)

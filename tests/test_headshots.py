@@ -29,7 +29,7 @@ from core.generate import Picture, generate, parameters_text
 from core.headshots import make_headshots
 from core.lora_inspect import file_hashes
 from core.sampling import SAMPLER_TITLES, SAMPLERS, encode_pairs
-from tests.tooling import write_photos
+from tests.tooling import small_flow_base, write_photos
 
 STYLES = ("Classic grey studio", "Navy backdrop executive", "Bright open office", "Warm beige studio")
 
@@ -205,6 +205,21 @@ def test_a1111_reads_back_what_was_drawn_however_the_files_are_called(base, tmp_
         "Model": 'mix: "A", fp16', "Model hash": base.sha256[:10], "Clip skip": "2",
         "Lora hashes": f"sks, the woman: {lora.model_hash[:12]}",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "guidance", "negative", "said"),
+    [
+        ("flux1", 3.5, "", {"CFG scale": "1", "Distilled CFG Scale": "3.5"}),
+        ("zimage", 3.5, "blurry", {"CFG scale": "3.5"}),
+        ("zimage", 1.0, "", {"CFG scale": "1"}),
+    ],
+)
+def test_guidance_and_negative_prompt_are_said_as_they_are_taken(family, guidance, negative, said) -> None:
+    job = Job("a photo", 1, "blurry", guidance=guidance)
+    _, read, settings = read_as_a1111_does(parameters_text(small_flow_base(family), [], job, GenerateConfig()))
+    assert read == negative
+    assert {name: value for name, value in settings.items() if "CFG" in name} == said
 
 
 def test_the_loras_stand_in_the_parameters_with_name_strength_and_hash(base, tmp_path: Path) -> None:
