@@ -1,8 +1,9 @@
 """A batch of headshots in a folder: made once, small faces drawn anew, judged by likeness, the best kept, shown on a page."""
 
+import filecmp
 import itertools
 import json
-import shutil
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +24,9 @@ from .lora_file import LoraFile
 OVERVIEW = "headshots.json"
 CONTACT_SHEET = "contact_sheet.png"
 EARLIER = "earlier"
+KEPT = "kept"
+PICTURE_NAME = r"\d{3,}-\d+\.png"
+"""Number in the batch and seed."""
 TILE = 256
 """Height of a picture on the contact sheet, in pixels."""
 
@@ -75,8 +79,8 @@ def make_headshots(
     With `reference` photos, faces that `face_pass` calls small are drawn anew and that is kept where likeness does not
     fall; and the `keep` most alike pictures (None: a quarter) are copied into `folder`/kept.
     A picture that is already there, made from the same job, models and settings, is not made again: an interrupted batch
-    goes on where it was. Another picture of its name moves to `folder`/earlier. Also writes contact_sheet.png,
-    gallery.html and headshots.json.
+    goes on where it was. Another picture of its name moves to `folder`/earlier, and what another batch left in
+    `folder`/kept to `folder`/kept/earlier. Also writes contact_sheet.png, gallery.html and headshots.json.
     `on_progress(phase, done, total)`, phases "pictures" and "faces", may raise to cancel. BadFile when the folder cannot be
     written, BadPhoto when no reference photo shows a face.
     """
@@ -100,7 +104,8 @@ def make_headshots(
     shots = [Headshot(path, job, face_pass=_face_outcome(path)) for job, path in paths.items()]
     if person:
         shots = ranked(shots, person, -(-len(shots) // 4) if keep is None else keep)
-        _copy_kept(shots, folder / "kept")
+    if person or (folder / KEPT).is_dir():
+        _fill_kept(shots, folder / KEPT, ranked=person is not None)
     _write_overview(shots, folder, compared=person is not None)
     return shots
 
@@ -209,17 +214,26 @@ def mean_likeness(shots: Sequence[Headshot]) -> float:
     return round(float(np.mean([shot.likeness or 0.0 for shot in shots] or [0.0])), 4)
 
 
-def _copy_kept(shots: Sequence[Headshot], folder: Path) -> None:
-    """Puts copies of the kept pictures into the folder, and takes out what is of this batch and is not kept any more."""
+def _fill_kept(shots: Sequence[Headshot], folder: Path, ranked: bool) -> None:
+    """Leaves no pictures of batches in the folder but copies of this one's, of those that are kept where they are ranked.
+
+    Other copies of pictures beside the folder are deleted, and what is no copy of one moves to `folder`/earlier.
+    """
+    belonging = {shot.path.name for shot in shots if shot.kept or not ranked}
     try:
+        for path in sorted(folder.glob("*.png")):
+            if re.fullmatch(PICTURE_NAME, path.name):
+                original = folder.parent / path.name
+                if not (original.exists() and filecmp.cmp(path, original, shallow=False)):
+                    _set_aside(path)
+                elif path.name not in belonging:
+                    path.unlink()
         folder.mkdir(exist_ok=True)
-        for shot in shots:
-            if shot.kept:
-                shutil.copy2(shot.path, folder / shot.path.name)
-            else:
-                (folder / shot.path.name).unlink(missing_ok=True)
     except OSError as error:
         raise BadFile(f"{folder}: cannot be written: {error.strerror or error}") from None
+    for shot in shots:
+        if shot.kept:
+            write_file(folder / shot.path.name, lambda file, path=shot.path: file.write(path.read_bytes()))
 
 
 def _write_overview(shots: Sequence[Headshot], folder: Path, compared: bool) -> None:

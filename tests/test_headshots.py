@@ -332,6 +332,17 @@ def test_a_second_choice_replaces_the_first_and_leaves_other_files_alone(base, t
     assert times(tmp_path) == before
 
 
+def test_what_an_earlier_batch_kept_is_set_aside(base, tmp_path: Path) -> None:
+    photos = person_photos(1)[:2]
+    make_headshots(base, [], batch_with_faces(base, tmp_path), tmp_path, reference=photos, keep=9)
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir()}
+    make_headshots(base, [], [replace(jobs(1)[0], prompt="another")], tmp_path)  # not ranked
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["earlier"]
+    (aside,) = (tmp_path / "kept" / "earlier").iterdir()  # the others are where they were, beside the folder
+    assert aside.read_bytes() == kept["001-0.png"]
+    assert all((tmp_path / name).read_bytes() == kept[name] for name in kept if name != "001-0.png")
+
+
 def test_what_cannot_be_compared_is_refused(base, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(BadConfig, match="keep needs photos"):
         make_headshots(base, [], jobs(1), tmp_path, keep=1)
