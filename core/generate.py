@@ -62,6 +62,11 @@ class Job:
     """Name of the style that the prompt is from, if any."""
 
     def __post_init__(self) -> None:
+        for name in ("prompt", "negative"):
+            try:
+                getattr(self, name).encode()
+            except UnicodeEncodeError:
+                raise BadConfig(f"{name} = {getattr(self, name)!r}: has half a character in it") from None
         if not 1 <= self.steps <= 1000:
             raise BadConfig(f"steps = {self.steps}: must be between 1 and 1000")
         if not 0 <= self.seed < 2**64:

@@ -450,6 +450,8 @@ def _faults(value: Any, rule: Mapping[str, Any], where: str = "") -> Iterator[st
         article = "an" if rule["type"][0] in "aeiou" else "a"
         yield f"{at}{_shown(value)} is not {article} {rule['type']}"
         return
+    if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+        yield f"{at}{value!a} has half a character in it"
     if "enum" in rule and value not in rule["enum"]:
         yield f"{at}{_shown(value)} is none of {', '.join(rule['enum'])}"
     if "pattern" in rule and not re.search(rule["pattern"], value):
