@@ -20,6 +20,7 @@ from .files import remove_leftovers, write_file, write_text
 from .gallery import gallery_page
 from .generate import GenerateConfig, Job, Picture, contact_sheet, generate, parameters_text, picture_size
 from .lora_file import LoraFile
+from .photos.reading import DAMAGED
 
 OVERVIEW = "headshots.json"
 CONTACT_SHEET = "contact_sheet.png"
@@ -135,7 +136,7 @@ class _Batch:
             with Image.open(path) as image:
                 image.load()  # a file that was cut short is not made
                 same = image.info.get("parameters") == parameters_text(self.base, self.loras, job, self.config)
-        except OSError:
+        except (*DAMAGED, Image.DecompressionBombError):
             return False
         outcome = _face_outcome(path)
         # A face that was drawn with other settings has to go, and the first drawing is gone.
@@ -191,9 +192,18 @@ def _settings(outcome: FaceOutcome) -> FacePass:
 
 
 def _face_outcome(path: Path) -> FaceOutcome | None:
+    """What a picture says of its face pass; None where it says nothing, or what others mean by a text of that name."""
     with Image.open(path) as image:
-        text = image.info.get("face_pass")
-    return FaceOutcome(**json.loads(text)) if text else None
+        text = image.info.get("face_pass", "")
+    try:
+        given = json.loads(text)
+        after = given.pop("after")
+        numbers = {name: float(value) for name, value in given.items()}
+        outcome = FaceOutcome(**numbers, after=None if after is None else float(after))
+        _settings(outcome)
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError, BadConfig):
+        return None
+    return outcome
 
 
 def _picture(path: Path) -> Image.Image:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
 from core import GenerateConfig, Job, LoraFile, TrainConfig, load_base, train
@@ -119,6 +120,26 @@ def test_a_picture_that_was_made_otherwise_is_set_aside_and_none_is_lost(base, t
         path.read_bytes() for path in sorted((tmp_path / "earlier").iterdir(), key=lambda path: path.stat().st_ctime_ns)
     ]
     assert aside == [b"somebody's", *made[:2]] and made[2] == made[0] != made[1]
+
+
+@pytest.mark.parametrize(
+    "said", ["hello", "[1]", "3", '{"a": 1}', '{"below": 7, "denoise": 1, "before": 0, "after": null}']
+)
+def test_what_others_write_into_a_picture_as_face_pass_is_not_taken_for_ours(base, said, tmp_path: Path) -> None:
+    (job,) = jobs(1)
+    picture = Picture(Image.new("RGB", (64, 80)), job, parameters_text(base, [], job, GenerateConfig()))
+    picture.save(tmp_path / "001-0.png", {"face_pass": said})
+    before = times(tmp_path)
+    (shot,) = make_headshots(base, [], [job], tmp_path)
+    assert shot.face_pass is None and times(tmp_path) == before
+
+
+def test_a_picture_that_pillow_refuses_is_set_aside(base, tmp_path: Path) -> None:
+    text = PngInfo()
+    text.add_text("comment", "a" * 2**21, zip=True)
+    Image.new("RGB", (64, 80)).save(tmp_path / "001-0.png", pnginfo=text)
+    make_headshots(base, [], [replace(jobs(1)[0], steps=1)], tmp_path)
+    assert (tmp_path / "earlier" / "001-0.png").exists()
 
 
 def test_jobs_that_differ_in_nothing_but_their_size_are_pictures_of_their_own(base, tmp_path: Path) -> None:
