@@ -156,6 +156,9 @@ def prompt_jobs(options: argparse.Namespace, base, loras: Sequence[tuple[Any, fl
     prompts = options.prompt or [f"a photo of {phrase}" for phrase in [trigger_phrase(loras)] if phrase]
     if not prompts:
         raise BadConfig("no --prompt given, and no LoRA that names a trigger phrase")
+    for prompt in prompts:
+        if prompts.count(prompt) > 1:
+            raise BadConfig(f"--prompt {prompt!r} is given twice; --count makes more pictures of each")
     if options.count < 1:
         raise BadConfig(f"--count {options.count}: must be at least 1")
     steps = base.family.steps if options.steps is None else options.steps

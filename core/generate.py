@@ -40,6 +40,8 @@ from .sampling import (
 )
 
 _Item = TypeVar("_Item", bound=Hashable)
+LARGEST_SIDE = 16384
+"""Of a picture, in pixels: what ComfyUI allows."""
 SAMPLE_BATCH = 4
 """Pictures that are drawn at a time while training."""
 
@@ -225,6 +227,8 @@ def picture_size(base: Base, size: tuple[int, int] | None) -> tuple[int, int]:
         raise BadConfig(
             f"size {size[0]}x{size[1]}: width and height must be multiples of {multiple}, e.g. {near[0]}x{near[1]}"
         )
+    if max(size) > LARGEST_SIDE:
+        raise BadConfig(f"size {size[0]}x{size[1]}: width and height may be {LARGEST_SIDE} at most")
     return size
 
 

@@ -4,6 +4,7 @@ import filecmp
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -83,7 +84,7 @@ def make_headshots(
     goes on where it was. Another picture of its name moves to `folder`/earlier, and what another batch left in
     `folder`/kept to `folder`/kept/earlier. Also writes contact_sheet.png, gallery.html and headshots.json.
     `on_progress(phase, done, total)`, phases "pictures" and "faces", may raise to cancel. BadFile when the folder cannot be
-    written, BadPhoto when no reference photo shows a face.
+    written, BadPhoto when no reference photo shows a face, BadConfig when two jobs are the same.
     """
     config, face_pass = config or GenerateConfig(), face_pass or FacePass()
     if keep is not None and not reference:
@@ -97,6 +98,11 @@ def make_headshots(
         raise BadFile(f"{folder}: cannot be written: {error.strerror}") from None
     batch = _Batch(base, loras, config, device, on_progress or (lambda phase, done, total: None))
     jobs = [replace(job, size=picture_size(base, job.size)) for job in jobs]
+    for job, count in Counter(jobs).items():
+        if count > 1:
+            raise BadConfig(
+                f"{count} pictures of {job.prompt!r} with seed {job.seed} would be the same; give other seeds"
+            )
     paths = {job: folder / f"{number:03d}-{job.seed}.png" for number, job in enumerate(jobs, start=1)}
     remove_leftovers(folder, "*.png")
     batch.draw_missing(paths, face_pass)

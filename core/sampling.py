@@ -17,6 +17,8 @@ from .families.clip import chunk_count, words_of
 from .families.spec import Conditioning, Pair, on_device, stack_conditioning
 from .objective import TIMESTEPS, FlowSchedule
 
+MOST_LEADING = 150
+"""Sampling steps up to which they are spaced in the way that SD's configs name, "leading"."""
 ENCODED_TOGETHER = 16
 """Texts that are encoded at a time."""
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -106,7 +108,8 @@ def build_sampler(name: str | None, base: Base, steps: int, latents: Tensor) -> 
             "beta_end": 0.012,
             "beta_schedule": "scaled_linear",
             "prediction_type": base.prediction_type,
-            "timestep_spacing": "trailing" if base.zero_terminal_snr else "leading",
+            # Leading steps are a whole number of timesteps apart: many of them would begin far below pure noise.
+            "timestep_spacing": "trailing" if base.zero_terminal_snr or steps > MOST_LEADING else "leading",
             "steps_offset": 1,
             **options,
         }
@@ -188,13 +191,13 @@ def sample_latents(
     noise = noise.to(device)
     scheduler = build_sampler(sampler, base, steps, noise)
     timesteps = scheduler.timesteps
+    first = 0 if start is None else len(timesteps) - max(1, round(denoise * len(timesteps)))
+    timesteps = timesteps[first:]
+    if hasattr(scheduler, "set_begin_index"):  # DDIM goes by the timesteps alone
+        scheduler.set_begin_index(first)
     if start is None:
         latents = noise * scheduler.init_noise_sigma
     else:
-        first = len(timesteps) - max(1, round(denoise * len(timesteps)))
-        timesteps = timesteps[first:]
-        if hasattr(scheduler, "set_begin_index"):  # DDIM goes by the timesteps alone
-            scheduler.set_begin_index(first)
         latents = scheduler.add_noise(start.to(device), noise, timesteps[:1])
     picture = base.family.image_conditioning(size, (0, 0), size)
     if base.embeds_guidance:

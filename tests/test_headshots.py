@@ -29,7 +29,7 @@ from core.faces import Face, Reference
 from core.generate import Picture, generate, parameters_text
 from core.headshots import make_headshots
 from core.lora_inspect import file_hashes
-from core.sampling import SAMPLER_TITLES, SAMPLERS, encode_pairs
+from core.sampling import SAMPLER_TITLES, SAMPLERS, build_sampler, encode_pairs, sample_latents
 from tests.tooling import small_flow_base, write_photos
 
 STYLES = ("Classic grey studio", "Navy backdrop executive", "Bright open office", "Warm beige studio")
@@ -483,6 +483,28 @@ def test_a_clip_skip_that_the_base_does_not_have_is_refused(base) -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
+def test_many_steps_are_taken_and_begin_near_pure_noise(base, sampler: str) -> None:
+    noise = torch.zeros(1, 4, 4, 4)
+    firsts = [float(build_sampler(sampler, base, steps, noise).timesteps[0]) for steps in (30, 150, 300, 501, 1000)]
+    assert min(firsts) > 890 and max(firsts) < 1000
+    blind = replace(base, family=replace(base.family, predict=lambda denoiser, noisy, *others: torch.zeros_like(noisy)))
+    text = [{"context": torch.zeros(1, 77, 64)}]
+    latents = sample_latents(
+        blind, torch.nn.Identity(), text, text, device=torch.device("cpu"), dtype=torch.float32, seeds=[1], size=(32, 32),
+        steps=1000, guidance=1.0, sampler=sampler,
+    )  # fmt: skip
+    assert latents.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"prompt": "half \ud83d"}, {"negative": "\udcff"}, {"steps": 0}, {"guidance": float("nan")}]
+)
+def test_jobs_that_cannot_be_drawn_are_refused(wrong) -> None:
+    with pytest.raises(BadConfig, match=next(iter(wrong))):
+        Job(**{"prompt": "a photo", "seed": 1, **wrong})
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_drawing_anew_with_few_steps_stays_near_the_picture(base, sampler: str) -> None:
     photo = person_photos(1)[0].convert("RGB").resize((64, 80), Image.Resampling.LANCZOS)
     job = Job("a photo of person", 1, size=(64, 80), steps=10, guidance=1)
@@ -506,6 +528,14 @@ def test_headshots_of_a_style_pack_come_from_the_command_line(
     report = json.loads(capsys.readouterr().out)
     assert len(report["headshots"]) == 2
     assert all("sks person" in picture["prompt"] for picture in report["headshots"])
+
+
+def test_a_prompt_that_is_given_twice_is_refused(base, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", "--base", str(BASE_FILE), "--output", str(tmp_path), "--prompt", "a", "--prompt", "a"]
+    assert main(command) == 1
+    assert "--prompt 'a' is given twice" in capsys.readouterr().err
+    with pytest.raises(BadConfig, match="2 pictures of 'a photo of person' with seed 0 would be the same"):
+        make_headshots(base, [], jobs(1) * 2, tmp_path)
 
 
 def test_the_packs_are_listed_without_a_base_and_drawing_asks_for_one(capsys: pytest.CaptureFixture[str]) -> None:
