@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -28,7 +29,11 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     add_settings(parser, SCHEDULE)
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="may be repeated")
     parser.add_argument(
-        "--prompt", action="append", default=[], help="may be repeated; default: the LoRA's trigger phrase"
+        "--prompt",
+        action="append",
+        default=[],
+        help="may be repeated; default: the LoRA's trigger phrase; words have no weights: "
+        "brackets, as in (word:1.3), are characters",
     )
     parser.add_argument(
         "--style-pack", metavar="NAME", help="make headshots in the styles of a pack; 'list' lists them"
@@ -124,6 +129,8 @@ def run_generate(options: argparse.Namespace) -> None:
         if options.negative and base.embeds_guidance:
             progress.warning(f"--negative has no effect: this {base.family.title} takes no negative prompt")
         jobs = style_jobs(options, base, loras, progress) if options.style_pack else prompt_jobs(options, base, loras)
+        for line in unread_syntax([text for job in jobs for text in (job.prompt, job.negative)]):
+            progress.warning(line)
         reference = read_photos(options.reference, on_warning=progress.warning) if options.reference else []
         shots = make_headshots(
             base, loras, jobs, options.output, config,
@@ -140,6 +147,17 @@ def run_generate(options: argparse.Namespace) -> None:
     if any(shot.kept for shot in shots):
         print(f"most alike: {shots[0].path} ({shots[0].likeness:.2f}); the kept ones are in {options.output / 'kept'}")
     print(f"overview: {options.output / 'gallery.html'} and contact_sheet.png")
+
+
+def unread_syntax(texts: Sequence[str]) -> list[str]:
+    """A line for each thing in prompts that A1111 and ComfyUI read as more than text, as `(word:1.3)`."""
+    weights, files = r"[(\[][^()\[\]]*:\s*[\d.]+\s*[)\]]", r"<(?:lora|lyco|hypernet):[^<>]*>"
+    found = {match for text in texts for match in re.findall(f"{weights}|{files}", text)}
+    return [
+        f"{match!r} is read as these characters: "
+        + ("give the file with --lora" if match.startswith("<") else "words have no weights here")
+        for match in sorted(found)
+    ]
 
 
 def trigger_phrase(loras: Sequence[tuple[Any, float]]) -> str | None:

@@ -29,6 +29,8 @@ EARLIER = "earlier"
 KEPT = "kept"
 PICTURE_NAME = r"\d{3,}-\d+\.png"
 """Number in the batch and seed."""
+COLUMNS = 10
+"""Pictures beside each other on the contact sheet."""
 TILE = 256
 """Height of a picture on the contact sheet, in pixels."""
 
@@ -264,7 +266,7 @@ def _write_overview(shots: Sequence[Headshot], folder: Path, compared: bool) -> 
         styles.setdefault(shot.job.style or shot.job.prompt, []).append(shot)
     rows = [(name, [_tile(shot.path) for shot in group]) for name, group in styles.items()]
     labels = [[_label(shot) for shot in group] for group in styles.values()] if compared else None
-    sheet = contact_sheet(rows, tile=TILE, labels=labels, title=summary(shots))
+    sheet = contact_sheet(rows, tile=TILE, labels=labels, title=summary(shots), columns=COLUMNS)
     write_file(folder / CONTACT_SHEET, lambda file: sheet.save(file, "PNG"))
 
 

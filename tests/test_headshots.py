@@ -26,7 +26,7 @@ from core.demo.people import person_photos
 from core.errors import BadConfig, BadPhoto
 from core.face_pass import FacePass, blend, cut_out
 from core.faces import Face, Reference
-from core.generate import Picture, generate, parameters_text
+from core.generate import Picture, contact_sheet, generate, parameters_text
 from core.headshots import make_headshots
 from core.lora_inspect import file_hashes
 from core.sampling import SAMPLER_TITLES, SAMPLERS, build_sampler, encode_pairs, sample_latents
@@ -309,6 +309,14 @@ def test_text_beyond_ascii_survives_in_the_png(tmp_path: Path) -> None:
     assert "Zoë à Zürich".encode() in (tmp_path / "a.png").read_bytes()  # as UTF-8, which ComfyUI expects
 
 
+def test_a_long_row_of_a_sheet_goes_on_below() -> None:
+    tiles = [Image.new("RGB", (40, 40), colour) for colour in ("red", "green", "blue")]
+    one, wrapped = (contact_sheet([("a", tiles)], tile=40, columns=columns) for columns in (3, 2))
+    labelled = contact_sheet([("a", tiles)], tile=40, columns=2, labels=[["1", "2", "3"]])
+    assert wrapped.height == one.height + 48 and labelled.height == one.height + 48 + 2 * 20
+    assert wrapped.getpixel((20, one.height + 20)) == (0, 0, 255)
+
+
 # Ranked and kept
 
 
@@ -536,6 +544,14 @@ def test_a_prompt_that_is_given_twice_is_refused(base, tmp_path: Path, capsys: p
     assert "--prompt 'a' is given twice" in capsys.readouterr().err
     with pytest.raises(BadConfig, match="2 pictures of 'a photo of person' with seed 0 would be the same"):
         make_headshots(base, [], jobs(1) * 2, tmp_path)
+
+
+def test_what_other_programs_take_for_more_than_text_is_warned_of(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", "--base", str(BASE_FILE), "--output", str(tmp_path), "--count", "1", "--size", "64x64"]
+    command += ["--steps", "1", "--prompt", "a photo (of: a person), 16:9", "--prompt", "a <lora:anna:0.8> (smile:1.2)"]
+    assert main([*command, "--negative", "[blurry:0.5]"]) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
+    assert [warning.split("'")[1] for warning in warnings] == ["(smile:1.2)", "<lora:anna:0.8>", "[blurry:0.5]"]
 
 
 def test_the_packs_are_listed_without_a_base_and_drawing_asks_for_one(capsys: pytest.CaptureFixture[str]) -> None:
