@@ -208,8 +208,9 @@ def style_jobs(
     styled = found.pick(options.style_pack).prompts(
         Subject(trigger, class_word), base.family.name, options.count, options.seed, options.style, base.resolution
     )
-    for line in long_prompts(styled, lambda text: len(caption_tokens(text)) + 2):
-        progress.warning(line + "; it is encoded in several chunks")
+    if base.family.wording == "tags":  # those that read nothing but CLIP
+        for line in long_prompts(styled, lambda text: len(caption_tokens(text)) + 2):
+            progress.warning(line + "; it is encoded in several chunks")
     return [
         Job(
             prompt.prompt,

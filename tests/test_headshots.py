@@ -20,12 +20,15 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
 from core import GenerateConfig, Job, LoraFile, TrainConfig, load_base, train
-from core.cli import main
+from core.cli import build_parser, main
+from core.cli_common import BarProgress
+from core.cli_pictures import style_jobs
 from core.demo import BASE_FILE
 from core.demo.people import person_photos
 from core.errors import BadConfig, BadPhoto
 from core.face_pass import FacePass, blend, cut_out
 from core.faces import Face, Reference
+from core.families.clip import caption_tokens
 from core.generate import Picture, contact_sheet, generate, parameters_text
 from core.headshots import make_headshots
 from core.lora_inspect import file_hashes
@@ -552,6 +555,17 @@ def test_what_other_programs_take_for_more_than_text_is_warned_of(tmp_path, caps
     assert main([*command, "--negative", "[blurry:0.5]"]) == 0
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
     assert [warning.split("'")[1] for warning in warnings] == ["(smile:1.2)", "<lora:anna:0.8>", "[blurry:0.5]"]
+
+
+def test_no_length_of_clip_is_minded_where_a_base_reads_with_another_encoder(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ["generate", "--style-pack", "corporate", "--style", "Classic grey studio", "--subject", "sks person"]
+    parsed = build_parser().parse_args([*options, "--count", "9"])
+    with BarProgress() as progress:
+        styled = style_jobs(parsed, small_flow_base("flux1"), [], progress)
+    assert max(len(caption_tokens(job.prompt)) for job in styled) > 75
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_the_packs_are_listed_without_a_base_and_drawing_asks_for_one(capsys: pytest.CaptureFixture[str]) -> None:
