@@ -195,7 +195,8 @@ def _applied(
     applied = []
     try:
         for lora, factor in loras:
-            applied.append(apply(lora, {"family": base.family.name, **networks}, factor * strength))
+            present = lora.of_parts(networks)
+            applied.append(apply(present, {"family": base.family.name, **networks}, factor * strength))
         with new_words(networks, [lora for lora, _ in loras]):
             yield
     finally:
