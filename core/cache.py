@@ -16,7 +16,8 @@ from .base import Base
 from .config import TrainConfig
 from .errors import BadFile
 from .families.clip import chunk_count
-from .families.spec import Conditioning
+from .families.spec import Conditioning, Pair
+from .memory_plan import explained_memory_error
 from .methods import trains_text
 from .objective import shrink_mask
 from .photos import Dataset, TrainingImage
@@ -59,8 +60,8 @@ class LatentCache:
     """Chunks of 77 tokens that every caption is padded to."""
     digest: str
     """Equal for equal photos, crops, captions and encoders."""
-    prompts: dict[str, Conditioning] = field(default_factory=dict)
-    """The same of the prompts of samples, and of "": as long as the longest of them needs, which no training depends on."""
+    prompts: dict[str, Pair] = field(default_factory=dict)
+    """Of each prompt of samples, with that of an empty negative prompt: as long as it needs, which no training depends on."""
 
 
 def cache_folder() -> Path:
@@ -113,22 +114,23 @@ def encode(
     captions = [image.caption for image in dataset.images]
     class_captions = [without_trigger(image.caption, config) for image in dataset.images]
     chunks = chunk_count(captions)
-    long = max(chunks, chunk_count(extra_prompts))
     wanted = {(caption, chunks) for caption in (*captions, *(class_captions if config.prior_prediction else ()), "")}
-    prompts = {(prompt, long) for prompt in (*extra_prompts, "")} if extra_prompts else set()
+    pairs = {prompt: ((prompt, count := chunk_count([prompt])), ("", count)) for prompt in extra_prompts}
     if trains_text(config):
-        wanted, prompts = set(), set()
-    total = len(dataset.images) + len(wanted | prompts)
+        wanted, pairs = set(), {}
+    texts = wanted.union(*pairs.values())
+    total = len(dataset.images) + len(texts)
     text_print = base.text_fingerprint
 
     def progress(done: int) -> None:
         if on_progress:
             on_progress(done, total)
 
-    latents, keys = _encode_images(dataset.images, base, device, progress)
-    text = _encode_prompts(
-        sorted(wanted | prompts), base, config, text_print, device, lambda done: progress(len(dataset.images) + done)
-    )
+    with explained_memory_error("a lower resolution or the device cpu"):
+        latents, keys = _encode_images(dataset.images, base, device, progress)
+        text = _encode_prompts(
+            sorted(texts), base, config, text_print, device, lambda done: progress(len(dataset.images) + done)
+        )
     encoded = []
     for image, (mean, deviation), caption_of_class in zip(dataset.images, latents, class_captions, strict=True):
         mask = image.mask()
@@ -154,7 +156,7 @@ def encode(
         {caption: text[caption, count] for caption, count in wanted},
         chunks,
         content_key(described, text_print, chunks),
-        {prompt: text[prompt, count] for prompt, count in prompts},
+        {prompt: (text[given], text[empty]) for prompt, (given, empty) in pairs.items()},
     )
 
 

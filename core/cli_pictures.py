@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -28,7 +29,11 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     add_settings(parser, SCHEDULE)
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="may be repeated")
     parser.add_argument(
-        "--prompt", action="append", default=[], help="may be repeated; default: the LoRA's trigger phrase"
+        "--prompt",
+        action="append",
+        default=[],
+        help="may be repeated; default: the LoRA's trigger phrase; words have no weights: "
+        "brackets, as in (word:1.3), are characters",
     )
     parser.add_argument(
         "--style-pack", metavar="NAME", help="make headshots in the styles of a pack; 'list' lists them"
@@ -65,7 +70,11 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--face-denoise", type=float, metavar="SHARE", help="of the steps that are taken for it (default: 0.35)"
     )
-    parser.add_argument("--negative", default="", help="what should not be in the pictures")
+    parser.add_argument(
+        "--negative",
+        default="",
+        help="what should not be in the pictures (FLUX.1-dev and the like take none, nor does --guidance 1)",
+    )
     parser.add_argument("--count", type=int, default=4, help="pictures of each prompt, or of a whole pack (default: 4)")
     parser.add_argument(
         "--seed", type=int, default=1, help="seed of the first picture; the next ones count up (default: 1)"
@@ -117,7 +126,11 @@ def run_generate(options: argparse.Namespace) -> None:
     loras = [(LoraFile.read(path), strength) for path, strength in map(split_strength, options.lora)]
     base = base_from(options, **given_settings(options))
     with BarProgress() as progress:
+        if options.negative and base.embeds_guidance:
+            progress.warning(f"--negative has no effect: this {base.family.title} takes no negative prompt")
         jobs = style_jobs(options, base, loras, progress) if options.style_pack else prompt_jobs(options, base, loras)
+        for line in unread_syntax([text for job in jobs for text in (job.prompt, job.negative)]):
+            progress.warning(line)
         reference = read_photos(options.reference, on_warning=progress.warning) if options.reference else []
         shots = make_headshots(
             base, loras, jobs, options.output, config,
@@ -136,6 +149,17 @@ def run_generate(options: argparse.Namespace) -> None:
     print(f"overview: {options.output / 'gallery.html'} and contact_sheet.png")
 
 
+def unread_syntax(texts: Sequence[str]) -> list[str]:
+    """A line for each thing in prompts that A1111 and ComfyUI read as more than text, as `(word:1.3)`."""
+    weights, files = r"[(\[][^()\[\]]*:\s*[\d.]+\s*[)\]]", r"<(?:lora|lyco|hypernet):[^<>]*>"
+    found = {match for text in texts for match in re.findall(f"{weights}|{files}", text)}
+    return [
+        f"{match!r} is read as these characters: "
+        + ("give the file with --lora" if match.startswith("<") else "words have no weights here")
+        for match in sorted(found)
+    ]
+
+
 def trigger_phrase(loras: Sequence[tuple[Any, float]]) -> str | None:
     """What the first LoRA that says so wants to be called by."""
     phrases = [lora.metadata.get("modelspec.trigger_phrase") for lora, _ in loras]
@@ -150,6 +174,9 @@ def prompt_jobs(options: argparse.Namespace, base, loras: Sequence[tuple[Any, fl
     prompts = options.prompt or [f"a photo of {phrase}" for phrase in [trigger_phrase(loras)] if phrase]
     if not prompts:
         raise BadConfig("no --prompt given, and no LoRA that names a trigger phrase")
+    for prompt in prompts:
+        if prompts.count(prompt) > 1:
+            raise BadConfig(f"--prompt {prompt!r} is given twice; --count makes more pictures of each")
     if options.count < 1:
         raise BadConfig(f"--count {options.count}: must be at least 1")
     steps = base.family.steps if options.steps is None else options.steps
@@ -181,8 +208,9 @@ def style_jobs(
     styled = found.pick(options.style_pack).prompts(
         Subject(trigger, class_word), base.family.name, options.count, options.seed, options.style, base.resolution
     )
-    for line in long_prompts(styled, lambda text: len(caption_tokens(text)) + 2):
-        progress.warning(line + "; it is encoded in several chunks")
+    if base.family.wording == "tags":  # those that read nothing but CLIP
+        for line in long_prompts(styled, lambda text: len(caption_tokens(text)) + 2):
+            progress.warning(line + "; it is encoded in several chunks")
     return [
         Job(
             prompt.prompt,

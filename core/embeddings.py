@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from .errors import BadFile
 from .families.clip import add_word, remove_words
 from .lora_file import LoraFile
 from .lora_keys import bundled_embedding
@@ -55,8 +56,18 @@ def embeddings_of(lora: LoraFile) -> dict[str, dict[str, Tensor]]:
         tail = key.rpartition(".")[2] if name else key
         part = parts.get("emb_params" if tail == "*" else tail)
         if part is not None:
-            words.setdefault(word_of(lora, key), {})[part] = lora.tensors[key]
+            words.setdefault(word_of(lora, key), {})[part] = _vectors(lora, key)
     return words
+
+
+def _vectors(lora: LoraFile, key: str) -> Tensor:
+    """The tensor as (vectors, width); a single vector may have one axis. BadFile for another shape."""
+    tensor = lora.tensors[key]
+    if tensor.ndim not in (1, 2) or not tensor.numel():
+        raise BadFile(
+            f"{lora.name}: {key} has the shape {list(tensor.shape)}; that of an embedding is [vectors, width]"
+        )
+    return tensor.reshape(-1, tensor.shape[-1])
 
 
 def word_of(lora: LoraFile, key: str) -> str:

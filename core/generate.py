@@ -3,10 +3,11 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
@@ -19,9 +20,10 @@ from .config import Precision, TrainConfig
 from .device import device_and_dtype
 from .embeddings import new_words
 from .errors import BadConfig
-from .families.spec import Conditioning
+from .families.spec import Pair, stacked_with
 from .files import write_file
 from .lora_file import LoraFile
+from .memory_plan import explained_memory_error
 from .photos import Photo, bucket_sizes
 from .photos.captions import class_caption, default_caption
 from .run import Sampler, Shot
@@ -31,12 +33,15 @@ from .sampling import (
     SAMPLER_TITLES,
     SAMPLERS,
     decode_latents,
+    encode_pairs,
     encode_pictures,
-    encode_prompts,
     sample_latents,
     sampler_name,
 )
 
+_Item = TypeVar("_Item", bound=Hashable)
+LARGEST_SIDE = 16384
+"""Of a picture, in pixels: what ComfyUI allows."""
 SAMPLE_BATCH = 4
 """Pictures that are drawn at a time while training."""
 
@@ -59,6 +64,11 @@ class Job:
     """Name of the style that the prompt is from, if any."""
 
     def __post_init__(self) -> None:
+        for name in ("prompt", "negative"):
+            try:
+                getattr(self, name).encode()
+            except UnicodeEncodeError:
+                raise BadConfig(f"{name} = {getattr(self, name)!r}: has half a character in it") from None
         if not 1 <= self.steps <= 1000:
             raise BadConfig(f"steps = {self.steps}: must be between 1 and 1000")
         if not 0 <= self.seed < 2**64:
@@ -129,23 +139,25 @@ def generate(
     groups: dict[float, list[Job]] = {}
     for job in jobs:
         groups.setdefault(job.strength, []).append(job)
-    encoded = _encode(base, loras, groups, config, device)
-    denoiser = base.load("denoiser", device, dtype)
-    vae = base.load("vae", device, torch.float32)
-    for strength, group in groups.items():
-        with _applied(base, loras, strength, {"denoiser": denoiser}):
-            for batch in _batches(group, config.batch_size):
-                first = batch[0]
-                assert first.size is not None
-                begin = encode_pictures(base, vae, [starts[job] for job in batch]) if starts else None
-                latents = sample_latents(
-                    base, denoiser,
-                    [encoded[strength, job.prompt] for job in batch], [encoded[strength, job.negative] for job in batch],
-                    device=device, dtype=dtype, seeds=[job.seed for job in batch], size=first.size, steps=first.steps,
-                    guidance=first.guidance, sampler=config.sampler, start=begin, denoise=denoise, on_step=on_step,
-                )  # fmt: skip
-                for job, image in zip(batch, decode_latents(base, vae, latents), strict=True):
-                    yield Picture(image, job, parameters_text(base, loras, job, config))
+    with explained_memory_error("batch_size 1, smaller pictures or the device cpu"):
+        encoded = _encode(base, loras, groups, config, device)
+        denoiser = base.load("denoiser", device, dtype)
+        vae = base.load("vae", device, torch.float32)
+        for strength, group in groups.items():
+            with _applied(base, loras, strength, {"denoiser": denoiser}):
+                texts = [encoded[strength, _texts(job, base)] for job in group]
+                for batch, pairs in _batches(group, texts, config.batch_size, _settings):
+                    first = batch[0]
+                    assert first.size is not None
+                    begin = encode_pictures(base, vae, [starts[job] for job in batch]) if starts else None
+                    latents = sample_latents(
+                        base, denoiser,
+                        [prompt for prompt, _ in pairs], [negative for _, negative in pairs],
+                        device=device, dtype=dtype, seeds=[job.seed for job in batch], size=first.size, steps=first.steps,
+                        guidance=first.guidance, sampler=config.sampler, start=begin, denoise=denoise, on_step=on_step,
+                    )  # fmt: skip
+                    for job, image in zip(batch, decode_latents(base, vae, latents), strict=True):
+                        yield Picture(image, job, parameters_text(base, loras, job, config))
 
 
 def _encode(
@@ -154,16 +166,25 @@ def _encode(
     groups: Mapping[float, Sequence[Job]],
     config: GenerateConfig,
     device: torch.device,
-) -> dict[tuple[float, str], Conditioning]:
-    """(strength, prompt) -> its conditioning. The text encoders are gone before the denoiser is loaded."""
+) -> dict[tuple[float, tuple[str, str]], Pair]:
+    """(strength, texts of a job) -> their conditioning. The text encoders are gone before the denoiser is loaded."""
     encoders = base.load_text_encoders(device, torch.float32)
     encoded = {}
     for strength, group in groups.items():
-        texts = sorted({text for job in group for text in (job.prompt, job.negative)})
         with _applied(base, loras, strength, encoders):
-            parts = encode_prompts(base, encoders, texts, config.clip_skip)
-        encoded |= {(strength, text): part for text, part in zip(texts, parts, strict=True)}
+            pairs = encode_pairs(base, encoders, {_texts(job, base) for job in group}, config.clip_skip)
+        encoded |= {(strength, pair): parts for pair, parts in pairs.items()}
     return encoded
+
+
+def _settings(job: Job) -> tuple:
+    """What is the same for all pictures of a batch."""
+    return job.size, job.steps, job.guidance
+
+
+def _texts(job: Job, base: Base) -> tuple[str, str]:
+    """Prompt and negative prompt, "" where that is not looked at: then not even its length matters."""
+    return job.prompt, "" if base.embeds_guidance or job.guidance == 1 else job.negative
 
 
 @contextmanager
@@ -174,7 +195,8 @@ def _applied(
     applied = []
     try:
         for lora, factor in loras:
-            applied.append(apply(lora, {"family": base.family.name, **networks}, factor * strength))
+            present = lora.of_parts(networks)
+            applied.append(apply(present, {"family": base.family.name, **networks}, factor * strength))
         with new_words(networks, [lora for lora, _ in loras]):
             yield
     finally:
@@ -182,14 +204,17 @@ def _applied(
             lora.remove()
 
 
-def _batches(jobs: Sequence[Job], batch_size: int) -> Iterator[list[Job]]:
-    """The jobs in batches of equal size, steps and guidance."""
-    alike: dict[tuple, list[Job]] = {}
-    for job in jobs:
-        alike.setdefault((job.size, job.steps, job.guidance), []).append(job)
-    for group in alike.values():
-        for start in range(0, len(group), batch_size):
-            yield group[start : start + batch_size]
+def _batches(
+    items: Sequence[_Item], texts: Sequence[Pair], size: int, alike: Callable[[_Item], Hashable] = lambda item: ()
+) -> Iterator[tuple[tuple[_Item, ...], tuple[Pair, ...]]]:
+    """The items and their texts in batches of at most that size, of `alike` items and texts of equal length."""
+    groups: dict[Hashable, list[tuple[_Item, Pair]]] = {}
+    for item, pair in zip(items, texts, strict=True):
+        groups.setdefault((alike(item), stacked_with(pair[0])), []).append((item, pair))
+    for group in groups.values():
+        for start in range(0, len(group), size):
+            batch, pairs = zip(*group[start : start + size], strict=True)
+            yield batch, pairs
 
 
 def picture_size(base: Base, size: tuple[int, int] | None) -> tuple[int, int]:
@@ -203,6 +228,8 @@ def picture_size(base: Base, size: tuple[int, int] | None) -> tuple[int, int]:
         raise BadConfig(
             f"size {size[0]}x{size[1]}: width and height must be multiples of {multiple}, e.g. {near[0]}x{near[1]}"
         )
+    if max(size) > LARGEST_SIDE:
+        raise BadConfig(f"size {size[0]}x{size[1]}: width and height may be {LARGEST_SIDE} at most")
     return size
 
 
@@ -217,10 +244,13 @@ def parameters_text(base: Base, loras: Sequence[tuple[LoraFile, float]], job: Jo
     loras = [(lora, factor) for lora, factor in loras if lora.entries]
     names = [Path(lora.name).stem for lora, _ in loras]
     used = [f"<lora:{name}:{factor * job.strength:g}>" for name, (_, factor) in zip(names, loras, strict=True)]
+    guidance = {"CFG scale": f"{job.guidance:g}"}
+    if base.embeds_guidance:  # in Forge's words
+        guidance = {"CFG scale": "1", "Distilled CFG Scale": f"{job.guidance:g}"}
     settings = {
         "Steps": f"{job.steps}",
         "Sampler": SAMPLER_TITLES[sampler_name(config.sampler, base)],
-        "CFG scale": f"{job.guidance:g}",
+        **guidance,
         "Seed": f"{job.seed}",
         "Size": f"{width}x{height}",
         "Model": _quoted(base.name.removesuffix(".safetensors")),
@@ -245,7 +275,7 @@ def parameters_text(base: Base, loras: Sequence[tuple[LoraFile, float]], job: Jo
     lines = [
         " ".join([job.prompt, *used]),
         # Also when it is empty: ComfyUI reads nothing from a text without it.
-        f"Negative prompt: {job.negative}",
+        f"Negative prompt: {_texts(job, base)[1]}",
         ", ".join(f"{name}: {value}" for name, value in settings.items()),
     ]
     return "\n".join(lines)
@@ -264,12 +294,12 @@ def _quoted(value: str) -> str:
 def training_sampler(
     base: Base,
     config: TrainConfig,
-    encoded: Mapping[str, Conditioning],
+    encoded: Mapping[str, Pair],
     device: torch.device,
     size: tuple[int, int] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Sampler:
-    """A Sampler of shots whose prompts, and "", `encoded` holds the conditioning of.
+    """A Sampler of shots whose prompts `encoded` holds the conditioning of, each with that of an empty negative prompt.
 
     `size` is (width, height) in pixels; None: the square that the base was trained at. `on_progress` hears of each of the
     sampling steps, as (done, all).
@@ -280,25 +310,25 @@ def training_sampler(
     def sample(denoiser: nn.Module, encoders: Mapping[str, nn.Module], shots: Sequence[Shot]) -> list[Image.Image]:
         texts = encoded
         if encoders:
-            wanted = sorted({prompt for prompt, _ in shots} | {""})
-            texts = dict(zip(wanted, encode_prompts(base, encoders, wanted, config.clip_skip), strict=True))
+            pairs = encode_pairs(base, encoders, {(prompt, "") for prompt, _ in shots}, config.clip_skip)
+            texts = {prompt: pair for (prompt, _), pair in pairs.items()}
         vae = base.load("vae", device, torch.float32)
-        images = []
-        batches = [shots[start : start + SAMPLE_BATCH] for start in range(0, len(shots), SAMPLE_BATCH)]
-        for index, batch in enumerate(batches):
+        images = {}
+        batches = list(_batches(shots, [texts[prompt] for prompt, _ in shots], SAMPLE_BATCH))
+        for index, (batch, pairs) in enumerate(batches):
 
             def drawn(step: int, steps: int, earlier: int = index) -> None:
                 if on_progress:
                     on_progress(earlier * steps + step, len(batches) * steps)
 
             latents = sample_latents(
-                base, denoiser, [texts[prompt] for prompt, _ in batch], [texts[""]] * len(batch),
+                base, denoiser, [prompt for prompt, _ in pairs], [negative for _, negative in pairs],
                 device=device, dtype=dtype, seeds=[seed for _, seed in batch], size=width_height, steps=config.sample_steps,
                 guidance=base.family.guidance if config.sample_guidance is None else config.sample_guidance,
                 on_step=drawn,
             )  # fmt: skip
-            images += decode_latents(base, vae, latents)
-        return images
+            images |= zip(batch, decode_latents(base, vae, latents), strict=True)
+        return [images[shot] for shot in shots]
 
     return sample
 
@@ -341,30 +371,36 @@ def contact_sheet(
     tile: int = 160,
     labels: Sequence[Sequence[str]] | None = None,
     title: str = "",
+    columns: int = 50,
 ) -> Image.Image:
-    """One picture with a titled row per entry of `rows`, each image scaled to `tile` pixels high, its label below it."""
+    """One picture with a titled row per entry of `rows`, each image scaled to `tile` pixels high, its label below it.
+
+    A row of more than `columns` images goes on below.
+    """
     font, small = ImageFont.load_default(18), ImageFont.load_default(13)
     gap, line = 8, 26
     scaled = [[_to_height(image, tile) for image in images] for _, images in rows]
-    width = max([sum(image.width + gap for image in images) for images in scaled] + [320]) + gap
-    below = 20 if labels else 0
-    height = (line + 10 if title else 0) + sum(line + tile + below + gap for _ in rows) + gap
+    lines = [[row[start : start + columns] for start in range(0, len(row) or 1, columns)] for row in scaled]
+    width = max([sum(image.width + gap for image in images) for row in lines for images in row] + [320]) + gap
+    step = tile + gap + (20 if labels else 0)
+    height = (line + 10 if title else 0) + sum(line + len(row) * step for row in lines) + gap
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     y = gap
     if title:
         draw.text((gap, y), title, fill="black", font=ImageFont.load_default(22))
         y += line + 10
-    for row, ((name, _), images) in enumerate(zip(rows, scaled, strict=True)):
+    for index, ((name, _), row) in enumerate(zip(rows, lines, strict=True)):
         draw.text((gap, y), name, fill="black", font=font)
         y += line
-        x = gap
-        for column, image in enumerate(images):
-            sheet.paste(image, (x, y))
-            if labels and column < len(labels[row]):
-                draw.text((x, y + tile + 2), labels[row][column], fill="#444444", font=small)
-            x += image.width + gap
-        y += tile + below + gap
+        texts = iter(labels[index] if labels else ())
+        for images in row:
+            x = gap
+            for image in images:
+                sheet.paste(image, (x, y))
+                draw.text((x, y + tile + 2), next(texts, ""), fill="#444444", font=small)
+                x += image.width + gap
+            y += step
     return sheet
 
 

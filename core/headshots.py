@@ -1,8 +1,10 @@
 """A batch of headshots in a folder: made once, small faces drawn anew, judged by likeness, the best kept, shown on a page."""
 
+import filecmp
 import itertools
 import json
-import shutil
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,10 +21,16 @@ from .files import remove_leftovers, write_file, write_text
 from .gallery import gallery_page
 from .generate import GenerateConfig, Job, Picture, contact_sheet, generate, parameters_text, picture_size
 from .lora_file import LoraFile
+from .photos.reading import DAMAGED
 
 OVERVIEW = "headshots.json"
 CONTACT_SHEET = "contact_sheet.png"
 EARLIER = "earlier"
+KEPT = "kept"
+PICTURE_NAME = r"\d{3,}-\d+\.png"
+"""Number in the batch and seed."""
+COLUMNS = 10
+"""Pictures beside each other on the contact sheet."""
 TILE = 256
 """Height of a picture on the contact sheet, in pixels."""
 
@@ -75,10 +83,10 @@ def make_headshots(
     With `reference` photos, faces that `face_pass` calls small are drawn anew and that is kept where likeness does not
     fall; and the `keep` most alike pictures (None: a quarter) are copied into `folder`/kept.
     A picture that is already there, made from the same job, models and settings, is not made again: an interrupted batch
-    goes on where it was. Another picture of its name moves to `folder`/earlier. Also writes contact_sheet.png,
-    gallery.html and headshots.json.
+    goes on where it was. Another picture of its name moves to `folder`/earlier, and what another batch left in
+    `folder`/kept to `folder`/kept/earlier. Also writes contact_sheet.png, gallery.html and headshots.json.
     `on_progress(phase, done, total)`, phases "pictures" and "faces", may raise to cancel. BadFile when the folder cannot be
-    written, BadPhoto when no reference photo shows a face.
+    written, BadPhoto when no reference photo shows a face, BadConfig when two jobs are the same.
     """
     config, face_pass = config or GenerateConfig(), face_pass or FacePass()
     if keep is not None and not reference:
@@ -92,6 +100,11 @@ def make_headshots(
         raise BadFile(f"{folder}: cannot be written: {error.strerror}") from None
     batch = _Batch(base, loras, config, device, on_progress or (lambda phase, done, total: None))
     jobs = [replace(job, size=picture_size(base, job.size)) for job in jobs]
+    for job, count in Counter(jobs).items():
+        if count > 1:
+            raise BadConfig(
+                f"{count} pictures of {job.prompt!r} with seed {job.seed} would be the same; give other seeds"
+            )
     paths = {job: folder / f"{number:03d}-{job.seed}.png" for number, job in enumerate(jobs, start=1)}
     remove_leftovers(folder, "*.png")
     batch.draw_missing(paths, face_pass)
@@ -100,7 +113,8 @@ def make_headshots(
     shots = [Headshot(path, job, face_pass=_face_outcome(path)) for job, path in paths.items()]
     if person:
         shots = ranked(shots, person, -(-len(shots) // 4) if keep is None else keep)
-        _copy_kept(shots, folder / "kept")
+    if person or (folder / KEPT).is_dir():
+        _fill_kept(shots, folder / KEPT, ranked=person is not None)
     _write_overview(shots, folder, compared=person is not None)
     return shots
 
@@ -130,7 +144,7 @@ class _Batch:
             with Image.open(path) as image:
                 image.load()  # a file that was cut short is not made
                 same = image.info.get("parameters") == parameters_text(self.base, self.loras, job, self.config)
-        except OSError:
+        except (*DAMAGED, Image.DecompressionBombError):
             return False
         outcome = _face_outcome(path)
         # A face that was drawn with other settings has to go, and the first drawing is gone.
@@ -186,9 +200,18 @@ def _settings(outcome: FaceOutcome) -> FacePass:
 
 
 def _face_outcome(path: Path) -> FaceOutcome | None:
+    """What a picture says of its face pass; None where it says nothing, or what others mean by a text of that name."""
     with Image.open(path) as image:
-        text = image.info.get("face_pass")
-    return FaceOutcome(**json.loads(text)) if text else None
+        text = image.info.get("face_pass", "")
+    try:
+        given = json.loads(text)
+        after = given.pop("after")
+        numbers = {name: float(value) for name, value in given.items()}
+        outcome = FaceOutcome(**numbers, after=None if after is None else float(after))
+        _settings(outcome)
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError, BadConfig):
+        return None
+    return outcome
 
 
 def _picture(path: Path) -> Image.Image:
@@ -209,17 +232,26 @@ def mean_likeness(shots: Sequence[Headshot]) -> float:
     return round(float(np.mean([shot.likeness or 0.0 for shot in shots] or [0.0])), 4)
 
 
-def _copy_kept(shots: Sequence[Headshot], folder: Path) -> None:
-    """Puts copies of the kept pictures into the folder, and takes out what is of this batch and is not kept any more."""
+def _fill_kept(shots: Sequence[Headshot], folder: Path, ranked: bool) -> None:
+    """Leaves no pictures of batches in the folder but copies of this one's, of those that are kept where they are ranked.
+
+    Other copies of pictures beside the folder are deleted, and what is no copy of one moves to `folder`/earlier.
+    """
+    belonging = {shot.path.name for shot in shots if shot.kept or not ranked}
     try:
+        for path in sorted(folder.glob("*.png")):
+            if re.fullmatch(PICTURE_NAME, path.name):
+                original = folder.parent / path.name
+                if not (original.exists() and filecmp.cmp(path, original, shallow=False)):
+                    _set_aside(path)
+                elif path.name not in belonging:
+                    path.unlink()
         folder.mkdir(exist_ok=True)
-        for shot in shots:
-            if shot.kept:
-                shutil.copy2(shot.path, folder / shot.path.name)
-            else:
-                (folder / shot.path.name).unlink(missing_ok=True)
     except OSError as error:
         raise BadFile(f"{folder}: cannot be written: {error.strerror or error}") from None
+    for shot in shots:
+        if shot.kept:
+            write_file(folder / shot.path.name, lambda file, path=shot.path: file.write(path.read_bytes()))
 
 
 def _write_overview(shots: Sequence[Headshot], folder: Path, compared: bool) -> None:
@@ -234,7 +266,7 @@ def _write_overview(shots: Sequence[Headshot], folder: Path, compared: bool) -> 
         styles.setdefault(shot.job.style or shot.job.prompt, []).append(shot)
     rows = [(name, [_tile(shot.path) for shot in group]) for name, group in styles.items()]
     labels = [[_label(shot) for shot in group] for group in styles.values()] if compared else None
-    sheet = contact_sheet(rows, tile=TILE, labels=labels, title=summary(shots))
+    sheet = contact_sheet(rows, tile=TILE, labels=labels, title=summary(shots), columns=COLUMNS)
     write_file(folder / CONTACT_SHEET, lambda file: sheet.save(file, "PNG"))
 
 

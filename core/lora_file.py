@@ -352,7 +352,7 @@ def _detect_family(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], n
     candidates = families_of((*m, weight_shape(kind, roles[m]) if kind else None) for m, kind in kinds.items())
     if not candidates and set(tensors) <= set(EMBEDDING_KEYS):
         candidates = ["sdxl"] if "clip_g" in tensors else ["sd15", "sd2"]
-        if "emb_params" in tensors and tensors["emb_params"].shape[-1] == SD2_TEXT_WIDTH:
+        if "emb_params" in tensors and tensors["emb_params"].shape[-1:] == (SD2_TEXT_WIDTH,):
             candidates.reverse()
     if not candidates:
         example = next(iter(tensors), "none")

@@ -439,10 +439,12 @@ def _thumbnail(picture: str | os.PathLike[str]) -> str:
     """The picture as a data URL, a JPEG of at most THUMBNAIL_SIDE pixels."""
     from PIL import Image, ImageOps
 
+    from .photos.reading import DAMAGED
+
     try:
         with Image.open(picture) as image:
             small = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
+    except (*DAMAGED, Image.DecompressionBombError) as error:
         raise BadFile(f"{Path(picture)}: cannot be read as a picture: {error}") from None
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     data = io.BytesIO()

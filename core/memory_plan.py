@@ -1,7 +1,8 @@
 """Memory: the ways in which a training step can need less of it, and how much it will need, found out without doing it."""
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from .eight_bit import narrow_weights
+from .errors import OutOfMemory
 
 RESERVE = 0.9
 """Share of the free memory that a plan may fill: the allocator cannot use all of it, and kernels need some to work in."""
@@ -67,6 +69,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return any(words in str(error) for words in ("DefaultCPUAllocator: can't allocate", "MPS backend out of memory"))
+
+
+@contextmanager
+def explained_memory_error(advice: str) -> Iterator[None]:
+    """Within it a lack of memory is an OutOfMemory that says what helps."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else "out of memory"
+        raise OutOfMemory(f"the device has not enough memory ({reason}); use {advice}") from None
 
 
 def free_memory(device: torch.device) -> int | None:

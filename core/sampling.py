@@ -3,7 +3,7 @@
 The samplers are diffusers'; conditioning and prediction are the family's, the same as in training.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,14 @@ from torch import Tensor, nn
 
 from .base import Base
 from .errors import BadConfig
-from .families.clip import chunk_count
-from .families.spec import Conditioning, on_device, stack_conditioning
+from .families.clip import chunk_count, words_of
+from .families.spec import Conditioning, Pair, on_device, stack_conditioning
 from .objective import TIMESTEPS, FlowSchedule
 
+MOST_LEADING = 150
+"""Sampling steps up to which they are spaced in the way that SD's configs name, "leading"."""
+ENCODED_TOGETHER = 16
+"""Texts that are encoded at a time."""
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
@@ -104,7 +108,8 @@ def build_sampler(name: str | None, base: Base, steps: int, latents: Tensor) -> 
             "beta_end": 0.012,
             "beta_schedule": "scaled_linear",
             "prediction_type": base.prediction_type,
-            "timestep_spacing": "trailing" if base.zero_terminal_snr else "leading",
+            # Leading steps are a whole number of timesteps apart: many of them would begin far below pure noise.
+            "timestep_spacing": "trailing" if base.zero_terminal_snr or steps > MOST_LEADING else "leading",
             "steps_offset": 1,
             **options,
         }
@@ -116,15 +121,41 @@ def build_sampler(name: str | None, base: Base, steps: int, latents: Tensor) -> 
 
 
 def encode_prompts(
-    base: Base, encoders: Mapping[str, nn.Module], prompts: Sequence[str], clip_skip: int = 1
+    base: Base,
+    encoders: Mapping[str, nn.Module],
+    prompts: Sequence[str],
+    clip_skip: int = 1,
+    chunks: int | None = None,
 ) -> list[Conditioning]:
-    """The conditioning of each prompt, batch of 1, all padded to the same number of chunks."""
+    """The conditioning of each prompt, batch of 1 and on the CPU, padded to that many chunks; None: as the longest needs."""
     if base.caption_encoder:
         return [base.caption_encoder.encode(prompt) for prompt in prompts]
-    chunks = chunk_count(prompts)
-    with torch.inference_mode():
-        joined = base.family.encode_text(encoders, prompts, clip_skip, chunks)
-    return [{name: value[i : i + 1] for name, value in joined.items()} for i in range(len(prompts))]
+    chunks = chunks or _chunks_of(prompts, encoders)
+    parts = []
+    for start in range(0, len(prompts), ENCODED_TOGETHER):
+        some = prompts[start : start + ENCODED_TOGETHER]
+        with torch.inference_mode():
+            joined = base.family.encode_text(encoders, some, clip_skip, chunks)
+        parts += [{name: value[i : i + 1].cpu() for name, value in joined.items()} for i in range(len(some))]
+    return parts
+
+
+def encode_pairs(
+    base: Base, encoders: Mapping[str, nn.Module], pairs: Iterable[tuple[str, str]], clip_skip: int = 1
+) -> dict[tuple[str, str], Pair]:
+    """(prompt, negative prompt) -> their conditioning, on which no other pair's length has a bearing."""
+    chunks = {pair: _chunks_of(pair, encoders) for pair in pairs}
+    encoded = {}
+    for count in set(chunks.values()):
+        texts = sorted({text for pair, needed in chunks.items() if needed == count for text in pair})
+        parts = encode_prompts(base, encoders, texts, clip_skip, count)
+        encoded |= {(text, count): part for text, part in zip(texts, parts, strict=True)}
+    return {pair: (encoded[pair[0], count], encoded[pair[1], count]) for pair, count in chunks.items()}
+
+
+def _chunks_of(texts: Sequence[str], encoders: Mapping[str, nn.Module]) -> int:
+    """How many chunks the longest needs, in which a new word may have many tokens."""
+    return max((chunk_count(texts, words_of(encoder)) for encoder in encoders.values()), default=1)
 
 
 @torch.no_grad()
@@ -160,13 +191,13 @@ def sample_latents(
     noise = noise.to(device)
     scheduler = build_sampler(sampler, base, steps, noise)
     timesteps = scheduler.timesteps
+    first = 0 if start is None else len(timesteps) - max(1, round(denoise * len(timesteps)))
+    timesteps = timesteps[first:]
+    if hasattr(scheduler, "set_begin_index"):  # DDIM goes by the timesteps alone
+        scheduler.set_begin_index(first)
     if start is None:
         latents = noise * scheduler.init_noise_sigma
     else:
-        first = len(timesteps) - max(1, round(denoise * len(timesteps)))
-        timesteps = timesteps[first:]
-        if hasattr(scheduler, "set_begin_index"):  # DDIM goes by the timesteps alone
-            scheduler.set_begin_index(first)
         latents = scheduler.add_noise(start.to(device), noise, timesteps[:1])
     picture = base.family.image_conditioning(size, (0, 0), size)
     if base.embeds_guidance:

@@ -138,12 +138,17 @@ class StylePack:
         """The example picture of a style, None if it has none or the file is not there."""
         if style.picture is None:
             return None
-        path = (self.folder / style.picture).resolve()
-        if not path.is_relative_to(self.folder.resolve()):  # a symbolic link; other tricks are refused at reading
+        at = f"style pack {self.id!r}: style {style.name!r}: picture {style.picture[:60]!r}"
+        try:
+            path = (self.folder / style.picture).resolve()
+            found = path.is_file()
+        except (OSError, RuntimeError) as error:  # a name that is too long, links in a circle
             raise BadStylePack(
-                f"style pack {self.id!r}: style {style.name!r}: picture {style.picture!r} leaves the folder"
-            )
-        return path if path.is_file() else None
+                f"{at} cannot be looked up: {getattr(error, 'strerror', 'links in a circle')}"
+            ) from error
+        if not path.is_relative_to(self.folder.resolve()):  # a symbolic link; other tricks are refused at reading
+            raise BadStylePack(f"{at} leaves the folder")
+        return path if found else None
 
     def prompts(
         self,
@@ -450,6 +455,8 @@ def _faults(value: Any, rule: Mapping[str, Any], where: str = "") -> Iterator[st
         article = "an" if rule["type"][0] in "aeiou" else "a"
         yield f"{at}{_shown(value)} is not {article} {rule['type']}"
         return
+    if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+        yield f"{at}{value!a} has half a character in it"
     if "enum" in rule and value not in rule["enum"]:
         yield f"{at}{_shown(value)} is none of {', '.join(rule['enum'])}"
     if "pattern" in rule and not re.search(rule["pattern"], value):

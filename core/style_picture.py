@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 from xml.sax.saxutils import escape
 
+from .errors import one_line
 from .style_pack import Style
 
 HEIGHT = 120
@@ -65,7 +66,7 @@ def style_picture(style: Style) -> str:
     lit, dark, (x1, x2) = "#f0e9e1", "#8d857d", _light(first.get("light", said))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{HEIGHT}" viewBox="0 0 {width:.0f} {HEIGHT}">'
-        f"<title>{escape(style.name)}</title>"
+        f"<title>{escape(one_line(style.name))}</title>"
         f"<defs>{_gradient('back', (0, 0), (0, 1), top, bottom)}{_gradient('light', (x1, 0), (x2, 0.3), lit, dark)}</defs>"
         f'<rect width="100%" height="100%" fill="url(#back)"/>{_figure(width / 2, head)}</svg>'
     )

@@ -16,9 +16,10 @@ from .cache import LatentCache
 from .checkpoint import read_state
 from .config import TrainConfig
 from .device import device_and_dtype
-from .errors import BadConfig, OutOfMemory
+from .errors import BadConfig
 from .likeness import LikenessPoint, LikenessWatch, Selection
 from .lora_file import LoraFile
+from .memory_plan import explained_memory_error
 from .memory_prediction import choose_plan
 from .run import CheckCancelled, Run, Sampler, Shot, run_identity
 from .training_metadata import training_metadata
@@ -105,7 +106,8 @@ def train_lora(
     device, dtype = device_and_dtype(config, device)
     forked = [device] if device.type == "cuda" else []
     # A ComfyUI node runs in inference mode, in which nothing can be trained.
-    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(forked), _explained_memory_error():
+    explained = explained_memory_error("batch_size 1 or a lower resolution")
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(forked), explained:
         plan = choose_plan(cache, base, config, device, dtype, on_warning)
         run = Run(cache, base, config, device, continue_from, check_cancelled, plan)
         if run.why_not_compiled:
@@ -223,16 +225,6 @@ def train_lora(
             on_save(run.step, lora(run.trained(), run.step))
         chosen = lora(values, kept.step)
         return chosen.with_metadata({**chosen.metadata, **selection.metadata(kept)})
-
-
-@contextlib.contextmanager
-def _explained_memory_error() -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(
-            f"the device has not enough memory ({str(error).splitlines()[0]}); use batch_size 1 or a lower resolution"
-        ) from None
 
 
 def _report(run: Run, first_step: int, started: float, selection: Selection | None) -> StepReport:

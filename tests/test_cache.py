@@ -12,7 +12,7 @@ from PIL import Image
 from core.base import Base, load_base
 from core.cache import cache_folder, clear_cache, encode, without_trigger
 from core.config import TrainConfig
-from core.errors import BadFile
+from core.errors import BadFile, OutOfMemory
 from core.generate import Job, generate, make_class_images
 from core.photos import Photo, prepare, read_photos
 from tests.tooling import SMALL_SD15, write_checkpoint
@@ -145,11 +145,14 @@ def test_all_captions_are_padded_to_the_longest(photo_folder, base):
 
 
 def test_what_is_trained_does_not_depend_on_the_prompts_of_samples(dataset, base):
-    plain, shown = (encode(dataset, base, CONFIG, device=CPU, extra_prompts=extra) for extra in ([], ["word " * 100]))
+    prompts = ["short", "word " * 100]
+    plain, shown = (encode(dataset, base, CONFIG, device=CPU, extra_prompts=extra) for extra in ([], prompts))
     assert (plain.chunks, plain.digest) == (shown.chunks, shown.digest)
     assert plain.text.keys() == shown.text.keys()
     assert all(torch.equal(plain.text[c]["context"], shown.text[c]["context"]) for c in plain.text)
-    assert {text["context"].shape for text in shown.prompts.values()} == {(1, 2 * 77, 64)}
+    # Nor does one sample's text depend on another's length.
+    lengths = [[text["context"].shape[1] for text in shown.prompts[prompt]] for prompt in prompts]
+    assert lengths == [[77, 77], [2 * 77, 2 * 77]]
 
 
 def test_class_images_are_drawn_as_suits_the_family_and_anew_when_the_base_predicts_otherwise(base):
@@ -170,6 +173,18 @@ def test_a_cache_folder_that_cannot_be_written_is_named(dataset, base, tmp_path,
     for use in (partial(encode, dataset, base, CONFIG), partial(make_class_images, base, "person", 1)):
         with pytest.raises(BadFile, match=r"the cache cannot be written \(Not a directory\); set FACELORA_CACHE"):
             use(device=CPU)
+
+
+def test_a_lack_of_memory_is_explained_where_photos_are_encoded_and_pictures_drawn(dataset, base):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    for change, use in (
+        ({"encode_image": full}, partial(encode, dataset, config=CONFIG, device=CPU)),
+        ({"predict": full}, lambda base: list(generate(base, [], [Job("a photo", 1, size=(64, 64))]))),
+    ):
+        with pytest.raises(OutOfMemory, match=r"not enough memory \(CUDA .* or the device cpu"):
+            use(base=replace(base, family=replace(base.family, **change)))
 
 
 def test_clearing_the_cache_deletes_all_of_it(dataset, base):

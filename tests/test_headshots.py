@@ -16,20 +16,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
 from core import GenerateConfig, Job, LoraFile, TrainConfig, load_base, train
-from core.cli import main
+from core.cli import build_parser, main
+from core.cli_common import BarProgress
+from core.cli_pictures import style_jobs
 from core.demo import BASE_FILE
 from core.demo.people import person_photos
 from core.errors import BadConfig, BadPhoto
 from core.face_pass import FacePass, blend, cut_out
 from core.faces import Face, Reference
-from core.generate import Picture, generate, parameters_text
+from core.families.clip import caption_tokens
+from core.generate import Picture, contact_sheet, generate, parameters_text
 from core.headshots import make_headshots
 from core.lora_inspect import file_hashes
-from core.sampling import SAMPLER_TITLES, SAMPLERS
-from tests.tooling import write_photos
+from core.sampling import SAMPLER_TITLES, SAMPLERS, build_sampler, encode_pairs, sample_latents
+from tests.tooling import small_flow_base, write_photos
 
 STYLES = ("Classic grey studio", "Navy backdrop executive", "Bright open office", "Warm beige studio")
 
@@ -58,6 +62,30 @@ def test_a_picture_depends_on_its_own_seed_and_not_on_its_batch(base, tmp_path: 
         a, b = Image.open(one.path), Image.open(other.path)
         assert max(abs(x - y) for x, y in zip(a.tobytes(), b.tobytes(), strict=True)) <= 1
     assert Image.open(alone[0].path).tobytes() != Image.open(alone[1].path).tobytes()
+
+
+def test_a_picture_depends_on_its_own_texts_and_not_on_longer_ones_in_its_batch(base) -> None:
+    short, long = (Job(f"a photo of person{', red bricks' * count}", 1, size=(64, 80), steps=2) for count in (0, 40))
+    unread = replace(short, guidance=1.0)
+    given = [short, long, replace(short, negative=long.prompt), unread, replace(unread, negative=long.prompt)]
+    together = {picture.job: picture.image for picture in generate(base, [], given, GenerateConfig(batch_size=5))}
+    (alone,) = generate(base, [], [short])
+    difference = np.array(alone.image, int) - np.array(together[alone.job], int)
+    assert abs(difference).max() <= 1
+    assert together[replace(alone.job, guidance=1.0)].tobytes() == list(together.values())[-1].tobytes()
+
+
+def test_texts_are_encoded_some_at_a_time(base) -> None:
+    family, sizes = base.family, []
+
+    def encode_text(encoders, texts, clip_skip, chunks):
+        sizes.append(len(texts))
+        return family.encode_text(encoders, texts, clip_skip, chunks)
+
+    counted = replace(base, family=replace(family, encode_text=encode_text))
+    encoders = base.load_text_encoders(torch.device("cpu"), torch.float32)
+    pairs = encode_pairs(counted, encoders, [(f"a photo of person {number}", "") for number in range(40)])
+    assert sizes == [16, 16, 9] and len(pairs) == 40
 
 
 def test_an_interrupted_batch_makes_no_picture_twice(base, tmp_path: Path) -> None:
@@ -95,6 +123,26 @@ def test_a_picture_that_was_made_otherwise_is_set_aside_and_none_is_lost(base, t
         path.read_bytes() for path in sorted((tmp_path / "earlier").iterdir(), key=lambda path: path.stat().st_ctime_ns)
     ]
     assert aside == [b"somebody's", *made[:2]] and made[2] == made[0] != made[1]
+
+
+@pytest.mark.parametrize(
+    "said", ["hello", "[1]", "3", '{"a": 1}', '{"below": 7, "denoise": 1, "before": 0, "after": null}']
+)
+def test_what_others_write_into_a_picture_as_face_pass_is_not_taken_for_ours(base, said, tmp_path: Path) -> None:
+    (job,) = jobs(1)
+    picture = Picture(Image.new("RGB", (64, 80)), job, parameters_text(base, [], job, GenerateConfig()))
+    picture.save(tmp_path / "001-0.png", {"face_pass": said})
+    before = times(tmp_path)
+    (shot,) = make_headshots(base, [], [job], tmp_path)
+    assert shot.face_pass is None and times(tmp_path) == before
+
+
+def test_a_picture_that_pillow_refuses_is_set_aside(base, tmp_path: Path) -> None:
+    text = PngInfo()
+    text.add_text("comment", "a" * 2**21, zip=True)
+    Image.new("RGB", (64, 80)).save(tmp_path / "001-0.png", pnginfo=text)
+    make_headshots(base, [], [replace(jobs(1)[0], steps=1)], tmp_path)
+    assert (tmp_path / "earlier" / "001-0.png").exists()
 
 
 def test_jobs_that_differ_in_nothing_but_their_size_are_pictures_of_their_own(base, tmp_path: Path) -> None:
@@ -183,6 +231,21 @@ def test_a1111_reads_back_what_was_drawn_however_the_files_are_called(base, tmp_
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("family", "guidance", "negative", "said"),
+    [
+        ("flux1", 3.5, "", {"CFG scale": "1", "Distilled CFG Scale": "3.5"}),
+        ("zimage", 3.5, "blurry", {"CFG scale": "3.5"}),
+        ("zimage", 1.0, "", {"CFG scale": "1"}),
+    ],
+)
+def test_guidance_and_negative_prompt_are_said_as_they_are_taken(family, guidance, negative, said) -> None:
+    job = Job("a photo", 1, "blurry", guidance=guidance)
+    _, read, settings = read_as_a1111_does(parameters_text(small_flow_base(family), [], job, GenerateConfig()))
+    assert read == negative
+    assert {name: value for name, value in settings.items() if "CFG" in name} == said
+
+
 def test_the_loras_stand_in_the_parameters_with_name_strength_and_hash(base, tmp_path: Path) -> None:
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     tensors = {f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(8, 2)}
@@ -249,6 +312,14 @@ def test_text_beyond_ascii_survives_in_the_png(tmp_path: Path) -> None:
     assert "Zoë à Zürich".encode() in (tmp_path / "a.png").read_bytes()  # as UTF-8, which ComfyUI expects
 
 
+def test_a_long_row_of_a_sheet_goes_on_below() -> None:
+    tiles = [Image.new("RGB", (40, 40), colour) for colour in ("red", "green", "blue")]
+    one, wrapped = (contact_sheet([("a", tiles)], tile=40, columns=columns) for columns in (3, 2))
+    labelled = contact_sheet([("a", tiles)], tile=40, columns=2, labels=[["1", "2", "3"]])
+    assert wrapped.height == one.height + 48 and labelled.height == one.height + 48 + 2 * 20
+    assert wrapped.getpixel((20, one.height + 20)) == (0, 0, 255)
+
+
 # Ranked and kept
 
 
@@ -291,6 +362,17 @@ def test_a_second_choice_replaces_the_first_and_leaves_other_files_alone(base, t
     assert names == {"mine.png", *(shot.path.name for shot in shots if shot.kept)}
     assert len(names) == 1 + 2
     assert times(tmp_path) == before
+
+
+def test_what_an_earlier_batch_kept_is_set_aside(base, tmp_path: Path) -> None:
+    photos = person_photos(1)[:2]
+    make_headshots(base, [], batch_with_faces(base, tmp_path), tmp_path, reference=photos, keep=9)
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir()}
+    make_headshots(base, [], [replace(jobs(1)[0], prompt="another")], tmp_path)  # not ranked
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["earlier"]
+    (aside,) = (tmp_path / "kept" / "earlier").iterdir()  # the others are where they were, beside the folder
+    assert aside.read_bytes() == kept["001-0.png"]
+    assert all((tmp_path / name).read_bytes() == kept[name] for name in kept if name != "001-0.png")
 
 
 def test_what_cannot_be_compared_is_refused(base, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -412,6 +494,28 @@ def test_a_clip_skip_that_the_base_does_not_have_is_refused(base) -> None:
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
+def test_many_steps_are_taken_and_begin_near_pure_noise(base, sampler: str) -> None:
+    noise = torch.zeros(1, 4, 4, 4)
+    firsts = [float(build_sampler(sampler, base, steps, noise).timesteps[0]) for steps in (30, 150, 300, 501, 1000)]
+    assert min(firsts) > 890 and max(firsts) < 1000
+    blind = replace(base, family=replace(base.family, predict=lambda denoiser, noisy, *others: torch.zeros_like(noisy)))
+    text = [{"context": torch.zeros(1, 77, 64)}]
+    latents = sample_latents(
+        blind, torch.nn.Identity(), text, text, device=torch.device("cpu"), dtype=torch.float32, seeds=[1], size=(32, 32),
+        steps=1000, guidance=1.0, sampler=sampler,
+    )  # fmt: skip
+    assert latents.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"prompt": "half \ud83d"}, {"negative": "\udcff"}, {"steps": 0}, {"guidance": float("nan")}]
+)
+def test_jobs_that_cannot_be_drawn_are_refused(wrong) -> None:
+    with pytest.raises(BadConfig, match=next(iter(wrong))):
+        Job(**{"prompt": "a photo", "seed": 1, **wrong})
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_drawing_anew_with_few_steps_stays_near_the_picture(base, sampler: str) -> None:
     photo = person_photos(1)[0].convert("RGB").resize((64, 80), Image.Resampling.LANCZOS)
     job = Job("a photo of person", 1, size=(64, 80), steps=10, guidance=1)
@@ -435,6 +539,33 @@ def test_headshots_of_a_style_pack_come_from_the_command_line(
     report = json.loads(capsys.readouterr().out)
     assert len(report["headshots"]) == 2
     assert all("sks person" in picture["prompt"] for picture in report["headshots"])
+
+
+def test_a_prompt_that_is_given_twice_is_refused(base, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", "--base", str(BASE_FILE), "--output", str(tmp_path), "--prompt", "a", "--prompt", "a"]
+    assert main(command) == 1
+    assert "--prompt 'a' is given twice" in capsys.readouterr().err
+    with pytest.raises(BadConfig, match="2 pictures of 'a photo of person' with seed 0 would be the same"):
+        make_headshots(base, [], jobs(1) * 2, tmp_path)
+
+
+def test_what_other_programs_take_for_more_than_text_is_warned_of(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", "--base", str(BASE_FILE), "--output", str(tmp_path), "--count", "1", "--size", "64x64"]
+    command += ["--steps", "1", "--prompt", "a photo (of: a person), 16:9", "--prompt", "a <lora:anna:0.8> (smile:1.2)"]
+    assert main([*command, "--negative", "[blurry:0.5]"]) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
+    assert [warning.split("'")[1] for warning in warnings] == ["(smile:1.2)", "<lora:anna:0.8>", "[blurry:0.5]"]
+
+
+def test_no_length_of_clip_is_minded_where_a_base_reads_with_another_encoder(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = ["generate", "--style-pack", "corporate", "--style", "Classic grey studio", "--subject", "sks person"]
+    parsed = build_parser().parse_args([*options, "--count", "9"])
+    with BarProgress() as progress:
+        styled = style_jobs(parsed, small_flow_base("flux1"), [], progress)
+    assert max(len(caption_tokens(job.prompt)) for job in styled) > 75
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_the_packs_are_listed_without_a_base_and_drawing_asks_for_one(capsys: pytest.CaptureFixture[str]) -> None:

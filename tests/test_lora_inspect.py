@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from core.errors import BadFile, FaceLoraError, UnmatchedKeys
 from core.lora_file import LoraFile
@@ -205,9 +206,14 @@ def test_a_thumbnail_is_small_and_carries_neither_exif_nor_a_comment(saved, tmp_
     assert "modelspec.thumbnail" not in SafetensorsFile.open(saved).metadata
 
 
-def test_a_thumbnail_that_is_no_picture_is_refused(saved):
+def test_a_thumbnail_that_is_no_picture_or_one_that_pillow_refuses_is_refused(saved, tmp_path):
     with pytest.raises(BadFile, match="cannot be read as a picture"):
         edit_metadata(saved, thumbnail=saved)
+    text = PngInfo()
+    text.add_text("comment", "a" * 2**21, zip=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=text)
+    with pytest.raises(BadFile, match="cannot be read as a picture"):
+        edit_metadata(saved, thumbnail=tmp_path / "a.png")
 
 
 # --- damaged and absurd files

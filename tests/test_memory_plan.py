@@ -216,7 +216,9 @@ def test_samples_are_drawn_of_a_denoiser_in_8_bits(kind, base, monkeypatch):
     assert any(parameter.dtype == torch.int8 for parameter in run.denoiser.parameters())
     run.train_step()
     side = 8 * base.latent_shape.pixels
-    sampler = training_sampler(base, config, {**run.text, "": run.text["a photo of sks person"]}, CPU, (side, side))
+    sampler = training_sampler(
+        base, config, {text: (given, given) for text, given in run.text.items()}, CPU, (side, side)
+    )
     (picture,) = run.sample(sampler, [("a photo of sks person", 1)])
     assert picture.size == (side, side)
 

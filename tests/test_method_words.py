@@ -1,5 +1,6 @@
 """Textual inversion and pivotal tuning: the trigger word's own vectors, from the first step to prompts and files."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from core.base import load_base
 from core.cli import main
 from core.config import TrainConfig
 from core.embeddings import WORD_KEY, embedding_files, embeddings_of, new_words
-from core.errors import BadConfig, LoraMisfit
+from core.errors import BadConfig, BadFile, LoraMisfit
 from core.families.clip import add_word, caption_tokens, remove_words, token_chunks, words_of
 from core.lora_file import LoraFile
 from core.methods import files_beside
@@ -222,6 +223,20 @@ def test_vectors_of_another_width_are_refused(bases):
 def test_words_to_start_from_must_be_there(bases, caches):
     with pytest.raises(BadConfig, match="there is no word in it"):
         Run(caches["sd15"], bases["sd15"], replace(CONFIG, embedding_words=" "), CPU)
+
+
+def test_a_single_vector_may_have_one_axis_and_other_shapes_are_refused(bases):
+    encoders = bases["sd15"].load_text_encoders(CPU, torch.float32)
+
+    def encoded(*shape: int) -> torch.Tensor:
+        tensors = {"emb_params": torch.linspace(-1, 1, math.prod(shape)).reshape(shape)}
+        with new_words(encoders, [LoraFile.from_tensors(tensors, {}, name="face.safetensors")]):
+            return encode_prompts(bases["sd15"], encoders, ["a photo of face"])[0]["context"]
+
+    assert torch.equal(encoded(64), encoded(1, 64))
+    for wrong in ((), (0, 64), (1, 1, 64)):
+        with pytest.raises(BadFile, match=r"face\.safetensors: emb_params has the shape \["):
+            encoded(*wrong)
 
 
 def test_diffusers_reads_the_embedding_file_and_encodes_its_word_alike(bases, caches, tmp_path):

@@ -205,6 +205,7 @@ def examples() -> list[tuple[str, object]]:
         ("a styler negative that is null", [{"name": "base", "prompt": "{prompt}", "negative_prompt": None}]),
         ("an empty styler list", []),
         ("a styler list of texts", ["base"]),
+        ("a styler style with a comma in its name", [{"name": "a, b", "prompt": "{prompt}"}]),
     ]
 
 
@@ -268,6 +269,9 @@ def test_the_schema_itself_is_a_valid_schema_and_accepts_every_shipped_pack():
         ({"name": "Good"}, "name: another style of this pack has the same name"),
         ({"name": "GOOD"}, "name: another style of this pack has the same name"),
         ({"name": 7}, "name: 7 is not a string"),
+        ({"name": "half \ud83d"}, r"name: 'half \ud83d' has half a character in it"),
+        (tags("{subject} \ud83d"), r"prompts.tags.prompt: '{subject} \ud83d' has half a character in it"),
+        ({"name": "Wall, red"}, 'name: "Wall, red" is not a name without commas, which stand between styles'),
     ],
 )
 def test_a_bad_style_is_named_with_file_style_and_field_and_the_good_ones_load(change, expected, tmp_path):
@@ -375,6 +379,16 @@ def test_path_tricks_in_the_name_of_a_picture_are_refused(name, tmp_path):
     pack, problems = read_style_pack(path)
     assert pack.names == ["Good"]
     assert problems[0].startswith("a.json: style 'Plain': picture: ")
+
+
+@pytest.mark.parametrize("name", ["a" * 300 + ".jpg", "loop.jpg"])
+def test_a_picture_that_cannot_be_looked_up_is_named(name, tmp_path):
+    (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
+    pack, _ = read_style_pack(write(tmp_path / "a.json", good_pack(good_style(picture=name))))
+    try:
+        assert pack.picture(pack.styles[0]) is None  # newer versions of Python raise nothing
+    except BadStylePack as error:
+        assert "cannot be looked up" in str(error)
 
 
 def test_a_link_out_of_the_packs_folder_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Schematic pictures of styles."""
 
 import re
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -25,6 +26,10 @@ def test_a_picture_is_svg_in_the_styles_shape_with_its_name():
     root = ElementTree.fromstring(style_picture(style(aspect="3:2")))
     assert (int(root.attrib["width"]), int(root.attrib["height"])) == (HEIGHT * 3 // 2, HEIGHT)
     assert root[0].text == "A & B"
+
+
+def test_a_name_that_xml_cannot_hold_still_gives_a_picture():
+    assert ElementTree.fromstring(style_picture(replace(style(), name="A \x01 \ufffe")))[0].text == "A \ufffd \ufffd"
 
 
 def test_a_closer_framing_shows_a_larger_head():

@@ -119,9 +119,8 @@ def token_table(encoder: nn.Module) -> nn.Module:
 
 
 def words_of(encoder: nn.Module) -> Words:
-    """The new words that an encoder knows, with their tokens."""
-    table = token_table(encoder)
-    return table.tokens() if isinstance(table, WordEmbedding) else {}
+    """The new words that an encoder, of whichever kind, knows, with their tokens."""
+    return next((module.tokens() for module in encoder.modules() if isinstance(module, WordEmbedding)), {})
 
 
 def add_word(encoder: nn.Module, word: str, vectors: Tensor) -> nn.Parameter:

@@ -11,6 +11,8 @@ from ..errors import UnmatchedKeys
 
 Conditioning = dict[str, Tensor]
 """What steers the denoiser beside the timestep, first dimension the batch. Only its family knows what is in it."""
+Pair = tuple[Conditioning, Conditioning]
+"""That of a picture's prompt and of its negative prompt, padded to each other."""
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -84,6 +86,11 @@ def stack_conditioning(parts: Sequence[Conditioning]) -> Conditioning:
             tensors = [torch.cat([t, t.new_zeros(t.shape[0], longest - t.shape[1], *t.shape[2:])], 1) for t in tensors]
         joined[name] = torch.cat(tensors)
     return joined
+
+
+def stacked_with(conditioning: Conditioning) -> tuple[torch.Size, ...]:
+    """Equal for texts that can be in one batch without filling up, or with it where a mask says so."""
+    return () if "context_mask" in conditioning else tuple(value.shape for value in conditioning.values())
 
 
 def on_device(conditioning: Conditioning, device: torch.device) -> Conditioning:

@@ -30,7 +30,7 @@ MAX_PIXELS = 2 * 89_478_485
 _REPEATS_FOLDER = re.compile(r"(\d+)_.*")
 _ORIENTATION_TAG = 0x0112
 _TURNED_SIDEWAYS = (5, 6, 7, 8)
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 """What Pillow's decoders raise on damaged files."""
 
 
@@ -245,7 +245,7 @@ def _opened(name: str, source: Path | Image.Image) -> Iterator[Image.Image]:
         raise BadPhoto(f"{name}: has more than {MAX_PIXELS // 10**6} megapixels; make it smaller first") from problem
     except FileNotFoundError as problem:
         raise BadPhoto(f"{name}: the file is no longer there") from problem
-    except _DAMAGED as problem:
+    except DAMAGED as problem:
         raise BadPhoto(f"{name}: is damaged or incomplete ({problem})") from problem
 
 
