@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .errors import BadConfig, BadFile, UnknownFamily, UnmatchedKeys
 from .families import FAMILIES, detect_family, text
-from .families.ldm import VAE_PREFIXES, current_vae_path
+from .families.ldm import VAE_PREFIXES, current_vae_path, original_unet_names
 from .families.quantised import dequantised
 from .families.spec import (
     DENOISER_PREFIX,
@@ -214,8 +214,9 @@ def load_base(
 ) -> Base:
     """A Base from a `.safetensors` checkpoint, a mapping of tensors in its naming, a diffusers folder, or a hub id.
 
-    The checkpoint holds everything, or the denoiser alone; `vae` and `text_encoders` are then the other files. `tokenizer`
-    is the folder of the tokenizer of T5 or Qwen, where the family has one; with a `caption_encoder` neither is needed.
+    The checkpoint holds everything, or the denoiser alone; `vae` and `text_encoders` are then the other files, and take
+    the place of what it has of these. `tokenizer` is the folder of the tokenizer of T5 or Qwen, where the family has one;
+    with a `caption_encoder` neither is needed.
     Only a hub id (`owner/name` that is no local path) lets the network be used. v-prediction and zero terminal SNR are
     recognised by the marker tensors `v_pred` and `ztsnr` and by modelspec metadata; the options override.
     BadFile, UnknownFamily or UnmatchedKeys when it is not a usable base. BadConfig for other files beside a folder or hub
@@ -283,7 +284,9 @@ def _one_checkpoint(
     names = {name: Stored(source, name) for name in source}
     if not any(name.startswith(_PARTS) for name in source):
         # A file of a denoiser alone.
-        names = {DENOISER_PREFIX + name.removeprefix("diffusion_model."): read for name, read in names.items()}
+        names = {name.removeprefix("diffusion_model."): read for name, read in names.items()}
+        originals = original_unet_names(names)
+        names = {DENOISER_PREFIX + originals.get(name, name): read for name, read in names.items()}
     if vae is not None:
         # In the place of the one that the checkpoint may have.
         names = {name: read for name, read in names.items() if not name.startswith(VAE_PREFIXES)}

@@ -49,6 +49,6 @@ def detect_family(tensors: Mapping[str, Tensor]) -> FamilySpec:
     for family in FAMILIES.values():
         if family.recognise(denoiser):
             return family
-    if any(name.removeprefix(DENOISER_PREFIX).startswith(("down_blocks.", "unet.down_blocks.")) for name in tensors):
+    if any(name.removeprefix(DENOISER_PREFIX).startswith(("transformer_blocks.", "unet.")) for name in tensors):
         raise UnknownFamily("this is a denoiser in diffusers naming; give the whole diffusers folder instead")
     raise UnknownFamily(f"no family matches its {len(tensors)} tensors, e.g. {next(iter(tensors))!r}; {supported}")

@@ -1,14 +1,14 @@
 """What SD1.x and SDXL have in common: UNet and VAE read off an original (LDM) checkpoint."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import UnmatchedKeys
-from ..lora_keys.ldm import diffusers_unet_path, inverse, replace_head
+from ..lora_keys.ldm import diffusers_unet_path, inverse, ldm_unet_path, replace_head
 from .spec import DENOISER_PREFIX, Component, LatentShape, LazyTensors, Stored, shape_of
 
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
@@ -129,6 +129,18 @@ def unet_component(tensors: Mapping[str, Tensor], head_width: int | None) -> Com
         }
     readers = {diffusers_unet_path(short, layers): Stored(tensors, full) for short, full in names.items()}
     return Component(config, LazyTensors(readers))
+
+
+def original_unet_names(names: Collection[str]) -> dict[str, str]:
+    """diffusers' name -> original name of a UNet's tensors; nothing where it is no UNet in diffusers' naming."""
+    layers = count_children(names, "down_blocks.0.resnets")
+    if not layers:
+        return {}
+
+    def attention_above(level: int) -> bool:
+        return any(name.startswith(f"up_blocks.{level}.attentions.") for name in names)
+
+    return {name: ldm_unet_path(name, layers, attention_above) for name in names}
 
 
 def vae_component(
