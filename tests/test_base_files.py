@@ -1,6 +1,7 @@
 """FLUX.1 from the files that ComfyUI users have: denoiser, text encoders and VAE apart or in one, plain or scaled fp8."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -459,3 +460,49 @@ def test_klein_with_the_qwen3_of_the_other_size_is_refused(right):
         UnknownFamily, match=r"takes states 7680 wide: they are 12288 wide \(text encoders of FLUX\.2: Qwen3-4B"
     ):
         load_base(denoiser, text_encoders=[qwen])
+
+
+class CountedReads(dict[str, Tensor]):
+    """Tensors, and how often each was asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        super().__init__(tensors)
+        self.reads: Counter[str] = Counter()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.reads[name] += 1
+        return super().__getitem__(name)
+
+
+@pytest.mark.parametrize("read", ["loaded", "hashed"])
+def test_a_scaled_weight_is_computed_once_though_several_are_cut_from_it(parts, read):
+    tensors = CountedReads(parts["flux"])
+    for name in [name for name in tensors if name.endswith(("qkv.weight", "linear1.weight"))]:
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors[name.replace(".weight", ".scale_weight")] = torch.tensor(0.5)
+    base = load_base(tensors)
+    if read == "loaded":
+        base.load("denoiser", CPU, torch.float32)
+    else:
+        base.fingerprint("denoiser")
+    assert {count for name, count in tensors.reads.items() if name.endswith("scale_weight")} == {1}
+
+
+def test_whether_a_tensor_is_there_and_how_large_an_encoder_is_is_known_without_reading(parts, monkeypatch):
+    scaled = CountedReads(parts["t5xxl"])
+    for name in [name for name in scaled if name.endswith(".SelfAttention.q.weight")]:
+        scaled[name.replace(".weight", ".scale_weight")] = torch.tensor(0.5)
+    base = load_base(parts["flux"], text_encoders=[parts["clip_l"], scaled])
+    assert "encoder.block.0.layer.0.SelfAttention.q.weight" in base.components["text_encoder_2"].tensors
+    monkeypatch.setattr("core.base.LARGE_ENCODER", 0)
+    loaded = []
+    monkeypatch.setattr(Base, "load", lambda base, part, device, dtype: loaded.append((part, dtype)))
+    base.load_text_encoders(CPU, torch.float16)
+    assert loaded == [("text_encoder", torch.float16), ("text_encoder_2", torch.float16)]
+    assert not any(name.endswith("scale_weight") for name in scaled.reads)
+
+
+def test_t5s_embedding_is_in_memory_once(parts):
+    base = load_base(parts["flux"], text_encoders=[parts["clip_l"], parts["t5xxl"]])
+    state = base.load("text_encoder_2", CPU, torch.bfloat16).state_dict()
+    assert state["shared.weight"].data_ptr() == state["encoder.embed_tokens.weight"].data_ptr()

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import struct
+import sys
 import time
 import tracemalloc
 
@@ -85,6 +86,18 @@ def test_a_large_file_is_opened_without_reading_its_tensors(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert opened.shapes == {"x": (size,)} and peak < 1_000_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the rule is Linux's")
+def test_a_file_larger_than_memory_is_read_where_it_is_asked(tmp_path):
+    size = 2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    header = raw({"large": entry("U8", (size,), (0, size)), "last": entry("F32", (32,), (size, size + 128))})
+    with (tmp_path / "a").open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + size)  # sparse: takes no room on the disk
+        file.seek(0, os.SEEK_END)
+        file.write(torch.ones(32).numpy().tobytes())
+    assert torch.equal(SafetensorsFile.open(tmp_path / "a")["last"], torch.ones(32))
 
 
 @pytest.mark.parametrize(
