@@ -273,9 +273,9 @@ def _opened(source: Source) -> tuple[str, Mapping[str, Tensor]]:
 
 def _one_checkpoint(
     source: Mapping[str, Tensor], vae: Mapping[str, Tensor] | None, text_encoders: Sequence[Source]
-) -> tuple[Mapping[str, Tensor], dict[str, str]]:
-    """The tensors of all files under the names that they would have in one checkpoint, none read; and kind of text encoder
-    -> the file that it was given in."""
+) -> tuple[Mapping[str, Tensor], list[tuple[str, list[str]]]]:
+    """The tensors of all files under the names that they would have in one checkpoint, none read; and the name of each file
+    of text encoders, with the kinds that are in it."""
     if not source:
         raise UnknownFamily("there is not a single tensor in it")
     if any(name.endswith((".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight")) for name in source):
@@ -292,18 +292,18 @@ def _one_checkpoint(
         names = {name: read for name, read in names.items() if not name.startswith(VAE_PREFIXES)}
         for name in vae:
             names[name if name.startswith(VAE_PREFIXES) else VAE_PREFIXES[0] + name] = Stored(vae, name)
-    given: dict[str, str] = {}
+    given: list[tuple[str, list[str]]] = []
     for text_encoder in text_encoders:
         what, tensors = _opened(text_encoder)
         try:
             encoders = text.encoders_of(dequantised(tensors))
         except UnknownFamily as error:
             raise UnknownFamily(f"{what}: {error}") from None
+        given.append((what, list(encoders)))
         for kind, stored in encoders.items():
             prefix = text.PREFIX.format(kind)
             names = {name: read for name, read in names.items() if not name.startswith(prefix)}
             names |= {prefix + name: read for name, read in stored.items()}
-            given[kind] = what
     return LazyTensors(names), given
 
 

@@ -175,6 +175,9 @@ class SafetensorsFile(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self.tensor(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 
@@ -319,6 +322,9 @@ class ComputedTensors(Mapping[str, Tensor]):
         if self._last[0] is not make:
             self._last = (make, make())
         return self._last[1][name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.layout
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layout)

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from core.errors import BadFile, UnknownFamily
 from core.families import ldm, text
 from core.families.clip import TOKENIZER_FOLDER
 from core.families.sd3 import CONTEXT_WIDTH
+from core.families.spec import LazyTensors
 from core.lora_file import LoraFile
 from core.run import Run
 from core.safetensors_file import SafetensorsFile, save_safetensors
@@ -433,7 +435,7 @@ def test_clip_g_is_known_by_its_width_where_its_names_are_those_of_clip_l():
 
 def test_a_text_encoder_that_the_family_does_not_have_is_refused(parts, small_sd15):
     with pytest.raises(
-        UnknownFamily, match=r"small\.safetensors: given tensors is T5 v1\.1 XXL, and .* 1\.x takes CLIP ViT-L/14$"
+        UnknownFamily, match=r"small\.safetensors: given tensors is T5 v1\.1 XXL; .* 1\.x takes CLIP ViT-L/14$"
     ):
         load_base(small_sd15, text_encoders=[parts["t5xxl"]])
 
@@ -486,6 +488,20 @@ def test_a_scaled_weight_is_computed_once_though_several_are_cut_from_it(parts, 
     else:
         base.fingerprint("denoiser")
     assert {count for name, count in tensors.reads.items() if name.endswith("scale_weight")} == {1}
+
+
+def test_a_merged_weight_is_computed_once_and_for_its_biases_shape(parts):
+    """As a ComfyUI node gives them: nothing is known of a tensor until it is computed."""
+    tensors = CountedReads(parts["flux"])
+    base = load_base(LazyTensors({name: partial(tensors.__getitem__, name) for name in tensors}))
+    base.load("denoiser", CPU, torch.float32)
+    assert tensors.reads["double_blocks.0.img_attn.qkv.weight"] == 2
+
+
+def test_one_file_of_more_text_encoders_than_the_family_has_is_taken(parts, small_sd15):
+    encoder = dict(load_base(small_sd15).components["text_encoder"].tensors)
+    file = saved_by_comfyui({"clip_l": encoder, "t5xxl": parts["t5xxl"]})
+    assert load_base(small_sd15, text_encoders=[file]).identity == load_base(small_sd15).identity
 
 
 def test_whether_a_tensor_is_there_and_how_large_an_encoder_is_is_known_without_reading(parts, monkeypatch):

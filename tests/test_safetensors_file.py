@@ -15,6 +15,7 @@ import torch
 from core.errors import BadFile
 from core.safetensors_file import (
     DTYPES,
+    ComputedTensors,
     SafetensorsFile,
     copy_with_metadata,
     save_safetensors,
@@ -73,6 +74,15 @@ def test_writing_into_a_mapped_tensor_leaves_the_file_alone(tmp_path):
     save_safetensors(tmp_path / "a", {"x": torch.ones(4)})
     SafetensorsFile.open(tmp_path / "a")["x"].zero_()
     assert torch.equal(SafetensorsFile.open(tmp_path / "a")["x"], torch.ones(4))
+
+
+def test_whether_a_tensor_is_there_is_known_without_reading_it(tmp_path):
+    save_safetensors(tmp_path / "a", {"x": torch.ones(4)})
+    opened, made = SafetensorsFile.open(tmp_path / "a"), []
+    computed = ComputedTensors([lambda: made.append(1) or {"x": torch.ones(4)}])
+    (tmp_path / "a").unlink()
+    assert "x" in opened and "y" not in opened
+    assert "x" in computed and made == [1]
 
 
 def test_a_large_file_is_opened_without_reading_its_tensors(tmp_path):

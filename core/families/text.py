@@ -99,14 +99,18 @@ def _component(kind: str, stored: Mapping[str, Stored]) -> Component:
     return Component((_t5_config if kind == "t5xxl" else _qwen_config)(tensors), tensors)
 
 
-def check_encoders(family: FamilySpec, components: Mapping[str, Component], given: Mapping[str, str]) -> None:
-    """UnknownFamily where a text encoder is not the denoiser's: one of `given` (kind -> file) by its kind, any by its width."""
-    kinds = [KINDS[kind] for kind in family.text_kinds]
-    if other := next((kind for kind in given if kind not in family.text_kinds), None):
-        raise UnknownFamily(f"{given[other]} is {KINDS[other]}, and {family.title} takes {', '.join(kinds)}")
+def check_encoders(
+    family: FamilySpec, components: Mapping[str, Component], given: Sequence[tuple[str, Sequence[str]]]
+) -> None:
+    """UnknownFamily where text encoders are not the denoiser's: those of a given file (its name, the kinds in it) by their
+    kinds, any by their width."""
+    kinds = ", ".join(KINDS[kind] for kind in family.text_kinds)
+    for what, of_file in given:
+        if not set(of_file) & set(family.text_kinds):
+            raise UnknownFamily(f"{what} is {', '.join(KINDS[kind] for kind in of_file)}; {family.title} takes {kinds}")
     denoiser = components["denoiser"].config
     for name, parts, taken in (
-        ("states", family.context_from, _context_width(denoiser)),
+        ("states", family.context_from, context_width(denoiser)),
         ("pooled states", family.pooled_from, _pooled_width(denoiser)),
     ):
         if parts and all(part in components for part in parts):
@@ -114,11 +118,11 @@ def check_encoders(family: FamilySpec, components: Mapping[str, Component], give
             if made != taken:
                 raise UnknownFamily(
                     f"the text encoder is not the one of this model, which takes {name} {taken} wide: they are {made} wide "
-                    f"(text encoders of {family.title}: {', '.join(kinds)})"
+                    f"(text encoders of {family.title}: {kinds})"
                 )
 
 
-def _context_width(denoiser: Mapping[str, Any]) -> int:
+def context_width(denoiser: Mapping[str, Any]) -> int:
     """Width of the text's states that a denoiser takes, by the names that it has in diffusers' configs."""
     names = ("cross_attention_dim", "joint_attention_dim", "cap_feat_dim")
     return next(denoiser[name] for name in names if name in denoiser)

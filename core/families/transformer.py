@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -37,6 +37,10 @@ def transformer_component(
     kept: dict[str, Tensor] = {}
     """The weight that was cut last, until its last part is asked for: it may be dequantised, or merged with a LoRA."""
 
+    @cache
+    def inputs_of(weight: str) -> int:
+        return shape_of(tensors, weight)[1]
+
     def part_of(full: str, place: Place, weight: str, index: int) -> Tensor:
         whole = kept[full] if full in kept else tensors[full]
         if full == weight:
@@ -44,7 +48,7 @@ def transformer_component(
             if index < len(place.modules) - 1:
                 kept[full] = whole
         # A bias has as many rows as its weight, whose inputs say how many belong to each part.
-        return place.split(whole, shape_of(tensors, weight)[1])[index][1].contiguous()
+        return place.split(whole, None if full == weight else inputs_of(weight))[index][1].contiguous()
 
     for short, full in names.items():
         renamed = next((re.sub(pattern, new, short) for pattern, new in renames if re.fullmatch(pattern, short)), None)
