@@ -22,7 +22,7 @@ from transformers import (
 from core.base import Base, load_base
 from core.cli import main
 from core.config import TrainConfig
-from core.errors import BadFile, UnknownFamily
+from core.errors import BadFile, UnknownFamily, UnmatchedKeys
 from core.families import ldm, text
 from core.families.clip import TOKENIZER_FOLDER
 from core.families.sd3 import CONTEXT_WIDTH
@@ -438,6 +438,19 @@ def test_a_text_encoder_that_the_family_does_not_have_is_refused(parts, small_sd
         UnknownFamily, match=r"small\.safetensors: given tensors is T5 v1\.1 XXL; .* 1\.x takes CLIP ViT-L/14$"
     ):
         load_base(small_sd15, text_encoders=[parts["t5xxl"]])
+
+
+def test_a_text_encoder_that_is_not_whole_is_refused_with_what_it_lacks(parts):
+    t5 = {name: tensor for name, tensor in parts["t5xxl"].items() if ".wi_0." not in name}  # as the first T5 is
+    with pytest.raises(
+        UnmatchedKeys, match=r"the text encoder lacks encoder\.block\.0\.layer\.1\.DenseReluDense\.wi_0"
+    ):
+        load_base(parts["flux"], text_encoders=[t5])
+    qwen = {name: torch.empty(shape, device="meta") for name, shape in qwen3_shapes(2560).items()}
+    del qwen["model.norm.weight"], qwen["model.embed_tokens.weight"]
+    flux2 = {name: torch.empty(shape, device="meta") for name, shape in FLUX2_SHAPES.items()}
+    with pytest.raises(UnmatchedKeys, match=r"the text encoder lacks embed_tokens\.weight"):
+        load_base(flux2, text_encoders=[qwen])
 
 
 @pytest.mark.parametrize("family", ["flux1", "sd15"])

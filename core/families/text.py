@@ -6,6 +6,7 @@ Their tokenizers are too large to travel with the package (CLIP's does): a folde
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def _kind_of(tensors: Mapping[str, Tensor]) -> str:
         return "clip_l" if shape_of(tensors, "transformer.resblocks.0.ln_1.weight")[0] == 768 else "clip_g"
     qwen = {_qwen_name(name): name for name in tensors}
     if "layers.0.self_attn.q_norm.weight" in qwen:
-        return "qwen3_8b" if shape_of(tensors, qwen["norm.weight"])[0] == 4096 else "qwen3_4b"
+        is_large = "norm.weight" in qwen and shape_of(tensors, qwen["norm.weight"])[0] == 4096
+        return "qwen3_8b" if is_large else "qwen3_4b"
     if "layers.0.self_attn.q_proj.bias" in qwen:
         return "qwen25_7b"
     raise UnknownFamily(
@@ -109,12 +111,12 @@ def check_encoders(
         if not set(of_file) & set(family.text_kinds):
             raise UnknownFamily(f"{what} is {', '.join(KINDS[kind] for kind in of_file)}; {family.title} takes {kinds}")
     denoiser = components["denoiser"].config
-    for name, parts, taken in (
-        ("states", family.context_from, context_width(denoiser)),
-        ("pooled states", family.pooled_from, _pooled_width(denoiser)),
+    for name, parts, width_of, taken in (
+        ("states", family.context_from, _width, context_width(denoiser)),
+        ("pooled states", family.pooled_from, itemgetter("projection_dim"), _pooled_width(denoiser)),
     ):
         if parts and all(part in components for part in parts):
-            made = sum(count * _width(components[part].config) for part, count in parts.items())
+            made = sum(count * width_of(components[part].config) for part, count in parts.items())
             if made != taken:
                 raise UnknownFamily(
                     f"the text encoder is not the one of this model, which takes {name} {taken} wide: they are {made} wide "
@@ -159,7 +161,6 @@ def _qwen_name(name: str) -> str:
 
 def _t5_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     shape = _shapes_of(tensors)
-
     first = "encoder.block.0.layer"
     vocabulary, width = shape("shared.weight")
     return {
