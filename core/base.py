@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from .errors import BadConfig, BadFile, UnknownFamily, UnmatchedKeys
 from .families import FAMILIES, detect_family, text
-from .families.ldm import VAE_PREFIXES, current_vae_path
+from .families.ldm import VAE_PREFIXES, current_vae_path, original_unet_names
 from .families.quantised import dequantised
 from .families.spec import (
     DENOISER_PREFIX,
@@ -23,6 +24,8 @@ from .families.spec import (
     FamilySpec,
     LatentShape,
     LazyTensors,
+    Stored,
+    layout_of,
     materialise,
 )
 from .objective import FlowSchedule, NoiseSchedule, Schedule
@@ -119,13 +122,14 @@ class Base:
             return {}
         encoders = {}
         for part in self.text_encoders:
-            tensors = self._component(part).tensors.values()
-            if sum(tensor.nbytes for tensor in tensors) < LARGE_ENCODER:
+            tensors = self._component(part).tensors
+            layouts = [layout_of(tensors, name) for name in tensors]
+            if sum(dtype.itemsize * math.prod(shape) for dtype, shape in layouts) < LARGE_ENCODER:
                 encoders[part] = self.load(part, device, dtype)
                 continue
-            size = sum(2 * tensor.numel() for tensor in tensors)
+            size = sum(2 * math.prod(shape) for _, shape in layouts)
             fits = device.type != "cuda" or torch.cuda.mem_get_info(device)[0] > 1.2 * size
-            stored_in_more = any(tensor.dtype.itemsize > 2 for tensor in tensors)
+            stored_in_more = any(dtype.itemsize > 2 for dtype, _ in layouts)
             place = device if fits else torch.device("cpu")
             encoders[part] = self.load(part, place, dtype if stored_in_more else torch.bfloat16)
         return encoders
@@ -210,8 +214,9 @@ def load_base(
 ) -> Base:
     """A Base from a `.safetensors` checkpoint, a mapping of tensors in its naming, a diffusers folder, or a hub id.
 
-    The checkpoint holds everything, or the denoiser alone; `vae` and `text_encoders` are then the other files. `tokenizer`
-    is the folder of the tokenizer of T5 or Qwen, where the family has one; with a `caption_encoder` neither is needed.
+    The checkpoint holds everything, or the denoiser alone; `vae` and `text_encoders` are then the other files, and take
+    the place of what it has of these. `tokenizer` is the folder of the tokenizer of T5 or Qwen, where the family has one;
+    with a `caption_encoder` neither is needed.
     Only a hub id (`owner/name` that is no local path) lets the network be used. v-prediction and zero terminal SNR are
     recognised by the marker tensors `v_pred` and `ztsnr` and by modelspec metadata; the options override.
     BadFile, UnknownFamily or UnmatchedKeys when it is not a usable base. BadConfig for other files beside a folder or hub
@@ -230,10 +235,11 @@ def load_base(
     metadata = file.metadata if isinstance(file, SafetensorsFile) else {}
     vae_file = None if vae is None else _opened(vae)[1]
     try:
-        tensors = _one_checkpoint(file, vae_file, text_encoders)
+        tensors, given = _one_checkpoint(file, vae_file, text_encoders)
         family = detect_family(tensors)
         components = family.split(tensors)
         _check_channels(family, components)
+        text.check_encoders(family, components, given)
     except (UnknownFamily, UnmatchedKeys) as error:
         raise type(error)(f"{name}: {error}") from None
     if tokenizer is not None:
@@ -267,31 +273,38 @@ def _opened(source: Source) -> tuple[str, Mapping[str, Tensor]]:
 
 def _one_checkpoint(
     source: Mapping[str, Tensor], vae: Mapping[str, Tensor] | None, text_encoders: Sequence[Source]
-) -> Mapping[str, Tensor]:
-    """The tensors of all files under the names that they would have in one checkpoint, none read."""
+) -> tuple[Mapping[str, Tensor], list[tuple[str, list[str]]]]:
+    """The tensors of all files under the names that they would have in one checkpoint, none read; and the name of each file
+    of text encoders, with the kinds that are in it."""
     if not source:
         raise UnknownFamily("there is not a single tensor in it")
     if any(name.endswith((".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight")) for name in source):
         raise UnknownFamily("this is a LoRA, not a base model")
     source = dequantised(source)
-    names = {name: partial(source.__getitem__, name) for name in source}
+    names = {name: Stored(source, name) for name in source}
     if not any(name.startswith(_PARTS) for name in source):
         # A file of a denoiser alone.
-        names = {DENOISER_PREFIX + name.removeprefix("diffusion_model."): read for name, read in names.items()}
+        names = {name.removeprefix("diffusion_model."): read for name, read in names.items()}
+        originals = original_unet_names(names)
+        names = {DENOISER_PREFIX + originals.get(name, name): read for name, read in names.items()}
     if vae is not None:
         # In the place of the one that the checkpoint may have.
         names = {name: read for name, read in names.items() if not name.startswith(VAE_PREFIXES)}
         for name in vae:
-            names[name if name.startswith(VAE_PREFIXES) else VAE_PREFIXES[0] + name] = partial(vae.__getitem__, name)
+            names[name if name.startswith(VAE_PREFIXES) else VAE_PREFIXES[0] + name] = Stored(vae, name)
+    given: list[tuple[str, list[str]]] = []
     for text_encoder in text_encoders:
         what, tensors = _opened(text_encoder)
-        tensors = dequantised(tensors)
         try:
-            prefix = text.PREFIX.format(text.kind_of(tensors))
+            encoders = text.encoders_of(dequantised(tensors))
         except UnknownFamily as error:
             raise UnknownFamily(f"{what}: {error}") from None
-        names |= {prefix + name: partial(tensors.__getitem__, name) for name in tensors}
-    return LazyTensors(names)
+        given.append((what, list(encoders)))
+        for kind, stored in encoders.items():
+            prefix = text.PREFIX.format(kind)
+            names = {name: read for name, read in names.items() if not name.startswith(prefix)}
+            names |= {prefix + name: read for name, read in stored.items()}
+    return LazyTensors(names), given
 
 
 def _check_channels(family: FamilySpec, components: Mapping[str, Component]) -> None:
@@ -399,5 +412,5 @@ def _folder_tensors(folder: Path, part: str) -> Mapping[str, Tensor]:
         for name in file:
             if name.endswith(("position_ids", "logit_scale")):
                 continue
-            readers[current_vae_path(name) if part == "vae" else name] = partial(file.tensor, name)
+            readers[current_vae_path(name) if part == "vae" else name] = Stored(file, name)
     return LazyTensors(text.library_tensors(readers) if part.startswith("text_encoder") else readers)

@@ -11,6 +11,7 @@ import mmap
 import os
 import shutil
 import struct
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +32,9 @@ MAX_DIMENSIONS = 16
 CHUNK_BYTES = 1 << 20
 SMALL_BYTES = 64
 """Tensors up to this size are read, not mapped: touching a mapped page makes the system read its neighbours too."""
+
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+"""Linux's flag, which Python's mmap has from 3.13 on."""
 
 # torch has gained the unsigned and the small float types over time: list those that this torch knows.
 DTYPES: dict[str, torch.dtype] = {
@@ -150,7 +154,12 @@ class SafetensorsFile(Mapping[str, Tensor]):
         if self._memory is None:
             with self._reopened() as file:
                 # A private mapping: torch wants writable memory, the file must stay as it is.
-                self._memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                if sys.platform == "linux":
+                    # Without setting memory aside for all that could be written: it may be more than there is.
+                    flags, protection = mmap.MAP_PRIVATE | _NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+                    self._memory = mmap.mmap(file.fileno(), 0, flags=flags, prot=protection)
+                else:
+                    self._memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         return self._memory
 
     @contextmanager
@@ -165,6 +174,9 @@ class SafetensorsFile(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -310,6 +322,9 @@ class ComputedTensors(Mapping[str, Tensor]):
         if self._last[0] is not make:
             self._last = (make, make())
         return self._last[1][name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.layout
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layout)

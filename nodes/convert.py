@@ -25,6 +25,7 @@ from ..core.config import TrainConfig
 from ..core.errors import BadConfig, BadPhoto, FaceLoraError, LoraMisfit, UnknownFamily
 from ..core.families import FAMILIES
 from ..core.families.spec import Conditioning, LazyTensors
+from ..core.families.text import context_width
 from ..core.lora_file import Entry, LoraFile, fit
 from ..core.lora_tools import convert_lora
 from ..core.photos import Photo
@@ -97,7 +98,7 @@ def base_from(model: Any, clip: Any, vae: Any, config: TrainConfig) -> Base:
         LazyTensors(readers), prediction_type=config.prediction_type, zero_terminal_snr=config.zero_terminal_snr
     )
     if family.flow_shift:
-        encode = partial(_encode_caption, clip, family.title, _text_width(base))
+        encode = partial(_encode_caption, clip, family.title, context_width(base.components["denoiser"].config))
         base = replace(base, caption_encoder=CaptionEncoder(encode, _clip_fingerprint(clip)))
     # Samples are drawn at the resolution that is trained.
     return replace(base, name=_file_name(model), resolution=config.resolution or base.resolution)
@@ -114,12 +115,6 @@ def _readers(patcher: Any, prefix: str = "") -> dict[str, Callable[[], Tensor]]:
         for name, ((weight, convert), *patches) in patcher.get_key_patches(prefix).items()
         if isinstance(weight, Tensor) and not name.endswith(_OF_QUANTISATION)
     }
-
-
-def _text_width(base: Base) -> int:
-    """Width of the texts that the denoiser takes, by the two names that it has in diffusers' configs."""
-    config = base.components["denoiser"].config
-    return config["joint_attention_dim"] if "joint_attention_dim" in config else config["cap_feat_dim"]
 
 
 def _encode_caption(clip: Any, title: str, width: int, caption: str) -> Conditioning:

@@ -1,6 +1,9 @@
 """FLUX.1 from the files that ComfyUI users have: denoiser, text encoders and VAE apart or in one, plain or scaled fp8."""
 
 import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +19,30 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from core.base import load_base
+from core.base import Base, load_base
 from core.cli import main
-from core.errors import BadFile, UnknownFamily
+from core.config import TrainConfig
+from core.errors import BadFile, UnknownFamily, UnmatchedKeys
 from core.families import ldm, text
 from core.families.clip import TOKENIZER_FOLDER
 from core.families.sd3 import CONTEXT_WIDTH
+from core.families.spec import LazyTensors
 from core.lora_file import LoraFile
-from core.safetensors_file import save_safetensors
-from tests.tooling import SMALL_FLOWS, RandomTensors
+from core.run import Run
+from core.safetensors_file import SafetensorsFile, save_safetensors
+from tests.tooling import SMALL_FLOWS, UNETS, RandomTensors, encoded_cache, encoded_image
 
 CPU = torch.device("cpu")
 WIDTH = 128
 T5 = {"vocab_size": 32128, "d_model": 32, "d_kv": 64, "d_ff": 48, "num_layers": 2, "num_heads": 2,
       "feed_forward_proj": "gated-gelu"}  # fmt: skip
+CLIP_L = {"vocab_size": 49408, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 1,
+          "max_position_embeddings": 77, "hidden_act": "quick_gelu", "eos_token_id": 49407}  # fmt: skip
+FLUX2_SHAPES = {
+    "img_in.weight": (3072, 128), "txt_in.weight": (3072, 7680), "double_blocks.0.img_mlp.2.weight": (3072, 9216),
+    "double_stream_modulation_img.lin.weight": (18432, 3072), "single_blocks.0.linear1.weight": (27648, 3072),
+}  # fmt: skip
+"""What tells FLUX.2 klein 4B."""
 SD3_SHAPES = {
     name: torch.empty(shape, device="meta")
     for name, shape in {
@@ -65,6 +78,16 @@ def flux1_shapes() -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def qwen3_shapes(width: int) -> dict[str, tuple[int, ...]]:
+    """What tells a Qwen3 of that width, as in its own files."""
+    layer = "model.layers.0."
+    return {
+        "model.embed_tokens.weight": (151936, width), "model.norm.weight": (width,),
+        f"{layer}self_attn.q_proj.weight": (4096, width), f"{layer}self_attn.k_proj.weight": (1024, width),
+        f"{layer}self_attn.q_norm.weight": (128,), f"{layer}mlp.gate_proj.weight": (9728, width),
+    }  # fmt: skip
+
+
 def state_of(kind: str, config: dict[str, Any]) -> dict[str, Tensor]:
     with torch.device("meta"):
         state = (ldm.build_vae(config) if kind == "vae" else text.build(kind, config)).state_dict()
@@ -76,9 +99,6 @@ def state_of(kind: str, config: dict[str, Any]) -> dict[str, Tensor]:
 def parts() -> dict[str, dict[str, Tensor]]:
     """Part -> its tensors, as they stand in a file of its own."""
     draw = RandomTensors(flux1_shapes(), torch.float32, seed=1)
-    clip = {"vocab_size": 49408, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2,
-            "num_attention_heads": 1, "max_position_embeddings": 77, "hidden_act": "quick_gelu",
-            "eos_token_id": 49407}  # fmt: skip
     t5_state = state_of("t5xxl", T5)
     del t5_state["encoder.embed_tokens.weight"]  # files have one of its two names
     vae_state = {
@@ -86,7 +106,7 @@ def parts() -> dict[str, dict[str, Tensor]]:
     }
     return {
         "flux": {name: draw(name) for name in draw.layout},
-        "clip_l": state_of("clip_l", clip),
+        "clip_l": state_of("clip_l", CLIP_L),
         "t5xxl": t5_state,
         "ae": vae_state,
     }
@@ -263,3 +283,255 @@ def test_the_command_line_trains_and_draws_from_files_apart(files, tokenizer, ph
     ]
     assert main([str(argument) for argument in generate]) in (0, None)
     assert len(list(pictures.glob("*.png"))) >= 1
+
+
+CHECKPOINT_PREFIXES = {
+    "sd15": {"text_encoder": "cond_stage_model.transformer."},
+    "sdxl": {
+        "text_encoder": "conditioner.embedders.0.transformer.",
+        "text_encoder_2": "conditioner.embedders.1.model.",
+    },
+}
+
+
+def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def weights_of(base: Base) -> dict[str, Tensor]:
+    states = {part: base.load(part, CPU, torch.float32).state_dict() for part in base.components}
+    return {f"{part}.{name}": tensor for part, state in states.items() for name, tensor in state.items()}
+
+
+@pytest.fixture
+def sd_files(small_sd15, small_sdxl, tmp_path) -> Callable[[str, str], dict[str, Any]]:
+    """(family, naming of the UNet) -> arguments of `load_base`: the small checkpoint's parts in files of their own."""
+
+    def write(name: str, tensors: dict[str, Tensor]) -> Path:
+        save_safetensors(tmp_path / name, {key: tensor.contiguous() for key, tensor in tensors.items()}, None)
+        return tmp_path / name
+
+    def files(family: str, unet_naming: str) -> dict[str, Any]:
+        whole = load_base({"sd15": small_sd15, "sdxl": small_sdxl}[family])
+        assert whole.file is not None
+        unet = under(whole.file, "model.diffusion_model.")
+        if unet_naming == "diffusers":
+            unet = whole.load("denoiser", CPU, torch.float32).state_dict()
+        elif unet_naming == "prefixed":
+            unet = {f"model.diffusion_model.{name}": tensor for name, tensor in unet.items()}
+        encoders = [under(whole.file, prefix) for prefix in CHECKPOINT_PREFIXES[family].values()]
+        return {
+            "source": write("unet.safetensors", unet),
+            "vae": write("vae.safetensors", under(whole.file, "first_stage_model.")),
+            "text_encoders": [write(f"clip_{i}.safetensors", encoder) for i, encoder in enumerate(encoders)],
+        }
+
+    return files
+
+
+@pytest.mark.parametrize("naming", ["bare", "prefixed", "diffusers"])
+@pytest.mark.parametrize("family", UNETS)
+def test_stable_diffusions_files_apart_are_the_same_base(sd_files, small_sd15, small_sdxl, family, naming):
+    whole = load_base({"sd15": small_sd15, "sdxl": small_sdxl}[family])
+    apart = load_base(**sd_files(family, naming))
+    ours, theirs = weights_of(apart), weights_of(whole)
+    assert set(ours) == set(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert apart.family is whole.family and apart.identity == whole.identity
+    assert {part: one.config for part, one in apart.components.items()} == {
+        part: one.config for part, one in whole.components.items()
+    }
+
+
+@pytest.mark.parametrize("family", UNETS)
+def test_a_step_on_stable_diffusions_files_apart_is_that_on_the_checkpoint(sd_files, small_sd15, small_sdxl, family):
+    def read(path: Path) -> dict[str, Tensor]:
+        # Where in memory a weight begins changes the last digit of what is computed with it.
+        return {name: tensor.clone() for name, tensor in SafetensorsFile.open(path).items()}
+
+    files = sd_files(family, "bare")
+    encoders = [read(path) for path in files["text_encoders"]]
+    apart = load_base(read(files["source"]), vae=read(files["vae"]), text_encoders=encoders)
+    adapters = []
+    for base in (load_base(read({"sd15": small_sd15, "sdxl": small_sdxl}[family])), apart):
+        cache = encoded_cache(base, [encoded_image(base, "a.png", "a photo of sks person", 1)])
+        run = Run(cache, base, TrainConfig(rank=2, precision="fp32", batch_size=1), CPU)
+        run.train_step()
+        adapters.append({name: parameter.detach().clone() for name, parameter in run.parameters.items()})
+    assert any(parameter.any() for name, parameter in adapters[0].items() if name.endswith(".up"))
+    assert all(torch.equal(parameter, adapters[1][name]) for name, parameter in adapters[0].items())
+
+
+def test_a_text_encoder_that_is_given_takes_the_place_of_the_checkpoints(small_sd15):
+    whole = load_base(small_sd15)
+    other = {name: 2 * tensor for name, tensor in whole.components["text_encoder"].tensors.items()}
+    base = load_base(small_sd15, text_encoders=[other])
+    name = "text_model.final_layer_norm.weight"
+    assert torch.equal(base.components["text_encoder"].tensors[name], other[name])
+    assert base.identity != whole.identity
+
+
+def test_stable_diffusion_says_what_is_missing_when_it_is_needed(sd_files):
+    base = load_base(sd_files("sdxl", "bare")["source"])
+    with pytest.raises(BadFile, match=r"unet\.safetensors: has no vae; give its file too \(vae\)"):
+        base.load("vae", CPU, torch.float32)
+    with pytest.raises(BadFile, match=r"has no text encoder; give its file too \(text_encoders\)"):
+        base.load_text_encoders(CPU, torch.float32)
+
+
+def saved_by_comfyui(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """All text encoders in one file under ComfyUI's own prefixes, with what it keeps beside them."""
+    tensors = {f"{kind}.transformer.{name}": tensor for kind, part in parts.items() for name, tensor in part.items()}
+    return tensors | {f"{kind}.logit_scale": torch.tensor(4.6) for kind in parts}
+
+
+def the_whole_clip(text_part: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    others = ("vision_model.embeddings.class_embedding", "visual_projection.weight", "text_projection.weight",
+              "text_model.embeddings.position_ids", "logit_scale")  # fmt: skip
+    return {**text_part, **{name: torch.zeros(1) for name in others}}
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        lambda clip, t5: [saved_by_comfyui({"clip_l": clip, "t5xxl": t5})],
+        lambda clip, t5: [{f"text_encoders.{name}": tensor for name, tensor in saved_by_comfyui({"clip_l": clip}).items()}, t5],
+        lambda clip, t5: [{**clip, "logit_scale": torch.tensor(4.6)}, t5],
+        lambda clip, t5: [the_whole_clip(clip), t5],
+        lambda clip, t5: [{name.removeprefix("text_model."): tensor for name, tensor in clip.items()}, t5],
+        lambda clip, t5: [clip, {**t5, "decoder.block.0.layer.0.SelfAttention.q.weight": torch.zeros(1),
+                                 "decoder.embed_tokens.weight": torch.zeros(1), "lm_head.weight": torch.zeros(1)}],
+    ],
+    ids=["one file of both", "with the checkpoint's prefix", "with a scale", "the whole CLIP", "without text_model",
+         "T5 with its decoder"],
+)  # fmt: skip
+def test_text_encoders_are_read_as_programs_save_them(parts, saved):
+    clip, t5 = parts["clip_l"], parts["t5xxl"]
+    base = load_base(parts["flux"], text_encoders=saved(clip, t5))
+    assert base.text_fingerprint == load_base(parts["flux"], text_encoders=[clip, t5]).text_fingerprint
+    assert set(base.load_text_encoders(CPU, torch.float32)) == {"text_encoder", "text_encoder_2"}
+
+
+def test_sdxls_second_text_encoder_is_read_in_each_naming(small_sdxl):
+    whole = load_base(small_sdxl)
+    assert whole.file is not None
+    first, second = (dict(whole.components[part].tensors) for part in whole.text_encoders)
+    openclip = under(whole.file, "conditioner.embedders.1.model.")
+    openclip |= {"visual.transformer.resblocks.0.ln_1.weight": torch.zeros(1), "logit_scale": torch.tensor(4.6)}
+    for file in ([openclip, first], [saved_by_comfyui({"clip_l": first, "clip_g": second})], [dict(whole.file)]):
+        unet = under(whole.file, "model.diffusion_model.")
+        base = load_base(unet, text_encoders=file)
+        assert base.text_fingerprint == whole.text_fingerprint
+        assert base.components["text_encoder_2"].config == whole.components["text_encoder_2"].config
+
+
+def test_clip_g_is_known_by_its_width_where_its_names_are_those_of_clip_l():
+    with torch.device("meta"):
+        tensors = {
+            "text_model.final_layer_norm.weight": torch.empty(1280),
+            "text_projection.weight": torch.empty(1280, 1280),
+        }
+    assert list(text.encoders_of(tensors)) == ["clip_g"]
+
+
+def test_a_text_encoder_that_the_family_does_not_have_is_refused(parts, small_sd15):
+    with pytest.raises(
+        UnknownFamily, match=r"small\.safetensors: given tensors is T5 v1\.1 XXL; .* 1\.x takes CLIP ViT-L/14$"
+    ):
+        load_base(small_sd15, text_encoders=[parts["t5xxl"]])
+
+
+def test_a_text_encoder_that_is_not_whole_is_refused_with_what_it_lacks(parts):
+    t5 = {name: tensor for name, tensor in parts["t5xxl"].items() if ".wi_0." not in name}  # as the first T5 is
+    with pytest.raises(
+        UnmatchedKeys, match=r"the text encoder lacks encoder\.block\.0\.layer\.1\.DenseReluDense\.wi_0"
+    ):
+        load_base(parts["flux"], text_encoders=[t5])
+    qwen = {name: torch.empty(shape, device="meta") for name, shape in qwen3_shapes(2560).items()}
+    del qwen["model.norm.weight"], qwen["model.embed_tokens.weight"]
+    flux2 = {name: torch.empty(shape, device="meta") for name, shape in FLUX2_SHAPES.items()}
+    with pytest.raises(UnmatchedKeys, match=r"the text encoder lacks embed_tokens\.weight"):
+        load_base(flux2, text_encoders=[qwen])
+
+
+@pytest.mark.parametrize("family", ["flux1", "sd15"])
+def test_a_text_encoder_of_the_wrong_width_is_refused(parts, small_sd15, family):
+    wide = state_of("clip_l", CLIP_L | {"hidden_size": 40, "vocab_size": 8})
+    with pytest.raises(
+        UnknownFamily, match=r"takes (pooled )?states (24|64) wide: they are 40 wide \(text encoders of .*CLIP"
+    ):
+        load_base(parts["flux"] if family == "flux1" else small_sd15, text_encoders=[wide])
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_klein_with_the_qwen3_of_the_other_size_is_refused(right):
+    with torch.device("meta"):
+        denoiser = {f"model.diffusion_model.{name}": torch.empty(shape) for name, shape in FLUX2_SHAPES.items()}
+        width = 2560 if right else 4096
+        qwen = {name: torch.empty(shape) for name, shape in qwen3_shapes(width).items()}
+    if right:
+        assert load_base(denoiser, text_encoders=[qwen]).components["text_encoder"].config["hidden_size"] == 2560
+        return
+    with pytest.raises(
+        UnknownFamily, match=r"takes states 7680 wide: they are 12288 wide \(text encoders of FLUX\.2: Qwen3-4B"
+    ):
+        load_base(denoiser, text_encoders=[qwen])
+
+
+class CountedReads(dict[str, Tensor]):
+    """Tensors, and how often each was asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        super().__init__(tensors)
+        self.reads: Counter[str] = Counter()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.reads[name] += 1
+        return super().__getitem__(name)
+
+
+@pytest.mark.parametrize("read", ["loaded", "hashed"])
+def test_a_scaled_weight_is_computed_once_though_several_are_cut_from_it(parts, read):
+    tensors = CountedReads(parts["flux"])
+    for name in [name for name in tensors if name.endswith(("qkv.weight", "linear1.weight"))]:
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors[name.replace(".weight", ".scale_weight")] = torch.tensor(0.5)
+    base = load_base(tensors)
+    if read == "loaded":
+        base.load("denoiser", CPU, torch.float32)
+    else:
+        base.fingerprint("denoiser")
+    assert {count for name, count in tensors.reads.items() if name.endswith("scale_weight")} == {1}
+
+
+def test_a_merged_weight_is_computed_once_and_for_its_biases_shape(parts):
+    """As a ComfyUI node gives them: nothing is known of a tensor until it is computed."""
+    tensors = CountedReads(parts["flux"])
+    base = load_base(LazyTensors({name: partial(tensors.__getitem__, name) for name in tensors}))
+    base.load("denoiser", CPU, torch.float32)
+    assert tensors.reads["double_blocks.0.img_attn.qkv.weight"] == 2
+
+
+def test_one_file_of_more_text_encoders_than_the_family_has_is_taken(parts, small_sd15):
+    encoder = dict(load_base(small_sd15).components["text_encoder"].tensors)
+    file = saved_by_comfyui({"clip_l": encoder, "t5xxl": parts["t5xxl"]})
+    assert load_base(small_sd15, text_encoders=[file]).identity == load_base(small_sd15).identity
+
+
+def test_whether_a_tensor_is_there_and_how_large_an_encoder_is_is_known_without_reading(parts, monkeypatch):
+    scaled = CountedReads(parts["t5xxl"])
+    for name in [name for name in scaled if name.endswith(".SelfAttention.q.weight")]:
+        scaled[name.replace(".weight", ".scale_weight")] = torch.tensor(0.5)
+    base = load_base(parts["flux"], text_encoders=[parts["clip_l"], scaled])
+    assert "encoder.block.0.layer.0.SelfAttention.q.weight" in base.components["text_encoder_2"].tensors
+    monkeypatch.setattr("core.base.LARGE_ENCODER", 0)
+    loaded = []
+    monkeypatch.setattr(Base, "load", lambda base, part, device, dtype: loaded.append((part, dtype)))
+    base.load_text_encoders(CPU, torch.float16)
+    assert loaded == [("text_encoder", torch.float16), ("text_encoder_2", torch.float16)]
+    assert not any(name.endswith("scale_weight") for name in scaled.reads)
+
+
+def test_t5s_embedding_is_in_memory_once(parts):
+    base = load_base(parts["flux"], text_encoders=[parts["clip_l"], parts["t5xxl"]])
+    state = base.load("text_encoder_2", CPU, torch.bfloat16).state_dict()
+    assert state["shared.weight"].data_ptr() == state["encoder.embed_tokens.weight"].data_ptr()

@@ -181,6 +181,11 @@ def test_models_of_other_families_are_refused_by_name(marker, name):
         load_base(tensors)
 
 
+def test_a_transformer_in_diffusers_naming_is_refused_with_what_to_give():
+    with pytest.raises(UnknownFamily, match="a denoiser in diffusers naming; give the whole diffusers folder"):
+        load_base({"transformer_blocks.0.attn.to_q.weight": torch.zeros(1)})
+
+
 @pytest.mark.parametrize(("channels", "name"), [(9, "inpainting"), (8, "InstructPix2Pix"), (5, "unknown variant")])
 def test_variants_with_other_inputs_are_refused_by_name(channels, name):
     tensors = meta_checkpoint(SMALL_SD15)

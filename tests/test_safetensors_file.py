@@ -4,6 +4,7 @@ import json
 import os
 import random
 import struct
+import sys
 import time
 import tracemalloc
 
@@ -14,6 +15,7 @@ import torch
 from core.errors import BadFile
 from core.safetensors_file import (
     DTYPES,
+    ComputedTensors,
     SafetensorsFile,
     copy_with_metadata,
     save_safetensors,
@@ -74,6 +76,15 @@ def test_writing_into_a_mapped_tensor_leaves_the_file_alone(tmp_path):
     assert torch.equal(SafetensorsFile.open(tmp_path / "a")["x"], torch.ones(4))
 
 
+def test_whether_a_tensor_is_there_is_known_without_reading_it(tmp_path):
+    save_safetensors(tmp_path / "a", {"x": torch.ones(4)})
+    opened, made = SafetensorsFile.open(tmp_path / "a"), []
+    computed = ComputedTensors([lambda: made.append(1) or {"x": torch.ones(4)}])
+    (tmp_path / "a").unlink()
+    assert "x" in opened and "y" not in opened
+    assert "x" in computed and made == [1]
+
+
 def test_a_large_file_is_opened_without_reading_its_tensors(tmp_path):
     size = 1 << 33
     header = raw({"x": entry("U8", (size,), (0, size))})
@@ -85,6 +96,18 @@ def test_a_large_file_is_opened_without_reading_its_tensors(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert opened.shapes == {"x": (size,)} and peak < 1_000_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the rule is Linux's")
+def test_a_file_larger_than_memory_is_read_where_it_is_asked(tmp_path):
+    size = 2 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    header = raw({"large": entry("U8", (size,), (0, size)), "last": entry("F32", (32,), (size, size + 128))})
+    with (tmp_path / "a").open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + size)  # sparse: takes no room on the disk
+        file.seek(0, os.SEEK_END)
+        file.write(torch.ones(32).numpy().tobytes())
+    assert torch.equal(SafetensorsFile.open(tmp_path / "a")["last"], torch.ones(32))
 
 
 @pytest.mark.parametrize(

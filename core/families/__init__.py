@@ -1,7 +1,6 @@
 """The model families. A new one is a file beside these, and its entry in FAMILIES."""
 
 from collections.abc import Mapping
-from functools import partial
 
 from torch import Tensor
 
@@ -13,7 +12,7 @@ from .qwen_image import QWEN_IMAGE
 from .sd3 import SD3
 from .sd15 import SD15
 from .sdxl import SDXL
-from .spec import DENOISER_PREFIX, FamilySpec, LazyTensors
+from .spec import DENOISER_PREFIX, FamilySpec, LazyTensors, Stored
 from .zimage import ZIMAGE
 
 FAMILIES: dict[str, FamilySpec] = {
@@ -42,7 +41,7 @@ def detect_family(tensors: Mapping[str, Tensor]) -> FamilySpec:
             raise UnknownFamily(f"this is {title}, which is not supported yet; {supported}")
     denoiser = LazyTensors(
         {
-            name.removeprefix(DENOISER_PREFIX): partial(tensors.__getitem__, name)
+            name.removeprefix(DENOISER_PREFIX): Stored(tensors, name)
             for name in tensors
             if name.startswith(DENOISER_PREFIX)
         }
@@ -50,6 +49,6 @@ def detect_family(tensors: Mapping[str, Tensor]) -> FamilySpec:
     for family in FAMILIES.values():
         if family.recognise(denoiser):
             return family
-    if any(name.removeprefix(DENOISER_PREFIX).startswith(("down_blocks.", "unet.down_blocks.")) for name in tensors):
+    if any(name.removeprefix(DENOISER_PREFIX).startswith(("transformer_blocks.", "unet.")) for name in tensors):
         raise UnknownFamily("this is a denoiser in diffusers naming; give the whole diffusers folder instead")
     raise UnknownFamily(f"no family matches its {len(tensors)} tensors, e.g. {next(iter(tensors))!r}; {supported}")

@@ -35,7 +35,7 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
         "approximator_layers": count_children(names, f"{_MODULATOR}.layers"),
     }
     denoiser = transformer.transformer_component(tensors, config, KEYS, _RENAMES)
-    return {"denoiser": denoiser} | transformer.other_parts(tensors, transformer.flux1_vae, TEXT)
+    return {"denoiser": denoiser} | text.other_parts(tensors, transformer.flux1_vae, TEXT)
 
 
 def build(part: str, config: dict[str, Any]) -> nn.Module:
@@ -106,6 +106,9 @@ CHROMA = replace(
     steps=35,
     pipeline_class="ChromaPipeline",
     text_encoders=tuple(TEXT),
+    text_kinds=tuple(TEXT.values()),
+    context_from={"text_encoder": 1},
+    pooled_from={},
     recognise=recognise,
     split=split,
     build=build,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import BadConfig, LoraMisfit, UnmatchedKeys
 from .ldm import count_children
-from .spec import Component, LazyTensors, replace_module
+from .spec import Component, LazyTensors, Stored, replace_module, shape_of
 
 TOKENIZER_FOLDER = Path(__file__).parent / "clip_tokenizer"
 START, END = 49406, 49407
@@ -172,67 +172,22 @@ def pooled(output: Any) -> Tensor:
     return output.text_embeds if "text_embeds" in output else output.pooler_output
 
 
-def text_component(tensors: Mapping[str, Tensor], prefix: str, activation: str, projection: bool = False) -> Component:
-    """A text encoder in OpenAI's naming (`<prefix>text_model.…`), its config read off the shapes of its tensors."""
-    # Merging tools leave parts of the whole CLIP in the file that no picture depends on.
-    left_out = ("position_ids", "logit_scale", *(() if projection else ("text_projection.weight",)))
-    names = {}
-    for full in tensors:
-        if full.startswith(prefix) and not full.endswith(left_out):
-            short = full.removeprefix(prefix)
-            if short == "text_projection.weight":
-                names[short] = full
-                continue
-            # Files saved by some versions of transformers lack the leading text_model.
-            names[short if short.startswith("text_model.") else f"text_model.{short}"] = full
-    readers = {short: partial(tensors.__getitem__, full) for short, full in names.items()}
-    return Component(_text_config(readers, prefix, activation), LazyTensors(readers))
+def text_component(stored: Mapping[str, Stored], what: str, activation: str, projection: bool) -> Component:
+    """A text encoder from tensors in OpenAI's naming (`text_model.…`) or OpenCLIP's (`transformer.resblocks.…`), its config
+    read off their shapes. UnmatchedKeys, naming it `what`, when it lacks one of those."""
+    is_openclip = any(name.startswith("transformer.resblocks.") for name in stored)
+    readers = _openclip_readers(stored) if is_openclip else library_readers(stored)
+    if not projection:
+        readers.pop("text_projection.weight", None)
+    tensors = LazyTensors(readers)
 
-
-def openclip_component(tensors: Mapping[str, Tensor], prefix: str) -> Component:
-    """A text encoder in OpenCLIP's naming (`<prefix>transformer.resblocks.…`), as SDXL's second."""
-    readers: dict[str, Callable[[], Tensor]] = {}
-    outside = {
-        "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-        "positional_embedding": "text_model.embeddings.position_embedding.weight",
-        "ln_final.weight": "text_model.final_layer_norm.weight",
-        "ln_final.bias": "text_model.final_layer_norm.bias",
-    }
-
-    def third(full: str, index: int) -> Tensor:
-        return tensors[full].chunk(3)[index]
-
-    def transposed(full: str) -> Tensor:
-        return tensors[full].T.contiguous()
-
-    for full in tensors:
-        short = full.removeprefix(prefix)
-        if short == full or short == "logit_scale":
-            continue
-        if short in outside:
-            readers[outside[short]] = partial(tensors.__getitem__, full)
-        elif short == "text_projection":
-            readers["text_projection.weight"] = partial(transposed, full)
-        elif short == "text_projection.weight":
-            readers[short] = partial(tensors.__getitem__, full)
-        elif match := re.match(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)$", short):
-            for index, letter in enumerate("qkv"):
-                name = f"text_model.encoder.layers.{match[1]}.self_attn.{letter}_proj.{match[2]}"
-                readers[name] = partial(third, full, index)
-        elif match := re.match(r"transformer\.resblocks\.(\d+)\.(.+)\.(weight|bias)$", short):
-            name = f"text_model.encoder.layers.{match[1]}.{OPENCLIP_LAYER.get(match[2], match[2])}.{match[3]}"
-            readers[name] = partial(tensors.__getitem__, full)
-    return Component(_text_config(readers, prefix, "gelu"), LazyTensors(readers))
-
-
-def _text_config(readers: Mapping[str, Callable[[], Tensor]], prefix: str, activation: str) -> dict[str, Any]:
     def shape(name: str) -> tuple[int, ...]:
-        if name not in readers:
-            raise UnmatchedKeys(f"the text encoder {prefix}… lacks {name}")
-        return tuple(readers[name]().shape)
+        if name not in tensors:
+            raise UnmatchedKeys(f"the text encoder {what} lacks {name}")
+        return shape_of(tensors, name)
 
     vocabulary, width = shape("text_model.embeddings.token_embedding.weight")
-    return {
+    config = {
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": shape("text_model.encoder.layers.0.mlp.fc1.weight")[0],
@@ -244,6 +199,53 @@ def _text_config(readers: Mapping[str, Callable[[], Tensor]], prefix: str, activ
         "bos_token_id": START,
         "eos_token_id": END,
     }
+    return Component(config, tensors)
+
+
+def library_readers(readers: Mapping[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Tensor]]:
+    """The tensors of a text encoder in OpenAI's naming under the names of its network here.
+
+    Files saved by some versions of transformers lack the leading text_model. They may be of the whole of CLIP, and merging
+    tools leave parts of it that no picture depends on.
+    """
+    left_out = r"vision_model\.|visual_projection\.|(.+\.)?position_ids$|logit_scale$"
+    return {
+        f"text_model.{name}" if re.match(r"(encoder\.layers|embeddings|final_layer_norm)\.", name) else name: read
+        for name, read in readers.items()
+        if not re.match(left_out, name)
+    }
+
+
+def _openclip_readers(stored: Mapping[str, Stored]) -> dict[str, Callable[[], Tensor]]:
+    """The same of one in OpenCLIP's naming; what is no part of the text encoder is left out."""
+    readers: dict[str, Callable[[], Tensor]] = {}
+    outside = {
+        "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+        "positional_embedding": "text_model.embeddings.position_embedding.weight",
+        "ln_final.weight": "text_model.final_layer_norm.weight",
+        "ln_final.bias": "text_model.final_layer_norm.bias",
+        "text_projection.weight": "text_projection.weight",
+    }
+
+    def third(whole: Stored, index: int) -> Tensor:
+        return whole().chunk(3)[index]
+
+    def transposed(whole: Stored) -> Tensor:
+        return whole().T.contiguous()
+
+    for short, whole in stored.items():
+        if short in outside:
+            readers[outside[short]] = whole
+        elif short == "text_projection":
+            readers["text_projection.weight"] = partial(transposed, whole)
+        elif match := re.match(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)$", short):
+            for index, letter in enumerate("qkv"):
+                name = f"text_model.encoder.layers.{match[1]}.self_attn.{letter}_proj.{match[2]}"
+                readers[name] = partial(third, whole, index)
+        elif match := re.match(r"transformer\.resblocks\.(\d+)\.(.+)\.(weight|bias)$", short):
+            name = f"text_model.encoder.layers.{match[1]}.{OPENCLIP_LAYER.get(match[2], match[2])}.{match[3]}"
+            readers[name] = whole
+    return readers
 
 
 class _WithPrefix(nn.Module):

@@ -65,7 +65,7 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
         "guidance_embeds": "guidance_in.in_layer.weight" in transformer.denoiser_names(tensors),
     }
     denoiser = transformer.transformer_component(tensors, config, KEYS, RENAMES)
-    return {"denoiser": denoiser} | transformer.other_parts(tensors, transformer.flux1_vae, TEXT)
+    return {"denoiser": denoiser} | text.other_parts(tensors, transformer.flux1_vae, TEXT)
 
 
 def build(part: str, config: dict[str, Any]) -> nn.Module:
@@ -132,6 +132,9 @@ FLUX1 = FamilySpec(
     steps=28,
     pipeline_class="FluxPipeline",
     text_encoders=tuple(TEXT),
+    text_kinds=tuple(TEXT.values()),
+    context_from={"text_encoder_2": 1},
+    pooled_from={"text_encoder": 1},
     denoiser_targets={"attention": _ATTENTION, "transformer": _TRANSFORMER, "transformer+conv": _TRANSFORMER},
     text_encoder_targets=None,
     in_channels=64,

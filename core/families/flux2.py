@@ -6,7 +6,6 @@ Mistral that has to encode captions elsewhere (ComfyUI).
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from ..lora_keys.flux import FLUX2 as KEYS
 from . import text, transformer
 from .ldm import VAE_PREFIXES, count_children, kl_pixels, vae_component
-from .spec import Component, Conditioning, FamilySpec, LatentShape, LazyTensors
+from .spec import Component, Conditioning, FamilySpec, LatentShape, LazyTensors, Stored
 
 TEXT_TOKENS = 512
 """Tokens of the whole chat; shorter ones are filled up, and the denoiser sees the padding."""
@@ -66,7 +65,7 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     }
     denoiser = transformer.transformer_component(tensors, config, KEYS, _RENAMES)
     kind = "qwen3_8b" if text.has(tensors, "qwen3_8b") else TEXT["text_encoder"]
-    return {"denoiser": denoiser} | transformer.other_parts(tensors, _vae, {"text_encoder": kind})
+    return {"denoiser": denoiser} | text.other_parts(tensors, _vae, {"text_encoder": kind})
 
 
 def _vae(tensors: Mapping[str, Tensor]) -> Component:
@@ -77,7 +76,7 @@ def _vae(tensors: Mapping[str, Tensor]) -> Component:
         if full.startswith(prefix):
             # The convolutions between the VAE's halves stand inside of these in some files.
             name = full.removeprefix(prefix).replace("encoder.quant_conv.", "quant_conv.")
-            readers[name.replace("decoder.post_quant_conv.", "post_quant_conv.")] = partial(tensors.__getitem__, full)
+            readers[name.replace("decoder.post_quant_conv.", "post_quant_conv.")] = Stored(tensors, full)
     files = LazyTensors({prefix + name: read for name, read in readers.items()})
     plain = vae_component(files, latent_scale=1.0)
     config = {name: value for name, value in plain.config.items() if name not in ("scaling_factor", "shift_factor")}
@@ -86,7 +85,7 @@ def _vae(tensors: Mapping[str, Tensor]) -> Component:
     config["decoder_block_out_channels"] = tuple(
         plain.tensors[f"decoder.up_blocks.{level}.resnets.0.conv1.weight"].shape[0] for level in levels
     )
-    tensors_of_vae = {name: partial(plain.tensors.__getitem__, name) for name in plain.tensors}
+    tensors_of_vae = {name: Stored(plain.tensors, name) for name in plain.tensors}
     statistics = {name: readers[name] for name in ("bn.running_mean", "bn.running_var") if name in readers}
     counter = {"bn.num_batches_tracked": lambda: torch.tensor(0)}
     return Component(config, LazyTensors(tensors_of_vae | statistics | counter))
@@ -179,6 +178,9 @@ FLUX2 = FamilySpec(
     steps=STEPS,
     pipeline_class="Flux2KleinPipeline",
     text_encoders=tuple(TEXT),
+    text_kinds=("qwen3_4b", "qwen3_8b"),
+    context_from={"text_encoder": len(TEXT_LAYERS)},
+    pooled_from={},
     denoiser_targets={"attention": _ATTENTION, "transformer": _TRANSFORMER, "transformer+conv": _TRANSFORMER},
     text_encoder_targets=None,
     in_channels=128,

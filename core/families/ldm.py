@@ -1,15 +1,15 @@
 """What SD1.x and SDXL have in common: UNet and VAE read off an original (LDM) checkpoint."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import UnmatchedKeys
-from ..lora_keys.ldm import diffusers_unet_path, inverse, replace_head
-from .spec import DENOISER_PREFIX, Component, LatentShape, LazyTensors
+from ..lora_keys.ldm import diffusers_unet_path, inverse, ldm_unet_path, replace_head
+from .spec import DENOISER_PREFIX, Component, LatentShape, LazyTensors, Stored, shape_of
 
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _VAE_OUTSIDE_BLOCKS = {
@@ -87,7 +87,7 @@ def unet_component(tensors: Mapping[str, Tensor], head_width: int | None) -> Com
     def shape(name: str) -> tuple[int, ...]:
         if name not in names:
             raise UnmatchedKeys(f"the denoiser lacks {prefix}{name}")
-        return tuple(tensors[names[name]].shape)
+        return shape_of(tensors, names[name])
 
     widths, resnets, depths = [], [], []
     started = False
@@ -127,8 +127,20 @@ def unet_component(tensors: Mapping[str, Tensor], head_width: int | None) -> Com
             "addition_time_embed_dim": 256,
             "projection_class_embeddings_input_dim": shape(POOLED_WEIGHT)[1],
         }
-    readers = {diffusers_unet_path(short, layers): partial(tensors.__getitem__, full) for short, full in names.items()}
+    readers = {diffusers_unet_path(short, layers): Stored(tensors, full) for short, full in names.items()}
     return Component(config, LazyTensors(readers))
+
+
+def original_unet_names(names: Collection[str]) -> dict[str, str]:
+    """diffusers' name -> original name of a UNet's tensors; nothing where it is no UNet in diffusers' naming."""
+    layers = count_children(names, "down_blocks.0.resnets")
+    if not layers:
+        return {}
+
+    def attention_above(level: int) -> bool:
+        return any(name.startswith(f"up_blocks.{level}.attentions.") for name in names)
+
+    return {name: ldm_unet_path(name, layers, attention_above) for name in names}
 
 
 def vae_component(
@@ -147,13 +159,15 @@ def vae_component(
     if not levels or ("quant_conv.weight" in names) != quant_conv:
         odd = "has" if levels and not quant_conv else "lacks"
         raise UnmatchedKeys(f"the VAE {odd} {prefix}{'quant_conv.weight' if levels else 'encoder.down.…'}")
-    widths = tuple(tensors[names[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"]].shape[0] for i in range(levels))
+    widths = tuple(
+        shape_of(tensors, names[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"])[0] for i in range(levels)
+    )
     config: dict[str, Any] = {
         "block_out_channels": widths,
         "down_block_types": ("DownEncoderBlock2D",) * levels,
         "up_block_types": ("UpDecoderBlock2D",) * levels,
         "layers_per_block": count_children(names, "encoder.down_blocks.0.resnets"),
-        "latent_channels": tensors[names["decoder.conv_in.weight"]].shape[1],
+        "latent_channels": shape_of(tensors, names["decoder.conv_in.weight"])[1],
         "scaling_factor": latent_scale,
         "shift_factor": latent_shift,
         "use_quant_conv": quant_conv,

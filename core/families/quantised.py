@@ -1,14 +1,14 @@
 """Weights that are stored with scales (fp8 "scaled" files), given as the weights that they stand for."""
 
 import json
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import BadFile
-from .spec import LazyTensors
+from .spec import LazyTensors, Stored, shape_of
 
 _WEIGHT_SCALES = (".scale_weight", ".weight_scale")
 _NOT_WEIGHTS = (*_WEIGHT_SCALES, ".scale_input", ".input_scale", ".comfy_quant")
@@ -41,12 +41,20 @@ def dequantised(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
             if not layout.startswith("float8"):
                 raise BadFile(f"{name}: is quantised as {layout}; give the model in bf16, fp16 or fp8")
 
-    def read(name: str) -> Tensor:
-        return (tensors[name].float() * tensors[scaled[name]].float()).to(torch.bfloat16)
-
-    readers: dict[str, Callable[[], Tensor]] = {
-        name: partial(read if name in scaled else tensors.__getitem__, name)
+    readers = {
+        name: _Scaled(tensors, name, scaled[name]) if name in scaled else Stored(tensors, name)
         for name in tensors
         if not name.endswith(_NOT_WEIGHTS) and not name.endswith(_MARKER)
     }
     return LazyTensors(readers)
+
+
+@dataclass(frozen=True, eq=False)
+class _Scaled(Stored):
+    scale: str
+
+    def __call__(self) -> Tensor:
+        return (self.tensors[self.name].float() * self.tensors[self.scale].float()).to(torch.bfloat16)
+
+    def layout(self) -> tuple[torch.dtype, tuple[int, ...]]:
+        return torch.bfloat16, shape_of(self.tensors, self.name)

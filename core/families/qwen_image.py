@@ -5,7 +5,6 @@ Text comes from Qwen2.5-VL-7B. The VAE is Wan 2.1's: for video, of which a pictu
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from ..lora_keys.qwen import QWEN_IMAGE as KEYS
 from ..objective import linear_shift
 from . import text, transformer
 from .ldm import VAE_PREFIXES, count_children
-from .spec import Component, Conditioning, FamilySpec, LatentShape, LazyTensors, holds_numbers
+from .spec import Component, Conditioning, FamilySpec, LatentShape, LazyTensors, Stored, holds_numbers, shape_of
 
 TEXT = {"text_encoder": "qwen25_7b"}
 TEXT_TOKENS = 1024
@@ -54,7 +53,7 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
         "axes_dims_rope": ROTARY_AXES,
     }
     denoiser = transformer.transformer_component(tensors, config, KEYS)
-    return {"denoiser": denoiser} | transformer.other_parts(tensors, vae_component, TEXT)
+    return {"denoiser": denoiser} | text.other_parts(tensors, vae_component, TEXT)
 
 
 _VAE_RENAMES = (
@@ -99,7 +98,7 @@ def vae_component(tensors: Mapping[str, Tensor]) -> Component:
     names = {diffusers_vae_path(short, resnets): full for short, full in given.items()}
 
     def width(name: str) -> int:
-        return tensors[names[f"{name}.weight"]].shape[0]
+        return shape_of(tensors, names[f"{name}.weight"])[0]
 
     base, blocks = width("encoder.conv_in"), count_children(names, "encoder.down_blocks")
     config: dict[str, Any] = {
@@ -109,7 +108,7 @@ def vae_component(tensors: Mapping[str, Tensor]) -> Component:
         "num_res_blocks": resnets,
         "temperal_downsample": [f"encoder.down_blocks.{i}.time_conv.weight" in names for i in samplers],
     }
-    return Component(config, LazyTensors({name: partial(tensors.__getitem__, full) for name, full in names.items()}))
+    return Component(config, LazyTensors({name: Stored(tensors, full) for name, full in names.items()}))
 
 
 def build(part: str, config: dict[str, Any]) -> nn.Module:
@@ -191,6 +190,9 @@ QWEN_IMAGE = FamilySpec(
     steps=50,
     pipeline_class="QwenImagePipeline",
     text_encoders=tuple(TEXT),
+    text_kinds=tuple(TEXT.values()),
+    context_from={"text_encoder": 1},
+    pooled_from={},
     denoiser_targets={"attention": _ATTENTION, "transformer": _TRANSFORMER, "transformer+conv": _TRANSFORMER},
     text_encoder_targets=None,
     in_channels=64,

@@ -1,14 +1,15 @@
 """Stable Diffusion 1.x (arXiv:2112.10752): UNet with cross-attention on CLIP ViT-L/14 text, 512 px, 8x VAE."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from . import clip, ldm
+from . import clip, ldm, text
 from .spec import Component, Conditioning, FamilySpec
 
-TEXT_PREFIX = "cond_stage_model.transformer."
+TEXT = {"text_encoder": "clip_l"}
 LATENT_SCALE = 0.18215
 
 
@@ -17,11 +18,10 @@ def recognise(denoiser: Mapping[str, Tensor]) -> bool:
 
 
 def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
-    return {
-        "denoiser": ldm.unet_component(tensors, head_width=None),
-        "vae": ldm.vae_component(tensors, LATENT_SCALE),
-        "text_encoder": clip.text_component(tensors, TEXT_PREFIX, activation="quick_gelu"),
-    }
+    denoiser = ldm.unet_component(tensors, head_width=None)
+    return {"denoiser": denoiser} | text.other_parts(
+        tensors, partial(ldm.vae_component, latent_scale=LATENT_SCALE), TEXT
+    )
 
 
 def build(part: str, config: dict[str, Any]) -> nn.Module:
@@ -63,7 +63,10 @@ SD15 = FamilySpec(
     guidance=6.0,  # a little less than the usual 7.5, which hardens skin
     steps=30,  # enough for DPM++ 2M
     pipeline_class="StableDiffusionPipeline",
-    text_encoders=("text_encoder",),
+    text_encoders=tuple(TEXT),
+    text_kinds=tuple(TEXT.values()),
+    context_from={"text_encoder": 1},
+    pooled_from={},
     denoiser_targets=ldm.UNET_TARGETS,
     text_encoder_targets=clip.TEXT_TARGETS,
     in_channels=4,

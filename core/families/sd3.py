@@ -62,7 +62,7 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
         "qk_norm": "rms_norm" if "joint_blocks.0.x_block.attn.ln_q.weight" in names else None,
     }
     denoiser = transformer.transformer_component(tensors, config, KEYS, _RENAMES)
-    return {"denoiser": denoiser} | transformer.other_parts(tensors, _vae, TEXT)
+    return {"denoiser": denoiser} | text.other_parts(tensors, _vae, TEXT)
 
 
 def _vae(tensors: Mapping[str, Tensor]) -> Component:
@@ -128,6 +128,9 @@ SD3 = FamilySpec(
     steps=40,
     pipeline_class="StableDiffusion3Pipeline",
     text_encoders=tuple(TEXT),
+    text_kinds=tuple(TEXT.values()),
+    context_from={"text_encoder_3": 1},
+    pooled_from={"text_encoder": 1, "text_encoder_2": 1},
     optional_encoders=("text_encoder_3",),
     denoiser_targets={"attention": _ATTENTION, "transformer": _TRANSFORMER, "transformer+conv": _TRANSFORMER},
     text_encoder_targets=None,

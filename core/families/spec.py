@@ -15,20 +15,51 @@ Pair = tuple[Conditioning, Conditioning]
 """That of a picture's prompt and of its negative prompt, padded to each other."""
 
 
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """Reads a tensor of a mapping when it is called."""
+
+    tensors: Mapping[str, Tensor]
+    name: str
+
+    def __call__(self) -> Tensor:
+        return self.tensors[self.name]
+
+    def layout(self) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Its dtype and shape."""
+        return layout_of(self.tensors, self.name)
+
+
 class LazyTensors(Mapping[str, Tensor]):
     """Tensors under new names, each read (and reshaped) only when asked for."""
 
     def __init__(self, readers: Mapping[str, Callable[[], Tensor]]):
-        self._readers = readers
+        self.readers = readers
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._readers[name]()
+        return self.readers[name]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.readers
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._readers)
+        return iter(self.readers)
 
     def __len__(self) -> int:
-        return len(self._readers)
+        return len(self.readers)
+
+
+def layout_of(tensors: Mapping[str, Tensor], name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+    """A tensor's dtype and shape, without computing it where it is known what it is made of."""
+    reader = tensors.readers[name] if isinstance(tensors, LazyTensors) else None
+    if isinstance(reader, Stored):
+        return reader.layout()
+    tensor = tensors[name]
+    return tensor.dtype, tuple(tensor.shape)
+
+
+def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    return layout_of(tensors, name)[1]
 
 
 @dataclass(frozen=True)
@@ -126,6 +157,13 @@ class FamilySpec:
     text_encoders: tuple[str, ...]
     """Parts that encode text, in the order of their prompts: text_encoder, text_encoder_2."""
 
+    text_kinds: tuple[str, ...]
+    """The kinds of those that its models have, see `text.KINDS`."""
+    context_from: Mapping[str, int]
+    """Parts whose states the denoiser takes side by side -> how many layers' states."""
+    pooled_from: Mapping[str, int]
+    """The same of the pooled states."""
+
     denoiser_targets: Mapping[str, str]
     """Choice of TrainConfig.targets -> regular expression that a denoiser's module path must match in full."""
     text_encoder_targets: str | None
@@ -186,17 +224,24 @@ def materialise(
     """`module` (built on the meta device) with the tensors as its frozen weights, in evaluation mode.
 
     A tensor that is already of that device and dtype is used as it is, memory-mapped or not: nothing is held twice (but
-    for tensors made in inference mode, through which nothing could be trained).
+    for tensors made in inference mode, through which nothing could be trained). They are read in their own order, in which
+    parts of one tensor follow each other.
     UnmatchedKeys when names or shapes are not exactly those of the module.
     """
-    wanted = module.state_dict()
+    wanted = module.state_dict(keep_vars=True)
     missing = sorted(set(wanted) - set(tensors))
     surplus = sorted(set(tensors) - set(wanted))
     if missing or surplus:
         kind, names = ("lacks", missing) if missing else ("has unknown", surplus)
         raise UnmatchedKeys(f"{what} {kind} {len(names)} tensors, e.g. {', '.join(names[:3])}")
     state = {}
-    for name, place in wanted.items():
+    first_names: dict[int, str] = {}  # of each weight: T5's embedding has two names
+    for name in tensors:
+        place = wanted[name]
+        first = first_names.setdefault(id(place), name)
+        if first != name:
+            state[name] = state[first]
+            continue
         tensor = tensors[name]
         if tensor.shape != place.shape:
             raise UnmatchedKeys(f"{what}: {name} has shape {list(tensor.shape)}, expected {list(place.shape)}")

@@ -5,20 +5,26 @@ Their tokenizers are too large to travel with the package (CLIP's does): a folde
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadFile, UnknownFamily
+from ..errors import BadFile, UnknownFamily, UnmatchedKeys
 from . import clip
-from .ldm import count_children
-from .spec import Component, Conditioning, LazyTensors, stack_conditioning
+from .ldm import VAE_PREFIXES, count_children
+from .spec import Component, Conditioning, FamilySpec, LazyTensors, Stored, shape_of, stack_conditioning
 
 PREFIX = "text_encoders.{}.transformer."
 """Of the tensors of a text encoder in a checkpoint, by kind: ComfyUI's."""
+_PREFIXES = {
+    "clip_l": ("conditioner.embedders.0.transformer.", "cond_stage_model.transformer."),
+    "clip_g": ("conditioner.embedders.1.model.",),
+}
+"""The ones of SDXL's and SD1.x's own checkpoints."""
 KINDS = {
     "clip_l": "CLIP ViT-L/14",
     "clip_g": "OpenCLIP ViT-bigG/14",
@@ -34,16 +40,27 @@ _QWEN_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_lay
 _PAD_QWEN = 151643
 
 
-def kind_of(tensors: Mapping[str, Tensor]) -> str:
-    """The kind of a text encoder in a file of its own. UnknownFamily names those that are known."""
+def encoders_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Stored]]:
+    """Kind -> tensors under the encoder's own names, of a file with one text encoder, or with some under prefixes.
+
+    UnknownFamily names those that are known.
+    """
+    found = {kind: stored for kind in KINDS if (stored := _stored(tensors, kind, f"{kind}.transformer."))}
+    return found or {_kind_of(tensors): {name: Stored(tensors, name) for name in tensors}}
+
+
+def _kind_of(tensors: Mapping[str, Tensor]) -> str:
     if "encoder.block.0.layer.0.SelfAttention.q.weight" in tensors:
         return "t5xxl"
     for name in ("text_model.final_layer_norm.weight", "final_layer_norm.weight"):
         if name in tensors:
-            return "clip_g" if tensors[name].shape[0] == 1280 else "clip_l"
+            return "clip_g" if shape_of(tensors, name)[0] == 1280 else "clip_l"
+    if "transformer.resblocks.0.ln_1.weight" in tensors:
+        return "clip_l" if shape_of(tensors, "transformer.resblocks.0.ln_1.weight")[0] == 768 else "clip_g"
     qwen = {_qwen_name(name): name for name in tensors}
     if "layers.0.self_attn.q_norm.weight" in qwen:
-        return "qwen3_8b" if tensors[qwen["norm.weight"]].shape[0] == 4096 else "qwen3_4b"
+        is_large = "norm.weight" in qwen and shape_of(tensors, qwen["norm.weight"])[0] == 4096
+        return "qwen3_8b" if is_large else "qwen3_4b"
     if "layers.0.self_attn.q_proj.bias" in qwen:
         return "qwen25_7b"
     raise UnknownFamily(
@@ -51,32 +68,86 @@ def kind_of(tensors: Mapping[str, Tensor]) -> str:
     )
 
 
+def _stored(tensors: Mapping[str, Tensor], kind: str, *prefixes: str) -> dict[str, Stored]:
+    """The tensors of a text encoder of that kind under its own names, by the first prefix that there is: none, no encoder."""
+    for prefix in (PREFIX.format(kind), *_PREFIXES.get(kind, ()), *prefixes):
+        if names := [name for name in tensors if name.startswith(prefix)]:
+            return {name.removeprefix(prefix): Stored(tensors, name) for name in names}
+    return {}
+
+
 def has(tensors: Mapping[str, Tensor], kind: str) -> bool:
     """Whether a checkpoint holds a text encoder of that kind."""
-    prefix = PREFIX.format(kind)
-    return any(name.startswith(prefix) for name in tensors)
+    return bool(_stored(tensors, kind))
 
 
-def component(tensors: Mapping[str, Tensor], kind: str) -> Component:
-    """A text encoder of a checkpoint, its config read off the shapes of its tensors."""
-    prefix = PREFIX.format(kind)
-    if kind == "clip_l":
-        return clip.text_component(tensors, prefix, activation="quick_gelu")
-    if kind == "clip_g":
-        return clip.text_component(tensors, prefix, activation="gelu", projection=True)
-    names = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
-    readers = library_tensors({short: partial(tensors.__getitem__, full) for short, full in names.items()})
-    return Component((_t5_config if kind == "t5xxl" else _qwen_config)(readers), LazyTensors(readers))
+def other_parts(
+    tensors: Mapping[str, Tensor], vae: Callable[[Mapping[str, Tensor]], Component], kinds: Mapping[str, str]
+) -> dict[str, Component]:
+    """VAE and text encoders (part -> kind, see KINDS) of a checkpoint, as far as they are among the tensors."""
+    found = {part: (kind, _stored(tensors, kind)) for part, kind in kinds.items()}
+    parts = {part: _component(kind, stored) for part, (kind, stored) in found.items() if stored}
+    if any(name.startswith(VAE_PREFIXES) for name in tensors):
+        parts["vae"] = vae(tensors)
+    return parts
+
+
+def _component(kind: str, stored: Mapping[str, Stored]) -> Component:
+    """A text encoder, its config read off the shapes of its tensors."""
+    if kind.startswith("clip"):
+        projection = kind == "clip_g"
+        return clip.text_component(stored, KINDS[kind], "gelu" if projection else "quick_gelu", projection)
+    tensors = LazyTensors(library_tensors(stored))
+    return Component((_t5_config if kind == "t5xxl" else _qwen_config)(tensors), tensors)
+
+
+def check_encoders(
+    family: FamilySpec, components: Mapping[str, Component], given: Sequence[tuple[str, Sequence[str]]]
+) -> None:
+    """UnknownFamily where text encoders are not the denoiser's: those of a given file (its name, the kinds in it) by their
+    kinds, any by their width."""
+    kinds = ", ".join(KINDS[kind] for kind in family.text_kinds)
+    for what, of_file in given:
+        if not set(of_file) & set(family.text_kinds):
+            raise UnknownFamily(f"{what} is {', '.join(KINDS[kind] for kind in of_file)}; {family.title} takes {kinds}")
+    denoiser = components["denoiser"].config
+    for name, parts, width_of, taken in (
+        ("states", family.context_from, _width, context_width(denoiser)),
+        ("pooled states", family.pooled_from, itemgetter("projection_dim"), _pooled_width(denoiser)),
+    ):
+        if parts and all(part in components for part in parts):
+            made = sum(count * width_of(components[part].config) for part, count in parts.items())
+            if made != taken:
+                raise UnknownFamily(
+                    f"the text encoder is not the one of this model, which takes {name} {taken} wide: they are {made} wide "
+                    f"(text encoders of {family.title}: {kinds})"
+                )
+
+
+def context_width(denoiser: Mapping[str, Any]) -> int:
+    """Width of the text's states that a denoiser takes, by the names that it has in diffusers' configs."""
+    names = ("cross_attention_dim", "joint_attention_dim", "cap_feat_dim")
+    return next(denoiser[name] for name in names if name in denoiser)
+
+
+def _pooled_width(denoiser: Mapping[str, Any]) -> int | None:
+    """The same of the pooled states, None: it takes none."""
+    if "projection_class_embeddings_input_dim" in denoiser:  # six numbers beside the text
+        return denoiser["projection_class_embeddings_input_dim"] - 6 * denoiser["addition_time_embed_dim"]
+    return denoiser.get("pooled_projection_dim")
+
+
+def _width(encoder: Mapping[str, Any]) -> int:
+    return encoder["d_model"] if "d_model" in encoder else encoder["hidden_size"]
 
 
 def library_tensors(readers: Mapping[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Tensor]]:
     """The tensors of a text encoder under the names of its network here, whichever version of transformers wrote them."""
+    # Neither what a language model writes words with (T5's decoder too) nor what it sees pictures with.
+    left_out = r"decoder\.|(.*\.)?(lm_head|visual)\."
     named = {
-        f"text_model.{name}" if re.match(r"encoder\.layers\.|embeddings\.|final_layer_norm\.", name) else name: read
-        for name, read in readers.items()
+        _qwen_name(name): read for name, read in clip.library_readers(readers).items() if not re.match(left_out, name)
     }
-    # Neither what a language model writes words with nor what it sees pictures with.
-    named = {_qwen_name(name): read for name, read in named.items() if not re.search(r"\b(lm_head|visual)\.", name)}
     # T5's embedding has two names, of which files have one.
     tied = ("shared.weight", "encoder.embed_tokens.weight")
     embedding = next((named[name] for name in tied if name in named), None)
@@ -88,10 +159,8 @@ def _qwen_name(name: str) -> str:
     return re.sub(r"^(model\.)?(language_model\.)?(model\.)?", "", name)
 
 
-def _t5_config(readers: Mapping[str, Callable[[], Tensor]]) -> dict[str, Any]:
-    def shape(name: str) -> tuple[int, ...]:
-        return tuple(readers[name]().shape)
-
+def _t5_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    shape = _shapes_of(tensors)
     first = "encoder.block.0.layer"
     vocabulary, width = shape("shared.weight")
     return {
@@ -99,21 +168,34 @@ def _t5_config(readers: Mapping[str, Callable[[], Tensor]]) -> dict[str, Any]:
         "d_model": width,
         "d_kv": _HEAD_WIDTH_T5,
         "d_ff": shape(f"{first}.1.DenseReluDense.wi_0.weight")[0],
-        "num_layers": count_children(readers, "encoder.block"),
+        "num_layers": count_children(tensors, "encoder.block"),
         "num_heads": shape(f"{first}.0.SelfAttention.q.weight")[0] // _HEAD_WIDTH_T5,
         "relative_attention_num_buckets": shape(f"{first}.0.SelfAttention.relative_attention_bias.weight")[0],
         "feed_forward_proj": "gated-gelu",
     }
 
 
-def _qwen_config(readers: Mapping[str, Callable[[], Tensor]]) -> dict[str, Any]:
-    def rows(name: str) -> int:
-        return readers[f"layers.0.{name}.weight"]().shape[0]
+def _qwen_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    shape = _shapes_of(tensors)
 
-    vocabulary, width = readers["embed_tokens.weight"]().shape
+    def rows(name: str) -> int:
+        return shape(f"layers.0.{name}.weight")[0]
+
+    vocabulary, width = shape("embed_tokens.weight")
     heads, shared_heads = (rows(f"self_attn.{part}_proj") // _HEAD_WIDTH_QWEN for part in "qk")
-    sizes = (vocabulary, width, rows("mlp.gate_proj"), count_children(readers, "layers"), heads, shared_heads)
+    sizes = (vocabulary, width, rows("mlp.gate_proj"), count_children(tensors, "layers"), heads, shared_heads)
     return dict(zip(_QWEN_SIZES, sizes, strict=True))
+
+
+def _shapes_of(tensors: Mapping[str, Tensor]) -> Callable[[str], tuple[int, ...]]:
+    """A function: name -> shape; UnmatchedKeys where the text encoder lacks it."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in tensors:
+            raise UnmatchedKeys(f"the text encoder lacks {name}")
+        return shape_of(tensors, name)
+
+    return shape
 
 
 def build(kind: str, config: dict[str, Any]) -> nn.Module:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -11,9 +11,8 @@ from torch import Tensor
 
 from ..errors import MissingPackage, UnmatchedKeys
 from ..lora_keys.family import FamilyKeys, Place
-from . import text
-from .ldm import VAE_PREFIXES, kl_pixels, vae_component
-from .spec import DENOISER_PREFIX, Component, LatentShape, LazyTensors, holds_numbers
+from .ldm import kl_pixels, vae_component
+from .spec import DENOISER_PREFIX, Component, LatentShape, LazyTensors, Stored, holds_numbers, shape_of
 
 
 def denoiser_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -35,23 +34,33 @@ def transformer_component(
     """
     names = {short: full for short, full in denoiser_names(tensors).items() if not re.search(left_out, short)}
     readers: dict[str, Callable[[], Tensor]] = {}
+    kept: dict[str, Tensor] = {}
+    """The weight that was cut last, until its last part is asked for: it may be dequantised, or merged with a LoRA."""
+
+    @cache
+    def inputs_of(weight: str) -> int:
+        return shape_of(tensors, weight)[1]
 
     def part_of(full: str, place: Place, weight: str, index: int) -> Tensor:
+        whole = kept[full] if full in kept else tensors[full]
+        if full == weight:
+            kept.clear()
+            if index < len(place.modules) - 1:
+                kept[full] = whole
         # A bias has as many rows as its weight, whose inputs say how many belong to each part.
-        tensor, inputs = tensors[full], tensors[weight].shape[1]
-        return place.split(tensor, inputs)[index][1].contiguous()
+        return place.split(whole, None if full == weight else inputs_of(weight))[index][1].contiguous()
 
     for short, full in names.items():
         renamed = next((re.sub(pattern, new, short) for pattern, new in renames if re.fullmatch(pattern, short)), None)
         if renamed is not None:
-            readers[renamed] = partial(tensors.__getitem__, full)
+            readers[renamed] = Stored(tensors, full)
             continue
         path, _, kind = short.rpartition(".")
         fusion = keys.of_original(path)
         if fusion is None:
-            readers[short] = partial(tensors.__getitem__, full)
+            readers[short] = Stored(tensors, full)
         elif len(fusion.parts) == 1 and not fusion.halves_swapped:
-            readers[f"{fusion.parts[0]}.{kind}"] = partial(tensors.__getitem__, full)
+            readers[f"{fusion.parts[0]}.{kind}"] = Stored(tensors, full)
         else:
             weight = names[f"{path}.weight"]
             for index, part in enumerate(fusion.parts):
@@ -65,7 +74,7 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> Callable[[str], tuple[int, ...]]
     def shape(name: str) -> tuple[int, ...]:
         if DENOISER_PREFIX + name not in tensors:
             raise UnmatchedKeys(f"the denoiser lacks {name}")
-        return tuple(tensors[DENOISER_PREFIX + name].shape)
+        return shape_of(tensors, DENOISER_PREFIX + name)
 
     return shape
 
@@ -112,13 +121,3 @@ def grid_positions(height: int, width: int, device: torch.device) -> Tensor:
 def text_lengths(mask: Tensor) -> list[int]:
     """How many tokens each text of a batch has, from its `context_mask`."""
     return mask.sum(1).int().tolist() if holds_numbers(mask) else [mask.shape[1]] * len(mask)
-
-
-def other_parts(
-    tensors: Mapping[str, Tensor], vae: Callable[[Mapping[str, Tensor]], Component], text_kinds: Mapping[str, str]
-) -> dict[str, Component]:
-    """VAE and text encoders (part -> kind, see `text.KINDS`), as far as they are among the tensors."""
-    parts = {part: text.component(tensors, kind) for part, kind in text_kinds.items() if text.has(tensors, kind)}
-    if any(name.startswith(VAE_PREFIXES) for name in tensors):
-        parts["vae"] = vae(tensors)
-    return parts

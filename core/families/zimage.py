@@ -52,7 +52,7 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     }
     # Some files still have a norm of Lumina 2's that nothing goes through.
     denoiser = transformer.transformer_component(tensors, config, KEYS, _RENAMES, left_out=r"^norm_final\.")
-    return {"denoiser": denoiser} | transformer.other_parts(tensors, transformer.flux1_vae, TEXT)
+    return {"denoiser": denoiser} | text.other_parts(tensors, transformer.flux1_vae, TEXT)
 
 
 def build(part: str, config: dict[str, Any]) -> nn.Module:
@@ -103,6 +103,9 @@ ZIMAGE = FamilySpec(
     steps=50,
     pipeline_class="ZImagePipeline",
     text_encoders=tuple(TEXT),
+    text_kinds=tuple(TEXT.values()),
+    context_from={"text_encoder": 1},
+    pooled_from={},
     denoiser_targets={"attention": _ATTENTION, "transformer": _TRANSFORMER, "transformer+conv": _TRANSFORMER},
     text_encoder_targets=None,
     in_channels=16,
