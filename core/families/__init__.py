@@ -24,6 +24,8 @@ FAMILIES: dict[str, FamilySpec] = {
 _NOT_SUPPORTED = (
     ("conditioner.embedders.0.model.transformer.resblocks.0.ln_1.weight", "the SDXL refiner"),
     ("cond_stage_model.model.transformer.resblocks.0.ln_1.weight", "Stable Diffusion 2.x"),
+    ("edm_mean", "Playground v2.5 (SDXL trained as EDM)"),
+    ("edm_vpred.sigma_max", "CosXL (SDXL trained as EDM)"),
     (DENOISER_PREFIX + "nerf_blocks.0.norm.scale", "Chroma Radiance"),
     (DENOISER_PREFIX + "noise_refiner.0.adaLN_modulation.1.weight", "Lumina 2"),
     (DENOISER_PREFIX + "siglip_embedder.1.weight", "Z-Image-Omni"),
