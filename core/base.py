@@ -25,6 +25,7 @@ from .families.spec import (
     LazyTensors,
     materialise,
 )
+from .lora_file import SD2_TEXT_WIDTH
 from .objective import FlowSchedule, NoiseSchedule, Schedule
 from .safetensors_file import SafetensorsFile, tensor_bytes
 
@@ -233,7 +234,7 @@ def load_base(
         tensors = _one_checkpoint(file, vae_file, text_encoders)
         family = detect_family(tensors)
         components = family.split(tensors)
-        _check_channels(family, components)
+        _check_variant(family, components)
     except (UnknownFamily, UnmatchedKeys) as error:
         raise type(error)(f"{name}: {error}") from None
     if tokenizer is not None:
@@ -294,13 +295,27 @@ def _one_checkpoint(
     return LazyTensors(names)
 
 
-def _check_channels(family: FamilySpec, components: Mapping[str, Component]) -> None:
-    channels = components["denoiser"].config.get("in_channels", family.in_channels)
+def _check_variant(family: FamilySpec, components: Mapping[str, Component]) -> None:
+    config = components["denoiser"].config
+    if family.name == "sd15" and config.get("cross_attention_dim") == SD2_TEXT_WIDTH:
+        raise UnknownFamily("this is Stable Diffusion 2.x (its text has a width of 1024), which is not supported yet")
+    channels = config.get("in_channels", family.in_channels)
     if channels != family.in_channels:
         kinds = {9: "an inpainting model", 8: "an InstructPix2Pix model", 384: "a fill (inpainting) model"}
         raise UnknownFamily(
             f"this is {kinds.get(channels, 'an unknown variant')} (its denoiser takes {channels} channels), "
             "which is not supported; train on the model that it was made from"
+        )
+
+
+def _check_scheduler(family: FamilySpec, scheduler: Mapping[str, Any]) -> None:
+    """UnknownFamily when a folder's scheduler is of a model that was trained in another way than the family."""
+    name, predicted = str(scheduler.get("_class_name")), scheduler.get("prediction_type", "epsilon")
+    on_other_noise = name.startswith(("EDM", "FlowMatch"))  # EDM: Playground v2.5, CosXL
+    if not family.flow_shift and (on_other_noise or predicted not in ("epsilon", "v_prediction")):
+        raise UnknownFamily(
+            f"its scheduler is {name} with prediction_type {predicted!r}, and a model that is trained so is not supported; "
+            "supported: epsilon and v_prediction on the noise of Stable Diffusion"
         )
 
 
@@ -354,12 +369,13 @@ def _read_folder(folder: Path, prediction_type: str, zero_terminal_snr: bool) ->
         if part.startswith("text_encoder"):
             config["tokenizer"] = str(folder / part.replace("text_encoder", "tokenizer"))
         components[part] = Component(config, _folder_tensors(subfolder, part))
-    try:
-        _check_channels(family, components)
-    except UnknownFamily as error:
-        raise UnknownFamily(f"{folder.name}: {error}") from None
     scheduler_path = folder / "scheduler" / "scheduler_config.json"
     scheduler = _read_json(scheduler_path) if scheduler_path.exists() else {}
+    try:
+        _check_variant(family, components)
+        _check_scheduler(family, scheduler)
+    except UnknownFamily as error:
+        raise UnknownFamily(f"{folder.name}: {error}") from None
     latent_side = components["denoiser"].config.get("sample_size")
     base = Base(
         family=family,
