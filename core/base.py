@@ -18,6 +18,7 @@ from .families.ldm import VAE_PREFIXES, current_vae_path
 from .families.quantised import dequantised
 from .families.spec import (
     DENOISER_PREFIX,
+    UNQUANTISED,
     Component,
     Conditioning,
     FamilySpec,
@@ -231,7 +232,7 @@ def load_base(
     metadata = file.metadata if isinstance(file, SafetensorsFile) else {}
     vae_file = None if vae is None else _opened(vae)[1]
     try:
-        tensors = _one_checkpoint(file, vae_file, text_encoders)
+        tensors = _one_checkpoint(name, file, vae_file, text_encoders)
         family = detect_family(tensors)
         components = family.split(tensors)
         _check_variant(family, components)
@@ -267,14 +268,14 @@ def _opened(source: Source) -> tuple[str, Mapping[str, Tensor]]:
 
 
 def _one_checkpoint(
-    source: Mapping[str, Tensor], vae: Mapping[str, Tensor] | None, text_encoders: Sequence[Source]
+    name: str, source: Mapping[str, Tensor], vae: Mapping[str, Tensor] | None, text_encoders: Sequence[Source]
 ) -> Mapping[str, Tensor]:
     """The tensors of all files under the names that they would have in one checkpoint, none read."""
     if not source:
         raise UnknownFamily("there is not a single tensor in it")
     if any(name.endswith((".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight")) for name in source):
         raise UnknownFamily("this is a LoRA, not a base model")
-    source = dequantised(source)
+    source = dequantised(source, name)
     names = {name: partial(source.__getitem__, name) for name in source}
     if not any(name.startswith(_PARTS) for name in source):
         # A file of a denoiser alone.
@@ -286,7 +287,7 @@ def _one_checkpoint(
             names[name if name.startswith(VAE_PREFIXES) else VAE_PREFIXES[0] + name] = partial(vae.__getitem__, name)
     for text_encoder in text_encoders:
         what, tensors = _opened(text_encoder)
-        tensors = dequantised(tensors)
+        tensors = dequantised(tensors, what)
         try:
             prefix = text.PREFIX.format(text.kind_of(tensors))
         except UnknownFamily as error:
@@ -366,6 +367,10 @@ def _read_folder(folder: Path, prediction_type: str, zero_terminal_snr: bool) ->
         if part in family.optional_encoders and not subfolder.exists():
             continue
         config = _read_json(subfolder / "config.json")
+        if quantisation := config.get("quantization_config"):
+            raise BadFile(
+                f"{folder.name}: its {subfolder.name} is quantised ({json.dumps(quantisation)[:80]}); {UNQUANTISED}"
+            )
         if part.startswith("text_encoder"):
             config["tokenizer"] = str(folder / part.replace("text_encoder", "tokenizer"))
         components[part] = Component(config, _folder_tensors(subfolder, part))

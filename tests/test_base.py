@@ -139,6 +139,15 @@ def test_a_folder_of_stable_diffusion_2_is_refused_by_name(folder):
         load_base(folder)
 
 
+def test_a_folder_with_a_quantised_part_is_refused_by_name(folder):
+    path = folder / "unet" / "config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "bitsandbytes"}})
+    )
+    with pytest.raises(BadFile, match=r"^model: its unet is quantised .*bitsandbytes.*; give the model in bf16"):
+        load_base(folder)
+
+
 def test_folders_that_are_not_whole_or_not_supported_are_refused(folder):
     (folder / "vae" / "diffusion_pytorch_model.safetensors").rename(folder / "vae" / "diffusion_pytorch_model.bin")
     with pytest.raises(BadFile, match=r"vae: no \.safetensors in it \(diffusion_pytorch_model\.bin\); pickled"):

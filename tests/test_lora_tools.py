@@ -665,13 +665,17 @@ def test_what_is_extracted_from_a_model_of_any_family_and_merged_in_makes_it_the
             assert torch.allclose(merged[name], weight, atol=1e-2), name
 
 
-def test_a_model_that_is_quantised_with_scales_is_refused(tmp_path):
-    weights = {
-        "double_blocks.0.img_mod.lin.weight": torch.ones(8, 3072),
-        "double_blocks.0.img_mod.lin.scale_weight": torch.ones(1),
-    }
-    save_safetensors(tmp_path / "base", weights)
-    with pytest.raises(BadFile, match="is quantised with scales"):
+@pytest.mark.parametrize(
+    ("sign", "metadata"),
+    [
+        ({"double_blocks.0.img_mod.lin.scale_weight": torch.ones(1)}, {}),
+        ({"double_blocks.0.img_mod.lin.weight": torch.ones(8, 3072, dtype=torch.int8)}, {}),
+        ({}, {"_quantization_metadata": "{}"}),
+    ],
+)
+def test_a_model_that_is_quantised_is_refused(tmp_path, sign, metadata):
+    save_safetensors(tmp_path / "base", {"double_blocks.0.img_mod.lin.weight": torch.ones(8, 3072)} | sign, metadata)
+    with pytest.raises(BadFile, match=f"is quantised, e.g. by '{next(iter(sign | metadata))}'"):
         extract_lora(tmp_path / "base", tmp_path / "base", rank=2)
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnmatchedKeys
+from ..errors import BadFile, UnmatchedKeys
 
 Conditioning = dict[str, Tensor]
 """What steers the denoiser beside the timestep, first dimension the batch. Only its family knows what is in it."""
@@ -54,6 +54,10 @@ class LatentShape:
 
 DENOISER_PREFIX = "model.diffusion_model."
 """Of the denoiser's tensors in a checkpoint in original naming, wherever they came from."""
+
+
+UNQUANTISED = "give the model in bf16, fp16 or fp8"
+"""What to do about a model that is quantised in a way that cannot be read."""
 
 
 def encode_kl(vae: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,7 +184,7 @@ def materialise(
 
     A tensor that is already of that device and dtype is used as it is, memory-mapped or not: nothing is held twice (but
     for tensors made in inference mode, through which nothing could be trained).
-    UnmatchedKeys when names or shapes are not exactly those of the module.
+    UnmatchedKeys when names or shapes are not exactly those of the module, BadFile when weights are whole numbers.
     """
     wanted = module.state_dict()
     missing = sorted(set(wanted) - set(tensors))
@@ -193,6 +197,8 @@ def materialise(
         tensor = tensors[name]
         if tensor.shape != place.shape:
             raise UnmatchedKeys(f"{what}: {name} has shape {list(tensor.shape)}, expected {list(place.shape)}")
+        if place.is_floating_point() and not tensor.is_floating_point():
+            raise BadFile(f"{what} is quantised, e.g. {name} to {tensor.dtype}; {UNQUANTISED}")
         tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
         trainable = torch.is_inference_mode_enabled() or not tensor.is_inference()
         state[name] = tensor if trainable else tensor.clone()
