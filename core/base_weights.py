@@ -14,7 +14,7 @@ from torch import Tensor
 from .errors import BadFile, UnknownFamily
 from .families.clip import OPENCLIP_LAYER
 from .families.quantised import sign_of_quantisation
-from .lora_keys import FAMILIES, FamilyKeys, Fusion, ModuleId, Place, families_of
+from .lora_keys import FAMILIES, FamilyKeys, Fusion, ModuleId, Place, families_of, other_model
 from .lora_keys.ldm import diffusers_unet_path
 from .safetensors_file import SafetensorsFile
 
@@ -134,6 +134,8 @@ def _paths(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, str]]:
 def _family_of(shapes: Mapping[str, tuple[int, ...]], paths: Mapping[str, tuple[str, str]], model: str) -> str:
     prefixes = {prefix for prefix, _ in paths.values()}
     modules = [(part, path, shapes[name]) for name, (part, path) in paths.items() if part == "denoiser"]
+    if other := other_model(modules):
+        raise UnknownFamily(f"{model}: is {other}, which is not supported; known: {', '.join(FAMILIES)}")
     families = [_TEXT_ENCODERS[prefix][0] for prefix in sorted(prefixes & set(_TEXT_ENCODERS))] or families_of(modules)
     if not modules or not families:
         example = next(iter(shapes), "none")

@@ -32,6 +32,10 @@ _NOT_SUPPORTED = (
     (DENOISER_PREFIX + "__index_timestep_zero__", "Qwen-Image-Edit"),
     (DENOISER_PREFIX + "time_text_embed.addition_t_embedding.weight", "Qwen-Image-Layered"),
     (DENOISER_PREFIX + "blocks.0.self_attn.q.weight", "Wan"),
+    (DENOISER_PREFIX + "txt_in.individual_token_refiner.blocks.0.norm1.weight", "HunyuanVideo"),
+    (DENOISER_PREFIX + "patchify_proj.weight", "LTX-Video"),
+    (DENOISER_PREFIX + "double_layers.0.attn.w1q.weight", "AuraFlow"),
+    (DENOISER_PREFIX + "double_stream_blocks.0.block.attn1.to_q.weight", "HiDream"),
     (DENOISER_PREFIX + "clip_mapper.weight", "Stable Cascade"),
 )
 
