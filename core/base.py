@@ -26,7 +26,6 @@ from .families.spec import (
     LazyTensors,
     materialise,
 )
-from .lora_file import SD2_TEXT_WIDTH
 from .objective import FlowSchedule, NoiseSchedule, Schedule
 from .safetensors_file import SafetensorsFile, tensor_bytes
 
@@ -239,6 +238,8 @@ def load_base(
     except (UnknownFamily, UnmatchedKeys) as error:
         raise type(error)(f"{name}: {error}") from None
     if tokenizer is not None:
+        if family.tokenizer:
+            text.load_tokenizer(os.fspath(tokenizer), family.tokenizer)
         for part in family.text_encoders:
             if part in components:
                 components[part].config["tokenizer"] = os.fspath(tokenizer)
@@ -298,8 +299,8 @@ def _one_checkpoint(
 
 def _check_variant(family: FamilySpec, components: Mapping[str, Component]) -> None:
     config = components["denoiser"].config
-    if family.name == "sd15" and config.get("cross_attention_dim") == SD2_TEXT_WIDTH:
-        raise UnknownFamily("this is Stable Diffusion 2.x (its text has a width of 1024), which is not supported yet")
+    if other := family.other_model(config):
+        raise UnknownFamily(f"this is {other}, which is not supported yet")
     channels = config.get("in_channels", family.in_channels)
     if channels != family.in_channels:
         kinds = {9: "an inpainting model", 8: "an InstructPix2Pix model", 384: "a fill (inpainting) model"}

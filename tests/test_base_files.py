@@ -263,6 +263,19 @@ def test_what_is_missing_is_said_when_it_is_needed(files, parts):
         load_base(files["flux"], text_encoders=[files["ae"]])
 
 
+def test_the_tokenizer_of_another_model_is_refused_before_anything_is_encoded(files, tokenizer, tmp_path):
+    with pytest.raises(BadFile, match=r"another model than T5 v1\.1 XXL: in its 49408 tokens <pad> is 49407"):
+        load_base(files["flux"], tokenizer=TOKENIZER_FOLDER)
+    with pytest.raises(BadFile, match=r"than Qwen3-4B: in its \d+ tokens .* expected .* <\|im_start\|> is 151644"):
+        text.load_tokenizer(str(tokenizer), "qwen3_4b")
+    # mT5's has T5's special tokens, and eight times as many words.
+    mt5 = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer / "tokenizer.json"))
+    mt5.add_tokens([f"word{number}" for number in range(32128)])
+    mt5.save_pretrained(tmp_path / "mt5")
+    with pytest.raises(BadFile, match=r"in its 32\d+ tokens <pad> is 0, </s> is 1, expected at most 32128"):
+        load_base(files["flux"], tokenizer=tmp_path / "mt5")
+
+
 def test_a_variant_with_other_inputs_is_refused(parts):
     with pytest.raises(UnknownFamily, match=r"this is a fill \(inpainting\) model \(its denoiser takes 384 channels\)"):
         load_base({**parts["flux"], "img_in.weight": torch.zeros(WIDTH, 384)})

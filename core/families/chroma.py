@@ -106,6 +106,7 @@ CHROMA = replace(
     steps=35,
     pipeline_class="ChromaPipeline",
     text_encoders=tuple(TEXT),
+    tokenizer=TEXT["text_encoder"],
     recognise=recognise,
     split=split,
     build=build,

@@ -132,6 +132,7 @@ FLUX1 = FamilySpec(
     steps=28,
     pipeline_class="FluxPipeline",
     text_encoders=tuple(TEXT),
+    tokenizer=TEXT["text_encoder_2"],
     denoiser_targets={"attention": _ATTENTION, "transformer": _TRANSFORMER, "transformer+conv": _TRANSFORMER},
     text_encoder_targets=None,
     in_channels=64,

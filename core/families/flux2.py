@@ -179,6 +179,7 @@ FLUX2 = FamilySpec(
     steps=STEPS,
     pipeline_class="Flux2KleinPipeline",
     text_encoders=tuple(TEXT),
+    tokenizer=TEXT["text_encoder"],
     denoiser_targets={"attention": _ATTENTION, "transformer": _TRANSFORMER, "transformer+conv": _TRANSFORMER},
     text_encoder_targets=None,
     in_channels=128,

@@ -191,6 +191,7 @@ QWEN_IMAGE = FamilySpec(
     steps=50,
     pipeline_class="QwenImagePipeline",
     text_encoders=tuple(TEXT),
+    tokenizer=TEXT["text_encoder"],
     denoiser_targets={"attention": _ATTENTION, "transformer": _TRANSFORMER, "transformer+conv": _TRANSFORMER},
     text_encoder_targets=None,
     in_channels=64,

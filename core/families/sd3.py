@@ -128,6 +128,7 @@ SD3 = FamilySpec(
     steps=40,
     pipeline_class="StableDiffusion3Pipeline",
     text_encoders=tuple(TEXT),
+    tokenizer=TEXT["text_encoder_3"],
     optional_encoders=("text_encoder_3",),
     denoiser_targets={"attention": _ATTENTION, "transformer": _TRANSFORMER, "transformer+conv": _TRANSFORMER},
     text_encoder_targets=None,

@@ -167,6 +167,10 @@ class FamilySpec:
     """The denoiser's config -> whether it says that the model was distilled to a few steps, which training would undo."""
     distilled_names: str = "turbo|lightning|schnell"
     """Regular expression of what the file names of such models contain, where nothing in the file tells them from others."""
+    other_model: Callable[[dict[str, Any]], str | None] = lambda config: None
+    """The denoiser's config -> another model that it is of, which diffusers' folders have under the same pipeline."""
+    tokenizer: str | None = None
+    """Kind (one of `text.KINDS`) of the text encoder whose tokenizer does not travel with the package."""
     lora_scheme: Literal["kohya", "comfy"] = "kohya"
     """Names that its LoRA files are written with: those that most programs load."""
 

@@ -103,6 +103,7 @@ ZIMAGE = FamilySpec(
     steps=50,
     pipeline_class="ZImagePipeline",
     text_encoders=tuple(TEXT),
+    tokenizer=TEXT["text_encoder"],
     denoiser_targets={"attention": _ATTENTION, "transformer": _TRANSFORMER, "transformer+conv": _TRANSFORMER},
     text_encoder_targets=None,
     in_channels=16,
