@@ -19,6 +19,7 @@ from .families.ldm import VAE_PREFIXES, current_vae_path, original_unet_names
 from .families.quantised import dequantised
 from .families.spec import (
     DENOISER_PREFIX,
+    UNQUANTISED,
     Component,
     Conditioning,
     FamilySpec,
@@ -235,14 +236,16 @@ def load_base(
     metadata = file.metadata if isinstance(file, SafetensorsFile) else {}
     vae_file = None if vae is None else _opened(vae)[1]
     try:
-        tensors, given = _one_checkpoint(file, vae_file, text_encoders)
+        tensors, given = _one_checkpoint(name, file, vae_file, text_encoders)
         family = detect_family(tensors)
         components = family.split(tensors)
-        _check_channels(family, components)
+        _check_variant(family, components)
         text.check_encoders(family, components, given)
     except (UnknownFamily, UnmatchedKeys) as error:
         raise type(error)(f"{name}: {error}") from None
     if tokenizer is not None:
+        if family.tokenizer:
+            text.load_tokenizer(os.fspath(tokenizer), family.tokenizer)
         for part in family.text_encoders:
             if part in components:
                 components[part].config["tokenizer"] = os.fspath(tokenizer)
@@ -272,7 +275,7 @@ def _opened(source: Source) -> tuple[str, Mapping[str, Tensor]]:
 
 
 def _one_checkpoint(
-    source: Mapping[str, Tensor], vae: Mapping[str, Tensor] | None, text_encoders: Sequence[Source]
+    name: str, source: Mapping[str, Tensor], vae: Mapping[str, Tensor] | None, text_encoders: Sequence[Source]
 ) -> tuple[Mapping[str, Tensor], list[tuple[str, list[str]]]]:
     """The tensors of all files under the names that they would have in one checkpoint, none read; and the name of each file
     of text encoders, with the kinds that are in it."""
@@ -280,7 +283,7 @@ def _one_checkpoint(
         raise UnknownFamily("there is not a single tensor in it")
     if any(name.endswith((".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight")) for name in source):
         raise UnknownFamily("this is a LoRA, not a base model")
-    source = dequantised(source)
+    source = dequantised(source, name)
     names = {name: Stored(source, name) for name in source}
     if not any(name.startswith(_PARTS) for name in source):
         # A file of a denoiser alone.
@@ -296,7 +299,7 @@ def _one_checkpoint(
     for text_encoder in text_encoders:
         what, tensors = _opened(text_encoder)
         try:
-            encoders = text.encoders_of(dequantised(tensors))
+            encoders = text.encoders_of(dequantised(tensors, what))
         except UnknownFamily as error:
             raise UnknownFamily(f"{what}: {error}") from None
         given.append((what, list(encoders)))
@@ -307,13 +310,27 @@ def _one_checkpoint(
     return LazyTensors(names), given
 
 
-def _check_channels(family: FamilySpec, components: Mapping[str, Component]) -> None:
-    channels = components["denoiser"].config.get("in_channels", family.in_channels)
+def _check_variant(family: FamilySpec, components: Mapping[str, Component]) -> None:
+    config = components["denoiser"].config
+    if other := family.other_model(config):
+        raise UnknownFamily(f"this is {other}, which is not supported yet")
+    channels = config.get("in_channels", family.in_channels)
     if channels != family.in_channels:
         kinds = {9: "an inpainting model", 8: "an InstructPix2Pix model", 384: "a fill (inpainting) model"}
         raise UnknownFamily(
             f"this is {kinds.get(channels, 'an unknown variant')} (its denoiser takes {channels} channels), "
             "which is not supported; train on the model that it was made from"
+        )
+
+
+def _check_scheduler(family: FamilySpec, scheduler: Mapping[str, Any]) -> None:
+    """UnknownFamily when a folder's scheduler is of a model that was trained in another way than the family."""
+    name, predicted = str(scheduler.get("_class_name")), scheduler.get("prediction_type", "epsilon")
+    on_other_noise = name.startswith(("EDM", "FlowMatch"))  # EDM: Playground v2.5, CosXL
+    if not family.flow_shift and (on_other_noise or predicted not in ("epsilon", "v_prediction")):
+        raise UnknownFamily(
+            f"its scheduler is {name} with prediction_type {predicted!r}, and a model that is trained so is not supported; "
+            "supported: epsilon and v_prediction on the noise of Stable Diffusion"
         )
 
 
@@ -364,15 +381,20 @@ def _read_folder(folder: Path, prediction_type: str, zero_terminal_snr: bool) ->
         if part in family.optional_encoders and not subfolder.exists():
             continue
         config = _read_json(subfolder / "config.json")
+        if quantisation := config.get("quantization_config"):
+            raise BadFile(
+                f"{folder.name}: its {subfolder.name} is quantised ({json.dumps(quantisation)[:80]}); {UNQUANTISED}"
+            )
         if part.startswith("text_encoder"):
             config["tokenizer"] = str(folder / part.replace("text_encoder", "tokenizer"))
         components[part] = Component(config, _folder_tensors(subfolder, part))
-    try:
-        _check_channels(family, components)
-    except UnknownFamily as error:
-        raise UnknownFamily(f"{folder.name}: {error}") from None
     scheduler_path = folder / "scheduler" / "scheduler_config.json"
     scheduler = _read_json(scheduler_path) if scheduler_path.exists() else {}
+    try:
+        _check_variant(family, components)
+        _check_scheduler(family, scheduler)
+    except UnknownFamily as error:
+        raise UnknownFamily(f"{folder.name}: {error}") from None
     latent_side = components["denoiser"].config.get("sample_size")
     base = Base(
         family=family,

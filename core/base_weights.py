@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .errors import BadFile, UnknownFamily
 from .families.clip import OPENCLIP_LAYER
-from .lora_keys import FAMILIES, FamilyKeys, Fusion, ModuleId, Place, families_of
+from .families.quantised import sign_of_quantisation
+from .lora_keys import FAMILIES, FamilyKeys, Fusion, ModuleId, Place, families_of, other_model
 from .lora_keys.ldm import diffusers_unet_path
 from .safetensors_file import SafetensorsFile
 
@@ -28,7 +29,6 @@ _TEXT_ENCODERS = {
 _OTHER_PARTS = (
     "cond_stage_model.", "conditioner.", "text_encoder", "first_stage_model.", "vae.", "model_ema.", "control_model.",
 )  # fmt: skip
-_SCALES = (".scale_weight", ".weight_scale", ".scale_input", ".absmax", ".comfy_quant", "scaled_fp8")
 
 
 class BaseLayers:
@@ -82,13 +82,13 @@ class BaseWeights(BaseLayers):
     def open(cls, path: str | os.PathLike[str]) -> "BaseWeights":
         """The weights of a single file, a whole checkpoint or a denoiser alone, in original or diffusers naming.
 
-        BadFile when it is damaged or quantised with scales, UnknownFamily when it is no base model that is known.
+        BadFile when it is damaged or quantised, UnknownFamily when it is no base model that is known.
         """
         file = SafetensorsFile.open(path)
-        scale = next((name for name in file if name.endswith(_SCALES)), None)
-        if scale is not None:
+        sign = sign_of_quantisation(file)
+        if sign is not None:
             raise BadFile(
-                f"{file.path}: is quantised with scales, e.g. {scale!r}, so its tensors are not the weights themselves; "
+                f"{file.path}: is quantised, e.g. by {sign!r}, so its tensors are not the weights themselves; "
                 "give the model in fp32, bf16, fp16 or plain fp8"
             )
         return cls(file)
@@ -134,6 +134,8 @@ def _paths(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, str]]:
 def _family_of(shapes: Mapping[str, tuple[int, ...]], paths: Mapping[str, tuple[str, str]], model: str) -> str:
     prefixes = {prefix for prefix, _ in paths.values()}
     modules = [(part, path, shapes[name]) for name, (part, path) in paths.items() if part == "denoiser"]
+    if other := other_model(modules):
+        raise UnknownFamily(f"{model}: is {other}, which is not supported; known: {', '.join(FAMILIES)}")
     families = [_TEXT_ENCODERS[prefix][0] for prefix in sorted(prefixes & set(_TEXT_ENCODERS))] or families_of(modules)
     if not modules or not families:
         example = next(iter(shapes), "none")

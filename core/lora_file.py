@@ -26,6 +26,7 @@ from .lora_keys import (
     Place,
     bundled_embedding,
     families_of,
+    other_model,
     parse_key,
 )
 from .lora_kinds import BIAS_ROLES, bias_change, kind_of, needs_base, rank_of, weight_change, weight_shape
@@ -349,7 +350,10 @@ def _detect_family(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], n
         if named := parse_key(key):
             roles.setdefault((named.part, named.path), {})[named.role] = shape
     kinds = {module: kind_of(shapes) for module, shapes in roles.items()}
-    candidates = families_of((*m, weight_shape(kind, roles[m]) if kind else None) for m, kind in kinds.items())
+    modules = [(*m, weight_shape(kind, roles[m]) if kind else None) for m, kind in kinds.items()]
+    if other := other_model(modules):
+        raise UnknownFamily(f"{name}: is for {other}, which is not supported; known: {', '.join(FAMILIES)}")
+    candidates = families_of(modules)
     if not candidates and set(tensors) <= set(EMBEDDING_KEYS):
         candidates = ["sdxl"] if "clip_g" in tensors else ["sd15", "sd2"]
         if "emb_params" in tensors and tensors["emb_params"].shape[-1:] == (SD2_TEXT_WIDTH,):

@@ -194,6 +194,10 @@ def _header_size(path: Path, start: bytes, file_size: int) -> int:
     size = struct.unpack("<Q", start)[0] if len(start) == 8 else None
     if size is not None and size <= MAX_HEADER_BYTES and 8 + size <= file_size:
         return size
+    if start[:4] == b"GGUF":
+        raise BadFile(
+            f"{path}: this is a GGUF file under whatever name, which is quantised; give it as a safetensors file"
+        )
     # Only now: the length of a good header may have the same bytes as the start of a pickle.
     if start[:2] == b"PK" or start[:1] == b"\x80":
         raise BadFile(

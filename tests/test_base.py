@@ -113,6 +113,41 @@ def test_the_folders_scheduler_says_what_is_predicted(folder):
     assert (base.prediction_type, base.zero_terminal_snr) == ("v_prediction", True)
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "said"),
+    [
+        ({"_class_name": "EDMDPMSolverMultistepScheduler"}, "EDMDPMSolverMultistepScheduler with prediction_type 'epsilon'"),
+        ({"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction"}, "EDMEulerScheduler"),
+        ({"prediction_type": "sample"}, "DDIMScheduler with prediction_type 'sample'"),
+        ({"prediction_type": "flow_prediction"}, "prediction_type 'flow_prediction'"),
+    ],
+)  # fmt: skip
+def test_folders_of_models_that_were_trained_in_another_way_are_refused(folder, scheduler, said):
+    """The first two are Playground v2.5's and CosXL's."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | scheduler))
+    with pytest.raises(
+        UnknownFamily, match=f"^model: its scheduler is .*{said}.* is not supported; supported: epsilon"
+    ):
+        load_base(folder)
+
+
+def test_a_folder_of_stable_diffusion_2_is_refused_by_name(folder):
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"cross_attention_dim": 1024}))
+    with pytest.raises(UnknownFamily, match=r"^model: this is Stable Diffusion 2\.x, which is not supported yet"):
+        load_base(folder)
+
+
+def test_a_folder_with_a_quantised_part_is_refused_by_name(folder):
+    path = folder / "unet" / "config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "bitsandbytes"}})
+    )
+    with pytest.raises(BadFile, match=r"^model: its unet is quantised .*bitsandbytes.*; give the model in bf16"):
+        load_base(folder)
+
+
 def test_folders_that_are_not_whole_or_not_supported_are_refused(folder):
     (folder / "vae" / "diffusion_pytorch_model.safetensors").rename(folder / "vae" / "diffusion_pytorch_model.bin")
     with pytest.raises(BadFile, match=r"vae: no \.safetensors in it \(diffusion_pytorch_model\.bin\); pickled"):

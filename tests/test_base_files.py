@@ -1,6 +1,7 @@
 """FLUX.1 from the files that ComfyUI users have: denoiser, text encoders and VAE apart or in one, plain or scaled fp8."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -213,12 +214,19 @@ def test_sd3s_captions_are_encoded_as_by_diffusers_pipeline(parts, tokenizer, wi
     torch.testing.assert_close(ours["pooled"], pooled, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (WIDTH,), (WIDTH, 1)])
 @pytest.mark.parametrize("layout", ["first", "second"])
-def test_scaled_fp8_is_read_as_the_weights_that_it_stands_for(parts, layout):
-    """ComfyUI's two layouts: `scale_weight` with a marker, and `weight_scale` with a description of the layer."""
-    name, scale = "double_blocks.0.img_attn.qkv", torch.tensor(0.02)
+def test_scaled_fp8_is_read_as_the_weights_that_it_stands_for(parts, layout, shape):
+    """ComfyUI's two layouts: `scale_weight` with a marker, and `weight_scale` with a description of the layer.
+
+    Other programs write a scale for each row in their place.
+    """
+    name, of_rows = "double_blocks.0.img_attn.proj", torch.full((WIDTH, 1), 0.02)
+    if WIDTH in shape:
+        of_rows *= torch.linspace(0.1, 1, WIDTH)[:, None]
+    scale = of_rows[: max(1, math.prod(shape))].reshape(shape)
     tensors = dict(parts["flux"])
-    weight = (tensors[f"{name}.weight"] / scale).to(torch.float8_e4m3fn)
+    weight = (tensors[f"{name}.weight"] / of_rows).to(torch.float8_e4m3fn)
     tensors[f"{name}.weight"] = weight
     if layout == "first":
         tensors |= {f"{name}.scale_weight": scale, f"{name}.scale_input": scale, "scaled_fp8": torch.zeros(2)}
@@ -226,18 +234,40 @@ def test_scaled_fp8_is_read_as_the_weights_that_it_stands_for(parts, layout):
         description = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
         tensors |= {f"{name}.weight_scale": scale, f"{name}.comfy_quant": description}
     read = load_base(tensors).components["denoiser"].tensors
-    expected = (weight.float() * scale).to(torch.bfloat16)
-    parts_read = [read[f"transformer_blocks.0.attn.to_{x}.weight"] for x in "qkv"]
-    assert torch.equal(torch.cat(parts_read), expected)
+    expected = (weight.float() * of_rows).to(torch.bfloat16)
+    assert torch.equal(read["transformer_blocks.0.attn.to_out.0.weight"], expected)
     assert not any("scale" in key or "quant" in key for key in read)
 
 
-def test_other_quantisations_are_refused_by_name(parts):
-    description = torch.tensor(list(json.dumps({"format": "nvfp4"}).encode()), dtype=torch.uint8)
-    with pytest.raises(BadFile, match=r"img_in\.comfy_quant: is quantised as nvfp4; give the model in bf16"):
-        load_base({**parts["flux"], "img_in.comfy_quant": description, "img_in.weight_scale": torch.ones(())})
-    with pytest.raises(BadFile, match=r"cannot be read here, e\.g\. 'img_in\.weight\.absmax'"):
-        load_base({**parts["flux"], "img_in.weight.absmax": torch.ones(4)})
+def test_other_quantisations_are_refused_by_name(parts, tmp_path):
+    flux = parts["flux"]
+
+    def refused(extra: dict[str, Tensor], said: str, metadata: dict[str, str] | None = None) -> None:
+        save_safetensors(tmp_path / "q.safetensors", {**flux, **extra}, metadata)
+        with pytest.raises(BadFile, match=rf"^q\.safetensors: .*{said}.*; give the model in bf16, fp16 or fp8"):
+            load_base(tmp_path / "q.safetensors")
+
+    def description(text: str) -> Tensor:
+        return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+    fp8 = flux["img_in.weight"].to(torch.float8_e4m3fn)
+    scale = {"img_in.weight_scale": torch.ones(())}
+    refused({"img_in.comfy_quant": description('{"format": "nvfp4"}'), **scale}, "img_in is quantised as nvfp4")
+    refused({"img_in.comfy_quant": description("[]"), **scale}, "what it says of how its layers are quantised")
+    refused(
+        scale, "img_in is quantised as mxfp8", {"_quantization_metadata": '{"layers": {"img_in": {"format": "mxfp8"}}}'}
+    )
+    refused({}, "what it says of how", {"_quantization_metadata": '{"layers": 3}'})
+    refused({"img_in.weight.absmax": torch.ones(4)}, r"cannot be read here, e\.g\. 'img_in\.weight\.absmax'")
+    refused({"img_in.weight": fp8.to(torch.int8), **scale}, r"is quantised, e\.g\. 'img_in\.weight' to torch\.int8")
+    refused(
+        {"img_in.weight": fp8, "img_in.weight_scale": torch.ones(WIDTH, 2)}, r"img_in\.weight .* a scale of \[128, 2\]"
+    )
+    refused({"img_in.weight": fp8, "img_in.scale_weight": torch.ones(1, 64)}, r"img_in\.weight .* a scale of \[1, 64\]")
+    with pytest.raises(BadFile, match=r"img_in\.weight .* in torch\.int8 has a scale"):
+        load_base({**flux, "img_in.weight": fp8.to(torch.int8), **scale})
+    with pytest.raises(BadFile, match=r"the denoiser is quantised, e\.g\. x_embedder\.weight to torch\.int8; give"):
+        load_base({**flux, "img_in.weight": fp8.to(torch.int8)}).load("denoiser", CPU, torch.float32)
 
 
 def test_what_is_missing_is_said_when_it_is_needed(files, parts):
@@ -251,6 +281,19 @@ def test_what_is_missing_is_said_when_it_is_needed(files, parts):
         whole.family.encode_text(whole.load_text_encoders(CPU, torch.float32), ["x"], 1, 1)
     with pytest.raises(UnknownFamily, match=r"ae\.safetensors: no text encoder that is known"):
         load_base(files["flux"], text_encoders=[files["ae"]])
+
+
+def test_the_tokenizer_of_another_model_is_refused_before_anything_is_encoded(files, tokenizer, tmp_path):
+    with pytest.raises(BadFile, match=r"another model than T5 v1\.1 XXL: in its 49408 tokens <pad> is 49407"):
+        load_base(files["flux"], tokenizer=TOKENIZER_FOLDER)
+    with pytest.raises(BadFile, match=r"than Qwen3-4B: in its \d+ tokens .* expected .* <\|im_start\|> is 151644"):
+        text.load_tokenizer(str(tokenizer), "qwen3_4b")
+    # mT5's has T5's special tokens, and eight times as many words.
+    mt5 = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer / "tokenizer.json"))
+    mt5.add_tokens([f"word{number}" for number in range(32128)])
+    mt5.save_pretrained(tmp_path / "mt5")
+    with pytest.raises(BadFile, match=r"in its 32\d+ tokens <pad> is 0, </s> is 1, expected at most 32128"):
+        load_base(files["flux"], tokenizer=tmp_path / "mt5")
 
 
 def test_a_variant_with_other_inputs_is_refused(parts):

@@ -130,6 +130,22 @@ def test_prompts_are_encoded_as_diffusers_sdxl_pipeline_does(small_bases):
     torch.testing.assert_close(ours["pooled"], pooled, rtol=1e-5, atol=1e-5)
 
 
+def test_the_pooled_state_is_at_the_end_of_the_text_whatever_the_config_says():
+    """Published configs say that the end is 2, for which transformers takes the largest number: an added word's."""
+    config = configs(SMALL_SDXL)["text_encoder_2"] | {"eos_token_id": 2}
+    torch.manual_seed(0)
+    encoder = clip.build_text_encoder(config, projection=True).eval()
+    tokens = torch.tensor([[[clip.START, 320, clip.END, *[0] * 74]]])
+
+    def pooled(tokens: torch.Tensor) -> torch.Tensor:
+        return clip.pooled(clip.encode_chunks(encoder, tokens, layer=2, final_norm=False)[1])
+
+    plain = pooled(tokens)
+    clip.add_word(encoder, "sks", encoder.get_submodule("text_model.embeddings.token_embedding").weight[320:321])  # pyright: ignore
+    tokens[tokens == 320] = clip.words_of(encoder)["sks"][0]
+    torch.testing.assert_close(pooled(tokens), plain)
+
+
 def test_a_long_caption_is_encoded_in_chunks_of_75_tokens_without_loss():
     caption = " ".join(f"word{number}" for number in range(100))
     chunks = clip.chunk_count([caption])
@@ -166,7 +182,11 @@ def test_size_conditioning_is_height_first_and_in_full_precision(small_bases):
     [
         ("conditioner.embedders.0.model.transformer.resblocks.0.ln_1.weight", "refiner"),
         ("cond_stage_model.model.transformer.resblocks.0.ln_1.weight", "Stable Diffusion 2"),
+        ("edm_mean", "Playground v2.5"),
+        ("edm_vpred.sigma_max", "CosXL"),
         ("nerf_blocks.0.norm.scale", "Chroma Radiance"),
+        ("txt_in.individual_token_refiner.blocks.0.norm1.weight", "HunyuanVideo"),
+        ("patchify_proj.weight", "LTX-Video"),
         ("noise_refiner.0.adaLN_modulation.1.weight", "Lumina 2"),
         ("siglip_embedder.1.weight", "Z-Image-Omni"),
         ("__index_timestep_zero__", "Qwen-Image-Edit"),
@@ -175,6 +195,8 @@ def test_size_conditioning_is_height_first_and_in_full_precision(small_bases):
 )
 def test_models_of_other_families_are_refused_by_name(marker, name):
     tensors = {marker: torch.zeros(1)}
+    if marker.startswith("edm_"):
+        tensors |= meta_checkpoint(SMALL_SDXL)
     if name == "Chroma Radiance":
         tensors["double_blocks.0.img_attn.norm.key_norm.scale"] = torch.zeros(1)  # it has FLUX.1's blocks too
     with pytest.raises(UnknownFamily, match=f"this is .*{name}.* not supported yet; supported: Stable Diffusion 1"):

@@ -309,6 +309,31 @@ def test_text_encoders_never_outweigh_the_denoiser():
     assert LoraFile.from_tensors(kohya_tensors(flux, rank=1), {}).family == "flux1"
 
 
+@pytest.mark.parametrize(
+    ("model", "name", "shape"),
+    [
+        ("HunyuanVideo", "lora_unet_single_blocks_39_linear1", [21504, 3072]),
+        ("HunyuanVideo", "transformer.single_transformer_blocks.38.attn.to_q", [3072, 3072]),
+        ("HunyuanVideo", "diffusion_model.double_blocks.0.img_mlp.fc1", [12288, 3072]),
+        ("HunyuanVideo 1.5", "diffusion_model.double_blocks.0.img_attn.qkv", [6144, 2048]),
+        ("Wan", "lora_unet_blocks_0_cross_attn_q", [5120, 5120]),
+        ("a model like LTX-Video", "transformer.transformer_blocks.0.attn1.to_k", [2048, 2048]),
+        ("AuraFlow", "lora_unet_joint_transformer_blocks_0_attn_to_q", [3072, 3072]),
+        ("Stable Cascade", "lora_unet_down_blocks_0_2_attention_attn_to_q", [2048, 2048]),
+        (
+            "a video model like AnimateDiff",
+            "unet.down_blocks.0.motion_modules.0.transformer_blocks.0.attn1.to_q",
+            [320, 320],
+        ),
+        ("the SDXL refiner", "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k", [768, 1280]),
+    ],
+)
+def test_loras_of_models_that_look_like_a_known_one_are_refused_by_name(model, name, shape):
+    also = {"lora_unet_single_blocks_0_linear1": [21504, 3072]} if model == "HunyuanVideo" else {}
+    with pytest.raises(UnknownFamily, match=f"^x: is for {model}.*, which is not supported; known: sd15, "):
+        LoraFile.from_tensors(kohya_tensors(also | {name: shape}, rank=1), {}, name="x")
+
+
 def test_of_text_encoders_alone_the_metadata_say_the_family():
     tensors = kohya_tensors(clip_names("lora_te1_", 12, 768), rank=1)
     assert LoraFile.from_tensors(tensors, {}).family == "sd15"

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.errors import BadConfig, BadFile, LoraMisfit, UnmatchedKeys
+from core.errors import BadConfig, BadFile, LoraMisfit, UnknownFamily, UnmatchedKeys
 from core.lora_checkpoints import extract_lora, merge_into_checkpoint
 from core.lora_file import LoraFile
 from core.lora_hashes import legacy_hash, model_hash
@@ -665,13 +665,24 @@ def test_what_is_extracted_from_a_model_of_any_family_and_merged_in_makes_it_the
             assert torch.allclose(merged[name], weight, atol=1e-2), name
 
 
-def test_a_model_that_is_quantised_with_scales_is_refused(tmp_path):
-    weights = {
-        "double_blocks.0.img_mod.lin.weight": torch.ones(8, 3072),
-        "double_blocks.0.img_mod.lin.scale_weight": torch.ones(1),
-    }
-    save_safetensors(tmp_path / "base", weights)
-    with pytest.raises(BadFile, match="is quantised with scales"):
+@pytest.mark.parametrize(
+    ("sign", "metadata"),
+    [
+        ({"double_blocks.0.img_mod.lin.scale_weight": torch.ones(1)}, {}),
+        ({"double_blocks.0.img_mod.lin.weight": torch.ones(8, 3072, dtype=torch.int8)}, {}),
+        ({}, {"_quantization_metadata": "{}"}),
+    ],
+)
+def test_a_model_that_is_quantised_is_refused(tmp_path, sign, metadata):
+    save_safetensors(tmp_path / "base", {"double_blocks.0.img_mod.lin.weight": torch.ones(8, 3072)} | sign, metadata)
+    with pytest.raises(BadFile, match=f"is quantised, e.g. by '{next(iter(sign | metadata))}'"):
+        extract_lora(tmp_path / "base", tmp_path / "base", rank=2)
+
+
+def test_a_checkpoint_of_a_model_that_looks_like_a_known_one_is_refused_by_name(tmp_path):
+    names = ("double_blocks.0.img_mlp.fc1.weight", "single_blocks.39.linear1.weight")
+    save_safetensors(tmp_path / "base", {name: torch.ones(8, 3072) for name in names})
+    with pytest.raises(UnknownFamily, match="base: is HunyuanVideo, which is not supported"):
         extract_lora(tmp_path / "base", tmp_path / "base", rank=2)
 
 

@@ -116,6 +116,7 @@ def test_a_file_larger_than_memory_is_read_where_it_is_asked(tmp_path):
         (b"", "the file is empty"),
         (b"PK\x03\x04 and more of a zip", "Python pickle"),
         (b"\x80\x02}q\x00X\x05\x00", "Python pickle"),
+        (b"GGUF\x03\x00\x00\x00" + bytes(16), "this is a GGUF file"),
         (b"\x10\x00\x00", "truncated: 3 bytes"),
         (raw(b"{}")[:9], "truncated: the header needs 10 bytes"),
         (struct.pack("<Q", 100_000_001) + b"{}", "claims a header of 100000001 bytes"),

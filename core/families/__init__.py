@@ -23,12 +23,18 @@ FAMILIES: dict[str, FamilySpec] = {
 _NOT_SUPPORTED = (
     ("conditioner.embedders.0.model.transformer.resblocks.0.ln_1.weight", "the SDXL refiner"),
     ("cond_stage_model.model.transformer.resblocks.0.ln_1.weight", "Stable Diffusion 2.x"),
+    ("edm_mean", "Playground v2.5 (SDXL trained as EDM)"),
+    ("edm_vpred.sigma_max", "CosXL (SDXL trained as EDM)"),
     (DENOISER_PREFIX + "nerf_blocks.0.norm.scale", "Chroma Radiance"),
     (DENOISER_PREFIX + "noise_refiner.0.adaLN_modulation.1.weight", "Lumina 2"),
     (DENOISER_PREFIX + "siglip_embedder.1.weight", "Z-Image-Omni"),
     (DENOISER_PREFIX + "__index_timestep_zero__", "Qwen-Image-Edit"),
     (DENOISER_PREFIX + "time_text_embed.addition_t_embedding.weight", "Qwen-Image-Layered"),
     (DENOISER_PREFIX + "blocks.0.self_attn.q.weight", "Wan"),
+    (DENOISER_PREFIX + "txt_in.individual_token_refiner.blocks.0.norm1.weight", "HunyuanVideo"),
+    (DENOISER_PREFIX + "patchify_proj.weight", "LTX-Video"),
+    (DENOISER_PREFIX + "double_layers.0.attn.w1q.weight", "AuraFlow"),
+    (DENOISER_PREFIX + "double_stream_blocks.0.block.attn1.to_q.weight", "HiDream"),
     (DENOISER_PREFIX + "clip_mapper.weight", "Stable Cascade"),
 )
 

@@ -109,6 +109,7 @@ CHROMA = replace(
     text_kinds=tuple(TEXT.values()),
     context_from={"text_encoder": 1},
     pooled_from={},
+    tokenizer=TEXT["text_encoder"],
     recognise=recognise,
     split=split,
     build=build,

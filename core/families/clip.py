@@ -196,8 +196,6 @@ def text_component(stored: Mapping[str, Stored], what: str, activation: str, pro
         "max_position_embeddings": shape("text_model.embeddings.position_embedding.weight")[0],
         "hidden_act": activation,
         "projection_dim": shape("text_projection.weight")[0] if "text_projection.weight" in readers else width,
-        "bos_token_id": START,
-        "eos_token_id": END,
     }
     return Component(config, tensors)
 
@@ -264,8 +262,9 @@ def build_text_encoder(config: dict[str, Any], projection: bool) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     keep = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "max_position_embeddings", "hidden_act", "projection_dim", "bos_token_id", "eos_token_id")  # fmt: skip
-    text_config = CLIPTextConfig(**{name: config[name] for name in keep if name in config})
+            "max_position_embeddings", "hidden_act", "projection_dim")  # fmt: skip
+    # Published configs say 2, at which the pooled state is taken where the number is largest: at an added word.
+    text_config = CLIPTextConfig(**{name: config[name] for name in keep if name in config}, eos_token_id=END)
     encoder = (CLIPTextModelWithProjection if projection else CLIPTextModel)(text_config)
     for module in encoder.modules():
         if "position_ids" in module._buffers:

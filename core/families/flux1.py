@@ -135,6 +135,7 @@ FLUX1 = FamilySpec(
     text_kinds=tuple(TEXT.values()),
     context_from={"text_encoder_2": 1},
     pooled_from={"text_encoder": 1},
+    tokenizer=TEXT["text_encoder_2"],
     denoiser_targets={"attention": _ATTENTION, "transformer": _TRANSFORMER, "transformer+conv": _TRANSFORMER},
     text_encoder_targets=None,
     in_channels=64,

@@ -181,6 +181,7 @@ FLUX2 = FamilySpec(
     text_kinds=("qwen3_4b", "qwen3_8b"),
     context_from={"text_encoder": len(TEXT_LAYERS)},
     pooled_from={},
+    tokenizer=TEXT["text_encoder"],
     denoiser_targets={"attention": _ATTENTION, "transformer": _TRANSFORMER, "transformer+conv": _TRANSFORMER},
     text_encoder_targets=None,
     in_channels=128,

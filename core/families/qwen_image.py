@@ -193,6 +193,7 @@ QWEN_IMAGE = FamilySpec(
     text_kinds=tuple(TEXT.values()),
     context_from={"text_encoder": 1},
     pooled_from={},
+    tokenizer=TEXT["text_encoder"],
     denoiser_targets={"attention": _ATTENTION, "transformer": _TRANSFORMER, "transformer+conv": _TRANSFORMER},
     text_encoder_targets=None,
     in_channels=64,

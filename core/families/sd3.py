@@ -131,6 +131,7 @@ SD3 = FamilySpec(
     text_kinds=tuple(TEXT.values()),
     context_from={"text_encoder_3": 1},
     pooled_from={"text_encoder": 1, "text_encoder_2": 1},
+    tokenizer=TEXT["text_encoder_3"],
     optional_encoders=("text_encoder_3",),
     denoiser_targets={"attention": _ATTENTION, "transformer": _TRANSFORMER, "transformer+conv": _TRANSFORMER},
     text_encoder_targets=None,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnmatchedKeys
+from ..errors import BadFile, UnmatchedKeys
 
 Conditioning = dict[str, Tensor]
 """What steers the denoiser beside the timestep, first dimension the batch. Only its family knows what is in it."""
@@ -87,6 +87,10 @@ class LatentShape:
 
 DENOISER_PREFIX = "model.diffusion_model."
 """Of the denoiser's tensors in a checkpoint in original naming, wherever they came from."""
+
+
+UNQUANTISED = "give the model in bf16, fp16 or fp8"
+"""What to do about a model that is quantised in a way that cannot be read."""
 
 
 def encode_kl(vae: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,6 +212,10 @@ class FamilySpec:
     """The denoiser's config -> whether it says that the model was distilled to a few steps, which training would undo."""
     distilled_names: str = "turbo|lightning|schnell"
     """Regular expression of what the file names of such models contain, where nothing in the file tells them from others."""
+    other_model: Callable[[dict[str, Any]], str | None] = lambda config: None
+    """The denoiser's config -> another model that it is of, which diffusers' folders have under the same pipeline."""
+    tokenizer: str | None = None
+    """Kind (one of `text.KINDS`) of the text encoder whose tokenizer does not travel with the package."""
     lora_scheme: Literal["kohya", "comfy"] = "kohya"
     """Names that its LoRA files are written with: those that most programs load."""
 
@@ -226,7 +234,7 @@ def materialise(
     A tensor that is already of that device and dtype is used as it is, memory-mapped or not: nothing is held twice (but
     for tensors made in inference mode, through which nothing could be trained). They are read in their own order, in which
     parts of one tensor follow each other.
-    UnmatchedKeys when names or shapes are not exactly those of the module.
+    UnmatchedKeys when names or shapes are not exactly those of the module, BadFile when weights are whole numbers.
     """
     wanted = module.state_dict(keep_vars=True)
     missing = sorted(set(wanted) - set(tensors))
@@ -245,6 +253,8 @@ def materialise(
         tensor = tensors[name]
         if tensor.shape != place.shape:
             raise UnmatchedKeys(f"{what}: {name} has shape {list(tensor.shape)}, expected {list(place.shape)}")
+        if place.is_floating_point() and not tensor.is_floating_point():
+            raise BadFile(f"{what} is quantised, e.g. {name} to {tensor.dtype}; {UNQUANTISED}")
         tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
         trainable = torch.is_inference_mode_enabled() or not tensor.is_inference()
         state[name] = tensor if trainable else tensor.clone()

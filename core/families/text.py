@@ -38,6 +38,11 @@ _HEAD_WIDTH_T5, _HEAD_WIDTH_QWEN = 64, 128
 _QWEN_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                "num_key_value_heads")  # fmt: skip
 _PAD_QWEN = 151643
+_VOCABULARIES = {
+    "t5": (32128, {"<pad>": 0, "</s>": 1}),
+    "qwen": (151936, {"<|endoftext|>": _PAD_QWEN, "<|im_start|>": 151644}),
+}
+"""Rows of the models' tables of tokens, and numbers of tokens by which their tokenizers are known."""
 
 
 def encoders_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Stored]]:
@@ -232,7 +237,7 @@ def _build_qwen(kind: str, config: dict[str, Any]) -> nn.Module:
 
 @lru_cache(maxsize=4)
 def load_tokenizer(folder: str | None, kind: str) -> Any:
-    """transformers' tokenizer of that folder. BadFile when there is none."""
+    """transformers' tokenizer of that folder. BadFile when there is none, or another model's."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if folder is None:
@@ -243,10 +248,23 @@ def load_tokenizer(folder: str | None, kind: str) -> Any:
     file = Path(folder) / "tokenizer.json"
     try:
         if file.exists():
-            return PreTrainedTokenizerFast(tokenizer_file=str(file))
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library raises many kinds, for files that are missing or damaged
         raise BadFile(f"{folder}: no tokenizer of {KINDS[kind]} in it: {str(error).splitlines()[0]}") from None
+    rows, special = _VOCABULARIES["t5" if kind == "t5xxl" else "qwen"]
+    numbers = {token: tokenizer.convert_tokens_to_ids(token) for token in special}
+    if numbers != special or len(tokenizer) > rows:
+        raise BadFile(
+            f"{folder}: this is the tokenizer of another model than {KINDS[kind]}: in its {len(tokenizer)} tokens "
+            f"{_listed(numbers)}, expected at most {rows} in which {_listed(special)}"
+        )
+    return tokenizer
+
+
+def _listed(numbers: Mapping[str, Any]) -> str:
+    return ", ".join(f"{token} is {number}" for token, number in numbers.items())
 
 
 def encode_t5(encoder: nn.Module, captions: Sequence[str], length: int) -> Tensor:

@@ -11,6 +11,7 @@ from .family import FamilyKeys, Fusion, ModuleId, Place, Sign, text_encoder_path
 from .flux import CHROMA, FLUX1, FLUX2
 from .lumina import LUMINA2, ZIMAGE
 from .names import EMBEDDING_KEYS, NamedTensor, bundled_embedding, parse_key
+from .others import other_model
 from .qwen import QWEN_IMAGE
 from .readers import READERS, not_loaded
 from .sd3 import SD3
@@ -50,6 +51,7 @@ __all__ = [
     "bundled_embedding",
     "families_of",
     "not_loaded",
+    "other_model",
     "parse_key",
     "text_encoder_path",
 ]
