@@ -266,6 +266,9 @@ def load_base(
 _PARTS = (DENOISER_PREFIX, *VAE_PREFIXES, "cond_stage_model.", "conditioner.", "text_encoders.", "unet.")
 """What names begin with in a checkpoint of several parts, or in another naming."""
 
+_MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+"""Tensors beside the networks' that say how a checkpoint predicts."""
+
 
 def _opened(source: Source) -> tuple[str, Mapping[str, Tensor]]:
     if isinstance(source, Mapping):
@@ -289,7 +292,10 @@ def _one_checkpoint(
         # A file of a denoiser alone.
         names = {name.removeprefix("diffusion_model."): read for name, read in names.items()}
         originals = original_unet_names(names)
-        names = {DENOISER_PREFIX + originals.get(name, name): read for name, read in names.items()}
+        names = {
+            name if name in _MARKERS else DENOISER_PREFIX + originals.get(name, name): read
+            for name, read in names.items()
+        }
     if vae is not None:
         # In the place of the one that the checkpoint may have.
         names = {name: read for name, read in names.items() if not name.startswith(VAE_PREFIXES)}

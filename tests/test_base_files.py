@@ -505,6 +505,13 @@ def test_a_text_encoder_of_the_wrong_width_is_refused(parts, small_sd15, family)
         load_base(parts["flux"] if family == "flux1" else small_sd15, text_encoders=[wide])
 
 
+@pytest.mark.parametrize("without", ["encoder.down.0.block.0.conv1.weight", "decoder.conv_in.weight"])
+def test_a_vae_without_a_tensor_that_its_sizes_are_read_from_is_refused_by_name(parts, without):
+    vae = {name: tensor for name, tensor in parts["ae"].items() if name != without}
+    with pytest.raises(UnmatchedKeys, match=rf"^given tensors: the VAE lacks .*{without[-12:]}"):
+        load_base(parts["flux"], vae=vae)
+
+
 @pytest.mark.parametrize("right", [True, False])
 def test_klein_with_the_qwen3_of_the_other_size_is_refused(right):
     with torch.device("meta"):
@@ -539,6 +546,7 @@ def test_a_scaled_weight_is_computed_once_though_several_are_cut_from_it(parts, 
         tensors[name] = tensors[name].to(torch.float8_e4m3fn)
         tensors[name.replace(".weight", ".scale_weight")] = torch.tensor(0.5)
     base = load_base(tensors)
+    tensors.reads.clear()
     if read == "loaded":
         base.load("denoiser", CPU, torch.float32)
     else:
@@ -565,6 +573,7 @@ def test_whether_a_tensor_is_there_and_how_large_an_encoder_is_is_known_without_
     for name in [name for name in scaled if name.endswith(".SelfAttention.q.weight")]:
         scaled[name.replace(".weight", ".scale_weight")] = torch.tensor(0.5)
     base = load_base(parts["flux"], text_encoders=[parts["clip_l"], scaled])
+    scaled.reads.clear()
     assert "encoder.block.0.layer.0.SelfAttention.q.weight" in base.components["text_encoder_2"].tensors
     monkeypatch.setattr("core.base.LARGE_ENCODER", 0)
     loaded = []

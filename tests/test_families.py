@@ -11,7 +11,7 @@ from diffusers.loaders.single_file_utils import (
 )
 
 from core.base import load_base
-from core.errors import UnknownFamily, UnmatchedKeys
+from core.errors import BadFile, UnknownFamily, UnmatchedKeys
 from core.families import FAMILIES, clip
 from core.families.ldm import diffusers_vae_path, ldm_vae_path
 from core.lora_keys.ldm import diffusers_unet_path, ldm_unet_path
@@ -214,6 +214,32 @@ def test_variants_with_other_inputs_are_refused_by_name(channels, name):
     tensors["model.diffusion_model.input_blocks.0.0.weight"] = torch.empty(32, channels, 3, 3)
     with pytest.raises(UnknownFamily, match=f"{name}.*{channels} channels"):
         load_base(tensors)
+
+
+def test_unets_that_look_like_a_known_one_are_refused_by_name():
+    unet = "model.diffusion_model."
+    pruned = {
+        name: t for name, t in meta_checkpoint(SMALL_SDXL).items() if not name.startswith(f"{unet}middle_block.1.")
+    }
+    with pytest.raises(
+        UnknownFamily, match="this is a pruned UNet, like SSD-1B or Segmind-Vega, which is not supported"
+    ):
+        load_base(pruned)
+    consistency = {f"{unet}time_embed.cond_proj.weight": torch.empty(256, 64, device="meta")}
+    with pytest.raises(
+        UnknownFamily, match="this is a latent consistency model, distilled to a few steps, which is not"
+    ):
+        load_base(meta_checkpoint(SMALL_SDXL) | consistency)
+
+
+def test_a_unet_alone_says_how_it_predicts_and_what_is_missing(small_bases):
+    unet = "model.diffusion_model."
+    alone = {name.removeprefix(unet): t for name, t in small_bases["sdxl"].file.items() if name.startswith(unet)}
+    first = small_bases["sdxl"].components["text_encoder"].tensors
+    base = load_base(alone | {"v_pred": torch.zeros(0)}, text_encoders=[first])
+    assert (base.family.name, base.prediction_type) == ("sdxl", "v_prediction")
+    with pytest.raises(BadFile, match=r"has no text encoder 2; give its file too \(text_encoders\)"):
+        base.load_text_encoders(CPU, torch.float32)
 
 
 def test_a_checkpoint_without_a_tensor_is_refused_with_its_name(tmp_path):

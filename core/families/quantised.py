@@ -72,6 +72,8 @@ def dequantised(tensors: Mapping[str, Tensor], what: str) -> Mapping[str, Tensor
 
 @dataclass(frozen=True, eq=False)
 class _Scaled(Stored):
+    """Reads a weight times its scale."""
+
     scale: str
 
     def __call__(self) -> Tensor:

@@ -41,10 +41,6 @@ def encode_text(
     return {"context": states}
 
 
-def other_model(config: dict[str, Any]) -> str | None:
-    return "Stable Diffusion 2.x" if config.get("cross_attention_dim") == 1024 else None
-
-
 def image_conditioning(
     original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
 ) -> Conditioning:
@@ -82,5 +78,5 @@ SD15 = FamilySpec(
     image_conditioning=image_conditioning,
     predict=predict,
     has_clip_skip=True,
-    other_model=other_model,
+    other_model=ldm.other_model,
 )

@@ -92,4 +92,5 @@ SDXL = FamilySpec(
     encode_text=encode_text,
     image_conditioning=image_conditioning,
     predict=predict,
+    other_model=ldm.other_model,
 )
