@@ -260,6 +260,9 @@ def load_base(
 _PARTS = (DENOISER_PREFIX, *VAE_PREFIXES, "cond_stage_model.", "conditioner.", "text_encoders.", "unet.")
 """What names begin with in a checkpoint of several parts, or in another naming."""
 
+_MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+"""Tensors beside the networks' that say how a checkpoint predicts."""
+
 
 def _opened(source: Source) -> tuple[str, Mapping[str, Tensor]]:
     if isinstance(source, Mapping):
@@ -280,7 +283,10 @@ def _one_checkpoint(
     names = {name: partial(source.__getitem__, name) for name in source}
     if not any(name.startswith(_PARTS) for name in source):
         # A file of a denoiser alone.
-        names = {DENOISER_PREFIX + name.removeprefix("diffusion_model."): read for name, read in names.items()}
+        names = {
+            name if name in _MARKERS else DENOISER_PREFIX + name.removeprefix("diffusion_model."): read
+            for name, read in names.items()
+        }
     if vae is not None:
         # In the place of the one that the checkpoint may have.
         names = {name: read for name, read in names.items() if not name.startswith(VAE_PREFIXES)}

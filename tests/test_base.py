@@ -132,10 +132,17 @@ def test_folders_of_models_that_were_trained_in_another_way_are_refused(folder, 
         load_base(folder)
 
 
-def test_a_folder_of_stable_diffusion_2_is_refused_by_name(folder):
+@pytest.mark.parametrize(
+    ("config", "model"),
+    [
+        ({"cross_attention_dim": 1024}, r"Stable Diffusion 2\.x"),
+        ({"time_cond_proj_dim": 256}, "a latent consistency model"),
+    ],
+)
+def test_folders_of_models_under_the_same_pipeline_are_refused_by_name(folder, config, model):
     path = folder / "unet" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"cross_attention_dim": 1024}))
-    with pytest.raises(UnknownFamily, match=r"^model: this is Stable Diffusion 2\.x, which is not supported yet"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    with pytest.raises(UnknownFamily, match=rf"^model: this is {model}.*, which is not supported yet"):
         load_base(folder)
 
 

@@ -11,7 +11,7 @@ from diffusers.loaders.single_file_utils import (
 )
 
 from core.base import load_base
-from core.errors import UnknownFamily, UnmatchedKeys
+from core.errors import BadFile, UnknownFamily, UnmatchedKeys
 from core.families import FAMILIES, clip
 from core.families.ldm import diffusers_vae_path, ldm_vae_path
 from core.lora_keys.ldm import diffusers_unet_path, ldm_unet_path
@@ -209,6 +209,40 @@ def test_variants_with_other_inputs_are_refused_by_name(channels, name):
     tensors["model.diffusion_model.input_blocks.0.0.weight"] = torch.empty(32, channels, 3, 3)
     with pytest.raises(UnknownFamily, match=f"{name}.*{channels} channels"):
         load_base(tensors)
+
+
+def test_unets_that_look_like_a_known_one_are_refused_by_name():
+    unet = "model.diffusion_model."
+    pruned = {
+        name: t for name, t in meta_checkpoint(SMALL_SDXL).items() if not name.startswith(f"{unet}middle_block.1.")
+    }
+    with pytest.raises(
+        UnknownFamily, match="this is a pruned UNet, like SSD-1B or Segmind-Vega, which is not supported"
+    ):
+        load_base(pruned)
+    consistency = {f"{unet}time_embed.cond_proj.weight": torch.empty(256, 64, device="meta")}
+    with pytest.raises(
+        UnknownFamily, match="this is a latent consistency model, distilled to a few steps, which is not"
+    ):
+        load_base(meta_checkpoint(SMALL_SDXL) | consistency)
+
+
+def test_a_unet_alone_is_a_base_with_the_other_files_beside_it(small_bases):
+    """As FLUX.1 is; each part that is missing is named, and a file takes the place of the part in the checkpoint."""
+    tensors, unet = dict(small_bases["sdxl"].file), "model.diffusion_model."
+    alone = {name.removeprefix(unet): t for name, t in tensors.items() if name.startswith(unet)}
+    vae = {name.removeprefix("first_stage_model."): t for name, t in tensors.items() if name.startswith("first_stage")}
+    texts = [small_bases["sdxl"].components[part].tensors for part in ("text_encoder", "text_encoder_2")]
+    base = load_base(alone | {"v_pred": torch.zeros(0)}, vae=vae, text_encoders=texts[:1])
+    assert (base.family.name, base.prediction_type) == ("sdxl", "v_prediction")
+    for part in ("denoiser", "vae", "text_encoder"):
+        ours, expected = (one.load(part, CPU, torch.float32).state_dict() for one in (base, small_bases["sdxl"]))
+        assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    with pytest.raises(BadFile, match=r"has no text encoder 2; give its file too \(text_encoders\)"):
+        base.load_text_encoders(CPU, torch.float32)
+    other = {name: tensor + 1 for name, tensor in texts[0].items()}
+    replaced = load_base(tensors, text_encoders=[other]).components["text_encoder"].tensors
+    assert all(torch.equal(replaced[name], other[name]) for name in other)
 
 
 def test_a_checkpoint_without_a_tensor_is_refused_with_its_name(tmp_path):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import UnmatchedKeys
+from ..errors import UnknownFamily, UnmatchedKeys
 from ..lora_keys.ldm import diffusers_unet_path, inverse, replace_head
 from .spec import DENOISER_PREFIX, Component, LatentShape, LazyTensors
 
@@ -105,6 +105,10 @@ def unet_component(tensors: Mapping[str, Tensor], head_width: int | None) -> Com
         raise UnmatchedKeys(
             f"the denoiser's input_blocks are not those of a Stable Diffusion UNet: {resnets} per level"
         )
+    if "middle_block.1.proj_in.weight" not in names:
+        raise UnknownFamily(
+            "this is a pruned UNet, like SSD-1B or Segmind-Vega, which is not supported as a single file"
+        )
     layers = resnets[0]
     context_width = shape("middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1]
     mid_depth = count_children(names, "middle_block.1.transformer_blocks")
@@ -127,6 +131,8 @@ def unet_component(tensors: Mapping[str, Tensor], head_width: int | None) -> Com
             "addition_time_embed_dim": 256,
             "projection_class_embeddings_input_dim": shape(POOLED_WEIGHT)[1],
         }
+    if "time_embed.cond_proj.weight" in names:
+        config["time_cond_proj_dim"] = shape("time_embed.cond_proj.weight")[1]
     readers = {diffusers_unet_path(short, layers): partial(tensors.__getitem__, full) for short, full in names.items()}
     return Component(config, LazyTensors(readers))
 
@@ -166,6 +172,13 @@ def vae_component(
         return tensor.flatten(1) if ".attn_1." in name and tensor.ndim == 4 else tensor
 
     return Component(config, LazyTensors({name: partial(read, full) for name, full in names.items()}))
+
+
+def other_model(config: dict[str, Any]) -> str | None:
+    """The model that is in diffusers' folders of SD1.x or SDXL and is neither, by its UNet's config."""
+    if config.get("cross_attention_dim") == 1024:
+        return "Stable Diffusion 2.x"
+    return "a latent consistency model, distilled to a few steps" if config.get("time_cond_proj_dim") else None
 
 
 def unet_latent_shape(components: Mapping[str, Component]) -> LatentShape:

@@ -1,14 +1,16 @@
 """Stable Diffusion 1.x (arXiv:2112.10752): UNet with cross-attention on CLIP ViT-L/14 text, 512 px, 8x VAE."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from . import clip, ldm
+from . import clip, ldm, transformer
 from .spec import Component, Conditioning, FamilySpec
 
 TEXT_PREFIX = "cond_stage_model.transformer."
+TEXT = {"text_encoder": "clip_l"}
 LATENT_SCALE = 0.18215
 
 
@@ -17,11 +19,10 @@ def recognise(denoiser: Mapping[str, Tensor]) -> bool:
 
 
 def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
-    return {
-        "denoiser": ldm.unet_component(tensors, head_width=None),
-        "vae": ldm.vae_component(tensors, LATENT_SCALE),
-        "text_encoder": clip.text_component(tensors, TEXT_PREFIX, activation="quick_gelu"),
-    }
+    parts = {"denoiser": ldm.unet_component(tensors, head_width=None)}
+    if any(name.startswith(TEXT_PREFIX) for name in tensors):
+        parts["text_encoder"] = clip.text_component(tensors, TEXT_PREFIX, activation="quick_gelu")
+    return parts | transformer.other_parts(tensors, partial(ldm.vae_component, latent_scale=LATENT_SCALE), TEXT)
 
 
 def build(part: str, config: dict[str, Any]) -> nn.Module:
@@ -39,10 +40,6 @@ def encode_text(
     tokens = clip.token_chunks(captions, chunks, clip.END, clip.words_of(encoder))
     states, _ = clip.encode_chunks(encoder, tokens, layer=clip_skip, final_norm=True)
     return {"context": states}
-
-
-def other_model(config: dict[str, Any]) -> str | None:
-    return "Stable Diffusion 2.x" if config.get("cross_attention_dim") == 1024 else None
 
 
 def image_conditioning(
@@ -67,7 +64,7 @@ SD15 = FamilySpec(
     guidance=6.0,  # a little less than the usual 7.5, which hardens skin
     steps=30,  # enough for DPM++ 2M
     pipeline_class="StableDiffusionPipeline",
-    text_encoders=("text_encoder",),
+    text_encoders=tuple(TEXT),
     denoiser_targets=ldm.UNET_TARGETS,
     text_encoder_targets=clip.TEXT_TARGETS,
     in_channels=4,
@@ -79,5 +76,5 @@ SD15 = FamilySpec(
     image_conditioning=image_conditioning,
     predict=predict,
     has_clip_skip=True,
-    other_model=other_model,
+    other_model=ldm.other_model,
 )

@@ -1,14 +1,17 @@
 """Stable Diffusion XL (arXiv:2307.01952): a larger UNet on two text encoders, told the picture's size and crop, 1024 px."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import clip, ldm
+from . import clip, ldm, transformer
 from .spec import Component, Conditioning, FamilySpec
 
+TEXT = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+TEXT_PREFIXES = ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model.")
 LATENT_SCALE = 0.13025
 
 
@@ -17,12 +20,13 @@ def recognise(denoiser: Mapping[str, Tensor]) -> bool:
 
 
 def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
-    return {
-        "denoiser": ldm.unet_component(tensors, head_width=64),
-        "vae": ldm.vae_component(tensors, LATENT_SCALE),
-        "text_encoder": clip.text_component(tensors, "conditioner.embedders.0.transformer.", activation="quick_gelu"),
-        "text_encoder_2": clip.openclip_component(tensors, "conditioner.embedders.1.model."),
-    }
+    parts = {"denoiser": ldm.unet_component(tensors, head_width=64)}
+    first, second = TEXT_PREFIXES
+    if any(name.startswith(first) for name in tensors):
+        parts["text_encoder"] = clip.text_component(tensors, first, activation="quick_gelu")
+    if any(name.startswith(second) for name in tensors):
+        parts["text_encoder_2"] = clip.openclip_component(tensors, second)
+    return parts | transformer.other_parts(tensors, partial(ldm.vae_component, latent_scale=LATENT_SCALE), TEXT)
 
 
 def build(part: str, config: dict[str, Any]) -> nn.Module:
@@ -78,7 +82,7 @@ SDXL = FamilySpec(
     guidance=5.0,  # diffusers' default
     steps=30,  # enough for DPM++ 2M
     pipeline_class="StableDiffusionXLPipeline",
-    text_encoders=("text_encoder", "text_encoder_2"),
+    text_encoders=tuple(TEXT),
     denoiser_targets=ldm.UNET_TARGETS,
     text_encoder_targets=clip.TEXT_TARGETS,
     in_channels=4,
@@ -89,4 +93,5 @@ SDXL = FamilySpec(
     encode_text=encode_text,
     image_conditioning=image_conditioning,
     predict=predict,
+    other_model=ldm.other_model,
 )
