@@ -131,6 +131,27 @@ class Base:
             encoders[part] = self.load(part, place, dtype if stored_in_more else torch.bfloat16)
         return encoders
 
+    def encode_text(
+        self, encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
+    ) -> Conditioning:
+        """The family's `encode_text`; BadFile when what comes out is not as wide as the denoiser takes it."""
+        conditioning = self.family.encode_text(encoders, captions, clip_skip, chunks)
+        if (width := conditioning["context"].shape[-1]) != self.text_width:
+            raise BadFile(
+                f"{self.name}: its text encoder is another model's: texts are {self.text_width} wide for its denoiser, and "
+                f"this one's {width}; give its own (text_encoders)"
+            )
+        return conditioning
+
+    @property
+    def text_width(self) -> int:
+        """Width of the texts that the denoiser takes, by the names that it has in diffusers' configs."""
+        config, names = (
+            self.components["denoiser"].config,
+            ("joint_attention_dim", "cap_feat_dim", "cross_attention_dim"),
+        )
+        return next(config[name] for name in names if name in config)
+
     @property
     def text_encoders(self) -> tuple[str, ...]:
         """The parts that encode text: all of the family's but optional ones that are not there."""

@@ -213,7 +213,7 @@ def _encode_prompts(
                     conditioning = base.caption_encoder.encode(prompt)
                 else:
                     encoders = encoders or base.load_text_encoders(device, torch.float32)
-                    conditioning = base.family.encode_text(encoders, [prompt], config.clip_skip, chunks)
+                    conditioning = base.encode_text(encoders, [prompt], config.clip_skip, chunks)
             found = {name: tensor.cpu().clone() for name, tensor in conditioning.items()}
             _write("text", key, found)
         results[prompt, chunks] = found

@@ -123,7 +123,7 @@ def encode_prompts(
         return [base.caption_encoder.encode(prompt) for prompt in prompts]
     chunks = chunk_count(prompts)
     with torch.inference_mode():
-        joined = base.family.encode_text(encoders, prompts, clip_skip, chunks)
+        joined = base.encode_text(encoders, prompts, clip_skip, chunks)
     return [{name: value[i : i + 1] for name, value in joined.items()} for i in range(len(prompts))]
 
 

@@ -97,7 +97,7 @@ def base_from(model: Any, clip: Any, vae: Any, config: TrainConfig) -> Base:
         LazyTensors(readers), prediction_type=config.prediction_type, zero_terminal_snr=config.zero_terminal_snr
     )
     if family.flow_shift:
-        encode = partial(_encode_caption, clip, family.title, _text_width(base))
+        encode = partial(_encode_caption, clip, family.title, base.text_width)
         base = replace(base, caption_encoder=CaptionEncoder(encode, _clip_fingerprint(clip)))
     # Samples are drawn at the resolution that is trained.
     return replace(base, name=_file_name(model), resolution=config.resolution or base.resolution)
@@ -114,12 +114,6 @@ def _readers(patcher: Any, prefix: str = "") -> dict[str, Callable[[], Tensor]]:
         for name, ((weight, convert), *patches) in patcher.get_key_patches(prefix).items()
         if isinstance(weight, Tensor) and not name.endswith(_OF_QUANTISATION)
     }
-
-
-def _text_width(base: Base) -> int:
-    """Width of the texts that the denoiser takes, by the two names that it has in diffusers' configs."""
-    config = base.components["denoiser"].config
-    return config["joint_attention_dim"] if "joint_attention_dim" in config else config["cap_feat_dim"]
 
 
 def _encode_caption(clip: Any, title: str, width: int, caption: str) -> Conditioning:

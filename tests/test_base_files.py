@@ -25,6 +25,7 @@ from core.families.clip import TOKENIZER_FOLDER
 from core.families.sd3 import CONTEXT_WIDTH
 from core.lora_file import LoraFile
 from core.safetensors_file import save_safetensors
+from core.sampling import encode_prompts
 from tests.tooling import SMALL_FLOWS, RandomTensors
 
 CPU = torch.device("cpu")
@@ -274,6 +275,15 @@ def test_the_tokenizer_of_another_model_is_refused_before_anything_is_encoded(fi
     mt5.save_pretrained(tmp_path / "mt5")
     with pytest.raises(BadFile, match=r"in its 32\d+ tokens <pad> is 0, </s> is 1, expected at most 32128"):
         load_base(files["flux"], tokenizer=tmp_path / "mt5")
+
+
+def test_a_text_encoder_of_another_width_is_refused_by_name(files, tokenizer):
+    other = state_of("t5xxl", T5 | {"d_model": 48})
+    base = load_base(files["flux"], text_encoders=[other, files["clip_l"]], tokenizer=tokenizer)
+    with pytest.raises(
+        BadFile, match=r"^flux\.safetensors: its text encoder is another model's: texts are 32 wide .* 48;"
+    ):
+        encode_prompts(base, base.load_text_encoders(CPU, torch.float32), ["a photo"])
 
 
 def test_a_variant_with_other_inputs_is_refused(parts):
