@@ -19,7 +19,7 @@ from transformers import (
 
 from core.base import load_base
 from core.cli import main
-from core.errors import BadFile, UnknownFamily
+from core.errors import BadFile, UnknownFamily, UnmatchedKeys
 from core.families import ldm, text
 from core.families.clip import TOKENIZER_FOLDER
 from core.families.sd3 import CONTEXT_WIDTH
@@ -275,6 +275,22 @@ def test_the_tokenizer_of_another_model_is_refused_before_anything_is_encoded(fi
     mt5.save_pretrained(tmp_path / "mt5")
     with pytest.raises(BadFile, match=r"in its 32\d+ tokens <pad> is 0, </s> is 1, expected at most 32128"):
         load_base(files["flux"], tokenizer=tmp_path / "mt5")
+
+
+@pytest.mark.parametrize(
+    ("part", "without"),
+    [
+        ("ae", "encoder.down.0.block.0.conv1.weight"),
+        ("ae", "decoder.conv_in.weight"),
+        ("t5xxl", "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"),
+        ("t5xxl", "shared.weight"),
+    ],
+)
+def test_a_file_without_a_tensor_that_its_sizes_are_read_from_is_refused_by_name(parts, part, without):
+    spoiled = {name: tensor for name, tensor in parts[part].items() if name != without}
+    files: dict[str, Any] = {"vae": spoiled} if part == "ae" else {"text_encoders": [spoiled]}
+    with pytest.raises(UnmatchedKeys, match=rf"^given tensors: the (VAE|text encoder) lacks .*{without[-12:]}"):
+        load_base(parts["flux"], **files)
 
 
 def test_a_text_encoder_of_another_width_is_refused_by_name(files, tokenizer):

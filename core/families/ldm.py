@@ -152,14 +152,21 @@ def vae_component(
     }
     if not levels or ("quant_conv.weight" in names) != quant_conv:
         odd = "has" if levels and not quant_conv else "lacks"
-        raise UnmatchedKeys(f"the VAE {odd} {prefix}{'quant_conv.weight' if levels else 'encoder.down.…'}")
-    widths = tuple(tensors[names[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"]].shape[0] for i in range(levels))
+        what = f"{prefix}{'quant_conv.weight' if levels else 'encoder.down.…'}"
+        raise UnmatchedKeys(f"the VAE is another model's, it {odd} {what}")
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in names:
+            raise UnmatchedKeys(f"the VAE lacks {name}")
+        return tuple(tensors[names[name]].shape)
+
+    widths = tuple(shape(f"encoder.down_blocks.{level}.resnets.0.conv1.weight")[0] for level in range(levels))
     config: dict[str, Any] = {
         "block_out_channels": widths,
         "down_block_types": ("DownEncoderBlock2D",) * levels,
         "up_block_types": ("UpDecoderBlock2D",) * levels,
         "layers_per_block": count_children(names, "encoder.down_blocks.0.resnets"),
-        "latent_channels": tensors[names["decoder.conv_in.weight"]].shape[1],
+        "latent_channels": shape("decoder.conv_in.weight")[1],
         "scaling_factor": latent_scale,
         "shift_factor": latent_shift,
         "use_quant_conv": quant_conv,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadFile, UnknownFamily
+from ..errors import BadFile, UnknownFamily, UnmatchedKeys
 from . import clip
 from .ldm import count_children
 from .spec import Component, Conditioning, LazyTensors, stack_conditioning
@@ -93,10 +93,14 @@ def _qwen_name(name: str) -> str:
     return re.sub(r"^(model\.)?(language_model\.)?(model\.)?", "", name)
 
 
-def _t5_config(readers: Mapping[str, Callable[[], Tensor]]) -> dict[str, Any]:
-    def shape(name: str) -> tuple[int, ...]:
-        return tuple(readers[name]().shape)
+def _shape(readers: Mapping[str, Callable[[], Tensor]], name: str) -> tuple[int, ...]:
+    if name not in readers:
+        raise UnmatchedKeys(f"the text encoder lacks {name}")
+    return tuple(readers[name]().shape)
 
+
+def _t5_config(readers: Mapping[str, Callable[[], Tensor]]) -> dict[str, Any]:
+    shape = partial(_shape, readers)
     first = "encoder.block.0.layer"
     vocabulary, width = shape("shared.weight")
     return {
@@ -113,9 +117,9 @@ def _t5_config(readers: Mapping[str, Callable[[], Tensor]]) -> dict[str, Any]:
 
 def _qwen_config(readers: Mapping[str, Callable[[], Tensor]]) -> dict[str, Any]:
     def rows(name: str) -> int:
-        return readers[f"layers.0.{name}.weight"]().shape[0]
+        return _shape(readers, f"layers.0.{name}.weight")[0]
 
-    vocabulary, width = readers["embed_tokens.weight"]().shape
+    vocabulary, width = _shape(readers, "embed_tokens.weight")
     heads, shared_heads = (rows(f"self_attn.{part}_proj") // _HEAD_WIDTH_QWEN for part in "qk")
     sizes = (vocabulary, width, rows("mlp.gate_proj"), count_children(readers, "layers"), heads, shared_heads)
     return dict(zip(_QWEN_SIZES, sizes, strict=True))
