@@ -28,6 +28,7 @@ from .cli_pictures import PICTURE_COMMANDS
 from .cli_settings import add_settings, schedule_from, settings_from
 from .config import config_from
 from .errors import BadConfig, FaceLoraError
+from .methods import METHODS
 from .recipes import RECIPES, recipe_settings
 
 
@@ -108,11 +109,9 @@ def run_train(options: argparse.Namespace) -> None:
     from .likeness import LIKENESS_KEY
     from .photos_to_lora import state_path, train
 
-    settings = settings_from(options)
-    base = base_from(options, **schedule_from(settings))
-    if options.recipe:
-        settings = recipe_settings(options.recipe, base.family.name, settings)
-    config = config_from(settings)
+    given = settings_from(options)
+    base = base_from(options, **schedule_from(given))
+    config = config_from(recipe_settings(options.recipe, base.family.name, given) if options.recipe else given)
     stop = _StopOnSignal()
     progress = JsonProgress() if options.json else BarProgress()
 
@@ -131,6 +130,8 @@ def run_train(options: argparse.Namespace) -> None:
         if stop.asked:
             raise Cancelled(f"stopped while {phase}; nothing is lost, start again")
 
+    if "learning_rate" in given and METHODS[config.method].makes == "embedding" and config.optimizer != "prodigy":
+        progress.warning(f"learning_rate is that of a denoiser; the vectors of {config.method} have embedding_lr")
     looks = config.hold_out or config.check_photos or config.face_crops or config.face_masks
     if options.face_network and not looks:
         raise BadConfig(

@@ -203,7 +203,7 @@ CASES: dict[str, tuple[Callable[[Desk], None], str]] = {
     "two weightings": (options("--debiased", "--min-snr-gamma", "3"), "choose one"),
     "timesteps crossed": (options("--timestep-min", "800", "--timestep-max", "200"), "800 is above timestep_max = 200"),
     "all warm-up": (options("--warmup-steps", "5"), "leaves nothing of 1 steps"),
-    "prodigy's rate": (options("--optimizer", "prodigy"), "prodigy finds the rate by itself; set it to 1.0"),
+    "prodigy's rate": (options("--optimizer", "prodigy", "--learning-rate", "1e-4"), "prodigy finds the rate by itself; leave it out"),
     "prodigy's groups": (
         options("--optimizer", "prodigy", "--learning-rate", "1", "--text-encoder-lr", "0.5"), "one rate for all"
     ),

@@ -49,6 +49,15 @@ def test_the_learning_rate_is_the_settings_times_the_methods_factor_unless_one_i
     comparison = Comparison(base, ("lora", "dreambooth", "oft"), CONFIG, {"oft": 0.5})
     rates = {method: comparison.config_of(method).learning_rate for method in comparison.methods}
     assert rates == {"lora": 1e-3, "dreambooth": pytest.approx(1e-4), "oft": 0.5}
+    plain = Comparison(base, ("lora", "dreambooth"), TrainConfig())
+    assert [plain.config_of(method).peak_rate for method in plain.methods] == [1e-4, 1e-5]
+    assert plain.identity == replace(plain, config=TrainConfig(learning_rate=1e-4)).identity
+
+
+def test_the_rate_of_textual_inversion_is_that_of_its_vectors(base):
+    comparison = Comparison(base, ("lora", "textual-inversion"), CONFIG, {"textual-inversion": 0.02})
+    assert comparison.config_of("textual-inversion").peak_rate == 0.02
+    assert replace(comparison, rates={}).config_of("textual-inversion").peak_rate == TrainConfig.embedding_lr
 
 
 def test_results_of_other_settings_are_not_taken_for_known(base, tmp_path):
@@ -111,6 +120,12 @@ def test_what_cannot_be_measured_is_refused(base):
         Comparison(base, ("lora",), CONFIG, held_out=0)
     with pytest.raises(BadConfig, match=r"scenes \['left'\]: "):
         Comparison(base, ("lora",), CONFIG, settings=("left",))
+    with pytest.raises(BadConfig, match="method 'lora' is given twice"):
+        Comparison(base, ("lora", "dora", "lora"), CONFIG)
+    with pytest.raises(BadConfig, match="rate of 'oft': the methods are lora"):
+        Comparison(base, ("lora",), CONFIG, {"oft": 1e-3})
+    with pytest.raises(BadConfig, match="learning_rate = -1"):
+        Comparison(base, ("lora", "oft"), CONFIG, {"oft": -1.0})
 
 
 @pytest.mark.slow
