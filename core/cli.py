@@ -90,9 +90,11 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         "--recipe", choices=tuple(RECIPES),
         help="settings for little, usual or much time, which the file's and the options here win over",
     )  # fmt: skip
-    parser.add_argument(
+    unfinished = parser.add_mutually_exclusive_group()
+    unfinished.add_argument(
         "--resume", action="store_true", help="go on from the saved state of the same run if there is one"
     )
+    unfinished.add_argument("--restart", action="store_true", help="begin anew, whatever state is there")
     parser.add_argument(
         "--strict", action="store_true", help="fail on a photo that cannot be read, instead of skipping it"
     )
@@ -142,7 +144,7 @@ def run_train(options: argparse.Namespace) -> None:
         lora = train(
             options.photos, base, config, faces=faces,
             output=options.output, class_photos=options.class_photos, continue_from=options.continue_from,
-            resume=options.resume, strict=options.strict, device=device_from(options),
+            resume=options.resume, restart=options.restart, strict=options.strict, device=device_from(options),
             on_step=on_step, on_phase=on_phase, on_warning=progress.warning,
         )  # fmt: skip
     size = options.output.stat().st_size

@@ -213,7 +213,8 @@ class Judge:
 
         used_before = peak_memory(lambda: None, self.device) or 0
         used = peak_memory(
-            lambda: train(self.training, base, config, output=path, device=self.device, on_step=on_step), self.device
+            lambda: train(self.training, base, config, output=path, restart=True, device=self.device, on_step=on_step),
+            self.device,
         )
         # From the first step's end to the last's: the first one also warms up.
         seconds = (marks[-1] - marks[0]) * len(marks) / max(1, len(marks) - 1)

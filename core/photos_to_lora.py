@@ -45,6 +45,7 @@ def train(
     held_out: Sequence[Photo] = (),
     faces: FaceNetwork | None = None,
     resume: bool = False,
+    restart: bool = False,
     strict: bool = False,
     device: torch.device | None = None,
     on_step: OnStep | None = None,
@@ -56,8 +57,9 @@ def train(
     """The trained LoRA; also written to `output` (a `.safetensors` path) when one is given.
 
     `photos` is a folder, or photos already read; `class_photos` likewise, for prior preservation. With `output`, the state
-    from which `resume=True` goes on is kept beside it until the run is done, every `save_every` steps a numbered LoRA is
-    written beside it, and samples go into the folder `<name>-samples` (unless `on_sample` takes them).
+    from which `resume=True` goes on is kept beside it until the run is done (where one is left, only `restart=True` begins
+    anew), every `save_every` steps a numbered LoRA is written beside it, and samples go into the folder `<name>-samples`
+    (unless `on_sample` takes them).
     Likeness is measured to the `held_out` photos, or to `config.hold_out` of `photos`, by `faces` (default: YuNet, SFace);
     what was measured is in the metadata under `core.likeness.LIKENESS_KEY`.
     Every callback may raise to cancel; `check_cancelled` is called many times a step. `on_step` raises StopAndKeep to end
@@ -68,6 +70,11 @@ def train(
     if output is not None:
         check_output(output)
         _delete_leftovers(output)
+        if not resume and not restart and state_path(output).exists():
+            raise BadConfig(
+                f"{state_path(output)}: is the state of an unfinished run, which a new one would replace; go on with "
+                "--resume, begin anew with --restart, or choose another output"
+            )
     if config.class_images and class_photos is not None:
         raise BadConfig("class_images and class_photos are both given; class images are either made or read")
     if not isinstance(base, Base):

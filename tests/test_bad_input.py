@@ -203,7 +203,7 @@ CASES: dict[str, tuple[Callable[[Desk], None], str]] = {
     "two weightings": (options("--debiased", "--min-snr-gamma", "3"), "choose one"),
     "timesteps crossed": (options("--timestep-min", "800", "--timestep-max", "200"), "800 is above timestep_max = 200"),
     "all warm-up": (options("--warmup-steps", "5"), "leaves nothing of 1 steps"),
-    "prodigy's rate": (options("--optimizer", "prodigy", "--learning-rate", "1e-4"), "prodigy finds the rate by itself; leave it out"),
+    "prodigy's rate": (options("--optimizer", "prodigy", "--learning-rate", "1e-4"), "finds the rate by itself; leave it"),
     "prodigy's groups": (
         options("--optimizer", "prodigy", "--learning-rate", "1", "--text-encoder-lr", "0.5"), "one rate for all"
     ),
@@ -291,6 +291,20 @@ def test_when_the_lora_cannot_be_saved_the_state_is_still_there(desk, capsys, mo
     assert [path.name for path in (desk.folder / "results").iterdir()] == ["face.state.safetensors"]
     assert main([*desk.arguments(), "--resume"]) == 0
     assert [path.name for path in (desk.folder / "results").iterdir()] == ["face.safetensors"]
+
+
+def test_a_new_run_does_not_replace_the_state_of_an_unfinished_one_unless_told(desk, capsys):
+    state = desk.output.with_name("face.state.safetensors")
+    state.write_bytes(b"hours of work")
+    assert main(desk.arguments()) == 1
+    assert capsys.readouterr().err == (
+        f"facelora: {state}: is the state of an unfinished run, which a new one would replace; go on with --resume, begin "
+        "anew with --restart, or choose another output\n"
+    )
+    assert [path.name for path in (desk.folder / "results").iterdir()] == [state.name]
+    assert state.read_bytes() == b"hours of work"
+    assert main([*desk.arguments(), "--restart"]) == 0
+    assert [path.name for path in (desk.folder / "results").iterdir()] == [desk.output.name]
 
 
 def test_what_a_killed_run_left_half_written_is_cleared_away(desk):

@@ -418,6 +418,18 @@ def test_a_callback_that_raises_stops_the_run_with_a_state_and_the_exception(bas
     assert all(torch.equal(module.up, resumed.modules()[name].up) for name, module in whole.modules().items())
 
 
+def test_a_run_that_is_cancelled_in_its_first_step_leaves_no_state(bases, caches, tmp_path):
+    def cancel():
+        raise KeyboardInterrupt
+
+    state = tmp_path / "run.state.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        train_lora(
+            person_only(caches["sd15"]), bases["sd15"], PLAIN, device=CPU, state_path=state, check_cancelled=cancel
+        )
+    assert not state.exists()
+
+
 def test_stop_and_keep_ends_the_run_with_what_it_has_learned(bases, caches):
     def stop(report):
         if report.step == 2:
