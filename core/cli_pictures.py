@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
 from .cli_common import (
     BarProgress,
     Command,
@@ -21,6 +24,11 @@ from .cli_common import (
 )
 from .cli_settings import SCHEDULE, add_settings, given_settings
 from .errors import BadConfig, BadStylePack
+from .headshots import CONTACT_SHEET
+from .photos import Photo
+
+SHEET_KEY = "facelora.sheet"
+"""In a PNG file of `score`: it is a sheet of pictures, and none itself."""
 
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
@@ -118,10 +126,10 @@ def run_generate(options: argparse.Namespace) -> None:
     base = base_from(options, **given_settings(options))
     with BarProgress() as progress:
         jobs = style_jobs(options, base, loras, progress) if options.style_pack else prompt_jobs(options, base, loras)
-        reference = read_photos(options.reference, on_warning=progress.warning) if options.reference else []
+        photos = read_photos(options.reference, on_warning=progress.warning) if options.reference else None
         shots = make_headshots(
             base, loras, jobs, options.output, config,
-            reference=[photo.image() for photo in reference], face_pass=face_pass, keep=options.keep,
+            reference=None if photos is None else (photo.image() for photo in photos), face_pass=face_pass, keep=options.keep,
             device=device_from(options), on_progress=progress.phase,
         )  # fmt: skip
     if options.json:
@@ -238,13 +246,12 @@ def run_score(options: argparse.Namespace) -> None:
     from .faces import Reference, load_faces
     from .files import write_file
     from .generate import contact_sheet
-    from .headshots import CONTACT_SHEET
     from .likeness import Score
     from .photos import read_photos
 
-    images = [photo for photo in read_photos(options.images, on_warning=print_warning) if photo.name != CONTACT_SHEET]
+    images = [photo for photo in read_photos(options.images, on_warning=print_warning) if not _is_sheet(photo)]
     reference = read_photos(options.reference, on_warning=print_warning)
-    person = Reference([photo.image() for photo in reference], load_faces(options.face_network))
+    person = Reference((photo.image() for photo in reference), load_faces(options.face_network))
     found = person.compare(photo.image() for photo in images)
     scores = [Score.of(photo.name, *seen) for photo, seen in zip(images, found, strict=True)]
     order = sorted(
@@ -261,7 +268,18 @@ def run_score(options: argparse.Namespace) -> None:
             [(f"{6 * number + 1} to {6 * number + len(row)}", [image for image, _ in row]) for number, row in enumerate(rows)],
             tile=224, labels=[[label for _, label in row] for row in rows], title="likeness, the most alike first",
         )  # fmt: skip
-        write_file(options.sheet, lambda file: sheet.save(file, "PNG"))
+        marked = PngInfo()
+        marked.add_text(SHEET_KEY, "score")
+        write_file(options.sheet, lambda file: sheet.save(file, "PNG", pnginfo=marked))
+
+
+def _is_sheet(photo: Photo) -> bool:
+    """Whether it is one of our own sheets of pictures, which stands among them."""
+    if photo.name == CONTACT_SHEET:
+        return True
+    assert isinstance(photo.source, Path), "it is read from a folder"
+    with Image.open(photo.source) as image:
+        return SHEET_KEY in image.info
 
 
 def add_check(parser: argparse.ArgumentParser) -> None:
