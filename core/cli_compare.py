@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from .cli_common import BarProgress, Command, add_base, add_device, base_from, device_from
+from .cli_common import BarProgress, Command, add_base, add_device, base_from, device_from, unicode_text
 from .cli_settings import add_settings, schedule_from, settings_from
 from .config import config_from
 from .errors import BadConfig
@@ -25,7 +25,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
         help="learning rate of a method; default: the settings' times what suits the method; may be repeated",
     )  # fmt: skip
     parser.add_argument(
-        "--scene", action="append", default=[], metavar="TEXT",
+        "--scene", action="append", type=unicode_text, default=[], metavar="TEXT",
         help="what pictures are asked for beside the person, to measure adherence; give two or more (default: left, front and "
         "right view)",
     )  # fmt: skip

@@ -21,6 +21,7 @@ from .cli_common import (
     device_from,
     print_warning,
     split_strength,
+    unicode_text,
 )
 from .cli_settings import SCHEDULE, add_settings, given_settings
 from .errors import BadConfig, BadStylePack
@@ -36,7 +37,11 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     add_settings(parser, SCHEDULE)
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="may be repeated")
     parser.add_argument(
-        "--prompt", action="append", default=[], help="may be repeated; default: the LoRA's trigger phrase"
+        "--prompt",
+        action="append",
+        type=unicode_text,
+        default=[],
+        help="may be repeated; default: the LoRA's trigger phrase",
     )
     parser.add_argument(
         "--style-pack", metavar="NAME", help="make headshots in the styles of a pack; 'list' lists them"
@@ -46,7 +51,10 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         "--style-folder", action="append", default=[], type=Path, metavar="DIR", help="your own style packs"
     )
     parser.add_argument(
-        "--subject", metavar="WORDS", help="the person in style prompts; default: the LoRA's trigger phrase"
+        "--subject",
+        type=unicode_text,
+        metavar="WORDS",
+        help="the person in style prompts; default: the LoRA's trigger phrase",
     )
     parser.add_argument(
         "--output",
@@ -73,7 +81,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--face-denoise", type=float, metavar="SHARE", help="of the steps that are taken for it (default: 0.35)"
     )
-    parser.add_argument("--negative", default="", help="what should not be in the pictures")
+    parser.add_argument("--negative", type=unicode_text, default="", help="what should not be in the pictures")
     parser.add_argument("--count", type=int, default=4, help="pictures of each prompt, or of a whole pack (default: 4)")
     parser.add_argument(
         "--seed", type=int, default=1, help="seed of the first picture; the next ones count up (default: 1)"

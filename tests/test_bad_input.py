@@ -212,7 +212,9 @@ CASES: dict[str, tuple[Callable[[Desk], None], str]] = {
     "resolution too low": (options("--resolution", "12"), "resolution = 12: must be between 16 and 8192"),
     "bad pattern": (options("--rank-pattern", "(=4"), "no regular expression"),
     "rank 0 by pattern": (options("--rank-pattern", "attn=0"), "rank_pattern: attn = 0 must be at least 1"),
-    "no such device": (options("--device", "toaster"), "--device toaster"),
+    "no such device": (options("--device", "toaster"), "--device toaster: .*; there is .*cpu"),
+    "device without a module": (options("--device", "privateuseone"), "--device privateuseone: "),
+    "device without numbers": (options("--device", "meta"), "--device meta: "),
     "unknown setting": (toml("learning_rat = 1e-4"), "unknown setting 'learning_rat'; did you mean learning_rate"),
     "wrong type": (toml('seed = "many"'), "seed = 'many': expected int"),
     "wrong choice": (toml('targets = "everything"'), "choose one of attention, transformer, transformer.conv"),
@@ -253,6 +255,23 @@ def test_an_unknown_option_is_wrong_usage(desk, capsys):
         main([*desk.arguments(), "--learning-rte", "1"])
     assert exit_.value.code == 2
     assert "unrecognized arguments: --learning-rte" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--trigger", "--class-word", "--embedding-words", "--sample-prompt"])
+def test_words_that_are_no_unicode_text_are_wrong_usage(desk, capsys, option):
+    with pytest.raises(SystemExit) as exit_:
+        main([*desk.arguments(), option, os.fsdecode(b"sk\xff")])
+    assert exit_.value.code == 2
+    assert r"'sk\udcff' is no UTF-8 text" in capsys.readouterr().err
+
+
+def test_files_may_have_names_that_are_no_unicode_text(desk):
+    name = os.fsdecode(b"an\xff")
+    desk.output = desk.output.with_name(f"{name}.safetensors")
+    desk.base = Path(shutil.copy(desk.base, desk.folder / f"{name}.safetensors"))
+    assert main(desk.arguments()) == 0
+    metadata = LoraFile.read(desk.output).metadata
+    assert (metadata["ss_output_name"], metadata["ss_sd_model_name"]) == ("an?", "an?.safetensors")
 
 
 @contextmanager
