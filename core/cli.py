@@ -220,11 +220,14 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
 
 def run_bench(options: argparse.Namespace) -> None:
     from .bench import append_report, format_report, run
+    from .files import check_writable
 
-    report = run(options, device_from(options))
     if options.append:
-        append_report(options.append, report, shlex.join(["facelora", *sys.argv[1:]]))
+        check_writable(options.append)
+    report = run(options, device_from(options))
     print(json.dumps(report, indent=1) if options.json else format_report(report))
+    if options.append:  # last, so that nothing measured is lost where it fails
+        append_report(options.append, report, shlex.join(["facelora", *sys.argv[1:]]))
 
 
 def add_clear_cache(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ from .device import device_and_dtype
 from .errors import BadConfig, BadFile, BadPhoto
 from .faces import FaceNetwork, load_faces
 from .families.clip import load_tokenizer
-from .files import remove_leftovers
+from .files import check_writable, remove_leftovers
 from .generate import make_class_images, sample_shots, training_sampler
 from .likeness import LikenessWatch, hold_out
 from .lora_file import LoraFile, fit
@@ -198,17 +198,10 @@ def state_path(output: Path) -> Path:
 
 
 def check_output(path: Path) -> None:
-    """BadFile, before hours are spent, when a file cannot be written there."""
+    """BadFile, before hours are spent, when no LoRA can be written there."""
     if path.suffix != ".safetensors":
         raise BadFile(f"{path}: the output's name must end in .safetensors")
-    if path.is_dir():
-        raise BadFile(f"{path}: is a folder; give the name of a file in it")
-    probe = path.with_name(f".{path.name}.probe")
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise BadFile(f"{path}: cannot be written there: {error.strerror}") from None
+    check_writable(path)
 
 
 def _delete_leftovers(output: Path) -> None:
