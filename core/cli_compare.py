@@ -45,6 +45,14 @@ def run_compare(options: argparse.Namespace) -> None:
     names = [folder.resolve().name for folder in options.photos]
     if twice := [name for name in names if names.count(name) > 1]:
         raise BadConfig(f"two of the folders are called {twice[0]}; the people are told apart by the folders' names")
+    if (reserved := Path(REPORT).stem) in names:
+        raise BadConfig(
+            f"one of the folders is called {reserved}, as the report on all people is; give it another name"
+        )
+    if options.output.resolve() in (folder.resolve() for folder in options.photos):
+        raise BadConfig(
+            f"--output {options.output}: is a folder of photos, to which pictures would be added; choose another"
+        )
     settings = settings_from(options)
     comparison = Comparison(
         base_from(options, **schedule_from(settings)),

@@ -146,7 +146,8 @@ def compare(
             write_file(output / f"{person}-{method}.png", lambda file, row=row: row.save(file, "PNG"))
             write_results(report, identity, list(found.values()))
             if on_phase:
-                on_phase("comparing", number * len(methods) + len(found), len(people) * len(methods))
+                done = number * len(methods) + len(found.keys() & set(methods))
+                on_phase("comparing", done, len(people) * len(methods))
         results += [found[method] for method in methods]
     write_results(output / REPORT, comparison.identity, results)
     plot = plot_results(results)

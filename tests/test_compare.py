@@ -1,6 +1,7 @@
 """Comparing methods: what is measured, kept, shown; one slow run over the demo's base."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -80,6 +81,29 @@ def test_results_of_other_photos_in_a_folder_of_the_same_name_are_not_taken_for_
     for given, judges in ((photos, 1), (photos, 1), (others, 2), (photos[:5], 3)):
         compare({"anna": given}, comparison, tmp_path, faces)
         assert len(judged) == judges
+
+
+def test_progress_counts_the_methods_of_this_comparison_alone(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("core.compare.Judge", lambda *_: Stub())
+    photos = [Photo.from_image(image, f"{index}.png") for index, image in enumerate(person_photos(35)[:6])]
+    seen, faces = [], load_faces()
+    for methods in (("lora", "dora"), ("oft",)):
+        compare(
+            {"anna": photos}, Comparison(base, methods, CONFIG), tmp_path, faces,
+            on_phase=lambda phase, done, total: seen.append((done, total)),
+        )  # fmt: skip
+    assert seen == [(1, 3), (2, 3), (3, 3), (2, 2)]
+
+
+def test_folders_that_the_results_would_mix_with_are_refused(photo_folder, tmp_path, capsys):
+    shutil.copytree(photo_folder, photos := tmp_path / "anna")
+    options = ["--base", str(BASE_FILE), "--methods", "lora", "--output"]
+    assert main(["compare", str(photos), *options, str(photos)]) == 1
+    assert "is a folder of photos" in capsys.readouterr().err
+    photos = photos.rename(tmp_path / "compare")
+    assert main(["compare", str(photos), *options, str(tmp_path / "out")]) == 1
+    assert "one of the folders is called compare" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 class Stub:
