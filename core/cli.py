@@ -203,7 +203,8 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
 def run_demo(options: argparse.Namespace) -> None:
     from .demo import CONFIG, run
 
-    config = CONFIG if options.steps is None else dataclasses.replace(CONFIG, steps=options.steps)
+    steps = CONFIG.steps if options.steps is None else options.steps
+    config = dataclasses.replace(CONFIG, steps=steps, warmup_steps=max(0, min(CONFIG.warmup_steps, steps - 1)))
     with BarProgress() as bar:
         report = run(options.output, person=options.person, config=config, progress=bar)
     print(report.text)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .cli_common import unicode_text
-from .config import TrainConfig
+from .config import TrainConfig, known_settings
 from .errors import BadConfig, BadFile
 
 SCHEDULE = ("prediction_type", "zero_terminal_snr")
@@ -67,7 +67,10 @@ def _pattern_of(number: type) -> Callable[[str], tuple[str, Any]]:
 def settings_from(options: argparse.Namespace) -> dict[str, Any]:
     """The settings of a TOML file, overridden by the options given on the command line."""
     settings = read_toml(options.config) if options.config else {}
-    return {name.replace("-", "_"): value for name, value in settings.items()} | given_settings(options)
+    try:
+        return known_settings(settings) | given_settings(options)
+    except BadConfig as error:
+        raise BadConfig(f"{options.config}: {error}") from None
 
 
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:

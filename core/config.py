@@ -309,14 +309,21 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
 
 def config_from(settings: Mapping[str, Any]) -> TrainConfig:
     """A TrainConfig from plain settings (a TOML table, say); an unknown name is refused with the nearest known ones."""
+    return TrainConfig(**known_settings(settings))
+
+
+def known_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings under the names that TrainConfig has for them. BadConfig for one that it does not have, or has twice."""
     import difflib
 
     known = [item.name for item in dataclasses.fields(TrainConfig)]
-    cleaned = {}
+    cleaned: dict[str, Any] = {}
     for raw, value in settings.items():
         name = raw.replace("-", "_")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known
             raise BadConfig(f"unknown setting {raw!r}; did you mean {', '.join(near)}?")
+        if name in cleaned:
+            raise BadConfig(f"{name} is set twice, also as {name.replace('_', '-')}: leave one out")
         cleaned[name] = tuple(value) if isinstance(value, list) else value
-    return TrainConfig(**cleaned)
+    return cleaned

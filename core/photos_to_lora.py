@@ -19,7 +19,7 @@ from .device import device_and_dtype
 from .errors import BadConfig, BadFile, BadPhoto
 from .faces import FaceNetwork, load_faces
 from .families.clip import load_tokenizer
-from .files import check_writable, remove_leftovers
+from .files import check_writable, remove_leftovers, write_file
 from .generate import make_class_images, sample_shots, training_sampler
 from .likeness import LikenessWatch, hold_out
 from .lora_file import LoraFile, fit
@@ -69,6 +69,7 @@ def train(
     output = None if output is None else Path(output)
     if output is not None:
         check_output(output)
+        check_writable(state_path(output))
         _delete_leftovers(output)
         if not resume and not restart and state_path(output).exists():
             raise BadConfig(
@@ -79,6 +80,9 @@ def train(
         raise BadConfig("class_images and class_photos are both given; class images are either made or read")
     if not isinstance(base, Base):
         base = load_base(base, prediction_type=config.prediction_type, zero_terminal_snr=config.zero_terminal_snr)
+    for file in (base.file, base.vae_file):
+        if output is not None and output.exists() and file is not None and output.samefile(file.path):
+            raise BadFile(f"{output}: is the base model, which the LoRA would replace; choose another output")
     check_base_options(base, config)
     if continue_from is not None and not isinstance(continue_from, LoraFile):
         continue_from = LoraFile.read(continue_from)
@@ -163,10 +167,10 @@ def train(
         folder = output.with_name(f"{output.stem}-samples")
         try:
             folder.mkdir(exist_ok=True)
-            for index, image in enumerate(images):
-                image.save(folder / f"step{step:06d}-{index}.png")
         except OSError as error:
-            raise BadFile(f"{folder}: samples cannot be written: {error.strerror or error}") from None
+            raise BadFile(f"{folder}: samples cannot be written: {error.strerror}") from None
+        for index, image in enumerate(images):
+            write_file(folder / f"step{step:06d}-{index}.png", partial(image.save, format="PNG"))
 
     lora = train_lora(
         cache,

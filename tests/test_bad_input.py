@@ -215,7 +215,8 @@ CASES: dict[str, tuple[Callable[[Desk], None], str]] = {
     "no such device": (options("--device", "toaster"), "--device toaster: .*; there is .*cpu"),
     "device without a module": (options("--device", "privateuseone"), "--device privateuseone: "),
     "device without numbers": (options("--device", "meta"), "--device meta: "),
-    "unknown setting": (toml("learning_rat = 1e-4"), "unknown setting 'learning_rat'; did you mean learning_rate"),
+    "unknown setting": (toml("learning_rat = 1"), r"toml: unknown setting 'learning_rat'; did you mean learning_rate"),
+    "setting twice": (toml("min-snr-gamma = 1\nmin_snr_gamma = 2"), r"toml: min_snr_gamma is set twice, also as min-snr"),
     "wrong type": (toml('seed = "many"'), "seed = 'many': expected int"),
     "wrong choice": (toml('targets = "everything"'), "choose one of attention, transformer, transformer.conv"),
     "no TOML": (toml("steps = = 3"), r"settings\.toml: not a TOML file"),
@@ -272,6 +273,13 @@ def test_files_may_have_names_that_are_no_unicode_text(desk):
     assert main(desk.arguments()) == 0
     metadata = LoraFile.read(desk.output).metadata
     assert (metadata["ss_output_name"], metadata["ss_sd_model_name"]) == ("an?", "an?.safetensors")
+
+
+def test_the_base_model_is_not_written_over(desk, capsys):
+    desk.output = desk.base = Path(shutil.copy(desk.base, desk.folder / "base.safetensors"))
+    before = desk.base.read_bytes()
+    assert_refused(desk, capsys, "is the base model, which the LoRA would replace; choose another output")
+    assert desk.base.read_bytes() == before
 
 
 @contextmanager
