@@ -78,6 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
+    # Before each wrong usage argparse would list every setting.
+    parser.usage = "%(prog)s PHOTOS --base BASE --output FILE.safetensors [OPTIONS] (--help lists them)"
     parser.add_argument("photos", type=Path, metavar="PHOTOS", help="folder of photos (jpg, png, webp, heic, ...)")
     add_base(parser, required=True)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.safetensors", help="the LoRA to write")

@@ -13,6 +13,7 @@ from .errors import BadConfig
 
 
 def add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s PHOTOS [PHOTOS ...] --base BASE --output DIR [OPTIONS] (--help lists them)"
     parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTOS", help="a folder for each person")
     add_base(parser, required=True)
     parser.add_argument(
@@ -53,12 +54,15 @@ def run_compare(options: argparse.Namespace) -> None:
         raise BadConfig(
             f"--output {options.output}: is a folder of photos, to which pictures would be added; choose another"
         )
+    rates = dict(map(_rate, options.rate))
+    if len(rates) < len(options.rate):
+        raise BadConfig(f"--rate {' --rate '.join(options.rate)}: give each method one rate")
     settings = settings_from(options)
     comparison = Comparison(
         base_from(options, **schedule_from(settings)),
-        tuple(options.methods.split(",")),
+        tuple(name.strip() for name in options.methods.split(",")),
         config_from(settings),
-        dict(map(_rate, options.rate)),
+        rates,
         options.held_out,
         tuple(options.scene) or SETTINGS,
     )

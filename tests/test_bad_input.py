@@ -254,8 +254,16 @@ def test_a_bad_photo_among_good_ones_is_named_and_left_out(desk, capsys):
 def test_an_unknown_option_is_wrong_usage(desk, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([*desk.arguments(), "--learning-rte", "1"])
+    errors = capsys.readouterr().err
     assert exit_.value.code == 2
-    assert "unrecognized arguments: --learning-rte" in capsys.readouterr().err
+    assert "unrecognized arguments: --learning-rte" in errors and len(errors.splitlines()) == 2
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_wrong_usage_is_told_without_a_list_of_all_settings(capsys, command):
+    with pytest.raises(SystemExit):
+        main([command, "photos", "--schedule", "wavy"])
+    assert len(capsys.readouterr().err.splitlines()) == 2
 
 
 @pytest.mark.parametrize("option", ["--trigger", "--class-word", "--embedding-words", "--sample-prompt"])
