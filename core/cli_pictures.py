@@ -126,6 +126,10 @@ def run_generate(options: argparse.Namespace) -> None:
     given = {name: getattr(options, name) for name in ("keep", "face_pass", "face_denoise")}
     if options.reference is None and (wanting := [name for name, value in given.items() if value is not None]):
         raise BadConfig(f"--{wanting[0].replace('_', '-')} needs --reference PHOTOS, to measure likeness")
+    if options.reference is not None and options.reference.resolve() == options.output.resolve():
+        raise BadConfig(
+            f"--output {options.output}: is the folder of the --reference photos, to which pictures would be added"
+        )
     face_pass = FacePass(
         FacePass.below if options.face_pass is None else options.face_pass,
         FacePass.denoise if options.face_denoise is None else options.face_denoise,
