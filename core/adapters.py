@@ -52,7 +52,7 @@ class Adapter(ABC):
 
     def rate(self, name: str, config: TrainConfig) -> float:
         """The peak learning rate of a parameter."""
-        return config.learning_rate if name.startswith("denoiser.") else config.text_encoder_lr
+        return config.peak_rate if name.startswith("denoiser.") else config.text_encoder_lr
 
 
 Attach = Callable[[Mapping[str, nn.Module], FamilySpec, TrainConfig, LoraFile | None], Adapter]

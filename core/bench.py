@@ -40,6 +40,7 @@ from .config import Targets, TrainConfig
 from .device import device_and_dtype
 from .errors import BadConfig, BadFile
 from .families import FAMILIES
+from .files import write_file
 from .memory_plan import MemoryPlan
 from .memory_prediction import predicted_memory
 
@@ -341,13 +342,14 @@ def format_report(report: Mapping[str, Any]) -> str:
 
 
 def append_report(path: Path, report: Mapping[str, Any], command: str) -> None:
-    """Adds the report to a Markdown file, under a title and with the command that it came from."""
+    """Adds the report to a Markdown file, under a title and with the command that it came from. BadFile when it cannot."""
     title = f"{FAMILIES[report['family']].title}, {report['resolution']} px, {report['precision']}, {report['device']}"
+    text = f"\n### {title} ({report['date']})\n\n`{command}`\n\n{format_report(report)}\n"
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(f"\n### {title} ({report['date']})\n\n`{command}`\n\n{format_report(report)}\n")
+        before = path.read_bytes() if path.exists() else b""
     except OSError as error:
-        raise BadFile(f"{path}: cannot be written: {error.strerror}") from None
+        raise BadFile(f"{path}: cannot be read: {error.strerror}") from None
+    write_file(path, lambda file: file.write(before + text.encode("utf-8", "replace")))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -51,12 +51,12 @@ def read_state(path: Path, identity: Mapping[str, str]) -> RunState:
     except (KeyError, ValueError) as error:
         raise BadFile(f"{path}: not the state of a training run ({error})") from None
     if version != STATE_VERSION:
-        raise BadConfig(f"{path.name}: was saved by another version of this program; start without --resume")
+        raise BadConfig(f"{path.name}: was saved by another version of this program; begin anew with --restart")
     changed = [name for name in identity if saved.get(name) != identity[name]]
     if changed:
         raise BadConfig(
             f"{path.name}: belongs to a run with other {' and '.join(changed)}"
-            f"{_difference(saved, identity)}; use the same, or start without --resume"
+            f"{_difference(saved, identity)}; use the same, or begin anew with --restart"
         )
     # Read into memory: the file is replaced while the run goes on.
     return RunState(step, saved, {name: file[name].clone() for name in file}, scalars)

@@ -28,6 +28,7 @@ from .cli_pictures import PICTURE_COMMANDS
 from .cli_settings import add_settings, schedule_from, settings_from
 from .config import config_from
 from .errors import BadConfig, FaceLoraError
+from .methods import METHODS
 from .recipes import RECIPES, recipe_settings
 
 
@@ -77,6 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
+    # Before each wrong usage argparse would list every setting.
+    parser.usage = "%(prog)s PHOTOS --base BASE --output FILE.safetensors [OPTIONS] (--help lists them)"
     parser.add_argument("photos", type=Path, metavar="PHOTOS", help="folder of photos (jpg, png, webp, heic, ...)")
     add_base(parser, required=True)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.safetensors", help="the LoRA to write")
@@ -89,9 +92,11 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         "--recipe", choices=tuple(RECIPES),
         help="settings for little, usual or much time, which the file's and the options here win over",
     )  # fmt: skip
-    parser.add_argument(
+    unfinished = parser.add_mutually_exclusive_group()
+    unfinished.add_argument(
         "--resume", action="store_true", help="go on from the saved state of the same run if there is one"
     )
+    unfinished.add_argument("--restart", action="store_true", help="begin anew, whatever state is there")
     parser.add_argument(
         "--strict", action="store_true", help="fail on a photo that cannot be read, instead of skipping it"
     )
@@ -108,11 +113,9 @@ def run_train(options: argparse.Namespace) -> None:
     from .likeness import LIKENESS_KEY
     from .photos_to_lora import state_path, train
 
-    settings = settings_from(options)
-    base = base_from(options, **schedule_from(settings))
-    if options.recipe:
-        settings = recipe_settings(options.recipe, base.family.name, settings)
-    config = config_from(settings)
+    given = settings_from(options)
+    base = base_from(options, **schedule_from(given))
+    config = config_from(recipe_settings(options.recipe, base.family.name, given) if options.recipe else given)
     stop = _StopOnSignal()
     progress = JsonProgress() if options.json else BarProgress()
 
@@ -131,6 +134,8 @@ def run_train(options: argparse.Namespace) -> None:
         if stop.asked:
             raise Cancelled(f"stopped while {phase}; nothing is lost, start again")
 
+    if "learning_rate" in given and METHODS[config.method].makes == "embedding" and config.optimizer != "prodigy":
+        progress.warning(f"learning_rate is that of a denoiser; the vectors of {config.method} have embedding_lr")
     looks = config.hold_out or config.check_photos or config.face_crops or config.face_masks
     if options.face_network and not looks:
         raise BadConfig(
@@ -141,7 +146,7 @@ def run_train(options: argparse.Namespace) -> None:
         lora = train(
             options.photos, base, config, faces=faces,
             output=options.output, class_photos=options.class_photos, continue_from=options.continue_from,
-            resume=options.resume, strict=options.strict, device=device_from(options),
+            resume=options.resume, restart=options.restart, strict=options.strict, device=device_from(options),
             on_step=on_step, on_phase=on_phase, on_warning=progress.warning,
         )  # fmt: skip
     size = options.output.stat().st_size
@@ -200,7 +205,8 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
 def run_demo(options: argparse.Namespace) -> None:
     from .demo import CONFIG, run
 
-    config = CONFIG if options.steps is None else dataclasses.replace(CONFIG, steps=options.steps)
+    steps = CONFIG.steps if options.steps is None else options.steps
+    config = dataclasses.replace(CONFIG, steps=steps, warmup_steps=max(0, min(CONFIG.warmup_steps, steps - 1)))
     with BarProgress() as bar:
         report = run(options.output, person=options.person, config=config, progress=bar)
     print(report.text)
@@ -217,11 +223,14 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
 
 def run_bench(options: argparse.Namespace) -> None:
     from .bench import append_report, format_report, run
+    from .files import check_writable
 
-    report = run(options, device_from(options))
     if options.append:
-        append_report(options.append, report, shlex.join(["facelora", *sys.argv[1:]]))
+        check_writable(options.append)
+    report = run(options, device_from(options))
     print(json.dumps(report, indent=1) if options.json else format_report(report))
+    if options.append:  # last, so that nothing measured is lost where it fails
+        append_report(options.append, report, shlex.join(["facelora", *sys.argv[1:]]))
 
 
 def add_clear_cache(parser: argparse.ArgumentParser) -> None:

@@ -54,11 +54,23 @@ def device_from(options: argparse.Namespace):
 
     try:
         device = torch.device(options.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadConfig(f"--device {options.device}: {reason}") from None
+        torch.zeros(1, device=device).item()  # of "meta" there is nothing to read
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        raise BadConfig(
+            f"--device {options.device}: {reason}; there is {', '.join(name for name, here in available.items() if here)}"
+        ) from None
     return device
+
+
+def unicode_text(argument: str) -> str:
+    """An argument that is text. (Files' names may be any bytes, and so may what Python makes of the command line.)"""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{argument!r} is no UTF-8 text") from None
+    return argument
 
 
 def split_strength(text: str) -> tuple[str, float]:

@@ -6,13 +6,14 @@ import json
 import sys
 from pathlib import Path
 
-from .cli_common import BarProgress, Command, add_base, add_device, base_from, device_from
+from .cli_common import BarProgress, Command, add_base, add_device, base_from, device_from, unicode_text
 from .cli_settings import add_settings, schedule_from, settings_from
 from .config import config_from
 from .errors import BadConfig
 
 
 def add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s PHOTOS [PHOTOS ...] --base BASE --output DIR [OPTIONS] (--help lists them)"
     parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTOS", help="a folder for each person")
     add_base(parser, required=True)
     parser.add_argument(
@@ -25,7 +26,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
         help="learning rate of a method; default: the settings' times what suits the method; may be repeated",
     )  # fmt: skip
     parser.add_argument(
-        "--scene", action="append", default=[], metavar="TEXT",
+        "--scene", action="append", type=unicode_text, default=[], metavar="TEXT",
         help="what pictures are asked for beside the person, to measure adherence; give two or more (default: left, front and "
         "right view)",
     )  # fmt: skip
@@ -45,12 +46,23 @@ def run_compare(options: argparse.Namespace) -> None:
     names = [folder.resolve().name for folder in options.photos]
     if twice := [name for name in names if names.count(name) > 1]:
         raise BadConfig(f"two of the folders are called {twice[0]}; the people are told apart by the folders' names")
+    if (reserved := Path(REPORT).stem) in names:
+        raise BadConfig(
+            f"one of the folders is called {reserved}, as the report on all people is; give it another name"
+        )
+    if options.output.resolve() in (folder.resolve() for folder in options.photos):
+        raise BadConfig(
+            f"--output {options.output}: is a folder of photos, to which pictures would be added; choose another"
+        )
+    rates = dict(map(_rate, options.rate))
+    if len(rates) < len(options.rate):
+        raise BadConfig(f"--rate {' --rate '.join(options.rate)}: give each method one rate")
     settings = settings_from(options)
     comparison = Comparison(
         base_from(options, **schedule_from(settings)),
-        tuple(options.methods.split(",")),
+        tuple(name.strip() for name in options.methods.split(",")),
         config_from(settings),
-        dict(map(_rate, options.rate)),
+        rates,
         options.held_out,
         tuple(options.scene) or SETTINGS,
     )

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from .cli_common import Command, print_warning, split_strength
+from .cli_common import Command, print_warning, split_strength, unicode_text
 from .errors import BadConfig, one_line
 from .photos_to_lora import SAVE_DTYPES, check_output
 
@@ -187,8 +187,10 @@ def add_metadata(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="a LoRA, changed in place unless --output is given")
     parser.add_argument("--output", type=Path, metavar="FILE.safetensors", help="the file to write instead")
     for name in _EDITABLE:
-        parser.add_argument("--" + name.replace("_", "-"), metavar="TEXT", help='"" deletes it')
-    parser.add_argument("--tag", action="append", metavar="TEXT", help="may be repeated; replaces all tags")
+        parser.add_argument("--" + name.replace("_", "-"), type=unicode_text, metavar="TEXT", help='"" deletes it')
+    parser.add_argument(
+        "--tag", action="append", type=unicode_text, metavar="TEXT", help="may be repeated; replaces all tags"
+    )
     parser.add_argument("--thumbnail", type=Path, metavar="PICTURE", help="a small copy of it is put into the file")
     parser.add_argument(
         "--remove", action="append", default=[], metavar="KEY", help="a metadata key to remove; may be repeated"

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
 from .cli_common import (
     BarProgress,
     Command,
@@ -19,9 +22,15 @@ from .cli_common import (
     device_from,
     print_warning,
     split_strength,
+    unicode_text,
 )
 from .cli_settings import SCHEDULE, add_settings, given_settings
 from .errors import BadConfig, BadStylePack
+from .headshots import CONTACT_SHEET
+from .photos import Photo
+
+SHEET_KEY = "facelora.sheet"
+"""In a PNG file of `score`: it is a sheet of pictures, and none itself."""
 
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +40,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt",
         action="append",
+        type=unicode_text,
         default=[],
         help="may be repeated; default: the LoRA's trigger phrase; words have no weights: "
         "brackets, as in (word:1.3), are characters",
@@ -43,7 +53,10 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         "--style-folder", action="append", default=[], type=Path, metavar="DIR", help="your own style packs"
     )
     parser.add_argument(
-        "--subject", metavar="WORDS", help="the person in style prompts; default: the LoRA's trigger phrase"
+        "--subject",
+        type=unicode_text,
+        metavar="WORDS",
+        help="the person in style prompts; default: the LoRA's trigger phrase",
     )
     parser.add_argument(
         "--output",
@@ -72,6 +85,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--negative",
+        type=unicode_text,
         default="",
         help="what should not be in the pictures (FLUX.1-dev and the like take none, nor does --guidance 1)",
     )
@@ -119,6 +133,10 @@ def run_generate(options: argparse.Namespace) -> None:
     given = {name: getattr(options, name) for name in ("keep", "face_pass", "face_denoise")}
     if options.reference is None and (wanting := [name for name, value in given.items() if value is not None]):
         raise BadConfig(f"--{wanting[0].replace('_', '-')} needs --reference PHOTOS, to measure likeness")
+    if options.reference is not None and options.reference.resolve() == options.output.resolve():
+        raise BadConfig(
+            f"--output {options.output}: is the folder of the --reference photos, to which pictures would be added"
+        )
     face_pass = FacePass(
         FacePass.below if options.face_pass is None else options.face_pass,
         FacePass.denoise if options.face_denoise is None else options.face_denoise,
@@ -131,10 +149,10 @@ def run_generate(options: argparse.Namespace) -> None:
         jobs = style_jobs(options, base, loras, progress) if options.style_pack else prompt_jobs(options, base, loras)
         for line in unread_syntax([text for job in jobs for text in (job.prompt, job.negative)]):
             progress.warning(line)
-        reference = read_photos(options.reference, on_warning=progress.warning) if options.reference else []
+        photos = read_photos(options.reference, on_warning=progress.warning) if options.reference else None
         shots = make_headshots(
             base, loras, jobs, options.output, config,
-            reference=[photo.image() for photo in reference], face_pass=face_pass, keep=options.keep,
+            reference=None if photos is None else (photo.image() for photo in photos), face_pass=face_pass, keep=options.keep,
             device=device_from(options), on_progress=progress.phase,
         )  # fmt: skip
     if options.json:
@@ -266,13 +284,12 @@ def run_score(options: argparse.Namespace) -> None:
     from .faces import Reference, load_faces
     from .files import write_file
     from .generate import contact_sheet
-    from .headshots import CONTACT_SHEET
     from .likeness import Score
     from .photos import read_photos
 
-    images = [photo for photo in read_photos(options.images, on_warning=print_warning) if photo.name != CONTACT_SHEET]
+    images = [photo for photo in read_photos(options.images, on_warning=print_warning) if not _is_sheet(photo)]
     reference = read_photos(options.reference, on_warning=print_warning)
-    person = Reference([photo.image() for photo in reference], load_faces(options.face_network))
+    person = Reference((photo.image() for photo in reference), load_faces(options.face_network))
     found = person.compare(photo.image() for photo in images)
     scores = [Score.of(photo.name, *seen) for photo, seen in zip(images, found, strict=True)]
     order = sorted(
@@ -289,7 +306,18 @@ def run_score(options: argparse.Namespace) -> None:
             [(f"{6 * number + 1} to {6 * number + len(row)}", [image for image, _ in row]) for number, row in enumerate(rows)],
             tile=224, labels=[[label for _, label in row] for row in rows], title="likeness, the most alike first",
         )  # fmt: skip
-        write_file(options.sheet, lambda file: sheet.save(file, "PNG"))
+        marked = PngInfo()
+        marked.add_text(SHEET_KEY, "score")
+        write_file(options.sheet, lambda file: sheet.save(file, "PNG", pnginfo=marked))
+
+
+def _is_sheet(photo: Photo) -> bool:
+    """Whether it is one of our own sheets of pictures, which stands among them."""
+    if photo.name == CONTACT_SHEET:
+        return True
+    assert isinstance(photo.source, Path), "it is read from a folder"
+    with Image.open(photo.source) as image:
+        return SHEET_KEY in image.info
 
 
 def add_check(parser: argparse.ArgumentParser) -> None:

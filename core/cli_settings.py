@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from .config import TrainConfig
+from .cli_common import unicode_text
+from .config import TrainConfig, known_settings
 from .errors import BadConfig, BadFile
 
 SCHEDULE = ("prediction_type", "zero_terminal_snr")
@@ -38,13 +39,16 @@ def add_settings(group, only: Collection[str] | None = None) -> None:
             group.add_argument(*names, action="append", type=kind, metavar="REGEX=NUMBER", help=text, **common)
         elif get_origin(hint) is tuple:
             name = flag.removesuffix("s")
-            group.add_argument(name, action="append", metavar="TEXT", help=f"{text}; may be repeated", **common)
+            group.add_argument(
+                name, action="append", type=unicode_text, metavar="TEXT", help=f"{text}; may be repeated", **common
+            )
         else:
             kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
             if item.default is not None:
                 text = f"{text} (default: {item.default})"
             metavar = {int: "N", float: "X", str: "TEXT"}[kinds[0]]
-            group.add_argument(*names, type=kinds[0], metavar=metavar, help=text.replace("%", "%%"), **common)
+            kind = unicode_text if kinds[0] is str else kinds[0]
+            group.add_argument(*names, type=kind, metavar=metavar, help=text.replace("%", "%%"), **common)
 
 
 def _pattern_of(number: type) -> Callable[[str], tuple[str, Any]]:
@@ -63,7 +67,10 @@ def _pattern_of(number: type) -> Callable[[str], tuple[str, Any]]:
 def settings_from(options: argparse.Namespace) -> dict[str, Any]:
     """The settings of a TOML file, overridden by the options given on the command line."""
     settings = read_toml(options.config) if options.config else {}
-    return {name.replace("-", "_"): value for name, value in settings.items()} | given_settings(options)
+    try:
+        return known_settings(settings) | given_settings(options)
+    except BadConfig as error:
+        raise BadConfig(f"{options.config}: {error}") from None
 
 
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:

@@ -74,29 +74,42 @@ class Comparison:
     base: Base
     methods: tuple[str, ...]
     config: TrainConfig
-    """Of every method, but for `method` and `learning_rate`: this one's times the method's factor, unless `rates` has it."""
+    """Of every method, but for `method` and its learning rate."""
     rates: Mapping[str, float] = field(default_factory=dict)
+    """Method -> its learning rate (textual inversion: of its vectors); of others the settings' times the method's factor."""
     held_out: int = 2
     settings: tuple[str, ...] = SETTINGS
 
     def __post_init__(self) -> None:
         if unknown := [name for name in (*self.methods, *self.rates) if name not in METHODS]:
             raise BadConfig(f"method {unknown[0]!r}: choose of {', '.join(METHODS)}")
+        if twice := [name for name in self.methods if self.methods.count(name) > 1]:
+            raise BadConfig(f"method {twice[0]!r} is given twice: name each once")
+        if absent := [name for name in self.rates if name not in self.methods]:
+            raise BadConfig(f"rate of {absent[0]!r}: the methods are {', '.join(self.methods)}")
         if self.held_out < 1:
             raise BadConfig(f"held_out = {self.held_out}: likeness is measured to at least 1 photo that is held out")
         if len(self.settings) < 2:
             raise BadConfig(f"scenes {list(self.settings)}: to be told apart there must be two or more")
+        for method in self.methods:
+            self.config_of(method)  # refuses a wrong rate before the others are trained
 
     def config_of(self, method: str) -> TrainConfig:
-        rate = self.rates.get(method, self.config.learning_rate * METHODS[method].rate_factor)
-        return replace(self.config, method=method, learning_rate=rate)
+        config, rate = replace(self.config, method=method), self.rates.get(method)
+        finds_rate = config.optimizer == "prodigy"
+        if METHODS[method].makes == "embedding" and not finds_rate:
+            return config if rate is None else replace(config, embedding_lr=rate)
+        if rate is None and config.learning_rate is not None and not finds_rate:
+            rate = config.learning_rate * METHODS[method].rate_factor
+        return config if rate is None else replace(config, learning_rate=rate)
 
     @property
     def identity(self) -> dict[str, str]:
         """Equal when the numbers can stand in one table."""
         common = replace(self.config, method="lora")
         settings = {
-            **asdict(common), "rates": dict(self.rates), "held_out": self.held_out, "settings": self.settings,
+            **asdict(common), "learning_rate": common.peak_rate,
+            "rates": dict(self.rates), "held_out": self.held_out, "settings": self.settings,
         }  # fmt: skip
         return {"settings": json.dumps(settings, sort_keys=True), "base": self.base.identity}
 
@@ -133,7 +146,8 @@ def compare(
             write_file(output / f"{person}-{method}.png", lambda file, row=row: row.save(file, "PNG"))
             write_results(report, identity, list(found.values()))
             if on_phase:
-                on_phase("comparing", number * len(methods) + len(found), len(people) * len(methods))
+                done = number * len(methods) + len(found.keys() & set(methods))
+                on_phase("comparing", done, len(people) * len(methods))
         results += [found[method] for method in methods]
     write_results(output / REPORT, comparison.identity, results)
     plot = plot_results(results)
@@ -200,7 +214,8 @@ class Judge:
 
         used_before = peak_memory(lambda: None, self.device) or 0
         used = peak_memory(
-            lambda: train(self.training, base, config, output=path, device=self.device, on_step=on_step), self.device
+            lambda: train(self.training, base, config, output=path, restart=True, device=self.device, on_step=on_step),
+            self.device,
         )
         # From the first step's end to the last's: the first one also warms up.
         seconds = (marks[-1] - marks[0]) * len(marks) / max(1, len(marks) - 1)
@@ -209,7 +224,7 @@ class Judge:
         pictures = self._pictures(trained, [(file, 1.0)] if file else [])
         return (
             Result(
-                person, method, config.learning_rate, len(marks), seconds=round(seconds, 1),
+                person, method, config.peak_rate, len(marks), seconds=round(seconds, 1),
                 file_bytes=path.stat().st_size, memory=max(0, (used or 0) - used_before), **self._measured(pictures),
             ),
             pictures[0],

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     MethodName = str
 else:
     MethodName = Literal[METHOD_NAMES]
+LORA_RATE = 1e-4
+"""Peak learning rate of a LoRA that is told none."""
 
 
 def option(default: Any, text: str) -> Any:
@@ -53,7 +55,7 @@ class TrainConfig:
     )
     embedding_vectors: int = option(2, "textual inversion and pivotal tuning: vectors of the trigger word per encoder")
     embedding_words: str | None = option(None, "words whose vectors they start from; default: the class word")
-    embedding_lr: float = option(5e-3, "peak learning rate of the vectors")
+    embedding_lr: float = option(5e-3, "peak learning rate of the vectors; with prodigy: that of the rest")
     lokr_factor: int = option(-1, "size of LoKr's small matrix, where it divides a layer's; -1: near the square root")
     lora_plus_ratio: float = option(1.0, "learning rate of B over that of A (LoRA+, arXiv:2402.12354)")
 
@@ -68,7 +70,10 @@ class TrainConfig:
     flip: bool = option(False, "also train on mirrored photos (faces are asymmetric: costs likeness)")
 
     optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy"] = option("adamw", "optimizer")
-    learning_rate: float = option(1e-4, "peak learning rate of the denoiser's adapter (prodigy: 1.0)")
+    learning_rate: float | None = option(
+        None,
+        "peak learning rate of what is trained on the denoiser; default: 1e-4 times what suits the method; prodigy: 1.0",
+    )
     text_encoder_lr: float = option(0.0, "learning rate of the text encoders' adapter; 0: not trained")
     weight_decay: float = option(0.01, "decoupled weight decay")
     schedule: Literal["constant", "linear", "cosine"] = option("constant", "learning rate over the run")
@@ -156,13 +161,17 @@ class TrainConfig:
             raise BadConfig("debiased and min_snr_gamma are both set; they weight the same loss: choose one")
         if self.optimizer == "prodigy":
             # Prodigy multiplies the rate that it finds by this one, the same for every group of parameters.
-            if self.learning_rate < 0.1:
+            rate = self.peak_rate
+            if rate < 0.1:
                 raise BadConfig(
-                    f"learning_rate = {self.learning_rate}: prodigy finds the rate by itself; set it to 1.0"
+                    f"learning_rate = {rate}: prodigy finds the rate by itself; leave it out, or set it to 1.0"
                 )
-            if self.text_encoder_lr not in (0, self.learning_rate) or self.lora_plus_ratio != 1:
-                raise BadConfig("prodigy has one rate for all: text_encoder_lr must be 0 or equal to learning_rate, and "
-                                "lora_plus_ratio 1")  # fmt: skip
+            others = {self.text_encoder_lr, self.embedding_lr} - {0, type(self).embedding_lr, rate}
+            if others or self.lora_plus_ratio != 1:
+                raise BadConfig(
+                    f"prodigy has one rate for all, here {rate:g}: leave out text_encoder_lr, embedding_lr and "
+                    "lora_plus_ratio, or set the first two to it"
+                )
         if not self.sample_every and (self.sample_prompts or self.thumbnail or self.hold_out):
             raise BadConfig("sample_prompts, thumbnail and hold_out need samples: set sample_every")
         if self.thumbnail and self.sample_every > self.steps:
@@ -183,6 +192,23 @@ class TrainConfig:
                     raise BadConfig(f"{name}: {pattern!r} is no regular expression ({error})") from error
                 if value < low:
                     raise BadConfig(f"{name}: {pattern} = {value} must be at least {low}")
+
+    @property
+    def peak_rate(self) -> float:
+        """The peak learning rate: the set one, else what suits the method. Textual inversion's is that of its vectors."""
+        from .methods import METHODS  # which are made for these settings
+
+        method = METHODS[self.method]
+        if self.optimizer == "prodigy":
+            return 1.0 if self.learning_rate is None else self.learning_rate
+        if method.makes == "embedding":
+            return self.embedding_lr
+        return float(f"{LORA_RATE * method.rate_factor:.1e}") if self.learning_rate is None else self.learning_rate
+
+    @property
+    def embedding_rate(self) -> float:
+        """The peak learning rate of the vectors of a word."""
+        return self.peak_rate if self.optimizer == "prodigy" else self.embedding_lr
 
     def alpha_for(self, rank: int) -> float:
         """The alpha of a module of that rank: the set one, else the rank itself."""
@@ -209,7 +235,8 @@ def settings_of_the_steps(config: TrainConfig, measured: bool) -> dict[str, Any]
 
 
 def _settings_without(config: TrainConfig, names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: value for name, value in dataclasses.asdict(config).items() if name not in names}
+    settings = {**dataclasses.asdict(config), "learning_rate": config.peak_rate}
+    return {name: value for name, value in settings.items() if name not in names}
 
 
 _RANGES: tuple[tuple[str, float, float], ...] = (
@@ -282,14 +309,21 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
 
 def config_from(settings: Mapping[str, Any]) -> TrainConfig:
     """A TrainConfig from plain settings (a TOML table, say); an unknown name is refused with the nearest known ones."""
+    return TrainConfig(**known_settings(settings))
+
+
+def known_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings under the names that TrainConfig has for them. BadConfig for one that it does not have, or has twice."""
     import difflib
 
     known = [item.name for item in dataclasses.fields(TrainConfig)]
-    cleaned = {}
+    cleaned: dict[str, Any] = {}
     for raw, value in settings.items():
         name = raw.replace("-", "_")
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known
             raise BadConfig(f"unknown setting {raw!r}; did you mean {', '.join(near)}?")
+        if name in cleaned:
+            raise BadConfig(f"{name} is set twice, also as {name.replace('_', '-')}: leave one out")
         cleaned[name] = tuple(value) if isinstance(value, list) else value
-    return TrainConfig(**cleaned)
+    return cleaned

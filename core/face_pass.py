@@ -4,14 +4,12 @@ The face is cut out with what is around it, enlarged, drawn again lightly, and b
 that works on latents of eight pixels has little more than ten of them for a face of a hundred.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
 
 from PIL import Image, ImageDraw, ImageFilter
 
 from .errors import BadConfig
-from .faces import Face, FaceNetwork
+from .faces import Face, Reference
 from .style_pack import picture_size
 
 FACE_SHARES = (0.4, 0.85)
@@ -54,11 +52,9 @@ class CutOut:
     """In the picture."""
 
 
-def face_share(network: FaceNetwork, photos: Sequence[Image.Image]) -> float:
+def face_share(person: Reference) -> float:
     """How much of its cut-out a face should fill: as much as on the person's photos, which is how the LoRA knows it."""
-    found = [(photo, faces[0]) for photo in photos if (faces := network.detect(photo))]
-    share = median(face.size / (photo.width * photo.height) ** 0.5 for photo, face in found)
-    return min(max(share, FACE_SHARES[0]), FACE_SHARES[1])
+    return min(max(person.share, FACE_SHARES[0]), FACE_SHARES[1])
 
 
 def cut_out(picture: Image.Image, face: Face, share: float, resolution: int, size_multiple: int) -> CutOut | None:

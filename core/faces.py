@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -130,13 +131,23 @@ def mean_face(embeddings: np.ndarray) -> np.ndarray | None:
 class Reference:
     """A person's face, the mean of those on photos, that pictures are compared with."""
 
-    def __init__(self, photos: Sequence[Image.Image], network: FaceNetwork | None = None):
-        """The network is the default one if None is given. BadPhoto when no photo shows a face."""
+    def __init__(self, photos: Iterable[Image.Image], network: FaceNetwork | None = None):
+        """The network is the default one if None is given. BadPhoto when no photo shows a face.
+
+        No photo is kept, so that an iterator over them needs only one at a time in memory.
+        """
         self.network: FaceNetwork = network or load_faces()
-        face = mean_face(embed_one_by_one(self.network, photos))
+        vectors, shares, count = [], [], 0
+        for count, photo in enumerate(photos, start=1):  # noqa: B007, it is told when there is no face
+            if faces := self.network.detect(photo):
+                vectors.append(self.network.embed([photo], faces[:1]))
+                shares.append(faces[0].size / (photo.width * photo.height) ** 0.5)
+        face = mean_face(np.concatenate(vectors)) if vectors else None
         if face is None:
-            raise BadPhoto(f"no face was found in the {len(photos)} photos to compare with")
+            raise BadPhoto(f"no face was found in the {count} photos to compare with")
         self._face = face
+        self.share = median(shares)
+        """How much of a photo the face fills (both sizes: square root of the area)."""
 
     def likeness(self, images: Iterable[Image.Image]) -> list[float | None]:
         """The cosine of each picture's largest face to the person's; None where a picture shows no face."""

@@ -31,6 +31,18 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     write_file(path, lambda file: file.write(text.encode()))
 
 
+def check_writable(path: Path) -> None:
+    """BadFile, before hours are spent, when `write_file` cannot write a file of that name."""
+    if path.is_dir():
+        raise BadFile(f"{path}: is a folder; give the name of a file in it")
+    probe = path.with_name(f".{path.name}.probe")
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise BadFile(f"{path}: cannot be written there: {error.strerror}") from None
+
+
 def remove_leftovers(folder: Path, name: str) -> None:
     """Deletes what `write_file` was writing under that name (a glob pattern) when its process was killed."""
     for leftover in folder.glob(f".{name}.????????.tmp"):

@@ -278,7 +278,8 @@ def parameters_text(base: Base, loras: Sequence[tuple[LoraFile, float]], job: Jo
         f"Negative prompt: {_texts(job, base)[1]}",
         ", ".join(f"{name}: {value}" for name, value in settings.items()),
     ]
-    return "\n".join(lines)
+    # What files are called need not be Unicode text.
+    return "\n".join(lines).encode("utf-8", "replace").decode()
 
 
 def _embedding_hash(lora: LoraFile) -> str:

@@ -5,7 +5,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def make_headshots(
     folder: Path,
     config: GenerateConfig | None = None,
     *,
-    reference: Sequence[Image.Image] = (),
+    reference: Iterable[Image.Image] | None = None,
     face_pass: FacePass | None = None,
     keep: int | None = None,
     device: torch.device | None = None,
@@ -89,11 +89,11 @@ def make_headshots(
     written, BadPhoto when no reference photo shows a face, BadConfig when two jobs are the same.
     """
     config, face_pass = config or GenerateConfig(), face_pass or FacePass()
-    if keep is not None and not reference:
+    if keep is not None and reference is None:
         raise BadConfig("keep needs photos of the person to compare with")
     if keep is not None and keep < 1:
         raise BadConfig(f"keep = {keep}: must be at least 1")
-    person = Reference(reference) if reference else None
+    person = None if reference is None else Reference(reference)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -109,7 +109,7 @@ def make_headshots(
     remove_leftovers(folder, "*.png")
     batch.draw_missing(paths, face_pass)
     if person and face_pass.below:
-        batch.improve_faces(paths, face_pass, person, face_share(person.network, reference))
+        batch.improve_faces(paths, face_pass, person, face_share(person))
     shots = [Headshot(path, job, face_pass=_face_outcome(path)) for job, path in paths.items()]
     if person:
         shots = ranked(shots, person, -(-len(shots) // 4) if keep is None else keep)

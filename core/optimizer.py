@@ -8,7 +8,7 @@ from torch import nn
 
 from .adapters import Adapter
 from .config import TrainConfig
-from .errors import BadConfig, MissingPackage
+from .errors import MissingPackage
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
@@ -26,17 +26,11 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
 def build_optimizer(adapter: Adapter, config: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer, with B's learning rate raised by the LoRA+ ratio and the text encoders' their own.
 
-    `peak` in each group is the rate that the schedule scales. MissingPackage names what to install; BadConfig for vectors
-    whose rate prodigy cannot have beside that of the rest.
+    `peak` in each group is the rate that the schedule scales. MissingPackage names what to install.
     """
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in adapter.parameters().items():
         groups.setdefault(adapter.rate(name, config), []).append(parameter)
-    if config.optimizer == "prodigy" and groups.keys() != {config.learning_rate}:
-        others = ", ".join(f"{rate:g}" for rate in groups if rate != config.learning_rate)
-        raise BadConfig(
-            f"prodigy has one rate for all, here {config.learning_rate:g}: set embedding_lr to it, which is {others}"
-        )
     described = [{"params": parameters, "lr": rate, "peak": rate} for rate, parameters in groups.items()]
     decay = config.weight_decay
     if config.optimizer == "adamw":

@@ -19,7 +19,7 @@ from .device import device_and_dtype
 from .errors import BadConfig, BadFile, BadPhoto
 from .faces import FaceNetwork, load_faces
 from .families.clip import load_tokenizer
-from .files import remove_leftovers
+from .files import check_writable, remove_leftovers, write_file
 from .generate import make_class_images, sample_shots, training_sampler
 from .likeness import LikenessWatch, hold_out
 from .lora_file import LoraFile, fit
@@ -45,6 +45,7 @@ def train(
     held_out: Sequence[Photo] = (),
     faces: FaceNetwork | None = None,
     resume: bool = False,
+    restart: bool = False,
     strict: bool = False,
     device: torch.device | None = None,
     on_step: OnStep | None = None,
@@ -56,8 +57,9 @@ def train(
     """The trained LoRA; also written to `output` (a `.safetensors` path) when one is given.
 
     `photos` is a folder, or photos already read; `class_photos` likewise, for prior preservation. With `output`, the state
-    from which `resume=True` goes on is kept beside it until the run is done, every `save_every` steps a numbered LoRA is
-    written beside it, and samples go into the folder `<name>-samples` (unless `on_sample` takes them).
+    from which `resume=True` goes on is kept beside it until the run is done (where one is left, only `restart=True` begins
+    anew), every `save_every` steps a numbered LoRA is written beside it, and samples go into the folder `<name>-samples`
+    (unless `on_sample` takes them).
     Likeness is measured to the `held_out` photos, or to `config.hold_out` of `photos`, by `faces` (default: YuNet, SFace);
     what was measured is in the metadata under `core.likeness.LIKENESS_KEY`.
     Every callback may raise to cancel; `check_cancelled` is called many times a step. `on_step` raises StopAndKeep to end
@@ -67,11 +69,20 @@ def train(
     output = None if output is None else Path(output)
     if output is not None:
         check_output(output)
+        check_writable(state_path(output))
         _delete_leftovers(output)
+        if not resume and not restart and state_path(output).exists():
+            raise BadConfig(
+                f"{state_path(output)}: is the state of an unfinished run, which a new one would replace; go on with "
+                "--resume, begin anew with --restart, or choose another output"
+            )
     if config.class_images and class_photos is not None:
         raise BadConfig("class_images and class_photos are both given; class images are either made or read")
     if not isinstance(base, Base):
         base = load_base(base, prediction_type=config.prediction_type, zero_terminal_snr=config.zero_terminal_snr)
+    for file in (base.file, base.vae_file):
+        if output is not None and output.exists() and file is not None and output.samefile(file.path):
+            raise BadFile(f"{output}: is the base model, which the LoRA would replace; choose another output")
     check_base_options(base, config)
     if continue_from is not None and not isinstance(continue_from, LoraFile):
         continue_from = LoraFile.read(continue_from)
@@ -156,10 +167,10 @@ def train(
         folder = output.with_name(f"{output.stem}-samples")
         try:
             folder.mkdir(exist_ok=True)
-            for index, image in enumerate(images):
-                image.save(folder / f"step{step:06d}-{index}.png")
         except OSError as error:
-            raise BadFile(f"{folder}: samples cannot be written: {error.strerror or error}") from None
+            raise BadFile(f"{folder}: samples cannot be written: {error.strerror}") from None
+        for index, image in enumerate(images):
+            write_file(folder / f"step{step:06d}-{index}.png", partial(image.save, format="PNG"))
 
     lora = train_lora(
         cache,
@@ -191,17 +202,10 @@ def state_path(output: Path) -> Path:
 
 
 def check_output(path: Path) -> None:
-    """BadFile, before hours are spent, when a file cannot be written there."""
+    """BadFile, before hours are spent, when no LoRA can be written there."""
     if path.suffix != ".safetensors":
         raise BadFile(f"{path}: the output's name must end in .safetensors")
-    if path.is_dir():
-        raise BadFile(f"{path}: is a folder; give the name of a file in it")
-    probe = path.with_name(f".{path.name}.probe")
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise BadFile(f"{path}: cannot be written there: {error.strerror}") from None
+    check_writable(path)
 
 
 def _delete_leftovers(output: Path) -> None:

@@ -89,7 +89,7 @@ def recipe_settings(name: str, family: str, given: Mapping[str, Any] | None = No
         "batch_size": checked.batch_size,
         "rank": recipe.rank,
         # Two digits are enough. Prodigy finds the rate by itself.
-        "learning_rate": 1.0 if given.get("optimizer") == "prodigy" else float(f"{rate:.1e}"),
+        "learning_rate": None if given.get("optimizer") == "prodigy" else float(f"{rate:.1e}"),
         **(recipe.settings or {}),
         **given,
     }

@@ -293,7 +293,7 @@ class Run:
         )
         raise TrainingDiverged(
             f"the training became NaN or infinite in step {step + 1} on {', '.join(names)} at learning rate "
-            f"{self.config.learning_rate * learning_rate_factor(step, self.config):g}; {advice}"
+            f"{self.config.peak_rate * learning_rate_factor(step, self.config):g}; {advice}"
         )
 
     def trained(self) -> Mapping[str, Tensor]:

@@ -363,7 +363,8 @@ def header_bytes(layout: Layout, metadata: Mapping[str, str] | None) -> bytes:
 
 def _pack_header(entries: Mapping[str, object], metadata: Mapping[str, str] | None) -> bytes:
     head = {"__metadata__": {key: metadata[key] for key in sorted(metadata)}} if metadata else {}
-    text = json.dumps({**head, **entries}, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    # Metadata names files, and what those are called need not be Unicode text.
+    text = json.dumps({**head, **entries}, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 

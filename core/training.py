@@ -153,7 +153,7 @@ def train_lora(
             selection.add(selection.watch.measure(run.step, images, merged), values)
 
         def save_state() -> None:
-            if state_path is not None:
+            if state_path is not None and run.step:
                 run.check_finite()
                 pictures = {"thumbnail": torch.from_numpy(np.array(thumbnail))} if thumbnail else {}
                 run.state(identity, selection, pictures).save(state_path)

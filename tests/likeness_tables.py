@@ -147,7 +147,15 @@ def measure(name: str, person: Person, prior: str) -> Record:
     class_before, judgements = draw(of_class, None), []
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "lora.safetensors"
-        train(photos(person.training), base, config, held_out=photos(person.held_out), output=output, on_step=on_step)
+        train(
+            photos(person.training),
+            base,
+            config,
+            held_out=photos(person.held_out),
+            output=output,
+            restart=True,
+            on_step=on_step,
+        )
         for path in [*sorted(output.parent.glob("lora-step*")), output]:
             lora = LoraFile.read(path)
             of_person, class_after = draw(subject, lora), draw(of_class, lora)

@@ -53,7 +53,7 @@ def train_style(output: Path) -> LoraFile:
         photos = [
             Photo.from_image(as_cameo(person_photos(person)[0]), f"{person}.png", STYLE_PROMPT) for person in people
         ]
-        train(photos, BASE_FILE, CONFIG, output=output)
+        train(photos, BASE_FILE, CONFIG, output=output, restart=True)
     return LoraFile.read(output)
 
 

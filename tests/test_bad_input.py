@@ -203,7 +203,7 @@ CASES: dict[str, tuple[Callable[[Desk], None], str]] = {
     "two weightings": (options("--debiased", "--min-snr-gamma", "3"), "choose one"),
     "timesteps crossed": (options("--timestep-min", "800", "--timestep-max", "200"), "800 is above timestep_max = 200"),
     "all warm-up": (options("--warmup-steps", "5"), "leaves nothing of 1 steps"),
-    "prodigy's rate": (options("--optimizer", "prodigy"), "prodigy finds the rate by itself; set it to 1.0"),
+    "prodigy's rate": (options("--optimizer", "prodigy", "--learning-rate", "1e-4"), "finds the rate by itself; leave it"),
     "prodigy's groups": (
         options("--optimizer", "prodigy", "--learning-rate", "1", "--text-encoder-lr", "0.5"), "one rate for all"
     ),
@@ -212,8 +212,11 @@ CASES: dict[str, tuple[Callable[[Desk], None], str]] = {
     "resolution too low": (options("--resolution", "12"), "resolution = 12: must be between 16 and 8192"),
     "bad pattern": (options("--rank-pattern", "(=4"), "no regular expression"),
     "rank 0 by pattern": (options("--rank-pattern", "attn=0"), "rank_pattern: attn = 0 must be at least 1"),
-    "no such device": (options("--device", "toaster"), "--device toaster"),
-    "unknown setting": (toml("learning_rat = 1e-4"), "unknown setting 'learning_rat'; did you mean learning_rate"),
+    "no such device": (options("--device", "toaster"), "--device toaster: .*; there is .*cpu"),
+    "device without a module": (options("--device", "privateuseone"), "--device privateuseone: "),
+    "device without numbers": (options("--device", "meta"), "--device meta: "),
+    "unknown setting": (toml("learning_rat = 1"), r"toml: unknown setting 'learning_rat'; did you mean learning_rate"),
+    "setting twice": (toml("min-snr-gamma = 1\nmin_snr_gamma = 2"), r"toml: min_snr_gamma is set twice, also as min-snr"),
     "wrong type": (toml('seed = "many"'), "seed = 'many': expected int"),
     "wrong choice": (toml('targets = "everything"'), "choose one of attention, transformer, transformer.conv"),
     "no TOML": (toml("steps = = 3"), r"settings\.toml: not a TOML file"),
@@ -251,8 +254,40 @@ def test_a_bad_photo_among_good_ones_is_named_and_left_out(desk, capsys):
 def test_an_unknown_option_is_wrong_usage(desk, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([*desk.arguments(), "--learning-rte", "1"])
+    errors = capsys.readouterr().err
     assert exit_.value.code == 2
-    assert "unrecognized arguments: --learning-rte" in capsys.readouterr().err
+    assert "unrecognized arguments: --learning-rte" in errors and len(errors.splitlines()) == 2
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_wrong_usage_is_told_without_a_list_of_all_settings(capsys, command):
+    with pytest.raises(SystemExit):
+        main([command, "photos", "--schedule", "wavy"])
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+@pytest.mark.parametrize("option", ["--trigger", "--class-word", "--embedding-words", "--sample-prompt"])
+def test_words_that_are_no_unicode_text_are_wrong_usage(desk, capsys, option):
+    with pytest.raises(SystemExit) as exit_:
+        main([*desk.arguments(), option, os.fsdecode(b"sk\xff")])
+    assert exit_.value.code == 2
+    assert r"'sk\udcff' is no UTF-8 text" in capsys.readouterr().err
+
+
+def test_files_may_have_names_that_are_no_unicode_text(desk):
+    name = os.fsdecode(b"an\xff")
+    desk.output = desk.output.with_name(f"{name}.safetensors")
+    desk.base = Path(shutil.copy(desk.base, desk.folder / f"{name}.safetensors"))
+    assert main(desk.arguments()) == 0
+    metadata = LoraFile.read(desk.output).metadata
+    assert (metadata["ss_output_name"], metadata["ss_sd_model_name"]) == ("an?", "an?.safetensors")
+
+
+def test_the_base_model_is_not_written_over(desk, capsys):
+    desk.output = desk.base = Path(shutil.copy(desk.base, desk.folder / "base.safetensors"))
+    before = desk.base.read_bytes()
+    assert_refused(desk, capsys, "is the base model, which the LoRA would replace; choose another output")
+    assert desk.base.read_bytes() == before
 
 
 @contextmanager
@@ -291,6 +326,20 @@ def test_when_the_lora_cannot_be_saved_the_state_is_still_there(desk, capsys, mo
     assert [path.name for path in (desk.folder / "results").iterdir()] == ["face.state.safetensors"]
     assert main([*desk.arguments(), "--resume"]) == 0
     assert [path.name for path in (desk.folder / "results").iterdir()] == ["face.safetensors"]
+
+
+def test_a_new_run_does_not_replace_the_state_of_an_unfinished_one_unless_told(desk, capsys):
+    state = desk.output.with_name("face.state.safetensors")
+    state.write_bytes(b"hours of work")
+    assert main(desk.arguments()) == 1
+    assert capsys.readouterr().err == (
+        f"facelora: {state}: is the state of an unfinished run, which a new one would replace; go on with --resume, begin "
+        "anew with --restart, or choose another output\n"
+    )
+    assert [path.name for path in (desk.folder / "results").iterdir()] == [state.name]
+    assert state.read_bytes() == b"hours of work"
+    assert main([*desk.arguments(), "--restart"]) == 0
+    assert [path.name for path in (desk.folder / "results").iterdir()] == [desk.output.name]
 
 
 def test_what_a_killed_run_left_half_written_is_cleared_away(desk):

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from core import bench, bench_loops
+from core.cli import main
 from core.config import TrainConfig
-from core.errors import BadConfig
+from core.errors import BadConfig, BadFile
 from core.families import FAMILIES
 
 CPU = torch.device("cpu")
@@ -196,6 +197,24 @@ def test_a_report_is_added_to_a_file_with_its_command(report, tmp_path):
     text = file.read_text()
     assert text.startswith("# Benchmarks\n\n### Stable Diffusion 1.x, 64 px, fp32, cpu")
     assert "`facelora bench --channels 64`" in text and text.endswith(bench.format_report(report) + "\n")
+
+
+def test_a_report_that_cannot_be_added_is_refused_before_and_shown_all_the_same_after(
+    report, tmp_path, monkeypatch, capsys
+):
+    measured = []
+    monkeypatch.setattr(bench, "run", lambda *_: measured.append(1) or report)
+    assert main(["bench", "--append", str(tmp_path)]) == 1 and "is a folder" in capsys.readouterr().err
+    assert main(["bench", "--append", str(tmp_path / "none" / "a.md")]) == 1 and not measured
+
+    def no_room(path, write):
+        raise BadFile(f"{path}: cannot be written: No space left on device")
+
+    monkeypatch.setattr(bench, "write_file", no_room)
+    capsys.readouterr()
+    assert main(["bench", "--append", str(tmp_path / "a.md")]) == 1
+    shown = capsys.readouterr()
+    assert bench.format_report(report) in shown.out and "No space left" in shown.err
 
 
 def test_the_predicted_memory_is_less_than_what_the_process_takes_with_all_its_libraries(report):

@@ -1,6 +1,7 @@
 """Comparing methods: what is measured, kept, shown; one slow run over the demo's base."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -49,6 +50,15 @@ def test_the_learning_rate_is_the_settings_times_the_methods_factor_unless_one_i
     comparison = Comparison(base, ("lora", "dreambooth", "oft"), CONFIG, {"oft": 0.5})
     rates = {method: comparison.config_of(method).learning_rate for method in comparison.methods}
     assert rates == {"lora": 1e-3, "dreambooth": pytest.approx(1e-4), "oft": 0.5}
+    plain = Comparison(base, ("lora", "dreambooth"), TrainConfig())
+    assert [plain.config_of(method).peak_rate for method in plain.methods] == [1e-4, 1e-5]
+    assert plain.identity == replace(plain, config=TrainConfig(learning_rate=1e-4)).identity
+
+
+def test_the_rate_of_textual_inversion_is_that_of_its_vectors(base):
+    comparison = Comparison(base, ("lora", "textual-inversion"), CONFIG, {"textual-inversion": 0.02})
+    assert comparison.config_of("textual-inversion").peak_rate == 0.02
+    assert replace(comparison, rates={}).config_of("textual-inversion").peak_rate == TrainConfig.embedding_lr
 
 
 def test_results_of_other_settings_are_not_taken_for_known(base, tmp_path):
@@ -71,6 +81,31 @@ def test_results_of_other_photos_in_a_folder_of_the_same_name_are_not_taken_for_
     for given, judges in ((photos, 1), (photos, 1), (others, 2), (photos[:5], 3)):
         compare({"anna": given}, comparison, tmp_path, faces)
         assert len(judged) == judges
+
+
+def test_progress_counts_the_methods_of_this_comparison_alone(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("core.compare.Judge", lambda *_: Stub())
+    photos = [Photo.from_image(image, f"{index}.png") for index, image in enumerate(person_photos(35)[:6])]
+    seen, faces = [], load_faces()
+    for methods in (("lora", "dora"), ("oft",)):
+        compare(
+            {"anna": photos}, Comparison(base, methods, CONFIG), tmp_path, faces,
+            on_phase=lambda phase, done, total: seen.append((done, total)),
+        )  # fmt: skip
+    assert seen == [(1, 3), (2, 3), (3, 3), (2, 2)]
+
+
+def test_folders_that_the_results_would_mix_with_are_refused(photo_folder, tmp_path, capsys):
+    shutil.copytree(photo_folder, photos := tmp_path / "anna")
+    options = ["--base", str(BASE_FILE), "--methods", "lora", "--output"]
+    assert main(["compare", str(photos), *options, str(photos)]) == 1
+    assert "is a folder of photos" in capsys.readouterr().err
+    assert main(["compare", str(photos), *options, str(tmp_path / "out"), "--rate", "lora=1", "--rate", "lora=2"]) == 1
+    assert "give each method one rate" in capsys.readouterr().err
+    photos = photos.rename(tmp_path / "compare")
+    assert main(["compare", str(photos), *options, str(tmp_path / "out")]) == 1
+    assert "one of the folders is called compare" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 class Stub:
@@ -111,6 +146,12 @@ def test_what_cannot_be_measured_is_refused(base):
         Comparison(base, ("lora",), CONFIG, held_out=0)
     with pytest.raises(BadConfig, match=r"scenes \['left'\]: "):
         Comparison(base, ("lora",), CONFIG, settings=("left",))
+    with pytest.raises(BadConfig, match="method 'lora' is given twice"):
+        Comparison(base, ("lora", "dora", "lora"), CONFIG)
+    with pytest.raises(BadConfig, match="rate of 'oft': the methods are lora"):
+        Comparison(base, ("lora",), CONFIG, {"oft": 1e-3})
+    with pytest.raises(BadConfig, match="learning_rate = -1"):
+        Comparison(base, ("lora", "oft"), CONFIG, {"oft": -1.0})
 
 
 @pytest.mark.slow

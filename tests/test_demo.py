@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
 from core import LoraFile, load_base
 from core.cli import main
-from core.demo import BASE_FILE
+from core.demo import BASE_FILE, CONFIG
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +20,16 @@ def base():
 def test_the_embedded_base_is_small_enough_and_reads_as_stable_diffusion_1(base) -> None:
     assert BASE_FILE.stat().st_size <= 16_000_000
     assert (base.family.name, base.size_multiple, base.resolution) == ("sd15", 8, 72)
+
+
+def test_the_demo_takes_fewer_steps_than_its_own_warm_up(tmp_path: Path, monkeypatch, capsys) -> None:
+    configs = []
+    monkeypatch.setattr(
+        "core.demo.run", lambda *_, config, **__: configs.append(config) or SimpleNamespace(text="done")
+    )
+    for steps in ("1", "40"):
+        assert main(["demo", "--output", str(tmp_path), "--steps", steps]) == 0
+    assert [(config.steps, config.warmup_steps) for config in configs] == [(1, 0), (40, CONFIG.warmup_steps)]
 
 
 @pytest.mark.slow

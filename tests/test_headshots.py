@@ -3,6 +3,7 @@
 import hashlib
 import html
 import json
+import os
 import re
 import signal
 import subprocess
@@ -111,6 +112,15 @@ def test_a_picture_of_another_setting_or_cut_short_is_made_again(base, tmp_path:
     assert {name for name in before if before[name] != after[name]} == {second.path.name}
     make_headshots(base, [], jobs(3), tmp_path, GenerateConfig(sampler="euler"))
     assert not times(tmp_path).items() & after.items()
+
+
+def test_a_picture_by_a_file_whose_name_is_no_unicode_text_is_made_once(base, tmp_path: Path) -> None:
+    named = replace(base, name=os.fsdecode(b"an\xff.safetensors"))
+    (shot,) = make_headshots(named, [], jobs(1), tmp_path)
+    assert "Model: an?," in Image.open(shot.path).info["parameters"]
+    before = times(tmp_path)
+    make_headshots(named, [], jobs(1), tmp_path)
+    assert times(tmp_path) == before
 
 
 def test_a_picture_that_was_made_otherwise_is_set_aside_and_none_is_lost(base, tmp_path: Path) -> None:
@@ -387,6 +397,8 @@ def test_what_cannot_be_compared_is_refused(base, tmp_path: Path, capsys: pytest
     for option in ("--keep", "--face-pass", "--face-denoise"):
         assert main([*arguments, option, "1"]) == 1
         assert capsys.readouterr().err == f"facelora: {option} needs --reference PHOTOS, to measure likeness\n"
+    assert main([*arguments, "--reference", str(tmp_path)]) == 1
+    assert "is the folder of the --reference photos" in capsys.readouterr().err and not times(tmp_path)
 
 
 # The face pass

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -300,16 +301,33 @@ def test_pictures_are_scored_sorted_and_doubted(tmp_path, capsys):
     person_photos(1)[0].save(images / "other.png")
     Image.new("RGB", (90, 110), (120, 90, 60)).save(images / "wall.png")
     command = ["score", str(images), "--reference", str(reference)]
-    assert main([*command, "--sheet", str(tmp_path / "sheet.png"), "--json"]) == 0
+    command += ["--sheet", str(images / "sheet.png")]
+    assert main(command) == 0
+    assert capsys.readouterr().out.splitlines()[3].split() == ["-", "(no", "face)", "wall.png"]
+    assert main([*command, "--json"]) == 0  # among whose pictures the first one's sheet is none
     scores = json.loads(capsys.readouterr().out)
     assert [score["image"] for score in scores] == ["own.png", "tiny.png", "other.png", "wall.png"]
     assert scores[0]["likeness"] > 0.55 > 0.4 > scores[2]["likeness"]
     assert [score["doubt"] is None for score in scores] == [True, False, True, False]
     assert "px" in scores[1]["doubt"] and scores[3]["doubt"] == "no face" and scores[3]["likeness"] is None
-    with Image.open(tmp_path / "sheet.png") as sheet:
+    with Image.open(images / "sheet.png") as sheet:
         assert sheet.width > 4 * 180 and sheet.height > 224
-    assert main(command) == 0
-    assert capsys.readouterr().out.splitlines()[3].split() == ["-", "(no", "face)", "wall.png"]
+
+
+def test_photos_to_compare_with_are_in_memory_one_at_a_time(tmp_path, monkeypatch):
+    """Twenty photos of a phone were gigabytes."""
+    photos, read = write_photos(tmp_path / "photos", count=4), Photo.image
+    images: list[weakref.ref[Image.Image]] = []
+
+    def counted(photo: Photo, *arguments) -> Image.Image:
+        assert sum(image() is not None for image in images) <= 1
+        image = read(photo, *arguments)
+        images.append(weakref.ref(image))
+        return image
+
+    monkeypatch.setattr(Photo, "image", counted)
+    assert main(["score", str(photos), "--reference", str(photos)]) == 0
+    assert len(images) == 8
 
 
 def test_one_network_selects_and_another_judges_from_the_command_line(tmp_path, capsys):

@@ -49,7 +49,7 @@ def test_another_method_has_the_rate_that_suits_it():
 
 
 def test_prodigy_finds_the_rate_by_itself():
-    assert config_from(recipe_settings("fast", "sd15", {"optimizer": "prodigy"})).learning_rate == 1.0
+    assert config_from(recipe_settings("fast", "sd15", {"optimizer": "prodigy"})).peak_rate == 1.0
 
 
 def test_held_out_photos_are_measured_a_few_times():

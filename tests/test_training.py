@@ -21,7 +21,7 @@ from core.lora_file import LoraFile
 from core.optimizer import learning_rate_factor
 from core.photos import Photo
 from core.photos_to_lora import train
-from core.run import Run
+from core.run import Run, run_identity
 from core.safetensors_file import SafetensorsFile
 from core.training import Samples, StepReport, StopAndKeep, train_lora
 from tests.tooling import UNETS, assert_trained_alike, encoded_cache, encoded_image
@@ -335,7 +335,7 @@ def test_a_missing_optimizer_package_is_named_with_the_command(bases, caches, mo
 
 @pytest.mark.parametrize("optimizer", ["adafactor", "prodigy"])
 def test_other_optimizers_learn(bases, caches, optimizer):
-    config = replace(PLAIN, optimizer=optimizer, learning_rate=1.0 if optimizer == "prodigy" else 1e-3)
+    config = replace(PLAIN, optimizer=optimizer, learning_rate=None if optimizer == "prodigy" else 1e-3)
     run = Run(person_only(caches["sd15"]), bases["sd15"], config, CPU)
     for _ in range(3):
         run.train_step()
@@ -344,13 +344,29 @@ def test_other_optimizers_learn(bases, caches, optimizer):
 
 @pytest.mark.parametrize("method", ["pivotal", "textual-inversion"])
 def test_prodigy_has_one_rate_also_for_the_vectors_of_a_word(bases, caches, method, capsys):
-    config = replace(PLAIN, optimizer="prodigy", learning_rate=1.0, method=method)
-    with pytest.raises(
-        BadConfig, match=r"prodigy has one rate for all, here 1: set embedding_lr to it, which is 0\.005"
-    ):
-        Run(person_only(caches["sd15"]), bases["sd15"], config, CPU)
-    Run(person_only(caches["sd15"]), bases["sd15"], replace(config, embedding_lr=1.0), CPU).train_step()
+    run = Run(person_only(caches["sd15"]), bases["sd15"], replace(PLAIN, optimizer="prodigy", method=method), CPU)
+    run.train_step()
+    assert {group["peak"] for group in run.optimizer.param_groups} == {1.0}
     assert capsys.readouterr().out == ""  # where reports in JSON go
+    with pytest.raises(BadConfig, match=r"prodigy has one rate for all, here 1: leave out .*embedding_lr"):
+        replace(PLAIN, optimizer="prodigy", method=method, embedding_lr=0.5)
+
+
+@pytest.mark.parametrize("method, rate", [("lora", 1e-4), ("loha", 1.5e-5), ("dreambooth", 1e-5), ("oft", 3e-5)])
+def test_a_method_that_is_told_no_learning_rate_has_the_one_that_suits_it(bases, caches, method, rate):
+    base, cache, config = bases["sd15"], person_only(caches["sd15"]), TrainConfig(method=method, rank=4, steps=1)
+    run = Run(cache, base, config, CPU)
+    assert {group["peak"] for group in run.optimizer.param_groups} == {rate}
+    told = replace(config, learning_rate=rate)
+    assert run_identity(cache, base, config, run.dtype) == run_identity(cache, base, told, run.dtype)
+    assert replace(config, method="dora").peak_rate == 1e-4
+
+
+def test_the_metadata_has_the_learning_rate_of_the_method(bases, caches):
+    for method, rate in (("lora", "0.0001"), ("textual-inversion", "0.005")):
+        config = TrainConfig(method=method, rank=2, steps=1)
+        lora = train_lora(person_only(caches["sd15"]), bases["sd15"], config, device=CPU)
+        assert (lora.metadata["ss_learning_rate"], lora.metadata["ss_unet_lr"]) == (rate, rate)
 
 
 def test_the_same_seed_gives_the_same_file_and_another_seed_another(bases, caches):
@@ -399,6 +415,18 @@ def test_a_callback_that_raises_stops_the_run_with_a_state_and_the_exception(bas
     whole = train_lora(cache, base, config, device=CPU)
     assert steps == [3, 4]
     assert all(torch.equal(module.up, resumed.modules()[name].up) for name, module in whole.modules().items())
+
+
+def test_a_run_that_is_cancelled_in_its_first_step_leaves_no_state(bases, caches, tmp_path):
+    def cancel():
+        raise KeyboardInterrupt
+
+    state = tmp_path / "run.state.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        train_lora(
+            person_only(caches["sd15"]), bases["sd15"], PLAIN, device=CPU, state_path=state, check_cancelled=cancel
+        )
+    assert not state.exists()
 
 
 def test_stop_and_keep_ends_the_run_with_what_it_has_learned(bases, caches):

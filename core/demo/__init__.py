@@ -121,6 +121,7 @@ def run(
         base,
         config,
         output=lora_path,
+        restart=True,
         on_step=progress.step if progress else None,
         on_phase=progress.phase if progress else None,
     )

@@ -42,7 +42,7 @@ class WordAdapter(Adapter):
         return LoraFile(base.family.name, {**kept, **architecture}, tensors)
 
     def rate(self, name: str, config: TrainConfig) -> float:
-        return config.embedding_lr
+        return config.embedding_rate
 
     @torch.no_grad()
     def constrain(self) -> None:
