@@ -17,6 +17,7 @@ from .errors import BadConfig, BadFile
 from .safetensors_file import SafetensorsFile, save_safetensors
 
 STATE_VERSION = "1"
+_BEGIN_ANEW = "delete it or begin anew with --restart"
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,12 +52,12 @@ def read_state(path: Path, identity: Mapping[str, str]) -> RunState:
     except (KeyError, ValueError) as error:
         raise BadFile(f"{path}: not the state of a training run ({error})") from None
     if version != STATE_VERSION:
-        raise BadConfig(f"{path.name}: was saved by another version of this program; begin anew with --restart")
+        raise BadConfig(f"{path}: was saved by another version of this program; {_BEGIN_ANEW}")
     changed = [name for name in identity if saved.get(name) != identity[name]]
     if changed:
         raise BadConfig(
-            f"{path.name}: belongs to a run with other {' and '.join(changed)}"
-            f"{_difference(saved, identity)}; use the same, or begin anew with --restart"
+            f"{path}: belongs to a run with other {' and '.join(changed)}"
+            f"{_difference(saved, identity)}; use the same, {_BEGIN_ANEW}"
         )
     # Read into memory: the file is replaced while the run goes on.
     return RunState(step, saved, {name: file[name].clone() for name in file}, scalars)
