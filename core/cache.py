@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from .config import TrainConfig
 from .errors import BadFile
 from .families.clip import chunk_count
 from .families.spec import Conditioning, Pair
-from .memory_plan import explained_memory_error
+from .memory_plan import explained_memory_error, whole_or_in_tiles
 from .methods import trains_text
 from .objective import shrink_mask
 from .photos import Dataset, TrainingImage
@@ -187,7 +188,8 @@ def _encode_images(
             # In fp32 always: SDXL's VAE overflows in fp16, and it is a matter of seconds.
             vae = vae or base.load("vae", device, torch.float32)
             with torch.inference_mode():
-                mean, deviation = base.family.encode_image(vae, image.pixels().unsqueeze(0).to(device))
+                pixels = image.pixels().unsqueeze(0).to(device)
+                mean, deviation = whole_or_in_tiles(vae, partial(base.family.encode_image, vae, pixels))
                 found = {"mean": mean[0].cpu(), "deviation": deviation[0].cpu()}
             found = {name: tensor.clone() for name, tensor in found.items()}
             _write("latents", key, found)

@@ -1,10 +1,10 @@
 """Memory: the ways in which a training step can need less of it, and how much it will need, found out without doing it."""
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,14 @@ from .errors import OutOfMemory
 RESERVE = 0.9
 """Share of the free memory that a plan may fill: the allocator cannot use all of it, and kernels need some to work in."""
 
+TILE = 512
+"""Pixels along a side of what a VAE works on at a time where a whole picture is too much."""
+
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0, "prodigy": 16}
 """What each optimizer keeps for a trained number. (Adafactor keeps a row and a column of each matrix.)"""
+
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,27 @@ def explained_memory_error(advice: str) -> Iterator[None]:
             raise
         reason = str(error).splitlines()[0] if str(error) else "out of memory"
         raise OutOfMemory(f"the device has not enough memory ({reason}); use {advice}") from None
+
+
+def whole_or_in_tiles(vae: Any, compute: Callable[[], _Result]) -> _Result:
+    """What `compute` gives, with diffusers' VAE working on overlapping tiles from now on where whole pictures do not fit.
+
+    (The decoders of today's families take about 9 GB for 1024 px in float32.)
+    """
+    try:
+        return compute()
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error) or vae.use_tiling:
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if hasattr(vae, "tile_latent_min_size"):
+        vae.tile_sample_min_size = TILE
+        vae.tile_latent_min_size = TILE // 2 ** (len(vae.config["block_out_channels"]) - 1)
+        vae.enable_tiling()
+    else:
+        vae.enable_tiling(TILE, TILE, TILE * 3 // 4, TILE * 3 // 4)
+    return compute()
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -4,6 +4,7 @@ The samplers are diffusers'; conditioning and prediction are the family's, the s
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from .base import Base
 from .errors import BadConfig
 from .families.clip import chunk_count, words_of
 from .families.spec import Conditioning, Pair, on_device, stack_conditioning
+from .memory_plan import whole_or_in_tiles
 from .objective import TIMESTEPS, FlowSchedule
 
 MOST_LEADING = 150
@@ -236,7 +238,8 @@ def encode_pictures(base: Base, vae: nn.Module, images: Sequence[Image.Image]) -
     latents = []
     for image in images:
         pixels = torch.from_numpy(np.array(image, np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
-        latents.append(base.family.encode_image(vae, pixels.to(parameter))[0].float())
+        mean, _ = whole_or_in_tiles(vae, partial(base.family.encode_image, vae, pixels.to(parameter)))
+        latents.append(mean.float())
     return torch.cat(latents)
 
 
@@ -246,7 +249,7 @@ def decode_latents(base: Base, vae: nn.Module, latents: Tensor) -> list[Image.Im
     parameter = next(vae.parameters())
     images = []
     for latent in latents:
-        pixels = base.family.decode_latents(vae, latent[None].to(parameter))[0]
+        pixels = whole_or_in_tiles(vae, partial(base.family.decode_latents, vae, latent[None].to(parameter)))[0]
         array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
         images.append(Image.fromarray(array))
     return images

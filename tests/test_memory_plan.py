@@ -9,10 +9,12 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from core import bench_loops
@@ -26,6 +28,7 @@ from core.memory_plan import PLANS, MemoryCount, MemoryPlan, blocks_of
 from core.memory_prediction import predicted_memory
 from core.methods import METHODS
 from core.run import Run
+from core.sampling import decode_latents, encode_pictures
 from core.training import train_lora
 from core.training_metadata import WEIGHTS_KEY
 from tests.tooling import SMALL_FLOWS, assert_trained_alike, encoded_cache, encoded_image, small_flow_base
@@ -263,9 +266,7 @@ def run_out_of_memory(monkeypatch, when) -> None:
     predict = Run._predict
 
     def fail_or_predict(run, *arguments):
-        if when(run):
-            raise Full("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return predict(run, *arguments)
+        return out_of_memory() if when(run) else predict(run, *arguments)
 
     monkeypatch.setattr(Run, "_predict", fail_or_predict)
 
@@ -287,6 +288,39 @@ def test_when_no_plan_is_left_it_says_what_would_help(base, cache, monkeypatch):
     run_out_of_memory(monkeypatch, lambda run: True)
     with pytest.raises(OutOfMemory, match=r"step 1 does not fit .* batch_size 1"):
         train_lora(cache, base, CONFIG, device=CPU)
+
+
+@pytest.mark.parametrize("kind", ["sd15", "flux2", "qwen-image"])
+def test_a_vae_works_on_tiles_where_a_whole_picture_does_not_fit(kind, base, monkeypatch):
+    base = base if kind == "sd15" else small_flow_base(kind)
+    vae: Any = base.load("vae", CPU, torch.float32)
+    noise = torch.rand(6, 5, 3, generator=torch.Generator().manual_seed(1))
+    picture = Image.fromarray((255 * noise).byte().numpy()).resize((160, 192), Image.Resampling.BICUBIC)
+    latents = encode_pictures(base, vae, [picture])
+    (whole,) = decode_latents(base, vae, latents)
+
+    monkeypatch.setattr("core.memory_plan.TILE", 64)
+    for name in ("_encode", "_decode"):
+        monkeypatch.setattr(vae, name, only_in_tiles(vae, getattr(vae, name)))
+    in_tiles = encode_pictures(base, vae, [picture])
+    assert vae.use_tiling and in_tiles.shape == latents.shape
+    (tiled,) = decode_latents(base, vae, latents)
+    assert tiled.size == whole.size == picture.size
+    vae.use_tiling = False
+    decode_latents(base, vae, latents)
+    assert vae.use_tiling
+
+    monkeypatch.setattr(vae, "_decode", out_of_memory)
+    with pytest.raises(Full):
+        decode_latents(base, vae, latents)
+
+
+def only_in_tiles(vae, compute):
+    return lambda *inputs, **named: compute(*inputs, **named) if vae.use_tiling else out_of_memory()
+
+
+def out_of_memory(*_, **__):
+    raise Full("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(base, cache, monkeypatch):
