@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from core.base import Base, load_base
-from core.families import FAMILIES, sd3
+from core.families import FAMILIES, sd3, text
 from core.families.spec import Conditioning, stack_conditioning
 from core.safetensors_file import SafetensorsFile
 
@@ -133,6 +133,8 @@ def test_flux2s_captions_fill_512_tokens_as_in_comfyui(files, model):
 
 def test_sd3s_captions_have_the_states_of_both_clips_and_of_t5_as_in_comfyui(files, monkeypatch):
     monkeypatch.setattr(sd3, "TEXT_TOKENS", 77)  # ComfyUI fills up to so many, diffusers and sd-scripts to 256
+    # ComfyUI's denoiser takes 4096 wide states, for which T5's table of tokens would have half a gigabyte.
+    monkeypatch.setattr(text, "check_encoders", lambda *_: None)
     file = SafetensorsFile.open(files["sd3"])
     ours, cases = encode_captions(file, whole_base(file, tokenizer=T5_TOKENIZER))
     of_clips, of_t5 = ours["context"].split(77, dim=1)
