@@ -68,6 +68,8 @@ class Base:
     file: SafetensorsFile | None = field(default=None, repr=False)
     """The checkpoint file, when it is one."""
     vae_file: SafetensorsFile | None = field(default=None, repr=False)
+    files: tuple[SafetensorsFile, ...] = field(default=(), repr=False)
+    """All that were opened: these two, and text encoders."""
     """The file that the VAE is from, when it is one of its own."""
     caption_encoder: CaptionEncoder | None = field(default=None, repr=False)
     """What encodes captions in the place of the base's own text encoders."""
@@ -235,8 +237,9 @@ def load_base(
     name, file = _opened(source)
     metadata = file.metadata if isinstance(file, SafetensorsFile) else {}
     vae_file = None if vae is None else _opened(vae)[1]
+    encoder_files = [_opened(text_encoder) for text_encoder in text_encoders]
     try:
-        tensors, given = _one_checkpoint(name, file, vae_file, text_encoders)
+        tensors, given = _one_checkpoint(name, file, vae_file, encoder_files)
         family = detect_family(tensors)
         components = family.split(tensors)
         _check_variant(family, components)
@@ -249,6 +252,7 @@ def load_base(
         for part in family.text_encoders:
             if part in components:
                 components[part].config["tokenizer"] = os.fspath(tokenizer)
+    opened = (file, vae_file, *(encoder for _, encoder in encoder_files))
     marked_v = "v_pred" in tensors or metadata.get("modelspec.prediction_type", "") in ("v", "v_prediction")
     return Base(
         family=family,
@@ -259,6 +263,7 @@ def load_base(
         resolution=_side(metadata.get("modelspec.resolution"), family.resolution),
         file=file if isinstance(file, SafetensorsFile) else None,
         vae_file=vae_file if isinstance(vae_file, SafetensorsFile) else None,
+        files=tuple(one for one in opened if isinstance(one, SafetensorsFile)),
         caption_encoder=caption_encoder,
     )
 
@@ -278,7 +283,10 @@ def _opened(source: Source) -> tuple[str, Mapping[str, Tensor]]:
 
 
 def _one_checkpoint(
-    name: str, source: Mapping[str, Tensor], vae: Mapping[str, Tensor] | None, text_encoders: Sequence[Source]
+    what: str,
+    source: Mapping[str, Tensor],
+    vae: Mapping[str, Tensor] | None,
+    text_encoders: Sequence[tuple[str, Mapping[str, Tensor]]],
 ) -> tuple[Mapping[str, Tensor], list[tuple[str, list[str]]]]:
     """The tensors of all files under the names that they would have in one checkpoint, none read; and the name of each file
     of text encoders, with the kinds that are in it."""
@@ -286,7 +294,7 @@ def _one_checkpoint(
         raise UnknownFamily("there is not a single tensor in it")
     if any(name.endswith((".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight")) for name in source):
         raise UnknownFamily("this is a LoRA, not a base model")
-    source = dequantised(source, name)
+    source = dequantised(source, what)
     names = {name: Stored(source, name) for name in source}
     if not any(name.startswith(_PARTS) for name in source):
         # A file of a denoiser alone.
@@ -302,13 +310,12 @@ def _one_checkpoint(
         for name in vae:
             names[name if name.startswith(VAE_PREFIXES) else VAE_PREFIXES[0] + name] = Stored(vae, name)
     given: list[tuple[str, list[str]]] = []
-    for text_encoder in text_encoders:
-        what, tensors = _opened(text_encoder)
+    for encoder, tensors in text_encoders:
         try:
-            encoders = text.encoders_of(dequantised(tensors, what))
+            encoders = text.encoders_of(dequantised(tensors, encoder))
         except UnknownFamily as error:
-            raise UnknownFamily(f"{what}: {error}") from None
-        given.append((what, list(encoders)))
+            raise UnknownFamily(f"{encoder}: {error}") from None
+        given.append((encoder, list(encoders)))
         for kind, stored in encoders.items():
             prefix = text.PREFIX.format(kind)
             names = {name: read for name, read in names.items() if not name.startswith(prefix)}

@@ -192,7 +192,8 @@ def _encode_images(
                 mean, deviation = whole_or_in_tiles(vae, partial(base.family.encode_image, vae, pixels))
                 found = {"mean": mean[0].cpu(), "deviation": deviation[0].cpu()}
             found = {name: tensor.clone() for name, tensor in found.items()}
-            _write("latents", key, found)
+            if not vae.use_tiling:  # later runs may have the memory for the whole
+                _write("latents", key, found)
         results.append((found["mean"], found["deviation"]))
         progress(index + 1)
     return results, keys

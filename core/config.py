@@ -166,7 +166,7 @@ class TrainConfig:
                 raise BadConfig(
                     f"learning_rate = {rate}: prodigy finds the rate by itself; leave it out, or set it to 1.0"
                 )
-            others = {self.text_encoder_lr, self.embedding_lr} - {0, type(self).embedding_lr, rate}
+            others = {self.text_encoder_lr} - {0, rate} | {self.embedding_lr} - {type(self).embedding_lr, rate}
             if others or self.lora_plus_ratio != 1:
                 raise BadConfig(
                     f"prodigy has one rate for all, here {rate:g}: leave out text_encoder_lr, embedding_lr and "

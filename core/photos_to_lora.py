@@ -80,9 +80,9 @@ def train(
         raise BadConfig("class_images and class_photos are both given; class images are either made or read")
     if not isinstance(base, Base):
         base = load_base(base, prediction_type=config.prediction_type, zero_terminal_snr=config.zero_terminal_snr)
-    for file in (base.file, base.vae_file):
-        if output is not None and output.exists() and file is not None and output.samefile(file.path):
-            raise BadFile(f"{output}: is the base model, which the LoRA would replace; choose another output")
+    for file in base.files:
+        if output is not None and output.exists() and output.samefile(file.path):
+            raise BadFile(f"{output}: is a file of the base model, which the LoRA would replace; choose another output")
     check_base_options(base, config)
     if continue_from is not None and not isinstance(continue_from, LoraFile):
         continue_from = LoraFile.read(continue_from)

@@ -286,7 +286,7 @@ def test_files_may_have_names_that_are_no_unicode_text(desk):
 def test_the_base_model_is_not_written_over(desk, capsys):
     desk.output = desk.base = Path(shutil.copy(desk.base, desk.folder / "base.safetensors"))
     before = desk.base.read_bytes()
-    assert_refused(desk, capsys, "is the base model, which the LoRA would replace; choose another output")
+    assert_refused(desk, capsys, "is a file of the base model, which the LoRA would replace; choose another output")
     assert desk.base.read_bytes() == before
 
 

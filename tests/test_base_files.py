@@ -214,7 +214,7 @@ def test_sd3s_captions_are_encoded_as_by_diffusers_pipeline(parts, tokenizer, wi
     torch.testing.assert_close(ours["pooled"], pooled, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (WIDTH,), (WIDTH, 1)])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (WIDTH,), (WIDTH, 1)])
 @pytest.mark.parametrize("layout", ["first", "second"])
 def test_scaled_fp8_is_read_as_the_weights_that_it_stands_for(parts, layout, shape):
     """ComfyUI's two layouts: `scale_weight` with a marker, and `weight_scale` with a description of the layer.

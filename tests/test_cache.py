@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -185,6 +186,20 @@ def test_a_lack_of_memory_is_explained_where_photos_are_encoded_and_pictures_dra
     ):
         with pytest.raises(OutOfMemory, match=r"not enough memory \(CUDA .* or the device cpu"):
             use(base=replace(base, family=replace(base.family, **change)))
+
+
+def test_latents_that_were_made_in_tiles_are_not_kept(dataset, base, monkeypatch):
+    load = Base.load
+
+    def load_tiled(self, part, device, dtype):
+        network: Any = load(self, part, device, dtype)
+        if part == "vae":
+            network.enable_tiling()
+        return network
+
+    monkeypatch.setattr("core.base.Base.load", load_tiled)
+    encode(dataset, base, CONFIG, device=CPU)
+    assert clear_cache() == 3  # captions
 
 
 def test_clearing_the_cache_deletes_all_of_it(dataset, base):

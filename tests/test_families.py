@@ -225,11 +225,16 @@ def test_unets_that_look_like_a_known_one_are_refused_by_name():
         UnknownFamily, match="this is a pruned UNet, like SSD-1B or Segmind-Vega, which is not supported"
     ):
         load_base(pruned)
-    consistency = {f"{unet}time_embed.cond_proj.weight": torch.empty(256, 64, device="meta")}
-    with pytest.raises(
-        UnknownFamily, match="this is a latent consistency model, distilled to a few steps, which is not"
-    ):
-        load_base(meta_checkpoint(SMALL_SDXL) | consistency)
+    checkpoint = meta_checkpoint(SMALL_SDXL)
+    consistency = checkpoint | {f"{unet}time_embed.cond_proj.weight": torch.empty(256, 64, device="meta")}
+    alone = {name.removeprefix(unet): t for name, t in consistency.items() if name.startswith(unet)}
+    layers = SMALL_SDXL.unet["layers_per_block"]
+    in_diffusers_names = {diffusers_unet_path(name, layers): t for name, t in alone.items()}
+    for model in (consistency, alone, in_diffusers_names):
+        with pytest.raises(
+            UnknownFamily, match="this is a latent consistency model, distilled to a few steps, which is not"
+        ):
+            load_base(model)
 
 
 def test_a_unet_alone_says_how_it_predicts_and_what_is_missing(small_bases):

@@ -350,6 +350,8 @@ def test_prodigy_has_one_rate_also_for_the_vectors_of_a_word(bases, caches, meth
     assert capsys.readouterr().out == ""  # where reports in JSON go
     with pytest.raises(BadConfig, match=r"prodigy has one rate for all, here 1: leave out .*embedding_lr"):
         replace(PLAIN, optimizer="prodigy", method=method, embedding_lr=0.5)
+    with pytest.raises(BadConfig, match="prodigy has one rate for all"):
+        replace(PLAIN, optimizer="prodigy", text_encoder_lr=PLAIN.embedding_lr)
 
 
 @pytest.mark.parametrize("method, rate", [("lora", 1e-4), ("loha", 1.5e-5), ("dreambooth", 1e-5), ("oft", 3e-5)])

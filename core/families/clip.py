@@ -206,7 +206,7 @@ def library_readers(readers: Mapping[str, Callable[[], Tensor]]) -> dict[str, Ca
     Files saved by some versions of transformers lack the leading text_model. They may be of the whole of CLIP, and merging
     tools leave parts of it that no picture depends on.
     """
-    left_out = r"vision_model\.|visual_projection\.|(.+\.)?position_ids$|logit_scale$"
+    left_out = r"vision_model\.|visual_projection\.|(.+\.)?(position_ids|logit_scale)$"
     return {
         f"text_model.{name}" if re.match(r"(encoder\.layers|embeddings|final_layer_norm)\.", name) else name: read
         for name, read in readers.items()

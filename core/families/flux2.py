@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import UnmatchedKeys
 from ..lora_keys.flux import FLUX2 as KEYS
 from . import text, transformer
 from .ldm import VAE_PREFIXES, count_children, kl_pixels, vae_component
-from .spec import Component, Conditioning, FamilySpec, LatentShape, LazyTensors, Stored
+from .spec import Component, Conditioning, FamilySpec, LatentShape, LazyTensors, Stored, shape_of
 
 TEXT_TOKENS = 512
 """Tokens of the whole chat; shorter ones are filled up, and the denoiser sees the padding."""
@@ -82,9 +83,10 @@ def _vae(tensors: Mapping[str, Tensor]) -> Component:
     config = {name: value for name, value in plain.config.items() if name not in ("scaling_factor", "shift_factor")}
     # There is a version with a narrower decoder.
     levels = reversed(range(len(config["block_out_channels"])))
-    config["decoder_block_out_channels"] = tuple(
-        plain.tensors[f"decoder.up_blocks.{level}.resnets.0.conv1.weight"].shape[0] for level in levels
-    )
+    firsts = [f"decoder.up_blocks.{level}.resnets.0.conv1.weight" for level in levels]
+    if missing := set(firsts) - set(plain.tensors):
+        raise UnmatchedKeys(f"the VAE lacks {min(missing)}")
+    config["decoder_block_out_channels"] = tuple(shape_of(plain.tensors, name)[0] for name in firsts)
     tensors_of_vae = {name: Stored(plain.tensors, name) for name in plain.tensors}
     statistics = {name: readers[name] for name in ("bn.running_mean", "bn.running_var") if name in readers}
     counter = {"bn.num_batches_tracked": lambda: torch.tensor(0)}

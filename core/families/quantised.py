@@ -1,6 +1,7 @@
 """Weights that are stored with scales (fp8 "scaled" files), given as the weights that they stand for."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ..errors import BadFile
 from ..safetensors_file import SafetensorsFile
-from .spec import UNQUANTISED, LazyTensors, Stored, shape_of
+from .spec import UNQUANTISED, LazyTensors, Stored, layout_of, shape_of
 
 _WEIGHT_SCALES = (".scale_weight", ".weight_scale")
 _NOT_WEIGHTS = (*_WEIGHT_SCALES, ".scale_input", ".input_scale", ".comfy_quant")
@@ -55,10 +56,11 @@ def dequantised(tensors: Mapping[str, Tensor], what: str) -> Mapping[str, Tensor
     if not scaled and not any(name.endswith(_NOT_WEIGHTS) for name in tensors):
         return tensors
     for name, scale in scaled.items():
-        weight, shape = tensors[name], tuple(tensors[scale].shape)
-        if not weight.is_floating_point() or shape not in ((), (1,), weight.shape[:1], (len(weight), 1)):
+        (dtype, shape), scale_shape = layout_of(tensors, name), shape_of(tensors, scale)
+        per_row = scale_shape[:1] == shape[:1] and math.prod(scale_shape) == shape[0]
+        if not dtype.is_floating_point or not (per_row or math.prod(scale_shape) == 1):
             raise BadFile(
-                f"{what}: {name} of {list(weight.shape)} in {weight.dtype} has a scale of {list(shape)}, and only fp8 with "
+                f"{what}: {name} of {list(shape)} in {dtype} has a scale of {list(scale_shape)}, and only fp8 with "
                 f"one scale, or one for each row, can be read; {UNQUANTISED}"
             )
 

@@ -98,6 +98,8 @@ def vae_component(tensors: Mapping[str, Tensor]) -> Component:
     names = {diffusers_vae_path(short, resnets): full for short, full in given.items()}
 
     def width(name: str) -> int:
+        if f"{name}.weight" not in names:
+            raise UnmatchedKeys(f"the VAE lacks {name}.weight")
         return shape_of(tensors, names[f"{name}.weight"])[0]
 
     base, blocks = width("encoder.conv_in"), count_children(names, "encoder.down_blocks")

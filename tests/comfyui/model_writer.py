@@ -61,7 +61,9 @@ MODELS = {
     "flux1": (supported.Flux, {**FLUX, "image_model": "flux", "guidance_embed": True}, 16, {"context": 64, "pooled": 48}),
     "chroma": (supported.Chroma, CHROMA, 16, {"context": 64}),
     "flux2": (supported.Flux2, {**FLUX2, "guidance_embed": False}, 128, {"context": 192}),
-    "flux2.9b": (supported.Flux2, {**FLUX2, "guidance_embed": False, "num_heads": 3, "hidden_size": 384}, 128, {"context": 192}),
+    "flux2.9b": (
+        supported.Flux2, {**FLUX2, "guidance_embed": False, "num_heads": 3, "hidden_size": 384}, 128, {"context": 192},
+    ),
     "flux2.dev": (supported.Flux2, {**FLUX2, "guidance_embed": True}, 128, {"context": 192}),
     "zimage": (supported.ZImage, Z_IMAGE, 16, {"context": 64}),
     "qwen-image": (supported.QwenImage, QWEN_IMAGE, 16, {"context": 64}),
