@@ -33,7 +33,7 @@ FLUX = {"axes_dim": [16, 56, 56], "num_heads": 2, "mlp_ratio": 4.0, "theta": 100
         "depth": 2, "depth_single_blocks": 2, "yak_mlp": False, "txt_norm": False}  # fmt: skip
 FLUX2 = {**FLUX, "image_model": "flux2", "axes_dim": [32] * 4, "mlp_ratio": 3.0, "theta": 2000, "in_channels": 128,
          "out_channels": 128, "patch_size": 1, "vec_in_dim": None, "qkv_bias": False, "ops_bias": False, "txt_ids_dims": [3],
-         "context_in_dim": 192,
+         "context_in_dim": 96,
          "global_modulation": True, "mlp_silu_act": True, "default_ref_method": "index",
          "ref_index_scale": 10.0}  # fmt: skip
 # ComfyUI counts the modulations of as many blocks as the published model has.
@@ -60,11 +60,9 @@ MODELS = {
     "sd3.medium": (supported.SD3, SD3, 16, SD3_WIDTHS),
     "flux1": (supported.Flux, {**FLUX, "image_model": "flux", "guidance_embed": True}, 16, {"context": 64, "pooled": 48}),
     "chroma": (supported.Chroma, CHROMA, 16, {"context": 64}),
-    "flux2": (supported.Flux2, {**FLUX2, "guidance_embed": False}, 128, {"context": 192}),
-    "flux2.9b": (
-        supported.Flux2, {**FLUX2, "guidance_embed": False, "num_heads": 3, "hidden_size": 384}, 128, {"context": 192},
-    ),
-    "flux2.dev": (supported.Flux2, {**FLUX2, "guidance_embed": True}, 128, {"context": 192}),
+    "flux2": (supported.Flux2, {**FLUX2, "guidance_embed": False}, 128, {"context": 96}),
+    "flux2.9b": (supported.Flux2, {**FLUX2, "guidance_embed": False, "num_heads": 3, "hidden_size": 384}, 128, {"context": 96}),
+    "flux2.dev": (supported.Flux2, {**FLUX2, "guidance_embed": True}, 128, {"context": 96}),
     "zimage": (supported.ZImage, Z_IMAGE, 16, {"context": 64}),
     "qwen-image": (supported.QwenImage, QWEN_IMAGE, 16, {"context": 64}),
 }  # fmt: skip
@@ -101,7 +99,8 @@ CASES = ((5, (8, 12)), (32, (8, 12)), (40, (8, 12)), (16, (20, 6)))
 """Tokens of text, and height and width of the latents."""
 SMALL_TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
               "num_key_value_heads": 2}  # fmt: skip
-SMALL_KLEIN = {**SMALL_TEXT, "num_hidden_layers": 28}  # FLUX.2 takes the states after the 9th, 18th and 27th layer
+# FLUX.2 takes the states after the 9th, 18th and 27th layer, side by side.
+SMALL_KLEIN = {**SMALL_TEXT, "hidden_size": 32, "num_hidden_layers": 28}
 SMALL_CLIP = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 1, "num_hidden_layers": 3}
 # ComfyUI's tokenizer and text encoder, and its parts' names and sizes.
 TEXTS = {
