@@ -68,9 +68,9 @@ class Base:
     file: SafetensorsFile | None = field(default=None, repr=False)
     """The checkpoint file, when it is one."""
     vae_file: SafetensorsFile | None = field(default=None, repr=False)
+    """The file that the VAE is from, when it is one of its own."""
     files: tuple[SafetensorsFile, ...] = field(default=(), repr=False)
     """All that were opened: these two, and text encoders."""
-    """The file that the VAE is from, when it is one of its own."""
     caption_encoder: CaptionEncoder | None = field(default=None, repr=False)
     """What encodes captions in the place of the base's own text encoders."""
     _digests: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)

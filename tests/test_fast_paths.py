@@ -54,6 +54,7 @@ def after_steps(run: Run) -> Run:
 
 def assert_runs_alike(run: Run, plain: Run) -> None:
     assert run.loss.item() == pytest.approx(plain.loss.item(), rel=1e-4)
+    assert all(parameter.norm() > 0 for parameter in plain.parameters.values())
     assert_trained_alike(run.parameters, plain.parameters)
 
 

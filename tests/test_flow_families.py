@@ -24,7 +24,7 @@ from core.objective import FlowSchedule
 from core.photos_to_lora import check_base_options, distilled_hint, train
 from core.run import Run
 from core.sampling import FLOW_SAMPLERS, encode_prompts, sample_latents
-from tests.tooling import SMALL_FLOWS, assert_trained_alike, encoded_cache, encoded_image, small_flow_base
+from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, small_flow_base
 
 CPU = torch.device("cpu")
 PLAIN = TrainConfig(rank=3, alpha=2.0, precision="fp32", batch_size=2)
@@ -169,7 +169,8 @@ def test_recomputing_activations_gives_the_same_step(bases, family):
     saving = started_run(bases[family], replace(PLAIN, gradient_checkpointing="on"))
     plain.train_step()
     saving.train_step()
-    assert_trained_alike(saving.parameters, plain.parameters)
+    for name, parameter in plain.parameters.items():
+        torch.testing.assert_close(saving.parameters[name], parameter, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", SMALL_FLOWS)

@@ -164,7 +164,8 @@ def test_a_small_limit_chooses_a_smaller_plan_which_trains_the_same(base, cache)
     plain = train_lora(cache, base, CONFIG, device=CPU)
     assert small.metadata["ss_gradient_checkpointing"] == "True" != plain.metadata["ss_gradient_checkpointing"]
     assert small.metadata["ss_steps"] == plain.metadata["ss_steps"] == str(CONFIG.steps)
-    assert_trained_alike(small.tensors, plain.tensors)
+    for name, tensor in plain.tensors.items():
+        torch.testing.assert_close(small.tensors[name], tensor, rtol=1e-4, atol=1e-6)
 
 
 def test_with_a_limit_that_nothing_fits_it_trains_with_the_smallest_plan_and_says_so(base, cache):
@@ -281,7 +282,9 @@ def test_out_of_memory_in_a_step_it_goes_on_from_there_with_a_smaller_plan(base,
     )
     assert steps == [1, 2, 3, 4]
     assert [warning.split(":")[0] for warning in warnings] == ["out of memory in step 3"] * 2  # half, then everything
-    assert_trained_alike(lora.tensors, plain.tensors)
+    assert lora.tensors.keys() == plain.tensors.keys()
+    for name, tensor in plain.tensors.items():
+        torch.testing.assert_close(lora.tensors[name], tensor, rtol=1e-4, atol=1e-6)
 
 
 def test_when_no_plan_is_left_it_says_what_would_help(base, cache, monkeypatch):

@@ -24,7 +24,7 @@ from core.photos_to_lora import train
 from core.run import Run, run_identity
 from core.safetensors_file import SafetensorsFile
 from core.training import Samples, StepReport, StopAndKeep, train_lora
-from tests.tooling import UNETS, assert_trained_alike, encoded_cache, encoded_image
+from tests.tooling import UNETS, encoded_cache, encoded_image
 
 CPU = torch.device("cpu")
 PLAIN = TrainConfig(rank=3, alpha=2.0, min_snr_gamma=0.0, precision="fp32")
@@ -227,7 +227,8 @@ def test_recomputing_activations_gives_the_same_step(bases, caches, family):
     plain.train_step()
     saving.train_step()
     assert len(passes) == 2
-    assert_trained_alike(saving.parameters, plain.parameters)
+    for name, parameter in plain.parameters.items():
+        torch.testing.assert_close(saving.parameters[name], parameter, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", UNETS)
