@@ -1,6 +1,7 @@
 """What the tests share: a cache folder of their own, small random base models, photos, and one ComfyUI server."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,9 @@ def comfy_folder(tmp_path_factory) -> Path:
     checkpoints.mkdir(parents=True)
     (folder / "models" / "loras").mkdir()
     write_in_16_bits(BASE_FILE, checkpoints / "sd15.safetensors")
-    write_checkpoint(checkpoints / "sdxl.safetensors", SMALL_SDXL)
+    # ComfyUI takes the last layer but one of more than two.
+    text = {part: config | {"num_hidden_layers": 3} for part, config in SMALL_SDXL.text.items()}
+    write_checkpoint(checkpoints / "sdxl.safetensors", replace(SMALL_SDXL, text=text))
     write_photos(folder / "input" / "anna", count=3)
     (folder / "custom_nodes").mkdir()
     (folder / "custom_nodes" / TEST_PACK.name).symlink_to(TEST_PACK)
