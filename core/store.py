@@ -22,7 +22,7 @@ from .base import Base
 from .cache import content_key, made_folder
 from .config import TrainConfig, settings_of_the_file
 from .errors import BadFile, FaceLoraError
-from .files import write_file, write_text
+from .files import check_writable, write_file, write_text
 from .generate import contact_sheet
 from .likeness import LIKENESS_KEY
 from .lora_file import LoraFile
@@ -106,8 +106,8 @@ class RunFolder:
         return file.read_text("utf-8") if file.exists() else None
 
     def set_made(self, lora: LoraFile) -> None:
-        """Notes which LoRA the run has made, read from its file."""
-        write_text(self.path / "made.txt", lora.metadata[MODEL_HASH])
+        """Notes which LoRA the run has made, read from its file; one that a tool has written may lack the hash."""
+        write_text(self.path / "made.txt", lora.metadata.get(MODEL_HASH, ""))
 
     def add_samples(self, step: int, images: Sequence[Image.Image]) -> None:
         """Writes the samples of that step into the folder, in place of those that are there."""
@@ -173,17 +173,17 @@ def find_or_train(
     run = RunFolder(made_folder("runs", key))
     on_history(run.history())
     path, found = _place(folders[0], job.name, key)
-    if not found and (before := _with_tensors(run.made(), folders)):  # under another name, or moved
-        _write(before, path, job, key)
-        found = True
     if not found:
+        _check_place(path)
+        before = _with_tensors(run.made(), folders) or _unwritten(run.output)
+        found = before is not None
 
         def sample(step: int, images: list[Image.Image]) -> None:
             run.add_samples(step, images)
             on_sample(step, images)
 
         try:
-            lora = train(
+            lora = before or train(
                 job.photos,
                 base,
                 job.config,
@@ -200,8 +200,9 @@ def find_or_train(
             )
         finally:
             run.save_history()
-        _write(lora, path, job, key)
-        del lora  # Windows deletes no file that is still read
+        metadata = lora.metadata | {KEY: key, "ss_output_name": path.stem}
+        lora.with_metadata(metadata).save(path, SAVE_DTYPES[job.config.save_precision])
+        del before, lora  # Windows deletes no file that is still read
         _clear(run.output, path)
     run.set_made(LoraFile.read(path))
     return TrainedFile(path, run, found)
@@ -226,19 +227,25 @@ def _recorded(run: RunFolder, on_point: OnStep, on_step: OnStep) -> OnStep:
     return step
 
 
-def _write(lora: LoraFile, path: Path, job: TrainingJob, key: str) -> None:
-    """Writes the LoRA as the file of the job."""
+def _check_place(path: Path) -> None:
+    """Makes the folder of that file. BadFile, before hours are spent, where it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadFile(f"{path.parent}: cannot be written: {error.strerror}") from None
-    metadata = lora.metadata | {KEY: key, "ss_output_name": path.stem}
-    lora.with_metadata(metadata).save(path, SAVE_DTYPES[job.config.save_precision])
+    check_writable(path)
+
+
+def _unwritten(output: Path) -> LoraFile | None:
+    """What the run has trained, if it then could not be written among the LoRAs: their disk was full, say."""
+    with suppress(FaceLoraError):
+        return LoraFile.read(output)
+    return None
 
 
 def _clear(output: Path, path: Path) -> None:
     """Deletes what a run has written that is in the LoRA at `path` too, and moves its checkpoints there."""
-    output.unlink()
+    output.unlink(missing_ok=True)
     output.with_name(f"{output.stem}-embedding{output.suffix}").unlink(missing_ok=True)
     for checkpoint in output.parent.glob(f"{output.stem}-step*.safetensors"):
         shutil.move(checkpoint, path.with_name(path.stem + checkpoint.name.removeprefix(output.stem)))

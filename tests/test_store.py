@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from core import store
@@ -215,10 +216,35 @@ def test_two_jobs_one_after_the_other_are_two_files(job, base, loras):
     assert not same(first, second)
 
 
-def test_where_nothing_can_be_written_the_error_names_the_folder(job, base, tmp_path):
+def test_where_nothing_can_be_written_the_error_names_the_folder_and_nothing_is_trained(job, base, tmp_path):
     (tmp_path / "loras").write_text("a file")
     with pytest.raises(BadFile, match=r"loras.*: cannot be written"):
         trained(job, base, tmp_path / "loras")
+    assert not state_of(job, base).with_name("lora.safetensors").exists()
+
+
+def test_what_could_not_be_written_in_the_end_is_not_trained_again(job, base, loras):
+    def take_the_folder_away(report: StepReport) -> None:
+        if report.step == report.steps:
+            loras.rename(loras.with_name("unplugged"))
+
+    saving = replace(job, config=replace(CONFIG, save_every=1))
+    with pytest.raises(BadFile, match=r"loras.*: cannot be written"):
+        find_or_train(saving, base, [loras], on_step=take_the_folder_away)
+    made = found(saving, base, loras)
+    assert files(loras) == ["anna-step000001.safetensors", "anna.safetensors"]
+    assert files(made.run.path) == ["history.json", "made.txt"]
+    before = tensors(made.path)
+    made.path.unlink()
+    assert same(trained(saving, base, loras).path, before)
+
+
+def test_a_file_whose_hash_a_tool_has_taken_out_is_found_by_its_key(job, base, loras):
+    path = trained(job, base, loras).path
+    file = SafetensorsFile.open(path)
+    values = {name: file[name].clone() for name in file}
+    save_file(values, path, {key: text for key, text in file.metadata.items() if key != "sshs_model_hash"})
+    assert found(job, base, loras).path == path
 
 
 # What decides the key
@@ -399,7 +425,7 @@ def test_cancelled_again_and_again_it_goes_on_and_gives_the_same_tensors(long_jo
     assert cancelled_at(2, long_job, base, loras) == [1, 2]
     assert SafetensorsFile.open(state_of(long_job, base)).metadata["step"] == "2"
     assert cancelled_at(4, long_job, base, loras) == [3, 4]
-    assert not loras.exists()
+    assert files(loras) == []
 
     known: list[list[tuple[int, float]]] = []
     points: list[int] = []
