@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -357,13 +358,19 @@ def test_the_best_recipe_measures_and_keeps_the_best(server, trained):
     assert training_state(server)["likenesses"] == [[2, measured["points"][0]["likeness"]]]
 
 
+def states(server) -> list[Path]:
+    """What is kept of the trainings that are not done."""
+    return list((server.folder / "cache" / "runs").rglob("*.state.safetensors"))
+
+
 def test_cancelled_while_a_sample_is_drawn_it_ends_at_once_and_goes_on(server, trained):
+    before = set(states(server))
     graph = training(name="sampling", steps=3, samples=3, settings="sample_steps = 1000\nsample_guidance = 1.0")
     prompt_id = server.queue(graph)
     wait_for(lambda: training_state(server).get("phase") == "samples", "the first sample")
     assert seconds_to_cancel(server, prompt_id) < 10, "a thousand steps of sampling take minutes"
     assert "step" not in training_state(server), "the first step was not reported yet: it draws its sample"
-    (state,) = (server.folder / "cache" / "runs").rglob("*.state.safetensors")
+    (state,) = set(states(server)) - before
     assert SafetensorsFile.open(state).metadata["step"] == "1"
 
 
