@@ -75,9 +75,13 @@ MODELS = {
 }
 # What the models that lora_reader.py calls small have otherwise.
 SMALL: dict[str, dict[str, Any]] = {
-    "sd15": {"block_out_channels": (64, 128, 256, 256)},
-    "sd2": {"block_out_channels": (64, 128, 256, 256), "attention_head_dim": [1, 2, 4, 4]},
-    "sdxl": {"block_out_channels": (64, 128, 256), "attention_head_dim": [1, 2, 4]},
+    "sd15": {"block_out_channels": (32, 64, 128, 128)},
+    "sd2": {"block_out_channels": (64, 128, 256, 256), "attention_head_dim": 8},
+    "sdxl": {
+        "block_out_channels": (32, 64, 128),
+        "attention_head_dim": 8,
+        "transformer_layers_per_block": [1, 1, 1],
+    },
     "sd3": {
         "num_layers": 3,
         "num_attention_heads": 3,
@@ -154,7 +158,7 @@ def loras_of(name: str, blocks_only: bool) -> Mapping[ModuleId, LoraModule]:
 
 
 def text_model_of(name: str, part: str) -> nn.Module:
-    """transformers' text encoder without any values, for a small model 64 wide."""
+    """transformers' text encoder without any values, for a small model 64 wide and of a few layers."""
     import transformers
 
     size = TEXT_ENCODERS[family_of(name)][part]
@@ -166,7 +170,7 @@ def text_model_of(name: str, part: str) -> nn.Module:
                 d_model=width, d_ff=width * 5 // 2, num_layers=2, num_heads=width // 64, feed_forward_proj="gated-gelu"
             )
             return transformers.T5EncoderModel(config).to_empty(device="cpu")
-        layers, width = size[0], 64 if is_small else size[1]
+        layers, width = (3, 64) if is_small else size
         config = transformers.CLIPTextConfig(
             hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=width // 64
         )
@@ -200,21 +204,34 @@ def changes_of(modules: Mapping[ModuleId, LoraModule]) -> Changes:
     }
 
 
-def of_diffusers(family: str, lora: LoraFile, model: nn.Module | None = None) -> Changes:
+@cache
+def plain_model_of(family: str) -> Any:
+    """For those that leave it as it was."""
+    return model_of(family)
+
+
+def of_diffusers(family: str, lora: LoraFile, model: Any = None) -> Changes:
+    """By diffusers' model, of the family's published width where none is given."""
     import diffusers
 
-    model = model or model_of(family)
-    pipeline = getattr(diffusers, MODELS[family][2])
+    pipeline, model = getattr(diffusers, MODELS[family][2]), model or plain_model_of(family)
     is_unet = lora.family in ("sd15", "sd2", "sdxl")
-    options: dict[str, Any] = {"unet_config": model.config} if is_unet else {}
-    if "return_alphas" in inspect.signature(pipeline.lora_state_dict).parameters:
-        options["return_alphas"] = True
-    converted = pipeline.lora_state_dict(copied(lora), **options)
-    state, alphas = converted if isinstance(converted, tuple) else (converted, None)
+    state, alphas = converted_by(pipeline, lora, {"unet_config": model.config} if is_unet else {})
     load = pipeline.load_lora_into_unet if is_unet else pipeline.load_lora_into_transformer
     options = {"network_alphas": alphas} if "network_alphas" in inspect.signature(load).parameters else {}
-    load(state, **{"unet" if is_unet else "transformer": model}, **options)
-    return of_peft_layers(model)
+    try:
+        load(state, **{"unet" if is_unet else "transformer": model}, **options)
+        return of_peft_layers(model)
+    finally:
+        model.unload_lora()
+
+
+def converted_by(pipeline: Any, lora: LoraFile, options: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
+    """The tensors in diffusers' names, and alphas where it does not multiply them in."""
+    if "return_alphas" in inspect.signature(pipeline.lora_state_dict).parameters:
+        options = {**options, "return_alphas": True}
+    converted = pipeline.lora_state_dict(copied(lora), **options)
+    return converted if isinstance(converted, tuple) else (converted, None)
 
 
 def copied(lora: LoraFile) -> dict[str, Tensor]:
@@ -229,11 +246,8 @@ def text_of_diffusers(family: str, lora: LoraFile) -> Changes:
     changes: Changes = {}
     if not hasattr(pipeline, "load_lora_into_text_encoder"):
         return changes
-    options: dict[str, Any] = {"unet_config": model_of(family).config} if family == "sdxl" else {}
-    if "return_alphas" in inspect.signature(pipeline.lora_state_dict).parameters:
-        options["return_alphas"] = True
-    converted = pipeline.lora_state_dict(copied(lora), **options)
-    state, alphas = converted if isinstance(converted, tuple) else (converted, None)
+    options = {"unet_config": plain_model_of(family).config} if family == "sdxl" else {}
+    state, alphas = converted_by(pipeline, lora, options)
     for part, size in TEXT_ENCODERS[family].items():
         if size != "T5":
             model = text_model_of(family, part)

@@ -88,8 +88,12 @@ MODELS = {
     "qwen-image": (supported.QwenImage, {"image_model": "qwen_image", "in_channels": 64, "num_layers": 2}),
 }  # fmt: skip
 MODELS |= {f"small-{name}": (cls, config) for name, (cls, config, *_) in model_writer.MODELS.items()}
-for name in ("sd15", "sd2", "sdxl"):
-    MODELS[f"small-{name}"] = (MODELS[name][0], {**MODELS[name][1], "model_channels": 64})
+# Attention takes 64 channels at least, but SD1.5's.
+for name, width in {"sd15": 32, "sd2": 64, "sdxl": 32}.items():
+    MODELS[f"small-{name}"] = (MODELS[name][0], {**MODELS[name][1], "model_channels": width})
+MODELS["small-sdxl"][1].update(
+    transformer_depth=[0, 0, 1, 1, 1, 1], transformer_depth_middle=1, transformer_depth_output=[0, 0, 0, *[1] * 6]
+)
 MODELS["small-lumina2"] = (
     supported.Lumina2, {**MODELS["lumina2"][1], "dim": 288, "cap_feat_dim": 64, "n_heads": 3, "n_kv_heads": 1}
 )  # fmt: skip
@@ -101,8 +105,7 @@ TEXT_ENCODERS = {
     "flux1": comfy.text_encoders.flux.flux_clip(dtype_t5=torch.float32),
     "chroma": comfy.text_encoders.pixart_t5.pixart_te(dtype_t5=torch.float32),
 }
-# As many layers as the published ones have, but for T5's.
-SMALL_CLIP = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 1}
+SMALL_CLIP = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 1, "num_hidden_layers": 3}
 SMALL_T5 = {"d_model": 64, "d_ff": 160, "d_kv": 64, "num_heads": 1, "num_layers": 2}
 SMALL_TEXTS = {f"clip_{kind}_model_config": SMALL_CLIP for kind in "lhg"} | {"t5xxl_model_config": SMALL_T5}
 

@@ -65,20 +65,26 @@ OTHER_KINDS = ("sd15", "other kinds")
 
 
 def contents_of(family: str) -> list[str]:
-    """What the files are that we write: the rows of docs/formats.md."""
+    """What LoRAs that we write are of: the rows of docs/formats.md."""
     return [*SCHEMES, *(f"text {scheme}" for scheme in SCHEMES if family in TEXT_ENCODERS)]
 
 
-def lora_of(model: str, contents: str, blocks_only: bool = True) -> LoraFile:
-    """For a family, or `small-` and one: its LoRA in a scheme, of the denoiser or, after `text `, of the text encoders."""
-    family, modules = family_of(model), loras_of(model, blocks_only)
+def lora_of(family: str, contents: str) -> LoraFile:
+    """The LoRA in a scheme, of the denoiser's blocks or, after `text `, of the text encoders."""
+    blocks = loras_of(family, blocks_only=True)
     if contents in OTHER_SCHEMES:
-        return LoraFile(family, {}, in_other_scheme(modules, contents))
-    is_text = contents.startswith("text ")
-    if is_text:
-        # Some programs go by the denoiser's names, so that a file without any would be no fair question.
-        modules = {**dict(list(loras_of(model, blocks_only=True).items())[-1:]), **text_loras_of(model)}
-    return LoraFile.from_modules(family, modules, {}, contents.removeprefix("text "))
+        return LoraFile(family, {}, in_other_scheme(blocks, contents))
+    if contents in SCHEMES:
+        return LoraFile.from_modules(family, blocks, {}, contents)
+    # Some programs go by the denoiser's names, so that a file without any would be no fair question.
+    denoiser = dict(list(blocks.items())[-1:])
+    return LoraFile.from_modules(family, {**denoiser, **text_loras_of(family)}, {}, contents.removeprefix("text "))
+
+
+def whole_lora_of(model: str, scheme: str) -> LoraFile:
+    """Of a family, or `small-` and one: of the whole denoiser and the text encoders."""
+    texts = text_loras_of(model) if family_of(model) in TEXT_ENCODERS else {}
+    return LoraFile.from_modules(family_of(model), {**loras_of(model, blocks_only=False), **texts}, {}, scheme)
 
 
 def in_other_scheme(modules: Mapping[ModuleId, LoraModule], scheme: str) -> dict[str, Tensor]:
@@ -96,12 +102,12 @@ def in_other_scheme(modules: Mapping[ModuleId, LoraModule], scheme: str) -> dict
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[tuple[str, str], Path]:
-    """(model, contents) -> a file for ComfyUI."""
+    """(model, scheme) -> a file for ComfyUI."""
     folder = tmp_path_factory.mktemp("loras")
-    names = [(family, contents) for family in FAMILIES for contents in (*contents_of(family), *OTHER_SCHEMES)]
-    names += [(f"small-{family}", contents) for family in FAMILIES for contents in contents_of(family)]
-    loras = {name: lora_of(*name, blocks_only=name[1] in OTHER_SCHEMES) for name in names}
-    loras[OTHER_KINDS] = other_kinds()
+    loras = {OTHER_KINDS: other_kinds()}
+    for family in FAMILIES:
+        loras |= {(family, scheme): lora_of(family, scheme) for scheme in OTHER_SCHEMES}
+        loras |= {(model, s): whole_lora_of(model, s) for model in (family, f"small-{family}") for s in SCHEMES}
     paths = {name: folder / f"{' '.join(name)}.safetensors" for name in loras}
     for name, lora in loras.items():
         lora.save(paths[name], torch.float32)
@@ -110,23 +116,24 @@ def files(tmp_path_factory) -> dict[tuple[str, str], Path]:
 
 @pytest.fixture(scope="module")
 def by_comfyui(files) -> dict[tuple[str, str], dict]:
-    """(model, contents) -> what ComfyUI makes of the file; how it changes a weight only of small models."""
+    """(model, scheme) -> what ComfyUI makes of the file; how it changes a weight only of small models."""
     with_changes = {name for name in files if name[0].startswith("small-") or name == OTHER_KINDS}
     models = [name[0] if name in with_changes else f"names-{name[0]}" for name in files]
     return dict(zip(files, run_comfyui(zip(models, files.values(), strict=True)), strict=True))
 
 
-def in_comfyui(model: str, contents: str) -> Changes:
-    """What each weight of ComfyUI's model should change by."""
+def in_comfyui(model: str) -> dict[str, Changes]:
+    """What each weight of ComfyUI's should change by, of the denoiser and, as `text `, of the text encoders."""
     family = family_of(model)
-    if not contents.startswith("text "):
-        originals = in_original_names(family, loras_of(model, blocks_only=False))
-        return {f"diffusion_model.{name}": change for name, change in originals.items()}
-    prefixes = FAMILIES[family].comfy_prefixes
-    return {
-        prefixes[part].removeprefix("text_encoders.") + path: probed(module.down, module.up, module.scale)
-        for (part, path), module in text_loras_of(model).items()
-    }
+    originals = in_original_names(family, loras_of(model, blocks_only=False))
+    wanted = {"": {f"diffusion_model.{name}": change for name, change in originals.items()}}
+    if family in TEXT_ENCODERS:
+        prefixes = FAMILIES[family].comfy_prefixes
+        wanted["text "] = {
+            prefixes[part].removeprefix("text_encoders.") + path: probed(module.down, module.up, module.scale)
+            for (part, path), module in text_loras_of(model).items()
+        }
+    return wanted
 
 
 @cache
@@ -208,45 +215,44 @@ def test_it_is_known_what_diffusers_loads(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_is_known_what_comfyui_loads(files, by_comfyui, family):
-    for model in (family, f"small-{family}"):
-        for contents in (*contents_of(family), *(OTHER_SCHEMES if model == family else ())):
-            lora = LoraFile(family, {}, LoraFile.read(files[model, contents]).tensors)
-            assert not_loaded_in(by_comfyui[model, contents]) == set(not_loaded_by("ComfyUI", lora)), (model, contents)
-
-
-def not_loaded_in(result: dict) -> set[str]:
-    """The modules that ComfyUI reports as not loaded."""
-    return {re.sub(r"\.(lora_\w+\.weight|alpha)$", "", message.split(": ")[-1]) for message in result["not_loaded"]}
+    names = [name for name in files if family_of(name[0]) == family and name != OTHER_KINDS]
+    assert len(names) == 2 * len(SCHEMES) + len(OTHER_SCHEMES)
+    for name in names:
+        lora = LoraFile(family, {}, LoraFile.read(files[name]).tensors)
+        reported = by_comfyui[name]["not_loaded"]
+        modules = {re.sub(r"\.(lora_\w+\.weight|alpha)$", "", message.split(": ")[-1]) for message in reported}
+        assert modules == set(not_loaded_by("ComfyUI", lora)), name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_comfyui_loads_the_modules_that_the_document_counts(by_comfyui, family):
     known = documented()
-    for contents in contents_of(family):
-        wanted, found = in_comfyui(family, contents), comfyui_changes(by_comfyui[family, contents])
-        matched = len(wanted.keys() & found.keys())
-        count = known[family, contents][1].partition(" ")[0]
-        assert count == (f"{matched}/{len(wanted)}" if matched else "-"), contents
+    for kind, wanted in in_comfyui(family).items():
+        for scheme in SCHEMES:
+            count = len(wanted.keys() & comfyui_changes(by_comfyui[family, scheme]).keys())
+            expected = known[family, kind + scheme][1].partition(" ")[0]
+            assert expected == (f"{count}/{len(wanted)}" if count else "-"), kind + scheme
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_comfyui_changes_the_weights_of_small_models_exactly(by_comfyui, family):
-    model = f"small-{family}"
-    for contents in contents_of(family):
-        wanted, found = in_comfyui(model, contents), comfyui_changes(by_comfyui[model, contents])
-        assert compare(found, wanted).deviation < EXACT, contents
-        assert contents.endswith("diffusers") or wanted.keys() <= found.keys(), contents
+    for wanted in in_comfyui(f"small-{family}").values():
+        for scheme in SCHEMES:
+            cell = compare(comfyui_changes(by_comfyui[f"small-{family}", scheme]), wanted)
+            assert cell.deviation < EXACT, scheme
+            assert scheme == "diffusers" or cell.matched == cell.total, scheme
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_comfyui_changes_the_weights_of_published_widths_as_the_document_says(files, family):
     cells = {}
-    results = run_comfyui((family, files[family, contents]) for contents in contents_of(family))
-    for contents, result in zip(contents_of(family), results, strict=True):
-        cell = compare(comfyui_changes(result), in_comfyui(family, contents))
-        assert contents.endswith("diffusers") or (cell.matched == cell.total and cell.deviation < EXACT), contents
-        cells[family, contents] = (str(cell),)
+    results = run_comfyui((family, files[family, scheme]) for scheme in SCHEMES)
+    for kind, wanted in in_comfyui(family).items():
+        for scheme, result in zip(SCHEMES, results, strict=True):
+            cell = compare(comfyui_changes(result), wanted)
+            assert scheme == "diffusers" or (cell.matched == cell.total and cell.deviation < EXACT), kind + scheme
+            cells[family, kind + scheme] = (str(cell),)
     assert_documented(cells, (1,))
 
 
