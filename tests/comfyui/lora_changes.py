@@ -9,9 +9,9 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -259,22 +259,23 @@ def text_of_diffusers(family: str, lora: LoraFile) -> Changes:
 def text_of_peft(family: str, lora: LoraFile) -> Changes:
     changes: Changes = {}
     for part in TEXT_ENCODERS[family]:
-        found = into_peft(text_model_of(family, part), lora, f"{part}.")
+        found = into_peft(partial(text_model_of, family, part), lora, f"{part}.")
         changes |= {f"{part}.{project_path(path)}": change for path, change in found.items()}
     return changes
 
 
 def of_peft(family: str, lora: LoraFile) -> Changes:
-    return into_peft(model_of(family), lora, FAMILIES[family].diffusers_prefix)
+    return into_peft(partial(model_of, family), lora, FAMILIES[family].diffusers_prefix)
 
 
-def into_peft(model: nn.Module, lora: LoraFile, prefix: str) -> Changes:
+def into_peft(make_model: Callable[[], nn.Module], lora: LoraFile, prefix: str) -> Changes:
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
     state = {key.removeprefix(prefix): tensor for key, tensor in lora.tensors.items() if key.startswith(prefix)}
     ranks = {key.removesuffix(".lora_A.weight"): t.shape[0] for key, t in state.items() if ".lora_A." in key}
     if not ranks:
         return {}
+    model = make_model()
     if not hasattr(model, "text_model"):
         # As diffusers does it.
         state = {key.removeprefix("text_model."): tensor for key, tensor in state.items()}

@@ -10,8 +10,7 @@ from core.bench import bench
 from core.bench_loops import ComfyLoop, random_cache
 from core.config import TrainConfig
 from core.errors import BadConfig, BadFile
-from core.safetensors_file import SafetensorsFile
-from tests.tooling import write_checkpoint
+from tests.tooling import RandomTensors, original_shapes
 
 from .demo_checkpoint import COMFY_SD15
 from .setup_comfyui import COMFYUI, PYTHON
@@ -28,12 +27,13 @@ ONE_LEVEL = {
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    shape = replace(COMFY_SD15, unet={**COMFY_SD15.unet, **ONE_LEVEL})
-    path = write_checkpoint(tmp_path_factory.mktemp("peer") / "base.safetensors", shape, torch.float32)
-    base, prefix = load_base(path), "model.diffusion_model."
+def base():
+    shapes = original_shapes(replace(COMFY_SD15, unet={**COMFY_SD15.unet, **ONE_LEVEL}))
+    shapes = {name: shape for name, shape in shapes.items() if name.startswith("model.diffusion_model.")}
+    draw = RandomTensors(shapes, torch.float32, seed=1)
     # ComfyUI knows diffusers' names of models of the published size only.
-    original = {name: tensor for name, tensor in SafetensorsFile.open(path).items() if name.startswith(prefix)}
+    original = {name: draw(name) for name in shapes}
+    base = load_base(original)
     return replace(base, components={"denoiser": replace(base.components["denoiser"], tensors=original)})
 
 
