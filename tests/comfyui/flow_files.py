@@ -34,12 +34,12 @@ KL = {
 }  # fmt: skip
 
 
-def run_model_writer(paths: Mapping[str, Path]) -> None:
+def run_model_writer(paths: Mapping[str, Path], weights_alone: bool = False) -> None:
     """Name of a model in model_writer.py -> the file that is written."""
-    arguments = [str(part) for pair in paths.items() for part in pair]
+    arguments = ["yes" if weights_alone else "no", *(str(part) for pair in paths.items() for part in pair)]
     subprocess.run(
         [str(PYTHON), str(Path(__file__).with_name("model_writer.py")), *arguments],
-        env={**os.environ, "PYTHONPATH": str(COMFYUI)},
+        env={**os.environ, "PYTHONPATH": str(COMFYUI), "OMP_NUM_THREADS": "1"},
         check=True,
     )
 
@@ -48,7 +48,7 @@ def write_denoisers(folder: Path, names: dict[str, str], qwen_vae: Path | None =
     """A small denoiser of ComfyUI's own class for each family, in a file of that name; Qwen-Image's VAE if it is wanted."""
     folder.mkdir(parents=True, exist_ok=True)
     made = {family: folder / f".{name}" for family, name in names.items()}
-    run_model_writer(made)
+    run_model_writer(made, weights_alone=True)
     for family, path in made.items():
         file = SafetensorsFile.open(path)
         write_part(file, "weights.", folder / names[family])

@@ -1,9 +1,10 @@
 """Run by test_flow_models.py in a process of its own, with ComfyUI on its path: small models of ComfyUI's own classes.
 
-Arguments: pairs of a model's name and file. Writes into each file the weights of a model of the real architecture but few
-and narrow layers, random, under ComfyUI's names (`weights.…`), and for some noisy latents, times and texts what it predicts
-(`case0.…`). The same of the text encoders in TEXTS (`text.weights.…` as in a checkpoint, and `text.case0.…` for the captions in
-the file's metadata) and of the VAEs in VAES (`vae.weights.…`, and `vae.case0.…`).
+Arguments: whether only weights are wanted (yes or no), then pairs of a model's name and file. Writes into each file the
+weights of a model of the real architecture but few and narrow layers, random, under ComfyUI's names (`weights.…`), and for
+some noisy latents, times and texts what it predicts (`case0.…`). The same of the text encoders in TEXTS (`text.weights.…` as in
+a checkpoint, and `text.case0.…` for the captions in the file's metadata) and of the VAEs in VAES (`vae.weights.…`, and
+`vae.case0.…`).
 """
 
 # pyright: reportMissingImports=false
@@ -166,11 +167,15 @@ def random_weights(model: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def write(name: str, path: str) -> None:
+def write(name: str, path: str, weights_alone: bool) -> None:
     cls, config, channels, widths = MODELS[name]
     model = cls(dict(config)).get_model({}, "", device=torch.device("cpu")).float()
     random_weights(model.diffusion_model)
     tensors = {f"weights.{key}": value.contiguous() for key, value in model.diffusion_model.state_dict().items()}
+    if name in VAES:
+        tensors |= vae_tensors(name)
+    if weights_alone:
+        return safetensors.torch.save_file(tensors, path)
     generator = torch.Generator().manual_seed(2)
     for number, (length, (height, width)) in enumerate(CASES):
         if name.startswith("qwen-image"):
@@ -196,8 +201,6 @@ def write(name: str, path: str) -> None:
         tensors |= {f"case{number}.{key}": value.contiguous() for key, value in case.items()}
     if name in TEXTS:
         tensors |= text_tensors(name)
-    if name in VAES:
-        tensors |= vae_tensors(name)
     safetensors.torch.save_file(tensors, path, {"captions": json.dumps(CAPTIONS)})
 
 
@@ -244,5 +247,6 @@ def vae_tensors(family: str) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    for name, path in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
-        write(name, path)
+    weights_alone, *pairs = sys.argv[1:]
+    for name, path in zip(pairs[::2], pairs[1::2], strict=True):
+        write(name, path, weights_alone == "yes")
