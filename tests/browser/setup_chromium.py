@@ -12,7 +12,7 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-BY_HAND = "python -m playwright install --with-deps chromium"
+BY_HAND = ".venv/bin/python -m playwright install --with-deps chromium"
 """What a user can type to get one."""
 _PROGRAMS = ("chromium", "google-chrome", "chromium-browser")
 _PACKAGE_MANAGERS = {
