@@ -26,6 +26,7 @@ from .device import PRECISIONS, device_and_dtype
 from .errors import BadConfig
 from .families import FAMILIES
 from .families.spec import Component, Conditioning
+from .methods import peak_rate
 from .run import Run
 
 CAPTION = "a photo of sks person"
@@ -204,7 +205,7 @@ class PlainLoop:
         self.parameters = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
         for parameter in self.parameters:
             parameter.data = parameter.data.float()
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.peak_rate, weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=peak_rate(config), weight_decay=config.weight_decay)
         self.lr_scheduler = get_scheduler("constant", self.optimizer)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.noise_scheduler: Any = DDPMScheduler(

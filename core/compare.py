@@ -29,7 +29,7 @@ from .files import write_file, write_text
 from .generate import SAMPLE_BATCH, GenerateConfig, Job, contact_sheet, generate
 from .likeness import NEUTRAL_PROMPTS, hold_out, picture_change
 from .lora_file import LoraFile
-from .methods import METHODS
+from .methods import METHODS, peak_rate
 from .photos import Photo, prepare
 from .photos.captions import class_caption, default_caption
 from .photos_to_lora import train
@@ -108,7 +108,7 @@ class Comparison:
         """Equal when the numbers can stand in one table."""
         common = replace(self.config, method="lora")
         settings = {
-            **asdict(common), "learning_rate": common.peak_rate,
+            **asdict(common), "learning_rate": peak_rate(common),
             "rates": dict(self.rates), "held_out": self.held_out, "settings": self.settings,
         }  # fmt: skip
         return {"settings": json.dumps(settings, sort_keys=True), "base": self.base.identity}
@@ -224,7 +224,7 @@ class Judge:
         pictures = self._pictures(trained, [(file, 1.0)] if file else [])
         return (
             Result(
-                person, method, config.peak_rate, len(marks), seconds=round(seconds, 1),
+                person, method, peak_rate(config), len(marks), seconds=round(seconds, 1),
                 file_bytes=path.stat().st_size, memory=max(0, (used or 0) - used_before), **self._measured(pictures),
             ),
             pictures[0],

@@ -22,11 +22,12 @@ from PIL import Image
 
 from ..core.base import Base
 from ..core.cache import cache_folder, content_key
-from ..core.config import TrainConfig, config_from, settings_of_the_file
+from ..core.config import TrainConfig, config_from
 from ..core.errors import BadConfig, BadFile, FaceLoraError
 from ..core.families import FAMILIES
 from ..core.files import write_file, write_text
 from ..core.generate import contact_sheet
+from ..core.identity import settings_of_the_file
 from ..core.likeness import LIKENESS_KEY, LikenessPoint
 from ..core.lora_file import LoraFile
 from ..core.lora_hashes import model_hash

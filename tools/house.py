@@ -31,8 +31,8 @@ FILES: Mapping[str, str] = {
     "lora": "apply embeddings lora_blocks lora_checkpoints lora_file lora_hashes lora_inspect lora_kinds lora_modules"
     " lora_readers lora_tools",
     "pictures": "face_pass gallery generate headshot headshots sampling sheet style_pack style_picture",
-    "training": "adapters batches cache checkpoint kind_adapter likeness lora_layer memory_prediction methods optimizer"
-    " photos_to_lora recipes run samples store training training_metadata",
+    "training": "adapters batches cache checkpoint identity kind_adapter likeness lora_layer memory_prediction methods"
+    " optimizer photos_to_lora recipes run samples store training training_metadata",
     "bench": "bench_loops compare",
     "cli": "__init__ __main__ cli_common cli_compare cli_lora cli_pictures cli_settings",
 }

@@ -1,18 +1,25 @@
-"""The methods. A new one is a file beside these that defines METHOD, and is chosen by the name of its file."""
+"""The methods. A new one is a file beside these that defines METHOD, a line in METHODS, and its name in `config.MethodName`."""
 
 from collections.abc import Mapping
-from importlib import import_module
 
 from torch import nn
 
 from ..adapters import Adapter, Method
 from ..base import Base
-from ..config import METHOD_NAMES, TrainConfig
+from ..config import TrainConfig
 from ..families.spec import FamilySpec
 from ..lora_file import LoraFile
+from . import dora, dreambooth, loha, lokr, lora, oft, pivotal, textual_inversion
 
 METHODS: dict[str, Method] = {
-    name: import_module(f".{name.replace('-', '_')}", __package__).METHOD for name in METHOD_NAMES
+    "dora": dora.METHOD,
+    "dreambooth": dreambooth.METHOD,
+    "loha": loha.METHOD,
+    "lokr": lokr.METHOD,
+    "lora": lora.METHOD,
+    "oft": oft.METHOD,
+    "pivotal": pivotal.METHOD,
+    "textual-inversion": textual_inversion.METHOD,
 }
 
 
@@ -21,6 +28,11 @@ def attach(
 ) -> Adapter:
     """The Adapter of the method that the settings choose, on networks that it changes in place."""
     return METHODS[config.method].attach(networks, family, config, continue_from)
+
+
+def peak_rate(config: TrainConfig) -> float:
+    """The peak learning rate of a run: the set one, else what suits its method."""
+    return METHODS[config.method].peak_rate(config)
 
 
 def trains_text(config: TrainConfig) -> bool:

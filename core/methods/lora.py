@@ -70,8 +70,8 @@ class LoraAdapter(Adapter):
     def export(self, values: Mapping[str, Tensor], base: Base, metadata: Mapping[str, str]) -> LoraFile:
         return LoraFile.from_modules(base.family.name, self.modules(values), metadata, base.family.lora_scheme)
 
-    def rate(self, name: str, config: TrainConfig) -> float:
-        return super().rate(name, config) * (config.lora_plus_ratio if name.endswith(".up") else 1.0)
+    def rate(self, name: str, config: TrainConfig, peak: float) -> float:
+        return super().rate(name, config, peak) * (config.lora_plus_ratio if name.endswith(".up") else 1.0)
 
     @torch.no_grad()
     def load(self, modules: Mapping[ModuleId, LoraModule]) -> None:

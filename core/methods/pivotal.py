@@ -29,8 +29,8 @@ class PivotalAdapter(Adapter):
     def parameters(self) -> dict[str, nn.Parameter]:
         return self.lora.parameters() | self.word.parameters()
 
-    def rate(self, name: str, config: TrainConfig) -> float:
-        return (self.word if name.endswith(".vectors") else self.lora).rate(name, config)
+    def rate(self, name: str, config: TrainConfig, peak: float) -> float:
+        return (self.word if name.endswith(".vectors") else self.lora).rate(name, config, peak)
 
     def constrain(self) -> None:
         self.word.constrain()
