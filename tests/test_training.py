@@ -369,7 +369,7 @@ def test_a_method_that_is_told_no_learning_rate_has_the_one_that_suits_it(bases,
 
 def test_the_metadata_has_the_learning_rate_of_the_method(bases, caches):
     for method, rate in (("lora", "0.0001"), ("textual-inversion", "0.005")):
-        config = TrainConfig(method=method, rank=2, steps=1)
+        config = TrainConfig(method=method, rank=2, steps=1)  # pyright: ignore
         lora = train_lora(person_only(caches["sd15"]), bases["sd15"], config, device=CPU)
         assert (lora.metadata["ss_learning_rate"], lora.metadata["ss_unet_lr"]) == (rate, rate)
 
