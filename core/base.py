@@ -17,18 +17,8 @@ from .errors import BadConfig, BadFile, UnknownFamily, UnmatchedKeys
 from .families import FAMILIES, detect_family, text
 from .families.ldm import VAE_PREFIXES, current_vae_path, original_unet_names
 from .families.quantised import dequantised
-from .families.spec import (
-    DENOISER_PREFIX,
-    UNQUANTISED,
-    Component,
-    Conditioning,
-    FamilySpec,
-    LatentShape,
-    LazyTensors,
-    Stored,
-    layout_of,
-    materialise,
-)
+from .families.spec import DENOISER_PREFIX, UNQUANTISED, Component, Conditioning, FamilySpec, LatentShape, materialise
+from .lazy import LazyTensors, Stored, dtype_and_shape
 from .objective import FlowSchedule, NoiseSchedule, Schedule
 from .safetensors_file import SafetensorsFile, tensor_bytes
 
@@ -126,7 +116,7 @@ class Base:
         encoders = {}
         for part in self.text_encoders:
             tensors = self._component(part).tensors
-            layouts = [layout_of(tensors, name) for name in tensors]
+            layouts = [dtype_and_shape(tensors, name) for name in tensors]
             if sum(dtype.itemsize * math.prod(shape) for dtype, shape in layouts) < LARGE_ENCODER:
                 encoders[part] = self.load(part, device, dtype)
                 continue

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UnmatchedKeys
+from ..lazy import LazyTensors, Stored, shape_of
 from ..lora_keys.flux import FLUX2 as KEYS
 from . import text, transformer
 from .ldm import VAE_PREFIXES, count_children, kl_pixels, vae_component
-from .spec import Component, Conditioning, FamilySpec, LatentShape, LazyTensors, Stored, shape_of
+from .spec import Component, Conditioning, FamilySpec, LatentShape
 
 TEXT_TOKENS = 512
 """Tokens of the whole chat; shorter ones are filled up, and the denoiser sees the padding."""

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnmatchedKeys
+from ..lazy import LazyTensors, Stored, shape_of
 from ..lora_keys.qwen import QWEN_IMAGE as KEYS
 from ..objective import linear_shift
 from . import text, transformer
 from .ldm import VAE_PREFIXES, count_children
-from .spec import Component, Conditioning, FamilySpec, LatentShape, LazyTensors, Stored, holds_numbers, shape_of
+from .spec import Component, Conditioning, FamilySpec, LatentShape, holds_numbers
 
 TEXT = {"text_encoder": "qwen25_7b"}
 TEXT_TOKENS = 1024

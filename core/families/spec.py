@@ -1,6 +1,6 @@
 """What a model family has to say of itself: the seam between the families and everything that is shared by them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,53 +13,6 @@ Conditioning = dict[str, Tensor]
 """What steers the denoiser beside the timestep, first dimension the batch. Only its family knows what is in it."""
 Pair = tuple[Conditioning, Conditioning]
 """That of a picture's prompt and of its negative prompt, padded to each other."""
-
-
-@dataclass(frozen=True, eq=False)
-class Stored:
-    """Reads a tensor of a mapping when it is called."""
-
-    tensors: Mapping[str, Tensor]
-    name: str
-
-    def __call__(self) -> Tensor:
-        return self.tensors[self.name]
-
-    def layout(self) -> tuple[torch.dtype, tuple[int, ...]]:
-        """Its dtype and shape."""
-        return layout_of(self.tensors, self.name)
-
-
-class LazyTensors(Mapping[str, Tensor]):
-    """Tensors under new names, each read (and reshaped) only when asked for."""
-
-    def __init__(self, readers: Mapping[str, Callable[[], Tensor]]):
-        self.readers = readers
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.readers[name]()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.readers
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.readers)
-
-    def __len__(self) -> int:
-        return len(self.readers)
-
-
-def layout_of(tensors: Mapping[str, Tensor], name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-    """A tensor's dtype and shape, without computing it where it is known what it is made of."""
-    reader = tensors.readers[name] if isinstance(tensors, LazyTensors) else None
-    if isinstance(reader, Stored):
-        return reader.layout()
-    tensor = tensors[name]
-    return tensor.dtype, tuple(tensor.shape)
-
-
-def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
-    return layout_of(tensors, name)[1]
 
 
 @dataclass(frozen=True)
