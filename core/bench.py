@@ -32,12 +32,11 @@ from .bench_loops import (
     Loop,
     OurLoop,
     PlainLoop,
-    precision_name,
     random_base,
     random_cache,
 )
 from .config import Targets, TrainConfig
-from .device import device_and_dtype
+from .device import device_and_dtype, precision_name
 from .errors import BadConfig, BadFile
 from .families import FAMILIES
 from .files import write_file

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .base import Base
 from .cache import EncodedImage, LatentCache
 from .config import TrainConfig
-from .device import PRECISIONS, device_and_dtype
+from .device import device_and_dtype, precision_name
 from .errors import BadConfig
 from .families import FAMILIES
 from .families.spec import Component, Conditioning
@@ -138,11 +138,6 @@ def random_cache(base: Base, config: TrainConfig) -> LatentCache:
     if pooled := SHAPES[base.family.name].pooled:
         text["pooled"] = torch.randn(1, pooled, generator=generator)
     return LatentCache((image,) * config.batch_size, {CAPTION: text}, chunks=1, digest="random")
-
-
-def precision_name(dtype: torch.dtype) -> str:
-    """The setting that means the dtype."""
-    return next(name for name, known in PRECISIONS.items() if known == dtype)
 
 
 class Loop(Protocol):

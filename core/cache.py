@@ -15,10 +15,10 @@ from torch import Tensor
 
 from .base import Base
 from .config import TrainConfig
+from .device import explained_memory_error, whole_or_in_tiles
 from .errors import BadFile
 from .families.clip import chunk_count
 from .families.spec import Conditioning, Pair
-from .memory_plan import explained_memory_error, whole_or_in_tiles
 from .methods import trains_text
 from .objective import shrink_mask
 from .photos import Dataset, TrainingImage

@@ -17,13 +17,12 @@ from .apply import apply
 from .base import Base
 from .cache import content_key, made_folder
 from .config import Precision, TrainConfig
-from .device import device_and_dtype
+from .device import device_and_dtype, explained_memory_error
 from .embeddings import new_words
 from .errors import BadConfig
 from .families.spec import Pair, stacked_with
 from .files import write_file
 from .lora_file import LoraFile
-from .memory_plan import explained_memory_error
 from .photos import Photo, bucket_sizes
 from .photos.captions import class_caption, default_caption
 from .run import Sampler, Shot

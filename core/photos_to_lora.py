@@ -15,7 +15,7 @@ from torch import Tensor
 from .base import Base, load_base
 from .cache import encode
 from .config import TrainConfig
-from .device import device_and_dtype
+from .device import PRECISIONS, device_and_dtype
 from .errors import BadConfig, BadFile, BadPhoto
 from .faces import FaceNetwork, load_faces
 from .families.clip import load_tokenizer
@@ -29,7 +29,6 @@ from .photos.report import REJECT
 from .run import CheckCancelled
 from .training import OnStep, Samples, train_lora
 
-SAVE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 OnPhase = Callable[[str, int, int], None]
 """(what is being done, done, total) while photos and captions are encoded and class images made."""
 
@@ -160,7 +159,7 @@ def train(
 
     def save(step: int, lora: LoraFile) -> None:
         assert output is not None
-        lora.save(output.with_name(f"{output.stem}-step{step:06d}{output.suffix}"), SAVE_DTYPES[config.save_precision])
+        lora.save(output.with_name(f"{output.stem}-step{step:06d}{output.suffix}"), PRECISIONS[config.save_precision])
 
     def save_samples(step: int, images: list[Image.Image]) -> None:
         assert output is not None
@@ -190,8 +189,8 @@ def train(
     )
     if output is not None:
         for addition, other in files_beside(lora, base, config).items():
-            other.save(output.with_name(f"{output.stem}-{addition}{output.suffix}"), SAVE_DTYPES[config.save_precision])
-        lora.save(output, SAVE_DTYPES[config.save_precision])
+            other.save(output.with_name(f"{output.stem}-{addition}{output.suffix}"), PRECISIONS[config.save_precision])
+        lora.save(output, PRECISIONS[config.save_precision])
         state_path(output).unlink(missing_ok=True)
     return lora
 

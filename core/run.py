@@ -16,7 +16,7 @@ from .cache import EncodedImage, LatentCache
 from .checkpoint import RunState, pack_optimizer, unpack_optimizer
 from .compiled import CompiledBlocks, why_not_compiled
 from .config import TrainConfig
-from .device import device_and_dtype
+from .device import device_and_dtype, is_out_of_memory
 from .errors import OutOfMemory, TrainingDiverged
 from .families.spec import Conditioning, on_device, stack_conditioning
 from .likeness import Selection
@@ -25,7 +25,6 @@ from .memory_plan import (
     MemoryPlan,
     MemorySaver,
     blocks_of,
-    is_out_of_memory,
     plans_for,
 )
 from .methods import METHODS, attach, peak_rate, trains_text

@@ -15,12 +15,11 @@ from .base import Base
 from .cache import LatentCache
 from .checkpoint import read_state
 from .config import TrainConfig
-from .device import device_and_dtype
+from .device import device_and_dtype, explained_memory_error
 from .errors import BadConfig
 from .identity import run_identity
 from .likeness import LikenessPoint, LikenessWatch, Selection
 from .lora_file import LoraFile
-from .memory_plan import explained_memory_error
 from .memory_prediction import choose_plan
 from .run import CheckCancelled, Run, Sampler, Shot
 from .training_metadata import training_metadata

@@ -23,6 +23,7 @@ from PIL import Image
 from ..core.base import Base
 from ..core.cache import cache_folder, content_key
 from ..core.config import TrainConfig, config_from
+from ..core.device import PRECISIONS as SAVE_DTYPES
 from ..core.errors import BadConfig, BadFile, FaceLoraError
 from ..core.families import FAMILIES
 from ..core.files import write_file, write_text
@@ -33,7 +34,7 @@ from ..core.lora_file import LoraFile
 from ..core.lora_hashes import model_hash
 from ..core.methods import METHODS
 from ..core.photos import Photo
-from ..core.photos_to_lora import SAVE_DTYPES, train
+from ..core.photos_to_lora import train
 from ..core.recipes import MEASUREMENTS, RECIPES, recipe_settings
 from ..core.safetensors_file import SafetensorsFile
 from ..core.training import StepReport, StopAndKeep

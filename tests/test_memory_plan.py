@@ -302,7 +302,7 @@ def test_a_vae_works_on_tiles_where_a_whole_picture_does_not_fit(kind, base, mon
     latents = encode_pictures(base, vae, [picture])
     (whole,) = decode_latents(base, vae, latents)
 
-    monkeypatch.setattr("core.memory_plan.TILE", 64)
+    monkeypatch.setattr("core.device.TILE", 64)
     for name in ("_encode", "_decode"):
         monkeypatch.setattr(vae, name, only_in_tiles(vae, getattr(vae, name)))
     in_tiles = encode_pictures(base, vae, [picture])

@@ -3,7 +3,6 @@
 The result is a checkpoint in the original naming, as ComfyUI loads it; beside it, the same change as a LoRA.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from ..adapters import Adapter, Method, refuse_settings_of_lora, target_modules
 from ..base import Base, load_base
 from ..config import TrainConfig
+from ..device import free_memory
 from ..errors import BadConfig, LoraMisfit, OutOfMemory
 from ..families.spec import FamilySpec
 from ..lora_file import LoraFile
@@ -79,7 +79,8 @@ def attach(
         raise LoraMisfit(f"{continue_from.name}: method 'dreambooth' goes on from a checkpoint: give it as the base")
     refuse_settings_of_lora(config)
     parameters = [parameter for network in networks.values() for parameter in network.parameters()]
-    check_memory(sum(parameter.numel() for parameter in parameters), config, free_memory(parameters[0].device))
+    if (free := free_memory(parameters[0].device)) is not None:
+        check_memory(sum(parameter.numel() for parameter in parameters), config, free)
     adapter = FullAdapter(networks, {})
     originals = {name: parameter.data for name, parameter in adapter.parameters().items()}
     for parameter in parameters:
@@ -88,7 +89,7 @@ def attach(
     return FullAdapter(networks, originals)
 
 
-def check_memory(count: int, config: TrainConfig, free: float) -> None:
+def check_memory(count: int, config: TrainConfig, free: int) -> None:
     """OutOfMemory, with what would do, when `count` trained numbers need more than the `free` bytes."""
 
     def needed(optimizer: str) -> float:
@@ -102,19 +103,6 @@ def check_memory(count: int, config: TrainConfig, free: float) -> None:
         f"method 'dreambooth' needs {needed(config.optimizer) / _GIB:.1f} GiB for {count / 1e6:.0f} million weights, their "
         f"gradients and {config.optimizer}, {free / _GIB:.1f} GiB are free; {advice}method 'lora' trains a hundredth of it"
     )
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that a device has left; infinity where nobody says."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    if device.type == "cpu" and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        try:
-            with open("/proc/meminfo", encoding="ascii") as file:
-                return 1024.0 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
-        except (OSError, StopIteration):
-            return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
-    return float("inf")
 
 
 def beside(file: LoraFile, base: Base, config: TrainConfig) -> dict[str, LoraFile]:
