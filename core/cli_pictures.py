@@ -283,9 +283,9 @@ def add_score(parser: argparse.ArgumentParser) -> None:
 def run_score(options: argparse.Namespace) -> None:
     from .faces import Reference, load_faces
     from .files import write_file
-    from .generate import contact_sheet
     from .likeness import Score
     from .photos import read_photos
+    from .sheet import contact_sheet
 
     images = [photo for photo in read_photos(options.images, on_warning=print_warning) if not _is_sheet(photo)]
     reference = read_photos(options.reference, on_warning=print_warning)

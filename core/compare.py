@@ -20,20 +20,22 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .base import Base, load_base
 from .bench import peak_memory
-from .cache import content_key
+from .cache_folder import content_key
 from .config import TrainConfig
 from .device import device_and_dtype
 from .errors import BadConfig, BadFile
 from .faces import FaceNetwork, embed_images, likeness, mean_face
 from .files import write_file, write_text
-from .generate import SAMPLE_BATCH, GenerateConfig, Job, contact_sheet, generate
+from .generate import GenerateConfig, Job, generate
 from .likeness import NEUTRAL_PROMPTS, hold_out, picture_change
 from .lora_file import LoraFile
 from .methods import METHODS, peak_rate
 from .photos import Photo, prepare
 from .photos.captions import class_caption, default_caption
 from .photos_to_lora import train
+from .samples import SAMPLE_BATCH
 from .sampling import encode_pictures, encode_prompts
+from .sheet import contact_sheet
 from .training import StepReport
 
 PICTURES = 8

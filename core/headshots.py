@@ -19,9 +19,10 @@ from .face_pass import CutOut, FacePass, blend, cut_out, face_share
 from .faces import Reference
 from .files import remove_leftovers, write_file, write_text
 from .gallery import gallery_page
-from .generate import GenerateConfig, Job, Picture, contact_sheet, generate, parameters_text, picture_size
+from .generate import GenerateConfig, Job, Picture, generate, parameters_text, picture_size
 from .lora_file import LoraFile
 from .photos.reading import DAMAGED
+from .sheet import contact_sheet
 
 OVERVIEW = "headshots.json"
 CONTACT_SHEET = "contact_sheet.png"

@@ -20,13 +20,13 @@ from .errors import BadConfig, BadFile, BadPhoto
 from .faces import FaceNetwork, load_faces
 from .families.clip import load_tokenizer
 from .files import check_writable, remove_leftovers, write_file
-from .generate import make_class_images, sample_shots, training_sampler
 from .likeness import LikenessWatch, hold_out
 from .lora_file import LoraFile, fit
 from .methods import files_beside
 from .photos import Photo, Thresholds, check_photos, face_regions, prepare, read_photos, trigger_hint, with_masks
 from .photos.report import REJECT
 from .run import CheckCancelled
+from .samples import make_class_images, sample_shots, training_sampler
 from .training import OnStep, Samples, train_lora
 
 OnPhase = Callable[[str, int, int], None]

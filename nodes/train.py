@@ -21,13 +21,12 @@ from comfy_api.latest import io
 from PIL import Image
 
 from ..core.base import Base
-from ..core.cache import cache_folder, content_key
+from ..core.cache_folder import cache_folder, content_key
 from ..core.config import TrainConfig, config_from
 from ..core.device import PRECISIONS as SAVE_DTYPES
 from ..core.errors import BadConfig, BadFile, FaceLoraError
 from ..core.families import FAMILIES
 from ..core.files import write_file, write_text
-from ..core.generate import contact_sheet
 from ..core.identity import settings_of_the_file
 from ..core.likeness import LIKENESS_KEY, LikenessPoint
 from ..core.lora_file import LoraFile
@@ -37,6 +36,7 @@ from ..core.photos import Photo
 from ..core.photos_to_lora import train
 from ..core.recipes import MEASUREMENTS, RECIPES, recipe_settings
 from ..core.safetensors_file import SafetensorsFile
+from ..core.sheet import contact_sheet
 from ..core.training import StepReport, StopAndKeep
 from . import panel
 from .convert import FacePhotos, LoraModel, base_from, image_tensor, lora_file, lora_model, photos_of, trained_family

@@ -11,11 +11,13 @@ import torch
 from PIL import Image
 
 from core.base import Base, load_base
-from core.cache import cache_folder, clear_cache, encode, without_trigger
+from core.cache import encode, without_trigger
+from core.cache_folder import cache_folder, clear_cache
 from core.config import TrainConfig
 from core.errors import BadFile, OutOfMemory
-from core.generate import Job, generate, make_class_images
+from core.generate import Job, generate
 from core.photos import Photo, prepare, read_photos
+from core.samples import make_class_images
 from tests.tooling import SMALL_SD15, write_checkpoint
 
 CPU = torch.device("cpu")

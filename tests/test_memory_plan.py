@@ -22,12 +22,12 @@ from core.base import Base, load_base
 from core.config import TrainConfig
 from core.eight_bit import EightBitConv2d, EightBitLinear, narrow_weights, narrowed, widened
 from core.errors import OutOfMemory
-from core.generate import training_sampler
 from core.lora_file import LoraFile
 from core.memory_plan import PLANS, MemoryCount, MemoryPlan, blocks_of
 from core.memory_prediction import predicted_memory
 from core.methods import METHODS
 from core.run import Run
+from core.samples import training_sampler
 from core.sampling import decode_latents, encode_pictures
 from core.training import train_lora
 from core.training_metadata import WEIGHTS_KEY

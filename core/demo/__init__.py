@@ -19,11 +19,12 @@ from ..config import TrainConfig
 from ..errors import BadConfig, BadFile
 from ..faces import FaceNetwork, embed_images, likeness, load_faces, mean_face
 from ..files import write_text
-from ..generate import GenerateConfig, Job, contact_sheet, generate
+from ..generate import GenerateConfig, Job, generate
 from ..likeness import picture_change
 from ..lora_file import LoraFile
 from ..photos import Photo
 from ..photos_to_lora import train
+from ..sheet import contact_sheet
 from .people import SEEN_PEOPLE, UNSEEN_PEOPLE, person_photos
 
 BASE_FILE = Path(__file__).parent / "base.safetensors"
