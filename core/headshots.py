@@ -20,6 +20,7 @@ from .faces import Reference
 from .files import remove_leftovers, write_file, write_text
 from .gallery import gallery_page
 from .generate import GenerateConfig, Job, Picture, generate, parameters_text, picture_size
+from .headshot import FaceOutcome, Headshot
 from .lora_file import LoraFile
 from .photos.reading import DAMAGED
 from .sheet import contact_sheet
@@ -34,36 +35,6 @@ COLUMNS = 10
 """Pictures beside each other on the contact sheet."""
 TILE = 256
 """Height of a picture on the contact sheet, in pixels."""
-
-
-@dataclass(frozen=True)
-class FaceOutcome:
-    """What the face pass did to a picture; it travels in the PNG, so that it is done once."""
-
-    below: float
-    denoise: float
-    before: float
-    """Likeness of the picture as it was drawn first."""
-    after: float | None
-    """Likeness with the new face; None when no face is found in it any more."""
-
-    @property
-    def kept(self) -> bool:
-        """The new face is kept only when it is no less like the person."""
-        return self.after is not None and self.after >= self.before
-
-
-@dataclass(frozen=True)
-class Headshot:
-    """A picture of the batch."""
-
-    path: Path
-    job: Job
-    likeness: float | None = None
-    """Cosine to the person's photos; None when there is no reference or no face in the picture."""
-    kept: bool = False
-    """Among the most alike: also in the folder `kept`."""
-    face_pass: FaceOutcome | None = None
 
 
 def make_headshots(
