@@ -19,11 +19,14 @@ from .errors import BadConfig
 from .families.spec import FamilySpec
 from .lora_file import LoraFile
 from .lora_keys import ModuleId
+from .original_checkpoint import Checkpoint
 
 PEFT_NAME = "facelora"
 """What peft calls our adapter."""
 LORA_RATE = 1e-4
 """Peak learning rate of a LoRA that is told none."""
+Trained = LoraFile | Checkpoint
+"""What a training makes."""
 _Number = TypeVar("_Number", int, float)
 
 
@@ -46,7 +49,7 @@ class Adapter(ABC):
         return nullcontext()
 
     @abstractmethod
-    def export(self, values: Mapping[str, Tensor], base: Base, metadata: Mapping[str, str]) -> LoraFile:
+    def export(self, values: Mapping[str, Tensor], base: Base, metadata: Mapping[str, str]) -> Trained:
         """The file to save, with these values in the place of the parameters."""
 
     def constrain(self) -> None:  # noqa: B027, most have nothing to do
@@ -70,7 +73,7 @@ class Method:
     attach: Attach
     trains_text: Callable[[TrainConfig], bool] = lambda config: config.text_encoder_lr > 0
     """Whether text is encoded anew in each step, since something trainable sits on the text encoders."""
-    beside: Callable[[LoraFile, Base, TrainConfig], Mapping[str, LoraFile]] = lambda file, base, config: {}
+    beside: Callable[[Trained, Base, TrainConfig], Mapping[str, LoraFile]] = lambda file, base, config: {}
     """What else is written beside the file: addition to its name -> file."""
     makes: Literal["lora", "embedding", "checkpoint"] = "lora"
     """What the file is: something that goes on a base model, or a base model itself."""

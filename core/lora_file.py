@@ -34,6 +34,8 @@ from .lora_modules import LoraModule, name_modules
 from .safetensors_file import (
     Layout,
     SafetensorsFile,
+    cast_tensor,
+    layout_in,
     layout_of,
     write_safetensors,
 )
@@ -315,24 +317,15 @@ class LoraFile:
 
         One tensor after another: neither tensors that are read from a file nor computed ones are together in memory.
         """
-        layout = {key: (self._saved_dtype(key, dtype), shape) for key, (_, shape) in self.layout.items()}
+        layout = layout_in(self.tensors, dtype)
         digests = {"sshs_model_hash": hashlib.sha256(), "sshs_legacy_hash": LegacyHash(layout, self.metadata)}
         # modelspec's is that of the tensors that were read.
         metadata = {key: value for key, value in self.metadata.items() if key != "modelspec.hash_sha256"}
 
         def read(key: str) -> Tensor:
-            return _cast(key, self.tensors[key], layout[key][0])
+            return cast_tensor(key, self.tensors[key], layout[key][0])
 
         write_safetensors(path, layout, read, metadata, digests, on_progress)
-
-    def _saved_dtype(self, key: str, dtype: torch.dtype) -> torch.dtype:
-        own, shape = self.layout[key]
-        if not own.is_floating_point or own == dtype:
-            return own
-        # Alpha is one number: where the dtype would round it, the scale of the whole module would be off.
-        if shape == () and self.tensors[key].to(dtype).float() != self.tensors[key].float():
-            return torch.float32
-        return dtype
 
     def with_metadata(self, metadata: Mapping[str, str]) -> "LoraFile":
         """The same tensors with other metadata."""
@@ -492,12 +485,3 @@ def fit(
 def _same_weight(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
     # 1x1 convolutions may be written as Linear and kernels flattened, so only the sizes count.
     return shape[0] == other[0] and math.prod(shape[1:]) == math.prod(other[1:])
-
-
-def _cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if tensor.dtype == dtype:
-        return tensor
-    result = tensor.detach().to("cpu", dtype).contiguous()
-    if not torch.isfinite(result.float()).all() and torch.isfinite(tensor.float()).all():
-        raise BadFile(f"{key}: its values do not fit {dtype}; save as bfloat16 or float32")
-    return result

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .adapters import Trained
 from .base import Base, load_base
 from .cache import encode
 from .config import TrainConfig
@@ -52,7 +53,7 @@ def train(
     on_sample: Callable[[int, list[Image.Image]], None] | None = None,
     on_warning: Callable[[str], None] = lambda message: None,
     check_cancelled: CheckCancelled | None = None,
-) -> LoraFile:
+) -> Trained:
     """The trained LoRA; also written to `output` (a `.safetensors` path) when one is given.
 
     `photos` is a folder, or photos already read; `class_photos` likewise, for prior preservation. With `output`, the state
@@ -157,7 +158,7 @@ def train(
     sampler = training_sampler(base, config, cache.prompts, device, size, progress("samples"))
     samples = Samples(sampler, shots, watch) if shots else None
 
-    def save(step: int, lora: LoraFile) -> None:
+    def save(step: int, lora: Trained) -> None:
         assert output is not None
         lora.save(output.with_name(f"{output.stem}-step{step:06d}{output.suffix}"), PRECISIONS[config.save_precision])
 

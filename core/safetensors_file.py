@@ -344,6 +344,30 @@ def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
+def layout_in(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Layout:
+    """The layout of the tensors when they are saved in that dtype, as far as they are floating-point numbers."""
+
+    def saved(name: str, own: torch.dtype, shape: tuple[int, ...]) -> torch.dtype:
+        if not own.is_floating_point or own == dtype:
+            return own
+        # A LoRA's alpha is one number: where the dtype would round it, the scale of the whole module would be off.
+        if shape == () and tensors[name].to(dtype).float() != tensors[name].float():
+            return torch.float32
+        return dtype
+
+    return {name: (saved(name, own, shape), shape) for name, (own, shape) in layout_of(tensors).items()}
+
+
+def cast_tensor(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in the dtype that it is saved in. BadFile, which names it by `key`, where its values do not fit."""
+    if tensor.dtype == dtype:
+        return tensor
+    result = tensor.detach().to("cpu", dtype).contiguous()
+    if not torch.isfinite(result.float()).all() and torch.isfinite(tensor.float()).all():
+        raise BadFile(f"{key}: its values do not fit {dtype}; save as bfloat16 or float32")
+    return result
+
+
 def storage_order(layout: Layout) -> list[str]:
     """The names in the order in which tensors are written (that of the safetensors library)."""
     return sorted(layout, key=lambda name: (_STORAGE_ORDER.index(_CODES[layout[name][0]]), name))

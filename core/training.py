@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .adapters import Trained
 from .base import Base
 from .cache import LatentCache
 from .checkpoint import read_state
@@ -51,7 +52,7 @@ class StepReport:
 
 
 OnStep = Callable[[StepReport], None]
-OnSave = Callable[[int, LoraFile], None]
+OnSave = Callable[[int, Trained], None]
 OnSample = Callable[[int, list[Image.Image]], None]
 
 
@@ -86,7 +87,7 @@ def train_lora(
     on_sample: OnSample | None = None,
     on_warning: Callable[[str], None] = lambda message: None,
     check_cancelled: CheckCancelled | None = None,
-) -> LoraFile:
+) -> Trained:
     """The trained LoRA, in Kohya naming with complete metadata.
 
     `on_step` hears of every step and cancels by raising: the state is then saved to `state_path` and the exception goes
@@ -132,7 +133,7 @@ def train_lora(
         started_at, first_step = time.time(), run.step
         last_state, started = time.monotonic(), time.monotonic()
 
-        def lora(values: Mapping[str, Tensor], step: int) -> LoraFile:
+        def lora(values: Mapping[str, Tensor], step: int) -> Trained:
             metadata = training_metadata(
                 cache, base, config, steps=step, started_at=started_at, precision=dtype,
                 plan=run.memory.plan, weights_narrowed=run.narrowed_after is not None and run.narrowed_after < step,

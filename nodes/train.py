@@ -331,7 +331,7 @@ def _train(job: Job, base: Base, node_id: str, path: Path, key: str, run: "RunFo
         lora = train(job.photos, base, job.config, **arguments)
     finally:
         run.save_history()
-    _write(lora, path, job, key)
+    _write(lora, path, job, key)  # pyright: ignore
     del lora  # Windows deletes no file that is still read
     output.unlink()
     output.with_name(f"{output.stem}-embedding{output.suffix}").unlink(missing_ok=True)  # it is in `lora` too

@@ -194,7 +194,7 @@ def test_what_was_trained_on_8_bits_says_so_also_when_it_goes_on_in_full(base, c
         device=CPU,
         state_path=state,
         resume=True,
-        on_save=lambda step, lora: saved.update({step: lora}),
+        on_save=lambda step, lora: saved.update({step: lora}),  # pyright: ignore
     )
     assert last.metadata[WEIGHTS_KEY] == saved[3].metadata[WEIGHTS_KEY] == "8 bits"
     assert last.metadata["ss_gradient_checkpointing"] == "False"
@@ -204,7 +204,7 @@ def test_what_was_saved_before_a_run_went_over_to_8_bits_does_not_say_so(base, c
     run_out_of_memory(monkeypatch, lambda run: run.step == 2 and run.memory.plan.weights == "full")
     saved: dict[int, LoraFile] = {}
     config = replace(CONFIG, save_every=2)
-    last = train_lora(cache, base, config, device=CPU, on_save=lambda step, lora: saved.update({step: lora}))
+    last = train_lora(cache, base, config, device=CPU, on_save=lambda step, lora: saved.update({step: lora}))  # pyright: ignore
     assert WEIGHTS_KEY not in saved[2].metadata and last.metadata[WEIGHTS_KEY] == "8 bits"
 
 

@@ -377,7 +377,8 @@ def test_the_metadata_has_the_learning_rate_of_the_method(bases, caches):
 def test_the_same_seed_gives_the_same_file_and_another_seed_another(bases, caches):
     cache, config = person_only(caches["sd15"]), replace(PLAIN, steps=3, dropout=0.1)
     first, second, third = (
-        train_lora(cache, bases["sd15"], replace(config, seed=seed), device=CPU).modules() for seed in (1, 1, 2)
+        train_lora(cache, bases["sd15"], replace(config, seed=seed), device=CPU).modules()  # pyright: ignore
+        for seed in (1, 1, 2)
     )
     assert all(torch.equal(first[m].up, second[m].up) and torch.equal(first[m].down, second[m].down) for m in first)
     assert not all(torch.equal(first[m].up, third[m].up) for m in first)
@@ -398,7 +399,7 @@ def test_a_run_inside_inference_mode_trains_on_tensors_made_there(bases, caches)
     with torch.inference_mode():
         base = load_base({name: tensor.clone() for name, tensor in file.items()})
         lora = train_lora(person_only(caches["sd15"]), base, replace(PLAIN, steps=2), device=CPU)
-    assert all(module.up.abs().max() > 0 for module in lora.modules().values())
+    assert all(module.up.abs().max() > 0 for module in lora.modules().values())  # pyright: ignore
 
 
 def test_a_callback_that_raises_stops_the_run_with_a_state_and_the_exception(bases, caches, tmp_path):
@@ -419,7 +420,7 @@ def test_a_callback_that_raises_stops_the_run_with_a_state_and_the_exception(bas
     )
     whole = train_lora(cache, base, config, device=CPU)
     assert steps == [3, 4]
-    assert all(torch.equal(module.up, resumed.modules()[name].up) for name, module in whole.modules().items())
+    assert all(torch.equal(module.up, resumed.modules()[name].up) for name, module in whole.modules().items())  # pyright: ignore
 
 
 def test_a_run_that_is_cancelled_in_its_first_step_leaves_no_state(bases, caches, tmp_path):
@@ -443,7 +444,7 @@ def test_stop_and_keep_ends_the_run_with_what_it_has_learned(bases, caches):
     kept = train_lora(cache, base, replace(PLAIN, steps=50), device=CPU, on_step=stop)
     short = train_lora(cache, base, replace(PLAIN, steps=2), device=CPU)
     assert kept.metadata["ss_steps"] == "2"
-    assert all(torch.equal(module.up, kept.modules()[name].up) for name, module in short.modules().items())
+    assert all(torch.equal(module.up, kept.modules()[name].up) for name, module in short.modules().items())  # pyright: ignore
 
 
 @pytest.mark.parametrize("recompute", ["off", "on"])
@@ -469,7 +470,7 @@ def test_a_run_that_is_cancelled_within_a_step_goes_on_exactly(bases, caches, tm
         train_lora(cache, base, config, device=CPU, state_path=state, check_cancelled=check)
     assert SafetensorsFile.open(state).metadata["step"] == "1"
     resumed = train_lora(cache, base, config, device=CPU, state_path=state, resume=True)
-    assert all(torch.equal(module.up, resumed.modules()[name].up) for name, module in whole.modules().items())
+    assert all(torch.equal(module.up, resumed.modules()[name].up) for name, module in whole.modules().items())  # pyright: ignore
 
 
 def test_a_sampler_that_raises_also_leaves_a_state(bases, caches, tmp_path):
@@ -554,7 +555,7 @@ def test_a_resumed_run_keeps_the_thumbnail_of_before(bases, caches, tmp_path):
             raise KeyboardInterrupt
 
     def trained(**options) -> LoraFile:
-        return train_lora(
+        return train_lora(  # pyright: ignore
             person_only(caches["sd15"]), bases["sd15"], config, device=CPU, samples=drawn,
             on_sample=lambda step, images: None, **options,
         )  # fmt: skip

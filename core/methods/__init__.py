@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ..adapters import Adapter, Method
+from ..adapters import Adapter, Method, Trained
 from ..base import Base
 from ..config import TrainConfig
 from ..families.spec import FamilySpec
@@ -40,6 +40,6 @@ def trains_text(config: TrainConfig) -> bool:
     return METHODS[config.method].trains_text(config)
 
 
-def files_beside(file: LoraFile, base: Base, config: TrainConfig) -> Mapping[str, LoraFile]:
+def files_beside(file: Trained, base: Base, config: TrainConfig) -> Mapping[str, LoraFile]:
     """What is written beside the trained file: addition to its name -> file."""
     return METHODS[config.method].beside(file, base, config)

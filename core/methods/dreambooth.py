@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Adapter, Method, refuse_settings_of_lora, target_modules
+from ..adapters import Adapter, Method, Trained, refuse_settings_of_lora, target_modules
 from ..base import Base, load_base
 from ..config import TrainConfig
 from ..device import free_memory
@@ -21,7 +21,7 @@ from ..lora_keys import ModuleId
 from ..lora_modules import LoraModule
 from ..lora_tools import factorise
 from ..memory_plan import OPTIMIZER_BYTES
-from ..original_checkpoint import ORIGINAL_FAMILIES, original_tensors
+from ..original_checkpoint import ORIGINAL_FAMILIES, Checkpoint, original_tensors
 
 _PLAIN_BYTES = 8
 """A float32 weight and its gradient."""
@@ -55,7 +55,7 @@ class FullAdapter(Adapter):
             for name, parameter in parameters.items():
                 parameter.data = trained[name]
 
-    def export(self, values: Mapping[str, Tensor], base: Base, metadata: Mapping[str, str]) -> LoraFile:
+    def export(self, values: Mapping[str, Tensor], base: Base, metadata: Mapping[str, str]) -> Checkpoint:
         parts = {part: dict(component.tensors) for part, component in base.components.items()}
         for name, value in values.items():
             part, _, path = name.partition(".")
@@ -63,10 +63,6 @@ class FullAdapter(Adapter):
         kept = {key: value for key, value in metadata.items() if not key.startswith("ss_network_")}
         kept["modelspec.architecture"] = base.family.architecture
         return Checkpoint(base.family.name, kept, original_tensors(base, parts))
-
-
-class Checkpoint(LoraFile):
-    """A whole base model in the original naming: it goes the way to the disk that LoRA files go."""
 
 
 def attach(
@@ -105,7 +101,7 @@ def check_memory(count: int, config: TrainConfig, free: int) -> None:
     )
 
 
-def beside(file: LoraFile, base: Base, config: TrainConfig) -> dict[str, LoraFile]:
+def beside(file: Trained, base: Base, config: TrainConfig) -> dict[str, LoraFile]:
     """The change of the layers that a LoRA with convolutions has, at the settings' rank; norms and biases are left out."""
     trained = load_base(file.tensors).components
     networks = {}
