@@ -64,12 +64,12 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
 def run_verify(options: argparse.Namespace) -> int:
     from .lora_inspect import verify_lora
 
-    findings = verify_lora(options.file, options.base, on_progress=_progress("reading"))
-    for finding in findings:
-        print(f"{'error' if finding.is_error else 'odd'}: {one_line(finding.text)}")
-    if not findings:
+    faults = verify_lora(options.file, options.base, on_progress=_progress("reading"))
+    for fault in faults:
+        print(f"{'error' if fault.is_error else 'odd'}: {one_line(fault.text)}")
+    if not faults:
         print("nothing wrong with it")
-    return int(any(finding.is_error for finding in findings))
+    return int(any(fault.is_error for fault in faults))
 
 
 def add_convert(parser: argparse.ArgumentParser) -> None:

@@ -119,7 +119,7 @@ def _size(text: str) -> tuple[int, int]:
 def run_generate(options: argparse.Namespace) -> None:
     from .face_pass import FacePass
     from .generate import GenerateConfig
-    from .headshots import OVERVIEW, make_headshots, summary
+    from .headshots import OVERVIEW, batch_summary, make_headshots
     from .lora_file import LoraFile
     from .photos import read_photos
 
@@ -158,7 +158,7 @@ def run_generate(options: argparse.Namespace) -> None:
     if options.json:
         print((options.output / OVERVIEW).read_text("utf-8"), end="")
         return
-    print(summary(shots))
+    print(batch_summary(shots))
     redrawn = [shot.face_pass for shot in shots if shot.face_pass]
     if redrawn:
         print(f"faces drawn anew: {len(redrawn)}, of which {sum(one.kept for one in redrawn)} were taken")

@@ -310,7 +310,7 @@ _COLUMNS: dict[str, tuple[str, Callable[[Result], float], str]] = {
 """Column -> unit, value, and how it is written."""
 
 
-def summary(results: Sequence[Result]) -> list[tuple[str, ...]]:
+def summary_rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
     """The header, and a row for each method: mean and standard deviation over the people."""
     rows: list[tuple[str, ...]] = [
         ("method", "people", *(f"{name} ({unit})" for name, (unit, _, _) in _COLUMNS.items()))

@@ -231,18 +231,18 @@ def _write_overview(shots: Sequence[Headshot], folder: Path, compared: bool) -> 
     means = {"mean_likeness": mean_likeness(shots), "mean_likeness_kept": mean_likeness(kept)} if compared else {}
     described = [asdict(shot.job) | _findings(shot) for shot in shots]
     write_text(folder / OVERVIEW, json.dumps({**means, "headshots": described}, indent=1) + "\n")
-    write_text(folder / "gallery.html", gallery_page(shots, summary(shots), compared))
+    write_text(folder / "gallery.html", gallery_page(shots, batch_summary(shots), compared))
 
     styles: dict[str, list[Headshot]] = {}
     for shot in shots:
         styles.setdefault(shot.job.style or shot.job.prompt, []).append(shot)
     rows = [(name, [_tile(shot.path) for shot in group]) for name, group in styles.items()]
     labels = [[_label(shot) for shot in group] for group in styles.values()] if compared else None
-    sheet = contact_sheet(rows, tile=TILE, labels=labels, title=summary(shots), columns=COLUMNS)
+    sheet = contact_sheet(rows, tile=TILE, labels=labels, title=batch_summary(shots), columns=COLUMNS)
     write_file(folder / CONTACT_SHEET, lambda file: sheet.save(file, "PNG"))
 
 
-def summary(shots: Sequence[Headshot]) -> str:
+def batch_summary(shots: Sequence[Headshot]) -> str:
     """A line: how many there are, how many were kept, and how alike they are."""
     kept = [shot for shot in shots if shot.kept]
     if not kept:

@@ -76,7 +76,17 @@ def name_modules(
     return ComputedTensors([*makers, lambda: extra or {}])
 
 
-_KOHYA_SUFFIXES = {"down": "lora_down.weight", "up": "lora_up.weight", "dora": "dora_scale"}
+_KOHYA_SUFFIXES = {
+    "down": "lora_down.weight",
+    "up": "lora_up.weight",
+    "mid": "lora_mid.weight",
+    "dora": "dora_scale",
+}
+
+
+def suffix_of(role: str) -> str:
+    """What ends the name of a tensor of that role in Kohya's and ComfyUI's files."""
+    return _KOHYA_SUFFIXES.get(role, role)
 
 
 def name_kinds(family: str, modules: Mapping[ModuleId, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -91,7 +101,7 @@ def name_kinds(family: str, modules: Mapping[ModuleId, Mapping[str, Tensor]]) ->
             raise UnmatchedKeys(
                 f"{path} is one with {len(fusion.parts) - 1} others in files of {family}, where only a plain LoRA fits"
             )
-        tensors |= {f"{name}.{_KOHYA_SUFFIXES.get(role, role)}": tensor for role, tensor in roles.items()}
+        tensors |= {f"{name}.{suffix_of(role)}": tensor for role, tensor in roles.items()}
     return tensors
 
 

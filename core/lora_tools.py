@@ -17,7 +17,7 @@ from .lora_file import Entry, LoraFile
 from .lora_inspect import MODELSPEC_VERSION, OnProgress, silent, trigger_words
 from .lora_keys import FAMILIES, ModuleId, bundled_embedding
 from .lora_kinds import BIAS_ROLES, bias_change
-from .lora_modules import SCHEMES, LoraModule, name_in_scheme, name_modules, without_tucker
+from .lora_modules import SCHEMES, LoraModule, name_in_scheme, name_modules, suffix_of, without_tucker
 
 BaseWeight = Callable[[ModuleId], Tensor]
 """The weight of a module of the base model, for adapters whose change depends on it (DoRA, OFT)."""
@@ -79,15 +79,6 @@ def _metadata_for(lora: LoraFile, scheme: str) -> dict[str, str]:
     return known | {key: value for key, value in lora.metadata.items() if key != "lora_adapter_metadata"}
 
 
-_SUFFIXES = {
-    "down": ".lora_down.weight",
-    "up": ".lora_up.weight",
-    "mid": ".lora_mid.weight",
-    "dora": ".dora_scale",
-}
-"""Role -> suffix in Kohya's and ComfyUI's files, where it is not the role itself."""
-
-
 def _renamed(lora: LoraFile, entries: Sequence[Entry], scheme: str) -> dict[str, Tensor]:
     """The tensors of entries under names of the scheme, with their kind of adapter as it is."""
     family = FAMILIES[lora.family]
@@ -109,7 +100,7 @@ def _renamed(lora: LoraFile, entries: Sequence[Entry], scheme: str) -> dict[str,
         found = lora.tensors_of(entry)
         for role, tensor in found.items():
             if role not in BIAS_ROLES:
-                tensors[name + _SUFFIXES.get(role, f".{role}")] = tensor
+                tensors[f"{name}.{suffix_of(role)}"] = tensor
         if "dora" in found and found["dora"].ndim == 1:
             tensors[f"{name}.dora_scale"] = found["dora"].reshape(-1, *[1] * (len(entry.weight_shape or (0, 0)) - 1))
         if entry.kind == "norm" and "b_norm" in found:

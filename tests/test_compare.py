@@ -9,7 +9,7 @@ from PIL import Image
 
 from core.base import load_base
 from core.cli import main
-from core.compare import Comparison, Result, compare, known_results, plot_results, summary, write_results
+from core.compare import Comparison, Result, compare, known_results, plot_results, summary_rows, write_results
 from core.config import TrainConfig
 from core.demo import BASE_FILE
 from core.demo.people import person_photos
@@ -39,7 +39,7 @@ def base():
 
 
 def test_the_table_has_the_mean_and_the_spread_over_the_people(base):
-    header, lora, words = summary(
+    header, lora, words = summary_rows(
         [result("a", "lora"), result("b", "lora", likeness=0.7, seconds=14.0), result("a", "textual-inversion")]
     )
     assert header[:4] == ("method", "people", "likeness (to held-out photos)", "time (seconds)")
