@@ -21,7 +21,7 @@ from .errors import BadFile, LoraMisfit, UnknownFamily, UnmatchedKeys
 from .lora_hashes import LegacyHash, model_hash
 from .lora_keys import (
     EMBEDDING_KEYS,
-    FAMILIES,
+    NAME_TABLES,
     ModuleId,
     Place,
     bundled_embedding,
@@ -96,7 +96,7 @@ class LoraFile:
     """A LoRA as it stands in a file: its tensors under the names of the file, and what they mean."""
 
     family: str
-    """A name in lora_keys.FAMILIES."""
+    """A name in lora_keys.NAME_TABLES."""
     metadata: dict[str, str]
     tensors: Mapping[str, Tensor] = field(repr=False)
     name: str = "LoRA"
@@ -121,8 +121,8 @@ class LoraFile:
         cls, family: str, modules: Mapping[ModuleId, LoraModule], metadata: Mapping[str, str], scheme: str = "kohya"
     ) -> "LoraFile":
         """A LoRA in the given scheme: one of SCHEMES."""
-        if family not in FAMILIES:
-            raise UnknownFamily(f"no family {family!r}; known: {', '.join(FAMILIES)}")
+        if family not in NAME_TABLES:
+            raise UnknownFamily(f"no family {family!r}; known: {', '.join(NAME_TABLES)}")
         return cls(family, dict(metadata), dict(name_modules(family, modules, scheme)))
 
     @cached_property
@@ -140,7 +140,7 @@ class LoraFile:
     @cached_property
     def _sorted_keys(self) -> tuple[tuple[Entry, ...], tuple[str, ...], tuple[str, ...]]:
         """Entries, keys of bundled embeddings, and keys that are not understood."""
-        family = FAMILIES[self.family]
+        family = NAME_TABLES[self.family]
         found: dict[str, dict[str, str]] = {}
         named = {}
         embeddings, unknown = [], []
@@ -240,7 +240,7 @@ class LoraFile:
         tensors = self.tensors_of(entry)
         down, up, mid = tensors["down"], tensors["up"], tensors.get("mid")
         alpha = float(tensors["alpha"].item()) if "alpha" in tensors else float(down.shape[0])
-        kernel = FAMILIES[self.family].kernel(entry.modules[0][1]) if entry.part == "denoiser" else None
+        kernel = NAME_TABLES[self.family].kernel(entry.modules[0][1]) if entry.part == "denoiser" else None
         try:
             down, up = _in_weight_form(down, up, kernel)
             parts = entry.place.split(up, inputs=down.shape[1])
@@ -345,7 +345,7 @@ def _detect_family(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], n
     kinds = {module: kind_of(shapes) for module, shapes in roles.items()}
     modules = [(*m, weight_shape(kind, roles[m]) if kind else None) for m, kind in kinds.items()]
     if other := other_model(modules):
-        raise UnknownFamily(f"{name}: is for {other}, which is not supported; known: {', '.join(FAMILIES)}")
+        raise UnknownFamily(f"{name}: is for {other}, which is not supported; known: {', '.join(NAME_TABLES)}")
     candidates = families_of(modules)
     if not candidates and set(tensors) <= set(EMBEDDING_KEYS):
         candidates = ["sdxl"] if "clip_g" in tensors else ["sd15", "sd2"]
@@ -356,7 +356,7 @@ def _detect_family(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], n
         if not roles:
             raise UnknownFamily(f"{name}: no LoRA: no adapter's tensor is among its {len(tensors)}, e.g. {example!r}")
         raise UnknownFamily(
-            f"{name}: no family matches its {len(tensors)} keys, e.g. {example!r}; known: {', '.join(FAMILIES)}"
+            f"{name}: no family matches its {len(tensors)} keys, e.g. {example!r}; known: {', '.join(NAME_TABLES)}"
         )
     claimed = family_in_metadata(metadata)
     return claimed if claimed in candidates else candidates[0]
@@ -366,8 +366,8 @@ def family_in_metadata(metadata: Mapping[str, str]) -> str | None:
     """The family that the metadata claim, None when they claim none that is known."""
     version = metadata.get("ss_base_model_version", "")
     architecture = metadata.get("modelspec.architecture", "").partition("/")[0]
-    by_version = [family.name for family in FAMILIES.values() if version in family.base_versions]
-    by_architecture = [f.name for f in FAMILIES.values() if architecture == f.architecture.partition("/")[0]]
+    by_version = [family.name for family in NAME_TABLES.values() if version in family.base_versions]
+    by_architecture = [f.name for f in NAME_TABLES.values() if architecture == f.architecture]
     return next(iter(by_version + by_architecture), None)
 
 

@@ -23,7 +23,8 @@ from .embeddings import word_of
 from .errors import BadConfig, BadFile, one_line
 from .lora_file import Entry, LoraFile, family_in_metadata, fit
 from .lora_hashes import legacy_hash
-from .lora_keys import FAMILIES, READERS, not_loaded
+from .lora_keys import NAME_TABLES
+from .lora_keys.readers import READERS, not_loaded
 from .lora_kinds import KINDS, needs_base, weight_change
 from .safetensors_file import CHUNK_BYTES, SafetensorsFile, copy_with_metadata
 
@@ -111,8 +112,8 @@ def inspect_lora(
 
 
 def not_loaded_by(reader: str, lora: LoraFile) -> dict[str, str]:
-    """Name of a module -> why one of lora_keys.READERS would not load it; empty when it loads everything."""
-    family = FAMILIES[lora.family]
+    """Name of a module -> why one of lora_keys.readers.READERS would not load it; empty when it loads everything."""
+    family = NAME_TABLES[lora.family]
     reasons = {e.name: not_loaded(reader, family, e.name, e.kind, e.keys.values()) for e in lora.entries}
     return {name: reason for name, reason in reasons.items() if reason}
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from .errors import BadConfig, LoraMisfit, UnmatchedKeys
 from .lora_file import Entry, LoraFile
 from .lora_inspect import MODELSPEC_VERSION, OnProgress, silent, trigger_words
-from .lora_keys import FAMILIES, ModuleId, bundled_embedding
+from .lora_keys import NAME_TABLES, ModuleId, bundled_embedding
 from .lora_kinds import BIAS_ROLES, bias_change
 from .lora_modules import SCHEMES, LoraModule, name_in_scheme, name_modules, suffix_of, without_tucker
 
@@ -68,8 +68,8 @@ def _plain_modules(lora: LoraFile) -> dict[ModuleId, LoraModule]:
 
 def _metadata_for(lora: LoraFile, scheme: str) -> dict[str, str]:
     """The metadata without what is only true of the old names, with what readers of the new ones want to know."""
-    family = FAMILIES[lora.family]
-    known = {"modelspec.sai_model_spec": MODELSPEC_VERSION, "modelspec.architecture": family.architecture}
+    family = NAME_TABLES[lora.family]
+    known = {"modelspec.sai_model_spec": MODELSPEC_VERSION, "modelspec.architecture": f"{family.architecture}/lora"}
     if scheme == "kohya":
         ranks = {entry.rank for entry in lora.entries}
         is_lora = all(entry.kind in ("lora", "locon") for entry in lora.entries)
@@ -81,7 +81,7 @@ def _metadata_for(lora: LoraFile, scheme: str) -> dict[str, str]:
 
 def _renamed(lora: LoraFile, entries: Sequence[Entry], scheme: str) -> dict[str, Tensor]:
     """The tensors of entries under names of the scheme, with their kind of adapter as it is."""
-    family = FAMILIES[lora.family]
+    family = NAME_TABLES[lora.family]
     tensors: dict[str, Tensor] = {}
     for entry in entries:
         if scheme == "diffusers" and _has_pefts_magnitude(lora, entry):
@@ -123,7 +123,7 @@ def _pefts_dora(lora: LoraFile, entry: Entry) -> dict[str, Tensor]:
     changes = list(lora.low_rank_of(entry))
     magnitudes = dict(entry.place.split(lora.tensors_of(entry)["dora"].flatten(), inputs=entry.shapes["down"][1]))
     for (part, path), module in changes:
-        name = name_in_scheme(FAMILIES[lora.family], part, path, "diffusers")[0]
+        name = name_in_scheme(NAME_TABLES[lora.family], part, path, "diffusers")[0]
         plain, magnitude = without_tucker(module), magnitudes[part, path]
         tensors[f"{name}.lora_A.weight"] = plain.down
         tensors[f"{name}.lora_B.weight"] = plain.up.float() * plain.scale

@@ -29,7 +29,7 @@ FILES: Mapping[str, str] = {
     "tensor_names": "lora_keys",
     "models": "base base_weights compiled eight_bit families memory_plan objective original_checkpoint",
     "lora": "apply embeddings lora_blocks lora_checkpoints lora_file lora_hashes lora_inspect lora_kinds lora_modules"
-    " lora_readers lora_tools",
+    " lora_keys.readers lora_tools",
     "pictures": "face_pass gallery generate headshot headshots sampling sheet style_pack style_picture",
     "training": "adapters batches cache checkpoint identity kind_adapter likeness lora_layer memory_prediction methods"
     " optimizer photos_to_lora recipes run samples store training training_metadata",
@@ -78,7 +78,7 @@ def room_of(module: str) -> str:
     """The room that a module is in."""
     top, _, rest = module.partition(".")
     name = rest.partition(".")[0]
-    return _ROOM_OF.get(name, name) if top == "core" else top
+    return (_ROOM_OF.get(rest) or _ROOM_OF.get(name, name)) if top == "core" else top
 
 
 def storey_of(module: str) -> int:

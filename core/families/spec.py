@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadFile, UnmatchedKeys
+from ..lora_keys import NameTable
 
 Conditioning = dict[str, Tensor]
 """What steers the denoiser beside the timestep, first dimension the batch. Only its family knows what is in it."""
@@ -91,14 +92,10 @@ def on_device(conditioning: Conditioning, device: torch.device) -> Conditioning:
 class FamilySpec:
     """A model family: data, and the functions that differ from family to family."""
 
-    name: str
-    """Short name in code and messages: sd15, sdxl."""
+    names: NameTable
+    """What it is called in code and in files, and what its modules are called."""
     title: str
     """Name that a person knows: Stable Diffusion 1.x."""
-    base_model_version: str
-    """`ss_base_model_version` of a LoRA's metadata, the string that LoRA managers go by."""
-    architecture: str
-    """`modelspec.architecture` of a checkpoint; a LoRA adds `/lora`."""
     resolution: int
     """Side of the square that the published models were trained at, in pixels."""
     size_multiple: int
@@ -171,6 +168,21 @@ class FamilySpec:
     """Kind (one of `text.KINDS`) of the text encoder whose tokenizer does not travel with the package."""
     lora_scheme: Literal["kohya", "comfy"] = "kohya"
     """Names that its LoRA files are written with: those that most programs load."""
+
+    @property
+    def name(self) -> str:
+        """Short name in code and messages: sd15, sdxl."""
+        return self.names.name
+
+    @property
+    def base_model_version(self) -> str:
+        """`ss_base_model_version` of a LoRA's metadata, the string that LoRA managers go by."""
+        return self.names.base_versions[0]
+
+    @property
+    def architecture(self) -> str:
+        """`modelspec.architecture` of a checkpoint; a LoRA adds `/lora`."""
+        return self.names.architecture
 
 
 def replace_module(network: nn.Module, path: str, module: nn.Module) -> None:

@@ -14,7 +14,7 @@ from ..config import TrainConfig
 from ..errors import LoraMisfit
 from ..families.spec import FamilySpec
 from ..lora_file import LoraFile
-from ..lora_keys import FAMILIES, ModuleId
+from ..lora_keys import ModuleId
 from ..lora_layer import LoraLayer
 from ..lora_modules import LoraModule, name_in_scheme
 
@@ -142,7 +142,7 @@ def _shared(family: FamilySpec, layers: Mapping[ModuleId, LoraLayer]) -> dict[Mo
     firsts: dict[tuple[str, int], ModuleId] = {}
     shared = {}
     for (part, path), layer in layers.items():
-        name, _, _ = name_in_scheme(FAMILIES[family.name], part, path, family.lora_scheme)
+        name, _, _ = name_in_scheme(family.names, part, path, family.lora_scheme)
         shared[part, path] = firsts.setdefault((name, layer.down.shape[0]), (part, path))
     return shared
 

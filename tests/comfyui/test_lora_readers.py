@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from core.lora_file import LoraFile
 from core.lora_inspect import not_loaded_by
-from core.lora_keys import FAMILIES, ModuleId
+from core.lora_keys import NAME_TABLES as FAMILIES
+from core.lora_keys import ModuleId
 from core.lora_modules import SCHEMES, LoraModule
 
 from .setup_comfyui import COMFYUI, PYTHON
