@@ -34,6 +34,7 @@ from .bench_loops import (
     PlainLoop,
     random_base,
     random_cache,
+    trainer_program,
 )
 from .config import Targets, TrainConfig
 from .device import device_and_dtype, precision_name
@@ -166,6 +167,8 @@ def bench(
     """
     if comfyui and not (comfyui / "comfy_extras" / "nodes_train.py").is_file():
         raise BadFile(f"--comfyui {comfyui}: is no folder of a ComfyUI that can train")
+    if comfyui:
+        trainer_program()
     device, dtype = device_and_dtype(config, device)
     resolution = config.resolution or FAMILIES[family].resolution
     multiple = LATENT_SIZE * 2 ** (len(SHAPES[family].widths) - 1)

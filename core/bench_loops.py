@@ -23,7 +23,7 @@ from .base import Base
 from .cache import EncodedImage, LatentCache
 from .config import TrainConfig
 from .device import device_and_dtype, precision_name
-from .errors import BadConfig
+from .errors import BadConfig, BadFile
 from .families import FAMILIES
 from .families.spec import Component, Conditioning
 from .methods import peak_rate
@@ -31,6 +31,8 @@ from .run import Run
 
 CAPTION = "a photo of sks person"
 LATENT_CHANNELS, LATENT_SIZE, TOKENS = 4, 8, 77
+TRAINER = Path(__file__).parent.parent / "tools" / "comfyui_trainer.py"
+"""The program that runs ComfyUI's own trainer."""
 
 
 @dataclass(frozen=True)
@@ -242,6 +244,15 @@ class PlainLoop:
         self.loss()
 
 
+def trainer_program() -> Path:
+    """The program that runs ComfyUI's own trainer. BadFile where it is not there, as in an installation from a wheel."""
+    if not TRAINER.is_file():
+        raise BadFile(
+            f"--comfyui: {TRAINER} is missing; only a clone of the repository has it, so run the benchmark there"
+        )
+    return TRAINER
+
+
 class ComfyLoop:
     """ComfyUI's own trainer on the same weights and inputs, a process that makes a step when told to.
 
@@ -261,9 +272,8 @@ class ComfyLoop:
             save_file(inputs, folder / "inputs.safetensors")
             task = {"device": device.type, "precision": precision_name(dtype), "rank": config.rank}
             (folder / "task.json").write_text(json.dumps(task))
-            script = Path(__file__).parent.parent / "nodes" / "comfyui_trainer.py"
             self._process = subprocess.Popen(
-                [python, script, comfyui.resolve(), folder],
+                [python, trainer_program(), comfyui.resolve(), folder],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )  # fmt: skip
             self._log: list[str] = []
