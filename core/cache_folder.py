@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from .errors import BadFile
+from .files import make_folder
 
 CACHE_VERSION = "2"
 """Part of every cache key: raised whenever the same input would be encoded differently."""
@@ -23,14 +24,10 @@ def cache_folder() -> Path:
 
 def made_folder(*names: str) -> Path:
     """A folder in the cache folder, made where it is not there yet. BadFile when it cannot be."""
-    folder = cache_folder().joinpath(*names)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadFile(
-            f"{folder}: the cache cannot be written ({error.strerror}); set FACELORA_CACHE to a folder"
-        ) from None
-    return folder
+        return make_folder(cache_folder().joinpath(*names))
+    except BadFile as error:
+        raise BadFile(f"{error}; set FACELORA_CACHE to a folder for the cache") from None
 
 
 def clear_cache() -> int:

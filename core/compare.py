@@ -25,7 +25,7 @@ from .config import TrainConfig
 from .device import device_and_dtype
 from .errors import BadConfig, BadFile
 from .faces import FaceNetwork, embed_images, likeness, mean_face
-from .files import write_file, write_text
+from .files import make_folder, read_json, write_file, write_text
 from .generate import GenerateConfig, Job, generate
 from .likeness import NEUTRAL_PROMPTS, hold_out, picture_change
 from .lora_file import LoraFile
@@ -130,10 +130,7 @@ def compare(
     Writes compare.json and compare.png, for each person a report, and for each method the files and a row of pictures.
     """
     device, _ = device_and_dtype(comparison.config, device)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadFile(f"{output}: cannot be written: {error.strerror}") from None
+    make_folder(output)
     results, methods = [], ("base", *comparison.methods)
     for number, (person, photos) in enumerate(people.items()):
         report = output / f"{person}.json"
@@ -169,10 +166,10 @@ def write_results(path: Path, identity: Mapping[str, str], results: Sequence[Res
 def known_results(path: Path, identity: Mapping[str, str]) -> list[Result]:
     """What the file has of the same comparison; nothing when there is none, or one of other settings or photos."""
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = read_json(path)
         same = all(found[name] == value for name, value in identity.items())
         return [Result(**result) for result in found["results"]] if same else []
-    except (OSError, ValueError, KeyError, TypeError):
+    except (BadFile, KeyError, TypeError):
         return []
 
 

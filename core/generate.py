@@ -20,7 +20,7 @@ from .device import device_and_dtype, explained_memory_error
 from .embeddings import new_words
 from .errors import BadConfig
 from .families.spec import Pair, stacked_with
-from .files import write_file
+from .files import is_text, write_file
 from .lora_file import LoraFile
 from .safetensors_file import SafetensorsFile
 from .sampling import (
@@ -58,10 +58,8 @@ class Job:
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative"):
-            try:
-                getattr(self, name).encode()
-            except UnicodeEncodeError:
-                raise BadConfig(f"{name} = {getattr(self, name)!r}: has half a character in it") from None
+            if not is_text(getattr(self, name)):
+                raise BadConfig(f"{name} = {getattr(self, name)!r}: has half a character in it")
         if not 1 <= self.steps <= 1000:
             raise BadConfig(f"steps = {self.steps}: must be between 1 and 1000")
         if not 0 <= self.seed < 2**64:

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from .base import Base
-from .errors import BadConfig, BadFile
+from .errors import BadConfig
 from .face_pass import CutOut, FacePass, blend, cut_out, face_share
 from .faces import Reference
-from .files import remove_leftovers, write_file, write_text
+from .files import make_folder, remove_leftovers, write_file, write_text, writing
 from .gallery import gallery_page
 from .generate import GenerateConfig, Job, Picture, generate, parameters_text, picture_size
 from .headshot import FaceOutcome, Headshot
@@ -66,10 +66,7 @@ def make_headshots(
     if keep is not None and keep < 1:
         raise BadConfig(f"keep = {keep}: must be at least 1")
     person = None if reference is None else Reference(reference)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadFile(f"{folder}: cannot be written: {error.strerror}") from None
+    make_folder(folder)
     batch = _Batch(base, loras, config, device, on_progress or (lambda phase, done, total: None))
     jobs = [replace(job, size=picture_size(base, job.size)) for job in jobs]
     for job, count in Counter(jobs).items():
@@ -159,12 +156,10 @@ def _set_aside(path: Path) -> None:
     if not path.exists():
         return
     folder = path.parent / EARLIER
-    try:
-        folder.mkdir(exist_ok=True)
+    make_folder(folder)
+    with writing(folder):
         names = (f"{path.stem}{f' ({number})' if number > 1 else ''}{path.suffix}" for number in itertools.count(1))
         path.rename(next(place for name in names if not (place := folder / name).exists()))
-    except OSError as error:
-        raise BadFile(f"{folder}: cannot be written: {error.strerror or error}") from None
 
 
 def _settings(outcome: FaceOutcome) -> FacePass:
@@ -210,7 +205,7 @@ def _fill_kept(shots: Sequence[Headshot], folder: Path, ranked: bool) -> None:
     Other copies of pictures beside the folder are deleted, and what is no copy of one moves to `folder`/earlier.
     """
     belonging = {shot.path.name for shot in shots if shot.kept or not ranked}
-    try:
+    with writing(folder):
         for path in sorted(folder.glob("*.png")):
             if re.fullmatch(PICTURE_NAME, path.name):
                 original = folder.parent / path.name
@@ -218,9 +213,7 @@ def _fill_kept(shots: Sequence[Headshot], folder: Path, ranked: bool) -> None:
                     _set_aside(path)
                 elif path.name not in belonging:
                     path.unlink()
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise BadFile(f"{folder}: cannot be written: {error.strerror or error}") from None
+    make_folder(folder)
     for shot in shots:
         if shot.kept:
             write_file(folder / shot.path.name, lambda file, path=shot.path: file.write(path.read_bytes()))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .errors import BadFile, LoraMisfit, UnknownFamily, UnmatchedKeys
+from .files import read_json
 from .lora_hashes import LegacyHash, model_hash
 from .lora_keys import (
     EMBEDDING_KEYS,
@@ -377,9 +378,9 @@ def _peft_metadata(path: Path) -> dict[str, str]:
     if path.name != "adapter_model.safetensors" or not beside.exists():
         return {}
     try:
-        config = json.loads(beside.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadFile(f"{beside}: cannot be read, and the alpha of {path.name} stands in it: {error}") from None
+        config = read_json(beside)
+    except BadFile as error:
+        raise BadFile(f"{error}; the alpha of {path.name} stands in it") from None
     named = {f"base_model.{key}": value for key, value in config.items()} if isinstance(config, dict) else {}
     return {"lora_adapter_metadata": json.dumps(named)}
 

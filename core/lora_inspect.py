@@ -26,6 +26,7 @@ from .lora_hashes import legacy_hash
 from .lora_keys import NAME_TABLES
 from .lora_keys.readers import READERS, not_loaded
 from .lora_kinds import KINDS, needs_base, weight_change
+from .photos.reading import DAMAGED
 from .safetensors_file import CHUNK_BYTES, SafetensorsFile, copy_with_metadata
 
 _SETTINGS = {
@@ -439,8 +440,6 @@ THUMBNAIL_SIDE = 256
 def _thumbnail(picture: str | os.PathLike[str]) -> str:
     """The picture as a data URL, a JPEG of at most THUMBNAIL_SIDE pixels."""
     from PIL import Image, ImageOps
-
-    from .photos.reading import DAMAGED
 
     try:
         with Image.open(picture) as image:

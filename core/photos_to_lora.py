@@ -20,7 +20,7 @@ from .device import PRECISIONS, device_and_dtype
 from .errors import BadConfig, BadFile, BadPhoto
 from .faces import FaceNetwork, load_faces
 from .families.clip import load_tokenizer
-from .files import check_writable, remove_leftovers, write_file
+from .files import check_writable, make_folder, remove_leftovers, write_file
 from .likeness import LikenessWatch, hold_out
 from .lora_file import LoraFile, fit
 from .methods import files_beside
@@ -164,11 +164,7 @@ def train(
 
     def save_samples(step: int, images: list[Image.Image]) -> None:
         assert output is not None
-        folder = output.with_name(f"{output.stem}-samples")
-        try:
-            folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise BadFile(f"{folder}: samples cannot be written: {error.strerror}") from None
+        folder = make_folder(output.with_name(f"{output.stem}-samples"))
         for index, image in enumerate(images):
             write_file(folder / f"step{step:06d}-{index}.png", partial(image.save, format="PNG"))
 

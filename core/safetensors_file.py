@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .errors import BadFile
-from .files import write_file
+from .files import is_text, write_file
 
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors library refuses larger headers, so nobody can read such a file."""
@@ -239,10 +239,8 @@ def _parse_header(path: Path, header: bytes) -> tuple[dict[str, object], dict[st
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise BadFile(f"{path}: damaged header: __metadata__ must map strings to strings")
     for text in (*entries, *metadata, *metadata.values()):
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which no file and no terminal takes
-            raise BadFile(f"{path}: damaged header: {text[:80]!r} is no Unicode text") from None
+        if not is_text(text):
+            raise BadFile(f"{path}: damaged header: {text[:80]!r} is no Unicode text")
     return entries, metadata
 
 

@@ -174,7 +174,7 @@ def test_a_cache_folder_that_cannot_be_written_is_named(dataset, base, tmp_path,
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("FACELORA_CACHE", str(tmp_path / "file"))
     for use in (partial(encode, dataset, base, CONFIG), partial(make_class_images, base, "person", 1)):
-        with pytest.raises(BadFile, match=r"the cache cannot be written \(Not a directory\); set FACELORA_CACHE"):
+        with pytest.raises(BadFile, match="cannot be written: Not a directory; set FACELORA_CACHE to a folder"):
             use(device=CPU)
 
 
