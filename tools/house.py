@@ -188,8 +188,8 @@ def main() -> None:
     _print("imports inside functions, in cli", [_arrow(one) for one in late if room_of(one.importer) == "cli"], shown=0)
     _print("imports inside functions, elsewhere", [_arrow(one) for one in late if room_of(one.importer) != "cli"])
     functions = functions_of(modules)
-    longest = [f"{f.lines} lines: {f.module}.{f.name}" for f in functions]
-    _print("functions", longest, shown=SHOWN)
+    longest = [f"{f.lines} lines: {f.module}.{f.name}" for f in functions[:SHOWN]]
+    _print(f"longest of {len(functions)} functions", longest)
     branching = sorted((f for f in functions if f.branches > MOST_BRANCHES), key=lambda f: -f.branches)
     _print(
         f"functions with more than {MOST_BRANCHES} branches",
