@@ -4,17 +4,30 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-fast lint bench
+# Two processes, each computing with one thread. The tests of one server, and those of one file, stay together.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadgroup
+
+.PHONY: demo test test-fast test-all setup-test lint bench
 
 demo: $(STAMP)
 	$(RUN) -m core demo --output demo_output
 
-test: lint
-	$(RUN) tests/comfyui/setup_comfyui.py
-	$(RUN) -m pytest
+# What a change must pass: minutes, with a real ComfyUI server and a real browser.
+test: lint setup-test
+	$(PYTEST) -m "not slow and not clock"
 
+# The same without ComfyUI and the browser.
 test-fast: $(STAMP)
-	$(RUN) -m pytest -m "not comfyui and not browser and not slow"
+	$(PYTEST) -m "not slow and not clock and not comfyui and not browser"
+
+# Everything: full-size models, many killed runs, all files in all programs; then what measures time and memory, by itself.
+test-all: lint setup-test
+	$(PYTEST) -m "not clock"
+	$(RUN) -m pytest -m clock
+
+setup-test: $(STAMP)
+	$(RUN) tests/comfyui/setup_comfyui.py
+	$(RUN) tests/browser/setup_chromium.py
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .

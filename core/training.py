@@ -50,6 +50,11 @@ class StepReport:
         """The smoothed loss. Looking at it waits for the device: look when you show it, not at every step."""
         return float(self._loss)
 
+    @property
+    def measured(self) -> LikenessPoint | None:
+        """What was measured after this very step, None if nothing was."""
+        return self.likeness if self.likeness is not None and self.likeness.step == self.step else None
+
 
 OnStep = Callable[[StepReport], None]
 OnSave = Callable[[int, Trained], None]

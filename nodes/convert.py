@@ -25,7 +25,7 @@ from ..core.config import TrainConfig
 from ..core.errors import BadConfig, BadPhoto, FaceLoraError, LoraMisfit, UnknownFamily
 from ..core.families import FAMILIES
 from ..core.families.spec import Conditioning
-from ..core.families.text import context_width
+from ..core.families.text import context_width, pooled_width
 from ..core.lazy import LazyTensors
 from ..core.lora_file import Entry, LoraFile, fit
 from ..core.lora_tools import convert_lora
@@ -99,7 +99,8 @@ def base_from(model: Any, clip: Any, vae: Any, config: TrainConfig) -> Base:
         LazyTensors(readers), prediction_type=config.prediction_type, zero_terminal_snr=config.zero_terminal_snr
     )
     if family.flow_shift:
-        encode = partial(_encode_caption, clip, family.title, context_width(base.components["denoiser"].config))
+        denoiser = base.components["denoiser"].config
+        encode = partial(_encode_caption, clip, family.title, context_width(denoiser), pooled_width(denoiser))
         base = replace(base, caption_encoder=CaptionEncoder(encode, _clip_fingerprint(clip)))
     # Samples are drawn at the resolution that is trained.
     return replace(base, name=_file_name(model), resolution=config.resolution or base.resolution)
@@ -118,7 +119,7 @@ def _readers(patcher: Any, prefix: str = "") -> dict[str, Callable[[], Tensor]]:
     }
 
 
-def _encode_caption(clip: Any, title: str, width: int, caption: str) -> Conditioning:
+def _encode_caption(clip: Any, title: str, width: int, pooled: int | None, caption: str) -> Conditioning:
     """What CLIP makes of a caption, in which brackets and colons are text and no weights. UnknownFamily for another CLIP."""
     comfy.model_management.throw_exception_if_processing_interrupted()
     with torch.inference_mode():
@@ -127,11 +128,13 @@ def _encode_caption(clip: Any, title: str, width: int, caption: str) -> Conditio
         except TypeError:  # of those that have no weights at all
             tokens = clip.tokenize(caption)
         given = clip.encode_from_tokens(tokens, return_pooled=True, return_dict=True)
-    if given["cond"].shape[-1] != width:
-        raise UnknownFamily(
-            f"CLIP does not belong to MODEL, which is {title}: texts are {width} wide there, this CLIP's "
-            f"{given['cond'].shape[-1]}; load its text encoders with the loader's type for it"
-        )
+    for what, name, wanted in (("texts are", "cond", width), ("pooled texts are", "pooled_output", pooled)):
+        found = given[name].shape[-1] if isinstance(given.get(name), Tensor) else None
+        if wanted not in (None, found):
+            raise UnknownFamily(
+                f"CLIP does not belong to MODEL, which is {title}: {what} {wanted} wide there, this CLIP "
+                f"has {found or 'none'}; load its text encoders with the loader's type for it"
+            )
     names = {"context": "cond", "pooled": "pooled_output", "context_mask": "attention_mask"}
     # A mask that hides nothing is left out by ComfyUI.
     return {"context_mask": torch.ones(given["cond"].shape[:2])} | {

@@ -2,14 +2,7 @@
 
 # pyright: reportMissingImports=false
 
-import json
-import math
-import shutil
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +14,13 @@ from comfy_api.latest import io
 from PIL import Image
 
 from ..core.base import Base
-from ..core.cache_folder import cache_folder, content_key
 from ..core.config import TrainConfig, config_from
-from ..core.device import PRECISIONS as SAVE_DTYPES
-from ..core.errors import BadConfig, BadFile, FaceLoraError
+from ..core.errors import BadConfig, FaceLoraError
 from ..core.families import FAMILIES
-from ..core.files import write_file, write_text
-from ..core.identity import settings_of_the_file
-from ..core.likeness import LIKENESS_KEY, LikenessPoint
 from ..core.lora_file import LoraFile
-from ..core.lora_hashes import model_hash
 from ..core.methods import METHODS
-from ..core.photos import Photo
-from ..core.photos_to_lora import train
 from ..core.recipes import MEASUREMENTS, RECIPES, recipe_settings
-from ..core.safetensors_file import SafetensorsFile
-from ..core.sheet import contact_sheet
+from ..core.store import TrainedFile, TrainingJob, find_or_train
 from ..core.training import StepReport, StopAndKeep
 from . import panel
 from .convert import FacePhotos, LoraModel, base_from, image_tensor, lora_file, lora_model, photos_of, trained_family
@@ -44,17 +28,7 @@ from .embeddings import write_embedding
 from .file_names import lora_path
 from .plot import loss_plot
 
-KEY = "facelora.key"
-"""In a LoRA's metadata: what it was made from, as a hash. The file that a run would make is found by it."""
-MODEL_HASH = "sshs_model_hash"
-"""In the metadata of every saved LoRA: the hash of its tensors."""
-TRAINING_VERSION = "2"
-"""Part of every key: raised when the same inputs would train differently."""
-SHOW_INTERVAL = 0.5
-"""Seconds between two looks at the loss, each of which waits for the device."""
-SAVE_INTERVAL = 10.0
-"""Seconds between two times that the curve is saved, of which a killed server loses the rest."""
-_made: dict[str, set[Path]] = {}
+_given_out: dict[str, set[Path]] = {}
 """Name in the node -> the files that it has given out since the server was started."""
 
 
@@ -169,7 +143,7 @@ class TrainFaceLora(io.ComfyNode):
     def fingerprint_inputs(cls, name: Any = None, **_: object) -> list[str]:
         """Changes when a file that was made has been deleted or moved: the name that ComfyUI remembers is then of none."""
         given = name[0] if isinstance(name, list) else name
-        return sorted(str(path) for path in _made.get(given, ()) if not path.exists())
+        return sorted(str(path) for path in _given_out.get(given, ()) if not path.exists())
 
     @classmethod
     def execute(
@@ -188,22 +162,22 @@ class TrainFaceLora(io.ComfyNode):
                 f"settings: method = {config.method!r} makes no LoRA (but: {METHODS[config.method].makes}); "
                 "train it on the command line (facelora train)"
             )
-        job = Job(
+        job = TrainingJob(
             name=lora_path(name[0]),
             config=config,
             photos=photos_of(photos, captions, masks),
-            class_photos=photos_of(class_photos) or None,
+            class_photos=photos_of(class_photos),
             continue_from=lora_file(continue_from[0]) if continue_from else None,
         )
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
         with torch.inference_mode(False):
-            path, run = make(job, base_from(model[0], clip[0], vae[0], config), cls.hidden.unique_id)
-        _made.setdefault(name[0], set()).add(path)
-        relative = str(path.relative_to(_loras_folder()))
-        plot = loss_plot(run.history(), f"{path.stem}: loss")
+            made = _make(job, base_from(model[0], clip[0], vae[0], config), cls.hidden.unique_id)
+        _given_out.setdefault(name[0], set()).add(made.path)
+        relative = str(made.path.relative_to(folder_paths.get_folder_paths("loras")[0]))
+        plot = loss_plot(made.run.history(), f"{made.path.stem}: loss")
         return io.NodeOutput(
-            lora_model(LoraFile.read(path)), relative, image_tensor(plot), image_tensor(run.sample_sheet())
+            lora_model(LoraFile.read(made.path)), relative, image_tensor(plot), image_tensor(made.run.sample_sheet())
         )
 
 
@@ -263,194 +237,56 @@ def _check_parts(model: Any, clip: Any, vae: Any) -> None:
         raise BadConfig(f"vae: it makes latents of {made} channels and MODEL takes {wanted}; wire the VAE of MODEL")
 
 
-def _loras_folder() -> Path:
-    return Path(folder_paths.get_folder_paths("loras")[0])
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be trained, apart from the base model."""
-
-    name: str
-    """Of the file, below the loras folder and without its ending."""
-    config: TrainConfig
-    photos: Sequence[Photo]
-    class_photos: Sequence[Photo] | None
-    continue_from: LoraFile | None
-
-    def key(self, base: Base) -> str:
-        """Equal when the same file would be made, whatever the photos and models are called."""
-        settings = settings_of_the_file(self.config)
-        photos = [[photo.fingerprint for photo in group] for group in (self.photos, self.class_photos or ())]
-        start = model_hash(self.continue_from.tensors) if self.continue_from else None
-        return content_key("lora", TRAINING_VERSION, json.dumps(settings, sort_keys=True), photos, start, base.identity)
-
-
-def make(job: Job, base: Base, node_id: str) -> tuple[Path, "RunFolder"]:
-    """The trained file in the loras folder and the folder of its run: found if it is there already, else trained now."""
+def _make(job: TrainingJob, base: Base, node_id: str) -> TrainedFile:
+    """The trained file in the loras folder: found if it is there already, else trained now while the panel shows it."""
     panel.begin(node_id, job.photos)
+    watch = Watch(node_id, job.config.steps)
     try:
-        key = job.key(base)
-        run = RunFolder(cache_folder() / "runs" / key)
-        panel.publish(node_id, {"history": run.history()})
-        path, found = _place(job.name, key)
-        if found:
-            write_embedding(path)
-        elif before := _with_tensors(run.made()):  # under another name, or moved
-            _write(before, path, job, key)
-            found = True
-        else:
-            _train(job, base, node_id, path, key, run)
-        run.set_made(LoraFile.read(path))
-        panel.publish(node_id, {"phase": "done", "file": path.name, **(_looks(path, run) if found else {})})
+        made = find_or_train(
+            job,
+            base,
+            [Path(folder) for folder in folder_paths.get_folder_paths("loras")],
+            device=comfy.model_management.get_torch_device(),
+            on_history=watch.history,
+            on_point=watch.point,
+            on_step=watch.step,
+            on_phase=watch.phase,
+            on_sample=watch.sample,
+            on_warning=watch.warning,
+            check_cancelled=comfy.model_management.throw_exception_if_processing_interrupted,
+        )
+        write_embedding(made.path)
+        news = {"phase": "done", "file": made.path.name}
+        panel.publish(node_id, news | (_looks(made) if made.found else {}))
     except Exception as error:
         panel.publish(node_id, {"phase": "failed", "error": str(error)})
         raise
     except BaseException:  # cancelled
         panel.publish(node_id, {"phase": "stopped"})
         raise
-    return path, run
+    return made
 
 
-def _train(job: Job, base: Base, node_id: str, path: Path, key: str, run: "RunFolder") -> None:
-    watch = Watch(node_id, job.config, run)
-    output = run.path / "lora.safetensors"
-    arguments: dict[str, Any] = {
-        "output": output,
-        "class_photos": job.class_photos,
-        "continue_from": job.continue_from,
-        "resume": True,
-        "device": comfy.model_management.get_torch_device(),
-        "on_step": watch.step,
-        "on_phase": watch.phase,
-        "on_sample": watch.sample,
-        "on_warning": watch.warning,
-        "check_cancelled": comfy.model_management.throw_exception_if_processing_interrupted,
-    }
-    try:
-        lora = train(job.photos, base, job.config, **arguments)
-    finally:
-        run.save_history()
-    _write(lora, path, job, key)  # pyright: ignore
-    del lora  # Windows deletes no file that is still read
-    output.unlink()
-    output.with_name(f"{output.stem}-embedding{output.suffix}").unlink(missing_ok=True)  # it is in `lora` too
-    for checkpoint in run.path.glob(f"{output.stem}-step*.safetensors"):
-        shutil.move(checkpoint, path.with_name(path.stem + checkpoint.name.removeprefix(output.stem)))
-
-
-def _write(lora: LoraFile, path: Path, job: Job, key: str) -> None:
-    """Writes the LoRA into the loras folder, and the words that it brings along into that of the embeddings."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadFile(f"{path.parent}: cannot be written: {error.strerror}") from None
-    metadata = lora.metadata | {KEY: key, "ss_output_name": path.stem}
-    lora.with_metadata(metadata).save(path, SAVE_DTYPES[job.config.save_precision])
-    write_embedding(path)
-
-
-def _looks(path: Path, run: "RunFolder") -> dict[str, Any]:
+def _looks(made: TrainedFile) -> dict[str, Any]:
     """What the panel shows of a training that was done before, apart from the loss: likeness, the last samples."""
     shown: dict[str, Any] = {}
-    metadata = LoraFile.read(path).metadata
-    if LIKENESS_KEY in metadata:
-        shown["likenesses"] = [
-            (point["step"], point["likeness"]) for point in json.loads(metadata[LIKENESS_KEY])["points"]
-        ]
-    if samples := run.samples():
+    if likenesses := made.likenesses():
+        shown["likenesses"] = likenesses
+    if samples := made.run.samples():
         step = max(samples)
         shown |= {"samples": panel.data_urls(samples[step]), "samples_step": step}
     return shown
 
 
-def _place(name: str, key: str) -> tuple[Path, bool]:
-    """The path of the LoRA, and whether it is there: the first of NAME, NAME-2, ... that is free or has the key."""
-    number = 1
-    while True:
-        path = _loras_folder() / f"{name}{f'-{number}' if number > 1 else ''}.safetensors"
-        if not path.exists():
-            return path, False
-        if _has_key(path, key):
-            return path, True
-        number += 1
-
-
-def _has_key(path: Path, key: str) -> bool:
-    """Whether that is a LoRA, made from what the key says."""
-    try:
-        return LoraFile.read(path).metadata.get(KEY) == key
-    except FaceLoraError:
-        return False
-
-
-def _with_tensors(made: str | None) -> LoraFile | None:
-    """The first LoRA of the loras folders whose tensors have that hash, whatever it is called now."""
-    for name in folder_paths.get_filename_list("loras") if made else ():
-        with suppress(FaceLoraError, FileNotFoundError):
-            path = folder_paths.get_full_path_or_raise("loras", name)
-            if SafetensorsFile.open(path).metadata.get(MODEL_HASH) == made:
-                return LoraFile.read(path)
-    return None
-
-
-@dataclass
-class RunFolder:
-    """What is kept of a run beside its LoRA: the loss, the samples, and while it is unfinished its state."""
-
-    path: Path
-    _history: list[tuple[int, float]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        file = self.path / "history.json"
-        if file.exists():
-            self._history = [(int(step), float(loss)) for step, loss in json.loads(file.read_text())]
-
-    def history(self) -> list[tuple[int, float]]:
-        """(step, smoothed loss), in order."""
-        return self._history
-
-    def add(self, step: int, loss: float) -> None:
-        while self._history and self._history[-1][0] >= step:  # from before the server was killed
-            self._history.pop()
-        self._history.append((step, loss))
-
-    def save_history(self) -> None:
-        write_text(self.path / "history.json", json.dumps(self._history))
-
-    def made(self) -> str | None:
-        """The hash of the tensors of the LoRA that the run has made, None if it has made none yet."""
-        file = self.path / "made.txt"
-        return file.read_text("utf-8") if file.exists() else None
-
-    def set_made(self, lora: LoraFile) -> None:
-        write_text(self.path / "made.txt", lora.metadata[MODEL_HASH])
-
-    def add_samples(self, step: int, images: Sequence[Image.Image]) -> None:
-        for index, image in enumerate(images):
-            write_file(self.path / f"sample-{step:06d}-{index}.png", partial(image.save, format="PNG"))
-
-    def samples(self) -> dict[int, list[Image.Image]]:
-        """Step -> its samples."""
-        found: dict[int, list[Image.Image]] = {}
-        for file in sorted(self.path.glob("sample-*.png")):
-            with Image.open(file) as image:
-                found.setdefault(int(file.stem.split("-")[1]), []).append(image.convert("RGB"))
-        return found
-
-    def sample_sheet(self) -> Image.Image:
-        rows = [(f"step {step}", images) for step, images in self.samples().items()]
-        return contact_sheet(rows, tile=256, title="" if rows else "no samples were drawn")
-
-
 class Watch:
     """Listens to a training: shows it, and ends it when the user has cancelled."""
 
-    def __init__(self, node_id: str, config: TrainConfig, run: RunFolder):
-        self._node_id, self._run = node_id, run
-        self._bar = comfy.utils.ProgressBar(config.steps, node_id=node_id)
-        self._shown = self._saved = -math.inf
+    def __init__(self, node_id: str, steps: int):
+        self._node_id = node_id
+        self._bar = comfy.utils.ProgressBar(steps, node_id=node_id)
+
+    def history(self, points: Sequence[tuple[int, float]]) -> None:
+        panel.publish(self._node_id, {"history": list(points)})
 
     def phase(self, name: str, done: int, total: int) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -462,22 +298,9 @@ class Watch:
     def warning(self, message: str) -> None:
         panel.publish(self._node_id, {"warning": message})
 
-    def step(self, report: StepReport) -> None:
-        now = time.monotonic()
-        measured = report.likeness is not None and report.likeness.step == report.step
-        if measured or now - self._shown > SHOW_INTERVAL or report.step == report.steps:
-            self._shown = now
-            self._show(report, report.likeness if measured else None)
-        if now - self._saved > SAVE_INTERVAL:
-            self._saved = now
-            self._run.save_history()
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        if panel.stop_is_wanted(self._node_id):
-            raise StopAndKeep
-
-    def _show(self, report: StepReport, measured: LikenessPoint | None) -> None:
-        self._run.add(report.step, report.loss)
+    def point(self, report: StepReport) -> None:
         self._bar.update_absolute(report.step, report.steps)
+        measured = report.measured
         panel.publish(
             self._node_id,
             {
@@ -487,6 +310,10 @@ class Watch:
             },
         )  # fmt: skip
 
+    def step(self, report: StepReport) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if panel.stop_is_wanted(self._node_id):
+            raise StopAndKeep
+
     def sample(self, step: int, images: list[Image.Image]) -> None:
-        self._run.add_samples(step, images)
         panel.publish(self._node_id, {"samples": panel.data_urls(images), "samples_step": step})

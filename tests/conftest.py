@@ -1,11 +1,26 @@
-"""What the tests share: a cache folder of their own, small random base models, photos."""
+"""What the tests share: a cache folder of their own, small random base models, photos, and one ComfyUI server."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.tooling import SMALL_SD15, SMALL_SDXL, write_checkpoint, write_photos
+from core.demo import BASE_FILE
+from tests.comfyui.flow_files import write_flow_models
+from tests.comfyui.server import TEST_PACK, ComfyServer, running_server
+from tests.tooling import SMALL_SD15, SMALL_SDXL, write_checkpoint, write_in_16_bits, write_photos
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run in several processes: those of one server in one of them, the others file by file.
+
+    The server's tests come first, since they take the longest.
+    """
+    for item in items:
+        shares_server = "server" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("server" if shares_server else item.nodeid.partition("::")[0]))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -32,3 +47,36 @@ def small_sdxl(tmp_path_factory) -> Path:
 def photo_folder(tmp_path_factory) -> Path:
     """Four real photos of one person, 92x112 pixels."""
     return write_photos(tmp_path_factory.mktemp("photos") / "person")
+
+
+@pytest.fixture(scope="session")
+def comfy_folder(tmp_path_factory) -> Path:
+    """ComfyUI's base directory: the demo's base model, which draws faces, a small random SDXL, a folder of photos.
+
+    ComfyUI takes models so narrow with the help of pack_for_tests.py.
+    """
+    folder = tmp_path_factory.mktemp("comfyui")
+    checkpoints = folder / "models" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (folder / "models" / "loras").mkdir()
+    write_in_16_bits(BASE_FILE, checkpoints / "sd15.safetensors")
+    # ComfyUI takes the last layer but one of more than two.
+    text = {part: config | {"num_hidden_layers": 3} for part, config in SMALL_SDXL.text.items()}
+    write_checkpoint(checkpoints / "sdxl.safetensors", replace(SMALL_SDXL, text=text))
+    write_photos(folder / "input" / "anna", count=3)
+    (folder / "custom_nodes").mkdir()
+    (folder / "custom_nodes" / TEST_PACK.name).symlink_to(TEST_PACK)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(comfy_folder) -> Iterator[ComfyServer]:
+    """The server of the comfyui and browser tests."""
+    with running_server(comfy_folder) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def flow_models(comfy_folder) -> None:
+    """Small random diffusion transformers in the server's folder."""
+    write_flow_models(comfy_folder / "models")

@@ -20,7 +20,7 @@ from core.families.clip import TOKENIZER_FOLDER
 from core.families.ldm import ldm_vae_path
 from core.families.spec import Component, Conditioning
 from core.lora_keys.ldm import ldm_unet_path
-from core.safetensors_file import Layout, write_safetensors
+from core.safetensors_file import Layout, SafetensorsFile, save_safetensors, write_safetensors
 from core.sampling import encode_prompts
 
 
@@ -205,6 +205,13 @@ def write_checkpoint(
     draw, extra = RandomTensors(shapes, dtype, seed), extra or {}
     layout = {**draw.layout, **{name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in extra.items()}}
     write_safetensors(path, layout, lambda name: extra[name] if name in extra else draw(name), metadata)
+    return path
+
+
+def write_in_16_bits(source: Path, path: Path) -> Path:
+    """A copy of a model's file in float16."""
+    file = SafetensorsFile.open(source)
+    save_safetensors(path, {name: file[name].half() for name in file}, file.metadata)
     return path
 
 

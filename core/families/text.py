@@ -119,7 +119,7 @@ def check_encoders(
     denoiser = components["denoiser"].config
     for name, parts, width_of, taken in (
         ("states", family.context_from, _width, context_width(denoiser)),
-        ("pooled states", family.pooled_from, itemgetter("projection_dim"), _pooled_width(denoiser)),
+        ("pooled states", family.pooled_from, itemgetter("projection_dim"), pooled_width(denoiser)),
     ):
         if parts and all(part in components for part in parts):
             made = sum(count * width_of(components[part].config) for part, count in parts.items())
@@ -136,8 +136,8 @@ def context_width(denoiser: Mapping[str, Any]) -> int:
     return next(denoiser[name] for name in names if name in denoiser)
 
 
-def _pooled_width(denoiser: Mapping[str, Any]) -> int | None:
-    """The same of the pooled states, None: it takes none."""
+def pooled_width(denoiser: Mapping[str, Any]) -> int | None:
+    """Width of the pooled text that a denoiser takes; None where it takes none."""
     if "projection_class_embeddings_input_dim" in denoiser:  # six numbers beside the text
         return denoiser["projection_class_embeddings_input_dim"] - 6 * denoiser["addition_time_embed_dim"]
     return denoiser.get("pooled_projection_dim")

@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,8 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 from core.errors import MissingPackage
 from tests.comfyui.server import ComfyServer
+
+from .setup_chromium import BY_HAND, find_chromium
 
 SWITCHES = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -39,10 +40,10 @@ def prepare(server: ComfyServer) -> None:
 
 @contextmanager
 def running_browser() -> Iterator[Browser]:
-    """A chromium of the system, with a profile of its own that is thrown away."""
-    program = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+    """A chromium with a profile of its own that is thrown away. MissingPackage where there is none."""
+    program = find_chromium()
     if program is None:
-        raise MissingPackage("the browser tests need chromium: apt-get install chromium")
+        raise MissingPackage(f"the browser tests need a chromium: {BY_HAND}")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=SWITCHES)
         try:

@@ -35,14 +35,15 @@ def types(graph: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_workflow_opens_without_a_warning_and_runs(name, page, server, lora, request):
     workflow = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    needed = "sdxl" if SDXL["name"] in json.dumps(workflow) else "flows" if "UNETLoader" in types(workflow) else ""
-    if needed:  # what they draw is random
-        request.getfixturevalue(needed)
+    is_flow = "UNETLoader" in types(workflow)
+    if is_flow:
+        request.getfixturevalue("flows")
         page.reload()
         page.clear()
     page.open(workflow, name)
     assert page.complaints() == []
-    page.set_widgets(SHOWN if SCREENSHOTS and not needed else QUICK)
+    is_random = is_flow or SDXL["name"] in json.dumps(workflow)  # what these draw
+    page.set_widgets(SHOWN if SCREENSHOTS and not is_random else QUICK)
     result = server.wait(page.queue(), 900)
     assert result.status == "success", result.error + result.log
     assert "not loaded" not in result.log

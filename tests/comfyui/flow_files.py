@@ -12,12 +12,25 @@ from core.families.ldm import ldm_vae_path
 from core.safetensors_file import SafetensorsFile, save_safetensors, write_safetensors
 from tests.tooling import RandomTensors
 
+from .graphs import Node, node
 from .setup_comfyui import COMFYUI, PYTHON
 
-# The widths at which ComfyUI knows such a VAE.
+# Family -> loader of the text encoders.
+CLIPS: dict[str, Node] = {
+    "sd3": node("DualCLIPLoader", clip_name1="clip_l.safetensors", clip_name2="clip_g.safetensors", type="sd3"),
+    "flux1": node("DualCLIPLoader", clip_name1="clip_l.safetensors", clip_name2="t5xxl_fp16.safetensors", type="flux"),
+    "chroma": node("CLIPLoader", clip_name="t5xxl_fp16.safetensors", type="chroma"),
+    "flux2": node("CLIPLoader", clip_name="qwen_3_4b.safetensors", type="flux2"),
+    "zimage": node("CLIPLoader", clip_name="qwen_3_4b.safetensors", type="lumina2"),
+    "qwen-image": node("CLIPLoader", clip_name="qwen_2.5_vl_7b.safetensors", type="qwen_image"),
+}
+VAES = {"sd3": "ae.safetensors", "flux1": "ae.safetensors", "chroma": "ae.safetensors",
+        "flux2": "flux2-vae.safetensors", "zimage": "ae.safetensors",
+        "qwen-image": "qwen_image_vae.safetensors"}  # fmt: skip
+
 KL = {
-    "block_out_channels": (128, 256, 512, 512), "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_block": 2,
+    "block_out_channels": (32, 32, 32, 32), "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_block": 1,
 }  # fmt: skip
 
 
@@ -74,3 +87,15 @@ def write_text_encoders(folder: Path, names: Sequence[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         write_safetensors(folder / name, {}, lambda _: torch.empty(0))
+
+
+def write_flow_models(folder: Path) -> None:
+    """What CLIPS and VAES name, and the denoisers `FAMILY.safetensors`, in ComfyUI's folder of models."""
+    names = {family: f"{family}.safetensors" for family in CLIPS}
+    write_denoisers(folder / "diffusion_models", names, qwen_vae=folder / "vae" / VAES["qwen-image"])
+    for name in ("ae.safetensors", "flux2-vae.safetensors"):
+        write_vae(folder / "vae" / name)
+    encoders = {
+        name for loader in CLIPS.values() for key, name in loader["inputs"].items() if key.startswith("clip_name")
+    }
+    write_text_encoders(folder / "text_encoders", sorted(encoders))

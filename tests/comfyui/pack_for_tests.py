@@ -1,16 +1,24 @@
-"""Custom nodes of ComfyUI for the tests: what a small graphics card makes of a model, weights as they are used, and small
-text encoders."""
+"""Custom nodes of ComfyUI for the tests: what a small graphics card makes of a model, and weights as they are used.
+
+ComfyUI knows models by their published widths. Here its own classes are also found, and built, for narrow ones.
+"""
 
 # pyright: reportMissingImports=false
 
 import os
+import re
 import sys
+from functools import partial
 from types import SimpleNamespace
+from typing import ClassVar
 
 import comfy.model_detection
 import comfy.model_management
 import comfy.sd
+import comfy.sd1_clip
+import comfy.sdxl_clip
 import comfy.supported_models
+import comfy.supported_models_base
 import comfy.text_encoders.flux
 import comfy.text_encoders.llama
 import comfy.text_encoders.pixart_t5
@@ -92,6 +100,94 @@ def detect_also_small(*arguments, **options):
 
 comfy.model_detection.detect_unet_config = detect_also_small
 comfy.supported_models.ZImage.unet_config = {"image_model": "lumina2", "dim": SMALL_ZIMAGE["dim"]}
+
+# Small UNets, in classes of the same names since nodes tell a model by that: the demo's base and SMALL_SDXL of tests/tooling.py.
+
+
+def clip_sizes(state_dict, prefix):
+    """What differs from CLIP-L in a CLIP of that state; nothing where the state has none."""
+    if f"{prefix}embeddings.token_embedding.weight" not in state_dict:
+        return {}
+    layers = {
+        name.split(".layers.")[1].split(".")[0] for name in state_dict if name.startswith(f"{prefix}encoder.layers.")
+    }
+    width = state_dict[f"{prefix}embeddings.token_embedding.weight"].shape[1]
+    return {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": width // 64,
+            "num_hidden_layers": len(layers), "projection_dim": width}  # fmt: skip
+
+
+def sized_clip(cls, sizes):
+    """ComfyUI's text encoder with other sizes: part -> what differs."""
+
+    def build(model_options, **options):
+        own = {f"{part}_model_config": config for part, config in sizes.items()}
+        return cls(model_options={**model_options, **own}, **options)
+
+    return build
+
+
+class SD15(comfy.supported_models.SD15):
+    unet_config: ClassVar = {**comfy.supported_models.SD15.unet_config, "context_dim": 64, "model_channels": 64}
+
+    def clip_target(self, state_dict):
+        sizes = clip_sizes(state_dict, "cond_stage_model.transformer.text_model.")
+        tokenizer = partial(comfy.sd1_clip.SDTokenizer, embedding_size=64)
+        return comfy.supported_models_base.ClipTarget(
+            partial(comfy.sd1_clip.SD1Tokenizer, tokenizer=tokenizer),
+            sized_clip(comfy.sd1_clip.SD1ClipModel, {"clip_l": sizes}),
+        )
+
+
+class SD20(comfy.supported_models.SD20):
+    unet_config: ClassVar = {**comfy.supported_models.SD20.unet_config, "model_channels": 64}
+
+
+class SDXL(comfy.supported_models.SDXL):
+    unet_config: ClassVar = {
+        "context_dim": 192,
+        "model_channels": 64,
+        "adm_in_channels": 1664,
+        "use_temporal_attention": False,
+    }
+
+    def clip_target(self, state_dict):
+        first = clip_sizes(state_dict, "conditioner.embedders.0.transformer.text_model.")
+        second = {**first, "hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 2, "num_hidden_layers": 3,
+                  "projection_dim": 128}  # fmt: skip
+        clip = sized_clip(comfy.sdxl_clip.SDXLClipModel, {"clip_l": first, "clip_g": second})
+        return comfy.supported_models_base.ClipTarget(comfy.sdxl_clip.SDXLTokenizer, clip)
+
+
+comfy.supported_models.models += [SD15, SD20, SDXL]
+
+# ComfyUI has one width for the VAEs of its older models.
+read_vae, KL, ENGINE = comfy.sd.VAE.__init__, comfy.sd.AutoencoderKL, comfy.sd.AutoencodingEngine
+
+
+def read_vae_of_any_width(self, sd, **options):
+    if "encoder.down.0.block.0.conv2.weight" not in sd:
+        return read_vae(self, sd, **options)
+    blocks = {match.groups(): sd[name].shape[0] for name in sd
+              if (match := re.fullmatch(r"encoder\.down\.(\d)\.block\.(\d)\.conv2\.weight", name))}  # fmt: skip
+    widths = [blocks[level, "0"] for level in sorted({level for level, _ in blocks})]
+    sizes = {"ch": widths[0], "ch_mult": [width // widths[0] for width in widths],
+             "num_res_blocks": len(blocks) // len(widths)}  # fmt: skip
+
+    def kl(ddconfig, embed_dim, decoder_ddconfig=None):
+        return KL(ddconfig=ddconfig | sizes, embed_dim=embed_dim)
+
+    def engine(encoder_config, decoder_config, **others):
+        configs = [config | {"params": config["params"] | sizes} for config in (encoder_config, decoder_config)]
+        return ENGINE(encoder_config=configs[0], decoder_config=configs[1], **others)
+
+    comfy.sd.AutoencoderKL, comfy.sd.AutoencodingEngine = kl, engine
+    try:
+        return read_vae(self, sd, **options)
+    finally:
+        comfy.sd.AutoencoderKL, comfy.sd.AutoencodingEngine = KL, ENGINE
+
+
+comfy.sd.VAE.__init__ = read_vae_of_any_width
 
 # The text encoders of the diffusion transformers have billions of parameters, and ComfyUI knows them by their sizes. Here
 # its loaders build them narrow, with random weights, whatever is in the file; tokenizers and everything else are its own.

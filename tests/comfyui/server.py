@@ -21,6 +21,8 @@ from PIL import Image
 from .setup_comfyui import COMFYUI, PYTHON
 
 PACK = Path(__file__).resolve().parents[2]
+TEST_PACK = Path(__file__).with_name("pack_for_tests.py")
+"""Custom nodes for tests, and narrow models; for the custom_nodes folder of a server."""
 Graph = Mapping[str, Mapping[str, Any]]
 """A prompt in ComfyUI's API format: node id -> class_type and inputs."""
 

@@ -10,7 +10,7 @@ from core.base import load_base
 from core.lora_file import LoraFile
 from core.lora_tools import convert_lora
 
-from .flow_files import write_denoisers, write_text_encoders, write_vae
+from .flow_files import CLIPS, VAES
 from .graphs import Node, drawing, node, training
 from .test_lora_readers import (
     EXACT,
@@ -24,32 +24,6 @@ from .test_lora_readers import (
 )
 
 pytestmark = pytest.mark.comfyui
-
-# Family -> loader of the text encoders.
-CLIPS: dict[str, Node] = {
-    "sd3": node("DualCLIPLoader", clip_name1="clip_l.safetensors", clip_name2="clip_g.safetensors", type="sd3"),
-    "flux1": node("DualCLIPLoader", clip_name1="clip_l.safetensors", clip_name2="t5xxl_fp16.safetensors", type="flux"),
-    "chroma": node("CLIPLoader", clip_name="t5xxl_fp16.safetensors", type="chroma"),
-    "flux2": node("CLIPLoader", clip_name="qwen_3_4b.safetensors", type="flux2"),
-    "zimage": node("CLIPLoader", clip_name="qwen_3_4b.safetensors", type="lumina2"),
-    "qwen-image": node("CLIPLoader", clip_name="qwen_2.5_vl_7b.safetensors", type="qwen_image"),
-}
-VAES = {"sd3": "ae.safetensors", "flux1": "ae.safetensors", "chroma": "ae.safetensors",
-        "flux2": "flux2-vae.safetensors", "zimage": "ae.safetensors",
-        "qwen-image": "qwen_image_vae.safetensors"}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def models(comfy_folder):
-    folder = comfy_folder / "models"
-    names = {family: f"{family}.safetensors" for family in CLIPS}
-    write_denoisers(folder / "diffusion_models", names, qwen_vae=folder / "vae" / VAES["qwen-image"])
-    for name in ("ae.safetensors", "flux2-vae.safetensors"):
-        write_vae(folder / "vae" / name)
-    encoders = {
-        name for loader in CLIPS.values() for key, name in loader["inputs"].items() if key.startswith("clip_name")
-    }
-    write_text_encoders(folder / "text_encoders", sorted(encoders))
 
 
 def loaders(family: str) -> dict[str, Node]:
@@ -69,15 +43,22 @@ def picture(family: str, model: list) -> dict[str, Node]:
     return graph
 
 
-def test_the_clip_of_another_family_is_refused(server, models):
+@pytest.mark.parametrize(
+    ("checkpoint", "words"),
+    [
+        ("sdxl.safetensors", "texts are 64 wide there, this CLIP has 192"),
+        ("sd15.safetensors", "pooled texts are 48 wide there, this CLIP has 64"),
+    ],
+)
+def test_the_clip_of_another_family_is_refused(server, flow_models, checkpoint, words):
     changes: dict[str, Any] = {**LINKS, "name": "wrong", "clip": ["base", 1]}
-    checkpoint = {"base": node("CheckpointLoaderSimple", ckpt_name="sd15.safetensors")}
-    result = server.run(training(**changes) | loaders("flux1") | checkpoint)
+    graph = training(**changes) | loaders("flux1") | {"base": node("CheckpointLoaderSimple", ckpt_name=checkpoint)}
+    result = server.run(graph)
     assert result.status == "error"
-    assert "CLIP does not belong to MODEL, which is FLUX.1: texts are 64 wide there, this CLIP's 768" in result.error
+    assert f"CLIP does not belong to MODEL, which is FLUX.1: {words}" in result.error
 
 
-def test_the_vae_of_another_family_is_refused(server, models):
+def test_the_vae_of_another_family_is_refused(server, flow_models):
     checkpoint = {"base": node("CheckpointLoaderSimple", ckpt_name="sd15.safetensors")}
     changes: dict[str, Any] = {"name": "wrong", "vae": ["vae", 0]}
     result = server.run(training(**changes) | checkpoint | {"vae": loaders("flux2")["vae"]})
@@ -90,7 +71,7 @@ def training_of(family: str) -> dict[str, Node]:
 
 
 @pytest.fixture(scope="module")
-def trained(server, models) -> dict[str, Path]:
+def trained(server, flow_models) -> dict[str, Path]:
     """Family -> the LoRA that Train Face LoRA has made."""
     files = {}
     for family in CLIPS:

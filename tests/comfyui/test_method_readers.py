@@ -20,7 +20,7 @@ from core.methods import METHODS
 from core.safetensors_file import SafetensorsFile
 from tests.tooling import write_checkpoint
 
-from .demo_checkpoint import COMFY_SD15
+from .real_widths import COMFY_SD15
 from .setup_comfyui import COMFYUI, PYTHON
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.slow]

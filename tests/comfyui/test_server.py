@@ -22,4 +22,4 @@ def test_comfyui_draws_a_picture_with_the_random_checkpoint(server):
     }  # fmt: skip
     result = server.run(graph)
     assert result.status == "success", result.error
-    assert server.drawn(result, "6").size == (64, 64)
+    assert server.drawn(result, "6").size == (32, 32)

@@ -1,6 +1,7 @@
 """How the pack starts and comes back: quickly, from any folder, beside other packs, after the power was cut."""
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from core.lora_file import LoraFile
 
 from .graphs import node, training
-from .server import PACK, running_server
+from .server import PACK, TEST_PACK, running_server
 from .setup_comfyui import COMFYUI, PYTHON
 from .test_train_node import training_state, wait_for
 
@@ -43,6 +44,7 @@ def folder(comfy_folder, tmp_path_factory) -> Path:
     neighbour.mkdir(parents=True)
     (neighbour / "__init__.py").write_text(NEIGHBOUR)
     (neighbour / "nodes.py").write_text(NODES)
+    shutil.copy(TEST_PACK, base / "custom_nodes")
     for name in ("core", "utils"):
         (neighbour / f"{name}.py").write_text("OWNER = 'neighbour'\n")
     (base / "models" / "loras").mkdir(parents=True)

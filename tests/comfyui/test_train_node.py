@@ -14,9 +14,8 @@ from core.likeness import LIKENESS_KEY
 from core.lora_file import LoraFile
 from core.photos_to_lora import train
 from core.safetensors_file import SafetensorsFile
-from tests.tooling import write_checkpoint, write_photos
+from tests.tooling import SMALL_SD15, write_checkpoint, write_photos
 
-from .demo_checkpoint import COMFY_SD15
 from .graphs import drawing, load_photos, node, training
 
 pytestmark = pytest.mark.comfyui
@@ -419,8 +418,13 @@ def test_cancelled_while_a_sample_is_drawn_it_ends_at_once_and_goes_on(server, t
 
 def test_a_model_of_another_family_is_refused_with_the_choices(server):
     shape = replace(
-        COMFY_SD15,
-        unet={**COMFY_SD15.unet, "cross_attention_dim": 1024, "use_linear_projection": True},
+        SMALL_SD15,
+        unet={
+            **SMALL_SD15.unet,
+            "block_out_channels": (64, 128),
+            "cross_attention_dim": 1024,
+            "use_linear_projection": True,
+        },
     )
     unets = server.folder / "models" / "diffusion_models"
     unets.mkdir(exist_ok=True)

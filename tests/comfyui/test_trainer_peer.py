@@ -13,7 +13,7 @@ from core.errors import BadConfig, BadFile
 from core.safetensors_file import SafetensorsFile
 from tests.tooling import write_checkpoint
 
-from .demo_checkpoint import COMFY_SD15
+from .real_widths import COMFY_SD15
 from .setup_comfyui import COMFYUI, PYTHON
 
 pytestmark = pytest.mark.comfyui

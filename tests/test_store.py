@@ -1,0 +1,534 @@
+"""What is trained already is found again: keys, files and their names, runs that are cancelled and go on."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+
+from core import store
+from core.base import Base, load_base
+from core.cache_folder import cache_folder
+from core.config import TrainConfig
+from core.errors import BadFile
+from core.likeness import LIKENESS_KEY
+from core.lora_file import LoraFile
+from core.methods import peak_rate
+from core.photos import Photo, read_photos
+from core.safetensors_file import SafetensorsFile
+from core.store import RunFolder, TrainedFile, TrainingJob, find_or_train
+from core.training import StepReport, StopAndKeep
+from tests.tooling import write_photos
+
+CONFIG = TrainConfig(steps=2, rank=2, learning_rate=0.01, resolution=32, batch_size=1)
+LONG = replace(CONFIG, steps=6)
+
+
+@pytest.fixture(autouse=True)
+def no_runs():
+    """No test finds a run of another one; what is encoded is encoded once."""
+    shutil.rmtree(cache_folder() / "runs", ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def base(small_sd15) -> Base:
+    return load_base(small_sd15)
+
+
+@pytest.fixture(scope="module")
+def photos(photo_folder) -> list[Photo]:
+    """Four of one person."""
+    return read_photos(photo_folder)
+
+
+@pytest.fixture
+def job(photos) -> TrainingJob:
+    return TrainingJob("anna", CONFIG, photos)
+
+
+@pytest.fixture
+def long_job(photos) -> TrainingJob:
+    return TrainingJob("anna", LONG, photos)
+
+
+@pytest.fixture
+def loras(tmp_path) -> Path:
+    return tmp_path / "loras"
+
+
+def trained(job: TrainingJob, base: Base, *folders: Path) -> TrainedFile:
+    """The result, of which at least one step was made."""
+    steps: list[int] = []
+    made = find_or_train(job, base, folders, on_step=lambda report: steps.append(report.step))
+    assert steps and not made.found
+    return made
+
+
+def found(job: TrainingJob, base: Base, *folders: Path) -> TrainedFile:
+    """The result, for which nothing was trained, encoded or looked at."""
+
+    def nothing(*_: object) -> None:
+        raise AssertionError("it was trained")
+
+    made = find_or_train(
+        job, base, folders, on_point=nothing, on_step=nothing, on_phase=nothing, on_sample=nothing, check_cancelled=nothing
+    )  # fmt: skip
+    assert made.found
+    return made
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in LoraFile.read(path).tensors.items()}
+
+
+def same(one: Path | dict[str, Tensor], other: Path | dict[str, Tensor]) -> bool:
+    first, second = (tensors(item) if isinstance(item, Path) else item for item in (one, other))
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_same_job_again_is_found_and_nothing_is_trained(job, base, loras):
+    first = trained(job, base, loras)
+    before = first.path.read_bytes(), first.path.stat().st_mtime_ns
+    again = found(job, base, loras)
+    assert again.path == first.path == loras / "anna.safetensors"
+    assert (again.path.read_bytes(), again.path.stat().st_mtime_ns) == before
+    assert again.run.history() == first.run.history() and len(first.run.history()) == 2
+    assert files(loras) == ["anna.safetensors"]
+
+
+def test_the_file_says_what_it_was_made_from_and_is_called(job, base, loras):
+    lora = LoraFile.read(trained(replace(job, name="people/anna"), base, loras).path)
+    assert lora.name == str(loras / "people" / "anna.safetensors")
+    assert lora.metadata[store.KEY] == job.key(base)
+    assert lora.metadata["ss_output_name"] == "anna"
+    assert lora.metadata["sshs_model_hash"] == lora.model_hash
+    assert lora.dtype == torch.float16
+
+
+def test_nothing_but_the_loss_and_the_hash_is_kept_of_a_finished_run(job, base, loras):
+    made = trained(job, base, loras)
+    assert made.run.path == cache_folder() / "runs" / job.key(base)
+    assert files(made.run.path) == ["history.json", "made.txt"]
+
+
+@pytest.mark.parametrize("place", ["loras/bea.safetensors", "loras/a/b/anna of 2026.safetensors", "others/x.sft"])
+def test_a_file_that_was_renamed_or_moved_is_found_by_its_tensors(job, base, tmp_path, place):
+    loras, others = tmp_path / "loras", tmp_path / "others"
+    first = trained(job, base, loras, others).path
+    moved = tmp_path / place
+    moved.parent.mkdir(parents=True, exist_ok=True)
+    first.rename(moved)
+    again = found(job, base, loras, others).path
+    assert again == first and again.read_bytes() == moved.read_bytes()
+
+
+def test_behind_a_link_to_a_folder_too(job, base, tmp_path, loras):
+    first = trained(job, base, loras).path
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    first.rename(elsewhere / "x.safetensors")
+    (loras / "link").symlink_to(elsewhere)
+    assert found(job, base, loras).path == first
+
+
+def test_under_another_name_it_is_a_copy_and_both_are_found_under_their_own(job, base, loras):
+    first = trained(job, base, loras).path
+    other = replace(job, name="berta")
+    copy = found(other, base, loras).path
+    assert copy == loras / "berta.safetensors" and same(copy, first)
+    assert LoraFile.read(copy).metadata["ss_output_name"] == "berta"
+    assert LoraFile.read(first).metadata["ss_output_name"] == "anna"
+    assert [found(item, base, loras).path for item in (job, other)] == [first, copy]
+    copy.unlink()
+    assert found(job, base, loras).path == first
+    assert files(loras) == ["anna.safetensors"]
+
+
+def test_a_deleted_file_is_made_again(job, base, loras):
+    first = trained(job, base, loras)
+    before, history = tensors(first.path), first.run.history()
+    first.path.unlink()
+    again = trained(job, base, loras)
+    assert again.path == first.path and same(again.path, before)
+    assert again.run.history() == history, "not twice"
+    found(job, base, loras)
+
+
+@pytest.mark.parametrize("changes", [{"seed": 2}, {"rank": 3}])
+def test_another_setting_is_a_second_file_and_leaves_the_first_alone(job, base, loras, changes):
+    first = trained(job, base, loras).path
+    before = first.read_bytes()
+    other = replace(job, config=replace(CONFIG, **changes))
+    second = trained(other, base, loras).path
+    assert second == loras / "anna-2.safetensors" and not same(first, second)
+    assert LoraFile.read(second).metadata["ss_output_name"] == "anna-2"
+    assert first.read_bytes() == before
+    assert [found(item, base, loras).path for item in (job, other)] == [first, second]
+
+
+def put_somebody_elses(kind: str, path: Path) -> None:
+    path.parent.mkdir()
+    if kind == "a folder":
+        path.mkdir()
+    elif kind == "a LoRA":
+        a_lora(1.0).save(path)
+    else:
+        path.write_bytes({"nothing": b"", "a text": b"not a LoRA at all"}[kind])
+
+
+@pytest.mark.parametrize("kind", ["a LoRA", "nothing", "a text", "a folder"])
+def test_what_somebody_else_has_under_that_name_is_never_written_over(job, base, loras, kind):
+    path = loras / "anna.safetensors"
+    put_somebody_elses(kind, path)
+    before = path.read_bytes() if path.is_file() else None
+    assert trained(job, base, loras).path == loras / "anna-2.safetensors"
+    assert (path.read_bytes() if path.is_file() else None) == before
+    assert found(job, base, loras).path == loras / "anna-2.safetensors"
+
+
+def test_a_damaged_file_does_not_stop_the_search(job, base, loras):
+    first = trained(job, base, loras).path
+    data = first.read_bytes()
+    first.rename(loras / "moved.safetensors")
+    (loras / "a.safetensors").write_bytes(b"no header")
+    (loras / "b.safetensors").write_bytes(data[: len(data) // 2])
+    (loras / "c.safetensors").mkdir()
+    (loras / "d.safetensors").symlink_to(loras / "gone.safetensors")
+    (loras / "e.txt").write_text("of no interest")
+    again = found(job, base, loras, loras / "a folder that is not there").path
+    assert again == first and again.read_bytes() == data
+
+
+def test_two_jobs_one_after_the_other_are_two_files(job, base, loras):
+    second_job = replace(job, name="berta", config=replace(CONFIG, seed=2))
+    first, second = trained(job, base, loras).path, trained(second_job, base, loras).path
+    assert files(loras) == ["anna.safetensors", "berta.safetensors"]
+    assert not same(first, second)
+
+
+def test_where_nothing_can_be_written_the_error_names_the_folder_and_nothing_is_trained(job, base, tmp_path):
+    (tmp_path / "loras").write_text("a file")
+    with pytest.raises(BadFile, match=r"loras.*: cannot be written"):
+        trained(job, base, tmp_path / "loras")
+    assert not state_of(job, base).with_name("lora.safetensors").exists()
+
+
+def test_what_could_not_be_written_in_the_end_is_not_trained_again(job, base, loras):
+    def take_the_folder_away(report: StepReport) -> None:
+        if report.step == report.steps:
+            loras.rename(loras.with_name("unplugged"))
+
+    saving = replace(job, config=replace(CONFIG, save_every=1))
+    with pytest.raises(BadFile, match=r"loras.*: cannot be written"):
+        find_or_train(saving, base, [loras], on_step=take_the_folder_away)
+    made = found(saving, base, loras)
+    assert files(loras) == ["anna-step000001.safetensors", "anna.safetensors"]
+    assert files(made.run.path) == ["history.json", "made.txt"]
+    before = tensors(made.path)
+    made.path.unlink()
+    assert same(trained(saving, base, loras).path, before)
+
+
+def test_a_file_whose_hash_a_tool_has_taken_out_is_found_by_its_key(job, base, loras):
+    path = trained(job, base, loras).path
+    file = SafetensorsFile.open(path)
+    values = {name: file[name].clone() for name in file}
+    save_file(values, path, {key: text for key, text in file.metadata.items() if key != "sshs_model_hash"})
+    assert found(job, base, loras).path == path
+
+
+# What decides the key
+
+
+def a_lora(value: float, name: str = "LoRA") -> LoraFile:
+    key = "lora_unet_down_blocks_0_attentions_0_proj_in"
+    values = {f"{key}.{side}.weight": torch.full((1, 1, 1, 1), value) for side in ("lora_down", "lora_up")}
+    return LoraFile("sd15", {}, values, name)
+
+
+CHANGES: dict[str, Callable[[TrainingJob], TrainingJob]] = {
+    "seed": lambda job: replace(job, config=replace(job.config, seed=2)),
+    "steps": lambda job: replace(job, config=replace(job.config, steps=3)),
+    "trigger word": lambda job: replace(job, config=replace(job.config, trigger_word="ohwx")),
+    "precision of the file": lambda job: replace(job, config=replace(job.config, save_precision="fp32")),
+    "thumbnail": lambda job: replace(job, config=replace(job.config, sample_every=1, thumbnail=True)),
+    "fewer photos": lambda job: replace(job, photos=job.photos[1:]),
+    "another photo": lambda job: replace(
+        job, photos=[Photo.from_image(Image.new("RGB", (64, 64)), "x.png"), *job.photos[1:]]
+    ),
+    "order": lambda job: replace(job, photos=job.photos[::-1]),
+    "caption": lambda job: replace(job, photos=[replace(job.photos[0], caption="sks"), *job.photos[1:]]),
+    "repeats": lambda job: replace(job, photos=[replace(job.photos[0], repeats=2), *job.photos[1:]]),
+    "a mask": lambda job: masked(job, 128),
+    "another mask": lambda job: masked(job, 129),
+    "class photos": lambda job: replace(job, class_photos=job.photos[:2]),
+    "other class photos": lambda job: replace(job, class_photos=job.photos[2:]),
+    "class photos as photos": lambda job: replace(job, photos=job.photos[:2], class_photos=job.photos[2:]),
+    "a LoRA to go on from": lambda job: replace(job, continue_from=a_lora(1.0)),
+    "another LoRA to go on from": lambda job: replace(job, continue_from=a_lora(2.0)),
+}
+
+
+def masked(job: TrainingJob, value: int) -> TrainingJob:
+    mask = Image.new("L", job.photos[0].size, value)
+    return replace(job, photos=[job.photos[0].with_mask(mask), *job.photos[1:]])
+
+
+def test_all_that_changes_the_file_changes_the_key(job, base):
+    keys = {name: change(job).key(base) for name, change in CHANGES.items()} | {"none": job.key(base)}
+    assert len(set(keys.values())) == len(keys), keys
+
+
+def renamed_photos(job: TrainingJob) -> TrainingJob:
+    return replace(job, photos=[replace(photo, name=f"{index}.jpg") for index, photo in enumerate(job.photos)])
+
+
+SAME: dict[str, Callable[[TrainingJob], TrainingJob]] = {
+    "name": lambda job: replace(job, name="berta"),
+    "how often samples are drawn": lambda job: replace(job, config=replace(job.config, sample_every=1)),
+    "which": lambda job: replace(job, config=replace(job.config, sample_every=2, sample_prompts=("a",), sample_steps=3)),
+    "memory": lambda job: replace(job, config=replace(job.config, gradient_checkpointing="on", state_interval=0.0)),
+    "the learning rate's own default": lambda job: replace(
+        job, config=replace(job.config, learning_rate=peak_rate(job.config))
+    ),
+    "names of the photos": renamed_photos,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", SAME.values(), ids=SAME)
+def test_what_changes_nothing_in_the_file_leaves_the_key(job, base, change):
+    assert change(job).key(base) == job.key(base)
+
+
+def test_where_likeness_is_measured_on_samples_they_count(job, base):
+    config = replace(CONFIG, sample_every=1, hold_out=1)
+    jobs = [replace(job, config=item) for item in (config, replace(config, sample_every=2))]
+    assert jobs[0].key(base) != jobs[1].key(base)
+
+
+def test_a_lora_to_go_on_from_counts_by_its_tensors(job, base):
+    keys = {replace(job, continue_from=a_lora(1.0, name)).key(base) for name in ("one", "another")}
+    assert len(keys) == 1
+
+
+def test_a_folder_of_photos_and_a_base_that_are_called_otherwise_are_the_same(
+    job, base, photo_folder, small_sd15, tmp_path
+):
+    shutil.copytree(photo_folder, tmp_path / "copy")
+    shutil.copy(small_sd15, tmp_path / "copy.safetensors")
+    copy = replace(job, photos=read_photos(tmp_path / "copy"))
+    assert copy.key(load_base(tmp_path / "copy.safetensors")) == job.key(base)
+
+
+@pytest.mark.parametrize("part", ["model.diffusion_model.", "first_stage_model.", "cond_stage_model."])
+def test_one_bit_of_the_base_makes_another_key(job, base, small_sd15, tmp_path, part):
+    file = SafetensorsFile.open(small_sd15)
+    name = next(name for name in file if name.startswith(part) and name.endswith(".weight"))
+    other = tmp_path / small_sd15.name
+    data = bytearray(small_sd15.read_bytes())
+    needle = file[name].flatten()[:64].contiguous().numpy().tobytes()
+    data[data.index(needle)] ^= 1
+    other.write_bytes(data)
+    assert job.key(load_base(other)) != job.key(base)
+
+
+# What is trained
+
+
+def test_masks_class_photos_and_a_lora_to_go_on_from_are_trained_with(job, base, loras, tmp_path):
+    plain = trained(job, base, loras).path
+    others = read_photos(write_photos(tmp_path / "others", count=2, person=36))
+    jobs = [
+        replace(job, photos=[photo.with_mask(half_white(photo.size)) for photo in job.photos]),
+        replace(job, class_photos=others),
+        replace(job, continue_from=LoraFile.read(plain)),
+    ]
+    paths = [trained(item, base, loras).path for item in jobs]
+    assert files(loras) == [f"anna{end}.safetensors" for end in ("-2", "-3", "-4", "")]
+    assert not any(same(path, plain) for path in paths)
+    assert [found(item, base, loras).path for item in jobs] == paths
+
+
+def half_white(size: tuple[int, int]) -> Image.Image:
+    mask = Image.new("L", size, 0)
+    mask.paste(255, (0, 0, size[0] // 2, size[1]))
+    return mask
+
+
+def test_checkpoints_on_the_way_are_files_beside_it(job, base, loras):
+    loras.mkdir()
+    (loras / "anna.safetensors").touch()
+    made = trained(replace(job, config=replace(LONG, save_every=2)), base, loras)
+    assert files(loras) == [
+        "anna-2-step000002.safetensors", "anna-2-step000004.safetensors", "anna-2.safetensors", "anna.safetensors",
+    ]  # fmt: skip
+    steps = [LoraFile.read(path).metadata["ss_steps"] for path in sorted(loras.glob("anna-2*"))]
+    assert steps == ["2", "4", "6"]
+    assert files(made.run.path) == ["history.json", "made.txt"]
+
+
+def test_a_word_with_vectors_of_its_own_is_in_the_file_alone(job, base, loras):
+    made = trained(replace(job, config=replace(CONFIG, method="pivotal")), base, loras)
+    assert LoraFile.read(made.path).embedding_keys
+    assert files(loras) == ["anna.safetensors"]
+    assert files(made.run.path) == ["history.json", "made.txt"]
+
+
+class Cancel(BaseException):
+    """As ComfyUI cancels: with what is no Exception."""
+
+
+def cancelled_at(step: int, job: TrainingJob, base: Base, *folders: Path) -> list[int]:
+    """The steps that were made until it was cancelled."""
+    steps: list[int] = []
+
+    def on_step(report: StepReport) -> None:
+        steps.append(report.step)
+        if report.step == step:
+            raise Cancel
+
+    with pytest.raises(Cancel):
+        find_or_train(job, base, folders, on_step=on_step)
+    return steps
+
+
+def state_of(job: TrainingJob, base: Base) -> Path:
+    return cache_folder() / "runs" / job.key(base) / "lora.state.safetensors"
+
+
+def whole_run(job: TrainingJob, base: Base, folder: Path) -> tuple[dict[str, Tensor], Sequence[tuple[int, float]]]:
+    """Tensors and history of a run that nothing interrupts, forgotten afterwards."""
+    made = trained(job, base, folder)
+    shutil.rmtree(made.run.path)
+    return tensors(made.path), made.run.history()
+
+
+@pytest.fixture
+def every_loss(monkeypatch):
+    """The loss is looked at after every step, however fast they are."""
+    monkeypatch.setattr(store, "LOOK_INTERVAL", -1.0)
+
+
+def test_cancelled_again_and_again_it_goes_on_and_gives_the_same_tensors(long_job, base, loras, tmp_path, every_loss):
+    whole, history = whole_run(long_job, base, tmp_path / "whole")
+    assert [step for step, _ in history] == [1, 2, 3, 4, 5, 6]
+    assert cancelled_at(2, long_job, base, loras) == [1, 2]
+    assert SafetensorsFile.open(state_of(long_job, base)).metadata["step"] == "2"
+    assert cancelled_at(4, long_job, base, loras) == [3, 4]
+    assert files(loras) == []
+
+    known: list[list[tuple[int, float]]] = []
+    points: list[int] = []
+    made = find_or_train(
+        long_job, base, [loras], on_history=known.append, on_point=lambda report: points.append(report.step)
+    )
+    assert known == [list(history[:4])] and points == [5, 6]
+    assert same(made.path, whole)
+    assert made.run.history() == history
+    assert not state_of(long_job, base).exists()
+
+
+def test_cancelled_in_the_middle_of_a_step_it_makes_that_step_again(long_job, base, loras, tmp_path):
+    whole, _ = whole_run(long_job, base, tmp_path / "whole")
+    steps: list[int] = []
+    calls_after: list[int] = []
+
+    def check() -> None:
+        if steps[-1:] == [3]:
+            calls_after.append(1)
+        if len(calls_after) == 3:
+            raise Cancel
+
+    with pytest.raises(Cancel):
+        find_or_train(long_job, base, [loras], on_step=lambda report: steps.append(report.step), check_cancelled=check)
+    assert SafetensorsFile.open(state_of(long_job, base)).metadata["step"] == "3"
+    assert same(trained(long_job, base, loras).path, whole)
+
+
+def test_under_another_name_an_unfinished_run_goes_on(long_job, base, loras):
+    cancelled_at(4, long_job, base, loras)
+    assert cancelled_at(5, replace(long_job, name="berta"), base, loras) == [5]
+
+
+def test_a_history_longer_than_the_state_is_cut_back_to_it(photos, base, loras, tmp_path, every_loss):
+    job = TrainingJob("anna", replace(LONG, state_interval=0.0), photos)
+    whole, history = whole_run(job, base, tmp_path / "whole")
+    cancelled_at(2, job, base, loras)
+    state = state_of(job, base)
+    shutil.copy(state, tmp_path / "early")
+    cancelled_at(4, job, base, loras)
+    os.replace(tmp_path / "early", state)  # as if the process had been killed after step 4
+    made = find_or_train(job, base, [loras])
+    assert made.run.history() == history
+    assert same(made.path, whole)
+
+
+def test_the_history_is_saved_while_it_grows(long_job, base, loras, every_loss, monkeypatch):
+    monkeypatch.setattr(store, "SAVE_INTERVAL", -1.0)
+    saved: list[int] = []
+
+    def on_step(_: StepReport) -> None:
+        saved.append(len(RunFolder(cache_folder() / "runs" / long_job.key(base)).history()))
+
+    find_or_train(long_job, base, [loras], on_step=on_step)
+    assert saved == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_loss_is_looked_at_seldom_and_at_the_end(long_job, base, loras, monkeypatch):
+    monkeypatch.setattr(store, "LOOK_INTERVAL", 1e9)
+    assert [step for step, _ in trained(long_job, base, loras).run.history()] == [1, 6]
+
+
+def test_stopped_with_what_was_learned_it_is_the_jobs_file(long_job, base, loras, every_loss):
+    def stop(report: StepReport) -> None:
+        if report.step == 3:
+            raise StopAndKeep
+
+    made = find_or_train(long_job, base, [loras], on_step=stop)
+    assert not made.found
+    assert LoraFile.read(made.path).metadata["ss_steps"] == "3"
+    assert [step for step, _ in made.run.history()] == [1, 2, 3]
+    assert found(long_job, base, loras).path == made.path
+
+
+def test_samples_are_kept_and_handed_on(job, base, loras):
+    config = replace(CONFIG, sample_every=1, sample_steps=1, sample_guidance=1.0, sample_prompts=("one", "two"))
+    handed: dict[int, list[Image.Image]] = {}
+    made = find_or_train(replace(job, config=config), base, [loras], on_sample=handed.__setitem__)
+    assert [*handed] == [1, 2] and [len(images) for images in handed.values()] == [2, 2]
+    again = found(job, base, loras).run.samples()  # the job without samples is the same job
+    assert again.keys() == handed.keys() == made.run.samples().keys()
+    assert all(
+        kept.tobytes() == given.convert("RGB").tobytes()
+        for step in handed
+        for kept, given in zip(again[step], handed[step], strict=True)
+    )
+    assert made.run.sample_sheet().height > RunFolder(loras).sample_sheet().height
+
+
+def test_samples_of_a_run_that_was_cancelled_are_still_there(photos, base, loras):
+    config = replace(LONG, sample_every=2, sample_steps=1, sample_guidance=1.0)
+    job = TrainingJob("anna", config, photos)
+    cancelled_at(4, job, base, loras)
+    assert [*trained(job, base, loras).run.samples()] == [2, 4, 6]
+
+
+def test_the_likeness_that_was_measured_is_read_from_the_file(job, base, loras):
+    made = trained(job, base, loras)
+    assert made.likenesses() == []
+    lora = LoraFile.read(made.path)
+    points = [{"step": 2, "likeness": 0.25}, {"step": 4, "likeness": 0.5}]
+    measured = made.path.with_name("measured.safetensors")
+    lora.with_metadata({**lora.metadata, LIKENESS_KEY: json.dumps({"points": points})}).save(measured)
+    assert replace(made, path=measured).likenesses() == [(2, 0.25), (4, 0.5)]
