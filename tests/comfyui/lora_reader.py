@@ -1,12 +1,13 @@
-"""Run by test_lora_readers.py in a process of its own, with ComfyUI on its path: what does ComfyUI make of LoRA files?
+"""Run in a process of its own, with ComfyUI on its path: what does ComfyUI make of LoRA files?
 
-Arguments: pairs of family, or `small-` and the name of a model in model_writer.py, and file. Prints one JSON line for each:
-how many weights are patched, which keys are reported as not loaded, and for each patched weight its change times a fixed
-vector. The weights are 0 before, or with `LORA_READER_BASE=random` fixed random ones, for the kinds whose change depends on
-them.
+Arguments: pairs of a model and a file. A model is a family, `small-` and the name of a model in model_writer.py or of a family
+that is narrow here, or `names-` and a family. Prints one JSON line for each: which keys are reported as not loaded, and for
+each patched weight its change times a fixed vector, for `names-` an empty list. The weights are 0 before, or with
+`LORA_READER_BASE=random` fixed random ones, for the kinds whose change depends on them.
 """
 
 # pyright: reportMissingImports=false
+import functools
 import json
 import logging
 import math
@@ -87,6 +88,15 @@ MODELS = {
     "qwen-image": (supported.QwenImage, {"image_model": "qwen_image", "in_channels": 64, "num_layers": 2}),
 }  # fmt: skip
 MODELS |= {f"small-{name}": (cls, config) for name, (cls, config, *_) in model_writer.MODELS.items()}
+# Attention takes 64 channels at least, but SD1.5's.
+for name, width in {"sd15": 32, "sd2": 64, "sdxl": 32}.items():
+    MODELS[f"small-{name}"] = (MODELS[name][0], {**MODELS[name][1], "model_channels": width})
+MODELS["small-sdxl"][1].update(
+    transformer_depth=[0, 0, 1, 1, 1, 1], transformer_depth_middle=1, transformer_depth_output=[0, 0, 0, *[1] * 6]
+)
+MODELS["small-lumina2"] = (
+    supported.Lumina2, {**MODELS["lumina2"][1], "dim": 288, "cap_feat_dim": 64, "n_heads": 3, "n_kv_heads": 1}
+)  # fmt: skip
 TEXT_ENCODERS = {
     "sd15": comfy.sd1_clip.SD1ClipModel,
     "sd2": comfy.text_encoders.sd2_clip.SD2ClipModel,
@@ -95,6 +105,9 @@ TEXT_ENCODERS = {
     "flux1": comfy.text_encoders.flux.flux_clip(dtype_t5=torch.float32),
     "chroma": comfy.text_encoders.pixart_t5.pixart_te(dtype_t5=torch.float32),
 }
+SMALL_CLIP = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 1, "num_hidden_layers": 3}
+SMALL_T5 = {"d_model": 64, "d_ff": 160, "d_kv": 64, "num_heads": 1, "num_layers": 2}
+SMALL_TEXTS = {f"clip_{kind}_model_config": SMALL_CLIP for kind in "lhg"} | {"t5xxl_model_config": SMALL_T5}
 
 
 class Warnings(logging.Handler):
@@ -111,21 +124,30 @@ def probe(inputs: int) -> torch.Tensor:
 
 
 def base_weight(shape: torch.Size) -> torch.Tensor:
-    if os.environ.get("LORA_READER_BASE") != "random":
+    if os.environ["LORA_READER_BASE"] != "random":
         return torch.zeros(shape)
     generator = torch.Generator().manual_seed(math.prod(shape))
     return torch.randn(shape, generator=generator) / math.prod(shape[1:]) ** 0.5
 
 
-def report(family: str, path: str) -> dict:
-    cls, config = MODELS[family]
+@functools.cache
+def read(name: str) -> tuple[dict, dict]:
+    """Of a model: shapes of the weights, and ComfyUI's map from names in LoRA files."""
+    cls, config = MODELS[name]
     model = cls(dict(config)).get_model({}, "", device=torch.device("meta"))
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
     key_map = comfy.lora.model_lora_keys_unet(model, {})
+    family = name.removeprefix("small-")
     if family in TEXT_ENCODERS:
-        clip = TEXT_ENCODERS[family](device="meta", dtype=torch.float32)
-        shapes |= {name: tensor.shape for name, tensor in clip.state_dict().items()}
+        options = SMALL_TEXTS if name != family else {}
+        clip = TEXT_ENCODERS[family](device="meta", dtype=torch.float32, model_options=options)
+        shapes |= {key: tensor.shape for key, tensor in clip.state_dict().items()}
         key_map = comfy.lora.model_lora_keys_clip(clip, key_map)
+    return shapes, key_map
+
+
+def report(model: str, path: str) -> dict:
+    shapes, key_map = read(model.removeprefix("names-"))
     warnings = Warnings()
     logging.getLogger().addHandler(warnings)
     patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(safetensors.torch.load_file(path)), key_map)
@@ -134,16 +156,18 @@ def report(family: str, path: str) -> dict:
         name, offset, function = target, None, None
         if not isinstance(target, str):
             name, offset, function = target[0], target[1], target[2] if len(target) > 2 else None
-        weight = base_weight(shapes[name])
+        if model.startswith("names-"):
+            changes[name] = []
+            continue
+        base = base_weight(shapes[name])
         # Like ModelPatcher.add_patches and comfy.lora.calculate_weight.
-        weight = comfy.lora.calculate_weight([(1.0, patch, 1.0, offset, function)], weight, name)
-        weight = weight - base_weight(shapes[name])
+        weight = comfy.lora.calculate_weight([(1.0, patch, 1.0, offset, function)], base.clone(), name) - base
         matrix = weight.reshape(weight.shape[0], -1)  # a bias is a matrix of one column
         change = matrix @ probe(matrix.shape[1])
         changes[name] = (torch.tensor(changes[name]) + change).tolist() if name in changes else change.tolist()
     logging.getLogger().removeHandler(warnings)
-    return {"weights": len(changes), "not_loaded": warnings.messages, "changes": changes}
+    return {"not_loaded": warnings.messages, "changes": changes}
 
 
-for family, path in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
-    print("RESULT " + json.dumps(report(family, path)), flush=True)
+for model, path in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+    print("RESULT " + json.dumps(report(model, path)), flush=True)

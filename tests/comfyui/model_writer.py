@@ -202,7 +202,8 @@ def write(name: str, path: str) -> None:
 
 
 def text_tensors(name: str) -> dict[str, torch.Tensor]:
-    tokenizer, cls, sizes = TEXTS[name]
+    tokenizer_class, cls, sizes = TEXTS[name]
+    tokenizer = tokenizer_class()
     # Hundreds of millions of weights that are for pictures.
     comfy.text_encoders.llama.qwen_vl.Qwen2VLVisionTransformer = lambda **_: torch.nn.Identity()
     options = {f"{part}_model_config": dict(config) for part, config in sizes.items()}
@@ -220,7 +221,7 @@ def text_tensors(name: str) -> dict[str, torch.Tensor]:
     for number, caption in enumerate(CAPTIONS):
         # The others take brackets for text anyway.
         plain = {"disable_weights": True} if name in ("sd3", "chroma") else {}
-        tokens = tokenizer().tokenize_with_weights(caption, **plain)
+        tokens = tokenizer.tokenize_with_weights(caption, **plain)
         context, pooled = encoder.encode_token_weights(tokens)[:2]
         case = {"context": context}
         if t5 is not None:

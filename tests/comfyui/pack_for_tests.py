@@ -101,7 +101,7 @@ def detect_also_small(*arguments, **options):
 comfy.model_detection.detect_unet_config = detect_also_small
 comfy.supported_models.ZImage.unet_config = {"image_model": "lumina2", "dim": SMALL_ZIMAGE["dim"]}
 
-# Small UNets, in classes of the same names since nodes tell a model by that: the demo's base and SMALL_SDXL of tests/tooling.py.
+# Small UNets: the demo's base, and SMALL_SDXL of tests/tooling.py. Nodes know a model by the name of its class.
 
 
 def clip_sizes(state_dict, prefix):

@@ -12,7 +12,7 @@ from core.lora_tools import convert_lora
 
 from .flow_files import CLIPS, VAES
 from .graphs import Node, drawing, node, training
-from .test_lora_readers import (
+from .lora_changes import (
     EXACT,
     Changes,
     changes_of,

@@ -20,28 +20,31 @@ from core.methods import METHODS
 from core.safetensors_file import SafetensorsFile
 from tests.tooling import write_checkpoint
 
+from .lora_changes import EXACT, family_of, probe, run_comfyui
 from .real_widths import COMFY_SD15
 from .setup_comfyui import COMFYUI, PYTHON
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
+pytestmark = pytest.mark.comfyui
 
 CPU = torch.device("cpu")
 KINDS = ("dora", "loha", "lokr", "oft")
 BLOCK = "mid_block.attentions.0."
-# Path -> layer of some modules as the published models have them: Linear layers that are no squares, both convolutions.
-LAYERS = {
-    "sd15": {
-        f"{BLOCK}proj_in": nn.Conv2d(1280, 1280, 1),
-        f"{BLOCK}transformer_blocks.0.attn2.to_k": nn.Linear(768, 1280, bias=False),
-        f"{BLOCK}transformer_blocks.0.ff.net.2": nn.Linear(5120, 1280),
-        "down_blocks.1.resnets.0.conv1": nn.Conv2d(320, 640, 3, padding=1),
-    },
-    "sdxl": {
-        f"{BLOCK}proj_in": nn.Linear(1280, 1280),
-        f"{BLOCK}transformer_blocks.0.attn2.to_k": nn.Linear(2048, 1280, bias=False),
-        "down_blocks.1.resnets.0.conv1": nn.Conv2d(320, 640, 3, padding=1),
-    },
-}
+
+
+def layers_of(family: str, width: int) -> dict[str, nn.Module]:
+    """Path -> layer of some modules, as UNets have them whose first level is so wide: no squares, both convolutions."""
+    middle, is_linear = 4 * width, family == "sdxl"
+    layers = {
+        f"{BLOCK}proj_in": nn.Linear(middle, middle) if is_linear else nn.Conv2d(middle, middle, 1),
+        f"{BLOCK}transformer_blocks.0.attn2.to_k": nn.Linear(2048 if is_linear else 768, middle, bias=False),
+        "down_blocks.1.resnets.0.conv1": nn.Conv2d(width, 2 * width, 3, padding=1),
+    }
+    return layers if is_linear else {**layers, f"{BLOCK}transformer_blocks.0.ff.net.2": nn.Linear(4 * middle, middle)}
+
+
+WIDE, SMALL = ("sd15", "sdxl"), ("small-sd15", "small-sdxl")
+LAYERS = {name: layers_of(family_of(name), 32 if name in SMALL else 320) for name in (*WIDE, *SMALL)}
+"""Of the published models, and of those that lora_reader.py calls small."""
 
 
 def base_weight(shape) -> torch.Tensor:
@@ -50,10 +53,10 @@ def base_weight(shape) -> torch.Tensor:
     return torch.randn(shape, generator=generator) / math.prod(shape[1:]) ** 0.5
 
 
-def network_of(family: str) -> nn.Module:
+def network_of(model: str) -> nn.Module:
     """A network with nothing but these layers, at their paths."""
     network = nn.Module()
-    for path, layer in LAYERS[family].items():
+    for path, layer in LAYERS[model].items():
         *parents, name = path.split(".")
         parent = network
         for component in parents:
@@ -74,47 +77,58 @@ def options_of(layer: nn.Module) -> dict:
     return {name: getattr(layer, name) for name in names} | {"bias": layer.bias is not None}
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict[tuple[str, str], tuple[LoraFile, dict]]:
-    """(method, family) -> the file, and what ComfyUI reports of it."""
-    folder = tmp_path_factory.mktemp("kinds")
+def read_all(models: tuple[str, ...], folder: Path) -> dict[tuple[str, str], tuple[LoraFile, dict]]:
+    """(method, model) -> the file, and what ComfyUI reports of it."""
     files = {}
     for method in KINDS:
-        for family in LAYERS:
+        for model in models:
+            family = FAMILIES[family_of(model)]
             config = TrainConfig(method=method, rank=8, alpha=4.0, targets="transformer+conv")
-            adapter = METHODS[method].attach({"denoiser": network_of(family)}, FAMILIES[family], config, None)
+            adapter = METHODS[method].attach({"denoiser": network_of(model)}, family, config, None)
             generator = torch.Generator().manual_seed(5)
             for parameter in adapter.parameters().values():
                 parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-            base = Base(FAMILIES[family], "base", {}, "epsilon", False, 512)
-            metadata = {"ss_base_model_version": FAMILIES[family].base_model_version}
-            path = folder / f"{method}-{family}.safetensors"
+            base = Base(family, "base", {}, "epsilon", False, 512)
+            path = folder / f"{method}-{model}.safetensors"
+            metadata = {"ss_base_model_version": family.base_model_version}
             adapter.export(adapter.parameters(), base, metadata).save(path, torch.float32)
-            files[method, family] = LoraFile.read(path)
-    arguments = [text for (_, family), file in files.items() for text in (family, file.name)]
-    done = subprocess.run(
-        [str(PYTHON), str(Path(__file__).with_name("lora_reader.py")), *arguments],
-        env={**os.environ, "PYTHONPATH": str(COMFYUI), "OMP_NUM_THREADS": "1", "LORA_READER_BASE": "random"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    reports = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+            files[method, model] = LoraFile.read(path)
+    reports = run_comfyui([(model, Path(file.name)) for (_, model), file in files.items()], base="random")
     return {key: (file, report) for (key, file), report in zip(files.items(), reports, strict=True)}
 
 
-@pytest.mark.parametrize("family", LAYERS)
-@pytest.mark.parametrize("method", KINDS)
-def test_comfyui_changes_every_weight_as_it_was_trained(results, method, family):
-    file, report = results[method, family]
+@pytest.fixture(scope="module")
+def of_small_models(tmp_path_factory):
+    return read_all(SMALL, tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def of_published_widths(tmp_path_factory):
+    return read_all(WIDE, tmp_path_factory.mktemp("wide"))
+
+
+def assert_changes_as_trained(model: str, file: LoraFile, report: dict) -> None:
     assert report["not_loaded"] == []
-    assert report["weights"] == len(file.entries) == len(LAYERS[family])
-    for (_, path), change in file.changes(lambda module: base_weight(LAYERS[family][module[1]].weight.shape)):
-        original = KEYS[family].of_diffusers(path).original
+    assert len(report["changes"]) == len(file.entries) == len(LAYERS[model])
+    for (_, path), change in file.changes(lambda module: base_weight(LAYERS[model][module[1]].weight.shape)):
+        original = KEYS[family_of(model)].of_diffusers(path).original
         found = torch.tensor(report["changes"][f"diffusion_model.{original}.weight"])
         matrix = change.flatten(1) if change.ndim > 1 else change
-        wanted = matrix @ torch.randn(matrix.shape[1], generator=torch.Generator().manual_seed(matrix.shape[1]))
-        assert (found - wanted).norm() <= 1e-3 * wanted.norm(), path
+        wanted = matrix @ probe(matrix.shape[1])
+        assert (found - wanted).norm() <= EXACT * wanted.norm(), path
+
+
+@pytest.mark.parametrize("model", SMALL)
+@pytest.mark.parametrize("method", KINDS)
+def test_comfyui_changes_every_weight_of_a_small_model_as_it_was_trained(of_small_models, method, model):
+    assert_changes_as_trained(model, *of_small_models[method, model])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", WIDE)
+@pytest.mark.parametrize("method", KINDS)
+def test_comfyui_changes_every_weight_of_published_width_as_it_was_trained(of_published_widths, method, model):
+    assert_changes_as_trained(model, *of_published_widths[method, model])
 
 
 def read_in_comfyui(requests: list[tuple[str, Path, Path, dict]]) -> list[dict[str, torch.Tensor]]:
@@ -149,6 +163,7 @@ def test_comfyui_reads_embeddings_alone_and_within_a_lora(tmp_path):
         assert torch.equal(found["vectors"], vector)
 
 
+@pytest.mark.slow
 def test_comfyui_draws_with_a_dreambooth_checkpoint_what_was_trained(tmp_path):
     base = load_base(write_checkpoint(tmp_path / "base.safetensors", COMFY_SD15, torch.float32))
     config = TrainConfig(method="dreambooth", text_encoder_lr=1e-4)
