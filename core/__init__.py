@@ -7,14 +7,16 @@ lora = train("photos", "sd15.safetensors", TrainConfig(trigger_word="sks", steps
 
 from .apply import apply
 from .base import Base, load_base
-from .cache import clear_cache, encode
+from .cache import encode
+from .cache_folder import clear_cache
 from .config import TrainConfig
 from .errors import FaceLoraError
-from .generate import GenerateConfig, Job, contact_sheet, generate
+from .generate import GenerateConfig, Job, generate
 from .lora_file import LoraFile
 from .lora_modules import LoraModule
 from .photos import Photo, prepare, read_photos
 from .photos_to_lora import train
+from .sheet import contact_sheet
 from .training import StepReport, train_lora
 
 __all__ = [

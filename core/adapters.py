@@ -1,6 +1,6 @@
 """The seam between the training loop and the methods: what a method puts on the frozen networks, and how it is read out.
 
-A method is one file in `methods/`, known to the settings by its name; it makes an `Adapter`.
+A method is one file in `methods/`, which makes an `Adapter`.
 """
 
 import re
@@ -19,9 +19,14 @@ from .errors import BadConfig
 from .families.spec import FamilySpec
 from .lora_file import LoraFile
 from .lora_keys import ModuleId
+from .original_checkpoint import Checkpoint
 
 PEFT_NAME = "facelora"
 """What peft calls our adapter."""
+LORA_RATE = 1e-4
+"""Peak learning rate of a LoRA that is told none."""
+Trained = LoraFile | Checkpoint
+"""What a training makes."""
 _Number = TypeVar("_Number", int, float)
 
 
@@ -44,15 +49,15 @@ class Adapter(ABC):
         return nullcontext()
 
     @abstractmethod
-    def export(self, values: Mapping[str, Tensor], base: Base, metadata: Mapping[str, str]) -> LoraFile:
+    def export(self, values: Mapping[str, Tensor], base: Base, metadata: Mapping[str, str]) -> Trained:
         """The file to save, with these values in the place of the parameters."""
 
     def constrain(self) -> None:  # noqa: B027, most have nothing to do
         """Called after each optimizer step: brings the parameters back to where they may be."""
 
-    def rate(self, name: str, config: TrainConfig) -> float:
-        """The peak learning rate of a parameter."""
-        return config.peak_rate if name.startswith("denoiser.") else config.text_encoder_lr
+    def rate(self, name: str, config: TrainConfig, peak: float) -> float:
+        """The peak learning rate of a parameter, of which those of the denoiser have `peak`."""
+        return peak if name.startswith("denoiser.") else config.text_encoder_lr
 
 
 Attach = Callable[[Mapping[str, nn.Module], FamilySpec, TrainConfig, LoraFile | None], Adapter]
@@ -68,7 +73,7 @@ class Method:
     attach: Attach
     trains_text: Callable[[TrainConfig], bool] = lambda config: config.text_encoder_lr > 0
     """Whether text is encoded anew in each step, since something trainable sits on the text encoders."""
-    beside: Callable[[LoraFile, Base, TrainConfig], Mapping[str, LoraFile]] = lambda file, base, config: {}
+    beside: Callable[[Trained, Base, TrainConfig], Mapping[str, LoraFile]] = lambda file, base, config: {}
     """What else is written beside the file: addition to its name -> file."""
     makes: Literal["lora", "embedding", "checkpoint"] = "lora"
     """What the file is: something that goes on a base model, or a base model itself."""
@@ -80,6 +85,14 @@ class Method:
     """Whether the networks' own weights stay as they are, and so can be kept in 8 bits or away from the device."""
     keeps_dtype: bool = False
     """Whether its layers work in the dtype of their inputs, whatever their own, and so need no autocast."""
+
+    def peak_rate(self, config: TrainConfig) -> float:
+        """The peak learning rate: the set one, else what suits the method. Textual inversion's is that of its vectors."""
+        if config.optimizer == "prodigy":
+            return config.prodigy_rate
+        if self.makes == "embedding":
+            return config.embedding_lr
+        return float(f"{LORA_RATE * self.rate_factor:.1e}") if config.learning_rate is None else config.learning_rate
 
 
 def target_modules(

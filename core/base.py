@@ -17,18 +17,9 @@ from .errors import BadConfig, BadFile, UnknownFamily, UnmatchedKeys
 from .families import FAMILIES, detect_family, text
 from .families.ldm import VAE_PREFIXES, current_vae_path, original_unet_names
 from .families.quantised import dequantised
-from .families.spec import (
-    DENOISER_PREFIX,
-    UNQUANTISED,
-    Component,
-    Conditioning,
-    FamilySpec,
-    LatentShape,
-    LazyTensors,
-    Stored,
-    layout_of,
-    materialise,
-)
+from .families.spec import DENOISER_PREFIX, UNQUANTISED, Component, Conditioning, FamilySpec, LatentShape, materialise
+from .files import read_json
+from .lazy import LazyTensors, Stored, dtype_and_shape
 from .objective import FlowSchedule, NoiseSchedule, Schedule
 from .safetensors_file import SafetensorsFile, tensor_bytes
 
@@ -126,7 +117,7 @@ class Base:
         encoders = {}
         for part in self.text_encoders:
             tensors = self._component(part).tensors
-            layouts = [layout_of(tensors, name) for name in tensors]
+            layouts = [dtype_and_shape(tensors, name) for name in tensors]
             if sum(dtype.itemsize * math.prod(shape) for dtype, shape in layouts) < LARGE_ENCODER:
                 encoders[part] = self.load(part, device, dtype)
                 continue
@@ -382,7 +373,7 @@ def _download(hub_id: str) -> Path:
 
 def _read_folder(folder: Path, prediction_type: str, zero_terminal_snr: bool) -> Base:
     """A Base from a folder as diffusers' `save_pretrained` writes it; only safetensors weights are read."""
-    index = _read_json(folder / "model_index.json")
+    index = _read_config(folder / "model_index.json")
     class_name = index.get("_class_name")
     family = next((family for family in FAMILIES.values() if family.pipeline_class == class_name), None)
     if family is None:
@@ -393,7 +384,7 @@ def _read_folder(folder: Path, prediction_type: str, zero_terminal_snr: bool) ->
         subfolder = folder / (part if part != "denoiser" else "transformer" if family.flow_shift else "unet")
         if part in family.optional_encoders and not subfolder.exists():
             continue
-        config = _read_json(subfolder / "config.json")
+        config = _read_config(subfolder / "config.json")
         if quantisation := config.get("quantization_config"):
             raise BadFile(
                 f"{folder.name}: its {subfolder.name} is quantised ({json.dumps(quantisation)[:80]}); {UNQUANTISED}"
@@ -402,7 +393,7 @@ def _read_folder(folder: Path, prediction_type: str, zero_terminal_snr: bool) ->
             config["tokenizer"] = str(folder / part.replace("text_encoder", "tokenizer"))
         components[part] = Component(config, _folder_tensors(subfolder, part))
     scheduler_path = folder / "scheduler" / "scheduler_config.json"
-    scheduler = _read_json(scheduler_path) if scheduler_path.exists() else {}
+    scheduler = _read_config(scheduler_path) if scheduler_path.exists() else {}
     try:
         _check_variant(family, components)
         _check_scheduler(family, scheduler)
@@ -423,13 +414,11 @@ def _read_folder(folder: Path, prediction_type: str, zero_terminal_snr: bool) ->
     return base
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadFile(f"{path.parent.name}: not a whole diffusers folder, {path.name} is missing") from None
-    except (OSError, ValueError) as error:
-        raise BadFile(f"{path}: cannot be read: {error}") from None
+def _read_config(path: Path) -> dict[str, Any]:
+    """What a JSON file of a diffusers folder holds."""
+    if not path.exists():
+        raise BadFile(f"{path.parent.name}: not a whole diffusers folder, {path.name} is missing")
+    return read_json(path)
 
 
 def _folder_tensors(folder: Path, part: str) -> Mapping[str, Tensor]:

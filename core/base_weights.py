@@ -14,7 +14,7 @@ from torch import Tensor
 from .errors import BadFile, UnknownFamily
 from .families.clip import OPENCLIP_LAYER
 from .families.quantised import sign_of_quantisation
-from .lora_keys import FAMILIES, FamilyKeys, Fusion, ModuleId, Place, families_of, other_model
+from .lora_keys import NAME_TABLES, Fusion, ModuleId, NameTable, Place, families_of, other_model
 from .lora_keys.ldm import diffusers_unet_path
 from .safetensors_file import SafetensorsFile
 
@@ -35,7 +35,7 @@ class BaseLayers:
     """The layers of a base model that LoRAs can change: what `lora_file.fit` asks about it."""
 
     family: str
-    """A name in lora_keys.FAMILIES."""
+    """A name in lora_keys.NAME_TABLES."""
     places: dict[str, Place]
     """Name of a weight -> the modules whose it is."""
     shapes: dict[ModuleId, tuple[int, ...]]
@@ -54,7 +54,7 @@ class BaseLayers:
         self._names: dict[ModuleId, str] = {}
         layers = _layers_per_block(paths.values())
         for weight, (part, path) in paths.items():
-            place, shape = _place(FAMILIES[self.family], part, path, layers), tensor_shapes[weight]
+            place, shape = _place(NAME_TABLES[self.family], part, path, layers), tensor_shapes[weight]
             if place is None or not _fits(place, shape):
                 continue
             self.places[weight] = place
@@ -135,13 +135,13 @@ def _family_of(shapes: Mapping[str, tuple[int, ...]], paths: Mapping[str, tuple[
     prefixes = {prefix for prefix, _ in paths.values()}
     modules = [(part, path, shapes[name]) for name, (part, path) in paths.items() if part == "denoiser"]
     if other := other_model(modules):
-        raise UnknownFamily(f"{model}: is {other}, which is not supported; known: {', '.join(FAMILIES)}")
+        raise UnknownFamily(f"{model}: is {other}, which is not supported; known: {', '.join(NAME_TABLES)}")
     families = [_TEXT_ENCODERS[prefix][0] for prefix in sorted(prefixes & set(_TEXT_ENCODERS))] or families_of(modules)
     if not modules or not families:
         example = next(iter(shapes), "none")
         raise UnknownFamily(
             f"{model}: no base model: no family matches its {len(shapes)} tensors, e.g. {example!r}; "
-            f"known: {', '.join(FAMILIES)}"
+            f"known: {', '.join(NAME_TABLES)}"
         )
     return families[0]
 
@@ -160,7 +160,7 @@ def _layers_per_block(paths: Iterable[tuple[str, str]]) -> int:
     return min(numbers, default=3) - 1
 
 
-def _place(family: FamilyKeys, part: str, path: str, layers: int) -> Place | None:
+def _place(family: NameTable, part: str, path: str, layers: int) -> Place | None:
     """What a path is in the family, None: no module that LoRAs change."""
     if part == "denoiser":
         place = family.locate(part, path)

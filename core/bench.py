@@ -32,12 +32,12 @@ from .bench_loops import (
     Loop,
     OurLoop,
     PlainLoop,
-    precision_name,
     random_base,
     random_cache,
+    trainer_program,
 )
 from .config import Targets, TrainConfig
-from .device import device_and_dtype
+from .device import device_and_dtype, precision_name
 from .errors import BadConfig, BadFile
 from .families import FAMILIES
 from .files import write_file
@@ -167,6 +167,8 @@ def bench(
     """
     if comfyui and not (comfyui / "comfy_extras" / "nodes_train.py").is_file():
         raise BadFile(f"--comfyui {comfyui}: is no folder of a ComfyUI that can train")
+    if comfyui:
+        trainer_program()
     device, dtype = device_and_dtype(config, device)
     resolution = config.resolution or FAMILIES[family].resolution
     multiple = LATENT_SIZE * 2 ** (len(SHAPES[family].widths) - 1)

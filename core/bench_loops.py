@@ -22,14 +22,17 @@ from torch import Tensor, nn
 from .base import Base
 from .cache import EncodedImage, LatentCache
 from .config import TrainConfig
-from .device import PRECISIONS, device_and_dtype
-from .errors import BadConfig
+from .device import device_and_dtype, precision_name
+from .errors import BadConfig, BadFile
 from .families import FAMILIES
 from .families.spec import Component, Conditioning
+from .methods import peak_rate
 from .run import Run
 
 CAPTION = "a photo of sks person"
 LATENT_CHANNELS, LATENT_SIZE, TOKENS = 4, 8, 77
+TRAINER = Path(__file__).parent.parent / "tools" / "comfyui_trainer.py"
+"""The program that runs ComfyUI's own trainer."""
 
 
 @dataclass(frozen=True)
@@ -139,11 +142,6 @@ def random_cache(base: Base, config: TrainConfig) -> LatentCache:
     return LatentCache((image,) * config.batch_size, {CAPTION: text}, chunks=1, digest="random")
 
 
-def precision_name(dtype: torch.dtype) -> str:
-    """The setting that means the dtype."""
-    return next(name for name, known in PRECISIONS.items() if known == dtype)
-
-
 class Loop(Protocol):
     """One way to train, as the benchmark sees it."""
 
@@ -204,7 +202,7 @@ class PlainLoop:
         self.parameters = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
         for parameter in self.parameters:
             parameter.data = parameter.data.float()
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.peak_rate, weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=peak_rate(config), weight_decay=config.weight_decay)
         self.lr_scheduler = get_scheduler("constant", self.optimizer)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.noise_scheduler: Any = DDPMScheduler(
@@ -246,6 +244,15 @@ class PlainLoop:
         self.loss()
 
 
+def trainer_program() -> Path:
+    """The program that runs ComfyUI's own trainer. BadFile where it is not there, as in an installation from a wheel."""
+    if not TRAINER.is_file():
+        raise BadFile(
+            f"--comfyui: {TRAINER} is missing; only a clone of the repository has it, so run the benchmark there"
+        )
+    return TRAINER
+
+
 class ComfyLoop:
     """ComfyUI's own trainer on the same weights and inputs, a process that makes a step when told to.
 
@@ -265,9 +272,8 @@ class ComfyLoop:
             save_file(inputs, folder / "inputs.safetensors")
             task = {"device": device.type, "precision": precision_name(dtype), "rank": config.rank}
             (folder / "task.json").write_text(json.dumps(task))
-            script = Path(__file__).parent.parent / "nodes" / "comfyui_trainer.py"
             self._process = subprocess.Popen(
-                [python, script, comfyui.resolve(), folder],
+                [python, trainer_program(), comfyui.resolve(), folder],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )  # fmt: skip
             self._log: list[str] = []

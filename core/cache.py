@@ -1,32 +1,26 @@
 """What the encoders make of photos and captions: computed once, kept on disk by content, held ready for the loop."""
 
 import hashlib
-import os
 import re
-import shutil
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .base import Base
+from .cache_folder import cache_folder, content_key, made_folder
 from .config import TrainConfig
+from .device import explained_memory_error, whole_or_in_tiles
 from .errors import BadFile
 from .families.clip import chunk_count
 from .families.spec import Conditioning, Pair
-from .memory_plan import explained_memory_error, whole_or_in_tiles
 from .methods import trains_text
 from .objective import shrink_mask
 from .photos import Dataset, TrainingImage
 from .photos.captions import class_caption
 from .safetensors_file import SafetensorsFile, save_safetensors
-
-CACHE_VERSION = "2"
-"""Part of every cache key: raised whenever the same input would be encoded differently."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,39 +57,6 @@ class LatentCache:
     """Equal for equal photos, crops, captions and encoders."""
     prompts: dict[str, Pair] = field(default_factory=dict)
     """Of each prompt of samples, with that of an empty negative prompt: as long as it needs, which no training depends on."""
-
-
-def cache_folder() -> Path:
-    """Where encoded photos and captions are kept: $FACELORA_CACHE, else `facelora` in the user's cache folder."""
-    if folder := os.environ.get("FACELORA_CACHE"):
-        return Path(folder)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "facelora"
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "facelora"
-
-
-def made_folder(*names: str) -> Path:
-    """A folder in the cache folder, made where it is not there yet. BadFile when it cannot be."""
-    folder = cache_folder().joinpath(*names)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadFile(
-            f"{folder}: the cache cannot be written ({error.strerror}); set FACELORA_CACHE to a folder"
-        ) from None
-    return folder
-
-
-def clear_cache() -> int:
-    """Deletes everything that was cached; how many files there were."""
-    count = sum(1 for path in cache_folder().rglob("*") if path.is_file())
-    shutil.rmtree(cache_folder(), ignore_errors=True)
-    return count
-
-
-def content_key(*parts: object) -> str:
-    """A file name that says nothing but what the content is made from."""
-    return hashlib.sha256("\0".join(map(str, (CACHE_VERSION, *parts))).encode()).hexdigest()
 
 
 def encode(

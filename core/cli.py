@@ -238,7 +238,7 @@ def add_clear_cache(parser: argparse.ArgumentParser) -> None:
 
 
 def run_clear_cache(options: argparse.Namespace) -> None:
-    from .cache import cache_folder, clear_cache
+    from .cache_folder import cache_folder, clear_cache
 
     print(f"{clear_cache()} files deleted from {cache_folder()}")
 

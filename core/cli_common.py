@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .errors import BadConfig
+from .files import is_text
 
 Command = tuple[str, str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Any]]
 """Name, what it does, what adds its options to a parser, and what runs it: its return value is the exit code, or None for 0."""
@@ -66,10 +67,8 @@ def device_from(options: argparse.Namespace):
 
 def unicode_text(argument: str) -> str:
     """An argument that is text. (Files' names may be any bytes, and so may what Python makes of the command line.)"""
-    try:
-        argument.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"{argument!r} is no UTF-8 text") from None
+    if not is_text(argument):
+        raise argparse.ArgumentTypeError(f"{argument!r} is no UTF-8 text")
     return argument
 
 

@@ -39,7 +39,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
 
 
 def run_compare(options: argparse.Namespace) -> None:
-    from .compare import REPORT, SETTINGS, Comparison, compare, summary
+    from .compare import REPORT, SETTINGS, Comparison, compare, summary_rows
     from .faces import load_faces
     from .photos import read_photos
 
@@ -77,7 +77,7 @@ def run_compare(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps([dataclasses.asdict(result) for result in results], indent=1))
         return
-    for row in summary(results):
+    for row in summary_rows(results):
         print("| " + " | ".join(row) + " |")
     print(f"{options.output / REPORT}, compare.png and a sheet of pictures for each person", file=sys.stderr)
 

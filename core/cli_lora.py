@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .cli_common import Command, print_warning, split_strength, unicode_text
+from .device import PRECISIONS
 from .errors import BadConfig, one_line
-from .photos_to_lora import SAVE_DTYPES, check_output
+from .photos_to_lora import check_output
 
 
 def _progress(name: str) -> Callable[[int, int], None]:
@@ -32,13 +33,11 @@ _SCHEMES_HELP = (
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", type=Path, metavar="OUT.safetensors", help="the file to write, or to write over")
-    parser.add_argument(
-        "--precision", choices=tuple(SAVE_DTYPES), default="fp16", help="of the tensors (default: fp16)"
-    )
+    parser.add_argument("--precision", choices=tuple(PRECISIONS), default="fp16", help="of the tensors (default: fp16)")
 
 
 def _save(lora, error: float, options: argparse.Namespace) -> None:
-    lora.save(options.output, SAVE_DTYPES[options.precision], on_progress=_progress("writing"))
+    lora.save(options.output, PRECISIONS[options.precision], on_progress=_progress("writing"))
     size = options.output.stat().st_size / 1e6
     lost = f"; largest relative error of a module's change: {error:.2g}" if error else ""
     print(f"{options.output}  ({lora.family}, {lora.scheme} names, {size:.1f} MB){lost}")
@@ -65,12 +64,12 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
 def run_verify(options: argparse.Namespace) -> int:
     from .lora_inspect import verify_lora
 
-    findings = verify_lora(options.file, options.base, on_progress=_progress("reading"))
-    for finding in findings:
-        print(f"{'error' if finding.is_error else 'odd'}: {one_line(finding.text)}")
-    if not findings:
+    faults = verify_lora(options.file, options.base, on_progress=_progress("reading"))
+    for fault in faults:
+        print(f"{'error' if fault.is_error else 'odd'}: {one_line(fault.text)}")
+    if not faults:
         print("nothing wrong with it")
-    return int(any(finding.is_error for finding in findings))
+    return int(any(fault.is_error for fault in faults))
 
 
 def add_convert(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +108,7 @@ def _save_words(lora, options: argparse.Namespace) -> None:
         print_warning(f"the vectors of {word!r} are left out: there are no files of words for {lora.family}")
     for word, embedding in files.items():
         beside = options.output.with_name(f"{options.output.stem}-{file_word(word)}{options.output.suffix}")
-        embedding.save(beside, SAVE_DTYPES[options.precision])
+        embedding.save(beside, PRECISIONS[options.precision])
         print(f"{beside}  (the vectors of {word!r}, which a LoRA in {options.to} names does not hold)")
 
 

@@ -119,7 +119,7 @@ def _size(text: str) -> tuple[int, int]:
 def run_generate(options: argparse.Namespace) -> None:
     from .face_pass import FacePass
     from .generate import GenerateConfig
-    from .headshots import OVERVIEW, make_headshots, summary
+    from .headshots import OVERVIEW, batch_summary, make_headshots
     from .lora_file import LoraFile
     from .photos import read_photos
 
@@ -158,7 +158,7 @@ def run_generate(options: argparse.Namespace) -> None:
     if options.json:
         print((options.output / OVERVIEW).read_text("utf-8"), end="")
         return
-    print(summary(shots))
+    print(batch_summary(shots))
     redrawn = [shot.face_pass for shot in shots if shot.face_pass]
     if redrawn:
         print(f"faces drawn anew: {len(redrawn)}, of which {sum(one.kept for one in redrawn)} were taken")
@@ -283,9 +283,9 @@ def add_score(parser: argparse.ArgumentParser) -> None:
 def run_score(options: argparse.Namespace) -> None:
     from .faces import Reference, load_faces
     from .files import write_file
-    from .generate import contact_sheet
     from .likeness import Score
     from .photos import read_photos
+    from .sheet import contact_sheet
 
     images = [photo for photo in read_photos(options.images, on_warning=print_warning) if not _is_sheet(photo)]
     reference = read_photos(options.reference, on_warning=print_warning)

@@ -20,20 +20,22 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .base import Base, load_base
 from .bench import peak_memory
-from .cache import content_key
+from .cache_folder import content_key
 from .config import TrainConfig
 from .device import device_and_dtype
 from .errors import BadConfig, BadFile
 from .faces import FaceNetwork, embed_images, likeness, mean_face
-from .files import write_file, write_text
-from .generate import SAMPLE_BATCH, GenerateConfig, Job, contact_sheet, generate
+from .files import make_folder, read_json, write_file, write_text
+from .generate import GenerateConfig, Job, generate
 from .likeness import NEUTRAL_PROMPTS, hold_out, picture_change
 from .lora_file import LoraFile
-from .methods import METHODS
+from .methods import METHODS, peak_rate
 from .photos import Photo, prepare
 from .photos.captions import class_caption, default_caption
 from .photos_to_lora import train
+from .samples import SAMPLE_BATCH
 from .sampling import encode_pictures, encode_prompts
+from .sheet import contact_sheet
 from .training import StepReport
 
 PICTURES = 8
@@ -108,7 +110,7 @@ class Comparison:
         """Equal when the numbers can stand in one table."""
         common = replace(self.config, method="lora")
         settings = {
-            **asdict(common), "learning_rate": common.peak_rate,
+            **asdict(common), "learning_rate": peak_rate(common),
             "rates": dict(self.rates), "held_out": self.held_out, "settings": self.settings,
         }  # fmt: skip
         return {"settings": json.dumps(settings, sort_keys=True), "base": self.base.identity}
@@ -128,10 +130,7 @@ def compare(
     Writes compare.json and compare.png, for each person a report, and for each method the files and a row of pictures.
     """
     device, _ = device_and_dtype(comparison.config, device)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadFile(f"{output}: cannot be written: {error.strerror}") from None
+    make_folder(output)
     results, methods = [], ("base", *comparison.methods)
     for number, (person, photos) in enumerate(people.items()):
         report = output / f"{person}.json"
@@ -167,10 +166,10 @@ def write_results(path: Path, identity: Mapping[str, str], results: Sequence[Res
 def known_results(path: Path, identity: Mapping[str, str]) -> list[Result]:
     """What the file has of the same comparison; nothing when there is none, or one of other settings or photos."""
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = read_json(path)
         same = all(found[name] == value for name, value in identity.items())
         return [Result(**result) for result in found["results"]] if same else []
-    except (OSError, ValueError, KeyError, TypeError):
+    except (BadFile, KeyError, TypeError):
         return []
 
 
@@ -224,7 +223,7 @@ class Judge:
         pictures = self._pictures(trained, [(file, 1.0)] if file else [])
         return (
             Result(
-                person, method, config.peak_rate, len(marks), seconds=round(seconds, 1),
+                person, method, peak_rate(config), len(marks), seconds=round(seconds, 1),
                 file_bytes=path.stat().st_size, memory=max(0, (used or 0) - used_before), **self._measured(pictures),
             ),
             pictures[0],
@@ -308,7 +307,7 @@ _COLUMNS: dict[str, tuple[str, Callable[[Result], float], str]] = {
 """Column -> unit, value, and how it is written."""
 
 
-def summary(results: Sequence[Result]) -> list[tuple[str, ...]]:
+def summary_rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
     """The header, and a row for each method: mean and standard deviation over the people."""
     rows: list[tuple[str, ...]] = [
         ("method", "people", *(f"{name} ({unit})" for name, (unit, _, _) in _COLUMNS.items()))

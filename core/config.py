@@ -6,27 +6,17 @@ the ComfyUI tooltips show.
 
 import dataclasses
 import math
-import pkgutil
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import BadConfig
 
 Targets = Literal["attention", "transformer", "transformer+conv"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-METHOD_NAMES = tuple(
-    module.name.replace("_", "-") for module in pkgutil.iter_modules([str(Path(__file__).parent / "methods")])
-)
-"""The files in `methods/`, so that a new one needs no other file."""
-if TYPE_CHECKING:
-    MethodName = str
-else:
-    MethodName = Literal[METHOD_NAMES]
-LORA_RATE = 1e-4
-"""Peak learning rate of a LoRA that is told none."""
+MethodName = Literal["dora", "dreambooth", "loha", "lokr", "lora", "oft", "pivotal", "textual-inversion"]
+"""Each is a file in `methods/`, with _ where there is a - here."""
 
 
 def option(default: Any, text: str) -> Any:
@@ -161,7 +151,7 @@ class TrainConfig:
             raise BadConfig("debiased and min_snr_gamma are both set; they weight the same loss: choose one")
         if self.optimizer == "prodigy":
             # Prodigy multiplies the rate that it finds by this one, the same for every group of parameters.
-            rate = self.peak_rate
+            rate = self.prodigy_rate
             if rate < 0.1:
                 raise BadConfig(
                     f"learning_rate = {rate}: prodigy finds the rate by itself; leave it out, or set it to 1.0"
@@ -194,49 +184,18 @@ class TrainConfig:
                     raise BadConfig(f"{name}: {pattern} = {value} must be at least {low}")
 
     @property
-    def peak_rate(self) -> float:
-        """The peak learning rate: the set one, else what suits the method. Textual inversion's is that of its vectors."""
-        from .methods import METHODS  # which are made for these settings
-
-        method = METHODS[self.method]
-        if self.optimizer == "prodigy":
-            return 1.0 if self.learning_rate is None else self.learning_rate
-        if method.makes == "embedding":
-            return self.embedding_lr
-        return float(f"{LORA_RATE * method.rate_factor:.1e}") if self.learning_rate is None else self.learning_rate
+    def prodigy_rate(self) -> float:
+        """What Prodigy multiplies the rate that it finds by."""
+        return 1.0 if self.learning_rate is None else self.learning_rate
 
     @property
     def embedding_rate(self) -> float:
         """The peak learning rate of the vectors of a word."""
-        return self.peak_rate if self.optimizer == "prodigy" else self.embedding_lr
+        return self.prodigy_rate if self.optimizer == "prodigy" else self.embedding_lr
 
     def alpha_for(self, rank: int) -> float:
         """The alpha of a module of that rank: the set one, else the rank itself."""
         return float(rank if self.alpha is None else self.alpha)
-
-
-_NO_EFFECT = ("state_interval", "gradient_checkpointing", "memory_limit", "compile")
-_WHEN_SAMPLED = ("sample_every", "sample_prompts")
-_HOW_SAMPLED = ("sample_guidance", "sample_steps", "likeness_pictures")
-_WHICH_IS_SAVED = ("save_every", "save_precision", "thumbnail", "keep", "merge_best", "stop_early")
-# Every other setting decides the steps themselves.
-
-
-def settings_of_the_file(config: TrainConfig) -> dict[str, Any]:
-    """The settings that the trained files depend on: all but those of memory, and of samples that are only shown."""
-    samples_matter = config.hold_out or config.thumbnail
-    return _settings_without(config, _NO_EFFECT + (() if samples_matter else _WHEN_SAMPLED + _HOW_SAMPLED))
-
-
-def settings_of_the_steps(config: TrainConfig, measured: bool) -> dict[str, Any]:
-    """The settings that a run cannot change when it is resumed; where likeness is `measured`, also how samples are drawn."""
-    changeable = _NO_EFFECT + _WHEN_SAMPLED + _WHICH_IS_SAVED
-    return _settings_without(config, changeable + (() if measured else _HOW_SAMPLED))
-
-
-def _settings_without(config: TrainConfig, names: tuple[str, ...]) -> dict[str, Any]:
-    settings = {**dataclasses.asdict(config), "learning_rate": config.peak_rate}
-    return {name: value for name, value in settings.items() if name not in names}
 
 
 _RANGES: tuple[tuple[str, float, float], ...] = (

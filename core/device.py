@@ -1,10 +1,25 @@
-"""Where is computed, and in which precision."""
+"""Where something is computed and in which precision, and what to do where memory runs out."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 
 from .config import TrainConfig
+from .errors import OutOfMemory
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+"""The name of a precision in the settings -> the dtype that it means."""
+TILE = 512
+"""Pixels along a side of what a VAE works on at a time where a whole picture is too much."""
+_Result = TypeVar("_Result")
+
+
+def precision_name(dtype: torch.dtype) -> str:
+    """The setting that means the dtype."""
+    return next(name for name, known in PRECISIONS.items() if known == dtype)
 
 
 def device_and_dtype(config: TrainConfig, device: torch.device | None = None) -> tuple[torch.device, torch.dtype]:
@@ -20,3 +35,57 @@ def device_and_dtype(config: TrainConfig, device: torch.device | None = None) ->
         capable = torch.cuda.get_device_capability(device) >= (8, 0)
         return device, torch.bfloat16 if capable else torch.float16
     return device, torch.float32
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be had on a device, those that torch holds unused on a GPU among them; None where nobody says."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type == "cpu" and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        try:
+            with open("/proc/meminfo", encoding="ascii") as file:
+                return 1024 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
+        except (OSError, StopIteration):
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory could not be had, on whichever device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(words in str(error) for words in ("DefaultCPUAllocator: can't allocate", "MPS backend out of memory"))
+
+
+@contextmanager
+def explained_memory_error(advice: str) -> Iterator[None]:
+    """Within it a lack of memory is an OutOfMemory that says what helps."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else "out of memory"
+        raise OutOfMemory(f"the device has not enough memory ({reason}); use {advice}") from None
+
+
+def whole_or_in_tiles(vae: Any, compute: Callable[[], _Result]) -> _Result:
+    """What `compute` gives, with diffusers' VAE working on overlapping tiles from now on where whole pictures do not fit.
+
+    (The decoders of today's families take about 9 GB for 1024 px in float32.)
+    """
+    try:
+        return compute()
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error) or vae.use_tiling:
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if hasattr(vae, "tile_latent_min_size"):
+        vae.tile_sample_min_size = TILE
+        vae.tile_latent_min_size = TILE // 2 ** (len(vae.config["block_out_channels"]) - 1)
+        vae.enable_tiling()
+    else:
+        vae.enable_tiling(TILE, TILE, TILE * 3 // 4, TILE * 3 // 4)
+    return compute()

@@ -1,15 +1,10 @@
 """The page that shows a batch of headshots: plain HTML beside the pictures, which needs no server and no network."""
 
-from __future__ import annotations
-
 import html
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from .headshot import Headshot
 from .photos import Thresholds
-
-if TYPE_CHECKING:
-    from .headshots import Headshot
 
 SAME_PERSON, SOMEONE_ELSE = Thresholds.likeness_review, Thresholds.likeness_reject
 """SFace: the same person mostly above, other people mostly below (docs/photos.md has the figures)."""

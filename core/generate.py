@@ -1,4 +1,4 @@
-"""Pictures from a base model and LoRAs, and sheets of them."""
+"""Pictures from a base model and LoRAs."""
 
 import json
 import os
@@ -10,23 +10,18 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, PngImagePlugin
 from torch import nn
 
 from .apply import apply
 from .base import Base
-from .cache import content_key, made_folder
 from .config import Precision, TrainConfig
-from .device import device_and_dtype
+from .device import device_and_dtype, explained_memory_error
 from .embeddings import new_words
 from .errors import BadConfig
 from .families.spec import Pair, stacked_with
-from .files import write_file
+from .files import is_text, write_file
 from .lora_file import LoraFile
-from .memory_plan import explained_memory_error
-from .photos import Photo, bucket_sizes
-from .photos.captions import class_caption, default_caption
-from .run import Sampler, Shot
 from .safetensors_file import SafetensorsFile
 from .sampling import (
     FLOW_SAMPLERS,
@@ -42,8 +37,6 @@ from .sampling import (
 _Item = TypeVar("_Item", bound=Hashable)
 LARGEST_SIDE = 16384
 """Of a picture, in pixels: what ComfyUI allows."""
-SAMPLE_BATCH = 4
-"""Pictures that are drawn at a time while training."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +58,8 @@ class Job:
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative"):
-            try:
-                getattr(self, name).encode()
-            except UnicodeEncodeError:
-                raise BadConfig(f"{name} = {getattr(self, name)!r}: has half a character in it") from None
+            if not is_text(getattr(self, name)):
+                raise BadConfig(f"{name} = {getattr(self, name)!r}: has half a character in it")
         if not 1 <= self.steps <= 1000:
             raise BadConfig(f"steps = {self.steps}: must be between 1 and 1000")
         if not 0 <= self.seed < 2**64:
@@ -146,7 +137,7 @@ def generate(
         for strength, group in groups.items():
             with _applied(base, loras, strength, {"denoiser": denoiser}):
                 texts = [encoded[strength, _texts(job, base)] for job in group]
-                for batch, pairs in _batches(group, texts, config.batch_size, _settings):
+                for batch, pairs in in_batches(group, texts, config.batch_size, _settings):
                     first = batch[0]
                     assert first.size is not None
                     begin = encode_pictures(base, vae, [starts[job] for job in batch]) if starts else None
@@ -204,7 +195,7 @@ def _applied(
             lora.remove()
 
 
-def _batches(
+def in_batches(
     items: Sequence[_Item], texts: Sequence[Pair], size: int, alike: Callable[[_Item], Hashable] = lambda item: ()
 ) -> Iterator[tuple[tuple[_Item, ...], tuple[Pair, ...]]]:
     """The items and their texts in batches of at most that size, of `alike` items and texts of equal length."""
@@ -290,121 +281,3 @@ def _embedding_hash(lora: LoraFile) -> str:
 def _quoted(value: str) -> str:
     """As A1111 writes a value that would be taken for several."""
     return json.dumps(value, ensure_ascii=False) if re.search(r'[,:\n"]', value) else value
-
-
-def training_sampler(
-    base: Base,
-    config: TrainConfig,
-    encoded: Mapping[str, Pair],
-    device: torch.device,
-    size: tuple[int, int] | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> Sampler:
-    """A Sampler of shots whose prompts `encoded` holds the conditioning of, each with that of an empty negative prompt.
-
-    `size` is (width, height) in pixels; None: the square that the base was trained at. `on_progress` hears of each of the
-    sampling steps, as (done, all).
-    """
-    width_height = picture_size(base, size)
-    dtype = device_and_dtype(config, device)[1]
-
-    def sample(denoiser: nn.Module, encoders: Mapping[str, nn.Module], shots: Sequence[Shot]) -> list[Image.Image]:
-        texts = encoded
-        if encoders:
-            pairs = encode_pairs(base, encoders, {(prompt, "") for prompt, _ in shots}, config.clip_skip)
-            texts = {prompt: pair for (prompt, _), pair in pairs.items()}
-        vae = base.load("vae", device, torch.float32)
-        images = {}
-        batches = list(_batches(shots, [texts[prompt] for prompt, _ in shots], SAMPLE_BATCH))
-        for index, (batch, pairs) in enumerate(batches):
-
-            def drawn(step: int, steps: int, earlier: int = index) -> None:
-                if on_progress:
-                    on_progress(earlier * steps + step, len(batches) * steps)
-
-            latents = sample_latents(
-                base, denoiser, [prompt for prompt, _ in pairs], [negative for _, negative in pairs],
-                device=device, dtype=dtype, seeds=[seed for _, seed in batch], size=width_height, steps=config.sample_steps,
-                guidance=base.family.guidance if config.sample_guidance is None else config.sample_guidance,
-                on_step=drawn,
-            )  # fmt: skip
-            images |= zip(batch, decode_latents(base, vae, latents), strict=True)
-        return [images[shot] for shot in shots]
-
-    return sample
-
-
-def sample_shots(config: TrainConfig) -> list[Shot]:
-    """The pictures that a training shows its user."""
-    prompts = config.sample_prompts or (default_caption(config.trigger_word, config.class_word),)
-    return [(prompt, config.seed + index) for index, prompt in enumerate(prompts)]
-
-
-def make_class_images(
-    base: Base,
-    class_word: str,
-    count: int,
-    *,
-    resolution: int | None = None,
-    device: torch.device | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> list[Photo]:
-    """`count` pictures of "a photo of CLASS" by the base model itself, kept in the cache folder: made once, resumable."""
-    prompt = class_caption(class_word)
-    side = resolution or base.resolution
-    size = min(bucket_sizes(side, base.size_multiple), key=lambda s: abs(s[0] - s[1]))
-    steps, guidance = base.family.steps, base.family.guidance
-    folder = made_folder("class", content_key("class images", prompt, size, steps, guidance, base.identity))
-    paths = [folder / f"{index:05d}.png" for index in range(count)]
-    missing = [index for index, path in enumerate(paths) if not path.exists()]
-    jobs = [Job(prompt, index, size=size, steps=steps, guidance=guidance) for index in missing]
-    pictures = generate(base, [], jobs, device=device)
-    for done, picture in enumerate(pictures if missing else (), start=1):
-        picture.save(paths[picture.job.seed])
-        if on_progress:
-            on_progress(done, len(missing))
-    return [Photo.from_image(Image.open(path), path.name) for path in paths]
-
-
-def contact_sheet(
-    rows: Sequence[tuple[str, Sequence[Image.Image]]],
-    *,
-    tile: int = 160,
-    labels: Sequence[Sequence[str]] | None = None,
-    title: str = "",
-    columns: int = 50,
-) -> Image.Image:
-    """One picture with a titled row per entry of `rows`, each image scaled to `tile` pixels high, its label below it.
-
-    A row of more than `columns` images goes on below.
-    """
-    font, small = ImageFont.load_default(18), ImageFont.load_default(13)
-    gap, line = 8, 26
-    scaled = [[_to_height(image, tile) for image in images] for _, images in rows]
-    lines = [[row[start : start + columns] for start in range(0, len(row) or 1, columns)] for row in scaled]
-    width = max([sum(image.width + gap for image in images) for row in lines for images in row] + [320]) + gap
-    step = tile + gap + (20 if labels else 0)
-    height = (line + 10 if title else 0) + sum(line + len(row) * step for row in lines) + gap
-    sheet = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    y = gap
-    if title:
-        draw.text((gap, y), title, fill="black", font=ImageFont.load_default(22))
-        y += line + 10
-    for index, ((name, _), row) in enumerate(zip(rows, lines, strict=True)):
-        draw.text((gap, y), name, fill="black", font=font)
-        y += line
-        texts = iter(labels[index] if labels else ())
-        for images in row:
-            x = gap
-            for image in images:
-                sheet.paste(image, (x, y))
-                draw.text((x, y + tile + 2), next(texts, ""), fill="#444444", font=small)
-                x += image.width + gap
-            y += step
-    return sheet
-
-
-def _to_height(image: Image.Image, height: int) -> Image.Image:
-    width = max(1, round(image.width * height / image.height))
-    return image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)

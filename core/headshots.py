@@ -14,14 +14,16 @@ import torch
 from PIL import Image
 
 from .base import Base
-from .errors import BadConfig, BadFile
+from .errors import BadConfig
 from .face_pass import CutOut, FacePass, blend, cut_out, face_share
 from .faces import Reference
-from .files import remove_leftovers, write_file, write_text
+from .files import make_folder, remove_leftovers, write_file, write_text, writing
 from .gallery import gallery_page
-from .generate import GenerateConfig, Job, Picture, contact_sheet, generate, parameters_text, picture_size
+from .generate import GenerateConfig, Job, Picture, generate, parameters_text, picture_size
+from .headshot import FaceOutcome, Headshot
 from .lora_file import LoraFile
 from .photos.reading import DAMAGED
+from .sheet import contact_sheet
 
 OVERVIEW = "headshots.json"
 CONTACT_SHEET = "contact_sheet.png"
@@ -33,36 +35,6 @@ COLUMNS = 10
 """Pictures beside each other on the contact sheet."""
 TILE = 256
 """Height of a picture on the contact sheet, in pixels."""
-
-
-@dataclass(frozen=True)
-class FaceOutcome:
-    """What the face pass did to a picture; it travels in the PNG, so that it is done once."""
-
-    below: float
-    denoise: float
-    before: float
-    """Likeness of the picture as it was drawn first."""
-    after: float | None
-    """Likeness with the new face; None when no face is found in it any more."""
-
-    @property
-    def kept(self) -> bool:
-        """The new face is kept only when it is no less like the person."""
-        return self.after is not None and self.after >= self.before
-
-
-@dataclass(frozen=True)
-class Headshot:
-    """A picture of the batch."""
-
-    path: Path
-    job: Job
-    likeness: float | None = None
-    """Cosine to the person's photos; None when there is no reference or no face in the picture."""
-    kept: bool = False
-    """Among the most alike: also in the folder `kept`."""
-    face_pass: FaceOutcome | None = None
 
 
 def make_headshots(
@@ -94,10 +66,7 @@ def make_headshots(
     if keep is not None and keep < 1:
         raise BadConfig(f"keep = {keep}: must be at least 1")
     person = None if reference is None else Reference(reference)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadFile(f"{folder}: cannot be written: {error.strerror}") from None
+    make_folder(folder)
     batch = _Batch(base, loras, config, device, on_progress or (lambda phase, done, total: None))
     jobs = [replace(job, size=picture_size(base, job.size)) for job in jobs]
     for job, count in Counter(jobs).items():
@@ -187,12 +156,10 @@ def _set_aside(path: Path) -> None:
     if not path.exists():
         return
     folder = path.parent / EARLIER
-    try:
-        folder.mkdir(exist_ok=True)
+    make_folder(folder)
+    with writing(folder):
         names = (f"{path.stem}{f' ({number})' if number > 1 else ''}{path.suffix}" for number in itertools.count(1))
         path.rename(next(place for name in names if not (place := folder / name).exists()))
-    except OSError as error:
-        raise BadFile(f"{folder}: cannot be written: {error.strerror or error}") from None
 
 
 def _settings(outcome: FaceOutcome) -> FacePass:
@@ -238,7 +205,7 @@ def _fill_kept(shots: Sequence[Headshot], folder: Path, ranked: bool) -> None:
     Other copies of pictures beside the folder are deleted, and what is no copy of one moves to `folder`/earlier.
     """
     belonging = {shot.path.name for shot in shots if shot.kept or not ranked}
-    try:
+    with writing(folder):
         for path in sorted(folder.glob("*.png")):
             if re.fullmatch(PICTURE_NAME, path.name):
                 original = folder.parent / path.name
@@ -246,9 +213,7 @@ def _fill_kept(shots: Sequence[Headshot], folder: Path, ranked: bool) -> None:
                     _set_aside(path)
                 elif path.name not in belonging:
                     path.unlink()
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise BadFile(f"{folder}: cannot be written: {error.strerror or error}") from None
+    make_folder(folder)
     for shot in shots:
         if shot.kept:
             write_file(folder / shot.path.name, lambda file, path=shot.path: file.write(path.read_bytes()))
@@ -259,18 +224,18 @@ def _write_overview(shots: Sequence[Headshot], folder: Path, compared: bool) -> 
     means = {"mean_likeness": mean_likeness(shots), "mean_likeness_kept": mean_likeness(kept)} if compared else {}
     described = [asdict(shot.job) | _findings(shot) for shot in shots]
     write_text(folder / OVERVIEW, json.dumps({**means, "headshots": described}, indent=1) + "\n")
-    write_text(folder / "gallery.html", gallery_page(shots, summary(shots), compared))
+    write_text(folder / "gallery.html", gallery_page(shots, batch_summary(shots), compared))
 
     styles: dict[str, list[Headshot]] = {}
     for shot in shots:
         styles.setdefault(shot.job.style or shot.job.prompt, []).append(shot)
     rows = [(name, [_tile(shot.path) for shot in group]) for name, group in styles.items()]
     labels = [[_label(shot) for shot in group] for group in styles.values()] if compared else None
-    sheet = contact_sheet(rows, tile=TILE, labels=labels, title=summary(shots), columns=COLUMNS)
+    sheet = contact_sheet(rows, tile=TILE, labels=labels, title=batch_summary(shots), columns=COLUMNS)
     write_file(folder / CONTACT_SHEET, lambda file: sheet.save(file, "PNG"))
 
 
-def summary(shots: Sequence[Headshot]) -> str:
+def batch_summary(shots: Sequence[Headshot]) -> str:
     """A line: how many there are, how many were kept, and how alike they are."""
     kept = [shot for shot in shots if shot.kept]
     if not kept:

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from .errors import BadFile, LoraMisfit, UnknownFamily, UnmatchedKeys
+from .files import read_json
 from .lora_hashes import LegacyHash, model_hash
 from .lora_keys import (
     EMBEDDING_KEYS,
-    FAMILIES,
+    NAME_TABLES,
     ModuleId,
     Place,
     bundled_embedding,
@@ -34,6 +35,8 @@ from .lora_modules import LoraModule, name_modules
 from .safetensors_file import (
     Layout,
     SafetensorsFile,
+    cast_tensor,
+    layout_in,
     layout_of,
     write_safetensors,
 )
@@ -94,7 +97,7 @@ class LoraFile:
     """A LoRA as it stands in a file: its tensors under the names of the file, and what they mean."""
 
     family: str
-    """A name in lora_keys.FAMILIES."""
+    """A name in lora_keys.NAME_TABLES."""
     metadata: dict[str, str]
     tensors: Mapping[str, Tensor] = field(repr=False)
     name: str = "LoRA"
@@ -119,8 +122,8 @@ class LoraFile:
         cls, family: str, modules: Mapping[ModuleId, LoraModule], metadata: Mapping[str, str], scheme: str = "kohya"
     ) -> "LoraFile":
         """A LoRA in the given scheme: one of SCHEMES."""
-        if family not in FAMILIES:
-            raise UnknownFamily(f"no family {family!r}; known: {', '.join(FAMILIES)}")
+        if family not in NAME_TABLES:
+            raise UnknownFamily(f"no family {family!r}; known: {', '.join(NAME_TABLES)}")
         return cls(family, dict(metadata), dict(name_modules(family, modules, scheme)))
 
     @cached_property
@@ -138,7 +141,7 @@ class LoraFile:
     @cached_property
     def _sorted_keys(self) -> tuple[tuple[Entry, ...], tuple[str, ...], tuple[str, ...]]:
         """Entries, keys of bundled embeddings, and keys that are not understood."""
-        family = FAMILIES[self.family]
+        family = NAME_TABLES[self.family]
         found: dict[str, dict[str, str]] = {}
         named = {}
         embeddings, unknown = [], []
@@ -238,7 +241,7 @@ class LoraFile:
         tensors = self.tensors_of(entry)
         down, up, mid = tensors["down"], tensors["up"], tensors.get("mid")
         alpha = float(tensors["alpha"].item()) if "alpha" in tensors else float(down.shape[0])
-        kernel = FAMILIES[self.family].kernel(entry.modules[0][1]) if entry.part == "denoiser" else None
+        kernel = NAME_TABLES[self.family].kernel(entry.modules[0][1]) if entry.part == "denoiser" else None
         try:
             down, up = _in_weight_form(down, up, kernel)
             parts = entry.place.split(up, inputs=down.shape[1])
@@ -315,24 +318,15 @@ class LoraFile:
 
         One tensor after another: neither tensors that are read from a file nor computed ones are together in memory.
         """
-        layout = {key: (self._saved_dtype(key, dtype), shape) for key, (_, shape) in self.layout.items()}
+        layout = layout_in(self.tensors, dtype)
         digests = {"sshs_model_hash": hashlib.sha256(), "sshs_legacy_hash": LegacyHash(layout, self.metadata)}
         # modelspec's is that of the tensors that were read.
         metadata = {key: value for key, value in self.metadata.items() if key != "modelspec.hash_sha256"}
 
         def read(key: str) -> Tensor:
-            return _cast(key, self.tensors[key], layout[key][0])
+            return cast_tensor(key, self.tensors[key], layout[key][0])
 
         write_safetensors(path, layout, read, metadata, digests, on_progress)
-
-    def _saved_dtype(self, key: str, dtype: torch.dtype) -> torch.dtype:
-        own, shape = self.layout[key]
-        if not own.is_floating_point or own == dtype:
-            return own
-        # Alpha is one number: where the dtype would round it, the scale of the whole module would be off.
-        if shape == () and self.tensors[key].to(dtype).float() != self.tensors[key].float():
-            return torch.float32
-        return dtype
 
     def with_metadata(self, metadata: Mapping[str, str]) -> "LoraFile":
         """The same tensors with other metadata."""
@@ -352,7 +346,7 @@ def _detect_family(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], n
     kinds = {module: kind_of(shapes) for module, shapes in roles.items()}
     modules = [(*m, weight_shape(kind, roles[m]) if kind else None) for m, kind in kinds.items()]
     if other := other_model(modules):
-        raise UnknownFamily(f"{name}: is for {other}, which is not supported; known: {', '.join(FAMILIES)}")
+        raise UnknownFamily(f"{name}: is for {other}, which is not supported; known: {', '.join(NAME_TABLES)}")
     candidates = families_of(modules)
     if not candidates and set(tensors) <= set(EMBEDDING_KEYS):
         candidates = ["sdxl"] if "clip_g" in tensors else ["sd15", "sd2"]
@@ -363,7 +357,7 @@ def _detect_family(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], n
         if not roles:
             raise UnknownFamily(f"{name}: no LoRA: no adapter's tensor is among its {len(tensors)}, e.g. {example!r}")
         raise UnknownFamily(
-            f"{name}: no family matches its {len(tensors)} keys, e.g. {example!r}; known: {', '.join(FAMILIES)}"
+            f"{name}: no family matches its {len(tensors)} keys, e.g. {example!r}; known: {', '.join(NAME_TABLES)}"
         )
     claimed = family_in_metadata(metadata)
     return claimed if claimed in candidates else candidates[0]
@@ -373,8 +367,8 @@ def family_in_metadata(metadata: Mapping[str, str]) -> str | None:
     """The family that the metadata claim, None when they claim none that is known."""
     version = metadata.get("ss_base_model_version", "")
     architecture = metadata.get("modelspec.architecture", "").partition("/")[0]
-    by_version = [family.name for family in FAMILIES.values() if version in family.base_versions]
-    by_architecture = [f.name for f in FAMILIES.values() if architecture == f.architecture.partition("/")[0]]
+    by_version = [family.name for family in NAME_TABLES.values() if version in family.base_versions]
+    by_architecture = [f.name for f in NAME_TABLES.values() if architecture == f.architecture]
     return next(iter(by_version + by_architecture), None)
 
 
@@ -384,9 +378,9 @@ def _peft_metadata(path: Path) -> dict[str, str]:
     if path.name != "adapter_model.safetensors" or not beside.exists():
         return {}
     try:
-        config = json.loads(beside.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadFile(f"{beside}: cannot be read, and the alpha of {path.name} stands in it: {error}") from None
+        config = read_json(beside)
+    except BadFile as error:
+        raise BadFile(f"{error}; the alpha of {path.name} stands in it") from None
     named = {f"base_model.{key}": value for key, value in config.items()} if isinstance(config, dict) else {}
     return {"lora_adapter_metadata": json.dumps(named)}
 
@@ -492,12 +486,3 @@ def fit(
 def _same_weight(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
     # 1x1 convolutions may be written as Linear and kernels flattened, so only the sizes count.
     return shape[0] == other[0] and math.prod(shape[1:]) == math.prod(other[1:])
-
-
-def _cast(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if tensor.dtype == dtype:
-        return tensor
-    result = tensor.detach().to("cpu", dtype).contiguous()
-    if not torch.isfinite(result.float()).all() and torch.isfinite(tensor.float()).all():
-        raise BadFile(f"{key}: its values do not fit {dtype}; save as bfloat16 or float32")
-    return result

@@ -23,8 +23,10 @@ from .embeddings import word_of
 from .errors import BadConfig, BadFile, one_line
 from .lora_file import Entry, LoraFile, family_in_metadata, fit
 from .lora_hashes import legacy_hash
-from .lora_keys import FAMILIES, READERS, not_loaded
+from .lora_keys import NAME_TABLES
+from .lora_keys.readers import READERS, not_loaded
 from .lora_kinds import KINDS, needs_base, weight_change
+from .photos.reading import DAMAGED
 from .safetensors_file import CHUNK_BYTES, SafetensorsFile, copy_with_metadata
 
 _SETTINGS = {
@@ -111,8 +113,8 @@ def inspect_lora(
 
 
 def not_loaded_by(reader: str, lora: LoraFile) -> dict[str, str]:
-    """Name of a module -> why one of lora_keys.READERS would not load it; empty when it loads everything."""
-    family = FAMILIES[lora.family]
+    """Name of a module -> why one of lora_keys.readers.READERS would not load it; empty when it loads everything."""
+    family = NAME_TABLES[lora.family]
     reasons = {e.name: not_loaded(reader, family, e.name, e.kind, e.keys.values()) for e in lora.entries}
     return {name: reason for name, reason in reasons.items() if reason}
 
@@ -278,8 +280,8 @@ def change_norm(lora: LoraFile, entry: Entry) -> float:
 
 
 @dataclass(frozen=True)
-class Finding:
-    """Something that `verify_lora` has noticed."""
+class Fault:
+    """Something wrong or odd that `verify_lora` has noticed."""
 
     is_error: bool
     """An error means that the file does not do what it should; else it is worth a look."""
@@ -292,14 +294,14 @@ SUSPICIOUS_NORM = 20.0
 
 def verify_lora(
     path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None, on_progress: OnProgress = silent
-) -> list[Finding]:
+) -> list[Fault]:
     """What is wrong or odd with a file: nothing, if it is what its metadata say and every module has a sane change.
 
     With the checkpoint `base`, also what of it has no place there.
     """
     lora = LoraFile.read(path)
     step = _steps(on_progress, _chunks(path) + len(lora.tensors) + len(lora.entries))
-    findings = [
+    faults = [
         *_verify_names(lora),
         *_verify_metadata(lora, file_hashes(path, step)),
     ]
@@ -311,79 +313,79 @@ def verify_lora(
             text = (
                 f"{len(left_over)} keys have no place in {weights.file.path.name} ({weights.family}), e.g. {examples}"
             )
-            findings.append(Finding(True, text))
+            faults.append(Fault(True, text))
     broken = []
     for name, tensor in lora.tensors.items():
         broken += [] if _is_finite(tensor) else [name]
         step()
     if broken:
-        findings.append(Finding(True, f"{len(broken)} tensors hold NaN or infinity, e.g. {broken[0]}"))
-        return findings
-    return findings + _verify_norms(lora, step)
+        faults.append(Fault(True, f"{len(broken)} tensors hold NaN or infinity, e.g. {broken[0]}"))
+        return faults
+    return faults + _verify_norms(lora, step)
 
 
 def _is_finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor.float()).all())
 
 
-def _verify_names(lora: LoraFile) -> list[Finding]:
-    findings = []
+def _verify_names(lora: LoraFile) -> list[Fault]:
+    faults = []
     if lora.unknown_keys:
         text = f"{len(lora.unknown_keys)} tensors are not understood or not complete, e.g. {lora.unknown_keys[0]}"
-        findings.append(Finding(True, text))
+        faults.append(Fault(True, text))
     schemes = Counter(entry.scheme for entry in lora.entries)
     if len(schemes) > 1:
-        findings.append(Finding(False, f"its names are of several schemes: {_counts(schemes)}"))
+        faults.append(Fault(False, f"its names are of several schemes: {_counts(schemes)}"))
     modules = Counter(module for entry in lora.entries for module in entry.modules)
     twice = [module for module, count in modules.items() if count > 1]
     if twice:
-        findings.append(Finding(True, f"{len(twice)} modules are changed twice, e.g. {twice[0][1]}"))
+        faults.append(Fault(True, f"{len(twice)} modules are changed twice, e.g. {twice[0][1]}"))
     refused = list(not_loaded_by("ComfyUI", lora))
     if refused:
-        findings.append(Finding(False, f"ComfyUI would not load {len(refused)} modules, e.g. {refused[0]}; convert it"))
-    return findings
+        faults.append(Fault(False, f"ComfyUI would not load {len(refused)} modules, e.g. {refused[0]}; convert it"))
+    return faults
 
 
-def _verify_metadata(lora: LoraFile, hashes: Mapping[str, str]) -> list[Finding]:
-    findings = []
+def _verify_metadata(lora: LoraFile, hashes: Mapping[str, str]) -> list[Fault]:
+    faults = []
     claimed = family_in_metadata(lora.metadata)
     if claimed not in (None, lora.family):
-        findings.append(Finding(True, f"its metadata say {claimed}, its tensors are for {lora.family}"))
+        faults.append(Fault(True, f"its metadata say {claimed}, its tensors are for {lora.family}"))
     in_fact: dict[str, str] = {**hashes, "modelspec.hash_sha256": hashes["sshs_model_hash"]}
     for key in ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"):
         claimed_hash = lora.metadata.get(key, in_fact[key]).removeprefix("0x")
         if claimed_hash != in_fact[key]:
             text = f"{key} is {claimed_hash[:12]} in the metadata, but {in_fact[key][:12]} in fact"
-            findings.append(Finding(key == "sshs_model_hash", text))
+            faults.append(Fault(key == "sshs_model_hash", text))
     ranks = {str(entry.rank) for entry in lora.entries if entry.rank is not None}
     stated = lora.metadata.get("ss_network_dim", "")
     if stated.isdecimal() and ranks and stated not in ranks:
-        findings.append(Finding(False, f"its metadata say rank {stated}, its modules have {', '.join(sorted(ranks))}"))
+        faults.append(Fault(False, f"its metadata say rank {stated}, its modules have {', '.join(sorted(ranks))}"))
     if not trigger_words(lora.metadata):
-        findings.append(Finding(False, "its metadata name no trigger word"))
-    return findings
+        faults.append(Fault(False, "its metadata name no trigger word"))
+    return faults
 
 
-def _verify_norms(lora: LoraFile, step: Callable[[], None]) -> list[Finding]:
+def _verify_norms(lora: LoraFile, step: Callable[[], None]) -> list[Fault]:
     norms = {}
     for entry in lora.entries:
         if entry.kind != "bias" and not needs_base(entry.kind, entry.keys):
             norms[entry.name] = change_norm(lora, entry)
         step()
-    findings = []
+    faults = []
     zero = [name for name, norm in norms.items() if norm == 0]
     if zero:
         everything = len(zero) == len(norms)
         text = "no module changes anything" if everything else f"{len(zero)} modules change nothing, e.g. {zero[0]}"
-        findings.append(Finding(everything, text))
+        faults.append(Fault(everything, text))
     sizes = sorted(norm for norm in norms.values() if norm > 0)
     if sizes:
         median = sizes[len(sizes) // 2]
         large = [name for name, norm in norms.items() if norm > SUSPICIOUS_NORM * median]
         if large:
             text = f"{len(large)} modules change far more than the others ({SUSPICIOUS_NORM:g} times the median), e.g. "
-            findings.append(Finding(False, text + large[0]))
-    return findings
+            faults.append(Fault(False, text + large[0]))
+    return faults
 
 
 def edit_metadata(
@@ -438,8 +440,6 @@ THUMBNAIL_SIDE = 256
 def _thumbnail(picture: str | os.PathLike[str]) -> str:
     """The picture as a data URL, a JPEG of at most THUMBNAIL_SIDE pixels."""
     from PIL import Image, ImageOps
-
-    from .photos.reading import DAMAGED
 
     try:
         with Image.open(picture) as image:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .errors import UnmatchedKeys
-from .lora_keys import FAMILIES, FamilyKeys, Fusion, ModuleId
+from .lora_keys import NAME_TABLES, Fusion, ModuleId, NameTable
 from .lora_kinds import weight_change
 from .safetensors_file import ComputedTensors
 
@@ -53,7 +53,7 @@ def name_modules(
     """
     if scheme not in SCHEMES:
         raise UnmatchedKeys(f"no scheme {scheme!r} to write; known: {', '.join(SCHEMES)}")
-    keys = FAMILIES[family]
+    keys = NAME_TABLES[family]
     fusions: dict[str, tuple[Fusion, dict[int, ModuleId]]] = {}
     for part, path in modules:
         name, fusion, index = name_in_scheme(keys, part, path, scheme)
@@ -76,7 +76,17 @@ def name_modules(
     return ComputedTensors([*makers, lambda: extra or {}])
 
 
-_KOHYA_SUFFIXES = {"down": "lora_down.weight", "up": "lora_up.weight", "dora": "dora_scale"}
+_KOHYA_SUFFIXES = {
+    "down": "lora_down.weight",
+    "up": "lora_up.weight",
+    "mid": "lora_mid.weight",
+    "dora": "dora_scale",
+}
+
+
+def suffix_of(role: str) -> str:
+    """What ends the name of a tensor of that role in Kohya's and ComfyUI's files."""
+    return _KOHYA_SUFFIXES.get(role, role)
 
 
 def name_kinds(family: str, modules: Mapping[ModuleId, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -86,16 +96,16 @@ def name_kinds(family: str, modules: Mapping[ModuleId, Mapping[str, Tensor]]) ->
     """
     tensors = {}
     for (part, path), roles in modules.items():
-        name, fusion, _ = name_in_scheme(FAMILIES[family], part, path, "kohya")
+        name, fusion, _ = name_in_scheme(NAME_TABLES[family], part, path, "kohya")
         if len(fusion.parts) > 1:
             raise UnmatchedKeys(
                 f"{path} is one with {len(fusion.parts) - 1} others in files of {family}, where only a plain LoRA fits"
             )
-        tensors |= {f"{name}.{_KOHYA_SUFFIXES.get(role, role)}": tensor for role, tensor in roles.items()}
+        tensors |= {f"{name}.{suffix_of(role)}": tensor for role, tensor in roles.items()}
     return tensors
 
 
-def name_in_scheme(keys: FamilyKeys, part: str, path: str, scheme: str) -> tuple[str, Fusion, int]:
+def name_in_scheme(keys: NameTable, part: str, path: str, scheme: str) -> tuple[str, Fusion, int]:
     """The name in a file, the fusion that the name stands for, and which part of it the module is."""
     alone = Fusion(path, (path,))
     if scheme == "diffusers":

@@ -15,9 +15,9 @@ from torch import Tensor
 from .errors import BadConfig, LoraMisfit, UnmatchedKeys
 from .lora_file import Entry, LoraFile
 from .lora_inspect import MODELSPEC_VERSION, OnProgress, silent, trigger_words
-from .lora_keys import FAMILIES, ModuleId, bundled_embedding
+from .lora_keys import NAME_TABLES, ModuleId, bundled_embedding
 from .lora_kinds import BIAS_ROLES, bias_change
-from .lora_modules import SCHEMES, LoraModule, name_in_scheme, name_modules, without_tucker
+from .lora_modules import SCHEMES, LoraModule, name_in_scheme, name_modules, suffix_of, without_tucker
 
 BaseWeight = Callable[[ModuleId], Tensor]
 """The weight of a module of the base model, for adapters whose change depends on it (DoRA, OFT)."""
@@ -68,8 +68,8 @@ def _plain_modules(lora: LoraFile) -> dict[ModuleId, LoraModule]:
 
 def _metadata_for(lora: LoraFile, scheme: str) -> dict[str, str]:
     """The metadata without what is only true of the old names, with what readers of the new ones want to know."""
-    family = FAMILIES[lora.family]
-    known = {"modelspec.sai_model_spec": MODELSPEC_VERSION, "modelspec.architecture": family.architecture}
+    family = NAME_TABLES[lora.family]
+    known = {"modelspec.sai_model_spec": MODELSPEC_VERSION, "modelspec.architecture": f"{family.architecture}/lora"}
     if scheme == "kohya":
         ranks = {entry.rank for entry in lora.entries}
         is_lora = all(entry.kind in ("lora", "locon") for entry in lora.entries)
@@ -79,18 +79,9 @@ def _metadata_for(lora: LoraFile, scheme: str) -> dict[str, str]:
     return known | {key: value for key, value in lora.metadata.items() if key != "lora_adapter_metadata"}
 
 
-_SUFFIXES = {
-    "down": ".lora_down.weight",
-    "up": ".lora_up.weight",
-    "mid": ".lora_mid.weight",
-    "dora": ".dora_scale",
-}
-"""Role -> suffix in Kohya's and ComfyUI's files, where it is not the role itself."""
-
-
 def _renamed(lora: LoraFile, entries: Sequence[Entry], scheme: str) -> dict[str, Tensor]:
     """The tensors of entries under names of the scheme, with their kind of adapter as it is."""
-    family = FAMILIES[lora.family]
+    family = NAME_TABLES[lora.family]
     tensors: dict[str, Tensor] = {}
     for entry in entries:
         if scheme == "diffusers" and _has_pefts_magnitude(lora, entry):
@@ -109,7 +100,7 @@ def _renamed(lora: LoraFile, entries: Sequence[Entry], scheme: str) -> dict[str,
         found = lora.tensors_of(entry)
         for role, tensor in found.items():
             if role not in BIAS_ROLES:
-                tensors[name + _SUFFIXES.get(role, f".{role}")] = tensor
+                tensors[f"{name}.{suffix_of(role)}"] = tensor
         if "dora" in found and found["dora"].ndim == 1:
             tensors[f"{name}.dora_scale"] = found["dora"].reshape(-1, *[1] * (len(entry.weight_shape or (0, 0)) - 1))
         if entry.kind == "norm" and "b_norm" in found:
@@ -132,7 +123,7 @@ def _pefts_dora(lora: LoraFile, entry: Entry) -> dict[str, Tensor]:
     changes = list(lora.low_rank_of(entry))
     magnitudes = dict(entry.place.split(lora.tensors_of(entry)["dora"].flatten(), inputs=entry.shapes["down"][1]))
     for (part, path), module in changes:
-        name = name_in_scheme(FAMILIES[lora.family], part, path, "diffusers")[0]
+        name = name_in_scheme(NAME_TABLES[lora.family], part, path, "diffusers")[0]
         plain, magnitude = without_tucker(module), magnitudes[part, path]
         tensors[f"{name}.lora_A.weight"] = plain.down
         tensors[f"{name}.lora_B.weight"] = plain.up.float() * plain.scale

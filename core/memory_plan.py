@@ -1,10 +1,9 @@
 """Memory: the ways in which a training step can need less of it, and how much it will need, found out without doing it."""
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +12,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from .eight_bit import narrow_weights
-from .errors import OutOfMemory
 
 RESERVE = 0.9
 """Share of the free memory that a plan may fill: the allocator cannot use all of it, and kernels need some to work in."""
 
-TILE = 512
-"""Pixels along a side of what a VAE works on at a time where a whole picture is too much."""
-
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0, "prodigy": 16}
 """What each optimizer keeps for a trained number. (Adafactor keeps a row and a column of each matrix.)"""
-
-
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -68,54 +60,6 @@ def plans_for(gradient_checkpointing: Literal["auto", "on", "off"], frozen: bool
         return tuple(plans)
     wanted = "everything" if gradient_checkpointing == "on" else "nothing"
     return tuple(plan for plan in plans if plan.recompute == wanted)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had, on whichever device."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return any(words in str(error) for words in ("DefaultCPUAllocator: can't allocate", "MPS backend out of memory"))
-
-
-@contextmanager
-def explained_memory_error(advice: str) -> Iterator[None]:
-    """Within it a lack of memory is an OutOfMemory that says what helps."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        reason = str(error).splitlines()[0] if str(error) else "out of memory"
-        raise OutOfMemory(f"the device has not enough memory ({reason}); use {advice}") from None
-
-
-def whole_or_in_tiles(vae: Any, compute: Callable[[], _Result]) -> _Result:
-    """What `compute` gives, with diffusers' VAE working on overlapping tiles from now on where whole pictures do not fit.
-
-    (The decoders of today's families take about 9 GB for 1024 px in float32.)
-    """
-    try:
-        return compute()
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error) or vae.use_tiling:
-            raise
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if hasattr(vae, "tile_latent_min_size"):
-        vae.tile_sample_min_size = TILE
-        vae.tile_latent_min_size = TILE // 2 ** (len(vae.config["block_out_channels"]) - 1)
-        vae.enable_tiling()
-    else:
-        vae.enable_tiling(TILE, TILE, TILE * 3 // 4, TILE * 3 // 4)
-    return compute()
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had on a GPU, those that torch holds unused among them; None for other devices."""
-    if device.type != "cuda":
-        return None
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 # --- carrying a plan out ---

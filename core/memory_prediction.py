@@ -8,13 +8,12 @@ import torch
 from .base import Base
 from .cache import LatentCache
 from .config import TrainConfig
-from .device import PRECISIONS
+from .device import free_memory, precision_name
 from .memory_plan import (
     OPTIMIZER_BYTES,
     RESERVE,
     MemoryCount,
     MemoryPlan,
-    free_memory,
     unique_bytes,
 )
 from .methods import METHODS, trains_text
@@ -29,7 +28,7 @@ def predicted_memory(cache: LatentCache, base: Base, config: TrainConfig, dtype:
     trained_text = trains_text(config)
     if METHODS[config.method].has_pefts_layers:
         config = replace(config, method="lora")
-    config = replace(config, precision={v: k for k, v in PRECISIONS.items()}[dtype], compile=False)
+    config = replace(config, precision=precision_name(dtype), compile=False)
     largest = max(cache.images, key=lambda image: image.mean.numel())
     with FakeTensorMode() as mode:
         components = dict(base.components)
@@ -80,7 +79,7 @@ def choose_plan(
     plans = memory_plans(config)
     if config.memory_limit is not None:
         room, whose = int(config.memory_limit * 2**30), "memory_limit"
-    elif (free := free_memory(device)) is not None:
+    elif device.type == "cuda" and (free := free_memory(device)) is not None:
         room, whose = int(free * RESERVE), "free"
     else:
         return plans[0]

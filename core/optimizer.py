@@ -9,6 +9,7 @@ from torch import nn
 from .adapters import Adapter
 from .config import TrainConfig
 from .errors import MissingPackage
+from .methods import peak_rate
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
@@ -28,9 +29,10 @@ def build_optimizer(adapter: Adapter, config: TrainConfig) -> torch.optim.Optimi
 
     `peak` in each group is the rate that the schedule scales. MissingPackage names what to install.
     """
+    peak = peak_rate(config)
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in adapter.parameters().items():
-        groups.setdefault(adapter.rate(name, config), []).append(parameter)
+        groups.setdefault(adapter.rate(name, config, peak), []).append(parameter)
     described = [{"params": parameters, "lr": rate, "peak": rate} for rate, parameters in groups.items()]
     decay = config.weight_decay
     if config.optimizer == "adamw":

@@ -1,7 +1,9 @@
 """A whole base model under the names of the original checkpoints of SD1.x and SDXL, as ComfyUI and others load it."""
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -11,6 +13,7 @@ from .base import Base
 from .families.clip import OPENCLIP_LAYER
 from .families.ldm import ldm_vae_path
 from .lora_keys.ldm import ldm_unet_path
+from .safetensors_file import cast_tensor, layout_in, write_safetensors
 
 _TEXT_PREFIXES = {
     "sd15": {"text_encoder": "cond_stage_model.transformer."},
@@ -27,6 +30,35 @@ _OPENCLIP_OUTSIDE = {
     "text_model.final_layer_norm.weight": "ln_final.weight",
     "text_model.final_layer_norm.bias": "ln_final.bias",
 }
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A whole base model in the original naming, as it stands in a file."""
+
+    family: str
+    metadata: dict[str, str]
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    name: str = "checkpoint"
+    """What messages call it: the file's path."""
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        dtype: torch.dtype = torch.float16,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """Writes the file, whole or not at all, its floating-point tensors in that dtype. BadFile when that cannot be."""
+        layout = layout_in(self.tensors, dtype)
+
+        def read(key: str) -> Tensor:
+            return cast_tensor(key, self.tensors[key], layout[key][0])
+
+        write_safetensors(path, layout, read, self.metadata, on_progress=on_progress)
+
+    def with_metadata(self, metadata: Mapping[str, str]) -> "Checkpoint":
+        """The same tensors with other metadata."""
+        return replace(self, metadata=dict(metadata))
 
 
 def original_tensors(base: Base, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -12,24 +12,24 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .adapters import Trained
 from .base import Base, load_base
 from .cache import encode
 from .config import TrainConfig
-from .device import device_and_dtype
+from .device import PRECISIONS, device_and_dtype
 from .errors import BadConfig, BadFile, BadPhoto
 from .faces import FaceNetwork, load_faces
 from .families.clip import load_tokenizer
-from .files import check_writable, remove_leftovers, write_file
-from .generate import make_class_images, sample_shots, training_sampler
+from .files import check_writable, make_folder, remove_leftovers, write_file
 from .likeness import LikenessWatch, hold_out
 from .lora_file import LoraFile, fit
 from .methods import files_beside
 from .photos import Photo, Thresholds, check_photos, face_regions, prepare, read_photos, trigger_hint, with_masks
 from .photos.report import REJECT
 from .run import CheckCancelled
+from .samples import make_class_images, sample_shots, training_sampler
 from .training import OnStep, Samples, train_lora
 
-SAVE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 OnPhase = Callable[[str, int, int], None]
 """(what is being done, done, total) while photos and captions are encoded and class images made."""
 
@@ -53,7 +53,7 @@ def train(
     on_sample: Callable[[int, list[Image.Image]], None] | None = None,
     on_warning: Callable[[str], None] = lambda message: None,
     check_cancelled: CheckCancelled | None = None,
-) -> LoraFile:
+) -> Trained:
     """The trained LoRA; also written to `output` (a `.safetensors` path) when one is given.
 
     `photos` is a folder, or photos already read; `class_photos` likewise, for prior preservation. With `output`, the state
@@ -158,17 +158,13 @@ def train(
     sampler = training_sampler(base, config, cache.prompts, device, size, progress("samples"))
     samples = Samples(sampler, shots, watch) if shots else None
 
-    def save(step: int, lora: LoraFile) -> None:
+    def save(step: int, lora: Trained) -> None:
         assert output is not None
-        lora.save(output.with_name(f"{output.stem}-step{step:06d}{output.suffix}"), SAVE_DTYPES[config.save_precision])
+        lora.save(output.with_name(f"{output.stem}-step{step:06d}{output.suffix}"), PRECISIONS[config.save_precision])
 
     def save_samples(step: int, images: list[Image.Image]) -> None:
         assert output is not None
-        folder = output.with_name(f"{output.stem}-samples")
-        try:
-            folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise BadFile(f"{folder}: samples cannot be written: {error.strerror}") from None
+        folder = make_folder(output.with_name(f"{output.stem}-samples"))
         for index, image in enumerate(images):
             write_file(folder / f"step{step:06d}-{index}.png", partial(image.save, format="PNG"))
 
@@ -190,8 +186,8 @@ def train(
     )
     if output is not None:
         for addition, other in files_beside(lora, base, config).items():
-            other.save(output.with_name(f"{output.stem}-{addition}{output.suffix}"), SAVE_DTYPES[config.save_precision])
-        lora.save(output, SAVE_DTYPES[config.save_precision])
+            other.save(output.with_name(f"{output.stem}-{addition}{output.suffix}"), PRECISIONS[config.save_precision])
+        lora.save(output, PRECISIONS[config.save_precision])
         state_path(output).unlink(missing_ok=True)
     return lora
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,21 +15,19 @@ from .batches import Batches
 from .cache import EncodedImage, LatentCache
 from .checkpoint import RunState, pack_optimizer, unpack_optimizer
 from .compiled import CompiledBlocks, why_not_compiled
-from .config import TrainConfig, settings_of_the_steps
-from .device import device_and_dtype
+from .config import TrainConfig
+from .device import device_and_dtype, is_out_of_memory
 from .errors import OutOfMemory, TrainingDiverged
 from .families.spec import Conditioning, on_device, stack_conditioning
 from .likeness import Selection
 from .lora_file import LoraFile
-from .lora_hashes import model_hash
 from .memory_plan import (
     MemoryPlan,
     MemorySaver,
     blocks_of,
-    is_out_of_memory,
     plans_for,
 )
-from .methods import METHODS, attach, trains_text
+from .methods import METHODS, attach, peak_rate, trains_text
 from .objective import draw_noise, sample_losses
 from .optimizer import build_optimizer, learning_rate_factor
 
@@ -293,7 +290,7 @@ class Run:
         )
         raise TrainingDiverged(
             f"the training became NaN or infinite in step {step + 1} on {', '.join(names)} at learning rate "
-            f"{self.config.peak_rate * learning_rate_factor(step, self.config):g}; {advice}"
+            f"{peak_rate(self.config) * learning_rate_factor(step, self.config):g}; {advice}"
         )
 
     def trained(self) -> Mapping[str, Tensor]:
@@ -358,27 +355,3 @@ def _to_device(image: EncodedImage, device: torch.device) -> EncodedImage:
         mask=None if image.mask is None else image.mask.to(device),
         conditioning={name: value.to(device) for name, value in image.conditioning.items()},
     )
-
-
-def run_identity(
-    cache: LatentCache,
-    base: Base,
-    config: TrainConfig,
-    dtype: torch.dtype,
-    continue_from: LoraFile | None = None,
-    face_network: str | None = None,
-) -> dict[str, str]:
-    """What decides the result of a run, as text: equal for equal settings, photos and base model.
-
-    `face_network` names what measures likeness, where that is measured.
-    """
-    settings = settings_of_the_steps(config, measured=face_network is not None)
-    if face_network:
-        settings["face_network"] = face_network
-    settings["precision"] = str(dtype).removeprefix("torch.")
-    if config.schedule == "constant":
-        del settings["steps"]  # the steps so far are the same, however many follow
-    if continue_from is not None:
-        settings["continue_from"] = model_hash(continue_from.tensors)
-    fingerprint = base.fingerprint("denoiser") + base.prediction_type + str(base.zero_terminal_snr)
-    return {"settings": json.dumps(settings, sort_keys=True), "photos": cache.digest, "base model": fingerprint}

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .errors import BadFile
-from .files import write_file
+from .files import is_text, write_file
 
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors library refuses larger headers, so nobody can read such a file."""
@@ -239,10 +239,8 @@ def _parse_header(path: Path, header: bytes) -> tuple[dict[str, object], dict[st
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise BadFile(f"{path}: damaged header: __metadata__ must map strings to strings")
     for text in (*entries, *metadata, *metadata.values()):
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:  # JSON can spell half of a surrogate pair, which no file and no terminal takes
-            raise BadFile(f"{path}: damaged header: {text[:80]!r} is no Unicode text") from None
+        if not is_text(text):
+            raise BadFile(f"{path}: damaged header: {text[:80]!r} is no Unicode text")
     return entries, metadata
 
 
@@ -342,6 +340,30 @@ def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
     if isinstance(tensors, (SafetensorsFile, ComputedTensors)):
         return tensors.layout
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def layout_in(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Layout:
+    """The layout of the tensors when they are saved in that dtype, as far as they are floating-point numbers."""
+
+    def saved(name: str, own: torch.dtype, shape: tuple[int, ...]) -> torch.dtype:
+        if not own.is_floating_point or own == dtype:
+            return own
+        # A LoRA's alpha is one number: where the dtype would round it, the scale of the whole module would be off.
+        if shape == () and tensors[name].to(dtype).float() != tensors[name].float():
+            return torch.float32
+        return dtype
+
+    return {name: (saved(name, own, shape), shape) for name, (own, shape) in layout_of(tensors).items()}
+
+
+def cast_tensor(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in the dtype that it is saved in. BadFile, which names it by `key`, where its values do not fit."""
+    if tensor.dtype == dtype:
+        return tensor
+    result = tensor.detach().to("cpu", dtype).contiguous()
+    if not torch.isfinite(result.float()).all() and torch.isfinite(tensor.float()).all():
+        raise BadFile(f"{key}: its values do not fit {dtype}; save as bfloat16 or float32")
+    return result
 
 
 def storage_order(layout: Layout) -> list[str]:

@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .base import Base
+from .device import whole_or_in_tiles
 from .errors import BadConfig
 from .families.clip import chunk_count, words_of
 from .families.spec import Conditioning, Pair, on_device, stack_conditioning
-from .memory_plan import whole_or_in_tiles
 from .objective import TIMESTEPS, FlowSchedule
 
 MOST_LEADING = 150

@@ -19,18 +19,20 @@ import torch
 from PIL import Image
 
 from .base import Base
-from .cache import content_key, made_folder
-from .config import TrainConfig, settings_of_the_file
-from .errors import BadFile, FaceLoraError
-from .files import check_writable, write_file, write_text
-from .generate import contact_sheet
+from .cache_folder import content_key, made_folder
+from .config import TrainConfig
+from .device import PRECISIONS
+from .errors import FaceLoraError
+from .files import check_writable, make_folder, write_file, write_text
+from .identity import settings_of_the_file
 from .likeness import LIKENESS_KEY
 from .lora_file import LoraFile
 from .lora_hashes import model_hash
 from .photos import Photo
-from .photos_to_lora import SAVE_DTYPES, OnPhase, train
+from .photos_to_lora import OnPhase, train
 from .run import CheckCancelled
 from .safetensors_file import SafetensorsFile
+from .sheet import contact_sheet
 from .training import OnSample, OnStep, StepReport
 
 KEY = "facelora.key"
@@ -201,7 +203,7 @@ def find_or_train(
         finally:
             run.save_history()
         metadata = lora.metadata | {KEY: key, "ss_output_name": path.stem}
-        lora.with_metadata(metadata).save(path, SAVE_DTYPES[job.config.save_precision])
+        lora.with_metadata(metadata).save(path, PRECISIONS[job.config.save_precision])
         del before, lora  # Windows deletes no file that is still read
         _clear(run.output, path)
     run.set_made(LoraFile.read(path))
@@ -229,10 +231,7 @@ def _recorded(run: RunFolder, on_point: OnStep, on_step: OnStep) -> OnStep:
 
 def _check_place(path: Path) -> None:
     """Makes the folder of that file. BadFile, before hours are spent, where it cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadFile(f"{path.parent}: cannot be written: {error.strerror}") from None
+    make_folder(path.parent)
     check_writable(path)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from .errors import BadConfig, BadStylePack, UnknownFamily
 from .families import FAMILIES
+from .files import is_text, read_json
 
 PACKAGE_FOLDER = Path(__file__).parent / "style_packs"
 MAX_FILE_BYTES = 5 * 1024 * 1024
@@ -443,7 +444,7 @@ def _placeholder_faults(texts: Mapping[str, str], known: Sequence[str]) -> Itera
 @cache
 def _schema() -> dict[str, Any]:
     """The named parts of the schema that travels with the package: what is checked is what is published."""
-    return json.loads((PACKAGE_FOLDER / f"style_pack{SCHEMA_SUFFIX}").read_text("utf-8"))["$defs"]
+    return read_json(PACKAGE_FOLDER / f"style_pack{SCHEMA_SUFFIX}")["$defs"]
 
 
 def _faults(value: Any, rule: Mapping[str, Any], where: str = "") -> Iterator[str]:
@@ -455,7 +456,7 @@ def _faults(value: Any, rule: Mapping[str, Any], where: str = "") -> Iterator[st
         article = "an" if rule["type"][0] in "aeiou" else "a"
         yield f"{at}{_shown(value)} is not {article} {rule['type']}"
         return
-    if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+    if isinstance(value, str) and not is_text(value):
         yield f"{at}{value!a} has half a character in it"
     if "enum" in rule and value not in rule["enum"]:
         yield f"{at}{_shown(value)} is none of {', '.join(rule['enum'])}"

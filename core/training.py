@@ -11,17 +11,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .adapters import Trained
 from .base import Base
 from .cache import LatentCache
 from .checkpoint import read_state
 from .config import TrainConfig
-from .device import device_and_dtype
+from .device import device_and_dtype, explained_memory_error
 from .errors import BadConfig
+from .identity import run_identity
 from .likeness import LikenessPoint, LikenessWatch, Selection
 from .lora_file import LoraFile
-from .memory_plan import explained_memory_error
 from .memory_prediction import choose_plan
-from .run import CheckCancelled, Run, Sampler, Shot, run_identity
+from .run import CheckCancelled, Run, Sampler, Shot
 from .training_metadata import training_metadata
 
 CHECK_EVERY = 10
@@ -56,7 +57,7 @@ class StepReport:
 
 
 OnStep = Callable[[StepReport], None]
-OnSave = Callable[[int, LoraFile], None]
+OnSave = Callable[[int, Trained], None]
 OnSample = Callable[[int, list[Image.Image]], None]
 
 
@@ -91,7 +92,7 @@ def train_lora(
     on_sample: OnSample | None = None,
     on_warning: Callable[[str], None] = lambda message: None,
     check_cancelled: CheckCancelled | None = None,
-) -> LoraFile:
+) -> Trained:
     """The trained LoRA, in Kohya naming with complete metadata.
 
     `on_step` hears of every step and cancels by raising: the state is then saved to `state_path` and the exception goes
@@ -137,7 +138,7 @@ def train_lora(
         started_at, first_step = time.time(), run.step
         last_state, started = time.monotonic(), time.monotonic()
 
-        def lora(values: Mapping[str, Tensor], step: int) -> LoraFile:
+        def lora(values: Mapping[str, Tensor], step: int) -> Trained:
             metadata = training_metadata(
                 cache, base, config, steps=step, started_at=started_at, precision=dtype,
                 plan=run.memory.plan, weights_narrowed=run.narrowed_after is not None and run.narrowed_after < step,

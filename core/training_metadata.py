@@ -15,6 +15,7 @@ from .base import Base
 from .cache import LatentCache
 from .config import TrainConfig
 from .memory_plan import MemoryPlan
+from .methods import peak_rate
 from .objective import TIMESTEPS
 from .photos.captions import tag_counts
 
@@ -148,7 +149,7 @@ def training_metadata(
         "ss_ip_noise_gamma": config.input_perturbation or None,
         "ss_ip_noise_gamma_random_strength": False,
         "ss_keep_tokens": 0,
-        "ss_learning_rate": config.peak_rate,
+        "ss_learning_rate": peak_rate(config),
         "ss_loss_type": "l2" if config.loss == "mse" else "huber",
         "ss_lowram": False,
         "ss_lr_scheduler": config.schedule,
@@ -195,7 +196,7 @@ def training_metadata(
         "ss_training_comment": None,
         "ss_training_finished_at": finished_at,
         "ss_training_started_at": started_at,
-        "ss_unet_lr": config.peak_rate,
+        "ss_unet_lr": peak_rate(config),
         "ss_v2": False,
         "ss_validate_every_n_epochs": None,
         "ss_validate_every_n_steps": None,

@@ -118,7 +118,7 @@ class ApplyLora(io.ComfyNode):
                 found, model, clip, strength_model, strength_clip, block_weights, mode == "bypass", steps
             )
         phrase, missing = prompt_phrase(found, next(iter(trigger_words(found.metadata)), ""))
-        text = summary(found, phrase) + (f"\n{missing}" if missing else "")
+        text = lora_summary(found, phrase) + (f"\n{missing}" if missing else "")
         return io.NodeOutput(model, clip, phrase, f"a photo of {phrase}" if phrase else "", ui=ui.PreviewText(text))
 
 
@@ -180,7 +180,7 @@ def _add_patches(model_or_clip: Any, patches: Mapping[Any, Any], strength: float
         raise LoraMisfit(f"{Path(lora.name).name}: MODEL and CLIP have no {next(iter(left_over))}, which it changes")
 
 
-def summary(lora: LoraFile, phrase: str) -> str:
+def lora_summary(lora: LoraFile, phrase: str) -> str:
     """What the node shows of a LoRA: name, family, rank, trigger and base."""
     ranks = sorted({entry.rank for entry in lora.entries if entry.rank is not None})
     rank = f", rank {ranks[0]}" if len(ranks) == 1 else f", ranks {ranks[0]} to {ranks[-1]}" if ranks else ""

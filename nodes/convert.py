@@ -24,8 +24,9 @@ from ..core.base_weights import BaseLayers
 from ..core.config import TrainConfig
 from ..core.errors import BadConfig, BadPhoto, FaceLoraError, LoraMisfit, UnknownFamily
 from ..core.families import FAMILIES
-from ..core.families.spec import Conditioning, LazyTensors
+from ..core.families.spec import Conditioning
 from ..core.families.text import context_width, pooled_width
+from ..core.lazy import LazyTensors
 from ..core.lora_file import Entry, LoraFile, fit
 from ..core.lora_tools import convert_lora
 from ..core.photos import Photo

@@ -10,7 +10,7 @@ from pathlib import Path
 import folder_paths
 
 from ..core.embeddings import embedding_files, file_word
-from ..core.errors import BadFile
+from ..core.files import make_folder
 from ..core.lora_file import LoraFile
 
 
@@ -23,11 +23,7 @@ def write_embedding(path: Path) -> None:
     """Writes the vectors that the LoRA at `path` brings along, if any, into the embeddings folder. BadFile if it cannot."""
     lora = LoraFile.read(path)
     for embedding in embedding_files(lora).values():
-        folder = Path(folder_paths.get_folder_paths("embeddings")[0])
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BadFile(f"{folder}: cannot be written: {error.strerror}") from None
+        folder = make_folder(Path(folder_paths.get_folder_paths("embeddings")[0]))
         embedding.save(folder / f"{embedding_name(lora, embedding)}.safetensors", lora.dtype)
 
 

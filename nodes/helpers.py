@@ -8,13 +8,13 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io, ui
 
+from ..core.device import PRECISIONS
 from ..core.faces import Reference
 from ..core.gallery import SAME_PERSON, SOMEONE_ELSE
-from ..core.generate import contact_sheet
 from ..core.lora_file import LoraFile
 from ..core.lora_inspect import format_inspection, inspect_lora
 from ..core.lora_tools import convert_lora
-from ..core.photos_to_lora import SAVE_DTYPES
+from ..core.sheet import contact_sheet
 from .convert import FacePhotos, LoraModel, image_tensor, lora_file, lora_model, photos_of, pictures
 from .file_names import lora_path
 from .plot import score_plot
@@ -42,7 +42,7 @@ class SaveLora(io.ComfyNode):
                     tooltip="kohya: read by everything; diffusers: for its pipelines; comfy: the original model's names.",
                 ),
                 io.Combo.Input(
-                    "precision", options=list(SAVE_DTYPES), tooltip="fp16 is what is usually shared.", advanced=True
+                    "precision", options=list(PRECISIONS), tooltip="fp16 is what is usually shared.", advanced=True
                 ),
             ],
             outputs=[io.String.Output(display_name="lora_name", tooltip="Its name in loaders' lists.")],
@@ -56,7 +56,7 @@ class SaveLora(io.ComfyNode):
             prefix, folder_paths.get_output_directory()
         )
         path = Path(folder) / f"{stem}_{counter:05}_.safetensors"
-        converted.save(path, SAVE_DTYPES[precision])
+        converted.save(path, PRECISIONS[precision])
         relative = str(Path(subfolder).relative_to("loras") / path.name)
         return io.NodeOutput(relative, ui=ui.PreviewText(f"written: output/loras/{relative}"))
 

@@ -17,7 +17,7 @@ from PIL import Image
 from server import PromptServer
 
 from ..core.errors import BadFile
-from ..core.files import write_text
+from ..core.files import make_folder, read_json, write_text
 from ..core.photos import Photo
 
 EVENT = "facelora.training"
@@ -83,16 +83,14 @@ _saved = 0.0
 
 
 def _states_file() -> Path:
-    folder = Path(folder_paths.get_user_directory())
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / "facelora-training.json"
+    return make_folder(Path(folder_paths.get_user_directory())) / "facelora-training.json"
 
 
 def _read_states() -> None:
     """Takes up the states from before the server was restarted; a training that was running then is not any more."""
     try:
-        states = json.loads(_states_file().read_text("utf-8"))
-    except (OSError, ValueError):  # none yet, or written by half
+        states = read_json(_states_file())
+    except BadFile:  # none yet, or not readable
         return
     for node_id, state in states.items():
         _states[node_id] = state if state.get("phase") in ENDED else state | {"phase": "stopped"}

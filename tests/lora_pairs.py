@@ -16,11 +16,12 @@ from core.config import TrainConfig
 from core.demo import BASE_FILE
 from core.demo.people import SEEN_PEOPLE, person_photos
 from core.faces import embed_images, likeness, load_faces, mean_face
-from core.generate import SAMPLE_BATCH, GenerateConfig, Job, generate
+from core.generate import GenerateConfig, Job, generate
 from core.likeness import hold_out
 from core.lora_file import LoraFile
 from core.photos import Photo, read_photos
 from core.photos_to_lora import train
+from core.samples import SAMPLE_BATCH
 from tests.method_tables import DOCUMENT
 from tests.photo_tables import replace_table, table
 

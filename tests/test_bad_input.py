@@ -18,8 +18,9 @@ import torch
 
 from core.base import load_base
 from core.cli import main
-from core.config import TrainConfig, config_from, settings_of_the_file, settings_of_the_steps
+from core.config import TrainConfig, config_from
 from core.errors import BadConfig
+from core.identity import settings_of_the_file, settings_of_the_steps
 from core.lora_file import LoraFile
 from core.lora_modules import LoraModule
 from core.safetensors_file import save_safetensors

@@ -27,7 +27,7 @@ from core.errors import BadFile, UnknownFamily, UnmatchedKeys
 from core.families import ldm, text
 from core.families.clip import TOKENIZER_FOLDER
 from core.families.sd3 import CONTEXT_WIDTH
-from core.families.spec import LazyTensors
+from core.lazy import LazyTensors
 from core.lora_file import LoraFile
 from core.run import Run
 from core.safetensors_file import SafetensorsFile, save_safetensors

@@ -190,6 +190,15 @@ def test_options_that_cannot_work_are_refused(arguments, what):
         bench.run(options(*arguments), CPU)
 
 
+def test_comfyuis_trainer_needs_a_program_that_only_a_clone_has(tmp_path, monkeypatch):
+    (tmp_path / "comfy_extras").mkdir()
+    (tmp_path / "comfy_extras" / "nodes_train.py").touch()
+    assert bench_loops.trainer_program().is_file()
+    monkeypatch.setattr(bench_loops, "TRAINER", tmp_path / "comfyui_trainer.py")
+    with pytest.raises(BadFile, match=r"comfyui_trainer\.py is missing; only a clone of the repository has it"):
+        bench.run(options("--comfyui", str(tmp_path)), CPU)
+
+
 def test_a_report_is_added_to_a_file_with_its_command(report, tmp_path):
     file = tmp_path / "benchmarks.md"
     file.write_text("# Benchmarks\n")

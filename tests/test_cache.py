@@ -11,11 +11,13 @@ import torch
 from PIL import Image
 
 from core.base import Base, load_base
-from core.cache import cache_folder, clear_cache, encode, without_trigger
+from core.cache import encode, without_trigger
+from core.cache_folder import cache_folder, clear_cache
 from core.config import TrainConfig
 from core.errors import BadFile, OutOfMemory
-from core.generate import Job, generate, make_class_images
+from core.generate import Job, generate
 from core.photos import Photo, prepare, read_photos
+from core.samples import make_class_images
 from tests.tooling import SMALL_SD15, write_checkpoint
 
 CPU = torch.device("cpu")
@@ -172,7 +174,7 @@ def test_a_cache_folder_that_cannot_be_written_is_named(dataset, base, tmp_path,
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("FACELORA_CACHE", str(tmp_path / "file"))
     for use in (partial(encode, dataset, base, CONFIG), partial(make_class_images, base, "person", 1)):
-        with pytest.raises(BadFile, match=r"the cache cannot be written \(Not a directory\); set FACELORA_CACHE"):
+        with pytest.raises(BadFile, match="cannot be written: Not a directory; set FACELORA_CACHE to a folder"):
             use(device=CPU)
 
 

@@ -9,12 +9,13 @@ from PIL import Image
 
 from core.base import load_base
 from core.cli import main
-from core.compare import Comparison, Result, compare, known_results, plot_results, summary, write_results
+from core.compare import Comparison, Result, compare, known_results, plot_results, summary_rows, write_results
 from core.config import TrainConfig
 from core.demo import BASE_FILE
 from core.demo.people import person_photos
 from core.errors import BadConfig
 from core.faces import load_faces
+from core.methods import peak_rate
 from core.photos import Photo
 
 CONFIG = TrainConfig(steps=2, batch_size=2, sample_steps=2, sample_guidance=2.5, learning_rate=1e-3, precision="fp32")
@@ -38,7 +39,7 @@ def base():
 
 
 def test_the_table_has_the_mean_and_the_spread_over_the_people(base):
-    header, lora, words = summary(
+    header, lora, words = summary_rows(
         [result("a", "lora"), result("b", "lora", likeness=0.7, seconds=14.0), result("a", "textual-inversion")]
     )
     assert header[:4] == ("method", "people", "likeness (to held-out photos)", "time (seconds)")
@@ -51,14 +52,14 @@ def test_the_learning_rate_is_the_settings_times_the_methods_factor_unless_one_i
     rates = {method: comparison.config_of(method).learning_rate for method in comparison.methods}
     assert rates == {"lora": 1e-3, "dreambooth": pytest.approx(1e-4), "oft": 0.5}
     plain = Comparison(base, ("lora", "dreambooth"), TrainConfig())
-    assert [plain.config_of(method).peak_rate for method in plain.methods] == [1e-4, 1e-5]
+    assert [peak_rate(plain.config_of(method)) for method in plain.methods] == [1e-4, 1e-5]
     assert plain.identity == replace(plain, config=TrainConfig(learning_rate=1e-4)).identity
 
 
 def test_the_rate_of_textual_inversion_is_that_of_its_vectors(base):
     comparison = Comparison(base, ("lora", "textual-inversion"), CONFIG, {"textual-inversion": 0.02})
-    assert comparison.config_of("textual-inversion").peak_rate == 0.02
-    assert replace(comparison, rates={}).config_of("textual-inversion").peak_rate == TrainConfig.embedding_lr
+    assert peak_rate(comparison.config_of("textual-inversion")) == 0.02
+    assert peak_rate(replace(comparison, rates={}).config_of("textual-inversion")) == TrainConfig.embedding_lr
 
 
 def test_results_of_other_settings_are_not_taken_for_known(base, tmp_path):

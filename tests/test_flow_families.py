@@ -19,7 +19,7 @@ from core.families.spec import on_device, stack_conditioning
 from core.generate import Job, generate
 from core.lora_file import LoraFile
 from core.lora_inspect import not_loaded_by
-from core.lora_keys import FAMILIES as KEYS
+from core.lora_keys import NAME_TABLES as KEYS
 from core.objective import FlowSchedule
 from core.photos_to_lora import check_base_options, distilled_hint, train
 from core.run import Run

@@ -30,10 +30,11 @@ from core.errors import BadConfig, BadPhoto
 from core.face_pass import FacePass, blend, cut_out
 from core.faces import Face, Reference
 from core.families.clip import caption_tokens
-from core.generate import Picture, contact_sheet, generate, parameters_text
+from core.generate import Picture, generate, parameters_text
 from core.headshots import make_headshots
 from core.lora_inspect import file_hashes
 from core.sampling import SAMPLER_TITLES, SAMPLERS, build_sampler, encode_pairs, sample_latents
+from core.sheet import contact_sheet
 from tests.tooling import small_flow_base, write_photos
 
 STYLES = ("Classic grey studio", "Navy backdrop executive", "Bright open office", "Warm beige studio")

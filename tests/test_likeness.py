@@ -17,11 +17,11 @@ from core.demo import BASE_FILE
 from core.demo.people import person_photos
 from core.errors import BadConfig, BadPhoto
 from core.faces import Face, embed_images, likeness, load_faces, mean_face
-from core.generate import training_sampler
 from core.likeness import LIKENESS_KEY, NEUTRAL_PROMPTS, LikenessPoint, LikenessWatch, Selection, hold_out
 from core.lora_file import LoraFile
 from core.photos import Photo
 from core.photos_to_lora import train
+from core.samples import training_sampler
 from tests.tooling import save_mean_colour, write_photos
 
 CONFIG = TrainConfig(

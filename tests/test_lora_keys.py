@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from core.lora_keys import FAMILIES, bundled_embedding, parse_key
+from core.families import FAMILIES
+from core.lora_keys import NAME_TABLES, bundled_embedding, parse_key
 
 REFERENCE = Path(__file__).parent / "reference"
 # Module lists enumerated by running sd-scripts 0.10.1's network code on models without weights.
@@ -23,7 +24,7 @@ def kohya_names(family: str) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize("family", KOHYA_LISTS)
 def test_every_kohya_name_is_found_and_is_written_back_the_same(family):
-    keys = FAMILIES[family]
+    keys = NAME_TABLES[family]
     for name in kohya_names(family):
         named = parse_key(f"{name}.alpha")
         assert named is not None
@@ -38,7 +39,7 @@ def test_no_two_kohya_names_mean_the_same_module(family):
     for name in kohya_names(family):
         named = parse_key(f"{name}.alpha")
         assert named is not None
-        modules = set(FAMILIES[family].locate(named.part, named.path).modules)
+        modules = set(NAME_TABLES[family].locate(named.part, named.path).modules)
         assert not modules & found
         found |= modules
 
@@ -106,3 +107,7 @@ def test_a_name_beyond_the_full_size_model_follows_the_same_grammar():
     named = parse_key("lora_unet_up_blocks_0_attentions_1_transformer_blocks_0_ff_net_0_proj.alpha")
     assert named is not None
     assert named.path == "up_blocks.0.attentions.1.transformer_blocks.0.ff.net.0.proj"
+
+
+def test_a_family_has_the_names_that_are_registered():
+    assert all(family.names is NAME_TABLES[name] for name, family in FAMILIES.items())

@@ -12,7 +12,7 @@ from core.errors import BadConfig, BadFile, LoraMisfit, UnknownFamily, Unmatched
 from core.lora_checkpoints import extract_lora, merge_into_checkpoint
 from core.lora_file import LoraFile
 from core.lora_hashes import legacy_hash, model_hash
-from core.lora_keys import FAMILIES
+from core.lora_keys import NAME_TABLES
 from core.lora_keys.ldm import ldm_unet_path
 from core.lora_modules import LoraModule
 from core.lora_tools import (
@@ -273,7 +273,7 @@ SHAPES = {
 @settings(deadline=None, max_examples=150)
 @given(data=st.data())
 def test_any_adapter_makes_the_same_change_after_any_conversions(data):
-    family = data.draw(st.sampled_from(list(FAMILIES)))
+    family = data.draw(st.sampled_from(list(NAME_TABLES)))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
     modules = {}
     for path, shape in SHAPES[family]:
@@ -284,7 +284,7 @@ def test_any_adapter_makes_the_same_change_after_any_conversions(data):
         down = torch.randn(rank, *shape[1:], generator=generator).to(dtype)
         up = torch.randn(shape[0], rank, *[1] * (len(shape) - 2), generator=generator).to(dtype)
         modules["denoiser", path] = LoraModule(down, up, data.draw(st.sampled_from([0.0, 1.0, 2.5, float(rank)])))
-    lora = LoraFile.from_modules(family, modules, {"ss_base_model_version": FAMILIES[family].base_versions[0]})
+    lora = LoraFile.from_modules(family, modules, {"ss_base_model_version": NAME_TABLES[family].base_versions[0]})
     if data.draw(st.booleans()):
         # Without alpha the scale is 1.
         lora = LoraFile(family, lora.metadata, {k: t for k, t in lora.tensors.items() if not k.endswith(".alpha")})
@@ -305,7 +305,7 @@ def test_any_adapter_makes_the_same_change_after_any_conversions(data):
 @pytest.mark.parametrize("scheme", ["diffusers", "comfy"])
 def test_a_kohya_file_is_the_same_after_a_trip_through_another_scheme(family, scheme):
     """Where the original model has one weight for q, k and v, it is fused, split and fused again."""
-    keys, generator = FAMILIES[family], torch.Generator().manual_seed(0)
+    keys, generator = NAME_TABLES[family], torch.Generator().manual_seed(0)
     tensors = {}
     for path, shape in SHAPES[family]:
         fusion = keys.of_diffusers(path)

@@ -22,12 +22,12 @@ from core.base import Base, load_base
 from core.config import TrainConfig
 from core.eight_bit import EightBitConv2d, EightBitLinear, narrow_weights, narrowed, widened
 from core.errors import OutOfMemory
-from core.generate import training_sampler
 from core.lora_file import LoraFile
 from core.memory_plan import PLANS, MemoryCount, MemoryPlan, blocks_of
 from core.memory_prediction import predicted_memory
 from core.methods import METHODS
 from core.run import Run
+from core.samples import training_sampler
 from core.sampling import decode_latents, encode_pictures
 from core.training import train_lora
 from core.training_metadata import WEIGHTS_KEY
@@ -194,7 +194,7 @@ def test_what_was_trained_on_8_bits_says_so_also_when_it_goes_on_in_full(base, c
         device=CPU,
         state_path=state,
         resume=True,
-        on_save=lambda step, lora: saved.update({step: lora}),
+        on_save=lambda step, lora: saved.update({step: lora}),  # pyright: ignore
     )
     assert last.metadata[WEIGHTS_KEY] == saved[3].metadata[WEIGHTS_KEY] == "8 bits"
     assert last.metadata["ss_gradient_checkpointing"] == "False"
@@ -204,7 +204,7 @@ def test_what_was_saved_before_a_run_went_over_to_8_bits_does_not_say_so(base, c
     run_out_of_memory(monkeypatch, lambda run: run.step == 2 and run.memory.plan.weights == "full")
     saved: dict[int, LoraFile] = {}
     config = replace(CONFIG, save_every=2)
-    last = train_lora(cache, base, config, device=CPU, on_save=lambda step, lora: saved.update({step: lora}))
+    last = train_lora(cache, base, config, device=CPU, on_save=lambda step, lora: saved.update({step: lora}))  # pyright: ignore
     assert WEIGHTS_KEY not in saved[2].metadata and last.metadata[WEIGHTS_KEY] == "8 bits"
 
 
@@ -302,7 +302,7 @@ def test_a_vae_works_on_tiles_where_a_whole_picture_does_not_fit(kind, base, mon
     latents = encode_pictures(base, vae, [picture])
     (whole,) = decode_latents(base, vae, latents)
 
-    monkeypatch.setattr("core.memory_plan.TILE", 64)
+    monkeypatch.setattr("core.device.TILE", 64)
     for name in ("_encode", "_decode"):
         monkeypatch.setattr(vae, name, only_in_tiles(vae, getattr(vae, name)))
     in_tiles = encode_pictures(base, vae, [picture])

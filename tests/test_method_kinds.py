@@ -175,8 +175,8 @@ def test_it_becomes_a_plain_lora_with_the_error_that_is_stated(bases, method):
     def weight(module):
         return tensors[f"{module[1]}.weight"]
 
-    plain, stated = convert_lora(file, "kohya", plain_rank=8, base_weight=weight)
-    wanted, found = dict(file.changes(weight)), dict(plain.changes())
+    plain, stated = convert_lora(file, "kohya", plain_rank=8, base_weight=weight)  # pyright: ignore
+    wanted, found = dict(file.changes(weight)), dict(plain.changes())  # pyright: ignore
     errors = [((found[module] - change.reshape(found[module].shape)).norm() / change.norm()).item()
               for module, change in wanted.items()]  # fmt: skip
     assert set(found) == set(wanted) and 0 < max(errors) < 1
@@ -194,7 +194,7 @@ def test_going_on_from_a_file_starts_with_its_change_whatever_its_alpha(bases, m
     second = adapter_of(base, replace(config_of(method), alpha=8.0), continue_from=file)
     tensors = base.components["denoiser"].tensors
     wanted, found = (
-        dict(lora.changes(lambda module: tensors[f"{module[1]}.weight"]))
+        dict(lora.changes(lambda module: tensors[f"{module[1]}.weight"]))  # pyright: ignore
         for lora in (file, second.export(second.parameters(), base, metadata))
     )
     assert all(torch.allclose(found[module], wanted[module], rtol=1e-4, atol=1e-6) for module in wanted)
@@ -294,4 +294,4 @@ def test_methods_are_the_files_of_their_folder():
     assert {"lora", *KINDS} <= METHODS.keys()
     assert all(method.title for method in METHODS.values())
     with pytest.raises(BadConfig, match="method = 'ia3': choose one of dora, "):
-        TrainConfig(method="ia3")
+        TrainConfig(method="ia3")  # pyright: ignore

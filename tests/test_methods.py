@@ -2,15 +2,18 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from core.base import load_base
-from core.config import TrainConfig
+from core.config import MethodName, TrainConfig
 from core.errors import BadConfig, LoraMisfit
 from core.families import FAMILIES
 from core.lora_file import LoraFile
+from core.methods import METHODS
 from core.methods.lora import attach as attach_lora
 
 CPU = torch.device("cpu")
@@ -142,3 +145,10 @@ def test_a_full_size_sdxl_is_adapted_in_seconds_with_patterns_for_every_module()
         adapter = attach_lora({"denoiser": denoiser}, FAMILIES["sdxl"], replace(CONFIG, rank_pattern={"attn": 8}))
     assert time.process_time() - started < 20
     assert len(adapter.layers) == 722  # as in sd-scripts (reference/kohya_sdxl.json)
+
+
+def test_the_settings_name_every_method_and_no_other():
+    files = {
+        path.stem.replace("_", "-") for path in (Path(__file__).parent.parent / "core" / "methods").glob("[a-z]*.py")
+    }
+    assert set(get_args(MethodName)) == set(METHODS) == files

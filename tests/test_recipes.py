@@ -9,6 +9,7 @@ from core.config import config_from
 from core.errors import BadConfig
 from core.families import FAMILIES
 from core.lora_file import LoraFile
+from core.methods import peak_rate
 from core.recipes import MEASUREMENTS, RECIPES, recipe_settings
 
 
@@ -49,7 +50,7 @@ def test_another_method_has_the_rate_that_suits_it():
 
 
 def test_prodigy_finds_the_rate_by_itself():
-    assert config_from(recipe_settings("fast", "sd15", {"optimizer": "prodigy"})).peak_rate == 1.0
+    assert peak_rate(config_from(recipe_settings("fast", "sd15", {"optimizer": "prodigy"}))) == 1.0
 
 
 def test_held_out_photos_are_measured_a_few_times():

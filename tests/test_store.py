@@ -15,11 +15,12 @@ from torch import Tensor
 
 from core import store
 from core.base import Base, load_base
-from core.cache import cache_folder
+from core.cache_folder import cache_folder
 from core.config import TrainConfig
 from core.errors import BadFile
 from core.likeness import LIKENESS_KEY
 from core.lora_file import LoraFile
+from core.methods import peak_rate
 from core.photos import Photo, read_photos
 from core.safetensors_file import SafetensorsFile
 from core.store import RunFolder, TrainedFile, TrainingJob, find_or_train
@@ -299,7 +300,7 @@ SAME: dict[str, Callable[[TrainingJob], TrainingJob]] = {
     "which": lambda job: replace(job, config=replace(job.config, sample_every=2, sample_prompts=("a",), sample_steps=3)),
     "memory": lambda job: replace(job, config=replace(job.config, gradient_checkpointing="on", state_interval=0.0)),
     "the learning rate's own default": lambda job: replace(
-        job, config=replace(job.config, learning_rate=job.config.peak_rate)
+        job, config=replace(job.config, learning_rate=peak_rate(job.config))
     ),
     "names of the photos": renamed_photos,
 }  # fmt: skip

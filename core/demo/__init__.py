@@ -16,14 +16,15 @@ from PIL import Image
 
 from ..base import load_base
 from ..config import TrainConfig
-from ..errors import BadConfig, BadFile
+from ..errors import BadConfig
 from ..faces import FaceNetwork, embed_images, likeness, load_faces, mean_face
-from ..files import write_text
-from ..generate import GenerateConfig, Job, contact_sheet, generate
+from ..files import make_folder, write_text
+from ..generate import GenerateConfig, Job, generate
 from ..likeness import picture_change
 from ..lora_file import LoraFile
 from ..photos import Photo
 from ..photos_to_lora import train
+from ..sheet import contact_sheet
 from .people import SEEN_PEOPLE, UNSEEN_PEOPLE, person_photos
 
 BASE_FILE = Path(__file__).parent / "base.safetensors"
@@ -106,10 +107,7 @@ def run(
     if person not in UNSEEN_PEOPLE:
         raise BadConfig(f"--person {person}: the base has seen people 1 to 34; choose one from 35 to 40")
     config = config or CONFIG
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadFile(f"{output}: cannot be written: {error.strerror}") from None
+    make_folder(output)
     faces = load_faces()
     photos = person_photos(person)
     training, held_out = photos[:-HELD_OUT], photos[-HELD_OUT:]

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..base import load_base
 from ..config import TrainConfig
+from ..faces import load_faces as load_network
 from ..families.clip import load_tokenizer
 from ..families.ldm import ldm_vae_path
 from ..lora_keys.ldm import ldm_unet_path
@@ -183,8 +184,6 @@ def person_word(person: int) -> str:
 def looking_sides(faces: Tensor) -> Tensor:
     """-1, 0 or 1 for every photo: the face looks to the picture's left, the front, or its right (from YuNet's landmarks)."""
     from PIL import Image
-
-    from ..faces import load_faces as load_network
 
     network = load_network()
     sides = []

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..errors import UnknownFamily
+from ..lazy import LazyTensors, Stored
 from .chroma import CHROMA
 from .flux1 import FLUX1
 from .flux2 import FLUX2
@@ -12,7 +13,7 @@ from .qwen_image import QWEN_IMAGE
 from .sd3 import SD3
 from .sd15 import SD15
 from .sdxl import SDXL
-from .spec import DENOISER_PREFIX, FamilySpec, LazyTensors, Stored
+from .spec import DENOISER_PREFIX, FamilySpec
 from .zimage import ZIMAGE
 
 FAMILIES: dict[str, FamilySpec] = {

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..lora_keys.flux import CHROMA as KEYS
+from ..lora_keys.flux import CHROMA as NAMES
 from . import flux1, text, transformer
 from .ldm import build_vae, count_children
 from .spec import Component, Conditioning, stack_conditioning
@@ -34,7 +34,7 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
         "approximator_hidden_dim": width,
         "approximator_layers": count_children(names, f"{_MODULATOR}.layers"),
     }
-    denoiser = transformer.transformer_component(tensors, config, KEYS, _RENAMES)
+    denoiser = transformer.transformer_component(tensors, config, NAMES, _RENAMES)
     return {"denoiser": denoiser} | text.other_parts(tensors, transformer.flux1_vae, TEXT)
 
 
@@ -98,10 +98,8 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
 
 CHROMA = replace(
     flux1.FLUX1,
-    name="chroma",
+    names=NAMES,
     title="Chroma",
-    base_model_version="chroma",
-    architecture="chroma",
     guidance=5.0,  # diffusers' default, as are the steps
     steps=35,
     pipeline_class="ChromaPipeline",

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadConfig, LoraMisfit, UnmatchedKeys
+from ..lazy import LazyTensors, Stored, shape_of
 from .ldm import count_children
-from .spec import Component, LazyTensors, Stored, replace_module, shape_of
+from .spec import Component, replace_module
 
 TOKENIZER_FOLDER = Path(__file__).parent / "clip_tokenizer"
 START, END = 49406, 49407

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..lora_keys.flux import FLUX1 as KEYS
+from ..lora_keys.flux import FLUX1 as NAMES
 from ..objective import linear_shift
 from . import text, transformer
 from .ldm import build_vae, count_children
@@ -64,7 +64,7 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
         "pooled_projection_dim": transformer.shapes_of(tensors)("vector_in.in_layer.weight")[1],
         "guidance_embeds": "guidance_in.in_layer.weight" in transformer.denoiser_names(tensors),
     }
-    denoiser = transformer.transformer_component(tensors, config, KEYS, RENAMES)
+    denoiser = transformer.transformer_component(tensors, config, NAMES, RENAMES)
     return {"denoiser": denoiser} | text.other_parts(tensors, transformer.flux1_vae, TEXT)
 
 
@@ -121,10 +121,8 @@ def is_distilled(config: dict[str, Any]) -> bool:
 
 
 FLUX1 = FamilySpec(
-    name="flux1",
+    names=NAMES,
     title="FLUX.1",
-    base_model_version="flux1",
-    architecture="flux-1-dev",
     resolution=1024,
     size_multiple=16,
     wording="sentences",

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UnmatchedKeys
-from ..lora_keys.flux import FLUX2 as KEYS
+from ..lazy import LazyTensors, Stored, shape_of
+from ..lora_keys.flux import FLUX2 as NAMES
 from . import text, transformer
 from .ldm import VAE_PREFIXES, count_children, kl_pixels, vae_component
-from .spec import Component, Conditioning, FamilySpec, LatentShape, LazyTensors, Stored, shape_of
+from .spec import Component, Conditioning, FamilySpec, LatentShape
 
 TEXT_TOKENS = 512
 """Tokens of the whole chat; shorter ones are filled up, and the denoiser sees the padding."""
@@ -64,7 +65,7 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
         "axes_dims_rope": ROTARY_AXES,
         "guidance_embeds": "guidance_in.in_layer.weight" in names,
     }
-    denoiser = transformer.transformer_component(tensors, config, KEYS, _RENAMES)
+    denoiser = transformer.transformer_component(tensors, config, NAMES, _RENAMES)
     kind = "qwen3_8b" if text.has(tensors, "qwen3_8b") else TEXT["text_encoder"]
     return {"denoiser": denoiser} | text.other_parts(tensors, _vae, {"text_encoder": kind})
 
@@ -169,10 +170,8 @@ def flow_shift(positions: int) -> float:
 
 
 FLUX2 = FamilySpec(
-    name="flux2",
+    names=NAMES,
     title="FLUX.2",
-    base_model_version="flux2",
-    architecture="flux-2-dev",
     resolution=1024,
     size_multiple=16,
     wording="sentences",

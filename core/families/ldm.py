@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import UnknownFamily, UnmatchedKeys
+from ..lazy import LazyTensors, Stored, shape_of
 from ..lora_keys.ldm import diffusers_unet_path, inverse, ldm_unet_path, replace_head
-from .spec import DENOISER_PREFIX, Component, LatentShape, LazyTensors, Stored, shape_of
+from .spec import DENOISER_PREFIX, Component, LatentShape
 
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _VAE_OUTSIDE_BLOCKS = {

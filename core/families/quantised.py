@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..errors import BadFile
+from ..lazy import LazyTensors, Stored, dtype_and_shape, shape_of
 from ..safetensors_file import SafetensorsFile
-from .spec import UNQUANTISED, LazyTensors, Stored, layout_of, shape_of
+from .spec import UNQUANTISED
 
 _WEIGHT_SCALES = (".scale_weight", ".weight_scale")
 _NOT_WEIGHTS = (*_WEIGHT_SCALES, ".scale_input", ".input_scale", ".comfy_quant")
@@ -56,7 +57,7 @@ def dequantised(tensors: Mapping[str, Tensor], what: str) -> Mapping[str, Tensor
     if not scaled and not any(name.endswith(_NOT_WEIGHTS) for name in tensors):
         return tensors
     for name, scale in scaled.items():
-        (dtype, shape), scale_shape = layout_of(tensors, name), shape_of(tensors, scale)
+        (dtype, shape), scale_shape = dtype_and_shape(tensors, name), shape_of(tensors, scale)
         per_row = scale_shape[:1] == shape[:1] and math.prod(scale_shape) == shape[0]
         if not dtype.is_floating_point or not (per_row or math.prod(scale_shape) == 1):
             raise BadFile(

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnmatchedKeys
-from ..lora_keys.qwen import QWEN_IMAGE as KEYS
+from ..lazy import LazyTensors, Stored, shape_of
+from ..lora_keys.qwen import QWEN_IMAGE as NAMES
 from ..objective import linear_shift
 from . import text, transformer
 from .ldm import VAE_PREFIXES, count_children
-from .spec import Component, Conditioning, FamilySpec, LatentShape, LazyTensors, Stored, holds_numbers, shape_of
+from .spec import Component, Conditioning, FamilySpec, LatentShape, holds_numbers
 
 TEXT = {"text_encoder": "qwen25_7b"}
 TEXT_TOKENS = 1024
@@ -52,7 +53,7 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
         "joint_attention_dim": shape("txt_in.weight")[1],
         "axes_dims_rope": ROTARY_AXES,
     }
-    denoiser = transformer.transformer_component(tensors, config, KEYS)
+    denoiser = transformer.transformer_component(tensors, config, NAMES)
     return {"denoiser": denoiser} | text.other_parts(tensors, vae_component, TEXT)
 
 
@@ -181,10 +182,8 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
 
 
 QWEN_IMAGE = FamilySpec(
-    name="qwen-image",
+    names=NAMES,
     title="Qwen-Image",
-    base_model_version="qwen_image",
-    architecture="qwen-image",
     resolution=1328,  # the model card's squares
     size_multiple=16,
     wording="sentences",

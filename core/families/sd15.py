@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..lora_keys.stable_diffusion import SD15 as NAMES
 from . import clip, ldm, text
 from .spec import Component, Conditioning, FamilySpec
 
@@ -53,10 +54,8 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
 
 
 SD15 = FamilySpec(
-    name="sd15",
+    names=NAMES,
     title="Stable Diffusion 1.x",
-    base_model_version="sd_v1",
-    architecture="stable-diffusion-v1",
     resolution=512,
     size_multiple=64,
     wording="tags",

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..lora_keys.sd3 import SD3 as KEYS
+from ..lora_keys.sd3 import SD3 as NAMES
 from . import clip, text, transformer
 from .ldm import build_vae, count_children, vae_component
 from .spec import Component, Conditioning, FamilySpec, LatentShape
@@ -61,7 +61,7 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
         ),
         "qk_norm": "rms_norm" if "joint_blocks.0.x_block.attn.ln_q.weight" in names else None,
     }
-    denoiser = transformer.transformer_component(tensors, config, KEYS, _RENAMES)
+    denoiser = transformer.transformer_component(tensors, config, NAMES, _RENAMES)
     return {"denoiser": denoiser} | text.other_parts(tensors, _vae, TEXT)
 
 
@@ -117,10 +117,8 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
 
 
 SD3 = FamilySpec(
-    name="sd3",
+    names=NAMES,
     title="Stable Diffusion 3",
-    base_model_version="sd3",
-    architecture="stable-diffusion-3-medium",
     resolution=1024,
     size_multiple=16,
     wording="sentences",

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..lora_keys.stable_diffusion import SDXL as NAMES
 from . import clip, ldm, text
 from .spec import Component, Conditioning, FamilySpec
 
@@ -68,10 +69,8 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
 
 
 SDXL = FamilySpec(
-    name="sdxl",
+    names=NAMES,
     title="Stable Diffusion XL",
-    base_model_version="sdxl_base_v1-0",
-    architecture="stable-diffusion-xl-v1-base",
     resolution=1024,
     size_multiple=64,
     wording="tags",

@@ -1,6 +1,6 @@
 """What a model family has to say of itself: the seam between the families and everything that is shared by them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,58 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadFile, UnmatchedKeys
+from ..lora_keys import NameTable
 
 Conditioning = dict[str, Tensor]
 """What steers the denoiser beside the timestep, first dimension the batch. Only its family knows what is in it."""
 Pair = tuple[Conditioning, Conditioning]
 """That of a picture's prompt and of its negative prompt, padded to each other."""
-
-
-@dataclass(frozen=True, eq=False)
-class Stored:
-    """Reads a tensor of a mapping when it is called."""
-
-    tensors: Mapping[str, Tensor]
-    name: str
-
-    def __call__(self) -> Tensor:
-        return self.tensors[self.name]
-
-    def layout(self) -> tuple[torch.dtype, tuple[int, ...]]:
-        """Its dtype and shape."""
-        return layout_of(self.tensors, self.name)
-
-
-class LazyTensors(Mapping[str, Tensor]):
-    """Tensors under new names, each read (and reshaped) only when asked for."""
-
-    def __init__(self, readers: Mapping[str, Callable[[], Tensor]]):
-        self.readers = readers
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.readers[name]()
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.readers
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.readers)
-
-    def __len__(self) -> int:
-        return len(self.readers)
-
-
-def layout_of(tensors: Mapping[str, Tensor], name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-    """A tensor's dtype and shape, without computing it where it is known what it is made of."""
-    reader = tensors.readers[name] if isinstance(tensors, LazyTensors) else None
-    if isinstance(reader, Stored):
-        return reader.layout()
-    tensor = tensors[name]
-    return tensor.dtype, tuple(tensor.shape)
-
-
-def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
-    return layout_of(tensors, name)[1]
 
 
 @dataclass(frozen=True)
@@ -138,14 +92,10 @@ def on_device(conditioning: Conditioning, device: torch.device) -> Conditioning:
 class FamilySpec:
     """A model family: data, and the functions that differ from family to family."""
 
-    name: str
-    """Short name in code and messages: sd15, sdxl."""
+    names: NameTable
+    """What it is called in code and in files, and what its modules are called."""
     title: str
     """Name that a person knows: Stable Diffusion 1.x."""
-    base_model_version: str
-    """`ss_base_model_version` of a LoRA's metadata, the string that LoRA managers go by."""
-    architecture: str
-    """`modelspec.architecture` of a checkpoint; a LoRA adds `/lora`."""
     resolution: int
     """Side of the square that the published models were trained at, in pixels."""
     size_multiple: int
@@ -218,6 +168,21 @@ class FamilySpec:
     """Kind (one of `text.KINDS`) of the text encoder whose tokenizer does not travel with the package."""
     lora_scheme: Literal["kohya", "comfy"] = "kohya"
     """Names that its LoRA files are written with: those that most programs load."""
+
+    @property
+    def name(self) -> str:
+        """Short name in code and messages: sd15, sdxl."""
+        return self.names.name
+
+    @property
+    def base_model_version(self) -> str:
+        """`ss_base_model_version` of a LoRA's metadata, the string that LoRA managers go by."""
+        return self.names.base_versions[0]
+
+    @property
+    def architecture(self) -> str:
+        """`modelspec.architecture` of a checkpoint; a LoRA adds `/lora`."""
+        return self.names.architecture
 
 
 def replace_module(network: nn.Module, path: str, module: nn.Module) -> None:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadFile, UnknownFamily, UnmatchedKeys
+from ..lazy import LazyTensors, Stored, shape_of
 from . import clip
 from .ldm import VAE_PREFIXES, count_children
-from .spec import Component, Conditioning, FamilySpec, LazyTensors, Stored, shape_of, stack_conditioning
+from .spec import Component, Conditioning, FamilySpec, stack_conditioning
 
 PREFIX = "text_encoders.{}.transformer."
 """Of the tensors of a text encoder in a checkpoint, by kind: ComfyUI's."""

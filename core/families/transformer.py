@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import MissingPackage, UnmatchedKeys
-from ..lora_keys.family import FamilyKeys, Place
+from ..lazy import LazyTensors, Stored, shape_of
+from ..lora_keys.family import NameTable, Place
 from .ldm import kl_pixels, vae_component
-from .spec import DENOISER_PREFIX, Component, LatentShape, LazyTensors, Stored, holds_numbers, shape_of
+from .spec import DENOISER_PREFIX, Component, LatentShape, holds_numbers
 
 
 def denoiser_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -23,7 +24,7 @@ def denoiser_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 def transformer_component(
     tensors: Mapping[str, Tensor],
     config: dict[str, Any],
-    keys: FamilyKeys,
+    keys: NameTable,
     renames: Sequence[tuple[str, str]] = (),
     left_out: str = r"$^",
 ) -> Component:

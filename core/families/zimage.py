@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..lora_keys.lumina import ZIMAGE as KEYS
+from ..lora_keys.lumina import ZIMAGE as NAMES
 from . import text, transformer
 from .ldm import build_vae, count_children
 from .spec import Component, Conditioning, FamilySpec, LatentShape
@@ -51,7 +51,7 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
         "axes_lens": ROTARY_LENGTHS,
     }
     # Some files still have a norm of Lumina 2's that nothing goes through.
-    denoiser = transformer.transformer_component(tensors, config, KEYS, _RENAMES, left_out=r"^norm_final\.")
+    denoiser = transformer.transformer_component(tensors, config, NAMES, _RENAMES, left_out=r"^norm_final\.")
     return {"denoiser": denoiser} | text.other_parts(tensors, transformer.flux1_vae, TEXT)
 
 
@@ -92,10 +92,8 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
 
 
 ZIMAGE = FamilySpec(
-    name="zimage",
+    names=NAMES,
     title="Z-Image",
-    base_model_version="zimage",
-    architecture="z-image",
     resolution=1024,
     size_multiple=16,
     wording="sentences",

@@ -2,22 +2,21 @@
 
 Everywhere else in the project a module is `(part, path)`: `("denoiser", "down_blocks.0.attentions.0.proj_in")`,
 `("text_encoder", "text_model.encoder.layers.0.mlp.fc1")`, with the paths that diffusers and transformers use.
-A family adds one table, a `FamilyKeys`, to the list `FAMILIES` here.
+What a family is called, and its modules in every scheme, is one `NameTable`, registered in `NAME_TABLES` here.
 """
 
 from collections.abc import Iterable
 
-from .family import FamilyKeys, Fusion, ModuleId, Place, Sign, text_encoder_path
+from .family import Fusion, ModuleId, NameTable, Place, Sign, text_encoder_path
 from .flux import CHROMA, FLUX1, FLUX2
 from .lumina import LUMINA2, ZIMAGE
 from .names import EMBEDDING_KEYS, NamedTensor, bundled_embedding, parse_key
 from .others import other_model
 from .qwen import QWEN_IMAGE
-from .readers import READERS, not_loaded
 from .sd3 import SD3
 from .stable_diffusion import SD2, SD15, SDXL
 
-FAMILIES: dict[str, FamilyKeys] = {
+NAME_TABLES: dict[str, NameTable] = {
     family.name: family for family in (SD15, SD2, SDXL, SD3, FLUX1, CHROMA, FLUX2, LUMINA2, ZIMAGE, QWEN_IMAGE)
 }
 """By name. Where a file fits several equally, the first one is meant."""
@@ -28,9 +27,9 @@ def families_of(modules: Iterable[tuple[str, str, tuple[int, ...] | None]]) -> l
 
     Signs in text encoders, which families share, only decide between those that fit equally without.
     """
-    scores = {name: [0, 0, 0, 0] for name in FAMILIES}
+    scores = {name: [0, 0, 0, 0] for name in NAME_TABLES}
     for part, path, shape in modules:
-        for family in FAMILIES.values():
+        for family in NAME_TABLES.values():
             for sign in family.signs:
                 if sign.matches(part, path, shape):
                     scores[family.name][2 * (part != "denoiser") + (not sign.decisive)] += 1
@@ -40,17 +39,15 @@ def families_of(modules: Iterable[tuple[str, str, tuple[int, ...] | None]]) -> l
 
 __all__ = [
     "EMBEDDING_KEYS",
-    "FAMILIES",
-    "READERS",
-    "FamilyKeys",
+    "NAME_TABLES",
     "Fusion",
     "ModuleId",
+    "NameTable",
     "NamedTensor",
     "Place",
     "Sign",
     "bundled_embedding",
     "families_of",
-    "not_loaded",
     "other_model",
     "parse_key",
     "text_encoder_path",

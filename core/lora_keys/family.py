@@ -1,12 +1,15 @@
-"""What a model family says about names: one `FamilyKeys` per family."""
+"""What a model family says about names: one `NameTable` per family."""
+
+from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ModuleId = tuple[str, str]
 """(part, path): the identity of a module in the whole project, see the package's docstring."""
@@ -69,6 +72,8 @@ class Place:
 
     def join(self, tensors: Sequence[Tensor], inputs: int | None = None) -> Tensor:
         """The weight in the file's order of rows, from those of `modules`: undoes `split`."""
+        import torch
+
         whole = torch.cat(list(tensors))
         return self._swapped(whole, _inputs(whole) if inputs is None else inputs)
 
@@ -119,14 +124,15 @@ CLIP_G_SIGN = Sign(r"(self_attn\.\w+|mlp\.fc1)$", frozenset({1280}), part="text_
 
 
 @dataclass(frozen=True)
-class FamilyKeys:
-    """The names of one family's modules in every scheme, and what its LoRAs are known by."""
+class NameTable:
+    """What one family is called, the names of its modules in every scheme, and what its LoRAs are known by."""
 
     name: str
+    """Short name in code and messages: sd15, sdxl."""
     base_versions: tuple[str, ...]
     """Values of `ss_base_model_version` that mean this family; the first is the one to write."""
     architecture: str
-    """`modelspec.architecture` of its LoRAs."""
+    """`modelspec.architecture` of its checkpoints; a LoRA adds `/lora`."""
     signs: tuple[Sign, ...]
     of_original: Callable[[str], Fusion | None]
     """The fusion of an original denoiser path, None when the path is not an original one."""

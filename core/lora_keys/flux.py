@@ -1,6 +1,6 @@
 """FLUX.1, Chroma and FLUX.2: double blocks of an image and a text stream, then single blocks of both together."""
 
-from .family import FamilyKeys, Fusion, Sign, by_rules, clip_signs
+from .family import Fusion, NameTable, Sign, by_rules, clip_signs
 
 _DOUBLE, _SINGLE = "transformer_blocks.{}", "single_transformer_blocks.{}"
 _QKV = (1, 1, 1)
@@ -72,10 +72,10 @@ _WIDTH_1 = frozenset({3072})
 _WIDTHS_2 = frozenset({3072, 4096, 6144})
 """Hidden widths of FLUX.2 klein 4B, klein 9B and dev."""
 
-FLUX1 = FamilyKeys(
+FLUX1 = NameTable(
     name="flux1",
     base_versions=("flux1",),
-    architecture="flux-1-dev/lora",
+    architecture="flux-1-dev",
     signs=(
         _STRUCTURE,
         Sign(_DOUBLE_ATTENTION, _WIDTH_1),
@@ -98,10 +98,10 @@ FLUX1 = FamilyKeys(
     },
     part_names={"text_encoder_3": "text_encoder_2"},
 )
-CHROMA = FamilyKeys(
+CHROMA = NameTable(
     name="chroma",
     base_versions=("chroma",),
-    architecture="chroma/lora",
+    architecture="chroma",
     signs=(
         _STRUCTURE,
         Sign(_DOUBLE_ATTENTION, _WIDTH_1),
@@ -117,10 +117,10 @@ CHROMA = FamilyKeys(
     comfy_prefixes={"denoiser": "diffusion_model.", "text_encoder": "text_encoders.t5xxl.transformer."},
     part_names={"text_encoder_2": "text_encoder", "text_encoder_3": "text_encoder"},
 )
-FLUX2 = FamilyKeys(
+FLUX2 = NameTable(
     name="flux2",
     base_versions=("flux2", "flux2_klein_4b", "flux2_klein_9b"),
-    architecture="flux-2-dev/lora",
+    architecture="flux-2-dev",
     signs=(
         _STRUCTURE,
         Sign(_DOUBLE_ATTENTION, _WIDTHS_2),

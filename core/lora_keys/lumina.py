@@ -1,6 +1,6 @@
 """Lumina-Image 2 and Z-Image: one stack of layers after two refiners."""
 
-from .family import FamilyKeys, Fusion, Sign, by_rules
+from .family import Fusion, NameTable, Sign, by_rules
 
 _STACKS = ("layers.{}", "noise_refiner.{}", "context_refiner.{}")
 
@@ -41,10 +41,10 @@ _LAYER = r"^(layers|noise_refiner|context_refiner)\.\d+\."
 _LUMINA_INPUTS = _LAYER + r"(attention\.(qkv|out)|attn\.to_\w+(\.0)?|feed_forward\.(w1|w3|linear_1|linear_3))$"
 _Z_IMAGE_INPUTS = _LAYER + r"(attention\.(qkv|out|to_\w+(\.0)?)|feed_forward\.(w1|w3))$"
 
-LUMINA2 = FamilyKeys(
+LUMINA2 = NameTable(
     name="lumina2",
     base_versions=("lumina2",),
-    architecture="lumina-2/lora",
+    architecture="lumina-2",
     signs=(
         Sign(_LAYER),
         Sign(
@@ -55,10 +55,10 @@ LUMINA2 = FamilyKeys(
     of_original=_of_original,
     of_diffusers=_of_diffusers,
 )
-ZIMAGE = FamilyKeys(
+ZIMAGE = NameTable(
     name="zimage",
     base_versions=("zimage",),
-    architecture="z-image/lora",
+    architecture="z-image",
     signs=(
         Sign(_LAYER),
         Sign(_Z_IMAGE_INPUTS, frozenset({3840})),

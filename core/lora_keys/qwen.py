@@ -1,13 +1,13 @@
 """Qwen-Image: the original model and diffusers have the same names."""
 
-from .family import FamilyKeys, Sign, by_rules
+from .family import NameTable, Sign, by_rules
 
 _of_original, _of_diffusers = by_rules()
 
-QWEN_IMAGE = FamilyKeys(
+QWEN_IMAGE = NameTable(
     name="qwen-image",
     base_versions=("qwen_image",),
-    architecture="qwen-image/lora",
+    architecture="qwen-image",
     signs=(
         Sign(r"^transformer_blocks\.\d+\."),
         Sign(r"^transformer_blocks\.\d+\.(img|txt)_(mlp\.net\.0\.proj|mod\.1)$", frozenset({3072})),

@@ -7,7 +7,7 @@ tests/comfyui/test_lora_readers.py compares these tables with the programs thems
 import re
 from collections.abc import Collection
 
-from .family import FamilyKeys
+from .family import NameTable
 from .names import NamedTensor, parse_key
 
 READERS = ("ComfyUI", "diffusers", "peft")
@@ -56,7 +56,7 @@ _LOKR_IN_DIFFUSERS = {
 """Family -> (scheme, whose paths) of the LoKr files that diffusers' pipelines load."""
 
 
-def not_loaded(reader: str, family: FamilyKeys, module_name: str, kind: str, keys: Collection[str]) -> str | None:
+def not_loaded(reader: str, family: NameTable, module_name: str, kind: str, keys: Collection[str]) -> str | None:
     """Why one of READERS would not load a module, None when it loads it.
 
     `module_name`, `kind` and `keys` (names of its tensors) are those of a `LoraFile`'s entry.
@@ -87,7 +87,7 @@ def not_loaded(reader: str, family: FamilyKeys, module_name: str, kind: str, key
     return None if kind in ("lora", "locon", "dora") else f"adapters of kind {kind}"
 
 
-def _lokr_not_loaded_by_diffusers(family: FamilyKeys, named: NamedTensor, has_alpha: bool) -> str | None:
+def _lokr_not_loaded_by_diffusers(family: NameTable, named: NamedTensor, has_alpha: bool) -> str | None:
     known = _LOKR_IN_DIFFUSERS.get(family.name, set())
     if not known & {(named.scheme, whose) for whose in _whose_paths(family, named)}:
         return f"adapters of kind lokr with {named.scheme} names of {family.name}"
@@ -99,7 +99,7 @@ def _lokr_not_loaded_by_diffusers(family: FamilyKeys, named: NamedTensor, has_al
     return None if named.scheme != "lycoris" or in_blocks else "adapters of kind lokr outside the blocks"
 
 
-def _whose_paths(family: FamilyKeys, named: NamedTensor) -> set[str]:
+def _whose_paths(family: NameTable, named: NamedTensor) -> set[str]:
     """Whose path a name has: the original model's, diffusers', or both."""
     if family.of_original(named.path) is not None:
         return {"original"}
@@ -110,7 +110,7 @@ def _is_t5(named: NamedTensor) -> bool:
     return named.path.startswith("encoder.block.")
 
 
-def _not_loaded_by_comfyui(family: FamilyKeys, named: NamedTensor) -> str | None:
+def _not_loaded_by_comfyui(family: NameTable, named: NamedTensor) -> str | None:
     if named.part != "denoiser":
         if named.scheme == "comfy" or (named.scheme == "kohya" if _is_t5(named) else "text_model" in named.module_name):
             return None

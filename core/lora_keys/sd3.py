@@ -1,6 +1,6 @@
 """SD3 and SD3.5: MM-DiT with joint blocks of an image and a text ("context") stream."""
 
-from .family import CLIP_G_SIGN, FamilyKeys, Fusion, Sign, by_rules, clip_signs
+from .family import CLIP_G_SIGN, Fusion, NameTable, Sign, by_rules, clip_signs
 
 _BLOCK = "transformer_blocks.{}"
 _JOINT = "joint_blocks.{}"
@@ -29,10 +29,10 @@ _of_original, _of_diffusers = by_rules(
     Fusion("y_embedder.mlp.2", ("time_text_embed.text_embedder.linear_2",)),
 )
 
-SD3 = FamilyKeys(
+SD3 = NameTable(
     name="sd3",
     base_versions=("sd3", "sd3.5"),
-    architecture="stable-diffusion-3-medium/lora",
+    architecture="stable-diffusion-3-medium",
     signs=(
         Sign(r"^(joint_blocks|transformer_blocks)\.\d+\."),
         Sign(r"^joint_blocks\.\d+\.(x|context)_block\.attn2?\.", frozenset({1536, 2432})),

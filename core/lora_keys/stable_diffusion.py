@@ -3,7 +3,7 @@
 import re
 from functools import partial
 
-from .family import CLIP_G_SIGN, FamilyKeys, Fusion, Sign, clip_signs
+from .family import CLIP_G_SIGN, Fusion, NameTable, Sign, clip_signs
 from .ldm import diffusers_unet_path, ldm_unet_path
 
 _ORIGINAL_ROOTS = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
@@ -38,10 +38,10 @@ def _signs(context_width: int, text_width: int) -> tuple[Sign, ...]:
     )
 
 
-SD15 = FamilyKeys(
+SD15 = NameTable(
     name="sd15",
     base_versions=("sd_v1",),
-    architecture="stable-diffusion-v1/lora",
+    architecture="stable-diffusion-v1",
     signs=_signs(context_width=768, text_width=768),
     of_original=_of_original,
     of_diffusers=_of_diffusers_sd1,
@@ -51,10 +51,10 @@ SD15 = FamilyKeys(
     comfy_prefixes={"denoiser": "diffusion_model.", "text_encoder": "text_encoders.clip_l.transformer."},
     original_in_kohya=False,
 )
-SD2 = FamilyKeys(
+SD2 = NameTable(
     name="sd2",
     base_versions=("sd_v2", "sd_v2_v"),
-    architecture="stable-diffusion-v2-768-v/lora",
+    architecture="stable-diffusion-v2-768-v",
     signs=_signs(context_width=1024, text_width=1024),
     of_original=_of_original,
     of_diffusers=_of_diffusers_sd1,
@@ -66,10 +66,10 @@ SD2 = FamilyKeys(
     comfy_prefixes={"denoiser": "diffusion_model.", "text_encoder": "text_encoders.clip_h.transformer."},
     original_in_kohya=False,
 )
-SDXL = FamilyKeys(
+SDXL = NameTable(
     name="sdxl",
     base_versions=("sdxl_base_v1-0",),
-    architecture="stable-diffusion-xl-v1-base/lora",
+    architecture="stable-diffusion-xl-v1-base",
     signs=(
         *_signs(context_width=2048, text_width=768),
         # Up to ten transformer blocks in a row, where SD1.x and SD2.x have one.

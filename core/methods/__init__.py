@@ -1,18 +1,25 @@
-"""The methods. A new one is a file beside these that defines METHOD, and is chosen by the name of its file."""
+"""The methods. A new one is a file beside these that defines METHOD, a line in METHODS, and its name in `config.MethodName`."""
 
 from collections.abc import Mapping
-from importlib import import_module
 
 from torch import nn
 
-from ..adapters import Adapter, Method
+from ..adapters import Adapter, Method, Trained
 from ..base import Base
-from ..config import METHOD_NAMES, TrainConfig
+from ..config import TrainConfig
 from ..families.spec import FamilySpec
 from ..lora_file import LoraFile
+from . import dora, dreambooth, loha, lokr, lora, oft, pivotal, textual_inversion
 
 METHODS: dict[str, Method] = {
-    name: import_module(f".{name.replace('-', '_')}", __package__).METHOD for name in METHOD_NAMES
+    "dora": dora.METHOD,
+    "dreambooth": dreambooth.METHOD,
+    "loha": loha.METHOD,
+    "lokr": lokr.METHOD,
+    "lora": lora.METHOD,
+    "oft": oft.METHOD,
+    "pivotal": pivotal.METHOD,
+    "textual-inversion": textual_inversion.METHOD,
 }
 
 
@@ -23,11 +30,16 @@ def attach(
     return METHODS[config.method].attach(networks, family, config, continue_from)
 
 
+def peak_rate(config: TrainConfig) -> float:
+    """The peak learning rate of a run: the set one, else what suits its method."""
+    return METHODS[config.method].peak_rate(config)
+
+
 def trains_text(config: TrainConfig) -> bool:
     """Whether the text is encoded anew in each step: there is no conditioning to compute beforehand then."""
     return METHODS[config.method].trains_text(config)
 
 
-def files_beside(file: LoraFile, base: Base, config: TrainConfig) -> Mapping[str, LoraFile]:
+def files_beside(file: Trained, base: Base, config: TrainConfig) -> Mapping[str, LoraFile]:
     """What is written beside the trained file: addition to its name -> file."""
     return METHODS[config.method].beside(file, base, config)

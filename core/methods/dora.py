@@ -66,8 +66,8 @@ class DoraAdapter(Adapter):
         magnitudes = {f"{part}.{path}.dora": layer.magnitude for (part, path), layer in self.layers.items()}
         return self.lora.parameters() | magnitudes
 
-    def rate(self, name: str, config: TrainConfig) -> float:
-        return self.lora.rate(name, config)
+    def rate(self, name: str, config: TrainConfig, peak: float) -> float:
+        return self.lora.rate(name, config, peak)
 
     def export(self, values: Mapping[str, Tensor], base: Base, metadata: Mapping[str, str]) -> LoraFile:
         tensors = {}

@@ -3,7 +3,6 @@
 The result is a checkpoint in the original naming, as ComfyUI loads it; beside it, the same change as a LoRA.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,9 +10,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..adapters import Adapter, Method, refuse_settings_of_lora, target_modules
+from ..adapters import Adapter, Method, Trained, refuse_settings_of_lora, target_modules
 from ..base import Base, load_base
 from ..config import TrainConfig
+from ..device import free_memory
 from ..errors import BadConfig, LoraMisfit, OutOfMemory
 from ..families.spec import FamilySpec
 from ..lora_file import LoraFile
@@ -21,7 +21,7 @@ from ..lora_keys import ModuleId
 from ..lora_modules import LoraModule
 from ..lora_tools import factorise
 from ..memory_plan import OPTIMIZER_BYTES
-from ..original_checkpoint import ORIGINAL_FAMILIES, original_tensors
+from ..original_checkpoint import ORIGINAL_FAMILIES, Checkpoint, original_tensors
 
 _PLAIN_BYTES = 8
 """A float32 weight and its gradient."""
@@ -55,7 +55,7 @@ class FullAdapter(Adapter):
             for name, parameter in parameters.items():
                 parameter.data = trained[name]
 
-    def export(self, values: Mapping[str, Tensor], base: Base, metadata: Mapping[str, str]) -> LoraFile:
+    def export(self, values: Mapping[str, Tensor], base: Base, metadata: Mapping[str, str]) -> Checkpoint:
         parts = {part: dict(component.tensors) for part, component in base.components.items()}
         for name, value in values.items():
             part, _, path = name.partition(".")
@@ -63,10 +63,6 @@ class FullAdapter(Adapter):
         kept = {key: value for key, value in metadata.items() if not key.startswith("ss_network_")}
         kept["modelspec.architecture"] = base.family.architecture
         return Checkpoint(base.family.name, kept, original_tensors(base, parts))
-
-
-class Checkpoint(LoraFile):
-    """A whole base model in the original naming: it goes the way to the disk that LoRA files go."""
 
 
 def attach(
@@ -79,7 +75,8 @@ def attach(
         raise LoraMisfit(f"{continue_from.name}: method 'dreambooth' goes on from a checkpoint: give it as the base")
     refuse_settings_of_lora(config)
     parameters = [parameter for network in networks.values() for parameter in network.parameters()]
-    check_memory(sum(parameter.numel() for parameter in parameters), config, free_memory(parameters[0].device))
+    if (free := free_memory(parameters[0].device)) is not None:
+        check_memory(sum(parameter.numel() for parameter in parameters), config, free)
     adapter = FullAdapter(networks, {})
     originals = {name: parameter.data for name, parameter in adapter.parameters().items()}
     for parameter in parameters:
@@ -88,7 +85,7 @@ def attach(
     return FullAdapter(networks, originals)
 
 
-def check_memory(count: int, config: TrainConfig, free: float) -> None:
+def check_memory(count: int, config: TrainConfig, free: int) -> None:
     """OutOfMemory, with what would do, when `count` trained numbers need more than the `free` bytes."""
 
     def needed(optimizer: str) -> float:
@@ -104,20 +101,7 @@ def check_memory(count: int, config: TrainConfig, free: float) -> None:
     )
 
 
-def free_memory(device: torch.device) -> float:
-    """Bytes that a device has left; infinity where nobody says."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    if device.type == "cpu" and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        try:
-            with open("/proc/meminfo", encoding="ascii") as file:
-                return 1024.0 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
-        except (OSError, StopIteration):
-            return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
-    return float("inf")
-
-
-def beside(file: LoraFile, base: Base, config: TrainConfig) -> dict[str, LoraFile]:
+def beside(file: Trained, base: Base, config: TrainConfig) -> dict[str, LoraFile]:
     """The change of the layers that a LoRA with convolutions has, at the settings' rank; norms and biases are left out."""
     trained = load_base(file.tensors).components
     networks = {}

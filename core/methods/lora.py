@@ -14,7 +14,7 @@ from ..config import TrainConfig
 from ..errors import LoraMisfit
 from ..families.spec import FamilySpec
 from ..lora_file import LoraFile
-from ..lora_keys import FAMILIES, ModuleId
+from ..lora_keys import ModuleId
 from ..lora_layer import LoraLayer
 from ..lora_modules import LoraModule, name_in_scheme
 
@@ -70,8 +70,8 @@ class LoraAdapter(Adapter):
     def export(self, values: Mapping[str, Tensor], base: Base, metadata: Mapping[str, str]) -> LoraFile:
         return LoraFile.from_modules(base.family.name, self.modules(values), metadata, base.family.lora_scheme)
 
-    def rate(self, name: str, config: TrainConfig) -> float:
-        return super().rate(name, config) * (config.lora_plus_ratio if name.endswith(".up") else 1.0)
+    def rate(self, name: str, config: TrainConfig, peak: float) -> float:
+        return super().rate(name, config, peak) * (config.lora_plus_ratio if name.endswith(".up") else 1.0)
 
     @torch.no_grad()
     def load(self, modules: Mapping[ModuleId, LoraModule]) -> None:
@@ -142,7 +142,7 @@ def _shared(family: FamilySpec, layers: Mapping[ModuleId, LoraLayer]) -> dict[Mo
     firsts: dict[tuple[str, int], ModuleId] = {}
     shared = {}
     for (part, path), layer in layers.items():
-        name, _, _ = name_in_scheme(FAMILIES[family.name], part, path, family.lora_scheme)
+        name, _, _ = name_in_scheme(family.names, part, path, family.lora_scheme)
         shared[part, path] = firsts.setdefault((name, layer.down.shape[0]), (part, path))
     return shared
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from ..adapters import Adapter, Method
+from ..adapters import Adapter, Method, Trained
 from ..base import Base
 from ..config import TrainConfig
 from ..embeddings import bundled_tensors, embedding_files
@@ -29,8 +29,8 @@ class PivotalAdapter(Adapter):
     def parameters(self) -> dict[str, nn.Parameter]:
         return self.lora.parameters() | self.word.parameters()
 
-    def rate(self, name: str, config: TrainConfig) -> float:
-        return (self.word if name.endswith(".vectors") else self.lora).rate(name, config)
+    def rate(self, name: str, config: TrainConfig, peak: float) -> float:
+        return (self.word if name.endswith(".vectors") else self.lora).rate(name, config, peak)
 
     def constrain(self) -> None:
         self.word.constrain()
@@ -54,8 +54,9 @@ def attach(
     return PivotalAdapter(networks, attach_lora(adapted, family, config), word)
 
 
-def beside(file: LoraFile, base: Base, config: TrainConfig) -> dict[str, LoraFile]:
+def beside(file: Trained, base: Base, config: TrainConfig) -> dict[str, LoraFile]:
     """The embedding, for tools that read it only as a file of its own (ComfyUI)."""
+    assert isinstance(file, LoraFile)
     (embedding,) = embedding_files(file).values()
     return {"embedding": embedding}
 

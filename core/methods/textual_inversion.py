@@ -41,7 +41,7 @@ class WordAdapter(Adapter):
         tensors = embedding_tensors(base.family.name, self.of_parts(values))
         return LoraFile(base.family.name, {**kept, **architecture}, tensors)
 
-    def rate(self, name: str, config: TrainConfig) -> float:
+    def rate(self, name: str, config: TrainConfig, peak: float) -> float:
         return config.embedding_rate
 
     @torch.no_grad()

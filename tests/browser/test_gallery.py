@@ -7,7 +7,7 @@ from PIL import Image
 
 from core import Job
 from core.gallery import gallery_page
-from core.headshots import FaceOutcome, Headshot
+from core.headshot import FaceOutcome, Headshot
 
 pytestmark = pytest.mark.browser
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from core.lora_file import LoraFile
-from core.lora_keys import FAMILIES, ModuleId
+from core.lora_keys import NAME_TABLES, ModuleId
 from core.lora_modules import LoraModule
 
 from .setup_comfyui import COMFYUI, PYTHON
@@ -265,7 +265,7 @@ def text_of_peft(family: str, lora: LoraFile) -> Changes:
 
 
 def of_peft(family: str, lora: LoraFile) -> Changes:
-    return into_peft(partial(model_of, family), lora, FAMILIES[family].diffusers_prefix)
+    return into_peft(partial(model_of, family), lora, NAME_TABLES[family].diffusers_prefix)
 
 
 def into_peft(make_model: Callable[[], nn.Module], lora: LoraFile, prefix: str) -> Changes:
@@ -319,7 +319,7 @@ def in_original_names(family: str, modules: Mapping[ModuleId, LoraModule]) -> Ch
     parts: dict[str, dict[int, Tensor]] = {}
     swapped = set()
     for (_, path), module in modules.items():
-        fusion = FAMILIES[family].of_diffusers(path)
+        fusion = NAME_TABLES[family].of_diffusers(path)
         change = probed(module.down, module.up, module.scale)
         parts.setdefault(fusion.original, {})[fusion.parts.index(path)] = change
         if fusion.halves_swapped and len(change) == 2 * module.down.shape[1]:

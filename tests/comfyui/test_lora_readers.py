@@ -15,7 +15,8 @@ from torch import Tensor
 
 from core.lora_file import LoraFile
 from core.lora_inspect import not_loaded_by
-from core.lora_keys import FAMILIES, ModuleId
+from core.lora_keys import NAME_TABLES as FAMILIES
+from core.lora_keys import ModuleId
 from core.lora_modules import SCHEMES, LoraModule
 
 from .lora_changes import (

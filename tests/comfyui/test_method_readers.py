@@ -15,7 +15,7 @@ from core.config import TrainConfig
 from core.embeddings import bundled_tensors, embedding_tensors
 from core.families import FAMILIES
 from core.lora_file import LoraFile
-from core.lora_keys import FAMILIES as KEYS
+from core.lora_keys import NAME_TABLES as KEYS
 from core.methods import METHODS
 from core.safetensors_file import SafetensorsFile
 from tests.tooling import write_checkpoint

@@ -1,4 +1,4 @@
-"""nodes/comfyui_trainer.py: ComfyUI's own trainer as a peer of `facelora bench`."""
+"""tools/comfyui_trainer.py: ComfyUI's own trainer as a peer of `facelora bench`."""
 
 from dataclasses import replace
 

@@ -1,6 +1,6 @@
 """ComfyUI's own LoRA trainer as a peer of `facelora bench`, in a process of its own.
 
-`python nodes/comfyui_trainer.py COMFYUI FOLDER` trains, with the code of the `Train LoRA` node, on what is in the folder:
+`python tools/comfyui_trainer.py COMFYUI FOLDER` trains, with the code of the `Train LoRA` node, on what is in the folder:
 `weights.safetensors` (a denoiser in diffusers' names), `inputs.safetensors` (latents and conditioning), `task.json`. For each
 line on its standard input it makes one step and answers with a line `STEP {...}`; it ends when there are no more.
 """

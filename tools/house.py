@@ -1,0 +1,212 @@
+"""Prints how the house stands: circles of imports, imports that point to a higher storey, long functions, broad excepts.
+
+    python tools/house.py
+
+The sources are read, not run. An import inside a function counts like one at the top of its file, and one for type
+checkers like one that runs.
+"""
+
+import ast
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+STOREYS: tuple[tuple[str, ...], ...] = (
+    ("errors", "config", "device", "storage"),
+    ("tensor_names",),
+    ("faces",),
+    ("photos", "models"),
+    ("lora",),
+    ("pictures",),
+    ("training",),
+    ("studio", "bench", "demo"),
+    ("cli", "nodes", "tools"),
+)
+"""The rooms from the lowest storey to the highest. A module may import from its own storey and from those below."""
+FILES: Mapping[str, str] = {
+    "storage": "cache_folder files lazy safetensors_file",
+    "tensor_names": "lora_keys",
+    "models": "base base_weights compiled eight_bit families memory_plan objective original_checkpoint",
+    "lora": "apply embeddings lora_blocks lora_checkpoints lora_file lora_hashes lora_inspect lora_kinds lora_modules"
+    " lora_keys.readers lora_tools",
+    "pictures": "face_pass gallery generate headshot headshots sampling sheet style_pack style_picture",
+    "training": "adapters batches cache checkpoint identity kind_adapter likeness lora_layer memory_prediction methods"
+    " optimizer photos_to_lora recipes run samples store training training_metadata",
+    "bench": "bench_loops compare",
+    "cli": "__init__ __main__ cli_common cli_compare cli_lora cli_pictures cli_settings",
+}
+"""Room -> the files and folders of `core/` that belong to it without being in a folder of its name."""
+_ROOM_OF = {name: room for room, names in FILES.items() for name in names.split()}
+MOST_BRANCHES = 25
+SHOWN = 8
+"""Longest functions that are listed."""
+_BRANCHES = (ast.If, ast.IfExp, ast.For, ast.While, ast.ExceptHandler, ast.comprehension, ast.BoolOp, ast.match_case)
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+@dataclass(frozen=True)
+class Import:
+    """One module of the project that another one names."""
+
+    importer: str
+    imported: str
+    line: int
+    late: bool
+    """Whether it stands inside a function."""
+
+
+@dataclass(frozen=True)
+class Function:
+    module: str
+    name: str
+    lines: int
+    branches: int
+
+
+def read_sources(root: Path = ROOT) -> dict[str, ast.Module]:
+    """Dotted name of every module of the library, the nodes and the tools -> its syntax tree."""
+    found = {}
+    for top in ("core", "nodes", "tools"):
+        for path in sorted((root / top).rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            found[".".join(parts)] = ast.parse(path.read_text(encoding="utf-8"))
+    return found
+
+
+def room_of(module: str) -> str:
+    """The room that a module is in."""
+    top, _, rest = module.partition(".")
+    name = rest.partition(".")[0]
+    return (_ROOM_OF.get(rest) or _ROOM_OF.get(name, name)) if top == "core" else top
+
+
+def storey_of(module: str) -> int:
+    """How high the room of a module is."""
+    return next(height for height, rooms in enumerate(STOREYS) if room_of(module) in rooms)
+
+
+def imports_of(modules: Mapping[str, ast.Module]) -> list[Import]:
+    """Every import of one module of the project by another."""
+    found = set()
+    for importer, tree in modules.items():
+        late = {id(inner) for node in ast.walk(tree) if isinstance(node, _FUNCTIONS) for inner in ast.walk(node)}
+        for node in ast.walk(tree):
+            for name in _imported(node, importer):
+                imported = name if name in modules else f"{name}.__init__"
+                if imported in modules and imported != importer:
+                    found.add(Import(importer, imported, node.lineno, id(node) in late))  # pyright: ignore
+    return sorted(found, key=lambda found: (found.importer, found.line, found.imported))
+
+
+def _imported(node: ast.AST, importer: str) -> Iterator[str]:
+    """The dotted names that an import statement may mean: `from .a import b` both `a` and its `b`, where there are such."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        package = importer.split(".")[: -node.level] if node.level else []
+        base = ".".join([*package, *(node.module.split(".") if node.module else [])])
+        submodules = [f"{base}.{alias.name}" for alias in node.names]
+        yield from submodules
+        if node.module:
+            yield base
+
+
+def circles(arrows: Iterable[tuple[str, str]]) -> list[list[str]]:
+    """The sets of names in which each leads to each other one along the arrows, largest first."""
+    targets: dict[str, set[str]] = {}
+    for source, target in arrows:
+        targets.setdefault(source, set()).add(target)
+    reached = {name: _reached(name, targets) for name in targets}
+    found: list[list[str]] = []
+    for name in sorted(targets):
+        circle = sorted(other for other in reached[name] if name in reached.get(other, ()))
+        if name in reached[name] and circle not in found:
+            found.append(circle)
+    return sorted(found, key=len, reverse=True)
+
+
+def _reached(start: str, targets: Mapping[str, set[str]]) -> set[str]:
+    reached: set[str] = set()
+    waiting = [start]
+    while waiting:
+        for target in targets.get(waiting.pop(), set()) - reached:
+            reached.add(target)
+            waiting.append(target)
+    return reached
+
+
+def room_circles(imports: Iterable[Import]) -> list[list[str]]:
+    """The circles of rooms: two rooms of one storey may not import each other either."""
+    rooms = ((room_of(one.importer), room_of(one.imported)) for one in imports)
+    return circles((source, target) for source, target in rooms if source != target)
+
+
+def upward(imports: Iterable[Import]) -> list[Import]:
+    """The imports of a room on a higher storey."""
+    return [one for one in imports if storey_of(one.imported) > storey_of(one.importer)]
+
+
+def functions_of(modules: Mapping[str, ast.Module]) -> list[Function]:
+    """Every function and method, the longest first. What stands in an inner function counts for the outer one too."""
+    found = [
+        Function(module, node.name, (node.end_lineno or node.lineno) - node.lineno + 1, _branches(node))
+        for module, tree in modules.items()
+        for node in ast.walk(tree)
+        if isinstance(node, _FUNCTIONS)
+    ]
+    return sorted(found, key=lambda function: -function.lines)
+
+
+def _branches(function: ast.AST) -> int:
+    return sum(isinstance(node, _BRANCHES) for node in ast.walk(function))
+
+
+def broad_excepts(modules: Mapping[str, ast.Module]) -> list[tuple[str, int]]:
+    """(module, line) of each `except` that catches every error."""
+    return [
+        (module, node.lineno)
+        for module, tree in modules.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ExceptHandler)
+        and (node.type is None or (isinstance(node.type, ast.Name) and node.type.id in ("Exception", "BaseException")))
+    ]
+
+
+def main() -> None:
+    modules = read_sources()
+    imports = imports_of(modules)
+    at_top = sorted(name for name in modules if name.startswith("core.") and name.count(".") == 1)
+    _print("modules at the top of core/", [name.removeprefix("core.") for name in at_top], shown=0)
+    _print("circles of modules", [", ".join(c) for c in circles((one.importer, one.imported) for one in imports)])
+    _print("circles of rooms", [", ".join(circle) for circle in room_circles(imports)])
+    _print(
+        "imports upward",
+        [f"{_arrow(one)} ({room_of(one.importer)} -> {room_of(one.imported)})" for one in upward(imports)],
+    )
+    late = [one for one in imports if one.late]
+    _print("imports inside functions, in cli", [_arrow(one) for one in late if room_of(one.importer) == "cli"], shown=0)
+    _print("imports inside functions, elsewhere", [_arrow(one) for one in late if room_of(one.importer) != "cli"])
+    functions = functions_of(modules)
+    longest = [f"{f.lines} lines: {f.module}.{f.name}" for f in functions[:SHOWN]]
+    _print(f"longest of {len(functions)} functions", longest)
+    branching = sorted((f for f in functions if f.branches > MOST_BRANCHES), key=lambda f: -f.branches)
+    _print(
+        f"functions with more than {MOST_BRANCHES} branches",
+        [f"{f.branches} branches: {f.module}.{f.name}" for f in branching],
+    )
+    _print("excepts that catch every error", [f"{module}:{line}" for module, line in broad_excepts(modules)])
+
+
+def _arrow(one: Import) -> str:
+    return f"{one.importer}:{one.line} imports {one.imported.removesuffix('.__init__')}"
+
+
+def _print(title: str, items: list[str], shown: int | None = None) -> None:
+    print(f"{title}: {len(items)}")
+    for item in items[:shown]:
+        print(f"    {item}")
+
+
+if __name__ == "__main__":
+    main()
