@@ -386,7 +386,7 @@ def test_the_truncated_svd_of_a_large_matrix_is_that_of_the_full_one():
     assert torch.allclose(found, values[:16], rtol=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.clock
 def test_a_whole_sdxl_lora_is_resized_in_under_a_minute():
     linear = json.loads((REFERENCE / "kohya_sdxl.json").read_text())
     lora = LoraFile.from_tensors(kohya_tensors(linear, rank=64, alpha=32.0), {})
