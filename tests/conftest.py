@@ -12,6 +12,7 @@ from tests.comfyui.server import TEST_PACK, ComfyServer, running_server
 from tests.tooling import SMALL_SD15, SMALL_SDXL, write_checkpoint, write_in_16_bits, write_photos
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where tests run in several processes: those of one server in one of them, the others file by file.
 
