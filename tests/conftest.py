@@ -1,7 +1,9 @@
 """What the tests share: a cache folder of their own, small random base models, photos, and one ComfyUI server."""
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,15 +14,27 @@ from tests.comfyui.server import TEST_PACK, ComfyServer, running_server
 from tests.tooling import SMALL_SD15, SMALL_SDXL, write_checkpoint, write_in_16_bits, write_photos
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Where tests run in several processes: those of one server in one of them, the others file by file.
 
-    The server's tests come first, since they take the longest.
+    (xdist's own groups, of --dist loadgroup, are without effect since pytest 9.2: they were written into a test's id.)
     """
-    for item in items:
-        shares_server = "server" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("server" if shares_server else item.nodeid.partition("::")[0]))
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class FileByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "server" if may_use_server(config.rootpath / file) else file
+
+    return FileByFile(config, log)
+
+
+@cache
+def may_use_server(file: Path) -> bool:
+    return file.parent.name in ("browser", "comfyui") and "server" in file.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session", autouse=True)
