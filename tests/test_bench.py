@@ -85,7 +85,9 @@ def test_recomputing_the_forward_pass_shows_in_the_count():
     assert bench.count_flops(ours.step) > without + 0.8 * bench.count_flops(ours.forward)
 
 
-@pytest.mark.parametrize(("family", "precision"), [("sd15", "bf16"), ("sdxl", "fp32")])
+@pytest.mark.parametrize(
+    ("family", "precision"), [("sd15", "bf16"), pytest.param("sdxl", "fp32", marks=pytest.mark.slow)]
+)
 def test_a_step_of_either_loop_trains_every_layer(family, precision):
     for loop in small_loops(family, precision):
         loop.step()

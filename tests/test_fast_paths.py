@@ -15,7 +15,7 @@ from core.config import TrainConfig
 from core.lora_layer import LoraLayer
 from core.methods.lora import LoraAdapter
 from core.run import Run
-from tests.tooling import assert_trained_alike, encoded_cache, encoded_image
+from tests.tooling import UNETS, assert_trained_alike, encoded_cache, encoded_image, mostly_slow
 
 CPU = torch.device("cpu")
 STEPS = 20
@@ -35,7 +35,7 @@ def plain_forward(layer: LoraLayer, x: Tensor) -> Tensor:
     return layer.base_layer(x) + layer.scale * linear(linear(x, layer.down), layer.up)
 
 
-@pytest.fixture(scope="module", params=["sd15", "sdxl"])
+@pytest.fixture(scope="module", params=mostly_slow(UNETS, "sd15"))
 def base(request, small_sd15, small_sdxl) -> Base:
     return load_base({"sd15": small_sd15, "sdxl": small_sdxl}[request.param])
 
