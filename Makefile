@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 # Two processes, each computing with one thread. The tests of one server, and those of one file, stay together.
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 
 .PHONY: demo test test-fast test-all setup-test lint bench
 

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,14 +15,26 @@ from tests.comfyui.server import TEST_PACK, ComfyServer, running_server
 from tests.tooling import SMALL_SD15, SMALL_SDXL, write_checkpoint, write_in_16_bits, write_photos
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run in several processes: those of one server in one of them, the others file by file.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where tests run in several processes (`-n 2`): those of the server in one of them, the others file by file.
 
-    The server's tests come first, since they take the longest.
+    A group of xdist's own would do, but those are without effect since pytest 9.2.
     """
-    for item in items:
-        shares_server = "server" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("server" if shares_server else item.nodeid.partition("::")[0]))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class FileByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "server" if needs_server(config.rootpath / file) else file
+
+    return FileByFile(config, log)
+
+
+@cache
+def needs_server(file: Path) -> bool:
+    """Whether a test of that file may have the fixture `server`."""
+    return file.parent.name in ("browser", "comfyui") and "(server" in file.read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session", autouse=True)

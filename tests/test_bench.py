@@ -85,7 +85,9 @@ def test_recomputing_the_forward_pass_shows_in_the_count():
     assert bench.count_flops(ours.step) > without + 0.8 * bench.count_flops(ours.forward)
 
 
-@pytest.mark.parametrize(("family", "precision"), [("sd15", "bf16"), ("sdxl", "fp32")])
+@pytest.mark.parametrize(
+    ("family", "precision"), [("sd15", "bf16"), pytest.param("sdxl", "fp32", marks=pytest.mark.slow)]
+)
 def test_a_step_of_either_loop_trains_every_layer(family, precision):
     for loop in small_loops(family, precision):
         loop.step()
@@ -122,6 +124,7 @@ def test_forward_leaves_no_gradient():
     assert all(p.grad is None for p in [*ours.run.parameters.values(), *peer.parameters])
 
 
+@pytest.mark.clock
 def test_peak_memory_sees_what_was_allocated_and_freed_again():
     def fill(megabytes):
         peak = bench.peak_memory(lambda: torch.ones(megabytes * 2**18).sum(), CPU)
@@ -153,6 +156,7 @@ def test_a_step_counts_about_two_forwards_since_frozen_weights_need_no_gradient(
     assert 1.7 < bench.count_flops(ours.step) / bench.count_flops(ours.forward) < 2.1  # 3 with the weights' gradients
 
 
+@pytest.mark.clock
 def test_the_figures_of_a_report_agree_with_each_other(report):
     for name in ("ours", "peer"):
         figures = report[name]
@@ -226,6 +230,7 @@ def test_a_report_that_cannot_be_added_is_refused_before_and_shown_all_the_same_
     assert bench.format_report(report) in shown.out and "No space left" in shown.err
 
 
+@pytest.mark.clock
 def test_the_predicted_memory_is_less_than_what_the_process_takes_with_all_its_libraries(report):
     weights = 4 * report["parameters"]
     assert weights < report["predicted_bytes"] < report["ours"]["peak_bytes"]

@@ -8,11 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from core.checkpoint import RunState, pack_optimizer, read_state, unpack_optimizer
+from core.cli import main
+from core.cli_common import JsonProgress
 from core.errors import BadConfig, BadFile
 from core.safetensors_file import SafetensorsFile
 from tests.tooling import SMALL_SD15, write_checkpoint, write_photos
@@ -20,11 +23,17 @@ from tests.tooling import SMALL_SD15, write_checkpoint, write_photos
 ROOT = Path(__file__).parent.parent
 
 
-def command(folder: Path, base: Path, photos: Path, output: str, *options: str) -> list[str]:
+def training(folder: Path, base: Path, photos: Path, output: str, *options: str) -> list[str]:
+    """Arguments of the command line."""
     return [
-        sys.executable, "-m", "core", "train", str(photos), "--base", str(base), "--output", str(folder / output),
+        "train", str(photos), "--base", str(base), "--output", str(folder / output),
         "--resolution", "32", "--rank", "2", "--json", *options,
     ]  # fmt: skip
+
+
+def command(*arguments: Any) -> list[str]:
+    """The same for a process of its own."""
+    return [sys.executable, "-m", "core", *training(*arguments)]
 
 
 def finish(arguments: list[str]) -> None:
@@ -94,8 +103,67 @@ def test_a_run_killed_at_random_moments_gives_the_same_file(tmp_path, small_sd15
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.safetensors", "whole.safetensors"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_signal_stops_the_run_with_a_state_from_which_it_goes_on(tmp_path, small_sd15, photo_folder, number):
+DIES_WHILE_WRITING_ITS_THIRD_STATE = """
+import os, signal, sys
+from core.cli import main
+
+replace, states = os.replace, []
+
+def replace_or_die(source, target):
+    if str(target).endswith(".state.safetensors"):
+        states.append(target)
+        if len(states) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+
+os.replace = replace_or_die
+main(sys.argv[1:])
+"""
+
+
+def test_a_run_that_is_killed_while_it_writes_its_state_goes_on_from_the_one_before(
+    tmp_path, small_sd15, photo_folder, monkeypatch
+):
+    options = ["--steps", "4", "--state-interval", "0", *VARIANTS["adamw, ema, dropout"]]
+    arguments = training(tmp_path, small_sd15, photo_folder, "killed.safetensors", *options)
+    killed = subprocess.run([sys.executable, "-c", DIES_WHILE_WRITING_ITS_THIRD_STATE, *arguments], cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL
+    assert SafetensorsFile.open(tmp_path / "killed.state.safetensors").metadata["step"] == "2"
+    assert len(list(tmp_path.iterdir())) == 2  # and what it was writing
+    steps = []
+    monkeypatch.setattr(JsonProgress, "step", lambda progress, report: steps.append(report.step))
+    assert main([*arguments, "--resume"]) == 0
+    assert steps == [3, 4]
+    assert main(training(tmp_path, small_sd15, photo_folder, "whole.safetensors", *options)) == 0
+    assert_equal(tmp_path / "whole.safetensors", tmp_path / "killed.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.safetensors", "whole.safetensors"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_a_step_stops_the_run_after_it(tmp_path, small_sd15, photo_folder, number, monkeypatch, capsys):
+    step = JsonProgress.step
+
+    def step_and_signal(progress, report):
+        step(progress, report)
+        if report.step == 2:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(JsonProgress, "step", step_and_signal)
+    arguments = training(tmp_path, small_sd15, photo_folder, "face.safetensors", "--steps", "100000")
+    before = signal.getsignal(number)
+    assert main(arguments) == 1
+    assert signal.getsignal(number) is before
+    errors = capsys.readouterr().err
+    assert (
+        errors.startswith("facelora: stopped after step 2 of 100000; go on with --resume") and errors.count("\n") == 1
+    )
+    assert SafetensorsFile.open(tmp_path / "face.state.safetensors").metadata["step"] == "2"
+    assert [path.name for path in tmp_path.iterdir()] == ["face.state.safetensors"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_a_process_with_a_state_from_which_it_goes_on(tmp_path, small_sd15, photo_folder, number):
     arguments = command(tmp_path, small_sd15, photo_folder, "face.safetensors", "--steps", "100000")
     run = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert run.stdout is not None

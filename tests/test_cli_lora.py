@@ -197,6 +197,7 @@ def write_constant_weights(path: Path, layers: int, change: float) -> None:
     save_safetensors(path, weights)
 
 
+@pytest.mark.clock
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says how much memory is anonymous")
 def test_an_extraction_takes_no_more_memory_for_a_checkpoint_of_five_times_the_size(tmp_path):
     peaks = []

@@ -24,7 +24,7 @@ from core.objective import FlowSchedule
 from core.photos_to_lora import check_base_options, distilled_hint, train
 from core.run import Run
 from core.sampling import FLOW_SAMPLERS, encode_prompts, sample_latents
-from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, small_flow_base
+from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, mostly_slow, small_flow_base
 
 CPU = torch.device("cpu")
 PLAIN = TrainConfig(rank=3, alpha=2.0, precision="fp32", batch_size=2)
@@ -152,7 +152,7 @@ def test_a_prediction_never_waits_for_the_device(bases, family):
     assert prediction.shape == latents.shape
 
 
-@pytest.mark.parametrize("family", SMALL_FLOWS)
+@pytest.mark.parametrize("family", mostly_slow(SMALL_FLOWS, "flux1"))
 def test_the_loss_falls_over_100_steps_on_two_pictures(bases, family):
     run = started_run(bases[family], replace(PLAIN, rank=8, learning_rate=1e-2))
     losses = []

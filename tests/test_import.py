@@ -31,6 +31,7 @@ def test_the_command_lines_help_needs_no_heavy_library():
     assert not modules & {*HEAVY, *COMFYUI}
 
 
+@pytest.mark.clock
 def test_importing_core_is_quick_beside_torch():
     code = "import torch, PIL.Image, time; t = time.process_time(); import core; print(time.process_time() - t)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

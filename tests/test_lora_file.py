@@ -161,6 +161,7 @@ def test_alpha_and_rslora_in_the_metadata_of_peft_are_used():
     assert [module.scale for module in lora.modules().values()] == [4.0, 4.0]
 
 
+@pytest.mark.clock
 def test_an_alpha_for_each_of_a_thousand_modules_is_found_at_once():
     paths = [f"mid_block.attentions.0.transformer_blocks.{i}.attn2.to_k" for i in range(1000)]
     tensors = {f"unet.{path}.lora_A.weight": torch.zeros(1, 2048) for path in paths}

@@ -301,7 +301,7 @@ def test_a_small_file_that_claims_a_huge_weight_allocates_none(tmp_path):
     assert any("4 tensors are not understood" in text for text in texts(path))
 
 
-@pytest.mark.slow
+@pytest.mark.clock
 def test_two_gigabytes_are_inspected_in_under_a_second_without_reading_them(tmp_path):
     path = tmp_path / "a.safetensors"
     names = [n.removesuffix(".alpha") for n in kohya_tensors(some("sdxl", 1), rank=1) if n.endswith(".alpha")]

@@ -19,6 +19,7 @@ from torch import nn
 
 from core import bench_loops
 from core.base import Base, load_base
+from core.cache import LatentCache
 from core.config import TrainConfig
 from core.eight_bit import EightBitConv2d, EightBitLinear, narrow_weights, narrowed, widened
 from core.errors import OutOfMemory
@@ -31,7 +32,7 @@ from core.samples import training_sampler
 from core.sampling import decode_latents, encode_pictures
 from core.training import train_lora
 from core.training_metadata import WEIGHTS_KEY
-from tests.tooling import SMALL_FLOWS, assert_trained_alike, encoded_cache, encoded_image, small_flow_base
+from tests.tooling import SMALL_FLOWS, assert_trained_alike, encoded_cache, encoded_image, mostly_slow, small_flow_base
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(rank=4, learning_rate=1e-3, precision="fp32", steps=4)
@@ -120,7 +121,7 @@ def needs_of_transformer(family: str, wide: dict[str, int]) -> Needs:
     return needs(base, cache, TrainConfig(rank=16, batch_size=2, precision="fp32"), family, MEASURED)
 
 
-@pytest.mark.slow
+@pytest.mark.clock
 @pytest.mark.parametrize(
     ("needs_of", "family", "sizes"),
     [
@@ -149,14 +150,18 @@ def test_what_lives_at_a_time_is_counted_and_what_is_gone_is_not():
     assert count.live == 0
 
 
+@pytest.mark.slow
 def test_each_plan_needs_less_than_the_one_before(base, cache):
     large = replace(cache.images[0], mean=torch.zeros(4, 64, 64), deviation=torch.zeros(4, 64, 64))
     needs = [predicted_memory(replace(cache, images=(large,)), base, CONFIG, torch.float32, plan) for plan in PLANS]
     assert needs == sorted(needs, reverse=True) and len(set(needs)) == len(PLANS)
 
 
-def test_a_small_limit_chooses_a_smaller_plan_which_trains_the_same(base, cache):
+def test_a_small_limit_chooses_a_smaller_plan_which_trains_the_same(base, cache, monkeypatch):
     needs = [predicted_memory(cache, base, CONFIG, torch.float32, plan) for plan in PLANS[:3]]
+    assert needs[0] > needs[1] > needs[2]
+    # Predicted once is enough.
+    monkeypatch.setattr("core.memory_prediction.predicted_memory", lambda *given: needs[PLANS.index(given[-1])])
     warnings: list[str] = []
     tight = replace(CONFIG, memory_limit=(needs[1] + needs[2]) / 2 / 2**30)
     small = train_lora(cache, base, tight, device=CPU, on_warning=warnings.append)
@@ -168,15 +173,22 @@ def test_a_small_limit_chooses_a_smaller_plan_which_trains_the_same(base, cache)
         torch.testing.assert_close(small.tensors[name], tensor, rtol=1e-4, atol=1e-6)
 
 
-def test_with_a_limit_that_nothing_fits_it_trains_with_the_smallest_plan_and_says_so(base, cache):
+def nothing_fits(monkeypatch) -> None:
+    """Has every plan take more than a limit of 1 GiB, without the seconds that predicting what each takes would cost."""
+    monkeypatch.setattr("core.memory_prediction.predicted_memory", lambda *_: 2**31)
+
+
+def test_with_a_limit_that_nothing_fits_it_trains_with_the_smallest_plan_and_says_so(base, cache, monkeypatch):
+    nothing_fits(monkeypatch)
     warnings: list[str] = []
-    lora = train_lora(cache, base, replace(CONFIG, memory_limit=0.001), device=CPU, on_warning=warnings.append)
+    lora = train_lora(cache, base, replace(CONFIG, memory_limit=1), device=CPU, on_warning=warnings.append)
     assert "may still be too much" in warnings[0] and str(PLANS[-1]) in warnings[0]
     assert lora.metadata["ss_steps"] == str(CONFIG.steps)
     assert lora.metadata[WEIGHTS_KEY] == "8 bits"
 
 
-def test_what_was_trained_on_8_bits_says_so_also_when_it_goes_on_in_full(base, cache, tmp_path):
+def test_what_was_trained_on_8_bits_says_so_also_when_it_goes_on_in_full(base, cache, tmp_path, monkeypatch):
+    nothing_fits(monkeypatch)
     state = tmp_path / "me.state.safetensors"
 
     def stop(report):
@@ -184,7 +196,7 @@ def test_what_was_trained_on_8_bits_says_so_also_when_it_goes_on_in_full(base, c
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_lora(cache, base, replace(CONFIG, memory_limit=0.001), device=CPU, state_path=state, on_step=stop)
+        train_lora(cache, base, replace(CONFIG, memory_limit=1), device=CPU, state_path=state, on_step=stop)
     saved: dict[int, LoraFile] = {}
     config = replace(CONFIG, save_every=3)
     last = train_lora(
@@ -346,16 +358,25 @@ def test_weights_that_come_block_by_block_train_the_same(base, cache):
     assert_trained_alike(offloaded.parameters, plain.parameters)
 
 
-@pytest.mark.parametrize("family", SMALL_FLOWS)
-def test_transformers_are_planned_and_saved_like_unets(family):
+def small_flow(family: str) -> tuple[Base, LatentCache]:
     base = small_flow_base(family)
     shape = (base.latent_shape.channels, 16, 16)
-    cache = encoded_cache(base, [encoded_image(base, "a.png", "a photo of sks person", 1, shape=shape)])
+    return base, encoded_cache(base, [encoded_image(base, "a.png", "a photo of sks person", 1, shape=shape)])
+
+
+@pytest.mark.parametrize("family", SMALL_FLOWS)
+def test_transformers_whose_weights_come_block_by_block_train_the_same(family):
+    base, cache = small_flow(family)
     plain, offloaded = (Run(cache, base, CONFIG, CPU, plan=plan) for plan in (MemoryPlan(), OFFLOADED))
     for run in (plain, offloaded):
         run.train_step()
         run.train_step()
     assert_trained_alike(offloaded.parameters, plain.parameters)
+
+
+@pytest.mark.parametrize("family", mostly_slow(SMALL_FLOWS, "flux1"))
+def test_transformers_are_planned_like_unets(family):
+    base, cache = small_flow(family)
     needs = [predicted_memory(cache, base, CONFIG, torch.float32, plan) for plan in (MemoryPlan(), OFFLOADED)]
     assert needs[1] < needs[0]
 

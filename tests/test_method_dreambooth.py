@@ -102,9 +102,10 @@ def test_the_checkpoint_has_the_names_and_shapes_of_its_base_and_the_trained_wei
     tuned, original = SafetensorsFile.open(tmp_path / "tuned.safetensors"), base.file
     assert original is not None
     assert tuned.shapes == original.shapes
+    read = load_base(tmp_path / "tuned.safetensors")
     for name, value in run.parameters.items():
         part, _, path = name.partition(".")
-        assert torch.equal(load_base(tmp_path / "tuned.safetensors").components[part].tensors[path], value)
+        assert torch.equal(read.components[part].tensors[path], value)
     theirs = convert_ldm_unet_checkpoint(dict(tuned), dict(base.components["denoiser"].config))
     assert all(torch.equal(tensor, run.parameters[f"denoiser.{path}"]) for path, tensor in theirs.items())
     vae = [name for name in original if name.startswith("first_stage_model.")]

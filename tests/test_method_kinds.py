@@ -18,7 +18,7 @@ from core.memory_prediction import predicted_memory
 from core.methods import METHODS, attach
 from core.run import Run
 from core.training import train_lora
-from tests.tooling import encoded_cache, encoded_image
+from tests.tooling import encoded_cache, encoded_image, mostly_slow
 
 CPU = torch.device("cpu")
 KINDS = ("dora", "loha", "lokr", "oft")
@@ -255,7 +255,7 @@ def test_a_run_that_becomes_nan_stops_with_the_photo_and_the_learning_rate(bases
         run.check_finite()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", mostly_slow(METHODS, "loha", "dreambooth", "textual-inversion"))
 def test_the_memory_of_a_step_is_predicted_and_more_vectors_or_a_larger_rank_take_more(bases, caches, method):
     base, plan = bases["sd15"], plans_for("off")[0]
     small, large = (

@@ -133,6 +133,7 @@ def test_a_lora_of_another_rank_or_other_targets_to_go_on_from_is_refused(base):
         attach(base, replace(CONFIG, targets="attention"), continue_from=lora)
 
 
+@pytest.mark.clock
 def test_a_full_size_sdxl_is_adapted_in_seconds_with_patterns_for_every_module():
     """peft compares each module with each pattern: one pattern for each of 722 modules took minutes."""
     import time

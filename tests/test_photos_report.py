@@ -373,7 +373,7 @@ def test_intruders_are_found_in_nearly_all_sets_and_right_photos_stay(network):
     assert wrongly <= 0.02
 
 
-@pytest.mark.slow
+@pytest.mark.clock
 def test_twenty_photos_of_twelve_megapixels_take_under_ten_seconds(tmp_path):
     noise = np.random.default_rng(0).integers(-12, 13, (4000, 3000, 3))
     for number in range(20):

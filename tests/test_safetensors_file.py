@@ -174,6 +174,7 @@ def test_a_header_of_millions_of_small_values_is_refused_before_it_is_read(heade
     assert peak < len(header) + 1_000_000
 
 
+@pytest.mark.clock
 def test_a_name_that_appears_twice_among_many_is_found_at_once(tmp_path):
     header = b"{" + b",".join(b'"%d":1' % i for i in range(100_000)) + b',"x":1,"x":2}'
     (tmp_path / "a").write_bytes(raw(header))

@@ -250,8 +250,10 @@ def test_in_half_precision_the_adapter_stays_float32_and_learns(bases, caches, f
     assert {name.partition(".")[0] for name in changed} == {"denoiser", *run.encoders}
 
 
-@pytest.mark.parametrize("family", UNETS)
-@pytest.mark.parametrize("text_encoder_lr", [0.0, 1e-4])
+@pytest.mark.parametrize(
+    ("family", "text_encoder_lr"),
+    [("sd15", 0.0), ("sd15", 1e-4), ("sdxl", 1e-4), pytest.param("sdxl", 0.0, marks=pytest.mark.slow)],
+)
 def test_a_step_never_asks_the_device_for_a_value_nor_mixes_devices(
     bases, caches, family, text_encoder_lr, monkeypatch
 ):

@@ -3,11 +3,12 @@
 import hashlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor
@@ -104,6 +105,13 @@ UNETS = ("sd15", "sdxl")
 """Families whose denoiser is a UNet."""
 
 
+def mostly_slow(values: Iterable[str], *fast: str) -> list[Any]:
+    """Parameters of a test of which a few show it in every run of the tests, and the others in a full one."""
+    values = list(values)
+    assert set(fast) <= set(values)
+    return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 def configs(shape: Shape) -> dict[str, dict[str, Any]]:
     """Part -> config, as diffusers and transformers want it."""
     levels = len(shape.vae_widths)
@@ -187,8 +195,8 @@ class RandomTensors:
         # Every tensor starts elsewhere in the same million numbers: billions of new ones would take minutes.
         start = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % len(self._pool)
         deviation = 0.02 if len(size) < 2 or "embedding" in name else 0.7 / math.sqrt(math.prod(size[1:]))
-        drawn = self._pool.repeat(-(-(start + count) // len(self._pool)))[start : start + count]
-        return drawn.mul_(deviation).to(dtype).reshape(size)
+        pool = self._pool.repeat(repeats) if (repeats := -(-(start + count) // len(self._pool))) > 1 else self._pool
+        return (pool[start : start + count] * deviation).to(dtype).reshape(size)
 
 
 def write_checkpoint(
