@@ -5,19 +5,19 @@ from core import TrainConfig, train
 lora = train("photos", "sd15.safetensors", TrainConfig(trigger_word="sks", steps=800), output="me.safetensors")
 """
 
-from .apply import apply
-from .base import Base, load_base
-from .cache import encode
-from .cache_folder import clear_cache
 from .config import TrainConfig
 from .errors import FaceLoraError
-from .generate import GenerateConfig, Job, generate
-from .lora_file import LoraFile
-from .lora_modules import LoraModule
+from .lora.apply import apply
+from .lora.file import LoraFile
+from .lora.modules import LoraModule
+from .models.base import Base, load_base
 from .photos import Photo, prepare, read_photos
-from .photos_to_lora import train
-from .sheet import contact_sheet
-from .training import StepReport, train_lora
+from .pictures.generate import GenerateConfig, Job, generate
+from .pictures.sheet import contact_sheet
+from .storage.cache_folder import clear_cache
+from .training.encode import encode
+from .training.job import train
+from .training.loop import StepReport, train_lora
 
 __all__ = [
     "Base",

@@ -11,9 +11,9 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..core.errors import BadConfig, BadFile, LoraMisfit
-from ..core.lora_blocks import BLOCK_LISTS, block_strengths
-from ..core.lora_file import Entry, LoraFile
-from ..core.lora_inspect import trigger_words
+from ..core.lora.blocks import BLOCK_LISTS, block_strengths
+from ..core.lora.file import Entry, LoraFile
+from ..core.lora.inspect import trigger_words
 from .beside import BesideWeights
 from .convert import LoraModel, loadable, lora_file
 from .embeddings import prompt_phrase

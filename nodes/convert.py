@@ -19,18 +19,18 @@ from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
-from ..core.base import Base, CaptionEncoder, load_base
-from ..core.base_weights import BaseLayers
 from ..core.config import TrainConfig
 from ..core.errors import BadConfig, BadPhoto, FaceLoraError, LoraMisfit, UnknownFamily
-from ..core.families import FAMILIES
-from ..core.families.spec import Conditioning
-from ..core.families.text import context_width, pooled_width
-from ..core.lazy import LazyTensors
-from ..core.lora_file import Entry, LoraFile, fit
-from ..core.lora_tools import convert_lora
+from ..core.lora.convert import convert_lora
+from ..core.lora.file import Entry, LoraFile, fit
+from ..core.models.base import Base, CaptionEncoder, load_base
+from ..core.models.base_weights import BaseLayers
+from ..core.models.families import FAMILIES
+from ..core.models.spec import Conditioning
+from ..core.models.text import context_width, pooled_width
 from ..core.photos import Photo
-from ..core.safetensors_file import tensor_bytes
+from ..core.storage.lazy import LazyTensors
+from ..core.storage.safetensors_file import tensor_bytes
 
 FacePhotos = io.Custom("FACE_PHOTOS")
 """list[Photo]: what Load Face Photos gives and Train Face LoRA takes, without loss and decoded only when needed."""

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import folder_paths
 
-from ..core.embeddings import embedding_files, file_word
-from ..core.files import make_folder
-from ..core.lora_file import LoraFile
+from ..core.lora.embeddings import embedding_files, file_word
+from ..core.lora.file import LoraFile
+from ..core.storage.files import make_folder
 
 
 def embedding_name(lora: LoraFile, embedding: LoraFile) -> str:

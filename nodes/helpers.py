@@ -10,11 +10,11 @@ from comfy_api.latest import io, ui
 
 from ..core.device import PRECISIONS
 from ..core.faces import Reference
-from ..core.gallery import SAME_PERSON, SOMEONE_ELSE
-from ..core.lora_file import LoraFile
-from ..core.lora_inspect import format_inspection, inspect_lora
-from ..core.lora_tools import convert_lora
-from ..core.sheet import contact_sheet
+from ..core.lora.convert import convert_lora
+from ..core.lora.file import LoraFile
+from ..core.lora.inspect import format_inspection, inspect_lora
+from ..core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
+from ..core.pictures.sheet import contact_sheet
 from .convert import FacePhotos, LoraModel, image_tensor, lora_file, lora_model, photos_of, pictures
 from .file_names import lora_path
 from .plot import score_plot

@@ -11,8 +11,8 @@ import comfy.weight_adapter
 import torch
 from torch import Tensor
 
-from ..core.lora_file import Entry, LoraFile
-from ..core.lora_kinds import needs_base, weight_change
+from ..core.lora.file import Entry, LoraFile
+from ..core.lora.kinds import needs_base, weight_change
 
 
 class OwnChange(comfy.weight_adapter.WeightAdapterBase):

@@ -17,8 +17,8 @@ from PIL import Image
 from server import PromptServer
 
 from ..core.errors import BadFile
-from ..core.files import make_folder, read_json, write_text
 from ..core.photos import Photo
+from ..core.storage.files import make_folder, read_json, write_text
 
 EVENT = "facelora.training"
 SAMPLE_SIDE = 256

@@ -17,7 +17,7 @@ from ..core.errors import BadPhoto, MissingPackage
 from ..core.faces import load_faces
 from ..core.photos import Photo, check_photos, format_report, read_photo_files, read_photos
 from ..core.photos.reading import MASK_ENDING
-from ..core.sheet import contact_sheet
+from ..core.pictures.sheet import contact_sheet
 from .convert import FacePhotos, image_tensor
 
 PREVIEW_SIDE = 1024

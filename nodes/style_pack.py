@@ -10,8 +10,8 @@ from comfy_api.latest import io, ui
 from server import PromptServer
 
 from ..core.errors import BadConfig, BadStylePack
-from ..core.style_pack import FAMILY_DEFAULTS, FoundPacks, Subject, find_style_packs
-from ..core.style_picture import style_picture
+from ..core.pictures.style_pack import FAMILY_DEFAULTS, FoundPacks, Subject, find_style_packs
+from ..core.pictures.style_picture import style_picture
 from .convert import style_family
 
 FROM_MODEL = "that of the model"

@@ -13,15 +13,15 @@ import torch
 from comfy_api.latest import io
 from PIL import Image
 
-from ..core.base import Base
 from ..core.config import TrainConfig, config_from
 from ..core.errors import BadConfig, FaceLoraError
-from ..core.families import FAMILIES
-from ..core.lora_file import LoraFile
-from ..core.methods import METHODS
-from ..core.recipes import MEASUREMENTS, RECIPES, recipe_settings
-from ..core.store import TrainedFile, TrainingJob, find_or_train
-from ..core.training import StepReport, StopAndKeep
+from ..core.lora.file import LoraFile
+from ..core.models.base import Base
+from ..core.models.families import FAMILIES
+from ..core.training.loop import StepReport, StopAndKeep
+from ..core.training.methods import METHODS
+from ..core.training.recipes import MEASUREMENTS, RECIPES, recipe_settings
+from ..core.training.store import TrainedFile, TrainingJob, find_or_train
 from . import panel
 from .convert import FacePhotos, LoraModel, base_from, image_tensor, lora_file, lora_model, photos_of, trained_family
 from .embeddings import write_embedding

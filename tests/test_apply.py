@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from core.apply import apply
-from core.base import load_base
 from core.config import TrainConfig
 from core.errors import LoraMisfit, UnmatchedKeys
-from core.lora_file import LoraFile
-from core.lora_modules import LoraModule
-from core.methods.lora import attach as attach_lora
-from core.run import Run
+from core.lora.apply import apply
+from core.lora.file import LoraFile
+from core.lora.modules import LoraModule
+from core.models.base import load_base
+from core.training.methods.lora import attach as attach_lora
+from core.training.step import Run
 from tests.tooling import UNETS, diffusers_pipeline, encoded_cache, encoded_image
 
 CPU = torch.device("cpu")

@@ -16,14 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.base import load_base
 from core.cli import main
 from core.config import TrainConfig, config_from
 from core.errors import BadConfig
-from core.identity import settings_of_the_file, settings_of_the_steps
-from core.lora_file import LoraFile
-from core.lora_modules import LoraModule
-from core.safetensors_file import save_safetensors
+from core.lora.file import LoraFile
+from core.lora.modules import LoraModule
+from core.models.base import load_base
+from core.storage.safetensors_file import save_safetensors
+from core.training.identity import settings_of_the_file, settings_of_the_steps
 from tests.tooling import SMALL_SD15, write_checkpoint
 
 

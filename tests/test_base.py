@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from core.base import Base, load_base
 from core.errors import BadConfig, BadFile, UnknownFamily
-from core.safetensors_file import SafetensorsFile
+from core.models.base import Base, load_base
+from core.storage.safetensors_file import SafetensorsFile
 from tests.tooling import SMALL_SD15, UNETS, diffusers_pipeline, write_checkpoint
 
 CPU = torch.device("cpu")
@@ -225,7 +225,7 @@ def test_the_fingerprint_changes_with_a_single_weight(small_sd15):
 def test_the_fingerprint_reads_each_weight_once(small_sd15, monkeypatch):
     base = load_base(small_sd15)
     before = base.fingerprint("denoiser", "vae")
-    monkeypatch.setattr("core.base.tensor_bytes", lambda tensor: pytest.fail("a weight was read again"))
+    monkeypatch.setattr("core.models.base.tensor_bytes", lambda tensor: pytest.fail("a weight was read again"))
     assert base.fingerprint("denoiser", "vae") == before
 
 

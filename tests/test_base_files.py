@@ -20,17 +20,17 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from core.base import Base, load_base
 from core.cli import main
 from core.config import TrainConfig
 from core.errors import BadFile, UnknownFamily, UnmatchedKeys
-from core.families import ldm, text
-from core.families.clip import TOKENIZER_FOLDER
-from core.families.sd3 import CONTEXT_WIDTH
-from core.lazy import LazyTensors
-from core.lora_file import LoraFile
-from core.run import Run
-from core.safetensors_file import SafetensorsFile, save_safetensors
+from core.lora.file import LoraFile
+from core.models import ldm, text
+from core.models.base import Base, load_base
+from core.models.clip import TOKENIZER_FOLDER
+from core.models.families.sd3 import CONTEXT_WIDTH
+from core.storage.lazy import LazyTensors
+from core.storage.safetensors_file import SafetensorsFile, save_safetensors
+from core.training.step import Run
 from tests.tooling import SMALL_FLOWS, UNETS, RandomTensors, encoded_cache, encoded_image
 
 CPU = torch.device("cpu")
@@ -575,7 +575,7 @@ def test_whether_a_tensor_is_there_and_how_large_an_encoder_is_is_known_without_
     base = load_base(parts["flux"], text_encoders=[parts["clip_l"], scaled])
     scaled.reads.clear()
     assert "encoder.block.0.layer.0.SelfAttention.q.weight" in base.components["text_encoder_2"].tensors
-    monkeypatch.setattr("core.base.LARGE_ENCODER", 0)
+    monkeypatch.setattr("core.models.base.LARGE_ENCODER", 0)
     loaded = []
     monkeypatch.setattr(Base, "load", lambda base, part, device, dtype: loaded.append((part, dtype)))
     base.load_text_encoders(CPU, torch.float16)

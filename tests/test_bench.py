@@ -1,4 +1,4 @@
-"""core/bench.py: the models are of the published size, the figures are of real steps, and both loops do the same work."""
+"""core/bench: the models are of the published size, the figures are of real steps, and both loops do the same work."""
 
 import argparse
 import json
@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from core import bench, bench_loops
+from core.bench import loops
+from core.bench import report as bench
 from core.cli import main
 from core.config import TrainConfig
 from core.errors import BadConfig, BadFile
-from core.families import FAMILIES
+from core.models.families import FAMILIES
 
 CPU = torch.device("cpu")
 RESOLUTION = {"sd15": 128, "sdxl": 64}
@@ -23,9 +24,9 @@ def small_loops(family="sd15", precision: Literal["fp32", "bf16"] = "fp32"):
     """Our loop and the peer's on one small denoiser, as the benchmark makes them."""
     config = TrainConfig(rank=4, resolution=RESOLUTION[family], precision=precision, gradient_checkpointing="off")
     _, dtype = bench.device_and_dtype(config, CPU)
-    base = bench_loops.random_base(family, 64, CPU, dtype)
-    cache = bench_loops.random_cache(base, config)
-    return bench_loops.OurLoop(cache, base, config, CPU), bench_loops.PlainLoop(cache, base, config, CPU)
+    base = loops.random_base(family, 64, CPU, dtype)
+    cache = loops.random_cache(base, config)
+    return loops.OurLoop(cache, base, config, CPU), loops.PlainLoop(cache, base, config, CPU)
 
 
 def options(*arguments):
@@ -46,15 +47,15 @@ def report():
 @pytest.mark.parametrize(("family", "millions", "digits"), [("sd15", 859.52, 2), ("sdxl", 2567, 0)])
 def test_the_denoiser_has_the_published_number_of_parameters(family, millions, digits):
     with torch.device("meta"):
-        denoiser = FAMILIES[family].build("denoiser", bench_loops.denoiser_config(family))
+        denoiser = FAMILIES[family].build("denoiser", loops.denoiser_config(family))
     assert round(sum(parameter.numel() for parameter in denoiser.parameters()) / 1e6, digits) == millions
 
 
-@pytest.mark.parametrize("family", bench_loops.SHAPES)
+@pytest.mark.parametrize("family", loops.SHAPES)
 def test_a_small_denoiser_has_the_same_layers_as_the_real_one(family):
     with torch.device("meta"):
         real, small = (
-            FAMILIES[family].build("denoiser", bench_loops.denoiser_config(family, channels)) for channels in (320, 64)
+            FAMILIES[family].build("denoiser", loops.denoiser_config(family, channels)) for channels in (320, 64)
         )
     assert set(real.state_dict()) == set(small.state_dict())
 
@@ -91,7 +92,7 @@ def test_recomputing_the_forward_pass_shows_in_the_count():
 def test_a_step_of_either_loop_trains_every_layer(family, precision):
     for loop in small_loops(family, precision):
         loop.step()
-        parameters = loop.run.parameters if isinstance(loop, bench_loops.OurLoop) else dict(enumerate(loop.parameters))
+        parameters = loop.run.parameters if isinstance(loop, loops.OurLoop) else dict(enumerate(loop.parameters))
         values = [parameter.detach() for parameter in parameters.values()]
         assert all(bool(value.isfinite().all()) for value in values)
         assert all(bool(value.any()) for value in values)  # B starts at 0 and gets a gradient in the first step
@@ -197,8 +198,8 @@ def test_options_that_cannot_work_are_refused(arguments, what):
 def test_comfyuis_trainer_needs_a_program_that_only_a_clone_has(tmp_path, monkeypatch):
     (tmp_path / "comfy_extras").mkdir()
     (tmp_path / "comfy_extras" / "nodes_train.py").touch()
-    assert bench_loops.trainer_program().is_file()
-    monkeypatch.setattr(bench_loops, "TRAINER", tmp_path / "comfyui_trainer.py")
+    assert loops.trainer_program().is_file()
+    monkeypatch.setattr(loops, "TRAINER", tmp_path / "comfyui_trainer.py")
     with pytest.raises(BadFile, match=r"comfyui_trainer\.py is missing; only a clone of the repository has it"):
         bench.run(options("--comfyui", str(tmp_path)), CPU)
 

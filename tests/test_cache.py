@@ -10,14 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from core.base import Base, load_base
-from core.cache import encode, without_trigger
-from core.cache_folder import cache_folder, clear_cache
 from core.config import TrainConfig
 from core.errors import BadFile, OutOfMemory
-from core.generate import Job, generate
+from core.models.base import Base, load_base
 from core.photos import Photo, prepare, read_photos
-from core.samples import make_class_images
+from core.pictures.generate import Job, generate
+from core.storage.cache_folder import cache_folder, clear_cache
+from core.training.encode import encode, without_trigger
+from core.training.samples import make_class_images
 from tests.tooling import SMALL_SD15, write_checkpoint
 
 CPU = torch.device("cpu")
@@ -54,7 +54,7 @@ def loads(monkeypatch) -> list[str]:
         loaded.append(part)
         return load(self, part, device, dtype)
 
-    monkeypatch.setattr("core.base.Base.load", counted)
+    monkeypatch.setattr("core.models.base.Base.load", counted)
     return loaded
 
 
@@ -199,7 +199,7 @@ def test_latents_that_were_made_in_tiles_are_not_kept(dataset, base, monkeypatch
             network.enable_tiling()
         return network
 
-    monkeypatch.setattr("core.base.Base.load", load_tiled)
+    monkeypatch.setattr("core.models.base.Base.load", load_tiled)
     encode(dataset, base, CONFIG, device=CPU)
     assert clear_cache() == 3  # captions
 

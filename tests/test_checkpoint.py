@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from core.checkpoint import RunState, pack_optimizer, read_state, unpack_optimizer
 from core.cli import main
-from core.cli_common import JsonProgress
+from core.cli.common import JsonProgress
 from core.errors import BadConfig, BadFile
-from core.safetensors_file import SafetensorsFile
+from core.storage.safetensors_file import SafetensorsFile
+from core.training.state import RunState, pack_optimizer, read_state, unpack_optimizer
 from tests.tooling import SMALL_SD15, write_checkpoint, write_photos
 
 ROOT = Path(__file__).parent.parent

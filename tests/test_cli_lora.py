@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from core.cli import main
-from core.lora_file import LoraFile
-from core.lora_modules import LoraModule
-from core.safetensors_file import SafetensorsFile, save_safetensors
+from core.lora.file import LoraFile
+from core.lora.modules import LoraModule
+from core.storage.safetensors_file import SafetensorsFile, save_safetensors
 
 MODULE = ("denoiser", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
 

@@ -7,16 +7,16 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from core.base import load_base
+from core.bench.compare import Comparison, Result, compare, known_results, plot_results, summary_rows, write_results
 from core.cli import main
-from core.compare import Comparison, Result, compare, known_results, plot_results, summary_rows, write_results
 from core.config import TrainConfig
 from core.demo import BASE_FILE
 from core.demo.people import person_photos
 from core.errors import BadConfig
 from core.faces import load_faces
-from core.methods import peak_rate
+from core.models.base import load_base
 from core.photos import Photo
+from core.training.methods import peak_rate
 
 CONFIG = TrainConfig(steps=2, batch_size=2, sample_steps=2, sample_guidance=2.5, learning_rate=1e-3, precision="fp32")
 
@@ -75,7 +75,7 @@ def test_results_of_other_settings_are_not_taken_for_known(base, tmp_path):
 
 def test_results_of_other_photos_in_a_folder_of_the_same_name_are_not_taken_for_known(base, tmp_path, monkeypatch):
     judged = []
-    monkeypatch.setattr("core.compare.Judge", lambda *_: judged.append(1) or Stub())
+    monkeypatch.setattr("core.bench.compare.Judge", lambda *_: judged.append(1) or Stub())
     photos = [Photo.from_image(image, f"{index}.png") for index, image in enumerate(person_photos(35)[:6])]
     others = [*photos[:5], replace(photos[5], caption="sks person at the sea")]
     comparison, faces = Comparison(base, ("lora",), CONFIG), load_faces()
@@ -85,7 +85,7 @@ def test_results_of_other_photos_in_a_folder_of_the_same_name_are_not_taken_for_
 
 
 def test_progress_counts_the_methods_of_this_comparison_alone(base, tmp_path, monkeypatch):
-    monkeypatch.setattr("core.compare.Judge", lambda *_: Stub())
+    monkeypatch.setattr("core.bench.compare.Judge", lambda *_: Stub())
     photos = [Photo.from_image(image, f"{index}.png") for index, image in enumerate(person_photos(35)[:6])]
     seen, faces = [], load_faces()
     for methods in (("lora", "dora"), ("oft",)):
@@ -118,7 +118,9 @@ class Stub:
 
 def test_how_the_base_predicts_is_what_the_settings_say(photo_folder, tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr("core.compare.compare", lambda people, comparison, *_, **__: given.append(comparison) or [])
+    monkeypatch.setattr(
+        "core.bench.compare.compare", lambda people, comparison, *_, **__: given.append(comparison) or []
+    )
     options = ["--base", str(BASE_FILE), "--output", str(tmp_path), "--json"]
     assert main(["compare", str(photo_folder), *options, "--prediction-type", "v_prediction"]) == 0
     assert given[0].base.prediction_type == "v_prediction"
@@ -126,7 +128,7 @@ def test_how_the_base_predicts_is_what_the_settings_say(photo_folder, tmp_path, 
 
 def test_a_person_has_the_folders_name_however_it_is_given(photo_folder, tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr("core.compare.compare", lambda people, *_, **__: given.append(people) or [])
+    monkeypatch.setattr("core.bench.compare.compare", lambda people, *_, **__: given.append(people) or [])
     monkeypatch.chdir(photo_folder)
     assert main(["compare", ".", "--base", str(BASE_FILE), "--output", str(tmp_path), "--json"]) == 0
     assert list(given[0]) == [photo_folder.name]

@@ -1,14 +1,14 @@
-"""core/compiled.py: compiled blocks train like plain ones, and are a choice that can fail."""
+"""core/models/compiled.py: compiled blocks train like plain ones, and are a choice that can fail."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from core.compiled import CompiledBlocks
 from core.config import TrainConfig
-from core.run import Run
-from core.training import train_lora
+from core.models.compiled import CompiledBlocks
+from core.training.loop import train_lora
+from core.training.step import Run
 from tests.tooling import encoded_cache, encoded_image, small_flow_base
 
 CPU = torch.device("cpu")

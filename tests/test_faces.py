@@ -14,8 +14,8 @@ from core.errors import BadConfig, BadFile, MissingPackage
 from core.faces import TEMPLATE, Face, _weights_folder, align, embed_images, likeness, load_faces, similarity_transform
 from core.photos.report import LIKENESS_LIMITS
 from tests.face_samples import NUMBERS, PEOPLE, orl
-from tests.photo_tables import verification
 from tests.tooling import save_mean_colour
+from tools.photo_tables import verification
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,13 @@ from diffusers.loaders.single_file_utils import (
     convert_open_clip_checkpoint,
 )
 
-from core.base import load_base
 from core.errors import BadFile, UnknownFamily, UnmatchedKeys
-from core.families import FAMILIES, clip
-from core.families.ldm import diffusers_vae_path, ldm_vae_path
-from core.lora_keys.ldm import diffusers_unet_path, ldm_unet_path
-from core.safetensors_file import SafetensorsFile
+from core.models import clip
+from core.models.base import load_base
+from core.models.families import FAMILIES
+from core.models.ldm import diffusers_vae_path, ldm_vae_path
+from core.storage.safetensors_file import SafetensorsFile
+from core.tensor_names.unet import diffusers_unet_path, ldm_unet_path
 from tests.tooling import (
     FULL_SD15,
     FULL_SDXL,

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from core.adapters import Adapter
-from core.base import Base, load_base
 from core.config import TrainConfig
-from core.lora_layer import LoraLayer
-from core.methods.lora import LoraAdapter
-from core.run import Run
+from core.models.base import Base, load_base
+from core.training.methods.lora import LoraAdapter
+from core.training.methods.lora_layer import LoraLayer
+from core.training.methods.method import Adapter
+from core.training.step import Run
 from tests.tooling import UNETS, assert_trained_alike, encoded_cache, encoded_image, mostly_slow
 
 CPU = torch.device("cpu")

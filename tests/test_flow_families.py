@@ -11,19 +11,19 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from core.base import Base, load_base
 from core.config import TrainConfig
 from core.errors import BadConfig, MissingPackage
-from core.families import FAMILIES
-from core.families.spec import on_device, stack_conditioning
-from core.generate import Job, generate
-from core.lora_file import LoraFile
-from core.lora_inspect import not_loaded_by
-from core.lora_keys import NAME_TABLES as KEYS
-from core.objective import FlowSchedule
-from core.photos_to_lora import check_base_options, distilled_hint, train
-from core.run import Run
-from core.sampling import FLOW_SAMPLERS, encode_prompts, sample_latents
+from core.lora.file import LoraFile
+from core.lora.inspect import not_loaded_by
+from core.models.base import Base, load_base
+from core.models.families import FAMILIES
+from core.models.objective import FlowSchedule
+from core.models.spec import on_device, stack_conditioning
+from core.pictures.generate import Job, generate
+from core.pictures.sampling import FLOW_SAMPLERS, encode_prompts, sample_latents
+from core.tensor_names import NAME_TABLES as KEYS
+from core.training.job import check_base_options, distilled_hint, train
+from core.training.step import Run
 from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, mostly_slow, small_flow_base
 
 CPU = torch.device("cpu")

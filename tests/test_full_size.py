@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.base import load_base
 from core.config import TrainConfig
-from core.families import FAMILIES
-from core.lora_file import LoraFile
-from core.methods.lora import attach as attach_lora
-from core.safetensors_file import SafetensorsFile
+from core.lora.file import LoraFile
+from core.models.base import load_base
+from core.models.families import FAMILIES
+from core.storage.safetensors_file import SafetensorsFile
+from core.training.methods.lora import attach as attach_lora
 from tests.tooling import FULL_SD15, FULL_SDXL, configs, diffusers_pipeline, write_checkpoint, write_photos
 
 REFERENCE = Path(__file__).parent / "reference"

@@ -22,19 +22,19 @@ from safetensors.torch import load_file, save_file
 
 from core import GenerateConfig, Job, LoraFile, TrainConfig, load_base, train
 from core.cli import build_parser, main
-from core.cli_common import BarProgress
-from core.cli_pictures import style_jobs
+from core.cli.common import BarProgress
+from core.cli.pictures import style_jobs
 from core.demo import BASE_FILE
 from core.demo.people import person_photos
 from core.errors import BadConfig, BadPhoto
-from core.face_pass import FacePass, blend, cut_out
 from core.faces import Face, Reference
-from core.families.clip import caption_tokens
-from core.generate import Picture, generate, parameters_text
-from core.headshots import make_headshots
-from core.lora_inspect import file_hashes
-from core.sampling import SAMPLER_TITLES, SAMPLERS, build_sampler, encode_pairs, sample_latents
-from core.sheet import contact_sheet
+from core.lora.inspect import file_hashes
+from core.models.clip import caption_tokens
+from core.pictures.face_pass import FacePass, blend, cut_out
+from core.pictures.generate import Picture, generate, parameters_text
+from core.pictures.headshots import make_headshots
+from core.pictures.sampling import SAMPLER_TITLES, SAMPLERS, build_sampler, encode_pairs, sample_latents
+from core.pictures.sheet import contact_sheet
 from tests.tooling import small_flow_base, write_photos
 
 STYLES = ("Classic grey studio", "Navy backdrop executive", "Bright open office", "Warm beige studio")

@@ -31,11 +31,11 @@ def test_every_module_has_a_room():
 
 def test_an_import_that_runs_late_is_seen_and_closes_a_circle():
     sources = {
-        "core.files": "def write():\n    from .training import loop",
+        "core.storage.files": "def write():\n    from ..training import loop",
         "core.training.__init__": "",
-        "core.training.loop": "from ..files import write\nimport math",
+        "core.training.loop": "from ..storage.files import write\nimport math",
     }
     found = imports_of({name: ast.parse(text) for name, text in sources.items()})
-    assert Import("core.files", "core.training.loop", 2, late=True) in found
-    assert circles((one.importer, one.imported) for one in found) == [["core.files", "core.training.loop"]]
+    assert Import("core.storage.files", "core.training.loop", 2, late=True) in found
+    assert circles((one.importer, one.imported) for one in found) == [["core.storage.files", "core.training.loop"]]
     assert {one.imported for one in upward(found)} == {"core.training.__init__", "core.training.loop"}

@@ -51,8 +51,8 @@ def test_the_wheel_has_one_top_level_name_and_everything_that_is_needed(tmp_path
     top_level = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
     # ComfyUI has a top-level module called nodes: ours must not stand in its way.
     assert top_level == {"facelora"}
-    assert "facelora/core/families/clip_tokenizer/vocab.json" in names
-    assert any(name.startswith("facelora/core/style_packs/") for name in names)
+    assert "facelora/core/models/clip_tokenizer/vocab.json" in names
+    assert any(name.startswith("facelora/core/pictures/style_packs/") for name in names)
     assert any(name.endswith("entry_points.txt") for name in names)
     unpacked = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(unpacked)

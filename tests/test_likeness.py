@@ -11,18 +11,18 @@ import pytest
 import torch
 from PIL import Image
 
-from core.base import Base, load_base
 from core.cli import main
 from core.config import TrainConfig
 from core.demo import BASE_FILE
 from core.demo.people import person_photos
 from core.errors import BadConfig, BadPhoto
 from core.faces import Face, embed_images, likeness, load_faces, mean_face
-from core.likeness import LIKENESS_KEY, NEUTRAL_PROMPTS, LikenessPoint, LikenessWatch, Selection, hold_out
-from core.lora_file import LoraFile
+from core.lora.file import LoraFile
+from core.models.base import Base, load_base
 from core.photos import Photo
-from core.photos_to_lora import train
-from core.samples import training_sampler
+from core.training.job import train
+from core.training.likeness import LIKENESS_KEY, NEUTRAL_PROMPTS, LikenessPoint, LikenessWatch, Selection, hold_out
+from core.training.samples import training_sampler
 from tests.tooling import save_mean_colour, write_photos
 
 CONFIG = TrainConfig(
@@ -269,7 +269,7 @@ def test_a_picture_that_is_shown_and_measured_is_drawn_once(base, network, monke
         sample = training_sampler(*arguments)
         return lambda denoiser, encoders, shots: drawn.append(len(shots)) or sample(denoiser, encoders, shots)
 
-    monkeypatch.setattr("core.photos_to_lora.training_sampler", count)
+    monkeypatch.setattr("core.training.job.training_sampler", count)
     shown = []
     config = replace(CONFIG, steps=2, likeness_pictures=1, sample_prompts=("a photo of sks person", "another"))
     train(photos_of(35), base, config, faces=network, on_sample=lambda step, images: shown.append(len(images)))

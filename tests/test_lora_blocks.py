@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from core.errors import BadConfig
-from core.lora_blocks import BLOCK_LISTS, block_strengths
-from core.lora_file import LoraFile
-from core.lora_modules import LoraModule
-from core.lora_tools import convert_lora
+from core.lora.blocks import BLOCK_LISTS, block_strengths
+from core.lora.convert import convert_lora
+from core.lora.file import LoraFile
+from core.lora.modules import LoraModule
 
 PATHS = {
     "down": ("denoiser", "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"),

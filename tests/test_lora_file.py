@@ -7,9 +7,9 @@ import safetensors.torch
 import torch
 
 from core.errors import BadFile, LoraMisfit, UnknownFamily, UnmatchedKeys
-from core.lora_file import LoraFile, fit
-from core.lora_keys import parse_key
-from core.lora_modules import LoraModule
+from core.lora.file import LoraFile, fit
+from core.lora.modules import LoraModule
+from core.tensor_names import parse_key
 
 from .test_lora_keys import KOHYA_LISTS, kohya_names
 

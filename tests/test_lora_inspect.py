@@ -13,8 +13,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from core.errors import BadFile, FaceLoraError, UnmatchedKeys
-from core.lora_file import LoraFile
-from core.lora_inspect import (
+from core.lora.convert import convert_lora, merge_loras, resize_lora
+from core.lora.file import LoraFile
+from core.lora.inspect import (
     block_norms,
     edit_metadata,
     file_hashes,
@@ -23,9 +24,8 @@ from core.lora_inspect import (
     trigger_words,
     verify_lora,
 )
-from core.lora_modules import SCHEMES, LoraModule
-from core.lora_tools import convert_lora, merge_loras, resize_lora
-from core.safetensors_file import SafetensorsFile, save_safetensors
+from core.lora.modules import SCHEMES, LoraModule
+from core.storage.safetensors_file import SafetensorsFile, save_safetensors
 
 from .test_lora_file import kohya_tensors, some
 

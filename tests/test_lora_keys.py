@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from core.families import FAMILIES
-from core.lora_keys import NAME_TABLES, bundled_embedding, parse_key
+from core.models.families import FAMILIES
+from core.tensor_names import NAME_TABLES, bundled_embedding, parse_key
 
 REFERENCE = Path(__file__).parent / "reference"
 # Module lists enumerated by running sd-scripts 0.10.1's network code on models without weights.

@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.lora_keys import parse_key
-from core.lora_kinds import kind_of, needs_base, weight_change, weight_shape
-from core.safetensors_file import SafetensorsFile
+from core.lora.kinds import kind_of, needs_base, weight_change, weight_shape
+from core.storage.safetensors_file import SafetensorsFile
+from core.tensor_names import parse_key
 
 # Adapters with random values, and the weight change that lycoris-lora 4.1.3 computes from them.
 LYCORIS = SafetensorsFile.open(Path(__file__).parent / "reference" / "lycoris.safetensors")

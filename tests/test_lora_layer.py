@@ -1,11 +1,11 @@
-"""core/lora_layer.py: the fused layer computes what the plain formula does, and keeps less for it."""
+"""core/training/methods/lora_layer.py: the fused layer computes what the plain formula does, and keeps less for it."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from core.lora_layer import LoraLayer
+from core.training.methods.lora_layer import LoraLayer
 
 
 def layer_of(base_layer: nn.Module, **options) -> LoraLayer:

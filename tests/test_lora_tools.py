@@ -9,20 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import BadConfig, BadFile, LoraMisfit, UnknownFamily, UnmatchedKeys
-from core.lora_checkpoints import extract_lora, merge_into_checkpoint
-from core.lora_file import LoraFile
-from core.lora_hashes import legacy_hash, model_hash
-from core.lora_keys import NAME_TABLES
-from core.lora_keys.ldm import ldm_unet_path
-from core.lora_modules import LoraModule
-from core.lora_tools import (
-    convert_lora,
-    merge_loras,
-    resize_lora,
-    to_plain,
-    truncated_svd,
-)
-from core.safetensors_file import SafetensorsFile, save_safetensors
+from core.lora.checkpoints import extract_lora, merge_into_checkpoint
+from core.lora.convert import convert_lora, merge_loras, resize_lora, to_plain, truncated_svd
+from core.lora.file import LoraFile
+from core.lora.hashes import legacy_hash, model_hash
+from core.lora.modules import LoraModule
+from core.storage.safetensors_file import SafetensorsFile, save_safetensors
+from core.tensor_names import NAME_TABLES
+from core.tensor_names.unet import ldm_unet_path
 
 from .test_lora_file import kohya_tensors, some
 from .test_lora_keys import REFERENCE

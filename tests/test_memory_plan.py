@@ -1,4 +1,4 @@
-"""core/memory_plan.py: what a step needs is known beforehand, and a run that has less goes on with less."""
+"""core/models/memory_plan.py: what a step needs is known beforehand, and a run that has less goes on with less."""
 
 import ctypes
 import gc
@@ -17,21 +17,21 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from core import bench_loops
-from core.base import Base, load_base
-from core.cache import LatentCache
+from core.bench import loops
 from core.config import TrainConfig
-from core.eight_bit import EightBitConv2d, EightBitLinear, narrow_weights, narrowed, widened
 from core.errors import OutOfMemory
-from core.lora_file import LoraFile
-from core.memory_plan import PLANS, MemoryCount, MemoryPlan, blocks_of
-from core.memory_prediction import predicted_memory
-from core.methods import METHODS
-from core.run import Run
-from core.samples import training_sampler
-from core.sampling import decode_latents, encode_pictures
-from core.training import train_lora
-from core.training_metadata import WEIGHTS_KEY
+from core.lora.file import LoraFile
+from core.models.base import Base, load_base
+from core.models.eight_bit import EightBitConv2d, EightBitLinear, narrow_weights, narrowed, widened
+from core.models.memory_plan import PLANS, MemoryCount, MemoryPlan, blocks_of
+from core.pictures.sampling import decode_latents, encode_pictures
+from core.training.encode import LatentCache
+from core.training.loop import train_lora
+from core.training.memory_prediction import predicted_memory
+from core.training.metadata import WEIGHTS_KEY
+from core.training.methods import METHODS
+from core.training.samples import training_sampler
+from core.training.step import Run
 from tests.tooling import SMALL_FLOWS, assert_trained_alike, encoded_cache, encoded_image, mostly_slow, small_flow_base
 
 CPU = torch.device("cpu")
@@ -103,12 +103,12 @@ def needs(base: Base, cache, config: TrainConfig, what: str, plans: Iterable[Mem
 
 
 def needs_of_unet(family: str, sizes: Iterable[int]) -> Needs:
-    base = bench_loops.random_base(family, 128, CPU, torch.float32)
+    base = loops.random_base(family, 128, CPU, torch.float32)
     found = []
     for size in sizes:
         config = TrainConfig(rank=16, resolution=size, batch_size=2, precision="fp32")
         plans = PLANS[:1] if found else MEASURED
-        found += needs(base, bench_loops.random_cache(base, config), config, f"{family}, {size} px", plans)
+        found += needs(base, loops.random_cache(base, config), config, f"{family}, {size} px", plans)
     return found
 
 
@@ -161,7 +161,9 @@ def test_a_small_limit_chooses_a_smaller_plan_which_trains_the_same(base, cache,
     needs = [predicted_memory(cache, base, CONFIG, torch.float32, plan) for plan in PLANS[:3]]
     assert needs[0] > needs[1] > needs[2]
     # Predicted once is enough.
-    monkeypatch.setattr("core.memory_prediction.predicted_memory", lambda *given: needs[PLANS.index(given[-1])])
+    monkeypatch.setattr(
+        "core.training.memory_prediction.predicted_memory", lambda *given: needs[PLANS.index(given[-1])]
+    )
     warnings: list[str] = []
     tight = replace(CONFIG, memory_limit=(needs[1] + needs[2]) / 2 / 2**30)
     small = train_lora(cache, base, tight, device=CPU, on_warning=warnings.append)
@@ -175,7 +177,7 @@ def test_a_small_limit_chooses_a_smaller_plan_which_trains_the_same(base, cache,
 
 def nothing_fits(monkeypatch) -> None:
     """Has every plan take more than a limit of 1 GiB, without the seconds that predicting what each takes would cost."""
-    monkeypatch.setattr("core.memory_prediction.predicted_memory", lambda *_: 2**31)
+    monkeypatch.setattr("core.training.memory_prediction.predicted_memory", lambda *_: 2**31)
 
 
 def test_with_a_limit_that_nothing_fits_it_trains_with_the_smallest_plan_and_says_so(base, cache, monkeypatch):
@@ -223,7 +225,7 @@ def test_what_was_saved_before_a_run_went_over_to_8_bits_does_not_say_so(base, c
 @pytest.mark.parametrize("kind", ["sd15", *SMALL_FLOWS])
 def test_samples_are_drawn_of_a_denoiser_in_8_bits(kind, base, monkeypatch):
     """Its first parameters may be 8-bit ones, which say nothing of the precision that it computes in."""
-    monkeypatch.setattr("core.eight_bit.SMALLEST", 1)
+    monkeypatch.setattr("core.models.eight_bit.SMALLEST", 1)
     base = base if kind == "sd15" else small_flow_base(kind)
     shape = (base.latent_shape.channels, 8, 8)
     cache = encoded_cache(base, [encoded_image(base, "a.png", "a photo of sks person", 1, shape=shape)])
@@ -241,7 +243,7 @@ def test_samples_are_drawn_of_a_denoiser_in_8_bits(kind, base, monkeypatch):
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.freezes_weights])
 def test_nothing_is_left_of_a_weight_that_is_in_8_bits(base, cache, method, monkeypatch):
-    monkeypatch.setattr("core.eight_bit.SMALLEST", 1)
+    monkeypatch.setattr("core.models.eight_bit.SMALLEST", 1)
     run = Run(cache, base, replace(CONFIG, method=method), CPU)
     full = [weakref.ref(p) for p in run.denoiser.parameters() if p.ndim > 1 and not p.requires_grad]
     run.memory.adopt(PLANS[3])
@@ -263,7 +265,7 @@ def test_where_nothing_can_be_predicted_it_starts_with_the_fastest_plan(base, ca
     def fail(*_):
         raise RuntimeError("aten._local_scalar_dense.default")
 
-    monkeypatch.setattr("core.memory_prediction.predicted_memory", fail)
+    monkeypatch.setattr("core.training.memory_prediction.predicted_memory", fail)
     warnings: list[str] = []
     lora = train_lora(cache, base, replace(CONFIG, memory_limit=0.1), device=CPU, on_warning=warnings.append)
     assert "cannot be predicted" in warnings[0]

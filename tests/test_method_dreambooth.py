@@ -7,16 +7,16 @@ import torch
 import torch.nn.functional as F
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-from core.base import load_base
 from core.config import TrainConfig
 from core.errors import BadConfig, LoraMisfit, OutOfMemory
-from core.lora_file import LoraFile
-from core.methods import files_beside
-from core.methods.dreambooth import check_memory
-from core.run import Run
-from core.safetensors_file import SafetensorsFile
-from core.training import train_lora
-from core.training_metadata import WEIGHTS_KEY
+from core.lora.file import LoraFile
+from core.models.base import load_base
+from core.storage.safetensors_file import SafetensorsFile
+from core.training.loop import train_lora
+from core.training.metadata import WEIGHTS_KEY
+from core.training.methods import files_beside
+from core.training.methods.dreambooth import check_memory
+from core.training.step import Run
 from tests.tooling import encoded_cache, encoded_image
 
 CPU = torch.device("cpu")

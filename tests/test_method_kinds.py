@@ -6,18 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from core.apply import apply
-from core.base import load_base
 from core.config import TrainConfig
 from core.errors import BadConfig, LoraMisfit, TrainingDiverged, UnmatchedKeys
-from core.lora_file import LoraFile
-from core.lora_modules import name_kinds
-from core.lora_tools import convert_lora
-from core.memory_plan import plans_for
-from core.memory_prediction import predicted_memory
-from core.methods import METHODS, attach
-from core.run import Run
-from core.training import train_lora
+from core.lora.apply import apply
+from core.lora.convert import convert_lora
+from core.lora.file import LoraFile
+from core.lora.modules import name_kinds
+from core.models.base import load_base
+from core.models.memory_plan import plans_for
+from core.training.loop import train_lora
+from core.training.memory_prediction import predicted_memory
+from core.training.methods import METHODS, attach
+from core.training.step import Run
 from tests.tooling import encoded_cache, encoded_image, mostly_slow
 
 CPU = torch.device("cpu")

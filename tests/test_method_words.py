@@ -7,18 +7,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from core.apply import apply
-from core.base import load_base
 from core.cli import main
 from core.config import TrainConfig
-from core.embeddings import WORD_KEY, embedding_files, embeddings_of, new_words
 from core.errors import BadConfig, BadFile, LoraMisfit
-from core.families.clip import add_word, caption_tokens, remove_words, token_chunks, words_of
-from core.lora_file import LoraFile
-from core.methods import files_beside
-from core.run import Run
-from core.sampling import encode_prompts
-from core.training import train_lora
+from core.lora.apply import apply
+from core.lora.embeddings import WORD_KEY, embedding_files, embeddings_of, new_words
+from core.lora.file import LoraFile
+from core.models.base import load_base
+from core.models.clip import add_word, caption_tokens, remove_words, token_chunks, words_of
+from core.pictures.sampling import encode_prompts
+from core.training.loop import train_lora
+from core.training.methods import files_beside
+from core.training.step import Run
 from tests.tooling import diffusers_pipeline, encoded_cache, encoded_image
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
 from core.config import TrainConfig
-from core.objective import NoiseSchedule, draw_noise, draw_timesteps, sample_losses, shrink_mask
+from core.models.objective import NoiseSchedule, draw_noise, draw_timesteps, sample_losses, shrink_mask
 
 TIMESTEPS = torch.tensor([0, 1, 250, 500, 998, 999])
 

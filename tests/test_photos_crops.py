@@ -10,7 +10,7 @@ from PIL import Image
 
 from core.errors import BadConfig
 from core.faces import TEMPLATE, Face, load_faces
-from core.families.clip import load_tokenizer
+from core.models.clip import load_tokenizer
 from core.photos import Photo, Thresholds, check_photos, face_regions, prepare, trigger_hint, with_masks
 from core.photos.crops import draw_mask
 from core.photos.report import CROP, Finding, PhotoReport, SetReport

@@ -15,7 +15,7 @@ from core.faces import TEMPLATE, Face, load_faces
 from core.photos import Photo, Thresholds, check_photos, format_report, measure, read_photos, save_sheet
 from core.photos.report import framing
 from tests.face_samples import NUMBERS, PEOPLE, orl
-from tests.photo_tables import (
+from tools.photo_tables import (
     DOCUMENT,
     Remembering,
     find_intruders,
@@ -330,7 +330,7 @@ def test_light_and_background_see_their_own_changes():
 def test_the_documentation_lists_the_thresholds_as_they_are():
     text = DOCUMENT.read_text(encoding="utf-8")
     rows = table(("threshold", "value", "where it comes from"), threshold_rows())
-    assert replace_table(text, "thresholds", rows) == text, "run: python -m tests.photo_tables"
+    assert replace_table(text, "thresholds", rows) == text, "run: python -m tools.photo_tables"
     assert len(threshold_rows()) == len(dataclasses.fields(Thresholds))
 
 

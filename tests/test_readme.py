@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from core.lora_file import LoraFile
+from core.lora.file import LoraFile
 
 README = Path(__file__).parent.parent / "README.md"
 

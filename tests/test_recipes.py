@@ -1,4 +1,4 @@
-"""core/recipes.py: settings that a run takes, the same photos seen whatever the batch size."""
+"""core/training/recipes.py: settings that a run takes, the same photos seen whatever the batch size."""
 
 import argparse
 
@@ -7,10 +7,10 @@ import pytest
 from core.cli import add_train, run_train
 from core.config import config_from
 from core.errors import BadConfig
-from core.families import FAMILIES
-from core.lora_file import LoraFile
-from core.methods import peak_rate
-from core.recipes import MEASUREMENTS, RECIPES, recipe_settings
+from core.lora.file import LoraFile
+from core.models.families import FAMILIES
+from core.training.methods import peak_rate
+from core.training.recipes import MEASUREMENTS, RECIPES, recipe_settings
 
 
 @pytest.mark.parametrize("family", FAMILIES)

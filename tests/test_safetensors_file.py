@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 
 from core.errors import BadFile
-from core.safetensors_file import (
+from core.storage.safetensors_file import (
     DTYPES,
     ComputedTensors,
     SafetensorsFile,

@@ -13,18 +13,18 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from core import store
-from core.base import Base, load_base
-from core.cache_folder import cache_folder
 from core.config import TrainConfig
 from core.errors import BadFile
-from core.likeness import LIKENESS_KEY
-from core.lora_file import LoraFile
-from core.methods import peak_rate
+from core.lora.file import LoraFile
+from core.models.base import Base, load_base
 from core.photos import Photo, read_photos
-from core.safetensors_file import SafetensorsFile
-from core.store import RunFolder, TrainedFile, TrainingJob, find_or_train
-from core.training import StepReport, StopAndKeep
+from core.storage.cache_folder import cache_folder
+from core.storage.safetensors_file import SafetensorsFile
+from core.training import store
+from core.training.likeness import LIKENESS_KEY
+from core.training.loop import StepReport, StopAndKeep
+from core.training.methods import peak_rate
+from core.training.store import RunFolder, TrainedFile, TrainingJob, find_or_train
 from tests.tooling import write_photos
 
 CONFIG = TrainConfig(steps=2, rank=2, learning_rate=0.01, resolution=32, batch_size=1)

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from core.errors import BadConfig, BadStylePack, UnknownFamily
-from core.families.clip import load_tokenizer
-from core.style_pack import (
+from core.models.clip import load_tokenizer
+from core.pictures.style_pack import (
     FAMILY_DEFAULTS,
     PACKAGE_FOLDER,
     PLACEHOLDER,

@@ -6,8 +6,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from core.style_pack import Style, Wording, find_style_packs
-from core.style_picture import HEAD_SIZES, HEIGHT, UNKNOWN, style_picture
+from core.pictures.style_pack import Style, Wording, find_style_packs
+from core.pictures.style_picture import HEAD_SIZES, HEIGHT, UNKNOWN, style_picture
 
 SHIPPED = [(pack, style) for pack in find_style_packs().packs.values() for style in pack.styles]
 

@@ -12,20 +12,20 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from PIL import Image
 
-from core.base import Base, load_base
-from core.batches import Batches
-from core.cli_common import JsonProgress
+from core.cli.common import JsonProgress
 from core.config import TrainConfig
 from core.errors import BadConfig, MissingPackage, TrainingDiverged
-from core.identity import run_identity
-from core.lora_file import LoraFile
-from core.methods import peak_rate
-from core.optimizer import learning_rate_factor
+from core.lora.file import LoraFile
+from core.models.base import Base, load_base
 from core.photos import Photo
-from core.photos_to_lora import train
-from core.run import Run
-from core.safetensors_file import SafetensorsFile
-from core.training import Samples, StepReport, StopAndKeep, train_lora
+from core.storage.safetensors_file import SafetensorsFile
+from core.training.batches import Batches
+from core.training.identity import run_identity
+from core.training.job import train
+from core.training.loop import Samples, StepReport, StopAndKeep, train_lora
+from core.training.methods import peak_rate
+from core.training.optimizer import learning_rate_factor
+from core.training.step import Run
 from tests.tooling import UNETS, encoded_cache, encoded_image
 
 CPU = torch.device("cpu")
@@ -263,7 +263,7 @@ def test_a_step_never_asks_the_device_for_a_value_nor_mixes_devices(
         parameters = list(adapter.parameters().values())
         return torch.optim.SGD([{"params": parameters, "lr": 0.1, "peak": 0.1}], foreach=True)
 
-    monkeypatch.setattr("core.run.build_optimizer", plain_descent)  # the fused AdamW has no meta kernel
+    monkeypatch.setattr("core.training.step.build_optimizer", plain_descent)  # the fused AdamW has no meta kernel
     monkeypatch.setattr(Run, "_generator", lambda run, purpose, number: None)  # nor is there a generator of it
     config = replace(
         PLAIN, text_encoder_lr=text_encoder_lr, ema_decay=0.9, prior_prediction=1.0, min_snr_gamma=5.0,

@@ -13,16 +13,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from core.base import Base, CaptionEncoder
-from core.cache import EncodedImage, LatentCache
 from core.demo.people import person_photos
-from core.families import FAMILIES
-from core.families.clip import TOKENIZER_FOLDER
-from core.families.ldm import ldm_vae_path
-from core.families.spec import Component, Conditioning
-from core.lora_keys.ldm import ldm_unet_path
-from core.safetensors_file import Layout, SafetensorsFile, save_safetensors, write_safetensors
-from core.sampling import encode_prompts
+from core.models.base import Base, CaptionEncoder
+from core.models.clip import TOKENIZER_FOLDER
+from core.models.families import FAMILIES
+from core.models.ldm import ldm_vae_path
+from core.models.spec import Component, Conditioning
+from core.pictures.sampling import encode_prompts
+from core.storage.safetensors_file import Layout, SafetensorsFile, save_safetensors, write_safetensors
+from core.tensor_names.unet import ldm_unet_path
+from core.training.encode import EncodedImage, LatentCache
 
 
 @dataclass(frozen=True)

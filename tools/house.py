@@ -24,20 +24,6 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("cli", "nodes", "tools"),
 )
 """The rooms from the lowest storey to the highest. A module may import from its own storey and from those below."""
-FILES: Mapping[str, str] = {
-    "storage": "cache_folder files lazy safetensors_file",
-    "tensor_names": "lora_keys",
-    "models": "base base_weights compiled eight_bit families memory_plan objective original_checkpoint",
-    "lora": "apply embeddings lora_blocks lora_checkpoints lora_file lora_hashes lora_inspect lora_kinds lora_modules"
-    " lora_keys.readers lora_tools",
-    "pictures": "face_pass gallery generate headshot headshots sampling sheet style_pack style_picture",
-    "training": "adapters batches cache checkpoint identity kind_adapter likeness lora_layer memory_prediction methods"
-    " optimizer photos_to_lora recipes run samples store training training_metadata",
-    "bench": "bench_loops compare",
-    "cli": "__init__ __main__ cli_common cli_compare cli_lora cli_pictures cli_settings",
-}
-"""Room -> the files and folders of `core/` that belong to it without being in a folder of its name."""
-_ROOM_OF = {name: room for room, names in FILES.items() for name in names.split()}
 MOST_BRANCHES = 25
 SHOWN = 8
 """Longest functions that are listed."""
@@ -75,10 +61,10 @@ def read_sources(root: Path = ROOT) -> dict[str, ast.Module]:
 
 
 def room_of(module: str) -> str:
-    """The room that a module is in."""
+    """The room that a module is in: its folder in `core/`, or itself where it stands at the top of it."""
     top, _, rest = module.partition(".")
-    name = rest.partition(".")[0]
-    return (_ROOM_OF.get(rest) or _ROOM_OF.get(name, name)) if top == "core" else top
+    room = rest.partition(".")[0]
+    return ("cli" if room in ("__init__", "__main__") else room) if top == "core" else top
 
 
 def storey_of(module: str) -> int:

@@ -14,17 +14,17 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from ..base import load_base
 from ..config import TrainConfig
 from ..errors import BadConfig
 from ..faces import FaceNetwork, embed_images, likeness, load_faces, mean_face
-from ..files import make_folder, write_text
-from ..generate import GenerateConfig, Job, generate
-from ..likeness import picture_change
-from ..lora_file import LoraFile
+from ..lora.file import LoraFile
+from ..models.base import load_base
 from ..photos import Photo
-from ..photos_to_lora import train
-from ..sheet import contact_sheet
+from ..pictures.generate import GenerateConfig, Job, generate
+from ..pictures.sheet import contact_sheet
+from ..storage.files import make_folder, write_text
+from ..training.job import train
+from ..training.likeness import picture_change
 from .people import SEEN_PEOPLE, UNSEEN_PEOPLE, person_photos
 
 BASE_FILE = Path(__file__).parent / "base.safetensors"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from ..files import write_text
+from ..storage.files import write_text
 from .report import CROP, REJECT, REVIEW, USE, VERDICTS, PhotoReport, SetReport
 
 THUMBNAIL = 360

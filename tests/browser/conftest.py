@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from core.base import load_base
 from core.demo import BASE_FILE, GUIDANCE
 from core.errors import MissingPackage
-from core.generate import GenerateConfig, Job, generate
+from core.models.base import load_base
+from core.pictures.generate import GenerateConfig, Job, generate
 from tests.comfyui.graphs import training
 from tests.comfyui.server import PACK, ComfyServer
 from tests.tooling import write_photos

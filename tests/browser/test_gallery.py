@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from core import Job
-from core.gallery import gallery_page
-from core.headshot import FaceOutcome, Headshot
+from core.pictures.gallery import gallery_page
+from core.pictures.headshot import FaceOutcome, Headshot
 
 pytestmark = pytest.mark.browser
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from core.style_pack import find_style_packs
+from core.pictures.style_pack import find_style_packs
 
 from .workflows import BUILD, SD15
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from core.likeness import LIKENESS_KEY
-from core.lora_file import LoraFile
+from core.lora.file import LoraFile
+from core.training.likeness import LIKENESS_KEY
 from tests.tooling import write_photos
 
 from .conftest import IMAGES, SCREENSHOTS

@@ -9,7 +9,7 @@ from PIL import Image
 
 from core import GenerateConfig, Job, LoraFile, load_base
 from core.demo import BASE_FILE
-from core.generate import Picture, parameters_text
+from core.pictures.generate import Picture, parameters_text
 
 pytestmark = pytest.mark.browser
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from core.families import FAMILIES
-from core.families.ldm import ldm_vae_path
-from core.safetensors_file import SafetensorsFile, save_safetensors, write_safetensors
+from core.models.families import FAMILIES
+from core.models.ldm import ldm_vae_path
+from core.storage.safetensors_file import SafetensorsFile, save_safetensors, write_safetensors
 from tests.tooling import RandomTensors
 
 from .graphs import Node, node

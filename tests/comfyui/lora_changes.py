@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.lora_file import LoraFile
-from core.lora_keys import NAME_TABLES, ModuleId
-from core.lora_modules import LoraModule
+from core.lora.file import LoraFile
+from core.lora.modules import LoraModule
+from core.tensor_names import NAME_TABLES, ModuleId
 
 from .setup_comfyui import COMFYUI, PYTHON
 

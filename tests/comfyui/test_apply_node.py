@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
-from core.lora_file import LoraFile
-from core.lora_modules import LoraModule
-from core.lora_tools import convert_lora
+from core.lora.convert import convert_lora
+from core.lora.file import LoraFile
+from core.lora.modules import LoraModule
 
 from .graphs import drawing, node, training
 

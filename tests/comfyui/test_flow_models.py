@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.base import Base, load_base
-from core.families import FAMILIES, sd3, text
-from core.families.spec import Conditioning, stack_conditioning
-from core.safetensors_file import SafetensorsFile
+from core.models import text
+from core.models.base import Base, load_base
+from core.models.families import FAMILIES, sd3
+from core.models.spec import Conditioning, stack_conditioning
+from core.storage.safetensors_file import SafetensorsFile
 
 from .flow_files import run_model_writer
 from .setup_comfyui import COMFYUI

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from core.base import load_base
-from core.lora_file import LoraFile
-from core.lora_tools import convert_lora
+from core.lora.convert import convert_lora
+from core.lora.file import LoraFile
+from core.models.base import load_base
 
 from .flow_files import CLIPS, VAES
 from .graphs import Node, drawing, node, training

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.lora_file import LoraFile
-from core.lora_inspect import not_loaded_by
-from core.lora_keys import NAME_TABLES as FAMILIES
-from core.lora_keys import ModuleId
-from core.lora_modules import SCHEMES, LoraModule
+from core.lora.file import LoraFile
+from core.lora.inspect import not_loaded_by
+from core.lora.modules import SCHEMES, LoraModule
+from core.tensor_names import NAME_TABLES as FAMILIES
+from core.tensor_names import ModuleId
 
 from .lora_changes import (
     EXACT,

@@ -6,12 +6,12 @@ import re
 import pytest
 import torch
 
-from core.base import load_base
-from core.embeddings import WORD_KEY, embedding_tensors, embeddings_of
-from core.lora_file import LoraFile
-from core.lora_modules import name_kinds
-from core.original_checkpoint import original_tensors
-from core.safetensors_file import SafetensorsFile
+from core.lora.embeddings import WORD_KEY, embedding_tensors, embeddings_of
+from core.lora.file import LoraFile
+from core.lora.modules import name_kinds
+from core.models.base import load_base
+from core.models.original_checkpoint import original_tensors
+from core.storage.safetensors_file import SafetensorsFile
 
 from .graphs import drawing, node, training
 

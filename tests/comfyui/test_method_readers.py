@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from core.base import Base, load_base
 from core.config import TrainConfig
-from core.embeddings import bundled_tensors, embedding_tensors
-from core.families import FAMILIES
-from core.lora_file import LoraFile
-from core.lora_keys import NAME_TABLES as KEYS
-from core.methods import METHODS
-from core.safetensors_file import SafetensorsFile
+from core.lora.embeddings import bundled_tensors, embedding_tensors
+from core.lora.file import LoraFile
+from core.models.base import Base, load_base
+from core.models.families import FAMILIES
+from core.storage.safetensors_file import SafetensorsFile
+from core.tensor_names import NAME_TABLES as KEYS
+from core.training.methods import METHODS
 from tests.tooling import write_checkpoint
 
 from .lora_changes import EXACT, family_of, probe, run_comfyui

@@ -8,8 +8,8 @@ from urllib.parse import quote
 import pytest
 from PIL import Image
 
-from core.lora_file import LoraFile
-from core.style_pack import Subject, find_style_packs
+from core.lora.file import LoraFile
+from core.pictures.style_pack import Subject, find_style_packs
 from tests.tooling import write_photos
 
 from .graphs import drawing, load_photos, node, training

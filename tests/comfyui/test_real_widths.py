@@ -2,7 +2,7 @@
 
 import pytest
 
-from core.lora_file import LoraFile
+from core.lora.file import LoraFile
 from tests.tooling import write_checkpoint, write_photos
 
 from .graphs import drawing, node, training

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from core.lora_file import LoraFile
+from core.lora.file import LoraFile
 
 from .graphs import node, training
 from .server import PACK, TEST_PACK, running_server

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from core.config import TrainConfig
-from core.likeness import LIKENESS_KEY
-from core.lora_file import LoraFile
-from core.photos_to_lora import train
-from core.safetensors_file import SafetensorsFile
+from core.lora.file import LoraFile
+from core.storage.safetensors_file import SafetensorsFile
+from core.training.job import train
+from core.training.likeness import LIKENESS_KEY
 from tests.tooling import SMALL_SD15, write_checkpoint, write_photos
 
 from .graphs import drawing, load_photos, node, training

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from core.base import load_base
-from core.bench import bench
-from core.bench_loops import ComfyLoop, random_cache
+from core.bench.loops import ComfyLoop, random_cache
+from core.bench.report import bench
 from core.config import TrainConfig
 from core.errors import BadConfig, BadFile
+from core.models.base import load_base
 from tests.tooling import RandomTensors, original_shapes
 
 from .real_widths import COMFY_SD15

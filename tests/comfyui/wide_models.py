@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from core.safetensors_file import SafetensorsFile
+from core.storage.safetensors_file import SafetensorsFile
 
 from .flow_files import run_model_writer
 from .test_flow_models import CPU, cases_of, conditioning_of, denoiser_base

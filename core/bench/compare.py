@@ -1,0 +1,344 @@
+"""Methods beside one another: the same person, photos and budget, and what each costs and gives, measured.
+
+Every method is trained on the same photos for the same number of steps, at its own learning rate; then pictures of the same
+prompts and seeds are measured. What a method does to likeness is measured to photos that were held out.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from ..config import TrainConfig
+from ..device import device_and_dtype
+from ..errors import BadConfig, BadFile
+from ..faces import FaceNetwork, embed_images, likeness, mean_face
+from ..lora.file import LoraFile
+from ..models.base import Base, load_base
+from ..photos import Photo, prepare
+from ..photos.captions import class_caption, default_caption
+from ..pictures.generate import GenerateConfig, Job, generate
+from ..pictures.sampling import encode_pictures, encode_prompts
+from ..pictures.sheet import contact_sheet
+from ..storage.cache_folder import content_key
+from ..storage.files import make_folder, read_json, write_file, write_text
+from ..training.job import train
+from ..training.likeness import NEUTRAL_PROMPTS, hold_out, picture_change
+from ..training.loop import StepReport
+from ..training.methods import METHODS, peak_rate
+from ..training.samples import SAMPLE_BATCH
+from .report import peak_memory
+
+PICTURES = 8
+"""Of the person and of the class, with seeds 1, 2, ..."""
+SETTINGS = ("left view", "front view", "right view")
+"""What prompts ask for beside the person, and are told apart by, when adherence is measured."""
+DRAWS = 8
+"""Noises and timesteps at which a picture is judged by the base."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One method on one person; of the base itself what can be measured of it."""
+
+    person: str
+    method: str
+    learning_rate: float
+    steps: int
+    likeness: float
+    """Mean cosine of the trigger's pictures to the mean face of the held-out photos; a picture without a face counts 0."""
+    seconds: float
+    """That the steps took: of processor time on a CPU, where other work does not count, else by the clock."""
+    file_bytes: int
+    adherence: float
+    """Share of pictures with a setting in the prompt in which the base recognises that setting, of all `settings`."""
+    leakage: float
+    """How much more pictures of the class look like the person than the base's: cosine."""
+    drift: float
+    """Mean absolute change of pictures of neutral prompts from the base's, in grey levels."""
+    memory: int
+    """Bytes that training took at most: the allocator's peak on a GPU, the growth of the process on a CPU."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared: everything that decides the numbers, apart from the people."""
+
+    base: Base
+    methods: tuple[str, ...]
+    config: TrainConfig
+    """Of every method, but for `method` and its learning rate."""
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """Method -> its learning rate (textual inversion: of its vectors); of others the settings' times the method's factor."""
+    held_out: int = 2
+    settings: tuple[str, ...] = SETTINGS
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in (*self.methods, *self.rates) if name not in METHODS]:
+            raise BadConfig(f"method {unknown[0]!r}: choose of {', '.join(METHODS)}")
+        if twice := [name for name in self.methods if self.methods.count(name) > 1]:
+            raise BadConfig(f"method {twice[0]!r} is given twice: name each once")
+        if absent := [name for name in self.rates if name not in self.methods]:
+            raise BadConfig(f"rate of {absent[0]!r}: the methods are {', '.join(self.methods)}")
+        if self.held_out < 1:
+            raise BadConfig(f"held_out = {self.held_out}: likeness is measured to at least 1 photo that is held out")
+        if len(self.settings) < 2:
+            raise BadConfig(f"scenes {list(self.settings)}: to be told apart there must be two or more")
+        for method in self.methods:
+            self.config_of(method)  # refuses a wrong rate before the others are trained
+
+    def config_of(self, method: str) -> TrainConfig:
+        config, rate = replace(self.config, method=method), self.rates.get(method)
+        finds_rate = config.optimizer == "prodigy"
+        if METHODS[method].makes == "embedding" and not finds_rate:
+            return config if rate is None else replace(config, embedding_lr=rate)
+        if rate is None and config.learning_rate is not None and not finds_rate:
+            rate = config.learning_rate * METHODS[method].rate_factor
+        return config if rate is None else replace(config, learning_rate=rate)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Equal when the numbers can stand in one table."""
+        common = replace(self.config, method="lora")
+        settings = {
+            **asdict(common), "learning_rate": peak_rate(common),
+            "rates": dict(self.rates), "held_out": self.held_out, "settings": self.settings,
+        }  # fmt: skip
+        return {"settings": json.dumps(settings, sort_keys=True), "base": self.base.identity}
+
+
+def compare(
+    people: Mapping[str, Sequence[Photo]],
+    comparison: Comparison,
+    output: Path,
+    faces: FaceNetwork,
+    *,
+    device: torch.device | None = None,
+    on_phase: Callable[[str, int, int], None] | None = None,
+) -> list[Result]:
+    """A Result of each method, and of the base, for each person; what `output` has of the same comparison is not made again.
+
+    Writes compare.json and compare.png, for each person a report, and for each method the files and a row of pictures.
+    """
+    device, _ = device_and_dtype(comparison.config, device)
+    make_folder(output)
+    results, methods = [], ("base", *comparison.methods)
+    for number, (person, photos) in enumerate(people.items()):
+        report = output / f"{person}.json"
+        identity = {**comparison.identity, "photos": content_key(*(photo.fingerprint for photo in photos))}
+        found = {result.method: result for result in known_results(report, identity)}
+        missing = [method for method in methods if method not in found]
+        judge = Judge(comparison, faces, *hold_out(photos, comparison.held_out, faces), device) if missing else None
+        for method in missing:
+            assert judge
+            found[method], pictures = judge.result(person, method, output)
+            row = contact_sheet([(f"{method}: likeness {found[method].likeness:.2f}", pictures)], tile=112)
+            write_file(output / f"{person}-{method}.png", lambda file, row=row: row.save(file, "PNG"))
+            write_results(report, identity, list(found.values()))
+            if on_phase:
+                done = number * len(methods) + len(found.keys() & set(methods))
+                on_phase("comparing", done, len(people) * len(methods))
+        results += [found[method] for method in methods]
+    write_results(output / REPORT, comparison.identity, results)
+    plot = plot_results(results)
+    write_file(output / "compare.png", lambda file: plot.save(file, "PNG"))
+    return results
+
+
+REPORT = "compare.json"
+
+
+def write_results(path: Path, identity: Mapping[str, str], results: Sequence[Result]) -> None:
+    """Writes what was measured, with what it depends on."""
+    described = {**identity, "results": [asdict(result) for result in results]}
+    write_text(path, json.dumps(described, indent=1) + "\n")
+
+
+def known_results(path: Path, identity: Mapping[str, str]) -> list[Result]:
+    """What the file has of the same comparison; nothing when there is none, or one of other settings or photos."""
+    try:
+        found = read_json(path)
+        same = all(found[name] == value for name, value in identity.items())
+        return [Result(**result) for result in found["results"]] if same else []
+    except (BadFile, KeyError, TypeError):
+        return []
+
+
+class Judge:
+    """Trains methods on one person, and measures them by held-out photos and by the base's own pictures and judgement."""
+
+    def __init__(
+        self,
+        comparison: Comparison,
+        faces: FaceNetwork,
+        training: Sequence[Photo],
+        held_out: Sequence[Photo],
+        device: torch.device,
+    ):
+        config = comparison.config
+        self.comparison, self.faces, self.training, self.device = comparison, faces, training, device
+        centre = mean_face(embed_images(faces, [photo.image() for photo in held_out]))
+        assert centre is not None, "photos are held out for the face that they show"
+        self._person = centre
+        self._subject = default_caption(config.trigger_word, config.class_word)
+        self._class = class_caption(config.class_word)
+        dataset = prepare(
+            training, resolution=config.resolution or comparison.base.resolution,
+            size_multiple=comparison.base.size_multiple, trigger=config.trigger_word, class_word=config.class_word,
+            upscale=config.upscale,
+        )  # fmt: skip
+        self._size = max(dataset.bucket_counts().items(), key=lambda bucket: bucket[1])[0]
+        self._before = self._pictures(comparison.base, [])
+
+    def result(self, person: str, method: str, output: Path) -> tuple[Result, list[Image.Image]]:
+        """What a method, or "base", has cost and given, and its pictures of the person."""
+        if method == "base":
+            measured = self._measured(self._before)
+            return Result(person, method, 0.0, 0, seconds=0.0, file_bytes=0, memory=0, **measured), self._before[0]
+        base, config = self.comparison.base, self.comparison.config_of(method)
+        path, marks = output / f"{person}-{method}.safetensors", []
+        clock = time.process_time if self.device.type == "cpu" else time.monotonic
+
+        def on_step(report: StepReport) -> None:
+            marks.append(clock())
+
+        used_before = peak_memory(lambda: None, self.device) or 0
+        used = peak_memory(
+            lambda: train(self.training, base, config, output=path, restart=True, device=self.device, on_step=on_step),
+            self.device,
+        )
+        # From the first step's end to the last's: the first one also warms up.
+        seconds = (marks[-1] - marks[0]) * len(marks) / max(1, len(marks) - 1)
+        file = LoraFile.read(path) if METHODS[method].makes != "checkpoint" else None
+        trained = base if file else load_base(path)
+        pictures = self._pictures(trained, [(file, 1.0)] if file else [])
+        return (
+            Result(
+                person, method, peak_rate(config), len(marks), seconds=round(seconds, 1),
+                file_bytes=path.stat().st_size, memory=max(0, (used or 0) - used_before), **self._measured(pictures),
+            ),
+            pictures[0],
+        )  # fmt: skip
+
+    def _pictures(self, base: Base, files: Sequence[tuple[LoraFile, float]]) -> list[list[Image.Image]]:
+        """Of the person, the class, the neutral prompts, and the person in each setting."""
+        config, prompts = self.comparison.config, [self._subject, self._class, *NEUTRAL_PROMPTS]
+        counts = [PICTURES, PICTURES, *[1] * len(NEUTRAL_PROMPTS)]
+        prompts += [f"{self._subject}, {setting}" for setting in self.comparison.settings]
+        counts += [PICTURES // 2] * len(self.comparison.settings)
+        guidance = base.family.guidance if config.sample_guidance is None else config.sample_guidance
+        jobs = [
+            Job(prompt, seed, size=self._size, steps=config.sample_steps, guidance=guidance)
+            for prompt, count in zip(prompts, counts, strict=True)
+            for seed in range(1, count + 1)
+        ]
+        options = GenerateConfig(batch_size=SAMPLE_BATCH, precision=config.precision)
+        drawn = iter([picture.image for picture in generate(base, files, jobs, options, device=self.device)])
+        person, of_class = (list(islice(drawn, PICTURES)) for _ in range(2))
+        return [person, of_class, list(islice(drawn, len(NEUTRAL_PROMPTS))), list(drawn)]
+
+    def _measured(self, pictures: Sequence[Sequence[Image.Image]]) -> dict[str, Any]:
+        person, of_class, neutral, in_settings = pictures
+        changes = [picture_change(a, b) for a, b in zip(self._before[2], neutral, strict=True)]
+        measured = {
+            "likeness": self._alike(person),
+            "adherence": self._adherence(in_settings),
+            "leakage": self._alike(of_class) - self._alike(self._before[1]),
+            "drift": float(np.mean(changes)),
+        }
+        return {name: round(value, 4) for name, value in measured.items()}
+
+    def _alike(self, images: Sequence[Image.Image]) -> float:
+        return float(np.nan_to_num(likeness(embed_images(self.faces, images), self._person[None])[:, 0]).mean())
+
+    def _adherence(self, images: Sequence[Image.Image]) -> float:
+        """The share of pictures of each setting in turn that the base, as a classifier, takes for that setting.
+
+        Noised, a picture is predicted best with the prompt that describes it (diffusion classifier, arXiv:2303.16203).
+        """
+        base, config, settings = self.comparison.base, self.comparison.config, self.comparison.settings
+        device, dtype = device_and_dtype(config, self.device)
+        latents = encode_pictures(base, base.load("vae", device, torch.float32), images)
+        encoders = base.load_text_encoders(device, torch.float32)
+        texts = encode_prompts(base, encoders, [f"{self._class}, {setting}" for setting in settings], config.clip_skip)
+        denoiser, schedule = base.load("denoiser", device, dtype), base.schedule().to(device)
+        generator = torch.Generator(device).manual_seed(config.seed)
+        errors = torch.zeros(len(settings), len(images))
+        shape = base.family.image_conditioning(self._size, (0, 0), self._size)
+        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            for _ in range(DRAWS):
+                noise = torch.randn(latents.shape, generator=generator, device=device)
+                timesteps = schedule.draw_timesteps(latents, config, generator)
+                noisy, target = (
+                    schedule.add_noise(latents, noise, timesteps),
+                    schedule.target(latents, noise, timesteps),
+                )
+                for row, text in enumerate(texts):
+                    whole = {
+                        name: value.to(device).expand(len(images), *value.shape[1:])
+                        for name, value in (text | shape).items()
+                    }
+                    prediction = base.family.predict(denoiser, noisy.to(dtype), timesteps, whole).float()
+                    errors[row] += ((prediction - target) ** 2).mean(dim=(1, 2, 3)).cpu()
+        asked = torch.arange(len(images)) // (PICTURES // 2)
+        return float((errors.argmin(dim=0) == asked).float().mean())
+
+
+# --- what is shown ---
+
+_COLUMNS: dict[str, tuple[str, Callable[[Result], float], str]] = {
+    "likeness": ("to held-out photos", lambda r: r.likeness, "{:.2f}"),
+    "time": ("seconds", lambda r: r.seconds, "{:.0f}"),
+    "file": ("MB", lambda r: r.file_bytes / 1e6, "{:.3f}"),
+    "adherence": ("share of settings", lambda r: r.adherence, "{:.2f}"),
+    "leakage": ("into the class", lambda r: r.leakage, "{:.2f}"),
+    "drift": ("grey levels", lambda r: r.drift, "{:.1f}"),
+    "memory": ("MB", lambda r: r.memory / 1e6, "{:.0f}"),
+}
+"""Column -> unit, value, and how it is written."""
+
+
+def summary_rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
+    """The header, and a row for each method: mean and standard deviation over the people."""
+    rows: list[tuple[str, ...]] = [
+        ("method", "people", *(f"{name} ({unit})" for name, (unit, _, _) in _COLUMNS.items()))
+    ]
+    for method in dict.fromkeys(result.method for result in results):
+        cells: list[str] = [method, str(sum(result.method == method for result in results))]
+        for _, value, form in _COLUMNS.values():
+            found = [value(result) for result in results if result.method == method]
+            cells.append(f"{form.format(np.mean(found))} ± {form.format(np.std(found))}")
+        rows.append(tuple(cells))
+    return rows
+
+
+def plot_results(results: Sequence[Result]) -> Image.Image:
+    """Bars of the means, one panel for each column, with a dot for each person."""
+    methods = list(dict.fromkeys(result.method for result in results))
+    width, line, panel = 300, 24, 24 * (len(methods) + 2)
+    image = Image.new("RGB", (2 * width + 260, panel * -(-len(_COLUMNS) // 2)), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
+    for number, (name, (unit, value, form)) in enumerate(_COLUMNS.items()):
+        left, top = (number % 2) * (width + 130), (number // 2) * panel
+        draw.text((left + 10, top + 4), f"{name}, {unit}", fill="black", font=ImageFont.load_default(16))
+        largest = max((abs(value(result)) for result in results), default=0.0) or 1.0
+        for row, method in enumerate(methods, start=1):
+            found = [value(result) for result in results if result.method == method]
+            y, length = top + row * line + 4, width - 130
+            draw.text((left + 10, y), method, fill="black", font=font)
+            end = left + 140 + max(0.0, float(np.mean(found))) / largest * length
+            draw.rectangle((left + 140, y + 2, end, y + line - 8), fill="#9bb7d4")
+            for one in found:
+                x = left + 140 + max(0.0, one) / largest * length
+                draw.ellipse((x - 2, y + 6, x + 2, y + 10), fill="#c0392b")
+            draw.text((left + 146 + length, y), form.format(np.mean(found)), fill="black", font=font)
+    return image

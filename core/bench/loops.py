@@ -1,0 +1,304 @@
+"""What the benchmark times: our training step, that of a plain diffusers + peft loop, and ComfyUI's, on the same weights.
+
+The denoiser has the family's real architecture and random weights made in memory; latents and conditioning have the real
+shapes.
+"""
+
+import contextlib
+import json
+import subprocess
+import tempfile
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..config import TrainConfig
+from ..device import device_and_dtype, precision_name
+from ..errors import BadConfig, BadFile
+from ..models.base import Base
+from ..models.families import FAMILIES
+from ..models.spec import Component, Conditioning
+from ..training.encode import EncodedImage, LatentCache
+from ..training.methods import peak_rate
+from ..training.step import Run
+
+CAPTION = "a photo of sks person"
+LATENT_CHANNELS, LATENT_SIZE, TOKENS = 4, 8, 77
+TRAINER = Path(__file__).parents[2] / "tools" / "comfyui_trainer.py"
+"""The program that runs ComfyUI's own trainer."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a family's denoiser looks like in its published size."""
+
+    config: Mapping[str, Any]
+    """Arguments of the UNet that differ from family to family; widths follow from the channels of the first level."""
+    widths: tuple[int, ...]
+    """Channels of each level, as multiples of the first level's."""
+    heads: tuple[int, ...] | int
+    """Attention heads of each level, as multiples of the first level's channels / 64; a number: whatever the width."""
+    pooled: int | None
+    """Width of the pooled text that the denoiser is told beside the context; None: it is not told."""
+
+
+REAL_CHANNELS = 320
+SHAPES = {
+    "sd15": Shape(
+        config={
+            "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+            "cross_attention_dim": 768,
+        },
+        widths=(1, 2, 4, 4),
+        heads=8,
+        pooled=None,
+    ),
+    "sdxl": Shape(
+        config={
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10),
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 1280 + 6 * 256,
+        },
+        widths=(1, 2, 4),
+        heads=(1, 2, 4),
+        pooled=1280,
+    ),
+}
+
+
+def denoiser_config(family: str, channels: int = REAL_CHANNELS) -> dict[str, Any]:
+    """The diffusers config of the family's denoiser; fewer `channels` in the first level make a small one of the same kind.
+
+    BadConfig unless they are a multiple of 64: group norm wants 32, SDXL's attention heads are 64 wide.
+    """
+    if channels < 64 or channels % 64:
+        raise BadConfig(f"--channels {channels}: must be a multiple of 64 (the published models have {REAL_CHANNELS})")
+    shape = SHAPES[family]
+    heads = shape.heads if isinstance(shape.heads, int) else tuple(n * channels // 64 for n in shape.heads)
+    widths = tuple(n * channels for n in shape.widths)
+    return {**shape.config, "block_out_channels": widths, "attention_head_dim": heads}
+
+
+def random_base(family: str, channels: int, device: torch.device, dtype: torch.dtype) -> Base:
+    """A Base of which there is only the denoiser, its random weights on the device in that dtype.
+
+    Each layer keeps the size of its input (deviation 1 / sqrt(fan in)), so that no activation overflows in fp16.
+    """
+    spec, config = FAMILIES[family], denoiser_config(family, channels)
+    with torch.device("meta"):
+        shapes = spec.build("denoiser", config).state_dict()
+    generator = torch.Generator(device).manual_seed(0)
+    tensors = {}
+    for name, place in shapes.items():
+        tensor = torch.empty(place.shape, device=device, dtype=dtype)
+        if place.ndim == 1:
+            tensor.fill_(1.0 if name.endswith("weight") else 0.0)  # the norms' weights, and every bias
+        else:
+            tensor.normal_(std=place[0].numel() ** -0.5, generator=generator)
+        tensors[name] = tensor
+    return Base(
+        family=spec,
+        name="random weights",
+        components={"denoiser": Component(config, tensors)},
+        prediction_type="epsilon",
+        zero_terminal_snr=False,
+        resolution=spec.resolution,
+    )
+
+
+def random_cache(base: Base, config: TrainConfig) -> LatentCache:
+    """One batch of random latents and a random caption's conditioning, in the shapes that the family's encoders make."""
+    side = config.resolution or base.resolution
+    latent = (LATENT_CHANNELS, side // LATENT_SIZE, side // LATENT_SIZE)
+    generator = torch.Generator().manual_seed(0)
+    image = EncodedImage(
+        name="random",
+        mean=torch.randn(latent, generator=generator),
+        deviation=torch.full(latent, 0.1),
+        mask=None,
+        conditioning=base.family.image_conditioning((side, side), (0, 0), (side, side)),
+        caption=CAPTION,
+        class_caption="a photo of person",
+        repeats=1,
+        is_class=False,
+    )
+    width = base.components["denoiser"].config["cross_attention_dim"]
+    text = {"context": torch.randn(1, TOKENS, width, generator=generator)}
+    if pooled := SHAPES[base.family.name].pooled:
+        text["pooled"] = torch.randn(1, pooled, generator=generator)
+    return LatentCache((image,) * config.batch_size, {CAPTION: text}, chunks=1, digest="random")
+
+
+class Loop(Protocol):
+    """One way to train, as the benchmark sees it."""
+
+    def step(self) -> None:
+        """One whole optimizer step."""
+
+    def gradients(self) -> None:
+        """Its forward and backward pass."""
+
+    def forward(self) -> None:
+        """What the step does up to its loss, without gradients, the adapter on."""
+
+
+class OurLoop:
+    """This project's loop, as `train_lora` runs it."""
+
+    def __init__(self, cache: LatentCache, base: Base, config: TrainConfig, device: torch.device):
+        self.run = Run(cache, base, config, device)
+        if self.run.why_not_compiled:
+            raise BadConfig(f"--compile: not possible here: {self.run.why_not_compiled}")
+        self.generator = torch.Generator(device).manual_seed(0)
+
+    def step(self) -> None:
+        self.run.train_step()
+
+    def gradients(self) -> None:
+        self.run.accumulate()
+
+    @torch.no_grad()
+    def forward(self) -> None:
+        with self.run.fast():
+            self.run.picture_loss(self.run.images, [CAPTION] * len(self.run.images), self.generator)
+
+
+class PlainLoop:
+    """What diffusers' DreamBooth-LoRA script does in a step, written with diffusers and peft alone.
+
+    To be fair to it, its latents are encoded before, and it adapts the same layers with the same rank.
+    """
+
+    def __init__(self, cache: LatentCache, base: Base, config: TrainConfig, device: torch.device):
+        from diffusers import DDPMScheduler
+        from diffusers.optimization import get_scheduler
+        from peft import LoraConfig
+
+        self.device, self.dtype = device_and_dtype(config, device)
+        self.family, self.max_grad_norm = base.family, config.max_grad_norm
+        self.denoiser: Any = base.load("denoiser", self.device, self.dtype)
+        self.denoiser.add_adapter(
+            LoraConfig(
+                r=config.rank,
+                lora_alpha=config.rank,
+                init_lora_weights="gaussian",
+                target_modules=base.family.denoiser_targets[config.targets],
+            )
+        )
+        self.denoiser.train()
+        self.parameters = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
+        for parameter in self.parameters:
+            parameter.data = parameter.data.float()
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=peak_rate(config), weight_decay=config.weight_decay)
+        self.lr_scheduler = get_scheduler("constant", self.optimizer)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.noise_scheduler: Any = DDPMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000
+        )
+        self.latents = torch.stack([image.mean for image in cache.images]).to(self.device)
+        parts = [{**cache.text[image.caption], **image.conditioning} for image in cache.images]
+        self.conditioning: Conditioning = {
+            name: torch.cat([part[name] for part in parts]).to(self.device, self.dtype) for name in parts[0]
+        }
+        self.shown_loss = 0.0
+
+    def loss(self) -> Tensor:
+        noise = torch.randn_like(self.latents)
+        timesteps = torch.randint(0, 1000, (len(self.latents),), device=self.device)
+        noisy_latents = self.noise_scheduler.add_noise(self.latents, noise, timesteps).to(self.dtype)
+        autocast = torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else None
+        with autocast or contextlib.nullcontext():
+            prediction = self.family.predict(self.denoiser, noisy_latents, timesteps, self.conditioning)
+        return F.mse_loss(prediction.float(), noise.float())
+
+    def gradients(self) -> None:
+        self.optimizer.zero_grad()
+        loss = self.loss()
+        self.scaler.scale(loss).backward()
+        self.last_loss = loss.detach()
+
+    def step(self) -> None:
+        self.gradients()
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.lr_scheduler.step()
+        self.shown_loss = self.last_loss.item()
+
+    @torch.no_grad()
+    def forward(self) -> None:
+        self.loss()
+
+
+def trainer_program() -> Path:
+    """The program that runs ComfyUI's own trainer. BadFile where it is not there, as in an installation from a wheel."""
+    if not TRAINER.is_file():
+        raise BadFile(
+            f"--comfyui: {TRAINER} is missing; only a clone of the repository has it, so run the benchmark there"
+        )
+    return TRAINER
+
+
+class ComfyLoop:
+    """ComfyUI's own trainer on the same weights and inputs, a process that makes a step when told to.
+
+    It adapts every weight of the denoiser, whatever the targets.
+    """
+
+    def __init__(
+        self, cache: LatentCache, base: Base, config: TrainConfig, device: torch.device, comfyui: Path, python: Path
+    ):
+        _, dtype = device_and_dtype(config, device)
+        # Windows keeps a mapped file as long as the process that mapped it.
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+            folder = Path(name)
+            save_file(dict(base.components["denoiser"].tensors), folder / "weights.safetensors")
+            text = cache.text[CAPTION]
+            inputs = {"latents": torch.stack([image.mean for image in cache.images]), **text}
+            save_file(inputs, folder / "inputs.safetensors")
+            task = {"device": device.type, "precision": precision_name(dtype), "rank": config.rank}
+            (folder / "task.json").write_text(json.dumps(task))
+            self._process = subprocess.Popen(
+                [python, trainer_program(), comfyui.resolve(), folder],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            self._log: list[str] = []
+            threading.Thread(target=self._read_log, daemon=True).start()
+            self.step()  # by then it has read its files
+
+    def _read_log(self) -> None:
+        assert self._process.stderr
+        self._log.extend(self._process.stderr)
+
+    def step(self) -> dict[str, Any]:
+        """One whole optimizer step: its seconds, the processor's, and the most bytes the process has had so far."""
+        assert self._process.stdin and self._process.stdout
+        with contextlib.suppress(OSError):  # the pipe is broken where it has ended
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith("STEP "):
+                return json.loads(line[5:])
+        status = self._process.wait()
+        killed = " (killed: too little memory?)" if status == -9 else ""
+        last = "".join(self._log[-1:]).strip()
+        raise BadConfig(f"--comfyui: its trainer ended with exit status {status}{killed}; last it said: {last}")
+
+    def close(self) -> None:
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait()

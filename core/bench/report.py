@@ -1,0 +1,393 @@
+"""The benchmark: our training step beside its peers', in one run on the same weights and input.
+
+The loops take turns, so that a machine that is busy or gets warm slows all, and what is compared is the median
+of the ratios of neighbours.
+"""
+
+import argparse
+import ctypes
+import math
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import date
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, get_args
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..config import Targets, TrainConfig
+from ..device import device_and_dtype, precision_name
+from ..errors import BadConfig, BadFile
+from ..models.families import FAMILIES
+from ..models.memory_plan import MemoryPlan
+from ..storage.files import write_file
+from ..training.memory_prediction import predicted_memory
+from .loops import (
+    LATENT_SIZE,
+    REAL_CHANNELS,
+    SHAPES,
+    ComfyLoop,
+    Loop,
+    OurLoop,
+    PlainLoop,
+    random_base,
+    random_cache,
+    trainer_program,
+)
+
+WARM_UP = 2
+"""Steps of each loop before the timed ones, the first of them reported as the time to the first step."""
+MATRIX_SIZE, MATRIX_SECONDS = 8192, 0.05
+"""Side of the square matrices whose product gives the machine's rate, or less where that takes this long."""
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done all that it was given."""
+    getattr(torch, device.type).synchronize()
+
+
+def seconds(work: Callable[[], object], device: torch.device, times: int = 1) -> tuple[float, float, float]:
+    """Seconds that one of `times` runs in a row takes, those after which the host was free again, and the processor's.
+
+    The processor's are those of all threads together: other work on the machine lengthens them far less.
+    """
+    synchronize(device)
+    start, used = time.perf_counter(), time.process_time()
+    for _ in range(times):
+        work()
+    host = time.perf_counter() - start
+    synchronize(device)
+    return (time.perf_counter() - start) / times, host / times, (time.process_time() - used) / times
+
+
+def count_flops(work: Callable[[], object]) -> int:
+    """Floating-point operations of all matrix products, convolutions and attentions in `work`, a multiply-add as two."""
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+    aten: Any = torch.ops.aten
+    # torch counts the attention kernels of a GPU, not those of the CPU, and no products in place. The arguments are the
+    # shapes of the kernel's.
+    more: dict[Any, Callable[..., int]] = {
+        aten.addmm_: lambda total, left, right, **__: 2 * math.prod(left) * right[1],
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
+            query, key, value
+        ),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda gradient, query, key, value, *_, **__: (
+            sdpa_backward_flop_count(gradient, query, key, value)
+        ),
+    }
+    counter = FlopCounterMode(display=False, custom_mapping=more)
+    with counter:
+        work()
+    return counter.get_total_flops()
+
+
+class OperationCount(TorchDispatchMode):
+    """How many operations torch is asked for within it, those aside that only look at memory in another way."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().partition("::")[2]
+        if not func.is_view and not name.startswith(("_unsafe_view", "empty", "new_empty", "_record_function")):
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count_operations(work: Callable[[], object]) -> int:
+    """The operations that `work` asks torch for: on a GPU each is a kernel or a few, which the host has to start."""
+    with OperationCount() as operations:
+        work()
+    return operations.count
+
+
+def count_kernels(work: Callable[[], object], device: torch.device) -> int | None:
+    """How many kernels and copies `work` starts on a GPU; None on another device."""
+    if device.type != "cuda":
+        return None
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        work()
+        synchronize(device)
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in trace.events() or ())
+
+
+def peak_memory(work: Callable[[], object], device: torch.device) -> int | None:
+    """The most bytes in use at a time during `work`: the allocator's on a GPU, the whole process's on Linux, else None."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return torch.cuda.max_memory_allocated(device)
+    libc = ctypes.CDLL(None) if platform.system() == "Linux" else None
+    if libc is None or not hasattr(libc, "malloc_trim"):
+        return None
+    libc.malloc_trim(0)  # what was freed before but is still held by the C library does not count
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel's record of the peak starts anew
+    work()
+    peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    return int(peak[1]) * 1024 if peak else None
+
+
+def matmul(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], object], int]:
+    """A product of two square matrices, large enough to reach the machine's rate, and its floating-point operations."""
+    size = 256
+    while True:
+        left, right = torch.randn(2, size, size, device=device).to(dtype)
+        product = partial(torch.mm, left, right)
+        product()
+        if size == MATRIX_SIZE or seconds(product, device)[0] > MATRIX_SECONDS:
+            return product, 2 * size**3
+        size *= 2
+
+
+def bench(
+    family: str,
+    config: TrainConfig,
+    *,
+    steps: int = 20,
+    channels: int = REAL_CHANNELS,
+    device: torch.device | None = None,
+    comfyui: Path | None = None,
+    comfyui_python: Path = Path(sys.executable),
+) -> dict[str, Any]:
+    """The report: what was measured on what, `ours` and `peer` each with its figures, seconds and bytes, medians of `steps`.
+
+    `step_over_peer` is the median of the ratios of neighbouring steps, with its quartiles. With the folder of a ComfyUI,
+    and the Python that it runs in, its own trainer takes turns too: `comfyui`, `step_over_comfyui`.
+    """
+    if comfyui and not (comfyui / "comfy_extras" / "nodes_train.py").is_file():
+        raise BadFile(f"--comfyui {comfyui}: is no folder of a ComfyUI that can train")
+    if comfyui:
+        trainer_program()
+    device, dtype = device_and_dtype(config, device)
+    resolution = config.resolution or FAMILIES[family].resolution
+    multiple = LATENT_SIZE * 2 ** (len(SHAPES[family].widths) - 1)
+    if resolution % multiple:
+        raise BadConfig(f"--resolution {resolution}: must be a multiple of {multiple}")
+    config = replace(config, resolution=resolution)
+    base = random_base(family, channels, device, dtype)
+    cache = random_cache(base, config)
+    loops: dict[str, Loop] = {}
+    first: dict[str, float] = {}
+    for name, kind in (("ours", OurLoop), ("peer", PlainLoop)):
+        start = time.perf_counter()
+        loops[name] = kind(cache, base, config, device)
+        loops[name].step()
+        synchronize(device)
+        first[name] = time.perf_counter() - start
+    for _ in range(WARM_UP - 1):
+        for loop in loops.values():
+            loop.step()
+            loop.forward()
+    comfy = ComfyLoop(cache, base, config, device, comfyui, comfyui_python) if comfyui else None
+    flops = {name: count_flops(loop.step) for name, loop in loops.items()}
+    # (What is compiled cannot be counted so.)
+    operations = {
+        name: None if config.compile and name == "ours" else count_operations(loop.gradients)
+        for name, loop in loops.items()
+    }
+    kernels = {name: count_kernels(loop.step, device) for name, loop in loops.items()}
+    peaks = {name: peak_memory(loop.step, device) for name, loop in loops.items()}
+    product, product_flops = matmul(device, dtype)
+    # On a GPU the host runs ahead of the device over several steps, as it does in training.
+    block = 1 if device.type == "cpu" else 5
+    rounds = max(1, steps // block)
+    load = _load()
+    taken: dict[str, list[float]] = {}
+    for number in range(rounds):
+        for name in list(loops)[:: 1 if number % 2 == 0 else -1]:
+            for what in ("step", "forward"):
+                measured = seconds(getattr(loops[name], what), device, block)
+                for kind, value in zip(("", " host", " processor"), measured, strict=True):
+                    taken.setdefault(f"{name} {what}{kind}", []).append(value)
+        if comfy:
+            steps_taken = [comfy.step() for _ in range(block)]
+            for kind, key in (("", "seconds"), (" processor", "processor"), (" peak", "peak")):
+                taken.setdefault(f"comfyui step{kind}", []).append(median(step[key] or 0 for step in steps_taken))
+        taken.setdefault("matmul", []).append(seconds(product, device, block)[0])
+    if comfy:
+        comfy.close()
+    rate = product_flops / median(taken["matmul"])
+    report: dict[str, Any] = {
+        "family": family,
+        "channels": channels,
+        "resolution": resolution,
+        "batch_size": config.batch_size,
+        "targets": config.targets,
+        "rank": config.rank,
+        "compiled": config.compile,
+        "precision": precision_name(dtype),
+        "device": device.type,
+        "processor": _processor(device),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "diffusers", "peft")},
+        "date": date.today().isoformat(),
+        "load": load,
+        "steps": rounds * block,
+        "parameters": sum(tensor.numel() for tensor in base.components["denoiser"].tensors.values()),
+        "matmul_flops_per_second": rate,
+        "predicted_bytes": predicted_memory(cache, base, config, dtype, MemoryPlan()),
+    }
+    for name in loops:
+        step = median(taken[f"{name} step"])
+        report[name] = {
+            "seconds_per_step": step,
+            "seconds_per_image": step / config.batch_size,
+            "forward_seconds": median(taken[f"{name} forward"]),
+            "forwards_per_step": median(_ratios(taken[f"{name} step"], taken[f"{name} forward"])),
+            "flops_per_step": flops[name],
+            "matmul_rate_share": flops[name] / step / rate,
+            "host_seconds_per_step": median(taken[f"{name} step host"]),
+            "processor_seconds_per_step": median(taken[f"{name} step processor"]),
+            "processor_forwards_per_step": median(
+                _ratios(taken[f"{name} step processor"], taken[f"{name} forward processor"])
+            ),
+            "operations_per_gradient": operations[name],
+            "kernels_per_step": kernels[name],
+            "peak_bytes": peaks[name],
+            "seconds_to_first_step": first[name],
+        }
+    pairs = {"peer": "peer step", "peer_processor": "peer step processor"} | (
+        {"comfyui": "comfyui step"} if comfy else {}
+    )
+    for name, key in pairs.items():
+        ratios = _ratios(taken[f"ours {key.partition(' ')[2]}"], taken[key])
+        report[f"step_over_{name}"] = median(ratios)
+        report[f"step_over_{name}_quartiles"] = quantiles(ratios)[::2] if len(ratios) > 1 else [ratios[0]] * 2
+    if comfy:
+        report["comfyui"] = {
+            "seconds_per_step": median(taken["comfyui step"]),
+            "processor_seconds_per_step": median(taken["comfyui step processor"]),
+            "peak_bytes": max(taken["comfyui step peak"]),
+        }
+    return report
+
+
+def _ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(above, below, strict=True)]
+
+
+def _processor(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", names.read_text()) if names.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def _load() -> float | None:
+    """How many processes wanted a processor in the last minute, this one included; None where the system does not say."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def format_report(report: Mapping[str, Any]) -> str:
+    """The report as a heading and a table in Markdown."""
+    ours, peer = report["ours"], report["peer"]
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    load = "" if report["load"] is None else f", load {report['load']:.1f}"
+    low, high = report["step_over_peer_quartiles"]
+    rate = report["matmul_flops_per_second"] / 1e9
+    heading = [
+        f"{FAMILIES[report['family']].title}, random weights ({report['parameters'] / 1e6:.1f} M), "
+        f"{report['resolution']} px, batch {report['batch_size']}, {report['targets']} targets, rank {report['rank']}, "
+        f"{report['precision']}{', our blocks compiled' if report['compiled'] else ''}",
+        f"{report['device']}: {report['processor']}, {report['threads']} threads; {versions}; {report['date']}{load}",
+    ]
+    rows = [
+        ("seconds per step", "seconds_per_step", 1, 3),
+        ("seconds per image", "seconds_per_image", 1, 3),
+        ("seconds per forward", "forward_seconds", 1, 3),
+        ("step / forward", "forwards_per_step", 1, 2),
+        ("TFLOP per step", "flops_per_step", 1e12, 3),
+        (f"share of the matrix-multiply rate ({rate:.0f} GFLOP/s)", "matmul_rate_share", 1, 2),
+        ("host seconds per step", "host_seconds_per_step", 1, 3),
+        ("processor seconds per step", "processor_seconds_per_step", 1, 3),
+        ("step / forward in processor seconds", "processor_forwards_per_step", 1, 2),
+        ("operations of a forward and backward pass", "operations_per_gradient", 1, 0),
+        ("kernels per step", "kernels_per_step", 1, 0),
+        ("peak memory, GiB", "peak_bytes", 2**30, 2),
+        ("seconds to the first step", "seconds_to_first_step", 1, 1),
+    ]
+    lines = ["| | ours | diffusers + peft |", "|---|--:|--:|"]
+    for title, key, unit, digits in rows:
+        if ours[key] is not None and peer[key] is not None:
+            lines.append(f"| {title} | {ours[key] / unit:.{digits}f} | {peer[key] / unit:.{digits}f} |")
+    verdict = (
+        f"A step of ours takes {report['step_over_peer']:.3f} of the peer's "
+        f"(median of {report['steps']} steps in turns; quartiles {low:.3f} to {high:.3f}), "
+        f"in processor seconds {report['step_over_peer_processor']:.3f} "
+        f"({report['step_over_peer_processor_quartiles'][0]:.3f} to {report['step_over_peer_processor_quartiles'][1]:.3f})."
+    )
+    memory = (
+        f"Memory predicted for a run of ours: {report['predicted_bytes'] / 2**30:.2f} GiB, without Python's libraries."
+    )
+    others = []
+    if comfy := report.get("comfyui"):
+        low, high = report["step_over_comfyui_quartiles"]
+        others.append(
+            f"ComfyUI's own trainer, which adapts every weight: {comfy['seconds_per_step']:.3f} s a step (processor "
+            f"{comfy['processor_seconds_per_step']:.3f}), its process at most {comfy['peak_bytes'] / 2**30:.2f} GiB. A step "
+            f"of ours takes {report['step_over_comfyui']:.3f} of its (quartiles {low:.3f} to {high:.3f})."
+        )
+    return "\n\n".join([*heading, "\n".join(lines), verdict, *others, memory])
+
+
+def append_report(path: Path, report: Mapping[str, Any], command: str) -> None:
+    """Adds the report to a Markdown file, under a title and with the command that it came from. BadFile when it cannot."""
+    title = f"{FAMILIES[report['family']].title}, {report['resolution']} px, {report['precision']}, {report['device']}"
+    text = f"\n### {title} ({report['date']})\n\n`{command}`\n\n{format_report(report)}\n"
+    try:
+        before = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise BadFile(f"{path}: cannot be read: {error.strerror}") from None
+    write_file(path, lambda file: file.write(before + text.encode("utf-8", "replace")))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `facelora bench` beside `--device` and `--json`."""
+    parser.add_argument("--family", choices=tuple(SHAPES), default="sd15", help="default: sd15")
+    parser.add_argument("--resolution", type=int, metavar="PIXELS", help="default: the family's own")
+    parser.add_argument("--batch-size", type=int, default=1, help="pictures in a forward pass (default: 1)")
+    parser.add_argument("--rank", type=int, default=16, help="of the adapter (default: 16)")
+    parser.add_argument("--targets", choices=get_args(Targets), default="transformer", help="default: transformer")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="default: auto")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks of our loop")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of each loop (default: 20)")
+    parser.add_argument("--comfyui", type=Path, metavar="FOLDER", help="also time the trainer of the ComfyUI there")
+    parser.add_argument(
+        "--comfyui-python", type=Path, metavar="FILE", default=Path(sys.executable), help="default: this one"
+    )
+    parser.add_argument("--append", type=Path, metavar="FILE", help="also add the report to this Markdown file")
+    parser.add_argument(
+        "--channels", type=int, default=REAL_CHANNELS, help=f"of the first level; real size: {REAL_CHANNELS} (default)"
+    )
+
+
+def run(options: argparse.Namespace, device: torch.device | None = None) -> dict[str, Any]:
+    """The report for the command line's options."""
+    if options.steps < 1:
+        raise BadConfig(f"--steps {options.steps}: must be at least 1")
+    config = TrainConfig(
+        rank=options.rank,
+        targets=options.targets,
+        batch_size=options.batch_size,
+        resolution=options.resolution,
+        precision=options.precision,
+        compile=options.compile,
+        gradient_checkpointing="off",
+    )
+    return bench(
+        options.family, config, steps=options.steps, channels=options.channels, device=device, comfyui=options.comfyui,
+        comfyui_python=options.comfyui_python,
+    )  # fmt: skip

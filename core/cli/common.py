@@ -1,0 +1,168 @@
+"""What several commands share: the device, a LoRA with its strength, and the progress that is shown."""
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import BadConfig
+from ..storage.files import is_text
+
+Command = tuple[str, str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Any]]
+"""Name, what it does, what adds its options to a parser, and what runs it: its return value is the exit code, or None for 0."""
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; default: the best there is")
+
+
+def add_base(parser: argparse.ArgumentParser, required: bool) -> None:
+    parser.add_argument("--base", required=required, help="checkpoint file, diffusers folder, or hub id")
+    parser.add_argument("--vae", metavar="FILE", help="VAE, where the base's file is the denoiser alone")
+    parser.add_argument(
+        "--text-encoder", action="append", default=[], metavar="FILE",
+        help="text encoder, where the base's file has none; repeated for a family that has several (FLUX.1: CLIP-L and T5)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokenizer", metavar="DIR",
+        help="folder with the tokenizer of T5 or Qwen (FLUX.1 and later), from a diffusers folder or from ComfyUI's "
+        "comfy/text_encoders",
+    )  # fmt: skip
+
+
+def base_from(options: argparse.Namespace, **schedule: Any):
+    from ..models.base import load_base
+
+    files = {"vae": options.vae, "text_encoders": options.text_encoder, "tokenizer": options.tokenizer}
+    return load_base(options.base, **files, **schedule)
+
+
+def add_face_network(parser: argparse.ArgumentParser, default: str | None = "sface") -> None:
+    parser.add_argument(
+        "--face-network", default=default, metavar="NAME|FILE.onnx",
+        help="what tells people apart: sface, dlib, or a network in ArcFace's form (default: sface)",
+    )  # fmt: skip
+
+
+def device_from(options: argparse.Namespace):
+    if options.device is None:
+        return None
+    import torch
+
+    try:
+        device = torch.device(options.device)
+        torch.zeros(1, device=device).item()  # of "meta" there is nothing to read
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        raise BadConfig(
+            f"--device {options.device}: {reason}; there is {', '.join(name for name, here in available.items() if here)}"
+        ) from None
+    return device
+
+
+def unicode_text(argument: str) -> str:
+    """An argument that is text. (Files' names may be any bytes, and so may what Python makes of the command line.)"""
+    if not is_text(argument):
+        raise argparse.ArgumentTypeError(f"{argument!r} is no UTF-8 text")
+    return argument
+
+
+def split_strength(text: str) -> tuple[str, float]:
+    """("face.safetensors", 0.8) of "face.safetensors:0.8"; without a number the strength is 1."""
+    path, separator, number = text.rpartition(":")
+    try:
+        strength = float(number) if separator and path else None
+    except ValueError:
+        strength = None
+    if strength is None:
+        return text, 1.0
+    if not math.isfinite(strength):
+        raise BadConfig(f"{text}: the strength of a LoRA must be finite")
+    return path, strength
+
+
+def print_warning(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+class BarProgress:
+    """Progress bars on stderr, which look at the loss no more than twice a second."""
+
+    def __init__(self) -> None:
+        self._bar, self._name, self._shown = None, "", 0.0
+
+    def __enter__(self) -> "BarProgress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _bar_for(self, name: str, total: int):
+        from tqdm import tqdm
+
+        if self._bar is None or self._name != name:
+            self.__exit__()
+            self._bar, self._name = tqdm(total=total, desc=name, dynamic_ncols=True, file=sys.stderr), name
+        return self._bar
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        bar = self._bar_for(name, total)
+        bar.update(done - bar.n)
+
+    def step(self, report) -> None:
+        bar = self._bar_for("training", report.steps)
+        if bar.n == 0 and report.step > 1:
+            bar.initial = bar.n = report.step - 1  # resumed: the rate counts this session's steps only
+        now = time.monotonic()
+        if now - self._shown > 0.5 or report.step == report.steps:
+            self._shown = now
+            alike = f", likeness {report.likeness.likeness:.2f}" if report.likeness else ""
+            memory = f", {report.memory / 2**30:.1f} GiB" if report.memory else ""
+            bar.set_postfix_str(f"loss {report.loss:.4f}, lr {report.learning_rate:.1e}{alike}{memory}", refresh=False)
+            bar.update(report.step - bar.n)
+
+    def warning(self, message: str) -> None:
+        if self._bar is not None:
+            self._bar.clear()
+        print_warning(message)
+
+
+class JsonProgress:
+    """The same as lines of JSON on stdout, at most twice a second and for the last step."""
+
+    def __init__(self) -> None:
+        self._shown = 0.0
+
+    def __enter__(self) -> "JsonProgress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        self._print(done == total, phase=name, done=done, total=total)
+
+    def step(self, report) -> None:
+        now = time.monotonic()
+        if report.step == report.steps or now - self._shown > 0.5:
+            loss = report.loss if math.isfinite(report.loss) else None  # JSON has no NaN
+            self._print(
+                True, phase="training", step=report.step, steps=report.steps, loss=loss,
+                learning_rate=report.learning_rate, seconds_per_step=report.seconds_per_step,
+                seconds_left=report.seconds_left, memory=report.memory,
+                likeness=report.likeness and dataclasses.asdict(report.likeness),
+            )  # fmt: skip
+
+    def warning(self, message: str) -> None:
+        self._print(True, warning=message)
+
+    def _print(self, always: bool, **values: Any) -> None:
+        if always or time.monotonic() - self._shown > 0.5:
+            self._shown = time.monotonic()
+            print(json.dumps(values), flush=True)

@@ -1,0 +1,102 @@
+"""The settings of a training as options of a command, over those of a TOML file."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from ..config import TrainConfig, known_settings
+from ..errors import BadConfig, BadFile
+from .common import unicode_text
+
+SCHEDULE = ("prediction_type", "zero_terminal_snr")
+"""Settings that say of the base model how it predicts: it is loaded with them."""
+
+
+def add_settings(group, only: Collection[str] | None = None) -> None:
+    """One option for each field of TrainConfig, or for those; what is not given does not appear, so that a file's value
+    stays.
+    """
+    hints = get_type_hints(TrainConfig)
+    for item in dataclasses.fields(TrainConfig):
+        if only is not None and item.name not in only:
+            continue
+        flag = "--" + item.name.replace("_", "-")
+        names = ["--trigger", flag] if item.name == "trigger_word" else [flag]
+        hint, text = hints[item.name], item.metadata["help"]
+        common: dict[str, Any] = {"dest": f"setting_{item.name}", "default": argparse.SUPPRESS}
+        if get_origin(hint) is Literal:
+            text = f"{text} (default: {item.default})"
+            group.add_argument(*names, choices=get_args(hint), help=text, **common)
+        elif hint is bool:
+            text = f"{text} (default: {'yes' if item.default else 'no'})"
+            group.add_argument(*names, action=argparse.BooleanOptionalAction, help=text, **common)
+        elif get_origin(hint) is dict:
+            number = get_args(hint)[1]
+            kind = _pattern_of(number)
+            group.add_argument(*names, action="append", type=kind, metavar="REGEX=NUMBER", help=text, **common)
+        elif get_origin(hint) is tuple:
+            name = flag.removesuffix("s")
+            group.add_argument(
+                name, action="append", type=unicode_text, metavar="TEXT", help=f"{text}; may be repeated", **common
+            )
+        else:
+            kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
+            if item.default is not None:
+                text = f"{text} (default: {item.default})"
+            metavar = {int: "N", float: "X", str: "TEXT"}[kinds[0]]
+            kind = unicode_text if kinds[0] is str else kinds[0]
+            group.add_argument(*names, type=kind, metavar=metavar, help=text.replace("%", "%%"), **common)
+
+
+def _pattern_of(number: type) -> Callable[[str], tuple[str, Any]]:
+    def parse(text: str) -> tuple[str, Any]:
+        pattern, separator, value = text.rpartition("=")
+        if not separator:
+            raise argparse.ArgumentTypeError(f"{text!r} is not REGEX=NUMBER")
+        try:
+            return pattern, number(value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{value!r} in {text!r} is not a number") from None
+
+    return parse
+
+
+def settings_from(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings of a TOML file, overridden by the options given on the command line."""
+    settings = read_toml(options.config) if options.config else {}
+    try:
+        return known_settings(settings) | given_settings(options)
+    except BadConfig as error:
+        raise BadConfig(f"{options.config}: {error}") from None
+
+
+def given_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Those that are given on the command line."""
+    settings: dict[str, Any] = {}
+    for name, value in vars(options).items():
+        if name.startswith("setting_"):
+            if value and isinstance(value, list) and isinstance(value[0], tuple):
+                value = dict(value)
+            settings[name.removeprefix("setting_")] = value
+    return settings
+
+
+def schedule_from(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the settings that are in SCHEDULE."""
+    return {name: settings[name] for name in SCHEDULE if name in settings}
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib  # pyright: ignore[reportMissingImports]
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise BadFile(f"{path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadConfig(f"{path}: not a TOML file: {error}") from None

@@ -1,0 +1,1 @@
+"""LoRA files: read, written, converted, merged, inspected, and applied to a network."""

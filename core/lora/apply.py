@@ -1,0 +1,110 @@
+"""Putting a LoRA on a model: on a diffusers pipeline, or on bare networks."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LoraMisfit
+from ..models.families import FAMILIES
+from ..tensor_names import ModuleId, text_encoder_path
+from .file import LoraFile, fit
+
+_PIPELINE_PARTS = {
+    "unet": "denoiser",
+    "transformer": "denoiser",
+    "text_encoder": "text_encoder",
+    "text_encoder_2": "text_encoder_2",
+    "text_encoder_3": "text_encoder_3",
+}
+_PIPELINE_FAMILIES = {family.pipeline_class: name for name, family in FAMILIES.items()} | {
+    "StableDiffusionImg2ImgPipeline": "sd15",
+    "StableDiffusionInpaintPipeline": "sd15",
+    "StableDiffusionControlNetPipeline": "sd15",
+    "StableDiffusionXLImg2ImgPipeline": "sdxl",
+    "StableDiffusionXLInpaintPipeline": "sdxl",
+    "StableDiffusionXLControlNetPipeline": "sdxl",
+    "FluxImg2ImgPipeline": "flux1",
+    "FluxInpaintPipeline": "flux1",
+    "FluxControlNetPipeline": "flux1",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class AppliedLora:
+    """A LoRA that is merged into the weights and biases of networks, and the way back."""
+
+    layers: Mapping[ModuleId, nn.Module]
+    originals: dict[tuple[ModuleId, str], Tensor] = field(default_factory=dict)
+    """(module, "weight" or "bias") -> the changed parameter as it was."""
+
+    @torch.no_grad()
+    def add(self, module_id: ModuleId, name: str, change: Tensor) -> None:
+        """Adds the change, in any shape, to a parameter."""
+        parameter: Tensor = getattr(self.layers[module_id], name)
+        changed = parameter.float() + change.reshape(parameter.shape).to(parameter.device)
+        self.originals.setdefault((module_id, name), parameter.data)
+        parameter.data = changed.to(parameter.dtype)
+
+    @torch.no_grad()
+    def remove(self) -> None:
+        """Puts back everything as it was, bit for bit, where the networks are now and in the precision they have now.
+
+        Of several LoRAs the last applied must be removed first.
+        """
+        for (module_id, name), original in self.originals.items():
+            parameter: Tensor = getattr(self.layers[module_id], name)
+            parameter.data = original.to(parameter.device, parameter.dtype)
+
+
+def apply(
+    lora: LoraFile, target: Any, strength: float = 1.0, text_encoder_strength: float | None = None
+) -> AppliedLora:
+    """The applied LoRA: every weight W of `target` that it names becomes W + strength * alpha / rank * up @ down; other
+    kinds of adapters change it, and the bias, as they mean to.
+
+    `target` is a diffusers pipeline, or a mapping part -> network (`denoiser`, `text_encoder`, ...; see `Base.load`) with
+    the family's name under `family`. Text encoders that are not among the parts are left alone.
+    LoraMisfit when any other key of the LoRA has no place in the target, UnmatchedKeys when one makes no sense; with an
+    error nothing is changed.
+    """
+    family, networks = _networks(target)
+    layers: dict[ModuleId, nn.Module] = {
+        (part, path if part == "denoiser" else text_encoder_path(path)): module
+        for part, network in networks.items()
+        for path, module in network.named_modules()
+        if isinstance(getattr(module, "weight", None), Tensor)
+    }
+    shapes = {module_id: tuple(layer.weight.shape) for module_id, layer in layers.items()}  # pyright: ignore
+    biased = {module_id for module_id, layer in layers.items() if isinstance(getattr(layer, "bias", None), Tensor)}
+    present = lora.of_parts({"denoiser", *networks})
+    fit(present, family, shapes, biased).check(lora.name)
+    if text_encoder_strength is None:
+        text_encoder_strength = strength
+    applied = AppliedLora(layers)
+    try:
+        for entry in present.entries:
+            factor = strength if entry.part == "denoiser" else text_encoder_strength
+            changes = present.changes_of(entry, lambda module_id: layers[module_id].weight.cpu())  # pyright: ignore
+            for module_id, change in changes:
+                applied.add(module_id, "weight", factor * change)
+            for module_id, change in present.bias_changes_of(entry, inputs=math.prod(shapes[entry.modules[0]][1:2])):
+                applied.add(module_id, "bias", factor * change)
+    except BaseException:
+        applied.remove()
+        raise
+    return applied
+
+
+def _networks(target: Any) -> tuple[str, dict[str, nn.Module]]:
+    if isinstance(target, Mapping):
+        networks = {part: network for part, network in target.items() if part != "family"}
+        return target["family"], networks
+    class_name = type(target).__name__
+    if class_name not in _PIPELINE_FAMILIES:
+        raise LoraMisfit(f"{class_name} is no pipeline that is known here; known: {', '.join(_PIPELINE_FAMILIES)}")
+    found = [(part, getattr(target, name, None)) for name, part in _PIPELINE_PARTS.items()]
+    return _PIPELINE_FAMILIES[class_name], {part: network for part, network in found if network is not None}

@@ -1,0 +1,86 @@
+"""Strengths of a LoRA's blocks, as people write them: by name, or as the lists of the LoRA Block Weight extension."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+
+from ..errors import BadConfig
+from .file import Entry, LoraFile
+
+
+def _labels(text: str) -> tuple[str, ...]:
+    """`M00 OUT03-05` -> M00, OUT03, OUT04, OUT05."""
+    found = []
+    for word in text.split():
+        name, first, last = re.fullmatch(r"([A-Z]+)(\d*)(?:-(\d+))?", word).groups()  # pyright: ignore
+        found += [f"{name}{i:02}" for i in range(int(first), int(last or first) + 1)] if first else [name]
+    return tuple(found)
+
+
+BLOCK_LISTS: dict[tuple[int, str], tuple[str, ...]] = {
+    (17, "sd15"): _labels("BASE IN01-02 IN04-05 IN07-08 M00 OUT03-11"),
+    (26, "sd15"): _labels("BASE IN00-11 M00 OUT00-11"),
+    (12, "sdxl"): _labels("BASE IN04-05 IN07-08 M00 OUT00-05"),
+    (20, "sdxl"): _labels("BASE IN00-08 M00 OUT00-08"),
+}
+"""(count, family) -> the blocks of a list of so many numbers: those with attention, or all of them."""
+
+
+def block_strengths(lora: LoraFile, text: str) -> dict[str, float]:
+    """Name of each entry of the LoRA -> what its strength is multiplied by: 1 where the text says nothing of it.
+
+    The text is `BLOCK=NUMBER` with commas or lines between, where BLOCK is the beginning of a module's dotted path
+    (`up_blocks`, `up_blocks.1.attentions.0`), a part (`text_encoder`), or a label as in the lists (`BASE`, `IN04`, `M00`,
+    `OUT05`); the longest one counts. Or it is a list of numbers for BLOCK_LISTS. BadConfig names what it does not know.
+    """
+    items = [item.strip() for item in re.split(r"[,\n]", text) if item.strip()]
+    named = dict.fromkeys(name for entry in lora.entries for name in _names(entry))
+    if items and not any("=" in item for item in items):
+        given = _listed(lora, items)
+    else:
+        given = {}
+        for item in items:
+            name, _, number = (part.strip() for part in item.partition("="))
+            if name not in named:
+                shown = ", ".join(name for name in named if name.count(".") < 2)
+                raise BadConfig(f"block_weights: {name!r} is no block of {lora.name}; it has {shown}")
+            given[name] = _number(number, item)
+    return {entry.name: _strength(entry, given) for entry in lora.entries}
+
+
+def _listed(lora: LoraFile, items: list[str]) -> dict[str, float]:
+    family = "sd15" if lora.family == "sd2" else lora.family
+    labels = BLOCK_LISTS.get((len(items), family))
+    if labels is None:
+        counts = " or ".join(str(count) for count, of in BLOCK_LISTS if of == family)
+        known = f"a list for {lora.family} has {counts}" if counts else f"there are no lists for {lora.family}"
+        raise BadConfig(f"block_weights: {len(items)} numbers; {known}, or give BLOCK=NUMBER")
+    return {label: _number(item, item) for label, item in zip(labels, items, strict=True)}
+
+
+def _number(text: str, item: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise BadConfig(f"block_weights: {item!r} is not BLOCK=NUMBER, e.g. up_blocks.1=0.5") from None
+    return number
+
+
+def _strength(entry: Entry, given: Mapping[str, float]) -> float:
+    return next((given[name] for name in reversed(list(_names(entry))) if name in given), 1.0)
+
+
+def _names(entry: Entry) -> Iterator[str]:
+    """What the blocks that an entry is in are called, the largest first."""
+    if entry.part != "denoiser":
+        yield from ("BASE", entry.part)
+        if layer := re.search(r"layers\.\d+", entry.modules[0][1]):
+            yield f"{entry.part}.{layer[0]}"
+        return
+    words = entry.modules[0][1].split(".")
+    yield from (".".join(words[: count + 1]) for count in range(len(words)))
+    if match := re.match(r"(input|middle|output)_blocks?\.(\d+)", entry.place.fusion.original):
+        side = {"input": "IN", "middle": "M", "output": "OUT"}[match[1]]
+        yield "M00" if side == "M" else f"{side}{int(match[2]):02}"

@@ -1,0 +1,148 @@
+"""Between LoRAs and checkpoints: the difference of two checkpoints as a LoRA, and LoRAs merged into a checkpoint."""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import LoraMisfit, UnmatchedKeys
+from ..models.base_weights import BaseWeights, bias_name
+from ..storage.safetensors_file import write_safetensors
+from ..tensor_names import ModuleId, Place, bundled_embedding
+from .convert import check_rank, convert_lora, factorise
+from .file import Entry, LoraFile, fit
+from .inspect import OnProgress, silent
+
+
+def extract_lora(
+    original: str | os.PathLike[str],
+    tuned: str | os.PathLike[str],
+    rank: int,
+    on_progress: OnProgress = silent,
+    on_warning: Callable[[str], None] = lambda message: None,
+) -> tuple[LoraFile, float]:
+    """The difference of two checkpoints as a LoRA, and the largest relative error of a module's change.
+
+    Both are single files of the same family. One pair of weights at a time is in memory, and the LoRA; modules that are
+    equal in both are left out. `on_warning` hears of what differs and has no place in a LoRA.
+    """
+    check_rank(rank)
+    before, after = BaseWeights.open(original), BaseWeights.open(tuned)
+    if before.family != after.family:
+        raise LoraMisfit(
+            f"{before.file.path} is {before.family}, but {after.file.path} is {after.family}: no LoRA between them"
+        )
+    tensors: dict[str, Tensor] = {}
+    left_out: list[str] = []
+    worst = 0.0
+    of_layers = before.places.keys() | {bias_name(name) for name in before.places}
+    others = [name for name in before.file if name not in of_layers and name in after.file]
+    names = [*before.places, *others]
+    biased = before.biased & after.biased
+    for done, name in enumerate(names, 1):
+        place = before.places.get(name)
+        modules = () if place is None else place.modules
+        if place is None:
+            left_out += [] if _is_equal(before.file[name], after.file[name]) else [name]
+        elif set(modules) <= after.shapes.keys():
+            change = _difference(name, before.file[name], place.join([after.read(module) for module in modules]))
+            if biased.issuperset(modules):
+                inputs = math.prod(before.file.shapes[name][1:2])
+                new_bias = place.join([after.read_bias(module) for module in modules], inputs)
+                left_out += [] if _is_equal(before.file[bias_name(name)], new_bias) else [bias_name(name)]
+            if change.ndim == 1:
+                left_out += [name] if change.any() else []
+            elif change.any():
+                for path, part in _paths_in_lora(place, change):
+                    down, up, error = factorise(part, rank, f"{after.file.path}: {name}")
+                    tensors |= {f"{path}.lora_A.weight": down, f"{path}.lora_B.weight": up}
+                    worst = max(worst, error)
+        on_progress(done, len(names))
+    if not tensors:
+        raise LoraMisfit(
+            f"{before.file.path} and {after.file.path} have the same weights wherever a LoRA changes one: there is nothing to "
+            "extract"
+        )
+    if left_out:
+        on_warning(
+            f"{len(left_out)} tensors that no LoRA can express (biases, normalisation, embeddings, VAE) differ too, "
+            f"e.g. {left_out[0]}"
+        )
+    if alone := sorted(before.shapes.keys() ^ after.shapes.keys()):
+        on_warning(
+            f"{len(alone)} modules are in one of the files only and left out, e.g. {alone[0][1]} of {alone[0][0]}"
+        )
+    lora = LoraFile(before.family, {"ss_sd_model_name": before.file.path.name}, tensors)
+    return convert_lora(lora, "kohya")[0], worst
+
+
+def _is_equal(old: Tensor, new: Tensor) -> bool:
+    return old.shape == new.shape and torch.equal(old.float(), new.float())
+
+
+def _difference(name: str, old: Tensor, new: Tensor) -> Tensor:
+    if old.shape != new.shape:
+        raise LoraMisfit(f"{name} is {list(old.shape)} in one file and {list(new.shape)} in the other")
+    return new.float() - old.float()
+
+
+def _paths_in_lora(place: Place, change: Tensor) -> list[tuple[str, Tensor]]:
+    """The change of a weight under the name that it has in a LoRA: whole in the denoiser, q, k and v apart in CLIP."""
+    if place.part == "denoiser":
+        path = place.fusion.original if place.index is None else place.modules[0][1]
+        return [(f"diffusion_model.{path}", change)]
+    return [(f"{part}.{path}", rows) for (part, path), rows in place.split(change)]
+
+
+def merge_into_checkpoint(
+    checkpoint: str | os.PathLike[str],
+    loras: Sequence[tuple[LoraFile, float]],
+    output: str | os.PathLike[str],
+    on_progress: OnProgress = silent,
+    on_warning: Callable[[str], None] = lambda message: None,
+) -> int:
+    """How many tensors were changed, after writing the checkpoint with the LoRAs, each times its strength, merged in.
+
+    The checkpoint is a single file, with text encoders if a LoRA changes them; any kind of adapter will do. One weight at
+    a time is in memory, types stay as they are. LoraMisfit when a module, or its bias, has no place in it; `on_warning`
+    hears of words, which no checkpoint can hold.
+    """
+    base = BaseWeights.open(checkpoint)
+    file = base.file
+    weights: dict[str, list[tuple[LoraFile, float, Entry]]] = {}
+    biases: dict[str, str] = {}
+    for lora, strength in loras:
+        fit(lora, base.family, base.shapes, base.biased).check(lora.name)
+        words = dict.fromkeys(str(bundled_embedding(key)) for key in lora.embedding_keys)
+        if words:
+            on_warning(f"{lora.name}: brings along what no checkpoint can hold: the vectors of {', '.join(words)}")
+        for entry in lora.entries:
+            for name in dict.fromkeys(base.name_of(module) for module in entry.modules):
+                weights.setdefault(name, []).append((lora, strength, entry))
+                if entry.changes_bias:
+                    biases[bias_name(name)] = name
+    changed = biases.keys() | {name for name, plan in weights.items() if any(e.kind != "bias" for _, _, e in plan)}
+
+    def read(name: str) -> Tensor:
+        if name not in changed:
+            return file[name]
+        weight = biases.get(name, name)
+        inputs = math.prod(file.shapes[weight][1:2])
+        changes: dict[ModuleId, Tensor] = {}
+        for lora, strength, entry in weights[weight]:
+            found = lora.bias_changes_of(entry, inputs) if name in biases else lora.changes_of(entry, base.read)
+            for module, change in found:
+                changes[module] = strength * change + changes.get(module, 0)
+        place = base.places[weight]
+        parts = [(module, part.float()) for module, part in place.split(file[name], inputs)]
+        sums = [part + changes[m].reshape(part.shape) if m in changes else part for m, part in parts]
+        merged = place.join(sums, inputs).to(file.dtypes[name])
+        if not merged.float().isfinite().all() and file[name].float().isfinite().all():
+            raise UnmatchedKeys(f"{output}: cannot be written: {name} would hold NaN or infinity")
+        return merged
+
+    metadata = {key: value for key, value in file.metadata.items() if key != "modelspec.hash_sha256"}
+    write_safetensors(output, file.layout, read, metadata, on_progress=on_progress)
+    return len(changed)

@@ -1,0 +1,355 @@
+"""New LoRAs from old ones: convert, merge, resize.
+
+All of it is linear algebra on one module at a time. What is only renamed or put together is computed when it is written
+(`LoraFile.save`), so a file of any size is converted or merged without being in memory; what has a new rank is held in
+memory, but not what it is made of. `on_progress(done, total)` is called after each module.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..errors import BadConfig, LoraMisfit, UnmatchedKeys
+from ..tensor_names import NAME_TABLES, ModuleId, bundled_embedding
+from .file import Entry, LoraFile
+from .inspect import MODELSPEC_VERSION, OnProgress, silent, trigger_words
+from .kinds import BIAS_ROLES, bias_change
+from .modules import SCHEMES, LoraModule, name_in_scheme, name_modules, suffix_of, without_tucker
+
+BaseWeight = Callable[[ModuleId], Tensor]
+"""The weight of a module of the base model, for adapters whose change depends on it (DoRA, OFT)."""
+
+
+def convert_lora(
+    lora: LoraFile,
+    scheme: str,
+    plain_rank: int | None = None,
+    base_weight: BaseWeight | None = None,
+    on_progress: OnProgress = silent,
+) -> tuple[LoraFile, float]:
+    """The LoRA in another naming scheme (one of lora_modules.SCHEMES), and the largest relative error of a module's change.
+
+    The error is 0 unless `plain_rank` is given: then adapters that are no plain LoRA become one of at most that rank.
+    Without it they keep their kind where the scheme can express it, and are refused by name where it cannot. Vectors of
+    words are left out of diffusers' scheme (`embeddings.embedding_files` gives them).
+    """
+    if scheme not in SCHEMES:
+        raise BadConfig(f"no naming scheme {scheme!r}; known: {', '.join(SCHEMES)}")
+    if plain_rank is not None:
+        check_rank(plain_rank)
+    lora.check()
+    if scheme == "diffusers" and not lora.entries:
+        raise UnmatchedKeys(f"{lora.name}: has words and no module; diffusers reads such a file as it is")
+    others = [entry for entry in lora.entries if not _is_plain(entry)]
+    if others and plain_rank is not None:
+        converted, error = to_plain(lora, plain_rank, base_weight, on_progress)
+        modules, kept = converted.modules(), {}
+    else:
+        converted, error = lora, 0.0
+        modules, kept = _plain_modules(lora), _renamed(lora, others, scheme)
+    # diffusers takes no file with anything but adapters in it.
+    words = {} if scheme == "diffusers" else {key: lora.tensors[key] for key in lora.embedding_keys}
+    tensors = name_modules(lora.family, modules, scheme, kept | words)
+    return replace(lora, tensors=tensors, metadata=_metadata_for(converted, scheme)), error
+
+
+def _is_plain(entry: Entry) -> bool:
+    return entry.kind in ("lora", "locon") and not entry.changes_bias
+
+
+def _plain_modules(lora: LoraFile) -> dict[ModuleId, LoraModule]:
+    """The modules of the plain LoRAs that are in a file, perhaps among others."""
+    keys = [key for entry in lora.entries if _is_plain(entry) for key in entry.keys.values()]
+    return replace(lora, tensors={key: lora.tensors[key] for key in keys}).modules()
+
+
+def _metadata_for(lora: LoraFile, scheme: str) -> dict[str, str]:
+    """The metadata without what is only true of the old names, with what readers of the new ones want to know."""
+    family = NAME_TABLES[lora.family]
+    known = {"modelspec.sai_model_spec": MODELSPEC_VERSION, "modelspec.architecture": f"{family.architecture}/lora"}
+    if scheme == "kohya":
+        ranks = {entry.rank for entry in lora.entries}
+        is_lora = all(entry.kind in ("lora", "locon") for entry in lora.entries)
+        known["ss_base_model_version"] = family.base_versions[0]
+        known["ss_network_module"] = "networks.lora" if is_lora else "lycoris.kohya"
+        known["ss_network_dim"] = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
+    return known | {key: value for key, value in lora.metadata.items() if key != "lora_adapter_metadata"}
+
+
+def _renamed(lora: LoraFile, entries: Sequence[Entry], scheme: str) -> dict[str, Tensor]:
+    """The tensors of entries under names of the scheme, with their kind of adapter as it is."""
+    family = NAME_TABLES[lora.family]
+    tensors: dict[str, Tensor] = {}
+    for entry in entries:
+        if scheme == "diffusers" and _has_pefts_magnitude(lora, entry):
+            tensors |= _pefts_dora(lora, entry)
+            continue
+        original = family.original_in_kohya if scheme == "kohya" else family.original_in_comfy
+        fusion, index = entry.place.fusion, entry.place.index
+        moves_rows = len(fusion.parts) > 1 and original != (index is None)
+        swaps_rows = fusion.halves_swapped and original != (index is None)
+        if scheme == "diffusers" or moves_rows or swaps_rows:
+            raise UnmatchedKeys(
+                f"{lora.name}: {entry.name} is of kind {entry.kind}, which {scheme} names cannot express; "
+                "give a rank to make it a plain LoRA"
+            )
+        name = name_in_scheme(family, *entry.modules[0], scheme)[0]
+        found = lora.tensors_of(entry)
+        for role, tensor in found.items():
+            if role not in BIAS_ROLES:
+                tensors[f"{name}.{suffix_of(role)}"] = tensor
+        if "dora" in found and found["dora"].ndim == 1:
+            tensors[f"{name}.dora_scale"] = found["dora"].reshape(-1, *[1] * (len(entry.weight_shape or (0, 0)) - 1))
+        if entry.kind == "norm" and "b_norm" in found:
+            tensors[f"{name}.b_norm"] = found["b_norm"]
+        elif (bias := bias_change(entry.kind, found)) is not None:
+            tensors[f"{name}.diff_b"] = bias
+    return tensors
+
+
+def _has_pefts_magnitude(lora: LoraFile, entry: Entry) -> bool:
+    """Whether it is a DoRA with a magnitude for each output and nothing else, as peft's are."""
+    if entry.kind != "dora" or entry.changes_bias:
+        return False
+    shape = lora.tensors_of(entry)["dora"].shape
+    return math.prod(shape) == shape[0] == entry.shapes["up"][0]
+
+
+def _pefts_dora(lora: LoraFile, entry: Entry) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    changes = list(lora.low_rank_of(entry))
+    magnitudes = dict(entry.place.split(lora.tensors_of(entry)["dora"].flatten(), inputs=entry.shapes["down"][1]))
+    for (part, path), module in changes:
+        name = name_in_scheme(NAME_TABLES[lora.family], part, path, "diffusers")[0]
+        plain, magnitude = without_tucker(module), magnitudes[part, path]
+        tensors[f"{name}.lora_A.weight"] = plain.down
+        tensors[f"{name}.lora_B.weight"] = plain.up.float() * plain.scale
+        is_convolution = plain.down.ndim == 4
+        tensors[f"{name}.lora_magnitude_vector"] = magnitude[None, :, None, None] if is_convolution else magnitude
+    return tensors
+
+
+def to_plain(
+    lora: LoraFile, rank: int, base_weight: BaseWeight | None = None, on_progress: OnProgress = silent
+) -> tuple[LoraFile, float]:
+    """A plain LoRA in Kohya's scheme with the nearest change of at most that rank, and the largest relative error.
+
+    Modules that are plain already are kept as they are. The error is of the Frobenius norm, at most 1.
+    `base_weight` is needed for DoRA and OFT. Changes of biases and normalisation layers have no place in a LoRA and are
+    refused.
+    """
+    check_rank(rank)
+    lora.check()
+    modules = _plain_modules(lora)
+    others = [entry for entry in lora.entries if not _is_plain(entry)]
+    worst = 0.0
+    for done, entry in enumerate(others, 1):
+        if entry.kind == "norm" or entry.changes_bias or len(entry.weight_shape or ()) == 1:
+            raise UnmatchedKeys(
+                f"{lora.name}: {entry.name} changes a bias or a normalisation, which no LoRA can express"
+            )
+        for module_id, change in lora.changes_of(entry, base_weight):
+            down, up, error = factorise(change, rank, f"{lora.name}: {entry.name}")
+            modules[module_id] = LoraModule(down, up, float(down.shape[0]))
+            worst = max(worst, error)
+        on_progress(done, len(others))
+    metadata = {k: v for k, v in lora.metadata.items() if not k.startswith("ss_network_")}
+    return LoraFile.from_modules(lora.family, modules, metadata), worst
+
+
+def check_rank(rank: int) -> None:
+    if rank < 1:
+        raise BadConfig(f"a rank must be at least 1, not {rank}")
+
+
+def _check_finite(module: LoraModule, name: str) -> None:
+    tensors = [module.down, module.up] + ([] if module.mid is None else [module.mid])
+    if not (math.isfinite(module.alpha) and all(tensor.float().isfinite().all() for tensor in tensors)):
+        raise UnmatchedKeys(f"{name}: its change holds NaN or infinity")
+
+
+def factorise(change: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor, float]:
+    """Down, up and the relative error of the nearest change of that rank; `name` is for messages."""
+    matrix = change.flatten(1)
+    total = torch.linalg.vector_norm(matrix, dtype=torch.float64).item() ** 2
+    if not math.isfinite(total):
+        raise UnmatchedKeys(f"{name}: its change holds NaN or infinity")
+    left, values, right = truncated_svd(matrix, min(rank, *matrix.shape))
+    missing = max(total - values.double().square().sum().item(), 0.0)
+    roots = values.sqrt()
+    down = (roots[:, None] * right).reshape(-1, *change.shape[1:])
+    up = (left * roots).reshape(-1, len(values), *[1] * (change.ndim - 2))
+    return down, up, math.sqrt(missing / total) if total else 0.0
+
+
+_FULL_SVD_LIMIT = 512
+_OVERSAMPLING = 16
+_POWER_ITERATIONS = 6
+
+
+def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest `rank` singular triples: (m, rank), (rank) falling, (rank, n). The same input gives the same result.
+
+    Large matrices by subspace iteration with a fixed seed (Halko, Martinsson and Tropp, arXiv:0909.4061).
+    """
+    columns = rank + _OVERSAMPLING
+    if min(matrix.shape) <= max(_FULL_SVD_LIMIT, 2 * columns):
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        return left[:, :rank], values[:rank], right[:rank]
+    start = torch.randn(matrix.shape[1], columns, generator=torch.Generator().manual_seed(0))
+    basis = torch.linalg.qr(matrix @ start)[0]
+    for _ in range(_POWER_ITERATIONS):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis)[0])[0]
+    left, values, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return (basis @ left)[:, :rank], values[:rank], right[:rank]
+
+
+def resize_lora(
+    lora: LoraFile,
+    rank: int | None = None,
+    energy: float | None = None,
+    on_progress: OnProgress = silent,
+) -> tuple[LoraFile, float]:
+    """The LoRA with smaller modules under the same names, and the largest relative error of a module's change.
+
+    Give one of: `rank`, the most that a module may have; `energy`, in (0, 1], the share of each module's squared singular
+    values that must remain. QR of the two factors comes first, so that only rank x rank matrices are decomposed.
+    """
+    if (rank is None) == (energy is None):
+        raise BadConfig("give either a rank or an energy")
+    if rank is not None:
+        check_rank(rank)
+    elif energy is not None and not 0 < energy <= 1:
+        raise BadConfig(f"energy must be above 0 and at most 1, not {energy}")
+    lora.check()
+    if not lora.entries:
+        raise UnmatchedKeys(f"{lora.name}: has no module that could be made smaller")
+    tensors = dict(lora.tensors)
+    ranks = set()
+    worst = 0.0
+    for done, entry in enumerate(lora.entries, 1):
+        if entry.kind not in ("lora", "locon") or "bias" in entry.keys:
+            what = "has a bias in its up matrix" if "bias" in entry.keys else f"is of kind {entry.kind}"
+            raise UnmatchedKeys(f"{lora.name}: {entry.name} {what}, not a plain LoRA; convert it first")
+        found = lora.tensors_of(entry)
+        alpha = found["alpha"].item() if "alpha" in found else float(found["down"].shape[0])
+        module = without_tucker(LoraModule(found["down"].float(), found["up"].float(), alpha, found.get("mid")))
+        _check_finite(module, f"{lora.name}: {entry.name}")
+        small, error = _resize(module, rank, energy)
+        tensors[entry.keys["down"]], tensors[entry.keys["up"]] = small.down, small.up
+        tensors.pop(entry.keys.get("mid", ""), None)
+        if "alpha" in entry.keys:
+            tensors[entry.keys["alpha"]] = torch.tensor(small.alpha)
+        ranks.add(small.rank)
+        worst = max(worst, error)
+        on_progress(done, len(lora.entries))
+    size = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
+    metadata = {key: value for key, value in lora.metadata.items() if key != "lora_adapter_metadata"}
+    metadata |= {"ss_network_dim": size, "ss_network_alpha": size}
+    return replace(lora, tensors=tensors, metadata=metadata), worst
+
+
+def _resize(module: LoraModule, rank: int | None, energy: float | None) -> tuple[LoraModule, float]:
+    down, up = module.down, module.up
+    left_basis, left_core = torch.linalg.qr(up.flatten(1))
+    right_basis, right_core = torch.linalg.qr(down.flatten(1).T)
+    left, values, right = torch.linalg.svd(module.scale * left_core @ right_core.T, full_matrices=False)
+    squares = values.double().square()
+    kept = squares.cumsum(0)
+    total = kept[-1].item()
+    if rank is not None:
+        size = min(rank, len(values))
+    else:
+        assert energy is not None
+        size = min(int((kept < energy * total).sum()) + 1, len(values))
+    roots = values[:size].sqrt()
+    small_down = (roots[:, None] * (right[:size] @ right_basis.T)).reshape(size, *down.shape[1:])
+    small_up = (left_basis @ left[:, :size] * roots).reshape(up.shape[0], size, *up.shape[2:])
+    error = math.sqrt(max(1 - kept[size - 1].item() / total, 0.0)) if total else 0.0
+    # alpha = rank: the scale has gone into the singular values, evenly into both factors.
+    return LoraModule(small_down, small_up, float(size)), error
+
+
+def merge_loras(
+    loras: Sequence[tuple[LoraFile, float]],
+    rank: int | None = None,
+    scheme: str = "kohya",
+    on_progress: OnProgress = silent,
+) -> tuple[LoraFile, float]:
+    """One LoRA with the sum of the changes, each times its weight; and the largest relative error of a module's change.
+
+    Without `rank` exact, by concatenation: ranks add up. With it, resized to that rank afterwards.
+    Words that the files bring along come along, except in diffusers' names; two of one name are refused. The metadata are
+    the first file's, with `modelspec.merged_from` and without what is true of one of them only.
+    """
+    if not loras:
+        raise BadConfig("nothing to merge: give at least one LoRA")
+    families = {lora.family: lora.name for lora, _ in loras}
+    if len(families) > 1:
+        found = ", ".join(f"{name} is for {family}" for family, name in families.items())
+        raise LoraMisfit(f"only LoRAs for the same family can be merged, but {found}")
+    family = loras[0][0].family
+    if rank is not None:
+        check_rank(rank)
+    collected: dict[ModuleId, list[tuple[str, LoraModule]]] = {}
+    vectors: dict[str, Tensor] = {}
+    for lora, weight in loras:
+        if not lora.entries:
+            raise LoraMisfit(f"{lora.name}: has no module that could be merged")
+        for key in lora.embedding_keys:
+            if not torch.equal(vectors.setdefault(key, lora.tensors[key]), lora.tensors[key]):
+                raise LoraMisfit(f"{lora.name}: another file brings along the word {bundled_embedding(key)!r} too")
+        for module_id, module in lora.modules().items():
+            weighted = replace(module, alpha=module.alpha * weight)
+            collected.setdefault(module_id, []).append((lora.name, weighted))
+    titles = [
+        lora.metadata.get("modelspec.title") or lora.metadata.get("ss_output_name") or "LoRA" for lora, _ in loras
+    ]
+    kept = ("ss_base_model_version", "ss_sd_model_name", "ss_new_sd_model_hash", "ss_sd_model_hash", "ss_v2")
+    metadata = {
+        key: value
+        for key, value in loras[0][0].metadata.items()
+        if key in kept or (key.startswith("modelspec.") and key != "modelspec.thumbnail")
+    }
+    metadata["modelspec.merged_from"] = ", ".join(titles)
+    phrases = [words[0] for lora, _ in loras if (words := trigger_words(lora.metadata))]
+    if phrases:
+        metadata["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(phrases))
+    tensors = name_modules(family, _Sums(collected), scheme, {} if scheme == "diffusers" else vectors)
+    whole, error = LoraFile(family, metadata, tensors), 0.0
+    if rank is not None:
+        whole, error = resize_lora(whole, rank=rank, on_progress=on_progress)
+    return replace(whole, metadata=_metadata_for(whole, scheme)), error
+
+
+class _Sums(Mapping[ModuleId, LoraModule]):
+    """The sum of several changes of each module, each with the name of its file, computed when it is asked for."""
+
+    def __init__(self, summands: Mapping[ModuleId, Sequence[tuple[str, LoraModule]]]):
+        self._summands = summands
+
+    def __getitem__(self, module_id: ModuleId) -> LoraModule:
+        for name, module in self._summands[module_id]:
+            _check_finite(module, f"{name}: {module_id[1]}")
+        return _concatenate([module for _, module in self._summands[module_id]])
+
+    def __iter__(self) -> Iterator[ModuleId]:
+        return iter(self._summands)
+
+    def __len__(self) -> int:
+        return len(self._summands)
+
+
+def _concatenate(modules: Sequence[LoraModule]) -> LoraModule:
+    if len(modules) == 1:
+        return modules[0]
+    modules = [without_tucker(module) for module in modules]
+    first = modules[0]
+    # A 1x1 convolution may be a Linear in one file: the shapes of the first count.
+    downs = [module.down.float().reshape(-1, *first.down.shape[1:]) for module in modules]
+    ups = [(module.scale * module.up.float()).reshape(first.up.shape[0], -1, *first.up.shape[2:]) for module in modules]
+    down, up = torch.cat(downs), torch.cat(ups, dim=1)
+    return LoraModule(down, up, float(down.shape[0]))

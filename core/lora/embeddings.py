@@ -1,0 +1,104 @@
+"""Textual-inversion embeddings (arXiv:2208.01618): the vectors of new words for CLIP text encoders, and their tensors in files.
+
+An embedding file holds `emb_params` (SD1.x, SD2.x) or `clip_l` and `clip_g` (SDXL), each (vectors, width), as A1111 and
+ComfyUI read it. Within a LoRA file the same stand under `bundle_emb.<word>.`.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ..errors import BadFile
+from ..models.clip import add_word, remove_words
+from ..tensor_names import bundled_embedding
+from .file import LoraFile
+
+WORD_KEY = "facelora.word"
+"""In the metadata of an embedding file: the word that prompts name it by."""
+PART_KEYS = {
+    "sd15": {"text_encoder": "emb_params"},
+    "sd2": {"text_encoder": "emb_params"},
+    "sdxl": {"text_encoder": "clip_l", "text_encoder_2": "clip_g"},
+}
+"""Family -> part -> name of its tensor in an embedding file."""
+_STRING_TO_PARAM = "string_to_param.*"
+"""In place of `emb_params` within a LoRA file."""
+
+
+def embedding_tensors(family: str, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an embedding file, from part -> vectors."""
+    return {PART_KEYS[family][part]: tensor for part, tensor in vectors.items()}
+
+
+def bundled_tensors(family: str, word: str, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same as they stand in a LoRA file, under the word's name."""
+    name = file_word(word)
+    return {
+        f"bundle_emb.{name}.{_STRING_TO_PARAM if key == 'emb_params' else key}": tensor
+        for key, tensor in embedding_tensors(family, vectors).items()
+    }
+
+
+def file_word(word: str) -> str:
+    """The word as the name of a file or a part of a tensor's name can have it."""
+    return re.sub(r"[^\w-]+", "_", word)
+
+
+def embeddings_of(lora: LoraFile) -> dict[str, dict[str, Tensor]]:
+    """Word -> part -> vectors (vectors, width) of what a file brings along, or is."""
+    parts = {key: part for part, key in PART_KEYS.get(lora.family, {}).items()}
+    words: dict[str, dict[str, Tensor]] = {}
+    for key in lora.embedding_keys:
+        name = bundled_embedding(key)
+        tail = key.rpartition(".")[2] if name else key
+        part = parts.get("emb_params" if tail == "*" else tail)
+        if part is not None:
+            words.setdefault(word_of(lora, key), {})[part] = _vectors(lora, key)
+    return words
+
+
+def _vectors(lora: LoraFile, key: str) -> Tensor:
+    """The tensor as (vectors, width); a single vector may have one axis. BadFile for another shape."""
+    tensor = lora.tensors[key]
+    if tensor.ndim not in (1, 2) or not tensor.numel():
+        raise BadFile(
+            f"{lora.name}: {key} has the shape {list(tensor.shape)}; that of an embedding is [vectors, width]"
+        )
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def word_of(lora: LoraFile, key: str) -> str:
+    """The word whose vectors are a tensor of a file, one of its `embedding_keys`."""
+    return bundled_embedding(key) or lora.metadata.get(WORD_KEY) or Path(lora.name).stem
+
+
+def embedding_files(lora: LoraFile) -> dict[str, LoraFile]:
+    """Word -> the embedding that a LoRA file brings along as a file of its own."""
+    keep = ("modelspec.", "ss_base_model_version", "ss_sd_model_", "ss_new_sd_model_hash")
+    metadata = {key: value for key, value in lora.metadata.items() if key.startswith(keep)}
+    return {
+        word: LoraFile(lora.family, metadata | {WORD_KEY: word}, embedding_tensors(lora.family, vectors))
+        for word, vectors in embeddings_of(lora).items()
+    }
+
+
+@contextmanager
+def new_words(encoders: Mapping[str, nn.Module], loras: list[LoraFile]) -> Iterator[None]:
+    """Within it, prompts that name a word of one of the files (also as `embedding:word`) are encoded with its vectors."""
+    changed = []
+    try:
+        for lora in loras:
+            names = {Path(lora.name).stem}
+            for word, vectors in embeddings_of(lora).items():
+                for part, tensor in vectors.items():
+                    if part in encoders:
+                        changed.append(encoders[part])
+                        for name in {word, *(names if not lora.entries else ())}:
+                            add_word(encoders[part], name, tensor)
+        yield
+    finally:
+        for encoder in changed:
+            remove_words(encoder)

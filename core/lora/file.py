@@ -1,0 +1,481 @@
+"""LoRA files: what the community trains, shares and loads, read into values and written in any of its schemes.
+
+Facts about the format are in docs/formats.md.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import BadFile, LoraMisfit, UnknownFamily, UnmatchedKeys
+from ..storage.files import read_json
+from ..storage.safetensors_file import Layout, SafetensorsFile, cast_tensor, layout_in, layout_of, write_safetensors
+from ..tensor_names import (
+    EMBEDDING_KEYS,
+    NAME_TABLES,
+    ModuleId,
+    Place,
+    bundled_embedding,
+    families_of,
+    other_model,
+    parse_key,
+)
+from .hashes import LegacyHash, model_hash
+from .kinds import BIAS_ROLES, bias_change, kind_of, needs_base, rank_of, weight_change, weight_shape
+from .modules import LoraModule, name_modules
+
+_T = TypeVar("_T")
+
+SD2_TEXT_WIDTH = 1024
+"""Width of SD2.x's text encoder, by which its embeddings are told from SD1.x's."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One adapted module as it stands in a file."""
+
+    name: str
+    """Its name in the file, without the suffixes of its tensors."""
+    scheme: str
+    place: Place
+    """The weight that it changes."""
+    kind: str
+    """One of lora_kinds.KINDS."""
+    keys: Mapping[str, str]
+    """Role -> name of the tensor."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Role -> shape of the tensor."""
+
+    @property
+    def part(self) -> str:
+        return self.place.part
+
+    @property
+    def modules(self) -> tuple[ModuleId, ...]:
+        """The modules that it changes."""
+        return self.place.modules
+
+    @property
+    def rank(self) -> int | None:
+        return rank_of(self.kind, self.shapes)
+
+    @property
+    def changes_bias(self) -> bool:
+        """Whether it changes the bias, too or alone."""
+        return self.bias_size is not None
+
+    @property
+    def bias_size(self) -> int | None:
+        """How many numbers of a bias it changes, None if it changes none."""
+        return next((self.shapes[role][0] for role in BIAS_ROLES if role in self.shapes), None)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...] | None:
+        """The shape of the weight that the file's tensors change, None where it cannot be known."""
+        return weight_shape(self.kind, self.shapes)
+
+
+@dataclass(frozen=True, eq=False)
+class LoraFile:
+    """A LoRA as it stands in a file: its tensors under the names of the file, and what they mean."""
+
+    family: str
+    """A name in tensor_names.NAME_TABLES."""
+    metadata: dict[str, str]
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    name: str = "LoRA"
+    """What messages call it: the file's path."""
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> "LoraFile":
+        """The file, with its tensors still on disk. BadFile when it is damaged, UnknownFamily when it is no LoRA.
+
+        Of an `adapter_model.safetensors` of peft's the `adapter_config.json` beside it is read too, which has its alpha.
+        """
+        file = SafetensorsFile.open(path)
+        return cls.from_tensors(file, _peft_metadata(file.path) | file.metadata, name=str(file.path))
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str = "LoRA") -> "LoraFile":
+        """A LoRA from tensors under the names of a file; its family is detected. UnknownFamily when it is no LoRA."""
+        return cls(_detect_family(tensors, metadata, name), dict(metadata), tensors, name)
+
+    @classmethod
+    def from_modules(
+        cls, family: str, modules: Mapping[ModuleId, LoraModule], metadata: Mapping[str, str], scheme: str = "kohya"
+    ) -> "LoraFile":
+        """A LoRA in the given scheme: one of SCHEMES."""
+        if family not in NAME_TABLES:
+            raise UnknownFamily(f"no family {family!r}; known: {', '.join(NAME_TABLES)}")
+        return cls(family, dict(metadata), dict(name_modules(family, modules, scheme)))
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Name -> dtype and shape of every tensor."""
+        return layout_of(self.tensors)
+
+    @cached_property
+    def model_hash(self) -> str:
+        """`sshs_model_hash` as it is in fact, whatever the metadata say."""
+        if isinstance(self.tensors, SafetensorsFile):
+            return self.tensors.sha256(with_header=False)  # in the file's order, which need not be ours
+        return model_hash(self.tensors)
+
+    @cached_property
+    def _sorted_keys(self) -> tuple[tuple[Entry, ...], tuple[str, ...], tuple[str, ...]]:
+        """Entries, keys of bundled embeddings, and keys that are not understood."""
+        family = NAME_TABLES[self.family]
+        found: dict[str, dict[str, str]] = {}
+        named = {}
+        embeddings, unknown = [], []
+        for key in self.layout:
+            if key in EMBEDDING_KEYS or bundled_embedding(key):
+                embeddings.append(key)
+            elif (parsed := parse_key(key)) is None:
+                unknown.append(key)
+            else:
+                found.setdefault(parsed.module_name, {})[parsed.role] = key
+                named[parsed.module_name] = parsed
+        entries: list[Entry] = []
+        for module_name, keys in found.items():
+            shapes = {role: self.layout[key][1] for role, key in keys.items()}
+            kind = kind_of(shapes)
+            if kind is None or any(self.layout[key][0].is_complex for key in keys.values()):
+                unknown.extend(keys.values())
+                continue
+            parsed = named[module_name]
+            place = family.locate(parsed.part, parsed.path)
+            entries.append(Entry(module_name, parsed.scheme, place, kind, keys, shapes))
+        return tuple(entries), tuple(embeddings), tuple(unknown)
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """The adapted modules, in the file's order."""
+        return self._sorted_keys[0]
+
+    @property
+    def embedding_keys(self) -> tuple[str, ...]:
+        """Tensors of textual-inversion embeddings that came along."""
+        return self._sorted_keys[1]
+
+    @property
+    def unknown_keys(self) -> tuple[str, ...]:
+        """Tensors that are not understood, or that belong to a module which lacks one or whose shapes do not match."""
+        return self._sorted_keys[2]
+
+    @property
+    def scheme(self) -> str:
+        """The naming scheme of most modules."""
+        return _most_common(entry.scheme for entry in self.entries) if self.entries else "kohya"
+
+    @property
+    def kind(self) -> str:
+        """The kind of adapter, "mixed" when there are several; a LoRA with some convolutions is "locon"."""
+        kinds = {entry.kind for entry in self.entries} or ({"embedding"} if self.embedding_keys else set())
+        if kinds == {"lora", "locon"}:
+            return "locon"
+        return kinds.pop() if len(kinds) == 1 else "mixed"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of most tensors, of which alphas are none."""
+        return _most_common([dtype for dtype, shape in self.layout.values() if shape] or [torch.float32])
+
+    @cached_property
+    def _peft_config(self) -> dict[str, Any]:
+        """peft's configuration in the metadata, empty when there is none or when it is damaged."""
+        try:
+            config = json.loads(self.metadata.get("lora_adapter_metadata", "null"))
+        except (ValueError, RecursionError):
+            return {}
+        return config if isinstance(config, dict) else {}
+
+    def tensors_of(self, entry: Entry) -> dict[str, Tensor]:
+        """Role -> tensor, scaled as peft's metadata say where the file itself has no alpha."""
+        tensors = {role: self.tensors[key] for role, key in entry.keys.items()}
+        if "lora_magnitude_vector" in entry.keys.get("dora", ""):
+            # (1, out, 1, 1) of a convolution, which in LyCORIS' layout would be one for each input.
+            tensors["dora"] = tensors["dora"].flatten()
+        scale = None if "alpha" in tensors else _scale_in_config(self._peft_config, entry)
+        if scale is not None and entry.rank is not None:
+            tensors["alpha"] = torch.tensor(scale * entry.rank)
+        elif scale is not None and entry.kind == "lokr":
+            # Both factors are whole, which peft scales like others and everybody else not at all.
+            tensors["lokr_w1"] = scale * tensors["lokr_w1"].float()
+        return tensors
+
+    def modules(self) -> dict[ModuleId, LoraModule]:
+        """The low-rank change of every module, one for each of diffusers' modules.
+
+        UnmatchedKeys when tensors are left over, when a module is there twice, or for a kind of adapter that is no
+        plain LoRA (`lora_tools.to_plain` makes it one).
+        """
+        self.check()
+        modules: dict[ModuleId, LoraModule] = {}
+        for entry in self.entries:
+            if entry.kind not in ("lora", "locon") or entry.changes_bias:
+                what = "a LoRA with a bias" if entry.kind in ("lora", "locon") else f"of kind {entry.kind}"
+                raise UnmatchedKeys(f"{self.name}: {entry.name} is {what}, not a plain LoRA; convert it to one first")
+            modules |= self.low_rank_of(entry)
+        return modules
+
+    def low_rank_of(self, entry: Entry) -> Iterator[tuple[ModuleId, LoraModule]]:
+        """The low-rank change of each module of an entry that has one: of a DoRA that without its magnitude."""
+        tensors = self.tensors_of(entry)
+        down, up, mid = tensors["down"], tensors["up"], tensors.get("mid")
+        alpha = float(tensors["alpha"].item()) if "alpha" in tensors else float(down.shape[0])
+        kernel = NAME_TABLES[self.family].kernel(entry.modules[0][1]) if entry.part == "denoiser" else None
+        try:
+            down, up = _in_weight_form(down, up, kernel)
+            parts = entry.place.split(up, inputs=down.shape[1])
+        except ValueError as error:
+            raise UnmatchedKeys(f"{self.name}: {entry.name} does not fit {self.family}: {error}") from None
+        for module_id, part_up in parts:
+            yield module_id, LoraModule(down, part_up, alpha, mid)
+
+    def changes(self, base_weight: Callable[[ModuleId], Tensor] | None = None) -> Iterator[tuple[ModuleId, Tensor]]:
+        """The change of every weight, one at a time, as in `changes_of`; those of biases are apart (`bias_changes_of`)."""
+        self.check()
+        for entry in self.entries:
+            yield from self.changes_of(entry, base_weight)
+
+    def of_parts(self, parts: Collection[str]) -> "LoraFile":
+        """The same without what it changes in parts other than these."""
+        left_out = {key for entry in self.entries if entry.part not in parts for key in entry.keys.values()}
+        return replace(self, tensors={key: tensor for key, tensor in self.tensors.items() if key not in left_out})
+
+    def changes_of(
+        self, entry: Entry, base_weight: Callable[[ModuleId], Tensor] | None = None
+    ) -> list[tuple[ModuleId, Tensor]]:
+        """The changes of the weights of one entry, whatever its kind: float32, fused rows split.
+
+        `base_weight` gives the weight of a module, for the kinds whose change depends on it (DoRA, OFT).
+        """
+        if entry.kind == "bias":
+            return []
+        weight = None
+        if needs_base(entry.kind, entry.keys):
+            if base_weight is None:
+                raise UnmatchedKeys(
+                    f"{self.name}: {entry.name} is of kind {entry.kind}, whose change depends on the base weights: "
+                    "give the base model"
+                )
+            weight = entry.place.join([base_weight(module).float() for module in entry.modules])
+        try:
+            return entry.place.split(weight_change(entry.kind, self.tensors_of(entry), weight))
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise UnmatchedKeys(f"{self.name}: {entry.name} cannot be computed: {error}") from None
+
+    def bias_changes_of(self, entry: Entry, inputs: int) -> list[tuple[ModuleId, Tensor]]:
+        """The changes of the biases of one entry, float32, fused rows split; `inputs` are the weight's input features."""
+        change = bias_change(entry.kind, self.tensors_of(entry))
+        try:
+            return [] if change is None else entry.place.split(change, inputs)
+        except ValueError as error:
+            raise UnmatchedKeys(f"{self.name}: the bias of {entry.name} does not fit {self.family}: {error}") from None
+
+    def check(self) -> None:
+        """UnmatchedKeys when there are tensors that are not understood, or when a module is there twice."""
+        if self.unknown_keys:
+            count, example = len(self.unknown_keys), self.unknown_keys[0]
+            raise UnmatchedKeys(
+                f"{self.name}: {count} tensors are not understood, or not a complete module of matching shapes, "
+                f"e.g. {example!r} of shape {list(self.layout[example][1])}"
+            )
+        seen: set[ModuleId] = set()
+        for entry in self.entries:
+            for module_id in entry.modules:
+                if module_id in seen:
+                    raise UnmatchedKeys(
+                        f"{self.name}: the change of {module_id[1]} is there twice, also as {entry.name}"
+                    )
+                seen.add(module_id)
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        dtype: torch.dtype = torch.float16,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """Writes the file, whole or not at all, with its hashes in the metadata. BadFile when that is not possible.
+
+        One tensor after another: neither tensors that are read from a file nor computed ones are together in memory.
+        """
+        layout = layout_in(self.tensors, dtype)
+        digests = {"sshs_model_hash": hashlib.sha256(), "sshs_legacy_hash": LegacyHash(layout, self.metadata)}
+        # modelspec's is that of the tensors that were read.
+        metadata = {key: value for key, value in self.metadata.items() if key != "modelspec.hash_sha256"}
+
+        def read(key: str) -> Tensor:
+            return cast_tensor(key, self.tensors[key], layout[key][0])
+
+        write_safetensors(path, layout, read, metadata, digests, on_progress)
+
+    def with_metadata(self, metadata: Mapping[str, str]) -> "LoraFile":
+        """The same tensors with other metadata."""
+        return replace(self, metadata=dict(metadata))
+
+
+def _most_common(values: Iterable[_T]) -> _T:
+    return Counter(values).most_common(1)[0][0]
+
+
+def _detect_family(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str) -> str:
+    """The family with most signs; the metadata decide between equals, since many tools write them wrong."""
+    roles: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
+    for key, (_, shape) in layout_of(tensors).items():
+        if named := parse_key(key):
+            roles.setdefault((named.part, named.path), {})[named.role] = shape
+    kinds = {module: kind_of(shapes) for module, shapes in roles.items()}
+    modules = [(*m, weight_shape(kind, roles[m]) if kind else None) for m, kind in kinds.items()]
+    if other := other_model(modules):
+        raise UnknownFamily(f"{name}: is for {other}, which is not supported; known: {', '.join(NAME_TABLES)}")
+    candidates = families_of(modules)
+    if not candidates and set(tensors) <= set(EMBEDDING_KEYS):
+        candidates = ["sdxl"] if "clip_g" in tensors else ["sd15", "sd2"]
+        if "emb_params" in tensors and tensors["emb_params"].shape[-1:] == (SD2_TEXT_WIDTH,):
+            candidates.reverse()
+    if not candidates:
+        example = next(iter(tensors), "none")
+        if not roles:
+            raise UnknownFamily(f"{name}: no LoRA: no adapter's tensor is among its {len(tensors)}, e.g. {example!r}")
+        raise UnknownFamily(
+            f"{name}: no family matches its {len(tensors)} keys, e.g. {example!r}; known: {', '.join(NAME_TABLES)}"
+        )
+    claimed = family_in_metadata(metadata)
+    return claimed if claimed in candidates else candidates[0]
+
+
+def family_in_metadata(metadata: Mapping[str, str]) -> str | None:
+    """The family that the metadata claim, None when they claim none that is known."""
+    version = metadata.get("ss_base_model_version", "")
+    architecture = metadata.get("modelspec.architecture", "").partition("/")[0]
+    by_version = [family.name for family in NAME_TABLES.values() if version in family.base_versions]
+    by_architecture = [f.name for f in NAME_TABLES.values() if architecture == f.architecture]
+    return next(iter(by_version + by_architecture), None)
+
+
+def _peft_metadata(path: Path) -> dict[str, str]:
+    """The configuration that peft writes beside its file, as diffusers has it in the metadata; empty for other files."""
+    beside = path.with_name("adapter_config.json")
+    if path.name != "adapter_model.safetensors" or not beside.exists():
+        return {}
+    try:
+        config = read_json(beside)
+    except BadFile as error:
+        raise BadFile(f"{error}; the alpha of {path.name} stands in it") from None
+    named = {f"base_model.{key}": value for key, value in config.items()} if isinstance(config, dict) else {}
+    return {"lora_adapter_metadata": json.dumps(named)}
+
+
+def _scale_in_config(config: Mapping[str, Any], entry: Entry) -> float | None:
+    """What peft's configuration multiplies a module's change by, None when it does not say."""
+    prefix, _, path = entry.name.partition(".")
+
+    def number(name: str, patterns: str) -> float | None:
+        by_path = config.get(f"{prefix}.{patterns}")
+        found = config.get(f"{prefix}.{name}")
+        if isinstance(by_path, dict):
+            matching = (value for pattern, value in by_path.items() if f".{path}".endswith(f".{pattern}"))
+            found = next(matching, found)
+        return float(found) if isinstance(found, (int, float)) else None
+
+    is_lora = entry.kind in ("lora", "locon", "dora")
+    alpha = number("lora_alpha" if is_lora else "alpha", "alpha_pattern")
+    rank = entry.rank or number("r", "rank_pattern")
+    if alpha is None or not rank:
+        return None
+    # rsLoRA (arXiv:2312.03732) divides by the square root of the rank.
+    return alpha / (math.sqrt(rank) if config.get(f"{prefix}.use_rslora") is True else rank)
+
+
+def _in_weight_form(down: Tensor, up: Tensor, kernel: int | None) -> tuple[Tensor, Tensor]:
+    """Down and up as the module has its weight in diffusers: with two axes for a Linear, with four for a convolution.
+
+    sd-scripts writes SD2's Linear projections as 1x1 convolutions, ComfyUI's trainer every convolution flattened.
+    ValueError when the sizes are not those of a convolution.
+    """
+    if kernel is None:
+        return (down, up) if down.ndim == 2 or math.prod(down.shape[2:]) != 1 else (down.flatten(1), up.flatten(1))
+    if down.ndim == 2:
+        if down.shape[1] % kernel**2:
+            raise ValueError(f"{down.shape[1]} inputs are no kernel of {kernel} times {kernel}")
+        down = down.reshape(down.shape[0], -1, kernel, kernel)
+    return down, up if up.ndim == 4 else up[:, :, None, None]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether a LoRA fits a base model."""
+
+    family: str
+    base_family: str
+    matched: tuple[ModuleId, ...]
+    left_over: Mapping[str, str]
+    """Name in the file -> why it has no place in the base model."""
+
+    @property
+    def fits(self) -> bool:
+        return not self.left_over
+
+    def check(self, name: str = "LoRA") -> None:
+        """LoraMisfit, naming the families and some keys, unless everything in the file has its place."""
+        if self.fits:
+            return
+        examples = "; ".join(f"{key}: {why}" for key, why in list(self.left_over.items())[:3])
+        families = f"it is for {self.family}, the base model is {self.base_family}"
+        count = len(self.left_over)
+        raise LoraMisfit(f"{name}: does not fit: {families}; {count} keys have no place in it, e.g. {examples}")
+
+
+def fit(
+    lora: LoraFile,
+    family: str,
+    shapes: Mapping[ModuleId, tuple[int, ...]],
+    biased: Collection[ModuleId] | None = None,
+) -> Fit:
+    """Which modules of a base model the LoRA changes, and what in the file has no place in it.
+
+    `family`, `shapes` and `biased` describe the base: its family's name, the weight shapes of all the modules that it has
+    (those of its text encoders too, or their part of the LoRA is left over), and which of them have a bias (None: not
+    asked). No tensor is read.
+    """
+    matched: list[ModuleId] = []
+    left_over: dict[str, str] = {key: "is not understood" for key in lora.unknown_keys}
+    if lora.family != family:
+        why = f"changes a {lora.family} model"
+        names = [*(entry.name for entry in lora.entries), *lora.embedding_keys]
+        return Fit(lora.family, family, (), left_over | dict.fromkeys(names, why))
+    for entry in lora.entries:
+        missing = [module for module in entry.modules if module not in shapes]
+        if missing:
+            left_over[entry.name] = f"the base has no {missing[0][1]} in its {missing[0][0]}"
+            continue
+        expected = [tuple(shapes[module]) for module in entry.modules]
+        shape, outputs = entry.weight_shape, sum(rows for rows, *_ in expected)
+        if shape is not None and not _same_weight(shape, (outputs, *expected[0][1:])):
+            left_over[entry.name] = f"shape {list(shape)} does not fit {[list(e) for e in expected]}"
+            continue
+        if entry.bias_size is not None and entry.bias_size != outputs:
+            left_over[entry.name] = f"a bias of {entry.bias_size} does not fit {outputs} outputs"
+            continue
+        if biased is not None and entry.changes_bias and (bare := [m for m in entry.modules if m not in biased]):
+            left_over[entry.name] = f"changes a bias, and {bare[0][1]} has none"
+            continue
+        matched.extend(entry.modules)
+    return Fit(lora.family, family, tuple(matched), left_over)
+
+
+def _same_weight(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    # 1x1 convolutions may be written as Linear and kernels flattened, so only the sizes count.
+    return shape[0] == other[0] and math.prod(shape[1:]) == math.prod(other[1:])

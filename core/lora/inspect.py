@@ -1,0 +1,452 @@
+"""What is in a LoRA file, whether it is in order, and changes to its metadata alone."""
+
+import base64
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import re
+import struct
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BadConfig, BadFile, one_line
+from ..models.base_weights import BaseWeights
+from ..photos.reading import DAMAGED
+from ..storage.safetensors_file import CHUNK_BYTES, SafetensorsFile, copy_with_metadata
+from ..tensor_names import NAME_TABLES
+from .embeddings import word_of
+from .file import Entry, LoraFile, family_in_metadata, fit
+from .hashes import legacy_hash
+from .kinds import KINDS, needs_base, weight_change
+from .readers import READERS, not_loaded
+
+_SETTINGS = {
+    "network_module": "network",
+    "network_dim": "rank",
+    "network_alpha": "alpha",
+    "steps": "steps",
+    "num_epochs": "epochs",
+    "num_train_images": "images",
+    "resolution": "resolution",
+    "total_batch_size": "batch size",
+    "learning_rate": "learning rate",
+    "text_encoder_lr": "text encoder learning rate",
+    "lr_scheduler": "schedule",
+    "optimizer": "optimizer",
+    "min_snr_gamma": "min-SNR gamma",
+    "noise_offset": "noise offset",
+    "clip_skip": "clip skip",
+    "mixed_precision": "precision",
+    "seed": "seed",
+}
+MODELSPEC_VERSION = "1.0.1"
+_MODELSPEC = ("title", "author", "description", "trigger_phrase", "tags", "license", "usage_hint", "date")
+_SHOWN_CHARACTERS = 200
+
+
+OnProgress = Callable[[int, int], None]
+"""(steps done, of all)."""
+
+
+def silent(done: int, total: int) -> None:
+    pass
+
+
+def _steps(on_progress: OnProgress, total: int) -> Callable[[], None]:
+    """What is called after each of so many steps."""
+    done = itertools.count(1)
+    return lambda: on_progress(next(done), total)
+
+
+def inspect_lora(
+    path: str | os.PathLike[str], read_tensors: bool = True, on_progress: OnProgress = silent
+) -> dict[str, Any]:
+    """Everything that is known of a file, ready for JSON.
+
+    Without `read_tensors` only the header is read, whatever the size of the file: hashes and norms are left out.
+    BadFile or UnknownFamily when it is no LoRA file.
+    """
+    path = Path(path)
+    lora = LoraFile.read(path)
+    entries = lora.entries
+    ranks = Counter(entry.rank for entry in entries if entry.rank is not None)
+    report: dict[str, Any] = {
+        "file": path.name,
+        "bytes": path.stat().st_size,
+        "tensors": len(lora.tensors),
+        "dtype": str(lora.dtype).removeprefix("torch."),
+        "family": lora.family,
+        "scheme": lora.scheme,
+        "kind": lora.kind,
+        "kinds": _histogram(entry.kind for entry in entries),
+        "parts": _histogram(entry.part for entry in entries),
+        "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
+        "alphas": _histogram(_alpha_text(lora, entry) for entry in entries if entry.rank is not None),
+        "embeddings": sorted({word_of(lora, key) for key in lora.embedding_keys}),
+        "unknown_keys": list(lora.unknown_keys),
+        "not_loaded_by": {reader: not_loaded_by(reader, lora) for reader in READERS},
+        "base_model": _known(
+            version=lora.metadata.get("ss_base_model_version"),
+            name=lora.metadata.get("ss_sd_model_name"),
+            hash=lora.metadata.get("ss_new_sd_model_hash") or lora.metadata.get("ss_sd_model_hash"),
+            architecture=lora.metadata.get("modelspec.architecture"),
+        ),
+        "trigger_words": trigger_words(lora.metadata),
+        "training": _known(**{label: lora.metadata.get(f"ss_{key}") for key, label in _SETTINGS.items()}),
+        "about": _known(**{key: lora.metadata.get(f"modelspec.{key}") for key in _MODELSPEC}),
+        "thumbnail": "modelspec.thumbnail" in lora.metadata,
+    }
+    if read_tensors:
+        step = _steps(on_progress, _chunks(path) + len(entries))
+        report["hashes"] = file_hashes(path, step)
+        report["norms"] = block_norms(lora, step)
+    return report
+
+
+def not_loaded_by(reader: str, lora: LoraFile) -> dict[str, str]:
+    """Name of a module -> why one of readers.READERS would not load it; empty when it loads everything."""
+    family = NAME_TABLES[lora.family]
+    reasons = {e.name: not_loaded(reader, family, e.name, e.kind, e.keys.values()) for e in lora.entries}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def _histogram(values) -> dict[str, int]:
+    return dict(Counter(values).most_common())
+
+
+def _known(**values: str | None) -> dict[str, str]:
+    return {key: value for key, value in values.items() if value not in (None, "", "None", "null")}
+
+
+def _alpha_text(lora: LoraFile, entry: Entry) -> str:
+    alpha = lora.tensors_of(entry).get("alpha")
+    return "none (as rank)" if alpha is None else f"{alpha.item():g}"
+
+
+def format_inspection(report: Mapping[str, Any]) -> str:
+    """The report of `inspect_lora` as text for a person."""
+    lines = [
+        f"{report['file']}  ({report['bytes'] / 1e6:.1f} MB, {report['tensors']} tensors, {report['dtype']})",
+        f"  for           {report['family']}, {report['scheme']} names",
+        f"  kind          {report['kind']}: {KINDS.get(report['kind'], 'several kinds of adapters')}",
+    ]
+    if report["parts"]:
+        lines.append(f"  modules       {_counts(report['parts'])}")
+        lines.append(f"  rank          {_counts(report['ranks'])}")
+        lines.append(f"  alpha         {_counts(report['alphas'])}")
+    if report["trigger_words"]:
+        lines.append(f"  trigger       {_short(', '.join(report['trigger_words'][:10]))}")
+    for title, section in (("base", "base_model"), ("about", "about"), ("training", "training"), ("hashes", "hashes")):
+        rows = report.get(section) or {}
+        lines += [f"  {title if first else '':<13} {key}: {_short(value)}" for first, key, value in _rows(rows)]
+    norms = report.get("norms") or {}
+    largest = max((norm for norm in norms.values() if norm is not None), default=0.0) or 1.0
+    for first, block, norm in _rows(norms):
+        value = "NaN or infinity" if norm is None else f"{norm:9.4f} {'#' * round(24 * norm / largest)}"
+        lines.append(f"  {'change' if first else '':<13} {block:<28} {value}")
+    if report["embeddings"]:
+        lines.append(f"  embeddings    {_short(', '.join(report['embeddings']))}")
+    if report["unknown_keys"]:
+        lines.append(f"  not understood: {len(report['unknown_keys'])}, e.g. {_short(report['unknown_keys'][0])}")
+    total = sum(report["parts"].values())
+    loads = {reader: _loads(total, refused) for reader, refused in report["not_loaded_by"].items() if total}
+    lines += [f"  {'loads' if first else '':<13} {reader}: {text}" for first, reader, text in _rows(loads)]
+    return "\n".join(map(one_line, lines))
+
+
+def _loads(total: int, refused: Mapping[str, str]) -> str:
+    if not refused:
+        return f"all {total} modules"
+    return f"{total - len(refused)} of {total} modules; it does not know {next(iter(refused.values()))}"
+
+
+def _rows(section: Mapping[str, Any]) -> list[tuple[bool, str, Any]]:
+    return [(number == 0, key, value) for number, (key, value) in enumerate(section.items())]
+
+
+def _counts(histogram: Mapping[str, int]) -> str:
+    if len(histogram) == 1:
+        return next(iter(histogram))
+    return ", ".join(f"{key} ({count}x)" for key, count in histogram.items()) or "none"
+
+
+def _short(value: object) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+
+
+def trigger_words(metadata: Mapping[str, str]) -> list[str]:
+    """The words that call what was trained, best first: from modelspec, from the subsets, then the most frequent tags."""
+    words = [word.strip() for word in metadata.get("modelspec.trigger_phrase", "").split(",")]
+    for dataset in _json(metadata, "ss_datasets", list):
+        subsets = dataset.get("subsets") if isinstance(dataset, dict) else None
+        for subset in subsets if isinstance(subsets, list) else []:
+            if isinstance(subset, dict):
+                words.append(str(subset.get("class_tokens") or ""))
+    for tags in _json(metadata, "ss_tag_frequency", dict).values():
+        if isinstance(tags, dict):
+            counts = [(tag, count) for tag, count in tags.items() if isinstance(count, int)]
+            words += [tag.strip() for tag, _ in sorted(counts, key=lambda pair: -pair[1])[:5]]
+    return [word for word in dict.fromkeys(words) if word and word != "None"]
+
+
+def _json(metadata: Mapping[str, str], key: str, kind: type) -> Any:
+    """The nested JSON of a metadata value, empty where it is damaged or something else."""
+    try:
+        value = json.loads(metadata.get(key, ""))
+    except (ValueError, RecursionError):
+        return kind()
+    return value if isinstance(value, kind) else kind()
+
+
+def _chunks(path: str | os.PathLike[str]) -> int:
+    """In how many steps a file is hashed."""
+    return 1 + Path(path).stat().st_size // CHUNK_BYTES
+
+
+def file_hashes(path: str | os.PathLike[str], step: Callable[[], None] = lambda: None) -> dict[str, str]:
+    """The hashes by which the community knows a file, computed from its bytes; `step` is called `_chunks` times.
+
+    `autov3` and A1111's short hash are the first 12 digits of `sshs_model_hash`, `autov2` the first 10 of `sha256`.
+    """
+    file = SafetensorsFile.open(path)
+    whole, model = hashlib.sha256(), hashlib.sha256()
+    with file.path.open("rb") as stream:
+        start = stream.read(8)
+        header = stream.read(struct.unpack("<Q", start)[0])
+        whole.update(start + header)
+        for _ in range(_chunks(path)):
+            chunk = stream.read(CHUNK_BYTES)
+            whole.update(chunk)
+            model.update(chunk)
+            step()
+    return {
+        "sha256": whole.hexdigest(),
+        "autov2": whole.hexdigest()[:10],
+        "sshs_model_hash": model.hexdigest(),
+        "autov3": model.hexdigest()[:12],
+        "sshs_legacy_hash": legacy_hash(file, file.metadata),
+    }
+
+
+def block_norms(lora: LoraFile, step: Callable[[], None] = lambda: None) -> dict[str, float | None]:
+    """Frobenius norm of the weight change of every block, None if it is not finite; DoRA and OFT are left out.
+
+    `step` is called for each module.
+    """
+    squares: dict[str, float] = {}
+    for entry in lora.entries:
+        step()
+        if entry.kind == "bias" or needs_base(entry.kind, entry.keys):
+            continue
+        block = _block(entry)
+        squares[block] = squares.get(block, 0.0) + change_norm(lora, entry) ** 2
+    finite = {
+        block: round(math.sqrt(square), 6) if math.isfinite(square) else None for block, square in squares.items()
+    }
+    return {block: finite[block] for block in sorted(finite, key=_by_number)}
+
+
+def _by_number(block: str) -> list[tuple[str, int]]:
+    return [(word, int(number or 0)) for word, number in re.findall(r"(\D+)(\d*)", block)]
+
+
+def _block(entry: Entry) -> str:
+    path = entry.modules[0][1]
+    match = re.match(r"(?:text_model\.encoder\.)?\w+(?:\.\d+)?", path)
+    block = match[0].removeprefix("text_model.encoder.") if match else path
+    return block if entry.part == "denoiser" else f"{entry.part}.{block}"
+
+
+def change_norm(lora: LoraFile, entry: Entry) -> float:
+    """Frobenius norm of the weight change that an entry makes, at strength 1."""
+    tensors = lora.tensors_of(entry)
+    if entry.kind in ("lora", "locon") and "mid" not in tensors:
+        # |U D|^2 = trace(U^T U D D^T): two small matrices instead of a large one.
+        down, up = tensors["down"].float().flatten(1), tensors["up"].float().flatten(1)
+        scale = tensors["alpha"].item() / down.shape[0] if "alpha" in tensors else 1.0
+        square = ((up.T @ up) * (down @ down.T)).sum().item()
+        return abs(scale) * math.sqrt(max(square, 0.0)) if math.isfinite(square) else square
+    return weight_change(entry.kind, tensors).norm().item()
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong or odd that `verify_lora` has noticed."""
+
+    is_error: bool
+    """An error means that the file does not do what it should; else it is worth a look."""
+    text: str
+
+
+SUSPICIOUS_NORM = 20.0
+"""How many times the median a module's change may be before it is suspicious."""
+
+
+def verify_lora(
+    path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None, on_progress: OnProgress = silent
+) -> list[Fault]:
+    """What is wrong or odd with a file: nothing, if it is what its metadata say and every module has a sane change.
+
+    With the checkpoint `base`, also what of it has no place there.
+    """
+    lora = LoraFile.read(path)
+    step = _steps(on_progress, _chunks(path) + len(lora.tensors) + len(lora.entries))
+    faults = [
+        *_verify_names(lora),
+        *_verify_metadata(lora, file_hashes(path, step)),
+    ]
+    if base is not None:
+        weights = BaseWeights.open(base)
+        left_over = fit(lora, weights.family, weights.shapes, weights.biased).left_over
+        examples = "; ".join(f"{key} {why}" for key, why in list(left_over.items())[:3])
+        if left_over:
+            text = (
+                f"{len(left_over)} keys have no place in {weights.file.path.name} ({weights.family}), e.g. {examples}"
+            )
+            faults.append(Fault(True, text))
+    broken = []
+    for name, tensor in lora.tensors.items():
+        broken += [] if _is_finite(tensor) else [name]
+        step()
+    if broken:
+        faults.append(Fault(True, f"{len(broken)} tensors hold NaN or infinity, e.g. {broken[0]}"))
+        return faults
+    return faults + _verify_norms(lora, step)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor.float()).all())
+
+
+def _verify_names(lora: LoraFile) -> list[Fault]:
+    faults = []
+    if lora.unknown_keys:
+        text = f"{len(lora.unknown_keys)} tensors are not understood or not complete, e.g. {lora.unknown_keys[0]}"
+        faults.append(Fault(True, text))
+    schemes = Counter(entry.scheme for entry in lora.entries)
+    if len(schemes) > 1:
+        faults.append(Fault(False, f"its names are of several schemes: {_counts(schemes)}"))
+    modules = Counter(module for entry in lora.entries for module in entry.modules)
+    twice = [module for module, count in modules.items() if count > 1]
+    if twice:
+        faults.append(Fault(True, f"{len(twice)} modules are changed twice, e.g. {twice[0][1]}"))
+    refused = list(not_loaded_by("ComfyUI", lora))
+    if refused:
+        faults.append(Fault(False, f"ComfyUI would not load {len(refused)} modules, e.g. {refused[0]}; convert it"))
+    return faults
+
+
+def _verify_metadata(lora: LoraFile, hashes: Mapping[str, str]) -> list[Fault]:
+    faults = []
+    claimed = family_in_metadata(lora.metadata)
+    if claimed not in (None, lora.family):
+        faults.append(Fault(True, f"its metadata say {claimed}, its tensors are for {lora.family}"))
+    in_fact: dict[str, str] = {**hashes, "modelspec.hash_sha256": hashes["sshs_model_hash"]}
+    for key in ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"):
+        claimed_hash = lora.metadata.get(key, in_fact[key]).removeprefix("0x")
+        if claimed_hash != in_fact[key]:
+            text = f"{key} is {claimed_hash[:12]} in the metadata, but {in_fact[key][:12]} in fact"
+            faults.append(Fault(key == "sshs_model_hash", text))
+    ranks = {str(entry.rank) for entry in lora.entries if entry.rank is not None}
+    stated = lora.metadata.get("ss_network_dim", "")
+    if stated.isdecimal() and ranks and stated not in ranks:
+        faults.append(Fault(False, f"its metadata say rank {stated}, its modules have {', '.join(sorted(ranks))}"))
+    if not trigger_words(lora.metadata):
+        faults.append(Fault(False, "its metadata name no trigger word"))
+    return faults
+
+
+def _verify_norms(lora: LoraFile, step: Callable[[], None]) -> list[Fault]:
+    norms = {}
+    for entry in lora.entries:
+        if entry.kind != "bias" and not needs_base(entry.kind, entry.keys):
+            norms[entry.name] = change_norm(lora, entry)
+        step()
+    faults = []
+    zero = [name for name, norm in norms.items() if norm == 0]
+    if zero:
+        everything = len(zero) == len(norms)
+        text = "no module changes anything" if everything else f"{len(zero)} modules change nothing, e.g. {zero[0]}"
+        faults.append(Fault(everything, text))
+    sizes = sorted(norm for norm in norms.values() if norm > 0)
+    if sizes:
+        median = sizes[len(sizes) // 2]
+        large = [name for name, norm in norms.items() if norm > SUSPICIOUS_NORM * median]
+        if large:
+            text = f"{len(large)} modules change far more than the others ({SUSPICIOUS_NORM:g} times the median), e.g. "
+            faults.append(Fault(False, text + large[0]))
+    return faults
+
+
+def edit_metadata(
+    path: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    title: str | None = None,
+    author: str | None = None,
+    description: str | None = None,
+    trigger_phrase: str | None = None,
+    tags: Sequence[str] | None = None,
+    license: str | None = None,
+    usage_hint: str | None = None,
+    thumbnail: str | os.PathLike[str] | None = None,
+    remove: Sequence[str] = (),
+    on_progress: OnProgress = silent,
+) -> dict[str, str]:
+    """The new metadata, after writing them to `output` (default: into the file itself); tensors stay byte for byte.
+
+    None leaves a value, "" deletes it; `remove` deletes any keys. `thumbnail` is a picture file, shrunk to a JPEG without
+    its EXIF data. Both `sshs_*` hashes are brought up to date; the one of the tensors does not change.
+    """
+    file = SafetensorsFile.open(path)
+    values = {
+        "title": title,
+        "author": author,
+        "description": description,
+        "trigger_phrase": trigger_phrase,
+        "tags": None if tags is None else ", ".join(tags),
+        "license": license,
+        "usage_hint": usage_hint,
+        "thumbnail": None if thumbnail is None else _thumbnail(thumbnail),
+    }
+    if not remove and all(value is None for value in values.values()):
+        raise BadConfig("nothing to change: give a title, author, ... or keys to remove")
+    given = {f"modelspec.{key}": value for key, value in values.items() if value is not None}
+    removed = {*remove, *(key for key, value in given.items() if value == "")}
+    metadata = {key: value for key, value in (file.metadata | given).items() if key not in removed}
+    if any(key.startswith("modelspec.") for key in metadata):
+        # Without its version nobody reads the rest.
+        metadata.setdefault("modelspec.sai_model_spec", MODELSPEC_VERSION)
+    metadata["sshs_model_hash"] = file_hashes(path, _steps(on_progress, _chunks(path)))["sshs_model_hash"]
+    metadata["sshs_legacy_hash"] = legacy_hash(file, metadata)
+    copy_with_metadata(file, path if output is None else output, metadata)
+    return metadata
+
+
+THUMBNAIL_SIDE = 256
+"""Longest side of a thumbnail, in pixels: it travels in the header, which every reader parses."""
+
+
+def _thumbnail(picture: str | os.PathLike[str]) -> str:
+    """The picture as a data URL, a JPEG of at most THUMBNAIL_SIDE pixels."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(picture) as image:
+            small = ImageOps.exif_transpose(image).convert("RGB")
+    except (*DAMAGED, Image.DecompressionBombError) as error:
+        raise BadFile(f"{Path(picture)}: cannot be read as a picture: {error}") from None
+    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    data = io.BytesIO()
+    small.save(data, "JPEG", quality=85, comment="")  # else the picture's own comes along
+    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode("ascii")

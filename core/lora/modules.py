@@ -1,0 +1,163 @@
+"""Low-rank changes of weights, and their tensors under the names of each scheme of files."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..errors import UnmatchedKeys
+from ..storage.safetensors_file import ComputedTensors
+from ..tensor_names import NAME_TABLES, Fusion, ModuleId, NameTable
+from .kinds import weight_change
+
+SCHEMES = ("kohya", "diffusers", "comfy")
+"""The schemes that can be written."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoraModule:
+    """A low-rank change of one weight: `delta = alpha / rank * up @ down`.
+
+    Of a Linear, down is (rank, in) and up (out, rank); of a convolution, (rank, in, kh, kw) and (out, rank, 1, 1).
+    With a Tucker core (LyCORIS), down is (rank, in, 1, 1), mid (rank, rank, kh, kw) and up (out, rank, 1, 1).
+    """
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+    mid: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def delta(self) -> Tensor:
+        """The change of the weight, float32, in the weight's shape."""
+        tensors = {"down": self.down, "up": self.up} | ({} if self.mid is None else {"mid": self.mid})
+        return self.scale * weight_change("lora", tensors)
+
+
+def name_modules(
+    family: str, modules: Mapping[ModuleId, LoraModule], scheme: str, extra: Mapping[str, Tensor] | None = None
+) -> ComputedTensors:
+    """The tensors of a file in the given scheme (one of SCHEMES), fused where it names the original model's modules.
+
+    Only Kohya's has alpha: readers of the other two drop it or fail at it for some families, so it is multiplied in.
+    `modules` are asked again each time that a tensor is. `extra` tensors keep their names.
+    """
+    if scheme not in SCHEMES:
+        raise UnmatchedKeys(f"no scheme {scheme!r} to write; known: {', '.join(SCHEMES)}")
+    keys = NAME_TABLES[family]
+    fusions: dict[str, tuple[Fusion, dict[int, ModuleId]]] = {}
+    for part, path in modules:
+        name, fusion, index = name_in_scheme(keys, part, path, scheme)
+        fusions.setdefault(name, (fusion, {}))[1][index] = (part, path)
+
+    def tensors_of(name: str, fusion: Fusion, parts: Mapping[int, ModuleId]) -> dict[str, Tensor]:
+        module = fuse(fusion, {index: modules[module_id] for index, module_id in parts.items()})
+        if scheme != "kohya":
+            module = without_tucker(module)
+            up = module.up if module.scale == 1 else module.up.float() * module.scale
+            return {f"{name}.lora_A.weight": module.down, f"{name}.lora_B.weight": up}
+        in_denoiser = all(part == "denoiser" for part, _ in parts.values())
+        if in_denoiser and keys.kernel_in_kohya(fusion.parts[0]) == 1 and module.down.ndim == 2:
+            module = replace(module, down=module.down[:, :, None, None], up=module.up[:, :, None, None])
+        tensors = {f"{name}.lora_down.weight": module.down, f"{name}.lora_up.weight": module.up}
+        tensors[f"{name}.alpha"] = torch.tensor(module.alpha)
+        return tensors if module.mid is None else tensors | {f"{name}.lora_mid.weight": module.mid}
+
+    makers = [partial(tensors_of, name, *fusion) for name, fusion in fusions.items()]
+    return ComputedTensors([*makers, lambda: extra or {}])
+
+
+_KOHYA_SUFFIXES = {
+    "down": "lora_down.weight",
+    "up": "lora_up.weight",
+    "mid": "lora_mid.weight",
+    "dora": "dora_scale",
+}
+
+
+def suffix_of(role: str) -> str:
+    """What ends the name of a tensor of that role in Kohya's and ComfyUI's files."""
+    return _KOHYA_SUFFIXES.get(role, role)
+
+
+def name_kinds(family: str, modules: Mapping[ModuleId, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a file in Kohya's scheme, from those of each module by role, whatever their kind.
+
+    UnmatchedKeys where the family's files have several modules in one: only plain LoRAs can be put together.
+    """
+    tensors = {}
+    for (part, path), roles in modules.items():
+        name, fusion, _ = name_in_scheme(NAME_TABLES[family], part, path, "kohya")
+        if len(fusion.parts) > 1:
+            raise UnmatchedKeys(
+                f"{path} is one with {len(fusion.parts) - 1} others in files of {family}, where only a plain LoRA fits"
+            )
+        tensors |= {f"{name}.{suffix_of(role)}": tensor for role, tensor in roles.items()}
+    return tensors
+
+
+def name_in_scheme(keys: NameTable, part: str, path: str, scheme: str) -> tuple[str, Fusion, int]:
+    """The name in a file, the fusion that the name stands for, and which part of it the module is."""
+    alone = Fusion(path, (path,))
+    if scheme == "diffusers":
+        return (keys.diffusers_prefix if part == "denoiser" else f"{part}.") + path, alone, 0
+    in_kohya = scheme == "kohya"
+    prefixes = keys.kohya_prefixes if in_kohya else keys.comfy_prefixes
+    if part not in prefixes:
+        raise UnmatchedKeys(f"{keys.name} has no {part} in the {scheme} scheme, but the LoRA changes its {path}")
+    original = keys.original_in_kohya if in_kohya else keys.original_in_comfy
+    fusion = keys.of_diffusers(path) if part == "denoiser" and original else alone
+    name = fusion.original.replace(".", "_") if in_kohya else fusion.original
+    return prefixes[part] + name, fusion, fusion.parts.index(path)
+
+
+def fuse(fusion: Fusion, parts: Mapping[int, LoraModule]) -> LoraModule:
+    """The change of the original model's module, from those of its parts; a missing part is not changed.
+
+    The rank stays when the parts share one down matrix (they were fused once); else the ranks add up.
+    """
+    first = next(iter(parts.values()))
+    if len(fusion.parts) == 1:
+        if fusion.halves_swapped and first.up.shape[0] == 2 * first.down.shape[1]:
+            return replace(first, up=first.up.roll(first.up.shape[0] // 2, 0))
+        return first
+    rows = [round(size * first.down.shape[1]) for size in fusion.sizes]
+    for index, module in parts.items():
+        if module.up.shape[0] != rows[index]:
+            raise UnmatchedKeys(
+                f"{fusion.parts[index]} changes {module.up.shape[0]} rows, but has {rows[index]} in {fusion.original}"
+            )
+    shared = first.down.float()  # torch compares no fp8
+    if all(module.scale == first.scale and torch.equal(module.down.float(), shared) for module in parts.values()):
+        ups = [parts[i].up if i in parts else first.up.new_zeros(rows[i], first.rank) for i in range(len(rows))]
+        return LoraModule(first.down, torch.cat(ups), first.alpha)
+    # One scale for all: what the others differ by goes into their up matrices.
+    scale = max((module.scale for module in parts.values()), key=abs)
+    rank = sum(module.rank for module in parts.values())
+    up = torch.zeros(sum(rows), rank)
+    column = 0
+    for index, module in parts.items():
+        start = sum(rows[:index])
+        factor = module.scale / scale if scale else 0.0
+        up[start : start + rows[index], column : column + module.rank] = module.up.float() * factor
+        column += module.rank
+    # Fused weights are that much wider: alpha grows with the rank, so that the scale stays.
+    down = torch.cat([module.down.float() for module in parts.values()])
+    return LoraModule(down, up.to(first.up.dtype) if scale else up, scale * rank)
+
+
+def without_tucker(module: LoraModule) -> LoraModule:
+    """The same change as a plain convolution LoRA: the core multiplied into down, now (rank, in, kh, kw)."""
+    if module.mid is None:
+        return module
+    down = torch.einsum("rskl,si->rikl", module.mid.float(), module.down.flatten(1).float())
+    return LoraModule(down, module.up, module.alpha)

@@ -1,0 +1,441 @@
+"""Base models: a checkpoint file, a mapping of tensors, a diffusers folder or a hub id, as parts that load on demand."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BadConfig, BadFile, UnknownFamily, UnmatchedKeys
+from ..storage.files import read_json
+from ..storage.lazy import LazyTensors, Stored, dtype_and_shape
+from ..storage.safetensors_file import SafetensorsFile, tensor_bytes
+from . import text
+from .families import FAMILIES, detect_family
+from .ldm import VAE_PREFIXES, current_vae_path, original_unet_names
+from .objective import FlowSchedule, NoiseSchedule, Schedule
+from .quantised import dequantised
+from .spec import DENOISER_PREFIX, UNQUANTISED, Component, Conditioning, FamilySpec, LatentShape, materialise
+
+PredictionType = Literal["epsilon", "v_prediction", "flow"]
+Source = str | os.PathLike[str] | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class CaptionEncoder:
+    """Text encoders that are not core's (ComfyUI's CLIP as it is wired)."""
+
+    encode: Callable[[str], Conditioning]
+    """Caption -> its conditioning, batch of 1, with the tensors that the family's `encode_text` gives."""
+    fingerprint: str
+    """Equal for equal encoders: part of the cache's keys."""
+
+
+LARGE_ENCODER = 2 * 2**30
+"""Bytes from which a text encoder is a language model."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model whose networks are loaded one by one, when they are needed."""
+
+    family: FamilySpec
+    name: str
+    """File or folder name, without its path."""
+    components: Mapping[str, Component]
+    """denoiser, vae, text_encoder, ... as the family names them."""
+    prediction_type: PredictionType
+    zero_terminal_snr: bool
+    resolution: int
+    """Side of the square at which the model was trained, in pixels."""
+    says_distilled: bool = False
+    """Whether its folder says that it was distilled to a few steps."""
+    file: SafetensorsFile | None = field(default=None, repr=False)
+    """The checkpoint file, when it is one."""
+    vae_file: SafetensorsFile | None = field(default=None, repr=False)
+    """The file that the VAE is from, when it is one of its own."""
+    files: tuple[SafetensorsFile, ...] = field(default=(), repr=False)
+    """All that were opened: these two, and text encoders."""
+    caption_encoder: CaptionEncoder | None = field(default=None, repr=False)
+    """What encodes captions in the place of the base's own text encoders."""
+    _digests: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Part -> sha256 over its tensors, of the parts that were asked for."""
+
+    @cached_property
+    def latent_shape(self) -> LatentShape:
+        return self.family.latent_shape(self.components)
+
+    @property
+    def size_multiple(self) -> int:
+        """What a picture's width and height must be multiples of, in pixels."""
+        return self.latent_shape.pixels * self.latent_shape.multiple
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether guidance is a number that the denoiser takes, so that it predicts once and not twice."""
+        return self.family.embeds_guidance(self.components["denoiser"].config)
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether it is known to be distilled to a few steps, which training on it would undo."""
+        return self.says_distilled or self.family.is_distilled(self.components["denoiser"].config)
+
+    def schedule(self) -> Schedule:
+        if self.family.flow_shift:
+            return FlowSchedule(self.family.flow_shift, self.latent_shape.positions_side)
+        assert self.prediction_type != "flow"
+        return NoiseSchedule.scaled_linear(self.prediction_type, self.zero_terminal_snr)
+
+    def load(self, part: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The part's network with frozen weights, in evaluation mode. BadFile when the base has no such part."""
+        component = self._component(part)
+        with torch.device("meta"):
+            module = self.family.build(part, component.config)
+        what = f"{self.name}: the {part.replace('_', ' ')}"
+        return materialise(module, component.tensors, what, device, dtype)
+
+    def _component(self, part: str) -> Component:
+        if part not in self.components:
+            option = "vae" if part == "vae" else "text_encoders"
+            raise BadFile(f"{self.name}: has no {part.replace('_', ' ')}; give its file too ({option})")
+        return self.components[part]
+
+    def load_text_encoders(self, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
+        """Part -> network, none when captions are encoded by something else.
+
+        A language model (the encoders of FLUX.1 and later) is loaded in bf16, unless it is stored in more (T5 overflows in
+        fp16), and on the CPU when it has no room on the device.
+        """
+        if self.caption_encoder:
+            return {}
+        encoders = {}
+        for part in self.text_encoders:
+            tensors = self._component(part).tensors
+            layouts = [dtype_and_shape(tensors, name) for name in tensors]
+            if sum(dtype.itemsize * math.prod(shape) for dtype, shape in layouts) < LARGE_ENCODER:
+                encoders[part] = self.load(part, device, dtype)
+                continue
+            size = sum(2 * math.prod(shape) for _, shape in layouts)
+            fits = device.type != "cuda" or torch.cuda.mem_get_info(device)[0] > 1.2 * size
+            stored_in_more = any(dtype.itemsize > 2 for dtype, _ in layouts)
+            place = device if fits else torch.device("cpu")
+            encoders[part] = self.load(part, place, dtype if stored_in_more else torch.bfloat16)
+        return encoders
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """The parts that encode text: all of the family's but optional ones that are not there."""
+        optional = self.family.optional_encoders
+        return tuple(part for part in self.family.text_encoders if part in self.components or part not in optional)
+
+    def fingerprint(self, *parts: str) -> str:
+        """sha256 over the parts' tensors, read once: equal for equal weights, wherever they come from."""
+        for part in parts:
+            if part not in self._digests:
+                self._digests[part] = _digest(part, self._component(part).tensors)
+        return hashlib.sha256("".join(self._digests[part] for part in parts).encode()).hexdigest()
+
+    @property
+    def text_fingerprint(self) -> str:
+        """The same of whatever encodes captions."""
+        return self.caption_encoder.fingerprint if self.caption_encoder else self.fingerprint(*self.text_encoders)
+
+    @property
+    def identity(self) -> str:
+        """Equal for bases that make the same pictures: all weights, and how they predict."""
+        prediction = f"{self.prediction_type} {self.zero_terminal_snr}"
+        return f"{self.fingerprint('denoiser', 'vae')} {self.text_fingerprint} {prediction}"
+
+    @cached_property
+    def sha256(self) -> str | None:
+        """sha256 of the checkpoint file (`ss_new_sd_model_hash`); None when the base is no file."""
+        return self.file.sha256() if self.file else None
+
+    @cached_property
+    def vae_sha256(self) -> str | None:
+        """sha256 of the VAE's own file; None when it has none."""
+        return self.vae_file.sha256() if self.vae_file else None
+
+    @cached_property
+    def legacy_hash(self) -> str | None:
+        """A1111's old hash of the checkpoint file (`ss_sd_model_hash`): 8 hex digits of a sha256 over 64 KiB at 1 MiB."""
+        if self.file is None:
+            return None
+        with self.file.path.open("rb") as file:
+            file.seek(0x100000)
+            return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
+
+    def module_shapes(self) -> dict[tuple[str, str], tuple[int, ...]]:
+        """(part, module path) -> shape of its weight, for every weight of the denoiser and the text encoders."""
+        shapes = {}
+        for part in ("denoiser", *self.family.text_encoders):
+            if part in self.components:
+                # Of the empty network: a tensor that is stored quantised would have to be computed to be looked at.
+                with torch.device("meta"):
+                    state = self.family.build(part, self.components[part].config).state_dict()
+                shapes |= {
+                    (part, name.removesuffix(".weight")): tuple(tensor.shape)
+                    for name, tensor in state.items()
+                    if name.endswith(".weight")
+                }
+        return shapes
+
+
+def _digest(part: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{part}.{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def load_base(
+    source: Source,
+    *,
+    vae: Source | None = None,
+    text_encoders: Sequence[Source] = (),
+    tokenizer: str | os.PathLike[str] | None = None,
+    caption_encoder: CaptionEncoder | None = None,
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto",
+    zero_terminal_snr: bool = False,
+) -> Base:
+    """A Base from a `.safetensors` checkpoint, a mapping of tensors in its naming, a diffusers folder, or a hub id.
+
+    The checkpoint holds everything, or the denoiser alone; `vae` and `text_encoders` are then the other files, and take
+    the place of what it has of these. `tokenizer` is the folder of the tokenizer of T5 or Qwen, where the family has one;
+    with a `caption_encoder` neither is needed.
+    Only a hub id (`owner/name` that is no local path) lets the network be used. v-prediction and zero terminal SNR are
+    recognised by the marker tensors `v_pred` and `ztsnr` and by modelspec metadata; the options override.
+    BadFile, UnknownFamily or UnmatchedKeys when it is not a usable base. BadConfig for other files beside a folder or hub
+    id, which has its own.
+    """
+    if not isinstance(source, Mapping):
+        path = Path(source)
+        is_on_hub = not path.exists() and _is_hub_id(str(source))
+        if path.is_dir() or is_on_hub:
+            parts = {"vae": vae, "text_encoders": text_encoders, "tokenizer": tokenizer}
+            if given := [what for what, one in parts.items() if one]:
+                raise BadConfig(f"{source}: a folder of diffusers has all parts itself: leave out {', '.join(given)}")
+            folder = _download(str(source)) if is_on_hub else path
+            return replace(_read_folder(folder, prediction_type, zero_terminal_snr), caption_encoder=caption_encoder)
+    name, file = _opened(source)
+    metadata = file.metadata if isinstance(file, SafetensorsFile) else {}
+    vae_file = None if vae is None else _opened(vae)[1]
+    encoder_files = [_opened(text_encoder) for text_encoder in text_encoders]
+    try:
+        tensors, given = _one_checkpoint(name, file, vae_file, encoder_files)
+        family = detect_family(tensors)
+        components = family.split(tensors)
+        _check_variant(family, components)
+        text.check_encoders(family, components, given)
+    except (UnknownFamily, UnmatchedKeys) as error:
+        raise type(error)(f"{name}: {error}") from None
+    if tokenizer is not None:
+        if family.tokenizer:
+            text.load_tokenizer(os.fspath(tokenizer), family.tokenizer)
+        for part in family.text_encoders:
+            if part in components:
+                components[part].config["tokenizer"] = os.fspath(tokenizer)
+    opened = (file, vae_file, *(encoder for _, encoder in encoder_files))
+    marked_v = "v_pred" in tensors or metadata.get("modelspec.prediction_type", "") in ("v", "v_prediction")
+    return Base(
+        family=family,
+        name=name,
+        components=components,
+        prediction_type=_choose(family, prediction_type, "v_prediction" if marked_v else "epsilon"),
+        zero_terminal_snr=zero_terminal_snr or "ztsnr" in tensors,
+        resolution=_side(metadata.get("modelspec.resolution"), family.resolution),
+        file=file if isinstance(file, SafetensorsFile) else None,
+        vae_file=vae_file if isinstance(vae_file, SafetensorsFile) else None,
+        files=tuple(one for one in opened if isinstance(one, SafetensorsFile)),
+        caption_encoder=caption_encoder,
+    )
+
+
+_PARTS = (DENOISER_PREFIX, *VAE_PREFIXES, "cond_stage_model.", "conditioner.", "text_encoders.", "unet.")
+"""What names begin with in a checkpoint of several parts, or in another naming."""
+
+_MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+"""Tensors beside the networks' that say how a checkpoint predicts."""
+
+
+def _opened(source: Source) -> tuple[str, Mapping[str, Tensor]]:
+    if isinstance(source, Mapping):
+        return "given tensors", source
+    file = SafetensorsFile.open(source)
+    return file.path.name, file
+
+
+def _one_checkpoint(
+    what: str,
+    source: Mapping[str, Tensor],
+    vae: Mapping[str, Tensor] | None,
+    text_encoders: Sequence[tuple[str, Mapping[str, Tensor]]],
+) -> tuple[Mapping[str, Tensor], list[tuple[str, list[str]]]]:
+    """The tensors of all files under the names that they would have in one checkpoint, none read; and the name of each file
+    of text encoders, with the kinds that are in it."""
+    if not source:
+        raise UnknownFamily("there is not a single tensor in it")
+    if any(name.endswith((".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight")) for name in source):
+        raise UnknownFamily("this is a LoRA, not a base model")
+    source = dequantised(source, what)
+    names = {name: Stored(source, name) for name in source}
+    if not any(name.startswith(_PARTS) for name in source):
+        # A file of a denoiser alone.
+        names = {name.removeprefix("diffusion_model."): read for name, read in names.items()}
+        originals = original_unet_names(names)
+        names = {
+            name if name in _MARKERS else DENOISER_PREFIX + originals.get(name, name): read
+            for name, read in names.items()
+        }
+    if vae is not None:
+        # In the place of the one that the checkpoint may have.
+        names = {name: read for name, read in names.items() if not name.startswith(VAE_PREFIXES)}
+        for name in vae:
+            names[name if name.startswith(VAE_PREFIXES) else VAE_PREFIXES[0] + name] = Stored(vae, name)
+    given: list[tuple[str, list[str]]] = []
+    for encoder, tensors in text_encoders:
+        try:
+            encoders = text.encoders_of(dequantised(tensors, encoder))
+        except UnknownFamily as error:
+            raise UnknownFamily(f"{encoder}: {error}") from None
+        given.append((encoder, list(encoders)))
+        for kind, stored in encoders.items():
+            prefix = text.PREFIX.format(kind)
+            names = {name: read for name, read in names.items() if not name.startswith(prefix)}
+            names |= {prefix + name: read for name, read in stored.items()}
+    return LazyTensors(names), given
+
+
+def _check_variant(family: FamilySpec, components: Mapping[str, Component]) -> None:
+    config = components["denoiser"].config
+    if other := family.other_model(config):
+        raise UnknownFamily(f"this is {other}, which is not supported yet")
+    channels = config.get("in_channels", family.in_channels)
+    if channels != family.in_channels:
+        kinds = {9: "an inpainting model", 8: "an InstructPix2Pix model", 384: "a fill (inpainting) model"}
+        raise UnknownFamily(
+            f"this is {kinds.get(channels, 'an unknown variant')} (its denoiser takes {channels} channels), "
+            "which is not supported; train on the model that it was made from"
+        )
+
+
+def _check_scheduler(family: FamilySpec, scheduler: Mapping[str, Any]) -> None:
+    """UnknownFamily when a folder's scheduler is of a model that was trained in another way than the family."""
+    name, predicted = str(scheduler.get("_class_name")), scheduler.get("prediction_type", "epsilon")
+    on_other_noise = name.startswith(("EDM", "FlowMatch"))  # EDM: Playground v2.5, CosXL
+    if not family.flow_shift and (on_other_noise or predicted not in ("epsilon", "v_prediction")):
+        raise UnknownFamily(
+            f"its scheduler is {name} with prediction_type {predicted!r}, and a model that is trained so is not supported; "
+            "supported: epsilon and v_prediction on the noise of Stable Diffusion"
+        )
+
+
+def _choose(family: FamilySpec, wanted: str, found: str) -> PredictionType:
+    if family.flow_shift:
+        return "flow"
+    chosen = found if wanted == "auto" else wanted
+    return "v_prediction" if chosen in ("v", "v_prediction") else "epsilon"
+
+
+def _side(resolution: str | None, default: int) -> int:
+    """The side of modelspec's `WIDTHxHEIGHT`; the default when there is none or it makes no sense."""
+    sides = (resolution or "").lower().split("x")
+    if len(sides) == 2 and all(side.isdecimal() and 8 <= int(side) <= 8192 for side in sides):
+        return round((int(sides[0]) * int(sides[1])) ** 0.5)
+    return default
+
+
+def _is_hub_id(source: str) -> bool:
+    parts = source.split("/")
+    return len(parts) == 2 and all(parts) and not source.endswith((".safetensors", ".ckpt", ".pt", ".bin"))
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        # Of these folders only: a repository may hold the same weights again as a single file.
+        parts = ("scheduler", "unet", "transformer", "vae", "text_encoder*", "tokenizer*")
+        wanted = [f"{part}/*.{ending}" for part in parts for ending in ("json", "safetensors", "txt", "model")]
+        return Path(snapshot_download(hub_id, allow_patterns=["model_index.json", *wanted]))
+    except Exception as error:  # the hub client raises many kinds, down to those of its HTTP library
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadFile(f"{hub_id}: no such file or folder, and the hub does not give it: {reason}") from error
+
+
+def _read_folder(folder: Path, prediction_type: str, zero_terminal_snr: bool) -> Base:
+    """A Base from a folder as diffusers' `save_pretrained` writes it; only safetensors weights are read."""
+    index = _read_config(folder / "model_index.json")
+    class_name = index.get("_class_name")
+    family = next((family for family in FAMILIES.values() if family.pipeline_class == class_name), None)
+    if family is None:
+        known = ", ".join(family.pipeline_class for family in FAMILIES.values())
+        raise UnknownFamily(f"{folder.name}: model_index.json says {class_name}; supported: {known}")
+    components = {}
+    for part in ("denoiser", "vae", *family.text_encoders):
+        subfolder = folder / (part if part != "denoiser" else "transformer" if family.flow_shift else "unet")
+        if part in family.optional_encoders and not subfolder.exists():
+            continue
+        config = _read_config(subfolder / "config.json")
+        if quantisation := config.get("quantization_config"):
+            raise BadFile(
+                f"{folder.name}: its {subfolder.name} is quantised ({json.dumps(quantisation)[:80]}); {UNQUANTISED}"
+            )
+        if part.startswith("text_encoder"):
+            config["tokenizer"] = str(folder / part.replace("text_encoder", "tokenizer"))
+        components[part] = Component(config, _folder_tensors(subfolder, part))
+    scheduler_path = folder / "scheduler" / "scheduler_config.json"
+    scheduler = _read_config(scheduler_path) if scheduler_path.exists() else {}
+    try:
+        _check_variant(family, components)
+        _check_scheduler(family, scheduler)
+    except UnknownFamily as error:
+        raise UnknownFamily(f"{folder.name}: {error}") from None
+    latent_side = components["denoiser"].config.get("sample_size")
+    base = Base(
+        family=family,
+        name=folder.name,
+        components=components,
+        prediction_type=_choose(family, prediction_type, scheduler.get("prediction_type", "epsilon")),
+        zero_terminal_snr=zero_terminal_snr or bool(scheduler.get("rescale_betas_zero_snr")),
+        resolution=family.resolution,
+        says_distilled=index.get("is_distilled") is True,
+    )
+    if isinstance(latent_side, int) and not family.flow_shift:
+        return replace(base, resolution=latent_side * base.latent_shape.pixels)
+    return base
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """What a JSON file of a diffusers folder holds."""
+    if not path.exists():
+        raise BadFile(f"{path.parent.name}: not a whole diffusers folder, {path.name} is missing")
+    return read_json(path)
+
+
+def _folder_tensors(folder: Path, part: str) -> Mapping[str, Tensor]:
+    paths = sorted(folder.glob("*.safetensors"))
+    # Beside the plain weights a folder may hold the same in fp16, or an EMA of them.
+    plain = [path for path in paths if not any(f".{word}" in path.name for word in ("fp16", "non_ema", "ema"))] or paths
+    if not plain:
+        others = ", ".join(path.name for path in folder.glob("*.bin")) or "no weights"
+        raise BadFile(
+            f"{folder.name}: no .safetensors in it ({others}); pickled weights are not read, convert them first"
+        )
+    readers: dict[str, Callable[[], Tensor]] = {}
+    for path in plain:
+        file = SafetensorsFile.open(path)
+        for name in file:
+            if name.endswith(("position_ids", "logit_scale")):
+                continue
+            readers[current_vae_path(name) if part == "vae" else name] = Stored(file, name)
+    return LazyTensors(text.library_tensors(readers) if part.startswith("text_encoder") else readers)

@@ -1,0 +1,180 @@
+"""The weights of a base model's checkpoint by module, of every family that LoRA files are known for.
+
+Nothing is built and nothing read but the header: enough to say whether a LoRA fits, to merge it in, and to compare two
+checkpoints.
+"""
+
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from ..errors import BadFile, UnknownFamily
+from ..storage.safetensors_file import SafetensorsFile
+from ..tensor_names import NAME_TABLES, Fusion, ModuleId, NameTable, Place, families_of, other_model
+from ..tensor_names.unet import diffusers_unet_path
+from .clip import OPENCLIP_LAYER
+from .quantised import sign_of_quantisation
+
+_DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")
+# Prefix of a text encoder in a checkpoint -> the one family that has it, and part.
+_TEXT_ENCODERS = {
+    "cond_stage_model.transformer.": ("sd15", "text_encoder"),
+    "cond_stage_model.model.": ("sd2", "text_encoder"),
+    "conditioner.embedders.0.transformer.": ("sdxl", "text_encoder"),
+    "conditioner.embedders.1.model.": ("sdxl", "text_encoder_2"),
+}
+_OTHER_PARTS = (
+    "cond_stage_model.", "conditioner.", "text_encoder", "first_stage_model.", "vae.", "model_ema.", "control_model.",
+)  # fmt: skip
+
+
+class BaseLayers:
+    """The layers of a base model that LoRAs can change: what `lora_file.fit` asks about it."""
+
+    family: str
+    """A name in tensor_names.NAME_TABLES."""
+    places: dict[str, Place]
+    """Name of a weight -> the modules whose it is."""
+    shapes: dict[ModuleId, tuple[int, ...]]
+    """Module -> shape of its weight in diffusers."""
+    biased: set[ModuleId]
+    """The modules that have a bias."""
+
+    def __init__(self, tensor_shapes: Mapping[str, tuple[int, ...]], name: str, family: str | None = None):
+        """From the shapes of a model's tensors, in original or diffusers naming; its `family` is detected by them where it
+        is not known. UnknownFamily, saying that it is `name` that is no base model that is known."""
+        paths = _paths(tensor_shapes)
+        self.family = family or _family_of(tensor_shapes, paths, name)
+        self.places = {}
+        self.shapes = {}
+        self.biased = set()
+        self._names: dict[ModuleId, str] = {}
+        layers = _layers_per_block(paths.values())
+        for weight, (part, path) in paths.items():
+            place, shape = _place(NAME_TABLES[self.family], part, path, layers), tensor_shapes[weight]
+            if place is None or not _fits(place, shape):
+                continue
+            self.places[weight] = place
+            for module, rows in zip(place.modules, _rows(place, shape), strict=True):
+                self.shapes[module] = (rows, *shape[1:])
+                self._names[module] = weight
+            if bias_name(weight) in tensor_shapes:
+                self.biased.update(place.modules)
+
+    def name_of(self, module: ModuleId) -> str:
+        """The tensor that is the weight of a module, or that it is a part of."""
+        return self._names[module]
+
+
+class BaseWeights(BaseLayers):
+    """Where a checkpoint has the weight of each module. Open with `BaseWeights.open(path)`."""
+
+    file: SafetensorsFile
+
+    def __init__(self, file: SafetensorsFile):
+        super().__init__(file.shapes, str(file.path))
+        self.file = file
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "BaseWeights":
+        """The weights of a single file, a whole checkpoint or a denoiser alone, in original or diffusers naming.
+
+        BadFile when it is damaged or quantised, UnknownFamily when it is no base model that is known.
+        """
+        file = SafetensorsFile.open(path)
+        sign = sign_of_quantisation(file)
+        if sign is not None:
+            raise BadFile(
+                f"{file.path}: is quantised, e.g. by {sign!r}, so its tensors are not the weights themselves; "
+                "give the model in fp32, bf16, fp16 or plain fp8"
+            )
+        return cls(file)
+
+    def read(self, module: ModuleId) -> Tensor:
+        """The weight of a module, in diffusers' order of rows."""
+        name = self._names[module]
+        return dict(self.places[name].split(self.file[name]))[module]
+
+    def read_bias(self, module: ModuleId) -> Tensor:
+        """The bias of a module, one of `biased`, in diffusers' order."""
+        name = self._names[module]
+        inputs = math.prod(self.file.shapes[name][1:2])
+        return dict(self.places[name].split(self.file[bias_name(name)], inputs))[module]
+
+
+def bias_name(name: str) -> str:
+    """The tensor that is the bias beside a weight, if the file has it."""
+    return name.removesuffix("weight") + "bias"
+
+
+def _rows(place: Place, shape: tuple[int, ...]) -> list[int]:
+    return place.rows(shape[0], math.prod(shape[1:2]))
+
+
+def _paths(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, str]]:
+    """Name of a weight -> part (or a prefix that stands for one), and path of its module."""
+    denoiser = next((prefix for prefix in _DENOISER_PREFIXES if any(name.startswith(prefix) for name in shapes)), "")
+    found = {}
+    for name, shape in shapes.items():
+        if len(shape) not in (1, 2, 4) or not name.endswith("weight"):
+            continue
+        path = name.removesuffix("_weight").removesuffix(".weight")
+        text = re.match(r"text_encoders\.\w+\.transformer\.", name)
+        prefix = text[0] if text else next((p for p in _TEXT_ENCODERS if name.startswith(p)), None)
+        if prefix is not None:
+            found[name] = (prefix, path.removeprefix(prefix))
+        elif name.startswith(denoiser) and (denoiser or not name.startswith(_OTHER_PARTS)):
+            found[name] = ("denoiser", path.removeprefix(denoiser))
+    return found
+
+
+def _family_of(shapes: Mapping[str, tuple[int, ...]], paths: Mapping[str, tuple[str, str]], model: str) -> str:
+    prefixes = {prefix for prefix, _ in paths.values()}
+    modules = [(part, path, shapes[name]) for name, (part, path) in paths.items() if part == "denoiser"]
+    if other := other_model(modules):
+        raise UnknownFamily(f"{model}: is {other}, which is not supported; known: {', '.join(NAME_TABLES)}")
+    families = [_TEXT_ENCODERS[prefix][0] for prefix in sorted(prefixes & set(_TEXT_ENCODERS))] or families_of(modules)
+    if not modules or not families:
+        example = next(iter(shapes), "none")
+        raise UnknownFamily(
+            f"{model}: no base model: no family matches its {len(shapes)} tensors, e.g. {example!r}; "
+            f"known: {', '.join(NAME_TABLES)}"
+        )
+    return families[0]
+
+
+def _fits(place: Place, shape: tuple[int, ...]) -> bool:
+    try:
+        _rows(place, shape)
+    except ValueError:
+        return False
+    return True
+
+
+def _layers_per_block(paths: Iterable[tuple[str, str]]) -> int:
+    """Residual blocks in a level of an original UNet: the first downsampler comes after them. 2 where there is none."""
+    numbers = [int(match[1]) for _, path in paths if (match := re.fullmatch(r"input_blocks\.(\d+)\.0\.op", path))]
+    return min(numbers, default=3) - 1
+
+
+def _place(family: NameTable, part: str, path: str, layers: int) -> Place | None:
+    """What a path is in the family, None: no module that LoRAs change."""
+    if part == "denoiser":
+        place = family.locate(part, path)
+        if place.fusion.original == path and path != place.fusion.parts[0] and family.diffusers_prefix == "unet.":
+            # The family's table is that of the published models; smaller ones have fewer blocks in a level.
+            return Place(part, Fusion(path, (diffusers_unet_path(path, layers),)), None)
+        return place
+    by_comfy = {prefix: own for own, prefix in family.comfy_prefixes.items()}
+    own = _TEXT_ENCODERS[part][1] if part in _TEXT_ENCODERS else by_comfy.get(part)
+    if own is None or "embedding" in path or path.startswith("text_projection"):
+        return None
+    if match := re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", path):
+        layer = f"text_model.encoder.layers.{match[1]}."
+        if match[2] == "attn.in_proj":
+            return Place(own, Fusion(path, tuple(f"{layer}self_attn.{x}_proj" for x in "qkv"), (1, 1, 1)), None)
+        path = layer + OPENCLIP_LAYER.get(match[2], match[2])
+    return family.locate(own, path)

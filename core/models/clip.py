@@ -1,0 +1,276 @@
+"""CLIP's tokenizer and text encoders, from tensors in either naming: OpenAI's (SD1.x, SDXL's first) and OpenCLIP's.
+
+The vocabulary and merges in `clip_tokenizer/` are those that OpenAI published with CLIP (MIT licence, see NOTICE).
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BadConfig, LoraMisfit, UnmatchedKeys
+from ..storage.lazy import LazyTensors, Stored, shape_of
+from .ldm import count_children
+from .spec import Component, replace_module
+
+TOKENIZER_FOLDER = Path(__file__).parent / "clip_tokenizer"
+START, END = 49406, 49407
+CHUNK_TOKENS = 75
+"""Tokens of a caption that fit into one pass of the encoder, which adds a start and an end."""
+HEAD_WIDTH = 64
+"""Width of an attention head in every CLIP text encoder that Stable Diffusion uses."""
+
+OPENCLIP_LAYER = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}
+"""Modules of a layer in OpenCLIP's naming -> in transformers'; q, k and v are one there."""
+
+TEXT_TARGETS = r"text_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
+
+
+@lru_cache(maxsize=1)
+def load_tokenizer():
+    """transformers' CLIPTokenizer with CLIP's 49,408 tokens."""
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(TOKENIZER_FOLDER)
+
+
+Words = Mapping[str, Sequence[int]]
+"""Word -> numbers of the tokens that stand for it: textual inversion's."""
+
+
+def caption_tokens(caption: str, words: Words | None = None) -> list[int]:
+    """The tokens of a caption of any length, without start and end; each of `words` (or `embedding:word`) has its own."""
+    if words:
+        longest_first = sorted(words, key=len, reverse=True)
+        names = "|".join(re.escape(word) for word in longest_first)
+        pieces = re.split(rf"(?<!\w)(?:embedding:)?({names})(?!\w)", caption, flags=re.IGNORECASE)
+        by_name = {word.lower(): tokens for word, tokens in words.items()}
+        # Every other piece is a word, the rest lie between.
+        tokens = [by_name[piece.lower()] if index % 2 else caption_tokens(piece) for index, piece in enumerate(pieces)]
+        return [token for part in tokens for token in part]
+    return load_tokenizer()(caption, add_special_tokens=False, truncation=False, verbose=False).input_ids
+
+
+def chunk_count(captions: Sequence[str], words: Words | None = None) -> int:
+    """How many chunks of 75 tokens the longest caption needs, at least 1."""
+    longest = max((len(caption_tokens(caption, words)) for caption in captions), default=0)
+    return max(1, -(-longest // CHUNK_TOKENS))
+
+
+def token_chunks(captions: Sequence[str], chunks: int, padding: int, words: Words | None = None) -> Tensor:
+    """(captions, chunks, 77) token numbers; each chunk has its own start and end and is filled with `padding`.
+
+    More chunks where the vectors of `words` need them.
+    """
+    if words:
+        chunks = max(chunks, chunk_count(captions, words))
+    result = torch.full((len(captions), chunks, CHUNK_TOKENS + 2), padding)
+    for row, caption in enumerate(captions):
+        tokens = caption_tokens(caption, words)
+        for chunk in range(chunks):
+            part = tokens[chunk * CHUNK_TOKENS : (chunk + 1) * CHUNK_TOKENS]
+            result[row, chunk, : len(part) + 2] = torch.tensor([START, *part, END])
+    return result
+
+
+_TOKEN_EMBEDDING = "text_model.embeddings.token_embedding"
+
+
+class WordEmbedding(nn.Module):
+    """CLIP's table of token vectors, with the vectors of new words behind its end."""
+
+    def __init__(self, table: nn.Embedding):
+        super().__init__()
+        self.table = table
+        self.words: list[str] = []
+        self.vectors = nn.ParameterList()
+        """Of each word, (vectors, width)."""
+        self.enabled = True
+
+    def tokens(self) -> Words:
+        """Word -> its token numbers, which go on from the table's; none while it is not enabled."""
+        found, first = {}, len(self.table.weight)
+        for word, vectors in zip(self.words, self.vectors, strict=True) if self.enabled else ():
+            found[word] = range(first, first + len(vectors))
+            first += len(vectors)
+        return found
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        known = len(self.table.weight)
+        looked_up = self.table(tokens.clamp(max=known - 1))
+        if not self.words:
+            return looked_up
+        new = torch.cat(list(self.vectors)).to(looked_up.dtype)
+        return torch.where((tokens >= known)[..., None], new[(tokens - known).clamp(min=0)], looked_up)
+
+
+def token_table(encoder: nn.Module) -> nn.Module:
+    """The encoder's nn.Embedding of tokens, or the WordEmbedding in its place."""
+    return encoder.get_submodule(_TOKEN_EMBEDDING)
+
+
+def words_of(encoder: nn.Module) -> Words:
+    """The new words that an encoder, of whichever kind, knows, with their tokens."""
+    return next((module.tokens() for module in encoder.modules() if isinstance(module, WordEmbedding)), {})
+
+
+def add_word(encoder: nn.Module, word: str, vectors: Tensor) -> nn.Parameter:
+    """Teaches the encoder a word, which captions then name; its vectors (vectors, width), float32, as they are used.
+
+    LoraMisfit when the encoder's own are of another width.
+    """
+    table = token_table(encoder)
+    if not isinstance(table, WordEmbedding):
+        assert isinstance(table, nn.Embedding)
+        table = WordEmbedding(table)
+        replace_module(encoder, _TOKEN_EMBEDDING, table)
+    width = table.table.embedding_dim
+    if vectors.shape[1] != width:
+        raise LoraMisfit(
+            f"the vectors of {word!r} have {vectors.shape[1]} numbers each, the text encoder's words {width}"
+        )
+    parameter = nn.Parameter(vectors.detach().float().to(table.table.weight.device, copy=True), requires_grad=False)
+    table.words.append(word)
+    table.vectors.append(parameter)
+    return parameter
+
+
+def remove_words(encoder: nn.Module) -> None:
+    """Undoes every `add_word`."""
+    table = token_table(encoder)
+    if isinstance(table, WordEmbedding):
+        replace_module(encoder, _TOKEN_EMBEDDING, table.table)
+
+
+def encode_chunks(encoder: nn.Module, tokens: Tensor, layer: int, final_norm: bool) -> tuple[Tensor, Any]:
+    """Hidden states of the layer counted from the end (1 = last), (B, chunks * 77, D), and the encoder's whole output."""
+    count, chunks, length = tokens.shape
+    device = next(encoder.parameters()).device
+    output = encoder(tokens.reshape(-1, length).to(device), output_hidden_states=True)
+    if final_norm and layer == 1:
+        # Not hidden_states[-1], on which versions of transformers do not agree whether it is normed.
+        states = output.last_hidden_state
+    else:
+        if layer >= len(output.hidden_states):
+            raise BadConfig(f"clip_skip = {layer}: the text encoder has {len(output.hidden_states) - 1} layers")
+        states = output.hidden_states[-layer]
+        states = encoder.text_model.final_layer_norm(states) if final_norm else states  # pyright: ignore
+    return states.reshape(count, chunks * length, -1), output
+
+
+def pooled(output: Any) -> Tensor:
+    """The pooled state of each text, projected by an encoder that has a projection; (B, D)."""
+    return output.text_embeds if "text_embeds" in output else output.pooler_output
+
+
+def text_component(stored: Mapping[str, Stored], what: str, activation: str, projection: bool) -> Component:
+    """A text encoder from tensors in OpenAI's naming (`text_model.…`) or OpenCLIP's (`transformer.resblocks.…`), its config
+    read off their shapes. UnmatchedKeys, naming it `what`, when it lacks one of those."""
+    is_openclip = any(name.startswith("transformer.resblocks.") for name in stored)
+    readers = _openclip_readers(stored) if is_openclip else library_readers(stored)
+    if not projection:
+        readers.pop("text_projection.weight", None)
+    tensors = LazyTensors(readers)
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in tensors:
+            raise UnmatchedKeys(f"the text encoder {what} lacks {name}")
+        return shape_of(tensors, name)
+
+    vocabulary, width = shape("text_model.embeddings.token_embedding.weight")
+    config = {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": shape("text_model.encoder.layers.0.mlp.fc1.weight")[0],
+        "num_hidden_layers": count_children(readers, "text_model.encoder.layers"),
+        "num_attention_heads": max(1, width // HEAD_WIDTH),
+        "max_position_embeddings": shape("text_model.embeddings.position_embedding.weight")[0],
+        "hidden_act": activation,
+        "projection_dim": shape("text_projection.weight")[0] if "text_projection.weight" in readers else width,
+    }
+    return Component(config, tensors)
+
+
+def library_readers(readers: Mapping[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Tensor]]:
+    """The tensors of a text encoder in OpenAI's naming under the names of its network here.
+
+    Files saved by some versions of transformers lack the leading text_model. They may be of the whole of CLIP, and merging
+    tools leave parts of it that no picture depends on.
+    """
+    left_out = r"vision_model\.|visual_projection\.|(.+\.)?(position_ids|logit_scale)$"
+    return {
+        f"text_model.{name}" if re.match(r"(encoder\.layers|embeddings|final_layer_norm)\.", name) else name: read
+        for name, read in readers.items()
+        if not re.match(left_out, name)
+    }
+
+
+def _openclip_readers(stored: Mapping[str, Stored]) -> dict[str, Callable[[], Tensor]]:
+    """The same of one in OpenCLIP's naming; what is no part of the text encoder is left out."""
+    readers: dict[str, Callable[[], Tensor]] = {}
+    outside = {
+        "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+        "positional_embedding": "text_model.embeddings.position_embedding.weight",
+        "ln_final.weight": "text_model.final_layer_norm.weight",
+        "ln_final.bias": "text_model.final_layer_norm.bias",
+        "text_projection.weight": "text_projection.weight",
+    }
+
+    def third(whole: Stored, index: int) -> Tensor:
+        return whole().chunk(3)[index]
+
+    def transposed(whole: Stored) -> Tensor:
+        return whole().T.contiguous()
+
+    for short, whole in stored.items():
+        if short in outside:
+            readers[outside[short]] = whole
+        elif short == "text_projection":
+            readers["text_projection.weight"] = partial(transposed, whole)
+        elif match := re.match(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)$", short):
+            for index, letter in enumerate("qkv"):
+                name = f"text_model.encoder.layers.{match[1]}.self_attn.{letter}_proj.{match[2]}"
+                readers[name] = partial(third, whole, index)
+        elif match := re.match(r"transformer\.resblocks\.(\d+)\.(.+)\.(weight|bias)$", short):
+            name = f"text_model.encoder.layers.{match[1]}.{OPENCLIP_LAYER.get(match[2], match[2])}.{match[3]}"
+            readers[name] = whole
+    return readers
+
+
+class _WithPrefix(nn.Module):
+    """Adds the `text_model.` that transformers 5 has dropped from CLIPTextModel, so that names are the same everywhere."""
+
+    def __init__(self, text_model: nn.Module):
+        super().__init__()
+        self.text_model = text_model
+
+    def forward(self, tokens: Tensor, output_hidden_states: bool) -> Any:
+        return self.text_model(tokens, output_hidden_states=output_hidden_states)
+
+
+def build_text_encoder(config: dict[str, Any], projection: bool) -> nn.Module:
+    """transformers' CLIPTextModel, or CLIPTextModelWithProjection, with module names that begin with `text_model.`."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    keep = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "max_position_embeddings", "hidden_act", "projection_dim")  # fmt: skip
+    # Published configs say 2, at which the pooled state is taken where the number is largest: at an added word.
+    text_config = CLIPTextConfig(**{name: config[name] for name in keep if name in config}, eos_token_id=END)
+    encoder = (CLIPTextModelWithProjection if projection else CLIPTextModel)(text_config)
+    for module in encoder.modules():
+        if "position_ids" in module._buffers:
+            # Not in any checkpoint, so it must not stay on the meta device.
+            module.register_buffer(
+                "position_ids", torch.arange(text_config.max_position_embeddings, device="cpu")[None], persistent=False
+            )
+    return encoder if hasattr(encoder, "text_model") else _WithPrefix(encoder)

@@ -1,0 +1,121 @@
+"""Chroma (lodestones, 2025): FLUX.1-schnell undistilled, its blocks' modulations made by one small network; 1024 px.
+
+Text comes from T5-XXL alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...tensor_names.flux import CHROMA as NAMES
+from .. import text, transformer
+from ..ldm import build_vae, count_children
+from ..spec import Component, Conditioning, stack_conditioning
+from . import flux1
+
+TEXT = {"text_encoder": "t5xxl"}
+TEXT_TOKENS = 512
+_MODULATOR = "distilled_guidance_layer"
+_RENAMES = (*flux1.RENAMES, (rf"{_MODULATOR}\.norms\.(\d+)\.(?:scale|weight)", rf"{_MODULATOR}.norms.\1.weight"))
+
+
+def recognise(denoiser: Mapping[str, Tensor]) -> bool:
+    # Chroma Radiance, which works on pixels, has no img_in.
+    return all(f"{name}.weight" in denoiser for name in ("img_in", f"{_MODULATOR}.in_proj", "single_blocks.0.linear1"))
+
+
+def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
+    names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
+    width, channels = shape(f"{_MODULATOR}.in_proj.weight")
+    config = flux1.blocks_config(tensors) | {
+        "approximator_num_channels": channels,
+        "approximator_hidden_dim": width,
+        "approximator_layers": count_children(names, f"{_MODULATOR}.layers"),
+    }
+    denoiser = transformer.transformer_component(tensors, config, NAMES, _RENAMES)
+    return {"denoiser": denoiser} | text.other_parts(tensors, transformer.flux1_vae, TEXT)
+
+
+def build(part: str, config: dict[str, Any]) -> nn.Module:
+    if part == "vae":
+        return build_vae(config)
+    if part != "denoiser":
+        return text.build(TEXT[part], config)
+    denoiser = transformer.diffusers_class("ChromaTransformer2DModel", (0, 34)).from_config(config)
+    numbers = denoiser.time_text_embed
+    with torch.device("cpu"):
+        # The modulations' numbers are in no file, so they must not stay on the meta device.
+        denoiser.time_text_embed = type(numbers)(numbers.time_proj.num_channels, len(numbers.mod_proj))
+    return denoiser
+
+
+def encode_text(
+    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
+) -> Conditioning:
+    """T5's states of each caption and of one token of padding, which text does not see and the denoiser does."""
+    encoder = encoders["text_encoder"]
+    tokenizer = text.load_tokenizer(encoder.tokenizer_folder, "t5xxl")  # pyright: ignore
+    device = next(encoder.parameters()).device
+    parts = []
+    for caption in captions:
+        row = tokenizer(caption, add_special_tokens=True).input_ids[:TEXT_TOKENS]
+        tokens, mask = (torch.tensor([values], device=device) for values in ([*row, 0], [1] * len(row) + [0]))
+        states = encoder(tokens, attention_mask=mask).last_hidden_state
+        parts.append({"context": states, "context_mask": torch.ones_like(tokens)})
+    return stack_conditioning(parts)
+
+
+def image_conditioning(
+    original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
+) -> Conditioning:
+    return {}
+
+
+def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    context, mask = conditioning["context"].to(noisy_latents.dtype), conditioning["context_mask"]
+    lengths = transformer.text_lengths(mask)
+    if len(set(lengths)) > 1:
+        # One by one: where activations are recomputed, diffusers' single blocks forget the mask of padding.
+        rows = [
+            {"context": context[i : i + 1, :length], "context_mask": mask[i : i + 1, :length]}
+            for i, length in enumerate(lengths)
+        ]
+        parts = zip(noisy_latents.split(1), timesteps.split(1), rows, strict=True)
+        return torch.cat([predict(denoiser, *part) for part in parts])
+    height, width = noisy_latents.shape[2:]
+    patches = denoiser(
+        transformer.cut_patches(noisy_latents),
+        encoder_hidden_states=context[:, : lengths[0]],
+        timestep=timesteps / 1000,
+        img_ids=transformer.grid_positions(height // 2, width // 2, noisy_latents.device),
+        txt_ids=torch.zeros(lengths[0], 3, device=noisy_latents.device),
+        return_dict=False,
+    )[0]
+    return transformer.join_patches(patches, height, width)
+
+
+CHROMA = replace(
+    flux1.FLUX1,
+    names=NAMES,
+    title="Chroma",
+    guidance=5.0,  # diffusers' default, as are the steps
+    steps=35,
+    pipeline_class="ChromaPipeline",
+    text_encoders=tuple(TEXT),
+    text_kinds=tuple(TEXT.values()),
+    context_from={"text_encoder": 1},
+    pooled_from={},
+    tokenizer=TEXT["text_encoder"],
+    recognise=recognise,
+    split=split,
+    build=build,
+    encode_text=encode_text,
+    image_conditioning=image_conditioning,
+    predict=predict,
+    embeds_guidance=lambda config: False,
+    is_distilled=lambda config: False,
+    distilled_names="flash",
+)

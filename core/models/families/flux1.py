@@ -1,0 +1,150 @@
+"""FLUX.1 (Black Forest Labs, 2024): a rectified flow; double blocks of image and text, then single blocks of both; 1024 px.
+
+FLUX.1-dev is distilled: guidance is a number that it takes. Text comes from T5-XXL, and pooled from CLIP ViT-L/14.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...tensor_names.flux import FLUX1 as NAMES
+from .. import text, transformer
+from ..ldm import build_vae, count_children
+from ..objective import linear_shift
+from ..spec import Component, Conditioning, FamilySpec, LatentShape
+
+TEXT_TOKENS = 512
+"""Tokens of T5 that FLUX.1-dev was trained with; shorter captions are filled up."""
+TRAINING_GUIDANCE = 1.0
+"""What the distilled model is told while it is trained: at 1 it predicts what it was distilled from without guidance, so
+that a LoRA does not undo the distillation (sd-scripts' and ai-toolkit's choice)."""
+
+TEXT = {"text_encoder": "clip_l", "text_encoder_2": "t5xxl"}
+ROTARY_AXES = (16, 56, 56)
+"""Width of a head that is rotated by a position's number, row and column."""
+
+_NORM = r"norm\.(q|k)(?:uery|ey)_norm\.(?:scale|weight)"
+RENAMES = (
+    (rf"double_blocks\.(\d+)\.img_attn\.{_NORM}", r"transformer_blocks.\1.attn.norm_\2.weight"),
+    (rf"double_blocks\.(\d+)\.txt_attn\.{_NORM}", r"transformer_blocks.\1.attn.norm_added_\2.weight"),
+    (rf"single_blocks\.(\d+)\.{_NORM}", r"single_transformer_blocks.\1.attn.norm_\2.weight"),
+)
+_BLOCK, _SINGLE = r"transformer_blocks\.\d+", r"single_transformer_blocks\.\d+"
+_ATTENTION = (
+    rf"{_BLOCK}\.attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)|{_SINGLE}\.(attn\.to_[qkv]|proj_mlp|proj_out)"
+)
+_TRANSFORMER = (
+    rf"{_ATTENTION}|{_BLOCK}\.(ff(_context)?\.net\.(0\.proj|2)|norm1(_context)?\.linear)|{_SINGLE}\.norm\.linear"
+)
+
+
+def recognise(denoiser: Mapping[str, Tensor]) -> bool:
+    # FLUX.2 has no modulation in its blocks, Chroma has taken it out.
+    return "double_blocks.0.img_mod.lin.weight" in denoiser and "single_blocks.0.linear1.weight" in denoiser
+
+
+def blocks_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What the blocks say of the denoiser's config."""
+    names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
+    return {
+        "in_channels": shape("img_in.weight")[1],
+        "num_layers": count_children(names, "double_blocks"),
+        "num_single_layers": count_children(names, "single_blocks"),
+        "attention_head_dim": sum(ROTARY_AXES),
+        "num_attention_heads": shape("img_in.weight")[0] // sum(ROTARY_AXES),
+        "joint_attention_dim": shape("txt_in.weight")[1],
+        "axes_dims_rope": ROTARY_AXES,
+    }
+
+
+def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
+    config = blocks_config(tensors) | {
+        "pooled_projection_dim": transformer.shapes_of(tensors)("vector_in.in_layer.weight")[1],
+        "guidance_embeds": "guidance_in.in_layer.weight" in transformer.denoiser_names(tensors),
+    }
+    denoiser = transformer.transformer_component(tensors, config, NAMES, RENAMES)
+    return {"denoiser": denoiser} | text.other_parts(tensors, transformer.flux1_vae, TEXT)
+
+
+def build(part: str, config: dict[str, Any]) -> nn.Module:
+    if part == "denoiser":
+        from diffusers import FluxTransformer2DModel
+
+        return FluxTransformer2DModel.from_config(config)  # pyright: ignore[reportReturnType]
+    return build_vae(config) if part == "vae" else text.build(TEXT[part], config)
+
+
+def latent_shape(components: Mapping[str, Component]) -> LatentShape:
+    return transformer.patch_latent_shape(components["denoiser"].config["in_channels"] // 4, components)
+
+
+def encode_text(
+    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
+) -> Conditioning:
+    return {
+        "context": text.encode_t5(encoders["text_encoder_2"], captions, TEXT_TOKENS),
+        "pooled": text.pooled_clip(encoders["text_encoder"], captions),
+    }
+
+
+def image_conditioning(
+    original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
+) -> Conditioning:
+    return {"guidance": torch.tensor([TRAINING_GUIDANCE])}
+
+
+def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    height, width = noisy_latents.shape[2:]
+    context = conditioning["context"].to(noisy_latents.dtype)
+    patches = denoiser(
+        transformer.cut_patches(noisy_latents),
+        encoder_hidden_states=context,
+        pooled_projections=conditioning["pooled"].to(noisy_latents.dtype),
+        timestep=timesteps / 1000,
+        img_ids=transformer.grid_positions(height // 2, width // 2, noisy_latents.device),
+        txt_ids=torch.zeros(context.shape[1], 3, device=noisy_latents.device),
+        guidance=conditioning["guidance"] if denoiser.config.guidance_embeds else None,  # pyright: ignore
+        return_dict=False,
+    )[0]
+    return transformer.join_patches(patches, height, width)
+
+
+def embeds_guidance(config: dict[str, Any]) -> bool:
+    return config["guidance_embeds"]
+
+
+def is_distilled(config: dict[str, Any]) -> bool:
+    # FLUX.1-schnell, distilled to four steps, is the one that takes no guidance.
+    return not config["guidance_embeds"]
+
+
+FLUX1 = FamilySpec(
+    names=NAMES,
+    title="FLUX.1",
+    resolution=1024,
+    size_multiple=16,
+    wording="sentences",
+    guidance=3.5,  # diffusers' default, as are the steps
+    steps=28,
+    pipeline_class="FluxPipeline",
+    text_encoders=tuple(TEXT),
+    text_kinds=tuple(TEXT.values()),
+    context_from={"text_encoder_2": 1},
+    pooled_from={"text_encoder": 1},
+    tokenizer=TEXT["text_encoder_2"],
+    denoiser_targets={"attention": _ATTENTION, "transformer": _TRANSFORMER, "transformer+conv": _TRANSFORMER},
+    text_encoder_targets=None,
+    in_channels=64,
+    recognise=recognise,
+    split=split,
+    build=build,
+    latent_shape=latent_shape,
+    encode_text=encode_text,
+    image_conditioning=image_conditioning,
+    predict=predict,
+    flow_shift=linear_shift(256, 0.5, 4096, 1.15),  # of FLUX.1-dev's scheduler, by positions
+    embeds_guidance=embeds_guidance,
+    is_distilled=is_distilled,
+)

@@ -1,0 +1,202 @@
+"""FLUX.2 (Black Forest Labs, 2025): a rectified flow; FLUX.1's blocks, with one modulation for all of a kind; 1024 px.
+
+klein takes text from a Qwen3, three of its layers side by side; dev, whose guidance is a number that it takes, from a
+Mistral that has to encode captions elsewhere (ComfyUI).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...errors import UnmatchedKeys
+from ...storage.lazy import LazyTensors, Stored, shape_of
+from ...tensor_names.flux import FLUX2 as NAMES
+from .. import text, transformer
+from ..ldm import VAE_PREFIXES, count_children, kl_pixels, vae_component
+from ..spec import Component, Conditioning, FamilySpec, LatentShape
+
+TEXT_TOKENS = 512
+"""Tokens of the whole chat; shorter ones are filled up, and the denoiser sees the padding."""
+TEXT_LAYERS = (9, 18, 27)
+CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+"""Qwen3's chat of one question, with thinking turned off."""
+TRAINING_GUIDANCE = 1.0
+"""What dev is told while it is trained, as FLUX.1-dev is."""
+
+TEXT = {"text_encoder": "qwen3_4b"}
+"""klein 9B's is Qwen3-8B, the same network, larger."""
+ROTARY_AXES = (32, 32, 32, 32)
+"""Width of a head that is rotated by a position's picture, row, column and word."""
+PATCH = 2
+"""Latents of the VAE along a side of one of the denoiser's."""
+
+_NORM = r"norm\.(q|k)(?:uery|ey)_norm\.(?:scale|weight)"
+_RENAMES = (
+    (rf"double_blocks\.(\d+)\.img_attn\.{_NORM}", r"transformer_blocks.\1.attn.norm_\2.weight"),
+    (rf"double_blocks\.(\d+)\.txt_attn\.{_NORM}", r"transformer_blocks.\1.attn.norm_added_\2.weight"),
+    (rf"single_blocks\.(\d+)\.{_NORM}", r"single_transformer_blocks.\1.attn.norm_\2.weight"),
+)
+_BLOCK, _SINGLE = r"transformer_blocks\.\d+", r"single_transformer_blocks\.\d+"
+_ATTENTION = (
+    rf"{_BLOCK}\.attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)|{_SINGLE}\.attn\.(to_qkv_mlp_proj|to_out)"
+)
+_TRANSFORMER = rf"{_ATTENTION}|{_BLOCK}\.ff(_context)?\.linear_(in|out)"
+
+
+def recognise(denoiser: Mapping[str, Tensor]) -> bool:
+    return "double_stream_modulation_img.lin.weight" in denoiser and "single_blocks.0.linear1.weight" in denoiser
+
+
+def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
+    names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
+    width = shape("img_in.weight")[0]
+    config = {
+        "in_channels": shape("img_in.weight")[1],
+        "num_layers": count_children(names, "double_blocks"),
+        "num_single_layers": count_children(names, "single_blocks"),
+        "attention_head_dim": sum(ROTARY_AXES),
+        "num_attention_heads": width // sum(ROTARY_AXES),
+        "joint_attention_dim": shape("txt_in.weight")[1],
+        "mlp_ratio": shape("double_blocks.0.img_mlp.2.weight")[1] / width,
+        "axes_dims_rope": ROTARY_AXES,
+        "guidance_embeds": "guidance_in.in_layer.weight" in names,
+    }
+    denoiser = transformer.transformer_component(tensors, config, NAMES, _RENAMES)
+    kind = "qwen3_8b" if text.has(tensors, "qwen3_8b") else TEXT["text_encoder"]
+    return {"denoiser": denoiser} | text.other_parts(tensors, _vae, {"text_encoder": kind})
+
+
+def _vae(tensors: Mapping[str, Tensor]) -> Component:
+    """The KL VAE, and the statistics by which its latents are normalised, of 32 channels times two by two latents."""
+    prefix = next(prefix for prefix in VAE_PREFIXES if any(name.startswith(prefix) for name in tensors))
+    readers = {}
+    for full in tensors:
+        if full.startswith(prefix):
+            # The convolutions between the VAE's halves stand inside of these in some files.
+            name = full.removeprefix(prefix).replace("encoder.quant_conv.", "quant_conv.")
+            readers[name.replace("decoder.post_quant_conv.", "post_quant_conv.")] = Stored(tensors, full)
+    files = LazyTensors({prefix + name: read for name, read in readers.items()})
+    plain = vae_component(files, latent_scale=1.0)
+    config = {name: value for name, value in plain.config.items() if name not in ("scaling_factor", "shift_factor")}
+    # There is a version with a narrower decoder.
+    levels = reversed(range(len(config["block_out_channels"])))
+    firsts = [f"decoder.up_blocks.{level}.resnets.0.conv1.weight" for level in levels]
+    if missing := set(firsts) - set(plain.tensors):
+        raise UnmatchedKeys(f"the VAE lacks {min(missing)}")
+    config["decoder_block_out_channels"] = tuple(shape_of(plain.tensors, name)[0] for name in firsts)
+    tensors_of_vae = {name: Stored(plain.tensors, name) for name in plain.tensors}
+    statistics = {name: readers[name] for name in ("bn.running_mean", "bn.running_var") if name in readers}
+    counter = {"bn.num_batches_tracked": lambda: torch.tensor(0)}
+    return Component(config, LazyTensors(tensors_of_vae | statistics | counter))
+
+
+def build(part: str, config: dict[str, Any]) -> nn.Module:
+    if part == "denoiser":
+        return transformer.diffusers_class("Flux2Transformer2DModel", (0, 37)).from_config(config)
+    if part == "vae":
+        return transformer.diffusers_class("AutoencoderKLFlux2", (0, 37)).from_config(config)
+    return text.build(TEXT[part], config)
+
+
+def latent_shape(components: Mapping[str, Component]) -> LatentShape:
+    return LatentShape(components["denoiser"].config["in_channels"], PATCH * kl_pixels(components), multiple=1)
+
+
+def _statistics(vae: nn.Module) -> tuple[Tensor, Tensor]:
+    bn: Any = vae.bn
+    return bn.running_mean.view(1, -1, 1, 1), torch.sqrt(bn.running_var + bn.eps).view(1, -1, 1, 1)
+
+
+def encode_image(vae: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    distribution = vae.encode(pixels).latent_dist  # pyright: ignore
+    mean, deviation = _statistics(vae)
+    means, deviations = (F.pixel_unshuffle(part, PATCH) for part in (distribution.mean, distribution.std))
+    return (means - mean) / deviation, deviations / deviation
+
+
+def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
+    mean, deviation = _statistics(vae)
+    return vae.decode(F.pixel_shuffle(latents * deviation + mean, PATCH)).sample  # pyright: ignore
+
+
+def encode_text(
+    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
+) -> Conditioning:
+    chats = [CHAT.format(caption) for caption in captions]
+    states = text.encode_qwen(
+        encoders["text_encoder"], TEXT["text_encoder"], chats, TEXT_TOKENS, layers=TEXT_LAYERS, filled=True
+    )
+    return {"context": states["context"]}
+
+
+def image_conditioning(
+    original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
+) -> Conditioning:
+    return {"guidance": torch.tensor([TRAINING_GUIDANCE])}
+
+
+def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    height, width = noisy_latents.shape[2:]
+    context, device = conditioning["context"].to(noisy_latents.dtype), noisy_latents.device
+    positions = denoiser(
+        noisy_latents.flatten(2).transpose(1, 2),
+        encoder_hidden_states=context,
+        timestep=timesteps / 1000,
+        img_ids=F.pad(transformer.grid_positions(height, width, device), (0, 1)),
+        txt_ids=F.pad(torch.arange(float(context.shape[1]), device=device)[:, None], (3, 0)),
+        guidance=conditioning["guidance"] if denoiser.config.guidance_embeds else None,  # pyright: ignore
+        return_dict=False,
+    )[0]
+    return positions.transpose(1, 2).unflatten(2, (height, width))
+
+
+def embeds_guidance(config: dict[str, Any]) -> bool:
+    return config["guidance_embeds"]
+
+
+STEPS = 50
+
+
+def flow_shift(positions: int) -> float:
+    """exp(mu), with Black Forest Labs' mu that they fitted to positions and sampling steps, at the usual steps."""
+    of_10, of_200 = 8.73809524e-05 * positions + 1.89833333, 0.00016927 * positions + 0.45666666
+    if positions > 4300:
+        return math.exp(of_200)
+    return math.exp(of_200 + (of_10 - of_200) * (200 - STEPS) / 190)
+
+
+FLUX2 = FamilySpec(
+    names=NAMES,
+    title="FLUX.2",
+    resolution=1024,
+    size_multiple=16,
+    wording="sentences",
+    guidance=4.0,  # diffusers' default, as are the steps
+    steps=STEPS,
+    pipeline_class="Flux2KleinPipeline",
+    text_encoders=tuple(TEXT),
+    text_kinds=("qwen3_4b", "qwen3_8b"),
+    context_from={"text_encoder": len(TEXT_LAYERS)},
+    pooled_from={},
+    tokenizer=TEXT["text_encoder"],
+    denoiser_targets={"attention": _ATTENTION, "transformer": _TRANSFORMER, "transformer+conv": _TRANSFORMER},
+    text_encoder_targets=None,
+    in_channels=128,
+    recognise=recognise,
+    split=split,
+    build=build,
+    latent_shape=latent_shape,
+    encode_text=encode_text,
+    image_conditioning=image_conditioning,
+    predict=predict,
+    flow_shift=flow_shift,
+    encode_image=encode_image,
+    decode_latents=decode_latents,
+    embeds_guidance=embeds_guidance,
+    distilled_names="klein(?!.*base)",
+    lora_scheme="comfy",
+)

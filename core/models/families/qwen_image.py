@@ -1,0 +1,212 @@
+"""Qwen-Image (Alibaba, 2025, arXiv:2508.02324): a rectified flow; blocks of a text and an image stream; 1328 px.
+
+Text comes from Qwen2.5-VL-7B. The VAE is Wan 2.1's: for video, of which a picture is one frame.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UnmatchedKeys
+from ...storage.lazy import LazyTensors, Stored, shape_of
+from ...tensor_names.qwen import QWEN_IMAGE as NAMES
+from .. import text, transformer
+from ..ldm import VAE_PREFIXES, count_children
+from ..objective import linear_shift
+from ..spec import Component, Conditioning, FamilySpec, LatentShape, holds_numbers
+
+TEXT = {"text_encoder": "qwen25_7b"}
+TEXT_TOKENS = 1024
+"""Tokens of a caption at most: those of the authors' pipeline."""
+_TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
+    "spatial relationships of the objects and background:<|im_end|>\n"
+    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+_TEMPLATE_TOKENS = 34
+"""Tokens of the template before the caption: their states are dropped."""
+ROTARY_AXES = (16, 56, 56)
+"""Width of a head that is rotated by a position's number, row and column."""
+
+_BLOCK = r"transformer_blocks\.\d+"
+_ATTENTION = rf"{_BLOCK}\.attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)"
+# Modulation is left as it is, as in musubi-tuner.
+_TRANSFORMER = rf"{_ATTENTION}|{_BLOCK}\.(img|txt)_mlp\.net\.(0\.proj|2)"
+
+
+def recognise(denoiser: Mapping[str, Tensor]) -> bool:
+    return "txt_norm.weight" in denoiser and "transformer_blocks.0.attn.add_q_proj.weight" in denoiser
+
+
+def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
+    names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
+    width, channels = shape("img_in.weight")
+    config = {
+        "in_channels": channels,
+        "out_channels": channels // 4,
+        "num_layers": count_children(names, "transformer_blocks"),
+        "attention_head_dim": sum(ROTARY_AXES),
+        "num_attention_heads": width // sum(ROTARY_AXES),
+        "joint_attention_dim": shape("txt_in.weight")[1],
+        "axes_dims_rope": ROTARY_AXES,
+    }
+    denoiser = transformer.transformer_component(tensors, config, NAMES)
+    return {"denoiser": denoiser} | text.other_parts(tensors, vae_component, TEXT)
+
+
+_VAE_RENAMES = (
+    (r"conv1\.", "quant_conv."),
+    (r"conv2\.", "post_quant_conv."),
+    (r"(encoder|decoder)\.conv1\.", r"\1.conv_in."),
+    (r"(encoder|decoder)\.head\.0\.", r"\1.norm_out."),
+    (r"(encoder|decoder)\.head\.2\.", r"\1.conv_out."),
+    (r"(encoder|decoder)\.middle\.0\.", r"\1.mid_block.resnets.0."),
+    (r"(encoder|decoder)\.middle\.1\.", r"\1.mid_block.attentions.0."),
+    (r"(encoder|decoder)\.middle\.2\.", r"\1.mid_block.resnets.1."),
+    (r"encoder\.downsamples\.", "encoder.down_blocks."),
+)
+_VAE_RESNET = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2",
+               "shortcut": "conv_shortcut"}  # fmt: skip
+
+
+def diffusers_vae_path(path: str, resnets: int) -> str:
+    """diffusers' name of a tensor of the original VAE, diffusers' own as they are; `resnets` is the number of them at a
+    resolution of the encoder."""
+    for pattern, new in _VAE_RENAMES:
+        path = re.sub(rf"^{pattern}", new, path)
+    if match := re.match(r"decoder\.upsamples\.(\d+)\.(.+)", path):
+        # One more in the decoder, and what doubles the resolution.
+        level, index = divmod(int(match[1]), resnets + 2)
+        block = f"resnets.{index}" if index <= resnets else "upsamplers.0"
+        path = f"decoder.up_blocks.{level}.{block}.{match[2]}"
+    for original, new in _VAE_RESNET.items():
+        path = path.replace(f".{original}.", f".{new}.")
+    return path
+
+
+def vae_component(tensors: Mapping[str, Tensor]) -> Component:
+    """The VAE of a checkpoint in original or diffusers naming, its diffusers config read off the shapes of its tensors."""
+    prefix = next(prefix for prefix in VAE_PREFIXES if any(name.startswith(prefix) for name in tensors))
+    given = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
+    halving = r"encoder\.(?:downsamples|down_blocks)\.(\d+)\.resample\.1\.weight"
+    samplers = sorted(int(match[1]) for short in given if (match := re.fullmatch(halving, short)))
+    if not samplers:
+        raise UnmatchedKeys(f"the VAE is not Qwen-Image's: it lacks {prefix}encoder.downsamples.….resample.1.weight")
+    resnets = samplers[0]
+    names = {diffusers_vae_path(short, resnets): full for short, full in given.items()}
+
+    def width(name: str) -> int:
+        if f"{name}.weight" not in names:
+            raise UnmatchedKeys(f"the VAE lacks {name}.weight")
+        return shape_of(tensors, names[f"{name}.weight"])[0]
+
+    base, blocks = width("encoder.conv_in"), count_children(names, "encoder.down_blocks")
+    config: dict[str, Any] = {
+        "base_dim": base,
+        "z_dim": width("post_quant_conv"),
+        "dim_mult": [width(f"encoder.down_blocks.{i - 1}.conv2") // base for i in (*samplers, blocks)],
+        "num_res_blocks": resnets,
+        "temperal_downsample": [f"encoder.down_blocks.{i}.time_conv.weight" in names for i in samplers],
+    }
+    return Component(config, LazyTensors({name: Stored(tensors, full) for name, full in names.items()}))
+
+
+def build(part: str, config: dict[str, Any]) -> nn.Module:
+    if part == "vae":
+        return transformer.diffusers_class("AutoencoderKLQwenImage", (0, 35)).from_config(config)
+    if part != "denoiser":
+        return text.build(TEXT[part], config)
+    denoiser = transformer.diffusers_class("QwenImageTransformer2DModel", (0, 37)).from_config(config)
+    with torch.device("cpu"):
+        # Its rotations are in no file, so they must not stay on the meta device.
+        denoiser.pos_embed = type(denoiser.pos_embed)(theta=10000, axes_dim=list(ROTARY_AXES), scale_rope=True)
+    return denoiser
+
+
+def latent_shape(components: Mapping[str, Component]) -> LatentShape:
+    pixels = 2 ** len(components["vae"].config["temperal_downsample"]) if "vae" in components else 8
+    channels = components["denoiser"].config["in_channels"] // 4
+    return LatentShape(channels, pixels, multiple=2, positions_side=2)
+
+
+def _statistics(vae: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel of the VAE's latents, over its training pictures."""
+    config: Any = vae.config
+    mean, deviation = (
+        like.new_tensor(values).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std)
+    )
+    return mean, deviation
+
+
+def encode_image(vae: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    distribution = vae.encode(pixels.unsqueeze(2)).latent_dist  # pyright: ignore
+    mean, deviation = _statistics(vae, pixels)
+    return (distribution.mean.squeeze(2) - mean) / deviation, distribution.std.squeeze(2) / deviation
+
+
+def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
+    mean, deviation = _statistics(vae, latents)
+    return vae.decode((latents * deviation + mean).unsqueeze(2)).sample.squeeze(2)  # pyright: ignore
+
+
+def encode_text(
+    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
+) -> Conditioning:
+    texts = [_TEMPLATE.format(caption) for caption in captions]
+    limit = _TEMPLATE_TOKENS + TEXT_TOKENS
+    conditioning = text.encode_qwen(encoders["text_encoder"], TEXT["text_encoder"], texts, limit)
+    return {name: value[:, _TEMPLATE_TOKENS:] for name, value in conditioning.items()}
+
+
+def image_conditioning(
+    original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
+) -> Conditioning:
+    return {}
+
+
+def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    height, width = noisy_latents.shape[2:]
+    mask = conditioning["context_mask"].bool()
+    patches = denoiser(
+        transformer.cut_patches(noisy_latents),
+        encoder_hidden_states=conditioning["context"].to(noisy_latents.dtype),
+        encoder_hidden_states_mask=mask.to(noisy_latents.device) if holds_numbers(mask) and not mask.all() else None,
+        timestep=timesteps / 1000,
+        img_shapes=[(1, height // 2, width // 2)] * len(noisy_latents),
+        return_dict=False,
+    )[0]
+    return transformer.join_patches(patches, height, width)
+
+
+QWEN_IMAGE = FamilySpec(
+    names=NAMES,
+    title="Qwen-Image",
+    resolution=1328,  # the model card's squares
+    size_multiple=16,
+    wording="sentences",
+    guidance=4.0,  # diffusers' default, as are the steps
+    steps=50,
+    pipeline_class="QwenImagePipeline",
+    text_encoders=tuple(TEXT),
+    text_kinds=tuple(TEXT.values()),
+    context_from={"text_encoder": 1},
+    pooled_from={},
+    tokenizer=TEXT["text_encoder"],
+    denoiser_targets={"attention": _ATTENTION, "transformer": _TRANSFORMER, "transformer+conv": _TRANSFORMER},
+    text_encoder_targets=None,
+    in_channels=64,
+    recognise=recognise,
+    split=split,
+    build=build,
+    latent_shape=latent_shape,
+    encode_text=encode_text,
+    image_conditioning=image_conditioning,
+    predict=predict,
+    flow_shift=linear_shift(256, 0.5, 8192, 0.9),  # of the authors' scheduler, by positions
+    encode_image=encode_image,
+    decode_latents=decode_latents,
+    lora_scheme="comfy",
+)

@@ -1,0 +1,81 @@
+"""Stable Diffusion 1.x (arXiv:2112.10752): UNet with cross-attention on CLIP ViT-L/14 text, 512 px, 8x VAE."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...tensor_names.stable_diffusion import SD15 as NAMES
+from .. import clip, ldm, text
+from ..spec import Component, Conditioning, FamilySpec
+
+TEXT = {"text_encoder": "clip_l"}
+LATENT_SCALE = 0.18215
+
+
+def recognise(denoiser: Mapping[str, Tensor]) -> bool:
+    return ldm.FIRST_WEIGHT in denoiser and ldm.POOLED_WEIGHT not in denoiser
+
+
+def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
+    denoiser = ldm.unet_component(tensors, head_width=None)
+    return {"denoiser": denoiser} | text.other_parts(
+        tensors, partial(ldm.vae_component, latent_scale=LATENT_SCALE), TEXT
+    )
+
+
+def build(part: str, config: dict[str, Any]) -> nn.Module:
+    if part == "denoiser":
+        return ldm.build_unet(config)
+    if part == "vae":
+        return ldm.build_vae(config)
+    return clip.build_text_encoder(config, projection=False)
+
+
+def encode_text(
+    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
+) -> Conditioning:
+    encoder = encoders["text_encoder"]
+    tokens = clip.token_chunks(captions, chunks, clip.END, clip.words_of(encoder))
+    states, _ = clip.encode_chunks(encoder, tokens, layer=clip_skip, final_norm=True)
+    return {"context": states}
+
+
+def image_conditioning(
+    original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
+) -> Conditioning:
+    return {}
+
+
+def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    context = conditioning["context"].to(noisy_latents.dtype)
+    return denoiser(noisy_latents, timesteps, encoder_hidden_states=context, return_dict=False)[0]
+
+
+SD15 = FamilySpec(
+    names=NAMES,
+    title="Stable Diffusion 1.x",
+    resolution=512,
+    size_multiple=64,
+    wording="tags",
+    guidance=6.0,  # a little less than the usual 7.5, which hardens skin
+    steps=30,  # enough for DPM++ 2M
+    pipeline_class="StableDiffusionPipeline",
+    text_encoders=tuple(TEXT),
+    text_kinds=tuple(TEXT.values()),
+    context_from={"text_encoder": 1},
+    pooled_from={},
+    denoiser_targets=ldm.UNET_TARGETS,
+    text_encoder_targets=clip.TEXT_TARGETS,
+    in_channels=4,
+    recognise=recognise,
+    split=split,
+    build=build,
+    latent_shape=ldm.unet_latent_shape,
+    encode_text=encode_text,
+    image_conditioning=image_conditioning,
+    predict=predict,
+    has_clip_skip=True,
+    other_model=ldm.other_model,
+)

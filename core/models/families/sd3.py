@@ -1,0 +1,145 @@
+"""Stable Diffusion 3 and 3.5 (arXiv:2403.03206): a rectified flow; joint blocks of an image and a text stream; 1024 px.
+
+Text comes from CLIP ViT-L/14, OpenCLIP ViT-bigG/14 and T5-XXL, which was often left out in training and may be here.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...tensor_names.sd3 import SD3 as NAMES
+from .. import clip, text, transformer
+from ..ldm import build_vae, count_children, vae_component
+from ..spec import Component, Conditioning, FamilySpec, LatentShape
+
+LATENT_SCALE, LATENT_SHIFT = 1.5305, 0.0609
+TEXT_TOKENS = 256
+"""Tokens of T5 (diffusers' and sd-scripts' number); shorter captions are filled up."""
+CONTEXT_WIDTH = 4096
+"""Width of T5-XXL, to which CLIP's states are filled up with zeros."""
+SHIFT = 3.0
+"""The authors' for 1024 px (arXiv:2403.03206, section 5.3.2), whatever the size: so in SD3.5's scheduler and in sd-scripts."""
+
+TEXT = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
+HEAD_WIDTH = 64
+
+_RENAMES = (
+    ("pos_embed", "pos_embed.pos_embed"),
+    (r"joint_blocks\.(\d+)\.x_block\.(attn2?)\.ln_(q|k)\.weight", r"transformer_blocks.\1.\2.norm_\3.weight"),
+    (r"joint_blocks\.(\d+)\.context_block\.attn\.ln_(q|k)\.weight", r"transformer_blocks.\1.attn.norm_added_\2.weight"),
+)
+_BLOCK = r"transformer_blocks\.\d+"
+_ATTENTION = rf"{_BLOCK}\.(attn2?\.(to_[qkv]|to_out\.0)|attn\.(add_[qkv]_proj|to_add_out))"
+_TRANSFORMER = rf"{_ATTENTION}|{_BLOCK}\.(ff(_context)?\.net\.(0\.proj|2)|norm1(_context)?\.linear)"
+
+
+def recognise(denoiser: Mapping[str, Tensor]) -> bool:
+    return "joint_blocks.0.x_block.attn.qkv.weight" in denoiser
+
+
+def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
+    names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
+    width, channels, patch, _ = shape("x_embedder.proj.weight")
+    layers = count_children(names, "joint_blocks")
+    config = {
+        "patch_size": patch,
+        "in_channels": channels,
+        "out_channels": shape("final_layer.linear.weight")[0] // patch**2,
+        "num_layers": layers,
+        "attention_head_dim": HEAD_WIDTH,
+        "num_attention_heads": width // HEAD_WIDTH,
+        "joint_attention_dim": shape("context_embedder.weight")[1],
+        "caption_projection_dim": shape("context_embedder.weight")[0],
+        "pooled_projection_dim": shape("y_embedder.mlp.0.weight")[1],
+        "pos_embed_max_size": round(shape("pos_embed")[1] ** 0.5),
+        # SD3.5 medium's first blocks have a second attention, of the image alone.
+        "dual_attention_layers": tuple(
+            layer for layer in range(layers) if f"joint_blocks.{layer}.x_block.attn2.qkv.weight" in names
+        ),
+        "qk_norm": "rms_norm" if "joint_blocks.0.x_block.attn.ln_q.weight" in names else None,
+    }
+    denoiser = transformer.transformer_component(tensors, config, NAMES, _RENAMES)
+    return {"denoiser": denoiser} | text.other_parts(tensors, _vae, TEXT)
+
+
+def _vae(tensors: Mapping[str, Tensor]) -> Component:
+    return vae_component(tensors, LATENT_SCALE, LATENT_SHIFT, quant_conv=False)
+
+
+def build(part: str, config: dict[str, Any]) -> nn.Module:
+    if part == "denoiser":
+        from diffusers import SD3Transformer2DModel
+
+        return SD3Transformer2DModel.from_config(config)  # pyright: ignore[reportReturnType]
+    return build_vae(config) if part == "vae" else text.build(TEXT[part], config)
+
+
+def latent_shape(components: Mapping[str, Component]) -> LatentShape:
+    return transformer.patch_latent_shape(components["denoiser"].config["in_channels"], components)
+
+
+def encode_text(
+    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
+) -> Conditioning:
+    # The layer before the last of both CLIPs, whatever the clip skip; the second is padded with 0.
+    states, pooled = [], []
+    for part, padding in (("text_encoder", clip.END), ("text_encoder_2", 0)):
+        tokens = clip.token_chunks(captions, chunks, padding)
+        of_clip, output = clip.encode_chunks(encoders[part], tokens, layer=2, final_norm=False)
+        states.append(of_clip)
+        pooled.append(clip.pooled(output).reshape(len(captions), chunks, -1)[:, 0])
+    clips = torch.cat(states, dim=-1)
+    if "text_encoder_3" in encoders:
+        of_t5 = text.encode_t5(encoders["text_encoder_3"], captions, TEXT_TOKENS).to(clips)
+    else:
+        of_t5 = clips.new_zeros(len(captions), TEXT_TOKENS, CONTEXT_WIDTH)
+    clips = F.pad(clips, (0, of_t5.shape[2] - clips.shape[2]))
+    return {"context": torch.cat([clips, of_t5], dim=1), "pooled": torch.cat(pooled, dim=-1)}
+
+
+def image_conditioning(
+    original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
+) -> Conditioning:
+    return {}
+
+
+def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    return denoiser(
+        noisy_latents,
+        encoder_hidden_states=conditioning["context"].to(noisy_latents.dtype),
+        pooled_projections=conditioning["pooled"].to(noisy_latents.dtype),
+        timestep=timesteps,
+        return_dict=False,
+    )[0]
+
+
+SD3 = FamilySpec(
+    names=NAMES,
+    title="Stable Diffusion 3",
+    resolution=1024,
+    size_multiple=16,
+    wording="sentences",
+    guidance=4.5,  # SD3.5 Medium's model card, as are the steps
+    steps=40,
+    pipeline_class="StableDiffusion3Pipeline",
+    text_encoders=tuple(TEXT),
+    text_kinds=tuple(TEXT.values()),
+    context_from={"text_encoder_3": 1},
+    pooled_from={"text_encoder": 1, "text_encoder_2": 1},
+    tokenizer=TEXT["text_encoder_3"],
+    optional_encoders=("text_encoder_3",),
+    denoiser_targets={"attention": _ATTENTION, "transformer": _TRANSFORMER, "transformer+conv": _TRANSFORMER},
+    text_encoder_targets=None,
+    in_channels=16,
+    recognise=recognise,
+    split=split,
+    build=build,
+    latent_shape=latent_shape,
+    encode_text=encode_text,
+    image_conditioning=image_conditioning,
+    predict=predict,
+    flow_shift=lambda positions: SHIFT,
+)

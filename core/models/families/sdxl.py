@@ -1,0 +1,95 @@
+"""Stable Diffusion XL (arXiv:2307.01952): a larger UNet on two text encoders, told the picture's size and crop, 1024 px."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...tensor_names.stable_diffusion import SDXL as NAMES
+from .. import clip, ldm, text
+from ..spec import Component, Conditioning, FamilySpec
+
+TEXT = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+LATENT_SCALE = 0.13025
+
+
+def recognise(denoiser: Mapping[str, Tensor]) -> bool:
+    return ldm.FIRST_WEIGHT in denoiser and ldm.POOLED_WEIGHT in denoiser
+
+
+def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
+    denoiser = ldm.unet_component(tensors, head_width=64)
+    return {"denoiser": denoiser} | text.other_parts(
+        tensors, partial(ldm.vae_component, latent_scale=LATENT_SCALE), TEXT
+    )
+
+
+def build(part: str, config: dict[str, Any]) -> nn.Module:
+    if part == "denoiser":
+        return ldm.build_unet(config)
+    if part == "vae":
+        return ldm.build_vae(config)
+    return clip.build_text_encoder(config, projection=part == "text_encoder_2")
+
+
+def encode_text(
+    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
+) -> Conditioning:
+    # SDXL was trained on the layer before the last of both encoders, whatever the clip skip; the second is padded with 0.
+    of_first, of_second = encoders["text_encoder"], encoders["text_encoder_2"]
+    tokens = clip.token_chunks(captions, chunks, clip.END, clip.words_of(of_first))
+    first, _ = clip.encode_chunks(of_first, tokens, layer=2, final_norm=False)
+    tokens = clip.token_chunks(captions, chunks, 0, clip.words_of(of_second))
+    second, output = clip.encode_chunks(of_second, tokens, layer=2, final_norm=False)
+    pooled = output.text_embeds.reshape(len(captions), tokens.shape[1], -1)[:, 0]
+    return {"context": torch.cat([first, second], dim=-1), "pooled": pooled}
+
+
+def image_conditioning(
+    original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
+) -> Conditioning:
+    # SDXL's six numbers, height before width: original size, top and left of the crop, target size.
+    numbers = (original_size[1], original_size[0], crop_top_left[1], crop_top_left[0], target_size[1], target_size[0])
+    return {"time_ids": torch.tensor([numbers], dtype=torch.float32)}
+
+
+def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    dtype = noisy_latents.dtype
+    # The sizes stay float32: in bf16 1000 and 1003 would be the same number.
+    added = {"text_embeds": conditioning["pooled"].to(dtype), "time_ids": conditioning["time_ids"]}
+    return denoiser(
+        noisy_latents,
+        timesteps,
+        encoder_hidden_states=conditioning["context"].to(dtype),
+        added_cond_kwargs=added,
+        return_dict=False,
+    )[0]
+
+
+SDXL = FamilySpec(
+    names=NAMES,
+    title="Stable Diffusion XL",
+    resolution=1024,
+    size_multiple=64,
+    wording="tags",
+    guidance=5.0,  # diffusers' default
+    steps=30,  # enough for DPM++ 2M
+    pipeline_class="StableDiffusionXLPipeline",
+    text_encoders=tuple(TEXT),
+    text_kinds=tuple(TEXT.values()),
+    context_from={"text_encoder": 1, "text_encoder_2": 1},
+    pooled_from={"text_encoder_2": 1},
+    denoiser_targets=ldm.UNET_TARGETS,
+    text_encoder_targets=clip.TEXT_TARGETS,
+    in_channels=4,
+    recognise=recognise,
+    split=split,
+    build=build,
+    latent_shape=ldm.unet_latent_shape,
+    encode_text=encode_text,
+    image_conditioning=image_conditioning,
+    predict=predict,
+    other_model=ldm.other_model,
+)

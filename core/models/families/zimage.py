@@ -1,0 +1,121 @@
+"""Z-Image (Alibaba, 2025): a rectified flow; one stream of text and image after a refiner for each; 1024 px.
+
+Text comes from Qwen3-4B. Z-Image-Turbo has the same tensors, so that only its name tells it from the base model: it is
+distilled to eight steps without guidance, and a LoRA that is trained on it alone undoes that. Train on the base model, or on
+Turbo with a training adapter merged into it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...tensor_names.lumina import ZIMAGE as NAMES
+from .. import text, transformer
+from ..ldm import build_vae, count_children
+from ..spec import Component, Conditioning, FamilySpec, LatentShape
+
+TEXT = {"text_encoder": "qwen3_4b"}
+TEXT_TOKENS = 512
+"""Tokens of a caption, the template's included, at most: those of the authors' pipeline."""
+_TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+ROTARY_AXES, ROTARY_LENGTHS = (32, 48, 48), (1536, 512, 512)
+"""Width of a head that is rotated by a position's number, row and column, and how many of each there are."""
+
+_RENAMES = ((r"(.+\.attention)\.([qk])_norm\.weight", r"\1.norm_\2.weight"),)
+_ATTENTION = r"layers\.\d+\.attention\.to_([qkv]|out\.0)"
+# Refiners and modulation are left as they are, as in musubi-tuner.
+_TRANSFORMER = rf"{_ATTENTION}|layers\.\d+\.feed_forward\.w[123]"
+
+
+def recognise(denoiser: Mapping[str, Tensor]) -> bool:
+    # Lumina 2 has an activation before its modulation and no padding.
+    needed = ("layers.0.adaLN_modulation.0.weight", "layers.0.attention.qkv.weight", "cap_pad_token")
+    return all(name in denoiser for name in needed)
+
+
+def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
+    names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
+    width, patch = shape("x_embedder.weight")
+    heads = width // sum(ROTARY_AXES)
+    config = {
+        "in_channels": patch // 4,
+        "dim": width,
+        "n_layers": count_children(names, "layers"),
+        "n_refiner_layers": count_children(names, "noise_refiner"),
+        "n_heads": heads,
+        "n_kv_heads": heads,
+        "cap_feat_dim": shape("cap_embedder.1.weight")[1],
+        "axes_dims": ROTARY_AXES,
+        "axes_lens": ROTARY_LENGTHS,
+    }
+    # Some files still have a norm of Lumina 2's that nothing goes through.
+    denoiser = transformer.transformer_component(tensors, config, NAMES, _RENAMES, left_out=r"^norm_final\.")
+    return {"denoiser": denoiser} | text.other_parts(tensors, transformer.flux1_vae, TEXT)
+
+
+def build(part: str, config: dict[str, Any]) -> nn.Module:
+    if part == "denoiser":
+        return transformer.diffusers_class("ZImageTransformer2DModel", (0, 36)).from_config(config)
+    return build_vae(config) if part == "vae" else text.build(TEXT[part], config)
+
+
+def latent_shape(components: Mapping[str, Component]) -> LatentShape:
+    return transformer.patch_latent_shape(components["denoiser"].config["in_channels"], components)
+
+
+def encode_text(
+    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
+) -> Conditioning:
+    texts = [_TEMPLATE.format(caption) for caption in captions]
+    return text.encode_qwen(encoders["text_encoder"], TEXT["text_encoder"], texts, TEXT_TOKENS, layers=(-2,))
+
+
+def image_conditioning(
+    original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
+) -> Conditioning:
+    return {}
+
+
+def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    context = conditioning["context"].to(noisy_latents.dtype)
+    lengths = transformer.text_lengths(conditioning["context_mask"])
+    # Its time runs from 0, noise, to 1, picture, and so does its velocity.
+    velocities = denoiser(
+        list(noisy_latents.unsqueeze(2)),
+        1 - timesteps / 1000,
+        [states[:length] for states, length in zip(context, lengths, strict=True)],
+        return_dict=False,
+    )[0]
+    return -torch.stack(velocities).squeeze(2)
+
+
+ZIMAGE = FamilySpec(
+    names=NAMES,
+    title="Z-Image",
+    resolution=1024,
+    size_multiple=16,
+    wording="sentences",
+    guidance=5.0,  # diffusers' default, as are the steps
+    steps=50,
+    pipeline_class="ZImagePipeline",
+    text_encoders=tuple(TEXT),
+    text_kinds=tuple(TEXT.values()),
+    context_from={"text_encoder": 1},
+    pooled_from={},
+    tokenizer=TEXT["text_encoder"],
+    denoiser_targets={"attention": _ATTENTION, "transformer": _TRANSFORMER, "transformer+conv": _TRANSFORMER},
+    text_encoder_targets=None,
+    in_channels=16,
+    recognise=recognise,
+    split=split,
+    build=build,
+    latent_shape=latent_shape,
+    encode_text=encode_text,
+    image_conditioning=image_conditioning,
+    predict=predict,
+    # ComfyUI's for base and Turbo, and that of Turbo's scheduler; the base model's scheduler has 6.
+    flow_shift=lambda positions: 3.0,
+    lora_scheme="comfy",
+)

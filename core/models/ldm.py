@@ -1,0 +1,237 @@
+"""What SD1.x and SDXL have in common: UNet and VAE read off an original (LDM) checkpoint."""
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import UnknownFamily, UnmatchedKeys
+from ..storage.lazy import LazyTensors, Stored, shape_of
+from ..tensor_names.unet import diffusers_unet_path, inverse, ldm_unet_path, replace_head
+from .spec import DENOISER_PREFIX, Component, LatentShape
+
+_VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+_VAE_OUTSIDE_BLOCKS = {
+    "mid_block.resnets.0": "mid.block_1",
+    "mid_block.resnets.1": "mid.block_2",
+    "mid_block.attentions.0": "mid.attn_1",
+    "conv_norm_out": "norm_out",
+}
+
+
+def ldm_vae_path(path: str, levels: int = 4) -> str:
+    """The original name of a VAE module or tensor; `levels` is the number of resolutions (4 in SD1.x and SDXL)."""
+    side, _, rest = path.partition(".")
+    if side not in ("encoder", "decoder"):
+        return path
+    match = re.match(r"(?:down|up)_blocks\.(\d+)\.(resnets|downsamplers|upsamplers)\.(\d+)\.(.+)", rest)
+    if match:
+        level, kind, index, tail = int(match[1]), match[2], match[3], match[4]
+        block = f"down.{level}" if side == "encoder" else f"up.{levels - 1 - level}"
+        if kind == "resnets":
+            return f"{side}.{block}.block.{index}.{replace_head(tail, {'conv_shortcut': 'nin_shortcut'})}"
+        return f"{side}.{block}.{kind.removesuffix('rs')}.{tail}"
+    rest = replace_head(rest, _VAE_OUTSIDE_BLOCKS)
+    if rest.startswith("mid.attn_1."):
+        rest = "mid.attn_1." + replace_head(rest.removeprefix("mid.attn_1."), _VAE_ATTENTION)
+    return f"{side}.{rest}"
+
+
+def diffusers_vae_path(path: str, levels: int = 4) -> str:
+    """The diffusers name of an original VAE module or tensor: the inverse of `ldm_vae_path`. diffusers' own stay."""
+    side, _, rest = path.partition(".")
+    if side not in ("encoder", "decoder"):
+        return path
+    match = re.match(r"(?:down|up)\.(\d+)\.(?:block\.(\d+)|(downsample|upsample))\.(.+)", rest)
+    if match:
+        level, index, sampler, tail = int(match[1]), match[2], match[3], match[4]
+        block = f"down_blocks.{level}" if side == "encoder" else f"up_blocks.{levels - 1 - level}"
+        if sampler:
+            return f"{side}.{block}.{sampler}rs.0.{tail}"
+        return f"{side}.{block}.resnets.{index}.{replace_head(tail, {'nin_shortcut': 'conv_shortcut'})}"
+    if rest.startswith("mid.attn_1."):
+        rest = "mid.attn_1." + replace_head(rest.removeprefix("mid.attn_1."), inverse(_VAE_ATTENTION))
+    return f"{side}.{replace_head(rest, inverse(_VAE_OUTSIDE_BLOCKS))}"
+
+
+_OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def current_vae_path(path: str) -> str:
+    """Today's name of a VAE's tensor in diffusers' naming, which may be that of an old diffusers."""
+    head, attention, tail = path.rpartition(".attentions.0.")
+    return head + attention + replace_head(tail, _OLD_VAE_ATTENTION)
+
+
+def count_children(names: Iterable[str], prefix: str) -> int:
+    """How many numbered children `prefix` has: 1 + the largest n in `<prefix>.<n>.…`, 0 when there is none."""
+    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+    numbers = [int(match[1]) for name in names if (match := pattern.match(name))]
+    return max(numbers, default=-1) + 1
+
+
+FIRST_WEIGHT, POOLED_WEIGHT = "input_blocks.0.0.weight", "label_emb.0.0.weight"
+"""Of a Stable Diffusion UNet, and of one that is told more than text (SDXL)."""
+VAE_PREFIXES = ("first_stage_model.", "vae.")
+
+
+def unet_component(tensors: Mapping[str, Tensor], head_width: int | None) -> Component:
+    """The denoiser of an original checkpoint, its diffusers config read off the shapes of its tensors.
+
+    `head_width` is the width of an attention head (64 in SDXL); None means eight heads whatever the width (SD1.x).
+    """
+    prefix = DENOISER_PREFIX
+    names = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in names:
+            raise UnmatchedKeys(f"the denoiser lacks {prefix}{name}")
+        return shape_of(tensors, names[name])
+
+    widths, resnets, depths = [], [], []
+    started = False
+    for number in range(1, count_children(names, "input_blocks")):
+        if f"input_blocks.{number}.0.op.weight" in names:
+            started = False
+            continue
+        if not started:
+            widths.append(shape(f"input_blocks.{number}.0.out_layers.3.weight")[0])
+            depths.append(count_children(names, f"input_blocks.{number}.1.transformer_blocks"))
+            resnets.append(0)
+            started = True
+        resnets[-1] += 1
+    if not widths or len(set(resnets)) != 1:
+        raise UnmatchedKeys(
+            f"the denoiser's input_blocks are not those of a Stable Diffusion UNet: {resnets} per level"
+        )
+    if "middle_block.1.proj_in.weight" not in names:
+        raise UnknownFamily(
+            "this is a pruned UNet, like SSD-1B or Segmind-Vega, which is not supported as a single file"
+        )
+    layers = resnets[0]
+    context_width = shape("middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1]
+    mid_depth = count_children(names, "middle_block.1.transformer_blocks")
+    config: dict[str, Any] = {
+        "in_channels": shape(FIRST_WEIGHT)[1],
+        "out_channels": shape("out.2.weight")[0],
+        "block_out_channels": tuple(widths),
+        "layers_per_block": layers,
+        "down_block_types": tuple("CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths),
+        "up_block_types": tuple("CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(depths)),
+        # The last entry also counts the blocks in the middle.
+        "transformer_layers_per_block": tuple([*(max(depth, 1) for depth in depths[:-1]), mid_depth]),
+        "cross_attention_dim": context_width,
+        "attention_head_dim": 8 if head_width is None else tuple(width // head_width for width in widths),
+        "use_linear_projection": len(shape("middle_block.1.proj_in.weight")) == 2,
+    }
+    if POOLED_WEIGHT in names:
+        config |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": shape(POOLED_WEIGHT)[1],
+        }
+    if "time_embed.cond_proj.weight" in names:
+        config["time_cond_proj_dim"] = shape("time_embed.cond_proj.weight")[1]
+    readers = {diffusers_unet_path(short, layers): Stored(tensors, full) for short, full in names.items()}
+    return Component(config, LazyTensors(readers))
+
+
+def original_unet_names(names: Collection[str]) -> dict[str, str]:
+    """diffusers' name -> original name of a UNet's tensors; nothing where it is no UNet in diffusers' naming."""
+    layers = count_children(names, "down_blocks.0.resnets")
+    if not layers:
+        return {}
+
+    def attention_above(level: int) -> bool:
+        return any(name.startswith(f"up_blocks.{level}.attentions.") for name in names)
+
+    return {name: ldm_unet_path(name, layers, attention_above) for name in names}
+
+
+def vae_component(
+    tensors: Mapping[str, Tensor], latent_scale: float, latent_shift: float | None = None, quant_conv: bool = True
+) -> Component:
+    """The VAE of a checkpoint in original or diffusers naming, its diffusers config read off the shapes of its tensors."""
+    prefix = next((prefix for prefix in VAE_PREFIXES if any(name.startswith(prefix) for name in tensors)), "")
+    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+    given = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
+    levels = count_children(given, "encoder.down") or count_children(given, "encoder.down_blocks")
+    names = {
+        current_vae_path(diffusers_vae_path(short, levels)): full
+        for short, full in given.items()
+        if short.startswith(parts)
+    }
+    if not levels or ("quant_conv.weight" in names) != quant_conv:
+        odd = "has" if levels and not quant_conv else "lacks"
+        raise UnmatchedKeys(f"the VAE {odd} {prefix}{'quant_conv.weight' if levels else 'encoder.down.…'}")
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in names:
+            raise UnmatchedKeys(f"the VAE lacks {name}")
+        return shape_of(tensors, names[name])
+
+    widths = tuple(shape(f"encoder.down_blocks.{level}.resnets.0.conv1.weight")[0] for level in range(levels))
+    config: dict[str, Any] = {
+        "block_out_channels": widths,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "layers_per_block": count_children(names, "encoder.down_blocks.0.resnets"),
+        "latent_channels": shape("decoder.conv_in.weight")[1],
+        "scaling_factor": latent_scale,
+        "shift_factor": latent_shift,
+        "use_quant_conv": quant_conv,
+        "use_post_quant_conv": quant_conv,
+    }
+
+    def read(name: str) -> Tensor:
+        tensor = tensors[name]
+        # The original attention is made of 1x1 convolutions, diffusers' of linear layers.
+        return tensor.flatten(1) if ".attn_1." in name and tensor.ndim == 4 else tensor
+
+    return Component(config, LazyTensors({name: partial(read, full) for name, full in names.items()}))
+
+
+def other_model(config: dict[str, Any]) -> str | None:
+    """The model that is in diffusers' folders of SD1.x or SDXL and is neither, by its UNet's config."""
+    if config.get("cross_attention_dim") == 1024:
+        return "Stable Diffusion 2.x"
+    return "a latent consistency model, distilled to a few steps" if config.get("time_cond_proj_dim") else None
+
+
+def unet_latent_shape(components: Mapping[str, Component]) -> LatentShape:
+    """Every level of the UNet but the last halves the latents."""
+    config = components["denoiser"].config
+    return LatentShape(config["in_channels"], kl_pixels(components), 2 ** (len(config["block_out_channels"]) - 1))
+
+
+def kl_pixels(components: Mapping[str, Component]) -> int:
+    """Pixels along a side of one latent of AutoencoderKL; 8, as in the published models, where there is none."""
+    return 2 ** (len(components["vae"].config["block_out_channels"]) - 1) if "vae" in components else 8
+
+
+def build_unet(config: dict[str, Any]) -> nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel.from_config(config)  # pyright: ignore[reportReturnType]
+
+
+def build_vae(config: dict[str, Any]) -> nn.Module:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL.from_config(config)  # pyright: ignore[reportReturnType]
+
+
+_UNET_ATTENTION = r"(down_blocks|up_blocks)\.\d+\.attentions\.\d+|mid_block\.attentions\.\d+"
+_UNET_BLOCKS = r"(down_blocks|up_blocks)\.\d+|mid_block"
+UNET_TARGETS = {
+    "attention": rf"({_UNET_ATTENTION})\.transformer_blocks\.\d+\.attn[12]\.to_(q|k|v|out\.0)",
+    "transformer": rf"({_UNET_ATTENTION})\.(proj_in|proj_out|transformer_blocks\.\d+\."
+    r"(attn[12]\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2)))",
+}
+UNET_TARGETS["transformer+conv"] = (
+    rf"{UNET_TARGETS['transformer']}|({_UNET_BLOCKS})\."
+    r"(resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)|(downsamplers|upsamplers)\.\d+\.conv)"
+)
+"""What sd-scripts adapts with `conv_dim`: its names are checked against a list made by it."""

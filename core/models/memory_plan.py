@@ -1,0 +1,226 @@
+"""Memory: the ways in which a training step can need less of it, and how much it will need, found out without doing it."""
+
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from .eight_bit import narrow_weights
+
+RESERVE = 0.9
+"""Share of the free memory that a plan may fill: the allocator cannot use all of it, and kernels need some to work in."""
+
+OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0, "prodigy": 16}
+"""What each optimizer keeps for a trained number. (Adafactor keeps a row and a column of each matrix.)"""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a run saves memory."""
+
+    recompute: Literal["nothing", "half", "everything"] = "nothing"
+    """Blocks whose activations are computed again in the backward pass instead of being kept. Half of them: those with the
+    fewest weights, whose activations are the largest for the arithmetic."""
+    weights: Literal["full", "8 bits"] = "full"
+    """The frozen weights of the denoiser: in the precision of the run, or in 8 bits (core/models/eight_bit.py)."""
+    offload: Literal["nothing", "half", "everything"] = "nothing"
+    """Blocks whose frozen weights stay in the computer's memory, and come to the device one block ahead. Half of them: every
+    other one, so that each comes while one that is there works."""
+
+    def __str__(self) -> str:
+        parts = [f"{self.recompute} recomputed"]
+        if self.weights == "8 bits":
+            parts.append("frozen weights in 8 bits")
+        if self.offload != "nothing":
+            parts.append(f"{'every other block' if self.offload == 'half' else 'blocks'} brought in one by one")
+        return ", ".join(parts)
+
+
+PLANS = (
+    MemoryPlan(),
+    MemoryPlan("half"),
+    MemoryPlan("everything"),
+    MemoryPlan("everything", "8 bits"),
+    MemoryPlan("everything", "8 bits", "half"),
+    MemoryPlan("everything", "8 bits", "everything"),
+)
+"""From the fastest to the smallest. Only 8 bits change what is computed."""
+
+
+def plans_for(gradient_checkpointing: Literal["auto", "on", "off"], frozen: bool = True) -> tuple[MemoryPlan, ...]:
+    """The plans that the setting allows, from the fastest to the smallest; recomputing alone where no weights are `frozen`."""
+    plans = [plan for plan in PLANS if frozen or (plan.weights, plan.offload) == ("full", "nothing")]
+    if gradient_checkpointing == "auto":
+        return tuple(plans)
+    wanted = "everything" if gradient_checkpointing == "on" else "nothing"
+    return tuple(plan for plan in plans if plan.recompute == wanted)
+
+
+# --- carrying a plan out ---
+
+
+def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
+    """The blocks that diffusers' networks can recompute: the innermost ones in lists of modules that know how to.
+
+    (Down- and upsamplers stand in such lists too, but are never recomputed.)
+    """
+    blocks = {
+        block: None
+        for owner in denoiser.modules()
+        if hasattr(owner, "gradient_checkpointing")
+        for name, children in owner.named_children()
+        if isinstance(children, nn.ModuleList) and not name.endswith("samplers")
+        for block in children
+    }
+    return [block for block in blocks if not any(inner in blocks for inner in block.modules() if inner is not block)]
+
+
+class MemorySaver:
+    """A denoiser under a plan, which may give way to a smaller one between two steps."""
+
+    def __init__(self, denoiser: nn.Module, device: torch.device):
+        self.plan = MemoryPlan()
+        self._denoiser, self._device = denoiser, device
+        self._blocks = blocks_of(denoiser)
+        self._recomputed: set[nn.Module] = set()
+        self._offload = BlockOffload(device)
+
+    def adopt(self, plan: MemoryPlan) -> None:
+        """Goes over to a plan that saves at least as much as the one so far."""
+        by_size = sorted(self._blocks, key=lambda block: sum(p.numel() for p in block.parameters()))
+        count = {"nothing": 0, "half": len(by_size) // 2, "everything": len(by_size)}[plan.recompute]
+        self._recomputed = set(by_size[:count])
+        for module in self._denoiser.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = count > 0  # pyright: ignore
+                module._gradient_checkpointing_func = self._run  # pyright: ignore
+        if plan.weights == "8 bits":
+            narrow_weights(self._denoiser)
+        self._offload.take({"nothing": [], "half": self._blocks[::2], "everything": self._blocks}[plan.offload])
+        for tensor in self.resident():
+            if tensor.device != self._device:
+                tensor.data = tensor.data.to(self._device)
+        self.plan = plan
+
+    def resident(self) -> list[Tensor]:
+        """The denoiser's tensors that are on the device between two steps."""
+        at_home = set(self._offload.parameters())
+        return [t for t in [*self._denoiser.parameters(), *self._denoiser.buffers()] if t not in at_home]
+
+    def _run(self, block: Any, *inputs: Any) -> Any:
+        """What diffusers calls a block through where it could be recomputed."""
+        if block in self._recomputed:
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+
+class BlockOffload:
+    """Frozen weights of blocks in the computer's memory. Those of a block are on the device while it runs; the next block's
+    are under way then, in the order of the time before.
+
+    What the backward pass keeps of a block's weights it keeps on the device: blocks have to be recomputed.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
+        self._home: dict[nn.Module, dict[tuple[nn.Module, str], nn.Parameter]] = {}
+        self._coming: tuple[nn.Module, list[Tensor]] | None = None
+        self._visited: tuple[nn.Module | None, nn.Module | None] = (None, None)
+        self._following: dict[tuple[nn.Module | None, nn.Module | None], nn.Module] = {}
+
+    def take(self, blocks: Sequence[nn.Module]) -> None:
+        """From now on also offloads those of the blocks that it does not yet."""
+        if blocks and self._stream is None and self._device.type == "cuda":
+            self._stream = torch.cuda.Stream(self._device)
+        self._following.clear()
+        self._coming, self._visited = None, (None, None)
+        for block in blocks:
+            if block in self._home:
+                continue
+            self._home[block] = {
+                (module, name): parameter
+                for module in block.modules()
+                for name, parameter in module._parameters.items()
+                if parameter is not None and not parameter.requires_grad
+            }
+            for parameter in self._home[block].values():
+                stored = parameter.data.cpu()
+                parameter.data = stored.pin_memory() if self._device.type == "cuda" else stored
+            block.register_forward_pre_hook(self._bring)
+            block.register_forward_hook(self._take_away, always_call=True)
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        for parameters in self._home.values():
+            yield from parameters.values()
+
+    def _start(self, block: nn.Module) -> list[Tensor]:
+        with torch.cuda.stream(self._stream) if self._stream else torch.no_grad():
+            return [p.detach().to(self._device, non_blocking=True, copy=True) for p in self._home[block].values()]
+
+    def _bring(self, block: nn.Module, _: object) -> None:
+        tensors = self._coming[1] if self._coming and self._coming[0] is block else self._start(block)
+        if self._stream:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._stream)
+            for tensor in tensors:
+                tensor.record_stream(current)
+        for (module, name), tensor in zip(self._home[block], tensors, strict=True):
+            module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+        # Forward and backward pass through the same block in another direction: what follows depends on where it comes from.
+        self._following[self._visited] = block
+        self._visited = (self._visited[1], block)
+        following = self._following.get(self._visited)
+        self._coming = (following, self._start(following)) if following else None
+
+    def _take_away(self, block: nn.Module, *_: object) -> None:
+        for (module, name), parameter in self._home[block].items():
+            module._parameters[name] = parameter
+
+
+# --- finding out what it needs ---
+
+
+class MemoryCount(TorchDispatchMode):
+    """Within it, the bytes of all tensors that are made, as long as they live: `peak` is the most at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def leave_out(self, tensor: Tensor) -> None:
+        """Tensors that were there before are not counted when an operation returns them."""
+        self._seen.add(tensor.untyped_storage()._cdata)
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        place, size = storage._cdata, storage.nbytes()
+        if place in self._seen:
+            return
+        self._seen.add(place)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+        def gone() -> None:
+            self._seen.discard(place)
+            self.live -= size
+
+        weakref.finalize(storage, gone)
+
+
+def unique_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the tensors, those that share memory once."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())

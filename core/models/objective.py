@@ -1,0 +1,201 @@
+"""What the denoiser is asked to predict, and how its error is weighed: pure maths on tensors.
+
+A training picture x_0 is mixed with noise e at timestep t: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e (DDPM, arXiv:2006.11239),
+where a_t is the cumulative product of the schedule's alphas and SNR_t = a_t / (1 - a_t).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import TrainConfig
+
+TIMESTEPS = 1000
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """A variance-preserving noise process: SD1.x's and SDXL's."""
+
+    alphas_cumprod: Tensor
+    """(1000,) float32: the share of the picture's variance that is left at each timestep."""
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+
+    @classmethod
+    def scaled_linear(
+        cls, prediction_type: Literal["epsilon", "v_prediction"] = "epsilon", zero_terminal_snr: bool = False
+    ) -> "NoiseSchedule":
+        """SD's schedule: beta from 0.00085 to 0.012, linear in its square root (arXiv:2112.10752, the authors' code)."""
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, TIMESTEPS, dtype=torch.float64) ** 2
+        alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        if zero_terminal_snr:
+            alphas_cumprod = rescale_to_zero_terminal_snr(alphas_cumprod)
+        return cls(alphas_cumprod.float(), prediction_type)
+
+    def to(self, device: torch.device) -> "NoiseSchedule":
+        return NoiseSchedule(self.alphas_cumprod.to(device), self.prediction_type)
+
+    def draw_timesteps(self, latents: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:
+        """A timestep for each of the latents (B, C, H, W), as `draw_timesteps`."""
+        return draw_timesteps(len(latents), config, generator, latents.device)
+
+    def _signal(self, timesteps: Tensor) -> Tensor:
+        return self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t, (B, C, H, W)."""
+        signal = self._signal(timesteps)
+        return signal.sqrt() * latents + (1 - signal).sqrt() * noise
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The noise, or v = sqrt(a) e - sqrt(1 - a) x_0 (arXiv:2202.00512)."""
+        if self.prediction_type == "epsilon":
+            return noise
+        signal = self._signal(timesteps)
+        return signal.sqrt() * noise - (1 - signal).sqrt() * latents
+
+    def loss_weights(self, timesteps: Tensor, config: TrainConfig) -> Tensor:
+        """The weight of each sample's loss, (B,).
+
+        min-SNR-gamma (arXiv:2303.09556) clips the weight that a loss on x_0 would have at gamma: min(SNR, gamma) / SNR for
+        epsilon, / (SNR + 1) for v. Debiased estimation (arXiv:2310.08442): 1 / sqrt(SNR), and for v 1 / (SNR + 1).
+        """
+        signal = self.alphas_cumprod[timesteps]
+        snr = signal / (1 - signal)
+        if config.debiased:
+            # SNR reaches 0 with zero terminal SNR; sd-scripts bounds the weight from the other side, at SNR 1000.
+            return 1 / (snr + 1) if self.prediction_type == "v_prediction" else 1 / snr.clamp(1e-4, 1e3).sqrt()
+        if not config.min_snr_gamma:
+            return torch.ones_like(snr)
+        clipped = snr.clamp(max=config.min_snr_gamma)
+        return clipped / (snr + 1) if self.prediction_type == "v_prediction" else clipped / snr.clamp(min=1e-8)
+
+
+@dataclass(frozen=True)
+class FlowSchedule:
+    """A rectified flow (arXiv:2209.03003): x_t = (1 - t) x_0 + t e, and the denoiser predicts its velocity, e - x_0.
+
+    Timesteps are 1000 t. Times are shifted towards noise, since a larger picture is destroyed later by the same noise:
+    t' = s t / (1 + (s - 1) t) (arXiv:2403.03206, eq. 23).
+    """
+
+    shift: Callable[[int], float]
+    """Positions of the denoiser in a picture -> s."""
+    positions_side: int
+    """Latents along a side of a position."""
+
+    def to(self, device: torch.device) -> "FlowSchedule":
+        return self
+
+    def shift_for(self, latents: Tensor, config: TrainConfig | None = None) -> float:
+        """The s of latents (B, C, H, W): the config's, else the family's."""
+        if config is not None and config.timestep_shift is not None:
+            return config.timestep_shift
+        return self.shift(latents.shape[2] * latents.shape[3] // self.positions_side**2)
+
+    def draw_timesteps(self, latents: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:
+        """A timestep for each of the latents, float32 in the config's range.
+
+        Times are logit-normal, the sigmoid of a standard normal (arXiv:2403.03206, section 3.1), or uniform; then shifted.
+        """
+        if config.timestep_sampling == "uniform":
+            times = torch.rand(len(latents), generator=generator, device=latents.device) ** math.exp(
+                -config.timestep_bias
+            )
+        else:
+            normal = torch.randn(len(latents), generator=generator, device=latents.device)
+            times = torch.sigmoid(normal + config.timestep_bias)
+        times = shift_times(times, self.shift_for(latents, config))
+        return config.timestep_min + times * (config.timestep_max + 1 - config.timestep_min)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t, (B, C, H, W)."""
+        times = timesteps.view(-1, 1, 1, 1) / TIMESTEPS
+        return (1 - times) * latents + times * noise
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The velocity e - x_0."""
+        return noise - latents
+
+    def loss_weights(self, timesteps: Tensor, config: TrainConfig) -> Tensor:
+        """1 for each sample: how often a time is drawn is its weight."""
+        return torch.ones_like(timesteps)
+
+    def sampling_times(self, steps: int, latents: Tensor) -> Tensor:
+        """(steps + 1,) times from 1 to 0 for sampling latents of this size: evenly spaced, then shifted as in training."""
+        return shift_times(torch.linspace(1, 0, steps + 1, device=latents.device), self.shift_for(latents))
+
+
+Schedule = NoiseSchedule | FlowSchedule
+
+
+def shift_times(times: Tensor, shift: float) -> Tensor:
+    return shift * times / (1 + (shift - 1) * times)
+
+
+def linear_shift(low: int, mu_low: float, high: int, mu_high: float) -> Callable[[int], float]:
+    """exp(mu), with mu linear in the positions between two known points (Black Forest Labs' code for FLUX.1)."""
+    slope = (mu_high - mu_low) / (high - low)
+    return lambda positions: math.exp(mu_low + slope * (positions - low))
+
+
+def rescale_to_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
+    """The schedule shifted and scaled in sqrt(a_t) so that its last timestep is pure noise (arXiv:2305.08891, alg. 1)."""
+    root = alphas_cumprod.sqrt()
+    rescaled = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    return rescaled**2
+
+
+def draw_timesteps(count: int, config: TrainConfig, generator: torch.Generator, device: torch.device) -> Tensor:
+    """(count,) whole timesteps in the config's range; bias b draws u^(exp(-b)), so that 0 is uniform."""
+    uniform = torch.rand(count, generator=generator, device=device)
+    if config.timestep_bias:
+        uniform = uniform ** math.exp(-config.timestep_bias)
+    span = config.timestep_max - config.timestep_min + 1
+    return config.timestep_min + (uniform * span).long().clamp(max=span - 1)
+
+
+def draw_noise(like: Tensor, config: TrainConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The noise that is predicted and the noise that is put on the input, both (B, C, H, W).
+
+    They differ by the input perturbation (arXiv:2301.11706). Noise offset adds a constant to each channel, so that the
+    model learns to change overall brightness (crosslabs.org/blog/diffusion-with-offset-noise).
+    """
+    noise = torch.randn(like.shape, generator=generator, device=like.device)
+    if config.noise_offset:
+        shift = torch.randn(*like.shape[:2], 1, 1, generator=generator, device=like.device)
+        noise = noise + config.noise_offset * shift
+    if not config.input_perturbation:
+        return noise, noise
+    extra = torch.randn(like.shape, generator=generator, device=like.device)
+    return noise, noise + config.input_perturbation * extra
+
+
+def sample_losses(prediction: Tensor, target: Tensor, mask: Tensor | None, config: TrainConfig) -> Tensor:
+    """The loss of each sample, (B,): mean over channels and pixels.
+
+    `mask` (B, 1, H, W) in [0, 1] weighs the pixels, its outside by the config's background weight; the sum is divided by
+    the mask's area, so that a small face does not make a small loss. The Huber loss is the pseudo-Huber of
+    arXiv:2310.14189 scaled to equal the squared error for small errors.
+    """
+    difference = prediction.float() - target.float()
+    if config.loss == "huber":
+        delta = config.huber_delta
+        losses = 2 * delta * (torch.sqrt(difference**2 + delta**2) - delta)
+    else:
+        losses = difference**2
+    losses = losses.mean(dim=1, keepdim=True)
+    if mask is None:
+        return losses.mean(dim=(1, 2, 3))
+    weights = config.background_weight + (1 - config.background_weight) * mask
+    return (losses * weights).sum(dim=(1, 2, 3)) / weights.sum(dim=(1, 2, 3)).clamp(min=1e-6)
+
+
+def shrink_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """A pixel mask (1, H, W) averaged down to the latents' (height, width)."""
+    return F.interpolate(mask.unsqueeze(0), size=size, mode="area").squeeze(0)

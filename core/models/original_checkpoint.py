@@ -1,0 +1,108 @@
+"""A whole base model under the names of the original checkpoints of SD1.x and SDXL, as ComfyUI and others load it."""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..storage.safetensors_file import cast_tensor, layout_in, write_safetensors
+from ..tensor_names.unet import ldm_unet_path
+from .base import Base
+from .clip import OPENCLIP_LAYER
+from .ldm import ldm_vae_path
+
+_TEXT_PREFIXES = {
+    "sd15": {"text_encoder": "cond_stage_model.transformer."},
+    "sdxl": {
+        "text_encoder": "conditioner.embedders.0.transformer.",
+        "text_encoder_2": "conditioner.embedders.1.model.",
+    },
+}
+ORIGINAL_FAMILIES = tuple(_TEXT_PREFIXES)
+"""The families of which a checkpoint can be written."""
+_OPENCLIP_OUTSIDE = {
+    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.final_layer_norm.weight": "ln_final.weight",
+    "text_model.final_layer_norm.bias": "ln_final.bias",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A whole base model in the original naming, as it stands in a file."""
+
+    family: str
+    metadata: dict[str, str]
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    name: str = "checkpoint"
+    """What messages call it: the file's path."""
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        dtype: torch.dtype = torch.float16,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """Writes the file, whole or not at all, its floating-point tensors in that dtype. BadFile when that cannot be."""
+        layout = layout_in(self.tensors, dtype)
+
+        def read(key: str) -> Tensor:
+            return cast_tensor(key, self.tensors[key], layout[key][0])
+
+        write_safetensors(path, layout, read, self.metadata, on_progress=on_progress)
+
+    def with_metadata(self, metadata: Mapping[str, str]) -> "Checkpoint":
+        """The same tensors with other metadata."""
+        return replace(self, metadata=dict(metadata))
+
+
+def original_tensors(base: Base, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, from part (denoiser, vae, text encoders) -> tensors under the library's names."""
+    result: dict[str, Tensor] = {}
+    unet, levels = base.components["denoiser"].config, len(base.components["vae"].config["block_out_channels"])
+    attention_above = [kind.startswith("CrossAttn") for kind in unet["up_block_types"]]
+    in_unet = partial(
+        ldm_unet_path, layers_per_block=unet["layers_per_block"], attention_above=attention_above.__getitem__
+    )
+    for name, tensor in parts["denoiser"].items():
+        result[f"model.diffusion_model.{in_unet(name)}"] = tensor
+    for name, tensor in parts["vae"].items():
+        path = ldm_vae_path(name, levels)
+        # The original attention is made of 1x1 convolutions.
+        is_convolution = ".attn_1." in path and tensor.ndim == 2
+        result[f"first_stage_model.{path}"] = tensor[:, :, None, None] if is_convolution else tensor
+    for part, prefix in _TEXT_PREFIXES[base.family.name].items():
+        named = _openclip(parts[part]) if part == "text_encoder_2" else parts[part]
+        result |= {prefix + name: tensor for name, tensor in named.items()}
+    # What tells readers of these files how the model predicts.
+    if base.prediction_type == "v_prediction":
+        result["v_pred"] = torch.zeros(0)
+    if base.zero_terminal_snr:
+        result["ztsnr"] = torch.zeros(0)
+    return result
+
+
+def _openclip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A text encoder in OpenCLIP's naming, where q, k and v are one and the projection is the other way round."""
+    result: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name in _OPENCLIP_OUTSIDE:
+            result[_OPENCLIP_OUTSIDE[name]] = tensor
+        elif name == "text_projection.weight":
+            result["text_projection"] = tensor.T.contiguous()
+        elif match := re.fullmatch(r"text_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name):
+            layer, module, kind = f"transformer.resblocks.{match[1]}.", match[2], match[3]
+            if module == "self_attn.q_proj":
+                whole = [tensors[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
+                result[f"{layer}attn.in_proj_{kind}"] = torch.cat(whole)
+            elif module not in ("self_attn.k_proj", "self_attn.v_proj"):
+                result[f"{layer}{_LAYER_TO_OPENCLIP[module]}.{kind}"] = tensor
+    return result
+
+
+_LAYER_TO_OPENCLIP = {library: original for original, library in OPENCLIP_LAYER.items()}

@@ -1,0 +1,307 @@
+"""Text encoders of the diffusion transformers, from files in the naming of transformers, which all of them have.
+
+Their tokenizers are too large to travel with the package (CLIP's does): a folder that has one must be given.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BadFile, UnknownFamily, UnmatchedKeys
+from ..storage.lazy import LazyTensors, Stored, shape_of
+from . import clip
+from .ldm import VAE_PREFIXES, count_children
+from .spec import Component, Conditioning, FamilySpec, stack_conditioning
+
+PREFIX = "text_encoders.{}.transformer."
+"""Of the tensors of a text encoder in a checkpoint, by kind: ComfyUI's."""
+_PREFIXES = {
+    "clip_l": ("conditioner.embedders.0.transformer.", "cond_stage_model.transformer."),
+    "clip_g": ("conditioner.embedders.1.model.",),
+}
+"""The ones of SDXL's and SD1.x's own checkpoints."""
+KINDS = {
+    "clip_l": "CLIP ViT-L/14",
+    "clip_g": "OpenCLIP ViT-bigG/14",
+    "t5xxl": "T5 v1.1 XXL",
+    "qwen3_4b": "Qwen3-4B",
+    "qwen3_8b": "Qwen3-8B",
+    "qwen25_7b": "Qwen2.5-VL-7B",
+}
+"""Kind, as ComfyUI calls it -> name that a person knows."""
+_HEAD_WIDTH_T5, _HEAD_WIDTH_QWEN = 64, 128
+_QWEN_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+               "num_key_value_heads")  # fmt: skip
+_PAD_QWEN = 151643
+_VOCABULARIES = {
+    "t5": (32128, {"<pad>": 0, "</s>": 1}),
+    "qwen": (151936, {"<|endoftext|>": _PAD_QWEN, "<|im_start|>": 151644}),
+}
+"""Rows of the models' tables of tokens, and numbers of tokens by which their tokenizers are known."""
+
+
+def encoders_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Stored]]:
+    """Kind -> tensors under the encoder's own names, of a file with one text encoder, or with some under prefixes.
+
+    UnknownFamily names those that are known.
+    """
+    found = {kind: stored for kind in KINDS if (stored := _stored(tensors, kind, f"{kind}.transformer."))}
+    return found or {_kind_of(tensors): {name: Stored(tensors, name) for name in tensors}}
+
+
+def _kind_of(tensors: Mapping[str, Tensor]) -> str:
+    if "encoder.block.0.layer.0.SelfAttention.q.weight" in tensors:
+        return "t5xxl"
+    for name in ("text_model.final_layer_norm.weight", "final_layer_norm.weight"):
+        if name in tensors:
+            return "clip_g" if shape_of(tensors, name)[0] == 1280 else "clip_l"
+    if "transformer.resblocks.0.ln_1.weight" in tensors:
+        return "clip_l" if shape_of(tensors, "transformer.resblocks.0.ln_1.weight")[0] == 768 else "clip_g"
+    qwen = {_qwen_name(name): name for name in tensors}
+    if "layers.0.self_attn.q_norm.weight" in qwen:
+        is_large = "norm.weight" in qwen and shape_of(tensors, qwen["norm.weight"])[0] == 4096
+        return "qwen3_8b" if is_large else "qwen3_4b"
+    if "layers.0.self_attn.q_proj.bias" in qwen:
+        return "qwen25_7b"
+    raise UnknownFamily(
+        f"no text encoder that is known, e.g. {next(iter(tensors), 'no tensor')!r}; known: {', '.join(KINDS.values())}"
+    )
+
+
+def _stored(tensors: Mapping[str, Tensor], kind: str, *prefixes: str) -> dict[str, Stored]:
+    """The tensors of a text encoder of that kind under its own names, by the first prefix that there is: none, no encoder."""
+    for prefix in (PREFIX.format(kind), *_PREFIXES.get(kind, ()), *prefixes):
+        if names := [name for name in tensors if name.startswith(prefix)]:
+            return {name.removeprefix(prefix): Stored(tensors, name) for name in names}
+    return {}
+
+
+def has(tensors: Mapping[str, Tensor], kind: str) -> bool:
+    """Whether a checkpoint holds a text encoder of that kind."""
+    return bool(_stored(tensors, kind))
+
+
+def other_parts(
+    tensors: Mapping[str, Tensor], vae: Callable[[Mapping[str, Tensor]], Component], kinds: Mapping[str, str]
+) -> dict[str, Component]:
+    """VAE and text encoders (part -> kind, see KINDS) of a checkpoint, as far as they are among the tensors."""
+    found = {part: (kind, _stored(tensors, kind)) for part, kind in kinds.items()}
+    parts = {part: _component(kind, stored) for part, (kind, stored) in found.items() if stored}
+    if any(name.startswith(VAE_PREFIXES) for name in tensors):
+        parts["vae"] = vae(tensors)
+    return parts
+
+
+def _component(kind: str, stored: Mapping[str, Stored]) -> Component:
+    """A text encoder, its config read off the shapes of its tensors."""
+    if kind.startswith("clip"):
+        projection = kind == "clip_g"
+        return clip.text_component(stored, KINDS[kind], "gelu" if projection else "quick_gelu", projection)
+    tensors = LazyTensors(library_tensors(stored))
+    return Component((_t5_config if kind == "t5xxl" else _qwen_config)(tensors), tensors)
+
+
+def check_encoders(
+    family: FamilySpec, components: Mapping[str, Component], given: Sequence[tuple[str, Sequence[str]]]
+) -> None:
+    """UnknownFamily where text encoders are not the denoiser's: those of a given file (its name, the kinds in it) by their
+    kinds, any by their width."""
+    kinds = ", ".join(KINDS[kind] for kind in family.text_kinds)
+    for what, of_file in given:
+        if not set(of_file) & set(family.text_kinds):
+            raise UnknownFamily(f"{what} is {', '.join(KINDS[kind] for kind in of_file)}; {family.title} takes {kinds}")
+    denoiser = components["denoiser"].config
+    for name, parts, width_of, taken in (
+        ("states", family.context_from, _width, context_width(denoiser)),
+        ("pooled states", family.pooled_from, itemgetter("projection_dim"), pooled_width(denoiser)),
+    ):
+        if parts and all(part in components for part in parts):
+            made = sum(count * width_of(components[part].config) for part, count in parts.items())
+            if made != taken:
+                raise UnknownFamily(
+                    f"the text encoder is not the one of this model, which takes {name} {taken} wide: they are {made} wide "
+                    f"(text encoders of {family.title}: {kinds})"
+                )
+
+
+def context_width(denoiser: Mapping[str, Any]) -> int:
+    """Width of the text's states that a denoiser takes, by the names that it has in diffusers' configs."""
+    names = ("cross_attention_dim", "joint_attention_dim", "cap_feat_dim")
+    return next(denoiser[name] for name in names if name in denoiser)
+
+
+def pooled_width(denoiser: Mapping[str, Any]) -> int | None:
+    """Width of the pooled text that a denoiser takes; None where it takes none."""
+    if "projection_class_embeddings_input_dim" in denoiser:  # six numbers beside the text
+        return denoiser["projection_class_embeddings_input_dim"] - 6 * denoiser["addition_time_embed_dim"]
+    return denoiser.get("pooled_projection_dim")
+
+
+def _width(encoder: Mapping[str, Any]) -> int:
+    return encoder["d_model"] if "d_model" in encoder else encoder["hidden_size"]
+
+
+def library_tensors(readers: Mapping[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Tensor]]:
+    """The tensors of a text encoder under the names of its network here, whichever version of transformers wrote them."""
+    # Neither what a language model writes words with (T5's decoder too) nor what it sees pictures with.
+    left_out = r"decoder\.|(.*\.)?(lm_head|visual)\."
+    named = {
+        _qwen_name(name): read for name, read in clip.library_readers(readers).items() if not re.match(left_out, name)
+    }
+    # T5's embedding has two names, of which files have one.
+    tied = ("shared.weight", "encoder.embed_tokens.weight")
+    embedding = next((named[name] for name in tied if name in named), None)
+    return named if embedding is None else named | dict.fromkeys(tied, embedding)
+
+
+def _qwen_name(name: str) -> str:
+    """The name in the language model alone: files are of the model that also writes or sees."""
+    return re.sub(r"^(model\.)?(language_model\.)?(model\.)?", "", name)
+
+
+def _t5_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    shape = _shapes_of(tensors)
+    first = "encoder.block.0.layer"
+    vocabulary, width = shape("shared.weight")
+    return {
+        "vocab_size": vocabulary,
+        "d_model": width,
+        "d_kv": _HEAD_WIDTH_T5,
+        "d_ff": shape(f"{first}.1.DenseReluDense.wi_0.weight")[0],
+        "num_layers": count_children(tensors, "encoder.block"),
+        "num_heads": shape(f"{first}.0.SelfAttention.q.weight")[0] // _HEAD_WIDTH_T5,
+        "relative_attention_num_buckets": shape(f"{first}.0.SelfAttention.relative_attention_bias.weight")[0],
+        "feed_forward_proj": "gated-gelu",
+    }
+
+
+def _qwen_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    shape = _shapes_of(tensors)
+
+    def rows(name: str) -> int:
+        return shape(f"layers.0.{name}.weight")[0]
+
+    vocabulary, width = shape("embed_tokens.weight")
+    heads, shared_heads = (rows(f"self_attn.{part}_proj") // _HEAD_WIDTH_QWEN for part in "qk")
+    sizes = (vocabulary, width, rows("mlp.gate_proj"), count_children(tensors, "layers"), heads, shared_heads)
+    return dict(zip(_QWEN_SIZES, sizes, strict=True))
+
+
+def _shapes_of(tensors: Mapping[str, Tensor]) -> Callable[[str], tuple[int, ...]]:
+    """A function: name -> shape; UnmatchedKeys where the text encoder lacks it."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in tensors:
+            raise UnmatchedKeys(f"the text encoder lacks {name}")
+        return shape_of(tensors, name)
+
+    return shape
+
+
+def build(kind: str, config: dict[str, Any]) -> nn.Module:
+    """The text encoder without weights. It knows where its tokenizer is: `config["tokenizer"]`."""
+    if kind.startswith("clip"):
+        with_projection = kind == "clip_g" or "CLIPTextModelWithProjection" in config.get("architectures", ())
+        return clip.build_text_encoder(config, with_projection)
+    if kind.startswith("qwen"):
+        return _build_qwen(kind, config)
+    from transformers import T5Config, T5EncoderModel
+
+    keep = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "relative_attention_num_buckets",
+            "feed_forward_proj")  # fmt: skip
+    encoder = T5EncoderModel(T5Config(**{name: config[name] for name in keep if name in config}))
+    encoder.tokenizer_folder = config.get("tokenizer")  # pyright: ignore
+    return encoder
+
+
+def _build_qwen(kind: str, config: dict[str, Any]) -> nn.Module:
+    from transformers import Qwen2Model, Qwen3Model
+
+    # For text alone, Qwen2.5-VL is Qwen2: its three kinds of positions are one.
+    network: Any = Qwen3Model if kind.startswith("qwen3") else Qwen2Model
+    given = config.get("text_config", config)
+    # The angle and epsilon are the same in all of them, but written in two ways in folders of transformers 4 and 5.
+    settings = {name: given[name] for name in _QWEN_SIZES} | {"rope_theta": 1e6, "rms_norm_eps": 1e-6}
+    encoder = network(network.config_class(**settings, head_dim=_HEAD_WIDTH_QWEN))
+    with torch.device("cpu"):
+        # Its frequencies are in no file, so they must not stay on the meta device.
+        encoder.rotary_emb = type(encoder.rotary_emb)(encoder.config)
+    encoder.tokenizer_folder = config.get("tokenizer")  # pyright: ignore
+    return encoder
+
+
+@lru_cache(maxsize=4)
+def load_tokenizer(folder: str | None, kind: str) -> Any:
+    """transformers' tokenizer of that folder. BadFile when there is none, or another model's."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    if folder is None:
+        raise BadFile(
+            f"captions need the tokenizer of {KINDS[kind]}, which does not travel with this program: give its folder "
+            "(`tokenizer`), from a diffusers folder or from ComfyUI's comfy/text_encoders"
+        )
+    file = Path(folder) / "tokenizer.json"
+    try:
+        if file.exists():
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library raises many kinds, for files that are missing or damaged
+        raise BadFile(f"{folder}: no tokenizer of {KINDS[kind]} in it: {str(error).splitlines()[0]}") from None
+    rows, special = _VOCABULARIES["t5" if kind == "t5xxl" else "qwen"]
+    numbers = {token: tokenizer.convert_tokens_to_ids(token) for token in special}
+    if numbers != special or len(tokenizer) > rows:
+        raise BadFile(
+            f"{folder}: this is the tokenizer of another model than {KINDS[kind]}: in its {len(tokenizer)} tokens "
+            f"{_listed(numbers)}, expected at most {rows} in which {_listed(special)}"
+        )
+    return tokenizer
+
+
+def _listed(numbers: Mapping[str, Any]) -> str:
+    return ", ".join(f"{token} is {number}" for token, number in numbers.items())
+
+
+def encode_t5(encoder: nn.Module, captions: Sequence[str], length: int) -> Tensor:
+    """T5's states (B, length, D). Padding is seen like text, as the models were trained."""
+    tokenizer = load_tokenizer(encoder.tokenizer_folder, "t5xxl")  # pyright: ignore
+    rows = [tokenizer(caption, add_special_tokens=True).input_ids[:length] for caption in captions]
+    tokens = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+    return encoder(tokens.to(next(encoder.parameters()).device)).last_hidden_state
+
+
+def encode_qwen(
+    encoder: nn.Module, kind: str, texts: Sequence[str], limit: int, *, layers: Sequence[int] = (), filled: bool = False
+) -> Conditioning:
+    """`context` (B, L, D), a Qwen model's states, and `context_mask` (B, L), 1 where there is text.
+
+    States are normed, after the last layer, or those after each of `layers` (1 is the first; -2 the last but one), side by
+    side. Texts have `limit` tokens at most, and as many when `filled`: then padding, which text does not see, has states too.
+    """
+    tokenizer = load_tokenizer(encoder.tokenizer_folder, kind)  # pyright: ignore
+    device = next(encoder.parameters()).device
+    parts = []
+    for text in texts:
+        row = tokenizer(text, add_special_tokens=False).input_ids[:limit]
+        padding = limit - len(row) if filled else 0
+        tokens = torch.tensor([row + [_PAD_QWEN] * padding], device=device)
+        mask = torch.tensor([[1] * len(row) + [0] * padding], device=device)
+        output = encoder(tokens, attention_mask=mask, output_hidden_states=bool(layers), use_cache=False)
+        states = (
+            torch.cat([output.hidden_states[layer] for layer in layers], -1) if layers else output.last_hidden_state
+        )
+        parts.append({"context": states, "context_mask": mask})
+    return stack_conditioning(parts)
+
+
+def pooled_clip(encoder: nn.Module, captions: Sequence[str]) -> Tensor:
+    """CLIP's pooled state of the first 75 tokens of each caption, (B, D)."""
+    tokens = clip.token_chunks(captions, 1, padding=clip.END)
+    _, output = clip.encode_chunks(encoder, tokens, layer=1, final_norm=True)
+    return output.pooler_output

@@ -1,0 +1,89 @@
+"""The face pass: what is needed to draw a small face anew at a size at which the model knows faces.
+
+The face is cut out with what is around it, enlarged, drawn again lightly, and blended back under a soft mask. A model
+that works on latents of eight pixels has little more than ten of them for a face of a hundred.
+"""
+
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw, ImageFilter
+
+from ..errors import BadConfig
+from ..faces import Face, Reference
+from .style_pack import picture_size
+
+FACE_SHARES = (0.4, 0.85)
+"""Least and most that a face fills of its cut-out (both sizes: square root of the area)."""
+MASK_SHARE = 1.25
+"""Axes of the ellipse that is blended, as a share of the face's box: with hairline and chin."""
+FEATHER = 0.12
+"""Blur of the mask's edge: deviation as a share of the face's size."""
+
+
+@dataclass(frozen=True)
+class FacePass:
+    """Which faces are drawn anew, and how much."""
+
+    below: float = 0.25
+    """A face is drawn anew when it is smaller than this share of the base's resolution; 0: never."""
+    denoise: float = 0.35
+    """Share of the sampling steps that is taken again."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.below <= 1:
+            raise BadConfig(f"face pass: below = {self.below}: must be between 0 and 1")
+        if not 0 < self.denoise <= 1:
+            raise BadConfig(f"face pass: denoise = {self.denoise}: must be above 0, up to 1")
+
+    def wants(self, face: Face, resolution: int) -> bool:
+        """Whether this face is to be drawn anew, on a base of that resolution."""
+        return face.size < self.below * resolution
+
+
+@dataclass(frozen=True)
+class CutOut:
+    """The part of a picture that is drawn anew."""
+
+    image: Image.Image
+    """Enlarged to what the base draws well."""
+    box: tuple[int, int, int, int]
+    """left, top, right, bottom in the picture."""
+    face: Face
+    """In the picture."""
+
+
+def face_share(person: Reference) -> float:
+    """How much of its cut-out a face should fill: as much as on the person's photos, which is how the LoRA knows it."""
+    return min(max(person.share, FACE_SHARES[0]), FACE_SHARES[1])
+
+
+def cut_out(picture: Image.Image, face: Face, share: float, resolution: int, size_multiple: int) -> CutOut | None:
+    """The face, filling `share` of what is cut out, in the picture's aspect at the base's own area.
+
+    None where that would enlarge nothing.
+    """
+    size = picture_size(f"{picture.width}:{picture.height}", resolution, size_multiple)
+    scale = face.size / share / (size[0] * size[1]) ** 0.5
+    width, height = (min(round(side * scale), limit) for side, limit in zip(size, picture.size, strict=True))
+    if width >= size[0] or height >= size[1]:
+        return None
+    left, top, right, bottom = face.box
+    # Moved rather than cut where the picture ends, so that the aspect stays.
+    x = min(max(round((left + right - width) / 2), 0), picture.width - width)
+    y = min(max(round((top + bottom - height) / 2), 0), picture.height - height)
+    box = (x, y, x + width, y + height)
+    return CutOut(picture.crop(box).resize(size, Image.Resampling.LANCZOS), box, face)
+
+
+def blend(picture: Image.Image, part: CutOut, drawn: Image.Image) -> Image.Image:
+    """The picture with `drawn`, made from the cut-out, in place of the face; nothing changes far from the face."""
+    left, top, right, bottom = part.box
+    small = drawn.resize((right - left, bottom - top), Image.Resampling.LANCZOS)
+    mask = Image.new("L", picture.size)
+    x0, y0, x1, y1 = part.face.box
+    grow_x, grow_y = ((MASK_SHARE - 1) / 2 * side for side in (x1 - x0, y1 - y0))
+    ImageDraw.Draw(mask).ellipse((x0 - grow_x, y0 - grow_y, x1 + grow_x, y1 + grow_y), fill=255)
+    mask = mask.filter(ImageFilter.GaussianBlur(FEATHER * part.face.size))
+    result = picture.copy()
+    result.paste(small, (left, top), mask.crop(part.box))
+    return result

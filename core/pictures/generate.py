@@ -1,0 +1,283 @@
+"""Pictures from a base model and LoRAs."""
+
+import json
+import os
+import re
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from PIL import Image, PngImagePlugin
+from torch import nn
+
+from ..config import Precision, TrainConfig
+from ..device import device_and_dtype, explained_memory_error
+from ..errors import BadConfig
+from ..lora.apply import apply
+from ..lora.embeddings import new_words
+from ..lora.file import LoraFile
+from ..models.base import Base
+from ..models.spec import Pair, stacked_with
+from ..storage.files import is_text, write_file
+from ..storage.safetensors_file import SafetensorsFile
+from .sampling import (
+    FLOW_SAMPLERS,
+    SAMPLER_TITLES,
+    SAMPLERS,
+    decode_latents,
+    encode_pairs,
+    encode_pictures,
+    sample_latents,
+    sampler_name,
+)
+
+_Item = TypeVar("_Item", bound=Hashable)
+LARGEST_SIDE = 16384
+"""Of a picture, in pixels: what ComfyUI allows."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to make."""
+
+    prompt: str
+    seed: int
+    negative: str = ""
+    size: tuple[int, int] | None = None
+    """Width and height in pixels; None: the square that the base was trained at."""
+    steps: int = 25
+    guidance: float = 6.0
+    """Scale of classifier-free guidance (CFG)."""
+    strength: float = 1.0
+    """What the strengths of all LoRAs are multiplied by."""
+    style: str = ""
+    """Name of the style that the prompt is from, if any."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "negative"):
+            if not is_text(getattr(self, name)):
+                raise BadConfig(f"{name} = {getattr(self, name)!r}: has half a character in it")
+        if not 1 <= self.steps <= 1000:
+            raise BadConfig(f"steps = {self.steps}: must be between 1 and 1000")
+        if not 0 <= self.seed < 2**64:
+            raise BadConfig(f"seed = {self.seed}: must be between 0 and 2**64 - 1")
+        if not 0 <= self.guidance <= 100:
+            raise BadConfig(f"guidance = {self.guidance}: must be between 0 and 100")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """How the pictures of all jobs are made."""
+
+    sampler: str | None = None
+    """A name in `sampling.SAMPLERS` or, for FLUX.1 and later, `FLOW_SAMPLERS`; None: what suits the family."""
+    clip_skip: int = 1
+    batch_size: int = 1
+    precision: Precision = "auto"
+
+    def __post_init__(self) -> None:
+        known = SAMPLERS | FLOW_SAMPLERS
+        if self.sampler is not None and self.sampler not in known:
+            raise BadConfig(f"sampler = {self.sampler!r}: choose one of {', '.join(known)}")
+        for name in ("batch_size", "clip_skip"):
+            if getattr(self, name) < 1:
+                raise BadConfig(f"{name} = {getattr(self, name)}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A generated picture and what it takes to make it again."""
+
+    image: Image.Image
+    job: Job
+    parameters: str
+    """The text that A1111 writes into a PNG, which ComfyUI, Forge and Civitai read."""
+
+    def save(self, path: str | os.PathLike[str], texts: Mapping[str, str] | None = None) -> None:
+        """Writes a PNG with the parameters, and `texts` under their names, in it; whole or not at all. BadFile if it cannot."""
+        info = PngImagePlugin.PngInfo()
+        for name, text in {"parameters": self.parameters, **(texts or {})}.items():
+            # iTXt, which is UTF-8, only where it must be: not every program reads it.
+            (info.add_text if text.isascii() else info.add_itxt)(name, text)
+        write_file(path, lambda file: self.image.save(file, "PNG", pnginfo=info))
+
+
+def generate(
+    base: Base,
+    loras: Sequence[tuple[LoraFile, float]],
+    jobs: Sequence[Job],
+    config: GenerateConfig | None = None,
+    *,
+    starts: Mapping[Job, Image.Image] | None = None,
+    denoise: float = 1.0,
+    device: torch.device | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Iterator[Picture]:
+    """A Picture per job as each batch is done, jobs of equal strength together. LoRAs come with their strengths.
+
+    A picture depends on its own job alone, not on its neighbours in a batch (up to rounding). With `starts`, a picture of
+    the job's size for each job, these are drawn anew instead: the last `denoise` (above 0 to 1) of the steps is taken.
+    `on_step(done, total)` is called in each sampling step of a batch and may raise to cancel.
+    """
+    config = config or GenerateConfig()
+    if config.clip_skip > 1 and not base.family.has_clip_skip:
+        raise BadConfig(f"clip_skip = {config.clip_skip}: {base.family.title} has no choice of layers; leave it at 1")
+    jobs = [replace(job, size=picture_size(base, job.size)) for job in jobs]
+    device, dtype = device_and_dtype(TrainConfig(precision=config.precision), device)
+    groups: dict[float, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(job.strength, []).append(job)
+    with explained_memory_error("batch_size 1, smaller pictures or the device cpu"):
+        encoded = _encode(base, loras, groups, config, device)
+        denoiser = base.load("denoiser", device, dtype)
+        vae = base.load("vae", device, torch.float32)
+        for strength, group in groups.items():
+            with _applied(base, loras, strength, {"denoiser": denoiser}):
+                texts = [encoded[strength, _texts(job, base)] for job in group]
+                for batch, pairs in in_batches(group, texts, config.batch_size, _settings):
+                    first = batch[0]
+                    assert first.size is not None
+                    begin = encode_pictures(base, vae, [starts[job] for job in batch]) if starts else None
+                    latents = sample_latents(
+                        base, denoiser,
+                        [prompt for prompt, _ in pairs], [negative for _, negative in pairs],
+                        device=device, dtype=dtype, seeds=[job.seed for job in batch], size=first.size, steps=first.steps,
+                        guidance=first.guidance, sampler=config.sampler, start=begin, denoise=denoise, on_step=on_step,
+                    )  # fmt: skip
+                    for job, image in zip(batch, decode_latents(base, vae, latents), strict=True):
+                        yield Picture(image, job, parameters_text(base, loras, job, config))
+
+
+def _encode(
+    base: Base,
+    loras: Sequence[tuple[LoraFile, float]],
+    groups: Mapping[float, Sequence[Job]],
+    config: GenerateConfig,
+    device: torch.device,
+) -> dict[tuple[float, tuple[str, str]], Pair]:
+    """(strength, texts of a job) -> their conditioning. The text encoders are gone before the denoiser is loaded."""
+    encoders = base.load_text_encoders(device, torch.float32)
+    encoded = {}
+    for strength, group in groups.items():
+        with _applied(base, loras, strength, encoders):
+            pairs = encode_pairs(base, encoders, {_texts(job, base) for job in group}, config.clip_skip)
+        encoded |= {(strength, pair): parts for pair, parts in pairs.items()}
+    return encoded
+
+
+def _settings(job: Job) -> tuple:
+    """What is the same for all pictures of a batch."""
+    return job.size, job.steps, job.guidance
+
+
+def _texts(job: Job, base: Base) -> tuple[str, str]:
+    """Prompt and negative prompt, "" where that is not looked at: then not even its length matters."""
+    return job.prompt, "" if base.embeds_guidance or job.guidance == 1 else job.negative
+
+
+@contextmanager
+def _applied(
+    base: Base, loras: Sequence[tuple[LoraFile, float]], strength: float, networks: Mapping[str, nn.Module]
+) -> Iterator[None]:
+    """The networks with the LoRAs on them, as far as these change them, and the words that the files bring along."""
+    applied = []
+    try:
+        for lora, factor in loras:
+            present = lora.of_parts(networks)
+            applied.append(apply(present, {"family": base.family.name, **networks}, factor * strength))
+        with new_words(networks, [lora for lora, _ in loras]):
+            yield
+    finally:
+        for lora in reversed(applied):
+            lora.remove()
+
+
+def in_batches(
+    items: Sequence[_Item], texts: Sequence[Pair], size: int, alike: Callable[[_Item], Hashable] = lambda item: ()
+) -> Iterator[tuple[tuple[_Item, ...], tuple[Pair, ...]]]:
+    """The items and their texts in batches of at most that size, of `alike` items and texts of equal length."""
+    groups: dict[Hashable, list[tuple[_Item, Pair]]] = {}
+    for item, pair in zip(items, texts, strict=True):
+        groups.setdefault((alike(item), stacked_with(pair[0])), []).append((item, pair))
+    for group in groups.values():
+        for start in range(0, len(group), size):
+            batch, pairs = zip(*group[start : start + size], strict=True)
+            yield batch, pairs
+
+
+def picture_size(base: Base, size: tuple[int, int] | None) -> tuple[int, int]:
+    """The wanted size, or the base's own square, checked against what the UNet can halve. BadConfig names the nearest."""
+    multiple = base.size_multiple
+    if size is None:
+        side = base.resolution // multiple * multiple
+        return side, side
+    if any(side < multiple or side % multiple for side in size):
+        near = tuple(max(multiple, round(side / multiple) * multiple) for side in size)
+        raise BadConfig(
+            f"size {size[0]}x{size[1]}: width and height must be multiples of {multiple}, e.g. {near[0]}x{near[1]}"
+        )
+    if max(size) > LARGEST_SIDE:
+        raise BadConfig(f"size {size[0]}x{size[1]}: width and height may be {LARGEST_SIDE} at most")
+    return size
+
+
+def parameters_text(base: Base, loras: Sequence[tuple[LoraFile, float]], job: Job, config: GenerateConfig) -> str:
+    """A1111's description of a picture, from which it can be made again.
+
+    The LoRAs stand in the prompt as `<lora:file name:strength>`, which A1111 and ComfyUI load them by; an embedding is in
+    the prompt already, by its word.
+    """
+    width, height = picture_size(base, job.size)
+    embeddings = [lora for lora, _ in loras if lora.embedding_keys and not lora.entries]
+    loras = [(lora, factor) for lora, factor in loras if lora.entries]
+    names = [Path(lora.name).stem for lora, _ in loras]
+    used = [f"<lora:{name}:{factor * job.strength:g}>" for name, (_, factor) in zip(names, loras, strict=True)]
+    guidance = {"CFG scale": f"{job.guidance:g}"}
+    if base.embeds_guidance:  # in Forge's words
+        guidance = {"CFG scale": "1", "Distilled CFG Scale": f"{job.guidance:g}"}
+    settings = {
+        "Steps": f"{job.steps}",
+        "Sampler": SAMPLER_TITLES[sampler_name(config.sampler, base)],
+        **guidance,
+        "Seed": f"{job.seed}",
+        "Size": f"{width}x{height}",
+        "Model": _quoted(base.name.removesuffix(".safetensors")),
+    }
+    if base.sha256:
+        settings["Model hash"] = base.sha256[:10]
+    if base.vae_file and base.vae_sha256:
+        settings |= {"VAE hash": base.vae_sha256[:10], "VAE": _quoted(base.vae_file.path.name)}
+    # (The two have no name in A1111, which reads them from a file beside the checkpoint.)
+    if base.prediction_type == "v_prediction":
+        settings["Prediction"] = "v"
+    if base.zero_terminal_snr:
+        settings["Zero terminal SNR"] = "True"
+    if config.clip_skip > 1:
+        settings["Clip skip"] = f"{config.clip_skip}"
+    if loras:
+        hashes = [f"{name}: {lora.model_hash[:12]}" for name, (lora, _) in zip(names, loras, strict=True)]
+        settings["Lora hashes"] = f'"{", ".join(hashes)}"'
+    if embeddings:
+        hashes = [f"{Path(lora.name).stem}: {_embedding_hash(lora)[:12]}" for lora in embeddings]
+        settings["TI hashes"] = f'"{", ".join(hashes)}"'
+    lines = [
+        " ".join([job.prompt, *used]),
+        # Also when it is empty: ComfyUI reads nothing from a text without it.
+        f"Negative prompt: {_texts(job, base)[1]}",
+        ", ".join(f"{name}: {value}" for name, value in settings.items()),
+    ]
+    # What files are called need not be Unicode text.
+    return "\n".join(lines).encode("utf-8", "replace").decode()
+
+
+def _embedding_hash(lora: LoraFile) -> str:
+    """What A1111 tells embeddings apart by, the sha256 of the whole file; of one that is no file that of its tensors."""
+    return lora.tensors.sha256() if isinstance(lora.tensors, SafetensorsFile) else lora.model_hash
+
+
+def _quoted(value: str) -> str:
+    """As A1111 writes a value that would be taken for several."""
+    return json.dumps(value, ensure_ascii=False) if re.search(r'[,:\n"]', value) else value

@@ -1,0 +1,261 @@
+"""A batch of headshots in a folder: made once, small faces drawn anew, judged by likeness, the best kept, shown on a page."""
+
+import filecmp
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..errors import BadConfig
+from ..faces import Reference
+from ..lora.file import LoraFile
+from ..models.base import Base
+from ..photos.reading import DAMAGED
+from ..storage.files import make_folder, remove_leftovers, write_file, write_text, writing
+from .face_pass import CutOut, FacePass, blend, cut_out, face_share
+from .gallery import gallery_page
+from .generate import GenerateConfig, Job, Picture, generate, parameters_text, picture_size
+from .headshot import FaceOutcome, Headshot
+from .sheet import contact_sheet
+
+OVERVIEW = "headshots.json"
+CONTACT_SHEET = "contact_sheet.png"
+EARLIER = "earlier"
+KEPT = "kept"
+PICTURE_NAME = r"\d{3,}-\d+\.png"
+"""Number in the batch and seed."""
+COLUMNS = 10
+"""Pictures beside each other on the contact sheet."""
+TILE = 256
+"""Height of a picture on the contact sheet, in pixels."""
+
+
+def make_headshots(
+    base: Base,
+    loras: Sequence[tuple[LoraFile, float]],
+    jobs: Sequence[Job],
+    folder: Path,
+    config: GenerateConfig | None = None,
+    *,
+    reference: Iterable[Image.Image] | None = None,
+    face_pass: FacePass | None = None,
+    keep: int | None = None,
+    device: torch.device | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> list[Headshot]:
+    """The pictures of all jobs as PNG files in `folder`, most alike first where photos to compare with are given.
+
+    With `reference` photos, faces that `face_pass` calls small are drawn anew and that is kept where likeness does not
+    fall; and the `keep` most alike pictures (None: a quarter) are copied into `folder`/kept.
+    A picture that is already there, made from the same job, models and settings, is not made again: an interrupted batch
+    goes on where it was. Another picture of its name moves to `folder`/earlier, and what another batch left in
+    `folder`/kept to `folder`/kept/earlier. Also writes contact_sheet.png, gallery.html and headshots.json.
+    `on_progress(phase, done, total)`, phases "pictures" and "faces", may raise to cancel. BadFile when the folder cannot be
+    written, BadPhoto when no reference photo shows a face, BadConfig when two jobs are the same.
+    """
+    config, face_pass = config or GenerateConfig(), face_pass or FacePass()
+    if keep is not None and reference is None:
+        raise BadConfig("keep needs photos of the person to compare with")
+    if keep is not None and keep < 1:
+        raise BadConfig(f"keep = {keep}: must be at least 1")
+    person = None if reference is None else Reference(reference)
+    make_folder(folder)
+    batch = _Batch(base, loras, config, device, on_progress or (lambda phase, done, total: None))
+    jobs = [replace(job, size=picture_size(base, job.size)) for job in jobs]
+    for job, count in Counter(jobs).items():
+        if count > 1:
+            raise BadConfig(
+                f"{count} pictures of {job.prompt!r} with seed {job.seed} would be the same; give other seeds"
+            )
+    paths = {job: folder / f"{number:03d}-{job.seed}.png" for number, job in enumerate(jobs, start=1)}
+    remove_leftovers(folder, "*.png")
+    batch.draw_missing(paths, face_pass)
+    if person and face_pass.below:
+        batch.improve_faces(paths, face_pass, person, face_share(person))
+    shots = [Headshot(path, job, face_pass=_face_outcome(path)) for job, path in paths.items()]
+    if person:
+        shots = ranked(shots, person, -(-len(shots) // 4) if keep is None else keep)
+    if person or (folder / KEPT).is_dir():
+        _fill_kept(shots, folder / KEPT, ranked=person is not None)
+    _write_overview(shots, folder, compared=person is not None)
+    return shots
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What pictures are made with."""
+
+    base: Base
+    loras: Sequence[tuple[LoraFile, float]]
+    config: GenerateConfig
+    device: torch.device | None
+    on_progress: Callable[[str, int, int], None]
+
+    def draw_missing(self, paths: dict[Job, Path], face_pass: FacePass) -> None:
+        missing = [job for job, path in paths.items() if not self._is_made(job, path, face_pass)]
+        done = len(paths) - len(missing)
+        if missing:
+            for picture in generate(self.base, self.loras, missing, self.config, device=self.device):
+                _set_aside(paths[picture.job])
+                picture.save(paths[picture.job])
+                done += 1
+                self.on_progress("pictures", done, len(paths))
+
+    def _is_made(self, job: Job, path: Path, face_pass: FacePass) -> bool:
+        try:
+            with Image.open(path) as image:
+                image.load()  # a file that was cut short is not made
+                same = image.info.get("parameters") == parameters_text(self.base, self.loras, job, self.config)
+        except (*DAMAGED, Image.DecompressionBombError):
+            return False
+        outcome = _face_outcome(path)
+        # A face that was drawn with other settings has to go, and the first drawing is gone.
+        return same and (outcome is None or not outcome.kept or _settings(outcome) == face_pass)
+
+    def improve_faces(self, paths: dict[Job, Path], face_pass: FacePass, person: Reference, share: float) -> None:
+        """Draws the small faces anew; the outcome is written into each picture, also when it stays as it was."""
+        parts: dict[Job, tuple[Path, CutOut]] = {}
+        for job, path in paths.items():
+            outcome = _face_outcome(path)
+            if outcome and _settings(outcome) == face_pass:
+                continue
+            image = _picture(path)
+            faces = person.network.detect(image)
+            if faces and face_pass.wants(faces[0], self.base.resolution):
+                part = cut_out(image, faces[0], share, self.base.resolution, self.base.size_multiple)
+                if part:
+                    # The file's name keeps apart what would else be the same job: one prompt and seed at two sizes.
+                    parts[replace(job, size=part.image.size, style=path.name)] = (path, part)
+        starts = {job: part.image for job, (_, part) in parts.items()}
+        drawn = generate(
+            self.base, self.loras, list(parts), self.config, starts=starts, denoise=face_pass.denoise, device=self.device
+        )  # fmt: skip
+        for done, picture in enumerate(drawn if parts else (), start=1):
+            path, part = parts[picture.job]
+            first = _picture(path)
+            second = blend(first, part, picture.image)
+            before, after = person.likeness([first, second])
+            assert before is not None, "the face was found a moment ago"
+            outcome = FaceOutcome(face_pass.below, face_pass.denoise, before, after)
+            with Image.open(path) as image:
+                parameters = image.info["parameters"]
+            result = Picture(second if outcome.kept else first, picture.job, parameters)
+            result.save(path, {"face_pass": json.dumps(asdict(outcome))})
+            self.on_progress("faces", done, len(parts))
+
+
+def _set_aside(path: Path) -> None:
+    """Moves a picture that was made otherwise, or by others, into the folder `earlier`, where none is replaced."""
+    if not path.exists():
+        return
+    folder = path.parent / EARLIER
+    make_folder(folder)
+    with writing(folder):
+        names = (f"{path.stem}{f' ({number})' if number > 1 else ''}{path.suffix}" for number in itertools.count(1))
+        path.rename(next(place for name in names if not (place := folder / name).exists()))
+
+
+def _settings(outcome: FaceOutcome) -> FacePass:
+    return FacePass(outcome.below, outcome.denoise)
+
+
+def _face_outcome(path: Path) -> FaceOutcome | None:
+    """What a picture says of its face pass; None where it says nothing, or what others mean by a text of that name."""
+    with Image.open(path) as image:
+        text = image.info.get("face_pass", "")
+    try:
+        given = json.loads(text)
+        after = given.pop("after")
+        numbers = {name: float(value) for name, value in given.items()}
+        outcome = FaceOutcome(**numbers, after=None if after is None else float(after))
+        _settings(outcome)
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError, BadConfig):
+        return None
+    return outcome
+
+
+def _picture(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def ranked(shots: Sequence[Headshot], person: Reference, keep: int) -> list[Headshot]:
+    """The pictures with their likeness, most alike first, those without a face last; the first `keep` with a face are kept."""
+    scores = person.likeness(_picture(shot.path) for shot in shots)
+    judged = [replace(shot, likeness=score) for shot, score in zip(shots, scores, strict=True)]
+    judged.sort(key=lambda shot: -2 if shot.likeness is None else shot.likeness, reverse=True)
+    return [replace(shot, kept=place < keep and shot.likeness is not None) for place, shot in enumerate(judged)]
+
+
+def mean_likeness(shots: Sequence[Headshot]) -> float:
+    """The mean over the pictures, of which one without a face counts 0."""
+    return round(float(np.mean([shot.likeness or 0.0 for shot in shots] or [0.0])), 4)
+
+
+def _fill_kept(shots: Sequence[Headshot], folder: Path, ranked: bool) -> None:
+    """Leaves no pictures of batches in the folder but copies of this one's, of those that are kept where they are ranked.
+
+    Other copies of pictures beside the folder are deleted, and what is no copy of one moves to `folder`/earlier.
+    """
+    belonging = {shot.path.name for shot in shots if shot.kept or not ranked}
+    with writing(folder):
+        for path in sorted(folder.glob("*.png")):
+            if re.fullmatch(PICTURE_NAME, path.name):
+                original = folder.parent / path.name
+                if not (original.exists() and filecmp.cmp(path, original, shallow=False)):
+                    _set_aside(path)
+                elif path.name not in belonging:
+                    path.unlink()
+    make_folder(folder)
+    for shot in shots:
+        if shot.kept:
+            write_file(folder / shot.path.name, lambda file, path=shot.path: file.write(path.read_bytes()))
+
+
+def _write_overview(shots: Sequence[Headshot], folder: Path, compared: bool) -> None:
+    kept = [shot for shot in shots if shot.kept]
+    means = {"mean_likeness": mean_likeness(shots), "mean_likeness_kept": mean_likeness(kept)} if compared else {}
+    described = [asdict(shot.job) | _findings(shot) for shot in shots]
+    write_text(folder / OVERVIEW, json.dumps({**means, "headshots": described}, indent=1) + "\n")
+    write_text(folder / "gallery.html", gallery_page(shots, batch_summary(shots), compared))
+
+    styles: dict[str, list[Headshot]] = {}
+    for shot in shots:
+        styles.setdefault(shot.job.style or shot.job.prompt, []).append(shot)
+    rows = [(name, [_tile(shot.path) for shot in group]) for name, group in styles.items()]
+    labels = [[_label(shot) for shot in group] for group in styles.values()] if compared else None
+    sheet = contact_sheet(rows, tile=TILE, labels=labels, title=batch_summary(shots), columns=COLUMNS)
+    write_file(folder / CONTACT_SHEET, lambda file: sheet.save(file, "PNG"))
+
+
+def batch_summary(shots: Sequence[Headshot]) -> str:
+    """A line: how many there are, how many were kept, and how alike they are."""
+    kept = [shot for shot in shots if shot.kept]
+    if not kept:
+        return f"{len(shots)} pictures"
+    return (
+        f"{len(shots)} pictures, the {len(kept)} most alike kept: "
+        f"mean likeness {mean_likeness(kept):.2f}, that of all {mean_likeness(shots):.2f}"
+    )
+
+
+def _findings(shot: Headshot) -> dict:
+    face_pass = asdict(shot.face_pass) | {"kept": shot.face_pass.kept} if shot.face_pass else None
+    return {"file": shot.path.name, "likeness": shot.likeness, "kept": shot.kept, "face_pass": face_pass}
+
+
+def _tile(path: Path) -> Image.Image:
+    image = _picture(path)
+    image.thumbnail((image.width, TILE), Image.Resampling.LANCZOS)  # all of them are in memory at once
+    return image
+
+
+def _label(shot: Headshot) -> str:
+    return ("no face" if shot.likeness is None else f"{shot.likeness:.2f}") + (", kept" if shot.kept else "")

@@ -1,0 +1,255 @@
+"""Pictures from a base model: the denoising loop with the samplers that people know, and the VAE's decoder.
+
+The samplers are diffusers'; conditioning and prediction are the family's, the same as in training.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..device import whole_or_in_tiles
+from ..errors import BadConfig
+from ..models.base import Base
+from ..models.clip import chunk_count, words_of
+from ..models.objective import TIMESTEPS, FlowSchedule
+from ..models.spec import Conditioning, Pair, on_device, stack_conditioning
+
+MOST_LEADING = 150
+"""Sampling steps up to which they are spaced in the way that SD's configs name, "leading"."""
+ENCODED_TOGETHER = 16
+"""Texts that are encoded at a time."""
+SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
+    "dpmpp_2m_sde_karras": (
+        "DPMSolverMultistepScheduler",
+        {"use_karras_sigmas": True, "algorithm_type": "sde-dpmsolver++"},
+    ),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
+}
+"""Name -> diffusers scheduler and its options, on SD's noise schedule."""
+FLOW_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "euler": ("", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+"""The same for rectified flows; Euler is our own `FlowEuler`."""
+SAMPLER_TITLES = {
+    "dpmpp_2m_karras": "DPM++ 2M Karras",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde_karras": "DPM++ 2M SDE Karras",
+    "euler": "Euler",
+    "euler_ancestral": "Euler a",
+    "unipc": "UniPC",
+    "ddim": "DDIM",
+}
+"""Name -> what A1111 calls it."""
+
+
+class FlowEuler:
+    """Euler's method along a rectified flow's velocity, with the interface of diffusers' schedulers."""
+
+    init_noise_sigma = 1.0
+
+    def __init__(self, times: Tensor):
+        """`times` (steps + 1,) run from 1, noise, to 0."""
+        self.timesteps = TIMESTEPS * times[:-1]
+        self._times = times
+        self._index = 0
+
+    def set_begin_index(self, index: int) -> None:
+        self._index = index
+
+    def scale_model_input(self, latents: Tensor, timestep: Tensor) -> Tensor:
+        return latents
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        time = timesteps.view(-1, 1, 1, 1) / TIMESTEPS
+        return (1 - time) * latents + time * noise
+
+    def step(self, velocity: Tensor, timestep: Tensor, latents: Tensor, return_dict: bool) -> tuple[Tensor]:
+        now, then = self._times[self._index], self._times[self._index + 1]
+        self._index += 1
+        return (latents + (then - now) * velocity,)
+
+
+def sampler_name(name: str | None, base: Base) -> str:
+    """The name, or what suits the base's family where there is none. BadConfig for one that the family does not have."""
+    known = FLOW_SAMPLERS if base.family.flow_shift else SAMPLERS
+    if name is None:
+        return "euler" if base.family.flow_shift else "dpmpp_2m_karras"
+    if name not in known:
+        raise BadConfig(f"sampler = {name!r}: {base.family.title} has {', '.join(known)}")
+    return name
+
+
+def build_sampler(name: str | None, base: Base, steps: int, latents: Tensor) -> Any:
+    """A diffusers scheduler (or one like it) on the base's noise schedule, its steps set, for latents of that size."""
+    import diffusers
+
+    name = sampler_name(name, base)
+    schedule = base.schedule()
+    if isinstance(schedule, FlowSchedule):
+        if name == "euler":
+            return FlowEuler(schedule.sampling_times(steps, latents))
+        class_name, options = FLOW_SAMPLERS[name]
+        shift = schedule.shift_for(latents)
+        settings = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift, **options}
+    else:
+        class_name, options = SAMPLERS[name]
+        settings = {
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "prediction_type": base.prediction_type,
+            # Leading steps are a whole number of timesteps apart: many of them would begin far below pure noise.
+            "timestep_spacing": "trailing" if base.zero_terminal_snr or steps > MOST_LEADING else "leading",
+            "steps_offset": 1,
+            **options,
+        }
+        if base.zero_terminal_snr:
+            settings["rescale_betas_zero_snr"] = True
+    scheduler = getattr(diffusers, class_name)(**settings)
+    scheduler.set_timesteps(steps, device=latents.device)
+    return scheduler
+
+
+def encode_prompts(
+    base: Base,
+    encoders: Mapping[str, nn.Module],
+    prompts: Sequence[str],
+    clip_skip: int = 1,
+    chunks: int | None = None,
+) -> list[Conditioning]:
+    """The conditioning of each prompt, batch of 1 and on the CPU, padded to that many chunks; None: as the longest needs."""
+    if base.caption_encoder:
+        return [base.caption_encoder.encode(prompt) for prompt in prompts]
+    chunks = chunks or _chunks_of(prompts, encoders)
+    parts = []
+    for start in range(0, len(prompts), ENCODED_TOGETHER):
+        some = prompts[start : start + ENCODED_TOGETHER]
+        with torch.inference_mode():
+            joined = base.family.encode_text(encoders, some, clip_skip, chunks)
+        parts += [{name: value[i : i + 1].cpu() for name, value in joined.items()} for i in range(len(some))]
+    return parts
+
+
+def encode_pairs(
+    base: Base, encoders: Mapping[str, nn.Module], pairs: Iterable[tuple[str, str]], clip_skip: int = 1
+) -> dict[tuple[str, str], Pair]:
+    """(prompt, negative prompt) -> their conditioning, on which no other pair's length has a bearing."""
+    chunks = {pair: _chunks_of(pair, encoders) for pair in pairs}
+    encoded = {}
+    for count in set(chunks.values()):
+        texts = sorted({text for pair, needed in chunks.items() if needed == count for text in pair})
+        parts = encode_prompts(base, encoders, texts, clip_skip, count)
+        encoded |= {(text, count): part for text, part in zip(texts, parts, strict=True)}
+    return {pair: (encoded[pair[0], count], encoded[pair[1], count]) for pair, count in chunks.items()}
+
+
+def _chunks_of(texts: Sequence[str], encoders: Mapping[str, nn.Module]) -> int:
+    """How many chunks the longest needs, in which a new word may have many tokens."""
+    return max((chunk_count(texts, words_of(encoder)) for encoder in encoders.values()), default=1)
+
+
+@torch.no_grad()
+def sample_latents(
+    base: Base,
+    denoiser: nn.Module,
+    positive: Sequence[Conditioning],
+    negative: Sequence[Conditioning],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    seeds: Sequence[int],
+    size: tuple[int, int],
+    steps: int,
+    guidance: float,
+    sampler: str | None = None,
+    start: Tensor | None = None,
+    denoise: float = 1.0,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Latents (N, C, h, w) of one picture per seed, float32; the noise of a picture depends on its own seed alone.
+
+    The denoiser computes on `device` in `dtype`; its own tensors may be elsewhere between two passes, and in 8 bits.
+    `guidance` is classifier-free guidance's scale (arXiv:2207.12598); at 1 the negative prompt is not evaluated. A base that
+    was distilled takes it as a number, and no negative prompt.
+    `size` is (width, height) in pixels. With `start`, latents of pictures (N, C, h, w), these are drawn anew: noised to
+    where the last `denoise` (above 0 to 1) of the steps begins, and only those steps are taken.
+    """
+    shape = base.latent_shape
+    width, height = (side // shape.pixels for side in size)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = torch.stack([torch.randn(shape.channels, height, width, generator=generator) for generator in generators])
+    noise = noise.to(device)
+    scheduler = build_sampler(sampler, base, steps, noise)
+    timesteps = scheduler.timesteps
+    first = 0 if start is None else len(timesteps) - max(1, round(denoise * len(timesteps)))
+    timesteps = timesteps[first:]
+    if hasattr(scheduler, "set_begin_index"):  # DDIM goes by the timesteps alone
+        scheduler.set_begin_index(first)
+    if start is None:
+        latents = noise * scheduler.init_noise_sigma
+    else:
+        latents = scheduler.add_noise(start.to(device), noise, timesteps[:1])
+    picture = base.family.image_conditioning(size, (0, 0), size)
+    if base.embeds_guidance:
+        picture, guidance = picture | {"guidance": torch.tensor([guidance])}, 1.0
+    conditioning = _stack(positive, picture, device)
+    if guidance != 1:
+        without = _stack(negative, picture, device)
+        conditioning = stack_conditioning([without, conditioning])
+    takes_generator = any(word in sampler_name(sampler, base) for word in ("ancestral", "sde"))
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        for index, timestep in enumerate(timesteps):
+            model_input = torch.cat([latents, latents]) if guidance != 1 else latents
+            model_input = scheduler.scale_model_input(model_input, timestep).to(dtype)
+            at = timestep.expand(len(model_input)).to(device)
+            prediction = base.family.predict(denoiser, model_input, at, conditioning).float()
+            if guidance != 1:
+                negative_part, positive_part = prediction.chunk(2)
+                prediction = negative_part + guidance * (positive_part - negative_part)
+            extra = {"generator": generators} if takes_generator else {}
+            latents = scheduler.step(prediction, timestep, latents, return_dict=False, **extra)[0]
+            if on_step:
+                on_step(index + 1, len(timesteps))
+    return latents.float()
+
+
+def _stack(parts: Sequence[Conditioning], picture: Conditioning, device: torch.device) -> Conditioning:
+    joined = stack_conditioning(parts)
+    joined |= {name: value.expand(len(parts), *value.shape[1:]) for name, value in picture.items()}
+    return on_device(joined, device)
+
+
+@torch.no_grad()
+def encode_pictures(base: Base, vae: nn.Module, images: Sequence[Image.Image]) -> Tensor:
+    """Latents (N, C, h, w) of RGB pictures of one size, float32: the mean of what the encoder gives."""
+    parameter = next(vae.parameters())
+    latents = []
+    for image in images:
+        pixels = torch.from_numpy(np.array(image, np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+        mean, _ = whole_or_in_tiles(vae, partial(base.family.encode_image, vae, pixels.to(parameter)))
+        latents.append(mean.float())
+    return torch.cat(latents)
+
+
+@torch.no_grad()
+def decode_latents(base: Base, vae: nn.Module, latents: Tensor) -> list[Image.Image]:
+    """RGB pictures of latents, decoded one by one: the decoder needs the most memory of all."""
+    parameter = next(vae.parameters())
+    images = []
+    for latent in latents:
+        pixels = whole_or_in_tiles(vae, partial(base.family.decode_latents, vae, latent[None].to(parameter)))[0]
+        array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
+        images.append(Image.fromarray(array))
+    return images

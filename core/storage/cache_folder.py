@@ -1,0 +1,42 @@
+"""The folder where what was computed once is kept, under names made from the content that it was computed from."""
+
+import hashlib
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from ..errors import BadFile
+from .files import make_folder
+
+CACHE_VERSION = "2"
+"""Part of every cache key: raised whenever the same input would be encoded differently."""
+
+
+def cache_folder() -> Path:
+    """Where encoded photos and captions are kept: $FACELORA_CACHE, else `facelora` in the user's cache folder."""
+    if folder := os.environ.get("FACELORA_CACHE"):
+        return Path(folder)
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "facelora"
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "facelora"
+
+
+def made_folder(*names: str) -> Path:
+    """A folder in the cache folder, made where it is not there yet. BadFile when it cannot be."""
+    try:
+        return make_folder(cache_folder().joinpath(*names))
+    except BadFile as error:
+        raise BadFile(f"{error}; set FACELORA_CACHE to a folder for the cache") from None
+
+
+def clear_cache() -> int:
+    """Deletes everything that was cached; how many files there were."""
+    count = sum(1 for path in cache_folder().rglob("*") if path.is_file())
+    shutil.rmtree(cache_folder(), ignore_errors=True)
+    return count
+
+
+def content_key(*parts: object) -> str:
+    """A file name that says nothing but what the content is made from."""
+    return hashlib.sha256("\0".join(map(str, (CACHE_VERSION, *parts))).encode()).hexdigest()

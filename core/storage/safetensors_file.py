@@ -1,0 +1,468 @@
+"""Safetensors files: a strict, lazy reader and an atomic, deterministic writer.
+
+The reader trusts nothing: it looks at the header only, refuses what does not describe the file exactly, and maps
+tensors into memory one by one when they are asked for.
+"""
+
+import hashlib
+import json
+import math
+import mmap
+import os
+import shutil
+import struct
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import BadFile
+from .files import is_text, write_file
+
+MAX_HEADER_BYTES = 100_000_000
+"""The safetensors library refuses larger headers, so nobody can read such a file."""
+MAX_HEADER_VALUES = 1_000_000
+"""Commas and brackets, far more than tensors and metadata have. What is three bytes there takes a hundred once it is read."""
+MAX_DIMENSIONS = 16
+CHUNK_BYTES = 1 << 20
+SMALL_BYTES = 64
+"""Tensors up to this size are read, not mapped: touching a mapped page makes the system read its neighbours too."""
+
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+"""Linux's flag, which Python's mmap has from 3.13 on."""
+
+# torch has gained the unsigned and the small float types over time: list those that this torch knows.
+DTYPES: dict[str, torch.dtype] = {
+    code: getattr(torch, name)
+    for code, name in {
+        "F64": "float64",
+        "F32": "float32",
+        "F16": "float16",
+        "BF16": "bfloat16",
+        "F8_E4M3": "float8_e4m3fn",
+        "F8_E5M2": "float8_e5m2",
+        "F8_E8M0": "float8_e8m0fnu",
+        "C64": "complex64",
+        "I64": "int64",
+        "I32": "int32",
+        "I16": "int16",
+        "I8": "int8",
+        "U64": "uint64",
+        "U32": "uint32",
+        "U16": "uint16",
+        "U8": "uint8",
+        "BOOL": "bool",
+    }.items()
+    if hasattr(torch, name)
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+# The safetensors library stores tensors by falling rank of this list, then by name. The order is only visible in the
+# bytes, but it makes equal tensors give equal files, and it keeps large types aligned.
+_STORAGE_ORDER = [
+    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
+    "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
+]  # fmt: skip
+
+
+class SafetensorsFile(Mapping[str, Tensor]):
+    """A safetensors file whose header was read and checked; a mapping from names to tensors.
+
+    Tensors are mapped from the file when asked for, without a copy: cheap to ask for twice, and private to this process
+    (writing into one never changes the file). Open with `SafetensorsFile.open(path)`.
+    """
+
+    path: Path
+    metadata: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+
+    def __init__(
+        self,
+        path: Path,
+        metadata: dict[str, str],
+        shapes: dict[str, tuple[int, ...]],
+        dtypes: dict[str, torch.dtype],
+        offsets: dict[str, int],
+        size: int,
+    ):
+        self.path = path
+        self.metadata = metadata
+        self.shapes = shapes
+        self.dtypes = dtypes
+        self._offsets = offsets
+        self._size = size
+        self._memory: mmap.mmap | None = None
+
+    @property
+    def layout(self) -> "Layout":
+        """Name -> dtype and shape."""
+        return {name: (self.dtypes[name], shape) for name, shape in self.shapes.items()}
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "SafetensorsFile":
+        """The checked file. BadFile when it is missing, a pickle, truncated or in any way not what its header says."""
+        path = Path(path)
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                start = file.read(8)
+                header_size = _header_size(path, start, size)
+                header = file.read(header_size)
+        except OSError as error:
+            raise BadFile(f"{path}: cannot be read: {error.strerror or error}") from None
+        entries, metadata = _parse_header(path, header)
+        shapes, dtypes, offsets = _check_entries(path, entries, first_byte=8 + header_size, file_size=size)
+        return cls(path, metadata, shapes, dtypes, offsets, size)
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor called `name`, mapped from the file."""
+        shape, dtype, offset = self.shapes[name], self.dtypes[name], self._offsets[name]
+        count = math.prod(shape)
+        if count == 0:
+            return torch.empty(shape, dtype=dtype)
+        if count * dtype.itemsize <= SMALL_BYTES:
+            raw = self._bytes(offset, count * dtype.itemsize)
+            return torch.frombuffer(raw, dtype=torch.uint8).view(dtype).reshape(shape)
+        memory = self._map()
+        if offset % dtype.itemsize == 0:
+            return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).reshape(shape)
+        # Tensors of small types may come first and leave the next one unaligned: only a copy can be read safely.
+        raw = torch.frombuffer(memory, dtype=torch.uint8, count=count * dtype.itemsize, offset=offset)
+        return raw.clone().view(dtype).reshape(shape)
+
+    def sha256(self, *, with_header: bool = True) -> str:
+        """The sha256 of the whole file, or of what comes after its header, as 64 hex digits."""
+        digest = hashlib.sha256()
+        with self.path.open("rb") as file:
+            if not with_header:
+                file.seek(8 + struct.unpack("<Q", file.read(8))[0])
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    def _bytes(self, offset: int, count: int) -> bytearray:
+        with self._reopened() as file:
+            file.seek(offset)
+            return bytearray(file.read(count))
+
+    def _map(self) -> mmap.mmap:
+        if self._memory is None:
+            with self._reopened() as file:
+                # A private mapping: torch wants writable memory, the file must stay as it is.
+                if sys.platform == "linux":
+                    # Without setting memory aside for all that could be written: it may be more than there is.
+                    flags, protection = mmap.MAP_PRIVATE | _NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+                    self._memory = mmap.mmap(file.fileno(), 0, flags=flags, prot=protection)
+                else:
+                    self._memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._memory
+
+    @contextmanager
+    def _reopened(self) -> Iterator[BinaryIO]:
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                if os.fstat(file.fileno()).st_size != self._size:
+                    raise BadFile(f"{self.path}: has changed on disk since it was opened")
+                yield file
+        except OSError as error:
+            raise BadFile(f"{self.path}: cannot be read: {error.strerror or error}") from None
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __repr__(self) -> str:
+        return f"SafetensorsFile({str(self.path)!r}, {len(self)} tensors)"
+
+
+def _header_size(path: Path, start: bytes, file_size: int) -> int:
+    if file_size == 0:
+        raise BadFile(f"{path}: the file is empty")
+    size = struct.unpack("<Q", start)[0] if len(start) == 8 else None
+    if size is not None and size <= MAX_HEADER_BYTES and 8 + size <= file_size:
+        return size
+    if start[:4] == b"GGUF":
+        raise BadFile(
+            f"{path}: this is a GGUF file under whatever name, which is quantised; give it as a safetensors file"
+        )
+    # Only now: the length of a good header may have the same bytes as the start of a pickle.
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        raise BadFile(
+            f"{path}: this is a Python pickle (.pt, .ckpt, .bin) under whatever name, not a safetensors file; "
+            "opening a pickle can run any program, so convert it to .safetensors first with a tool that you trust"
+        )
+    if size is None:
+        raise BadFile(f"{path}: truncated: {file_size} bytes, a safetensors file begins with 8 bytes of header length")
+    if size > MAX_HEADER_BYTES:
+        raise BadFile(f"{path}: not a safetensors file: it claims a header of {size} bytes (limit {MAX_HEADER_BYTES})")
+    raise BadFile(f"{path}: truncated: the header needs {8 + size} bytes, the file has {file_size}")
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the name {twice[:80]!r} appears twice")
+    return result
+
+
+def _parse_header(path: Path, header: bytes) -> tuple[dict[str, object], dict[str, str]]:
+    if header[:1] != b"{":
+        raise BadFile(f"{path}: not a safetensors file: its header does not start with '{{'")
+    values = sum(header.count(mark) for mark in b",[{")
+    if values > MAX_HEADER_VALUES:
+        raise BadFile(f"{path}: its header has {values} commas and brackets (limit {MAX_HEADER_VALUES})")
+    try:
+        entries = json.loads(header.decode("utf-8"), object_pairs_hook=_unique)
+    except UnicodeDecodeError:
+        raise BadFile(f"{path}: damaged header: not UTF-8") from None
+    except RecursionError:
+        raise BadFile(f"{path}: damaged header: nested too deeply") from None
+    except ValueError as error:
+        raise BadFile(f"{path}: damaged header: {error}") from None
+    metadata = entries.pop("__metadata__", None)
+    if metadata is None:
+        metadata = {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise BadFile(f"{path}: damaged header: __metadata__ must map strings to strings")
+    for text in (*entries, *metadata, *metadata.values()):
+        if not is_text(text):
+            raise BadFile(f"{path}: damaged header: {text[:80]!r} is no Unicode text")
+    return entries, metadata
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _check_entries(
+    path: Path, entries: dict[str, object], first_byte: int, file_size: int
+) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype], dict[str, int]]:
+    """Shapes, dtypes and byte offsets in the file, of entries that fill the file without gap or overlap."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    offsets: dict[str, int] = {}
+    ranges: list[tuple[int, int, str]] = []
+    for name, entry in entries.items():
+        where = f"{path}: damaged header: tensor {name[:80]!r}"
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise BadFile(f"{where} must have exactly dtype, shape and data_offsets")
+        dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+        if dtype is None:
+            known = ", ".join(DTYPES)
+            raise BadFile(f"{path}: tensor {name[:80]!r} has dtype {str(entry['dtype'])[:20]!r}; known: {known}")
+        shape = entry["shape"]
+        if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(_is_size(side) for side in shape):
+            raise BadFile(f"{where} has a shape that is not a list of at most {MAX_DIMENSIONS} sizes")
+        span = entry["data_offsets"]
+        if not isinstance(span, list) or len(span) != 2 or not all(_is_size(value) for value in span):
+            raise BadFile(f"{where} has data_offsets that are not two byte positions")
+        begin, end = span
+        if begin > end or first_byte + end > file_size:
+            raise BadFile(
+                f"{path}: truncated or damaged: tensor {name[:80]!r} lies at bytes {begin} to {end}, "
+                f"the file has {file_size - first_byte} bytes of tensors"
+            )
+        # Sizes are bounded by the file before they are multiplied: no absurd dimension survives.
+        if any(side > file_size for side in shape) or math.prod(shape) * dtype.itemsize != end - begin:
+            raise BadFile(f"{where} of shape {shape} and dtype {entry['dtype']} does not take {end - begin} bytes")
+        shapes[name], dtypes[name], offsets[name] = tuple(shape), dtype, first_byte + begin
+        ranges.append((begin, end, name))
+    position = 0
+    for begin, end, name in sorted(ranges):
+        if begin != position:
+            fault = "overlaps another" if begin < position else "leaves a gap before it"
+            raise BadFile(f"{path}: damaged header: tensor {name[:80]!r} {fault}")
+        position = end
+    if first_byte + position != file_size:
+        raise BadFile(f"{path}: damaged: {file_size - first_byte - position} bytes after the last tensor")
+    return shapes, dtypes, offsets
+
+
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Name -> dtype and shape: what a header says of the tensors."""
+
+
+class ComputedTensors(Mapping[str, Tensor]):
+    """Tensors that are made when asked for, so that a large file is written without ever being in memory.
+
+    Each maker returns some tensors by name, every time the same. All are called once to learn the layout; later the
+    tensors of the last one are kept, because those of one module are asked for one after another.
+    """
+
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+    def __init__(self, makers: Iterable[Callable[[], Mapping[str, Tensor]]]):
+        self.layout = {}
+        self._makers: dict[str, Callable[[], Mapping[str, Tensor]]] = {}
+        self._numbers: dict[str, Tensor] = {}
+        self._last: tuple[object, Mapping[str, Tensor]] = (None, {})
+        for make in makers:
+            for name, tensor in make().items():
+                self.layout[name] = (tensor.dtype, tuple(tensor.shape))
+                self._makers[name] = make
+                if tensor.ndim == 0:
+                    self._numbers[name] = tensor
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._numbers:
+            return self._numbers[name]
+        make = self._makers[name]
+        if self._last[0] is not make:
+            self._last = (make, make())
+        return self._last[1][name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.layout
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout)
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+
+def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
+    """The layout of tensors; of those in a file none is read, and none is computed again."""
+    if isinstance(tensors, (SafetensorsFile, ComputedTensors)):
+        return tensors.layout
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def layout_in(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Layout:
+    """The layout of the tensors when they are saved in that dtype, as far as they are floating-point numbers."""
+
+    def saved(name: str, own: torch.dtype, shape: tuple[int, ...]) -> torch.dtype:
+        if not own.is_floating_point or own == dtype:
+            return own
+        # A LoRA's alpha is one number: where the dtype would round it, the scale of the whole module would be off.
+        if shape == () and tensors[name].to(dtype).float() != tensors[name].float():
+            return torch.float32
+        return dtype
+
+    return {name: (saved(name, own, shape), shape) for name, (own, shape) in layout_of(tensors).items()}
+
+
+def cast_tensor(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in the dtype that it is saved in. BadFile, which names it by `key`, where its values do not fit."""
+    if tensor.dtype == dtype:
+        return tensor
+    result = tensor.detach().to("cpu", dtype).contiguous()
+    if not torch.isfinite(result.float()).all() and torch.isfinite(tensor.float()).all():
+        raise BadFile(f"{key}: its values do not fit {dtype}; save as bfloat16 or float32")
+    return result
+
+
+def storage_order(layout: Layout) -> list[str]:
+    """The names in the order in which tensors are written (that of the safetensors library)."""
+    return sorted(layout, key=lambda name: (_STORAGE_ORDER.index(_CODES[layout[name][0]]), name))
+
+
+def header_bytes(layout: Layout, metadata: Mapping[str, str] | None) -> bytes:
+    """The start of a safetensors file: length and header, padded to 8 bytes, the same bytes for the same input."""
+    entries: dict[str, object] = {}
+    position = 0
+    for name in storage_order(layout):
+        dtype, shape = layout[name]
+        end = position + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    return _pack_header(entries, metadata)
+
+
+def _pack_header(entries: Mapping[str, object], metadata: Mapping[str, str] | None) -> bytes:
+    head = {"__metadata__": {key: metadata[key] for key in sorted(metadata)}} if metadata else {}
+    # Metadata names files, and what those are called need not be Unicode text.
+    text = json.dumps({**head, **entries}, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's values as they are stored."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def save_safetensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes the file under a temporary name and renames it, so that a reader sees the old file or the whole new one.
+
+    Equal input gives equal bytes. BadFile when the folder is missing or closed, the disk is full, or a dtype has no
+    safetensors name.
+    """
+    write_safetensors(path, layout_of(tensors), tensors.__getitem__, metadata)
+
+
+class Digest(Protocol):
+    """What hashlib's objects do."""
+
+    def update(self, data: bytes | memoryview, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
+
+
+def write_safetensors(
+    path: str | os.PathLike[str],
+    layout: Layout,
+    read: Callable[[str], Tensor],
+    metadata: Mapping[str, str] | None = None,
+    digests: Mapping[str, Digest] | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """As `save_safetensors`, of tensors that are computed (or read) one by one and never together in memory.
+
+    `digests` (key in the metadata -> digest) are fed the bytes of the tensors as they are stored, and end up in the
+    metadata. `on_progress(done, total)` counts tensors.
+    """
+    for name, (dtype, _) in layout.items():
+        if dtype not in _CODES:
+            raise BadFile(f"{path}: cannot be written: tensor {name!r} has dtype {dtype}")
+    digests = digests or {}
+
+    def header() -> bytes:
+        found = {key: digest.hexdigest() for key, digest in digests.items()}
+        return header_bytes(layout, {**(metadata or {}), **found})
+
+    def write(file: BinaryIO) -> None:
+        file.write(header())
+        for done, name in enumerate(storage_order(layout), 1):
+            tensor = read(name)
+            assert (tensor.dtype, tuple(tensor.shape)) == layout[name], name
+            data = tensor_bytes(tensor)
+            file.write(data)
+            for digest in digests.values():
+                digest.update(data)
+            on_progress(done, len(layout))
+        if digests:
+            # Now they are known; a digest is as long as that of nothing, so the tensors stay where they are.
+            file.seek(0)
+            file.write(header())
+
+    write_file(path, write)
+
+
+def copy_with_metadata(file: SafetensorsFile, path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
+    """Writes the same tensors, byte for byte in the same order, with other metadata (also over the file itself)."""
+
+    def write(output: BinaryIO) -> None:
+        with file.path.open("rb") as source:
+            size = struct.unpack("<Q", source.read(8))[0]
+            entries, _ = _parse_header(file.path, source.read(size))
+            output.write(_pack_header(entries, metadata))
+            shutil.copyfileobj(source, output, CHUNK_BYTES)
+
+    write_file(path, write)

@@ -1,0 +1,54 @@
+"""The names of LoRA tensors in every naming scheme, and which module of a model each of them means.
+
+Everywhere else in the project a module is `(part, path)`: `("denoiser", "down_blocks.0.attentions.0.proj_in")`,
+`("text_encoder", "text_model.encoder.layers.0.mlp.fc1")`, with the paths that diffusers and transformers use.
+What a family is called, and its modules in every scheme, is one `NameTable`, registered in `NAME_TABLES` here.
+"""
+
+from collections.abc import Iterable
+
+from .flux import CHROMA, FLUX1, FLUX2
+from .keys import EMBEDDING_KEYS, NamedTensor, bundled_embedding, parse_key
+from .lumina import LUMINA2, ZIMAGE
+from .others import other_model
+from .qwen import QWEN_IMAGE
+from .sd3 import SD3
+from .stable_diffusion import SD2, SD15, SDXL
+from .table import Fusion, ModuleId, NameTable, Place, Sign, text_encoder_path
+
+NAME_TABLES: dict[str, NameTable] = {
+    family.name: family for family in (SD15, SD2, SDXL, SD3, FLUX1, CHROMA, FLUX2, LUMINA2, ZIMAGE, QWEN_IMAGE)
+}
+"""By name. Where a file fits several equally, the first one is meant."""
+
+
+def families_of(modules: Iterable[tuple[str, str, tuple[int, ...] | None]]) -> list[str]:
+    """The families that fit best: those with the most signs among (part, path, shape of the weight); none without any.
+
+    Signs in text encoders, which families share, only decide between those that fit equally without.
+    """
+    scores = {name: [0, 0, 0, 0] for name in NAME_TABLES}
+    for part, path, shape in modules:
+        for family in NAME_TABLES.values():
+            for sign in family.signs:
+                if sign.matches(part, path, shape):
+                    scores[family.name][2 * (part != "denoiser") + (not sign.decisive)] += 1
+    best = max(scores.values())
+    return [name for name, score in scores.items() if score == best and any(score)]
+
+
+__all__ = [
+    "EMBEDDING_KEYS",
+    "NAME_TABLES",
+    "Fusion",
+    "ModuleId",
+    "NameTable",
+    "NamedTensor",
+    "Place",
+    "Sign",
+    "bundled_embedding",
+    "families_of",
+    "other_model",
+    "parse_key",
+    "text_encoder_path",
+]

@@ -1,0 +1,135 @@
+"""FLUX.1, Chroma and FLUX.2: double blocks of an image and a text stream, then single blocks of both together."""
+
+from .table import Fusion, NameTable, Sign, by_rules, clip_signs
+
+_DOUBLE, _SINGLE = "transformer_blocks.{}", "single_transformer_blocks.{}"
+_QKV = (1, 1, 1)
+
+_ATTENTION = (
+    Fusion("double_blocks.{}.img_attn.qkv", tuple(f"{_DOUBLE}.attn.to_{x}" for x in "qkv"), _QKV),
+    Fusion("double_blocks.{}.txt_attn.qkv", tuple(f"{_DOUBLE}.attn.add_{x}_proj" for x in "qkv"), _QKV),
+    Fusion("double_blocks.{}.img_attn.proj", (f"{_DOUBLE}.attn.to_out.0",)),
+    Fusion("double_blocks.{}.txt_attn.proj", (f"{_DOUBLE}.attn.to_add_out",)),
+)
+_ENDS = (
+    Fusion("img_in", ("x_embedder",)),
+    Fusion("txt_in", ("context_embedder",)),
+    Fusion("final_layer.linear", ("proj_out",)),
+    Fusion("final_layer.adaLN_modulation.1", ("norm_out.linear",), halves_swapped=True),
+)
+
+
+def _embedders(name: str, **parts: str) -> tuple[Fusion, ...]:
+    return tuple(
+        Fusion(f"{original}.{layer}", (f"{name}.{part}.linear_{number}",))
+        for original, part in parts.items()
+        for number, layer in ((1, "in_layer"), (2, "out_layer"))
+    )
+
+
+_of_original, _of_diffusers = by_rules(
+    *_ATTENTION,
+    Fusion("double_blocks.{}.img_mlp.0", (f"{_DOUBLE}.ff.net.0.proj",)),
+    Fusion("double_blocks.{}.img_mlp.2", (f"{_DOUBLE}.ff.net.2",)),
+    Fusion("double_blocks.{}.txt_mlp.0", (f"{_DOUBLE}.ff_context.net.0.proj",)),
+    Fusion("double_blocks.{}.txt_mlp.2", (f"{_DOUBLE}.ff_context.net.2",)),
+    Fusion("double_blocks.{}.img_mod.lin", (f"{_DOUBLE}.norm1.linear",)),
+    Fusion("double_blocks.{}.txt_mod.lin", (f"{_DOUBLE}.norm1_context.linear",)),
+    Fusion(
+        "single_blocks.{}.linear1",
+        (*(f"{_SINGLE}.attn.to_{x}" for x in "qkv"), f"{_SINGLE}.proj_mlp"),
+        (1, 1, 1, 4),
+    ),
+    Fusion("single_blocks.{}.linear2", (f"{_SINGLE}.proj_out",)),
+    Fusion("single_blocks.{}.modulation.lin", (f"{_SINGLE}.norm.linear",)),
+    *_embedders(
+        "time_text_embed", time_in="timestep_embedder", vector_in="text_embedder", guidance_in="guidance_embedder"
+    ),
+    # Only Chroma has these.
+    Fusion("distilled_guidance_layer.layers.{}.in_layer", ("distilled_guidance_layer.layers.{}.linear_1",)),
+    Fusion("distilled_guidance_layer.layers.{}.out_layer", ("distilled_guidance_layer.layers.{}.linear_2",)),
+    *_ENDS,
+)
+_of_original_2, _of_diffusers_2 = by_rules(
+    *_ATTENTION,
+    Fusion("double_blocks.{}.img_mlp.0", (f"{_DOUBLE}.ff.linear_in",)),
+    Fusion("double_blocks.{}.img_mlp.2", (f"{_DOUBLE}.ff.linear_out",)),
+    Fusion("double_blocks.{}.txt_mlp.0", (f"{_DOUBLE}.ff_context.linear_in",)),
+    Fusion("double_blocks.{}.txt_mlp.2", (f"{_DOUBLE}.ff_context.linear_out",)),
+    Fusion("single_blocks.{}.linear1", (f"{_SINGLE}.attn.to_qkv_mlp_proj",)),
+    Fusion("single_blocks.{}.linear2", (f"{_SINGLE}.attn.to_out",)),
+    Fusion("double_stream_modulation_img.lin", ("double_stream_modulation_img.linear",)),
+    Fusion("double_stream_modulation_txt.lin", ("double_stream_modulation_txt.linear",)),
+    Fusion("single_stream_modulation.lin", ("single_stream_modulation.linear",)),
+    *_embedders("time_guidance_embed", time_in="timestep_embedder", guidance_in="guidance_embedder"),
+    *_ENDS,
+)
+
+_STRUCTURE = Sign(r"^(double_blocks|single_blocks|single_transformer_blocks)\.\d+\.")
+_DOUBLE_ATTENTION = r"^(double_blocks\.\d+\.(img|txt)_attn|transformer_blocks\.(\d|1[0-8])\.attn)\."
+"""Up to 19 double blocks; Qwen-Image has 60 blocks of the same name and width in diffusers."""
+_WIDTH_1 = frozenset({3072})
+_WIDTHS_2 = frozenset({3072, 4096, 6144})
+"""Hidden widths of FLUX.2 klein 4B, klein 9B and dev."""
+
+FLUX1 = NameTable(
+    name="flux1",
+    base_versions=("flux1",),
+    architecture="flux-1-dev",
+    signs=(
+        _STRUCTURE,
+        Sign(_DOUBLE_ATTENTION, _WIDTH_1),
+        Sign(r"^single_blocks\.\d+\.linear1$", _WIDTH_1, ratio=7),
+        Sign(r"^single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp)$", _WIDTH_1),
+        Sign(r"^double_blocks\.\d+\.(img|txt)_mlp\.0$", _WIDTH_1, ratio=4),
+        Sign(r"^transformer_blocks\.\d+\.ff(_context)?\.net\.0\.proj$", _WIDTH_1, ratio=4),
+        # Chroma took the modulation layers out.
+        Sign(r"(mod|modulation)\.lin$|^(vector|guidance)_in\.", frozenset({256, 768, 3072})),
+        Sign(r"^(single_)?transformer_blocks\.\d+\.norm(1|1_context)?\.linear$", _WIDTH_1),
+        *clip_signs(768),
+    ),
+    of_original=_of_original,
+    of_diffusers=_of_diffusers,
+    kohya_prefixes={"denoiser": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te3_"},
+    comfy_prefixes={
+        "denoiser": "diffusion_model.",
+        "text_encoder": "text_encoders.clip_l.transformer.",
+        "text_encoder_2": "text_encoders.t5xxl.transformer.",
+    },
+    part_names={"text_encoder_3": "text_encoder_2"},
+)
+CHROMA = NameTable(
+    name="chroma",
+    base_versions=("chroma",),
+    architecture="chroma",
+    signs=(
+        _STRUCTURE,
+        Sign(_DOUBLE_ATTENTION, _WIDTH_1),
+        Sign(r"^single_blocks\.\d+\.linear1$", _WIDTH_1, ratio=7),
+        Sign(r"^single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp)$", _WIDTH_1),
+        Sign(r"^double_blocks\.\d+\.(img|txt)_mlp\.0$", _WIDTH_1, ratio=4),
+        Sign(r"^transformer_blocks\.\d+\.ff(_context)?\.net\.0\.proj$", _WIDTH_1, ratio=4),
+        Sign(r"^distilled_guidance_layer\.", frozenset({64, 5120})),
+    ),
+    of_original=_of_original,
+    of_diffusers=_of_diffusers,
+    kohya_prefixes={"denoiser": "lora_unet_", "text_encoder": "lora_te1_"},
+    comfy_prefixes={"denoiser": "diffusion_model.", "text_encoder": "text_encoders.t5xxl.transformer."},
+    part_names={"text_encoder_2": "text_encoder", "text_encoder_3": "text_encoder"},
+)
+FLUX2 = NameTable(
+    name="flux2",
+    base_versions=("flux2", "flux2_klein_4b", "flux2_klein_9b"),
+    architecture="flux-2-dev",
+    signs=(
+        _STRUCTURE,
+        Sign(_DOUBLE_ATTENTION, _WIDTHS_2),
+        Sign(r"^single_blocks\.\d+\.linear1$", _WIDTHS_2, ratio=9),
+        Sign(r"^single_transformer_blocks\.\d+\.attn\.to_qkv_mlp_proj$", _WIDTHS_2, ratio=9),
+        Sign(r"^double_blocks\.\d+\.(img|txt)_mlp\.0$", _WIDTHS_2, ratio=6),
+        Sign(r"^transformer_blocks\.\d+\.ff(_context)?\.linear_in$", _WIDTHS_2, ratio=6),
+        Sign(r"^(double_stream_modulation_(img|txt)|single_stream_modulation)\.", _WIDTHS_2),
+    ),
+    of_original=_of_original_2,
+    of_diffusers=_of_diffusers_2,
+)

@@ -1,0 +1,70 @@
+"""Lumina-Image 2 and Z-Image: one stack of layers after two refiners."""
+
+from .table import Fusion, NameTable, Sign, by_rules
+
+_STACKS = ("layers.{}", "noise_refiner.{}", "context_refiner.{}")
+
+
+def _lumina_layer(stack: str) -> tuple[Fusion, ...]:
+    return (
+        # 24 heads for q, 8 for k and v.
+        Fusion(f"{stack}.attention.qkv", tuple(f"{stack}.attn.to_{x}" for x in "qkv"), (1, 1 / 3, 1 / 3)),
+        Fusion(f"{stack}.attention.out", (f"{stack}.attn.to_out.0",)),
+        *(Fusion(f"{stack}.feed_forward.w{n}", (f"{stack}.feed_forward.linear_{n}",)) for n in (1, 2, 3)),
+        Fusion(f"{stack}.adaLN_modulation.1", (f"{stack}.norm1.linear",)),
+    )
+
+
+def _z_image_layer(stack: str) -> tuple[Fusion, ...]:
+    return (
+        Fusion(f"{stack}.attention.qkv", tuple(f"{stack}.attention.to_{x}" for x in "qkv"), (1, 1, 1)),
+        Fusion(f"{stack}.attention.out", (f"{stack}.attention.to_out.0",)),
+    )
+
+
+_of_original, _of_diffusers = by_rules(
+    *(rule for stack in _STACKS for rule in _lumina_layer(stack)),
+    Fusion("final_layer.adaLN_modulation.1", ("norm_out.linear_1",)),
+    Fusion("final_layer.linear", ("norm_out.linear_2",)),
+    Fusion("cap_embedder.1", ("time_caption_embed.caption_embedder.1",)),
+    Fusion("t_embedder.mlp.0", ("time_caption_embed.timestep_embedder.linear_1",)),
+    Fusion("t_embedder.mlp.2", ("time_caption_embed.timestep_embedder.linear_2",)),
+)
+_of_original_z, _of_diffusers_z = by_rules(
+    *(rule for stack in _STACKS for rule in _z_image_layer(stack)),
+    # 2-1: patches of two by two pixels in one frame.
+    Fusion("final_layer.linear", ("all_final_layer.2-1.linear",)),
+    Fusion("final_layer.adaLN_modulation.1", ("all_final_layer.2-1.adaLN_modulation.1",)),
+    Fusion("x_embedder", ("all_x_embedder.2-1",)),
+)
+_LAYER = r"^(layers|noise_refiner|context_refiner)\.\d+\."
+_LUMINA_INPUTS = _LAYER + r"(attention\.(qkv|out)|attn\.to_\w+(\.0)?|feed_forward\.(w1|w3|linear_1|linear_3))$"
+_Z_IMAGE_INPUTS = _LAYER + r"(attention\.(qkv|out|to_\w+(\.0)?)|feed_forward\.(w1|w3))$"
+
+LUMINA2 = NameTable(
+    name="lumina2",
+    base_versions=("lumina2",),
+    architecture="lumina-2",
+    signs=(
+        Sign(_LAYER),
+        Sign(
+            _LAYER + r"(attention\.(qkv|out)|attn\.to_\w+(\.0)?|feed_forward\.(w1|w3|linear_1|linear_3))$",
+            frozenset({2304}),
+        ),
+    ),
+    of_original=_of_original,
+    of_diffusers=_of_diffusers,
+)
+ZIMAGE = NameTable(
+    name="zimage",
+    base_versions=("zimage",),
+    architecture="z-image",
+    signs=(
+        Sign(_LAYER),
+        Sign(_Z_IMAGE_INPUTS, frozenset({3840})),
+    ),
+    of_original=_of_original_z,
+    of_diffusers=_of_diffusers_z,
+    # ComfyUI, diffusers and InvokeAI all read the split names under "diffusion_model.".
+    original_in_comfy=False,
+)

@@ -1,0 +1,25 @@
+"""Models whose LoRA files look like those of a family here in some of their names, so that they can be refused by name."""
+
+from collections.abc import Iterable
+
+from .table import Sign
+
+_OTHERS = (
+    ("HunyuanVideo", Sign(r"^double_blocks\.\d+\.(img|txt)_(mod\.linear|mlp\.fc[12])$|individual_token_refiner")),
+    # FLUX.1 has 19 double and 38 single blocks of the same width, HunyuanVideo 20 and 40.
+    ("HunyuanVideo", Sign(r"^(double_blocks\.19|single_(transformer_)?blocks\.3[89])\.", frozenset({3072}))),
+    ("HunyuanVideo 1.5", Sign(r"^(double_|transformer_)blocks\.\d+\.((img|txt)_)?attn[._]", frozenset({2048}))),
+    ("Wan", Sign(r"^blocks\.\d+\.(self|cross)[._]attn\.[qkvo]$|^blocks\.\d+\.ffn\.net\.")),
+    ("a model like LTX-Video, CogVideoX, Mochi or PixArt", Sign(r"^transformer_blocks\.\d+\.attn1\.")),
+    ("AuraFlow", Sign(r"^(joint[._]transformer_blocks|double[._]layers)\.\d+\.")),
+    ("Lumina-Next", Sign(r"^layers\.\d+\.attn[12]\.")),
+    ("Stable Cascade", Sign(r"^(down|up)_blocks\.\d+\.\d+\.")),
+    ("a video model like AnimateDiff or SVD", Sign(r"motion[._]modules|temporal[._]transformer")),
+    ("the SDXL refiner", Sign(r"attn2\.to_[kv]$", frozenset({1280}), ratio=0.6)),
+)  # fmt: skip
+
+
+def other_model(modules: Iterable[tuple[str, str, tuple[int, ...] | None]]) -> str | None:
+    """The model of another family that has such modules, as in `families_of`; None: none that is known."""
+    given = list(modules)
+    return next((title for title, sign in _OTHERS if any(sign.matches(*module) for module in given)), None)

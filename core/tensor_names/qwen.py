@@ -1,0 +1,18 @@
+"""Qwen-Image: the original model and diffusers have the same names."""
+
+from .table import NameTable, Sign, by_rules
+
+_of_original, _of_diffusers = by_rules()
+
+QWEN_IMAGE = NameTable(
+    name="qwen-image",
+    base_versions=("qwen_image",),
+    architecture="qwen-image",
+    signs=(
+        Sign(r"^transformer_blocks\.\d+\."),
+        Sign(r"^transformer_blocks\.\d+\.(img|txt)_(mlp\.net\.0\.proj|mod\.1)$", frozenset({3072})),
+        Sign(r"^transformer_blocks\.\d+\.attn\.", frozenset({3072})),
+    ),
+    of_original=_of_original,
+    of_diffusers=_of_diffusers,
+)

@@ -1,0 +1,57 @@
+"""SD3 and SD3.5: MM-DiT with joint blocks of an image and a text ("context") stream."""
+
+from .table import CLIP_G_SIGN, Fusion, NameTable, Sign, by_rules, clip_signs
+
+_BLOCK = "transformer_blocks.{}"
+_JOINT = "joint_blocks.{}"
+_QKV = (1, 1, 1)
+
+_of_original, _of_diffusers = by_rules(
+    Fusion(f"{_JOINT}.x_block.attn.qkv", tuple(f"{_BLOCK}.attn.to_{x}" for x in "qkv"), _QKV),
+    Fusion(f"{_JOINT}.context_block.attn.qkv", tuple(f"{_BLOCK}.attn.add_{x}_proj" for x in "qkv"), _QKV),
+    Fusion(f"{_JOINT}.x_block.attn2.qkv", tuple(f"{_BLOCK}.attn2.to_{x}" for x in "qkv"), _QKV),
+    Fusion(f"{_JOINT}.x_block.attn.proj", (f"{_BLOCK}.attn.to_out.0",)),
+    Fusion(f"{_JOINT}.context_block.attn.proj", (f"{_BLOCK}.attn.to_add_out",)),
+    Fusion(f"{_JOINT}.x_block.attn2.proj", (f"{_BLOCK}.attn2.to_out.0",)),
+    Fusion(f"{_JOINT}.x_block.mlp.fc1", (f"{_BLOCK}.ff.net.0.proj",)),
+    Fusion(f"{_JOINT}.x_block.mlp.fc2", (f"{_BLOCK}.ff.net.2",)),
+    Fusion(f"{_JOINT}.context_block.mlp.fc1", (f"{_BLOCK}.ff_context.net.0.proj",)),
+    Fusion(f"{_JOINT}.context_block.mlp.fc2", (f"{_BLOCK}.ff_context.net.2",)),
+    Fusion(f"{_JOINT}.x_block.adaLN_modulation.1", (f"{_BLOCK}.norm1.linear",)),
+    # In the last block this layer has only shift and scale.
+    Fusion(f"{_JOINT}.context_block.adaLN_modulation.1", (f"{_BLOCK}.norm1_context.linear",), halves_swapped=True),
+    Fusion("final_layer.adaLN_modulation.1", ("norm_out.linear",), halves_swapped=True),
+    Fusion("final_layer.linear", ("proj_out",)),
+    Fusion("x_embedder.proj", ("pos_embed.proj",)),
+    Fusion("t_embedder.mlp.0", ("time_text_embed.timestep_embedder.linear_1",)),
+    Fusion("t_embedder.mlp.2", ("time_text_embed.timestep_embedder.linear_2",)),
+    Fusion("y_embedder.mlp.0", ("time_text_embed.text_embedder.linear_1",)),
+    Fusion("y_embedder.mlp.2", ("time_text_embed.text_embedder.linear_2",)),
+)
+
+SD3 = NameTable(
+    name="sd3",
+    base_versions=("sd3", "sd3.5"),
+    architecture="stable-diffusion-3-medium",
+    signs=(
+        Sign(r"^(joint_blocks|transformer_blocks)\.\d+\."),
+        Sign(r"^joint_blocks\.\d+\.(x|context)_block\.attn2?\.", frozenset({1536, 2432})),
+        Sign(r"^transformer_blocks\.\d+\.attn2?\.", frozenset({1536, 2432})),
+        *clip_signs(768),
+        CLIP_G_SIGN,
+    ),
+    of_original=_of_original,
+    of_diffusers=_of_diffusers,
+    kohya_prefixes={
+        "denoiser": "lora_unet_",
+        "text_encoder": "lora_te1_",
+        "text_encoder_2": "lora_te2_",
+        "text_encoder_3": "lora_te3_",
+    },
+    comfy_prefixes={
+        "denoiser": "diffusion_model.",
+        "text_encoder": "text_encoders.clip_l.transformer.",
+        "text_encoder_2": "text_encoders.clip_g.transformer.",
+        "text_encoder_3": "text_encoders.t5xxl.transformer.",
+    },
+)

@@ -1,0 +1,90 @@
+"""SD1.x, SD2.x and SDXL: UNets, whose original (LDM) names are arithmetic on diffusers' block numbers."""
+
+import re
+from functools import partial
+
+from .table import CLIP_G_SIGN, Fusion, NameTable, Sign, clip_signs
+from .unet import diffusers_unet_path, ldm_unet_path
+
+_ORIGINAL_ROOTS = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
+
+
+def _of_original(path: str) -> Fusion | None:
+    return Fusion(path, (diffusers_unet_path(path),)) if path.startswith(_ORIGINAL_ROOTS) else None
+
+
+def _of_diffusers_sd1(path: str) -> Fusion:
+    # The deepest up level of SD1.x and SD2.x has no attention.
+    return Fusion(ldm_unet_path(path, attention_above=lambda level: level > 0), (path,))
+
+
+def _of_diffusers_sdxl(path: str) -> Fusion:
+    return Fusion(ldm_unet_path(path), (path,))
+
+
+def _kernel(path: str, linear_projections: bool) -> int | None:
+    if re.search(r"(^|\.)(conv1|conv2|conv|conv_in|conv_out)$", path):
+        return 3
+    if path.endswith(".conv_shortcut"):
+        return 1
+    return 1 if path.endswith((".proj_in", ".proj_out")) and not linear_projections else None
+
+
+def _signs(context_width: int, text_width: int) -> tuple[Sign, ...]:
+    return (
+        Sign(r"(^|\.)(down_blocks|up_blocks|mid_block|input_blocks|output_blocks|middle_block)\."),
+        Sign(r"attn2\.to_[kv]$", frozenset({context_width})),
+        *clip_signs(text_width),
+    )
+
+
+SD15 = NameTable(
+    name="sd15",
+    base_versions=("sd_v1",),
+    architecture="stable-diffusion-v1",
+    signs=_signs(context_width=768, text_width=768),
+    of_original=_of_original,
+    of_diffusers=_of_diffusers_sd1,
+    kernel=partial(_kernel, linear_projections=False),
+    diffusers_prefix="unet.",
+    kohya_prefixes={"denoiser": "lora_unet_", "text_encoder": "lora_te_"},
+    comfy_prefixes={"denoiser": "diffusion_model.", "text_encoder": "text_encoders.clip_l.transformer."},
+    original_in_kohya=False,
+)
+SD2 = NameTable(
+    name="sd2",
+    base_versions=("sd_v2", "sd_v2_v"),
+    architecture="stable-diffusion-v2-768-v",
+    signs=_signs(context_width=1024, text_width=1024),
+    of_original=_of_original,
+    of_diffusers=_of_diffusers_sd1,
+    kernel=partial(_kernel, linear_projections=True),
+    # sd-scripts builds SD2 with SD1's convolutions, the original and diffusers with Linears.
+    kernel_in_kohya=partial(_kernel, linear_projections=False),
+    diffusers_prefix="unet.",
+    kohya_prefixes={"denoiser": "lora_unet_", "text_encoder": "lora_te_"},
+    comfy_prefixes={"denoiser": "diffusion_model.", "text_encoder": "text_encoders.clip_h.transformer."},
+    original_in_kohya=False,
+)
+SDXL = NameTable(
+    name="sdxl",
+    base_versions=("sdxl_base_v1-0",),
+    architecture="stable-diffusion-xl-v1-base",
+    signs=(
+        *_signs(context_width=2048, text_width=768),
+        # Up to ten transformer blocks in a row, where SD1.x and SD2.x have one.
+        Sign(r"\.transformer_blocks\.[1-9]\.", frozenset({640, 1280, 2048, 2560, 5120})),
+        Sign(r"\.transformer_blocks\.[1-9]\."),
+        CLIP_G_SIGN,
+    ),
+    of_original=_of_original,
+    of_diffusers=_of_diffusers_sdxl,
+    kernel=partial(_kernel, linear_projections=True),
+    diffusers_prefix="unet.",
+    kohya_prefixes={"denoiser": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},
+    comfy_prefixes={
+        "denoiser": "diffusion_model.",
+        "text_encoder": "text_encoders.clip_l.transformer.",
+        "text_encoder_2": "text_encoders.clip_g.transformer.",
+    },
+)

@@ -1,0 +1,201 @@
+"""What the encoders make of photos and captions: computed once, kept on disk by content, held ready for the loop."""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..config import TrainConfig
+from ..device import explained_memory_error, whole_or_in_tiles
+from ..errors import BadFile
+from ..models.base import Base
+from ..models.clip import chunk_count
+from ..models.objective import shrink_mask
+from ..models.spec import Conditioning, Pair
+from ..photos import Dataset, TrainingImage
+from ..photos.captions import class_caption
+from ..storage.cache_folder import cache_folder, content_key, made_folder
+from ..storage.safetensors_file import SafetensorsFile, save_safetensors
+from .methods import trains_text
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """A training picture as the loop sees it."""
+
+    name: str
+    """The photo's file name, for messages only."""
+    mean: Tensor
+    """(C, h, w) float32: the mean of the VAE's latent distribution, in the denoiser's scale."""
+    deviation: Tensor
+    """(C, h, w) float32: its standard deviation, so that every step can draw anew."""
+    mask: Tensor | None
+    """(1, h, w) in [0, 1] where the loss counts; None: everywhere."""
+    conditioning: Conditioning
+    """What the family tells the denoiser of the picture itself (SDXL: sizes and crop), batch of 1."""
+    caption: str
+    class_caption: str
+    """The caption without the trigger word: what prior prediction holds to the frozen model."""
+    repeats: int
+    is_class: bool
+
+
+@dataclass(frozen=True, eq=False)
+class LatentCache:
+    """A whole data set, encoded."""
+
+    images: tuple[EncodedImage, ...]
+    text: dict[str, Conditioning]
+    """Conditioning of every caption that the run needs, batch of 1; empty when the text encoder trains."""
+    chunks: int
+    """Chunks of 77 tokens that every caption is padded to."""
+    digest: str
+    """Equal for equal photos, crops, captions and encoders."""
+    prompts: dict[str, Pair] = field(default_factory=dict)
+    """Of each prompt of samples, with that of an empty negative prompt: as long as it needs, which no training depends on."""
+
+
+def encode(
+    dataset: Dataset,
+    base: Base,
+    config: TrainConfig,
+    *,
+    device: torch.device,
+    extra_prompts: Sequence[str] = (),
+    on_progress: Callable[[int, int], None] | None = None,
+) -> LatentCache:
+    """The data set's latents and text conditioning, each computed only when it is not in the cache folder.
+
+    The encoders are loaded one after the other, only if something is to be computed, and are gone afterwards.
+    `extra_prompts` are those of samples. `on_progress(done, total)` may raise to cancel.
+    """
+    captions = [image.caption for image in dataset.images]
+    class_captions = [without_trigger(image.caption, config) for image in dataset.images]
+    chunks = chunk_count(captions)
+    wanted = {(caption, chunks) for caption in (*captions, *(class_captions if config.prior_prediction else ()), "")}
+    pairs = {prompt: ((prompt, count := chunk_count([prompt])), ("", count)) for prompt in extra_prompts}
+    if trains_text(config):
+        wanted, pairs = set(), {}
+    texts = wanted.union(*pairs.values())
+    total = len(dataset.images) + len(texts)
+    text_print = base.text_fingerprint
+
+    def progress(done: int) -> None:
+        if on_progress:
+            on_progress(done, total)
+
+    with explained_memory_error("a lower resolution or the device cpu"):
+        latents, keys = _encode_images(dataset.images, base, device, progress)
+        text = _encode_prompts(
+            sorted(texts), base, config, text_print, device, lambda done: progress(len(dataset.images) + done)
+        )
+    encoded = []
+    for image, (mean, deviation), caption_of_class in zip(dataset.images, latents, class_captions, strict=True):
+        mask = image.mask()
+        encoded.append(
+            EncodedImage(
+                name=image.photo.name,
+                mean=mean,
+                deviation=deviation,
+                mask=None if mask is None else shrink_mask(mask, (mean.shape[1], mean.shape[2])),
+                conditioning=base.family.image_conditioning(image.original_size, image.crop_top_left, image.bucket),
+                caption=image.caption,
+                class_caption=caption_of_class,
+                repeats=image.repeats,
+                is_class=image.is_class,
+            )
+        )
+    described = [
+        (key, image.caption, image.repeats, image.is_class, _mask_digest(image.mask))
+        for key, image in zip(keys, encoded, strict=True)
+    ]
+    return LatentCache(
+        tuple(encoded),
+        {caption: text[caption, count] for caption, count in wanted},
+        chunks,
+        content_key(described, text_print, chunks),
+        {prompt: (text[given], text[empty]) for prompt, (given, empty) in pairs.items()},
+    )
+
+
+def without_trigger(caption: str, config: TrainConfig) -> str:
+    """The caption as of anybody of the class; "a photo of CLASS" where it does not name the trigger in the first place."""
+    trigger = rf"(?<!\w){re.escape(config.trigger_word)}(?!\w)"
+    remaining, count = re.subn(trigger, " ", caption, flags=re.IGNORECASE)
+    return (" ".join(remaining.split()) if count else "") or class_caption(config.class_word)
+
+
+def _mask_digest(mask: Tensor | None) -> str:
+    return "" if mask is None else hashlib.sha256(mask.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _encode_images(
+    images: Sequence[TrainingImage], base: Base, device: torch.device, progress: Callable[[int], None]
+) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
+    vae_print = base.fingerprint("vae")
+    scale = [base.components["vae"].config.get(name) for name in ("scaling_factor", "shift_factor")]
+    keys = [
+        content_key("latents", image.photo.digest, image.crop, image.bucket, image.flip, vae_print, scale)
+        for image in images
+    ]
+    vae, results = None, []
+    for index, (image, key) in enumerate(zip(images, keys, strict=True)):
+        found = _read("latents", key)
+        if not found:
+            # In fp32 always: SDXL's VAE overflows in fp16, and it is a matter of seconds.
+            vae = vae or base.load("vae", device, torch.float32)
+            with torch.inference_mode():
+                pixels = image.pixels().unsqueeze(0).to(device)
+                mean, deviation = whole_or_in_tiles(vae, partial(base.family.encode_image, vae, pixels))
+                found = {"mean": mean[0].cpu(), "deviation": deviation[0].cpu()}
+            found = {name: tensor.clone() for name, tensor in found.items()}
+            if not vae.use_tiling:  # later runs may have the memory for the whole
+                _write("latents", key, found)
+        results.append((found["mean"], found["deviation"]))
+        progress(index + 1)
+    return results, keys
+
+
+def _encode_prompts(
+    prompts: Iterable[tuple[str, int]],
+    base: Base,
+    config: TrainConfig,
+    text_print: str,
+    device: torch.device,
+    progress: Callable[[int], None],
+) -> dict[tuple[str, int], Conditioning]:
+    """(prompt, chunks that it is padded to) -> its conditioning."""
+    encoders, results = None, {}
+    for index, (prompt, chunks) in enumerate(prompts):
+        key = content_key("text", prompt, base.family.name, config.clip_skip, chunks, text_print)
+        found = _read("text", key)
+        if not found:
+            with torch.inference_mode():
+                if base.caption_encoder:
+                    conditioning = base.caption_encoder.encode(prompt)
+                else:
+                    encoders = encoders or base.load_text_encoders(device, torch.float32)
+                    conditioning = base.family.encode_text(encoders, [prompt], config.clip_skip, chunks)
+            found = {name: tensor.cpu().clone() for name, tensor in conditioning.items()}
+            _write("text", key, found)
+        results[prompt, chunks] = found
+        progress(index + 1)
+    return results
+
+
+def _read(kind: str, key: str) -> dict[str, Tensor] | None:
+    path = cache_folder() / kind / f"{key}.safetensors"
+    if not path.exists():
+        return None
+    try:
+        return dict(SafetensorsFile.open(path))
+    except BadFile:
+        return None  # damaged (the machine lost power, say): it is computed again and written over
+
+
+def _write(kind: str, key: str, tensors: dict[str, Tensor]) -> None:
+    save_safetensors(made_folder(kind) / f"{key}.safetensors", tensors, None)

@@ -1,0 +1,61 @@
+"""What decides the result of a run: equal runs need not be trained twice, and only an equal run can go on from a state."""
+
+import dataclasses
+import json
+from typing import Any
+
+import torch
+
+from ..config import TrainConfig
+from ..lora.file import LoraFile
+from ..lora.hashes import model_hash
+from ..models.base import Base
+from .encode import LatentCache
+from .methods import peak_rate
+
+_NO_EFFECT = ("state_interval", "gradient_checkpointing", "memory_limit", "compile")
+_WHEN_SAMPLED = ("sample_every", "sample_prompts")
+_HOW_SAMPLED = ("sample_guidance", "sample_steps", "likeness_pictures")
+_WHICH_IS_SAVED = ("save_every", "save_precision", "thumbnail", "keep", "merge_best", "stop_early")
+# Every other setting decides the steps themselves.
+
+
+def settings_of_the_file(config: TrainConfig) -> dict[str, Any]:
+    """The settings that the trained files depend on: all but those of memory, and of samples that are only shown."""
+    samples_matter = config.hold_out or config.thumbnail
+    return _settings_without(config, _NO_EFFECT + (() if samples_matter else _WHEN_SAMPLED + _HOW_SAMPLED))
+
+
+def settings_of_the_steps(config: TrainConfig, measured: bool) -> dict[str, Any]:
+    """The settings that a run cannot change when it is resumed; where likeness is `measured`, also how samples are drawn."""
+    changeable = _NO_EFFECT + _WHEN_SAMPLED + _WHICH_IS_SAVED
+    return _settings_without(config, changeable + (() if measured else _HOW_SAMPLED))
+
+
+def _settings_without(config: TrainConfig, names: tuple[str, ...]) -> dict[str, Any]:
+    settings = {**dataclasses.asdict(config), "learning_rate": peak_rate(config)}
+    return {name: value for name, value in settings.items() if name not in names}
+
+
+def run_identity(
+    cache: LatentCache,
+    base: Base,
+    config: TrainConfig,
+    dtype: torch.dtype,
+    continue_from: LoraFile | None = None,
+    face_network: str | None = None,
+) -> dict[str, str]:
+    """What decides the result of a run, as text: equal for equal settings, photos and base model.
+
+    `face_network` names what measures likeness, where that is measured.
+    """
+    settings = settings_of_the_steps(config, measured=face_network is not None)
+    if face_network:
+        settings["face_network"] = face_network
+    settings["precision"] = str(dtype).removeprefix("torch.")
+    if config.schedule == "constant":
+        del settings["steps"]  # the steps so far are the same, however many follow
+    if continue_from is not None:
+        settings["continue_from"] = model_hash(continue_from.tensors)
+    fingerprint = base.fingerprint("denoiser") + base.prediction_type + str(base.zero_terminal_snr)
+    return {"settings": json.dumps(settings, sort_keys=True), "photos": cache.digest, "base model": fingerprint}

@@ -1,0 +1,95 @@
+"""How much memory a run will need under each plan, found out without doing it, and which plan it therefore starts with."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from ..config import TrainConfig
+from ..device import free_memory, precision_name
+from ..models.base import Base
+from ..models.memory_plan import OPTIMIZER_BYTES, RESERVE, MemoryCount, MemoryPlan, unique_bytes
+from .encode import LatentCache
+from .methods import METHODS, trains_text
+from .step import Run, memory_plans
+
+
+def predicted_memory(cache: LatentCache, base: Base, config: TrainConfig, dtype: torch.dtype, plan: MemoryPlan) -> int:
+    """The bytes that a run will have in use at a time, found by going through a step with tensors that hold no numbers."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    cpu = torch.device("cpu")
+    trained_text = trains_text(config)
+    if METHODS[config.method].has_pefts_layers:
+        config = replace(config, method="lora")
+    config = replace(config, precision=precision_name(dtype), compile=False)
+    largest = max(cache.images, key=lambda image: image.mean.numel())
+    with FakeTensorMode() as mode:
+        components = dict(base.components)
+        for part in ("denoiser", *(base.family.text_encoders if trained_text else ())):
+            with torch.device("meta"):
+                state = base.family.build(part, components[part].config).state_dict()
+            tensors = {name: torch.empty(tensor.shape, dtype=dtype, device=cpu) for name, tensor in state.items()}
+            components[part] = replace(components[part], tensors=tensors)
+        image = replace(
+            largest,
+            mean=mode.from_tensor(largest.mean),
+            deviation=mode.from_tensor(largest.deviation),
+            mask=None,
+            conditioning={name: mode.from_tensor(value) for name, value in largest.conditioning.items()},
+            is_class=False,
+        )
+        text = {
+            caption: {name: mode.from_tensor(value) for name, value in conditioning.items()}
+            for caption, conditioning in cache.text.items()
+        }
+        small = replace(cache, images=(image,) * config.batch_size, text=text)
+        run = Run(small, replace(base, components=components), config, cpu, plan=plan)
+        there = [*run.memory.resident(), *(run.average or {}).values()]
+        for encoder in run.encoders.values():
+            there += [*encoder.parameters(), *encoder.buffers()]
+        if plan.offload != "nothing":
+            run.accumulate()  # from then on it knows which block to bring ahead
+        with MemoryCount() as count:
+            for tensor in [*there, *run.denoiser.parameters()]:
+                count.leave_out(tensor)
+            run.accumulate()
+    trained = sum(parameter.numel() for parameter in run.parameters.values())
+    return unique_bytes(there) + trained * OPTIMIZER_BYTES[config.optimizer] + count.peak
+
+
+def choose_plan(
+    cache: LatentCache,
+    base: Base,
+    config: TrainConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_warning: Callable[[str], None],
+) -> MemoryPlan:
+    """The fastest plan that fits into `memory_limit`, or else into what is free on a GPU; the smallest when none fits.
+
+    `on_warning` is told when it is not the fastest of all.
+    """
+    plans = memory_plans(config)
+    if config.memory_limit is not None:
+        room, whose = int(config.memory_limit * 2**30), "memory_limit"
+    elif device.type == "cuda" and (free := free_memory(device)) is not None:
+        room, whose = int(free * RESERVE), "free"
+    else:
+        return plans[0]
+    needs: list[int] = []
+    while not needs or (needs[-1] > room and len(needs) < len(plans)):
+        try:
+            needs.append(predicted_memory(cache, base, config, dtype, plans[len(needs)]))
+        except Exception as error:  # e.g. a network whose step depends on the numbers in its tensors
+            reason = str(error).partition("\n")[0]
+            on_warning(f"memory: cannot be predicted ({reason}); {plans[0]} until it runs out")
+            return plans[0]
+    plan = plans[len(needs) - 1]
+    if needs[0] > room:
+        too_much = ", which may still be too much: lower resolution or batch_size" if needs[-1] > room else ""
+        on_warning(
+            f"memory: a step would take {needs[0] / 2**30:.1f} GiB, and there are {room / 2**30:.1f} ({whose}); "
+            f"with {plan} it takes {needs[-1] / 2**30:.1f}{too_much}"
+        )
+    return plan

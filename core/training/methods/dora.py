@@ -1,0 +1,133 @@
+"""DoRA (arXiv:2402.09353): a LoRA that turns each column of a weight, and a trained length of the column.
+
+W' = m * (W + s B A) / |W + s B A|, with the norm of each column (input feature) as in the paper. peft's has one length
+for each row instead, which ComfyUI reads as another change; the file's `dora_scale` is (1, in), which all readers agree on.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...config import TrainConfig
+from ...errors import LoraMisfit
+from ...lora.file import LoraFile
+from ...lora.modules import LoraModule, name_kinds
+from ...models.base import Base
+from ...models.spec import FamilySpec, replace_module
+from ...tensor_names import ModuleId
+from .lora import LoraAdapter
+from .lora import attach as attach_lora
+from .lora_layer import LoraLayer
+from .method import Adapter, Method, target_modules
+
+
+class MagnitudeLayer(nn.Module):
+    """A LoRA layer whose columns have trained lengths. A factor on a column of the weight is one on the input."""
+
+    def __init__(self, lora_layer: LoraLayer):
+        super().__init__()
+        self.lora_layer = lora_layer
+        self.magnitude = nn.Parameter(column_norms(lora_layer.weight.detach()))
+        self._enabled = True
+
+    def enable(self, enabled: bool) -> None:
+        self._enabled = enabled
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self._enabled:
+            return self.lora_layer(x)
+        # As it is now: a memory plan may keep it in 8 bits, or away from the device.
+        weight, down, up = self.lora_layer.weight, self.lora_layer.down, self.lora_layer.up
+        with torch.no_grad():  # the norm counts as a constant (section 4.3 of the paper)
+            change = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+            norms = column_norms(weight + self.lora_layer.scale * change)
+        factors = (self.magnitude / norms).to(x.dtype)
+        return self.lora_layer(x * (factors[:, None, None] if weight.ndim == 4 else factors))
+
+
+def column_norms(weight: Tensor) -> Tensor:
+    """(in,) float32: the norm of what each input feature is multiplied by."""
+    return weight.float().transpose(0, 1).flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).eps)
+
+
+@dataclass(frozen=True, eq=False)
+class DoraAdapter(Adapter):
+    """A LoRA and the magnitudes of its modules."""
+
+    networks: Mapping[str, nn.Module]
+    lora: LoraAdapter
+    layers: Mapping[ModuleId, MagnitudeLayer]
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        magnitudes = {f"{part}.{path}.dora": layer.magnitude for (part, path), layer in self.layers.items()}
+        return self.lora.parameters() | magnitudes
+
+    def rate(self, name: str, config: TrainConfig, peak: float) -> float:
+        return self.lora.rate(name, config, peak)
+
+    def export(self, values: Mapping[str, Tensor], base: Base, metadata: Mapping[str, str]) -> LoraFile:
+        tensors = {}
+        for (part, path), module in self.lora.modules(values).items():
+            magnitude = values[f"{part}.{path}.dora"].detach().float().cpu()
+            tensors[part, path] = {
+                "down": module.down,
+                "up": module.up,
+                "alpha": torch.tensor(module.alpha),
+                "dora": magnitude.reshape(1, -1, *[1] * (module.down.ndim - 2)).clone(),
+            }
+        described = {
+            "ss_network_module": "lycoris.kohya",
+            "ss_network_args": json.dumps({"algo": "lora", "dora_wd": True, "wd_on_out": False}),
+        }
+        return LoraFile(base.family.name, {**metadata, **described}, name_kinds(base.family.name, tensors))
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        for layer in self.layers.values():
+            layer.enable(False)
+        try:
+            with self.lora.disabled():
+                yield
+        finally:
+            for layer in self.layers.values():
+                layer.enable(True)
+
+    @torch.no_grad()
+    def load(self, file: LoraFile) -> None:
+        """Starts from the changes in a file. LoraMisfit when it is no DoRA of the same modules, ranks and axis."""
+        modules = {}
+        for entry in file.entries:
+            tensors = file.tensors_of(entry)
+            magnitude = self.layers[entry.modules[0]].magnitude if entry.modules[0] in self.layers else None
+            if entry.kind != "dora" or magnitude is None or tensors["dora"].shape[:2] != (1, len(magnitude)):
+                raise LoraMisfit(
+                    f"{file.name}: {entry.name} (kind {entry.kind}) is no DoRA with a length for each column of a module "
+                    "that these settings train: choose the same method and targets"
+                )
+            magnitude.copy_(tensors["dora"].flatten())
+            alpha = tensors["alpha"].item() if "alpha" in tensors else float(len(tensors["down"]))
+            modules[entry.modules[0]] = LoraModule(tensors["down"], tensors["up"], alpha)
+        self.lora.load(modules)
+
+
+def attach(
+    networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
+) -> DoraAdapter:
+    """A DoraAdapter, which at first changes nothing: the LoRA is 0, and the lengths are those of the frozen weights."""
+    targets = target_modules(family, config, networks)
+    name_kinds(family.name, {module: {} for module in targets})  # refuses what could not be written
+    adapter = attach_lora(networks, family, config)
+    layers = {module: MagnitudeLayer(layer) for module, layer in adapter.layers.items()}
+    for (part, path), layer in layers.items():
+        replace_module(networks[part], path, layer)
+    dora = DoraAdapter(networks, adapter, layers)
+    if continue_from is not None:
+        dora.load(continue_from)
+    return dora
+
+
+METHOD = Method("DoRA, a LoRA with a trained length of each column (arXiv:2402.09353)", attach)

@@ -1,0 +1,126 @@
+"""Full DreamBooth (arXiv:2208.12242): every weight of the denoiser is trained, and of the text encoders if they have a rate.
+
+The result is a checkpoint in the original naming, as ComfyUI loads it; beside it, the same change as a LoRA.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ...config import TrainConfig
+from ...device import free_memory
+from ...errors import BadConfig, LoraMisfit, OutOfMemory
+from ...lora.convert import factorise
+from ...lora.file import LoraFile
+from ...lora.modules import LoraModule
+from ...models.base import Base, load_base
+from ...models.memory_plan import OPTIMIZER_BYTES
+from ...models.original_checkpoint import ORIGINAL_FAMILIES, Checkpoint, original_tensors
+from ...models.spec import FamilySpec
+from ...tensor_names import ModuleId
+from .method import Adapter, Method, Trained, refuse_settings_of_lora, target_modules
+
+_PLAIN_BYTES = 8
+"""A float32 weight and its gradient."""
+_GIB = 2**30
+
+
+@dataclass(frozen=True, eq=False)
+class FullAdapter(Adapter):
+    """The networks' own weights, with the frozen ones kept beside them."""
+
+    networks: Mapping[str, nn.Module]
+    originals: Mapping[str, Tensor]
+    """Name of a parameter -> what it was; on the CPU in float32 these are the base's own memory."""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {
+            f"{part}.{name}": parameter
+            for part, network in self.networks.items()
+            for name, parameter in network.named_parameters()
+        }
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        parameters = self.parameters()
+        trained = {name: parameter.data for name, parameter in parameters.items()}
+        for name, parameter in parameters.items():
+            parameter.data = self.originals[name]
+        try:
+            yield
+        finally:
+            for name, parameter in parameters.items():
+                parameter.data = trained[name]
+
+    def export(self, values: Mapping[str, Tensor], base: Base, metadata: Mapping[str, str]) -> Checkpoint:
+        parts = {part: dict(component.tensors) for part, component in base.components.items()}
+        for name, value in values.items():
+            part, _, path = name.partition(".")
+            parts[part][path] = value.detach().float().cpu().clone()
+        kept = {key: value for key, value in metadata.items() if not key.startswith("ss_network_")}
+        kept["modelspec.architecture"] = base.family.architecture
+        return Checkpoint(base.family.name, kept, original_tensors(base, parts))
+
+
+def attach(
+    networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
+) -> FullAdapter:
+    """A FullAdapter. OutOfMemory, before anything is copied, when it would not fit; BadConfig for what it does not have."""
+    if family.name not in ORIGINAL_FAMILIES:
+        raise BadConfig(f"method 'dreambooth': no checkpoint of {family.title} can be written; use 'lora'")
+    if continue_from is not None:
+        raise LoraMisfit(f"{continue_from.name}: method 'dreambooth' goes on from a checkpoint: give it as the base")
+    refuse_settings_of_lora(config)
+    parameters = [parameter for network in networks.values() for parameter in network.parameters()]
+    if (free := free_memory(parameters[0].device)) is not None:
+        check_memory(sum(parameter.numel() for parameter in parameters), config, free)
+    adapter = FullAdapter(networks, {})
+    originals = {name: parameter.data for name, parameter in adapter.parameters().items()}
+    for parameter in parameters:
+        parameter.data = parameter.data.float().clone()
+        parameter.requires_grad_(True)
+    return FullAdapter(networks, originals)
+
+
+def check_memory(count: int, config: TrainConfig, free: int) -> None:
+    """OutOfMemory, with what would do, when `count` trained numbers need more than the `free` bytes."""
+
+    def needed(optimizer: str) -> float:
+        return count * (_PLAIN_BYTES + OPTIMIZER_BYTES[optimizer] + (4 if config.ema_decay else 0))
+
+    if needed(config.optimizer) <= free:
+        return
+    smaller = [name for name in ("adamw8bit", "adafactor") if needed(name) <= free]
+    advice = f"optimizer {smaller[0]} needs {needed(smaller[0]) / _GIB:.1f} GiB, or " if smaller else ""
+    raise OutOfMemory(
+        f"method 'dreambooth' needs {needed(config.optimizer) / _GIB:.1f} GiB for {count / 1e6:.0f} million weights, their "
+        f"gradients and {config.optimizer}, {free / _GIB:.1f} GiB are free; {advice}method 'lora' trains a hundredth of it"
+    )
+
+
+def beside(file: Trained, base: Base, config: TrainConfig) -> dict[str, LoraFile]:
+    """The change of the layers that a LoRA with convolutions has, at the settings' rank; norms and biases are left out."""
+    trained = load_base(file.tensors).components
+    networks = {}
+    for part in ("denoiser", *(base.family.text_encoders if config.text_encoder_lr else ())):
+        with torch.device("meta"):
+            networks[part] = base.family.build(part, base.components[part].config)
+    modules: dict[ModuleId, LoraModule] = {}
+    for (part, path), (rank, _) in target_modules(
+        base.family, replace(config, targets="transformer+conv"), networks
+    ).items():
+        before, after = (parts[part].tensors[f"{path}.weight"].float() for parts in (base.components, trained))
+        if (change := after - before).any():
+            down, up, _ = factorise(change, rank, path)
+            modules[part, path] = LoraModule(down, up, float(rank))
+    metadata = file.metadata | {"modelspec.architecture": f"{base.family.architecture}/lora"}
+    return {"lora": LoraFile.from_modules(base.family.name, modules, metadata)}
+
+
+METHOD = Method(
+    "DreamBooth: all weights (arXiv:2208.12242)", attach, beside=beside, makes="checkpoint", rate_factor=0.1,
+    freezes_weights=False,
+)  # fmt: skip

@@ -1,0 +1,42 @@
+"""LoHa (arXiv:2108.06098): the change is the product, element by element, of two low-rank ones; the layers are peft's."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from ...config import TrainConfig
+from ...lora.file import LoraFile
+from ...models.spec import FamilySpec
+from .lycoris import KindAdapter
+from .method import PEFT_NAME, Method, peft_layers, target_modules
+
+ROLES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+
+
+def attach(
+    networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
+) -> KindAdapter:
+    from peft import LoHaConfig
+
+    targets = target_modules(family, config, networks)
+    layers = peft_layers(networks, targets, config, lambda **options: LoHaConfig(**options, use_effective_conv2d=False))
+    adapter = KindAdapter(
+        networks,
+        "loha",
+        layers,
+        roles_of=lambda layer: {role: getattr(layer, role)[PEFT_NAME] for role in ROLES},
+        alphas={module: alpha for module, (_, alpha) in targets.items()},
+        network_arguments={"algo": "loha"},
+    )
+    # LyCORIS' start: one factor 0, the other product of a size that lets the first step change something.
+    deviations = {"hada_w1_a": 0.1, "hada_w1_b": 1.0, "hada_w2_a": 0.0, "hada_w2_b": 1.0}
+    adapter.start(family.name, config, deviations, continue_from)
+    return adapter
+
+
+METHOD = Method(
+    "LoHa, the product of two LoRAs element by element (arXiv:2108.06098)",
+    attach,
+    rate_factor=0.15,
+    has_pefts_layers=True,
+)

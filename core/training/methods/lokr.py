@@ -1,0 +1,44 @@
+"""LoKr (arXiv:2309.14859): the change is a Kronecker product of a small matrix and a (low-rank) larger one; peft's layers."""
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from ...config import TrainConfig
+from ...lora.file import LoraFile
+from ...models.spec import FamilySpec
+from .lycoris import KAIMING, KindAdapter, Roles
+from .method import PEFT_NAME, Method, peft_layers, target_modules
+
+ROLES = ("lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
+_WHOLE = "lokr_w2"
+
+
+def attach(
+    networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
+) -> KindAdapter:
+    from peft import LoKrConfig
+
+    targets = target_modules(family, config, networks)
+    layers = peft_layers(
+        networks, targets, config,
+        lambda **options: LoKrConfig(**options, decompose_factor=config.lokr_factor, use_effective_conv2d=False),
+    )  # fmt: skip
+    alphas = {module: alpha for module, (_, alpha) in targets.items()}
+    for module, layer in layers.items():
+        if _WHOLE in _roles_of(layer):
+            # No rank to divide by: LyCORIS and ComfyUI then take the product as it is.
+            layer.scaling[PEFT_NAME] = 1.0  # pyright: ignore
+            alphas[module] = float(targets[module][0])
+    arguments = {"algo": "lokr", "factor": config.lokr_factor}
+    adapter = KindAdapter(networks, "lokr", layers, _roles_of, alphas, arguments)
+    deviations = {"lokr_w1": KAIMING, "lokr_w2": 0.0, "lokr_w2_a": KAIMING, "lokr_w2_b": 0.0}
+    adapter.start(family.name, config, deviations, continue_from)
+    return adapter
+
+
+def _roles_of(layer: nn.Module) -> Roles:
+    return {role: getattr(layer, role)[PEFT_NAME] for role in ROLES if PEFT_NAME in getattr(layer, role)}
+
+
+METHOD = Method("LoKr, a Kronecker product (arXiv:2309.14859)", attach, has_pefts_layers=True)

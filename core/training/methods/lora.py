@@ -1,0 +1,150 @@
+"""LoRA (arXiv:2106.09685): each weight W becomes W + alpha / rank * B A."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ...config import TrainConfig
+from ...errors import LoraMisfit
+from ...lora.file import LoraFile
+from ...lora.modules import LoraModule, name_in_scheme
+from ...models.base import Base
+from ...models.spec import FamilySpec
+from ...tensor_names import ModuleId
+from .lora_layer import LoraLayer
+from .method import Adapter, Method, target_modules
+
+
+@dataclass(frozen=True, eq=False)
+class LoraAdapter(Adapter):
+    """LoRA layers on one or more networks."""
+
+    networks: Mapping[str, nn.Module]
+    layers: Mapping[ModuleId, LoraLayer]
+    """What stands in the place of each adapted module."""
+    shared: Mapping[ModuleId, ModuleId]
+    """Module -> the one whose A it uses: of layers that are one in the file (q, k and v), the first; else itself."""
+    _cast: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    """Parameter -> its place in the dtype of the arithmetic, where that is not float32."""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        found = {}
+        for (part, path), layer in self.layers.items():
+            if self.shared[part, path] == (part, path):
+                found[f"{part}.{path}.down"] = layer.down
+            found[f"{part}.{path}.up"] = layer.up
+        return found
+
+    @contextmanager
+    def cast_once(self, dtype: torch.dtype) -> Iterator[None]:
+        if dtype == torch.float32:
+            yield
+            return
+        if not self._cast:
+            self._cast.update((value, torch.empty_like(value, dtype=dtype)) for value in self.parameters().values())
+        with torch.no_grad():
+            torch._foreach_copy_(list(self._cast.values()), list(self._cast))  # a few kernels for all of them
+        for layer in self.layers.values():
+            layer.cast = self._cast[layer.down], self._cast[layer.up]
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.cast = None
+
+    def modules(self, values: Mapping[str, Tensor] | None = None) -> dict[ModuleId, LoraModule]:
+        """The weight changes as they are now (or with other `values` in the place of the parameters), detached, on the CPU."""
+        values = values or self.parameters()
+        result = {}
+        for (part, path), layer in self.layers.items():
+            down = values[f"{'.'.join(self.shared[part, path])}.down"].detach().float().cpu().clone()
+            up = values[f"{part}.{path}.up"].detach().float().cpu().clone()
+            # The scale in use, whichever way it came about (rsLoRA), written as the alpha that means the same.
+            result[part, path] = LoraModule(down, up, layer.scale * down.shape[0])
+        return result
+
+    def export(self, values: Mapping[str, Tensor], base: Base, metadata: Mapping[str, str]) -> LoraFile:
+        return LoraFile.from_modules(base.family.name, self.modules(values), metadata, base.family.lora_scheme)
+
+    def rate(self, name: str, config: TrainConfig, peak: float) -> float:
+        return super().rate(name, config, peak) * (config.lora_plus_ratio if name.endswith(".up") else 1.0)
+
+    @torch.no_grad()
+    def load(self, modules: Mapping[ModuleId, LoraModule]) -> None:
+        """Starts from given weight changes. LoraMisfit when modules or ranks are not those of this adapter."""
+        if set(modules) != set(self.layers):
+            odd = sorted(set(modules) ^ set(self.layers))[0]
+            raise LoraMisfit(
+                f"the LoRA to go on from adapts {len(modules)} modules, these settings {len(self.layers)}; "
+                f"they differ at {odd[1]} of the {odd[0]}: choose the same targets"
+            )
+        for (part, path), module in modules.items():
+            layer = self.layers[part, path]
+            if module.down.numel() != layer.down.numel() or module.up.numel() != layer.up.numel():
+                raise LoraMisfit(
+                    f"the LoRA to go on from has rank {module.rank} at {path}, these settings {layer.down.shape[0]}"
+                )
+            # Same product, whatever alpha the file has: the ratio of the scales goes into B.
+            ratio = module.scale / layer.scale
+            first = self.shared[part, path]
+            if first != (part, path) and not torch.equal(module.down, modules[first].down):
+                raise LoraMisfit(
+                    f"the LoRA to go on from has matrices A of their own at {first[1]} and {path}, here they share one"
+                )
+            layer.down.copy_(module.down.reshape(layer.down.shape))
+            layer.up.copy_(module.up.reshape(layer.up.shape).float() * ratio)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        for layer in self.layers.values():
+            layer.enabled = False
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.enabled = True
+
+
+def attach(
+    networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
+) -> LoraAdapter:
+    """A LoraAdapter on the networks (denoiser, text encoders), which are changed in place.
+
+    A is drawn Kaiming-uniform with a = sqrt 5 from the seed on the CPU, B is 0 (arXiv:2106.09685), so that a new adapter
+    changes nothing and is the same on every machine.
+    """
+    layers: dict[ModuleId, LoraLayer] = {}
+    for (part, path), (rank, alpha) in target_modules(family, config, networks).items():
+        frozen = networks[part].get_submodule(path)
+        layers[part, path] = LoraLayer(frozen, rank, alpha, rslora=config.rslora, dropout=config.dropout)
+        networks[part].set_submodule(path, layers[part, path])
+    shared = _shared(family, layers)
+    for module_id, first in shared.items():
+        layers[module_id].down = layers[first].down
+    adapter = LoraAdapter(networks, layers, shared)
+    generator = torch.Generator().manual_seed(config.seed)
+    for name, parameter in sorted(adapter.parameters().items()):
+        if name.endswith(".down"):
+            bound = 1 / math.sqrt(parameter[0].numel())  # Kaiming with a = sqrt 5: 1 / sqrt(fan in)
+            drawn = (torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound
+            parameter.data.copy_(drawn)
+    if continue_from is not None:
+        adapter.load(continue_from.modules())
+    return adapter
+
+
+def _shared(family: FamilySpec, layers: Mapping[ModuleId, LoraLayer]) -> dict[ModuleId, ModuleId]:
+    """Layers that the family's files name as one have one A, as if they were: else the file's rank would be their sum."""
+    firsts: dict[tuple[str, int], ModuleId] = {}
+    shared = {}
+    for (part, path), layer in layers.items():
+        name, _, _ = name_in_scheme(family.names, part, path, family.lora_scheme)
+        shared[part, path] = firsts.setdefault((name, layer.down.shape[0]), (part, path))
+    return shared
+
+
+METHOD = Method("LoRA (arXiv:2106.09685)", attach, keeps_dtype=True)

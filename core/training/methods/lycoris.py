@@ -1,0 +1,116 @@
+"""What LoHa, LoKr and OFT have in common: an adapter of tensors at single modules, written as one of lora_kinds.KINDS."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...config import TrainConfig
+from ...errors import LoraMisfit
+from ...lora.file import LoraFile
+from ...lora.kinds import rank_of
+from ...lora.modules import name_kinds
+from ...models.base import Base
+from ...tensor_names import ModuleId
+from .method import Adapter, refuse_settings_of_lora
+
+Roles = Mapping[str, nn.Parameter]
+"""Role of lora_kinds (`hada_w1_a`, ...) -> trained tensor."""
+KAIMING = None
+"""In the place of a normal deviation: uniform within 1 / sqrt(fan in), which is Kaiming's with a = sqrt 5."""
+_SCALED_ROLES = ("hada_w2_a", "lokr_w2", "lokr_w2_a")
+"""The factor that takes up the ratio of two scales: whichever of these there is."""
+
+
+@dataclass(frozen=True, eq=False)
+class KindAdapter(Adapter):
+    """Layers of one kind on one or more networks; each answers to `enable_adapters(bool)`."""
+
+    networks: Mapping[str, nn.Module]
+    kind: str
+    layers: Mapping[ModuleId, nn.Module]
+    roles_of: Callable[[nn.Module], Roles]
+    """The trained tensors of a layer."""
+    alphas: Mapping[ModuleId, float]
+    network_arguments: Mapping[str, object]
+    """What LyCORIS would have been told, for the metadata."""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {
+            f"{part}.{path}.{role}": parameter
+            for (part, path), layer in self.layers.items()
+            for role, parameter in self.roles_of(layer).items()
+        }
+
+    def start(
+        self, family: str, config: TrainConfig, deviations: Mapping[str, float | None], continue_from: LoraFile | None
+    ) -> None:
+        """Draws the tensors, float32, from the seed on the CPU: the same on every machine. Or takes them from a file.
+
+        `deviations` are the normal deviations of the roles, or KAIMING. BadConfig for settings that the kind does not have.
+        """
+        refuse_settings_of_lora(config)
+        name_kinds(
+            family, {module: {} for module in self.layers}
+        )  # refuses what could not be written, before hours are spent
+        generator = torch.Generator().manual_seed(config.seed)
+        for name, parameter in sorted(self.parameters().items()):
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+            deviation = deviations[name.rpartition(".")[2]]
+            if deviation is None:
+                bound = 1 / math.sqrt(parameter[0].numel())
+                parameter.data.copy_((torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound)
+            else:
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * deviation)
+        if continue_from is not None:
+            self._load(continue_from)
+
+    def export(self, values: Mapping[str, Tensor], base: Base, metadata: Mapping[str, str]) -> LoraFile:
+        tensors = {
+            (part, path): {
+                role: values[f"{part}.{path}.{role}"].detach().float().cpu().clone() for role in self.roles_of(layer)
+            }
+            | {"alpha": torch.tensor(self.alphas[part, path])}
+            for (part, path), layer in self.layers.items()
+        }
+        described = {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(dict(self.network_arguments))}
+        return LoraFile(base.family.name, {**metadata, **described}, name_kinds(base.family.name, tensors))
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        for layer in self.layers.values():
+            layer.enable_adapters(False)  # pyright: ignore
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.enable_adapters(True)  # pyright: ignore
+
+    @torch.no_grad()
+    def _load(self, file: LoraFile) -> None:
+        """Starts from the changes in a file. LoraMisfit when kind, modules or shapes are not those of this adapter."""
+        entries = {entry.modules[0]: entry for entry in file.entries if entry.kind == self.kind}
+        if set(entries) != set(self.layers) or len(entries) != len(file.entries):
+            raise LoraMisfit(
+                f"{file.name}: changes {len(file.entries)} modules (kind {file.kind}), these settings "
+                f"{len(self.layers)} (kind {self.kind}): choose the same method and targets"
+            )
+        for module, layer in self.layers.items():
+            tensors, roles = file.tensors_of(entries[module]), self.roles_of(layer)
+            for role, parameter in roles.items():
+                if role not in tensors or tensors[role].shape != parameter.shape:
+                    raise LoraMisfit(
+                        f"{file.name}: {entries[module].name} has no {role} of shape {list(parameter.shape)}, which "
+                        "these settings train: choose the same rank and factor"
+                    )
+                parameter.copy_(tensors[role])
+            if rank := rank_of(self.kind, {role: tuple(tensor.shape) for role, tensor in tensors.items()}):
+                # The same change, whatever alpha the file has.
+                alpha = tensors["alpha"].item() if "alpha" in tensors else float(rank)
+                scaled = next(role for role in _SCALED_ROLES if role in roles)
+                roles[scaled].mul_(alpha / self.alphas[module])

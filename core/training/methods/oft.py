@@ -1,0 +1,76 @@
+"""OFT (arXiv:2306.07280): blocks of a weight's output rows are rotated, so that angles within a block stay as they are.
+
+The layers are our own: those of peft rotate the inputs, which no reader of LoRA files does.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ...config import TrainConfig
+from ...errors import BadConfig
+from ...lora.file import LoraFile
+from ...models.spec import FamilySpec, replace_module
+from .lycoris import KindAdapter
+from .method import Method, target_modules
+
+
+class RotatedLayer(nn.Module):
+    """A frozen Linear or convolution whose outputs are rotated in blocks: W' = R^T W, R = (I + Q)(I - Q)^-1, Q = B - B^T."""
+
+    def __init__(self, base_layer: nn.Module, size: int):
+        super().__init__()
+        self.base_layer = base_layer
+        weight: Tensor = base_layer.weight  # pyright: ignore
+        self.oft_blocks = nn.Parameter(weight.new_zeros(weight.shape[0] // size, size, size))
+        self._enabled = True
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self._enabled = enabled
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = self.base_layer(x)
+        if not self._enabled:
+            return outputs
+        channels = 1 if outputs.ndim == 4 else outputs.ndim - 1
+        bias: Tensor | None = self.base_layer.bias  # pyright: ignore
+        outputs = outputs.movedim(channels, -1)
+        if bias is not None:
+            outputs = outputs - bias
+        blocks = outputs.unflatten(-1, self.oft_blocks.shape[:2])
+        outputs = torch.einsum("knm,...kn->...km", self.rotations().to(outputs.dtype), blocks).flatten(-2)
+        if bias is not None:
+            outputs = outputs + bias
+        return outputs.movedim(-1, channels)
+
+    def rotations(self) -> Tensor:
+        """(blocks, size, size), by the Cayley transform."""
+        skew = self.oft_blocks - self.oft_blocks.transpose(1, 2)
+        identity = torch.eye(skew.shape[-1], device=skew.device)
+        return torch.linalg.solve(identity - skew, identity + skew, left=False)
+
+
+def attach(
+    networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
+) -> KindAdapter:
+    targets = target_modules(family, config, networks)
+    layers = {}
+    for (part, path), (rank, _) in targets.items():
+        layer = networks[part].get_submodule(path)
+        rows: int = layer.weight.shape[0]  # pyright: ignore
+        size = next(size for size in range(min(rank, rows), 0, -1) if rows % size == 0)
+        if size == 1:
+            raise BadConfig(f"rank = {rank}: {path} has {rows} rows, which no block of 2 to {rank} divides evenly")
+        layers[part, path] = RotatedLayer(layer, size)
+        replace_module(networks[part], path, layers[part, path])
+    # Alpha is no scale in this kind but a bound on the rotation; 0 is none.
+    adapter = KindAdapter(
+        networks, "oft", layers, lambda layer: {"oft_blocks": layer.oft_blocks},  # pyright: ignore
+        alphas=dict.fromkeys(layers, 0.0), network_arguments={"algo": "diag-oft"},
+    )  # fmt: skip
+    adapter.start(family.name, config, {"oft_blocks": 0.0}, continue_from)
+    return adapter
+
+
+METHOD = Method("OFT, blocks of rows are rotated (arXiv:2306.07280)", attach, rate_factor=0.3)

@@ -1,0 +1,95 @@
+"""Textual inversion (arXiv:2208.01618): the networks stay frozen, and the trigger word gets vectors of its own."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...config import TrainConfig
+from ...errors import BadConfig, LoraMisfit
+from ...lora.embeddings import PART_KEYS, WORD_KEY, embedding_tensors
+from ...lora.file import LoraFile
+from ...models.base import Base
+from ...models.clip import WordEmbedding, add_word, caption_tokens, token_table
+from ...models.spec import FamilySpec
+from .method import Adapter, Method, refuse_settings_of_lora
+
+
+@dataclass(frozen=True, eq=False)
+class WordAdapter(Adapter):
+    """Vectors of one word on the text encoders."""
+
+    networks: Mapping[str, nn.Module]
+    word: str
+    vectors: Mapping[str, nn.Parameter]
+    """Text encoder -> (vectors, width)."""
+    longest: Mapping[str, Tensor]
+    """Text encoder -> the largest norm that a token has in it."""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {f"{part}.vectors": parameter for part, parameter in self.vectors.items()}
+
+    def of_parts(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Text encoder -> vectors, as they are saved."""
+        return {part: values[f"{part}.vectors"].detach().float().cpu().clone() for part in self.vectors}
+
+    def export(self, values: Mapping[str, Tensor], base: Base, metadata: Mapping[str, str]) -> LoraFile:
+        kept = {key: value for key, value in metadata.items() if not key.startswith("ss_network_")}
+        architecture = {"modelspec.architecture": f"{base.family.architecture}/textual-inversion", WORD_KEY: self.word}
+        tensors = embedding_tensors(base.family.name, self.of_parts(values))
+        return LoraFile(base.family.name, {**kept, **architecture}, tensors)
+
+    def rate(self, name: str, config: TrainConfig, peak: float) -> float:
+        return config.embedding_rate
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        # Vectors that outgrow every word drown the rest of the prompt.
+        for part, vectors in self.vectors.items():
+            norms = vectors.norm(dim=1, keepdim=True)
+            vectors.mul_((self.longest[part] / norms).clamp(max=1))
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        tables = [token_table(self.networks[part]) for part in self.vectors]
+        for table in tables:
+            assert isinstance(table, WordEmbedding)
+            table.enabled = False
+        try:
+            yield
+        finally:
+            for table in tables:
+                table.enabled = True  # pyright: ignore
+
+
+def attach(
+    networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
+) -> WordAdapter:
+    """A WordAdapter whose vectors are at first those of the tokens of some words, one after the other, again and again."""
+    if family.name not in PART_KEYS:
+        raise BadConfig(f"method {config.method!r}: no embeddings for {family.title}; known for {', '.join(PART_KEYS)}")
+    if continue_from is not None:
+        raise LoraMisfit(f"{continue_from.name}: method {config.method!r} starts from words, not from a file")
+    refuse_settings_of_lora(config)
+    start = caption_tokens(config.embedding_words or config.class_word)
+    if not start:
+        raise BadConfig(f"embedding_words = {config.embedding_words!r}: there is no word in it")
+    tokens = torch.tensor([start[index % len(start)] for index in range(config.embedding_vectors)])
+    vectors, longest = {}, {}
+    for part in PART_KEYS[family.name]:
+        table: Tensor = token_table(networks[part]).weight.detach()  # pyright: ignore
+        vectors[part] = add_word(networks[part], config.trigger_word, table[tokens.to(table.device)]).requires_grad_(
+            True
+        )
+        longest[part] = table.float().norm(dim=1).max()
+    return WordAdapter(networks, config.trigger_word, vectors, longest)
+
+
+METHOD = Method(
+    "textual inversion: vectors of a new word (arXiv:2208.01618)",
+    attach,
+    trains_text=lambda config: True,
+    makes="embedding",
+)

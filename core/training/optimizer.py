@@ -1,0 +1,56 @@
+"""The optimizer of a run and the schedule of its learning rate."""
+
+import contextlib
+import math
+
+import torch
+from torch import nn
+
+from ..config import TrainConfig
+from ..errors import MissingPackage
+from .methods import peak_rate
+from .methods.method import Adapter
+
+
+def learning_rate_factor(step: int, config: TrainConfig) -> float:
+    """What the peak learning rate is multiplied by in step 0, 1, ...: linear warm-up, then the schedule."""
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    if config.schedule == "linear":
+        return 1 - progress
+    if config.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1.0
+
+
+def build_optimizer(adapter: Adapter, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer, with B's learning rate raised by the LoRA+ ratio and the text encoders' their own.
+
+    `peak` in each group is the rate that the schedule scales. MissingPackage names what to install.
+    """
+    peak = peak_rate(config)
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in adapter.parameters().items():
+        groups.setdefault(adapter.rate(name, config, peak), []).append(parameter)
+    described = [{"params": parameters, "lr": rate, "peak": rate} for rate, parameters in groups.items()]
+    decay = config.weight_decay
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(described, weight_decay=decay, fused=True)
+    if config.optimizer == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor(described, weight_decay=decay, scale_parameter=False, relative_step=False, warmup_init=False)
+    try:
+        if config.optimizer == "prodigy":
+            from prodigyopt import Prodigy
+
+            with contextlib.redirect_stdout(None):  # it prints how it decays weights, among reports in JSON
+                return Prodigy(
+                    described, weight_decay=decay, safeguard_warmup=True, use_bias_correction=True,  # pyright: ignore
+                )  # fmt: skip
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        package = {"prodigy": "prodigyopt", "adamw8bit": "bitsandbytes"}[config.optimizer]
+        raise MissingPackage(f"optimizer {config.optimizer!r} needs a package: pip install {package}") from None
+    return AdamW8bit(described, weight_decay=decay)

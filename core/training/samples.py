@@ -1,0 +1,95 @@
+"""Pictures that a training draws: samples of the adapter as it is, and class images of the base model."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from PIL import Image
+from torch import nn
+
+from ..config import TrainConfig
+from ..device import device_and_dtype
+from ..models.base import Base
+from ..models.spec import Pair
+from ..photos import Photo, bucket_sizes
+from ..photos.captions import class_caption, default_caption
+from ..pictures.generate import Job, generate, in_batches, picture_size
+from ..pictures.sampling import decode_latents, encode_pairs, sample_latents
+from ..storage.cache_folder import content_key, made_folder
+from .step import Sampler, Shot
+
+SAMPLE_BATCH = 4
+"""Pictures that are drawn at a time while training."""
+
+
+def training_sampler(
+    base: Base,
+    config: TrainConfig,
+    encoded: Mapping[str, Pair],
+    device: torch.device,
+    size: tuple[int, int] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Sampler:
+    """A Sampler of shots whose prompts `encoded` holds the conditioning of, each with that of an empty negative prompt.
+
+    `size` is (width, height) in pixels; None: the square that the base was trained at. `on_progress` hears of each of the
+    sampling steps, as (done, all).
+    """
+    width_height = picture_size(base, size)
+    dtype = device_and_dtype(config, device)[1]
+
+    def sample(denoiser: nn.Module, encoders: Mapping[str, nn.Module], shots: Sequence[Shot]) -> list[Image.Image]:
+        texts = encoded
+        if encoders:
+            pairs = encode_pairs(base, encoders, {(prompt, "") for prompt, _ in shots}, config.clip_skip)
+            texts = {prompt: pair for (prompt, _), pair in pairs.items()}
+        vae = base.load("vae", device, torch.float32)
+        images = {}
+        batches = list(in_batches(shots, [texts[prompt] for prompt, _ in shots], SAMPLE_BATCH))
+        for index, (batch, pairs) in enumerate(batches):
+
+            def drawn(step: int, steps: int, earlier: int = index) -> None:
+                if on_progress:
+                    on_progress(earlier * steps + step, len(batches) * steps)
+
+            latents = sample_latents(
+                base, denoiser, [prompt for prompt, _ in pairs], [negative for _, negative in pairs],
+                device=device, dtype=dtype, seeds=[seed for _, seed in batch], size=width_height, steps=config.sample_steps,
+                guidance=base.family.guidance if config.sample_guidance is None else config.sample_guidance,
+                on_step=drawn,
+            )  # fmt: skip
+            images |= zip(batch, decode_latents(base, vae, latents), strict=True)
+        return [images[shot] for shot in shots]
+
+    return sample
+
+
+def sample_shots(config: TrainConfig) -> list[Shot]:
+    """The pictures that a training shows its user."""
+    prompts = config.sample_prompts or (default_caption(config.trigger_word, config.class_word),)
+    return [(prompt, config.seed + index) for index, prompt in enumerate(prompts)]
+
+
+def make_class_images(
+    base: Base,
+    class_word: str,
+    count: int,
+    *,
+    resolution: int | None = None,
+    device: torch.device | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Photo]:
+    """`count` pictures of "a photo of CLASS" by the base model itself, kept in the cache folder: made once, resumable."""
+    prompt = class_caption(class_word)
+    side = resolution or base.resolution
+    size = min(bucket_sizes(side, base.size_multiple), key=lambda s: abs(s[0] - s[1]))
+    steps, guidance = base.family.steps, base.family.guidance
+    folder = made_folder("class", content_key("class images", prompt, size, steps, guidance, base.identity))
+    paths = [folder / f"{index:05d}.png" for index in range(count)]
+    missing = [index for index, path in enumerate(paths) if not path.exists()]
+    jobs = [Job(prompt, index, size=size, steps=steps, guidance=guidance) for index in missing]
+    pictures = generate(base, [], jobs, device=device)
+    for done, picture in enumerate(pictures if missing else (), start=1):
+        picture.save(paths[picture.job.seed])
+        if on_progress:
+            on_progress(done, len(missing))
+    return [Photo.from_image(Image.open(path), path.name) for path in paths]

@@ -1,0 +1,132 @@
+"""Exact resume: everything that a run needs to go on as if it had never stopped, in one safetensors file.
+
+The order of the photos, the noise and the timesteps are functions of the seed and the step, so the number of the step
+stands for all of them.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BadConfig, BadFile
+from ..storage.safetensors_file import SafetensorsFile, save_safetensors
+
+STATE_VERSION = "1"
+_BEGIN_ANEW = "delete it or begin anew with --restart"
+
+
+@dataclass(frozen=True, eq=False)
+class RunState:
+    """A run between two steps."""
+
+    step: int
+    """Steps that are done."""
+    identity: Mapping[str, str]
+    """What the run was started with: settings, photos and base, each as text that is equal when they are."""
+    tensors: Mapping[str, Tensor]
+    """Adapter, average, optimizer tensors under their names."""
+    scalars: Mapping[str, Any]
+    """What else the optimizer and the loss scaler keep; goes through JSON."""
+
+    def save(self, path: Path) -> None:
+        header = {
+            "step": str(self.step),
+            "version": STATE_VERSION,
+            "identity": json.dumps(dict(self.identity)),
+            "scalars": json.dumps(dict(self.scalars)),
+        }
+        save_safetensors(path, dict(self.tensors), header)
+
+
+def read_state(path: Path, identity: Mapping[str, str]) -> RunState:
+    """The saved state. BadConfig when it belongs to a run with other settings, photos or base; BadFile when damaged."""
+    file = SafetensorsFile.open(path)
+    try:
+        step, saved = int(file.metadata["step"]), json.loads(file.metadata["identity"])
+        scalars, version = json.loads(file.metadata["scalars"]), file.metadata["version"]
+    except (KeyError, ValueError) as error:
+        raise BadFile(f"{path}: not the state of a training run ({error})") from None
+    if version != STATE_VERSION:
+        raise BadConfig(f"{path}: was saved by another version of this program; {_BEGIN_ANEW}")
+    changed = [name for name in identity if saved.get(name) != identity[name]]
+    if changed:
+        raise BadConfig(
+            f"{path}: belongs to a run with other {' and '.join(changed)}"
+            f"{_difference(saved, identity)}; use the same, {_BEGIN_ANEW}"
+        )
+    # Read into memory: the file is replaced while the run goes on.
+    return RunState(step, saved, {name: file[name].clone() for name in file}, scalars)
+
+
+def _difference(saved: Mapping[str, str], identity: Mapping[str, str]) -> str:
+    """Which settings differ, when it is the settings."""
+    if saved.get("settings") == identity["settings"]:
+        return ""
+    try:
+        old, new = json.loads(saved["settings"]), json.loads(identity["settings"])
+    except (KeyError, ValueError):
+        return ""
+    names = [name for name in {**new, **old} if old.get(name) != new.get(name)]
+    return " (" + ", ".join(f"{name}: {old.get(name)} then, {new.get(name)} now" for name in names[:4]) + ")"
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as flat tensors and plain values, whichever optimizer it is."""
+    state = optimizer.state_dict()
+    tensors, values = {}, {}
+    for index, entries in state["state"].items():
+        for name, value in _flat(entries).items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{name}"] = value.detach().cpu()
+            else:
+                values[f"{index}.{name}"] = value
+    groups = []
+    for index, group in enumerate(state["param_groups"]):
+        group = {name: value for name, value in group.items() if name != "params"}
+        tensors |= {f"group.{index}.{k}": v.detach().cpu() for k, v in group.items() if isinstance(v, Tensor)}
+        groups.append({name: value for name, value in group.items() if not isinstance(value, Tensor)})
+    return tensors, {"values": values, "groups": groups}
+
+
+def unpack_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]
+) -> None:
+    """Puts back what `pack_optimizer` took, exactly."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith("optimizer."):
+            index, _, name = key.removeprefix("optimizer.").partition(".")
+            _put(state.setdefault(int(index), {}), name, tensor)
+    for key, value in scalars["values"].items():
+        index, _, name = key.partition(".")
+        _put(state.setdefault(int(index), {}), name, value)
+    groups = optimizer.state_dict()["param_groups"]
+    for index, (group, saved) in enumerate(zip(groups, scalars["groups"], strict=True)):
+        group.update({name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()})
+        prefix = f"group.{index}."
+        group.update({key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)})
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _flat(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of dictionaries in dictionaries, which bitsandbytes has, under names joined by "/"."""
+    flat = {}
+    for name, value in entries.items():
+        flat |= (
+            {f"{name}/{inner}": v for inner, v in _flat(value).items()} if isinstance(value, Mapping) else {name: value}
+        )
+    return flat
+
+
+def _put(entries: dict[str, Any], name: str, value: Any) -> None:
+    """The inverse of `_flat`, for one entry."""
+    outer, slash, inner = name.partition("/")
+    if slash:
+        _put(entries.setdefault(outer, {}), inner, value)
+    else:
+        entries[name] = value

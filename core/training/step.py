@@ -1,0 +1,352 @@
+"""A training run between two steps, and how one step is made: the same for every family and method."""
+
+import contextlib
+import hashlib
+import random
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..config import TrainConfig
+from ..device import device_and_dtype, is_out_of_memory
+from ..errors import OutOfMemory, TrainingDiverged
+from ..lora.file import LoraFile
+from ..models.base import Base
+from ..models.compiled import CompiledBlocks, why_not_compiled
+from ..models.memory_plan import MemoryPlan, MemorySaver, blocks_of, plans_for
+from ..models.objective import draw_noise, sample_losses
+from ..models.spec import Conditioning, on_device, stack_conditioning
+from .batches import Batches
+from .encode import EncodedImage, LatentCache
+from .likeness import Selection
+from .methods import METHODS, attach, peak_rate, trains_text
+from .optimizer import build_optimizer, learning_rate_factor
+from .state import RunState, pack_optimizer, unpack_optimizer
+
+SMOOTHING = 0.98
+"""Decay of the running mean of the loss."""
+CheckCancelled = Callable[[], None]
+"""Is called many times in each step, and cancels by raising."""
+Shot = tuple[str, int]
+"""Prompt and seed of a picture."""
+Sampler = Callable[[nn.Module, Mapping[str, nn.Module], Sequence[Shot]], list[Image.Image]]
+"""(denoiser, text encoders, shots) -> an image of each shot with the adapter as it is now."""
+
+
+def memory_plans(config: TrainConfig) -> tuple[MemoryPlan, ...]:
+    """The memory plans that a run with these settings may have, from the fastest to the smallest."""
+    return plans_for(config.gradient_checkpointing, METHODS[config.method].freezes_weights)
+
+
+class Run:
+    """A training run between two steps: the networks, the adapter, the optimizer, and how one step is made."""
+
+    def __init__(
+        self,
+        cache: LatentCache,
+        base: Base,
+        config: TrainConfig,
+        device: torch.device | None = None,
+        continue_from: LoraFile | None = None,
+        check_cancelled: CheckCancelled | None = None,
+        plan: MemoryPlan | None = None,
+    ):
+        self.config = config
+        self.family = base.family
+        self.device, self.dtype = device_and_dtype(config, device)
+        self.plans = memory_plans(config)
+        plan = plan or self.plans[0]
+        # What a plan leaves in the computer's memory, or makes smaller, never has to fit the device.
+        place = torch.device("cpu") if plan.offload != "nothing" or plan.weights != "full" else self.device
+        self.denoiser = base.load("denoiser", place, self.dtype)
+        self.encoders: dict[str, nn.Module] = {}
+        if trains_text(config):
+            self.encoders = base.load_text_encoders(self.device, self.dtype)
+        self.adapter = attach({"denoiser": self.denoiser, **self.encoders}, base.family, config, continue_from)
+        self._set_training(True)
+        if check_cancelled:
+            _check_often(self.denoiser, check_cancelled, blocks_of(self.denoiser) if config.compile else ())
+        self.memory = MemorySaver(self.denoiser, self.device)
+        self.memory.adopt(plan)
+        self.why_not_compiled = why_not_compiled(self.device) if config.compile else None
+        """Why it is not, where the settings want it."""
+        compiled = config.compile and not self.why_not_compiled
+        self.compiled = CompiledBlocks(blocks_of(self.denoiser)) if compiled else None
+        self.parameters = self.adapter.parameters()
+        self.average = (
+            {name: value.detach().clone() for name, value in self.parameters.items()} if config.ema_decay else None
+        )
+        self.optimizer = build_optimizer(self.adapter, config)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.schedule = base.schedule().to(self.device)
+        self.images = [_to_device(image, self.device) for image in cache.images if not image.is_class]
+        self.class_images = [_to_device(image, self.device) for image in cache.images if image.is_class]
+        self.text = {caption: self._placed(conditioning) for caption, conditioning in cache.text.items()}
+        self.chunks = cache.chunks
+        self.batches = Batches(self.images, config.batch_size, config.seed)
+        self.class_batches = (
+            Batches(self.class_images, config.batch_size, config.seed + 1) if self.class_images else None
+        )
+        self.step = 0
+        self.narrowed_after: int | None = None
+        """The step after which the frozen weights were in 8 bits."""
+        self.loss = torch.zeros((), device=self.device)
+        self.first_bad_step = torch.full((), -1, device=self.device)
+
+    def train_step(self) -> None:
+        """One optimizer step. Nothing in it waits for the device."""
+        self.update(self.accumulate())
+
+    def accumulate(self) -> Tensor:
+        """The loss of the next step, its gradients accumulated. Interrupted, it leaves the run as it was between two steps."""
+        config = self.config
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        with self.fast():
+            for number in range(self.step * config.accumulation, (self.step + 1) * config.accumulation):
+                for loss in self._losses(number):
+                    self.scaler.scale(loss / config.accumulation).backward()
+                    total += loss.detach() / config.accumulation
+        return total
+
+    @contextlib.contextmanager
+    def fast(self) -> Iterator[None]:
+        """Within it forward and backward passes are those of a step: blocks compiled, the adapter cast once for all of them."""
+        with self.compiled.in_use() if self.compiled else contextlib.nullcontext(), self.adapter.cast_once(self.dtype):
+            yield
+
+    def accumulate_within_memory(self, on_warning: Callable[[str], None]) -> Tensor:
+        """The same, with smaller and smaller memory plans until the step fits. OutOfMemory when not even the smallest does."""
+        while True:
+            try:
+                return self.accumulate()
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Out of the except clause, where the error no longer holds on to the step's activations.
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.memory.plan == self.plans[-1]:
+                raise OutOfMemory(
+                    f"step {self.step + 1} does not fit the memory of the device ({self.memory.plan}); "
+                    "use batch_size 1, a lower resolution, or gradient_checkpointing auto"
+                )
+            plan = self.plans[self.plans.index(self.memory.plan) + 1]
+            on_warning(f"out of memory in step {self.step + 1}: done again with {plan}")
+            self.memory.adopt(plan)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def update(self, loss: Tensor) -> None:
+        """Moves the adapter along the accumulated gradients of that loss, and goes on to the next step."""
+        config = self.config
+        if self.narrowed_after is None and self.memory.plan.weights != "full":
+            self.narrowed_after = self.step
+        rate = learning_rate_factor(self.step, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * rate
+        if config.max_grad_norm:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.parameters.values(), config.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.adapter.constrain()
+        if self.average is not None:
+            # Rising from 0.1, so that the average soon forgets the untrained adapter.
+            decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
+            values = [parameter.detach() for parameter in self.parameters.values()]
+            torch._foreach_lerp_(list(self.average.values()), values, 1 - decay)
+        bad = ~torch.isfinite(loss) & (self.first_bad_step < 0)
+        self.first_bad_step = torch.where(bad, self.step, self.first_bad_step)
+        # The mean starts at the first loss, so that it does not have to climb from 0.
+        self.loss = loss if self.step == 0 else SMOOTHING * self.loss + (1 - SMOOTHING) * loss
+        self.step += 1
+
+    def _losses(self, number: int):
+        """The losses that forward pass `number` is made of, one after the other, so that one graph is alive at a time."""
+        config = self.config
+        generator = self._generator("noise", number)
+        pictures = [self.images[index] for index in self.batches.at(number)]
+        if (
+            config.prior_prediction
+            and random.Random(f"{config.seed}/prior/{number}").random() < config.prior_prediction
+        ):
+            yield config.prior_loss_weight * self.prior_prediction_loss(pictures, self._generator("prior", number))
+        dropped = random.Random(f"{config.seed}/dropout/{number}")
+        captions = ["" if dropped.random() < config.caption_dropout else picture.caption for picture in pictures]
+        yield self.picture_loss(pictures, captions, generator)
+        if self.class_batches:
+            pictures = [self.class_images[index] for index in self.class_batches.at(number)]
+            captions = [picture.caption for picture in pictures]
+            yield config.prior_loss_weight * self.picture_loss(pictures, captions, self._generator("class", number))
+
+    def picture_loss(
+        self, pictures: Sequence[EncodedImage], captions: Sequence[str], generator: torch.Generator
+    ) -> Tensor:
+        """The weighted loss on pictures of one shape, a scalar: the denoising objective of the base model."""
+        latents, noise, noisy_latents, timesteps = self._noised(pictures, generator)
+        prediction = self._predict(noisy_latents, timesteps, self._conditioning(pictures, captions))
+        target = self.schedule.target(latents, noise, timesteps)
+        masks = None
+        if any(picture.mask is not None for picture in pictures):
+            masks = torch.stack([torch.ones_like(p.mean[:1]) if p.mask is None else p.mask for p in pictures])
+        losses = sample_losses(prediction, target, masks, self.config)
+        return (losses * self.schedule.loss_weights(timesteps, self.config)).mean()
+
+    def prior_prediction_loss(self, pictures: Sequence[EncodedImage], generator: torch.Generator) -> Tensor:
+        """How far the prediction for the class caption has moved from the frozen model's, a scalar.
+
+        The frozen model is the teacher on the same noisy pictures: no class images are needed (the idea is learning
+        without forgetting, arXiv:1606.09282; ai-toolkit calls it differential output preservation).
+        """
+        _, _, noisy_latents, timesteps = self._noised(pictures, generator)
+        captions = [picture.class_caption for picture in pictures]
+        with torch.no_grad(), self.adapter.disabled():
+            target = self._predict(noisy_latents, timesteps, self._conditioning(pictures, captions))
+        prediction = self._predict(noisy_latents, timesteps, self._conditioning(pictures, captions))
+        return sample_losses(prediction, target, None, self.config).mean()
+
+    def _noised(
+        self, pictures: Sequence[EncodedImage], generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        mean = torch.stack([picture.mean for picture in pictures])
+        deviation = torch.stack([picture.deviation for picture in pictures])
+        latents = mean + deviation * torch.randn(mean.shape, generator=generator, device=self.device)
+        noise, input_noise = draw_noise(latents, self.config, generator)
+        timesteps = self.schedule.draw_timesteps(latents, self.config, generator)
+        return latents, noise, self.schedule.add_noise(latents, input_noise, timesteps), timesteps
+
+    def _predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        with self._autocast():
+            return self.family.predict(self.denoiser, noisy_latents.to(self.dtype), timesteps, conditioning)
+
+    def _conditioning(self, pictures: Sequence[EncodedImage], captions: Sequence[str]) -> Conditioning:
+        if self.encoders:
+            with self._autocast():
+                text = self.family.encode_text(self.encoders, captions, self.config.clip_skip, self.chunks)
+        else:
+            text = stack_conditioning([self.text[caption] for caption in captions])
+        return text | stack_conditioning([picture.conditioning for picture in pictures])
+
+    def _autocast(self):
+        # A GPU's autocast hands on float32 from norms, which each layer after them casts, and keeps, for itself.
+        if self.dtype == torch.float32 or METHODS[self.config.method].keeps_dtype:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def _placed(self, text: Conditioning) -> Conditioning:
+        # Masks are counted, for which 16 bits are too few.
+        placed = on_device(text, self.device)
+        return {name: value if name == "context_mask" else value.to(self.dtype) for name, value in placed.items()}
+
+    def _generator(self, purpose: str, number: int) -> torch.Generator:
+        seed = hashlib.sha256(f"{self.config.seed}/{purpose}/{number}".encode()).digest()
+        if self.config.dropout:
+            torch.manual_seed(int.from_bytes(seed[8:15], "big"))
+        return torch.Generator(self.device).manual_seed(int.from_bytes(seed[:7], "big"))
+
+    def _set_training(self, training: bool) -> None:
+        """Dropout on or off. (Older versions of diffusers also recompute activations in training mode only.)"""
+        for network in (self.denoiser, *self.encoders.values()):
+            network.train(training)
+
+    def sample(
+        self, sampler: Sampler, shots: Sequence[Shot], values: Mapping[str, Tensor] | None = None
+    ) -> list[Image.Image]:
+        """Images with the adapter as it would be saved now, or with other `values` in it."""
+        before = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self._set_training(False)
+        self._put(self.trained() if values is None else values)
+        try:
+            return sampler(self.denoiser, self.encoders, shots)
+        finally:
+            self._put(before)
+            self._set_training(True)
+
+    @torch.no_grad()
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])
+
+    def check_finite(self) -> None:
+        """Waits for the device; TrainingDiverged if the loss of any step so far, or the adapter now, is not finite."""
+        step = int(self.first_bad_step)
+        if step < 0:
+            values = [parameter.detach() for parameter in self.parameters.values()]
+            if torch.stack(torch._foreach_norm(values)).isfinite().all():
+                return
+            step = self.step - 1
+        names = sorted({self.images[i].name for n in range(self.config.accumulation)
+                        for i in self.batches.at(step * self.config.accumulation + n)})  # fmt: skip
+        advice = (
+            "lower the learning rate" if self.dtype != torch.float16 else "lower the learning rate, or precision bf16"
+        )
+        raise TrainingDiverged(
+            f"the training became NaN or infinite in step {step + 1} on {', '.join(names)} at learning rate "
+            f"{peak_rate(self.config) * learning_rate_factor(step, self.config):g}; {advice}"
+        )
+
+    def trained(self) -> Mapping[str, Tensor]:
+        """The values that are saved: the running average where there is one, else the parameters."""
+        return self.parameters if self.average is None else self.average
+
+    def state(
+        self,
+        identity: Mapping[str, str],
+        selection: Selection | None = None,
+        pictures: Mapping[str, Tensor] | None = None,
+    ) -> RunState:
+        tensors = {f"adapter.{name}": value.detach().cpu() for name, value in self.parameters.items()}
+        if self.average is not None:
+            tensors |= {f"average.{name}": value.cpu() for name, value in self.average.items()}
+        tensors["loss"] = self.loss.cpu()
+        optimizer_tensors, scalars = pack_optimizer(self.optimizer)
+        candidates, points = selection.pack() if selection else ({}, [])
+        return RunState(
+            self.step, identity, {**tensors, **optimizer_tensors, **candidates, **(pictures or {})},
+            scalars | {
+                "scaler": self.scaler.state_dict(), "likeness": points, "narrowed_after": self.narrowed_after,
+            },
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def restore(self, state: RunState) -> None:
+        self._put({name: state.tensors[f"adapter.{name}"] for name in self.parameters})
+        for name, value in (self.average or {}).items():
+            value.copy_(state.tensors[f"average.{name}"])
+        unpack_optimizer(self.optimizer, state.tensors, state.scalars)
+        self.scaler.load_state_dict(state.scalars["scaler"])
+        self.loss = state.tensors["loss"].to(self.device)
+        self.step = state.step
+        self.narrowed_after = state.scalars["narrowed_after"]
+
+
+def _check_often(network: nn.Module, check_cancelled: CheckCancelled, whole: Collection[nn.Module]) -> None:
+    """Has `check_cancelled` called at every block of the network, forward and backward; not within those that are `whole`."""
+
+    def check(*_: object) -> None:
+        check_cancelled()
+
+    def check_backward_too(module: nn.Module, inputs: object, output: object) -> None:
+        for tensor in output if isinstance(output, tuple) else (output,):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(check)
+
+    within = {inner for block in whole for inner in block.modules() if inner is not block}
+    for blocks in network.modules():
+        if isinstance(blocks, nn.ModuleList) and blocks not in within:
+            for block in blocks:
+                block.register_forward_pre_hook(check)
+                block.register_forward_hook(check_backward_too)
+
+
+def _to_device(image: EncodedImage, device: torch.device) -> EncodedImage:
+    return replace(
+        image,
+        mean=image.mean.to(device),
+        deviation=image.deviation.to(device),
+        mask=None if image.mask is None else image.mask.to(device),
+        conditioning={name: value.to(device) for name, value in image.conditioning.items()},
+    )

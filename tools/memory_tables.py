@@ -1,0 +1,96 @@
+"""The table of memory plans in docs/benchmarks.md: `python -m tools.memory_tables` predicts it and writes it there (minutes).
+
+Nothing is trained: the published models' sizes are gone through with tensors that hold no numbers.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.bench.loops import denoiser_config
+from core.config import TrainConfig
+from core.models.base import Base
+from core.models.families import FAMILIES
+from core.models.memory_plan import PLANS
+from core.models.spec import Component
+from core.training.encode import EncodedImage, LatentCache
+from core.training.memory_prediction import predicted_memory
+from tools.photo_tables import replace_table, table
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Model:
+    """A published model: its denoiser's configuration, and how long and wide its texts are."""
+
+    family: str
+    resolution: int
+    config: dict[str, Any]
+    latent: tuple[int, int]
+    """Channels, and pixels of a side of a latent's pixel."""
+    tokens: int
+    width: int
+    pooled: int | None = None
+    masked: bool = False
+    """Whether there is a mask of the text's length."""
+
+
+QWEN = {"num_attention_heads": 24, "attention_head_dim": 128, "joint_attention_dim": 3584, "num_layers": 60}
+MODELS = {
+    "SD1.5": Model("sd15", 512, denoiser_config("sd15"), (4, 8), 77, 768),
+    "SDXL": Model("sdxl", 1024, denoiser_config("sdxl"), (4, 8), 77, 2048, 1280),
+    "SD3.5 medium": Model(
+        "sd3", 1024,
+        {"sample_size": 128, "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536,
+         "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm", "in_channels": 16},
+        (16, 8), 333, 4096, 2048,
+    ),
+    "FLUX.1-dev": Model("flux1", 512, {"guidance_embeds": True, "in_channels": 64}, (16, 8), 512, 4096, 768),
+    "FLUX.2 klein 4B": Model(
+        "flux2", 1024,
+        {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680,
+         "guidance_embeds": False, "in_channels": 128},
+        (128, 16), 512, 7680,
+    ),
+    "Z-Image": Model("zimage", 1024, {"in_channels": 16}, (16, 8), 128, 2560, masked=True),
+    "Qwen-Image": Model("qwen-image", 1024, {**QWEN, "in_channels": 64}, (16, 8), 128, 3584, masked=True),
+}  # fmt: skip
+
+
+def predictions(model: Model) -> list[int]:
+    """The bytes of each plan for a LoRA of rank 16 on one picture at a time, in bf16."""
+    family = FAMILIES[model.family]
+    config = TrainConfig(rank=16, precision="bf16", resolution=model.resolution)
+    base = Base(
+        family=family, name="published size", components={"denoiser": Component(model.config, {})},
+        prediction_type="flow" if family.flow_shift else "epsilon", zero_terminal_snr=False, resolution=model.resolution,
+    )  # fmt: skip
+    channels, pixels = model.latent
+    latent = torch.zeros(channels, model.resolution // pixels, model.resolution // pixels)
+    side = (model.resolution, model.resolution)
+    caption = "a photo of sks person"
+    image = EncodedImage(
+        name="", mean=latent, deviation=latent, mask=None, conditioning=family.image_conditioning(side, (0, 0), side),
+        caption=caption, class_caption="a photo of person", repeats=1, is_class=False,
+    )  # fmt: skip
+    text = {"context": torch.zeros(1, model.tokens, model.width)}
+    if model.pooled:
+        text["pooled"] = torch.zeros(1, model.pooled)
+    if model.masked:
+        text["context_mask"] = torch.ones(1, model.tokens)
+    cache = LatentCache((image,), {caption: text}, chunks=1, digest="")
+    return [predicted_memory(cache, base, config, torch.bfloat16, plan) for plan in PLANS]
+
+
+if __name__ == "__main__":
+    rows = [
+        [f"{name}, {model.resolution} px", *(f"{need / GIB:.1f}" for need in predictions(model))]
+        for name, model in MODELS.items()
+    ]
+    lines = table(["GiB", *map(str, PLANS)], rows)
+    DOCUMENT.write_text(replace_table(DOCUMENT.read_text(), "memory", lines))
+    print(lines)
