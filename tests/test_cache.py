@@ -1,6 +1,7 @@
 """What the encoders make of photos and captions: computed once, by content, and damaged or strange files do no harm."""
 
 import re
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from core.errors import BadFile, OutOfMemory
 from core.models.base import Base, load_base
 from core.photos import Photo, prepare, read_photos
 from core.pictures.generate import Job, generate
-from core.storage.cache_folder import cache_folder, clear_cache
+from core.storage.cache_folder import cache_folder, clear_cache, content_key, made_folder
 from core.training.encode import encode, without_trigger
 from core.training.samples import make_class_images
 from tests.tooling import SMALL_SD15, write_checkpoint
@@ -208,3 +209,43 @@ def test_clearing_the_cache_deletes_all_of_it(dataset, base):
     encode(dataset, base, CONFIG, device=CPU)
     assert clear_cache() == len(dataset.images) + 3  # and the captions: two different ones and the empty one
     assert not cache_folder().exists()
+
+
+def test_clearing_the_cache_leaves_what_is_not_of_this_project(dataset, base, tmp_path, monkeypatch):
+    """The cache folder can be set to any folder: a disk, a home."""
+    others = [
+        tmp_path / name for name in ("thesis.odt", "runs/2026/log.txt", "latents/holiday.safetensors", "class/a/b.png")
+    ]
+    for file in others:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("mine")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / f"{'a' * 64}.safetensors").write_text("mine")
+    (tmp_path / "text").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    monkeypatch.setenv("FACELORA_CACHE", str(tmp_path))
+    made_folder("runs", content_key("a run")).joinpath("history.json").write_text("[]")
+    (made_folder("latents") / f".{content_key('cut')}.safetensors.0123abcd.tmp").write_text("half")
+    assert clear_cache() == 2
+    assert all(file.read_text() == "mine" for file in others)
+    assert len(list((tmp_path / "elsewhere").iterdir())) == 1
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["2026"]
+
+
+def test_what_cannot_be_deleted_is_named_and_the_rest_is_gone(tmp_path, monkeypatch):
+    monkeypatch.setenv("FACELORA_CACHE", str(tmp_path))
+    first, second = (made_folder("runs", content_key(name)) for name in ("one", "two"))
+    for folder in (first, second):
+        (folder / "history.json").write_text("[]")
+    delete = shutil.rmtree
+
+    def refuse(path):
+        if path == first:
+            raise PermissionError(13, "Permission denied")
+        delete(path)
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(
+        BadFile, match=rf"{first.name}: cannot be deleted: Permission denied \(1 files were deleted, 1 "
+    ):
+        clear_cache()
+    assert first.exists() and not second.exists()

@@ -2,13 +2,19 @@
 
 import hashlib
 import os
+import re
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from ..errors import BadFile
 from .files import make_folder
 
+KINDS = ("class", "latents", "runs", "text")
+"""The folders in the cache folder: drawn class images, encoded photos, what is kept of runs, encoded captions."""
+_OURS = re.compile(r"\.?[0-9a-f]{64}(\..*)?")
+"""What `content_key` makes, with endings, and what is left of a file whose writing was killed."""
 CACHE_VERSION = "2"
 """Part of every cache key: raised whenever the same input would be encoded differently."""
 
@@ -31,10 +37,32 @@ def made_folder(*names: str) -> Path:
 
 
 def clear_cache() -> int:
-    """Deletes everything that was cached; how many files there were."""
-    count = sum(1 for path in cache_folder().rglob("*") if path.is_file())
-    shutil.rmtree(cache_folder(), ignore_errors=True)
+    """The number of files that were deleted: all that this project has put into the cache folder, and nothing else.
+
+    The cache folder may be one that holds other things. BadFile names what could not be deleted, when the rest is gone.
+    """
+    count, left = 0, []
+    for folder in (cache_folder() / kind for kind in KINDS):
+        for path in folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ():
+            if not _OURS.fullmatch(path.name):
+                continue
+            files = sum(inner.is_file() for inner in path.rglob("*")) if path.is_dir() else 1
+            try:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            except OSError as error:
+                left.append(f"{path}: cannot be deleted: {error.strerror or error}")
+            else:
+                count += files
+        _remove_if_empty(folder)
+    _remove_if_empty(cache_folder())
+    if left:
+        raise BadFile(f"{left[0]} ({count} files were deleted, {len(left)} files or folders were not)")
     return count
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):  # it is not there, or holds something
+        folder.rmdir()
 
 
 def content_key(*parts: object) -> str:
