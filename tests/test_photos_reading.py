@@ -6,17 +6,18 @@ import os
 import struct
 import sys
 import zlib
+from functools import cache
 
 import numpy as np
 import pillow_heif
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, features
 
 from core.errors import BadPhoto
 from core.photos import reading
-from core.photos.reading import Photo, read_photos
+from core.photos.reading import Photo, read_photo_files, read_photos
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 255, 0), (255, 255, 255)
 
@@ -207,13 +208,48 @@ def test_a_link_to_a_photo_that_is_gone_is_named_and_left_out(tmp_path):
     assert said == ["left out: gone.jpg: cannot be read (No such file or directory)"]
 
 
-def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
-    # PNG of a few bytes that promises 30000 x 30000 pixels: IHDR is all that Pillow reads on opening.
+def test_what_is_no_regular_file_is_named_and_never_read(tmp_path):
+    picture().save(tmp_path / "good.png")
+    (tmp_path / "endless.jpg").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "waits.jpg").symlink_to(tmp_path / "pipe")
+    said: list[str] = []
+    assert [photo.name for photo in read_photos(tmp_path, on_warning=said.append)] == ["good.png"]
+    wanted = ["left out: endless.jpg: is no regular file", "left out: waits.jpg: is no regular file"]
+    assert said == wanted
+    assert read_photo_files([tmp_path / "endless.jpg", tmp_path / "pipe"], on_warning=said.append) == []
+    assert said[2:] == [wanted[0], "left out: pipe: is no regular file"]
+
+
+def test_a_program_for_printers_in_a_photos_name_is_not_run(tmp_path):
+    """Pillow would hand it to Ghostscript."""
+    picture().save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.jpg")
+    with pytest.raises(BadPhoto, match=r"a\.jpg: is not a picture that can be read"):
+        read_photos(tmp_path, strict=True)
+
+
+def test_a_file_or_a_side_that_is_too_long_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    (tmp_path / "long.png").write_bytes(png_that_promises(100_000_000, 1))
+    with pytest.raises(BadPhoto, match=r"long\.png: has 100000000x1 pixels, and at most 65535 a side are read"):
+        read_photos(tmp_path, strict=True)
+    monkeypatch.setattr(reading, "MAX_BYTES", 2**20)
+    with (tmp_path / "long.png").open("wb") as file:
+        file.truncate(3 * 2**20)
+    with pytest.raises(BadPhoto, match=r"long\.png: has 3 MiB, and at most 1 are read"):
+        read_photos(tmp_path, strict=True)
+
+
+def png_that_promises(width: int, height: int) -> bytes:
+    """A PNG of a few bytes: IHDR is all that Pillow reads on opening."""
     small = io.BytesIO()
     Image.new("1", (8, 8)).save(small, "png")
-    header = b"IHDR" + struct.pack(">II", 30_000, 30_000) + small.getvalue()[24:29]
-    png = small.getvalue()[:12] + header + struct.pack(">I", zlib.crc32(header)) + small.getvalue()[33:]
-    (tmp_path / "bomb.png").write_bytes(png)
+    header = b"IHDR" + struct.pack(">II", width, height) + small.getvalue()[24:29]
+    return small.getvalue()[:12] + header + struct.pack(">I", zlib.crc32(header)) + small.getvalue()[33:]
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    (tmp_path / "bomb.png").write_bytes(png_that_promises(30_000, 30_000))
     with pytest.raises(BadPhoto, match=r"bomb\.png: has more than 178 megapixels"):
         read_photos(tmp_path, strict=True)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # some programs switch Pillow's own check off
@@ -272,9 +308,13 @@ def test_a_photo_does_not_show_its_path(tmp_path):
     assert str(tmp_path) not in repr(only_photo(tmp_path))
 
 
+KINDS = ["jpeg", "png", "webp", "gif", "tiff", "bmp", *(["avif"] if features.check("avif") else [])]
+
+
+@cache
 def sample_files():
     files = {}
-    for kind in ("jpeg", "png", "webp", "gif", "tiff", "bmp"):
+    for kind in KINDS:
         data = io.BytesIO()
         picture().save(data, kind)
         files[kind] = data.getvalue()
@@ -283,7 +323,7 @@ def sample_files():
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about damaged TIFF tags
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(kind=st.sampled_from(["jpeg", "png", "webp", "gif", "tiff", "bmp"]), data=st.data())
+@given(kind=st.sampled_from(KINDS), data=st.data())
 def test_a_damaged_file_is_a_photo_or_a_bad_photo_and_nothing_else(tmp_path, kind, data):
     content = bytearray(sample_files()[kind])
     for _ in range(data.draw(st.integers(1, 4))):

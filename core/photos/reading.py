@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import re
+import stat
 import struct
 import warnings
 import zlib
@@ -27,11 +28,18 @@ MASK_ENDING = "-masklabel.png"
 MAX_PIXELS = 2 * 89_478_485
 """Where Pillow itself refuses a picture as a decompression bomb. Above the 108 megapixels of large phone cameras."""
 
+MAX_SIDE = 65_535
+"""The longest side in pixels that is read: JPEG's own limit."""
+MAX_BYTES = 2**30
+"""The largest file that is read: more than 178 megapixels of 16 bits take uncompressed."""
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "HEIF")
+"""Pillow's decoders of PHOTO_SUFFIXES. It has others, among them one that runs Ghostscript, and goes by a file's content."""
 _REPEATS_FOLDER = re.compile(r"(\d+)_.*")
 _ORIENTATION_TAG = 0x0112
 _TURNED_SIDEWAYS = (5, 6, 7, 8)
-DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
-"""What Pillow's decoders raise on damaged files."""
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error)
+"""What Pillow's decoders raise on damaged files, AVIF's a RuntimeError."""
 
 
 @dataclass(frozen=True)
@@ -186,10 +194,7 @@ def _is_photo_file(path: Path) -> bool:
 
 
 def _read_photo(path: Path, repeats: int) -> Photo:
-    try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as problem:
-        raise BadPhoto(f"{path.name}: cannot be read ({problem.strerror})") from problem
+    digest = hashlib.sha256(_read_bytes(path)).hexdigest()
     with _opened(path.name, path) as image:
         full_size = image.size
         # Decode once, at the lowest cost that still finds a truncated file now and not in the middle of a training.
@@ -210,6 +215,19 @@ def _read_photo(path: Path, repeats: int) -> Photo:
     # A name from another system's archive need not be UTF-8, which no page and no terminal can then show.
     name = os.fsencode(path.name).decode(errors="replace")
     return Photo(name, size, _read_caption(path.with_suffix(".txt")), repeats, digest, path, mask_path)
+
+
+def _read_bytes(path: Path) -> bytes:
+    """The content of a regular file. BadPhoto for another: a pipe gives nothing and waits, a device may never end."""
+    try:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):
+            raise BadPhoto(f"{path.name}: is no regular file")
+        if about.st_size > MAX_BYTES:
+            raise BadPhoto(f"{path.name}: has {about.st_size >> 20} MiB, and at most {MAX_BYTES >> 20} are read")
+        return path.read_bytes()
+    except OSError as problem:
+        raise BadPhoto(f"{path.name}: cannot be read ({problem.strerror})") from problem
 
 
 def _read_caption(path: Path) -> str | None:
@@ -233,8 +251,10 @@ def _opened(name: str, source: Path | Image.Image) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(source)
+            image = Image.open(source, formats=_formats())
         with image:
+            if max(image.size) > MAX_SIDE:
+                raise BadPhoto(f"{name}: has {_times(image.size)} pixels, and at most {MAX_SIDE} a side are read")
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             _refuse_float_pixels(name, image)
@@ -247,6 +267,12 @@ def _opened(name: str, source: Path | Image.Image) -> Iterator[Image.Image]:
         raise BadPhoto(f"{name}: the file is no longer there") from problem
     except DAMAGED as problem:
         raise BadPhoto(f"{name}: is damaged or incomplete ({problem})") from problem
+
+
+def _formats() -> list[str]:
+    """The allowed decoders that this Pillow has."""
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
 
 
 def _support_heif(name: str) -> None:
