@@ -92,6 +92,8 @@ def _read_states() -> None:
         states = read_json(_states_file())
     except BadFile:  # none yet, or not readable
         return
+    if not isinstance(states, dict) or not all(isinstance(state, dict) for state in states.values()):
+        return
     for node_id, state in states.items():
         _states[node_id] = state if state.get("phase") in ENDED else state | {"phase": "stopped"}
 
@@ -124,6 +126,8 @@ def add_routes() -> None:
 
     @routes.post("/facelora/stop")
     async def stop(request: web.Request) -> web.Response:
+        if request.content_type != "application/json":  # a form on a page of another site can send other types
+            return web.json_response({"error": "send JSON, as application/json"}, status=415)
         try:
             node_id = str((await request.json())["node"])
         except (ValueError, TypeError, KeyError):

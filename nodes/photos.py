@@ -124,7 +124,9 @@ class LoadFacePhotos(io.ComfyNode):
 
 def _read(folder: str, pictures: str, *, strict: bool, on_warning: Callable[[str], None]) -> list[Photo]:
     photos: list[Photo] = []
-    if folder != NO_FOLDER:
+    if _is_left_out(folder, pictures):
+        on_warning(f"{folder}: there is no such folder below ComfyUI's input folder; the added photos alone are taken")
+    elif folder != NO_FOLDER:
         try:
             photos += read_photos(_path(folder), strict=strict, on_warning=on_warning)
         except BadPhoto as problem:
@@ -142,7 +144,7 @@ def _names(pictures: str) -> list[str]:
 
 def _files(folder: str, pictures: str) -> Iterator[tuple[str, Path]]:
     """(name, path) of everything that counts. BadPhoto for what is not there."""
-    if folder != NO_FOLDER:
+    if folder != NO_FOLDER and not _is_left_out(folder, pictures):
         path = _path(folder)
         if not path.is_dir():
             raise BadPhoto(f"{folder}: there is no such folder below ComfyUI's input folder")
@@ -155,10 +157,19 @@ def _files(folder: str, pictures: str) -> Iterator[tuple[str, Path]]:
         yield from ((file.name, file) for file in (picture, *companions) if file.is_file())
 
 
+def _is_left_out(folder: str, pictures: str) -> bool:
+    """Whether photos were added and the folder, which a template names, is not there: then they are meant."""
+    return folder != NO_FOLDER and bool(_names(pictures)) and not _path(folder).exists()
+
+
 def _path(name: str) -> Path:
-    """A folder or picture below the input folder. BadPhoto for one that is elsewhere."""
+    """A folder or picture below the input folder. BadPhoto for one that is elsewhere, or whose name no file can have."""
     root = Path(folder_paths.get_input_directory()).resolve()
-    path = (root / name).resolve()
+    try:
+        path = (root / name).resolve()
+        path.exists()
+    except (OSError, ValueError) as problem:  # a name of thousands of letters, or with a zero in it
+        raise BadPhoto(f"{name[:80]!r}: no file can have this name ({problem})") from None
     if not path.is_relative_to(root):
         raise BadPhoto(f"{name}: is not below ComfyUI's input folder")
     return path

@@ -82,8 +82,9 @@ class Panel {
 
   async stopAndKeep() {
     this.keep.disabled = true
+    const headers = { "Content-Type": "application/json" }
     for (const id of states.keys())
-      if (this.is(id)) await api.fetchApi("/facelora/stop", { method: "POST", body: JSON.stringify({ node: id }) })
+      if (this.is(id)) await api.fetchApi("/facelora/stop", { method: "POST", headers, body: JSON.stringify({ node: id }) })
   }
 
   show(state) {

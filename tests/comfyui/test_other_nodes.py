@@ -154,6 +154,17 @@ def test_uploaded_pictures_are_photos_too(server):
     assert len(server.run(graph).outputs["images"]["images"]) == 1
 
 
+def test_a_folder_that_is_not_there_does_not_matter_where_pictures_were_added(server):
+    """As on the first run of a template: it names a folder, and the user has dropped photos."""
+    folder = write_photos(server.folder / "input" / "hanna", count=1, person=36)
+    uploaded = server.upload(folder / "0.png", "hanna.png")
+    graph = {"photos": load_photos("not-made-yet", uploaded), "report": node("PreviewAny", source=["photos", 3])}
+    result = server.run(graph)
+    assert result.status == "success", result.error
+    (report,) = texts(result, "report")
+    assert "1 photos" in report and "not-made-yet: there is no such folder" in report
+
+
 def test_a_thumbnail_of_an_uploaded_picture_is_the_right_way_up(server):
     lying = Image.new("RGB", (640, 320), "red")
     exif = lying.getexif()
@@ -161,7 +172,7 @@ def test_a_thumbnail_of_an_uploaded_picture_is_the_right_way_up(server):
     lying.save(server.folder / "input" / "turned.jpg", exif=exif)
     small = Image.open(BytesIO(server.read("/facelora/photo?name=turned.jpg")))
     assert small.size == (80, 160)
-    for name in ("gone.jpg", "../server.log", ""):
+    for name in ("gone.jpg", "../server.log", "", "a%00.jpg", 5000 * "a"):
         with pytest.raises(HTTPError, match="404"):
             server.read(f"/facelora/photo?name={name}")
 

@@ -48,6 +48,8 @@ def folder(comfy_folder, tmp_path_factory) -> Path:
     for name in ("core", "utils"):
         (neighbour / f"{name}.py").write_text("OWNER = 'neighbour'\n")
     (base / "models" / "loras").mkdir(parents=True)
+    (base / "user").mkdir()
+    (base / "user" / "facelora-training.json").write_text("[1]")  # no state that this pack has written
     (base / "models" / "checkpoints").symlink_to(comfy_folder / "models" / "checkpoints", target_is_directory=True)
     (base / "input").symlink_to(comfy_folder / "input", target_is_directory=True)
     return base
