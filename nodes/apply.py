@@ -15,7 +15,7 @@ from ..core.lora.blocks import BLOCK_LISTS, block_strengths
 from ..core.lora.file import Entry, LoraFile
 from ..core.lora.inspect import trigger_words
 from .convert import LoraModel, loadable, lora_file
-from .embeddings import prompt_phrase
+from .folders import prompt_phrase
 from .weight_patches import BypassAdapters, load_patches
 
 CONNECTED = "(the connected LoRA)"
