@@ -14,10 +14,9 @@ from ..core.errors import BadConfig, BadFile, LoraMisfit
 from ..core.lora.blocks import BLOCK_LISTS, block_strengths
 from ..core.lora.file import Entry, LoraFile
 from ..core.lora.inspect import trigger_words
-from .beside import BesideWeights
 from .convert import LoraModel, loadable, lora_file
-from .embeddings import prompt_phrase
-from .own_changes import load_patches
+from .folders import prompt_phrase
+from .weight_patches import BypassAdapters, load_patches
 
 CONNECTED = "(the connected LoRA)"
 MODES = ("into the weights", "bypass", "off")
@@ -131,13 +130,13 @@ def _apply(
     factors = block_strengths(lora, block_weights)
     model, key_map = model.clone(), comfy.lora.model_lora_keys_unet(model.model, {})
     whole = steps == (0.0, 1.0)
-    beside = BesideWeights(None if whole else _sigmas(model, steps))
+    bypassed = BypassAdapters(None if whole else _sigmas(model, steps))
     fixed: list[Entry] = []
     for factor, group in _by_factor([entry for entry in entries if entry.part == "denoiser"], factors):
-        movable = [entry for entry in group if (bypass or not whole) and _works_beside(entry, key_map[entry.name])]
+        movable = [entry for entry in group if (bypass or not whole) and _can_bypass(entry, key_map[entry.name])]
         rest = [entry for entry in group if entry not in movable]
         fixed += rest
-        beside.add(load_patches(lora, movable, key_map), strength_model * factor)
+        bypassed.add(load_patches(lora, movable, key_map), strength_model * factor)
         _add_patches(model, load_patches(lora, rest, key_map), strength_model * factor, lora)
     if fixed and not whole:
         raise BadConfig(
@@ -145,7 +144,7 @@ def _apply(
             f"all steps, e.g. {fixed[0].name} of kind {fixed[0].kind}; set 0 and 1"
         )
     if bypass or not whole:
-        beside.attach(model)
+        bypassed.attach(model)
     if clip is not None:
         key_map = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
         clip = clip.clone()
@@ -167,7 +166,7 @@ def _by_factor(entries: list[Entry], factors: Mapping[str, float]) -> list[tuple
     return [(factor, group) for factor, group in groups.items() if factor]
 
 
-def _works_beside(entry: Entry, place: Any) -> bool:
+def _can_bypass(entry: Entry, place: Any) -> bool:
     """Whether its part is a sum with what the module does: not where the base weight or other tensors take part."""
     additive = entry.kind in ("lora", "locon", "loha", "lokr") and "dora" not in entry.keys
     only_rows = isinstance(place, str) or (len(place) == 2 and place[1][0] == 0)

@@ -16,7 +16,7 @@ from ..core.lora.inspect import format_inspection, inspect_lora
 from ..core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
 from ..core.pictures.sheet import contact_sheet
 from .convert import FacePhotos, LoraModel, image_tensor, lora_file, lora_model, photos_of, pictures
-from .file_names import lora_path
+from .folders import lora_path
 from .plot import score_plot
 
 

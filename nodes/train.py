@@ -24,8 +24,7 @@ from ..core.training.recipes import MEASUREMENTS, RECIPES, recipe_settings
 from ..core.training.store import TrainedFile, TrainingJob, find_or_train
 from . import panel
 from .convert import FacePhotos, LoraModel, base_from, image_tensor, lora_file, lora_model, photos_of, trained_family
-from .embeddings import write_embedding
-from .file_names import lora_path
+from .folders import lora_path, write_embedding
 from .plot import loss_plot
 
 _given_out: dict[str, set[Path]] = {}

@@ -1,10 +1,11 @@
 """tools/house.py: rooms import downwards only, and nothing imports in a circle."""
 
 import ast
+import re
 
 import pytest
 
-from tools.house import Import, circles, imports_of, read_sources, room_circles, room_of, storey_of, upward
+from tools.house import ROOT, Import, circles, imports_of, read_sources, room_circles, room_of, storey_of, upward
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +28,28 @@ def test_only_the_command_line_imports_the_projects_modules_inside_functions(imp
 
 def test_every_module_has_a_room():
     assert all(storey_of(module) >= 0 for module in read_sources())
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "docs/add-a-family.md", "CONTRIBUTING.md"])
+def test_what_a_page_about_the_source_names_is_there(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:core|nodes|tests|tools|web|docs|locales|workflows)/[\w./-]*)`", text))
+    assert named and [path for path in sorted(named) if not (ROOT / path).exists()] == []
+    for name, path in re.findall(r"`(\w+)` (?:in|of) `([\w/]+\.py)`", text):
+        assert re.search(rf"\b{name}\b", (ROOT / path).read_text(encoding="utf-8")), f"{path} has no {name}"
+
+
+def test_the_page_of_the_house_says_where_each_step_is_and_names_every_room():
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    steps = re.findall(r"^\| [^|]+ \| `(core/[\w/]+\.py)` \| ((?:`[\w.]+`(?:, )?)+) \|", text, re.MULTILINE)
+    assert len(steps) > 8
+    for path, names in steps:
+        source = (ROOT / path).read_text(encoding="utf-8")
+        for name in re.findall(r"[\w.]+", names):
+            for part in name.split("."):
+                assert re.search(rf"^ *(def|class) {part}\b", source, re.MULTILINE), f"{path} has no {part}"
+    rooms = {room_of(module) for module in read_sources() if module.startswith("core.")}
+    assert set(re.findall(r"^\| \d? ?\| `(\w+)` \|", text, re.MULTILINE)) == rooms
 
 
 def test_an_import_that_runs_late_is_seen_and_closes_a_circle():

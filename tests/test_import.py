@@ -1,5 +1,6 @@
 """What importing pulls in, and what an installation puts where."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -59,3 +60,16 @@ def test_the_wheel_has_one_top_level_name_and_everything_that_is_needed(tmp_path
     code = "import facelora.core, sys; sys.exit('core' in sys.modules or 'nodes' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=unpacked, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="needs git and a clone")
+def test_the_registrys_package_has_what_comfyui_serves_and_nothing_of_the_tests():
+    def listed(*options: str) -> set[str]:
+        command = ["git", "ls-files", "--cached", *options]
+        return set(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines())
+
+    # comfy-cli reads the file as git reads a .gitignore.
+    packed = listed() - listed("--ignored", f"--exclude-from={ROOT / '.comfyignore'}")
+    folders = {name.partition("/")[0] for name in packed if "/" in name}
+    assert folders == {"core", "locales", "nodes", "web", "workflows"}
+    assert "web/docs/FaceLoRATrain.md" in packed

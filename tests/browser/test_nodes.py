@@ -103,20 +103,20 @@ def test_what_a_lora_is_stands_in_the_node_also_where_it_did_not_run_again(eithe
     graph = page.saved()
     page.open(graph, "what-it-is")
 
-    def is_said() -> bool:
-        texts = page.page.locator(".facelora-said").all_inner_texts()
+    def is_shown() -> bool:
+        texts = page.page.locator(".facelora-result-text").all_inner_texts()
         return [f"{lora}: sd15, rank 4\ntrigger: sks person" in text for text in texts] == [True, False] and (
             "arXiv:2106.09685" in texts[1]
         )
 
     assert server.wait(page.queue()).status == "success"
     page.page.wait_for_timeout(500)
-    assert is_said()
+    assert is_shown()
 
     page.clear()  # another tab, and back
     page.page.get_by_text("what-it-is").first.click()
     page.page.wait_for_timeout(1000)
-    assert is_said()
+    assert is_shown()
 
     page.reload()
     page.clear()
@@ -124,5 +124,5 @@ def test_what_a_lora_is_stands_in_the_node_also_where_it_did_not_run_again(eithe
     result = server.wait(page.queue())
     assert len(result.cached) == 4
     page.page.wait_for_timeout(500)
-    assert is_said()
+    assert is_shown()
     assert page.complaints() == []

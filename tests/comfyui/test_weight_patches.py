@@ -10,7 +10,7 @@ from .setup_comfyui import COMFYUI, PYTHON
 pytestmark = pytest.mark.comfyui
 
 SCRIPT = """
-import importlib.util, sys
+import importlib, sys, types
 comfyui, pack = sys.argv[1:]
 sys.argv = ["main.py", "--cpu"]
 sys.path.insert(0, comfyui)
@@ -19,9 +19,11 @@ comfy.options.enable_args_parsing()
 import comfy.model_patcher, torch
 from comfy.weight_adapter.lora import LoRAAdapter
 
-spec = importlib.util.spec_from_file_location("beside", pack + "/nodes/beside.py")
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
+# As packages whose own __init__ is not run: that of the nodes needs a server.
+for name, folder in (("pack", pack), ("pack.nodes", pack + "/nodes")):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [folder]
+module = importlib.import_module("pack.nodes.weight_patches")
 
 torch.manual_seed(1)
 model = torch.nn.Module()
@@ -31,16 +33,16 @@ sizes = {("qkv.weight", (0, 8, 8)): ((8, 2), (2, 8)), "conv.weight": ((6, 2, 1, 
 weights = {place: [torch.randn(size) for size in pair] for place, pair in sizes.items()}
 
 
-def beside():
+def bypassed():
     adapters = {place: LoRAAdapter(set(), (up, down, 2.0, None, None, None)) for place, (up, down) in weights.items()}
     patcher = comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
-    one = module.BesideWeights(None)
+    one = module.BypassAdapters(None)
     one.add(adapters, 0.5)
     one.attach(patcher)
     return patcher
 
 
-first, second = beside(), beside()
+first, second = bypassed(), bypassed()
 x, image = torch.randn(3, 8), torch.randn(1, 4, 5, 5)
 plain, plain_image = model.qkv(x), model.conv(image)
 up, down = weights["qkv.weight", (0, 8, 8)]

@@ -1,4 +1,4 @@
-/** What nodes say in words once they have run: which LoRA it is, where a file was written. */
+/** The text that a node shows once it has run: which LoRA it is, where a file was written. */
 
 import { app } from "../../scripts/app.js"
 import { addElement, after, make, makeRoom } from "./dom.js"
@@ -6,11 +6,11 @@ import { addElement, after, make, makeRoom } from "./dom.js"
 const NODES = new Set(["FaceLoRAApply", "FaceLoRAInspect", "FaceLoRASave", "FaceLoRAStylePack"])
 const LETTER = 6.7, LINE = 15, MOST_LINES = 44 // in pixels; it scrolls where there are more
 
-class Said {
+class ResultText {
   constructor(node) {
     this.node = node
-    this.text = make("pre", "facelora-said")
-    addElement(node, "said", make("div", "facelora-panel", this.text), () => this.height())
+    this.text = make("pre", "facelora-result-text")
+    addElement(node, "result_text", make("div", "facelora-panel", this.text), () => this.height())
     after(node, "onExecuted", ({ text }) => this.show(text))
   }
 
@@ -31,15 +31,15 @@ class Said {
 const panels = new Set()
 
 app.registerExtension({
-  name: "facelora.said",
+  name: "facelora.result_text",
   nodeCreated(node) {
     if (!NODES.has(node.comfyClass)) return
-    const said = new Said(node)
-    panels.add(said)
-    after(node, "onRemoved", () => panels.delete(said))
+    const shown = new ResultText(node)
+    panels.add(shown)
+    after(node, "onRemoved", () => panels.delete(shown))
   },
   /** The outputs of a workflow that is shown again. */
   onNodeOutputsUpdated(outputs) {
-    for (const said of panels) said.show(outputs[said.node.id]?.text)
+    for (const shown of panels) shown.show(outputs[shown.node.id]?.text)
   },
 })

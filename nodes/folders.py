@@ -1,4 +1,6 @@
-"""The vectors of a new word that a LoRA brings along (pivotal tuning), where ComfyUI's prompts find them: in a file of the
+"""Files in ComfyUI's folders: the names that users type for LoRAs, and the vectors of new words that prompts find by name.
+
+A LoRA may bring along the vectors of its trigger word (pivotal tuning). ComfyUI's prompts find them in a file of the
 embeddings folder, by the file's name after `embedding:`.
 """
 
@@ -9,9 +11,18 @@ from pathlib import Path
 
 import folder_paths
 
+from ..core.errors import BadConfig
 from ..core.lora.embeddings import embedding_files, file_word
 from ..core.lora.file import LoraFile
 from ..core.storage.files import make_folder
+
+
+def lora_path(name: str) -> str:
+    """The name, or FOLDER/NAME, without an ending of its own. BadConfig for what is no file below a folder, on any system."""
+    parts = re.split(r"[\\/]", name.removesuffix(".safetensors"))
+    if any(part.strip() in ("", ".", "..") for part in parts) or re.search(r'[<>:"|?*\x00-\x1f]', name):
+        raise BadConfig(f"name {name!r}: give a file name, or FOLDER/NAME below the loras folder")
+    return "/".join(parts)
 
 
 def embedding_name(lora: LoraFile, embedding: LoraFile) -> str:

@@ -1,0 +1,131 @@
+"""What Apply LoRA puts on a model: changes of its weights, and LoRAs that are computed beside weights that stay as they are."""
+
+# pyright: reportMissingImports=false
+
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import comfy.lora
+import comfy.model_management
+import comfy.utils
+import comfy.weight_adapter
+import torch
+from comfy.patcher_extension import PatcherInjection, WrappersMP
+from comfy.weight_adapter.bypass import BypassForwardHook
+from torch import Tensor
+
+from ..core.lora.file import Entry, LoraFile
+from ..core.lora.kinds import needs_base, weight_change
+
+Place = str | tuple[Any, ...]
+"""A weight of the model, or (weight, (dimension, start, length)) for some of its rows, as ComfyUI's key maps say it."""
+
+
+def load_patches(lora: LoraFile, entries: list[Entry], key_map: Mapping[str, Any]) -> dict[Any, Any]:
+    """Place in the model -> what ComfyUI patches it with. `key_map` has the place for each entry's name."""
+    theirs: dict[str, Tensor] = {}
+    computed: dict[Any, ComputedChange] = {}
+    for entry in entries:
+        tensors = lora.tensors_of(entry)
+        if needs_base(entry.kind, tensors):
+            weights = (entry.kind, tuple(tensors), tuple(tensors.values()))
+            computed[key_map[entry.name]] = ComputedChange(set(entry.keys.values()), weights)
+            tensors = {role: tensor for role, tensor in tensors.items() if role in ("diff_b", "b_norm")}
+        # An alpha that only peft's metadata has is in no key.
+        theirs |= {entry.keys.get(role, f"{entry.name}.{role}"): tensor for role, tensor in tensors.items()}
+    return comfy.lora.load_lora(theirs, {entry.name: key_map[entry.name] for entry in entries}) | computed
+
+
+class ComputedChange(comfy.weight_adapter.WeightAdapterBase):
+    """A change that core computes, times the strength.
+
+    ComfyUI's own OFT and BOFT grow with the square of the strength. Of DoRA it reads one layout as it is meant, (1, in): a
+    magnitude for each output it divides by the norm of the weight without the LoRA, that of a convolution written as
+    (out, 1) it logs and leaves out, and peft's `lora_magnitude_vector` it does not know.
+    """
+
+    name = "facelora"
+
+    def __init__(self, loaded_keys: set[str], weights: tuple[str, tuple[str, ...], tuple[Tensor, ...]]):
+        # ComfyUI makes copies of these two attributes, of the tensors on the device.
+        self.loaded_keys = loaded_keys
+        self.weights = weights
+
+    def calculate_weight(
+        self, weight: Tensor, key: str, strength: float, strength_model: float, offset: Any,
+        function: Callable[[Tensor], Tensor], intermediate_dtype: torch.dtype = torch.float32,
+        original_weight: Any = None,
+    ) -> Tensor:  # fmt: skip
+        kind, roles, tensors = self.weights
+        on_device = {
+            role: comfy.model_management.cast_to_device(tensor, weight.device, intermediate_dtype)
+            for role, tensor in zip(roles, tensors, strict=True)
+        }
+        # `function` swaps halves of the rows, if anything: it leads to the file's order of them and back.
+        change = weight_change(kind, on_device, function(weight))
+        weight += function((strength * change.reshape(weight.shape)).to(weight.dtype))
+        return weight
+
+
+class BypassAdapters:
+    """Adapters whose part is added to the outputs of their modules, in a range of the sampling steps.
+
+    ComfyUI's own bypass mode replaces `forward`, of which a second LoRA cannot be taken off again, and its scheduled hooks
+    do not work with weights that are streamed to the device; hooks of PyTorch do both.
+    """
+
+    def __init__(self, sigmas: tuple[float, float] | None):
+        """`sigmas` are the noise levels at which the range begins and ends, None for all steps."""
+        self._sigmas = sigmas
+        self._is_on = True
+        self._adapters: list[tuple[Place, Any, float]] = []
+        self._handles: list[Any] = []
+
+    def add(self, adapters: Mapping[Place, Any], strength: float) -> None:
+        self._adapters += [(place, adapter, strength) for place, adapter in adapters.items()]
+
+    def attach(self, patcher: Any) -> None:
+        """To a ModelPatcher, which puts the hooks in when it loads the model and takes them out when it unloads it."""
+        key = f"facelora.{uuid.uuid4().hex}"
+        patcher.set_injections(key, [PatcherInjection(inject=self._inject, eject=self._eject)])
+        if self._sigmas is not None:
+            patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, self._switch)
+
+    def _switch(self, executor: Any, latents: Tensor, sigma: Tensor, *rest: Any, **others: Any) -> Any:
+        assert self._sigmas is not None
+        self._is_on = self._sigmas[0] >= float(sigma.max()) >= self._sigmas[1]
+        try:
+            return executor(latents, sigma, *rest, **others)
+        finally:
+            self._is_on = True
+
+    def _inject(self, patcher: Any) -> None:
+        self._eject(patcher)
+        device = comfy.model_management.get_torch_device()
+        for place, adapter, strength in self._adapters:
+            name, rows = (place, None) if isinstance(place, str) else (place[0], place[1][1:])
+            module = comfy.utils.get_attr(patcher.model, name.removesuffix(".weight"))
+            BypassForwardHook(module, adapter, strength)  # tells the adapter what kind of module it is on
+            adapter.weights = tuple(
+                value.to(device) if isinstance(value, Tensor) else value for value in adapter.weights
+            )
+            self._handles.append(module.register_forward_hook(self._hook(adapter, rows)))
+
+    def _eject(self, patcher: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _hook(self, adapter: Any, rows: Sequence[int] | None) -> Any:
+        def add(module: torch.nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if not self._is_on:
+                return None
+            change = adapter.h(inputs[0], output)
+            if rows is None:
+                return output + change
+            output = output.clone()
+            output.narrow(1 if adapter.is_conv else -1, *rows).add_(change)
+            return output
+
+        return add
