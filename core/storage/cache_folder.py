@@ -1,4 +1,4 @@
-"""The folder where what was computed once is kept, under names made from the content that it was computed from."""
+"""The cache folder, which keeps results under names made from the content that they were computed from."""
 
 import hashlib
 import os
@@ -10,11 +10,11 @@ from ..errors import BadFile
 from .files import make_folder
 
 CACHE_VERSION = "2"
-"""Part of every cache key: raised whenever the same input would be encoded differently."""
+"""A part of every cache key, to be raised whenever the same input would be encoded differently."""
 
 
 def cache_folder() -> Path:
-    """Where encoded photos and captions are kept: $FACELORA_CACHE, else `facelora` in the user's cache folder."""
+    """The folder for encoded photos and captions: $FACELORA_CACHE, else `facelora` in the user's cache folder."""
     if folder := os.environ.get("FACELORA_CACHE"):
         return Path(folder)
     if sys.platform == "win32":
@@ -23,7 +23,7 @@ def cache_folder() -> Path:
 
 
 def made_folder(*names: str) -> Path:
-    """A folder in the cache folder, made where it is not there yet. BadFile when it cannot be."""
+    """A folder inside the cache folder, made where it is missing. Raises BadFile when it cannot be made."""
     try:
         return make_folder(cache_folder().joinpath(*names))
     except BadFile as error:
@@ -31,12 +31,12 @@ def made_folder(*names: str) -> Path:
 
 
 def clear_cache() -> int:
-    """Deletes everything that was cached; how many files there were."""
+    """The number of files that were in the cache, after all of them are deleted."""
     count = sum(1 for path in cache_folder().rglob("*") if path.is_file())
     shutil.rmtree(cache_folder(), ignore_errors=True)
     return count
 
 
 def content_key(*parts: object) -> str:
-    """A file name that says nothing but what the content is made from."""
+    """A file name for content that is made from these parts: 64 hex digits of SHA-256, different for other parts."""
     return hashlib.sha256("\0".join(map(str, (CACHE_VERSION, *parts))).encode()).hexdigest()
