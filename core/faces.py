@@ -88,7 +88,7 @@ def load_faces(
     try:
         model = _mended(path, {})
         session = _session(model, providers)
-    except Exception as error:  # protobuf and onnxruntime have a dozen kinds
+    except Exception as error:  # protobuf and onnxruntime raise a dozen kinds of errors
         raise BadFile(f"{path.name}: onnxruntime cannot run it: {str(error).splitlines()[0]}") from None
     picture, *others = session.get_inputs()
     fits = len(picture.shape) == 4 and all(
@@ -389,13 +389,13 @@ def _mended(path: Path, free_dimensions: dict[int, str]) -> ModelProto:
     graph = model.graph
     stored = {tensor.name: tensor for tensor in graph.initializer}
     # SFace's file lists 174 of its weights as inputs too, some under names from before they were quantized.
-    # The picture is what a node reads and no one provides.
+    # The picture is the input that a node reads and nothing in the file provides.
     provided = {*stored, *(name for node in graph.node for name in node.output)}
     picture = {name for node in graph.node for name in node.input} - provided
     for value in list(graph.input):
         if value.name not in picture:
             graph.input.remove(value)
-    # A block size beside one single scale makes onnxruntime refuse what it would do anyway.
+    # onnxruntime refuses a block size beside a single scale, though it makes no difference there.
     for node in graph.node:
         if node.op_type == "DequantizeLinear" and node.input[1] in stored and list(stored[node.input[1]].dims) == [1]:
             attributes = [attribute for attribute in node.attribute if attribute.name != "block_size"]

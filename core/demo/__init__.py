@@ -50,9 +50,15 @@ GUIDANCE = 2.5
 
 
 class Progress(Protocol):
-    def phase(self, name: str, done: int, total: int) -> None: ...
+    """The callbacks by which the demo tells how far it is."""
 
-    def step(self, report) -> None: ...
+    def phase(self, name: str, done: int, total: int) -> None:
+        """Called as a phase goes on, with its name and how much of it is done."""
+        ...
+
+    def step(self, report) -> None:
+        """Called after each step of the training, with a StepReport."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,7 @@ class DemoReport:
 
     @property
     def text(self) -> str:
+        """The measurements in four lines for a person."""
         return "\n".join(
             [
                 f"person {self.person}, {self.steps} steps in {self.training_seconds:.0f} s, {self.file_bytes / 1e6:.2f} MB",

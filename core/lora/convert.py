@@ -165,6 +165,7 @@ def to_plain(
 
 
 def check_rank(rank: int) -> None:
+    """Raises BadConfig for a rank below 1."""
     if rank < 1:
         raise BadConfig(f"a rank must be at least 1, not {rank}")
 

@@ -59,6 +59,7 @@ class Entry:
 
     @property
     def part(self) -> str:
+        """The part of the model that the module is in, e.g. "denoiser"."""
         return self.place.part
 
     @property
@@ -68,6 +69,7 @@ class Entry:
 
     @property
     def rank(self) -> int | None:
+        """The rank by which alpha is divided; None for a kind without a rank."""
         return rank_of(self.kind, self.shapes)
 
     @property
@@ -334,7 +336,7 @@ class LoraFile:
         """
         layout = layout_in(self.tensors, dtype)
         digests = {"sshs_model_hash": hashlib.sha256(), "sshs_legacy_hash": LegacyHash(layout, self.metadata)}
-        # The hash of modelspec would be that of the tensors as they were read.
+        # modelspec's hash is that of the tensors as they were read, perhaps in another dtype.
         metadata = {key: value for key, value in self.metadata.items() if key != "modelspec.hash_sha256"}
 
         def read(key: str) -> Tensor:
@@ -450,6 +452,7 @@ class Fit:
 
     @property
     def fits(self) -> bool:
+        """Whether everything in the file has a place in the base model."""
         return not self.left_over
 
     def check(self, name: str = "LoRA") -> None:

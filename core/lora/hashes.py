@@ -40,6 +40,7 @@ class LegacyHash:
         return self._position >= self._END
 
     def hexdigest(self) -> str:
+        """The hash of the bytes so far: 8 hex digits."""
         return self._digest.hexdigest()[:8]
 
 

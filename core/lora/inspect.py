@@ -58,6 +58,7 @@ OnProgress = Callable[[int, int], None]
 
 
 def silent(done: int, total: int) -> None:
+    """The OnProgress that tells nobody."""
     pass
 
 
@@ -453,5 +454,5 @@ def _thumbnail(picture: str | os.PathLike[str]) -> str:
         raise BadFile(f"{Path(picture)}: cannot be read as a picture: {error}") from None
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     data = io.BytesIO()
-    small.save(data, "JPEG", quality=85, comment="")  # else the picture's own comes along
+    small.save(data, "JPEG", quality=85, comment="")  # else the picture's own comment comes along
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode("ascii")

@@ -32,10 +32,12 @@ class LoraModule:
 
     @property
     def rank(self) -> int:
+        """The number of rows of down."""
         return self.down.shape[0]
 
     @property
     def scale(self) -> float:
+        """The factor on `up @ down`: alpha / rank."""
         return self.alpha / self.rank
 
     def delta(self) -> Tensor:
@@ -142,7 +144,7 @@ def fuse(fusion: Fusion, parts: Mapping[int, LoraModule]) -> LoraModule:
             raise UnmatchedKeys(
                 f"{fusion.parts[index]} changes {module.up.shape[0]} rows, but has {rows[index]} in {fusion.original}"
             )
-    shared = first.down.float()  # torch compares no fp8
+    shared = first.down.float()  # torch cannot compare tensors in fp8
     if all(module.scale == first.scale and torch.equal(module.down.float(), shared) for module in parts.values()):
         ups = [parts[i].up if i in parts else first.up.new_zeros(rows[i], first.rank) for i in range(len(rows))]
         return LoraModule(first.down, torch.cat(ups), first.alpha)
@@ -156,7 +158,7 @@ def fuse(fusion: Fusion, parts: Mapping[int, LoraModule]) -> LoraModule:
         factor = module.scale / scale if scale else 0.0
         up[start : start + rows[index], column : column + module.rank] = module.up.float() * factor
         column += module.rank
-    # Fused weights are that much wider: alpha grows with the rank, so that the scale stays.
+    # The rank has grown by fusing, and alpha grows with it, so that the scale stays.
     down = torch.cat([module.down.float() for module in parts.values()])
     return LoraModule(down, up.to(first.up.dtype) if scale else up, scale * rank)
 

@@ -25,7 +25,7 @@ def default_caption(trigger: str, class_word: str) -> str:
 
 
 def class_caption(class_word: str) -> str:
-    """The caption without the trigger word, e.g. "a photo of person": the class prompt of DreamBooth."""
+    """The caption without the trigger word, e.g. "a photo of person": the class prompt of DreamBooth's prior preservation."""
     return f"a photo of {class_word}"
 
 

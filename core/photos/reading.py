@@ -77,7 +77,7 @@ class Photo:
         """
         with _opened(name, image):
             image = ImageOps.exif_transpose(image)
-            if image.mode == "P":  # whose pixels mean nothing without the palette
+            if image.mode == "P":  # its pixels mean nothing without the palette
                 image = image.convert("RGBA" if image.has_transparency_data else "RGB")
         if mask is not None and mask.size != image.size:
             raise BadPhoto(f"{name}: the mask has {_times(mask.size)} pixels, the photo {_times(image.size)}")
@@ -186,10 +186,10 @@ def _photo_paths(folder: Path, on_warning: Callable[[str], None]) -> Iterator[tu
 
 def _is_photo_file(path: Path) -> bool:
     name = path.name.lower()
-    # "._x.jpg" are the shadows that macOS leaves on foreign disks.
+    # macOS leaves files called "._x.jpg" beside "x.jpg" on disks of other systems.
     if not name.endswith(PHOTO_SUFFIXES) or name.endswith(MASK_ENDING) or name.startswith("."):
         return False
-    return path.is_file() or path.is_symlink()  # a link to a photo that is gone is named, not passed over
+    return path.is_file() or path.is_symlink()  # a broken link is reported, not passed over
 
 
 def _read_photo(path: Path, repeats: int) -> Photo:
@@ -214,7 +214,7 @@ def _read_photo(path: Path, repeats: int) -> Photo:
             raise BadPhoto(f"{mask_path.name}: has {_times(mask_size)} pixels, its photo {_times(size)}")
     else:
         mask_path = None
-    # A name from another system's archive need not be UTF-8, which no page and no terminal can then show.
+    # A name from another system's archive need not be UTF-8, and then no page and no terminal could show it.
     name = os.fsencode(path.name).decode(errors="replace")
     return Photo(name, size, _read_caption(path.with_suffix(".txt")), repeats, digest, path, mask_path)
 

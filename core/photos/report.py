@@ -24,7 +24,10 @@ TURNS = {
 }
 """The advice for a picture that must be turned, by the degrees, counter-clockwise, that make it upright."""
 UPRIGHT_SCORE, UPRIGHT_MARGIN = 0.91, 0.03
-"""The score of an upright face, and its lead over the same face turned: on ORL YuNet has 0.914 and 0.035 at least."""
+"""The detector's score from which a face counts as upright, and the lead that a turned picture's score must have over it.
+
+On ORL, YuNet gives upright faces 0.914 and more, and at least 0.035 more than the same faces turned.
+"""
 FRAMINGS = ("close-up", "chest-up", "body")
 VIEWS = ("front", "half-turned", "side")
 

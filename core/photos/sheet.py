@@ -91,7 +91,7 @@ def _thumbnail(report: PhotoReport) -> str:
     if report.face is not None:
         draw.rectangle([value * scale for value in report.face.box], outline=COLOURS[report.verdict], width=3)
     data = io.BytesIO()
-    image.save(data, "jpeg", quality=85, comment="")  # not the photo's
+    image.save(data, "jpeg", quality=85, comment="")  # else the photo's own comment comes along
     return base64.b64encode(data.getvalue()).decode()
 
 

@@ -69,7 +69,7 @@ def cut_out(picture: Image.Image, face: Face, share: float, resolution: int, siz
     if width >= size[0] or height >= size[1]:
         return None
     left, top, right, bottom = face.box
-    # Moved rather than cut where the picture ends, so that the aspect stays.
+    # Where the picture ends the part is moved and not cut, so that the aspect stays.
     x = min(max(round((left + right - width) / 2), 0), picture.width - width)
     y = min(max(round((top + bottom - height) / 2), 0), picture.height - height)
     box = (x, y, x + width, y + height)

@@ -13,7 +13,7 @@ SAME_PERSON, SOMEONE_ELSE = Thresholds.likeness_review, Thresholds.likeness_reje
 def gallery_page(shots: Sequence[Headshot], summary: str, compared: bool) -> str:
     """The page's HTML, with the pictures in the order given, the kept ones first.
 
-    `summary` stands below the title. `compared` says whether likeness was measured, and so is shown.
+    `summary` stands below the title. `compared` says whether likeness was measured: only then is it shown.
     """
     styles = list(dict.fromkeys(shot.job.style for shot in shots if shot.job.style))
     kept, others = [shot for shot in shots if shot.kept], [shot for shot in shots if not shot.kept]

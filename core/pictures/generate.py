@@ -103,7 +103,7 @@ class Picture:
         """
         info = PngImagePlugin.PngInfo()
         for name, text in {"parameters": self.parameters, **(texts or {})}.items():
-            # iTXt, which is UTF-8, only where it must be: not every program reads it.
+            # iTXt, which is UTF-8, is written only where it must be: not every program reads it.
             (info.add_text if text.isascii() else info.add_itxt)(name, text)
         write_file(path, lambda file: self.image.save(file, "PNG", pnginfo=info))
 
@@ -251,7 +251,7 @@ def parameters_text(base: Base, loras: Sequence[tuple[LoraFile, float]], job: Jo
     names = [Path(lora.name).stem for lora, _ in loras]
     used = [f"<lora:{name}:{factor * job.strength:g}>" for name, (_, factor) in zip(names, loras, strict=True)]
     guidance = {"CFG scale": f"{job.guidance:g}"}
-    if base.embeds_guidance:  # in Forge's words
+    if base.embeds_guidance:  # these are Forge's names
         guidance = {"CFG scale": "1", "Distilled CFG Scale": f"{job.guidance:g}"}
     settings = {
         "Steps": f"{job.steps}",
@@ -280,7 +280,7 @@ def parameters_text(base: Base, loras: Sequence[tuple[LoraFile, float]], job: Jo
         settings["TI hashes"] = f'"{", ".join(hashes)}"'
     lines = [
         " ".join([job.prompt, *used]),
-        # Also when it is empty: ComfyUI reads nothing from a text without it.
+        # The line stands there even when it is empty: ComfyUI reads nothing from a text without it.
         f"Negative prompt: {_texts(job, base)[1]}",
         ", ".join(f"{name}: {value}" for name, value in settings.items()),
     ]

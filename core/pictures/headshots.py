@@ -103,6 +103,7 @@ class _Batch:
     on_progress: Callable[[str, int, int], None]
 
     def draw_missing(self, paths: dict[Job, Path], face_pass: FacePass) -> None:
+        """Draws the pictures that are not there yet, or were made otherwise, to their paths."""
         missing = [job for job, path in paths.items() if not self._is_made(job, path, face_pass)]
         done = len(paths) - len(missing)
         if missing:
@@ -115,7 +116,7 @@ class _Batch:
     def _is_made(self, job: Job, path: Path, face_pass: FacePass) -> bool:
         try:
             with Image.open(path) as image:
-                image.load()  # a file that was cut short is not made
+                image.load()  # fails for a file that was cut short
                 same = image.info.get("parameters") == parameters_text(self.base, self.loras, job, self.config)
         except (*DAMAGED, Image.DecompressionBombError):
             return False
@@ -135,7 +136,7 @@ class _Batch:
             if faces and face_pass.wants(faces[0], self.base.resolution):
                 part = cut_out(image, faces[0], share, self.base.resolution, self.base.size_multiple)
                 if part:
-                    # The file's name keeps apart what would else be the same job: one prompt and seed at two sizes.
+                    # Without the file's name, one prompt and seed at two sizes would be the same job here.
                     parts[replace(job, size=part.image.size, style=path.name)] = (path, part)
         starts = {job: part.image for job, (_, part) in parts.items()}
         drawn = generate(

@@ -66,16 +66,20 @@ class FlowEuler:
         self._index = 0
 
     def set_begin_index(self, index: int) -> None:
+        """Sets the index of the step at which sampling begins."""
         self._index = index
 
     def scale_model_input(self, latents: Tensor, timestep: Tensor) -> Tensor:
+        """The latents as they are: a rectified flow's model takes them unscaled."""
         return latents
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The latents (N, C, h, w) with noise at these timesteps: (1 - t) * latents + t * noise."""
         time = timesteps.view(-1, 1, 1, 1) / TIMESTEPS
         return (1 - time) * latents + time * noise
 
     def step(self, velocity: Tensor, timestep: Tensor, latents: Tensor, return_dict: bool) -> tuple[Tensor]:
+        """The latents at the next time, reached along the velocity; a tuple of one, as from diffusers' schedulers."""
         now, then = self._times[self._index], self._times[self._index + 1]
         self._index += 1
         return (latents + (then - now) * velocity,)

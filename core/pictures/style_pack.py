@@ -338,7 +338,7 @@ def long_prompts(prompts: Iterable[StyledPrompt], count_tokens: Callable[[str], 
 
 def _in_rounds(values: Sequence[Any], count: int, key: str) -> list[Any]:
     rng = random.Random(key)
-    # Sorted by rng.random() and not shuffled: only random() is promised to give the same numbers in every Python.
+    # rng.shuffle may change with Python's version: only random() is promised to give the same numbers in each.
     rounds = (sorted(values, key=lambda _: rng.random()) for _ in range(math.ceil(count / len(values))))
     return [value for round_ in rounds for value in round_][:count]
 

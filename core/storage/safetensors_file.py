@@ -36,7 +36,7 @@ SMALL_BYTES = 64
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 """The value of Linux's MAP_NORESERVE, which Python's mmap module has from version 3.13 on."""
 
-# torch has gained the unsigned and the small float types over time: list those that this torch knows.
+# torch has gained the unsigned and the small float types over time, so only those that this torch has are listed.
 DTYPES: dict[str, torch.dtype] = {
     code: getattr(torch, name)
     for code, name in {
@@ -422,9 +422,13 @@ def save_safetensors(
 class Digest(Protocol):
     """A running hash with the interface of hashlib's objects."""
 
-    def update(self, data: bytes | memoryview, /) -> None: ...
+    def update(self, data: bytes | memoryview, /) -> None:
+        """Adds data to the hash."""
+        ...
 
-    def hexdigest(self) -> str: ...
+    def hexdigest(self) -> str:
+        """The hash of the data so far, as hex digits."""
+        ...
 
 
 def write_safetensors(
