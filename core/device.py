@@ -1,4 +1,4 @@
-"""Where something is computed and in which precision, and what to do where memory runs out."""
+"""The device and the precision of a computation, and the handling of a lack of memory."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -11,19 +11,23 @@ from .config import TrainConfig
 from .errors import OutOfMemory
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-"""The name of a precision in the settings -> the dtype that it means."""
+"""The dtype of each precision, by its name in the settings."""
 TILE = 512
-"""Pixels along a side of what a VAE works on at a time where a whole picture is too much."""
+"""The side, in pixels, of the tiles that a VAE works on where a whole picture does not fit into memory."""
 _Result = TypeVar("_Result")
 
 
 def precision_name(dtype: torch.dtype) -> str:
-    """The setting that means the dtype."""
+    """The name that a dtype of PRECISIONS has in the settings."""
     return next(name for name, known in PRECISIONS.items() if known == dtype)
 
 
 def device_and_dtype(config: TrainConfig, device: torch.device | None = None) -> tuple[torch.device, torch.dtype]:
-    """Where to train and in which precision: CUDA (or another accelerator) and bf16 where there is one, else CPU and fp32."""
+    """The device and the dtype to compute with.
+
+    Without `device` it is CUDA, else Apple's MPS, else the CPU. The precision "auto" is bf16 on GPUs of compute capability
+    8.0 and above, fp16 on older ones, and fp32 on every other device.
+    """
     if device is None:
         device = torch.device(
             "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -38,7 +42,10 @@ def device_and_dtype(config: TrainConfig, device: torch.device | None = None) ->
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be had on a device, those that torch holds unused on a GPU among them; None where nobody says."""
+    """The bytes that can still be allocated on a device; None where the system does not say.
+
+    On a GPU they include what torch has reserved but does not use.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -52,7 +59,7 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory could not be had, on whichever device."""
+    """Whether an error reports a lack of memory, on any device."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return any(words in str(error) for words in ("DefaultCPUAllocator: can't allocate", "MPS backend out of memory"))
@@ -60,7 +67,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def explained_memory_error(advice: str) -> Iterator[None]:
-    """Within it a lack of memory is an OutOfMemory that says what helps."""
+    """A context in which a lack of memory raises OutOfMemory, with `advice` on what to change."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -71,9 +78,10 @@ def explained_memory_error(advice: str) -> Iterator[None]:
 
 
 def whole_or_in_tiles(vae: Any, compute: Callable[[], _Result]) -> _Result:
-    """What `compute` gives, with diffusers' VAE working on overlapping tiles from now on where whole pictures do not fit.
+    """The result of `compute`; where memory runs out, that of a second call with `vae` working on overlapping tiles.
 
-    (The decoders of today's families take about 9 GB for 1024 px in float32.)
+    `vae` is one of diffusers' and keeps working on tiles afterwards. A lack of memory with tiles is raised as it is.
+    Without tiles, the decoders of today's families take about 9 GB for 1024 pixels in float32.
     """
     try:
         return compute()

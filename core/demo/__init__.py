@@ -29,10 +29,11 @@ from .people import SEEN_PEOPLE, UNSEEN_PEOPLE, person_photos
 
 BASE_FILE = Path(__file__).parent / "base.safetensors"
 PICTURE_SIZE = (64, 80)
-"""Width and height of a picture, in pixels: the aspect of the photos at the base's resolution."""
+"""The width and height of a picture in pixels: the aspect of the photos at the base model's resolution."""
 PICTURES = 8
-"""Generated for each comparison, with seeds 1 to 8."""
+"""The number of pictures that are generated for each comparison, with seeds from 1 on."""
 HELD_OUT = 2
+"""The number of photos that are kept back to judge by."""
 
 CONFIG = TrainConfig(
     rank=16,
@@ -44,45 +45,54 @@ CONFIG = TrainConfig(
     min_snr_gamma=0.0,
     prior_prediction=0.5,
 )
-"""A higher rate than a full-size model would take: the base is 200 times smaller than SD1.5's UNet."""
+"""The demo's training. Its rate is higher than a full-size model's: the base is 200 times smaller than SD1.5's UNet."""
 GUIDANCE = 2.5
 
 
 class Progress(Protocol):
-    def phase(self, name: str, done: int, total: int) -> None: ...
+    """The callbacks by which the demo tells how far it is."""
 
-    def step(self, report) -> None: ...
+    def phase(self, name: str, done: int, total: int) -> None:
+        """Called as a phase goes on, with its name and how much of it is done."""
+        ...
+
+    def step(self, report) -> None:
+        """Called after each step of the training, with a StepReport."""
+        ...
 
 
 @dataclass(frozen=True)
 class DemoReport:
-    """What the demo has measured. Likeness is SFace's cosine: the same person has 0.55 and more, others below 0.40."""
+    """The measurements of a demo. Likeness is SFace's cosine: the same person has 0.55 and more, others have below 0.40."""
 
     person: int
     steps: int
     training_seconds: float
     file_bytes: int
     likeness_before: float
-    """Mean cosine of the base's attempts to the held-out photos."""
+    """The mean likeness of the base model's pictures of the person to the held-out photos."""
     likeness_after: float
-    """The same with the LoRA."""
+    """The mean likeness of pictures with the LoRA to the held-out photos."""
     likeness_of_photos: float
-    """The same of the training photos themselves: what a perfect result would have."""
+    """The mean likeness of the training photos to the held-out photos, which a perfect result would have."""
     rank1_before: int
-    """Attempts, of `pictures`, that are more like the held-out photos than like any of the other 39 people."""
+    """The number of the base model's pictures that are more like the held-out photos than like any of 39 other people."""
     rank1_after: int
+    """The number of pictures with the LoRA that are more like the held-out photos than like any of 39 other people."""
     pictures: int
+    """The number of pictures of each kind."""
     class_likeness_before: float
-    """Mean cosine of "a photo of person", without trigger word, to the person."""
+    """The mean likeness of "a photo of person", without trigger word, to the held-out photos."""
     class_likeness_after: float
-    """The same with the LoRA: how much the person leaks into the class."""
+    """The mean likeness of "a photo of person" with the LoRA: how much the person leaks into the class."""
     class_change: float
-    """Mean absolute change of the pictures of "a photo of person" by the LoRA, in grey levels (forgetting)."""
+    """The mean absolute change of the pictures of "a photo of person" by the LoRA, in grey levels (forgetting)."""
     faces_found: dict[str, int]
-    """Pictures in which a face was found; the others count as likeness 0."""
+    """The number of pictures of each kind in which a face was found; the others count as likeness 0."""
 
     @property
     def text(self) -> str:
+        """The measurements in four lines for a person."""
         return "\n".join(
             [
                 f"person {self.person}, {self.steps} steps in {self.training_seconds:.0f} s, {self.file_bytes / 1e6:.2f} MB",
@@ -103,7 +113,11 @@ def run(
     progress: Progress | None = None,
     base_file: Path = BASE_FILE,
 ) -> DemoReport:
-    """Trains and judges; writes lora.safetensors, contact_sheet.png and report.json into `output`."""
+    """The report of a training on eight photos of a person, with lora.safetensors and a contact sheet in `output`.
+
+    `person` is one of UNSEEN_PEOPLE. The report is written to `output`/report.json, the sheet to `output`/contact_sheet.png.
+    Raises BadConfig for another person, MissingPackage when the photos or the face networks are not installed.
+    """
     if person not in UNSEEN_PEOPLE:
         raise BadConfig(f"--person {person}: the base has seen people 1 to 34; choose one from 35 to 40")
     config = config or CONFIG
@@ -171,7 +185,7 @@ def run(
 
 
 class Judge:
-    """Measures pictures against a person's held-out photos and against everybody else's photos."""
+    """A judge of pictures, by a person's held-out photos and by the photos of all other people."""
 
     def __init__(self, faces: FaceNetwork, person: int, held_out: Sequence[Image.Image]):
         self.faces = faces
@@ -184,7 +198,7 @@ class Judge:
         return [round(float(value), 4) for value in likeness(self._embed(images), self.reference[None])[:, 0]]
 
     def recognised(self, images: Sequence[Image.Image]) -> int:
-        """How many of the pictures are more like the held-out photos than like any other person."""
+        """The number of pictures that are more like the held-out photos than like any other person."""
         embedded = self._embed(images)
         own, other = likeness(embedded, self.reference[None])[:, 0], likeness(embedded, self.others).max(axis=1)
         return int((own > other).sum())

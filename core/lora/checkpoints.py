@@ -1,4 +1,4 @@
-"""Between LoRAs and checkpoints: the difference of two checkpoints as a LoRA, and LoRAs merged into a checkpoint."""
+"""LoRAs from checkpoints and back: the difference of two checkpoints as a LoRA, and LoRAs merged into a checkpoint."""
 
 import math
 import os
@@ -25,8 +25,9 @@ def extract_lora(
 ) -> tuple[LoraFile, float]:
     """The difference of two checkpoints as a LoRA, and the largest relative error of a module's change.
 
-    Both are single files of the same family. One pair of weights at a time is in memory, and the LoRA; modules that are
-    equal in both are left out. `on_warning` hears of what differs and has no place in a LoRA.
+    Both checkpoints are single files of the same family. Only the LoRA and one pair of weights at a time are in memory.
+    Modules that are equal in both are left out, and `on_warning` is told of tensors that differ and have no place in a
+    LoRA. Raises BadConfig for a rank below 1, LoraMisfit when the families or shapes differ or nothing differs.
     """
     check_rank(rank)
     before, after = BaseWeights.open(original), BaseWeights.open(tuned)
@@ -89,7 +90,7 @@ def _difference(name: str, old: Tensor, new: Tensor) -> Tensor:
 
 
 def _paths_in_lora(place: Place, change: Tensor) -> list[tuple[str, Tensor]]:
-    """The change of a weight under the name that it has in a LoRA: whole in the denoiser, q, k and v apart in CLIP."""
+    """The changes of a weight with their names in a LoRA: one whole change in the denoiser, q, k and v apart in CLIP."""
     if place.part == "denoiser":
         path = place.fusion.original if place.index is None else place.modules[0][1]
         return [(f"diffusion_model.{path}", change)]
@@ -103,11 +104,11 @@ def merge_into_checkpoint(
     on_progress: OnProgress = silent,
     on_warning: Callable[[str], None] = lambda message: None,
 ) -> int:
-    """How many tensors were changed, after writing the checkpoint with the LoRAs, each times its strength, merged in.
+    """The number of changed tensors, after a checkpoint is written to `output` with LoRAs merged in, each times its strength.
 
-    The checkpoint is a single file, with text encoders if a LoRA changes them; any kind of adapter will do. One weight at
-    a time is in memory, types stay as they are. LoraMisfit when a module, or its bias, has no place in it; `on_warning`
-    hears of words, which no checkpoint can hold.
+    The checkpoint is a single file, with text encoders if a LoRA changes them; the LoRAs may be of any kind. One weight at
+    a time is in memory, and dtypes stay as they are. `on_warning` is told of words, which no checkpoint can hold. Raises
+    LoraMisfit when a module or its bias has no place in the checkpoint, UnmatchedKeys when a merged weight is not finite.
     """
     base = BaseWeights.open(checkpoint)
     file = base.file

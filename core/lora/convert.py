@@ -1,8 +1,8 @@
-"""New LoRAs from old ones: convert, merge, resize.
+"""New LoRAs from old ones: converted, merged, resized.
 
-All of it is linear algebra on one module at a time. What is only renamed or put together is computed when it is written
-(`LoraFile.save`), so a file of any size is converted or merged without being in memory; what has a new rank is held in
-memory, but not what it is made of. `on_progress(done, total)` is called after each module.
+All of it is linear algebra on one module at a time. Modules that are only renamed or put together are computed when they
+are written (`LoraFile.save`), so a file of any size is converted or merged without being in memory. Modules with a new
+rank are held in memory, but not those that they are made of. `on_progress(done, total)` is called after each module.
 """
 
 import math
@@ -20,7 +20,7 @@ from .kinds import BIAS_ROLES, bias_change
 from .modules import SCHEMES, LoraModule, name_in_scheme, name_modules, suffix_of, without_tucker
 
 BaseWeight = Callable[[ModuleId], Tensor]
-"""The weight of a module of the base model, for adapters whose change depends on it (DoRA, OFT)."""
+"""A function that gives the weight of a base model's module, for adapters whose change depends on it (DoRA, OFT)."""
 
 
 def convert_lora(
@@ -30,11 +30,12 @@ def convert_lora(
     base_weight: BaseWeight | None = None,
     on_progress: OnProgress = silent,
 ) -> tuple[LoraFile, float]:
-    """The LoRA in another naming scheme (one of lora_modules.SCHEMES), and the largest relative error of a module's change.
+    """The LoRA in another naming scheme (one of modules.SCHEMES), and the largest relative error of a module's change.
 
     The error is 0 unless `plain_rank` is given: then adapters that are no plain LoRA become one of at most that rank.
-    Without it they keep their kind where the scheme can express it, and are refused by name where it cannot. Vectors of
-    words are left out of diffusers' scheme (`embeddings.embedding_files` gives them).
+    Without it they keep their kind where the scheme can express it, and raise UnmatchedKeys where it cannot. Vectors of
+    words are left out of diffusers' scheme (`embeddings.embedding_files` gives them). Raises BadConfig for an unknown
+    scheme and for a rank below 1.
     """
     if scheme not in SCHEMES:
         raise BadConfig(f"no naming scheme {scheme!r}; known: {', '.join(SCHEMES)}")
@@ -50,7 +51,7 @@ def convert_lora(
     else:
         converted, error = lora, 0.0
         modules, kept = _plain_modules(lora), _renamed(lora, others, scheme)
-    # diffusers takes no file with anything but adapters in it.
+    # diffusers refuses a file that holds anything but adapters.
     words = {} if scheme == "diffusers" else {key: lora.tensors[key] for key in lora.embedding_keys}
     tensors = name_modules(lora.family, modules, scheme, kept | words)
     return replace(lora, tensors=tensors, metadata=_metadata_for(converted, scheme)), error
@@ -61,13 +62,13 @@ def _is_plain(entry: Entry) -> bool:
 
 
 def _plain_modules(lora: LoraFile) -> dict[ModuleId, LoraModule]:
-    """The modules of the plain LoRAs that are in a file, perhaps among others."""
+    """The modules of a file that are plain LoRAs; the file may hold others too."""
     keys = [key for entry in lora.entries if _is_plain(entry) for key in entry.keys.values()]
     return replace(lora, tensors={key: lora.tensors[key] for key in keys}).modules()
 
 
 def _metadata_for(lora: LoraFile, scheme: str) -> dict[str, str]:
-    """The metadata without what is only true of the old names, with what readers of the new ones want to know."""
+    """The metadata for the LoRA in a scheme: without what is only true of its old names, with what the new ones need."""
     family = NAME_TABLES[lora.family]
     known = {"modelspec.sai_model_spec": MODELSPEC_VERSION, "modelspec.architecture": f"{family.architecture}/lora"}
     if scheme == "kohya":
@@ -80,7 +81,10 @@ def _metadata_for(lora: LoraFile, scheme: str) -> dict[str, str]:
 
 
 def _renamed(lora: LoraFile, entries: Sequence[Entry], scheme: str) -> dict[str, Tensor]:
-    """The tensors of entries under names of the scheme, with their kind of adapter as it is."""
+    """The tensors of entries under the names of a scheme, with their kinds of adapter unchanged.
+
+    Raises UnmatchedKeys for a kind that the scheme cannot express.
+    """
     family = NAME_TABLES[lora.family]
     tensors: dict[str, Tensor] = {}
     for entry in entries:
@@ -111,7 +115,7 @@ def _renamed(lora: LoraFile, entries: Sequence[Entry], scheme: str) -> dict[str,
 
 
 def _has_pefts_magnitude(lora: LoraFile, entry: Entry) -> bool:
-    """Whether it is a DoRA with a magnitude for each output and nothing else, as peft's are."""
+    """Whether an entry is a DoRA with a magnitude for each output and nothing else, as peft's are."""
     if entry.kind != "dora" or entry.changes_bias:
         return False
     shape = lora.tensors_of(entry)["dora"].shape
@@ -137,9 +141,9 @@ def to_plain(
 ) -> tuple[LoraFile, float]:
     """A plain LoRA in Kohya's scheme with the nearest change of at most that rank, and the largest relative error.
 
-    Modules that are plain already are kept as they are. The error is of the Frobenius norm, at most 1.
-    `base_weight` is needed for DoRA and OFT. Changes of biases and normalisation layers have no place in a LoRA and are
-    refused.
+    Modules that are plain already are kept as they are. The error is that of the Frobenius norm, 0 to 1. `base_weight` is
+    needed for DoRA and OFT. Raises UnmatchedKeys for changes of biases and normalisation layers, which have no place in
+    a LoRA.
     """
     check_rank(rank)
     lora.check()
@@ -161,6 +165,7 @@ def to_plain(
 
 
 def check_rank(rank: int) -> None:
+    """Raises BadConfig for a rank below 1."""
     if rank < 1:
         raise BadConfig(f"a rank must be at least 1, not {rank}")
 
@@ -172,7 +177,10 @@ def _check_finite(module: LoraModule, name: str) -> None:
 
 
 def factorise(change: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor, float]:
-    """Down, up and the relative error of the nearest change of that rank; `name` is for messages."""
+    """The down and up matrices of the nearest change of at most that rank, and its relative error, 0 to 1.
+
+    The error is that of the Frobenius norm. Raises UnmatchedKeys, with `name` in the message, for NaN and infinity.
+    """
     matrix = change.flatten(1)
     total = torch.linalg.vector_norm(matrix, dtype=torch.float64).item() ** 2
     if not math.isfinite(total):
@@ -191,9 +199,10 @@ _POWER_ITERATIONS = 6
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest `rank` singular triples: (m, rank), (rank) falling, (rank, n). The same input gives the same result.
+    """The `rank` largest singular values (rank), falling, between the left (m, rank) and right (rank, n) singular vectors.
 
-    Large matrices by subspace iteration with a fixed seed (Halko, Martinsson and Tropp, arXiv:0909.4061).
+    Large matrices are decomposed by subspace iteration (Halko, Martinsson and Tropp, arXiv:0909.4061) with a fixed seed,
+    so that the same input gives the same result.
     """
     columns = rank + _OVERSAMPLING
     if min(matrix.shape) <= max(_FULL_SVD_LIMIT, 2 * columns):
@@ -215,8 +224,9 @@ def resize_lora(
 ) -> tuple[LoraFile, float]:
     """The LoRA with smaller modules under the same names, and the largest relative error of a module's change.
 
-    Give one of: `rank`, the most that a module may have; `energy`, in (0, 1], the share of each module's squared singular
-    values that must remain. QR of the two factors comes first, so that only rank x rank matrices are decomposed.
+    One of two limits is given: `rank`, the most that a module may have, or `energy`, in (0, 1], the share of each module's
+    squared singular values that must remain. QR of the two factors comes first, so that only rank x rank matrices are
+    decomposed. Raises BadConfig for other limits, UnmatchedKeys for adapters that are no plain LoRA.
     """
     if (rank is None) == (energy is None):
         raise BadConfig("give either a rank or an energy")
@@ -279,11 +289,12 @@ def merge_loras(
     scheme: str = "kohya",
     on_progress: OnProgress = silent,
 ) -> tuple[LoraFile, float]:
-    """One LoRA with the sum of the changes, each times its weight; and the largest relative error of a module's change.
+    """One LoRA with the sum of the changes, each times its weight, and the largest relative error of a module's change.
 
-    Without `rank` exact, by concatenation: ranks add up. With it, resized to that rank afterwards.
-    Words that the files bring along come along, except in diffusers' names; two of one name are refused. The metadata are
-    the first file's, with `modelspec.merged_from` and without what is true of one of them only.
+    Without `rank` the sum is exact, by concatenation: the ranks add up. With `rank` it is resized to that afterwards.
+    Words that the files bring along come along, except in diffusers' scheme. The metadata are the first file's, with
+    `modelspec.merged_from` and without what is true of one file only. Raises LoraMisfit for LoRAs of different families,
+    without modules, or with different words of one name; BadConfig without LoRAs and for a rank below 1.
     """
     if not loras:
         raise BadConfig("nothing to merge: give at least one LoRA")
@@ -348,7 +359,7 @@ def _concatenate(modules: Sequence[LoraModule]) -> LoraModule:
         return modules[0]
     modules = [without_tucker(module) for module in modules]
     first = modules[0]
-    # A 1x1 convolution may be a Linear in one file: the shapes of the first count.
+    # A 1x1 convolution may be a Linear in another file: all take the shapes of the first.
     downs = [module.down.float().reshape(-1, *first.down.shape[1:]) for module in modules]
     ups = [(module.scale * module.up.float()).reshape(first.up.shape[0], -1, *first.up.shape[2:]) for module in modules]
     down, up = torch.cat(downs), torch.cat(ups, dim=1)

@@ -1,4 +1,4 @@
-"""LoRA files: what the community trains, shares and loads, read into values and written in any of its schemes.
+"""LoRA files as the community trains and shares them, read into values and written in any of its naming schemes.
 
 Facts about the format are in docs/formats.md.
 """
@@ -37,7 +37,7 @@ from .modules import LoraModule, name_modules
 _T = TypeVar("_T")
 
 SD2_TEXT_WIDTH = 1024
-"""Width of SD2.x's text encoder, by which its embeddings are told from SD1.x's."""
+"""The width of SD2.x's text encoder, by which its embeddings are told from SD1.x's."""
 
 
 @dataclass(frozen=True)
@@ -45,95 +45,105 @@ class Entry:
     """One adapted module as it stands in a file."""
 
     name: str
-    """Its name in the file, without the suffixes of its tensors."""
+    """The module's name in the file, without the suffixes of its tensors."""
     scheme: str
+    """The naming scheme of the file's name for it."""
     place: Place
-    """The weight that it changes."""
+    """The weight that the entry changes."""
     kind: str
-    """One of lora_kinds.KINDS."""
+    """The kind of adapter, one of kinds.KINDS."""
     keys: Mapping[str, str]
-    """Role -> name of the tensor."""
+    """The name of each tensor in the file, by its role."""
     shapes: Mapping[str, tuple[int, ...]]
-    """Role -> shape of the tensor."""
+    """The shape of each tensor, by its role."""
 
     @property
     def part(self) -> str:
+        """The part of the model that the module is in, e.g. "denoiser"."""
         return self.place.part
 
     @property
     def modules(self) -> tuple[ModuleId, ...]:
-        """The modules that it changes."""
+        """The modules whose weights the entry changes."""
         return self.place.modules
 
     @property
     def rank(self) -> int | None:
+        """The rank by which alpha is divided; None for a kind without a rank."""
         return rank_of(self.kind, self.shapes)
 
     @property
     def changes_bias(self) -> bool:
-        """Whether it changes the bias, too or alone."""
+        """Whether the entry changes the bias, with the weight or alone."""
         return self.bias_size is not None
 
     @property
     def bias_size(self) -> int | None:
-        """How many numbers of a bias it changes, None if it changes none."""
+        """The size of the bias that the entry changes, None if it changes none."""
         return next((self.shapes[role][0] for role in BIAS_ROLES if role in self.shapes), None)
 
     @property
     def weight_shape(self) -> tuple[int, ...] | None:
-        """The shape of the weight that the file's tensors change, None where it cannot be known."""
+        """The shape of the weight that the entry changes, None where the file does not tell."""
         return weight_shape(self.kind, self.shapes)
 
 
 @dataclass(frozen=True, eq=False)
 class LoraFile:
-    """A LoRA as it stands in a file: its tensors under the names of the file, and what they mean."""
+    """A LoRA as it stands in a file: its tensors under their names in the file, and what they mean."""
 
     family: str
-    """A name in tensor_names.NAME_TABLES."""
+    """The model family that the LoRA is for, a name in tensor_names.NAME_TABLES."""
     metadata: dict[str, str]
     tensors: Mapping[str, Tensor] = field(repr=False)
     name: str = "LoRA"
-    """What messages call it: the file's path."""
+    """The name of the LoRA in messages: the file's path, if it is from a file."""
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> "LoraFile":
-        """The file, with its tensors still on disk. BadFile when it is damaged, UnknownFamily when it is no LoRA.
+        """The LoRA in a file, with its tensors still on disk.
 
-        Of an `adapter_model.safetensors` of peft's the `adapter_config.json` beside it is read too, which has its alpha.
+        Beside peft's `adapter_model.safetensors`, the `adapter_config.json` that holds its alpha is read too. Raises
+        BadFile when a file is damaged, UnknownFamily when it is no LoRA or for a family that is not known.
         """
         file = SafetensorsFile.open(path)
         return cls.from_tensors(file, _peft_metadata(file.path) | file.metadata, name=str(file.path))
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str = "LoRA") -> "LoraFile":
-        """A LoRA from tensors under the names of a file; its family is detected. UnknownFamily when it is no LoRA."""
+        """A LoRA from tensors under the names that they have in a file. Its family is detected by them.
+
+        Raises UnknownFamily when they are no LoRA, or one for a family that is not known.
+        """
         return cls(_detect_family(tensors, metadata, name), dict(metadata), tensors, name)
 
     @classmethod
     def from_modules(
         cls, family: str, modules: Mapping[ModuleId, LoraModule], metadata: Mapping[str, str], scheme: str = "kohya"
     ) -> "LoraFile":
-        """A LoRA in the given scheme: one of SCHEMES."""
+        """A LoRA from the low-rank changes of modules, named in a scheme, which is one of modules.SCHEMES.
+
+        Raises UnknownFamily for an unknown family, UnmatchedKeys for an unknown scheme.
+        """
         if family not in NAME_TABLES:
             raise UnknownFamily(f"no family {family!r}; known: {', '.join(NAME_TABLES)}")
         return cls(family, dict(metadata), dict(name_modules(family, modules, scheme)))
 
     @cached_property
     def layout(self) -> Layout:
-        """Name -> dtype and shape of every tensor."""
+        """The dtype and shape of every tensor, by its name."""
         return layout_of(self.tensors)
 
     @cached_property
     def model_hash(self) -> str:
-        """`sshs_model_hash` as it is in fact, whatever the metadata say."""
+        """The `sshs_model_hash` of the tensors, whatever the metadata say: SHA-256 in 64 hex digits."""
         if isinstance(self.tensors, SafetensorsFile):
             return self.tensors.sha256(with_header=False)  # in the file's order, which need not be ours
         return model_hash(self.tensors)
 
     @cached_property
     def _sorted_keys(self) -> tuple[tuple[Entry, ...], tuple[str, ...], tuple[str, ...]]:
-        """Entries, keys of bundled embeddings, and keys that are not understood."""
+        """The entries, the keys of bundled embeddings, and the keys that are not understood."""
         family = NAME_TABLES[self.family]
         found: dict[str, dict[str, str]] = {}
         named = {}
@@ -165,22 +175,22 @@ class LoraFile:
 
     @property
     def embedding_keys(self) -> tuple[str, ...]:
-        """Tensors of textual-inversion embeddings that came along."""
+        """The names of the tensors that hold textual-inversion embeddings."""
         return self._sorted_keys[1]
 
     @property
     def unknown_keys(self) -> tuple[str, ...]:
-        """Tensors that are not understood, or that belong to a module which lacks one or whose shapes do not match."""
+        """The names of tensors that are not understood, or whose module lacks a tensor or has shapes that do not match."""
         return self._sorted_keys[2]
 
     @property
     def scheme(self) -> str:
-        """The naming scheme of most modules."""
+        """The naming scheme of most modules, "kohya" for a file without modules."""
         return _most_common(entry.scheme for entry in self.entries) if self.entries else "kohya"
 
     @property
     def kind(self) -> str:
-        """The kind of adapter, "mixed" when there are several; a LoRA with some convolutions is "locon"."""
+        """The kind of adapter, one of kinds.KINDS or "mixed"; a LoRA with some convolutions is "locon"."""
         kinds = {entry.kind for entry in self.entries} or ({"embedding"} if self.embedding_keys else set())
         if kinds == {"lora", "locon"}:
             return "locon"
@@ -188,12 +198,12 @@ class LoraFile:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of most tensors, of which alphas are none."""
+        """The dtype of most tensors, where single numbers such as alphas do not count."""
         return _most_common([dtype for dtype, shape in self.layout.values() if shape] or [torch.float32])
 
     @cached_property
     def _peft_config(self) -> dict[str, Any]:
-        """peft's configuration in the metadata, empty when there is none or when it is damaged."""
+        """The configuration of peft in the metadata, empty when there is none or when it is damaged."""
         try:
             config = json.loads(self.metadata.get("lora_adapter_metadata", "null"))
         except (ValueError, RecursionError):
@@ -201,24 +211,24 @@ class LoraFile:
         return config if isinstance(config, dict) else {}
 
     def tensors_of(self, entry: Entry) -> dict[str, Tensor]:
-        """Role -> tensor, scaled as peft's metadata say where the file itself has no alpha."""
+        """The tensors of an entry by role, scaled as peft's metadata say where the file itself has no alpha."""
         tensors = {role: self.tensors[key] for role, key in entry.keys.items()}
         if "lora_magnitude_vector" in entry.keys.get("dora", ""):
-            # (1, out, 1, 1) of a convolution, which in LyCORIS' layout would be one for each input.
+            # A convolution's is (1, out, 1, 1), which in LyCORIS' layout would be one magnitude for each input.
             tensors["dora"] = tensors["dora"].flatten()
         scale = None if "alpha" in tensors else _scale_in_config(self._peft_config, entry)
         if scale is not None and entry.rank is not None:
             tensors["alpha"] = torch.tensor(scale * entry.rank)
         elif scale is not None and entry.kind == "lokr":
-            # Both factors are whole, which peft scales like others and everybody else not at all.
+            # Both factors are whole: peft scales such a product like any other, all other programs do not.
             tensors["lokr_w1"] = scale * tensors["lokr_w1"].float()
         return tensors
 
     def modules(self) -> dict[ModuleId, LoraModule]:
         """The low-rank change of every module, one for each of diffusers' modules.
 
-        UnmatchedKeys when tensors are left over, when a module is there twice, or for a kind of adapter that is no
-        plain LoRA (`lora_tools.to_plain` makes it one).
+        Raises UnmatchedKeys when tensors are left over, when a module is there twice, or for a kind of adapter that is no
+        plain LoRA (`convert.to_plain` makes it one).
         """
         self.check()
         modules: dict[ModuleId, LoraModule] = {}
@@ -230,7 +240,10 @@ class LoraFile:
         return modules
 
     def low_rank_of(self, entry: Entry) -> Iterator[tuple[ModuleId, LoraModule]]:
-        """The low-rank change of each module of an entry that has one: of a DoRA that without its magnitude."""
+        """The low-rank change of each module of an entry whose kind has one; a DoRA's is that without its magnitude.
+
+        Raises UnmatchedKeys when its shapes do not fit the family.
+        """
         tensors = self.tensors_of(entry)
         down, up, mid = tensors["down"], tensors["up"], tensors.get("mid")
         alpha = float(tensors["alpha"].item()) if "alpha" in tensors else float(down.shape[0])
@@ -244,22 +257,27 @@ class LoraFile:
             yield module_id, LoraModule(down, part_up, alpha, mid)
 
     def changes(self, base_weight: Callable[[ModuleId], Tensor] | None = None) -> Iterator[tuple[ModuleId, Tensor]]:
-        """The change of every weight, one at a time, as in `changes_of`; those of biases are apart (`bias_changes_of`)."""
+        """The change of every weight, float32, one at a time; biases are left to `bias_changes_of`.
+
+        `base_weight` gives the weight of a module, for the kinds whose change depends on it (DoRA, OFT). Raises
+        UnmatchedKeys when it is missing, when tensors are left over, or when a change cannot be computed.
+        """
         self.check()
         for entry in self.entries:
             yield from self.changes_of(entry, base_weight)
 
     def of_parts(self, parts: Collection[str]) -> "LoraFile":
-        """The same without what it changes in parts other than these."""
+        """A copy of the LoRA that changes modules in these parts only; embeddings and unknown tensors stay."""
         left_out = {key for entry in self.entries if entry.part not in parts for key in entry.keys.values()}
         return replace(self, tensors={key: tensor for key, tensor in self.tensors.items() if key not in left_out})
 
     def changes_of(
         self, entry: Entry, base_weight: Callable[[ModuleId], Tensor] | None = None
     ) -> list[tuple[ModuleId, Tensor]]:
-        """The changes of the weights of one entry, whatever its kind: float32, fused rows split.
+        """The change of each weight that an entry changes, float32; a fused weight is split into its modules.
 
-        `base_weight` gives the weight of a module, for the kinds whose change depends on it (DoRA, OFT).
+        `base_weight` gives the weight of a module, for the kinds whose change depends on it (DoRA, OFT). Raises
+        UnmatchedKeys when it is missing or when a change cannot be computed.
         """
         if entry.kind == "bias":
             return []
@@ -277,7 +295,10 @@ class LoraFile:
             raise UnmatchedKeys(f"{self.name}: {entry.name} cannot be computed: {error}") from None
 
     def bias_changes_of(self, entry: Entry, inputs: int) -> list[tuple[ModuleId, Tensor]]:
-        """The changes of the biases of one entry, float32, fused rows split; `inputs` are the weight's input features."""
+        """The change of each bias that an entry changes, float32; a fused bias is split into its modules.
+
+        `inputs` is the number of the weight's input features. Raises UnmatchedKeys when the bias does not fit the family.
+        """
         change = bias_change(entry.kind, self.tensors_of(entry))
         try:
             return [] if change is None else entry.place.split(change, inputs)
@@ -285,7 +306,7 @@ class LoraFile:
             raise UnmatchedKeys(f"{self.name}: the bias of {entry.name} does not fit {self.family}: {error}") from None
 
     def check(self) -> None:
-        """UnmatchedKeys when there are tensors that are not understood, or when a module is there twice."""
+        """Raises UnmatchedKeys when there are tensors that are not understood, or when a module is there twice."""
         if self.unknown_keys:
             count, example = len(self.unknown_keys), self.unknown_keys[0]
             raise UnmatchedKeys(
@@ -307,13 +328,15 @@ class LoraFile:
         dtype: torch.dtype = torch.float16,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """Writes the file, whole or not at all, with its hashes in the metadata. BadFile when that is not possible.
+        """Writes the file, whole or not at all, with its hashes in the metadata.
 
-        One tensor after another: neither tensors that are read from a file nor computed ones are together in memory.
+        One tensor is written after another: neither those that are read from a file nor computed ones are together in
+        memory. `dtype` is for floating-point tensors; `on_progress(done, total)` counts tensors. Raises BadFile when the
+        file cannot be written or a value does not fit `dtype`.
         """
         layout = layout_in(self.tensors, dtype)
         digests = {"sshs_model_hash": hashlib.sha256(), "sshs_legacy_hash": LegacyHash(layout, self.metadata)}
-        # modelspec's is that of the tensors that were read.
+        # modelspec's hash is that of the tensors as they were read, perhaps in another dtype.
         metadata = {key: value for key, value in self.metadata.items() if key != "modelspec.hash_sha256"}
 
         def read(key: str) -> Tensor:
@@ -322,7 +345,7 @@ class LoraFile:
         write_safetensors(path, layout, read, metadata, digests, on_progress)
 
     def with_metadata(self, metadata: Mapping[str, str]) -> "LoraFile":
-        """The same tensors with other metadata."""
+        """A copy of the LoRA with other metadata."""
         return replace(self, metadata=dict(metadata))
 
 
@@ -331,7 +354,10 @@ def _most_common(values: Iterable[_T]) -> _T:
 
 
 def _detect_family(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str) -> str:
-    """The family with most signs; the metadata decide between equals, since many tools write them wrong."""
+    """The family that the tensors fit best; the metadata only decide between equals, since many tools write them wrong.
+
+    Raises UnknownFamily when no family fits.
+    """
     roles: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
     for key, (_, shape) in layout_of(tensors).items():
         if named := parse_key(key):
@@ -357,7 +383,7 @@ def _detect_family(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], n
 
 
 def family_in_metadata(metadata: Mapping[str, str]) -> str | None:
-    """The family that the metadata claim, None when they claim none that is known."""
+    """The family that the metadata claim, None when they claim no family that is known."""
     version = metadata.get("ss_base_model_version", "")
     architecture = metadata.get("modelspec.architecture", "").partition("/")[0]
     by_version = [family.name for family in NAME_TABLES.values() if version in family.base_versions]
@@ -366,7 +392,7 @@ def family_in_metadata(metadata: Mapping[str, str]) -> str | None:
 
 
 def _peft_metadata(path: Path) -> dict[str, str]:
-    """The configuration that peft writes beside its file, as diffusers has it in the metadata; empty for other files."""
+    """The configuration that peft writes beside its file, in diffusers' form for metadata; empty for other files."""
     beside = path.with_name("adapter_config.json")
     if path.name != "adapter_model.safetensors" or not beside.exists():
         return {}
@@ -379,7 +405,7 @@ def _peft_metadata(path: Path) -> dict[str, str]:
 
 
 def _scale_in_config(config: Mapping[str, Any], entry: Entry) -> float | None:
-    """What peft's configuration multiplies a module's change by, None when it does not say."""
+    """The factor on a module's change in peft's configuration, None when the configuration does not say."""
     prefix, _, path = entry.name.partition(".")
 
     def number(name: str, patterns: str) -> float | None:
@@ -400,10 +426,10 @@ def _scale_in_config(config: Mapping[str, Any], entry: Entry) -> float | None:
 
 
 def _in_weight_form(down: Tensor, up: Tensor, kernel: int | None) -> tuple[Tensor, Tensor]:
-    """Down and up as the module has its weight in diffusers: with two axes for a Linear, with four for a convolution.
+    """The down and up matrices in the form of the module's weight in diffusers: two axes for a Linear, four for a convolution.
 
-    sd-scripts writes SD2's Linear projections as 1x1 convolutions, ComfyUI's trainer every convolution flattened.
-    ValueError when the sizes are not those of a convolution.
+    `kernel` is the side of a convolution's kernel, None for a Linear. sd-scripts writes SD2's Linear projections as 1x1
+    convolutions, ComfyUI's trainer every convolution flattened. Raises ValueError when the sizes are not a convolution's.
     """
     if kernel is None:
         return (down, up) if down.ndim == 2 or math.prod(down.shape[2:]) != 1 else (down.flatten(1), up.flatten(1))
@@ -416,20 +442,21 @@ def _in_weight_form(down: Tensor, up: Tensor, kernel: int | None) -> tuple[Tenso
 
 @dataclass(frozen=True)
 class Fit:
-    """Whether a LoRA fits a base model."""
+    """The result of `fit`: which parts of a LoRA have a place in a base model, and which have none."""
 
     family: str
     base_family: str
     matched: tuple[ModuleId, ...]
     left_over: Mapping[str, str]
-    """Name in the file -> why it has no place in the base model."""
+    """The reason for each name in the file that has no place in the base model."""
 
     @property
     def fits(self) -> bool:
+        """Whether everything in the file has a place in the base model."""
         return not self.left_over
 
     def check(self, name: str = "LoRA") -> None:
-        """LoraMisfit, naming the families and some keys, unless everything in the file has its place."""
+        """Raises LoraMisfit, naming the families and some keys, unless everything in the file has its place."""
         if self.fits:
             return
         examples = "; ".join(f"{key}: {why}" for key, why in list(self.left_over.items())[:3])
@@ -444,11 +471,11 @@ def fit(
     shapes: Mapping[ModuleId, tuple[int, ...]],
     biased: Collection[ModuleId] | None = None,
 ) -> Fit:
-    """Which modules of a base model the LoRA changes, and what in the file has no place in it.
+    """The modules of a base model that the LoRA changes, and the names in the file that have no place in it.
 
-    `family`, `shapes` and `biased` describe the base: its family's name, the weight shapes of all the modules that it has
-    (those of its text encoders too, or their part of the LoRA is left over), and which of them have a bias (None: not
-    asked). No tensor is read.
+    `family`, `shapes` and `biased` describe the base model: the name of its family, the weight shapes of all its modules
+    (those of its text encoders too, or their part of the LoRA is left over), and the modules that have a bias (for None
+    biases are not checked). No tensor is read.
     """
     matched: list[ModuleId] = []
     left_over: dict[str, str] = {key: "is not understood" for key in lora.unknown_keys}

@@ -9,7 +9,7 @@ from ..storage.safetensors_file import Layout, header_bytes, layout_of, storage_
 
 
 def model_hash(tensors: Mapping[str, Tensor]) -> str:
-    """`sshs_model_hash`: sha256 of everything after the header, so it does not change with the metadata."""
+    """The `sshs_model_hash`: SHA-256 of everything after the header, so that it does not change with the metadata."""
     digest = hashlib.sha256()
     for name in storage_order(layout_of(tensors)):
         digest.update(tensor_bytes(tensors[name]))
@@ -17,7 +17,10 @@ def model_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 class LegacyHash:
-    """`sshs_legacy_hash`: of the file with `ss_*` metadata only, 8 hex digits of sha256 over 0x100000 to 0x110000."""
+    """A running `sshs_legacy_hash`: 8 hex digits of the SHA-256 of bytes 0x100000 to 0x110000 of the file.
+
+    The file is taken with its `ss_*` metadata only.
+    """
 
     _BEGIN, _END = 0x100000, 0x110000
 
@@ -27,21 +30,22 @@ class LegacyHash:
         self.update(header_bytes(layout, {key: value for key, value in metadata.items() if key.startswith("ss_")}))
 
     def update(self, data: bytes | memoryview) -> None:
-        """Takes the bytes of the tensors, in the order in which they are stored."""
+        """Adds the bytes of the tensors, which must come in the order in which they are stored."""
         self._digest.update(data[max(self._BEGIN - self._position, 0) : max(self._END - self._position, 0)])
         self._position += len(data)
 
     @property
     def is_complete(self) -> bool:
-        """Whether further bytes change nothing."""
+        """Whether the hash is known, so that further bytes do not change it."""
         return self._position >= self._END
 
     def hexdigest(self) -> str:
+        """The hash of the bytes so far: 8 hex digits."""
         return self._digest.hexdigest()[:8]
 
 
 def legacy_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """The `LegacyHash` of tensors that are at hand."""
+    """The `sshs_legacy_hash` of tensors and metadata: 8 hex digits."""
     layout = layout_of(tensors)
     digest = LegacyHash(layout, metadata)
     for name in storage_order(layout):

@@ -1,4 +1,4 @@
-"""What is in a LoRA file, whether it is in order, and changes to its metadata alone."""
+"""Inspection of LoRA files: their content, their faults, and changes to their metadata alone."""
 
 import base64
 import hashlib
@@ -54,15 +54,16 @@ _SHOWN_CHARACTERS = 200
 
 
 OnProgress = Callable[[int, int], None]
-"""(steps done, of all)."""
+"""A function that is told (steps done, steps in all)."""
 
 
 def silent(done: int, total: int) -> None:
+    """The OnProgress that tells nobody."""
     pass
 
 
 def _steps(on_progress: OnProgress, total: int) -> Callable[[], None]:
-    """What is called after each of so many steps."""
+    """A function to be called after each step, which passes on how many of the `total` steps are done."""
     done = itertools.count(1)
     return lambda: on_progress(next(done), total)
 
@@ -70,10 +71,10 @@ def _steps(on_progress: OnProgress, total: int) -> Callable[[], None]:
 def inspect_lora(
     path: str | os.PathLike[str], read_tensors: bool = True, on_progress: OnProgress = silent
 ) -> dict[str, Any]:
-    """Everything that is known of a file, ready for JSON.
+    """A report of everything that is known of a LoRA file, as values for JSON.
 
-    Without `read_tensors` only the header is read, whatever the size of the file: hashes and norms are left out.
-    BadFile or UnknownFamily when it is no LoRA file.
+    Without `read_tensors` hashes and norms are left out, and only the header is read, whatever the size of the file.
+    Raises BadFile or UnknownFamily when it is no LoRA file.
     """
     path = Path(path)
     lora = LoraFile.read(path)
@@ -113,7 +114,10 @@ def inspect_lora(
 
 
 def not_loaded_by(reader: str, lora: LoraFile) -> dict[str, str]:
-    """Name of a module -> why one of readers.READERS would not load it; empty when it loads everything."""
+    """The reason for each module, by name, why a program would not load it; empty when it loads everything.
+
+    `reader` is one of readers.READERS.
+    """
     family = NAME_TABLES[lora.family]
     reasons = {e.name: not_loaded(reader, family, e.name, e.kind, e.keys.values()) for e in lora.entries}
     return {name: reason for name, reason in reasons.items() if reason}
@@ -185,7 +189,7 @@ def _short(value: object) -> str:
 
 
 def trigger_words(metadata: Mapping[str, str]) -> list[str]:
-    """The words that call what was trained, best first: from modelspec, from the subsets, then the most frequent tags."""
+    """The trigger words that the metadata name, best first: those of modelspec and the subsets, then frequent tags."""
     words = [word.strip() for word in metadata.get("modelspec.trigger_phrase", "").split(",")]
     for dataset in _json(metadata, "ss_datasets", list):
         subsets = dataset.get("subsets") if isinstance(dataset, dict) else None
@@ -200,7 +204,7 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
 
 
 def _json(metadata: Mapping[str, str], key: str, kind: type) -> Any:
-    """The nested JSON of a metadata value, empty where it is damaged or something else."""
+    """The JSON value of type `kind` that a metadata value holds, an empty one where it is damaged or of another type."""
     try:
         value = json.loads(metadata.get(key, ""))
     except (ValueError, RecursionError):
@@ -209,14 +213,14 @@ def _json(metadata: Mapping[str, str], key: str, kind: type) -> Any:
 
 
 def _chunks(path: str | os.PathLike[str]) -> int:
-    """In how many steps a file is hashed."""
+    """The number of steps in which a file is hashed."""
     return 1 + Path(path).stat().st_size // CHUNK_BYTES
 
 
 def file_hashes(path: str | os.PathLike[str], step: Callable[[], None] = lambda: None) -> dict[str, str]:
     """The hashes by which the community knows a file, computed from its bytes; `step` is called `_chunks` times.
 
-    `autov3` and A1111's short hash are the first 12 digits of `sshs_model_hash`, `autov2` the first 10 of `sha256`.
+    `autov3` and A1111's short hash are the first 12 digits of `sshs_model_hash`, `autov2` is the first 10 of `sha256`.
     """
     file = SafetensorsFile.open(path)
     whole, model = hashlib.sha256(), hashlib.sha256()
@@ -239,7 +243,7 @@ def file_hashes(path: str | os.PathLike[str], step: Callable[[], None] = lambda:
 
 
 def block_norms(lora: LoraFile, step: Callable[[], None] = lambda: None) -> dict[str, float | None]:
-    """Frobenius norm of the weight change of every block, None if it is not finite; DoRA and OFT are left out.
+    """The Frobenius norm of each block's weight change, None if it is not finite; DoRA and OFT are left out.
 
     `step` is called for each module.
     """
@@ -268,7 +272,7 @@ def _block(entry: Entry) -> str:
 
 
 def change_norm(lora: LoraFile, entry: Entry) -> float:
-    """Frobenius norm of the weight change that an entry makes, at strength 1."""
+    """The Frobenius norm of the weight change that an entry makes at strength 1."""
     tensors = lora.tensors_of(entry)
     if entry.kind in ("lora", "locon") and "mid" not in tensors:
         # |U D|^2 = trace(U^T U D D^T): two small matrices instead of a large one.
@@ -281,23 +285,24 @@ def change_norm(lora: LoraFile, entry: Entry) -> float:
 
 @dataclass(frozen=True)
 class Fault:
-    """Something wrong or odd that `verify_lora` has noticed."""
+    """A fault of a LoRA file that `verify_lora` has found."""
 
     is_error: bool
-    """An error means that the file does not do what it should; else it is worth a look."""
+    """Whether the file does not do what it should; other faults are only worth a look."""
     text: str
 
 
 SUSPICIOUS_NORM = 20.0
-"""How many times the median a module's change may be before it is suspicious."""
+"""The multiple of the median from which a module's change is suspicious."""
 
 
 def verify_lora(
     path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None, on_progress: OnProgress = silent
 ) -> list[Fault]:
-    """What is wrong or odd with a file: nothing, if it is what its metadata say and every module has a sane change.
+    """The faults of a LoRA file: none, if it is what its metadata say and every module has a sane change.
 
-    With the checkpoint `base`, also what of it has no place there.
+    With a checkpoint `base`, modules that have no place there are faults too. Raises BadFile or UnknownFamily when it is
+    no LoRA file.
     """
     lora = LoraFile.read(path)
     step = _steps(on_progress, _chunks(path) + len(lora.tensors) + len(lora.entries))
@@ -403,10 +408,11 @@ def edit_metadata(
     remove: Sequence[str] = (),
     on_progress: OnProgress = silent,
 ) -> dict[str, str]:
-    """The new metadata, after writing them to `output` (default: into the file itself); tensors stay byte for byte.
+    """The new metadata, after the file is written with them to `output`, or over itself; tensors stay byte for byte.
 
-    None leaves a value, "" deletes it; `remove` deletes any keys. `thumbnail` is a picture file, shrunk to a JPEG without
-    its EXIF data. Both `sshs_*` hashes are brought up to date; the one of the tensors does not change.
+    None leaves a value, "" deletes it, and `remove` deletes any keys. `thumbnail` is a picture file, which is shrunk to a
+    JPEG without its EXIF data. Both `sshs_*` hashes are brought up to date; that of the tensors does not change. Raises
+    BadConfig when there is nothing to change, BadFile when a file cannot be read or written.
     """
     file = SafetensorsFile.open(path)
     values = {
@@ -425,7 +431,7 @@ def edit_metadata(
     removed = {*remove, *(key for key, value in given.items() if value == "")}
     metadata = {key: value for key, value in (file.metadata | given).items() if key not in removed}
     if any(key.startswith("modelspec.") for key in metadata):
-        # Without its version nobody reads the rest.
+        # No program reads modelspec's other keys without its version.
         metadata.setdefault("modelspec.sai_model_spec", MODELSPEC_VERSION)
     metadata["sshs_model_hash"] = file_hashes(path, _steps(on_progress, _chunks(path)))["sshs_model_hash"]
     metadata["sshs_legacy_hash"] = legacy_hash(file, metadata)
@@ -434,11 +440,11 @@ def edit_metadata(
 
 
 THUMBNAIL_SIDE = 256
-"""Longest side of a thumbnail, in pixels: it travels in the header, which every reader parses."""
+"""The longest side of a thumbnail in pixels: it travels in the header, which every program parses."""
 
 
 def _thumbnail(picture: str | os.PathLike[str]) -> str:
-    """The picture as a data URL, a JPEG of at most THUMBNAIL_SIDE pixels."""
+    """The picture as a data URL of a JPEG with sides of at most THUMBNAIL_SIDE pixels. Raises BadFile."""
     from PIL import Image, ImageOps
 
     try:
@@ -448,5 +454,5 @@ def _thumbnail(picture: str | os.PathLike[str]) -> str:
         raise BadFile(f"{Path(picture)}: cannot be read as a picture: {error}") from None
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     data = io.BytesIO()
-    small.save(data, "JPEG", quality=85, comment="")  # else the picture's own comes along
+    small.save(data, "JPEG", quality=85, comment="")  # else the picture's own comment comes along
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode("ascii")

@@ -1,6 +1,6 @@
 """The kinds of adapters that LoRA files hold, and the change of a weight that each of them means.
 
-A module's tensors come as a mapping from role (`down`, `hada_w1_a`, ...: see tensor_names/keys.py) to tensor.
+The tensors of a module come as a mapping from their roles (`down`, `hada_w1_a`, ...: see tensor_names/keys.py).
 """
 
 import math
@@ -25,16 +25,16 @@ KINDS = {
 
 
 BIAS_ROLES = ("diff_b", "b_norm", "bias")
-"""Roles of tensors that change a bias, beside a weight's change or alone; `bias` is that of the up matrix (peft's)."""
+"""The roles of tensors that change a bias, with a weight or alone; `bias` is the bias of the up matrix, which peft has."""
 LARGEST_WEIGHT = 1 << 30
-"""Elements of a weight; no layer of a model has so many, but two small tensors can claim a product of any size."""
+"""The most elements of a weight: no model has such a layer, but two small tensors can claim a product of any size."""
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Role -> shape of the tensor."""
+"""The shape of each tensor of a module, by its role."""
 
 
 def kind_of(shapes: Shapes) -> str | None:
-    """The kind of adapter that tensors with these roles and shapes are, None when they are no complete, sensible one."""
+    """The kind of adapter, one of KINDS, for tensors with these roles and shapes; None when they do not make one up."""
     kind = _kind_by_roles(shapes)
     return kind if kind is not None and _fit_together(kind, shapes) else None
 
@@ -62,7 +62,7 @@ def _kind_by_roles(shapes: Shapes) -> str | None:
 
 
 def _fit_together(kind: str, shapes: Shapes) -> bool:
-    """Whether the tensors can be multiplied as their kind says, to a weight that a model may have."""
+    """Whether tensors of these shapes can be multiplied as their kind says, to a weight that a model may have."""
     biases = {shapes[role] for role in BIAS_ROLES if role in shapes}
     if math.prod(shapes.get("alpha", ())) != 1 or len(biases) > 1 or any(len(shape) != 1 for shape in biases):
         return False
@@ -92,7 +92,7 @@ def _fit_together(kind: str, shapes: Shapes) -> bool:
 
 
 def _product(shapes: Shapes, name: str, core_name: str | None) -> tuple[int, ...] | None:
-    """The shape of a factor that is whole, or `a` times `b`, or both around a core; None when they do not fit."""
+    """The shape of a factor that is stored whole, as `a` times `b`, or as both around a core; None when they do not fit."""
     if name in shapes:
         return shapes[name]
     first, second, core = shapes[f"{name}_a"], shapes[f"{name}_b"], shapes.get(core_name or "")
@@ -104,12 +104,12 @@ def _product(shapes: Shapes, name: str, core_name: str | None) -> tuple[int, ...
 
 
 def needs_base(kind: str, roles: Collection[str]) -> bool:
-    """Whether the change depends on the weight that it changes. LoHa and LoKr, too, may have a trained magnitude."""
+    """Whether the change depends on the weight itself, as it does for rotations and for any kind with a magnitude."""
     return kind in ("oft", "boft") or "dora" in roles
 
 
 def rank_of(kind: str, shapes: Shapes) -> int | None:
-    """The rank by which alpha is divided; None for a kind without one."""
+    """The rank by which alpha is divided; None for a kind without a rank."""
     if kind in ("lora", "locon", "dora"):
         return shapes["down"][0]
     if kind == "loha":
@@ -121,7 +121,7 @@ def rank_of(kind: str, shapes: Shapes) -> int | None:
 
 
 def weight_shape(kind: str, shapes: Shapes) -> tuple[int, ...] | None:
-    """The shape of the weight that is changed: (out, in, ...), a kernel perhaps flattened into `in`. None: unknown."""
+    """The shape (out, in, ...) of the changed weight, where a kernel may be flattened into `in`; None if unknown."""
     if kind in ("lora", "locon", "dora"):
         kernel = shapes["mid"][2:] if "mid" in shapes else shapes["down"][2:]
         return (shapes["up"][0], shapes["down"][1], *kernel)
@@ -140,8 +140,8 @@ def weight_shape(kind: str, shapes: Shapes) -> tuple[int, ...] | None:
 def weight_change(kind: str, tensors: Mapping[str, Tensor], base: Tensor | None = None) -> Tensor:
     """The change that the adapter makes to the weight, float32.
 
-    `base` is the weight itself, needed where `needs_base` says so; the change then has its shape, else that of
-    `weight_shape`.
+    `base` is the weight itself, which is needed where `needs_base` says so: the change then has its shape, else that of
+    `weight_shape`. Raises ValueError when `base` is needed and missing.
     """
     if base is None and needs_base(kind, tensors):
         raise ValueError(f"the change that this {kind} makes depends on the base weight: give it")
@@ -160,7 +160,7 @@ def bias_change(kind: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
     """The change that the adapter makes to the bias, float32 (out,); None if it makes none."""
     changes = [tensors[role].float() for role in ("diff_b", "b_norm") if role in tensors]
     if "bias" in tensors:
-        # The up matrix' bias is scaled as the product is: peft's lora_bias.
+        # peft's lora_bias: the bias of the up matrix is scaled like the product.
         rank = rank_of(kind, {role: tuple(tensor.shape) for role, tensor in tensors.items()})
         changes.append((_scale(tensors, rank) if rank else 1.0) * tensors["bias"].float())
     return torch.stack(changes).sum(0) if changes else None
@@ -177,12 +177,12 @@ def _additive_change(kind: str, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def _scale(tensors: Mapping[str, Tensor], rank: int) -> float:
-    # No .alpha key: everybody then means alpha = rank.
+    # Without an .alpha key every program takes alpha = rank.
     return tensors["alpha"].item() / rank if "alpha" in tensors else 1.0
 
 
 def _tucker(core: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
-    """(out, in, kh, kw) from a core (r, r, kh, kw), outputs (r, out) and inputs (r, in)."""
+    """The kernel (out, in, kh, kw) of a core (r, r, kh, kw) with output factors (r, out) and input factors (r, in)."""
     return torch.einsum("rskl,ro,si->oikl", core, outputs, inputs)
 
 
@@ -217,21 +217,21 @@ def _lokr(t: Mapping[str, Tensor]) -> Tensor:
 
 
 def _with_magnitude(weight: Tensor, magnitude: Tensor) -> Tensor:
-    """`weight` with its norms replaced by trained ones (DoRA)."""
+    """The weight with its norms replaced by trained magnitudes (DoRA, arXiv:2402.09353)."""
     if magnitude.ndim > 1 and magnitude.shape[0] == 1 and magnitude.shape[1] == weight.shape[1]:
         # LyCORIS' first layout, (1, in): one magnitude for each input feature.
         norm = weight.transpose(0, 1).flatten(1).norm(dim=1).reshape(1, -1, *[1] * (weight.ndim - 2))
     else:
-        # peft's (out) and LyCORIS' (out, 1): one for each output feature.
+        # peft's (out) and LyCORIS' (out, 1): one magnitude for each output feature.
         norm = weight.flatten(1).norm(dim=1).reshape(-1, *[1] * (weight.ndim - 1))
     return weight * (magnitude.reshape(norm.shape) / norm.clamp_min(torch.finfo(torch.float32).eps))
 
 
 def _rotation(t: Mapping[str, Tensor], base: Tensor) -> Tensor:
-    """OFT and BOFT: rotations by the Cayley transform, as LyCORIS 4.1 and sd-scripts compute them."""
+    """The change that OFT and BOFT make: rotations by the Cayley transform, as in LyCORIS 4.1 and sd-scripts."""
     blocks = t["oft_blocks"]
     skew = blocks - blocks.transpose(-1, -2)
-    # Alpha is no scale here but bounds the rotation; it is stored per output feature.
+    # Alpha bounds the rotation here instead of scaling it, and is stored per output feature.
     bound = t["alpha"].item() * base.shape[0] if "alpha" in t else 0.0
     if bound > 0 and skew.norm() > bound:
         skew = skew * (bound / skew.norm())

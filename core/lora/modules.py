@@ -1,4 +1,4 @@
-"""Low-rank changes of weights, and their tensors under the names of each scheme of files."""
+"""Low-rank changes of weights, and their tensors under the names of each naming scheme."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,15 +13,16 @@ from ..tensor_names import NAME_TABLES, Fusion, ModuleId, NameTable
 from .kinds import weight_change
 
 SCHEMES = ("kohya", "diffusers", "comfy")
-"""The schemes that can be written."""
+"""The naming schemes that can be written."""
 
 
 @dataclass(frozen=True, eq=False)
 class LoraModule:
     """A low-rank change of one weight: `delta = alpha / rank * up @ down`.
 
-    Of a Linear, down is (rank, in) and up (out, rank); of a convolution, (rank, in, kh, kw) and (out, rank, 1, 1).
-    With a Tucker core (LyCORIS), down is (rank, in, 1, 1), mid (rank, rank, kh, kw) and up (out, rank, 1, 1).
+    For a Linear, down is (rank, in) and up is (out, rank); for a convolution, they are (rank, in, kh, kw) and
+    (out, rank, 1, 1). With a Tucker core (LyCORIS), down is (rank, in, 1, 1), mid is (rank, rank, kh, kw) and up is
+    (out, rank, 1, 1).
     """
 
     down: Tensor
@@ -31,10 +32,12 @@ class LoraModule:
 
     @property
     def rank(self) -> int:
+        """The number of rows of down."""
         return self.down.shape[0]
 
     @property
     def scale(self) -> float:
+        """The factor on `up @ down`: alpha / rank."""
         return self.alpha / self.rank
 
     def delta(self) -> Tensor:
@@ -46,10 +49,11 @@ class LoraModule:
 def name_modules(
     family: str, modules: Mapping[ModuleId, LoraModule], scheme: str, extra: Mapping[str, Tensor] | None = None
 ) -> ComputedTensors:
-    """The tensors of a file in the given scheme (one of SCHEMES), fused where it names the original model's modules.
+    """The tensors of a file in a scheme (one of SCHEMES), fused where the scheme names the original model's modules.
 
-    Only Kohya's has alpha: readers of the other two drop it or fail at it for some families, so it is multiplied in.
-    `modules` are asked again each time that a tensor is. `extra` tensors keep their names.
+    Only Kohya's scheme has alpha: readers of the other two drop it or fail at it for some families, so it is multiplied
+    in. `modules` are asked again each time that a tensor is. `extra` tensors keep their names. Raises UnmatchedKeys for
+    an unknown scheme, or one that has no name for a module.
     """
     if scheme not in SCHEMES:
         raise UnmatchedKeys(f"no scheme {scheme!r} to write; known: {', '.join(SCHEMES)}")
@@ -85,14 +89,14 @@ _KOHYA_SUFFIXES = {
 
 
 def suffix_of(role: str) -> str:
-    """What ends the name of a tensor of that role in Kohya's and ComfyUI's files."""
+    """The end of the name that a tensor of that role has in Kohya's and ComfyUI's files."""
     return _KOHYA_SUFFIXES.get(role, role)
 
 
 def name_kinds(family: str, modules: Mapping[ModuleId, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of a file in Kohya's scheme, from those of each module by role, whatever their kind.
+    """The tensors of a file in Kohya's scheme, from each module's tensors by role, whatever their kind of adapter.
 
-    UnmatchedKeys where the family's files have several modules in one: only plain LoRAs can be put together.
+    Raises UnmatchedKeys where the family's files have several modules in one: only plain LoRAs can be fused.
     """
     tensors = {}
     for (part, path), roles in modules.items():
@@ -106,7 +110,10 @@ def name_kinds(family: str, modules: Mapping[ModuleId, Mapping[str, Tensor]]) ->
 
 
 def name_in_scheme(keys: NameTable, part: str, path: str, scheme: str) -> tuple[str, Fusion, int]:
-    """The name in a file, the fusion that the name stands for, and which part of it the module is."""
+    """The name of a module in a file, the fusion that the name stands for, and the module's index in the fusion.
+
+    Raises UnmatchedKeys when the scheme has no name for that part of the model.
+    """
     alone = Fusion(path, (path,))
     if scheme == "diffusers":
         return (keys.diffusers_prefix if part == "denoiser" else f"{part}.") + path, alone, 0
@@ -121,9 +128,10 @@ def name_in_scheme(keys: NameTable, part: str, path: str, scheme: str) -> tuple[
 
 
 def fuse(fusion: Fusion, parts: Mapping[int, LoraModule]) -> LoraModule:
-    """The change of the original model's module, from those of its parts; a missing part is not changed.
+    """The change of a module of the original model, from the changes of its parts; a missing part is not changed.
 
-    The rank stays when the parts share one down matrix (they were fused once); else the ranks add up.
+    The rank stays when the parts share one down matrix, since they were fused once; else the ranks add up. Raises
+    UnmatchedKeys when a part changes another number of rows than it has.
     """
     first = next(iter(parts.values()))
     if len(fusion.parts) == 1:
@@ -136,11 +144,11 @@ def fuse(fusion: Fusion, parts: Mapping[int, LoraModule]) -> LoraModule:
             raise UnmatchedKeys(
                 f"{fusion.parts[index]} changes {module.up.shape[0]} rows, but has {rows[index]} in {fusion.original}"
             )
-    shared = first.down.float()  # torch compares no fp8
+    shared = first.down.float()  # torch cannot compare tensors in fp8
     if all(module.scale == first.scale and torch.equal(module.down.float(), shared) for module in parts.values()):
         ups = [parts[i].up if i in parts else first.up.new_zeros(rows[i], first.rank) for i in range(len(rows))]
         return LoraModule(first.down, torch.cat(ups), first.alpha)
-    # One scale for all: what the others differ by goes into their up matrices.
+    # The fused module has one scale: the ratio to it goes into each part's up matrix.
     scale = max((module.scale for module in parts.values()), key=abs)
     rank = sum(module.rank for module in parts.values())
     up = torch.zeros(sum(rows), rank)
@@ -150,13 +158,13 @@ def fuse(fusion: Fusion, parts: Mapping[int, LoraModule]) -> LoraModule:
         factor = module.scale / scale if scale else 0.0
         up[start : start + rows[index], column : column + module.rank] = module.up.float() * factor
         column += module.rank
-    # Fused weights are that much wider: alpha grows with the rank, so that the scale stays.
+    # The rank has grown by fusing, and alpha grows with it, so that the scale stays.
     down = torch.cat([module.down.float() for module in parts.values()])
     return LoraModule(down, up.to(first.up.dtype) if scale else up, scale * rank)
 
 
 def without_tucker(module: LoraModule) -> LoraModule:
-    """The same change as a plain convolution LoRA: the core multiplied into down, now (rank, in, kh, kw)."""
+    """The change of a module without a Tucker core, which is multiplied into down: down is then (rank, in, kh, kw)."""
     if module.mid is None:
         return module
     down = torch.einsum("rskl,si->rikl", module.mid.float(), module.down.flatten(1).float())

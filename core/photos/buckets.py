@@ -7,16 +7,16 @@ import math
 from ..errors import BadConfig, BadPhoto
 
 MAX_ASPECT = 2.0
-"""Longer side by shorter side. Families are trained up to about this (SDXL's list ends at 2048x512, mostly under 2)."""
+"""The largest ratio of longer to shorter side. Families are trained up to about this: SDXL's sizes are mostly under 2."""
 
 Size = tuple[int, int]
 
 
 def bucket_sizes(resolution: int, multiple: int, within: Size | None = None) -> list[Size]:
-    """The (width, height) to choose from: sides multiples of `multiple`, area at most resolution².
+    """The sizes (width, height) to choose from, in pixels: multiples of `multiple`, with an area of at most resolution².
 
-    Of all such sizes with an aspect of at most 2:1 (and, given `within`, no larger than it) those that could not
-    grow in any direction. The idea of one area and many aspects is NovelAI's aspect-ratio bucketing.
+    Of all such sizes with an aspect of at most 2:1, and no larger than `within` where it is given, these are the ones
+    that could not grow in any direction. The idea of one area and many aspects is NovelAI's aspect-ratio bucketing.
     """
     area = resolution * resolution
     max_width, max_height = within or (math.inf, math.inf)
@@ -31,8 +31,8 @@ def bucket_sizes(resolution: int, multiple: int, within: Size | None = None) -> 
 def assign_bucket(size: Size, resolution: int, multiple: int, upscale: bool = False) -> Size:
     """The bucket (width, height) whose aspect is closest to the photo's `size`; the larger of two equally close.
 
-    Never larger than the photo, unless `upscale`. Raises BadPhoto where even one `multiple` is more than the photo
-    has, BadConfig where it is more than the resolution.
+    The bucket is never larger than the photo, unless `upscale` is set. Raises BadPhoto when a side of the photo is
+    shorter than `multiple`, BadConfig when the resolution is below it.
     """
     if resolution < multiple:
         raise BadConfig(f"resolution {resolution} is below {multiple}, the smallest that this model family can draw")

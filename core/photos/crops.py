@@ -1,4 +1,4 @@
-"""From the photo report to training pictures: closer looks at the face, other people cut out, and masks."""
+"""Training pictures by the photo report: close-ups of the face, other people cut out, and masks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from .reading import Photo
 from .report import CROP, FRAMINGS, PhotoReport, SetReport, framing
 
 CLOSE_UP = (0.6, 0.5)
-"""What is seen above and below the face's box, in face heights: hair and the beginning of the shoulders."""
+"""The margins above and below the face's box, in face heights: with hair and the beginning of the shoulders."""
 CHEST_UP = (0.8, 2.0)
+"""The margins above and below the face's box, in face heights: down to the chest."""
 MASK_SIDE = 1024
-"""Long side of a drawn mask, in pixels: finer than any latent."""
+"""The long side of a drawn mask, in pixels: finer than any latent."""
 
 
 def face_regions(
@@ -29,11 +30,12 @@ def face_regions(
     *,
     captioner: Callable[[Image.Image], str] | None = None,
 ) -> Callable[[Photo], list[Region]]:
-    """The function that `prepare` takes as `regions`: of each reported photo its whole and a close-up.
+    """A function for `prepare`'s `regions`, which gives the whole of a reported photo and a close-up of the face.
 
-    Where the face is small or other people are near, a chest-up part takes the place of the whole. No region has fewer
-    pixels than `resolution`² unless the photo has, or other people leave no more: crops are never enlarged. Captions
-    name framing and view; a `captioner` (picture in, words out) can add what else is seen, and a sidecar caption stays.
+    Where the face is small or other people are near, a chest-up part takes the place of the whole photo. No region has
+    fewer pixels than `resolution`², unless the photo itself has or other people leave no more: crops are never enlarged.
+    Captions name framing and view; a `captioner` (picture in, words out) can add what else is seen. A sidecar caption
+    stays.
     """
     reports = {item.photo.digest: item for item in report.photos}
 
@@ -51,12 +53,12 @@ def face_regions(
 def with_masks(
     photos: Sequence[Photo], report: SetReport, *, part: str = "person", background: float = 0.1
 ) -> list[Photo]:
-    """The photos, each with a mask for the masked loss: the person's head and shoulders (or with part="face" the head
-    alone) count fully, other people's heads nothing, and the rest `background`.
+    """The photos with masks for the masked loss.
 
-    Drawn from the face's box, with soft edges: it says where the person is, not where each hair ends. A photo that
-    has a mask, or in which no face was found, stays as it is. Some background has to count: with none, masked training
-    fills it with noise.
+    The person's head and shoulders (with part="face" the head alone) count fully, other people's heads count nothing,
+    and the rest counts `background`, 0 to 1: with 0, masked training fills the background with noise. A mask
+    is drawn from the face's box with soft edges: it says where the person is, not where each hair ends. A photo that
+    has a mask already, or in which no face was found, stays as it is. Raises BadConfig for an unknown `part`.
     """
     reports = {item.photo.digest: item for item in report.photos}
     masked = []
@@ -72,7 +74,11 @@ def with_masks(
 def draw_mask(
     size: tuple[int, int], face: Face, other_faces: Sequence[Face], part: str = "person", background: float = 0.1
 ) -> Image.Image:
-    """Mode L, the photo's aspect, at most MASK_SIDE pixels long: see `with_masks`."""
+    """A mask for a photo of that size: mode L, the photo's aspect, at most MASK_SIDE pixels long, white for the person.
+
+    `face` and `other_faces` are in pixels of the photo. Other people's heads are black, and `background` (0 to 1) is the
+    brightness of the rest. Raises BadConfig unless `part` is "person" or "face".
+    """
     if part not in ("person", "face"):
         raise BadConfig(f"the part of a mask is 'person' or 'face', not {part!r}")
     scale = min(1.0, MASK_SIDE / max(size))
@@ -95,14 +101,14 @@ def draw_mask(
 
 
 def _head(face: Face, scale: float) -> tuple[float, float, float, float]:
-    """The ellipse around a head with its hair: wider than the face's box by a quarter on each side, and higher."""
+    """The box around a head with its hair: wider than the face's box by a quarter on each side, and higher."""
     left, top, right, bottom = (value * scale for value in face.box)
     width, height = right - left, bottom - top
     return left - 0.25 * width, top - 0.4 * height, right + 0.25 * width, bottom + 0.1 * height
 
 
 def _boxes(report: PhotoReport, resolution: int) -> list[Box]:
-    """The regions of one photo: the whole or a chest-up part, then a close-up where that is something else."""
+    """The regions of one photo: the whole or a chest-up part, then a close-up where that differs enough."""
     assert report.face is not None, "checked by the caller"
     whole: Box = (0, 0, *report.photo.size)
     close_up = _around(report.face, CLOSE_UP, 1.0, whole, resolution)
@@ -116,7 +122,7 @@ def _boxes(report: PhotoReport, resolution: int) -> list[Box]:
 
 
 def _around(face: Face, margins: tuple[float, float], aspect: float, whole: Box, resolution: int) -> Box:
-    """The part of the photo with the margins (above, below, in face heights) and aspect, enlarged to resolution²."""
+    """The part of the photo around a face, with margins above and below it in face heights, grown to resolution²."""
     left, top, right, bottom = face.box
     height = (bottom - top) * (1 + sum(margins))
     width = height * aspect

@@ -1,4 +1,4 @@
-"""From photos to what is trained on: a region of each, cropped to its bucket, with its caption."""
+"""The pictures to train on: regions of photos, each cropped to its bucket and with its caption."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .captions import class_caption, default_caption, names_trigger, tag_counts
 from .reading import Photo
 
 Box = tuple[int, int, int, int]
-"""left, top, right, bottom in pixels of the upright photo; right and bottom are the first pixels outside."""
+"""(left, top, right, bottom) in pixels of the upright photo; right and bottom are the first pixels outside."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Region:
 
     box: Box
     caption: str | None = None
-    """What the picture shows, where it is not what the photo's own caption says; None: the usual caption."""
+    """The caption of the region, in place of the photo's; None keeps the photo's own or the usual one."""
 
 
 @dataclass(frozen=True)
@@ -36,35 +36,36 @@ class TrainingImage:
     photo: Photo
     caption: str
     bucket: tuple[int, int]
-    """Width and height that the denoiser is trained at, in pixels."""
+    """The width and height in pixels at which the denoiser sees the picture."""
     region: Box
-    """The picture that the crop was cut from: the whole photo, or the part of it that was chosen as a picture."""
+    """The picture that the crop is cut from: the whole photo, or the part of it that was chosen as a picture."""
     crop: Box
     """The part of `region` that has the bucket's aspect."""
     flip: bool
-    """Mirrored left to right."""
+    """Whether the picture is mirrored left to right."""
     repeats: int
+    """The number of times that the picture counts in an epoch."""
     is_class: bool
-    """A picture of the class, not of the person: for prior preservation."""
+    """Whether the picture shows the class and not the person, for prior preservation."""
 
     def pixels(self) -> Tensor:
-        """float32 (3, height, width) in [-1, 1], by Lanczos resampling."""
+        """The pixels, float32 (3, height, width) in [-1, 1], scaled by Lanczos resampling."""
         return _to_tensor(self._resized(self.photo.image())) * 2 - 1
 
     def mask(self) -> Tensor | None:
-        """float32 (1, height, width) in [0, 1], 1 where the loss counts; None: everywhere."""
+        """The mask, float32 (1, height, width) in [0, 1], 1 where the loss counts; None when it counts everywhere."""
         mask = self.photo.mask()
         return None if mask is None else _to_tensor(self._resized(mask))
 
     @property
     def original_size(self) -> tuple[int, int]:
-        """(width, height) of the picture before scaling: SDXL's size conditioning c_size (arXiv:2307.01952, 2.2)."""
+        """The (width, height) of the picture before scaling: SDXL's size conditioning c_size (arXiv:2307.01952, 2.2)."""
         left, top, right, bottom = self.region
         return right - left, bottom - top
 
     @property
     def crop_top_left(self) -> tuple[int, int]:
-        """(x, y) of the crop's corner in the scaled picture: SDXL's c_crop (arXiv:2307.01952, 2.2).
+        """The (x, y) of the crop's top left corner in the scaled picture: SDXL's c_crop (arXiv:2307.01952, 2.2).
 
         SDXL was taught with the pixels that were cut off after scaling to the training size, so the offsets in the
         photo are scaled alike; in a mirrored picture the right margin is the left one.
@@ -81,20 +82,20 @@ class TrainingImage:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Everything that a training sees, and what the user should know about it."""
+    """The pictures of a training, and warnings about them for the user."""
 
     images: tuple[TrainingImage, ...]
     warnings: tuple[str, ...] = ()
 
     def bucket_counts(self) -> dict[tuple[int, int], int]:
-        """How many pictures (with repeats) are trained at each (width, height)."""
+        """The number of pictures, with repeats, in each bucket (width, height)."""
         counts: Counter[tuple[int, int]] = Counter()
         for image in self.images:
             counts[image.bucket] += image.repeats
         return dict(sorted(counts.items()))
 
     def tag_counts(self) -> dict[str, int]:
-        """How many pictures of the person (without repeats) have each tag: Kohya's `ss_tag_frequency`."""
+        """The number of pictures of the person, without repeats, that have each tag: Kohya's `ss_tag_frequency`."""
         return tag_counts(image.caption for image in self.images if not image.is_class)
 
 
@@ -110,10 +111,10 @@ def prepare(
     class_photos: Sequence[Photo] = (),
     regions: Callable[[Photo], Sequence[Region]] | None = None,
 ) -> Dataset:
-    """The Dataset: per photo its regions (all of it, where `regions` is None), cropped in the middle to a bucket.
+    """The Dataset of the photos: each photo, or each of its `regions`, cropped in the middle to a bucket.
 
     The caption is the region's, else the sidecar's, else "a photo of TRIGGER CLASS". With `flip` a mirrored copy of
-    each picture of the person joins in. `class_photos` are captioned "a photo of CLASS" (or by their sidecars).
+    each picture of the person is added. `class_photos` are captioned by their sidecars, else "a photo of CLASS".
 
     Raises BadPhoto where a photo is too small for any bucket and `upscale` is off.
     """
@@ -156,6 +157,6 @@ def _fit(photo: Photo, box: Box, resolution: int, multiple: int, upscale: bool) 
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
-    """float32 (channels, height, width) in [0, 1]."""
+    """The picture's values, float32 (channels, height, width) in [0, 1]."""
     array = np.asarray(image, dtype=np.float32) / 255
     return torch.from_numpy(np.atleast_3d(array).transpose(2, 0, 1).copy())

@@ -1,4 +1,4 @@
-"""What can be measured on a photo and the face in it: each function one number or a short vector."""
+"""Measurements of a photo and of the face in it, each a number or a short vector."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from PIL import Image
 from ..faces import Face
 
 SHARPNESS_SIDE = 256
-"""Pixels of the face at which sharpness is judged: what a close-up is trained at, whatever the camera's resolution."""
+"""The size of a face, in pixels, at which its sharpness is judged: what a close-up is trained at, whatever the camera."""
 
 
 def perceptual_hash(image: Image.Image) -> np.ndarray:
-    """bool (64,): which of the 8 x 8 lowest frequencies of the 32 x 32 picture are above their median.
+    """The perceptual hash, bool (64,): which of the 8 x 8 lowest frequencies of the 32 x 32 picture exceed their median.
 
-    Copies in other sizes, formats and brightness differ in few bits; unrelated pictures in about 32. "pHash" of
-    Zauner, "Implementation and benchmarking of perceptual image hash functions" (2010), and the package ImageHash.
+    Copies in other sizes, formats and brightness differ in few bits; unrelated pictures differ in about 32. It is "pHash"
+    of Zauner, "Implementation and benchmarking of perceptual image hash functions" (2010), and the package ImageHash.
     """
     grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), np.float64)
     positions, frequencies = np.arange(32), np.arange(8)[:, None]
@@ -25,21 +25,25 @@ def perceptual_hash(image: Image.Image) -> np.ndarray:
 
 
 def hash_distance(a: np.ndarray, b: np.ndarray) -> int:
-    """In how many of 64 bits two perceptual hashes differ."""
+    """The number of bits, of 64, in which two perceptual hashes differ."""
     return int((a != b).sum())
 
 
 def face_luma(image: Image.Image, face: Face) -> np.ndarray:
-    """float64 (h, w), 0 to 255: the part of the face's box that is in the picture, at most SHARPNESS_SIDE long."""
+    """The brightness of a face, float64 (h, w) in 0 to 255.
+
+    It is that of the part of the face's box inside the picture, shrunk to at most SHARPNESS_SIDE pixels on the long side.
+    """
     crop = image.crop(_inside(image, face)).convert("L")
     crop.thumbnail((SHARPNESS_SIDE, SHARPNESS_SIDE), Image.Resampling.LANCZOS)
     return np.asarray(crop, np.float64)
 
 
 def sharpness(luma: np.ndarray) -> float:
-    """Variance of the Laplacian over variance of `luma`: how much of the contrast is in fine detail.
+    """The variance of the Laplacian over the variance of `luma` (h, w): how much of the contrast is in fine detail.
 
-    Dividing makes it indifferent to exposure, which the plain variance of the Laplacian (Pech-Pacheco 2000) is not.
+    The division makes it independent of exposure, which the plain variance of the Laplacian (Pech-Pacheco 2000) is not.
+    It is 0 for a picture without contrast or with a side below 3 pixels.
     """
     if min(luma.shape) < 3 or luma.var() == 0:
         return 0.0
@@ -49,17 +53,17 @@ def sharpness(luma: np.ndarray) -> float:
 
 
 def highlights(luma: np.ndarray) -> float:
-    """The brightness that 5 % of the face exceed, 0 to 255. Low means underexposed for light and dark skin alike."""
+    """The brightness that 5 % of the face exceeds, 0 to 255. A low one means underexposed for light and dark skin alike."""
     return float(np.percentile(luma, 95))
 
 
 def midtone(luma: np.ndarray) -> float:
-    """The median brightness of the face, 0 to 255. Very high means overexposed."""
+    """The median brightness of the face, 0 to 255. A very high one means overexposed."""
     return float(np.median(luma))
 
 
 def share_in_frame(image_size: tuple[int, int], face: Face) -> float:
-    """How much of the face's box is inside the picture, 0 to 1."""
+    """The share of the face's box that is inside the picture, 0 to 1."""
     left, top, right, bottom = face.box
     width = min(right, image_size[0]) - max(left, 0)
     height = min(bottom, image_size[1]) - max(top, 0)
@@ -69,19 +73,18 @@ def share_in_frame(image_size: tuple[int, int], face: Face) -> float:
 def features_in_frame(image_size: tuple[int, int], face: Face) -> bool:
     """Whether both eyes, the nose and both ends of the mouth are inside the picture.
 
-    The detector places them outside where they are cut off: always on ORL faces of which half was cut off.
+    The detector places features outside the picture where they are cut off: so it did on every ORL face cut in half.
     """
     return bool(((face.landmarks >= 0) & (face.landmarks <= np.array(image_size))).all())
 
 
 def pose(face: Face) -> tuple[float, float]:
-    """(yaw, pitch) without unit, from where the nose tip is between eyes and mouth, as if the head were not tilted.
+    """The (yaw, pitch) of a head, without units, by the place of the nose tip between eyes and mouth.
 
-    yaw: the nose's offset from the line between the middles of eyes and mouth, in eye distances: 0 frontal, negative
-    towards the picture's left. With eyes 63 mm apart (Dodgson 2004, mean of adults) and a nose tip that stands out
-    by some 28 mm it is 0.44 times the tangent of the angle.
-    pitch: the nose's place between eyes (0) and mouth (1), about 0.55 for a level look; less when looking up, more when
-    looking down.
+    Yaw is the nose's offset from the line between the middles of eyes and mouth, in eye distances: 0 in a frontal view,
+    negative towards the picture's left. With eyes 63 mm apart (Dodgson 2004, mean of adults) and a nose tip that stands
+    out by some 28 mm it is 0.44 times the tangent of the angle. Pitch is the nose's place between eyes (0) and mouth (1):
+    about 0.55 for a level look, less when looking up, more when looking down. A tilt of the head changes neither.
     """
     left_eye, right_eye, nose, left_mouth, right_mouth = face.landmarks.astype(np.float64)
     eyes, mouth = (left_eye + right_eye) / 2, (left_mouth + right_mouth) / 2
@@ -94,9 +97,10 @@ def pose(face: Face) -> tuple[float, float]:
 
 
 def light(image: Image.Image, face: Face) -> np.ndarray:
-    """(3,): brightness, from which side, and warmth of the light on the face; at a distance of 1 light looks different.
+    """The light on a face as a vector (3,) of brightness, side and warmth; at a distance of 1 two lights look different.
 
-    Each in units of a visible difference: 15 % brightness, 10 % between the halves of the face, 6 % red against blue.
+    Each is in units of a visible difference: 15 % of brightness, 10 % between the halves of the face, 6 % of red
+    against blue.
     """
     rgb = np.asarray(image.crop(_inside(image, face)).resize((32, 32), Image.Resampling.BOX), np.float64) / 255
     halves = rgb[:, :16].mean(), rgb[:, 16:].mean()
@@ -107,7 +111,10 @@ def light(image: Image.Image, face: Face) -> np.ndarray:
 
 
 def background(image: Image.Image, face: Face) -> np.ndarray:
-    """(4,): mean colour and its spread beside and above the head; at a distance of 1 backgrounds look different."""
+    """The background beside and above the head as a vector (4,) of mean colour (3) and spread of brightness.
+
+    At a distance of 1 two backgrounds look different.
+    """
     small = np.asarray(image.resize((64, 64), Image.Resampling.BOX), np.float64) / 255
     left, top, right, bottom = face.box
     # A head with hair is about twice as wide as the face, and half as high again above it.
@@ -121,7 +128,7 @@ def background(image: Image.Image, face: Face) -> np.ndarray:
 
 
 def kinds(vectors: list[np.ndarray]) -> int:
-    """How many of the vectors are at a distance of more than 1 from all kept before them: a count of kinds."""
+    """The number of kinds among the vectors: a vector is of a new kind if it is further than 1 from all kinds before it."""
     kept: list[np.ndarray] = []
     for vector in vectors:
         if all(np.linalg.norm(vector - other) > 1 for other in kept):

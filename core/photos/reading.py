@@ -1,4 +1,4 @@
-"""Photos from a folder (or from memory), as values: size, caption, repeats and identity now, pixels on demand."""
+"""Photos from a folder or from memory, as values: size, caption, repeats and digest at once, pixels on demand."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from ..errors import BadPhoto
 HEIF_SUFFIXES = (".heic", ".heif")
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", *HEIF_SUFFIXES)
 MASK_ENDING = "-masklabel.png"
-"""`anna-masklabel.png` beside `anna.jpg` is its mask, white where the loss counts: the name that OneTrainer uses."""
+"""The end of a mask's file name, as in OneTrainer: `anna-masklabel.png` beside `anna.jpg`, white where the loss counts."""
 
 MAX_PIXELS = 2 * 89_478_485
-"""Where Pillow itself refuses a picture as a decompression bomb. Above the 108 megapixels of large phone cameras."""
+"""The most pixels of a photo: Pillow refuses more as a decompression bomb. Large phone cameras have 108 megapixels."""
 
 MAX_SIDE = 65_535
 """The longest side in pixels that is read: JPEG's own limit."""
@@ -39,29 +39,29 @@ _REPEATS_FOLDER = re.compile(r"(\d+)_.*")
 _ORIENTATION_TAG = 0x0112
 _TURNED_SIDEWAYS = (5, 6, 7, 8)
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error)
-"""What Pillow's decoders raise on damaged files, AVIF's a RuntimeError."""
+"""The exceptions that Pillow's decoders raise on damaged files, AVIF's a RuntimeError."""
 
 
 @dataclass(frozen=True)
 class Photo:
-    """One photo. Made by `read_photos` or `Photo.from_image`; decoded each time `image()` is called."""
+    """One photo, made by `read_photos` or `Photo.from_image`, and decoded each time that `image()` is called."""
 
     name: str
-    """File name without its folder: for messages only."""
+    """The file name without its folder, for messages only."""
     size: tuple[int, int]
-    """Width and height in pixels, with the EXIF orientation applied."""
+    """The width and height in pixels, with the EXIF orientation applied."""
     caption: str | None
-    """What the sidecar .txt says, on one line; None where there is none."""
+    """The text of the sidecar .txt on one line; None where there is none."""
     repeats: int
-    """How often the photo counts in an epoch: N of a Kohya `N_name` folder, else 1."""
+    """The number of times that the photo counts in an epoch: N in a Kohya `N_name` folder, else 1."""
     digest: str
-    """SHA-256 of the picture (of the file, or of pixels in memory): whatever its name, caption and mask."""
+    """The SHA-256 of the picture (of the file, or of pixels in memory), without name, caption and mask."""
     source: Path | Image.Image = field(repr=False, compare=False)
     mask_source: Path | Image.Image | None = field(default=None, repr=False, compare=False)
 
     @property
     def fingerprint(self) -> str:
-        """Equal for photos that train the same: picture, mask, caption and repeats; whatever its name."""
+        """A hash, equal for photos that train alike: it covers picture, mask, caption and repeats, but not the name."""
         source = self.mask_source
         if isinstance(source, Image.Image):
             mask = f"{source.mode} {source.size}".encode() + source.tobytes()
@@ -79,10 +79,13 @@ class Photo:
         repeats: int = 1,
         mask: Image.Image | None = None,
     ) -> Photo:
-        """A photo of pixels in memory: any Pillow mode, with an optional mask (white where the loss counts)."""
+        """A photo made from pixels in memory, in any Pillow mode but the floating-point "F".
+
+        The mask is white where the loss counts. Raises BadPhoto for mode "F" and for a mask of another size.
+        """
         with _opened(name, image):
             image = ImageOps.exif_transpose(image)
-            if image.mode == "P":  # whose pixels mean nothing without the palette
+            if image.mode == "P":  # its pixels mean nothing without the palette
                 image = image.convert("RGBA" if image.has_transparency_data else "RGB")
         if mask is not None and mask.size != image.size:
             raise BadPhoto(f"{name}: the mask has {_times(mask.size)} pixels, the photo {_times(image.size)}")
@@ -90,14 +93,14 @@ class Photo:
         return cls(name, image.size, caption, repeats, digest, image, mask)
 
     def with_mask(self, mask: Image.Image) -> Photo:
-        """The same photo with another mask: mode L, white where the loss counts, stretched over the photo."""
+        """A copy of the photo with another mask, in mode L, white where the loss counts, stretched over the photo."""
         return replace(self, mask_source=mask)
 
     def image(self, shorter_side: int | None = None) -> Image.Image:
-        """The picture, upright, mode RGB, colours in sRGB, the first frame, transparency over white.
+        """The picture in mode RGB and in sRGB: upright, the first frame, with white behind transparent parts.
 
         With `shorter_side` it may come smaller, with no side below that many pixels: JPEG files then decode at a
-        half, a quarter or an eighth, many times faster.
+        half, a quarter or an eighth, many times faster. Raises BadPhoto when the file cannot be read any more.
         """
         with _opened(self.name, self.source) as image:
             if shorter_side is not None:
@@ -106,9 +109,9 @@ class Photo:
             return _to_rgb(ImageOps.exif_transpose(image))
 
     def mask(self) -> Image.Image | None:
-        """Where the loss counts, mode L (white counts), the photo's size; None where nothing says so.
+        """The mask in mode L and in the photo's size, white where the loss counts; None where there is none.
 
-        Taken from the mask beside the photo, else from the photo's own transparency.
+        It is the mask beside the photo, else the photo's own transparency.
         """
         if self.mask_source is not None:
             with _opened(self.name, self.mask_source) as image:
@@ -125,7 +128,7 @@ class Photo:
 def read_photos(
     folder: str | Path, *, strict: bool = False, on_warning: Callable[[str], None] = warnings.warn
 ) -> list[Photo]:
-    """The photos of a folder, in the order of their names, and of its Kohya-style `N_name` folders after them.
+    """The photos of a folder in the order of their names, then those of its Kohya-style `N_name` folders.
 
     A photo that cannot be read is named to `on_warning` and left out; with `strict` it raises. Captions come from
     `NAME.txt` beside the photo, masks from `NAME-masklabel.png` or from transparency.
@@ -151,7 +154,11 @@ def read_photos(
 def read_photo_files(
     paths: Iterable[str | Path], *, strict: bool = False, on_warning: Callable[[str], None] = warnings.warn
 ) -> list[Photo]:
-    """The photos in these files, in this order, with captions and masks as `read_photos` finds them; perhaps none."""
+    """The photos in these files, in the order given, with the captions and masks that lie beside them.
+
+    A photo that cannot be read is named to `on_warning` and left out, so the list may be empty; with `strict` it raises
+    BadPhoto.
+    """
     return _read_each(((Path(path), 1) for path in paths), strict, on_warning)
 
 
@@ -168,7 +175,7 @@ def _read_each(paths: Iterable[tuple[Path, int]], strict: bool, on_warning: Call
 
 
 def _photo_paths(folder: Path, on_warning: Callable[[str], None]) -> Iterator[tuple[Path, int]]:
-    """(path, repeats) of every file that is meant as a photo."""
+    """The path and the repeats of every file that is meant as a photo."""
     entries = sorted(folder.iterdir(), key=lambda path: path.name)
     for path in entries:
         if _is_photo_file(path):
@@ -187,10 +194,10 @@ def _photo_paths(folder: Path, on_warning: Callable[[str], None]) -> Iterator[tu
 
 def _is_photo_file(path: Path) -> bool:
     name = path.name.lower()
-    # "._x.jpg" are the shadows that macOS leaves on foreign disks.
+    # macOS leaves files called "._x.jpg" beside "x.jpg" on disks of other systems.
     if not name.endswith(PHOTO_SUFFIXES) or name.endswith(MASK_ENDING) or name.startswith("."):
         return False
-    return path.is_file() or path.is_symlink()  # a link to a photo that is gone is named, not passed over
+    return path.is_file() or path.is_symlink()  # a broken link is reported, not passed over
 
 
 def _read_photo(path: Path, repeats: int) -> Photo:
@@ -212,7 +219,7 @@ def _read_photo(path: Path, repeats: int) -> Photo:
             raise BadPhoto(f"{mask_path.name}: has {_times(mask_size)} pixels, its photo {_times(size)}")
     else:
         mask_path = None
-    # A name from another system's archive need not be UTF-8, which no page and no terminal can then show.
+    # A name from another system's archive need not be UTF-8, and then no page and no terminal could show it.
     name = os.fsencode(path.name).decode(errors="replace")
     return Photo(name, size, _read_caption(path.with_suffix(".txt")), repeats, digest, path, mask_path)
 
@@ -241,7 +248,7 @@ def _read_caption(path: Path) -> str | None:
 
 @contextmanager
 def _opened(name: str, source: Path | Image.Image) -> Iterator[Image.Image]:
-    """The Pillow image, not yet decoded; whatever goes wrong inside the `with` becomes one line about the photo."""
+    """A context with the Pillow image, not yet decoded; whatever goes wrong with it there raises BadPhoto."""
     if isinstance(source, Image.Image):
         _refuse_float_pixels(name, source)
         yield source
@@ -306,7 +313,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
-    """Mode RGB, in sRGB: phones save Display P3 and printers CMYK, whose numbers mean other colours."""
+    """The picture in mode RGB and in sRGB. Phones save Display P3 and printers CMYK, whose numbers mean other colours."""
     embedded = image.info.get("icc_profile")
     if embedded:
         try:

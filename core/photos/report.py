@@ -22,73 +22,77 @@ TURNS = {
     180: "the picture stands on its head: turn it round",
     270: "the picture lies on its side: turn it to the right",
 }
-"""Degrees, counter-clockwise, that a picture may have to be turned by."""
+"""The advice for a picture that must be turned, by the degrees, counter-clockwise, that make it upright."""
 UPRIGHT_SCORE, UPRIGHT_MARGIN = 0.91, 0.03
-"""YuNet's scores of upright faces of ORL are 0.914 and more, and 0.035 and more above those of the same faces turned."""
+"""The detector's score from which a face counts as upright, and the lead that a turned picture's score must have over it.
+
+On ORL, YuNet gives upright faces 0.914 and more, and at least 0.035 more than the same faces turned.
+"""
 FRAMINGS = ("close-up", "chest-up", "body")
 VIEWS = ("front", "half-turned", "side")
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Where the verdicts change. Starting points, each with its origin; docs/photos.md shows what they do."""
+    """The values at which verdicts change: starting points, each with its origin. docs/photos.md shows their effect."""
 
     face_pixels_reject: float = 200
-    """Size of a face, in pixels of the photo, below which it is rejected: half of what headshot services ask for."""
+    """The size of a face, in pixels of the photo, below which it is rejected: half of what headshot services ask for."""
     face_pixels_review: float = 410
-    """HeadshotPro's published minimum: 40 % of a picture of 1024 pixels."""
+    """The size of a face, in pixels, below which it is reviewed: HeadshotPro's minimum, 40 % of a 1024 pixel picture."""
     in_frame_review: float = 0.95
-    """Share of the face's box inside the picture. Two photos cut beside an eye (package face_recognition): 0.87 and
-    0.92; whole faces: 0.98 and more. (With an eye or the mouth cut off a photo is rejected.)"""
+    """The share of the face's box inside the picture below which it is reviewed. Two photos cut beside an eye (package
+    face_recognition) have 0.87 and 0.92, whole faces 0.98 and more. With an eye or the mouth cut off a photo is rejected."""
     sharpness_reject: float = 0.015
-    """See `measure.sharpness`. Photos blurred by 2 pixels or enlarged from a sixth: 0.006 to 0.015."""
+    """The `measure.sharpness` below which a face is rejected: blurred by 2 pixels or enlarged 6 times it has 0.006 to 0.015."""
     sharpness_review: float = 0.05
-    """Sharp portraits and the ORL set: 0.06 to 1.4; soft group pictures 0.01 to 0.09."""
+    """The sharpness below which a face is reviewed. Sharp portraits and ORL have 0.06 to 1.4, soft group pictures 0.01 to
+    0.09."""
     highlights_reject: float = 40
-    """See `measure.highlights`. Portraits darkened to 15 %: 24 to 29."""
+    """The `measure.highlights` below which a face is rejected as dark: portraits darkened to 15 % have 24 to 29."""
     highlights_review: float = 80
-    """Portraits darkened to 30 %: 54 to 59; all of ORL is above 130."""
+    """The highlights below which a face is reviewed: portraits darkened to 30 % have 54 to 59, all of ORL is above 130."""
     midtone_review: float = 225
-    """See `measure.midtone`. Ordinary faces: 50 to 175."""
+    """The `measure.midtone` above which a face is reviewed as bright: ordinary faces have 50 to 175."""
     midtone_reject: float = 245
-    """Portraits brightened 2.5 times: 234 to 255."""
+    """The midtone above which a face is rejected: portraits brightened 2.5 times have 234 to 255."""
     likeness_reject: float = 0.40
-    """Cosine to the set's most typical photo: SFace's equal-error threshold on ORL."""
+    """The cosine to the set's most typical photo below which a face is someone else's: SFace's equal-error threshold."""
     likeness_review: float = 0.55
-    """98.7 % of ORL's photos reach it; no photo of someone else does."""
+    """The cosine below which a face is reviewed: 98.7 % of ORL's photos reach it, and no photo of someone else does."""
     same_picture: int = 2
-    """Bits of 64 between perceptual hashes. Copies scaled, recompressed or recoloured: 0 to 2, rarely 4."""
+    """The bits, of 64, by which the hashes of copies differ: scaled, recompressed or recoloured by 0 to 2, rarely 4."""
     similar_picture: int = 6
-    """Copies cropped by 2 % or turned by 1 degree: 2 to 6."""
+    """The bits by which the hashes of similar pictures differ: copies cropped by 2 % or turned by 1 degree by 2 to 6."""
     same_picture_likeness: float = 0.85
-    """Pictures with equal hashes are copies only if the faces agree too: such copies have 0.90 to 0.99."""
+    """The cosine of the faces from which pictures with equal hashes are copies: those have 0.90 to 0.99."""
     face_share_crop: float = 0.12
-    """Size of the face over the picture's (square root of its area). Below, a face has 120 of 1024 pixels: too few."""
+    """The share of the picture (square roots of the areas) below which a face is small: 120 of 1024 pixels are too few."""
     other_face: float = 0.3
-    """Faces smaller than this share of the person's are taken for background."""
+    """The share of the largest face's size below which a face is taken for background."""
     turned: float = 0.12
-    """`measure.pose` yaw from which a face is half-turned: about 15 degrees; nine in ten ORL photos are below."""
+    """The yaw (`measure.pose`) from which a face is half-turned: about 15 degrees; nine in ten ORL photos are below."""
     side: float = 0.35
-    """Yaw from which it is a side view: about 38 degrees."""
+    """The yaw from which a face is seen from the side: about 38 degrees."""
     photos_needed: int = 5
-    """Usable photos below which there is nothing to train on: one less than the services accept."""
+    """The number of usable photos below which there is nothing to train on: one less than headshot services accept."""
     photos_wanted: int = 10
-    """Headshot services ask for 6 to 20 photos; 8 to 15 do best."""
+    """The number of usable photos that is enough: headshot services ask for 6 to 20, and 8 to 15 do best."""
     turned_wanted: int = 3
-    """Usable photos with a turned head, so that the LoRA learns the person and not the view."""
+    """The number of usable photos with a turned head, so that the LoRA learns the person and not the view."""
     chest_up_wanted: int = 3
-    """Usable photos that show more than the face."""
+    """The number of usable photos that show more than the face."""
     lights_wanted: int = 3
-    """Kinds of light (`measure.light`) among the usable photos."""
+    """The number of kinds of light (`measure.light`) among the usable photos."""
     backgrounds_wanted: int = 3
-    """Kinds of background (`measure.background`), so that the wall does not become part of the person."""
+    """The number of kinds of background (`measure.background`), so that no wall becomes part of the person."""
 
     @classmethod
     def for_resolution(cls, resolution: int, network: str = "sface") -> Thresholds:
-        """The defaults, which are for 1024 pixels, with the sizes of faces in proportion to another resolution.
+        """The thresholds for training at a resolution, in pixels, with likeness measured by a face network.
 
-        Likeness counts as it does for that face network; one that is not in LIKENESS_LIMITS is taken to be like SFace.
-        BadConfig for a resolution below 1.
+        The defaults are for 1024 pixels: sizes of faces grow in proportion. A network that is not in LIKENESS_LIMITS is
+        taken to be like SFace. Raises BadConfig for a resolution below 1.
         """
         if resolution < 1:
             raise BadConfig(f"resolution = {resolution}: must be at least 1")
@@ -108,29 +112,30 @@ LIKENESS_LIMITS = {
     "sface": (Thresholds.likeness_reject, Thresholds.likeness_review, Thresholds.same_picture_likeness),
     "dlib": (0.93, 0.95, 0.985),
 }
-"""(likeness_reject, likeness_review, same_picture_likeness) by face network, where they were measured.
+"""The (likeness_reject, likeness_review, same_picture_likeness) of each face network for which they were measured.
 
-dlib's on ORL: its equal-error threshold is 0.925; 98.0 % of the photos reach 0.95, no photo of someone else exceeds 0.942;
-copies scaled, recompressed, cropped by 2 % or turned by 1 degree have 0.992 and more.
+On ORL dlib's equal-error threshold is 0.925; 98.0 % of the photos reach 0.95, and no photo of someone else exceeds 0.942.
+Copies that are scaled, recompressed, cropped by 2 % or turned by 1 degree have 0.992 and more.
 """
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that counts against a photo as it is, in a sentence for its owner."""
+    """A fact that counts against a photo as it is, in a sentence for its owner."""
 
     verdict: str
+    """One of VERDICTS."""
     sentence: str
 
 
 @dataclass(frozen=True, eq=False)
 class PhotoReport:
-    """What was seen in one photo."""
+    """The findings and measurements of one photo."""
 
     photo: Photo
     findings: tuple[Finding, ...]
     faces: int
-    """People in the picture, without small faces in the background."""
+    """The number of people in the picture, without small faces in the background."""
     face: Face | None
     """The person's face, in pixels of the photo."""
     other_faces: tuple[Face, ...] = ()
@@ -139,13 +144,13 @@ class PhotoReport:
     highlights: float | None = None
     midtone: float | None = None
     likeness: float | None = None
-    """Cosine to the most typical photo of the set; None where there is nothing to compare with."""
+    """The cosine to the most typical photo of the set; None where there is nothing to compare with."""
     yaw: float | None = None
     pitch: float | None = None
     view: str | None = None
     framing: str | None = None
     turn: int = 0
-    """Degrees, counter-clockwise, by which the photo must be turned to be upright."""
+    """The degrees, counter-clockwise, by which the photo must be turned to be upright."""
 
     @property
     def verdict(self) -> str:
@@ -153,7 +158,7 @@ class PhotoReport:
         return max((finding.verdict for finding in self.findings), key=VERDICTS.index, default=USE)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: everything but the pixels."""
+        """The report without pixels, as values for JSON."""
         face = self.face
         return {
             "name": self.photo.name,
@@ -178,31 +183,31 @@ class PhotoReport:
 
 @dataclass(frozen=True, eq=False)
 class SetReport:
-    """What was seen in all photos together."""
+    """The reports on all photos of a set, and advice on the set as a whole."""
 
     photos: tuple[PhotoReport, ...]
     thresholds: Thresholds
     network: str
-    """Name of the face network that the likeness is from."""
+    """The name of the face network that measured the likeness."""
     lights: int
-    """How many kinds of light the usable photos have."""
+    """The number of kinds of light in the usable photos."""
     backgrounds: int
-    """How many kinds of background they have."""
+    """The number of kinds of background in the usable photos."""
     advice: tuple[str, ...]
-    """What to add, and what is wrong with the set as a whole."""
+    """Sentences on what to add, and on what is wrong with the set as a whole."""
 
     @property
     def usable(self) -> tuple[PhotoReport, ...]:
-        """Those that are not rejected."""
+        """The photos that are not rejected."""
         return tuple(report for report in self.photos if report.verdict != REJECT)
 
     @property
     def enough(self) -> bool:
-        """Whether there is something to train on."""
+        """Whether there are enough usable photos to train on."""
         return len(self.usable) >= self.thresholds.photos_needed
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The report as values for JSON."""
         return {
             "network": self.network,
             "usable": len(self.usable),
@@ -219,10 +224,10 @@ class SetReport:
 
 
 def check_photos(photos: Sequence[Photo], network: FaceNetwork, thresholds: Thresholds | None = None) -> SetReport:
-    """The SetReport, with a PhotoReport for each photo in the order given. Nothing is changed or deleted.
+    """The report on a set of photos, with a PhotoReport for each in the order given. No photo is changed or deleted.
 
-    Who "the person" is, the photos decide: the face that is most like a face of each other photo is the most typical
-    one, and in every photo the face most like it is the person's.
+    The photos themselves decide who "the person" is: the face that is most like a face of each other photo is the most
+    typical one, and in every photo the face most like it is the person's.
     """
     thresholds = thresholds or Thresholds()
     looks = [_look(photo, network, thresholds) for photo in photos]
@@ -247,13 +252,13 @@ def check_photos(photos: Sequence[Photo], network: FaceNetwork, thresholds: Thre
 
 @dataclass(frozen=True, eq=False)
 class _Look:
-    """What one photo shows by itself, before it is compared with the others; lists are per face."""
+    """The measurements of one photo before it is compared with the others; lists have one entry for each face."""
 
     photo: Photo
     hash: np.ndarray
     turn: int
     faces: list[Face]
-    """In pixels of the photo, largest first, without those that are small beside the largest."""
+    """The faces in pixels of the photo, largest first, without those that are small beside the largest."""
     vectors: np.ndarray
     lumas: list[np.ndarray]
     lights: list[np.ndarray]
@@ -285,7 +290,7 @@ def _look(photo: Photo, network: FaceNetwork, thresholds: Thresholds) -> _Look:
 
 
 def _turn(image: Image.Image, faces: Sequence[Face], network: FaceNetwork) -> int:
-    """Degrees, counter-clockwise, after which the faces in the picture would be upright; 0 when they are, or there are none."""
+    """The degrees, counter-clockwise, that would make the faces upright; 0 where they are, or where there are none."""
     upright = _surest(faces)
     if upright >= UPRIGHT_SCORE:
         return 0
@@ -299,14 +304,17 @@ def _surest(faces: Sequence[Face]) -> float:
 
 
 def _scaled(face: Face, image: Image.Image, size: tuple[int, int]) -> Face:
-    """The face in the pixels of the same picture at another size."""
+    """The face of `image` in pixels of the same picture at another size."""
     factors = np.array(size) / image.size
     left, top, right, bottom = (np.array(face.box) * np.tile(factors, 2)).tolist()
     return Face((left, top, right, bottom), (face.landmarks * factors).astype(np.float32), face.score)
 
 
 def _recognise(looks: Sequence[_Look]) -> list[tuple[int, float | None]]:
-    """Per photo: the index of the person's face, and its likeness to the most typical face (None: no other photo)."""
+    """The index of the person's face in each photo, and its likeness to the most typical face.
+
+    The likeness is None in a photo without a face, and in all of them when fewer than two photos have one.
+    """
     with_faces = [look for look in looks if look.faces]
     if len(with_faces) < 2:
         return [(0, None) for _ in looks]
@@ -327,7 +335,7 @@ def _recognise(looks: Sequence[_Look]) -> list[tuple[int, float | None]]:
 def _mark_copies(
     reports: Sequence[PhotoReport], looks: Sequence[_Look], chosen: Sequence[int], limits: Thresholds
 ) -> list[PhotoReport]:
-    """The reports, with a finding for each picture of which there is a better copy, or a similar one."""
+    """The reports, with a finding added for each picture of which there is a better copy or a similar picture."""
     marked = list(reports)
     kept: list[int] = []
     with_faces = [i for i, report in enumerate(reports) if report.face]
@@ -433,10 +441,10 @@ def _judge(look: _Look, index: int, alike: float | None, majority: bool, limits:
 
 
 def framing(face: Face, bottom: float) -> str:
-    """One of FRAMINGS, by how much is seen below the chin: `bottom` is where the picture ends, in the face's pixels.
+    """The framing, one of FRAMINGS, by how much is seen between the chin and the picture's end at `bottom`.
 
-    Up to 0.8 face heights is a close-up (shoulders begin), up to 2.5 chest-up, below that the body is seen. A body is
-    about ten such heights (forehead to chin) tall.
+    `bottom` is in pixels of the same picture as the face. Up to 0.8 face heights is a close-up (shoulders begin), up to
+    2.5 is chest-up, and more shows the body. A body is about ten face heights (forehead to chin) tall.
     """
     _, top, _, chin = face.box
     below = (bottom - chin) / (chin - top)

@@ -1,4 +1,4 @@
-"""The photo report for reading: a table for the terminal, and one HTML page with the faces and the reasons."""
+"""The photo report in readable form: a table for the terminal, and an HTML page with the faces and the reasons."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..storage.files import write_text
 from .report import CROP, REJECT, REVIEW, USE, VERDICTS, PhotoReport, SetReport
 
 THUMBNAIL = 360
-"""Long side of a picture on the sheet, in pixels."""
+"""The long side of a picture on the sheet, in pixels."""
 COLOURS = {USE: "#1a7f37", CROP: "#0969da", REVIEW: "#9a6700", REJECT: "#cf222e"}
 
 
 def format_report(report: SetReport) -> str:
-    """Lines for a terminal: one per photo with its verdict and reasons, then the set and what to add."""
+    """The report as lines for a terminal: one per photo with its verdict and reasons, then the set and what to add."""
     rows = [("photo", "verdict", "face", "likeness", "sharp", "view", "framing", "why")]
     for photo in report.photos:
         rows.append(
@@ -42,9 +42,9 @@ def format_report(report: SetReport) -> str:
 
 
 def save_sheet(report: SetReport, path: str | Path) -> None:
-    """Writes one HTML page that needs nothing beside it: each photo with its face framed, verdict and reasons.
+    """Writes one self-contained HTML page with each photo, its face framed, and its verdict and reasons.
 
-    Raises BadFile where it cannot be written. The page shows the photos: it is as personal as they are.
+    The page shows the photos: it is as personal as they are. Raises BadFile when it cannot be written.
     """
     cards = "\n".join(_card(photo) for photo in sorted(report.photos, key=lambda photo: -VERDICTS.index(photo.verdict)))
     summary = "".join(f"<p>{html.escape(line)}</p>" for line in _summary(report))
@@ -81,7 +81,7 @@ def _card(report: PhotoReport) -> str:
 
 
 def _thumbnail(report: PhotoReport) -> str:
-    """The photo as a small JPEG in base64, the person's face framed in the verdict's colour, others in grey."""
+    """The photo as a small JPEG in base64, the person's face framed in the verdict's colour and others in grey."""
     image = report.photo.image(shorter_side=THUMBNAIL)
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(image)
@@ -91,7 +91,7 @@ def _thumbnail(report: PhotoReport) -> str:
     if report.face is not None:
         draw.rectangle([value * scale for value in report.face.box], outline=COLOURS[report.verdict], width=3)
     data = io.BytesIO()
-    image.save(data, "jpeg", quality=85, comment="")  # not the photo's
+    image.save(data, "jpeg", quality=85, comment="")  # else the photo's own comment comes along
     return base64.b64encode(data.getvalue()).decode()
 
 

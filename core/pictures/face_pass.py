@@ -1,4 +1,4 @@
-"""The face pass: what is needed to draw a small face anew at a size at which the model knows faces.
+"""The face pass, which draws a small face again at a size at which the model knows faces.
 
 The face is cut out with what is around it, enlarged, drawn again lightly, and blended back under a soft mask. A model
 that works on latents of eight pixels has little more than ten of them for a face of a hundred.
@@ -13,21 +13,21 @@ from ..faces import Face, Reference
 from .style_pack import picture_size
 
 FACE_SHARES = (0.4, 0.85)
-"""Least and most that a face fills of its cut-out (both sizes: square root of the area)."""
+"""The least and the most of its cut-out that a face fills, as a ratio of the square roots of the areas."""
 MASK_SHARE = 1.25
-"""Axes of the ellipse that is blended, as a share of the face's box: with hairline and chin."""
+"""The axes of the ellipse that is blended, as a multiple of the face's box: with hairline and chin."""
 FEATHER = 0.12
-"""Blur of the mask's edge: deviation as a share of the face's size."""
+"""The blur of the mask's edge: its standard deviation as a share of the face's size."""
 
 
 @dataclass(frozen=True)
 class FacePass:
-    """Which faces are drawn anew, and how much."""
+    """The settings of the face pass: which faces are drawn again, and how strongly."""
 
     below: float = 0.25
-    """A face is drawn anew when it is smaller than this share of the base's resolution; 0: never."""
+    """The share of the base model's resolution below which a face is drawn again, 0 to 1; 0 means never."""
     denoise: float = 0.35
-    """Share of the sampling steps that is taken again."""
+    """The share of the sampling steps that is taken again, above 0 and up to 1."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.below <= 1:
@@ -36,31 +36,32 @@ class FacePass:
             raise BadConfig(f"face pass: denoise = {self.denoise}: must be above 0, up to 1")
 
     def wants(self, face: Face, resolution: int) -> bool:
-        """Whether this face is to be drawn anew, on a base of that resolution."""
+        """Whether a face is to be drawn again, on a base model of that resolution in pixels."""
         return face.size < self.below * resolution
 
 
 @dataclass(frozen=True)
 class CutOut:
-    """The part of a picture that is drawn anew."""
+    """The part of a picture that is drawn again."""
 
     image: Image.Image
-    """Enlarged to what the base draws well."""
+    """The part, enlarged to a size that the base model draws well."""
     box: tuple[int, int, int, int]
-    """left, top, right, bottom in the picture."""
+    """The (left, top, right, bottom) of the part in pixels of the picture."""
     face: Face
-    """In the picture."""
+    """The face in pixels of the picture."""
 
 
 def face_share(person: Reference) -> float:
-    """How much of its cut-out a face should fill: as much as on the person's photos, which is how the LoRA knows it."""
+    """The share of its cut-out that a face should fill: that of the person's photos, which the LoRA knows, in FACE_SHARES."""
     return min(max(person.share, FACE_SHARES[0]), FACE_SHARES[1])
 
 
 def cut_out(picture: Image.Image, face: Face, share: float, resolution: int, size_multiple: int) -> CutOut | None:
-    """The face, filling `share` of what is cut out, in the picture's aspect at the base's own area.
+    """The part of a picture in which the face fills `share`, enlarged to the area that the base model is trained at.
 
-    None where that would enlarge nothing.
+    It has the picture's aspect, and sides that are multiples of `size_multiple` pixels. None where that would enlarge
+    nothing.
     """
     size = picture_size(f"{picture.width}:{picture.height}", resolution, size_multiple)
     scale = face.size / share / (size[0] * size[1]) ** 0.5
@@ -68,7 +69,7 @@ def cut_out(picture: Image.Image, face: Face, share: float, resolution: int, siz
     if width >= size[0] or height >= size[1]:
         return None
     left, top, right, bottom = face.box
-    # Moved rather than cut where the picture ends, so that the aspect stays.
+    # Where the picture ends the part is moved and not cut, so that the aspect stays.
     x = min(max(round((left + right - width) / 2), 0), picture.width - width)
     y = min(max(round((top + bottom - height) / 2), 0), picture.height - height)
     box = (x, y, x + width, y + height)
@@ -76,7 +77,7 @@ def cut_out(picture: Image.Image, face: Face, share: float, resolution: int, siz
 
 
 def blend(picture: Image.Image, part: CutOut, drawn: Image.Image) -> Image.Image:
-    """The picture with `drawn`, made from the cut-out, in place of the face; nothing changes far from the face."""
+    """The picture with the cut-out, as `drawn` shows it, blended in place of the face; nothing changes far from the face."""
     left, top, right, bottom = part.box
     small = drawn.resize((right - left, bottom - top), Image.Resampling.LANCZOS)
     mask = Image.new("L", picture.size)

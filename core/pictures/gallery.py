@@ -1,4 +1,4 @@
-"""The page that shows a batch of headshots: plain HTML beside the pictures, which needs no server and no network."""
+"""The page that shows a batch of headshots: an HTML file beside the pictures, which needs no server and no internet."""
 
 import html
 from collections.abc import Sequence
@@ -7,11 +7,14 @@ from ..photos import Thresholds
 from .headshot import Headshot
 
 SAME_PERSON, SOMEONE_ELSE = Thresholds.likeness_review, Thresholds.likeness_reject
-"""SFace: the same person mostly above, other people mostly below (docs/photos.md has the figures)."""
+"""The likeness by SFace above which is mostly the same person, and that below which is mostly someone else."""
 
 
 def gallery_page(shots: Sequence[Headshot], summary: str, compared: bool) -> str:
-    """HTML with the pictures in their order, the kept ones first; `compared`: whether likeness was measured."""
+    """The page's HTML, with the pictures in the order given, the kept ones first.
+
+    `summary` stands below the title. `compared` says whether likeness was measured: only then is it shown.
+    """
     styles = list(dict.fromkeys(shot.job.style for shot in shots if shot.job.style))
     kept, others = [shot for shot in shots if shot.kept], [shot for shot in shots if not shot.kept]
     sections = [("Kept", kept), ("The others" if kept else "All pictures", others)]
@@ -65,7 +68,7 @@ def _style_buttons(styles: Sequence[str]) -> str:
 
 
 def _strip(shots: Sequence[Headshot]) -> str:
-    """A drawing of where the pictures lie between "someone else" and "the same person"."""
+    """An SVG drawing of where the pictures lie between "someone else" and "the same person"."""
     scores = [(shot.likeness, shot.kept) for shot in shots if shot.likeness is not None]
     low = min([0.0, *(score for score, _ in scores)])
 

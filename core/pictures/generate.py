@@ -36,7 +36,7 @@ from .sampling import (
 
 _Item = TypeVar("_Item", bound=Hashable)
 LARGEST_SIDE = 16384
-"""Of a picture, in pixels: what ComfyUI allows."""
+"""The longest side of a picture in pixels, as in ComfyUI."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ class Job:
     seed: int
     negative: str = ""
     size: tuple[int, int] | None = None
-    """Width and height in pixels; None: the square that the base was trained at."""
+    """The width and height in pixels; None means the square that the base model was trained at."""
     steps: int = 25
     guidance: float = 6.0
-    """Scale of classifier-free guidance (CFG)."""
+    """The scale of classifier-free guidance (CFG), 0 to 100."""
     strength: float = 1.0
-    """What the strengths of all LoRAs are multiplied by."""
+    """The factor by which the strengths of all LoRAs are multiplied."""
     style: str = ""
-    """Name of the style that the prompt is from, if any."""
+    """The name of the style that the prompt is from, if any."""
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative"):
@@ -70,10 +70,10 @@ class Job:
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """How the pictures of all jobs are made."""
+    """The settings that are common to the pictures of all jobs."""
 
     sampler: str | None = None
-    """A name in `sampling.SAMPLERS` or, for FLUX.1 and later, `FLOW_SAMPLERS`; None: what suits the family."""
+    """A name in `sampling.SAMPLERS`, for FLUX.1 and later in `FLOW_SAMPLERS`; None means the one that suits the family."""
     clip_skip: int = 1
     batch_size: int = 1
     precision: Precision = "auto"
@@ -97,10 +97,13 @@ class Picture:
     """The text that A1111 writes into a PNG, which ComfyUI, Forge and Civitai read."""
 
     def save(self, path: str | os.PathLike[str], texts: Mapping[str, str] | None = None) -> None:
-        """Writes a PNG with the parameters, and `texts` under their names, in it; whole or not at all. BadFile if it cannot."""
+        """Writes a PNG, whole or not at all, with the parameters and the `texts` (text by name) in it.
+
+        Raises BadFile when it cannot be written.
+        """
         info = PngImagePlugin.PngInfo()
         for name, text in {"parameters": self.parameters, **(texts or {})}.items():
-            # iTXt, which is UTF-8, only where it must be: not every program reads it.
+            # iTXt, which is UTF-8, is written only where it must be: not every program reads it.
             (info.add_text if text.isascii() else info.add_itxt)(name, text)
         write_file(path, lambda file: self.image.save(file, "PNG", pnginfo=info))
 
@@ -116,11 +119,13 @@ def generate(
     device: torch.device | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Iterator[Picture]:
-    """A Picture per job as each batch is done, jobs of equal strength together. LoRAs come with their strengths.
+    """The pictures of all jobs, one by one as each batch is done; jobs of equal strength are drawn together.
 
-    A picture depends on its own job alone, not on its neighbours in a batch (up to rounding). With `starts`, a picture of
-    the job's size for each job, these are drawn anew instead: the last `denoise` (above 0 to 1) of the steps is taken.
-    `on_step(done, total)` is called in each sampling step of a batch and may raise to cancel.
+    `loras` are LoRAs with their strengths. A picture depends on its own job alone, not on its neighbours in a batch (up
+    to rounding). With `starts`, a picture of the job's size for each job, these are drawn again: only the last `denoise`
+    (above 0 to 1) of the steps is taken. `on_step(done, total)` is called in each sampling step of a batch and may raise
+    to cancel. Raises BadConfig for a size, sampler or clip_skip that the base model does not have, OutOfMemory when the
+    device has too little memory.
     """
     config = config or GenerateConfig()
     if config.clip_skip > 1 and not base.family.has_clip_skip:
@@ -158,7 +163,10 @@ def _encode(
     config: GenerateConfig,
     device: torch.device,
 ) -> dict[tuple[float, tuple[str, str]], Pair]:
-    """(strength, texts of a job) -> their conditioning. The text encoders are gone before the denoiser is loaded."""
+    """The conditioning of each (strength, (prompt, negative prompt)).
+
+    The text encoders are gone from memory when this returns, before the denoiser is loaded.
+    """
     encoders = base.load_text_encoders(device, torch.float32)
     encoded = {}
     for strength, group in groups.items():
@@ -169,12 +177,12 @@ def _encode(
 
 
 def _settings(job: Job) -> tuple:
-    """What is the same for all pictures of a batch."""
+    """The settings that must be equal for all pictures of a batch."""
     return job.size, job.steps, job.guidance
 
 
 def _texts(job: Job, base: Base) -> tuple[str, str]:
-    """Prompt and negative prompt, "" where that is not looked at: then not even its length matters."""
+    """The prompt and the negative prompt; the latter is "" where it is not used, so that not even its length matters."""
     return job.prompt, "" if base.embeds_guidance or job.guidance == 1 else job.negative
 
 
@@ -182,7 +190,7 @@ def _texts(job: Job, base: Base) -> tuple[str, str]:
 def _applied(
     base: Base, loras: Sequence[tuple[LoraFile, float]], strength: float, networks: Mapping[str, nn.Module]
 ) -> Iterator[None]:
-    """The networks with the LoRAs on them, as far as these change them, and the words that the files bring along."""
+    """A context in which the networks have the LoRAs applied, and know the words that the files bring along."""
     applied = []
     try:
         for lora, factor in loras:
@@ -198,7 +206,10 @@ def _applied(
 def in_batches(
     items: Sequence[_Item], texts: Sequence[Pair], size: int, alike: Callable[[_Item], Hashable] = lambda item: ()
 ) -> Iterator[tuple[tuple[_Item, ...], tuple[Pair, ...]]]:
-    """The items and their texts in batches of at most that size, of `alike` items and texts of equal length."""
+    """The items and their texts in batches of at most `size`.
+
+    The items of a batch have equal values of `alike`, and their texts are of equal length.
+    """
     groups: dict[Hashable, list[tuple[_Item, Pair]]] = {}
     for item, pair in zip(items, texts, strict=True):
         groups.setdefault((alike(item), stacked_with(pair[0])), []).append((item, pair))
@@ -209,7 +220,11 @@ def in_batches(
 
 
 def picture_size(base: Base, size: tuple[int, int] | None) -> tuple[int, int]:
-    """The wanted size, or the base's own square, checked against what the UNet can halve. BadConfig names the nearest."""
+    """The size (width, height) in pixels, or the base model's own square for None.
+
+    Raises BadConfig, with the nearest size that works, unless both sides are multiples of what the denoiser can halve;
+    and for a side above LARGEST_SIDE.
+    """
     multiple = base.size_multiple
     if size is None:
         side = base.resolution // multiple * multiple
@@ -225,7 +240,7 @@ def picture_size(base: Base, size: tuple[int, int] | None) -> tuple[int, int]:
 
 
 def parameters_text(base: Base, loras: Sequence[tuple[LoraFile, float]], job: Job, config: GenerateConfig) -> str:
-    """A1111's description of a picture, from which it can be made again.
+    """The text in which A1111 describes a picture, and from which the picture can be made again.
 
     The LoRAs stand in the prompt as `<lora:file name:strength>`, which A1111 and ComfyUI load them by; an embedding is in
     the prompt already, by its word.
@@ -236,7 +251,7 @@ def parameters_text(base: Base, loras: Sequence[tuple[LoraFile, float]], job: Jo
     names = [Path(lora.name).stem for lora, _ in loras]
     used = [f"<lora:{name}:{factor * job.strength:g}>" for name, (_, factor) in zip(names, loras, strict=True)]
     guidance = {"CFG scale": f"{job.guidance:g}"}
-    if base.embeds_guidance:  # in Forge's words
+    if base.embeds_guidance:  # these are Forge's names
         guidance = {"CFG scale": "1", "Distilled CFG Scale": f"{job.guidance:g}"}
     settings = {
         "Steps": f"{job.steps}",
@@ -250,7 +265,7 @@ def parameters_text(base: Base, loras: Sequence[tuple[LoraFile, float]], job: Jo
         settings["Model hash"] = base.sha256[:10]
     if base.vae_file and base.vae_sha256:
         settings |= {"VAE hash": base.vae_sha256[:10], "VAE": _quoted(base.vae_file.path.name)}
-    # (The two have no name in A1111, which reads them from a file beside the checkpoint.)
+    # A1111 has no names for the next two: it reads them from a file beside the checkpoint.
     if base.prediction_type == "v_prediction":
         settings["Prediction"] = "v"
     if base.zero_terminal_snr:
@@ -265,19 +280,19 @@ def parameters_text(base: Base, loras: Sequence[tuple[LoraFile, float]], job: Jo
         settings["TI hashes"] = f'"{", ".join(hashes)}"'
     lines = [
         " ".join([job.prompt, *used]),
-        # Also when it is empty: ComfyUI reads nothing from a text without it.
+        # The line stands there even when it is empty: ComfyUI reads nothing from a text without it.
         f"Negative prompt: {_texts(job, base)[1]}",
         ", ".join(f"{name}: {value}" for name, value in settings.items()),
     ]
-    # What files are called need not be Unicode text.
+    # File names need not be Unicode text.
     return "\n".join(lines).encode("utf-8", "replace").decode()
 
 
 def _embedding_hash(lora: LoraFile) -> str:
-    """What A1111 tells embeddings apart by, the sha256 of the whole file; of one that is no file that of its tensors."""
+    """The hash by which A1111 tells embeddings apart: the SHA-256 of the whole file, or of the tensors without a file."""
     return lora.tensors.sha256() if isinstance(lora.tensors, SafetensorsFile) else lora.model_hash
 
 
 def _quoted(value: str) -> str:
-    """As A1111 writes a value that would be taken for several."""
+    """The value as A1111 writes it: in quotes where it would be taken for several values."""
     return json.dumps(value, ensure_ascii=False) if re.search(r'[,:\n"]', value) else value

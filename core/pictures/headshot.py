@@ -8,29 +8,29 @@ from .generate import Job
 
 @dataclass(frozen=True)
 class FaceOutcome:
-    """What the face pass did to a picture; it travels in the PNG, so that it is done once."""
+    """The outcome of the face pass on a picture. It is written into the PNG, so that the pass is done once."""
 
     below: float
     denoise: float
     before: float
-    """Likeness of the picture as it was drawn first."""
+    """The likeness of the picture as it was drawn first."""
     after: float | None
-    """Likeness with the new face; None when no face is found in it any more."""
+    """The likeness with the new face; None when no face is found in the picture any more."""
 
     @property
     def kept(self) -> bool:
-        """The new face is kept only when it is no less like the person."""
+        """Whether the new face is kept, which is when it is no less like the person."""
         return self.after is not None and self.after >= self.before
 
 
 @dataclass(frozen=True)
 class Headshot:
-    """A picture of the batch."""
+    """A picture of a batch of headshots."""
 
     path: Path
     job: Job
     likeness: float | None = None
-    """Cosine to the person's photos; None when there is no reference or no face in the picture."""
+    """The cosine to the person's photos; None when there is no reference or no face in the picture."""
     kept: bool = False
-    """Among the most alike: also in the folder `kept`."""
+    """Whether the picture is among the most alike, which are also in the folder `kept`."""
     face_pass: FaceOutcome | None = None

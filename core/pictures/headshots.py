@@ -1,4 +1,4 @@
-"""A batch of headshots in a folder: made once, small faces drawn anew, judged by likeness, the best kept, shown on a page."""
+"""A batch of headshots in a folder: drawn, small faces improved, ranked by likeness, the best kept, and shown on a page."""
 
 import filecmp
 import itertools
@@ -30,11 +30,11 @@ CONTACT_SHEET = "contact_sheet.png"
 EARLIER = "earlier"
 KEPT = "kept"
 PICTURE_NAME = r"\d{3,}-\d+\.png"
-"""Number in the batch and seed."""
+"""The pattern of a picture's file name: its number in the batch and its seed."""
 COLUMNS = 10
-"""Pictures beside each other on the contact sheet."""
+"""The number of pictures beside each other on the contact sheet."""
 TILE = 256
-"""Height of a picture on the contact sheet, in pixels."""
+"""The height of a picture on the contact sheet, in pixels."""
 
 
 def make_headshots(
@@ -50,15 +50,19 @@ def make_headshots(
     device: torch.device | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Headshot]:
-    """The pictures of all jobs as PNG files in `folder`, most alike first where photos to compare with are given.
+    """The pictures of all jobs, written as PNG files into `folder`; most alike first where there are `reference` photos.
 
-    With `reference` photos, faces that `face_pass` calls small are drawn anew and that is kept where likeness does not
-    fall; and the `keep` most alike pictures (None: a quarter) are copied into `folder`/kept.
-    A picture that is already there, made from the same job, models and settings, is not made again: an interrupted batch
-    goes on where it was. Another picture of its name moves to `folder`/earlier, and what another batch left in
-    `folder`/kept to `folder`/kept/earlier. Also writes contact_sheet.png, gallery.html and headshots.json.
-    `on_progress(phase, done, total)`, phases "pictures" and "faces", may raise to cancel. BadFile when the folder cannot be
-    written, BadPhoto when no reference photo shows a face, BadConfig when two jobs are the same.
+    With `reference` photos, faces that `face_pass` calls small are drawn again, and the new face is kept where likeness
+    does not fall. The `keep` most alike pictures (None: a quarter) are then copied into `folder`/kept.
+
+    A picture that is already there, made from the same job, models and settings, is not made again, so an interrupted
+    batch goes on where it was. Another picture of its name moves to `folder`/earlier, and what another batch left in
+    `folder`/kept moves to `folder`/kept/earlier. The files contact_sheet.png, gallery.html and headshots.json are written
+    too.
+
+    `on_progress(phase, done, total)` is called with the phases "pictures" and "faces", and may raise to cancel. Raises
+    BadFile when the folder cannot be written, BadPhoto when no reference photo shows a face, and BadConfig when two jobs
+    are the same or `keep` is given without `reference` or below 1.
     """
     config, face_pass = config or GenerateConfig(), face_pass or FacePass()
     if keep is not None and reference is None:
@@ -90,7 +94,7 @@ def make_headshots(
 
 @dataclass(frozen=True)
 class _Batch:
-    """What pictures are made with."""
+    """The models and settings that the pictures of a batch are drawn with."""
 
     base: Base
     loras: Sequence[tuple[LoraFile, float]]
@@ -99,6 +103,7 @@ class _Batch:
     on_progress: Callable[[str, int, int], None]
 
     def draw_missing(self, paths: dict[Job, Path], face_pass: FacePass) -> None:
+        """Draws the pictures that are not there yet, or were made otherwise, to their paths."""
         missing = [job for job, path in paths.items() if not self._is_made(job, path, face_pass)]
         done = len(paths) - len(missing)
         if missing:
@@ -111,16 +116,16 @@ class _Batch:
     def _is_made(self, job: Job, path: Path, face_pass: FacePass) -> bool:
         try:
             with Image.open(path) as image:
-                image.load()  # a file that was cut short is not made
+                image.load()  # fails for a file that was cut short
                 same = image.info.get("parameters") == parameters_text(self.base, self.loras, job, self.config)
         except (*DAMAGED, Image.DecompressionBombError):
             return False
         outcome = _face_outcome(path)
-        # A face that was drawn with other settings has to go, and the first drawing is gone.
+        # A face that was drawn with other settings has to go, and the picture before it is no longer there.
         return same and (outcome is None or not outcome.kept or _settings(outcome) == face_pass)
 
     def improve_faces(self, paths: dict[Job, Path], face_pass: FacePass, person: Reference, share: float) -> None:
-        """Draws the small faces anew; the outcome is written into each picture, also when it stays as it was."""
+        """Draws the small faces again, and writes the outcome into each picture, also when the picture stays as it was."""
         parts: dict[Job, tuple[Path, CutOut]] = {}
         for job, path in paths.items():
             outcome = _face_outcome(path)
@@ -131,7 +136,7 @@ class _Batch:
             if faces and face_pass.wants(faces[0], self.base.resolution):
                 part = cut_out(image, faces[0], share, self.base.resolution, self.base.size_multiple)
                 if part:
-                    # The file's name keeps apart what would else be the same job: one prompt and seed at two sizes.
+                    # Without the file's name, one prompt and seed at two sizes would be the same job here.
                     parts[replace(job, size=part.image.size, style=path.name)] = (path, part)
         starts = {job: part.image for job, (_, part) in parts.items()}
         drawn = generate(
@@ -152,7 +157,7 @@ class _Batch:
 
 
 def _set_aside(path: Path) -> None:
-    """Moves a picture that was made otherwise, or by others, into the folder `earlier`, where none is replaced."""
+    """Moves a file, if there is one at `path`, into the folder `earlier` beside it, where it replaces no other file."""
     if not path.exists():
         return
     folder = path.parent / EARLIER
@@ -167,7 +172,7 @@ def _settings(outcome: FaceOutcome) -> FacePass:
 
 
 def _face_outcome(path: Path) -> FaceOutcome | None:
-    """What a picture says of its face pass; None where it says nothing, or what others mean by a text of that name."""
+    """The outcome of the face pass that a picture has stored; None where there is none, or a text of another program."""
     with Image.open(path) as image:
         text = image.info.get("face_pass", "")
     try:
@@ -187,7 +192,10 @@ def _picture(path: Path) -> Image.Image:
 
 
 def ranked(shots: Sequence[Headshot], person: Reference, keep: int) -> list[Headshot]:
-    """The pictures with their likeness, most alike first, those without a face last; the first `keep` with a face are kept."""
+    """The pictures with their likeness to the person, most alike first and those without a face last.
+
+    The first `keep` are marked as kept, unless they show no face.
+    """
     scores = person.likeness(_picture(shot.path) for shot in shots)
     judged = [replace(shot, likeness=score) for shot, score in zip(shots, scores, strict=True)]
     judged.sort(key=lambda shot: -2 if shot.likeness is None else shot.likeness, reverse=True)
@@ -195,14 +203,15 @@ def ranked(shots: Sequence[Headshot], person: Reference, keep: int) -> list[Head
 
 
 def mean_likeness(shots: Sequence[Headshot]) -> float:
-    """The mean over the pictures, of which one without a face counts 0."""
+    """The mean likeness of the pictures, where one without a face counts as 0; 0 without pictures."""
     return round(float(np.mean([shot.likeness or 0.0 for shot in shots] or [0.0])), 4)
 
 
 def _fill_kept(shots: Sequence[Headshot], folder: Path, ranked: bool) -> None:
-    """Leaves no pictures of batches in the folder but copies of this one's, of those that are kept where they are ranked.
+    """Copies the kept pictures into `folder`, and clears it of pictures of other batches.
 
-    Other copies of pictures beside the folder are deleted, and what is no copy of one moves to `folder`/earlier.
+    A copy of a picture of the batch above `folder` is deleted where it does not belong there any more; a picture that is no
+    such copy moves to `folder`/earlier. Unless the pictures are `ranked`, every copy of this batch's pictures may stay.
     """
     belonging = {shot.path.name for shot in shots if shot.kept or not ranked}
     with writing(folder):
@@ -236,7 +245,7 @@ def _write_overview(shots: Sequence[Headshot], folder: Path, compared: bool) -> 
 
 
 def batch_summary(shots: Sequence[Headshot]) -> str:
-    """A line: how many there are, how many were kept, and how alike they are."""
+    """One line on a batch: how many pictures there are, how many were kept, and how alike they are."""
     kept = [shot for shot in shots if shot.kept]
     if not kept:
         return f"{len(shots)} pictures"

@@ -1,6 +1,6 @@
 """Pictures from a base model: the denoising loop with the samplers that people know, and the VAE's decoder.
 
-The samplers are diffusers'; conditioning and prediction are the family's, the same as in training.
+The samplers are diffusers'; conditioning and prediction are the model family's, as in training.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,9 +20,9 @@ from ..models.objective import TIMESTEPS, FlowSchedule
 from ..models.spec import Conditioning, Pair, on_device, stack_conditioning
 
 MOST_LEADING = 150
-"""Sampling steps up to which they are spaced in the way that SD's configs name, "leading"."""
+"""The number of sampling steps up to which they are spaced as SD's own configs say, "leading"."""
 ENCODED_TOGETHER = 16
-"""Texts that are encoded at a time."""
+"""The number of texts that are encoded at a time."""
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
@@ -35,13 +35,13 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "unipc": ("UniPCMultistepScheduler", {}),
     "ddim": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
 }
-"""Name -> diffusers scheduler and its options, on SD's noise schedule."""
+"""The samplers on SD's noise schedule by name: the class of diffusers' scheduler, and its options."""
 FLOW_SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "euler": ("", {}),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
-"""The same for rectified flows; Euler is our own `FlowEuler`."""
+"""The samplers for rectified flows by name: the class of diffusers' scheduler, "" for our `FlowEuler`, and its options."""
 SAMPLER_TITLES = {
     "dpmpp_2m_karras": "DPM++ 2M Karras",
     "dpmpp_2m": "DPM++ 2M",
@@ -51,7 +51,7 @@ SAMPLER_TITLES = {
     "unipc": "UniPC",
     "ddim": "DDIM",
 }
-"""Name -> what A1111 calls it."""
+"""The title that each sampler has in A1111, by its name here."""
 
 
 class FlowEuler:
@@ -60,29 +60,36 @@ class FlowEuler:
     init_noise_sigma = 1.0
 
     def __init__(self, times: Tensor):
-        """`times` (steps + 1,) run from 1, noise, to 0."""
+        """Takes the `times` (steps + 1,) between which the steps lie, falling from 1, which is noise, to 0."""
         self.timesteps = TIMESTEPS * times[:-1]
         self._times = times
         self._index = 0
 
     def set_begin_index(self, index: int) -> None:
+        """Sets the index of the step at which sampling begins."""
         self._index = index
 
     def scale_model_input(self, latents: Tensor, timestep: Tensor) -> Tensor:
+        """The latents as they are: a rectified flow's model takes them unscaled."""
         return latents
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The latents (N, C, h, w) with noise at these timesteps: (1 - t) * latents + t * noise."""
         time = timesteps.view(-1, 1, 1, 1) / TIMESTEPS
         return (1 - time) * latents + time * noise
 
     def step(self, velocity: Tensor, timestep: Tensor, latents: Tensor, return_dict: bool) -> tuple[Tensor]:
+        """The latents at the next time, reached along the velocity; a tuple of one, as from diffusers' schedulers."""
         now, then = self._times[self._index], self._times[self._index + 1]
         self._index += 1
         return (latents + (then - now) * velocity,)
 
 
 def sampler_name(name: str | None, base: Base) -> str:
-    """The name, or what suits the base's family where there is none. BadConfig for one that the family does not have."""
+    """The sampler's name, for None the one that suits the base model's family.
+
+    Raises BadConfig for a sampler that the family does not have.
+    """
     known = FLOW_SAMPLERS if base.family.flow_shift else SAMPLERS
     if name is None:
         return "euler" if base.family.flow_shift else "dpmpp_2m_karras"
@@ -92,7 +99,10 @@ def sampler_name(name: str | None, base: Base) -> str:
 
 
 def build_sampler(name: str | None, base: Base, steps: int, latents: Tensor) -> Any:
-    """A diffusers scheduler (or one like it) on the base's noise schedule, its steps set, for latents of that size."""
+    """A diffusers scheduler, or `FlowEuler`, on the base model's noise schedule, with its steps set for the latents' size.
+
+    Raises BadConfig for a sampler that the family does not have.
+    """
     import diffusers
 
     name = sampler_name(name, base)
@@ -129,7 +139,10 @@ def encode_prompts(
     clip_skip: int = 1,
     chunks: int | None = None,
 ) -> list[Conditioning]:
-    """The conditioning of each prompt, batch of 1 and on the CPU, padded to that many chunks; None: as the longest needs."""
+    """The conditioning of each prompt, as a batch of 1 on the CPU.
+
+    The prompts are padded to `chunks` chunks of tokens, for None to as many as the longest needs.
+    """
     if base.caption_encoder:
         return [base.caption_encoder.encode(prompt) for prompt in prompts]
     chunks = chunks or _chunks_of(prompts, encoders)
@@ -145,7 +158,7 @@ def encode_prompts(
 def encode_pairs(
     base: Base, encoders: Mapping[str, nn.Module], pairs: Iterable[tuple[str, str]], clip_skip: int = 1
 ) -> dict[tuple[str, str], Pair]:
-    """(prompt, negative prompt) -> their conditioning, on which no other pair's length has a bearing."""
+    """The conditioning of each (prompt, negative prompt). It does not depend on the length of the other pairs."""
     chunks = {pair: _chunks_of(pair, encoders) for pair in pairs}
     encoded = {}
     for count in set(chunks.values()):
@@ -156,7 +169,7 @@ def encode_pairs(
 
 
 def _chunks_of(texts: Sequence[str], encoders: Mapping[str, nn.Module]) -> int:
-    """How many chunks the longest needs, in which a new word may have many tokens."""
+    """The number of chunks that the longest text needs, where a new word may take many tokens."""
     return max((chunk_count(texts, words_of(encoder)) for encoder in encoders.values()), default=1)
 
 
@@ -178,13 +191,13 @@ def sample_latents(
     denoise: float = 1.0,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Latents (N, C, h, w) of one picture per seed, float32; the noise of a picture depends on its own seed alone.
+    """The latents (N, C, h, w) of one picture per seed, float32; the noise of a picture depends on its own seed alone.
 
     The denoiser computes on `device` in `dtype`; its own tensors may be elsewhere between two passes, and in 8 bits.
-    `guidance` is classifier-free guidance's scale (arXiv:2207.12598); at 1 the negative prompt is not evaluated. A base that
-    was distilled takes it as a number, and no negative prompt.
-    `size` is (width, height) in pixels. With `start`, latents of pictures (N, C, h, w), these are drawn anew: noised to
-    where the last `denoise` (above 0 to 1) of the steps begins, and only those steps are taken.
+    `guidance` is the scale of classifier-free guidance (arXiv:2207.12598); at 1 the negative prompt is not evaluated. A
+    base model that was distilled takes the scale as an input, and no negative prompt. `size` is (width, height) in pixels.
+    With `start`, latents (N, C, h, w) of pictures, these are drawn again: they are noised to where the last `denoise`
+    (above 0 to 1) of the steps begins, and only those steps are taken. `on_step(done, total)` may raise to cancel.
     """
     shape = base.latent_shape
     width, height = (side // shape.pixels for side in size)
@@ -233,7 +246,7 @@ def _stack(parts: Sequence[Conditioning], picture: Conditioning, device: torch.d
 
 @torch.no_grad()
 def encode_pictures(base: Base, vae: nn.Module, images: Sequence[Image.Image]) -> Tensor:
-    """Latents (N, C, h, w) of RGB pictures of one size, float32: the mean of what the encoder gives."""
+    """The latents (N, C, h, w) of RGB pictures of one size, float32: the mean of the encoder's distribution."""
     parameter = next(vae.parameters())
     latents = []
     for image in images:
@@ -245,7 +258,7 @@ def encode_pictures(base: Base, vae: nn.Module, images: Sequence[Image.Image]) -
 
 @torch.no_grad()
 def decode_latents(base: Base, vae: nn.Module, latents: Tensor) -> list[Image.Image]:
-    """RGB pictures of latents, decoded one by one: the decoder needs the most memory of all."""
+    """The RGB pictures of latents (N, C, h, w), decoded one by one: the decoder needs the most memory of all."""
     parameter = next(vae.parameters())
     images = []
     for latent in latents:

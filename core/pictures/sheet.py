@@ -1,4 +1,4 @@
-"""Sheets of pictures: many on one, in titled rows."""
+"""Contact sheets: many pictures on one, in titled rows."""
 
 from collections.abc import Sequence
 

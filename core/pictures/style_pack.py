@@ -27,7 +27,7 @@ PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
 @dataclass(frozen=True)
 class Subject:
-    """The person in the pictures: the LoRA's trigger word and the kind of thing it names."""
+    """The person in the pictures, by the LoRA's trigger word and the class word that it belongs to."""
 
     trigger: str
     class_word: str = "person"
@@ -38,12 +38,12 @@ class Subject:
 
 @dataclass(frozen=True)
 class FamilyDefaults:
-    """What a model family wants of a prompt and its picture where the style says nothing."""
+    """The settings of a model family for prompts and pictures where a style says nothing."""
 
     wording: str
-    """"tags" or "sentences"."""
+    """The wording of prompts that the family reads best, "tags" or "sentences"."""
     resolution: int
-    """Side of the square with the same area as a picture, in pixels."""
+    """The side of the square with the same area as a picture, in pixels."""
     size_multiple: int
     """Width and height are multiples of this, in pixels."""
     guidance: float
@@ -58,7 +58,7 @@ FAMILY_DEFAULTS: Mapping[str, FamilyDefaults] = {
 
 @dataclass(frozen=True)
 class Wording:
-    """One way to say a style: prompt and negative prompt with placeholders; None leaves a number to the family."""
+    """One wording of a style: prompt and negative prompt with placeholders; None leaves a number to the family."""
 
     prompt: str
     negative: str = ""
@@ -68,27 +68,29 @@ class Wording:
 
 @dataclass(frozen=True)
 class Style:
+    """A headshot style: its wordings, and what its pictures have in common."""
+
     name: str
     category: str
     tags: Wording | None
-    """For families that read tags (SD1.5, SDXL). At least one of `tags` and `sentences` is there."""
+    """The wording for families that read tags (SD1.5, SDXL). At least one of `tags` and `sentences` is there."""
     sentences: Wording | None
-    """For families that read sentences (FLUX and later)."""
+    """The wording for families that read sentences (FLUX and later)."""
     framing: str = "head-and-shoulders"
     aspect: str = "4:5"
-    """Width:height."""
+    """The aspect of the pictures, as "width:height"."""
     strength: float = 0.8
-    """Suggested strength of the LoRA."""
+    """The suggested strength of the LoRA."""
     axes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """What varies from picture to picture: a placeholder's name and the texts that it takes in turn."""
+    """The placeholders that vary from picture to picture, with the texts that each takes in turn."""
     picture: str | None = None
-    """File name of an example, relative to the pack's folder."""
+    """The file name of an example picture, relative to the pack's folder."""
 
     def wording(self, family: str) -> Wording:
-        """The wording for a family; raises UnknownFamily.
+        """The wording for a model family.
 
         A family whose wording is missing takes the prompt of the other one, but not its negative prompt and numbers:
-        a guidance that is right for SDXL burns a FLUX picture.
+        a guidance that is right for SDXL burns a FLUX picture. Raises UnknownFamily.
         """
         reads_tags = family_defaults(family).wording == "tags"
         own, other = (self.tags, self.sentences) if reads_tags else (self.sentences, self.tags)
@@ -115,13 +117,15 @@ class StyledPrompt:
 
 @dataclass(frozen=True)
 class StylePack:
+    """A pack of styles, as one JSON file holds it."""
+
     id: str
     title: str
     version: str
     licence: str
     styles: tuple[Style, ...]
     folder: Path
-    """Where the pack's file lies; pictures are relative to it."""
+    """The folder of the pack's file, to which the names of pictures are relative."""
 
     @property
     def names(self) -> list[str]:
@@ -129,14 +133,17 @@ class StylePack:
         return [style.name for style in self.styles]
 
     def style(self, name: str) -> Style:
-        """The style of that name; raises BadStylePack with the names that there are."""
+        """The style of that name, in upper or lower case. Raises BadStylePack, with the names that there are."""
         for style in self.styles:
             if style.name.casefold() == name.casefold():
                 return style
         raise BadStylePack(f"style pack {self.id!r} has no style {name!r}; it has: {', '.join(self.names)}")
 
     def picture(self, style: Style) -> Path | None:
-        """The example picture of a style, None if it has none or the file is not there."""
+        """The path of a style's example picture; None if it has none or the file is not there.
+
+        Raises BadStylePack when the path leads out of the pack's folder or cannot be looked up.
+        """
         if style.picture is None:
             return None
         at = f"style pack {self.id!r}: style {style.name!r}: picture {style.picture[:60]!r}"
@@ -160,15 +167,15 @@ class StylePack:
         styles: Sequence[str] | None = None,
         resolution: int | None = None,
     ) -> list[StyledPrompt]:
-        """`count` prompts over the styles (all, or the named ones), the same list for the same arguments.
+        """The prompts for `count` pictures in these styles (None: all); the same arguments give the same list.
 
         Styles come in rounds, each round in a new order, and so do the values of every axis within a style. So at any
         point of the list two styles, or two values of an axis, have been used equally often or once more; and a longer
         list starts with the shorter one. Picture i has the seed `seed + i`.
 
-        resolution: side of the square with the pictures' area, in pixels; the family's own if None.
-        Raises BadStylePack for an unknown style, UnknownFamily, BadConfig for an empty subject or a number out of
-        range.
+        `resolution` is the side in pixels of the square with the pictures' area; None means the family's own. Raises
+        BadStylePack for an unknown style, UnknownFamily for an unknown family, and BadConfig for an empty subject, no
+        styles, or a number out of range.
         """
         if not str(subject):
             raise BadConfig("the subject is empty; it needs a trigger word, a class word or both")
@@ -217,10 +224,10 @@ class FoundPacks:
     packs: Mapping[str, StylePack]
     problems: tuple[str, ...]
     clashes: Mapping[str, tuple[Path, ...]]
-    """Ids that several files of the user claim: none of these files is used."""
+    """The files for each id that several files of the user claim: none of these files is used."""
 
     def pick(self, name: str) -> StylePack:
-        """The pack of that id; raises BadStylePack with the choices, or with the files that claim the same id."""
+        """The pack of that id. Raises BadStylePack, with the choices or with the files that claim the same id."""
         if name in self.clashes:
             raise BadStylePack(_clash(name, self.clashes[name]))
         if name not in self.packs:
@@ -229,10 +236,10 @@ class FoundPacks:
 
 
 def find_style_packs(user_folders: Iterable[str | Path] = ()) -> FoundPacks:
-    """The packs of the package and of the user's folders, read now.
+    """The packs of the package and of the user's folders, read at each call.
 
-    A user's pack replaces a shipped one of the same id. A file that cannot be used costs only itself: a line in
-    `problems` says why.
+    A user's pack replaces a shipped one of the same id. A file that cannot be used is left out, and a line in `problems`
+    says why.
     """
     problems: list[str] = []
     shipped = _packs_in(PACKAGE_FOLDER, problems)
@@ -249,7 +256,7 @@ def find_style_packs(user_folders: Iterable[str | Path] = ()) -> FoundPacks:
 
 
 def read_style_pack(path: str | Path) -> tuple[StylePack, tuple[str, ...]]:
-    """The pack in a JSON file, and one line for each thing that is wrong with a style: that style is left out.
+    """The pack in a JSON file, and one line for each fault of a style that is left out because of it.
 
     The list format of sdxl_prompt_styler is read too: `{prompt}` becomes "{framing} portrait of {subject}", and the
     file's name is the pack's id and title. Raises BadStylePack if the file as a whole, or every style, is unusable.
@@ -291,20 +298,20 @@ def read_style_pack(path: str | Path) -> tuple[StylePack, tuple[str, ...]]:
 
 
 def family_defaults(family: str) -> FamilyDefaults:
-    """What the family wants of prompts; raises UnknownFamily with the choices."""
+    """The settings of a model family for prompts and pictures. Raises UnknownFamily, with the choices."""
     if family not in FAMILY_DEFAULTS:
         raise UnknownFamily(f"style packs know no family {family!r}; known: {', '.join(FAMILY_DEFAULTS)}")
     return FAMILY_DEFAULTS[family]
 
 
 def picture_size(aspect: str, resolution: int, size_multiple: int) -> tuple[int, int]:
-    """(width, height) in pixels: multiples of `size_multiple`, near the aspect, with no more area than resolution².
+    """The (width, height) in pixels of a picture near the aspect, with an area of at most resolution².
 
-    The shorter side is rounded and the longer one takes the area that is left: at 1024 and 64 these are the sizes that
-    SDXL was trained on (appendix I of arXiv:2307.01952).
+    Both are multiples of `size_multiple`. The shorter side is rounded and the longer one takes the area that is left: at
+    1024 and 64 these are the sizes that SDXL was trained on (appendix I of arXiv:2307.01952).
     """
     across, down = (int(part) for part in aspect.split(":"))
-    side = resolution // size_multiple  # in multiples, as all of the following
+    side = resolution // size_multiple  # this and the sides below are in multiples of size_multiple
     shorter = round(side * math.sqrt(min(across, down) / max(across, down)))
     longer = side * side // shorter
     width, height = (shorter, longer) if across < down else (longer, shorter)
@@ -312,9 +319,9 @@ def picture_size(aspect: str, resolution: int, size_multiple: int) -> tuple[int,
 
 
 def long_prompts(prompts: Iterable[StyledPrompt], count_tokens: Callable[[str], int], limit: int = 77) -> list[str]:
-    """One line for each style with a prompt or negative prompt over `limit` tokens, at its longest; [] if all fit.
+    """One line for each style whose longest prompt or negative prompt is over `limit` tokens; [] if all fit.
 
-    count_tokens counts as CLIP's tokenizer does, start and end token included. Only families that read nothing but CLIP
+    `count_tokens` counts as CLIP's tokenizer does, with the start and end token. Only families that read nothing but CLIP
     have this limit: T5 and the language models behind the newer families read 256 tokens and more.
     """
     longest: dict[tuple[str, str], int] = {}
@@ -331,24 +338,24 @@ def long_prompts(prompts: Iterable[StyledPrompt], count_tokens: Callable[[str], 
 
 def _in_rounds(values: Sequence[Any], count: int, key: str) -> list[Any]:
     rng = random.Random(key)
-    # Sorted by rng.random() and not shuffled: only random() is promised to give the same numbers in every Python.
+    # rng.shuffle may change with Python's version: only random() is promised to give the same numbers in each.
     rounds = (sorted(values, key=lambda _: rng.random()) for _ in range(math.ceil(count / len(values))))
     return [value for round_ in rounds for value in round_][:count]
 
 
 def _variations(style: Style, count: int, seed: int) -> list[dict[str, str]]:
-    """`count` sets of values for the axes of a style."""
+    """The values of a style's axes for each of `count` pictures."""
     columns = {axis: _in_rounds(texts, count, f"{seed}/{style.name}/{axis}") for axis, texts in style.axes.items()}
     return [{axis: column[i] for axis, column in columns.items()} for i in range(count)]
 
 
 def _fill(template: str, texts: Mapping[str, str]) -> str:
-    # Not str.format: a template like "{subject.__class__}" would reach into our objects.
+    # str.format would let a template like "{subject.__class__}" reach into our objects.
     return " ".join(PLACEHOLDER.sub(lambda match: texts[match[1]], template).split())
 
 
 def _packs_in(folder: Path, problems: list[str]) -> list[tuple[Path, StylePack]]:
-    """The packs of a folder by file name; what cannot be used adds a line to `problems`."""
+    """The packs of a folder with their paths, by file name. What cannot be used adds a line to `problems`."""
     if not folder.is_dir():
         problems.append(f"{folder}: no such folder of style packs")
     packs = []
@@ -402,7 +409,7 @@ def _refuse_constant(name: str) -> Any:
 
 
 def _read_style(entry: Any, category: str) -> tuple[Style | None, list[str]]:
-    """The style of one entry of a pack, or None and what is wrong with it."""
+    """The style of one entry of a pack and no faults, or None and the entry's faults."""
     if faults := list(_faults(entry, _schema()["style"])):
         return None, faults
     wordings = {kind: Wording(**wording) for kind, wording in entry["prompts"].items()}
@@ -420,7 +427,7 @@ def _read_style(entry: Any, category: str) -> tuple[Style | None, list[str]]:
 
 
 def _read_styler_style(entry: Any, category: str) -> tuple[Style | None, list[str]]:
-    """The same for one entry of sdxl_prompt_styler's list."""
+    """The style of one entry of sdxl_prompt_styler's list and no faults, or None and the entry's faults."""
     if faults := list(_faults(entry, _schema()["styler_style"])):
         return None, faults
     prompt, negative = entry["prompt"], entry.get("negative_prompt", "")
@@ -443,7 +450,7 @@ def _placeholder_faults(texts: Mapping[str, str], known: Sequence[str]) -> Itera
 
 @cache
 def _schema() -> dict[str, Any]:
-    """The named parts of the schema that travels with the package: what is checked is what is published."""
+    """The definitions of the JSON Schema in the package, so that packs are checked by the schema that is published."""
     return read_json(PACKAGE_FOLDER / f"style_pack{SCHEMA_SUFFIX}")["$defs"]
 
 

@@ -1,1 +1,1 @@
-"""Reading and writing: whole files or none, safetensors, tensors read when they are used, the cache folder."""
+"""Reading and writing: atomic files, safetensors, tensors that are read when they are used, and the cache folder."""

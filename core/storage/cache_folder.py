@@ -1,4 +1,4 @@
-"""The folder where what was computed once is kept, under names made from the content that it was computed from."""
+"""The cache folder, which keeps results under names made from the content that they were computed from."""
 
 import hashlib
 import os
@@ -16,11 +16,11 @@ KINDS = ("class", "latents", "runs", "text")
 _OURS = re.compile(r"\.?[0-9a-f]{64}(\..*)?")
 """What `content_key` makes, with endings, and what is left of a file whose writing was killed."""
 CACHE_VERSION = "2"
-"""Part of every cache key: raised whenever the same input would be encoded differently."""
+"""A part of every cache key, to be raised whenever the same input would be encoded differently."""
 
 
 def cache_folder() -> Path:
-    """Where encoded photos and captions are kept: $FACELORA_CACHE, else `facelora` in the user's cache folder."""
+    """The folder for encoded photos and captions: $FACELORA_CACHE, else `facelora` in the user's cache folder."""
     if folder := os.environ.get("FACELORA_CACHE"):
         return Path(folder)
     if sys.platform == "win32":
@@ -29,7 +29,7 @@ def cache_folder() -> Path:
 
 
 def made_folder(*names: str) -> Path:
-    """A folder in the cache folder, made where it is not there yet. BadFile when it cannot be."""
+    """A folder inside the cache folder, made where it is missing. Raises BadFile when it cannot be made."""
     try:
         return make_folder(cache_folder().joinpath(*names))
     except BadFile as error:
@@ -43,7 +43,7 @@ def clear_cache() -> int:
     """
     count, left = 0, []
     for folder in (cache_folder() / kind for kind in KINDS):
-        for path in folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ():
+        for path in list(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else ():
             if not _OURS.fullmatch(path.name):
                 continue
             files = sum(inner.is_file() for inner in path.rglob("*")) if path.is_dir() else 1
@@ -66,5 +66,5 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def content_key(*parts: object) -> str:
-    """A file name that says nothing but what the content is made from."""
+    """A file name for content that is made from these parts: 64 hex digits of SHA-256, different for other parts."""
     return hashlib.sha256("\0".join(map(str, (CACHE_VERSION, *parts))).encode()).hexdigest()

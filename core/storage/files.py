@@ -1,6 +1,6 @@
-"""Files that are written whole or not at all: a reader never finds half of one, whatever happens meanwhile.
+"""Files that are written whole or not at all, so that a reader never finds half of one.
 
-Also what else is done with files in many places: folders are made, JSON is read, text is checked.
+The helpers that many rooms need are here too: they make folders, read JSON and check text.
 """
 
 import json
@@ -16,7 +16,7 @@ from ..errors import BadFile
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Within it an error of the system is a BadFile that says that the path cannot be written."""
+    """A context in which an error of the operating system raises BadFile, which says that `path` cannot be written."""
     try:
         yield
     except OSError as error:
@@ -24,14 +24,14 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def make_folder(path: Path) -> Path:
-    """The folder, made with those above it where it is not there yet. BadFile when it cannot be."""
+    """The folder at `path`, made with its parents where it is missing. Raises BadFile when it cannot be made."""
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
 
 
 def write_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
-    """Puts what `write` writes into a file of that name, in place of one that is there. BadFile when that cannot be."""
+    """Makes or replaces the file at `path` with what `write` puts into the stream. Raises BadFile when that fails."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     with writing(path):
@@ -46,12 +46,12 @@ def write_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """The same with text, as UTF-8."""
+    """Makes or replaces the file at `path` with the text, as UTF-8. Raises BadFile when that fails."""
     write_file(path, lambda file: file.write(text.encode()))
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. BadFile when it cannot be read."""
+    """The content of a JSON file. Raises BadFile when it cannot be read or is not JSON."""
     try:
         return json.loads(path.read_text("utf-8"))
     except OSError as error:
@@ -61,7 +61,7 @@ def read_json(path: Path) -> Any:
 
 
 def is_text(text: str) -> bool:
-    """Whether it can be written as UTF-8: JSON and the names of files can hold half of a surrogate pair."""
+    """Whether the text can be written as UTF-8: JSON and file names can hold half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -70,7 +70,7 @@ def is_text(text: str) -> bool:
 
 
 def check_writable(path: Path) -> None:
-    """BadFile, before hours are spent, when `write_file` cannot write a file of that name."""
+    """Raises BadFile when `write_file` could not write to `path`: better before hours of training than after them."""
     if path.is_dir():
         raise BadFile(f"{path}: is a folder; give the name of a file in it")
     probe = path.with_name(f".{path.name}.probe")
@@ -82,6 +82,9 @@ def check_writable(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path, name: str) -> None:
-    """Deletes what `write_file` was writing under that name (a glob pattern) when its process was killed."""
+    """Deletes the temporary files that `write_file` leaves in `folder` when its process is killed.
+
+    `name` is a glob pattern for the names of the files that were to be written.
+    """
     for leftover in folder.glob(f".{name}.????????.tmp"):
         leftover.unlink(missing_ok=True)

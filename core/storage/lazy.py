@@ -1,4 +1,4 @@
-"""Tensors that are read, and computed from others, only when they are asked for."""
+"""Tensors that are read or computed only when they are asked for."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """Reads a tensor of a mapping when it is called."""
+    """A reader of one tensor of a mapping, which reads it when it is called."""
 
     tensors: Mapping[str, Tensor]
     name: str
@@ -18,7 +18,7 @@ class Stored:
         return self.tensors[self.name]
 
     def layout(self) -> tuple[torch.dtype, tuple[int, ...]]:
-        """Its dtype and shape."""
+        """The dtype and shape of the tensor."""
         return dtype_and_shape(self.tensors, self.name)
 
 
@@ -42,7 +42,7 @@ class LazyTensors(Mapping[str, Tensor]):
 
 
 def dtype_and_shape(tensors: Mapping[str, Tensor], name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-    """A tensor's dtype and shape, without computing it where it is known what it is made of."""
+    """The dtype and shape of a tensor. One that is only stored under a new name is looked up where it is stored."""
     reader = tensors.readers[name] if isinstance(tensors, LazyTensors) else None
     if isinstance(reader, Stored):
         return reader.layout()
@@ -51,5 +51,5 @@ def dtype_and_shape(tensors: Mapping[str, Tensor], name: str) -> tuple[torch.dty
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
-    """A tensor's shape, without computing it where it is known what it is made of."""
+    """The shape of a tensor. One that is only stored under a new name is looked up where it is stored."""
     return dtype_and_shape(tensors, name)[1]

@@ -25,18 +25,18 @@ from ..errors import BadFile
 from .files import is_text, write_file
 
 MAX_HEADER_BYTES = 100_000_000
-"""The safetensors library refuses larger headers, so nobody can read such a file."""
+"""The largest header, in bytes: the safetensors library refuses larger ones, so nobody could read such a file."""
 MAX_HEADER_VALUES = 1_000_000
-"""Commas and brackets, far more than tensors and metadata have. What is three bytes there takes a hundred once it is read."""
+"""The most commas and brackets in a header. Files have far fewer, and three bytes of JSON can take a hundred in memory."""
 MAX_DIMENSIONS = 16
 CHUNK_BYTES = 1 << 20
 SMALL_BYTES = 64
-"""Tensors up to this size are read, not mapped: touching a mapped page makes the system read its neighbours too."""
+"""The size up to which a tensor is read, not mapped: touching a mapped page makes the system read its neighbours too."""
 
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
-"""Linux's flag, which Python's mmap has from 3.13 on."""
+"""The value of Linux's MAP_NORESERVE, which Python's mmap module has from version 3.13 on."""
 
-# torch has gained the unsigned and the small float types over time: list those that this torch knows.
+# torch has gained the unsigned and the small float types over time, so only those that this torch has are listed.
 DTYPES: dict[str, torch.dtype] = {
     code: getattr(torch, name)
     for code, name in {
@@ -70,10 +70,10 @@ _STORAGE_ORDER = [
 
 
 class SafetensorsFile(Mapping[str, Tensor]):
-    """A safetensors file whose header was read and checked; a mapping from names to tensors.
+    """A safetensors file with a checked header, as a mapping from names to tensors.
 
-    Tensors are mapped from the file when asked for, without a copy: cheap to ask for twice, and private to this process
-    (writing into one never changes the file). Open with `SafetensorsFile.open(path)`.
+    Tensors are mapped from the file without a copy when they are asked for. They are cheap to ask for twice, and private
+    to this process: writing into one never changes the file. `SafetensorsFile.open(path)` opens a file.
     """
 
     path: Path
@@ -100,12 +100,12 @@ class SafetensorsFile(Mapping[str, Tensor]):
 
     @property
     def layout(self) -> "Layout":
-        """Name -> dtype and shape."""
+        """The dtype and shape of each tensor by name, as the header states them."""
         return {name: (self.dtypes[name], shape) for name, shape in self.shapes.items()}
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "SafetensorsFile":
-        """The checked file. BadFile when it is missing, a pickle, truncated or in any way not what its header says."""
+        """The file at `path`. Raises BadFile when it is missing, a pickle, truncated or not what its header says."""
         path = Path(path)
         try:
             with path.open("rb") as file:
@@ -120,7 +120,10 @@ class SafetensorsFile(Mapping[str, Tensor]):
         return cls(path, metadata, shapes, dtypes, offsets, size)
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor called `name`, mapped from the file."""
+        """The tensor called `name`, mapped from the file.
+
+        Raises BadFile when the file has changed or gone since it was opened, KeyError for an unknown name.
+        """
         shape, dtype, offset = self.shapes[name], self.dtypes[name], self._offsets[name]
         count = math.prod(shape)
         if count == 0:
@@ -136,7 +139,7 @@ class SafetensorsFile(Mapping[str, Tensor]):
         return raw.clone().view(dtype).reshape(shape)
 
     def sha256(self, *, with_header: bool = True) -> str:
-        """The sha256 of the whole file, or of what comes after its header, as 64 hex digits."""
+        """The SHA-256 of the whole file, or of what comes after its header, as 64 hex digits."""
         digest = hashlib.sha256()
         with self.path.open("rb") as file:
             if not with_header:
@@ -155,7 +158,7 @@ class SafetensorsFile(Mapping[str, Tensor]):
             with self._reopened() as file:
                 # A private mapping: torch wants writable memory, the file must stay as it is.
                 if sys.platform == "linux":
-                    # Without setting memory aside for all that could be written: it may be more than there is.
+                    # Linux would else set memory aside for every page that could be written, perhaps more than there is.
                     flags, protection = mmap.MAP_PRIVATE | _NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
                     self._memory = mmap.mmap(file.fileno(), 0, flags=flags, prot=protection)
                 else:
@@ -251,7 +254,10 @@ def _is_size(value: object) -> bool:
 def _check_entries(
     path: Path, entries: dict[str, object], first_byte: int, file_size: int
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype], dict[str, int]]:
-    """Shapes, dtypes and byte offsets in the file, of entries that fill the file without gap or overlap."""
+    """The shapes, dtypes and byte offsets that a header states, if its tensors fill the file without gap or overlap.
+
+    Raises BadFile otherwise.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, torch.dtype] = {}
     offsets: dict[str, int] = {}
@@ -293,14 +299,14 @@ def _check_entries(
 
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
-"""Name -> dtype and shape: what a header says of the tensors."""
+"""The dtype and shape of each tensor by name, as a file's header states them."""
 
 
 class ComputedTensors(Mapping[str, Tensor]):
-    """Tensors that are made when asked for, so that a large file is written without ever being in memory.
+    """Tensors that are computed when they are asked for, so that a large file is written without being in memory.
 
-    Each maker returns some tensors by name, every time the same. All are called once to learn the layout; later the
-    tensors of the last one are kept, because those of one module are asked for one after another.
+    Each maker returns some tensors by name, the same ones in each call. All makers are called once to learn the layout.
+    Later the result of the last call is kept, because the tensors of a module are asked for one after another.
     """
 
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -336,14 +342,17 @@ class ComputedTensors(Mapping[str, Tensor]):
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
-    """The layout of tensors; of those in a file none is read, and none is computed again."""
+    """The dtype and shape of each tensor by name. Tensors in a file are not read for it, nor are others computed again."""
     if isinstance(tensors, (SafetensorsFile, ComputedTensors)):
         return tensors.layout
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def layout_in(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Layout:
-    """The layout of the tensors when they are saved in that dtype, as far as they are floating-point numbers."""
+    """The layout of tensors that are saved with their floating-point values in `dtype`.
+
+    Other types stay as they are, and a single number that `dtype` would round becomes float32.
+    """
 
     def saved(name: str, own: torch.dtype, shape: tuple[int, ...]) -> torch.dtype:
         if not own.is_floating_point or own == dtype:
@@ -357,7 +366,7 @@ def layout_in(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Layout:
 
 
 def cast_tensor(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in the dtype that it is saved in. BadFile, which names it by `key`, where its values do not fit."""
+    """The tensor in the dtype that it is saved in. Raises BadFile, naming it by `key`, when its values do not fit."""
     if tensor.dtype == dtype:
         return tensor
     result = tensor.detach().to("cpu", dtype).contiguous()
@@ -367,12 +376,15 @@ def cast_tensor(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def storage_order(layout: Layout) -> list[str]:
-    """The names in the order in which tensors are written (that of the safetensors library)."""
+    """The names of the tensors in the order in which they are written, which is the safetensors library's."""
     return sorted(layout, key=lambda name: (_STORAGE_ORDER.index(_CODES[layout[name][0]]), name))
 
 
 def header_bytes(layout: Layout, metadata: Mapping[str, str] | None) -> bytes:
-    """The start of a safetensors file: length and header, padded to 8 bytes, the same bytes for the same input."""
+    """The start of a safetensors file: the length of its header and the header, padded to a multiple of 8 bytes.
+
+    Equal input gives equal bytes.
+    """
     entries: dict[str, object] = {}
     position = 0
     for name in storage_order(layout):
@@ -385,34 +397,38 @@ def header_bytes(layout: Layout, metadata: Mapping[str, str] | None) -> bytes:
 
 def _pack_header(entries: Mapping[str, object], metadata: Mapping[str, str] | None) -> bytes:
     head = {"__metadata__": {key: metadata[key] for key in sorted(metadata)}} if metadata else {}
-    # Metadata names files, and what those are called need not be Unicode text.
+    # Metadata holds file names, which need not be Unicode text.
     text = json.dumps({**head, **entries}, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's values as they are stored."""
+    """The bytes of a tensor's values as they are stored in a file."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def save_safetensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes the file under a temporary name and renames it, so that a reader sees the old file or the whole new one.
+    """Writes tensors to a safetensors file, so that a reader sees the old file or the whole new one.
 
-    Equal input gives equal bytes. BadFile when the folder is missing or closed, the disk is full, or a dtype has no
-    safetensors name.
+    Equal input gives equal bytes. Raises BadFile when the folder is missing or closed, the disk is full, or a dtype has
+    no safetensors name.
     """
     write_safetensors(path, layout_of(tensors), tensors.__getitem__, metadata)
 
 
 class Digest(Protocol):
-    """What hashlib's objects do."""
+    """A running hash with the interface of hashlib's objects."""
 
-    def update(self, data: bytes | memoryview, /) -> None: ...
+    def update(self, data: bytes | memoryview, /) -> None:
+        """Adds data to the hash."""
+        ...
 
-    def hexdigest(self) -> str: ...
+    def hexdigest(self) -> str:
+        """The hash of the data so far, as hex digits."""
+        ...
 
 
 def write_safetensors(
@@ -423,10 +439,11 @@ def write_safetensors(
     digests: Mapping[str, Digest] | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """As `save_safetensors`, of tensors that are computed (or read) one by one and never together in memory.
+    """Writes a safetensors file, whole or not at all, from tensors that `read` gives one by one by their names.
 
-    `digests` (key in the metadata -> digest) are fed the bytes of the tensors as they are stored, and end up in the
-    metadata. `on_progress(done, total)` counts tensors.
+    The tensors are never together in memory; each must have the dtype and shape that `layout` states. `digests` are hashes
+    by their keys in the metadata: they are fed the bytes of the tensors as they are stored, and written into the metadata.
+    `on_progress(done, total)` counts tensors. Raises BadFile when the file cannot be written or a dtype has no name.
     """
     for name, (dtype, _) in layout.items():
         if dtype not in _CODES:
@@ -448,7 +465,7 @@ def write_safetensors(
                 digest.update(data)
             on_progress(done, len(layout))
         if digests:
-            # Now they are known; a digest is as long as that of nothing, so the tensors stay where they are.
+            # The digests are known only now. They are as long as those in the first header, so the tensors stay in place.
             file.seek(0)
             file.write(header())
 
@@ -456,7 +473,10 @@ def write_safetensors(
 
 
 def copy_with_metadata(file: SafetensorsFile, path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
-    """Writes the same tensors, byte for byte in the same order, with other metadata (also over the file itself)."""
+    """Writes the tensors of `file` to `path`, byte for byte in the same order, with other metadata.
+
+    `path` may be the file itself. Raises BadFile when it cannot be written.
+    """
 
     def write(output: BinaryIO) -> None:
         with file.path.open("rb") as source:
