@@ -15,6 +15,7 @@ from core.training.recipes import MEASUREMENTS, RECIPES, recipe_settings
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_every_recipe_and_a_run_takes_it(family):
+    assert tuple(FAMILIES[family].recipes) == RECIPES
     photos = []
     for name in RECIPES:
         config = config_from(recipe_settings(name, family))
@@ -75,6 +76,6 @@ def test_the_command_line_takes_the_recipe_of_the_base_s_family(small_sdxl, phot
     output = tmp_path / "lora.safetensors"
     run_train(parser.parse_args([str(photo_folder), "--base", str(small_sdxl), *given, str(output)]))
     metadata = LoraFile.read(output).metadata
-    expected = RECIPES["fast"]["sdxl"]
+    expected = FAMILIES["sdxl"].recipes["fast"]
     assert metadata["ss_network_dim"] == str(expected.rank)
     assert float(metadata["ss_learning_rate"]) == recipe_settings("fast", "sdxl")["learning_rate"]

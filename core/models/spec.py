@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import BadFile, UnmatchedKeys
 from ..tensor_names import NameTable
+from .recipe import Recipe
 
 Conditioning = dict[str, Tensor]
 """What steers the denoiser beside the timestep, first dimension the batch. Only its family knows what is in it."""
@@ -106,6 +107,8 @@ class FamilySpec:
     """Scale of classifier-free guidance that suits photographs of people."""
     steps: int
     """Sampling steps that are enough."""
+    recipes: Mapping[str, Recipe]
+    """Each of `recipe.RECIPES` -> how much is trained for it, and how."""
     pipeline_class: str
     """Name of the diffusers pipeline, also in a folder's model_index.json."""
     text_encoders: tuple[str, ...]

@@ -17,6 +17,7 @@ from ...storage.lazy import LazyTensors, Stored, shape_of
 from ...tensor_names.flux import FLUX2 as NAMES
 from .. import text, transformer
 from ..ldm import VAE_PREFIXES, count_children, kl_pixels, vae_component
+from ..recipe import Recipe
 from ..spec import Component, Conditioning, FamilySpec, LatentShape
 
 TEXT_TOKENS = 512
@@ -177,6 +178,12 @@ FLUX2 = FamilySpec(
     wording="sentences",
     guidance=4.0,  # diffusers' default, as are the steps
     steps=STEPS,
+    recipes={
+        # After ai-toolkit and diffusers.
+        "fast": Recipe(600, 1e-4, 16, settings={"resolution": 512}),
+        "balanced": Recipe(1200, 1e-4, 32, settings={"resolution": 768}),
+        "best": Recipe(2400, 5e-5, 64, settings={"hold_out": 2}),
+    },
     pipeline_class="Flux2KleinPipeline",
     text_encoders=tuple(TEXT),
     text_kinds=("qwen3_4b", "qwen3_8b"),

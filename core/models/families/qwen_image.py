@@ -16,6 +16,7 @@ from ...tensor_names.qwen import QWEN_IMAGE as NAMES
 from .. import text, transformer
 from ..ldm import VAE_PREFIXES, count_children
 from ..objective import linear_shift
+from ..recipe import Recipe
 from ..spec import Component, Conditioning, FamilySpec, LatentShape, holds_numbers
 
 TEXT = {"text_encoder": "qwen25_7b"}
@@ -189,6 +190,12 @@ QWEN_IMAGE = FamilySpec(
     wording="sentences",
     guidance=4.0,  # diffusers' default, as are the steps
     steps=50,
+    recipes={
+        # After ai-toolkit and diffusers.
+        "fast": Recipe(600, 1e-4, 16, settings={"resolution": 512}),
+        "balanced": Recipe(1200, 1e-4, 16, settings={"resolution": 768}),
+        "best": Recipe(2400, 1e-4, 32, settings={"hold_out": 2}),
+    },
     pipeline_class="QwenImagePipeline",
     text_encoders=tuple(TEXT),
     text_kinds=tuple(TEXT.values()),

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ...tensor_names.stable_diffusion import SD15 as NAMES
 from .. import clip, ldm, text
+from ..recipe import Recipe
 from ..spec import Component, Conditioning, FamilySpec
 
 TEXT = {"text_encoder": "clip_l"}
@@ -61,6 +62,12 @@ SD15 = FamilySpec(
     wording="tags",
     guidance=6.0,  # a little less than the usual 7.5, which hardens skin
     steps=30,  # enough for DPM++ 2M
+    recipes={
+        # The usual settings of sd-scripts and of cog-sdxl: rank 32, alpha 16, 1e-4 at batch 4, 400 to 600 steps.
+        "fast": Recipe(800, 1e-4, 16, batch_size=4),
+        "balanced": Recipe(2000, 5e-5, 32, batch_size=4, settings={"alpha": 16.0}),
+        "best": Recipe(4000, 5e-5, 32, batch_size=4, settings={"alpha": 16.0, "hold_out": 2}),
+    },
     pipeline_class="StableDiffusionPipeline",
     text_encoders=tuple(TEXT),
     text_kinds=tuple(TEXT.values()),

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...tensor_names.sd3 import SD3 as NAMES
 from .. import clip, text, transformer
 from ..ldm import build_vae, count_children, vae_component
+from ..recipe import Recipe
 from ..spec import Component, Conditioning, FamilySpec, LatentShape
 
 LATENT_SCALE, LATENT_SHIFT = 1.5305, 0.0609
@@ -124,6 +125,12 @@ SD3 = FamilySpec(
     wording="sentences",
     guidance=4.5,  # SD3.5 Medium's model card, as are the steps
     steps=40,
+    recipes={
+        # SD3.5 in sd-scripts: rank 32 to 64.
+        "fast": Recipe(600, 1e-4, 16, settings={"resolution": 768}),
+        "balanced": Recipe(1200, 1e-4, 32),
+        "best": Recipe(2000, 1e-4, 64, settings={"hold_out": 2}),
+    },
     pipeline_class="StableDiffusion3Pipeline",
     text_encoders=tuple(TEXT),
     text_kinds=tuple(TEXT.values()),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...tensor_names.lumina import ZIMAGE as NAMES
 from .. import text, transformer
 from ..ldm import build_vae, count_children
+from ..recipe import Recipe
 from ..spec import Component, Conditioning, FamilySpec, LatentShape
 
 TEXT = {"text_encoder": "qwen3_4b"}
@@ -99,6 +100,12 @@ ZIMAGE = FamilySpec(
     wording="sentences",
     guidance=5.0,  # diffusers' default, as are the steps
     steps=50,
+    recipes={
+        # After ai-toolkit and diffusers.
+        "fast": Recipe(600, 1e-4, 16, settings={"resolution": 512}),
+        "balanced": Recipe(1200, 1e-4, 32, settings={"resolution": 768}),
+        "best": Recipe(2400, 1e-4, 32, settings={"hold_out": 2}),
+    },
     pipeline_class="ZImagePipeline",
     text_encoders=tuple(TEXT),
     text_kinds=tuple(TEXT.values()),
