@@ -87,9 +87,9 @@ def base_from(model: Any, clip: Any, vae: Any, config: TrainConfig) -> Base:
     }
     readers: dict[str, Callable[[], Tensor]] = model_config.process_unet_state_dict_for_saving(denoiser)
     tensors = model_config.process_vae_state_dict_for_saving(dict(vae.get_sd()))
-    if not family.flow_shift:
+    if family.trains_text_encoders:
         text = {name: read() for name, read in _readers(clip.patcher).items() if name.endswith((".weight", ".bias"))}
-        if ("clip_g" in {name.partition(".")[0] for name in text}) != (family.name == "sdxl"):
+        if ("clip_g" in {name.partition(".")[0] for name in text}) != ("clip_g" in family.text_kinds):
             raise UnknownFamily(
                 f"CLIP does not belong to MODEL, which is {_class_name(model)}; wire both from one checkpoint"
             )
@@ -98,7 +98,7 @@ def base_from(model: Any, clip: Any, vae: Any, config: TrainConfig) -> Base:
     base = load_base(
         LazyTensors(readers), prediction_type=config.prediction_type, zero_terminal_snr=config.zero_terminal_snr
     )
-    if family.flow_shift:
+    if not family.trains_text_encoders:
         denoiser = base.components["denoiser"].config
         encode = partial(_encode_caption, clip, family.title, context_width(denoiser), pooled_width(denoiser))
         base = replace(base, caption_encoder=CaptionEncoder(encode, _clip_fingerprint(clip)))

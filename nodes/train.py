@@ -133,7 +133,7 @@ class TrainFaceLora(io.ComfyNode):
         # What the lines may need of the recipe and the other widgets: many steps, samples, photos held out.
         plenty = {"steps": 100_000, "sample_every": 1}
         try:
-            config_from(recipe_settings("best", "sd15", plenty | _toml(text or "")))
+            config_from(recipe_settings("best", next(iter(FAMILIES)), plenty | _toml(text or "")))
         except FaceLoraError as problem:
             return str(problem)
         return True
@@ -206,7 +206,7 @@ def _config(
 def _clip_skip(family: str, layer: int | None) -> dict[str, int]:
     """The setting that is CLIP Set Last Layer's. BadConfig for a layer that the family is not trained on."""
     spec = FAMILIES[family]
-    if layer is None or spec.flow_shift:  # their CLIP encodes the captions itself
+    if layer is None or not spec.trains_text_encoders:  # their CLIP encodes the captions itself
         return {}
     if spec.has_clip_skip:
         return {"clip_skip": -layer}

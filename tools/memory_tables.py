@@ -67,7 +67,7 @@ def predictions(model: Model) -> list[int]:
     config = TrainConfig(rank=16, precision="bf16", resolution=model.resolution)
     base = Base(
         family=family, name="published size", components={"denoiser": Component(model.config, {})},
-        prediction_type="flow" if family.flow_shift else "epsilon", zero_terminal_snr=False, resolution=model.resolution,
+        prediction_type=family.prediction_type("epsilon"), zero_terminal_snr=False, resolution=model.resolution,
     )  # fmt: skip
     channels, pixels = model.latent
     latent = torch.zeros(channels, model.resolution // pixels, model.resolution // pixels)

@@ -20,11 +20,19 @@ from ..storage.safetensors_file import SafetensorsFile, tensor_bytes
 from . import text
 from .families import FAMILIES, detect_family
 from .ldm import VAE_PREFIXES, current_vae_path, original_unet_names
-from .objective import FlowSchedule, NoiseSchedule, Schedule
+from .objective import Schedule
 from .quantised import dequantised
-from .spec import DENOISER_PREFIX, UNQUANTISED, Component, Conditioning, FamilySpec, LatentShape, materialise
+from .spec import (
+    DENOISER_PREFIX,
+    UNQUANTISED,
+    Component,
+    Conditioning,
+    FamilySpec,
+    LatentShape,
+    PredictionType,
+    materialise,
+)
 
-PredictionType = Literal["epsilon", "v_prediction", "flow"]
 Source = str | os.PathLike[str] | Mapping[str, Tensor]
 
 
@@ -88,10 +96,8 @@ class Base:
         return self.says_distilled or self.family.is_distilled(self.components["denoiser"].config)
 
     def schedule(self) -> Schedule:
-        if self.family.flow_shift:
-            return FlowSchedule(self.family.flow_shift, self.latent_shape.positions_side)
-        assert self.prediction_type != "flow"
-        return NoiseSchedule.scaled_linear(self.prediction_type, self.zero_terminal_snr)
+        """How noise is mixed into the model's pictures, and what it is asked to predict."""
+        return self.family.schedule(self.prediction_type, self.zero_terminal_snr, self.latent_shape.positions_side)
 
     def load(self, part: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The part's network with frozen weights, in evaluation mode. BadFile when the base has no such part."""
@@ -245,12 +251,12 @@ def load_base(
             if part in components:
                 components[part].config["tokenizer"] = os.fspath(tokenizer)
     opened = (file, vae_file, *(encoder for _, encoder in encoder_files))
-    marked_v = "v_pred" in tensors or metadata.get("modelspec.prediction_type", "") in ("v", "v_prediction")
+    found = "v_prediction" if "v_pred" in tensors else metadata.get("modelspec.prediction_type", "epsilon")
     return Base(
         family=family,
         name=name,
         components=components,
-        prediction_type=_choose(family, prediction_type, "v_prediction" if marked_v else "epsilon"),
+        prediction_type=family.prediction_type(found if prediction_type == "auto" else prediction_type),
         zero_terminal_snr=zero_terminal_snr or "ztsnr" in tensors,
         resolution=_side(metadata.get("modelspec.resolution"), family.resolution),
         file=file if isinstance(file, SafetensorsFile) else None,
@@ -332,18 +338,11 @@ def _check_scheduler(family: FamilySpec, scheduler: Mapping[str, Any]) -> None:
     """UnknownFamily when a folder's scheduler is of a model that was trained in another way than the family."""
     name, predicted = str(scheduler.get("_class_name")), scheduler.get("prediction_type", "epsilon")
     on_other_noise = name.startswith(("EDM", "FlowMatch"))  # EDM: Playground v2.5, CosXL
-    if not family.flow_shift and (on_other_noise or predicted not in ("epsilon", "v_prediction")):
+    if family.predicts_noise and (on_other_noise or predicted not in ("epsilon", "v_prediction")):
         raise UnknownFamily(
             f"its scheduler is {name} with prediction_type {predicted!r}, and a model that is trained so is not supported; "
             "supported: epsilon and v_prediction on the noise of Stable Diffusion"
         )
-
-
-def _choose(family: FamilySpec, wanted: str, found: str) -> PredictionType:
-    if family.flow_shift:
-        return "flow"
-    chosen = found if wanted == "auto" else wanted
-    return "v_prediction" if chosen in ("v", "v_prediction") else "epsilon"
 
 
 def _side(resolution: str | None, default: int) -> int:
@@ -382,7 +381,7 @@ def _read_folder(folder: Path, prediction_type: str, zero_terminal_snr: bool) ->
         raise UnknownFamily(f"{folder.name}: model_index.json says {class_name}; supported: {known}")
     components = {}
     for part in ("denoiser", "vae", *family.text_encoders):
-        subfolder = folder / (part if part != "denoiser" else "transformer" if family.flow_shift else "unet")
+        subfolder = folder / (family.denoiser_folder if part == "denoiser" else part)
         if part in family.optional_encoders and not subfolder.exists():
             continue
         config = _read_config(subfolder / "config.json")
@@ -395,6 +394,7 @@ def _read_folder(folder: Path, prediction_type: str, zero_terminal_snr: bool) ->
         components[part] = Component(config, _folder_tensors(subfolder, part))
     scheduler_path = folder / "scheduler" / "scheduler_config.json"
     scheduler = _read_config(scheduler_path) if scheduler_path.exists() else {}
+    found = scheduler.get("prediction_type", "epsilon")
     try:
         _check_variant(family, components)
         _check_scheduler(family, scheduler)
@@ -405,12 +405,12 @@ def _read_folder(folder: Path, prediction_type: str, zero_terminal_snr: bool) ->
         family=family,
         name=folder.name,
         components=components,
-        prediction_type=_choose(family, prediction_type, scheduler.get("prediction_type", "epsilon")),
+        prediction_type=family.prediction_type(found if prediction_type == "auto" else prediction_type),
         zero_terminal_snr=zero_terminal_snr or bool(scheduler.get("rescale_betas_zero_snr")),
         resolution=family.resolution,
         says_distilled=index.get("is_distilled") is True,
     )
-    if isinstance(latent_side, int) and not family.flow_shift:
+    if isinstance(latent_side, int) and family.names.is_unet:
         return replace(base, resolution=latent_side * base.latent_shape.pixels)
     return base
 

@@ -164,7 +164,7 @@ def _place(family: NameTable, part: str, path: str, layers: int) -> Place | None
     """What a path is in the family, None: no module that LoRAs change."""
     if part == "denoiser":
         place = family.locate(part, path)
-        if place.fusion.original == path and path != place.fusion.parts[0] and family.diffusers_prefix == "unet.":
+        if place.fusion.original == path and path != place.fusion.parts[0] and family.is_unet:
             # The family's table is that of the published models; smaller ones have fewer blocks in a level.
             return Place(part, Fusion(path, (diffusers_unet_path(path, layers),)), None)
         return place

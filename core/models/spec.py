@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from ..errors import BadFile, UnmatchedKeys
 from ..tensor_names import NameTable
+from .objective import FlowSchedule, NoiseSchedule, Schedule
 from .recipe import Recipe
 
+PredictionType = Literal["epsilon", "v_prediction", "flow"]
 Conditioning = dict[str, Tensor]
 """What steers the denoiser beside the timestep, first dimension the batch. Only its family knows what is in it."""
 Pair = tuple[Conditioning, Conditioning]
@@ -148,7 +150,7 @@ class FamilySpec:
     from 0 (picture) to 1000 (noise), whole numbers unless the family is a rectified flow.
     """
     flow_shift: Callable[[int], float] | None = None
-    """Of a rectified flow: positions of the denoiser in a picture -> how far its times are shifted towards noise, see
+    """Positions of the denoiser in a picture -> how far the times of a rectified flow are shifted towards noise, see
     `objective.FlowSchedule`. None: the family predicts noise or velocity on SD's schedule."""
     encode_image: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] = encode_kl
     """(VAE, pixels (B, 3, H, W) in [-1, 1]) -> mean and deviation of their latents (B, C, h, w) as the denoiser sees them."""
@@ -186,6 +188,37 @@ class FamilySpec:
     def architecture(self) -> str:
         """`modelspec.architecture` of a checkpoint; a LoRA adds `/lora`."""
         return self.names.architecture
+
+    @property
+    def predicts_noise(self) -> bool:
+        """Whether its models predict noise or velocity on SD's schedule; the others are rectified flows."""
+        return self.flow_shift is None
+
+    @property
+    def trains_text_encoders(self) -> bool:
+        """Whether its text encoders can be trained, so that their weights are needed and not their conditioning alone."""
+        return self.text_encoder_targets is not None
+
+    @property
+    def denoiser_folder(self) -> str:
+        """Name of the denoiser's folder in a pipeline that diffusers has saved: unet or transformer."""
+        return "unet" if self.names.is_unet else "transformer"
+
+    def prediction_type(self, named: str) -> PredictionType:
+        """What a model of the family predicts, by what its file or a setting says of it. Rectified flows have no choice."""
+        if not self.predicts_noise:
+            return "flow"
+        return "v_prediction" if named in ("v", "v_prediction") else "epsilon"
+
+    def schedule(self, prediction_type: PredictionType, zero_terminal_snr: bool, positions_side: int) -> Schedule:
+        """How noise is mixed into the pictures of such a model, and what it is asked to predict.
+
+        `positions_side` is the number of latents along a side of one of the denoiser's positions.
+        """
+        if self.flow_shift is not None:
+            return FlowSchedule(self.flow_shift, positions_side)
+        assert prediction_type != "flow"
+        return NoiseSchedule.scaled_linear(prediction_type, zero_terminal_snr)
 
 
 def replace_module(network: nn.Module, path: str, module: nn.Module) -> None:

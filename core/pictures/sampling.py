@@ -90,9 +90,9 @@ def sampler_name(name: str | None, base: Base) -> str:
 
     Raises BadConfig for a sampler that the family does not have.
     """
-    known = FLOW_SAMPLERS if base.family.flow_shift else SAMPLERS
+    known, usual = (SAMPLERS, "dpmpp_2m_karras") if base.family.predicts_noise else (FLOW_SAMPLERS, "euler")
     if name is None:
-        return "euler" if base.family.flow_shift else "dpmpp_2m_karras"
+        return usual
     if name not in known:
         raise BadConfig(f"sampler = {name!r}: {base.family.title} has {', '.join(known)}")
     return name

@@ -154,6 +154,11 @@ class NameTable:
     part_names: Mapping[str, str] = field(default_factory=dict)
     """Part as the prefix in a file numbers it -> part of this family's pipeline, where they differ."""
 
+    @property
+    def is_unet(self) -> bool:
+        """Whether the denoiser is a UNet; else it is a transformer."""
+        return self.diffusers_prefix == "unet."
+
     def locate(self, part: str, path: str) -> Place:
         """Where a name found in a file belongs."""
         if part == "denoiser" and not path.startswith("text_model."):

@@ -232,9 +232,9 @@ def distilled_hint(base: Base, config: TrainConfig) -> str | None:
 def check_base_options(base: Base, config: TrainConfig) -> None:
     """BadConfig for settings that the base model's family does not have."""
     family, default = base.family, TrainConfig()
-    others = _OF_NOISE if family.flow_shift else _OF_FLOWS
+    others = _OF_FLOWS if family.predicts_noise else _OF_NOISE
     if wrong := [name for name in others if getattr(config, name) != getattr(default, name)]:
-        kind = "a rectified flow" if family.flow_shift else "no rectified flow"
+        kind = "no rectified flow" if family.predicts_noise else "a rectified flow"
         raise BadConfig(f"{', '.join(wrong)}: {family.title} is {kind} and has no such setting; leave it out")
     if config.clip_skip > 1 and not family.has_clip_skip:
         raise BadConfig(f"clip_skip = {config.clip_skip}: {family.title} has no choice of layers; leave it at 1")
