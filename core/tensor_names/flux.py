@@ -1,6 +1,6 @@
 """FLUX.1, Chroma and FLUX.2: double blocks of an image and a text stream, then single blocks of both together."""
 
-from .table import Fusion, NameTable, Sign, by_rules, clip_signs
+from .table import TRANSFORMER_IN_COMFYUI, Fusion, LoadedNames, NameTable, Sign, by_rules, clip_signs
 
 _DOUBLE, _SINGLE = "transformer_blocks.{}", "single_transformer_blocks.{}"
 _QKV = (1, 1, 1)
@@ -71,6 +71,7 @@ _DOUBLE_ATTENTION = r"^(double_blocks\.\d+\.(img|txt)_attn|transformer_blocks\.(
 _WIDTH_1 = frozenset({3072})
 _WIDTHS_2 = frozenset({3072, 4096, 6144})
 """Hidden widths of FLUX.2 klein 4B, klein 9B and dev."""
+_IN_COMFYUI = TRANSFORMER_IN_COMFYUI | {("onetrainer", "diffusers"), ("bare", "diffusers")}
 
 FLUX1 = NameTable(
     name="flux1",
@@ -90,6 +91,10 @@ FLUX1 = NameTable(
     ),
     of_original=_of_original,
     of_diffusers=_of_diffusers,
+    loaded=LoadedNames(
+        _IN_COMFYUI,
+        diffusers=frozenset({"kohya", "diffusers"}),
+    ),
     kohya_prefixes={"denoiser": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te3_"},
     comfy_prefixes={
         "denoiser": "diffusion_model.",
@@ -113,6 +118,11 @@ CHROMA = NameTable(
     ),
     of_original=_of_original,
     of_diffusers=_of_diffusers,
+    loaded=LoadedNames(
+        _IN_COMFYUI,
+        diffusers=frozenset({"kohya", "diffusers"}),
+        comfyui_lacks=("distilled_guidance_layer.",),
+    ),
     kohya_prefixes={"denoiser": "lora_unet_", "text_encoder": "lora_te1_"},
     comfy_prefixes={"denoiser": "diffusion_model.", "text_encoder": "text_encoders.t5xxl.transformer."},
     part_names={"text_encoder_2": "text_encoder", "text_encoder_3": "text_encoder"},
@@ -132,4 +142,18 @@ FLUX2 = NameTable(
     ),
     of_original=_of_original_2,
     of_diffusers=_of_diffusers_2,
+    loaded=LoadedNames(
+        _IN_COMFYUI,
+        diffusers=frozenset({"kohya", "diffusers", "comfy", "peft"}),
+        comfyui_lacks=("double_stream_modulation_", "single_stream_modulation.", "time_guidance_embed."),
+        diffusers_lokr=frozenset(
+            {
+                ("comfy", "original"),
+                ("peft", "original"),
+                ("bare", "diffusers"),
+                ("lycoris", "diffusers"),
+                ("diffusers", "diffusers"),
+            }
+        ),
+    ),
 )

@@ -1,6 +1,6 @@
 """Lumina-Image 2 and Z-Image: one stack of layers after two refiners."""
 
-from .table import Fusion, NameTable, Sign, by_rules
+from .table import TRANSFORMER_IN_COMFYUI, Fusion, LoadedNames, NameTable, Sign, by_rules
 
 _STACKS = ("layers.{}", "noise_refiner.{}", "context_refiner.{}")
 
@@ -54,6 +54,11 @@ LUMINA2 = NameTable(
     ),
     of_original=_of_original,
     of_diffusers=_of_diffusers,
+    # ComfyUI's table of Z-Image's diffusers names serves Lumina 2 too, whose attention has another name in diffusers.
+    loaded=LoadedNames(
+        frozenset({("kohya", "original"), ("comfy", "original")}),
+        diffusers=frozenset({"diffusers", "comfy"}),
+    ),
 )
 ZIMAGE = NameTable(
     name="zimage",
@@ -65,6 +70,12 @@ ZIMAGE = NameTable(
     ),
     of_original=_of_original_z,
     of_diffusers=_of_diffusers_z,
+    loaded=LoadedNames(
+        TRANSFORMER_IN_COMFYUI | {("comfy", "diffusers"), ("bare", "diffusers")},
+        diffusers=frozenset({"kohya", "diffusers", "comfy"}),
+        diffusers_lokr=frozenset({("comfy", "diffusers"), ("bare", "diffusers"), ("diffusers", "diffusers")}),
+        diffusers_lokr_with_alpha=frozenset({"bare"}),
+    ),
     # ComfyUI, diffusers and InvokeAI all read the split names under "diffusion_model.".
     original_in_comfy=False,
 )

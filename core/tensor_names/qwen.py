@@ -1,6 +1,6 @@
 """Qwen-Image: the original model and diffusers have the same names."""
 
-from .table import NameTable, Sign, by_rules
+from .table import TRANSFORMER_IN_COMFYUI, LoadedNames, NameTable, Sign, by_rules
 
 _of_original, _of_diffusers = by_rules()
 
@@ -15,4 +15,8 @@ QWEN_IMAGE = NameTable(
     ),
     of_original=_of_original,
     of_diffusers=_of_diffusers,
+    loaded=LoadedNames(
+        TRANSFORMER_IN_COMFYUI | {("bare", "diffusers"), ("kohya", "diffusers"), ("comfy", "diffusers")},
+        diffusers=frozenset({"kohya", "diffusers", "comfy"}),
+    ),
 )

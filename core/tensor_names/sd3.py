@@ -1,6 +1,6 @@
 """SD3 and SD3.5: MM-DiT with joint blocks of an image and a text ("context") stream."""
 
-from .table import CLIP_G_SIGN, Fusion, NameTable, Sign, by_rules, clip_signs
+from .table import CLIP_G_SIGN, TRANSFORMER_IN_COMFYUI, Fusion, LoadedNames, NameTable, Sign, by_rules, clip_signs
 
 _BLOCK = "transformer_blocks.{}"
 _JOINT = "joint_blocks.{}"
@@ -42,6 +42,10 @@ SD3 = NameTable(
     ),
     of_original=_of_original,
     of_diffusers=_of_diffusers,
+    loaded=LoadedNames(
+        TRANSFORMER_IN_COMFYUI | {("peft", "diffusers"), ("onetrainer", "diffusers")},
+        diffusers=frozenset({"diffusers"}),
+    ),
     kohya_prefixes={
         "denoiser": "lora_unet_",
         "text_encoder": "lora_te1_",

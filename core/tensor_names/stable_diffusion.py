@@ -3,7 +3,7 @@
 import re
 from functools import partial
 
-from .table import CLIP_G_SIGN, Fusion, NameTable, Sign, clip_signs
+from .table import CLIP_G_SIGN, UNET_IN_COMFYUI, Fusion, LoadedNames, NameTable, Sign, clip_signs
 from .unet import diffusers_unet_path, ldm_unet_path
 
 _ORIGINAL_ROOTS = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
@@ -45,6 +45,7 @@ SD15 = NameTable(
     signs=_signs(context_width=768, text_width=768),
     of_original=_of_original,
     of_diffusers=_of_diffusers_sd1,
+    loaded=LoadedNames(UNET_IN_COMFYUI, diffusers=frozenset({"kohya", "diffusers"})),
     kernel=partial(_kernel, linear_projections=False),
     diffusers_prefix="unet.",
     kohya_prefixes={"denoiser": "lora_unet_", "text_encoder": "lora_te_"},
@@ -58,6 +59,11 @@ SD2 = NameTable(
     signs=_signs(context_width=1024, text_width=1024),
     of_original=_of_original,
     of_diffusers=_of_diffusers_sd1,
+    loaded=LoadedNames(
+        UNET_IN_COMFYUI,
+        diffusers=frozenset({"kohya", "diffusers"}),
+        diffusers_denoiser_lacks={"kohya": "convolutions that sd-scripts has where SD2 has Linear layers"},
+    ),
     kernel=partial(_kernel, linear_projections=True),
     # sd-scripts builds SD2 with SD1's convolutions, the original and diffusers with Linears.
     kernel_in_kohya=partial(_kernel, linear_projections=False),
@@ -79,6 +85,7 @@ SDXL = NameTable(
     ),
     of_original=_of_original,
     of_diffusers=_of_diffusers_sdxl,
+    loaded=LoadedNames(UNET_IN_COMFYUI, diffusers=frozenset({"kohya", "diffusers"})),
     kernel=partial(_kernel, linear_projections=True),
     diffusers_prefix="unet.",
     kohya_prefixes={"denoiser": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},

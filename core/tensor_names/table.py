@@ -123,6 +123,34 @@ def clip_signs(width: int) -> tuple[Sign, ...]:
 CLIP_G_SIGN = Sign(r"(self_attn\.\w+|mlp\.fc1)$", frozenset({1280}), part="text_encoder_2")
 
 
+UNET_IN_COMFYUI = frozenset(
+    {("kohya", "diffusers"), ("kohya", "original"), ("comfy", "original"), ("lycoris", "diffusers")}
+)
+"""What ComfyUI loads of every UNet, see `LoadedNames.comfyui`."""
+TRANSFORMER_IN_COMFYUI = frozenset(
+    {("kohya", "original"), ("comfy", "original"), ("diffusers", "diffusers"), ("lycoris", "diffusers")}
+)
+"""What ComfyUI loads of most transformers, and of some more than that."""
+
+
+@dataclass(frozen=True)
+class LoadedNames:
+    """Which names of a family's LoRAs other programs load; core/lora/readers.py asks, and says of which versions it is."""
+
+    comfyui: frozenset[tuple[str, str]]
+    """(scheme, whose paths: those of the original or of diffusers) of the denoiser's names that ComfyUI loads."""
+    diffusers: frozenset[str]
+    """Schemes that diffusers' pipelines load."""
+    comfyui_lacks: tuple[str, ...] = ()
+    """Starts of paths that are missing in ComfyUI's table of diffusers' names."""
+    diffusers_denoiser_lacks: Mapping[str, str] = field(default_factory=dict)
+    """Scheme -> why diffusers loads no such names of the denoiser, though it does those of the text encoders."""
+    diffusers_lokr: frozenset[tuple[str, str]] = frozenset()
+    """(scheme, whose paths) of the LoKr files that diffusers' pipelines load."""
+    diffusers_lokr_with_alpha: frozenset[str] = frozenset()
+    """Schemes of LoKr files that diffusers loads only where they have an alpha."""
+
+
 @dataclass(frozen=True)
 class NameTable:
     """What one family is called, the names of its modules in every scheme, and what its LoRAs are known by."""
@@ -138,6 +166,8 @@ class NameTable:
     """The fusion of an original denoiser path, None when the path is not an original one."""
     of_diffusers: Callable[[str], Fusion]
     """The fusion that a diffusers denoiser path belongs to."""
+    loaded: LoadedNames
+    """Which of these names other programs load."""
     kernel: Callable[[str], int | None] = lambda path: None
     """The kernel size of a denoiser module in diffusers, None for a Linear."""
     kernel_in_kohya: Callable[[str], int | None] = lambda path: None
