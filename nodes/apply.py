@@ -14,6 +14,7 @@ from ..core.errors import BadConfig, BadFile, LoraMisfit
 from ..core.lora.blocks import BLOCK_LISTS, block_strengths
 from ..core.lora.file import Entry, LoraFile
 from ..core.lora.inspect import trigger_words
+from ..core.models.families import FAMILIES
 from .convert import LoraModel, loadable, lora_file
 from .folders import prompt_phrase
 from .weight_patches import BypassAdapters, load_patches
@@ -59,7 +60,7 @@ class ApplyLora(io.ComfyNode):
                     placeholder="all blocks alike, or e.g. up_blocks=0.5, IN04=0",
                     tooltip="What the strengths of single blocks are multiplied by: BLOCK=NUMBER with commas between, by the "
                     "names that Inspect LoRA shows, or BASE, IN04, M00, OUT05; or a LoRA Block Weight list of "
-                    + ", ".join(f"{count} ({family})" for count, family in BLOCK_LISTS) + " numbers.",
+                    + ", ".join(f"{count} ({family})" for count, family in BLOCK_LISTS if family in FAMILIES) + " numbers.",
                 ),
                 io.Float.Input(
                     "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, optional=True, advanced=True,

@@ -21,15 +21,7 @@ _PIPELINE_PARTS = {
     "text_encoder_3": "text_encoder_3",
 }
 _PIPELINE_FAMILIES = {family.pipeline_class: name for name, family in FAMILIES.items()} | {
-    "StableDiffusionImg2ImgPipeline": "sd15",
-    "StableDiffusionInpaintPipeline": "sd15",
-    "StableDiffusionControlNetPipeline": "sd15",
-    "StableDiffusionXLImg2ImgPipeline": "sdxl",
-    "StableDiffusionXLInpaintPipeline": "sdxl",
-    "StableDiffusionXLControlNetPipeline": "sdxl",
-    "FluxImg2ImgPipeline": "flux1",
-    "FluxInpaintPipeline": "flux1",
-    "FluxControlNetPipeline": "flux1",
+    pipeline: name for name, family in FAMILIES.items() for pipeline in family.other_pipelines
 }
 
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from ..errors import BadConfig
+from ..tensor_names import NAME_TABLES
 from .file import Entry, LoraFile
 
 
@@ -18,12 +19,9 @@ def _labels(text: str) -> tuple[str, ...]:
 
 
 BLOCK_LISTS: dict[tuple[int, str], tuple[str, ...]] = {
-    (17, "sd15"): _labels("BASE IN01-02 IN04-05 IN07-08 M00 OUT03-11"),
-    (26, "sd15"): _labels("BASE IN00-11 M00 OUT00-11"),
-    (12, "sdxl"): _labels("BASE IN04-05 IN07-08 M00 OUT00-05"),
-    (20, "sdxl"): _labels("BASE IN00-08 M00 OUT00-08"),
+    (len(labels), family.name): labels for family in NAME_TABLES.values() for labels in map(_labels, family.block_lists)
 }
-"""(count, family) -> the blocks of a list of so many numbers: those with attention, or all of them."""
+"""(count, family) -> the blocks of a list of so many numbers."""
 
 
 def block_strengths(lora: LoraFile, text: str) -> dict[str, float]:
@@ -49,10 +47,9 @@ def block_strengths(lora: LoraFile, text: str) -> dict[str, float]:
 
 
 def _listed(lora: LoraFile, items: list[str]) -> dict[str, float]:
-    family = "sd15" if lora.family == "sd2" else lora.family
-    labels = BLOCK_LISTS.get((len(items), family))
+    labels = BLOCK_LISTS.get((len(items), lora.family))
     if labels is None:
-        counts = " or ".join(str(count) for count, of in BLOCK_LISTS if of == family)
+        counts = " or ".join(str(count) for count, family in BLOCK_LISTS if family == lora.family)
         known = f"a list for {lora.family} has {counts}" if counts else f"there are no lists for {lora.family}"
         raise BadConfig(f"block_weights: {len(items)} numbers; {known}, or give BLOCK=NUMBER")
     return {label: _number(item, item) for label, item in zip(labels, items, strict=True)}

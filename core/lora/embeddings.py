@@ -13,24 +13,18 @@ from torch import Tensor, nn
 
 from ..errors import BadFile
 from ..models.clip import add_word, remove_words
-from ..tensor_names import bundled_embedding
+from ..tensor_names import NAME_TABLES, bundled_embedding
 from .file import LoraFile
 
 WORD_KEY = "facelora.word"
 """In the metadata of an embedding file: the word that prompts name it by."""
-PART_KEYS = {
-    "sd15": {"text_encoder": "emb_params"},
-    "sd2": {"text_encoder": "emb_params"},
-    "sdxl": {"text_encoder": "clip_l", "text_encoder_2": "clip_g"},
-}
-"""Family -> part -> name of its tensor in an embedding file."""
 _STRING_TO_PARAM = "string_to_param.*"
 """In place of `emb_params` within a LoRA file."""
 
 
 def embedding_tensors(family: str, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of an embedding file, from part -> vectors."""
-    return {PART_KEYS[family][part]: tensor for part, tensor in vectors.items()}
+    return {NAME_TABLES[family].embedding_names[part]: tensor for part, tensor in vectors.items()}
 
 
 def bundled_tensors(family: str, word: str, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -49,7 +43,7 @@ def file_word(word: str) -> str:
 
 def embeddings_of(lora: LoraFile) -> dict[str, dict[str, Tensor]]:
     """Word -> part -> vectors (vectors, width) of what a file brings along, or is."""
-    parts = {key: part for part, key in PART_KEYS.get(lora.family, {}).items()}
+    parts = {key: part for part, key in NAME_TABLES[lora.family].embedding_names.items()}
     words: dict[str, dict[str, Tensor]] = {}
     for key in lora.embedding_keys:
         name = bundled_embedding(key)

@@ -27,6 +27,7 @@ from ..tensor_names import (
     Place,
     bundled_embedding,
     families_of,
+    families_of_embedding,
     other_model,
     parse_key,
 )
@@ -35,9 +36,6 @@ from .kinds import BIAS_ROLES, bias_change, kind_of, needs_base, rank_of, weight
 from .modules import LoraModule, name_modules
 
 _T = TypeVar("_T")
-
-SD2_TEXT_WIDTH = 1024
-"""The width of SD2.x's text encoder, by which its embeddings are told from SD1.x's."""
 
 
 @dataclass(frozen=True)
@@ -368,9 +366,7 @@ def _detect_family(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], n
         raise UnknownFamily(f"{name}: is for {other}, which is not supported; known: {', '.join(NAME_TABLES)}")
     candidates = families_of(modules)
     if not candidates and set(tensors) <= set(EMBEDDING_KEYS):
-        candidates = ["sdxl"] if "clip_g" in tensors else ["sd15", "sd2"]
-        if "emb_params" in tensors and tensors["emb_params"].shape[-1:] == (SD2_TEXT_WIDTH,):
-            candidates.reverse()
+        candidates = families_of_embedding({key: shape for key, (_, shape) in layout_of(tensors).items()})
     if not candidates:
         example = next(iter(tensors), "none")
         if not roles:

@@ -19,13 +19,12 @@ from .clip import OPENCLIP_LAYER
 from .quantised import sign_of_quantisation
 
 _DENOISER_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.")
-# Prefix of a text encoder in a checkpoint -> the one family that has it, and part.
 _TEXT_ENCODERS = {
-    "cond_stage_model.transformer.": ("sd15", "text_encoder"),
-    "cond_stage_model.model.": ("sd2", "text_encoder"),
-    "conditioner.embedders.0.transformer.": ("sdxl", "text_encoder"),
-    "conditioner.embedders.1.model.": ("sdxl", "text_encoder_2"),
+    prefix: (family.name, part)
+    for family in NAME_TABLES.values()
+    for part, prefix in family.checkpoint_prefixes.items()
 }
+"""Prefix of a text encoder in a checkpoint -> the one family that has it, and part."""
 _OTHER_PARTS = (
     "cond_stage_model.", "conditioner.", "text_encoder", "first_stage_model.", "vae.", "model_ema.", "control_model.",
 )  # fmt: skip

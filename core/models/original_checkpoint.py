@@ -15,15 +15,6 @@ from .base import Base
 from .clip import OPENCLIP_LAYER
 from .ldm import ldm_vae_path
 
-_TEXT_PREFIXES = {
-    "sd15": {"text_encoder": "cond_stage_model.transformer."},
-    "sdxl": {
-        "text_encoder": "conditioner.embedders.0.transformer.",
-        "text_encoder_2": "conditioner.embedders.1.model.",
-    },
-}
-ORIGINAL_FAMILIES = tuple(_TEXT_PREFIXES)
-"""The families of which a checkpoint can be written."""
 _OPENCLIP_OUTSIDE = {
     "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
     "text_model.embeddings.position_embedding.weight": "positional_embedding",
@@ -76,7 +67,7 @@ def original_tensors(base: Base, parts: Mapping[str, Mapping[str, Tensor]]) -> d
         # The original attention is made of 1x1 convolutions.
         is_convolution = ".attn_1." in path and tensor.ndim == 2
         result[f"first_stage_model.{path}"] = tensor[:, :, None, None] if is_convolution else tensor
-    for part, prefix in _TEXT_PREFIXES[base.family.name].items():
+    for part, prefix in base.family.names.checkpoint_prefixes.items():
         named = _openclip(parts[part]) if part == "text_encoder_2" else parts[part]
         result |= {prefix + name: tensor for name, tensor in named.items()}
     # What tells readers of these files how the model predicts.

@@ -169,6 +169,8 @@ class FamilySpec:
     """Regular expression of what the file names of such models contain, where nothing in the file tells them from others."""
     other_model: Callable[[dict[str, Any]], str | None] = lambda config: None
     """The denoiser's config -> another model that it is of, which diffusers' folders have under the same pipeline."""
+    other_pipelines: tuple[str, ...] = ()
+    """Names of diffusers' pipelines, beside `pipeline_class`, that have the same networks and so take the same LoRAs."""
     tokenizer: str | None = None
     """Kind (one of `text.KINDS`) of the text encoder whose tokenizer does not travel with the package."""
     lora_scheme: Literal["kohya", "comfy"] = "kohya"

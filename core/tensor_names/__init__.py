@@ -13,7 +13,7 @@ from .lumina import LUMINA2, ZIMAGE
 from .others import other_model
 from .qwen import QWEN_IMAGE
 from .sd3 import SD3
-from .stable_diffusion import SD2, SD15, SDXL
+from .stable_diffusion import SD2, SD15, SDXL, families_of_embedding
 from .table import Fusion, ModuleId, NameTable, Place, Sign, text_encoder_path
 
 NAME_TABLES: dict[str, NameTable] = {
@@ -48,6 +48,7 @@ __all__ = [
     "Sign",
     "bundled_embedding",
     "families_of",
+    "families_of_embedding",
     "other_model",
     "parse_key",
     "text_encoder_path",

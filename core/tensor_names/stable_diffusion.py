@@ -1,6 +1,7 @@
 """SD1.x, SD2.x and SDXL: UNets, whose original (LDM) names are arithmetic on diffusers' block numbers."""
 
 import re
+from collections.abc import Mapping
 from functools import partial
 
 from .table import CLIP_G_SIGN, UNET_IN_COMFYUI, Fusion, LoadedNames, NameTable, Sign, clip_signs
@@ -38,6 +39,11 @@ def _signs(context_width: int, text_width: int) -> tuple[Sign, ...]:
     )
 
 
+_BLOCK_LISTS = ("BASE IN01-02 IN04-05 IN07-08 M00 OUT03-11", "BASE IN00-11 M00 OUT00-11")
+"""The blocks with attention, or all of them."""
+_SD2_TEXT_WIDTH = 1024
+"""Width of SD2.x's text encoder, by which its embeddings are told from SD1.x's."""
+
 SD15 = NameTable(
     name="sd15",
     base_versions=("sd_v1",),
@@ -51,12 +57,15 @@ SD15 = NameTable(
     kohya_prefixes={"denoiser": "lora_unet_", "text_encoder": "lora_te_"},
     comfy_prefixes={"denoiser": "diffusion_model.", "text_encoder": "text_encoders.clip_l.transformer."},
     original_in_kohya=False,
+    checkpoint_prefixes={"text_encoder": "cond_stage_model.transformer."},
+    embedding_names={"text_encoder": "emb_params"},
+    block_lists=_BLOCK_LISTS,
 )
 SD2 = NameTable(
     name="sd2",
     base_versions=("sd_v2", "sd_v2_v"),
     architecture="stable-diffusion-v2-768-v",
-    signs=_signs(context_width=1024, text_width=1024),
+    signs=_signs(context_width=1024, text_width=_SD2_TEXT_WIDTH),
     of_original=_of_original,
     of_diffusers=_of_diffusers_sd1,
     loaded=LoadedNames(
@@ -71,6 +80,9 @@ SD2 = NameTable(
     kohya_prefixes={"denoiser": "lora_unet_", "text_encoder": "lora_te_"},
     comfy_prefixes={"denoiser": "diffusion_model.", "text_encoder": "text_encoders.clip_h.transformer."},
     original_in_kohya=False,
+    checkpoint_prefixes={"text_encoder": "cond_stage_model.model."},
+    embedding_names={"text_encoder": "emb_params"},
+    block_lists=_BLOCK_LISTS,
 )
 SDXL = NameTable(
     name="sdxl",
@@ -94,4 +106,18 @@ SDXL = NameTable(
         "text_encoder": "text_encoders.clip_l.transformer.",
         "text_encoder_2": "text_encoders.clip_g.transformer.",
     },
+    checkpoint_prefixes={
+        "text_encoder": "conditioner.embedders.0.transformer.",
+        "text_encoder_2": "conditioner.embedders.1.model.",
+    },
+    embedding_names={"text_encoder": "clip_l", "text_encoder_2": "clip_g"},
+    block_lists=("BASE IN04-05 IN07-08 M00 OUT00-05", "BASE IN00-08 M00 OUT00-08"),
 )
+
+
+def families_of_embedding(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The families that the file of an embedding may be for, likeliest first, by name and shape of its tensors."""
+    if "clip_g" in shapes:
+        return [SDXL.name]
+    is_wide = shapes.get("emb_params", ())[-1:] == (_SD2_TEXT_WIDTH,)
+    return [SD2.name, SD15.name] if is_wide else [SD15.name, SD2.name]

@@ -183,6 +183,13 @@ class NameTable:
     """The same for ComfyUI's own scheme."""
     part_names: Mapping[str, str] = field(default_factory=dict)
     """Part as the prefix in a file numbers it -> part of this family's pipeline, where they differ."""
+    checkpoint_prefixes: Mapping[str, str] = field(default_factory=dict)
+    """Part -> prefix of a text encoder in a whole original checkpoint, where no other family has it; with these a
+    checkpoint can be written too."""
+    embedding_names: Mapping[str, str] = field(default_factory=dict)
+    """Part -> name of its tensor in a file of a textual-inversion embedding; empty where nobody has such files."""
+    block_lists: tuple[str, ...] = ()
+    """The blocks of each list of the LoRA Block Weight extension; IN04-05 stands for IN04 and IN05."""
 
     @property
     def is_unet(self) -> bool:

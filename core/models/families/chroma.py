@@ -104,6 +104,7 @@ CHROMA = replace(
     guidance=5.0,  # diffusers' default, as are the steps
     steps=35,
     pipeline_class="ChromaPipeline",
+    other_pipelines=(),
     text_encoders=tuple(TEXT),
     text_kinds=tuple(TEXT.values()),
     context_from={"text_encoder": 1},

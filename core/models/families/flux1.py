@@ -136,6 +136,11 @@ FLUX1 = FamilySpec(
         "best": Recipe(1600, 2e-4, 32, settings={"hold_out": 2}),
     },
     pipeline_class="FluxPipeline",
+    other_pipelines=(
+        "FluxImg2ImgPipeline",
+        "FluxInpaintPipeline",
+        "FluxControlNetPipeline",
+    ),
     text_encoders=tuple(TEXT),
     text_kinds=tuple(TEXT.values()),
     context_from={"text_encoder_2": 1},

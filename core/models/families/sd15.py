@@ -69,6 +69,11 @@ SD15 = FamilySpec(
         "best": Recipe(4000, 5e-5, 32, batch_size=4, settings={"alpha": 16.0, "hold_out": 2}),
     },
     pipeline_class="StableDiffusionPipeline",
+    other_pipelines=(
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionControlNetPipeline",
+    ),
     text_encoders=tuple(TEXT),
     text_kinds=tuple(TEXT.values()),
     context_from={"text_encoder": 1},

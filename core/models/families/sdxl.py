@@ -84,6 +84,11 @@ SDXL = FamilySpec(
         "best": Recipe(4000, 5e-5, 32, batch_size=4, settings={"hold_out": 2}),
     },
     pipeline_class="StableDiffusionXLPipeline",
+    other_pipelines=(
+        "StableDiffusionXLImg2ImgPipeline",
+        "StableDiffusionXLInpaintPipeline",
+        "StableDiffusionXLControlNetPipeline",
+    ),
     text_encoders=tuple(TEXT),
     text_kinds=tuple(TEXT.values()),
     context_from={"text_encoder": 1, "text_encoder_2": 1},

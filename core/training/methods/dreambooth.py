@@ -18,7 +18,7 @@ from ...lora.file import LoraFile
 from ...lora.modules import LoraModule
 from ...models.base import Base, load_base
 from ...models.memory_plan import OPTIMIZER_BYTES
-from ...models.original_checkpoint import ORIGINAL_FAMILIES, Checkpoint, original_tensors
+from ...models.original_checkpoint import Checkpoint, original_tensors
 from ...models.spec import FamilySpec
 from ...tensor_names import ModuleId
 from .method import Adapter, Method, Trained, refuse_settings_of_lora, target_modules
@@ -69,7 +69,7 @@ def attach(
     networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
 ) -> FullAdapter:
     """A FullAdapter. OutOfMemory, before anything is copied, when it would not fit; BadConfig for what it does not have."""
-    if family.name not in ORIGINAL_FAMILIES:
+    if not family.names.checkpoint_prefixes:
         raise BadConfig(f"method 'dreambooth': no checkpoint of {family.title} can be written; use 'lora'")
     if continue_from is not None:
         raise LoraMisfit(f"{continue_from.name}: method 'dreambooth' goes on from a checkpoint: give it as the base")

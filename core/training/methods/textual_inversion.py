@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from ...config import TrainConfig
 from ...errors import BadConfig, LoraMisfit
-from ...lora.embeddings import PART_KEYS, WORD_KEY, embedding_tensors
+from ...lora.embeddings import WORD_KEY, embedding_tensors
 from ...lora.file import LoraFile
 from ...models.base import Base
 from ...models.clip import WordEmbedding, add_word, caption_tokens, token_table
 from ...models.spec import FamilySpec
+from ...tensor_names import NAME_TABLES
 from .method import Adapter, Method, refuse_settings_of_lora
 
 
@@ -68,8 +69,10 @@ def attach(
     networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
 ) -> WordAdapter:
     """A WordAdapter whose vectors are at first those of the tokens of some words, one after the other, again and again."""
-    if family.name not in PART_KEYS:
-        raise BadConfig(f"method {config.method!r}: no embeddings for {family.title}; known for {', '.join(PART_KEYS)}")
+    parts = family.names.embedding_names
+    if not parts:
+        known = ", ".join(name for name, names in NAME_TABLES.items() if names.embedding_names)
+        raise BadConfig(f"method {config.method!r}: no embeddings for {family.title}; known for {known}")
     if continue_from is not None:
         raise LoraMisfit(f"{continue_from.name}: method {config.method!r} starts from words, not from a file")
     refuse_settings_of_lora(config)
@@ -78,7 +81,7 @@ def attach(
         raise BadConfig(f"embedding_words = {config.embedding_words!r}: there is no word in it")
     tokens = torch.tensor([start[index % len(start)] for index in range(config.embedding_vectors)])
     vectors, longest = {}, {}
-    for part in PART_KEYS[family.name]:
+    for part in parts:
         table: Tensor = token_table(networks[part]).weight.detach()  # pyright: ignore
         vectors[part] = add_word(networks[part], config.trigger_word, table[tokens.to(table.device)]).requires_grad_(
             True
