@@ -1,7 +1,7 @@
 """What a model family has to say of itself: the seam between the families and everything that is shared by them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -171,6 +171,9 @@ class FamilySpec:
     """The denoiser's config -> another model that it is of, which diffusers' folders have under the same pipeline."""
     other_pipelines: tuple[str, ...] = ()
     """Names of diffusers' pipelines, beside `pipeline_class`, that have the same networks and so take the same LoRAs."""
+    lookalikes: Mapping[str, str] = field(default_factory=dict)
+    """A tensor in a checkpoint in original naming -> title of the model that is known by it, which looks like this family or
+    was made from it and cannot be trained as it. The first match counts."""
     tokenizer: str | None = None
     """Kind (one of `text.KINDS`) of the text encoder whose tokenizer does not travel with the package."""
     lora_scheme: Literal["kohya", "comfy"] = "kohya"

@@ -1,51 +1,47 @@
-"""The model families. A new one is a file beside these, and its entry in FAMILIES."""
+"""The model families. Every file beside this one is a family, known by the FamilySpec in it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pkgutil import iter_modules
 
 from torch import Tensor
 
 from ...errors import UnknownFamily
 from ...storage.lazy import LazyTensors, Stored
+from ...tensor_names import NAME_TABLES
 from ..spec import DENOISER_PREFIX, FamilySpec
-from .chroma import CHROMA
-from .flux1 import FLUX1
-from .flux2 import FLUX2
-from .qwen_image import QWEN_IMAGE
-from .sd3 import SD3
-from .sd15 import SD15
-from .sdxl import SDXL
-from .zimage import ZIMAGE
 
+
+def _specs() -> Iterator[FamilySpec]:
+    """The spec in each file of this folder, so that a family is registered in one place, with its names."""
+    for file in iter_modules(__path__):
+        values = vars(import_module(f".{file.name}", __name__)).values()
+        yield from (value for value in values if isinstance(value, FamilySpec))
+
+
+_ORDER = list(NAME_TABLES)
 FAMILIES: dict[str, FamilySpec] = {
-    family.name: family for family in (SD15, SDXL, SD3, FLUX1, CHROMA, FLUX2, ZIMAGE, QWEN_IMAGE)
+    family.name: family for family in sorted(_specs(), key=lambda family: _ORDER.index(family.name))
 }
+"""By name, in the order of their names in NAME_TABLES."""
 
-# Tensors by which checkpoints of other kinds are known, so that they can be refused by name. The first match counts.
-_NOT_SUPPORTED = (
-    ("conditioner.embedders.0.model.transformer.resblocks.0.ln_1.weight", "the SDXL refiner"),
-    ("cond_stage_model.model.transformer.resblocks.0.ln_1.weight", "Stable Diffusion 2.x"),
-    ("edm_mean", "Playground v2.5 (SDXL trained as EDM)"),
-    ("edm_vpred.sigma_max", "CosXL (SDXL trained as EDM)"),
-    (DENOISER_PREFIX + "nerf_blocks.0.norm.scale", "Chroma Radiance"),
-    (DENOISER_PREFIX + "noise_refiner.0.adaLN_modulation.1.weight", "Lumina 2"),
-    (DENOISER_PREFIX + "siglip_embedder.1.weight", "Z-Image-Omni"),
-    (DENOISER_PREFIX + "__index_timestep_zero__", "Qwen-Image-Edit"),
-    (DENOISER_PREFIX + "time_text_embed.addition_t_embedding.weight", "Qwen-Image-Layered"),
-    (DENOISER_PREFIX + "blocks.0.self_attn.q.weight", "Wan"),
-    (DENOISER_PREFIX + "txt_in.individual_token_refiner.blocks.0.norm1.weight", "HunyuanVideo"),
-    (DENOISER_PREFIX + "patchify_proj.weight", "LTX-Video"),
-    (DENOISER_PREFIX + "double_layers.0.attn.w1q.weight", "AuraFlow"),
-    (DENOISER_PREFIX + "double_stream_blocks.0.block.attn1.to_q.weight", "HiDream"),
-    (DENOISER_PREFIX + "clip_mapper.weight", "Stable Cascade"),
-)
+_OTHERS = {
+    DENOISER_PREFIX + "blocks.0.self_attn.q.weight": "Wan",
+    DENOISER_PREFIX + "patchify_proj.weight": "LTX-Video",
+    DENOISER_PREFIX + "double_layers.0.attn.w1q.weight": "AuraFlow",
+    DENOISER_PREFIX + "double_stream_blocks.0.block.attn1.to_q.weight": "HiDream",
+    DENOISER_PREFIX + "clip_mapper.weight": "Stable Cascade",
+}
+"""Tensors by which checkpoints of models are known that look like none of the families, so that they are refused by name."""
 
 
 def detect_family(tensors: Mapping[str, Tensor]) -> FamilySpec:
     """The family of a checkpoint in original naming, by its tensors alone; UnknownFamily names what else it is."""
     supported = f"supported: {', '.join(family.title for family in FAMILIES.values())}"
-    for marker, title in _NOT_SUPPORTED:
-        if marker in tensors:
-            raise UnknownFamily(f"this is {title}, which is not supported yet; {supported}")
+    for others in (*(family.lookalikes for family in FAMILIES.values()), _OTHERS):
+        for marker, title in others.items():
+            if marker in tensors:
+                raise UnknownFamily(f"this is {title}, which is not supported yet; {supported}")
     denoiser = LazyTensors(
         {
             name.removeprefix(DENOISER_PREFIX): Stored(tensors, name)

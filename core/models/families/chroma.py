@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...tensor_names.flux import CHROMA as NAMES
 from .. import text, transformer
 from ..ldm import build_vae, count_children
-from ..spec import Component, Conditioning, stack_conditioning
+from ..spec import DENOISER_PREFIX, Component, Conditioning, stack_conditioning
 from . import flux1
 
 TEXT = {"text_encoder": "t5xxl"}
@@ -119,4 +119,5 @@ CHROMA = replace(
     embeds_guidance=lambda config: False,
     is_distilled=lambda config: False,
     distilled_names="flash",
+    lookalikes={DENOISER_PREFIX + "nerf_blocks.0.norm.scale": "Chroma Radiance"},
 )

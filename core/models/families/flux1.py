@@ -14,7 +14,7 @@ from .. import text, transformer
 from ..ldm import build_vae, count_children
 from ..objective import linear_shift
 from ..recipe import Recipe
-from ..spec import Component, Conditioning, FamilySpec, LatentShape
+from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, LatentShape
 
 TEXT_TOKENS = 512
 """Tokens of T5 that FLUX.1-dev was trained with; shorter captions are filled up."""
@@ -159,4 +159,5 @@ FLUX1 = FamilySpec(
     flow_shift=linear_shift(256, 0.5, 4096, 1.15),  # of FLUX.1-dev's scheduler, by positions
     embeds_guidance=embeds_guidance,
     is_distilled=is_distilled,
+    lookalikes={DENOISER_PREFIX + "txt_in.individual_token_refiner.blocks.0.norm1.weight": "HunyuanVideo"},
 )

@@ -17,7 +17,7 @@ from .. import text, transformer
 from ..ldm import VAE_PREFIXES, count_children
 from ..objective import linear_shift
 from ..recipe import Recipe
-from ..spec import Component, Conditioning, FamilySpec, LatentShape, holds_numbers
+from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, LatentShape, holds_numbers
 
 TEXT = {"text_encoder": "qwen25_7b"}
 TEXT_TOKENS = 1024
@@ -216,4 +216,8 @@ QWEN_IMAGE = FamilySpec(
     encode_image=encode_image,
     decode_latents=decode_latents,
     lora_scheme="comfy",
+    lookalikes={
+        DENOISER_PREFIX + "__index_timestep_zero__": "Qwen-Image-Edit",
+        DENOISER_PREFIX + "time_text_embed.addition_t_embedding.weight": "Qwen-Image-Layered",
+    },
 )

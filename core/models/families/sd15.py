@@ -90,4 +90,5 @@ SD15 = FamilySpec(
     predict=predict,
     has_clip_skip=True,
     other_model=ldm.other_model,
+    lookalikes={"cond_stage_model.model.transformer.resblocks.0.ln_1.weight": "Stable Diffusion 2.x"},
 )

@@ -104,4 +104,9 @@ SDXL = FamilySpec(
     image_conditioning=image_conditioning,
     predict=predict,
     other_model=ldm.other_model,
+    lookalikes={
+        "conditioner.embedders.0.model.transformer.resblocks.0.ln_1.weight": "the SDXL refiner",
+        "edm_mean": "Playground v2.5 (SDXL trained as EDM)",
+        "edm_vpred.sigma_max": "CosXL (SDXL trained as EDM)",
+    },
 )

@@ -15,7 +15,7 @@ from ...tensor_names.lumina import ZIMAGE as NAMES
 from .. import text, transformer
 from ..ldm import build_vae, count_children
 from ..recipe import Recipe
-from ..spec import Component, Conditioning, FamilySpec, LatentShape
+from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, LatentShape
 
 TEXT = {"text_encoder": "qwen3_4b"}
 TEXT_TOKENS = 512
@@ -125,4 +125,8 @@ ZIMAGE = FamilySpec(
     # ComfyUI's for base and Turbo, and that of Turbo's scheduler; the base model's scheduler has 6.
     flow_shift=lambda positions: 3.0,
     lora_scheme="comfy",
+    lookalikes={
+        DENOISER_PREFIX + "noise_refiner.0.adaLN_modulation.1.weight": "Lumina 2",
+        DENOISER_PREFIX + "siglip_embedder.1.weight": "Z-Image-Omni",
+    },
 )
