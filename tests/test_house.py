@@ -1,11 +1,28 @@
-"""tools/house.py: rooms import downwards only, and nothing imports in a circle."""
+"""tools/house.py: rooms import downwards only, nothing imports in a circle, and families are known in few places."""
 
 import ast
 import re
 
 import pytest
 
-from tools.house import ROOT, Import, circles, imports_of, read_sources, room_circles, room_of, storey_of, upward
+from core.models.families import FAMILIES
+from core.tensor_names import NAME_TABLES
+from tools.house import (
+    FAMILY_EXCEPTIONS,
+    ROOT,
+    Import,
+    circles,
+    families_of,
+    family_mentions,
+    imports_of,
+    misplaced_mentions,
+    read_sources,
+    room_circles,
+    room_of,
+    storey_of,
+    touched_by_family,
+    upward,
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +79,31 @@ def test_an_import_that_runs_late_is_seen_and_closes_a_circle():
     assert Import("core.storage.files", "core.training.loop", 2, late=True) in found
     assert circles((one.importer, one.imported) for one in found) == [["core.storage.files", "core.training.loop"]]
     assert {one.imported for one in upward(found)} == {"core.training.__init__", "core.training.loop"}
+
+
+def test_nothing_but_a_familys_own_files_knows_it_by_name():
+    modules = read_sources()
+    assert misplaced_mentions(modules) == []
+    assert {one.module for one in family_mentions(modules)} >= set(FAMILY_EXCEPTIONS), "an exception without need"
+
+
+def test_a_family_touches_four_source_files():
+    modules = read_sources()
+    assert set(families_of(modules)) == set(NAME_TABLES)
+    touched = touched_by_family(modules)
+    assert set(touched) == set(FAMILIES)
+    assert {len(files) for files in touched.values()} == {4}, touched
+
+
+def test_a_family_that_is_named_elsewhere_is_seen_but_not_in_a_docstring():
+    sources = {
+        "core.tensor_names.other": 'OTHER = NameTable(name="other-1")',
+        "core.models.families.other": "from ...tensor_names.other import OTHER as NAMES",
+        "core.lora.readers": '"""About other-1."""\nif family == "other-1":\n    text = f"{family} is no other-10"',
+        "core.lora.inspect": "from ..tensor_names.other import OTHER",
+    }
+    modules = {name: ast.parse(text) for name, text in sources.items()}
+    assert [(one.module, one.line) for one in misplaced_mentions(modules)] == [
+        ("core.lora.inspect", 1),
+        ("core.lora.readers", 2),
+    ]

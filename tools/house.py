@@ -1,4 +1,5 @@
-"""Prints how the house stands: circles of imports, imports that point to a higher storey, long functions, broad excepts.
+"""Prints how the house stands: circles of imports, imports that point to a higher storey, long functions, broad excepts, and
+what a new model family touches.
 
     python tools/house.py
 
@@ -7,6 +8,7 @@ checkers like one that runs.
 """
 
 import ast
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,13 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("cli", "nodes", "tools"),
 )
 """The rooms from the lowest storey to the highest. A module may import from its own storey and from those below."""
+FAMILY_ROOMS = ("core.models.families.", "core.tensor_names.", "nodes.convert")
+"""Where families may be known by name."""
+FAMILY_EXCEPTIONS = {
+    "core.bench.loops": "the shapes of two published models, which the bench builds without weights",
+    "core.bench.report": "the one of them that is measured unless another is asked for",
+}
+"""Modules elsewhere that name a family, and why: none of them has to know a new one."""
 MOST_BRANCHES = 25
 SHOWN = 8
 """Longest functions that are listed."""
@@ -40,6 +49,15 @@ class Import:
     line: int
     late: bool
     """Whether it stands inside a function."""
+
+
+@dataclass(frozen=True, order=True)
+class Mention:
+    """A place that knows a model family by name."""
+
+    module: str
+    line: int
+    family: str
 
 
 @dataclass(frozen=True)
@@ -159,6 +177,59 @@ def broad_excepts(modules: Mapping[str, ast.Module]) -> list[tuple[str, int]]:
     ]
 
 
+def families_of(modules: Mapping[str, ast.Module]) -> dict[str, str]:
+    """Short name of each family -> name of the constant that is its NameTable."""
+    return {
+        ast.literal_eval(keyword.value): target.id
+        for module, tree in modules.items()
+        if room_of(module) == "tensor_names"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)
+        if isinstance(node.value.func, ast.Name) and node.value.func.id == "NameTable"
+        for target in node.targets
+        if isinstance(target, ast.Name)
+        for keyword in node.value.keywords
+        if keyword.arg == "name"
+    }
+
+
+def family_mentions(modules: Mapping[str, ast.Module]) -> list[Mention]:
+    """Every place of core/ and nodes/ that names a family: in a string that is no docstring, or as its NameTable."""
+    families = families_of(modules)
+    # Titles for people (SDXL) are written otherwise; `sd15` is also found in `default: sd15`.
+    names = re.compile(rf"(?<![\w-])({'|'.join(map(re.escape, families))})(?![\w-])")
+    tables = {constant: family for family, constant in families.items()}
+    found = set()
+    for module, tree in modules.items():
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                found |= {Mention(module, node.lineno, name) for name in names.findall(node.value)}
+            elif isinstance(node, ast.ImportFrom) and "tensor_names" in (module + (node.module or "")):
+                constants = {alias.name for alias in node.names} & set(tables)
+                found |= {Mention(module, node.lineno, tables[constant]) for constant in constants}
+    return sorted(one for one in found if not one.module.startswith("tools."))
+
+
+def misplaced_mentions(modules: Mapping[str, ast.Module]) -> list[Mention]:
+    """The places that name a family where none should, FAMILY_EXCEPTIONS aside."""
+    return [
+        one
+        for one in family_mentions(modules)
+        if not one.module.startswith(FAMILY_ROOMS) and one.module not in FAMILY_EXCEPTIONS
+    ]
+
+
+def touched_by_family(modules: Mapping[str, ast.Module]) -> dict[str, list[str]]:
+    """Each family that can be trained -> the modules that name it, FAMILY_EXCEPTIONS aside: those that a new one touches."""
+    found: dict[str, set[str]] = {}
+    for one in family_mentions(modules):
+        if one.module not in FAMILY_EXCEPTIONS:
+            found.setdefault(one.family, set()).add(one.module)
+    is_trained = {one.family for one in family_mentions(modules) if one.module.startswith(FAMILY_ROOMS[0])}
+    return {family: sorted(found[family]) for family in families_of(modules) if family in is_trained}
+
+
 def main() -> None:
     modules = read_sources()
     imports = imports_of(modules)
@@ -182,6 +253,11 @@ def main() -> None:
         [f"{f.branches} branches: {f.module}.{f.name}" for f in branching],
     )
     _print("excepts that catch every error", [f"{module}:{line}" for module, line in broad_excepts(modules)])
+    _print("source files that a new family touches", max(touched_by_family(modules).values(), key=len))
+    misplaced = misplaced_mentions(modules)
+    _print("families named elsewhere", [f"{one.module}:{one.line} names {one.family}" for one in misplaced])
+    exceptions = [f"{module}: {reason}" for module, reason in FAMILY_EXCEPTIONS.items()]
+    _print("modules that may name families all the same", exceptions)
 
 
 def _arrow(one: Import) -> str:
