@@ -38,24 +38,24 @@ class Checkpoints:
         self.run, self.config = run, run.config
         self._cache, self._base, self._extra_metadata = cache, base, extra_metadata
         self._samples, self._callbacks = samples, callbacks
-        self.selection = Selection(samples.watch) if samples and samples.watch else None
+        self._selection = Selection(samples.watch) if samples and samples.watch else None
         self._thumbnail: Image.Image | None = None
         self._started_at = time.time()
 
     @property
     def face_network(self) -> str | None:
         """The name of what measures likeness, where it is measured."""
-        return self.selection.watch.network.name if self.selection else None
+        return self._selection.watch.network.name if self._selection else None
 
     @property
     def likeness(self) -> LikenessPoint | None:
         """What was measured last."""
-        return self.selection.points[-1] if self.selection and self.selection.points else None
+        return self._selection.points[-1] if self._selection and self._selection.points else None
 
     def see_base(self) -> None:
         """Draws the base model's own pictures, where likeness is measured: what a checkpoint has changed is seen by them."""
-        if self._samples and self.selection:
-            watch = self.selection.watch
+        if self._samples and self._selection:
+            watch = self._selection.watch
             with self.run.adapter.disabled():
                 watch.see_base(self.run.sample(self._samples.sampler, watch.shots))
 
@@ -70,7 +70,7 @@ class Checkpoints:
         """Draws the checkpoint's pictures every `sample_every` steps, for `on_sample` and to measure their likeness."""
         if self._samples is None or not _is_due(self.run.step, self.config.sample_every):
             return
-        on_sample, selection = self._callbacks.on_sample, self.selection
+        on_sample, selection = self._callbacks.on_sample, self._selection
         measured = selection.watch.shots if selection and not selection.has(self.run.step) else []
         shown = self._samples.shots if on_sample else []
         drawn = self._draw([*measured, *shown], self.run.trained())
@@ -83,12 +83,12 @@ class Checkpoints:
 
     def is_enough(self) -> bool:
         """Whether the settings let the run end early and more steps would not help."""
-        selection = self.selection
+        selection = self._selection
         return bool(selection and self.config.stop_early and selection.watch.enough(selection.points))
 
     def measure_last(self) -> None:
         """Measures what is still to be chosen from when the run ends: its last checkpoint, and the average of the best."""
-        selection = self.selection
+        selection = self._selection
         if selection is None:
             return
         if not selection.has(self.run.step):
@@ -99,7 +99,7 @@ class Checkpoints:
 
     def chosen(self) -> Trained:
         """The file of the checkpoint to keep, with what was measured; `on_save` is given the last one if another is kept."""
-        run, selection = self.run, self.selection
+        run, selection = self.run, self._selection
         if selection is None:
             return self._file(run.trained(), run.step)
         kept, values = selection.choose() if self.config.keep == "best" else (selection.points[-1], run.trained())
@@ -110,7 +110,7 @@ class Checkpoints:
 
     def state(self, identity: Mapping[str, str]) -> RunState:
         """The run as it is now, with everything that was measured and drawn and is still needed."""
-        tensors, points = self.selection.pack() if self.selection else ({}, [])
+        tensors, points = self._selection.pack() if self._selection else ({}, [])
         if self._thumbnail:
             tensors[THUMBNAIL] = torch.from_numpy(np.array(self._thumbnail))
         return self.run.state(identity, tensors, points)
@@ -118,8 +118,8 @@ class Checkpoints:
     def restore(self, state: RunState) -> None:
         """Goes on from what `state` gave."""
         self.run.restore(state)
-        if self.selection:
-            self.selection.unpack(state.tensors, state.scalars["likeness"])
+        if self._selection:
+            self._selection.unpack(state.tensors, state.scalars["likeness"])
         if self.config.thumbnail and THUMBNAIL in state.tensors:
             self._thumbnail = Image.fromarray(state.tensors[THUMBNAIL].numpy())
 
@@ -143,9 +143,9 @@ class Checkpoints:
         self, drawn: Mapping[Shot, Image.Image], values: Mapping[str, Tensor], merged: tuple[int, ...] = ()
     ) -> None:
         """Adds the checkpoint that has these values, and drew these pictures, to those that may be kept."""
-        assert self.selection
-        images = [drawn[shot] for shot in self.selection.watch.shots]
-        self.selection.add(self.selection.watch.measure(self.run.step, images, merged), values)
+        assert self._selection
+        images = [drawn[shot] for shot in self._selection.watch.shots]
+        self._selection.add(self._selection.watch.measure(self.run.step, images, merged), values)
 
 
 def _is_due(step: int, every: int) -> bool:

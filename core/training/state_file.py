@@ -16,25 +16,25 @@ class StateFile:
 
     def __init__(self, path: Path | None, identity: Mapping[str, str], checkpoints: Checkpoints):
         """`identity` is what `run_identity` gives: a run can only go on from a state that has an equal one."""
-        self.path = path
+        self._path = path
         self._identity, self._checkpoints = identity, checkpoints
         self._last = time.monotonic()
 
     def restore(self) -> None:
         """Brings the run to where the file has it, if there is one. BadConfig where it belongs to another or longer run."""
-        if self.path is None or not self.path.exists():
+        if self._path is None or not self._path.exists():
             return
-        state, steps = read_state(self.path, self._identity), self._checkpoints.config.steps
+        state, steps = read_state(self._path, self._identity), self._checkpoints.config.steps
         if state.step > steps:
-            raise BadConfig(f"{self.path.name}: is at step {state.step} already, beyond steps = {steps}")
+            raise BadConfig(f"{self._path.name}: is at step {state.step} already, beyond steps = {steps}")
         self._checkpoints.restore(state)
 
     def save(self) -> None:
         """Writes the state, once there has been a step. TrainingDiverged, and no file, when it is not finite."""
         run = self._checkpoints.run
-        if self.path is not None and run.step:
+        if self._path is not None and run.step:
             run.check_finite()
-            self._checkpoints.state(self._identity).save(self.path)
+            self._checkpoints.state(self._identity).save(self._path)
 
     def save_when_due(self) -> None:
         """Writes the state between two steps when it was last written `state_interval` seconds ago."""
