@@ -15,12 +15,14 @@ from .photos import Photo, prepare, read_photos
 from .pictures.generate import GenerateConfig, Job, generate
 from .pictures.sheet import contact_sheet
 from .storage.cache_folder import clear_cache
+from .training.callbacks import Callbacks, StepReport
 from .training.encode import encode
 from .training.job import train
-from .training.loop import StepReport, train_lora
+from .training.loop import train_lora
 
 __all__ = [
     "Base",
+    "Callbacks",
     "FaceLoraError",
     "GenerateConfig",
     "Job",

@@ -18,7 +18,7 @@ from ..core.errors import BadConfig, FaceLoraError
 from ..core.lora.file import LoraFile
 from ..core.models.base import Base
 from ..core.models.families import FAMILIES
-from ..core.training.loop import StepReport, StopAndKeep
+from ..core.training.callbacks import Callbacks, StepReport, StopAndKeep
 from ..core.training.methods import METHODS
 from ..core.training.recipes import MEASUREMENTS, RECIPES, recipe_settings
 from ..core.training.store import TrainedFile, TrainingJob, find_or_train
@@ -248,11 +248,13 @@ def _make(job: TrainingJob, base: Base, node_id: str) -> TrainedFile:
             device=comfy.model_management.get_torch_device(),
             on_history=watch.history,
             on_point=watch.point,
-            on_step=watch.step,
-            on_phase=watch.phase,
-            on_sample=watch.sample,
-            on_warning=watch.warning,
-            check_cancelled=comfy.model_management.throw_exception_if_processing_interrupted,
+            callbacks=Callbacks(
+                on_step=watch.step,
+                on_phase=watch.phase,
+                on_sample=watch.sample,
+                on_warning=watch.warning,
+                check_cancelled=comfy.model_management.throw_exception_if_processing_interrupted,
+            ),
         )
         write_embedding(made.path)
         news = {"phase": "done", "file": made.path.name}

@@ -7,6 +7,7 @@ import torch
 
 from core.config import TrainConfig
 from core.models.compiled import CompiledBlocks
+from core.training.callbacks import Callbacks
 from core.training.loop import train_lora
 from core.training.step import Run
 from tests.tooling import encoded_cache, encoded_image, small_flow_base
@@ -66,6 +67,6 @@ def test_where_nothing_can_be_compiled_the_training_goes_on_without(base, cache,
     monkeypatch.setattr(torch, "compile", no_compiler)
     warnings = []
     config = replace(CONFIG, steps=1, compile=True)
-    lora = train_lora(cache, base, config, device=CPU, on_warning=warnings.append)
+    lora = train_lora(cache, base, config, device=CPU, callbacks=Callbacks(on_warning=warnings.append))
     assert lora.modules()  # pyright: ignore
     assert warnings == ["compile: not possible here (no C++ compiler found); the training goes on without"]

@@ -20,6 +20,7 @@ from core.faces import Face, embed_images, likeness, load_faces, mean_face
 from core.lora.file import LoraFile
 from core.models.base import Base, load_base
 from core.photos import Photo
+from core.training.callbacks import Callbacks
 from core.training.job import train
 from core.training.likeness import LIKENESS_KEY, NEUTRAL_PROMPTS, LikenessPoint, LikenessWatch, Selection, hold_out
 from core.training.samples import training_sampler
@@ -217,7 +218,7 @@ def test_the_checkpoint_that_is_kept_comes_back_with_the_curve(tmp_path, base, n
     seen = []
     lora = train(
         photos_of(35), base, config, faces=network, output=tmp_path / "a.safetensors",
-        on_step=lambda report: seen.append(report.likeness),
+        callbacks=Callbacks(on_step=lambda report: seen.append(report.likeness)),
     )  # fmt: skip
     curve = json.loads(lora.metadata[LIKENESS_KEY])
     measured, kept = curve["points"], curve["points"][curve["kept"]]
@@ -272,7 +273,13 @@ def test_a_picture_that_is_shown_and_measured_is_drawn_once(base, network, monke
     monkeypatch.setattr("core.training.job.training_sampler", count)
     shown = []
     config = replace(CONFIG, steps=2, likeness_pictures=1, sample_prompts=("a photo of sks person", "another"))
-    train(photos_of(35), base, config, faces=network, on_sample=lambda step, images: shown.append(len(images)))
+    train(
+        photos_of(35),
+        base,
+        config,
+        faces=network,
+        callbacks=Callbacks(on_sample=lambda step, images: shown.append(len(images))),
+    )
     measured = 1 + 1 + len(NEUTRAL_PROMPTS)
     assert shown == [2] and drawn == [measured, measured + 1]
 
@@ -286,7 +293,14 @@ def test_a_run_that_was_stopped_chooses_as_one_that_was_not(tmp_path, base, netw
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(photos_of(35), base, config, faces=network, output=tmp_path / "part.safetensors", on_step=stop)
+        train(
+            photos_of(35),
+            base,
+            config,
+            faces=network,
+            output=tmp_path / "part.safetensors",
+            callbacks=Callbacks(on_step=stop),
+        )
     resumed = train(photos_of(35), base, config, faces=network, output=tmp_path / "part.safetensors", resume=True)
     assert resumed.metadata[LIKENESS_KEY] == whole.metadata[LIKENESS_KEY]
     assert all(torch.equal(whole.tensors[name], resumed.tensors[name]) for name in whole.tensors)
@@ -296,7 +310,7 @@ def test_photos_that_the_report_rejects_are_left_out_and_faces_come_closer():
     intruder = Photo.from_image(person_photos(2)[0], "someone-else.png")
     warnings: list[str] = []
     config = replace(CONFIG, hold_out=0, sample_every=0, check_photos=True, face_crops=True, face_masks=True, steps=1)
-    lora = train([*photos_of(35), intruder], BASE_FILE, config, on_warning=warnings.append)
+    lora = train([*photos_of(35), intruder], BASE_FILE, config, callbacks=Callbacks(on_warning=warnings.append))
     assert sum("someone-else.png is left out" in warning for warning in warnings) == 1
     assert int(lora.metadata["ss_num_train_images"]) >= 10
 

@@ -25,6 +25,7 @@ from core.models.base import Base, load_base
 from core.models.eight_bit import EightBitConv2d, EightBitLinear, narrow_weights, narrowed, widened
 from core.models.memory_plan import PLANS, MemoryCount, MemoryPlan, blocks_of
 from core.pictures.sampling import decode_latents, encode_pictures
+from core.training.callbacks import Callbacks
 from core.training.encode import LatentCache
 from core.training.loop import train_lora
 from core.training.memory_prediction import predicted_memory
@@ -166,7 +167,7 @@ def test_a_small_limit_chooses_a_smaller_plan_which_trains_the_same(base, cache,
     )
     warnings: list[str] = []
     tight = replace(CONFIG, memory_limit=(needs[1] + needs[2]) / 2 / 2**30)
-    small = train_lora(cache, base, tight, device=CPU, on_warning=warnings.append)
+    small = train_lora(cache, base, tight, device=CPU, callbacks=Callbacks(on_warning=warnings.append))
     assert len(warnings) == 1 and "everything recomputed" in warnings[0]
     plain = train_lora(cache, base, CONFIG, device=CPU)
     assert small.metadata["ss_gradient_checkpointing"] == "True" != plain.metadata["ss_gradient_checkpointing"]
@@ -183,7 +184,9 @@ def nothing_fits(monkeypatch) -> None:
 def test_with_a_limit_that_nothing_fits_it_trains_with_the_smallest_plan_and_says_so(base, cache, monkeypatch):
     nothing_fits(monkeypatch)
     warnings: list[str] = []
-    lora = train_lora(cache, base, replace(CONFIG, memory_limit=1), device=CPU, on_warning=warnings.append)
+    lora = train_lora(
+        cache, base, replace(CONFIG, memory_limit=1), device=CPU, callbacks=Callbacks(on_warning=warnings.append)
+    )
     assert "may still be too much" in warnings[0] and str(PLANS[-1]) in warnings[0]
     assert lora.metadata["ss_steps"] == str(CONFIG.steps)
     assert lora.metadata[WEIGHTS_KEY] == "8 bits"
@@ -198,7 +201,14 @@ def test_what_was_trained_on_8_bits_says_so_also_when_it_goes_on_in_full(base, c
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_lora(cache, base, replace(CONFIG, memory_limit=1), device=CPU, state_path=state, on_step=stop)
+        train_lora(
+            cache,
+            base,
+            replace(CONFIG, memory_limit=1),
+            device=CPU,
+            state_path=state,
+            callbacks=Callbacks(on_step=stop),
+        )
     saved: dict[int, LoraFile] = {}
     config = replace(CONFIG, save_every=3)
     last = train_lora(
@@ -208,7 +218,7 @@ def test_what_was_trained_on_8_bits_says_so_also_when_it_goes_on_in_full(base, c
         device=CPU,
         state_path=state,
         resume=True,
-        on_save=lambda step, lora: saved.update({step: lora}),  # pyright: ignore
+        callbacks=Callbacks(on_save=lambda step, lora: saved.update({step: lora})),  # pyright: ignore
     )
     assert last.metadata[WEIGHTS_KEY] == saved[3].metadata[WEIGHTS_KEY] == "8 bits"
     assert last.metadata["ss_gradient_checkpointing"] == "False"
@@ -218,7 +228,8 @@ def test_what_was_saved_before_a_run_went_over_to_8_bits_does_not_say_so(base, c
     run_out_of_memory(monkeypatch, lambda run: run.step == 2 and run.memory.plan.weights == "full")
     saved: dict[int, LoraFile] = {}
     config = replace(CONFIG, save_every=2)
-    last = train_lora(cache, base, config, device=CPU, on_save=lambda step, lora: saved.update({step: lora}))  # pyright: ignore
+    callbacks = Callbacks(on_save=lambda step, lora: saved.update({step: lora}))  # pyright: ignore
+    last = train_lora(cache, base, config, device=CPU, callbacks=callbacks)
     assert WEIGHTS_KEY not in saved[2].metadata and last.metadata[WEIGHTS_KEY] == "8 bits"
 
 
@@ -267,7 +278,9 @@ def test_where_nothing_can_be_predicted_it_starts_with_the_fastest_plan(base, ca
 
     monkeypatch.setattr("core.training.memory_prediction.predicted_memory", fail)
     warnings: list[str] = []
-    lora = train_lora(cache, base, replace(CONFIG, memory_limit=0.1), device=CPU, on_warning=warnings.append)
+    lora = train_lora(
+        cache, base, replace(CONFIG, memory_limit=0.1), device=CPU, callbacks=Callbacks(on_warning=warnings.append)
+    )
     assert "cannot be predicted" in warnings[0]
     assert lora.metadata["ss_gradient_checkpointing"] == "False"
 
@@ -292,7 +305,11 @@ def test_out_of_memory_in_a_step_it_goes_on_from_there_with_a_smaller_plan(base,
     warnings: list[str] = []
     steps: list[int] = []
     lora = train_lora(
-        cache, base, CONFIG, device=CPU, on_warning=warnings.append, on_step=lambda report: steps.append(report.step)
+        cache,
+        base,
+        CONFIG,
+        device=CPU,
+        callbacks=Callbacks(on_warning=warnings.append, on_step=lambda report: steps.append(report.step)),
     )
     assert steps == [1, 2, 3, 4]
     assert [warning.split(":")[0] for warning in warnings] == ["out of memory in step 3"] * 2  # half, then everything

@@ -12,6 +12,7 @@ from core.errors import BadConfig, LoraMisfit, OutOfMemory
 from core.lora.file import LoraFile
 from core.models.base import load_base
 from core.storage.safetensors_file import SafetensorsFile
+from core.training.callbacks import Callbacks
 from core.training.loop import train_lora
 from core.training.metadata import WEIGHTS_KEY
 from core.training.methods import files_beside
@@ -65,7 +66,9 @@ def test_a_step_is_one_of_adamw_on_all_weights_of_diffusers_network(bases, cache
 def test_only_recomputing_saves_memory_since_no_weight_is_frozen(bases, caches):
     warnings: list[str] = []
     config = replace(CONFIG, memory_limit=0.001, steps=1)
-    file = train_lora(caches["sd15"], bases["sd15"], config, device=CPU, on_warning=warnings.append)
+    file = train_lora(
+        caches["sd15"], bases["sd15"], config, device=CPU, callbacks=Callbacks(on_warning=warnings.append)
+    )
     assert "with everything recomputed it takes" in warnings[0] and "8 bits" not in warnings[0]
     assert WEIGHTS_KEY not in file.metadata and file.metadata["ss_gradient_checkpointing"] == "True"
 
@@ -155,6 +158,6 @@ def test_a_run_that_is_cancelled_goes_on_exactly(bases, caches, tmp_path):
     base, cache, state = bases["sd15"], caches["sd15"], tmp_path / "run.state.safetensors"
     whole = train_lora(cache, base, CONFIG, device=CPU)
     with pytest.raises(KeyboardInterrupt):
-        train_lora(cache, base, CONFIG, device=CPU, state_path=state, on_step=cancel)
+        train_lora(cache, base, CONFIG, device=CPU, state_path=state, callbacks=Callbacks(on_step=cancel))
     resumed = train_lora(cache, base, CONFIG, device=CPU, state_path=state, resume=True)
     assert all(torch.equal(tensor, resumed.tensors[name]) for name, tensor in whole.tensors.items())

@@ -14,6 +14,7 @@ from core.lora.file import LoraFile
 from core.lora.modules import name_kinds
 from core.models.base import load_base
 from core.models.memory_plan import plans_for
+from core.training.callbacks import Callbacks
 from core.training.loop import train_lora
 from core.training.memory_prediction import predicted_memory
 from core.training.methods import METHODS, attach
@@ -220,7 +221,9 @@ def test_a_run_that_is_cancelled_goes_on_exactly(bases, caches, method, tmp_path
     config, state = config_of(method), tmp_path / "run.state.safetensors"
     whole = train_lora(caches["sd15"], bases["sd15"], config, device=CPU)
     with pytest.raises(KeyboardInterrupt):
-        train_lora(caches["sd15"], bases["sd15"], config, device=CPU, state_path=state, on_step=cancel)
+        train_lora(
+            caches["sd15"], bases["sd15"], config, device=CPU, state_path=state, callbacks=Callbacks(on_step=cancel)
+        )
     resumed = train_lora(caches["sd15"], bases["sd15"], config, device=CPU, state_path=state, resume=True)
     assert whole.tensors.keys() == resumed.tensors.keys()
     assert all(torch.equal(tensor, resumed.tensors[name]) for name, tensor in whole.tensors.items())

@@ -16,6 +16,7 @@ from core.lora.file import LoraFile
 from core.models.base import load_base
 from core.models.clip import add_word, caption_tokens, remove_words, token_chunks, words_of
 from core.pictures.sampling import encode_prompts
+from core.training.callbacks import Callbacks
 from core.training.loop import train_lora
 from core.training.methods import files_beside
 from core.training.step import Run
@@ -186,7 +187,7 @@ def test_a_run_that_is_cancelled_goes_on_exactly(bases, caches, method, tmp_path
     state = tmp_path / "run.state.safetensors"
     whole = train_lora(cache, base, config, device=CPU)
     with pytest.raises(KeyboardInterrupt):
-        train_lora(cache, base, config, device=CPU, state_path=state, on_step=cancel)
+        train_lora(cache, base, config, device=CPU, state_path=state, callbacks=Callbacks(on_step=cancel))
     resumed = train_lora(cache, base, config, device=CPU, state_path=state, resume=True)
     assert whole.tensors.keys() == resumed.tensors.keys()
     assert all(torch.equal(tensor, resumed.tensors[name]) for name, tensor in whole.tensors.items())

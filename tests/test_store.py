@@ -21,8 +21,8 @@ from core.photos import Photo, read_photos
 from core.storage.cache_folder import cache_folder
 from core.storage.safetensors_file import SafetensorsFile
 from core.training import store
+from core.training.callbacks import Callbacks, StepReport, StopAndKeep
 from core.training.likeness import LIKENESS_KEY
-from core.training.loop import StepReport, StopAndKeep
 from core.training.methods import peak_rate
 from core.training.store import RunFolder, TrainedFile, TrainingJob, find_or_train
 from tests.tooling import write_photos
@@ -66,7 +66,7 @@ def loras(tmp_path) -> Path:
 def trained(job: TrainingJob, base: Base, *folders: Path) -> TrainedFile:
     """The result, of which at least one step was made."""
     steps: list[int] = []
-    made = find_or_train(job, base, folders, on_step=lambda report: steps.append(report.step))
+    made = find_or_train(job, base, folders, callbacks=Callbacks(on_step=lambda report: steps.append(report.step)))
     assert steps and not made.found
     return made
 
@@ -78,7 +78,8 @@ def found(job: TrainingJob, base: Base, *folders: Path) -> TrainedFile:
         raise AssertionError("it was trained")
 
     made = find_or_train(
-        job, base, folders, on_point=nothing, on_step=nothing, on_phase=nothing, on_sample=nothing, check_cancelled=nothing
+        job, base, folders, on_point=nothing,
+        callbacks=Callbacks(on_step=nothing, on_phase=nothing, on_sample=nothing, check_cancelled=nothing),
     )  # fmt: skip
     assert made.found
     return made
@@ -231,7 +232,7 @@ def test_what_could_not_be_written_in_the_end_is_not_trained_again(job, base, lo
 
     saving = replace(job, config=replace(CONFIG, save_every=1))
     with pytest.raises(BadFile, match=r"loras.*: cannot be written"):
-        find_or_train(saving, base, [loras], on_step=take_the_folder_away)
+        find_or_train(saving, base, [loras], callbacks=Callbacks(on_step=take_the_folder_away))
     made = found(saving, base, loras)
     assert files(loras) == ["anna-step000001.safetensors", "anna.safetensors"]
     assert files(made.run.path) == ["history.json", "made.txt"]
@@ -399,7 +400,7 @@ def cancelled_at(step: int, job: TrainingJob, base: Base, *folders: Path) -> lis
             raise Cancel
 
     with pytest.raises(Cancel):
-        find_or_train(job, base, folders, on_step=on_step)
+        find_or_train(job, base, folders, callbacks=Callbacks(on_step=on_step))
     return steps
 
 
@@ -451,7 +452,12 @@ def test_cancelled_in_the_middle_of_a_step_it_makes_that_step_again(long_job, ba
             raise Cancel
 
     with pytest.raises(Cancel):
-        find_or_train(long_job, base, [loras], on_step=lambda report: steps.append(report.step), check_cancelled=check)
+        find_or_train(
+            long_job,
+            base,
+            [loras],
+            callbacks=Callbacks(on_step=lambda report: steps.append(report.step), check_cancelled=check),
+        )
     assert SafetensorsFile.open(state_of(long_job, base)).metadata["step"] == "3"
     assert same(trained(long_job, base, loras).path, whole)
 
@@ -481,7 +487,7 @@ def test_the_history_is_saved_while_it_grows(long_job, base, loras, every_loss, 
     def on_step(_: StepReport) -> None:
         saved.append(len(RunFolder(cache_folder() / "runs" / long_job.key(base)).history()))
 
-    find_or_train(long_job, base, [loras], on_step=on_step)
+    find_or_train(long_job, base, [loras], callbacks=Callbacks(on_step=on_step))
     assert saved == [1, 2, 3, 4, 5, 6]
 
 
@@ -495,7 +501,7 @@ def test_stopped_with_what_was_learned_it_is_the_jobs_file(long_job, base, loras
         if report.step == 3:
             raise StopAndKeep
 
-    made = find_or_train(long_job, base, [loras], on_step=stop)
+    made = find_or_train(long_job, base, [loras], callbacks=Callbacks(on_step=stop))
     assert not made.found
     assert LoraFile.read(made.path).metadata["ss_steps"] == "3"
     assert [step for step, _ in made.run.history()] == [1, 2, 3]
@@ -505,7 +511,7 @@ def test_stopped_with_what_was_learned_it_is_the_jobs_file(long_job, base, loras
 def test_samples_are_kept_and_handed_on(job, base, loras):
     config = replace(CONFIG, sample_every=1, sample_steps=1, sample_guidance=1.0, sample_prompts=("one", "two"))
     handed: dict[int, list[Image.Image]] = {}
-    made = find_or_train(replace(job, config=config), base, [loras], on_sample=handed.__setitem__)
+    made = find_or_train(replace(job, config=config), base, [loras], callbacks=Callbacks(on_sample=handed.__setitem__))
     assert [*handed] == [1, 2] and [len(images) for images in handed.values()] == [2, 2]
     again = found(job, base, loras).run.samples()  # the job without samples is the same job
     assert again.keys() == handed.keys() == made.run.samples().keys()

@@ -20,11 +20,13 @@ from core.models.base import Base, load_base
 from core.photos import Photo
 from core.storage.safetensors_file import SafetensorsFile
 from core.training.batches import Batches
+from core.training.callbacks import Callbacks, StepReport, StopAndKeep
 from core.training.identity import run_identity
 from core.training.job import train
-from core.training.loop import Samples, StepReport, StopAndKeep, train_lora
+from core.training.loop import train_lora
 from core.training.methods import peak_rate
 from core.training.optimizer import learning_rate_factor
+from core.training.samples import Samples
 from core.training.step import Run
 from tests.tooling import UNETS, encoded_cache, encoded_image
 
@@ -415,10 +417,16 @@ def test_a_callback_that_raises_stops_the_run_with_a_state_and_the_exception(bas
     cache, base, config = person_only(caches["sd15"]), bases["sd15"], replace(PLAIN, steps=4)
     state = tmp_path / "run.state.safetensors"
     with pytest.raises(Interrupt):
-        train_lora(cache, base, config, device=CPU, state_path=state, on_step=cancel)
+        train_lora(cache, base, config, device=CPU, state_path=state, callbacks=Callbacks(on_step=cancel))
     steps = []
     resumed = train_lora(
-        cache, base, config, device=CPU, state_path=state, resume=True, on_step=lambda report: steps.append(report.step)
+        cache,
+        base,
+        config,
+        device=CPU,
+        state_path=state,
+        resume=True,
+        callbacks=Callbacks(on_step=lambda report: steps.append(report.step)),
     )
     whole = train_lora(cache, base, config, device=CPU)
     assert steps == [3, 4]
@@ -432,7 +440,12 @@ def test_a_run_that_is_cancelled_in_its_first_step_leaves_no_state(bases, caches
     state = tmp_path / "run.state.safetensors"
     with pytest.raises(KeyboardInterrupt):
         train_lora(
-            person_only(caches["sd15"]), bases["sd15"], PLAIN, device=CPU, state_path=state, check_cancelled=cancel
+            person_only(caches["sd15"]),
+            bases["sd15"],
+            PLAIN,
+            device=CPU,
+            state_path=state,
+            callbacks=Callbacks(check_cancelled=cancel),
         )
     assert not state.exists()
 
@@ -443,7 +456,7 @@ def test_stop_and_keep_ends_the_run_with_what_it_has_learned(bases, caches):
             raise StopAndKeep
 
     cache, base = person_only(caches["sd15"]), bases["sd15"]
-    kept = train_lora(cache, base, replace(PLAIN, steps=50), device=CPU, on_step=stop)
+    kept = train_lora(cache, base, replace(PLAIN, steps=50), device=CPU, callbacks=Callbacks(on_step=stop))
     short = train_lora(cache, base, replace(PLAIN, steps=2), device=CPU)
     assert kept.metadata["ss_steps"] == "2"
     assert all(torch.equal(module.up, kept.modules()[name].up) for name, module in short.modules().items())  # pyright: ignore
@@ -466,10 +479,10 @@ def test_a_run_that_is_cancelled_within_a_step_goes_on_exactly(bases, caches, tm
     config = replace(PLAIN, steps=2, gradient_checkpointing=recompute)
     state = tmp_path / "run.state.safetensors"
     stop_at = 0
-    whole = train_lora(cache, base, config, device=CPU, check_cancelled=check)
+    whole = train_lora(cache, base, config, device=CPU, callbacks=Callbacks(check_cancelled=check))
     calls, stop_at = 0, calls - 2  # in the backward pass of the last step
     with pytest.raises(Interrupt):
-        train_lora(cache, base, config, device=CPU, state_path=state, check_cancelled=check)
+        train_lora(cache, base, config, device=CPU, state_path=state, callbacks=Callbacks(check_cancelled=check))
     assert SafetensorsFile.open(state).metadata["step"] == "1"
     resumed = train_lora(cache, base, config, device=CPU, state_path=state, resume=True)
     assert all(torch.equal(module.up, resumed.modules()[name].up) for name, module in whole.modules().items())  # pyright: ignore
@@ -484,7 +497,7 @@ def test_a_sampler_that_raises_also_leaves_a_state(bases, caches, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train_lora(
             person_only(caches["sd15"]), bases["sd15"], config, device=CPU, state_path=state,
-            samples=Samples(sampler, [("a", 1)]), on_sample=lambda step, images: None,
+            samples=Samples(sampler, [("a", 1)]), callbacks=Callbacks(on_sample=lambda step, images: None),
         )  # fmt: skip
     assert SafetensorsFile.open(state).metadata["step"] == "1"
 
@@ -530,8 +543,10 @@ def test_numbered_loras_and_samples_come_when_they_are_asked_for(bases, caches):
     lora = train_lora(
         person_only(caches["sd15"]), bases["sd15"], config, device=CPU,
         samples=Samples(lambda denoiser, encoders, shots: [Image.new("RGB", (512, 640), "red")], [("a", 1)]),
-        on_save=lambda step, lora: saved.append((step, lora.metadata["ss_steps"])),
-        on_sample=lambda step, images: sampled.append((step, images[0].size)),
+        callbacks=Callbacks(
+            on_save=lambda step, lora: saved.append((step, lora.metadata["ss_steps"])),
+            on_sample=lambda step, images: sampled.append((step, images[0].size)),
+        ),
     )  # fmt: skip
     assert saved == [(2, "2"), (4, "4")]
     assert sampled == [(3, (512, 640)), (6, (512, 640))]
@@ -543,9 +558,20 @@ def test_samples_have_the_shape_of_the_persons_photos_however_many_are_of_the_cl
     config, sizes = TrainConfig(rank=2, steps=1, resolution=32, sample_every=1, sample_steps=1), []
     train(
         photo_folder, bases["sd15"], config, class_photos=wide, device=CPU,
-        on_sample=lambda step, images: sizes.extend(image.size for image in images),
+        callbacks=Callbacks(on_sample=lambda step, images: sizes.extend(image.size for image in images)),
     )  # fmt: skip
     assert sizes and all(width < height for width, height in sizes)
+
+
+def test_what_a_callback_takes_is_not_written_beside_the_output(bases, photo_folder, tmp_path):
+    config = TrainConfig(rank=2, steps=2, resolution=32, sample_every=1, sample_steps=1, save_every=1)
+    saved, drawn = [], []
+    callbacks = Callbacks(
+        on_save=lambda step, lora: saved.append(step), on_sample=lambda step, images: drawn.append(step)
+    )
+    train(photo_folder, bases["sd15"], config, output=tmp_path / "me.safetensors", device=CPU, callbacks=callbacks)
+    assert (saved, drawn) == ([1], [1, 2])
+    assert [path.name for path in tmp_path.iterdir()] == ["me.safetensors"]
 
 
 def test_a_resumed_run_keeps_the_thumbnail_of_before(bases, caches, tmp_path):
@@ -556,15 +582,15 @@ def test_a_resumed_run_keeps_the_thumbnail_of_before(bases, caches, tmp_path):
         if report.step == 4:
             raise KeyboardInterrupt
 
-    def trained(**options) -> LoraFile:
+    def trained(on_step=lambda report: None, **options) -> LoraFile:
         return train_lora(  # pyright: ignore
             person_only(caches["sd15"]), bases["sd15"], config, device=CPU, samples=drawn,
-            on_sample=lambda step, images: None, **options,
+            callbacks=Callbacks(on_step=on_step, on_sample=lambda step, images: None), **options,
         )  # fmt: skip
 
     whole, state = trained(), tmp_path / "run.state.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        trained(state_path=state, on_step=stop)
+        trained(on_step=stop, state_path=state)
     resumed = trained(state_path=state, resume=True)
     assert resumed.metadata["modelspec.thumbnail"] == whole.metadata["modelspec.thumbnail"]
 

@@ -31,9 +31,9 @@ from core.photos import Photo
 from core.photos.captions import class_caption, default_caption
 from core.pictures.generate import GenerateConfig, Job, generate
 from core.storage.files import write_text
+from core.training.callbacks import Callbacks, StepReport
 from core.training.job import train
 from core.training.likeness import TOLERANCE, LikenessPoint, LikenessWatch, Selection, picture_change
-from core.training.loop import StepReport
 from tests.face_samples import sdist_photos
 from tools.photo_tables import replace_table, table
 
@@ -154,7 +154,7 @@ def measure(name: str, person: Person, prior: str) -> Record:
             held_out=photos(person.held_out),
             output=output,
             restart=True,
-            on_step=on_step,
+            callbacks=Callbacks(on_step=on_step),
         )
         for path in [*sorted(output.parent.glob("lora-step*")), output]:
             lora = LoraFile.read(path)

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,9 @@ from ..pictures.sampling import encode_pictures, encode_prompts
 from ..pictures.sheet import contact_sheet
 from ..storage.cache_folder import content_key
 from ..storage.files import make_folder, read_json, write_file, write_text
+from ..training.callbacks import Callbacks, StepReport
 from ..training.job import train
 from ..training.likeness import NEUTRAL_PROMPTS, hold_out, picture_change
-from ..training.loop import StepReport
 from ..training.methods import METHODS, peak_rate
 from ..training.samples import SAMPLE_BATCH
 from .report import peak_memory
@@ -212,10 +213,11 @@ class Judge:
             marks.append(clock())
 
         used_before = peak_memory(lambda: None, self.device) or 0
-        used = peak_memory(
-            lambda: train(self.training, base, config, output=path, restart=True, device=self.device, on_step=on_step),
-            self.device,
-        )
+        work = partial(
+            train, self.training, base, config, output=path, restart=True, device=self.device,
+            callbacks=Callbacks(on_step=on_step),
+        )  # fmt: skip
+        used = peak_memory(work, self.device)
         # From the first step's end to the last's: the first one also warms up.
         seconds = (marks[-1] - marks[0]) * len(marks) / max(1, len(marks) - 1)
         file = LoraFile.read(path) if METHODS[method].makes != "checkpoint" else None

@@ -27,9 +27,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..config import Targets, TrainConfig
 from ..device import device_and_dtype, precision_name
 from ..errors import BadConfig, BadFile
+from ..models.base import Base
 from ..models.families import FAMILIES
 from ..models.memory_plan import MemoryPlan
 from ..storage.files import write_file
+from ..training.encode import LatentCache
 from ..training.memory_prediction import predicted_memory
 from .loops import (
     LATENT_SIZE,
@@ -170,58 +172,25 @@ def bench(
     if comfyui:
         trainer_program()
     device, dtype = device_and_dtype(config, device)
-    resolution = config.resolution or FAMILIES[family].resolution
-    multiple = LATENT_SIZE * 2 ** (len(SHAPES[family].widths) - 1)
-    if resolution % multiple:
-        raise BadConfig(f"--resolution {resolution}: must be a multiple of {multiple}")
-    config = replace(config, resolution=resolution)
+    config = replace(config, resolution=_fitting_resolution(family, config))
     base = random_base(family, channels, device, dtype)
     cache = random_cache(base, config)
-    loops: dict[str, Loop] = {}
-    first: dict[str, float] = {}
-    for name, kind in (("ours", OurLoop), ("peer", PlainLoop)):
-        start = time.perf_counter()
-        loops[name] = kind(cache, base, config, device)
-        loops[name].step()
-        synchronize(device)
-        first[name] = time.perf_counter() - start
-    for _ in range(WARM_UP - 1):
-        for loop in loops.values():
-            loop.step()
-            loop.forward()
+    loops, first = _warm_loops(cache, base, config, device)
     comfy = ComfyLoop(cache, base, config, device, comfyui, comfyui_python) if comfyui else None
-    flops = {name: count_flops(loop.step) for name, loop in loops.items()}
-    # (What is compiled cannot be counted so.)
-    operations = {
-        name: None if config.compile and name == "ours" else count_operations(loop.gradients)
-        for name, loop in loops.items()
-    }
-    kernels = {name: count_kernels(loop.step, device) for name, loop in loops.items()}
-    peaks = {name: peak_memory(loop.step, device) for name, loop in loops.items()}
+    counts = _counts(loops, config, device)
     product, product_flops = matmul(device, dtype)
+    load = _load()
     # On a GPU the host runs ahead of the device over several steps, as it does in training.
     block = 1 if device.type == "cpu" else 5
     rounds = max(1, steps // block)
-    load = _load()
-    taken: dict[str, list[float]] = {}
-    for number in range(rounds):
-        for name in list(loops)[:: 1 if number % 2 == 0 else -1]:
-            for what in ("step", "forward"):
-                measured = seconds(getattr(loops[name], what), device, block)
-                for kind, value in zip(("", " host", " processor"), measured, strict=True):
-                    taken.setdefault(f"{name} {what}{kind}", []).append(value)
-        if comfy:
-            steps_taken = [comfy.step() for _ in range(block)]
-            for kind, key in (("", "seconds"), (" processor", "processor"), (" peak", "peak")):
-                taken.setdefault(f"comfyui step{kind}", []).append(median(step[key] or 0 for step in steps_taken))
-        taken.setdefault("matmul", []).append(seconds(product, device, block)[0])
+    taken = _take_turns(loops, comfy, product, device, rounds, block)
     if comfy:
         comfy.close()
     rate = product_flops / median(taken["matmul"])
     report: dict[str, Any] = {
         "family": family,
         "channels": channels,
-        "resolution": resolution,
+        "resolution": config.resolution,
         "batch_size": config.batch_size,
         "targets": config.targets,
         "rank": config.rank,
@@ -240,38 +209,124 @@ def bench(
         "predicted_bytes": predicted_memory(cache, base, config, dtype, MemoryPlan()),
     }
     for name in loops:
-        step = median(taken[f"{name} step"])
-        report[name] = {
-            "seconds_per_step": step,
-            "seconds_per_image": step / config.batch_size,
-            "forward_seconds": median(taken[f"{name} forward"]),
-            "forwards_per_step": median(_ratios(taken[f"{name} step"], taken[f"{name} forward"])),
-            "flops_per_step": flops[name],
-            "matmul_rate_share": flops[name] / step / rate,
-            "host_seconds_per_step": median(taken[f"{name} step host"]),
-            "processor_seconds_per_step": median(taken[f"{name} step processor"]),
-            "processor_forwards_per_step": median(
-                _ratios(taken[f"{name} step processor"], taken[f"{name} forward processor"])
-            ),
-            "operations_per_gradient": operations[name],
-            "kernels_per_step": kernels[name],
-            "peak_bytes": peaks[name],
-            "seconds_to_first_step": first[name],
+        report[name] = _figures(name, taken, counts[name], config.batch_size, rate) | {
+            "seconds_to_first_step": first[name]
         }
-    pairs = {"peer": "peer step", "peer_processor": "peer step processor"} | (
-        {"comfyui": "comfyui step"} if comfy else {}
-    )
-    for name, key in pairs.items():
-        ratios = _ratios(taken[f"ours {key.partition(' ')[2]}"], taken[key])
-        report[f"step_over_{name}"] = median(ratios)
-        report[f"step_over_{name}_quartiles"] = quantiles(ratios)[::2] if len(ratios) > 1 else [ratios[0]] * 2
+    report |= _step_over("peer", taken, "peer step") | _step_over("peer_processor", taken, "peer step processor")
     if comfy:
+        report |= _step_over("comfyui", taken, "comfyui step")
         report["comfyui"] = {
             "seconds_per_step": median(taken["comfyui step"]),
             "processor_seconds_per_step": median(taken["comfyui step processor"]),
             "peak_bytes": max(taken["comfyui step peak"]),
         }
     return report
+
+
+def _fitting_resolution(family: str, config: TrainConfig) -> int:
+    """The resolution of the settings, or else the family's own. BadConfig where the random model cannot take it."""
+    resolution = config.resolution or FAMILIES[family].resolution
+    multiple = LATENT_SIZE * 2 ** (len(SHAPES[family].widths) - 1)
+    if resolution % multiple:
+        raise BadConfig(f"--resolution {resolution}: must be a multiple of {multiple}")
+    return resolution
+
+
+def _warm_loops(
+    cache: LatentCache, base: Base, config: TrainConfig, device: torch.device
+) -> tuple[dict[str, Loop], dict[str, float]]:
+    """Our loop and its peer after WARM_UP steps, and the seconds from nothing to the first step of each."""
+    loops: dict[str, Loop] = {}
+    first: dict[str, float] = {}
+    for name, kind in (("ours", OurLoop), ("peer", PlainLoop)):
+        start = time.perf_counter()
+        loops[name] = kind(cache, base, config, device)
+        loops[name].step()
+        synchronize(device)
+        first[name] = time.perf_counter() - start
+    for _ in range(WARM_UP - 1):
+        for loop in loops.values():
+            loop.step()
+            loop.forward()
+    return loops, first
+
+
+def _counts(loops: Mapping[str, Loop], config: TrainConfig, device: torch.device) -> dict[str, dict[str, int | None]]:
+    """What a step of each loop asks for, as far as it can be counted: arithmetic, operations, kernels, memory."""
+    flops = {name: count_flops(loop.step) for name, loop in loops.items()}
+    # (What is compiled cannot be counted so.)
+    operations = {
+        name: None if config.compile and name == "ours" else count_operations(loop.gradients)
+        for name, loop in loops.items()
+    }
+    kernels = {name: count_kernels(loop.step, device) for name, loop in loops.items()}
+    peaks = {name: peak_memory(loop.step, device) for name, loop in loops.items()}
+    return {
+        name: {
+            "flops_per_step": flops[name],
+            "operations_per_gradient": operations[name],
+            "kernels_per_step": kernels[name],
+            "peak_bytes": peaks[name],
+        }
+        for name in loops
+    }
+
+
+def _take_turns(
+    loops: Mapping[str, Loop],
+    comfy: ComfyLoop | None,
+    product: Callable[[], object],
+    device: torch.device,
+    rounds: int,
+    block: int,
+) -> dict[str, list[float]]:
+    """What was timed -> its seconds in each round, of `block` runs in a row, after each of which the next loop has its turn.
+
+    Each loop has "step" and "forward", and of both "host" and "processor"; ComfyUI's trainer also has "peak", in bytes.
+    """
+    taken: dict[str, list[float]] = {}
+    for number in range(rounds):
+        for name in list(loops)[:: 1 if number % 2 == 0 else -1]:
+            for what in ("step", "forward"):
+                measured = seconds(getattr(loops[name], what), device, block)
+                for kind, value in zip(("", " host", " processor"), measured, strict=True):
+                    taken.setdefault(f"{name} {what}{kind}", []).append(value)
+        if comfy:
+            steps_taken = [comfy.step() for _ in range(block)]
+            for kind, key in (("", "seconds"), (" processor", "processor"), (" peak", "peak")):
+                taken.setdefault(f"comfyui step{kind}", []).append(median(step[key] or 0 for step in steps_taken))
+        taken.setdefault("matmul", []).append(seconds(product, device, block)[0])
+    return taken
+
+
+def _figures(
+    name: str, taken: Mapping[str, Sequence[float]], counts: Mapping[str, int | None], batch_size: int, rate: float
+) -> dict[str, Any]:
+    """The figures of one loop; `rate` is the machine's, in floating-point operations of matrix products a second."""
+    step, flops = median(taken[f"{name} step"]), counts["flops_per_step"]
+    assert flops is not None
+    return {
+        "seconds_per_step": step,
+        "seconds_per_image": step / batch_size,
+        "forward_seconds": median(taken[f"{name} forward"]),
+        "forwards_per_step": median(_ratios(taken[f"{name} step"], taken[f"{name} forward"])),
+        "matmul_rate_share": flops / step / rate,
+        "host_seconds_per_step": median(taken[f"{name} step host"]),
+        "processor_seconds_per_step": median(taken[f"{name} step processor"]),
+        "processor_forwards_per_step": median(
+            _ratios(taken[f"{name} step processor"], taken[f"{name} forward processor"])
+        ),
+        **counts,
+    }
+
+
+def _step_over(name: str, taken: Mapping[str, Sequence[float]], key: str) -> dict[str, Any]:
+    """The median of the ratios of our steps to their neighbours, which `taken` has under that key, with its quartiles."""
+    ratios = _ratios(taken[f"ours {key.partition(' ')[2]}"], taken[key])
+    return {
+        f"step_over_{name}": median(ratios),
+        f"step_over_{name}_quartiles": quantiles(ratios)[::2] if len(ratios) > 1 else [ratios[0]] * 2,
+    }
 
 
 def _ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:

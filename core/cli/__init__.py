@@ -101,6 +101,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
 def run_train(options: argparse.Namespace) -> None:
     from ..faces import load_faces
+    from ..training.callbacks import Callbacks
     from ..training.job import state_path, train
     from ..training.likeness import LIKENESS_KEY
 
@@ -138,7 +139,7 @@ def run_train(options: argparse.Namespace) -> None:
             options.photos, base, config, faces=faces,
             output=options.output, class_photos=options.class_photos, continue_from=options.continue_from,
             resume=options.resume, restart=options.restart, strict=options.strict, device=device_from(options),
-            on_step=on_step, on_phase=on_phase, on_warning=progress.warning,
+            callbacks=Callbacks(on_step=on_step, on_phase=on_phase, on_warning=progress.warning),
         )  # fmt: skip
     size = options.output.stat().st_size
     trigger = lora.metadata["modelspec.trigger_phrase"]

@@ -23,6 +23,7 @@ from ..photos import Photo
 from ..pictures.generate import GenerateConfig, Job, generate
 from ..pictures.sheet import contact_sheet
 from ..storage.files import make_folder, write_text
+from ..training.callbacks import NO_CALLBACKS, Callbacks
 from ..training.job import train
 from ..training.likeness import picture_change
 from .people import SEEN_PEOPLE, UNSEEN_PEOPLE, person_photos
@@ -134,8 +135,7 @@ def run(
         config,
         output=lora_path,
         restart=True,
-        on_step=progress.step if progress else None,
-        on_phase=progress.phase if progress else None,
+        callbacks=Callbacks(on_step=progress.step, on_phase=progress.phase) if progress else NO_CALLBACKS,
     )
     training_seconds = time.monotonic() - started
     lora = LoraFile.read(lora_path)

@@ -4,7 +4,7 @@ import glob
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,19 +19,38 @@ from ..faces import FaceNetwork, load_faces
 from ..lora.file import LoraFile, fit
 from ..models.base import Base, load_base
 from ..models.clip import load_tokenizer
-from ..photos import Photo, Thresholds, check_photos, face_regions, prepare, read_photos, trigger_hint, with_masks
+from ..photos import (
+    Photo,
+    Region,
+    SetReport,
+    Thresholds,
+    check_photos,
+    face_regions,
+    prepare,
+    read_photos,
+    trigger_hint,
+    with_masks,
+)
 from ..photos.report import REJECT
 from ..storage.files import check_writable, make_folder, remove_leftovers, write_file
-from .encode import encode
+from .callbacks import NO_CALLBACKS, Callbacks
+from .encode import LatentCache, encode
 from .likeness import LikenessWatch, hold_out
-from .loop import OnStep, Samples, train_lora
+from .loop import train_lora
 from .methods import files_beside
 from .methods.method import Trained
-from .samples import make_class_images, sample_shots, training_sampler
-from .step import CheckCancelled
+from .samples import Samples, make_class_images, sample_shots, training_sampler
 
-OnPhase = Callable[[str, int, int], None]
-"""(what is being done, done, total) while photos and captions are encoded and class images made."""
+
+@dataclass(frozen=True)
+class _Pictures:
+    """The photos that are trained on, and what was found by looking at them."""
+
+    photos: Sequence[Photo]
+    regions: Callable[[Photo], list[Region]] | None = None
+    """Gives the parts of a photo that are trained on; None: the whole photos are."""
+    watch: LikenessWatch | None = None
+    """Measures likeness to the photos that are held out; None: none are."""
 
 
 def train(
@@ -48,18 +67,14 @@ def train(
     restart: bool = False,
     strict: bool = False,
     device: torch.device | None = None,
-    on_step: OnStep | None = None,
-    on_phase: OnPhase | None = None,
-    on_sample: Callable[[int, list[Image.Image]], None] | None = None,
-    on_warning: Callable[[str], None] = lambda message: None,
-    check_cancelled: CheckCancelled | None = None,
+    callbacks: Callbacks = NO_CALLBACKS,
 ) -> Trained:
     """The trained LoRA; also written to `output` (a `.safetensors` path) when one is given.
 
     `photos` is a folder, or photos already read; `class_photos` likewise, for prior preservation. With `output`, the state
     from which `resume=True` goes on is kept beside it until the run is done (where one is left, only `restart=True` begins
     anew), every `save_every` steps a numbered LoRA is written beside it, and samples go into the folder `<name>-samples`
-    (unless `on_sample` takes them).
+    (unless callbacks take them).
     Likeness is measured to the `held_out` photos, or to `config.hold_out` of `photos`, by `faces` (default: YuNet, SFace);
     what was measured is in the metadata under `core.training.likeness.LIKENESS_KEY`.
     Every callback may raise to cancel; `check_cancelled` is called many times a step. `on_step` raises StopAndKeep to end
@@ -68,128 +83,212 @@ def train(
     config = config or TrainConfig()
     output = None if output is None else Path(output)
     if output is not None:
-        check_output(output)
-        check_writable(state_path(output))
-        _delete_leftovers(output)
-        if not resume and not restart and state_path(output).exists():
-            raise BadConfig(
-                f"{state_path(output)}: is the state of an unfinished run, which a new one would replace; go on with "
-                "--resume, begin anew with --restart, or choose another output"
-            )
-    if config.class_images and class_photos is not None:
-        raise BadConfig("class_images and class_photos are both given; class images are either made or read")
+        _check_place(output, state_is_wanted=resume or restart)
+    base = _checked_base(base, config, output)
+    _check_pictures_asked_for(config, class_photos is not None, bool(held_out))
+    start = _checked_start(continue_from, base)
+    photos = _read(photos, strict, callbacks.on_warning)
+    if not photos:
+        raise BadPhoto("no photos were given")
+    for hint in (trigger_hint(config.trigger_word, load_tokenizer()), distilled_hint(base, config)):
+        if hint:
+            callbacks.on_warning(hint)
+    device, _ = device_and_dtype(config, device)
+    faces = _needed_faces(faces, config, held_out)
+    class_photos = _read_or_make_class_photos(class_photos, base, config, device, strict, callbacks)
+    pictures = _look_at_photos(photos, held_out, faces, base, config, callbacks.on_warning)
+    cache, samples = _prepared(pictures, class_photos, base, config, device, callbacks)
+    lora = train_lora(
+        cache,
+        base,
+        config,
+        device=device,
+        continue_from=start,
+        state_path=None if output is None else state_path(output),
+        resume=resume,
+        extra_metadata=None if output is None else {"ss_output_name": output.stem},
+        samples=samples,
+        callbacks=callbacks if output is None else _writing_beside(callbacks, output, config),
+    )
+    if output is not None:
+        _write(lora, base, config, output)
+    return lora
+
+
+def _check_place(output: Path, state_is_wanted: bool) -> None:
+    """Deletes what a killed run has left there. BadFile where nothing can be written, BadConfig at an unexpected state."""
+    check_output(output)
+    check_writable(state_path(output))
+    _delete_leftovers(output)
+    if not state_is_wanted and state_path(output).exists():
+        raise BadConfig(
+            f"{state_path(output)}: is the state of an unfinished run, which a new one would replace; go on with "
+            "--resume, begin anew with --restart, or choose another output"
+        )
+
+
+def _checked_base(
+    base: Base | str | os.PathLike[str] | Mapping[str, Tensor], config: TrainConfig, output: Path | None
+) -> Base:
+    """The base model, read where it is not yet. Errors where the settings do not suit it, or the output would replace it."""
     if not isinstance(base, Base):
         base = load_base(base, prediction_type=config.prediction_type, zero_terminal_snr=config.zero_terminal_snr)
     for file in base.files:
         if output is not None and output.exists() and output.samefile(file.path):
             raise BadFile(f"{output}: is a file of the base model, which the LoRA would replace; choose another output")
     check_base_options(base, config)
-    if continue_from is not None and not isinstance(continue_from, LoraFile):
-        continue_from = LoraFile.read(continue_from)
-    if continue_from is not None:
-        fit(continue_from, base.family.name, base.module_shapes()).check(continue_from.name)
-    photos = _read(photos, strict, on_warning)
-    if not photos:
-        raise BadPhoto("no photos were given")
+    return base
+
+
+def _check_pictures_asked_for(config: TrainConfig, class_photos: bool, held_out: bool) -> None:
+    """BadConfig where the settings do not go with the class photos, or the photos held out, that are given beside them."""
+    if config.class_images and class_photos:
+        raise BadConfig("class_images and class_photos are both given; class images are either made or read")
     if held_out and not config.sample_every:
         raise BadConfig("held_out photos are for measuring likeness at samples: set sample_every")
-    if hint := trigger_hint(config.trigger_word, load_tokenizer()):
-        on_warning(hint)
-    if hint := distilled_hint(base, config):
-        on_warning(hint)
-    device, _ = device_and_dtype(config, device)
-    if held_out or config.hold_out or config.check_photos or config.face_crops or config.face_masks:
-        faces = faces or load_faces()
 
-    def progress(phase: str) -> Callable[[int, int], None] | None:
-        return partial(on_phase, phase) if on_phase else None
 
+def _checked_start(start: LoraFile | str | os.PathLike[str] | None, base: Base) -> LoraFile | None:
+    """The LoRA to go on from, read where it is not yet. LoraMisfit where it does not belong to the base model."""
+    if start is None:
+        return None
+    start = start if isinstance(start, LoraFile) else LoraFile.read(start)
+    fit(start, base.family.name, base.module_shapes()).check(start.name)
+    return start
+
+
+def _read(
+    photos: str | os.PathLike[str] | Sequence[Photo], strict: bool, on_warning: Callable[[str], None]
+) -> list[Photo]:
+    """The photos of a folder, or those that were read already."""
+    if isinstance(photos, str | os.PathLike):
+        return read_photos(Path(photos), strict=strict, on_warning=on_warning)
+    return list(photos)
+
+
+def _needed_faces(faces: FaceNetwork | None, config: TrainConfig, held_out: Sequence[Photo]) -> FaceNetwork | None:
+    """The network that looks at faces, the usual one where none is given; None where the settings have nothing to look at."""
+    if held_out or config.hold_out or _wants_report(config):
+        return faces or load_faces()
+    return None
+
+
+def _wants_report(config: TrainConfig) -> bool:
+    """Whether the photos are checked before they are trained on."""
+    return config.check_photos or config.face_crops or config.face_masks
+
+
+def _read_or_make_class_photos(
+    class_photos: str | os.PathLike[str] | Sequence[Photo] | None,
+    base: Base,
+    config: TrainConfig,
+    device: torch.device,
+    strict: bool,
+    callbacks: Callbacks,
+) -> list[Photo]:
+    """The pictures of the class: drawn by the base model where the settings say so, else those given, or none."""
     if config.class_images:
-        class_list = make_class_images(
+        return make_class_images(
             base, config.class_word, config.class_images, resolution=config.resolution, device=device,
-            on_progress=progress("class images"),
+            on_progress=callbacks.progress("class images"),
         )  # fmt: skip
-    else:
-        class_list = [] if class_photos is None else _read(class_photos, strict, on_warning)
-    resolution = config.resolution or base.resolution
+    return [] if class_photos is None else _read(class_photos, strict, callbacks.on_warning)
+
+
+def _look_at_photos(
+    photos: Sequence[Photo],
+    held_out: Sequence[Photo],
+    faces: FaceNetwork | None,
+    base: Base,
+    config: TrainConfig,
+    on_warning: Callable[[str], None],
+) -> _Pictures:
+    """The photos to train on: without those that the report rejects and those held out; `on_warning` hears of the former."""
+    if faces is None:
+        return _Pictures(photos)
     regions = None
-    if config.check_photos or config.face_crops or config.face_masks:
-        assert faces is not None
+    if _wants_report(config):
+        resolution = config.resolution or base.resolution
         report = check_photos(photos, faces, Thresholds.for_resolution(resolution, faces.name))
         if config.check_photos:
-            for item in report.photos:
-                if item.verdict == REJECT:
-                    on_warning(f"{item.photo.name} is left out: {' '.join(f.sentence for f in item.findings)}")
-            photos = [item.photo for item in report.photos if item.verdict != REJECT]
-            if not photos:
-                raise BadPhoto("the photo report rejects every photo; `facelora check` shows why")
+            photos = _accepted(report, on_warning)
         if config.face_crops:
             regions = face_regions(report, resolution, config.trigger_word, config.class_word)
         if config.face_masks:
             photos = with_masks(photos, report, background=0.0)  # the loss gives it background_weight
     if config.hold_out and not held_out:
-        assert faces is not None
         photos, held_out = hold_out(photos, config.hold_out, faces)
-    watch = None
-    if held_out:
-        assert faces is not None
-        watch = LikenessWatch(faces, photos, held_out, config)
+    watch = LikenessWatch(faces, photos, held_out, config) if held_out else None
+    return _Pictures(photos, regions, watch)
+
+
+def _accepted(report: SetReport, on_warning: Callable[[str], None]) -> list[Photo]:
+    """The photos that the report does not reject. BadPhoto when there are none."""
+    for item in report.photos:
+        if item.verdict == REJECT:
+            on_warning(f"{item.photo.name} is left out: {' '.join(f.sentence for f in item.findings)}")
+    photos = [item.photo for item in report.photos if item.verdict != REJECT]
+    if not photos:
+        raise BadPhoto("the photo report rejects every photo; `facelora check` shows why")
+    return photos
+
+
+def _prepared(
+    pictures: _Pictures,
+    class_photos: Sequence[Photo],
+    base: Base,
+    config: TrainConfig,
+    device: torch.device,
+    callbacks: Callbacks,
+) -> tuple[LatentCache, Samples | None]:
+    """The encoded photos and captions, and what is drawn while they are trained on, None where nothing is."""
     dataset = prepare(
-        photos,
-        resolution=resolution,
+        pictures.photos,
+        resolution=config.resolution or base.resolution,
         size_multiple=base.size_multiple,
         trigger=config.trigger_word,
         class_word=config.class_word,
         upscale=config.upscale,
         flip=config.flip,
-        class_photos=class_list,
-        regions=regions,
+        class_photos=class_photos,
+        regions=pictures.regions,
     )
     for warning in dataset.warnings:
-        on_warning(warning)
+        callbacks.on_warning(warning)
     shots = sample_shots(config) if config.sample_every else []
-    prompts = [prompt for prompt, _ in [*shots, *(watch.shots if watch else [])]]
+    prompts = [prompt for prompt, _ in [*shots, *(pictures.watch.shots if pictures.watch else [])]]
     cache = encode(
-        dataset, base, config, device=device, extra_prompts=prompts, on_progress=progress("encoding"),
+        dataset, base, config, device=device, extra_prompts=prompts, on_progress=callbacks.progress("encoding"),
     )  # fmt: skip
+    if not shots:
+        return cache, None
     # Samples have the shape that most of the person's photos are trained at.
     of_person = replace(dataset, images=tuple(image for image in dataset.images if not image.is_class))
     size = max(of_person.bucket_counts().items(), key=lambda bucket: bucket[1])[0]
-    sampler = training_sampler(base, config, cache.prompts, device, size, progress("samples"))
-    samples = Samples(sampler, shots, watch) if shots else None
+    sampler = training_sampler(base, config, cache.prompts, device, size, callbacks.progress("samples"))
+    return cache, Samples(sampler, shots, pictures.watch)
+
+
+def _writing_beside(callbacks: Callbacks, output: Path, config: TrainConfig) -> Callbacks:
+    """The callbacks, with checkpoints and samples written beside the output where none of them takes these."""
 
     def save(step: int, lora: Trained) -> None:
-        assert output is not None
         lora.save(output.with_name(f"{output.stem}-step{step:06d}{output.suffix}"), PRECISIONS[config.save_precision])
 
     def save_samples(step: int, images: list[Image.Image]) -> None:
-        assert output is not None
         folder = make_folder(output.with_name(f"{output.stem}-samples"))
         for index, image in enumerate(images):
             write_file(folder / f"step{step:06d}-{index}.png", partial(image.save, format="PNG"))
 
-    lora = train_lora(
-        cache,
-        base,
-        config,
-        device=device,
-        continue_from=continue_from,
-        state_path=None if output is None else state_path(output),
-        resume=resume,
-        extra_metadata=None if output is None else {"ss_output_name": output.stem},
-        samples=samples,
-        on_step=on_step,
-        on_save=save if output is not None else None,
-        on_sample=on_sample or (save_samples if output is not None else None),
-        on_warning=on_warning,
-        check_cancelled=check_cancelled,
-    )
-    if output is not None:
-        for addition, other in files_beside(lora, base, config).items():
-            other.save(output.with_name(f"{output.stem}-{addition}{output.suffix}"), PRECISIONS[config.save_precision])
-        lora.save(output, PRECISIONS[config.save_precision])
-        state_path(output).unlink(missing_ok=True)
-    return lora
+    return replace(callbacks, on_save=callbacks.on_save or save, on_sample=callbacks.on_sample or save_samples)
+
+
+def _write(lora: Trained, base: Base, config: TrainConfig, output: Path) -> None:
+    """Writes the LoRA and what belongs beside it, and deletes the state: the run is done."""
+    for addition, other in files_beside(lora, base, config).items():
+        other.save(output.with_name(f"{output.stem}-{addition}{output.suffix}"), PRECISIONS[config.save_precision])
+    lora.save(output, PRECISIONS[config.save_precision])
+    state_path(output).unlink(missing_ok=True)
 
 
 def state_path(output: Path) -> Path:
@@ -245,11 +344,3 @@ def check_base_options(base: Base, config: TrainConfig) -> None:
     multiple = base.size_multiple
     if config.resolution is not None and config.resolution < 2 * multiple:
         raise BadConfig(f"resolution = {config.resolution}: {base.name} needs at least {2 * multiple}")
-
-
-def _read(
-    photos: str | os.PathLike[str] | Sequence[Photo], strict: bool, on_warning: Callable[[str], None]
-) -> list[Photo]:
-    if isinstance(photos, str | os.PathLike):
-        return read_photos(Path(photos), strict=strict, on_warning=on_warning)
-    return list(photos)

@@ -16,7 +16,7 @@ from ..models.base import Base
 from ..models.memory_plan import MemoryPlan
 from ..models.objective import TIMESTEPS
 from ..photos.captions import tag_counts
-from .encode import LatentCache
+from .encode import EncodedImage, LatentCache
 from .methods import peak_rate
 
 _OPTIMIZER_NAMES = {
@@ -31,6 +31,36 @@ WEIGHTS_KEY = "facelora.frozen_weights"
 """How the frozen weights were stored, where that was not in full: what was trained on them is a little different."""
 THUMBNAIL_SIDE = 256
 """Longest side of the thumbnail, in pixels: it travels in the header, which every reader parses."""
+
+
+_NOT_OURS: dict[str, Any] = {
+    "ss_adaptive_noise_scale": None,
+    "ss_caption_dropout_every_n_epochs": 0,
+    "ss_caption_tag_dropout_rate": 0.0,
+    "ss_color_aug": False,
+    "ss_face_crop_aug_range": None,
+    "ss_fp8_base": False,
+    "ss_fp8_base_unet": False,
+    "ss_full_fp16": False,
+    "ss_ip_noise_gamma_random_strength": False,
+    "ss_keep_tokens": 0,
+    "ss_lowram": False,
+    "ss_max_validation_steps": None,
+    "ss_multires_noise_discount": 0.3,
+    "ss_multires_noise_iterations": None,
+    "ss_noise_offset_random_strength": False,
+    "ss_num_validation_images": 0,
+    "ss_random_crop": False,
+    "ss_scale_weight_norms": None,
+    "ss_shuffle_caption": False,
+    "ss_training_comment": None,
+    "ss_v2": False,
+    "ss_validate_every_n_epochs": None,
+    "ss_validate_every_n_steps": None,
+    "ss_validation_seed": None,
+    "ss_validation_split": 0.0,
+}
+"""Options of sd-scripts that this training does not have, as sd-scripts writes them where they are not used."""
 
 
 def training_metadata(
@@ -50,20 +80,84 @@ def training_metadata(
     The trigger word stands in `modelspec.trigger_phrase`, `ss_tag_frequency` and `ss_datasets`: readers look in one of them.
     """
     finished_at = time.time()
-    phrase = f"{config.trigger_word} {config.class_word}"
-    pictures = [image for image in cache.images if not image.is_class]
-    class_pictures = [image for image in cache.images if image.is_class]
+    values = (
+        _modelspec(base, config, finished_at, thumbnail)
+        | _NOT_OURS
+        | _of_model(base)
+        | _of_photos(cache, base, config)
+        | _of_length(cache, config, steps)
+        | _of_objective(base, config)
+        | _of_optimizer(config)
+        | _of_network(config)
+    )
+    values |= {
+        "ss_gradient_checkpointing": plan.recompute != "nothing",
+        "ss_max_token_length": None if cache.chunks == 1 else 75 * cache.chunks,
+        "ss_mixed_precision": _PRECISION_NAMES[precision],
+        "ss_seed": config.seed,
+        "ss_session_id": random.Random(started_at).randrange(2**32),
+        "ss_training_finished_at": finished_at,
+        "ss_training_started_at": started_at,
+    }
+    if weights_narrowed:
+        values[WEIGHTS_KEY] = "8 bits"
+    # In modelspec, and of network arguments, a key without a value is left out; else sd-scripts writes "None".
+    return {
+        name: json.dumps(value) if isinstance(value, dict | list) else str(value)
+        for name, value in values.items()
+        if value is not None or not name.startswith(("modelspec.", "ss_network_args"))
+    }
+
+
+def _phrase(config: TrainConfig) -> str:
+    """The words that call the person."""
+    return f"{config.trigger_word} {config.class_word}"
+
+
+def _modelspec(base: Base, config: TrainConfig, finished_at: float, thumbnail: Image.Image | None) -> dict[str, Any]:
+    """What the ModelSpec standard asks for, which Civitai and LoRA managers show."""
+    resolution = config.resolution or base.resolution
+    limits = (config.timestep_min, config.timestep_max)
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{base.family.architecture}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.implementation_version": IMPLEMENTATION,
+        "modelspec.title": _phrase(config),
+        "modelspec.resolution": f"{resolution}x{resolution}",
+        "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(finished_at)),
+        "modelspec.prediction_type": {"epsilon": "epsilon", "v_prediction": "v", "flow": None}[base.prediction_type],
+        "modelspec.trigger_phrase": _phrase(config),
+        "modelspec.timestep_range": None if limits == (0, TIMESTEPS - 1) else f"{limits[0]},{limits[1] + 1}",
+        "modelspec.encoder_layer": config.clip_skip if config.clip_skip > 1 else None,
+        "modelspec.thumbnail": _data_url(thumbnail) if thumbnail else None,
+    }
+
+
+def _of_model(base: Base) -> dict[str, Any]:
+    """Which base model was trained on."""
+    return {
+        "ss_base_model_version": base.family.base_model_version,
+        "ss_new_sd_model_hash": base.sha256,
+        "ss_sd_model_hash": base.legacy_hash,
+        "ss_sd_model_name": base.name,
+        "ss_zero_terminal_snr": base.zero_terminal_snr,
+    }
+
+
+def _of_photos(cache: LatentCache, base: Base, config: TrainConfig) -> dict[str, Any]:
+    """Which photos were trained on: how many, in which sizes, with which captions."""
+    phrase, resolution = _phrase(config), config.resolution or base.resolution
+    pictures, class_pictures = _pictures(cache)
+    pixels = base.latent_shape.pixels
     sizes = Counter(
-        (image.mean.shape[2] * base.latent_shape.pixels, image.mean.shape[1] * base.latent_shape.pixels)
+        (image.mean.shape[2] * pixels, image.mean.shape[1] * pixels)
         for image in cache.images
         for _ in range(image.repeats)
     )
-    resolution = config.resolution or base.resolution
     # Kohya's folder name, made from the settings: the user's own folder names stay out of the file.
     repeats = max((image.repeats for image in pictures), default=1)
     folder, class_folder = f"{repeats}_{phrase}", f"1_{config.class_word}"
-    folders: dict[str, Any] = {folder: {"n_repeats": repeats, "img_count": len(pictures)}}
-    class_folders = {class_folder: {"n_repeats": 1, "img_count": len(class_pictures)}} if class_pictures else {}
     # Lora-Manager reads the words of the first folder only: the trigger phrase must be among them.
     tags = {phrase: len(pictures)} | tag_counts(image.caption for image in pictures)
     buckets = {
@@ -85,142 +179,114 @@ def training_metadata(
         "class_tokens": phrase,
         "is_reg": False,
     }
-    datasets = [
-        {
-            "is_dreambooth": True,
-            "batch_size_per_device": config.batch_size,
-            "num_train_images": len(pictures),
-            "num_reg_images": len(class_pictures),
-            "resolution": [resolution, resolution],
-            "enable_bucket": True,
-            "bucket_no_upscale": not config.upscale,
-            "bucket_info": buckets,
-            "tag_frequency": {folder: tags},
-            "subsets": [subset],
-        }
-    ]
-    pictures_seen = sum(image.repeats for image in pictures)
-    batches = -(-pictures_seen // config.batch_size)
-    epochs = -(-steps * config.accumulation // max(1, batches))
-    text_encoder_lr = config.text_encoder_lr or None
-    flow = base.prediction_type == "flow"
-    conv = {"conv_dim": str(config.rank), "conv_alpha": str(config.alpha_for(config.rank))}
-    values: dict[str, Any] = {
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{base.family.architecture}/lora",
-        "modelspec.implementation": "diffusers",
-        "modelspec.implementation_version": IMPLEMENTATION,
-        "modelspec.title": phrase,
-        "modelspec.resolution": f"{resolution}x{resolution}",
-        "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(finished_at)),
-        "modelspec.prediction_type": {"epsilon": "epsilon", "v_prediction": "v", "flow": None}[base.prediction_type],
-        "modelspec.trigger_phrase": phrase,
-        "modelspec.timestep_range": None
-        if (config.timestep_min, config.timestep_max) == (0, TIMESTEPS - 1)
-        else f"{config.timestep_min},{config.timestep_max + 1}",
-        "modelspec.encoder_layer": config.clip_skip if config.clip_skip > 1 else None,
-        "modelspec.thumbnail": _data_url(thumbnail) if thumbnail else None,
-        "ss_adaptive_noise_scale": None,
-        "ss_base_model_version": base.family.base_model_version,
-        "ss_batch_size_per_device": config.batch_size,
+    dataset = {
+        "is_dreambooth": True,
+        "batch_size_per_device": config.batch_size,
+        "num_train_images": len(pictures),
+        "num_reg_images": len(class_pictures),
+        "resolution": [resolution, resolution],
+        "enable_bucket": True,
+        "bucket_no_upscale": not config.upscale,
+        "bucket_info": buckets,
+        "tag_frequency": {folder: tags},
+        "subsets": [subset],
+    }
+    class_folders = {class_folder: {"n_repeats": 1, "img_count": len(class_pictures)}} if class_pictures else {}
+    return {
         "ss_bucket_info": buckets,
         "ss_bucket_no_upscale": not config.upscale,
         "ss_cache_latents": True,
-        "ss_caption_dropout_every_n_epochs": 0,
-        "ss_caption_dropout_rate": config.caption_dropout,
-        "ss_caption_tag_dropout_rate": 0.0,
-        "ss_clip_skip": config.clip_skip if config.clip_skip > 1 else None,
-        "ss_color_aug": False,
-        "ss_dataset_dirs": folders,
-        "ss_datasets": datasets,
-        "ss_debiased_estimation": config.debiased,
+        "ss_dataset_dirs": {folder: {"n_repeats": repeats, "img_count": len(pictures)}},
+        "ss_datasets": [dataset],
         "ss_enable_bucket": True,
-        "ss_epoch": epochs,
-        "ss_face_crop_aug_range": None,
         "ss_flip_aug": config.flip,
-        "ss_fp8_base": False,
-        "ss_fp8_base_unet": False,
-        "ss_full_fp16": False,
+        "ss_max_bucket_reso": max((max(size) for size in sizes), default=None),
+        "ss_min_bucket_reso": min((min(size) for size in sizes), default=None),
+        "ss_num_reg_images": len(class_pictures),
+        "ss_reg_dataset_dirs": class_folders,
+        "ss_resize_interpolation": "lanczos",
+        "ss_resolution": f"({resolution}, {resolution})",
+        "ss_tag_frequency": {folder: tags},
+    }
+
+
+def _pictures(cache: LatentCache) -> tuple[list[EncodedImage], list[EncodedImage]]:
+    """The pictures of the person, and those of the class."""
+    return (
+        [image for image in cache.images if not image.is_class],
+        [image for image in cache.images if image.is_class],
+    )
+
+
+def _of_length(cache: LatentCache, config: TrainConfig, steps: int) -> dict[str, Any]:
+    """How long the training was, in steps and in rounds through the photos."""
+    seen = sum(image.repeats for image in _pictures(cache)[0])
+    batches = -(-seen // config.batch_size)
+    return {
+        "ss_batch_size_per_device": config.batch_size,
+        "ss_epoch": -(-steps * config.accumulation // max(1, batches)),
         "ss_gradient_accumulation_steps": config.accumulation,
-        "ss_gradient_checkpointing": plan.recompute != "nothing",
+        "ss_max_train_steps": config.steps,
+        "ss_num_batches_per_epoch": batches,
+        "ss_num_epochs": -(-config.steps * config.accumulation // max(1, batches)),
+        "ss_num_train_images": seen,
+        "ss_steps": steps,
+        "ss_total_batch_size": config.batch_size * config.accumulation,
+    }
+
+
+def _of_objective(base: Base, config: TrainConfig) -> dict[str, Any]:
+    """What the training made smaller: the loss, and the noise and captions it was taken on."""
+    flow = base.prediction_type == "flow"
+    values = {
+        "ss_caption_dropout_rate": config.caption_dropout,
+        "ss_clip_skip": config.clip_skip if config.clip_skip > 1 else None,
+        "ss_debiased_estimation": config.debiased,
         "ss_huber_c": config.huber_delta,
         "ss_huber_scale": 1.0,
         "ss_huber_schedule": "constant",
         "ss_ip_noise_gamma": config.input_perturbation or None,
-        "ss_ip_noise_gamma_random_strength": False,
-        "ss_keep_tokens": 0,
-        "ss_learning_rate": peak_rate(config),
         "ss_loss_type": "l2" if config.loss == "mse" else "huber",
-        "ss_lowram": False,
-        "ss_lr_scheduler": config.schedule,
-        "ss_lr_warmup_steps": config.warmup_steps,
-        "ss_max_bucket_reso": max((max(size) for size in sizes), default=None),
-        "ss_max_grad_norm": config.max_grad_norm,
-        "ss_max_token_length": None if cache.chunks == 1 else 75 * cache.chunks,
-        "ss_max_train_steps": config.steps,
-        "ss_max_validation_steps": None,
-        "ss_min_bucket_reso": min((min(size) for size in sizes), default=None),
         "ss_min_snr_gamma": None if config.debiased or flow else config.min_snr_gamma or None,
-        "ss_mixed_precision": _PRECISION_NAMES[precision],
-        "ss_multires_noise_discount": 0.3,
-        "ss_multires_noise_iterations": None,
-        "ss_network_alpha": config.alpha_for(config.rank),
-        "ss_network_args": conv if config.targets == "transformer+conv" else None,
-        "ss_network_dim": config.rank,
-        "ss_network_dropout": config.dropout or None,
-        "ss_network_module": "networks.lora",
-        "ss_new_sd_model_hash": base.sha256,
         "ss_noise_offset": config.noise_offset or None,
-        "ss_noise_offset_random_strength": False,
-        "ss_num_batches_per_epoch": batches,
-        "ss_num_epochs": -(-config.steps * config.accumulation // max(1, batches)),
-        "ss_num_reg_images": len(class_pictures),
-        "ss_num_train_images": pictures_seen,
-        "ss_num_validation_images": 0,
-        "ss_optimizer": _OPTIMIZER_NAMES[config.optimizer],
         "ss_prior_loss_weight": config.prior_loss_weight,
-        "ss_random_crop": False,
-        "ss_reg_dataset_dirs": class_folders,
-        "ss_resize_interpolation": "lanczos",
-        "ss_resolution": f"({resolution}, {resolution})",
-        "ss_scale_weight_norms": None,
-        "ss_sd_model_hash": base.legacy_hash,
-        "ss_sd_model_name": base.name,
-        "ss_seed": config.seed,
-        "ss_session_id": random.Random(started_at).randrange(2**32),
-        "ss_shuffle_caption": False,
-        "ss_steps": steps,
-        "ss_tag_frequency": {folder: tags},
-        "ss_text_encoder_lr": text_encoder_lr,
-        "ss_total_batch_size": config.batch_size * config.accumulation,
-        "ss_training_comment": None,
-        "ss_training_finished_at": finished_at,
-        "ss_training_started_at": started_at,
-        "ss_unet_lr": peak_rate(config),
-        "ss_v2": False,
-        "ss_validate_every_n_epochs": None,
-        "ss_validate_every_n_steps": None,
-        "ss_validation_seed": None,
-        "ss_validation_split": 0.0,
-        "ss_zero_terminal_snr": base.zero_terminal_snr,
     }
-    if weights_narrowed:
-        values[WEIGHTS_KEY] = "8 bits"
     if flow:
         values |= {
             "ss_model_prediction_type": "raw",
             "ss_timestep_sampling": "uniform" if config.timestep_sampling == "uniform" else "shift",
             "ss_discrete_flow_shift": config.timestep_shift,
         }
-    # In modelspec, and of network arguments, a key without a value is left out; else sd-scripts writes "None".
+    return values
+
+
+def _of_optimizer(config: TrainConfig) -> dict[str, Any]:
+    """How the adapter was moved along its gradients."""
     return {
-        name: json.dumps(value) if isinstance(value, dict | list) else str(value)
-        for name, value in values.items()
-        if value is not None or not name.startswith(("modelspec.", "ss_network_args"))
+        "ss_learning_rate": peak_rate(config),
+        "ss_lr_scheduler": config.schedule,
+        "ss_lr_warmup_steps": config.warmup_steps,
+        "ss_max_grad_norm": config.max_grad_norm,
+        "ss_optimizer": _OPTIMIZER_NAMES[config.optimizer],
+        "ss_text_encoder_lr": config.text_encoder_lr or None,
+        "ss_unet_lr": peak_rate(config),
+    }
+
+
+def _of_network(config: TrainConfig) -> dict[str, Any]:
+    """What the adapter is, which sd-scripts calls a network."""
+    conv = {"conv_dim": str(config.rank), "conv_alpha": str(config.alpha_for(config.rank))}
+    return {
+        "ss_network_alpha": config.alpha_for(config.rank),
+        "ss_network_args": conv if config.targets == "transformer+conv" else None,
+        "ss_network_dim": config.rank,
+        "ss_network_dropout": config.dropout or None,
+        "ss_network_module": "networks.lora",
     }
 
 
 def _data_url(image: Image.Image) -> str:
+    """A small JPEG of the picture, as the URL that modelspec wants."""
     image = image.convert("RGB")
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     buffer = io.BytesIO()

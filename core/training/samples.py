@@ -1,6 +1,7 @@
 """Pictures that a training draws: samples of the adapter as it is, and class images of the base model."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
@@ -15,10 +16,22 @@ from ..photos.captions import class_caption, default_caption
 from ..pictures.generate import Job, generate, in_batches, picture_size
 from ..pictures.sampling import decode_latents, encode_pairs, sample_latents
 from ..storage.cache_folder import content_key, made_folder
+from .likeness import LikenessWatch
 from .step import Sampler, Shot
 
 SAMPLE_BATCH = 4
 """Pictures that are drawn at a time while training."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The pictures that a run makes of its checkpoints."""
+
+    sampler: Sampler
+    shots: Sequence[Shot] = ()
+    """What `on_sample` is given."""
+    watch: LikenessWatch | None = None
+    """Measures likeness on shots of its own. What is a shot of both is drawn once."""
 
 
 def training_sampler(

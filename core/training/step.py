@@ -5,6 +5,7 @@ import hashlib
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from PIL import Image
@@ -21,7 +22,6 @@ from ..models.objective import draw_noise, sample_losses
 from ..models.spec import Conditioning, on_device, stack_conditioning
 from .batches import Batches
 from .encode import EncodedImage, LatentCache
-from .likeness import Selection
 from .methods import METHODS, attach, peak_rate, trains_text
 from .optimizer import build_optimizer, learning_rate_factor
 from .state import RunState, pack_optimizer, unpack_optimizer
@@ -295,24 +295,25 @@ class Run:
     def state(
         self,
         identity: Mapping[str, str],
-        selection: Selection | None = None,
-        pictures: Mapping[str, Tensor] | None = None,
+        more_tensors: Mapping[str, Tensor],
+        likeness: Sequence[Mapping[str, Any]],
     ) -> RunState:
+        """The run as it is now, with tensors that are to be kept beside its own, and the likeness that was measured."""
         tensors = {f"adapter.{name}": value.detach().cpu() for name, value in self.parameters.items()}
         if self.average is not None:
             tensors |= {f"average.{name}": value.cpu() for name, value in self.average.items()}
         tensors["loss"] = self.loss.cpu()
         optimizer_tensors, scalars = pack_optimizer(self.optimizer)
-        candidates, points = selection.pack() if selection else ({}, [])
         return RunState(
-            self.step, identity, {**tensors, **optimizer_tensors, **candidates, **(pictures or {})},
+            self.step, identity, {**tensors, **optimizer_tensors, **more_tensors},
             scalars | {
-                "scaler": self.scaler.state_dict(), "likeness": points, "narrowed_after": self.narrowed_after,
+                "scaler": self.scaler.state_dict(), "likeness": list(likeness), "narrowed_after": self.narrowed_after,
             },
         )  # fmt: skip
 
     @torch.no_grad()
     def restore(self, state: RunState) -> None:
+        """Goes on from what `state` gave."""
         self._put({name: state.tensors[f"adapter.{name}"] for name in self.parameters})
         for name, value in (self.average or {}).items():
             value.copy_(state.tensors[f"average.{name}"])

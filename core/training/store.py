@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,11 +29,10 @@ from ..pictures.sheet import contact_sheet
 from ..storage.cache_folder import content_key, made_folder
 from ..storage.files import check_writable, make_folder, write_file, write_text
 from ..storage.safetensors_file import SafetensorsFile
+from .callbacks import NO_CALLBACKS, Callbacks, StepReport
 from .identity import settings_of_the_file
-from .job import OnPhase, train
+from .job import train
 from .likeness import LIKENESS_KEY
-from .loop import OnSample, OnStep, StepReport
-from .step import CheckCancelled
 
 KEY = "facelora.key"
 """In a LoRA's metadata: what it was made from, as a hash."""
@@ -152,12 +151,8 @@ def find_or_train(
     *,
     device: torch.device | None = None,
     on_history: Callable[[Curve], None] = lambda history: None,
-    on_point: OnStep = lambda report: None,
-    on_step: OnStep = lambda report: None,
-    on_phase: OnPhase | None = None,
-    on_sample: OnSample = lambda step, images: None,
-    on_warning: Callable[[str], None] = lambda message: None,
-    check_cancelled: CheckCancelled | None = None,
+    on_point: Callable[[StepReport], None] = lambda report: None,
+    callbacks: Callbacks = NO_CALLBACKS,
 ) -> TrainedFile:
     """The LoRA of the job as a file in the first of the folders: found when it has been trained before, else trained now.
 
@@ -168,8 +163,8 @@ def find_or_train(
     Raised from a callback, an exception cancels: the run is kept, and the next call goes on from there. StopAndKeep from
     `on_step` ends the training; its file is then the job's. Before anything is trained, `on_history` is given the losses
     of the steps that were made in earlier calls; `on_point` hears of each step whose loss is added to them: of the last, of
-    those after which likeness was measured, and of others at most two a second. The other callbacks are those of
-    `core.training.job.train`. Errors are subclasses of FaceLoraError.
+    those after which likeness was measured, and of others at most two a second. The samples are kept with the run, whether
+    or not `callbacks` take them too. Errors are subclasses of FaceLoraError.
     """
     key = job.key(base)
     run = RunFolder(made_folder("runs", key))
@@ -182,7 +177,8 @@ def find_or_train(
 
         def sample(step: int, images: list[Image.Image]) -> None:
             run.add_samples(step, images)
-            on_sample(step, images)
+            if callbacks.on_sample:
+                callbacks.on_sample(step, images)
 
         try:
             lora = before or train(
@@ -194,11 +190,7 @@ def find_or_train(
                 continue_from=job.continue_from,
                 resume=True,
                 device=device,
-                on_step=_recorded(run, on_point, on_step),
-                on_phase=on_phase,
-                on_sample=sample,
-                on_warning=on_warning,
-                check_cancelled=check_cancelled,
+                callbacks=replace(callbacks, on_step=_recorded(run, on_point, callbacks.on_step), on_sample=sample),
             )
         finally:
             run.save_history()
@@ -210,8 +202,10 @@ def find_or_train(
     return TrainedFile(path, run, found)
 
 
-def _recorded(run: RunFolder, on_point: OnStep, on_step: OnStep) -> OnStep:
-    """What writes the history of the run, and then calls `on_step`."""
+def _recorded(
+    run: RunFolder, on_point: Callable[[StepReport], None], on_step: Callable[[StepReport], None]
+) -> Callable[[StepReport], None]:
+    """A callback that writes the history of the run, and then calls `on_step`."""
     looked = saved = -math.inf
 
     def step(report: StepReport) -> None:
