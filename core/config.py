@@ -15,8 +15,11 @@ from .errors import BadConfig
 
 Targets = Literal["attention", "transformer", "transformer+conv"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+SavePrecision = Literal["fp16", "bf16", "fp32"]
 MethodName = Literal["dora", "dreambooth", "loha", "lokr", "lora", "oft", "pivotal", "textual-inversion"]
 """Each is a file in `methods/`, with _ where there is a - here."""
+RecipeName = Literal["fast", "balanced", "best"]
+"""How much is trained: little, as usual, or much."""
 
 
 def option(default: Any, text: str) -> Any:
@@ -117,7 +120,7 @@ class TrainConfig:
     memory_limit: float | None = option(
         None, "GiB that the training may take; default: what is free on a GPU, and no limit on a CPU"
     )
-    save_precision: Literal["fp16", "bf16", "fp32"] = option("fp16", "of the tensors in the file")
+    save_precision: SavePrecision = option("fp16", "of the tensors in the file")
     save_every: int = option(0, "also save the LoRA every so many steps; 0: only at the end")
     sample_every: int = option(0, "make sample images every so many steps; 0: never")
     sample_prompts: tuple[str, ...] = option((), "prompts of the sample images; default: the trigger's caption")

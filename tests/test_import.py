@@ -1,6 +1,7 @@
 """What importing pulls in, and what an installation puts where."""
 
 import ast
+import os
 import subprocess
 import sys
 import zipfile
@@ -8,8 +9,14 @@ from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
 from types import ModuleType
+from typing import get_args
 
 import pytest
+
+from core.cli import COMMANDS, function_of
+from core.config import RecipeName, SavePrecision
+from core.device import PRECISIONS
+from core.training import RECIPES
 
 ROOT = Path(__file__).parent.parent
 LIBRARIES = ("torch", "numpy", "PIL", "safetensors")
@@ -17,7 +24,7 @@ HEAVY = ("diffusers", "peft", "transformers", "cv2", "onnxruntime", "bitsandbyte
 COMFYUI = ("comfy", "comfy_api", "comfy_extras", "nodes", "folder_paths", "server", "execution")
 PACKAGES = (
     "core",
-    *(f"core.{room}" for room in ("lora", "models", "photos", "pictures", "storage", "training")),
+    *(f"core.{room}" for room in ("bench", "lora", "models", "photos", "pictures", "storage", "training")),
 )
 """Those that load a name when it is asked for."""
 
@@ -40,6 +47,23 @@ def test_what_core_hands_out_is_loaded_when_it_is_asked_for_and_needs_no_heavy_l
     modules = modules_after("import core; assert callable(core.train) and callable(core.lora.LoraFile.read)")
     assert "torch" in modules
     assert not modules & {*HEAVY, *COMFYUI}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([command, "--help"] for command in COMMANDS)], ids=" ".join)
+def test_help_needs_no_library(arguments):
+    modules = modules_after(
+        f"from core.cli import main\ntry: main({arguments})\nexcept SystemExit as end: assert not end.code"
+    )
+    assert not modules & {*LIBRARIES, *HEAVY, *COMFYUI}
+
+
+def test_every_command_has_the_function_that_runs_it():
+    assert all(callable(function_of(command.run)) for command in COMMANDS.values())
+
+
+def test_the_arguments_offer_the_recipes_and_precisions_that_there_are():
+    assert set(get_args(RecipeName)) == {*RECIPES}
+    assert set(get_args(SavePrecision)) == {*PRECISIONS}
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -79,6 +103,14 @@ def test_the_root_hands_out_the_names_of_core_and_no_nodes_of_the_old_kind(tmp_p
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.clock
+def test_the_command_line_answers_for_help_at_once():
+    before = os.times()
+    subprocess.run([sys.executable, "-m", "core", "--help"], cwd=ROOT, capture_output=True, check=True)
+    after = os.times()
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 0.3
 
 
 @pytest.mark.clock
