@@ -39,7 +39,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="one JSON object per report on stdout instead of a progress bar"
     )
-    add_settings(parser.add_argument_group("settings"))
+    add_settings(parser)
 
 
 def add_compare(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +65,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     )
     add_device(parser)
     parser.add_argument("--json", action="store_true")
-    add_settings(parser.add_argument_group("settings"))
+    add_settings(parser)
 
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
