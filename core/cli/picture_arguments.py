@@ -15,6 +15,14 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     add_base(parser, required=False)
     add_settings(parser, SCHEDULE)
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="may be repeated")
+    _add_prompts(parser)
+    _add_output(parser)
+    _add_drawing(parser)
+    add_device(parser)
+    parser.add_argument("--json", action="store_true", help="list the pictures as JSON")
+
+
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt",
         action="append",
@@ -36,6 +44,10 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         metavar="WORDS",
         help="the person in style prompts; default: the LoRA's trigger phrase",
     )
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    """Adds where the pictures go, and what is done with them where there are photos to measure likeness to."""
     parser.add_argument(
         "--output",
         type=Path,
@@ -61,6 +73,9 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--face-denoise", type=float, metavar="SHARE", help="of the steps that are taken for it (default: 0.35)"
     )
+
+
+def _add_drawing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--negative",
         type=unicode_text,
@@ -83,8 +98,6 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clip-skip", type=int, default=1, help="1: last layer of the text encoder (default: 1)")
     parser.add_argument("--batch-size", type=int, default=1, help="pictures at a time (default: 1)")
     parser.add_argument("--precision", choices=get_args(Precision), default="auto")
-    add_device(parser)
-    parser.add_argument("--json", action="store_true", help="list the pictures as JSON")
 
 
 def _size(text: str) -> tuple[int, int]:

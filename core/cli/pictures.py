@@ -21,6 +21,7 @@ from ..pictures import (
     OVERVIEW,
     FacePass,
     GenerateConfig,
+    Headshot,
     Job,
     Subject,
     batch_summary,
@@ -42,17 +43,8 @@ def run_generate(options: argparse.Namespace) -> None:
     if options.style_pack == "list":
         list_style_packs(options)
         return
-    for option, value in (("--base FILE", options.base), ("--output DIR", options.output)):
-        if value is None:
-            raise BadConfig(f"{option} is missing")
+    _check_generate(options)
     config = GenerateConfig(options.sampler, options.clip_skip, options.batch_size, options.precision)
-    given = {name: getattr(options, name) for name in ("keep", "face_pass", "face_denoise")}
-    if options.reference is None and (wanting := [name for name, value in given.items() if value is not None]):
-        raise BadConfig(f"--{wanting[0].replace('_', '-')} needs --reference PHOTOS, to measure likeness")
-    if options.reference is not None and options.reference.resolve() == options.output.resolve():
-        raise BadConfig(
-            f"--output {options.output}: is the folder of the --reference photos, to which pictures would be added"
-        )
     face_pass = FacePass(
         FacePass.below if options.face_pass is None else options.face_pass,
         FacePass.denoise if options.face_denoise is None else options.face_denoise,
@@ -73,14 +65,32 @@ def run_generate(options: argparse.Namespace) -> None:
         )  # fmt: skip
     if options.json:
         print((options.output / OVERVIEW).read_text("utf-8"), end="")
-        return
+    else:
+        _print_headshots(shots, options.output)
+
+
+def _check_generate(options: argparse.Namespace) -> None:
+    """BadConfig, before anything is loaded, where an option is missing or has no use without another one."""
+    for option, value in (("--base FILE", options.base), ("--output DIR", options.output)):
+        if value is None:
+            raise BadConfig(f"{option} is missing")
+    given = {name: getattr(options, name) for name in ("keep", "face_pass", "face_denoise")}
+    if options.reference is None and (wanting := [name for name, value in given.items() if value is not None]):
+        raise BadConfig(f"--{wanting[0].replace('_', '-')} needs --reference PHOTOS, to measure likeness")
+    if options.reference is not None and options.reference.resolve() == options.output.resolve():
+        raise BadConfig(
+            f"--output {options.output}: is the folder of the --reference photos, to which pictures would be added"
+        )
+
+
+def _print_headshots(shots: Sequence[Headshot], folder: Path) -> None:
     print(batch_summary(shots))
     redrawn = [shot.face_pass for shot in shots if shot.face_pass]
     if redrawn:
         print(f"faces drawn anew: {len(redrawn)}, of which {sum(one.kept for one in redrawn)} were taken")
     if any(shot.kept for shot in shots):
-        print(f"most alike: {shots[0].path} ({shots[0].likeness:.2f}); the kept ones are in {options.output / 'kept'}")
-    print(f"overview: {options.output / 'gallery.html'} and contact_sheet.png")
+        print(f"most alike: {shots[0].path} ({shots[0].likeness:.2f}); the kept ones are in {folder / 'kept'}")
+    print(f"overview: {folder / 'gallery.html'} and contact_sheet.png")
 
 
 def unread_syntax(texts: Sequence[str]) -> list[str]:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .gallery import SOMEONE_ELSE as SOMEONE_ELSE
     from .generate import GenerateConfig as GenerateConfig
     from .generate import Job as Job
+    from .headshot import Headshot as Headshot
     from .headshots import CONTACT_SHEET as CONTACT_SHEET
     from .headshots import OVERVIEW as OVERVIEW
     from .headshots import batch_summary as batch_summary
@@ -31,6 +32,7 @@ else:
             ".face_pass": ("FacePass",),
             ".gallery": ("SAME_PERSON", "SOMEONE_ELSE"),
             ".generate": ("GenerateConfig", "Job"),
+            ".headshot": ("Headshot",),
             ".headshots": ("CONTACT_SHEET", "OVERVIEW", "batch_summary", "make_headshots"),
             ".sampling": ("decode_latents", "encode_pictures", "encode_prompts", "sample_latents"),
             ".sheet": ("contact_sheet",),
