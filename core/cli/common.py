@@ -129,7 +129,7 @@ class BarProgress:
 
 
 class JsonProgress:
-    """The same as lines of JSON on stdout, at most twice a second and for the last step."""
+    """Progress as lines of JSON on stdout, at most twice a second and for the last step."""
 
     def __init__(self) -> None:
         self._shown = 0.0
