@@ -218,7 +218,7 @@ def test_a_report_that_cannot_be_added_is_refused_before_and_shown_all_the_same_
     report, tmp_path, monkeypatch, capsys
 ):
     measured = []
-    monkeypatch.setattr(bench, "run", lambda *_: measured.append(1) or report)
+    monkeypatch.setattr("core.cli.bench.run", lambda *_: measured.append(1) or report)
     assert main(["bench", "--append", str(tmp_path)]) == 1 and "is a folder" in capsys.readouterr().err
     assert main(["bench", "--append", str(tmp_path / "none" / "a.md")]) == 1 and not measured
 

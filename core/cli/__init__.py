@@ -25,7 +25,7 @@ COMMANDS: dict[str, Command] = {
     "demo": Command(
         "the whole job on the small base model that comes with the package, without GPU or download",
         "training_arguments:add_demo",
-        "others:run_demo",
+        "demo:run_demo",
     ),
     "train": Command(
         "train a LoRA on a folder of photos of one person",
@@ -70,12 +70,12 @@ COMMANDS: dict[str, Command] = {
     "bench": Command(
         "time training steps on a full-size denoiser, beside a plain diffusers and peft loop",
         "training_arguments:add_bench",
-        "others:run_bench",
+        "bench:run_bench",
     ),
     "clear-cache": Command(
         "delete everything that was kept of photos and captions",
         "training_arguments:add_clear_cache",
-        "others:run_clear_cache",
+        "clear_cache:run_clear_cache",
     ),
 }
 """In the order of `--help`."""
