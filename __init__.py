@@ -1,4 +1,19 @@
-"""ComfyUI-FaceLoRA. Installed it is the package `facelora`, all of it in `facelora.core`; in ComfyUI it is a node pack."""
+"""ComfyUI-FaceLoRA: a node pack in ComfyUI; installed the package `facelora`, which hands out the library `facelora.core`.
+
+import facelora
+
+lora = facelora.train("photos", "sd15.safetensors", output="me.safetensors")
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .core import *  # noqa: F403
+elif __package__:  # pytest also imports this file by itself, as a module of no package
+    from . import core as _core
+    from .core.lazy_names import lazy_names
+
+    __getattr__, __dir__, __all__ = lazy_names(__name__, {".core": _core.__all__})
 
 WEB_DIRECTORY = "web"
 """Scripts for ComfyUI's pages, and the help pages of the nodes."""

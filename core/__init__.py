@@ -3,42 +3,59 @@
 from core import TrainConfig, train
 
 lora = train("photos", "sd15.safetensors", TrainConfig(trigger_word="sks", steps=800), output="me.safetensors")
+
+Nothing is loaded before it is asked for, torch neither.
 """
 
-from .config import TrainConfig
-from .errors import FaceLoraError
-from .lora.apply import apply
-from .lora.file import LoraFile
-from .lora.modules import LoraModule
-from .models.base import Base, load_base
-from .photos import Photo, prepare, read_photos
-from .pictures.generate import GenerateConfig, Job, generate
-from .pictures.sheet import contact_sheet
-from .storage.cache_folder import clear_cache
-from .training.callbacks import Callbacks, StepReport
-from .training.encode import encode
-from .training.job import train
-from .training.loop import train_lora
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "Base",
-    "Callbacks",
-    "FaceLoraError",
-    "GenerateConfig",
-    "Job",
-    "LoraFile",
-    "LoraModule",
-    "Photo",
-    "StepReport",
-    "TrainConfig",
-    "apply",
-    "clear_cache",
-    "contact_sheet",
-    "encode",
-    "generate",
-    "load_base",
-    "prepare",
-    "read_photos",
-    "train",
-    "train_lora",
-]
+from .lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from . import bench as bench
+    from . import faces as faces
+    from . import lora as lora
+    from . import models as models
+    from . import photos as photos
+    from . import pictures as pictures
+    from . import storage as storage
+    from . import tensor_names as tensor_names
+    from . import training as training
+    from .config import TrainConfig as TrainConfig
+    from .errors import FaceLoraError as FaceLoraError
+    from .lora import LoraFile as LoraFile
+    from .lora import LoraModule as LoraModule
+    from .lora.apply import apply as apply
+    from .models import Base as Base
+    from .models import load_base as load_base
+    from .photos import Photo as Photo
+    from .photos import prepare as prepare
+    from .photos import read_photos as read_photos
+    from .pictures import contact_sheet as contact_sheet
+    from .pictures.generate import GenerateConfig as GenerateConfig
+    from .pictures.generate import Job as Job
+    from .pictures.generate import generate as generate
+    from .storage import clear_cache as clear_cache
+    from .training import Callbacks as Callbacks
+    from .training import StepReport as StepReport
+    from .training import train as train
+    from .training import train_lora as train_lora
+    from .training.encode import encode as encode
+else:
+    __getattr__, __dir__, __all__ = lazy_names(
+        __name__,
+        {
+            ".config": ("TrainConfig",),
+            ".errors": ("FaceLoraError",),
+            ".lora": ("LoraFile", "LoraModule"),
+            ".lora.apply": ("apply",),
+            ".models": ("Base", "load_base"),
+            ".photos": ("Photo", "prepare", "read_photos"),
+            ".pictures": ("contact_sheet",),
+            ".pictures.generate": ("GenerateConfig", "Job", "generate"),
+            ".storage": ("clear_cache",),
+            ".training": ("Callbacks", "StepReport", "train", "train_lora"),
+            ".training.encode": ("encode",),
+        },
+        modules=("bench", "faces", "lora", "models", "photos", "pictures", "storage", "tensor_names", "training"),
+    )

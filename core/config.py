@@ -1,7 +1,7 @@
 """The settings of a training run, as one frozen value that checks itself.
 
-Every field is declared with `option(default, help)`: the help text is what the command line, the TOML file's reference and
-the ComfyUI tooltips show.
+Every field is declared with `option(default, help, low, high, group)`, and what is said there is said nowhere else: the
+command line and the tooltips and help pages of ComfyUI are made of it, and every value is checked by it.
 """
 
 import dataclasses
@@ -15,153 +15,252 @@ from .errors import BadConfig
 
 Targets = Literal["attention", "transformer", "transformer+conv"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+SavePrecision = Literal["fp16", "bf16", "fp32"]
 MethodName = Literal["dora", "dreambooth", "loha", "lokr", "lora", "oft", "pivotal", "textual-inversion"]
 """Each is a file in `methods/`, with _ where there is a - here."""
+RecipeName = Literal["fast", "balanced", "best"]
+"""How much is trained: little, as usual, or much."""
+
+Group = Literal["person", "method", "photos", "optimizer", "loss", "prior preservation", "base", "machine", "output"]
+"""What a setting is about: the headings of the command line's help."""
 
 
-def option(default: Any, text: str) -> Any:
-    """A dataclass field with its default and the sentence that explains it, unit included."""
+def option(default: Any, text: str, low: float | None = None, high: float = math.inf, *, group: Group) -> Any:
+    """A dataclass field with its default, the sentence that explains it (unit included), its range and its group.
+
+    `low` and `high` are the least and the greatest value that is allowed; of a table they bound each number in it.
+    """
+    metadata = {"help": text, "low": low, "high": high, "group": group}
     if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that decides what a run makes, apart from the photos and the base model."""
 
-    trigger_word: str = option("sks", "word that names the person in captions and prompts")
-    class_word: str = option("person", "what the person is one of: person, woman, man, ...")
+    trigger_word: str = option("sks", "word that names the person in captions and prompts", group="person")
+    class_word: str = option("person", "what the person is one of: person, woman, man, ...", group="person")
 
-    method: MethodName = option("lora", "what is trained")
-    rank: int = option(16, "rank of B·A, the size of the adapter (oft: most rows that are rotated together)")
-    alpha: float | None = option(None, "the weight change is alpha / rank · B·A; default: equal to the rank")
-    targets: Targets = option("transformer", "layers that are adapted: 'transformer' is Kohya's default set")
-    rank_pattern: dict[str, int] = option({}, "regular expression of a module's name -> its own rank")
-    alpha_pattern: dict[str, float] = option({}, "regular expression of a module's name -> its own alpha")
-    dropout: float = option(0.0, "share of the adapter's inputs that are dropped, 0 to 1")
-    rslora: bool = option(
-        False, "scale by alpha / sqrt(rank) (arXiv:2312.03732); the file's alpha is adjusted to match"
+    method: MethodName = option("lora", "what is trained", group="method")
+    rank: int = option(
+        16, "rank of B·A, the size of the adapter (oft: most rows that are rotated together)", 1, 4096, group="method"
     )
-    embedding_vectors: int = option(2, "textual inversion and pivotal tuning: vectors of the trigger word per encoder")
-    embedding_words: str | None = option(None, "words whose vectors they start from; default: the class word")
-    embedding_lr: float = option(5e-3, "peak learning rate of the vectors; with prodigy: that of the rest")
-    lokr_factor: int = option(-1, "size of LoKr's small matrix, where it divides a layer's; -1: near the square root")
-    lora_plus_ratio: float = option(1.0, "learning rate of B over that of A (LoRA+, arXiv:2402.12354)")
+    alpha: float | None = option(
+        None, "the weight change is alpha / rank · B·A; default: equal to the rank", 1e-6, 1e6, group="method"
+    )
+    targets: Targets = option(
+        "transformer", "layers that are adapted: 'transformer' is Kohya's default set", group="method"
+    )
+    rank_pattern: dict[str, int] = option(
+        {}, "regular expression of a module's name -> its own rank", 1, group="method"
+    )
+    alpha_pattern: dict[str, float] = option(
+        {}, "regular expression of a module's name -> its own alpha", 1e-6, group="method"
+    )
+    dropout: float = option(0.0, "share of the adapter's inputs that are dropped, 0 to 1", 0, 0.99, group="method")
+    rslora: bool = option(
+        False, "scale by alpha / sqrt(rank) (arXiv:2312.03732); the file's alpha is adjusted to match", group="method"
+    )
+    embedding_vectors: int = option(
+        2, "textual inversion and pivotal tuning: vectors of the trigger word per encoder", 1, 64, group="method"
+    )
+    embedding_words: str | None = option(
+        None, "words whose vectors they start from; default: the class word", group="method"
+    )
+    embedding_lr: float = option(
+        5e-3, "peak learning rate of the vectors; with prodigy: that of the rest", 0, 100, group="method"
+    )
+    lokr_factor: int = option(
+        -1,
+        "size of LoKr's small matrix, where it divides a layer's; -1: near the square root",
+        -1,
+        4096,
+        group="method",
+    )
+    lora_plus_ratio: float = option(
+        1.0, "learning rate of B over that of A (LoRA+, arXiv:2402.12354)", 1e-3, 1e3, group="method"
+    )
 
-    steps: int = option(800, "optimizer steps")
-    batch_size: int = option(1, "photos in a forward pass")
-    accumulation: int = option(1, "forward passes in an optimizer step")
-    resolution: int | None = option(None, "side of the square with a bucket's area, in pixels; default: the base's own")
-    upscale: bool = option(False, "enlarge photos that are smaller than their bucket")
-    check_photos: bool = option(False, "leave out photos that the photo report rejects (facelora check)")
-    face_crops: bool = option(False, "also train on close-ups of the face, without other people in them")
-    face_masks: bool = option(False, "draw masks, so that the loss counts the person more than the background")
-    flip: bool = option(False, "also train on mirrored photos (faces are asymmetric: costs likeness)")
+    steps: int = option(800, "optimizer steps", 1, 10_000_000, group="photos")
+    batch_size: int = option(1, "photos in a forward pass", 1, 1024, group="photos")
+    accumulation: int = option(1, "forward passes in an optimizer step", 1, 1024, group="photos")
+    resolution: int | None = option(
+        None, "side of the square with a bucket's area, in pixels; default: the base's own", 16, 8192, group="photos"
+    )
+    upscale: bool = option(False, "enlarge photos that are smaller than their bucket", group="photos")
+    check_photos: bool = option(
+        False, "leave out photos that the photo report rejects (facelora check)", group="photos"
+    )
+    face_crops: bool = option(
+        False, "also train on close-ups of the face, without other people in them", group="photos"
+    )
+    face_masks: bool = option(
+        False, "draw masks, so that the loss counts the person more than the background", group="photos"
+    )
+    flip: bool = option(False, "also train on mirrored photos (faces are asymmetric: costs likeness)", group="photos")
 
-    optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy"] = option("adamw", "optimizer")
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy"] = option("adamw", "optimizer", group="optimizer")
     learning_rate: float | None = option(
         None,
         "peak learning rate of what is trained on the denoiser; default: 1e-4 times what suits the method; prodigy: 1.0",
+        0,
+        100,
+        group="optimizer",
     )
-    text_encoder_lr: float = option(0.0, "learning rate of the text encoders' adapter; 0: not trained")
-    weight_decay: float = option(0.01, "decoupled weight decay")
-    schedule: Literal["constant", "linear", "cosine"] = option("constant", "learning rate over the run")
-    warmup_steps: int = option(0, "steps over which the learning rate rises from 0")
-    max_grad_norm: float = option(1.0, "largest norm of the gradient; 0: not clipped")
-    ema_decay: float = option(0.0, "decay of the running average of the adapter that is saved instead; 0: none")
+    text_encoder_lr: float = option(
+        0.0, "learning rate of the text encoders' adapter; 0: not trained", 0, 100, group="optimizer"
+    )
+    weight_decay: float = option(0.01, "decoupled weight decay", 0, 10, group="optimizer")
+    schedule: Literal["constant", "linear", "cosine"] = option(
+        "constant", "learning rate over the run", group="optimizer"
+    )
+    warmup_steps: int = option(0, "steps over which the learning rate rises from 0", 0, 10_000_000, group="optimizer")
+    max_grad_norm: float = option(1.0, "largest norm of the gradient; 0: not clipped", 0, group="optimizer")
+    ema_decay: float = option(
+        0.0, "decay of the running average of the adapter that is saved instead; 0: none", 0, 0.99999, group="optimizer"
+    )
 
-    loss: Literal["mse", "huber"] = option("mse", "loss between prediction and target")
-    huber_delta: float = option(0.1, "where the Huber loss turns from square to linear")
-    min_snr_gamma: float = option(5.0, "min-SNR loss weighting (arXiv:2303.09556); 0: none")
-    debiased: bool = option(False, "weight the loss by 1 / sqrt(SNR) (arXiv:2310.08442) instead of min-SNR")
-    noise_offset: float = option(0.0, "constant added to each channel's noise, times a normal draw")
-    input_perturbation: float = option(0.0, "extra noise on the input only (arXiv:2301.11706)")
-    timestep_min: int = option(0, "lowest timestep drawn, 0 to 999")
-    timestep_max: int = option(999, "highest timestep drawn, 0 to 999")
+    loss: Literal["mse", "huber"] = option("mse", "loss between prediction and target", group="loss")
+    huber_delta: float = option(0.1, "where the Huber loss turns from square to linear", 1e-6, 1e3, group="loss")
+    min_snr_gamma: float = option(5.0, "min-SNR loss weighting (arXiv:2303.09556); 0: none", 0, 1e3, group="loss")
+    debiased: bool = option(
+        False, "weight the loss by 1 / sqrt(SNR) (arXiv:2310.08442) instead of min-SNR", group="loss"
+    )
+    noise_offset: float = option(0.0, "constant added to each channel's noise, times a normal draw", 0, 1, group="loss")
+    input_perturbation: float = option(0.0, "extra noise on the input only (arXiv:2301.11706)", 0, 1, group="loss")
+    timestep_min: int = option(0, "lowest timestep drawn, 0 to 999", 0, 999, group="loss")
+    timestep_max: int = option(999, "highest timestep drawn, 0 to 999", 0, 999, group="loss")
     timestep_bias: float = option(
-        0.0, "above 0 draws late (noisy) timesteps more often, below 0 early ones; 0: uniform"
+        0.0, "above 0 draws late (noisy) timesteps more often, below 0 early ones; 0: uniform", -10, 10, group="loss"
     )
     timestep_sampling: Literal["auto", "uniform", "logit-normal"] = option(
-        "auto", "how a rectified flow's times are drawn (FLUX.1 and later): logit-normal unless told otherwise"
+        "auto",
+        "how a rectified flow's times are drawn (FLUX.1 and later): logit-normal unless told otherwise",
+        group="loss",
     )
     timestep_shift: float | None = option(
         None,
         "how far a rectified flow's times are shifted towards noise, 1: not; default: the family's, by picture size",
+        0.01,
+        100,
+        group="loss",
     )
-    caption_dropout: float = option(0.0, "share of the photos whose caption is left out")
-    background_weight: float = option(0.1, "weight of the loss outside a photo's mask, 0 to 1")
+    caption_dropout: float = option(0.0, "share of the photos whose caption is left out", 0, 1, group="loss")
+    background_weight: float = option(0.1, "weight of the loss outside a photo's mask, 0 to 1", 0, 1, group="loss")
 
-    prior_loss_weight: float = option(1.0, "weight of the loss on class images and of prior prediction")
-    class_images: int = option(0, "class images that the base model makes when none are given (prior preservation)")
+    prior_loss_weight: float = option(
+        1.0, "weight of the loss on class images and of prior prediction", 0, 100, group="prior preservation"
+    )
+    class_images: int = option(
+        0,
+        "class images that the base model makes when none are given (prior preservation)",
+        0,
+        10_000,
+        group="prior preservation",
+    )
     prior_prediction: float = option(
-        0.0, "share of the steps that hold the class caption to the frozen model's prediction"
+        0.0,
+        "share of the steps that hold the class caption to the frozen model's prediction",
+        0,
+        1,
+        group="prior preservation",
     )
 
-    clip_skip: int = option(1, "1 uses the text encoder's last layer, 2 the one before (SD1.x only)")
-    prediction_type: Literal["auto", "epsilon", "v_prediction"] = option("auto", "what the base predicts")
+    clip_skip: int = option(
+        1, "1 uses the text encoder's last layer, 2 the one before (SD1.x only)", 1, 4, group="base"
+    )
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = option("auto", "what the base predicts", group="base")
     allow_distilled: bool = option(
         False,
         "train on a model that was distilled to a few steps (schnell, klein, Turbo); only with a training adapter in it",
+        group="base",
     )
-    zero_terminal_snr: bool = option(False, "the base was trained to zero terminal SNR (arXiv:2305.08891)")
+    zero_terminal_snr: bool = option(
+        False, "the base was trained to zero terminal SNR (arXiv:2305.08891)", group="base"
+    )
 
-    seed: int = option(1, "seed of everything random")
-    precision: Precision = option("auto", "of the frozen weights and the arithmetic; the adapter is always fp32")
+    seed: int = option(1, "seed of everything random", 0, 2**63 - 1, group="machine")
+    precision: Precision = option(
+        "auto", "of the frozen weights and the arithmetic; the adapter is always fp32", group="machine"
+    )
     gradient_checkpointing: Literal["auto", "on", "off"] = option(
-        "auto", "recompute activations to save memory; auto: as much as the memory plan needs"
+        "auto", "recompute activations to save memory; auto: as much as the memory plan needs", group="machine"
     )
     compile: bool = option(
-        False, "compile the denoiser's blocks: steps take less of a GPU's time, the first of each photo shape minutes"
+        False,
+        "compile the denoiser's blocks: steps take less of a GPU's time, the first of each photo shape minutes",
+        group="machine",
     )
     memory_limit: float | None = option(
-        None, "GiB that the training may take; default: what is free on a GPU, and no limit on a CPU"
+        None,
+        "GiB that the training may take; default: what is free on a GPU, and no limit on a CPU",
+        1e-3,
+        1e6,
+        group="machine",
     )
-    save_precision: Literal["fp16", "bf16", "fp32"] = option("fp16", "of the tensors in the file")
-    save_every: int = option(0, "also save the LoRA every so many steps; 0: only at the end")
-    sample_every: int = option(0, "make sample images every so many steps; 0: never")
-    sample_prompts: tuple[str, ...] = option((), "prompts of the sample images; default: the trigger's caption")
+    save_precision: SavePrecision = option("fp16", "of the tensors in the file", group="output")
+    save_every: int = option(
+        0, "also save the LoRA every so many steps; 0: only at the end", 0, 10_000_000, group="output"
+    )
+    sample_every: int = option(0, "make sample images every so many steps; 0: never", 0, 10_000_000, group="output")
+    sample_prompts: tuple[str, ...] = option(
+        (), "prompts of the sample images; default: the trigger's caption", group="output"
+    )
     sample_guidance: float | None = option(
-        None, "scale of classifier-free guidance (CFG) of the sample images; default: what suits the family"
+        None,
+        "scale of classifier-free guidance (CFG) of the sample images; default: what suits the family",
+        0,
+        100,
+        group="output",
     )
-    sample_steps: int = option(20, "sampling steps of the sample images")
+    sample_steps: int = option(20, "sampling steps of the sample images", 1, 1000, group="output")
     hold_out: int = option(
-        0, "photos kept back from training, to measure likeness whenever samples are made; 0: not measured"
+        0,
+        "photos kept back from training, to measure likeness whenever samples are made; 0: not measured",
+        0,
+        1000,
+        group="output",
     )
-    likeness_pictures: int = option(8, "pictures with and without the trigger word that likeness is measured on")
-    keep: Literal["best", "last"] = option("best", "checkpoint that is written, when likeness is measured")
-    merge_best: int = option(0, "also try the average of so many of the best checkpoints; 0: do not")
-    stop_early: bool = option(False, "stop when likeness no longer rises, or the class turns into the person")
-    thumbnail: bool = option(False, "put the last sample image into the file's metadata")
-    state_interval: float = option(60.0, "seconds between the states from which a killed run can resume")
+    likeness_pictures: int = option(
+        8, "pictures with and without the trigger word that likeness is measured on", 1, 100, group="output"
+    )
+    keep: Literal["best", "last"] = option(
+        "best", "checkpoint that is written, when likeness is measured", group="output"
+    )
+    merge_best: int = option(
+        0, "also try the average of so many of the best checkpoints; 0: do not", 0, 100, group="output"
+    )
+    stop_early: bool = option(
+        False, "stop when likeness no longer rises, or the class turns into the person", group="output"
+    )
+    thumbnail: bool = option(False, "put the last sample image into the file's metadata", group="output")
+    state_interval: float = option(
+        60.0, "seconds between the states from which a killed run can resume", 0, 1e9, group="output"
+    )
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for item in dataclasses.fields(self):
-            _check_type(item.name, getattr(self, item.name), hints[item.name])
-        for name, low, high in _RANGES:
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise BadConfig(f"{name} = {value}: must be between {low} and {high}")
+            value = getattr(self, item.name)
+            _check_type(item.name, value, hints[item.name])
+            for name, number in _numbers(item.name, value):
+                _check_range(name, number, item.metadata["low"], item.metadata["high"])
+        for name in ("rank_pattern", "alpha_pattern"):
+            _check_patterns(name, getattr(self, name))
+        self._check_together()
+        if self.optimizer == "prodigy":
+            self._check_prodigy()
+
+    def _check_together(self) -> None:
+        """BadConfig where two settings contradict each other, or one needs another."""
         if not self.trigger_word.strip() or not self.class_word.strip():
             raise BadConfig("trigger_word and class_word must not be empty")
         if self.timestep_min > self.timestep_max:
             raise BadConfig(f"timestep_min = {self.timestep_min} is above timestep_max = {self.timestep_max}")
         if self.debiased and self.min_snr_gamma and self.min_snr_gamma != type(self).min_snr_gamma:
             raise BadConfig("debiased and min_snr_gamma are both set; they weight the same loss: choose one")
-        if self.optimizer == "prodigy":
-            # Prodigy multiplies the rate that it finds by this one, the same for every group of parameters.
-            rate = self.prodigy_rate
-            if rate < 0.1:
-                raise BadConfig(
-                    f"learning_rate = {rate}: prodigy finds the rate by itself; leave it out, or set it to 1.0"
-                )
-            others = {self.text_encoder_lr} - {0, rate} | {self.embedding_lr} - {type(self).embedding_lr, rate}
-            if others or self.lora_plus_ratio != 1:
-                raise BadConfig(
-                    f"prodigy has one rate for all, here {rate:g}: leave out text_encoder_lr, embedding_lr and "
-                    "lora_plus_ratio, or set the first two to it"
-                )
         if not self.sample_every and (self.sample_prompts or self.thumbnail or self.hold_out):
             raise BadConfig("sample_prompts, thumbnail and hold_out need samples: set sample_every")
         if self.thumbnail and self.sample_every > self.steps:
@@ -174,14 +273,18 @@ class TrainConfig:
             raise BadConfig("merge_best averages the best checkpoints, keep = 'last' takes the last: choose one")
         if self.warmup_steps >= self.steps:
             raise BadConfig(f"warmup_steps = {self.warmup_steps} leaves nothing of {self.steps} steps")
-        for name, low in (("rank_pattern", 1), ("alpha_pattern", 1e-6)):
-            for pattern, value in getattr(self, name).items():
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise BadConfig(f"{name}: {pattern!r} is no regular expression ({error})") from error
-                if value < low:
-                    raise BadConfig(f"{name}: {pattern} = {value} must be at least {low}")
+
+    def _check_prodigy(self) -> None:
+        """BadConfig where a rate is set that Prodigy would multiply the rate that it finds by, the one for all."""
+        rate = self.prodigy_rate
+        if rate < 0.1:
+            raise BadConfig(f"learning_rate = {rate}: prodigy finds the rate by itself; leave it out, or set it to 1.0")
+        others = {self.text_encoder_lr} - {0, rate} | {self.embedding_lr} - {type(self).embedding_lr, rate}
+        if others or self.lora_plus_ratio != 1:
+            raise BadConfig(
+                f"prodigy has one rate for all, here {rate:g}: leave out text_encoder_lr, embedding_lr and "
+                "lora_plus_ratio, or set the first two to it"
+            )
 
     @property
     def prodigy_rate(self) -> float:
@@ -196,51 +299,6 @@ class TrainConfig:
     def alpha_for(self, rank: int) -> float:
         """The alpha of a module of that rank: the set one, else the rank itself."""
         return float(rank if self.alpha is None else self.alpha)
-
-
-_RANGES: tuple[tuple[str, float, float], ...] = (
-    ("rank", 1, 4096),
-    ("alpha", 1e-6, 1e6),
-    ("dropout", 0, 0.99),
-    ("embedding_vectors", 1, 64),
-    ("embedding_lr", 0, 100),
-    ("lokr_factor", -1, 4096),
-    ("lora_plus_ratio", 1e-3, 1e3),
-    ("steps", 1, 10_000_000),
-    ("batch_size", 1, 1024),
-    ("accumulation", 1, 1024),
-    ("resolution", 16, 8192),
-    ("learning_rate", 0, 100),
-    ("text_encoder_lr", 0, 100),
-    ("weight_decay", 0, 10),
-    ("warmup_steps", 0, 10_000_000),
-    ("max_grad_norm", 0, math.inf),
-    ("ema_decay", 0, 0.99999),
-    ("huber_delta", 1e-6, 1e3),
-    ("min_snr_gamma", 0, 1e3),
-    ("noise_offset", 0, 1),
-    ("input_perturbation", 0, 1),
-    ("timestep_min", 0, 999),
-    ("timestep_max", 0, 999),
-    ("timestep_bias", -10, 10),
-    ("timestep_shift", 0.01, 100),
-    ("caption_dropout", 0, 1),
-    ("background_weight", 0, 1),
-    ("prior_loss_weight", 0, 100),
-    ("class_images", 0, 10_000),
-    ("prior_prediction", 0, 1),
-    ("clip_skip", 1, 4),
-    ("seed", 0, 2**63 - 1),
-    ("save_every", 0, 10_000_000),
-    ("sample_every", 0, 10_000_000),
-    ("sample_guidance", 0, 100),
-    ("sample_steps", 1, 1000),
-    ("hold_out", 0, 1000),
-    ("likeness_pictures", 1, 100),
-    ("merge_best", 0, 100),
-    ("state_interval", 0, 1e9),
-    ("memory_limit", 1e-3, 1e6),
-)
 
 
 def _check_type(name: str, value: Any, hint: Any) -> None:
@@ -264,6 +322,27 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
         raise BadConfig(f"{name} = {value!r}: expected {names}")
     if isinstance(value, float) and not math.isfinite(value):
         raise BadConfig(f"{name} = {value}: must be finite")
+
+
+def _numbers(name: str, value: Any) -> list[tuple[str, float]]:
+    """(what to call it, number) of the numbers in a setting's value: the value itself, or each of a table."""
+    if isinstance(value, dict):
+        return [(f"{name}: {key}", number) for key, number in value.items()]
+    return [(name, value)] if isinstance(value, int | float) else []
+
+
+def _check_range(name: str, number: float, low: float | None, high: float) -> None:
+    if low is not None and not low <= number <= high:
+        allowed = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+        raise BadConfig(f"{name} = {number}: must be {allowed}")
+
+
+def _check_patterns(name: str, patterns: Mapping[str, float]) -> None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise BadConfig(f"{name}: {pattern!r} is no regular expression ({error})") from error
 
 
 def config_from(settings: Mapping[str, Any]) -> TrainConfig:

@@ -212,7 +212,7 @@ CASES: dict[str, tuple[Callable[[Desk], None], str]] = {
     "no sample": (options("--thumbnail", "--sample-every", "9", "--steps", "8"), "no sample is drawn in 8 steps"),
     "resolution too low": (options("--resolution", "12"), "resolution = 12: must be between 16 and 8192"),
     "bad pattern": (options("--rank-pattern", "(=4"), "no regular expression"),
-    "rank 0 by pattern": (options("--rank-pattern", "attn=0"), "rank_pattern: attn = 0 must be at least 1"),
+    "rank 0 by pattern": (options("--rank-pattern", "attn=0"), "rank_pattern: attn = 0: must be at least 1"),
     "no such device": (options("--device", "toaster"), "--device toaster: .*; there is .*cpu"),
     "device without a module": (options("--device", "privateuseone"), "--device privateuseone: "),
     "device without numbers": (options("--device", "meta"), "--device meta: "),

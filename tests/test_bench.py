@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from core.bench import loops
+from core.bench import loops, shapes
 from core.bench import report as bench
 from core.cli import main
+from core.cli.training_arguments import add_bench
 from core.config import TrainConfig
 from core.errors import BadConfig, BadFile
 from core.models.families import FAMILIES
@@ -31,7 +32,7 @@ def small_loops(family="sd15", precision: Literal["fp32", "bf16"] = "fp32"):
 
 def options(*arguments):
     parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
+    add_bench(parser)
     return parser.parse_args(arguments)
 
 
@@ -47,15 +48,15 @@ def report():
 @pytest.mark.parametrize(("family", "millions", "digits"), [("sd15", 859.52, 2), ("sdxl", 2567, 0)])
 def test_the_denoiser_has_the_published_number_of_parameters(family, millions, digits):
     with torch.device("meta"):
-        denoiser = FAMILIES[family].build("denoiser", loops.denoiser_config(family))
+        denoiser = FAMILIES[family].build("denoiser", shapes.denoiser_config(family))
     assert round(sum(parameter.numel() for parameter in denoiser.parameters()) / 1e6, digits) == millions
 
 
-@pytest.mark.parametrize("family", loops.SHAPES)
+@pytest.mark.parametrize("family", shapes.SHAPES)
 def test_a_small_denoiser_has_the_same_layers_as_the_real_one(family):
     with torch.device("meta"):
         real, small = (
-            FAMILIES[family].build("denoiser", loops.denoiser_config(family, channels)) for channels in (320, 64)
+            FAMILIES[family].build("denoiser", shapes.denoiser_config(family, channels)) for channels in (320, 64)
         )
     assert set(real.state_dict()) == set(small.state_dict())
 
@@ -217,7 +218,7 @@ def test_a_report_that_cannot_be_added_is_refused_before_and_shown_all_the_same_
     report, tmp_path, monkeypatch, capsys
 ):
     measured = []
-    monkeypatch.setattr(bench, "run", lambda *_: measured.append(1) or report)
+    monkeypatch.setattr("core.cli.bench.run", lambda *_: measured.append(1) or report)
     assert main(["bench", "--append", str(tmp_path)]) == 1 and "is a folder" in capsys.readouterr().err
     assert main(["bench", "--append", str(tmp_path / "none" / "a.md")]) == 1 and not measured
 

@@ -118,9 +118,7 @@ class Stub:
 
 def test_how_the_base_predicts_is_what_the_settings_say(photo_folder, tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr(
-        "core.bench.compare.compare", lambda people, comparison, *_, **__: given.append(comparison) or []
-    )
+    monkeypatch.setattr("core.cli.compare.compare", lambda people, comparison, *_, **__: given.append(comparison) or [])
     options = ["--base", str(BASE_FILE), "--output", str(tmp_path), "--json"]
     assert main(["compare", str(photo_folder), *options, "--prediction-type", "v_prediction"]) == 0
     assert given[0].base.prediction_type == "v_prediction"
@@ -128,7 +126,7 @@ def test_how_the_base_predicts_is_what_the_settings_say(photo_folder, tmp_path, 
 
 def test_a_person_has_the_folders_name_however_it_is_given(photo_folder, tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr("core.bench.compare.compare", lambda people, *_, **__: given.append(people) or [])
+    monkeypatch.setattr("core.cli.compare.compare", lambda people, *_, **__: given.append(people) or [])
     monkeypatch.chdir(photo_folder)
     assert main(["compare", ".", "--base", str(BASE_FILE), "--output", str(tmp_path), "--json"]) == 0
     assert list(given[0]) == [photo_folder.name]

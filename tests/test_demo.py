@@ -25,7 +25,7 @@ def test_the_embedded_base_is_small_enough_and_reads_as_stable_diffusion_1(base)
 def test_the_demo_takes_fewer_steps_than_its_own_warm_up(tmp_path: Path, monkeypatch, capsys) -> None:
     configs = []
     monkeypatch.setattr(
-        "core.demo.run", lambda *_, config, **__: configs.append(config) or SimpleNamespace(text="done")
+        "core.cli.demo.run", lambda *_, config, **__: configs.append(config) or SimpleNamespace(text="done")
     )
     for steps in ("1", "40"):
         assert main(["demo", "--output", str(tmp_path), "--steps", steps]) == 0

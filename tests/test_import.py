@@ -1,16 +1,33 @@
 """What importing pulls in, and what an installation puts where."""
 
+import ast
+import os
 import shutil
 import subprocess
 import sys
 import zipfile
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
+from types import ModuleType
+from typing import get_args
 
 import pytest
 
+from core.cli import COMMANDS, function_of
+from core.config import RecipeName, SavePrecision
+from core.device import PRECISIONS
+from core.training import RECIPES
+
 ROOT = Path(__file__).parent.parent
+LIBRARIES = ("torch", "numpy", "PIL", "safetensors")
 HEAVY = ("diffusers", "peft", "transformers", "cv2", "onnxruntime", "bitsandbytes", "prodigyopt")
 COMFYUI = ("comfy", "comfy_api", "comfy_extras", "nodes", "folder_paths", "server", "execution")
+PACKAGES = (
+    "core",
+    *(f"core.{room}" for room in ("bench", "lora", "models", "photos", "pictures", "storage", "training")),
+)
+"""Those that load a name when it is asked for."""
 
 
 def modules_after(statement: str) -> set[str]:
@@ -18,23 +35,88 @@ def modules_after(statement: str) -> set[str]:
     code = f"import sys\n{statement}\nprint(' '.join(sorted({{name.partition('.')[0] for name in sys.modules}})))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return set(done.stdout.split())
+    return set(done.stdout.splitlines()[-1].split())
 
 
-def test_importing_core_pulls_in_no_heavy_library_and_no_comfyui():
+def test_importing_core_loads_neither_torch_nor_any_other_heavy_library():
     modules = modules_after("import core")
-    assert "core" in modules and "torch" in modules
+    assert "core" in modules
+    assert not modules & {*LIBRARIES, *HEAVY, *COMFYUI}
+
+
+def test_what_core_hands_out_is_loaded_when_it_is_asked_for_and_needs_no_heavy_library():
+    modules = modules_after("import core; assert callable(core.train) and callable(core.lora.LoraFile.read)")
+    assert "torch" in modules
     assert not modules & {*HEAVY, *COMFYUI}
 
 
-def test_the_command_lines_help_needs_no_heavy_library():
-    modules = modules_after("from core.cli import build_parser; build_parser().format_help()")
-    assert not modules & {*HEAVY, *COMFYUI}
+@pytest.mark.parametrize("arguments", [["--help"], *([command, "--help"] for command in COMMANDS)], ids=" ".join)
+def test_help_needs_no_library(arguments):
+    modules = modules_after(
+        f"from core.cli import main\ntry: main({arguments})\nexcept SystemExit as end: assert not end.code"
+    )
+    assert not modules & {*LIBRARIES, *HEAVY, *COMFYUI}
+
+
+def test_every_command_has_the_function_that_runs_it():
+    assert all(callable(function_of(command.run)) for command in COMMANDS.values())
+
+
+def test_the_arguments_offer_the_recipes_and_precisions_that_there_are():
+    assert set(get_args(RecipeName)) == {*RECIPES}
+    assert set(get_args(SavePrecision)) == {*PRECISIONS}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_hands_out_each_name_that_editors_know_of_it(package):
+    module = import_module(package)
+    (for_editors,) = (
+        node
+        for node in ast.parse(Path(module.__file__ or "").read_text("utf-8")).body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
+    known = {}
+    for node in for_editors.body:
+        assert isinstance(node, ast.ImportFrom)
+        known |= {alias.name: node.module for alias in node.names}
+    assert sorted(known) == module.__all__
+    assert {*module.__all__} <= {*dir(module)}
+    for name, place in known.items():
+        home = import_module(f".{place or name}", package)
+        assert getattr(module, name) is (getattr(home, name) if place else home)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_name_that_a_package_hands_out_hides_behind_a_submodule(package):
+    module = import_module(package)
+    submodules = {found.name for found in iter_modules(module.__path__)}
+    handed_out = {name for name in module.__all__ if not isinstance(getattr(module, name), ModuleType)}
+    assert not handed_out & submodules
+
+
+def test_the_root_hands_out_the_names_of_core_and_no_nodes_of_the_old_kind(tmp_path):
+    (tmp_path / "facelora").symlink_to(ROOT)
+    code = (
+        "import sys, facelora\n"
+        "assert not hasattr(facelora, 'NODE_CLASS_MAPPINGS') and callable(facelora.comfy_entrypoint)\n"
+        "assert 'torch' not in sys.modules and {'train', 'lora', 'LoraFile'} <= {*dir(facelora)}\n"
+        "assert facelora.train is facelora.core.train and facelora.lora.LoraFile is facelora.LoraFile\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.clock
-def test_importing_core_is_quick_beside_torch():
-    code = "import torch, PIL.Image, time; t = time.process_time(); import core; print(time.process_time() - t)"
+def test_the_command_line_answers_for_help_at_once():
+    before = os.times()
+    subprocess.run([sys.executable, "-m", "core", "--help"], cwd=ROOT, capture_output=True, check=True)
+    after = os.times()
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 0.3
+
+
+@pytest.mark.clock
+def test_what_trains_is_loaded_quickly_beside_torch():
+    code = "import torch, PIL.Image, time; t = time.process_time(); import core; core.train; print(time.process_time() - t)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert float(done.stdout) < 1.0, done.stdout  # CPU seconds, on any machine that runs tests
 

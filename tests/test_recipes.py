@@ -4,7 +4,8 @@ import argparse
 
 import pytest
 
-from core.cli import add_train, run_train
+from core.cli.train import run_train
+from core.cli.training_arguments import add_train
 from core.config import config_from
 from core.errors import BadConfig
 from core.lora.file import LoraFile

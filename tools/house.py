@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STOREYS: tuple[tuple[str, ...], ...] = (
-    ("errors", "config", "device", "storage"),
+    ("errors", "lazy_names", "config", "device", "storage"),
     ("tensor_names",),
     ("faces",),
     ("photos", "models"),
@@ -241,9 +241,7 @@ def main() -> None:
         "imports upward",
         [f"{_arrow(one)} ({room_of(one.importer)} -> {room_of(one.imported)})" for one in upward(imports)],
     )
-    late = [one for one in imports if one.late]
-    _print("imports inside functions, in cli", [_arrow(one) for one in late if room_of(one.importer) == "cli"], shown=0)
-    _print("imports inside functions, elsewhere", [_arrow(one) for one in late if room_of(one.importer) != "cli"])
+    _print("imports inside functions", [_arrow(one) for one in imports if one.late])
     functions = functions_of(modules)
     longest = [f"{f.lines} lines: {f.module}.{f.name}" for f in functions[:SHOWN]]
     _print(f"longest of {len(functions)} functions", longest)

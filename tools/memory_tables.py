@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from core.bench.loops import denoiser_config
+from core.bench.shapes import denoiser_config
 from core.config import TrainConfig
 from core.models.base import Base
 from core.models.families import FAMILIES

@@ -1,1 +1,27 @@
 """Measurements beside a peer: of a step's speed and memory, and of methods on the same photos."""
+
+from typing import TYPE_CHECKING
+
+from ..lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from .compare import REPORT as REPORT
+    from .compare import SETTINGS as SETTINGS
+    from .compare import Comparison as Comparison
+    from .compare import Result as Result
+    from .compare import summary_rows as summary_rows
+    from .report import append_report as append_report
+    from .report import format_report as format_report
+    from .report import run as run
+    from .shapes import REAL_CHANNELS as REAL_CHANNELS
+    from .shapes import SHAPES as SHAPES
+    from .shapes import denoiser_config as denoiser_config
+else:
+    __getattr__, __dir__, __all__ = lazy_names(
+        __name__,
+        {
+            ".compare": ("Comparison", "REPORT", "Result", "SETTINGS", "summary_rows"),
+            ".report": ("append_report", "format_report", "run"),
+            ".shapes": ("REAL_CHANNELS", "SHAPES", "denoiser_config"),
+        },
+    )

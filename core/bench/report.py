@@ -19,12 +19,12 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..config import Targets, TrainConfig
+from ..config import TrainConfig
 from ..device import device_and_dtype, precision_name
 from ..errors import BadConfig, BadFile
 from ..models.base import Base
@@ -35,8 +35,6 @@ from ..training.encode import LatentCache
 from ..training.memory_prediction import predicted_memory
 from .loops import (
     LATENT_SIZE,
-    REAL_CHANNELS,
-    SHAPES,
     ComfyLoop,
     Loop,
     OurLoop,
@@ -45,6 +43,7 @@ from .loops import (
     random_cache,
     trainer_program,
 )
+from .shapes import REAL_CHANNELS, SHAPES
 
 WARM_UP = 2
 """Steps of each loop before the timed ones, the first of them reported as the time to the first step."""
@@ -407,26 +406,6 @@ def append_report(path: Path, report: Mapping[str, Any], command: str) -> None:
     except OSError as error:
         raise BadFile(f"{path}: cannot be read: {error.strerror}") from None
     write_file(path, lambda file: file.write(before + text.encode("utf-8", "replace")))
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `facelora bench` beside `--device` and `--json`."""
-    parser.add_argument("--family", choices=tuple(SHAPES), default="sd15", help="default: sd15")
-    parser.add_argument("--resolution", type=int, metavar="PIXELS", help="default: the family's own")
-    parser.add_argument("--batch-size", type=int, default=1, help="pictures in a forward pass (default: 1)")
-    parser.add_argument("--rank", type=int, default=16, help="of the adapter (default: 16)")
-    parser.add_argument("--targets", choices=get_args(Targets), default="transformer", help="default: transformer")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="default: auto")
-    parser.add_argument("--compile", action="store_true", help="compile the blocks of our loop")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of each loop (default: 20)")
-    parser.add_argument("--comfyui", type=Path, metavar="FOLDER", help="also time the trainer of the ComfyUI there")
-    parser.add_argument(
-        "--comfyui-python", type=Path, metavar="FILE", default=Path(sys.executable), help="default: this one"
-    )
-    parser.add_argument("--append", type=Path, metavar="FILE", help="also add the report to this Markdown file")
-    parser.add_argument(
-        "--channels", type=int, default=REAL_CHANNELS, help=f"of the first level; real size: {REAL_CHANNELS} (default)"
-    )
 
 
 def run(options: argparse.Namespace, device: torch.device | None = None) -> dict[str, Any]:

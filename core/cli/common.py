@@ -6,14 +6,11 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
+from .. import models  # its names are loaded when they are used
 from ..errors import BadConfig
 from ..storage.files import is_text
-
-Command = tuple[str, str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], Any]]
-"""Name, what it does, what adds its options to a parser, and what runs it: its return value is the exit code, or None for 0."""
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -35,10 +32,8 @@ def add_base(parser: argparse.ArgumentParser, required: bool) -> None:
 
 
 def base_from(options: argparse.Namespace, **schedule: Any):
-    from ..models.base import load_base
-
     files = {"vae": options.vae, "text_encoders": options.text_encoder, "tokenizer": options.tokenizer}
-    return load_base(options.base, **files, **schedule)
+    return models.load_base(options.base, **files, **schedule)
 
 
 def add_face_network(parser: argparse.ArgumentParser, default: str | None = "sface") -> None:
@@ -134,7 +129,7 @@ class BarProgress:
 
 
 class JsonProgress:
-    """The same as lines of JSON on stdout, at most twice a second and for the last step."""
+    """Progress as lines of JSON on stdout, at most twice a second and for the last step."""
 
     def __init__(self) -> None:
         self._shown = 0.0

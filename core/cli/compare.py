@@ -6,43 +6,17 @@ import json
 import sys
 from pathlib import Path
 
+from ..bench import REPORT, SETTINGS, Comparison, summary_rows
+from ..bench.compare import compare
 from ..config import config_from
 from ..errors import BadConfig
-from .common import BarProgress, Command, add_base, add_device, base_from, device_from, unicode_text
-from .settings import add_settings, schedule_from, settings_from
-
-
-def add_compare(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "%(prog)s PHOTOS [PHOTOS ...] --base BASE --output DIR [OPTIONS] (--help lists them)"
-    parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTOS", help="a folder for each person")
-    add_base(parser, required=True)
-    parser.add_argument(
-        "--methods", default="lora,textual-inversion,dreambooth", metavar="A,B,...", help="(default: %(default)s)"
-    )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="what is there is not made again")
-    parser.add_argument("--held-out", type=int, default=2, metavar="N", help="photos of each person (default: 2)")
-    parser.add_argument(
-        "--rate", action="append", default=[], metavar="METHOD=X",
-        help="learning rate of a method; default: the settings' times what suits the method; may be repeated",
-    )  # fmt: skip
-    parser.add_argument(
-        "--scene", action="append", type=unicode_text, default=[], metavar="TEXT",
-        help="what pictures are asked for beside the person, to measure adherence; give two or more (default: left, front and "
-        "right view)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE.toml", help="settings; options given here win over the file's"
-    )
-    add_device(parser)
-    parser.add_argument("--json", action="store_true")
-    add_settings(parser.add_argument_group("settings"))
+from ..faces import load_faces
+from ..photos import read_photos
+from .common import BarProgress, base_from, device_from
+from .settings import schedule_from, settings_from
 
 
 def run_compare(options: argparse.Namespace) -> None:
-    from ..bench.compare import REPORT, SETTINGS, Comparison, compare, summary_rows
-    from ..faces import load_faces
-    from ..photos import read_photos
-
     names = [folder.resolve().name for folder in options.photos]
     if twice := [name for name in names if names.count(name) > 1]:
         raise BadConfig(f"two of the folders are called {twice[0]}; the people are told apart by the folders' names")
@@ -88,13 +62,3 @@ def _rate(text: str) -> tuple[str, float]:
         return method, float(number)
     except ValueError:
         raise BadConfig(f"--rate {text}: give METHOD=NUMBER") from None
-
-
-COMPARE_COMMANDS: tuple[Command, ...] = (
-    (
-        "compare",
-        "train several methods on the same photos, and measure what each gives and costs",
-        add_compare,
-        run_compare,
-    ),
-)

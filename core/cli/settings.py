@@ -15,40 +15,49 @@ SCHEDULE = ("prediction_type", "zero_terminal_snr")
 """Settings that say of the base model how it predicts: it is loaded with them."""
 
 
-def add_settings(group, only: Collection[str] | None = None) -> None:
-    """One option for each field of TrainConfig, or for those; what is not given does not appear, so that a file's value
-    stays.
+def add_settings(parser: argparse.ArgumentParser, only: Collection[str] | None = None) -> None:
+    """Adds an option for each field of TrainConfig, under the heading of its group; or, under none, for those named.
+
+    What is not given does not appear among the parsed options, so that a file's value stays.
     """
     hints = get_type_hints(TrainConfig)
+    groups: dict[str, argparse._ArgumentGroup] = {}
     for item in dataclasses.fields(TrainConfig):
-        if only is not None and item.name not in only:
-            continue
-        flag = "--" + item.name.replace("_", "-")
-        names = ["--trigger", flag] if item.name == "trigger_word" else [flag]
-        hint, text = hints[item.name], item.metadata["help"]
-        common: dict[str, Any] = {"dest": f"setting_{item.name}", "default": argparse.SUPPRESS}
-        if get_origin(hint) is Literal:
+        if only is None:
+            title = item.metadata["group"]
+            if title not in groups:
+                groups[title] = parser.add_argument_group(f"settings, {title}")
+            _add_setting(groups[title], item, hints[item.name])
+        elif item.name in only:
+            _add_setting(parser, item, hints[item.name])
+
+
+def _add_setting(group: argparse._ActionsContainer, item: dataclasses.Field, hint: Any) -> None:
+    flag = "--" + item.name.replace("_", "-")
+    names = ["--trigger", flag] if item.name == "trigger_word" else [flag]
+    text = item.metadata["help"]
+    common: dict[str, Any] = {"dest": f"setting_{item.name}", "default": argparse.SUPPRESS}
+    if get_origin(hint) is Literal:
+        text = f"{text} (default: {item.default})"
+        group.add_argument(*names, choices=get_args(hint), help=text, **common)
+    elif hint is bool:
+        text = f"{text} (default: {'yes' if item.default else 'no'})"
+        group.add_argument(*names, action=argparse.BooleanOptionalAction, help=text, **common)
+    elif get_origin(hint) is dict:
+        kind = _pattern_of(get_args(hint)[1])
+        group.add_argument(*names, action="append", type=kind, metavar="REGEX=NUMBER", help=text, **common)
+    elif get_origin(hint) is tuple:
+        text = f"{text}; may be repeated"
+        group.add_argument(
+            flag.removesuffix("s"), action="append", type=unicode_text, metavar="TEXT", help=text, **common
+        )
+    else:
+        kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
+        if item.default is not None:
             text = f"{text} (default: {item.default})"
-            group.add_argument(*names, choices=get_args(hint), help=text, **common)
-        elif hint is bool:
-            text = f"{text} (default: {'yes' if item.default else 'no'})"
-            group.add_argument(*names, action=argparse.BooleanOptionalAction, help=text, **common)
-        elif get_origin(hint) is dict:
-            number = get_args(hint)[1]
-            kind = _pattern_of(number)
-            group.add_argument(*names, action="append", type=kind, metavar="REGEX=NUMBER", help=text, **common)
-        elif get_origin(hint) is tuple:
-            name = flag.removesuffix("s")
-            group.add_argument(
-                name, action="append", type=unicode_text, metavar="TEXT", help=f"{text}; may be repeated", **common
-            )
-        else:
-            kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
-            if item.default is not None:
-                text = f"{text} (default: {item.default})"
-            metavar = {int: "N", float: "X", str: "TEXT"}[kinds[0]]
-            kind = unicode_text if kinds[0] is str else kinds[0]
-            group.add_argument(*names, type=kind, metavar=metavar, help=text.replace("%", "%%"), **common)
+        metavar = {int: "N", float: "X", str: "TEXT"}[kinds[0]]
+        kind = unicode_text if kinds[0] is str else kinds[0]
+        group.add_argument(*names, type=kind, metavar=metavar, help=text.replace("%", "%%"), **common)
 
 
 def _pattern_of(number: type) -> Callable[[str], tuple[str, Any]]:
@@ -74,7 +83,7 @@ def settings_from(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Those that are given on the command line."""
+    """The settings that are given on the command line, under their names in TrainConfig."""
     settings: dict[str, Any] = {}
     for name, value in vars(options).items():
         if name.startswith("setting_"):
@@ -85,7 +94,7 @@ def given_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def schedule_from(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the settings that are in SCHEDULE."""
+    """What a base model is loaded with: the given ones of the settings in SCHEDULE."""
     return {name: settings[name] for name in SCHEDULE if name in settings}
 
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from ..errors import BadConfig, LoraMisfit, UnmatchedKeys
-from ..tensor_names import NAME_TABLES, ModuleId, bundled_embedding
+from ..tensor_names import NAME_TABLES, SCHEMES, ModuleId, bundled_embedding
 from .file import Entry, LoraFile
 from .inspect import MODELSPEC_VERSION, OnProgress, silent, trigger_words
 from .kinds import BIAS_ROLES, bias_change
-from .modules import SCHEMES, LoraModule, name_in_scheme, name_modules, suffix_of, without_tucker
+from .modules import LoraModule, name_in_scheme, name_modules, suffix_of, without_tucker
 
 BaseWeight = Callable[[ModuleId], Tensor]
 """A function that gives the weight of a base model's module, for adapters whose change depends on it (DoRA, OFT)."""
@@ -30,7 +30,7 @@ def convert_lora(
     base_weight: BaseWeight | None = None,
     on_progress: OnProgress = silent,
 ) -> tuple[LoraFile, float]:
-    """The LoRA in another naming scheme (one of modules.SCHEMES), and the largest relative error of a module's change.
+    """The LoRA in another naming scheme (one of SCHEMES), and the largest relative error of a module's change.
 
     The error is 0 unless `plain_rank` is given: then adapters that are no plain LoRA become one of at most that rank.
     Without it they keep their kind where the scheme can express it, and raise UnmatchedKeys where it cannot. Vectors of

@@ -9,11 +9,8 @@ from torch import Tensor
 
 from ..errors import UnmatchedKeys
 from ..storage.safetensors_file import ComputedTensors
-from ..tensor_names import NAME_TABLES, Fusion, ModuleId, NameTable
+from ..tensor_names import NAME_TABLES, SCHEMES, Fusion, ModuleId, NameTable
 from .kinds import weight_change
-
-SCHEMES = ("kohya", "diffusers", "comfy")
-"""The naming schemes that can be written."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,1 +1,35 @@
 """Base models: what a checkpoint is, its networks and text, how a prediction is made, and plans for the memory there is."""
+
+from typing import TYPE_CHECKING
+
+from ..lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from .base import Base as Base
+    from .base import load_base as load_base
+    from .base_weights import BaseWeights as BaseWeights
+    from .clip import caption_tokens as caption_tokens
+    from .clip import chunk_count as chunk_count
+    from .clip import load_tokenizer as load_tokenizer
+    from .families import FAMILIES as FAMILIES
+    from .memory_plan import MemoryCount as MemoryCount
+    from .memory_plan import MemoryPlan as MemoryPlan
+    from .original_checkpoint import Checkpoint as Checkpoint
+    from .original_checkpoint import original_tensors as original_tensors
+    from .spec import Component as Component
+    from .spec import Conditioning as Conditioning
+    from .spec import FamilySpec as FamilySpec
+    from .spec import Pair as Pair
+else:
+    __getattr__, __dir__, __all__ = lazy_names(
+        __name__,
+        {
+            ".base": ("Base", "load_base"),
+            ".base_weights": ("BaseWeights",),
+            ".clip": ("caption_tokens", "chunk_count", "load_tokenizer"),
+            ".families": ("FAMILIES",),
+            ".memory_plan": ("MemoryCount", "MemoryPlan"),
+            ".original_checkpoint": ("Checkpoint", "original_tensors"),
+            ".spec": ("Component", "Conditioning", "FamilySpec", "Pair"),
+        },
+    )

@@ -1,30 +1,42 @@
 """Reading, checking, cropping, masking, captioning and bucketing of photos."""
 
-from .buckets import assign_bucket, bucket_sizes
-from .captions import trigger_hint
-from .crops import face_regions, with_masks
-from .dataset import Dataset, Region, TrainingImage, prepare
-from .reading import Photo, read_photo_files, read_photos
-from .report import PhotoReport, SetReport, Thresholds, check_photos
-from .sheet import format_report, save_sheet
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "Dataset",
-    "Photo",
-    "PhotoReport",
-    "Region",
-    "SetReport",
-    "Thresholds",
-    "TrainingImage",
-    "assign_bucket",
-    "bucket_sizes",
-    "check_photos",
-    "face_regions",
-    "format_report",
-    "prepare",
-    "read_photo_files",
-    "read_photos",
-    "save_sheet",
-    "trigger_hint",
-    "with_masks",
-]
+from ..lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from .buckets import assign_bucket as assign_bucket
+    from .buckets import bucket_sizes as bucket_sizes
+    from .captions import class_caption as class_caption
+    from .captions import default_caption as default_caption
+    from .captions import trigger_hint as trigger_hint
+    from .crops import face_regions as face_regions
+    from .crops import with_masks as with_masks
+    from .dataset import Dataset as Dataset
+    from .dataset import Region as Region
+    from .dataset import TrainingImage as TrainingImage
+    from .dataset import prepare as prepare
+    from .reading import DAMAGED as DAMAGED
+    from .reading import Photo as Photo
+    from .reading import read_photo_files as read_photo_files
+    from .reading import read_photos as read_photos
+    from .report import REJECT as REJECT
+    from .report import PhotoReport as PhotoReport
+    from .report import SetReport as SetReport
+    from .report import Thresholds as Thresholds
+    from .report import check_photos as check_photos
+    from .sheet import format_report as format_report
+    from .sheet import save_sheet as save_sheet
+else:
+    __getattr__, __dir__, __all__ = lazy_names(
+        __name__,
+        {
+            ".buckets": ("assign_bucket", "bucket_sizes"),
+            ".captions": ("class_caption", "default_caption", "trigger_hint"),
+            ".crops": ("face_regions", "with_masks"),
+            ".dataset": ("Dataset", "Region", "TrainingImage", "prepare"),
+            ".reading": ("DAMAGED", "Photo", "read_photo_files", "read_photos"),
+            ".report": ("PhotoReport", "REJECT", "SetReport", "Thresholds", "check_photos"),
+            ".sheet": ("format_report", "save_sheet"),
+        },
+    )

@@ -1,1 +1,41 @@
 """Pictures from a base model and LoRAs: drawing, style packs, batches of headshots, and the pages that show them."""
+
+from typing import TYPE_CHECKING
+
+from ..lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from .face_pass import FacePass as FacePass
+    from .gallery import SAME_PERSON as SAME_PERSON
+    from .gallery import SOMEONE_ELSE as SOMEONE_ELSE
+    from .generate import GenerateConfig as GenerateConfig
+    from .generate import Job as Job
+    from .headshot import Headshot as Headshot
+    from .headshots import CONTACT_SHEET as CONTACT_SHEET
+    from .headshots import OVERVIEW as OVERVIEW
+    from .headshots import batch_summary as batch_summary
+    from .headshots import make_headshots as make_headshots
+    from .sampling import decode_latents as decode_latents
+    from .sampling import encode_pictures as encode_pictures
+    from .sampling import encode_prompts as encode_prompts
+    from .sampling import sample_latents as sample_latents
+    from .sheet import contact_sheet as contact_sheet
+    from .style_pack import FAMILY_DEFAULTS as FAMILY_DEFAULTS
+    from .style_pack import FoundPacks as FoundPacks
+    from .style_pack import Subject as Subject
+    from .style_pack import find_style_packs as find_style_packs
+    from .style_pack import long_prompts as long_prompts
+else:
+    __getattr__, __dir__, __all__ = lazy_names(
+        __name__,
+        {
+            ".face_pass": ("FacePass",),
+            ".gallery": ("SAME_PERSON", "SOMEONE_ELSE"),
+            ".generate": ("GenerateConfig", "Job"),
+            ".headshot": ("Headshot",),
+            ".headshots": ("CONTACT_SHEET", "OVERVIEW", "batch_summary", "make_headshots"),
+            ".sampling": ("decode_latents", "encode_pictures", "encode_prompts", "sample_latents"),
+            ".sheet": ("contact_sheet",),
+            ".style_pack": ("FAMILY_DEFAULTS", "FoundPacks", "Subject", "find_style_packs", "long_prompts"),
+        },
+    )

@@ -1,1 +1,58 @@
 """Reading and writing: atomic files, safetensors, tensors that are read when they are used, and the cache folder."""
+
+from typing import TYPE_CHECKING
+
+from ..lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from .cache_folder import clear_cache as clear_cache
+    from .cache_folder import content_key as content_key
+    from .cache_folder import made_folder as made_folder
+    from .files import check_writable as check_writable
+    from .files import is_text as is_text
+    from .files import make_folder as make_folder
+    from .files import read_json as read_json
+    from .files import remove_leftovers as remove_leftovers
+    from .files import write_file as write_file
+    from .files import write_text as write_text
+    from .files import writing as writing
+    from .lazy import LazyTensors as LazyTensors
+    from .lazy import Stored as Stored
+    from .lazy import dtype_and_shape as dtype_and_shape
+    from .lazy import shape_of as shape_of
+    from .safetensors_file import Layout as Layout
+    from .safetensors_file import SafetensorsFile as SafetensorsFile
+    from .safetensors_file import cast_tensor as cast_tensor
+    from .safetensors_file import layout_in as layout_in
+    from .safetensors_file import layout_of as layout_of
+    from .safetensors_file import save_safetensors as save_safetensors
+    from .safetensors_file import tensor_bytes as tensor_bytes
+    from .safetensors_file import write_safetensors as write_safetensors
+else:
+    __getattr__, __dir__, __all__ = lazy_names(
+        __name__,
+        {
+            ".cache_folder": ("clear_cache", "content_key", "made_folder"),
+            ".files": (
+                "check_writable",
+                "is_text",
+                "make_folder",
+                "read_json",
+                "remove_leftovers",
+                "write_file",
+                "write_text",
+                "writing",
+            ),
+            ".lazy": ("LazyTensors", "Stored", "dtype_and_shape", "shape_of"),
+            ".safetensors_file": (
+                "Layout",
+                "SafetensorsFile",
+                "cast_tensor",
+                "layout_in",
+                "layout_of",
+                "save_safetensors",
+                "tensor_bytes",
+                "write_safetensors",
+            ),
+        },
+    )

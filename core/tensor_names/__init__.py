@@ -14,7 +14,7 @@ from .others import other_model
 from .qwen import QWEN_IMAGE
 from .sd3 import SD3
 from .stable_diffusion import SD2, SD15, SDXL, families_of_embedding
-from .table import Fusion, ModuleId, NameTable, Place, Sign, text_encoder_path
+from .table import SCHEMES, Fusion, ModuleId, NameTable, Place, Sign, text_encoder_path
 
 NAME_TABLES: dict[str, NameTable] = {
     family.name: family for family in (SD15, SD2, SDXL, SD3, FLUX1, CHROMA, FLUX2, LUMINA2, ZIMAGE, QWEN_IMAGE)
@@ -40,6 +40,7 @@ def families_of(modules: Iterable[tuple[str, str, tuple[int, ...] | None]]) -> l
 __all__ = [
     "EMBEDDING_KEYS",
     "NAME_TABLES",
+    "SCHEMES",
     "Fusion",
     "ModuleId",
     "NameTable",

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+SCHEMES = ("kohya", "diffusers", "comfy")
+"""The naming schemes that a LoRA can be written in."""
 ModuleId = tuple[str, str]
 """(part, path): the identity of a module in the whole project, see the package's docstring."""
 

@@ -1,1 +1,44 @@
 """From photos to a LoRA: encoding, the loop and its steps, methods, likeness, and what is kept of a run."""
+
+from typing import TYPE_CHECKING
+
+from ..lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from .callbacks import Callbacks as Callbacks
+    from .callbacks import StepReport as StepReport
+    from .callbacks import StopAndKeep as StopAndKeep
+    from .encode import EncodedImage as EncodedImage
+    from .encode import LatentCache as LatentCache
+    from .job import check_output as check_output
+    from .job import state_path as state_path
+    from .job import train as train
+    from .likeness import LIKENESS_KEY as LIKENESS_KEY
+    from .likeness import Score as Score
+    from .likeness import hold_out as hold_out
+    from .likeness import picture_change as picture_change
+    from .loop import train_lora as train_lora
+    from .memory_prediction import predicted_memory as predicted_memory
+    from .methods import METHODS as METHODS
+    from .methods import peak_rate as peak_rate
+    from .recipes import MEASUREMENTS as MEASUREMENTS
+    from .recipes import RECIPES as RECIPES
+    from .recipes import recipe_settings as recipe_settings
+    from .store import TrainedFile as TrainedFile
+    from .store import TrainingJob as TrainingJob
+    from .store import find_or_train as find_or_train
+else:
+    __getattr__, __dir__, __all__ = lazy_names(
+        __name__,
+        {
+            ".callbacks": ("Callbacks", "StepReport", "StopAndKeep"),
+            ".encode": ("EncodedImage", "LatentCache"),
+            ".job": ("check_output", "state_path", "train"),
+            ".likeness": ("LIKENESS_KEY", "Score", "hold_out", "picture_change"),
+            ".loop": ("train_lora",),
+            ".memory_prediction": ("predicted_memory",),
+            ".methods": ("METHODS", "peak_rate"),
+            ".recipes": ("MEASUREMENTS", "RECIPES", "recipe_settings"),
+            ".store": ("TrainedFile", "TrainingJob", "find_or_train"),
+        },
+    )

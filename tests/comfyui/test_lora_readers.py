@@ -15,9 +15,9 @@ from torch import Tensor
 
 from core.lora.file import LoraFile
 from core.lora.inspect import not_loaded_by
-from core.lora.modules import SCHEMES, LoraModule
+from core.lora.modules import LoraModule
 from core.tensor_names import NAME_TABLES as FAMILIES
-from core.tensor_names import ModuleId
+from core.tensor_names import SCHEMES, ModuleId
 
 from .lora_changes import (
     EXACT,

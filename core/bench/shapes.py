@@ -1,0 +1,65 @@
+"""The denoisers that the benchmark can time: what is particular to each in its published size. Loads no torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import BadConfig
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a family's denoiser looks like in its published size."""
+
+    config: Mapping[str, Any]
+    """Arguments of the UNet that differ from family to family; widths follow from the channels of the first level."""
+    widths: tuple[int, ...]
+    """Channels of each level, as multiples of the first level's."""
+    heads: tuple[int, ...] | int
+    """Attention heads of each level, as multiples of the first level's channels / 64; a number: whatever the width."""
+    pooled: int | None
+    """Width of the pooled text that the denoiser is told beside the context; None: it is not told."""
+
+
+REAL_CHANNELS = 320
+"""Channels of the first level of the published models."""
+SHAPES = {
+    "sd15": Shape(
+        config={
+            "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+            "cross_attention_dim": 768,
+        },
+        widths=(1, 2, 4, 4),
+        heads=8,
+        pooled=None,
+    ),
+    "sdxl": Shape(
+        config={
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10),
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 1280 + 6 * 256,
+        },
+        widths=(1, 2, 4),
+        heads=(1, 2, 4),
+        pooled=1280,
+    ),
+}
+
+
+def denoiser_config(family: str, channels: int = REAL_CHANNELS) -> dict[str, Any]:
+    """The diffusers config of the family's denoiser; fewer `channels` in the first level make a small one of the same kind.
+
+    BadConfig unless they are a multiple of 64: group norm wants 32, SDXL's attention heads are 64 wide.
+    """
+    if channels < 64 or channels % 64:
+        raise BadConfig(f"--channels {channels}: must be a multiple of 64 (the published models have {REAL_CHANNELS})")
+    shape = SHAPES[family]
+    heads = shape.heads if isinstance(shape.heads, int) else tuple(n * channels // 64 for n in shape.heads)
+    widths = tuple(n * channels for n in shape.widths)
+    return {**shape.config, "block_out_channels": widths, "attention_head_dim": heads}

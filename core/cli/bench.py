@@ -1,0 +1,19 @@
+"""The command that times training steps: bench."""
+
+import argparse
+import json
+import shlex
+import sys
+
+from ..bench import append_report, format_report, run
+from ..storage import check_writable
+from .common import device_from
+
+
+def run_bench(options: argparse.Namespace) -> None:
+    if options.append:
+        check_writable(options.append)
+    report = run(options, device_from(options))
+    print(json.dumps(report, indent=1) if options.json else format_report(report))
+    if options.append:  # last, so that nothing measured is lost where it fails
+        append_report(options.append, report, shlex.join(["facelora", *sys.argv[1:]]))

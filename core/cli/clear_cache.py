@@ -1,0 +1,9 @@
+"""The command that empties the cache: clear-cache."""
+
+import argparse
+
+from ..storage.cache_folder import cache_folder, clear_cache
+
+
+def run_clear_cache(options: argparse.Namespace) -> None:
+    print(f"{clear_cache()} files deleted from {cache_folder()}")

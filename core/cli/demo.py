@@ -1,0 +1,16 @@
+"""The command that does the whole job on the small base: demo."""
+
+import argparse
+import dataclasses
+
+from ..demo import CONFIG, run
+from .common import BarProgress
+
+
+def run_demo(options: argparse.Namespace) -> None:
+    steps = CONFIG.steps if options.steps is None else options.steps
+    config = dataclasses.replace(CONFIG, steps=steps, warmup_steps=max(0, min(CONFIG.warmup_steps, steps - 1)))
+    with BarProgress() as bar:
+        report = run(options.output, person=options.person, config=config, progress=bar)
+    print(report.text)
+    print(f"look at {options.output / 'contact_sheet.png'}")

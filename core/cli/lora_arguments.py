@@ -1,0 +1,82 @@
+"""The arguments of the commands that work on LoRA files. Loads no torch, so that --help answers at once."""
+
+import argparse
+from pathlib import Path
+from typing import get_args
+
+from ..config import SavePrecision
+from ..tensor_names import SCHEMES
+from .common import unicode_text
+
+EDITABLE = ("title", "author", "description", "trigger_phrase", "license", "usage_hint")
+"""The texts of a LoRA's metadata that can be changed."""
+_SCHEMES_HELP = (
+    "naming of the tensors: kohya is read by nearly everything, diffusers by its pipelines and peft, comfy (the original "
+    "model's names) by ComfyUI"
+)
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("output", type=Path, metavar="OUT.safetensors", help="the file to write, or to write over")
+    parser.add_argument(
+        "--precision", choices=get_args(SavePrecision), default="fp16", help="of the tensors (default: fp16)"
+    )
+
+
+def add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="a LoRA")
+    parser.add_argument("--fast", action="store_true", help="read no tensors: without the norms of the blocks")
+    parser.add_argument("--json", action="store_true", help="as JSON, with everything that is known")
+
+
+def add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="a LoRA")
+    parser.add_argument("--base", type=Path, metavar="CHECKPOINT", help="the model that it should fit")
+
+
+def add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="IN", help="a LoRA of any naming")
+    _add_output(parser)
+    parser.add_argument("--to", choices=SCHEMES, required=True, help=_SCHEMES_HELP)
+    parser.add_argument("--plain-rank", type=int, metavar="N", help="make LoHa, LoKr, ... a plain LoRA of that rank")
+    parser.add_argument("--base", type=Path, metavar="CHECKPOINT", help="what a DoRA or OFT was trained on, to do that")
+
+
+def add_merge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILE[:STRENGTH]", help="the LoRAs; without a strength it is 1")
+    _add_output(parser)
+    parser.add_argument("--to", choices=SCHEMES, default="kohya", help=f"{_SCHEMES_HELP} (default: kohya)")
+    parser.add_argument("--rank", type=int, metavar="N", help="of the result; default: exact, the ranks add up")
+    parser.add_argument(
+        "--into", type=Path, metavar="CHECKPOINT", help="merge into a copy of this checkpoint instead, in its own types"
+    )
+
+
+def add_resize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="IN", help="a LoRA")
+    _add_output(parser)
+    parser.add_argument("--rank", type=int, metavar="N", help="the most that a module may have")
+    parser.add_argument(
+        "--energy", type=float, metavar="X", help="or: share of the squared singular values to keep, to 1"
+    )
+
+
+def add_extract(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("original", type=Path, metavar="ORIGINAL", help="checkpoint")
+    parser.add_argument("tuned", type=Path, metavar="TUNED", help="checkpoint that was trained from it")
+    _add_output(parser)
+    parser.add_argument("--rank", type=int, default=64, metavar="N", help="of the LoRA (default: 64)")
+
+
+def add_metadata(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="a LoRA, changed in place unless --output is given")
+    parser.add_argument("--output", type=Path, metavar="FILE.safetensors", help="the file to write instead")
+    for name in EDITABLE:
+        parser.add_argument("--" + name.replace("_", "-"), type=unicode_text, metavar="TEXT", help='"" deletes it')
+    parser.add_argument(
+        "--tag", action="append", type=unicode_text, metavar="TEXT", help="may be repeated; replaces all tags"
+    )
+    parser.add_argument("--thumbnail", type=Path, metavar="PICTURE", help="a small copy of it is put into the file")
+    parser.add_argument(
+        "--remove", action="append", default=[], metavar="KEY", help="a metadata key to remove; may be repeated"
+    )

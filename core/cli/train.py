@@ -1,0 +1,98 @@
+"""The command that trains a LoRA: train."""
+
+import argparse
+import json
+import signal
+from typing import Any
+
+from ..config import config_from
+from ..errors import BadConfig, FaceLoraError
+from ..faces import load_faces
+from ..training import LIKENESS_KEY, METHODS, Callbacks, recipe_settings, state_path, train
+from .common import BarProgress, JsonProgress, base_from, device_from
+from .settings import schedule_from, settings_from
+
+
+class Cancelled(FaceLoraError):
+    """The user has stopped the command."""
+
+
+def run_train(options: argparse.Namespace) -> None:
+    given = settings_from(options)
+    base = base_from(options, **schedule_from(given))
+    config = config_from(recipe_settings(options.recipe, base.family.name, given) if options.recipe else given)
+    stop = _StopOnSignal()
+    progress = JsonProgress() if options.json else BarProgress()
+
+    def on_step(report) -> None:
+        progress.step(report)
+        if stop.asked:
+            raise Cancelled(
+                f"stopped after step {report.step} of {report.steps}; "
+                f"go on with --resume (state: {state_path(options.output)})"
+            )
+
+    def on_phase(phase: str, done: int, total: int) -> None:
+        if phase == "samples":  # a part of the training, whose bar is shown
+            return
+        progress.phase(phase, done, total)
+        if stop.asked:
+            raise Cancelled(f"stopped while {phase}; nothing is lost, start again")
+
+    if "learning_rate" in given and METHODS[config.method].makes == "embedding" and config.optimizer != "prodigy":
+        progress.warning(f"learning_rate is that of a denoiser; the vectors of {config.method} have embedding_lr")
+    looks = config.hold_out or config.check_photos or config.face_crops or config.face_masks
+    if options.face_network and not looks:
+        raise BadConfig(
+            "--face-network needs --hold-out, --check-photos, --face-crops or --face-masks: nothing else looks"
+        )
+    faces = load_faces(options.face_network) if options.face_network else None
+    with stop, progress:
+        lora = train(
+            options.photos, base, config, faces=faces,
+            output=options.output, class_photos=options.class_photos, continue_from=options.continue_from,
+            resume=options.resume, restart=options.restart, strict=options.strict, device=device_from(options),
+            callbacks=Callbacks(on_step=on_step, on_phase=on_phase, on_warning=progress.warning),
+        )  # fmt: skip
+    size = options.output.stat().st_size
+    trigger = lora.metadata["modelspec.trigger_phrase"]
+    if options.json:
+        print(json.dumps({"output": str(options.output), "bytes": size, "trigger_phrase": trigger}))
+    else:
+        print(f"{options.output}  ({size / 1e6:.1f} MB, rank {config.rank}); prompt it with: a photo of {trigger}")
+        if LIKENESS_KEY in lora.metadata:
+            print(format_likeness(json.loads(lora.metadata[LIKENESS_KEY])))
+
+
+def format_likeness(measured: dict[str, Any]) -> str:
+    """The curve in a LoRA's metadata as a table."""
+    rows = [
+        f"likeness to held-out photos ({measured['network']}; the training photos themselves: {measured['photos']:.2f})"
+    ]
+    rows.append("      step  likeness  copying  leakage  drift")
+    for index, point in enumerate(measured["points"]):
+        name = "+".join(map(str, point["merged"])) or str(point["step"])
+        rows.append(
+            f"{name:>10}  {point['likeness']:8.2f}  {point['copying']:7.2f}  {point['leakage']:7.2f}  {point['drift']:5.1f}"
+            + ("  <- kept" if index == measured["kept"] else "")
+        )
+    return "\n".join(rows)
+
+
+class _StopOnSignal:
+    """Within it, Ctrl-C and SIGTERM only leave a note, so that a run stops between two steps; a second Ctrl-C is at once."""
+
+    asked = False
+
+    def __enter__(self) -> "_StopOnSignal":
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, *_: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True

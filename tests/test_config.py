@@ -1,0 +1,51 @@
+"""core/config.py: what is said of a setting once is what the command line and every check go by."""
+
+import argparse
+import dataclasses
+import math
+from typing import get_args
+
+import pytest
+
+from core.cli.training_arguments import add_train
+from core.config import Group, TrainConfig, config_from
+from core.errors import BadConfig
+
+SETTINGS = {item.name: item for item in dataclasses.fields(TrainConfig)}
+BOUNDED = {name: item.metadata for name, item in SETTINGS.items() if item.metadata["low"] is not None}
+
+
+def train_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    add_train(parser)
+    return parser
+
+
+@pytest.mark.parametrize("name", sorted(BOUNDED.keys() - {"rank_pattern", "alpha_pattern"}))
+def test_a_value_out_of_range_is_refused_with_the_setting_the_value_and_the_range(name):
+    low, high = BOUNDED[name]["low"], BOUNDED[name]["high"]
+    kind = type(low) if SETTINGS[name].default is None else type(SETTINGS[name].default)
+    for value in {kind(low - 1), kind(2 * high + 1) if high != math.inf else kind(low - 2)}:
+        with pytest.raises(
+            BadConfig, match=rf"^{name} = {value}: must be (between {low} and|at least {low})".replace("+", r"\+")
+        ):
+            config_from({name: value})
+
+
+def test_each_number_of_a_table_is_checked():
+    with pytest.raises(BadConfig, match="rank_pattern: attn = 0: must be at least 1"):
+        TrainConfig(rank_pattern={"mlp": 4, "attn": 0})
+
+
+def test_every_group_has_settings_and_its_heading_in_the_help_in_this_order():
+    assert list(dict.fromkeys(item.metadata["group"] for item in SETTINGS.values())) == list(get_args(Group))
+    titles = [group.title for group in train_parser()._action_groups]
+    assert [title for title in titles if str(title).startswith("settings")] == [
+        f"settings, {g}" for g in get_args(Group)
+    ]
+
+
+def test_every_setting_is_an_option_with_its_help():
+    actions = {action.dest: action.help or "" for action in train_parser()._actions}
+    for name, item in SETTINGS.items():
+        assert actions[f"setting_{name}"].replace("%%", "%").startswith(item.metadata["help"])
