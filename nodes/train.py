@@ -68,37 +68,7 @@ class TrainFaceLora(io.ComfyNode):
                     tooltip="How many times sample pictures are drawn during the training; 0: never (where photos are held "
                     f"out: {MEASUREMENTS} times all the same).",
                 ),
-                io.Int.Input(
-                    "steps", default=0, min=0, max=100_000, advanced=True,
-                    tooltip="Optimizer steps; 0: what the recipe says.",
-                ),
-                io.Int.Input(
-                    "rank", default=0, min=0, max=1024, advanced=True,
-                    tooltip="Rank, the size of the LoRA; 0: what the recipe says.",
-                ),
-                io.Float.Input(
-                    "learning_rate", default=0.0, min=0.0, max=10.0, step=1e-6, round=1e-7, advanced=True,
-                    tooltip="Peak learning rate; 0: what the recipe says.",
-                ),
-                io.Int.Input(
-                    "resolution", default=0, min=0, max=4096, step=8, advanced=True,
-                    tooltip="Side of the square with a picture's area, in pixels; 0: the model's own (512 or 1024).",
-                ),
-                io.Int.Input(
-                    "training_seed", default=1, min=0, max=2**63 - 1, control_after_generate=False, advanced=True,
-                    tooltip="Seed of everything random. The same inputs with the same seed give the same LoRA.",
-                ),
-                io.String.Input(
-                    "sample_prompts", default="", multiline=True, advanced=True,
-                    placeholder="prompts of the samples, one a line",
-                    tooltip="Prompts of the sample pictures, one a line; empty: a photo of the trigger and class word.",
-                ),
-                io.String.Input(
-                    "settings", default="", multiline=True, advanced=True,
-                    placeholder="any other setting, e.g. text_encoder_lr = 1e-5",
-                    tooltip="Any setting of the training as lines of TOML; it wins over the recipe. There are: "
-                    + ", ".join(TrainConfig.__dataclass_fields__),
-                ),
+                *_settings_inputs(),
                 io.String.Input(
                     "captions", optional=True, force_input=True,
                     tooltip="A caption for each photo, in the same order; those of Load Face Photos come with the photos.",
@@ -180,6 +150,43 @@ class TrainFaceLora(io.ComfyNode):
         )
 
 
+def _settings_inputs() -> list[Any]:
+    """The inputs of settings that most people leave alone."""
+    return [
+        io.Int.Input(
+            "steps", default=0, min=0, max=100_000, advanced=True,
+            tooltip="Optimizer steps; 0: what the recipe says.",
+        ),
+        io.Int.Input(
+            "rank", default=0, min=0, max=1024, advanced=True,
+            tooltip="Rank, the size of the LoRA; 0: what the recipe says.",
+        ),
+        io.Float.Input(
+            "learning_rate", default=0.0, min=0.0, max=10.0, step=1e-6, round=1e-7, advanced=True,
+            tooltip="Peak learning rate; 0: what the recipe says.",
+        ),
+        io.Int.Input(
+            "resolution", default=0, min=0, max=4096, step=8, advanced=True,
+            tooltip="Side of the square with a picture's area, in pixels; 0: the model's own (512 or 1024).",
+        ),
+        io.Int.Input(
+            "training_seed", default=1, min=0, max=2**63 - 1, control_after_generate=False, advanced=True,
+            tooltip="Seed of everything random. The same inputs with the same seed give the same LoRA.",
+        ),
+        io.String.Input(
+            "sample_prompts", default="", multiline=True, advanced=True,
+            placeholder="prompts of the samples, one a line",
+            tooltip="Prompts of the sample pictures, one a line; empty: a photo of the trigger and class word.",
+        ),
+        io.String.Input(
+            "settings", default="", multiline=True, advanced=True,
+            placeholder="any other setting, e.g. text_encoder_lr = 1e-5",
+            tooltip="Any setting of the training as lines of TOML; it wins over the recipe. There are: "
+            + ", ".join(TrainConfig.__dataclass_fields__),
+        ),
+    ]  # fmt: skip
+
+
 def _help(setting: str) -> str:
     text = TrainConfig.__dataclass_fields__[setting].metadata["help"]
     return text[0].upper() + text[1:]
@@ -259,7 +266,7 @@ def _make(job: TrainingJob, base: Base, node_id: str) -> TrainedFile:
         write_embedding(made.path)
         news = {"phase": "done", "file": made.path.name}
         panel.publish(node_id, news | (_looks(made) if made.found else {}))
-    except Exception as error:
+    except Exception as error:  # whatever it is, the panel says it
         panel.publish(node_id, {"phase": "failed", "error": str(error)})
         raise
     except BaseException:  # cancelled

@@ -9,11 +9,14 @@ from core.models.families import FAMILIES
 from core.tensor_names import NAME_TABLES
 from tools.house import (
     FAMILY_EXCEPTIONS,
+    MOST_BRANCHES,
+    MOST_LINES,
     ROOT,
     Import,
     circles,
     families_of,
     family_mentions,
+    functions_of,
     imports_of,
     misplaced_mentions,
     read_sources,
@@ -42,6 +45,12 @@ def test_no_room_imports_from_a_higher_one(imports):
 def test_hardly_anything_imports_the_projects_modules_inside_functions(imports):
     """What should be loaded late is a string in the table of commands, or a name that a room's `__init__` hands out."""
     assert len([(one.importer, one.line) for one in imports if one.late]) <= 5
+
+
+def test_no_function_is_a_hall():
+    functions = functions_of(read_sources())
+    assert [(one.module, one.name, one.lines) for one in functions if one.lines > MOST_LINES] == []
+    assert [(one.module, one.name, one.branches) for one in functions if one.branches > MOST_BRANCHES] == []
 
 
 def test_every_module_has_a_room():

@@ -75,7 +75,7 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--family", choices=tuple(SHAPES), default="sd15", help="default: sd15")
+    parser.add_argument("--family", choices=tuple(SHAPES), default=next(iter(SHAPES)), help="default: %(default)s")
     parser.add_argument("--resolution", type=int, metavar="PIXELS", help="default: the family's own")
     parser.add_argument("--batch-size", type=int, default=1, help="pictures in a forward pass (default: 1)")
     parser.add_argument("--rank", type=int, default=16, help="of the adapter (default: 16)")

@@ -85,7 +85,7 @@ def apply(
                 applied.add(module_id, "weight", factor * change)
             for module_id, change in present.bias_changes_of(entry, inputs=math.prod(shapes[entry.modules[0]][1:2])):
                 applied.add(module_id, "bias", factor * change)
-    except BaseException:
+    except BaseException:  # nothing stays half applied
         applied.remove()
         raise
     return applied
