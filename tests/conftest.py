@@ -90,6 +90,14 @@ def server(comfy_folder) -> Iterator[ComfyServer]:
         yield server
 
 
+@pytest.fixture(autouse=True)
+def server_at_rest(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A training that never ends does not go on when the test that began it fails."""
+    yield
+    if "server" in request.fixturenames:
+        request.getfixturevalue("server").rest()
+
+
 @pytest.fixture(scope="session")
 def flow_models(comfy_folder) -> None:
     """Small random diffusion transformers in the server's folder."""

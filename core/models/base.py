@@ -97,7 +97,7 @@ class Base:
 
     def schedule(self) -> Schedule:
         """How noise is mixed into the model's pictures, and what it is asked to predict."""
-        return self.family.schedule(self.prediction_type, self.zero_terminal_snr, self.latent_shape.positions_side)
+        return self.family.schedule(self.prediction_type, self.zero_terminal_snr, self.components)
 
     def load(self, part: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The part's network with frozen weights, in evaluation mode. BadFile when the base has no such part."""

@@ -215,13 +215,12 @@ class FamilySpec:
             return "flow"
         return "v_prediction" if named in ("v", "v_prediction") else "epsilon"
 
-    def schedule(self, prediction_type: PredictionType, zero_terminal_snr: bool, positions_side: int) -> Schedule:
-        """How noise is mixed into the pictures of such a model, and what it is asked to predict.
-
-        `positions_side` is the number of latents along a side of one of the denoiser's positions.
-        """
+    def schedule(
+        self, prediction_type: PredictionType, zero_terminal_snr: bool, components: Mapping[str, Component]
+    ) -> Schedule:
+        """How noise is mixed into the pictures of a model of these components, and what it is asked to predict."""
         if self.flow_shift is not None:
-            return FlowSchedule(self.flow_shift, positions_side)
+            return FlowSchedule(self.flow_shift, self.latent_shape(components).positions_side)
         assert prediction_type != "flow"
         return NoiseSchedule.scaled_linear(prediction_type, zero_terminal_snr)
 

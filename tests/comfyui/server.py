@@ -141,6 +141,13 @@ class ComfyServer:
         """The first picture that a node showed."""
         return self.picture(result.outputs[node]["images"][0])
 
+    def rest(self) -> None:
+        """Ends what a test has left running or waiting."""
+        while any(self.get("/queue").values()):
+            self.post("/queue", {"clear": True})
+            self.post("/interrupt", {})
+            time.sleep(0.05)
+
     def kill(self) -> None:
         """As if the machine lost power."""
         os.killpg(self.process.pid, signal.SIGKILL)
