@@ -1,6 +1,7 @@
 """The commands for LoRA files, run as a user runs them."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,12 +87,30 @@ def test_a_merge_is_exact_and_its_ranks_add_up(tmp_path, capsys):
     first = write_lora(tmp_path / "a.safetensors", 1, rank=2, metadata={"modelspec.title": "one"})
     second = write_lora(tmp_path / "b.safetensors", 2, rank=3, metadata={"modelspec.title": "two"})
     merged = tmp_path / "merged.safetensors"
-    run("merge", f"{tmp_path / 'a.safetensors'}:0.5", f"{tmp_path / 'b.safetensors'}:-2", merged, "--precision", "fp32")
+    run(
+        "merge",
+        f"{tmp_path / 'a.safetensors'}:0.5",
+        f"{tmp_path / 'b.safetensors'}:-2",
+        "--output",
+        merged,
+        "--precision",
+        "fp32",
+    )
     lora = LoraFile.read(merged)
     module = lora.modules()[MODULE]
     assert module.rank == 5 and lora.metadata["modelspec.merged_from"] == "one, two"
     torch.testing.assert_close(module.delta(), 0.5 * first.delta() - 2 * second.delta(), rtol=0, atol=1e-5)
-    run("merge", tmp_path / "a.safetensors", tmp_path / "b.safetensors", merged, "--rank", 1, "--precision", "fp32")
+    run(
+        "merge",
+        tmp_path / "a.safetensors",
+        tmp_path / "b.safetensors",
+        "--output",
+        merged,
+        "--rank",
+        1,
+        "--precision",
+        "fp32",
+    )
     error = float(capsys.readouterr().out.rpartition(": ")[2].rstrip(")\n"))
     whole, nearest = first.delta() + second.delta(), LoraFile.read(merged).modules()[MODULE].delta()
     assert error == pytest.approx(float((whole - nearest).norm() / whole.norm()), rel=0.01)
@@ -102,9 +121,9 @@ def test_what_is_merged_into_a_checkpoint_is_extracted_again(small_sd15, tmp_pat
     name = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
     outputs, inputs = SafetensorsFile.open(small_sd15).shapes[name]
     module = write_lora(lora, 3, size=(outputs, inputs))
-    run("merge", lora, tuned, "--into", small_sd15)
+    run("merge", lora, "--output", tuned, "--into", small_sd15)
     assert "(1 tensors of small.safetensors changed)" in capsys.readouterr().out
-    run("extract", small_sd15, tuned, back, "--rank", 2, "--precision", "fp32")
+    run("extract", small_sd15, tuned, "--output", back, "--rank", 2, "--precision", "fp32")
     found = LoraFile.read(back).modules()
     assert set(found) == {MODULE}
     scale = (
@@ -122,7 +141,7 @@ def test_words_that_a_checkpoint_cannot_hold_are_named(small_sd15, tmp_path, cap
     name = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
     write_lora(lora, 3, size=SafetensorsFile.open(small_sd15).shapes[name])
     save_safetensors(lora, {key: t.clone() for key, t in SafetensorsFile.open(lora).items()} | word)
-    run("merge", lora, tmp_path / "tuned.safetensors", "--into", small_sd15)
+    run("merge", lora, "--output", tmp_path / "tuned.safetensors", "--into", small_sd15)
     assert "what no checkpoint can hold: the vectors of sks" in capsys.readouterr().err
 
 
@@ -131,11 +150,11 @@ def test_a_lora_is_converted_there_and_back_and_resized(tmp_path, capsys):
     module = write_lora(tmp_path / "a.safetensors", 4)
     source = tmp_path / "a.safetensors"
     for scheme in ("diffusers", "comfy", "kohya"):
-        run("convert", source, names[scheme], "--to", scheme, "--precision", "fp32")
+        run("convert", source, "--output", names[scheme], "--to", scheme, "--precision", "fp32")
         source = names[scheme]
         assert inspected(source, capsys)["scheme"] == scheme
     assert torch.equal(LoraFile.read(source).modules()[MODULE].delta(), module.delta())
-    run("resize", source, tmp_path / "small.safetensors", "--rank", 1, "--precision", "fp32")
+    run("resize", source, "--output", tmp_path / "small.safetensors", "--rank", 1, "--precision", "fp32")
     values = torch.linalg.svdvals(LoraFile.read(tmp_path / "small.safetensors").modules()[MODULE].delta())[:2]
     torch.testing.assert_close(
         values, torch.stack([torch.linalg.svdvals(module.delta())[0], torch.tensor(0.0)]), atol=1e-4, rtol=0
@@ -148,17 +167,17 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line_and_nothing_is_written(tm
     output = tmp_path / "out.safetensors"
     good, pickle = tmp_path / "a.safetensors", tmp_path / "pickle.safetensors"
     for arguments, words in [
-        (["convert", pickle, output, "--to", "comfy"], "pickle"),
-        (["merge", good, pickle, output], "pickle"),
-        (["merge", good, output, "--into", pickle], "pickle"),
-        (["merge", f"{good}:nan", output], "the strength of a LoRA must be finite"),
+        (["convert", pickle, "--output", output, "--to", "comfy"], "pickle"),
+        (["merge", good, pickle, "--output", output], "pickle"),
+        (["merge", good, "--output", output, "--into", pickle], "pickle"),
+        (["merge", f"{good}:nan", "--output", output], "the strength of a LoRA must be finite"),
         (["metadata", good], "nothing to change"),
         (["metadata", good, "--title", "a", "--output", tmp_path / "out.pt"], "must end in .safetensors"),
-        (["resize", good, output], "give either a rank or an energy"),
-        (["resize", good, output, "--rank", 0], "a rank must be at least 1"),
-        (["extract", good, good, output], "no base model"),
+        (["resize", good, "--output", output], "give either a rank or an energy"),
+        (["resize", good, "--output", output, "--rank", 0], "a rank must be at least 1"),
+        (["extract", good, good, "--output", output], "no base model"),
         (["inspect", tmp_path / "missing.safetensors"], "missing.safetensors"),
-        (["convert", good, tmp_path / "no" / "out.safetensors", "--to", "comfy"], "cannot be written"),
+        (["convert", good, "--output", tmp_path / "no" / "out.safetensors", "--to", "comfy"], "cannot be written"),
     ]:
         assert main([str(argument) for argument in arguments]) == 1
         error = capsys.readouterr().err
@@ -166,11 +185,32 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line_and_nothing_is_written(tm
     assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", "pickle.safetensors"}
 
 
+def test_no_command_writes_over_what_it_reads(small_sd15, tmp_path, capsys):
+    first, second, base = (tmp_path / f"{name}.safetensors" for name in ("a", "b", "base"))
+    write_lora(first, 1)
+    write_lora(second, 2)
+    shutil.copy(small_sd15, base)
+    before = {path: path.read_bytes() for path in (first, second, base)}
+    for arguments in [
+        ["merge", first, second, "--output", second],
+        ["merge", f"{first}:0.5", "--output", first],
+        ["merge", first, "--into", base, "--output", base],
+        ["convert", first, "--to", "comfy", "--output", tmp_path / "." / "a.safetensors"],
+        ["resize", first, "--rank", 1, "--output", first],
+        ["extract", small_sd15, base, "--output", base],
+    ]:
+        assert main([str(argument) for argument in arguments]) == 1
+        assert "is a file that this command reads; choose another output" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["merge", str(first), str(second)])
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_a_word_of_a_family_without_files_of_words_is_not_left_out_silently(tmp_path, capsys):
     path, name = tmp_path / "a.safetensors", "lora_unet_single_blocks_0_linear1"
     tensors = {f"{name}.lora_down.weight": torch.ones(1, 3072), f"{name}.lora_up.weight": torch.ones(7 * 3072, 1)}
     save_safetensors(path, tensors | {"bundle_emb.sks.t5": torch.ones(1, 4096)})
-    run("convert", path, tmp_path / "b.safetensors", "--to", "diffusers")
+    run("convert", path, "--output", tmp_path / "b.safetensors", "--to", "diffusers")
     assert "warning: the vectors of 'sks' are left out" in capsys.readouterr().err
 
 
@@ -205,7 +245,17 @@ def test_an_extraction_takes_no_more_memory_for_a_checkpoint_of_five_times_the_s
         for index, name in enumerate(("base", "tuned")):
             write_constant_weights(tmp_path / f"{name}{layers}.safetensors", layers, index)
         files = [tmp_path / f"{name}{layers}.safetensors" for name in ("base", "tuned", "lora")]
-        command = [sys.executable, "-m", "tests.peak_memory", "extract", *map(str, files), "--rank", "1"]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.peak_memory",
+            "extract",
+            *map(str, files[:2]),
+            "--output",
+            str(files[2]),
+            "--rank",
+            "1",
+        ]
         result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
         assert len(LoraFile.read(files[-1]).entries) == layers
         peaks.append(int(result.stdout.splitlines()[-1]))
@@ -219,8 +269,9 @@ def test_converted_for_diffusers_a_word_is_a_file_beside_it_whatever_the_word_is
     save_safetensors(tmp_path / "b.safetensors", dict(SafetensorsFile.open(tmp_path / "a.safetensors")) | word)
     (tmp_path / "out").mkdir()
     for command in ("convert", "merge"):
-        run(command, tmp_path / "b.safetensors", tmp_path / "out" / f"{command}.safetensors", "--to", "diffusers")
-        names = LoraFile.read(tmp_path / "out" / f"{command}.safetensors").tensors
+        output = tmp_path / "out" / f"{command}.safetensors"
+        run(command, tmp_path / "b.safetensors", "--output", output, "--to", "diffusers")
+        names = LoraFile.read(output).tensors
         assert all(name.startswith("unet.") and "lora" in name for name in names)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "convert-x_y.safetensors", "convert.safetensors", "merge-x_y.safetensors", "merge.safetensors",

@@ -258,6 +258,7 @@ def test_diffusers_reads_a_pivotal_file_that_is_converted_and_its_word_beside_it
     command = [
         "convert",
         tmp_path / "a.safetensors",
+        "--output",
         tmp_path / "b.safetensors",
         "--to",
         "diffusers",

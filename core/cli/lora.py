@@ -3,9 +3,10 @@
 import argparse
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 from ..device import PRECISIONS
-from ..errors import BadConfig, one_line
+from ..errors import BadConfig, BadFile, one_line
 from ..lora import (
     LoraFile,
     convert_lora,
@@ -63,8 +64,16 @@ def run_verify(options: argparse.Namespace) -> int:
     return int(any(fault.is_error for fault in faults))
 
 
+def _check_output(output: Path, *inputs: str | Path) -> None:
+    """BadFile where the output cannot be written, or is one of the files that the command reads."""
+    check_output(output)
+    for path in map(Path, inputs):
+        if output.exists() and path.exists() and output.samefile(path):
+            raise BadFile(f"{output}: is a file that this command reads; choose another output")
+
+
 def run_convert(options: argparse.Namespace) -> None:
-    check_output(options.output)
+    _check_output(options.output, options.file)
     lora = LoraFile.read(options.file)
     weight = None
     if options.base is not None:
@@ -88,8 +97,9 @@ def _save_words(lora, options: argparse.Namespace) -> None:
 
 
 def run_merge(options: argparse.Namespace) -> None:
-    check_output(options.output)
-    loras = [(LoraFile.read(path), strength) for path, strength in map(split_strength, options.files)]
+    named = [split_strength(name) for name in options.files]
+    _check_output(options.output, *(path for path, _ in named), *([options.into] if options.into else ()))
+    loras = [(LoraFile.read(path), strength) for path, strength in named]
     if options.into is None:
         _save(*merge_loras(loras, options.rank, options.to, on_progress=_progress("merging")), options)
         for lora, _ in loras if options.to == "diffusers" else ():
@@ -104,13 +114,13 @@ def run_merge(options: argparse.Namespace) -> None:
 
 
 def run_resize(options: argparse.Namespace) -> None:
-    check_output(options.output)
+    _check_output(options.output, options.file)
     resized = resize_lora(LoraFile.read(options.file), options.rank, options.energy, on_progress=_progress("resizing"))
     _save(*resized, options)
 
 
 def run_extract(options: argparse.Namespace) -> None:
-    check_output(options.output)
+    _check_output(options.output, options.original, options.tuned)
     extracted = extract_lora(
         options.original, options.tuned, options.rank, on_progress=_progress("extracting"), on_warning=print_warning
     )

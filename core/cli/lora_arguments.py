@@ -17,7 +17,7 @@ _SCHEMES_HELP = (
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("output", type=Path, metavar="OUT.safetensors", help="the file to write, or to write over")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.safetensors", help="the file to write")
     parser.add_argument(
         "--precision", choices=get_args(SavePrecision), default="fp16", help="of the tensors (default: fp16)"
     )
