@@ -196,6 +196,7 @@ def test_no_command_writes_over_what_it_reads(small_sd15, tmp_path, capsys):
         ["merge", f"{first}:0.5", "--output", first],
         ["merge", first, "--into", base, "--output", base],
         ["convert", first, "--to", "comfy", "--output", tmp_path / "." / "a.safetensors"],
+        ["convert", first, "--to", "kohya", "--plain-rank", 1, "--base", base, "--output", base],
         ["resize", first, "--rank", 1, "--output", first],
         ["extract", small_sd15, base, "--output", base],
     ]:

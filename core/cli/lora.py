@@ -73,7 +73,7 @@ def _check_output(output: Path, *inputs: str | Path) -> None:
 
 
 def run_convert(options: argparse.Namespace) -> None:
-    _check_output(options.output, options.file)
+    _check_output(options.output, options.file, *([options.base] if options.base else ()))
     lora = LoraFile.read(options.file)
     weight = None
     if options.base is not None:
