@@ -1,4 +1,4 @@
-"""Train Face LoRA and Apply LoRA in a real server: the wiring. What is found again is tested in tests/test_store.py."""
+"""Train Face LoRA and Apply LoRA in a real server: the wiring. What is found again: tests/training/test_store.py."""
 
 import json
 import time

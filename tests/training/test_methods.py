@@ -149,6 +149,6 @@ def test_a_full_size_sdxl_is_adapted_in_seconds_with_patterns_for_every_module()
 
 
 def test_the_settings_name_every_method_and_no_other():
-    files = (Path(__file__).parents[1] / "core" / "training" / "methods").glob("*.py")
+    files = (Path(__file__).parents[2] / "core" / "training" / "methods").glob("*.py")
     defined = {path.stem.replace("_", "-") for path in files if "\nMETHOD = " in path.read_text(encoding="utf-8")}
     assert set(get_args(MethodName)) == set(METHODS) == defined

@@ -17,9 +17,9 @@ from core.lora.modules import LoraModule
 from core.storage.safetensors_file import SafetensorsFile, save_safetensors
 from core.tensor_names import NAME_TABLES
 from core.tensor_names.unet import ldm_unet_path
+from tests.tensor_names.test_keys import REFERENCE
 
-from .test_lora_file import kohya_tensors, some
-from .test_lora_keys import REFERENCE
+from .test_file import kohya_tensors, some
 
 NAME = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
 MODULE = ("denoiser", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k")

@@ -78,6 +78,7 @@ def test_attention_is_counted_on_the_cpu_too():
     assert bench.count_flops(lambda: attend().sum().backward()) == (2 + 5) * product
 
 
+@pytest.mark.slow
 def test_recomputing_the_forward_pass_shows_in_the_count():
     ours, _ = small_loops()
     without = bench.count_flops(ours.step)
@@ -99,6 +100,7 @@ def test_a_step_of_either_loop_trains_every_layer(family, precision):
         assert all(bool(value.any()) for value in values)  # B starts at 0 and gets a gradient in the first step
 
 
+@pytest.mark.slow
 def test_both_loops_train_layers_of_the_same_shapes():
     ours, peer = small_loops("sdxl")
     assert sorted(tuple(p.shape) for p in ours.run.parameters.values()) == sorted(

@@ -257,7 +257,7 @@ def test_an_extraction_takes_no_more_memory_for_a_checkpoint_of_five_times_the_s
             "--rank",
             "1",
         ]
-        result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+        result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
         assert len(LoraFile.read(files[-1]).entries) == layers
         peaks.append(int(result.stdout.splitlines()[-1]))
     # The further 28 pairs of weights have 440 MB in float32, the LoRA's modules of them half a megabyte.

@@ -6,7 +6,7 @@ import pytest
 from core.models.families import FAMILIES
 from core.tensor_names import NAME_TABLES, bundled_embedding, parse_key
 
-REFERENCE = Path(__file__).parent / "reference"
+REFERENCE = Path(__file__).parents[1] / "reference"
 # Module lists enumerated by running sd-scripts 0.10.1's network code on models without weights.
 KOHYA_LISTS = {
     "sd15": ["kohya_sd15.json", "kohya_sd15_conv.json"],

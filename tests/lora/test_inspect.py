@@ -27,9 +27,9 @@ from core.lora.inspect import (
 from core.lora.modules import SCHEMES, LoraModule
 from core.storage.safetensors_file import SafetensorsFile, save_safetensors
 
-from .test_lora_file import kohya_tensors, some
+from .test_file import kohya_tensors, some
 
-KOHYA_METADATA = json.loads((Path(__file__).parent / "reference" / "kohya_metadata_sd15.json").read_text())
+KOHYA_METADATA = json.loads((Path(__file__).parents[1] / "reference" / "kohya_metadata_sd15.json").read_text())
 TRIGGER = {"modelspec.trigger_phrase": "sks person"}
 
 

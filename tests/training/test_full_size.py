@@ -21,8 +21,8 @@ from core.storage.safetensors_file import SafetensorsFile
 from core.training.methods.lora import attach as attach_lora
 from tests.tooling import FULL_SD15, FULL_SDXL, configs, diffusers_pipeline, write_checkpoint, write_photos
 
-REFERENCE = Path(__file__).parent / "reference"
-ROOT = Path(__file__).parent.parent
+REFERENCE = Path(__file__).parents[1] / "reference"
+ROOT = Path(__file__).parents[2]
 SHAPES = {"sd15": FULL_SD15, "sdxl": FULL_SDXL}
 NOT_OURS = {"ss_sd_scripts_commit_hash"}
 """The only key of sd-scripts' metadata that has no meaning here."""

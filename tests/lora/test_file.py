@@ -10,8 +10,7 @@ from core.errors import BadFile, LoraMisfit, UnknownFamily, UnmatchedKeys
 from core.lora.file import LoraFile, fit
 from core.lora.modules import LoraModule
 from core.tensor_names import parse_key
-
-from .test_lora_keys import KOHYA_LISTS, kohya_names
+from tests.tensor_names.test_keys import KOHYA_LISTS, kohya_names
 
 
 def module_of(shape: list[int], rank: int, alpha: float, generator: torch.Generator) -> LoraModule:

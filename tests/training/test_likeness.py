@@ -237,6 +237,7 @@ def test_the_checkpoint_that_is_kept_comes_back_with_the_curve(tmp_path, base, n
     assert same == [kept["step"]]
 
 
+@pytest.mark.slow
 def test_the_last_checkpoint_is_kept_where_it_is_asked_for_though_another_costs_less(base, network):
     # At this rate the first step spoils every picture, and the second one changes more besides.
     config = replace(

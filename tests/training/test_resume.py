@@ -20,7 +20,7 @@ from core.storage.safetensors_file import SafetensorsFile
 from core.training.state import RunState, pack_optimizer, read_state, unpack_optimizer
 from tests.tooling import SMALL_SD15, write_checkpoint, write_photos
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def training(folder: Path, base: Path, photos: Path, output: str, *options: str) -> list[str]:

@@ -8,7 +8,7 @@ from core.storage.safetensors_file import SafetensorsFile
 from core.tensor_names import parse_key
 
 # Adapters with random values, and the weight change that lycoris-lora 4.1.3 computes from them.
-LYCORIS = SafetensorsFile.open(Path(__file__).parent / "reference" / "lycoris.safetensors")
+LYCORIS = SafetensorsFile.open(Path(__file__).parents[1] / "reference" / "lycoris.safetensors")
 CASES = sorted({name.split("/")[0] for name in LYCORIS if "/" in name})
 
 

@@ -351,7 +351,7 @@ def test_whatever_stands_where_a_style_should_be_costs_only_itself(tmp_path_fact
 
 
 def test_the_example_in_the_docs_is_a_good_pack(tmp_path):
-    docs = Path(__file__).parents[1] / "docs" / "style-packs.md"
+    docs = Path(__file__).parents[2] / "docs" / "style-packs.md"
     (example,) = re.findall(r"```json\n(.*?)```", docs.read_text("utf-8"), re.DOTALL)
     (tmp_path / "a.json").write_text(example, "utf-8")
     assert read_style_pack(tmp_path / "a.json")[1] == ()
