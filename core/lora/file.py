@@ -23,11 +23,13 @@ from ..storage.safetensors_file import Layout, SafetensorsFile, cast_tensor, lay
 from ..tensor_names import (
     EMBEDDING_KEYS,
     NAME_TABLES,
+    Identity,
     ModuleId,
     Place,
     bundled_embedding,
     families_of,
     families_of_embedding,
+    identify,
     other_model,
     parse_key,
 )
@@ -131,6 +133,11 @@ class LoraFile:
     def layout(self) -> Layout:
         """The dtype and shape of every tensor, by its name."""
         return layout_of(self.tensors)
+
+    @cached_property
+    def identity(self) -> Identity:
+        """The published models that have all the modules that the LoRA changes, in its shapes."""
+        return identify(_named_modules(self.layout))
 
     @cached_property
     def model_hash(self) -> str:
@@ -351,37 +358,58 @@ def _most_common(values: Iterable[_T]) -> _T:
     return Counter(values).most_common(1)[0][0]
 
 
-def _detect_family(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str) -> str:
-    """The family that the tensors fit best; the metadata only decide between equals, since many tools write them wrong.
-
-    Raises UnknownFamily when no family fits.
-    """
+def _named_modules(layout: Layout) -> list[tuple[str, str, tuple[int, ...] | None]]:
+    """The (part, path, shape of the weight) of each module, as the names of its tensors say; no shape where none is known."""
     roles: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
-    for key, (_, shape) in layout_of(tensors).items():
+    for key, (_, shape) in layout.items():
         if named := parse_key(key):
             roles.setdefault((named.part, named.path), {})[named.role] = shape
     kinds = {module: kind_of(shapes) for module, shapes in roles.items()}
-    modules = [(*m, weight_shape(kind, roles[m]) if kind else None) for m, kind in kinds.items()]
-    if other := other_model(modules):
+    return [(*module, weight_shape(kind, roles[module]) if kind else None) for module, kind in kinds.items()]
+
+
+def _detect_family(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str) -> str:
+    """The family of a published model that has all the modules; where none has, the one whose names fit best.
+
+    Metadata only decide between equals, since many tools write them wrong. Raises UnknownFamily when no family fits, or when
+    the modules are rather those of a model that is not trained here.
+    """
+    layout = layout_of(tensors)
+    modules = _named_modules(layout)
+    identity = identify(modules)
+    other = other_model(modules)
+    if identity.models:
+        claim = identity.of_claim((metadata.get("ss_base_model_version", ""), _architecture(metadata)))
+        other = claim or (None if identity.families else " or ".join(identity.models))
+    elif identity.nearest_family is None and 2 * len(identity.misfits) < len(modules):
+        other = other or identity.nearest
+    if other:
         raise UnknownFamily(f"{name}: is for {other}, which is not supported; known: {', '.join(NAME_TABLES)}")
     candidates = families_of(modules)
+    if identity.families:
+        candidates = [family for family in candidates if family in identity.families] or list(identity.families)
     if not candidates and set(tensors) <= set(EMBEDDING_KEYS):
-        candidates = families_of_embedding({key: shape for key, (_, shape) in layout_of(tensors).items()})
+        candidates = families_of_embedding({key: shape for key, (_, shape) in layout.items()})
     if not candidates:
         example = next(iter(tensors), "none")
-        if not roles:
+        if not modules:
             raise UnknownFamily(f"{name}: no LoRA: no adapter's tensor is among its {len(tensors)}, e.g. {example!r}")
         raise UnknownFamily(
             f"{name}: no family matches its {len(tensors)} keys, e.g. {example!r}; known: {', '.join(NAME_TABLES)}"
         )
     claimed = family_in_metadata(metadata)
-    return claimed if claimed in candidates else candidates[0]
+    return claimed if claimed and claimed in (identity.families or candidates) else candidates[0]
+
+
+def _architecture(metadata: Mapping[str, str]) -> str:
+    """The architecture in modelspec's metadata, without the adapter's kind behind it."""
+    return metadata.get("modelspec.architecture", "").partition("/")[0]
 
 
 def family_in_metadata(metadata: Mapping[str, str]) -> str | None:
     """The family that the metadata claim, None when they claim no family that is known."""
     version = metadata.get("ss_base_model_version", "")
-    architecture = metadata.get("modelspec.architecture", "").partition("/")[0]
+    architecture = _architecture(metadata)
     by_version = [family.name for family in NAME_TABLES.values() if version in family.base_versions]
     by_architecture = [f.name for f in NAME_TABLES.values() if architecture == f.architecture]
     return next(iter(by_version + by_architecture), None)

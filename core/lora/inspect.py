@@ -22,7 +22,7 @@ from ..errors import BadConfig, BadFile, one_line
 from ..models.base_weights import BaseWeights
 from ..photos.reading import DAMAGED
 from ..storage.safetensors_file import CHUNK_BYTES, SafetensorsFile, copy_with_metadata
-from ..tensor_names import NAME_TABLES
+from ..tensor_names import NAME_TABLES, is_published
 from .embeddings import word_of
 from .file import Entry, LoraFile, family_in_metadata, fit
 from .hashes import legacy_hash
@@ -86,6 +86,7 @@ def inspect_lora(
         "tensors": len(lora.tensors),
         "dtype": str(lora.dtype).removeprefix("torch."),
         "family": lora.family,
+        "identity": _identity(lora),
         "scheme": lora.scheme,
         "kind": lora.kind,
         "kinds": _histogram(entry.kind for entry in entries),
@@ -113,6 +114,18 @@ def inspect_lora(
     return report
 
 
+def _identity(lora: LoraFile) -> dict[str, Any]:
+    """The published models that the LoRA is for, as values for JSON."""
+    found = lora.identity
+    return {
+        "verdict": found.verdict,
+        "models": list(found.models),
+        "nearest": found.nearest,
+        "misfits": len(found.misfits),
+        "misfit": next(iter(found.misfits), None),
+    }
+
+
 def not_loaded_by(reader: str, lora: LoraFile) -> dict[str, str]:
     """The reason for each module, by name, why a program would not load it; empty when it loads everything.
 
@@ -120,6 +133,8 @@ def not_loaded_by(reader: str, lora: LoraFile) -> dict[str, str]:
     """
     family = NAME_TABLES[lora.family]
     reasons = {e.name: not_loaded(reader, family, e.name, e.kind, e.keys.values()) for e in lora.entries}
+    made_up = [e for e in lora.entries if not all(is_published(lora.family, *module) for module in e.modules)]
+    reasons |= {entry.name: f"a module that no published {lora.family} model has" for entry in made_up}
     return {name: reason for name, reason in reasons.items() if reason}
 
 
@@ -141,6 +156,7 @@ def format_inspection(report: Mapping[str, Any]) -> str:
     lines = [
         f"{report['file']}  ({report['bytes'] / 1e6:.1f} MB, {report['tensors']} tensors, {report['dtype']})",
         f"  for           {report['family']}, {report['scheme']} names",
+        *([f"                {_doubt(report['identity'])}"] if report["identity"]["verdict"] != "certain" else []),
         f"  kind          {report['kind']}: {KINDS.get(report['kind'], 'several kinds of adapters')}",
     ]
     if report["parts"]:
@@ -165,6 +181,18 @@ def format_inspection(report: Mapping[str, Any]) -> str:
     loads = {reader: _loads(total, refused) for reader, refused in report["not_loaded_by"].items() if total}
     lines += [f"  {'loads' if first else '':<13} {reader}: {text}" for first, reader, text in _rows(loads)]
     return "\n".join(map(one_line, lines))
+
+
+def _doubt(identity: Mapping[str, Any]) -> str:
+    """A sentence on an identity that is not certain."""
+    if identity["models"]:
+        return f"its modules are in several models alike: {', '.join(identity['models'])}"
+    if not identity["nearest"]:
+        return "by its names alone: no published model has modules of such sizes"
+    return (
+        f"by its names alone; the nearest published model is {identity['nearest']}, where "
+        f"{identity['misfits']} modules do not fit, e.g. {_short(identity['misfit'])}"
+    )
 
 
 def _loads(total: int, refused: Mapping[str, str]) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from .flux import CHROMA, FLUX1, FLUX2
 from .keys import EMBEDDING_KEYS, NamedTensor, bundled_embedding, parse_key
 from .lumina import LUMINA2, ZIMAGE
+from .models import Identity, identify, is_published
 from .others import other_model
 from .qwen import QWEN_IMAGE
 from .sd3 import SD3
@@ -42,6 +43,7 @@ __all__ = [
     "NAME_TABLES",
     "SCHEMES",
     "Fusion",
+    "Identity",
     "ModuleId",
     "NameTable",
     "NamedTensor",
@@ -50,6 +52,8 @@ __all__ = [
     "bundled_embedding",
     "families_of",
     "families_of_embedding",
+    "identify",
+    "is_published",
     "other_model",
     "parse_key",
     "text_encoder_path",

@@ -317,7 +317,7 @@ def test_text_encoders_never_outweigh_the_denoiser():
         ("HunyuanVideo", "diffusion_model.double_blocks.0.img_mlp.fc1", [12288, 3072]),
         ("HunyuanVideo 1.5", "diffusion_model.double_blocks.0.img_attn.qkv", [6144, 2048]),
         ("Wan", "lora_unet_blocks_0_cross_attn_q", [5120, 5120]),
-        ("a model like LTX-Video", "transformer.transformer_blocks.0.attn1.to_k", [2048, 2048]),
+        ("LTX-Video 2B", "transformer.transformer_blocks.0.attn1.to_k", [2048, 2048]),
         ("AuraFlow", "lora_unet_joint_transformer_blocks_0_attn_to_q", [3072, 3072]),
         ("Stable Cascade", "lora_unet_down_blocks_0_2_attention_attn_to_q", [2048, 2048]),
         (
@@ -325,7 +325,7 @@ def test_text_encoders_never_outweigh_the_denoiser():
             "unet.down_blocks.0.motion_modules.0.transformer_blocks.0.attn1.to_q",
             [320, 320],
         ),
-        ("the SDXL refiner", "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k", [768, 1280]),
+        ("SDXL refiner", "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k", [768, 1280]),
     ],
 )
 def test_loras_of_models_that_look_like_a_known_one_are_refused_by_name(model, name, shape):

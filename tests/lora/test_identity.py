@@ -1,0 +1,159 @@
+"""Which model a LoRA is for: the tables of published models, whole files and parts of them, under every naming scheme."""
+
+import itertools
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from core.errors import UnknownFamily
+from core.lora import LoraFile, inspect_lora
+from core.lora.inspect import format_inspection, not_loaded_by
+from core.lora.readers import READERS
+from core.tensor_names import identify, models
+from tests.tensor_names.test_keys import KOHYA_LISTS, kohya_names
+
+Shapes = dict[str, tuple[int, ...]]
+TABLES = json.loads(Path(models.__file__).with_name("model_tables.json").read_text())
+CASES = [(model, names) for model in TABLES["models"] for names in model["denoiser"]]
+PREFIXES = ["lora_unet_", "lycoris_", "lora_transformer_", "diffusion_model.", "transformer.", "base_model.model.", ""]
+
+
+def whole(table: dict[str, list[int]]) -> Shapes:
+    """The table with a path for each module, as tools/model_tables.py had it before it wrote runs of numbers."""
+
+    def words(path: str) -> Iterator[str]:
+        options = []
+        for word in path.split("."):
+            first, _, last = word.partition("-")
+            is_run = first.isdecimal() and last.isdecimal() and int(first) < int(last)
+            options.append([str(n) for n in range(int(first), int(last) + 1)] if is_run else [word])
+        return map(".".join, itertools.product(*options))
+
+    return {path: tuple(shape) for run, shape in table.items() for path in words(run)}
+
+
+def subsets(shapes: Shapes) -> Iterator[Shapes]:
+    """All modules, the matrices, those of attention, and some."""
+    yield shapes
+    yield {path: shape for path, shape in shapes.items() if len(shape) == 2}
+    yield {path: shape for path, shape in shapes.items() if len(shape) == 2 and "att" in path}
+    chosen = random.Random(0).sample(sorted(shapes), 12)
+    yield {path: shapes[path] for path in chosen}
+
+
+def lora_of(shapes: Shapes, prefix: str = "diffusion_model.") -> LoraFile:
+    """A LoRA of rank 1 on the matrices and convolutions, without values."""
+    tensors = {}
+    with torch.device("meta"):
+        for path, shape in shapes.items():
+            if len(shape) < 2:
+                continue
+            name = prefix + (path.replace(".", "_") if prefix.endswith("_") else path)
+            tensors[f"{name}.lora_down.weight"] = torch.empty(1, *shape[1:])
+            tensors[f"{name}.lora_up.weight"] = torch.empty(shape[0], 1, *(1 for _ in shape[2:]))
+    return LoraFile.from_tensors(tensors, {}, "x")
+
+
+def test_every_published_model_is_known_by_all_of_its_modules_and_by_some():
+    for model, names in CASES:
+        shapes = whole(model["denoiser"][names])
+        for part in filter(None, subsets(shapes)):
+            found = identify(("denoiser", *module) for module in part.items())
+            assert model["title"] in found.models, (model["title"], names, found)
+            assert model["family"] is None or model["family"] in found.families
+
+
+def test_only_models_that_hold_all_of_another_are_as_well_meant():
+    """SSD-1B's and Vega's modules are modules of SDXL too, and so on: a file with all of them may be for either."""
+    found = {(model["title"], identify(("denoiser", *module) for module in whole(model["denoiser"][names]).items()).models)
+             for model, names in CASES}  # fmt: skip
+    assert {titles for title, titles in found if titles != (title,)} == {
+        ("SDXL", "SSD-1B"),
+        ("SDXL", "SSD-1B", "Segmind Vega"),
+        ("Cosmos-Predict2 2B", "Anima"),
+        ("Sana 1.6B", "Sana 4.8B"),
+        ("Bria", "Bria FIBO"),
+    }
+
+
+@pytest.mark.parametrize("family", KOHYA_LISTS)
+def test_the_module_lists_of_sd_scripts_are_of_the_models_they_were_made_from(family):
+    """Its lists, of the text encoders too, come from its own model classes (tests/reference)."""
+    title = {"sd15": "SD 1.5", "sd2": "SD 2", "sdxl": "SDXL", "sd3": "SD3.5 Medium", "flux1": "FLUX.1"}.get(
+        family, "Lumina 2"
+    )
+    shapes = kohya_names(family)
+    tensors = {}
+    with torch.device("meta"):
+        for name, shape in shapes.items():
+            tensors[f"{name}.lora_down.weight"] = torch.empty(1, *shape[1:])
+            tensors[f"{name}.lora_up.weight"] = torch.empty(shape[0], 1, *(1 for _ in shape[2:]))
+    lora = LoraFile.from_tensors(tensors, {})
+    assert (lora.family, lora.identity.verdict, lora.identity.models) == (family, "certain", (title,))
+
+
+def wrong(model: dict, lora: LoraFile) -> bool:
+    return model["title"] not in lora.identity.models or lora.family not in lora.identity.families
+
+
+@pytest.mark.parametrize("prefix", [pytest.param(p, marks=[pytest.mark.slow] * (p != "lora_unet_")) for p in PREFIXES])
+def test_no_file_of_a_published_model_is_given_to_another_family(prefix):
+    """Unless its modules are in a model of that family too, in the same shapes."""
+    for model, names in CASES[:: 1 if prefix != "lora_unet_" else 9]:
+        for part in subsets(whole(model["denoiser"][names])):
+            if not any(len(shape) > 1 for shape in part.values()):
+                continue
+            try:
+                lora = lora_of(part, prefix)
+            except UnknownFamily:
+                assert model["family"] is None, (model["title"], prefix)
+            else:
+                assert not wrong(model, lora), (model["title"], names, prefix, lora.family, lora.identity)
+
+
+@pytest.mark.parametrize(
+    ("path", "shape"),
+    [
+        ("layers.77.foo", (64, 64)),
+        ("double_blocks.0.img_attn.quux", (3072, 3072)),
+        ("double_blocks.25.img_attn.qkv", (9216, 3072)),
+        ("single_blocks.99.linear1", (21504, 3072)),
+    ],
+)
+def test_a_made_up_module_is_never_said_to_load(path, shape):
+    known = {"single_blocks.0.linear1": (21504, 3072), "double_blocks.0.img_mod.lin": (18432, 3072)}
+    lora = lora_of(known | {path: shape})
+    assert lora.family == "flux1" and lora.identity.verdict == "unknown"
+    assert (lora.identity.nearest, lora.identity.misfits) == ("FLUX.1", (path,))
+    for reader in READERS:
+        assert not_loaded_by(reader, lora).get(f"diffusion_model.{path}")
+
+
+def test_the_report_says_how_certain_it_is(tmp_path):
+    sizes = {"attn": (3072, 3072), "narrow": (64, 64)}
+    lines = {}
+    for name, (outputs, inputs) in sizes.items():
+        down, up = torch.ones(1, inputs), torch.ones(outputs, 1)
+        module = "transformer.transformer_blocks.0.attn.to_out.0"
+        tensors = {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
+        other = "transformer.single_transformer_blocks.0.proj_mlp"
+        tensors |= {f"{other}.lora_A.weight": down, f"{other}.lora_B.weight": torch.ones(4 * outputs, 1)}
+        path = tmp_path / f"{name}.safetensors"
+        LoraFile("flux1", {}, tensors).save(path)
+        report = inspect_lora(path, read_tensors=False)
+        lines[name] = report["identity"]["verdict"], format_inspection(report)
+    verdict, text = lines["attn"]
+    assert verdict == "ambiguous" and "its modules are in several models alike: FLUX.1, Chroma" in text
+    verdict, text = lines["narrow"]
+    assert verdict == "unknown" and "by its names alone: no published model has modules of such sizes" in text
+
+
+def test_metadata_say_which_of_several_models_is_meant():
+    shapes = {"blocks.0.self_attn.q_proj": (2048, 2048), "blocks.0.mlp.layer1": (8192, 2048)}
+    found = identify(("denoiser", *module) for module in shapes.items())
+    assert found.verdict == "ambiguous" and found.of_claim(["anima"]) == "Anima"
+    assert found.of_claim(["krea2"]) is None
