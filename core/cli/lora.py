@@ -16,6 +16,8 @@ from ..lora import (
     file_word,
     fit,
     format_inspection,
+    format_line,
+    inspect_folder,
     inspect_lora,
     merge_into_checkpoint,
     merge_loras,
@@ -51,6 +53,10 @@ def _save(lora, error: float, options: argparse.Namespace) -> None:
 
 
 def run_inspect(options: argparse.Namespace) -> None:
+    if options.file.is_dir():
+        for report in inspect_folder(options.file, read_tensors=not options.fast):
+            print(json.dumps(report) if options.json else format_line(report), flush=True)
+        return
     found = inspect_lora(options.file, read_tensors=not options.fast, on_progress=_progress("reading"))
     print(json.dumps(found, indent=1) if options.json else format_inspection(found))
 

@@ -24,7 +24,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, metavar="FILE", help="a LoRA")
+    parser.add_argument("file", type=Path, metavar="FILE|FOLDER", help="a LoRA, or a folder of them: a line for each")
     parser.add_argument("--fast", action="store_true", help="read no tensors: without the norms of the blocks")
     parser.add_argument("--json", action="store_true", help="as JSON, with everything that is known")
 

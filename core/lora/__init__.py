@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .hashes import model_hash as model_hash
     from .inspect import edit_metadata as edit_metadata
     from .inspect import format_inspection as format_inspection
+    from .inspect import format_line as format_line
+    from .inspect import inspect_folder as inspect_folder
     from .inspect import inspect_lora as inspect_lora
     from .inspect import trigger_words as trigger_words
     from .inspect import verify_lora as verify_lora
@@ -37,7 +39,15 @@ else:
             ".embeddings": ("WORD_KEY", "embedding_files", "file_word", "word_of"),
             ".file": ("Entry", "LoraFile", "fit"),
             ".hashes": ("model_hash",),
-            ".inspect": ("edit_metadata", "format_inspection", "inspect_lora", "trigger_words", "verify_lora"),
+            ".inspect": (
+                "edit_metadata",
+                "format_inspection",
+                "format_line",
+                "inspect_folder",
+                "inspect_lora",
+                "trigger_words",
+                "verify_lora",
+            ),
             ".modules": ("LoraModule", "name_kinds"),
         },
     )

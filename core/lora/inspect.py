@@ -10,7 +10,7 @@ import os
 import re
 import struct
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BadConfig, BadFile, one_line
+from ..errors import BadConfig, BadFile, FaceLoraError, one_line
 from ..models.base_weights import BaseWeights
 from ..photos.reading import DAMAGED
 from ..storage.safetensors_file import CHUNK_BYTES, SafetensorsFile, copy_with_metadata
@@ -149,6 +149,29 @@ def _known(**values: str | None) -> dict[str, str]:
 def _alpha_text(lora: LoraFile, entry: Entry) -> str:
     alpha = lora.tensors_of(entry).get("alpha")
     return "none (as rank)" if alpha is None else f"{alpha.item():g}"
+
+
+def inspect_folder(folder: str | os.PathLike[str], read_tensors: bool = False) -> Iterator[dict[str, Any]]:
+    """The report of every safetensors file in and below a folder, in the order of their names, one as it is made.
+
+    `file` is the path from the folder on. A file that is no LoRA, or damaged, has a report of its `file` and the `error`.
+    """
+    folder = Path(folder)
+    for path in sorted(folder.rglob("*.safetensors")):
+        name = {"file": path.relative_to(folder).as_posix()}
+        try:
+            yield inspect_lora(path, read_tensors) | name
+        except FaceLoraError as error:
+            yield name | {"error": str(error).removeprefix(f"{path}: ")}
+
+
+def format_line(report: Mapping[str, Any]) -> str:
+    """A report of `inspect_folder` as a line for a person."""
+    if "error" in report:
+        return one_line(f"{report['file']}: {report['error']}")
+    models = " or ".join(report["identity"]["models"]) or f"named like {report['family']}"
+    trigger = f", trigger: {_short(report['trigger_words'][0])}" if report["trigger_words"] else ""
+    return one_line(f"{report['file']}: {models}, {report['kind']} of rank {_counts(report['ranks'])}{trigger}")
 
 
 def format_inspection(report: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,14 +95,15 @@ def is_published(family: str, part: str, path: str) -> bool:
     return any(variants[row.variant].family == family for row in _rows(part, path))
 
 
-def _rows(part: str, path: str) -> list[Row]:
+@lru_cache(1 << 16)
+def _rows(part: str, path: str) -> tuple[Row, ...]:
     """The rows of the tables that the path is in."""
     template, numbers = _template(path)
     is_text = part != "denoiser" or path.startswith(("text_model.", "encoder.block.", "encoder.layers."))
     if is_text:
         template = template.removeprefix("text_model_")
     rows = _tables()[1].get((is_text, template), ())
-    return [row for row in rows if all(map(_is_inside, numbers, row.numbers))]
+    return tuple(row for row in rows if all(map(_is_inside, numbers, row.numbers)))
 
 
 def _is_inside(run: tuple[int, int], whole: tuple[int, int]) -> bool:

@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from core.cli import main
 from core.errors import UnknownFamily
 from core.lora import LoraFile, inspect_lora
 from core.lora.inspect import format_inspection, not_loaded_by
 from core.lora.readers import READERS
 from core.tensor_names import identify, models
 from tests.tensor_names.test_keys import KOHYA_LISTS, kohya_names
+
+from .test_file import kohya_tensors
 
 Shapes = dict[str, tuple[int, ...]]
 TABLES = json.loads(Path(models.__file__).with_name("model_tables.json").read_text())
@@ -86,13 +89,7 @@ def test_the_module_lists_of_sd_scripts_are_of_the_models_they_were_made_from(fa
     title = {"sd15": "SD 1.5", "sd2": "SD 2", "sdxl": "SDXL", "sd3": "SD3.5 Medium", "flux1": "FLUX.1"}.get(
         family, "Lumina 2"
     )
-    shapes = kohya_names(family)
-    tensors = {}
-    with torch.device("meta"):
-        for name, shape in shapes.items():
-            tensors[f"{name}.lora_down.weight"] = torch.empty(1, *shape[1:])
-            tensors[f"{name}.lora_up.weight"] = torch.empty(shape[0], 1, *(1 for _ in shape[2:]))
-    lora = LoraFile.from_tensors(tensors, {})
+    lora = LoraFile.from_tensors(kohya_tensors(kohya_names(family), rank=1), {})
     assert (lora.family, lora.identity.verdict, lora.identity.models) == (family, "certain", (title,))
 
 
@@ -157,3 +154,18 @@ def test_metadata_say_which_of_several_models_is_meant():
     found = identify(("denoiser", *module) for module in shapes.items())
     assert found.verdict == "ambiguous" and found.of_claim(["anima"]) == "Anima"
     assert found.of_claim(["krea2"]) is None
+
+
+def test_a_folder_is_inspected_file_by_file_and_a_bad_one_stops_nothing(tmp_path, capsys):
+    (tmp_path / "below").mkdir()
+    matrices = [entry for entry in kohya_names("sd15").items() if len(entry[1]) == 2]
+    tensors = kohya_tensors(dict(matrices[::9]), rank=1)
+    LoraFile.from_tensors(tensors, {"modelspec.trigger_phrase": "sks"}).save(tmp_path / "below" / "a.safetensors")
+    (tmp_path / "b.safetensors").write_text("<html>")
+    assert main(["inspect", str(tmp_path), "--fast"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("b.safetensors: ") and str(tmp_path) not in lines[0]
+    assert lines[1].startswith("below/a.safetensors: SD 1.5, lora of rank 1, trigger: sks")
+    assert main(["inspect", str(tmp_path), "--fast", "--json"]) == 0
+    bad, good = map(json.loads, capsys.readouterr().out.splitlines())
+    assert bad["error"] and good["identity"]["models"] == ["SD 1.5"]
