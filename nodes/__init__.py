@@ -1,6 +1,6 @@
-"""The nodes: each reads its inputs, calls `core`, and hands on the result."""
+"""The nodes that this pack adds to ComfyUI. Each reads its inputs, calls `core` and returns the result."""
 
-# ComfyUI's modules are there when ComfyUI imports this.
+# comfy_api is importable only inside ComfyUI.
 # pyright: reportMissingImports=false
 
 from comfy_api.latest import ComfyExtension
@@ -24,7 +24,7 @@ NODES = [
     ContactSheet,
 ]
 
-# ComfyUI shows an error with its module, and calls the modules of a pack by the path of its folder.
+# ComfyUI shows an error's module with its message, and names the modules of a pack after the path of its folder.
 for kind in vars(errors).values():
     if isinstance(kind, type):
         kind.__module__ = "FaceLoRA"

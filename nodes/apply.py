@@ -1,4 +1,4 @@
-"""Apply LoRA."""
+"""The node Apply LoRA, which puts a LoRA on a model and its text encoder."""
 
 # pyright: reportMissingImports=false
 
@@ -126,7 +126,7 @@ def _apply(
     lora: LoraFile, model: Any, clip: Any, strength_model: float, strength_clip: float, block_weights: str,
     bypass: bool, steps: tuple[float, float],
 ) -> tuple[Any, Any]:  # fmt: skip
-    """MODEL and CLIP (None if there is none) with the LoRA on them; those that came are left as they are."""
+    """MODEL and CLIP (which may be None), copied, with the LoRA on them for the given range of the sampling, from 0 to 1."""
     lora, entries = loadable(lora, model, clip)
     factors = block_strengths(lora, block_weights)
     model, key_map = model.clone(), comfy.lora.model_lora_keys_unet(model.model, {})
@@ -160,7 +160,7 @@ def _sigmas(model: Any, steps: tuple[float, float]) -> tuple[float, float]:
 
 
 def _by_factor(entries: list[Entry], factors: Mapping[str, float]) -> list[tuple[float, list[Entry]]]:
-    """The entries by what their strength is multiplied by; not those of 0."""
+    """The entries grouped by the factor on their strength, as (factor, entries); entries with factor 0 are left out."""
     groups: dict[float, list[Entry]] = {}
     for entry in entries:
         groups.setdefault(factors[entry.name], []).append(entry)
@@ -168,20 +168,20 @@ def _by_factor(entries: list[Entry], factors: Mapping[str, float]) -> list[tuple
 
 
 def _can_bypass(entry: Entry, place: Any) -> bool:
-    """Whether its part is a sum with what the module does: not where the base weight or other tensors take part."""
+    """Whether the change can be added to the module's output: not where it depends on the base weight or changes a bias."""
     additive = entry.kind in ("lora", "locon", "loha", "lokr") and "dora" not in entry.keys
     only_rows = isinstance(place, str) or (len(place) == 2 and place[1][0] == 0)
     return additive and entry.keys.keys().isdisjoint(("diff_b", "reshape_weight")) and only_rows
 
 
 def _add_patches(model_or_clip: Any, patches: Mapping[Any, Any], strength: float, lora: LoraFile) -> None:
-    """Adds the patches to a MODEL or CLIP. LoraMisfit where ComfyUI has none of a bias that the LoRA changes."""
+    """Adds the patches to a MODEL or CLIP. Raises LoraMisfit when it lacks a tensor that they change, such as a bias."""
     if left_over := patches.keys() - set(model_or_clip.add_patches(patches, strength)):
         raise LoraMisfit(f"{Path(lora.name).name}: MODEL and CLIP have no {next(iter(left_over))}, which it changes")
 
 
 def lora_summary(lora: LoraFile, phrase: str) -> str:
-    """What the node shows of a LoRA: name, family, rank, trigger and base."""
+    """The text that the node shows about a LoRA: its name, family, rank, trigger phrase and base model."""
     ranks = sorted({entry.rank for entry in lora.entries if entry.rank is not None})
     rank = f", rank {ranks[0]}" if len(ranks) == 1 else f", ranks {ranks[0]} to {ranks[-1]}" if ranks else ""
     return (

@@ -1,4 +1,4 @@
-"""Between ComfyUI's values and core's: models, pictures, LoRAs. The only place that knows both layouts."""
+"""Conversion between the values of ComfyUI and those of `core`: models, pictures and LoRAs. No other file knows both."""
 
 # pyright: reportMissingImports=false
 
@@ -33,9 +33,9 @@ from ..core.storage.lazy import LazyTensors
 from ..core.storage.safetensors_file import tensor_bytes
 
 FacePhotos = io.Custom("FACE_PHOTOS")
-"""list[Photo]: what Load Face Photos gives and Train Face LoRA takes, without loss and decoded only when needed."""
+"""The type of list[Photo] between Load Face Photos and Train Face LoRA: photos without loss, decoded only when needed."""
 LoraModel = io.Custom("LORA_MODEL")
-"""ComfyUI's own type: a dict of tensors under the names of a LoRA file."""
+"""ComfyUI's own type for a LoRA: a dict of tensors under their names in a LoRA file."""
 
 # --- models ---
 
@@ -44,11 +44,11 @@ FAMILY_OF_CLASS = {
     "Chroma": "chroma",
     "ZImage": "zimage", "QwenImage": "qwen-image",
 }  # fmt: skip
-"""Name of ComfyUI's class of a model (comfy.supported_models) -> its family."""
+"""The family of a model, by the name of its class in comfy.supported_models."""
 
 
 def style_family(model: Any) -> str:
-    """The family of a MODEL as style packs call it. UnknownFamily names the families."""
+    """The family of a MODEL as style packs call it. Raises UnknownFamily for a model that they have no words for."""
     kind = _class_name(model)
     if kind not in FAMILY_OF_CLASS:
         known = ", ".join(sorted(set(FAMILY_OF_CLASS.values())))
@@ -57,7 +57,7 @@ def style_family(model: Any) -> str:
 
 
 def trained_family(model: Any) -> str:
-    """The family of a MODEL that can be trained. UnknownFamily names those that can."""
+    """The family of a MODEL, a key of FAMILIES. Raises UnknownFamily for a model that cannot be trained."""
     kind = _class_name(model)
     family = FAMILY_OF_CLASS.get(kind)
     if family not in FAMILIES:
@@ -71,9 +71,10 @@ def _class_name(model: Any) -> str:
 
 
 def base_from(model: Any, clip: Any, vae: Any, config: TrainConfig) -> Base:
-    """A core Base of MODEL, CLIP and VAE as they are wired: whatever is patched onto them is merged in when it is read.
+    """The base model that MODEL, CLIP and VAE make up, with the patches on them merged in when a weight is read.
 
-    Nothing is loaded onto the device, and no weight is copied until it is used. UnknownFamily for what cannot be trained.
+    Nothing is loaded onto the device, and no weight is copied until it is used. Raises UnknownFamily for a model that cannot
+    be trained or a CLIP that does not belong to it, BadConfig when adapters are computed beside MODEL's weights.
     """
     model_config = model.model.model_config
     if model.injections:
@@ -107,11 +108,11 @@ def base_from(model: Any, clip: Any, vae: Any, config: TrainConfig) -> Base:
 
 
 _OF_QUANTISATION = ("comfy_quant", "input_scale", "pre_quant_scale", "weight_scale", "weight_scale_2")
-"""What the state of a layer with quantised weights has beside them; reading the weights takes account of it."""
+"""Endings of the tensors that belong to a quantised weight; dequantising the weight makes use of them."""
 
 
 def _readers(patcher: Any, prefix: str = "") -> dict[str, Callable[[], Tensor]]:
-    """Name -> how to read it, for every parameter of a ComfyUI ModelPatcher, with its patches merged."""
+    """A function for each parameter of a ComfyUI ModelPatcher, by its name, that reads it with its patches merged."""
     return {
         name: partial(_merged, name, weight, convert, patches)
         for name, ((weight, convert), *patches) in patcher.get_key_patches(prefix).items()
@@ -120,12 +121,12 @@ def _readers(patcher: Any, prefix: str = "") -> dict[str, Callable[[], Tensor]]:
 
 
 def _encode_caption(clip: Any, title: str, width: int, pooled: int | None, caption: str) -> Conditioning:
-    """What CLIP makes of a caption, in which brackets and colons are text and no weights. UnknownFamily for another CLIP."""
+    """The conditioning of a caption, read as text without prompt weights. Raises UnknownFamily for another model's CLIP."""
     comfy.model_management.throw_exception_if_processing_interrupted()
     with torch.inference_mode():
         try:
             tokens = clip.tokenize(caption, disable_weights=True)
-        except TypeError:  # of those that have no weights at all
+        except TypeError:  # the tokenizer of a text encoder without prompt weights lacks the option
             tokens = clip.tokenize(caption)
         given = clip.encode_from_tokens(tokens, return_pooled=True, return_dict=True)
     for what, name, wanted in (("texts are", "cond", width), ("pooled texts are", "pooled_output", pooled)):
@@ -152,7 +153,7 @@ def _clip_fingerprint(clip: Any) -> str:
 
 
 def _merged(name: str, weight: Any, convert: Callable[..., Any], patches: list) -> Tensor:
-    """The weight with its patches, in the type in which it is stored; 16 bit where that is less. Can be cancelled."""
+    """The weight with its patches merged, in its own dtype, or float16 where that has 8 bits. Raises when the user cancels."""
     comfy.model_management.throw_exception_if_processing_interrupted()
     value = (weight.dequantize() if isinstance(weight, QuantizedTensor) else weight).detach()
     if not patches:
@@ -163,7 +164,7 @@ def _merged(name: str, weight: Any, convert: Callable[..., Any], patches: list) 
 
 
 def _trainable(tensor: Tensor) -> Tensor:
-    """A tensor that autograd can take, of the same memory where possible: those that ComfyUI makes are for inference only."""
+    """A tensor that autograd accepts, unlike those made in inference mode; it shares their memory where that is possible."""
     tensor = tensor.detach()
     if not tensor.is_inference():
         return tensor
@@ -173,7 +174,10 @@ def _trainable(tensor: Tensor) -> Tensor:
 
 
 def _sampling_markers(model: Any) -> dict[str, Tensor]:
-    """The marker tensors by which checkpoints say what they predict, from the sampling that is set on MODEL."""
+    """The marker tensors by which a checkpoint states its prediction type, from the sampling set on MODEL.
+
+    Raises UnknownFamily for a sampling that cannot be trained.
+    """
     sampling = model.get_model_object("model_sampling")
     if not isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete) or isinstance(
         sampling, comfy.model_sampling.EDM | comfy.model_sampling.X0
@@ -188,7 +192,7 @@ def _sampling_markers(model: Any) -> dict[str, Tensor]:
 
 
 def _file_name(model: Any) -> str:
-    """The checkpoint's file name, for the metadata, where ComfyUI still knows it."""
+    """The name of the checkpoint file for the metadata, or "ComfyUI MODEL" when ComfyUI no longer knows it."""
     loader = getattr(model, "cached_patcher_init", None)
     path = loader[1][0] if loader and loader[1] and isinstance(loader[1][0], str) else "ComfyUI MODEL"
     return Path(path).name
@@ -198,12 +202,12 @@ def _file_name(model: Any) -> str:
 
 
 def image_tensor(image: Image.Image) -> Tensor:
-    """An IMAGE: float32 (1, height, width, 3) in [0, 1]."""
+    """The picture as an IMAGE of ComfyUI: float32 (1, height, width, 3) in [0, 1]."""
     return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255).unsqueeze(0)
 
 
 def pictures(images: Tensor) -> Iterator[Image.Image]:
-    """The PIL pictures of an IMAGE (batch, height, width, channels)."""
+    """The pictures of an IMAGE of ComfyUI, which is (batch, height, width, channels) in [0, 1]."""
     for image in images:
         array = (image[..., :3].detach().float().cpu().numpy() * 255).round().clip(0, 255).astype(np.uint8)
         yield Image.fromarray(array)
@@ -212,7 +216,10 @@ def pictures(images: Tensor) -> Iterator[Image.Image]:
 def photos_of(
     values: Sequence[Any] | None, captions: Sequence[str] | None = None, masks: Sequence[Tensor] | None = None
 ) -> list[Photo]:
-    """Photos from what is wired to an input of type FACE_PHOTOS or IMAGE, with captions and masks in the same order."""
+    """The photos wired to an input of type FACE_PHOTOS or IMAGE, with the captions and masks given in the same order.
+
+    Raises BadPhoto when there is not one caption or mask for each photo.
+    """
     photos: list[Photo] = []
     for value in values or ():
         if isinstance(value, Tensor):
@@ -241,7 +248,7 @@ def _mask(mask: Tensor) -> Image.Image:
 
 
 class LoraTensors(dict):
-    """A LORA_MODEL that still knows its metadata and its name."""
+    """A LORA_MODEL that keeps the metadata and the name of the LoRA, which ComfyUI's own type drops."""
 
     def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str):
         super().__init__(tensors)
@@ -250,21 +257,21 @@ class LoraTensors(dict):
 
 
 def lora_model(lora: LoraFile) -> LoraTensors:
-    """A LORA_MODEL that does not depend on the LoRA's file."""
+    """The LoRA as a LORA_MODEL, with its tensors copied into memory, so that its file may change."""
     tensors = {key: tensor.clone() for key, tensor in lora.tensors.items()}
     return LoraTensors(tensors, lora.metadata, Path(lora.name).name)
 
 
 def lora_file(value: Mapping[str, Tensor]) -> LoraFile:
-    """The core LoraFile of a LORA_MODEL, from whichever node it comes."""
+    """The LoraFile of a LORA_MODEL, which any node may have made. Raises UnknownFamily when it is no known LoRA."""
     return LoraFile.from_tensors(value, getattr(value, "metadata", {}), getattr(value, "name", "LoRA"))
 
 
 def loadable(lora: LoraFile, model: Any, clip: Any | None) -> tuple[LoraFile, list[Entry]]:
-    """The LoRA in a naming scheme of which ComfyUI loads every name, and its entries, without those of text encoders if
-    there is no CLIP.
+    """The LoRA in a naming scheme in which ComfyUI loads every module, and its entries. Without a CLIP, modules of text
+    encoders are left out.
 
-    LoraMisfit when it does not fit the models, or when there is no such scheme: ComfyUI itself would only log it and go on.
+    Raises LoraMisfit when it does not fit the models or no scheme will do. ComfyUI itself would only log that and go on.
     """
     parts = {f"model.{name}": tensor for name, tensor in model.model.state_dict().items()}
     names = comfy.lora.model_lora_keys_unet(model.model, {})
@@ -293,4 +300,4 @@ def _in_every_scheme(lora: LoraFile) -> Iterator[LoraFile]:
         try:
             yield convert_lora(lora, scheme)[0]
         except FaceLoraError:
-            continue  # the scheme has no word for something in it; the reason given is that of the file as it is
+            continue  # the scheme cannot name some module; the error is then about the file's own names

@@ -1,4 +1,4 @@
-"""Files in ComfyUI's folders: the names that users type for LoRAs, and the vectors of new words that prompts find by name.
+"""Files in ComfyUI's folders: LoRAs under the names that users type, and textual-inversion embeddings.
 
 A LoRA may bring along the vectors of its trigger word (pivotal tuning). ComfyUI's prompts find them in a file of the
 embeddings folder, by the file's name after `embedding:`.
@@ -18,7 +18,10 @@ from ..core.storage.files import make_folder
 
 
 def lora_path(name: str) -> str:
-    """The name, or FOLDER/NAME, without an ending of its own. BadConfig for what is no file below a folder, on any system."""
+    """The name of a LoRA that a user typed, NAME or FOLDER/NAME, without the ending `.safetensors`.
+
+    Raises BadConfig for a name that leads out of the folder or that some operating system does not allow.
+    """
     parts = re.split(r"[\\/]", name.removesuffix(".safetensors"))
     if any(part.strip() in ("", ".", "..") for part in parts) or re.search(r'[<>:"|?*\x00-\x1f]', name):
         raise BadConfig(f"name {name!r}: give a file name, or FOLDER/NAME below the loras folder")
@@ -26,12 +29,16 @@ def lora_path(name: str) -> str:
 
 
 def embedding_name(lora: LoraFile, embedding: LoraFile) -> str:
-    """The name of the file, without its ending. No spaces: a prompt's name ends there. Other vectors have another name."""
+    """The name of the embedding's file, without its ending.
+
+    It has no spaces, since a prompt's `embedding:NAME` ends at one, and a part of the hash, so that other vectors do not
+    replace these.
+    """
     return file_word(f"{Path(lora.name).stem}-{embedding.model_hash[:8]}")
 
 
 def write_embedding(path: Path) -> None:
-    """Writes the vectors that the LoRA at `path` brings along, if any, into the embeddings folder. BadFile if it cannot."""
+    """Writes the embeddings bundled in the LoRA at `path` into the embeddings folder. Raises BadFile when that fails."""
     lora = LoraFile.read(path)
     for embedding in embedding_files(lora).values():
         folder = make_folder(Path(folder_paths.get_folder_paths("embeddings")[0]))
@@ -39,7 +46,7 @@ def write_embedding(path: Path) -> None:
 
 
 def prompt_phrase(lora: LoraFile, phrase: str) -> tuple[str, str]:
-    """The trigger phrase as a prompt has to have it, and what is missing for it, for people; empty when nothing is."""
+    """The trigger phrase as ComfyUI's prompts need it, and a sentence about the embedding file that is missing, or ""."""
     files = embedding_files(lora)
     if len(files) != 1:
         return phrase, ""
@@ -47,5 +54,5 @@ def prompt_phrase(lora: LoraFile, phrase: str) -> tuple[str, str]:
     name = embedding_name(lora, embedding)
     if name not in {Path(file).stem for file in folder_paths.get_filename_list("embeddings")}:
         return phrase, f"{word} has vectors of its own, and the embeddings folder has no {name}.safetensors"
-    spelled = re.escape(word).replace("_", r"[\W_]+")  # file_word undone
+    spelled = re.escape(word).replace("_", r"[\W_]+")  # the word before file_word replaced its other characters
     return re.sub(rf"(?<!\w){spelled}(?!\w)", f"embedding:{name}", phrase), ""

@@ -1,4 +1,4 @@
-"""Save LoRA, Inspect LoRA, Likeness Score and Contact Sheet."""
+"""The nodes Save LoRA, Inspect LoRA, Likeness Score and Contact Sheet."""
 
 # pyright: reportMissingImports=false
 

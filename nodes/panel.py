@@ -1,4 +1,4 @@
-"""What a training tells the browser: its state, for the live panel."""
+"""The live panel of a training: its state is sent to every open page, and kept for pages that are opened later."""
 
 # pyright: reportMissingImports=false
 
@@ -25,25 +25,25 @@ SAMPLE_SIDE = 256
 """Longest side of a sample in the panel, in pixels."""
 
 PHOTOS = 8
-"""Photos that the panel shows beside the samples."""
+"""The number of photos that the panel shows beside the samples."""
 SERIES = {"history": "loss", "learning_rates": "learning_rate", "likenesses": "likeness"}
-"""Name in a state -> the value of the news of a step whose course it is, as a list of (step, value)."""
+"""The curves in a state, lists of (step, value), with the name of the value that each step's news has for it."""
 TRAINING = ("training", "samples")
-"""Phases in which there is something to keep."""
+"""Phases in which a training can be stopped and its LoRA kept."""
 ENDED = ("done", "stopped", "failed")
-"""Phases after which nothing more comes."""
+"""Phases that a training ends with."""
 SAVE_INTERVAL = 10.0
-"""Seconds between two times that the states are saved while a training goes on."""
+"""Seconds between two saves of the states while a training goes on."""
 KEPT = 20
-"""States that are kept on disk, of the nodes that trained last."""
+"""The number of states kept on disk: those of the nodes that trained last."""
 
 _states: dict[str, dict[str, Any]] = {}
-"""Node id -> the last state of its training, for pages that are opened later. The last one begun is the last here."""
+"""The state of each node's last training, by node id, in the order in which the trainings began."""
 _wanted_stops: set[str] = set()
 
 
 def begin(node_id: str, photos: Sequence[Photo]) -> None:
-    """Forgets the node's last training, and a stop that came too late for it."""
+    """Starts a new state for the node, which shows the photos, and drops a stop request that came too late for the last one."""
     shown = [photo.image(shorter_side=SAMPLE_SIDE) for photo in photos[:PHOTOS]]
     _states.pop(node_id, None)
     _states[node_id] = {}
@@ -53,7 +53,7 @@ def begin(node_id: str, photos: Sequence[Photo]) -> None:
 
 
 def _workflow_id() -> str | None:
-    """The id of the workflow that is running, as a page's graph has it; None for a prompt that no page has sent."""
+    """The id of the running workflow, as in a page's graph; None for a prompt that was sent without a page."""
     for _, _, _, extra, *_ in list(PromptServer.instance.prompt_queue.currently_running.values()):
         match extra:
             case {"extra_pnginfo": {"workflow": {"id": str(workflow_id)}}}:
@@ -62,12 +62,12 @@ def _workflow_id() -> str | None:
 
 
 def publish(node_id: str, news: Mapping[str, Any]) -> None:
-    """Sends what is new of a training to every open page, and keeps it for those that open later."""
+    """Sends what is new about a training to every open page, and keeps it for pages that are opened later."""
     global _saved
     state = _states[node_id]
     points = {series: (news["step"], news[value]) for series, value in SERIES.items() if value in news}
     for series, (step, value) in points.items():
-        # Steps from before the server was killed are taken again.
+        # Where the server was killed, steps after the last saved state are done again.
         state[series] = [*(point for point in state.get(series, ()) if point[0] < step), (step, value)]
     state.update(news)
     PromptServer.instance.send_sync(EVENT, {"node": node_id, "points": points, **news})
@@ -79,7 +79,7 @@ def publish(node_id: str, news: Mapping[str, Any]) -> None:
 
 
 _saved = 0.0
-"""When the states were saved last, on time.monotonic()."""
+"""The time of the last save of the states, by time.monotonic()."""
 
 
 def _states_file() -> Path:
@@ -87,7 +87,7 @@ def _states_file() -> Path:
 
 
 def _read_states() -> None:
-    """Takes up the states from before the server was restarted; a training that was running then is not any more."""
+    """Reads the states saved before the server was restarted; a training that was running then counts as stopped."""
     try:
         states = read_json(_states_file())
     except BadFile:  # none yet, or not readable
@@ -99,12 +99,12 @@ def _read_states() -> None:
 
 
 def stop_is_wanted(node_id: str) -> bool:
-    """Whether somebody has pressed the stop-and-keep button."""
+    """Whether a user has asked for the node's training to stop and keep its LoRA."""
     return node_id in _wanted_stops
 
 
 def data_urls(images: Sequence[Image.Image]) -> list[str]:
-    """The pictures as small JPEGs that travel inside a message."""
+    """The pictures as `data:` URLs of JPEGs whose longer side is at most SAMPLE_SIDE pixels."""
     urls = []
     for image in images:
         small = image.convert("RGB")
@@ -116,7 +116,11 @@ def data_urls(images: Sequence[Image.Image]) -> list[str]:
 
 
 def add_routes() -> None:
-    """GET /facelora/training: the states of all trainings; POST /facelora/stop {"node": id}: end now, keep the result."""
+    """Adds two addresses to the server.
+
+    GET /facelora/training answers with the states of all trainings, by node id. POST /facelora/stop with {"node": ID} as
+    JSON ends a training after the step that it is in and keeps its LoRA.
+    """
     routes = PromptServer.instance.routes
     _read_states()
 
@@ -126,7 +130,7 @@ def add_routes() -> None:
 
     @routes.post("/facelora/stop")
     async def stop(request: web.Request) -> web.Response:
-        if request.content_type != "application/json":  # a form on a page of another site can send other types
+        if request.content_type != "application/json":  # a page of another site can post a form, but not JSON
             return web.json_response({"error": "send JSON, as application/json"}, status=415)
         try:
             node_id = str((await request.json())["node"])

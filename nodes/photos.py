@@ -1,4 +1,4 @@
-"""Load Face Photos."""
+"""The node Load Face Photos, and the address that serves its thumbnails."""
 
 # pyright: reportMissingImports=false
 
@@ -84,7 +84,7 @@ class LoadFacePhotos(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, folder: str | None = None, pictures: str | None = None) -> bool | str:
-        if folder is None or pictures is None:  # wired: only known when it runs
+        if folder is None or pictures is None:  # wired from another node: known only when it runs
             return True
         if folder == NO_FOLDER and not _names(pictures):
             return "no photos: choose a folder below ComfyUI's input folder, or upload pictures"
@@ -143,7 +143,7 @@ def _names(pictures: str) -> list[str]:
 
 
 def _files(folder: str, pictures: str) -> Iterator[tuple[str, Path]]:
-    """(name, path) of everything that counts. BadPhoto for what is not there."""
+    """(name, path) of each file that the node reads: photos, captions and masks. Raises BadPhoto when one is not there."""
     if folder != NO_FOLDER and not _is_left_out(folder, pictures):
         path = _path(folder)
         if not path.is_dir():
@@ -158,17 +158,17 @@ def _files(folder: str, pictures: str) -> Iterator[tuple[str, Path]]:
 
 
 def _is_left_out(folder: str, pictures: str) -> bool:
-    """Whether photos were added and the folder, which a template names, is not there: then they are meant."""
+    """Whether the folder is ignored: it does not exist, as one that a template names may not, and photos were added."""
     return folder != NO_FOLDER and bool(_names(pictures)) and not _path(folder).exists()
 
 
 def _path(name: str) -> Path:
-    """A folder or picture below the input folder. BadPhoto for one that is elsewhere, or whose name no file can have."""
+    """The path of a folder or picture below the input folder. Raises BadPhoto for a path elsewhere or an impossible name."""
     root = Path(folder_paths.get_input_directory()).resolve()
     try:
         path = (root / name).resolve()
         path.exists()
-    except (OSError, ValueError) as problem:  # a name of thousands of letters, or with a zero in it
+    except (OSError, ValueError) as problem:  # a name that is too long, or has a NUL character
         raise BadPhoto(f"{name[:80]!r}: no file can have this name ({problem})") from None
     if not path.is_relative_to(root):
         raise BadPhoto(f"{name}: is not below ComfyUI's input folder")
@@ -176,7 +176,7 @@ def _path(name: str) -> Path:
 
 
 def _report(photos: list[Photo]) -> str:
-    """What is to be said about the photos. BadPhoto when there is no face at all."""
+    """The report on the photos, as text. Raises BadPhoto when no photo shows a face."""
     try:
         network = load_faces()
     except MissingPackage as missing:
@@ -188,7 +188,10 @@ def _report(photos: list[Photo]) -> str:
 
 
 def _thumbnail(name: str) -> bytes:
-    """A small JPEG of a picture in the input folder, the right way up. BadPhoto for what is no picture."""
+    """A JPEG of a picture in the input folder, turned upright, its longer side at most THUMBNAIL_SIDE pixels.
+
+    Raises BadPhoto when the file is missing or no picture.
+    """
     path = _path(name)
     if not path.is_file():
         raise BadPhoto(f"{name}: there is no such picture in ComfyUI's input folder")
@@ -201,7 +204,7 @@ def _thumbnail(name: str) -> bytes:
 
 
 def add_routes() -> None:
-    """GET /facelora/photo?name=NAME: a thumbnail of a picture in the input folder, in any format that photos may have."""
+    """Adds GET /facelora/photo?name=NAME, which answers with a JPEG thumbnail of a picture in the input folder."""
 
     @PromptServer.instance.routes.get("/facelora/photo")
     async def photo(request: web.Request) -> web.Response:

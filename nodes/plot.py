@@ -1,4 +1,4 @@
-"""The loss curve as a picture, drawn with Pillow alone."""
+"""Plots of the loss and of likeness scores as pictures, drawn with Pillow alone."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ LINE = "#2563eb"
 
 
 def loss_plot(history: Sequence[tuple[int, float]], title: str) -> Image.Image:
-    """The smoothed loss over the steps; an empty frame with the title when there is no history."""
+    """A plot of the smoothed loss, (step, loss) pairs, over the steps; an empty frame with the title for no history."""
     image = Image.new("RGB", SIZE, "white")
     draw = ImageDraw.Draw(image)
     left, top, right, bottom = MARGIN, MARGIN, SIZE[0] - 16, SIZE[1] - 40
@@ -42,7 +42,7 @@ def loss_plot(history: Sequence[tuple[int, float]], title: str) -> Image.Image:
 
 
 def score_plot(scores: Sequence[float], limits: Sequence[float]) -> Image.Image:
-    """Likeness as bars between 0 and 1, in the order given, with a line at each limit; no bar for a picture without a face."""
+    """A bar chart of likeness scores from 0 to 1 with a line at each limit; a score below 0, for no face, has no bar."""
     image = Image.new("RGB", SIZE, "white")
     draw = ImageDraw.Draw(image)
     left, top, right, bottom = MARGIN, MARGIN, SIZE[0] - 16, SIZE[1] - 40

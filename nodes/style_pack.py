@@ -1,4 +1,4 @@
-"""Headshot Style Pack."""
+"""The node Headshot Style Pack, and the addresses that serve the styles' names and pictures."""
 
 # pyright: reportMissingImports=false
 
@@ -18,7 +18,7 @@ FROM_MODEL = "that of the model"
 
 
 def user_folder() -> Path:
-    """Where users put their own packs: style_packs in ComfyUI's models folder."""
+    """The folder of users' own style packs: `style_packs` in ComfyUI's models folder."""
     return Path(folder_paths.models_dir) / "style_packs"
 
 
@@ -100,12 +100,12 @@ class HeadshotStylePack(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, pack: str, **_: object) -> str:
-        """Packs are read anew on each run, so a changed file counts."""
+        """Changes with the content of the pack's file, so that ComfyUI does not reuse results of an older one."""
         return repr(find_packs().packs.get(pack))
 
     @classmethod
     def validate_inputs(cls, pack: str | None = None, styles: str | None = None) -> bool | str:
-        if pack is None or styles is None:  # wired: only known when it runs
+        if pack is None or styles is None:  # wired from another node: known only when it runs
             return True
         try:
             chosen = find_packs().pick(pack)
@@ -145,7 +145,11 @@ def _names(styles: str) -> list[str]:
 
 
 def add_routes() -> None:
-    """GET /facelora/styles?pack=ID: the names of its styles; GET /facelora/style?pack=ID&style=NAME: the picture of one."""
+    """Adds two addresses to the server.
+
+    GET /facelora/styles?pack=ID answers with the names of a pack's styles as JSON, and
+    GET /facelora/style?pack=ID&style=NAME with the picture of one.
+    """
     routes = PromptServer.instance.routes
 
     @routes.get("/facelora/styles")

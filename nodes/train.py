@@ -1,4 +1,4 @@
-"""Train Face LoRA."""
+"""The node Train Face LoRA, which trains a LoRA on photos of a person, or finds the one trained before."""
 
 # pyright: reportMissingImports=false
 
@@ -28,7 +28,7 @@ from .folders import lora_path, write_embedding
 from .plot import loss_plot
 
 _given_out: dict[str, set[Path]] = {}
-"""Name in the node -> the files that it has given out since the server was started."""
+"""The files that the node has returned since the server was started, by the name given in the node."""
 
 
 class TrainFaceLora(io.ComfyNode):
@@ -98,9 +98,12 @@ class TrainFaceLora(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, settings: Any = None) -> bool | str:
-        """Finds a wrong line of settings before anything is loaded. (ComfyUI would repeat the message for each argument.)"""
+        """True, or a message about a wrong line in `settings`, before anything is loaded.
+
+        It takes one argument, since ComfyUI repeats the message for each.
+        """
         text = settings[0] if isinstance(settings, list) else settings
-        # What the lines may need of the recipe and the other widgets: many steps, samples, photos held out.
+        # The lines may be valid only beside a certain recipe or widget: with many steps, samples or photos held out.
         plenty = {"steps": 100_000, "sample_every": 1}
         try:
             config_from(recipe_settings("best", next(iter(FAMILIES)), plenty | _toml(text or "")))
@@ -110,7 +113,7 @@ class TrainFaceLora(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, name: Any = None, **_: object) -> list[str]:
-        """Changes when a file that was made has been deleted or moved: the name that ComfyUI remembers is then of none."""
+        """Changes when a file that the node returned has been deleted or moved, so that ComfyUI runs the node again."""
         given = name[0] if isinstance(name, list) else name
         return sorted(str(path) for path in _given_out.get(given, ()) if not path.exists())
 
@@ -151,7 +154,7 @@ class TrainFaceLora(io.ComfyNode):
 
 
 def _settings_inputs() -> list[Any]:
-    """The inputs of settings that most people leave alone."""
+    """The advanced inputs, whose defaults suit most people."""
     return [
         io.Int.Input(
             "steps", default=0, min=0, max=100_000, advanced=True,
@@ -196,7 +199,10 @@ def _config(
     family: str, clip_skip: Mapping[str, int], trigger_word: str, class_word: str, recipe: str, samples: int, steps: int,
     rank: int, learning_rate: float, resolution: int, seed: int, sample_prompts: str, settings: str,
 ) -> TrainConfig:  # fmt: skip
-    """The TrainConfig of the node's inputs: the recipe, then CLIP's layer and the widgets that are not 0, then the settings."""
+    """The TrainConfig of the node's inputs: the recipe's, overridden by CLIP's layer and the widgets, and those by `settings`.
+
+    A widget at 0 leaves the value to the recipe. Raises BadConfig for a setting that is unknown or out of range.
+    """
     widgets = {"steps": steps, "rank": rank, "learning_rate": learning_rate, "resolution": resolution}
     given = {name: value for name, value in widgets.items() if value}
     given |= {"trigger_word": trigger_word, "class_word": class_word, "seed": seed}
@@ -211,13 +217,16 @@ def _config(
 
 
 def _clip_skip(family: str, layer: int | None) -> dict[str, int]:
-    """The setting that is CLIP Set Last Layer's. BadConfig for a layer that the family is not trained on."""
+    """The setting clip_skip that the layer of CLIP Set Last Layer means, as a dict that may be empty.
+
+    Raises BadConfig for a layer that the family cannot be trained on.
+    """
     spec = FAMILIES[family]
-    if layer is None or not spec.trains_text_encoders:  # their CLIP encodes the captions itself
+    if layer is None or not spec.trains_text_encoders:  # CLIP encodes the captions itself, and so applies its layer
         return {}
     if spec.has_clip_skip:
         return {"clip_skip": -layer}
-    if layer == -2:  # what SDXL takes anyway
+    if layer == -2:  # the layer that SDXL always uses
         return {}
     raise BadConfig(f"clip: CLIP Set Last Layer is at {layer}, and {spec.title} is trained on layer -2 alone; set that")
 
@@ -234,7 +243,7 @@ def _toml(text: str) -> dict[str, Any]:
 
 
 def _check_parts(model: Any, clip: Any, vae: Any) -> None:
-    """BadConfig where a loader has found no text encoder or no VAE in its file, which it only logs, or another model's VAE."""
+    """Raises BadConfig when CLIP or VAE is missing, which ComfyUI's loaders only log, or when the VAE is another model's."""
     for name, found in (("clip", clip), ("vae", getattr(vae, "first_stage_model", None))):
         if found is None:
             raise BadConfig(f"{name}: the checkpoint that it comes from has none; load MODEL's own from another file")
@@ -244,7 +253,7 @@ def _check_parts(model: Any, clip: Any, vae: Any) -> None:
 
 
 def _make(job: TrainingJob, base: Base, node_id: str) -> TrainedFile:
-    """The trained file in the loras folder: found if it is there already, else trained now while the panel shows it."""
+    """The trained file in the loras folder: the one trained before, or one trained now while the panel shows it."""
     panel.begin(node_id, job.photos)
     watch = Watch(node_id, job.config.steps)
     try:
@@ -266,7 +275,7 @@ def _make(job: TrainingJob, base: Base, node_id: str) -> TrainedFile:
         write_embedding(made.path)
         news = {"phase": "done", "file": made.path.name}
         panel.publish(node_id, news | (_looks(made) if made.found else {}))
-    except Exception as error:  # whatever it is, the panel says it
+    except Exception as error:  # the panel shows the user any error
         panel.publish(node_id, {"phase": "failed", "error": str(error)})
         raise
     except BaseException:  # cancelled
@@ -276,7 +285,7 @@ def _make(job: TrainingJob, base: Base, node_id: str) -> TrainedFile:
 
 
 def _looks(made: TrainedFile) -> dict[str, Any]:
-    """What the panel shows of a training that was done before, apart from the loss: likeness, the last samples."""
+    """The panel's news about a training that was done before: its likeness and its last samples."""
     shown: dict[str, Any] = {}
     if likenesses := made.likenesses():
         shown["likenesses"] = likenesses
@@ -287,7 +296,7 @@ def _looks(made: TrainedFile) -> dict[str, Any]:
 
 
 class Watch:
-    """Listens to a training: shows it, and ends it when the user has cancelled."""
+    """The callbacks of a training: they show its progress on the node and in the panel, and raise when the user cancels."""
 
     def __init__(self, node_id: str, steps: int):
         self._node_id = node_id

@@ -1,4 +1,4 @@
-"""What Apply LoRA puts on a model: changes of its weights, and LoRAs that are computed beside weights that stay as they are."""
+"""The two ways in which Apply LoRA puts a LoRA on a model: patches of its weights, and hooks that leave the weights alone."""
 
 # pyright: reportMissingImports=false
 
@@ -19,11 +19,11 @@ from ..core.lora.file import Entry, LoraFile
 from ..core.lora.kinds import needs_base, weight_change
 
 Place = str | tuple[Any, ...]
-"""A weight of the model, or (weight, (dimension, start, length)) for some of its rows, as ComfyUI's key maps say it."""
+"""The name of a weight, or (name, (dimension, start, length)) for a slice of it, as in ComfyUI's key maps."""
 
 
 def load_patches(lora: LoraFile, entries: list[Entry], key_map: Mapping[str, Any]) -> dict[Any, Any]:
-    """Place in the model -> what ComfyUI patches it with. `key_map` has the place for each entry's name."""
+    """The patch that ComfyUI adds at each place in the model. `key_map` has the place for each entry's name."""
     theirs: dict[str, Tensor] = {}
     computed: dict[Any, ComputedChange] = {}
     for entry in entries:
@@ -32,23 +32,23 @@ def load_patches(lora: LoraFile, entries: list[Entry], key_map: Mapping[str, Any
             weights = (entry.kind, tuple(tensors), tuple(tensors.values()))
             computed[key_map[entry.name]] = ComputedChange(set(entry.keys.values()), weights)
             tensors = {role: tensor for role, tensor in tensors.items() if role in ("diff_b", "b_norm")}
-        # An alpha that only peft's metadata has is in no key.
+        # An alpha that stands only in peft's metadata has no key in the file.
         theirs |= {entry.keys.get(role, f"{entry.name}.{role}"): tensor for role, tensor in tensors.items()}
     return comfy.lora.load_lora(theirs, {entry.name: key_map[entry.name] for entry in entries}) | computed
 
 
 class ComputedChange(comfy.weight_adapter.WeightAdapterBase):
-    """A change that core computes, times the strength.
+    """A change of a weight that `core` computes, in the place of ComfyUI's own code, which differs from it in these cases.
 
-    ComfyUI's own OFT and BOFT grow with the square of the strength. Of DoRA it reads one layout as it is meant, (1, in): a
-    magnitude for each output it divides by the norm of the weight without the LoRA, that of a convolution written as
-    (out, 1) it logs and leaves out, and peft's `lora_magnitude_vector` it does not know.
+    ComfyUI's OFT and BOFT grow with the square of the strength. It reads only one layout of a DoRA's magnitude as intended,
+    (1, in): it divides a magnitude for each output by the norm of the weight without the LoRA, skips that of a convolution
+    written as (out, 1) with a line in the log, and does not know peft's `lora_magnitude_vector`.
     """
 
     name = "facelora"
 
     def __init__(self, loaded_keys: set[str], weights: tuple[str, tuple[str, ...], tuple[Tensor, ...]]):
-        # ComfyUI makes copies of these two attributes, of the tensors on the device.
+        # ComfyUI copies adapters by these two attributes, and moves the tensors in them to the device.
         self.loaded_keys = loaded_keys
         self.weights = weights
 
@@ -62,17 +62,17 @@ class ComputedChange(comfy.weight_adapter.WeightAdapterBase):
             role: comfy.model_management.cast_to_device(tensor, weight.device, intermediate_dtype)
             for role, tensor in zip(roles, tensors, strict=True)
         }
-        # `function` swaps halves of the rows, if anything: it leads to the file's order of them and back.
+        # `function` at most swaps halves of the rows, so it leads to the file's order and back again.
         change = weight_change(kind, on_device, function(weight))
         weight += function((strength * change.reshape(weight.shape)).to(weight.dtype))
         return weight
 
 
 class BypassAdapters:
-    """Adapters whose part is added to the outputs of their modules, in a range of the sampling steps.
+    """Adapters whose change is added to the outputs of their modules, in a range of the sampling steps.
 
-    ComfyUI's own bypass mode replaces `forward`, of which a second LoRA cannot be taken off again, and its scheduled hooks
-    do not work with weights that are streamed to the device; hooks of PyTorch do both.
+    They use PyTorch's forward hooks. ComfyUI's own bypass mode replaces `forward`, from which a second LoRA cannot be
+    removed again, and its scheduled hooks do not work with weights that are streamed to the device.
     """
 
     def __init__(self, sigmas: tuple[float, float] | None):
@@ -86,7 +86,7 @@ class BypassAdapters:
         self._adapters += [(place, adapter, strength) for place, adapter in adapters.items()]
 
     def attach(self, patcher: Any) -> None:
-        """To a ModelPatcher, which puts the hooks in when it loads the model and takes them out when it unloads it."""
+        """Attaches them to a ModelPatcher, which adds the hooks when it loads the model and removes them when it unloads it."""
         key = f"facelora.{uuid.uuid4().hex}"
         patcher.set_injections(key, [PatcherInjection(inject=self._inject, eject=self._eject)])
         if self._sigmas is not None:
@@ -106,7 +106,7 @@ class BypassAdapters:
         for place, adapter, strength in self._adapters:
             name, rows = (place, None) if isinstance(place, str) else (place[0], place[1][1:])
             module = comfy.utils.get_attr(patcher.model, name.removesuffix(".weight"))
-            BypassForwardHook(module, adapter, strength)  # tells the adapter what kind of module it is on
+            BypassForwardHook(module, adapter, strength)  # sets what the adapter's `h` reads
             adapter.weights = tuple(
                 value.to(device) if isinstance(value, Tensor) else value for value in adapter.weights
             )
