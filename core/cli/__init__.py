@@ -1,4 +1,4 @@
-"""The command line: `facelora <command>`, or `python -m facelora <command>`. Only what the called command needs is loaded."""
+"""The command line: `facelora <command>`, or `python -m facelora <command>`. Only modules of the called command are loaded."""
 
 import argparse
 import io
@@ -12,13 +12,13 @@ from ..errors import FaceLoraError
 
 
 class Command(NamedTuple):
-    """One command: what it does, and where its two functions are, as `module:function` in this package."""
+    """A command of `facelora`. Its two functions are named as `module:function` in this package, to be loaded when called."""
 
     help: str
     arguments: str
-    """What adds its arguments to a parser. Its module loads no heavy library, so that `--help` answers at once."""
+    """The function that adds its arguments to a parser. Its module loads no heavy library, so that `--help` answers at once."""
     run: str
-    """What runs it with the parsed options: the exit code, or None for 0."""
+    """The function that runs it with the parsed options; it returns the exit code, or None for 0."""
 
 
 COMMANDS: dict[str, Command] = {
@@ -78,28 +78,28 @@ COMMANDS: dict[str, Command] = {
         "clear_cache:run_clear_cache",
     ),
 }
-"""In the order of `--help`."""
+"""The commands by name, in the order in which `--help` lists them."""
 
 
 def function_of(place: str) -> Callable[..., Any]:
-    """The function that `module:function` means, its module loaded."""
+    """The function that `module:function` names, after loading its module."""
     module, _, function = place.partition(":")
     return getattr(import_module(f".{module}", __name__), function)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; 0 when it is done, 1 when it failed with a message on stderr, 2 for wrong usage."""
+    """Runs a command. The exit code: 0 when it is done, 1 when it failed with a message on stderr, 2 for wrong usage."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    # Before the command there is nothing but --help, which ends the program.
+    # The only option before the command is --help, which ends the program, so the first name of a command is the command.
     parser = build_parser(called=next((argument for argument in arguments if argument in COMMANDS), None))
     options = parser.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # As stderr does: a name that the terminal, or the file in its place, has no letters for is no reason to fail.
+        # A name with characters that the terminal's encoding lacks is escaped, as on stderr, and does not end the program.
         sys.stdout.reconfigure(errors="backslashreplace")
     if not hasattr(options, "command"):
         parser.print_help()
         return 2
-    # peft imports bitsandbytes where it is installed, which then complains about kernels that nobody here uses.
+    # Where bitsandbytes is installed, peft imports it, and it then warns about kernels that are not used here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         return function_of(options.command.run)(options) or 0
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser(called: str | None) -> argparse.ArgumentParser:
-    """The parser with the names of all commands, and with the arguments of the one that is called."""
+    """A parser that knows the names of all commands, and the arguments of the called one alone (None: of no command)."""
     parser = argparse.ArgumentParser(
         prog="facelora",
         description="10-20 photos of a person in, a small LoRA in Kohya's format out, and pictures of the person from it. "

@@ -1,4 +1,4 @@
-"""The command that times training steps: bench."""
+"""The command `bench`, which times training steps."""
 
 import argparse
 import json
@@ -15,5 +15,5 @@ def run_bench(options: argparse.Namespace) -> None:
         check_writable(options.append)
     report = run(options, device_from(options))
     print(json.dumps(report, indent=1) if options.json else format_report(report))
-    if options.append:  # last, so that nothing measured is lost where it fails
+    if options.append:  # after printing, so that no measurement is lost when writing fails
         append_report(options.append, report, shlex.join(["facelora", *sys.argv[1:]]))

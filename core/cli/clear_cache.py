@@ -1,4 +1,4 @@
-"""The command that empties the cache: clear-cache."""
+"""The command `clear-cache`, which deletes the files in the cache folder."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""What several commands share: the device, a LoRA with its strength, and the progress that is shown."""
+"""Helpers of several commands: options for the base model and the device, LoRAs with a strength, and progress reports."""
 
 import argparse
 import dataclasses
@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any
 
-from .. import models  # its names are loaded when they are used
+from .. import models  # the package loads its modules only when a name is used
 from ..errors import BadConfig
 from ..storage.files import is_text
 
@@ -50,7 +50,7 @@ def device_from(options: argparse.Namespace):
 
     try:
         device = torch.device(options.device)
-        torch.zeros(1, device=device).item()  # of "meta" there is nothing to read
+        torch.zeros(1, device=device).item()  # the device "meta" holds no values, so reading one fails
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0].partition(". ")[0]
         available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -61,14 +61,17 @@ def device_from(options: argparse.Namespace):
 
 
 def unicode_text(argument: str) -> str:
-    """An argument that is text. (Files' names may be any bytes, and so may what Python makes of the command line.)"""
+    """The argument itself, when it is valid Unicode; argparse reports it otherwise, since file names may be any bytes."""
     if not is_text(argument):
         raise argparse.ArgumentTypeError(f"{argument!r} is no UTF-8 text")
     return argument
 
 
 def split_strength(text: str) -> tuple[str, float]:
-    """("face.safetensors", 0.8) of "face.safetensors:0.8"; without a number the strength is 1."""
+    """The path and the strength in "face.safetensors:0.8"; without a number the strength is 1.
+
+    Raises BadConfig for a strength that is not finite.
+    """
     path, separator, number = text.rpartition(":")
     try:
         strength = float(number) if separator and path else None
@@ -86,7 +89,7 @@ def print_warning(message: str) -> None:
 
 
 class BarProgress:
-    """Progress bars on stderr, which look at the loss no more than twice a second."""
+    """Progress bars on stderr. They read the loss at most twice a second, since that waits for the device."""
 
     def __init__(self) -> None:
         self._bar, self._name, self._shown = None, "", 0.0
@@ -113,7 +116,7 @@ class BarProgress:
     def step(self, report) -> None:
         bar = self._bar_for("training", report.steps)
         if bar.n == 0 and report.step > 1:
-            bar.initial = bar.n = report.step - 1  # resumed: the rate counts this session's steps only
+            bar.initial = bar.n = report.step - 1  # resumed: the rate counts the steps of this session alone
         now = time.monotonic()
         if now - self._shown > 0.5 or report.step == report.steps:
             self._shown = now
@@ -129,7 +132,7 @@ class BarProgress:
 
 
 class JsonProgress:
-    """Progress as lines of JSON on stdout, at most twice a second and for the last step."""
+    """Progress as lines of JSON on stdout: at most two a second, and one for the last step."""
 
     def __init__(self) -> None:
         self._shown = 0.0

@@ -1,4 +1,4 @@
-"""The command that trains several methods on the same photos and measures them: compare."""
+"""The command `compare`, which trains several methods on the same photos and measures them."""
 
 import argparse
 import dataclasses

@@ -1,4 +1,4 @@
-"""The command that does the whole job on the small base: demo."""
+"""The command `demo`, which does the whole job on the small base model that comes with the package."""
 
 import argparse
 import dataclasses

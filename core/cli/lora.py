@@ -1,4 +1,4 @@
-"""The commands that work on LoRA files: inspect, verify, convert, merge, resize, extract, metadata."""
+"""The commands that work on LoRA files: inspect, verify, convert, merge, resize, extract and metadata."""
 
 import argparse
 import json
@@ -71,7 +71,7 @@ def run_verify(options: argparse.Namespace) -> int:
 
 
 def _check_output(output: Path, *inputs: str | Path) -> None:
-    """BadFile where the output cannot be written, or is one of the files that the command reads."""
+    """Raises BadFile when the output cannot be written, or is one of the files that the command reads."""
     check_output(output)
     for path in map(Path, inputs):
         if output.exists() and path.exists() and output.samefile(path):

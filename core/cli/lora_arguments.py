@@ -1,4 +1,4 @@
-"""The arguments of the commands that work on LoRA files. Loads no torch, so that --help answers at once."""
+"""The arguments of the commands that work on LoRA files. Importing this loads no torch, so that --help answers at once."""
 
 import argparse
 from pathlib import Path
@@ -9,7 +9,7 @@ from ..tensor_names import SCHEMES
 from .common import unicode_text
 
 EDITABLE = ("title", "author", "description", "trigger_phrase", "license", "usage_hint")
-"""The texts of a LoRA's metadata that can be changed."""
+"""The texts in a LoRA's metadata that the command `metadata` can change."""
 _SCHEMES_HELP = (
     "naming of the tensors: kohya is read by nearly everything, diffusers by its pipelines and peft, comfy (the original "
     "model's names) by ComfyUI"

@@ -1,11 +1,11 @@
-"""The arguments of the commands that make pictures or look at them. Loads no torch, so that --help answers at once."""
+"""The arguments of the commands about pictures and photos. Importing this loads no torch, so that --help answers at once."""
 
 import argparse
 import math
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-from .. import photos  # its names are loaded when they are used
+from .. import photos  # the package loads its modules only when a name is used
 from ..config import Precision
 from .common import add_base, add_device, add_face_network, unicode_text
 from .settings import SCHEDULE, add_settings
@@ -47,7 +47,7 @@ def _add_prompts(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
-    """Adds where the pictures go, and what is done with them where there are photos to measure likeness to."""
+    """Adds the options for the folder of the pictures, and for ranking and redrawing them by likeness to photos."""
     parser.add_argument(
         "--output",
         type=Path,

@@ -1,4 +1,4 @@
-"""The commands that make pictures and look at them: generate, check, score."""
+"""The commands that make pictures or look at them: generate, check and score."""
 
 import argparse
 import dataclasses
@@ -36,7 +36,7 @@ from .common import BarProgress, base_from, device_from, print_warning, split_st
 from .settings import given_settings
 
 SHEET_KEY = "facelora.sheet"
-"""In a PNG file of `score`: it is a sheet of pictures, and none itself."""
+"""The text chunk of a PNG file by which `score` recognises its own sheets, which are no pictures to score."""
 
 
 def run_generate(options: argparse.Namespace) -> None:
@@ -70,7 +70,7 @@ def run_generate(options: argparse.Namespace) -> None:
 
 
 def _check_generate(options: argparse.Namespace) -> None:
-    """BadConfig, before anything is loaded, where an option is missing or has no use without another one."""
+    """Raises BadConfig, before anything is loaded, when an option is missing or has no use without another one."""
     for option, value in (("--base FILE", options.base), ("--output DIR", options.output)):
         if value is None:
             raise BadConfig(f"{option} is missing")
@@ -94,7 +94,7 @@ def _print_headshots(shots: Sequence[Headshot], folder: Path) -> None:
 
 
 def unread_syntax(texts: Sequence[str]) -> list[str]:
-    """A line for each thing in prompts that A1111 and ComfyUI read as more than text, as `(word:1.3)`."""
+    """A warning for each part of the prompts that A1111 and ComfyUI read as more than text, such as `(word:1.3)`."""
     weights, files = r"[(\[][^()\[\]]*:\s*[\d.]+\s*[)\]]", r"<(?:lora|lyco|hypernet):[^<>]*>"
     found = {match for text in texts for match in re.findall(f"{weights}|{files}", text)}
     return [
@@ -105,7 +105,7 @@ def unread_syntax(texts: Sequence[str]) -> list[str]:
 
 
 def trigger_phrase(loras: Sequence[tuple[Any, float]]) -> str | None:
-    """What the first LoRA that says so wants to be called by."""
+    """The trigger phrase of the first LoRA whose metadata state one, else None."""
     phrases = [lora.metadata.get("modelspec.trigger_phrase") for lora, _ in loras]
     return next((phrase for phrase in phrases if phrase), None)
 
@@ -123,7 +123,7 @@ def prompt_jobs(options: argparse.Namespace, base, loras: Sequence[tuple[Any, fl
         raise BadConfig(f"--count {options.count}: must be at least 1")
     steps = base.family.steps if options.steps is None else options.steps
     guidance = base.family.guidance if options.guidance is None else options.guidance
-    # A larger count goes on where a smaller one ended, so that no picture gets another number.
+    # All prompts with one seed, then the next seed: a larger --count then only adds pictures, and renumbers none.
     return [
         Job(prompt, options.seed + number, options.negative, options.size, steps, guidance)
         for number in range(options.count)
@@ -146,7 +146,7 @@ def style_jobs(
     styled = found.pick(options.style_pack).prompts(
         Subject(trigger, class_word), base.family.name, options.count, options.seed, options.style, base.resolution
     )
-    if base.family.wording == "tags":  # those that read nothing but CLIP
+    if base.family.wording == "tags":  # families with no text encoder but CLIP
         for line in long_prompts(styled, lambda text: len(caption_tokens(text)) + 2):
             progress.warning(line + "; it is encoded in several chunks")
     return [
@@ -214,7 +214,7 @@ def run_score(options: argparse.Namespace) -> None:
 
 
 def _is_sheet(photo: Photo) -> bool:
-    """Whether it is one of our own sheets of pictures, which stands among them."""
+    """Whether a file in the folder of pictures is a contact sheet made by this program."""
     if photo.name == CONTACT_SHEET:
         return True
     assert isinstance(photo.source, Path), "it is read from a folder"

@@ -1,4 +1,4 @@
-"""The settings of a training as options of a command, over those of a TOML file."""
+"""The settings of a training as options of a command, which override those in a TOML file."""
 
 import argparse
 import dataclasses
@@ -12,13 +12,13 @@ from ..errors import BadConfig, BadFile
 from .common import unicode_text
 
 SCHEDULE = ("prediction_type", "zero_terminal_snr")
-"""Settings that say of the base model how it predicts: it is loaded with them."""
+"""The settings that say how the base model predicts, and that it is therefore loaded with."""
 
 
 def add_settings(parser: argparse.ArgumentParser, only: Collection[str] | None = None) -> None:
-    """Adds an option for each field of TrainConfig, under the heading of its group; or, under none, for those named.
+    """Adds an option for each field of TrainConfig under the heading of its group, or for the fields in `only` without one.
 
-    What is not given does not appear among the parsed options, so that a file's value stays.
+    An option that is not given does not appear among the parsed options, so that the value in a file stays.
     """
     hints = get_type_hints(TrainConfig)
     groups: dict[str, argparse._ArgumentGroup] = {}
@@ -74,7 +74,10 @@ def _pattern_of(number: type) -> Callable[[str], tuple[str, Any]]:
 
 
 def settings_from(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings of a TOML file, overridden by the options given on the command line."""
+    """The settings in the TOML file of --config, overridden by the options given on the command line.
+
+    Raises BadFile or BadConfig when the file cannot be read, is not TOML, or has an unknown setting.
+    """
     settings = read_toml(options.config) if options.config else {}
     try:
         return known_settings(settings) | given_settings(options)
@@ -83,7 +86,7 @@ def settings_from(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings that are given on the command line, under their names in TrainConfig."""
+    """The settings given on the command line, by their names in TrainConfig."""
     settings: dict[str, Any] = {}
     for name, value in vars(options).items():
         if name.startswith("setting_"):
@@ -94,7 +97,7 @@ def given_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def schedule_from(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a base model is loaded with: the given ones of the settings in SCHEDULE."""
+    """The settings in SCHEDULE that are given, as arguments of `load_base`."""
     return {name: settings[name] for name in SCHEDULE if name in settings}
 
 

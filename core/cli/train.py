@@ -1,4 +1,4 @@
-"""The command that trains a LoRA: train."""
+"""The command `train`, which trains a LoRA."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ from .settings import schedule_from, settings_from
 
 
 class Cancelled(FaceLoraError):
-    """The user has stopped the command."""
+    """The user has stopped the command with a signal."""
 
 
 def run_train(options: argparse.Namespace) -> None:
@@ -33,7 +33,7 @@ def run_train(options: argparse.Namespace) -> None:
             )
 
     def on_phase(phase: str, done: int, total: int) -> None:
-        if phase == "samples":  # a part of the training, whose bar is shown
+        if phase == "samples":  # samples are drawn during the training, whose bar stays
             return
         progress.phase(phase, done, total)
         if stop.asked:
@@ -65,7 +65,7 @@ def run_train(options: argparse.Namespace) -> None:
 
 
 def format_likeness(measured: dict[str, Any]) -> str:
-    """The curve in a LoRA's metadata as a table."""
+    """The likeness curve in a LoRA's metadata (`LIKENESS_KEY`) as a table for people."""
     rows = [
         f"likeness to held-out photos ({measured['network']}; the training photos themselves: {measured['photos']:.2f})"
     ]
@@ -80,7 +80,7 @@ def format_likeness(measured: dict[str, Any]) -> str:
 
 
 class _StopOnSignal:
-    """Within it, Ctrl-C and SIGTERM only leave a note, so that a run stops between two steps; a second Ctrl-C is at once."""
+    """A context in which Ctrl-C and SIGTERM only set `asked`, for a stop between two steps. A second signal stops at once."""
 
     asked = False
 

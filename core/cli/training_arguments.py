@@ -1,4 +1,4 @@
-"""The arguments of the commands that train: train, compare, demo and bench. Loads no torch, so that --help answers at once."""
+"""The arguments of the commands that train, or time it. Importing this loads no torch, so that --help answers at once."""
 
 import argparse
 import sys
@@ -12,7 +12,7 @@ from .settings import add_settings
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
-    # Before each wrong usage argparse would list every setting.
+    # Without this, argparse would list every setting in each message about wrong usage.
     parser.usage = "%(prog)s PHOTOS --base BASE --output FILE.safetensors [OPTIONS] (--help lists them)"
     parser.add_argument("photos", type=Path, metavar="PHOTOS", help="folder of photos (jpg, png, webp, heic, ...)")
     add_base(parser, required=True)
@@ -96,4 +96,4 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
 
 
 def add_clear_cache(parser: argparse.ArgumentParser) -> None:
-    """Adds nothing: the command has no arguments."""
+    """Adds nothing, since the command has no arguments."""
