@@ -1,4 +1,4 @@
-"""Which pictures each forward pass takes."""
+"""The order in which a training takes its pictures."""
 
 import random
 from collections.abc import Sequence
@@ -7,10 +7,10 @@ from .encode import EncodedImage
 
 
 class Batches:
-    """Which pictures each forward pass takes: a function of seed and pass number alone, so nothing needs to be saved.
+    """The pictures of each forward pass, a function of the seed and the pass's number, so that no state has to be saved.
 
-    An epoch is every picture `repeats` times, in batches that never mix shapes. A batch that would be short is filled from
-    the start of its bucket.
+    An epoch has every picture `repeats` times, in batches of one latent shape each. A batch that would be too small is filled
+    up from the start of its bucket.
     """
 
     def __init__(self, images: Sequence[EncodedImage], batch_size: int, seed: int):
@@ -23,7 +23,7 @@ class Batches:
         self._epoch, self._order = -1, []
 
     def at(self, number: int) -> list[int]:
-        """The pictures of the forward pass with that number."""
+        """The indices of the pictures in forward pass `number`, counted from 0; `batch_size` of them."""
         epoch, position = divmod(number, self.per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._shuffled(epoch)

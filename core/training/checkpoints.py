@@ -1,4 +1,4 @@
-"""What is made of a run's adapter as it goes: samples, the likeness that is measured on them, files, and the one to keep."""
+"""The checkpoints of a run: their sample pictures, the likeness measured on these, their files, and which one is kept."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,11 @@ from .state import RunState
 from .step import Run, Shot
 
 THUMBNAIL = "thumbnail"
-"""Name of the thumbnail among the tensors of a run's state: pixels (H, W, 3), 0 to 255."""
+"""The name of the thumbnail among the tensors of a run's state: uint8 pixels (H, W, 3)."""
 
 
 class Checkpoints:
-    """The checkpoints of a run: what they look like, what was saved of them, and which one comes back."""
+    """Draws, measures and saves the checkpoints of a run, and chooses the one that the training returns."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class Checkpoints:
         callbacks: Callbacks,
         extra_metadata: Mapping[str, str],
     ):
-        """Without `samples` no picture is drawn; where they have no watch, none is measured and the last one is kept."""
+        """Without `samples` no picture is drawn; without a watch in them, likeness is not measured and the last one is kept."""
         self.run, self.config = run, run.config
         self._cache, self._base, self._extra_metadata = cache, base, extra_metadata
         self._samples, self._callbacks = samples, callbacks
@@ -44,30 +44,30 @@ class Checkpoints:
 
     @property
     def face_network(self) -> str | None:
-        """The name of what measures likeness, where it is measured."""
+        """The name of the face network that measures likeness; None when likeness is not measured."""
         return self._selection.watch.network.name if self._selection else None
 
     @property
     def likeness(self) -> LikenessPoint | None:
-        """What was measured last."""
+        """The last measurement, None when there is none."""
         return self._selection.points[-1] if self._selection and self._selection.points else None
 
     def see_base(self) -> None:
-        """Draws the base model's own pictures, where likeness is measured: what a checkpoint has changed is seen by them."""
+        """Draws the base model's own pictures when likeness is measured; changes by the adapter are measured from them."""
         if self._samples and self._selection:
             watch = self._selection.watch
             with self.run.adapter.disabled():
                 watch.see_base(self.run.sample(self._samples.sampler, watch.shots))
 
     def save_when_due(self) -> None:
-        """Hands the checkpoint to `on_save` every `save_every` steps, apart from the last step, whose file is the result."""
+        """Calls `on_save` with the checkpoint every `save_every` steps, except after the last one, whose file is the result."""
         run = self.run
         if _is_due(run.step, self.config.save_every) and self._callbacks.on_save and run.step < self.config.steps:
             run.check_finite()
             self._callbacks.on_save(run.step, self._file(run.trained(), run.step))
 
     def look_when_due(self) -> None:
-        """Draws the checkpoint's pictures every `sample_every` steps, for `on_sample` and to measure their likeness."""
+        """Draws pictures with the checkpoint every `sample_every` steps, for `on_sample` and to measure their likeness."""
         if self._samples is None or not _is_due(self.run.step, self.config.sample_every):
             return
         on_sample, selection = self._callbacks.on_sample, self._selection
@@ -82,12 +82,12 @@ class Checkpoints:
             self._measure(drawn, self.run.trained())
 
     def is_enough(self) -> bool:
-        """Whether the settings let the run end early and more steps would not help."""
+        """Whether the run may end early by its settings, and more steps would not help."""
         selection = self._selection
         return bool(selection and self.config.stop_early and selection.watch.enough(selection.points))
 
     def measure_last(self) -> None:
-        """Measures what is still to be chosen from when the run ends: its last checkpoint, and the average of the best."""
+        """Measures the candidates that come up when the run ends: the last checkpoint, and the average of the best ones."""
         selection = self._selection
         if selection is None:
             return
@@ -98,7 +98,10 @@ class Checkpoints:
             self._measure(self._draw(selection.watch.shots, values), values, merged=steps)
 
     def chosen(self) -> Trained:
-        """The file of the checkpoint to keep, with what was measured; `on_save` is given the last one if another is kept."""
+        """The file of the checkpoint that is kept, with the likeness curve in its metadata.
+
+        When another one than the last is kept, `on_save` is called with the last.
+        """
         run, selection = self.run, self._selection
         if selection is None:
             return self._file(run.trained(), run.step)
@@ -109,14 +112,14 @@ class Checkpoints:
         return file.with_metadata({**file.metadata, **selection.metadata(kept)})
 
     def state(self, identity: Mapping[str, str]) -> RunState:
-        """The run as it is now, with everything that was measured and drawn and is still needed."""
+        """The state of the run as it is now, with the measurements and the pictures that are still needed."""
         tensors, points = self._selection.pack() if self._selection else ({}, [])
         if self._thumbnail:
             tensors[THUMBNAIL] = torch.from_numpy(np.array(self._thumbnail))
         return self.run.state(identity, tensors, points)
 
     def restore(self, state: RunState) -> None:
-        """Goes on from what `state` gave."""
+        """Brings the run to a state that `state` returned before."""
         self.run.restore(state)
         if self._selection:
             self._selection.unpack(state.tensors, state.scalars["likeness"])
@@ -124,7 +127,7 @@ class Checkpoints:
             self._thumbnail = Image.fromarray(state.tensors[THUMBNAIL].numpy())
 
     def _file(self, values: Mapping[str, Tensor], step: int) -> Trained:
-        """The file of the checkpoint that has these values after that step."""
+        """The file of an adapter with these parameter values, as of that step."""
         run = self.run
         metadata = training_metadata(
             self._cache, self._base, self.config, steps=step, started_at=self._started_at, precision=run.dtype,
@@ -134,7 +137,7 @@ class Checkpoints:
         return run.adapter.export(values, self._base, {**metadata, **self._extra_metadata})
 
     def _draw(self, shots: Sequence[Shot], values: Mapping[str, Tensor]) -> dict[Shot, Image.Image]:
-        """Each of the shots, drawn once, by the adapter with these values."""
+        """A picture of each distinct shot, drawn with these values in the adapter."""
         assert self._samples
         distinct = list(dict.fromkeys(shots))
         return dict(zip(distinct, self.run.sample(self._samples.sampler, distinct, values), strict=True))
@@ -142,12 +145,12 @@ class Checkpoints:
     def _measure(
         self, drawn: Mapping[Shot, Image.Image], values: Mapping[str, Tensor], merged: tuple[int, ...] = ()
     ) -> None:
-        """Adds the checkpoint that has these values, and drew these pictures, to those that may be kept."""
+        """Measures the checkpoint with these values on the pictures drawn with it, and adds it to those that may be kept."""
         assert self._selection
         images = [drawn[shot] for shot in self._selection.watch.shots]
         self._selection.add(self._selection.watch.measure(self.run.step, images, merged), values)
 
 
 def _is_due(step: int, every: int) -> bool:
-    """Whether something that happens `every` so many steps, or never where that is 0, happens after that one."""
+    """Whether something that happens every `every` steps happens after this step; 0 means never."""
     return bool(every) and step > 0 and step % every == 0

@@ -1,4 +1,4 @@
-"""What the encoders make of photos and captions: computed once, kept on disk by content, held ready for the loop."""
+"""Latents of photos and conditioning of captions, computed once before the training and kept on disk by content."""
 
 import hashlib
 import re
@@ -25,38 +25,38 @@ from .methods import trains_text
 
 @dataclass(frozen=True, eq=False)
 class EncodedImage:
-    """A training picture as the loop sees it."""
+    """A training picture in the form that the training loop uses."""
 
     name: str
-    """The photo's file name, for messages only."""
+    """The photo's file name, which is only used in messages."""
     mean: Tensor
     """(C, h, w) float32: the mean of the VAE's latent distribution, in the denoiser's scale."""
     deviation: Tensor
-    """(C, h, w) float32: its standard deviation, so that every step can draw anew."""
+    """(C, h, w) float32: the standard deviation of that distribution, so that every step can draw latents anew."""
     mask: Tensor | None
-    """(1, h, w) in [0, 1] where the loss counts; None: everywhere."""
+    """(1, h, w) in [0, 1]: how much the loss counts at each place; None: the same everywhere."""
     conditioning: Conditioning
-    """What the family tells the denoiser of the picture itself (SDXL: sizes and crop), batch of 1."""
+    """The conditioning on the picture itself, a batch of 1: for SDXL its size and crop, for most families nothing."""
     caption: str
     class_caption: str
-    """The caption without the trigger word: what prior prediction holds to the frozen model."""
+    """The caption without the trigger word, for which prior prediction keeps the frozen model's predictions."""
     repeats: int
     is_class: bool
 
 
 @dataclass(frozen=True, eq=False)
 class LatentCache:
-    """A whole data set, encoded."""
+    """An encoded data set."""
 
     images: tuple[EncodedImage, ...]
     text: dict[str, Conditioning]
-    """Conditioning of every caption that the run needs, batch of 1; empty when the text encoder trains."""
+    """The conditioning of every caption that the run needs, each a batch of 1; empty when text encoders are trained."""
     chunks: int
-    """Chunks of 77 tokens that every caption is padded to."""
+    """The number of chunks of 77 tokens that every caption is padded to."""
     digest: str
-    """Equal for equal photos, crops, captions and encoders."""
+    """A hash that is equal for equal photos, crops, captions and encoders."""
     prompts: dict[str, Pair] = field(default_factory=dict)
-    """Of each prompt of samples, with that of an empty negative prompt: as long as it needs, which no training depends on."""
+    """The conditioning of each sample prompt and of an empty negative prompt, as many chunks long as the prompt needs."""
 
 
 def encode(
@@ -68,10 +68,11 @@ def encode(
     extra_prompts: Sequence[str] = (),
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LatentCache:
-    """The data set's latents and text conditioning, each computed only when it is not in the cache folder.
+    """The latents and the text conditioning of a data set, each computed only when it is not in the cache folder.
 
-    The encoders are loaded one after the other, only if something is to be computed, and are gone afterwards.
-    `extra_prompts` are those of samples. `on_progress(done, total)` may raise to cancel.
+    The encoders are loaded one after the other, only when something has to be computed, and are freed afterwards.
+    `extra_prompts` are the prompts of samples. `on_progress(done, total)` may raise to cancel. Raises OutOfMemory when an
+    encoder does not fit into memory.
     """
     captions = [image.caption for image in dataset.images]
     class_captions = [without_trigger(image.caption, config) for image in dataset.images]
@@ -123,7 +124,7 @@ def encode(
 
 
 def without_trigger(caption: str, config: TrainConfig) -> str:
-    """The caption as of anybody of the class; "a photo of CLASS" where it does not name the trigger in the first place."""
+    """The caption without the trigger word, so that it is about the class; "a photo of CLASS" when it lacks the word."""
     trigger = rf"(?<!\w){re.escape(config.trigger_word)}(?!\w)"
     remaining, count = re.subn(trigger, " ", caption, flags=re.IGNORECASE)
     return (" ".join(remaining.split()) if count else "") or class_caption(config.class_word)
@@ -146,14 +147,14 @@ def _encode_images(
     for index, (image, key) in enumerate(zip(images, keys, strict=True)):
         found = _read("latents", key)
         if not found:
-            # In fp32 always: SDXL's VAE overflows in fp16, and it is a matter of seconds.
+            # Always in fp32, since SDXL's VAE overflows in fp16, and this takes only seconds.
             vae = vae or base.load("vae", device, torch.float32)
             with torch.inference_mode():
                 pixels = image.pixels().unsqueeze(0).to(device)
                 mean, deviation = whole_or_in_tiles(vae, partial(base.family.encode_image, vae, pixels))
                 found = {"mean": mean[0].cpu(), "deviation": deviation[0].cpu()}
             found = {name: tensor.clone() for name, tensor in found.items()}
-            if not vae.use_tiling:  # later runs may have the memory for the whole
+            if not vae.use_tiling:  # tiles differ a little, and a later run may have the memory for whole pictures
                 _write("latents", key, found)
         results.append((found["mean"], found["deviation"]))
         progress(index + 1)
@@ -168,7 +169,7 @@ def _encode_prompts(
     device: torch.device,
     progress: Callable[[int], None],
 ) -> dict[tuple[str, int], Conditioning]:
-    """(prompt, chunks that it is padded to) -> its conditioning."""
+    """The conditioning of each prompt, by (prompt, number of chunks that it is padded to)."""
     encoders, results = None, {}
     for index, (prompt, chunks) in enumerate(prompts):
         key = content_key("text", prompt, base.family.name, config.clip_skip, chunks, text_print)
@@ -194,7 +195,7 @@ def _read(kind: str, key: str) -> dict[str, Tensor] | None:
     try:
         return dict(SafetensorsFile.open(path))
     except BadFile:
-        return None  # damaged (the machine lost power, say): it is computed again and written over
+        return None  # damaged, perhaps by a power failure: it is computed again and replaced
 
 
 def _write(kind: str, key: str, tensors: dict[str, Tensor]) -> None:

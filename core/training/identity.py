@@ -1,4 +1,7 @@
-"""What decides the result of a run: equal runs need not be trained twice, and only an equal run can go on from a state."""
+"""The identity of a run: everything that decides its result.
+
+A run with the same identity need not be trained twice, and only such a run can go on from a saved state.
+"""
 
 import dataclasses
 import json
@@ -21,13 +24,13 @@ _WHICH_IS_SAVED = ("save_every", "save_precision", "thumbnail", "keep", "merge_b
 
 
 def settings_of_the_file(config: TrainConfig) -> dict[str, Any]:
-    """The settings that the trained files depend on: all but those of memory, and of samples that are only shown."""
+    """The settings that the trained files depend on: all but those about memory, and about samples that are only shown."""
     samples_matter = config.hold_out or config.thumbnail
     return _settings_without(config, _NO_EFFECT + (() if samples_matter else _WHEN_SAMPLED + _HOW_SAMPLED))
 
 
 def settings_of_the_steps(config: TrainConfig, measured: bool) -> dict[str, Any]:
-    """The settings that a run cannot change when it is resumed; where likeness is `measured`, also how samples are drawn."""
+    """The settings that cannot change when a run is resumed; with likeness `measured`, those of how samples are drawn too."""
     changeable = _NO_EFFECT + _WHEN_SAMPLED + _WHICH_IS_SAVED
     return _settings_without(config, changeable + (() if measured else _HOW_SAMPLED))
 
@@ -45,16 +48,16 @@ def run_identity(
     continue_from: LoraFile | None = None,
     face_network: str | None = None,
 ) -> dict[str, str]:
-    """What decides the result of a run, as text: equal for equal settings, photos and base model.
+    """The settings, photos and base model of a run, each as a text that is equal when they are.
 
-    `face_network` names what measures likeness, where that is measured.
+    `face_network` is the name of the network that measures likeness, None when it is not measured.
     """
     settings = settings_of_the_steps(config, measured=face_network is not None)
     if face_network:
         settings["face_network"] = face_network
     settings["precision"] = str(dtype).removeprefix("torch.")
     if config.schedule == "constant":
-        del settings["steps"]  # the steps so far are the same, however many follow
+        del settings["steps"]  # a constant rate does not depend on the number of steps, so a resumed run may have more
     if continue_from is not None:
         settings["continue_from"] = model_hash(continue_from.tensors)
     fingerprint = base.fingerprint("denoiser") + base.prediction_type + str(base.zero_terminal_snr)

@@ -1,4 +1,4 @@
-"""The whole job: a folder of photos and a base model in, a LoRA file out."""
+"""The whole training job, from a folder of photos and a base model to a LoRA file."""
 
 import glob
 import os
@@ -44,13 +44,13 @@ from .samples import Samples, make_class_images, sample_shots, training_sampler
 
 @dataclass(frozen=True)
 class _Pictures:
-    """The photos that are trained on, and what was found by looking at them."""
+    """The photos that are trained on, and what follows from looking at their faces."""
 
     photos: Sequence[Photo]
     regions: Callable[[Photo], list[Region]] | None = None
-    """Gives the parts of a photo that are trained on; None: the whole photos are."""
+    """A function that gives the regions of a photo that are trained on; None: photos are trained on whole."""
     watch: LikenessWatch | None = None
-    """Measures likeness to the photos that are held out; None: none are."""
+    """Measures likeness to the photos that are held out; None: no photos are held out."""
 
 
 def train(
@@ -69,16 +69,18 @@ def train(
     device: torch.device | None = None,
     callbacks: Callbacks = NO_CALLBACKS,
 ) -> Trained:
-    """The trained LoRA; also written to `output` (a `.safetensors` path) when one is given.
+    """The trained LoRA, which is also written to `output` (a `.safetensors` path) when one is given.
 
-    `photos` is a folder, or photos already read; `class_photos` likewise, for prior preservation. With `output`, the state
-    from which `resume=True` goes on is kept beside it until the run is done (where one is left, only `restart=True` begins
-    anew), every `save_every` steps a numbered LoRA is written beside it, and samples go into the folder `<name>-samples`
-    (unless callbacks take them).
-    Likeness is measured to the `held_out` photos, or to `config.hold_out` of `photos`, by `faces` (default: YuNet, SFace);
-    what was measured is in the metadata under `core.training.likeness.LIKENESS_KEY`.
-    Every callback may raise to cancel; `check_cancelled` is called many times a step. `on_step` raises StopAndKeep to end
-    now with what has been learned. Errors are subclasses of FaceLoraError.
+    `photos` is a folder, or a list of photos already read; so is `class_photos`, for prior preservation. With `output`, the
+    state of the run is kept beside it until the run is done: `resume=True` goes on from it, `restart=True` replaces it, and
+    without either a state that is there is an error. Every `save_every` steps a numbered LoRA is written beside the output,
+    and samples go into the folder `<name>-samples`, unless callbacks take them.
+
+    Likeness is measured to the `held_out` photos, or to `config.hold_out` of `photos`, by `faces` (default: YuNet and SFace).
+    The measurements are in the metadata under `core.training.likeness.LIKENESS_KEY`.
+
+    Every callback may raise to cancel; `check_cancelled` is called many times a step. Raising StopAndKeep from `on_step`
+    ends the training with what has been learned. Errors are subclasses of FaceLoraError.
     """
     config = config or TrainConfig()
     output = None if output is None else Path(output)
@@ -116,7 +118,7 @@ def train(
 
 
 def _check_place(output: Path, state_is_wanted: bool) -> None:
-    """Deletes what a killed run has left there. BadFile where nothing can be written, BadConfig at an unexpected state."""
+    """Deletes a killed run's temporary files. Raises BadFile for an unwritable output, BadConfig for a leftover state."""
     check_output(output)
     check_writable(state_path(output))
     _delete_leftovers(output)
@@ -130,7 +132,7 @@ def _check_place(output: Path, state_is_wanted: bool) -> None:
 def _checked_base(
     base: Base | str | os.PathLike[str] | Mapping[str, Tensor], config: TrainConfig, output: Path | None
 ) -> Base:
-    """The base model, read where it is not yet. Errors where the settings do not suit it, or the output would replace it."""
+    """The base model, loaded if needed. Raises when the settings do not suit it or the output would replace its file."""
     if not isinstance(base, Base):
         base = load_base(base, prediction_type=config.prediction_type, zero_terminal_snr=config.zero_terminal_snr)
     for file in base.files:
@@ -141,7 +143,7 @@ def _checked_base(
 
 
 def _check_pictures_asked_for(config: TrainConfig, class_photos: bool, held_out: bool) -> None:
-    """BadConfig where the settings do not go with the class photos, or the photos held out, that are given beside them."""
+    """Raises BadConfig when the settings contradict the class photos or the held-out photos that are given."""
     if config.class_images and class_photos:
         raise BadConfig("class_images and class_photos are both given; class images are either made or read")
     if held_out and not config.sample_every:
@@ -149,7 +151,7 @@ def _check_pictures_asked_for(config: TrainConfig, class_photos: bool, held_out:
 
 
 def _checked_start(start: LoraFile | str | os.PathLike[str] | None, base: Base) -> LoraFile | None:
-    """The LoRA to go on from, read where it is not yet. LoraMisfit where it does not belong to the base model."""
+    """The LoRA to go on from, read if it is not yet. Raises LoraMisfit when it does not fit the base model."""
     if start is None:
         return None
     start = start if isinstance(start, LoraFile) else LoraFile.read(start)
@@ -160,21 +162,21 @@ def _checked_start(start: LoraFile | str | os.PathLike[str] | None, base: Base) 
 def _read(
     photos: str | os.PathLike[str] | Sequence[Photo], strict: bool, on_warning: Callable[[str], None]
 ) -> list[Photo]:
-    """The photos of a folder, or those that were read already."""
+    """The photos as a list, read when `photos` is a folder."""
     if isinstance(photos, str | os.PathLike):
         return read_photos(Path(photos), strict=strict, on_warning=on_warning)
     return list(photos)
 
 
 def _needed_faces(faces: FaceNetwork | None, config: TrainConfig, held_out: Sequence[Photo]) -> FaceNetwork | None:
-    """The network that looks at faces, the usual one where none is given; None where the settings have nothing to look at."""
+    """The face network that the settings need, the default one if none is given; None when they need none."""
     if held_out or config.hold_out or _wants_report(config):
         return faces or load_faces()
     return None
 
 
 def _wants_report(config: TrainConfig) -> bool:
-    """Whether the photos are checked before they are trained on."""
+    """Whether the settings need the photo report."""
     return config.check_photos or config.face_crops or config.face_masks
 
 
@@ -186,7 +188,7 @@ def _read_or_make_class_photos(
     strict: bool,
     callbacks: Callbacks,
 ) -> list[Photo]:
-    """The pictures of the class: drawn by the base model where the settings say so, else those given, or none."""
+    """The class images: drawn by the base model when the settings ask for that, else the given ones, which may be none."""
     if config.class_images:
         return make_class_images(
             base, config.class_word, config.class_images, resolution=config.resolution, device=device,
@@ -203,7 +205,7 @@ def _look_at_photos(
     config: TrainConfig,
     on_warning: Callable[[str], None],
 ) -> _Pictures:
-    """The photos to train on: without those that the report rejects and those held out; `on_warning` hears of the former."""
+    """The photos to train on, without those that are held out or that the report rejects; the latter are warned about."""
     if faces is None:
         return _Pictures(photos)
     regions = None
@@ -223,7 +225,7 @@ def _look_at_photos(
 
 
 def _accepted(report: SetReport, on_warning: Callable[[str], None]) -> list[Photo]:
-    """The photos that the report does not reject. BadPhoto when there are none."""
+    """The photos that the report does not reject. Raises BadPhoto when it rejects all."""
     for item in report.photos:
         if item.verdict == REJECT:
             on_warning(f"{item.photo.name} is left out: {' '.join(f.sentence for f in item.findings)}")
@@ -241,7 +243,7 @@ def _prepared(
     device: torch.device,
     callbacks: Callbacks,
 ) -> tuple[LatentCache, Samples | None]:
-    """The encoded photos and captions, and what is drawn while they are trained on, None where nothing is."""
+    """The encoded photos and captions, and the samples to draw during the training; None when no samples are wanted."""
     dataset = prepare(
         pictures.photos,
         resolution=config.resolution or base.resolution,
@@ -262,7 +264,7 @@ def _prepared(
     )  # fmt: skip
     if not shots:
         return cache, None
-    # Samples have the shape that most of the person's photos are trained at.
+    # Samples have the size of the bucket with most photos of the person.
     of_person = replace(dataset, images=tuple(image for image in dataset.images if not image.is_class))
     size = max(of_person.bucket_counts().items(), key=lambda bucket: bucket[1])[0]
     sampler = training_sampler(base, config, cache.prompts, device, size, callbacks.progress("samples"))
@@ -270,7 +272,7 @@ def _prepared(
 
 
 def _writing_beside(callbacks: Callbacks, output: Path, config: TrainConfig) -> Callbacks:
-    """The callbacks, with checkpoints and samples written beside the output where none of them takes these."""
+    """The callbacks, completed by ones that write checkpoints and samples beside the output where they are None."""
 
     def save(step: int, lora: Trained) -> None:
         lora.save(output.with_name(f"{output.stem}-step{step:06d}{output.suffix}"), PRECISIONS[config.save_precision])
@@ -284,7 +286,7 @@ def _writing_beside(callbacks: Callbacks, output: Path, config: TrainConfig) -> 
 
 
 def _write(lora: Trained, base: Base, config: TrainConfig, output: Path) -> None:
-    """Writes the LoRA and what belongs beside it, and deletes the state: the run is done."""
+    """Writes the LoRA and the files that belong beside it, and deletes the state, since the run is done."""
     for addition, other in files_beside(lora, base, config).items():
         other.save(output.with_name(f"{output.stem}-{addition}{output.suffix}"), PRECISIONS[config.save_precision])
     lora.save(output, PRECISIONS[config.save_precision])
@@ -292,27 +294,27 @@ def _write(lora: Trained, base: Base, config: TrainConfig, output: Path) -> None
 
 
 def state_path(output: Path) -> Path:
-    """Where the state of an unfinished run is kept."""
+    """The path at which the state of an unfinished run is kept: `NAME.state.safetensors` beside the output."""
     return output.with_name(f"{output.stem}.state.safetensors")
 
 
 def check_output(path: Path) -> None:
-    """BadFile, before hours are spent, when no LoRA can be written there."""
+    """Raises BadFile when no LoRA can be written at the path. Called before a training, so that no work is lost."""
     if path.suffix != ".safetensors":
         raise BadFile(f"{path}: the output's name must end in .safetensors")
     check_writable(path)
 
 
 def _delete_leftovers(output: Path) -> None:
-    """Deletes what a run that was killed while writing has left of this output or its state."""
+    """Deletes temporary files that a run left when it was killed while writing this output or its state."""
     for path in (output, state_path(output)):
         remove_leftovers(output.parent, glob.escape(path.name))
 
 
 _OF_NOISE = ("prediction_type", "zero_terminal_snr", "min_snr_gamma", "debiased", "clip_skip")
-"""Settings of models that predict noise or velocity on SD's schedule."""
+"""The settings that only models with a noise schedule, such as Stable Diffusion, have."""
 _OF_FLOWS = ("timestep_sampling", "timestep_shift")
-"""Settings of rectified flows."""
+"""The settings that only rectified flows have."""
 
 
 _UNDONE = (
@@ -322,14 +324,14 @@ _UNDONE = (
 
 
 def distilled_hint(base: Base, config: TrainConfig) -> str | None:
-    """A sentence, when the base's name alone says that it was distilled to a few steps; else None."""
+    """A warning when the base model's name says that it was distilled to a few steps; else None."""
     if config.allow_distilled or not re.search(base.family.distilled_names, base.name, re.IGNORECASE):
         return None
     return f"{base.name}: by its name was distilled to a few steps{_UNDONE}"
 
 
 def check_base_options(base: Base, config: TrainConfig) -> None:
-    """BadConfig for settings that the base model's family does not have."""
+    """Raises BadConfig for settings that do not apply to the base model, or that it does not allow."""
     family, default = base.family, TrainConfig()
     others = _OF_FLOWS if family.predicts_noise else _OF_NOISE
     if wrong := [name for name in others if getattr(config, name) != getattr(default, name)]:
