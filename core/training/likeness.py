@@ -1,7 +1,7 @@
-"""Likeness while training: how much the pictures of each checkpoint look like the person, what they cost, which to keep.
+"""Likeness during a training: how much each checkpoint's pictures look like the person, and which checkpoint to keep.
 
 A checkpoint is judged by pictures of fixed prompts and seeds. Likeness is measured to photos that were held out from the
-training: a network that has learnt its photos by heart looks like those, and not always like the person.
+training, since a network that has memorised its photos draws those, and not always the person.
 """
 
 from __future__ import annotations
@@ -25,55 +25,58 @@ from ..photos.captions import class_caption, default_caption
 from ..photos.measure import hash_distance, perceptual_hash, pose
 
 NEUTRAL_PROMPTS = ("a photo of a street", "a photo of a dog", "a landscape with trees")
-"""What a LoRA of a person should leave alone."""
+"""Prompts whose pictures a LoRA of a person should not change."""
 LIKENESS_KEY = "facelora.likeness"
-"""In a LoRA's metadata: the measured curve as JSON, with the index of the point that was kept."""
+"""The key in a LoRA's metadata of the measured curve, JSON with the index of the point that was kept."""
 MIN_TRAINING_PHOTOS = 3
 MAX_CANDIDATES = 4
-"""Checkpoints that are kept in memory until one is chosen: the most alike ones."""
+"""The number of checkpoints, those most alike, that stay in memory until one is chosen."""
 TOLERANCE = 0.015
-"""Likeness that nobody sees, as a share of `LikenessWatch.scale`: SFace's cosine moves by 0.01 when a photo is recompressed."""
+"""A difference in likeness that nobody sees, as a share of `LikenessWatch.scale`.
+
+For comparison, SFace's cosine moves by 0.01 when a photo is recompressed.
+"""
 SURE_FACE = 56
-"""Pixels of a face below which its likeness says little: half of what SFace looks at; ORL's faces have 72 and more."""
+"""The size of a face, in pixels, below which its likeness says little: half of SFace's input. ORL's faces have 72 and more."""
 FACE_SIDE, HASH_SIDE = 640, 64
-"""Shorter side, in pixels, at which a photo is enough for its face, and for its perceptual hash: JPEG files decode faster."""
+"""The shorter side, in pixels, of a photo for finding its face and for its perceptual hash; smaller JPEGs decode faster."""
 PATIENCE = 3
-"""Measurements without a better one after which likeness counts as flat."""
+"""The number of measurements without an improvement after which likeness counts as flat."""
 LEAK_LIMIT = 0.5
-"""Share of the way from the base's class pictures to the person's own photos at which the class counts as lost."""
+"""The leakage, as a share of `LikenessWatch.scale`, above which the class counts as lost."""
 
 
 @dataclass(frozen=True)
 class LikenessPoint:
-    """What a checkpoint's pictures look like. All cosines are those of the watch's face network."""
+    """The measurement of one checkpoint on its pictures. All cosines are by the watch's face network."""
 
     step: int
     likeness: float
-    """Mean cosine of the trigger's pictures to the mean face of the held-out photos; a picture without a face counts 0."""
+    """The mean of `scores`, -1 to 1."""
     scores: tuple[float, ...]
-    """The same of each picture."""
+    """The cosine of each picture of the trigger to the mean face of the held-out photos; 0 for a picture without a face."""
     copying: float
-    """Mean over the pictures of: cosine to the nearest training photo minus cosine to the nearest held-out photo."""
+    """The mean over pictures with a face of the cosine to the nearest training photo minus that to the nearest held-out one."""
     leakage: float
-    """How much more "a photo of CLASS", without the trigger, looks like the person than the base's picture did: cosine."""
+    """How much the cosine of "a photo of CLASS", without the trigger, to the person has risen from the base model's."""
     drift: float
-    """Mean absolute change of the pictures of neutral prompts from the base's, in grey levels, 0 to 255."""
+    """The mean absolute change of the pictures of NEUTRAL_PROMPTS from the base model's, in grey levels, 0 to 255."""
     merged: tuple[int, ...] = ()
-    """Steps of the checkpoints that this one is the average of."""
+    """The steps of the checkpoints that this one is the average of; empty for a single checkpoint."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """How alike one picture is, and how far that can be trusted."""
+    """The likeness of one picture, and why it may say little."""
 
     image: str
     likeness: float | None
-    """Cosine to the person's mean face; None without a face."""
+    """The cosine to the person's mean face; None for a picture without a face."""
     face_pixels: float | None
     yaw: float | None
-    """`photos.measure.pose`: 0 frontal, 0.35 a side view."""
+    """The turn of the head by `photos.measure.pose`: 0 is frontal, 0.35 a side view."""
     doubt: str | None
-    """Why the number says little, or None."""
+    """The reason why the number says little, or None."""
 
     @classmethod
     def of(cls, image: str, likeness: float | None, face: Face | None) -> Score:
@@ -93,10 +96,10 @@ class Score:
 
 
 class LikenessWatch:
-    """Measures checkpoints of one person: what `train_lora` shows its pictures to."""
+    """Measures checkpoints of one person by the pictures that `train_lora` draws with them."""
 
     def __init__(self, network: FaceNetwork, training: Sequence[Photo], held_out: Sequence[Photo], config: TrainConfig):
-        """BadPhoto when no photo that is trained on, or none that is held out, shows a face."""
+        """Raises BadPhoto when none of the photos that are trained on, or none of those held out, shows a face."""
         self.network = network
         self._training = _seen(_faces_of(network, training))
         self._held_out = _seen(_faces_of(network, held_out))
@@ -116,9 +119,9 @@ class LikenessWatch:
             *((class_caption(config.class_word), seed) for seed in seeds),
             *((prompt, config.seed) for prompt in NEUTRAL_PROMPTS),
         ]
-        """(prompt, seed) of the pictures that `measure` wants, in this order."""
+        """The (prompt, seed) of each picture that `measure` takes, in its order."""
         self.own = float(np.mean(self._alike(self._training)))
-        """Likeness of the training photos themselves: what a perfect LoRA would have."""
+        """The likeness of the training photos themselves, which a perfect LoRA would have."""
         nearest = likeness(self._training, self._training)
         np.fill_diagonal(nearest, -1)
         self.own_copying = (
@@ -126,17 +129,17 @@ class LikenessWatch:
             if len(nearest) > 1
             else 0.0
         )
-        """The copying that the training photos show among themselves (a single one none): zero copying has this value."""
+        """The copying of each training photo from the others, which counts as none; 0 for a single photo."""
         self._base: list[Image.Image] = []
         self._base_class = 0.0
 
     def see_base(self, images: Sequence[Image.Image]) -> None:
-        """Takes the base model's pictures of `shots`, which leakage and drift are measured from."""
+        """Takes the base model's pictures of `shots`, to measure leakage and drift from them."""
         _, of_class, self._base = self._split(images)
         self._base_class = float(np.mean(self._alike(embed_images(self.network, of_class))))
 
     def measure(self, step: int, images: Sequence[Image.Image], merged: tuple[int, ...] = ()) -> LikenessPoint:
-        """The LikenessPoint of a checkpoint that made these pictures of `shots`."""
+        """The measurement of a checkpoint that drew these pictures of `shots`. Call `see_base` before."""
         of_person, of_class, neutral = self._split(images)
         embedded = embed_images(self.network, of_person)
         scores = self._alike(embedded)
@@ -159,27 +162,30 @@ class LikenessWatch:
 
     @property
     def scale(self) -> float:
-        """Likeness from the base's pictures of the class to the person's own photos: what counts as much, for this person."""
+        """How far the likeness of the person's photos is above that of the base model's class pictures, at least 0.01.
+
+        Differences are measured by it, since faces of some people are nearer to the class than others.
+        """
         return max(self.own - self._base_class, 0.01)
 
     def cost(self, point: LikenessPoint) -> float:
-        """What a checkpoint spoils, about 0 to 1: leakage, copying beyond the photos' own, and drift as a share of white."""
+        """The damage that a checkpoint does, about 0 to 1: leakage, copying beyond `own_copying`, and drift over 255."""
         spoiled = max(0.0, point.leakage) + max(0.0, point.copying - self.own_copying)
         return spoiled / self.scale + point.drift / 255
 
     def choose(self, points: Sequence[LikenessPoint]) -> LikenessPoint:
-        """The point to keep: the most alike one, or of those that are shown to be as alike the one that costs least.
+        """The point to keep: of those that are shown to be as alike as the most alike one, the one that costs least.
 
-        Shown: over the same prompts and seeds, the mean shortfall plus its standard error is within TOLERANCE. That is
-        a test of non-inferiority: with few pictures most differences are within the noise, which proves nothing.
+        A point is as alike when its mean shortfall over the same prompts and seeds, plus the standard error, is within
+        TOLERANCE. This tests non-inferiority: with few pictures most differences are within the noise, which proves nothing.
         """
         best = max(points, key=lambda point: point.likeness)
         return min((point for point in points if self._is_as_alike(point, best)), key=self.cost)
 
     def enough(self, points: Sequence[LikenessPoint]) -> str | None:
-        """Why more steps would not help, or None: likeness is flat, or the class is turning into the person."""
+        """The reason why more steps would not help, or None: likeness is flat, or the class is turning into the person."""
         best = max(points, key=lambda point: point.likeness)
-        # The first of those as good as the best, so that a run that creeps up by a hair does not go on for ever.
+        # The first point about as good as the best, so that a run whose likeness creeps up slowly ends all the same.
         first = next(i for i, point in enumerate(points) if point.likeness >= best.likeness - TOLERANCE * self.scale)
         if len(points) - 1 - first >= PATIENCE:
             return f"likeness has not risen since step {points[first].step}"
@@ -194,36 +200,36 @@ class LikenessWatch:
         return bool(shortfall.mean() + error <= TOLERANCE * self.scale)
 
     def _split(self, images: Sequence[Image.Image]) -> tuple[list[Image.Image], list[Image.Image], list[Image.Image]]:
-        """The pictures of the trigger, of the class, and of the neutral prompts."""
+        """The pictures split into those of the trigger, of the class, and of the neutral prompts."""
         images = list(images)
         return images[: self._count], images[self._count : 2 * self._count], images[2 * self._count :]
 
     def _alike(self, embedded: np.ndarray) -> np.ndarray:
-        """Cosines (N,) to the person; 0 where no face was found."""
+        """The cosine (N,) of each identity vector to the person; 0 where no face was found."""
         return np.nan_to_num(likeness(embedded, self._person[None])[:, 0])
 
 
 class Selection:
-    """The checkpoints of a run that may still be kept, with everything that was measured."""
+    """The checkpoints of a run that may still be kept, and all measurements."""
 
     def __init__(self, watch: LikenessWatch):
         self.watch = watch
         self.points: list[LikenessPoint] = []
         self._values: dict[int, dict[str, Tensor]] = {}
-        """Index of a point -> its adapter, on the CPU."""
+        """The adapter's values at a point, on the CPU, by the point's index."""
 
     def add(self, point: LikenessPoint, values: Mapping[str, Tensor]) -> None:
-        """Takes a checkpoint, and forgets those that are not of the MAX_CANDIDATES most alike."""
+        """Adds a checkpoint, and drops the values of all but the MAX_CANDIDATES most alike."""
         self._values[len(self.points)] = {name: value.detach().cpu().clone() for name, value in values.items()}
         self.points.append(point)
         self._values = {index: self._values[index] for index in self._ranked()[:MAX_CANDIDATES]}
 
     def has(self, step: int) -> bool:
-        """Whether the checkpoint of that step was measured."""
+        """Whether the checkpoint at that step was measured."""
         return any(point.step == step and not point.merged for point in self.points)
 
     def average(self, count: int) -> tuple[tuple[int, ...], dict[str, Tensor]] | None:
-        """Steps and mean values of the `count` most alike candidates (arXiv:1803.05407); None with fewer than two."""
+        """The steps and the mean values of the `count` most alike candidates (arXiv:1803.05407); None for fewer than two."""
         chosen = self._ranked()[:count]
         if len(chosen) < 2:
             return None
@@ -232,12 +238,12 @@ class Selection:
         return tuple(sorted(self.points[index].step for index in chosen)), mean
 
     def choose(self) -> tuple[LikenessPoint, dict[str, Tensor]]:
-        """The candidate to keep, by the watch's rule, and its adapter."""
+        """The candidate to keep by the rule of `LikenessWatch.choose`, and its adapter's values."""
         point = self.watch.choose([self.points[index] for index in self._values])
         return point, next(values for index, values in self._values.items() if self.points[index] is point)
 
     def metadata(self, kept: LikenessPoint) -> dict[str, str]:
-        """The curve, for the file: numbers alone, which tell nobody what the person looks like."""
+        """The curve for the file's metadata, as plain numbers, which do not reveal what the person looks like."""
         described = {
             "network": self.watch.network.name,
             "photos": round(self.watch.own, 4),
@@ -251,11 +257,11 @@ class Selection:
         return {LIKENESS_KEY: json.dumps(described)}
 
     def _ranked(self) -> list[int]:
-        """Indices of the candidates, the most alike first."""
+        """The indices of the candidates, the most alike first."""
         return sorted(self._values, key=lambda index: -self.points[index].likeness)
 
     def pack(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        """Tensors and plain values for the state of a run, from which `unpack` makes the same selection."""
+        """The selection as tensors and plain values for a run's state, from which `unpack` restores it."""
         tensors = {
             f"candidate.{index}.{name}": value
             for index, values in self._values.items()
@@ -264,7 +270,7 @@ class Selection:
         return tensors, [asdict(point) for point in self.points]
 
     def unpack(self, tensors: Mapping[str, Tensor], points: Sequence[Mapping[str, Any]]) -> None:
-        """Goes on from what `pack` gave, among whatever other tensors."""
+        """Restores what `pack` returned; other tensors beside it are ignored."""
         self.points = [LikenessPoint(**_with_tuples(point)) for point in points]
         for key, value in tensors.items():
             if key.startswith("candidate."):
@@ -273,9 +279,10 @@ class Selection:
 
 
 def hold_out(photos: Sequence[Photo], count: int, network: FaceNetwork) -> tuple[list[Photo], list[Photo]]:
-    """(photos to train on, `count` photos held out), in their order: those nearest to the person's mean face are held out.
+    """The photos to train on and the `count` photos held out, both in their order.
 
-    A photo that nearly repeats another is never held out: its twin would be trained on. BadPhoto when too few are left.
+    The photos nearest to the person's mean face are held out. One that nearly repeats another never is, since its twin
+    would be trained on. Raises BadPhoto when too few are left.
     """
     embedded = _faces_of(network, photos)
     centre = mean_face(embedded)
@@ -307,17 +314,17 @@ def hold_out(photos: Sequence[Photo], count: int, network: FaceNetwork) -> tuple
 
 
 def _faces_of(network: FaceNetwork, photos: Sequence[Photo]) -> np.ndarray:
-    """float32 (N, D): who each photo shows; NaN without a face."""
+    """The identity vector of each photo's largest face, float32 (N, D); a row of NaN for a photo without a face."""
     return embed_one_by_one(network, (photo.image(shorter_side=FACE_SIDE) for photo in photos))
 
 
 def _seen(embedded: np.ndarray) -> np.ndarray:
-    """The rows that are faces."""
+    """The rows that are not NaN, which stands for a missing face."""
     return embedded[~np.isnan(embedded).any(axis=1)]
 
 
 def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON knows no tuples."""
+    """The values with lists turned back into tuples, which JSON does not have."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
@@ -326,5 +333,5 @@ def _rounded(value: Any) -> Any:
 
 
 def picture_change(a: Image.Image, b: Image.Image) -> float:
-    """Mean absolute difference of two pictures of one size, in grey levels, 0 to 255."""
+    """The mean absolute difference of two pictures of one size, in grey levels, 0 to 255."""
     return float(np.abs(np.asarray(a, dtype=np.float32) - np.asarray(b, dtype=np.float32)).mean())

@@ -1,4 +1,4 @@
-"""The training loop: one run of one adapter on one base model, from its first step to its file."""
+"""The training loop, which trains one adapter on one base model from its first step to its file."""
 
 import time
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from .state_file import StateFile
 from .step import Run
 
 CHECK_EVERY = 10
-"""Steps between looks at whether the loss is still finite; each look waits for the device."""
+"""Steps between two checks that the loss is finite, each of which waits for the device."""
 
 
 def train_lora(
@@ -38,20 +38,19 @@ def train_lora(
     samples: Samples | None = None,
     callbacks: Callbacks = NO_CALLBACKS,
 ) -> Trained:
-    """The trained LoRA, in Kohya naming with complete metadata.
+    """The trained LoRA, or the checkpoint or embedding that the method makes, with complete metadata.
 
-    A callback cancels by raising: the state is then saved to `state_path` and the exception goes on. When it is
-    StopAndKeep the run ends there, and the LoRA comes back as if that had been the last step.
-    With `resume` the run goes on from that state, if there is one; on the same machine the result is the same, tensor
-    for tensor, as of a run that was never interrupted. Whoever gave `state_path` deletes the state once the LoRA is safe.
+    A callback cancels by raising: the state is then saved to `state_path`, and the exception goes on. StopAndKeep instead
+    ends the run as if that had been its last step. With `resume` the run goes on from the state at that path, if there is
+    one; on the same machine the result equals that of an uninterrupted run, tensor for tensor. The caller deletes the state
+    when the LoRA has been written.
+
     `on_save` is called every `save_every` steps (for the last one too, if another is kept), and `on_sample` every
-    `sample_every`, with the shots of `samples`; without them nothing is saved, and nothing is drawn to be shown.
-    With a watch in `samples`, likeness is measured every `sample_every` steps and at the end, the checkpoint that the watch
-    chooses is the one that comes back, and the curve is in its metadata.
+    `sample_every` with the shots of `samples`. With a watch in `samples`, likeness is measured every `sample_every` steps
+    and at the end, the checkpoint that the watch chooses is returned, and the curve is in its metadata.
 
-    A step that does not fit the memory is done again with a smaller memory plan, of which `on_warning` hears.
-
-    TrainingDiverged when the loss is no longer finite; the last saved state is from before.
+    A step that does not fit into memory is repeated with a smaller memory plan, with a call of `on_warning`. Raises
+    OutOfMemory when no plan fits, and TrainingDiverged when the loss is no longer finite; a saved state is from before then.
     """
     device, dtype = device_and_dtype(config, device)
     forked = [device] if device.type == "cuda" else []
@@ -71,7 +70,7 @@ def train_lora(
         checkpoints.see_base()
         first_step, started = run.step, time.monotonic()
         with state.saved_when_cancelled():
-            checkpoints.look_when_due()  # it may have been cancelled just then
+            checkpoints.look_when_due()  # a resumed run may have been cancelled before it had drawn these
         while run.step < config.steps:
             with state.saved_when_cancelled():
                 loss = run.accumulate_within_memory(callbacks.on_warning)
@@ -95,7 +94,7 @@ def train_lora(
 
 
 def _report(run: Run, first_step: int, started: float, likeness: LikenessPoint | None) -> StepReport:
-    """What there is to say after the step that was just made, in a run that went from `first_step` at that time."""
+    """The report after the last step of a run that started at `first_step` at the monotonic time `started`."""
     seconds = (time.monotonic() - started) / (run.step - first_step)
     return StepReport(
         step=run.step,

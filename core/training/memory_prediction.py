@@ -1,4 +1,4 @@
-"""How much memory a run will need under each plan, found out without doing it, and which plan it therefore starts with."""
+"""A prediction of the memory that a run needs under each memory plan, and the choice of the plan that it starts with."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +15,7 @@ from .step import Run, memory_plans
 
 
 def predicted_memory(cache: LatentCache, base: Base, config: TrainConfig, dtype: torch.dtype, plan: MemoryPlan) -> int:
-    """The bytes that a run will have in use at a time, found by going through a step with tensors that hold no numbers."""
+    """The most bytes that a run will use at a time, counted in a step on torch's fake tensors, which hold no data."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     cpu = torch.device("cpu")
@@ -49,7 +49,7 @@ def predicted_memory(cache: LatentCache, base: Base, config: TrainConfig, dtype:
         for encoder in run.encoders.values():
             there += [*encoder.parameters(), *encoder.buffers()]
         if plan.offload != "nothing":
-            run.accumulate()  # from then on it knows which block to bring ahead
+            run.accumulate()  # only a second step prefetches blocks, in the order of the first
         with MemoryCount() as count:
             for tensor in [*there, *run.denoiser.parameters()]:
                 count.leave_out(tensor)
@@ -66,9 +66,9 @@ def choose_plan(
     dtype: torch.dtype,
     on_warning: Callable[[str], None],
 ) -> MemoryPlan:
-    """The fastest plan that fits into `memory_limit`, or else into what is free on a GPU; the smallest when none fits.
+    """The fastest plan that fits into `memory_limit`, or else into the free memory of a GPU; the smallest when none fits.
 
-    `on_warning` is told when it is not the fastest of all.
+    `on_warning` is called when it is not the fastest of all.
     """
     plans = memory_plans(config)
     if config.memory_limit is not None:

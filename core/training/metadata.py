@@ -1,4 +1,4 @@
-"""The metadata of a trained LoRA: `ss_*` as sd-scripts writes it, and modelspec, so that every tool shows what it should."""
+"""The metadata of a trained LoRA: `ss_*` as sd-scripts writes them, and those of the ModelSpec standard, as tools read them."""
 
 import base64
 import io
@@ -28,9 +28,9 @@ _OPTIMIZER_NAMES = {
 _PRECISION_NAMES = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 IMPLEMENTATION = "comfyui-facelora"
 WEIGHTS_KEY = "facelora.frozen_weights"
-"""How the frozen weights were stored, where that was not in full: what was trained on them is a little different."""
+"""The key for the precision of frozen weights that were narrowed, which makes the LoRA a little different."""
 THUMBNAIL_SIDE = 256
-"""Longest side of the thumbnail, in pixels: it travels in the header, which every reader parses."""
+"""The longer side of the thumbnail, in pixels. It is small, since every reader parses the header that it stands in."""
 
 
 _NOT_OURS: dict[str, Any] = {
@@ -60,7 +60,7 @@ _NOT_OURS: dict[str, Any] = {
     "ss_validation_seed": None,
     "ss_validation_split": 0.0,
 }
-"""Options of sd-scripts that this training does not have, as sd-scripts writes them where they are not used."""
+"""Options of sd-scripts that this training does not have, with the values that sd-scripts writes when they are unused."""
 
 
 def training_metadata(
@@ -75,9 +75,10 @@ def training_metadata(
     weights_narrowed: bool,
     thumbnail: Image.Image | None = None,
 ) -> dict[str, str]:
-    """Strings only, as safetensors wants them; None is "None", as sd-scripts writes it. Hashes of the tensors come on saving.
+    """The metadata of the checkpoint after `steps` steps, as strings. Hashes of the tensors are added when it is saved.
 
-    The trigger word stands in `modelspec.trigger_phrase`, `ss_tag_frequency` and `ss_datasets`: readers look in one of them.
+    None is written as "None", as in sd-scripts. The trigger word is in `modelspec.trigger_phrase`, `ss_tag_frequency` and
+    `ss_datasets`, since each reader looks in one of them. `started_at` is in seconds since the epoch.
     """
     finished_at = time.time()
     values = (
@@ -101,7 +102,7 @@ def training_metadata(
     }
     if weights_narrowed:
         values[WEIGHTS_KEY] = "8 bits"
-    # In modelspec, and of network arguments, a key without a value is left out; else sd-scripts writes "None".
+    # sd-scripts leaves out keys of modelspec and network arguments without a value, and writes "None" for others.
     return {
         name: json.dumps(value) if isinstance(value, dict | list) else str(value)
         for name, value in values.items()
@@ -110,12 +111,12 @@ def training_metadata(
 
 
 def _phrase(config: TrainConfig) -> str:
-    """The words that call the person."""
+    """The trigger phrase: the trigger word and the class word."""
     return f"{config.trigger_word} {config.class_word}"
 
 
 def _modelspec(base: Base, config: TrainConfig, finished_at: float, thumbnail: Image.Image | None) -> dict[str, Any]:
-    """What the ModelSpec standard asks for, which Civitai and LoRA managers show."""
+    """The metadata of the ModelSpec standard, which Civitai and LoRA managers show."""
     resolution = config.resolution or base.resolution
     limits = (config.timestep_min, config.timestep_max)
     return {
@@ -135,7 +136,7 @@ def _modelspec(base: Base, config: TrainConfig, finished_at: float, thumbnail: I
 
 
 def _of_model(base: Base) -> dict[str, Any]:
-    """Which base model was trained on."""
+    """The metadata about the base model."""
     return {
         "ss_base_model_version": base.family.base_model_version,
         "ss_new_sd_model_hash": base.sha256,
@@ -146,7 +147,7 @@ def _of_model(base: Base) -> dict[str, Any]:
 
 
 def _of_photos(cache: LatentCache, base: Base, config: TrainConfig) -> dict[str, Any]:
-    """Which photos were trained on: how many, in which sizes, with which captions."""
+    """The metadata about the photos: their number, sizes and captions."""
     phrase, resolution = _phrase(config), config.resolution or base.resolution
     pictures, class_pictures = _pictures(cache)
     pixels = base.latent_shape.pixels
@@ -155,10 +156,10 @@ def _of_photos(cache: LatentCache, base: Base, config: TrainConfig) -> dict[str,
         for image in cache.images
         for _ in range(image.repeats)
     )
-    # Kohya's folder name, made from the settings: the user's own folder names stay out of the file.
+    # A folder name in Kohya's form, made from the settings, since users' folder names must not get into the file.
     repeats = max((image.repeats for image in pictures), default=1)
     folder, class_folder = f"{repeats}_{phrase}", f"1_{config.class_word}"
-    # Lora-Manager reads the words of the first folder only: the trigger phrase must be among them.
+    # Lora-Manager reads only the tags of the first folder, so the trigger phrase must be among them.
     tags = {phrase: len(pictures)} | tag_counts(image.caption for image in pictures)
     buckets = {
         "buckets": {
@@ -211,7 +212,7 @@ def _of_photos(cache: LatentCache, base: Base, config: TrainConfig) -> dict[str,
 
 
 def _pictures(cache: LatentCache) -> tuple[list[EncodedImage], list[EncodedImage]]:
-    """The pictures of the person, and those of the class."""
+    """The pictures of the person and those of the class."""
     return (
         [image for image in cache.images if not image.is_class],
         [image for image in cache.images if image.is_class],
@@ -219,7 +220,7 @@ def _pictures(cache: LatentCache) -> tuple[list[EncodedImage], list[EncodedImage
 
 
 def _of_length(cache: LatentCache, config: TrainConfig, steps: int) -> dict[str, Any]:
-    """How long the training was, in steps and in rounds through the photos."""
+    """The metadata about the length of the training, in steps and epochs."""
     seen = sum(image.repeats for image in _pictures(cache)[0])
     batches = -(-seen // config.batch_size)
     return {
@@ -236,7 +237,7 @@ def _of_length(cache: LatentCache, config: TrainConfig, steps: int) -> dict[str,
 
 
 def _of_objective(base: Base, config: TrainConfig) -> dict[str, Any]:
-    """What the training made smaller: the loss, and the noise and captions it was taken on."""
+    """The metadata about the objective: the loss, the noise and the captions."""
     flow = base.prediction_type == "flow"
     values = {
         "ss_caption_dropout_rate": config.caption_dropout,
@@ -261,7 +262,7 @@ def _of_objective(base: Base, config: TrainConfig) -> dict[str, Any]:
 
 
 def _of_optimizer(config: TrainConfig) -> dict[str, Any]:
-    """How the adapter was moved along its gradients."""
+    """The metadata about the optimizer and its learning rates."""
     return {
         "ss_learning_rate": peak_rate(config),
         "ss_lr_scheduler": config.schedule,
@@ -274,7 +275,7 @@ def _of_optimizer(config: TrainConfig) -> dict[str, Any]:
 
 
 def _of_network(config: TrainConfig) -> dict[str, Any]:
-    """What the adapter is, which sd-scripts calls a network."""
+    """The metadata about the adapter, which sd-scripts calls a network."""
     conv = {"conv_dim": str(config.rank), "conv_alpha": str(config.alpha_for(config.rank))}
     return {
         "ss_network_alpha": config.alpha_for(config.rank),
@@ -286,7 +287,7 @@ def _of_network(config: TrainConfig) -> dict[str, Any]:
 
 
 def _data_url(image: Image.Image) -> str:
-    """A small JPEG of the picture, as the URL that modelspec wants."""
+    """A JPEG of the picture, its longer side at most THUMBNAIL_SIDE pixels, as a `data:` URL."""
     image = image.convert("RGB")
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     buffer = io.BytesIO()

@@ -13,7 +13,7 @@ from .methods.method import Adapter
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
-    """What the peak learning rate is multiplied by in step 0, 1, ...: linear warm-up, then the schedule."""
+    """The factor, 0 to 1, on the peak learning rate in a step, counted from 0: a linear warm-up, then the schedule."""
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
@@ -25,9 +25,10 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
 
 
 def build_optimizer(adapter: Adapter, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer, with B's learning rate raised by the LoRA+ ratio and the text encoders' their own.
+    """The optimizer of the adapter's parameters, in groups of equal peak learning rate.
 
-    `peak` in each group is the rate that the schedule scales. MissingPackage names what to install.
+    `peak` in each group is that rate, which the schedule scales. Raises MissingPackage, with the command that installs the
+    optimizer's package.
     """
     peak = peak_rate(config)
     groups: dict[float, list[nn.Parameter]] = {}
@@ -45,7 +46,7 @@ def build_optimizer(adapter: Adapter, config: TrainConfig) -> torch.optim.Optimi
         if config.optimizer == "prodigy":
             from prodigyopt import Prodigy
 
-            with contextlib.redirect_stdout(None):  # it prints how it decays weights, among reports in JSON
+            with contextlib.redirect_stdout(None):  # its constructor prints, which would mix with reports in JSON
                 return Prodigy(
                     described, weight_decay=decay, safeguard_warmup=True, use_bias_correction=True,  # pyright: ignore
                 )  # fmt: skip
