@@ -1,5 +1,8 @@
-"""The settings that a family's recipe comes to, with what else is asked for. Recipes are starting points, not measurements
-of this project: each family has its own in its file of core/models/families/."""
+"""The settings that a recipe stands for.
+
+Recipes are starting points from other projects, not measurements of this one. Each family has its own, in its file in
+core/models/families/.
+"""
 
 import math
 from collections.abc import Mapping
@@ -12,14 +15,14 @@ from ..models.recipe import RECIPES
 from .methods import METHODS
 
 MEASUREMENTS = 8
-"""Times that likeness is measured where photos are held out and no samples are asked for."""
+"""The number of likeness measurements when photos are held out and `sample_every` is not given."""
 
 
 def recipe_settings(name: str, family: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The settings of a recipe with those `given` in their place: steps and learning rate follow a given batch size, the
-    rate a given method too.
+    """The settings of a family's recipe, overridden by those `given`.
 
-    BadConfig for a name that is no recipe.
+    Steps and learning rate are adapted to the batch size, and the learning rate to the method. Raises BadConfig for a name
+    that is no recipe, or a given setting that is out of range.
     """
     if name not in RECIPES:
         raise BadConfig(f"recipe {name!r}: choose one of {', '.join(RECIPES)}")
@@ -32,7 +35,7 @@ def recipe_settings(name: str, family: str, given: Mapping[str, Any] | None = No
         "steps": math.ceil(recipe.photos / photos),
         "batch_size": checked.batch_size,
         "rank": recipe.rank,
-        # Two digits are enough. Prodigy finds the rate by itself.
+        # Rounded to two digits. Prodigy finds the rate by itself.
         "learning_rate": None if given.get("optimizer") == "prodigy" else float(f"{rate:.1e}"),
         **(recipe.settings or {}),
         **given,

@@ -1,4 +1,4 @@
-"""Pictures that a training draws: samples of the adapter as it is, and class images of the base model."""
+"""Pictures that a training draws: samples with the adapter as it is at a step, and class images with the base model."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,18 +20,18 @@ from .likeness import LikenessWatch
 from .step import Sampler, Shot
 
 SAMPLE_BATCH = 4
-"""Pictures that are drawn at a time while training."""
+"""The number of pictures in a batch of samples."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """The pictures that a run makes of its checkpoints."""
+    """The pictures that a run draws with its checkpoints."""
 
     sampler: Sampler
     shots: Sequence[Shot] = ()
-    """What `on_sample` is given."""
+    """The pictures that `on_sample` is given."""
     watch: LikenessWatch | None = None
-    """Measures likeness on shots of its own. What is a shot of both is drawn once."""
+    """Measures likeness, on shots of its own; a shot that is in both lists is drawn once."""
 
 
 def training_sampler(
@@ -42,10 +42,11 @@ def training_sampler(
     size: tuple[int, int] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Sampler:
-    """A Sampler of shots whose prompts `encoded` holds the conditioning of, each with that of an empty negative prompt.
+    """A function that draws shots with the networks of a run.
 
-    `size` is (width, height) in pixels; None: the square that the base was trained at. `on_progress` hears of each of the
-    sampling steps, as (done, all).
+    `encoded` has the conditioning of each prompt and of an empty negative prompt; it is not used when the run trains text
+    encoders. `size` is (width, height) in pixels, by default the square that the base model was trained at. `on_progress` is
+    called with (done, total) at each sampling step.
     """
     width_height = picture_size(base, size)
     dtype = device_and_dtype(config, device)[1]
@@ -77,7 +78,7 @@ def training_sampler(
 
 
 def sample_shots(config: TrainConfig) -> list[Shot]:
-    """The pictures that a training shows its user."""
+    """The pictures that a training shows its user, as (prompt, seed)."""
     prompts = config.sample_prompts or (default_caption(config.trigger_word, config.class_word),)
     return [(prompt, config.seed + index) for index, prompt in enumerate(prompts)]
 
@@ -91,7 +92,11 @@ def make_class_images(
     device: torch.device | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Photo]:
-    """`count` pictures of "a photo of CLASS" by the base model itself, kept in the cache folder: made once, resumable."""
+    """`count` pictures of "a photo of CLASS" by the base model, for prior preservation.
+
+    They are kept in the cache folder, so that later calls draw only the missing ones. `resolution` is the side of a square
+    with their area, in pixels. `on_progress(done, total)` may raise to cancel.
+    """
     prompt = class_caption(class_word)
     side = resolution or base.resolution
     size = min(bucket_sizes(side, base.size_multiple), key=lambda s: abs(s[0] - s[1]))

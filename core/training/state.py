@@ -1,7 +1,7 @@
-"""Exact resume: everything that a run needs to go on as if it had never stopped, in one safetensors file.
+"""The state of a run in one safetensors file: everything that it needs to go on exactly as if it had never stopped.
 
-The order of the photos, the noise and the timesteps are functions of the seed and the step, so the number of the step
-stands for all of them.
+The order of the photos, the noise and the timesteps are functions of the seed and the step, so only the step is saved for
+them.
 """
 
 import json
@@ -22,16 +22,16 @@ _BEGIN_ANEW = "delete it or begin anew with --restart"
 
 @dataclass(frozen=True, eq=False)
 class RunState:
-    """A run between two steps."""
+    """The state of a run between two steps."""
 
     step: int
-    """Steps that are done."""
+    """The number of steps done."""
     identity: Mapping[str, str]
-    """What the run was started with: settings, photos and base, each as text that is equal when they are."""
+    """The settings, photos and base model of the run, as by `identity.run_identity`."""
     tensors: Mapping[str, Tensor]
-    """Adapter, average, optimizer tensors under their names."""
+    """The tensors of the adapter, its running average, the optimizer and the measurements, by name."""
     scalars: Mapping[str, Any]
-    """What else the optimizer and the loss scaler keep; goes through JSON."""
+    """The other values of the optimizer, the loss scaler and the measurements, as JSON can hold them."""
 
     def save(self, path: Path) -> None:
         header = {
@@ -44,7 +44,7 @@ class RunState:
 
 
 def read_state(path: Path, identity: Mapping[str, str]) -> RunState:
-    """The saved state. BadConfig when it belongs to a run with other settings, photos or base; BadFile when damaged."""
+    """The saved state. Raises BadConfig when it is of a run with another identity, BadFile when it is damaged."""
     file = SafetensorsFile.open(path)
     try:
         step, saved = int(file.metadata["step"]), json.loads(file.metadata["identity"])
@@ -59,12 +59,12 @@ def read_state(path: Path, identity: Mapping[str, str]) -> RunState:
             f"{path}: belongs to a run with other {' and '.join(changed)}"
             f"{_difference(saved, identity)}; use the same, {_BEGIN_ANEW}"
         )
-    # Read into memory: the file is replaced while the run goes on.
+    # Copied into memory, since the file is replaced while the run goes on.
     return RunState(step, saved, {name: file[name].clone() for name in file}, scalars)
 
 
 def _difference(saved: Mapping[str, str], identity: Mapping[str, str]) -> str:
-    """Which settings differ, when it is the settings."""
+    """A list of up to four settings that differ, for the error message; "" when none do."""
     if saved.get("settings") == identity["settings"]:
         return ""
     try:
@@ -76,7 +76,7 @@ def _difference(saved: Mapping[str, str], identity: Mapping[str, str]) -> str:
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as flat tensors and plain values, whichever optimizer it is."""
+    """The state of any optimizer as tensors by name, and plain values for JSON."""
     state = optimizer.state_dict()
     tensors, values = {}, {}
     for index, entries in state["state"].items():
@@ -96,7 +96,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
 def unpack_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]
 ) -> None:
-    """Puts back what `pack_optimizer` took, exactly."""
+    """Restores an optimizer to the state that `pack_optimizer` returned."""
     state: dict[int, dict[str, Any]] = {}
     for key, tensor in tensors.items():
         if key.startswith("optimizer."):
@@ -114,7 +114,7 @@ def unpack_optimizer(
 
 
 def _flat(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of dictionaries in dictionaries, which bitsandbytes has, under names joined by "/"."""
+    """The entries of nested dictionaries, which bitsandbytes has, under names joined by "/"."""
     flat = {}
     for name, value in entries.items():
         flat |= (
@@ -124,7 +124,7 @@ def _flat(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _put(entries: dict[str, Any], name: str, value: Any) -> None:
-    """The inverse of `_flat`, for one entry."""
+    """Puts one entry of `_flat` back into nested dictionaries."""
     outer, slash, inner = name.partition("/")
     if slash:
         _put(entries.setdefault(outer, {}), inner, value)

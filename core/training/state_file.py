@@ -1,4 +1,4 @@
-"""The file that an interrupted run goes on from: when it is written, and how a run is brought back from it."""
+"""The file that an interrupted run goes on from: when it is written, and how the run is restored."""
 
 import contextlib
 import time
@@ -12,16 +12,16 @@ from .state import read_state
 
 
 class StateFile:
-    """Where the state of a run is kept while the run is unfinished. Without a path nothing is written or restored."""
+    """The file for the state of an unfinished run. Without a path nothing is written or restored."""
 
     def __init__(self, path: Path | None, identity: Mapping[str, str], checkpoints: Checkpoints):
-        """`identity` is what `run_identity` gives: a run can only go on from a state that has an equal one."""
+        """`identity` is the result of `run_identity`; a run can only go on from a state with an equal one."""
         self._path = path
         self._identity, self._checkpoints = identity, checkpoints
         self._last = time.monotonic()
 
     def restore(self) -> None:
-        """Brings the run to where the file has it, if there is one. BadConfig where it belongs to another or longer run."""
+        """Restores the run from the file, if there is one. Raises BadConfig for the state of another or longer run."""
         if self._path is None or not self._path.exists():
             return
         state, steps = read_state(self._path, self._identity), self._checkpoints.config.steps
@@ -30,14 +30,14 @@ class StateFile:
         self._checkpoints.restore(state)
 
     def save(self) -> None:
-        """Writes the state, once there has been a step. TrainingDiverged, and no file, when it is not finite."""
+        """Writes the state, unless no step was made yet. Raises TrainingDiverged, and writes nothing, when it is not finite."""
         run = self._checkpoints.run
         if self._path is not None and run.step:
             run.check_finite()
             self._checkpoints.state(self._identity).save(self._path)
 
     def save_when_due(self) -> None:
-        """Writes the state between two steps when it was last written `state_interval` seconds ago."""
+        """Writes the state between two steps when the last time was at least `state_interval` seconds ago."""
         config = self._checkpoints.config
         if self._checkpoints.run.step < config.steps and time.monotonic() - self._last >= config.state_interval:
             self.save()
@@ -45,12 +45,12 @@ class StateFile:
 
     @contextlib.contextmanager
     def saved_when_cancelled(self) -> Iterator[None]:
-        """Within it a cancel leaves a state: whatever is raised, apart from StopAndKeep, goes on once that is written."""
+        """A context that writes the state when anything but StopAndKeep is raised in it, and raises it again."""
         try:
             yield
         except StopAndKeep:
             raise
         except BaseException:
-            # A cancel, also ComfyUI's and Ctrl-C's, which are no Exceptions.
+            # BaseException, since ComfyUI's cancel and Ctrl-C are not Exceptions.
             self.save()
             raise

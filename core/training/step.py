@@ -1,4 +1,4 @@
-"""A training run between two steps, and how one step is made: the same for every family and method."""
+"""A training run and its steps, which are the same for every family and method."""
 
 import contextlib
 import hashlib
@@ -27,22 +27,22 @@ from .optimizer import build_optimizer, learning_rate_factor
 from .state import RunState, pack_optimizer, unpack_optimizer
 
 SMOOTHING = 0.98
-"""Decay of the running mean of the loss."""
+"""The decay of the running mean of the loss."""
 CheckCancelled = Callable[[], None]
-"""Is called many times in each step, and cancels by raising."""
+"""A function that is called many times in each step, and raises to cancel."""
 Shot = tuple[str, int]
-"""Prompt and seed of a picture."""
+"""The prompt and the seed of a picture."""
 Sampler = Callable[[nn.Module, Mapping[str, nn.Module], Sequence[Shot]], list[Image.Image]]
-"""(denoiser, text encoders, shots) -> an image of each shot with the adapter as it is now."""
+"""A function of (denoiser, text encoders, shots) that draws an image of each shot with the adapter as it is now."""
 
 
 def memory_plans(config: TrainConfig) -> tuple[MemoryPlan, ...]:
-    """The memory plans that a run with these settings may have, from the fastest to the smallest."""
+    """The memory plans that a run with these settings can use, from the fastest to the smallest."""
     return plans_for(config.gradient_checkpointing, METHODS[config.method].freezes_weights)
 
 
 class Run:
-    """A training run between two steps: the networks, the adapter, the optimizer, and how one step is made."""
+    """A training run between two steps: the networks, the adapter, the optimizer and the schedules."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Run:
         self.device, self.dtype = device_and_dtype(config, device)
         self.plans = memory_plans(config)
         plan = plan or self.plans[0]
-        # What a plan leaves in the computer's memory, or makes smaller, never has to fit the device.
+        # Weights that the plan offloads or narrows need not fit on the device in full, so they are loaded on the CPU.
         place = torch.device("cpu") if plan.offload != "nothing" or plan.weights != "full" else self.device
         self.denoiser = base.load("denoiser", place, self.dtype)
         self.encoders: dict[str, nn.Module] = {}
@@ -72,7 +72,7 @@ class Run:
         self.memory = MemorySaver(self.denoiser, self.device)
         self.memory.adopt(plan)
         self.why_not_compiled = why_not_compiled(self.device) if config.compile else None
-        """Why it is not, where the settings want it."""
+        """The reason why blocks are not compiled although the settings want it, or None."""
         compiled = config.compile and not self.why_not_compiled
         self.compiled = CompiledBlocks(blocks_of(self.denoiser)) if compiled else None
         self.parameters = self.adapter.parameters()
@@ -92,16 +92,16 @@ class Run:
         )
         self.step = 0
         self.narrowed_after: int | None = None
-        """The step after which the frozen weights were in 8 bits."""
+        """The number of steps done before the frozen weights were narrowed to 8 bits; None: they never were."""
         self.loss = torch.zeros((), device=self.device)
         self.first_bad_step = torch.full((), -1, device=self.device)
 
     def train_step(self) -> None:
-        """One optimizer step. Nothing in it waits for the device."""
+        """Makes one optimizer step, without waiting for the device."""
         self.update(self.accumulate())
 
     def accumulate(self) -> Tensor:
-        """The loss of the next step, its gradients accumulated. Interrupted, it leaves the run as it was between two steps."""
+        """The loss of the next step, a scalar, with its gradients accumulated. An interruption leaves the run between steps."""
         config = self.config
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
@@ -114,19 +114,19 @@ class Run:
 
     @contextlib.contextmanager
     def fast(self) -> Iterator[None]:
-        """Within it forward and backward passes are those of a step: blocks compiled, the adapter cast once for all of them."""
+        """A context for the passes of a step, in which blocks are compiled and the adapter is cast once for all passes."""
         with self.compiled.in_use() if self.compiled else contextlib.nullcontext(), self.adapter.cast_once(self.dtype):
             yield
 
     def accumulate_within_memory(self, on_warning: Callable[[str], None]) -> Tensor:
-        """The same, with smaller and smaller memory plans until the step fits. OutOfMemory when not even the smallest does."""
+        """The loss of `accumulate`, with smaller memory plans until it fits. Raises OutOfMemory when no plan does."""
         while True:
             try:
                 return self.accumulate()
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-            # Out of the except clause, where the error no longer holds on to the step's activations.
+            # Outside the except clause, so that the error no longer keeps the step's activations alive.
             self.optimizer.zero_grad(set_to_none=True)
             if self.memory.plan == self.plans[-1]:
                 raise OutOfMemory(
@@ -140,7 +140,7 @@ class Run:
                 torch.cuda.empty_cache()
 
     def update(self, loss: Tensor) -> None:
-        """Moves the adapter along the accumulated gradients of that loss, and goes on to the next step."""
+        """Updates the adapter by the accumulated gradients of that loss, and counts the step."""
         config = self.config
         if self.narrowed_after is None and self.memory.plan.weights != "full":
             self.narrowed_after = self.step
@@ -154,18 +154,18 @@ class Run:
         self.scaler.update()
         self.adapter.constrain()
         if self.average is not None:
-            # Rising from 0.1, so that the average soon forgets the untrained adapter.
+            # The decay rises from 0.1, so that the average soon forgets the untrained adapter.
             decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
             values = [parameter.detach() for parameter in self.parameters.values()]
             torch._foreach_lerp_(list(self.average.values()), values, 1 - decay)
         bad = ~torch.isfinite(loss) & (self.first_bad_step < 0)
         self.first_bad_step = torch.where(bad, self.step, self.first_bad_step)
-        # The mean starts at the first loss, so that it does not have to climb from 0.
+        # The running mean starts at the first loss and not at 0.
         self.loss = loss if self.step == 0 else SMOOTHING * self.loss + (1 - SMOOTHING) * loss
         self.step += 1
 
     def _losses(self, number: int):
-        """The losses that forward pass `number` is made of, one after the other, so that one graph is alive at a time."""
+        """The losses of forward pass `number`, computed one at a time, so that only one graph is in memory."""
         config = self.config
         generator = self._generator("noise", number)
         pictures = [self.images[index] for index in self.batches.at(number)]
@@ -185,7 +185,7 @@ class Run:
     def picture_loss(
         self, pictures: Sequence[EncodedImage], captions: Sequence[str], generator: torch.Generator
     ) -> Tensor:
-        """The weighted loss on pictures of one shape, a scalar: the denoising objective of the base model."""
+        """The weighted denoising loss on pictures of one latent shape, a scalar."""
         latents, noise, noisy_latents, timesteps = self._noised(pictures, generator)
         prediction = self._predict(noisy_latents, timesteps, self._conditioning(pictures, captions))
         target = self.schedule.target(latents, noise, timesteps)
@@ -196,10 +196,10 @@ class Run:
         return (losses * self.schedule.loss_weights(timesteps, self.config)).mean()
 
     def prior_prediction_loss(self, pictures: Sequence[EncodedImage], generator: torch.Generator) -> Tensor:
-        """How far the prediction for the class caption has moved from the frozen model's, a scalar.
+        """The loss between the predictions of the adapted and the frozen model for the class caption, a scalar.
 
-        The frozen model is the teacher on the same noisy pictures: no class images are needed (the idea is learning
-        without forgetting, arXiv:1606.09282; ai-toolkit calls it differential output preservation).
+        Both see the same noisy training pictures, so that prior preservation needs no class images. This is learning without
+        forgetting (arXiv:1606.09282), which ai-toolkit calls differential output preservation.
         """
         _, _, noisy_latents, timesteps = self._noised(pictures, generator)
         captions = [picture.class_caption for picture in pictures]
@@ -231,13 +231,13 @@ class Run:
         return text | stack_conditioning([picture.conditioning for picture in pictures])
 
     def _autocast(self):
-        # A GPU's autocast hands on float32 from norms, which each layer after them casts, and keeps, for itself.
+        # On a GPU autocast gives norms float32 outputs, of which each later layer would cast and keep a copy of its own.
         if self.dtype == torch.float32 or METHODS[self.config.method].keeps_dtype:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
     def _placed(self, text: Conditioning) -> Conditioning:
-        # Masks are counted, for which 16 bits are too few.
+        # Masks are summed to count tokens, for which 16-bit floats are too coarse.
         placed = on_device(text, self.device)
         return {name: value if name == "context_mask" else value.to(self.dtype) for name, value in placed.items()}
 
@@ -248,14 +248,14 @@ class Run:
         return torch.Generator(self.device).manual_seed(int.from_bytes(seed[:7], "big"))
 
     def _set_training(self, training: bool) -> None:
-        """Dropout on or off. (Older versions of diffusers also recompute activations in training mode only.)"""
+        """Switches dropout on or off. Older versions of diffusers also recompute activations in training mode only."""
         for network in (self.denoiser, *self.encoders.values()):
             network.train(training)
 
     def sample(
         self, sampler: Sampler, shots: Sequence[Shot], values: Mapping[str, Tensor] | None = None
     ) -> list[Image.Image]:
-        """Images with the adapter as it would be saved now, or with other `values` in it."""
+        """An image of each shot, with the adapter as it would be saved now or with other `values` in it."""
         before = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self._set_training(False)
         self._put(self.trained() if values is None else values)
@@ -271,7 +271,7 @@ class Run:
             parameter.copy_(values[name])
 
     def check_finite(self) -> None:
-        """Waits for the device; TrainingDiverged if the loss of any step so far, or the adapter now, is not finite."""
+        """Raises TrainingDiverged if the loss of any step so far, or the adapter now, is not finite. Waits for the device."""
         step = int(self.first_bad_step)
         if step < 0:
             values = [parameter.detach() for parameter in self.parameters.values()]
@@ -289,7 +289,7 @@ class Run:
         )
 
     def trained(self) -> Mapping[str, Tensor]:
-        """The values that are saved: the running average where there is one, else the parameters."""
+        """The values to save: the running average if there is one, else the parameters."""
         return self.parameters if self.average is None else self.average
 
     def state(
@@ -298,7 +298,7 @@ class Run:
         more_tensors: Mapping[str, Tensor],
         likeness: Sequence[Mapping[str, Any]],
     ) -> RunState:
-        """The run as it is now, with tensors that are to be kept beside its own, and the likeness that was measured."""
+        """The state of the run as it is now, with `more_tensors` and the measured likeness."""
         tensors = {f"adapter.{name}": value.detach().cpu() for name, value in self.parameters.items()}
         if self.average is not None:
             tensors |= {f"average.{name}": value.cpu() for name, value in self.average.items()}
@@ -313,7 +313,7 @@ class Run:
 
     @torch.no_grad()
     def restore(self, state: RunState) -> None:
-        """Goes on from what `state` gave."""
+        """Brings the run to a state that `state` returned before."""
         self._put({name: state.tensors[f"adapter.{name}"] for name in self.parameters})
         for name, value in (self.average or {}).items():
             value.copy_(state.tensors[f"average.{name}"])
@@ -325,7 +325,7 @@ class Run:
 
 
 def _check_often(network: nn.Module, check_cancelled: CheckCancelled, whole: Collection[nn.Module]) -> None:
-    """Has `check_cancelled` called at every block of the network, forward and backward; not within those that are `whole`."""
+    """Adds hooks that call `check_cancelled` at every block, forward and backward, but not inside of blocks in `whole`."""
 
     def check(*_: object) -> None:
         check_cancelled()

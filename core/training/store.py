@@ -1,7 +1,7 @@
-"""What is trained already is found again: a LoRA by what it was made from, an unfinished run by where it was left.
+"""A store of trained LoRAs, so that nothing is trained twice and an interrupted training goes on.
 
-The key of a job is a hash of everything that its LoRA depends on. It stands in the LoRA's metadata, so that the file is
-found in a folder of LoRAs whatever else is there, and it names the folder of the run in the cache folder.
+The key of a job is a hash of everything that its LoRA depends on. It is in the LoRA's metadata, by which the file is
+found among others, and is the name of the run's folder in the cache folder.
 """
 
 import json
@@ -35,34 +35,34 @@ from .job import train
 from .likeness import LIKENESS_KEY
 
 KEY = "facelora.key"
-"""In a LoRA's metadata: what it was made from, as a hash."""
+"""The key in a LoRA's metadata of the hash of what it was made from."""
 MODEL_HASH = "sshs_model_hash"
-"""In the metadata of every saved LoRA: the hash of its tensors."""
+"""The key in a saved LoRA's metadata of the hash of its tensors."""
 TRAINING_VERSION = "2"
-"""Part of every key: raised when the same inputs would train differently."""
+"""A part of every job's key. Raise it when the same inputs would train differently."""
 LOOK_INTERVAL = 0.5
-"""Seconds between two looks at the loss, each of which waits for the device."""
+"""Seconds between two reads of the loss, each of which waits for the device."""
 SAVE_INTERVAL = 10.0
-"""Seconds between two times that the curve is saved, of which a killed process loses the rest."""
+"""Seconds between two saves of the history; a killed process loses what came after the last."""
 
 Curve = list[tuple[int, float]]
-"""(step, value), in order."""
+"""A list of (step, value) in the order of the steps."""
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What is to be trained, apart from the base model."""
+    """A LoRA to be trained, apart from the base model."""
 
     name: str
-    """Of the file, below the folder of LoRAs and without its ending; `/` stands between folders."""
+    """The name of its file below the folder of LoRAs, without the ending, with `/` between folders."""
     config: TrainConfig
     photos: Sequence[Photo]
     class_photos: Sequence[Photo] = ()
-    """For prior preservation; none: without, or as the config says."""
+    """The class images for prior preservation; when empty, as many as `config.class_images` says are drawn."""
     continue_from: LoraFile | None = None
 
     def key(self, base: Base) -> str:
-        """A hash that is equal when the same file would be made, whatever it, the photos and the models are called."""
+        """A hash that is equal when the same tensors would be trained, whatever the names of the files involved."""
         settings = settings_of_the_file(self.config)
         photos = [[photo.fingerprint for photo in group] for group in (self.photos, self.class_photos)]
         start = model_hash(self.continue_from.tensors) if self.continue_from else None
@@ -71,10 +71,10 @@ class TrainingJob:
 
 @dataclass
 class RunFolder:
-    """What is kept of a run beside its LoRA: the loss, the samples, and while it is unfinished its state."""
+    """The folder of a run, with its loss history, its samples and, while it is unfinished, its state."""
 
     path: Path
-    """Of a folder that is there."""
+    """The path of the folder, which exists."""
     _history: Curve = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -84,39 +84,39 @@ class RunFolder:
 
     @property
     def output(self) -> Path:
-        """Where the run writes its LoRA, and its checkpoints and state beside it."""
+        """The path of the LoRA that the run writes, with its checkpoints and its state beside it."""
         return self.path / "lora.safetensors"
 
     def history(self) -> Curve:
-        """The smoothed loss."""
+        """The history of the smoothed loss."""
         return list(self._history)
 
     def add(self, step: int, loss: float) -> None:
-        """Continues the history with that step; later ones, from before the process was killed, are forgotten."""
+        """Adds a step to the history, and drops that step and later ones from before the process was killed."""
         while self._history and self._history[-1][0] >= step:
             self._history.pop()
         self._history.append((step, loss))
 
     def save_history(self) -> None:
-        """Writes the history into the folder, where the next RunFolder finds it."""
+        """Writes the history into the folder, from which a RunFolder reads it."""
         write_text(self.path / "history.json", json.dumps(self._history))
 
     def made(self) -> str | None:
-        """The hash of the tensors of the LoRA that the run has made, None if it has made none yet."""
+        """The hash of the tensors of the LoRA that the run made; None when it is unfinished."""
         file = self.path / "made.txt"
         return file.read_text("utf-8") if file.exists() else None
 
     def set_made(self, lora: LoraFile) -> None:
-        """Notes which LoRA the run has made, read from its file; one that a tool has written may lack the hash."""
+        """Notes the hash of the LoRA that the run made, from its metadata; a file rewritten by a tool may lack it."""
         write_text(self.path / "made.txt", lora.metadata.get(MODEL_HASH, ""))
 
     def add_samples(self, step: int, images: Sequence[Image.Image]) -> None:
-        """Writes the samples of that step into the folder, in place of those that are there."""
+        """Writes the samples of a step into the folder, and replaces those that are there."""
         for index, image in enumerate(images):
             write_file(self.path / f"sample-{step:06d}-{index}.png", partial(image.save, format="PNG"))
 
     def samples(self) -> dict[int, list[Image.Image]]:
-        """Step -> its samples, in order."""
+        """The samples of each step, by step, in order."""
         found: dict[int, list[Image.Image]] = {}
         for file in sorted(self.path.glob("sample-*.png")):
             with Image.open(file) as image:
@@ -124,22 +124,22 @@ class RunFolder:
         return found
 
     def sample_sheet(self) -> Image.Image:
-        """A picture of all samples, a row for each step; of the words that there are none, where there are none."""
+        """A sheet with a row of samples for each step, or with a sentence when there are none."""
         rows = [(f"step {step}", images) for step, images in self.samples().items()]
         return contact_sheet(rows, tile=256, title="" if rows else "no samples were drawn")
 
 
 @dataclass(frozen=True)
 class TrainedFile:
-    """A LoRA in the folder of LoRAs, and what is kept of the run that made it."""
+    """A trained LoRA in the folder of LoRAs, and the folder of the run that made it."""
 
     path: Path
     run: RunFolder
     found: bool
-    """Whether it was trained before: no step was made now."""
+    """Whether it had been trained before, so that no step was made now."""
 
     def likenesses(self) -> Curve:
-        """The likeness that was measured while it was trained; empty where none was."""
+        """The likeness measured during its training; empty when none was."""
         curve = LoraFile.read(self.path).metadata.get(LIKENESS_KEY)
         return [(point["step"], point["likeness"]) for point in json.loads(curve)["points"]] if curve else []
 
@@ -154,17 +154,17 @@ def find_or_train(
     on_point: Callable[[StepReport], None] = lambda report: None,
     callbacks: Callbacks = NO_CALLBACKS,
 ) -> TrainedFile:
-    """The LoRA of the job as a file in the first of the folders: found when it has been trained before, else trained now.
+    """The LoRA of the job as a file in the first of the folders, found if it has been trained before, else trained now.
 
-    A file of the job's name that was made from the same is taken as it is; one with the tensors that the job has made
-    before, anywhere in or below the folders, is copied under the job's name. Where other files have the name, the file is
-    called NAME-2 and so on: none is written over. The checkpoints of `save_every` are files beside it.
+    A file with the job's name and key is taken as it is. A file anywhere in or below the folders that has the tensors which
+    this job made before is copied under the job's name. No other file is replaced: when the name is taken, the new file is
+    called NAME-2 and so on. The checkpoints of `save_every` are written beside it.
 
-    Raised from a callback, an exception cancels: the run is kept, and the next call goes on from there. StopAndKeep from
-    `on_step` ends the training; its file is then the job's. Before anything is trained, `on_history` is given the losses
-    of the steps that were made in earlier calls; `on_point` hears of each step whose loss is added to them: of the last, of
-    those after which likeness was measured, and of others at most two a second. The samples are kept with the run, whether
-    or not `callbacks` take them too. Errors are subclasses of FaceLoraError.
+    An exception from a callback cancels: the run is kept, and the next call goes on from there. StopAndKeep from `on_step`
+    ends the training, and its file counts as the job's. Before anything is trained, `on_history` is called with the losses
+    of steps made in earlier calls. `on_point` is called with each step whose loss is added to them: the last one, those after
+    which likeness was measured, and at most two others a second. Samples are kept in the run's folder in any case. Errors
+    are subclasses of FaceLoraError.
     """
     key = job.key(base)
     run = RunFolder(made_folder("runs", key))
@@ -205,7 +205,7 @@ def find_or_train(
 def _recorded(
     run: RunFolder, on_point: Callable[[StepReport], None], on_step: Callable[[StepReport], None]
 ) -> Callable[[StepReport], None]:
-    """A callback that writes the history of the run, and then calls `on_step`."""
+    """A callback that adds to the history of the run, and then calls `on_step`."""
     looked = saved = -math.inf
 
     def step(report: StepReport) -> None:
@@ -224,20 +224,20 @@ def _recorded(
 
 
 def _check_place(path: Path) -> None:
-    """Makes the folder of that file. BadFile, before hours are spent, where it cannot be written."""
+    """Makes the folder of the file. Raises BadFile when the file cannot be written, before anything is trained."""
     make_folder(path.parent)
     check_writable(path)
 
 
 def _unwritten(output: Path) -> LoraFile | None:
-    """What the run has trained, if it then could not be written among the LoRAs: their disk was full, say."""
+    """The LoRA that the run trained but could not write into the folder of LoRAs, such as for a full disk; else None."""
     with suppress(FaceLoraError):
         return LoraFile.read(output)
     return None
 
 
 def _clear(output: Path, path: Path) -> None:
-    """Deletes what a run has written that is in the LoRA at `path` too, and moves its checkpoints there."""
+    """Deletes the output of a run, which is now in the LoRA at `path`, and moves its checkpoints beside that."""
     output.unlink(missing_ok=True)
     output.with_name(f"{output.stem}-embedding{output.suffix}").unlink(missing_ok=True)
     for checkpoint in output.parent.glob(f"{output.stem}-step*.safetensors"):
@@ -245,7 +245,7 @@ def _clear(output: Path, path: Path) -> None:
 
 
 def _place(folder: Path, name: str, key: str) -> tuple[Path, bool]:
-    """The path of the LoRA, and whether it is there: the first of NAME, NAME-2, ... that is free or has the key."""
+    """The first path of NAME, NAME-2, ... that is free or has a LoRA with the key, and whether the LoRA is there."""
     number = 1
     while True:
         path = folder / f"{name}{f'-{number}' if number > 1 else ''}.safetensors"
@@ -257,7 +257,7 @@ def _place(folder: Path, name: str, key: str) -> tuple[Path, bool]:
 
 
 def _has_key(path: Path, key: str) -> bool:
-    """Whether that is a LoRA, made from what the key says."""
+    """Whether the file is a LoRA with that key."""
     try:
         return LoraFile.read(path).metadata.get(KEY) == key
     except FaceLoraError:
@@ -265,7 +265,7 @@ def _has_key(path: Path, key: str) -> bool:
 
 
 def _with_tensors(made: str | None, folders: Sequence[Path]) -> LoraFile | None:
-    """The first LoRA of the folders whose tensors have that hash, whatever it is called now."""
+    """The first LoRA in the folders whose tensors have that hash, under any name."""
     for path in _files(folders) if made else ():
         with suppress(FaceLoraError):
             if SafetensorsFile.open(path).metadata.get(MODEL_HASH) == made:
@@ -274,7 +274,7 @@ def _with_tensors(made: str | None, folders: Sequence[Path]) -> LoraFile | None:
 
 
 def _files(folders: Sequence[Path]) -> Iterator[Path]:
-    """The files in and below the folders that may be LoRAs; links to folders are followed, as ComfyUI does."""
+    """The files in and below the folders that may be LoRAs. Links to folders are followed, as in ComfyUI."""
     for folder in folders:
         for parent, below, names in os.walk(folder, followlinks=True):
             below.sort()
