@@ -7,7 +7,7 @@ from torch import nn
 from ...config import TrainConfig
 from ...lora.file import LoraFile
 from ...models.spec import FamilySpec
-from .lycoris import KindAdapter
+from .lycoris import LycorisAdapter
 from .method import PEFT_NAME, Method, peft_layers, target_modules
 
 ROLES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -15,12 +15,12 @@ ROLES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
 def attach(
     networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
-) -> KindAdapter:
+) -> LycorisAdapter:
     from peft import LoHaConfig
 
     targets = target_modules(family, config, networks)
     layers = peft_layers(networks, targets, config, lambda **options: LoHaConfig(**options, use_effective_conv2d=False))
-    adapter = KindAdapter(
+    adapter = LycorisAdapter(
         networks,
         "loha",
         layers,

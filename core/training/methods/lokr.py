@@ -7,7 +7,7 @@ from torch import nn
 from ...config import TrainConfig
 from ...lora.file import LoraFile
 from ...models.spec import FamilySpec
-from .lycoris import KAIMING, KindAdapter, Roles
+from .lycoris import KAIMING, LycorisAdapter, Roles
 from .method import PEFT_NAME, Method, peft_layers, target_modules
 
 ROLES = ("lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
@@ -16,7 +16,7 @@ _WHOLE = "lokr_w2"
 
 def attach(
     networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
-) -> KindAdapter:
+) -> LycorisAdapter:
     from peft import LoKrConfig
 
     targets = target_modules(family, config, networks)
@@ -31,7 +31,7 @@ def attach(
             layer.scaling[PEFT_NAME] = 1.0  # pyright: ignore
             alphas[module] = float(targets[module][0])
     arguments = {"algo": "lokr", "factor": config.lokr_factor}
-    adapter = KindAdapter(networks, "lokr", layers, _roles_of, alphas, arguments)
+    adapter = LycorisAdapter(networks, "lokr", layers, _roles_of, alphas, arguments)
     deviations = {"lokr_w1": KAIMING, "lokr_w2": 0.0, "lokr_w2_a": KAIMING, "lokr_w2_b": 0.0}
     adapter.start(family.name, config, deviations, continue_from)
     return adapter

@@ -27,7 +27,7 @@ _SCALED_ROLES = ("hada_w2_a", "lokr_w2", "lokr_w2_a")
 
 
 @dataclass(frozen=True, eq=False)
-class KindAdapter(Adapter):
+class LycorisAdapter(Adapter):
     """Layers of one kind on one or more networks; each answers to `enable_adapters(bool)`."""
 
     networks: Mapping[str, nn.Module]

@@ -12,7 +12,7 @@ from ...config import TrainConfig
 from ...errors import BadConfig
 from ...lora.file import LoraFile
 from ...models.spec import FamilySpec, replace_module
-from .lycoris import KindAdapter
+from .lycoris import LycorisAdapter
 from .method import Method, target_modules
 
 
@@ -53,7 +53,7 @@ class RotatedLayer(nn.Module):
 
 def attach(
     networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
-) -> KindAdapter:
+) -> LycorisAdapter:
     targets = target_modules(family, config, networks)
     layers = {}
     for (part, path), (rank, _) in targets.items():
@@ -65,7 +65,7 @@ def attach(
         layers[part, path] = RotatedLayer(layer, size)
         replace_module(networks[part], path, layers[part, path])
     # Alpha is no scale in this kind but a bound on the rotation; 0 is none.
-    adapter = KindAdapter(
+    adapter = LycorisAdapter(
         networks, "oft", layers, lambda layer: {"oft_blocks": layer.oft_blocks},  # pyright: ignore
         alphas=dict.fromkeys(layers, 0.0), network_arguments={"algo": "diag-oft"},
     )  # fmt: skip
