@@ -1,4 +1,4 @@
-"""The methods. A new one is a file beside these that defines METHOD, a line in METHODS, and its name in `config.MethodName`."""
+"""The training methods. To add one: a file here that defines METHOD, a line in METHODS, and its name in `config.MethodName`."""
 
 from collections.abc import Mapping
 
@@ -26,20 +26,23 @@ METHODS: dict[str, Method] = {
 def attach(
     networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
 ) -> Adapter:
-    """The Adapter of the method that the settings choose, on networks that it changes in place."""
+    """The adapter of the method in the settings, put on the networks, which are changed in place.
+
+    Raises BadConfig for settings that the method does not have, LoraMisfit when it cannot go on from the file.
+    """
     return METHODS[config.method].attach(networks, family, config, continue_from)
 
 
 def peak_rate(config: TrainConfig) -> float:
-    """The peak learning rate of a run: the set one, else what suits its method."""
+    """The peak learning rate of a run: that of the settings, else the default of its method."""
     return METHODS[config.method].peak_rate(config)
 
 
 def trains_text(config: TrainConfig) -> bool:
-    """Whether the text is encoded anew in each step: there is no conditioning to compute beforehand then."""
+    """Whether captions are encoded anew in each step, so that their conditioning cannot be computed beforehand."""
     return METHODS[config.method].trains_text(config)
 
 
 def files_beside(file: Trained, base: Base, config: TrainConfig) -> Mapping[str, LoraFile]:
-    """What is written beside the trained file: addition to its name -> file."""
+    """The files to write beside the trained file, by the addition to its name."""
     return METHODS[config.method].beside(file, base, config)

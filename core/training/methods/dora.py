@@ -1,7 +1,7 @@
-"""DoRA (arXiv:2402.09353): a LoRA that turns each column of a weight, and a trained length of the column.
+"""DoRA (arXiv:2402.09353): a LoRA for the direction of each column of a weight, and a trained magnitude of the column.
 
-W' = m * (W + s B A) / |W + s B A|, with the norm of each column (input feature) as in the paper. peft's has one length
-for each row instead, which ComfyUI reads as another change; the file's `dora_scale` is (1, in), which all readers agree on.
+W' = m * (W + s B A) / |W + s B A|, with the norm of each column (input feature) as in the paper. peft has a magnitude for
+each row instead, which ComfyUI reads as another change. Here `dora_scale` in the file is (1, in), on which readers agree.
 """
 
 import json
@@ -26,7 +26,7 @@ from .method import Adapter, Method, target_modules
 
 
 class MagnitudeLayer(nn.Module):
-    """A LoRA layer whose columns have trained lengths. A factor on a column of the weight is one on the input."""
+    """A LoRA layer with a trained magnitude of each column. It scales the inputs, which is the same as scaling the columns."""
 
     def __init__(self, lora_layer: LoraLayer):
         super().__init__()
@@ -40,9 +40,9 @@ class MagnitudeLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self._enabled:
             return self.lora_layer(x)
-        # As it is now: a memory plan may keep it in 8 bits, or away from the device.
+        # Read in every pass, since a memory plan may narrow the weight to 8 bits or move it to another device.
         weight, down, up = self.lora_layer.weight, self.lora_layer.down, self.lora_layer.up
-        with torch.no_grad():  # the norm counts as a constant (section 4.3 of the paper)
+        with torch.no_grad():  # no gradient goes through the norm (section 4.3 of the paper)
             change = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
             norms = column_norms(weight + self.lora_layer.scale * change)
         factors = (self.magnitude / norms).to(x.dtype)
@@ -50,13 +50,13 @@ class MagnitudeLayer(nn.Module):
 
 
 def column_norms(weight: Tensor) -> Tensor:
-    """(in,) float32: the norm of what each input feature is multiplied by."""
+    """The norm of each column of a weight (out, in, ...), i.e. over all but its inputs: (in,) float32."""
     return weight.float().transpose(0, 1).flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).eps)
 
 
 @dataclass(frozen=True, eq=False)
 class DoraAdapter(Adapter):
-    """A LoRA and the magnitudes of its modules."""
+    """A LoRA adapter with a magnitude layer around each of its layers."""
 
     networks: Mapping[str, nn.Module]
     lora: LoraAdapter
@@ -98,7 +98,7 @@ class DoraAdapter(Adapter):
 
     @torch.no_grad()
     def load(self, file: LoraFile) -> None:
-        """Starts from the changes in a file. LoraMisfit when it is no DoRA of the same modules, ranks and axis."""
+        """Starts from a file. Raises LoraMisfit when it is no DoRA of the same modules and ranks with column magnitudes."""
         modules = {}
         for entry in file.entries:
             tensors = file.tensors_of(entry)
@@ -117,9 +117,12 @@ class DoraAdapter(Adapter):
 def attach(
     networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
 ) -> DoraAdapter:
-    """A DoraAdapter, which at first changes nothing: the LoRA is 0, and the lengths are those of the frozen weights."""
+    """A DoraAdapter on the networks, which are changed in place.
+
+    A new one changes no prediction: B is 0, and the magnitudes are the norms of the frozen columns.
+    """
     targets = target_modules(family, config, networks)
-    name_kinds(family.name, {module: {} for module in targets})  # refuses what could not be written
+    name_kinds(family.name, {module: {} for module in targets})  # raises now when the file could not be written later
     adapter = attach_lora(networks, family, config)
     layers = {module: MagnitudeLayer(layer) for module, layer in adapter.layers.items()}
     for (part, path), layer in layers.items():

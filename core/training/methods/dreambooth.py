@@ -1,6 +1,6 @@
-"""Full DreamBooth (arXiv:2208.12242): every weight of the denoiser is trained, and of the text encoders if they have a rate.
+"""Full DreamBooth (arXiv:2208.12242): all weights of the denoiser are trained, and those of the text encoders with a rate.
 
-The result is a checkpoint in the original naming, as ComfyUI loads it; beside it, the same change as a LoRA.
+The result is a checkpoint in the original naming, as ComfyUI loads it, and beside it the same change as a LoRA.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,17 +24,17 @@ from ...tensor_names import ModuleId
 from .method import Adapter, Method, Trained, refuse_settings_of_lora, target_modules
 
 _PLAIN_BYTES = 8
-"""A float32 weight and its gradient."""
+"""The bytes of a float32 weight and its gradient."""
 _GIB = 2**30
 
 
 @dataclass(frozen=True, eq=False)
 class FullAdapter(Adapter):
-    """The networks' own weights, with the frozen ones kept beside them."""
+    """An adapter whose parameters are the networks' own weights. The weights from before are kept beside them."""
 
     networks: Mapping[str, nn.Module]
     originals: Mapping[str, Tensor]
-    """Name of a parameter -> what it was; on the CPU in float32 these are the base's own memory."""
+    """The values of the parameters before training, by name. On the CPU in float32 they share the base model's memory."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {
@@ -68,7 +68,11 @@ class FullAdapter(Adapter):
 def attach(
     networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
 ) -> FullAdapter:
-    """A FullAdapter. OutOfMemory, before anything is copied, when it would not fit; BadConfig for what it does not have."""
+    """A FullAdapter on the networks, whose weights are replaced by trainable float32 copies.
+
+    Raises OutOfMemory, before anything is copied, when they would not fit, BadConfig for a family or a setting that the
+    method does not have, and LoraMisfit for a LoRA to go on from.
+    """
     if not family.names.checkpoint_prefixes:
         raise BadConfig(f"method 'dreambooth': no checkpoint of {family.title} can be written; use 'lora'")
     if continue_from is not None:
@@ -86,7 +90,7 @@ def attach(
 
 
 def check_memory(count: int, config: TrainConfig, free: int) -> None:
-    """OutOfMemory, with what would do, when `count` trained numbers need more than the `free` bytes."""
+    """Raises OutOfMemory, with advice, when training `count` weights needs more than `free` bytes."""
 
     def needed(optimizer: str) -> float:
         return count * (_PLAIN_BYTES + OPTIMIZER_BYTES[optimizer] + (4 if config.ema_decay else 0))
@@ -102,7 +106,10 @@ def check_memory(count: int, config: TrainConfig, free: int) -> None:
 
 
 def beside(file: Trained, base: Base, config: TrainConfig) -> dict[str, LoraFile]:
-    """The change of the layers that a LoRA with convolutions has, at the settings' rank; norms and biases are left out."""
+    """The change of the weights as the nearest LoRA of the settings' rank on linear layers and convolutions.
+
+    The changes of norms and biases are left out.
+    """
     trained = load_base(file.tensors).components
     networks = {}
     for part in ("denoiser", *(base.family.text_encoders if config.text_encoder_lr else ())):

@@ -1,4 +1,4 @@
-"""LoHa (arXiv:2108.06098): the change is the product, element by element, of two low-rank ones; the layers are peft's."""
+"""LoHa (arXiv:2108.06098): the change is the element-wise product of two low-rank matrices. The layers are peft's."""
 
 from collections.abc import Mapping
 
@@ -28,7 +28,7 @@ def attach(
         alphas={module: alpha for module, (_, alpha) in targets.items()},
         network_arguments={"algo": "loha"},
     )
-    # LyCORIS' start: one factor 0, the other product of a size that lets the first step change something.
+    # The same start as in LyCORIS: one factor is 0, and the others are large enough for the first step to have an effect.
     deviations = {"hada_w1_a": 0.1, "hada_w1_b": 1.0, "hada_w2_a": 0.0, "hada_w2_b": 1.0}
     adapter.start(family.name, config, deviations, continue_from)
     return adapter

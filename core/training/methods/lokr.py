@@ -1,4 +1,7 @@
-"""LoKr (arXiv:2309.14859): the change is a Kronecker product of a small matrix and a (low-rank) larger one; peft's layers."""
+"""LoKr (arXiv:2309.14859): the change is a Kronecker product of a small matrix and a larger one, which may be low-rank.
+
+The layers are peft's.
+"""
 
 from collections.abc import Mapping
 
@@ -27,7 +30,7 @@ def attach(
     alphas = {module: alpha for module, (_, alpha) in targets.items()}
     for module, layer in layers.items():
         if _WHOLE in _roles_of(layer):
-            # No rank to divide by: LyCORIS and ComfyUI then take the product as it is.
+            # Neither factor has a rank to divide by, and LyCORIS and ComfyUI then do not scale the product.
             layer.scaling[PEFT_NAME] = 1.0  # pyright: ignore
             alphas[module] = float(targets[module][0])
     arguments = {"algo": "lokr", "factor": config.lokr_factor}

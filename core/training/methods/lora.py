@@ -1,4 +1,4 @@
-"""LoRA (arXiv:2106.09685): each weight W becomes W + alpha / rank * B A."""
+"""LoRA (arXiv:2106.09685): each adapted weight W becomes W + alpha / rank * B A."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -25,11 +25,11 @@ class LoraAdapter(Adapter):
 
     networks: Mapping[str, nn.Module]
     layers: Mapping[ModuleId, LoraLayer]
-    """What stands in the place of each adapted module."""
+    """The layer in the place of each adapted module."""
     shared: Mapping[ModuleId, ModuleId]
-    """Module -> the one whose A it uses: of layers that are one in the file (q, k and v), the first; else itself."""
+    """The module whose A each module uses: itself, or the first of those that are one module in the file (q, k and v)."""
     _cast: dict[nn.Parameter, Tensor] = field(default_factory=dict)
-    """Parameter -> its place in the dtype of the arithmetic, where that is not float32."""
+    """A buffer for each parameter in the dtype of the arithmetic, when that is not float32."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         found = {}
@@ -57,13 +57,13 @@ class LoraAdapter(Adapter):
                 layer.cast = None
 
     def modules(self, values: Mapping[str, Tensor] | None = None) -> dict[ModuleId, LoraModule]:
-        """The weight changes as they are now (or with other `values` in the place of the parameters), detached, on the CPU."""
+        """The low-rank change of each module, from the parameters or from other `values`, float32 copies on the CPU."""
         values = values or self.parameters()
         result = {}
         for (part, path), layer in self.layers.items():
             down = values[f"{'.'.join(self.shared[part, path])}.down"].detach().float().cpu().clone()
             up = values[f"{part}.{path}.up"].detach().float().cpu().clone()
-            # The scale in use, whichever way it came about (rsLoRA), written as the alpha that means the same.
+            # Readers scale by alpha / rank, so rsLoRA's alpha / sqrt(rank) is written as another alpha.
             result[part, path] = LoraModule(down, up, layer.scale * down.shape[0])
         return result
 
@@ -75,7 +75,7 @@ class LoraAdapter(Adapter):
 
     @torch.no_grad()
     def load(self, modules: Mapping[ModuleId, LoraModule]) -> None:
-        """Starts from given weight changes. LoraMisfit when modules or ranks are not those of this adapter."""
+        """Starts from the given changes. Raises LoraMisfit when their modules or ranks are not those of this adapter."""
         if set(modules) != set(self.layers):
             odd = sorted(set(modules) ^ set(self.layers))[0]
             raise LoraMisfit(
@@ -88,7 +88,7 @@ class LoraAdapter(Adapter):
                 raise LoraMisfit(
                     f"the LoRA to go on from has rank {module.rank} at {path}, these settings {layer.down.shape[0]}"
                 )
-            # Same product, whatever alpha the file has: the ratio of the scales goes into B.
+            # B takes up the ratio of the scales, so that the change is the same whatever alpha the file has.
             ratio = module.scale / layer.scale
             first = self.shared[part, path]
             if first != (part, path) and not torch.equal(module.down, modules[first].down):
@@ -138,7 +138,10 @@ def attach(
 
 
 def _shared(family: FamilySpec, layers: Mapping[ModuleId, LoraLayer]) -> dict[ModuleId, ModuleId]:
-    """Layers that the family's files name as one have one A, as if they were: else the file's rank would be their sum."""
+    """The module whose A each module uses.
+
+    Modules that are fused into one in the family's files share an A, since the file's rank would otherwise be their sum.
+    """
     firsts: dict[tuple[str, int], ModuleId] = {}
     shared = {}
     for (part, path), layer in layers.items():

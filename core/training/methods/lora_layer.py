@@ -1,4 +1,4 @@
-"""The layer that LoRA puts in the place of a frozen one, with as few passes over its activations as there can be."""
+"""The layer that LoRA puts in the place of a frozen one. It passes over its activations as few times as possible."""
 
 import math
 from typing import Any
@@ -14,7 +14,8 @@ from ...models.eight_bit import EightBitLinear, widened
 class LoraLayer(nn.Module):
     """A frozen Linear or Conv2d with W + scale * B A in the place of its weight W (arXiv:2106.09685).
 
-    A and B are float32 whatever the dtype of W; the arithmetic is in that of the input.
+    `down` is A, (rank, in) or (rank, in, height, width), and `up` is B, (out, rank) or (out, rank, 1, 1). Both are float32
+    whatever the dtype of W; the arithmetic is in the dtype of the input.
     """
 
     def __init__(self, base_layer: nn.Module, rank: int, alpha: float, *, rslora: bool = False, dropout: float = 0.0):
@@ -26,14 +27,14 @@ class LoraLayer(nn.Module):
         self.dropout = dropout
         self.enabled = True
         self.cast: tuple[Tensor, Tensor] | None = None
-        """A and B in the dtype of the arithmetic, while somebody else sees to it that they are up to date."""
+        """A and B in the dtype of the arithmetic, while the adapter keeps them up to date (`cast_once`)."""
         self.down = nn.Parameter(torch.empty(rank, *weight.shape[1:], device=weight.device, dtype=torch.float32))
         ones = (1,) * (weight.ndim - 2)
         self.up = nn.Parameter(torch.zeros(weight.shape[0], rank, *ones, device=weight.device, dtype=torch.float32))
 
     @property
     def weight(self) -> Tensor:
-        """The frozen one: some networks look at its dtype."""
+        """The frozen weight, whose dtype some networks look at."""
         return self.base_layer.weight  # pyright: ignore
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,7 +43,7 @@ class LoraLayer(nn.Module):
             return layer(x)
         kind = x.device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-            # As autocast does for a Linear, to which norms hand on float32: what is worked on in place must be of one type.
+            # Autocast would cast a norm's float32 output for a Linear. The in-place sum below needs operands of one dtype.
             x = x.to(torch.get_autocast_dtype(kind))
         linear = isinstance(layer, nn.Linear | EightBitLinear)
         if linear and not (self.dropout and self.training):
@@ -60,9 +61,9 @@ class LoraLayer(nn.Module):
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """x W^T + bias + scale * (x A^T) B^T. The change is added in place, and of the activations only x and x A^T are kept.
+    """x W^T + bias + scale * (x A^T) B^T. The change is added in place, and only x and x A^T are kept for the backward pass.
 
-    The arithmetic is done with `down_cast` and `up_cast`, A and B in the dtype of x; the gradients are those of A and B.
+    `down_cast` and `up_cast` are A and B in the dtype of x, which the arithmetic is done with. The gradients go to A and B.
     """
 
     @staticmethod
@@ -84,7 +85,7 @@ class _AdaptedLinear(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x, low, weight, weight_scale, down, up = ctx.saved_tensors
         gradient, low = gradients[0].flatten(0, -2), low.flatten(0, -2)
-        # With beta = 0 the first argument counts for nothing but its shape: a product times alpha in one kernel.
+        # With beta = 0 addmm ignores the values of its first argument, and multiplies a product by alpha in one kernel.
         low_gradient = torch.addmm(low, gradient, up, beta=0, alpha=ctx.scale)
         up_gradient = torch.addmm(up, gradient.t(), low, beta=0, alpha=ctx.scale).to(ctx.trained)
         down_gradient = (low_gradient.t() @ x.flatten(0, -2)).to(ctx.trained)

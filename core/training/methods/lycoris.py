@@ -1,4 +1,4 @@
-"""What LoHa, LoKr and OFT have in common: an adapter of tensors at single modules, written as one of lora_kinds.KINDS."""
+"""The adapter of LoHa, LoKr and OFT, whose files are in the form of LyCORIS."""
 
 import json
 import math
@@ -19,16 +19,16 @@ from ...tensor_names import ModuleId
 from .method import Adapter, refuse_settings_of_lora
 
 Roles = Mapping[str, nn.Parameter]
-"""Role of lora_kinds (`hada_w1_a`, ...) -> trained tensor."""
+"""The trained tensors of a layer by role, such as `hada_w1_a`, as in lora.kinds."""
 KAIMING = None
-"""In the place of a normal deviation: uniform within 1 / sqrt(fan in), which is Kaiming's with a = sqrt 5."""
+"""Given as a deviation, it means uniform within 1 / sqrt(fan in), which is Kaiming's initialisation with a = sqrt 5."""
 _SCALED_ROLES = ("hada_w2_a", "lokr_w2", "lokr_w2_a")
-"""The factor that takes up the ratio of two scales: whichever of these there is."""
+"""The factor that takes up a ratio of scales is the first of these that a layer has."""
 
 
 @dataclass(frozen=True, eq=False)
 class LycorisAdapter(Adapter):
-    """Layers of one kind on one or more networks; each answers to `enable_adapters(bool)`."""
+    """Layers of one kind of adapter on one or more networks. Each layer has a method `enable_adapters(bool)`."""
 
     networks: Mapping[str, nn.Module]
     kind: str
@@ -37,7 +37,7 @@ class LycorisAdapter(Adapter):
     """The trained tensors of a layer."""
     alphas: Mapping[ModuleId, float]
     network_arguments: Mapping[str, object]
-    """What LyCORIS would have been told, for the metadata."""
+    """The arguments by which LyCORIS would train the same, for the metadata."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {
@@ -49,14 +49,15 @@ class LycorisAdapter(Adapter):
     def start(
         self, family: str, config: TrainConfig, deviations: Mapping[str, float | None], continue_from: LoraFile | None
     ) -> None:
-        """Draws the tensors, float32, from the seed on the CPU: the same on every machine. Or takes them from a file.
+        """Sets the tensors, float32, from a file, or draws them from the seed on the CPU, so that every machine starts alike.
 
-        `deviations` are the normal deviations of the roles, or KAIMING. BadConfig for settings that the kind does not have.
+        `deviations` has the standard deviation of each role, or KAIMING. Raises BadConfig for settings that the kind does not
+        have, and LoraMisfit when the file does not fit.
         """
         refuse_settings_of_lora(config)
         name_kinds(
             family, {module: {} for module in self.layers}
-        )  # refuses what could not be written, before hours are spent
+        )  # raises now when the file could not be written later
         generator = torch.Generator().manual_seed(config.seed)
         for name, parameter in sorted(self.parameters().items()):
             parameter.data = parameter.data.float()
@@ -93,7 +94,7 @@ class LycorisAdapter(Adapter):
 
     @torch.no_grad()
     def _load(self, file: LoraFile) -> None:
-        """Starts from the changes in a file. LoraMisfit when kind, modules or shapes are not those of this adapter."""
+        """Starts from a file. Raises LoraMisfit when its kind, modules or shapes are not those of this adapter."""
         entries = {entry.modules[0]: entry for entry in file.entries if entry.kind == self.kind}
         if set(entries) != set(self.layers) or len(entries) != len(file.entries):
             raise LoraMisfit(
@@ -110,7 +111,7 @@ class LycorisAdapter(Adapter):
                     )
                 parameter.copy_(tensors[role])
             if rank := rank_of(self.kind, {role: tuple(tensor.shape) for role, tensor in tensors.items()}):
-                # The same change, whatever alpha the file has.
+                # One factor takes up the ratio of the alphas, so that the change is that of the file.
                 alpha = tensors["alpha"].item() if "alpha" in tensors else float(rank)
                 scaled = next(role for role in _SCALED_ROLES if role in roles)
                 roles[scaled].mul_(alpha / self.alphas[module])

@@ -1,6 +1,6 @@
-"""The seam between the training loop and the methods: what a method puts on the frozen networks, and how it is read out.
+"""The interface between the training loop and the methods.
 
-A method is one file in `methods/`, which makes an `Adapter`.
+A method is a file in core/training/methods/ with a `Method`, which puts an `Adapter` on the networks.
 """
 
 import re
@@ -22,72 +22,75 @@ from ...models.spec import FamilySpec
 from ...tensor_names import ModuleId
 
 PEFT_NAME = "facelora"
-"""What peft calls our adapter."""
+"""The name under which peft keeps our adapter in its layers."""
 LORA_RATE = 1e-4
-"""Peak learning rate of a LoRA that is told none."""
+"""The default peak learning rate of a LoRA."""
 Trained = LoraFile | Checkpoint
-"""What a training makes."""
+"""The result of a training."""
 _Number = TypeVar("_Number", int, float)
 
 
 class Adapter(ABC):
-    """Something trainable on frozen networks."""
+    """The trainable part of a training, on one or more networks."""
 
     networks: Mapping[str, nn.Module]
-    """Part -> network that it sits on."""
+    """The networks that it is on, by part."""
 
     @abstractmethod
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Every trained tensor, float32, under a name that stays the same from run to run and begins with its part."""
+        """The trained tensors, float32, by names that begin with their part and are the same in every run."""
 
     @abstractmethod
     def disabled(self) -> AbstractContextManager[None]:
-        """Within it the networks are the frozen ones."""
+        """A context in which the networks compute what they did before the adapter was attached."""
 
     def cast_once(self, dtype: torch.dtype) -> AbstractContextManager[None]:
-        """Within it no parameter changes, and what has to be cast to that dtype for the arithmetic is so already."""
+        """A context in which no parameter changes, so that each is cast to the dtype of the arithmetic only once."""
         return nullcontext()
 
     @abstractmethod
     def export(self, values: Mapping[str, Tensor], base: Base, metadata: Mapping[str, str]) -> Trained:
-        """The file to save, with these values in the place of the parameters."""
+        """The file to save, with these values in the place of the parameters, on the given base model."""
 
-    def constrain(self) -> None:  # noqa: B027, most have nothing to do
-        """Called after each optimizer step: brings the parameters back to where they may be."""
+    def constrain(self) -> None:  # noqa: B027, most methods have no constraint
+        """Brings the parameters back into their allowed range, after each optimizer step."""
 
     def rate(self, name: str, config: TrainConfig, peak: float) -> float:
-        """The peak learning rate of a parameter, of which those of the denoiser have `peak`."""
+        """The peak learning rate of a parameter: `peak` on the denoiser, the settings' own on text encoders."""
         return peak if name.startswith("denoiser.") else config.text_encoder_lr
 
 
 Attach = Callable[[Mapping[str, nn.Module], FamilySpec, TrainConfig, LoraFile | None], Adapter]
-"""(part -> network, family, settings, file to go on from) -> the adapter; the networks are changed in place."""
+"""A function of (networks by part, family, settings, file to go on from) that puts an adapter on the networks in place."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to teach a base model a person."""
+    """A way to teach a base model a person, and what the rest of the program needs to know about it."""
 
     title: str
-    """What it is, for people."""
+    """A short description for people."""
     attach: Attach
     trains_text: Callable[[TrainConfig], bool] = lambda config: config.text_encoder_lr > 0
-    """Whether text is encoded anew in each step, since something trainable sits on the text encoders."""
+    """Whether captions are encoded anew in each step, since something on the text encoders is trained."""
     beside: Callable[[Trained, Base, TrainConfig], Mapping[str, LoraFile]] = lambda file, base, config: {}
-    """What else is written beside the file: addition to its name -> file."""
+    """The files to write beside the trained one, by the addition to its name."""
     makes: Literal["lora", "embedding", "checkpoint"] = "lora"
-    """What the file is: something that goes on a base model, or a base model itself."""
+    """The type of the trained file."""
     rate_factor: float = 1.0
-    """What a LoRA's learning rate is multiplied by to suit this method."""
+    """The factor on a LoRA's learning rate that suits this method."""
     has_pefts_layers: bool = False
-    """peft's cannot be built of tensors that hold no numbers: where memory is predicted, a LoRA's stand for them."""
+    """Whether its layers are peft's. Those cannot be built from fake tensors, so memory is predicted with a LoRA instead."""
     freezes_weights: bool = True
-    """Whether the networks' own weights stay as they are, and so can be kept in 8 bits or away from the device."""
+    """Whether the networks' own weights stay frozen, so that a memory plan may narrow or offload them."""
     keeps_dtype: bool = False
-    """Whether its layers work in the dtype of their inputs, whatever their own, and so need no autocast."""
+    """Whether its layers compute in the dtype of their inputs, so that no autocast is needed."""
 
     def peak_rate(self, config: TrainConfig) -> float:
-        """The peak learning rate: the set one, else what suits the method. Textual inversion's is that of its vectors."""
+        """The peak learning rate of a run: that of the settings, else the default of the method.
+
+        For textual inversion it is the rate of the vectors.
+        """
         if config.optimizer == "prodigy":
             return config.prodigy_rate
         if self.makes == "embedding":
@@ -98,9 +101,9 @@ class Method:
 def target_modules(
     family: FamilySpec, config: TrainConfig, networks: Mapping[str, nn.Module]
 ) -> dict[ModuleId, tuple[int, float]]:
-    """(part, path) -> (rank, alpha) of everything that the settings adapt.
+    """The (rank, alpha) of every module that the settings adapt, by (part, path).
 
-    BadConfig when a rank is above its layer's, when a network has nothing to adapt, or when a pattern matches nothing.
+    Raises BadConfig when a rank is above its layer's, when a network has nothing to adapt, or when a pattern matches nothing.
     """
     result: dict[ModuleId, tuple[int, float]] = {}
     for part, network in networks.items():
@@ -132,7 +135,7 @@ def target_modules(
 
 
 def refuse_settings_of_lora(config: TrainConfig) -> None:
-    """BadConfig for a setting that methods other than LoRA and DoRA have no use for."""
+    """Raises BadConfig for a setting that only LoRA and DoRA have."""
     for name in ("dropout", "rslora", "lora_plus_ratio"):
         if getattr(config, name) != getattr(TrainConfig, name):
             raise BadConfig(f"{name}: method {config.method!r} has none; it is for 'lora' and 'dora'")
@@ -148,9 +151,10 @@ def peft_layers(
     config: TrainConfig,
     peft_config: Callable[..., Any],
 ) -> dict[ModuleId, nn.Module]:
-    """The layers that peft puts in the place of the targets, by its name PEFT_NAME.
+    """The layers that peft puts in the place of the target modules, with the adapter name PEFT_NAME.
 
-    `peft_config` makes a configuration of the options that all kinds have: r, alpha, target_modules, patterns of both.
+    `peft_config` makes peft's configuration from the options that all kinds share: r, alpha, target_modules, rank_pattern
+    and alpha_pattern.
     """
     from peft import inject_adapter_in_model
 
@@ -171,9 +175,9 @@ def peft_layers(
 
 
 def _exceptions(values: Mapping[str, _Number], default: _Number) -> dict[str, _Number]:
-    """peft's pattern -> value for the modules whose value is not the default, one pattern for each value.
+    """A pattern in peft's form for each value other than the default, with that value.
 
-    peft tries the patterns in turn on every module, so hundreds of them would take minutes.
+    peft tries every pattern on every module, so a pattern for each module would take minutes.
     """
     paths: dict[_Number, list[str]] = {}
     for path, value in values.items():

@@ -1,6 +1,6 @@
-"""OFT (arXiv:2306.07280): blocks of a weight's output rows are rotated, so that angles within a block stay as they are.
+"""OFT (arXiv:2306.07280): blocks of a weight's output rows are rotated, which keeps the angles within a block.
 
-The layers are our own: those of peft rotate the inputs, which no reader of LoRA files does.
+The layers are not peft's, since those rotate the inputs, which no reader of LoRA files does.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from .method import Method, target_modules
 
 
 class RotatedLayer(nn.Module):
-    """A frozen Linear or convolution whose outputs are rotated in blocks: W' = R^T W, R = (I + Q)(I - Q)^-1, Q = B - B^T."""
+    """A frozen Linear or convolution with rotated outputs: W' = R^T W, R = (I + Q)(I - Q)^-1, Q = B - B^T, in each block."""
 
     def __init__(self, base_layer: nn.Module, size: int):
         super().__init__()
@@ -45,7 +45,7 @@ class RotatedLayer(nn.Module):
         return outputs.movedim(-1, channels)
 
     def rotations(self) -> Tensor:
-        """(blocks, size, size), by the Cayley transform."""
+        """The rotation R of each block by the Cayley transform, (blocks, size, size)."""
         skew = self.oft_blocks - self.oft_blocks.transpose(1, 2)
         identity = torch.eye(skew.shape[-1], device=skew.device)
         return torch.linalg.solve(identity - skew, identity + skew, left=False)
@@ -64,7 +64,7 @@ def attach(
             raise BadConfig(f"rank = {rank}: {path} has {rows} rows, which no block of 2 to {rank} divides evenly")
         layers[part, path] = RotatedLayer(layer, size)
         replace_module(networks[part], path, layers[part, path])
-    # Alpha is no scale in this kind but a bound on the rotation; 0 is none.
+    # In this kind, alpha is a bound on the rotation and not a scale; 0 means no bound.
     adapter = LycorisAdapter(
         networks, "oft", layers, lambda layer: {"oft_blocks": layer.oft_blocks},  # pyright: ignore
         alphas=dict.fromkeys(layers, 0.0), network_arguments={"algo": "diag-oft"},

@@ -1,4 +1,4 @@
-"""Pivotal tuning (after arXiv:2106.05744): the trigger word's own vectors and a LoRA, trained together."""
+"""Pivotal tuning (after arXiv:2106.05744): token vectors of the trigger word and a LoRA, trained together."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from .textual_inversion import attach as attach_word
 
 @dataclass(frozen=True, eq=False)
 class PivotalAdapter(Adapter):
-    """A LoRA and a word."""
+    """A LoRA and the token vectors of a new word."""
 
     networks: Mapping[str, nn.Module]
     lora: LoraAdapter
@@ -55,7 +55,7 @@ def attach(
 
 
 def beside(file: Trained, base: Base, config: TrainConfig) -> dict[str, LoraFile]:
-    """The embedding, for tools that read it only as a file of its own (ComfyUI)."""
+    """The embedding as a file of its own, for ComfyUI and other tools that do not read it from the LoRA."""
     assert isinstance(file, LoraFile)
     (embedding,) = embedding_files(file).values()
     return {"embedding": embedding}

@@ -1,4 +1,4 @@
-"""Textual inversion (arXiv:2208.01618): the networks stay frozen, and the trigger word gets vectors of its own."""
+"""Textual inversion (arXiv:2208.01618): the networks stay frozen, and token vectors of the trigger word are trained."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,20 +20,20 @@ from .method import Adapter, Method, refuse_settings_of_lora
 
 @dataclass(frozen=True, eq=False)
 class WordAdapter(Adapter):
-    """Vectors of one word on the text encoders."""
+    """The token vectors of one new word on the text encoders."""
 
     networks: Mapping[str, nn.Module]
     word: str
     vectors: Mapping[str, nn.Parameter]
-    """Text encoder -> (vectors, width)."""
+    """The vectors (count, width) on each text encoder, by part."""
     longest: Mapping[str, Tensor]
-    """Text encoder -> the largest norm that a token has in it."""
+    """The largest norm of any token's vector in each text encoder, by part."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {f"{part}.vectors": parameter for part, parameter in self.vectors.items()}
 
     def of_parts(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Text encoder -> vectors, as they are saved."""
+        """The vectors of each text encoder by part, as float32 copies on the CPU."""
         return {part: values[f"{part}.vectors"].detach().float().cpu().clone() for part in self.vectors}
 
     def export(self, values: Mapping[str, Tensor], base: Base, metadata: Mapping[str, str]) -> LoraFile:
@@ -47,7 +47,7 @@ class WordAdapter(Adapter):
 
     @torch.no_grad()
     def constrain(self) -> None:
-        # Vectors that outgrow every word drown the rest of the prompt.
+        # Vectors longer than those of all other words would drown out the rest of the prompt.
         for part, vectors in self.vectors.items():
             norms = vectors.norm(dim=1, keepdim=True)
             vectors.mul_((self.longest[part] / norms).clamp(max=1))
@@ -68,7 +68,11 @@ class WordAdapter(Adapter):
 def attach(
     networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
 ) -> WordAdapter:
-    """A WordAdapter whose vectors are at first those of the tokens of some words, one after the other, again and again."""
+    """A WordAdapter on the text encoders, which are changed in place.
+
+    Its vectors start as those of the tokens of `embedding_words`, repeated as needed. Raises BadConfig for a family without
+    embedding files or a setting that the method does not have, LoraMisfit for a file to go on from.
+    """
     parts = family.names.embedding_names
     if not parts:
         known = ", ".join(name for name, names in NAME_TABLES.items() if names.embedding_names)
