@@ -1,4 +1,4 @@
-"""Base models: what a checkpoint is, its networks and text, how a prediction is made, and plans for the memory there is."""
+"""Base models: checkpoints, their networks and text encoders, how they predict, and plans to fit them into memory."""
 
 from typing import TYPE_CHECKING
 

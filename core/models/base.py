@@ -1,4 +1,4 @@
-"""Base models: a checkpoint file, a mapping of tensors, a diffusers folder or a hub id, as parts that load on demand."""
+"""Base models from a checkpoint file, a mapping of tensors, a diffusers folder or a hub id, whose networks load on demand."""
 
 import hashlib
 import json
@@ -38,43 +38,43 @@ Source = str | os.PathLike[str] | Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class CaptionEncoder:
-    """Text encoders that are not core's (ComfyUI's CLIP as it is wired)."""
+    """Text encoders from outside of `core`, such as the CLIP that is wired to a node of ComfyUI."""
 
     encode: Callable[[str], Conditioning]
-    """Caption -> its conditioning, batch of 1, with the tensors that the family's `encode_text` gives."""
+    """A function that gives the conditioning of a caption, a batch of 1, as the family's `encode_text` does."""
     fingerprint: str
-    """Equal for equal encoders: part of the cache's keys."""
+    """A hash that is equal for equal encoders, as a part of the cache's keys."""
 
 
 LARGE_ENCODER = 2 * 2**30
-"""Bytes from which a text encoder is a language model."""
+"""The size in bytes from which a text encoder counts as a language model."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """A base model whose networks are loaded one by one, when they are needed."""
+    """A base model. Its networks are loaded one by one, when they are needed."""
 
     family: FamilySpec
     name: str
-    """File or folder name, without its path."""
+    """The name of its file or folder, without the path."""
     components: Mapping[str, Component]
-    """denoiser, vae, text_encoder, ... as the family names them."""
+    """The networks by part: denoiser, vae, text_encoder, ..., as the family names them."""
     prediction_type: PredictionType
     zero_terminal_snr: bool
     resolution: int
-    """Side of the square at which the model was trained, in pixels."""
+    """The side of the square that the model was trained at, in pixels."""
     says_distilled: bool = False
-    """Whether its folder says that it was distilled to a few steps."""
+    """Whether its diffusers folder says that it was distilled to a few steps."""
     file: SafetensorsFile | None = field(default=None, repr=False)
-    """The checkpoint file, when it is one."""
+    """The checkpoint file; None for a folder or a mapping."""
     vae_file: SafetensorsFile | None = field(default=None, repr=False)
-    """The file that the VAE is from, when it is one of its own."""
+    """The VAE's own file; None when it has none."""
     files: tuple[SafetensorsFile, ...] = field(default=(), repr=False)
-    """All that were opened: these two, and text encoders."""
+    """All files that were opened, those of text encoders too."""
     caption_encoder: CaptionEncoder | None = field(default=None, repr=False)
-    """What encodes captions in the place of the base's own text encoders."""
+    """The encoder of captions that takes the place of the base model's own text encoders."""
     _digests: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """Part -> sha256 over its tensors, of the parts that were asked for."""
+    """The sha256 over a part's tensors, by part, for the parts asked for so far."""
 
     @cached_property
     def latent_shape(self) -> LatentShape:
@@ -82,25 +82,25 @@ class Base:
 
     @property
     def size_multiple(self) -> int:
-        """What a picture's width and height must be multiples of, in pixels."""
+        """The number of pixels that a picture's width and height must be multiples of."""
         return self.latent_shape.pixels * self.latent_shape.multiple
 
     @property
     def embeds_guidance(self) -> bool:
-        """Whether guidance is a number that the denoiser takes, so that it predicts once and not twice."""
+        """Whether the denoiser takes the guidance scale as an input, so that it predicts once and not twice a step."""
         return self.family.embeds_guidance(self.components["denoiser"].config)
 
     @property
     def is_distilled(self) -> bool:
-        """Whether it is known to be distilled to a few steps, which training on it would undo."""
+        """Whether the model is known to be distilled to a few steps, which training on it would undo."""
         return self.says_distilled or self.family.is_distilled(self.components["denoiser"].config)
 
     def schedule(self) -> Schedule:
-        """How noise is mixed into the model's pictures, and what it is asked to predict."""
+        """The noise schedule of the model, which also knows what it predicts."""
         return self.family.schedule(self.prediction_type, self.zero_terminal_snr, self.components)
 
     def load(self, part: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The part's network with frozen weights, in evaluation mode. BadFile when the base has no such part."""
+        """The network of a part with frozen weights, in evaluation mode. Raises BadFile when the base model lacks it."""
         component = self._component(part)
         with torch.device("meta"):
             module = self.family.build(part, component.config)
@@ -114,10 +114,11 @@ class Base:
         return self.components[part]
 
     def load_text_encoders(self, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
-        """Part -> network, none when captions are encoded by something else.
+        """The text encoders by part; empty when a `caption_encoder` takes their place.
 
-        A language model (the encoders of FLUX.1 and later) is loaded in bf16, unless it is stored in more (T5 overflows in
-        fp16), and on the CPU when it has no room on the device.
+        A language model (the encoders of FLUX.1 and later) is loaded in bf16, since T5 overflows in fp16, or in `dtype` when
+        it is stored in more than 16 bits. It is loaded on the CPU when it does not fit on the device. Raises BadFile when
+        one is missing.
         """
         if self.caption_encoder:
             return {}
@@ -137,12 +138,12 @@ class Base:
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
-        """The parts that encode text: all of the family's but optional ones that are not there."""
+        """The parts that encode text: those of the family, without optional ones that are not there."""
         optional = self.family.optional_encoders
         return tuple(part for part in self.family.text_encoders if part in self.components or part not in optional)
 
     def fingerprint(self, *parts: str) -> str:
-        """sha256 over the parts' tensors, read once: equal for equal weights, wherever they come from."""
+        """A sha256 over the tensors of the parts, equal for equal weights from any source. The tensors are read once."""
         for part in parts:
             if part not in self._digests:
                 self._digests[part] = _digest(part, self._component(part).tensors)
@@ -150,28 +151,28 @@ class Base:
 
     @property
     def text_fingerprint(self) -> str:
-        """The same of whatever encodes captions."""
+        """A hash that is equal for equal encoders of captions."""
         return self.caption_encoder.fingerprint if self.caption_encoder else self.fingerprint(*self.text_encoders)
 
     @property
     def identity(self) -> str:
-        """Equal for bases that make the same pictures: all weights, and how they predict."""
+        """A text that is equal for base models with the same weights and the same way to predict."""
         prediction = f"{self.prediction_type} {self.zero_terminal_snr}"
         return f"{self.fingerprint('denoiser', 'vae')} {self.text_fingerprint} {prediction}"
 
     @cached_property
     def sha256(self) -> str | None:
-        """sha256 of the checkpoint file (`ss_new_sd_model_hash`); None when the base is no file."""
+        """The sha256 of the checkpoint file (`ss_new_sd_model_hash`); None when there is no such file."""
         return self.file.sha256() if self.file else None
 
     @cached_property
     def vae_sha256(self) -> str | None:
-        """sha256 of the VAE's own file; None when it has none."""
+        """The sha256 of the VAE's own file; None when it has none."""
         return self.vae_file.sha256() if self.vae_file else None
 
     @cached_property
     def legacy_hash(self) -> str | None:
-        """A1111's old hash of the checkpoint file (`ss_sd_model_hash`): 8 hex digits of a sha256 over 64 KiB at 1 MiB."""
+        """The old hash of A1111 for the checkpoint file (`ss_sd_model_hash`): 8 hex digits of the sha256 of 64 KiB at 1 MiB."""
         if self.file is None:
             return None
         with self.file.path.open("rb") as file:
@@ -179,11 +180,11 @@ class Base:
             return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
 
     def module_shapes(self) -> dict[tuple[str, str], tuple[int, ...]]:
-        """(part, module path) -> shape of its weight, for every weight of the denoiser and the text encoders."""
+        """The shape of every weight of the denoiser and the text encoders, by (part, module path)."""
         shapes = {}
         for part in ("denoiser", *self.family.text_encoders):
             if part in self.components:
-                # Of the empty network: a tensor that is stored quantised would have to be computed to be looked at.
+                # From the empty network, since a quantised tensor would have to be computed to know its shape.
                 with torch.device("meta"):
                     state = self.family.build(part, self.components[part].config).state_dict()
                 shapes |= {
@@ -213,15 +214,16 @@ def load_base(
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto",
     zero_terminal_snr: bool = False,
 ) -> Base:
-    """A Base from a `.safetensors` checkpoint, a mapping of tensors in its naming, a diffusers folder, or a hub id.
+    """The base model in a `.safetensors` checkpoint, a mapping of tensors named as in one, a diffusers folder, or a hub id.
 
-    The checkpoint holds everything, or the denoiser alone; `vae` and `text_encoders` are then the other files, and take
-    the place of what it has of these. `tokenizer` is the folder of the tokenizer of T5 or Qwen, where the family has one;
-    with a `caption_encoder` neither is needed.
-    Only a hub id (`owner/name` that is no local path) lets the network be used. v-prediction and zero terminal SNR are
-    recognised by the marker tensors `v_pred` and `ztsnr` and by modelspec metadata; the options override.
-    BadFile, UnknownFamily or UnmatchedKeys when it is not a usable base. BadConfig for other files beside a folder or hub
-    id, which has its own.
+    A checkpoint holds all parts, or the denoiser alone. `vae` and `text_encoders` give other parts as files or mappings, in
+    the place of those in the checkpoint. `tokenizer` is the folder of a T5 or Qwen tokenizer, for families that have one.
+    With a `caption_encoder`, neither text encoders nor a tokenizer are needed. The network is only used for a hub id
+    (`owner/name` that is no local path).
+
+    v-prediction and zero terminal SNR are recognised by the marker tensors `v_pred` and `ztsnr` and by modelspec metadata,
+    unless the options say otherwise. Raises BadFile, UnknownFamily or UnmatchedKeys when it is not a usable base model, and
+    BadConfig for other files beside a folder or hub id, which has its own.
     """
     if not isinstance(source, Mapping):
         path = Path(source)
@@ -267,10 +269,10 @@ def load_base(
 
 
 _PARTS = (DENOISER_PREFIX, *VAE_PREFIXES, "cond_stage_model.", "conditioner.", "text_encoders.", "unet.")
-"""What names begin with in a checkpoint of several parts, or in another naming."""
+"""Prefixes of names in a checkpoint with several parts, or in another naming."""
 
 _MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
-"""Tensors beside the networks' that say how a checkpoint predicts."""
+"""Tensors that belong to no network and say how a checkpoint predicts."""
 
 
 def _opened(source: Source) -> tuple[str, Mapping[str, Tensor]]:
@@ -286,8 +288,10 @@ def _one_checkpoint(
     vae: Mapping[str, Tensor] | None,
     text_encoders: Sequence[tuple[str, Mapping[str, Tensor]]],
 ) -> tuple[Mapping[str, Tensor], list[tuple[str, list[str]]]]:
-    """The tensors of all files under the names that they would have in one checkpoint, none read; and the name of each file
-    of text encoders, with the kinds that are in it."""
+    """The tensors of all files under the names that they would have in one checkpoint, read on demand.
+
+    Also the name of each file of text encoders, with the kinds of encoders in it.
+    """
     if not source:
         raise UnknownFamily("there is not a single tensor in it")
     if any(name.endswith((".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight")) for name in source):
@@ -295,7 +299,7 @@ def _one_checkpoint(
     source = dequantised(source, what)
     names = {name: Stored(source, name) for name in source}
     if not any(name.startswith(_PARTS) for name in source):
-        # A file of a denoiser alone.
+        # The file has a denoiser alone, whose names have no prefix.
         names = {name.removeprefix("diffusion_model."): read for name, read in names.items()}
         originals = original_unet_names(names)
         names = {
@@ -303,7 +307,7 @@ def _one_checkpoint(
             for name, read in names.items()
         }
     if vae is not None:
-        # In the place of the one that the checkpoint may have.
+        # The given VAE takes the place of one in the checkpoint.
         names = {name: read for name, read in names.items() if not name.startswith(VAE_PREFIXES)}
         for name in vae:
             names[name if name.startswith(VAE_PREFIXES) else VAE_PREFIXES[0] + name] = Stored(vae, name)
@@ -335,7 +339,7 @@ def _check_variant(family: FamilySpec, components: Mapping[str, Component]) -> N
 
 
 def _check_scheduler(family: FamilySpec, scheduler: Mapping[str, Any]) -> None:
-    """UnknownFamily when a folder's scheduler is of a model that was trained in another way than the family."""
+    """Raises UnknownFamily when the scheduler of a folder shows that the model predicts in another way than its family."""
     name, predicted = str(scheduler.get("_class_name")), scheduler.get("prediction_type", "epsilon")
     on_other_noise = name.startswith(("EDM", "FlowMatch"))  # EDM: Playground v2.5, CosXL
     if family.predicts_noise and (on_other_noise or predicted not in ("epsilon", "v_prediction")):
@@ -346,7 +350,7 @@ def _check_scheduler(family: FamilySpec, scheduler: Mapping[str, Any]) -> None:
 
 
 def _side(resolution: str | None, default: int) -> int:
-    """The side of modelspec's `WIDTHxHEIGHT`; the default when there is none or it makes no sense."""
+    """The side of a square as large as `WIDTHxHEIGHT` in modelspec; the default when that is missing or makes no sense."""
     sides = (resolution or "").lower().split("x")
     if len(sides) == 2 and all(side.isdecimal() and 8 <= int(side) <= 8192 for side in sides):
         return round((int(sides[0]) * int(sides[1])) ** 0.5)
@@ -362,7 +366,7 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        # Of these folders only: a repository may hold the same weights again as a single file.
+        # Only these folders, since a repository may hold the same weights again as a single file.
         parts = ("scheduler", "unet", "transformer", "vae", "text_encoder*", "tokenizer*")
         wanted = [f"{part}/*.{ending}" for part in parts for ending in ("json", "safetensors", "txt", "model")]
         return Path(snapshot_download(hub_id, allow_patterns=["model_index.json", *wanted]))
@@ -372,7 +376,7 @@ def _download(hub_id: str) -> Path:
 
 
 def _read_folder(folder: Path, prediction_type: str, zero_terminal_snr: bool) -> Base:
-    """A Base from a folder as diffusers' `save_pretrained` writes it; only safetensors weights are read."""
+    """The base model in a folder written by diffusers' `save_pretrained`. Only safetensors weights are read."""
     index = _read_config(folder / "model_index.json")
     class_name = index.get("_class_name")
     family = next((family for family in FAMILIES.values() if family.pipeline_class == class_name), None)
@@ -416,7 +420,7 @@ def _read_folder(folder: Path, prediction_type: str, zero_terminal_snr: bool) ->
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """What a JSON file of a diffusers folder holds."""
+    """The content of a JSON file in a diffusers folder. Raises BadFile when it is missing."""
     if not path.exists():
         raise BadFile(f"{path.parent.name}: not a whole diffusers folder, {path.name} is missing")
     return read_json(path)
@@ -424,7 +428,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _folder_tensors(folder: Path, part: str) -> Mapping[str, Tensor]:
     paths = sorted(folder.glob("*.safetensors"))
-    # Beside the plain weights a folder may hold the same in fp16, or an EMA of them.
+    # Beside the plain weights, a folder may hold them in fp16, or a running average of them.
     plain = [path for path in paths if not any(f".{word}" in path.name for word in ("fp16", "non_ema", "ema"))] or paths
     if not plain:
         others = ", ".join(path.name for path in folder.glob("*.bin")) or "no weights"

@@ -1,6 +1,6 @@
-"""The weights of a base model's checkpoint by module, of every family that LoRA files are known for.
+"""The weights of a checkpoint by module, for every family that LoRA files are known for.
 
-Nothing is built and nothing read but the header: enough to say whether a LoRA fits, to merge it in, and to compare two
+No network is built, and only the header is read: enough to check whether a LoRA fits, to merge it, and to compare two
 checkpoints.
 """
 
@@ -24,27 +24,29 @@ _TEXT_ENCODERS = {
     for family in NAME_TABLES.values()
     for part, prefix in family.checkpoint_prefixes.items()
 }
-"""Prefix of a text encoder in a checkpoint -> the one family that has it, and part."""
+"""The family and the part of a text encoder, by its prefix in a checkpoint, which only that family has."""
 _OTHER_PARTS = (
     "cond_stage_model.", "conditioner.", "text_encoder", "first_stage_model.", "vae.", "model_ema.", "control_model.",
 )  # fmt: skip
 
 
 class BaseLayers:
-    """The layers of a base model that LoRAs can change: what `lora_file.fit` asks about it."""
+    """The layers of a base model that a LoRA can change, for `lora.file.fit`."""
 
     family: str
     """A name in tensor_names.NAME_TABLES."""
     places: dict[str, Place]
-    """Name of a weight -> the modules whose it is."""
+    """The modules that each weight belongs to, by the weight's name."""
     shapes: dict[ModuleId, tuple[int, ...]]
-    """Module -> shape of its weight in diffusers."""
+    """The shape of each module's weight in diffusers."""
     biased: set[ModuleId]
     """The modules that have a bias."""
 
     def __init__(self, tensor_shapes: Mapping[str, tuple[int, ...]], name: str, family: str | None = None):
-        """From the shapes of a model's tensors, in original or diffusers naming; its `family` is detected by them where it
-        is not known. UnknownFamily, saying that it is `name` that is no base model that is known."""
+        """Finds the layers by the shapes of a model's tensors, in original or diffusers naming.
+
+        The family is detected when it is not given. Raises UnknownFamily, with `name` in the message, when none matches.
+        """
         paths = _paths(tensor_shapes)
         self.family = family or _family_of(tensor_shapes, paths, name)
         self.places = {}
@@ -64,12 +66,12 @@ class BaseLayers:
                 self.biased.update(place.modules)
 
     def name_of(self, module: ModuleId) -> str:
-        """The tensor that is the weight of a module, or that it is a part of."""
+        """The name of the tensor that is, or includes, the weight of a module."""
         return self._names[module]
 
 
 class BaseWeights(BaseLayers):
-    """Where a checkpoint has the weight of each module. Open with `BaseWeights.open(path)`."""
+    """The weights and biases in a checkpoint file by module. Open it with `BaseWeights.open(path)`."""
 
     file: SafetensorsFile
 
@@ -79,9 +81,9 @@ class BaseWeights(BaseLayers):
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "BaseWeights":
-        """The weights of a single file, a whole checkpoint or a denoiser alone, in original or diffusers naming.
+        """The weights in a file that is a whole checkpoint or a denoiser alone, in original or diffusers naming.
 
-        BadFile when it is damaged or quantised, UnknownFamily when it is no base model that is known.
+        Raises BadFile when it is damaged or quantised, UnknownFamily when it is no known base model.
         """
         file = SafetensorsFile.open(path)
         sign = sign_of_quantisation(file)
@@ -93,19 +95,19 @@ class BaseWeights(BaseLayers):
         return cls(file)
 
     def read(self, module: ModuleId) -> Tensor:
-        """The weight of a module, in diffusers' order of rows."""
+        """The weight of a module, with its rows in diffusers' order."""
         name = self._names[module]
         return dict(self.places[name].split(self.file[name]))[module]
 
     def read_bias(self, module: ModuleId) -> Tensor:
-        """The bias of a module, one of `biased`, in diffusers' order."""
+        """The bias of a module in `biased`, in diffusers' order."""
         name = self._names[module]
         inputs = math.prod(self.file.shapes[name][1:2])
         return dict(self.places[name].split(self.file[bias_name(name)], inputs))[module]
 
 
 def bias_name(name: str) -> str:
-    """The tensor that is the bias beside a weight, if the file has it."""
+    """The name that the bias beside a weight would have."""
     return name.removesuffix("weight") + "bias"
 
 
@@ -114,7 +116,7 @@ def _rows(place: Place, shape: tuple[int, ...]) -> list[int]:
 
 
 def _paths(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, str]]:
-    """Name of a weight -> part (or a prefix that stands for one), and path of its module."""
+    """The part, or a prefix that stands for one, and the module path of each weight, by its name."""
     denoiser = next((prefix for prefix in _DENOISER_PREFIXES if any(name.startswith(prefix) for name in shapes)), "")
     found = {}
     for name, shape in shapes.items():
@@ -154,17 +156,17 @@ def _fits(place: Place, shape: tuple[int, ...]) -> bool:
 
 
 def _layers_per_block(paths: Iterable[tuple[str, str]]) -> int:
-    """Residual blocks in a level of an original UNet: the first downsampler comes after them. 2 where there is none."""
+    """The number of residual blocks in a level of an original UNet, by the place of the first downsampler; 2 without one."""
     numbers = [int(match[1]) for _, path in paths if (match := re.fullmatch(r"input_blocks\.(\d+)\.0\.op", path))]
     return min(numbers, default=3) - 1
 
 
 def _place(family: NameTable, part: str, path: str, layers: int) -> Place | None:
-    """What a path is in the family, None: no module that LoRAs change."""
+    """The place of a path in the family; None when it is no module that LoRAs change."""
     if part == "denoiser":
         place = family.locate(part, path)
         if place.fusion.original == path and path != place.fusion.parts[0] and family.is_unet:
-            # The family's table is that of the published models; smaller ones have fewer blocks in a level.
+            # The family's table is for the published models, and smaller ones have fewer blocks in a level.
             return Place(part, Fusion(path, (diffusers_unet_path(path, layers),)), None)
         return place
     by_comfy = {prefix: own for own, prefix in family.comfy_prefixes.items()}

@@ -1,6 +1,6 @@
-"""CLIP's tokenizer and text encoders, from tensors in either naming: OpenAI's (SD1.x, SDXL's first) and OpenCLIP's.
+"""CLIP's tokenizer and text encoders, in the naming of OpenAI (SD1.x, and the first of SDXL) or of OpenCLIP.
 
-The vocabulary and merges in `clip_tokenizer/` are those that OpenAI published with CLIP (MIT licence, see NOTICE).
+The vocabulary and the merges in `clip_tokenizer/` are those that OpenAI published with CLIP (MIT licence, see NOTICE).
 """
 
 import re
@@ -20,9 +20,9 @@ from .spec import Component, replace_module
 TOKENIZER_FOLDER = Path(__file__).parent / "clip_tokenizer"
 START, END = 49406, 49407
 CHUNK_TOKENS = 75
-"""Tokens of a caption that fit into one pass of the encoder, which adds a start and an end."""
+"""The tokens of a caption that fit into one pass of the encoder, beside a start and an end token."""
 HEAD_WIDTH = 64
-"""Width of an attention head in every CLIP text encoder that Stable Diffusion uses."""
+"""The width of an attention head in every CLIP text encoder of Stable Diffusion."""
 
 OPENCLIP_LAYER = {
     "ln_1": "layer_norm1",
@@ -31,7 +31,7 @@ OPENCLIP_LAYER = {
     "mlp.c_proj": "mlp.fc2",
     "attn.out_proj": "self_attn.out_proj",
 }
-"""Modules of a layer in OpenCLIP's naming -> in transformers'; q, k and v are one there."""
+"""The names in transformers of a layer's modules, by their names in OpenCLIP, where q, k and v are one module."""
 
 TEXT_TARGETS = r"text_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
 
@@ -45,32 +45,35 @@ def load_tokenizer():
 
 
 Words = Mapping[str, Sequence[int]]
-"""Word -> numbers of the tokens that stand for it: textual inversion's."""
+"""The numbers of the tokens that stand for each new word, as textual inversion adds them."""
 
 
 def caption_tokens(caption: str, words: Words | None = None) -> list[int]:
-    """The tokens of a caption of any length, without start and end; each of `words` (or `embedding:word`) has its own."""
+    """The tokens of a caption of any length, without start and end tokens.
+
+    Each of `words`, alone or as `embedding:word`, stands for its own tokens.
+    """
     if words:
         longest_first = sorted(words, key=len, reverse=True)
         names = "|".join(re.escape(word) for word in longest_first)
         pieces = re.split(rf"(?<!\w)(?:embedding:)?({names})(?!\w)", caption, flags=re.IGNORECASE)
         by_name = {word.lower(): tokens for word, tokens in words.items()}
-        # Every other piece is a word, the rest lie between.
+        # re.split puts the words at odd indices, and the text between them at even ones.
         tokens = [by_name[piece.lower()] if index % 2 else caption_tokens(piece) for index, piece in enumerate(pieces)]
         return [token for part in tokens for token in part]
     return load_tokenizer()(caption, add_special_tokens=False, truncation=False, verbose=False).input_ids
 
 
 def chunk_count(captions: Sequence[str], words: Words | None = None) -> int:
-    """How many chunks of 75 tokens the longest caption needs, at least 1."""
+    """The number of chunks of 75 tokens that the longest caption needs, at least 1."""
     longest = max((len(caption_tokens(caption, words)) for caption in captions), default=0)
     return max(1, -(-longest // CHUNK_TOKENS))
 
 
 def token_chunks(captions: Sequence[str], chunks: int, padding: int, words: Words | None = None) -> Tensor:
-    """(captions, chunks, 77) token numbers; each chunk has its own start and end and is filled with `padding`.
+    """The token numbers (captions, chunks, 77) of captions, each chunk with a start and an end, filled with `padding`.
 
-    More chunks where the vectors of `words` need them.
+    There are more than `chunks` when the tokens of `words` need them.
     """
     if words:
         chunks = max(chunks, chunk_count(captions, words))
@@ -87,18 +90,18 @@ _TOKEN_EMBEDDING = "text_model.embeddings.token_embedding"
 
 
 class WordEmbedding(nn.Module):
-    """CLIP's table of token vectors, with the vectors of new words behind its end."""
+    """CLIP's table of token vectors, followed by the vectors of new words."""
 
     def __init__(self, table: nn.Embedding):
         super().__init__()
         self.table = table
         self.words: list[str] = []
         self.vectors = nn.ParameterList()
-        """Of each word, (vectors, width)."""
+        """The vectors of each word, (count, width)."""
         self.enabled = True
 
     def tokens(self) -> Words:
-        """Word -> its token numbers, which go on from the table's; none while it is not enabled."""
+        """The token numbers of each word, which continue those of the table; empty while not `enabled`."""
         found, first = {}, len(self.table.weight)
         for word, vectors in zip(self.words, self.vectors, strict=True) if self.enabled else ():
             found[word] = range(first, first + len(vectors))
@@ -115,19 +118,19 @@ class WordEmbedding(nn.Module):
 
 
 def token_table(encoder: nn.Module) -> nn.Module:
-    """The encoder's nn.Embedding of tokens, or the WordEmbedding in its place."""
+    """The module that embeds tokens in an encoder: an nn.Embedding, or the WordEmbedding in its place."""
     return encoder.get_submodule(_TOKEN_EMBEDDING)
 
 
 def words_of(encoder: nn.Module) -> Words:
-    """The new words that an encoder, of whichever kind, knows, with their tokens."""
+    """The new words of an encoder of any kind, with their tokens."""
     return next((module.tokens() for module in encoder.modules() if isinstance(module, WordEmbedding)), {})
 
 
 def add_word(encoder: nn.Module, word: str, vectors: Tensor) -> nn.Parameter:
-    """Teaches the encoder a word, which captions then name; its vectors (vectors, width), float32, as they are used.
+    """Adds a word with vectors (count, width) to the encoder, and returns the float32 parameter that holds them.
 
-    LoraMisfit when the encoder's own are of another width.
+    Raises LoraMisfit when the encoder's vectors have another width.
     """
     table = token_table(encoder)
     if not isinstance(table, WordEmbedding):
@@ -146,19 +149,22 @@ def add_word(encoder: nn.Module, word: str, vectors: Tensor) -> nn.Parameter:
 
 
 def remove_words(encoder: nn.Module) -> None:
-    """Undoes every `add_word`."""
+    """Removes all words that `add_word` added to the encoder."""
     table = token_table(encoder)
     if isinstance(table, WordEmbedding):
         replace_module(encoder, _TOKEN_EMBEDDING, table.table)
 
 
 def encode_chunks(encoder: nn.Module, tokens: Tensor, layer: int, final_norm: bool) -> tuple[Tensor, Any]:
-    """Hidden states of the layer counted from the end (1 = last), (B, chunks * 77, D), and the encoder's whole output."""
+    """The hidden states (B, chunks * 77, D) of a layer counted from the end (1 is the last), and the encoder's whole output.
+
+    `final_norm` applies the final layer norm to them. Raises BadConfig when there is no such layer.
+    """
     count, chunks, length = tokens.shape
     device = next(encoder.parameters()).device
     output = encoder(tokens.reshape(-1, length).to(device), output_hidden_states=True)
     if final_norm and layer == 1:
-        # Not hidden_states[-1], on which versions of transformers do not agree whether it is normed.
+        # Versions of transformers differ in whether hidden_states[-1] is normed.
         states = output.last_hidden_state
     else:
         if layer >= len(output.hidden_states):
@@ -169,13 +175,15 @@ def encode_chunks(encoder: nn.Module, tokens: Tensor, layer: int, final_norm: bo
 
 
 def pooled(output: Any) -> Tensor:
-    """The pooled state of each text, projected by an encoder that has a projection; (B, D)."""
+    """The pooled state (B, D) of each text in an encoder's output, projected if the encoder has a projection."""
     return output.text_embeds if "text_embeds" in output else output.pooler_output
 
 
 def text_component(stored: Mapping[str, Stored], what: str, activation: str, projection: bool) -> Component:
-    """A text encoder from tensors in OpenAI's naming (`text_model.…`) or OpenCLIP's (`transformer.resblocks.…`), its config
-    read off their shapes. UnmatchedKeys, naming it `what`, when it lacks one of those."""
+    """A text encoder from tensors in OpenAI's naming (`text_model.…`) or OpenCLIP's (`transformer.resblocks.…`).
+
+    Its config follows from their shapes. Raises UnmatchedKeys, with `what` in the message, when a tensor is missing.
+    """
     is_openclip = any(name.startswith("transformer.resblocks.") for name in stored)
     readers = _openclip_readers(stored) if is_openclip else library_readers(stored)
     if not projection:
@@ -202,10 +210,10 @@ def text_component(stored: Mapping[str, Stored], what: str, activation: str, pro
 
 
 def library_readers(readers: Mapping[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Tensor]]:
-    """The tensors of a text encoder in OpenAI's naming under the names of its network here.
+    """The tensors of a text encoder in OpenAI's naming, under the names of its network here.
 
-    Files saved by some versions of transformers lack the leading text_model. They may be of the whole of CLIP, and merging
-    tools leave parts of it that no picture depends on.
+    Files written by some versions of transformers lack the leading `text_model.`, which is added. Tensors of CLIP's vision
+    part, which some files and merging tools keep, are left out.
     """
     left_out = r"vision_model\.|visual_projection\.|(.+\.)?(position_ids|logit_scale)$"
     return {
@@ -216,7 +224,7 @@ def library_readers(readers: Mapping[str, Callable[[], Tensor]]) -> dict[str, Ca
 
 
 def _openclip_readers(stored: Mapping[str, Stored]) -> dict[str, Callable[[], Tensor]]:
-    """The same of one in OpenCLIP's naming; what is no part of the text encoder is left out."""
+    """The tensors of a text encoder in OpenCLIP's naming, under the names of its network here; other tensors are left out."""
     readers: dict[str, Callable[[], Tensor]] = {}
     outside = {
         "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
@@ -248,7 +256,7 @@ def _openclip_readers(stored: Mapping[str, Stored]) -> dict[str, Callable[[], Te
 
 
 class _WithPrefix(nn.Module):
-    """Adds the `text_model.` that transformers 5 has dropped from CLIPTextModel, so that names are the same everywhere."""
+    """A text encoder under the name `text_model`, which transformers 5 has dropped, so that module names stay the same."""
 
     def __init__(self, text_model: nn.Module):
         super().__init__()
@@ -259,17 +267,17 @@ class _WithPrefix(nn.Module):
 
 
 def build_text_encoder(config: dict[str, Any], projection: bool) -> nn.Module:
-    """transformers' CLIPTextModel, or CLIPTextModelWithProjection, with module names that begin with `text_model.`."""
+    """A CLIPTextModel or CLIPTextModelWithProjection of transformers, with module names that begin with `text_model.`."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     keep = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "max_position_embeddings", "hidden_act", "projection_dim")  # fmt: skip
-    # Published configs say 2, at which the pooled state is taken where the number is largest: at an added word.
+    # With 2, as in published configs, transformers pools at the largest token number, which an added word would have.
     text_config = CLIPTextConfig(**{name: config[name] for name in keep if name in config}, eos_token_id=END)
     encoder = (CLIPTextModelWithProjection if projection else CLIPTextModel)(text_config)
     for module in encoder.modules():
         if "position_ids" in module._buffers:
-            # Not in any checkpoint, so it must not stay on the meta device.
+            # No checkpoint has it, so it must not stay on the meta device.
             module.register_buffer(
                 "position_ids", torch.arange(text_config.max_position_embeddings, device="cpu")[None], persistent=False
             )

@@ -1,8 +1,8 @@
-"""Blocks of a denoiser compiled by torch, so that a GPU is not left waiting for the host to start its many small kernels.
+"""The blocks of a denoiser compiled by torch, so that a GPU does not wait for the host to start its many small kernels.
 
-Regional: what the blocks are put together with stays as it is. Blocks of equal widths share one compiled form, which torch
-keeps on disk for later runs; each shape of picture has its own, and so has each length of text where captions are not padded
-to one (Chroma, Qwen-Image). The limits that are set here are torch's of the calling thread.
+This is regional compilation: the code around the blocks is not compiled. Blocks of equal widths share one compiled form,
+which torch keeps on disk for later runs. Each shape of picture has its own, and so has each length of text in families that
+do not pad captions to one length (Chroma, Qwen-Image). The limits set here are torch's, for the calling thread.
 """
 
 import contextlib
@@ -14,21 +14,23 @@ import torch
 from torch import nn
 
 MOST_FORMS = 1024
-"""Of a block that torch may compile before it goes on without: kinds of blocks times shapes of pictures, with the adapter on
-and off, with gradients and without. Its own limit of 8 is for networks that are compiled once."""
+"""The number of compiled forms after which torch stops compiling a block.
+
+There is one for each kind of block and shape of picture, with the adapter on and off, with and without gradients. torch's
+own limit of 8 is meant for networks that are compiled once."""
 
 
 def why_not_compiled(device: torch.device) -> str | None:
-    """What torch says when it is to compile something for the device (no C++ compiler, no Triton...); None if it can."""
+    """The reason why torch cannot compile for the device, such as no C++ compiler or no Triton; None if it can."""
     try:
         torch.compile(torch.sin, dynamic=False)(torch.ones(1, device=device))
-    except Exception as error:  # each reason has a kind of its own
+    except Exception as error:  # torch raises a different class for each reason
         return str(error).strip().partition("\n")[0]
     return None
 
 
 class CompiledBlocks:
-    """Blocks whose forward pass has a compiled form beside its own. Hooks on a block itself stay outside of it."""
+    """Blocks with a compiled forward pass beside their own. Hooks on a block itself are not compiled."""
 
     def __init__(self, blocks: Iterable[nn.Module]):
         self._in_use = False
@@ -40,7 +42,7 @@ class CompiledBlocks:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Within it the compiled forms are used: made when a shape is new, or the block's own where that fails."""
+        """A context that uses the compiled forms, made when a shape is new; a block that fails to compile runs as it is."""
         limits = {"cache_size_limit": MOST_FORMS, "accumulated_cache_size_limit": MOST_FORMS, "suppress_errors": True}
         self._in_use = True
         try:

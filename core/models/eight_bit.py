@@ -1,7 +1,7 @@
-"""Frozen layers that keep their weights in 8 bits, with a scale for each output, and widen them whenever they are used.
+"""Frozen layers with weights in 8 bits and a scale for each output, which are widened whenever they are used.
 
-Rounding to 255 even steps leaves an error of about 1 % of a normally distributed weight; fp8 (e4m3), with its 3 bits of
-mantissa, one of 2.6 %.
+Rounding to 255 even steps leaves an error of about 1 % of a normally distributed weight. fp8 (e4m3), with a mantissa of
+3 bits, leaves 2.6 %.
 """
 
 from typing import Any
@@ -13,23 +13,23 @@ from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
 SMALLEST = 2**16
-"""Weights with fewer elements stay as they are: there is nothing to gain, and the first and last layers are among them."""
+"""The number of elements from which a weight is narrowed. Smaller ones gain little, and include the first and last layers."""
 
 
 def narrowed(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 of the weight's shape, and the float32 scales (out, 1, ...) that it is to be multiplied by."""
+    """The weight rounded to int8, and the float32 scales (out, 1, ...) that multiply it back."""
     wide = weight.detach().float()
     scale = wide.abs().amax(dim=tuple(range(1, weight.ndim)), keepdim=True).clamp_min(1e-12) / 127
     return (wide / scale).round_().to(torch.int8), scale
 
 
 def widened(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The weight in that dtype; without a scale it is what it is."""
+    """The weight multiplied by its scale, in that dtype; unchanged when the scale is None."""
     return weight if scale is None else weight * scale.to(dtype)
 
 
 class EightBitLayer(nn.Module):
-    """What is common to the layers here: `narrow`, `scale` and `bias` in the place of a frozen layer's weight and bias."""
+    """The base class of layers with an int8 weight `narrow` and its `scale` in the place of a frozen layer's weight."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d):
         super().__init__()
@@ -61,7 +61,7 @@ class EightBitConv2d(EightBitLayer):
 
 
 class _Linear(torch.autograd.Function):
-    """The product with the widened weight, which is widened anew for the backward pass instead of being kept."""
+    """A linear layer that widens its weight again for the backward pass, instead of keeping it widened."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, narrow: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -78,7 +78,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _Conv2d(torch.autograd.Function):
-    """The same for a convolution."""
+    """A convolution that widens its weight again for the backward pass, instead of keeping it widened."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, narrow: Tensor, scale: Tensor, bias: Tensor | None, places: tuple) -> Tensor:
@@ -97,7 +97,7 @@ class _Conv2d(torch.autograd.Function):
 
 
 def narrow_weights(network: nn.Module) -> None:
-    """Puts layers with 8-bit weights in the place of the network's large frozen Linear and Conv2d layers."""
+    """Replaces the large frozen Linear and Conv2d layers of a network by layers with 8-bit weights."""
     for path, layer in list(network.named_modules()):
         if not isinstance(layer, nn.Linear | nn.Conv2d) or layer.weight.requires_grad:
             continue
