@@ -1,4 +1,4 @@
-"""What SD1.x and SDXL have in common: UNet and VAE read off an original (LDM) checkpoint."""
+"""The UNet and the VAE of SD1.x and SDXL, from an original (LDM) checkpoint."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -40,7 +40,7 @@ def ldm_vae_path(path: str, levels: int = 4) -> str:
 
 
 def diffusers_vae_path(path: str, levels: int = 4) -> str:
-    """The diffusers name of an original VAE module or tensor: the inverse of `ldm_vae_path`. diffusers' own stay."""
+    """The diffusers name of an original VAE module or tensor, the inverse of `ldm_vae_path`. Names of diffusers stay."""
     side, _, rest = path.partition(".")
     if side not in ("encoder", "decoder"):
         return path
@@ -60,27 +60,28 @@ _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_att
 
 
 def current_vae_path(path: str) -> str:
-    """Today's name of a VAE's tensor in diffusers' naming, which may be that of an old diffusers."""
+    """The name in today's diffusers of a VAE's tensor, whose name may be that in an old diffusers."""
     head, attention, tail = path.rpartition(".attentions.0.")
     return head + attention + replace_head(tail, _OLD_VAE_ATTENTION)
 
 
 def count_children(names: Iterable[str], prefix: str) -> int:
-    """How many numbered children `prefix` has: 1 + the largest n in `<prefix>.<n>.…`, 0 when there is none."""
+    """The number of numbered children of `prefix`: 1 + the largest n in `<prefix>.<n>.…`, 0 when there is none."""
     pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
     numbers = [int(match[1]) for name in names if (match := pattern.match(name))]
     return max(numbers, default=-1) + 1
 
 
 FIRST_WEIGHT, POOLED_WEIGHT = "input_blocks.0.0.weight", "label_emb.0.0.weight"
-"""Of a Stable Diffusion UNet, and of one that is told more than text (SDXL)."""
+"""A tensor of every Stable Diffusion UNet, and one of UNets with pooled text and sizes as inputs (SDXL)."""
 VAE_PREFIXES = ("first_stage_model.", "vae.")
 
 
 def unet_component(tensors: Mapping[str, Tensor], head_width: int | None) -> Component:
-    """The denoiser of an original checkpoint, its diffusers config read off the shapes of its tensors.
+    """The denoiser of an original checkpoint, with a diffusers config that follows from the shapes of its tensors.
 
-    `head_width` is the width of an attention head (64 in SDXL); None means eight heads whatever the width (SD1.x).
+    `head_width` is the width of an attention head (64 in SDXL); None means eight heads whatever the width (SD1.x). Raises
+    UnmatchedKeys or UnknownFamily when it is no such UNet.
     """
     prefix = DENOISER_PREFIX
     names = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
@@ -120,7 +121,7 @@ def unet_component(tensors: Mapping[str, Tensor], head_width: int | None) -> Com
         "layers_per_block": layers,
         "down_block_types": tuple("CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths),
         "up_block_types": tuple("CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(depths)),
-        # The last entry also counts the blocks in the middle.
+        # The last entry also sets the number of blocks in the middle.
         "transformer_layers_per_block": tuple([*(max(depth, 1) for depth in depths[:-1]), mid_depth]),
         "cross_attention_dim": context_width,
         "attention_head_dim": 8 if head_width is None else tuple(width // head_width for width in widths),
@@ -139,7 +140,7 @@ def unet_component(tensors: Mapping[str, Tensor], head_width: int | None) -> Com
 
 
 def original_unet_names(names: Collection[str]) -> dict[str, str]:
-    """diffusers' name -> original name of a UNet's tensors; nothing where it is no UNet in diffusers' naming."""
+    """The original names of a UNet's tensors, by their diffusers names; empty when it is no UNet in diffusers naming."""
     layers = count_children(names, "down_blocks.0.resnets")
     if not layers:
         return {}
@@ -153,7 +154,10 @@ def original_unet_names(names: Collection[str]) -> dict[str, str]:
 def vae_component(
     tensors: Mapping[str, Tensor], latent_scale: float, latent_shift: float | None = None, quant_conv: bool = True
 ) -> Component:
-    """The VAE of a checkpoint in original or diffusers naming, its diffusers config read off the shapes of its tensors."""
+    """The KL VAE of a checkpoint in original or diffusers naming, with a config that follows from the shapes of its tensors.
+
+    `quant_conv` says whether it has the convolutions around its latents. Raises UnmatchedKeys when it is not such a VAE.
+    """
     prefix = next((prefix for prefix in VAE_PREFIXES if any(name.startswith(prefix) for name in tensors)), "")
     parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
     given = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
@@ -187,27 +191,27 @@ def vae_component(
 
     def read(name: str) -> Tensor:
         tensor = tensors[name]
-        # The original attention is made of 1x1 convolutions, diffusers' of linear layers.
+        # The original attention has 1x1 convolutions, and that of diffusers linear layers.
         return tensor.flatten(1) if ".attn_1." in name and tensor.ndim == 4 else tensor
 
     return Component(config, LazyTensors({name: partial(read, full) for name, full in names.items()}))
 
 
 def other_model(config: dict[str, Any]) -> str | None:
-    """The model that is in diffusers' folders of SD1.x or SDXL and is neither, by its UNet's config."""
+    """The name of another model whose diffusers folder has the pipeline of SD1.x or SDXL, by its UNet's config; else None."""
     if config.get("cross_attention_dim") == 1024:
         return "Stable Diffusion 2.x"
     return "a latent consistency model, distilled to a few steps" if config.get("time_cond_proj_dim") else None
 
 
 def unet_latent_shape(components: Mapping[str, Component]) -> LatentShape:
-    """Every level of the UNet but the last halves the latents."""
+    """The shape of a UNet's latents. Every level but the last halves them, so their sides must be divisible by that."""
     config = components["denoiser"].config
     return LatentShape(config["in_channels"], kl_pixels(components), 2 ** (len(config["block_out_channels"]) - 1))
 
 
 def kl_pixels(components: Mapping[str, Component]) -> int:
-    """Pixels along a side of one latent of AutoencoderKL; 8, as in the published models, where there is none."""
+    """The pixels along a side of one latent of AutoencoderKL; 8, as in the published models, when there is no VAE."""
     return 2 ** (len(components["vae"].config["block_out_channels"]) - 1) if "vae" in components else 8
 
 
@@ -234,4 +238,4 @@ UNET_TARGETS["transformer+conv"] = (
     rf"{UNET_TARGETS['transformer']}|({_UNET_BLOCKS})\."
     r"(resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)|(downsamplers|upsamplers)\.\d+\.conv)"
 )
-"""What sd-scripts adapts with `conv_dim`: its names are checked against a list made by it."""
+"""The modules that sd-scripts adapts with `conv_dim`. The tests compare their names with lists made by sd-scripts."""

@@ -1,4 +1,4 @@
-"""Memory: the ways in which a training step can need less of it, and how much it will need, found out without doing it."""
+"""Memory plans: ways in which a training step needs less memory, and the counting of how much it will need."""
 
 import weakref
 from collections.abc import Iterable, Sequence
@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from .eight_bit import narrow_weights
 
 RESERVE = 0.9
-"""Share of the free memory that a plan may fill: the allocator cannot use all of it, and kernels need some to work in."""
+"""The share of the free memory that a plan may fill. The allocator cannot use all of it, and kernels need workspace."""
 
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0, "prodigy": 16}
-"""What each optimizer keeps for a trained number. (Adafactor keeps a row and a column of each matrix.)"""
+"""The bytes of state that each optimizer keeps for a trained number. Adafactor keeps only a row and a column of each matrix."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,15 @@ class MemoryPlan:
     """How a run saves memory."""
 
     recompute: Literal["nothing", "half", "everything"] = "nothing"
-    """Blocks whose activations are computed again in the backward pass instead of being kept. Half of them: those with the
-    fewest weights, whose activations are the largest for the arithmetic."""
+    """The blocks whose activations are recomputed in the backward pass instead of being kept.
+
+    "half" means those with the fewest weights, whose activations are the largest for the arithmetic that they cost."""
     weights: Literal["full", "8 bits"] = "full"
-    """The frozen weights of the denoiser: in the precision of the run, or in 8 bits (core/models/eight_bit.py)."""
+    """How the denoiser's frozen weights are stored: in the precision of the run, or in 8 bits (core/models/eight_bit.py)."""
     offload: Literal["nothing", "half", "everything"] = "nothing"
-    """Blocks whose frozen weights stay in the computer's memory, and come to the device one block ahead. Half of them: every
-    other one, so that each comes while one that is there works."""
+    """The blocks whose frozen weights stay in the computer's memory, and are copied to the device one block ahead.
+
+    "half" means every other block, so that each is copied while a block that is on the device works."""
 
     def __str__(self) -> str:
         parts = [f"{self.recompute} recomputed"]
@@ -50,11 +52,11 @@ PLANS = (
     MemoryPlan("everything", "8 bits", "half"),
     MemoryPlan("everything", "8 bits", "everything"),
 )
-"""From the fastest to the smallest. Only 8 bits change what is computed."""
+"""The plans from the fastest to the smallest. Only 8 bits change the results."""
 
 
 def plans_for(gradient_checkpointing: Literal["auto", "on", "off"], frozen: bool = True) -> tuple[MemoryPlan, ...]:
-    """The plans that the setting allows, from the fastest to the smallest; recomputing alone where no weights are `frozen`."""
+    """The plans that the setting allows, from the fastest to the smallest. Without `frozen` weights they only recompute."""
     plans = [plan for plan in PLANS if frozen or (plan.weights, plan.offload) == ("full", "nothing")]
     if gradient_checkpointing == "auto":
         return tuple(plans)
@@ -66,9 +68,9 @@ def plans_for(gradient_checkpointing: Literal["auto", "on", "off"], frozen: bool
 
 
 def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
-    """The blocks that diffusers' networks can recompute: the innermost ones in lists of modules that know how to.
+    """The blocks of a diffusers network that can be recomputed: the innermost ones in its lists of modules.
 
-    (Down- and upsamplers stand in such lists too, but are never recomputed.)
+    Down- and upsamplers are in such lists too, but diffusers never recomputes them.
     """
     blocks = {
         block: None
@@ -82,7 +84,7 @@ def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
 
 
 class MemorySaver:
-    """A denoiser under a plan, which may give way to a smaller one between two steps."""
+    """Applies a memory plan to a denoiser, and a smaller one between two steps when memory runs out."""
 
     def __init__(self, denoiser: nn.Module, device: torch.device):
         self.plan = MemoryPlan()
@@ -92,7 +94,7 @@ class MemorySaver:
         self._offload = BlockOffload(device)
 
     def adopt(self, plan: MemoryPlan) -> None:
-        """Goes over to a plan that saves at least as much as the one so far."""
+        """Changes to a plan that saves at least as much memory as the current one."""
         by_size = sorted(self._blocks, key=lambda block: sum(p.numel() for p in block.parameters()))
         count = {"nothing": 0, "half": len(by_size) // 2, "everything": len(by_size)}[plan.recompute]
         self._recomputed = set(by_size[:count])
@@ -109,22 +111,22 @@ class MemorySaver:
         self.plan = plan
 
     def resident(self) -> list[Tensor]:
-        """The denoiser's tensors that are on the device between two steps."""
+        """The tensors of the denoiser that stay on the device between two steps."""
         at_home = set(self._offload.parameters())
         return [t for t in [*self._denoiser.parameters(), *self._denoiser.buffers()] if t not in at_home]
 
     def _run(self, block: Any, *inputs: Any) -> Any:
-        """What diffusers calls a block through where it could be recomputed."""
+        """Runs a block, with recomputation if the plan says so. diffusers calls every block that can be recomputed by it."""
         if block in self._recomputed:
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
 
 class BlockOffload:
-    """Frozen weights of blocks in the computer's memory. Those of a block are on the device while it runs; the next block's
-    are under way then, in the order of the time before.
+    """Keeps the frozen weights of blocks in the computer's memory, and on the device only while their block runs.
 
-    What the backward pass keeps of a block's weights it keeps on the device: blocks have to be recomputed.
+    While a block runs, the weights of the next one are copied, in the order of the last pass. The blocks must also be
+    recomputed, since the backward pass would otherwise keep their weights on the device.
     """
 
     def __init__(self, device: torch.device):
@@ -136,7 +138,7 @@ class BlockOffload:
         self._following: dict[tuple[nn.Module | None, nn.Module | None], nn.Module] = {}
 
     def take(self, blocks: Sequence[nn.Module]) -> None:
-        """From now on also offloads those of the blocks that it does not yet."""
+        """Starts to offload those of the blocks that are not offloaded yet."""
         if blocks and self._stream is None and self._device.type == "cuda":
             self._stream = torch.cuda.Stream(self._device)
         self._following.clear()
@@ -173,7 +175,7 @@ class BlockOffload:
                 tensor.record_stream(current)
         for (module, name), tensor in zip(self._home[block], tensors, strict=True):
             module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
-        # Forward and backward pass through the same block in another direction: what follows depends on where it comes from.
+        # The next block depends on the block before, since the backward pass goes through the blocks in reverse.
         self._following[self._visited] = block
         self._visited = (self._visited[1], block)
         following = self._following.get(self._visited)
@@ -188,7 +190,7 @@ class BlockOffload:
 
 
 class MemoryCount(TorchDispatchMode):
-    """Within it, the bytes of all tensors that are made, as long as they live: `peak` is the most at a time."""
+    """A context that counts the bytes of all tensors made in it while they are alive; `peak` is the most at a time."""
 
     def __init__(self):
         super().__init__()
@@ -203,7 +205,7 @@ class MemoryCount(TorchDispatchMode):
         return result
 
     def leave_out(self, tensor: Tensor) -> None:
-        """Tensors that were there before are not counted when an operation returns them."""
+        """Does not count a tensor, made before, when an operation returns it."""
         self._seen.add(tensor.untyped_storage()._cdata)
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -222,5 +224,5 @@ class MemoryCount(TorchDispatchMode):
 
 
 def unique_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the tensors, those that share memory once."""
+    """The bytes of the tensors, where memory that several share counts once."""
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())

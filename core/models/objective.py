@@ -1,4 +1,4 @@
-"""What the denoiser is asked to predict, and how its error is weighed: pure maths on tensors.
+"""The training objective: how noise is added, what the denoiser predicts, and how its error is weighted.
 
 A training picture x_0 is mixed with noise e at timestep t: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e (DDPM, arXiv:2006.11239),
 where a_t is the cumulative product of the schedule's alphas and SNR_t = a_t / (1 - a_t).
@@ -20,10 +20,10 @@ TIMESTEPS = 1000
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """A variance-preserving noise process: SD1.x's and SDXL's."""
+    """A variance-preserving noise process, as in SD1.x and SDXL."""
 
     alphas_cumprod: Tensor
-    """(1000,) float32: the share of the picture's variance that is left at each timestep."""
+    """(1000,) float32: a_t, the share of the picture's variance that is left at each timestep."""
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
 
     @classmethod
@@ -41,19 +41,19 @@ class NoiseSchedule:
         return NoiseSchedule(self.alphas_cumprod.to(device), self.prediction_type)
 
     def draw_timesteps(self, latents: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:
-        """A timestep for each of the latents (B, C, H, W), as `draw_timesteps`."""
+        """A timestep (B,) for each of the latents (B, C, H, W), drawn by the function `draw_timesteps`."""
         return draw_timesteps(len(latents), config, generator, latents.device)
 
     def _signal(self, timesteps: Tensor) -> Tensor:
         return self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t, (B, C, H, W)."""
+        """The noisy latents x_t, (B, C, H, W)."""
         signal = self._signal(timesteps)
         return signal.sqrt() * latents + (1 - signal).sqrt() * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The noise, or v = sqrt(a) e - sqrt(1 - a) x_0 (arXiv:2202.00512)."""
+        """The target of the prediction, (B, C, H, W): the noise, or v = sqrt(a) e - sqrt(1 - a) x_0 (arXiv:2202.00512)."""
         if self.prediction_type == "epsilon":
             return noise
         signal = self._signal(timesteps)
@@ -62,13 +62,14 @@ class NoiseSchedule:
     def loss_weights(self, timesteps: Tensor, config: TrainConfig) -> Tensor:
         """The weight of each sample's loss, (B,).
 
-        min-SNR-gamma (arXiv:2303.09556) clips the weight that a loss on x_0 would have at gamma: min(SNR, gamma) / SNR for
-        epsilon, / (SNR + 1) for v. Debiased estimation (arXiv:2310.08442): 1 / sqrt(SNR), and for v 1 / (SNR + 1).
+        min-SNR-gamma (arXiv:2303.09556) clips the weight that a loss on x_0 would have at gamma, and so is
+        min(SNR, gamma) / SNR for epsilon and min(SNR, gamma) / (SNR + 1) for v. Debiased estimation (arXiv:2310.08442) is
+        1 / sqrt(SNR) for epsilon and 1 / (SNR + 1) for v.
         """
         signal = self.alphas_cumprod[timesteps]
         snr = signal / (1 - signal)
         if config.debiased:
-            # SNR reaches 0 with zero terminal SNR; sd-scripts bounds the weight from the other side, at SNR 1000.
+            # SNR reaches 0 with zero terminal SNR. The upper bound, SNR 1000, is that of sd-scripts.
             return 1 / (snr + 1) if self.prediction_type == "v_prediction" else 1 / snr.clamp(1e-4, 1e3).sqrt()
         if not config.min_snr_gamma:
             return torch.ones_like(snr)
@@ -80,28 +81,29 @@ class NoiseSchedule:
 class FlowSchedule:
     """A rectified flow (arXiv:2209.03003): x_t = (1 - t) x_0 + t e, and the denoiser predicts its velocity, e - x_0.
 
-    Timesteps are 1000 t. Times are shifted towards noise, since a larger picture is destroyed later by the same noise:
-    t' = s t / (1 + (s - 1) t) (arXiv:2403.03206, eq. 23).
+    Timesteps are 1000 t. Times are shifted towards noise, t' = s t / (1 + (s - 1) t) (arXiv:2403.03206, eq. 23), since the
+    same noise destroys less of a larger picture.
     """
 
     shift: Callable[[int], float]
-    """Positions of the denoiser in a picture -> s."""
+    """A function that gives s for the number of the denoiser's positions in a picture."""
     positions_side: int
-    """Latents along a side of a position."""
+    """The number of latents along a side of a position."""
 
     def to(self, device: torch.device) -> "FlowSchedule":
         return self
 
     def shift_for(self, latents: Tensor, config: TrainConfig | None = None) -> float:
-        """The s of latents (B, C, H, W): the config's, else the family's."""
+        """The shift s for latents (B, C, H, W): that of the settings, else the family's."""
         if config is not None and config.timestep_shift is not None:
             return config.timestep_shift
         return self.shift(latents.shape[2] * latents.shape[3] // self.positions_side**2)
 
     def draw_timesteps(self, latents: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:
-        """A timestep for each of the latents, float32 in the config's range.
+        """A timestep (B,) for each of the latents, float32 in the range of the settings.
 
-        Times are logit-normal, the sigmoid of a standard normal (arXiv:2403.03206, section 3.1), or uniform; then shifted.
+        Times are drawn logit-normally, as the sigmoid of a normal (arXiv:2403.03206, section 3.1), or uniformly, and then
+        shifted.
         """
         if config.timestep_sampling == "uniform":
             times = torch.rand(len(latents), generator=generator, device=latents.device) ** math.exp(
@@ -114,20 +116,20 @@ class FlowSchedule:
         return config.timestep_min + times * (config.timestep_max + 1 - config.timestep_min)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t, (B, C, H, W)."""
+        """The noisy latents x_t, (B, C, H, W)."""
         times = timesteps.view(-1, 1, 1, 1) / TIMESTEPS
         return (1 - times) * latents + times * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The velocity e - x_0."""
+        """The velocity e - x_0, (B, C, H, W), which the denoiser predicts."""
         return noise - latents
 
     def loss_weights(self, timesteps: Tensor, config: TrainConfig) -> Tensor:
-        """1 for each sample: how often a time is drawn is its weight."""
+        """A weight of 1 for each sample, (B,), since times are weighted by how often they are drawn."""
         return torch.ones_like(timesteps)
 
     def sampling_times(self, steps: int, latents: Tensor) -> Tensor:
-        """(steps + 1,) times from 1 to 0 for sampling latents of this size: evenly spaced, then shifted as in training."""
+        """The times (steps + 1,) from 1 to 0 for sampling these latents, evenly spaced and then shifted as in training."""
         return shift_times(torch.linspace(1, 0, steps + 1, device=latents.device), self.shift_for(latents))
 
 
@@ -139,20 +141,23 @@ def shift_times(times: Tensor, shift: float) -> Tensor:
 
 
 def linear_shift(low: int, mu_low: float, high: int, mu_high: float) -> Callable[[int], float]:
-    """exp(mu), with mu linear in the positions between two known points (Black Forest Labs' code for FLUX.1)."""
+    """A function of a number of positions that gives exp(mu), with mu linear through (low, mu_low) and (high, mu_high).
+
+    It is from Black Forest Labs' code for FLUX.1.
+    """
     slope = (mu_high - mu_low) / (high - low)
     return lambda positions: math.exp(mu_low + slope * (positions - low))
 
 
 def rescale_to_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
-    """The schedule shifted and scaled in sqrt(a_t) so that its last timestep is pure noise (arXiv:2305.08891, alg. 1)."""
+    """The schedule with sqrt(a_t) shifted and scaled so that its last timestep is pure noise (arXiv:2305.08891, alg. 1)."""
     root = alphas_cumprod.sqrt()
     rescaled = (root - root[-1]) * root[0] / (root[0] - root[-1])
     return rescaled**2
 
 
 def draw_timesteps(count: int, config: TrainConfig, generator: torch.Generator, device: torch.device) -> Tensor:
-    """(count,) whole timesteps in the config's range; bias b draws u^(exp(-b)), so that 0 is uniform."""
+    """Whole timesteps (count,) in the range of the settings. A bias b draws u^(exp(-b)), which is uniform for 0."""
     uniform = torch.rand(count, generator=generator, device=device)
     if config.timestep_bias:
         uniform = uniform ** math.exp(-config.timestep_bias)
@@ -161,10 +166,10 @@ def draw_timesteps(count: int, config: TrainConfig, generator: torch.Generator, 
 
 
 def draw_noise(like: Tensor, config: TrainConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The noise that is predicted and the noise that is put on the input, both (B, C, H, W).
+    """The noise that is predicted and the noise that is added to the input, both (B, C, H, W).
 
-    They differ by the input perturbation (arXiv:2301.11706). Noise offset adds a constant to each channel, so that the
-    model learns to change overall brightness (crosslabs.org/blog/diffusion-with-offset-noise).
+    They differ by the input perturbation (arXiv:2301.11706). Noise offset adds a random constant to each channel, so that
+    the model learns to change the overall brightness (crosslabs.org/blog/diffusion-with-offset-noise).
     """
     noise = torch.randn(like.shape, generator=generator, device=like.device)
     if config.noise_offset:
@@ -177,11 +182,11 @@ def draw_noise(like: Tensor, config: TrainConfig, generator: torch.Generator) ->
 
 
 def sample_losses(prediction: Tensor, target: Tensor, mask: Tensor | None, config: TrainConfig) -> Tensor:
-    """The loss of each sample, (B,): mean over channels and pixels.
+    """The loss of each sample, (B,), a mean over channels and latents.
 
-    `mask` (B, 1, H, W) in [0, 1] weighs the pixels, its outside by the config's background weight; the sum is divided by
-    the mask's area, so that a small face does not make a small loss. The Huber loss is the pseudo-Huber of
-    arXiv:2310.14189 scaled to equal the squared error for small errors.
+    `mask` (B, 1, H, W) in [0, 1] weights the latents, where 0 counts as the settings' background weight. The sum is divided
+    by the sum of the weights, so that a small face does not make a small loss. The Huber loss is the pseudo-Huber of
+    arXiv:2310.14189, scaled to equal the squared error for small errors.
     """
     difference = prediction.float() - target.float()
     if config.loss == "huber":
@@ -197,5 +202,5 @@ def sample_losses(prediction: Tensor, target: Tensor, mask: Tensor | None, confi
 
 
 def shrink_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """A pixel mask (1, H, W) averaged down to the latents' (height, width)."""
+    """A mask of pixels (1, H, W) averaged over each latent, (1, height, width) for `size` (height, width)."""
     return F.interpolate(mask.unsqueeze(0), size=size, mode="area").squeeze(0)

@@ -1,4 +1,4 @@
-"""A whole base model under the names of the original checkpoints of SD1.x and SDXL, as ComfyUI and others load it."""
+"""A whole base model as a checkpoint in the original naming of SD1.x and SDXL, which ComfyUI and other programs load."""
 
 import os
 import re
@@ -25,13 +25,13 @@ _OPENCLIP_OUTSIDE = {
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A whole base model in the original naming, as it stands in a file."""
+    """A whole base model as it is in a checkpoint file, with tensors in the original naming."""
 
     family: str
     metadata: dict[str, str]
     tensors: Mapping[str, Tensor] = field(repr=False)
     name: str = "checkpoint"
-    """What messages call it: the file's path."""
+    """The name of the checkpoint in messages: the file's path, if it is from a file."""
 
     def save(
         self,
@@ -39,7 +39,7 @@ class Checkpoint:
         dtype: torch.dtype = torch.float16,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """Writes the file, whole or not at all, its floating-point tensors in that dtype. BadFile when that cannot be."""
+        """Writes the file, whole or not at all, with floating-point tensors in that dtype. Raises BadFile when that fails."""
         layout = layout_in(self.tensors, dtype)
 
         def read(key: str) -> Tensor:
@@ -48,12 +48,15 @@ class Checkpoint:
         write_safetensors(path, layout, read, self.metadata, on_progress=on_progress)
 
     def with_metadata(self, metadata: Mapping[str, str]) -> "Checkpoint":
-        """The same tensors with other metadata."""
+        """A checkpoint with the same tensors and other metadata."""
         return replace(self, metadata=dict(metadata))
 
 
 def original_tensors(base: Base, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, from part (denoiser, vae, text encoders) -> tensors under the library's names."""
+    """The tensors of a checkpoint by their original names.
+
+    `parts` has the tensors of the denoiser, the VAE and the text encoders by their names in diffusers and transformers.
+    """
     result: dict[str, Tensor] = {}
     unet, levels = base.components["denoiser"].config, len(base.components["vae"].config["block_out_channels"])
     attention_above = [kind.startswith("CrossAttn") for kind in unet["up_block_types"]]
@@ -64,13 +67,13 @@ def original_tensors(base: Base, parts: Mapping[str, Mapping[str, Tensor]]) -> d
         result[f"model.diffusion_model.{in_unet(name)}"] = tensor
     for name, tensor in parts["vae"].items():
         path = ldm_vae_path(name, levels)
-        # The original attention is made of 1x1 convolutions.
+        # The original attention has 1x1 convolutions, and that of diffusers linear layers.
         is_convolution = ".attn_1." in path and tensor.ndim == 2
         result[f"first_stage_model.{path}"] = tensor[:, :, None, None] if is_convolution else tensor
     for part, prefix in base.family.names.checkpoint_prefixes.items():
         named = _openclip(parts[part]) if part == "text_encoder_2" else parts[part]
         result |= {prefix + name: tensor for name, tensor in named.items()}
-    # What tells readers of these files how the model predicts.
+    # Readers of these files know by marker tensors how the model predicts.
     if base.prediction_type == "v_prediction":
         result["v_pred"] = torch.zeros(0)
     if base.zero_terminal_snr:
@@ -79,7 +82,7 @@ def original_tensors(base: Base, parts: Mapping[str, Mapping[str, Tensor]]) -> d
 
 
 def _openclip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A text encoder in OpenCLIP's naming, where q, k and v are one and the projection is the other way round."""
+    """The tensors of a text encoder in OpenCLIP's naming, which joins q, k and v and transposes the projection."""
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name in _OPENCLIP_OUTSIDE:

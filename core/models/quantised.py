@@ -1,4 +1,4 @@
-"""Weights that are stored with scales (fp8 "scaled" files), given as the weights that they stand for."""
+"""Reads quantised weights that are stored with scales (fp8 "scaled" files) as the weights that they stand for."""
 
 import json
 import math
@@ -16,30 +16,30 @@ from .spec import UNQUANTISED
 _WEIGHT_SCALES = (".scale_weight", ".weight_scale")
 _NOT_WEIGHTS = (*_WEIGHT_SCALES, ".scale_input", ".input_scale", ".comfy_quant")
 _MARKER = "scaled_fp8"
-"""An empty tensor that ComfyUI's first scaled files are known by."""
+"""An empty tensor by which ComfyUI marked its first scaled files."""
 _PACKED = (".absmax", ".weight_scale_2", ".qweight", ".SCB", "._data")
-"""What stands beside weights of 4 or 8 bits: of bitsandbytes, NVFP4, GPTQ and Nunchaku, quanto."""
+"""Endings of tensors beside weights in 4 or 8 bits, by bitsandbytes, NVFP4, GPTQ and Nunchaku, and quanto."""
 _HEADERS_FORMATS = "_quantization_metadata"
-"""Where ComfyUI names the format of each layer in the metadata, in the place of tensors that do."""
+"""The key in the metadata under which ComfyUI names the format of each layer, when no tensors do."""
 
 
 def sign_of_quantisation(file: SafetensorsFile) -> str | None:
-    """The first thing in a file by which its weights are not stored as what they are; None: they all are."""
+    """The name of a tensor or metadata key that shows that a file is quantised; None when it is not."""
     endings = (*_NOT_WEIGHTS, *_PACKED, _MARKER)
     tensors = (name for name in file if name.endswith(endings) or _is_whole(file, name))
     return next(tensors, _HEADERS_FORMATS if _HEADERS_FORMATS in file.metadata else None)
 
 
 def _is_whole(file: SafetensorsFile, name: str) -> bool:
-    """Whether a weight is stored in whole numbers."""
+    """Whether a tensor is a weight stored as whole numbers."""
     return name.endswith(".weight") and not file.dtypes[name].is_floating_point
 
 
 def dequantised(tensors: Mapping[str, Tensor], what: str) -> Mapping[str, Tensor]:
-    """The tensors with scales multiplied in (bf16), each when it is asked for; the same mapping where there are no scales.
+    """The tensors with weights multiplied by their scales (bf16), on demand; the same mapping when there are no scales.
 
-    Reads fp8 with a scale a tensor or an output row, in ComfyUI's two layouts: `X.scale_weight`, and `X.weight_scale` with
-    `X.comfy_quant`. BadFile names `what` and a layout that is not read.
+    It reads fp8 with a scale for each tensor or output row, in ComfyUI's two layouts: `X.scale_weight`, and `X.weight_scale`
+    with `X.comfy_quant`. Raises BadFile, with `what` in the message, for any other quantisation.
     """
     scaled = {
         name.removesuffix(suffix) + ".weight": name
@@ -75,7 +75,7 @@ def dequantised(tensors: Mapping[str, Tensor], what: str) -> Mapping[str, Tensor
 
 @dataclass(frozen=True, eq=False)
 class _Scaled(Stored):
-    """Reads a weight times its scale."""
+    """A weight that is multiplied by its scale when it is read."""
 
     scale: str
 
@@ -88,7 +88,7 @@ class _Scaled(Stored):
 
 
 def _formats(tensors: Mapping[str, Tensor], what: str) -> dict[str, str]:
-    """Layer -> its format, as far as tensors or the metadata name it."""
+    """The format of each layer that tensors or the metadata name one for, by layer. Raises BadFile when they are damaged."""
     ending = ".comfy_quant"
     try:
         layers = {

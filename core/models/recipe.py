@@ -1,4 +1,4 @@
-"""What a recipe is: how much a family's models are trained, and how, for little, usual or much time."""
+"""The settings of a family's training for little, usual or much time."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,16 +10,15 @@ RECIPES = ("fast", "balanced", "best")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How much is trained and how, whatever the batch size: steps and learning rate follow from it."""
+    """How a family is trained, independent of the batch size, from which steps and learning rate then follow."""
 
     photos: int
-    """Photos seen, all passes and repeats together; steps are these divided by the photos of a step."""
+    """The number of photos seen in the whole training; divided by the photos in a step it gives the steps."""
     rate: float
-    """Learning rate where a step sees one photo. It grows with the square root of the photos of a step, as the noise of
-    their mean falls by it (arXiv:2205.10287, for Adam)."""
+    """The learning rate for one photo in a step. It grows with the square root of the photos in a step
+    (arXiv:2205.10287, for Adam)."""
     rank: int
     batch_size: int = 1
-    """Photos in a forward pass, unless others are asked for."""
+    """The photos in a forward pass, unless the user sets another number."""
     settings: Mapping[str, Any] | None = None
-    """Whatever else differs from TrainConfig's defaults. With photos held out (`hold_out`), likeness is measured and the
-    best checkpoint is kept."""
+    """Other settings that differ from the defaults of TrainConfig."""

@@ -1,4 +1,4 @@
-"""What a model family has to say of itself: the seam between the families and everything that is shared by them."""
+"""The interface between the model families and the code that they share: `FamilySpec`, which describes one family."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,62 +14,64 @@ from .recipe import Recipe
 
 PredictionType = Literal["epsilon", "v_prediction", "flow"]
 Conditioning = dict[str, Tensor]
-"""What steers the denoiser beside the timestep, first dimension the batch. Only its family knows what is in it."""
+"""The inputs of the denoiser beside latents and timestep, each with the batch as its first dimension.
+
+Only its family knows what is in it."""
 Pair = tuple[Conditioning, Conditioning]
-"""That of a picture's prompt and of its negative prompt, padded to each other."""
+"""The conditioning of a picture's prompt and of its negative prompt, padded to one length."""
 
 
 @dataclass(frozen=True)
 class Component:
-    """One network of a base model as its library (diffusers, transformers) describes it."""
+    """A network of a base model, as its library (diffusers, transformers) describes it."""
 
     config: dict[str, Any]
-    """Arguments of the network's class."""
+    """The arguments of the network's class."""
     tensors: Mapping[str, Tensor]
-    """Weights under the library's names; text encoders always with the leading `text_model.`."""
+    """The weights by the library's names, which for CLIP always begin with `text_model.`."""
 
 
 @dataclass(frozen=True)
 class LatentShape:
-    """Latents as the denoiser sees them."""
+    """The shape of latents in the form that the denoiser takes."""
 
     channels: int
     pixels: int
-    """Pixels along a side of one latent."""
+    """The number of pixels along a side of one latent."""
     multiple: int
-    """Height and width in latents are multiples of this."""
+    """The height and the width in latents must be multiples of this."""
     positions_side: int = 1
-    """Latents along a side of one of the denoiser's positions (tokens)."""
+    """The number of latents along a side of one of the denoiser's positions (tokens)."""
 
 
 DENOISER_PREFIX = "model.diffusion_model."
-"""Of the denoiser's tensors in a checkpoint in original naming, wherever they came from."""
+"""The prefix of the denoiser's tensors in a checkpoint in original naming."""
 
 
 UNQUANTISED = "give the model in bf16, fp16 or fp8"
-"""What to do about a model that is quantised in a way that cannot be read."""
+"""The advice in errors about a model that is quantised in a way that cannot be read."""
 
 
 def encode_kl(vae: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of the latents of diffusers' AutoencoderKL, scaled by its config."""
+    """The mean and the deviation (B, C, h, w) of AutoencoderKL's latents, scaled by its config, of pixels (B, 3, H, W)."""
     distribution = vae.encode(pixels).latent_dist  # pyright: ignore
     scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0  # pyright: ignore
     return (distribution.mean - shift) * scale, distribution.std * scale
 
 
 def decode_kl(vae: nn.Module, latents: Tensor) -> Tensor:
-    """Pixels of scaled latents by diffusers' AutoencoderKL."""
+    """The pixels (B, 3, H, W), about -1 to 1, that diffusers' AutoencoderKL decodes from scaled latents (B, C, h, w)."""
     scale, shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0  # pyright: ignore
     return vae.decode(latents / scale + shift).sample  # pyright: ignore
 
 
 def holds_numbers(tensor: Tensor) -> bool:
-    """False while the memory of a step is predicted (core/models/memory_plan.py), where only shapes are known."""
+    """Whether the tensor has values; the fake tensors by which memory is predicted have only shapes."""
     return not hasattr(tensor, "fake_mode")
 
 
 def stack_conditioning(parts: Sequence[Conditioning]) -> Conditioning:
-    """The conditioning of a batch. Texts of different lengths are filled up with zeros: their family then carries a mask."""
+    """The conditioning of a batch. Texts of different lengths are padded with zeros; their family has a `context_mask`."""
     joined = {}
     for name, first in parts[0].items():
         tensors = [part[name] for part in parts]
@@ -81,136 +83,143 @@ def stack_conditioning(parts: Sequence[Conditioning]) -> Conditioning:
 
 
 def stacked_with(conditioning: Conditioning) -> tuple[torch.Size, ...]:
-    """Equal for texts that can be in one batch without filling up, or with it where a mask says so."""
+    """A key that is equal for conditionings that can be stacked into one batch: of equal shapes, or with a `context_mask`."""
     return () if "context_mask" in conditioning else tuple(value.shape for value in conditioning.values())
 
 
 def on_device(conditioning: Conditioning, device: torch.device) -> Conditioning:
-    """The conditioning on the device, but `context_mask` on the CPU: a family asks it how long its texts are, for which a
-    GPU would have to be waited for at every step."""
+    """The conditioning on the device, except for `context_mask`, which stays on the CPU.
+
+    Families read the lengths of texts from it, which on a GPU would wait for the device at every step.
+    """
     return {name: value.to("cpu" if name == "context_mask" else device) for name, value in conditioning.items()}
 
 
 @dataclass(frozen=True)
 class FamilySpec:
-    """A model family: data, and the functions that differ from family to family."""
+    """A model family: its data, and the functions that differ between families."""
 
     names: NameTable
-    """What it is called in code and in files, and what its modules are called."""
+    """Its names in code and in files, and the names of its modules."""
     title: str
-    """Name that a person knows: Stable Diffusion 1.x."""
+    """The name that people know, such as Stable Diffusion 1.x."""
     resolution: int
-    """Side of the square that the published models were trained at, in pixels."""
+    """The side of the square that the published models were trained at, in pixels."""
     size_multiple: int
-    """Width and height of the pictures that they were trained on are multiples of this, in pixels."""
+    """The multiple, in pixels, of the widths and heights of pictures that they were trained on."""
     wording: Literal["tags", "sentences"]
-    """What prompts should be made of."""
+    """The form of good prompts."""
     guidance: float
-    """Scale of classifier-free guidance that suits photographs of people."""
+    """The scale of classifier-free guidance that suits photographs of people."""
     steps: int
-    """Sampling steps that are enough."""
+    """The number of sampling steps that is enough."""
     recipes: Mapping[str, Recipe]
-    """Each of `recipe.RECIPES` -> how much is trained for it, and how."""
+    """A recipe for each name in `recipe.RECIPES`."""
     pipeline_class: str
-    """Name of the diffusers pipeline, also in a folder's model_index.json."""
+    """The name of its diffusers pipeline, which is also in a folder's model_index.json."""
     text_encoders: tuple[str, ...]
-    """Parts that encode text, in the order of their prompts: text_encoder, text_encoder_2."""
+    """The parts that encode text, in the order of the pipeline: text_encoder, text_encoder_2, ..."""
 
     text_kinds: tuple[str, ...]
-    """The kinds of those that its models have, see `text.KINDS`."""
+    """The kinds of text encoders that its models have, keys of `text.KINDS`."""
     context_from: Mapping[str, int]
-    """Parts whose states the denoiser takes side by side -> how many layers' states."""
+    """The text encoders whose hidden states the denoiser takes side by side, with the number of layers from each."""
     pooled_from: Mapping[str, int]
-    """The same of the pooled states."""
+    """The text encoders whose pooled states the denoiser takes, with 1 for each."""
 
     denoiser_targets: Mapping[str, str]
-    """Choice of TrainConfig.targets -> regular expression that a denoiser's module path must match in full."""
+    """A regular expression for each value of TrainConfig.targets, which paths of adapted denoiser modules match in full."""
     text_encoder_targets: str | None
-    """The same for the text encoders, on paths that begin with `text_model.`; None: they cannot be trained."""
+    """A regular expression for adapted modules of text encoders, from `text_model.` on; None: they cannot be trained."""
 
     in_channels: int
-    """Channels of the denoiser's input in its config: other numbers are inpainting and edit models."""
+    """The channels of the denoiser's input in its config. Inpainting and edit models have more."""
     recognise: Callable[[Mapping[str, Tensor]], bool]
-    """Whether a checkpoint's denoiser, its tensors under their original names without a prefix, is of this family."""
+    """Tells whether a checkpoint's denoiser, given by original names without a prefix, is of this family."""
     split: Callable[[Mapping[str, Tensor]], dict[str, Component]]
-    """Original checkpoint naming -> part (denoiser, vae, text_encoder, ...) -> Component."""
+    """Splits a checkpoint in original naming into components by part (denoiser, vae, text_encoder, ...)."""
     build: Callable[[str, dict[str, Any]], nn.Module]
-    """(part, config) -> the network without weights; call it under the meta device."""
+    """Builds the network of (part, config) without weights. Call it under the meta device."""
     latent_shape: Callable[[Mapping[str, Component]], LatentShape]
-    """Parts -> what they say of the latents; the VAE may be missing."""
+    """The shape of the latents, by the components, of which the VAE may be missing."""
     encode_text: Callable[[Mapping[str, nn.Module], Sequence[str], int, int], Conditioning]
-    """(text encoders, captions, clip skip, chunks of 77 tokens) -> conditioning of each caption."""
+    """Encodes (text encoders, captions, clip skip, chunks of 77 tokens) to a conditioning with a row for each caption."""
     image_conditioning: Callable[[tuple[int, int], tuple[int, int], tuple[int, int]], Conditioning]
-    """(original size, crop's top left as x and y, target size; sizes as width and height) -> conditioning of one image."""
-    predict: Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
-    """(denoiser, noisy latents (B, C, H, W), timesteps (B,), conditioning) -> prediction (B, C, H, W).
+    """The conditioning of one image on (original size, top left of its crop, size after cropping).
 
-    The denoiser works in the dtype of the latents; the conditioning comes in the dtype that it was made in, and on the
-    device of the latents but for a `context_mask`, which is on the CPU. Timesteps run
-    from 0 (picture) to 1000 (noise), whole numbers unless the family is a rectified flow.
+    Sizes are (width, height) and the corner is (x, y), in pixels. Most families have none."""
+    predict: Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
+    """The prediction (B, C, H, W) for (denoiser, noisy latents (B, C, H, W), timesteps (B,), conditioning).
+
+    The denoiser computes in the dtype of the latents. The conditioning has the dtype that it was made in, and is on the
+    device of the latents except for a `context_mask`, which is on the CPU. Timesteps run from 0 (picture) to 1000 (noise),
+    and are whole numbers unless the family is a rectified flow.
     """
     flow_shift: Callable[[int], float] | None = None
-    """Positions of the denoiser in a picture -> how far the times of a rectified flow are shifted towards noise, see
-    `objective.FlowSchedule`. None: the family predicts noise or velocity on SD's schedule."""
+    """The shift of a rectified flow's times towards noise for a number of positions, see `objective.FlowSchedule`.
+
+    None: the family predicts noise or velocity on SD's schedule."""
     encode_image: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]] = encode_kl
-    """(VAE, pixels (B, 3, H, W) in [-1, 1]) -> mean and deviation of their latents (B, C, h, w) as the denoiser sees them."""
+    """The mean and the deviation of latents (B, C, h, w) for the denoiser, of (VAE, pixels (B, 3, H, W) in [-1, 1])."""
     decode_latents: Callable[[nn.Module, Tensor], Tensor] = decode_kl
-    """(VAE, latents (B, C, h, w) as the denoiser sees them) -> pixels (B, 3, H, W) in about [-1, 1]."""
+    """The pixels (B, 3, H, W), about -1 to 1, of (VAE, latents (B, C, h, w) for the denoiser)."""
     embeds_guidance: Callable[[dict[str, Any]], bool] = lambda config: False
-    """The denoiser's config -> whether guidance is a number that it takes (`guidance` in the conditioning, distilled), so
-    that no prediction without the prompt is needed."""
+    """Tells by the denoiser's config whether guidance was distilled into it.
+
+    It then takes the scale as `guidance` in the conditioning, and needs no prediction without the prompt."""
     has_clip_skip: bool = False
-    """Whether the layer of the text encoder whose states are used can be chosen."""
+    """Whether users can choose the layer of the text encoder whose states are used."""
     optional_encoders: tuple[str, ...] = ()
-    """Those of `text_encoders` that a base may lack."""
+    """The text encoders that a base model may lack."""
     is_distilled: Callable[[dict[str, Any]], bool] = lambda config: False
-    """The denoiser's config -> whether it says that the model was distilled to a few steps, which training would undo."""
+    """Tells by the denoiser's config whether the model was distilled to a few steps, which training would undo."""
     distilled_names: str = "turbo|lightning|schnell"
-    """Regular expression of what the file names of such models contain, where nothing in the file tells them from others."""
+    """A regular expression for file names of distilled models, for those that nothing in the file tells from others."""
     other_model: Callable[[dict[str, Any]], str | None] = lambda config: None
-    """The denoiser's config -> another model that it is of, which diffusers' folders have under the same pipeline."""
+    """The name of another model with the same diffusers pipeline, by the denoiser's config; None if it is of this family."""
     other_pipelines: tuple[str, ...] = ()
-    """Names of diffusers' pipelines, beside `pipeline_class`, that have the same networks and so take the same LoRAs."""
+    """Other diffusers pipelines with the same networks, which take the same LoRAs."""
     lookalikes: Mapping[str, str] = field(default_factory=dict)
-    """A tensor in a checkpoint in original naming -> title of the model that is known by it, which looks like this family or
-    was made from it and cannot be trained as it. The first match counts."""
+    """The titles of models that look like this family but cannot be trained as it, by a tensor that only they have.
+
+    Names are those of original checkpoints, and the first match counts."""
     tokenizer: str | None = None
-    """Kind (one of `text.KINDS`) of the text encoder whose tokenizer does not travel with the package."""
+    """The kind of the text encoder, a key of `text.KINDS`, whose tokenizer the package does not include."""
     lora_scheme: Literal["kohya", "comfy"] = "kohya"
-    """Names that its LoRA files are written with: those that most programs load."""
+    """The naming scheme of its LoRA files, the one that most programs load."""
 
     @property
     def name(self) -> str:
-        """Short name in code and messages: sd15, sdxl."""
+        """The short name in code and messages, such as sd15."""
         return self.names.name
 
     @property
     def base_model_version(self) -> str:
-        """`ss_base_model_version` of a LoRA's metadata, the string that LoRA managers go by."""
+        """The `ss_base_model_version` in a LoRA's metadata, by which LoRA managers know the family."""
         return self.names.base_versions[0]
 
     @property
     def architecture(self) -> str:
-        """`modelspec.architecture` of a checkpoint; a LoRA adds `/lora`."""
+        """The `modelspec.architecture` of a checkpoint; a LoRA adds `/lora`."""
         return self.names.architecture
 
     @property
     def predicts_noise(self) -> bool:
-        """Whether its models predict noise or velocity on SD's schedule; the others are rectified flows."""
+        """Whether its models predict noise or velocity on SD's schedule; otherwise they are rectified flows."""
         return self.flow_shift is None
 
     @property
     def trains_text_encoders(self) -> bool:
-        """Whether its text encoders can be trained, so that their weights are needed and not their conditioning alone."""
+        """Whether its text encoders can be trained, so that their weights are needed beside the conditioning."""
         return self.text_encoder_targets is not None
 
     @property
     def denoiser_folder(self) -> str:
-        """Name of the denoiser's folder in a pipeline that diffusers has saved: unet or transformer."""
+        """The name of the denoiser's folder in a pipeline saved by diffusers: unet or transformer."""
         return "unet" if self.names.is_unet else "transformer"
 
     def prediction_type(self, named: str) -> PredictionType:
-        """What a model of the family predicts, by what its file or a setting says of it. Rectified flows have no choice."""
+        """The prediction type of a model whose file or settings name it so; always "flow" for a rectified flow."""
         if not self.predicts_noise:
             return "flow"
         return "v_prediction" if named in ("v", "v_prediction") else "epsilon"
@@ -218,7 +227,7 @@ class FamilySpec:
     def schedule(
         self, prediction_type: PredictionType, zero_terminal_snr: bool, components: Mapping[str, Component]
     ) -> Schedule:
-        """How noise is mixed into the pictures of a model of these components, and what it is asked to predict."""
+        """The noise schedule of a model with these components, which also knows what it predicts."""
         if self.flow_shift is not None:
             return FlowSchedule(self.flow_shift, self.latent_shape(components).positions_side)
         assert prediction_type != "flow"
@@ -226,7 +235,7 @@ class FamilySpec:
 
 
 def replace_module(network: nn.Module, path: str, module: nn.Module) -> None:
-    """Puts `module` in the place of the one at the path."""
+    """Replaces the module of a network at a path by `module`."""
     parent, _, name = path.rpartition(".")
     setattr(network.get_submodule(parent), name, module)
 
@@ -234,12 +243,12 @@ def replace_module(network: nn.Module, path: str, module: nn.Module) -> None:
 def materialise(
     module: nn.Module, tensors: Mapping[str, Tensor], what: str, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
-    """`module` (built on the meta device) with the tensors as its frozen weights, in evaluation mode.
+    """The module, built on the meta device, with the tensors as its frozen weights, in evaluation mode.
 
-    A tensor that is already of that device and dtype is used as it is, memory-mapped or not: nothing is held twice (but
-    for tensors made in inference mode, through which nothing could be trained). They are read in their own order, in which
-    parts of one tensor follow each other.
-    UnmatchedKeys when names or shapes are not exactly those of the module, BadFile when weights are whole numbers.
+    A tensor that already has the device and the dtype is used without a copy, memory-mapped or not, unless it was made in
+    inference mode, where autograd could not use it. Tensors are read in the order of the mapping, in which parts of one
+    tensor follow each other. Raises UnmatchedKeys when names or shapes are not exactly those of the module, and BadFile when
+    a weight is stored as whole numbers, with `what` in the message.
     """
     wanted = module.state_dict(keep_vars=True)
     missing = sorted(set(wanted) - set(tensors))
@@ -248,7 +257,7 @@ def materialise(
         kind, names = ("lacks", missing) if missing else ("has unknown", surplus)
         raise UnmatchedKeys(f"{what} {kind} {len(names)} tensors, e.g. {', '.join(names[:3])}")
     state = {}
-    first_names: dict[int, str] = {}  # of each weight: T5's embedding has two names
+    first_names: dict[int, str] = {}  # by weight, since T5's embedding has two names
     for name in tensors:
         place = wanted[name]
         first = first_names.setdefault(id(place), name)
@@ -264,7 +273,7 @@ def materialise(
         trainable = torch.is_inference_mode_enabled() or not tensor.is_inference()
         state[name] = tensor if trainable else tensor.clone()
     module.load_state_dict(state, assign=True)
-    # What is in no checkpoint (CLIP's position numbers) was made on the CPU.
+    # Buffers that no checkpoint has (CLIP's position numbers) were made on the CPU.
     if any(buffer.device != device for buffer in module.buffers()):
         module.to(device)
     return module.requires_grad_(False).eval()

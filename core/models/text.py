@@ -1,6 +1,6 @@
-"""Text encoders of the diffusion transformers, from files in the naming of transformers, which all of them have.
+"""The text encoders of diffusion transformers: CLIP, T5 and Qwen, from files in the naming of transformers.
 
-Their tokenizers are too large to travel with the package (CLIP's does): a folder that has one must be given.
+The package includes the tokenizer of CLIP. Those of T5 and Qwen are too large, so users give a folder that has one.
 """
 
 import re
@@ -20,12 +20,12 @@ from .ldm import VAE_PREFIXES, count_children
 from .spec import Component, Conditioning, FamilySpec, stack_conditioning
 
 PREFIX = "text_encoders.{}.transformer."
-"""Of the tensors of a text encoder in a checkpoint, by kind: ComfyUI's."""
+"""The prefix of a text encoder's tensors in a checkpoint, by its kind, as ComfyUI writes it."""
 _PREFIXES = {
     "clip_l": ("conditioner.embedders.0.transformer.", "cond_stage_model.transformer."),
     "clip_g": ("conditioner.embedders.1.model.",),
 }
-"""The ones of SDXL's and SD1.x's own checkpoints."""
+"""The prefixes in the original checkpoints of SDXL and SD1.x."""
 KINDS = {
     "clip_l": "CLIP ViT-L/14",
     "clip_g": "OpenCLIP ViT-bigG/14",
@@ -34,7 +34,7 @@ KINDS = {
     "qwen3_8b": "Qwen3-8B",
     "qwen25_7b": "Qwen2.5-VL-7B",
 }
-"""Kind, as ComfyUI calls it -> name that a person knows."""
+"""The kinds of text encoders, as ComfyUI calls them, with the names that people know."""
 _HEAD_WIDTH_T5, _HEAD_WIDTH_QWEN = 64, 128
 _QWEN_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                "num_key_value_heads")  # fmt: skip
@@ -43,13 +43,13 @@ _VOCABULARIES = {
     "t5": (32128, {"<pad>": 0, "</s>": 1}),
     "qwen": (151936, {"<|endoftext|>": _PAD_QWEN, "<|im_start|>": 151644}),
 }
-"""Rows of the models' tables of tokens, and numbers of tokens by which their tokenizers are known."""
+"""The number of rows in the models' token tables, and the numbers of some tokens, by which tokenizers are recognised."""
 
 
 def encoders_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Stored]]:
-    """Kind -> tensors under the encoder's own names, of a file with one text encoder, or with some under prefixes.
+    """The tensors of each text encoder in a file by its own names, by kind.
 
-    UnknownFamily names those that are known.
+    The file has one encoder, or several under prefixes. Raises UnknownFamily when it is none that is known.
     """
     found = {kind: stored for kind in KINDS if (stored := _stored(tensors, kind, f"{kind}.transformer."))}
     return found or {_kind_of(tensors): {name: Stored(tensors, name) for name in tensors}}
@@ -75,7 +75,7 @@ def _kind_of(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _stored(tensors: Mapping[str, Tensor], kind: str, *prefixes: str) -> dict[str, Stored]:
-    """The tensors of a text encoder of that kind under its own names, by the first prefix that there is: none, no encoder."""
+    """The tensors of a text encoder of that kind by its own names, under the first prefix that occurs; empty without one."""
     for prefix in (PREFIX.format(kind), *_PREFIXES.get(kind, ()), *prefixes):
         if names := [name for name in tensors if name.startswith(prefix)]:
             return {name.removeprefix(prefix): Stored(tensors, name) for name in names}
@@ -90,7 +90,7 @@ def has(tensors: Mapping[str, Tensor], kind: str) -> bool:
 def other_parts(
     tensors: Mapping[str, Tensor], vae: Callable[[Mapping[str, Tensor]], Component], kinds: Mapping[str, str]
 ) -> dict[str, Component]:
-    """VAE and text encoders (part -> kind, see KINDS) of a checkpoint, as far as they are among the tensors."""
+    """The VAE and the text encoders in a checkpoint by part, as far as it has them. `kinds` has the kind of each encoder."""
     found = {part: (kind, _stored(tensors, kind)) for part, kind in kinds.items()}
     parts = {part: _component(kind, stored) for part, (kind, stored) in found.items() if stored}
     if any(name.startswith(VAE_PREFIXES) for name in tensors):
@@ -99,7 +99,7 @@ def other_parts(
 
 
 def _component(kind: str, stored: Mapping[str, Stored]) -> Component:
-    """A text encoder, its config read off the shapes of its tensors."""
+    """A text encoder, with a config that follows from the shapes of its tensors."""
     if kind.startswith("clip"):
         projection = kind == "clip_g"
         return clip.text_component(stored, KINDS[kind], "gelu" if projection else "quick_gelu", projection)
@@ -110,8 +110,10 @@ def _component(kind: str, stored: Mapping[str, Stored]) -> Component:
 def check_encoders(
     family: FamilySpec, components: Mapping[str, Component], given: Sequence[tuple[str, Sequence[str]]]
 ) -> None:
-    """UnknownFamily where text encoders are not the denoiser's: those of a given file (its name, the kinds in it) by their
-    kinds, any by their width."""
+    """Raises UnknownFamily when the text encoders do not belong to the denoiser, by their kinds or their widths.
+
+    `given` has the name of each file of text encoders with the kinds in it.
+    """
     kinds = ", ".join(KINDS[kind] for kind in family.text_kinds)
     for what, of_file in given:
         if not set(of_file) & set(family.text_kinds):
@@ -131,14 +133,14 @@ def check_encoders(
 
 
 def context_width(denoiser: Mapping[str, Any]) -> int:
-    """Width of the text's states that a denoiser takes, by the names that it has in diffusers' configs."""
+    """The width of the text states that a denoiser takes, by its diffusers config."""
     names = ("cross_attention_dim", "joint_attention_dim", "cap_feat_dim")
     return next(denoiser[name] for name in names if name in denoiser)
 
 
 def pooled_width(denoiser: Mapping[str, Any]) -> int | None:
-    """Width of the pooled text that a denoiser takes; None where it takes none."""
-    if "projection_class_embeddings_input_dim" in denoiser:  # six numbers beside the text
+    """The width of the pooled text that a denoiser takes, by its diffusers config; None when it takes none."""
+    if "projection_class_embeddings_input_dim" in denoiser:  # the input also has six embedded sizes
         return denoiser["projection_class_embeddings_input_dim"] - 6 * denoiser["addition_time_embed_dim"]
     return denoiser.get("pooled_projection_dim")
 
@@ -148,20 +150,20 @@ def _width(encoder: Mapping[str, Any]) -> int:
 
 
 def library_tensors(readers: Mapping[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Tensor]]:
-    """The tensors of a text encoder under the names of its network here, whichever version of transformers wrote them."""
-    # Neither what a language model writes words with (T5's decoder too) nor what it sees pictures with.
+    """The tensors of a text encoder, written by any version of transformers, under the names of its network here."""
+    # The parts of a language model that write words, T5's decoder too, or that see pictures are not used.
     left_out = r"decoder\.|(.*\.)?(lm_head|visual)\."
     named = {
         _qwen_name(name): read for name, read in clip.library_readers(readers).items() if not re.match(left_out, name)
     }
-    # T5's embedding has two names, of which files have one.
+    # T5's embedding has two names, and files have one of them.
     tied = ("shared.weight", "encoder.embed_tokens.weight")
     embedding = next((named[name] for name in tied if name in named), None)
     return named if embedding is None else named | dict.fromkeys(tied, embedding)
 
 
 def _qwen_name(name: str) -> str:
-    """The name in the language model alone: files are of the model that also writes or sees."""
+    """The name in the language model alone, without prefixes from the models for writing or vision that have it as a part."""
     return re.sub(r"^(model\.)?(language_model\.)?(model\.)?", "", name)
 
 
@@ -194,7 +196,7 @@ def _qwen_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _shapes_of(tensors: Mapping[str, Tensor]) -> Callable[[str], tuple[int, ...]]:
-    """A function: name -> shape; UnmatchedKeys where the text encoder lacks it."""
+    """A function that gives the shape of a tensor by its name, and raises UnmatchedKeys when it is missing."""
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in tensors:
@@ -205,7 +207,7 @@ def _shapes_of(tensors: Mapping[str, Tensor]) -> Callable[[str], tuple[int, ...]
 
 
 def build(kind: str, config: dict[str, Any]) -> nn.Module:
-    """The text encoder without weights. It knows where its tokenizer is: `config["tokenizer"]`."""
+    """A text encoder without weights. Its `tokenizer_folder`, which CLIP does not have, is `config["tokenizer"]`."""
     if kind.startswith("clip"):
         with_projection = kind == "clip_g" or "CLIPTextModelWithProjection" in config.get("architectures", ())
         return clip.build_text_encoder(config, with_projection)
@@ -223,14 +225,14 @@ def build(kind: str, config: dict[str, Any]) -> nn.Module:
 def _build_qwen(kind: str, config: dict[str, Any]) -> nn.Module:
     from transformers import Qwen2Model, Qwen3Model
 
-    # For text alone, Qwen2.5-VL is Qwen2: its three kinds of positions are one.
+    # For text alone, Qwen2.5-VL equals Qwen2, since its three kinds of positions are then the same.
     network: Any = Qwen3Model if kind.startswith("qwen3") else Qwen2Model
     given = config.get("text_config", config)
-    # The angle and epsilon are the same in all of them, but written in two ways in folders of transformers 4 and 5.
+    # rope_theta and epsilon are the same in all models, but transformers 4 and 5 write them to different places.
     settings = {name: given[name] for name in _QWEN_SIZES} | {"rope_theta": 1e6, "rms_norm_eps": 1e-6}
     encoder = network(network.config_class(**settings, head_dim=_HEAD_WIDTH_QWEN))
     with torch.device("cpu"):
-        # Its frequencies are in no file, so they must not stay on the meta device.
+        # No file has the rotary frequencies, so they must not stay on the meta device.
         encoder.rotary_emb = type(encoder.rotary_emb)(encoder.config)
     encoder.tokenizer_folder = config.get("tokenizer")  # pyright: ignore
     return encoder
@@ -238,7 +240,7 @@ def _build_qwen(kind: str, config: dict[str, Any]) -> nn.Module:
 
 @lru_cache(maxsize=4)
 def load_tokenizer(folder: str | None, kind: str) -> Any:
-    """transformers' tokenizer of that folder. BadFile when there is none, or another model's."""
+    """The tokenizer in a folder, as transformers loads it. Raises BadFile when there is none, or it is another model's."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if folder is None:
@@ -269,7 +271,7 @@ def _listed(numbers: Mapping[str, Any]) -> str:
 
 
 def encode_t5(encoder: nn.Module, captions: Sequence[str], length: int) -> Tensor:
-    """T5's states (B, length, D). Padding is seen like text, as the models were trained."""
+    """The hidden states (B, length, D) of T5. The padding of captions is not masked, as when the models were trained."""
     tokenizer = load_tokenizer(encoder.tokenizer_folder, "t5xxl")  # pyright: ignore
     rows = [tokenizer(caption, add_special_tokens=True).input_ids[:length] for caption in captions]
     tokens = torch.tensor([row + [0] * (length - len(row)) for row in rows])
@@ -279,10 +281,11 @@ def encode_t5(encoder: nn.Module, captions: Sequence[str], length: int) -> Tenso
 def encode_qwen(
     encoder: nn.Module, kind: str, texts: Sequence[str], limit: int, *, layers: Sequence[int] = (), filled: bool = False
 ) -> Conditioning:
-    """`context` (B, L, D), a Qwen model's states, and `context_mask` (B, L), 1 where there is text.
+    """The states of a Qwen model as `context` (B, L, D), and `context_mask` (B, L) with 1 for text and 0 for padding.
 
-    States are normed, after the last layer, or those after each of `layers` (1 is the first; -2 the last but one), side by
-    side. Texts have `limit` tokens at most, and as many when `filled`: then padding, which text does not see, has states too.
+    The states are the normed ones of the last layer, or those after each of `layers` (1 is the first, -2 the last but one)
+    side by side. Texts are cut to `limit` tokens, and with `filled` also padded to it by masked tokens with states of their
+    own; otherwise shorter texts of a batch are filled up with zeros.
     """
     tokenizer = load_tokenizer(encoder.tokenizer_folder, kind)  # pyright: ignore
     device = next(encoder.parameters()).device
@@ -301,7 +304,7 @@ def encode_qwen(
 
 
 def pooled_clip(encoder: nn.Module, captions: Sequence[str]) -> Tensor:
-    """CLIP's pooled state of the first 75 tokens of each caption, (B, D)."""
+    """The pooled state (B, D) of CLIP for the first 75 tokens of each caption."""
     tokens = clip.token_chunks(captions, 1, padding=clip.END)
     _, output = clip.encode_chunks(encoder, tokens, layer=1, final_norm=True)
     return output.pooler_output

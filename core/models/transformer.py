@@ -1,4 +1,4 @@
-"""What diffusion transformers have in common: weights read off an original checkpoint, latents cut into patches."""
+"""Code shared by diffusion transformers: weights from an original checkpoint, and latents cut into patches."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ from .spec import DENOISER_PREFIX, Component, LatentShape, holds_numbers
 
 
 def denoiser_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Original name without a prefix -> name in the checkpoint, of the denoiser's tensors."""
+    """The names of the denoiser's tensors in a checkpoint, by their original names without a prefix."""
     return {name.removeprefix(DENOISER_PREFIX): name for name in tensors if name.startswith(DENOISER_PREFIX)}
 
 
@@ -28,15 +28,15 @@ def transformer_component(
     renames: Sequence[tuple[str, str]] = (),
     left_out: str = r"$^",
 ) -> Component:
-    """The denoiser of a checkpoint under diffusers' names: fused layers are split, by the same table as LoRA files.
+    """The denoiser of a checkpoint under diffusers' names, with fused layers split by the table that LoRA files use too.
 
-    `renames` (regular expression of a whole original name -> diffusers name) go before the table; names that match
-    `left_out` are no weights of the network.
+    `renames` are pairs of a regular expression for a whole original name and the diffusers name, and go before the table.
+    Names in which `left_out` is found are skipped.
     """
     names = {short: full for short, full in denoiser_names(tensors).items() if not re.search(left_out, short)}
     readers: dict[str, Callable[[], Tensor]] = {}
     kept: dict[str, Tensor] = {}
-    """The weight that was cut last, until its last part is asked for: it may be dequantised, or merged with a LoRA."""
+    """The fused weight that was split last, kept until its last part is read, since dequantising or merging it is slow."""
 
     @cache
     def inputs_of(weight: str) -> int:
@@ -48,7 +48,7 @@ def transformer_component(
             kept.clear()
             if index < len(place.modules) - 1:
                 kept[full] = whole
-        # A bias has as many rows as its weight, whose inputs say how many belong to each part.
+        # The rows of a bias are split like those of its weight, which depend on the weight's inputs.
         return place.split(whole, None if full == weight else inputs_of(weight))[index][1].contiguous()
 
     for short, full in names.items():
@@ -70,7 +70,10 @@ def transformer_component(
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> Callable[[str], tuple[int, ...]]:
-    """A function: original name of the denoiser's tensor, without a prefix -> shape; UnmatchedKeys where it lacks it."""
+    """A function that gives the shape of a denoiser's tensor by its original name without a prefix.
+
+    It raises UnmatchedKeys when the tensor is missing.
+    """
 
     def shape(name: str) -> tuple[int, ...]:
         if DENOISER_PREFIX + name not in tensors:
@@ -81,7 +84,7 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> Callable[[str], tuple[int, ...]]
 
 
 def diffusers_class(name: str, version: tuple[int, int]) -> Any:
-    """The class of diffusers. MissingPackage when the installed one is older than the version from which it is of use here."""
+    """A class of diffusers. Raises MissingPackage when the installed diffusers is older than the given version."""
     import diffusers
 
     installed = tuple(int(number) for number in diffusers.__version__.split(".")[:2])
@@ -95,30 +98,30 @@ def diffusers_class(name: str, version: tuple[int, int]) -> Any:
 
 
 def flux1_vae(tensors: Mapping[str, Tensor]) -> Component:
-    """FLUX.1's VAE, which Z-Image has too, of a checkpoint."""
+    """The VAE of FLUX.1 in a checkpoint, which Chroma and Z-Image use too."""
     return vae_component(tensors, latent_scale=0.3611, latent_shift=0.1159, quant_conv=False)
 
 
 def patch_latent_shape(channels: int, components: Mapping[str, Component]) -> LatentShape:
-    """Latents of a KL VAE, of which the denoiser takes two by two as one position."""
+    """The shape of a KL VAE's latents for a denoiser that takes two by two of them as one position."""
     return LatentShape(channels, kl_pixels(components), multiple=2, positions_side=2)
 
 
 def cut_patches(latents: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H/2 * W/2, 4 C): two by two latents as one position, channel by channel."""
+    """Latents (B, C, H, W) as positions (B, H/2 * W/2, 4 C) of two by two latents, channel by channel."""
     return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
 
 
 def join_patches(patches: Tensor, height: int, width: int) -> Tensor:
-    """(B, H/2 * W/2, 4 C) -> (B, C, H, W): undoes `cut_patches`."""
+    """Positions (B, H/2 * W/2, 4 C) as latents (B, C, H, W), the inverse of `cut_patches`."""
     return F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
 
 
 def grid_positions(height: int, width: int, device: torch.device) -> Tensor:
-    """(height * width, 3) float32: 0, row and column of each position of a picture."""
+    """The coordinates of each position of a picture, (height * width, 3) float32: 0, its row and its column."""
     return torch.cartesian_prod(*(torch.arange(float(count), device=device) for count in (1, height, width)))
 
 
 def text_lengths(mask: Tensor) -> list[int]:
-    """How many tokens each text of a batch has, from its `context_mask`."""
+    """The number of tokens of each text in a batch, from its `context_mask` (B, L)."""
     return mask.sum(1).int().tolist() if holds_numbers(mask) else [mask.shape[1]] * len(mask)
