@@ -1,4 +1,4 @@
-"""The model families. Every file beside this one is a family, known by the FamilySpec in it."""
+"""The model families. Each other file in this folder is a family, with a FamilySpec that describes it."""
 
 from collections.abc import Iterator, Mapping
 from importlib import import_module
@@ -13,7 +13,7 @@ from ..spec import DENOISER_PREFIX, FamilySpec
 
 
 def _specs() -> Iterator[FamilySpec]:
-    """The spec in each file of this folder, so that a family is registered in one place, with its names."""
+    """The FamilySpec in each file of this folder, so that only a family's names have to be registered, in NAME_TABLES."""
     for file in iter_modules(__path__):
         values = vars(import_module(f".{file.name}", __name__)).values()
         yield from (value for value in values if isinstance(value, FamilySpec))
@@ -23,7 +23,7 @@ _ORDER = list(NAME_TABLES)
 FAMILIES: dict[str, FamilySpec] = {
     family.name: family for family in sorted(_specs(), key=lambda family: _ORDER.index(family.name))
 }
-"""By name, in the order of their names in NAME_TABLES."""
+"""The families by name, in the order of NAME_TABLES."""
 
 _OTHERS = {
     DENOISER_PREFIX + "blocks.0.self_attn.q.weight": "Wan",
@@ -32,11 +32,11 @@ _OTHERS = {
     DENOISER_PREFIX + "double_stream_blocks.0.block.attn1.to_q.weight": "HiDream",
     DENOISER_PREFIX + "clip_mapper.weight": "Stable Cascade",
 }
-"""Tensors by which checkpoints of models are known that look like none of the families, so that they are refused by name."""
+"""Tensors by which checkpoints of models outside of all families are recognised, so that errors can name the model."""
 
 
 def detect_family(tensors: Mapping[str, Tensor]) -> FamilySpec:
-    """The family of a checkpoint in original naming, by its tensors alone; UnknownFamily names what else it is."""
+    """The family of a checkpoint in original naming, by its tensors. Raises UnknownFamily, which names the model if known."""
     supported = f"supported: {', '.join(family.title for family in FAMILIES.values())}"
     for others in (*(family.lookalikes for family in FAMILIES.values()), _OTHERS):
         for marker, title in others.items():

@@ -1,6 +1,6 @@
-"""Chroma (lodestones, 2025): FLUX.1-schnell undistilled, its blocks' modulations made by one small network; 1024 px.
+"""Chroma (lodestones, 2025): an undistilled FLUX.1-schnell whose modulations are made by one small network; 1024 px.
 
-Text comes from T5-XXL alone.
+The text encoder is T5-XXL alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ _RENAMES = (*flux1.RENAMES, (rf"{_MODULATOR}\.norms\.(\d+)\.(?:scale|weight)", r
 
 
 def recognise(denoiser: Mapping[str, Tensor]) -> bool:
-    # Chroma Radiance, which works on pixels, has no img_in.
+    # img_in tells it from Chroma Radiance, which works on pixels.
     return all(f"{name}.weight" in denoiser for name in ("img_in", f"{_MODULATOR}.in_proj", "single_blocks.0.linear1"))
 
 
@@ -47,7 +47,7 @@ def build(part: str, config: dict[str, Any]) -> nn.Module:
     denoiser = transformer.diffusers_class("ChromaTransformer2DModel", (0, 34)).from_config(config)
     numbers = denoiser.time_text_embed
     with torch.device("cpu"):
-        # The modulations' numbers are in no file, so they must not stay on the meta device.
+        # No file has the buffers of the modulations, so they must not stay on the meta device.
         denoiser.time_text_embed = type(numbers)(numbers.time_proj.num_channels, len(numbers.mod_proj))
     return denoiser
 
@@ -55,7 +55,7 @@ def build(part: str, config: dict[str, Any]) -> nn.Module:
 def encode_text(
     encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
 ) -> Conditioning:
-    """T5's states of each caption and of one token of padding, which text does not see and the denoiser does."""
+    """The states of T5 for each caption and one token of padding, which T5 masks and the denoiser does not."""
     encoder = encoders["text_encoder"]
     tokenizer = text.load_tokenizer(encoder.tokenizer_folder, "t5xxl")  # pyright: ignore
     device = next(encoder.parameters()).device
@@ -78,7 +78,7 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
     context, mask = conditioning["context"].to(noisy_latents.dtype), conditioning["context_mask"]
     lengths = transformer.text_lengths(mask)
     if len(set(lengths)) > 1:
-        # One by one: where activations are recomputed, diffusers' single blocks forget the mask of padding.
+        # One by one, since diffusers' single blocks drop the mask of padding when activations are recomputed.
         rows = [
             {"context": context[i : i + 1, :length], "context_mask": mask[i : i + 1, :length]}
             for i, length in enumerate(lengths)

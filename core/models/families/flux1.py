@@ -1,6 +1,7 @@
-"""FLUX.1 (Black Forest Labs, 2024): a rectified flow; double blocks of image and text, then single blocks of both; 1024 px.
+"""FLUX.1 (Black Forest Labs, 2024): a rectified flow with double blocks (image and text streams), then single blocks; 1024 px.
 
-FLUX.1-dev is distilled: guidance is a number that it takes. Text comes from T5-XXL, and pooled from CLIP ViT-L/14.
+FLUX.1-dev has guidance distilled into it, and takes its scale as an input. The text encoders are T5-XXL and, for pooled
+text, CLIP ViT-L/14.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,14 +18,16 @@ from ..recipe import Recipe
 from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, LatentShape
 
 TEXT_TOKENS = 512
-"""Tokens of T5 that FLUX.1-dev was trained with; shorter captions are filled up."""
+"""The number of T5 tokens that FLUX.1-dev was trained with, to which captions are padded."""
 TRAINING_GUIDANCE = 1.0
-"""What the distilled model is told while it is trained: at 1 it predicts what it was distilled from without guidance, so
-that a LoRA does not undo the distillation (sd-scripts' and ai-toolkit's choice)."""
+"""The guidance scale that the distilled model is given in training.
+
+At 1 it predicts what its teacher did without guidance, so that a LoRA does not undo the distillation. sd-scripts and
+ai-toolkit use 1 too."""
 
 TEXT = {"text_encoder": "clip_l", "text_encoder_2": "t5xxl"}
 ROTARY_AXES = (16, 56, 56)
-"""Width of a head that is rotated by a position's number, row and column."""
+"""The widths of an attention head that are rotated by a position's number, row and column."""
 
 _NORM = r"norm\.(q|k)(?:uery|ey)_norm\.(?:scale|weight)"
 RENAMES = (
@@ -42,12 +45,12 @@ _TRANSFORMER = (
 
 
 def recognise(denoiser: Mapping[str, Tensor]) -> bool:
-    # FLUX.2 has no modulation in its blocks, Chroma has taken it out.
+    # The modulation in its blocks tells it from FLUX.2 and Chroma.
     return "double_blocks.0.img_mod.lin.weight" in denoiser and "single_blocks.0.linear1.weight" in denoiser
 
 
 def blocks_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the blocks say of the denoiser's config."""
+    """The part of the denoiser's config that follows from its blocks, which Chroma shares."""
     names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
     return {
         "in_channels": shape("img_in.weight")[1],
@@ -117,7 +120,7 @@ def embeds_guidance(config: dict[str, Any]) -> bool:
 
 
 def is_distilled(config: dict[str, Any]) -> bool:
-    # FLUX.1-schnell, distilled to four steps, is the one that takes no guidance.
+    # FLUX.1-schnell, which is distilled to four steps, takes no guidance.
     return not config["guidance_embeds"]
 
 
@@ -130,7 +133,7 @@ FLUX1 = FamilySpec(
     guidance=3.5,  # diffusers' default, as are the steps
     steps=28,
     recipes={
-        # Usual are 500 to 1,000 steps of one photo at 2e-4 to 4e-4, 512 to 768 px, for Chroma too.
+        # Trainers usually make 500 to 1,000 steps of one photo at 2e-4 to 4e-4 and 512 to 768 px, for Chroma too.
         "fast": Recipe(500, 4e-4, 16, settings={"resolution": 512}),
         "balanced": Recipe(800, 2e-4, 16, settings={"resolution": 768}),
         "best": Recipe(1600, 2e-4, 32, settings={"hold_out": 2}),

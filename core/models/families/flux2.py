@@ -1,7 +1,7 @@
-"""FLUX.2 (Black Forest Labs, 2025): a rectified flow; FLUX.1's blocks, with one modulation for all of a kind; 1024 px.
+"""FLUX.2 (Black Forest Labs, 2025): a rectified flow with FLUX.1's blocks and one modulation for all of a kind; 1024 px.
 
-klein takes text from a Qwen3, three of its layers side by side; dev, whose guidance is a number that it takes, from a
-Mistral that has to encode captions elsewhere (ComfyUI).
+The text encoder of klein is Qwen3, three of whose layers are used side by side. That of dev is a Mistral, which is not
+implemented here, so that captions have to be encoded elsewhere (ComfyUI). dev takes its guidance scale as an input.
 """
 
 import math
@@ -21,19 +21,19 @@ from ..recipe import Recipe
 from ..spec import Component, Conditioning, FamilySpec, LatentShape
 
 TEXT_TOKENS = 512
-"""Tokens of the whole chat; shorter ones are filled up, and the denoiser sees the padding."""
+"""The number of tokens of the whole chat, to which it is padded. The denoiser sees the padding."""
 TEXT_LAYERS = (9, 18, 27)
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-"""Qwen3's chat of one question, with thinking turned off."""
+"""The form of a chat with one question in Qwen3, with thinking turned off."""
 TRAINING_GUIDANCE = 1.0
-"""What dev is told while it is trained, as FLUX.1-dev is."""
+"""The guidance scale that dev is given in training, for the same reason as FLUX.1-dev."""
 
 TEXT = {"text_encoder": "qwen3_4b"}
-"""klein 9B's is Qwen3-8B, the same network, larger."""
+"""The text encoder of klein 4B. That of klein 9B is Qwen3-8B, a larger network of the same form."""
 ROTARY_AXES = (32, 32, 32, 32)
-"""Width of a head that is rotated by a position's picture, row, column and word."""
+"""The widths of an attention head that are rotated by a position's picture, row, column and word."""
 PATCH = 2
-"""Latents of the VAE along a side of one of the denoiser's."""
+"""The number of the VAE's latents along a side of one of the denoiser's."""
 
 _NORM = r"norm\.(q|k)(?:uery|ey)_norm\.(?:scale|weight)"
 _RENAMES = (
@@ -72,18 +72,18 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
 
 
 def _vae(tensors: Mapping[str, Tensor]) -> Component:
-    """The KL VAE, and the statistics by which its latents are normalised, of 32 channels times two by two latents."""
+    """The KL VAE, with the mean and variance (128,) for normalising its latents: 32 channels times two by two latents."""
     prefix = next(prefix for prefix in VAE_PREFIXES if any(name.startswith(prefix) for name in tensors))
     readers = {}
     for full in tensors:
         if full.startswith(prefix):
-            # The convolutions between the VAE's halves stand inside of these in some files.
+            # In some files the convolutions between encoder and decoder have names inside of these.
             name = full.removeprefix(prefix).replace("encoder.quant_conv.", "quant_conv.")
             readers[name.replace("decoder.post_quant_conv.", "post_quant_conv.")] = Stored(tensors, full)
     files = LazyTensors({prefix + name: read for name, read in readers.items()})
     plain = vae_component(files, latent_scale=1.0)
     config = {name: value for name, value in plain.config.items() if name not in ("scaling_factor", "shift_factor")}
-    # There is a version with a narrower decoder.
+    # The widths of the decoder are read separately, since one version has a narrower decoder.
     levels = reversed(range(len(config["block_out_channels"])))
     firsts = [f"decoder.up_blocks.{level}.resnets.0.conv1.weight" for level in levels]
     if missing := set(firsts) - set(plain.tensors):
@@ -163,7 +163,7 @@ STEPS = 50
 
 
 def flow_shift(positions: int) -> float:
-    """exp(mu), with Black Forest Labs' mu that they fitted to positions and sampling steps, at the usual steps."""
+    """The shift exp(mu), with the mu that Black Forest Labs fitted to positions and sampling steps, for STEPS steps."""
     of_10, of_200 = 8.73809524e-05 * positions + 1.89833333, 0.00016927 * positions + 0.45666666
     if positions > 4300:
         return math.exp(of_200)
@@ -179,7 +179,7 @@ FLUX2 = FamilySpec(
     guidance=4.0,  # diffusers' default, as are the steps
     steps=STEPS,
     recipes={
-        # After ai-toolkit and diffusers.
+        # Based on the settings in ai-toolkit and diffusers.
         "fast": Recipe(600, 1e-4, 16, settings={"resolution": 512}),
         "balanced": Recipe(1200, 1e-4, 32, settings={"resolution": 768}),
         "best": Recipe(2400, 5e-5, 64, settings={"hold_out": 2}),

@@ -1,6 +1,6 @@
-"""Qwen-Image (Alibaba, 2025, arXiv:2508.02324): a rectified flow; blocks of a text and an image stream; 1328 px.
+"""Qwen-Image (Alibaba, 2025, arXiv:2508.02324): a rectified flow with blocks of a text and an image stream; 1328 px.
 
-Text comes from Qwen2.5-VL-7B. The VAE is Wan 2.1's: for video, of which a picture is one frame.
+The text encoder is Qwen2.5-VL-7B. The VAE is that of Wan 2.1, for video, and a picture is a video of one frame.
 """
 
 import re
@@ -21,20 +21,20 @@ from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, LatentS
 
 TEXT = {"text_encoder": "qwen25_7b"}
 TEXT_TOKENS = 1024
-"""Tokens of a caption at most: those of the authors' pipeline."""
+"""The most tokens of a caption, as in the authors' pipeline."""
 _TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
     "spatial relationships of the objects and background:<|im_end|>\n"
     "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 _TEMPLATE_TOKENS = 34
-"""Tokens of the template before the caption: their states are dropped."""
+"""The number of tokens in the template before the caption, whose states are dropped."""
 ROTARY_AXES = (16, 56, 56)
-"""Width of a head that is rotated by a position's number, row and column."""
+"""The widths of an attention head that are rotated by a position's number, row and column."""
 
 _BLOCK = r"transformer_blocks\.\d+"
 _ATTENTION = rf"{_BLOCK}\.attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)"
-# Modulation is left as it is, as in musubi-tuner.
+# Modulation layers are not adapted, as in musubi-tuner.
 _TRANSFORMER = rf"{_ATTENTION}|{_BLOCK}\.(img|txt)_mlp\.net\.(0\.proj|2)"
 
 
@@ -74,12 +74,14 @@ _VAE_RESNET = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm
 
 
 def diffusers_vae_path(path: str, resnets: int) -> str:
-    """diffusers' name of a tensor of the original VAE, diffusers' own as they are; `resnets` is the number of them at a
-    resolution of the encoder."""
+    """The diffusers name of a tensor of the original VAE; names of diffusers stay as they are.
+
+    `resnets` is the number of residual blocks at a resolution of the encoder.
+    """
     for pattern, new in _VAE_RENAMES:
         path = re.sub(rf"^{pattern}", new, path)
     if match := re.match(r"decoder\.upsamples\.(\d+)\.(.+)", path):
-        # One more in the decoder, and what doubles the resolution.
+        # A level of the decoder has one more residual block, and the upsampler.
         level, index = divmod(int(match[1]), resnets + 2)
         block = f"resnets.{index}" if index <= resnets else "upsamplers.0"
         path = f"decoder.up_blocks.{level}.{block}.{match[2]}"
@@ -89,7 +91,7 @@ def diffusers_vae_path(path: str, resnets: int) -> str:
 
 
 def vae_component(tensors: Mapping[str, Tensor]) -> Component:
-    """The VAE of a checkpoint in original or diffusers naming, its diffusers config read off the shapes of its tensors."""
+    """The VAE of a checkpoint in original or diffusers naming, with a config that follows from the shapes of its tensors."""
     prefix = next(prefix for prefix in VAE_PREFIXES if any(name.startswith(prefix) for name in tensors))
     given = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
     halving = r"encoder\.(?:downsamples|down_blocks)\.(\d+)\.resample\.1\.weight"
@@ -122,7 +124,7 @@ def build(part: str, config: dict[str, Any]) -> nn.Module:
         return text.build(TEXT[part], config)
     denoiser = transformer.diffusers_class("QwenImageTransformer2DModel", (0, 37)).from_config(config)
     with torch.device("cpu"):
-        # Its rotations are in no file, so they must not stay on the meta device.
+        # No file has the rotary embeddings, so they must not stay on the meta device.
         denoiser.pos_embed = type(denoiser.pos_embed)(theta=10000, axes_dim=list(ROTARY_AXES), scale_rope=True)
     return denoiser
 
@@ -134,7 +136,7 @@ def latent_shape(components: Mapping[str, Component]) -> LatentShape:
 
 
 def _statistics(vae: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each channel of the VAE's latents, over its training pictures."""
+    """The mean and the deviation (1, C, 1, 1) of the VAE's latents over its training pictures."""
     config: Any = vae.config
     mean, deviation = (
         like.new_tensor(values).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std)
@@ -191,7 +193,7 @@ QWEN_IMAGE = FamilySpec(
     guidance=4.0,  # diffusers' default, as are the steps
     steps=50,
     recipes={
-        # After ai-toolkit and diffusers.
+        # Based on the settings in ai-toolkit and diffusers.
         "fast": Recipe(600, 1e-4, 16, settings={"resolution": 512}),
         "balanced": Recipe(1200, 1e-4, 16, settings={"resolution": 768}),
         "best": Recipe(2400, 1e-4, 32, settings={"hold_out": 2}),

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x (arXiv:2112.10752): UNet with cross-attention on CLIP ViT-L/14 text, 512 px, 8x VAE."""
+"""Stable Diffusion 1.x (arXiv:2112.10752): a UNet with cross-attention on text from CLIP ViT-L/14; 512 px."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial

@@ -1,6 +1,7 @@
-"""Stable Diffusion 3 and 3.5 (arXiv:2403.03206): a rectified flow; joint blocks of an image and a text stream; 1024 px.
+"""Stable Diffusion 3 and 3.5 (arXiv:2403.03206): a rectified flow with joint blocks of image and text streams; 1024 px.
 
-Text comes from CLIP ViT-L/14, OpenCLIP ViT-bigG/14 and T5-XXL, which was often left out in training and may be here.
+The text encoders are CLIP ViT-L/14, OpenCLIP ViT-bigG/14 and T5-XXL. T5 is optional, as it was dropped at random in the
+models' own training.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,11 +19,11 @@ from ..spec import Component, Conditioning, FamilySpec, LatentShape
 
 LATENT_SCALE, LATENT_SHIFT = 1.5305, 0.0609
 TEXT_TOKENS = 256
-"""Tokens of T5 (diffusers' and sd-scripts' number); shorter captions are filled up."""
+"""The number of T5 tokens, to which captions are padded, as in diffusers and sd-scripts."""
 CONTEXT_WIDTH = 4096
-"""Width of T5-XXL, to which CLIP's states are filled up with zeros."""
+"""The width of T5-XXL, to which the states of CLIP are padded with zeros."""
 SHIFT = 3.0
-"""The authors' for 1024 px (arXiv:2403.03206, section 5.3.2), whatever the size: so in SD3.5's scheduler and in sd-scripts."""
+"""The authors' shift for 1024 px (arXiv:2403.03206, section 5.3.2), for all sizes as in SD3.5's scheduler and sd-scripts."""
 
 TEXT = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
 HEAD_WIDTH = 64
@@ -56,7 +57,7 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
         "caption_projection_dim": shape("context_embedder.weight")[0],
         "pooled_projection_dim": shape("y_embedder.mlp.0.weight")[1],
         "pos_embed_max_size": round(shape("pos_embed")[1] ** 0.5),
-        # SD3.5 medium's first blocks have a second attention, of the image alone.
+        # The first blocks of SD3.5 Medium have a second attention, on the image alone.
         "dual_attention_layers": tuple(
             layer for layer in range(layers) if f"joint_blocks.{layer}.x_block.attn2.qkv.weight" in names
         ),
@@ -85,7 +86,7 @@ def latent_shape(components: Mapping[str, Component]) -> LatentShape:
 def encode_text(
     encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
 ) -> Conditioning:
-    # The layer before the last of both CLIPs, whatever the clip skip; the second is padded with 0.
+    # Both CLIPs use the layer before the last, as in the models' training. The second pads with 0.
     states, pooled = [], []
     for part, padding in (("text_encoder", clip.END), ("text_encoder_2", 0)):
         tokens = clip.token_chunks(captions, chunks, padding)
@@ -126,7 +127,7 @@ SD3 = FamilySpec(
     guidance=4.5,  # SD3.5 Medium's model card, as are the steps
     steps=40,
     recipes={
-        # SD3.5 in sd-scripts: rank 32 to 64.
+        # Ranks as usual for SD3.5 in sd-scripts, 32 to 64.
         "fast": Recipe(600, 1e-4, 16, settings={"resolution": 768}),
         "balanced": Recipe(1200, 1e-4, 32),
         "best": Recipe(2000, 1e-4, 64, settings={"hold_out": 2}),

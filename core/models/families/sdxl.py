@@ -1,4 +1,4 @@
-"""Stable Diffusion XL (arXiv:2307.01952): a larger UNet on two text encoders, told the picture's size and crop, 1024 px."""
+"""Stable Diffusion XL (arXiv:2307.01952): a larger UNet with two text encoders, conditioned on size and crop; 1024 px."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -38,7 +38,7 @@ def build(part: str, config: dict[str, Any]) -> nn.Module:
 def encode_text(
     encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
 ) -> Conditioning:
-    # SDXL was trained on the layer before the last of both encoders, whatever the clip skip; the second is padded with 0.
+    # Both encoders use the layer before the last, as in the model's training. The second pads with 0.
     of_first, of_second = encoders["text_encoder"], encoders["text_encoder_2"]
     tokens = clip.token_chunks(captions, chunks, clip.END, clip.words_of(of_first))
     first, _ = clip.encode_chunks(of_first, tokens, layer=2, final_norm=False)
@@ -58,7 +58,7 @@ def image_conditioning(
 
 def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
     dtype = noisy_latents.dtype
-    # The sizes stay float32: in bf16 1000 and 1003 would be the same number.
+    # The sizes stay float32, since 1000 and 1003 are the same number in bf16.
     added = {"text_embeds": conditioning["pooled"].to(dtype), "time_ids": conditioning["time_ids"]}
     return denoiser(
         noisy_latents,

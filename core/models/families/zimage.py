@@ -1,7 +1,7 @@
-"""Z-Image (Alibaba, 2025): a rectified flow; one stream of text and image after a refiner for each; 1024 px.
+"""Z-Image (Alibaba, 2025): a rectified flow with one stream of text and image after a refiner for each; 1024 px.
 
-Text comes from Qwen3-4B. Z-Image-Turbo has the same tensors, so that only its name tells it from the base model: it is
-distilled to eight steps without guidance, and a LoRA that is trained on it alone undoes that. Train on the base model, or on
+The text encoder is Qwen3-4B. Z-Image-Turbo, which is distilled to eight steps without guidance, has the same tensors, so only
+its name tells it from the base model. A LoRA that is trained on it undoes the distillation: train on the base model, or on
 Turbo with a training adapter merged into it.
 """
 
@@ -19,19 +19,19 @@ from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, LatentS
 
 TEXT = {"text_encoder": "qwen3_4b"}
 TEXT_TOKENS = 512
-"""Tokens of a caption, the template's included, at most: those of the authors' pipeline."""
+"""The most tokens of a caption and its template, as in the authors' pipeline."""
 _TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 ROTARY_AXES, ROTARY_LENGTHS = (32, 48, 48), (1536, 512, 512)
-"""Width of a head that is rotated by a position's number, row and column, and how many of each there are."""
+"""The widths of an attention head that are rotated by a position's number, row and column, and the most of each."""
 
 _RENAMES = ((r"(.+\.attention)\.([qk])_norm\.weight", r"\1.norm_\2.weight"),)
 _ATTENTION = r"layers\.\d+\.attention\.to_([qkv]|out\.0)"
-# Refiners and modulation are left as they are, as in musubi-tuner.
+# Refiners and modulation layers are not adapted, as in musubi-tuner.
 _TRANSFORMER = rf"{_ATTENTION}|layers\.\d+\.feed_forward\.w[123]"
 
 
 def recognise(denoiser: Mapping[str, Tensor]) -> bool:
-    # Lumina 2 has an activation before its modulation and no padding.
+    # Lumina 2 has an activation at the place of this modulation layer, and no padding token.
     needed = ("layers.0.adaLN_modulation.0.weight", "layers.0.attention.qkv.weight", "cap_pad_token")
     return all(name in denoiser for name in needed)
 
@@ -51,7 +51,7 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
         "axes_dims": ROTARY_AXES,
         "axes_lens": ROTARY_LENGTHS,
     }
-    # Some files still have a norm of Lumina 2's that nothing goes through.
+    # Some files have an unused norm from Lumina 2.
     denoiser = transformer.transformer_component(tensors, config, NAMES, _RENAMES, left_out=r"^norm_final\.")
     return {"denoiser": denoiser} | text.other_parts(tensors, transformer.flux1_vae, TEXT)
 
@@ -82,7 +82,7 @@ def image_conditioning(
 def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
     context = conditioning["context"].to(noisy_latents.dtype)
     lengths = transformer.text_lengths(conditioning["context_mask"])
-    # Its time runs from 0, noise, to 1, picture, and so does its velocity.
+    # Its time runs from 0 (noise) to 1 (picture), so the velocity has the opposite sign.
     velocities = denoiser(
         list(noisy_latents.unsqueeze(2)),
         1 - timesteps / 1000,
@@ -101,7 +101,7 @@ ZIMAGE = FamilySpec(
     guidance=5.0,  # diffusers' default, as are the steps
     steps=50,
     recipes={
-        # After ai-toolkit and diffusers.
+        # Based on the settings in ai-toolkit and diffusers.
         "fast": Recipe(600, 1e-4, 16, settings={"resolution": 512}),
         "balanced": Recipe(1200, 1e-4, 32, settings={"resolution": 768}),
         "best": Recipe(2400, 1e-4, 32, settings={"hold_out": 2}),
@@ -122,7 +122,7 @@ ZIMAGE = FamilySpec(
     encode_text=encode_text,
     image_conditioning=image_conditioning,
     predict=predict,
-    # ComfyUI's for base and Turbo, and that of Turbo's scheduler; the base model's scheduler has 6.
+    # The shift in ComfyUI and in Turbo's scheduler. The base model's scheduler has 6.
     flow_shift=lambda positions: 3.0,
     lora_scheme="comfy",
     lookalikes={
