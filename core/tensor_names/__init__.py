@@ -1,8 +1,8 @@
 """The names of LoRA tensors in every naming scheme, and which module of a model each of them means.
 
-Everywhere else in the project a module is `(part, path)`: `("denoiser", "down_blocks.0.attentions.0.proj_in")`,
-`("text_encoder", "text_model.encoder.layers.0.mlp.fc1")`, with the paths that diffusers and transformers use.
-What a family is called, and its modules in every scheme, is one `NameTable`, registered in `NAME_TABLES` here.
+Everywhere else in the project a module is `(part, path)`, with the paths that diffusers and transformers use, such as
+`("denoiser", "down_blocks.0.attentions.0.proj_in")` or `("text_encoder", "text_model.encoder.layers.0.mlp.fc1")`.
+The names of a family and of its modules in every scheme are one `NameTable`, which is registered in `NAME_TABLES` here.
 """
 
 from collections.abc import Iterable
@@ -20,13 +20,13 @@ from .table import SCHEMES, Fusion, ModuleId, NameTable, Place, Sign, text_encod
 NAME_TABLES: dict[str, NameTable] = {
     family.name: family for family in (SD15, SD2, SDXL, SD3, FLUX1, CHROMA, FLUX2, LUMINA2, ZIMAGE, QWEN_IMAGE)
 }
-"""By name. Where a file fits several equally, the first one is meant."""
+"""The tables of all families by name. When a file fits several families equally, the first one counts."""
 
 
 def families_of(modules: Iterable[tuple[str, str, tuple[int, ...] | None]]) -> list[str]:
-    """The families that fit best: those with the most signs among (part, path, shape of the weight); none without any.
+    """The names of the families with the most signs among the modules (part, path, shape of the weight); empty without any.
 
-    Signs in text encoders, which families share, only decide between those that fit equally without.
+    Signs in text encoders, which families share, only decide between families that fit equally without them.
     """
     scores = {name: [0, 0, 0, 0] for name in NAME_TABLES}
     for part, path, shape in modules:

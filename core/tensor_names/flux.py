@@ -1,4 +1,4 @@
-"""FLUX.1, Chroma and FLUX.2: double blocks of an image and a text stream, then single blocks of both together."""
+"""Names of FLUX.1, Chroma and FLUX.2, which have double blocks (image and text streams), then single blocks."""
 
 from .table import TRANSFORMER_IN_COMFYUI, Fusion, LoadedNames, NameTable, Sign, by_rules, clip_signs
 
@@ -45,7 +45,7 @@ _of_original, _of_diffusers = by_rules(
     *_embedders(
         "time_text_embed", time_in="timestep_embedder", vector_in="text_embedder", guidance_in="guidance_embedder"
     ),
-    # Only Chroma has these.
+    # These two are modules of Chroma alone.
     Fusion("distilled_guidance_layer.layers.{}.in_layer", ("distilled_guidance_layer.layers.{}.linear_1",)),
     Fusion("distilled_guidance_layer.layers.{}.out_layer", ("distilled_guidance_layer.layers.{}.linear_2",)),
     *_ENDS,
@@ -67,10 +67,10 @@ _of_original_2, _of_diffusers_2 = by_rules(
 
 _STRUCTURE = Sign(r"^(double_blocks|single_blocks|single_transformer_blocks)\.\d+\.")
 _DOUBLE_ATTENTION = r"^(double_blocks\.\d+\.(img|txt)_attn|transformer_blocks\.(\d|1[0-8])\.attn)\."
-"""Up to 19 double blocks; Qwen-Image has 60 blocks of the same name and width in diffusers."""
+"""The attention of up to 19 double blocks. Qwen-Image has 60 blocks of the same name and width in diffusers."""
 _WIDTH_1 = frozenset({3072})
 _WIDTHS_2 = frozenset({3072, 4096, 6144})
-"""Hidden widths of FLUX.2 klein 4B, klein 9B and dev."""
+"""The hidden widths of FLUX.2 klein 4B, klein 9B and dev."""
 _IN_COMFYUI = TRANSFORMER_IN_COMFYUI | {("onetrainer", "diffusers"), ("bare", "diffusers")}
 
 FLUX1 = NameTable(
@@ -84,7 +84,7 @@ FLUX1 = NameTable(
         Sign(r"^single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp)$", _WIDTH_1),
         Sign(r"^double_blocks\.\d+\.(img|txt)_mlp\.0$", _WIDTH_1, ratio=4),
         Sign(r"^transformer_blocks\.\d+\.ff(_context)?\.net\.0\.proj$", _WIDTH_1, ratio=4),
-        # Chroma took the modulation layers out.
+        # Chroma has no modulation layers.
         Sign(r"(mod|modulation)\.lin$|^(vector|guidance)_in\.", frozenset({256, 768, 3072})),
         Sign(r"^(single_)?transformer_blocks\.\d+\.norm(1|1_context)?\.linear$", _WIDTH_1),
         *clip_signs(768),

@@ -1,11 +1,11 @@
-"""The parts of a tensor's name that are the same for all families: prefix, module path, suffix."""
+"""Parsing of the names of LoRA tensors into prefix, module path and suffix, which is the same for all families."""
 
 import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-# Schemes that flatten paths write "_" for ".". These are the path components that contain "_" themselves, so that the
-# dots can be found again: the longest word of this list that fits is taken, other text between two "_" is a component.
+# Some schemes flatten paths by writing "_" for ".". These are the path components that contain "_" themselves, by which
+# the dots can be restored: the longest word of this list that fits is one component, and so is other text between two "_".
 _VOCABULARY = """
 diffusers' UNets:
     down_blocks up_blocks mid_block transformer_blocks to_q to_k to_v to_out proj_in proj_out time_emb_proj
@@ -29,9 +29,9 @@ original transformers:
 COMPOUND_WORDS = frozenset(word for word in _VOCABULARY.split() if "_" in word)
 _LONGEST_COMPOUND = max(word.count("_") for word in COMPOUND_WORDS) + 1
 
-# What a tensor is to its module, and the suffixes (as patterns) under which it is found.
+# The role of a tensor in its module, and a pattern of the suffixes that mean it.
 _SUFFIXES = {
-    # peft may name the adapter after A and B; diffusers' first files have `to_q_lora.down.weight`.
+    # peft may write the adapter's name after A and B, and the first files of diffusers have `to_q_lora.down.weight`.
     "down": r"\.lora_down\.weight|\.lora_A((\.\w+)?\.weight)?|[._]lora\.down\.weight|\.lora_linear_layer\.down\.weight",
     "up": r"\.lora_up\.weight|\.lora_B((\.\w+)?\.weight)?|[._]lora\.up\.weight|\.lora_linear_layer\.up\.weight",
     "mid": r"\.lora_mid\.weight",
@@ -45,7 +45,7 @@ _SUFFIXES = {
 }
 _SUFFIX = re.compile("|".join(rf"(?P<{role}>(?:{pattern})$)" for role, pattern in _SUFFIXES.items()))
 
-# Prefix -> (scheme, part, whether the rest is flattened); the first that fits counts.
+# (prefix, scheme, part, whether the rest of the name is flattened); the first prefix that fits counts.
 _PREFIXES = [
     ("lora_unet_", "kohya", "denoiser", True),
     ("oft_unet_", "kohya", "denoiser", True),
@@ -73,22 +73,22 @@ _PREFIXES = [
 
 @dataclass(frozen=True)
 class NamedTensor:
-    """What the name of a tensor says: `lora_unet_mid_block_attentions_0_proj_in.alpha` is the alpha of a module."""
+    """The parsed name of a LoRA tensor, such as `lora_unet_mid_block_attentions_0_proj_in.alpha`."""
 
     module_name: str
-    """The name without its suffix, as it stands in the file: what the tensors of one module share."""
+    """The name in the file without its suffix, which all tensors of a module share."""
     role: str
-    """down, up, mid, alpha, dora, hada_w1_a, ...: what the tensor is to its module."""
+    """The role of the tensor in its module: down, up, mid, alpha, dora, hada_w1_a, ..."""
     scheme: str
-    """kohya, diffusers, peft, comfy, lycoris, onetrainer or bare (no prefix)."""
+    """The naming scheme: kohya, diffusers, peft, comfy, lycoris, onetrainer or bare (no prefix)."""
     part: str
-    """denoiser, text_encoder, text_encoder_2 or text_encoder_3."""
+    """The part of the model: denoiser, text_encoder, text_encoder_2 or text_encoder_3."""
     path: str
-    """The dotted path, in the names that the file uses (diffusers' or the original model's)."""
+    """The dotted path of the module as in the file, which has the names of diffusers or of the original model."""
 
 
 def unflatten(flat: str) -> str:
-    """The dotted path of which `flat` is the form with "_" for "."."""
+    """The dotted path of a module from its flattened form, which has "_" for "."."""
     tokens = flat.split("_")
     components = []
     while tokens:
@@ -103,7 +103,7 @@ def unflatten(flat: str) -> str:
 
 @lru_cache(maxsize=1 << 16)
 def parse_key(key: str) -> NamedTensor | None:
-    """What `key` names, or None when it is no adapter tensor's name."""
+    """The parsed name of a tensor, or None when it is not the name of a LoRA tensor."""
     suffix = _SUFFIX.search(key)
     if suffix is None:
         return None
@@ -113,15 +113,15 @@ def parse_key(key: str) -> NamedTensor | None:
     if flat:
         path = unflatten(path)
     elif ".processor." in path:
-        # diffusers once hung LoRA on attention processors: `attn1.processor.to_out` is today's `attn1.to_out.0`.
+        # Old versions of diffusers had LoRAs on attention processors, where `attn1.processor.to_out` is `attn1.to_out.0`.
         path = re.sub(r"\.to_out$", ".to_out.0", path.replace(".processor.", "."))
     return NamedTensor(module_name, role, scheme, part, path)
 
 
 EMBEDDING_KEYS = ("emb_params", "clip_l", "clip_g")
-"""Tensors of a file that is a textual-inversion embedding and nothing else."""
+"""The names of tensors in a file that is only a textual-inversion embedding."""
 
 
 def bundled_embedding(key: str) -> str | None:
-    """The name of the textual-inversion embedding that `key` of a LoRA file belongs to, None: it belongs to none."""
+    """The word of the textual-inversion embedding in a LoRA file that a tensor belongs to; None when it belongs to none."""
     return key.split(".")[1] if key.startswith("bundle_emb.") and key.count(".") >= 2 else None

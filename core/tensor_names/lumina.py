@@ -1,4 +1,4 @@
-"""Lumina-Image 2 and Z-Image: one stack of layers after two refiners."""
+"""Names of Lumina-Image 2 and Z-Image, which have one stack of layers after two refiners."""
 
 from .table import TRANSFORMER_IN_COMFYUI, Fusion, LoadedNames, NameTable, Sign, by_rules
 
@@ -7,7 +7,7 @@ _STACKS = ("layers.{}", "noise_refiner.{}", "context_refiner.{}")
 
 def _lumina_layer(stack: str) -> tuple[Fusion, ...]:
     return (
-        # 24 heads for q, 8 for k and v.
+        # q has 24 heads, k and v have 8.
         Fusion(f"{stack}.attention.qkv", tuple(f"{stack}.attn.to_{x}" for x in "qkv"), (1, 1 / 3, 1 / 3)),
         Fusion(f"{stack}.attention.out", (f"{stack}.attn.to_out.0",)),
         *(Fusion(f"{stack}.feed_forward.w{n}", (f"{stack}.feed_forward.linear_{n}",)) for n in (1, 2, 3)),
@@ -32,7 +32,7 @@ _of_original, _of_diffusers = by_rules(
 )
 _of_original_z, _of_diffusers_z = by_rules(
     *(rule for stack in _STACKS for rule in _z_image_layer(stack)),
-    # 2-1: patches of two by two pixels in one frame.
+    # "2-1" means patches of two by two latents in one frame.
     Fusion("final_layer.linear", ("all_final_layer.2-1.linear",)),
     Fusion("final_layer.adaLN_modulation.1", ("all_final_layer.2-1.adaLN_modulation.1",)),
     Fusion("x_embedder", ("all_x_embedder.2-1",)),
@@ -54,7 +54,7 @@ LUMINA2 = NameTable(
     ),
     of_original=_of_original,
     of_diffusers=_of_diffusers,
-    # ComfyUI's table of Z-Image's diffusers names serves Lumina 2 too, whose attention has another name in diffusers.
+    # ComfyUI uses its table of Z-Image's diffusers names for Lumina 2 too, where it misses the attention's other name.
     loaded=LoadedNames(
         frozenset({("kohya", "original"), ("comfy", "original")}),
         diffusers=frozenset({"diffusers", "comfy"}),
@@ -76,6 +76,6 @@ ZIMAGE = NameTable(
         diffusers_lokr=frozenset({("comfy", "diffusers"), ("bare", "diffusers"), ("diffusers", "diffusers")}),
         diffusers_lokr_with_alpha=frozenset({"bare"}),
     ),
-    # ComfyUI, diffusers and InvokeAI all read the split names under "diffusion_model.".
+    # ComfyUI, diffusers and InvokeAI all read unfused q, k and v under "diffusion_model.".
     original_in_comfy=False,
 )

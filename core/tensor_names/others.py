@@ -1,4 +1,4 @@
-"""Models whose LoRA files look like those of a family here in some of their names, so that they can be refused by name."""
+"""Models outside of all families whose LoRA files have names like those of a family here, so that errors can name them."""
 
 from collections.abc import Iterable
 
@@ -20,6 +20,6 @@ _OTHERS = (
 
 
 def other_model(modules: Iterable[tuple[str, str, tuple[int, ...] | None]]) -> str | None:
-    """The model of another family that has such modules, as in `families_of`; None: none that is known."""
+    """The name of a model outside of all families with such modules (as in `families_of`); None when none is recognised."""
     given = list(modules)
     return next((title for title, sign in _OTHERS if any(sign.matches(*module) for module in given)), None)

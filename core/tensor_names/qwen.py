@@ -1,4 +1,4 @@
-"""Qwen-Image: the original model and diffusers have the same names."""
+"""Names of Qwen-Image, which are the same in the original model and in diffusers."""
 
 from .table import TRANSFORMER_IN_COMFYUI, LoadedNames, NameTable, Sign, by_rules
 

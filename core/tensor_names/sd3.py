@@ -1,4 +1,4 @@
-"""SD3 and SD3.5: MM-DiT with joint blocks of an image and a text ("context") stream."""
+"""Names of SD3 and SD3.5, which have joint blocks of an image and a text ("context") stream."""
 
 from .table import CLIP_G_SIGN, TRANSFORMER_IN_COMFYUI, Fusion, LoadedNames, NameTable, Sign, by_rules, clip_signs
 

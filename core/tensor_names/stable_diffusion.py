@@ -1,4 +1,4 @@
-"""SD1.x, SD2.x and SDXL: UNets, whose original (LDM) names are arithmetic on diffusers' block numbers."""
+"""Names of SD1.x, SD2.x and SDXL, UNets whose original (LDM) block numbers follow from those of diffusers."""
 
 import re
 from collections.abc import Mapping
@@ -40,9 +40,9 @@ def _signs(context_width: int, text_width: int) -> tuple[Sign, ...]:
 
 
 _BLOCK_LISTS = ("BASE IN01-02 IN04-05 IN07-08 M00 OUT03-11", "BASE IN00-11 M00 OUT00-11")
-"""The blocks with attention, or all of them."""
+"""The lists with the blocks that have attention, and with all blocks."""
 _SD2_TEXT_WIDTH = 1024
-"""Width of SD2.x's text encoder, by which its embeddings are told from SD1.x's."""
+"""The width of the text encoder of SD2.x, which tells its embeddings from those of SD1.x."""
 
 SD15 = NameTable(
     name="sd15",
@@ -74,7 +74,7 @@ SD2 = NameTable(
         diffusers_denoiser_lacks={"kohya": "convolutions that sd-scripts has where SD2 has Linear layers"},
     ),
     kernel=partial(_kernel, linear_projections=True),
-    # sd-scripts builds SD2 with SD1's convolutions, the original and diffusers with Linears.
+    # sd-scripts builds SD2 with convolutions as in SD1, where the original and diffusers have Linear layers.
     kernel_in_kohya=partial(_kernel, linear_projections=False),
     diffusers_prefix="unet.",
     kohya_prefixes={"denoiser": "lora_unet_", "text_encoder": "lora_te_"},
@@ -90,7 +90,7 @@ SDXL = NameTable(
     architecture="stable-diffusion-xl-v1-base",
     signs=(
         *_signs(context_width=2048, text_width=768),
-        # Up to ten transformer blocks in a row, where SD1.x and SD2.x have one.
+        # SDXL has up to ten transformer blocks in a row, SD1.x and SD2.x have one.
         Sign(r"\.transformer_blocks\.[1-9]\.", frozenset({640, 1280, 2048, 2560, 5120})),
         Sign(r"\.transformer_blocks\.[1-9]\."),
         CLIP_G_SIGN,
@@ -116,7 +116,7 @@ SDXL = NameTable(
 
 
 def families_of_embedding(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """The families that the file of an embedding may be for, likeliest first, by name and shape of its tensors."""
+    """The families that an embedding file may be for, the likeliest first, by the names and shapes of its tensors."""
     if "clip_g" in shapes:
         return [SDXL.name]
     is_wide = shapes.get("emb_params", ())[-1:] == (_SD2_TEXT_WIDTH,)

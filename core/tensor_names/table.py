@@ -1,4 +1,4 @@
-"""What a model family says about names: one `NameTable` per family."""
+"""The `NameTable` of a model family, which maps module names between naming schemes, and the values that it is made of."""
 
 from __future__ import annotations
 
@@ -14,48 +14,48 @@ if TYPE_CHECKING:
 SCHEMES = ("kohya", "diffusers", "comfy")
 """The naming schemes that a LoRA can be written in."""
 ModuleId = tuple[str, str]
-"""(part, path): the identity of a module in the whole project, see the package's docstring."""
+"""The (part, path) by which a module is known in the whole project, see the package's docstring."""
 
 
 @dataclass(frozen=True)
 class Fusion:
     """A module of the original model, and the diffusers modules that its output rows belong to.
 
-    Mostly one to one; where the original has one Linear for q, k and v, diffusers has three.
+    There is mostly one diffusers module, but three where the original has a fused Linear for q, k and v.
     """
 
     original: str
     parts: tuple[str, ...]
     sizes: tuple[float, ...] = (1,)
-    """Output rows of each part, in multiples of the module's input features; unused when there is one part."""
+    """The output rows of each part, as multiples of the module's input features; unused when there is one part."""
     halves_swapped: bool = False
     """Whether diffusers stores the two halves of the rows (shift, scale) in the other order (scale, shift).
 
-    Only where there are two: the same layer has six or nine in the other blocks of SD3, in the same order in both."""
+    It only applies to weights with two such parts. In other blocks of SD3 the layer has six or nine, in the same order."""
 
 
 def _inputs(weight: Tensor) -> int:
-    """Input features of a weight; 1 of a normalisation layer's."""
+    """The input features of a weight; 1 for the weight of a normalisation layer."""
     return weight.shape[1] if weight.ndim > 1 else 1
 
 
 @dataclass(frozen=True)
 class Place:
-    """What a weight of a file is: a module of the original model, or one that diffusers has."""
+    """The place of a weight in the model: a module of the original model, or a module of diffusers."""
 
     part: str
     fusion: Fusion
     index: int | None
-    """Which part of the fusion it is; None: the whole of it, in the original model's order of rows."""
+    """The index of the part of the fusion; None for the whole of it, with rows in the original model's order."""
 
     @property
     def modules(self) -> tuple[ModuleId, ...]:
-        """The modules whose weights it is, in the order of its rows."""
+        """The modules whose weights it holds, in the order of its rows."""
         parts = self.fusion.parts if self.index is None else (self.fusion.parts[self.index],)
         return tuple((self.part, path) for path in parts)
 
     def rows(self, outputs: int, inputs: int) -> list[int]:
-        """How many rows of a weight of this size each of `modules` has. ValueError when they do not add up."""
+        """The number of rows that each of `modules` has in a weight of this size. Raises ValueError when they do not add up."""
         if len(self.modules) == 1:
             return [outputs]
         rows = [round(size * inputs) for size in self.fusion.sizes]
@@ -64,8 +64,9 @@ class Place:
         return rows
 
     def split(self, tensor: Tensor, inputs: int | None = None) -> list[tuple[ModuleId, Tensor]]:
-        """Its rows by module, in diffusers' order. `inputs` are the weight's input features, where they are not the tensor's.
+        """The rows of a tensor by module, in diffusers' order.
 
+        `inputs` is the number of the weight's input features, for tensors such as biases that do not have them. Raises
         ValueError when the rows do not add up.
         """
         inputs = _inputs(tensor) if inputs is None else inputs
@@ -73,7 +74,7 @@ class Place:
         return list(zip(self.modules, self._swapped(tensor, inputs).split(rows), strict=True))
 
     def join(self, tensors: Sequence[Tensor], inputs: int | None = None) -> Tensor:
-        """The weight in the file's order of rows, from those of `modules`: undoes `split`."""
+        """The weight with rows in the file's order, from the weights of `modules`. It is the inverse of `split`."""
         import torch
 
         whole = torch.cat(list(tensors))
@@ -86,18 +87,18 @@ class Place:
 
 @dataclass(frozen=True)
 class Sign:
-    """Something in a LoRA by which its family is known: a module with this path and these widths."""
+    """A module with a certain path and widths, which shows the family of a LoRA."""
 
     path: str
-    """A pattern that is searched in the dotted path, as it stands in the file."""
+    """A regular expression that is searched in the dotted path of the module in the file."""
     inputs: frozenset[int] | None = None
-    """Input features of the family's module; None: any, then the sign only says that the structure fits."""
+    """The allowed input features; None for any, when the sign only says that the structure fits."""
     ratio: float | None = None
-    """Output rows per input feature; None: any."""
+    """The number of output rows per input feature; None for any."""
     part: str = "denoiser"
 
     def matches(self, part: str, path: str, shape: tuple[int, ...] | None) -> bool:
-        """Whether the module is this one; `shape` is its weight's (out, in, ...), None where it cannot be known."""
+        """Whether a module has the sign. `shape` is its weight's (out, in, ...), None when it cannot be known."""
         if part != self.part or not re.search(self.path, path):
             return False
         if self.inputs is None and self.ratio is None:
@@ -115,7 +116,7 @@ class Sign:
 
 
 def clip_signs(width: int) -> tuple[Sign, ...]:
-    """The signs of a first text encoder that is a CLIP of that width."""
+    """The signs of a CLIP of that width as the first text encoder."""
     return (
         Sign(r"^(text_model\.)?encoder\.layers\.", part="text_encoder"),
         Sign(r"(self_attn\.\w+|mlp\.fc1)$", frozenset({width}), part="text_encoder"),
@@ -128,99 +129,100 @@ CLIP_G_SIGN = Sign(r"(self_attn\.\w+|mlp\.fc1)$", frozenset({1280}), part="text_
 UNET_IN_COMFYUI = frozenset(
     {("kohya", "diffusers"), ("kohya", "original"), ("comfy", "original"), ("lycoris", "diffusers")}
 )
-"""What ComfyUI loads of every UNet, see `LoadedNames.comfyui`."""
+"""The names of UNets that ComfyUI loads, as in `LoadedNames.comfyui`."""
 TRANSFORMER_IN_COMFYUI = frozenset(
     {("kohya", "original"), ("comfy", "original"), ("diffusers", "diffusers"), ("lycoris", "diffusers")}
 )
-"""What ComfyUI loads of most transformers, and of some more than that."""
+"""The names of all transformers that ComfyUI loads, as in `LoadedNames.comfyui`; families may add some."""
 
 
 @dataclass(frozen=True)
 class LoadedNames:
-    """Which names of a family's LoRAs other programs load; core/lora/readers.py asks, and says of which versions it is."""
+    """The names of a family's LoRAs that other programs load. core/lora/readers.py uses it, and states their versions."""
 
     comfyui: frozenset[tuple[str, str]]
-    """(scheme, whose paths: those of the original or of diffusers) of the denoiser's names that ComfyUI loads."""
+    """The names of the denoiser that ComfyUI loads, as (scheme, "original" or "diffusers" for its paths)."""
     diffusers: frozenset[str]
-    """Schemes that diffusers' pipelines load."""
+    """The schemes that diffusers' pipelines load."""
     comfyui_lacks: tuple[str, ...] = ()
-    """Starts of paths that are missing in ComfyUI's table of diffusers' names."""
+    """Prefixes of paths that are missing in ComfyUI's table of diffusers' names."""
     diffusers_denoiser_lacks: Mapping[str, str] = field(default_factory=dict)
-    """Scheme -> why diffusers loads no such names of the denoiser, though it does those of the text encoders."""
+    """The reason why diffusers does not load the denoiser in a scheme whose text encoders it loads, by scheme."""
     diffusers_lokr: frozenset[tuple[str, str]] = frozenset()
-    """(scheme, whose paths) of the LoKr files that diffusers' pipelines load."""
+    """The names of LoKr files that diffusers' pipelines load, as in `comfyui`."""
     diffusers_lokr_with_alpha: frozenset[str] = frozenset()
-    """Schemes of LoKr files that diffusers loads only where they have an alpha."""
+    """The schemes of LoKr files that diffusers loads only when they have an alpha."""
 
 
 @dataclass(frozen=True)
 class NameTable:
-    """What one family is called, the names of its modules in every scheme, and what its LoRAs are known by."""
+    """The names of a family, the names of its modules in every scheme, and the signs by which its LoRAs are recognised."""
 
     name: str
-    """Short name in code and messages: sd15, sdxl."""
+    """The short name in code and messages, such as sd15."""
     base_versions: tuple[str, ...]
-    """Values of `ss_base_model_version` that mean this family; the first is the one to write."""
+    """The values of `ss_base_model_version` that mean this family; the first is the one to write."""
     architecture: str
-    """`modelspec.architecture` of its checkpoints; a LoRA adds `/lora`."""
+    """The `modelspec.architecture` of its checkpoints; a LoRA adds `/lora`."""
     signs: tuple[Sign, ...]
     of_original: Callable[[str], Fusion | None]
-    """The fusion of an original denoiser path, None when the path is not an original one."""
+    """The fusion of a denoiser path in original naming; None when it is no such path."""
     of_diffusers: Callable[[str], Fusion]
-    """The fusion that a diffusers denoiser path belongs to."""
+    """The fusion that a denoiser path in diffusers naming belongs to."""
     loaded: LoadedNames
-    """Which of these names other programs load."""
+    """The names that other programs load."""
     kernel: Callable[[str], int | None] = lambda path: None
-    """The kernel size of a denoiser module in diffusers, None for a Linear."""
+    """The kernel size of a denoiser module in diffusers; None for a Linear."""
     kernel_in_kohya: Callable[[str], int | None] = lambda path: None
-    """The same in sd-scripts; only 1x1 convolutions that are Linear in diffusers matter."""
+    """The kernel size in sd-scripts; only needed for 1x1 convolutions that are Linear in diffusers."""
     diffusers_prefix: str = "transformer."
     kohya_prefixes: Mapping[str, str] = field(default_factory=lambda: {"denoiser": "lora_unet_"})
-    """Part -> prefix of its Kohya names."""
+    """The prefix of each part in Kohya names."""
     comfy_prefixes: Mapping[str, str] = field(default_factory=lambda: {"denoiser": "diffusion_model."})
-    """Part -> prefix of its names in ComfyUI's own scheme."""
+    """The prefix of each part in ComfyUI's own scheme."""
     original_in_kohya: bool = True
-    """Whether Kohya names are made from the original model's paths; else from diffusers' paths."""
+    """Whether Kohya names are made from the original model's paths and not from those of diffusers."""
     original_in_comfy: bool = True
-    """The same for ComfyUI's own scheme."""
+    """Whether names in ComfyUI's own scheme are made from the original model's paths and not from those of diffusers."""
     part_names: Mapping[str, str] = field(default_factory=dict)
-    """Part as the prefix in a file numbers it -> part of this family's pipeline, where they differ."""
+    """The part of this family's pipeline for a part as prefixes in files number it, where they differ."""
     checkpoint_prefixes: Mapping[str, str] = field(default_factory=dict)
-    """Part -> prefix of a text encoder in a whole original checkpoint, where no other family has it; with these a
-    checkpoint can be written too."""
+    """The prefix of each text encoder in a whole original checkpoint, for families that are recognised by it.
+
+    Checkpoints can be written only for families that have them."""
     embedding_names: Mapping[str, str] = field(default_factory=dict)
-    """Part -> name of its tensor in a file of a textual-inversion embedding; empty where nobody has such files."""
+    """The name of each part's tensor in a textual-inversion embedding file; empty for families without such files."""
     block_lists: tuple[str, ...] = ()
-    """The blocks of each list of the LoRA Block Weight extension; IN04-05 stands for IN04 and IN05."""
+    """The blocks in each form of list of the LoRA Block Weight extension, where IN04-05 stands for IN04 and IN05."""
 
     @property
     def is_unet(self) -> bool:
-        """Whether the denoiser is a UNet; else it is a transformer."""
+        """Whether the denoiser is a UNet; otherwise it is a transformer."""
         return self.diffusers_prefix == "unet."
 
     def locate(self, part: str, path: str) -> Place:
-        """Where a name found in a file belongs."""
+        """The place in the model of a path in a file, in original or diffusers naming."""
         if part == "denoiser" and not path.startswith("text_model."):
             fusion = self.of_original(path)
             if fusion is not None:
                 return Place(part, fusion, None)
             fusion = self.of_diffusers(path)
             return Place(part, fusion, fusion.parts.index(path))
-        # peft's files of a text encoder have the same prefix as those of a denoiser.
+        # peft uses the same prefix for text encoders and denoisers, so the path decides.
         part = "text_encoder" if part == "denoiser" else self.part_names.get(part, part)
         path = text_encoder_path(path)
         return Place(part, Fusion(path, (path,)), None)
 
 
 def text_encoder_path(path: str) -> str:
-    """A path in a text encoder with the `text_model.` that transformers 5 dropped from CLIP's, and no other lacks."""
+    """A path in a text encoder, with the leading `text_model.` that CLIP has lost in transformers 5."""
     return f"text_model.{path}" if path.startswith(("encoder.layers.", "embeddings.", "final_layer_norm")) else path
 
 
 def by_rules(*rules: Fusion) -> tuple[Callable[[str], Fusion | None], Callable[[str], Fusion]]:
-    """`of_original` and `of_diffusers` of a family whose names are related by rules; "{}" stands for a number.
+    """The functions `of_original` and `of_diffusers` of a family whose names are related by rules, where "{}" is a number.
 
-    A path that no rule knows has the same name in both.
+    A path without a rule has the same name in both.
     """
 
     def compile_path(path: str) -> re.Pattern[str]:

@@ -1,13 +1,13 @@
-"""Names of the original (LDM) UNets of SD1.x, SD2.x and SDXL beside the diffusers names of the same modules.
+"""Conversion between the original (LDM) and the diffusers names of the UNets of SD1.x, SD2.x and SDXL.
 
-The original code numbers its UNet blocks in one flat list, diffusers in nested ones; the arithmetic between the two needs
-only the number of residual blocks of a level. Every table in the project that speaks of "LDM names" comes from here.
+The original code numbers the blocks of a UNet in one flat list, and diffusers in nested lists. The conversion needs only the
+number of residual blocks in a level.
 """
 
 import re
 from collections.abc import Callable
 
-# Inside a residual block of the UNet: diffusers name -> original name.
+# The original names of the modules in a residual block, by their diffusers names.
 _UNET_RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",
@@ -29,7 +29,7 @@ _UNET_OUTSIDE_BLOCKS = {
 
 
 def replace_head(path: str, table: dict[str, str]) -> str:
-    """`path` with its leading component(s) replaced by the table, unchanged when no entry leads it."""
+    """The path with its first component or components replaced by the table, unchanged when none of them is in it."""
     for old, new in table.items():
         if path == old or path.startswith(old + "."):
             return new + path[len(old) :]
@@ -43,8 +43,8 @@ def inverse(table: dict[str, str]) -> dict[str, str]:
 def ldm_unet_path(path: str, layers_per_block: int = 2, attention_above: Callable[[int], bool] = lambda _: True) -> str:
     """The original name of a UNet module or tensor, e.g. `input_blocks.4.1.proj_in` for `down_blocks.1.attentions.0.proj_in`.
 
-    `layers_per_block` is the number of residual blocks of a down level (2 in SD1.x and SDXL).
-    `attention_above(i)` says whether up level i has attentions: its upsampler then is entry 2 of its block, else entry 1.
+    `layers_per_block` is the number of residual blocks in a down level (2 in SD1.x and SDXL). `attention_above(i)` says
+    whether up level i has attention, in which case its upsampler is entry 2 of its block and not entry 1.
     """
     match = re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", path)
     if match:
