@@ -1,10 +1,10 @@
-"""Face LoRAs from a script: `train`, `load_base`, `LoraFile`, `apply`, `generate` and the steps they are made of.
+"""The library for scripts: `train`, `load_base`, `LoraFile`, `apply`, `generate`, and the steps that these consist of.
 
 from core import TrainConfig, train
 
 lora = train("photos", "sd15.safetensors", TrainConfig(trigger_word="sks", steps=800), output="me.safetensors")
 
-Nothing is loaded before it is asked for, torch neither.
+Importing it loads nothing else, not even torch; each name is loaded when it is used.
 """
 
 from typing import TYPE_CHECKING

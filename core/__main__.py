@@ -1,4 +1,4 @@
-"""`python -m core` in a clone: the command line."""
+"""Runs the command line as `python -m core` in a clone."""
 
 import sys
 

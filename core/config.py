@@ -1,7 +1,7 @@
 """The settings of a training run, as one frozen value that checks itself.
 
-Every field is declared with `option(default, help, low, high, group)`, and what is said there is said nowhere else: the
-command line and the tooltips and help pages of ComfyUI are made of it, and every value is checked by it.
+Every field is declared with `option(default, help, low, high, group)`, from which the command line and the tooltips and
+help pages of ComfyUI are made, and by which every value is checked.
 """
 
 import dataclasses
@@ -17,18 +17,18 @@ Targets = Literal["attention", "transformer", "transformer+conv"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 SavePrecision = Literal["fp16", "bf16", "fp32"]
 MethodName = Literal["dora", "dreambooth", "loha", "lokr", "lora", "oft", "pivotal", "textual-inversion"]
-"""Each is a file in `methods/`, with _ where there is a - here."""
+"""The training methods. Each is a file in core/training/methods/, with _ in its name where there is a - here."""
 RecipeName = Literal["fast", "balanced", "best"]
-"""How much is trained: little, as usual, or much."""
+"""The recipes: little, usual and much training."""
 
 Group = Literal["person", "method", "photos", "optimizer", "loss", "prior preservation", "base", "machine", "output"]
-"""What a setting is about: the headings of the command line's help."""
+"""The subjects of settings, which are headings in the command line's help."""
 
 
 def option(default: Any, text: str, low: float | None = None, high: float = math.inf, *, group: Group) -> Any:
     """A dataclass field with its default, the sentence that explains it (unit included), its range and its group.
 
-    `low` and `high` are the least and the greatest value that is allowed; of a table they bound each number in it.
+    `low` and `high` are the least and the greatest value that is allowed; for a table they bound each number in it.
     """
     metadata = {"help": text, "low": low, "high": high, "group": group}
     if isinstance(default, dict):
@@ -38,7 +38,10 @@ def option(default: Any, text: str, low: float | None = None, high: float = math
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides what a run makes, apart from the photos and the base model."""
+    """All settings of a training run. With the photos and the base model they decide its result.
+
+    Raises BadConfig for a value of the wrong type or out of range, and for settings that contradict each other.
+    """
 
     trigger_word: str = option("sks", "word that names the person in captions and prompts", group="person")
     class_word: str = option("person", "what the person is one of: person, woman, man, ...", group="person")
@@ -254,7 +257,7 @@ class TrainConfig:
             self._check_prodigy()
 
     def _check_together(self) -> None:
-        """BadConfig where two settings contradict each other, or one needs another."""
+        """Raises BadConfig when two settings contradict each other, or one needs another."""
         if not self.trigger_word.strip() or not self.class_word.strip():
             raise BadConfig("trigger_word and class_word must not be empty")
         if self.timestep_min > self.timestep_max:
@@ -275,7 +278,7 @@ class TrainConfig:
             raise BadConfig(f"warmup_steps = {self.warmup_steps} leaves nothing of {self.steps} steps")
 
     def _check_prodigy(self) -> None:
-        """BadConfig where a rate is set that Prodigy would multiply the rate that it finds by, the one for all."""
+        """Raises BadConfig for learning rates that do not suit Prodigy, which finds one rate for all parameters by itself."""
         rate = self.prodigy_rate
         if rate < 0.1:
             raise BadConfig(f"learning_rate = {rate}: prodigy finds the rate by itself; leave it out, or set it to 1.0")
@@ -288,16 +291,16 @@ class TrainConfig:
 
     @property
     def prodigy_rate(self) -> float:
-        """What Prodigy multiplies the rate that it finds by."""
+        """The factor on the learning rate that Prodigy finds."""
         return 1.0 if self.learning_rate is None else self.learning_rate
 
     @property
     def embedding_rate(self) -> float:
-        """The peak learning rate of the vectors of a word."""
+        """The peak learning rate of the token vectors of a new word."""
         return self.prodigy_rate if self.optimizer == "prodigy" else self.embedding_lr
 
     def alpha_for(self, rank: int) -> float:
-        """The alpha of a module of that rank: the set one, else the rank itself."""
+        """The alpha of a module of that rank: that of the settings, else the rank itself."""
         return float(rank if self.alpha is None else self.alpha)
 
 
@@ -325,7 +328,7 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
 
 
 def _numbers(name: str, value: Any) -> list[tuple[str, float]]:
-    """(what to call it, number) of the numbers in a setting's value: the value itself, or each of a table."""
+    """The numbers in a setting's value, the value itself or each number of a table, as (name for messages, number)."""
     if isinstance(value, dict):
         return [(f"{name}: {key}", number) for key, number in value.items()]
     return [(name, value)] if isinstance(value, int | float) else []
@@ -346,12 +349,15 @@ def _check_patterns(name: str, patterns: Mapping[str, float]) -> None:
 
 
 def config_from(settings: Mapping[str, Any]) -> TrainConfig:
-    """A TrainConfig from plain settings (a TOML table, say); an unknown name is refused with the nearest known ones."""
+    """A TrainConfig from plain settings, such as a TOML table.
+
+    Raises BadConfig for a value that cannot work, and for an unknown name, with the nearest known ones in the message.
+    """
     return TrainConfig(**known_settings(settings))
 
 
 def known_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings under the names that TrainConfig has for them. BadConfig for one that it does not have, or has twice."""
+    """The settings by their names in TrainConfig, with _ for -. Raises BadConfig for one that is unknown or given twice."""
     import difflib
 
     known = [item.name for item in dataclasses.fields(TrainConfig)]
