@@ -9,9 +9,9 @@ from typing import Any
 def lazy_names(
     package: str, names: Mapping[str, Collection[str]], modules: Collection[str] = ()
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """What a package's `__init__` calls `__getattr__`, `__dir__` and `__all__` (PEP 562), so that it hands out these names.
+    """The `__getattr__`, `__dir__` and `__all__` of a package (PEP 562) that hands out these names.
 
-    `names` says where they are: a module, relative to the package as in an import statement (".file") -> names in it;
+    `names` has the names by the module that they are in, relative to the package as in an import statement (".file").
     `modules` are submodules that are handed out themselves. A name must not be that of a submodule too, which would take
     its place as soon as it is loaded.
     """

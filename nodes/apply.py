@@ -83,7 +83,7 @@ class ApplyLora(io.ComfyNode):
                 ),
                 io.String.Output(display_name="prompt", tooltip="'a photo of' the trigger phrase, to begin a prompt with."),
             ],
-            has_intermediate_output=True,  # what it shows is shown again where it need not run
+            has_intermediate_output=True,  # the text stays when ComfyUI need not run the node again
         )  # fmt: skip
 
     @classmethod

@@ -130,7 +130,7 @@ def _read(folder: str, pictures: str, *, strict: bool, on_warning: Callable[[str
         try:
             photos += read_photos(_path(folder), strict=strict, on_warning=on_warning)
         except BadPhoto as problem:
-            # The path on the server is not for the report; the folder's name says enough.
+            # The message is for the browser, which should not learn the folder's path on the server.
             raise BadPhoto(str(problem).replace(str(_path(folder)), folder)) from None
     photos += read_photo_files(map(_path, _names(pictures)), strict=strict, on_warning=on_warning)
     if not photos:
@@ -143,7 +143,7 @@ def _names(pictures: str) -> list[str]:
 
 
 def _files(folder: str, pictures: str) -> Iterator[tuple[str, Path]]:
-    """(name, path) of each file that the node reads: photos, captions and masks. Raises BadPhoto when one is not there."""
+    """The (name, path) of each file that the node reads: photos, captions and masks. Raises BadPhoto when one is not there."""
     if folder != NO_FOLDER and not _is_left_out(folder, pictures):
         path = _path(folder)
         if not path.is_dir():

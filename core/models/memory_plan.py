@@ -22,14 +22,14 @@ OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0, "prodigy": 16}
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a run saves memory."""
+    """The ways in which a run saves memory."""
 
     recompute: Literal["nothing", "half", "everything"] = "nothing"
     """The blocks whose activations are recomputed in the backward pass instead of being kept.
 
     "half" means those with the fewest weights, whose activations are the largest for the arithmetic that they cost."""
     weights: Literal["full", "8 bits"] = "full"
-    """How the denoiser's frozen weights are stored: in the precision of the run, or in 8 bits (core/models/eight_bit.py)."""
+    """The storage of the denoiser's frozen weights: in the precision of the run, or in 8 bits (core/models/eight_bit.py)."""
     offload: Literal["nothing", "half", "everything"] = "nothing"
     """The blocks whose frozen weights stay in the computer's memory, and are copied to the device one block ahead.
 

@@ -10,7 +10,7 @@ RECIPES = ("fast", "balanced", "best")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a family is trained, independent of the batch size, from which steps and learning rate then follow."""
+    """The length and the settings of a training for one photo in a step; a batch size turns them into steps and a rate."""
 
     photos: int
     """The number of photos seen in the whole training; divided by the photos in a step it gives the steps."""

@@ -1,4 +1,4 @@
-"""From photos to a LoRA: encoding, the loop and its steps, methods, likeness, and what is kept of a run."""
+"""Training, from photos to a LoRA: encoding, the loop and its steps, methods, likeness, and the store of runs."""
 
 from typing import TYPE_CHECKING
 

@@ -217,7 +217,7 @@ def _look_at_photos(
         if config.face_crops:
             regions = face_regions(report, resolution, config.trigger_word, config.class_word)
         if config.face_masks:
-            photos = with_masks(photos, report, background=0.0)  # the loss gives it background_weight
+            photos = with_masks(photos, report, background=0.0)  # the loss replaces 0 by background_weight
     if config.hold_out and not held_out:
         photos, held_out = hold_out(photos, config.hold_out, faces)
     watch = LikenessWatch(faces, photos, held_out, config) if held_out else None

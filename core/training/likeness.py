@@ -58,7 +58,7 @@ class LikenessPoint:
     copying: float
     """The mean over pictures with a face of the cosine to the nearest training photo minus that to the nearest held-out one."""
     leakage: float
-    """How much the cosine of "a photo of CLASS", without the trigger, to the person has risen from the base model's."""
+    """The rise, from the base model's, of the cosine of "a photo of CLASS", without the trigger, to the person."""
     drift: float
     """The mean absolute change of the pictures of NEUTRAL_PROMPTS from the base model's, in grey levels, 0 to 255."""
     merged: tuple[int, ...] = ()
