@@ -1,4 +1,4 @@
-"""Measurements beside a peer: of a step's speed and memory, and of methods on the same photos."""
+"""Benchmarks: the speed and memory of a training step beside those of other programs, and methods on the same photos."""
 
 from typing import TYPE_CHECKING
 

@@ -1,7 +1,7 @@
-"""Methods beside one another: the same person, photos and budget, and what each costs and gives, measured.
+"""A comparison of training methods on the same people, photos and number of steps.
 
-Every method is trained on the same photos for the same number of steps, at its own learning rate; then pictures of the same
-prompts and seeds are measured. What a method does to likeness is measured to photos that were held out.
+Every method is trained at its own learning rate, and pictures of the same prompts and seeds are measured. Likeness is
+measured to photos that were held out from the training.
 """
 
 from __future__ import annotations
@@ -40,46 +40,51 @@ from ..training.samples import SAMPLE_BATCH
 from .report import peak_memory
 
 PICTURES = 8
-"""Of the person and of the class, with seeds 1, 2, ..."""
+"""The number of pictures of the person, and of the class, with seeds 1, 2, ..."""
 SETTINGS = ("left view", "front view", "right view")
-"""What prompts ask for beside the person, and are told apart by, when adherence is measured."""
+"""The settings that are added to prompts to measure adherence, which is whether pictures show them."""
 DRAWS = 8
-"""Noises and timesteps at which a picture is judged by the base."""
+"""The number of draws of noise and timestep by which the base model classifies a picture."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """One method on one person; of the base itself what can be measured of it."""
+    """The measurements of one method on one person, or of the base model itself as the method "base"."""
 
     person: str
     method: str
     learning_rate: float
     steps: int
     likeness: float
-    """Mean cosine of the trigger's pictures to the mean face of the held-out photos; a picture without a face counts 0."""
+    """The mean cosine of the trigger's pictures to the mean face of the held-out photos; a picture without a face counts 0."""
     seconds: float
-    """That the steps took: of processor time on a CPU, where other work does not count, else by the clock."""
+    """The seconds that the steps took: of processor time on a CPU, where other work does not count, else by the clock."""
     file_bytes: int
     adherence: float
-    """Share of pictures with a setting in the prompt in which the base recognises that setting, of all `settings`."""
+    """The share, 0 to 1, of pictures with a setting in the prompt that the base model classifies as that setting."""
     leakage: float
-    """How much more pictures of the class look like the person than the base's: cosine."""
+    """The rise, from the base model's, of the cosine of class pictures to the person."""
     drift: float
-    """Mean absolute change of pictures of neutral prompts from the base's, in grey levels."""
+    """The mean absolute change of pictures of NEUTRAL_PROMPTS from the base model's, in grey levels, 0 to 255."""
     memory: int
-    """Bytes that training took at most: the allocator's peak on a GPU, the growth of the process on a CPU."""
+    """The peak memory of the training in bytes: the allocator's on a GPU, the growth of the process on a CPU."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared: everything that decides the numbers, apart from the people."""
+    """Everything that decides the results of a comparison, apart from the people.
+
+    Raises BadConfig for unknown methods, rates of methods that are not compared, and numbers that cannot work.
+    """
 
     base: Base
     methods: tuple[str, ...]
     config: TrainConfig
-    """Of every method, but for `method` and its learning rate."""
+    """The settings of every method, apart from `method` and the learning rate."""
     rates: Mapping[str, float] = field(default_factory=dict)
-    """Method -> its learning rate (textual inversion: of its vectors); of others the settings' times the method's factor."""
+    """The learning rates of methods (for textual inversion, that of its vectors).
+
+    Other methods have the learning rate of the settings times the method's factor."""
     held_out: int = 2
     settings: tuple[str, ...] = SETTINGS
 
@@ -95,7 +100,7 @@ class Comparison:
         if len(self.settings) < 2:
             raise BadConfig(f"scenes {list(self.settings)}: to be told apart there must be two or more")
         for method in self.methods:
-            self.config_of(method)  # refuses a wrong rate before the others are trained
+            self.config_of(method)  # raises for a wrong rate before anything is trained
 
     def config_of(self, method: str) -> TrainConfig:
         config, rate = replace(self.config, method=method), self.rates.get(method)
@@ -108,7 +113,7 @@ class Comparison:
 
     @property
     def identity(self) -> dict[str, str]:
-        """Equal when the numbers can stand in one table."""
+        """The settings and the base model as texts, which are equal when results can be compared."""
         common = replace(self.config, method="lora")
         settings = {
             **asdict(common), "learning_rate": peak_rate(common),
@@ -126,9 +131,10 @@ def compare(
     device: torch.device | None = None,
     on_phase: Callable[[str, int, int], None] | None = None,
 ) -> list[Result]:
-    """A Result of each method, and of the base, for each person; what `output` has of the same comparison is not made again.
+    """A Result for each person and each method, the base model included.
 
-    Writes compare.json and compare.png, for each person a report, and for each method the files and a row of pictures.
+    Results that `output` has from the same comparison are not made again. It gets compare.json and compare.png, a report for
+    each person, and for each method its files and a row of pictures.
     """
     device, _ = device_and_dtype(comparison.config, device)
     make_folder(output)
@@ -159,13 +165,13 @@ REPORT = "compare.json"
 
 
 def write_results(path: Path, identity: Mapping[str, str], results: Sequence[Result]) -> None:
-    """Writes what was measured, with what it depends on."""
+    """Writes the results with the identity of their comparison."""
     described = {**identity, "results": [asdict(result) for result in results]}
     write_text(path, json.dumps(described, indent=1) + "\n")
 
 
 def known_results(path: Path, identity: Mapping[str, str]) -> list[Result]:
-    """What the file has of the same comparison; nothing when there is none, or one of other settings or photos."""
+    """The results in a file from a comparison with this identity; empty when there is no such file."""
     try:
         found = read_json(path)
         same = all(found[name] == value for name, value in identity.items())
@@ -175,7 +181,7 @@ def known_results(path: Path, identity: Mapping[str, str]) -> list[Result]:
 
 
 class Judge:
-    """Trains methods on one person, and measures them by held-out photos and by the base's own pictures and judgement."""
+    """Trains methods on one person, and measures them by held-out photos and by the base model."""
 
     def __init__(
         self,
@@ -201,7 +207,7 @@ class Judge:
         self._before = self._pictures(comparison.base, [])
 
     def result(self, person: str, method: str, output: Path) -> tuple[Result, list[Image.Image]]:
-        """What a method, or "base", has cost and given, and its pictures of the person."""
+        """The result of a method, or of "base", and its pictures of the person."""
         if method == "base":
             measured = self._measured(self._before)
             return Result(person, method, 0.0, 0, seconds=0.0, file_bytes=0, memory=0, **measured), self._before[0]
@@ -218,7 +224,7 @@ class Judge:
             callbacks=Callbacks(on_step=on_step),
         )  # fmt: skip
         used = peak_memory(work, self.device)
-        # From the first step's end to the last's: the first one also warms up.
+        # Measured from the end of the first step, which also warms up.
         seconds = (marks[-1] - marks[0]) * len(marks) / max(1, len(marks) - 1)
         file = LoraFile.read(path) if METHODS[method].makes != "checkpoint" else None
         trained = base if file else load_base(path)
@@ -232,7 +238,7 @@ class Judge:
         )  # fmt: skip
 
     def _pictures(self, base: Base, files: Sequence[tuple[LoraFile, float]]) -> list[list[Image.Image]]:
-        """Of the person, the class, the neutral prompts, and the person in each setting."""
+        """The pictures of the person, of the class, of the neutral prompts, and of the person in each setting."""
         config, prompts = self.comparison.config, [self._subject, self._class, *NEUTRAL_PROMPTS]
         counts = [PICTURES, PICTURES, *[1] * len(NEUTRAL_PROMPTS)]
         prompts += [f"{self._subject}, {setting}" for setting in self.comparison.settings]
@@ -263,9 +269,9 @@ class Judge:
         return float(np.nan_to_num(likeness(embed_images(self.faces, images), self._person[None])[:, 0]).mean())
 
     def _adherence(self, images: Sequence[Image.Image]) -> float:
-        """The share of pictures of each setting in turn that the base, as a classifier, takes for that setting.
+        """The share of the pictures, ordered by setting, that the base model classifies as their setting.
 
-        Noised, a picture is predicted best with the prompt that describes it (diffusion classifier, arXiv:2303.16203).
+        A noisy picture is predicted best with the prompt that describes it (diffusion classifier, arXiv:2303.16203).
         """
         base, config, settings = self.comparison.base, self.comparison.config, self.comparison.settings
         device, dtype = device_and_dtype(config, self.device)
@@ -306,11 +312,11 @@ _COLUMNS: dict[str, tuple[str, Callable[[Result], float], str]] = {
     "drift": ("grey levels", lambda r: r.drift, "{:.1f}"),
     "memory": ("MB", lambda r: r.memory / 1e6, "{:.0f}"),
 }
-"""Column -> unit, value, and how it is written."""
+"""The unit, the value and the number format of each column, by its title."""
 
 
 def summary_rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
-    """The header, and a row for each method: mean and standard deviation over the people."""
+    """The header, and a row for each method with the mean and the standard deviation over the people."""
     rows: list[tuple[str, ...]] = [
         ("method", "people", *(f"{name} ({unit})" for name, (unit, _, _) in _COLUMNS.items()))
     ]
@@ -324,7 +330,7 @@ def summary_rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
 
 
 def plot_results(results: Sequence[Result]) -> Image.Image:
-    """Bars of the means, one panel for each column, with a dot for each person."""
+    """A picture with a bar chart of the means for each column, and a dot for each person."""
     methods = list(dict.fromkeys(result.method for result in results))
     width, line, panel = 300, 24, 24 * (len(methods) + 2)
     image = Image.new("RGB", (2 * width + 260, panel * -(-len(_COLUMNS) // 2)), "white")

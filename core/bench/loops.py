@@ -1,7 +1,6 @@
-"""What the benchmark times: our training step, that of a plain diffusers + peft loop, and ComfyUI's, on the same weights.
+"""The training loops that the benchmark times on the same weights: ours, a plain one of diffusers and peft, and ComfyUI's.
 
-The denoiser has the family's real architecture and random weights made in memory; latents and conditioning have the real
-shapes.
+The denoiser has the family's real architecture and random weights. Latents and conditioning have the real shapes.
 """
 
 import contextlib
@@ -35,9 +34,9 @@ TRAINER = Path(__file__).parents[2] / "tools" / "comfyui_trainer.py"
 
 
 def random_base(family: str, channels: int, device: torch.device, dtype: torch.dtype) -> Base:
-    """A Base of which there is only the denoiser, its random weights on the device in that dtype.
+    """A base model with only a denoiser, whose random weights are on the device in that dtype.
 
-    Each layer keeps the size of its input (deviation 1 / sqrt(fan in)), so that no activation overflows in fp16.
+    Weights have a deviation of 1 / sqrt(fan in), so that activations keep their size and do not overflow in fp16.
     """
     spec, config = FAMILIES[family], denoiser_config(family, channels)
     with torch.device("meta"):
@@ -47,7 +46,7 @@ def random_base(family: str, channels: int, device: torch.device, dtype: torch.d
     for name, place in shapes.items():
         tensor = torch.empty(place.shape, device=device, dtype=dtype)
         if place.ndim == 1:
-            tensor.fill_(1.0 if name.endswith("weight") else 0.0)  # the norms' weights, and every bias
+            tensor.fill_(1.0 if name.endswith("weight") else 0.0)  # weights of norms, and all biases
         else:
             tensor.normal_(std=place[0].numel() ** -0.5, generator=generator)
         tensors[name] = tensor
@@ -62,7 +61,7 @@ def random_base(family: str, channels: int, device: torch.device, dtype: torch.d
 
 
 def random_cache(base: Base, config: TrainConfig) -> LatentCache:
-    """One batch of random latents and a random caption's conditioning, in the shapes that the family's encoders make."""
+    """A batch of random latents, and a random conditioning of one caption, in the shapes that the family's encoders make."""
     side = config.resolution or base.resolution
     latent = (LATENT_CHANNELS, side // LATENT_SIZE, side // LATENT_SIZE)
     generator = torch.Generator().manual_seed(0)
@@ -85,20 +84,20 @@ def random_cache(base: Base, config: TrainConfig) -> LatentCache:
 
 
 class Loop(Protocol):
-    """One way to train, as the benchmark sees it."""
+    """A training loop that the benchmark can time."""
 
     def step(self) -> None:
-        """One whole optimizer step."""
+        """Makes a whole optimizer step."""
 
     def gradients(self) -> None:
-        """Its forward and backward pass."""
+        """Makes the forward and backward pass of a step."""
 
     def forward(self) -> None:
-        """What the step does up to its loss, without gradients, the adapter on."""
+        """Makes the forward pass of a step up to its loss, with the adapter and without gradients."""
 
 
 class OurLoop:
-    """This project's loop, as `train_lora` runs it."""
+    """The loop of this project, as `train_lora` runs it."""
 
     def __init__(self, cache: LatentCache, base: Base, config: TrainConfig, device: torch.device):
         self.run = Run(cache, base, config, device)
@@ -119,9 +118,9 @@ class OurLoop:
 
 
 class PlainLoop:
-    """What diffusers' DreamBooth-LoRA script does in a step, written with diffusers and peft alone.
+    """A loop with the steps of diffusers' DreamBooth-LoRA script, written with diffusers and peft alone.
 
-    To be fair to it, its latents are encoded before, and it adapts the same layers with the same rank.
+    For a fair comparison its latents are encoded before, and it adapts the same layers with the same rank.
     """
 
     def __init__(self, cache: LatentCache, base: Base, config: TrainConfig, device: torch.device):
@@ -187,7 +186,7 @@ class PlainLoop:
 
 
 def trainer_program() -> Path:
-    """The program that runs ComfyUI's own trainer. BadFile where it is not there, as in an installation from a wheel."""
+    """The path of TRAINER. Raises BadFile when it is missing, as in an installation from a wheel."""
     if not TRAINER.is_file():
         raise BadFile(
             f"--comfyui: {TRAINER} is missing; only a clone of the repository has it, so run the benchmark there"
@@ -196,16 +195,16 @@ def trainer_program() -> Path:
 
 
 class ComfyLoop:
-    """ComfyUI's own trainer on the same weights and inputs, a process that makes a step when told to.
+    """ComfyUI's own trainer on the same weights and inputs, in a process that makes a step at a time on request.
 
-    It adapts every weight of the denoiser, whatever the targets.
+    It adapts all weights of the denoiser, whatever the targets. `step` raises BadConfig when the process ends.
     """
 
     def __init__(
         self, cache: LatentCache, base: Base, config: TrainConfig, device: torch.device, comfyui: Path, python: Path
     ):
         _, dtype = device_and_dtype(config, device)
-        # Windows keeps a mapped file as long as the process that mapped it.
+        # Windows does not delete a file while a process has it mapped.
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
             folder = Path(name)
             save_file(dict(base.components["denoiser"].tensors), folder / "weights.safetensors")
@@ -220,16 +219,16 @@ class ComfyLoop:
             )  # fmt: skip
             self._log: list[str] = []
             threading.Thread(target=self._read_log, daemon=True).start()
-            self.step()  # by then it has read its files
+            self.step()  # after a step it has read the files, which can then be deleted
 
     def _read_log(self) -> None:
         assert self._process.stderr
         self._log.extend(self._process.stderr)
 
     def step(self) -> dict[str, Any]:
-        """One whole optimizer step: its seconds, the processor's, and the most bytes the process has had so far."""
+        """Makes a whole optimizer step, and returns its seconds, its processor seconds and the peak bytes of the process."""
         assert self._process.stdin and self._process.stdout
-        with contextlib.suppress(OSError):  # the pipe is broken where it has ended
+        with contextlib.suppress(OSError):  # the pipe is broken when the process has ended
             self._process.stdin.write("\n")
             self._process.stdin.flush()
         for line in self._process.stdout:

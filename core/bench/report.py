@@ -1,7 +1,7 @@
-"""The benchmark: our training step beside its peers', in one run on the same weights and input.
+"""The benchmark of our training step beside those of other programs, in one run on the same weights and inputs.
 
-The loops take turns, so that a machine that is busy or gets warm slows all, and what is compared is the median
-of the ratios of neighbours.
+The loops take turns, so that a machine that is busy or gets warm slows all of them, and the median of the ratios of
+neighbouring steps is compared.
 """
 
 import argparse
@@ -46,20 +46,20 @@ from .loops import (
 from .shapes import REAL_CHANNELS, SHAPES
 
 WARM_UP = 2
-"""Steps of each loop before the timed ones, the first of them reported as the time to the first step."""
+"""The number of steps of each loop before the timed ones. The first is reported as the time to the first step."""
 MATRIX_SIZE, MATRIX_SECONDS = 8192, 0.05
-"""Side of the square matrices whose product gives the machine's rate, or less where that takes this long."""
+"""The largest side of the matrices whose product gives the machine's rate; a product that takes the seconds is enough."""
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done all that it was given."""
+    """Waits until the device has finished all its work."""
     getattr(torch, device.type).synchronize()
 
 
 def seconds(work: Callable[[], object], device: torch.device, times: int = 1) -> tuple[float, float, float]:
-    """Seconds that one of `times` runs in a row takes, those after which the host was free again, and the processor's.
+    """The seconds of one of `times` runs in a row, the seconds until the host was free again, and the processor seconds.
 
-    The processor's are those of all threads together: other work on the machine lengthens them far less.
+    Processor seconds are the sum over all threads, which other work on the machine lengthens far less.
     """
     synchronize(device)
     start, used = time.perf_counter(), time.process_time()
@@ -71,12 +71,12 @@ def seconds(work: Callable[[], object], device: torch.device, times: int = 1) ->
 
 
 def count_flops(work: Callable[[], object]) -> int:
-    """Floating-point operations of all matrix products, convolutions and attentions in `work`, a multiply-add as two."""
+    """The floating-point operations of the matrix products, convolutions and attentions in `work`; a multiply-add is two."""
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
     aten: Any = torch.ops.aten
-    # torch counts the attention kernels of a GPU, not those of the CPU, and no products in place. The arguments are the
-    # shapes of the kernel's.
+    # torch counts neither the attention kernels of the CPU nor products in place. The functions take the shapes of the
+    # kernels' arguments.
     more: dict[Any, Callable[..., int]] = {
         aten.addmm_: lambda total, left, right, **__: 2 * math.prod(left) * right[1],
         aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
@@ -93,7 +93,7 @@ def count_flops(work: Callable[[], object]) -> int:
 
 
 class OperationCount(TorchDispatchMode):
-    """How many operations torch is asked for within it, those aside that only look at memory in another way."""
+    """A context that counts the operations that torch is asked for, apart from views of memory."""
 
     count = 0
 
@@ -105,14 +105,14 @@ class OperationCount(TorchDispatchMode):
 
 
 def count_operations(work: Callable[[], object]) -> int:
-    """The operations that `work` asks torch for: on a GPU each is a kernel or a few, which the host has to start."""
+    """The number of operations that `work` asks torch for. On a GPU the host starts one or a few kernels for each."""
     with OperationCount() as operations:
         work()
     return operations.count
 
 
 def count_kernels(work: Callable[[], object], device: torch.device) -> int | None:
-    """How many kernels and copies `work` starts on a GPU; None on another device."""
+    """The number of kernels and copies that `work` starts on a GPU; None on another device."""
     if device.type != "cuda":
         return None
     from torch.profiler import ProfilerActivity, profile
@@ -124,7 +124,7 @@ def count_kernels(work: Callable[[], object], device: torch.device) -> int | Non
 
 
 def peak_memory(work: Callable[[], object], device: torch.device) -> int | None:
-    """The most bytes in use at a time during `work`: the allocator's on a GPU, the whole process's on Linux, else None."""
+    """The peak memory in bytes during `work`: the allocator's on a GPU, else the whole process's on Linux, else None."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         work()
@@ -132,15 +132,15 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> int | None:
     libc = ctypes.CDLL(None) if platform.system() == "Linux" else None
     if libc is None or not hasattr(libc, "malloc_trim"):
         return None
-    libc.malloc_trim(0)  # what was freed before but is still held by the C library does not count
-    Path("/proc/self/clear_refs").write_text("5")  # the kernel's record of the peak starts anew
+    libc.malloc_trim(0)  # returns freed memory that the C library still holds, which must not count
+    Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's record of the peak
     work()
     peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
     return int(peak[1]) * 1024 if peak else None
 
 
 def matmul(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], object], int]:
-    """A product of two square matrices, large enough to reach the machine's rate, and its floating-point operations."""
+    """A function that multiplies two matrices large enough to reach the machine's rate, and its floating-point operations."""
     size = 256
     while True:
         left, right = torch.randn(2, size, size, device=device).to(dtype)
@@ -161,10 +161,12 @@ def bench(
     comfyui: Path | None = None,
     comfyui_python: Path = Path(sys.executable),
 ) -> dict[str, Any]:
-    """The report: what was measured on what, `ours` and `peer` each with its figures, seconds and bytes, medians of `steps`.
+    """The report of a benchmark: a description of what was timed, and figures of the loops under `ours` and `peer`.
 
-    `step_over_peer` is the median of the ratios of neighbouring steps, with its quartiles. With the folder of a ComfyUI,
-    and the Python that it runs in, its own trainer takes turns too: `comfyui`, `step_over_comfyui`.
+    Figures are medians over `steps`, in seconds and bytes. `step_over_peer` is the median of the ratios of neighbouring
+    steps, with its quartiles. With the folder of a ComfyUI, and the Python that runs it, its trainer takes turns too, for
+    `comfyui` and `step_over_comfyui`. Raises BadFile when there is no such ComfyUI, and BadConfig for settings that the
+    random model cannot take.
     """
     if comfyui and not (comfyui / "comfy_extras" / "nodes_train.py").is_file():
         raise BadFile(f"--comfyui {comfyui}: is no folder of a ComfyUI that can train")
@@ -223,7 +225,7 @@ def bench(
 
 
 def _fitting_resolution(family: str, config: TrainConfig) -> int:
-    """The resolution of the settings, or else the family's own. BadConfig where the random model cannot take it."""
+    """The resolution of the settings, else the family's own. Raises BadConfig when the random model cannot take it."""
     resolution = config.resolution or FAMILIES[family].resolution
     multiple = LATENT_SIZE * 2 ** (len(SHAPES[family].widths) - 1)
     if resolution % multiple:
@@ -234,7 +236,7 @@ def _fitting_resolution(family: str, config: TrainConfig) -> int:
 def _warm_loops(
     cache: LatentCache, base: Base, config: TrainConfig, device: torch.device
 ) -> tuple[dict[str, Loop], dict[str, float]]:
-    """Our loop and its peer after WARM_UP steps, and the seconds from nothing to the first step of each."""
+    """Our loop and its peer after WARM_UP steps, and the seconds that each took to be built and make its first step."""
     loops: dict[str, Loop] = {}
     first: dict[str, float] = {}
     for name, kind in (("ours", OurLoop), ("peer", PlainLoop)):
@@ -251,9 +253,9 @@ def _warm_loops(
 
 
 def _counts(loops: Mapping[str, Loop], config: TrainConfig, device: torch.device) -> dict[str, dict[str, int | None]]:
-    """What a step of each loop asks for, as far as it can be counted: arithmetic, operations, kernels, memory."""
+    """The counts of each loop for a step: arithmetic, operations, kernels and memory; None for what cannot be counted."""
     flops = {name: count_flops(loop.step) for name, loop in loops.items()}
-    # (What is compiled cannot be counted so.)
+    # The operations inside of compiled blocks cannot be counted.
     operations = {
         name: None if config.compile and name == "ours" else count_operations(loop.gradients)
         for name, loop in loops.items()
@@ -279,9 +281,10 @@ def _take_turns(
     rounds: int,
     block: int,
 ) -> dict[str, list[float]]:
-    """What was timed -> its seconds in each round, of `block` runs in a row, after each of which the next loop has its turn.
+    """The seconds of each thing that was timed, one number for each round of `block` runs in a row.
 
-    Each loop has "step" and "forward", and of both "host" and "processor"; ComfyUI's trainer also has "peak", in bytes.
+    The keys are "step" and "forward" of each loop, alone and with "host" and "processor"; for ComfyUI's trainer "step" alone
+    and with "processor" and "peak", which is in bytes.
     """
     taken: dict[str, list[float]] = {}
     for number in range(rounds):
@@ -301,7 +304,7 @@ def _take_turns(
 def _figures(
     name: str, taken: Mapping[str, Sequence[float]], counts: Mapping[str, int | None], batch_size: int, rate: float
 ) -> dict[str, Any]:
-    """The figures of one loop; `rate` is the machine's, in floating-point operations of matrix products a second."""
+    """The figures of one loop. `rate` is the machine's, in floating-point operations of matrix products a second."""
     step, flops = median(taken[f"{name} step"]), counts["flops_per_step"]
     assert flops is not None
     return {
@@ -320,7 +323,7 @@ def _figures(
 
 
 def _step_over(name: str, taken: Mapping[str, Sequence[float]], key: str) -> dict[str, Any]:
-    """The median of the ratios of our steps to their neighbours, which `taken` has under that key, with its quartiles."""
+    """The median, with its quartiles, of the ratios of our steps to the neighbouring ones that `taken` has under `key`."""
     ratios = _ratios(taken[f"ours {key.partition(' ')[2]}"], taken[key])
     return {
         f"step_over_{name}": median(ratios),
@@ -341,7 +344,7 @@ def _processor(device: torch.device) -> str:
 
 
 def _load() -> float | None:
-    """How many processes wanted a processor in the last minute, this one included; None where the system does not say."""
+    """The mean number of processes that wanted a processor in the last minute; None where the system does not say."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
@@ -398,7 +401,7 @@ def format_report(report: Mapping[str, Any]) -> str:
 
 
 def append_report(path: Path, report: Mapping[str, Any], command: str) -> None:
-    """Adds the report to a Markdown file, under a title and with the command that it came from. BadFile when it cannot."""
+    """Adds the report to a Markdown file, with a title and the command that made it. Raises BadFile when that fails."""
     title = f"{FAMILIES[report['family']].title}, {report['resolution']} px, {report['precision']}, {report['device']}"
     text = f"\n### {title} ({report['date']})\n\n`{command}`\n\n{format_report(report)}\n"
     try:
@@ -409,7 +412,7 @@ def append_report(path: Path, report: Mapping[str, Any], command: str) -> None:
 
 
 def run(options: argparse.Namespace, device: torch.device | None = None) -> dict[str, Any]:
-    """The report for the command line's options."""
+    """The report of a benchmark with the command line's options. Raises BadConfig or BadFile for wrong ones."""
     if options.steps < 1:
         raise BadConfig(f"--steps {options.steps}: must be at least 1")
     config = TrainConfig(

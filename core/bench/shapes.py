@@ -1,4 +1,4 @@
-"""The denoisers that the benchmark can time: what is particular to each in its published size. Loads no torch."""
+"""The shapes of the denoisers that the benchmark can time, in their published sizes. Importing this loads no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,20 +9,20 @@ from ..errors import BadConfig
 
 @dataclass(frozen=True)
 class Shape:
-    """What a family's denoiser looks like in its published size."""
+    """The shape of a family's denoiser in its published size."""
 
     config: Mapping[str, Any]
-    """Arguments of the UNet that differ from family to family; widths follow from the channels of the first level."""
+    """The arguments of the UNet that differ between families, apart from its widths."""
     widths: tuple[int, ...]
-    """Channels of each level, as multiples of the first level's."""
+    """The channels of each level, as multiples of the first level's."""
     heads: tuple[int, ...] | int
-    """Attention heads of each level, as multiples of the first level's channels / 64; a number: whatever the width."""
+    """The attention heads of each level, as multiples of the first level's channels / 64; or one number for all levels."""
     pooled: int | None
-    """Width of the pooled text that the denoiser is told beside the context; None: it is not told."""
+    """The width of the pooled text that the denoiser takes beside the context; None when it takes none."""
 
 
 REAL_CHANNELS = 320
-"""Channels of the first level of the published models."""
+"""The channels of the first level in the published models."""
 SHAPES = {
     "sd15": Shape(
         config={
@@ -53,9 +53,9 @@ SHAPES = {
 
 
 def denoiser_config(family: str, channels: int = REAL_CHANNELS) -> dict[str, Any]:
-    """The diffusers config of the family's denoiser; fewer `channels` in the first level make a small one of the same kind.
+    """The diffusers config of the family's denoiser, which is smaller with fewer `channels` in its first level.
 
-    BadConfig unless they are a multiple of 64: group norm wants 32, SDXL's attention heads are 64 wide.
+    Raises BadConfig unless `channels` is a multiple of 64, since group norm needs 32 and SDXL's heads are 64 wide.
     """
     if channels < 64 or channels % 64:
         raise BadConfig(f"--channels {channels}: must be a multiple of 64 (the published models have {REAL_CHANNELS})")
