@@ -10,7 +10,7 @@ from .file import Entry, LoraFile
 
 
 def _labels(text: str) -> tuple[str, ...]:
-    """`M00 OUT03-05` -> M00, OUT03, OUT04, OUT05."""
+    """The labels that a text means: `M00 OUT03-05` means M00, OUT03, OUT04 and OUT05."""
     found = []
     for word in text.split():
         name, first, last = re.fullmatch(r"([A-Z]+)(\d*)(?:-(\d+))?", word).groups()  # pyright: ignore
@@ -21,15 +21,15 @@ def _labels(text: str) -> tuple[str, ...]:
 BLOCK_LISTS: dict[tuple[int, str], tuple[str, ...]] = {
     (len(labels), family.name): labels for family in NAME_TABLES.values() for labels in map(_labels, family.block_lists)
 }
-"""(count, family) -> the blocks of a list of so many numbers."""
+"""The labels of the blocks in a list of numbers, by (length of the list, family)."""
 
 
 def block_strengths(lora: LoraFile, text: str) -> dict[str, float]:
-    """Name of each entry of the LoRA -> what its strength is multiplied by: 1 where the text says nothing of it.
+    """The factor on the strength of each entry of the LoRA, by the entry's name; 1 when the text does not mention it.
 
     The text is `BLOCK=NUMBER` with commas or lines between, where BLOCK is the beginning of a module's dotted path
     (`up_blocks`, `up_blocks.1.attentions.0`), a part (`text_encoder`), or a label as in the lists (`BASE`, `IN04`, `M00`,
-    `OUT05`); the longest one counts. Or it is a list of numbers for BLOCK_LISTS. BadConfig names what it does not know.
+    `OUT05`); the longest one counts. Or it is a list of numbers for BLOCK_LISTS. Raises BadConfig for anything else.
     """
     items = [item.strip() for item in re.split(r"[,\n]", text) if item.strip()]
     named = dict.fromkeys(name for entry in lora.entries for name in _names(entry))
@@ -70,7 +70,7 @@ def _strength(entry: Entry, given: Mapping[str, float]) -> float:
 
 
 def _names(entry: Entry) -> Iterator[str]:
-    """What the blocks that an entry is in are called, the largest first."""
+    """The names of the blocks that an entry is in, the largest block first."""
     if entry.part != "denoiser":
         yield from ("BASE", entry.part)
         if layer := re.search(r"layers\.\d+", entry.modules[0][1]):

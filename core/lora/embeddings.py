@@ -17,18 +17,18 @@ from ..tensor_names import NAME_TABLES, bundled_embedding
 from .file import LoraFile
 
 WORD_KEY = "facelora.word"
-"""In the metadata of an embedding file: the word that prompts name it by."""
+"""The key in an embedding file's metadata of the word by which prompts name it."""
 _STRING_TO_PARAM = "string_to_param.*"
-"""In place of `emb_params` within a LoRA file."""
+"""The name of `emb_params` in a LoRA file."""
 
 
 def embedding_tensors(family: str, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an embedding file, from part -> vectors."""
+    """The tensors of an embedding file, from the vectors (count, width) by part."""
     return {NAME_TABLES[family].embedding_names[part]: tensor for part, tensor in vectors.items()}
 
 
 def bundled_tensors(family: str, word: str, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same as they stand in a LoRA file, under the word's name."""
+    """The tensors of an embedding that is bundled in a LoRA file, from the vectors (count, width) by part."""
     name = file_word(word)
     return {
         f"bundle_emb.{name}.{_STRING_TO_PARAM if key == 'emb_params' else key}": tensor
@@ -37,12 +37,12 @@ def bundled_tensors(family: str, word: str, vectors: Mapping[str, Tensor]) -> di
 
 
 def file_word(word: str) -> str:
-    """The word as the name of a file or a part of a tensor's name can have it."""
+    """The word in a form that the name of a file or a tensor can have, with _ for other characters."""
     return re.sub(r"[^\w-]+", "_", word)
 
 
 def embeddings_of(lora: LoraFile) -> dict[str, dict[str, Tensor]]:
-    """Word -> part -> vectors (vectors, width) of what a file brings along, or is."""
+    """The vectors (count, width) of each embedding in a file, by word and by part."""
     parts = {key: part for part, key in NAME_TABLES[lora.family].embedding_names.items()}
     words: dict[str, dict[str, Tensor]] = {}
     for key in lora.embedding_keys:
@@ -55,7 +55,7 @@ def embeddings_of(lora: LoraFile) -> dict[str, dict[str, Tensor]]:
 
 
 def _vectors(lora: LoraFile, key: str) -> Tensor:
-    """The tensor as (vectors, width); a single vector may have one axis. BadFile for another shape."""
+    """The tensor as (count, width), where a single vector may have one axis. Raises BadFile for another shape."""
     tensor = lora.tensors[key]
     if tensor.ndim not in (1, 2) or not tensor.numel():
         raise BadFile(
@@ -65,12 +65,12 @@ def _vectors(lora: LoraFile, key: str) -> Tensor:
 
 
 def word_of(lora: LoraFile, key: str) -> str:
-    """The word whose vectors are a tensor of a file, one of its `embedding_keys`."""
+    """The word that a tensor of a file, one of its `embedding_keys`, has the vectors of."""
     return bundled_embedding(key) or lora.metadata.get(WORD_KEY) or Path(lora.name).stem
 
 
 def embedding_files(lora: LoraFile) -> dict[str, LoraFile]:
-    """Word -> the embedding that a LoRA file brings along as a file of its own."""
+    """The embeddings bundled in a LoRA file, each as a file of its own, by word."""
     keep = ("modelspec.", "ss_base_model_version", "ss_sd_model_", "ss_new_sd_model_hash")
     metadata = {key: value for key, value in lora.metadata.items() if key.startswith(keep)}
     return {
@@ -81,7 +81,7 @@ def embedding_files(lora: LoraFile) -> dict[str, LoraFile]:
 
 @contextmanager
 def new_words(encoders: Mapping[str, nn.Module], loras: list[LoraFile]) -> Iterator[None]:
-    """Within it, prompts that name a word of one of the files (also as `embedding:word`) are encoded with its vectors."""
+    """A context in which prompts are encoded with the vectors of the files' words, named as `word` or `embedding:word`."""
     changed = []
     try:
         for lora in loras:

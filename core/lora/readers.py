@@ -1,7 +1,7 @@
-"""What other programs would not load of a file, and why: from what ComfyUI 0.30, diffusers 0.42 and peft 0.21 do.
+"""The modules of a file that ComfyUI 0.30, diffusers 0.42 and peft 0.21 would not load, and the reasons.
 
-All of them skip what they do not know, at best with a line in a log, so a file with other names loads and does nothing.
-Which names of a family they know is in its name table (`LoadedNames`). tests/comfyui/test_lora_readers.py compares all this
+All of them skip unknown names, at best with a line in a log, so a file with other names loads and does nothing. The names
+of a family that they know are in its name table (`LoadedNames`). tests/comfyui/test_lora_readers.py compares all this
 with the programs themselves.
 """
 
@@ -15,7 +15,7 @@ READERS = ("ComfyUI", "diffusers", "peft")
 
 
 def not_loaded(reader: str, family: NameTable, module_name: str, kind: str, keys: Collection[str]) -> str | None:
-    """Why one of READERS would not load a module, None when it loads it.
+    """The reason why one of READERS would not load a module; None when it loads it.
 
     `module_name`, `kind` and `keys` (names of its tensors) are those of a `LoraFile`'s entry.
     """
