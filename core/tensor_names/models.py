@@ -1,6 +1,6 @@
-"""Which published model a LoRA is for: every one of its modules must be in the model, with a weight of the same shape.
+"""Recognises the published model that a LoRA is for, which has all its modules with weights of the same shapes.
 
-The tables are those of model_tables.json, made by tools/model_tables.py, also of the models that are not trained here.
+The tables are in model_tables.json, made by tools/model_tables.py, and include models that are not trained here.
 """
 
 import json
@@ -17,7 +17,7 @@ Shape = tuple[int, ...]
 
 
 class Row(NamedTuple):
-    """Modules of one variant of a model whose paths differ in numbers alone."""
+    """The modules of a variant whose paths differ only in numbers."""
 
     variant: int
     numbers: tuple[tuple[int, int], ...]
@@ -27,13 +27,13 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Variant:
-    """One published size or kind of a model."""
+    """A published size or kind of a model."""
 
     title: str
     family: str | None
-    """The family that it belongs to, a name in NAME_TABLES; None where it is not trained here."""
+    """The family that it belongs to, a name in NAME_TABLES; None when it is not trained here."""
     claims: frozenset[str]
-    """What metadata call a model that is of no family."""
+    """The names that metadata have for it, for a model of no family."""
 
 
 @dataclass(frozen=True)
@@ -41,32 +41,32 @@ class Identity:
     """The published models that a LoRA fits, or that it fits best."""
 
     models: tuple[str, ...]
-    """The titles of the models that have all its modules in these shapes; none: it is unknown."""
+    """The titles of the models that have all its modules in these shapes; empty for an unknown LoRA."""
     families: tuple[str, ...]
     """The families among them, names in NAME_TABLES."""
     nearest: str | None = None
-    """Of an unknown LoRA: the model that has most of its modules; None where no model has one of them."""
+    """The model that has most of the modules of an unknown LoRA; None when no model has any of them."""
     nearest_family: str | None = None
     """The family of the nearest model; None where it is not trained here."""
     misfits: tuple[str, ...] = ()
-    """The paths of the modules that the nearest model has not, or has in another shape."""
+    """The paths of the modules that the nearest model lacks, or has in another shape."""
 
     @property
     def verdict(self) -> str:
-        """ "certain", "ambiguous" where several models fit, or "unknown" where none does."""
+        """The result in a word: "certain", "ambiguous" when several models fit, or "unknown" when none does."""
         return ("unknown", "certain", "ambiguous")[min(len(self.models), 2)]
 
     def of_claim(self, metadata_names: Iterable[str]) -> str | None:
-        """The title among the models that metadata name by one of these, None where they name none of them."""
+        """The title of the fitting model that metadata call by one of these names; None when they name none."""
         named = {name.lower() for name in metadata_names}
         claimed = (variant.title for variant in _tables()[0] if variant.claims & named)
         return next((title for title in claimed if title in self.models), None)
 
 
 def identify(modules: Iterable[tuple[str, str, Shape | None]]) -> Identity:
-    """The models that have all the modules: (part, path, shape of the weight, None where the file does not tell).
+    """The models that have all the modules (part, path, shape of the weight or None when the file does not tell).
 
-    A path may be the original model's or diffusers', with dots or with "_" in their place.
+    A path may be the original model's or that of diffusers, with dots or with "_" in their place.
     """
     variants, _ = _tables()
     fitting: Counter[int] = Counter()
@@ -82,7 +82,7 @@ def identify(modules: Iterable[tuple[str, str, Shape | None]]) -> Identity:
         return Identity(tuple(dict.fromkeys(variant.title for variant in fits)), tuple(families))
     if not fitting:
         return Identity((), ())
-    # Of two that are equally near, the family of this project comes first in the tables.
+    # Models that are trained here come first in the tables, and so win when two are equally near.
     nearest = max(sorted(fitting), key=lambda number: fitting[number])
     misfits = [path for path, found in having if nearest not in found]
     title, family = variants[nearest].title, variants[nearest].family
@@ -90,14 +90,14 @@ def identify(modules: Iterable[tuple[str, str, Shape | None]]) -> Identity:
 
 
 def is_published(family: str, part: str, path: str) -> bool:
-    """Whether a published model of the family has a module of that path, in whatever shape."""
+    """Whether a published model of the family has a module with that path, in any shape."""
     variants, _ = _tables()
     return any(variants[row.variant].family == family for row in _rows(part, path))
 
 
 @lru_cache(1 << 16)
 def _rows(part: str, path: str) -> tuple[Row, ...]:
-    """The rows of the tables that the path is in."""
+    """The rows of the tables that include the path."""
     template, numbers = _template(path)
     is_text = part != "denoiser" or path.startswith(("text_model.", "encoder.block.", "encoder.layers."))
     if is_text:
@@ -116,9 +116,9 @@ def _same_weight(shape: Shape, other: Shape) -> bool:
 
 
 def _template(path: str) -> tuple[str, tuple[tuple[int, int], ...]]:
-    """The path with "_" for each dot and "#" for each number or run of numbers, and these: `b.0-3.q` is b_#_q, (0, 3).
+    """The path with "_" for each dot and "#" for each number or range, and these numbers: `b.0-3.q` gives b_#_q and (0, 3).
 
-    A word of numbers that do not rise is a name: Z-Image has an `all_x_embedder.2-1`.
+    A falling range is a name and stays, such as Z-Image's `all_x_embedder.2-1`.
     """
     words, numbers = [], []
     for word in path.replace(".", "_").split("_"):
@@ -133,7 +133,7 @@ def _template(path: str) -> tuple[str, tuple[tuple[int, int], ...]]:
 
 @cache
 def _tables() -> tuple[tuple[Variant, ...], dict[tuple[bool, str], list[Row]]]:
-    """The variants, and the rows of all by whether they are of a text encoder and by the template of their paths."""
+    """The variants, and all rows by (whether they are of a text encoder, template of the path)."""
     data = json.loads(Path(__file__).with_name("model_tables.json").read_text(encoding="utf-8"))
     variants: list[Variant] = []
     rows: dict[tuple[bool, str], list[Row]] = {}
