@@ -1,7 +1,7 @@
 """The device and the precision of a computation, and the handling of a lack of memory."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -14,6 +14,15 @@ PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float
 """The dtype of each precision, by its name in the settings."""
 TILE = 512
 """The side, in pixels, of the tiles that a VAE works on where a whole picture does not fit into memory."""
+_OUT_OF_MEMORY = (
+    "out of memory",  # of CUDA, HIP, XPU and MPS, in errors of several classes
+    "DefaultCPUAllocator: can't allocate",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "HOST_ALLOCATION_FAILED",
+)
+"""What messages say of a lack of memory where the class of the error does not."""
+_Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
@@ -29,9 +38,9 @@ def device_and_dtype(config: TrainConfig, device: torch.device | None = None) ->
     8.0 and above, fp16 on older ones, and fp32 on every other device.
     """
     if device is None:
-        device = torch.device(
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
+        device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        if torch.cuda.is_available():
+            device = torch.device("cuda", torch.cuda.current_device())
     if config.precision != "auto":
         return device, PRECISIONS[config.precision]
     if device.type == "cuda":
@@ -62,7 +71,29 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error reports a lack of memory, on any device."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return any(words in str(error) for words in ("DefaultCPUAllocator: can't allocate", "MPS backend out of memory"))
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def in_parts_that_fit(compute: Callable[[Sequence[_Item]], list[_Result]], items: Sequence[_Item]) -> list[_Result]:
+    """What `compute` makes of the items together; where memory runs out, of each half of them, down to single ones.
+
+    A lack of memory with a single item is raised as it is.
+    """
+    try:
+        return compute(items)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error) or len(items) == 1:
+            raise
+    # Out of the except clause, where the error no longer holds on to what was computed.
+    release_memory()
+    middle = len(items) // 2
+    return [result for half in (items[:middle], items[middle:]) for result in in_parts_that_fit(compute, half)]
+
+
+def release_memory() -> None:
+    """Gives the GPU memory that torch has reserved and does not use back to the system."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextmanager
@@ -88,8 +119,7 @@ def whole_or_in_tiles(vae: Any, compute: Callable[[], _Result]) -> _Result:
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error) or vae.use_tiling:
             raise
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    release_memory()
     if hasattr(vae, "tile_latent_min_size"):
         vae.tile_sample_min_size = TILE
         vae.tile_latent_min_size = TILE // 2 ** (len(vae.config["block_out_channels"]) - 1)

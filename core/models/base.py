@@ -107,6 +107,11 @@ class Base:
         what = f"{self.name}: the {part.replace('_', ' ')}"
         return materialise(module, component.tensors, what, device, dtype)
 
+    def weight_bytes(self, part: str, dtype: torch.dtype) -> int:
+        """The bytes of the part's weights in that dtype. BadFile when the base has no such part."""
+        tensors = self._component(part).tensors
+        return sum(dtype.itemsize * math.prod(dtype_and_shape(tensors, name)[1]) for name in tensors)
+
     def _component(self, part: str) -> Component:
         if part not in self.components:
             option = "vae" if part == "vae" else "text_encoders"

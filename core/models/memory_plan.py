@@ -1,5 +1,6 @@
 """Memory plans: ways in which a training step needs less memory, and the counting of how much it will need."""
 
+import math
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,10 @@ PLANS = (
     MemoryPlan("everything", "8 bits", "everything"),
 )
 """The plans from the fastest to the smallest. Only 8 bits change the results."""
+
+DRAWING_PLANS = {MemoryPlan(): 0.7, MemoryPlan(offload="half"): 1.3, MemoryPlan(offload="everything"): math.inf}
+"""The plans by which pictures are drawn, from the fastest to the smallest, none of which changes the pictures. By each: how
+large all weights of the denoiser may be, as a share of the free memory; the rest is for activations and the VAE."""
 
 
 def plans_for(gradient_checkpointing: Literal["auto", "on", "off"], frozen: bool = True) -> tuple[MemoryPlan, ...]:

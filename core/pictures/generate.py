@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,12 +15,20 @@ from PIL import Image, PngImagePlugin
 from torch import nn
 
 from ..config import Precision, TrainConfig
-from ..device import device_and_dtype, explained_memory_error
+from ..device import (
+    device_and_dtype,
+    explained_memory_error,
+    free_memory,
+    in_parts_that_fit,
+    is_out_of_memory,
+    release_memory,
+)
 from ..errors import BadConfig
 from ..lora.apply import apply
 from ..lora.embeddings import new_words
 from ..lora.file import LoraFile
 from ..models.base import Base
+from ..models.memory_plan import DRAWING_PLANS, MemorySaver
 from ..models.spec import Pair, stacked_with
 from ..storage.files import is_text, write_file
 from ..storage.safetensors_file import SafetensorsFile
@@ -137,23 +146,54 @@ def generate(
         groups.setdefault(job.strength, []).append(job)
     with explained_memory_error("batch_size 1, smaller pictures or the device cpu"):
         encoded = _encode(base, loras, groups, config, device)
-        denoiser = base.load("denoiser", device, dtype)
+        denoiser, memory = _load_denoiser(base, device, dtype)
         vae = base.load("vae", device, torch.float32)
         for strength, group in groups.items():
             with _applied(base, loras, strength, {"denoiser": denoiser}):
                 texts = [encoded[strength, _texts(job, base)] for job in group]
                 for batch, pairs in in_batches(group, texts, config.batch_size, _settings):
-                    first = batch[0]
-                    assert first.size is not None
-                    begin = encode_pictures(base, vae, [starts[job] for job in batch]) if starts else None
-                    latents = sample_latents(
-                        base, denoiser,
-                        [prompt for prompt, _ in pairs], [negative for _, negative in pairs],
-                        device=device, dtype=dtype, seeds=[job.seed for job in batch], size=first.size, steps=first.steps,
-                        guidance=first.guidance, sampler=config.sampler, start=begin, denoise=denoise, on_step=on_step,
-                    )  # fmt: skip
-                    for job, image in zip(batch, decode_latents(base, vae, latents), strict=True):
+
+                    def draw(part: Sequence[tuple[Job, Pair]], first: Job = batch[0]) -> list[Image.Image]:
+                        assert first.size is not None
+                        begin = encode_pictures(base, vae, [starts[job] for job, _ in part]) if starts else None
+                        latents = sample_latents(
+                            base, denoiser,
+                            [prompt for _, (prompt, _) in part], [negative for _, (_, negative) in part],
+                            device=device, dtype=dtype, seeds=[job.seed for job, _ in part], size=first.size,
+                            steps=first.steps, guidance=first.guidance, sampler=config.sampler, start=begin,
+                            denoise=denoise, on_step=on_step,
+                        )  # fmt: skip
+                        return decode_latents(base, vae, latents)
+
+                    images = _within_memory(
+                        memory, partial(in_parts_that_fit, draw, list(zip(batch, pairs, strict=True)))
+                    )
+                    for job, image in zip(batch, images, strict=True):
                         yield Picture(image, job, parameters_text(base, loras, job, config))
+
+
+def _load_denoiser(base: Base, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, MemorySaver]:
+    """The denoiser, and the holder of the plan by which it draws: the first whose share of the free GPU memory suffices."""
+    free = free_memory(device) if device.type == "cuda" else None
+    size = base.weight_bytes("denoiser", dtype)
+    plan = next(plan for plan, share in DRAWING_PLANS.items() if free is None or size <= share * free)
+    denoiser = base.load("denoiser", device if plan.offload == "nothing" else torch.device("cpu"), dtype)
+    memory = MemorySaver(denoiser, device)
+    memory.adopt(plan)
+    return denoiser, memory
+
+
+def _within_memory(memory: MemorySaver, draw: Callable[[], list[Image.Image]]) -> list[Image.Image]:
+    """What `draw` makes; where memory runs out, it is called again under the next of the plans, as long as there is one."""
+    plans = list(DRAWING_PLANS)
+    while True:
+        try:
+            return draw()
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or memory.plan == plans[-1]:
+                raise
+        memory.adopt(plans[plans.index(memory.plan) + 1])
+        release_memory()
 
 
 def _encode(

@@ -57,7 +57,7 @@ class Checkpoints:
         if self._samples and self._selection:
             watch = self._selection.watch
             with self.run.adapter.disabled():
-                watch.see_base(self.run.sample(self._samples.sampler, watch.shots))
+                watch.see_base(self.run.sample(self._samples.sampler, watch.shots, self._callbacks.on_warning))
 
     def save_when_due(self) -> None:
         """Calls `on_save` with the checkpoint every `save_every` steps, except after the last one, whose file is the result."""
@@ -140,7 +140,8 @@ class Checkpoints:
         """A picture of each distinct shot, drawn with these values in the adapter."""
         assert self._samples
         distinct = list(dict.fromkeys(shots))
-        return dict(zip(distinct, self.run.sample(self._samples.sampler, distinct, values), strict=True))
+        images = self.run.sample(self._samples.sampler, distinct, self._callbacks.on_warning, values)
+        return dict(zip(distinct, images, strict=True))
 
     def _measure(
         self, drawn: Mapping[Shot, Image.Image], values: Mapping[str, Tensor], merged: tuple[int, ...] = ()

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 
 from ..config import TrainConfig
-from ..device import device_and_dtype
+from ..device import device_and_dtype, in_parts_that_fit
 from ..models.base import Base
 from ..models.spec import Pair
 from ..photos import Photo, bucket_sizes
@@ -65,13 +65,19 @@ def training_sampler(
                 if on_progress:
                     on_progress(earlier * steps + step, len(batches) * steps)
 
-            latents = sample_latents(
-                base, denoiser, [prompt for prompt, _ in pairs], [negative for _, negative in pairs],
-                device=device, dtype=dtype, seeds=[seed for _, seed in batch], size=width_height, steps=config.sample_steps,
-                guidance=base.family.guidance if config.sample_guidance is None else config.sample_guidance,
-                on_step=drawn,
-            )  # fmt: skip
-            images |= zip(batch, decode_latents(base, vae, latents), strict=True)
+            def draw(
+                part: Sequence[tuple[Shot, Pair]], on_step: Callable[[int, int], None] = drawn
+            ) -> list[Image.Image]:
+                latents = sample_latents(
+                    base, denoiser, [prompt for _, (prompt, _) in part], [negative for _, (_, negative) in part],
+                    device=device, dtype=dtype, seeds=[seed for (_, seed), _ in part], size=width_height,
+                    steps=config.sample_steps,
+                    guidance=base.family.guidance if config.sample_guidance is None else config.sample_guidance,
+                    on_step=on_step,
+                )  # fmt: skip
+                return decode_latents(base, vae, latents)
+
+            images |= zip(batch, in_parts_that_fit(draw, list(zip(batch, pairs, strict=True))), strict=True)
         return [images[shot] for shot in shots]
 
     return sample

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..config import TrainConfig
-from ..device import device_and_dtype, is_out_of_memory
+from ..device import device_and_dtype, is_out_of_memory, release_memory
 from ..errors import OutOfMemory, TrainingDiverged
 from ..lora.file import LoraFile
 from ..models.base import Base
@@ -128,16 +128,22 @@ class Run:
                     raise
             # Outside the except clause, so that the error no longer keeps the step's activations alive.
             self.optimizer.zero_grad(set_to_none=True)
-            if self.memory.plan == self.plans[-1]:
-                raise OutOfMemory(
-                    f"step {self.step + 1} does not fit the memory of the device ({self.memory.plan}); "
-                    "use batch_size 1, a lower resolution, or gradient_checkpointing auto"
-                )
-            plan = self.plans[self.plans.index(self.memory.plan) + 1]
-            on_warning(f"out of memory in step {self.step + 1}: done again with {plan}")
-            self.memory.adopt(plan)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            self._save_memory(f"step {self.step + 1}", on_warning)
+
+    def _save_memory(self, what: str, on_warning: Callable[[str], None]) -> None:
+        """Goes over to the next smaller memory plan, since `what` does not fit.
+
+        Raises OutOfMemory where there is no smaller one.
+        """
+        if self.memory.plan == self.plans[-1]:
+            raise OutOfMemory(
+                f"{what} does not fit the memory of the device ({self.memory.plan}); "
+                "use batch_size 1, a lower resolution, or gradient_checkpointing auto"
+            )
+        plan = self.plans[self.plans.index(self.memory.plan) + 1]
+        on_warning(f"out of memory in {what}: done again with {plan}")
+        self.memory.adopt(plan)
+        release_memory()
 
     def update(self, loss: Tensor) -> None:
         """Updates the adapter by the accumulated gradients of that loss, and counts the step."""
@@ -253,14 +259,27 @@ class Run:
             network.train(training)
 
     def sample(
-        self, sampler: Sampler, shots: Sequence[Shot], values: Mapping[str, Tensor] | None = None
+        self,
+        sampler: Sampler,
+        shots: Sequence[Shot],
+        on_warning: Callable[[str], None],
+        values: Mapping[str, Tensor] | None = None,
     ) -> list[Image.Image]:
-        """An image of each shot, with the adapter as it would be saved now or with other `values` in it."""
+        """An image of each shot, with the adapter as it would be saved now or with other `values` in it.
+
+        Where they do not fit the memory they are drawn again under a smaller memory plan, of which `on_warning` hears.
+        """
         before = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self._set_training(False)
         self._put(self.trained() if values is None else values)
         try:
-            return sampler(self.denoiser, self.encoders, shots)
+            while True:
+                try:
+                    return sampler(self.denoiser, self.encoders, shots)
+                except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                self._save_memory("a sample", on_warning)
         finally:
             self._put(before)
             self._set_training(True)

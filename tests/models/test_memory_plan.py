@@ -11,19 +11,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+import core.pictures.generate as generate_module
 from core.bench import loops
 from core.config import TrainConfig
+from core.device import in_parts_that_fit, is_out_of_memory
 from core.errors import OutOfMemory
 from core.lora.file import LoraFile
+from core.lora.modules import LoraModule
 from core.models.base import Base, load_base
 from core.models.eight_bit import EightBitConv2d, EightBitLinear, narrow_weights, narrowed, widened
-from core.models.memory_plan import PLANS, MemoryCount, MemoryPlan, blocks_of
+from core.models.memory_plan import PLANS, MemoryCount, MemoryPlan, MemorySaver, blocks_of
+from core.pictures.generate import GenerateConfig, Job, generate
 from core.pictures.sampling import decode_latents, encode_pictures
 from core.training.callbacks import Callbacks
 from core.training.encode import LatentCache
@@ -248,7 +253,7 @@ def test_samples_are_drawn_of_a_denoiser_in_8_bits(kind, base, monkeypatch):
     sampler = training_sampler(
         base, config, {text: (given, given) for text, given in run.text.items()}, CPU, (side, side)
     )
-    (picture,) = run.sample(sampler, [("a photo of sks person", 1)])
+    (picture,) = run.sample(sampler, [("a photo of sks person", 1)], pytest.fail)
     assert picture.size == (side, side)
 
 
@@ -322,6 +327,97 @@ def test_when_no_plan_is_left_it_says_what_would_help(base, cache, monkeypatch):
     run_out_of_memory(monkeypatch, lambda run: True)
     with pytest.raises(OutOfMemory, match=r"step 1 does not fit .* batch_size 1"):
         train_lora(cache, base, CONFIG, device=CPU)
+
+
+def test_samples_that_do_not_fit_are_drawn_again_under_a_smaller_plan(base, cache):
+    run = Run(cache, base, CONFIG, CPU)
+    warnings: list[str] = []
+
+    def sampler(*_):
+        return out_of_memory() if run.memory.plan.recompute != "everything" else [Image.new("RGB", (8, 8))]
+
+    assert len(run.sample(sampler, [("a photo", 1)], warnings.append)) == 1
+    assert [warning.split(":")[0] for warning in warnings] == ["out of memory in a sample"] * 2
+    with pytest.raises(OutOfMemory, match=r"a sample does not fit .* batch_size 1"):
+        run.sample(lambda *_: out_of_memory(), [("a photo", 1)], warnings.append)
+
+
+def test_what_does_not_fit_together_is_computed_in_parts():
+    computed: list[list[int]] = []
+
+    def compute(items):
+        if len(items) > 2:
+            out_of_memory()
+        computed.append(list(items))
+        return [10 * item for item in items]
+
+    assert in_parts_that_fit(compute, range(5)) == [0, 10, 20, 30, 40]
+    assert computed == [[0, 1], [2], [3, 4]]
+    with pytest.raises(torch.OutOfMemoryError):
+        in_parts_that_fit(lambda items: out_of_memory(), [1, 2])
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "HIP out of memory. Tried to allocate 20.00 MiB",
+        "MPS backend out of memory (MPS allocated: 18.00 GB)",
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory",
+    ],
+)
+def test_a_lack_of_memory_is_known_in_every_form_that_torch_gives_it(message):
+    assert is_out_of_memory(RuntimeError(message))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not is_out_of_memory(ValueError(message))
+
+
+@pytest.mark.parametrize("kind", ["sd15", "flux1"])
+def test_pictures_are_the_same_whatever_of_the_denoiser_stays_in_the_computers_memory(kind, base, monkeypatch):
+    base = base if kind == "sd15" else small_flow_base(kind)
+    module = next(
+        name for name, m in base.load("denoiser", CPU, torch.float32).named_modules() if name.endswith("to_q")
+    )
+    width = base.components["denoiser"].tensors[f"{module}.weight"].shape
+    change = LoraModule(torch.ones(1, width[1]), torch.linspace(-1e3, 1e3, width[0])[:, None], 1.0, None)
+    lora = LoraFile.from_modules(base.family.name, {("denoiser", module): change}, {})
+    side = 8 * base.latent_shape.pixels
+    drawing = [
+        Job("a photo", seed, size=(side, side), steps=2, guidance=1.0, strength=s)
+        for s in (1.0, 0.0)
+        for seed in (1, 2)
+    ]
+    config = GenerateConfig(batch_size=2, precision="fp32")
+    whole = list(generate(base, [(lora, 1.0)], drawing, config, device=CPU))
+    plans: list[str] = []
+    draw = generate_module.sample_latents
+
+    def fails_until_it_is_small(base, denoiser, *arguments, **options):
+        plans.append(current[0].plan.offload)
+        return draw(base, denoiser, *arguments, **options) if plans[-1] == "everything" else out_of_memory()
+
+    current: list[MemorySaver] = []
+    load = generate_module._load_denoiser
+
+    def loaded(*arguments):
+        denoiser, memory = load(*arguments)
+        current.append(memory)
+        return denoiser, memory
+
+    monkeypatch.setattr(generate_module, "_load_denoiser", loaded)
+    monkeypatch.setattr(generate_module, "sample_latents", fails_until_it_is_small)
+    pressed = list(generate(base, [(lora, 1.0)], drawing, config, device=CPU))
+    assert plans[:5] == ["nothing", "nothing", "half", "half", "everything"]  # each: both pictures, then one alone
+    assert [p.job.strength for p in pressed] == [p.job.strength for p in whole]
+
+    def difference(one, other) -> int:
+        return int(np.abs(np.asarray(one.image, np.int16) - np.asarray(other.image, np.int16)).max())
+
+    # A picture alone is rounded otherwise than in a batch.
+    assert all(difference(one, other) <= 2 for one, other in zip(whole, pressed, strict=True))
+    assert difference(whole[0], whole[2]) > 3
 
 
 @pytest.mark.parametrize("kind", ["sd15", "flux2", "qwen-image"])

@@ -510,7 +510,7 @@ def test_samples_are_made_without_dropout_and_training_goes_on_with_it(bases, ca
         modes.append(any(module.training for module in denoiser.modules()))
         return []
 
-    run.sample(sampler, [])
+    run.sample(sampler, [], pytest.fail)
     assert modes == [False]
     assert all(module.training for module in run.denoiser.modules())
 
