@@ -95,7 +95,7 @@ def on_device(conditioning: Conditioning, device: torch.device) -> Conditioning:
     return {name: value.to("cpu" if name == "context_mask" else device) for name, value in conditioning.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FamilySpec:
     """A model family: its data, and the functions that differ between families."""
 
@@ -117,19 +117,19 @@ class FamilySpec:
     """A recipe for each name in `recipe.RECIPES`."""
     pipeline_class: str
     """The name of its diffusers pipeline, which is also in a folder's model_index.json."""
-    text_encoders: tuple[str, ...]
-    """The parts that encode text, in the order of the pipeline: text_encoder, text_encoder_2, ..."""
 
-    text_kinds: tuple[str, ...]
-    """The kinds of text encoders that its models have, keys of `text.KINDS`."""
-    context_from: Mapping[str, int]
+    text_encoders: Mapping[str, str]
+    """The kind, a key of `text.KINDS`, of each part that encodes text, in the order of the pipeline: text_encoder, ..."""
+    other_text_kinds: tuple[str, ...] = ()
+    """The kinds of text encoder that other models of the family have instead."""
+    context_from: Mapping[str, int] = field(default_factory=lambda: {"text_encoder": 1})
     """The text encoders whose hidden states the denoiser takes side by side, with the number of layers from each."""
-    pooled_from: Mapping[str, int]
+    pooled_from: Mapping[str, int] = field(default_factory=dict)
     """The text encoders whose pooled states the denoiser takes, with 1 for each."""
 
     denoiser_targets: Mapping[str, str]
     """A regular expression for each value of TrainConfig.targets, which paths of adapted denoiser modules match in full."""
-    text_encoder_targets: str | None
+    text_encoder_targets: str | None = None
     """A regular expression for adapted modules of text encoders, from `text_model.` on; None: they cannot be trained."""
 
     in_channels: int
@@ -144,7 +144,7 @@ class FamilySpec:
     """The shape of the latents, by the components, of which the VAE may be missing."""
     encode_text: Callable[[Mapping[str, nn.Module], Sequence[str], int, int], Conditioning]
     """Encodes (text encoders, captions, clip skip, chunks of 77 tokens) to a conditioning with a row for each caption."""
-    image_conditioning: Callable[[tuple[int, int], tuple[int, int], tuple[int, int]], Conditioning]
+    image_conditioning: Callable[[tuple[int, int], tuple[int, int], tuple[int, int]], Conditioning] = lambda *sizes: {}
     """The conditioning of one image on (original size, top left of its crop, size after cropping).
 
     Sizes are (width, height) and the corner is (x, y), in pixels. Most families have none."""
@@ -183,8 +183,6 @@ class FamilySpec:
     """The titles of models that look like this family but cannot be trained as it, by a tensor that only they have.
 
     Names are those of original checkpoints, and the first match counts."""
-    tokenizer: str | None = None
-    """The kind of the text encoder, a key of `text.KINDS`, whose tokenizer the package does not include."""
     lora_scheme: Literal["kohya", "comfy"] = "kohya"
     """The naming scheme of its LoRA files, the one that most programs load."""
 
@@ -202,6 +200,16 @@ class FamilySpec:
     def architecture(self) -> str:
         """The `modelspec.architecture` of a checkpoint; a LoRA adds `/lora`."""
         return self.names.architecture
+
+    @property
+    def text_kinds(self) -> tuple[str, ...]:
+        """The kinds of text encoder that its models have, keys of `text.KINDS`."""
+        return (*self.text_encoders.values(), *self.other_text_kinds)
+
+    @property
+    def tokenizer(self) -> str | None:
+        """The kind of the text encoder whose tokenizer the package does not include; it has CLIP's alone."""
+        return next((kind for kind in self.text_encoders.values() if not kind.startswith("clip")), None)
 
     @property
     def predicts_noise(self) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import BadFile, UnknownFamily, UnmatchedKeys
 from ..storage.lazy import LazyTensors, Stored, shape_of
 from . import clip
-from .ldm import VAE_PREFIXES, count_children
+from .ldm import VAE_PREFIXES, build_vae, count_children
 from .spec import Component, Conditioning, FamilySpec, stack_conditioning
 
 PREFIX = "text_encoders.{}.transformer."
@@ -96,6 +96,20 @@ def other_parts(
     if any(name.startswith(VAE_PREFIXES) for name in tensors):
         parts["vae"] = vae(tensors)
     return parts
+
+
+def builder(
+    denoiser: Callable[[dict[str, Any]], nn.Module],
+    kinds: Mapping[str, str],
+    vae: Callable[[dict[str, Any]], nn.Module] = build_vae,
+) -> Callable[[str, dict[str, Any]], nn.Module]:
+    """A family's `build`: a denoiser and a VAE as these functions make them of a config, text encoders by part -> kind."""
+
+    def build_part(part: str, config: dict[str, Any]) -> nn.Module:
+        networks = {"denoiser": denoiser, "vae": vae}
+        return networks[part](config) if part in networks else build(kinds[part], config)
+
+    return build_part
 
 
 def _component(kind: str, stored: Mapping[str, Stored]) -> Component:

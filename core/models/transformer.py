@@ -83,8 +83,10 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> Callable[[str], tuple[int, ...]]
     return shape
 
 
-def diffusers_class(name: str, version: tuple[int, int]) -> Any:
-    """A class of diffusers. Raises MissingPackage when the installed diffusers is older than the given version."""
+def build(name: str, version: tuple[int, int], config: dict[str, Any]) -> Any:
+    """A network of diffusers without weights, by the name of its class.
+
+    Raises MissingPackage when the installed diffusers is older than the given version."""
     import diffusers
 
     installed = tuple(int(number) for number in diffusers.__version__.split(".")[:2])
@@ -94,7 +96,7 @@ def diffusers_class(name: str, version: tuple[int, int]) -> Any:
             f"{name} is in diffusers {needed} and later, and {diffusers.__version__} is installed: "
             f"pip install 'diffusers>={needed}'"
         )
-    return getattr(diffusers, name)
+    return getattr(diffusers, name).from_config(config)
 
 
 def flux1_vae(tensors: Mapping[str, Tensor]) -> Component:
@@ -102,9 +104,17 @@ def flux1_vae(tensors: Mapping[str, Tensor]) -> Component:
     return vae_component(tensors, latent_scale=0.3611, latent_shift=0.1159, quant_conv=False)
 
 
-def patch_latent_shape(channels: int, components: Mapping[str, Component]) -> LatentShape:
-    """The shape of a KL VAE's latents for a denoiser that takes two by two of them as one position."""
+def patch_latent_shape(components: Mapping[str, Component], patched: bool = False) -> LatentShape:
+    """The shape of a KL VAE's latents for a denoiser that takes two by two of them as one position.
+
+    `patched` says whether the channels in the denoiser's config are those of a position, four times those of a latent."""
+    channels = components["denoiser"].config["in_channels"] // (4 if patched else 1)
     return LatentShape(channels, kl_pixels(components), multiple=2, positions_side=2)
+
+
+def targets(attention: str, transformer: str) -> dict[str, str]:
+    """The `denoiser_targets` of a family whose denoiser has no convolutions to adapt."""
+    return {"attention": attention, "transformer": transformer, "transformer+conv": transformer}
 
 
 def cut_patches(latents: Tensor) -> Tensor:

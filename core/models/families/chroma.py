@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...tensor_names.flux import CHROMA as NAMES
 from .. import text, transformer
-from ..ldm import build_vae, count_children
+from ..ldm import count_children
 from ..spec import DENOISER_PREFIX, Component, Conditioning, stack_conditioning
 from . import flux1
 
@@ -30,7 +30,7 @@ def recognise(denoiser: Mapping[str, Tensor]) -> bool:
 def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
     width, channels = shape(f"{_MODULATOR}.in_proj.weight")
-    config = flux1.blocks_config(tensors) | {
+    config = flux1.blocks_config(tensors, flux1.ROTARY_AXES) | {
         "approximator_num_channels": channels,
         "approximator_hidden_dim": width,
         "approximator_layers": count_children(names, f"{_MODULATOR}.layers"),
@@ -39,12 +39,8 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     return {"denoiser": denoiser} | text.other_parts(tensors, transformer.flux1_vae, TEXT)
 
 
-def build(part: str, config: dict[str, Any]) -> nn.Module:
-    if part == "vae":
-        return build_vae(config)
-    if part != "denoiser":
-        return text.build(TEXT[part], config)
-    denoiser = transformer.diffusers_class("ChromaTransformer2DModel", (0, 34)).from_config(config)
+def build_denoiser(config: dict[str, Any]) -> nn.Module:
+    denoiser = transformer.build("ChromaTransformer2DModel", (0, 34), config)
     numbers = denoiser.time_text_embed
     with torch.device("cpu"):
         # No file has the buffers of the modulations, so they must not stay on the meta device.
@@ -66,12 +62,6 @@ def encode_text(
         states = encoder(tokens, attention_mask=mask).last_hidden_state
         parts.append({"context": states, "context_mask": torch.ones_like(tokens)})
     return stack_conditioning(parts)
-
-
-def image_conditioning(
-    original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
-) -> Conditioning:
-    return {}
 
 
 def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -105,19 +95,17 @@ CHROMA = replace(
     steps=35,
     pipeline_class="ChromaPipeline",
     other_pipelines=(),
-    text_encoders=tuple(TEXT),
-    text_kinds=tuple(TEXT.values()),
+    text_encoders=TEXT,
     context_from={"text_encoder": 1},
     pooled_from={},
-    tokenizer=TEXT["text_encoder"],
     recognise=recognise,
+    lookalikes={DENOISER_PREFIX + "nerf_blocks.0.norm.scale": "Chroma Radiance"},
     split=split,
-    build=build,
+    build=text.builder(build_denoiser, TEXT),
     encode_text=encode_text,
-    image_conditioning=image_conditioning,
+    image_conditioning=lambda *sizes: {},
     predict=predict,
     embeds_guidance=lambda config: False,
     is_distilled=lambda config: False,
     distilled_names="flash",
-    lookalikes={DENOISER_PREFIX + "nerf_blocks.0.norm.scale": "Chroma Radiance"},
 )

@@ -5,6 +5,7 @@ text, CLIP ViT-L/14.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 
 from ...tensor_names.flux import FLUX1 as NAMES
 from .. import text, transformer
-from ..ldm import build_vae, count_children
+from ..ldm import count_children
 from ..objective import linear_shift
 from ..recipe import Recipe
-from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, LatentShape
+from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec
 
 TEXT_TOKENS = 512
 """The number of T5 tokens that FLUX.1-dev was trained with, to which captions are padded."""
@@ -49,39 +50,30 @@ def recognise(denoiser: Mapping[str, Tensor]) -> bool:
     return "double_blocks.0.img_mod.lin.weight" in denoiser and "single_blocks.0.linear1.weight" in denoiser
 
 
-def blocks_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The part of the denoiser's config that follows from its blocks, which Chroma shares."""
+def blocks_config(tensors: Mapping[str, Tensor], axes: tuple[int, ...]) -> dict[str, Any]:
+    """The part of the denoiser's config that follows from its blocks, which Chroma and FLUX.2 share.
+
+    `axes` are the widths of an attention head that are rotated by one number of a position each."""
     names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
+    width, channels = shape("img_in.weight")
     return {
-        "in_channels": shape("img_in.weight")[1],
+        "in_channels": channels,
         "num_layers": count_children(names, "double_blocks"),
         "num_single_layers": count_children(names, "single_blocks"),
-        "attention_head_dim": sum(ROTARY_AXES),
-        "num_attention_heads": shape("img_in.weight")[0] // sum(ROTARY_AXES),
+        "attention_head_dim": sum(axes),
+        "num_attention_heads": width // sum(axes),
         "joint_attention_dim": shape("txt_in.weight")[1],
-        "axes_dims_rope": ROTARY_AXES,
+        "axes_dims_rope": axes,
     }
 
 
 def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
-    config = blocks_config(tensors) | {
+    config = blocks_config(tensors, ROTARY_AXES) | {
         "pooled_projection_dim": transformer.shapes_of(tensors)("vector_in.in_layer.weight")[1],
         "guidance_embeds": "guidance_in.in_layer.weight" in transformer.denoiser_names(tensors),
     }
     denoiser = transformer.transformer_component(tensors, config, NAMES, RENAMES)
     return {"denoiser": denoiser} | text.other_parts(tensors, transformer.flux1_vae, TEXT)
-
-
-def build(part: str, config: dict[str, Any]) -> nn.Module:
-    if part == "denoiser":
-        from diffusers import FluxTransformer2DModel
-
-        return FluxTransformer2DModel.from_config(config)  # pyright: ignore[reportReturnType]
-    return build_vae(config) if part == "vae" else text.build(TEXT[part], config)
-
-
-def latent_shape(components: Mapping[str, Component]) -> LatentShape:
-    return transformer.patch_latent_shape(components["denoiser"].config["in_channels"] // 4, components)
 
 
 def encode_text(
@@ -144,23 +136,20 @@ FLUX1 = FamilySpec(
         "FluxInpaintPipeline",
         "FluxControlNetPipeline",
     ),
-    text_encoders=tuple(TEXT),
-    text_kinds=tuple(TEXT.values()),
+    text_encoders=TEXT,
     context_from={"text_encoder_2": 1},
     pooled_from={"text_encoder": 1},
-    tokenizer=TEXT["text_encoder_2"],
-    denoiser_targets={"attention": _ATTENTION, "transformer": _TRANSFORMER, "transformer+conv": _TRANSFORMER},
-    text_encoder_targets=None,
+    denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),
     in_channels=64,
     recognise=recognise,
+    lookalikes={DENOISER_PREFIX + "txt_in.individual_token_refiner.blocks.0.norm1.weight": "HunyuanVideo"},
     split=split,
-    build=build,
-    latent_shape=latent_shape,
+    build=text.builder(partial(transformer.build, "FluxTransformer2DModel", (0, 30)), TEXT),
+    latent_shape=partial(transformer.patch_latent_shape, patched=True),
     encode_text=encode_text,
     image_conditioning=image_conditioning,
     predict=predict,
     flow_shift=linear_shift(256, 0.5, 4096, 1.15),  # from FLUX.1-dev's scheduler
     embeds_guidance=embeds_guidance,
     is_distilled=is_distilled,
-    lookalikes={DENOISER_PREFIX + "txt_in.individual_token_refiner.blocks.0.norm1.weight": "HunyuanVideo"},
 )

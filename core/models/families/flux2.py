@@ -6,6 +6,7 @@ implemented here, so that captions have to be encoded elsewhere (ComfyUI). dev t
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,31 +17,24 @@ from ...errors import UnmatchedKeys
 from ...storage.lazy import LazyTensors, Stored, shape_of
 from ...tensor_names.flux import FLUX2 as NAMES
 from .. import text, transformer
-from ..ldm import VAE_PREFIXES, count_children, kl_pixels, vae_component
+from ..ldm import VAE_PREFIXES, kl_pixels, vae_component
 from ..recipe import Recipe
 from ..spec import Component, Conditioning, FamilySpec, LatentShape
+from . import flux1
 
 TEXT_TOKENS = 512
 """The number of tokens of the whole chat, to which it is padded. The denoiser sees the padding."""
 TEXT_LAYERS = (9, 18, 27)
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 """The form of a chat with one question in Qwen3, with thinking turned off."""
-TRAINING_GUIDANCE = 1.0
-"""The guidance scale that dev is given in training, for the same reason as FLUX.1-dev."""
 
-TEXT = {"text_encoder": "qwen3_4b"}
-"""The text encoder of klein 4B. That of klein 9B is Qwen3-8B, a larger network of the same form."""
+TEXT, LARGER_TEXT = {"text_encoder": "qwen3_4b"}, "qwen3_8b"
+"""The text encoder of klein 4B, and that of klein 9B, a larger network of the same form."""
 ROTARY_AXES = (32, 32, 32, 32)
 """The widths of an attention head that are rotated by a position's picture, row, column and word."""
 PATCH = 2
 """The number of the VAE's latents along a side of one of the denoiser's."""
 
-_NORM = r"norm\.(q|k)(?:uery|ey)_norm\.(?:scale|weight)"
-_RENAMES = (
-    (rf"double_blocks\.(\d+)\.img_attn\.{_NORM}", r"transformer_blocks.\1.attn.norm_\2.weight"),
-    (rf"double_blocks\.(\d+)\.txt_attn\.{_NORM}", r"transformer_blocks.\1.attn.norm_added_\2.weight"),
-    (rf"single_blocks\.(\d+)\.{_NORM}", r"single_transformer_blocks.\1.attn.norm_\2.weight"),
-)
 _BLOCK, _SINGLE = r"transformer_blocks\.\d+", r"single_transformer_blocks\.\d+"
 _ATTENTION = (
     rf"{_BLOCK}\.attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)|{_SINGLE}\.attn\.(to_qkv_mlp_proj|to_out)"
@@ -53,22 +47,14 @@ def recognise(denoiser: Mapping[str, Tensor]) -> bool:
 
 
 def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
-    names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
-    width = shape("img_in.weight")[0]
-    config = {
-        "in_channels": shape("img_in.weight")[1],
-        "num_layers": count_children(names, "double_blocks"),
-        "num_single_layers": count_children(names, "single_blocks"),
-        "attention_head_dim": sum(ROTARY_AXES),
-        "num_attention_heads": width // sum(ROTARY_AXES),
-        "joint_attention_dim": shape("txt_in.weight")[1],
-        "mlp_ratio": shape("double_blocks.0.img_mlp.2.weight")[1] / width,
-        "axes_dims_rope": ROTARY_AXES,
-        "guidance_embeds": "guidance_in.in_layer.weight" in names,
+    width, inner = transformer.shapes_of(tensors)("double_blocks.0.img_mlp.2.weight")
+    config = flux1.blocks_config(tensors, ROTARY_AXES) | {
+        "mlp_ratio": inner / width,
+        "guidance_embeds": "guidance_in.in_layer.weight" in transformer.denoiser_names(tensors),
     }
-    denoiser = transformer.transformer_component(tensors, config, NAMES, _RENAMES)
-    kind = "qwen3_8b" if text.has(tensors, "qwen3_8b") else TEXT["text_encoder"]
-    return {"denoiser": denoiser} | text.other_parts(tensors, _vae, {"text_encoder": kind})
+    denoiser = transformer.transformer_component(tensors, config, NAMES, flux1.RENAMES)
+    kinds = {"text_encoder": LARGER_TEXT} if text.has(tensors, LARGER_TEXT) else TEXT
+    return {"denoiser": denoiser} | text.other_parts(tensors, _vae, kinds)
 
 
 def _vae(tensors: Mapping[str, Tensor]) -> Component:
@@ -93,14 +79,6 @@ def _vae(tensors: Mapping[str, Tensor]) -> Component:
     statistics = {name: readers[name] for name in ("bn.running_mean", "bn.running_var") if name in readers}
     counter = {"bn.num_batches_tracked": lambda: torch.tensor(0)}
     return Component(config, LazyTensors(tensors_of_vae | statistics | counter))
-
-
-def build(part: str, config: dict[str, Any]) -> nn.Module:
-    if part == "denoiser":
-        return transformer.diffusers_class("Flux2Transformer2DModel", (0, 37)).from_config(config)
-    if part == "vae":
-        return transformer.diffusers_class("AutoencoderKLFlux2", (0, 37)).from_config(config)
-    return text.build(TEXT[part], config)
 
 
 def latent_shape(components: Mapping[str, Component]) -> LatentShape:
@@ -134,12 +112,6 @@ def encode_text(
     return {"context": states["context"]}
 
 
-def image_conditioning(
-    original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
-) -> Conditioning:
-    return {"guidance": torch.tensor([TRAINING_GUIDANCE])}
-
-
 def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
     height, width = noisy_latents.shape[2:]
     context, device = conditioning["context"].to(noisy_latents.dtype), noisy_latents.device
@@ -153,10 +125,6 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
         return_dict=False,
     )[0]
     return positions.transpose(1, 2).unflatten(2, (height, width))
-
-
-def embeds_guidance(config: dict[str, Any]) -> bool:
-    return config["guidance_embeds"]
 
 
 STEPS = 50
@@ -185,25 +153,26 @@ FLUX2 = FamilySpec(
         "best": Recipe(2400, 5e-5, 64, settings={"hold_out": 2}),
     },
     pipeline_class="Flux2KleinPipeline",
-    text_encoders=tuple(TEXT),
-    text_kinds=("qwen3_4b", "qwen3_8b"),
+    text_encoders=TEXT,
+    other_text_kinds=(LARGER_TEXT,),
     context_from={"text_encoder": len(TEXT_LAYERS)},
-    pooled_from={},
-    tokenizer=TEXT["text_encoder"],
-    denoiser_targets={"attention": _ATTENTION, "transformer": _TRANSFORMER, "transformer+conv": _TRANSFORMER},
-    text_encoder_targets=None,
+    denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),
     in_channels=128,
     recognise=recognise,
     split=split,
-    build=build,
+    build=text.builder(
+        partial(transformer.build, "Flux2Transformer2DModel", (0, 37)),
+        TEXT,
+        vae=partial(transformer.build, "AutoencoderKLFlux2", (0, 37)),
+    ),
     latent_shape=latent_shape,
     encode_text=encode_text,
-    image_conditioning=image_conditioning,
+    image_conditioning=flux1.image_conditioning,  # what dev is told of guidance while it is trained
     predict=predict,
     flow_shift=flow_shift,
     encode_image=encode_image,
     decode_latents=decode_latents,
-    embeds_guidance=embeds_guidance,
+    embeds_guidance=flux1.embeds_guidance,
     distilled_names="klein(?!.*base)",
     lora_scheme="comfy",
 )

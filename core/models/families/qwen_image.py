@@ -5,6 +5,7 @@ The text encoder is Qwen2.5-VL-7B. The VAE is that of Wan 2.1, for video, and a 
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -117,12 +118,8 @@ def vae_component(tensors: Mapping[str, Tensor]) -> Component:
     return Component(config, LazyTensors({name: Stored(tensors, full) for name, full in names.items()}))
 
 
-def build(part: str, config: dict[str, Any]) -> nn.Module:
-    if part == "vae":
-        return transformer.diffusers_class("AutoencoderKLQwenImage", (0, 35)).from_config(config)
-    if part != "denoiser":
-        return text.build(TEXT[part], config)
-    denoiser = transformer.diffusers_class("QwenImageTransformer2DModel", (0, 37)).from_config(config)
+def build_denoiser(config: dict[str, Any]) -> nn.Module:
+    denoiser = transformer.build("QwenImageTransformer2DModel", (0, 37), config)
     with torch.device("cpu"):
         # No file has the rotary embeddings, so they must not stay on the meta device.
         denoiser.pos_embed = type(denoiser.pos_embed)(theta=10000, axes_dim=list(ROTARY_AXES), scale_rope=True)
@@ -164,12 +161,6 @@ def encode_text(
     return {name: value[:, _TEMPLATE_TOKENS:] for name, value in conditioning.items()}
 
 
-def image_conditioning(
-    original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
-) -> Conditioning:
-    return {}
-
-
 def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
     height, width = noisy_latents.shape[2:]
     mask = conditioning["context_mask"].bool()
@@ -199,27 +190,21 @@ QWEN_IMAGE = FamilySpec(
         "best": Recipe(2400, 1e-4, 32, settings={"hold_out": 2}),
     },
     pipeline_class="QwenImagePipeline",
-    text_encoders=tuple(TEXT),
-    text_kinds=tuple(TEXT.values()),
-    context_from={"text_encoder": 1},
-    pooled_from={},
-    tokenizer=TEXT["text_encoder"],
-    denoiser_targets={"attention": _ATTENTION, "transformer": _TRANSFORMER, "transformer+conv": _TRANSFORMER},
-    text_encoder_targets=None,
+    text_encoders=TEXT,
+    denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),
     in_channels=64,
     recognise=recognise,
+    lookalikes={
+        DENOISER_PREFIX + "__index_timestep_zero__": "Qwen-Image-Edit",
+        DENOISER_PREFIX + "time_text_embed.addition_t_embedding.weight": "Qwen-Image-Layered",
+    },
     split=split,
-    build=build,
+    build=text.builder(build_denoiser, TEXT, vae=partial(transformer.build, "AutoencoderKLQwenImage", (0, 35))),
     latent_shape=latent_shape,
     encode_text=encode_text,
-    image_conditioning=image_conditioning,
     predict=predict,
     flow_shift=linear_shift(256, 0.5, 8192, 0.9),  # from the authors' scheduler
     encode_image=encode_image,
     decode_latents=decode_latents,
     lora_scheme="comfy",
-    lookalikes={
-        DENOISER_PREFIX + "__index_timestep_zero__": "Qwen-Image-Edit",
-        DENOISER_PREFIX + "time_text_embed.addition_t_embedding.weight": "Qwen-Image-Layered",
-    },
 )

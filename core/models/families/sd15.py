@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,17 +20,8 @@ def recognise(denoiser: Mapping[str, Tensor]) -> bool:
 
 def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     denoiser = ldm.unet_component(tensors, head_width=None)
-    return {"denoiser": denoiser} | text.other_parts(
-        tensors, partial(ldm.vae_component, latent_scale=LATENT_SCALE), TEXT
-    )
-
-
-def build(part: str, config: dict[str, Any]) -> nn.Module:
-    if part == "denoiser":
-        return ldm.build_unet(config)
-    if part == "vae":
-        return ldm.build_vae(config)
-    return clip.build_text_encoder(config, projection=False)
+    vae = partial(ldm.vae_component, latent_scale=LATENT_SCALE)
+    return {"denoiser": denoiser} | text.other_parts(tensors, vae, TEXT)
 
 
 def encode_text(
@@ -41,12 +31,6 @@ def encode_text(
     tokens = clip.token_chunks(captions, chunks, clip.END, clip.words_of(encoder))
     states, _ = clip.encode_chunks(encoder, tokens, layer=clip_skip, final_norm=True)
     return {"context": states}
-
-
-def image_conditioning(
-    original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
-) -> Conditioning:
-    return {}
 
 
 def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -74,21 +58,17 @@ SD15 = FamilySpec(
         "StableDiffusionInpaintPipeline",
         "StableDiffusionControlNetPipeline",
     ),
-    text_encoders=tuple(TEXT),
-    text_kinds=tuple(TEXT.values()),
-    context_from={"text_encoder": 1},
-    pooled_from={},
+    text_encoders=TEXT,
     denoiser_targets=ldm.UNET_TARGETS,
     text_encoder_targets=clip.TEXT_TARGETS,
     in_channels=4,
     recognise=recognise,
+    lookalikes={"cond_stage_model.model.transformer.resblocks.0.ln_1.weight": "Stable Diffusion 2.x"},
     split=split,
-    build=build,
+    build=text.builder(ldm.build_unet, TEXT),
     latent_shape=ldm.unet_latent_shape,
     encode_text=encode_text,
-    image_conditioning=image_conditioning,
     predict=predict,
     has_clip_skip=True,
     other_model=ldm.other_model,
-    lookalikes={"cond_stage_model.model.transformer.resblocks.0.ln_1.weight": "Stable Diffusion 2.x"},
 )

@@ -5,7 +5,7 @@ models' own training.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from ...tensor_names.sd3 import SD3 as NAMES
 from .. import clip, text, transformer
-from ..ldm import build_vae, count_children, vae_component
+from ..ldm import count_children, vae_component
 from ..recipe import Recipe
-from ..spec import Component, Conditioning, FamilySpec, LatentShape
+from ..spec import Component, Conditioning, FamilySpec
 
 LATENT_SCALE, LATENT_SHIFT = 1.5305, 0.0609
 TEXT_TOKENS = 256
@@ -71,18 +71,6 @@ def _vae(tensors: Mapping[str, Tensor]) -> Component:
     return vae_component(tensors, LATENT_SCALE, LATENT_SHIFT, quant_conv=False)
 
 
-def build(part: str, config: dict[str, Any]) -> nn.Module:
-    if part == "denoiser":
-        from diffusers import SD3Transformer2DModel
-
-        return SD3Transformer2DModel.from_config(config)  # pyright: ignore[reportReturnType]
-    return build_vae(config) if part == "vae" else text.build(TEXT[part], config)
-
-
-def latent_shape(components: Mapping[str, Component]) -> LatentShape:
-    return transformer.patch_latent_shape(components["denoiser"].config["in_channels"], components)
-
-
 def encode_text(
     encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
 ) -> Conditioning:
@@ -100,12 +88,6 @@ def encode_text(
         of_t5 = clips.new_zeros(len(captions), TEXT_TOKENS, CONTEXT_WIDTH)
     clips = F.pad(clips, (0, of_t5.shape[2] - clips.shape[2]))
     return {"context": torch.cat([clips, of_t5], dim=1), "pooled": torch.cat(pooled, dim=-1)}
-
-
-def image_conditioning(
-    original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
-) -> Conditioning:
-    return {}
 
 
 def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -133,21 +115,17 @@ SD3 = FamilySpec(
         "best": Recipe(2000, 1e-4, 64, settings={"hold_out": 2}),
     },
     pipeline_class="StableDiffusion3Pipeline",
-    text_encoders=tuple(TEXT),
-    text_kinds=tuple(TEXT.values()),
+    text_encoders=TEXT,
     context_from={"text_encoder_3": 1},
     pooled_from={"text_encoder": 1, "text_encoder_2": 1},
-    tokenizer=TEXT["text_encoder_3"],
     optional_encoders=("text_encoder_3",),
-    denoiser_targets={"attention": _ATTENTION, "transformer": _TRANSFORMER, "transformer+conv": _TRANSFORMER},
-    text_encoder_targets=None,
+    denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),
     in_channels=16,
     recognise=recognise,
     split=split,
-    build=build,
-    latent_shape=latent_shape,
+    build=text.builder(partial(transformer.build, "SD3Transformer2DModel", (0, 29)), TEXT),
+    latent_shape=transformer.patch_latent_shape,
     encode_text=encode_text,
-    image_conditioning=image_conditioning,
     predict=predict,
     flow_shift=lambda positions: SHIFT,
 )

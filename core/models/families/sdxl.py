@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,17 +21,8 @@ def recognise(denoiser: Mapping[str, Tensor]) -> bool:
 
 def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     denoiser = ldm.unet_component(tensors, head_width=64)
-    return {"denoiser": denoiser} | text.other_parts(
-        tensors, partial(ldm.vae_component, latent_scale=LATENT_SCALE), TEXT
-    )
-
-
-def build(part: str, config: dict[str, Any]) -> nn.Module:
-    if part == "denoiser":
-        return ldm.build_unet(config)
-    if part == "vae":
-        return ldm.build_vae(config)
-    return clip.build_text_encoder(config, projection=part == "text_encoder_2")
+    vae = partial(ldm.vae_component, latent_scale=LATENT_SCALE)
+    return {"denoiser": denoiser} | text.other_parts(tensors, vae, TEXT)
 
 
 def encode_text(
@@ -89,24 +79,23 @@ SDXL = FamilySpec(
         "StableDiffusionXLInpaintPipeline",
         "StableDiffusionXLControlNetPipeline",
     ),
-    text_encoders=tuple(TEXT),
-    text_kinds=tuple(TEXT.values()),
+    text_encoders=TEXT,
     context_from={"text_encoder": 1, "text_encoder_2": 1},
     pooled_from={"text_encoder_2": 1},
     denoiser_targets=ldm.UNET_TARGETS,
     text_encoder_targets=clip.TEXT_TARGETS,
     in_channels=4,
     recognise=recognise,
-    split=split,
-    build=build,
-    latent_shape=ldm.unet_latent_shape,
-    encode_text=encode_text,
-    image_conditioning=image_conditioning,
-    predict=predict,
-    other_model=ldm.other_model,
     lookalikes={
         "conditioner.embedders.0.model.transformer.resblocks.0.ln_1.weight": "the SDXL refiner",
         "edm_mean": "Playground v2.5 (SDXL trained as EDM)",
         "edm_vpred.sigma_max": "CosXL (SDXL trained as EDM)",
     },
+    split=split,
+    build=text.builder(ldm.build_unet, TEXT),
+    latent_shape=ldm.unet_latent_shape,
+    encode_text=encode_text,
+    image_conditioning=image_conditioning,
+    predict=predict,
+    other_model=ldm.other_model,
 )

@@ -6,16 +6,16 @@ Turbo with a training adapter merged into it.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ...tensor_names.lumina import ZIMAGE as NAMES
 from .. import text, transformer
-from ..ldm import build_vae, count_children
+from ..ldm import count_children
 from ..recipe import Recipe
-from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, LatentShape
+from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec
 
 TEXT = {"text_encoder": "qwen3_4b"}
 TEXT_TOKENS = 512
@@ -56,27 +56,11 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     return {"denoiser": denoiser} | text.other_parts(tensors, transformer.flux1_vae, TEXT)
 
 
-def build(part: str, config: dict[str, Any]) -> nn.Module:
-    if part == "denoiser":
-        return transformer.diffusers_class("ZImageTransformer2DModel", (0, 36)).from_config(config)
-    return build_vae(config) if part == "vae" else text.build(TEXT[part], config)
-
-
-def latent_shape(components: Mapping[str, Component]) -> LatentShape:
-    return transformer.patch_latent_shape(components["denoiser"].config["in_channels"], components)
-
-
 def encode_text(
     encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
 ) -> Conditioning:
     texts = [_TEMPLATE.format(caption) for caption in captions]
     return text.encode_qwen(encoders["text_encoder"], TEXT["text_encoder"], texts, TEXT_TOKENS, layers=(-2,))
-
-
-def image_conditioning(
-    original_size: tuple[int, int], crop_top_left: tuple[int, int], target_size: tuple[int, int]
-) -> Conditioning:
-    return {}
 
 
 def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -107,26 +91,20 @@ ZIMAGE = FamilySpec(
         "best": Recipe(2400, 1e-4, 32, settings={"hold_out": 2}),
     },
     pipeline_class="ZImagePipeline",
-    text_encoders=tuple(TEXT),
-    text_kinds=tuple(TEXT.values()),
-    context_from={"text_encoder": 1},
-    pooled_from={},
-    tokenizer=TEXT["text_encoder"],
-    denoiser_targets={"attention": _ATTENTION, "transformer": _TRANSFORMER, "transformer+conv": _TRANSFORMER},
-    text_encoder_targets=None,
+    text_encoders=TEXT,
+    denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),
     in_channels=16,
     recognise=recognise,
-    split=split,
-    build=build,
-    latent_shape=latent_shape,
-    encode_text=encode_text,
-    image_conditioning=image_conditioning,
-    predict=predict,
-    # The shift in ComfyUI and in Turbo's scheduler. The base model's scheduler has 6.
-    flow_shift=lambda positions: 3.0,
-    lora_scheme="comfy",
     lookalikes={
         DENOISER_PREFIX + "noise_refiner.0.adaLN_modulation.1.weight": "Lumina 2",
         DENOISER_PREFIX + "siglip_embedder.1.weight": "Z-Image-Omni",
     },
+    split=split,
+    build=text.builder(partial(transformer.build, "ZImageTransformer2DModel", (0, 36)), TEXT),
+    latent_shape=transformer.patch_latent_shape,
+    encode_text=encode_text,
+    predict=predict,
+    # The shift in ComfyUI and in Turbo's scheduler. The base model's scheduler has 6.
+    flow_shift=lambda positions: 3.0,
+    lora_scheme="comfy",
 )
