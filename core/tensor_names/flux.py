@@ -72,18 +72,22 @@ _WIDTH_1 = frozenset({3072})
 _WIDTHS_2 = frozenset({3072, 4096, 6144})
 """The hidden widths of FLUX.2 klein 4B, klein 9B and dev."""
 _IN_COMFYUI = TRANSFORMER_IN_COMFYUI | {("onetrainer", "diffusers"), ("bare", "diffusers")}
+_SIGNS_1 = (
+    _STRUCTURE,
+    Sign(_DOUBLE_ATTENTION, _WIDTH_1),
+    Sign(r"^single_blocks\.\d+\.linear1$", _WIDTH_1, ratio=7),
+    Sign(r"^single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp)$", _WIDTH_1),
+    Sign(r"^double_blocks\.\d+\.(img|txt)_mlp\.0$", _WIDTH_1, ratio=4),
+    Sign(r"^transformer_blocks\.\d+\.ff(_context)?\.net\.0\.proj$", _WIDTH_1, ratio=4),
+)
+"""The signs of FLUX.1's blocks, which are Chroma's too."""
 
 FLUX1 = NameTable(
     name="flux1",
     base_versions=("flux1",),
     architecture="flux-1-dev",
     signs=(
-        _STRUCTURE,
-        Sign(_DOUBLE_ATTENTION, _WIDTH_1),
-        Sign(r"^single_blocks\.\d+\.linear1$", _WIDTH_1, ratio=7),
-        Sign(r"^single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp)$", _WIDTH_1),
-        Sign(r"^double_blocks\.\d+\.(img|txt)_mlp\.0$", _WIDTH_1, ratio=4),
-        Sign(r"^transformer_blocks\.\d+\.ff(_context)?\.net\.0\.proj$", _WIDTH_1, ratio=4),
+        *_SIGNS_1,
         # Chroma has no modulation layers.
         Sign(r"(mod|modulation)\.lin$|^(vector|guidance)_in\.", frozenset({256, 768, 3072})),
         Sign(r"^(single_)?transformer_blocks\.\d+\.norm(1|1_context)?\.linear$", _WIDTH_1),
@@ -108,12 +112,7 @@ CHROMA = NameTable(
     base_versions=("chroma",),
     architecture="chroma",
     signs=(
-        _STRUCTURE,
-        Sign(_DOUBLE_ATTENTION, _WIDTH_1),
-        Sign(r"^single_blocks\.\d+\.linear1$", _WIDTH_1, ratio=7),
-        Sign(r"^single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp)$", _WIDTH_1),
-        Sign(r"^double_blocks\.\d+\.(img|txt)_mlp\.0$", _WIDTH_1, ratio=4),
-        Sign(r"^transformer_blocks\.\d+\.ff(_context)?\.net\.0\.proj$", _WIDTH_1, ratio=4),
+        *_SIGNS_1,
         Sign(r"^distilled_guidance_layer\.", frozenset({64, 5120})),
     ),
     of_original=_of_original,
