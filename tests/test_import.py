@@ -67,6 +67,12 @@ def test_the_arguments_offer_the_recipes_and_precisions_that_there_are():
     assert set(get_args(SavePrecision)) == {*PRECISIONS}
 
 
+def test_the_commands_of_lora_files_load_nothing_of_the_training():
+    code = "import sys, core.cli.lora; print([name for name in sys.modules if name.startswith('core.training')])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_package_hands_out_each_name_that_editors_know_of_it(package):
     module = import_module(package)

@@ -26,7 +26,7 @@ from ..lora import (
     word_of,
 )
 from ..models import BaseWeights
-from ..training import check_output
+from ..storage import check_output
 from .common import print_warning, split_strength
 from .lora_arguments import EDITABLE
 

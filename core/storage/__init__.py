@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .cache_folder import clear_cache as clear_cache
     from .cache_folder import content_key as content_key
     from .cache_folder import made_folder as made_folder
+    from .files import check_output as check_output
     from .files import check_writable as check_writable
     from .files import is_text as is_text
     from .files import make_folder as make_folder
@@ -34,6 +35,7 @@ else:
         {
             ".cache_folder": ("clear_cache", "content_key", "made_folder"),
             ".files": (
+                "check_output",
                 "check_writable",
                 "is_text",
                 "make_folder",

@@ -81,6 +81,13 @@ def check_writable(path: Path) -> None:
         raise BadFile(f"{path}: cannot be written there: {error.strerror}") from None
 
 
+def check_output(path: Path) -> None:
+    """Raises BadFile when no safetensors file could be written to `path`: its name must end so, too."""
+    if path.suffix != ".safetensors":
+        raise BadFile(f"{path}: the output's name must end in .safetensors")
+    check_writable(path)
+
+
 def remove_leftovers(folder: Path, name: str) -> None:
     """Deletes the temporary files that `write_file` leaves in `folder` when its process is killed.
 

@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from .callbacks import StopAndKeep as StopAndKeep
     from .encode import EncodedImage as EncodedImage
     from .encode import LatentCache as LatentCache
-    from .job import check_output as check_output
     from .job import state_path as state_path
     from .job import train as train
     from .likeness import LIKENESS_KEY as LIKENESS_KEY
@@ -33,7 +32,7 @@ else:
         {
             ".callbacks": ("Callbacks", "StepReport", "StopAndKeep"),
             ".encode": ("EncodedImage", "LatentCache"),
-            ".job": ("check_output", "state_path", "train"),
+            ".job": ("state_path", "train"),
             ".likeness": ("LIKENESS_KEY", "Score", "hold_out", "picture_change"),
             ".loop": ("train_lora",),
             ".memory_prediction": ("predicted_memory",),

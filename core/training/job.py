@@ -32,7 +32,7 @@ from ..photos import (
     with_masks,
 )
 from ..photos.report import REJECT
-from ..storage.files import check_writable, make_folder, remove_leftovers, write_file
+from ..storage.files import check_output, check_writable, make_folder, remove_leftovers, write_file
 from .callbacks import NO_CALLBACKS, Callbacks
 from .encode import LatentCache, encode
 from .likeness import LikenessWatch, hold_out
@@ -296,13 +296,6 @@ def _write(lora: Trained, base: Base, config: TrainConfig, output: Path) -> None
 def state_path(output: Path) -> Path:
     """The path at which the state of an unfinished run is kept: `NAME.state.safetensors` beside the output."""
     return output.with_name(f"{output.stem}.state.safetensors")
-
-
-def check_output(path: Path) -> None:
-    """Raises BadFile when no LoRA can be written at the path. Called before a training, so that no work is lost."""
-    if path.suffix != ".safetensors":
-        raise BadFile(f"{path}: the output's name must end in .safetensors")
-    check_writable(path)
 
 
 def _delete_leftovers(output: Path) -> None:
