@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from . import storage as storage
     from . import tensor_names as tensor_names
     from . import training as training
+    from .cli.version import __version__ as __version__
     from .config import TrainConfig as TrainConfig
     from .errors import FaceLoraError as FaceLoraError
     from .lora import LoraFile as LoraFile
@@ -45,6 +46,7 @@ else:
     __getattr__, __dir__, __all__ = lazy_names(
         __name__,
         {
+            ".cli.version": ("__version__",),
             ".config": ("TrainConfig",),
             ".errors": ("FaceLoraError",),
             ".lora": ("LoraFile", "LoraModule"),

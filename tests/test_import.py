@@ -14,7 +14,8 @@ from typing import get_args
 
 import pytest
 
-from core.cli import COMMANDS, function_of
+import core
+from core.cli import COMMANDS, function_of, main
 from core.config import RecipeName, SavePrecision
 from core.device import PRECISIONS
 from core.training import RECIPES
@@ -71,6 +72,14 @@ def test_the_commands_of_lora_files_load_nothing_of_the_training():
     code = "import sys, core.cli.lora; print([name for name in sys.modules if name.startswith('core.training')])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_version_is_the_one_of_the_project_file(capsys):
+    project = (ROOT / "pyproject.toml").read_text("utf-8")
+    assert f'\nversion = "{core.__version__}"\n' in project
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert not end.value.code and capsys.readouterr().out == f"facelora {core.__version__}\n"
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -145,7 +154,10 @@ def test_the_wheel_has_one_top_level_name_and_everything_that_is_needed(tmp_path
     assert any(name.endswith("entry_points.txt") for name in names)
     unpacked = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(unpacked)
-    code = "import facelora.core, sys; sys.exit('core' in sys.modules or 'nodes' in sys.modules)"
+    code = (
+        "import facelora.core, sys; assert 'core' not in sys.modules and 'nodes' not in sys.modules\n"
+        f"assert facelora.core.__version__ == {core.__version__!r}"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=unpacked, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

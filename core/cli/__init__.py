@@ -90,7 +90,8 @@ def function_of(place: str) -> Callable[..., Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command. The exit code: 0 when it is done, 1 when it failed with a message on stderr, 2 for wrong usage."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    # The only option before the command is --help, which ends the program, so the first name of a command is the command.
+    # Before the command there are only --help and --version, which end the program, so the first name of a command is the
+    # command.
     parser = build_parser(called=next((argument for argument in arguments if argument in COMMANDS), None))
     options = parser.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -113,6 +114,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+class _ShowVersion(argparse.Action):
+    """Looks the version up only when it is asked for, since that can take a tenth of a second."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(f"facelora {import_module('.version', __name__).__version__}")
+        parser.exit()
+
+
 def build_parser(called: str | None) -> argparse.ArgumentParser:
     """A parser that knows the names of all commands, and the arguments of the called one alone (None: of no command)."""
     parser = argparse.ArgumentParser(
@@ -120,6 +129,7 @@ def build_parser(called: str | None) -> argparse.ArgumentParser:
         description="10-20 photos of a person in, a small LoRA in Kohya's format out, and pictures of the person from it. "
         "Train only people who have agreed to it.",
     )
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the program's version and exit")
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
     for name, command in COMMANDS.items():
         text = command.help
