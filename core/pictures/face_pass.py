@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from ..errors import BadConfig
 from ..faces import Face, Reference
-from .style_pack import picture_size
+from .sizes import size_near
 
 FACE_SHARES = (0.4, 0.85)
 """The least and the most of its cut-out that a face fills, as a ratio of the square roots of the areas."""
@@ -63,7 +63,7 @@ def cut_out(picture: Image.Image, face: Face, share: float, resolution: int, siz
     It has the picture's aspect, and sides that are multiples of `size_multiple` pixels. None where that would enlarge
     nothing.
     """
-    size = picture_size(f"{picture.width}:{picture.height}", resolution, size_multiple)
+    size = size_near(f"{picture.width}:{picture.height}", resolution, size_multiple)
     scale = face.size / share / (size[0] * size[1]) ** 0.5
     width, height = (min(round(side * scale), limit) for side, limit in zip(size, picture.size, strict=True))
     if width >= size[0] or height >= size[1]:

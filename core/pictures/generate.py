@@ -42,10 +42,9 @@ from .sampling import (
     sample_latents,
     sampler_name,
 )
+from .sizes import checked_size
 
 _Item = TypeVar("_Item", bound=Hashable)
-LARGEST_SIDE = 16384
-"""The longest side of a picture in pixels, as in ComfyUI."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def generate(
     config = config or GenerateConfig()
     if config.clip_skip > 1 and not base.family.has_clip_skip:
         raise BadConfig(f"clip_skip = {config.clip_skip}: {base.family.title} has no choice of layers; leave it at 1")
-    jobs = [replace(job, size=picture_size(base, job.size)) for job in jobs]
+    jobs = [replace(job, size=checked_size(base, job.size)) for job in jobs]
     device, dtype = device_and_dtype(TrainConfig(precision=config.precision), device)
     groups: dict[float, list[Job]] = {}
     for job in jobs:
@@ -259,33 +258,13 @@ def in_batches(
             yield batch, pairs
 
 
-def picture_size(base: Base, size: tuple[int, int] | None) -> tuple[int, int]:
-    """The size (width, height) in pixels, or the base model's own square for None.
-
-    Raises BadConfig, with the nearest size that works, unless both sides are multiples of what the denoiser can halve;
-    and for a side above LARGEST_SIDE.
-    """
-    multiple = base.size_multiple
-    if size is None:
-        side = base.resolution // multiple * multiple
-        return side, side
-    if any(side < multiple or side % multiple for side in size):
-        near = tuple(max(multiple, round(side / multiple) * multiple) for side in size)
-        raise BadConfig(
-            f"size {size[0]}x{size[1]}: width and height must be multiples of {multiple}, e.g. {near[0]}x{near[1]}"
-        )
-    if max(size) > LARGEST_SIDE:
-        raise BadConfig(f"size {size[0]}x{size[1]}: width and height may be {LARGEST_SIDE} at most")
-    return size
-
-
 def parameters_text(base: Base, loras: Sequence[tuple[LoraFile, float]], job: Job, config: GenerateConfig) -> str:
     """The text in which A1111 describes a picture, and from which the picture can be made again.
 
     The LoRAs stand in the prompt as `<lora:file name:strength>`, which A1111 and ComfyUI load them by; an embedding is in
     the prompt already, by its word.
     """
-    width, height = picture_size(base, job.size)
+    width, height = checked_size(base, job.size)
     embeddings = [lora for lora, _ in loras if lora.embedding_keys and not lora.entries]
     loras = [(lora, factor) for lora, factor in loras if lora.entries]
     names = [Path(lora.name).stem for lora, _ in loras]

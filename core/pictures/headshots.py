@@ -21,9 +21,10 @@ from ..photos.reading import DAMAGED
 from ..storage.files import make_folder, remove_leftovers, write_file, write_text, writing
 from .face_pass import CutOut, FacePass, blend, cut_out, face_share
 from .gallery import gallery_page
-from .generate import GenerateConfig, Job, Picture, generate, parameters_text, picture_size
+from .generate import GenerateConfig, Job, Picture, generate, parameters_text
 from .headshot import FaceOutcome, Headshot
 from .sheet import contact_sheet
+from .sizes import checked_size
 
 OVERVIEW = "headshots.json"
 CONTACT_SHEET = "contact_sheet.png"
@@ -72,7 +73,7 @@ def make_headshots(
     person = None if reference is None else Reference(reference)
     make_folder(folder)
     batch = _Batch(base, loras, config, device, on_progress or (lambda phase, done, total: None))
-    jobs = [replace(job, size=picture_size(base, job.size)) for job in jobs]
+    jobs = [replace(job, size=checked_size(base, job.size)) for job in jobs]
     for job, count in Counter(jobs).items():
         if count > 1:
             raise BadConfig(

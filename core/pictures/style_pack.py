@@ -18,6 +18,7 @@ from typing import Any
 from ..errors import BadConfig, BadStylePack, UnknownFamily
 from ..models.families import FAMILIES
 from ..storage.files import is_text, read_json
+from .sizes import size_near
 
 PACKAGE_FOLDER = Path(__file__).parent / "style_packs"
 MAX_FILE_BYTES = 5 * 1024 * 1024
@@ -200,7 +201,7 @@ class StylePack:
         for i, name in enumerate(turns):
             style, wording = chosen[name], chosen[name].wording(family)
             texts = {"subject": str(subject), "framing": style.framing, **next(variations[name])}
-            width, height = picture_size(style.aspect, resolution, defaults.size_multiple)
+            width, height = size_near(style.aspect, resolution, defaults.size_multiple)
             prompts.append(
                 StyledPrompt(
                     style=name,
@@ -302,20 +303,6 @@ def family_defaults(family: str) -> FamilyDefaults:
     if family not in FAMILY_DEFAULTS:
         raise UnknownFamily(f"style packs know no family {family!r}; known: {', '.join(FAMILY_DEFAULTS)}")
     return FAMILY_DEFAULTS[family]
-
-
-def picture_size(aspect: str, resolution: int, size_multiple: int) -> tuple[int, int]:
-    """The (width, height) in pixels of a picture near the aspect, with an area of at most resolution².
-
-    Both are multiples of `size_multiple`. The shorter side is rounded and the longer one takes the area that is left: at
-    1024 and 64 these are the sizes that SDXL was trained on (appendix I of arXiv:2307.01952).
-    """
-    across, down = (int(part) for part in aspect.split(":"))
-    side = resolution // size_multiple  # this and the sides below are in multiples of size_multiple
-    shorter = round(side * math.sqrt(min(across, down) / max(across, down)))
-    longer = side * side // shorter
-    width, height = (shorter, longer) if across < down else (longer, shorter)
-    return width * size_multiple, height * size_multiple
 
 
 def long_prompts(prompts: Iterable[StyledPrompt], count_tokens: Callable[[str], int], limit: int = 77) -> list[str]:

@@ -13,8 +13,9 @@ from ..models.base import Base
 from ..models.spec import Pair
 from ..photos import Photo, bucket_sizes
 from ..photos.captions import class_caption, default_caption
-from ..pictures.generate import Job, generate, in_batches, picture_size
+from ..pictures.generate import Job, generate, in_batches
 from ..pictures.sampling import decode_latents, encode_pairs, sample_latents
+from ..pictures.sizes import checked_size
 from ..storage.cache_folder import content_key, made_folder
 from .likeness import LikenessWatch
 from .step import Sampler, Shot
@@ -48,7 +49,7 @@ def training_sampler(
     encoders. `size` is (width, height) in pixels, by default the square that the base model was trained at. `on_progress` is
     called with (done, total) at each sampling step.
     """
-    width_height = picture_size(base, size)
+    width_height = checked_size(base, size)
     dtype = device_and_dtype(config, device)[1]
 
     def sample(denoiser: nn.Module, encoders: Mapping[str, nn.Module], shots: Sequence[Shot]) -> list[Image.Image]:

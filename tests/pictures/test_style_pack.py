@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from core.errors import BadConfig, BadStylePack, UnknownFamily
 from core.models.clip import load_tokenizer
+from core.pictures.sizes import size_near
 from core.pictures.style_pack import (
     FAMILY_DEFAULTS,
     PACKAGE_FOLDER,
@@ -23,7 +24,6 @@ from core.pictures.style_pack import (
     Wording,
     find_style_packs,
     long_prompts,
-    picture_size,
     read_style_pack,
 )
 
@@ -613,7 +613,7 @@ def test_braces_in_a_trigger_word_are_only_text():
 )
 def test_sizes_at_1024_are_those_that_sdxl_was_trained_on(aspect, size):
     # The list of training sizes in appendix I of the SDXL paper, arXiv:2307.01952.
-    assert picture_size(aspect, 1024, 64) == size
+    assert size_near(aspect, 1024, 64) == size
 
 
 @given(
@@ -622,7 +622,7 @@ def test_sizes_at_1024_are_those_that_sdxl_was_trained_on(aspect, size):
     st.sampled_from([16, 64]),
 )
 def test_a_size_never_has_more_area_than_asked_for_and_lies_the_right_way_round(aspect, resolution, multiple):
-    width, height = picture_size(aspect, resolution, multiple)
+    width, height = size_near(aspect, resolution, multiple)
     across, down = map(int, aspect.split(":"))
     assert width % multiple == height % multiple == 0
     assert 0 < width * height <= resolution**2

@@ -1,0 +1,43 @@
+"""Which sizes a picture can have."""
+
+import math
+
+from ..errors import BadConfig
+from ..models.base import Base
+
+LARGEST_SIDE = 16384
+"""The longest side of a picture in pixels, as in ComfyUI."""
+
+
+def checked_size(base: Base, size: tuple[int, int] | None) -> tuple[int, int]:
+    """The size (width, height) in pixels, or the base model's own square for None.
+
+    Raises BadConfig, with the nearest size that works, unless both sides are multiples of what the denoiser can halve;
+    and for a side above LARGEST_SIDE.
+    """
+    multiple = base.size_multiple
+    if size is None:
+        side = base.resolution // multiple * multiple
+        return side, side
+    if any(side < multiple or side % multiple for side in size):
+        near = tuple(max(multiple, round(side / multiple) * multiple) for side in size)
+        raise BadConfig(
+            f"size {size[0]}x{size[1]}: width and height must be multiples of {multiple}, e.g. {near[0]}x{near[1]}"
+        )
+    if max(size) > LARGEST_SIDE:
+        raise BadConfig(f"size {size[0]}x{size[1]}: width and height may be {LARGEST_SIDE} at most")
+    return size
+
+
+def size_near(aspect: str, resolution: int, size_multiple: int) -> tuple[int, int]:
+    """The (width, height) in pixels of a picture near the aspect, with an area of at most resolution².
+
+    Both are multiples of `size_multiple`. The shorter side is rounded and the longer one takes the area that is left: at
+    1024 and 64 these are the sizes that SDXL was trained on (appendix I of arXiv:2307.01952).
+    """
+    across, down = (int(part) for part in aspect.split(":"))
+    side = resolution // size_multiple  # this and the sides below are in multiples of size_multiple
+    shorter = round(side * math.sqrt(min(across, down) / max(across, down)))
+    longer = side * side // shorter
+    width, height = (shorter, longer) if across < down else (longer, shorter)
+    return width * size_multiple, height * size_multiple
