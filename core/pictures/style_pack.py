@@ -9,15 +9,14 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..errors import BadConfig, BadStylePack, UnknownFamily
 from ..models.families import FAMILIES
-from ..storage.files import is_text, read_json
+from ..storage.files import is_text
 from .sizes import size_near
 
 PACKAGE_FOLDER = Path(__file__).parent / "style_packs"
@@ -257,34 +256,38 @@ def find_style_packs(user_folders: Iterable[str | Path] = ()) -> FoundPacks:
 
 
 def read_style_pack(path: str | Path) -> tuple[StylePack, tuple[str, ...]]:
-    """The pack in a JSON file, and one line for each fault of a style that is left out because of it.
+    """The pack in a JSON file, and one line for each style that is left out, with the first fault that it has.
 
     The list format of sdxl_prompt_styler is read too: `{prompt}` becomes "{framing} portrait of {subject}", and the
     file's name is the pack's id and title. Raises BadStylePack if the file as a whole, or every style, is unusable.
     """
     path = Path(path)
     document = _read_json(path)
-    if isinstance(document, list):
-        rule, read_style = {"type": "array", "minItems": 1}, _read_styler_style
-        head = {"id": path.stem, "title": path.stem, "version": "1", "licence": "not stated", "styles": document}
-    else:
-        rule, read_style, head = _schema()["pack"], _read_style, document
-        # The styles are checked one by one below, so that a bad one costs only itself.
-        rule = {**rule, "properties": {**rule["properties"], "styles": {"type": "array", "minItems": 1}}}
-    if faults := list(_faults(document, rule)):
-        raise BadStylePack(f"{path.name}: {'; '.join(faults)}")
+    try:
+        if isinstance(document, list):
+            read_style = _read_styler_style
+            head = {"id": path.stem, "title": path.stem, "version": "1", "licence": "not stated"}
+            entries = _list(document, "")
+        else:
+            read_style = _read_style
+            head = _object(document, "", (*_HEAD, "styles"), ("$schema", *_HEAD, "styles"))
+            entries = _list(head["styles"], "styles")
+            for name in ("$schema", *_HEAD):
+                _text(head.get(name, ""), name, _HEAD.get(name, _ANY))
+    except ValueError as fault:
+        raise BadStylePack(f"{path.name}: {fault}") from None
 
     styles: dict[str, Style] = {}
     problems: list[str] = []
-    for number, entry in enumerate(head["styles"], 1):
-        style, faults = read_style(entry, head["title"])
-        if style and style.name.casefold() in styles:
-            faults.append("name: another style of this pack has the same name")
-        elif style:
+    for number, entry in enumerate(entries, 1):
+        try:
+            style = read_style(entry, head["title"])
+            _check(style.name.casefold() not in styles, "name", "another style of this pack has the same name")
             styles[style.name.casefold()] = style
-        name = entry.get("name") if isinstance(entry, dict) else None
-        label = repr(name) if isinstance(name, str) else f"number {number}"
-        problems += [f"{path.name}: style {label}: {fault}" for fault in faults]
+        except ValueError as fault:
+            name = entry.get("name") if isinstance(entry, dict) else None
+            label = repr(name) if isinstance(name, str) else f"number {number}"
+            problems.append(f"{path.name}: style {label}: {fault}")
     if not styles:
         raise BadStylePack(f"{problems[0]} (no style of the file can be used; problems: {len(problems)})")
     pack = StylePack(
@@ -395,102 +398,144 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a number")
 
 
-def _read_style(entry: Any, category: str) -> tuple[Style | None, list[str]]:
-    """The style of one entry of a pack and no faults, or None and the entry's faults."""
-    if faults := list(_faults(entry, _schema()["style"])):
-        return None, faults
-    wordings = {kind: Wording(**wording) for kind, wording in entry["prompts"].items()}
-    texts = {f"prompts.{kind}.prompt": wording.prompt for kind, wording in wordings.items()}
-    texts |= {f"prompts.{kind}.negative": wording.negative for kind, wording in wordings.items()}
-    axes = {axis: tuple(values) for axis, values in entry.get("axes", {}).items()}
-    if faults := list(_placeholder_faults(texts, ["subject", "framing", *axes])):
-        return None, faults
-    used = set(PLACEHOLDER.findall(" ".join(texts.values())))
-    if faults := [f"axes.{axis}: no prompt says {{{axis}}}" for axis in axes if axis not in used]:
-        return None, faults
-    options = {name: entry[name] for name in ("framing", "aspect", "strength", "picture") if name in entry}
-    tags, sentences = wordings.get("tags"), wordings.get("sentences")
-    return Style(entry["name"], entry.get("category", category), tags, sentences, axes=axes, **options), []
+# The checks of a pack. style_pack.schema.json says the same to editors, and a test compares the two.
+
+FRAMINGS = ("close-up", "head-and-shoulders", "chest-up", "waist-up", "full-length")
+ASPECTS = ("1:1", "4:5", "5:4", "3:4", "4:3", "2:3", "3:2", "9:16", "16:9")
+_STYLE_FIELDS = ("name", "category", "framing", "aspect", "strength", "prompts", "axes", "picture")
+# What a text has to look like: a pattern, and what a message calls it.
+_ANY, _TEXT = (r"", "a text"), (r"\S", "a text")
+_NAME = (r"^(?=[^,]*\S)[^,]*\Z", "a name without commas, which stand between styles")
+_AXIS = (
+    r"^(?!(subject|framing)\Z)[a-z][a-z_]*\Z",
+    "a placeholder's name (lower-case letters and _; not subject or framing)",
+)
+_PICTURE = (
+    r"^(?![\s\S]*(\.\.|[\\:\x00-\x1f]))[^./~][\s\S]*\.(jpg|jpeg|png|webp)\Z",
+    "the relative name of a jpg, png or webp file beside the pack",
+)
+_HEAD = {
+    "id": (r"^[a-z0-9][a-z0-9-]*\Z", "an id of lower-case letters, digits and hyphens"),
+    "title": _TEXT,
+    "version": (r"^[0-9]+(\.[0-9]+){0,2}\Z", "a version such as 1.0.0"),
+    "licence": _TEXT,
+}
 
 
-def _read_styler_style(entry: Any, category: str) -> tuple[Style | None, list[str]]:
-    """The style of one entry of sdxl_prompt_styler's list and no faults, or None and the entry's faults."""
-    if faults := list(_faults(entry, _schema()["styler_style"])):
-        return None, faults
-    prompt, negative = entry["prompt"], entry.get("negative_prompt", "")
-    if faults := list(_placeholder_faults({"prompt": prompt, "negative_prompt": negative}, ["prompt"])):
-        return None, faults
+def _read_style(entry: Any, category: str) -> Style:
+    """The style of one entry of a pack. Raises ValueError with what is wrong with it."""
+    fields = {"category": category, "framing": Style.framing, "aspect": Style.aspect, "strength": Style.strength}
+    fields |= _object(entry, "", ("name", "prompts"), _STYLE_FIELDS)
+    name = _text(fields["name"], "name", _NAME)
+    wordings = {
+        kind: _read_wording(wording, f"prompts.{kind}")
+        for kind, wording in _object(fields["prompts"], "prompts", (), ("tags", "sentences")).items()
+    }
+    _check(wordings, "prompts", "is empty")
+    axes = {
+        _text(axis, "axes", _AXIS): _read_axis(values, f"axes.{axis}")
+        for axis, values in _object(fields.get("axes", {}), "axes").items()
+    }
+    used: set[str] = set()
+    for kind, wording in wordings.items():
+        for part, text in (("prompt", wording.prompt), ("negative", wording.negative)):
+            used |= _placeholders(text, f"prompts.{kind}.{part}", ["subject", "framing", *axes])
+    for axis in axes:
+        _check(axis in used, f"axes.{axis}", f"no prompt says {{{axis}}}")
+    return Style(
+        name,
+        _text(fields["category"], "category", _TEXT),
+        wordings.get("tags"),
+        wordings.get("sentences"),
+        _one_of(fields["framing"], "framing", FRAMINGS),
+        _one_of(fields["aspect"], "aspect", ASPECTS),
+        _number(fields["strength"], "strength", 0, 2),
+        axes,
+        _text(fields["picture"], "picture", _PICTURE) if "picture" in fields else None,
+    )
+
+
+def _read_wording(value: Any, where: str) -> Wording:
+    fields = _object(value, where, ("prompt",), ("prompt", "negative", "guidance", "steps"))
+    guidance, steps = f"{where}.guidance", f"{where}.steps"
+    return Wording(
+        _text(fields["prompt"], f"{where}.prompt", (r"\{subject\}", "a text with {subject} in it")),
+        _text(fields.get("negative", ""), f"{where}.negative", _ANY),
+        _number(fields["guidance"], guidance, 0, 30) if "guidance" in fields else None,
+        int(_number(fields["steps"], steps, 1, 200, is_whole=True)) if "steps" in fields else None,
+    )
+
+
+def _read_axis(values: Any, where: str) -> tuple[str, ...]:
+    without_braces = (r"^(?=[\s\S]*\S)[^{}]*\Z", "a text without braces")
+    texts = tuple(_text(value, f"{where}[{i}]", without_braces) for i, value in enumerate(_list(values, where)))
+    _check(len(set(texts)) == len(texts), where, "a value is there twice")
+    return texts
+
+
+def _read_styler_style(entry: Any, category: str) -> Style:
+    """The style of one entry of sdxl_prompt_styler's list. Raises ValueError with what is wrong with it."""
+    fields = _object(entry, "", ("name", "prompt"))
+    prompt = _text(fields["prompt"], "prompt", (r"\{prompt\}", "a text with {prompt} in it"))
+    negative = _text(fields.get("negative_prompt", ""), "negative_prompt", _ANY)
+    for where, text in (("prompt", prompt), ("negative_prompt", negative)):
+        _placeholders(text, where, ["prompt"])
     portrait = "{framing} portrait of {subject}"
     tags = Wording(prompt.replace("{prompt}", portrait), negative.replace("{prompt}", portrait))
-    return Style(entry["name"], category, tags, sentences=None), []
+    return Style(_text(fields["name"], "name", _NAME), category, tags, sentences=None)
 
 
-def _placeholder_faults(texts: Mapping[str, str], known: Sequence[str]) -> Iterator[str]:
-    for where, text in texts.items():
-        for name in dict.fromkeys(PLACEHOLDER.findall(text)):
-            if name not in known:
-                choices = ", ".join(f"{{{choice}}}" for choice in known)
-                yield f"{where}: unknown placeholder {{{name}}}; known: {choices}"
-        if re.search(r"[{}]", PLACEHOLDER.sub("", text)):
-            yield f"{where}: a brace without its partner"
+def _placeholders(text: str, where: str, known: Sequence[str]) -> set[str]:
+    """The placeholders in the text. Raises ValueError when one is not known or a brace stands alone."""
+    found = PLACEHOLDER.findall(text)
+    for name in found:
+        choices = ", ".join(f"{{{choice}}}" for choice in known)
+        _check(name in known, where, f"unknown placeholder {{{name}}}; known: {choices}")
+    _check(not re.search(r"[{}]", PLACEHOLDER.sub("", text)), where, "a brace without its partner")
+    return set(found)
 
 
-@cache
-def _schema() -> dict[str, Any]:
-    """The definitions of the JSON Schema in the package, so that packs are checked by the schema that is published."""
-    return read_json(PACKAGE_FOLDER / f"style_pack{SCHEMA_SUFFIX}")["$defs"]
+def _object(value: Any, where: str, required: Sequence[str] = (), known: Sequence[str] = ()) -> dict[str, Any]:
+    """The value, a JSON object with the required fields and no other than the known ones, if any are named."""
+    _check(isinstance(value, dict), where, "is not an object", value)
+    faults = [f"the field {name!r} is missing" for name in required if name not in value]
+    faults += [f"unknown field {n!r}; known: {', '.join(known)}" for n in value if known and n not in known]
+    _check(not faults, where, "; ".join(faults))
+    return value
 
 
-def _faults(value: Any, rule: Mapping[str, Any], where: str = "") -> Iterator[str]:
-    """A line for each way in which a JSON value breaks a rule, in the part of JSON Schema that our schema uses."""
-    if "$ref" in rule:
-        rule = _schema()[rule["$ref"].removeprefix("#/$defs/")]
-    at = f"{where}: " if where else ""
-    if "type" in rule and not _is_a(value, rule["type"]):
-        article = "an" if rule["type"][0] in "aeiou" else "a"
-        yield f"{at}{_shown(value)} is not {article} {rule['type']}"
-        return
-    if isinstance(value, str) and not is_text(value):
-        yield f"{at}{value!a} has half a character in it"
-    if "enum" in rule and value not in rule["enum"]:
-        yield f"{at}{_shown(value)} is none of {', '.join(rule['enum'])}"
-    if "pattern" in rule and not re.search(rule["pattern"], value):
-        yield f"{at}{_shown(value)} is not {rule['title']}"
-    if "minimum" in rule and not rule["minimum"] <= value <= rule["maximum"]:
-        yield f"{at}{_shown(value)} is not between {rule['minimum']} and {rule['maximum']}"
-    if ("minItems" in rule or "minProperties" in rule) and not value:  # both are 1 wherever they stand
-        yield f"{at}is empty"
-    if rule.get("uniqueItems") and any(item in value[:i] for i, item in enumerate(value)):
-        yield f"{at}a value is there twice"
-    if "items" in rule:
-        for i, item in enumerate(value):
-            yield from _faults(item, rule["items"], f"{where}[{i}]")
-    if rule.get("type") == "object":
-        yield from _object_faults(value, rule, where)
+def _list(value: Any, where: str) -> list[Any]:
+    _check(isinstance(value, list), where, "is not an array", value)
+    _check(value, where, "is empty")
+    return value
 
 
-def _object_faults(value: Any, rule: Mapping[str, Any], where: str) -> Iterator[str]:
-    at = f"{where}: " if where else ""
-    known, others = rule.get("properties", {}), rule.get("additionalProperties", True)
-    for name in rule.get("required", ()):
-        if name not in value:
-            yield f"{at}the field {name!r} is missing"
-    for name, item in value.items():
-        inside = f"{where}.{name}" if where else name
-        if name in known:
-            yield from _faults(item, known[name], inside)
-        elif others is False:
-            yield f"{at}unknown field {name!r}; known: {', '.join(known)}"
-        elif others is not True:
-            yield from _faults(name, rule["propertyNames"], where)
-            yield from _faults(item, others, inside)
+def _text(value: Any, where: str, form: tuple[str, str]) -> str:
+    pattern, title = form
+    _check(isinstance(value, str), where, "is not a string", value)
+    _check(is_text(value), where, f"{value!a} has half a character in it")
+    _check(re.search(pattern, value), where, f"is not {title}", value)
+    return value
 
 
-def _is_a(value: Any, kind: str) -> bool:
-    if isinstance(value, float) and kind == "integer":
-        return value.is_integer()  # 30.0 is an integer in JSON Schema
-    types = {"object": dict, "array": list, "string": str, "number": (int, float), "integer": int}
-    return isinstance(value, types[kind]) and not isinstance(value, bool)
+def _number(value: Any, where: str, low: float, high: float, is_whole: bool = False) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    kind = "an integer" if is_whole else "a number"
+    _check(is_number and not (is_whole and value % 1), where, f"is not {kind}", value)
+    _check(low <= value <= high, where, f"is not between {low} and {high}", value)
+    return value
+
+
+def _one_of(value: Any, where: str, choices: Sequence[str]) -> str:
+    _check(value in choices, where, f"is none of {', '.join(choices)}", value)
+    return value
+
+
+def _check(is_right: object, where: str, fault: str, *faulty: Any) -> None:
+    """Raises ValueError, where something is not right, with the field that has the fault, the faulty value and the fault."""
+    if not is_right:
+        text = " ".join((*map(_shown, faulty), fault))
+        raise ValueError(f"{where}: {text}" if where else text)
 
 
 def _shown(value: Any) -> str:
