@@ -11,15 +11,19 @@ from tools.house import (
     FAMILY_EXCEPTIONS,
     MOST_BRANCHES,
     MOST_LINES,
+    MOST_REPEATS,
     ROOT,
     Import,
     circles,
+    code_lines,
     families_of,
     family_mentions,
     functions_of,
     imports_of,
     misplaced_mentions,
+    read_lines,
     read_sources,
+    repeats,
     room_circles,
     room_of,
     storey_of,
@@ -51,6 +55,23 @@ def test_no_function_is_a_hall():
     functions = functions_of(read_sources())
     assert [(one.module, one.name, one.lines) for one in functions if one.lines > MOST_LINES] == []
     assert [(one.module, one.name, one.branches) for one in functions if one.branches > MOST_BRANCHES] == []
+
+
+def test_little_is_written_twice_in_the_library_and_the_tests():
+    files = read_lines()
+    assert {"core/models/base.py", "tests/tooling.py"} <= set(files)
+    assert len(repeats(files)) <= MOST_REPEATS, repeats(files)
+
+
+def test_six_lines_that_stand_again_are_one_pair_however_long_they_go_on_and_five_are_none():
+    lines = [f"step({number})" for number in range(9)]
+    first = "\n".join(["import a", *lines, "end()"])
+    # Indented otherwise, with what is not counted in between.
+    second = "\n".join(["begin()", "if x:", *(f"    {line}\n    # why\n" for line in lines)])
+    five = "\n".join(["other()", *lines[:5]])
+    files = {"a.py": code_lines(first), "b.py": code_lines(second), "c.py": code_lines(five)}
+    (found,) = repeats(files)
+    assert (found.first, found.first_line, found.second, found.second_line) == ("a.py", 2, "b.py", 3)
 
 
 def test_every_module_has_a_room():

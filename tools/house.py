@@ -1,5 +1,5 @@
-"""Prints how the house stands: circles of imports, imports that point to a higher storey, long functions, broad excepts, and
-what a new model family touches.
+"""Prints how the house stands: circles of imports, imports that point to a higher storey, long functions, broad excepts,
+what a new model family touches, and what is written twice.
 
     python tools/house.py
 
@@ -11,6 +11,7 @@ import ast
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +35,8 @@ FAMILY_EXCEPTIONS = {
 """Modules elsewhere that name a family, and why: none of them has to know a new one."""
 MOST_LINES, MOST_BRANCHES = 80, 25
 """What a function may have."""
+SAME_LINES, MOST_REPEATS = 6, 18
+"""How many lines in a row make a repeat, and how many repeats there may be, those of the tests among them."""
 SHOWN = 8
 """Longest functions that are listed."""
 _BRANCHES = (ast.If, ast.IfExp, ast.For, ast.While, ast.ExceptHandler, ast.comprehension, ast.BoolOp, ast.match_case)
@@ -58,6 +61,16 @@ class Mention:
     module: str
     line: int
     family: str
+
+
+@dataclass(frozen=True, order=True)
+class Repeat:
+    """Two places, each a file and the number of a line, from which on the same lines stand."""
+
+    first: str
+    first_line: int
+    second: str
+    second_line: int
 
 
 @dataclass(frozen=True)
@@ -230,6 +243,47 @@ def touched_by_family(modules: Mapping[str, ast.Module]) -> dict[str, list[str]]
     return {family: sorted(found[family]) for family in families_of(modules) if family in is_trained}
 
 
+def read_lines(root: Path = ROOT) -> dict[str, list[tuple[int, str]]]:
+    """Path of every source file, the tests among them -> number and text of its lines of code."""
+    tops, patterns = ("core", "nodes", "tools", "tests"), ("*.py", "[!.]*/**/*.py")  # not what the tests download
+    files = sorted(path for top in tops for pattern in patterns for path in (root / top).glob(pattern))
+    return {path.relative_to(root).as_posix(): code_lines(path.read_text(encoding="utf-8")) for path in files}
+
+
+def code_lines(text: str) -> list[tuple[int, str]]:
+    """Number and text of the lines of code, in which all white space is one blank.
+
+    What says nothing by itself is no line of code: imports, comments, and lines without a letter or digit.
+    """
+    imports = {
+        number
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for number in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    lines = ((number, " ".join(line.split())) for number, line in enumerate(text.splitlines(), 1))
+    return [(n, line) for n, line in lines if n not in imports and re.search(r"\w", line) and not line.startswith("#")]
+
+
+def repeats(files: Mapping[str, list[tuple[int, str]]]) -> list[Repeat]:
+    """Every pair of places with the same SAME_LINES lines of code, or more, in a row: these are one pair, as far as they go."""
+    places: dict[tuple[str, ...], list[tuple[str, int]]] = {}
+    for file, lines in files.items():
+        for start in range(len(lines) - SAME_LINES + 1):
+            window = tuple(line for _, line in lines[start : start + SAME_LINES])
+            places.setdefault(window, []).append((file, start))
+    pairs = {pair for found in places.values() for pair in combinations(found, 2)}
+
+    def begins(pair: tuple[tuple[str, int], tuple[str, int]]) -> bool:
+        (first, i), (second, j) = pair
+        return ((first, i - 1), (second, j - 1)) not in pairs
+
+    return sorted(
+        Repeat(first, files[first][i][0], second, files[second][j][0])
+        for (first, i), (second, j) in filter(begins, pairs)
+    )
+
+
 def main() -> None:
     modules = read_sources()
     imports = imports_of(modules)
@@ -251,6 +305,8 @@ def main() -> None:
         [f"{f.branches} branches: {f.module}.{f.name}" for f in branching],
     )
     _print("excepts that catch every error", [f"{module}:{line}" for module, line in broad_excepts(modules)])
+    repeated = [f"{r.first}:{r.first_line} and {r.second}:{r.second_line}" for r in repeats(read_lines())]
+    _print(f"pairs of places with the same {SAME_LINES} lines", repeated)
     _print("source files that a new family touches", max(touched_by_family(modules).values(), key=len))
     misplaced = misplaced_mentions(modules)
     _print("families named elsewhere", [f"{one.module}:{one.line} names {one.family}" for one in misplaced])
