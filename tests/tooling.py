@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from core.config import TrainConfig
 from core.demo.people import person_photos
 from core.models.base import Base, CaptionEncoder
 from core.models.clip import TOKENIZER_FOLDER
@@ -23,6 +24,7 @@ from core.pictures.sampling import encode_prompts
 from core.storage.safetensors_file import Layout, SafetensorsFile, save_safetensors, write_safetensors
 from core.tensor_names.unet import ldm_unet_path
 from core.training.encode import EncodedImage, LatentCache
+from core.training.step import Run
 
 
 @dataclass(frozen=True)
@@ -386,6 +388,16 @@ def encoded_image(
         is_class=is_class,
     )
     return replace(image, **changes)
+
+
+def started_run(cache: LatentCache, base: Base, config: TrainConfig) -> Run:
+    """A run whose adapter already changes something, as in the middle of a training."""
+    run = Run(cache, base, config, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(9)
+    for name, parameter in run.parameters.items():
+        if name.endswith(".up"):
+            parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return run
 
 
 def assert_trained_alike(trained: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

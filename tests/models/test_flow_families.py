@@ -24,7 +24,7 @@ from core.pictures.sampling import FLOW_SAMPLERS, encode_prompts, sample_latents
 from core.tensor_names import NAME_TABLES as KEYS
 from core.training.job import check_base_options, distilled_hint, train
 from core.training.step import Run
-from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, mostly_slow, small_flow_base
+from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, mostly_slow, small_flow_base, started_run
 
 CPU = torch.device("cpu")
 PLAIN = TrainConfig(rank=3, alpha=2.0, precision="fp32", batch_size=2)
@@ -35,17 +35,12 @@ def bases() -> dict[str, Base]:
     return {name: small_flow_base(name) for name in SMALL_FLOWS}
 
 
-def started_run(base: Base, config: TrainConfig) -> Run:
+def run_on_two(base: Base, config: TrainConfig) -> Run:
     """A run on two pictures with captions of different lengths, whose adapter already changes something."""
     shape = (base.latent_shape.channels, 8, 12)
     captions = ("a photo of sks person", "sks person, outdoors in the evening sun")
     cache = encoded_cache(base, [encoded_image(base, f"{i}.png", captions[i], i, shape=shape) for i in range(2)])
-    run = Run(cache, base, config, CPU)
-    generator = torch.Generator().manual_seed(9)
-    for name, parameter in run.parameters.items():
-        if name.endswith(".up"):
-            parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return run
+    return started_run(cache, base, config)
 
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -94,7 +89,7 @@ def test_every_rectified_flow_has_a_small_model_here():
 @pytest.mark.parametrize("family", SMALL_FLOWS)
 def test_the_gradient_of_a_step_is_that_of_plain_torch(bases, family):
     base = bases[family]
-    run = started_run(base, PLAIN)
+    run = run_on_two(base, PLAIN)
     images = [run.images[index] for index in run.batches.at(0)]
     latents, noise, noisy, timesteps = run._noised(images, run._generator("noise", 0))
     (loss,) = run._losses(0)
@@ -143,7 +138,7 @@ def close(ours: torch.Tensor | None, theirs: torch.Tensor) -> None:
 def test_a_prediction_never_waits_for_the_device(bases, family):
     """The meta device has no numbers: whoever asks for one gets an error instead of having to wait."""
     base, meta = bases[family], torch.device("meta")
-    run = started_run(base, PLAIN)
+    run = run_on_two(base, PLAIN)
     pictures = run.images[:2]
     conditioning = on_device(run._conditioning(pictures, [picture.caption for picture in pictures]), meta)
     denoiser = base.family.build("denoiser", base.components["denoiser"].config).to(meta)
@@ -154,7 +149,7 @@ def test_a_prediction_never_waits_for_the_device(bases, family):
 
 @pytest.mark.parametrize("family", mostly_slow(SMALL_FLOWS, "flux1"))
 def test_the_loss_falls_over_100_steps_on_two_pictures(bases, family):
-    run = started_run(bases[family], replace(PLAIN, rank=8, learning_rate=1e-2))
+    run = run_on_two(bases[family], replace(PLAIN, rank=8, learning_rate=1e-2))
     losses = []
     for _ in range(100):
         loss = run.accumulate()
@@ -165,8 +160,8 @@ def test_the_loss_falls_over_100_steps_on_two_pictures(bases, family):
 
 @pytest.mark.parametrize("family", SMALL_FLOWS)
 def test_recomputing_activations_gives_the_same_step(bases, family):
-    plain = started_run(bases[family], replace(PLAIN, gradient_checkpointing="off"))
-    saving = started_run(bases[family], replace(PLAIN, gradient_checkpointing="on"))
+    plain = run_on_two(bases[family], replace(PLAIN, gradient_checkpointing="off"))
+    saving = run_on_two(bases[family], replace(PLAIN, gradient_checkpointing="on"))
     plain.train_step()
     saving.train_step()
     for name, parameter in plain.parameters.items():
@@ -175,7 +170,7 @@ def test_recomputing_activations_gives_the_same_step(bases, family):
 
 @pytest.mark.parametrize("family", SMALL_FLOWS)
 def test_in_half_precision_the_adapter_stays_float32_and_learns(bases, family):
-    run = started_run(bases[family], replace(PLAIN, precision="bf16"))
+    run = run_on_two(bases[family], replace(PLAIN, precision="bf16"))
     before = {name: value.detach().clone() for name, value in run.parameters.items()}
     run.train_step()
     run.check_finite()

@@ -28,15 +28,10 @@ from core.training.methods import peak_rate
 from core.training.optimizer import learning_rate_factor
 from core.training.samples import Samples
 from core.training.step import Run
-from tests.tooling import UNETS, encoded_cache, encoded_image
+from tests.tooling import UNETS, encoded_cache, encoded_image, started_run
 
 CPU = torch.device("cpu")
 PLAIN = TrainConfig(rank=3, alpha=2.0, min_snr_gamma=0.0, precision="fp32")
-
-
-@pytest.fixture(scope="module")
-def bases(small_sd15, small_sdxl) -> dict[str, Base]:
-    return {"sd15": load_base(small_sd15), "sdxl": load_base(small_sdxl)}
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +53,6 @@ def caches(bases):
 
 def person_only(cache):
     return replace(cache, images=tuple(image for image in cache.images if not image.is_class))
-
-
-def started_run(cache, base: Base, config: TrainConfig) -> Run:
-    """A run whose adapter already changes something, as in the middle of a training."""
-    run = Run(cache, base, config, CPU)
-    generator = torch.Generator().manual_seed(9)
-    for name, parameter in run.parameters.items():
-        if name.endswith(".up"):
-            parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return run
 
 
 def reference_prediction(base: Base, run: Run, leaves, noisy, timesteps, conditioning):

@@ -18,23 +18,9 @@ from core.training.metadata import WEIGHTS_KEY
 from core.training.methods import files_beside
 from core.training.methods.dreambooth import check_memory
 from core.training.step import Run
-from tests.tooling import encoded_cache, encoded_image
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(method="dreambooth", rank=8, min_snr_gamma=0.0, precision="fp32", learning_rate=1e-3, steps=3)
-
-
-@pytest.fixture(scope="module")
-def bases(small_sd15, small_sdxl):
-    return {"sd15": load_base(small_sd15), "sdxl": load_base(small_sdxl)}
-
-
-@pytest.fixture(scope="module")
-def caches(bases):
-    return {
-        name: encoded_cache(base, [encoded_image(base, f"{i}.png", "a photo of sks person", i) for i in (1, 2)])
-        for name, base in bases.items()
-    }
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])

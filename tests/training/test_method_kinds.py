@@ -12,33 +12,19 @@ from core.lora.apply import apply
 from core.lora.convert import convert_lora
 from core.lora.file import LoraFile
 from core.lora.modules import name_kinds
-from core.models.base import load_base
 from core.models.memory_plan import plans_for
 from core.training.callbacks import Callbacks
 from core.training.loop import train_lora
 from core.training.memory_prediction import predicted_memory
 from core.training.methods import METHODS, attach
 from core.training.step import Run
-from tests.tooling import encoded_cache, encoded_image, mostly_slow
+from tests.tooling import mostly_slow
 
 CPU = torch.device("cpu")
 KINDS = ("dora", "loha", "lokr", "oft")
 CONFIG = TrainConfig(
     rank=4, alpha=2.0, targets="transformer+conv", min_snr_gamma=0.0, precision="fp32", learning_rate=1e-2, steps=3
 )
-
-
-@pytest.fixture(scope="module")
-def bases(small_sd15, small_sdxl):
-    return {"sd15": load_base(small_sd15), "sdxl": load_base(small_sdxl)}
-
-
-@pytest.fixture(scope="module")
-def caches(bases):
-    return {
-        name: encoded_cache(base, [encoded_image(base, f"{i}.png", "a photo of sks person", i) for i in (1, 2)])
-        for name, base in bases.items()
-    }
 
 
 def config_of(method: str) -> TrainConfig:

@@ -13,33 +13,19 @@ from core.errors import BadConfig, BadFile, LoraMisfit
 from core.lora.apply import apply
 from core.lora.embeddings import WORD_KEY, embedding_files, embeddings_of, new_words
 from core.lora.file import LoraFile
-from core.models.base import load_base
 from core.models.clip import add_word, caption_tokens, remove_words, token_chunks, words_of
 from core.pictures.sampling import encode_prompts
 from core.training.callbacks import Callbacks
 from core.training.loop import train_lora
 from core.training.methods import files_beside
 from core.training.step import Run
-from tests.tooling import diffusers_pipeline, encoded_cache, encoded_image
+from tests.tooling import diffusers_pipeline
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(
     method="textual-inversion", embedding_vectors=3, rank=4, min_snr_gamma=0.0, precision="fp32", steps=3
 )
 METHODS = ("textual-inversion", "pivotal")
-
-
-@pytest.fixture(scope="module")
-def bases(small_sd15, small_sdxl):
-    return {"sd15": load_base(small_sd15), "sdxl": load_base(small_sdxl)}
-
-
-@pytest.fixture(scope="module")
-def caches(bases):
-    return {
-        name: encoded_cache(base, [encoded_image(base, f"{i}.png", "a photo of sks person", i) for i in (1, 2)])
-        for name, base in bases.items()
-    }
 
 
 def started_run(bases, caches, family, method="textual-inversion") -> Run:
