@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from core.errors import BadConfig, BadStylePack, UnknownFamily
@@ -329,6 +329,8 @@ def test_a_byte_order_mark_is_no_reason_to_refuse_a_pack(tmp_path):
     assert read_style_pack(tmp_path / "mine.json")[0].names == ["Plain"]
 
 
+# Each example writes a file, which may take long on a machine that has other work.
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.recursive(
         st.none()
