@@ -9,11 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from core.demo import BASE_FILE
 from tests.comfyui.flow_files import write_flow_models
 from tests.comfyui.server import TEST_PACK, ComfyServer, running_server
 from tests.tooling import SMALL_SD15, SMALL_SDXL, write_checkpoint, write_in_16_bits, write_photos
+
+# How long an example takes says more of what else the machine does than of the code.
+settings.register_profile("without deadlines", deadline=None)
+settings.load_profile("without deadlines")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -264,7 +264,7 @@ SHAPES = {
 }
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_any_adapter_makes_the_same_change_after_any_conversions(data):
     family = data.draw(st.sampled_from(list(NAME_TABLES)))

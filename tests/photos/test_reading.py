@@ -322,7 +322,7 @@ def sample_files():
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about damaged TIFF tags
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kind=st.sampled_from(KINDS), data=st.data())
 def test_a_damaged_file_is_a_photo_or_a_bad_photo_and_nothing_else(tmp_path, kind, data):
     content = bytearray(sample_files()[kind])
