@@ -1,9 +1,15 @@
 """The errors that users see. Each message is one line that names the file, the value and the choices."""
 
+import unicodedata
+
 
 def one_line(text: str) -> str:
     """The text with unprintable characters replaced: names in files may hold line breaks and terminal commands."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+    return "".join(character if _is_shown(character) else "\N{REPLACEMENT CHARACTER}" for character in text)
+
+
+def _is_shown(character: str) -> bool:
+    return character.isprintable() or unicodedata.category(character) == "Zs"  # macOS writes times with narrow spaces
 
 
 class FaceLoraError(Exception):
@@ -15,6 +21,10 @@ class FaceLoraError(Exception):
 
 class BadFile(FaceLoraError):
     """A weights file that cannot be read: missing, truncated, damaged, or a pickle."""
+
+
+class InUse(BadFile):
+    """A file that another run is writing."""
 
 
 class UnknownFamily(FaceLoraError):

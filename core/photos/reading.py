@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import re
-import stat
 import struct
 import warnings
 import zlib
@@ -18,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
-from ..errors import BadPhoto
+from ..errors import BadPhoto, one_line
+from ..storage.files import read_bytes
 
 HEIF_SUFFIXES = (".heic", ".heif")
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", *HEIF_SUFFIXES)
@@ -66,7 +65,7 @@ class Photo:
         if isinstance(source, Image.Image):
             mask = f"{source.mode} {source.size}".encode() + source.tobytes()
         else:
-            mask = source.read_bytes() if source else b""
+            mask = _read_bytes(source) if source else b""
         described = [self.digest, hashlib.sha256(mask).hexdigest(), self.caption, self.repeats]
         return hashlib.sha256(repr(described).encode("utf-8", "surrogateescape")).hexdigest()
 
@@ -100,9 +99,10 @@ class Photo:
         """The picture in mode RGB and in sRGB: upright, the first frame, with white behind transparent parts.
 
         With `shorter_side` it may come smaller, with no side below that many pixels: JPEG files then decode at a
-        half, a quarter or an eighth, many times faster. Raises BadPhoto when the file cannot be read any more.
+        half, a quarter or an eighth, many times faster. Raises BadPhoto when the file cannot be read any more, or has
+        another content than `digest` says.
         """
-        with _opened(self.name, self.source) as image:
+        with _opened(self.name, self._picture()) as image:
             if shorter_side is not None:
                 # Pillow's draft keeps both sides at or above what is asked; a square asks the same of both.
                 image.draft("RGB", (shorter_side, shorter_side))
@@ -114,15 +114,22 @@ class Photo:
         It is the mask beside the photo, else the photo's own transparency.
         """
         if self.mask_source is not None:
-            with _opened(self.name, self.mask_source) as image:
+            with _opened(self.name, _content(self.mask_source)) as image:
                 mask = ImageOps.exif_transpose(image).convert("L")
             # A mask that was drawn (`with_mask`) is smaller than a large photo.
             return mask if mask.size == self.size else mask.resize(self.size, Image.Resampling.BILINEAR)
-        with _opened(self.name, self.source) as image:
+        with _opened(self.name, self._picture()) as image:
             if not _is_transparent(image):
                 return None
             alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
         return None if alpha.getextrema() == (255, 255) else alpha
+
+    def _picture(self) -> bytes | Image.Image:
+        """The content that the digest is of. Raises BadPhoto when it is another picture's by now."""
+        content = _content(self.source)
+        if isinstance(content, bytes) and hashlib.sha256(content).hexdigest() != self.digest:
+            raise BadPhoto(f"{self.name}: has changed since it was first read; start again")
+        return content
 
 
 def read_photos(
@@ -143,7 +150,7 @@ def read_photos(
             raise BadPhoto(f"{folder}: photos are read from a folder, and this is a file")
         paths = list(_photo_paths(folder, on_warning))
     except OSError as problem:
-        raise BadPhoto(f"{problem.filename or folder}: cannot be read ({problem.strerror})") from problem
+        raise BadPhoto(f"{problem.filename or folder}: cannot be read ({problem.strerror or problem})") from problem
 
     photos = _read_each(paths, strict, on_warning)
     if not photos:
@@ -201,8 +208,9 @@ def _is_photo_file(path: Path) -> bool:
 
 
 def _read_photo(path: Path, repeats: int) -> Photo:
-    digest = hashlib.sha256(_read_bytes(path)).hexdigest()
-    with _opened(path.name, path) as image:
+    name = one_line(path.name)  # it may hold terminal commands, or bytes that are no UTF-8 and that no page can show
+    content = _read_bytes(path)
+    with _opened(name, content) as image:
         full_size = image.size
         # Decode once, at the lowest cost that still finds a truncated file now and not in the middle of a training.
         reduced = image.draft("RGB", (1, 1))
@@ -213,28 +221,22 @@ def _read_photo(path: Path, repeats: int) -> Photo:
 
     mask_path = path.with_name(path.stem + MASK_ENDING)
     if mask_path.is_file():
-        with _opened(mask_path.name, mask_path) as mask:
+        with _opened(mask_path.name, _read_bytes(mask_path)) as mask:
             mask_size = ImageOps.exif_transpose(mask).size
         if mask_size != size:
             raise BadPhoto(f"{mask_path.name}: has {_times(mask_size)} pixels, its photo {_times(size)}")
     else:
         mask_path = None
-    # A name from another system's archive need not be UTF-8, and then no page and no terminal could show it.
-    name = os.fsencode(path.name).decode(errors="replace")
+    digest = hashlib.sha256(content).hexdigest()
     return Photo(name, size, _read_caption(path.with_suffix(".txt")), repeats, digest, path, mask_path)
 
 
 def _read_bytes(path: Path) -> bytes:
-    """The content of a regular file. BadPhoto for another: a pipe gives nothing and waits, a device may never end."""
-    try:
-        about = path.stat()
-        if not stat.S_ISREG(about.st_mode):
-            raise BadPhoto(f"{path.name}: is no regular file")
-        if about.st_size > MAX_BYTES:
-            raise BadPhoto(f"{path.name}: has {about.st_size >> 20} MiB, and at most {MAX_BYTES >> 20} are read")
-        return path.read_bytes()
-    except OSError as problem:
-        raise BadPhoto(f"{path.name}: cannot be read ({problem.strerror})") from problem
+    return read_bytes(path, MAX_BYTES, name=path.name, error=BadPhoto)
+
+
+def _content(source: Path | Image.Image) -> bytes | Image.Image:
+    return source if isinstance(source, Image.Image) else _read_bytes(source)
 
 
 def _read_caption(path: Path) -> str | None:
@@ -247,18 +249,21 @@ def _read_caption(path: Path) -> str | None:
 
 
 @contextmanager
-def _opened(name: str, source: Path | Image.Image) -> Iterator[Image.Image]:
-    """A context with the Pillow image, not yet decoded; whatever goes wrong with it there raises BadPhoto."""
+def _opened(name: str, source: bytes | Image.Image) -> Iterator[Image.Image]:
+    """A context with the Pillow image, not yet decoded; whatever goes wrong with it there raises BadPhoto.
+
+    `source` is the content of a file that has that name, or a picture in memory.
+    """
     if isinstance(source, Image.Image):
         _refuse_float_pixels(name, source)
         yield source
         return
-    if source.suffix.lower() in HEIF_SUFFIXES:
+    if name.lower().endswith(HEIF_SUFFIXES):
         _support_heif(name)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(source, formats=_formats())
+            image = Image.open(io.BytesIO(source), formats=_formats())
         with image:
             if max(image.size) > MAX_SIDE:
                 raise BadPhoto(f"{name}: has {_times(image.size)} pixels, and at most {MAX_SIDE} a side are read")
@@ -270,8 +275,6 @@ def _opened(name: str, source: Path | Image.Image) -> Iterator[Image.Image]:
         raise BadPhoto(f"{name}: is not a picture that can be read") from problem
     except Image.DecompressionBombError as problem:
         raise BadPhoto(f"{name}: has more than {MAX_PIXELS // 10**6} megapixels; make it smaller first") from problem
-    except FileNotFoundError as problem:
-        raise BadPhoto(f"{name}: the file is no longer there") from problem
     except DAMAGED as problem:
         raise BadPhoto(f"{name}: is damaged or incomplete ({problem})") from problem
 

@@ -80,7 +80,7 @@ def make_headshots(
                 f"{count} pictures of {job.prompt!r} with seed {job.seed} would be the same; give other seeds"
             )
     paths = {job: folder / f"{number:03d}-{job.seed}.png" for number, job in enumerate(jobs, start=1)}
-    remove_leftovers(folder, "*.png")
+    remove_leftovers(folder, r".*\.png")
     batch.draw_missing(paths, face_pass)
     if person and face_pass.below:
         batch.improve_faces(paths, face_pass, person, face_share(person))

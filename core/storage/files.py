@@ -5,13 +5,15 @@ The helpers that many rooms need are here too: they make folders, read JSON and 
 
 import json
 import os
+import re
+import stat
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import BadFile
+from ..errors import BadFile, FaceLoraError
 
 
 @contextmanager
@@ -31,12 +33,16 @@ def make_folder(path: Path) -> Path:
 
 
 def write_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
-    """Makes or replaces the file at `path` with what `write` puts into the stream. Raises BadFile when that fails."""
+    """Makes or replaces the file at `path` with what `write` puts into the stream. Raises BadFile when that fails.
+
+    In a folder that only its owner can enter, only the owner can read the file.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     with writing(path):
+        mode = 0o666 if path.parent.stat().st_mode & 0o077 else 0o600
         try:
-            with temporary.open("xb") as file:
+            with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -48,6 +54,30 @@ def write_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Makes or replaces the file at `path` with the text, as UTF-8. Raises BadFile when that fails."""
     write_file(path, lambda file: file.write(text.encode()))
+
+
+def read_bytes(path: Path, limit: int, *, name: str | None = None, error: type[FaceLoraError] = BadFile) -> bytes:
+    """The content of a regular file of at most `limit` bytes.
+
+    Raises `error` for any other file, since a pipe may wait forever and a device may never end. `name` is what the message
+    calls the file; None means its path.
+    """
+    name = str(path) if name is None else name
+    try:
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                raise error(f"{name}: is no regular file")
+            if about.st_size > limit:
+                raise error(f"{name}: has more than {limit >> 20} MiB, the most that is read")
+            return file.read(limit)
+    except OSError as problem:
+        raise error(f"{name}: cannot be read: {problem.strerror or problem}") from None
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Opens a file like `os.open`, but does not wait for a writer when it is a pipe."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has no such pipes
 
 
 def read_json(path: Path) -> Any:
@@ -76,9 +106,9 @@ def check_writable(path: Path) -> None:
     probe = path.with_name(f".{path.name}.probe")
     try:
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another run may be looking too
     except OSError as error:
-        raise BadFile(f"{path}: cannot be written there: {error.strerror}") from None
+        raise BadFile(f"{path}: cannot be written there: {error.strerror or error}") from None
 
 
 def check_output(path: Path) -> None:
@@ -88,10 +118,13 @@ def check_output(path: Path) -> None:
     check_writable(path)
 
 
-def remove_leftovers(folder: Path, name: str) -> None:
+def remove_leftovers(folder: Path, names: str) -> None:
     """Deletes the temporary files that `write_file` leaves in `folder` when its process is killed.
 
-    `name` is a glob pattern for the names of the files that were to be written.
+    `names` is a regular expression for the names of the files that were to be written. The caller must hold their lock, so
+    that no file of a living run is deleted.
     """
-    for leftover in folder.glob(f".{name}.????????.tmp"):
-        leftover.unlink(missing_ok=True)
+    pattern = re.compile(rf"\.(?:{names})\.[0-9a-f]{{8}}\.tmp")
+    for leftover in folder.iterdir():
+        if pattern.fullmatch(leftover.name):
+            leftover.unlink(missing_ok=True)

@@ -205,7 +205,7 @@ def test_a_link_to_a_photo_that_is_gone_is_named_and_left_out(tmp_path):
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
     said = []
     assert [photo.name for photo in read_photos(tmp_path, on_warning=said.append)] == ["good.png"]
-    assert said == ["left out: gone.jpg: cannot be read (No such file or directory)"]
+    assert said == ["left out: gone.jpg: cannot be read: No such file or directory"]
 
 
 def test_what_is_no_regular_file_is_named_and_never_read(tmp_path):
@@ -236,7 +236,7 @@ def test_a_file_or_a_side_that_is_too_long_is_refused_before_it_is_read(tmp_path
     monkeypatch.setattr(reading, "MAX_BYTES", 2**20)
     with (tmp_path / "long.png").open("wb") as file:
         file.truncate(3 * 2**20)
-    with pytest.raises(BadPhoto, match=r"long\.png: has 3 MiB, and at most 1 are read"):
+    with pytest.raises(BadPhoto, match=r"long\.png: has more than 1 MiB, the most that is read"):
         read_photos(tmp_path, strict=True)
 
 
@@ -274,8 +274,34 @@ def test_a_photo_deleted_after_reading_says_so(tmp_path):
     picture().save(tmp_path / "a.png")
     photo = only_photo(tmp_path)
     (tmp_path / "a.png").unlink()
-    with pytest.raises(BadPhoto, match=r"a\.png: the file is no longer there"):
+    with pytest.raises(BadPhoto, match=r"a\.png: cannot be read: No such file or directory"):
         photo.image()
+
+
+def test_a_photo_that_is_another_picture_by_now_is_refused(tmp_path):
+    """What is made of it is kept under the digest that it had."""
+    picture().convert("RGBA").save(tmp_path / "a.png")
+    photo = only_photo(tmp_path)
+    picture(left=GREEN).convert("RGBA").save(tmp_path / "a.png")
+    for use in (photo.image, photo.mask):
+        with pytest.raises(BadPhoto, match=r"a\.png: has changed since it was first read; start again"):
+            use()
+
+
+def test_a_mask_deleted_after_reading_says_so(tmp_path):
+    picture().save(tmp_path / "a.png")
+    mask = tmp_path / "a-masklabel.png"
+    Image.new("L", (64, 48)).save(mask)
+    photo = only_photo(tmp_path)
+    mask.unlink()
+    for use in (lambda: photo.fingerprint, photo.mask):
+        with pytest.raises(BadPhoto, match=r"a-masklabel\.png: cannot be read: No such file or directory"):
+            use()
+
+
+def test_a_name_cannot_write_to_the_terminal(tmp_path):
+    picture().save(tmp_path / "a\x1b[2J\nb\u202e c\u202fd.png")
+    assert only_photo(tmp_path).name == "a\ufffd[2J\ufffdb\ufffd c\u202fd.png"
 
 
 def test_a_reduced_decode_keeps_both_sides_large_enough(tmp_path):
