@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..errors import BadFile
-from .files import make_folder
+from .files import make_folder, writing
 
 KINDS = ("class", "latents", "runs", "text")
 """The folders in the cache folder: drawn class images, encoded photos, what is kept of runs, encoded captions."""
@@ -29,11 +29,24 @@ def cache_folder() -> Path:
 
 
 def made_folder(*names: str) -> Path:
-    """A folder inside the cache folder, made where it is missing. Raises BadFile when it cannot be made."""
+    """A folder inside the cache folder, made where it is missing. Raises BadFile when it cannot be made.
+
+    The cache is about a person, so only the owner can read the folders that are made, and the files that are written there.
+    """
+    folder = cache_folder()
     try:
-        return make_folder(cache_folder().joinpath(*names))
+        make_folder(folder.parent)
+        for name in ("", *names):
+            folder = folder / name
+            with writing(folder):
+                folder.mkdir(mode=0o700, exist_ok=True)
+            # Version 0.1.0 left them readable for all. In a folder that the user chose, "runs" may be another program's.
+            if _OURS.fullmatch(name) or "FACELORA_CACHE" not in os.environ:
+                with suppress(OSError):  # it belongs to another user
+                    folder.chmod(0o700)
     except BadFile as error:
         raise BadFile(f"{error}; set FACELORA_CACHE to a folder for the cache") from None
+    return folder
 
 
 def clear_cache() -> int:

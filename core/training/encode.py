@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -19,7 +19,7 @@ from ..models.spec import Conditioning, Pair
 from ..photos import Dataset, TrainingImage
 from ..photos.captions import class_caption
 from ..storage.cache_folder import cache_folder, content_key, made_folder
-from ..storage.safetensors_file import SafetensorsFile, save_safetensors
+from ..storage.safetensors_file import SafetensorsFile, save_safetensors, tensor_bytes
 from .methods import trains_text
 
 
@@ -188,15 +188,29 @@ def _encode_prompts(
     return results
 
 
+_CHECKSUM = "checksum"
+"""The key of the checksum in the metadata of a cache file."""
+
+
 def _read(kind: str, key: str) -> dict[str, Tensor] | None:
-    path = cache_folder() / kind / f"{key}.safetensors"
-    if not path.exists():
-        return None
+    """The tensors that are kept under the key; None when there are none, or when they are not those that were written."""
     try:
-        return dict(SafetensorsFile.open(path))
+        file = SafetensorsFile.open(cache_folder() / kind / f"{key}.safetensors")
+        tensors = {name: tensor.clone() for name, tensor in file.items()}
     except BadFile:
-        return None  # damaged, perhaps by a power failure: it is computed again and replaced
+        return None
+    as_written = file.metadata.get(_CHECKSUM) == _checksum(key, tensors)
+    return tensors if as_written and all(tensor.isfinite().all() for tensor in tensors.values()) else None
 
 
 def _write(kind: str, key: str, tensors: dict[str, Tensor]) -> None:
-    save_safetensors(made_folder(kind) / f"{key}.safetensors", tensors, None)
+    save_safetensors(made_folder(kind) / f"{key}.safetensors", tensors, {_CHECKSUM: _checksum(key, tensors)})
+
+
+def _checksum(key: str, tensors: Mapping[str, Tensor]) -> str:
+    """A hash of the tensors, of their names, types and shapes, and of the key that they are kept under."""
+    digest = hashlib.sha256(key.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()

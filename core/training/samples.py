@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -13,6 +14,7 @@ from ..models.base import Base
 from ..models.spec import Pair
 from ..photos import Photo, bucket_sizes
 from ..photos.captions import class_caption, default_caption
+from ..photos.reading import DAMAGED
 from ..pictures.generate import Job, generate, in_batches
 from ..pictures.sampling import decode_latents, encode_pairs, sample_latents
 from ..pictures.sizes import checked_size
@@ -110,7 +112,7 @@ def make_class_images(
     steps, guidance = base.family.steps, base.family.guidance
     folder = made_folder("class", content_key("class images", prompt, size, steps, guidance, base.identity))
     paths = [folder / f"{index:05d}.png" for index in range(count)]
-    missing = [index for index, path in enumerate(paths) if not path.exists()]
+    missing = [index for index, path in enumerate(paths) if not _is_whole(path)]
     jobs = [Job(prompt, index, size=size, steps=steps, guidance=guidance) for index in missing]
     pictures = generate(base, [], jobs, device=device)
     for done, picture in enumerate(pictures if missing else (), start=1):
@@ -118,3 +120,13 @@ def make_class_images(
         if on_progress:
             on_progress(done, len(missing))
     return [Photo.from_image(Image.open(path), path.name) for path in paths]
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a picture is there and undamaged."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()
+    except DAMAGED:
+        return False
+    return True

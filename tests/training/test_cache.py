@@ -1,7 +1,9 @@
 """What the encoders make of photos and captions: computed once, by content, and damaged or strange files do no harm."""
 
+import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,11 +14,13 @@ import torch
 from PIL import Image
 
 from core.config import TrainConfig
-from core.errors import BadFile, OutOfMemory
+from core.errors import BadFile, BadPhoto, OutOfMemory
 from core.models.base import Base, load_base
 from core.photos import Photo, prepare, read_photos
-from core.pictures.generate import Job, generate
+from core.pictures.generate import Job, Picture, generate
 from core.storage.cache_folder import cache_folder, clear_cache, content_key, made_folder
+from core.storage.files import write_text
+from core.storage.safetensors_file import SafetensorsFile, save_safetensors
 from core.training.encode import encode, without_trigger
 from core.training.samples import make_class_images
 from tests.tooling import SMALL_SD15, write_checkpoint
@@ -90,12 +94,86 @@ def test_names_in_the_cache_say_nothing(dataset, base, empty_cache):
     assert names and all(re.fullmatch(r"[0-9a-f]{64}\.safetensors", name) for name in names)
 
 
-def test_a_damaged_cache_file_is_computed_again(dataset, base, empty_cache):
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 64
+    path.write_bytes(data)
+
+
+def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    file = SafetensorsFile.open(path)
+    save_safetensors(path, change({name: tensor.clone() for name, tensor in file.items()}), file.metadata)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "cut short": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "a bit flipped": flip_a_bit,
+    "other names": lambda path: rewrite(path, lambda found: {f"{name}s": tensor for name, tensor in found.items()}),
+    "other shapes": lambda path: rewrite(path, lambda found: {name: t.mT.contiguous() for name, t in found.items()}),
+    "another type": lambda path: rewrite(path, lambda found: {name: t.half() for name, t in found.items()}),
+    "not finite": lambda path: rewrite(path, lambda found: {name: t / 0 for name, t in found.items()}),
+    "another photo's": lambda path: shutil.copy(min(path.parent.iterdir()), path),
+    "no checksum": lambda path: save_safetensors(path, dict(SafetensorsFile.open(path))),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_what_is_not_what_was_kept_is_computed_again(dataset, base, damage, monkeypatch):
     first = encode(dataset, base, CONFIG, device=CPU)
-    for path in empty_cache.rglob("*.safetensors"):
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    for kind in ("latents", "text"):
+        damage(max((cache_folder() / kind).iterdir()))
+    loaded = loads(monkeypatch)
     second = encode(dataset, base, CONFIG, device=CPU)
+    assert loaded == ["vae", "text_encoder"]
     assert all(torch.equal(a.mean, b.mean) for a, b in zip(first.images, second.images, strict=True))
+    assert all(torch.equal(first.text[c]["context"], second.text[c]["context"]) for c in first.text)
+    loaded.clear()
+    encode(dataset, base, CONFIG, device=CPU)
+    assert loaded == []
+
+
+def test_nothing_is_kept_of_a_photo_that_has_changed_since_it_was_read(photo_folder, base, tmp_path):
+    shutil.copytree(photo_folder, tmp_path / "photos")
+    photos = read_photos(tmp_path / "photos")
+    shutil.copy(tmp_path / "photos" / photos[0].name, tmp_path / "photos" / photos[1].name)
+    with pytest.raises(BadPhoto, match=f"{photos[1].name}: has changed since it was first read"):
+        encode(dataset_of(photos, base), base, CONFIG, device=CPU)
+    assert len(list((cache_folder() / "latents").iterdir())) == 1
+
+
+def test_a_damaged_class_image_is_drawn_again(base, monkeypatch):
+    drawn: list[int] = []
+
+    def draw(base, loras, jobs, **_):
+        for job in jobs:
+            drawn.append(job.seed)
+            yield Picture(Image.linear_gradient("L").resize(job.size), job, "")
+
+    monkeypatch.setattr("core.training.samples.generate", draw)
+    make_class_images(base, "person", 3, resolution=32, device=CPU)
+    (damaged,) = (cache_folder() / "class").rglob("00001.png")
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-40])
+    make_class_images(base, "person", 3, resolution=32, device=CPU)
+    assert drawn == [0, 1, 2, 1] and damaged.read_bytes() == whole
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+def test_what_is_kept_is_its_owners_alone(dataset, base, empty_cache, monkeypatch):
+    encode(dataset, base, CONFIG, device=CPU)
+    run = made_folder("runs", content_key("a run"))
+    run.chmod(0o755)  # as an earlier version has left it
+    write_text(made_folder("runs", content_key("a run")) / "history.json", "[]")
+    modes = {(path.is_dir(), path.stat().st_mode & 0o777) for path in (empty_cache, *empty_cache.rglob("*"))}
+    assert modes == {(True, 0o700), (False, 0o600)}
+    # The usual folder is ours, whatever is in it; one that the user has chosen may hold the folders of others.
+    empty_cache.chmod(0o755)
+    made_folder("text")
+    assert empty_cache.stat().st_mode & 0o777 == 0o755
+    monkeypatch.delenv("FACELORA_CACHE")
+    monkeypatch.setattr("core.storage.cache_folder.cache_folder", lambda: empty_cache)
+    made_folder("text")
+    assert empty_cache.stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize("change", ["photo", "caption", "flip", "text encoder"])
@@ -175,7 +253,7 @@ def test_a_cache_folder_that_cannot_be_written_is_named(dataset, base, tmp_path,
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("FACELORA_CACHE", str(tmp_path / "file"))
     for use in (partial(encode, dataset, base, CONFIG), partial(make_class_images, base, "person", 1)):
-        with pytest.raises(BadFile, match="cannot be written: Not a directory; set FACELORA_CACHE to a folder"):
+        with pytest.raises(BadFile, match="cannot be written: File exists; set FACELORA_CACHE to a folder"):
             use(device=CPU)
 
 
