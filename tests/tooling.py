@@ -3,7 +3,9 @@
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from core.models.families import FAMILIES
 from core.models.ldm import ldm_vae_path
 from core.models.spec import Component, Conditioning
 from core.pictures.sampling import encode_prompts
+from core.storage.locks import locked
 from core.storage.safetensors_file import Layout, SafetensorsFile, save_safetensors, write_safetensors
 from core.tensor_names.unet import ldm_unet_path
 from core.training.encode import EncodedImage, LatentCache
@@ -429,3 +432,15 @@ def save_mean_colour(path: Path, size: int = 112) -> None:
     opset = helper.make_opsetid("", 17)
     graph = helper.make_graph([node], "mean", [picture], [result])
     onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=8), path)
+
+
+@contextmanager
+def held_elsewhere(path: Path) -> Iterator[None]:
+    """Within it another thread holds the lock of the path, as another run would."""
+    context = locked(path)
+    with ThreadPoolExecutor(1) as another:
+        another.submit(context.__enter__).result()
+        try:
+            yield
+        finally:
+            another.submit(context.__exit__, None, None, None).result()

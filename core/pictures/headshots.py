@@ -19,6 +19,7 @@ from ..lora.file import LoraFile
 from ..models.base import Base
 from ..photos.reading import DAMAGED
 from ..storage.files import make_folder, remove_leftovers, write_file, write_text, writing
+from ..storage.locks import locked
 from .face_pass import CutOut, FacePass, blend, cut_out, face_share
 from .gallery import gallery_page
 from .generate import GenerateConfig, Job, Picture, generate, parameters_text
@@ -62,8 +63,8 @@ def make_headshots(
     too.
 
     `on_progress(phase, done, total)` is called with the phases "pictures" and "faces", and may raise to cancel. Raises
-    BadFile when the folder cannot be written, BadPhoto when no reference photo shows a face, and BadConfig when two jobs
-    are the same or `keep` is given without `reference` or below 1.
+    BadFile when the folder cannot be written, InUse when another batch is drawn into it, BadPhoto when no reference photo
+    shows a face, and BadConfig when two jobs are the same or `keep` is given without `reference` or below 1.
     """
     config, face_pass = config or GenerateConfig(), face_pass or FacePass()
     if keep is not None and reference is None:
@@ -80,17 +81,18 @@ def make_headshots(
                 f"{count} pictures of {job.prompt!r} with seed {job.seed} would be the same; give other seeds"
             )
     paths = {job: folder / f"{number:03d}-{job.seed}.png" for number, job in enumerate(jobs, start=1)}
-    remove_leftovers(folder, r".*\.png")
-    batch.draw_missing(paths, face_pass)
-    if person and face_pass.below:
-        batch.improve_faces(paths, face_pass, person, face_share(person))
-    shots = [Headshot(path, job, face_pass=_face_outcome(path)) for job, path in paths.items()]
-    if person:
-        shots = ranked(shots, person, -(-len(shots) // 4) if keep is None else keep)
-    if person or (folder / KEPT).is_dir():
-        _fill_kept(shots, folder / KEPT, ranked=person is not None)
-    _write_overview(shots, folder, compared=person is not None)
-    return shots
+    with locked(folder / OVERVIEW):
+        remove_leftovers(folder, r".*\.png")
+        batch.draw_missing(paths, face_pass)
+        if person and face_pass.below:
+            batch.improve_faces(paths, face_pass, person, face_share(person))
+        shots = [Headshot(path, job, face_pass=_face_outcome(path)) for job, path in paths.items()]
+        if person:
+            shots = ranked(shots, person, -(-len(shots) // 4) if keep is None else keep)
+        if person or (folder / KEPT).is_dir():
+            _fill_kept(shots, folder / KEPT, ranked=person is not None)
+        _write_overview(shots, folder, compared=person is not None)
+        return shots
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """The whole training job, from a folder of photos and a base model to a LoRA file."""
 
-import glob
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,8 @@ from ..photos import (
 )
 from ..photos.report import REJECT
 from ..storage.files import check_output, check_writable, make_folder, remove_leftovers, write_file
+from ..storage.locks import locked
+from ..storage.safetensors_file import SafetensorsFile
 from .callbacks import NO_CALLBACKS, Callbacks
 from .encode import LatentCache, encode
 from .likeness import LikenessWatch, hold_out
@@ -80,53 +82,65 @@ def train(
     The measurements are in the metadata under `core.training.likeness.LIKENESS_KEY`.
 
     Every callback may raise to cancel; `check_cancelled` is called many times a step. Raising StopAndKeep from `on_step`
-    ends the training with what has been learned. Errors are subclasses of FaceLoraError.
+    ends the training with what has been learned. Errors are subclasses of FaceLoraError; InUse means that another run has
+    the same output.
     """
     config = config or TrainConfig()
     output = None if output is None else Path(output)
-    if output is not None:
-        _check_place(output, state_is_wanted=resume or restart)
-    base = _checked_base(base, config, output)
-    _check_pictures_asked_for(config, class_photos is not None, bool(held_out))
-    start = _checked_start(continue_from, base)
-    photos = _read(photos, strict, callbacks.on_warning)
-    if not photos:
-        raise BadPhoto("no photos were given")
-    for hint in (trigger_hint(config.trigger_word, load_tokenizer()), distilled_hint(base, config)):
-        if hint:
-            callbacks.on_warning(hint)
-    device, _ = device_and_dtype(config, device)
-    faces = _needed_faces(faces, config, held_out)
-    class_photos = _read_or_make_class_photos(class_photos, base, config, device, strict, callbacks)
-    pictures = _look_at_photos(photos, held_out, faces, base, config, callbacks.on_warning)
-    cache, samples = _prepared(pictures, class_photos, base, config, device, callbacks)
-    lora = train_lora(
-        cache,
-        base,
-        config,
-        device=device,
-        continue_from=start,
-        state_path=None if output is None else state_path(output),
-        resume=resume,
-        extra_metadata=None if output is None else {"ss_output_name": output.stem},
-        samples=samples,
-        callbacks=callbacks if output is None else _writing_beside(callbacks, output, config),
-    )
-    if output is not None:
-        _write(lora, base, config, output)
-    return lora
+    with nullcontext() if output is None else _place(output, config, state_is_wanted=resume or restart):
+        base = _checked_base(base, config, output)
+        _check_pictures_asked_for(config, class_photos is not None, bool(held_out))
+        start = _checked_start(continue_from, base)
+        photos = _read(photos, strict, callbacks.on_warning)
+        if not photos:
+            raise BadPhoto("no photos were given")
+        for hint in (trigger_hint(config.trigger_word, load_tokenizer()), distilled_hint(base, config)):
+            if hint:
+                callbacks.on_warning(hint)
+        device, _ = device_and_dtype(config, device)
+        faces = _needed_faces(faces, config, held_out)
+        class_photos = _read_or_make_class_photos(class_photos, base, config, device, strict, callbacks)
+        pictures = _look_at_photos(photos, held_out, faces, base, config, callbacks.on_warning)
+        cache, samples = _prepared(pictures, class_photos, base, config, device, callbacks)
+        lora = train_lora(
+            cache,
+            base,
+            config,
+            device=device,
+            continue_from=start,
+            state_path=None if output is None else state_path(output),
+            resume=resume,
+            extra_metadata=None if output is None else {"ss_output_name": output.stem},
+            samples=samples,
+            callbacks=callbacks if output is None else _writing_beside(callbacks, output, config),
+        )
+        if output is not None:
+            _write(lora, base, config, output)
+        return lora
 
 
-def _check_place(output: Path, state_is_wanted: bool) -> None:
-    """Deletes a killed run's temporary files. Raises BadFile for an unwritable output, BadConfig for a leftover state."""
+@contextmanager
+def _place(output: Path, config: TrainConfig, state_is_wanted: bool) -> Iterator[None]:
+    """A context in which no other run writes the output and the files beside it.
+
+    Deletes a killed run's temporary files. Raises BadFile for an output that cannot be written, InUse while another run
+    writes it, BadConfig for a leftover state.
+    """
     check_output(output)
     check_writable(state_path(output))
-    _delete_leftovers(output)
-    if not state_is_wanted and state_path(output).exists():
-        raise BadConfig(
-            f"{state_path(output)}: is the state of an unfinished run, which a new one would replace; go on with "
-            "--resume, begin anew with --restart, or choose another output"
-        )
+    with locked(output):
+        delete_leftovers(output)
+        if not state_is_wanted and state_path(output).exists():
+            raise BadConfig(
+                f"{state_path(output)}: is the state of an unfinished run, which a new one would replace; go on with "
+                "--resume, begin anew with --restart, or choose another output"
+            )
+        if other := foreign_checkpoint(output, config):
+            raise BadFile(
+                f"{other}: is called like a checkpoint of save_every, which would replace it; move it, or choose another "
+                "output"
+            )
+        yield
 
 
 def _checked_base(
@@ -275,10 +289,10 @@ def _writing_beside(callbacks: Callbacks, output: Path, config: TrainConfig) -> 
     """The callbacks, completed by ones that write checkpoints and samples beside the output where they are None."""
 
     def save(step: int, lora: Trained) -> None:
-        lora.save(output.with_name(f"{output.stem}-step{step:06d}{output.suffix}"), PRECISIONS[config.save_precision])
+        lora.save(checkpoint_path(output, step), PRECISIONS[config.save_precision])
 
     def save_samples(step: int, images: list[Image.Image]) -> None:
-        folder = make_folder(output.with_name(f"{output.stem}-samples"))
+        folder = make_folder(_samples_folder(output))
         for index, image in enumerate(images):
             write_file(folder / f"step{step:06d}-{index}.png", partial(image.save, format="PNG"))
 
@@ -298,10 +312,36 @@ def state_path(output: Path) -> Path:
     return output.with_name(f"{output.stem}.state.safetensors")
 
 
-def _delete_leftovers(output: Path) -> None:
-    """Deletes temporary files that a run left when it was killed while writing this output or its state."""
-    for path in (output, state_path(output)):
-        remove_leftovers(output.parent, glob.escape(path.name))
+def delete_leftovers(output: Path) -> None:
+    """Deletes temporary files that a killed run left of this output and of the files beside it, under the output's lock."""
+    names = rf"{re.escape(output.stem)}(\.state|-embedding|-step\d{{6,}})?{re.escape(output.suffix)}"
+    remove_leftovers(output.parent, names)
+    if (samples := _samples_folder(output)).is_dir():
+        remove_leftovers(samples, r"step\d{6,}-\d+\.png")
+
+
+def checkpoint_path(output: Path, step: int) -> Path:
+    """The path of the checkpoint after that step."""
+    return output.with_name(f"{output.stem}-step{step:06d}{output.suffix}")
+
+
+def foreign_checkpoint(output: Path, config: TrainConfig) -> Path | None:
+    """A file that is named like a checkpoint of the run but does not come from a run with this output; None without one."""
+    pattern = re.compile(rf"{re.escape(output.stem)}-step\d{{6,}}{re.escape(output.suffix)}")
+    for path in output.parent.iterdir() if config.save_every else ():
+        if pattern.fullmatch(path.name) and _output_name(path) != output.stem:
+            return path
+    return None
+
+
+def _output_name(path: Path) -> str | None:
+    with suppress(BadFile):
+        return SafetensorsFile.open(path).metadata.get("ss_output_name")
+    return None
+
+
+def _samples_folder(output: Path) -> Path:
+    return output.with_name(f"{output.stem}-samples")
 
 
 _OF_NOISE = ("prediction_type", "zero_terminal_snr", "min_snr_gamma", "debiased", "clip_skip")

@@ -4,13 +4,13 @@ The key of a job is a hash of everything that its LoRA depends on. It is in the 
 found among others, and is the name of the run's folder in the cache folder.
 """
 
+import itertools
 import json
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,19 +20,23 @@ from PIL import Image
 
 from ..config import TrainConfig
 from ..device import PRECISIONS
-from ..errors import FaceLoraError
+from ..errors import BadConfig, BadFile, FaceLoraError, InUse
 from ..lora.file import LoraFile
 from ..lora.hashes import model_hash
 from ..models.base import Base
 from ..photos import Photo
+from ..photos.reading import DAMAGED
 from ..pictures.sheet import contact_sheet
 from ..storage.cache_folder import content_key, made_folder
-from ..storage.files import check_writable, make_folder, write_file, write_text
-from ..storage.safetensors_file import SafetensorsFile
+from ..storage.files import check_writable, make_folder, read_json, remove_leftovers, write_file, write_text
+from ..storage.locks import locked
+from ..storage.safetensors_file import SafetensorsFile, copy_with_metadata
 from .callbacks import NO_CALLBACKS, Callbacks, StepReport
 from .identity import settings_of_the_file
-from .job import train
+from .job import delete_leftovers, foreign_checkpoint, train
 from .likeness import LIKENESS_KEY
+from .methods import METHODS
+from .methods.method import Trained
 
 KEY = "facelora.key"
 """The key in a LoRA's metadata of the hash of what it was made from."""
@@ -44,6 +48,9 @@ LOOK_INTERVAL = 0.5
 """Seconds between two reads of the loss, each of which waits for the device."""
 SAVE_INTERVAL = 10.0
 """Seconds between two saves of the history; a killed process loses what came after the last."""
+
+_OUTPUT = "lora.safetensors"
+"""The name of the LoRA in the run's folder."""
 
 Curve = list[tuple[int, float]]
 """A list of (step, value) in the order of the steps."""
@@ -60,6 +67,12 @@ class TrainingJob:
     class_photos: Sequence[Photo] = ()
     """The class images for prior preservation; when empty, as many as `config.class_images` says are drawn."""
     continue_from: LoraFile | None = None
+
+    def __post_init__(self) -> None:
+        if (made := METHODS[self.config.method].makes) != "lora":
+            raise BadConfig(
+                f"method = {self.config.method!r} makes no LoRA (but: {made}); train it on the command line (facelora train)"
+            )
 
     def key(self, base: Base) -> str:
         """A hash that is equal when the same tensors would be trained, whatever the names of the files involved."""
@@ -78,14 +91,13 @@ class RunFolder:
     _history: Curve = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        file = self.path / "history.json"
-        if file.exists():
-            self._history = [(int(step), float(loss)) for step, loss in json.loads(file.read_text())]
+        with suppress(BadFile, TypeError, ValueError):  # there is none yet, or it is damaged: it is only shown
+            self._history = [(int(step), float(loss)) for step, loss in read_json(self.path / "history.json")]
 
     @property
     def output(self) -> Path:
         """The path of the LoRA that the run writes, with its checkpoints and its state beside it."""
-        return self.path / "lora.safetensors"
+        return self.path / _OUTPUT
 
     def history(self) -> Curve:
         """The history of the smoothed loss."""
@@ -104,7 +116,7 @@ class RunFolder:
     def made(self) -> str | None:
         """The hash of the tensors of the LoRA that the run made; None when it is unfinished."""
         file = self.path / "made.txt"
-        return file.read_text("utf-8") if file.exists() else None
+        return file.read_text("utf-8", errors="replace") if file.exists() else None
 
     def set_made(self, lora: LoraFile) -> None:
         """Notes the hash of the LoRA that the run made, from its metadata; a file rewritten by a tool may lack it."""
@@ -119,7 +131,7 @@ class RunFolder:
         """The samples of each step, by step, in order."""
         found: dict[int, list[Image.Image]] = {}
         for file in sorted(self.path.glob("sample-*.png")):
-            with Image.open(file) as image:
+            with suppress(*DAMAGED), Image.open(file) as image:
                 found.setdefault(int(file.stem.split("-")[1]), []).append(image.convert("RGB"))
         return found
 
@@ -157,49 +169,63 @@ def find_or_train(
     """The LoRA of the job as a file in the first of the folders, found if it has been trained before, else trained now.
 
     A file with the job's name and key is taken as it is. A file anywhere in or below the folders that has the tensors which
-    this job made before is copied under the job's name. No other file is replaced: when the name is taken, the new file is
-    called NAME-2 and so on. The checkpoints of `save_every` are written beside it.
+    this job made before is copied under the job's name. No other file is replaced: when the name is taken, or another run
+    is about to write it, the new file is called NAME-2 and so on. The checkpoints of `save_every` are written beside it.
 
     An exception from a callback cancels: the run is kept, and the next call goes on from there. StopAndKeep from `on_step`
     ends the training, and its file counts as the job's. Before anything is trained, `on_history` is called with the losses
     of steps made in earlier calls. `on_point` is called with each step whose loss is added to them: the last one, those after
     which likeness was measured, and at most two others a second. Samples are kept in the run's folder in any case. Errors
-    are subclasses of FaceLoraError.
+    are subclasses of FaceLoraError; InUse says that another run is training the same job.
     """
     key = job.key(base)
-    run = RunFolder(made_folder("runs", key))
-    on_history(run.history())
-    path, found = _place(folders[0], job.name, key)
-    if not found:
-        _check_place(path)
-        before = _with_tensors(run.made(), folders) or _unwritten(run.output)
-        found = before is not None
-
-        def sample(step: int, images: list[Image.Image]) -> None:
-            run.add_samples(step, images)
-            if callbacks.on_sample:
-                callbacks.on_sample(step, images)
-
-        try:
-            lora = before or train(
-                job.photos,
-                base,
-                job.config,
-                output=run.output,
-                class_photos=job.class_photos or None,
-                continue_from=job.continue_from,
-                resume=True,
-                device=device,
-                callbacks=replace(callbacks, on_step=_recorded(run, on_point, callbacks.on_step), on_sample=sample),
-            )
-        finally:
-            run.save_history()
-        metadata = lora.metadata | {KEY: key, "ss_output_name": path.stem}
-        lora.with_metadata(metadata).save(path, PRECISIONS[job.config.save_precision])
-        del before, lora  # Windows deletes no file that is still read
-        _clear(run.output, path)
-    run.set_made(LoraFile.read(path))
+    folder = made_folder("runs", key)
+    with locked(folder / _OUTPUT):
+        remove_leftovers(folder, ".*")
+        run = RunFolder(folder)
+        on_history(run.history())
+        with _place(folders[0], job, key) as (path, found):
+            if not found:
+                before = _with_tensors(run.made(), folders) or _unwritten(run.output)
+                found = before is not None
+                lora = before or _train(job, base, run, device, on_point, callbacks)
+                metadata = lora.metadata | {KEY: key, "ss_output_name": path.stem}
+                lora.with_metadata(metadata).save(path, PRECISIONS[job.config.save_precision])
+                del before, lora  # Windows deletes no file that is still read
+                _clear(run.output, path)
+        run.set_made(LoraFile.read(path))
     return TrainedFile(path, run, found)
+
+
+def _train(
+    job: TrainingJob,
+    base: Base,
+    run: RunFolder,
+    device: torch.device | None,
+    on_point: Callable[[StepReport], None],
+    callbacks: Callbacks,
+) -> Trained:
+    """What is trained, which is in the folder of the run too, with its history and samples."""
+
+    def sample(step: int, images: list[Image.Image]) -> None:
+        run.add_samples(step, images)
+        if callbacks.on_sample:
+            callbacks.on_sample(step, images)
+
+    try:
+        return train(
+            job.photos,
+            base,
+            job.config,
+            output=run.output,
+            class_photos=job.class_photos or None,
+            continue_from=job.continue_from,
+            resume=True,
+            device=device,
+            callbacks=replace(callbacks, on_step=_recorded(run, on_point, callbacks.on_step), on_sample=sample),
+        )
+    finally:
+        run.save_history()
 
 
 def _recorded(
@@ -241,19 +267,35 @@ def _clear(output: Path, path: Path) -> None:
     output.unlink(missing_ok=True)
     output.with_name(f"{output.stem}-embedding{output.suffix}").unlink(missing_ok=True)
     for checkpoint in output.parent.glob(f"{output.stem}-step*.safetensors"):
-        shutil.move(checkpoint, path.with_name(path.stem + checkpoint.name.removeprefix(output.stem)))
+        file = SafetensorsFile.open(checkpoint)
+        target = path.with_name(path.stem + checkpoint.name.removeprefix(output.stem))
+        copy_with_metadata(file, target, file.metadata | {"ss_output_name": path.stem})
+        checkpoint.unlink()
 
 
-def _place(folder: Path, name: str, key: str) -> tuple[Path, bool]:
-    """The first path of NAME, NAME-2, ... that is free or has a LoRA with the key, and whether the LoRA is there."""
-    number = 1
-    while True:
-        path = folder / f"{name}{f'-{number}' if number > 1 else ''}.safetensors"
-        if not path.exists():
-            return path, False
-        if _has_key(path, key):
-            return path, True
-        number += 1
+@contextmanager
+def _place(folder: Path, job: TrainingJob, key: str) -> Iterator[tuple[Path, bool]]:
+    """A context with the first path of NAME, NAME-2, ... that is free or has a LoRA with the key, and whether it is there.
+
+    A path that was free is locked within the context, so that no other run takes it.
+    """
+    for number in itertools.count(1):
+        path = folder / f"{job.name}{f'-{number}' if number > 1 else ''}.safetensors"
+        if path.exists():
+            if not _has_key(path, key):
+                continue
+            yield path, True
+            return
+        _check_place(path)
+        with ExitStack() as held:
+            try:
+                held.enter_context(locked(path))
+            except InUse:
+                continue
+            if not path.exists() and not foreign_checkpoint(path, job.config):
+                delete_leftovers(path)
+                yield path, False
+                return
 
 
 def _has_key(path: Path, key: str) -> bool:

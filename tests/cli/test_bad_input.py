@@ -24,7 +24,7 @@ from core.lora.modules import LoraModule
 from core.models.base import load_base
 from core.storage.safetensors_file import save_safetensors
 from core.training.identity import settings_of_the_file, settings_of_the_steps
-from tests.tooling import SMALL_SD15, write_checkpoint
+from tests.tooling import SMALL_SD15, held_elsewhere, write_checkpoint
 
 
 @dataclass
@@ -211,7 +211,7 @@ CASES: dict[str, tuple[Callable[[Desk], None], str]] = {
     "samples never": (options("--thumbnail"), "need samples: set sample_every"),
     "no sample": (options("--thumbnail", "--sample-every", "9", "--steps", "8"), "no sample is drawn in 8 steps"),
     "resolution too low": (options("--resolution", "12"), "resolution = 12: must be between 16 and 8192"),
-    "bad pattern": (options("--rank-pattern", "(=4"), "no regular expression"),
+    "bad pattern": (options("--rank-pattern", "(a+)+$=4"), r"rank_pattern: '\(a\+\)\+\$' is no pattern: give a part of"),
     "rank 0 by pattern": (options("--rank-pattern", "attn=0"), "rank_pattern: attn = 0: must be at least 1"),
     "no such device": (options("--device", "toaster"), "--device toaster: .*; there is .*cpu"),
     "device without a module": (options("--device", "privateuseone"), "--device privateuseone: "),
@@ -221,6 +221,10 @@ CASES: dict[str, tuple[Callable[[Desk], None], str]] = {
     "wrong type": (toml('seed = "many"'), "seed = 'many': expected int"),
     "wrong choice": (toml('targets = "everything"'), "choose one of attention, transformer, transformer.conv"),
     "no TOML": (toml("steps = = 3"), r"settings\.toml: not a TOML file"),
+    "deep TOML": (toml("rank = " + "[" * 5000), "not a TOML file: values are nested too deeply"),
+    "deep TOML of tables": (toml("rank" + ".a" * 5000 + " = 1"), "not a TOML file: values are nested too deeply"),
+    "large TOML": (toml("#" * 2**21), r"settings\.toml: has more than 1 MiB, the most that is read"),
+    "endless config": (options("--config", "/dev/zero"), "/dev/zero: is no regular file"),
     "no config": (options("--config", "nowhere.toml"), r"nowhere\.toml: cannot be read"),
     "output's folder missing": (output(lambda d: d.folder / "no" / "a.safetensors"), "cannot be written there: No such"),
     "output under a file": (
@@ -343,11 +347,47 @@ def test_a_new_run_does_not_replace_the_state_of_an_unfinished_one_unless_told(d
     assert [path.name for path in (desk.folder / "results").iterdir()] == [desk.output.name]
 
 
+def leave_half_written(desk, *names: str) -> None:
+    for name in (*names, ".face.safetensors.lock"):
+        path = desk.output.parent / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"half")
+
+
 def test_what_a_killed_run_left_half_written_is_cleared_away(desk):
-    leftover = desk.output.with_name(".face.state.safetensors.1a2b3c4d.tmp")
-    leftover.write_bytes(b"half")
+    leave_half_written(
+        desk, ".face.safetensors.1a2b3c4d.tmp", ".face.state.safetensors.1a2b3c4d.tmp",
+        ".face-step000002.safetensors.1a2b3c4d.tmp", ".face-embedding.safetensors.1a2b3c4d.tmp",
+        "face-samples/.step000002-0.png.1a2b3c4d.tmp", ".face-2.safetensors.1a2b3c4d.tmp",
+    )  # fmt: skip
     assert main(desk.arguments()) == 0
-    assert os.listdir(desk.folder / "results") == [desk.output.name]
+    left = sorted(path.name for path in (desk.folder / "results").rglob("*") if path.is_file())
+    assert left == [".face-2.safetensors.1a2b3c4d.tmp", desk.output.name]  # the first may be of a run that lives
+
+
+def test_a_second_run_on_one_output_is_refused_and_takes_nothing_from_the_first(desk, capsys):
+    leave_half_written(desk, ".face.state.safetensors.1a2b3c4d.tmp")
+    with held_elsewhere(desk.output):
+        assert main([*desk.arguments(), "--restart"]) == 1
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and "face.safetensors: another run is writing it (its lock: " in errors
+    assert os.listdir(desk.folder / "results") == [".face.state.safetensors.1a2b3c4d.tmp"]
+
+
+def test_a_checkpoint_replaces_one_of_its_own_run_and_nothing_else(desk, capsys):
+    checkpoint = desk.output.with_name("face-step000001.safetensors")
+    saving = [*desk.arguments(), "--steps", "2", "--save-every", "1"]
+    assert main(saving) == 0
+    before = checkpoint.read_bytes()
+    assert main([*saving, "--seed", "2"]) == 0
+    assert checkpoint.read_bytes() != before
+    lora = LoraFile.read(checkpoint)
+    lora.with_metadata(lora.metadata | {"ss_output_name": "face-step000001"}).save(checkpoint)
+    before = checkpoint.read_bytes()
+    capsys.readouterr()
+    assert main(saving) == 1
+    assert "face-step000001.safetensors: is called like a checkpoint of save_every" in capsys.readouterr().err
+    assert checkpoint.read_bytes() == before
 
 
 def test_settings_that_begin_with_a_byte_order_mark_are_read(desk):

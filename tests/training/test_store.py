@@ -14,18 +14,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from core.config import TrainConfig
-from core.errors import BadFile
+from core.errors import BadConfig, BadFile, InUse
 from core.lora.file import LoraFile
 from core.models.base import Base, load_base
 from core.photos import Photo, read_photos
-from core.storage.cache_folder import cache_folder
+from core.storage.cache_folder import cache_folder, made_folder
 from core.storage.safetensors_file import SafetensorsFile
 from core.training import store
 from core.training.callbacks import Callbacks, StepReport, StopAndKeep
 from core.training.likeness import LIKENESS_KEY
 from core.training.methods import peak_rate
 from core.training.store import RunFolder, TrainedFile, TrainingJob, find_or_train
-from tests.tooling import write_photos
+from tests.tooling import held_elsewhere, write_photos
 
 CONFIG = TrainConfig(steps=2, rank=2, learning_rate=0.01, resolution=32, batch_size=1)
 LONG = replace(CONFIG, steps=6)
@@ -377,6 +377,43 @@ def test_checkpoints_on_the_way_are_files_beside_it(job, base, loras):
     steps = [LoraFile.read(path).metadata["ss_steps"] for path in sorted(loras.glob("anna-2*"))]
     assert steps == ["2", "4", "6"]
     assert files(made.run.path) == ["history.json", "made.txt"]
+
+
+def test_checkpoints_write_over_no_file_of_others(job, base, loras):
+    loras.mkdir()
+    a_lora(1.0).save(loras / "anna-step000001.safetensors")
+    before = (loras / "anna-step000001.safetensors").read_bytes()
+    assert trained(replace(job, config=replace(CONFIG, save_every=1)), base, loras).path.stem == "anna-2"
+    assert (loras / "anna-step000001.safetensors").read_bytes() == before
+    checkpoint = loras / "anna-2-step000001.safetensors"
+    assert LoraFile.read(checkpoint).metadata["ss_output_name"] == "anna-2"
+    # It was written in the cache folder, whose files are their owner's alone.
+    assert checkpoint.stat().st_mode == (loras / "anna-step000001.safetensors").stat().st_mode
+
+
+def test_two_runs_at_once_neither_share_a_job_nor_write_to_one_file(job, base, loras):
+    loras.mkdir()
+    (loras / ".anna.safetensors.0123abcd.tmp").write_bytes(b"half")
+    output = RunFolder(made_folder("runs", job.key(base))).output
+    with held_elsewhere(output), pytest.raises(InUse, match=r"lora\.safetensors: another run is writing it"):
+        find_or_train(job, base, [loras])
+    with held_elsewhere(loras / "anna.safetensors"):
+        assert trained(job, base, loras).path.stem == "anna-2"
+        assert ".anna.safetensors.0123abcd.tmp" in files(loras)
+    assert trained(replace(job, config=replace(CONFIG, seed=2)), base, loras).path.stem == "anna"
+    assert files(loras) == ["anna-2.safetensors", "anna.safetensors"]
+
+
+@pytest.mark.parametrize("content", ["[[1, 2", "[1, 2]", "null", "\x80"])
+def test_a_history_that_is_damaged_is_begun_anew(tmp_path, content):
+    (tmp_path / "history.json").write_bytes(content.encode("latin-1"))
+    assert RunFolder(tmp_path).history() == []
+
+
+@pytest.mark.parametrize("method", ["dreambooth", "textual-inversion"])
+def test_what_makes_no_lora_is_refused(job, method):
+    with pytest.raises(BadConfig, match=f"method = '{method}' makes no LoRA"):
+        replace(job, config=replace(CONFIG, method=method))
 
 
 def test_a_word_with_vectors_of_its_own_is_in_the_file_alone(job, base, loras):

@@ -1,0 +1,62 @@
+"""core/storage/files.py: what is read is bounded, and what is written is as private as its folder."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from core.errors import BadFile
+from core.storage.files import check_writable, read_bytes, remove_leftovers, write_text
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no pipes and other permissions")
+
+
+def test_pipes_devices_folders_and_large_files_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    (tmp_path / "large").write_bytes(b"x" * (2**20 + 1))
+    (tmp_path / "good").write_bytes(b"x" * 2**20)
+    refused = {
+        "pipe": "is no regular file",
+        "link": "is no regular file",
+        "large": "has more than 1 MiB, the most that is read",
+        ".": "cannot be read: Is a directory",
+        "none": "cannot be read: No such file or directory",
+    }
+    for name, why in refused.items():
+        with pytest.raises(BadFile, match=f"^{name}: {why}$"):
+            read_bytes(tmp_path / name, 2**20, name=name)
+    assert len(read_bytes(tmp_path / "good", 2**20)) == 2**20
+
+
+def test_a_file_in_a_folder_of_its_owner_alone_is_its_owners_alone(tmp_path):
+    before = os.umask(0o022)
+    try:
+        modes = {}
+        for folder in (0o700, 0o755, 0o711):
+            tmp_path.chmod(folder)
+            write_text(tmp_path / "file", "text")
+            modes[folder] = (tmp_path / "file").stat().st_mode & 0o777
+    finally:
+        os.umask(before)
+    assert modes == {0o700: 0o600, 0o755: 0o644, 0o711: 0o644}
+
+
+def test_leftovers_are_deleted_by_the_whole_name_alone(tmp_path):
+    mine, others = (
+        ".face.png.0123abcd.tmp",
+        [".face.png.0123abcd", ".my face.png.0123abcd.tmp", ".face.png.thesis01.tmp"],
+    )
+    for name in (mine, *others):
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path, r"face\.png")
+    assert sorted(os.listdir(tmp_path)) == sorted(others)
+
+
+def test_an_error_without_words_of_the_system_is_told_by_its_own(tmp_path, monkeypatch):
+    def refuse(path):
+        raise OSError("the share is gone")
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(BadFile, match="cannot be written there: the share is gone"):
+        check_writable(tmp_path / "face.safetensors")
