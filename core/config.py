@@ -7,8 +7,10 @@ help pages of ComfyUI are made, and by which every value is checked.
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .errors import BadConfig
@@ -57,10 +59,10 @@ class TrainConfig:
         "transformer", "layers that are adapted: 'transformer' is Kohya's default set", group="method"
     )
     rank_pattern: dict[str, int] = option(
-        {}, "regular expression of a module's name -> its own rank", 1, group="method"
+        {}, "part of a module's name (* any text, ^ its beginning, $ its end) -> its own rank", 1, group="method"
     )
     alpha_pattern: dict[str, float] = option(
-        {}, "regular expression of a module's name -> its own alpha", 1e-6, group="method"
+        {}, "part of a module's name, as for rank_pattern -> its own alpha", 1e-6, group="method"
     )
     dropout: float = option(0.0, "share of the adapter's inputs that are dropped, 0 to 1", 0, 0.99, group="method")
     rslora: bool = option(
@@ -340,12 +342,42 @@ def _check_range(name: str, number: float, low: float | None, high: float) -> No
         raise BadConfig(f"{name} = {number}: must be {allowed}")
 
 
+_PATTERN = re.compile(r"\^?([\w.*-]|\\\.|\[[\w-]+\])+\$?")
+
+
 def _check_patterns(name: str, patterns: Mapping[str, float]) -> None:
     for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise BadConfig(f"{name}: {pattern!r} is no regular expression ({error})") from error
+        if not _PATTERN.fullmatch(pattern):
+            raise BadConfig(
+                f"{name}: {pattern!r} is no pattern: give a part of a module's name, where * is any text, [01] one of these "
+                "characters, ^ the beginning and $ the end"
+            )
+
+
+def name_matches(pattern: str, name: str) -> bool:
+    """Whether a pattern of `rank_pattern` or `alpha_pattern` matches the name of a module.
+
+    `\\.` and `.*` still mean a dot and any text: the patterns were regular expressions once, which may never end.
+    """
+    text = pattern.replace(r"\.", ".").replace(".*", "*")
+    start, end = "" if text.startswith("^") else "*", "" if text.endswith("$") else "*"
+    return fnmatchcase(name, f"{start}{text.strip('^$')}{end}")
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """The settings in a TOML text. Raises BadConfig, which says what is wrong with it."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib  # pyright: ignore[reportMissingImports]
+    try:
+        settings = tomllib.loads(text)
+        repr(settings)  # fails for what is nested too deeply to be shown in a message
+    except tomllib.TOMLDecodeError as error:
+        raise BadConfig(str(error)) from None
+    except RecursionError:
+        raise BadConfig("values are nested too deeply") from None
+    return settings
 
 
 def config_from(settings: Mapping[str, Any]) -> TrainConfig:

@@ -13,13 +13,12 @@ import torch
 from comfy_api.latest import io
 from PIL import Image
 
-from ..core.config import TrainConfig, config_from
+from ..core.config import TrainConfig, config_from, parse_toml
 from ..core.errors import BadConfig, FaceLoraError
 from ..core.lora.file import LoraFile
 from ..core.models.base import Base
 from ..core.models.families import FAMILIES
 from ..core.training.callbacks import Callbacks, StepReport, StopAndKeep
-from ..core.training.methods import METHODS
 from ..core.training.recipes import MEASUREMENTS, RECIPES, recipe_settings
 from ..core.training.store import TrainedFile, TrainingJob, find_or_train
 from . import panel
@@ -129,11 +128,6 @@ class TrainFaceLora(io.ComfyNode):
             family, _clip_skip(family, clip[0].layer_idx), trigger_word[0], class_word[0], recipe[0], samples[0], steps[0],
             rank[0], learning_rate[0], resolution[0], training_seed[0], sample_prompts[0], settings[0],
         )  # fmt: skip
-        if METHODS[config.method].makes != "lora":
-            raise BadConfig(
-                f"settings: method = {config.method!r} makes no LoRA (but: {METHODS[config.method].makes}); "
-                "train it on the command line (facelora train)"
-            )
         job = TrainingJob(
             name=lora_path(name[0]),
             config=config,
@@ -233,12 +227,8 @@ def _clip_skip(family: str, layer: int | None) -> dict[str, int]:
 
 def _toml(text: str) -> dict[str, Any]:
     try:
-        import tomllib
-    except ImportError:  # Python 3.10
-        import tomli as tomllib
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        return parse_toml(text)
+    except BadConfig as error:
         raise BadConfig(f"settings: {error}; each line is NAME = VALUE, text in quotes") from None
 
 

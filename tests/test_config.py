@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 from core.cli.training_arguments import add_train
-from core.config import Group, TrainConfig, config_from
+from core.config import Group, TrainConfig, config_from, name_matches
 from core.errors import BadConfig
 
 SETTINGS = {item.name: item for item in dataclasses.fields(TrainConfig)}
@@ -35,6 +35,31 @@ def test_a_value_out_of_range_is_refused_with_the_setting_the_value_and_the_rang
 def test_each_number_of_a_table_is_checked():
     with pytest.raises(BadConfig, match="rank_pattern: attn = 0: must be at least 1"):
         TrainConfig(rank_pattern={"mlp": 4, "attn": 0})
+
+
+NAME = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matches"),
+    [
+        ("attn1", True), ("attn2", False), ("attn1.to", True), (r"attn1\.to_q", True), ("^down_blocks.1", True),
+        ("^attn1", False), ("to_q$", True), ("attn1$", False), ("down_blocks.*to_q", True), (r"^down.*\.to_[qk]$", True),
+        ("attn[23]", False), ("down_blocks*attn1", True), ("^down_blocks$", False), ("*", True), ("a*" * 5000 + "z", False),
+    ],
+)  # fmt: skip
+def test_a_pattern_is_a_part_of_a_name(pattern, matches):
+    TrainConfig(rank_pattern={pattern: 4})
+    assert name_matches(pattern, NAME) is matches
+
+
+@pytest.mark.parametrize(
+    "pattern", ["", "^", "(a+)+$", "attn1|attn2", "a?", r"\d", "[^0]", "[!0]", "to_q$ ", "[]", "a\n"]
+)
+def test_what_is_no_pattern_is_refused(pattern):
+    for name in ("rank_pattern", "alpha_pattern"):
+        with pytest.raises(BadConfig, match=f"^{name}: .* is no pattern: give a part of a module's name"):
+            config_from({name: {pattern: 4}})
 
 
 def test_every_group_has_settings_and_its_heading_in_the_help_in_this_order():

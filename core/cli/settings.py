@@ -2,17 +2,19 @@
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from ..config import TrainConfig, known_settings
-from ..errors import BadConfig, BadFile
+from ..config import TrainConfig, known_settings, parse_toml
+from ..errors import BadConfig
+from ..storage.files import read_bytes
 from .common import unicode_text
 
 SCHEDULE = ("prediction_type", "zero_terminal_snr")
 """The settings that say how the base model predicts, and that it is therefore loaded with."""
+MAX_FILE_BYTES = 2**20
+"""The largest size of a settings file, in bytes."""
 
 
 def add_settings(parser: argparse.ArgumentParser, only: Collection[str] | None = None) -> None:
@@ -45,7 +47,7 @@ def _add_setting(group: argparse._ActionsContainer, item: dataclasses.Field, hin
         group.add_argument(*names, action=argparse.BooleanOptionalAction, help=text, **common)
     elif get_origin(hint) is dict:
         kind = _pattern_of(get_args(hint)[1])
-        group.add_argument(*names, action="append", type=kind, metavar="REGEX=NUMBER", help=text, **common)
+        group.add_argument(*names, action="append", type=kind, metavar="PATTERN=NUMBER", help=text, **common)
     elif get_origin(hint) is tuple:
         text = f"{text}; may be repeated"
         group.add_argument(
@@ -64,7 +66,7 @@ def _pattern_of(number: type) -> Callable[[str], tuple[str, Any]]:
     def parse(text: str) -> tuple[str, Any]:
         pattern, separator, value = text.rpartition("=")
         if not separator:
-            raise argparse.ArgumentTypeError(f"{text!r} is not REGEX=NUMBER")
+            raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=NUMBER")
         try:
             return pattern, number(value)
         except ValueError:
@@ -102,13 +104,7 @@ def schedule_from(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib  # pyright: ignore[reportMissingImports]
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise BadFile(f"{path}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return parse_toml(read_bytes(path, MAX_FILE_BYTES).decode("utf-8-sig"))
+    except (BadConfig, UnicodeDecodeError) as error:
         raise BadConfig(f"{path}: not a TOML file: {error}") from None

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ...config import TrainConfig
+from ...config import TrainConfig, name_matches
 from ...errors import BadConfig
 from ...lora.file import LoraFile
 from ...models.base import Base
@@ -126,7 +126,7 @@ def target_modules(
             raise BadConfig(f"nothing in the {part.replace('_', ' ')} matches targets = {config.targets!r}")
     for name in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, name):
-            if not any(re.search(pattern, path) for _, path in result):
+            if not any(name_matches(pattern, path) for _, path in result):
                 example = next(iter(result))[1]
                 raise BadConfig(
                     f"{name}: {pattern!r} matches none of the {len(result)} adapted modules, e.g. {example}"
@@ -142,7 +142,7 @@ def refuse_settings_of_lora(config: TrainConfig) -> None:
 
 
 def _by_pattern(patterns: Mapping[str, _Number], path: str, default: _Number) -> _Number:
-    return next((value for pattern, value in patterns.items() if re.search(pattern, path)), default)
+    return next((value for pattern, value in patterns.items() if name_matches(pattern, path)), default)
 
 
 def peft_layers(
