@@ -14,11 +14,13 @@ from torch import Tensor
 
 from ..errors import BadConfig, LoraMisfit, UnmatchedKeys
 from ..tensor_names import NAME_TABLES, SCHEMES, ModuleId, bundled_embedding
-from .file import Entry, LoraFile
+from .file import KEY, Entry, LoraFile
 from .inspect import MODELSPEC_VERSION, OnProgress, silent, trigger_words
 from .kinds import BIAS_ROLES, bias_change
 from .modules import LoraModule, name_in_scheme, name_modules, suffix_of, without_tucker
 
+_OF_THE_ORIGINAL = ("lora_adapter_metadata", KEY)
+"""The metadata that are not true of a changed copy of a LoRA."""
 BaseWeight = Callable[[ModuleId], Tensor]
 """A function that gives the weight of a base model's module, for adapters whose change depends on it (DoRA, OFT)."""
 
@@ -77,7 +79,7 @@ def _metadata_for(lora: LoraFile, scheme: str) -> dict[str, str]:
         known["ss_base_model_version"] = family.base_versions[0]
         known["ss_network_module"] = "networks.lora" if is_lora else "lycoris.kohya"
         known["ss_network_dim"] = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
-    return known | {key: value for key, value in lora.metadata.items() if key != "lora_adapter_metadata"}
+    return known | {key: value for key, value in lora.metadata.items() if key not in _OF_THE_ORIGINAL}
 
 
 def _renamed(lora: LoraFile, entries: Sequence[Entry], scheme: str) -> dict[str, Tensor]:
@@ -257,7 +259,7 @@ def resize_lora(
         worst = max(worst, error)
         on_progress(done, len(lora.entries))
     size = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
-    metadata = {key: value for key, value in lora.metadata.items() if key != "lora_adapter_metadata"}
+    metadata = {key: value for key, value in lora.metadata.items() if key not in _OF_THE_ORIGINAL}
     metadata |= {"ss_network_dim": size, "ss_network_alpha": size}
     return replace(lora, tensors=tensors, metadata=metadata), worst
 

@@ -37,6 +37,8 @@ from .hashes import LegacyHash, model_hash
 from .kinds import BIAS_ROLES, bias_change, kind_of, needs_base, rank_of, weight_change, weight_shape
 from .modules import LoraModule, name_modules
 
+KEY = "facelora.key"
+"""The key in a LoRA's metadata of the hash of what it was trained from. A changed copy of the LoRA does not have it."""
 _T = TypeVar("_T")
 
 

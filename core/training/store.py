@@ -21,7 +21,7 @@ from PIL import Image
 from ..config import TrainConfig
 from ..device import PRECISIONS
 from ..errors import BadConfig, BadFile, FaceLoraError, InUse
-from ..lora.file import LoraFile
+from ..lora.file import KEY, LoraFile
 from ..lora.hashes import model_hash
 from ..models.base import Base
 from ..photos import Photo
@@ -38,8 +38,6 @@ from .likeness import LIKENESS_KEY
 from .methods import METHODS
 from .methods.method import Trained
 
-KEY = "facelora.key"
-"""The key in a LoRA's metadata of the hash of what it was made from."""
 MODEL_HASH = "sshs_model_hash"
 """The key in a saved LoRA's metadata of the hash of its tensors."""
 TRAINING_VERSION = "2"

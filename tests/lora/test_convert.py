@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from core.errors import BadConfig, BadFile, LoraMisfit, UnknownFamily, UnmatchedKeys
 from core.lora.checkpoints import extract_lora, merge_into_checkpoint
 from core.lora.convert import convert_lora, merge_loras, resize_lora, to_plain, truncated_svd
-from core.lora.file import LoraFile
+from core.lora.file import KEY, LoraFile
 from core.lora.hashes import legacy_hash, model_hash
 from core.lora.modules import LoraModule
 from core.storage.safetensors_file import SafetensorsFile, save_safetensors
@@ -235,6 +235,14 @@ def test_embeddings_in_the_file_come_along():
     tensors = kohya_tensors(some("sd15")) | {"bundle_emb.face.string_to_param.*": torch.randn(2, 768)}
     converted, _ = convert_lora(LoraFile.from_tensors(tensors, {}), "comfy")
     assert "bundle_emb.face.string_to_param.*" in converted.tensors
+
+
+def test_what_is_made_of_a_lora_is_not_taken_for_what_was_trained():
+    lora = LoraFile.from_tensors(kohya_tensors(some("sd15"), rank=2), {KEY: "0123", "ss_steps": "800"})
+    made = [convert_lora(lora, "comfy"), convert_lora(lora, "kohya", plain_rank=2), resize_lora(lora, rank=1)]
+    made += [merge_loras([(lora, 1.0)])]
+    assert all(KEY not in changed.metadata for changed, _ in made)
+    assert [changed.metadata.get("ss_steps") for changed, _ in made] == ["800", "800", "800", None]
 
 
 def test_an_unknown_scheme_is_refused_with_the_choices():
