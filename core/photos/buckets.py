@@ -9,6 +9,9 @@ from ..errors import BadConfig, BadPhoto
 MAX_ASPECT = 2.0
 """The largest ratio of longer to shorter side. Families are trained up to about this: SDXL's sizes are mostly under 2."""
 
+SMALLEST_SIDE = 16
+"""The shortest side of a photo in pixels, however much it may be enlarged."""
+
 Size = tuple[int, int]
 
 
@@ -32,12 +35,13 @@ def assign_bucket(size: Size, resolution: int, multiple: int, upscale: bool = Fa
     """The bucket (width, height) whose aspect is closest to the photo's `size`; the larger of two equally close.
 
     The bucket is never larger than the photo, unless `upscale` is set. Raises BadPhoto when a side of the photo is
-    shorter than `multiple`, BadConfig when the resolution is below it.
+    shorter than `multiple`, with `upscale` than SMALLEST_SIDE, BadConfig when the resolution is below `multiple`.
     """
     if resolution < multiple:
         raise BadConfig(f"resolution {resolution} is below {multiple}, the smallest that this model family can draw")
     sizes = bucket_sizes(resolution, multiple, within=None if upscale else size)
-    if not sizes:
-        raise BadPhoto(f"{size[0]}x{size[1]} pixels are too few: each side needs at least {multiple}")
+    if not sizes or min(size) < SMALLEST_SIDE:
+        least = SMALLEST_SIDE if upscale else multiple
+        raise BadPhoto(f"{size[0]}x{size[1]} pixels are too few: each side needs at least {least}")
     aspect = math.log(size[0] / size[1])
     return min(sizes, key=lambda bucket: (round(abs(math.log(bucket[0] / bucket[1]) - aspect), 9), -math.prod(bucket)))

@@ -1,6 +1,7 @@
 """Pictures from a base model and LoRAs."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -42,7 +43,7 @@ from .sampling import (
     sample_latents,
     sampler_name,
 )
-from .sizes import checked_size
+from .sizes import SMALLEST_SIDE, checked_size
 
 _Item = TypeVar("_Item", bound=Hashable)
 
@@ -74,6 +75,11 @@ class Job:
             raise BadConfig(f"seed = {self.seed}: must be between 0 and 2**64 - 1")
         if not 0 <= self.guidance <= 100:
             raise BadConfig(f"guidance = {self.guidance}: must be between 0 and 100")
+        if not math.isfinite(self.strength):
+            raise BadConfig(f"strength = {self.strength}: must be finite")
+        if self.size is not None and min(self.size) < SMALLEST_SIDE:
+            width, height = self.size
+            raise BadConfig(f"size {width}x{height}: width and height must be at least {SMALLEST_SIDE}")
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ import math
 from ..errors import BadConfig
 from ..models.base import Base
 
-LARGEST_SIDE = 16384
-"""The longest side of a picture in pixels, as in ComfyUI."""
+SMALLEST_SIDE, LARGEST_SIDE = 16, 16384
+"""The shortest and the longest side of a picture in pixels, as in ComfyUI."""
 
 
 def checked_size(base: Base, size: tuple[int, int] | None) -> tuple[int, int]:

@@ -57,6 +57,8 @@ def test_a_small_photo_gets_a_smaller_bucket_of_its_aspect():
 def test_too_small_photos_and_too_small_resolutions_are_refused():
     with pytest.raises(BadPhoto, match="63x200 pixels are too few: each side needs at least 64"):
         assign_bucket((63, 200), 512, 64)
+    with pytest.raises(BadPhoto, match="3x200 pixels are too few: each side needs at least 16"):
+        assign_bucket((3, 200), 512, 64, upscale=True)
     with pytest.raises(BadConfig, match="resolution 32 is below 64"):
         assign_bucket((500, 500), 32, 64)
 
