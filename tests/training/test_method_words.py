@@ -226,6 +226,12 @@ def test_a_single_vector_may_have_one_axis_and_other_shapes_are_refused(bases):
             encoded(*wrong)
 
 
+def test_half_of_sdxls_embedding_is_no_sd15s():
+    for key, width in (("clip_l", 768), ("clip_g", 1280)):
+        half = LoraFile.from_tensors({key: torch.ones(2, width)}, {}, "face.safetensors")
+        assert half.family == "sdxl" and len(embeddings_of(half)["face"]) == 1
+
+
 def test_diffusers_reads_the_embedding_file_and_encodes_its_word_alike(bases, caches, tmp_path):
     base, run = bases["sd15"], started_run(bases, caches, "sd15")
     run.adapter.export(run.parameters, base, {}).save(tmp_path / "sks.safetensors", torch.float32)
