@@ -407,7 +407,7 @@ def append_report(path: Path, report: Mapping[str, Any], command: str) -> None:
     try:
         before = path.read_bytes() if path.exists() else b""
     except OSError as error:
-        raise BadFile(f"{path}: cannot be read: {error.strerror}") from None
+        raise BadFile(f"{path}: cannot be read: {error.strerror or error}") from None
     write_file(path, lambda file: file.write(before + text.encode("utf-8", "replace")))
 
 

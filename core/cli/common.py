@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from .. import models  # the package loads its modules only when a name is used
-from ..errors import BadConfig
+from ..errors import BadConfig, one_line
 from ..storage.files import is_text
 
 
@@ -85,7 +85,7 @@ def split_strength(text: str) -> tuple[str, float]:
 
 
 def print_warning(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {one_line(message)}", file=sys.stderr)
 
 
 class BarProgress:

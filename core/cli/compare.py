@@ -9,7 +9,7 @@ from pathlib import Path
 from ..bench import REPORT, SETTINGS, Comparison, summary_rows
 from ..bench.compare import compare
 from ..config import config_from
-from ..errors import BadConfig
+from ..errors import BadConfig, one_line
 from ..faces import load_faces
 from ..photos import read_photos
 from .common import BarProgress, base_from, device_from
@@ -52,7 +52,7 @@ def run_compare(options: argparse.Namespace) -> None:
         print(json.dumps([dataclasses.asdict(result) for result in results], indent=1))
         return
     for row in summary_rows(results):
-        print("| " + " | ".join(row) + " |")
+        print(one_line("| " + " | ".join(row) + " |"))
     print(f"{options.output / REPORT}, compare.png and a sheet of pictures for each person", file=sys.stderr)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ..errors import BadConfig, BadStylePack
+from ..errors import BadConfig, BadStylePack, one_line
 from ..faces import Reference, load_faces
 from ..lora import LoraFile
 from ..models import caption_tokens
@@ -181,9 +181,9 @@ def list_style_packs(options: argparse.Namespace) -> None:
         print(json.dumps({"packs": packs, "problems": problems}, indent=1))
         return
     for name, pack in packs.items():
-        print(f"{name}: {pack['title']}")
+        print(one_line(f"{name}: {pack['title']}"))
         for style in pack["styles"]:
-            print(f"    {style}")
+            print(one_line(f"    {style}"))
     for problem in problems:
         print_warning(problem)
 

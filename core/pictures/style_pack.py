@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import BadConfig, BadStylePack, UnknownFamily
 from ..models.families import FAMILIES
-from ..storage.files import is_text
+from ..storage.files import is_text, read_bytes
 from .sizes import size_near
 
 PACKAGE_FOLDER = Path(__file__).parent / "style_packs"
@@ -152,7 +152,7 @@ class StylePack:
             found = path.is_file()
         except (OSError, RuntimeError) as error:  # a name that is too long, links in a circle
             raise BadStylePack(
-                f"{at} cannot be looked up: {getattr(error, 'strerror', 'links in a circle')}"
+                f"{at} cannot be looked up: {getattr(error, 'strerror', None) or 'links in a circle'}"
             ) from error
         if not path.is_relative_to(self.folder.resolve()):  # a symbolic link; other tricks are refused at reading
             raise BadStylePack(f"{at} leaves the folder")
@@ -367,18 +367,12 @@ def _clash(pack_id: str, paths: Iterable[Path]) -> str:
 
 
 def _read_json(path: Path) -> Any:
+    content = read_bytes(path, MAX_FILE_BYTES, name=path.name, error=BadStylePack)
     try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise BadStylePack(
-                f"{path.name}: {size / 2**20:.1f} MiB; a style pack has at most {MAX_FILE_BYTES >> 20} MiB"
-            )
         # utf-8-sig: some editors on Windows begin a file with a byte order mark.
         return json.loads(
-            path.read_text("utf-8-sig"), object_pairs_hook=_object_without_repeats, parse_constant=_refuse_constant
+            content.decode("utf-8-sig"), object_pairs_hook=_object_without_repeats, parse_constant=_refuse_constant
         )
-    except OSError as error:
-        raise BadStylePack(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise BadStylePack(f"{path.name}: not UTF-8 text (byte {error.start})") from error
     except json.JSONDecodeError as error:

@@ -3,6 +3,7 @@
 import hashlib
 import html
 import json
+import math
 import os
 import re
 import signal
@@ -26,7 +27,7 @@ from core.cli.common import BarProgress
 from core.cli.pictures import style_jobs
 from core.demo import BASE_FILE
 from core.demo.people import person_photos
-from core.errors import BadConfig, BadPhoto
+from core.errors import BadConfig, BadPhoto, InUse
 from core.faces import Face, Reference
 from core.lora.inspect import file_hashes
 from core.models.clip import caption_tokens
@@ -35,7 +36,7 @@ from core.pictures.generate import Picture, generate, parameters_text
 from core.pictures.headshots import make_headshots
 from core.pictures.sampling import SAMPLER_TITLES, SAMPLERS, build_sampler, encode_pairs, sample_latents
 from core.pictures.sheet import contact_sheet
-from tests.tooling import small_flow_base, write_photos
+from tests.tooling import held_elsewhere, small_flow_base, write_photos
 
 STYLES = ("Classic grey studio", "Navy backdrop executive", "Bright open office", "Warm beige studio")
 
@@ -612,6 +613,40 @@ def test_a_picture_that_leaves_its_folder_does_not_hide_the_packs(
     said = capsys.readouterr()
     assert "linked: Linked\n    Plain\n" in said.out and "corporate: Corporate\n" in said.out
     assert "'plain.jpg' leaves the folder" in said.err and "secret" not in said.out + said.err
+
+
+def test_names_of_packs_and_styles_cannot_write_to_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    styles = [{"name": "Plain\x1b[2J", "prompt": "{prompt}"}, {"name": "Bad\n\x1b[H", "prompt": 3}]
+    (tmp_path / "a\x1b[1m\nb.json").write_text(json.dumps(styles))
+    assert main(["generate", "--style-pack", "list", "--style-folder", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert "a\ufffd[1m\ufffdb: a\ufffd[1m\ufffdb\n    Plain\ufffd[2J\n" in said.out
+    assert said.err.startswith("warning: a\ufffd[1m\ufffdb.json: style ") and said.err.count("\n") == 1
+    assert "\x1b" not in said.out + said.err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"strength": math.nan}, "strength = nan: must be finite"),
+        ({"strength": -math.inf}, "strength = -inf: must be finite"),
+        ({"size": (3, 64)}, "size 3x64: width and height must be at least 16"),
+        ({"guidance": math.nan}, "guidance = nan: must be between 0 and 100"),
+    ],
+)
+def test_a_job_that_makes_no_picture_is_refused(wrong, said) -> None:
+    with pytest.raises(BadConfig, match=f"^{said}"):
+        Job("a photo", 1, **wrong)
+
+
+def test_a_second_batch_into_one_folder_is_refused(base, tmp_path: Path) -> None:
+    leftover = tmp_path / ".001-1.png.0123abcd.tmp"
+    leftover.touch()
+    with held_elsewhere(tmp_path / "headshots.json"), pytest.raises(InUse, match=r"headshots\.json: another run is"):
+        make_headshots(base, [], jobs(1), tmp_path)
+    assert [*tmp_path.iterdir()] == [leftover]
 
 
 def test_a_prompt_beyond_77_tokens_is_reported_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
