@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .storage import clear_cache as clear_cache
     from .training import Callbacks as Callbacks
     from .training import StepReport as StepReport
+    from .training import recipe_config as recipe_config
     from .training import train as train
     from .training import train_lora as train_lora
     from .training.encode import encode as encode
@@ -54,7 +55,7 @@ else:
             ".pictures": ("contact_sheet",),
             ".pictures.generate": ("GenerateConfig", "Job", "generate"),
             ".storage": ("clear_cache",),
-            ".training": ("Callbacks", "StepReport", "train", "train_lora"),
+            ".training": ("Callbacks", "StepReport", "recipe_config", "train", "train_lora"),
             ".training.encode": ("encode",),
         },
         modules=("bench", "faces", "lora", "models", "photos", "pictures", "storage", "tensor_names", "training"),

