@@ -6,11 +6,15 @@ import json
 import math
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from .. import models  # the package loads its modules only when a name is used
 from ..errors import BadConfig
 from ..storage.files import is_text
+
+DEMO_BASE = Path(__file__).parent.parent / "demo" / "base.safetensors"
+"""The file of the demo's base model, which `--base demo` means."""
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +22,11 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def add_base(parser: argparse.ArgumentParser, required: bool) -> None:
-    parser.add_argument("--base", required=required, help="checkpoint file, diffusers folder, or hub id")
+    parser.add_argument(
+        "--base",
+        required=required,
+        help="checkpoint file, diffusers folder, or hub id; demo: the base model of the demo",
+    )
     parser.add_argument("--vae", metavar="FILE", help="VAE, where the base's file is the denoiser alone")
     parser.add_argument(
         "--text-encoder", action="append", default=[], metavar="FILE",
@@ -33,7 +41,8 @@ def add_base(parser: argparse.ArgumentParser, required: bool) -> None:
 
 def base_from(options: argparse.Namespace, **schedule: Any):
     files = {"vae": options.vae, "text_encoders": options.text_encoder, "tokenizer": options.tokenizer}
-    return models.load_base(options.base, **files, **schedule)
+    base = DEMO_BASE if options.base == "demo" and not Path("demo").exists() else options.base
+    return models.load_base(base, **files, **schedule)
 
 
 def add_face_network(parser: argparse.ArgumentParser, default: str | None = "sface") -> None:
