@@ -1,8 +1,8 @@
 """The library for scripts: `train`, `load_base`, `LoraFile`, `apply`, `generate`, and the steps that these consist of.
 
-from core import TrainConfig, train
+from core import train
 
-lora = train("photos", "sd15.safetensors", TrainConfig(trigger_word="sks", steps=800), output="me.safetensors")
+lora = train("photos", "sd15.safetensors", output="me.safetensors")
 
 Importing it loads nothing else, not even torch; each name is loaded when it is used.
 """
