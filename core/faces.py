@@ -369,7 +369,7 @@ def similarity_transform(source: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def why_no_faces() -> str | None:
-    """Why `load_faces` cannot load what is usual, with the command that installs it; None where it can."""
+    """The reason why `load_faces` cannot load the default networks, with the command that installs them; else None."""
     try:
         _weights_folder()
     except MissingPackage as missing:

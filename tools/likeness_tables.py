@@ -39,7 +39,7 @@ from tools.photo_tables import replace_table, table
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "likeness.md"
 PRIORS = {"none": 0.0, "prior prediction 0.5": 0.5}
-SHARES = ((0.5, 1.0), (0.25, 2.0), (0.25, 1.0), (0.1, 5.0))
+SHARES = ((0.5, 1.0), (0.25, 2.0), (0.25, 1.0))
 """Shares of the steps that have prior prediction, and its weight, to choose from."""
 SCREENED = ("35", "38")
 """The people by whom: with the highest share the second leaks most, the first not at all."""

@@ -14,7 +14,7 @@ from ..errors import BadConfig
 from ..storage.files import is_text
 
 DEMO_BASE = Path(__file__).parent.parent / "demo" / "base.safetensors"
-"""The file of the demo's base model, which `--base demo` means."""
+"""The file of the demo's base model, for `--base demo`."""
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

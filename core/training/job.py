@@ -72,10 +72,11 @@ def train(
 ) -> Trained:
     """The trained LoRA, which is also written to `output` (a `.safetensors` path) when one is given.
 
-    `photos` is a folder, or a list of photos already read; so is `class_photos`, for prior preservation. Without a `config`
-    the settings are those of the recipe `balanced`: see `core.training.recipe_config`. With `output`, the state of the run is kept beside it until the run is done: `resume=True` goes on from it, `restart=True` replaces it, and
-    without either a state that is there is an error. Every `save_every` steps a numbered LoRA is written beside the output,
-    and samples go into the folder `<name>-samples`, unless callbacks take them.
+    `photos` is a folder, or a list of photos already read; so is `class_photos`, for prior preservation. Without a `config` the
+    settings are those of the recipe `balanced`: see `core.training.recipe_config`. With `output`, the state of the run is kept
+    beside it until the run is done: `resume=True` goes on from it, `restart=True` replaces it, and without either a state that
+    is there is an error. Every `save_every` steps a numbered LoRA is written beside the output, and samples go into the folder
+    `<name>-samples`, unless callbacks take them.
 
     Likeness is measured to the `held_out` photos, or to `config.hold_out` of `photos`, by `faces` (default: YuNet and SFace).
     The measurements are in the metadata under `core.training.likeness.LIKENESS_KEY`.
