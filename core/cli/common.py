@@ -6,15 +6,14 @@ import json
 import math
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from .. import models  # the package loads its modules only when a name is used
 from ..errors import BadConfig
 from ..storage.files import is_text
 
-DEMO_BASE = Path(__file__).parent.parent / "demo" / "base.safetensors"
-"""The file of the demo's base model, for `--base demo`."""
+DEMO = "demo"
+"""What `--base` calls the small base model that comes with the package."""
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -22,11 +21,8 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def add_base(parser: argparse.ArgumentParser, required: bool) -> None:
-    parser.add_argument(
-        "--base",
-        required=required,
-        help="checkpoint file, diffusers folder, or hub id; demo: the base model of the demo",
-    )
+    parser.add_argument("--base", required=required, help="checkpoint file, diffusers folder, hub id, or demo: "
+                        "the small one that comes with the package")  # fmt: skip
     parser.add_argument("--vae", metavar="FILE", help="VAE, where the base's file is the denoiser alone")
     parser.add_argument(
         "--text-encoder", action="append", default=[], metavar="FILE",
@@ -41,8 +37,16 @@ def add_base(parser: argparse.ArgumentParser, required: bool) -> None:
 
 def base_from(options: argparse.Namespace, **schedule: Any):
     files = {"vae": options.vae, "text_encoders": options.text_encoder, "tokenizer": options.tokenizer}
-    base = DEMO_BASE if options.base == "demo" and not Path("demo").exists() else options.base
-    return models.load_base(base, **files, **schedule)
+    return models.load_base(_source(options.base), **files, **schedule)
+
+
+def _source(name: str):
+    """What `load_base` opens: of `demo` the embedded base, else what was named."""
+    if name != DEMO:
+        return name
+    from ..demo import BASE_FILE
+
+    return BASE_FILE
 
 
 def add_face_network(parser: argparse.ArgumentParser, default: str | None = "sface") -> None:
