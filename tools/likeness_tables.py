@@ -14,7 +14,7 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from core.demo import BASE_FILE, CONFIG, GUIDANCE, PICTURE_SIZE, Judge
 from core.demo.people import UNSEEN_PEOPLE, person_photos
 from core.faces import load_faces
 from core.lora.file import LoraFile
-from core.models.base import load_base
+from core.models.base import Base, load_base
 from core.photos import Photo
 from core.photos.captions import class_caption, default_caption
 from core.pictures.generate import GenerateConfig, Job, generate
@@ -39,6 +39,10 @@ from tools.photo_tables import replace_table, table
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "likeness.md"
 PRIORS = {"none": 0.0, "prior prediction 0.5": 0.5}
+SHARES = ((0.5, 1.0), (0.25, 2.0), (0.25, 1.0))
+"""Shares of the steps that have prior prediction, and its weight, to choose from."""
+SCREENED = ("35", "38")
+"""The people by whom: with the highest share the second leaks most, the first not at all."""
 KEPT = ("last step", "selected")
 SEEDS = range(101, 109)
 """Of the pictures to judge by; the selection's count from 1."""
@@ -138,13 +142,7 @@ def measure(name: str, person: Person, prior: str) -> Record:
             points.append(report.likeness)
             print(f"{name}, {prior}: step {report.step}, likeness {report.likeness.likeness:.3f}", flush=True)
 
-    def draw(prompt: str, lora: LoraFile | None) -> list[Image.Image]:
-        loras = [] if lora is None else [(lora, 1.0)]
-        jobs = [Job(prompt, seed, size=PICTURE_SIZE, guidance=GUIDANCE, steps=SAMPLE_STEPS) for seed in SEEDS]
-        return [picture.image for picture in generate(base, loras, jobs, GenerateConfig(batch_size=len(jobs)))]
-
-    subject, of_class = default_caption(config.trigger_word, config.class_word), class_caption(config.class_word)
-    class_before, judgements = draw(of_class, None), []
+    judged, judgements = judged_by(judge, base, config), []
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "lora.safetensors"
         train(
@@ -157,18 +155,66 @@ def measure(name: str, person: Person, prior: str) -> Record:
             callbacks=Callbacks(on_step=on_step),
         )
         for path in [*sorted(output.parent.glob("lora-step*")), output]:
-            lora = LoraFile.read(path)
-            of_person, class_after = draw(subject, lora), draw(of_class, lora)
-            judgements.append(
-                Judgement(
-                    int(lora.metadata["ss_steps"]),
-                    likeness=float(np.mean(judge.likeness(of_person))),
-                    rank1=judge.recognised(of_person) / len(of_person),
-                    leakage=float(np.mean(judge.likeness(class_after)) - np.mean(judge.likeness(class_before))),
-                    drift=float(np.mean([picture_change(a, b) for a, b in zip(class_before, class_after, strict=True)])),
-                )
-            )  # fmt: skip
+            judgements.append(judged(LoraFile.read(path)))
     return Record(name, prior, tuple(points), tuple(judgements))
+
+
+def judged_by(judge: Judge, base: Base, config: TrainConfig) -> Callable[[LoraFile], Judgement]:
+    """A function from a LoRA to its Judgement, by the same pictures for each."""
+
+    def draw(prompt: str, lora: LoraFile | None) -> list[Image.Image]:
+        loras = [] if lora is None else [(lora, 1.0)]
+        jobs = [Job(prompt, seed, size=PICTURE_SIZE, guidance=GUIDANCE, steps=SAMPLE_STEPS) for seed in SEEDS]
+        return [picture.image for picture in generate(base, loras, jobs, GenerateConfig(batch_size=len(jobs)))]
+
+    subject, of_class = default_caption(config.trigger_word, config.class_word), class_caption(config.class_word)
+    class_before = draw(of_class, None)
+
+    def judgement(lora: LoraFile) -> Judgement:
+        of_person, class_after = draw(subject, lora), draw(of_class, lora)
+        return Judgement(
+            int(lora.metadata["ss_steps"]),
+            likeness=float(np.mean(judge.likeness(of_person))),
+            rank1=judge.recognised(of_person) / len(of_person),
+            leakage=float(np.mean(judge.likeness(class_after)) - np.mean(judge.likeness(class_before))),
+            drift=float(np.mean([picture_change(a, b) for a, b in zip(class_before, class_after, strict=True)])),
+        )
+
+    return judgement
+
+
+def screen(person: Person, share: float, weight: float) -> Judgement:
+    """What the last step is worth with prior prediction on that share of the steps, at that weight."""
+    config = replace(
+        settings("none"), prior_prediction=share, prior_loss_weight=weight, sample_every=0, save_every=0
+    )  # fmt: skip
+    base = load_base(BASE_FILE)
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "lora.safetensors"
+        train(photos(person.training), base, config, output=output)
+        return judged_by(Judge(load_faces(), person.number, person.test), base, config)(LoraFile.read(output))
+
+
+def screened(records: Path) -> str:
+    """The table of the shares and weights; what is recorded is not measured again."""
+    summary = []
+    for share, weight in SHARES:
+        for name in SCREENED:
+            path = records / f"share-{share:g}-{weight:g}-{name}.json"
+            if not path.exists():
+                write_text(path, json.dumps(asdict(screen(people()[name], share, weight))) + "\n")
+            judged = Judgement(**json.loads(path.read_text(encoding="utf-8")))
+            summary.append(
+                (
+                    f"{share:g}",
+                    f"{weight:g}",
+                    name,
+                    f"{judged.likeness:.2f}",
+                    f"{judged.leakage:.2f}",
+                    f"{judged.drift:.1f}",
+                )
+            )
+    return table(("share", "weight", "person", "likeness", "leakage", "drift"), summary)
 
 
 def read_record(path: Path) -> Record:
@@ -279,8 +325,15 @@ def main() -> None:
     )
     parser.add_argument("--person", action="append", help="only this one, and write no table; may be repeated")
     parser.add_argument("--prior", action="append", choices=tuple(PRIORS), help="likewise")
+    parser.add_argument(
+        "--shares", action="store_true", help="write the table of prior prediction's shares and weights alone"
+    )
     options = parser.parse_args()
     options.records.mkdir(parents=True, exist_ok=True)
+    if options.shares:
+        text = replace_table(DOCUMENT.read_text(encoding="utf-8"), "shares", screened(options.records))
+        write_text(DOCUMENT, text)
+        return
     runs = [
         (options.records / f"{name}-{PRIORS[prior]:g}.json", name, person, prior)
         for prior in options.prior or PRIORS

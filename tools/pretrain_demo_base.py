@@ -14,6 +14,7 @@ the time goes into giving memory back and asking for it again.
 """
 
 import argparse
+import json
 import math
 import time
 from pathlib import Path
@@ -29,11 +30,20 @@ from core.models.base import load_base
 from core.models.clip import load_tokenizer
 from core.models.ldm import ldm_vae_path
 from core.models.objective import NoiseSchedule
+from core.models.recipe import RECIPES_KEY
 from core.storage.safetensors_file import save_safetensors
 from core.tensor_names.unet import ldm_unet_path
 
 SIZE = (64, 80)
 """Width and height of the base's pictures, in pixels."""
+RECIPES = {
+    name: {
+        "photos": photos, "rate": 1.5e-3, "rank": 16, "batch_size": 4,
+        "settings": {"min_snr_gamma": 0.0, "sample_guidance": 2.5, "sample_steps": 10},
+    }
+    for name, photos in (("fast", 600), ("balanced", 1200), ("best", 2400))
+}  # fmt: skip
+"""The base's own recipes, in its metadata: it is 200 times smaller than SD1.5's UNet and trains at a higher rate."""
 LATENT_SCALE = 0.18215
 """SD1.5's constant: the VAE's latents times this have a standard deviation of 1."""
 
@@ -336,6 +346,7 @@ def export(path: Path, vae, trained: dict[str, Tensor]) -> None:
         "modelspec.resolution": "72x72",
         "modelspec.prediction_type": "epsilon",
         "modelspec.license": "Apache-2.0",
+        RECIPES_KEY: json.dumps(RECIPES),
     }
     save_safetensors(path, {name: value.contiguous() for name, value in sorted(tensors.items())}, metadata)
 

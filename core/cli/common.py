@@ -12,13 +12,17 @@ from .. import models  # the package loads its modules only when a name is used
 from ..errors import BadConfig, one_line
 from ..storage.files import is_text
 
+DEMO = "demo"
+"""What `--base` calls the small base model that comes with the package."""
+
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; default: the best there is")
 
 
 def add_base(parser: argparse.ArgumentParser, required: bool) -> None:
-    parser.add_argument("--base", required=required, help="checkpoint file, diffusers folder, or hub id")
+    parser.add_argument("--base", required=required, help="checkpoint file, diffusers folder, hub id, or demo: "
+                        "the small one that comes with the package")  # fmt: skip
     parser.add_argument("--vae", metavar="FILE", help="VAE, where the base's file is the denoiser alone")
     parser.add_argument(
         "--text-encoder", action="append", default=[], metavar="FILE",
@@ -33,7 +37,16 @@ def add_base(parser: argparse.ArgumentParser, required: bool) -> None:
 
 def base_from(options: argparse.Namespace, **schedule: Any):
     files = {"vae": options.vae, "text_encoders": options.text_encoder, "tokenizer": options.tokenizer}
-    return models.load_base(options.base, **files, **schedule)
+    return models.load_base(_source(options.base), **files, **schedule)
+
+
+def _source(name: str):
+    """What `load_base` opens: of `demo` the embedded base, else what was named."""
+    if name != DEMO:
+        return name
+    from ..demo import BASE_FILE
+
+    return BASE_FILE
 
 
 def add_face_network(parser: argparse.ArgumentParser, default: str | None = "sface") -> None:

@@ -8,7 +8,8 @@ from typing import Any
 from ..config import config_from
 from ..errors import BadConfig, FaceLoraError
 from ..faces import load_faces
-from ..training import LIKENESS_KEY, METHODS, Callbacks, recipe_settings, state_path, train
+from ..photos import read_photos
+from ..training import LIKENESS_KEY, METHODS, Callbacks, recipe_config, state_path, train
 from .common import BarProgress, JsonProgress, base_from, device_from
 from .settings import schedule_from, settings_from
 
@@ -20,9 +21,14 @@ class Cancelled(FaceLoraError):
 def run_train(options: argparse.Namespace) -> None:
     given = settings_from(options)
     base = base_from(options, **schedule_from(given))
-    config = config_from(recipe_settings(options.recipe, base.family.name, given) if options.recipe else given)
     stop = _StopOnSignal()
     progress = JsonProgress() if options.json else BarProgress()
+    photos = read_photos(options.photos, strict=options.strict, on_warning=progress.warning)
+    config = (
+        config_from(given)
+        if options.recipe == "none"
+        else recipe_config(options.recipe, base, len(photos), given, progress.warning)
+    )
 
     def on_step(report) -> None:
         progress.step(report)
@@ -49,7 +55,7 @@ def run_train(options: argparse.Namespace) -> None:
     faces = load_faces(options.face_network) if options.face_network else None
     with stop, progress:
         lora = train(
-            options.photos, base, config, faces=faces,
+            photos, base, config, faces=faces,
             output=options.output, class_photos=options.class_photos, continue_from=options.continue_from,
             resume=options.resume, restart=options.restart, strict=options.strict, device=device_from(options),
             callbacks=Callbacks(on_step=on_step, on_phase=on_phase, on_warning=progress.warning),

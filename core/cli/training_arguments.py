@@ -23,8 +23,9 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         "--config", type=Path, metavar="FILE.toml", help="settings; options given here win over the file's"
     )
     parser.add_argument(
-        "--recipe", choices=get_args(RecipeName),
-        help="settings for little, usual or much time, which the file's and the options here win over",
+        "--recipe", choices=("none", *get_args(RecipeName)), default="balanced",
+        help="settings for little, usual or much time, which the file's and the options here win over; none: the defaults "
+        "below as they stand (default: balanced)",
     )  # fmt: skip
     unfinished = parser.add_mutually_exclusive_group()
     unfinished.add_argument(

@@ -22,6 +22,7 @@ from .families import FAMILIES, detect_family
 from .ldm import VAE_PREFIXES, current_vae_path, original_unet_names
 from .objective import Schedule
 from .quantised import dequantised
+from .recipe import RECIPES_KEY
 from .spec import (
     DENOISER_PREFIX,
     UNQUANTISED,
@@ -73,6 +74,8 @@ class Base:
     """All files that were opened, those of text encoders too."""
     caption_encoder: CaptionEncoder | None = field(default=None, repr=False)
     """The encoder of captions that takes the place of the base model's own text encoders."""
+    own_recipes: str = field(default="{}", repr=False)
+    """The recipes in the metadata of its file, as JSON that `recipe.read_recipes` reads."""
     _digests: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
     """The sha256 over a part's tensors, by part, for the parts asked for so far."""
 
@@ -270,6 +273,7 @@ def load_base(
         vae_file=vae_file if isinstance(vae_file, SafetensorsFile) else None,
         files=tuple(one for one in opened if isinstance(one, SafetensorsFile)),
         caption_encoder=caption_encoder,
+        own_recipes=metadata.get(RECIPES_KEY, "{}"),
     )
 
 

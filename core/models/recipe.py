@@ -1,11 +1,22 @@
 """The settings of a family's training for little, usual or much time."""
 
+import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..config import TrainConfig, config_from, known_settings
+from ..errors import BadConfig
+
 RECIPES = ("fast", "balanced", "best")
 """The recipes that every family has, from the shortest to the longest."""
+RECIPES_KEY = "facelora.recipes"
+"""The key of a base model's own recipes in its metadata: JSON with the fields of a Recipe by the recipe's name."""
+_ITS_GROUPS = ("method", "photos", "optimizer", "loss", "prior preservation")
+"""The groups of the settings that such a recipe may have: not those of the person, the base, the machine and the output."""
+_DERIVED = ("steps", "learning_rate", "rank", "batch_size", "accumulation", "method", "optimizer")
+"""The settings of these groups that follow from a Recipe's other fields, or that these depend on."""
 
 
 @dataclass(frozen=True)
@@ -21,4 +32,45 @@ class Recipe:
     batch_size: int = 1
     """The photos in a forward pass, unless the user sets another number."""
     settings: Mapping[str, Any] | None = None
-    """Other settings that differ from the defaults of TrainConfig."""
+    """Other settings that differ from the defaults of TrainConfig and from `training.recipes.COMMON`."""
+
+
+def read_recipes(text: str) -> dict[str, Recipe]:
+    """The recipes that the value of RECIPES_KEY states, by name: some or all of RECIPES.
+
+    Raises BadConfig when it is not JSON of that form, or has a setting that is no recipe's or a value that is out of range.
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadConfig(f"no JSON: {error}") from None
+    if (
+        not isinstance(found, dict)
+        or not found.keys() <= {*RECIPES}
+        or not all(isinstance(each, dict) for each in found.values())
+    ):
+        raise BadConfig(f"expected a table of some of {', '.join(RECIPES)}, each a table")
+    return {name: _read_recipe(name, values) for name, values in found.items()}
+
+
+def _read_recipe(name: str, values: Any) -> Recipe:
+    try:
+        recipe = Recipe(**values)
+        settings = known_settings(recipe.settings or {})
+    except (TypeError, AttributeError) as error:
+        raise BadConfig(f"recipe {name!r}: {str(error).removeprefix('Recipe.__init__() ')}") from None
+    groups = {item.name: item.metadata["group"] for item in dataclasses.fields(TrainConfig)}
+    allowed = {key for key, group in groups.items() if group in _ITS_GROUPS and key not in _DERIVED}
+    if wrong := settings.keys() - allowed - {"sample_guidance", "sample_steps"}:
+        raise BadConfig(f"recipe {name!r}: {', '.join(sorted(wrong))}: no settings of a recipe")
+    if recipe.rate is None:
+        raise BadConfig(f"recipe {name!r}: has no rate")
+    # TrainConfig checks types and ranges; the number of photos has those of the steps.
+    of_the_run = {
+        "steps": recipe.photos,
+        "learning_rate": recipe.rate,
+        "rank": recipe.rank,
+        "batch_size": recipe.batch_size,
+    }
+    config_from({**settings, **of_the_run})
+    return dataclasses.replace(recipe, settings=settings)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .methods import peak_rate as peak_rate
     from .recipes import MEASUREMENTS as MEASUREMENTS
     from .recipes import RECIPES as RECIPES
+    from .recipes import recipe_config as recipe_config
     from .recipes import recipe_settings as recipe_settings
     from .store import TrainedFile as TrainedFile
     from .store import TrainingJob as TrainingJob
@@ -37,7 +38,7 @@ else:
             ".loop": ("train_lora",),
             ".memory_prediction": ("predicted_memory",),
             ".methods": ("METHODS", "peak_rate"),
-            ".recipes": ("MEASUREMENTS", "RECIPES", "recipe_settings"),
+            ".recipes": ("MEASUREMENTS", "RECIPES", "recipe_config", "recipe_settings"),
             ".store": ("TrainedFile", "TrainingJob", "find_or_train"),
         },
     )

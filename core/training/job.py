@@ -41,6 +41,7 @@ from .likeness import LikenessWatch, hold_out
 from .loop import train_lora
 from .methods import files_beside
 from .methods.method import Trained
+from .recipes import ENOUGH, recipe_config
 from .samples import Samples, make_class_images, sample_shots, training_sampler
 
 
@@ -73,10 +74,11 @@ def train(
 ) -> Trained:
     """The trained LoRA, which is also written to `output` (a `.safetensors` path) when one is given.
 
-    `photos` is a folder, or a list of photos already read; so is `class_photos`, for prior preservation. With `output`, the
-    state of the run is kept beside it until the run is done: `resume=True` goes on from it, `restart=True` replaces it, and
-    without either a state that is there is an error. Every `save_every` steps a numbered LoRA is written beside the output,
-    and samples go into the folder `<name>-samples`, unless callbacks take them.
+    `photos` is a folder, or a list of photos already read; so is `class_photos`, for prior preservation. Without a `config` the
+    settings are those of the recipe `balanced`: see `core.training.recipe_config`. With `output`, the state of the run is kept
+    beside it until the run is done: `resume=True` goes on from it, `restart=True` replaces it, and without either a state that
+    is there is an error. Every `save_every` steps a numbered LoRA is written beside the output, and samples go into the folder
+    `<name>-samples`, unless callbacks take them.
 
     Likeness is measured to the `held_out` photos, or to `config.hold_out` of `photos`, by `faces` (default: YuNet and SFace).
     The measurements are in the metadata under `core.training.likeness.LIKENESS_KEY`.
@@ -85,8 +87,11 @@ def train(
     ends the training with what has been learned. Errors are subclasses of FaceLoraError; InUse means that another run has
     the same output.
     """
-    config = config or TrainConfig()
     output = None if output is None else Path(output)
+    if config is None:
+        base, photos = _loaded(base, TrainConfig()), _read(photos, strict, callbacks.on_warning)
+        given = {"hold_out": len(held_out)} if held_out else {}
+        config = recipe_config("balanced", base, len(photos), given, callbacks.on_warning)
     with nullcontext() if output is None else _place(output, config, state_is_wanted=resume or restart):
         base = _checked_base(base, config, output)
         _check_pictures_asked_for(config, class_photos is not None, bool(held_out))
@@ -147,13 +152,19 @@ def _checked_base(
     base: Base | str | os.PathLike[str] | Mapping[str, Tensor], config: TrainConfig, output: Path | None
 ) -> Base:
     """The base model, loaded if needed. Raises when the settings do not suit it or the output would replace its file."""
-    if not isinstance(base, Base):
-        base = load_base(base, prediction_type=config.prediction_type, zero_terminal_snr=config.zero_terminal_snr)
+    base = _loaded(base, config)
     for file in base.files:
         if output is not None and output.exists() and output.samefile(file.path):
             raise BadFile(f"{output}: is a file of the base model, which the LoRA would replace; choose another output")
     check_base_options(base, config)
     return base
+
+
+def _loaded(base: Base | str | os.PathLike[str] | Mapping[str, Tensor], config: TrainConfig) -> Base:
+    """The base model, loaded if needed."""
+    if isinstance(base, Base):
+        return base
+    return load_base(base, prediction_type=config.prediction_type, zero_terminal_snr=config.zero_terminal_snr)
 
 
 def _check_pictures_asked_for(config: TrainConfig, class_photos: bool, held_out: bool) -> None:
@@ -222,17 +233,21 @@ def _look_at_photos(
     """The photos to train on, without those that are held out or that the report rejects; the latter are warned about."""
     if faces is None:
         return _Pictures(photos)
-    regions = None
+    regions, too_few = None, False
     if _wants_report(config):
         resolution = config.resolution or base.resolution
         report = check_photos(photos, faces, Thresholds.for_resolution(resolution, faces.name))
         if config.check_photos:
-            photos = _accepted(report, on_warning)
+            usable = _accepted(report, on_warning)
+            too_few = len(usable) < min(ENOUGH, len(photos))
+            photos = usable
         if config.face_crops:
             regions = face_regions(report, resolution, config.trigger_word, config.class_word)
         if config.face_masks:
             photos = with_masks(photos, report, background=0.0)  # the loss replaces 0 by background_weight
-    if config.hold_out and not held_out:
+    if config.hold_out and not held_out and too_few:
+        on_warning(f"only {len(photos)} photos are usable: none is held out, and likeness is not measured")
+    elif config.hold_out and not held_out:
         photos, held_out = hold_out(photos, config.hold_out, faces)
     watch = LikenessWatch(faces, photos, held_out, config) if held_out else None
     return _Pictures(photos, regions, watch)

@@ -304,7 +304,7 @@ def hold_out(photos: Sequence[Photo], count: int, network: FaceNetwork) -> tuple
     if len(fit) < count or len(photos) - count < MIN_TRAINING_PHOTOS:
         raise BadPhoto(
             f"hold_out = {count}: of {len(photos)} photos {len(fit)} show a face and repeat no other, and at least "
-            f"{MIN_TRAINING_PHOTOS} must be left to train on; hold out fewer, or add photos"
+            f"{MIN_TRAINING_PHOTOS} must be left to train on; hold out fewer (0: none), or add photos"
         )
     chosen = set(fit[:count])
     return (

@@ -1,45 +1,101 @@
-"""The settings that a recipe stands for.
+"""The settings that a recipe stands for, for a base model and a number of photos.
 
-Recipes are starting points from other projects, not measurements of this one. Each family has its own, in its file in
-core/models/families/.
+The length and the rate are starting points from other projects, not measurements of this one: each family has its own, in its
+file in core/models/families/. What all recipes have in common was measured: see docs/likeness.md.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..config import TrainConfig
+from ..config import RecipeName, TrainConfig, config_from, known_settings
 from ..errors import BadConfig
-from ..models.families import FAMILIES
-from ..models.recipe import RECIPES
+from ..faces import why_no_faces
+from ..models.base import Base
+from ..models.recipe import RECIPES, Recipe, read_recipes
 from .methods import METHODS
 
-MEASUREMENTS = 8
+COMMON = {"prior_prediction": 0.5}
+"""The settings of every recipe: prior prediction keeps the class from turning into the person."""
+MEASURED = {"hold_out": 2, "stop_early": True}
+"""The settings of every recipe when photos can be held out: the training keeps the best checkpoint, and stops when the class
+is lost."""
+ENOUGH = 8
+"""The number of usable photos from which some are held out."""
+MEASUREMENTS = 4
 """The number of likeness measurements when photos are held out and `sample_every` is not given."""
 
 
-def recipe_settings(name: str, family: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The settings of a family's recipe, overridden by those `given`.
+def recipe_config(
+    name: RecipeName,
+    base: Base,
+    photos: int,
+    given: Mapping[str, Any] | None = None,
+    on_warning: Callable[[str], None] = lambda message: None,
+) -> TrainConfig:
+    """The TrainConfig of a recipe for a number of photos, overridden by the settings `given`.
 
-    Steps and learning rate are adapted to the batch size, and the learning rate to the method. Raises BadConfig for a name
-    that is no recipe, or a given setting that is out of range.
+    The base model's own recipe, when its file has one, replaces its family's. `on_warning` hears of one that cannot be used,
+    and of face networks that are not installed. Raises BadConfig for a name that is no recipe, or a given setting that is
+    unknown or out of range.
+    """
+    return config_from(recipe_settings(name, recipes_of(base, on_warning), given, photos, on_warning))
+
+
+def recipes_of(base: Base, on_warning: Callable[[str], None]) -> Mapping[str, Recipe]:
+    """The recipes by name: the base model's own, and its family's for names that it lacks or when its own cannot be used."""
+    try:
+        return {**base.family.recipes, **read_recipes(base.own_recipes)}
+    except BadConfig as error:
+        on_warning(f"{base.name}: the recipes in its metadata cannot be used, its family's are instead ({error})")
+        return base.family.recipes
+
+
+def recipe_settings(
+    name: str,
+    recipes: Mapping[str, Recipe],
+    given: Mapping[str, Any] | None = None,
+    photos: int = ENOUGH,
+    on_warning: Callable[[str], None] = lambda message: None,
+) -> dict[str, Any]:
+    """The settings of one of `recipes` for a number of photos, overridden by those `given`.
+
+    Steps and learning rate are adapted to the batch size, the learning rate to the method, and alpha to the rank. Raises
+    BadConfig for a name that is no recipe, or a given setting that is unknown or, of these, out of range.
     """
     if name not in RECIPES:
         raise BadConfig(f"recipe {name!r}: choose one of {', '.join(RECIPES)}")
-    recipe, given = FAMILIES[family].recipes[name], given or {}
-    defaults = {"batch_size": recipe.batch_size, "accumulation": 1, "steps": 1, "method": "lora"}
+    recipe, given = recipes[name], known_settings(given or {})
+    defaults = {"batch_size": recipe.batch_size, "accumulation": 1, "steps": 1, "method": "lora", "rank": recipe.rank}
     checked = TrainConfig(**{name: given.get(name, value) for name, value in defaults.items()})
-    photos = checked.batch_size * checked.accumulation
-    rate = recipe.rate * photos**0.5 * METHODS[checked.method].rate_factor
+    method, seen = METHODS[checked.method], checked.batch_size * checked.accumulation
     settings = {
-        "steps": math.ceil(recipe.photos / photos),
+        # Textual inversion changes no network, so no other prompt can turn into the person.
+        **(COMMON if method.makes != "embedding" else {}),
+        **(MEASURED if given.get("hold_out", _can_hold_out(photos, given, on_warning)) else {}),
+        "steps": math.ceil(recipe.photos / seen),
         "batch_size": checked.batch_size,
         "rank": recipe.rank,
         # Rounded to two digits. Prodigy finds the rate by itself.
-        "learning_rate": None if given.get("optimizer") == "prodigy" else float(f"{rate:.1e}"),
+        "learning_rate": (
+            None
+            if given.get("optimizer") == "prodigy"
+            else float(f"{recipe.rate * seen**0.5 * method.rate_factor:.1e}")
+        ),
         **(recipe.settings or {}),
         **given,
     }
+    if settings.get("alpha") and "alpha" not in given:
+        settings["alpha"] *= checked.rank / recipe.rank
     if settings.get("hold_out"):
         settings.setdefault("sample_every", max(1, math.ceil(settings["steps"] / MEASUREMENTS)))
     return settings
+
+
+def _can_hold_out(photos: int, given: Mapping[str, Any], on_warning: Callable[[str], None]) -> bool:
+    """Whether a recipe holds photos out: enough are there, and the face networks, which a warning says when they are not."""
+    if photos < ENOUGH or "hold_out" in given or given.get("sample_every") == 0:
+        return False
+    if missing := why_no_faces():
+        on_warning(f"likeness is not measured while training: {missing}")
+    return not missing

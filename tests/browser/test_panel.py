@@ -122,7 +122,7 @@ def test_the_panel_is_no_part_of_what_is_saved_or_queued(page):
 
 
 def test_the_likeness_that_a_training_measures_is_drawn_in_both_designs(page, server, nodes_2):
-    write_photos(server.folder / "input" / "frida", count=6, scale=2, person=37)
+    write_photos(server.folder / "input" / "frida", count=8, scale=2, person=37)
     settings = "sample_steps = 5\nlikeness_pictures = 2\nsample_guidance = 2.0"
     page.reload()  # so that the list of folders has the new one
     page.clear()

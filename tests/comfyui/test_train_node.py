@@ -1,5 +1,6 @@
 """Train Face LoRA and Apply LoRA in a real server: the wiring. What is found again: tests/training/test_store.py."""
 
+import argparse
 import json
 import time
 import urllib.error
@@ -12,11 +13,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from core.config import TrainConfig
+from core.cli.training_arguments import add_train
+from core.config import config_from
 from core.lora.file import LoraFile
+from core.models.families import FAMILIES
 from core.storage.safetensors_file import SafetensorsFile
 from core.training.job import train
 from core.training.likeness import LIKENESS_KEY
+from core.training.recipes import recipe_settings
 from tests.tooling import SMALL_SD15, write_checkpoint, write_photos
 
 from .graphs import drawing, load_photos, node, training
@@ -279,7 +283,8 @@ def same(one: dict, other: dict) -> bool:
 
 
 def test_the_same_training_through_core_gives_the_same_tensors(server, trained):
-    config = TrainConfig(steps=2, rank=4, learning_rate=0.01, resolution=64, seed=1)
+    given = {"steps": 2, "rank": 4, "learning_rate": 0.01, "resolution": 64, "batch_size": 1}
+    config = config_from(recipe_settings("fast", FAMILIES["sd15"].recipes, given, photos=3))
     checkpoint = server.folder / "models" / "checkpoints" / "sd15.safetensors"
     output = server.folder / "core.safetensors"
     train(server.folder / "input" / "anna", checkpoint, config, output=output)
@@ -352,8 +357,15 @@ def test_masks_class_photos_and_a_lora_to_go_on_from_change_what_is_learned(serv
     assert not same(tensors(server, "more"), tensors(server, "anna"))
 
 
-def test_the_best_recipe_measures_and_keeps_the_best(server, trained):
-    write_photos(server.folder / "input" / "frida", count=6, person=37, scale=2)
+def test_the_recipe_that_nobody_chooses_is_the_command_lines(server):
+    parser = argparse.ArgumentParser()
+    add_train(parser)
+    _, options = server.get("/object_info/FaceLoRATrain")["FaceLoRATrain"]["input"]["required"]["recipe"]
+    assert options["default"] == parser.get_default("recipe") == "balanced"
+
+
+def test_from_eight_photos_on_a_recipe_measures_and_keeps_the_best(server, trained):
+    write_photos(server.folder / "input" / "frida", count=8, person=37, scale=2)
     settings = "sample_steps = 1\nlikeness_pictures = 1\nsample_guidance = 1.0"
     changes: dict[str, Any] = {
         "folder": "frida",

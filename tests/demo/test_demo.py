@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from core import LoraFile, load_base
+from core import LoraFile, load_base, recipe_config
 from core.cli import main
 from core.demo import BASE_FILE, CONFIG
+from tools.pretrain_demo_base import RECIPES
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +21,12 @@ def base():
 def test_the_embedded_base_is_small_enough_and_reads_as_stable_diffusion_1(base) -> None:
     assert BASE_FILE.stat().st_size <= 16_000_000
     assert (base.family.name, base.size_multiple, base.resolution) == ("sd15", 8, 72)
+
+
+def test_the_embedded_base_has_the_recipes_that_its_program_gives_it(base) -> None:
+    assert json.loads(base.own_recipes) == RECIPES
+    config = recipe_config("balanced", base, 4)
+    assert (config.steps, config.learning_rate, config.rank) == (CONFIG.steps, CONFIG.learning_rate, CONFIG.rank)
 
 
 def test_the_demo_takes_fewer_steps_than_its_own_warm_up(tmp_path: Path, monkeypatch, capsys) -> None:

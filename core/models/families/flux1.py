@@ -128,7 +128,7 @@ FLUX1 = FamilySpec(
         # Trainers usually make 500 to 1,000 steps of one photo at 2e-4 to 4e-4 and 512 to 768 px, for Chroma too.
         "fast": Recipe(500, 4e-4, 16, settings={"resolution": 512}),
         "balanced": Recipe(800, 2e-4, 16, settings={"resolution": 768}),
-        "best": Recipe(1600, 2e-4, 32, settings={"hold_out": 2}),
+        "best": Recipe(1600, 2e-4, 32),
     },
     pipeline_class="FluxPipeline",
     other_pipelines=(

@@ -150,7 +150,7 @@ FLUX2 = FamilySpec(
         # Based on the settings in ai-toolkit and diffusers.
         "fast": Recipe(600, 1e-4, 16, settings={"resolution": 512}),
         "balanced": Recipe(1200, 1e-4, 32, settings={"resolution": 768}),
-        "best": Recipe(2400, 5e-5, 64, settings={"hold_out": 2}),
+        "best": Recipe(2400, 5e-5, 64),
     },
     pipeline_class="Flux2KleinPipeline",
     text_encoders=TEXT,

@@ -50,7 +50,7 @@ SD15 = FamilySpec(
         # The usual settings of sd-scripts and of cog-sdxl: rank 32, alpha 16, 1e-4 at batch 4, 400 to 600 steps.
         "fast": Recipe(800, 1e-4, 16, batch_size=4),
         "balanced": Recipe(2000, 5e-5, 32, batch_size=4, settings={"alpha": 16.0}),
-        "best": Recipe(4000, 5e-5, 32, batch_size=4, settings={"alpha": 16.0, "hold_out": 2}),
+        "best": Recipe(4000, 5e-5, 32, batch_size=4, settings={"alpha": 16.0}),
     },
     pipeline_class="StableDiffusionPipeline",
     other_pipelines=(

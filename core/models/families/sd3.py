@@ -112,7 +112,7 @@ SD3 = FamilySpec(
         # Ranks as usual for SD3.5 in sd-scripts, 32 to 64.
         "fast": Recipe(600, 1e-4, 16, settings={"resolution": 768}),
         "balanced": Recipe(1200, 1e-4, 32),
-        "best": Recipe(2000, 1e-4, 64, settings={"hold_out": 2}),
+        "best": Recipe(2000, 1e-4, 64),
     },
     pipeline_class="StableDiffusion3Pipeline",
     text_encoders=TEXT,

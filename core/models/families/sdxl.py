@@ -71,7 +71,7 @@ SDXL = FamilySpec(
         # The usual settings of sd-scripts: rank 32, 1e-4 at batch 4, 600 to 1,000 steps; cog-sdxl trains at 768 px.
         "fast": Recipe(800, 5e-5, 16, batch_size=4, settings={"resolution": 768}),
         "balanced": Recipe(2400, 5e-5, 32, batch_size=4),
-        "best": Recipe(4000, 5e-5, 32, batch_size=4, settings={"hold_out": 2}),
+        "best": Recipe(4000, 5e-5, 32, batch_size=4),
     },
     pipeline_class="StableDiffusionXLPipeline",
     other_pipelines=(
