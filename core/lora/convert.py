@@ -101,7 +101,7 @@ def _renamed(lora: LoraFile, entries: Sequence[Entry], scheme: str) -> dict[str,
                 "give a rank to make it a plain LoRA"
             )
         name = name_in_scheme(family, *entry.modules[0], scheme)[0]
-        found = lora.tensors_of(entry)
+        found = lora.sound_tensors_of(entry)
         for role, tensor in found.items():
             if role not in BIAS_ROLES:
                 tensors[f"{name}.{suffix_of(role)}"] = tensor
@@ -168,12 +168,6 @@ def check_rank(rank: int) -> None:
     """Raises BadConfig for a rank below 1."""
     if rank < 1:
         raise BadConfig(f"a rank must be at least 1, not {rank}")
-
-
-def _check_finite(module: LoraModule, name: str) -> None:
-    tensors = [module.down, module.up] + ([] if module.mid is None else [module.mid])
-    if not (math.isfinite(module.alpha) and all(tensor.float().isfinite().all() for tensor in tensors)):
-        raise UnmatchedKeys(f"{name}: its change holds NaN or infinity")
 
 
 def factorise(change: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor, float]:
@@ -244,10 +238,9 @@ def resize_lora(
         if entry.kind not in ("lora", "locon") or "bias" in entry.keys:
             what = "has a bias in its up matrix" if "bias" in entry.keys else f"is of kind {entry.kind}"
             raise UnmatchedKeys(f"{lora.name}: {entry.name} {what}, not a plain LoRA; convert it first")
-        found = lora.tensors_of(entry)
+        found = lora.sound_tensors_of(entry)
         alpha = found["alpha"].item() if "alpha" in found else float(found["down"].shape[0])
         module = without_tucker(LoraModule(found["down"].float(), found["up"].float(), alpha, found.get("mid")))
-        _check_finite(module, f"{lora.name}: {entry.name}")
         small, error = _resize(module, rank, energy)
         tensors[entry.keys["down"]], tensors[entry.keys["up"]] = small.down, small.up
         tensors.pop(entry.keys.get("mid", ""), None)
@@ -266,7 +259,7 @@ def _resize(module: LoraModule, rank: int | None, energy: float | None) -> tuple
     down, up = module.down, module.up
     left_basis, left_core = torch.linalg.qr(up.flatten(1))
     right_basis, right_core = torch.linalg.qr(down.flatten(1).T)
-    left, values, right = torch.linalg.svd(module.scale * left_core @ right_core.T, full_matrices=False)
+    left, values, right = torch.linalg.svd(module.scale * (left_core @ right_core.T), full_matrices=False)
     squares = values.double().square()
     kept = squares.cumsum(0)
     total = kept[-1].item()
@@ -294,7 +287,8 @@ def merge_loras(
     Without `rank` the sum is exact, by concatenation: the ranks add up. With `rank` it is resized to that afterwards.
     Words that the files bring along come along, except in diffusers' scheme. The metadata are the first file's, with
     `modelspec.merged_from` and without what is true of one file only. Raises LoraMisfit for LoRAs of different families,
-    without modules, or with different words of one name; BadConfig without LoRAs and for a rank below 1.
+    without modules, or with different words of one name; UnmatchedKeys for a change that is not finite; BadConfig without
+    LoRAs and for a rank below 1.
     """
     if not loras:
         raise BadConfig("nothing to merge: give at least one LoRA")
@@ -305,7 +299,7 @@ def merge_loras(
     family = loras[0][0].family
     if rank is not None:
         check_rank(rank)
-    collected: dict[ModuleId, list[tuple[str, LoraModule]]] = {}
+    collected: dict[ModuleId, list[LoraModule]] = {}
     vectors: dict[str, Tensor] = {}
     for lora, weight in loras:
         if not lora.entries:
@@ -313,9 +307,8 @@ def merge_loras(
         for key in lora.embedding_keys:
             if not torch.equal(vectors.setdefault(key, lora.tensors[key]), lora.tensors[key]):
                 raise LoraMisfit(f"{lora.name}: another file brings along the word {bundled_embedding(key)!r} too")
-        for module_id, module in lora.modules().items():
-            weighted = replace(module, alpha=module.alpha * weight)
-            collected.setdefault(module_id, []).append((lora.name, weighted))
+        for module_id, module in lora.modules(weight).items():
+            collected.setdefault(module_id, []).append(module)
     titles = [
         lora.metadata.get("modelspec.title") or lora.metadata.get("ss_output_name") or "LoRA" for lora, _ in loras
     ]
@@ -337,15 +330,13 @@ def merge_loras(
 
 
 class _Sums(Mapping[ModuleId, LoraModule]):
-    """The sum of several changes of each module, each with the name of its file, computed when it is asked for."""
+    """The sum of several changes of each module, computed when it is asked for."""
 
-    def __init__(self, summands: Mapping[ModuleId, Sequence[tuple[str, LoraModule]]]):
+    def __init__(self, summands: Mapping[ModuleId, Sequence[LoraModule]]):
         self._summands = summands
 
     def __getitem__(self, module_id: ModuleId) -> LoraModule:
-        for name, module in self._summands[module_id]:
-            _check_finite(module, f"{name}: {module_id[1]}")
-        return _concatenate([module for _, module in self._summands[module_id]])
+        return _concatenate(self._summands[module_id])
 
     def __iter__(self) -> Iterator[ModuleId]:
         return iter(self._summands)

@@ -61,6 +61,8 @@ def _vectors(lora: LoraFile, key: str) -> Tensor:
         raise BadFile(
             f"{lora.name}: {key} has the shape {list(tensor.shape)}; that of an embedding is [vectors, width]"
         )
+    if not tensor.float().isfinite().all():
+        raise BadFile(f"{lora.name}: {key} holds NaN or infinity")
     return tensor.reshape(-1, tensor.shape[-1])
 
 
