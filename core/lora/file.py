@@ -231,7 +231,7 @@ class LoraFile:
         return tensors
 
     def sound_tensors_of(self, entry: Entry, strength: float = 1.0) -> dict[str, Tensor]:
-        """The same, if the change times `strength` is one that a weight can hold.
+        """What `tensors_of` gives, if the change times `strength` is one that a weight can hold.
 
         Raises UnmatchedKeys for NaN, infinity and what 16 bits cannot hold: such a LoRA draws nothing but black.
         """

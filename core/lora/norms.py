@@ -1,7 +1,7 @@
 """How large the change of an adapter is, told from its factors: a product that a small file only claims is never made."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,7 +48,7 @@ def change_norm(kind: str, tensors: Mapping[str, Tensor]) -> float:
     return abs(scale_of(kind, tensors)) * math.prod(map(_norm, factors))
 
 
-def _factors(kind: str, t: Mapping[str, Tensor]) -> tuple[list[_Product | Tensor], list[Tensor]]:
+def _factors(kind: str, t: Mapping[str, Tensor]) -> tuple[Sequence[_Product | Tensor], list[Tensor]]:
     """What is multiplied to the change, and the tensors that are added or say how it is changed."""
 
     def factor(name: str, core_name: str) -> _Product | Tensor:
