@@ -52,7 +52,7 @@ def convert_lora(
         converted, error = lora, 0.0
         modules, kept = _plain_modules(lora), _renamed(lora, others, scheme)
     # diffusers refuses a file that holds anything but adapters.
-    words = {} if scheme == "diffusers" else {key: lora.tensors[key] for key in lora.embedding_keys}
+    words = {} if scheme == "diffusers" else {key: lora.sound_vectors(key) for key in lora.embedding_keys}
     tensors = name_modules(lora.family, modules, scheme, kept | words)
     return replace(lora, tensors=tensors, metadata=_metadata_for(converted, scheme)), error
 
@@ -231,7 +231,7 @@ def resize_lora(
     lora.check()
     if not lora.entries:
         raise UnmatchedKeys(f"{lora.name}: has no module that could be made smaller")
-    tensors = dict(lora.tensors)
+    tensors = {**lora.tensors, **{key: lora.sound_vectors(key) for key in lora.embedding_keys}}
     ranks = set()
     worst = 0.0
     for done, entry in enumerate(lora.entries, 1):
@@ -305,7 +305,7 @@ def merge_loras(
         if not lora.entries:
             raise LoraMisfit(f"{lora.name}: has no module that could be merged")
         for key in lora.embedding_keys:
-            if not torch.equal(vectors.setdefault(key, lora.tensors[key]), lora.tensors[key]):
+            if not torch.equal(vectors.setdefault(key, lora.sound_vectors(key)), lora.tensors[key]):
                 raise LoraMisfit(f"{lora.name}: another file brings along the word {bundled_embedding(key)!r} too")
         for module_id, module in lora.modules(weight).items():
             collected.setdefault(module_id, []).append(module)

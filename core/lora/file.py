@@ -242,6 +242,12 @@ class LoraFile:
             raise UnmatchedKeys(f"{self.name}: {entry.name}: its change holds {what}")
         return tensors
 
+    def sound_vectors(self, key: str) -> Tensor:
+        """The vectors of a word, one of `embedding_keys`. Raises UnmatchedKeys for NaN and infinity."""
+        if not self.tensors[key].float().isfinite().all():
+            raise UnmatchedKeys(f"{self.name}: {key} holds NaN or infinity")
+        return self.tensors[key]
+
     def modules(self, strength: float = 1.0) -> dict[ModuleId, LoraModule]:
         """The low-rank change of every module times `strength`, one for each of diffusers' modules.
 

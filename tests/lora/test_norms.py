@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from core.cli import main
 from core.errors import UnmatchedKeys
 from core.lora.apply import apply
 from core.lora.convert import convert_lora, merge_loras, resize_lora, to_plain
@@ -154,3 +155,14 @@ def test_verify_finds_what_is_broken_and_inspect_shows_it(case, tmp_path):
     faults = [fault.text for fault in verify_lora(path) if fault.is_error]
     assert [text for text in faults if NAME in text and ("NaN" in text or "too large for a weight" in text)], faults
     assert format_inspection(inspect_lora(path))
+
+
+def test_words_with_nan_are_refused_before_anything_is_written(tmp_path):
+    path, output = tmp_path / "bad.safetensors", tmp_path / "out.safetensors"
+    tensors = {f"{NAME}.{role}": tensor for role, tensor in plain().items()}
+    save_safetensors(path, tensors | {"bundle_emb.sks.string_to_param.*": torch.full((2, 768), math.nan)})
+    for scheme in ("kohya", "diffusers"):
+        assert main(["convert", str(path), "--output", str(output), "--to", scheme]) == 1
+        assert main(["merge", str(path), "--output", str(output), "--to", scheme]) == 1
+    assert main(["resize", str(path), "--output", str(output), "--rank", "1"]) == 1
+    assert not output.exists()
