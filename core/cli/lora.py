@@ -58,7 +58,7 @@ def _save(lora, error: float, options: argparse.Namespace, sources: Sequence[Lor
 
 
 def run_inspect(options: argparse.Namespace) -> None:
-    if options.file.is_dir():
+    if os.path.isdir(options.file):
         for report in inspect_folder(options.file, read_tensors=not options.fast):
             print(json.dumps(report) if options.json else format_line(report), flush=True)
         return
