@@ -97,7 +97,7 @@ def _requests(seed: str, count: int) -> dict[str, Any]:
     from .pages import ask_often
 
     with tempfile.TemporaryDirectory(prefix="soak-") as folder, running_server(Path(folder)) as server:
-        statuses, faults = ask_often(server.url, seed, count)
+        statuses, faults = ask_often(server.url, Path(folder) / "input" / "soak", seed, count)
         logged = server.log().count("Traceback")
     return {"requests": count, "statuses": dict(statuses), "request_faults": faults[:20], "tracebacks_in_log": logged}
 

@@ -42,7 +42,7 @@ class Desk:
         self.tuned = write_checkpoint(good / "tuned.safetensors", SMALL_SD15, seed=2)
         self.loras = [_saved(good / f"{name}.safetensors", tensors) for name, tensors in _loras().items()]
         self.packs = [path.read_bytes() for path in PACKAGE_FOLDER.glob("*.json") if "schema" not in path.name]
-        self.pictures = dict(_pictures())
+        self.pictures = dict(pictures())
         self._trained: dict[str, torch.Tensor] = {}
 
     def fresh_room(self) -> None:
@@ -101,7 +101,7 @@ def check_written(path: Path) -> None:
 
 
 def names_in(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
 
 
 def _saved(path: Path, lora: LoraFile) -> Path:
@@ -147,12 +147,14 @@ def _loras() -> dict[str, LoraFile]:
     return {"plain": plain, **others, "words": words, **named}
 
 
-def _pictures() -> Iterator[tuple[str, bytes]]:
+def pictures() -> Iterator[tuple[str, bytes]]:
+    """Good pictures, by the ending of their name, in every format that this Pillow writes."""
+    Image.init()
     photo = person_photos(35)[0].convert("RGB")
     for ending in PHOTO_FORMATS:
         stream = io.BytesIO()
         kind = {"jpg": "JPEG", "tif": "TIFF"}.get(ending, ending.upper())
-        if kind in Image.SAVE or kind in Image.registered_extensions().values():
+        if kind in Image.SAVE:
             photo.save(stream, kind, **({"exif": _exif()} if kind in ("JPEG", "PNG", "WEBP") else {}))
             yield ending, stream.getvalue()
     stream = io.BytesIO()

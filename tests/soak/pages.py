@@ -7,6 +7,7 @@ from pathlib import Path
 from random import Random
 
 from .damage import ODD, damaged_bytes, json_bytes
+from .desk import PHOTO_FORMATS, pictures
 
 ROUTES = {
     "/facelora/training": (), "/facelora/stop": (), "/facelora/styles": ("pack",), "/facelora/style": ("pack", "style"),
@@ -14,20 +15,9 @@ ROUTES = {
 }  # fmt: skip
 """Route -> the names in its query."""
 _WORDS = (
-    "corporate",
-    "anna/0.png",
-    "..",
-    "/etc/passwd",
-    "../../../etc/passwd",
-    "\0",
-    "é" * 300,
-    "a" * 5000,
-    "%",
-    "%00",
-    "//",
-    ".",
-    "",
-)
+    *(f"soak/0.{ending}" for ending in PHOTO_FORMATS), "corporate", "anna/0.png", "..", "/etc/passwd", "../../../etc/passwd",
+    "\0", "é" * 300, "a" * 5000, "%", "%00", "//", ".", "",
+)  # fmt: skip
 
 
 def ask(address: str, draw: Random) -> tuple[int, str]:
@@ -61,19 +51,20 @@ def _word(draw: Random) -> str:
     )
 
 
-def put_damaged_photos(folder: Path, pictures: dict[str, bytes], draw: Random, count: int) -> None:
-    """Damaged pictures in the input folder of a server, `0.jpg` and so on, and a damaged style pack's words are asked for."""
-    for number in range(count):
-        ending = draw.choice(list(pictures))
-        (folder / f"{number}.{ending}").write_bytes(damaged_bytes(pictures[ending], draw))
+def ask_often(address: str, photos: Path, seed: str, count: int) -> tuple[Counter[int], list[str]]:
+    """How often each status was answered, and a line for each request that was answered with an error of the server.
 
-
-def ask_often(address: str, seed: str, count: int) -> tuple[Counter[int], list[str]]:
-    """How often each status was answered, and a line for each request that was answered with an error of the server."""
+    `photos` is the folder `soak` in the server's input folder: damaged pictures are put into it.
+    """
+    photos.mkdir(parents=True, exist_ok=True)
+    good = dict(pictures())
     statuses: Counter[int] = Counter()
     faults = []
     for number in range(count):
         draw = Random(f"{seed} {number}")
+        if number % 10 == 0:
+            for ending, data in good.items():
+                (photos / f"0.{ending}").write_bytes(damaged_bytes(data, draw))
         try:
             status, asked = ask(address, draw)
         except (OSError, http.client.HTTPException) as error:

@@ -46,12 +46,13 @@ def lora(desk: Desk, draw: Random) -> None:
         config = {"base_model.lora_alpha": 4, "r": 2, "lora_alpha": 4, "alpha_pattern": {"to_q": 1}, "use_rslora": True}
         desk.put("adapter_config.json", damaged_json(json.dumps(config).encode(), draw))
     before = path.read_bytes()
+    os.mkfifo(desk.room / "pipe.safetensors")
     output = desk.room / "out.safetensors"
     earlier = draw.choice(desk.loras).read_bytes() if draw.random() < 0.3 else None
     if earlier:
         desk.put(output.name, earlier)
     command = draw.choice((
-        ["inspect", path], ["inspect", path, "--json"], ["inspect", path, "--fast"],
+        ["inspect", path], ["inspect", path, "--json"], ["inspect", path, "--fast"], ["inspect", desk.room],
         ["verify", path], ["verify", path, "--base", desk.base],
         ["convert", path, "--output", output, "--to", draw.choice(("kohya", "diffusers", "comfy"))],
         ["convert", path, "--output", output, "--to", "kohya", "--base", desk.base, "--plain-rank", draw.choice("139")],
