@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BadConfig, BadFile, FaceLoraError, one_line
+from ..errors import BadConfig, BadFile, BadPhoto, FaceLoraError, one_line
 from ..models.base_weights import BaseWeights
-from ..photos.reading import DAMAGED
+from ..photos.reading import read_photo_files
 from ..storage.safetensors_file import CHUNK_BYTES, SafetensorsFile, copy_with_metadata
 from ..tensor_names import NAME_TABLES, is_published
 from .embeddings import word_of
@@ -490,12 +490,9 @@ THUMBNAIL_SIDE = 256
 
 def _thumbnail(picture: str | os.PathLike[str]) -> str:
     """The picture as a data URL of a JPEG with sides of at most THUMBNAIL_SIDE pixels. Raises BadFile."""
-    from PIL import Image, ImageOps
-
     try:
-        with Image.open(picture) as image:
-            small = ImageOps.exif_transpose(image).convert("RGB")
-    except (*DAMAGED, Image.DecompressionBombError) as error:
+        small = read_photo_files([picture], strict=True)[0].image(shorter_side=THUMBNAIL_SIDE)
+    except BadPhoto as error:
         raise BadFile(f"{Path(picture)}: cannot be read as a picture: {error}") from None
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     data = io.BytesIO()

@@ -46,6 +46,8 @@ def lora(desk: Desk, draw: Random) -> None:
         config = {"base_model.lora_alpha": 4, "r": 2, "lora_alpha": 4, "alpha_pattern": {"to_q": 1}, "use_rslora": True}
         desk.put("adapter_config.json", damaged_json(json.dumps(config).encode(), draw))
     before = path.read_bytes()
+    ending = draw.choice(list(desk.pictures))
+    picture = desk.put(f"picture.{ending}", damaged_bytes(desk.pictures[ending], draw))
     os.mkfifo(desk.room / "pipe.safetensors")
     output = desk.room / "out.safetensors"
     earlier = draw.choice(desk.loras).read_bytes() if draw.random() < 0.3 else None
@@ -61,6 +63,7 @@ def lora(desk: Desk, draw: Random) -> None:
         ["merge", path, path, "--output", output, "--rank", "2"],
         ["resize", path, "--output", output, "--rank", "1"], ["resize", path, "--output", output, "--energy", "0.5"],
         ["metadata", path, "--title", "b", "--output", output],
+        ["metadata", desk.loras[0], "--thumbnail", picture, "--output", output],
     ))  # fmt: skip
     code, _ = run(*command)
     assert path.read_bytes() == before, "the input is changed"
