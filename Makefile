@@ -7,7 +7,10 @@ STAMP := $(VENV)/.installed
 # Two processes, each computing with one thread. The tests of one server, and those of one file, stay together.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 
-.PHONY: demo test test-fast test-all setup-test lint bench
+# How long `make soak` goes on.
+MINUTES ?= 5
+
+.PHONY: demo test test-fast test-all soak setup-test lint bench
 
 demo: $(STAMP)
 	$(RUN) -m core demo --output demo_output
@@ -24,6 +27,10 @@ test-fast: $(STAMP)
 test-all: lint setup-test
 	$(PYTEST) -m "not clock"
 	$(RUN) -m pytest -m clock
+
+# Random damage, kills and closed disks, and odd requests to a real server; what failed is in soak.json.
+soak: setup-test
+	$(RUN) -m tests.soak --minutes $(MINUTES) --requests 1000
 
 setup-test: $(STAMP)
 	$(RUN) tests/comfyui/setup_comfyui.py

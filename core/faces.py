@@ -83,7 +83,7 @@ def load_faces(
     if network == "dlib":
         return DlibFaces(detector)
     path = Path(network)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise BadConfig(f"face network {str(network)!r}: choose {', '.join(NETWORKS)}, or an ONNX file that is there")
     try:
         model = _mended(path, {})

@@ -137,8 +137,9 @@ def _apply(
         movable = [entry for entry in group if (bypass or not whole) and _can_bypass(entry, key_map[entry.name])]
         rest = [entry for entry in group if entry not in movable]
         fixed += rest
-        bypassed.add(load_patches(lora, movable, key_map), strength_model * factor)
-        _add_patches(model, load_patches(lora, rest, key_map), strength_model * factor, lora)
+        strength = strength_model * factor
+        bypassed.add(load_patches(lora, movable, key_map, strength), strength)
+        _add_patches(model, load_patches(lora, rest, key_map, strength), strength, lora)
     if fixed and not whole:
         raise BadConfig(
             f"start_percent, end_percent: {len(fixed)} modules of {Path(lora.name).name} can only go into the weights, for "
@@ -150,7 +151,8 @@ def _apply(
         key_map = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
         clip = clip.clone()
         for factor, group in _by_factor([entry for entry in entries if entry.part != "denoiser"], factors):
-            _add_patches(clip, load_patches(lora, group, key_map), strength_clip * factor, lora)
+            strength = strength_clip * factor
+            _add_patches(clip, load_patches(lora, group, key_map, strength), strength, lora)
     return model, clip
 
 

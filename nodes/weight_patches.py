@@ -22,12 +22,15 @@ Place = str | tuple[Any, ...]
 """The name of a weight, or (name, (dimension, start, length)) for a slice of it, as in ComfyUI's key maps."""
 
 
-def load_patches(lora: LoraFile, entries: list[Entry], key_map: Mapping[str, Any]) -> dict[Any, Any]:
-    """The patch that ComfyUI adds at each place in the model. `key_map` has the place for each entry's name."""
+def load_patches(lora: LoraFile, entries: list[Entry], key_map: Mapping[str, Any], strength: float) -> dict[Any, Any]:
+    """The patch that ComfyUI adds, times `strength`, at each place in the model, which `key_map` has for each entry's name.
+
+    Raises UnmatchedKeys where a change times the strength is not finite, which ComfyUI draws as black.
+    """
     theirs: dict[str, Tensor] = {}
     computed: dict[Any, ComputedChange] = {}
     for entry in entries:
-        tensors = lora.tensors_of(entry)
+        tensors = lora.sound_tensors_of(entry, strength)
         if needs_base(entry.kind, tensors):
             weights = (entry.kind, tuple(tensors), tuple(tensors.values()))
             computed[key_map[entry.name]] = ComputedChange(set(entry.keys.values()), weights)

@@ -2,7 +2,8 @@
 
 import argparse
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ..device import PRECISIONS
@@ -45,15 +46,19 @@ def _progress(name: str) -> Callable[[int, int], None]:
     return update
 
 
-def _save(lora, error: float, options: argparse.Namespace) -> None:
+def _save(lora, error: float, options: argparse.Namespace, sources: Sequence[LoraFile] = ()) -> None:
+    """Writes the LoRA, and beside it the words of those that it was made from, where its scheme cannot hold them."""
+    words = [(source, embedding_files(source)) for source in sources]  # where they are broken, nothing is written
     lora.save(options.output, PRECISIONS[options.precision], on_progress=_progress("writing"))
     size = options.output.stat().st_size / 1e6
     lost = f"; largest relative error of a module's change: {error:.2g}" if error else ""
     print(f"{options.output}  ({lora.family}, {lora.scheme} names, {size:.1f} MB){lost}")
+    for source, files in words:
+        _save_words(source, files, options)
 
 
 def run_inspect(options: argparse.Namespace) -> None:
-    if options.file.is_dir():
+    if os.path.isdir(options.file):
         for report in inspect_folder(options.file, read_tensors=not options.fast):
             print(json.dumps(report) if options.json else format_line(report), flush=True)
         return
@@ -74,7 +79,7 @@ def _check_output(output: Path, *inputs: str | Path) -> None:
     """Raises BadFile when the output cannot be written, or is one of the files that the command reads."""
     check_output(output)
     for path in map(Path, inputs):
-        if output.exists() and path.exists() and output.samefile(path):
+        if os.path.exists(output) and os.path.exists(path) and output.samefile(path):
             raise BadFile(f"{output}: is a file that this command reads; choose another output")
 
 
@@ -87,13 +92,10 @@ def run_convert(options: argparse.Namespace) -> None:
         fit(lora, base.family, base.shapes).check(lora.name)
         weight = base.read
     converted, error = convert_lora(lora, options.to, options.plain_rank, weight, _progress("converting"))
-    _save(converted, error, options)
-    if options.to == "diffusers":
-        _save_words(lora, options)
+    _save(converted, error, options, [lora] if options.to == "diffusers" else [])
 
 
-def _save_words(lora, options: argparse.Namespace) -> None:
-    files = embedding_files(lora)
+def _save_words(lora, files: Mapping[str, LoraFile], options: argparse.Namespace) -> None:
     for word in sorted({word_of(lora, key) for key in lora.embedding_keys} - files.keys()):
         print_warning(f"the vectors of {word!r} are left out: there are no files of words for {lora.family}")
     for word, embedding in files.items():
@@ -107,9 +109,8 @@ def run_merge(options: argparse.Namespace) -> None:
     _check_output(options.output, *(path for path, _ in named), *([options.into] if options.into else ()))
     loras = [(LoraFile.read(path), strength) for path, strength in named]
     if options.into is None:
-        _save(*merge_loras(loras, options.rank, options.to, on_progress=_progress("merging")), options)
-        for lora, _ in loras if options.to == "diffusers" else ():
-            _save_words(lora, options)
+        sources = [lora for lora, _ in loras] if options.to == "diffusers" else []
+        _save(*merge_loras(loras, options.rank, options.to, on_progress=_progress("merging")), options, sources)
         return
     if options.rank is not None:
         raise BadConfig("--rank and --into are both given: a checkpoint has no rank")

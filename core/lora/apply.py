@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import LoraMisfit
+from ..errors import LoraMisfit, UnmatchedKeys
 from ..models.families import FAMILIES
 from ..tensor_names import ModuleId, text_encoder_path
 from .file import LoraFile, fit
@@ -29,15 +29,19 @@ _PIPELINE_FAMILIES = {family.pipeline_class: name for name, family in FAMILIES.i
 class AppliedLora:
     """A LoRA that is merged into the weights and biases of networks, and the way back."""
 
+    name: str
+    """The name of the LoRA in messages."""
     layers: Mapping[ModuleId, nn.Module]
     originals: dict[tuple[ModuleId, str], Tensor] = field(default_factory=dict)
     """(module, "weight" or "bias") -> the changed parameter as it was."""
 
     @torch.no_grad()
     def add(self, module_id: ModuleId, name: str, change: Tensor) -> None:
-        """Adds the change, in any shape, to a parameter."""
+        """Adds the change, in any shape, to a parameter. Raises UnmatchedKeys where the sum is not finite in its precision."""
         parameter: Tensor = getattr(self.layers[module_id], name)
         changed = parameter.float() + change.reshape(parameter.shape).to(parameter.device)
+        if not torch.linalg.vector_norm(changed, math.inf) <= torch.finfo(parameter.dtype).max:
+            raise UnmatchedKeys(f"{self.name}: the {name} of {module_id[1]} would hold NaN or infinity")
         self.originals.setdefault((module_id, name), parameter.data)
         parameter.data = changed.to(parameter.dtype)
 
@@ -60,8 +64,8 @@ def apply(
 
     `target` is a diffusers pipeline, or a mapping part -> network (`denoiser`, `text_encoder`, ...; see `Base.load`) with
     the family's name under `family`. Text encoders that are not among the parts are left alone.
-    LoraMisfit when any other key of the LoRA has no place in the target, UnmatchedKeys when one makes no sense; with an
-    error nothing is changed.
+    LoraMisfit when any other key of the LoRA has no place in the target, UnmatchedKeys when one makes no sense or a
+    changed weight would not be finite; with an error nothing is changed.
     """
     family, networks = _networks(target)
     layers: dict[ModuleId, nn.Module] = {
@@ -76,7 +80,7 @@ def apply(
     fit(present, family, shapes, biased).check(lora.name)
     if text_encoder_strength is None:
         text_encoder_strength = strength
-    applied = AppliedLora(layers)
+    applied = AppliedLora(lora.name, layers)
     try:
         for entry in present.entries:
             factor = strength if entry.part == "denoiser" else text_encoder_strength

@@ -54,7 +54,7 @@ def convert_lora(
         converted, error = lora, 0.0
         modules, kept = _plain_modules(lora), _renamed(lora, others, scheme)
     # diffusers refuses a file that holds anything but adapters.
-    words = {} if scheme == "diffusers" else {key: lora.tensors[key] for key in lora.embedding_keys}
+    words = {} if scheme == "diffusers" else {key: lora.sound_vectors(key) for key in lora.embedding_keys}
     tensors = name_modules(lora.family, modules, scheme, kept | words)
     return replace(lora, tensors=tensors, metadata=_metadata_for(converted, scheme)), error
 
@@ -103,7 +103,7 @@ def _renamed(lora: LoraFile, entries: Sequence[Entry], scheme: str) -> dict[str,
                 "give a rank to make it a plain LoRA"
             )
         name = name_in_scheme(family, *entry.modules[0], scheme)[0]
-        found = lora.tensors_of(entry)
+        found = lora.sound_tensors_of(entry)
         for role, tensor in found.items():
             if role not in BIAS_ROLES:
                 tensors[f"{name}.{suffix_of(role)}"] = tensor
@@ -172,12 +172,6 @@ def check_rank(rank: int) -> None:
         raise BadConfig(f"a rank must be at least 1, not {rank}")
 
 
-def _check_finite(module: LoraModule, name: str) -> None:
-    tensors = [module.down, module.up] + ([] if module.mid is None else [module.mid])
-    if not (math.isfinite(module.alpha) and all(tensor.float().isfinite().all() for tensor in tensors)):
-        raise UnmatchedKeys(f"{name}: its change holds NaN or infinity")
-
-
 def factorise(change: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor, float]:
     """The down and up matrices of the nearest change of at most that rank, and its relative error, 0 to 1.
 
@@ -239,17 +233,16 @@ def resize_lora(
     lora.check()
     if not lora.entries:
         raise UnmatchedKeys(f"{lora.name}: has no module that could be made smaller")
-    tensors = dict(lora.tensors)
+    tensors = {**lora.tensors, **{key: lora.sound_vectors(key) for key in lora.embedding_keys}}
     ranks = set()
     worst = 0.0
     for done, entry in enumerate(lora.entries, 1):
         if entry.kind not in ("lora", "locon") or "bias" in entry.keys:
             what = "has a bias in its up matrix" if "bias" in entry.keys else f"is of kind {entry.kind}"
             raise UnmatchedKeys(f"{lora.name}: {entry.name} {what}, not a plain LoRA; convert it first")
-        found = lora.tensors_of(entry)
+        found = lora.sound_tensors_of(entry)
         alpha = found["alpha"].item() if "alpha" in found else float(found["down"].shape[0])
         module = without_tucker(LoraModule(found["down"].float(), found["up"].float(), alpha, found.get("mid")))
-        _check_finite(module, f"{lora.name}: {entry.name}")
         small, error = _resize(module, rank, energy)
         tensors[entry.keys["down"]], tensors[entry.keys["up"]] = small.down, small.up
         tensors.pop(entry.keys.get("mid", ""), None)
@@ -268,7 +261,7 @@ def _resize(module: LoraModule, rank: int | None, energy: float | None) -> tuple
     down, up = module.down, module.up
     left_basis, left_core = torch.linalg.qr(up.flatten(1))
     right_basis, right_core = torch.linalg.qr(down.flatten(1).T)
-    left, values, right = torch.linalg.svd(module.scale * left_core @ right_core.T, full_matrices=False)
+    left, values, right = torch.linalg.svd(module.scale * (left_core @ right_core.T), full_matrices=False)
     squares = values.double().square()
     kept = squares.cumsum(0)
     total = kept[-1].item()
@@ -296,7 +289,8 @@ def merge_loras(
     Without `rank` the sum is exact, by concatenation: the ranks add up. With `rank` it is resized to that afterwards.
     Words that the files bring along come along, except in diffusers' scheme. The metadata are the first file's, with
     `modelspec.merged_from` and without what is true of one file only. Raises LoraMisfit for LoRAs of different families,
-    without modules, or with different words of one name; BadConfig without LoRAs and for a rank below 1.
+    without modules, or with different words of one name; UnmatchedKeys for a change that is not finite; BadConfig without
+    LoRAs and for a rank below 1.
     """
     if not loras:
         raise BadConfig("nothing to merge: give at least one LoRA")
@@ -307,17 +301,16 @@ def merge_loras(
     family = loras[0][0].family
     if rank is not None:
         check_rank(rank)
-    collected: dict[ModuleId, list[tuple[str, LoraModule]]] = {}
+    collected: dict[ModuleId, list[LoraModule]] = {}
     vectors: dict[str, Tensor] = {}
     for lora, weight in loras:
         if not lora.entries:
             raise LoraMisfit(f"{lora.name}: has no module that could be merged")
         for key in lora.embedding_keys:
-            if not torch.equal(vectors.setdefault(key, lora.tensors[key]), lora.tensors[key]):
+            if not torch.equal(vectors.setdefault(key, lora.sound_vectors(key)), lora.tensors[key]):
                 raise LoraMisfit(f"{lora.name}: another file brings along the word {bundled_embedding(key)!r} too")
-        for module_id, module in lora.modules().items():
-            weighted = replace(module, alpha=module.alpha * weight)
-            collected.setdefault(module_id, []).append((lora.name, weighted))
+        for module_id, module in lora.modules(weight).items():
+            collected.setdefault(module_id, []).append(module)
     titles = [
         lora.metadata.get("modelspec.title") or lora.metadata.get("ss_output_name") or "LoRA" for lora, _ in loras
     ]
@@ -339,15 +332,13 @@ def merge_loras(
 
 
 class _Sums(Mapping[ModuleId, LoraModule]):
-    """The sum of several changes of each module, each with the name of its file, computed when it is asked for."""
+    """The sum of several changes of each module, computed when it is asked for."""
 
-    def __init__(self, summands: Mapping[ModuleId, Sequence[tuple[str, LoraModule]]]):
+    def __init__(self, summands: Mapping[ModuleId, Sequence[LoraModule]]):
         self._summands = summands
 
     def __getitem__(self, module_id: ModuleId) -> LoraModule:
-        for name, module in self._summands[module_id]:
-            _check_finite(module, f"{name}: {module_id[1]}")
-        return _concatenate([module for _, module in self._summands[module_id]])
+        return _concatenate(self._summands[module_id])
 
     def __iter__(self) -> Iterator[ModuleId]:
         return iter(self._summands)

@@ -56,7 +56,7 @@ def embeddings_of(lora: LoraFile) -> dict[str, dict[str, Tensor]]:
 
 def _vectors(lora: LoraFile, key: str) -> Tensor:
     """The tensor as (count, width), where a single vector may have one axis. Raises BadFile for another shape."""
-    tensor = lora.tensors[key]
+    tensor = lora.sound_vectors(key)
     if tensor.ndim not in (1, 2) or not tensor.numel():
         raise BadFile(
             f"{lora.name}: {key} has the shape {list(tensor.shape)}; that of an embedding is [vectors, width]"

@@ -36,6 +36,7 @@ from ..tensor_names import (
 from .hashes import LegacyHash, model_hash
 from .kinds import BIAS_ROLES, bias_change, kind_of, needs_base, rank_of, weight_change, weight_shape
 from .modules import LoraModule, name_modules
+from .norms import LARGEST_VALUE, largest_change
 
 KEY = "facelora.key"
 """The key in a LoRA's metadata of the hash of what it was trained from. A changed copy of the LoRA does not have it."""
@@ -231,11 +232,29 @@ class LoraFile:
             tensors["lokr_w1"] = scale * tensors["lokr_w1"].float()
         return tensors
 
-    def modules(self) -> dict[ModuleId, LoraModule]:
-        """The low-rank change of every module, one for each of diffusers' modules.
+    def sound_tensors_of(self, entry: Entry, strength: float = 1.0) -> dict[str, Tensor]:
+        """What `tensors_of` gives, if the change times `strength` is one that a weight can hold.
 
-        Raises UnmatchedKeys when tensors are left over, when a module is there twice, or for a kind of adapter that is no
-        plain LoRA (`convert.to_plain` makes it one).
+        Raises UnmatchedKeys for NaN, infinity and what 16 bits cannot hold: such a LoRA draws nothing but black.
+        """
+        tensors = self.tensors_of(entry)
+        largest = abs(strength) * largest_change(entry.kind, tensors)
+        if not largest <= LARGEST_VALUE:
+            what = f"numbers of {largest:.1g}, too large for a weight" if math.isfinite(largest) else "NaN or infinity"
+            raise UnmatchedKeys(f"{self.name}: {entry.name}: its change holds {what}")
+        return tensors
+
+    def sound_vectors(self, key: str) -> Tensor:
+        """The vectors of a word, one of `embedding_keys`. Raises UnmatchedKeys for NaN and infinity."""
+        if not self.tensors[key].float().isfinite().all():
+            raise UnmatchedKeys(f"{self.name}: {key} holds NaN or infinity")
+        return self.tensors[key]
+
+    def modules(self, strength: float = 1.0) -> dict[ModuleId, LoraModule]:
+        """The low-rank change of every module times `strength`, one for each of diffusers' modules.
+
+        Raises UnmatchedKeys when tensors are left over, when a module is there twice or not finite, or for a kind of adapter
+        that is no plain LoRA (`convert.to_plain` makes it one).
         """
         self.check()
         modules: dict[ModuleId, LoraModule] = {}
@@ -243,15 +262,15 @@ class LoraFile:
             if entry.kind not in ("lora", "locon") or entry.changes_bias:
                 what = "a LoRA with a bias" if entry.kind in ("lora", "locon") else f"of kind {entry.kind}"
                 raise UnmatchedKeys(f"{self.name}: {entry.name} is {what}, not a plain LoRA; convert it to one first")
-            modules |= self.low_rank_of(entry)
+            modules |= self.low_rank_of(entry, strength)
         return modules
 
-    def low_rank_of(self, entry: Entry) -> Iterator[tuple[ModuleId, LoraModule]]:
+    def low_rank_of(self, entry: Entry, strength: float = 1.0) -> Iterator[tuple[ModuleId, LoraModule]]:
         """The low-rank change of each module of an entry whose kind has one; a DoRA's is that without its magnitude.
 
-        Raises UnmatchedKeys when its shapes do not fit the family.
+        Raises UnmatchedKeys when its shapes do not fit the family, or when it is not finite.
         """
-        tensors = self.tensors_of(entry)
+        tensors = self.sound_tensors_of(entry, strength)
         down, up, mid = tensors["down"], tensors["up"], tensors.get("mid")
         alpha = float(tensors["alpha"].item()) if "alpha" in tensors else float(down.shape[0])
         kernel = NAME_TABLES[self.family].kernel(entry.modules[0][1]) if entry.part == "denoiser" else None
@@ -261,7 +280,7 @@ class LoraFile:
         except ValueError as error:
             raise UnmatchedKeys(f"{self.name}: {entry.name} does not fit {self.family}: {error}") from None
         for module_id, part_up in parts:
-            yield module_id, LoraModule(down, part_up, alpha, mid)
+            yield module_id, LoraModule(down, part_up, strength * alpha, mid)
 
     def changes(self, base_weight: Callable[[ModuleId], Tensor] | None = None) -> Iterator[tuple[ModuleId, Tensor]]:
         """The change of every weight, float32, one at a time; biases are left to `bias_changes_of`.
@@ -284,7 +303,7 @@ class LoraFile:
         """The change of each weight that an entry changes, float32; a fused weight is split into its modules.
 
         `base_weight` gives the weight of a module, for the kinds whose change depends on it (DoRA, OFT). Raises
-        UnmatchedKeys when it is missing or when a change cannot be computed.
+        UnmatchedKeys when it is missing, or when a change cannot be computed or is not finite.
         """
         if entry.kind == "bias":
             return []
@@ -297,16 +316,17 @@ class LoraFile:
                 )
             weight = entry.place.join([base_weight(module).float() for module in entry.modules])
         try:
-            return entry.place.split(weight_change(entry.kind, self.tensors_of(entry), weight))
+            return entry.place.split(weight_change(entry.kind, self.sound_tensors_of(entry), weight))
         except (RuntimeError, ValueError, IndexError) as error:
             raise UnmatchedKeys(f"{self.name}: {entry.name} cannot be computed: {error}") from None
 
     def bias_changes_of(self, entry: Entry, inputs: int) -> list[tuple[ModuleId, Tensor]]:
         """The change of each bias that an entry changes, float32; a fused bias is split into its modules.
 
-        `inputs` is the number of the weight's input features. Raises UnmatchedKeys when the bias does not fit the family.
+        `inputs` is the number of the weight's input features. Raises UnmatchedKeys when the bias does not fit the family, or
+        is not finite.
         """
-        change = bias_change(entry.kind, self.tensors_of(entry))
+        change = bias_change(entry.kind, self.sound_tensors_of(entry)) if entry.changes_bias else None
         try:
             return [] if change is None else entry.place.split(change, inputs)
         except ValueError as error:

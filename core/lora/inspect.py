@@ -18,15 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BadConfig, BadFile, FaceLoraError, one_line
+from ..errors import BadConfig, BadFile, BadPhoto, FaceLoraError, one_line
 from ..models.base_weights import BaseWeights
-from ..photos.reading import DAMAGED
+from ..photos.reading import read_photo_files
 from ..storage.safetensors_file import CHUNK_BYTES, SafetensorsFile, copy_with_metadata
 from ..tensor_names import NAME_TABLES, is_published
 from .embeddings import word_of
 from .file import Entry, LoraFile, family_in_metadata, fit
 from .hashes import legacy_hash
-from .kinds import KINDS, needs_base, weight_change
+from .kinds import KINDS, needs_base
+from .norms import LARGEST_VALUE, change_norm, largest_change
 from .readers import READERS, not_loaded
 
 _SETTINGS = {
@@ -298,17 +299,17 @@ def block_norms(lora: LoraFile, step: Callable[[], None] = lambda: None) -> dict
 
     `step` is called for each module.
     """
-    squares: dict[str, float] = {}
+    norms: dict[str, float] = {}
     for entry in lora.entries:
         step()
         if entry.kind == "bias" or needs_base(entry.kind, entry.keys):
             continue
         block = _block(entry)
-        squares[block] = squares.get(block, 0.0) + change_norm(lora, entry) ** 2
-    finite = {
-        block: round(math.sqrt(square), 6) if math.isfinite(square) else None for block, square in squares.items()
+        norms[block] = math.hypot(norms.get(block, 0.0), change_norm(entry.kind, lora.tensors_of(entry)))
+    return {
+        block: round(norms[block], 6) if math.isfinite(norms[block]) else None
+        for block in sorted(norms, key=_by_number)
     }
-    return {block: finite[block] for block in sorted(finite, key=_by_number)}
 
 
 def _by_number(block: str) -> list[tuple[str, int]]:
@@ -320,18 +321,6 @@ def _block(entry: Entry) -> str:
     match = re.match(r"(?:text_model\.encoder\.)?\w+(?:\.\d+)?", path)
     block = match[0].removeprefix("text_model.encoder.") if match else path
     return block if entry.part == "denoiser" else f"{entry.part}.{block}"
-
-
-def change_norm(lora: LoraFile, entry: Entry) -> float:
-    """The Frobenius norm of the weight change that an entry makes at strength 1."""
-    tensors = lora.tensors_of(entry)
-    if entry.kind in ("lora", "locon") and "mid" not in tensors:
-        # |U D|^2 = trace(U^T U D D^T): two small matrices instead of a large one.
-        down, up = tensors["down"].float().flatten(1), tensors["up"].float().flatten(1)
-        scale = tensors["alpha"].item() / down.shape[0] if "alpha" in tensors else 1.0
-        square = ((up.T @ up) * (down @ down.T)).sum().item()
-        return abs(scale) * math.sqrt(max(square, 0.0)) if math.isfinite(square) else square
-    return weight_change(entry.kind, tensors).norm().item()
 
 
 @dataclass(frozen=True)
@@ -423,12 +412,17 @@ def _verify_metadata(lora: LoraFile, hashes: Mapping[str, str]) -> list[Fault]:
 
 
 def _verify_norms(lora: LoraFile, step: Callable[[], None]) -> list[Fault]:
-    norms = {}
+    norms, huge = {}, []
     for entry in lora.entries:
+        tensors = lora.tensors_of(entry)
+        huge += [] if largest_change(entry.kind, tensors) <= LARGEST_VALUE else [entry.name]
         if entry.kind != "bias" and not needs_base(entry.kind, entry.keys):
-            norms[entry.name] = change_norm(lora, entry)
+            norms[entry.name] = change_norm(entry.kind, tensors)
         step()
     faults = []
+    if huge:
+        text = f"the changes of {len(huge)} modules hold numbers that are too large for a weight, e.g. {huge[0]}"
+        faults.append(Fault(True, text))
     zero = [name for name, norm in norms.items() if norm == 0]
     if zero:
         everything = len(zero) == len(norms)
@@ -496,12 +490,9 @@ THUMBNAIL_SIDE = 256
 
 def _thumbnail(picture: str | os.PathLike[str]) -> str:
     """The picture as a data URL of a JPEG with sides of at most THUMBNAIL_SIDE pixels. Raises BadFile."""
-    from PIL import Image, ImageOps
-
     try:
-        with Image.open(picture) as image:
-            small = ImageOps.exif_transpose(image).convert("RGB")
-    except (*DAMAGED, Image.DecompressionBombError) as error:
+        small = read_photo_files([picture], strict=True)[0].image(shorter_side=THUMBNAIL_SIDE)
+    except BadPhoto as error:
         raise BadFile(f"{Path(picture)}: cannot be read as a picture: {error}") from None
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     data = io.BytesIO()

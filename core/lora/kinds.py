@@ -28,6 +28,8 @@ BIAS_ROLES = ("diff_b", "b_norm", "bias")
 """The roles of tensors that change a bias, with a weight or alone; `bias` is the bias of the up matrix, which peft has."""
 LARGEST_WEIGHT = 1 << 30
 """The most elements of a weight: no model has such a layer, but two small tensors can claim a product of any size."""
+LARGEST_KERNEL = 256
+"""The most positions of a convolution's kernel, 16 x 16 as of some patch embeddings."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 """The shape of each tensor of a module, by its role."""
@@ -72,7 +74,10 @@ def _fit_together(kind: str, shapes: Shapes) -> bool:
     if kind in ("full", "norm", "bias"):
         return all(shape and math.prod(shape) > 0 for shape in shapes.values())
     tensors = {role: shape for role, shape in shapes.items() if role not in ("alpha", "dora", *BIAS_ROLES)}
-    is_sensible = all(len(shape) in (2, 4) and math.prod(shape) > 0 for shape in tensors.values())
+    is_sensible = all(
+        len(shape) in (2, 4) and math.prod(shape) > 0 and math.prod(shape[2:]) <= LARGEST_KERNEL
+        for shape in tensors.values()
+    )
     if not is_sensible:
         return False
     if kind in ("lora", "locon", "dora"):
@@ -161,8 +166,7 @@ def bias_change(kind: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
     changes = [tensors[role].float() for role in ("diff_b", "b_norm") if role in tensors]
     if "bias" in tensors:
         # peft's lora_bias: the bias of the up matrix is scaled like the product.
-        rank = rank_of(kind, {role: tuple(tensor.shape) for role, tensor in tensors.items()})
-        changes.append((_scale(tensors, rank) if rank else 1.0) * tensors["bias"].float())
+        changes.append(scale_of(kind, tensors) * tensors["bias"].float())
     return torch.stack(changes).sum(0) if changes else None
 
 
@@ -176,26 +180,31 @@ def _additive_change(kind: str, tensors: Mapping[str, Tensor]) -> Tensor:
     return tensors["w_norm"] if kind == "norm" else _low_rank(tensors)
 
 
-def _scale(tensors: Mapping[str, Tensor], rank: int) -> float:
-    # Without an .alpha key every program takes alpha = rank.
-    return tensors["alpha"].item() / rank if "alpha" in tensors else 1.0
+def scale_of(kind: str, tensors: Mapping[str, Tensor]) -> float:
+    """The factor on the product: alpha / rank, where there are both."""
+    # Without an .alpha key every program takes alpha = rank. Of a LoKr whose factors are whole, LyCORIS ignores it.
+    rank = rank_of(kind, {role: tuple(tensor.shape) for role, tensor in tensors.items()})
+    return tensors["alpha"].item() / rank if rank and "alpha" in tensors else 1.0
 
 
 def _tucker(core: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
-    """The kernel (out, in, kh, kw) of a core (r, r, kh, kw) with output factors (r, out) and input factors (r, in)."""
-    return torch.einsum("rskl,ro,si->oikl", core, outputs, inputs)
+    """The kernel (out, in, kh, kw) of a core (r, s, kh, kw) with output factors (r, out) and input factors (s, in)."""
+    # In this order what is between is no larger than what is given or what comes back.
+    if core.shape[1] > inputs.shape[1]:
+        return torch.einsum("rikl,ro->oikl", torch.einsum("rskl,si->rikl", core, inputs), outputs)
+    return torch.einsum("oskl,si->oikl", torch.einsum("rskl,ro->oskl", core, outputs), inputs)
 
 
 def _low_rank(t: Mapping[str, Tensor]) -> Tensor:
     down, up = t["down"], t["up"]
-    scale = _scale(t, down.shape[0])
+    scale = scale_of("lora", t)
     if "mid" in t:
         return scale * _tucker(t["mid"], up.flatten(1).T, down.flatten(1))
     return scale * (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
 
 
 def _loha(t: Mapping[str, Tensor]) -> Tensor:
-    scale = _scale(t, t["hada_w1_b"].shape[0])
+    scale = scale_of("loha", t)
     if "hada_t1" in t:
         first = _tucker(t["hada_t1"], t["hada_w1_a"], t["hada_w1_b"])
         return scale * first * _tucker(t["hada_t2"], t["hada_w2_a"], t["hada_w2_b"])
@@ -210,10 +219,7 @@ def _lokr(t: Mapping[str, Tensor]) -> Tensor:
         second = _tucker(t["lokr_t2"], t["lokr_w2_a"], t["lokr_w2_b"])
     else:
         second = t["lokr_w2_a"] @ t["lokr_w2_b"]
-    factors = t.get("lokr_w2_b", t.get("lokr_w1_b"))
-    # Without a factorised side there is no rank to divide by, and LyCORIS scales by 1 whatever alpha says.
-    scale = 1.0 if factors is None else _scale(t, factors.shape[0])
-    return scale * torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - 2)), second)
+    return scale_of("lokr", t) * torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - 2)), second)
 
 
 def _with_magnitude(weight: Tensor, magnitude: Tensor) -> Tensor:

@@ -235,8 +235,9 @@ def load_base(
     """
     if not isinstance(source, Mapping):
         path = Path(source)
-        is_on_hub = not path.exists() and _is_hub_id(str(source))
-        if path.is_dir() or is_on_hub:
+        # Of os.path: Path's own raise for a folder that may not be looked into, or a name that is too long.
+        is_on_hub = not os.path.exists(path) and _is_hub_id(str(source))
+        if os.path.isdir(path) or is_on_hub:
             parts = {"vae": vae, "text_encoders": text_encoders, "tokenizer": tokenizer}
             if given := [what for what, one in parts.items() if one]:
                 raise BadConfig(f"{source}: a folder of diffusers has all parts itself: leave out {', '.join(given)}")
@@ -395,7 +396,7 @@ def _read_folder(folder: Path, prediction_type: str, zero_terminal_snr: bool) ->
     components = {}
     for part in ("denoiser", "vae", *family.text_encoders):
         subfolder = folder / (family.denoiser_folder if part == "denoiser" else part)
-        if part in family.optional_encoders and not subfolder.exists():
+        if part in family.optional_encoders and not os.path.exists(subfolder):
             continue
         config = _read_config(subfolder / "config.json")
         if quantisation := config.get("quantization_config"):
@@ -406,7 +407,7 @@ def _read_folder(folder: Path, prediction_type: str, zero_terminal_snr: bool) ->
             config["tokenizer"] = str(folder / part.replace("text_encoder", "tokenizer"))
         components[part] = Component(config, _folder_tensors(subfolder, part))
     scheduler_path = folder / "scheduler" / "scheduler_config.json"
-    scheduler = _read_config(scheduler_path) if scheduler_path.exists() else {}
+    scheduler = _read_config(scheduler_path) if os.path.exists(scheduler_path) else {}
     found = scheduler.get("prediction_type", "epsilon")
     try:
         _check_variant(family, components)
@@ -430,7 +431,7 @@ def _read_folder(folder: Path, prediction_type: str, zero_terminal_snr: bool) ->
 
 def _read_config(path: Path) -> dict[str, Any]:
     """The content of a JSON file in a diffusers folder. Raises BadFile when it is missing."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise BadFile(f"{path.parent.name}: not a whole diffusers folder, {path.name} is missing")
     return read_json(path)
 

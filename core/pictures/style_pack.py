@@ -6,6 +6,7 @@ this package and in folders of the user, and are read anew each time they are as
 
 import json
 import math
+import os
 import random
 import re
 from collections import Counter
@@ -346,7 +347,7 @@ def _fill(template: str, texts: Mapping[str, str]) -> str:
 
 def _packs_in(folder: Path, problems: list[str]) -> list[tuple[Path, StylePack]]:
     """The packs of a folder with their paths, by file name. What cannot be used adds a line to `problems`."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         problems.append(f"{folder}: no such folder of style packs")
     packs = []
     for path in sorted(folder.glob("*.json")):

@@ -101,10 +101,10 @@ def is_text(text: str) -> bool:
 
 def check_writable(path: Path) -> None:
     """Raises BadFile when `write_file` could not write to `path`: better before hours of training than after them."""
-    if path.is_dir():
-        raise BadFile(f"{path}: is a folder; give the name of a file in it")
     probe = path.with_name(f".{path.name}.probe")
     try:
+        if path.is_dir():
+            raise BadFile(f"{path}: is a folder; give the name of a file in it")
         probe.touch()
         probe.unlink(missing_ok=True)  # another run may be looking too
     except OSError as error:

@@ -10,6 +10,7 @@ import math
 import mmap
 import os
 import shutil
+import stat
 import struct
 import sys
 from collections import Counter
@@ -108,6 +109,8 @@ class SafetensorsFile(Mapping[str, Tensor]):
         """The file at `path`. Raises BadFile when it is missing, a pickle, truncated or not what its header says."""
         path = Path(path)
         try:
+            if stat.S_ISFIFO(path.stat().st_mode):  # to open it would wait for whoever writes into it
+                raise BadFile(f"{path}: is no regular file")
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 start = file.read(8)

@@ -4,6 +4,7 @@ The order of the photos, the noise and the timesteps are functions of the seed a
 them.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,15 @@ import torch
 from torch import Tensor
 
 from ..errors import BadConfig, BadFile
-from ..storage.safetensors_file import SafetensorsFile, save_safetensors
+from ..storage.safetensors_file import (
+    Digest,
+    Layout,
+    SafetensorsFile,
+    layout_of,
+    storage_order,
+    tensor_bytes,
+    write_safetensors,
+)
 
 STATE_VERSION = "1"
 _BEGIN_ANEW = "delete it or begin anew with --restart"
@@ -40,19 +49,41 @@ class RunState:
             "identity": json.dumps(dict(self.identity)),
             "scalars": json.dumps(dict(self.scalars)),
         }
-        save_safetensors(path, dict(self.tensors), header)
+        layout = layout_of(self.tensors)
+        write_safetensors(path, layout, self.tensors.__getitem__, header, {_DIGEST: _digest_of(header, layout)})
+
+
+_DIGEST = "digest"
+"""In the metadata: the SHA-256 of all the rest, since training would go on from flipped bits without a word."""
+
+
+def _digest_of(header: Mapping[str, str], layout: Layout) -> Digest:
+    """The hash of a state's file before its tensors."""
+    described = {name: (str(dtype), list(shape)) for name, (dtype, shape) in layout.items()}
+    return hashlib.sha256(json.dumps([dict(header), described], sort_keys=True).encode())
+
+
+def _check_digest(file: SafetensorsFile) -> None:
+    """Raises BadFile when a file is not as it was written. (Version 0.1.0 has written no digest.)"""
+    written = file.metadata.get(_DIGEST)
+    digest = _digest_of({key: text for key, text in file.metadata.items() if key != _DIGEST}, file.layout)
+    for name in storage_order(file.layout) if written else ():
+        digest.update(tensor_bytes(file[name]))
+    if written not in (None, digest.hexdigest()):
+        raise BadFile(f"{file.path}: is damaged: its content is not what was written; {_BEGIN_ANEW}")
 
 
 def read_state(path: Path, identity: Mapping[str, str]) -> RunState:
     """The saved state. Raises BadConfig when it is of a run with another identity, BadFile when it is damaged."""
     file = SafetensorsFile.open(path)
     try:
-        step, saved = int(file.metadata["step"]), json.loads(file.metadata["identity"])
-        scalars, version = json.loads(file.metadata["scalars"]), file.metadata["version"]
-    except (KeyError, ValueError) as error:
+        step, saved = int(file.metadata["step"]), dict(json.loads(file.metadata["identity"]))
+        scalars, version = dict(json.loads(file.metadata["scalars"])), file.metadata["version"]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise BadFile(f"{path}: not the state of a training run ({error})") from None
     if version != STATE_VERSION:
         raise BadConfig(f"{path}: was saved by another version of this program; {_BEGIN_ANEW}")
+    _check_digest(file)
     changed = [name for name in identity if saved.get(name) != identity[name]]
     if changed:
         raise BadConfig(

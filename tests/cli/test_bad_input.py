@@ -116,6 +116,10 @@ def missing_base(desk: Desk) -> None:
     desk.base = desk.folder / "nowhere.safetensors"
 
 
+def missing_base_of_a_long_name(desk: Desk) -> None:
+    desk.base = desk.folder / ("a" * 300)
+
+
 def tensors_as_base(*names: str) -> Callable[[Desk], None]:
     def spoil(desk: Desk) -> None:
         desk.base = desk.folder / "strange.safetensors"
@@ -184,6 +188,7 @@ CASES: dict[str, tuple[Callable[[Desk], None], str]] = {
     "bad photos only": (only_bad_photos, "bad"),
     "photos too small": (tiny_photos, r"a\.png: 3x200 pixels are too few"),
     "base missing": (missing_base, r"nowhere\.safetensors: cannot be read: No such file"),
+    "base's name too long": (missing_base_of_a_long_name, r"cannot be read: File name too long"),
     "base empty": (base_of("base.safetensors", lambda desk: b""), r"base\.safetensors: the file is empty"),
     "base truncated": (base_of("base.safetensors", lambda desk: desk.base.read_bytes()[:-100]), "truncated"),
     "base a pickle": (base_of("base.ckpt", lambda desk: b"\x80\x02}q\x00X\x05\x00\x00\x00stateq\x01."), "Python pickle"),
@@ -231,6 +236,7 @@ CASES: dict[str, tuple[Callable[[Desk], None], str]] = {
         output(lambda d: d.write("file", "") / "a.safetensors"), "cannot be written there: Not a directory"
     ),
     "output a folder": (output(lambda d: d.folder), r"must end in \.safetensors"),
+    "output's name too long": (output(lambda d: d.folder / f"{'a' * 300}.safetensors"), "cannot be written there: File name"),
     "output's ending": (output(lambda d: d.folder / "a.pt"), r"a\.pt: the output's name must end in \.safetensors"),
 }  # fmt: skip
 

@@ -8,6 +8,7 @@ from PIL import Image, ImageChops
 from core.lora.convert import convert_lora
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
+from core.storage.safetensors_file import save_safetensors
 
 from .graphs import drawing, node, training
 
@@ -127,6 +128,20 @@ def test_a_damaged_file_is_one_clear_line(server, lora):
     result = server.run(BASE | {"apply": apply("cut.safetensors", model=["base", 0])} | shown("apply"))
     assert result.status == "error"
     assert "cut.safetensors" in result.error
+
+
+def test_a_lora_that_would_draw_black_is_an_error_in_the_node(server, lora):
+    folder = server.folder / "models" / "loras"
+    file = LoraFile.read(folder / lora)
+    name = next(entry.name for entry in file.entries if entry.part == "denoiser")
+    up = f"{name}.lora_up.weight"
+    for value, words in ((float("nan"), "NaN or infinity"), (6e4, "too large for a weight")):
+        tensors = {**file.tensors, up: torch.full_like(file.tensors[up], value)}
+        save_safetensors(folder / "black.safetensors", tensors, file.metadata)
+        graph = {"apply": apply("black.safetensors", model=["base", 0], strength_model=10.0)}
+        result = server.run(BASE | graph | shown("apply"))
+        assert result.status == "error"
+        assert f"black.safetensors: {name}: its change holds" in result.error and words in result.error
 
 
 def test_dora_cannot_be_limited_to_some_steps_and_says_so(server, lora):

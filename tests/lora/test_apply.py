@@ -247,3 +247,12 @@ def test_a_change_of_a_bias_that_is_not_there_is_a_misfit(bases):
     lora = named({f"{BLOCK}.attn1.to_out.0": {"diff_b": torch.ones(31)}})
     with pytest.raises(LoraMisfit, match=r"a bias of 31 does not fit 32 outputs"):
         apply(lora, {"family": "sd15", **networks_of(bases["sd15"])})
+
+
+def test_a_sum_that_the_weights_precision_cannot_hold_is_an_error_and_leaves_the_model_as_it_was(bases, loras):
+    networks = {part: network.half() for part, network in networks_of(bases["sd15"]).items()}
+    before = {name: tensor.clone() for name, tensor in networks["denoiser"].named_parameters()}
+    for strength in (1e7, float("nan")):
+        with pytest.raises(UnmatchedKeys, match=r"sd15\.safetensors: the weight of .* would hold NaN or infinity"):
+            apply(loras["sd15"], {"family": "sd15", **networks}, strength)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in networks["denoiser"].named_parameters())

@@ -1,6 +1,7 @@
 import base64
 import hashlib
 import json
+import os
 import random
 import struct
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from PIL.PngImagePlugin import PngInfo
 
 from core.errors import BadFile, FaceLoraError, UnmatchedKeys
@@ -214,6 +215,15 @@ def test_a_thumbnail_that_is_no_picture_or_one_that_pillow_refuses_is_refused(sa
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=text)
     with pytest.raises(BadFile, match="cannot be read as a picture"):
         edit_metadata(saved, thumbnail=tmp_path / "a.png")
+
+
+def test_a_thumbnail_is_read_like_a_photo_without_ghostscript_or_waiting_for_a_pipe(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("Ghostscript is run"))
+    (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n")
+    os.mkfifo(tmp_path / "b.jpg")
+    for name in ("a.jpg", "b.jpg"):
+        with pytest.raises(BadFile, match="cannot be read as a picture"):
+            edit_metadata(saved, thumbnail=tmp_path / name)
 
 
 # --- damaged and absurd files

@@ -290,3 +290,10 @@ def test_other_metadata_leave_the_bytes_of_the_tensors_as_they_were(tmp_path):
     assert path.read_bytes().endswith(b"123456789")
     file = SafetensorsFile.open(path)
     assert file.metadata == {"title": "new"} and file.shapes == {"a": (1,), "b": (2,)}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.safetensors")
+    with pytest.raises(BadFile, match=r"a\.safetensors: is no regular file"):
+        SafetensorsFile.open(tmp_path / "a.safetensors")

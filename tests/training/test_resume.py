@@ -16,7 +16,7 @@ import torch
 from core.cli import main
 from core.cli.common import JsonProgress
 from core.errors import BadConfig, BadFile
-from core.storage.safetensors_file import SafetensorsFile
+from core.storage.safetensors_file import SafetensorsFile, save_safetensors
 from core.training.state import RunState, pack_optimizer, read_state, unpack_optimizer
 from tests.tooling import SMALL_SD15, write_checkpoint, write_photos
 
@@ -268,6 +268,25 @@ def test_a_state_of_other_settings_is_refused_with_their_names(tmp_path):
 def test_a_file_that_is_no_state_is_refused(tmp_path, small_sd15):
     with pytest.raises(BadFile, match="not the state of a training run"):
         read_state(small_sd15, IDENTITY)
+
+
+def test_a_state_with_a_flipped_bit_is_refused_since_training_would_go_on_from_it_without_a_word(tmp_path):
+    path = saved_state(tmp_path)
+    good = path.read_bytes()
+    for place in (len(good) - 1, good.index(b'"rank'), good.index(b'"scalars"') + 12):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        with pytest.raises(BadFile, match=r"damaged|not the state"):
+            read_state(path, IDENTITY)
+
+
+def test_a_state_of_version_0_1_0_has_no_digest_and_is_taken(tmp_path):
+    path = saved_state(tmp_path)
+    metadata, tensors = SafetensorsFile.open(path).metadata, tensors_of(path)
+    save_safetensors(path, tensors, {key: text for key, text in metadata.items() if key != "digest"})
+    assert read_state(path, IDENTITY).step == 3
+    save_safetensors(path, tensors, metadata | {"digest": "", "identity": "[1]"})
+    with pytest.raises(BadFile, match="not the state of a training run"):
+        read_state(path, IDENTITY)
 
 
 @pytest.mark.slow

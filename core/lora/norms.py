@@ -1,0 +1,124 @@
+"""How large the change of an adapter is, told from its factors: a product that a small file only claims is never made."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .kinds import scale_of
+
+LARGEST_VALUE = torch.finfo(torch.float16).max
+"""The largest change of a number in a weight that makes sense, 65504: more does not fit into 16 bits, and draws black."""
+_BLOCK = 1 << 20
+"""The numbers that are computed at once where a product has to be made after all."""
+
+
+class _Product(NamedTuple):
+    """A matrix `left @ right`, or the kernel of each position k, `left @ core[:, :, k] @ right`."""
+
+    left: Tensor  # (out, r)
+    right: Tensor  # (s, in)
+    core: Tensor | None  # (r, s, positions)
+
+
+def largest_change(kind: str, tensors: Mapping[str, Tensor]) -> float:
+    """What no number of the adapter's change is above in size; NaN or infinity where a tensor or the scale is.
+
+    `tensors` are those of a module by role. What the base weight has in it, for kinds that depend on it, does not count.
+    """
+    float32 = {role: tensor.float() for role, tensor in tensors.items() if role != "alpha"}
+    factors, others = _factors(kind, float32)
+    peak = scale_of(kind, tensors) * torch.stack([_peak(factor) for factor in factors]).prod() if factors else 0.0
+    peaks = [torch.linalg.vector_norm(other, math.inf) for other in others]
+    return torch.stack([torch.as_tensor(peak).abs(), *peaks]).max().item()  # of torch, which lets no NaN go under
+
+
+def change_norm(kind: str, tensors: Mapping[str, Tensor]) -> float:
+    """The Frobenius norm of the weight change that an adapter makes; for kinds that need the base, ValueError."""
+    float32 = {role: tensor.float() for role, tensor in tensors.items() if role != "alpha"}
+    factors, others = _factors(kind, float32)
+    if kind == "loha":
+        first, second = factors
+        assert isinstance(first, _Product) and isinstance(second, _Product)
+        return abs(scale_of(kind, tensors)) * _norm_of_hadamard(first, second)
+    if kind in ("full", "norm"):
+        return others[0].norm().item()
+    return abs(scale_of(kind, tensors)) * math.prod(map(_norm, factors))
+
+
+def _factors(kind: str, t: Mapping[str, Tensor]) -> tuple[Sequence[_Product | Tensor], list[Tensor]]:
+    """What is multiplied to the change, and the tensors that are added or say how it is changed."""
+
+    def factor(name: str, core_name: str) -> _Product | Tensor:
+        if name in t:
+            return t[name]
+        left, core = t[f"{name}_a"], t.get(core_name)
+        return _Product(left if core is None else left.T, t[f"{name}_b"], None if core is None else core.flatten(2))
+
+    if kind in ("lora", "locon", "dora"):
+        core = t["mid"].flatten(2) if "mid" in t else None
+        factors = [_Product(t["up"].flatten(1), t["down"].flatten(1), core)]
+    elif kind in ("loha", "lokr"):
+        prefix = {"loha": "hada_", "lokr": "lokr_"}[kind]
+        factors = [factor(f"{prefix}w{number}", f"{prefix}t{number}") for number in "12"]
+    else:
+        return [], list(t.values())
+    return factors, [t[role] for role in ("dora", "diff_b", "b_norm", "bias") if role in t]
+
+
+def _peak(factor: _Product | Tensor) -> Tensor:
+    """What no number of the product is above in size: by Cauchy and Schwarz, that of the longest row and column."""
+    if isinstance(factor, Tensor):
+        return torch.linalg.vector_norm(factor, math.inf)
+    peak = factor.left.norm(dim=1).max() * factor.right.norm(dim=0).max()
+    return peak if factor.core is None else peak * factor.core.norm()
+
+
+def _norm(factor: _Product | Tensor) -> float:
+    if isinstance(factor, Tensor):
+        return factor.norm().item()
+    left, right, core = factor
+    if core is None and left.shape[1] >= min(left.shape[0], right.shape[1]):
+        return (left @ right).norm().item()  # no larger than the factors
+    if core is not None:
+        # Nor is the product of the core and a factor that is longer there than at its other side.
+        if left.shape[1] > left.shape[0]:
+            left, core = torch.eye(left.shape[0]), torch.tensordot(left, core, 1)
+        if right.shape[0] > right.shape[1]:
+            right, core = torch.eye(right.shape[1]), torch.einsum("rsk,si->rik", core, right)
+    # |L C R|^2 = trace(C^T L^T L C R R^T): two small matrices instead of a large one.
+    by_left, by_right = left.T @ left, right @ right.T
+    if core is None:
+        square = (by_left * by_right).sum().item()
+    else:
+        square = (torch.tensordot(by_left, core, 1) * torch.einsum("rsk,su->ruk", core, by_right)).sum().item()
+    return math.sqrt(max(square, 0.0)) if math.isfinite(square) else square
+
+
+def _norm_of_hadamard(first: _Product, second: _Product) -> float:
+    """The norm of the product of two products, number by number."""
+    outputs, inputs = first.left.shape[0], first.right.shape[1]
+    ranks = max(first.left.shape[1] * second.left.shape[1], first.right.shape[0] * second.right.shape[0])
+    if ranks**2 * (outputs + inputs) < outputs * inputs:
+        # It is a single product, of the products of each pair of columns, of rows, and of numbers in the cores.
+        left = (first.left[:, :, None] * second.left[:, None]).flatten(1)
+        right = (first.right[:, None] * second.right).flatten(0, 1)
+        core = None
+        if first.core is not None and second.core is not None:
+            core = torch.einsum("rsk,tuk->rtsuk", first.core, second.core).flatten(2, 3).flatten(0, 1)
+        return _norm(_Product(left, right, core))
+    positions = 1 if first.core is None else first.core.shape[2]
+    widest = max(inputs, first.right.shape[0], second.right.shape[0])
+    norm = 0.0
+    for rows in torch.arange(outputs).split(max(_BLOCK // (widest * positions), 1)):
+        block = _made(first._replace(left=first.left[rows])) * _made(second._replace(left=second.left[rows]))
+        norm = math.hypot(norm, block.norm().item())
+    return norm
+
+
+def _made(product: _Product) -> Tensor:
+    if product.core is None:
+        return product.left @ product.right
+    return torch.einsum("osk,si->oik", torch.tensordot(product.left, product.core, 1), product.right)

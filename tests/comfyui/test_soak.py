@@ -1,0 +1,15 @@
+"""Odd requests to the pages' routes."""
+
+import pytest
+
+from tests.soak.pages import ask_often
+
+pytestmark = pytest.mark.comfyui
+
+
+def test_odd_requests_are_answered_and_leave_no_traceback(server):
+    mark = server.mark()
+    statuses, faults = ask_often(server.url, server.folder / "input" / "soak", "make test", 300)
+    assert faults == []
+    assert statuses[200] > 30 < statuses[404]
+    assert "Traceback" not in server.log(mark)

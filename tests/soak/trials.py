@@ -1,0 +1,421 @@
+"""The trials: each damages something, runs what reads it, and looks at what came of it.
+
+A trial may raise FaceLoraError, which is a clear refusal; anything else that it raises is a fault that the soak has found.
+"""
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from core.cli.settings import read_toml
+from core.config import config_from
+from core.errors import BadPhoto
+from core.lora.apply import apply
+from core.lora.file import LoraFile
+from core.models.base import load_base
+from core.photos import prepare, read_photos
+from core.pictures.style_pack import Subject, find_style_packs, long_prompts, read_style_pack
+from core.pictures.style_picture import style_picture
+from core.storage import files, safetensors_file
+
+from .damage import ODD, damaged_bytes, damaged_json, damaged_safetensors
+from .desk import Desk, check_written, names_in, run, same, tensors_of
+
+Trial = Callable[[Desk, Random], None]
+
+
+# --- damaged files
+
+
+def lora(desk: Desk, draw: Random) -> None:
+    """A damaged LoRA in a command, beside a good one, onto an output that may be there."""
+    good = draw.choice(desk.loras)
+    path = desk.put("a.safetensors", damaged_safetensors(good.read_bytes(), draw))
+    if draw.random() < 0.1:
+        path = path.rename(desk.room / "adapter_model.safetensors")
+        config = {"base_model.lora_alpha": 4, "r": 2, "lora_alpha": 4, "alpha_pattern": {"to_q": 1}, "use_rslora": True}
+        desk.put("adapter_config.json", damaged_json(json.dumps(config).encode(), draw))
+    before = path.read_bytes()
+    ending = draw.choice(list(desk.pictures))
+    picture = desk.put(f"picture.{ending}", damaged_bytes(desk.pictures[ending], draw))
+    os.mkfifo(desk.room / "pipe.safetensors")
+    output = desk.room / "out.safetensors"
+    earlier = draw.choice(desk.loras).read_bytes() if draw.random() < 0.3 else None
+    if earlier:
+        desk.put(output.name, earlier)
+    command = draw.choice((
+        ["inspect", path], ["inspect", path, "--json"], ["inspect", path, "--fast"], ["inspect", desk.room],
+        ["verify", path], ["verify", path, "--base", desk.base],
+        ["convert", path, "--output", output, "--to", draw.choice(("kohya", "diffusers", "comfy"))],
+        ["convert", path, "--output", output, "--to", "kohya", "--base", desk.base, "--plain-rank", draw.choice("139")],
+        ["merge", path, f"{draw.choice(desk.loras)}:0.5", "--output", output],
+        ["merge", f"{path}:{draw.choice(('-1', '1e9', '0'))}", "--output", output, "--into", desk.base],
+        ["merge", path, path, "--output", output, "--rank", "2"],
+        ["resize", path, "--output", output, "--rank", "1"], ["resize", path, "--output", output, "--energy", "0.5"],
+        ["metadata", path, "--title", "b", "--output", output],
+        ["metadata", desk.loras[0], "--thumbnail", picture, "--output", output],
+    ))  # fmt: skip
+    code, _ = run(*command)
+    assert path.read_bytes() == before, "the input is changed"
+    _check_output(desk, output, code, earlier)
+    if (
+        code == 0
+        and output.exists()
+        and output.read_bytes() != earlier
+        and command[0] in ("convert", "merge", "resize")
+    ):
+        check_written(output)
+
+
+def _check_output(desk: Desk, output: Path, code: int, earlier: bytes | None) -> None:
+    if code and earlier:
+        assert output.read_bytes() == earlier, "the output is gone or changed, though the command failed"
+    elif code:
+        assert not output.exists(), "there is an output, though the command failed"
+    assert not [name for name in names_in(desk.room) if name.endswith(".tmp")], "a temporary file is left"
+
+
+def applied_lora(desk: Desk, draw: Random) -> None:
+    """A damaged LoRA on a model in memory, which is afterwards as it was."""
+    path = desk.put("a.safetensors", damaged_safetensors(draw.choice(desk.loras).read_bytes(), draw))
+    model = torch.nn.Module()
+    for name, inputs in (("attn1.to_q", 32), ("attn2.to_k", 64)):
+        inner = model
+        *folders, last = f"down_blocks.0.attentions.0.transformer_blocks.0.{name}".split(".")
+        for folder in folders:
+            if not hasattr(inner, folder):
+                inner.add_module(folder, torch.nn.Module())
+            inner = inner.get_submodule(folder)
+        inner.add_module(last, torch.nn.Linear(inputs, 32, dtype=draw.choice((torch.float32, torch.float16))))
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    try:
+        applied = apply(LoraFile.read(path), {"family": "sd15", "denoiser": model}, draw.choice((1.0, -0.5, 1e5)))
+        assert all(tensor.isfinite().all() for tensor in model.parameters()), "NaN is on the model"
+        applied.remove()
+    finally:
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.named_parameters()), (
+            "the model is changed"
+        )
+
+
+def checkpoint(desk: Desk, draw: Random) -> None:
+    """A damaged checkpoint as a base."""
+    path = desk.put("base.safetensors", damaged_safetensors(desk.tuned.read_bytes(), draw))
+    output = desk.room / "out.safetensors"
+    plain = desk.loras[0]
+    if draw.random() < 0.4:
+        base = load_base(path)
+        base.load(draw.choice(("denoiser", "vae", "text_encoder")), torch.device("cpu"), torch.float32)
+        return
+    command = draw.choice((
+        ["extract", desk.base, path, "--output", output, "--rank", "1"], ["verify", plain, "--base", path],
+        ["merge", plain, "--into", path, "--output", output], ["inspect", path],
+        ["convert", desk.loras[-3], "--base", path, "--output", output, "--to", "kohya", "--plain-rank", "1"],
+    ))  # fmt: skip
+    code, _ = run(*command)
+    _check_output(desk, output, code, None)
+
+
+def photo(desk: Desk, draw: Random) -> None:
+    """Damaged photos beside a good one, with captions and masks."""
+    for number in range(3):
+        ending = draw.choice(list(desk.pictures))
+        desk.put(f"{number}.{ending}", damaged_bytes(desk.pictures[ending], draw))
+    if draw.random() < 0.3:
+        desk.put("0.txt", damaged_bytes(b"a photo of sks person, smiling", draw))
+        desk.put("good-masklabel.png", damaged_bytes(desk.pictures["png"], draw))
+    desk.put("good.png", desk.pictures["png"])
+    warnings: list[str] = []
+    photos = read_photos(desk.room, on_warning=warnings.append)
+    assert all("\n" not in warning for warning in warnings), warnings
+    for one in photos:
+        try:
+            assert one.image(shorter_side=draw.choice((None, 64))).mode == "RGB" and len(one.fingerprint) == 64
+            prepared = prepare([one], resolution=32, size_multiple=8, trigger="sks", class_word="person", upscale=True)
+            assert prepared.images[0].pixels().isfinite().all()
+            prepared.images[0].mask()
+        except BadPhoto as problem:
+            assert one.name in str(problem)
+    if draw.random() < 0.03:
+        run("check", desk.room, "--resolution", "64")
+
+
+def style_pack(desk: Desk, draw: Random) -> None:
+    """A damaged style pack, read by itself and in a folder."""
+    path = desk.put("pack.json", damaged_json(draw.choice(desk.packs), draw))
+    assert all("\n" not in problem for problem in find_style_packs([desk.room]).problems)
+    pack, _ = read_style_pack(path)
+    prompts = pack.prompts(Subject("sks"), draw.choice(("sd15", "sdxl", "flux1")), 5, 1)
+    assert len(prompts) == 5 and isinstance(long_prompts(prompts, len), list)
+    for style in pack.styles:
+        assert pack.picture(style) is None and style_picture(style)
+
+
+_TOML = (
+    "steps = 800\nlearning-rate = 1e-4\nrank = 16\nalpha = 8.0\nmethod = 'lora'\ntargets = 'attention'\n"
+    "trigger_word = 'sks'\nresolution = 512\nrank_pattern = { attn1 = 4 }\noptimizer = 'adamw'\nseed = 1\n"
+    "sample_prompt = ['a photo of sks person']\ncaption_dropout = 0.1\nmin-snr-gamma = 5.0\n"
+)
+
+
+def settings(desk: Desk, draw: Random) -> None:
+    """Damaged settings: by themselves, and in a training that has no photos."""
+    if draw.random() < 0.5:
+        text = damaged_bytes(_TOML.encode(), draw)
+    else:
+        lines = _TOML.splitlines()
+        number = draw.randrange(len(lines))
+        odd = draw.choice(ODD)
+        text = f"{lines[number].partition('=')[0]}= {json.dumps(odd).replace('null', '{}').replace('NaN', 'nan')}"
+        text = "\n".join([*lines[:number], text.replace("Infinity", "inf"), *lines[number + 1 :]]).encode()
+    path = desk.put("settings.toml", text)
+    if draw.random() < 0.2:
+        (desk.room / "nobody").mkdir()
+        arguments = ["train", desk.room / "nobody", "--base", desk.base, "--output", desk.room / "a.safetensors"]
+        assert run(*arguments, "--config", path)[0] == 1
+        return
+    config_from(read_toml(path))
+
+
+def state(desk: Desk, draw: Random) -> None:
+    """A training that goes on from a damaged state says so and leaves it, or comes to what it would have come to."""
+    good = desk.folder / "good.state.safetensors"
+    if not good.exists():
+        output = desk.room / "good.safetensors"
+        child(lambda: (_die_at(3), run(*desk.training(output))))
+        output.with_name(good.name).rename(good)
+    path = desk.put("a.state.safetensors", damaged_safetensors(good.read_bytes(), draw))
+    before, output = path.read_bytes(), desk.room / "a.safetensors"
+    code, _ = run(*desk.training(output, "--resume"))
+    if code:
+        assert path.read_bytes() == before and names_in(desk.room) == [path.name], "the state is gone or changed"
+    else:
+        assert same(tensors_of(output), desk.trained), "wrong tensors from a damaged state"
+
+
+# --- kills
+
+
+def child(function: Callable[[], object], dies_after: float | None = None) -> int:
+    """The exit status of a process of its own that runs the function: 0, 1 if it raised, or -9 when it was killed."""
+    process = os.fork()
+    if process == 0:
+        signal.alarm(0)
+        code = 1
+        try:
+            function()
+            code = 0
+        finally:
+            os._exit(code)
+    if dies_after is not None:
+        time.sleep(dies_after)
+        os.kill(process, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def _die_at(count: int, at: str = "after") -> None:
+    """This process dies in its `count`th save: in the middle of the data, before the file has its name, or after it."""
+    replace, data, calls = os.replace, safetensors_file.tensor_bytes, [0]
+
+    def die_when_due() -> None:
+        calls[0] += 1
+        if calls[0] == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def replaced(source: Any, target: Any) -> None:
+        if at == "before":
+            die_when_due()
+        replace(source, target)
+        if at == "after":
+            die_when_due()
+
+    def written(tensor: torch.Tensor) -> memoryview:
+        if at == "data":
+            die_when_due()
+        return data(tensor)
+
+    files.os.replace, safetensors_file.tensor_bytes = replaced, written
+
+
+def killed_command(desk: Desk, draw: Random) -> None:
+    """A command that is killed leaves its input, and the old output or the whole new one."""
+    path, output = desk.put("a.safetensors", desk.loras[0]), desk.room / "out.safetensors"
+    command = draw.choice((
+        ["metadata", path, "--title", "b"], ["convert", path, "--output", output, "--to", "diffusers"],
+        ["merge", path, "--output", output, "--into", desk.base], ["resize", path, "--output", output, "--rank", "1"],
+    ))  # fmt: skip
+    target = path if command[0] == "metadata" else output
+    earlier = path.read_bytes() if command[0] == "metadata" else draw.choice((None, desk.loras[1].read_bytes()))
+    if earlier:
+        target.write_bytes(earlier)
+    started = time.monotonic()
+    assert run(*command)[0] == 0
+    duration, new = time.monotonic() - started, target.read_bytes()
+    desk.fresh_room()
+    desk.put("a.safetensors", desk.loras[0])
+    if earlier:
+        target.write_bytes(earlier)
+    if draw.random() < 0.5:
+        place, count = draw.choice((("data", draw.randrange(1, 9)), ("before", 1), ("after", 1)))
+        status = child(lambda: (_die_at(count, place), run(*command)))
+    else:
+        status = child(lambda: run(*command), dies_after=draw.random() * 2 * duration)
+    assert status in (0, -signal.SIGKILL), f"exit status {status}"
+    desk.counts["kills"] += status != 0
+    found = target.read_bytes() if target.exists() else None
+    assert found in (earlier, new), "half of an output"
+    if target != path:
+        assert path.read_bytes() == desk.loras[0].read_bytes(), "the input is changed"
+    assert run(*command)[0] == 0
+    assert target.read_bytes() == new, "another output after a kill"
+
+
+def killed_training(desk: Desk, draw: Random) -> None:
+    """A training that is killed again and again comes to the same tensors, and leaves nothing else."""
+    output = desk.room / "a.safetensors"
+    arguments = desk.training(output, "--resume")
+    assert desk.trained
+    for _ in range(draw.randrange(1, 4)):
+        if draw.random() < 0.5:
+            place, count = draw.choice(
+                (("data", draw.randrange(1, 200)), ("before", draw.randrange(1, 6)), ("after", 2))
+            )
+            status = child(lambda place=place, count=count: (_die_at(count, place), run(*arguments)))
+        else:
+            status = child(lambda: run(*arguments), dies_after=draw.random())
+        assert status in (0, -signal.SIGKILL), f"exit status {status}"
+        desk.counts["kills"] += status != 0
+        if status == 0:
+            break
+    if not output.exists():
+        assert run(*arguments)[0] == 0
+    assert same(tensors_of(output), desk.trained), "wrong tensors after a kill"
+
+
+# --- disks, and two at once
+
+
+def full_disk(desk: Desk, draw: Random) -> None:
+    """No file can grow beyond some size, as on a disk that is full."""
+    path, output = desk.put("a.safetensors", draw.choice(desk.loras)), desk.room / "out.safetensors"
+    earlier = draw.choice((None, desk.loras[1].read_bytes()))
+    if earlier:
+        desk.put(output.name, earlier)
+    command = draw.choice((
+        ["convert", path, "--output", output, "--to", "kohya"], ["resize", path, "--output", output, "--rank", "1"],
+        ["merge", path, "--output", output, "--into", desk.base], ["metadata", path, "--title", "b"],
+        desk.training(output, "--restart"),
+    ))  # fmt: skip
+    if command[0] == "train":
+        assert desk.trained  # so that everything is in the cache
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(10 ** draw.uniform(0, 5)), limits[1]))
+    try:
+        code, _ = run(*command)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    if command[0] != "metadata":
+        assert path.read_bytes() == before
+        _check_output(desk, output, code, earlier)
+    elif code:
+        assert path.read_bytes() == before, "the file is lost"
+
+
+@contextmanager
+def bound_by_permissions() -> Iterator[None]:
+    """Within it the permissions of files hold for root too, whom they do not stop else (capabilities(7))."""
+    libc = ctypes.CDLL(None)
+    header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    libc.capget(header, sets)
+    before = sets[0]
+    sets[0] &= ~(1 << 1 | 1 << 2)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    libc.capset(header, sets)
+    try:
+        yield
+    finally:
+        sets[0] = before
+        libc.capset(header, sets)
+
+
+def closed_folder(desk: Desk, draw: Random) -> None:
+    """The folder of the output may not be written to, or one of what is read may not be looked into."""
+    path, closed = desk.put("a.safetensors", draw.choice(desk.loras)), desk.room / "closed"
+    closed.mkdir()
+    output = closed / "out.safetensors"
+    command = draw.choice((
+        ["convert", path, "--output", output, "--to", "kohya"], ["merge", path, "--output", output, "--into", desk.base],
+        ["extract", desk.base, desk.tuned, "--output", output, "--rank", "1"], desk.training(output),
+    ))  # fmt: skip
+    mode = 0o555
+    if draw.random() < 0.5:
+        mode, inside = 0, closed / "a.safetensors"
+        shut_in, output = draw.choice((desk.base, desk.loras[0])), desk.room / "out.safetensors"
+        command = draw.choice((
+            ["convert", path, "--output", closed / "out.safetensors", "--to", "kohya"], ["inspect", inside], ["check", closed],
+            ["convert", inside, "--output", output, "--to", "kohya"], ["verify", path, "--base", inside],
+            ["train", desk.photos, "--base", inside, "--output", output],
+            ["train", closed, "--base", desk.base, "--output", output],
+            ["train", closed / "a", "--base", desk.base, "--output", output],
+            ["train", desk.photos, "--base", desk.base, "--output", output, "--config", inside],
+            ["train", desk.photos, "--base", desk.base, "--output", output, "--continue-from", inside],
+            ["generate", "--base", desk.base, "--lora", inside, "--output", desk.room / "pictures"],
+            ["generate", "--base", desk.base, "--style-pack", "corporate", "--style-folder", closed, "--output", closed / "b"],
+            ["metadata", inside, "--title", "a"], ["merge", path, inside, "--output", output],
+        ))  # fmt: skip
+        inside.write_bytes(shut_in.read_bytes())
+    before = names_in(closed)
+    closed.chmod(mode)
+    try:
+        with bound_by_permissions():
+            code, errors = run(*command)
+    finally:
+        closed.chmod(0o755)
+    assert code == 1 and names_in(closed) == before, errors
+
+
+def two_at_once(desk: Desk, draw: Random) -> None:
+    """Two commands that write to one output leave the whole of one of them."""
+    path, output = desk.put("a.safetensors", desk.loras[0]), desk.room / "out.safetensors"
+    commands = [
+        ["convert", path, "--output", output, "--to", "diffusers"], ["resize", path, "--output", output, "--rank", "1"],
+        ["merge", path, desk.loras[1], "--output", output, "--to", "comfy"],
+    ]  # fmt: skip
+    results = []
+    chosen = draw.sample(commands, 2)
+    for command in chosen:
+        if run(*command)[0] == 0:
+            results.append(output.read_bytes())
+            output.unlink()
+    processes = []
+    for command in chosen:
+        if (process := os.fork()) == 0:
+            code = 3
+            try:
+                code = run(*command)[0]
+            finally:
+                os._exit(code)
+        processes.append(process)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+    assert set(codes) <= {0, 1}, codes
+    assert output.read_bytes() in results, "half of each"
+    assert names_in(desk.room) == [path.name, output.name]
+
+
+TRIALS: dict[str, tuple[Trial, int]] = {
+    "lora": (lora, 40), "applied_lora": (applied_lora, 20), "checkpoint": (checkpoint, 4), "photo": (photo, 20),
+    "style_pack": (style_pack, 20), "settings": (settings, 20), "state": (state, 1), "killed_command": (killed_command, 2),
+    "killed_training": (killed_training, 1), "full_disk": (full_disk, 4), "closed_folder": (closed_folder, 1),
+    "two_at_once": (two_at_once, 1),
+}  # fmt: skip
+"""Name -> the trial, and how often it is drawn."""
