@@ -43,9 +43,7 @@ def run_train(options: argparse.Namespace) -> None:
         progress.warning(f"learning_rate is that of a denoiser; the vectors of {config.method} have embedding_lr")
     looks = config.hold_out or config.check_photos or config.face_crops or config.face_masks
     if options.face_network and not looks:
-        raise BadConfig(
-            "--face-network needs --hold-out, --check-photos, --face-crops or --face-masks: nothing else looks"
-        )
+        raise BadConfig("--face-network has nothing to look at with --no-check-photos: leave it out")
     faces = load_faces(options.face_network) if options.face_network else None
     with stop, progress:
         lora = train(

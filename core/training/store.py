@@ -21,6 +21,7 @@ from PIL import Image
 from ..config import TrainConfig
 from ..device import PRECISIONS
 from ..errors import FaceLoraError
+from ..faces import faces_if_installed
 from ..lora.file import LoraFile
 from ..lora.hashes import model_hash
 from ..models.base import Base
@@ -31,7 +32,7 @@ from ..storage.files import check_writable, make_folder, write_file, write_text
 from ..storage.safetensors_file import SafetensorsFile
 from .callbacks import NO_CALLBACKS, Callbacks, StepReport
 from .identity import settings_of_the_file
-from .job import train
+from .job import good_photos, report_on, train
 from .likeness import LIKENESS_KEY
 
 KEY = "facelora.key"
@@ -166,6 +167,11 @@ def find_or_train(
     which likeness was measured, and at most two others a second. Samples are kept in the run's folder in any case. Errors
     are subclasses of FaceLoraError.
     """
+    if job.config.check_photos:
+        # What is trained depends on the good photos alone, and so the key too: of a good set it is as without the check.
+        faces = faces_if_installed(callbacks.on_warning)
+        photos = good_photos(report_on(job.photos, base, job.config, faces), callbacks.on_warning)
+        job = replace(job, photos=photos, config=replace(job.config, check_photos=False))
     key = job.key(base)
     run = RunFolder(made_folder("runs", key))
     on_history(run.history())
