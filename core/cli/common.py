@@ -18,7 +18,8 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def add_base(parser: argparse.ArgumentParser, required: bool) -> None:
-    parser.add_argument("--base", required=required, help="checkpoint file, diffusers folder, or hub id")
+    parser.add_argument("--base", required=required, help="checkpoint file, diffusers folder, hub id, or demo: "
+                        "the small one that comes with the package")  # fmt: skip
     parser.add_argument("--vae", metavar="FILE", help="VAE, where the base's file is the denoiser alone")
     parser.add_argument(
         "--text-encoder", action="append", default=[], metavar="FILE",
@@ -33,7 +34,16 @@ def add_base(parser: argparse.ArgumentParser, required: bool) -> None:
 
 def base_from(options: argparse.Namespace, **schedule: Any):
     files = {"vae": options.vae, "text_encoders": options.text_encoder, "tokenizer": options.tokenizer}
-    return models.load_base(options.base, **files, **schedule)
+    return models.load_base(_source(options.base), **files, **schedule)
+
+
+def _source(name: str):
+    """What `load_base` opens: of `demo` the embedded base, else what was named."""
+    if name != "demo":
+        return name
+    from ..demo import BASE_FILE
+
+    return BASE_FILE
 
 
 def add_face_network(parser: argparse.ArgumentParser, default: str | None = "sface") -> None:

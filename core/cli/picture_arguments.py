@@ -112,9 +112,8 @@ def add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sheet", type=Path, metavar="FILE.html", help="also write a page with the faces and the reasons"
     )
-    parser.add_argument(
-        "--resolution", type=int, default=1024, help="that the base is trained at, in pixels (default: 1024)"
-    )
+    add_base(parser, required=False)
+    parser.add_argument("--resolution", type=int, help="that is trained at, in pixels (default: the base's, else 1024)")
     parser.add_argument(
         "--threshold", action="append", default=[], type=_threshold, metavar="NAME=NUMBER",
         help="where a verdict changes (docs/photos.md lists the names); may be repeated",

@@ -12,7 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..errors import BadConfig, BadStylePack
-from ..faces import Reference, load_faces
+from ..faces import Reference, faces_if_installed, load_faces
 from ..lora import LoraFile
 from ..models import caption_tokens
 from ..photos import Photo, Thresholds, check_photos, format_report, read_photos, save_sheet
@@ -222,11 +222,16 @@ def _is_sheet(photo: Photo) -> bool:
         return SHEET_KEY in image.info
 
 
-def run_check(options: argparse.Namespace) -> None:
+def run_check(options: argparse.Namespace) -> int:
+    """1 where no photo can be used, else 0."""
+    resolution = options.resolution
+    if resolution is None:
+        resolution = base_from(options).resolution if options.base else 1024
     photos = read_photos(options.photos, on_warning=print_warning)
-    network = load_faces(options.face_network)
-    thresholds = Thresholds.for_resolution(options.resolution, network.name)
+    network = faces_if_installed(print_warning, options.face_network)
+    thresholds = Thresholds.for_resolution(resolution, network.name if network else "sface")
     report = check_photos(photos, network, dataclasses.replace(thresholds, **dict(options.threshold)))
     print(json.dumps(report.to_dict(), indent=1) if options.json else format_report(report))
     if options.sheet:
         save_sheet(report, options.sheet)
+    return 0 if report.usable else 1
