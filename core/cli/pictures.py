@@ -29,6 +29,7 @@ from ..pictures import (
     find_style_packs,
     long_prompts,
     make_headshots,
+    style_jobs,
 )
 from ..storage import write_file
 from ..training import Score
@@ -54,7 +55,7 @@ def run_generate(options: argparse.Namespace) -> None:
     with BarProgress() as progress:
         if options.negative and base.embeds_guidance:
             progress.warning(f"--negative has no effect: this {base.family.title} takes no negative prompt")
-        jobs = style_jobs(options, base, loras, progress) if options.style_pack else prompt_jobs(options, base, loras)
+        jobs = pack_jobs(options, base, loras, progress) if options.style_pack else prompt_jobs(options, base, loras)
         for line in unread_syntax([text for job in jobs for text in (job.prompt, job.negative)]):
             progress.warning(line)
         photos = read_photos(options.reference, on_warning=progress.warning) if options.reference else None
@@ -131,7 +132,7 @@ def prompt_jobs(options: argparse.Namespace, base, loras: Sequence[tuple[Any, fl
     ]
 
 
-def style_jobs(
+def pack_jobs(
     options: argparse.Namespace, base, loras: Sequence[tuple[Any, float]], progress: BarProgress
 ) -> list[Any]:
     if options.prompt:
@@ -150,17 +151,14 @@ def style_jobs(
         for line in long_prompts(styled, lambda text: len(caption_tokens(text)) + 2):
             progress.warning(line + "; it is encoded in several chunks")
     return [
-        Job(
-            prompt.prompt,
-            prompt.seed,
-            ", ".join(part for part in (prompt.negative, options.negative) if part),
-            options.size or (prompt.width, prompt.height),
-            prompt.steps if options.steps is None else options.steps,
-            prompt.guidance if options.guidance is None else options.guidance,
-            prompt.strength,
-            prompt.style,
+        dataclasses.replace(
+            job,
+            negative=", ".join(part for part in (job.negative, options.negative) if part),
+            size=options.size or job.size,
+            steps=job.steps if options.steps is None else options.steps,
+            guidance=job.guidance if options.guidance is None else options.guidance,
         )
-        for prompt in styled
+        for job in style_jobs(styled)
     ]
 
 
