@@ -12,6 +12,9 @@ from .. import models  # the package loads its modules only when a name is used
 from ..errors import BadConfig
 from ..storage.files import is_text
 
+DEMO = "demo"
+"""What `--base` calls the small base model that comes with the package."""
+
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; default: the best there is")
@@ -39,7 +42,7 @@ def base_from(options: argparse.Namespace, **schedule: Any):
 
 def _source(name: str):
     """What `load_base` opens: of `demo` the embedded base, else what was named."""
-    if name != "demo":
+    if name != DEMO:
         return name
     from ..demo import BASE_FILE
 

@@ -21,7 +21,7 @@ def run_train(options: argparse.Namespace) -> None:
     given = settings_from(options)
     base = base_from(options, **schedule_from(given))
     config = config_from(recipe_settings(options.recipe, base.family.name, given) if options.recipe else given)
-    stop = _StopOnSignal()
+    stop = StopOnSignal()
     progress = JsonProgress() if options.json else BarProgress()
 
     def on_step(report) -> None:
@@ -77,12 +77,12 @@ def format_likeness(measured: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-class _StopOnSignal:
+class StopOnSignal:
     """A context in which Ctrl-C and SIGTERM only set `asked`, for a stop between two steps. A second signal stops at once."""
 
     asked = False
 
-    def __enter__(self) -> "_StopOnSignal":
+    def __enter__(self) -> "StopOnSignal":
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
