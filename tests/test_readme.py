@@ -8,18 +8,19 @@ from pathlib import Path
 from PIL import Image
 
 from core.lora.file import LoraFile
+from tests.tooling import write_photos
 
 README = Path(__file__).parent.parent / "README.md"
 
 
-def test_the_python_of_the_readme_runs(tmp_path, small_sd15, photo_folder, monkeypatch):
+def test_the_python_of_the_readme_runs(tmp_path, small_sd15, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     # The same code on small numbers.
     short, changed = re.subn(r"steps=\d+", "steps=2, resolution=64", code)
     short, changed_too = re.subn(r"negative=", "size=(64, 64), steps=2, negative=", short)
     assert changed == changed_too == 1
     shutil.copy(small_sd15, tmp_path / "sd15.safetensors")
-    shutil.copytree(photo_folder, tmp_path / "photos")
+    write_photos(tmp_path / "photos", count=5)
     (tmp_path / "readme.py").write_text(short, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     runpy.run_path("readme.py", run_name="__main__")
