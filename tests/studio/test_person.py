@@ -136,14 +136,22 @@ def test_killed_at_five_places_the_job_makes_the_same_files_and_does_nothing_twi
     assert_the_same_files_and_nothing_done_twice(folder, whole)
 
 
+def quickly(folder: Path) -> list[str]:
+    """Options of the command line, for a training of seconds."""
+    (folder / "quick.toml").write_text(
+        "rank = 2\nsteps = 2\nbatch_size = 1\nwarmup_steps = 0\nprior_prediction = 0.0\n"
+    )
+    return ["--config", str(folder / "quick.toml"), "--style-folder", str(folder)]
+
+
 def test_where_no_picture_is_the_person_it_says_what_would_help(desk, capsys):
     folder = desk("anna")
-    command = ["headshots", str(folder / "photos"), "--base", "demo", "--steps", "11", "--count", "2", "--yes"]
-    command += ["--style-folder", str(folder), "--style-pack", "quick", "--output", str(folder / "out")]
+    command = ["headshots", str(folder / "photos"), "--base", "demo", "--count", "2", "--yes", *quickly(folder)]
+    command += ["--style-pack", "quick", "--output", str(folder / "out")]
     assert main(command) == 1
     said = capsys.readouterr().out
     assert "2 pictures, none of them alike enough" in said or "2 pictures\n" in said
-    assert "No picture is the person" in said and "Add photos: " in said and "Train longer than these 11 steps" in said
+    assert "No picture is the person" in said and "Add photos: " in said and "Train longer than these 2 steps" in said
     assert list((folder / "out" / "kept").iterdir()) == []
     assert main([*command, "--json"]) == 1
     outcome = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -164,7 +172,7 @@ def test_on_a_terminal_three_questions_are_asked_and_an_estimate_is_given(desk, 
     answers = iter(["woman", "quick", "1"])
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda question: next(answers))
-    command = ["headshots", str(folder / "photos"), "--base", "demo", "--steps", "11", "--style-folder", str(folder)]
+    command = ["headshots", str(folder / "photos"), "--base", "demo", *quickly(folder)]
     main([*command, "--output", str(folder / "out")])
     assert next(answers, "none") == "none"
     assert "about 1 min and 0." in capsys.readouterr().out
