@@ -167,6 +167,7 @@ def test_too_few_photos_stop_the_job_before_anything_is_made(desk):
     assert not (folder / "out").exists() and not (folder / "done.txt").exists()
 
 
+@pytest.mark.slow
 def test_on_a_terminal_three_questions_are_asked_and_an_estimate_is_given(desk, monkeypatch, capsys):
     folder = desk("anna")
     answers = iter(["woman", "quick", "1"])
