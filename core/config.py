@@ -96,7 +96,9 @@ class TrainConfig:
     )
     upscale: bool = option(False, "enlarge photos that are smaller than their bucket", group="photos")
     check_photos: bool = option(
-        False, "leave out photos that the photo report rejects (facelora check)", group="photos"
+        True,
+        "leave out photos that the photo report rejects (facelora check); no: train on all of them",
+        group="photos",
     )
     face_crops: bool = option(
         False, "also train on close-ups of the face, without other people in them", group="photos"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -101,6 +101,15 @@ def load_faces(
             f"[N, 3, {ALIGNED_SIZE}, {ALIGNED_SIZE}] as ArcFace and its kin do"
         )
     return OnnxFaces(path.stem, detector, session, scaled=_scales_pixels(model))
+
+
+def faces_if_installed(on_warning: Callable[[str], None], network: str = "sface") -> FaceNetwork | None:
+    """The face network of `load_faces`; None where it is not installed, and `on_warning` hears what is then not looked at."""
+    try:
+        return load_faces(network)
+    except MissingPackage as missing:
+        on_warning(f"only the size, the light and exact copies of the photos are checked: {missing}")
+        return None
 
 
 def embed_images(network: FaceNetwork, images: Sequence[Image.Image]) -> np.ndarray:

@@ -3,7 +3,6 @@
 import json
 import re
 import runpy
-import shutil
 from pathlib import Path
 
 from PIL import Image
@@ -11,11 +10,12 @@ from PIL import Image
 from core.lora.file import LoraFile
 from core.models.recipe import RECIPES_KEY
 from core.storage.safetensors_file import SafetensorsFile, copy_with_metadata
+from tests.tooling import write_photos
 
 README = Path(__file__).parent.parent / "README.md"
 
 
-def test_the_python_of_the_readme_runs(tmp_path, small_sd15, photo_folder, monkeypatch):
+def test_the_python_of_the_readme_runs(tmp_path, small_sd15, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     # The same code on small numbers: those of the training are the base's own.
     short, changed = re.subn(r"negative=", "size=(64, 64), steps=2, negative=", code)
@@ -23,7 +23,7 @@ def test_the_python_of_the_readme_runs(tmp_path, small_sd15, photo_folder, monke
     recipe = {"photos": 2, "rate": 1e-3, "rank": 4, "settings": {"resolution": 64}}
     metadata = {RECIPES_KEY: json.dumps({"balanced": recipe})}
     copy_with_metadata(SafetensorsFile.open(small_sd15), tmp_path / "sd15.safetensors", metadata)
-    shutil.copytree(photo_folder, tmp_path / "photos")
+    write_photos(tmp_path / "photos", count=5)
     (tmp_path / "readme.py").write_text(short, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     runpy.run_path("readme.py", run_name="__main__")

@@ -27,6 +27,11 @@ COMMANDS: dict[str, Command] = {
         "training_arguments:add_demo",
         "demo:run_demo",
     ),
+    "headshots": Command(
+        "from photos to a gallery of headshots in one command, which goes on where it was interrupted",
+        "picture_arguments:add_headshots",
+        "headshots:run_headshots",
+    ),
     "train": Command(
         "train a LoRA on a folder of photos of one person",
         "training_arguments:add_train",

@@ -6,9 +6,33 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 from .. import photos  # the package loads its modules only when a name is used
-from ..config import Precision
+from ..config import Precision, RecipeName
 from .common import add_base, add_device, add_face_network, unicode_text
 from .settings import SCHEDULE, add_settings
+
+
+def add_headshots(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s PHOTOS --base BASE [--output DIR] [OPTIONS] (--help lists them)"
+    parser.add_argument("photos", type=Path, metavar="PHOTOS", help="folder of 10 to 20 photos of one person")
+    add_base(parser, required=True)
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR",
+        help="folder for the LoRA, the pictures and their page; what is there is not made again (default: PHOTOS-headshots)",
+    )  # fmt: skip
+    parser.add_argument("--style-pack", metavar="NAME", help="`facelora generate --style-pack list` lists them")
+    parser.add_argument(
+        "--style-folder", action="append", default=[], type=Path, metavar="DIR", help="your own style packs"
+    )
+    parser.add_argument("--count", type=int, help="pictures to draw (default: 20)")
+    parser.add_argument("--seed", type=int, default=1, help="of the first picture; the next ones count up (default: 1)")
+    parser.add_argument(
+        "--recipe", choices=get_args(RecipeName), default="balanced", help="how much is trained (default: balanced)"
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE.toml", help="other settings of the training")
+    add_settings(parser, ("trigger_word", "class_word", "steps", "check_photos", *SCHEDULE))
+    parser.add_argument("--yes", action="store_true", help="ask nothing, not even on a terminal")
+    add_device(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object per report on stdout; asks nothing")
 
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
@@ -112,9 +136,8 @@ def add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sheet", type=Path, metavar="FILE.html", help="also write a page with the faces and the reasons"
     )
-    parser.add_argument(
-        "--resolution", type=int, default=1024, help="that the base is trained at, in pixels (default: 1024)"
-    )
+    add_base(parser, required=False)
+    parser.add_argument("--resolution", type=int, help="that is trained at, in pixels (default: the base's, else 1024)")
     parser.add_argument(
         "--threshold", action="append", default=[], type=_threshold, metavar="NAME=NUMBER",
         help="where a verdict changes (docs/photos.md lists the names); may be repeated",

@@ -12,7 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..errors import BadConfig, BadStylePack, one_line
-from ..faces import Reference, load_faces
+from ..faces import Reference, faces_if_installed, load_faces
 from ..lora import LoraFile
 from ..models import caption_tokens
 from ..photos import Photo, Thresholds, check_photos, format_report, read_photos, save_sheet
@@ -29,6 +29,7 @@ from ..pictures import (
     find_style_packs,
     long_prompts,
     make_headshots,
+    style_jobs,
 )
 from ..storage import write_file
 from ..training import Score
@@ -54,7 +55,7 @@ def run_generate(options: argparse.Namespace) -> None:
     with BarProgress() as progress:
         if options.negative and base.embeds_guidance:
             progress.warning(f"--negative has no effect: this {base.family.title} takes no negative prompt")
-        jobs = style_jobs(options, base, loras, progress) if options.style_pack else prompt_jobs(options, base, loras)
+        jobs = pack_jobs(options, base, loras, progress) if options.style_pack else prompt_jobs(options, base, loras)
         for line in unread_syntax([text for job in jobs for text in (job.prompt, job.negative)]):
             progress.warning(line)
         photos = read_photos(options.reference, on_warning=progress.warning) if options.reference else None
@@ -131,7 +132,7 @@ def prompt_jobs(options: argparse.Namespace, base, loras: Sequence[tuple[Any, fl
     ]
 
 
-def style_jobs(
+def pack_jobs(
     options: argparse.Namespace, base, loras: Sequence[tuple[Any, float]], progress: BarProgress
 ) -> list[Any]:
     if options.prompt:
@@ -150,17 +151,14 @@ def style_jobs(
         for line in long_prompts(styled, lambda text: len(caption_tokens(text)) + 2):
             progress.warning(line + "; it is encoded in several chunks")
     return [
-        Job(
-            prompt.prompt,
-            prompt.seed,
-            ", ".join(part for part in (prompt.negative, options.negative) if part),
-            options.size or (prompt.width, prompt.height),
-            prompt.steps if options.steps is None else options.steps,
-            prompt.guidance if options.guidance is None else options.guidance,
-            prompt.strength,
-            prompt.style,
+        dataclasses.replace(
+            job,
+            negative=", ".join(part for part in (job.negative, options.negative) if part),
+            size=options.size or job.size,
+            steps=job.steps if options.steps is None else options.steps,
+            guidance=job.guidance if options.guidance is None else options.guidance,
         )
-        for prompt in styled
+        for job in style_jobs(styled)
     ]
 
 
@@ -222,11 +220,16 @@ def _is_sheet(photo: Photo) -> bool:
         return SHEET_KEY in image.info
 
 
-def run_check(options: argparse.Namespace) -> None:
+def run_check(options: argparse.Namespace) -> int:
+    """1 where no photo can be used, else 0."""
+    resolution = options.resolution
+    if resolution is None:
+        resolution = base_from(options).resolution if options.base else 1024
     photos = read_photos(options.photos, on_warning=print_warning)
-    network = load_faces(options.face_network)
-    thresholds = Thresholds.for_resolution(options.resolution, network.name)
+    network = faces_if_installed(print_warning, options.face_network)
+    thresholds = Thresholds.for_resolution(resolution, network.name if network else "sface")
     report = check_photos(photos, network, dataclasses.replace(thresholds, **dict(options.threshold)))
     print(json.dumps(report.to_dict(), indent=1) if options.json else format_report(report))
     if options.sheet:
         save_sheet(report, options.sheet)
+    return 0 if report.usable else 1

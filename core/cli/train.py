@@ -21,7 +21,7 @@ class Cancelled(FaceLoraError):
 def run_train(options: argparse.Namespace) -> None:
     given = settings_from(options)
     base = base_from(options, **schedule_from(given))
-    stop = _StopOnSignal()
+    stop = StopOnSignal()
     progress = JsonProgress() if options.json else BarProgress()
     photos = read_photos(options.photos, strict=options.strict, on_warning=progress.warning)
     config = (
@@ -49,9 +49,7 @@ def run_train(options: argparse.Namespace) -> None:
         progress.warning(f"learning_rate is that of a denoiser; the vectors of {config.method} have embedding_lr")
     looks = config.hold_out or config.check_photos or config.face_crops or config.face_masks
     if options.face_network and not looks:
-        raise BadConfig(
-            "--face-network needs --hold-out, --check-photos, --face-crops or --face-masks: nothing else looks"
-        )
+        raise BadConfig("--face-network has nothing to look at with --no-check-photos: leave it out")
     faces = load_faces(options.face_network) if options.face_network else None
     with stop, progress:
         lora = train(
@@ -85,12 +83,12 @@ def format_likeness(measured: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-class _StopOnSignal:
+class StopOnSignal:
     """A context in which Ctrl-C and SIGTERM only set `asked`, for a stop between two steps. A second signal stops at once."""
 
     asked = False
 
-    def __enter__(self) -> "_StopOnSignal":
+    def __enter__(self) -> "StopOnSignal":
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 

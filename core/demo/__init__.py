@@ -28,7 +28,10 @@ from ..training.job import train
 from ..training.likeness import picture_change
 from .people import SEEN_PEOPLE, UNSEEN_PEOPLE, person_photos
 
-BASE_FILE = Path(__file__).parent / "base.safetensors"
+FOLDER = Path(__file__).parent
+BASE_FILE = FOLDER / "base.safetensors"
+STYLE_PACK = "demo"
+"""The style pack in FOLDER, of the one style that the base model knows."""
 PICTURE_SIZE = (64, 80)
 """The width and height of a picture in pixels: the aspect of the photos at the base model's resolution."""
 PICTURES = 8

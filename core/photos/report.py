@@ -187,14 +187,24 @@ class SetReport:
 
     photos: tuple[PhotoReport, ...]
     thresholds: Thresholds
-    network: str
-    """The name of the face network that measured the likeness."""
+    network: str | None
+    """The name of the face network that measured the likeness; None where none looked at the photos."""
     lights: int
     """The number of kinds of light in the usable photos."""
     backgrounds: int
     """The number of kinds of background in the usable photos."""
     advice: tuple[str, ...]
     """Sentences on what to add, and on what is wrong with the set as a whole."""
+    wishes: tuple[str, ...] = ()
+    """What to add, each with its number, as in "2 in other light"."""
+
+    @property
+    def headline(self) -> str:
+        """The report in one line: "5 of 6 usable; add 1 with the head turned to a side"."""
+        usable, needed = len(self.usable), self.thresholds.photos_needed
+        few = "" if self.enough else f", and {needed} are needed"
+        wish = next(iter(self.wishes), "" if self.enough else f"{needed - usable} more")
+        return f"{usable} of {len(self.photos)} usable{few}" + (f"; add {wish}" if wish else "")
 
     @property
     def usable(self) -> tuple[PhotoReport, ...]:
@@ -209,12 +219,13 @@ class SetReport:
     def to_dict(self) -> dict[str, Any]:
         """The report as values for JSON."""
         return {
+            "headline": self.headline,
             "network": self.network,
             "usable": len(self.usable),
             "enough": self.enough,
             "verdicts": dict(Counter(report.verdict for report in self.photos)),
-            "views": dict(Counter(report.view for report in self.usable)),
-            "framings": dict(Counter(report.framing for report in self.usable)),
+            "views": dict(Counter(report.view for report in self.usable if report.view)),
+            "framings": dict(Counter(report.framing for report in self.usable if report.framing)),
             "lights": self.lights,
             "backgrounds": self.backgrounds,
             "advice": list(self.advice),
@@ -223,13 +234,18 @@ class SetReport:
         }
 
 
-def check_photos(photos: Sequence[Photo], network: FaceNetwork, thresholds: Thresholds | None = None) -> SetReport:
+def check_photos(
+    photos: Sequence[Photo], network: FaceNetwork | None, thresholds: Thresholds | None = None
+) -> SetReport:
     """The report on a set of photos, with a PhotoReport for each in the order given. No photo is changed or deleted.
 
     The photos themselves decide who "the person" is: the face that is most like a face of each other photo is the most
-    typical one, and in every photo the face most like it is the person's.
+    typical one, and in every photo the face most like it is the person's. Without a network (None) nothing is known of
+    faces, and only pictures that are too small for one, too dark, or twice the same are found.
     """
     thresholds = thresholds or Thresholds()
+    if network is None:
+        return _without_faces(photos, thresholds)
     looks = [_look(photo, network, thresholds) for photo in photos]
     chosen = _recognise(looks)
     matches = [alike >= thresholds.likeness_reject for _, alike in chosen if alike is not None]
@@ -246,8 +262,33 @@ def check_photos(photos: Sequence[Photo], network: FaceNetwork, thresholds: Thre
     ]
     lights = measure.kinds([look.lights[index] for look, index in usable])
     backgrounds = measure.kinds([look.backgrounds[index] for look, index in usable])
-    advice = _advise(reports, lights, backgrounds, several_people=len(matches) > 2 and not majority, limits=thresholds)
-    return SetReport(tuple(reports), thresholds, network.name, lights, backgrounds, advice)
+    wishes = _wishes([report for report in reports if report.verdict != REJECT], lights, backgrounds, thresholds)
+    advice = _advise(len(usable), wishes, several_people=len(matches) > 2 and not majority, limits=thresholds)
+    return SetReport(tuple(reports), thresholds, network.name, lights, backgrounds, advice, wishes)
+
+
+def _without_faces(photos: Sequence[Photo], limits: Thresholds) -> SetReport:
+    """The report on what can be said of pictures without looking for faces."""
+    first: dict[str, str] = {}
+    reports = []
+    for photo in photos:
+        findings = []
+        if math.prod(photo.size) ** 0.5 < limits.face_pixels_reject:
+            findings.append(
+                Finding(REJECT, f"the picture is too small for a face of {limits.face_pixels_reject:.0f} pixels")
+            )
+        if measure.highlights(np.asarray(photo.image(shorter_side=measure.SHARPNESS_SIDE).convert("L"))) < (
+            limits.highlights_reject
+        ):
+            findings.append(Finding(REJECT, "the picture is too dark"))
+        if photo.digest in first:
+            findings.append(Finding(REJECT, f"the same picture as {first[photo.digest]}"))
+        else:
+            first[photo.digest] = photo.name
+        reports.append(PhotoReport(photo, tuple(findings), faces=0, face=None))
+    usable = sum(report.verdict != REJECT for report in reports)
+    advice = _advise(usable, (), several_people=False, limits=limits)
+    return SetReport(tuple(reports), limits, None, 0, 0, advice)
 
 
 @dataclass(frozen=True, eq=False)
@@ -451,17 +492,8 @@ def framing(face: Face, bottom: float) -> str:
     return FRAMINGS[(below > 0.8) + (below > 2.5)]
 
 
-def _advise(
-    reports: Sequence[PhotoReport], lights: int, backgrounds: int, several_people: bool, limits: Thresholds
-) -> tuple[str, ...]:
-    usable = [report for report in reports if report.verdict != REJECT]
-    advice = []
-    if several_people:
-        advice.append("The photos show different people, and no one is in most of them: sort them first.")
-    if len(usable) < limits.photos_needed:
-        advice.append(f"At least {limits.photos_needed} are needed; {limits.photos_wanted} to 20 work best.")
-    elif len(usable) < limits.photos_wanted:
-        advice.append(f"{limits.photos_wanted - len(usable)} more would help.")
+def _wishes(usable: Sequence[PhotoReport], lights: int, backgrounds: int, limits: Thresholds) -> tuple[str, ...]:
+    """What the usable photos lack in variety, each with the number of photos to add."""
     missing = [
         (limits.turned_wanted - sum(report.view != VIEWS[0] for report in usable), "with the head turned to a side"),
         (
@@ -471,7 +503,17 @@ def _advise(
         (limits.lights_wanted - lights, "in other light"),
         (limits.backgrounds_wanted - backgrounds, "in front of another background"),
     ]
-    wishes = [f"{count} {what}" for count, what in missing if count > 0]
+    return tuple(f"{count} {what}" for count, what in missing if count > 0)
+
+
+def _advise(usable: int, wishes: Sequence[str], several_people: bool, limits: Thresholds) -> tuple[str, ...]:
+    advice = []
+    if several_people:
+        advice.append("The photos show different people, and no one is in most of them: sort them first.")
+    if usable < limits.photos_needed:
+        advice.append(f"At least {limits.photos_needed} are needed; {limits.photos_wanted} to 20 work best.")
+    elif usable < limits.photos_wanted:
+        advice.append(f"{limits.photos_wanted - usable} more would help.")
     if wishes:
         advice.append(f"More variety helps: add {', '.join(wishes)}. One photo can be several of these.")
     return tuple(advice)

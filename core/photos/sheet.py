@@ -56,8 +56,8 @@ def _summary(report: SetReport) -> list[str]:
     def counts(values: list[str | None]) -> str:
         return ", ".join(f"{count} {value}" for value, count in Counter(values).most_common())
 
-    lines = [f"{len(report.usable)} of {len(report.photos)} photos can be used."]
-    if report.usable:
+    lines = [f"{report.headline}."]
+    if report.usable and report.network:
         lines.append(
             f"View: {counts([photo.view for photo in report.usable])}. "
             f"Framing: {counts([photo.framing for photo in report.usable])}. "

@@ -1,26 +1,37 @@
 """The page that shows a batch of headshots: an HTML file beside the pictures, which needs no server and no internet."""
 
 import html
-from collections.abc import Sequence
+import os
+import shlex
+import subprocess
+from collections.abc import Callable, Sequence
 
 from ..photos import Thresholds
+from .generate import Job
 from .headshot import Headshot
 
 SAME_PERSON, SOMEONE_ELSE = Thresholds.likeness_review, Thresholds.likeness_reject
 """The likeness by SFace above which is mostly the same person, and that below which is mostly someone else."""
 
 
-def gallery_page(shots: Sequence[Headshot], summary: str, compared: bool) -> str:
+VARIATIONS = 4
+"""The pictures that the command for more like one draws: itself again, and others with the next seeds."""
+Models = Callable[[Job], Sequence[str]]
+"""Gives the options of `facelora generate` that name a job's base and LoRAs as seen from the page's folder, or none."""
+
+
+def gallery_page(shots: Sequence[Headshot], summary: str, compared: bool, models: Models = lambda job: ()) -> str:
     """The page's HTML, with the pictures in the order given, the kept ones first.
 
-    `summary` stands below the title. `compared` says whether likeness was measured: only then is it shown.
+    `summary` stands below the title. `compared` says whether likeness was measured: only then is it shown. A picture for
+    which there are `models` has a command that draws more like it.
     """
     styles = list(dict.fromkeys(shot.job.style for shot in shots if shot.job.style))
     kept, others = [shot for shot in shots if shot.kept], [shot for shot in shots if not shot.kept]
     sections = [("Kept", kept), ("The others" if kept else "All pictures", others)]
     main = "\n".join(
         f'<section><h2>{title} <small>{len(group)}</small></h2><div class="grid">\n'
-        + "\n".join(_card(shot, compared) for shot in group)
+        + "\n".join(_card(shot, compared, models) for shot in group)
         + "\n</div></section>"
         for title, group in sections
         if group
@@ -28,7 +39,7 @@ def gallery_page(shots: Sequence[Headshot], summary: str, compared: bool) -> str
     parts = {
         "SUMMARY": html.escape(summary),
         "STRIP": _strip(shots) if compared else "",
-        "STYLES": _style_buttons(styles) if len(styles) > 1 else "",
+        "STYLES": _style_buttons(styles if len(styles) > 1 else []),
         "MAIN": main,
     }
     page = _PAGE
@@ -37,7 +48,7 @@ def gallery_page(shots: Sequence[Headshot], summary: str, compared: bool) -> str
     return page
 
 
-def _card(shot: Headshot, compared: bool) -> str:
+def _card(shot: Headshot, compared: bool, models: Models) -> str:
     job, name = shot.job, html.escape(shot.path.name)
     badge = ""
     if compared:
@@ -50,21 +61,47 @@ def _card(shot: Headshot, compared: bool) -> str:
         facts.append(("face drawn anew", f"likeness {change}, {'taken' if shot.face_pass.kept else 'not taken'}"))
     rows = "".join(f"<dt>{what}</dt><dd>{html.escape(value)}</dd>" for what, value in facts if value)
     title = html.escape(job.style or job.prompt)
+    copies = [("Copy prompt", job.prompt)]
+    if named := models(job):
+        copies.append(("Copy command for more like this", _command(shot, named)))
+    buttons = "".join(f'<button data-copy="{html.escape(text)}">{what}</button>' for what, text in copies)
     return (
-        f'<figure data-style="{html.escape(job.style)}"><a href="{name}"><img src="{name}" loading="lazy" '
-        f'alt="{title}, seed {job.seed}"></a>{badge}<figcaption><details><summary>{title}</summary>'
-        f"<dl>{rows}</dl></details></figcaption></figure>"
+        f'<figure data-style="{html.escape(job.style)}" data-file="{name}"><a href="{name}"><img src="{name}" loading="lazy" '
+        f'alt="{title}, seed {job.seed}"></a>{badge}<button class="star" aria-pressed="false" aria-label="favourite"></button>'
+        f"<figcaption><details><summary>{title}</summary>{buttons}<dl>{rows}</dl></details></figcaption></figure>"
     )
 
 
+def _command(shot: Headshot, models: Sequence[str]) -> str:
+    """A shell's command that draws the picture again, and variations of it with other seeds."""
+    job = shot.job
+    settings = {
+        "prompt": job.prompt,
+        "negative": job.negative,
+        "seed": job.seed,
+        "count": VARIATIONS,
+        "steps": job.steps,
+    }
+    settings |= {"guidance": f"{job.guidance:g}", "output": f"more/{shot.path.stem}"}
+    if job.size:
+        settings["size"] = f"{job.size[0]}x{job.size[1]}"
+    # A text that begins with a dash is no option.
+    words = ["facelora", "generate", *models, *(f"--{name}={value}" for name, value in settings.items() if value != "")]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
 def _style_buttons(styles: Sequence[str]) -> str:
-    names = ["", *styles]
+    names = ["", *styles] if styles else []
     buttons = "".join(
         f'<button data-style="{html.escape(name)}" aria-pressed="{str(not name).lower()}">'
         f"{html.escape(name) or 'All styles'}</button>"
         for name in names
     )
-    return f"<nav>{buttons}</nav>"
+    return (
+        f'<nav>{buttons}<button data-favourites aria-pressed="false">★ Favourites <span>0</span></button>'
+        '<button data-zip disabled title="A page may read no files by itself: the browser asks for the folder of this page. '
+        'Nothing is sent anywhere.">Download favourites</button><input type="file" webkitdirectory hidden></nav>'
+    )
 
 
 def _strip(shots: Sequence[Headshot]) -> str:
@@ -98,7 +135,7 @@ def _number(value: float | None) -> str:
     return "no face" if value is None else f"{value:.2f}"
 
 
-_PAGE = """<!doctype html>
+_PAGE = r"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Headshots</title>
 <style>
@@ -119,7 +156,8 @@ circle.kept { fill: var(--accent); fill-opacity: .8 }
 nav { display: flex; flex-wrap: wrap; gap: .5rem }
 button { font: inherit; color: inherit; padding: .25rem .9rem; border: 1px solid var(--line); border-radius: 99px;
   background: var(--card); cursor: pointer }
-button[aria-pressed=true] { background: var(--ink); color: var(--paper); border-color: var(--ink) }
+button:disabled { opacity: .5; cursor: default }
+nav button[aria-pressed=true] { background: var(--ink); color: var(--paper); border-color: var(--ink) }
 h2 { font: 600 1.3rem Georgia, "Times New Roman", serif; margin: 2rem 0 .8rem }
 h2 small { color: var(--soft); font-weight: 400 }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 1.1rem; align-items: start }
@@ -130,7 +168,13 @@ img { width: 100%; display: block }
 figure b { position: absolute; top: .6rem; right: .6rem; padding: .05rem .55rem; border-radius: 99px; color: #fff;
   font-size: 13px; font-variant-numeric: tabular-nums; background: #57534dcc }
 figure b.high { background: #1c7a4fe6 } figure b.middle { background: #a86a10e6 }
+.star { position: absolute; top: .5rem; left: .5rem; padding: 0; width: 2rem; height: 2rem; border: 0;
+  background: #0006; color: #fff; font-size: 1.05rem }
+.star::before { content: "☆" }
+.star[aria-pressed=true] { background: #0009; color: #ffd257 }
+.star[aria-pressed=true]::before { content: "★" }
 figcaption { padding: .5rem .8rem }
+figcaption button { display: block; margin-top: .4rem; font-size: 13px }
 summary { cursor: pointer }
 dl { margin: .5rem 0 .2rem; font-size: 13px; overflow-wrap: anywhere }
 dt { color: var(--soft) } dd { margin: 0 0 .35rem }
@@ -166,14 +210,123 @@ document.addEventListener("keydown", (event) => {
   const all = shown();
   show(all[(all.indexOf(current) + step + all.length) % all.length]);
 });
-for (const button of document.querySelectorAll("button"))
+let wanted = () => true;
+function filter() {
+  for (const figure of figures) figure.hidden = !wanted(figure);
+  for (const section of document.querySelectorAll("section"))
+    section.hidden = !section.querySelector("figure:not([hidden])");
+}
+const filters = document.querySelectorAll("nav [aria-pressed]");
+for (const button of filters)
   button.addEventListener("click", () => {
-    for (const other of document.querySelectorAll("button")) other.setAttribute("aria-pressed", other === button);
-    for (const figure of figures)
-      figure.hidden = button.dataset.style !== "" && figure.dataset.style !== button.dataset.style;
-    for (const section of document.querySelectorAll("section"))
-      section.hidden = !section.querySelector("figure:not([hidden])");
+    for (const other of filters) other.setAttribute("aria-pressed", other === button);
+    const { style } = button.dataset;
+    if (style === undefined) wanted = (figure) => favourites.has(figure.dataset.file);
+    else wanted = (figure) => style === "" || figure.dataset.style === style;
+    filter();
   });
+
+// Favourites are in the address, which can be kept as a bookmark; and where the browser lets a file's page store something,
+// there too.
+const place = `favourites of ${location.pathname}`;
+function stored() {
+  try { return localStorage.getItem(place) ?? ""; } catch { return ""; }
+}
+const known = new Set(figures.map((figure) => figure.dataset.file));
+const favourites = new Set((location.hash.slice(1) || stored()).split(",").filter((name) => known.has(name)));
+const zipButton = document.querySelector("[data-zip]");
+function showFavourites() {
+  for (const figure of figures)
+    figure.querySelector(".star").setAttribute("aria-pressed", favourites.has(figure.dataset.file));
+  document.querySelector("[data-favourites] span").textContent = favourites.size;
+  zipButton.disabled = !favourites.size;
+}
+for (const figure of figures)
+  figure.querySelector(".star").addEventListener("click", () => {
+    const { file } = figure.dataset;
+    if (!favourites.delete(file)) favourites.add(file);
+    const names = [...favourites].sort().join(",");
+    history.replaceState(null, "", `#${names}`);
+    try { localStorage.setItem(place, names); } catch { /* the address has them */ }
+    showFavourites();
+    filter();
+  });
+showFavourites();
+
+function copy(text) {
+  // navigator.clipboard is not there for every page from a file.
+  const area = document.body.appendChild(document.createElement("textarea"));
+  area.value = text;
+  area.select();
+  document.execCommand("copy");
+  area.remove();
+}
+function folder() {
+  const path = decodeURIComponent(location.pathname).replace(/[^/]*$/, "");
+  return /^\/[A-Za-z]:/.test(path) ? `cd /d "${path.slice(1)}"` : `cd '${path.replaceAll("'", "'\\''")}'`;
+}
+for (const button of document.querySelectorAll("[data-copy]"))
+  button.addEventListener("click", () => {
+    const text = button.dataset.copy, isCommand = text.startsWith("facelora ");
+    copy(isCommand && location.protocol === "file:" ? `${folder()} && ${text}` : text);
+    const before = button.textContent;
+    button.textContent = "Copied";
+    setTimeout(() => { button.textContent = before; }, 1500);
+  });
+
+const picker = document.querySelector("input[type=file]");
+zipButton.addEventListener("click", async () => {
+  if (location.protocol === "file:") return picker.click();
+  const read = async (name) => [name, new Uint8Array(await (await fetch(name)).arrayBuffer())];
+  download(await Promise.all([...favourites].sort().map(read)));
+});
+picker.addEventListener("change", async () => {
+  const files = [...picker.files]
+    .filter(({ name, webkitRelativePath }) => favourites.has(name) && webkitRelativePath.split("/").length === 2)
+    .sort((a, b) => (a.name < b.name ? -1 : 1));
+  if (files.length < favourites.size) alert("This is not the folder of this page: its pictures are not all there.");
+  else download(await Promise.all(files.map(async (file) => [file.name, new Uint8Array(await file.arrayBuffer())])));
+  picker.value = "";
+});
+function download(files) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(zip(files));
+  link.download = "favourites.zip";
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+}
+
+// A zip file without compression, which pictures do not need (APPNOTE.TXT of PKWARE, 4.3).
+const crcTable = Uint32Array.from({ length: 256 }, (_, value) => {
+  for (let bit = 0; bit < 8; bit++) value = (value >>> 1) ^ (value & 1 ? 0xedb88320 : 0);
+  return value;
+});
+const crc32 = (bytes) => ~bytes.reduce((crc, byte) => crcTable[(crc ^ byte) & 255] ^ (crc >>> 8), -1) >>> 0;
+function record(...fields) {  // [bytes, value], little-endian
+  const view = new DataView(new ArrayBuffer(fields.reduce((size, [bytes]) => size + bytes, 0)));
+  let at = 0;
+  for (const [bytes, value] of fields) {
+    if (bytes === 2) view.setUint16(at, value, true); else view.setUint32(at, value, true);
+    at += bytes;
+  }
+  return view.buffer;
+}
+function zip(files) {
+  const parts = [], directory = [];
+  let offset = 0;
+  for (const [name, bytes] of files) {
+    const title = new TextEncoder().encode(name);
+    const common = [[2, 20], [2, 0x800], [2, 0], [2, 0], [2, 0x21], [4, crc32(bytes)], [4, bytes.length], [4, bytes.length],
+      [2, title.length], [2, 0]];
+    parts.push(record([4, 0x04034b50], ...common), title, bytes);
+    directory.push(
+      record([4, 0x02014b50], [2, 20], ...common, [2, 0], [2, 0], [2, 0], [4, 0], [4, offset]), title);
+    offset += 30 + title.length + bytes.length;
+  }
+  const size = directory.reduce((sum, part) => sum + part.byteLength, 0);
+  const end = record([4, 0x06054b50], [2, 0], [2, 0], [2, files.length], [2, files.length], [4, size], [4, offset], [2, 0]);
+  return new Blob([...parts, ...directory, end], { type: "application/zip" });
+}
 </script>
 </body></html>
 """

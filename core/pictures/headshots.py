@@ -3,10 +3,12 @@
 import filecmp
 import itertools
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +23,12 @@ from ..photos.reading import DAMAGED
 from ..storage.files import make_folder, remove_leftovers, write_file, write_text, writing
 from ..storage.locks import locked
 from .face_pass import CutOut, FacePass, blend, cut_out, face_share
-from .gallery import gallery_page
+from .gallery import SAME_PERSON, Models, gallery_page
 from .generate import GenerateConfig, Job, Picture, generate, parameters_text
 from .headshot import FaceOutcome, Headshot
 from .sheet import contact_sheet
 from .sizes import checked_size
+from .style_pack import StyledPrompt
 
 OVERVIEW = "headshots.json"
 CONTACT_SHEET = "contact_sheet.png"
@@ -55,7 +58,8 @@ def make_headshots(
     """The pictures of all jobs, written as PNG files into `folder`; most alike first where there are `reference` photos.
 
     With `reference` photos, faces that `face_pass` calls small are drawn again, and the new face is kept where likeness
-    does not fall. The `keep` most alike pictures (None: a quarter) are then copied into `folder`/kept.
+    does not fall. The `keep` most alike pictures (None: a quarter) are then copied into `folder`/kept, but none whose
+    likeness is below SAME_PERSON.
 
     A picture that is already there, made from the same job, models and settings, is not made again, so an interrupted
     batch goes on where it was. Another picture of its name moves to `folder`/earlier, and what another batch left in
@@ -91,7 +95,7 @@ def make_headshots(
             shots = ranked(shots, person, -(-len(shots) // 4) if keep is None else keep)
         if person or (folder / KEPT).is_dir():
             _fill_kept(shots, folder / KEPT, ranked=person is not None)
-        _write_overview(shots, folder, compared=person is not None)
+        _write_overview(shots, folder, person is not None, partial(_model_options, base, loras, folder))
         return shots
 
 
@@ -197,12 +201,14 @@ def _picture(path: Path) -> Image.Image:
 def ranked(shots: Sequence[Headshot], person: Reference, keep: int) -> list[Headshot]:
     """The pictures with their likeness to the person, most alike first and those without a face last.
 
-    The first `keep` are marked as kept, unless they show no face.
+    The first `keep` are marked as kept, but for those that are somebody else by their likeness, or show no face.
     """
     scores = person.likeness(_picture(shot.path) for shot in shots)
     judged = [replace(shot, likeness=score) for shot, score in zip(shots, scores, strict=True)]
     judged.sort(key=lambda shot: -2 if shot.likeness is None else shot.likeness, reverse=True)
-    return [replace(shot, kept=place < keep and shot.likeness is not None) for place, shot in enumerate(judged)]
+    return [
+        replace(shot, kept=place < keep and (shot.likeness or 0) >= SAME_PERSON) for place, shot in enumerate(judged)
+    ]
 
 
 def mean_likeness(shots: Sequence[Headshot]) -> float:
@@ -231,12 +237,32 @@ def _fill_kept(shots: Sequence[Headshot], folder: Path, ranked: bool) -> None:
             write_file(folder / shot.path.name, lambda file, path=shot.path: file.write(path.read_bytes()))
 
 
-def _write_overview(shots: Sequence[Headshot], folder: Path, compared: bool) -> None:
+def _model_options(base: Base, loras: Sequence[tuple[LoraFile, float]], folder: Path, job: Job) -> list[str]:
+    """The options of `facelora generate` that name a job's models as seen from the folder; none where not all are files."""
+    named = [(Path(lora.name), strength) for lora, strength in loras]
+    # Where a tokenizer's folder is, a base does not remember.
+    if base.file is None or base.family.tokenizer or not all(path.is_file() for path, _ in named):
+        return []
+    encoders = [file for file in base.files if file not in (base.file, base.vae_file)]
+    files = [("base", base.file), ("vae", base.vae_file), *(("text-encoder", file) for file in encoders)]
+    options = [f"--{name}={_from(folder, file.path)}" for name, file in files if file]
+    return options + [f"--lora={_from(folder, path)}:{strength * job.strength:g}" for path, strength in named]
+
+
+def _from(folder: Path, path: Path) -> str:
+    """The path as seen from the folder; the whole path where they are on two drives of Windows."""
+    try:
+        return os.path.relpath(path, folder)
+    except ValueError:
+        return str(path.absolute())
+
+
+def _write_overview(shots: Sequence[Headshot], folder: Path, compared: bool, models: Models) -> None:
     kept = [shot for shot in shots if shot.kept]
     means = {"mean_likeness": mean_likeness(shots), "mean_likeness_kept": mean_likeness(kept)} if compared else {}
     described = [asdict(shot.job) | _findings(shot) for shot in shots]
     write_text(folder / OVERVIEW, json.dumps({**means, "headshots": described}, indent=1) + "\n")
-    write_text(folder / "gallery.html", gallery_page(shots, batch_summary(shots), compared))
+    write_text(folder / "gallery.html", gallery_page(shots, batch_summary(shots), compared, models))
 
     styles: dict[str, list[Headshot]] = {}
     for shot in shots:
@@ -247,11 +273,34 @@ def _write_overview(shots: Sequence[Headshot], folder: Path, compared: bool) -> 
     write_file(folder / CONTACT_SHEET, lambda file: sheet.save(file, "PNG"))
 
 
+def style_jobs(prompts: Iterable[StyledPrompt]) -> list[Job]:
+    """The jobs of a style pack's prompts, in their order."""
+    return [
+        Job(
+            one.prompt,
+            one.seed,
+            one.negative,
+            (one.width, one.height),
+            one.steps,
+            one.guidance,
+            one.strength,
+            one.style,
+        )
+        for one in prompts
+    ]
+
+
 def batch_summary(shots: Sequence[Headshot]) -> str:
     """One line on a batch: how many pictures there are, how many were kept, and how alike they are."""
     kept = [shot for shot in shots if shot.kept]
+    best = max((shot.likeness for shot in shots if shot.likeness is not None), default=None)
     if not kept:
-        return f"{len(shots)} pictures"
+        none = (
+            f", none of them alike enough: the best has {best:.2f}, the same person {SAME_PERSON}"
+            if best is not None
+            else ""
+        )
+        return f"{len(shots)} pictures{none}"
     return (
         f"{len(shots)} pictures, the {len(kept)} most alike kept: "
         f"mean likeness {mean_likeness(kept):.2f}, that of all {mean_likeness(shots):.2f}"

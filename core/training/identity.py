@@ -36,7 +36,8 @@ def settings_of_the_steps(config: TrainConfig, measured: bool) -> dict[str, Any]
 
 
 def _settings_without(config: TrainConfig, names: tuple[str, ...]) -> dict[str, Any]:
-    settings = {**dataclasses.asdict(config), "learning_rate": peak_rate(config)}
+    # The photos that a check leaves are compared themselves; without it (False) they are called as they always were.
+    settings = {**dataclasses.asdict(config), "learning_rate": peak_rate(config), "check_photos": False}
     return {name: value for name, value in settings.items() if name not in names}
 
 

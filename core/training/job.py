@@ -15,7 +15,7 @@ from torch import Tensor
 from ..config import TrainConfig
 from ..device import PRECISIONS, device_and_dtype
 from ..errors import BadConfig, BadFile, BadPhoto
-from ..faces import FaceNetwork, load_faces
+from ..faces import FaceNetwork, faces_if_installed, load_faces
 from ..lora.file import LoraFile, fit
 from ..models.base import Base, load_base
 from ..models.clip import load_tokenizer
@@ -103,7 +103,7 @@ def train(
             if hint:
                 callbacks.on_warning(hint)
         device, _ = device_and_dtype(config, device)
-        faces = _needed_faces(faces, config, held_out)
+        faces = faces or _needed_faces(config, held_out, callbacks.on_warning)
         class_photos = _read_or_make_class_photos(class_photos, base, config, device, strict, callbacks)
         pictures = _look_at_photos(photos, held_out, faces, base, config, callbacks.on_warning)
         cache, samples = _prepared(pictures, class_photos, base, config, device, callbacks)
@@ -193,16 +193,13 @@ def _read(
     return list(photos)
 
 
-def _needed_faces(faces: FaceNetwork | None, config: TrainConfig, held_out: Sequence[Photo]) -> FaceNetwork | None:
-    """The face network that the settings need, the default one if none is given; None when they need none."""
-    if held_out or config.hold_out or _wants_report(config):
-        return faces or load_faces()
-    return None
-
-
-def _wants_report(config: TrainConfig) -> bool:
-    """Whether the settings need the photo report."""
-    return config.check_photos or config.face_crops or config.face_masks
+def _needed_faces(
+    config: TrainConfig, held_out: Sequence[Photo], on_warning: Callable[[str], None]
+) -> FaceNetwork | None:
+    """The usual network that looks at faces; None where the settings have nothing to look at, or can do without it."""
+    if held_out or config.hold_out or config.face_crops or config.face_masks:
+        return load_faces()
+    return faces_if_installed(on_warning) if config.check_photos else None
 
 
 def _read_or_make_class_photos(
@@ -231,20 +228,19 @@ def _look_at_photos(
     on_warning: Callable[[str], None],
 ) -> _Pictures:
     """The photos to train on, without those that are held out or that the report rejects; the latter are warned about."""
-    if faces is None:
-        return _Pictures(photos)
     regions, too_few = None, False
-    if _wants_report(config):
-        resolution = config.resolution or base.resolution
-        report = check_photos(photos, faces, Thresholds.for_resolution(resolution, faces.name))
+    if config.check_photos or config.face_crops or config.face_masks:
+        report = report_on(photos, base, config, faces)
         if config.check_photos:
-            usable = _accepted(report, on_warning)
+            usable = good_photos(report, on_warning)
             too_few = len(usable) < min(ENOUGH, len(photos))
             photos = usable
         if config.face_crops:
-            regions = face_regions(report, resolution, config.trigger_word, config.class_word)
+            regions = face_regions(report, config.resolution or base.resolution, config.trigger_word, config.class_word)
         if config.face_masks:
             photos = with_masks(photos, report, background=0.0)  # the loss replaces 0 by background_weight
+    if faces is None:
+        return _Pictures(photos)
     if config.hold_out and not held_out and too_few:
         on_warning(f"only {len(photos)} photos are usable: none is held out, and likeness is not measured")
     elif config.hold_out and not held_out:
@@ -253,15 +249,22 @@ def _look_at_photos(
     return _Pictures(photos, regions, watch)
 
 
-def _accepted(report: SetReport, on_warning: Callable[[str], None]) -> list[Photo]:
-    """The photos that the report does not reject. Raises BadPhoto when it rejects all."""
-    for item in report.photos:
-        if item.verdict == REJECT:
-            on_warning(f"{item.photo.name} is left out: {' '.join(f.sentence for f in item.findings)}")
-    photos = [item.photo for item in report.photos if item.verdict != REJECT]
-    if not photos:
-        raise BadPhoto("the photo report rejects every photo; `facelora check` shows why")
-    return photos
+def report_on(photos: Sequence[Photo], base: Base, config: TrainConfig, faces: FaceNetwork | None) -> SetReport:
+    """The report on the photos for a training on the base model; None for `faces` as in `check_photos`."""
+    network = faces.name if faces else "sface"
+    return check_photos(photos, faces, Thresholds.for_resolution(config.resolution or base.resolution, network))
+
+
+def good_photos(report: SetReport, on_warning: Callable[[str], None]) -> list[Photo]:
+    """The photos that the report does not reject; `on_warning` hears of the others. Raises BadPhoto when too few are left."""
+    rejected = [item for item in report.photos if item.verdict == REJECT]
+    for item in rejected:
+        on_warning(f"{item.photo.name} is left out: {' '.join(f.sentence for f in item.findings)}")
+    if not report.enough:
+        raise BadPhoto(f"{report.headline} (check_photos = false, or --no-check-photos, trains on all that there are)")
+    if rejected:
+        on_warning(f"photos: {report.headline}")
+    return [item.photo for item in report.usable]
 
 
 def _prepared(

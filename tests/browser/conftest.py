@@ -38,7 +38,7 @@ def site(server) -> ComfyServer:
         if SCREENSHOTS:
             write_generated_photos(photos / name, seed=person)
         else:
-            write_photos(photos / name, count=3, scale=2, person=person)
+            write_photos(photos / name, count=6, scale=2, person=person)
     prepare(server)
     return server
 

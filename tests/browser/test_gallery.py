@@ -1,15 +1,22 @@
 """The page of a batch of headshots, opened from the folder as a user does."""
 
+import shlex
+import zipfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from core import Job
+from core.cli import build_parser
 from core.pictures.gallery import gallery_page
 from core.pictures.headshot import FaceOutcome, Headshot
 
 pytestmark = pytest.mark.browser
+
+
+def models(job: Job) -> list[str]:
+    return ["--base=../it's a base.safetensors", f"--lora=anna.safetensors:{job.strength:g}"]
 
 
 @pytest.fixture
@@ -21,7 +28,7 @@ def gallery(browser, tmp_path: Path):
         job = Job(f"a <b>photo</b> in {style}", number, "blurry", (64, 80), style=style)
         outcome = FaceOutcome(0.25, 0.35, 0.41, 0.5) if number == 1 else None
         shots.append(Headshot(path, job, score, kept=number < 2, face_pass=outcome))
-    (tmp_path / "gallery.html").write_text(gallery_page(shots, "4 pictures", compared=True), "utf-8")
+    (tmp_path / "gallery.html").write_text(gallery_page(shots, "4 pictures", compared=True, models=models), "utf-8")
     page = browser.new_page()
     problems = []
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
@@ -56,3 +63,59 @@ def test_a_picture_opens_large_and_the_arrow_keys_go_on(gallery) -> None:
     assert shown.get_attribute("src").endswith("/1.png")
     gallery.keyboard.press("Escape")
     assert not gallery.locator("dialog").is_visible()
+
+
+def stars(gallery) -> list[str]:
+    return gallery.locator(".star").evaluate_all("(all) => all.map((star) => star.getAttribute('aria-pressed'))")
+
+
+def test_favourites_are_kept_over_a_reload_and_looked_at_alone(gallery) -> None:
+    gallery.locator(".star").nth(1).click()
+    gallery.locator(".star").nth(2).click()
+    gallery.locator(".star").nth(2).click()
+    assert gallery.url.endswith("/gallery.html#1.png")
+    gallery.reload()
+    assert stars(gallery) == ["false", "true", "false", "false"]
+    gallery.get_by_role("button", name="Favourites 1", exact=False).first.click()
+    assert gallery.locator("figure:visible > b").all_inner_texts() == ["0.50"]
+
+
+def test_favourites_are_downloaded_as_a_zip_file(gallery, tmp_path) -> None:
+    assert gallery.locator("[data-zip]").is_disabled()
+    for number in (0, 3):
+        gallery.locator(".star").nth(number).click()
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "0.png").write_bytes(b"a copy, which is not asked for")
+    with gallery.expect_file_chooser() as chooser:
+        gallery.locator("[data-zip]").click()
+    with gallery.expect_download() as download:
+        chooser.value.set_files(tmp_path)
+    assert download.value.suggested_filename == "favourites.zip"
+    with zipfile.ZipFile(download.value.path()) as file:
+        assert file.testzip() is None and file.namelist() == ["0.png", "3.png"]
+        assert file.read("3.png") == (tmp_path / "3.png").read_bytes()
+
+
+def copied(gallery, index: int, name: str) -> str:
+    """What the button puts where a paste takes it from."""
+    figure = gallery.locator("figure").nth(index)
+    figure.locator("summary").click()
+    figure.get_by_role("button", name=name).click()
+    gallery.evaluate("() => document.body.append(document.createElement('textarea'))")
+    area = gallery.locator("textarea")
+    area.focus()
+    gallery.keyboard.press("Control+V")
+    return area.input_value()
+
+
+def test_a_prompt_is_copied(gallery) -> None:
+    assert copied(gallery, 2, "Copy prompt") == "a <b>photo</b> in Office"
+
+
+def test_a_command_that_draws_more_like_a_picture_is_copied(gallery, tmp_path) -> None:
+    words = shlex.split(copied(gallery, 2, "more like this"))
+    assert words[:5] == ["cd", f"{tmp_path}/", "&&", "facelora", "generate"]
+    options = build_parser("generate").parse_args(words[4:])
+    assert options.base == "../it's a base.safetensors" and options.lora == ["anna.safetensors:1"]
+    assert (options.prompt, options.negative, options.seed) == (["a <b>photo</b> in Office"], "blurry", 2)
+    assert (options.size, options.count, options.output) == ((64, 80), 4, Path("more/2"))

@@ -25,7 +25,7 @@ def train_node(seed: int, folder: str = "my-photos", **widgets) -> list[dict]:
         "training_seed": seed,
         "settings": f"sample_every = {6 if SCREENSHOTS else 10}\nsample_steps = {12 if SCREENSHOTS else 4}",
     } | widgets  # fmt: skip
-    quick["settings"] = f"batch_size = 1\n{quick['settings']}"
+    quick["settings"] = f"batch_size = 1\ncheck_photos = false\n{quick['settings']}"
     base = {"key": "base", "type": "CheckpointLoaderSimple", "widgets": {"ckpt_name": SD15["name"]}, "links": {}}
     photos = {
         "key": "photos", "type": "FaceLoRALoadPhotos", "widgets": {"folder": folder, "check": False}, "links": {},

@@ -39,7 +39,7 @@ class Desk:
 
     def arguments(self) -> list[str]:
         paths = ["train", str(self.photos), "--base", str(self.base), "--output", str(self.output)]
-        return [*paths, "--json", "--resolution", "32", "--steps", "1", *self.options]
+        return [*paths, "--json", "--resolution", "32", "--steps", "1", "--no-check-photos", *self.options]
 
     def write(self, name: str, content: bytes | str) -> Path:
         path = self.folder / name

@@ -21,7 +21,7 @@ def training(checkpoint: str = "sd15.safetensors", folder: str = "anna", **chang
         "learning_rate": 0.01, "resolution": 64, "training_seed": 1, "sample_prompts": "", "settings": "",
     }  # fmt: skip
     chosen = links | settings | changes
-    chosen["settings"] = f"batch_size = 1\n{chosen['settings']}"
+    chosen["settings"] = f"batch_size = 1\ncheck_photos = false\n{chosen['settings']}"
     return {
         "base": node("CheckpointLoaderSimple", ckpt_name=checkpoint),
         "photos": load_photos(folder),

@@ -183,6 +183,15 @@ def test_the_set_counts_variety_and_says_what_to_add(network):
     assert len(report.usable) == 7 and report.enough
     assert report.advice[0] == "3 more would help."
     assert "in front of another background" in report.advice[1] and "from further away" in report.advice[1]
+    assert report.headline == f"7 of 7 usable; add {report.wishes[0]}"
+
+
+def test_without_a_face_network_small_dark_and_repeated_pictures_are_found():
+    grey, dark = Image.new("RGB", (64, 80), "grey"), Image.new("RGB", (64, 80), (20, 20, 20))
+    report = check_photos([photo(grey), photo(dark), photo(grey), photo(Image.new("RGB", (9, 9)))], None, SMALL)
+    assert [item.verdict for item in report.photos] == ["use", "reject", "reject", "reject"]
+    assert report.network is None and report.headline == "1 of 4 usable, and 5 are needed; add 4 more"
+    assert report.to_dict()["views"] == {} and "1 of 4 usable" in format_report(report)
 
 
 def test_the_report_is_json_and_a_table(network):
@@ -192,7 +201,7 @@ def test_the_report_is_json_and_a_table(network):
     assert data["photos"][7]["reasons"][0].startswith("this seems to be someone else")
     lines = format_report(report).splitlines()
     assert lines[8].split()[:4] == ["intruder.png", "reject", "74", "px"]
-    assert "7 of 8 photos can be used." in lines
+    assert any(line.startswith("7 of 8 usable; add ") for line in lines)
 
 
 def test_the_sheet_is_one_page_with_every_photo_and_escaped_names(network, tmp_path):
@@ -238,7 +247,7 @@ def test_names_that_the_output_has_no_letters_for_do_not_end_a_command(tmp_path,
     orl(5, 1).save(tmp_path / "写真.png")
     output = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
     monkeypatch.setattr("sys.stdout", output)
-    assert main(["check", str(tmp_path)]) == 0
+    assert main(["check", str(tmp_path), "--resolution", "64"]) == 0
     output.flush()
     assert rb"\u5199\u771f.png" in output.buffer.getvalue()
 
@@ -385,3 +394,13 @@ def test_twenty_photos_of_twelve_megapixels_take_under_ten_seconds(tmp_path):
     report = check_photos(read_photos(tmp_path), faces)
     assert time.perf_counter() - start < 10
     assert all(item.faces == 1 for item in report.photos)
+
+
+def test_a_base_says_at_which_resolution_photos_are_judged_and_nothing_usable_is_exit_code_1(tmp_path, capsys):
+    for photo in seven_of(5):
+        photo.image().save(tmp_path / photo.name)
+    assert main(["check", str(tmp_path), "--base", "demo", "--json"]) == 0  # whose pictures are 64 pixels
+    assert json.loads(capsys.readouterr().out)["usable"] == 7
+    assert main(["check", str(tmp_path)]) == 1  # 1024 pixels
+    assert "0 of 7 usable, and 5 are needed; add " in capsys.readouterr().out
+    assert main(["check", str(tmp_path), "--base", "demo", "--resolution", "1024"]) == 1

@@ -540,7 +540,7 @@ def test_numbered_loras_and_samples_come_when_they_are_asked_for(bases, caches):
 
 def test_samples_have_the_shape_of_the_persons_photos_however_many_are_of_the_class(bases, photo_folder):
     wide = [Photo.from_image(Image.new("RGB", (96, 64), (shade, 0, 0)), f"{shade}.png") for shade in range(9)]
-    config, sizes = TrainConfig(rank=2, steps=1, resolution=32, sample_every=1, sample_steps=1), []
+    config, sizes = TrainConfig(rank=2, steps=1, resolution=32, sample_every=1, sample_steps=1, check_photos=False), []
     train(
         photo_folder, bases["sd15"], config, class_photos=wide, device=CPU,
         callbacks=Callbacks(on_sample=lambda step, images: sizes.extend(image.size for image in images)),
@@ -549,7 +549,9 @@ def test_samples_have_the_shape_of_the_persons_photos_however_many_are_of_the_cl
 
 
 def test_what_a_callback_takes_is_not_written_beside_the_output(bases, photo_folder, tmp_path):
-    config = TrainConfig(rank=2, steps=2, resolution=32, sample_every=1, sample_steps=1, save_every=1)
+    config = TrainConfig(
+        rank=2, steps=2, resolution=32, sample_every=1, sample_steps=1, save_every=1, check_photos=False
+    )
     saved, drawn = [], []
     callbacks = Callbacks(
         on_save=lambda step, lora: saved.append(step), on_sample=lambda step, images: drawn.append(step)

@@ -27,7 +27,7 @@ from core.training.methods import peak_rate
 from core.training.store import RunFolder, TrainedFile, TrainingJob, find_or_train
 from tests.tooling import held_elsewhere, write_photos
 
-CONFIG = TrainConfig(steps=2, rank=2, learning_rate=0.01, resolution=32, batch_size=1)
+CONFIG = TrainConfig(steps=2, rank=2, learning_rate=0.01, resolution=32, batch_size=1, check_photos=False)
 LONG = replace(CONFIG, steps=6)
 
 

@@ -1,0 +1,106 @@
+"""The command that goes from photos to a gallery: headshots."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from .. import demo
+from ..config import TrainConfig
+from ..errors import BadConfig
+from ..photos import read_photos
+from ..pictures import batch_summary, find_style_packs
+from ..studio import Order, Outcome, check, estimate, make, trained_on
+from ..training import Callbacks, recipe_config
+from .common import DEMO, BarProgress, JsonProgress, base_from, device_from
+from .settings import schedule_from, settings_from
+from .train import Cancelled, StopOnSignal
+
+STYLE_PACK, COUNT = "corporate", 20
+"""What is drawn where nothing else is asked for; the demo's base knows one style alone."""
+Answer = TypeVar("Answer")
+
+
+def run_headshots(options: argparse.Namespace) -> int:
+    """1 where no picture is like enough to the person, else 0."""
+    name = options.photos.resolve().name
+    folder = options.output or options.photos.resolve().with_name(f"{name}-headshots")
+    if folder.resolve() == options.photos.resolve():
+        raise BadConfig(f"--output {folder}: is the folder of the photos, to which pictures would be added")
+    given = settings_from(options)
+    base, device = base_from(options, **schedule_from(given)), device_from(options)
+    stop, progress = StopOnSignal(), JsonProgress() if options.json else BarProgress()
+
+    def check_stop() -> None:
+        if stop.asked:
+            raise Cancelled("stopped; the same command goes on from here")
+
+    def on_step(step) -> None:
+        progress.step(step)
+        check_stop()
+
+    def on_phase(phase: str, done: int, total: int) -> None:
+        if phase != "samples":  # a part of the training, whose bar is shown
+            progress.phase(phase, done, total)
+        check_stop()
+
+    callbacks = Callbacks(on_step=on_step, on_phase=on_phase, on_warning=progress.warning)
+    with progress:
+        photos = read_photos(options.photos, on_warning=progress.warning)
+        config = recipe_config(options.recipe, base, len(photos), given, progress.warning)
+        report = check(photos, base, config, callbacks)
+        # Steps, and whether photos are held out, go by how many are left.
+        config = recipe_config(options.recipe, base, len(trained_on(report, config)), given)
+        asks = sys.stdin.isatty() and not (options.yes or options.json)
+        if asks:
+            print(f"photos: {report.headline}")
+        order = _order(options, name, config, asks)
+        if asks:
+            print(estimate(trained_on(report, config), base, order.config, order.jobs(base), device))
+        with stop:
+            outcome = make(report, base, order, folder, device=device, callbacks=callbacks)
+    if options.json:
+        print(json.dumps(_described(outcome)))
+    else:
+        print(batch_summary(outcome.shots), *outcome.advice, sep="\n")
+        print(f"LoRA: {outcome.trained.path}\ngallery: {folder / 'gallery.html'}")
+    return 1 if outcome.advice else 0
+
+
+def _order(options: argparse.Namespace, name: str, config: TrainConfig, asks: bool) -> Order:
+    """What is wanted: what the options say, else what is answered, else the usual."""
+    is_demo = options.base == DEMO
+    usual = demo.STYLE_PACK if is_demo else STYLE_PACK
+    found = find_style_packs([*([demo.FOLDER] if is_demo else []), *options.style_folder])
+    if asks and not hasattr(options, "setting_class_word"):
+        config = dataclasses.replace(config, class_word=_answer("class word: woman, man, ...", config.class_word, str))
+    pack = options.style_pack
+    if pack is None:
+        pack = _answer(f"styles: {', '.join(sorted(found.packs))}", usual, str) if asks else usual
+    count = options.count
+    if count is None:
+        count = _answer("how many pictures", COUNT, int) if asks else COUNT
+    size = demo.PICTURE_SIZE if is_demo else None
+    return Order(name, config, found.pick(pack), count, options.seed, size)
+
+
+def _answer(question: str, usual: Answer, kind: Callable[[str], Answer]) -> Answer:
+    """What is typed at the terminal; the usual where nothing is."""
+    text = input(f"{question} [{usual}]: ").strip()
+    try:
+        return kind(text) if text else usual
+    except ValueError:
+        raise BadConfig(f"{text!r} is no number") from None
+
+
+def _described(outcome: Outcome) -> dict[str, Any]:
+    """The outcome as values for JSON."""
+    return {
+        "photos": outcome.report.headline,
+        "lora": str(outcome.trained.path),
+        "summary": batch_summary(outcome.shots),
+        "kept": [str(shot.path) for shot in outcome.shots if shot.kept],
+        "advice": list(outcome.advice),
+    }

