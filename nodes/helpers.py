@@ -9,6 +9,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..core.device import PRECISIONS
+from ..core.errors import BadPhoto, MissingPackage
 from ..core.faces import Reference
 from ..core.lora.convert import convert_lora
 from ..core.lora.file import LoraFile
@@ -119,6 +120,11 @@ class LikenessScore(io.ComfyNode):
                     [FacePhotos, io.Image],
                     tooltip="Photos of the person, best such as were not trained on.",
                 ),
+                io.Boolean.Input(
+                    "required", default=True, optional=True, advanced=True,
+                    tooltip="Off: where nothing can be compared (no face networks, no face in the reference), the pictures go "
+                    "on in the order in which they came.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="images", is_output_list=True, tooltip="The pictures, most alike first."),
@@ -131,16 +137,21 @@ class LikenessScore(io.ComfyNode):
                 io.Image.Output(display_name="sheet", tooltip="The pictures in that order with their scores."),
                 io.Image.Output(display_name="plot", tooltip="The scores in that order, beside the two limits."),
             ],
-        )
+        )  # fmt: skip
 
     @classmethod
-    def execute(cls, images, reference) -> io.NodeOutput:
-        judged = [image for batch in images for image in pictures(batch)]
-        found = Reference([photo.image(shorter_side=640) for photo in photos_of(reference)]).likeness(judged)
+    def execute(cls, images, reference, required=(True,)) -> io.NodeOutput:
+        judged, title = [image for batch in images for image in pictures(batch)], "likeness"
+        try:
+            found = Reference([photo.image(shorter_side=640) for photo in photos_of(reference)]).likeness(judged)
+        except (MissingPackage, BadPhoto) as problem:
+            if required[0]:
+                raise
+            found, title = [None] * len(judged), f"not compared: {problem}"
         scores = [-1.0 if score is None else score for score in found]
         order = sorted(range(len(scores)), key=lambda index: -scores[index])
         labels = [f"{scores[index]:.2f}" if scores[index] > -1 else "no face" for index in order]
-        sheet = contact_sheet([("likeness", [judged[index] for index in order])], tile=256, labels=[labels])
+        sheet = contact_sheet([(title, [judged[index] for index in order])], tile=256, labels=[labels])
         return io.NodeOutput(
             [image_tensor(judged[index]) for index in order],
             [scores[index] for index in order],
