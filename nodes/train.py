@@ -330,3 +330,6 @@ class Watch:
 
     def sample(self, step: int, images: list[Image.Image]) -> None:
         panel.publish(self._node_id, {"samples": panel.data_urls(images), "samples_step": step})
+        self._bar.update_absolute(
+            self._bar.current, preview=("JPEG", images[0], panel.SAMPLE_SIDE)
+        )  # for ComfyUI's app mode

@@ -14,6 +14,8 @@ export function make(name, className, ...children) {
 }
 
 const MARGIN = 4
+/** What stands above an element in ComfyUI's app mode. */
+const LABELS = { training: "Progress", thumbnails: "Photos", picker: "Styles" }
 
 /** Adds an element to a node that is no part of what is saved or queued. `height` says how many pixels it wants now. */
 export function addElement(node, name, element, height) {
@@ -22,6 +24,7 @@ export function addElement(node, name, element, height) {
     serialize: false, hideOnZoom: false, hideInPanel: true, margin: MARGIN, getMinHeight: room, getMaxHeight: room,
   })
   widget.serialize = false
+  widget.label = LABELS[name]
   return widget
 }
 

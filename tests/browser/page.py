@@ -52,6 +52,15 @@ def running_browser() -> Iterator[Browser]:
             browser.close()
 
 
+def drop_files(page: Page, x: float, y: float, files: list[Path]) -> None:
+    """Drags files from the desktop to a place on the page, and lets them go."""
+    session = page.context.new_cdp_session(page)
+    data = {"items": [], "files": [str(file) for file in files], "dragOperationsMask": 1}
+    for event in ("dragEnter", "dragOver", "dragOver", "drop"):
+        session.send("Input.dispatchDragEvent", {"type": event, "x": x, "y": y, "data": data})
+        page.wait_for_timeout(150)
+
+
 class ComfyPage:
     """One open page. `problems` are the errors and toasts that a user would have seen."""
 
@@ -161,11 +170,7 @@ class ComfyPage:
             }""",
             node_type,
         )
-        session = self._page.context.new_cdp_session(self._page)
-        data = {"items": [], "files": [str(file) for file in files], "dragOperationsMask": 1}
-        for event in ("dragEnter", "dragOver", "dragOver", "drop"):
-            session.send("Input.dispatchDragEvent", {"type": event, "x": x, "y": y, "data": data})
-            self._page.wait_for_timeout(150)
+        drop_files(self._page, x, y, files)
 
     def queue(self) -> str:
         """The id of the prompt that the frontend has queued."""

@@ -1,13 +1,21 @@
-"""Every shipped workflow, opened from its file by ComfyUI's own frontend, and run."""
+"""Every shipped workflow, opened from its file by ComfyUI's own frontend, and run; the first as a user's hands do it."""
 
+import io
 import json
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from PIL import Image
+from playwright.sync_api import Locator
 
-from .conftest import IMAGES, SCREENSHOTS
-from .workflows import FOLDER, SDXL, WORKFLOWS
+from core.pictures.style_pack import find_style_packs
+from tests.tooling import write_photos
+
+from .conftest import SCREENSHOTS
+from .page import ComfyPage, drop_files
+from .workflows import BLUEPRINTS, FOLDER, WORKFLOWS, subgraphs
 
 pytestmark = pytest.mark.browser
 
@@ -16,7 +24,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "FaceLoRATrain": {"resolution": 64, "steps": 2, "samples": 1},
     "FaceLoRAStylePack": {"count": 2, "resolution": 64},
     "EmptyLatentImage": {"width": 128, "height": 160},
-    "FaceLoRALoadPhotos": {"check": False},
+    "FaceLoRALoadPhotos": {"folder": "my-photos", "check": False},
     "KSampler": {"steps": 2},
 }
 SHOWN = QUICK | {
@@ -26,10 +34,14 @@ SHOWN = QUICK | {
 }
 """For the pictures, where there is something to see: not of the models whose weights are random."""
 NAMES = [workflow.name for workflow in WORKFLOWS]
+PACK_NAME = "ComfyUI-FaceLoRA"
 
 
 def types(graph: dict[str, Any]) -> list[str]:
-    return [node["type"] for node in graph["nodes"]]
+    """The types of its nodes and of those in its subgraphs."""
+    inner = {part["id"]: part["nodes"] for part in subgraphs(graph)}
+    flat = [one for node in graph["nodes"] for one in inner.get(node["type"], [node])]
+    return [node["type"] for node in flat]
 
 
 def test_every_workflow_opens_without_a_warning(page, server, lora, flows):
@@ -43,9 +55,65 @@ def workflow_file(name: str) -> dict[str, Any]:
     return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name.startswith(("1-", "8-")) else pytest.mark.slow) for name in NAMES]
-)
+class Hands:
+    """What a user does on a page, counted."""
+
+    def __init__(self, page: ComfyPage):
+        self.page = page.page
+        self.actions = 0
+
+    def click(self, what: Locator) -> None:
+        self.actions += 1
+        what.click()
+
+    def type(self, what: Locator, text: str) -> None:
+        self.actions += 1
+        what.fill(text)
+
+    def drop(self, what: Locator, files: list[Path]) -> None:
+        self.actions += 1
+        box = what.bounding_box()
+        assert box
+        drop_files(self.page, box["x"] + box["width"] + 20, box["y"] + 5, files)
+
+
+def test_the_app_leads_from_photos_to_headshots_in_seven_actions_of_which_three_are_answers(page, server, tmp_path):
+    hands, app = Hands(page), page.page
+    hands.click(app.get_by_role("button", name="Templates").first)
+    hands.click(app.get_by_text(PACK_NAME).first)
+    card = app.get_by_text(NAMES[0]).first
+    card.wait_for()
+    page.problems.clear()  # the templates of ComfyUI itself are not there in tests
+    hands.click(card)
+    page.wait_for("() => document.querySelector('.facelora-add')?.checkVisibility()")
+    assert page.complaints() == []
+
+    opened = hands.actions
+    hands.drop(app.locator(".facelora-add"), sorted(write_photos(tmp_path / "me", 3, scale=2).iterdir()))
+    page.wait_for("() => document.querySelectorAll('.facelora-tile').length === 3")
+    hands.type(app.get_by_role("textbox").first, "woman")
+    hands.click(app.locator(".facelora-style").nth(1))
+    assert hands.actions - opened <= 3, "answers"
+    page.set_widgets(
+        {name: widgets for name, widgets in QUICK.items() if name != "FaceLoRALoadPhotos"}
+    )  # no action: haste
+    with app.expect_response(lambda answer: answer.url.endswith("/prompt")) as queued:
+        hands.click(app.get_by_role("button", name="Run").last)
+    assert hands.actions <= 7
+
+    result = server.wait(queued.value.json()["prompt_id"])
+    assert result.status == "success", result.error
+    page.wait_for("() => [...document.images].filter((one) => one.src.includes('my-face_0000')).length >= 2")
+    assert page.complaints() == []
+    first = next(iter(server.get("/history?max_items=1").values()))["prompt"][2]
+    trained, styles = (next(node["inputs"] for node in first.values() if node["class_type"] == kind)
+                       for kind in ("FaceLoRATrain", "FaceLoRAStylePack"))  # fmt: skip
+    assert trained["class_word"] == "woman"
+    assert styles["styles"] == find_style_packs().pick("corporate").names[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_a_workflow_runs(name, page, server, lora, request):
     workflow = workflow_file(name)
     is_flow = "UNETLoader" in types(workflow)
@@ -55,37 +123,35 @@ def test_a_workflow_runs(name, page, server, lora, request):
         page.clear()
     page.open(workflow, name)
     assert page.complaints() == []
-    is_random = is_flow or SDXL["name"] in json.dumps(workflow)  # what these draw
-    page.set_widgets(SHOWN if SCREENSHOTS and not is_random else QUICK)
+    page.set_widgets(SHOWN if SCREENSHOTS and not is_flow else QUICK)  # what random weights draw is nothing to see
     result = server.wait(page.queue(), 900)
     assert result.status == "success", result.error + result.log
     assert "not loaded" not in result.log
     assert page.complaints() == []
     shown = [image for output in result.outputs.values() for image in output.get("images", ())]
-    assert shown or name == "6-inspect-and-convert-lora"
-    if SCREENSHOTS:
-        page.page.set_viewport_size({"width": 1920, "height": 1200})
-        page.fit()
-        picture = page.screenshot()
-        picture.save(IMAGES / f"workflow-{name[0]}.jpg", quality=70)
-        picture.resize((800, picture.height * 800 // picture.width), Image.Resampling.LANCZOS).save(
-            FOLDER / f"{name}.jpg", quality=85
-        )
+    assert shown or name == NAMES[-1]
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=NAMES)
 def test_a_file_says_what_its_plan_says(workflow):
     graph = workflow_file(workflow.name)
-    planned = [node for step in workflow.steps for node in step.nodes]
+    planned = [one for step in workflow.steps for node in step.nodes for one in node.flat]
     assert sorted(types(graph)) == sorted([node.type for node in planned] + ["MarkdownNote"] * len(workflow.steps))
-    assert len(graph["links"]) == sum(len(node.links) for node in planned)
     assert (FOLDER / f"{workflow.name}.jpg").exists()
 
 
-def test_the_template_browser_lists_them_and_opens_one(page, server, lora):
-    pack = "ComfyUI-FaceLoRA"
-    assert sorted(server.get("/api/workflow_templates")[pack]) == sorted(NAMES)
-    page.go(f"/?template={NAMES[2]}&source={pack}")
-    page.wait_for("() => window.app.graph.nodes.some((node) => node.type === 'FaceLoRAApply')")
-    preview = server.read(f"/api/workflow_templates/{pack}/{NAMES[2]}.jpg")
-    assert preview[:2] == b"\xff\xd8"
+def test_drawing_headshots_is_a_node_that_comfyui_offers(page, server):
+    offered = {entry["name"]: key for key, entry in server.get("/global_subgraphs").items()
+               if entry["info"]["node_pack"].endswith(PACK_NAME)}  # fmt: skip
+    assert sorted(offered) == sorted(file.stem for file in BLUEPRINTS.glob("*.json"))
+    page.open(json.loads(server.get(f"/global_subgraphs/{offered['Draw headshots']}")["data"]), "blueprint")
+    (node,) = page.run("() => app.graph.nodes.map((node) => node.inputs.map((input) => input.label ?? input.name))")
+    assert {"model", "clip", "vae", "photos", "prompts", "negatives", "seeds", "steps"} <= set(node)
+    assert page.complaints() == []
+
+
+def test_the_template_browser_lists_them_with_square_pictures(server):
+    assert sorted(server.get("/api/workflow_templates")[PACK_NAME]) == sorted(NAMES)
+    for name in NAMES:
+        preview = Image.open(io.BytesIO(server.read(f"/api/workflow_templates/{PACK_NAME}/{quote(name)}.jpg")))
+        assert preview.width == preview.height

@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.comfyui.server import PACK, running_server
 
-FOLDER = PACK / "workflows"
+FOLDER, BLUEPRINTS = PACK / "workflows", PACK / "subgraphs"
 LORA = "my-face.safetensors"
 HUB = "https://huggingface.co/"
 
@@ -41,6 +41,15 @@ class Node:
     """At least, in pixels of the canvas: room for what the node shows."""
     models: list[dict[str, str]] = field(default_factory=list)
     """What the frontend offers to download if the user has no such file."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """Widget -> the words that stand beside it."""
+    inside: "list[list[Node]]" = field(default_factory=list)
+    """Of a subgraph, which has no type: its nodes, in columns. Links from and to outside name them as if they lay outside."""
+
+    @property
+    def flat(self) -> "list[Node]":
+        """What is drawn for it: of a subgraph the nodes inside, else itself."""
+        return [node for column in self.inside for node in column] or [self]
 
 
 @dataclass(frozen=True)
@@ -50,14 +59,19 @@ class Step:
     title: str
     note: str
     nodes: list[Node]
-    width: int = 380
+    width: int = 400
+    note_height: int = 150
 
 
 @dataclass(frozen=True)
 class Workflow:
     name: str
-    """Of the file and in the template browser, whose links take letters, digits, '.', '-' and '_' only."""
+    """Of the file and in the template browser, which takes what ends in '.app' for an app."""
     steps: list[Step]
+    app: list[tuple[str, str]] = field(default_factory=list)
+    """The inputs of its app: (key of a node, widget). None: it opens as a graph."""
+    any_file: bool = False
+    """Whether the checkpoint is whichever of the user's own comes first, instead of one by name."""
 
 
 def note(text: str) -> str:
@@ -77,6 +91,10 @@ class Base:
     sampler: dict[str, Any] = field(default_factory=lambda: {"sampler_name": "dpmpp_2m", "scheduler": "karras"})
     embeds_guidance: bool = False
     """Guidance goes into the prompt's conditioning instead of the sampler."""
+    draws: str = ""
+    """What distinguishes the subgraph that draws with it, in its title."""
+    choice: tuple[tuple[str, str], ...] = ()
+    """The inputs of an app that choose the base: (key of a node, widget)."""
 
     @property
     def links(self) -> dict[str, str]:
@@ -84,40 +102,59 @@ class Base:
 
 
 def checkpoint(title: str, model: dict[str, str]) -> Base:
-    return Base(title, [Node("base", "CheckpointLoaderSimple", {"ckpt_name": model["name"]}, models=[model])])
+    loader = Node(
+        "base",
+        "CheckpointLoaderSimple",
+        {"ckpt_name": model["name"]},
+        models=[model],
+        labels={"ckpt_name": "Base model"},
+    )
+    return Base(title, [loader], choice=(("base", "ckpt_name"),))
 
 
 def transformer(title: str, denoiser: dict[str, str], clip: Node, vae: dict[str, str], **changes: Any) -> Base:
     """A base of three files."""
     loaders = [
-        Node("unet", "UNETLoader", {"unet_name": denoiser["name"]}, models=[denoiser]),
+        Node(
+            "unet", "UNETLoader", {"unet_name": denoiser["name"]}, models=[denoiser], labels={"unet_name": "Base model"}
+        ),
         clip,
         Node("vae", "VAELoader", {"vae_name": vae["name"]}, models=[vae]),
     ]
     sampler = {"sampler_name": "euler", "scheduler": "simple"}
-    return Base(title, loaders, "unet.MODEL", "clip.CLIP", "vae.VAE", **{"sampler": sampler, **changes})
+    parts = {"model": "unet.MODEL", "clip": "clip.CLIP", "vae": "vae.VAE", "choice": (("unet", "unet_name"),)}
+    return Base(title, loaders, **{**parts, "draws": f" with {title}", "sampler": sampler, **changes})
 
 
-def photos(key: str = "photos", folder: str = "my-photos", title: str = "") -> Node:
-    return Node(key, "FaceLoRALoadPhotos", {"folder": folder}, height=430, title=title)
+def photos(key: str = "photos", title: str = "") -> Node:
+    return Node(key, "FaceLoRALoadPhotos", {"folder": "(no folder)"}, height=430, title=title)
 
 
 def train(base: Base, name: str, settings: str = "", **links: str) -> Node:
     return Node(
         "train", "FaceLoRATrain", {"name": name, "settings": settings},
         base.links | {"vae": base.vae, "photos": "photos.photos"} | links, height=880,
+        labels={"class_word": "Class word, e.g. woman"},
     )  # fmt: skip
 
 
 def apply(base: Base, key: str = "apply", strength: float = 0.8, lora_name: str = CONNECTED, **links: str) -> Node:
     return Node(
         key, "FaceLoRAApply", {"lora_name": lora_name, "strength_model": strength, "strength_clip": strength},
-        base.links | links, title=f"Apply LoRA at {strength}" if key != "apply" else "", height=390,
+        base.links | links, title=f"Apply LoRA at {strength}" if key != "apply" else "", height=420,
     )  # fmt: skip
 
 
-def headshots(base: Base, pack: str, prefix: str) -> list[Step]:
-    """Style pack -> pictures, from the node "apply"."""
+def styles(pack: str) -> Node:
+    return Node(
+        "styles", "FaceLoRAStylePack", {"pack": pack, "count": 8},
+        {"subject": "apply.trigger_phrase", "model": "apply.model"},
+        labels={"pack": "Style pack", "count": "How many headshots"}, height=620,
+    )  # fmt: skip
+
+
+def draw(base: Base, reference: str = "") -> Node:
+    """The subgraph that draws what the style pack lists, and sorts it by likeness where there are photos to compare with."""
     negatives = [
         Node("negative", "CLIPTextEncode", {}, {"clip": "apply.clip", "text": "styles.negatives"}, "Negatives")
     ]
@@ -130,82 +167,71 @@ def headshots(base: Base, pack: str, prefix: str) -> list[Step]:
             Node("negative", "ConditioningZeroOut", {}, {"conditioning": "positive.CONDITIONING"}),
         ]
         sampler, cfg = {"positive": "guided.CONDITIONING"}, {}
-    return [
-        Step(
-            "Styles",
-            note("""**Headshot Style Pack** writes prompts, sizes, seeds and steps for a whole batch, as lists: ComfyUI draws
-            one picture after the other. Choose a pack and how many pictures you want.
-
-            Click the styles that you want; if none is chosen, all of them are drawn."""),
-            [
-                Node("styles", "FaceLoRAStylePack", {"pack": pack, "count": 8},
-                     {"subject": "apply.trigger_phrase", "model": "apply.model"}, height=700),
-                Node("positive", "CLIPTextEncode", {}, {"clip": "apply.clip", "text": "styles.prompts"}, "Prompts"),
-                *negatives,
-                Node("empty", base.latent, {}, {"width": "styles.widths", "height": "styles.heights"}),
-            ],
-        ),
-        Step(
-            "Headshots",
-            note("""Queue, and the headshots are drawn here and saved in ComfyUI's output folder.
-
-            Change `first_seed` in the style pack for other pictures of the same styles."""),
-            [
-                Node("sampler", "KSampler",
-                     {**base.sampler, "control_after_generate": "fixed", **({"cfg": 1.0} if base.embeds_guidance else {})},
-                     {"model": "apply.model", **sampler, "negative": "negative.CONDITIONING",
-                      "latent_image": "empty.LATENT", "seed": "styles.seeds", "steps": "styles.steps", **cfg}),
-                Node("decoded", "VAEDecode", {}, {"samples": "sampler.LATENT", "vae": base.vae}),
-                Node("saved", "SaveImage", {"filename_prefix": prefix}, {"images": "decoded.IMAGE"}, height=460),
-            ],
-            width=460,
-        ),
+    ranking = [
+        Node("ranked", "FaceLoRALikeness", {"required": False}, {"images": "decoded.IMAGE", "reference": reference})
+    ]
+    inside = [
+        [
+            Node("positive", "CLIPTextEncode", {}, {"clip": "apply.clip", "text": "styles.prompts"}, "Prompts"),
+            *negatives,
+            Node("empty", base.latent, {}, {"width": "styles.widths", "height": "styles.heights"}),
+        ],
+        [
+            Node("sampler", "KSampler",
+                 {**base.sampler, "control_after_generate": "fixed", **({"cfg": 1.0} if base.embeds_guidance else {})},
+                 {"model": "apply.model", **sampler, "negative": "negative.CONDITIONING",
+                  "latent_image": "empty.LATENT", "seed": "styles.seeds", "steps": "styles.steps", **cfg}),
+            Node("decoded", "VAEDecode", {}, {"samples": "sampler.LATENT", "vae": base.vae}),
+            *(ranking if reference else []),
+        ],
     ]  # fmt: skip
+    return Node("draw", "", title=f"Draw headshots{base.draws}", inside=inside, height=350)
 
 
-def photos_to_headshots(name: str, base: Base, lora: str, advice: str) -> Workflow:
+def headshots(prefix: str, drawn: str) -> Node:
+    return Node("saved", "SaveImage", {"filename_prefix": prefix}, {"images": drawn}, "Headshots", height=500)
+
+
+def photos_to_headshots(name: str, base: Base, lora: str, advice: str, *, any_file: bool = False) -> Workflow:
+    """The whole way, as an app: its inputs are what a person has to say, all others have a value that works."""
     return Workflow(
         name,
         [
             Step(
-                "Base model and photos",
-                note(f"""**Photos to headshots, {base.title}.** Put 10 to 20 photos of one person into a folder below
-                `ComfyUI/input/` and choose it in **Load Face Photos**, or drop the files onto it. Its report says which photos
-                will teach the person well.
+                "Base and photos",
+                note(f"""## 1 {advice}
 
-                Train only people who have agreed to it. {advice}"""),
-                [
-                    *base.nodes,
-                    photos(),
-                    Node(
-                        "report", "PreviewAny", {}, {"source": "photos.report"}, "What the photos are worth", height=300
-                    ),
-                ],
-                width=560,
+                ## 2 Drop 10 to 20 photos of one person, who has agreed to it, onto Load Face Photos"""),
+                [*base.nodes, photos()],
             ),
             Step(
                 "Train",
-                note("""**Train Face LoRA** writes the LoRA into `models/loras`. Below its settings it shows the loss, samples
-                and the time that is left; *Stop and keep* ends it early.
+                note("""## 3 Class word: woman, man, or person
 
-                Cancelled, it goes on from there when queued again. What is trained already is not trained again."""),
+                ## What is trained already is not trained again"""),
                 [train(base, lora)],
-                width=440,
             ),
             Step(
-                "Apply",
-                note("""**Apply LoRA** puts it on the model, and says by which words the person is called.
+                "Apply and styles",
+                note("""## 4 Click styles, and say how many headshots
 
-                More strength is more likeness, less leaves the style more room."""),
-                [
-                    apply(base, lora="train.lora"),
-                    Node("loss", "PreviewImage", {}, {"images": "train.loss_plot"}, "Loss", height=320),
-                    Node("grid", "PreviewImage", {}, {"images": "train.sample_grid"}, "Samples", height=320),
-                ],
+                ## More strength is more likeness"""),
+                [apply(base, lora="train.lora"), styles("corporate")],
             ),
-            *headshots(base, "corporate", f"headshots/{lora}"),
+            Step(
+                "Headshots",
+                note("""## 5 Run: the headshots come here, the most alike first
+
+                ## Another first_seed makes others"""),
+                [draw(base, reference="photos.photos"), headshots(f"headshots/{lora}", "ranked.images")],
+            ),
         ],
-    )
+        app=[
+            ("train", "training"), ("photos", "thumbnails"), *base.choice, ("train", "class_word"),
+            ("styles", "count"), ("styles", "pack"), ("styles", "picker"),
+        ],
+        any_file=any_file,
+    )  # fmt: skip
 
 
 BASE = checkpoint("SD1.5", SD15)
@@ -234,7 +260,7 @@ def comparison() -> Workflow:
             )
         )  # fmt: skip
     return Workflow(
-        "5-compare-strengths-and-checkpoints",
+        "7 Compare strengths and checkpoints",
         [
             Step(
                 "Base model and reference",
@@ -309,15 +335,23 @@ FLOWS = {"flux1": FLUX1, "flux2": KLEIN, "zimage": ZIMAGE}
 
 WORKFLOWS = [
     photos_to_headshots(
-        "1-photos-to-headshots-sd15", BASE, "my-face",
-        "The checkpoint is a small one to begin with; any SD1.5 model that draws people well is better.",
+        "1 Photos to headshots.app", BASE, "my-face",
+        "Choose a checkpoint: SD1.5, or SDXL with 12 GB of graphics memory", any_file=True,
     ),
     photos_to_headshots(
-        "2-photos-to-headshots-sdxl", checkpoint("SDXL", SDXL), "my-face-sdxl",
-        "SDXL wants about 12 GB of GPU memory at 1024 pixels; a lower `resolution` needs less.",
+        "2 Photos to headshots FLUX.1.app", FLUX1, "my-face-flux1",
+        "FLUX.1 wants a large card, or a file in 8 bits and resolution 512",
+    ),
+    photos_to_headshots(
+        "3 Photos to headshots FLUX.2 klein.app", KLEIN, "my-face-klein",
+        "FLUX.2 klein base; its LoRAs load into the distilled one too",
+    ),
+    photos_to_headshots(
+        "4 Photos to headshots Z-Image.app", ZIMAGE, "my-face-zimage",
+        "Z-Image base; its LoRAs load into Z-Image-Turbo too",
     ),
     Workflow(
-        "3-existing-lora-with-style-pack",
+        "5 Headshots with a LoRA you have",
         [
             Step(
                 "Base model and LoRA",
@@ -328,11 +362,20 @@ WORKFLOWS = [
                 The trigger words come from the file. If it has none, type them into `subject` of the style pack."""),
                 [*BASE.nodes, apply(BASE, lora_name=LORA)],
             ),
-            *headshots(BASE, "neutral-backdrops", "headshots/existing-lora"),
+            Step(
+                "Styles",
+                note("""Click the styles that you want; if none is chosen, all of them are drawn."""),
+                [styles("neutral-backdrops")],
+            ),
+            Step(
+                "Headshots",
+                note("""The headshots come here, and into the output folder."""),
+                [draw(BASE), headshots("headshots/existing-lora", "decoded.IMAGE")],
+            ),
         ],
     ),
     Workflow(
-        "4-prior-preservation-and-masks",
+        "6 Prior preservation and masks",
         [
             Step(
                 "Photos of the person",
@@ -347,9 +390,9 @@ WORKFLOWS = [
                 note("""**Prior preservation**: 50 to 200 pictures of *other* people of the class, best drawn by the base model
                 itself with the prompt `a photo of person`. They keep "person" from becoming this one person.
 
-                Put them into a folder of their own below `ComfyUI/input/`."""),
+                Drop them onto the node."""),
                 [
-                    Node("class", "FaceLoRALoadPhotos", {"folder": "class-photos", "check": False},
+                    Node("class", "FaceLoRALoadPhotos", {"folder": "(no folder)", "check": False},
                          title="Load class images", height=430),
                 ],
             ),
@@ -403,7 +446,7 @@ WORKFLOWS = [
     ),
     comparison(),
     Workflow(
-        "6-inspect-and-convert-lora",
+        "8 Inspect and convert a LoRA",
         [
             Step(
                 "Inspect",
@@ -427,23 +470,11 @@ WORKFLOWS = [
             ),
         ],
     ),
-    photos_to_headshots(
-        "7-photos-to-headshots-flux1", FLUX1, "my-face-flux1",
-        "It wants a large card, or a file in 8 bits and a `resolution` of 512.",
-    ),
-    photos_to_headshots(
-        "8-photos-to-headshots-flux2-klein", KLEIN, "my-face-klein",
-        "This is the base model; its LoRAs load into the distilled one of the same size too.",
-    ),
-    photos_to_headshots(
-        "9-photos-to-headshots-zimage", ZIMAGE, "my-face-zimage",
-        "This is the base model; its LoRAs load into Z-Image-Turbo too.",
-    ),
 ]  # fmt: skip
 
-# Builds a Workflow in the open page: a column for each step, in a group, below a note.
+# Builds a Workflow in the open page: a column for each step, below a note. A node that grows when it is used stands last.
 BUILD = """(steps) => {
-    const GAP = 40, TITLE = 34, NOTE = 140
+    const GAP = 30, TITLE = 34
     const made = {}
     let x = 0
     const add = (type, title, position, size) => {
@@ -455,37 +486,68 @@ BUILD = """(steps) => {
         node.setSize([size[0], Math.max(size[1], node.computeSize()[1])])
         return node
     }
-    for (const step of steps) {
-        const note = add("MarkdownNote", step.title, [x, 0], [step.width, NOTE])
-        note.widgets[0].value = step.note
-        note.setSize([step.width, NOTE])
-        note.color = "#432"; note.bgcolor = "#000"
-        let y = NOTE + GAP + TITLE
-        for (const spec of step.nodes) {
-            const node = made[spec.key] = add(spec.type, spec.title, [x, y], [step.width, spec.height])
-            for (const [name, value] of Object.entries(spec.widgets)) {
-                const widget = node.widgets.find((widget) => widget.name === name)
-                if (!widget) throw new Error(`${spec.type} has no widget ${name}`)
-                widget.value = value
-            }
-            if (spec.models.length) node.properties.models = spec.models
-            if (spec.type.startsWith("FaceLoRA")) node.properties.cnr_id = "comfyui-facelora"
-            y += node.size[1] + GAP + TITLE
+    const make = (spec, position, width) => {
+        const node = made[spec.key] = add(spec.type, spec.title, position, [width, spec.height])
+        for (const [name, value] of Object.entries(spec.widgets)) {
+            const widget = node.widgets.find((widget) => widget.name === name)
+            if (!widget) throw new Error(`${spec.type} has no widget ${name}`)
+            widget.value = value
         }
-        const group = new LiteGraph.LGraphGroup(step.title)
-        group.pos = [x - 15, -TITLE - 45]
-        group.size = [step.width + 30, y + 45 + TITLE - GAP]
-        app.graph.add(group)
-        x += step.width + 80
+        for (const [name, label] of Object.entries(spec.labels ?? {}))
+            node.inputs.find((input) => input.widget?.name === name).label = label
+        if (spec.models.length) node.properties.models = spec.models
+        if (spec.type.startsWith("FaceLoRA")) node.properties.cnr_id = "comfyui-facelora"
+        return node
     }
-    for (const step of steps) for (const spec of step.nodes)
+    const insideOf = (spec) => (spec.inside ?? []).flat()
+    const places = new Map()
+    for (const step of steps) {
+        let y = 0
+        if (step.note) {
+            const note = add("MarkdownNote", step.title, [x, y], [step.width, step.note_height])
+            note.widgets[0].value = step.note
+            note.setSize([step.width, step.note_height])
+            note.color = "#432"; note.bgcolor = "#000"
+            y += step.note_height + GAP + TITLE
+        }
+        for (const spec of step.nodes) {
+            places.set(spec, [[x, y], step.width])
+            if (spec.inside?.length) {
+                spec.inside.forEach((column, index) => {
+                    let below = 0
+                    for (const inner of column)
+                        below += make(inner, [index * (step.width + GAP), below], step.width).size[1] + GAP + TITLE
+                })
+                y += spec.height + GAP + TITLE
+            } else y += make(spec, [x, y], step.width).size[1] + GAP + TITLE
+        }
+        x += step.width + 60
+    }
+    const nodes = steps.flatMap((step) => step.nodes)
+    for (const spec of nodes.flatMap((spec) => spec.type ? [spec] : insideOf(spec)))
         for (const [input, link] of Object.entries(spec.links)) {
             const [from, output] = link.split(".")
             const slot = made[from].outputs.findIndex((one) => one.name === output)
             if (slot < 0) throw new Error(`${from} has no output ${output}`)
             if (!made[from].connect(slot, made[spec.key], input)) throw new Error(`${link} does not fit ${spec.key}.${input}`)
         }
+    for (const spec of nodes.filter((spec) => !spec.type)) {
+        const { subgraph, node } = app.graph.convertToSubgraph(new Set(insideOf(spec).map((inner) => made[inner.key])))
+        const [position, width] = places.get(spec)
+        node.title = subgraph.name = spec.title
+        // Its inputs are called as what comes in: "prompts", not "text".
+        node.inputs.forEach((input, index) => {
+            const link = app.graph.links.get(input.link)
+            const { name } = app.graph.getNodeById(link.origin_id).outputs[link.origin_slot]
+            subgraph.renameInput(subgraph.inputs[index], name.toLowerCase())
+        })
+        node.properties.previewExposures = []
+        node.pos = position
+        node.setSize([width, spec.height])
+        made[spec.key] = node
+    }
     app.graph.extra = {}
+    return Object.fromEntries(Object.entries(made).map(([key, node]) => [key, Number(node.id)]))
 }"""
 
 
@@ -493,19 +555,52 @@ def save_all() -> None:
     from .page import ComfyPage, prepare, running_browser
 
     FOLDER.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("my-photos", "class-photos"):
-            (Path(folder) / "input" / name).mkdir(parents=True)
-        with running_server(Path(folder)) as server, running_browser() as browser:
-            prepare(server)
-            page = ComfyPage(browser, server)
-            for workflow in WORKFLOWS:
-                page.clear()
-                page.run(BUILD, asdict(workflow)["steps"])
-                saved, path = page.saved(), FOLDER / f"{workflow.name}.json"
-                if path.exists():  # the frontend makes up another id each time
-                    saved["id"] = json.loads(path.read_text(encoding="utf-8"))["id"]
-                path.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+    BLUEPRINTS.mkdir(exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        running_server(Path(folder)) as server,
+        running_browser() as browser,
+    ):
+        prepare(server)
+        page = ComfyPage(browser, server)
+        for workflow in WORKFLOWS:
+            page.clear()
+            ids = page.run(BUILD, asdict(workflow)["steps"])
+            saved = page.saved()
+            if workflow.app:
+                inputs = [[ids[key], widget] for key, widget in workflow.app]
+                saved["extra"] = {"linearMode": True, "linearData": {"inputs": inputs, "outputs": [ids["saved"]]}}
+            if workflow.any_file:
+                (loader,) = [node for node in saved["nodes"] if node["id"] == ids["base"]]
+                del loader["widgets_values"]
+            write(saved, FOLDER / f"{workflow.name}.json")
+            for drawn in (part for part in subgraphs(saved) if workflow.app):
+                write(blueprint(saved, drawn), BLUEPRINTS / f"{drawn['name']}.json")
+
+
+def write(saved: dict[str, Any], path: Path) -> None:
+    """Writes a workflow. The frontend makes up other ids each time; those of the file that is there are kept."""
+    text = json.dumps(saved, indent=1)
+    if path.exists():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        ids = {part["name"]: part["id"] for part in subgraphs(old)}
+        for part in subgraphs(saved):
+            text = text.replace(part["id"], ids.get(part["name"], part["id"]))
+        text = text.replace(saved["id"], old["id"])
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def blueprint(graph: dict[str, Any], drawn: dict[str, Any]) -> dict[str, Any]:
+    """A workflow of nothing but a subgraph's node: what ComfyUI lists among its nodes."""
+    (node,) = [node for node in graph["nodes"] if node["type"] == drawn["id"]]
+    inputs = [{**slot, "link": None} for slot in node["inputs"]]
+    outputs = [{**slot, "links": None} for slot in node["outputs"]]
+    alone = {**node, "inputs": inputs, "outputs": outputs, "pos": [0, 0], "order": 0}
+    return {**graph, "nodes": [alone], "links": [], "definitions": {"subgraphs": [drawn]}, "extra": {}}
+
+
+def subgraphs(graph: dict[str, Any]) -> list[dict[str, Any]]:
+    return graph.get("definitions", {}).get("subgraphs", [])
 
 
 if __name__ == "__main__":
