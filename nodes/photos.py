@@ -10,14 +10,14 @@ from pathlib import Path
 
 import folder_paths
 from aiohttp import web
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from server import PromptServer
 
-from ..core.errors import BadPhoto, MissingPackage
-from ..core.faces import load_faces
-from ..core.photos import Photo, check_photos, format_report, read_photo_files, read_photos
+from ..core.errors import BadPhoto
+from ..core.faces import faces_if_installed
+from ..core.photos import Photo, SetReport, check_photos, format_report, read_photo_files, read_photos
 from ..core.photos.reading import MASK_ENDING
-from ..core.pictures.sheet import contact_sheet
+from ..core.photos.report import CROP, REJECT, REVIEW, USE
 from .convert import FacePhotos, image_tensor
 
 PREVIEW_SIDE = 1024
@@ -25,6 +25,8 @@ PREVIEW_SIDE = 1024
 THUMBNAIL_SIDE = 160
 """Longest side of an uploaded picture as its node shows it, in pixels."""
 NO_FOLDER = "(no folder)"
+COLOURS = {USE: "good", CROP: "good", REVIEW: "doubtful", REJECT: "rejected"}
+"""Verdict of the report -> how the photo's tile looks."""
 
 
 class LoadFacePhotos(io.ComfyNode):
@@ -83,15 +85,11 @@ class LoadFacePhotos(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, folder: str | None = None, pictures: str | None = None) -> bool | str:
-        if folder is None or pictures is None:  # wired from another node: known only when it runs
-            return True
-        if folder == NO_FOLDER and not _names(pictures):
-            return "no photos: choose a folder below ComfyUI's input folder, or upload pictures"
-        try:
-            list(_files(folder, pictures))
-        except BadPhoto as problem:
-            return str(problem)
+    def validate_inputs(cls, folder: str | None = None) -> bool:
+        """A folder need not be one of the list, since photos may have been added; `execute` says what is wrong, once.
+
+        (ComfyUI would repeat the message for each argument of this function.)
+        """
         return True
 
     @classmethod
@@ -103,22 +101,29 @@ class LoadFacePhotos(io.ComfyNode):
 
     @classmethod
     def execute(cls, folder: str, check: bool, strict: bool, pictures: str) -> io.NodeOutput:
+        if folder == NO_FOLDER and not _names(pictures):
+            raise BadPhoto("no photos: choose a folder below ComfyUI's input folder, or upload pictures")
+        names = {Path(name).name: name for name, _ in _files(folder, pictures)}
         notes: list[str] = []
         photos = _read(folder, pictures, strict=strict, on_warning=notes.append)
+        tiles, headline = [{"name": names.get(photo.name, photo.name)} for photo in photos], ""
         if check:
-            notes.append(_report(photos))
+            checked = _checked(photos, notes.append)
+            notes.append(format_report(checked))
+            headline = checked.headline
+            for tile, item in zip(tiles, checked.photos, strict=True):
+                reasons = " ".join(finding.sentence for finding in item.findings)
+                tile |= {"verdict": COLOURS[item.verdict], "reason": reasons}
         images = [photo.image(shorter_side=PREVIEW_SIDE) for photo in photos]
         for image in images:
             image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
         report = "\n".join([f"{len(photos)} photos", *notes])
-        shown = "" if folder == NO_FOLDER else f"{folder}: "
-        sheet = contact_sheet([(f"{shown}{len(photos)} photos", images)], tile=128)
         return io.NodeOutput(
             photos,
             [image_tensor(image) for image in images],
             [photo.caption or "" for photo in photos],
             report,
-            ui=ui.PreviewImage(image_tensor(sheet), cls=cls),
+            ui={"facelora_photos": tiles, "facelora_headline": [headline]},
         )
 
 
@@ -148,13 +153,17 @@ def _files(folder: str, pictures: str) -> Iterator[tuple[str, Path]]:
         path = _path(folder)
         if not path.is_dir():
             raise BadPhoto(f"{folder}: there is no such folder below ComfyUI's input folder")
-        yield from ((str(file.relative_to(path)), file) for file in sorted(path.rglob("*")) if file.is_file())
+        yield from (
+            (f"{folder}/{file.relative_to(path).as_posix()}", file)
+            for file in sorted(path.rglob("*"))
+            if file.is_file()
+        )
     for name in _names(pictures):
         picture = _path(name)
         if not picture.is_file():
             raise BadPhoto(f"{name}: there is no such picture in ComfyUI's input folder")
         companions = (picture.with_suffix(".txt"), picture.with_name(picture.stem + MASK_ENDING))
-        yield from ((file.name, file) for file in (picture, *companions) if file.is_file())
+        yield from ((str(Path(name).with_name(file.name)), file) for file in (picture, *companions) if file.is_file())
 
 
 def _is_left_out(folder: str, pictures: str) -> bool:
@@ -175,16 +184,13 @@ def _path(name: str) -> Path:
     return path
 
 
-def _report(photos: list[Photo]) -> str:
-    """The report on the photos, as text. Raises BadPhoto when no photo shows a face."""
-    try:
-        network = load_faces()
-    except MissingPackage as missing:
-        return f"Not checked: {missing}"
+def _checked(photos: list[Photo], on_warning: Callable[[str], None]) -> SetReport:
+    """The report on the photos. BadPhoto when there is no face at all."""
+    network = faces_if_installed(on_warning)
     checked = check_photos(photos, network)
-    if not any(item.faces for item in checked.photos):
+    if network and not any(item.faces for item in checked.photos):
         raise BadPhoto(f"none of the {len(photos)} photos shows a face; switch check off to use them all the same")
-    return format_report(checked)
+    return checked
 
 
 def _thumbnail(name: str) -> bytes:

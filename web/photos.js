@@ -2,10 +2,10 @@
 
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
-import { addElement, complain, make, makeRoom, whenChanged, widgetOf } from "./dom.js"
+import { addElement, after, complain, make, makeRoom, whenChanged, widgetOf } from "./dom.js"
 
 const NODE = "FaceLoRALoadPhotos"
-const TILE = 58, GAP = 4
+const TILE = 58, GAP = 4, LINE = 20
 const HEIC = /\.(heic|heif|avif)$/i // for which some browsers know no type
 
 const isPicture = (file) => file.type.startsWith("image/") || HEIC.test(file.name)
@@ -25,10 +25,16 @@ async function dropped({ items, files }) {
   return entries.some((entry) => entry.isDirectory) ? (await Promise.all(entries.map(filesOf))).flat() : [...files]
 }
 
+/** A folder below the input folder that no other photos are in: "photos/2026-11-26 13.05.59". */
+const newFolder = () => `photos/${new Date().toISOString().slice(0, 19).replace("T", " ").replaceAll(":", ".")}`
+
+const folderOf = (name) => name.split("/").slice(0, -1).join("/")
+
 /** The name in the input folder of an uploaded file; the server gives another if that is taken by other content. */
-async function upload(file) {
+async function upload(file, folder) {
   const body = new FormData()
   body.append("image", file)
+  body.append("subfolder", folder)
   const answer = await api.fetchApi("/upload/image", { method: "POST", body })
   if (!answer.ok) throw new Error(`${file.name}: ${answer.status} ${answer.statusText}`)
   const { name, subfolder } = await answer.json()
@@ -42,18 +48,24 @@ class Pictures {
     this.value.hidden = this.value.options.hidden = true
     this.button = make("button", "facelora-add", "Add photos")
     this.button.title = "Or drop them onto the node, or paste them"
+    this.clear = make("button", "facelora-remove-all", "Remove all")
+    this.clear.title = "The files stay in ComfyUI's input folder, where folder offers them"
+    this.clear.addEventListener("click", () => (this.names = []))
     this.note = make("span", "facelora-quiet")
+    this.headline = make("div", "facelora-headline")
+    this.reports = []
     this.tiles = make("div", "facelora-tiles")
     const accept = "image/*,.heic,.heif,.avif"
     this.chooser = Object.assign(document.createElement("input"), { type: "file", multiple: true, accept })
     this.button.addEventListener("click", () => this.chooser.click())
     this.chooser.addEventListener("change", () => this.add([...this.chooser.files]))
-    const root = make("div", "facelora-panel", make("div", "facelora-row", this.button, this.note), this.tiles)
+    const root = make("div", "facelora-panel", make("div", "facelora-row", this.button, this.clear, this.note), this.headline, this.tiles)
     this.widget = addElement(node, "thumbnails", root, () => this.height())
     node.onDragOver = (event) => [...(event.dataTransfer?.items ?? [])].some((item) => item.kind === "file")
     node.onDragDrop = async (event) => this.add(await dropped(event.dataTransfer))
     node.pasteFiles = (files) => this.add([...files])
     whenChanged(node, this.value, () => this.show())
+    after(node, "onExecuted", (output) => this.report(output))
     this.show()
   }
 
@@ -63,28 +75,40 @@ class Pictures {
 
   set names(names) {
     this.value.value = names.join("\n")
+    this.headline.textContent = "" // it was on other photos
     this.show()
     this.node.graph?.change?.()
   }
 
   height() {
     const columns = Math.max(1, Math.floor((this.node.size[0] - 30) / (TILE + GAP)))
-    return 36 + Math.ceil(this.names.length / columns) * (TILE + GAP)
+    const headline = this.headline.textContent ? LINE : 0
+    return 36 + headline + Math.ceil(this.tiles.childElementCount / columns) * (TILE + GAP)
+  }
+
+  /** Shows what a run has found: a verdict and its reason for each photo, and those of the folder too. */
+  report({ facelora_photos = [], facelora_headline = [] } = {}) {
+    this.reports = facelora_photos
+    this.headline.textContent = this.headline.title = facelora_headline[0] ?? ""
+    this.show()
   }
 
   /** Uploads what is a picture among the files; true if anything was. */
   async add(files) {
     const pictures = files.filter(isPicture)
+    const folder = folderOf(this.names.at(-1) ?? "") || newFolder()
     for (const [index, file] of pictures.entries()) {
       this.note.textContent = `uploading ${index + 1} of ${pictures.length}`
       try {
-        const name = await upload(file)
+        const name = await upload(file, folder)
         if (!this.names.includes(name)) this.names = [...this.names, name]
       } catch (error) {
         complain("The photo was not uploaded", error.message)
       }
     }
     this.chooser.value = ""
+    const folders = widgetOf(this.node, "folder").options.values
+    if (!folders.includes(folder)) folders.push(folder)
     this.show()
     return pictures.length > 0
   }
@@ -92,25 +116,39 @@ class Pictures {
   show() {
     const { names } = this
     this.note.textContent = names.length ? `${names.length} added` : "or drop them here"
-    this.tiles.replaceChildren(...names.map((name) => this.tile(name)))
+    this.clear.hidden = !names.length
+    const reports = new Map(this.reports.map((report) => [report.name, report]))
+    const { value: folder } = widgetOf(this.node, "folder")
+    const others = [...reports.keys()].filter((name) => !names.includes(name) && name.startsWith(`${folder}/`))
+    this.tiles.replaceChildren(
+      ...names.map((name) => this.tile(name, reports.get(name))), ...others.map((name) => this.tile(name, reports.get(name), false)))
     makeRoom(this.node)
   }
 
-  tile(name) {
+  tile(name, report, removable = true) {
     const src = api.apiURL(`/facelora/photo?name=${encodeURIComponent(name)}`)
     const image = Object.assign(make("img", ""), { src, alt: name })
     const remove = make("button", "", "×")
     remove.title = `Take out ${name}`
     remove.addEventListener("click", () => (this.names = this.names.filter((other) => other !== name)))
-    const tile = make("div", "facelora-tile", image, remove)
-    tile.title = name
+    const tile = make("div", `facelora-tile facelora-${report?.verdict ?? "unknown"}`, image, ...(removable ? [remove] : []))
+    tile.title = [name, report?.reason].filter(Boolean).join("\n")
     return tile
   }
 }
 
+const panels = new Set()
+
 app.registerExtension({
   name: "facelora.photos",
   nodeCreated(node) {
-    if (node.comfyClass === NODE) new Pictures(node)
+    if (node.comfyClass !== NODE) return
+    const shown = new Pictures(node)
+    panels.add(shown)
+    after(node, "onRemoved", () => panels.delete(shown))
+  },
+  /** The outputs of a workflow that is shown again. */
+  onNodeOutputsUpdated(outputs) {
+    for (const shown of panels) shown.report(outputs[shown.node.id])
   },
 })

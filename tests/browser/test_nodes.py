@@ -1,11 +1,13 @@
 """The nodes under a user's hands, in both designs of ComfyUI's frontend."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from core.pictures.style_pack import find_style_packs
+from tests.tooling import write_photos
 
 from .workflows import BUILD, SD15
 
@@ -17,6 +19,10 @@ PHOTOS, STYLES = "FaceLoRALoadPhotos", "FaceLoRAStylePack"
 def node(key: str, node_type: str, widgets: dict, links: dict) -> dict:
     """A node for BUILD."""
     return {"key": key, "type": node_type, "widgets": widgets, "links": links, "title": "", "height": 0, "models": []}
+
+
+def basenames(page) -> list[str]:
+    return [name.rpartition("/")[2] for name in page.widgets(PHOTOS)["pictures"].split("\n")]
 
 
 @pytest.fixture
@@ -37,15 +43,39 @@ def test_several_pictures_dropped_on_load_face_photos_are_its_photos(either_page
     page.wait_for(
         "() => [...document.querySelectorAll('.facelora-tile img')].every((image) => image.naturalWidth === 160)"
     )
-    names = [file.name for file in files[:3]]
     (queued,) = page.prompt().values()
-    assert queued["inputs"]["pictures"].split("\n") == names
-    assert all((server.folder / "input" / name).exists() for name in names)
+    names = queued["inputs"]["pictures"].split("\n")
+    (folder,) = {name.rpartition("/")[0] for name in names}
+    assert folder.startswith("photos/")
+    assert sorted(file.name for file in (server.folder / "input" / folder).iterdir()) == [
+        file.name for file in files[:3]
+    ]
 
     page.page.locator(".facelora-tile button").nth(1).click(force=True)
     assert page.widgets(PHOTOS)["pictures"].split("\n") == [names[0], names[2]]
     page.open(page.saved(), "again")
     page.wait_for("() => document.querySelectorAll('.facelora-tile').length === 2")
+    page.page.click(".facelora-remove-all")
+    assert page.widgets(PHOTOS)["pictures"] == ""
+    page.set_widgets({PHOTOS: {"folder": folder}})  # it can be chosen again
+    assert folder in page.run("() => app.graph.nodes[0].widgets.find((one) => one.name === 'folder').options.values")
+    assert page.complaints() == []
+
+
+def test_a_tile_shows_the_verdict_on_its_photo_and_the_node_one_headline(either_page, server):
+    page = either_page
+    photos = write_photos(server.folder / "input" / "ines", count=2, scale=2, person=36)
+    shutil.copy(photos / "0.png", photos / "copy.png")
+    page.reload()
+    page.clear()
+    nodes = [
+        node("photos", PHOTOS, {"folder": "ines"}, {}), node("shown", "PreviewAny", {}, {"source": "photos.report"}),
+    ]  # fmt: skip
+    page.run(BUILD, [{"title": "", "note": "", "width": 400, "nodes": nodes}])
+    assert server.wait(page.queue()).status == "success"
+    page.wait_for("() => document.querySelectorAll('.facelora-rejected').length === 1")
+    assert "the same picture as" in (page.page.get_attribute(".facelora-rejected", "title") or "")
+    assert page.page.locator(".facelora-headline").inner_text().startswith("2 of 3 usable")
     assert page.complaints() == []
 
 
@@ -53,7 +83,7 @@ def test_the_pictures_of_a_dropped_folder_are_its_photos(page, files):
     page.add(PHOTOS)
     page.drop(PHOTOS, [files[0].parent])
     page.wait_for("() => document.querySelectorAll('.facelora-tile').length === 3")
-    assert sorted(page.widgets(PHOTOS)["pictures"].split("\n")) == [file.name for file in files[:3]]
+    assert sorted(basenames(page)) == [file.name for file in files[:3]]
     assert page.complaints() == []
 
 
@@ -65,7 +95,8 @@ def test_pictures_chosen_with_the_button_are_added_to_those_that_are_there(page,
         chooser.value.set_files(chosen)
         page.wait_for(f"() => document.querySelectorAll('.facelora-tile').length >= {len(chosen)}")
     page.wait_for("() => document.querySelectorAll('.facelora-tile').length === 3")
-    assert page.widgets(PHOTOS)["pictures"].split("\n") == [file.name for file in files[:3]]
+    assert basenames(page) == [file.name for file in files[:3]]
+    assert len({name.rpartition("/")[0] for name in page.widgets(PHOTOS)["pictures"].split("\n")}) == 1
 
 
 def test_styles_are_chosen_by_their_pictures(either_page):

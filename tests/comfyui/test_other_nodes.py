@@ -138,6 +138,10 @@ def test_photos_are_reported_on_and_counted(server):
     assert "verdict" in report
     assert "a photo of sks person, facing the camera" in texts(result, "captions")
     assert len(result.outputs["images"]["images"]) == 3
+    shown = result.outputs["photos"]
+    assert [tile["name"] for tile in shown["facelora_photos"]] == [f"clara/{index}.png" for index in range(3)]
+    assert {tile["verdict"] for tile in shown["facelora_photos"]} <= {"good", "doubtful", "rejected"}
+    assert "of 3 usable" in shown["facelora_headline"][0]
 
 
 def test_uploaded_pictures_are_photos_too(server):
@@ -202,9 +206,10 @@ def test_every_style_has_a_picture_its_own_if_the_pack_has_one(server):
         ({"pictures": "../../secret.png"}, "is not below ComfyUI's input folder"),
     ],
 )
-def test_photos_that_are_not_there_are_refused_before_anything_runs(server, choice, words):
+def test_photos_that_are_not_there_are_one_error(server, choice, words):
     graph = {"photos": load_photos(**choice), "show": node("PreviewAny", source=["photos", 3])}
-    assert words in server.refusal(graph)
+    result = server.run(graph)
+    assert result.status == "error" and words in result.error
 
 
 def test_photos_without_a_face_are_refused(server):
