@@ -26,6 +26,7 @@ from .convert import FacePhotos, LoraModel, base_from, image_tensor, lora_file, 
 from .folders import lora_path, write_embedding
 from .plot import loss_plot
 
+GOOD, ALL = "good photos", "all photos"
 _given_out: dict[str, set[Path]] = {}
 """The files that the node has returned since the server was started, by the name given in the node."""
 
@@ -84,6 +85,11 @@ class TrainFaceLora(io.ComfyNode):
                     "the files come with the photos.",
                 ),
                 LoraModel.Input("continue_from", optional=True, tooltip="A LoRA to go on from, instead of a new one."),
+                io.Combo.Input(
+                    "use", options=[GOOD, ALL], default=GOOD, optional=True,
+                    tooltip="good photos: not those that the photo report rejects (another person, a blurred face, one twice), and "
+                    "no training where fewer than 5 are left; all photos: whatever they are.",
+                ),
             ],
             outputs=[
                 LoraModel.Output(
@@ -121,15 +127,15 @@ class TrainFaceLora(io.ComfyNode):
     def execute(
         cls, model, clip, vae, photos, name, trigger_word, class_word, recipe, samples, steps, rank, learning_rate,
         resolution, training_seed, sample_prompts, settings, captions=None, class_photos=None, masks=None,
-        continue_from=None,
+        continue_from=None, use=(GOOD,),
     ) -> io.NodeOutput:  # fmt: skip
         family, person = trained_family(model[0]), photos_of(photos, captions, masks)
         notes: list[str] = []
         _check_parts(model[0], clip[0], vae[0])
         config = _config(
             family, _clip_skip(family, clip[0].layer_idx), trigger_word[0], class_word[0], recipe[0], samples[0], steps[0],
-            rank[0], learning_rate[0], resolution[0], training_seed[0], sample_prompts[0], settings[0], len(person),
-            notes.append,
+            rank[0], learning_rate[0], resolution[0], training_seed[0], sample_prompts[0], settings[0], use[0],
+            len(person), notes.append,
         )  # fmt: skip
         job = TrainingJob(
             name=lora_path(name[0]),
@@ -194,7 +200,7 @@ def _help(setting: str) -> str:
 
 def _config(
     family: str, clip_skip: Mapping[str, int], trigger_word: str, class_word: str, recipe: str, samples: int, steps: int,
-    rank: int, learning_rate: float, resolution: int, seed: int, sample_prompts: str, settings: str,
+    rank: int, learning_rate: float, resolution: int, seed: int, sample_prompts: str, settings: str, use: str,
     photos: int, on_warning: Callable[[str], None],
 ) -> TrainConfig:  # fmt: skip
     """The TrainConfig of the node's inputs: the recipe's, overridden by CLIP's layer and the widgets, and those by `settings`.
@@ -204,6 +210,8 @@ def _config(
     widgets = {"steps": steps, "rank": rank, "learning_rate": learning_rate, "resolution": resolution}
     given = {name: value for name, value in widgets.items() if value}
     given |= {"trigger_word": trigger_word, "class_word": class_word, "seed": seed}
+    if use == ALL:
+        given["check_photos"] = False
     given |= {**clip_skip, **_toml(settings)}
     chosen = recipe_settings(recipe, FAMILIES[family].recipes, given, photos, on_warning)
     if samples and "sample_every" not in given:
