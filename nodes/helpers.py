@@ -1,4 +1,4 @@
-"""The nodes Save LoRA, Inspect LoRA, Likeness Score and Contact Sheet."""
+"""Save Face LoRA, Inspect LoRA, Likeness Score and Contact Sheet."""
 
 # pyright: reportMissingImports=false
 
@@ -26,7 +26,7 @@ class SaveLora(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="FaceLoRASave",
-            display_name="Save LoRA",
+            display_name="Save Face LoRA",
             category="FaceLoRA",
             description="Writes a LoRA with its metadata and hashes into ComfyUI's output/loras folder, in the naming "
             "scheme that its readers want.",
@@ -83,7 +83,7 @@ class InspectLora(io.ComfyNode):
             outputs=[
                 io.String.Output(display_name="report", tooltip="As lines of text."),
                 io.String.Output(display_name="json", tooltip="The same for programs."),
-                LoraModel.Output(display_name="lora", tooltip="The LoRA itself, for Save LoRA or Apply LoRA."),
+                LoraModel.Output(display_name="lora", tooltip="The LoRA itself, for Save Face LoRA or Apply LoRA."),
             ],
         )
 
