@@ -127,14 +127,17 @@ def transformer(title: str, denoiser: dict[str, str], clip: Node, vae: dict[str,
 
 
 def photos(key: str = "photos", title: str = "") -> Node:
-    return Node(key, "FaceLoRALoadPhotos", {"folder": "(no folder)"}, height=430, title=title)
+    return Node(
+        key, "FaceLoRALoadPhotos", {"folder": "(no folder)"}, height=430, title=title,
+        labels={"folder": "Or photos in a folder"},
+    )  # fmt: skip
 
 
 def train(base: Base, name: str, settings: str = "", **links: str) -> Node:
     return Node(
         "train", "FaceLoRATrain", {"name": name, "settings": settings},
         base.links | {"vae": base.vae, "photos": "photos.photos"} | links, height=880,
-        labels={"class_word": "Class word, e.g. woman"},
+        labels={"class_word": "Class word, e.g. woman", "use": "Train on"},
     )  # fmt: skip
 
 
@@ -228,7 +231,7 @@ def photos_to_headshots(name: str, base: Base, lora: str, advice: str, *, any_fi
         ],
         app=[
             ("train", "training"), ("photos", "thumbnails"), *base.choice, ("train", "class_word"),
-            ("styles", "count"), ("styles", "pack"), ("styles", "picker"),
+            ("styles", "count"), ("styles", "pack"), ("styles", "picker"), ("photos", "folder"), ("train", "use"),
         ],
         any_file=any_file,
     )  # fmt: skip
@@ -459,7 +462,7 @@ WORKFLOWS = [
             ),
             Step(
                 "Convert",
-                note("""**Save LoRA** writes it into `output/loras` in another naming: `kohya` is read by everything,
+                note("""**Save Face LoRA** writes it into `output/loras` in another naming: `kohya` is read by everything,
                 `diffusers` by its pipelines, `comfy` has the names of the original model. Metadata and hashes come along."""),
                 [
                     Node("diffusers", "FaceLoRASave", {"name": "my-face-diffusers", "scheme": "diffusers"},
@@ -567,6 +570,7 @@ def save_all() -> None:
             page.clear()
             ids = page.run(BUILD, asdict(workflow)["steps"])
             saved = page.saved()
+            del saved["id"]  # so that it gets another one, and with it panels of its own, each time that it is opened
             if workflow.app:
                 inputs = [[ids[key], widget] for key, widget in workflow.app]
                 saved["extra"] = {"linearMode": True, "linearData": {"inputs": inputs, "outputs": [ids["saved"]]}}
@@ -579,14 +583,13 @@ def save_all() -> None:
 
 
 def write(saved: dict[str, Any], path: Path) -> None:
-    """Writes a workflow. The frontend makes up other ids each time; those of the file that is there are kept."""
+    """Writes a workflow. The frontend makes up other ids of subgraphs each time; those of the file that is there are kept."""
     text = json.dumps(saved, indent=1)
     if path.exists():
         old = json.loads(path.read_text(encoding="utf-8"))
         ids = {part["name"]: part["id"] for part in subgraphs(old)}
         for part in subgraphs(saved):
             text = text.replace(part["id"], ids.get(part["name"], part["id"]))
-        text = text.replace(saved["id"], old["id"])
     path.write_text(text + "\n", encoding="utf-8")
 
 
