@@ -87,8 +87,8 @@ class TrainFaceLora(io.ComfyNode):
                 LoraModel.Input("continue_from", optional=True, tooltip="A LoRA to go on from, instead of a new one."),
                 io.Combo.Input(
                     "use", options=[GOOD, ALL], default=GOOD, optional=True,
-                    tooltip="good photos: not those that the photo report rejects (another person, a blurred face, one twice), and "
-                    "no training where fewer than 5 are left; all photos: whatever they are.",
+                    tooltip="good photos: not those that the photo report rejects (someone else, a blurred face, one twice), "
+                    "and no training where fewer than 5 are left; all photos: whatever they are.",
                 ),
             ],
             outputs=[
