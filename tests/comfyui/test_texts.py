@@ -43,3 +43,11 @@ def test_every_input_and_output_has_a_tooltip(infos):
 def test_the_english_texts_are_the_nodes_own(infos, server):
     assert definitions("en") == {name: english(info) for name, info in infos.items()}
     assert server.get("/i18n")["en"]["nodeDefs"]["FaceLoRATrain"] == english(infos["FaceLoRATrain"])
+
+
+def test_the_chinese_texts_are_of_nodes_and_inputs_that_there_are(infos):
+    ours = definitions("zh")
+    assert {"FaceLoRALoadPhotos", "FaceLoRATrain", "FaceLoRAApply", "FaceLoRAStylePack"} <= set(ours)
+    for name, entry in ours.items():
+        assert entry["display_name"] == infos[name]["display_name"], "the nodes' names are the same everywhere"
+        assert set(entry.get("inputs", ())) <= set(inputs(infos[name])), name
