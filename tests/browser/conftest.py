@@ -1,20 +1,18 @@
 """What a page of the server needs, and a browser, for the whole session.
 
-With FACELORA_SCREENSHOTS=1 the tests also take the pictures of `docs/images/` and the previews in `workflows/`. The photos
-are then generated ones, since no photo of a person may be seen in them.
+With FACELORA_SCREENSHOTS=1 the tests also take the pictures of `docs/images/`. The photos are then generated ones, since no
+photo of a person may be seen in them.
 """
 
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image
 
-from core.demo import BASE_FILE, GUIDANCE
 from core.errors import MissingPackage
-from core.models.base import load_base
-from core.pictures.generate import GenerateConfig, Job, generate
 from tests.comfyui.graphs import training
 from tests.comfyui.server import PACK, ComfyServer
 from tests.tooling import write_photos
@@ -24,8 +22,6 @@ from .workflows import FLOWS, LORA, SD15, SDXL
 
 SCREENSHOTS = os.environ.get("FACELORA_SCREENSHOTS") == "1"
 IMAGES = PACK / "docs" / "images"
-PICTURE_SIZE = (64, 80)
-"""Width and height of the pictures that the demo's base model knows."""
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +32,7 @@ def site(server) -> ComfyServer:
     (checkpoints / SDXL["name"]).symlink_to(checkpoints / "sdxl.safetensors")
     for name, person in (("my-photos", 35), ("class-photos", 36)):
         if SCREENSHOTS:
-            write_generated_photos(photos / name, seed=person)
+            write_generated_photos(photos / name)
         else:
             write_photos(photos / name, count=6, scale=2, person=person)
     prepare(server)
@@ -105,18 +101,11 @@ def nodes_2(page, site) -> Iterator[Callable[[], None]]:
     site.post("/settings/Comfy.VueNodes.Enabled", False)
 
 
-def write_generated_photos(folder: Path, seed: int) -> None:
-    """A face that the demo's base model draws, and views of it."""
-    job = Job("a photo of person", seed, size=PICTURE_SIZE, guidance=GUIDANCE)
-    (drawn,) = generate(load_base(BASE_FILE), [], [job], GenerateConfig())
-    width, height = PICTURE_SIZE
-    face = drawn.image.resize((4 * width, 4 * height), Image.Resampling.LANCZOS)
-    views = [
-        face,
-        ImageOps.mirror(face.rotate(3, Image.Resampling.BICUBIC)),
-        ImageEnhance.Brightness(ImageOps.crop(face, 12)).enhance(0.8),
-        ImageEnhance.Contrast(face.rotate(-4, Image.Resampling.BICUBIC)).enhance(1.2),
-    ]
+def write_generated_photos(folder: Path) -> None:
+    """Pictures of one person that the demo's base has drawn (the second row of docs/demo.png), with grain as photos have it."""
     folder.mkdir(parents=True)
-    for number, view in enumerate(views):
-        ImageOps.crop(view, 8).save(folder / f"{number}.png")
+    sheet, grain = Image.open(PACK / "docs" / "demo.png").convert("RGB"), np.random.default_rng(1)
+    for number in range(8):
+        face = sheet.crop((8 + 136 * number, 284, 136 + 136 * number, 444)).resize((400, 500), Image.Resampling.LANCZOS)
+        noise = grain.normal(0, 0 if number == 4 else 10, (500, 400, 1))
+        Image.fromarray((np.asarray(face) + noise).clip(0, 255).astype(np.uint8)).save(folder / f"{number}.png")

@@ -21,6 +21,7 @@ SWITCHES = [
 ]  # fmt: skip
 SETTINGS = {
     "Comfy.TutorialCompleted": True,  # else the template browser opens by itself
+    "Comfy.OnboardingCoachmarks.Seen": ["appMode", "firstRun"],  # the same for apps
     "Comfy.Validation.Workflows": True,
     "Comfy.Graph.CanvasInfo": False,
     "Comfy.Minimap.Visible": False,

@@ -11,10 +11,12 @@ from PIL import Image
 from playwright.sync_api import Locator
 
 from core.pictures.style_pack import find_style_packs
+from tests.comfyui.server import running_server
+from tests.comfyui.setup_comfyui import newest_frontend
 from tests.tooling import write_photos
 
-from .conftest import SCREENSHOTS
-from .page import ComfyPage, drop_files
+from .conftest import IMAGES, SCREENSHOTS, write_generated_photos
+from .page import ComfyPage, drop_files, prepare
 from .workflows import BLUEPRINTS, FOLDER, WORKFLOWS, subgraphs
 
 pytestmark = pytest.mark.browser
@@ -28,9 +30,13 @@ QUICK: dict[str, dict[str, Any]] = {
     "KSampler": {"steps": 2},
 }
 SHOWN = QUICK | {
-    "FaceLoRATrain": {"resolution": 64, "steps": 8, "samples": 1},
-    "FaceLoRAStylePack": {"count": 3, "resolution": 144},
-    "KSampler": {"steps": 12, "cfg": 2.5},
+    "FaceLoRATrain": {
+        "resolution": 64,
+        "steps": 200,
+        "samples": 4,
+        "settings": "batch_size = 1\nsample_guidance = 2.5",
+    },
+    "FaceLoRAStylePack": {"count": 4, "resolution": 144},
 }
 """For the pictures, where there is something to see: not of the models whose weights are random."""
 NAMES = [workflow.name for workflow in WORKFLOWS]
@@ -49,6 +55,16 @@ def test_every_workflow_opens_without_a_warning(page, server, lora, flows):
     for name in NAMES:
         page.open(workflow_file(name), name)
         assert page.complaints() == [], name
+
+
+@pytest.mark.slow
+def test_every_workflow_opens_without_a_warning_in_the_newest_frontend(browser, site, lora, flows):
+    with running_server(site.folder, "--front-end-root", str(newest_frontend())) as server:
+        prepare(server)
+        page = ComfyPage(browser, server)
+        for name in NAMES:
+            page.open(workflow_file(name), name)
+            assert page.complaints() == [], name
 
 
 def workflow_file(name: str) -> dict[str, Any]:
@@ -89,14 +105,14 @@ def test_the_app_leads_from_photos_to_headshots_in_seven_actions_of_which_three_
     assert page.complaints() == []
 
     opened = hands.actions
-    hands.drop(app.locator(".facelora-add"), sorted(write_photos(tmp_path / "me", 3, scale=2).iterdir()))
-    page.wait_for("() => document.querySelectorAll('.facelora-tile').length === 3")
+    files = sorted((write_generated_photos if SCREENSHOTS else write_photos)(tmp_path / "me").iterdir())
+    hands.drop(app.locator(".facelora-add"), files)
+    page.wait_for(f"() => document.querySelectorAll('.facelora-tile').length === {len(files)}")
     hands.type(app.get_by_role("textbox").first, "woman")
     hands.click(app.locator(".facelora-style").nth(1))
     assert hands.actions - opened <= 3, "answers"
-    page.set_widgets(
-        {name: widgets for name, widgets in QUICK.items() if name != "FaceLoRALoadPhotos"}
-    )  # no action: haste
+    haste = SHOWN if SCREENSHOTS else QUICK  # no action
+    page.set_widgets({name: haste[name] for name in ("FaceLoRATrain", "FaceLoRAStylePack")})
     with app.expect_response(lambda answer: answer.url.endswith("/prompt")) as queued:
         hands.click(app.get_by_role("button", name="Run").last)
     assert hands.actions <= 7
@@ -110,6 +126,11 @@ def test_the_app_leads_from_photos_to_headshots_in_seven_actions_of_which_three_
                        for kind in ("FaceLoRATrain", "FaceLoRAStylePack"))  # fmt: skip
     assert trained["class_word"] == "woman"
     assert styles["styles"] == find_style_packs().pick("corporate").names[1]
+    if SCREENSHOTS:
+        for name in ("app", "graph"):
+            app.wait_for_timeout(2000)
+            page.screenshot().resize((1200, 750), Image.Resampling.LANCZOS).save(IMAGES / f"{name}.jpg", quality=85)
+            page.run("() => app.extensionManager.command.execute('Comfy.ToggleLinear')")
 
 
 @pytest.mark.slow

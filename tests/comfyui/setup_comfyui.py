@@ -53,6 +53,14 @@ def unpack_comfyui() -> None:
     archive.unlink()
 
 
+def newest_frontend() -> Path:
+    """The folder of the newest frontend that there is, for `--front-end-root`. CalledProcessError without the network."""
+    folder = DOWNLOADS / "newest-frontend"
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", folder,
+        "comfyui-frontend-package")  # fmt: skip
+    return folder / "comfyui_frontend_package" / "static"
+
+
 def make_environment(torch_version: str) -> None:
     run(sys.executable, "-m", "venv", ENVIRONMENT)
     packages = subprocess.check_output(
