@@ -103,16 +103,16 @@ class LoadFacePhotos(io.ComfyNode):
     def execute(cls, folder: str, check: bool, strict: bool, pictures: str) -> io.NodeOutput:
         if folder == NO_FOLDER and not _names(pictures):
             raise BadPhoto("no photos: choose a folder below ComfyUI's input folder, or upload pictures")
-        names = {Path(name).name: name for name, _ in _files(folder, pictures)}
+        list(_files(folder, pictures))  # what is not there is said before anything is read
         notes: list[str] = []
         photos = _read(folder, pictures, strict=strict, on_warning=notes.append)
-        tiles, headline = [{"name": names.get(photo.name, photo.name)} for photo in photos], ""
+        tiles, headline = [{"name": _name_below_input(photo)} for photo in photos], ""
         if check:
             checked = _checked(photos, notes.append)
             notes.append(format_report(checked))
             headline = checked.headline
             for tile, item in zip(tiles, checked.photos, strict=True):
-                reasons = " ".join(finding.sentence for finding in item.findings)
+                reasons = "; ".join(finding.sentence for finding in item.findings)
                 tile |= {"verdict": COLOURS[item.verdict], "reason": reasons}
         images = [photo.image(shorter_side=PREVIEW_SIDE) for photo in photos]
         for image in images:
@@ -153,17 +153,13 @@ def _files(folder: str, pictures: str) -> Iterator[tuple[str, Path]]:
         path = _path(folder)
         if not path.is_dir():
             raise BadPhoto(f"{folder}: there is no such folder below ComfyUI's input folder")
-        yield from (
-            (f"{folder}/{file.relative_to(path).as_posix()}", file)
-            for file in sorted(path.rglob("*"))
-            if file.is_file()
-        )
+        yield from ((str(file.relative_to(path)), file) for file in sorted(path.rglob("*")) if file.is_file())
     for name in _names(pictures):
         picture = _path(name)
         if not picture.is_file():
             raise BadPhoto(f"{name}: there is no such picture in ComfyUI's input folder")
         companions = (picture.with_suffix(".txt"), picture.with_name(picture.stem + MASK_ENDING))
-        yield from ((str(Path(name).with_name(file.name)), file) for file in (picture, *companions) if file.is_file())
+        yield from ((file.name, file) for file in (picture, *companions) if file.is_file())
 
 
 def _is_left_out(folder: str, pictures: str) -> bool:
@@ -182,6 +178,12 @@ def _path(name: str) -> Path:
     if not path.is_relative_to(root):
         raise BadPhoto(f"{name}: is not below ComfyUI's input folder")
     return path
+
+
+def _name_below_input(photo: Photo) -> str:
+    """What GET /facelora/photo takes for it."""
+    assert isinstance(photo.source, Path)
+    return photo.source.relative_to(Path(folder_paths.get_input_directory()).resolve()).as_posix()
 
 
 def _checked(photos: list[Photo], on_warning: Callable[[str], None]) -> SetReport:

@@ -59,7 +59,8 @@ class Pictures {
     this.chooser = Object.assign(document.createElement("input"), { type: "file", multiple: true, accept })
     this.button.addEventListener("click", () => this.chooser.click())
     this.chooser.addEventListener("change", () => this.add([...this.chooser.files]))
-    const root = make("div", "facelora-panel", make("div", "facelora-row", this.button, this.clear, this.note), this.headline, this.tiles)
+    const row = make("div", "facelora-row", this.button, this.clear, this.note)
+    const root = make("div", "facelora-panel", row, this.headline, this.tiles)
     this.widget = addElement(node, "thumbnails", root, () => this.height())
     node.onDragOver = (event) => [...(event.dataTransfer?.items ?? [])].some((item) => item.kind === "file")
     node.onDragDrop = async (event) => this.add(await dropped(event.dataTransfer))
@@ -108,7 +109,7 @@ class Pictures {
     }
     this.chooser.value = ""
     const folders = widgetOf(this.node, "folder").options.values
-    if (!folders.includes(folder)) folders.push(folder)
+    if (this.names.some((name) => folderOf(name) === folder) && !folders.includes(folder)) folders.push(folder)
     this.show()
     return pictures.length > 0
   }
@@ -120,18 +121,19 @@ class Pictures {
     const reports = new Map(this.reports.map((report) => [report.name, report]))
     const { value: folder } = widgetOf(this.node, "folder")
     const others = [...reports.keys()].filter((name) => !names.includes(name) && name.startsWith(`${folder}/`))
-    this.tiles.replaceChildren(
-      ...names.map((name) => this.tile(name, reports.get(name))), ...others.map((name) => this.tile(name, reports.get(name), false)))
+    const tiles = (some, removable) => some.map((name) => this.tile(name, reports.get(name), removable))
+    this.tiles.replaceChildren(...tiles(names, true), ...tiles(others, false))
     makeRoom(this.node)
   }
 
-  tile(name, report, removable = true) {
+  tile(name, report, removable) {
     const src = api.apiURL(`/facelora/photo?name=${encodeURIComponent(name)}`)
     const image = Object.assign(make("img", ""), { src, alt: name })
     const remove = make("button", "", "×")
     remove.title = `Take out ${name}`
     remove.addEventListener("click", () => (this.names = this.names.filter((other) => other !== name)))
-    const tile = make("div", `facelora-tile facelora-${report?.verdict ?? "unknown"}`, image, ...(removable ? [remove] : []))
+    const tile = make("div", `facelora-tile facelora-${report?.verdict ?? "unknown"}`, image)
+    if (removable) tile.append(remove)
     tile.title = [name, report?.reason].filter(Boolean).join("\n")
     return tile
   }

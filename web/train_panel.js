@@ -171,6 +171,8 @@ app.registerExtension({
     if (node.comfyClass !== NODE) return
     const panel = new Panel(node)
     addElement(node, "training", panel.root, () => panel.height)
+    // ComfyUI would show the samples, which its app mode gets as previews, once more below the panel.
+    Object.defineProperty(node, "imgs", { get() {}, set() {} })
     panels.add(panel)
     after(node, "onRemoved", () => panels.delete(panel))
   },

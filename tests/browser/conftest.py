@@ -101,7 +101,7 @@ def nodes_2(page, site) -> Iterator[Callable[[], None]]:
     site.post("/settings/Comfy.VueNodes.Enabled", False)
 
 
-def write_generated_photos(folder: Path) -> None:
+def write_generated_photos(folder: Path) -> Path:
     """Pictures of one person that the demo's base has drawn (the second row of docs/demo.png), with grain as photos have it."""
     folder.mkdir(parents=True)
     sheet, grain = Image.open(PACK / "docs" / "demo.png").convert("RGB"), np.random.default_rng(1)
@@ -109,3 +109,4 @@ def write_generated_photos(folder: Path) -> None:
         face = sheet.crop((8 + 136 * number, 284, 136 + 136 * number, 444)).resize((400, 500), Image.Resampling.LANCZOS)
         noise = grain.normal(0, 0 if number == 4 else 10, (500, 400, 1))
         Image.fromarray((np.asarray(face) + noise).clip(0, 255).astype(np.uint8)).save(folder / f"{number}.png")
+    return folder

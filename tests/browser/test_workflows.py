@@ -2,6 +2,7 @@
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -32,7 +33,8 @@ QUICK: dict[str, dict[str, Any]] = {
 SHOWN = QUICK | {
     "FaceLoRATrain": {
         "resolution": 64,
-        "steps": 200,
+        "steps": 150,
+        "learning_rate": 2e-3,
         "samples": 4,
         "settings": "batch_size = 1\nsample_guidance = 2.5",
     },
@@ -105,7 +107,8 @@ def test_the_app_leads_from_photos_to_headshots_in_seven_actions_of_which_three_
     assert page.complaints() == []
 
     opened = hands.actions
-    files = sorted((write_generated_photos if SCREENSHOTS else write_photos)(tmp_path / "me").iterdir())
+    write = write_generated_photos if SCREENSHOTS else partial(write_photos, count=6, scale=2)
+    files = sorted(write(tmp_path / "me").iterdir())
     hands.drop(app.locator(".facelora-add"), files)
     page.wait_for(f"() => document.querySelectorAll('.facelora-tile').length === {len(files)}")
     hands.type(app.get_by_role("textbox").first, "woman")
@@ -127,10 +130,19 @@ def test_the_app_leads_from_photos_to_headshots_in_seven_actions_of_which_three_
     assert trained["class_word"] == "woman"
     assert styles["styles"] == find_style_packs().pick("corporate").names[1]
     if SCREENSHOTS:
-        for name in ("app", "graph"):
-            app.wait_for_timeout(2000)
-            page.screenshot().resize((1200, 750), Image.Resampling.LANCZOS).save(IMAGES / f"{name}.jpg", quality=85)
-            page.run("() => app.extensionManager.command.execute('Comfy.ToggleLinear')")
+        save_screenshot(page, "app")
+    page.run("() => app.extensionManager.command.execute('Comfy.ToggleLinear')")
+    app.wait_for_timeout(1000)
+    if SCREENSHOTS:
+        page.run("() => app.canvas.deselectAll()")
+        save_screenshot(page, "graph")
+    last = page.run("() => app.graph.nodes.find((node) => node.type === 'FaceLoRATrain').widgets.at(-1).name")
+    assert last == "training", "nothing repeats the panel below it"
+
+
+def save_screenshot(page: ComfyPage, name: str) -> None:
+    page.page.wait_for_timeout(2000)
+    page.screenshot().resize((1200, 750), Image.Resampling.LANCZOS).save(IMAGES / f"{name}.jpg", quality=85)
 
 
 @pytest.mark.slow
