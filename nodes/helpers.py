@@ -1,4 +1,4 @@
-"""Save Face LoRA, Inspect LoRA, Likeness Score and Contact Sheet."""
+"""The nodes Save Face LoRA, Inspect LoRA, Likeness Score and Contact Sheet."""
 
 # pyright: reportMissingImports=false
 
