@@ -184,6 +184,8 @@ class LikenessWatch:
 
     def enough(self, points: Sequence[LikenessPoint]) -> str | None:
         """The reason why more steps would not help, or None: likeness is flat, or the class is turning into the person."""
+        if not points:
+            return None
         best = max(points, key=lambda point: point.likeness)
         # The first point about as good as the best, so that a run whose likeness creeps up slowly ends all the same.
         first = next(i for i, point in enumerate(points) if point.likeness >= best.likeness - TOLERANCE * self.scale)

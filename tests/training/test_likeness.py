@@ -150,6 +150,7 @@ def test_a_run_has_enough_when_likeness_is_flat_or_the_class_is_lost(watch):
     other = person_photos(1)
     watch.see_base(pictures(other[:2], other[2:4]))
     rising = [point(step, step / 1000, step / 1000) for step in (100, 200, 300, 400)]
+    assert watch.enough([]) is None  # of the steps before the first measurement
     assert watch.enough(rising[:1]) is None and watch.enough(rising) is None
     flat = [*rising, *(point(step, 0.405, 0.395) for step in (500, 600, 700))]
     assert watch.enough(flat[:-1]) is None

@@ -24,8 +24,8 @@ from core.training.recipes import ENOUGH, MEASUREMENTS, RECIPES, recipe_config, 
 from tests.tooling import SMALL_SD15, write_checkpoint, write_photos
 
 SD15, SDXL = FAMILIES["sd15"].recipes, FAMILIES["sdxl"].recipes
-OWN = {"photos": 2, "rate": 1e-3, "rank": 3, "batch_size": 2, "settings": {"sample_steps": 1, "sample_guidance": 1.0}}
-"""A recipe of a base's own: one step."""
+OWN = {"photos": 10, "rate": 1e-3, "rank": 3, "batch_size": 2, "settings": {"sample_steps": 1, "sample_guidance": 1.0}}
+"""A recipe of a base's own: five steps, so that likeness is not measured after each."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
