@@ -31,7 +31,7 @@ def largest_change(kind: str, tensors: Mapping[str, Tensor]) -> float:
     float32 = {role: tensor.float() for role, tensor in tensors.items() if role != "alpha"}
     factors, others = _factors(kind, float32)
     peak = scale_of(kind, tensors) * torch.stack([_peak(factor) for factor in factors]).prod() if factors else 0.0
-    peaks = [torch.linalg.vector_norm(other, math.inf) for other in others]
+    peaks = [torch.linalg.vector_norm(other, math.inf) for other in others if other.numel()]
     return torch.stack([torch.as_tensor(peak).abs(), *peaks]).max().item()  # of torch, which lets no NaN go under
 
 

@@ -104,11 +104,22 @@ class Base:
 
     def load(self, part: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The network of a part with frozen weights, in evaluation mode. Raises BadFile when the base model lacks it."""
-        component = self._component(part)
-        with torch.device("meta"):
-            module = self.family.build(part, component.config)
         what = f"{self.name}: the {part.replace('_', ' ')}"
-        return materialise(module, component.tensors, what, device, dtype)
+        return materialise(self._empty(part), self._component(part).tensors, what, device, dtype)
+
+    def _empty(self, part: str) -> nn.Module:
+        """The network of a part without numbers. Raises BadFile when the part is lacking or its config makes no sense."""
+        component = self._component(part)
+        what = f"{self.name}: the config of the {part.replace('_', ' ')}"
+        layers = [count for key, count in component.config.items() if "layers" in key and isinstance(count, int)]
+        if max(layers, default=0) > len(component.tensors):
+            raise BadFile(f"{what} has {max(layers)} layers, and there are {len(component.tensors)} tensors")
+        try:
+            with torch.device("meta"):
+                return self.family.build(part, component.config)
+        except Exception as error:  # what diffusers and transformers raise for a config with odd values can be anything
+            reason = next(iter(str(error).splitlines()), "")
+            raise BadFile(f"{what} makes no sense: {type(error).__name__}: {reason}") from error
 
     def weight_bytes(self, part: str, dtype: torch.dtype) -> int:
         """The bytes of the part's weights in that dtype. BadFile when the base has no such part."""
@@ -193,8 +204,7 @@ class Base:
         for part in ("denoiser", *self.family.text_encoders):
             if part in self.components:
                 # From the empty network, since a quantised tensor would have to be computed to know its shape.
-                with torch.device("meta"):
-                    state = self.family.build(part, self.components[part].config).state_dict()
+                state = self._empty(part).state_dict()
                 shapes |= {
                     (part, name.removesuffix(".weight")): tuple(tensor.shape)
                     for name, tensor in state.items()
@@ -341,9 +351,9 @@ def _check_variant(family: FamilySpec, components: Mapping[str, Component]) -> N
         raise UnknownFamily(f"this is {other}, which is not supported yet")
     channels = config.get("in_channels", family.in_channels)
     if channels != family.in_channels:
-        kinds = {9: "an inpainting model", 8: "an InstructPix2Pix model", 384: "a fill (inpainting) model"}
+        kinds = {"9": "an inpainting model", "8": "an InstructPix2Pix model", "384": "a fill (inpainting) model"}
         raise UnknownFamily(
-            f"this is {kinds.get(channels, 'an unknown variant')} (its denoiser takes {channels} channels), "
+            f"this is {kinds.get(str(channels), 'an unknown variant')} (its denoiser takes {channels} channels), "
             "which is not supported; train on the model that it was made from"
         )
 
@@ -433,7 +443,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     """The content of a JSON file in a diffusers folder. Raises BadFile when it is missing."""
     if not os.path.exists(path):
         raise BadFile(f"{path.parent.name}: not a whole diffusers folder, {path.name} is missing")
-    return read_json(path)
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise BadFile(f"{path}: is no JSON object")
+    return config
 
 
 def _folder_tensors(folder: Path, part: str) -> Mapping[str, Tensor]:

@@ -166,3 +166,8 @@ def test_words_with_nan_are_refused_before_anything_is_written(tmp_path):
         assert main(["merge", str(path), "--output", str(output), "--to", scheme]) == 1
     assert main(["resize", str(path), "--output", str(output), "--rank", "1"]) == 1
     assert not output.exists()
+
+
+def test_an_empty_tensor_beside_the_factors_is_no_change():
+    tensors = FACTORS["lora"][1]
+    assert largest_change("dora", tensors | {"dora": torch.empty(0)}) == largest_change("lora", tensors)

@@ -22,7 +22,7 @@ from transformers import (
 
 from core.cli import main
 from core.config import TrainConfig
-from core.errors import BadFile, UnknownFamily, UnmatchedKeys
+from core.errors import BadFile, FaceLoraError, UnknownFamily, UnmatchedKeys
 from core.lora.file import LoraFile
 from core.models import ldm, text
 from core.models.base import Base, load_base
@@ -600,3 +600,27 @@ def test_t5s_embedding_is_in_memory_once(parts):
     base = load_base(parts["flux"], text_encoders=[parts["clip_l"], parts["t5xxl"]])
     state = base.load("text_encoder_2", CPU, torch.bfloat16).state_dict()
     assert state["shared.weight"].data_ptr() == state["encoder.embed_tokens.weight"].data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("part", "odd"),
+    [
+        ("vae", {"act_fn": "x"}), ("vae", {"layers_per_block": 2**40}), ("unet", {"in_channels": []}),
+        ("unet", {"block_out_channels": None}), ("unet", []),
+    ],
+)  # fmt: skip
+def test_a_config_that_makes_no_sense_is_named(tmp_path, small_sd15, part, odd):
+    """What diffusers and transformers raise for one can be anything."""
+    base = load_base(small_sd15)
+    configs = {name: dict(base.components[name].config) for name in ("denoiser", "vae", "text_encoder")}
+    classes = {"denoiser": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+    for name, config in configs.items():
+        folder = tmp_path / {"denoiser": "unet"}.get(name, name)
+        folder.mkdir()
+        given = {"_class_name": classes[name], **config}
+        broken = (given | odd if odd else odd) if folder.name == part else given
+        (folder / "config.json").write_text(json.dumps(broken))
+        save_safetensors(folder / "model.safetensors", base.load(name, torch.device("cpu"), torch.float32).state_dict())
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    with pytest.raises(FaceLoraError, match=r"config of the|is no JSON object|takes \[\] channels"):
+        load_base(tmp_path).load({"unet": "denoiser"}.get(part, part), torch.device("cpu"), torch.float32)

@@ -7,6 +7,7 @@ import ctypes
 import json
 import os
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from core.photos import prepare, read_photos
 from core.pictures.style_pack import Subject, find_style_packs, long_prompts, read_style_pack
 from core.pictures.style_picture import style_picture
 from core.storage import files, safetensors_file
+from tests.tooling import diffusers_pipeline
 
 from .damage import ODD, damaged_bytes, damaged_json, damaged_safetensors
 from .desk import Desk, check_written, names_in, run, same, tensors_of
@@ -124,6 +126,22 @@ def checkpoint(desk: Desk, draw: Random) -> None:
     ))  # fmt: skip
     code, _ = run(*command)
     _check_output(desk, output, code, None)
+
+
+def diffusers_folder(desk: Desk, draw: Random) -> None:
+    """A diffusers folder with a damaged file."""
+    good = desk.folder / "diffusers"
+    if not good.exists():
+        diffusers_pipeline(load_base(desk.base), torch.float16).save_pretrained(good)
+    folder = shutil.copytree(good, desk.room / "base", copy_function=os.link)
+    damaged = draw.choice([path for path in folder.rglob("*.json") if "tokenizer" not in path.parts])
+    if draw.random() < 0.3:
+        damaged = draw.choice(list(folder.rglob("*.safetensors")))
+    data = damaged.read_bytes()
+    damaged.unlink()  # it is the good file too
+    damaged.write_bytes(damaged_json(data, draw) if damaged.suffix == ".json" else damaged_safetensors(data, draw))
+    base = load_base(folder)
+    base.load(draw.choice(("denoiser", "vae", "text_encoder")), torch.device("cpu"), torch.float32)
 
 
 def photo(desk: Desk, draw: Random) -> None:
@@ -413,9 +431,9 @@ def two_at_once(desk: Desk, draw: Random) -> None:
 
 
 TRIALS: dict[str, tuple[Trial, int]] = {
-    "lora": (lora, 40), "applied_lora": (applied_lora, 20), "checkpoint": (checkpoint, 4), "photo": (photo, 20),
-    "style_pack": (style_pack, 20), "settings": (settings, 20), "state": (state, 1), "killed_command": (killed_command, 2),
-    "killed_training": (killed_training, 1), "full_disk": (full_disk, 4), "closed_folder": (closed_folder, 1),
-    "two_at_once": (two_at_once, 1),
+    "lora": (lora, 40), "applied_lora": (applied_lora, 20), "photo": (photo, 20), "style_pack": (style_pack, 20),
+    "settings": (settings, 20), "checkpoint": (checkpoint, 4), "diffusers_folder": (diffusers_folder, 2), "state": (state, 1),
+    "killed_command": (killed_command, 2), "killed_training": (killed_training, 1), "full_disk": (full_disk, 4),
+    "closed_folder": (closed_folder, 1), "two_at_once": (two_at_once, 1),
 }  # fmt: skip
 """Name -> the trial, and how often it is drawn."""
