@@ -16,7 +16,7 @@ from ..core.lora.inspect import format_inspection, inspect_lora
 from ..core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
 from ..core.pictures.sheet import contact_sheet
 from .convert import FacePhotos, LoraModel, image_tensor, lora_file, lora_model, photos_of, pictures
-from .folders import lora_path
+from .folders import lora_path, says_no_server_paths
 from .plot import score_plot
 
 
@@ -49,6 +49,7 @@ class SaveLora(io.ComfyNode):
         )
 
     @classmethod
+    @says_no_server_paths
     def execute(cls, lora, name, scheme, precision) -> io.NodeOutput:
         prefix = f"loras/{lora_path(name)}"
         converted, _ = convert_lora(lora_file(lora), scheme)
@@ -92,6 +93,7 @@ class InspectLora(io.ComfyNode):
         return f"{state.st_size} {state.st_mtime_ns}"
 
     @classmethod
+    @says_no_server_paths
     def execute(cls, lora_name) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise("loras", lora_name)
         found = inspect_lora(path)
@@ -134,6 +136,7 @@ class LikenessScore(io.ComfyNode):
         )
 
     @classmethod
+    @says_no_server_paths
     def execute(cls, images, reference) -> io.NodeOutput:
         judged = [image for batch in images for image in pictures(batch)]
         found = Reference([photo.image(shorter_side=640) for photo in photos_of(reference)]).likeness(judged)
@@ -171,6 +174,7 @@ class ContactSheet(io.ComfyNode):
         )
 
     @classmethod
+    @says_no_server_paths
     def execute(cls, images, columns, height, title, labels=None) -> io.NodeOutput:
         shown = [image for batch in images for image in pictures(batch)]
         texts = [str(label) for label in labels or ()]

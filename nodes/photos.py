@@ -19,6 +19,7 @@ from ..core.photos import Photo, check_photos, format_report, read_photo_files, 
 from ..core.photos.reading import MASK_ENDING
 from ..core.pictures.sheet import contact_sheet
 from .convert import FacePhotos, image_tensor
+from .folders import says_no_server_paths, without_server_paths
 
 PREVIEW_SIDE = 1024
 """Longest side of the pictures that go to other nodes, in pixels; training reads the photos themselves."""
@@ -102,6 +103,7 @@ class LoadFacePhotos(io.ComfyNode):
         return digest.hexdigest()
 
     @classmethod
+    @says_no_server_paths
     def execute(cls, folder: str, check: bool, strict: bool, pictures: str) -> io.NodeOutput:
         notes: list[str] = []
         photos = _read(folder, pictures, strict=strict, on_warning=notes.append)
@@ -110,7 +112,7 @@ class LoadFacePhotos(io.ComfyNode):
         images = [photo.image(shorter_side=PREVIEW_SIDE) for photo in photos]
         for image in images:
             image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
-        report = "\n".join([f"{len(photos)} photos", *notes])
+        report = without_server_paths("\n".join([f"{len(photos)} photos", *notes]))
         shown = "" if folder == NO_FOLDER else f"{folder}: "
         sheet = contact_sheet([(f"{shown}{len(photos)} photos", images)], tile=128)
         return io.NodeOutput(
@@ -127,11 +129,7 @@ def _read(folder: str, pictures: str, *, strict: bool, on_warning: Callable[[str
     if _is_left_out(folder, pictures):
         on_warning(f"{folder}: there is no such folder below ComfyUI's input folder; the added photos alone are taken")
     elif folder != NO_FOLDER:
-        try:
-            photos += read_photos(_path(folder), strict=strict, on_warning=on_warning)
-        except BadPhoto as problem:
-            # The message is for the browser, which should not learn the folder's path on the server.
-            raise BadPhoto(str(problem).replace(str(_path(folder)), folder)) from None
+        photos += read_photos(_path(folder), strict=strict, on_warning=on_warning)
     photos += read_photo_files(map(_path, _names(pictures)), strict=strict, on_warning=on_warning)
     if not photos:
         raise BadPhoto(f"no readable photo among {', '.join(_names(pictures))}")
@@ -211,5 +209,5 @@ def add_routes() -> None:
         try:
             small = await asyncio.to_thread(_thumbnail, request.query.get("name", ""))
         except BadPhoto as problem:
-            return web.json_response({"error": str(problem)}, status=404)
+            return web.json_response({"error": without_server_paths(str(problem))}, status=404)
         return web.Response(body=small, content_type="image/jpeg")
