@@ -503,8 +503,9 @@ def save_all() -> None:
                 page.clear()
                 page.run(BUILD, asdict(workflow)["steps"])
                 saved, path = page.saved(), FOLDER / f"{workflow.name}.json"
-                if path.exists():  # the frontend makes up another id each time
-                    saved["id"] = json.loads(path.read_text(encoding="utf-8"))["id"]
+                del saved[
+                    "id"
+                ]  # so that it gets another one, and with it panels of its own, each time that it is opened
                 path.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
 
 
