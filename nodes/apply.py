@@ -16,7 +16,7 @@ from ..core.lora.file import Entry, LoraFile
 from ..core.lora.inspect import trigger_words
 from ..core.models.families import FAMILIES
 from .convert import LoraModel, loadable, lora_file
-from .folders import prompt_phrase
+from .folders import prompt_phrase, says_no_server_paths
 from .weight_patches import BypassAdapters, load_patches
 
 CONNECTED = "(the connected LoRA)"
@@ -95,6 +95,7 @@ class ApplyLora(io.ComfyNode):
         return f"{state.st_size} {state.st_mtime_ns}"
 
     @classmethod
+    @says_no_server_paths
     def execute(
         cls, model, lora_name, strength_model, strength_clip, mode=MODES[0], block_weights="", start_percent=0.0,
         end_percent=1.0, clip=None, lora=None,

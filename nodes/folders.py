@@ -1,19 +1,27 @@
 """Files in ComfyUI's folders: LoRAs under the names that users type, and textual-inversion embeddings.
 
+And how messages name files: from their folder on.
+
 A LoRA may bring along the vectors of its trigger word (pivotal tuning). ComfyUI's prompts find them in a file of the
 embeddings folder, by the file's name after `embedding:`.
 """
 
 # pyright: reportMissingImports=false
 
+import os
 import re
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import folder_paths
+from comfy_api.latest import io
 
-from ..core.errors import BadConfig
+from ..core.errors import BadConfig, FaceLoraError
 from ..core.lora.embeddings import embedding_files, file_word
 from ..core.lora.file import LoraFile
+from ..core.storage.cache_folder import cache_folder
 from ..core.storage.files import make_folder
 
 
@@ -56,3 +64,36 @@ def prompt_phrase(lora: LoraFile, phrase: str) -> tuple[str, str]:
         return phrase, f"{word} has vectors of its own, and the embeddings folder has no {name}.safetensors"
     spelled = re.escape(word).replace("_", r"[\W_]+")  # the word before file_word replaced its other characters
     return re.sub(rf"(?<!\w){spelled}(?!\w)", f"embedding:{name}", phrase), ""
+
+
+def without_server_paths(text: str) -> str:
+    """The text with files named from their folder on, such as `input` or `loras`: where that is, is the server's affair."""
+    for folder, name in sorted(_known_folders().items(), key=lambda known: len(known[0]), reverse=True):
+        text = re.sub(rf"{re.escape(folder)}(?=[\\/\s:;,'\")]|$)", name, text)
+    return text
+
+
+def _known_folders() -> dict[str, str]:
+    """Path -> what a user calls it."""
+    paths = {
+        "input": [folder_paths.get_input_directory()], "output": [folder_paths.get_output_directory()],
+        "temp": [folder_paths.get_temp_directory()], "user": [folder_paths.get_user_directory()],
+        "models": [folder_paths.models_dir], "ComfyUI": [folder_paths.base_path], "the cache folder": [str(cache_folder())],
+    } | {kind: folder_paths.get_folder_paths(kind) for kind in folder_paths.folder_names_and_paths}  # fmt: skip
+    return {
+        form: name for name, folders in paths.items() for path in folders for form in (path, os.path.realpath(path))
+    }
+
+
+def says_no_server_paths(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
+    """A node's `execute` whose errors name files as `without_server_paths` does."""
+
+    @wraps(execute)
+    def wrapped(*arguments: Any, **named: Any) -> io.NodeOutput:
+        try:
+            return execute(*arguments, **named)
+        except FaceLoraError as problem:
+            problem.args = (without_server_paths(str(problem)),)
+            raise
+
+    return wrapped

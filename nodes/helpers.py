@@ -17,7 +17,7 @@ from ..core.lora.inspect import format_inspection, inspect_lora
 from ..core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
 from ..core.pictures.sheet import contact_sheet
 from .convert import FacePhotos, LoraModel, image_tensor, lora_file, lora_model, photos_of, pictures
-from .folders import lora_path
+from .folders import lora_path, says_no_server_paths
 from .plot import score_plot
 
 
@@ -50,6 +50,7 @@ class SaveLora(io.ComfyNode):
         )
 
     @classmethod
+    @says_no_server_paths
     def execute(cls, lora, name, scheme, precision) -> io.NodeOutput:
         prefix = f"loras/{lora_path(name)}"
         converted, _ = convert_lora(lora_file(lora), scheme)
@@ -93,6 +94,7 @@ class InspectLora(io.ComfyNode):
         return f"{state.st_size} {state.st_mtime_ns}"
 
     @classmethod
+    @says_no_server_paths
     def execute(cls, lora_name) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise("loras", lora_name)
         found = inspect_lora(path)
@@ -140,6 +142,7 @@ class LikenessScore(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @says_no_server_paths
     def execute(cls, images, reference, required=(True,)) -> io.NodeOutput:
         judged, title = [image for batch in images for image in pictures(batch)], "likeness"
         try:
@@ -182,6 +185,7 @@ class ContactSheet(io.ComfyNode):
         )
 
     @classmethod
+    @says_no_server_paths
     def execute(cls, images, columns, height, title, labels=None) -> io.NodeOutput:
         shown = [image for batch in images for image in pictures(batch)]
         texts = [str(label) for label in labels or ()]

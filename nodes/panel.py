@@ -1,143 +1,135 @@
-"""The live panel of a training: its state is sent to every open page, and kept for pages that are opened later."""
+"""The live panel of a training: its state is sent to the open pages of its user, and kept for pages that are opened later."""
 
 # pyright: reportMissingImports=false
 
 import base64
 import io
-import json
-import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import folder_paths
 from aiohttp import web
+from comfy.cli_args import args
 from PIL import Image
 from server import PromptServer
 
-from ..core.errors import BadFile
 from ..core.photos import Photo
-from ..core.storage.files import make_folder, read_json, write_text
+from .runs import Run, Runs
 
 EVENT = "facelora.training"
-SAMPLE_SIDE = 256
-"""Longest side of a sample in the panel, in pixels."""
-
+SAMPLE_SIDE = 512
+"""The longer side of a sample in pixels: more than the panel shows, since a click enlarges it."""
+PHOTO_SIDE = 256
+"""The longer side of a photo in the panel, in pixels."""
 PHOTOS = 8
 """The number of photos that the panel shows beside the samples."""
-SERIES = {"history": "loss", "learning_rates": "learning_rate", "likenesses": "likeness"}
-"""The curves in a state, lists of (step, value), with the name of the value that each step's news has for it."""
-TRAINING = ("training", "samples")
-"""Phases in which a training can be stopped and its LoRA kept."""
-ENDED = ("done", "stopped", "failed")
-"""Phases that a training ends with."""
-SAVE_INTERVAL = 10.0
-"""Seconds between two saves of the states while a training goes on."""
-KEPT = 20
-"""The number of states kept on disk: those of the nodes that trained last."""
+USER = "facelora_user"
+"""The name, in a prompt's extra data, of the user who has queued it."""
 
-_states: dict[str, dict[str, Any]] = {}
-"""The state of each node's last training, by node id, in the order in which the trainings began."""
-_wanted_stops: set[str] = set()
+_runs = Runs()
+_pages: dict[str, str] = {}
+"""The user of each open page, by the page's client id: what it said when it asked for the states."""
+_asking: ContextVar[str | None] = ContextVar("asking", default=None)
+"""The user whose request is being answered."""
 
 
-def begin(node_id: str, photos: Sequence[Photo]) -> None:
-    """Starts a new state for the node, which shows the photos, and drops a stop request that came too late for the last one."""
-    shown = [photo.image(shorter_side=SAMPLE_SIDE) for photo in photos[:PHOTOS]]
-    _states.pop(node_id, None)
-    _states[node_id] = {}
-    _wanted_stops.discard(node_id)
-    news = {"workflow": _workflow_id(), "phase": "reading the model", "photos": data_urls(shown)}
-    publish(node_id, {"begin": True, **news})
+def begin(node_id: str, photos: Sequence[Photo]) -> Run:
+    """The node's run in the prompt that is running now, with a new state that shows the photos."""
+    run = _running(node_id)
+    _runs.begin(run)
+    shown = [photo.image(shorter_side=PHOTO_SIDE) for photo in photos[:PHOTOS]]
+    publish(run, {"begin": True, "phase": "reading the model", "photos": data_urls(shown, PHOTO_SIDE)})
+    return run
 
 
-def _workflow_id() -> str | None:
-    """The id of the running workflow, as in a page's graph; None for a prompt that was sent without a page."""
-    for _, _, _, extra, *_ in list(PromptServer.instance.prompt_queue.currently_running.values()):
-        match extra:
-            case {"extra_pnginfo": {"workflow": {"id": str(workflow_id)}}}:
-                return workflow_id
-    return None
+def _running(node_id: str) -> Run:
+    (_, prompt, _, extra, *_), *_ = list(PromptServer.instance.prompt_queue.currently_running.values())
+    workflow = None
+    match extra:
+        case {"extra_pnginfo": {"workflow": {"id": str(workflow)}}}:
+            pass
+    nobody = None if args.multi_user else "default"  # of a prompt that another pack has put into the queue
+    return Run(extra.get(USER, nobody), prompt, workflow, node_id)
 
 
-def publish(node_id: str, news: Mapping[str, Any]) -> None:
-    """Sends what is new about a training to every open page, and keeps it for pages that are opened later."""
-    global _saved
-    state = _states[node_id]
-    points = {series: (news["step"], news[value]) for series, value in SERIES.items() if value in news}
-    for series, (step, value) in points.items():
-        # Where the server was killed, steps after the last saved state are done again.
-        state[series] = [*(point for point in state.get(series, ()) if point[0] < step), (step, value)]
-    state.update(news)
-    PromptServer.instance.send_sync(EVENT, {"node": node_id, "points": points, **news})
-    if "begin" in news or state.get("phase") in ENDED or time.monotonic() - _saved > SAVE_INTERVAL:
-        _saved = time.monotonic()
-        kept = dict(list(_states.items())[-KEPT:])
-        with suppress(BadFile):  # a full disk is no reason to end a training
-            write_text(_states_file(), json.dumps(kept))
+def publish(run: Run, news: Mapping[str, Any]) -> None:
+    """Sends what is new about a run to its user's open pages, and keeps it for pages that are opened later."""
+    points = _runs.add(run, news)
+    message = {"prompt": run.prompt, "workflow": run.workflow, "node": run.node, "points": points, **news}
+    for page, user in list(_pages.items()):
+        if user == run.user:
+            PromptServer.instance.send_sync(EVENT, message, page)
 
 
-_saved = 0.0
-"""The time of the last save of the states, by time.monotonic()."""
+stop_is_wanted = _runs.stop_is_wanted
 
 
-def _states_file() -> Path:
-    return make_folder(Path(folder_paths.get_user_directory())) / "facelora-training.json"
-
-
-def _read_states() -> None:
-    """Reads the states saved before the server was restarted; a training that was running then counts as stopped."""
-    try:
-        states = read_json(_states_file())
-    except BadFile:  # none yet, or not readable
-        return
-    if not isinstance(states, dict) or not all(isinstance(state, dict) for state in states.values()):
-        return
-    for node_id, state in states.items():
-        _states[node_id] = state if state.get("phase") in ENDED else state | {"phase": "stopped"}
-
-
-def stop_is_wanted(node_id: str) -> bool:
-    """Whether a user has asked for the node's training to stop and keep its LoRA."""
-    return node_id in _wanted_stops
-
-
-def data_urls(images: Sequence[Image.Image]) -> list[str]:
-    """The pictures as `data:` URLs of JPEGs whose longer side is at most SAMPLE_SIDE pixels."""
+def data_urls(images: Sequence[Image.Image], side: int) -> list[str]:
+    """The pictures as `data:` URLs of JPEGs whose longer side is at most `side` pixels."""
     urls = []
     for image in images:
         small = image.convert("RGB")
-        small.thumbnail((SAMPLE_SIDE, SAMPLE_SIDE))
+        small.thumbnail((side, side))
         buffer = io.BytesIO()
         small.save(buffer, "JPEG", quality=85)
         urls.append("data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode())
     return urls
 
 
+def _user_of(request: web.Request) -> str | None:
+    """The user as ComfyUI knows them, without --multi-user always the same one; None for a stranger."""
+    try:
+        return PromptServer.instance.user_manager.get_request_user_id(request)
+    except KeyError:
+        return None
+
+
+@web.middleware
+async def _note_user(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    _asking.set(_user_of(request))
+    return await handler(request)
+
+
+def _sign(queued: dict[str, Any]) -> dict[str, Any]:
+    """The prompt as it was queued, with the user who has queued it, which ComfyUI does not note."""
+    match queued.setdefault("extra_data", {}):
+        case dict(extra):
+            extra[USER] = _asking.get()
+    return queued
+
+
 def add_routes() -> None:
-    """Adds two addresses to the server.
+    """GET /facelora/training: the user's runs; POST /facelora/stop {"prompt": id, "node": id}: end now, keep the result."""
+    server = PromptServer.instance
+    server.app.middlewares.append(_note_user)
+    server.add_on_prompt_handler(_sign)
+    # Where earlier versions kept small pictures of everybody's photos.
+    (Path(folder_paths.get_user_directory()) / "facelora-training.json").unlink(missing_ok=True)
 
-    GET /facelora/training answers with the states of all trainings, by node id. POST /facelora/stop with {"node": ID} as
-    JSON ends a training after the step that it is in and keeps its LoRA.
-    """
-    routes = PromptServer.instance.routes
-    _read_states()
+    @server.routes.get("/facelora/training")
+    async def training(request: web.Request) -> web.Response:
+        user, page = _user_of(request), request.query.get("client")
+        if user is not None and page in server.sockets:
+            for gone in _pages.keys() - server.sockets.keys():
+                del _pages[gone]
+            _pages[page] = user
+        return web.json_response(_runs.of(user))
 
-    @routes.get("/facelora/training")
-    async def training(_: web.Request) -> web.Response:
-        return web.json_response({node_id: dict(state) for node_id, state in list(_states.items())})
-
-    @routes.post("/facelora/stop")
+    @server.routes.post("/facelora/stop")
     async def stop(request: web.Request) -> web.Response:
-        if request.content_type != "application/json":  # a page of another site can post a form, but not JSON
+        if request.content_type != "application/json":  # a form on a page of another site can send other types
             return web.json_response({"error": "send JSON, as application/json"}, status=415)
         try:
-            node_id = str((await request.json())["node"])
+            asked = await request.json()
+            prompt, node = str(asked["prompt"]), str(asked["node"])
         except (ValueError, TypeError, KeyError):
-            return web.json_response({"error": 'send {"node": ID}'}, status=400)
-        if _states.get(node_id, {}).get("phase") not in TRAINING:
-            return web.json_response({"error": f"node {node_id} is not training"}, status=404)
-        _wanted_stops.add(node_id)
-        publish(node_id, {"stopping": True})
-        return web.json_response({"stopping": node_id})
+            return web.json_response({"error": 'send {"prompt": ID, "node": ID}'}, status=400)
+        run = _runs.stop(_user_of(request), prompt, node)
+        if run is None:
+            return web.json_response({"error": f"you have no training in node {node} of prompt {prompt}"}, status=404)
+        publish(run, {"stopping": True})
+        return web.json_response({"stopping": node})

@@ -19,6 +19,7 @@ from ..core.photos import Photo, SetReport, check_photos, format_report, read_ph
 from ..core.photos.reading import MASK_ENDING
 from ..core.photos.report import CROP, REJECT, REVIEW, USE
 from .convert import FacePhotos, image_tensor
+from .folders import says_no_server_paths, without_server_paths
 
 PREVIEW_SIDE = 1024
 """Longest side of the pictures that go to other nodes, in pixels; training reads the photos themselves."""
@@ -100,6 +101,7 @@ class LoadFacePhotos(io.ComfyNode):
         return digest.hexdigest()
 
     @classmethod
+    @says_no_server_paths
     def execute(cls, folder: str, check: bool, strict: bool, pictures: str) -> io.NodeOutput:
         if folder == NO_FOLDER and not _names(pictures):
             raise BadPhoto("no photos: choose a folder below ComfyUI's input folder, or upload pictures")
@@ -117,7 +119,7 @@ class LoadFacePhotos(io.ComfyNode):
         images = [photo.image(shorter_side=PREVIEW_SIDE) for photo in photos]
         for image in images:
             image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
-        report = "\n".join([f"{len(photos)} photos", *notes])
+        report = without_server_paths("\n".join([f"{len(photos)} photos", *notes]))
         return io.NodeOutput(
             photos,
             [image_tensor(image) for image in images],
@@ -132,11 +134,7 @@ def _read(folder: str, pictures: str, *, strict: bool, on_warning: Callable[[str
     if _is_left_out(folder, pictures):
         on_warning(f"{folder}: there is no such folder below ComfyUI's input folder; the added photos alone are taken")
     elif folder != NO_FOLDER:
-        try:
-            photos += read_photos(_path(folder), strict=strict, on_warning=on_warning)
-        except BadPhoto as problem:
-            # The message is for the browser, which should not learn the folder's path on the server.
-            raise BadPhoto(str(problem).replace(str(_path(folder)), folder)) from None
+        photos += read_photos(_path(folder), strict=strict, on_warning=on_warning)
     photos += read_photo_files(map(_path, _names(pictures)), strict=strict, on_warning=on_warning)
     if not photos:
         raise BadPhoto(f"no readable photo among {', '.join(_names(pictures))}")
@@ -219,5 +217,5 @@ def add_routes() -> None:
         try:
             small = await asyncio.to_thread(_thumbnail, request.query.get("name", ""))
         except BadPhoto as problem:
-            return web.json_response({"error": str(problem)}, status=404)
+            return web.json_response({"error": without_server_paths(str(problem))}, status=404)
         return web.Response(body=small, content_type="image/jpeg")

@@ -13,6 +13,7 @@ from ..core.errors import BadConfig, BadStylePack
 from ..core.pictures.style_pack import FAMILY_DEFAULTS, FoundPacks, Subject, find_style_packs
 from ..core.pictures.style_picture import style_picture
 from .convert import style_family
+from .folders import says_no_server_paths, without_server_paths
 
 FROM_MODEL = "that of the model"
 
@@ -112,10 +113,11 @@ class HeadshotStylePack(io.ComfyNode):
             for name in _names(styles):
                 chosen.style(name)
         except BadStylePack as problem:
-            return str(problem)
+            return without_server_paths(str(problem))
         return True
 
     @classmethod
+    @says_no_server_paths
     def execute(cls, pack, styles, subject, count, first_seed, family, resolution, model=None) -> io.NodeOutput:
         if family == FROM_MODEL:
             if model is None:
@@ -157,7 +159,7 @@ def add_routes() -> None:
         try:
             return web.json_response(find_packs().pick(request.query.get("pack", "")).names)
         except BadStylePack as problem:
-            return web.json_response({"error": str(problem)}, status=404)
+            return web.json_response({"error": without_server_paths(str(problem))}, status=404)
 
     @routes.get("/facelora/style")
     async def style(request: web.Request) -> web.StreamResponse:
@@ -166,7 +168,7 @@ def add_routes() -> None:
             shown = pack.style(request.query.get("style", ""))
             picture = pack.picture(shown)
         except BadStylePack as problem:
-            return web.json_response({"error": str(problem)}, status=404)
+            return web.json_response({"error": without_server_paths(str(problem))}, status=404)
         if picture is not None:
             return web.FileResponse(picture)
         return web.Response(text=style_picture(shown), content_type="image/svg+xml")

@@ -2,6 +2,9 @@
 
 # pyright: reportMissingImports=false
 
+import logging
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,19 +17,23 @@ from comfy_api.latest import io
 from PIL import Image
 
 from ..core.config import TrainConfig, config_from, parse_toml
-from ..core.errors import BadConfig, FaceLoraError
+from ..core.errors import BadConfig, FaceLoraError, one_line
 from ..core.lora.file import LoraFile
 from ..core.models.base import Base
 from ..core.models.families import FAMILIES
+from ..core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
 from ..core.training.callbacks import Callbacks, StepReport, StopAndKeep
 from ..core.training.recipes import MEASUREMENTS, RECIPES, recipe_settings
 from ..core.training.store import TrainedFile, TrainingJob, find_or_train
 from . import panel
 from .convert import FacePhotos, LoraModel, base_from, image_tensor, lora_file, lora_model, photos_of, trained_family
-from .folders import lora_path, write_embedding
+from .folders import lora_path, says_no_server_paths, without_server_paths, write_embedding
 from .plot import loss_plot
+from .runs import Run
 
 GOOD, ALL = "good photos", "all photos"
+LOG_INTERVAL = 30.0
+"""Seconds between two lines in the server's log that say how far a training is."""
 _given_out: dict[str, set[Path]] = {}
 """The files that the node has returned since the server was started, by the name given in the node."""
 
@@ -124,6 +131,7 @@ class TrainFaceLora(io.ComfyNode):
         return sorted(str(path) for path in _given_out.get(given, ()) if not path.exists())
 
     @classmethod
+    @says_no_server_paths
     def execute(
         cls, model, clip, vae, photos, name, trigger_word, class_word, recipe, samples, steps, rank, learning_rate,
         resolution, training_seed, sample_prompts, settings, captions=None, class_photos=None, masks=None,
@@ -256,8 +264,8 @@ def _check_parts(model: Any, clip: Any, vae: Any) -> None:
 
 def _make(job: TrainingJob, base: Base, node_id: str, notes: Sequence[str]) -> TrainedFile:
     """The trained file in the loras folder: the one trained before, or one trained now while the panel shows it."""
-    panel.begin(node_id, job.photos)
-    watch = Watch(node_id, job.config.steps)
+    run = panel.begin(node_id, job.photos)
+    watch = Watch(run, job.name)
     for note in notes:
         watch.warning(note)
     try:
@@ -277,13 +285,14 @@ def _make(job: TrainingJob, base: Base, node_id: str, notes: Sequence[str]) -> T
             ),
         )
         write_embedding(made.path)
-        news = {"phase": "done", "file": made.path.name}
-        panel.publish(node_id, news | (_looks(made) if made.found else {}))
+        watch.log(f"{made.path.name} {'was trained before' if made.found else 'is trained'}")
+        watch.show(phase="done", file=made.path.name, **(_looks(made) if made.found else {}))
     except Exception as error:  # the panel shows the user any error
-        panel.publish(node_id, {"phase": "failed", "error": str(error)})
+        watch.show(phase="failed", error=without_server_paths(str(error)))
         raise
     except BaseException:  # cancelled
-        panel.publish(node_id, {"phase": "stopped"})
+        watch.log("stopped; queued again, it goes on from there")
+        watch.show(phase="stopped")
         raise
     return made
 
@@ -295,49 +304,87 @@ def _looks(made: TrainedFile) -> dict[str, Any]:
         shown["likenesses"] = likenesses
     if samples := made.run.samples():
         step = max(samples)
-        shown |= {"samples": panel.data_urls(samples[step]), "samples_step": step}
+        shown |= {"samples": panel.data_urls(samples[step], panel.SAMPLE_SIDE), "samples_step": step}
     return shown
 
 
 class Watch:
-    """The callbacks of a training: they show its progress on the node and in the panel, and raise when the user cancels."""
+    """The callbacks of a training: they show its progress in the panel and the log, and raise when the user cancels."""
 
-    def __init__(self, node_id: str, steps: int):
-        self._node_id = node_id
-        self._bar = comfy.utils.ProgressBar(steps, node_id=node_id)
+    def __init__(self, run: Run, name: str):
+        self._run = run
+        self._name = name
+        self._begun = time.monotonic()
+        self._logged = -math.inf
+        self._phase = ""
+        self._bar: Any = None
+
+    def show(self, **news: Any) -> None:
+        """Publishes the news with the number of seconds that have passed."""
+        panel.publish(self._run, {"seconds": time.monotonic() - self._begun, **news})
+
+    def _move_bar(self, phase: str, done: int, total: int) -> None:
+        """Moves the node's progress bar, a new one for each phase, since ComfyUI's never go back."""
+        if phase != self._phase:
+            self._phase, self._bar = phase, comfy.utils.ProgressBar(total, node_id=self._run.node)
+        self._bar.update_absolute(done, total)
+
+    def log(self, text: str, *, always: bool = True) -> None:
+        """Writes a line into the server's log; if not `always`, only when the last one is LOG_INTERVAL old."""
+        if always or time.monotonic() - self._logged > LOG_INTERVAL:
+            self._logged = time.monotonic()
+            logging.info(one_line(f"Train Face LoRA: {self._name}: {text}"))
 
     def history(self, points: Sequence[tuple[int, float]]) -> None:
-        panel.publish(self._node_id, {"history": list(points)})
+        self.show(history=list(points))
 
     def phase(self, name: str, done: int, total: int) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         if name == "encoding" and done == total:
             comfy.model_management.unload_all_models()  # CLIP, where it has encoded the captions
-        self._bar.update_absolute(done, total)
-        panel.publish(self._node_id, {"phase": name, "done": done, "total": total})
+        self._move_bar(name, done, total)
+        self.log(f"{name}: {done} of {total}", always=False)
+        self.show(phase=name, done=done, total=total)
 
     def warning(self, message: str) -> None:
-        panel.publish(self._node_id, {"warning": message})
+        self.log(message)
+        self.show(warning=without_server_paths(message))
 
     def point(self, report: StepReport) -> None:
-        self._bar.update_absolute(report.step, report.steps)
-        measured = report.measured
-        panel.publish(
-            self._node_id,
-            {
-                "phase": "training", "step": report.step, "steps": report.steps, "loss": report.loss,
-                "learning_rate": report.learning_rate, "seconds_left": report.seconds_left, "memory": report.memory,
-                **({"likeness": measured.likeness} if measured else {}),
-            },
+        self._move_bar("training", report.step, report.steps)
+        text, measured = f"step {report.step} of {report.steps}, loss {report.loss:.4f}", {}
+        if report.measured:
+            word = likeness_word(report.measured.likeness)
+            measured = {"likeness": report.measured.likeness, "likeness_word": word}
+            text += f", likeness {report.measured.likeness:.2f} ({word})"
+        elapsed = time.monotonic() - self._begun
+        text += f", {duration(elapsed)} so far, {duration(report.seconds_left)} left"
+        self.log(text, always=report.step == report.steps or bool(measured))
+        self.show(
+            phase="training", step=report.step, steps=report.steps, loss=report.loss, learning_rate=report.learning_rate,
+            seconds_left=report.seconds_left, memory=report.memory, **measured,
         )  # fmt: skip
 
     def step(self, report: StepReport) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        if panel.stop_is_wanted(self._node_id):
+        if panel.stop_is_wanted(self._run):
             raise StopAndKeep
 
     def sample(self, step: int, images: list[Image.Image]) -> None:
-        panel.publish(self._node_id, {"samples": panel.data_urls(images), "samples_step": step})
-        self._bar.update_absolute(
-            self._bar.current, preview=("JPEG", images[0], panel.SAMPLE_SIDE)
-        )  # for ComfyUI's app mode
+        self.show(samples=panel.data_urls(images, panel.SAMPLE_SIDE), samples_step=step)
+        if self._bar:  # the main area of ComfyUI's app mode shows what comes with the bar
+            self._bar.update_absolute(self._bar.current, preview=("JPEG", images[0], panel.SAMPLE_SIDE))
+
+
+def likeness_word(likeness: float) -> str:
+    """The meaning of a likeness in words, by the limits of the default face network."""
+    return "the same person" if likeness >= SAME_PERSON else "perhaps" if likeness >= SOMEONE_ELSE else "someone else"
+
+
+def duration(seconds: float) -> str:
+    """A number of seconds in words: "1 min 15 s" for 75."""
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

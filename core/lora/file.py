@@ -506,9 +506,12 @@ class Fit:
         if self.fits:
             return
         examples = "; ".join(f"{key}: {why}" for key, why in list(self.left_over.items())[:3])
-        families = f"it is for {self.family}, the base model is {self.base_family}"
+        differ = self.family != self.base_family
+        families = f"it is for {self.family}, the base model is {self.base_family}; " if differ else ""
         count = len(self.left_over)
-        raise LoraMisfit(f"{name}: does not fit: {families}; {count} keys have no place in it, e.g. {examples}")
+        raise LoraMisfit(
+            f"{name}: does not fit: {families}{count} keys have no place in the base model, e.g. {examples}"
+        )
 
 
 def fit(

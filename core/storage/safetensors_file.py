@@ -212,6 +212,17 @@ def _header_size(path: Path, start: bytes, file_size: int) -> int:
         )
     if size is None:
         raise BadFile(f"{path}: truncated: {file_size} bytes, a safetensors file begins with 8 bytes of header length")
+    if start == b"version ":
+        raise BadFile(
+            f"{path}: this is a Git LFS pointer, which stands for the file; get the file itself (git lfs pull)"
+        )
+    text = start.decode("utf-8", "replace").lstrip("\ufeff \t\r\n")
+    if text.isprintable() and "\ufffd" not in text:
+        kind = "a web page" if text.startswith("<") else "text"
+        raise BadFile(
+            f"{path}: this is {kind} under another name, not a safetensors file: perhaps what a site answered instead of "
+            "the file, because it wants a login; download it again"
+        )
     if size > MAX_HEADER_BYTES:
         raise BadFile(f"{path}: not a safetensors file: it claims a header of {size} bytes (limit {MAX_HEADER_BYTES})")
     raise BadFile(f"{path}: truncated: the header needs {8 + size} bytes, the file has {file_size}")

@@ -65,10 +65,13 @@ def drop_files(page: Page, x: float, y: float, files: list[Path]) -> None:
 class ComfyPage:
     """One open page. `problems` are the errors and toasts that a user would have seen."""
 
-    def __init__(self, browser: Browser, server: ComfyServer, address: str = "/"):
+    def __init__(self, browser: Browser, server: ComfyServer, address: str = "/", user: str = ""):
+        """`user` is the id of one who has logged in, with --multi-user."""
         self.server = server
         self.problems: list[str] = []
         self._page = browser.new_context(viewport=SIZE).new_page()  # pyright: ignore
+        if user:
+            self._page.add_init_script(f"localStorage['Comfy.userId'] = localStorage['Comfy.userName'] = '{user}'")
         self._page.on("console", self._heard)
         self._page.on("pageerror", lambda error: self.problems.append(f"page error: {error}"))
         self.go(address)

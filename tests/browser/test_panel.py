@@ -1,6 +1,7 @@
 """The live panel of Train Face LoRA, during a real training."""
 
 import json
+import re
 
 import pytest
 
@@ -9,7 +10,7 @@ from core.training.likeness import LIKENESS_KEY
 from tests.tooling import write_photos
 
 from .conftest import IMAGES, SCREENSHOTS
-from .workflows import BUILD, SD15
+from .workflows import BUILD, FOLDER, SD15, WORKFLOWS
 
 pytestmark = pytest.mark.browser
 
@@ -62,12 +63,17 @@ def wait_for_points(page, line: str, count: int) -> None:
 def test_a_training_is_followed_on_two_pages_through_a_reload_and_kept(page, browser, server):
     page.run(BUILD, train_node(seed=11))
     assert "shows here" in status(page)
+    page.run("""() => {
+        window.bars = new Set()
+        window.comfyAPI.api.api.addEventListener("progress", ({ detail }) => window.bars.add(detail.max))
+    }""")
     prompt_id = page.queue()
     page.wait_for("() => document.querySelectorAll('.facelora-samples img').length > 0", 900)
     wait_for_step(page, 5)
-    assert "left" in status(page)
+    assert re.fullmatch(r"\d.* s · \d.* left", page.page.text_content(".facelora-time") or "")
     wait_for_points(page, "loss", 3)
     wait_for_points(page, "learning rate", 3)
+    assert len(page.run("() => [...window.bars]")) >= 3, "encoding, samples and training: each has a bar of its own"
     assert page.page.locator(".facelora-photos img").count() >= 3
     graph = page.saved()
 
@@ -149,14 +155,41 @@ def test_the_likeness_that_a_training_measures_is_drawn_in_both_designs(page, se
     assert page.page.locator(".facelora-samples img").count() >= 1
 
 
-def test_a_node_with_the_same_id_in_another_workflow_shows_nothing_of_it(page):
+def test_a_freshly_opened_template_is_a_workflow_of_its_own(page):
+    template = json.loads((FOLDER / f"{WORKFLOWS[0].name}.json").read_text(encoding="utf-8"))
+    ids = set()
+    for name in ("first", "second"):
+        page.open(template, name)
+        ids.add(page.run("() => window.app.graph.id"))
+        assert "shows here" in status(page)
+    assert len(ids) == 2 and not any(graph_id.startswith("00000000") for graph_id in ids)
+
+
+def hear(page, **news) -> None:
+    """As if the server told the page of the node's training, in the page's own workflow if none is given."""
+    node = page.run("() => String(window.app.graph.nodes.find((node) => node.type === 'FaceLoRATrain').id)")
+    told = {"begin": True, "node": node, "workflow": page.run("() => window.app.graph.id"), "points": {}} | news
+    page.run("(news) => window.comfyAPI.api.api.dispatchCustomEvent('facelora.training', news)", told)
+
+
+def test_a_node_with_the_same_id_in_another_workflow_or_in_none_shows_nothing_of_it(page):
     page.run(BUILD, train_node(seed=15))
-    node_id = page.run("() => String(window.app.graph.nodes.find((node) => node.type === 'FaceLoRATrain').id)")
-    ours, theirs = page.run("() => window.app.graph.id"), "of somebody else"
-    for workflow, step in ((ours, 30), (theirs, 40)):
-        news = {"begin": True, "workflow": workflow, "history": [], "photos": [], "points": {"history": [step, 0.1]}}
-        news |= {"phase": "training", "step": step, "steps": 60, "loss": 0.1, "learning_rate": 1e-4, "seconds_left": 75}
-        page.run(
-            "(news) => window.comfyAPI.api.api.dispatchCustomEvent('facelora.training', news)", {"node": node_id} | news
-        )
-    assert status(page) == "step 30 of 60 · loss 0.1 · rate 1e-4 · 1 min 15 s left"
+    news = {
+        "phase": "training", "steps": 60, "loss": 0.1, "learning_rate": 1e-4, "likeness": 0.521, "likeness_word": "perhaps",
+        "seconds": 3700, "seconds_left": 75,
+    }  # fmt: skip
+    hear(page, prompt="ours", step=30, **news)
+    hear(page, prompt="theirs", step=40, workflow="of somebody else", **news)
+    hear(page, prompt="a script's", step=50, workflow=None, **news)
+    assert status(page) == "step 30 of 60 · loss 0.1 · rate 1e-4 · likeness 0.52: perhaps"
+    assert page.page.text_content(".facelora-time") == "1 h 1 min · 1 min 15 s left"
+
+
+def test_a_click_enlarges_a_picture_until_the_next_key(page):
+    page.run(BUILD, train_node(seed=16))
+    pixel = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
+    hear(page, prompt="ours", phase="done", file="x.safetensors", samples=[pixel], samples_step=1)
+    page.page.locator(".facelora-samples img").click()
+    page.wait_for("() => document.querySelector('.facelora-enlarged[open] img')")
+    page.page.keyboard.press("Escape")
+    page.wait_for("() => !document.querySelector('.facelora-enlarged')")

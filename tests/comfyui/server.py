@@ -50,6 +50,13 @@ class ComfyServer:
         self.process = process
         self.url = f"http://127.0.0.1:{port}"
         self._log_path = log_path
+        self._user: dict[str, str] = {}  # in the head of each request
+
+    def as_user(self, user: str) -> "ComfyServer":
+        """The same server for a user of --multi-user, by the id that it has given."""
+        other = ComfyServer(self.folder, self.process, int(self.url.rpartition(":")[2]), self._log_path)
+        other._user = {"Comfy-User": user}
+        return other
 
     def log(self, start: int = 0) -> str:
         return self._log_path.read_bytes()[start:].decode("utf-8", "replace")
@@ -76,7 +83,7 @@ class ComfyServer:
         return json.loads(self._answer("/upload/image", body, f"multipart/form-data; boundary={boundary}"))["name"]
 
     def _answer(self, path: str, body: bytes | None = None, kind: str = "") -> bytes:
-        request = urllib.request.Request(self.url + path, body, {"Content-Type": kind} if kind else {})
+        request = urllib.request.Request(self.url + path, body, self._user | ({"Content-Type": kind} if kind else {}))
         try:
             with urllib.request.urlopen(request, timeout=120) as response:
                 return response.read()

@@ -175,6 +175,14 @@ def test_a_lora_of_another_family_is_an_error_in_the_node(server, lora):
     assert "LoraMisfit: xl.safetensors: does not fit: it is for sdxl, the base model is sd15" in result.error
 
 
+def test_an_error_names_a_file_from_its_folder_on_and_not_where_that_is_on_the_server(server):
+    (server.folder / "models" / "loras" / "page.safetensors").write_text("<!DOCTYPE html><html></html>")
+    result = server.run(BASE | {"apply": apply("page.safetensors", model=["base", 0])} | shown("apply"))
+    (server.folder / "models" / "loras" / "page.safetensors").unlink()
+    assert result.error.startswith("FaceLoRA.BadFile: loras/page.safetensors: this is a web page under another name")
+    assert str(server.folder) not in result.error
+
+
 def test_a_lora_in_a_naming_that_comfyui_skips_is_loaded_all_the_same(server, lora, whole):
     folder = server.folder / "models" / "loras"
     convert_lora(LoraFile.read(folder / lora), "diffusers")[0].save(folder / "peft.safetensors")

@@ -12,7 +12,7 @@ from core.lora.file import LoraFile
 from .graphs import node, training
 from .server import PACK, TEST_PACK, running_server
 from .setup_comfyui import COMFYUI, PYTHON
-from .test_train_node import ENDLESS, training_state, wait_for
+from .test_train_node import ENDLESS, stop, training_state, wait_for
 
 pytestmark = pytest.mark.comfyui
 
@@ -49,7 +49,6 @@ def folder(comfy_folder, tmp_path_factory) -> Path:
         (neighbour / f"{name}.py").write_text("OWNER = 'neighbour'\n")
     (base / "models" / "loras").mkdir(parents=True)
     (base / "user").mkdir()
-    (base / "user" / "facelora-training.json").write_text("[1]")  # no state that this pack has written
     (base / "models" / "checkpoints").symlink_to(comfy_folder / "models" / "checkpoints", target_is_directory=True)
     (base / "input").symlink_to(comfy_folder / "input", target_is_directory=True)
     return base
@@ -87,6 +86,8 @@ def test_it_adds_less_than_a_third_of_a_second_to_the_start(tmp_path):
 
 
 def test_it_starts_in_any_folder_beside_any_pack_and_goes_on_after_the_server_was_killed(folder):
+    old_states = folder / "user" / "facelora-training.json"
+    old_states.write_text("{}")
     long = training(name="long", steps=ENDLESS, settings="state_interval = 0")
     with running_server(folder, "--multi-user", pack_name=PACK_NAME) as first:
         nodes = first.get("/object_info")
@@ -95,7 +96,8 @@ def test_it_starts_in_any_folder_beside_any_pack_and_goes_on_after_the_server_wa
         neighbour = {"neighbour": node("Neighbour"), "shown": node("PreviewAny", source=["neighbour", 0])}
         assert first.run(neighbour).outputs["shown"]["text"] == ["neighbour"]
 
-        assert isinstance(first.post("/users", {"username": "berta"}), str)
+        berta = first.post("/users", {"username": "berta"})
+        first = first.as_user(berta)
         done = first.run(training())
         assert done.status == "success", done.error
         file = folder / "models" / "loras" / "anna.safetensors"
@@ -107,6 +109,8 @@ def test_it_starts_in_any_folder_beside_any_pack_and_goes_on_after_the_server_wa
         first.kill()
 
     with running_server(folder, "--multi-user", pack_name=PACK_NAME) as second:
+        assert not old_states.exists(), "small pictures of everybody's photos, from an earlier version"
+        second = second.as_user(berta)
         state = training_state(second)
         assert state["phase"] == "stopped" and state["photos"], "what a page shows is still known"
 
@@ -120,7 +124,7 @@ def test_it_starts_in_any_folder_beside_any_pack_and_goes_on_after_the_server_wa
         state = training_state(second)
         assert state["learning_rates"][0][0] >= step, "it went on where it was"
         assert state["history"][0][0] < step, "the curve is that of the whole run"
-        second.post("/facelora/stop", {"node": "train"})
+        stop(second)
         kept = second.wait(prompt)
         assert kept.status == "success", kept.error
         lora = LoraFile.read(folder / "models" / "loras" / "long.safetensors")

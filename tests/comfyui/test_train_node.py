@@ -54,6 +54,7 @@ def test_photos_become_a_lora_in_the_loras_folder_and_a_picture(server, trained)
     assert lora.family == "sd15"
     assert lora.metadata["modelspec.trigger_phrase"] == "sks person"
     assert lora.metadata["ss_sd_model_name"] == "sd15.safetensors"
+    assert "Train Face LoRA: anna: step 2 of 2, loss " in trained.log, "for those without a page"
     assert server.drawn(trained).size == (64, 64)
     assert (
         "anna.safetensors" in server.get("/object_info/LoraLoader")["LoraLoader"]["input"]["required"]["lora_name"][0]
@@ -166,7 +167,7 @@ def test_cancelled_it_goes_on_from_there_and_can_be_stopped_with_what_it_has_lea
     prompt_id = server.queue(graph)
     wait_for(lambda: training_state(server).get("phase") == "training", "the training to go on")
     assert training_state(server)["history"][0][0] <= 3, "the curve begins where the training began"
-    server.post("/facelora/stop", {"node": "train"})
+    stop(server)
     kept = server.wait(prompt_id)
     assert kept.status == "success", kept.error
     lora = LoraFile.read(loras(server) / "long.safetensors")
@@ -188,21 +189,28 @@ def test_a_queued_graph_that_has_not_changed_is_done_at_once(server, trained):
     assert server.run(training()).seconds < 2
 
 
-@pytest.mark.parametrize("body", [None, [], {}, {"node": "nobody"}])
+@pytest.mark.parametrize("body", [None, [], {}, {"node": "train"}, {"prompt": "any", "node": "nobody"}])
 def test_a_stop_of_what_does_not_train_is_refused(server, body):
     assert "error" in server.post("/facelora/stop", body)
 
 
 def test_a_form_on_another_sites_page_cannot_stop_a_training(server):
     request = urllib.request.Request(
-        server.url + "/facelora/stop", b'{"node": "train"}', {"Content-Type": "text/plain"}
+        server.url + "/facelora/stop", b'{"prompt": "any", "node": "train"}', {"Content-Type": "text/plain"}
     )
     with pytest.raises(urllib.error.HTTPError, match="415"):
         urllib.request.urlopen(request, timeout=60)
 
 
 def training_state(server) -> dict:
-    return server.get("/facelora/training").get("train", {})
+    """What a page of the server's user is told of the last training."""
+    return next((state for state in reversed(server.get("/facelora/training")) if state["node"] == "train"), {})
+
+
+def stop(server) -> Any:
+    """Ends the training and keeps what it has learned, as the panel's button does."""
+    state = training_state(server)
+    return server.post("/facelora/stop", {"prompt": state["prompt"], "node": state["node"]})
 
 
 def wait_for(condition, what: str, seconds: float = 600) -> None:

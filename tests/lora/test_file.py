@@ -375,6 +375,14 @@ def test_a_misfit_names_both_families_and_keys():
         fit(lora, "sd15", {}).check("x.safetensors")
 
 
+def test_a_misfit_of_the_same_family_does_not_set_it_against_itself():
+    lora = LoraFile.from_tensors(kohya_tensors(some("sd15"), rank=1), {})
+    with pytest.raises(
+        LoraMisfit, match=r"^x.safetensors: does not fit: \d+ keys have no place in the base model, e.g. "
+    ):
+        fit(lora, "sd15", {}).check("x.safetensors")
+
+
 def test_a_wrong_width_is_a_misfit():
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
     lora = LoraFile.from_tensors(kohya_tensors({name: [1280, 768]}), {})

@@ -30,7 +30,13 @@ def ask(address: str, draw: Random) -> tuple[int, str]:
         path = path if path.startswith("/facelora/") else "/facelora/"
     method = draw.choice(("GET", "GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS"))
     body = draw.choice(
-        (None, b"", draw.randbytes(100), json_bytes(draw.choice(ODD)), json_bytes({"node": draw.choice(ODD)}))
+        (
+            None,
+            b"",
+            draw.randbytes(100),
+            json_bytes(draw.choice(ODD)),
+            json_bytes({"prompt": "p", "node": draw.choice(ODD)}),
+        )
     )
     headers = {
         "Content-Type": draw.choice(("application/json", "text/plain", "application/x-www-form-urlencoded", ";"))

@@ -1,0 +1,127 @@
+"""The states of trainings that panels show, by the user who has queued them and alone sees and ends them. Needs no ComfyUI."""
+
+import json
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import BadFile
+from ..core.storage.cache_folder import content_key, made_folder
+from ..core.storage.files import read_json, write_text
+
+SERIES = {"history": "loss", "learning_rates": "learning_rate", "likenesses": "likeness"}
+"""The curves in a state, lists of (step, value), with the name of the value that each step's news has for it."""
+TRAINING = ("training", "samples")
+"""Phases in which a training can be stopped and its LoRA kept."""
+ENDED = ("done", "stopped", "failed")
+"""Phases that a training ends with."""
+SAVE_INTERVAL = 10.0
+"""Seconds between two saves of the states while a training goes on."""
+KEPT = 20
+"""The number of states kept of each user: those of the nodes that trained last."""
+
+State = dict[str, Any]
+"""What a panel shows of a run, with the run's own fields."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training node in a queued prompt."""
+
+    user: str | None
+    """The user who has queued it; None where it is not known, and then the run is shown to nobody."""
+    prompt: str
+    workflow: str | None
+    """The id of the page's graph; None for a prompt that no page has sent."""
+    node: str
+
+    @property
+    def place(self) -> tuple[str | None, str]:
+        """The workflow and node in which the run is shown, until a later run of the same node takes its place."""
+        return self.workflow, self.node
+
+
+class Runs:
+    """The states of the runs that were shown last, by user. They are kept in the cache folder, and outlive the server."""
+
+    def __init__(self) -> None:
+        self._states: dict[str | None, dict[tuple[str | None, str], State]] = {None: {}}
+        self._wanted_stops: set[tuple[str, str]] = set()
+        self._saved = 0.0  # on time.monotonic()
+        self._lock = threading.RLock()  # the node and the routes run in two threads
+
+    def of(self, user: str | None) -> list[State]:
+        """The user's states in the order in which the runs began; none for None."""
+        if user is None:
+            return []
+        with self._lock:
+            return [dict(state) for state in self._of(user).values()]
+
+    def begin(self, run: Run) -> None:
+        """Starts a new state for the run, and drops a stop request that came too late for the last one."""
+        with self._lock:
+            states = self._of(run.user)
+            states.pop(run.place, None)
+            states[run.place] = {name: value for name, value in asdict(run).items() if name != "user"}
+            for place in list(states)[:-KEPT]:
+                del states[place]
+            self._wanted_stops.clear()  # one run at a time
+
+    def add(self, run: Run, news: Mapping[str, Any]) -> dict[str, tuple[int, float]]:
+        """The points that the news adds to the state's curves, by the curve's name; the state has taken the news in."""
+        points = {series: (news["step"], news[value]) for series, value in SERIES.items() if value in news}
+        with self._lock:
+            state = self._of(run.user)[run.place]
+            for series, (step, value) in points.items():
+                # Where the server was killed, steps after the last saved state are done again.
+                state[series] = [*(point for point in state.get(series, ()) if point[0] < step), (step, value)]
+            state.update(news)
+            if "begin" in news or state.get("phase") in ENDED or time.monotonic() - self._saved > SAVE_INTERVAL:
+                self._saved = time.monotonic()
+                self._save(run.user)
+        return points
+
+    def stop(self, user: str | None, prompt: str, node: str) -> Run | None:
+        """The run, asked to stop and keep its LoRA; None where the user has no such run, or it is not training."""
+        for state in self.of(user):
+            if (state["prompt"], state["node"]) == (prompt, node) and state.get("phase") in TRAINING:
+                self._wanted_stops.add((prompt, node))
+                return Run(user, prompt, state["workflow"], node)
+        return None
+
+    def stop_is_wanted(self, run: Run) -> bool:
+        """Whether the run's user has asked for it to stop and keep its LoRA."""
+        return (run.prompt, run.node) in self._wanted_stops
+
+    def _of(self, user: str | None) -> dict[tuple[str | None, str], State]:
+        if user is not None and user not in self._states:
+            self._states[user] = _read(user)
+        return self._states[user]
+
+    def _save(self, user: str | None) -> None:
+        if user is not None:
+            with suppress(BadFile):  # a full disk is no reason to end a training
+                write_text(_file(user), json.dumps(list(self._of(user).values())))
+
+
+def _file(user: str) -> Path:
+    """The file of a user's states, which hold small pictures: in a closed folder, under a name that does not say the user."""
+    return made_folder("panels") / f"{content_key('panels', user)}.json"
+
+
+def _read(user: str) -> dict[tuple[str | None, str], State]:
+    """The states saved before the server was restarted; a training that was running then counts as stopped."""
+    try:
+        states = {
+            Run(user, state["prompt"], state["workflow"], state["node"]).place: state
+            for state in read_json(_file(user))
+        }
+    except (BadFile, TypeError, KeyError):  # none yet, or nothing that was written here
+        return {}
+    return {
+        place: state if state.get("phase") in ENDED else state | {"phase": "stopped"} for place, state in states.items()
+    }

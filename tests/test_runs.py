@@ -1,0 +1,123 @@
+"""Whose training is whose (nodes/runs.py): who is shown a run, and who may end it. The same with pages: tests/browser."""
+
+import importlib
+import os
+import stat
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from core.storage.cache_folder import clear_cache
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def module(monkeypatch, tmp_path):
+    """nodes/runs.py in packages whose own `__init__` is not run, since that of the nodes needs ComfyUI."""
+    for name, folder in (("pack", ROOT), ("pack.nodes", ROOT / "nodes")):
+        package = types.ModuleType(name)
+        package.__path__ = [str(folder)]
+        monkeypatch.setitem(sys.modules, name, package)
+    monkeypatch.setenv("FACELORA_CACHE", str(tmp_path / "cache"))
+    yield importlib.import_module("pack.nodes.runs")
+    for name in [name for name in sys.modules if name.startswith("pack.")]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def begun(module, runs, user, prompt="p1", workflow: str | None = "w", node="5", **news):
+    run = module.Run(user, prompt, workflow, node)
+    runs.begin(run)
+    runs.add(run, {"begin": True, "phase": "training", "photos": [f"a photo of {user}"], **news})
+    return run
+
+
+def test_each_user_is_shown_their_own_runs_and_nobody_is_shown_one_of_nobody(module):
+    runs = module.Runs()
+    for user, prompt in (("anna", "p1"), ("berta", "p2"), (None, "p3")):
+        begun(module, runs, user, prompt)
+    assert [state["prompt"] for state in runs.of("anna")] == ["p1"]
+    assert [state["photos"] for state in runs.of("berta")] == [["a photo of berta"]]
+    assert runs.of(None) == runs.of("somebody else") == []
+
+
+@pytest.mark.parametrize(
+    ("user", "prompt", "node"),
+    [("berta", "p1", "5"), (None, "p1", "5"), ("anna", "p2", "5"), ("anna", "p1", "6")],
+)
+def test_a_run_is_ended_by_its_user_alone_who_names_it(module, user, prompt, node):
+    runs = module.Runs()
+    run = begun(module, runs, "anna")
+    assert runs.stop(user, prompt, node) is None
+    assert not runs.stop_is_wanted(run)
+    assert runs.stop("anna", "p1", "5") == run
+    assert runs.stop_is_wanted(run)
+
+
+@pytest.mark.parametrize("phase", ["reading the model", "encoding", "done", "stopped", "failed"])
+def test_where_nothing_is_learned_nothing_can_be_kept(module, phase):
+    runs = module.Runs()
+    begun(module, runs, "anna", phase=phase)
+    assert runs.stop("anna", "p1", "5") is None
+
+
+def test_a_run_of_nobody_cannot_be_ended_by_a_stranger(module):
+    runs = module.Runs()
+    begun(module, runs, None)
+    assert runs.stop(None, "p1", "5") is None
+
+
+def test_nodes_of_one_number_in_two_workflows_are_two_and_a_later_run_takes_the_place(module):
+    runs = module.Runs()
+    begun(module, runs, "anna", "p1", "w1", step=3, loss=0.5)
+    begun(module, runs, "anna", "p2", "w2")
+    begun(module, runs, "anna", "p3", None)
+    begun(module, runs, "anna", "p4", "w1")
+    assert [(state["prompt"], state["workflow"]) for state in runs.of("anna")] == [
+        ("p2", "w2"), ("p3", None), ("p4", "w1"),
+    ]  # fmt: skip
+    assert "history" not in runs.of("anna")[-1]
+
+
+def test_a_stop_that_comes_too_late_does_not_end_the_next_run(module):
+    runs = module.Runs()
+    begun(module, runs, "anna", "p1")
+    runs.stop("anna", "p1", "5")
+    assert not runs.stop_is_wanted(begun(module, runs, "anna", "p2"))
+
+
+def test_what_is_shown_outlives_the_server_and_goes_with_the_cache(module, tmp_path):
+    begun(module, runs := module.Runs(), "anna", step=3, loss=0.5)
+    begun(module, runs, "berta")
+    begun(module, runs, None)
+    (state,) = module.Runs().of("anna")
+    assert (state["phase"], state["photos"]) == ("stopped", ["a photo of anna"])
+    files = list((tmp_path / "cache" / "panels").iterdir())
+    assert [file.read_text().count("a photo of") for file in files] == [1, 1], (
+        "a file for each user, and none for nobody"
+    )
+    assert not any("anna" in file.name for file in files)
+    if os.name != "nt":
+        assert [stat.S_IMODE(path.stat().st_mode) for path in (files[0].parent, *files)] == [0o700, 0o600, 0o600]
+    assert clear_cache() == 2
+    assert not (tmp_path / "cache").exists()
+    assert module.Runs().of("anna") == []
+
+
+@pytest.mark.parametrize(
+    "text", ["[1]", "{}", '[{"node": "5"}]', '[{"prompt": 1, "workflow": [], "node": 2}]', "[", '"x"']
+)
+def test_a_file_that_holds_something_else_is_no_state(module, tmp_path, text):
+    begun(module, module.Runs(), "anna")
+    (file,) = (tmp_path / "cache" / "panels").iterdir()
+    file.write_text(text)
+    assert module.Runs().of("anna") == []
+
+
+def test_a_user_has_no_more_states_than_are_kept(module):
+    runs = module.Runs()
+    for number in range(module.KEPT + 3):
+        begun(module, runs, "anna", str(number), node=str(number))
+    assert [state["node"] for state in runs.of("anna")] == [str(number) for number in range(3, module.KEPT + 3)]
