@@ -491,7 +491,7 @@ THUMBNAIL_SIDE = 256
 def _thumbnail(picture: str | os.PathLike[str]) -> str:
     """The picture as a data URL of a JPEG with sides of at most THUMBNAIL_SIDE pixels. Raises BadFile."""
     try:
-        small = read_photo_files([picture], strict=True)[0].image(shorter_side=THUMBNAIL_SIDE)
+        small = read_photo_files([Path(picture)], strict=True)[0].image(shorter_side=THUMBNAIL_SIDE)
     except BadPhoto as error:
         raise BadFile(f"{Path(picture)}: cannot be read as a picture: {error}") from None
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
