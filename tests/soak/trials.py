@@ -209,6 +209,7 @@ def state(desk: Desk, draw: Random) -> None:
     """A training that goes on from a damaged state says so and leaves it, or comes to what it would have come to."""
     good = desk.folder / "good.state.safetensors"
     if not good.exists():
+        assert desk.trained  # so that everything is in the cache, and nothing but states is saved
         output = desk.room / "good.safetensors"
         child(lambda: (_die_at(3), run(*desk.training(output))))
         output.with_name(good.name).rename(good)
