@@ -41,8 +41,8 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "likeness.md"
 PRIORS = {"none": 0.0, "prior prediction 0.5": 0.5}
 SHARES = ((0.5, 1.0), (0.25, 2.0), (0.25, 1.0))
 """Shares of the steps that have prior prediction, and its weight, to choose from."""
-SCREENED = ("35", "38")
-"""The people by whom: with the highest share the second leaks most, the first not at all."""
+SCREENED = "38"
+"""The person to choose by: the one who leaks most with half of the steps."""
 KEPT = ("last step", "selected")
 SEEDS = range(101, 109)
 """Of the pictures to judge by; the selection's count from 1."""
@@ -199,22 +199,13 @@ def screened(records: Path) -> str:
     """The table of the shares and weights; what is recorded is not measured again."""
     summary = []
     for share, weight in SHARES:
-        for name in SCREENED:
-            path = records / f"share-{share:g}-{weight:g}-{name}.json"
-            if not path.exists():
-                write_text(path, json.dumps(asdict(screen(people()[name], share, weight))) + "\n")
-            judged = Judgement(**json.loads(path.read_text(encoding="utf-8")))
-            summary.append(
-                (
-                    f"{share:g}",
-                    f"{weight:g}",
-                    name,
-                    f"{judged.likeness:.2f}",
-                    f"{judged.leakage:.2f}",
-                    f"{judged.drift:.1f}",
-                )
-            )
-    return table(("share", "weight", "person", "likeness", "leakage", "drift"), summary)
+        path = records / f"share-{share:g}-{weight:g}-{SCREENED}.json"
+        if not path.exists():
+            write_text(path, json.dumps(asdict(screen(people()[SCREENED], share, weight))) + "\n")
+        judged = Judgement(**json.loads(path.read_text(encoding="utf-8")))
+        figures = f"{judged.likeness:.2f}", f"{judged.leakage:.2f}", f"{judged.drift:.1f}"
+        summary.append((f"{share:g}", f"{weight:g}", *figures))
+    return table(("share", "weight", "likeness", "leakage", "drift"), summary)
 
 
 def read_record(path: Path) -> Record:
