@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import BadConfig, BadFile, UnknownFamily, UnmatchedKeys
+from ..errors import BadConfig, BadFile, FaceLoraError, UnknownFamily, UnmatchedKeys
 from ..storage.files import read_json
 from ..storage.lazy import LazyTensors, Stored, dtype_and_shape
 from ..storage.safetensors_file import SafetensorsFile, tensor_bytes
@@ -111,12 +111,15 @@ class Base:
         """The network of a part without numbers. Raises BadFile when the part is lacking or its config makes no sense."""
         component = self._component(part)
         what = f"{self.name}: the config of the {part.replace('_', ' ')}"
-        layers = [count for key, count in component.config.items() if "layers" in key and isinstance(count, int)]
+        named = {key: count for key, count in component.config.items() if "layers" in key and "window" not in key}
+        layers = [count for count in named.values() if isinstance(count, int)]
         if max(layers, default=0) > len(component.tensors):
             raise BadFile(f"{what} has {max(layers)} layers, and there are {len(component.tensors)} tensors")
         try:
             with torch.device("meta"):
                 return self.family.build(part, component.config)
+        except FaceLoraError:
+            raise
         except Exception as error:  # what diffusers and transformers raise for a config with odd values can be anything
             reason = next(iter(str(error).splitlines()), "")
             raise BadFile(f"{what} makes no sense: {type(error).__name__}: {reason}") from error

@@ -54,11 +54,15 @@ def test_photos_become_a_lora_in_the_loras_folder_and_a_picture(server, trained)
     assert lora.family == "sd15"
     assert lora.metadata["modelspec.trigger_phrase"] == "sks person"
     assert lora.metadata["ss_sd_model_name"] == "sd15.safetensors"
-    assert "Train Face LoRA: anna: step 2 of 2, loss " in trained.log, "for those without a page"
     assert server.drawn(trained).size == (64, 64)
     assert (
         "anna.safetensors" in server.get("/object_info/LoraLoader")["LoraLoader"]["input"]["required"]["lora_name"][0]
     )
+
+
+def test_the_log_says_how_far_a_training_is_for_those_without_a_page(server):
+    result = server.run(training(name="logged", training_seed=77))
+    assert "Train Face LoRA: logged: step 2 of 2, loss " in result.log
 
 
 def test_comfyuis_own_loader_takes_every_key_and_the_picture_changes(server, trained):
@@ -90,9 +94,12 @@ def test_a_queued_graph_that_has_not_changed_does_not_train_again(server, traine
 
 def test_the_file_is_found_by_its_content_when_comfyui_has_forgotten_the_result(server, trained):
     before = (loras(server) / "anna.safetensors").stat().st_mtime_ns
-    server.post("/free", {"free_memory": True, "unload_models": True})
-    result = server.run(training())
-    assert result.status == "success", result.error
+    for _ in range(5):  # a graph that comes at the same moment may be run before what is to be freed is freed
+        server.post("/free", {"free_memory": True, "unload_models": True})
+        result = server.run(training())
+        assert result.status == "success", result.error
+        if "train" not in result.cached:
+            break
     assert "train" not in result.cached
     assert (loras(server) / "anna.safetensors").stat().st_mtime_ns == before
     assert not (loras(server) / "anna-2.safetensors").exists()
@@ -239,7 +246,7 @@ def test_a_wrong_setting_is_refused_before_anything_runs(server, settings, words
 def test_a_setting_that_needs_the_recipe_or_the_widgets_is_not_refused(server, settings):
     graph = training(settings=settings, recipe="best", steps=1000, samples=1, learning_rate=0.0)
     wired = {"photos": load_photos(pictures=["name", 0]), "name": node("PrimitiveString", value="gone.png")}
-    assert "no readable photo" in server.run(graph | wired).error, "it was begun"
+    assert "gone.png: there is no such picture" in server.run(graph | wired).error, "it was begun"
 
 
 @pytest.mark.parametrize(
@@ -386,7 +393,7 @@ def test_from_eight_photos_on_a_recipe_measures_and_keeps_the_best(server, train
     assert result.status == "success", result.error
     measured = json.loads(LoraFile.read(loras(server) / "best.safetensors").metadata[LIKENESS_KEY])
     assert [point["step"] for point in measured["points"]] == [2]
-    assert training_state(server)["likenesses"] == [[2, measured["points"][0]["likeness"]]]
+    assert training_state(server)["likenesses"] == [[2, pytest.approx(measured["points"][0]["likeness"], abs=1e-4)]]
 
 
 def states(server) -> list[Path]:
