@@ -108,7 +108,7 @@ def test_the_app_leads_from_photos_to_headshots_in_seven_actions_of_which_three_
 
     opened = hands.actions
     write = write_generated_photos if SCREENSHOTS else partial(write_photos, count=6, scale=2)
-    files = sorted(write(tmp_path / "me").iterdir())
+    files = sorted(write(tmp_path / "me").glob("*.png"))
     hands.drop(app.locator(".facelora-add"), files)
     page.wait_for(f"() => document.querySelectorAll('.facelora-tile').length === {len(files)}")
     hands.type(app.get_by_role("textbox").first, "woman")
