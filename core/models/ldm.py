@@ -89,7 +89,10 @@ def unet_component(tensors: Mapping[str, Tensor], head_width: int | None) -> Com
     def shape(name: str) -> tuple[int, ...]:
         if name not in names:
             raise UnmatchedKeys(f"the denoiser lacks {prefix}{name}")
-        return shape_of(tensors, names[name])
+        found = shape_of(tensors, names[name])
+        if len(found) < 2:
+            raise UnmatchedKeys(f"{prefix}{name} of the denoiser has shape {list(found)}, which is no layer's weight")
+        return found
 
     widths, resnets, depths = [], [], []
     started = False

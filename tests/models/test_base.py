@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from core.errors import BadConfig, BadFile, UnknownFamily
+from core.errors import BadConfig, BadFile, UnknownFamily, UnmatchedKeys
 from core.models.base import Base, load_base
 from core.storage.safetensors_file import SafetensorsFile
 from tests.tooling import SMALL_SD15, UNETS, diffusers_pipeline, write_checkpoint
@@ -240,3 +240,10 @@ def test_a_name_that_is_no_file_is_only_taken_for_a_hub_id_when_it_looks_like_on
         load_base("someone/model")
     with pytest.raises(BadFile, match=r"missing\.safetensors: cannot be read: No such file"):
         load_base("folder/missing.safetensors")
+
+
+def test_a_weight_without_the_axes_of_a_layer_is_named(small_sd15, tmp_path):
+    name = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+    save_file(load_file(small_sd15) | {name: torch.zeros(64)}, tmp_path / "a.safetensors")
+    with pytest.raises(UnmatchedKeys, match=rf"{name} of the denoiser has shape \[64\]"):
+        load_base(tmp_path / "a.safetensors")
