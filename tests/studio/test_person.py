@@ -101,7 +101,8 @@ def assert_the_same_files_and_nothing_done_twice(folder: Path, whole: Path) -> N
     once = [line for line in done if line.startswith(("step", "pictures"))]
     assert once == [f"step {number}" for number in (1, 2, 3, 4)] + [f"pictures {number}" for number in (1, 2, 3)]
     names = sorted(path.name for path in (whole / "out").iterdir())
-    assert sorted(path.name for path in (folder / "out").iterdir()) == names
+    # The empty lock of a killed process, which locks nothing, may stay beside a LoRA that is found and not written again.
+    assert sorted(path.name for path in (folder / "out").iterdir() if path.suffix != ".lock") == names
     for name in names:
         if name.endswith((".png", ".json")):
             assert (folder / "out" / name).read_bytes() == (whole / "out" / name).read_bytes(), name
