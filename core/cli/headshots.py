@@ -51,8 +51,6 @@ def run_headshots(options: argparse.Namespace) -> int:
         photos = read_photos(options.photos, on_warning=progress.warning)
         config = recipe_config(options.recipe, base, len(photos), given, progress.warning)
         report = check(photos, base, config, callbacks)
-        # Steps, and whether photos are held out, go by how many are left.
-        config = recipe_config(options.recipe, base, len(trained_on(report, config)), given)
         asks = sys.stdin.isatty() and not (options.yes or options.json)
         if asks:
             print(f"photos: {report.headline}")

@@ -21,7 +21,7 @@ from ..pictures.headshot import Headshot
 from ..pictures.headshots import make_headshots, style_jobs
 from ..pictures.style_pack import StylePack, Subject
 from ..training.callbacks import NO_CALLBACKS, Callbacks
-from ..training.job import good_photos, report_on
+from ..training.job import for_good_photos, good_photos, report_on
 from ..training.store import TrainedFile, TrainingJob, find_or_train
 
 
@@ -87,8 +87,10 @@ def make(
     goes on; so does the drawing. Without the face networks the pictures are not ranked, and no small face is drawn again.
     Each callback may raise to cancel. Errors are subclasses of FaceLoraError.
     """
-    photos = trained_on(report, order.config)
-    job = TrainingJob(order.name, replace(order.config, check_photos=False), photos)
+    photos, config = trained_on(report, order.config), order.config
+    if config.check_photos:
+        config = for_good_photos(config, report, callbacks.on_warning)
+    job = TrainingJob(order.name, config, photos)
     trained = find_or_train(job, base, [folder], device=device, callbacks=callbacks)
     shots = make_headshots(
         base,

@@ -228,23 +228,20 @@ def _look_at_photos(
     on_warning: Callable[[str], None],
 ) -> _Pictures:
     """The photos to train on, without those that are held out or that the report rejects; the latter are warned about."""
-    regions, too_few = None, False
+    regions, count = None, 0 if held_out else config.hold_out
     if config.check_photos or config.face_crops or config.face_masks:
         report = report_on(photos, base, config, faces)
         if config.check_photos:
-            usable = good_photos(report, on_warning)
-            too_few = len(usable) < min(ENOUGH, len(photos))
-            photos = usable
+            photos = good_photos(report, on_warning)
+            count = count and for_good_photos(config, report, on_warning).hold_out
         if config.face_crops:
             regions = face_regions(report, config.resolution or base.resolution, config.trigger_word, config.class_word)
         if config.face_masks:
             photos = with_masks(photos, report, background=0.0)  # the loss replaces 0 by background_weight
     if faces is None:
         return _Pictures(photos)
-    if config.hold_out and not held_out and too_few:
-        on_warning(f"only {len(photos)} photos are usable: none is held out, and likeness is not measured")
-    elif config.hold_out and not held_out:
-        photos, held_out = hold_out(photos, config.hold_out, faces)
+    if count:
+        photos, held_out = hold_out(photos, count, faces)
     watch = LikenessWatch(faces, photos, held_out, config) if held_out else None
     return _Pictures(photos, regions, watch)
 
@@ -265,6 +262,18 @@ def good_photos(report: SetReport, on_warning: Callable[[str], None]) -> list[Ph
     if rejected:
         on_warning(f"photos: {report.headline}")
     return [item.photo for item in report.usable]
+
+
+def for_good_photos(config: TrainConfig, report: SetReport, on_warning: Callable[[str], None]) -> TrainConfig:
+    """The settings for a training on what `good_photos` leaves: they check nothing again.
+
+    Where rejecting photos has left too few, none is held out either, and `on_warning` hears of it.
+    """
+    config, left = replace(config, check_photos=False), len(report.usable)
+    if not config.hold_out or left >= min(ENOUGH, len(report.photos)):
+        return config
+    on_warning(f"only {left} photos are usable: none is held out, and likeness is not measured")
+    return replace(config, hold_out=0, stop_early=False, merge_best=0)
 
 
 def _prepared(

@@ -34,11 +34,10 @@ from ..storage.locks import locked
 from ..storage.safetensors_file import SafetensorsFile, copy_with_metadata
 from .callbacks import NO_CALLBACKS, Callbacks, StepReport
 from .identity import settings_of_the_file
-from .job import delete_leftovers, foreign_checkpoint, good_photos, report_on, train
+from .job import delete_leftovers, for_good_photos, foreign_checkpoint, good_photos, report_on, train
 from .likeness import LIKENESS_KEY
 from .methods import METHODS
 from .methods.method import Trained
-from .recipes import ENOUGH
 
 MODEL_HASH = "sshs_model_hash"
 """The key in a saved LoRA's metadata of the hash of its tensors."""
@@ -180,12 +179,9 @@ def find_or_train(
     """
     if job.config.check_photos:
         # What is trained depends on the good photos alone, and so the key too: of a good set it is as without the check.
-        faces = faces_if_installed(callbacks.on_warning)
-        photos = good_photos(report_on(job.photos, base, job.config, faces), callbacks.on_warning)
-        config = replace(job.config, check_photos=False)
-        if config.hold_out and len(photos) < min(ENOUGH, len(job.photos)):
-            config = replace(config, hold_out=0, stop_early=False, merge_best=0)
-        job = replace(job, photos=photos, config=config)
+        report = report_on(job.photos, base, job.config, faces_if_installed(callbacks.on_warning))
+        photos = good_photos(report, callbacks.on_warning)
+        job = replace(job, photos=photos, config=for_good_photos(job.config, report, callbacks.on_warning))
     key = job.key(base)
     folder = made_folder("runs", key)
     with locked(folder / _OUTPUT):
