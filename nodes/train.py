@@ -68,8 +68,8 @@ class TrainFaceLora(io.ComfyNode):
                 io.Combo.Input(
                     "recipe", options=list(RECIPES), default="balanced",
                     tooltip="How much is trained, in numbers that suit MODEL's family: fast for a first look, balanced for "
-                    "most people, best for more time. All keep other people as they are, and from eight photos on hold two "
-                    "out, measure likeness to them, and keep the best checkpoint.",
+                    "most people, best for more time. All hold other people near what the base draws, and from eight photos "
+                    "on hold two out, measure likeness to them, and keep the best checkpoint.",
                 ),
                 io.Int.Input(
                     "samples", default=4, min=0, max=100,
