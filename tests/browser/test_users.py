@@ -51,7 +51,7 @@ def test_each_user_sees_and_ends_their_own_training_by_page_route_and_event(user
     prompt = annas.queue()
     wait_for_step(annas, 3)
     waiting = bertas.queue()
-    assert annas.page.locator(".facelora-photos img").count() == 3
+    assert annas.page.locator(".facelora-photos img").count() == 6
 
     # By page, route and event berta, and whoever says no name, learn nothing.
     bertas.reload()

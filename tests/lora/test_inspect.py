@@ -251,7 +251,7 @@ def damaged_lora(chance: random.Random) -> dict[str, torch.Tensor]:
     kinds = chance.sample(list(EVERY_KIND), chance.randint(2, len(EVERY_KIND)))
     shapes = {f"{name}.{role}": shape for name in kinds for role, shape in EVERY_KIND[name].items()}
     tensors = {key: torch.randn(shape) for key, shape in shapes.items()}
-    for _ in range(chance.randint(1, 4)):
+    for _ in range(chance.randint(1, 2)):
         key = chance.choice(list(tensors))
         action = chance.randrange(5)
         if action == 0:
