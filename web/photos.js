@@ -25,8 +25,8 @@ async function dropped({ items, files }) {
   return entries.some((entry) => entry.isDirectory) ? (await Promise.all(entries.map(filesOf))).flat() : [...files]
 }
 
-/** A folder below the input folder that no other photos are in: "photos/2026-11-26 13.05.59". */
-const newFolder = () => `photos/${new Date().toISOString().slice(0, 19).replace("T", " ").replaceAll(":", ".")}`
+/** A folder below the input folder that no other photos are in: "photos/2026-11-26 13.05.59.123", in UTC. */
+const newFolder = () => `photos/${new Date().toISOString().slice(0, 23).replace("T", " ").replaceAll(":", ".")}`
 
 const folderOf = (name) => name.split("/").slice(0, -1).join("/")
 
