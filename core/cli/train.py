@@ -8,8 +8,18 @@ from typing import Any
 from ..config import config_from
 from ..errors import BadConfig, FaceLoraError
 from ..faces import load_faces
-from ..photos import read_photos
-from ..training import LIKENESS_KEY, METHODS, Callbacks, recipe_config, state_path, train
+from ..lora.file import KEY, LoraFile
+from ..photos import Photo, read_photos
+from ..training import (
+    LIKENESS_KEY,
+    METHODS,
+    Callbacks,
+    TrainingJob,
+    has_key,
+    recipe_config,
+    state_path,
+    train,
+)
 from .common import BarProgress, JsonProgress, base_from, device_from
 from .settings import schedule_from, settings_from
 
@@ -51,21 +61,41 @@ def run_train(options: argparse.Namespace) -> None:
     if options.face_network and not looks:
         raise BadConfig("--face-network has nothing to look at with --no-check-photos: leave it out")
     faces = load_faces(options.face_network) if options.face_network else None
+    class_photos = _class_photos(options, progress)
+    start = LoraFile.read(options.continue_from) if options.continue_from else None
+    key = None
     with stop, progress:
-        lora = train(
-            photos, base, config, faces=faces,
-            output=options.output, class_photos=options.class_photos, continue_from=options.continue_from,
-            resume=options.resume, restart=options.restart, strict=options.strict, device=device_from(options),
-            callbacks=Callbacks(on_step=on_step, on_phase=on_phase, on_warning=progress.warning),
-        )  # fmt: skip
+        # A chosen network may let through and hold out other photos, of which the key knows nothing.
+        if METHODS[config.method].makes == "lora" and not faces:
+            job = TrainingJob(options.output.stem, config, photos, class_photos or (), start)
+            job = job.with_good_photos(base, progress.warning)
+            photos, config, key = job.photos, job.config, job.key(base)
+        found = key is not None and not options.restart and has_key(options.output, key)
+        if found:
+            lora = LoraFile.read(options.output)
+        else:
+            lora = train(
+                photos, base, config, faces=faces, output=options.output, class_photos=class_photos,
+                continue_from=start, resume=options.resume, restart=options.restart, device=device_from(options),
+                metadata={KEY: key} if key else {},
+                callbacks=Callbacks(on_step=on_step, on_phase=on_phase, on_warning=progress.warning),
+            )  # fmt: skip
     size = options.output.stat().st_size
     trigger = lora.metadata["modelspec.trigger_phrase"]
     if options.json:
-        print(json.dumps({"output": str(options.output), "bytes": size, "trigger_phrase": trigger}))
+        print(json.dumps({"output": str(options.output), "bytes": size, "trigger_phrase": trigger, "found": found}))
     else:
+        if found:
+            print("trained before from the same photos and settings; --restart trains it again")
         print(f"{options.output}  ({size / 1e6:.1f} MB, rank {config.rank}); prompt it with: a photo of {trigger}")
         if LIKENESS_KEY in lora.metadata:
             print(format_likeness(json.loads(lora.metadata[LIKENESS_KEY])))
+
+
+def _class_photos(options: argparse.Namespace, progress: BarProgress | JsonProgress) -> list[Photo] | None:
+    if options.class_photos is None:
+        return None
+    return read_photos(options.class_photos, strict=options.strict, on_warning=progress.warning)
 
 
 def format_likeness(measured: dict[str, Any]) -> str:

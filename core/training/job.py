@@ -70,6 +70,7 @@ def train(
     restart: bool = False,
     strict: bool = False,
     device: torch.device | None = None,
+    metadata: Mapping[str, str] | None = None,
     callbacks: Callbacks = NO_CALLBACKS,
 ) -> Trained:
     """The trained LoRA, which is also written to `output` (a `.safetensors` path) when one is given.
@@ -81,7 +82,8 @@ def train(
     `<name>-samples`, unless callbacks take them.
 
     Likeness is measured to the `held_out` photos, or to `config.hold_out` of `photos`, by `faces` (default: YuNet and SFace).
-    The measurements are in the metadata under `core.training.likeness.LIKENESS_KEY`.
+    The measurements are in the metadata under `core.training.likeness.LIKENESS_KEY`. `metadata` is added to what the result,
+    but no checkpoint, has of its own.
 
     Every callback may raise to cancel; `check_cancelled` is called many times a step. Raising StopAndKeep from `on_step`
     ends the training with what has been learned. Errors are subclasses of FaceLoraError; InUse means that another run has
@@ -119,6 +121,8 @@ def train(
             samples=samples,
             callbacks=callbacks if output is None else _writing_beside(callbacks, output, config),
         )
+        if metadata:
+            lora = lora.with_metadata({**lora.metadata, **metadata})
         if output is not None:
             _write(lora, base, config, output)
         return lora

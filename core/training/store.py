@@ -80,6 +80,18 @@ class TrainingJob:
         start = model_hash(self.continue_from.tensors) if self.continue_from else None
         return content_key("lora", TRAINING_VERSION, json.dumps(settings, sort_keys=True), photos, start, base.identity)
 
+    def with_good_photos(self, base: Base, on_warning: Callable[[str], None] = lambda text: None) -> "TrainingJob":
+        """The job without the photos that the report rejects, where its settings have them checked; else the job itself.
+
+        What is trained depends on the good photos alone, and so does the key: that of a good set is as without the check.
+        `on_warning` hears of each photo that is left out. Raises BadPhoto when too few are left.
+        """
+        if not self.config.check_photos:
+            return self
+        report = report_on(self.photos, base, self.config, faces_if_installed(on_warning))
+        photos = good_photos(report, on_warning)
+        return replace(self, photos=photos, config=for_good_photos(self.config, report, on_warning))
+
 
 @dataclass
 class RunFolder:
@@ -177,11 +189,7 @@ def find_or_train(
     which likeness was measured, and at most two others a second. Samples are kept in the run's folder in any case. Errors
     are subclasses of FaceLoraError; InUse says that another run is training the same job.
     """
-    if job.config.check_photos:
-        # What is trained depends on the good photos alone, and so the key too: of a good set it is as without the check.
-        report = report_on(job.photos, base, job.config, faces_if_installed(callbacks.on_warning))
-        photos = good_photos(report, callbacks.on_warning)
-        job = replace(job, photos=photos, config=for_good_photos(job.config, report, callbacks.on_warning))
+    job = job.with_good_photos(base, callbacks.on_warning)
     key = job.key(base)
     folder = made_folder("runs", key)
     with locked(folder / _OUTPUT):
@@ -286,7 +294,7 @@ def _place(folder: Path, job: TrainingJob, key: str) -> Iterator[tuple[Path, boo
     for number in itertools.count(1):
         path = folder / f"{job.name}{f'-{number}' if number > 1 else ''}.safetensors"
         if path.exists():
-            if not _has_key(path, key):
+            if not has_key(path, key):
                 continue
             yield path, True
             return
@@ -302,8 +310,8 @@ def _place(folder: Path, job: TrainingJob, key: str) -> Iterator[tuple[Path, boo
                 return
 
 
-def _has_key(path: Path, key: str) -> bool:
-    """Whether the file is a LoRA with that key."""
+def has_key(path: Path, key: str) -> bool:
+    """Whether there is a LoRA at the path that has the key of a job (`TrainingJob.key`) in its metadata."""
     try:
         return LoraFile.read(path).metadata.get(KEY) == key
     except FaceLoraError:

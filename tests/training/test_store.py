@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from core.cli import main
 from core.config import TrainConfig
 from core.errors import BadConfig, BadFile, InUse
 from core.lora.file import LoraFile
@@ -96,6 +97,26 @@ def same(one: Path | dict[str, Tensor], other: Path | dict[str, Tensor]) -> bool
 
 def files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_command_line_trains_nothing_twice(small_sd15, tmp_path, capsys):
+    folder, output = write_photos(tmp_path / "photos", count=5), tmp_path / "anna.safetensors"
+    command = ["train", str(folder), "--base", str(small_sd15), "--output", str(output), "--recipe", "none"]
+    command += ["--rank", "2", "--resolution", "32", "--batch-size", "1"]
+
+    def run(*options: str) -> tuple[bool, int]:
+        """Whether the LoRA was found, and the last step that was made."""
+        assert main([*command, "--json", *options]) == 0
+        *reports, result = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        return result["found"], max((report["step"] for report in reports if "step" in report), default=0)
+
+    assert run("--steps", "1") == (False, 1)
+    before = output.read_bytes()
+    assert run("--steps", "1") == (True, 0) and output.read_bytes() == before
+    assert run("--steps", "1", "--restart") == (False, 1)
+    assert run("--steps", "2") == (False, 2)
+    next(folder.iterdir()).unlink()
+    assert run("--steps", "2", "--no-check-photos") == (False, 2)
 
 
 def test_the_same_job_again_is_found_and_nothing_is_trained(job, base, loras):
