@@ -215,7 +215,9 @@ def test_what_repeats_a_photo_is_judged_by_the_networks_own_limit():
 
 def test_the_checkpoint_that_is_kept_comes_back_with_the_curve(tmp_path, base, network):
     # At this rate every pair of steps spoils more of the pictures: the last checkpoint cannot be the one to keep.
-    config = replace(CONFIG, steps=6, learning_rate=0.1, save_every=2, save_precision="fp32")
+    config = replace(
+        CONFIG, steps=6, learning_rate=0.1, save_every=2, save_precision="fp32", likeness_pictures=1, sample_steps=1
+    )
     seen = []
     lora = train(
         photos_of(35), base, config, faces=network, output=tmp_path / "a.safetensors",
@@ -287,7 +289,7 @@ def test_a_picture_that_is_shown_and_measured_is_drawn_once(base, network, monke
 
 
 def test_a_run_that_was_stopped_chooses_as_one_that_was_not(tmp_path, base, network):
-    config = replace(CONFIG, likeness_pictures=1)
+    config = replace(CONFIG, likeness_pictures=1, sample_steps=1)
     whole = train(photos_of(35), base, config, faces=network, output=tmp_path / "whole.safetensors")
 
     def stop(report):
