@@ -79,7 +79,7 @@ def reference_prediction(base, method, values, noisy, timesteps, text):
     return torch.func.functional_call(unet, weights, (noisy, timesteps), arguments).sample
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("family", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", KINDS)
 def test_the_gradient_of_a_step_is_that_of_the_papers_formula(bases, caches, family, method):
     base = bases[family]
@@ -131,7 +131,7 @@ def test_only_the_adapter_is_trained_on_every_network(bases, method):
     assert {p.dtype for p in parameters.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("family", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", KINDS)
 def test_the_saved_file_read_and_applied_draws_what_the_adapter_drew(bases, caches, family, method, tmp_path):
     base = bases[family]
