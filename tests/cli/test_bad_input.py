@@ -404,7 +404,7 @@ def test_settings_that_begin_with_a_byte_order_mark_are_read(desk):
 
 
 def test_small_photos_are_enlarged_when_told(desk):
-    desk.options += ["--resolution", "112", "--upscale"]
+    desk.options += ["--resolution", "128", "--upscale"]
     assert main(desk.arguments()) == 0
     (bucket,) = json.loads(LoraFile.read(desk.output).metadata["ss_bucket_info"])["buckets"].values()
     assert math.prod(bucket["resolution"]) > 92 * 112

@@ -244,7 +244,7 @@ def test_a_run_that_becomes_nan_stops_with_the_photo_and_the_learning_rate(bases
         run.check_finite()
 
 
-@pytest.mark.parametrize("method", mostly_slow(METHODS, "loha", "dreambooth", "textual-inversion"))
+@pytest.mark.parametrize("method", mostly_slow(METHODS, "loha", "textual-inversion"))
 def test_the_memory_of_a_step_is_predicted_and_more_vectors_or_a_larger_rank_take_more(bases, caches, method):
     base, plan = bases["sd15"], plans_for("off")[0]
     small, large = (
