@@ -31,7 +31,9 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     unfinished.add_argument(
         "--resume", action="store_true", help="go on from the saved state of the same run if there is one"
     )
-    unfinished.add_argument("--restart", action="store_true", help="begin anew, whatever state or trained LoRA is there")
+    unfinished.add_argument(
+        "--restart", action="store_true", help="begin anew, whatever state or trained LoRA is there"
+    )
     parser.add_argument(
         "--strict", action="store_true", help="fail on a photo that cannot be read, instead of skipping it"
     )
