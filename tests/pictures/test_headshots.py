@@ -584,7 +584,7 @@ def test_no_length_of_clip_is_minded_where_a_base_reads_with_another_encoder(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     options = ["generate", "--style-pack", "corporate", "--style", "Classic grey studio", "--subject", "sks person"]
-    parsed = build_parser("generate").parse_args([*options, "--count", "9"])
+    parsed = build_parser("generate")[0].parse_args([*options, "--count", "9"])
     with BarProgress() as progress:
         styled = pack_jobs(parsed, small_flow_base("flux1"), [], progress)
     assert max(len(caption_tokens(job.prompt)) for job in styled) > 75
