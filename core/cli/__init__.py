@@ -41,6 +41,12 @@ COMMANDS: dict[str, Command] = {
         "picture_arguments:add_headshots",
         "headshots:run_headshots",
     ),
+    "studio": Command(
+        PICTURES,
+        "the same for many people on one base model, each in a folder, with a report on all",
+        "picture_arguments:add_studio",
+        "studio:run_studio",
+    ),
     "train": Command(
         PICTURES,
         "train a LoRA on a folder of photos of one person",
@@ -94,6 +100,12 @@ COMMANDS: dict[str, Command] = {
         "time training steps on a full-size denoiser, beside a plain diffusers and peft loop",
         "training_arguments:add_bench",
         "bench:run_bench",
+    ),
+    "forget": Command(
+        MACHINE,
+        "delete all that a studio keeps of a person",
+        "picture_arguments:add_forget",
+        "studio:run_forget",
     ),
     "clear-cache": Command(
         MACHINE,

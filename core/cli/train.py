@@ -3,6 +3,7 @@
 import argparse
 import json
 import signal
+from collections.abc import Callable
 from typing import Any
 
 from ..config import config_from
@@ -14,6 +15,7 @@ from ..training import (
     LIKENESS_KEY,
     METHODS,
     Callbacks,
+    StepReport,
     TrainingJob,
     has_key,
     recipe_config,
@@ -111,6 +113,21 @@ def format_likeness(measured: dict[str, Any]) -> str:
             + ("  <- kept" if index == measured["kept"] else "")
         )
     return "\n".join(rows)
+
+
+def shown(progress: BarProgress | JsonProgress, check_stop: Callable[[], None]) -> Callbacks:
+    """Callbacks that show progress and look for a stop. Samples are a part of the training, whose bar stays."""
+
+    def on_step(report: StepReport) -> None:
+        progress.step(report)
+        check_stop()
+
+    def on_phase(phase: str, done: int, total: int) -> None:
+        if phase != "samples":
+            progress.phase(phase, done, total)
+        check_stop()
+
+    return Callbacks(on_step=on_step, on_phase=on_phase, on_warning=progress.warning)
 
 
 class StopOnSignal:

@@ -5,7 +5,9 @@ import os
 import re
 import shutil
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 from ..errors import BadFile
@@ -19,8 +21,26 @@ CACHE_VERSION = "2"
 """A part of every cache key, to be raised whenever the same input would be encoded differently."""
 
 
+_INSTEAD: ContextVar[Path | None] = ContextVar("cache folder", default=None)
+
+
+@contextmanager
+def cache_in(folder: Path) -> Iterator[None]:
+    """A context in which this folder is the cache folder, so that what is kept of a person can be deleted with it."""
+    token = _INSTEAD.set(folder)
+    try:
+        yield
+    finally:
+        _INSTEAD.reset(token)
+
+
 def cache_folder() -> Path:
-    """The folder for encoded photos and captions: $FACELORA_CACHE, else `facelora` in the user's cache folder."""
+    """The folder for encoded photos and captions.
+
+    It is that of `cache_in`, else $FACELORA_CACHE, else `facelora` in the user's cache folder.
+    """
+    if instead := _INSTEAD.get():
+        return instead
     if folder := os.environ.get("FACELORA_CACHE"):
         return Path(folder)
     if sys.platform == "win32":
