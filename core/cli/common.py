@@ -80,6 +80,13 @@ def add_face_network(parser: argparse.ArgumentParser, default: str | None = "sfa
     )  # fmt: skip
 
 
+def add_judge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--judge", metavar="NAME|FILE.onnx",
+        help="a second face network that reports likeness too, and by which nothing is selected or sorted",
+    )  # fmt: skip
+
+
 def device_from(options: argparse.Namespace):
     if options.device is None:
         return None

@@ -7,7 +7,7 @@ from typing import get_args, get_type_hints
 
 from .. import photos  # the package loads its modules only when a name is used
 from ..config import Precision, RecipeName
-from .common import add_base, add_device, add_face_network, unicode_text
+from .common import add_base, add_device, add_face_network, add_judge, unicode_text
 from .settings import SCHEDULE, add_settings
 
 
@@ -194,4 +194,5 @@ def add_score(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="also write a sheet of the pictures, sorted")
     add_face_network(parser)
+    add_judge(parser)
     parser.add_argument("--json", action="store_true")

@@ -62,13 +62,16 @@ def run_train(options: argparse.Namespace) -> None:
     looks = config.hold_out or config.check_photos or config.face_crops or config.face_masks
     if options.face_network and not looks:
         raise BadConfig("--face-network has nothing to look at with --no-check-photos: leave it out")
+    if options.judge and not config.hold_out:
+        raise BadConfig("--judge has nothing to judge, since no photos are held out: set --hold-out")
     faces = load_faces(options.face_network) if options.face_network else None
+    judge = load_faces(options.judge) if options.judge else None
     class_photos = _class_photos(options, progress)
     start = LoraFile.read(options.continue_from) if options.continue_from else None
     key = None
     with stop, progress:
-        # A chosen network may let through and hold out other photos, of which the key knows nothing.
-        if METHODS[config.method].makes == "lora" and not faces:
+        # The key knows nothing of networks: a chosen one may let through and hold out other photos, a judge adds what it sees.
+        if METHODS[config.method].makes == "lora" and not faces and not judge:
             job = TrainingJob(options.output.stem, config, photos, class_photos or (), start)
             job = job.with_good_photos(base, progress.warning)
             photos, config, key = job.photos, job.config, job.key(base)
@@ -77,7 +80,7 @@ def run_train(options: argparse.Namespace) -> None:
             lora = LoraFile.read(options.output)
         else:
             lora = train(
-                photos, base, config, faces=faces, output=options.output, class_photos=class_photos,
+                photos, base, config, faces=faces, judge=judge, output=options.output, class_photos=class_photos,
                 continue_from=start, resume=options.resume, restart=options.restart, device=device_from(options),
                 metadata={KEY: key} if key else {},
                 callbacks=Callbacks(on_step=on_step, on_phase=on_phase, on_warning=progress.warning),
@@ -105,11 +108,16 @@ def format_likeness(measured: dict[str, Any]) -> str:
     rows = [
         f"likeness to held-out photos ({measured['network']}; the training photos themselves: {measured['photos']:.2f})"
     ]
-    rows.append("      step  likeness  copying  leakage  drift")
+    judge = measured.get("judge")
+    if judge:
+        rows.append(f"judged by {judge['network']}, which selects nothing (the photos: {judge['photos']:.2f})")
+    rows.append("      step  likeness  copying  leakage  drift" + ("  judged  leakage" if judge else ""))
     for index, point in enumerate(measured["points"]):
         name = "+".join(map(str, point["merged"])) or str(point["step"])
+        judged = point.get("judged")
         rows.append(
             f"{name:>10}  {point['likeness']:8.2f}  {point['copying']:7.2f}  {point['leakage']:7.2f}  {point['drift']:5.1f}"
+            + (f"  {judged['likeness']:6.2f}  {judged['leakage']:7.2f}" if judged else "")
             + ("  <- kept" if index == measured["kept"] else "")
         )
     return "\n".join(rows)

@@ -7,7 +7,7 @@ from typing import get_args
 
 from ..bench.shapes import REAL_CHANNELS, SHAPES
 from ..config import Precision, RecipeName, Targets
-from .common import add_base, add_device, add_face_network, show_first, unicode_text
+from .common import add_base, add_device, add_face_network, add_judge, show_first, unicode_text
 from .settings import add_settings
 
 
@@ -38,6 +38,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         "--strict", action="store_true", help="fail on a photo that cannot be read, instead of skipping it"
     )
     add_face_network(parser, default=None)
+    add_judge(parser)
     add_device(parser)
     parser.add_argument(
         "--json", action="store_true", help="one JSON object per report on stdout instead of a progress bar"

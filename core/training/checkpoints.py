@@ -43,9 +43,12 @@ class Checkpoints:
         self._started_at = time.time()
 
     @property
-    def face_network(self) -> str | None:
-        """The name of the face network that measures likeness; None when likeness is not measured."""
-        return self._selection.watch.network.name if self._selection else None
+    def face_networks(self) -> list[str]:
+        """The names of the face networks that measure likeness, that of the judge last; none when it is not measured."""
+        if self._selection is None:
+            return []
+        watch = self._selection.watch
+        return [each.network.name for each in (watch, watch.judge) if each]
 
     @property
     def likeness(self) -> LikenessPoint | None:

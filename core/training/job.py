@@ -66,6 +66,7 @@ def train(
     continue_from: LoraFile | str | os.PathLike[str] | None = None,
     held_out: Sequence[Photo] = (),
     faces: FaceNetwork | None = None,
+    judge: FaceNetwork | None = None,
     resume: bool = False,
     restart: bool = False,
     strict: bool = False,
@@ -81,9 +82,10 @@ def train(
     is there is an error. Every `save_every` steps a numbered LoRA is written beside the output, and samples go into the folder
     `<name>-samples`, unless callbacks take them.
 
-    Likeness is measured to the `held_out` photos, or to `config.hold_out` of `photos`, by `faces` (default: YuNet and SFace).
-    The measurements are in the metadata under `core.training.likeness.LIKENESS_KEY`. `metadata` is added to what the result,
-    but no checkpoint, has of its own.
+    Likeness is measured to the `held_out` photos, or to `config.hold_out` of `photos`, by `faces` (default: YuNet and SFace),
+    which also selects the checkpoint to keep; a `judge` measures the same pictures and selects nothing. The measurements are in
+    the metadata under `core.training.likeness.LIKENESS_KEY`. `metadata` is added to what the result, but no checkpoint, has of
+    its own.
 
     Every callback may raise to cancel; `check_cancelled` is called many times a step. Raising StopAndKeep from `on_step`
     ends the training with what has been learned. Errors are subclasses of FaceLoraError; InUse means that another run has
@@ -107,7 +109,7 @@ def train(
         device, _ = device_and_dtype(config, device)
         faces = faces or _needed_faces(config, held_out, callbacks.on_warning)
         class_photos = _read_or_make_class_photos(class_photos, base, config, device, strict, callbacks)
-        pictures = _look_at_photos(photos, held_out, faces, base, config, callbacks.on_warning)
+        pictures = _look_at_photos(photos, held_out, faces, judge, base, config, callbacks.on_warning)
         cache, samples = _prepared(pictures, class_photos, base, config, device, callbacks)
         lora = train_lora(
             cache,
@@ -227,6 +229,7 @@ def _look_at_photos(
     photos: Sequence[Photo],
     held_out: Sequence[Photo],
     faces: FaceNetwork | None,
+    judge: FaceNetwork | None,
     base: Base,
     config: TrainConfig,
     on_warning: Callable[[str], None],
@@ -246,7 +249,7 @@ def _look_at_photos(
         return _Pictures(photos)
     if count:
         photos, held_out = hold_out(photos, count, faces)
-    watch = LikenessWatch(faces, photos, held_out, config) if held_out else None
+    watch = LikenessWatch(faces, photos, held_out, config, judge) if held_out else None
     return _Pictures(photos, regions, watch)
 
 
