@@ -25,7 +25,7 @@ from .worker import name_of, work
 
 _CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
 """How the worker is started: as a copy of this process, which has most modules loaded, but not where that has a GPU open."""
-_PATIENCE = 60.0
+_PATIENCE = 300.0
 """Seconds until a trial is taken for one that hangs. (A busy machine is slow; the worker counts its own seconds.)"""
 
 
@@ -77,7 +77,7 @@ def soak(seed: str, numbers: Iterable[int], until: float = float("inf")) -> dict
     """What came of the trials of these numbers, as far as the time (of time.monotonic) lasts."""
     outcomes: Counter[str] = Counter()
     tried: Counter[str] = Counter()
-    report: dict[str, Any] = {"seed": seed, "trials": 0, "kills": 0}
+    report: dict[str, Any] = {"seed": seed, "trials": 0, "damaged": 0, "kills": 0}
     failures: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         worker = _Worker(Path(folder), seed)
@@ -87,6 +87,7 @@ def soak(seed: str, numbers: Iterable[int], until: float = float("inf")) -> dict
                     break
                 found = worker(number)
                 report["trials"] += 1
+                report["damaged"] += found.get("damaged", 0)
                 report["kills"] += found.get("kills", 0)
                 tried[found["trial"]] += 1
                 outcomes[found["outcome"]] += 1
@@ -133,7 +134,7 @@ def main() -> int:
         for text, failure in report["failures"].items()
     ]
     faults += report.get("request_faults", [])
-    print(*(f"{key}: {report[key]}" for key in ("seed", "trials", "kills", "tried", "outcomes")), sep="\n")
+    print(*(f"{key}: {report[key]}" for key in ("seed", "trials", "damaged", "kills", "tried", "outcomes")), sep="\n")
     print(*faults or ["no fault"], sep="\n")
     return int(bool(faults))
 

@@ -30,8 +30,8 @@ _BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0."
 _NAME = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_"
 PHOTO_FORMATS = ("jpg", "png", "webp", "gif", "bmp", "tif", "avif")
 TRAINING = (
-    "--resolution", "32", "--rank", "2", "--steps", "3", "--state-interval", "0", "--no-check-photos", "--device", "cpu",
-    "--json",
+    "--resolution", "32", "--rank", "2", "--steps", "3", "--batch-size", "1", "--state-interval", "0", "--no-check-photos",
+    "--device", "cpu", "--json",
 )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -625,13 +625,23 @@ def two_trainings(desk: Desk, draw: Random) -> None:
     assert names_in(desk.room) == [output.name]
 
 
-TRIALS: dict[str, tuple[Trial, int]] = {
-    "lora": (lora, 400), "applied_lora": (applied_lora, 200), "photo": (photo, 200), "style_pack": (style_pack, 150),
-    "settings": (settings, 200), "run_folder": (run_folder, 40), "panel": (panel, 20), "reports": (reports, 20),
-    "checkpoint": (checkpoint, 20), "diffusers_folder": (diffusers_folder, 10), "cache_entry": (cache_entry, 10),
-    "cleared_cache": (cleared_cache, 10), "full_disk": (full_disk, 20), "closed_folder": (closed_folder, 10),
-    "killed_command": (killed_command, 15), "two_at_once": (two_at_once, 8), "drawn": (drawn, 2), "state": (state, 3),
-    "stored": (stored, 2), "continued": (continued, 2), "killed_training": (killed_training, 3),
-    "two_trainings": (two_trainings, 2),
+class Kind(NamedTuple):
+    """A kind of trial."""
+
+    trial: Trial
+    weight: int
+    """How often it is drawn. Those that train or draw pictures, which take longest, are drawn least."""
+    damaged: int = 0
+    """How many damaged inputs it gives to what it tries, at least."""
+
+
+TRIALS: dict[str, Kind] = {
+    "lora": Kind(lora, 400, 1), "applied_lora": Kind(applied_lora, 200, 1), "photo": Kind(photo, 200, 3),
+    "style_pack": Kind(style_pack, 150, 1), "settings": Kind(settings, 200, 1), "run_folder": Kind(run_folder, 40, 3),
+    "panel": Kind(panel, 20, 1), "reports": Kind(reports, 20, 1), "checkpoint": Kind(checkpoint, 20, 1),
+    "diffusers_folder": Kind(diffusers_folder, 10, 1), "cache_entry": Kind(cache_entry, 10, 1), "drawn": Kind(drawn, 2, 2),
+    "state": Kind(state, 3, 1), "stored": Kind(stored, 2, 1), "continued": Kind(continued, 2, 1),
+    "killed_command": Kind(killed_command, 15), "killed_training": Kind(killed_training, 3),
+    "full_disk": Kind(full_disk, 20), "closed_folder": Kind(closed_folder, 10), "cleared_cache": Kind(cleared_cache, 10),
+    "two_at_once": Kind(two_at_once, 8), "two_trainings": Kind(two_trainings, 2),
 }  # fmt: skip
-"""Name -> the trial, and how often it is drawn: those that train or draw pictures, rarely."""

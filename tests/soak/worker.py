@@ -29,7 +29,7 @@ _CEILING = 8 << 30
 def name_of(seed: str, number: int) -> tuple[str, Random]:
     """The trial of that number, and what it draws its damage with."""
     draw = Random(f"{seed} {number}")
-    return draw.choices(list(TRIALS), [weight for _, weight in TRIALS.values()])[0], draw
+    return draw.choices(list(TRIALS), [kind.weight for kind in TRIALS.values()])[0], draw
 
 
 def work(folder: Path, seed: str, asks: Connection) -> None:
@@ -52,7 +52,7 @@ def _tried(desk: Desk, seed: str, number: int) -> dict[str, Any]:
     desk.counts.clear()
     before, started, error = _memory("VmRSS"), time.process_time(), ""
     try:
-        TRIALS[name][0](desk, draw)
+        TRIALS[name].trial(desk, draw)
         outcome = "done"
     except FaceLoraError as problem:
         outcome = "refused"
@@ -64,7 +64,14 @@ def _tried(desk: Desk, seed: str, number: int) -> dict[str, Any]:
         outcome, error = "failed", f"{error}{seconds:.0f} seconds"
     if memory > MOST_MEMORY + desk.base.stat().st_size:
         outcome, error = "failed", f"{error}{memory >> 20} MiB"
-    return {"number": number, "trial": name, "outcome": outcome, "error": error, **desk.counts}
+    return {
+        "number": number,
+        "trial": name,
+        "outcome": outcome,
+        "error": error,
+        "damaged": TRIALS[name].damaged,
+        **desk.counts,
+    }
 
 
 def _memory(field: str) -> int:
