@@ -6,6 +6,7 @@ A fault is told with its number: `--only NUMBER` and the same seed give it again
 import argparse
 import json
 import multiprocessing
+import multiprocessing.process
 import os
 import signal
 import sys
@@ -23,7 +24,7 @@ import torch
 
 from .worker import name_of, work
 
-_CONTEXT = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+_CONTEXT: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
 """How the worker is started: as a copy of this process, which has most modules loaded, but not where that has a GPU open."""
 _PATIENCE = 300.0
 """Seconds until a trial is taken for one that hangs. (A busy machine is slow; the worker counts its own seconds.)"""
@@ -47,15 +48,15 @@ class _Worker:
 
     def __call__(self, number: int) -> dict[str, Any]:
         """What came of a trial."""
-        self._process = self._process or self._start()
+        process = self._process = self._process or self._start()
         self._answers.send(number)
         try:
             if self._answers.poll(_PATIENCE):
                 return self._answers.recv()
             error = f"hangs for {_PATIENCE:.0f} seconds"
         except (EOFError, ConnectionError):
-            self._process.join()
-            error = f"the process ended with {self._process.exitcode}"
+            process.join()
+            error = f"the process ended with {process.exitcode}"
         self.end()
         return {"number": number, "trial": name_of(self._seed, number)[0], "outcome": "failed", "error": error}
 
