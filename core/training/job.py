@@ -39,7 +39,7 @@ from .callbacks import NO_CALLBACKS, Callbacks
 from .encode import LatentCache, encode
 from .likeness import LikenessWatch, hold_out
 from .loop import train_lora
-from .methods import files_beside
+from .methods import METHODS, files_beside
 from .methods.method import Trained
 from .recipes import ENOUGH, recipe_config
 from .samples import Samples, make_class_images, sample_shots, training_sampler
@@ -128,6 +128,9 @@ def train(
         return lora
 
 
+_WOULD_REPLACE = "which would replace it; move it, or choose another output"
+
+
 @contextmanager
 def _place(output: Path, config: TrainConfig, state_is_wanted: bool) -> Iterator[None]:
     """A context in which no other run writes the output and the files beside it.
@@ -145,10 +148,12 @@ def _place(output: Path, config: TrainConfig, state_is_wanted: bool) -> Iterator
                 "--resume, begin anew with --restart, or choose another output"
             )
         if other := foreign_checkpoint(output, config):
-            raise BadFile(
-                f"{other}: is called like a checkpoint of save_every, which would replace it; move it, or choose another "
-                "output"
-            )
+            raise BadFile(f"{other}: is called like a checkpoint of save_every, {_WOULD_REPLACE}")
+        for addition in METHODS[config.method].beside:
+            if other := _foreign(output, f"-{addition}"):
+                raise BadFile(
+                    f"{other}: is called like the {addition} that the method {config.method} makes, {_WOULD_REPLACE}"
+                )
         yield
 
 
@@ -345,7 +350,7 @@ def state_path(output: Path) -> Path:
 
 def delete_leftovers(output: Path) -> None:
     """Deletes temporary files that a killed run left of this output and of the files beside it, under the output's lock."""
-    names = rf"{re.escape(output.stem)}(\.state|-embedding|-step\d{{6,}})?{re.escape(output.suffix)}"
+    names = rf"{re.escape(output.stem)}(\.state|-embedding|-lora|-step\d{{6,}})?{re.escape(output.suffix)}"
     remove_leftovers(output.parent, names)
     if (samples := _samples_folder(output)).is_dir():
         remove_leftovers(samples, r"step\d{6,}-\d+\.png")
@@ -358,8 +363,13 @@ def checkpoint_path(output: Path, step: int) -> Path:
 
 def foreign_checkpoint(output: Path, config: TrainConfig) -> Path | None:
     """A file that is named like a checkpoint of the run but does not come from a run with this output; None without one."""
-    pattern = re.compile(rf"{re.escape(output.stem)}-step\d{{6,}}{re.escape(output.suffix)}")
-    for path in output.parent.iterdir() if config.save_every else ():
+    return _foreign(output, r"-step\d{6,}") if config.save_every else None
+
+
+def _foreign(output: Path, addition: str) -> Path | None:
+    """A file with the output's name and an addition, a regular expression, that does not come from a run with this output."""
+    pattern = re.compile(rf"{re.escape(output.stem)}{addition}{re.escape(output.suffix)}")
+    for path in output.parent.iterdir():
         if pattern.fullmatch(path.name) and _output_name(path) != output.stem:
             return path
     return None
