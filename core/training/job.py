@@ -41,7 +41,7 @@ from .likeness import LikenessWatch, hold_out
 from .loop import train_lora
 from .methods import METHODS, files_beside
 from .methods.method import Trained
-from .recipes import ENOUGH, recipe_config
+from .recipes import ENOUGH, MEASURED, recipe_config
 from .samples import Samples, make_class_images, sample_shots, training_sampler
 
 
@@ -250,7 +250,12 @@ def _look_at_photos(
     if faces is None:
         return _Pictures(photos)
     if count:
-        photos, held_out = hold_out(photos, count, faces)
+        try:
+            photos, held_out = hold_out(photos, count, faces)
+        except BadPhoto as problem:
+            if not _is_held_out_by_itself(config, len(photos)):
+                raise
+            on_warning(f"{problem}: none is held out, and likeness is not measured")
     watch = LikenessWatch(faces, photos, held_out, config) if held_out else None
     return _Pictures(photos, regions, watch)
 
@@ -276,13 +281,22 @@ def good_photos(report: SetReport, on_warning: Callable[[str], None]) -> list[Ph
 def for_good_photos(config: TrainConfig, report: SetReport, on_warning: Callable[[str], None]) -> TrainConfig:
     """The settings for a training on what `good_photos` leaves: they check nothing again.
 
-    Where rejecting photos has left too few, none is held out either, and `on_warning` hears of it.
+    Where rejecting photos has left too few for what a recipe does by itself, none is held out either, and `on_warning` hears
+    of it.
     """
     config, left = replace(config, check_photos=False), len(report.usable)
-    if not config.hold_out or left >= min(ENOUGH, len(report.photos)):
+    if left >= ENOUGH or not _is_held_out_by_itself(config, len(report.photos)):
         return config
     on_warning(f"only {left} photos are usable: none is held out, and likeness is not measured")
     return replace(config, hold_out=0, stop_early=False, merge_best=0)
+
+
+def _is_held_out_by_itself(config: TrainConfig, photos: int) -> bool:
+    """Whether as many photos are held out as a recipe does from this number on: where that cannot be, it does without.
+
+    Another number was asked for, and so was one from fewer photos.
+    """
+    return config.hold_out == MEASURED["hold_out"] and photos >= ENOUGH
 
 
 def _prepared(

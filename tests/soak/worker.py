@@ -38,6 +38,7 @@ def work(folder: Path, seed: str, asks: Connection) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what has a GPU in use cannot be forked
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # of diffusers about what it was built with
+    warnings.filterwarnings("error", module=r"PIL\.")  # about damaged photos, which we name ourselves
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     resource.setrlimit(resource.RLIMIT_DATA, (_CEILING, _CEILING))
     desk = Desk(folder)
