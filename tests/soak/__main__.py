@@ -26,6 +26,8 @@ from .worker import name_of, work
 
 _CONTEXT: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
 """How the worker is started: as a copy of this process, which has most modules loaded, but not where that has a GPU open."""
+_MEMORY = Path("/dev/shm")
+"""A folder in memory: a trial writes many small files, each of which a disk would be waited for."""
 _PATIENCE = 300.0
 """Seconds until a trial is taken for one that hangs. (A busy machine is slow; the worker counts its own seconds.)"""
 
@@ -80,7 +82,7 @@ def soak(seed: str, numbers: Iterable[int], until: float = float("inf")) -> dict
     tried: Counter[str] = Counter()
     report: dict[str, Any] = {"seed": seed, "trials": 0, "damaged": 0, "kills": 0}
     failures: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+    with tempfile.TemporaryDirectory(prefix="soak-", dir=_MEMORY if os.access(_MEMORY, os.W_OK) else None) as folder:
         worker = _Worker(Path(folder), seed)
         try:
             for number in numbers:

@@ -6,6 +6,7 @@ import time
 import traceback
 import warnings
 from contextlib import suppress
+from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from core import cli
 from core.errors import FaceLoraError
 
 from .desk import Desk
@@ -39,6 +41,7 @@ def work(folder: Path, seed: str, asks: Connection) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # of diffusers about what it was built with
     warnings.filterwarnings("error", module=r"PIL\.")  # about damaged photos, which we name ourselves
+    cli.build_parser = cache(cli.build_parser)  # which takes longer than most trials, and is the same each time
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     resource.setrlimit(resource.RLIMIT_DATA, (_CEILING, _CEILING))
     desk = Desk(folder)
