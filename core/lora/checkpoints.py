@@ -11,9 +11,10 @@ from ..errors import LoraMisfit, UnmatchedKeys
 from ..models.base_weights import BaseWeights, bias_name
 from ..storage.safetensors_file import write_safetensors
 from ..tensor_names import ModuleId, Place, bundled_embedding
-from .convert import check_rank, convert_lora, factorise
+from .convert import check_rank, convert_lora
 from .file import Entry, LoraFile, fit
 from .inspect import OnProgress, silent
+from .low_rank import factorise
 
 
 def extract_lora(

@@ -60,13 +60,20 @@ def made_folder(*names: str) -> Path:
             folder = folder / name
             with writing(folder):
                 folder.mkdir(mode=0o700, exist_ok=True)
-            # Version 0.1.0 left them readable for all. In a folder that the user chose, "runs" may be another program's.
-            if _OURS.fullmatch(name) or "FACELORA_CACHE" not in os.environ:
-                with suppress(OSError):  # it belongs to another user
+            with suppress(OSError):  # it belongs to another user
+                # Version 0.1.0 left them readable for all.
+                if folder.stat().st_mode & 0o077 and _is_ours(folder):
                     folder.chmod(0o700)
     except BadFile as error:
         raise BadFile(f"{error}; set FACELORA_CACHE to a folder for the cache") from None
     return folder
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether the cache folder or one in it holds nothing of other programs, which it may in a folder that the user chose."""
+    if "FACELORA_CACHE" not in os.environ or _OURS.fullmatch(folder.name):
+        return True
+    return folder.name in KINDS and all(_OURS.fullmatch(path.name) for path in folder.iterdir())
 
 
 def clear_cache() -> int:

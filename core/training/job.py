@@ -39,9 +39,9 @@ from .callbacks import NO_CALLBACKS, Callbacks
 from .encode import LatentCache, encode
 from .likeness import LikenessWatch, hold_out
 from .loop import train_lora
-from .methods import files_beside
+from .methods import METHODS, files_beside
 from .methods.method import Trained
-from .recipes import ENOUGH, recipe_config
+from .recipes import ENOUGH, MEASURED, recipe_config
 from .samples import Samples, make_class_images, sample_shots, training_sampler
 
 
@@ -130,6 +130,9 @@ def train(
         return lora
 
 
+_WOULD_REPLACE = "which would replace it; move it, or choose another output"
+
+
 @contextmanager
 def _place(output: Path, config: TrainConfig, state_is_wanted: bool) -> Iterator[None]:
     """A context in which no other run writes the output and the files beside it.
@@ -147,10 +150,12 @@ def _place(output: Path, config: TrainConfig, state_is_wanted: bool) -> Iterator
                 "--resume, begin anew with --restart, or choose another output"
             )
         if other := foreign_checkpoint(output, config):
-            raise BadFile(
-                f"{other}: is called like a checkpoint of save_every, which would replace it; move it, or choose another "
-                "output"
-            )
+            raise BadFile(f"{other}: is called like a checkpoint of save_every, {_WOULD_REPLACE}")
+        for addition in METHODS[config.method].beside:
+            if other := _foreign(output, f"-{addition}"):
+                raise BadFile(
+                    f"{other}: is called like the {addition} that the method {config.method} makes, {_WOULD_REPLACE}"
+                )
         yield
 
 
@@ -248,7 +253,12 @@ def _look_at_photos(
     if faces is None:
         return _Pictures(photos)
     if count:
-        photos, held_out = hold_out(photos, count, faces)
+        try:
+            photos, held_out = hold_out(photos, count, faces)
+        except BadPhoto as problem:
+            if not _is_held_out_by_itself(config, len(photos)):
+                raise
+            on_warning(f"{problem}: none is held out, and likeness is not measured")
     watch = LikenessWatch(faces, photos, held_out, config, judge) if held_out else None
     return _Pictures(photos, regions, watch)
 
@@ -274,13 +284,22 @@ def good_photos(report: SetReport, on_warning: Callable[[str], None]) -> list[Ph
 def for_good_photos(config: TrainConfig, report: SetReport, on_warning: Callable[[str], None]) -> TrainConfig:
     """The settings for a training on what `good_photos` leaves: they check nothing again.
 
-    Where rejecting photos has left too few, none is held out either, and `on_warning` hears of it.
+    Where rejecting photos has left too few for what a recipe does by itself, none is held out either, and `on_warning` hears
+    of it.
     """
     config, left = replace(config, check_photos=False), len(report.usable)
-    if not config.hold_out or left >= min(ENOUGH, len(report.photos)):
+    if left >= ENOUGH or not _is_held_out_by_itself(config, len(report.photos)):
         return config
     on_warning(f"only {left} photos are usable: none is held out, and likeness is not measured")
     return replace(config, hold_out=0, stop_early=False, merge_best=0)
+
+
+def _is_held_out_by_itself(config: TrainConfig, photos: int) -> bool:
+    """Whether as many photos are held out as a recipe does from this number on: where that cannot be, it does without.
+
+    Another number was asked for, and so was one from fewer photos.
+    """
+    return config.hold_out == MEASURED["hold_out"] and photos >= ENOUGH
 
 
 def _prepared(
@@ -348,7 +367,7 @@ def state_path(output: Path) -> Path:
 
 def delete_leftovers(output: Path) -> None:
     """Deletes temporary files that a killed run left of this output and of the files beside it, under the output's lock."""
-    names = rf"{re.escape(output.stem)}(\.state|-embedding|-step\d{{6,}})?{re.escape(output.suffix)}"
+    names = rf"{re.escape(output.stem)}(\.state|-embedding|-lora|-step\d{{6,}})?{re.escape(output.suffix)}"
     remove_leftovers(output.parent, names)
     if (samples := _samples_folder(output)).is_dir():
         remove_leftovers(samples, r"step\d{6,}-\d+\.png")
@@ -361,8 +380,13 @@ def checkpoint_path(output: Path, step: int) -> Path:
 
 def foreign_checkpoint(output: Path, config: TrainConfig) -> Path | None:
     """A file that is named like a checkpoint of the run but does not come from a run with this output; None without one."""
-    pattern = re.compile(rf"{re.escape(output.stem)}-step\d{{6,}}{re.escape(output.suffix)}")
-    for path in output.parent.iterdir() if config.save_every else ():
+    return _foreign(output, r"-step\d{6,}") if config.save_every else None
+
+
+def _foreign(output: Path, addition: str) -> Path | None:
+    """A file with the output's name and an addition, a regular expression, that does not come from a run with this output."""
+    pattern = re.compile(rf"{re.escape(output.stem)}{addition}{re.escape(output.suffix)}")
+    for path in output.parent.iterdir():
         if pattern.fullmatch(path.name) and _output_name(path) != output.stem:
             return path
     return None

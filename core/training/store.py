@@ -102,7 +102,9 @@ class RunFolder:
     _history: Curve = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        with suppress(BadFile, TypeError, ValueError):  # there is none yet, or it is damaged: it is only shown
+        with suppress(
+            BadFile, TypeError, ValueError, OverflowError
+        ):  # there is none yet, or it is damaged: it is only shown
             self._history = [(int(step), float(loss)) for step, loss in read_json(self.path / "history.json")]
 
     @property
@@ -311,9 +313,15 @@ def _place(folder: Path, job: TrainingJob, key: str) -> Iterator[tuple[Path, boo
 
 
 def has_key(path: Path, key: str) -> bool:
-    """Whether there is a LoRA at the path that has the key of a job (`TrainingJob.key`) in its metadata."""
+    """Whether there is a LoRA at the path that has the key of a job (`TrainingJob.key`) in its metadata.
+
+    Its tensors must be those that were written, as far as the hash in the metadata says.
+    """
     try:
-        return LoraFile.read(path).metadata.get(KEY) == key
+        lora = LoraFile.read(path)
+        lora.check()
+        # A tool that has written the file anew may have left the hash out.
+        return lora.metadata.get(KEY) == key and lora.metadata.get(MODEL_HASH, lora.model_hash) == lora.model_hash
     except FaceLoraError:
         return False
 
@@ -322,8 +330,9 @@ def _with_tensors(made: str | None, folders: Sequence[Path]) -> LoraFile | None:
     """The first LoRA in the folders whose tensors have that hash, under any name."""
     for path in _files(folders) if made else ():
         with suppress(FaceLoraError):
-            if SafetensorsFile.open(path).metadata.get(MODEL_HASH) == made:
-                return LoraFile.read(path)
+            says_so = SafetensorsFile.open(path).metadata.get(MODEL_HASH) == made
+            if says_so and (lora := LoraFile.read(path)).model_hash == made:
+                return lora
     return None
 
 

@@ -396,6 +396,25 @@ def test_a_checkpoint_replaces_one_of_its_own_run_and_nothing_else(desk, capsys)
     assert checkpoint.read_bytes() == before
 
 
+def test_a_file_beside_the_output_replaces_one_of_its_own_run_and_nothing_else(desk, capsys):
+    beside = desk.output.with_name("face-embedding.safetensors")
+    training = [*desk.arguments(), "--method", "pivotal"]
+    assert main(training) == 0
+    before = beside.read_bytes()
+    assert main([*training, "--seed", "2"]) == 0
+    assert beside.read_bytes() != before
+    word = LoraFile.read(beside)
+    word.with_metadata(word.metadata | {"ss_output_name": "face-embedding"}).save(beside)
+    before = beside.read_bytes()
+    capsys.readouterr()
+    assert main(training) == 1
+    assert (
+        "face-embedding.safetensors: is called like the embedding that the method pivotal makes"
+        in capsys.readouterr().err
+    )
+    assert beside.read_bytes() == before
+
+
 def test_settings_that_begin_with_a_byte_order_mark_are_read(desk):
     toml("\ufeffsteps = 2\nrank = 2\n")(desk)
     desk.options += ["--rank", "3"]

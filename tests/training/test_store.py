@@ -232,6 +232,16 @@ def test_a_damaged_file_does_not_stop_the_search(job, base, loras):
     assert again == first and again.read_bytes() == data
 
 
+def test_a_file_with_a_bit_that_has_flipped_is_neither_taken_nor_copied(job, base, loras):
+    path = trained(job, base, loras).path
+    before, data = {key: value.clone() for key, value in tensors(path).items()}, bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+    again = trained(job, base, loras).path
+    assert again == loras / "anna-2.safetensors" and same(again, before)
+    assert path.read_bytes() == data
+
+
 def test_two_jobs_one_after_the_other_are_two_files(job, base, loras):
     second_job = replace(job, name="berta", config=replace(CONFIG, seed=2))
     first, second = trained(job, base, loras).path, trained(second_job, base, loras).path
@@ -425,7 +435,7 @@ def test_two_runs_at_once_neither_share_a_job_nor_write_to_one_file(job, base, l
     assert files(loras) == ["anna-2.safetensors", "anna.safetensors"]
 
 
-@pytest.mark.parametrize("content", ["[[1, 2", "[1, 2]", "null", "\x80"])
+@pytest.mark.parametrize("content", ["[[1, 2", "[1, 2]", "[[Infinity, 2]]", "null", "\x80"])
 def test_a_history_that_is_damaged_is_begun_anew(tmp_path, content):
     (tmp_path / "history.json").write_bytes(content.encode("latin-1"))
     assert RunFolder(tmp_path).history() == []
