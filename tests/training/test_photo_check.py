@@ -95,11 +95,11 @@ def test_where_a_recipe_finds_no_photo_fit_to_be_held_out_it_does_without(photos
     twins = [replace(read_photos(photos)[0], name=f"{number}.png") for number in range(8)]
     network, base, warnings = load_faces(), load_base(BASE_FILE), []
     config = replace(CONFIG, check_photos=False, hold_out=2, sample_every=1)
-    found = job._look_at_photos(twins, (), network, base, config, warnings.append)
+    found = job._look_at_photos(twins, (), network, None, base, config, warnings.append)
     assert len(found.photos) == 8 and found.watch is None
     assert "hold_out = 2: of 8 photos 0 show a face" in warnings[0] and "likeness is not measured" in warnings[0]
     with pytest.raises(BadPhoto, match="hold_out = 3: of 8 photos 0 show a face"):
-        job._look_at_photos(twins, (), network, base, replace(config, hold_out=3), warnings.append)
+        job._look_at_photos(twins, (), network, None, base, replace(config, hold_out=3), warnings.append)
 
 
 def test_without_the_face_networks_what_needs_none_is_checked(photos, monkeypatch, capsys):
