@@ -46,6 +46,7 @@ class _Worker:
         process = _CONTEXT.Process(target=_work, args=arguments, daemon=True)
         process.start()
         theirs.close()
+        self._answers.recv()  # modules and good files take a while, which is no trial's
         return process
 
     def __call__(self, number: int) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def name_of(seed: str, number: int) -> tuple[str, Random]:
 
 
 def work(folder: Path, seed: str, asks: Connection) -> None:
-    """Answers the numbers that `asks` sends, until nobody is there any more."""
+    """Answers the numbers that `asks` sends, until nobody is there any more; None first, when it can."""
     os.setsid()  # so that what the trials start can be ended with it
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what has a GPU in use cannot be forked
     torch.set_num_threads(1)
@@ -45,6 +45,7 @@ def work(folder: Path, seed: str, asks: Connection) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     resource.setrlimit(resource.RLIMIT_DATA, (_CEILING, _CEILING))
     desk = Desk(folder)
+    asks.send(None)
     with suppress(EOFError):
         while True:
             asks.send(_tried(desk, seed, asks.recv()))
