@@ -266,6 +266,11 @@ class Selection:
         point = self.watch.choose([self.points[index] for index in self._values])
         return point, next(values for index, values in self._values.items() if self.points[index] is point)
 
+    def others(self, kept: LikenessPoint) -> list[tuple[LikenessPoint, dict[str, Tensor]]]:
+        """The candidates of a single step but for the one that is kept, each with its adapter's values."""
+        candidates = ((self.points[index], values) for index, values in self._values.items())
+        return [(point, values) for point, values in candidates if point is not kept and not point.merged]
+
     def metadata(self, kept: LikenessPoint) -> dict[str, str]:
         """The curve for the file's metadata, as plain numbers, which do not reveal what the person looks like."""
         described = {

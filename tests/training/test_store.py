@@ -15,6 +15,7 @@ from torch import Tensor
 
 from core.cli import main
 from core.config import TrainConfig
+from core.demo import BASE_FILE
 from core.errors import BadConfig, BadFile, InUse
 from core.lora.file import LoraFile
 from core.models.base import Base, load_base
@@ -25,7 +26,7 @@ from core.training import store
 from core.training.callbacks import Callbacks, StepReport, StopAndKeep
 from core.training.likeness import LIKENESS_KEY
 from core.training.methods import peak_rate
-from core.training.store import RunFolder, TrainedFile, TrainingJob, find_or_train
+from core.training.store import RunFolder, TrainedFile, TrainingJob, drawn_sample, find_or_train
 from tests.tooling import held_elsewhere, write_photos
 
 CONFIG = TrainConfig(steps=2, rank=2, learning_rate=0.01, resolution=32, batch_size=1, check_photos=False)
@@ -606,3 +607,30 @@ def test_the_likeness_that_was_measured_is_read_from_the_file(job, base, loras):
     measured = made.path.with_name("measured.safetensors")
     lora.with_metadata({**lora.metadata, LIKENESS_KEY: json.dumps({"points": points})}).save(measured)
     assert replace(made, path=measured).likenesses() == [(2, 0.25), (4, 0.5)]
+
+
+def test_another_measured_checkpoint_can_be_taken(photos, loras):
+    config = replace(CONFIG, sample_every=1, hold_out=1, likeness_pictures=1, sample_steps=1, sample_guidance=1.0)
+    job, base = TrainingJob("anna", config, photos), load_base(BASE_FILE)
+    made = trained(job, base, loras)
+    ((step, file),) = [item for item in made.checkpoints().items() if item[1] != made.path]
+    assert sorted(made.checkpoints()) == [1, 2]
+    assert made.take_checkpoint(3 - step) == made.path
+
+    (loras / f"anna-step00000{step}.safetensors").symlink_to(made.path)  # of something else
+    taken = made.take_checkpoint(step)
+    assert taken == loras / f"anna-step00000{step}-2.safetensors"
+    lora = LoraFile.read(taken)
+    curve = json.loads(lora.metadata[LIKENESS_KEY])
+    assert int(lora.metadata["ss_steps"]) == step == curve["points"][curve["kept"]]["step"]
+    assert same(taken, file) and not same(taken, made.path)
+    assert made.take_checkpoint(step) == taken and len(files(loras)) == 3
+    with pytest.raises(BadConfig, match=r"checkpoint = 7: .* anna .*\(but: 1, 2\)"):
+        made.take_checkpoint(7)
+
+    for path, at in ((taken, step), (made.path, 3 - step)):
+        sample = drawn_sample(LoraFile.read(path))
+        assert sample is not None and sample.tobytes() == made.run.samples()[at][0].tobytes()
+    shutil.rmtree(made.run.path)
+    assert drawn_sample(lora) is None
+    assert list(found(job, base, loras).checkpoints()) == [3 - step]
