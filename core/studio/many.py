@@ -31,7 +31,8 @@ from .person import Order, Outcome, check, make
 
 RECORD, REPORT, PAGE = "studio.json", "report.json", "report.html"
 """A person's record in the person's folder; the report on all of them in the studio's output, as JSON and as a page."""
-_CACHE = ".cache"
+_CACHE = ".facelora-cache"
+"""What is kept of an unfinished person; `.cache` would be any user's, and with it the user's folder a person's."""
 
 
 @dataclass(frozen=True)
@@ -178,21 +179,29 @@ def forget(name: str, output: Path) -> int:
     """The number of files deleted: all that the studio keeps of a person, and the person's line in the report.
 
     Photos elsewhere, such as those that the LoRA was trained on, are not the studio's and stay. Raises BadConfig when there
-    is no such person in the output, and BadFile when something cannot be deleted.
+    is no such person in the output, and BadFile when something cannot be deleted, or the report is damaged: then nothing is.
     """
     folders = {path.parent.name: path.parent for path in output.glob(f"*/{RECORD}")}
     folders |= {path.parent.name: path.parent for path in output.glob(f"*/{_CACHE}")}
     if name not in folders:
         raise BadConfig(f"{output}: has nothing of {name!r}; it has {', '.join(sorted(folders)) or 'nobody'}")
+    left = _reported(output / REPORT)
     count = sum(path.is_file() for path in folders[name].rglob("*"))
     try:
         shutil.rmtree(folders[name])
     except OSError as error:
         raise BadFile(f"{error.filename}: cannot be deleted: {error.strerror or error}") from None
-    if (output / REPORT).exists():
-        left = [one for one in read_json(output / REPORT)["people"] if one["name"] != name]
-        write_report(output, [Result(**one) for one in left])
+    if left:
+        write_report(output, [one for one in left if one.name != name])
     return count
+
+
+def _reported(report: Path) -> list[Result]:
+    """The results in a report; none where there is no report. Raises BadFile when it is damaged."""
+    try:
+        return [Result(**one) for one in read_json(report)["people"]] if report.exists() else []
+    except (TypeError, KeyError):
+        raise BadFile(f"{report}: is damaged; delete it, and the next run of the studio writes it anew") from None
 
 
 def write_report(output: Path, results: Sequence[Result]) -> None:

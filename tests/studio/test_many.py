@@ -10,7 +10,7 @@ import pytest
 
 from core.cli import main
 from core.demo import BASE_FILE
-from core.errors import BadConfig
+from core.errors import BadConfig, BadFile
 from core.models.base import Base, load_base
 from core.pictures import find_style_packs
 from core.storage.cache_folder import cache_folder
@@ -74,7 +74,7 @@ def test_each_is_made_once_and_what_fails_fails_alone(tmp_path, base, terms, peo
     assert sorted(path.name for path in output.iterdir()) == ["anna", "ben", "report.html", "report.json"]
     assert (output / (first["anna"].lora or "")).is_file() and len(first["anna"].pictures) == 1
     # What is kept while one is made lies with the person, and goes with the end of it.
-    assert files(cache_folder()) == kept_before and not (output / "anna" / ".cache").exists()
+    assert files(cache_folder()) == kept_before and not (output / "anna" / ".facelora-cache").exists()
     report = json.loads((output / "report.json").read_text())
     assert (report["made"], report["failed"]) == (2, 3) and report["people"][0]["status"] == "failed"
 
@@ -112,7 +112,7 @@ def test_all_that_is_kept_of_a_person_is_deleted_and_nothing_of_others(tmp_path,
 
     with pytest.raises(KeyboardInterrupt):
         list(run(people[:1], base, output, terms, callbacks=Callbacks(on_step=stop)))
-    assert any(name.endswith(".state.safetensors") for name in files(output / "anna" / ".cache"))
+    assert any(name.endswith(".state.safetensors") for name in files(output / "anna" / ".facelora-cache"))
     mine = [replace(people[1], name="mine")]
     assert "holds files of others" in next(run(mine, base, output, terms)).reason
     assert [result.status for result in run(people, base, output, terms)] == ["made", "made"]
@@ -124,6 +124,26 @@ def test_all_that_is_kept_of_a_person_is_deleted_and_nothing_of_others(tmp_path,
         with pytest.raises(BadConfig, match="has nothing of"):
             forget(name, output)
     assert (output / "mine" / "letter.txt").read_text() == "dear"
+
+
+def test_a_users_own_folder_is_nobodys_in_the_studio_though_it_has_a_cache(tmp_path, base, terms, people):
+    home = tmp_path / "home"
+    (home / "anna" / ".cache").mkdir(parents=True)
+    (home / "anna" / "letter.txt").write_text("dear")
+    assert "holds files of others" in next(run(people[:1], base, home, terms)).reason
+    with pytest.raises(BadConfig, match="has nothing of 'anna'"):
+        forget("anna", home)
+    assert (home / "anna" / "letter.txt").exists() and (home / "anna" / ".cache").exists()
+
+
+@pytest.mark.parametrize("report", ["[]", '{"people": [1]}', '{"people": [{"who": 1}]}', "{"])
+def test_where_the_report_is_damaged_nobody_is_forgotten_by_half(tmp_path, report):
+    (tmp_path / "anna").mkdir()
+    (tmp_path / "anna" / "studio.json").touch()
+    (tmp_path / "report.json").write_text(report)
+    with pytest.raises(BadFile, match=r"report\.json: "):
+        forget("anna", tmp_path)
+    assert (tmp_path / "anna" / "studio.json").exists()
 
 
 def test_the_command_makes_everybody_in_a_folder(tmp_path, terms, capsys):
