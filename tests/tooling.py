@@ -291,6 +291,14 @@ SMALL_FLOWS = {
         {"base_dim": 8, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [False]},
         context=32, masked=True, unused=r"transformer_blocks\.1\.(attn\.(add_q_proj|to_add_out)|txt_mlp\..+)",
     ),
+    "krea2": SmallFlow(
+        {"in_channels": 64, "num_layers": 2, "attention_head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "intermediate_size": 96, "timestep_embed_dim": 32, "text_hidden_dim": 32, "num_text_layers": 3,
+         "text_num_attention_heads": 2, "text_num_key_value_heads": 2, "text_intermediate_size": 48,
+         "axes_dims_rope": (8, 12, 12)},
+        {"base_dim": 8, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [False]},
+        context=3 * 32, masked=True,
+    ),
 }  # fmt: skip
 
 

@@ -132,8 +132,8 @@ MODELS = (
     Model("Lumina 2", "lumina2", "Lumina2Transformer2DModel"),
     Model("Z-Image", "zimage", "ZImageTransformer2DModel"),
     Model("Qwen-Image", "qwen-image", "QwenImageTransformer2DModel"),
+    Model("Krea 2", "krea2", "Krea2Transformer2DModel"),
     # What follows is not trained here; its files must not be taken for one of the above.
-    Model("Krea 2", None, "Krea2Transformer2DModel", comfyui="krea2.model:SingleStreamDiT", claims=("krea2", "krea-2")),
     Model("Qwen-Image 2.1", None, "QwenImage21Transformer2DModel", claims=("qwen_image_2.1", "qwen-image-2.1")),
     Model("FLUX.3", None, "Flux3Transformer2DModel", claims=("flux3", "flux-3", "flux3-klein")),
     Model("ERNIE-Image", None, "ErnieImageTransformer2DModel", {

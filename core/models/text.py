@@ -33,6 +33,7 @@ KINDS = {
     "qwen3_4b": "Qwen3-4B",
     "qwen3_8b": "Qwen3-8B",
     "qwen25_7b": "Qwen2.5-VL-7B",
+    "qwen3vl_4b": "Qwen3-VL-4B",
 }
 """The kinds of text encoders, as ComfyUI calls them, with the names that people know."""
 _HEAD_WIDTH_T5, _HEAD_WIDTH_QWEN = 64, 128
@@ -65,6 +66,9 @@ def _kind_of(tensors: Mapping[str, Tensor]) -> str:
         return "clip_l" if shape_of(tensors, "transformer.resblocks.0.ln_1.weight")[0] == 768 else "clip_g"
     qwen = {_qwen_name(name): name for name in tensors}
     if "layers.0.self_attn.q_norm.weight" in qwen:
+        # Of its language model alone nothing tells it from Qwen3: only the half that sees pictures does.
+        if any("visual.deepstack_merger_list." in name for name in tensors):
+            return "qwen3vl_4b"
         is_large = "norm.weight" in qwen and shape_of(tensors, qwen["norm.weight"])[0] == 4096
         return "qwen3_8b" if is_large else "qwen3_4b"
     if "layers.0.self_attn.q_proj.bias" in qwen:
@@ -148,8 +152,8 @@ def check_encoders(
 
 def context_width(denoiser: Mapping[str, Any]) -> int:
     """The width of the text states that a denoiser takes, by its diffusers config."""
-    names = ("cross_attention_dim", "joint_attention_dim", "cap_feat_dim")
-    return next(denoiser[name] for name in names if name in denoiser)
+    names = ("cross_attention_dim", "joint_attention_dim", "cap_feat_dim", "text_hidden_dim")
+    return next(denoiser[name] for name in names if name in denoiser) * denoiser.get("num_text_layers", 1)
 
 
 def pooled_width(denoiser: Mapping[str, Any]) -> int | None:
@@ -239,11 +243,12 @@ def build(kind: str, config: dict[str, Any]) -> nn.Module:
 def _build_qwen(kind: str, config: dict[str, Any]) -> nn.Module:
     from transformers import Qwen2Model, Qwen3Model
 
-    # For text alone, Qwen2.5-VL equals Qwen2, since its three kinds of positions are then the same.
+    # For text alone, the models that see pictures equal those that do not, since their three kinds of positions are the same.
     network: Any = Qwen3Model if kind.startswith("qwen3") else Qwen2Model
     given = config.get("text_config", config)
-    # rope_theta and epsilon are the same in all models, but transformers 4 and 5 write them to different places.
-    settings = {name: given[name] for name in _QWEN_SIZES} | {"rope_theta": 1e6, "rms_norm_eps": 1e-6}
+    # rope_theta and epsilon are the same in all models of a kind, but transformers 4 and 5 write them to different places.
+    theta = 5e6 if kind.startswith("qwen3vl") else 1e6
+    settings = {name: given[name] for name in _QWEN_SIZES} | {"rope_theta": theta, "rms_norm_eps": 1e-6}
     encoder = network(network.config_class(**settings, head_dim=_HEAD_WIDTH_QWEN))
     with torch.device("cpu"):
         # No file has the rotary frequencies, so they must not stay on the meta device.
@@ -293,19 +298,27 @@ def encode_t5(encoder: nn.Module, captions: Sequence[str], length: int) -> Tenso
 
 
 def encode_qwen(
-    encoder: nn.Module, kind: str, texts: Sequence[str], limit: int, *, layers: Sequence[int] = (), filled: bool = False
+    encoder: nn.Module,
+    kind: str,
+    texts: Sequence[str],
+    limit: int,
+    *,
+    layers: Sequence[int] = (),
+    filled: bool = False,
+    ending: str = "",
 ) -> Conditioning:
     """The states of a Qwen model as `context` (B, L, D), and `context_mask` (B, L) with 1 for text and 0 for padding.
 
     The states are the normed ones of the last layer, or those after each of `layers` (1 is the first, -2 the last but one)
     side by side. Texts are cut to `limit` tokens, and with `filled` also padded to it by masked tokens with states of their
-    own; otherwise shorter texts of a batch are filled up with zeros.
+    own; otherwise shorter texts of a batch are filled up with zeros. `ending` follows each text after it was cut.
     """
     tokenizer = load_tokenizer(encoder.tokenizer_folder, kind)  # pyright: ignore
     device = next(encoder.parameters()).device
     parts = []
+    last = tokenizer(ending, add_special_tokens=False).input_ids
     for text in texts:
-        row = tokenizer(text, add_special_tokens=False).input_ids[:limit]
+        row = tokenizer(text, add_special_tokens=False).input_ids[:limit] + last
         padding = limit - len(row) if filled else 0
         tokens = torch.tensor([row + [_PAD_QWEN] * padding], device=device)
         mask = torch.tensor([[1] * len(row) + [0] * padding], device=device)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from .flux import CHROMA, FLUX1, FLUX2
 from .keys import EMBEDDING_KEYS, NamedTensor, bundled_embedding, parse_key
+from .krea import KREA2
 from .lumina import LUMINA2, ZIMAGE
 from .models import Identity, identify, is_published
 from .others import other_model
@@ -18,7 +19,7 @@ from .stable_diffusion import SD2, SD15, SDXL, families_of_embedding
 from .table import SCHEMES, Fusion, ModuleId, NameTable, Place, Sign, text_encoder_path
 
 NAME_TABLES: dict[str, NameTable] = {
-    family.name: family for family in (SD15, SD2, SDXL, SD3, FLUX1, CHROMA, FLUX2, LUMINA2, ZIMAGE, QWEN_IMAGE)
+    family.name: family for family in (SD15, SD2, SDXL, SD3, FLUX1, CHROMA, FLUX2, LUMINA2, ZIMAGE, QWEN_IMAGE, KREA2)
 }
 """The tables of all families by name. When a file fits several families equally, the first one counts."""
 

@@ -19,7 +19,8 @@ diffusers' transformers:
     single_transformer_blocks add_q_proj add_k_proj add_v_proj to_add_out ff_context norm_q norm_k norm_added_q
     norm_added_k norm1_context norm_out proj_mlp x_embedder context_embedder pos_embed time_text_embed
     timestep_embedder guidance_embedder text_embedder time_guidance_embed to_qkv_mlp_proj linear_in linear_out linear_3
-    time_caption_embed caption_embedder all_final_layer all_x_embedder txt_norm
+    time_caption_embed caption_embedder all_final_layer all_x_embedder txt_norm text_fusion layerwise_blocks
+    refiner_blocks to_gate time_mod_proj
 original transformers:
     double_blocks single_blocks img_attn txt_attn img_mlp txt_mlp img_mod txt_mod img_in txt_in time_in vector_in
     guidance_in in_layer out_layer final_layer adaLN_modulation query_norm key_norm double_stream_modulation_img

@@ -72,6 +72,7 @@ MODELS = {
     "lumina2": ("Lumina2Transformer2DModel", {"num_layers": 2, "cap_feat_dim": 2304}, "Lumina2Pipeline"),
     "zimage": ("ZImageTransformer2DModel", {"n_layers": 2}, "ZImagePipeline"),
     "qwen-image": ("QwenImageTransformer2DModel", {"num_layers": 2}, "QwenImagePipeline"),
+    "krea2": ("Krea2Transformer2DModel", {"num_layers": 2}, "Krea2Pipeline"),
 }
 # What the models that lora_reader.py calls small have otherwise.
 SMALL: dict[str, dict[str, Any]] = {
@@ -102,6 +103,15 @@ SMALL: dict[str, dict[str, Any]] = {
     "lumina2": {"hidden_size": 288, "num_attention_heads": 3, "num_kv_heads": 1, "cap_feat_dim": 64},
     "zimage": {"dim": 1152, "n_heads": 9, "n_kv_heads": 9, "cap_feat_dim": 64, "n_refiner_layers": 1},
     "qwen-image": {"num_attention_heads": 2, "joint_attention_dim": 64},
+    "krea2": {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 768,
+        "text_hidden_dim": 64,
+        "text_num_attention_heads": 2,
+        "text_num_key_value_heads": 2,
+        "text_intermediate_size": 256,
+    },
 }
 CLIP_L, CLIP_H, CLIP_G = (12, 768), (23, 1024), (32, 1280)
 TEXT_ENCODERS: dict[str, dict[str, tuple[int, int] | str]] = {

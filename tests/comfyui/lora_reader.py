@@ -86,6 +86,7 @@ MODELS = {
          "z_image_modulation": True, "time_scale": 1000.0, "pad_tokens_multiple": 32},
     ),
     "qwen-image": (supported.QwenImage, {"image_model": "qwen_image", "in_channels": 64, "num_layers": 2}),
+    "krea2": (supported.Krea2, {"image_model": "krea2", "layers": 2}),
 }  # fmt: skip
 MODELS |= {f"small-{name}": (cls, config) for name, (cls, config, *_) in model_writer.MODELS.items()}
 # Attention takes 64 channels at least, but SD1.5's.

@@ -21,8 +21,10 @@ import comfy.ldm.models.autoencoder as autoencoder  # noqa: E402
 import comfy.ldm.wan.vae  # noqa: E402
 import comfy.supported_models as supported  # noqa: E402
 import comfy.text_encoders.flux as flux_text  # noqa: E402
+import comfy.text_encoders.krea2  # noqa: E402
 import comfy.text_encoders.llama  # noqa: E402
 import comfy.text_encoders.pixart_t5  # noqa: E402
+import comfy.text_encoders.qwen3vl  # noqa: E402
 import comfy.text_encoders.qwen_image  # noqa: E402
 import comfy.text_encoders.sd3_clip as sd3_text  # noqa: E402
 import comfy.text_encoders.z_image  # noqa: E402
@@ -52,6 +54,8 @@ Z_IMAGE = {"image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 
            "time_scale": 1000.0, "pad_tokens_multiple": 32}  # fmt: skip
 QWEN_IMAGE = {"image_model": "qwen_image", "in_channels": 64, "num_layers": 2, "num_attention_heads": 2,
               "joint_attention_dim": 64}  # fmt: skip
+KREA2 = {"image_model": "krea2", "features": 256, "heads": 2, "kvheads": 1, "layers": 2, "channels": 16, "patch": 2,
+         "txtlayers": 12, "txtdim": 64, "txtheads": 2, "txtkvheads": 2}  # fmt: skip
 # Family, and after a dot what kind of it: ComfyUI's class and what its model_detection reads off a checkpoint, narrower;
 # channels of the latents; widths of text.
 MODELS = {
@@ -66,6 +70,7 @@ MODELS = {
     "flux2.dev": (supported.Flux2, {**FLUX2, "guidance_embed": True}, 128, {"context": 96}),
     "zimage": (supported.ZImage, Z_IMAGE, 16, {"context": 64}),
     "qwen-image": (supported.QwenImage, QWEN_IMAGE, 16, {"context": 64}),
+    "krea2": (supported.Krea2, KREA2, 16, {"context": 12 * 64}),
 }  # fmt: skip
 # The same at the published models' widths, with one or two blocks of each kind: for wide_models.py.
 WIDE_FLUX = {"hidden_size": 3072, "num_heads": 24, "depth": 1, "depth_single_blocks": 1}
@@ -95,6 +100,11 @@ MODELS |= {
     "qwen-image.wide": (
         supported.QwenImage, {**QWEN_IMAGE, "num_attention_heads": 24, "joint_attention_dim": 3584}, 16, {"context": 3584},
     ),
+    "krea2.wide": (
+        supported.Krea2,
+        {**KREA2, "features": 6144, "heads": 48, "kvheads": 12, "layers": 1, "txtdim": 2560, "txtheads": 20, "txtkvheads": 20},
+        16, {"context": 12 * 2560},
+    ),
 }  # fmt: skip
 CASES = ((5, (8, 12)), (32, (8, 12)), (40, (8, 12)), (16, (20, 6)))
 """Tokens of text, and height and width of the latents."""
@@ -122,6 +132,10 @@ TEXTS = {
     "qwen-image": (
         comfy.text_encoders.qwen_image.QwenImageTokenizer, comfy.text_encoders.qwen_image.QwenImageTEModel,
         {"qwen25_7b": SMALL_TEXT},
+    ),
+    "krea2": (
+        comfy.text_encoders.krea2.Krea2Tokenizer, comfy.text_encoders.krea2.Krea2TEModel,
+        {"qwen3vl_4b": {**SMALL_TEXT, "num_hidden_layers": 36}},
     ),
 }  # fmt: skip
 CAPTIONS = ("", "a photo of sks person", "sks person (35), café at night, 東京, smiling: {close-up}")
@@ -209,6 +223,7 @@ def text_tensors(name: str) -> dict[str, torch.Tensor]:
     tokenizer = tokenizer_class()
     # Hundreds of millions of weights that are for pictures.
     comfy.text_encoders.llama.qwen_vl.Qwen2VLVisionTransformer = lambda **_: torch.nn.Identity()
+    comfy.text_encoders.qwen3vl.Qwen3VLVisionModel = lambda *_, **__: torch.nn.Identity()
     options = {f"{part}_model_config": dict(config) for part, config in sizes.items()}
     encoder = cls(dtype=torch.float32, model_options=options)
     tensors = {}

@@ -20,8 +20,10 @@ import comfy.sdxl_clip
 import comfy.supported_models
 import comfy.supported_models_base
 import comfy.text_encoders.flux
+import comfy.text_encoders.krea2
 import comfy.text_encoders.llama
 import comfy.text_encoders.pixart_t5
+import comfy.text_encoders.qwen3vl
 import comfy.text_encoders.qwen_image
 import comfy.text_encoders.sd3_clip
 import comfy.text_encoders.z_image
@@ -77,6 +79,7 @@ SMALL_ZIMAGE = {
 }  # fmt: skip
 SMALL = {
     "qwen_image": {"num_attention_heads": 2, "joint_attention_dim": 64},
+    "krea2": {"txtheads": 2, "txtkvheads": 2},
     "chroma": {
         "out_dim": 128,
         "hidden_dim": 64,
@@ -201,6 +204,7 @@ SIZES = {
     "chroma": {"t5xxl": {"d_model": 64, "d_ff": 64, "d_kv": 64, "num_heads": 1, "num_layers": 1}},
     "lumina2": {"qwen3_4b": QWEN3},
     "qwen_image": {"qwen25_7b": {**QWEN3, "num_hidden_layers": 2}},
+    "krea2": {"qwen3vl_4b": QWEN3},
     "sd3": {
         "clip_l": {"hidden_size": 16, "intermediate_size": 64, "num_attention_heads": 1, "num_hidden_layers": 3},
         "clip_g": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 1, "num_hidden_layers": 3},
@@ -212,10 +216,12 @@ TARGETS = {
     "chroma": (comfy.text_encoders.pixart_t5.pixart_te(torch.float32), comfy.text_encoders.pixart_t5.PixArtTokenizer),
     "lumina2": (comfy.text_encoders.z_image.te(torch.float32), comfy.text_encoders.z_image.ZImageTokenizer),
     "qwen_image": (comfy.text_encoders.qwen_image.te(torch.float32), comfy.text_encoders.qwen_image.QwenImageTokenizer),
+    "krea2": (comfy.text_encoders.krea2.te(torch.float32), comfy.text_encoders.krea2.Krea2Tokenizer),
     "sd3": (comfy.text_encoders.sd3_clip.sd3_clip(t5=False), comfy.text_encoders.sd3_clip.SD3Tokenizer),
 }
 # Hundreds of millions of weights that are for pictures.
 comfy.text_encoders.llama.qwen_vl.Qwen2VLVisionTransformer = lambda **_: torch.nn.Identity()
+comfy.text_encoders.qwen3vl.Qwen3VLVisionModel = lambda *_, **__: torch.nn.Identity()
 
 
 def small_clip(kind: str):

@@ -29,7 +29,7 @@ MODELS = [name for name, family in FAMILIES.items() if family.flow_shift] + [
     "flux2.dev",
 ]
 """Families, and other kinds of them."""
-TEXTS = ["chroma", "zimage", "qwen-image"]
+TEXTS = ["chroma", "zimage", "qwen-image", "krea2"]
 """Families whose texts keep their length, so that a mask says what is padding."""
 QWEN_TOKENIZER, T5_TOKENIZER = (COMFYUI / "comfy" / "text_encoders" / f"{name}_tokenizer" for name in ("qwen25", "t5"))
 pytestmark = pytest.mark.comfyui
@@ -113,10 +113,12 @@ def encode_captions(file: SafetensorsFile, base: Base) -> tuple[Conditioning, li
 @pytest.mark.parametrize("family", TEXTS)
 def test_captions_have_the_states_that_comfyuis_text_encoder_gives(files, family):
     file = SafetensorsFile.open(files[family])
-    kind = {"chroma": "t5xxl", "zimage": "qwen3_4b", "qwen-image": "qwen25_7b"}[family]
+    kind = {"chroma": "t5xxl", "zimage": "qwen3_4b", "qwen-image": "qwen25_7b", "krea2": "qwen3vl_4b"}[family]
     encoder = part_of(file, f"text.weights.text_encoders.{kind}.transformer")
     if family != "chroma":
         encoder |= {"lm_head.weight": torch.zeros(1), "visual.proj.weight": torch.zeros(1)}
+    if family == "krea2":  # the half that sees pictures tells Qwen3-VL from Qwen3
+        encoder["visual.deepstack_merger_list.0.norm.weight"] = torch.zeros(1)
     tokenizer = T5_TOKENIZER if family == "chroma" else QWEN_TOKENIZER
     together, cases = encode_captions(file, denoiser_base(file, text_encoders=[encoder], tokenizer=tokenizer))
     padding = int(family == "chroma")  # the authors' one token, which ComfyUI leaves out

@@ -35,5 +35,5 @@ def row(family: str) -> str:
 
 
 # Chroma's modulations depend on how many blocks there are, so that it is compared at its real depth, but narrow.
-for family in sys.argv[1:] or ("sd3", "flux1", "flux2", "zimage", "qwen-image"):
+for family in sys.argv[1:] or ("sd3", "flux1", "flux2", "zimage", "qwen-image", "krea2"):
     print(row(family), flush=True)

@@ -270,6 +270,7 @@ SHAPES = {
     "lumina2": [("layers.0.attn.to_k", (4, 12)), ("layers.0.attn.to_q", (12, 12)), ("layers.0.norm1.linear", (48, 12))],
     "zimage": [("layers.0.attention.to_k", (12, 12)), ("all_final_layer.2-1.linear", (4, 12))],
     "qwen-image": [("transformer_blocks.0.img_mlp.net.0.proj", (48, 12)), ("transformer_blocks.0.attn.to_q", (12, 12))],
+    "krea2": [("transformer_blocks.0.attn.to_gate", (12, 12)), ("text_fusion.refiner_blocks.1.ff.down", (12, 36))],
 }
 
 
@@ -645,6 +646,7 @@ ORIGINAL_WEIGHTS = {
     "lumina2": {"layers.0.attention.qkv": (3840, 2304), "cap_embedder.1": (8, 2304)},
     "zimage": {"layers.0.feed_forward.w1": (8, 3840), "layers.0.attention.out": (8, 3840)},
     "qwen-image": {"transformer_blocks.0.attn.add_q_proj": (8, 3072), "transformer_blocks.0.img_mod.1": (8, 3072)},
+    "krea2": {"blocks.0.attn.wk": (1536, 6144), "txtfusion.projector": (1, 12), "blocks.0.mlp.gate": (8, 6144)},
 }
 
 

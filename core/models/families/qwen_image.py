@@ -23,12 +23,12 @@ from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, LatentS
 TEXT = {"text_encoder": "qwen25_7b"}
 TEXT_TOKENS = 1024
 """The most tokens of a caption, as in the authors' pipeline."""
-_TEMPLATE = (
+TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
     "spatial relationships of the objects and background:<|im_end|>\n"
     "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
-_TEMPLATE_TOKENS = 34
+TEMPLATE_TOKENS = 34
 """The number of tokens in the template before the caption, whose states are dropped."""
 ROTARY_AXES = (16, 56, 56)
 """The widths of an attention head that are rotated by a position's number, row and column."""
@@ -126,6 +126,9 @@ def build_denoiser(config: dict[str, Any]) -> nn.Module:
     return denoiser
 
 
+build_vae = partial(transformer.build, "AutoencoderKLQwenImage", (0, 35))
+
+
 def latent_shape(components: Mapping[str, Component]) -> LatentShape:
     pixels = 2 ** len(components["vae"].config["temperal_downsample"]) if "vae" in components else 8
     channels = components["denoiser"].config["in_channels"] // 4
@@ -155,10 +158,10 @@ def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
 def encode_text(
     encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
 ) -> Conditioning:
-    texts = [_TEMPLATE.format(caption) for caption in captions]
-    limit = _TEMPLATE_TOKENS + TEXT_TOKENS
+    texts = [TEMPLATE.format(caption) for caption in captions]
+    limit = TEMPLATE_TOKENS + TEXT_TOKENS
     conditioning = text.encode_qwen(encoders["text_encoder"], TEXT["text_encoder"], texts, limit)
-    return {name: value[:, _TEMPLATE_TOKENS:] for name, value in conditioning.items()}
+    return {name: value[:, TEMPLATE_TOKENS:] for name, value in conditioning.items()}
 
 
 def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -199,7 +202,7 @@ QWEN_IMAGE = FamilySpec(
         DENOISER_PREFIX + "time_text_embed.addition_t_embedding.weight": "Qwen-Image-Layered",
     },
     split=split,
-    build=text.builder(build_denoiser, TEXT, vae=partial(transformer.build, "AutoencoderKLQwenImage", (0, 35))),
+    build=text.builder(build_denoiser, TEXT, vae=build_vae),
     latent_shape=latent_shape,
     encode_text=encode_text,
     predict=predict,

@@ -1,0 +1,181 @@
+"""Krea 2 (Krea AI, 2026): a rectified flow with one stream of text and image; 1024 px.
+
+The text encoder is Qwen3-VL-4B, twelve of whose layers a small transformer of the denoiser joins. The VAE is Qwen-Image's.
+Krea 2 Turbo, which is distilled to eight steps without guidance, has the same tensors, so only its name, or a diffusers folder
+that says `is_distilled`, tells it from Krea 2 Raw: train on Raw, and draw with Turbo.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...storage.lazy import LazyTensors, Stored
+from ...tensor_names.krea import KREA2 as NAMES
+from .. import text, transformer
+from ..ldm import count_children
+from ..objective import linear_shift
+from ..recipe import Recipe
+from ..spec import Component, Conditioning, FamilySpec, holds_numbers
+from . import qwen_image
+
+TEXT = {"text_encoder": "qwen3vl_4b"}
+TEXT_LAYERS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)
+"""The layers of the text encoder whose states the denoiser takes."""
+_ENDING_TOKENS = 5
+"""The number of tokens in the template after the caption, which count among its tokens."""
+TEXT_TOKENS = 512
+"""The most tokens of a caption and of the template after it, as in diffusers' pipeline."""
+
+_RENAMES = (
+    (r"blocks\.(\d+)\.mod\.lin", r"transformer_blocks.\1.scale_shift_table"),
+    (r"last\.modulation\.lin", "final_layer.scale_shift_table"),
+    (r"last\.norm\.scale", "final_layer.norm.weight"),
+    (r"txtmlp\.0\.scale", "txt_in.norm.weight"),
+    *(
+        (rf"{block}blocks\.(\d+)\.{norm}\.scale", rf"{new_block}blocks.\1.{new_norm}.weight")
+        for block, new_block in (
+            ("", "transformer_"),
+            (r"txtfusion\.layerwise_", "text_fusion.layerwise_"),
+            (r"txtfusion\.refiner_", "text_fusion.refiner_"),
+        )
+        for norm, new_norm in (
+            ("prenorm", "norm1"),
+            ("postnorm", "norm2"),
+            (r"attn\.qknorm\.qnorm", "attn.norm_q"),
+            (r"attn\.qknorm\.knorm", "attn.norm_k"),
+        )
+    ),
+)
+_ATTENTION = r"transformer_blocks\.\d+\.attn\.to_([qkv]|gate|out\.0)"
+# The layers that read the text, and those of the time, are not adapted, as in the other families.
+_TRANSFORMER = rf"{_ATTENTION}|transformer_blocks\.\d+\.ff\.(gate|up|down)"
+
+
+def recognise(denoiser: Mapping[str, Tensor]) -> bool:
+    return "txtfusion.projector.weight" in denoiser and "blocks.0.attn.wq.weight" in denoiser
+
+
+def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
+    names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
+    width, channels = shape("first.weight")
+    (head,) = shape("blocks.0.attn.qknorm.qnorm.scale")
+    fusion = "txtfusion.layerwise_blocks.0"
+    (text_head,) = shape(f"{fusion}.attn.qknorm.qnorm.scale")
+    text_width = shape(f"{fusion}.attn.wq.weight")[1]
+    config = {
+        "in_channels": channels,
+        "num_layers": count_children(names, "blocks"),
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "num_key_value_heads": shape("blocks.0.attn.wk.weight")[0] // head,
+        "intermediate_size": shape("blocks.0.mlp.gate.weight")[0],
+        "timestep_embed_dim": shape("tmlp.0.weight")[1],
+        "text_hidden_dim": text_width,
+        "num_text_layers": shape("txtfusion.projector.weight")[1],
+        "text_num_attention_heads": text_width // text_head,
+        "text_num_key_value_heads": shape(f"{fusion}.attn.wk.weight")[0] // text_head,
+        "text_intermediate_size": shape(f"{fusion}.mlp.gate.weight")[0],
+        "num_layerwise_text_blocks": count_children(names, "txtfusion.layerwise_blocks"),
+        "num_refiner_text_blocks": count_children(names, "txtfusion.refiner_blocks"),
+        "axes_dims_rope": rotary_axes(head),
+    }
+    plain = transformer.transformer_component(tensors, config, NAMES, _RENAMES)
+    readers = {name: Stored(plain.tensors, name) for name in plain.tensors}
+    # The original has the six modulations of a block in one row.
+    tables = {
+        name: partial(_in_rows, plain.tensors, name)
+        for name in readers
+        if name.startswith("transformer_blocks.") and name.endswith(".scale_shift_table")
+    }
+    denoiser = Component(config, LazyTensors(readers | tables))
+    return {"denoiser": denoiser} | text.other_parts(tensors, qwen_image.vae_component, TEXT)
+
+
+def _in_rows(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    return tensors[name].reshape(6, -1)
+
+
+def rotary_axes(head: int) -> tuple[int, int, int]:
+    """The widths of an attention head that are rotated by a position's number, row and column, as in ComfyUI."""
+    return (head - 12 * (head // 16), 6 * (head // 16), 6 * (head // 16))
+
+
+def build_denoiser(config: dict[str, Any]) -> nn.Module:
+    denoiser = transformer.build("Krea2Transformer2DModel", (0, 42), config)
+    for module in denoiser.modules():
+        if type(module).__name__ == "Krea2RMSNorm":
+            # The weight is what a scale differs from 1 by: rounding their sum to 16 bits would lose most of it.
+            module.register_load_state_dict_post_hook(_in_float32)
+    return denoiser
+
+
+def _in_float32(module: nn.Module, _: object) -> None:
+    module.float()
+
+
+def encode_text(
+    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
+) -> Conditioning:
+    before, after = qwen_image.TEMPLATE.split("{}")
+    conditioning = text.encode_qwen(
+        encoders["text_encoder"],
+        TEXT["text_encoder"],
+        [before + caption for caption in captions],
+        qwen_image.TEMPLATE_TOKENS + TEXT_TOKENS - _ENDING_TOKENS,
+        layers=TEXT_LAYERS,
+        ending=after,
+    )
+    return {name: value[:, qwen_image.TEMPLATE_TOKENS :] for name, value in conditioning.items()}
+
+
+def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    height, width = noisy_latents.shape[2:]
+    device, mask = noisy_latents.device, conditioning["context_mask"].bool()
+    context = conditioning["context"].to(noisy_latents.dtype)
+    layers: int = denoiser.config.num_text_layers  # pyright: ignore
+    positions = transformer.grid_positions(height // 2, width // 2, device)
+    patches = denoiser(
+        transformer.cut_patches(noisy_latents),
+        encoder_hidden_states=context.unflatten(2, (layers, -1)),
+        timestep=timesteps / 1000,
+        position_ids=F.pad(positions, (0, 0, context.shape[1], 0)),  # all of the text is at 0
+        encoder_attention_mask=mask.to(device) if holds_numbers(mask) and not mask.all() else None,
+        return_dict=False,
+    )[0]
+    return transformer.join_patches(patches, height, width)
+
+
+KREA2 = FamilySpec(
+    names=NAMES,
+    title="Krea 2",
+    resolution=1024,
+    size_multiple=16,
+    wording="sentences",
+    # diffusers' default, as are the steps; it writes 4.5, which is what is added to a guidance of 1.
+    guidance=5.5,
+    steps=28,
+    recipes={
+        # Starting points: those of Qwen-Image here, since no comparison for this model is known.
+        "fast": Recipe(600, 1e-4, 16, settings={"resolution": 512}),
+        "balanced": Recipe(1200, 1e-4, 16, settings={"resolution": 768}),
+        "best": Recipe(2400, 1e-4, 32),
+    },
+    pipeline_class="Krea2Pipeline",
+    text_encoders=TEXT,
+    context_from={"text_encoder": len(TEXT_LAYERS)},
+    denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),
+    in_channels=64,
+    recognise=recognise,
+    split=split,
+    build=text.builder(build_denoiser, TEXT, vae=qwen_image.build_vae),
+    latent_shape=qwen_image.latent_shape,
+    encode_text=encode_text,
+    predict=predict,
+    flow_shift=linear_shift(256, 0.5, 6400, 1.15),  # from the authors' scheduler
+    encode_image=qwen_image.encode_image,
+    decode_latents=qwen_image.decode_latents,
+    lora_scheme="comfy",
+)

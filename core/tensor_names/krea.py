@@ -1,0 +1,52 @@
+"""Names of Krea 2, which has blocks of one stream after a small transformer that joins the layers of the text's states."""
+
+from .table import TRANSFORMER_IN_COMFYUI, Fusion, LoadedNames, NameTable, Sign, by_rules
+
+_BLOCKS = {
+    "blocks.{}": "transformer_blocks.{}",
+    "txtfusion.layerwise_blocks.{}": "text_fusion.layerwise_blocks.{}",
+    "txtfusion.refiner_blocks.{}": "text_fusion.refiner_blocks.{}",
+}
+_LAYERS = {
+    "attn.wq": "attn.to_q", "attn.wk": "attn.to_k", "attn.wv": "attn.to_v", "attn.wo": "attn.to_out.0",
+    "attn.gate": "attn.to_gate", "mlp.gate": "ff.gate", "mlp.up": "ff.up", "mlp.down": "ff.down",
+}  # fmt: skip
+_of_original, _of_diffusers = by_rules(
+    *(
+        Fusion(f"{block}.{layer}", (f"{new_block}.{new_layer}",))
+        for block, new_block in _BLOCKS.items()
+        for layer, new_layer in _LAYERS.items()
+    ),
+    Fusion("first", ("img_in",)),
+    Fusion("tmlp.0", ("time_embed.linear_1",)),
+    Fusion("tmlp.2", ("time_embed.linear_2",)),
+    Fusion("tproj.1", ("time_mod_proj",)),
+    Fusion("txtfusion.projector", ("text_fusion.projector",)),
+    Fusion("txtmlp.1", ("txt_in.linear_1",)),
+    Fusion("txtmlp.3", ("txt_in.linear_2",)),
+    Fusion("last.linear", ("final_layer.linear",)),
+)
+_WIDTH = frozenset({6144})
+# FLUX.2 dev is as wide in diffusers, where its attention has the same names, but for the gate and fewer heads of k and v.
+_WIDE = (
+    r"^(blocks\.\d+\.(attn\.(w[qo]|gate)|mlp\.(gate|up))"
+    r"|transformer_blocks\.\d+\.(attn\.to_(q|gate|out\.0)|ff\.(gate|up)))$"
+)
+
+KREA2 = NameTable(
+    name="krea2",
+    base_versions=("krea2",),
+    architecture="krea-2",
+    signs=(
+        Sign(r"^blocks\.\d+\.attn\.(w[qkvo]|gate)$|^transformer_blocks\.\d+\.(attn\.to_gate|ff\.(gate|up|down))$"),
+        Sign(r"^(txtfusion|text_fusion)\."),
+        Sign(_WIDE, _WIDTH),
+        Sign(r"^(blocks\.\d+\.attn\.w|transformer_blocks\.\d+\.attn\.to_)[kv]$", _WIDTH, ratio=1 / 4),
+    ),
+    of_original=_of_original,
+    of_diffusers=_of_diffusers,
+    loaded=LoadedNames(
+        TRANSFORMER_IN_COMFYUI | {("comfy", "diffusers"), ("bare", "diffusers")},
+        diffusers=frozenset({"diffusers", "comfy"}),
+    ),
+)
