@@ -18,9 +18,11 @@ from core.errors import BadConfig
 from core.models import text
 from core.models.base import load_base
 from core.models.families import FAMILIES
+from core.models.memory_plan import PLANS
 from core.training.callbacks import Callbacks
 from core.training.job import check_base_options
 from core.training.loop import train_lora
+from core.training.memory_prediction import predicted_memory
 from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, small_flow_base
 
 CPU = torch.device("cpu")
@@ -86,6 +88,15 @@ def test_the_norms_weights_stay_in_float32():
     kinds = {name.endswith(("norm1.weight", "norm_q.weight")): p.dtype for name, p in denoiser.named_parameters()
              if name.endswith(("norm1.weight", "norm_q.weight", "to_q.weight"))}  # fmt: skip
     assert kinds == {True: torch.float32, False: torch.bfloat16}
+
+
+def test_the_memory_of_each_plan_is_predicted_and_falls():
+    base = small_flow_base("krea2")
+    cache = encoded_cache(base, [encoded_image(base, "0.png", "a photo of sks person", 0, shape=(16, 32, 32))])
+    config = TrainConfig(rank=2, precision="bf16")
+    plans = (PLANS[0], PLANS[2], PLANS[-1])
+    needs = [predicted_memory(cache, base, config, torch.bfloat16, plan) for plan in plans]
+    assert needs == sorted(needs, reverse=True) and needs[0] > needs[1]
 
 
 class Words:

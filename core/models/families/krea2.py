@@ -112,8 +112,9 @@ def build_denoiser(config: dict[str, Any]) -> nn.Module:
     return denoiser
 
 
-def _in_float32(module: nn.Module, _: object) -> None:
-    module.float()
+def _in_float32(module: Any, _: object) -> None:
+    # A new parameter, since the fake tensors by which memory is predicted cannot take the place of their values.
+    module.weight = nn.Parameter(module.weight.detach().float(), requires_grad=False)
 
 
 def encode_text(
