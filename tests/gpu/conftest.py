@@ -1,0 +1,14 @@
+"""A process in which torch finds a fake CUDA device."""
+
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def fake_process() -> Iterator[ProcessPoolExecutor]:
+    """A process of its own, since tests/gpu/fake_cuda.py must be imported before torch. It runs functions of `trials.py`."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        yield process
