@@ -83,7 +83,7 @@ def predictions(model: Model) -> list[int]:
     if model.masked:
         text["context_mask"] = torch.ones(1, model.tokens)
     cache = LatentCache((image,), {caption: text}, chunks=1, digest="")
-    return [predicted_memory(cache, base, config, torch.bfloat16, plan) for plan in PLANS]
+    return [predicted_memory(cache, base, config, torch.device("cpu"), torch.bfloat16, plan) for plan in PLANS]
 
 
 if __name__ == "__main__":

@@ -207,7 +207,7 @@ def bench(
         "steps": rounds * block,
         "parameters": sum(tensor.numel() for tensor in base.components["denoiser"].tensors.values()),
         "matmul_flops_per_second": rate,
-        "predicted_bytes": predicted_memory(cache, base, config, dtype, MemoryPlan()),
+        "predicted_bytes": predicted_memory(cache, base, config, device, dtype, MemoryPlan()),
     }
     for name in loops:
         report[name] = _figures(name, taken, counts[name], config.batch_size, rate) | {

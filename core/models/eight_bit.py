@@ -31,9 +31,10 @@ def widened(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
 class EightBitLayer(nn.Module):
     """The base class of layers with an int8 weight `narrow` and its `scale` in the place of a frozen layer's weight."""
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d):
+    def __init__(self, layer: nn.Linear | nn.Conv2d, device: torch.device):
         super().__init__()
-        narrow, scale = narrowed(layer.weight)
+        # Rounded on the device, which is much faster, and back to where the weight was: all of them may not fit there.
+        narrow, scale = (part.to(layer.weight.device) for part in narrowed(layer.weight.to(device)))
         self.narrow = nn.Parameter(narrow, requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
         self.bias = layer.bias
@@ -50,8 +51,8 @@ class EightBitLinear(EightBitLayer):
 
 
 class EightBitConv2d(EightBitLayer):
-    def __init__(self, layer: nn.Conv2d):
-        super().__init__(layer)
+    def __init__(self, layer: nn.Conv2d, device: torch.device):
+        super().__init__(layer, device)
         self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
         self.groups = layer.groups
 
@@ -96,11 +97,12 @@ class _Conv2d(torch.autograd.Function):
         return conv2d_input(ctx.shape, weight, gradients[0], *ctx.places), None, None, None, None
 
 
-def narrow_weights(network: nn.Module) -> None:
-    """Replaces the large frozen Linear and Conv2d layers of a network by layers with 8-bit weights."""
+def narrow_weights(network: nn.Module, device: torch.device) -> None:
+    """Replaces the large frozen Linear and Conv2d layers of a network by layers with 8-bit weights, computed on `device`."""
     for path, layer in list(network.named_modules()):
         if not isinstance(layer, nn.Linear | nn.Conv2d) or layer.weight.requires_grad:
             continue
         if layer.weight.numel() < SMALLEST or getattr(layer, "padding_mode", "zeros") != "zeros":
             continue
-        network.set_submodule(path, EightBitLinear(layer) if isinstance(layer, nn.Linear) else EightBitConv2d(layer))
+        narrow = EightBitLinear if isinstance(layer, nn.Linear) else EightBitConv2d
+        network.set_submodule(path, narrow(layer, device))  # pyright: ignore[reportArgumentType]

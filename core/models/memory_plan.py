@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,9 +14,16 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from .eight_bit import narrow_weights
+from .spec import holds_numbers
 
 RESERVE = 0.9
 """The share of the free memory that a plan may fill. The allocator cannot use all of it, and kernels need workspace."""
+
+LARGEST_SLAB, SMALLEST_SLAB = 2**30, 2**22
+"""The bytes of the largest and the smallest slab of page-locked memory, powers of two."""
+
+CUDA_GRAIN = 512
+"""The bytes of which CUDA's allocator takes a multiple for each tensor."""
 
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0, "prodigy": 16}
 """The bytes of state that each optimizer keeps for a trained number. Adafactor keeps only a row and a column of each matrix."""
@@ -75,7 +83,7 @@ def plans_for(gradient_checkpointing: Literal["auto", "on", "off"], frozen: bool
 def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
     """The blocks of a diffusers network that can be recomputed: the innermost ones in its lists of modules.
 
-    Down- and upsamplers are in such lists too, but diffusers never recomputes them.
+    Down- and upsamplers are in such lists too, but diffusers never recomputes them, nor the first layer of a UNet's middle.
     """
     blocks = {
         block: None
@@ -83,9 +91,14 @@ def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
         if hasattr(owner, "gradient_checkpointing")
         for name, children in owner.named_children()
         if isinstance(children, nn.ModuleList) and not name.endswith("samplers")
-        for block in children
+        for block in (children[1:] if name == "resnets" and _is_middle(owner) else children)
     }
     return [block for block in blocks if not any(inner in blocks for inner in block.modules() if inner is not block)]
+
+
+def _is_middle(owner: Any) -> bool:
+    """Whether a module of a UNet is its middle, which alone has a residual layer more than attentions."""
+    return 0 < len(getattr(owner, "attentions", ())) < len(owner.resnets)
 
 
 class MemorySaver:
@@ -108,7 +121,7 @@ class MemorySaver:
                 module.gradient_checkpointing = count > 0  # pyright: ignore
                 module._gradient_checkpointing_func = self._run  # pyright: ignore
         if plan.weights == "8 bits":
-            narrow_weights(self._denoiser)
+            narrow_weights(self._denoiser, self._device)
         self._offload.take({"nothing": [], "half": self._blocks[::2], "everything": self._blocks}[plan.offload])
         for tensor in self.resident():
             if tensor.device != self._device:
@@ -132,13 +145,20 @@ class BlockOffload:
 
     While a block runs, the weights of the next one are copied, in the order of the last pass. The blocks must also be
     recomputed, since the backward pass would otherwise keep their weights on the device.
+
+    The host would start the copies of many blocks before the device has come to them, so it waits until the device is done
+    with the last block but one: at most three blocks are there. It also holds on to the weights until then, since memory that
+    one stream has given back may be filled by the next copy while another stream still reads it.
     """
 
     def __init__(self, device: torch.device):
         self._device = device
         self._stream: torch.cuda.Stream | None = None
+        self._store = PinnedStore(device)
         self._home: dict[nn.Module, dict[tuple[nn.Module, str], nn.Parameter]] = {}
         self._coming: tuple[nn.Module, list[Tensor]] | None = None
+        self._present: list[Tensor] = []
+        self._leaving: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
         self._visited: tuple[nn.Module | None, nn.Module | None] = (None, None)
         self._following: dict[tuple[nn.Module | None, nn.Module | None], nn.Module] = {}
 
@@ -148,18 +168,17 @@ class BlockOffload:
             self._stream = torch.cuda.Stream(self._device)
         self._following.clear()
         self._coming, self._visited = None, (None, None)
-        for block in blocks:
-            if block in self._home:
-                continue
+        self._let_go(keep=0)
+        new = [block for block in blocks if block not in self._home]
+        for block in new:
             self._home[block] = {
                 (module, name): parameter
                 for module in block.modules()
                 for name, parameter in module._parameters.items()
                 if parameter is not None and not parameter.requires_grad
             }
-            for parameter in self._home[block].values():
-                stored = parameter.data.cpu()
-                parameter.data = stored.pin_memory() if self._device.type == "cuda" else stored
+        self._store.take([parameter for block in new for parameter in self._home[block].values()])
+        for block in new:
             block.register_forward_pre_hook(self._bring)
             block.register_forward_hook(self._take_away, always_call=True)
 
@@ -171,13 +190,24 @@ class BlockOffload:
         with torch.cuda.stream(self._stream) if self._stream else torch.no_grad():
             return [p.detach().to(self._device, non_blocking=True, copy=True) for p in self._home[block].values()]
 
-    def _bring(self, block: nn.Module, _: object) -> None:
-        tensors = self._coming[1] if self._coming and self._coming[0] is block else self._start(block)
+    def _let_go(self, keep: int) -> None:
+        """Waits until the device is done with all but the last `keep` of the blocks that have run, and frees these."""
         if self._stream:
-            current = torch.cuda.current_stream(self._device)
-            current.wait_stream(self._stream)
-            for tensor in tensors:
-                tensor.record_stream(current)
+            # All work on the last block has been asked for when the next one begins, its backward pass included.
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self._device))
+            self._leaving.append((event, self._present))
+        self._present = []
+        while len(self._leaving) > keep:
+            self._leaving[0][0].synchronize()
+            self._leaving.popleft()  # only now nothing refers to them any more
+
+    def _bring(self, block: nn.Module, _: object) -> None:
+        self._let_go(keep=1)
+        tensors = self._coming[1] if self._coming and self._coming[0] is block else self._start(block)
+        self._present = tensors
+        if self._stream:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
         for (module, name), tensor in zip(self._home[block], tensors, strict=True):
             module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
         # The next block depends on the block before, since the backward pass goes through the blocks in reverse.
@@ -191,21 +221,67 @@ class BlockOffload:
             module._parameters[name] = parameter
 
 
+class PinnedStore:
+    """Page-locked memory of the computer for weights, from which a GPU copies while it works.
+
+    torch rounds each page-locked piece up to a power of two, for FLUX.1's tensors from 11 to 17 GiB. Many tensors therefore
+    lie in one slab, whose size is a power of two. Where the system gives no more of it, the rest stays in usual memory.
+    """
+
+    def __init__(self, device: torch.device):
+        self._pins = device.type == "cuda"
+        self._slab = torch.empty(0, dtype=torch.uint8)
+        """What is left of the slab that is being filled."""
+
+    def take(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Brings the values of parameters into this memory."""
+        left = sum(_aligned(parameter.nbytes) for parameter in parameters)
+        for parameter in parameters:
+            place = self._place(_aligned(parameter.nbytes), left) if self._pins and holds_numbers(parameter) else None
+            left -= _aligned(parameter.nbytes)
+            if place is None:
+                parameter.data = parameter.data.cpu()
+            else:
+                values = place[: parameter.nbytes].view(parameter.dtype).view(parameter.shape)
+                parameter.data = values.copy_(parameter.data)
+
+    def _place(self, size: int, left: int) -> Tensor | None:
+        """Bytes for a tensor, where `left` bytes are still to come with it; None where there is no more such memory."""
+        if self._slab.nbytes < size:
+            slab = max(min(LARGEST_SLAB, 1 << left.bit_length() - 1), SMALLEST_SLAB, 1 << (size - 1).bit_length())
+            try:
+                self._slab = torch.empty(slab, dtype=torch.uint8, pin_memory=True)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError):  # of several classes, by system and driver
+                self._pins = False
+                return None
+        place, self._slab = self._slab[:size], self._slab[size:]
+        return place
+
+
+def _aligned(size: int) -> int:
+    """The bytes that a tensor of `size` bytes takes in a slab, in which any dtype may follow."""
+    return -(-size // 64) * 64
+
+
 # --- finding out what it needs ---
 
 
 class MemoryCount(TorchDispatchMode):
-    """A context that counts the bytes of all tensors made in it while they are alive; `peak` is the most at a time."""
+    """A context that counts the bytes of all tensors made in it on a device while they are alive.
 
-    def __init__(self):
+    `peak` is the most at a time. CUDA's allocator rounds each tensor up.
+    """
+
+    def __init__(self, device: torch.device):
         super().__init__()
         self.live = self.peak = 0
+        self._device = device.type
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and tensor.device.type == self._device:
                 self._count(tensor.untyped_storage())
         return result
 
@@ -214,7 +290,7 @@ class MemoryCount(TorchDispatchMode):
         self._seen.add(tensor.untyped_storage()._cdata)
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        place, size = storage._cdata, storage.nbytes()
+        place, size = storage._cdata, _allocated(storage.nbytes(), self._device)
         if place in self._seen:
             return
         self._seen.add(place)
@@ -228,6 +304,12 @@ class MemoryCount(TorchDispatchMode):
         weakref.finalize(storage, gone)
 
 
+def _allocated(size: int, device: str) -> int:
+    """The bytes that the allocator of a type of device takes for a tensor of `size` bytes."""
+    return -(-size // CUDA_GRAIN) * CUDA_GRAIN if device == "cuda" else size
+
+
 def unique_bytes(tensors: Iterable[Tensor]) -> int:
-    """The bytes of the tensors, where memory that several share counts once."""
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+    """The bytes that the tensors take where they are, where memory that several share counts once."""
+    storages = {t.untyped_storage()._cdata: (t.untyped_storage().nbytes(), t.device.type) for t in tensors}
+    return sum(_allocated(*storage) for storage in storages.values())

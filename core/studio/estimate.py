@@ -65,7 +65,7 @@ def estimate(
     cache = encode(dataset, base, config, device=device)
     plan = choose_plan(cache, base, config, device, dtype, NO_CALLBACKS.on_warning)
     with FlopCounterMode(display=False) as count:
-        memory = predicted_memory(cache, base, config, dtype, plan)
+        memory = predicted_memory(cache, base, config, device, dtype, plan)
     step = count.get_total_flops()
     # Of frozen weights a step is a prediction and its gradient, which take the same.
     prediction = step / 2 / (config.batch_size * config.accumulation)

@@ -14,11 +14,15 @@ from .methods import METHODS, trains_text
 from .step import Run, memory_plans
 
 
-def predicted_memory(cache: LatentCache, base: Base, config: TrainConfig, dtype: torch.dtype, plan: MemoryPlan) -> int:
-    """The most bytes that a run will use at a time, counted in a step on torch's fake tensors, which hold no data."""
+def predicted_memory(
+    cache: LatentCache, base: Base, config: TrainConfig, device: torch.device, dtype: torch.dtype, plan: MemoryPlan
+) -> int:
+    """The most bytes that a run will use at a time on the device, where its kernels' workspace is not counted.
+
+    They are counted in a step on torch's fake tensors, which hold no data and follow the rules of the device.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    cpu = torch.device("cpu")
     trained_text = trains_text(config)
     if METHODS[config.method].has_pefts_layers:
         config = replace(config, method="lora")
@@ -29,7 +33,7 @@ def predicted_memory(cache: LatentCache, base: Base, config: TrainConfig, dtype:
         for part in ("denoiser", *(base.family.text_encoders if trained_text else ())):
             with torch.device("meta"):
                 state = base.family.build(part, components[part].config).state_dict()
-            tensors = {name: torch.empty(tensor.shape, dtype=dtype, device=cpu) for name, tensor in state.items()}
+            tensors = {name: torch.empty(tensor.shape, dtype=dtype) for name, tensor in state.items()}
             components[part] = replace(components[part], tensors=tensors)
         image = replace(
             largest,
@@ -44,13 +48,13 @@ def predicted_memory(cache: LatentCache, base: Base, config: TrainConfig, dtype:
             for caption, conditioning in cache.text.items()
         }
         small = replace(cache, images=(image,) * config.batch_size, text=text)
-        run = Run(small, replace(base, components=components), config, cpu, plan=plan)
+        run = Run(small, replace(base, components=components), config, device, plan=plan)
         there = [*run.memory.resident(), *(run.average or {}).values()]
         for encoder in run.encoders.values():
             there += [*encoder.parameters(), *encoder.buffers()]
         if plan.offload != "nothing":
             run.accumulate()  # only a second step prefetches blocks, in the order of the first
-        with MemoryCount() as count:
+        with MemoryCount(device) as count:
             for tensor in [*there, *run.denoiser.parameters()]:
                 count.leave_out(tensor)
             run.accumulate()
@@ -80,7 +84,7 @@ def choose_plan(
     needs: list[int] = []
     while not needs or (needs[-1] > room and len(needs) < len(plans)):
         try:
-            needs.append(predicted_memory(cache, base, config, dtype, plans[len(needs)]))
+            needs.append(predicted_memory(cache, base, config, device, dtype, plans[len(needs)]))
         except Exception as error:  # e.g. a network whose step depends on the numbers in its tensors
             reason = str(error).partition("\n")[0]
             on_warning(f"memory: cannot be predicted ({reason}); {plans[0]} until it runs out")

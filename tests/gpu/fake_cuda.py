@@ -89,7 +89,15 @@ def _loaded_library() -> ctypes.CDLL:
         LIBRARIES.mkdir(exist_ok=True)
         source, built = (library.with_suffix(f".{os.getpid()}{ending}") for ending in (".cpp", ".so"))
         source.write_text(DEVICE_GUARD)
-        options = ["-O0", "-std=c++20", "-fPIC", "-shared", f"-I{home}/include", f"-L{home}/lib", f"-Wl,-rpath,{home}/lib"]
+        options = [
+            "-O0",
+            "-std=c++20",
+            "-fPIC",
+            "-shared",
+            f"-I{home}/include",
+            f"-L{home}/lib",
+            f"-Wl,-rpath,{home}/lib",
+        ]
         subprocess.run(["g++", *options, source, "-o", built, "-lc10", "-ltorch_cpu"], check=True)
         built.replace(library)  # whole or not at all: another process may be at it too
         source.unlink()
@@ -104,7 +112,7 @@ import torch.utils._foreach_utils as foreach_utils  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 
 aten: Any = torch.ops.aten
 Tensor_data: Any = Tensor.data
@@ -137,6 +145,8 @@ class Copy:
     size: int
     place: str
     """The file and the function of the project that asked for it."""
+    pinned: bool
+    """Whether the host's memory is page-locked, so that the device copies by itself and the host need not wait."""
 
 
 @dataclass
@@ -195,12 +205,19 @@ class Card(TorchDispatchMode):
         self.total, self.capability = int(size * GIB), capability
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.live = self.peak = self.pinned = 0
+        self.most_pinned: float = float("inf")
+        """The bytes of page-locked memory that the system has."""
         self.compute = self.current = Stream()
+        self.early = 0
+        """How many tensors were given back to the stream that they were made in, before another one was done with them."""
         self.fails_at: int | None = None
         """The number of an allocation, counted by `allocations`, that fails; None: none fails unless the card is full."""
         self.form: OutOfMemoryForm = "allocator"
         self._storages: set[int] = set()
+        self._pinned: set[int] = set()
         self._recorded: dict[int, Stream] = {}
+        self._used: dict[int, tuple[Stream, int]] = {}
+        """The last use in the compute stream of each storage that was made in another one."""
         self._held: deque[Held] = deque()
         self.watch()
 
@@ -225,9 +242,9 @@ class Card(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
-        if any(tensor.fake_mode is not self.fake for tensor in fakes):  # of a prediction of memory
+        fakes = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)]
+        other = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+        if other is not None or any(tensor.fake_mode is not self.fake for tensor in fakes):  # of a prediction of memory
             return func(*args, **kwargs)
         device = kwargs.get("device")
         place = device.type if device is not None else None
@@ -264,6 +281,9 @@ class Card(TorchDispatchMode):
             self.launches += 1
             self.current.asked += 1
         self._settle()
+        for leaf in tree_leaves((args, kwargs)) if self._used else ():
+            if isinstance(leaf, FakeTensor) and (place := leaf.untyped_storage()._cdata) in self._used:
+                self._used[place] = self.current, self.current.asked
         with self.fake:
             result = func(*args, **kwargs)
         for leaf in tree_leaves(result):
@@ -296,15 +316,21 @@ class Card(TorchDispatchMode):
             if "/core/" in frame.f_code.co_filename and "site-packages" not in frame.f_code.co_filename:
                 place = f"{frame.f_code.co_filename.rpartition('/core/')[2]}:{frame.f_code.co_name}"
                 break
-        self.copies.append(Copy(direction, tensor.numel() * tensor.dtype.itemsize, place))
+        pinned = tensor.untyped_storage()._cdata in self._pinned
+        self.copies.append(Copy(direction, tensor.numel() * tensor.dtype.itemsize, place, pinned))
 
     def _pin(self, tensor: Tensor) -> None:
         """Counts page-locked memory as torch takes it: a power of two."""
         size = 1 << max(0, tensor.untyped_storage().nbytes() - 1).bit_length()
+        if self.pinned + size > self.most_pinned:
+            raise RuntimeError("CUDA error: out of memory")
         self.pinned += size
-        weakref.finalize(tensor.untyped_storage(), self._unpin, size)
+        place = tensor.untyped_storage()._cdata
+        self._pinned.add(place)
+        weakref.finalize(tensor.untyped_storage(), self._unpin, place, size)
 
-    def _unpin(self, size: int) -> None:
+    def _unpin(self, place: int, size: int) -> None:
+        self._pinned.discard(place)
         self.pinned -= size
 
     # --- memory ---
@@ -320,12 +346,16 @@ class Card(TorchDispatchMode):
             kind, message = MESSAGES[self.form]
             raise kind(message.format(size=size))
         self._storages.add(place)
+        if self.current is not self.compute:
+            self._used[place] = self.current, 0
         self.live += size
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._gone, place, size)
 
     def _gone(self, place: int, size: int) -> None:
         self._storages.discard(place)
+        stream, used = self._used.pop(place, (self.compute, 0))
+        self.early += stream.done < used and place not in self._recorded
         if stream := self._recorded.pop(place, None):
             self._held.append(Held(size, stream, stream.asked))
         else:
@@ -435,9 +465,7 @@ def fake_cuda(size: float = 80, capability: tuple[int, int] = (9, 0)) -> Iterato
         patch.object(FakeTensor, "data", property(Tensor_data.__get__, _set_data), create=True),  # pyright: ignore
         patch.object(nn.Module, "_apply", _apply),
         patch.object(FakeTensorMode, "may_turn_const", lambda *_: False),
-        patch.object(
-            foreach_utils, "_foreach_supported_types", [*foreach_utils._foreach_supported_types, FakeTensor]
-        ),
+        patch.object(foreach_utils, "_foreach_supported_types", [*foreach_utils._foreach_supported_types, FakeTensor]),
     ]
     with ExitStack() as stack:
         for change in changes:

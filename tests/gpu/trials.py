@@ -57,6 +57,12 @@ class Step:
     launches: int
     peak: int
     predicted: int
+    early: int
+    """Tensors that were freed while a stream may still have read them."""
+    pinned: int
+    """Bytes of page-locked memory."""
+    home: int
+    """Bytes of the weights that stay in the computer's memory."""
 
 
 def cached(base: Base, case: Case):
@@ -77,7 +83,7 @@ def step(case: Case) -> Step:
         base, config = case.base(), case.config()
         cache = cached(base, case)
         dtype = device_and_dtype(config, DEVICE)[1]
-        predicted = predicted_memory(cache, base, config, dtype, case.plan)
+        predicted = predicted_memory(cache, base, config, DEVICE, dtype, case.plan)
         before = card.live
         run = Run(cache, base, config, DEVICE, plan=case.plan)
         run.train_step()
@@ -85,4 +91,5 @@ def step(case: Case) -> Step:
         run.train_step()
         dtypes, copies, launches = frozenset(card.product_dtypes()), tuple(card.copies), card.launches
         run.check_finite()
-        return Step(dtypes, copies, launches, card.peak - before, predicted)
+        home = sum(parameter.nbytes for parameter in run.memory._offload.parameters())
+        return Step(dtypes, copies, launches, card.peak - before, predicted, card.early, card.pinned, home)

@@ -101,7 +101,7 @@ def needs(base: Base, cache, config: TrainConfig, what: str, plans: Iterable[Mem
     return [
         (
             f"{what}, {plan}",
-            predicted_memory(cache, base, config, torch.float32, plan),
+            predicted_memory(cache, base, config, CPU, torch.float32, plan),
             measured_memory(base, cache, config, plan),
         )
         for plan in plans
@@ -146,7 +146,7 @@ def test_the_prediction_is_within_5_percent_of_what_a_run_takes(needs_of, family
 
 def test_what_lives_at_a_time_is_counted_and_what_is_gone_is_not():
     there = torch.zeros(1000)
-    with MemoryCount() as count:
+    with MemoryCount(CPU) as count:
         count.leave_out(there)
         made = there + 1  # 4,000 bytes
         made = there + 2  # while it is made, the first is still there
@@ -159,12 +159,14 @@ def test_what_lives_at_a_time_is_counted_and_what_is_gone_is_not():
 @pytest.mark.slow
 def test_each_plan_needs_less_than_the_one_before(base, cache):
     large = replace(cache.images[0], mean=torch.zeros(4, 64, 64), deviation=torch.zeros(4, 64, 64))
-    needs = [predicted_memory(replace(cache, images=(large,)), base, CONFIG, torch.float32, plan) for plan in PLANS]
+    needs = [
+        predicted_memory(replace(cache, images=(large,)), base, CONFIG, CPU, torch.float32, plan) for plan in PLANS
+    ]
     assert needs == sorted(needs, reverse=True) and len(set(needs)) == len(PLANS)
 
 
 def test_a_small_limit_chooses_a_smaller_plan_which_trains_the_same(base, cache, monkeypatch):
-    needs = [predicted_memory(cache, base, CONFIG, torch.float32, plan) for plan in PLANS[:3]]
+    needs = [predicted_memory(cache, base, CONFIG, CPU, torch.float32, plan) for plan in PLANS[:3]]
     assert needs[0] > needs[1] > needs[2]
     # Predicted once is enough.
     monkeypatch.setattr(
@@ -270,7 +272,7 @@ def test_nothing_is_left_of_a_weight_that_is_in_8_bits(base, cache, method, monk
 
 def test_trained_text_encoders_are_in_the_prediction(base, cache):
     without, trained = (
-        predicted_memory(cache, base, replace(CONFIG, text_encoder_lr=rate), torch.float32, PLANS[0])
+        predicted_memory(cache, base, replace(CONFIG, text_encoder_lr=rate), CPU, torch.float32, PLANS[0])
         for rate in (0.0, 1e-5)
     )
     encoders = sum(tensor.nbytes for tensor in base.components["text_encoder"].tensors.values())
@@ -492,7 +494,7 @@ def test_transformers_whose_weights_come_block_by_block_train_the_same(family):
 @pytest.mark.parametrize("family", mostly_slow(SMALL_FLOWS, "flux1"))
 def test_transformers_are_planned_like_unets(family):
     base, cache = small_flow(family)
-    needs = [predicted_memory(cache, base, CONFIG, torch.float32, plan) for plan in (MemoryPlan(), OFFLOADED)]
+    needs = [predicted_memory(cache, base, CONFIG, CPU, torch.float32, plan) for plan in (MemoryPlan(), OFFLOADED)]
     assert needs[1] < needs[0]
 
 
@@ -524,7 +526,7 @@ def test_a_layer_in_8_bits_computes_with_its_rounded_weight(kind):
         False
     )
     network = nn.Sequential(frozen)
-    narrow_weights(network)
+    narrow_weights(network, CPU)
     assert isinstance(network[0], EightBitLinear if kind == "linear" else EightBitConv2d)
     rounded = widened(*narrowed(frozen.weight), torch.float32)
     x = torch.randn((5, 300) if kind == "linear" else (2, 64, 9, 9), requires_grad=True)
@@ -548,5 +550,5 @@ def test_8_bits_with_a_scale_for_each_output_lose_less_than_fp8():
 
 def test_small_and_trained_layers_stay_as_they_are():
     network = nn.Sequential(nn.Linear(8, 8).requires_grad_(False), nn.Linear(300, 300))
-    narrow_weights(network)
+    narrow_weights(network, CPU)
     assert all(type(layer) is nn.Linear for layer in network)

@@ -248,7 +248,7 @@ def test_a_run_that_becomes_nan_stops_with_the_photo_and_the_learning_rate(bases
 def test_the_memory_of_a_step_is_predicted_and_more_vectors_or_a_larger_rank_take_more(bases, caches, method):
     base, plan = bases["sd15"], plans_for("off")[0]
     small, large = (
-        predicted_memory(caches["sd15"], base, replace(config_of(method), **size), torch.float32, plan)
+        predicted_memory(caches["sd15"], base, replace(config_of(method), **size), CPU, torch.float32, plan)
         for size in ({"rank": 2, "embedding_vectors": 1}, {"rank": 16, "embedding_vectors": 64})
     )
     weights = sum(tensor.nbytes for tensor in base.components["denoiser"].tensors.values())
