@@ -200,6 +200,11 @@ class TrainConfig:
         "compile the denoiser's blocks: steps take less of a GPU's time, the first of each photo shape minutes",
         group="machine",
     )
+    deterministic: bool = option(
+        False,
+        "compute the same numbers each time on a GPU too, so that a resumed run equals an uninterrupted one; slower",
+        group="machine",
+    )
     memory_limit: float | None = option(
         None,
         "GiB that the training may take; default: what is free on a GPU, and no limit on a CPU",

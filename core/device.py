@@ -1,6 +1,7 @@
 """The device and the precision of a computation, and the handling of a lack of memory."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -8,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from .config import TrainConfig
-from .errors import OutOfMemory
+from .errors import BadConfig, OutOfMemory
 
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 """The dtype of each precision, by its name in the settings."""
@@ -31,11 +32,13 @@ def precision_name(dtype: torch.dtype) -> str:
     return next(name for name, known in PRECISIONS.items() if known == dtype)
 
 
-def device_and_dtype(config: TrainConfig, device: torch.device | None = None) -> tuple[torch.device, torch.dtype]:
+def device_and_dtype(
+    config: TrainConfig, device: torch.device | None = None, overflows_in_fp16: bool = False
+) -> tuple[torch.device, torch.dtype]:
     """The device and the dtype to compute with.
 
     Without `device` it is CUDA, else Apple's MPS, else the CPU. The precision "auto" is bf16 on GPUs of compute capability
-    8.0 and above, fp16 on older ones, and fp32 on every other device.
+    8.0 and above, fp16 on older ones unless the model `overflows_in_fp16`, and fp32 everywhere else.
     """
     if device is None:
         device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -45,9 +48,44 @@ def device_and_dtype(config: TrainConfig, device: torch.device | None = None) ->
         return device, PRECISIONS[config.precision]
     if device.type == "cuda":
         # Older cards only emulate bf16, and torch.cuda.is_bf16_supported() says yes to that.
-        capable = torch.cuda.get_device_capability(device) >= (8, 0)
-        return device, torch.bfloat16 if capable else torch.float16
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return device, torch.bfloat16
+        return device, torch.float32 if overflows_in_fp16 else torch.float16
     return device, torch.float32
+
+
+@contextmanager
+def deterministic_if(wanted: bool) -> Iterator[None]:
+    """A context in which a GPU computes the same numbers from the same inputs each time, if that is wanted.
+
+    cuBLAS reads its setting when it is first used, so the first context should be entered before anything is computed.
+    Raises BadConfig for an operation that torch has no such form of.
+    """
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise BadConfig(f"deterministic = true: {str(error).partition('. ')[0]}; train without it") from None
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def stay_within_free_memory(device: torch.device) -> None:
+    """On Windows, has an allocation fail that the GPU's free memory does not suffice for, for the rest of the process.
+
+    There the driver would move memory of the GPU to the computer's without a word, and each step would take many times as
+    long, where a smaller memory plan takes a third more. For programs that have the process to themselves.
+    """
+    if sys.platform == "win32" and device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        torch.cuda.set_per_process_memory_fraction(free / total, device)
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -7,7 +7,7 @@ import sys
 
 from ..bench import append_report, format_report, run
 from ..storage import check_writable
-from .common import device_from
+from .computing import device_from
 
 
 def run_bench(options: argparse.Namespace) -> None:

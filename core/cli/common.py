@@ -87,23 +87,6 @@ def add_judge(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def device_from(options: argparse.Namespace):
-    if options.device is None:
-        return None
-    import torch
-
-    try:
-        device = torch.device(options.device)
-        torch.zeros(1, device=device).item()  # the device "meta" holds no values, so reading one fails
-    except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).splitlines()[0].partition(". ")[0]
-        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        raise BadConfig(
-            f"--device {options.device}: {reason}; there is {', '.join(name for name, here in available.items() if here)}"
-        ) from None
-    return device
-
-
 def unicode_text(argument: str) -> str:
     """The argument itself, when it is valid Unicode; argparse reports it otherwise, since file names may be any bytes."""
     if not is_text(argument):

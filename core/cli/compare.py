@@ -12,7 +12,8 @@ from ..config import config_from
 from ..errors import BadConfig, one_line
 from ..faces import load_faces
 from ..photos import read_photos
-from .common import BarProgress, base_from, device_from
+from .common import BarProgress, base_from
+from .computing import device_from
 from .settings import schedule_from, settings_from
 
 

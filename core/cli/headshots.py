@@ -14,7 +14,8 @@ from ..photos import read_photos
 from ..pictures import batch_summary, find_style_packs
 from ..studio import Order, Outcome, check, estimate, make, trained_on
 from ..training import recipe_config
-from .common import DEMO, BarProgress, JsonProgress, base_from, device_from
+from .common import DEMO, BarProgress, JsonProgress, base_from
+from .computing import device_from
 from .settings import schedule_from, settings_from
 from .train import Cancelled, StopOnSignal, shown
 

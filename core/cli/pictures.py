@@ -33,7 +33,8 @@ from ..pictures import (
 )
 from ..storage import write_file
 from ..training import Score
-from .common import BarProgress, base_from, device_from, print_warning, split_strength
+from .common import BarProgress, base_from, print_warning, split_strength
+from .computing import device_from
 from .settings import given_settings
 
 SHEET_KEY = "facelora.sheet"

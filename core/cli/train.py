@@ -22,7 +22,8 @@ from ..training import (
     state_path,
     train,
 )
-from .common import BarProgress, JsonProgress, base_from, device_from
+from .common import BarProgress, JsonProgress, base_from
+from .computing import device_from
 from .settings import schedule_from, settings_from
 
 

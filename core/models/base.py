@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..device import free_memory
 from ..errors import BadConfig, BadFile, FaceLoraError, UnknownFamily, UnmatchedKeys
 from ..storage.files import read_json
 from ..storage.lazy import LazyTensors, Stored, dtype_and_shape
@@ -20,6 +21,7 @@ from ..storage.safetensors_file import SafetensorsFile, tensor_bytes
 from . import text
 from .families import FAMILIES, detect_family
 from .ldm import VAE_PREFIXES, current_vae_path, original_unet_names
+from .memory_plan import MemoryPlan, MemorySaver
 from .objective import Schedule
 from .quantised import dequantised
 from .recipe import RECIPES_KEY
@@ -139,8 +141,8 @@ class Base:
         """The text encoders by part; empty when a `caption_encoder` takes their place.
 
         A language model (the encoders of FLUX.1 and later) is loaded in bf16, since T5 overflows in fp16, or in `dtype` when
-        it is stored in more than 16 bits. It is loaded on the CPU when it does not fit on the device. Raises BadFile when
-        one is missing.
+        it is stored in more than 16 bits. Where it does not fit on a GPU its layers stay in the computer's memory, and come to
+        the GPU one by one. Raises BadFile when one is missing.
         """
         if self.caption_encoder:
             return {}
@@ -151,11 +153,13 @@ class Base:
             if sum(dtype.itemsize * math.prod(shape) for dtype, shape in layouts) < LARGE_ENCODER:
                 encoders[part] = self.load(part, device, dtype)
                 continue
-            size = sum(2 * math.prod(shape) for _, shape in layouts)
-            fits = device.type != "cuda" or torch.cuda.mem_get_info(device)[0] > 1.2 * size
             stored_in_more = any(dtype.itemsize > 2 for dtype, _ in layouts)
-            place = device if fits else torch.device("cpu")
-            encoders[part] = self.load(part, place, dtype if stored_in_more else torch.bfloat16)
+            kept = dtype if stored_in_more else torch.bfloat16
+            free = free_memory(device) if device.type == "cuda" else None
+            fits = free is None or free > 1.2 * self.weight_bytes(part, kept)
+            encoders[part] = self.load(part, device if fits else torch.device("cpu"), kept)
+            if not fits:
+                MemorySaver(encoders[part], device).adopt(MemoryPlan(offload="everything"))
         return encoders
 
     @property

@@ -95,6 +95,15 @@ def on_device(conditioning: Conditioning, device: torch.device) -> Conditioning:
     return {name: value.to("cpu" if name == "context_mask" else device) for name, value in conditioning.items()}
 
 
+def placed(text: Conditioning, device: torch.device, dtype: torch.dtype) -> Conditioning:
+    """The conditioning of a text on the device, in the dtype of the denoiser.
+
+    A `context_mask` keeps its own: masks are summed to count tokens, for which 16-bit floats are too coarse.
+    """
+    there = on_device(text, device)
+    return {name: value if name == "context_mask" else value.to(dtype) for name, value in there.items()}
+
+
 @dataclass(frozen=True, kw_only=True)
 class FamilySpec:
     """A model family: its data, and the functions that differ between families."""
@@ -183,6 +192,8 @@ class FamilySpec:
     """The titles of models that look like this family but cannot be trained as it, by a tensor that only they have.
 
     Names are those of original checkpoints, and the first match counts."""
+    overflows_in_fp16: bool = False
+    """Whether the denoiser's states exceed what fp16 holds (65504), so that it is computed in bf16 or float32 alone."""
     lora_scheme: Literal["kohya", "comfy"] = "kohya"
     """The naming scheme of its LoRA files, the one that most programs load."""
 

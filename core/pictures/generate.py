@@ -40,6 +40,7 @@ from .sampling import (
     decode_latents,
     encode_pairs,
     encode_pictures,
+    load_vae,
     sample_latents,
     sampler_name,
 )
@@ -148,14 +149,14 @@ def generate(
     if config.clip_skip > 1 and not base.family.has_clip_skip:
         raise BadConfig(f"clip_skip = {config.clip_skip}: {base.family.title} has no choice of layers; leave it at 1")
     jobs = [replace(job, size=checked_size(base, job.size)) for job in jobs]
-    device, dtype = device_and_dtype(TrainConfig(precision=config.precision), device)
+    device, dtype = device_and_dtype(TrainConfig(precision=config.precision), device, base.family.overflows_in_fp16)
     groups: dict[float, list[Job]] = {}
     for job in jobs:
         groups.setdefault(job.strength, []).append(job)
     with explained_memory_error("batch_size 1, smaller pictures or the device cpu"):
         encoded = _encode(base, loras, groups, config, device)
         denoiser, memory = _load_denoiser(base, device, dtype)
-        vae = base.load("vae", device, torch.float32)
+        vae = load_vae(base, device, dtype)
         for strength, group in groups.items():
             with _applied(base, loras, strength, {"denoiser": denoiser}):
                 texts = [encoded[strength, _texts(job, base)] for job in group]

@@ -17,7 +17,7 @@ from ..errors import BadConfig
 from ..models.base import Base
 from ..models.clip import chunk_count, words_of
 from ..models.objective import TIMESTEPS, FlowSchedule
-from ..models.spec import Conditioning, Pair, on_device, stack_conditioning
+from ..models.spec import Conditioning, Pair, on_device, placed, stack_conditioning
 
 MOST_LEADING = 150
 """The number of sampling steps up to which they are spaced as SD's own configs say, "leading"."""
@@ -182,6 +182,7 @@ def sample_latents(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    autocast: bool = False,
     seeds: Sequence[int],
     size: tuple[int, int],
     steps: int,
@@ -193,7 +194,8 @@ def sample_latents(
 ) -> Tensor:
     """The latents (N, C, h, w) of one picture per seed, float32; the noise of a picture depends on its own seed alone.
 
-    The denoiser computes on `device` in `dtype`; its own tensors may be elsewhere between two passes, and in 8 bits.
+    The denoiser computes on `device` in `dtype`; its own tensors may be elsewhere between two passes, and in 8 bits. With
+    `autocast` it may have layers whose weights are in float32, which torch then casts.
     `guidance` is the scale of classifier-free guidance (arXiv:2207.12598); at 1 the negative prompt is not evaluated. A
     base model that was distilled takes the scale as an input, and no negative prompt. `size` is (width, height) in pixels.
     With `start`, latents (N, C, h, w) of pictures, these are drawn again: they are noised to where the last `denoise`
@@ -217,12 +219,12 @@ def sample_latents(
     picture = base.family.image_conditioning(size, (0, 0), size)
     if base.embeds_guidance:
         picture, guidance = picture | {"guidance": torch.tensor([guidance])}, 1.0
-    conditioning = _stack(positive, picture, device)
+    conditioning = _stack(positive, picture, device, dtype)
     if guidance != 1:
-        without = _stack(negative, picture, device)
+        without = _stack(negative, picture, device, dtype)
         conditioning = stack_conditioning([without, conditioning])
     takes_generator = any(word in sampler_name(sampler, base) for word in ("ancestral", "sde"))
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with torch.autocast(device.type, dtype, enabled=autocast and dtype != torch.float32):
         for index, timestep in enumerate(timesteps):
             model_input = torch.cat([latents, latents]) if guidance != 1 else latents
             model_input = scheduler.scale_model_input(model_input, timestep).to(dtype)
@@ -238,10 +240,20 @@ def sample_latents(
     return latents.float()
 
 
-def _stack(parts: Sequence[Conditioning], picture: Conditioning, device: torch.device) -> Conditioning:
-    joined = stack_conditioning(parts)
-    joined |= {name: value.expand(len(parts), *value.shape[1:]) for name, value in picture.items()}
-    return on_device(joined, device)
+def _stack(
+    parts: Sequence[Conditioning], picture: Conditioning, device: torch.device, dtype: torch.dtype
+) -> Conditioning:
+    expanded = {name: value.expand(len(parts), *value.shape[1:]) for name, value in picture.items()}
+    return placed(stack_conditioning(parts), device, dtype) | on_device(expanded, device)
+
+
+def load_vae(base: Base, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The VAE for pictures that are drawn in `dtype`: in bf16 where the denoiser is so on a GPU, else in float32.
+
+    In bf16 it takes half the memory, and no family's VAE overflows. In fp16 SDXL's does.
+    """
+    narrow = device.type == "cuda" and dtype == torch.bfloat16
+    return base.load("vae", device, dtype if narrow else torch.float32)
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ def estimate(
     A step is gone through with tensors that hold no numbers, which counts its arithmetic and its memory; how fast the device
     is, a product of two matrices says. One photo and its caption are encoded for it, which the training then need not do.
     """
-    device, dtype = device_and_dtype(config, device)
+    device, dtype = device_and_dtype(config, device, base.family.overflows_in_fp16)
     dataset = prepare(
         [max(photos, key=lambda photo: photo.size[0] * photo.size[1])],
         resolution=config.resolution or base.resolution,

@@ -17,7 +17,7 @@ from ..models.base import Base
 from .encode import LatentCache
 from .methods import peak_rate
 
-_NO_EFFECT = ("state_interval", "gradient_checkpointing", "memory_limit", "compile")
+_NO_EFFECT = ("state_interval", "gradient_checkpointing", "memory_limit", "compile", "deterministic")
 _WHEN_SAMPLED = ("sample_every", "sample_prompts")
 _HOW_SAMPLED = ("sample_guidance", "sample_steps", "likeness_pictures")
 _WHICH_IS_SAVED = ("save_every", "save_precision", "thumbnail", "keep", "merge_best", "stop_early")

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import TrainConfig
-from ..device import PRECISIONS, device_and_dtype
+from ..device import PRECISIONS, deterministic_if, device_and_dtype
 from ..errors import BadConfig, BadFile, BadPhoto
 from ..faces import FaceNetwork, faces_if_installed, load_faces
 from ..lora.file import LoraFile, fit
@@ -96,14 +96,20 @@ def train(
         base, photos = _loaded(base, TrainConfig()), _read(photos, strict, callbacks.on_warning)
         given = {"hold_out": len(held_out)} if held_out else {}
         config = recipe_config("balanced", base, len(photos), given, callbacks.on_warning)
-    with nullcontext() if output is None else _place(output, config, state_is_wanted=resume or restart):
+    place = nullcontext() if output is None else _place(output, config, state_is_wanted=resume or restart)
+    with place, deterministic_if(config.deterministic):
         base = _checked_base(base, config, output)
         _check_pictures_asked_for(config, class_photos is not None, bool(held_out))
         start = _checked_start(continue_from, base)
         photos = _read(photos, strict, callbacks.on_warning)
         if not photos:
             raise BadPhoto("no photos were given")
-        for hint in (trigger_hint(config.trigger_word, load_tokenizer()), distilled_hint(base, config)):
+        hints = (
+            trigger_hint(config.trigger_word, load_tokenizer()),
+            distilled_hint(base, config),
+            fp16_hint(base, config),
+        )
+        for hint in hints:
             if hint:
                 callbacks.on_warning(hint)
         device, _ = device_and_dtype(config, device)
@@ -419,6 +425,13 @@ def distilled_hint(base: Base, config: TrainConfig) -> str | None:
     if config.allow_distilled or not re.search(base.family.distilled_names, base.name, re.IGNORECASE):
         return None
     return f"{base.name}: by its name was distilled to a few steps{_UNDONE}"
+
+
+def fp16_hint(base: Base, config: TrainConfig) -> str | None:
+    """A warning when the settings ask for fp16, and the base model's numbers are too large for it; else None."""
+    if config.precision != "fp16" or not base.family.overflows_in_fp16:
+        return None
+    return f"precision fp16: numbers of {base.family.title} are too large for it; take auto, bf16 or fp32"
 
 
 def check_base_options(base: Base, config: TrainConfig) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..config import TrainConfig
-from ..device import device_and_dtype, explained_memory_error
+from ..device import deterministic_if, device_and_dtype, explained_memory_error
 from ..lora.file import LoraFile
 from ..models.base import Base
 from .callbacks import NO_CALLBACKS, Callbacks, StepReport, StopAndKeep
@@ -42,8 +42,9 @@ def train_lora(
 
     A callback cancels by raising: the state is then saved to `state_path`, and the exception goes on. StopAndKeep instead
     ends the run as if that had been its last step. With `resume` the run goes on from the state at that path, if there is
-    one; on the same machine the result equals that of an uninterrupted run, tensor for tensor. The caller deletes the state
-    when the LoRA has been written.
+    one. On the same machine the result then equals that of an uninterrupted run, tensor for tensor on a CPU, and on a GPU with
+    `deterministic` in the settings: without it a GPU adds up in another order each time. The caller deletes the state when
+    the LoRA has been written.
 
     `on_save` is called every `save_every` steps (for the last one too, if another is kept), and `on_sample` every
     `sample_every` with the shots of `samples`. With a watch in `samples`, likeness is measured every `sample_every` steps
@@ -52,11 +53,12 @@ def train_lora(
     A step that does not fit into memory is repeated with a smaller memory plan, with a call of `on_warning`. Raises
     OutOfMemory when no plan fits, and TrainingDiverged when the loss is no longer finite; a saved state is from before then.
     """
-    device, dtype = device_and_dtype(config, device)
+    device, dtype = device_and_dtype(config, device, base.family.overflows_in_fp16)
     forked = [device] if device.type == "cuda" else []
     # A ComfyUI node runs in inference mode, in which nothing can be trained.
     explained = explained_memory_error("batch_size 1 or a lower resolution")
-    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(forked), explained:
+    same_numbers = deterministic_if(config.deterministic)
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(forked), explained, same_numbers:
         plan = choose_plan(cache, base, config, device, dtype, callbacks.on_warning)
         run = Run(cache, base, config, device, continue_from, callbacks.check_cancelled, plan)
         if run.why_not_compiled:

@@ -16,10 +16,11 @@ from ..photos import Photo, bucket_sizes
 from ..photos.captions import class_caption, default_caption
 from ..photos.reading import DAMAGED
 from ..pictures.generate import Job, generate, in_batches
-from ..pictures.sampling import decode_latents, encode_pairs, sample_latents
+from ..pictures.sampling import decode_latents, encode_pairs, load_vae, sample_latents
 from ..pictures.sizes import checked_size
 from ..storage.cache_folder import content_key, made_folder
 from .likeness import LikenessWatch
+from .methods import METHODS
 from .step import Sampler, Shot
 
 SAMPLE_BATCH = 4
@@ -52,14 +53,14 @@ def training_sampler(
     called with (done, total) at each sampling step.
     """
     width_height = checked_size(base, size)
-    dtype = device_and_dtype(config, device)[1]
+    dtype = device_and_dtype(config, device, base.family.overflows_in_fp16)[1]
 
     def sample(denoiser: nn.Module, encoders: Mapping[str, nn.Module], shots: Sequence[Shot]) -> list[Image.Image]:
         texts = encoded
         if encoders:
             pairs = encode_pairs(base, encoders, {(prompt, "") for prompt, _ in shots}, config.clip_skip)
             texts = {prompt: pair for (prompt, _), pair in pairs.items()}
-        vae = base.load("vae", device, torch.float32)
+        vae = load_vae(base, device, dtype)
         images = {}
         batches = list(in_batches(shots, [texts[prompt] for prompt, _ in shots], SAMPLE_BATCH))
         for index, (batch, pairs) in enumerate(batches):
@@ -73,8 +74,8 @@ def training_sampler(
             ) -> list[Image.Image]:
                 latents = sample_latents(
                     base, denoiser, [prompt for _, (prompt, _) in part], [negative for _, (_, negative) in part],
-                    device=device, dtype=dtype, seeds=[seed for (_, seed), _ in part], size=width_height,
-                    steps=config.sample_steps,
+                    device=device, dtype=dtype, autocast=not METHODS[config.method].keeps_dtype,
+                    seeds=[seed for (_, seed), _ in part], size=width_height, steps=config.sample_steps,
                     guidance=base.family.guidance if config.sample_guidance is None else config.sample_guidance,
                     on_step=on_step,
                 )  # fmt: skip

@@ -19,7 +19,7 @@ from ..models.base import Base
 from ..models.compiled import CompiledBlocks, why_not_compiled
 from ..models.memory_plan import MemoryPlan, MemorySaver, blocks_of, plans_for
 from ..models.objective import draw_noise, sample_losses
-from ..models.spec import Conditioning, on_device, stack_conditioning
+from ..models.spec import Conditioning, placed, stack_conditioning
 from .batches import Batches
 from .encode import EncodedImage, LatentCache
 from .methods import METHODS, attach, peak_rate, trains_text
@@ -56,7 +56,7 @@ class Run:
     ):
         self.config = config
         self.family = base.family
-        self.device, self.dtype = device_and_dtype(config, device)
+        self.device, self.dtype = device_and_dtype(config, device, base.family.overflows_in_fp16)
         self.plans = memory_plans(config)
         plan = plan or self.plans[0]
         # Weights that the plan offloads or narrows need not fit on the device in full, so they are loaded on the CPU.
@@ -84,7 +84,9 @@ class Run:
         self.schedule = base.schedule().to(self.device)
         self.images = [_to_device(image, self.device) for image in cache.images if not image.is_class]
         self.class_images = [_to_device(image, self.device) for image in cache.images if image.is_class]
-        self.text = {caption: self._placed(conditioning) for caption, conditioning in cache.text.items()}
+        self.text = {
+            caption: placed(conditioning, self.device, self.dtype) for caption, conditioning in cache.text.items()
+        }
         self.chunks = cache.chunks
         self.batches = Batches(self.images, config.batch_size, config.seed)
         self.class_batches = (
@@ -241,11 +243,6 @@ class Run:
         if self.dtype == torch.float32 or METHODS[self.config.method].keeps_dtype:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
-
-    def _placed(self, text: Conditioning) -> Conditioning:
-        # Masks are summed to count tokens, for which 16-bit floats are too coarse.
-        placed = on_device(text, self.device)
-        return {name: value if name == "context_mask" else value.to(self.dtype) for name, value in placed.items()}
 
     def _generator(self, purpose: str, number: int) -> torch.Generator:
         seed = hashlib.sha256(f"{self.config.seed}/{purpose}/{number}".encode()).digest()

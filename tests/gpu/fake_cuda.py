@@ -6,7 +6,8 @@ what is alive as CUDA's allocator does, runs out of memory where a card of that 
 copies between host and device were asked for, and has streams that do not advance before somebody waits for them.
 
 torch's autograd engine looks for devices once, at its first backward pass, so a small library that registers one has to be
-loaded before: import this module at the start of a process of its own (`fake_process` in tests/gpu/conftest.py).
+loaded before. In a process that imports this module before torch (`fake_process` in tests/gpu/conftest.py) it is, and
+`fake_cuda` works.
 """
 
 import ctypes
@@ -17,9 +18,9 @@ import subprocess
 import sys
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -81,7 +82,7 @@ LIBRARIES = Path(__file__).parents[1] / ".downloads"
 def _loaded_library() -> ctypes.CDLL:
     """The library, compiled once for each version of torch."""
     found = importlib.util.find_spec("torch")
-    assert found and found.origin and "torch" not in sys.modules, "import this before torch, in a process of its own"
+    assert found and found.origin
     home = Path(found.origin).parent
     version = (home / "version.py").read_bytes()
     library = LIBRARIES / f"fake_cuda-{hashlib.sha256(version + DEVICE_GUARD.encode()).hexdigest()[:12]}.so"
@@ -104,7 +105,7 @@ def _loaded_library() -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-_LIBRARY = _loaded_library()
+_LIBRARY = None if "torch" in sys.modules else _loaded_library()
 
 import peft  # noqa: E402, F401  # imports bitsandbytes, which calls CUDA's library where it finds a card
 import torch  # noqa: E402
@@ -112,7 +113,6 @@ import torch.utils._foreach_utils as foreach_utils  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
 
 aten: Any = torch.ops.aten
 Tensor_data: Any = Tensor.data
@@ -177,7 +177,8 @@ class Event:
         self.stream, self.place = Stream(), 0
 
     def record(self, stream: Stream | None = None) -> None:
-        self.stream = stream or torch.cuda.current_stream()  # pyright: ignore
+        current: Any = torch.cuda.current_stream()
+        self.stream = stream or current
         self.place = self.stream.asked
 
     def query(self) -> bool:
@@ -194,6 +195,17 @@ class Held:
     size: int
     stream: Stream
     place: int
+
+
+def _tensors(args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors among the arguments or results of an operation, those in lists too."""
+    found: list[Tensor] = []
+    for given in (*args, *kwargs.values()):
+        if isinstance(given, Tensor):
+            found.append(given)
+        elif isinstance(given, list | tuple):
+            found += _tensors(given, {})
+    return found
 
 
 class Card(TorchDispatchMode):
@@ -242,12 +254,12 @@ class Card(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
-        fakes = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)]
+        fakes = [tensor for tensor in _tensors(args, kwargs) if isinstance(tensor, FakeTensor)]
         other = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
         if other is not None or any(tensor.fake_mode is not self.fake for tensor in fakes):  # of a prediction of memory
             return func(*args, **kwargs)
-        device = kwargs.get("device")
-        place = device.type if device is not None else None
+        device = next((given for given in (*args, *kwargs.values()) if isinstance(given, torch.device)), None)
+        place = None if device is None else device.type
         if kwargs.get("pin_memory"):
             kwargs = {**kwargs, "pin_memory": False}
             result = func(*args, **kwargs)
@@ -275,20 +287,20 @@ class Card(TorchDispatchMode):
     def _on_device(self, func: Any, args: Any, kwargs: Any) -> Any:
         packet = func.overloadpacket
         if packet in PRODUCTS:
-            dtypes = tuple(leaf.dtype for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
+            dtypes = tuple(tensor.dtype for tensor in _tensors(args, {}))
             self.products[str(packet), dtypes] += 1
         if not func.is_view and not func.name().startswith(("aten::empty", "aten::_unsafe_view", "aten::new_empty")):
             self.launches += 1
             self.current.asked += 1
         self._settle()
-        for leaf in tree_leaves((args, kwargs)) if self._used else ():
-            if isinstance(leaf, FakeTensor) and (place := leaf.untyped_storage()._cdata) in self._used:
+        for tensor in _tensors(args, kwargs) if self._used else ():
+            if (place := tensor.untyped_storage()._cdata) in self._used:
                 self._used[place] = self.current, self.current.asked
         with self.fake:
             result = func(*args, **kwargs)
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, FakeTensor):
-                self._count(leaf)
+        for tensor in _tensors((result,), {}):
+            if isinstance(tensor, FakeTensor):
+                self._count(tensor)
         return result
 
     def _read(self, tensor: Tensor) -> Any:
@@ -418,6 +430,7 @@ def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool 
 @contextmanager
 def fake_cuda(size: float = 80, capability: tuple[int, int] = (9, 0)) -> Iterator[Card]:
     """A context in which torch finds a card of `size` GiB and that compute capability, and nothing else has changed."""
+    assert _LIBRARY, "torch was imported before: fake_cuda needs a process of its own, which imports it first"
     card = Card(size, capability)
     _LIBRARY.set_capability(capability[0])
     properties = SimpleNamespace(

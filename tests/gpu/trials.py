@@ -1,22 +1,28 @@
 """What is tried on the fake device. Each function runs in a process of its own, and returns plain values."""
 
-# fmt: off
-from tests.gpu.fake_cuda import CPU, DEVICE, Card, Copy, fake_cuda  # isort: skip  # before torch
-# fmt: on
+from tests.gpu.fake_cuda import DEVICE, MESSAGES, Copy, OutOfMemoryForm, fake_cuda  # isort: skip  # before torch
 
 import gc
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import core.models.eight_bit as eight_bit
 from core.config import TrainConfig
 from core.device import device_and_dtype
+from core.errors import FaceLoraError, OutOfMemory
 from core.models.base import Base, load_base
-from core.models.memory_plan import MemoryPlan
+from core.models.memory_plan import MemoryPlan, MemorySaver
+from core.pictures.generate import GenerateConfig, Job, generate
+from core.pictures.sampling import sample_latents
+from core.training.callbacks import Callbacks
+from core.training.job import train
 from core.training.memory_prediction import predicted_memory
 from core.training.step import Run
 from tests.tooling import UNETS, encoded_cache, encoded_image, small_flow_base
@@ -93,3 +99,127 @@ def step(case: Case) -> Step:
         run.check_finite()
         home = sum(parameter.nbytes for parameter in run.memory._offload.parameters())
         return Step(dtypes, copies, launches, card.peak - before, predicted, card.early, card.pinned, home)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What drawing asked of the card."""
+
+    sizes: tuple[tuple[int, int], ...]
+    operations: frozenset[tuple[str, tuple[torch.dtype, ...]]]
+    peak: int
+    offload: str
+
+
+def norms_and_products(work: Callable[[], object]) -> frozenset[tuple[str, tuple[torch.dtype, ...]]]:
+    """The products and the norms that `work` asks for, with the dtypes of their operands."""
+    found = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = func.overloadpacket.__name__
+            if any(word in name for word in ("mm", "convolution", "attention", "norm", "rsqrt")):
+                found.add((name, tuple(leaf.dtype for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        work()
+    return frozenset(found)
+
+
+def training_and_drawing(case: Case) -> tuple[frozenset, frozenset]:
+    """The norms and products of a prediction in a training's step, and of one in drawing a sample."""
+    with fake_cuda(case.size, case.capability):
+        base, config = case.base(), case.config()
+        cache = cached(base, case)
+        run = Run(cache, base, config, DEVICE)
+        generator = torch.Generator(DEVICE)
+        image = run.images[0]
+        with torch.no_grad(), run.fast():
+            trained = norms_and_products(lambda: run.picture_loss([image], [image.caption], generator))
+        text = run.text[image.caption]
+        side = case.latents * base.latent_shape.pixels
+
+        def draw() -> None:
+            sample_latents(
+                base, run.denoiser, [text], [text], device=DEVICE, dtype=run.dtype, seeds=[1], size=(side, side),
+                steps=1, guidance=1.0,
+            )  # fmt: skip
+
+        return trained, norms_and_products(draw)
+
+
+def generated(case: Case, jobs: int = 2) -> Drawn:
+    """What `generate` asks for."""
+    with fake_cuda(case.size, case.capability) as card:
+        base = case.base()
+        loaded: list[MemorySaver] = []
+        adopt = MemorySaver.adopt
+        with patch.object(MemorySaver, "adopt", lambda saver, plan: (loaded.append(saver), adopt(saver, plan))[1]):
+            wanted = [Job("a photo", seed, size=(64, 64), steps=2) for seed in range(jobs)]
+            pictures = list(generate(base, [], wanted, GenerateConfig(batch_size=jobs)))
+        dtypes = frozenset((name, dtypes) for name, dtypes in card.products)
+        return Drawn(tuple(p.image.size for p in pictures), dtypes, card.peak, loaded[-1].plan.offload)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What a training from photos to a file came to."""
+
+    error: str
+    """The class and the message of the error that ended it, "" without one."""
+    warnings: tuple[str, ...]
+    steps: int
+    allocations: int
+    sampled: int
+
+
+def whole_training(
+    case: Case, photos: Path, output: Path, fails_at: int | None = None, form: OutOfMemoryForm = "allocator"
+) -> Whole:
+    """A training with samples, on a card whose allocation of that number fails."""
+    warnings: list[str] = []
+    done: list[int] = []
+    sampled: list[int] = []
+    with fake_cuda(case.size, case.capability) as card:
+        card.fails_at, card.form = fails_at, form
+        callbacks = Callbacks(
+            on_warning=warnings.append,
+            on_step=lambda report: done.append(report.step),
+            on_sample=lambda step, images: sampled.append(len(images)),
+        )
+        error = ""
+        try:
+            train(photos, case.base(), case.config(), output=output, device=DEVICE, callbacks=callbacks)
+        except FaceLoraError as raised:
+            error = f"{type(raised).__name__}: {raised}"
+        return Whole(error, tuple(warnings), len(done), card.allocations, sum(sampled))
+
+
+def out_of_memory_in_steps(case: Case, points: int, forms: Sequence[OutOfMemoryForm]) -> list[tuple[str, str]]:
+    """The plan that a run goes over to where an allocation fails in its first step, and the error, for several allocations.
+
+    The allocations lie evenly over a step, and each time a run begins anew with the fastest plan.
+    """
+    found = []
+    with fake_cuda(case.size, case.capability) as card:
+        base, config = case.base(), case.config()
+        cache = cached(base, case)
+        run = Run(cache, base, config, DEVICE)
+        run.train_step()
+        card.watch()
+        run.accumulate()
+        allocations = card.allocations
+        for point in range(points):
+            run = Run(cache, base, config, DEVICE)
+            gc.collect()
+            card.watch()
+            card.fails_at, card.form = 1 + point * (allocations - 1) // (points - 1), forms[point % len(forms)]
+            error = ""
+            try:
+                run.accumulate_within_memory(lambda _: None)
+            except OutOfMemory as raised:
+                error = str(raised)
+            card.fails_at = None
+            found.append((str(run.memory.plan), error))
+    return found

@@ -181,6 +181,7 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
 QWEN_IMAGE = FamilySpec(
     names=NAMES,
     title="Qwen-Image",
+    overflows_in_fp16=True,
     resolution=1328,  # the model card's squares
     size_multiple=16,
     wording="sentences",

@@ -79,6 +79,7 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
 ZIMAGE = FamilySpec(
     names=NAMES,
     title="Z-Image",
+    overflows_in_fp16=True,
     resolution=1024,
     size_multiple=16,
     wording="sentences",

@@ -1,0 +1,80 @@
+"""Families, memory plans and methods on a fake GPU: dtypes, copies, memory, and a lack of it.
+
+The products of families, plans and methods are for full runs; in every run each plan is tried with another family.
+"""
+
+from collections.abc import Mapping
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from core.errors import UnmatchedKeys
+from core.models.memory_plan import PLANS
+from core.training.methods import METHODS
+from tests.gpu import trials
+from tests.tooling import SMALL_FLOWS, UNETS
+
+FAMILIES = (*UNETS, *SMALL_FLOWS)
+COMPUTES_IN_FLOAT32 = ("loha", "oft")
+"""Methods whose layers, which are peft's, multiply their own small matrices in float32."""
+KNOWN_COPIES = ("models/families/chroma.py:predict", "models/clip.py:encode_chunks")
+"""Where a step copies something small to the device: Chroma's mask of text and picture, tokens for trained text encoders."""
+FAST = (
+    ("sd15", 1, {"precision": "fp16", "ema_decay": 0.9}),
+    ("zimage", 3, {"accumulation": 2}),
+    ("chroma", 4, {"method": "dora"}),
+    ("flux1", 5, {"prior_prediction": 0.9}),
+)
+SLOW = (
+    *((family, plan, {}) for family, plan in product(FAMILIES, range(len(PLANS)))),
+    *(
+        (family, 0, {"method": method})
+        for family, method in product(FAMILIES, METHODS)
+        if family in UNETS or method not in ("pivotal", "textual-inversion")
+    ),
+    *((family, 5, {"precision": precision}) for family, precision in product(FAMILIES, ("fp16", "fp32"))),
+    *((family, 2, {"prior_prediction": 0.9, "ema_decay": 0.9, "dropout": 0.1}) for family in FAMILIES),
+    *((family, 0, {"text_encoder_lr": 1e-4}) for family in UNETS),
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(small_sd15, small_sdxl) -> Mapping[str, Path]:
+    return {"sd15": small_sd15, "sdxl": small_sdxl}
+
+
+@pytest.mark.parametrize(
+    ("family", "plan", "settings"), [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+)
+def test_a_step_on_a_gpu(family, plan, settings: dict[str, Any], checkpoints, fake_process):
+    case = trials.Case(family, checkpoints.get(family), PLANS[plan], settings=settings)
+    method = settings.get("method", "lora")
+    try:
+        step = fake_process.submit(trials.step, case).result()
+    except UnmatchedKeys as error:  # of a family whose files have fused layers
+        assert "only a plain LoRA fits" in str(error) and method != "lora"
+        return
+
+    wanted = {"fp16": torch.float16, "fp32": torch.float32}.get(settings.get("precision", ""), torch.bfloat16)
+    assert step.dtypes - ({torch.float32} if method in COMPUTES_IN_FLOAT32 else set()) == {wanted}
+
+    offloaded = [copy for copy in step.copies if copy.place.startswith("models/memory_plan.py")]
+    assert all(copy.pinned and copy.direction == "to device" for copy in offloaded)
+    assert bool(offloaded) == (PLANS[plan].offload != "nothing")
+    others = [copy for copy in step.copies if copy not in offloaded]
+    assert all(copy.direction == "to device" and copy.place in KNOWN_COPIES and copy.size < 2**16 for copy in others)
+
+    assert step.early == 0
+    assert step.pinned <= max(2**22, 1.1 * step.home)
+    if not METHODS[method].has_pefts_layers:  # whose memory is predicted by that of a LoRA
+        assert step.predicted == pytest.approx(step.peak, rel=0.06)
+
+
+@pytest.mark.parametrize("points", [3, pytest.param(200, marks=pytest.mark.slow)])
+def test_out_of_memory_anywhere_in_a_step_leads_to_the_next_plan(points, fake_process):
+    forms = tuple(trials.MESSAGES)
+    found = fake_process.submit(trials.out_of_memory_in_steps, trials.Case("qwen-image"), points, forms).result()
+    assert found == [(str(PLANS[1]), "")] * points
