@@ -211,14 +211,17 @@ def _tensors(args: Iterable[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
 class Card(TorchDispatchMode):
     """The device: what is alive on it, and what it was asked for since `watch` was called."""
 
+    most_pinned: float = float("inf")
+    """The bytes of page-locked memory that the system has."""
+
     def __init__(self, size: float = 80, capability: tuple[int, int] = (9, 0)):
         """Takes the memory in GiB and the compute capability."""
         super().__init__()
         self.total, self.capability = int(size * GIB), capability
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.live = self.peak = self.pinned = 0
-        self.most_pinned: float = float("inf")
-        """The bytes of page-locked memory that the system has."""
+        self.share: float | None = None
+        """The share of the memory that the process has bounded itself to."""
         self.compute = self.current = Stream()
         self.early = 0
         """How many tensors were given back to the stream that they were made in, before another one was done with them."""
@@ -454,6 +457,7 @@ def fake_cuda(size: float = 80, capability: tuple[int, int] = (9, 0)) -> Iterato
         "max_memory_reserved": lambda *_: card.peak,
         "reset_peak_memory_stats": lambda *_: setattr(card, "peak", card.live),
         "empty_cache": lambda: None,
+        "set_per_process_memory_fraction": lambda share, _: setattr(card, "share", share),
         "synchronize": card.synchronize,
         "manual_seed": lambda *_: None,
         "manual_seed_all": lambda *_: None,

@@ -1,10 +1,12 @@
 """What is tried on the fake device. Each function runs in a process of its own, and returns plain values."""
 
-from tests.gpu.fake_cuda import DEVICE, MESSAGES, Copy, OutOfMemoryForm, fake_cuda  # isort: skip  # before torch
+from tests.gpu.fake_cuda import DEVICE, Card, Copy, OutOfMemoryForm, fake_cuda  # isort: skip  # before torch
 
 import gc
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,17 +17,18 @@ from torch.utils._pytree import tree_leaves
 
 import core.models.eight_bit as eight_bit
 from core.config import TrainConfig
-from core.device import device_and_dtype
+from core.device import device_and_dtype, stay_within_free_memory
 from core.errors import FaceLoraError, OutOfMemory
 from core.models.base import Base, load_base
-from core.models.memory_plan import MemoryPlan, MemorySaver
+from core.models.memory_plan import PLANS, MemoryPlan, MemorySaver
+from core.models.spec import Component
 from core.pictures.generate import GenerateConfig, Job, generate
-from core.pictures.sampling import sample_latents
-from core.training.callbacks import Callbacks
+from core.pictures.sampling import load_vae, sample_latents
+from core.training.callbacks import Callbacks, StepReport
 from core.training.job import train
 from core.training.memory_prediction import predicted_memory
 from core.training.step import Run
-from tests.tooling import UNETS, encoded_cache, encoded_image, small_flow_base
+from tests.tooling import encoded_cache, encoded_image, small_flow_base
 
 eight_bit.SMALLEST = 1  # so that the small networks have weights in 8 bits
 PLAIN = MemoryPlan()
@@ -45,9 +48,11 @@ class Case:
     latents: int = 16
     """The side of the latents."""
     settings: Mapping[str, Any] | None = None
+    denoiser: Mapping[str, Any] | None = None
+    """Settings of the denoiser's config that are to be others."""
 
     def base(self) -> Base:
-        return load_base(self.checkpoint) if self.family in UNETS and self.checkpoint else small_flow_base(self.family)
+        return load_base(self.checkpoint) if self.checkpoint else small_flow_base(self.family, **(self.denoiser or {}))
 
     def config(self) -> TrainConfig:
         return TrainConfig(**{"rank": 4, "batch_size": 2, **(self.settings or {})})
@@ -223,3 +228,64 @@ def out_of_memory_in_steps(case: Case, points: int, forms: Sequence[OutOfMemoryF
             card.fails_at = None
             found.append((str(run.memory.plan), error))
     return found
+
+
+def encoded_by_layers(size: float) -> tuple[str, tuple[int, ...], int, int]:
+    """Of a T5 on a card of that size: where its states are, their shape, and the bytes of the peak and of all weights."""
+    config = {
+        "vocab_size": 32, "d_model": 64, "d_kv": 16, "d_ff": 256, "num_layers": 12, "num_heads": 4,
+        "relative_attention_num_buckets": 8, "feed_forward_proj": "gated-gelu",
+    }  # fmt: skip
+    base = small_flow_base("flux1")
+    with torch.device("meta"):
+        shapes = base.family.build("text_encoder_2", config).state_dict()
+    tensors = {name: torch.zeros(tensor.shape) for name, tensor in shapes.items()}
+    components = {**base.components, "text_encoder_2": Component(config, tensors)}
+    family = replace(base.family, text_encoders={"text_encoder_2": "t5xxl"})
+    base = replace(base, family=family, components=components, caption_encoder=None)
+    with fake_cuda(size) as card, patch("core.models.base.LARGE_ENCODER", 0):
+        encoder = base.load_text_encoders(DEVICE, torch.float32)["text_encoder_2"]
+        with torch.no_grad():
+            states = encoder(torch.zeros(1, 16, dtype=torch.long, device=DEVICE)).last_hidden_state
+        return states.device.type, tuple(states.shape), card.peak, sum(tensor.nbytes for tensor in tensors.values())
+
+
+def without_pinned_memory() -> Step:
+    """A step of a run whose weights come one by one from memory that cannot be page-locked."""
+    with patch.object(Card, "most_pinned", 0):
+        return step(Case("flux1", plan=PLANS[5]))
+
+
+def dtypes_of(family: str, capability: tuple[int, int]) -> tuple[torch.dtype, torch.dtype]:
+    """The dtype that the family is computed in on a card, and that of its VAE when pictures are drawn."""
+    base = small_flow_base(family)
+    with fake_cuda(capability=capability):
+        device, dtype = device_and_dtype(TrainConfig(), None, base.family.overflows_in_fp16)
+        return dtype, next(load_vae(base, device, dtype).parameters()).dtype
+
+
+def share_on_windows(size: float, used: float) -> float | None:
+    """The share of the card's memory that a command bounds itself to, in GiB, where `used` GiB are another program's."""
+    with fake_cuda(size) as card, patch.object(sys, "platform", "win32"):
+        other = torch.empty(int(used * 2**30), dtype=torch.uint8, device=DEVICE)
+        stay_within_free_memory(DEVICE)
+        del other
+        return card.share
+
+
+def resumed(photos: Path, folder: Path) -> tuple[int, list[int]]:
+    """The step at which a training was interrupted, and the steps of its resumption."""
+    case = Case("flux1", settings={"steps": 4, "check_photos": False, "resolution": 64, "batch_size": 1})
+    steps: list[int] = []
+
+    def stop(report: StepReport) -> None:
+        if report.step == 2:
+            raise FaceLoraError("stopped")
+
+    with fake_cuda():
+        place = {"output": folder / "me.safetensors", "device": DEVICE}
+        with suppress(FaceLoraError):
+            train(photos, case.base(), case.config(), callbacks=Callbacks(on_step=stop), **place)
+        after = Callbacks(on_step=lambda report: steps.append(report.step))
+        train(photos, case.base(), case.config(), resume=True, callbacks=after, **place)
+    return 2, steps

@@ -1,0 +1,92 @@
+"""Training, drawing and encoding on a fake GPU, as users would: on small cards, on old ones, on Windows."""
+
+import pytest
+import torch
+
+from core.models.memory_plan import PLANS
+from tests.gpu import trials
+from tests.gpu.fake_cuda import MESSAGES
+
+MANY_BLOCKS = {"num_layers": 6, "num_single_layers": 12}
+SHORT = {"steps": 2, "batch_size": 1, "check_photos": False, "sample_every": 2, "sample_steps": 1, "resolution": 64}
+
+
+@pytest.mark.parametrize("family", ["zimage", pytest.param("flux1", marks=pytest.mark.slow)])
+def test_samples_are_drawn_in_the_precision_that_is_trained_in(family, fake_process):
+    trained, drawn = fake_process.submit(trials.training_and_drawing, trials.Case(family)).result()
+    assert trained and trained == drawn
+
+
+@pytest.mark.parametrize(
+    ("size", "offload"),
+    [
+        pytest.param(0.03, "nothing", marks=pytest.mark.slow),
+        pytest.param(0.012, "half", marks=pytest.mark.slow),
+        (0.0085, "everything"),
+    ],
+)
+def test_a_small_card_draws_with_as_much_of_the_denoiser_as_it_can_hold(size, offload, fake_process):
+    drawn = fake_process.submit(trials.generated, trials.Case("flux1", size=size, denoiser=MANY_BLOCKS)).result()
+    assert drawn.offload == offload and drawn.sizes == ((64, 64),) * 2 and drawn.peak <= size * 2**30
+
+
+def test_a_text_encoder_that_does_not_fit_is_run_on_the_gpu_layer_by_layer(fake_process):
+    place, shape, peak, whole = fake_process.submit(trials.encoded_by_layers, 0.0012).result()
+    assert (place, shape) == ("cuda", (1, 16, 64)) and peak < whole / 4
+    place, _, peak, whole = fake_process.submit(trials.encoded_by_layers, 1).result()
+    assert place == "cuda" and peak > whole
+
+
+@pytest.mark.slow
+def test_without_page_locked_memory_blocks_come_from_usual_memory(fake_process):
+    step = fake_process.submit(trials.without_pinned_memory).result()
+    assert step.copies and not any(copy.pinned for copy in step.copies) and step.early == 0
+
+
+def test_what_overflows_in_fp16_is_computed_in_float32_on_old_cards(fake_process):
+    old, new = (7, 5), (8, 6)
+    assert fake_process.submit(trials.dtypes_of, "zimage", old).result() == (torch.float32, torch.float32)
+    assert fake_process.submit(trials.dtypes_of, "flux1", old).result() == (torch.float16, torch.float32)
+    assert fake_process.submit(trials.dtypes_of, "zimage", new).result() == (torch.bfloat16, torch.bfloat16)
+
+
+def test_on_windows_a_command_takes_no_more_than_is_free(fake_process):
+    assert fake_process.submit(trials.share_on_windows, 12, 3).result() == 0.75
+
+
+def test_a_training_goes_from_photos_to_its_samples(fake_process, photo_folder, tmp_path):
+    case = trials.Case("flux1", settings=SHORT)
+    whole = fake_process.submit(trials.whole_training, case, photo_folder, tmp_path / "me.safetensors").result()
+    assert (whole.error, whole.warnings, whole.steps, whole.sampled) == ("", (), 2, 1)
+    assert (tmp_path / "me.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", MESSAGES)
+def test_out_of_memory_anywhere_in_a_training_leads_to_its_end_or_to_a_sentence(
+    form, fake_process, photo_folder, tmp_path
+):
+    case = trials.Case("flux1", settings=SHORT)
+    whole = fake_process.submit(trials.whole_training, case, photo_folder, tmp_path / "me.safetensors").result()
+    for part in range(5):
+        at = 1 + part * (whole.allocations - 1) // 4
+        output = tmp_path / f"{part}.safetensors"
+        ended = fake_process.submit(trials.whole_training, case, photo_folder, output, at, form).result()
+        if ended.error:
+            assert ended.error.startswith("OutOfMemory: ") and "\n" not in ended.error
+        else:
+            assert ended.steps == 2 and output.exists()
+
+
+@pytest.mark.slow
+def test_a_training_is_resumed(fake_process, photo_folder, tmp_path):
+    assert fake_process.submit(trials.resumed, photo_folder, tmp_path).result() == (2, [3, 4])
+
+
+@pytest.mark.slow
+def test_a_card_that_is_too_small_for_the_fastest_plan_trains_by_another(fake_process, photo_folder, tmp_path):
+    settings = {**SHORT, "resolution": 256, "sample_every": 0}
+    case = trials.Case("flux1", size=0.035, settings=settings, denoiser=MANY_BLOCKS)
+    whole = fake_process.submit(trials.whole_training, case, photo_folder, tmp_path / "me.safetensors").result()
+    assert whole.error == "" and whole.steps == 2
+    assert "a step would take" in whole.warnings[0] and any(str(plan) in whole.warnings[0] for plan in PLANS[1:])
