@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from .compare import Comparison as Comparison
     from .compare import Result as Result
     from .compare import summary_rows as summary_rows
+    from .doctor import examine as examine
+    from .doctor import format_doctor as format_doctor
     from .report import append_report as append_report
     from .report import format_report as format_report
     from .report import run as run
@@ -21,6 +23,7 @@ else:
         __name__,
         {
             ".compare": ("Comparison", "REPORT", "Result", "SETTINGS", "summary_rows"),
+            ".doctor": ("examine", "format_doctor"),
             ".report": ("append_report", "format_report", "run"),
             ".shapes": ("REAL_CHANNELS", "SHAPES", "denoiser_config"),
         },

@@ -198,7 +198,7 @@ def bench(
         "compiled": config.compile,
         "precision": precision_name(dtype),
         "device": device.type,
-        "processor": _processor(device),
+        "processor": processor(device),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "diffusers", "peft")},
@@ -335,7 +335,8 @@ def _ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(above, below, strict=True)]
 
 
-def _processor(device: torch.device) -> str:
+def processor(device: torch.device) -> str:
+    """The name of the device's processor, as the system tells it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     names = Path("/proc/cpuinfo")

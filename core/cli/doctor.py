@@ -1,0 +1,17 @@
+"""The command `doctor`, which says what the machine has and, if asked, how it computes."""
+
+import argparse
+import json
+import sys
+
+from ..bench import examine, format_doctor
+from .computing import device_from
+from .version import __version__
+
+
+def run_doctor(options: argparse.Namespace) -> None:
+    def say(what: str) -> None:
+        print(f"measuring {what}", file=sys.stderr)
+
+    report = examine(device_from(options), options.measure, __version__, say)
+    print(json.dumps(report.as_dict(), indent=1) if options.json else format_doctor(report))
