@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 # How long `make soak` goes on.
 MINUTES ?= 5
 
-.PHONY: demo test test-fast test-all soak setup-test lint bench
+.PHONY: demo test test-fast test-all soak setup-test lint bench gpu
 
 demo: $(STAMP)
 	$(RUN) -m core demo --output demo_output
@@ -40,6 +40,10 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright
+
+# All that has to be measured on a GPU, on a machine that has one and a torch that is built for it.
+gpu:
+	$(PYTHON) -m tests.gpu_day --minutes 9 --append docs/benchmarks.md
 
 bench: $(STAMP)
 	$(RUN) -m core bench

@@ -20,12 +20,12 @@ from ..device import device_and_dtype, free_memory, is_out_of_memory, precision_
 from ..models.base import Base
 from ..models.compiled import why_not_compiled
 from ..models.memory_plan import PLANS, MemoryPlan
-from ..models.spec import placed
+from ..models.spec import on_device, placed
 from ..training.encode import LatentCache
 from ..training.memory_prediction import predicted_memory
 from ..training.methods import attach
 from ..training.step import Run
-from .loops import CAPTION, random_base, random_cache
+from .loops import random_base, random_cache
 from .report import peak_memory, processor, seconds
 from .shapes import REAL_CHANNELS, SHAPES
 
@@ -157,8 +157,9 @@ def _measured(device: torch.device, dtype: torch.dtype, on_progress: Callable[[s
     began = time.monotonic()
     on_progress("loss and gradient against the CPU")
     small = random_base(FAMILY, SMALL_CHANNELS, torch.device("cpu"), torch.float32)
+    inputs = random_cache(small, TrainConfig(resolution=SMALL_RESOLUTION))
     dtypes = [torch.float32, *([dtype] if dtype != torch.float32 else [])]
-    agreements = tuple(agreement(small, device, each) for each in dtypes)
+    agreements = tuple(agreement(small, inputs, device, each) for each in dtypes)
     # A published model's size would take a CPU minutes a step.
     channels, resolution = (REAL_CHANNELS, 512) if device.type == "cuda" else (SMALL_CHANNELS, SMALL_RESOLUTION)
     config = TrainConfig(resolution=resolution)
@@ -174,27 +175,26 @@ def _measured(device: torch.device, dtype: torch.dtype, on_progress: Callable[[s
     return Measured(what, agreements, tuple(trials), why_not_compiled(device) and "not possible here")
 
 
-def agreement(base: Base, device: torch.device, dtype: torch.dtype) -> Agreement:
+def agreement(base: Base, cache: LatentCache, device: torch.device, dtype: torch.dtype) -> Agreement:
     """How the device in that dtype agrees with the CPU in float32, on the same weights, inputs and adapter."""
-    loss, gradient = loss_and_gradient(base, torch.device("cpu"), torch.float32)
-    other_loss, other = loss_and_gradient(base, device, dtype)
+    loss, gradient = loss_and_gradient(base, cache, torch.device("cpu"), torch.float32)
+    other_loss, other = loss_and_gradient(base, cache, device, dtype)
     difference = float((other - gradient).norm() / gradient.norm())
     relative = abs(other_loss / loss - 1)
     return Agreement(precision_name(dtype), relative, difference, max(difference, relative) < DIFFERENCES[dtype])
 
 
-def loss_and_gradient(base: Base, device: torch.device, dtype: torch.dtype) -> tuple[float, Tensor]:
-    """The loss of one prediction, and the gradient of all of the adapter's numbers (N,) float64 on the CPU."""
-    config = TrainConfig(resolution=SMALL_RESOLUTION)
-    cache = random_cache(base, config)
+def loss_and_gradient(base: Base, cache: LatentCache, device: torch.device, dtype: torch.dtype) -> tuple[float, Tensor]:
+    """The loss of one prediction for the first picture, and the gradient of the adapter (N,) float64 on the CPU."""
+    image = cache.images[0]
     generator = torch.Generator().manual_seed(1)
-    noisy, target = torch.randn(2, 1, *cache.images[0].mean.shape, generator=generator)
+    noisy, target = torch.randn(2, 1, *image.mean.shape, generator=generator)
     denoiser = base.load("denoiser", device, dtype)
-    adapter = attach({"denoiser": denoiser}, base.family, config)
+    adapter = attach({"denoiser": denoiser}, base.family, TrainConfig(rank=4))
     for name, parameter in sorted(adapter.parameters().items()):
         if name.endswith(".up"):
             parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
-    conditioning = placed(cache.text[CAPTION], device, dtype) | cache.images[0].conditioning
+    conditioning = placed(cache.text[image.caption], device, dtype) | on_device(image.conditioning, device)
     timesteps = torch.tensor([500], device=device)
     prediction = base.family.predict(denoiser, noisy.to(device, dtype), timesteps, conditioning)
     loss = F.mse_loss(prediction.float(), target.to(device))

@@ -487,4 +487,7 @@ def fake_cuda(size: float = 80, capability: tuple[int, int] = (9, 0)) -> Iterato
     with ExitStack() as stack:
         for change in changes:
             stack.enter_context(change)
+        # Else torch.tensor(..., device="cuda") copies where no mode sees it.
+        torch._C._set_only_lift_cpu_tensors(True)
+        stack.callback(torch._C._set_only_lift_cpu_tensors, False)
         yield stack.enter_context(card)

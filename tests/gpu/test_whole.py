@@ -1,11 +1,14 @@
 """Training, drawing and encoding on a fake GPU, as users would: on small cards, on old ones, on Windows."""
 
+import json
+
 import pytest
 import torch
 
 from core.models.memory_plan import PLANS
 from tests.gpu import trials
 from tests.gpu.fake_cuda import MESSAGES
+from tests.gpu_day import STAGES
 
 MANY_BLOCKS = {"num_layers": 6, "num_single_layers": 12}
 SHORT = {"steps": 2, "batch_size": 1, "check_photos": False, "sample_every": 2, "sample_steps": 1, "resolution": 64}
@@ -90,3 +93,18 @@ def test_a_card_that_is_too_small_for_the_fastest_plan_trains_by_another(fake_pr
     whole = fake_process.submit(trials.whole_training, case, photo_folder, tmp_path / "me.safetensors").result()
     assert whole.error == "" and whole.steps == 2
     assert "a step would take" in whole.warnings[0] and any(str(plan) in whole.warnings[0] for plan in PLANS[1:])
+
+
+@pytest.mark.slow
+def test_a_day_on_a_gpu_runs_to_its_end(fake_process, tmp_path):
+    output = tmp_path / "gpu_day.json"
+    assert fake_process.submit(trials.day_on_a_gpu, output).result() == dict.fromkeys(STAGES, "")
+    assert json.loads(output.read_text()).keys() == STAGES.keys()
+
+
+@pytest.mark.slow
+def test_the_doctor_measures_each_plan_on_a_gpu(fake_process):
+    """A fake one, whose gradients are all 0, so that it must be found to compute wrongly."""
+    said, plans, errors = fake_process.submit(trials.examined).result()
+    assert "MORE THAN ROUNDING EXPLAINS" in said and "compute capability 9.0" in said
+    assert plans == len(PLANS) and set(errors) == {""}

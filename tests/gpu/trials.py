@@ -15,7 +15,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import core.bench.doctor as doctor
 import core.models.eight_bit as eight_bit
+import tests.gpu_day as gpu_day
 from core.config import TrainConfig
 from core.device import device_and_dtype, stay_within_free_memory
 from core.errors import FaceLoraError, OutOfMemory
@@ -289,3 +291,21 @@ def resumed(photos: Path, folder: Path) -> tuple[int, list[int]]:
         after = Callbacks(on_step=lambda report: steps.append(report.step))
         train(photos, case.base(), case.config(), resume=True, callbacks=after, **place)
     return 2, steps
+
+
+def examined() -> tuple[str, int, list[str]]:
+    """The report of `facelora doctor --measure`, the number of plans that it tried, and their errors."""
+    small = {"REAL_CHANNELS": doctor.SMALL_CHANNELS, "LONGEST": 1e9}
+    with fake_cuda(), patch.multiple(doctor, **small), patch.object(doctor, "why_not_compiled", lambda _: None):
+        report = doctor.examine(DEVICE, True, "1.2.3")
+    assert report.measured
+    trials = report.measured.trials
+    return doctor.format_doctor(report), len(trials), [trial.error for trial in trials]
+
+
+def day_on_a_gpu(output: Path) -> dict[str, str]:
+    """The error of each stage of a rehearsed day on a GPU, "" where it was done."""
+    with fake_cuda():
+        found = gpu_day.spend(gpu_day.Day(DEVICE, torch.bfloat16, small=True), 60, output, lambda _: None)
+    assert gpu_day.as_markdown(found)
+    return {name: results.get("error", "") for name, results in found.items()}

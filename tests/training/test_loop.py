@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from PIL import Image
 
 from core.cli.common import JsonProgress
 from core.config import TrainConfig
+from core.device import deterministic_if
 from core.errors import BadConfig, MissingPackage, TrainingDiverged
 from core.lora.file import LoraFile
 from core.models.base import Base, load_base
@@ -617,3 +619,26 @@ def test_rslora_is_written_as_the_alpha_that_means_the_same(bases, caches, tmp_p
     lora.save(tmp_path / "rs.safetensors", torch.float32)
     # alpha / sqrt(rank) = 2 = alpha' / rank with alpha' = 8
     assert {module.alpha for module in LoraFile.read(tmp_path / "rs.safetensors").modules().values()} == {8.0}
+
+
+def test_deterministic_arithmetic_is_switched_on_and_back(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with deterministic_if(False):
+        assert not torch.are_deterministic_algorithms_enabled()
+    with deterministic_if(True):
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(BadConfig, match="deterministic = true: kthvalue does not have"), deterministic_if(True):
+        raise RuntimeError("kthvalue does not have a deterministic implementation. You can turn off ...")
+
+
+def test_a_training_is_deterministic_where_that_is_wanted(bases, caches):
+    found = []
+
+    def see(_: object) -> None:
+        found.append(torch.are_deterministic_algorithms_enabled())
+
+    for wanted in (True, False):
+        config = TrainConfig(rank=4, steps=1, precision="fp32", deterministic=wanted)
+        train_lora(caches["sd15"], bases["sd15"], config, device=CPU, callbacks=Callbacks(on_step=see))
+    assert found == [True, False]
