@@ -189,7 +189,7 @@ def run_ahead(day: Day) -> dict[str, Any]:
     base, config, cache = day.unet("sdxl", 1024)
     plan = PLANS[-1]
     run = Run(cache, base, config, day.device, plan=plan)
-    sleep = getattr(torch.cuda, "_sleep", None)
+    sleep: Any = getattr(torch.cuda, "_sleep", None)
     for block in run.memory._blocks if sleep and not day.small else ():
         block.register_forward_pre_hook(lambda *_: sleep(20_000_000))  # cycles, about a hundredth of a second
     run.train_step()

@@ -1,4 +1,4 @@
-"""Benchmarks: the speed and memory of a training step beside those of other programs, and methods on the same photos."""
+"""Measurements: a training step beside those of other programs, what a machine can do, and methods on the same photos."""
 
 from typing import TYPE_CHECKING
 
