@@ -52,11 +52,11 @@ def predicted_memory(
         there = [*run.memory.resident(), *(run.average or {}).values()]
         for encoder in run.encoders.values():
             there += [*encoder.parameters(), *encoder.buffers()]
-        if plan.offload != "nothing":
-            run.accumulate()  # only a second step prefetches blocks, in the order of the first
         with MemoryCount(device) as count:
             for tensor in [*there, *run.denoiser.parameters()]:
                 count.leave_out(tensor)
+            if plan.offload != "nothing":
+                run.accumulate()  # only a second step prefetches blocks, in the order of the first
             run.accumulate()
     trained = sum(parameter.numel() for parameter in run.parameters.values())
     return unique_bytes(there) + trained * OPTIMIZER_BYTES[config.optimizer] + count.peak
