@@ -13,7 +13,8 @@ from ..core.errors import BadPhoto, MissingPackage
 from ..core.faces import Reference
 from ..core.lora.convert import convert_lora
 from ..core.lora.file import LoraFile
-from ..core.lora.inspect import format_inspection, inspect_lora
+from ..core.lora.inspect import inspect_lora
+from ..core.lora.report import format_inspection
 from ..core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
 from ..core.pictures.sheet import contact_sheet
 from .convert import FacePhotos, LoraModel, image_tensor, lora_file, lora_model, photos_of, pictures

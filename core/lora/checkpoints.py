@@ -12,8 +12,9 @@ from ..models.base_weights import BaseWeights, bias_name
 from ..storage.safetensors_file import write_safetensors
 from ..tensor_names import ModuleId, Place, bundled_embedding
 from .convert import check_rank, convert_lora, factorise
-from .file import Entry, LoraFile, fit
-from .inspect import OnProgress, silent
+from .file import LoraFile, fit
+from .names import Entry
+from .progress import OnProgress, silent
 
 
 def extract_lora(

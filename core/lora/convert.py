@@ -14,10 +14,14 @@ from torch import Tensor
 
 from ..errors import BadConfig, LoraMisfit, UnmatchedKeys
 from ..tensor_names import NAME_TABLES, SCHEMES, ModuleId, bundled_embedding
-from .file import KEY, Entry, LoraFile
-from .inspect import MODELSPEC_VERSION, OnProgress, silent, trigger_words
-from .kinds import BIAS_ROLES, bias_change
+from .changes import bias_change
+from .file import KEY, LoraFile
+from .kinds import BIAS_ROLES
+from .metadata import MODELSPEC_VERSION
 from .modules import LoraModule, name_in_scheme, name_modules, suffix_of, without_tucker
+from .names import Entry
+from .progress import OnProgress, silent
+from .words import trigger_words
 
 _OF_THE_ORIGINAL = ("lora_adapter_metadata", KEY)
 """The metadata that are not true of a changed copy of a LoRA."""

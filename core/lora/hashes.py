@@ -1,11 +1,22 @@
 """The hashes by which the community's tools tell LoRA files apart."""
 
 import hashlib
-from collections.abc import Mapping
+import os
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from torch import Tensor
 
-from ..storage.safetensors_file import Layout, header_bytes, layout_of, storage_order, tensor_bytes
+from ..storage.safetensors_file import (
+    CHUNK_BYTES,
+    Layout,
+    SafetensorsFile,
+    header_bytes,
+    layout_of,
+    storage_order,
+    tensor_bytes,
+)
 
 
 def model_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -53,3 +64,33 @@ def legacy_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> s
             break
         digest.update(tensor_bytes(tensors[name]))
     return digest.hexdigest()
+
+
+def chunks(path: str | os.PathLike[str]) -> int:
+    """The number of steps in which a file is hashed."""
+    return 1 + Path(path).stat().st_size // CHUNK_BYTES
+
+
+def file_hashes(path: str | os.PathLike[str], step: Callable[[], None] = lambda: None) -> dict[str, str]:
+    """The hashes by which the community knows a file, computed from its bytes; `step` is called `chunks` times.
+
+    `autov3` and A1111's short hash are the first 12 digits of `sshs_model_hash`, `autov2` is the first 10 of `sha256`.
+    """
+    file = SafetensorsFile.open(path)
+    whole, model = hashlib.sha256(), hashlib.sha256()
+    with file.path.open("rb") as stream:
+        start = stream.read(8)
+        header = stream.read(struct.unpack("<Q", start)[0])
+        whole.update(start + header)
+        for _ in range(chunks(path)):
+            chunk = stream.read(CHUNK_BYTES)
+            whole.update(chunk)
+            model.update(chunk)
+            step()
+    return {
+        "sha256": whole.hexdigest(),
+        "autov2": whole.hexdigest()[:10],
+        "sshs_model_hash": model.hexdigest(),
+        "autov3": model.hexdigest()[:12],
+        "sshs_legacy_hash": legacy_hash(file, file.metadata),
+    }

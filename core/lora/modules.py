@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import UnmatchedKeys
 from ..storage.safetensors_file import ComputedTensors
 from ..tensor_names import NAME_TABLES, SCHEMES, Fusion, ModuleId, NameTable
-from .kinds import weight_change
+from .changes import weight_change
 
 
 @dataclass(frozen=True, eq=False)

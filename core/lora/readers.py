@@ -8,10 +8,22 @@ with the programs themselves.
 import re
 from collections.abc import Collection
 
-from ..tensor_names.keys import NamedTensor, parse_key
-from ..tensor_names.table import NameTable
+from ..tensor_names import NAME_TABLES, NamedTensor, NameTable, is_published, parse_key
+from .names import LoraNames
 
 READERS = ("ComfyUI", "diffusers", "peft")
+
+
+def not_loaded_by(reader: str, lora: LoraNames) -> dict[str, str]:
+    """The reason for each module, by name, why a program would not load it; empty when it loads everything.
+
+    `reader` is one of READERS.
+    """
+    family = NAME_TABLES[lora.family]
+    reasons = {e.name: not_loaded(reader, family, e.name, e.kind, e.keys.values()) for e in lora.entries}
+    made_up = [e for e in lora.entries if not all(is_published(lora.family, *module) for module in e.modules)]
+    reasons |= {entry.name: f"a module that no published {lora.family} model has" for entry in made_up}
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def not_loaded(reader: str, family: NameTable, module_name: str, kind: str, keys: Collection[str]) -> str | None:

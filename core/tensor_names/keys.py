@@ -44,6 +44,14 @@ _SUFFIXES = {
     **{role: rf"\.{role}" for role in ("diff", "diff_b", "w_norm", "b_norm", "set_weight", "reshape_weight")},
 }
 _SUFFIX = re.compile("|".join(rf"(?P<{role}>(?:{pattern})$)" for role, pattern in _SUFFIXES.items()))
+# Nearly all tensors have one of these, which are found without searching.
+_EXACT_SUFFIXES = {
+    "lora_down.weight": "down",
+    "lora_up.weight": "up",
+    "lora_A.weight": "down",
+    "lora_B.weight": "up",
+    "alpha": "alpha",
+}
 
 # (prefix, scheme, part, whether the rest of the name is flattened); the first prefix that fits counts.
 _PREFIXES = [
@@ -101,13 +109,25 @@ def unflatten(flat: str) -> str:
     return ".".join(components)
 
 
-@lru_cache(maxsize=1 << 16)
+@lru_cache(maxsize=1 << 17)
 def parse_key(key: str) -> NamedTensor | None:
     """The parsed name of a tensor, or None when it is not the name of a LoRA tensor."""
-    suffix = _SUFFIX.search(key)
-    if suffix is None:
-        return None
-    module_name, role = key[: suffix.start()], str(suffix.lastgroup)
+    module_name, _, suffix = key.rpartition(".")
+    if suffix == "weight":
+        module_name, _, kind = module_name.rpartition(".")
+        suffix = f"{kind}.weight"
+    role = _EXACT_SUFFIXES.get(suffix)
+    if role is None:
+        match = _SUFFIX.search(key)
+        if match is None:
+            return None
+        module_name, role = key[: match.start()], str(match.lastgroup)
+    return NamedTensor(module_name, role, *_parse_module_name(module_name))
+
+
+@lru_cache(maxsize=1 << 16)
+def _parse_module_name(module_name: str) -> tuple[str, str, str]:
+    """The scheme, the part of the model and the dotted path that the name of a module has."""
     prefix, scheme, part, flat = next(entry for entry in _PREFIXES if module_name.startswith(entry[0]))
     path = module_name.removeprefix(prefix)
     if flat:
@@ -115,7 +135,7 @@ def parse_key(key: str) -> NamedTensor | None:
     elif ".processor." in path:
         # Old versions of diffusers had LoRAs on attention processors, where `attn1.processor.to_out` is `attn1.to_out.0`.
         path = re.sub(r"\.to_out$", ".to_out.0", path.replace(".processor.", "."))
-    return NamedTensor(module_name, role, scheme, part, path)
+    return scheme, part, path
 
 
 EMBEDDING_KEYS = ("emb_params", "clip_l", "clip_g")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from core.lora.file import LoraFile
-from core.lora.inspect import not_loaded_by
 from core.lora.modules import LoraModule
+from core.lora.readers import not_loaded_by
 from core.tensor_names import NAME_TABLES as FAMILIES
 from core.tensor_names import SCHEMES, ModuleId
 

@@ -16,16 +16,13 @@ from PIL.PngImagePlugin import PngInfo
 from core.errors import BadFile, FaceLoraError, UnmatchedKeys
 from core.lora.convert import convert_lora, merge_loras, resize_lora
 from core.lora.file import LoraFile
-from core.lora.inspect import (
-    block_norms,
-    edit_metadata,
-    file_hashes,
-    format_inspection,
-    inspect_lora,
-    trigger_words,
-    verify_lora,
-)
+from core.lora.hashes import file_hashes
+from core.lora.inspect import block_norms, inspect_lora
+from core.lora.metadata import edit_metadata
 from core.lora.modules import SCHEMES, LoraModule
+from core.lora.report import format_inspection, inspect_header
+from core.lora.verify import verify_lora
+from core.lora.words import trigger_words
 from core.storage.safetensors_file import SafetensorsFile, save_safetensors
 
 from .test_file import kohya_tensors, some
@@ -89,7 +86,7 @@ def test_of_a_file_of_words_the_word_is_named(tmp_path):
 
 
 def test_an_inspection_of_the_header_alone_has_no_hashes_and_norms(saved):
-    report = inspect_lora(saved, read_tensors=False)
+    report = inspect_header(saved)
     assert "hashes" not in report and "norms" not in report and "hashes" not in format_inspection(report)
 
 
@@ -327,9 +324,9 @@ def test_two_gigabytes_are_inspected_in_under_a_second_without_reading_them(tmp_
         file.truncate(8 + len(header) + position)  # sparse: takes no room on the disk
     assert path.stat().st_size > 2e9
     tracemalloc.start()
-    inspect_lora(path, read_tensors=False)
+    inspect_header(path)
     assert tracemalloc.get_traced_memory()[1] < 20_000_000
     tracemalloc.stop()
     started = time.process_time()
-    inspect_lora(path, read_tensors=False)
+    inspect_header(path)
     assert time.process_time() - started < 1
