@@ -59,8 +59,8 @@ def convert_lora(
         modules, kept = _plain_modules(lora), _renamed(lora, others, scheme)
     # diffusers refuses a file that holds anything but adapters.
     words = {} if scheme == "diffusers" else {key: lora.sound_vectors(key) for key in lora.embedding_keys}
-    tensors = name_modules(lora.family, modules, scheme, kept | words)
-    return replace(lora, tensors=tensors, metadata=_metadata_for(converted, scheme)), error
+    tensors = name_modules(NAME_TABLES[lora.family], modules, scheme, kept | words)
+    return replace(lora, tensors=tensors, metadata=metadata_for(converted, scheme)), error
 
 
 def _is_plain(entry: Entry) -> bool:
@@ -73,7 +73,7 @@ def _plain_modules(lora: LoraFile) -> dict[ModuleId, LoraModule]:
     return replace(lora, tensors={key: lora.tensors[key] for key in keys}).modules()
 
 
-def _metadata_for(lora: LoraFile, scheme: str) -> dict[str, str]:
+def metadata_for(lora: LoraFile, scheme: str) -> dict[str, str]:
     """The metadata for the LoRA in a scheme: without what is only true of its old names, with what the new ones need."""
     family = NAME_TABLES[lora.family]
     known = {"modelspec.sai_model_spec": MODELSPEC_VERSION, "modelspec.architecture": f"{family.architecture}/lora"}
@@ -328,11 +328,11 @@ def merge_loras(
     phrases = [words[0] for lora, _ in loras if (words := trigger_words(lora.metadata))]
     if phrases:
         metadata["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(phrases))
-    tensors = name_modules(family, _Sums(collected), scheme, {} if scheme == "diffusers" else vectors)
+    tensors = name_modules(NAME_TABLES[family], _Sums(collected), scheme, {} if scheme == "diffusers" else vectors)
     whole, error = LoraFile(family, metadata, tensors), 0.0
     if rank is not None:
         whole, error = resize_lora(whole, rank=rank, on_progress=on_progress)
-    return replace(whole, metadata=_metadata_for(whole, scheme)), error
+    return replace(whole, metadata=metadata_for(whole, scheme)), error
 
 
 class _Sums(Mapping[ModuleId, LoraModule]):

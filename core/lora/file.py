@@ -69,7 +69,7 @@ class LoraFile(LoraNames):
         """
         if family not in NAME_TABLES:
             raise UnknownFamily(f"no family {family!r}; known: {', '.join(NAME_TABLES)}")
-        return cls(family, dict(metadata), dict(name_modules(family, modules, scheme)))
+        return cls(family, dict(metadata), dict(name_modules(NAME_TABLES[family], modules, scheme)))
 
     @cached_property
     def layout(self) -> Layout:
