@@ -9,6 +9,7 @@ from ..device import PRECISIONS
 from ..errors import BadConfig, BadFile, one_line
 from ..lora import (
     LoraFile,
+    convert_for,
     convert_lora,
     edit_metadata,
     embedding_files,
@@ -63,7 +64,12 @@ def run_convert(options: argparse.Namespace) -> None:
         base = BaseWeights.open(options.base)
         fit(lora, base.family, base.shapes).check(lora.name)
         weight = base.read
-    converted, error = convert_lora(lora, options.to, options.plain_rank, weight, progress_bar("converting"))
+    settings = options.plain_rank, weight, progress_bar("converting")
+    if options.readers is None:
+        converted, error = convert_lora(lora, options.to, *settings)
+    else:
+        converted, error = convert_for(lora, options.readers.split(","), *settings)
+        options.to = converted.scheme
     _save(converted, error, options, [lora] if options.to == "diffusers" else [])
 
 

@@ -21,6 +21,7 @@ from .metadata import MODELSPEC_VERSION
 from .modules import LoraModule, name_in_scheme, name_modules, suffix_of, without_tucker
 from .names import Entry
 from .progress import OnProgress, silent
+from .readers import READERS, not_loaded_by
 from .words import trigger_words
 
 _OF_THE_ORIGINAL = ("lora_adapter_metadata", KEY)
@@ -61,6 +62,39 @@ def convert_lora(
     words = {} if scheme == "diffusers" else {key: lora.sound_vectors(key) for key in lora.embedding_keys}
     tensors = name_modules(NAME_TABLES[lora.family], modules, scheme, kept | words)
     return replace(lora, tensors=tensors, metadata=metadata_for(converted, scheme)), error
+
+
+def convert_for(
+    lora: LoraFile,
+    readers: Sequence[str],
+    plain_rank: int | None = None,
+    base_weight: BaseWeight | None = None,
+    on_progress: OnProgress = silent,
+) -> tuple[LoraFile, float]:
+    """The LoRA in the first of SCHEMES with which all these programs load it whole, and the error as of `convert_lora`.
+
+    `readers` are names in `readers.READERS`, in any case. Raises BadConfig for an unknown one, and UnmatchedKeys, which says
+    what each naming fails at, when there is no such scheme.
+    """
+    known = {reader.lower(): reader for reader in READERS}
+    if wrong := [name for name in readers if name.strip().lower() not in known]:
+        raise BadConfig(f"no program {wrong[0]!r} is known here; known: {', '.join(known)}")
+    asked = [known[name.strip().lower()] for name in readers]
+    failures = []
+    for scheme in SCHEMES:
+        try:
+            converted, error = convert_lora(lora, scheme, plain_rank, base_weight, on_progress)
+        except UnmatchedKeys as problem:
+            failures.append(f"{scheme}: {str(problem).removeprefix(f'{lora.name}: ')}")
+            continue
+        objections = {reader: not_loaded_by(reader, converted) for reader in asked}
+        refusing = [
+            f"{reader} does not know {next(iter(found.values()))}" for reader, found in objections.items() if found
+        ]
+        if not refusing:
+            return converted, error
+        failures.append(f"{scheme}: {' and '.join(refusing)}")
+    raise UnmatchedKeys(f"{lora.name}: no naming is loaded whole by {', '.join(asked)}: {'; '.join(failures)}")
 
 
 def _is_plain(entry: Entry) -> bool:

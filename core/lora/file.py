@@ -21,7 +21,7 @@ from .changes import bias_change, weight_change
 from .hashes import LegacyHash, model_hash
 from .kinds import needs_base
 from .modules import LoraModule, name_modules
-from .names import Entry, LoraNames, Types, peft_metadata, recognised
+from .names import Entry, LoraNames, Types, has_pefts_magnitude, peft_metadata, recognised
 from .norms import LARGEST_VALUE, largest_change
 
 KEY = "facelora.key"
@@ -96,7 +96,7 @@ class LoraFile(LoraNames):
     def tensors_of(self, entry: Entry) -> dict[str, Tensor]:
         """The tensors of an entry by role, scaled as peft's metadata say where the file itself has no alpha."""
         tensors = {role: self.tensors[key] for role, key in entry.keys.items()}
-        if "lora_magnitude_vector" in entry.keys.get("dora", ""):
+        if has_pefts_magnitude(entry):
             # A convolution's is (1, out, 1, 1), which in LyCORIS' layout would be one magnitude for each input.
             tensors["dora"] = tensors["dora"].flatten()
         scale = self.scale_in_config(entry)

@@ -154,6 +154,12 @@ class Entry:
         return weight_shape(self.kind, self.shapes)
 
 
+def has_pefts_magnitude(entry: Entry) -> bool:
+    """Whether an entry is a DoRA whose magnitudes have the name, and so the meaning, that peft gives them."""
+    key = entry.keys.get("dora", "")
+    return "lora_magnitude_vector" in key or key.endswith(".magnitude")
+
+
 @lru_cache(maxsize=1 << 16)
 def _entry(family: str, module: NamedModule) -> Entry:
     place = NAME_TABLES[family].locate(module.part, module.path)

@@ -2,14 +2,14 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import FaceLoraError, one_line
 from .kinds import KINDS
 from .names import LoraHeader
-from .readers import READERS, not_loaded_by
+from .readers import READERS, Reading, read_by
 from .words import trigger_words, word_of
 
 _SETTINGS = {
@@ -60,7 +60,7 @@ def inspect_header(path: str | os.PathLike[str]) -> dict[str, Any]:
         "alphas": _histogram("none (as rank)" if alpha is None else f"{alpha:g}" for alpha in lora.alphas()),
         "embeddings": sorted({word_of(lora, key) for key in lora.embedding_keys}),
         "unknown_keys": list(lora.unknown_keys),
-        "not_loaded_by": {reader: not_loaded_by(reader, lora) for reader in READERS},
+        "readers": {reader: _reading(read_by(reader, lora)) for reader in READERS} if entries else {},
         "base_model": _known(
             version=lora.metadata.get("ss_base_model_version"),
             name=lora.metadata.get("ss_sd_model_name"),
@@ -81,8 +81,19 @@ def _identity(lora: LoraHeader) -> dict[str, Any]:
         "verdict": found.verdict,
         "models": list(found.models),
         "nearest": found.nearest,
-        "misfits": len(found.misfits),
-        "misfit": next(iter(found.misfits), None),
+        "misfits": list(found.misfits),
+    }
+
+
+def _reading(reading: Reading) -> dict[str, Any]:
+    """What a program makes of the LoRA, as values for JSON, with the modules' names where only some are at fault."""
+    objections = reading.objections
+    return {
+        "verdict": reading.verdict,
+        "modules": reading.modules,
+        "not_as_meant": len(objections),
+        "reasons": _histogram(objection.reason for objection in objections.values()),
+        "names": list(objections) if len(objections) < reading.modules else [],
     }
 
 
@@ -144,9 +155,8 @@ def format_inspection(report: Mapping[str, Any]) -> str:
     if report["embeddings"]:
         lines.append(f"  embeddings    {_short(', '.join(report['embeddings']))}")
     if report["unknown_keys"]:
-        lines.append(f"  not understood: {len(report['unknown_keys'])}, e.g. {_short(report['unknown_keys'][0])}")
-    total = sum(report["parts"].values())
-    loads = {reader: _loads(total, refused) for reader, refused in report["not_loaded_by"].items() if total}
+        lines.append(f"  not understood: {len(report['unknown_keys'])}, e.g. {some_of(report['unknown_keys'])}")
+    loads = {reader: _loads(reading) for reader, reading in report["readers"].items()}
     lines += [f"  {'loads' if first else '':<13} {reader}: {text}" for first, reader, text in _rows(loads)]
     return "\n".join(map(one_line, lines))
 
@@ -159,14 +169,24 @@ def _doubt(identity: Mapping[str, Any]) -> str:
         return "by its names alone: no published model has modules of such sizes"
     return (
         f"by its names alone; the nearest published model is {identity['nearest']}, where "
-        f"{identity['misfits']} modules do not fit, e.g. {_short(identity['misfit'])}"
+        f"{len(identity['misfits'])} modules do not fit: {some_of(identity['misfits'])}"
     )
 
 
-def _loads(total: int, refused: Mapping[str, str]) -> str:
-    if not refused:
+def _loads(reading: Mapping[str, Any]) -> str:
+    total, faulty = reading["modules"], reading["not_as_meant"]
+    if not faulty:
         return f"all {total} modules"
-    return f"{total - len(refused)} of {total} modules; it does not know {next(iter(refused.values()))}"
+    reason = next(iter(reading["reasons"]))
+    if reading["verdict"] == "loads as another change":
+        return f"{faulty} of {total} modules not as they are meant: {reason}"
+    return f"{total - faulty} of {total} modules; it does not know {reason}"
+
+
+def some_of(names: Sequence[str]) -> str:
+    """At most three of the names, each shortened, for a message."""
+    shown = [name if len(name) <= 80 else f"{name[:77]}..." for name in names[:3]]
+    return ", ".join(shown) + (", ..." if len(names) > 3 else "")
 
 
 def _rows(section: Mapping[str, Any]) -> list[tuple[bool, str, Any]]:
