@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -71,6 +72,8 @@ def run_convert(options: argparse.Namespace) -> None:
         converted, error = convert_for(lora, options.readers.split(","), *settings)
         options.to = converted.scheme
     _save(converted, error, options, [lora] if options.to == "diffusers" else [])
+    for scheme, count in Counter(entry.scheme for entry in lora.entries if entry.scheme != options.to).items():
+        print(f"  {count} modules had {scheme} names")
 
 
 def _save_words(lora, files: Mapping[str, LoraFile], options: argparse.Namespace) -> None:

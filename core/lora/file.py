@@ -21,7 +21,7 @@ from .changes import bias_change, weight_change
 from .hashes import LegacyHash, model_hash
 from .kinds import needs_base
 from .modules import LoraModule, name_modules
-from .names import Entry, LoraNames, Types, has_pefts_magnitude, peft_metadata, recognised
+from .names import Entry, LoraNames, Types, has_pefts_magnitude, peft_metadata, recognised, shortened
 from .norms import LARGEST_VALUE, largest_change
 
 KEY = "facelora.key"
@@ -213,7 +213,7 @@ class LoraFile(LoraNames):
             count, example = len(self.unknown_keys), self.unknown_keys[0]
             raise UnmatchedKeys(
                 f"{self.name}: {count} tensors are not understood, or not a complete module of matching shapes, "
-                f"e.g. {example!r} of shape {list(self.layout[example][1])}"
+                f"e.g. {shortened(example)!r} of shape {list(self.layout[example][1])}"
             )
         seen: set[ModuleId] = set()
         for entry in self.entries:
@@ -292,7 +292,7 @@ class Fit:
         """Raises LoraMisfit, naming the families and some keys, unless everything in the file has its place."""
         if self.fits:
             return
-        examples = "; ".join(f"{key}: {why}" for key, why in list(self.left_over.items())[:3])
+        examples = "; ".join(f"{shortened(key)}: {why}" for key, why in list(self.left_over.items())[:3])
         differ = self.family != self.base_family
         families = f"it is for {self.family}, the base model is {self.base_family}; " if differ else ""
         count = len(self.left_over)

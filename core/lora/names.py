@@ -83,7 +83,7 @@ def content_of(types: Types) -> Content:
     found: dict[str, list[tuple[str, str, str, tuple[int, ...]]]] = {}
     embeddings, strange = [], []
     for key in types:
-        if key in EMBEDDING_KEYS or bundled_embedding(key):
+        if key in EMBEDDING_KEYS or (key.startswith("bundle_emb.") and bundled_embedding(key)):
             embeddings.append(key)
         elif (parsed := parse_key(key)) is None:
             strange.append(key)
@@ -133,7 +133,7 @@ class Entry:
         """The modules whose weights the entry changes."""
         return self.place.modules
 
-    @property
+    @cached_property
     def rank(self) -> int | None:
         """The rank by which alpha is divided; None for a kind without a rank."""
         return rank_of(self.kind, self.shapes)
@@ -328,7 +328,7 @@ def _detect_family(content: Content, identity: Identity, types: Types, metadata:
     if not candidates and types.keys() <= set(EMBEDDING_KEYS):
         candidates = families_of_embedding({key: shape for key, (_, shape) in types.items()})
     if not candidates:
-        example = next(iter(types), "none")
+        example = shortened(next(iter(types), "none"))
         if not modules:
             raise UnknownFamily(f"{name}: no LoRA: no adapter's tensor is among its {len(types)}, e.g. {example!r}")
         raise UnknownFamily(
@@ -368,3 +368,8 @@ def peft_metadata(path: Path) -> dict[str, str]:
 def most_common(values: Iterable[_T]) -> _T:
     """The value that comes most often, the first of several such. `values` must not be empty."""
     return Counter(values).most_common(1)[0][0]
+
+
+def shortened(name: str) -> str:
+    """The name of a tensor or module for a message: of a long one, which only a damaged file has, the beginning."""
+    return name if len(name) <= 120 else f"{name[:117]}..."

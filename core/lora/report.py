@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import FaceLoraError, one_line
 from .kinds import KINDS
-from .names import LoraHeader
+from .names import LoraHeader, shortened
 from .readers import READERS, Reading, read_by
 from .words import trigger_words, word_of
 
@@ -185,8 +185,7 @@ def _loads(reading: Mapping[str, Any]) -> str:
 
 def some_of(names: Sequence[str]) -> str:
     """At most three of the names, each shortened, for a message."""
-    shown = [name if len(name) <= 80 else f"{name[:77]}..." for name in names[:3]]
-    return ", ".join(shown) + (", ..." if len(names) > 3 else "")
+    return ", ".join(map(shortened, names[:3])) + (", ..." if len(names) > 3 else "")
 
 
 def _rows(section: Mapping[str, Any]) -> list[tuple[bool, str, Any]]:

@@ -12,7 +12,7 @@ from ..models.base_weights import BaseWeights
 from .file import LoraFile, fit
 from .hashes import chunks, file_hashes
 from .kinds import needs_base
-from .names import family_in_metadata
+from .names import family_in_metadata, shortened
 from .norms import LARGEST_VALUE, change_norm, largest_change
 from .progress import OnProgress, silent, steps
 from .readers import not_loaded_by
@@ -50,7 +50,7 @@ def verify_lora(
     if base is not None:
         weights = BaseWeights.open(base)
         left_over = fit(lora, weights.family, weights.shapes, weights.biased).left_over
-        examples = "; ".join(f"{key} {why}" for key, why in list(left_over.items())[:3])
+        examples = "; ".join(f"{shortened(key)} {why}" for key, why in list(left_over.items())[:3])
         if left_over:
             text = (
                 f"{len(left_over)} keys have no place in {weights.file.path.name} ({weights.family}), e.g. {examples}"

@@ -212,12 +212,21 @@ def parse_header(path: Path, header: bytes) -> tuple[dict[str, object], dict[str
     return entries, metadata
 
 
-def _are_sizes(values: object) -> bool:
-    return isinstance(values, list) and {*map(type, values)} <= {int} and min(values, default=0) >= 0
-
-
 def _where(path: Path, name: str) -> str:
     return f"{path}: damaged header: tensor {name[:80]!r}"
+
+
+def _bytes_taken(shape: object, width: int, limit: int) -> int | None:
+    """The bytes of a tensor whose values take `width` each; None where `shape` is no list of sizes.
+
+    It is -1 where a side is above `limit`: sizes are bounded before they are multiplied, so no absurd one survives.
+    """
+    if type(shape) is not list or len(shape) > MAX_DIMENSIONS:
+        return None
+    for side in shape:  # plain comparisons: a folder of LoRAs has millions of entries
+        if type(side) is not int or side < 0:
+            return None
+    return math.prod(shape) * width if max(shape, default=0) <= limit else -1
 
 
 def _check_entries(
@@ -238,18 +247,18 @@ def _check_entries(
         if not isinstance(code, str) or code not in TYPES:
             known = ", ".join(TYPES)
             raise BadFile(f"{path}: tensor {name[:80]!r} has dtype {str(code)[:20]!r}; known: {known}")
-        if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
+        taken = _bytes_taken(shape, TYPES[code][1], file_size)
+        if taken is None:
             raise BadFile(f"{_where(path, name)} has a shape that is not a list of at most {MAX_DIMENSIONS} sizes")
-        if not _are_sizes(span) or len(span) != 2:
+        begin, end = span if type(span) is list and len(span) == 2 else (None, None)
+        if type(begin) is not int or type(end) is not int or begin < 0:
             raise BadFile(f"{_where(path, name)} has data_offsets that are not two byte positions")
-        begin, end = span
         if begin > end or first_byte + end > file_size:
             raise BadFile(
                 f"{path}: truncated or damaged: tensor {name[:80]!r} lies at bytes {begin} to {end}, "
                 f"the file has {file_size - first_byte} bytes of tensors"
             )
-        # Sizes are bounded by the file before they are multiplied: no absurd dimension survives.
-        if max(shape, default=0) > file_size or math.prod(shape) * TYPES[code][1] != end - begin:
+        if taken != end - begin:
             raise BadFile(f"{_where(path, name)} of shape {shape} and dtype {code} does not take {end - begin} bytes")
         shapes[name], codes[name], offsets[name] = tuple(shape), code, first_byte + begin
         ranges.append((begin, end, name))

@@ -4,7 +4,7 @@ Arguments: pairs of a family and a file. Prints one JSON line for each: why the 
 model its change times a fixed vector, as `part.path` in InvokeAI's model. The weights are 0 before.
 """
 
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportArgumentType=false, reportPrivateUsage=false
 import functools
 import json
 import logging
