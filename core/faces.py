@@ -108,6 +108,12 @@ def load_faces(
     return OnnxFaces(path.stem, detector, session, scaled=_scales_pixels(model))
 
 
+def check_judge(judge: FaceNetwork, network: FaceNetwork) -> None:
+    """Raises BadConfig where the judge is the network itself, whose verdict would flatter what it has selected."""
+    if judge.name == network.name:
+        raise BadConfig(f"judge {judge.name}: is the network that it is to judge beside; choose another one")
+
+
 def faces_if_installed(on_warning: Callable[[str], None], network: str = "sface") -> FaceNetwork | None:
     """The face network of `load_faces`; None where it is not installed, and `on_warning` hears what is then not looked at."""
     try:

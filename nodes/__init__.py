@@ -6,7 +6,7 @@
 from comfy_api.latest import ComfyExtension
 
 from ..core import errors
-from . import panel, photos, style_pack
+from . import helpers, panel, photos, style_pack
 from .apply import ApplyLora
 from .helpers import ContactSheet, InspectLora, LikenessScore, SaveLora
 from .photos import LoadFacePhotos
@@ -32,7 +32,7 @@ for kind in vars(errors).values():
 
 class FaceLoraExtension(ComfyExtension):
     async def on_load(self) -> None:
-        for module in (panel, photos, style_pack):
+        for module in (panel, photos, style_pack, helpers):
             module.add_routes()
 
     async def get_node_list(self) -> list[type]:

@@ -2,14 +2,18 @@
 
 # pyright: reportMissingImports=false
 
+import asyncio
 import json
+from functools import partial
 from pathlib import Path
 
 import folder_paths
+from aiohttp import web
 from comfy_api.latest import io, ui
+from server import PromptServer
 
 from ..core.device import PRECISIONS
-from ..core.errors import BadPhoto, MissingPackage
+from ..core.errors import BadPhoto, FaceLoraError, MissingPackage
 from ..core.faces import Reference
 from ..core.lora.convert import convert_lora
 from ..core.lora.file import LoraFile
@@ -17,8 +21,10 @@ from ..core.lora.inspect import inspect_lora
 from ..core.lora.report import format_inspection
 from ..core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
 from ..core.pictures.sheet import contact_sheet
+from ..core.storage.files import write_file
+from ..core.training.store import drawn_sample
 from .convert import FacePhotos, LoraModel, image_tensor, lora_file, lora_model, photos_of, pictures
-from .folders import lora_path, says_no_server_paths
+from .folders import lora_path, says_no_server_paths, without_server_paths
 from .plot import score_plot
 
 
@@ -46,13 +52,20 @@ class SaveLora(io.ComfyNode):
                 io.Combo.Input(
                     "precision", options=list(PRECISIONS), tooltip="fp16 is what is usually shared.", advanced=True
                 ),
+                io.Boolean.Input(
+                    "preview",
+                    default=False,
+                    optional=True,
+                    tooltip="Also write the last sample of the training beside it, as NAME.preview.png, which LoRA managers "
+                    "show. It is a picture of the person: only where they agree.",
+                ),
             ],
             outputs=[io.String.Output(display_name="lora_name", tooltip="Its name in loaders' lists.")],
         )
 
     @classmethod
     @says_no_server_paths
-    def execute(cls, lora, name, scheme, precision) -> io.NodeOutput:
+    def execute(cls, lora, name, scheme, precision, preview=False) -> io.NodeOutput:
         prefix = f"loras/{lora_path(name)}"
         converted, _ = convert_lora(lora_file(lora), scheme)
         folder, stem, counter, subfolder, _ = folder_paths.get_save_image_path(
@@ -61,7 +74,20 @@ class SaveLora(io.ComfyNode):
         path = Path(folder) / f"{stem}_{counter:05}_.safetensors"
         converted.save(path, PRECISIONS[precision])
         relative = str(Path(subfolder).relative_to("loras") / path.name)
-        return io.NodeOutput(relative, ui=ui.PreviewText(f"written: output/loras/{relative}"))
+        text = f"written: output/loras/{relative}"
+        if preview:
+            text += f"\n{_write_preview(lora_file(lora), path)}"
+        return io.NodeOutput(relative, ui=ui.PreviewText(text))
+
+
+def _write_preview(lora: LoraFile, path: Path) -> str:
+    """Writes the LoRA's sample beside the file at `path`, where there is one; a sentence about what was done."""
+    sample = drawn_sample(lora)
+    if sample is None:
+        return "no preview: no sample of its training is in the cache folder"
+    picture = path.with_suffix(".preview.png")
+    write_file(picture, partial(sample.save, format="PNG"))
+    return f"preview: {picture.name}"
 
 
 class InspectLora(io.ComfyNode):
@@ -102,6 +128,21 @@ class InspectLora(io.ComfyNode):
         report = format_inspection(found)
         lora = lora_model(LoraFile.read(path))
         return io.NodeOutput(report, json.dumps(found, indent=1), lora, ui=ui.PreviewText(report))
+
+
+def add_routes() -> None:
+    """Adds GET /facelora/lora?name=NAME, which answers with the text of Inspect LoRA on a file of the loras folders."""
+
+    @PromptServer.instance.routes.get("/facelora/lora")
+    async def lora(request: web.Request) -> web.Response:
+        name = request.query.get("name", "")
+        if name not in folder_paths.get_filename_list("loras"):
+            return web.Response(text=f"{name}: there is no such file in the loras folder", status=404)
+        try:
+            found = await asyncio.to_thread(inspect_lora, folder_paths.get_full_path_or_raise("loras", name))
+        except FaceLoraError as problem:
+            return web.Response(text=without_server_paths(str(problem)), status=422)
+        return web.Response(text=format_inspection(found))
 
 
 class LikenessScore(io.ComfyNode):

@@ -16,6 +16,7 @@ from PIL import Image
 from server import PromptServer
 
 from ..core.photos import Photo
+from ..core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
 from .runs import Run, Runs
 
 EVENT = "facelora.training"
@@ -25,6 +26,8 @@ PHOTO_SIDE = 256
 """The longer side of a photo in the panel, in pixels."""
 PHOTOS = 8
 """The number of photos that the panel shows beside the samples."""
+LIMITS = (SOMEONE_ELSE, SAME_PERSON)
+"""The likeness below which a picture is of someone else, and that from which it is of the same person."""
 USER = "facelora_user"
 """The name, in a prompt's extra data, of the user who has queued it."""
 
@@ -40,7 +43,9 @@ def begin(node_id: str, photos: Sequence[Photo]) -> Run:
     run = _running(node_id)
     _runs.begin(run)
     shown = [photo.image(shorter_side=PHOTO_SIDE) for photo in photos[:PHOTOS]]
-    publish(run, {"begin": True, "phase": "reading the model", "photos": data_urls(shown, PHOTO_SIDE)})
+    publish(
+        run, {"begin": True, "phase": "reading the model", "photos": data_urls(shown, PHOTO_SIDE), "limits": LIMITS}
+    )
     return run
 
 

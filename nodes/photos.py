@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 from aiohttp import web
@@ -15,10 +16,11 @@ from server import PromptServer
 
 from ..core.errors import BadPhoto
 from ..core.faces import faces_if_installed
-from ..core.photos import Photo, SetReport, check_photos, format_report, read_photo_files, read_photos
+from ..core.models.families import FAMILIES
+from ..core.photos import Photo, SetReport, Thresholds, check_photos, format_report, read_photo_files, read_photos
 from ..core.photos.reading import MASK_ENDING
 from ..core.photos.report import CROP, REJECT, REVIEW, USE
-from .convert import FacePhotos, image_tensor
+from .convert import FacePhotos, image_tensor, trained_family
 from .folders import says_no_server_paths, without_server_paths
 
 PREVIEW_SIDE = 1024
@@ -67,6 +69,11 @@ class LoadFacePhotos(io.ComfyNode):
                     tooltip="Single photos, taken beside those of the folder: drop files or a folder onto the node, paste "
                     "them, or press Add photos. The value is their names in ComfyUI's input folder, one a line.",
                 ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="The model to train on, by whose resolution the sizes of faces are judged; without it 1024 pixels.",
+                ),
             ],
             outputs=[
                 FacePhotos.Output(display_name="photos", tooltip="The photos as they are, for Train Face LoRA."),
@@ -102,7 +109,7 @@ class LoadFacePhotos(io.ComfyNode):
 
     @classmethod
     @says_no_server_paths
-    def execute(cls, folder: str, check: bool, strict: bool, pictures: str) -> io.NodeOutput:
+    def execute(cls, folder: str, check: bool, strict: bool, pictures: str, model: Any = None) -> io.NodeOutput:
         if folder == NO_FOLDER and not _names(pictures):
             raise BadPhoto("no photos: choose a folder below ComfyUI's input folder, or upload pictures")
         list(_files(folder, pictures))  # what is not there is said before anything is read
@@ -110,7 +117,8 @@ class LoadFacePhotos(io.ComfyNode):
         photos = _read(folder, pictures, strict=strict, on_warning=notes.append)
         tiles, headline = [{"name": _name_below_input(photo)} for photo in photos], ""
         if check:
-            checked = _checked(photos, notes.append)
+            resolution = FAMILIES[trained_family(model)].resolution if model else 1024
+            checked = _checked(photos, resolution, notes.append)
             notes.append(format_report(checked))
             headline = checked.headline
             for tile, item in zip(tiles, checked.photos, strict=True):
@@ -184,10 +192,10 @@ def _name_below_input(photo: Photo) -> str:
     return photo.source.relative_to(Path(folder_paths.get_input_directory()).resolve()).as_posix()
 
 
-def _checked(photos: list[Photo], on_warning: Callable[[str], None]) -> SetReport:
-    """The report on the photos. BadPhoto when there is no face at all."""
+def _checked(photos: list[Photo], resolution: int, on_warning: Callable[[str], None]) -> SetReport:
+    """The report on the photos for a training at the resolution. BadPhoto when there is no face at all."""
     network = faces_if_installed(on_warning)
-    checked = check_photos(photos, network)
+    checked = check_photos(photos, network, Thresholds.for_resolution(resolution))
     if network and not any(item.faces for item in checked.photos):
         raise BadPhoto(f"none of the {len(photos)} photos shows a face; switch check off to use them all the same")
     return checked

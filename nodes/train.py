@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,11 @@ class TrainFaceLora(io.ComfyNode):
                     tooltip="good photos: not those that the photo report rejects (someone else, a blurred face, one twice), "
                     "and no training where fewer than 5 are left; all photos: whatever they are.",
                 ),
+                io.Int.Input(
+                    "checkpoint", default=0, min=0, max=100_000, optional=True, advanced=True,
+                    tooltip="A measured step, whose LoRA comes out and is written beside the kept one as NAME-stepNNNNNN; "
+                    "0: the one kept. The panel has a button for each.",
+                ),
             ],
             outputs=[
                 LoraModel.Output(
@@ -135,7 +141,7 @@ class TrainFaceLora(io.ComfyNode):
     def execute(
         cls, model, clip, vae, photos, name, trigger_word, class_word, recipe, samples, steps, rank, learning_rate,
         resolution, training_seed, sample_prompts, settings, captions=None, class_photos=None, masks=None,
-        continue_from=None, use=(GOOD,),
+        continue_from=None, use=(GOOD,), checkpoint=(0,),
     ) -> io.NodeOutput:  # fmt: skip
         family, person = trained_family(model[0]), photos_of(photos, captions, masks)
         notes: list[str] = []
@@ -155,7 +161,7 @@ class TrainFaceLora(io.ComfyNode):
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
         with torch.inference_mode(False):
-            made = _make(job, base_from(model[0], clip[0], vae[0], config), cls.hidden.unique_id, notes)
+            made = _make(job, base_from(model[0], clip[0], vae[0], config), checkpoint[0], cls.hidden.unique_id, notes)
         _given_out.setdefault(name[0], set()).add(made.path)
         relative = str(made.path.relative_to(folder_paths.get_folder_paths("loras")[0]))
         plot = loss_plot(made.run.history(), f"{made.path.stem}: loss")
@@ -262,8 +268,11 @@ def _check_parts(model: Any, clip: Any, vae: Any) -> None:
         raise BadConfig(f"vae: it makes latents of {made} channels and MODEL takes {wanted}; wire the VAE of MODEL")
 
 
-def _make(job: TrainingJob, base: Base, node_id: str, notes: Sequence[str]) -> TrainedFile:
-    """The trained file in the loras folder: the one trained before, or one trained now while the panel shows it."""
+def _make(job: TrainingJob, base: Base, checkpoint: int, node_id: str, notes: Sequence[str]) -> TrainedFile:
+    """The trained file in the loras folder: the one trained before, or one trained now while the panel shows it.
+
+    Its path is that of the measured step `checkpoint`, where that is not 0.
+    """
     run = panel.begin(node_id, job.photos)
     watch = Watch(run, job.name)
     for note in notes:
@@ -284,6 +293,9 @@ def _make(job: TrainingJob, base: Base, node_id: str, notes: Sequence[str]) -> T
                 check_cancelled=comfy.model_management.throw_exception_if_processing_interrupted,
             ),
         )
+        watch.show(checkpoints=_choices(made))
+        if checkpoint:
+            made = replace(made, path=made.take_checkpoint(checkpoint))
         write_embedding(made.path)
         watch.log(f"{made.path.name} {'was trained before' if made.found else 'is trained'}")
         watch.show(phase="done", file=made.path.name, **(_looks(made) if made.found else {}))
@@ -295,6 +307,15 @@ def _make(job: TrainingJob, base: Base, node_id: str, notes: Sequence[str]) -> T
         watch.show(phase="stopped")
         raise
     return made
+
+
+def _choices(made: TrainedFile) -> list[dict[str, Any]]:
+    """The checkpoints that the panel offers: their step, likeness, and whether it is the one that was kept."""
+    likeness = dict(made.likenesses())
+    return [
+        {"step": step, "likeness": likeness[step], "kept": path == made.path}
+        for step, path in made.checkpoints().items()
+    ]
 
 
 def _looks(made: TrainedFile) -> dict[str, Any]:

@@ -1,30 +1,18 @@
 """Whose training is whose (nodes/runs.py): who is shown a run, and who may end it. The same with pages: tests/browser."""
 
-import importlib
 import os
 import stat
-import sys
-import types
-from pathlib import Path
 
 import pytest
 
 from core.storage.cache_folder import clear_cache
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.tooling import nodes_module
 
 
 @pytest.fixture
 def module(monkeypatch, tmp_path):
-    """nodes/runs.py in packages whose own `__init__` is not run, since that of the nodes needs ComfyUI."""
-    for name, folder in (("pack", ROOT), ("pack.nodes", ROOT / "nodes")):
-        package = types.ModuleType(name)
-        package.__path__ = [str(folder)]
-        monkeypatch.setitem(sys.modules, name, package)
     monkeypatch.setenv("FACELORA_CACHE", str(tmp_path / "cache"))
-    yield importlib.import_module("pack.nodes.runs")
-    for name in [name for name in sys.modules if name.startswith("pack.")]:
-        monkeypatch.delitem(sys.modules, name)
+    return nodes_module("runs")
 
 
 def begun(module, runs, user, prompt="p1", workflow: str | None = "w", node="5", **news):

@@ -1,14 +1,38 @@
-"""A minute of the soak, always the same."""
+"""A part of the soak, always the same."""
 
 import sys
+from collections import Counter
+from itertools import count
 
 import pytest
 
 from tests.soak.__main__ import soak
+from tests.soak.trials import TRIALS
+from tests.soak.worker import name_of
+
+SEED = "make test"
+_OFTEN = 100
+"""The weight from which a trial takes milliseconds."""
+
+
+def first_of_each(cheap: int, others: int) -> list[int]:
+    """The numbers of the first trials of each name: so many of those that take milliseconds, and of those that train."""
+    wanted = Counter({name: cheap if kind.weight >= _OFTEN else others for name, kind in TRIALS.items()})
+    numbers = []
+    for number in count():
+        name = name_of(SEED, number)[0]
+        if wanted[name]:
+            wanted[name] -= 1
+            numbers.append(number)
+        if not wanted.total():
+            return numbers
+    raise AssertionError
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits and forks are Linux's")
-def test_damage_kills_and_closed_disks_end_in_success_or_one_clear_error():
-    report = soak("make test", range(600))
+@pytest.mark.parametrize("cheap, others", [(30, 2), pytest.param(400, 30, marks=pytest.mark.slow)])
+def test_damage_kills_and_closed_disks_end_in_success_or_one_clear_error(cheap, others):
+    report = soak(SEED, first_of_each(cheap, others))
     assert report["failures"] == {}
-    assert report["kills"] > 5 and min(report["outcomes"][outcome] for outcome in ("done", "refused")) > 100
+    assert report["tried"].keys() == TRIALS.keys() and report["kills"] > 0
+    assert min(report["outcomes"][outcome] for outcome in ("done", "refused")) >= cheap

@@ -1,12 +1,16 @@
 """Random base models in the original checkpoint naming, small or of full size, and what tests do with them."""
 
 import hashlib
+import importlib
 import math
 import re
+import sys
+import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -366,6 +370,17 @@ def diffusers_pipeline(base: Base, dtype: torch.dtype = torch.float32):
     if base.family.name == "sd15":
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return getattr(diffusers, base.family.pipeline_class)(**parts)
+
+
+@cache
+def nodes_module(name: str) -> types.ModuleType:
+    """A module of nodes/ in packages whose own `__init__` is not run, since that of the nodes needs ComfyUI."""
+    root = Path(__file__).parents[1]
+    for package_name, folder in (("pack", root), ("pack.nodes", root / "nodes")):
+        package = types.ModuleType(package_name)
+        package.__path__ = [str(folder)]
+        sys.modules[package_name] = package
+    return importlib.import_module(f"pack.nodes.{name}")
 
 
 def encoded_image(

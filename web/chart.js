@@ -1,5 +1,7 @@
 /** Line charts as SVG, in the colours of ComfyUI's theme. */
 
+import { say } from "./words.js"
+
 const WIDTH = 320, HEIGHT = 96, LEFT = 40, RIGHT = 40, TOP = 16, BOTTOM = 14
 const SVG = "http://www.w3.org/2000/svg"
 
@@ -51,11 +53,11 @@ export function drawChart(svg, lines, lastStep) {
       const [step, value] = line.points[0]
       parts.push(element("circle", { cx: x(step), cy: y(value), r: 2, fill: line.colour }))
     }
-    parts.push(element("text", { ...title, y: TOP - 5, style: `fill: ${line.colour}` }, line.name))
+    parts.push(element("text", { ...title, y: TOP - 5, style: `fill: ${line.colour}` }, say(line.name)))
     parts.push(element("text", { ...side, y: TOP + 6 }, short(high)))
     parts.push(element("text", { ...side, y: HEIGHT - BOTTOM }, short(low)))
   })
   parts.push(element("text", { x: LEFT, y: HEIGHT - 3 }, "0"))
-  parts.push(element("text", { x: WIDTH - RIGHT, y: HEIGHT - 3, "text-anchor": "end" }, `step ${lastStep}`))
+  parts.push(element("text", { x: WIDTH - RIGHT, y: HEIGHT - 3, "text-anchor": "end" }, say("step {}", lastStep)))
   svg.replaceChildren(...parts)
 }

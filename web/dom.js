@@ -1,6 +1,7 @@
 /** What the widgets of the nodes share: elements, the style sheet, small talk with ComfyUI. */
 
 import { app } from "../../scripts/app.js"
+import { say } from "./words.js"
 
 document.head.append(Object.assign(document.createElement("link"), {
   rel: "stylesheet", href: new URL("./facelora.css", import.meta.url).href,
@@ -24,11 +25,20 @@ export function addElement(node, name, element, height) {
     serialize: false, hideOnZoom: false, hideInPanel: true, margin: MARGIN, getMinHeight: room, getMaxHeight: room,
   })
   widget.serialize = false
-  widget.label = LABELS[name]
+  if (LABELS[name]) widget.label = say(LABELS[name])
   return widget
 }
 
 export const widgetOf = (node, name) => node.widgets.find((widget) => widget.name === name)
+
+/** Shows an element in the middle of the page, until the next click or key. */
+export function showLarge(element) {
+  const dialog = make("dialog", "facelora-large", element)
+  for (const event of ["click", "keydown"]) dialog.addEventListener(event, () => dialog.close())
+  dialog.addEventListener("close", () => dialog.remove())
+  document.body.append(dialog)
+  dialog.showModal()
+}
 
 /** Calls a function after whatever the node does when something is done to it, e.g. "onRemoved". */
 export function after(node, event, then) {

@@ -3,9 +3,10 @@
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import { addElement, after, complain, make, makeRoom, whenChanged, widgetOf } from "./dom.js"
+import { say } from "./words.js"
 
 const NODE = "FaceLoRALoadPhotos"
-const TILE = 58, GAP = 4, LINE = 20
+const TILE = 54, GAP = 4, LINE = 20 // in pixels; tiles are larger where a row has room
 const HEIC = /\.(heic|heif|avif)$/i // for which some browsers know no type
 
 const isPicture = (file) => file.type.startsWith("image/") || HEIC.test(file.name)
@@ -46,10 +47,10 @@ class Pictures {
     this.node = node
     this.value = widgetOf(node, "pictures")
     this.value.hidden = this.value.options.hidden = true
-    this.button = make("button", "facelora-add", "Add photos")
-    this.button.title = "Or drop them onto the node, or paste them"
-    this.clear = make("button", "facelora-remove-all", "Remove all")
-    this.clear.title = "The files stay in ComfyUI's input folder, where folder offers them"
+    this.button = make("button", "facelora-add", say("Add photos"))
+    this.button.title = say("Or drop them onto the node, or paste them")
+    this.clear = make("button", "facelora-remove-all", say("Remove all"))
+    this.clear.title = say("The files stay in ComfyUI's input folder, where folder offers them")
     this.clear.addEventListener("click", () => (this.names = []))
     this.note = make("span", "facelora-quiet")
     this.headline = make("div", "facelora-headline")
@@ -62,6 +63,13 @@ class Pictures {
     const row = make("div", "facelora-row", this.button, this.clear, this.note)
     const root = make("div", "facelora-panel", row, this.headline, this.tiles)
     this.widget = addElement(node, "thumbnails", root, () => this.height())
+    // ComfyUI asks the node about what is over the canvas alone, and opens what is dropped elsewhere as a workflow.
+    root.addEventListener("dragover", (event) => event.preventDefault())
+    root.addEventListener("drop", async (event) => {
+      event.preventDefault()
+      event.stopPropagation()
+      this.add(await dropped(event.dataTransfer))
+    })
     node.onDragOver = (event) => [...(event.dataTransfer?.items ?? [])].some((item) => item.kind === "file")
     node.onDragDrop = async (event) => this.add(await dropped(event.dataTransfer))
     node.pasteFiles = (files) => this.add([...files])
@@ -82,9 +90,10 @@ class Pictures {
   }
 
   height() {
-    const columns = Math.max(1, Math.floor((this.node.size[0] - 30) / (TILE + GAP)))
+    const width = this.node.size[0] - 30 + GAP
+    const columns = Math.max(1, Math.floor(width / (TILE + GAP)))
     const headline = this.headline.textContent ? LINE : 0
-    return 36 + headline + Math.ceil(this.tiles.childElementCount / columns) * (TILE + GAP)
+    return 36 + headline + Math.ceil((Math.ceil(this.tiles.childElementCount / columns) * width) / columns)
   }
 
   /** Shows what a run has found: a verdict and its reason for each photo, and those of the folder too. */
@@ -99,12 +108,12 @@ class Pictures {
     const pictures = files.filter(isPicture)
     const folder = folderOf(this.names.at(-1) ?? "") || newFolder()
     for (const [index, file] of pictures.entries()) {
-      this.note.textContent = `uploading ${index + 1} of ${pictures.length}`
+      this.note.textContent = say("uploading {} of {}", index + 1, pictures.length)
       try {
         const name = await upload(file, folder)
         if (!this.names.includes(name)) this.names = [...this.names, name]
       } catch (error) {
-        complain("The photo was not uploaded", error.message)
+        complain(say("The photo was not uploaded"), error.message)
       }
     }
     this.chooser.value = ""
@@ -116,7 +125,7 @@ class Pictures {
 
   show() {
     const { names } = this
-    this.note.textContent = names.length ? `${names.length} added` : "or drop them here"
+    this.note.textContent = names.length ? say("{} added", names.length) : say("or drop them here")
     this.clear.hidden = !names.length
     const reports = new Map(this.reports.map((report) => [report.name, report]))
     const { value: folder } = widgetOf(this.node, "folder")
@@ -130,7 +139,7 @@ class Pictures {
     const src = api.apiURL(`/facelora/photo?name=${encodeURIComponent(name)}`)
     const image = Object.assign(make("img", ""), { src, alt: name })
     const remove = make("button", "", "×")
-    remove.title = `Take out ${name}`
+    remove.title = say("Take out {}", name)
     remove.addEventListener("click", () => (this.names = this.names.filter((other) => other !== name)))
     const tile = make("div", `facelora-tile facelora-${report?.verdict ?? "unknown"}`, image)
     if (removable) tile.append(remove)

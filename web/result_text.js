@@ -1,17 +1,35 @@
 /** The text that a node shows once it has run: which LoRA it is, where a file was written. */
 
 import { app } from "../../scripts/app.js"
-import { addElement, after, make, makeRoom } from "./dom.js"
+import { api } from "../../scripts/api.js"
+import { addElement, after, make, makeRoom, showLarge, widgetOf } from "./dom.js"
+import { say } from "./words.js"
 
 const NODES = new Set(["FaceLoRAApply", "FaceLoRAInspect", "FaceLoRASave", "FaceLoRAStylePack"])
-const LETTER = 6.7, LINE = 15, MOST_LINES = 44 // in pixels; it scrolls where there are more
+const APPLY = "FaceLoRAApply", CONNECTED = "(the connected LoRA)"
+const LETTER = 6.7, LINE = 15, BUTTON = 30, MOST_LINES = 44 // in pixels; it scrolls where there are more
 
 class ResultText {
   constructor(node) {
     this.node = node
     this.text = make("pre", "facelora-result-text")
-    addElement(node, "result_text", make("div", "facelora-panel", this.text), () => this.height())
+    const root = make("div", "facelora-panel", this.text)
+    if (node.comfyClass === APPLY) root.prepend(this.button())
+    addElement(node, "result_text", root, () => this.height())
     after(node, "onExecuted", ({ text }) => this.show(text))
+  }
+
+  /** Shows what is in the chosen file; of a connected LoRA, what the last run has said. */
+  button() {
+    this.about = make("button", "facelora-about", say("About this LoRA"))
+    this.about.title = say("What it is, its trigger words, how it was trained")
+    this.about.addEventListener("click", async () => {
+      const { value } = widgetOf(this.node, "lora_name")
+      const connected = value === CONNECTED || this.node.inputs.find((input) => input.name === "lora")?.link != null
+      const report = connected ? this.text.textContent : await readReport(value)
+      showLarge(make("pre", "", report || say("The connected LoRA is known when the node has run")))
+    })
+    return make("div", "facelora-row", this.about)
   }
 
   show(text = []) {
@@ -20,12 +38,18 @@ class ResultText {
   }
 
   height() {
-    const text = this.text.textContent
-    if (!text) return 0
+    const text = this.text.textContent, button = this.about ? BUTTON : 0
+    if (!text) return button
     const columns = Math.max(10, Math.floor((this.node.size[0] - 40) / LETTER))
     const lines = text.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / columns)), 0)
-    return LINE * Math.min(lines, MOST_LINES) + 16
+    return button + LINE * Math.min(lines, MOST_LINES) + 16
   }
+}
+
+/** The report of Inspect LoRA on a file, or the sentence that says why there is none. */
+async function readReport(name) {
+  const answer = await api.fetchApi(`/facelora/lora?name=${encodeURIComponent(name)}`)
+  return answer.text()
 }
 
 const panels = new Set()

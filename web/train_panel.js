@@ -3,7 +3,8 @@
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import { drawChart, short } from "./chart.js"
-import { addElement, after, make, makeRoom } from "./dom.js"
+import { addElement, after, make, makeRoom, showLarge, whenChanged, widgetOf } from "./dom.js"
+import { say } from "./words.js"
 
 const NODE = "FaceLoRATrain"
 const EVENT = "facelora.training"
@@ -20,29 +21,32 @@ const svg = () => document.createElementNS("http://www.w3.org/2000/svg", "svg")
 /** 75 -> "1 min 15 s" */
 function duration(seconds) {
   const whole = Math.round(seconds)
-  if (whole < 60) return `${whole} s`
-  if (whole < 3600) return `${Math.floor(whole / 60)} min ${whole % 60} s`
-  return `${Math.floor(whole / 3600)} h ${Math.floor((whole % 3600) / 60)} min`
+  if (whole < 60) return say("{} s", whole)
+  if (whole < 3600) return say("{} min {} s", Math.floor(whole / 60), whole % 60)
+  return say("{} h {} min", Math.floor(whole / 3600), Math.floor((whole % 3600) / 60))
 }
 
 function statusText(state) {
-  if (state.stopping && TRAINING.has(state.phase)) return `ending after step ${state.step ?? 1}, keeping what is learned`
-  if (state.phase === "done") return `done: ${state.file}`
-  if (state.phase === "failed") return `failed: ${state.error}`
-  if (state.phase === "stopped") return "stopped; queued again, it goes on from there"
-  if (!TRAINING.has(state.phase)) return state.total ? `${state.phase}: ${state.done} of ${state.total}` : state.phase
+  if (state.stopping && TRAINING.has(state.phase)) 
+    return say("ending after step {}, keeping what is learned", state.step ?? 1)
+  if (state.phase === "done") return say("done: {}", state.file)
+  if (state.phase === "failed") return say("failed: {}", state.error)
+  if (state.phase === "stopped") return say("stopped; queued again, it goes on from there")
+  const counted = () => say("{}: {} of {}", say(state.phase), state.done, state.total)
+  if (!TRAINING.has(state.phase)) return state.total ? counted() : say(state.phase)
   const parts = []
   const sampling = state.phase === "samples"
-  if ("step" in state) parts.push(`step ${state.step} of ${state.steps}`, `loss ${short(state.loss)}`)
-  if ("step" in state && !sampling) parts.push(`rate ${short(state.learning_rate)}`)
-  if (state.likeness != null) parts.push(`likeness ${state.likeness.toFixed(2)}: ${state.likeness_word}`)
-  if (sampling) parts.push(`samples: ${state.done} of ${state.total}`)
+  if ("step" in state) parts.push(say("step {} of {}", state.step, state.steps), say("loss {}", short(state.loss)))
+  if ("step" in state && !sampling) parts.push(say("rate {}", short(state.learning_rate)))
+  if (state.likeness != null) parts.push(say("likeness {}: {}", state.likeness.toFixed(2), say(state.likeness_word)))
+  if (sampling) parts.push(counted())
   return parts.join(" · ")
 }
 
 function timeText(state) {
   const parts = state.seconds == null ? [] : [duration(state.seconds)]
-  if (TRAINING.has(state.phase) && state.seconds_left != null) parts.push(`${duration(state.seconds_left)} left`)
+  if (TRAINING.has(state.phase) && state.seconds_left != null) 
+    parts.push(say("{} left", duration(state.seconds_left)))
   return parts.join(" · ")
 }
 
@@ -55,31 +59,33 @@ function doneShare(state) {
 class Panel {
   constructor(node) {
     this.node = node
-    this.status = make("div", "facelora-status facelora-quiet", "The training shows here: loss, samples, likeness.")
-    this.keep = make("button", "facelora-keep", "Stop and keep")
-    this.keep.title = "Ends the training now and keeps what it has learned"
-    this.cancel = make("button", "facelora-cancel", "Cancel")
-    this.cancel.title = "Ends the training; queued again, it goes on from there"
+    this.status = make("div", "facelora-status facelora-quiet")
+    this.status.textContent = say("The training shows here: loss, samples, likeness.")
+    this.keep = make("button", "facelora-keep", say("Stop and keep"))
+    this.keep.title = say("Ends the training now and keeps what it has learned")
+    this.cancel = make("button", "facelora-cancel", say("Cancel"))
+    this.cancel.title = say("Ends the training; queued again, it goes on from there")
     this.bar = make("div", "")
     this.progress = make("div", "facelora-bar", this.bar)
     this.time = make("span", "facelora-time facelora-quiet")
     this.loss = make("div", "facelora-loss", svg())
     this.likeness = make("div", "facelora-likeness", svg())
-    this.likeness.title = "From 0.55 on it is the same person, below 0.40 someone else"
+    this.checkpoints = make("div", "facelora-checkpoints")
     this.photos = make("div", "facelora-strip facelora-photos")
     this.samples = make("div", "facelora-strip facelora-samples")
-    this.samplesTitle = make("div", "facelora-quiet", "samples")
+    this.samplesTitle = make("div", "facelora-quiet")
     this.pictures = make("div", "facelora-pictures",
-      make("div", "facelora-quiet", "photos"), this.samplesTitle, this.photos, this.samples)
+      make("div", "facelora-quiet", say("photos")), this.samplesTitle, this.photos, this.samples)
     this.warning = make("div", "facelora-warning")
     this.root = make("div", "facelora-panel",
       this.status, make("div", "facelora-row", this.progress, this.time, this.keep, this.cancel), this.warning, this.loss,
-      this.likeness, this.pictures)
-    this.pictures.addEventListener("click", enlarge)
+      this.likeness, this.checkpoints, this.pictures)
+    this.pictures.addEventListener("click", ({ target }) => target.tagName === "IMG" && showLarge(target.cloneNode()))
     this.keep.addEventListener("click", () => this.stopAndKeep())
     this.cancel.addEventListener("click", () => api.interrupt(this.state.prompt)) // and of no other prompt
-    for (const part of [this.keep, this.cancel, this.progress, this.warning, this.loss, this.likeness, this.pictures])
-      part.hidden = true
+    for (const part of [this.keep, this.cancel, this.progress, this.warning, this.loss, this.likeness, this.checkpoints,
+      this.pictures]) part.hidden = true
+    whenChanged(node, widgetOf(node, "checkpoint"), () => this.mark())
     this.height = IDLE_HEIGHT
   }
 
@@ -118,11 +124,41 @@ class Panel {
       ], last)
     if (!this.likeness.hidden)
       drawChart(this.likeness.firstChild, [{ name: "likeness", points: state.likenesses, colour: "#34d399" }], last)
+    const [someoneElse, samePerson] = state.limits ?? []
+    this.likeness.title =
+      samePerson ? say("From {} on it is the same person, below {} someone else", samePerson, someoneElse) : ""
+    this.offer(state.checkpoints ?? [])
     this.pictures.hidden = !state.samples?.length && !state.photos?.length
     fill(this.photos, state.photos)
     fill(this.samples, state.samples)
-    this.samplesTitle.textContent = state.samples?.length ? `samples, step ${state.samples_step}` : "samples"
+    this.samplesTitle.textContent = state.samples?.length ? say("samples, step {}", state.samples_step) : say("samples")
     this.grow(active)
+  }
+
+  /** Buttons for the measured checkpoints, of which the node's input chooses one; 0 there means the one that was kept. */
+  offer(choices) {
+    this.checkpoints.hidden = choices.length < 2
+    const buttons = choices.map(({ step, likeness, kept }) => {
+      const button = make("button", "", `${step}`)
+      button.title = say("Likeness {}. The next run gives its LoRA, without training again", likeness.toFixed(2))
+      button.dataset.checkpoint = kept ? 0 : step
+      button.addEventListener("click", () => {
+        widgetOf(this.node, "checkpoint").value = kept ? 0 : step
+        this.mark()
+        this.node.graph?.change?.()
+      })
+      return button
+    })
+    const title = make("span", "facelora-quiet", say("Use the checkpoint of step"))
+    this.checkpoints.replaceChildren(title, ...buttons)
+    this.mark()
+  }
+
+  /** Shows which checkpoint is chosen. */
+  mark() {
+    const chosen = String(widgetOf(this.node, "checkpoint").value)
+    for (const button of this.checkpoints.querySelectorAll("button"))
+      button.setAttribute("aria-pressed", button.dataset.checkpoint === chosen)
   }
 
   /** Makes room in the node for what the panel shows now. */
@@ -130,7 +166,8 @@ class Panel {
     const part = Math.round(0.3 * (this.node.size[0] - 30))
     this.root.style.setProperty("--facelora-strip", `${part}px`)
     let height = active ? 62 : 44
-    const sizes = [[this.warning, 20], [this.loss, part + 6], [this.likeness, part + 6], [this.pictures, part + 28]]
+    const sizes = [[this.warning, 20], [this.loss, part + 6], [this.likeness, part + 6], [this.checkpoints, 30],
+      [this.pictures, part + 28]]
     for (const [element, size] of sizes)
       if (!element.hidden) height += size
     if (height === this.height) return
@@ -144,16 +181,6 @@ function fill(strip, urls = []) {
   if (strip.shown === urls) return
   strip.shown = urls
   strip.replaceChildren(...urls.map((url) => Object.assign(document.createElement("img"), { src: url })))
-}
-
-/** Shows the picture that was clicked as large as it came, until the next click or key. */
-function enlarge({ target }) {
-  if (target.tagName !== "IMG") return
-  const dialog = make("dialog", "facelora-enlarged", target.cloneNode())
-  for (const event of ["click", "keydown"]) dialog.addEventListener(event, () => dialog.close())
-  dialog.addEventListener("close", () => dialog.remove())
-  document.body.append(dialog)
-  dialog.showModal()
 }
 
 const rootGraph = () => app.rootGraph ?? app.graph

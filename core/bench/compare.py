@@ -7,6 +7,7 @@ measured to photos that were held out from the training.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -175,9 +176,17 @@ def known_results(path: Path, identity: Mapping[str, str]) -> list[Result]:
     try:
         found = read_json(path)
         same = all(found[name] == value for name, value in identity.items())
-        return [Result(**result) for result in found["results"]] if same else []
-    except (BadFile, KeyError, TypeError):
+        results = [Result(**result) for result in found["results"]] if same else []
+        return results if all(map(_is_sound, results)) else []
+    except (BadFile, KeyError, TypeError, OverflowError):
         return []
+
+
+def _is_sound(result: Result) -> bool:
+    """Whether a result that was read from a file holds texts and finite numbers where it should."""
+    values = asdict(result)
+    texts = [values.pop(name) for name in ("person", "method")]
+    return all(isinstance(text, str) for text in texts) and all(map(math.isfinite, values.values()))
 
 
 class Judge:

@@ -1,10 +1,12 @@
 """The command line: `facelora <command>`, or `python -m facelora <command>`. Only modules of the called command are loaded."""
 
 import argparse
+import difflib
 import io
 import logging
 import sys
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -14,6 +16,8 @@ from ..errors import FaceLoraError
 class Command(NamedTuple):
     """A command of `facelora`. Its two functions are named as `module:function` in this package, to be loaded when called."""
 
+    group: str
+    """The heading under which `facelora --help` lists it."""
     help: str
     arguments: str
     """The function that adds its arguments to a parser. Its module loads no heavy library, so that `--help` answers at once."""
@@ -21,63 +25,90 @@ class Command(NamedTuple):
     """The function that runs it with the parsed options; it returns the exit code, or None for 0."""
 
 
+PICTURES, JUDGING = "from photos to pictures", "photos, pictures and methods judged"
+FILES, MACHINE = "LoRA files", "this machine"
+
 COMMANDS: dict[str, Command] = {
     "demo": Command(
+        PICTURES,
         "the whole job on the small base model that comes with the package, without GPU or download",
         "training_arguments:add_demo",
         "demo:run_demo",
     ),
     "headshots": Command(
+        PICTURES,
         "from photos to a gallery of headshots in one command, which goes on where it was interrupted",
         "picture_arguments:add_headshots",
         "headshots:run_headshots",
     ),
+    "studio": Command(
+        PICTURES,
+        "the same for many people on one base model, each in a folder, with a report on all",
+        "picture_arguments:add_studio",
+        "studio:run_studio",
+    ),
     "train": Command(
+        PICTURES,
         "train a LoRA on a folder of photos of one person",
         "training_arguments:add_train",
         "train:run_train",
     ),
     "compare": Command(
+        JUDGING,
         "train several methods on the same photos, and measure what each gives and costs",
         "training_arguments:add_compare",
         "compare:run_compare",
     ),
     "generate": Command(
+        PICTURES,
         "make pictures with a base model and LoRAs, from prompts or in the styles of a pack",
         "picture_arguments:add_generate",
         "pictures:run_generate",
     ),
     "check": Command(
+        JUDGING,
         "say which photos will teach the person well, which not, and what is missing",
         "picture_arguments:add_check",
         "pictures:run_check",
     ),
     "score": Command(
+        JUDGING,
         "measure how much pictures look like the person on photos",
         "picture_arguments:add_score",
         "pictures:run_score",
     ),
-    "inspect": Command("say what is in a LoRA file", "lora_arguments:add_inspect", "inspect:run_inspect"),
-    "verify": Command("look for what is wrong with a LoRA file", "lora_arguments:add_verify", "lora:run_verify"),
+    "inspect": Command(FILES, "say what is in a LoRA file", "lora_arguments:add_inspect", "inspect:run_inspect"),
+    "verify": Command(FILES, "look for what is wrong with a LoRA file", "lora_arguments:add_verify", "lora:run_verify"),
     "convert": Command(
-        "write a LoRA with the names that another tool wants", "lora_arguments:add_convert", "lora:run_convert"
+        FILES, "write a LoRA with the names that another tool wants", "lora_arguments:add_convert", "lora:run_convert"
     ),
-    "merge": Command("add LoRAs up, to one LoRA or into a checkpoint", "lora_arguments:add_merge", "lora:run_merge"),
-    "resize": Command("make the rank of a LoRA smaller", "lora_arguments:add_resize", "lora:run_resize"),
+    "merge": Command(
+        FILES, "add LoRAs up, to one LoRA or into a checkpoint", "lora_arguments:add_merge", "lora:run_merge"
+    ),
+    "resize": Command(FILES, "make the rank of a LoRA smaller", "lora_arguments:add_resize", "lora:run_resize"),
     "extract": Command(
-        "make a LoRA of the difference of two checkpoints", "lora_arguments:add_extract", "lora:run_extract"
+        FILES, "make a LoRA of the difference of two checkpoints", "lora_arguments:add_extract", "lora:run_extract"
     ),
     "metadata": Command(
+        FILES,
         "change title, author, trigger phrase, thumbnail, ... of a LoRA file",
         "lora_arguments:add_metadata",
         "lora:run_metadata",
     ),
     "bench": Command(
+        MACHINE,
         "time training steps on a full-size denoiser, beside a plain diffusers and peft loop",
         "training_arguments:add_bench",
         "bench:run_bench",
     ),
+    "forget": Command(
+        MACHINE,
+        "delete all that a studio keeps of a person",
+        "picture_arguments:add_forget",
+        "studio:run_forget",
+    ),
     "clear-cache": Command(
+        MACHINE,
         "delete everything that was kept of photos and captions",
         "training_arguments:add_clear_cache",
         "clear_cache:run_clear_cache",
@@ -97,8 +128,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     # Before the command there are only --help and --version, which end the program, so the first name of a command is the
     # command.
-    parser = build_parser(called=next((argument for argument in arguments if argument in COMMANDS), None))
-    options = parser.parse_args(arguments)
+    called = next((argument for argument in arguments if argument in COMMANDS), None)
+    parser, below = build_parser(called)
+    if called is None and arguments and not arguments[0].startswith("-"):
+        parser.error(f"there is no command {arguments[0]!r}{did_you_mean(arguments[0], COMMANDS)} (--help lists them)")
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        known = [name for action in below._actions for name in action.option_strings]
+        below.error(f"unknown: {' '.join(unknown)}{did_you_mean(unknown[0].partition('=')[0], known)}")
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A name with characters that the terminal's encoding lacks is escaped, as on stderr, and does not end the program.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -127,19 +164,43 @@ class _ShowVersion(argparse.Action):
         parser.exit()
 
 
-def build_parser(called: str | None) -> argparse.ArgumentParser:
-    """A parser that knows the names of all commands, and the arguments of the called one alone (None: of no command)."""
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """A question that names at most three of the known words which resemble the given one; empty where none does."""
+    alike = difflib.get_close_matches(given, known, n=3, cutoff=0.7)
+    return f"; did you mean {' or '.join(alike)}?" if alike else ""
+
+
+def build_parser(called: str | None) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """A parser that knows all commands, and the parser of the called one, which alone has its arguments.
+
+    Where no command is called, the second one is the first.
+    """
     parser = argparse.ArgumentParser(
         prog="facelora",
-        description="10-20 photos of a person in, a small LoRA in Kohya's format out, and pictures of the person from it. "
-        "Train only people who have agreed to it.",
+        usage="facelora [-h] [--version] COMMAND ...",
+        description="10-20 photos of a person in, a small LoRA in Kohya's format out, and pictures\n"
+        "of the person from it. Train only people who have agreed to it.",
+        epilog=_listed_commands(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the program's version and exit")
-    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
+    commands = parser.add_subparsers(prog="facelora", help=argparse.SUPPRESS)
+    below = parser
     for name, command in COMMANDS.items():
         text = command.help
-        below = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        below.set_defaults(command=command)
+        one = commands.add_parser(name, description=text[0].upper() + text[1:] + ".")
+        one.set_defaults(command=command)
         if name == called:
+            below = one
             function_of(command.arguments)(below)
-    return parser
+    return parser, below
+
+
+def _listed_commands() -> str:
+    lines = []
+    for title in (PICTURES, JUDGING, FILES, MACHINE):
+        lines += ["", f"{title}:"]
+        for name, command in COMMANDS.items():
+            if command.group == title:
+                lines += textwrap.wrap(command.help, 79, initial_indent=f"  {name:13}", subsequent_indent=" " * 15)
+    return "\n".join(lines).strip()

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from .. import models  # the package loads its modules only when a name is used
@@ -15,6 +15,29 @@ from ..storage.files import is_text
 
 DEMO = "demo"
 """What `--base` calls the small base model that comes with the package."""
+
+
+class HelpAll(argparse.Action):
+    """The option --help-all, which shows the help with all options, most of which `show_first` has taken out."""
+
+    hidden: Sequence[tuple[argparse.Action, str | None]] = ()
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        for action, text in self.hidden:
+            action.help = text
+        parser.print_help()
+        parser.exit()
+
+
+def show_first(parser: argparse.ArgumentParser, first: Collection[str]) -> None:
+    """Leaves only the options of these names in --help, and adds --help-all, which shows every option."""
+    shown = {"--help", *first}
+    hidden = [action for action in parser._actions if action.option_strings and not shown & {*action.option_strings}]
+    more = parser.add_argument("--help-all", action=HelpAll, nargs=0, help=f"show the {len(hidden)} other options too")
+    assert isinstance(more, HelpAll)
+    more.hidden = [(action, action.help) for action in hidden]
+    for action in hidden:
+        action.help = argparse.SUPPRESS
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +77,13 @@ def add_face_network(parser: argparse.ArgumentParser, default: str | None = "sfa
     parser.add_argument(
         "--face-network", default=default, metavar="NAME|FILE.onnx",
         help="what tells people apart: sface, dlib, or a network in ArcFace's form (default: sface)",
+    )  # fmt: skip
+
+
+def add_judge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--judge", metavar="NAME|FILE.onnx",
+        help="a second face network that reports likeness too, and by which nothing is selected or sorted",
     )  # fmt: skip
 
 

@@ -13,10 +13,10 @@ from ..errors import BadConfig
 from ..photos import read_photos
 from ..pictures import batch_summary, find_style_packs
 from ..studio import Order, Outcome, check, estimate, make, trained_on
-from ..training import Callbacks, recipe_config
+from ..training import recipe_config
 from .common import DEMO, BarProgress, JsonProgress, base_from, device_from
 from .settings import schedule_from, settings_from
-from .train import Cancelled, StopOnSignal
+from .train import Cancelled, StopOnSignal, shown
 
 STYLE_PACK, COUNT = "corporate", 20
 """What is drawn where nothing else is asked for; the demo's base knows one style alone."""
@@ -37,16 +37,7 @@ def run_headshots(options: argparse.Namespace) -> int:
         if stop.asked:
             raise Cancelled("stopped; the same command goes on from here")
 
-    def on_step(step) -> None:
-        progress.step(step)
-        check_stop()
-
-    def on_phase(phase: str, done: int, total: int) -> None:
-        if phase != "samples":  # a part of the training, whose bar is shown
-            progress.phase(phase, done, total)
-        check_stop()
-
-    callbacks = Callbacks(on_step=on_step, on_phase=on_phase, on_warning=progress.warning)
+    callbacks = shown(progress, check_stop)
     with progress:
         photos = read_photos(options.photos, on_warning=progress.warning)
         config = recipe_config(options.recipe, base, len(photos), given, progress.warning)

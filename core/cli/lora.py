@@ -4,11 +4,13 @@ import argparse
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ..device import PRECISIONS
-from ..errors import BadConfig, BadFile, one_line
+from ..errors import BadConfig, BadFile, FaceLoraError, one_line
 from ..lora import (
+    WORD_KEY,
     LoraFile,
     convert_for,
     convert_lora,
@@ -32,6 +34,8 @@ from .lora_arguments import EDITABLE
 def _save(lora, error: float, options: argparse.Namespace, sources: Sequence[LoraFile] = ()) -> None:
     """Writes the LoRA, and beside it the words of those that it was made from, where its scheme cannot hold them."""
     words = [(source, embedding_files(source)) for source in sources]  # where they are broken, nothing is written
+    for word in (word for _, files in words for word in files):
+        _check_place_of_word(_beside(options.output, word), word)
     lora.save(options.output, PRECISIONS[options.precision], on_progress=progress_bar("writing"))
     size = options.output.stat().st_size / 1e6
     lost = f"; largest relative error of a module's change: {error:.2g}" if error else ""
@@ -80,9 +84,23 @@ def _save_words(lora, files: Mapping[str, LoraFile], options: argparse.Namespace
     for word in sorted({word_of(lora, key) for key in lora.embedding_keys} - files.keys()):
         print_warning(f"the vectors of {word!r} are left out: there are no files of words for {lora.family}")
     for word, embedding in files.items():
-        beside = options.output.with_name(f"{options.output.stem}-{file_word(word)}{options.output.suffix}")
+        beside = _beside(options.output, word)
         embedding.save(beside, PRECISIONS[options.precision])
         print(f"{beside}  (the vectors of {word!r}, which a LoRA in {options.to} names does not hold)")
+
+
+def _beside(output: Path, word: str) -> Path:
+    """The path of the file of a word, beside the output."""
+    return output.with_name(f"{output.stem}-{file_word(word)}{output.suffix}")
+
+
+def _check_place_of_word(path: Path, word: str) -> None:
+    """Raises BadFile when there is a file, and it does not hold that word."""
+    holds = None
+    with suppress(FaceLoraError):
+        holds = LoraFile.read(path).metadata.get(WORD_KEY)
+    if holds != word and os.path.lexists(path):
+        raise BadFile(f"{path}: is no file of the word {word!r}, whose vectors would replace it; choose another output")
 
 
 def run_merge(options: argparse.Namespace) -> None:

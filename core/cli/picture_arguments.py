@@ -7,7 +7,7 @@ from typing import get_args, get_type_hints
 
 from .. import photos  # the package loads its modules only when a name is used
 from ..config import Precision, RecipeName
-from .common import add_base, add_device, add_face_network, unicode_text
+from .common import add_base, add_device, add_face_network, add_judge, unicode_text
 from .settings import SCHEDULE, add_settings
 
 
@@ -19,6 +19,35 @@ def add_headshots(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, metavar="DIR",
         help="folder for the LoRA, the pictures and their page; what is there is not made again (default: PHOTOS-headshots)",
     )  # fmt: skip
+    _add_order(parser)
+    parser.add_argument("--yes", action="store_true", help="ask nothing, not even on a terminal")
+    add_device(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object per report on stdout; asks nothing")
+
+
+def add_studio(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s PEOPLE --base BASE --output DIR [OPTIONS] (--help lists them)"
+    parser.add_argument(
+        "people", type=Path, metavar="PEOPLE",
+        help="a folder with a folder of photos for each person, in it a person.toml that says agreed = true; or a manifest "
+        "(.csv, .jsonl) with name, photos and agreed",
+    )  # fmt: skip
+    add_base(parser, required=True)
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR",
+        help="a folder in it for each person's LoRA and pictures, and the report; what is there is not made again",
+    )  # fmt: skip
+    _add_order(parser)
+    add_device(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object per report and person on stdout")
+
+
+def add_forget(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="the name of the person's folder in the studio's output")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the studio's output")
+
+
+def _add_order(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--style-pack", metavar="NAME", help="`facelora generate --style-pack list` lists them")
     parser.add_argument(
         "--style-folder", action="append", default=[], type=Path, metavar="DIR", help="your own style packs"
@@ -30,9 +59,6 @@ def add_headshots(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--config", type=Path, metavar="FILE.toml", help="other settings of the training")
     add_settings(parser, ("trigger_word", "class_word", "steps", "check_photos", *SCHEDULE))
-    parser.add_argument("--yes", action="store_true", help="ask nothing, not even on a terminal")
-    add_device(parser)
-    parser.add_argument("--json", action="store_true", help="one JSON object per report on stdout; asks nothing")
 
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
@@ -168,4 +194,5 @@ def add_score(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="also write a sheet of the pictures, sorted")
     add_face_network(parser)
+    add_judge(parser)
     parser.add_argument("--json", action="store_true")

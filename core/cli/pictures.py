@@ -12,7 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..errors import BadConfig, BadStylePack, one_line
-from ..faces import Reference, faces_if_installed, load_faces
+from ..faces import Reference, check_judge, faces_if_installed, load_faces
 from ..lora import LoraFile
 from ..models import caption_tokens
 from ..photos import Photo, Thresholds, check_photos, format_report, read_photos, save_sheet
@@ -189,9 +189,17 @@ def list_style_packs(options: argparse.Namespace) -> None:
 def run_score(options: argparse.Namespace) -> None:
     images = [photo for photo in read_photos(options.images, on_warning=print_warning) if not _is_sheet(photo)]
     reference = read_photos(options.reference, on_warning=print_warning)
-    person = Reference((photo.image() for photo in reference), load_faces(options.face_network))
+    network = load_faces(options.face_network)
+    person = Reference((photo.image() for photo in reference), network)
     found = person.compare(photo.image() for photo in images)
-    scores = [Score.of(photo.name, *seen) for photo, seen in zip(images, found, strict=True)]
+    judged: Sequence[float | None] = [None] * len(images)
+    if options.judge:
+        judge = load_faces(options.judge)
+        check_judge(judge, network)
+        judged = Reference((photo.image() for photo in reference), judge).likeness(photo.image() for photo in images)
+    scores = [
+        Score.of(photo.name, *seen, by_judge) for photo, seen, by_judge in zip(images, found, judged, strict=True)
+    ]
     order = sorted(
         range(len(images)), key=lambda index: -2.0 if (score := scores[index].likeness) is None else score, reverse=True
     )

@@ -3,13 +3,25 @@
 import argparse
 import json
 import signal
+from collections.abc import Callable
 from typing import Any
 
 from ..config import config_from
 from ..errors import BadConfig, FaceLoraError
 from ..faces import load_faces
-from ..photos import read_photos
-from ..training import LIKENESS_KEY, METHODS, Callbacks, recipe_config, state_path, train
+from ..lora.file import KEY, LoraFile
+from ..photos import Photo, read_photos
+from ..training import (
+    LIKENESS_KEY,
+    METHODS,
+    Callbacks,
+    StepReport,
+    TrainingJob,
+    has_key,
+    recipe_config,
+    state_path,
+    train,
+)
 from .common import BarProgress, JsonProgress, base_from, device_from
 from .settings import schedule_from, settings_from
 
@@ -50,22 +62,45 @@ def run_train(options: argparse.Namespace) -> None:
     looks = config.hold_out or config.check_photos or config.face_crops or config.face_masks
     if options.face_network and not looks:
         raise BadConfig("--face-network has nothing to look at with --no-check-photos: leave it out")
+    if options.judge and not config.hold_out:
+        raise BadConfig("--judge has nothing to judge, since no photos are held out: set --hold-out")
     faces = load_faces(options.face_network) if options.face_network else None
+    judge = load_faces(options.judge) if options.judge else None
+    class_photos = _class_photos(options, progress)
+    start = LoraFile.read(options.continue_from) if options.continue_from else None
+    key = None
     with stop, progress:
-        lora = train(
-            photos, base, config, faces=faces,
-            output=options.output, class_photos=options.class_photos, continue_from=options.continue_from,
-            resume=options.resume, restart=options.restart, strict=options.strict, device=device_from(options),
-            callbacks=Callbacks(on_step=on_step, on_phase=on_phase, on_warning=progress.warning),
-        )  # fmt: skip
+        # The key knows nothing of networks: a chosen one may let through and hold out other photos, a judge adds what it sees.
+        if METHODS[config.method].makes == "lora" and not faces and not judge:
+            job = TrainingJob(options.output.stem, config, photos, class_photos or (), start)
+            job = job.with_good_photos(base, progress.warning)
+            photos, config, key = job.photos, job.config, job.key(base)
+        found = key is not None and not options.restart and has_key(options.output, key)
+        if found:
+            lora = LoraFile.read(options.output)
+        else:
+            lora = train(
+                photos, base, config, faces=faces, judge=judge, output=options.output, class_photos=class_photos,
+                continue_from=start, resume=options.resume, restart=options.restart, device=device_from(options),
+                metadata={KEY: key} if key else {},
+                callbacks=Callbacks(on_step=on_step, on_phase=on_phase, on_warning=progress.warning),
+            )  # fmt: skip
     size = options.output.stat().st_size
     trigger = lora.metadata["modelspec.trigger_phrase"]
     if options.json:
-        print(json.dumps({"output": str(options.output), "bytes": size, "trigger_phrase": trigger}))
+        print(json.dumps({"output": str(options.output), "bytes": size, "trigger_phrase": trigger, "found": found}))
     else:
+        if found:
+            print("trained before from the same photos and settings; --restart trains it again")
         print(f"{options.output}  ({size / 1e6:.1f} MB, rank {config.rank}); prompt it with: a photo of {trigger}")
         if LIKENESS_KEY in lora.metadata:
             print(format_likeness(json.loads(lora.metadata[LIKENESS_KEY])))
+
+
+def _class_photos(options: argparse.Namespace, progress: BarProgress | JsonProgress) -> list[Photo] | None:
+    if options.class_photos is None:
+        return None
+    return read_photos(options.class_photos, strict=options.strict, on_warning=progress.warning)
 
 
 def format_likeness(measured: dict[str, Any]) -> str:
@@ -73,14 +108,34 @@ def format_likeness(measured: dict[str, Any]) -> str:
     rows = [
         f"likeness to held-out photos ({measured['network']}; the training photos themselves: {measured['photos']:.2f})"
     ]
-    rows.append("      step  likeness  copying  leakage  drift")
+    judge = measured.get("judge")
+    if judge:
+        rows.append(f"judged by {judge['network']}, which selects nothing (the photos: {judge['photos']:.2f})")
+    rows.append("      step  likeness  copying  leakage  drift" + ("  judged  leakage" if judge else ""))
     for index, point in enumerate(measured["points"]):
         name = "+".join(map(str, point["merged"])) or str(point["step"])
+        judged = point.get("judged")
         rows.append(
             f"{name:>10}  {point['likeness']:8.2f}  {point['copying']:7.2f}  {point['leakage']:7.2f}  {point['drift']:5.1f}"
+            + (f"  {judged['likeness']:6.2f}  {judged['leakage']:7.2f}" if judged else "")
             + ("  <- kept" if index == measured["kept"] else "")
         )
     return "\n".join(rows)
+
+
+def shown(progress: BarProgress | JsonProgress, check_stop: Callable[[], None]) -> Callbacks:
+    """Callbacks that show progress and look for a stop. Samples are a part of the training, whose bar stays."""
+
+    def on_step(report: StepReport) -> None:
+        progress.step(report)
+        check_stop()
+
+    def on_phase(phase: str, done: int, total: int) -> None:
+        if phase != "samples":
+            progress.phase(phase, done, total)
+        check_stop()
+
+    return Callbacks(on_step=on_step, on_phase=on_phase, on_warning=progress.warning)
 
 
 class StopOnSignal:

@@ -7,13 +7,13 @@ from typing import get_args
 
 from ..bench.shapes import REAL_CHANNELS, SHAPES
 from ..config import Precision, RecipeName, Targets
-from .common import add_base, add_device, add_face_network, unicode_text
+from .common import add_base, add_device, add_face_network, add_judge, show_first, unicode_text
 from .settings import add_settings
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
     # Without this, argparse would list every setting in each message about wrong usage.
-    parser.usage = "%(prog)s PHOTOS --base BASE --output FILE.safetensors [OPTIONS] (--help lists them)"
+    parser.usage = "%(prog)s PHOTOS --base BASE --output FILE.safetensors [OPTIONS] (--help-all lists them)"
     parser.add_argument("photos", type=Path, metavar="PHOTOS", help="folder of photos (jpg, png, webp, heic, ...)")
     add_base(parser, required=True)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.safetensors", help="the LoRA to write")
@@ -31,20 +31,28 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     unfinished.add_argument(
         "--resume", action="store_true", help="go on from the saved state of the same run if there is one"
     )
-    unfinished.add_argument("--restart", action="store_true", help="begin anew, whatever state is there")
+    unfinished.add_argument(
+        "--restart", action="store_true", help="begin anew, whatever state or trained LoRA is there"
+    )
     parser.add_argument(
         "--strict", action="store_true", help="fail on a photo that cannot be read, instead of skipping it"
     )
     add_face_network(parser, default=None)
+    add_judge(parser)
     add_device(parser)
     parser.add_argument(
         "--json", action="store_true", help="one JSON object per report on stdout instead of a progress bar"
     )
     add_settings(parser)
+    show_first(
+        parser,
+        ("--base", "--output", "--recipe", "--trigger", "--class-word", "--steps", "--rank", "--learning-rate", "--method",
+         "--resolution", "--memory-limit", "--resume", "--restart"),
+    )  # fmt: skip
 
 
 def add_compare(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "%(prog)s PHOTOS [PHOTOS ...] --base BASE --output DIR [OPTIONS] (--help lists them)"
+    parser.usage = "%(prog)s PHOTOS [PHOTOS ...] --base BASE --output DIR [OPTIONS] (--help-all lists them)"
     parser.add_argument("photos", type=Path, nargs="+", metavar="PHOTOS", help="a folder for each person")
     add_base(parser, required=True)
     parser.add_argument(
@@ -67,6 +75,10 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
     parser.add_argument("--json", action="store_true")
     add_settings(parser)
+    show_first(
+        parser,
+        ("--base", "--output", "--methods", "--held-out", "--rate", "--scene", "--steps", "--rank", "--resolution"),
+    )
 
 
 def add_demo(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ A person whom the base has never seen is learnt from eight photos, through the c
 checkpoint; two photos are kept back to judge by.
 """
 
+import functools
 import json
 import time
 from collections.abc import Sequence
@@ -194,7 +195,7 @@ class Judge:
         self.faces = faces
         self.reference = _centre(faces, held_out)
         others = [other for other in (*SEEN_PEOPLE, *UNSEEN_PEOPLE) if other != person]
-        self.others = np.stack([_centre(faces, person_photos(other)) for other in others])
+        self.others = np.stack([_centre_of(faces, other) for other in others])
 
     def likeness(self, images: Sequence[Image.Image]) -> list[float]:
         """The cosine of each picture to the held-out photos; 0 where no face is found."""
@@ -208,6 +209,12 @@ class Judge:
 
     def _embed(self, images: Sequence[Image.Image]) -> np.ndarray:
         return np.nan_to_num(embed_images(self.faces, images))
+
+
+@functools.cache
+def _centre_of(faces: FaceNetwork, person: int) -> np.ndarray:
+    """The mean face of all ten photos of a person. It is kept, since judges of other people need it too."""
+    return _centre(faces, person_photos(person))
 
 
 def _centre(faces: FaceNetwork, photos: Sequence[Image.Image]) -> np.ndarray:

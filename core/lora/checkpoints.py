@@ -12,8 +12,9 @@ from ..errors import LoraMisfit, UnmatchedKeys
 from ..models.base_weights import BaseWeights, bias_name
 from ..storage.safetensors_file import write_safetensors
 from ..tensor_names import Fusion, ModuleId, Place, bundled_embedding
-from .convert import check_rank, factorise, metadata_for
+from .convert import check_rank, metadata_for
 from .file import LoraFile, fit
+from .low_rank import factorise
 from .modules import LoraModule, name_modules
 from .names import Entry
 from .progress import OnProgress, silent

@@ -16,7 +16,8 @@ from ..errors import BadConfig, LoraMisfit, UnmatchedKeys
 from ..tensor_names import NAME_TABLES, SCHEMES, ModuleId, bundled_embedding
 from .changes import bias_change
 from .file import KEY, LoraFile
-from .kinds import BIAS_ROLES
+from .kinds import BIAS_ROLES, needs_base
+from .low_rank import Factorised, decomposed, factorise
 from .metadata import MODELSPEC_VERSION
 from .modules import LoraModule, name_in_scheme, name_modules, suffix_of, without_tucker
 from .names import Entry
@@ -195,8 +196,7 @@ def to_plain(
             raise UnmatchedKeys(
                 f"{lora.name}: {entry.name} changes a bias or a normalisation, which no LoRA can express"
             )
-        for module_id, change in lora.changes_of(entry, base_weight):
-            down, up, error = factorise(change, rank, f"{lora.name}: {entry.name}")
+        for module_id, (down, up, error) in _nearest(lora, entry, rank, base_weight):
             modules[module_id] = LoraModule(down, up, float(down.shape[0]))
             worst = max(worst, error)
         on_progress(done, len(others))
@@ -204,50 +204,31 @@ def to_plain(
     return LoraFile.from_modules(lora.family, modules, metadata), worst
 
 
+def _nearest(
+    lora: LoraFile, entry: Entry, rank: int, base_weight: BaseWeight | None
+) -> Iterator[tuple[ModuleId, Factorised]]:
+    """The nearest low-rank change of each module of an entry."""
+    # Of the parts of a fused weight each has singular vectors of its own: twice as many of the whole come near to theirs.
+    wanted = rank if len(entry.modules) == 1 else 2 * len(entry.modules) * rank
+    try:
+        known = (
+            None if needs_base(entry.kind, entry.keys) else decomposed(entry.kind, lora.sound_tensors_of(entry), wanted)
+        )
+        if known:
+            rows = torch.arange(known.left.shape[0])
+            for module_id, part in entry.place.split(rows, inputs=known.shape[1]):
+                yield module_id, known.nearest(part, rank)
+            return
+    except (RuntimeError, ValueError) as error:
+        raise UnmatchedKeys(f"{lora.name}: {entry.name} cannot be computed: {error}") from None
+    for module_id, change in lora.changes_of(entry, base_weight):
+        yield module_id, factorise(change, rank, f"{lora.name}: {entry.name}")
+
+
 def check_rank(rank: int) -> None:
     """Raises BadConfig for a rank below 1."""
     if rank < 1:
         raise BadConfig(f"a rank must be at least 1, not {rank}")
-
-
-def factorise(change: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor, float]:
-    """The down and up matrices of the nearest change of at most that rank, and its relative error, 0 to 1.
-
-    The error is that of the Frobenius norm. Raises UnmatchedKeys, with `name` in the message, for NaN and infinity.
-    """
-    matrix = change.flatten(1)
-    total = torch.linalg.vector_norm(matrix, dtype=torch.float64).item() ** 2
-    if not math.isfinite(total):
-        raise UnmatchedKeys(f"{name}: its change holds NaN or infinity")
-    left, values, right = truncated_svd(matrix, min(rank, *matrix.shape))
-    missing = max(total - values.double().square().sum().item(), 0.0)
-    roots = values.sqrt()
-    down = (roots[:, None] * right).reshape(-1, *change.shape[1:])
-    up = (left * roots).reshape(-1, len(values), *[1] * (change.ndim - 2))
-    return down, up, math.sqrt(missing / total) if total else 0.0
-
-
-_FULL_SVD_LIMIT = 512
-_OVERSAMPLING = 16
-_POWER_ITERATIONS = 6
-
-
-def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `rank` largest singular values (rank), falling, between the left (m, rank) and right (rank, n) singular vectors.
-
-    Large matrices are decomposed by subspace iteration (Halko, Martinsson and Tropp, arXiv:0909.4061) with a fixed seed,
-    so that the same input gives the same result.
-    """
-    columns = rank + _OVERSAMPLING
-    if min(matrix.shape) <= max(_FULL_SVD_LIMIT, 2 * columns):
-        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-        return left[:, :rank], values[:rank], right[:rank]
-    start = torch.randn(matrix.shape[1], columns, generator=torch.Generator().manual_seed(0))
-    basis = torch.linalg.qr(matrix @ start)[0]
-    for _ in range(_POWER_ITERATIONS):
-        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis)[0])[0]
-    left, values, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
-    return (basis @ left)[:, :rank], values[:rank], right[:rank]
 
 
 def resize_lora(

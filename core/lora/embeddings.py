@@ -65,7 +65,7 @@ def _vectors(lora: LoraFile, key: str) -> Tensor:
 
 def embedding_files(lora: LoraFile) -> dict[str, LoraFile]:
     """The embeddings bundled in a LoRA file, each as a file of its own, by word."""
-    keep = ("modelspec.", "ss_base_model_version", "ss_sd_model_", "ss_new_sd_model_hash")
+    keep = ("modelspec.", "ss_base_model_version", "ss_sd_model_", "ss_new_sd_model_hash", "ss_output_name")
     metadata = {key: value for key, value in lora.metadata.items() if key.startswith(keep)}
     return {
         word: LoraFile(lora.family, metadata | {WORD_KEY: word}, embedding_tensors(lora.family, vectors))

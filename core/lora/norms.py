@@ -15,7 +15,7 @@ _BLOCK = 1 << 20
 """The numbers that are computed at once where a product has to be made after all."""
 
 
-class _Product(NamedTuple):
+class Product(NamedTuple):
     """A matrix `left @ right`, or the kernel of each position k, `left @ core[:, :, k] @ right`."""
 
     left: Tensor  # (out, r)
@@ -29,7 +29,7 @@ def largest_change(kind: str, tensors: Mapping[str, Tensor]) -> float:
     `tensors` are those of a module by role. What the base weight has in it, for kinds that depend on it, does not count.
     """
     float32 = {role: tensor.float() for role, tensor in tensors.items() if role != "alpha"}
-    factors, others = _factors(kind, float32)
+    factors, others = factors_of(kind, float32)
     peak = scale_of(kind, tensors) * torch.stack([_peak(factor) for factor in factors]).prod() if factors else 0.0
     peaks = [torch.linalg.vector_norm(other, math.inf) for other in others if other.numel()]
     return torch.stack([torch.as_tensor(peak).abs(), *peaks]).max().item()  # of torch, which lets no NaN go under
@@ -38,28 +38,28 @@ def largest_change(kind: str, tensors: Mapping[str, Tensor]) -> float:
 def change_norm(kind: str, tensors: Mapping[str, Tensor]) -> float:
     """The Frobenius norm of the weight change that an adapter makes; for kinds that need the base, ValueError."""
     float32 = {role: tensor.float() for role, tensor in tensors.items() if role != "alpha"}
-    factors, others = _factors(kind, float32)
+    factors, others = factors_of(kind, float32)
     if kind == "loha":
         first, second = factors
-        assert isinstance(first, _Product) and isinstance(second, _Product)
+        assert isinstance(first, Product) and isinstance(second, Product)
         return abs(scale_of(kind, tensors)) * _norm_of_hadamard(first, second)
     if kind in ("full", "norm"):
         return others[0].norm().item()
     return abs(scale_of(kind, tensors)) * math.prod(map(_norm, factors))
 
 
-def _factors(kind: str, t: Mapping[str, Tensor]) -> tuple[Sequence[_Product | Tensor], list[Tensor]]:
+def factors_of(kind: str, t: Mapping[str, Tensor]) -> tuple[Sequence[Product | Tensor], list[Tensor]]:
     """What is multiplied to the change, and the tensors that are added or say how it is changed."""
 
-    def factor(name: str, core_name: str) -> _Product | Tensor:
+    def factor(name: str, core_name: str) -> Product | Tensor:
         if name in t:
             return t[name]
         left, core = t[f"{name}_a"], t.get(core_name)
-        return _Product(left if core is None else left.T, t[f"{name}_b"], None if core is None else core.flatten(2))
+        return Product(left if core is None else left.T, t[f"{name}_b"], None if core is None else core.flatten(2))
 
     if kind in ("lora", "locon", "dora"):
         core = t["mid"].flatten(2) if "mid" in t else None
-        factors = [_Product(t["up"].flatten(1), t["down"].flatten(1), core)]
+        factors = [Product(t["up"].flatten(1), t["down"].flatten(1), core)]
     elif kind in ("loha", "lokr"):
         prefix = {"loha": "hada_", "lokr": "lokr_"}[kind]
         factors = [factor(f"{prefix}w{number}", f"{prefix}t{number}") for number in "12"]
@@ -68,7 +68,7 @@ def _factors(kind: str, t: Mapping[str, Tensor]) -> tuple[Sequence[_Product | Te
     return factors, [t[role] for role in ("dora", "diff_b", "b_norm", "bias") if role in t]
 
 
-def _peak(factor: _Product | Tensor) -> Tensor:
+def _peak(factor: Product | Tensor) -> Tensor:
     """What no number of the product is above in size: by Cauchy and Schwarz, that of the longest row and column."""
     if isinstance(factor, Tensor):
         return torch.linalg.vector_norm(factor, math.inf)
@@ -76,7 +76,7 @@ def _peak(factor: _Product | Tensor) -> Tensor:
     return peak if factor.core is None else peak * factor.core.norm()
 
 
-def _norm(factor: _Product | Tensor) -> float:
+def _norm(factor: Product | Tensor) -> float:
     if isinstance(factor, Tensor):
         return factor.norm().item()
     left, right, core = factor
@@ -97,18 +97,11 @@ def _norm(factor: _Product | Tensor) -> float:
     return math.sqrt(max(square, 0.0)) if math.isfinite(square) else square
 
 
-def _norm_of_hadamard(first: _Product, second: _Product) -> float:
+def _norm_of_hadamard(first: Product, second: Product) -> float:
     """The norm of the product of two products, number by number."""
     outputs, inputs = first.left.shape[0], first.right.shape[1]
-    ranks = max(first.left.shape[1] * second.left.shape[1], first.right.shape[0] * second.right.shape[0])
-    if ranks**2 * (outputs + inputs) < outputs * inputs:
-        # It is a single product, of the products of each pair of columns, of rows, and of numbers in the cores.
-        left = (first.left[:, :, None] * second.left[:, None]).flatten(1)
-        right = (first.right[:, None] * second.right).flatten(0, 1)
-        core = None
-        if first.core is not None and second.core is not None:
-            core = torch.einsum("rsk,tuk->rtsuk", first.core, second.core).flatten(2, 3).flatten(0, 1)
-        return _norm(_Product(left, right, core))
+    if single := single_product(first, second):
+        return _norm(single)
     positions = 1 if first.core is None else first.core.shape[2]
     widest = max(inputs, first.right.shape[0], second.right.shape[0])
     norm = 0.0
@@ -118,7 +111,22 @@ def _norm_of_hadamard(first: _Product, second: _Product) -> float:
     return norm
 
 
-def _made(product: _Product) -> Tensor:
+def single_product(first: Product, second: Product) -> Product | None:
+    """The product of two products, number by number, as a single one; None where its factors would be the larger."""
+    outputs, inputs = first.left.shape[0], first.right.shape[1]
+    ranks = max(first.left.shape[1] * second.left.shape[1], first.right.shape[0] * second.right.shape[0])
+    if ranks**2 * (outputs + inputs) >= outputs * inputs:
+        return None
+    # It is that of the products of each pair of columns, of rows, and of numbers in the cores.
+    left = (first.left[:, :, None] * second.left[:, None]).flatten(1)
+    right = (first.right[:, None] * second.right).flatten(0, 1)
+    core = None
+    if first.core is not None and second.core is not None:
+        core = torch.einsum("rsk,tuk->rtsuk", first.core, second.core).flatten(2, 3).flatten(0, 1)
+    return Product(left, right, core)
+
+
+def _made(product: Product) -> Tensor:
     if product.core is None:
         return product.left @ product.right
     return torch.einsum("osk,si->oik", torch.tensordot(product.left, product.core, 1), product.right)

@@ -32,6 +32,9 @@ MAX_SIDE = 65_535
 MAX_BYTES = 2**30
 """The largest file that is read: more than 178 megapixels of 16 bits take uncompressed."""
 
+MAX_CAPTION_BYTES = 2**20
+"""The longest caption that is read: text encoders take a few hundred words."""
+
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "HEIF")
 """Pillow's decoders of PHOTO_SUFFIXES. It has others, among them one that runs Ghostscript, and goes by a file's content."""
 _REPEATS_FOLDER = re.compile(r"(\d+)_.*")
@@ -243,8 +246,9 @@ def _read_caption(path: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        return " ".join(path.read_text(encoding="utf-8-sig").split()) or None
-    except (OSError, UnicodeDecodeError) as problem:
+        text = read_bytes(path, MAX_CAPTION_BYTES, name=path.name, error=BadPhoto).decode("utf-8-sig")
+        return " ".join(text.split()) or None
+    except UnicodeDecodeError as problem:
         raise BadPhoto(f"{path.name}: the caption is not readable UTF-8 text") from problem
 
 
@@ -260,17 +264,23 @@ def _opened(name: str, source: bytes | Image.Image) -> Iterator[Image.Image]:
         return
     if name.lower().endswith(HEIF_SUFFIXES):
         _support_heif(name)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(source), formats=_formats())
-        with image:
+    # Pillow warns of large pictures and of tags that it cannot read. A damaged photo is named by an error of ours.
+    with warnings.catch_warnings(), _without_damage(name):
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        with Image.open(io.BytesIO(source), formats=_formats()) as image:
             if max(image.size) > MAX_SIDE:
                 raise BadPhoto(f"{name}: has {_times(image.size)} pixels, and at most {MAX_SIDE} a side are read")
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             _refuse_float_pixels(name, image)
             yield image
+
+
+@contextmanager
+def _without_damage(name: str) -> Iterator[None]:
+    """A context in which the errors of Pillow's decoders raise BadPhoto."""
+    try:
+        yield
     except Image.UnidentifiedImageError as problem:
         raise BadPhoto(f"{name}: is not a picture that can be read") from problem
     except Image.DecompressionBombError as problem:

@@ -200,11 +200,15 @@ class SetReport:
 
     @property
     def headline(self) -> str:
-        """The report in one line: "5 of 6 usable; add 1 with the head turned to a side"."""
+        """The report in one line, as in "5 of 6 usable; add 1 with the head turned to a side".
+
+        Without a face network it says that no face was looked for.
+        """
         usable, needed = len(self.usable), self.thresholds.photos_needed
         few = "" if self.enough else f", and {needed} are needed"
         wish = next(iter(self.wishes), "" if self.enough else f"{needed - usable} more")
-        return f"{usable} of {len(self.photos)} usable{few}" + (f"; add {wish}" if wish else "")
+        by = "" if self.network else " by size and brightness (no face was looked for)"
+        return f"{usable} of {len(self.photos)} usable{by}{few}" + (f"; add {wish}" if wish else "")
 
     @property
     def usable(self) -> tuple[PhotoReport, ...]:

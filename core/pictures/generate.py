@@ -138,10 +138,13 @@ def generate(
     `loras` are LoRAs with their strengths. A picture depends on its own job alone, not on its neighbours in a batch (up
     to rounding). With `starts`, a picture of the job's size for each job, these are drawn again: only the last `denoise`
     (above 0 to 1) of the steps is taken. `on_step(done, total)` is called in each sampling step of a batch and may raise
-    to cancel. Raises BadConfig for a size, sampler or clip_skip that the base model does not have, OutOfMemory when the
-    device has too little memory.
+    to cancel. Raises BadConfig for a strength that is not finite and for a size, sampler or clip_skip that the base model
+    does not have, OutOfMemory when the device has too little memory.
     """
     config = config or GenerateConfig()
+    for lora, strength in loras:
+        if not math.isfinite(strength):
+            raise BadConfig(f"{lora.name}: strength = {strength}: must be finite")
     if config.clip_skip > 1 and not base.family.has_clip_skip:
         raise BadConfig(f"clip_skip = {config.clip_skip}: {base.family.title} has no choice of layers; leave it at 1")
     jobs = [replace(job, size=checked_size(base, job.size)) for job in jobs]

@@ -5,7 +5,9 @@ import os
 import re
 import shutil
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 from ..errors import BadFile
@@ -19,8 +21,26 @@ CACHE_VERSION = "2"
 """A part of every cache key, to be raised whenever the same input would be encoded differently."""
 
 
+_INSTEAD: ContextVar[Path | None] = ContextVar("cache folder", default=None)
+
+
+@contextmanager
+def cache_in(folder: Path) -> Iterator[None]:
+    """A context in which this folder is the cache folder, so that what is kept of a person can be deleted with it."""
+    token = _INSTEAD.set(folder)
+    try:
+        yield
+    finally:
+        _INSTEAD.reset(token)
+
+
 def cache_folder() -> Path:
-    """The folder for encoded photos and captions: $FACELORA_CACHE, else `facelora` in the user's cache folder."""
+    """The folder for encoded photos and captions.
+
+    It is that of `cache_in`, else $FACELORA_CACHE, else `facelora` in the user's cache folder.
+    """
+    if instead := _INSTEAD.get():
+        return instead
     if folder := os.environ.get("FACELORA_CACHE"):
         return Path(folder)
     if sys.platform == "win32":
@@ -40,13 +60,20 @@ def made_folder(*names: str) -> Path:
             folder = folder / name
             with writing(folder):
                 folder.mkdir(mode=0o700, exist_ok=True)
-            # Version 0.1.0 left them readable for all. In a folder that the user chose, "runs" may be another program's.
-            if _OURS.fullmatch(name) or "FACELORA_CACHE" not in os.environ:
-                with suppress(OSError):  # it belongs to another user
+            with suppress(OSError):  # it belongs to another user
+                # Version 0.1.0 left them readable for all.
+                if folder.stat().st_mode & 0o077 and _is_ours(folder):
                     folder.chmod(0o700)
     except BadFile as error:
         raise BadFile(f"{error}; set FACELORA_CACHE to a folder for the cache") from None
     return folder
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether the cache folder or one in it holds nothing of other programs, which it may in a folder that the user chose."""
+    if "FACELORA_CACHE" not in os.environ or _OURS.fullmatch(folder.name):
+        return True
+    return folder.name in KINDS and all(_OURS.fullmatch(path.name) for path in folder.iterdir())
 
 
 def clear_cache() -> int:

@@ -80,12 +80,13 @@ def _open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has no such pipes
 
 
+_MAX_JSON_BYTES = 64 << 20
+
+
 def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises BadFile when it cannot be read or is not JSON."""
+    """The content of a JSON file. Raises BadFile when it cannot be read, is larger than 64 MiB or is not JSON."""
     try:
-        return json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise BadFile(f"{path}: cannot be read: {error.strerror or error}") from None
+        return json.loads(read_bytes(path, _MAX_JSON_BYTES).decode())
     except (ValueError, RecursionError) as error:
         raise BadFile(f"{path}: cannot be read: {error}") from None
 

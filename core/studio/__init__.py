@@ -1,4 +1,4 @@
-"""The jobs that go from photos to pictures: those of one person."""
+"""The jobs that go from photos to pictures: those of one person, and of many on one base model."""
 
 from typing import TYPE_CHECKING
 
@@ -7,6 +7,12 @@ from ..lazy_names import lazy_names
 if TYPE_CHECKING:
     from .estimate import Estimate as Estimate
     from .estimate import estimate as estimate
+    from .many import Result as Result
+    from .many import Terms as Terms
+    from .many import forget as forget
+    from .many import run as run
+    from .people import Person as Person
+    from .people import read_people as read_people
     from .person import Order as Order
     from .person import Outcome as Outcome
     from .person import check as check
@@ -15,5 +21,10 @@ if TYPE_CHECKING:
 else:
     __getattr__, __dir__, __all__ = lazy_names(
         __name__,
-        {".estimate": ("Estimate", "estimate"), ".person": ("Order", "Outcome", "check", "make", "trained_on")},
+        {
+            ".estimate": ("Estimate", "estimate"),
+            ".many": ("Result", "Terms", "forget", "run"),
+            ".people": ("Person", "read_people"),
+            ".person": ("Order", "Outcome", "check", "make", "trained_on"),
+        },
     )

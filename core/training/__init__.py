@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .store import TrainedFile as TrainedFile
     from .store import TrainingJob as TrainingJob
     from .store import find_or_train as find_or_train
+    from .store import has_key as has_key
 else:
     __getattr__, __dir__, __all__ = lazy_names(
         __name__,
@@ -39,6 +40,6 @@ else:
             ".memory_prediction": ("predicted_memory",),
             ".methods": ("METHODS", "peak_rate"),
             ".recipes": ("MEASUREMENTS", "RECIPES", "recipe_config", "recipe_settings"),
-            ".store": ("TrainedFile", "TrainingJob", "find_or_train"),
+            ".store": ("TrainedFile", "TrainingJob", "find_or_train", "has_key"),
         },
     )

@@ -58,6 +58,8 @@ class Callbacks:
     """Called with (step, pictures) every `sample_every` steps. None: `train` writes files into `<name>-samples`."""
     on_save: Callable[[int, Trained], None] | None = None
     """Called with (step, LoRA) every `save_every` steps. None: `train` writes it beside its output."""
+    on_measured: Callable[[int, Trained], None] | None = None
+    """Called at the end with (step, LoRA) of each measured checkpoint that is not the result, of the most alike ones."""
     on_warning: Callable[[str], None] = _nothing
     """Called with a sentence about anything that a user should know and that does not stop the training."""
     check_cancelled: Callable[[], None] | None = None

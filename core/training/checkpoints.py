@@ -43,9 +43,12 @@ class Checkpoints:
         self._started_at = time.time()
 
     @property
-    def face_network(self) -> str | None:
-        """The name of the face network that measures likeness; None when likeness is not measured."""
-        return self._selection.watch.network.name if self._selection else None
+    def face_networks(self) -> list[str]:
+        """The names of the face networks that measure likeness, that of the judge last; none when it is not measured."""
+        if self._selection is None:
+            return []
+        watch = self._selection.watch
+        return [each.network.name for each in (watch, watch.judge) if each]
 
     @property
     def likeness(self) -> LikenessPoint | None:
@@ -100,7 +103,7 @@ class Checkpoints:
     def chosen(self) -> Trained:
         """The file of the checkpoint that is kept, with the likeness curve in its metadata.
 
-        When another one than the last is kept, `on_save` is called with the last.
+        When another one than the last is kept, `on_save` is called with the last. `on_measured` gets the other candidates.
         """
         run, selection = self.run, self._selection
         if selection is None:
@@ -108,8 +111,10 @@ class Checkpoints:
         kept, values = selection.choose() if self.config.keep == "best" else (selection.points[-1], run.trained())
         if self._callbacks.on_save and self.config.save_every and (kept.merged or kept.step < run.step):
             self._callbacks.on_save(run.step, self._file(run.trained(), run.step))
-        file = self._file(values, kept.step)
-        return file.with_metadata({**file.metadata, **selection.metadata(kept)})
+        if self._callbacks.on_measured:
+            for point, other in selection.others(kept):
+                self._callbacks.on_measured(point.step, self._measured_file(other, point))
+        return self._measured_file(values, kept)
 
     def state(self, identity: Mapping[str, str]) -> RunState:
         """The state of the run as it is now, with the measurements and the pictures that are still needed."""
@@ -125,6 +130,12 @@ class Checkpoints:
             self._selection.unpack(state.tensors, state.scalars["likeness"])
         if self.config.thumbnail and THUMBNAIL in state.tensors:
             self._thumbnail = Image.fromarray(state.tensors[THUMBNAIL].numpy())
+
+    def _measured_file(self, values: Mapping[str, Tensor], point: LikenessPoint) -> Trained:
+        """The file of a measured checkpoint, with the likeness curve and its own point of it in its metadata."""
+        assert self._selection
+        file = self._file(values, point.step)
+        return file.with_metadata({**file.metadata, **self._selection.metadata(point)})
 
     def _file(self, values: Mapping[str, Tensor], step: int) -> Trained:
         """The file of an adapter with these parameter values, as of that step."""

@@ -5,6 +5,7 @@ A run with the same identity need not be trained twice, and only such a run can 
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,15 +48,15 @@ def run_identity(
     config: TrainConfig,
     dtype: torch.dtype,
     continue_from: LoraFile | None = None,
-    face_network: str | None = None,
+    face_networks: Sequence[str] = (),
 ) -> dict[str, str]:
     """The settings, photos and base model of a run, each as a text that is equal when they are.
 
-    `face_network` is the name of the network that measures likeness, None when it is not measured.
+    `face_networks` are the names of the networks that measure likeness, none when it is not measured.
     """
-    settings = settings_of_the_steps(config, measured=face_network is not None)
-    if face_network:
-        settings["face_network"] = face_network
+    settings = settings_of_the_steps(config, measured=bool(face_networks))
+    if face_networks:
+        settings["face_network"] = ", ".join(face_networks)
     settings["precision"] = str(dtype).removeprefix("torch.")
     if config.schedule == "constant":
         del settings["steps"]  # a constant rate does not depend on the number of steps, so a resumed run may have more

@@ -39,9 +39,9 @@ from .callbacks import NO_CALLBACKS, Callbacks
 from .encode import LatentCache, encode
 from .likeness import LikenessWatch, hold_out
 from .loop import train_lora
-from .methods import files_beside
+from .methods import METHODS, files_beside
 from .methods.method import Trained
-from .recipes import ENOUGH, recipe_config
+from .recipes import ENOUGH, MEASURED, recipe_config
 from .samples import Samples, make_class_images, sample_shots, training_sampler
 
 
@@ -66,10 +66,12 @@ def train(
     continue_from: LoraFile | str | os.PathLike[str] | None = None,
     held_out: Sequence[Photo] = (),
     faces: FaceNetwork | None = None,
+    judge: FaceNetwork | None = None,
     resume: bool = False,
     restart: bool = False,
     strict: bool = False,
     device: torch.device | None = None,
+    metadata: Mapping[str, str] | None = None,
     callbacks: Callbacks = NO_CALLBACKS,
 ) -> Trained:
     """The trained LoRA, which is also written to `output` (a `.safetensors` path) when one is given.
@@ -80,8 +82,10 @@ def train(
     is there is an error. Every `save_every` steps a numbered LoRA is written beside the output, and samples go into the folder
     `<name>-samples`, unless callbacks take them.
 
-    Likeness is measured to the `held_out` photos, or to `config.hold_out` of `photos`, by `faces` (default: YuNet and SFace).
-    The measurements are in the metadata under `core.training.likeness.LIKENESS_KEY`.
+    Likeness is measured to the `held_out` photos, or to `config.hold_out` of `photos`, by `faces` (default: YuNet and SFace),
+    which also selects the checkpoint to keep; a `judge` measures the same pictures and selects nothing. The measurements are in
+    the metadata under `core.training.likeness.LIKENESS_KEY`. `metadata` is added to what the result, but no checkpoint, has of
+    its own.
 
     Every callback may raise to cancel; `check_cancelled` is called many times a step. Raising StopAndKeep from `on_step`
     ends the training with what has been learned. Errors are subclasses of FaceLoraError; InUse means that another run has
@@ -105,7 +109,7 @@ def train(
         device, _ = device_and_dtype(config, device)
         faces = faces or _needed_faces(config, held_out, callbacks.on_warning)
         class_photos = _read_or_make_class_photos(class_photos, base, config, device, strict, callbacks)
-        pictures = _look_at_photos(photos, held_out, faces, base, config, callbacks.on_warning)
+        pictures = _look_at_photos(photos, held_out, faces, judge, base, config, callbacks.on_warning)
         cache, samples = _prepared(pictures, class_photos, base, config, device, callbacks)
         lora = train_lora(
             cache,
@@ -119,9 +123,14 @@ def train(
             samples=samples,
             callbacks=callbacks if output is None else _writing_beside(callbacks, output, config),
         )
+        if metadata:
+            lora = lora.with_metadata({**lora.metadata, **metadata})
         if output is not None:
             _write(lora, base, config, output)
         return lora
+
+
+_WOULD_REPLACE = "which would replace it; move it, or choose another output"
 
 
 @contextmanager
@@ -141,10 +150,12 @@ def _place(output: Path, config: TrainConfig, state_is_wanted: bool) -> Iterator
                 "--resume, begin anew with --restart, or choose another output"
             )
         if other := foreign_checkpoint(output, config):
-            raise BadFile(
-                f"{other}: is called like a checkpoint of save_every, which would replace it; move it, or choose another "
-                "output"
-            )
+            raise BadFile(f"{other}: is called like a checkpoint of save_every, {_WOULD_REPLACE}")
+        for addition in METHODS[config.method].beside:
+            if other := _foreign(output, f"-{addition}"):
+                raise BadFile(
+                    f"{other}: is called like the {addition} that the method {config.method} makes, {_WOULD_REPLACE}"
+                )
         yield
 
 
@@ -223,6 +234,7 @@ def _look_at_photos(
     photos: Sequence[Photo],
     held_out: Sequence[Photo],
     faces: FaceNetwork | None,
+    judge: FaceNetwork | None,
     base: Base,
     config: TrainConfig,
     on_warning: Callable[[str], None],
@@ -241,8 +253,13 @@ def _look_at_photos(
     if faces is None:
         return _Pictures(photos)
     if count:
-        photos, held_out = hold_out(photos, count, faces)
-    watch = LikenessWatch(faces, photos, held_out, config) if held_out else None
+        try:
+            photos, held_out = hold_out(photos, count, faces)
+        except BadPhoto as problem:
+            if not _is_held_out_by_itself(config, len(photos)):
+                raise
+            on_warning(f"{problem}: none is held out, and likeness is not measured")
+    watch = LikenessWatch(faces, photos, held_out, config, judge) if held_out else None
     return _Pictures(photos, regions, watch)
 
 
@@ -267,13 +284,22 @@ def good_photos(report: SetReport, on_warning: Callable[[str], None]) -> list[Ph
 def for_good_photos(config: TrainConfig, report: SetReport, on_warning: Callable[[str], None]) -> TrainConfig:
     """The settings for a training on what `good_photos` leaves: they check nothing again.
 
-    Where rejecting photos has left too few, none is held out either, and `on_warning` hears of it.
+    Where rejecting photos has left too few for what a recipe does by itself, none is held out either, and `on_warning` hears
+    of it.
     """
     config, left = replace(config, check_photos=False), len(report.usable)
-    if not config.hold_out or left >= min(ENOUGH, len(report.photos)):
+    if left >= ENOUGH or not _is_held_out_by_itself(config, len(report.photos)):
         return config
     on_warning(f"only {left} photos are usable: none is held out, and likeness is not measured")
     return replace(config, hold_out=0, stop_early=False, merge_best=0)
+
+
+def _is_held_out_by_itself(config: TrainConfig, photos: int) -> bool:
+    """Whether as many photos are held out as a recipe does from this number on: where that cannot be, it does without.
+
+    Another number was asked for, and so was one from fewer photos.
+    """
+    return config.hold_out == MEASURED["hold_out"] and photos >= ENOUGH
 
 
 def _prepared(
@@ -341,7 +367,7 @@ def state_path(output: Path) -> Path:
 
 def delete_leftovers(output: Path) -> None:
     """Deletes temporary files that a killed run left of this output and of the files beside it, under the output's lock."""
-    names = rf"{re.escape(output.stem)}(\.state|-embedding|-step\d{{6,}})?{re.escape(output.suffix)}"
+    names = rf"{re.escape(output.stem)}(\.state|-embedding|-lora|-step\d{{6,}})?{re.escape(output.suffix)}"
     remove_leftovers(output.parent, names)
     if (samples := _samples_folder(output)).is_dir():
         remove_leftovers(samples, r"step\d{6,}-\d+\.png")
@@ -354,8 +380,13 @@ def checkpoint_path(output: Path, step: int) -> Path:
 
 def foreign_checkpoint(output: Path, config: TrainConfig) -> Path | None:
     """A file that is named like a checkpoint of the run but does not come from a run with this output; None without one."""
-    pattern = re.compile(rf"{re.escape(output.stem)}-step\d{{6,}}{re.escape(output.suffix)}")
-    for path in output.parent.iterdir() if config.save_every else ():
+    return _foreign(output, r"-step\d{6,}") if config.save_every else None
+
+
+def _foreign(output: Path, addition: str) -> Path | None:
+    """A file with the output's name and an addition, a regular expression, that does not come from a run with this output."""
+    pattern = re.compile(rf"{re.escape(output.stem)}{addition}{re.escape(output.suffix)}")
+    for path in output.parent.iterdir():
         if pattern.fullmatch(path.name) and _output_name(path) != output.stem:
             return path
     return None

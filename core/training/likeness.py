@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..config import TrainConfig
 from ..errors import BadPhoto
-from ..faces import Face, FaceNetwork, embed_images, embed_one_by_one, likeness, mean_face
+from ..faces import Face, FaceNetwork, check_judge, embed_images, embed_one_by_one, likeness, mean_face
 from ..photos import Photo, Thresholds
 from ..photos.captions import class_caption, default_caption
 from ..photos.measure import hash_distance, perceptual_hash, pose
@@ -63,6 +63,8 @@ class LikenessPoint:
     """The mean absolute change of the pictures of NEUTRAL_PROMPTS from the base model's, in grey levels, 0 to 255."""
     merged: tuple[int, ...] = ()
     """The steps of the checkpoints that this one is the average of; empty for a single checkpoint."""
+    judged: LikenessPoint | None = None
+    """The same pictures measured by the watch's judge; None without one."""
 
 
 @dataclass(frozen=True)
@@ -77,30 +79,47 @@ class Score:
     """The turn of the head by `photos.measure.pose`: 0 is frontal, 0.35 a side view."""
     doubt: str | None
     """The reason why the number says little, or None."""
+    judged: float | None = None
+    """The cosine by a second face network; None without one, and for a picture without a face."""
 
     @classmethod
-    def of(cls, image: str, likeness: float | None, face: Face | None) -> Score:
+    def of(cls, image: str, likeness: float | None, face: Face | None, judged: float | None = None) -> Score:
         if likeness is None or face is None:
-            return cls(image, None, None, None, "no face")
+            return cls(image, None, None, None, "no face", judged)
         yaw, _ = pose(face)
         doubts = []
         if face.size < SURE_FACE:
             doubts.append(f"face of {face.size:.0f} px")
         if abs(yaw) >= Thresholds().side:
             doubts.append("side view")
-        return cls(image, likeness, round(face.size, 1), round(yaw, 3), ", ".join(doubts) or None)
+        return cls(image, likeness, round(face.size, 1), round(yaw, 3), ", ".join(doubts) or None, judged)
 
     def __str__(self) -> str:
         number = "  -  " if self.likeness is None else f"{self.likeness:5.2f}"
-        return number + (f"  ({self.doubt})" if self.doubt else "")
+        second = "" if self.judged is None else f" {self.judged:5.2f}"
+        return number + second + (f"  ({self.doubt})" if self.doubt else "")
 
 
 class LikenessWatch:
     """Measures checkpoints of one person by the pictures that `train_lora` draws with them."""
 
-    def __init__(self, network: FaceNetwork, training: Sequence[Photo], held_out: Sequence[Photo], config: TrainConfig):
-        """Raises BadPhoto when none of the photos that are trained on, or none of those held out, shows a face."""
+    def __init__(
+        self,
+        network: FaceNetwork,
+        training: Sequence[Photo],
+        held_out: Sequence[Photo],
+        config: TrainConfig,
+        judge: FaceNetwork | None = None,
+    ):
+        """`judge` measures the same pictures for `LikenessPoint.judged`, by which nothing is selected.
+
+        Raises BadPhoto when none of the photos that are trained on, or none of those held out, shows a face, BadConfig when
+        the judge is the same network.
+        """
+        if judge:
+            check_judge(judge, network)
         self.network = network
+        self.judge = LikenessWatch(judge, training, held_out, config) if judge else None
         self._training = _seen(_faces_of(network, training))
         self._held_out = _seen(_faces_of(network, held_out))
         person = mean_face(self._held_out)
@@ -135,6 +154,8 @@ class LikenessWatch:
 
     def see_base(self, images: Sequence[Image.Image]) -> None:
         """Takes the base model's pictures of `shots`, to measure leakage and drift from them."""
+        if self.judge:
+            self.judge.see_base(images)
         _, of_class, self._base = self._split(images)
         self._base_class = float(np.mean(self._alike(embed_images(self.network, of_class))))
 
@@ -158,6 +179,7 @@ class LikenessWatch:
             leakage=leaked - self._base_class,
             drift=float(np.mean([picture_change(a, b) for a, b in zip(self._base, neutral, strict=True)])),
             merged=merged,
+            judged=self.judge.measure(step, images, merged) if self.judge else None,
         )
 
     @property
@@ -244,6 +266,11 @@ class Selection:
         point = self.watch.choose([self.points[index] for index in self._values])
         return point, next(values for index, values in self._values.items() if self.points[index] is point)
 
+    def others(self, kept: LikenessPoint) -> list[tuple[LikenessPoint, dict[str, Tensor]]]:
+        """The candidates of a single step but for the one that is kept, each with its adapter's values."""
+        candidates = ((self.points[index], values) for index, values in self._values.items())
+        return [(point, values) for point, values in candidates if point is not kept and not point.merged]
+
     def metadata(self, kept: LikenessPoint) -> dict[str, str]:
         """The curve for the file's metadata, as plain numbers, which do not reveal what the person looks like."""
         described = {
@@ -251,11 +278,10 @@ class Selection:
             "photos": round(self.watch.own, 4),
             "photos_copying": round(self.watch.own_copying, 4),
             "kept": self.points.index(kept),
-            "points": [
-                {name: _rounded(value) for name, value in asdict(point).items() if name != "scores"}
-                for point in self.points
-            ],
+            "points": [_described(point) for point in self.points],
         }
+        if judge := self.watch.judge:
+            described["judge"] = {"network": judge.network.name, "photos": round(judge.own, 4)}
         return {LIKENESS_KEY: json.dumps(described)}
 
     def _ranked(self) -> list[int]:
@@ -273,7 +299,7 @@ class Selection:
 
     def unpack(self, tensors: Mapping[str, Tensor], points: Sequence[Mapping[str, Any]]) -> None:
         """Restores what `pack` returned; other tensors beside it are ignored."""
-        self.points = [LikenessPoint(**_with_tuples(point)) for point in points]
+        self.points = [_unpacked(point) for point in points]
         for key, value in tensors.items():
             if key.startswith("candidate."):
                 index, _, name = key.removeprefix("candidate.").partition(".")
@@ -325,13 +351,18 @@ def _seen(embedded: np.ndarray) -> np.ndarray:
     return embedded[~np.isnan(embedded).any(axis=1)]
 
 
-def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with lists turned back into tuples, which JSON does not have."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+def _unpacked(values: Mapping[str, Any]) -> LikenessPoint:
+    """The point of which `asdict` made the values, with lists for tuples, which JSON does not have."""
+    judged = {"judged": _unpacked(values["judged"])} if values.get("judged") else {}
+    tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return LikenessPoint(**{**values, **tuples, **judged})
 
 
-def _rounded(value: Any) -> Any:
-    return round(value, 4) if isinstance(value, float) else value
+def _described(point: LikenessPoint) -> dict[str, Any]:
+    """The point's numbers, rounded, without those of single pictures."""
+    values = {name: getattr(point, name) for name in ("step", "likeness", "copying", "leakage", "drift", "merged")}
+    described = {name: round(value, 4) if isinstance(value, float) else value for name, value in values.items()}
+    return described | ({"judged": _described(point.judged)} if point.judged else {})
 
 
 def picture_change(a: Image.Image, b: Image.Image) -> float:

@@ -62,8 +62,8 @@ def train_lora(
         if run.why_not_compiled:
             callbacks.on_warning(f"compile: not possible here ({run.why_not_compiled}); the training goes on without")
         checkpoints = Checkpoints(run, cache, base, samples, callbacks, extra_metadata or {})
-        network = checkpoints.face_network
-        identity = {} if state_path is None else run_identity(cache, base, config, dtype, continue_from, network)
+        networks = checkpoints.face_networks
+        identity = {} if state_path is None else run_identity(cache, base, config, dtype, continue_from, networks)
         state = StateFile(state_path, identity, checkpoints)
         if resume:
             state.restore()

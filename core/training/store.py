@@ -8,12 +8,14 @@ import itertools
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -28,13 +30,13 @@ from ..models.base import Base
 from ..photos import Photo
 from ..photos.reading import DAMAGED
 from ..pictures.sheet import contact_sheet
-from ..storage.cache_folder import content_key, made_folder
+from ..storage.cache_folder import cache_folder, content_key, made_folder
 from ..storage.files import check_writable, make_folder, read_json, remove_leftovers, write_file, write_text
 from ..storage.locks import locked
 from ..storage.safetensors_file import SafetensorsFile, copy_with_metadata
 from .callbacks import NO_CALLBACKS, Callbacks, StepReport
 from .identity import settings_of_the_file
-from .job import delete_leftovers, for_good_photos, foreign_checkpoint, good_photos, report_on, train
+from .job import checkpoint_path, delete_leftovers, for_good_photos, foreign_checkpoint, good_photos, report_on, train
 from .likeness import LIKENESS_KEY
 from .methods import METHODS
 from .methods.method import Trained
@@ -80,6 +82,18 @@ class TrainingJob:
         start = model_hash(self.continue_from.tensors) if self.continue_from else None
         return content_key("lora", TRAINING_VERSION, json.dumps(settings, sort_keys=True), photos, start, base.identity)
 
+    def with_good_photos(self, base: Base, on_warning: Callable[[str], None] = lambda text: None) -> "TrainingJob":
+        """The job without the photos that the report rejects, where its settings have them checked; else the job itself.
+
+        What is trained depends on the good photos alone, and so does the key: that of a good set is as without the check.
+        `on_warning` hears of each photo that is left out. Raises BadPhoto when too few are left.
+        """
+        if not self.config.check_photos:
+            return self
+        report = report_on(self.photos, base, self.config, faces_if_installed(on_warning))
+        photos = good_photos(report, on_warning)
+        return replace(self, photos=photos, config=for_good_photos(self.config, report, on_warning))
+
 
 @dataclass
 class RunFolder:
@@ -90,7 +104,9 @@ class RunFolder:
     _history: Curve = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        with suppress(BadFile, TypeError, ValueError):  # there is none yet, or it is damaged: it is only shown
+        with suppress(
+            BadFile, TypeError, ValueError, OverflowError
+        ):  # there is none yet, or it is damaged: it is only shown
             self._history = [(int(step), float(loss)) for step, loss in read_json(self.path / "history.json")]
 
     @property
@@ -134,6 +150,14 @@ class RunFolder:
                 found.setdefault(int(file.stem.split("-")[1]), []).append(image.convert("RGB"))
         return found
 
+    def add_measured(self, step: int, lora: Trained, dtype: torch.dtype) -> None:
+        """Writes a measured checkpoint that is not the run's result into the folder."""
+        lora.save(self.path / f"measured-{step:06d}.safetensors", dtype)
+
+    def measured(self) -> dict[int, Path]:
+        """The files that `add_measured` wrote, by step."""
+        return {int(file.stem.split("-")[1]): file for file in self.path.glob("measured-*.safetensors")}
+
     def sample_sheet(self) -> Image.Image:
         """A sheet with a row of samples for each step, or with a sentence when there are none."""
         rows = [(f"step {step}", images) for step, images in self.samples().items()]
@@ -151,8 +175,49 @@ class TrainedFile:
 
     def likenesses(self) -> Curve:
         """The likeness measured during its training; empty when none was."""
-        curve = LoraFile.read(self.path).metadata.get(LIKENESS_KEY)
-        return [(point["step"], point["likeness"]) for point in json.loads(curve)["points"]] if curve else []
+        return [(point["step"], point["likeness"]) for point in self._curve()["points"]]
+
+    def checkpoints(self) -> dict[int, Path]:
+        """The file of each measured checkpoint that can be chosen, by step: this one of the step that was kept; else empty."""
+        curve = self._curve()
+        kept = {curve["points"][curve["kept"]]["step"]: self.path} if curve["points"] else {}
+        return dict(sorted({**self.run.measured(), **kept}.items())) if kept else {}
+
+    def take_checkpoint(self, step: int) -> Path:
+        """The path of the LoRA of a measured step: beside this one, as NAME-stepNNNNNN, where it is written if it is not yet.
+
+        Another file of that name is left, and -2 and so on added. Raises BadConfig for a step that is none of `checkpoints`.
+        """
+        files = self.checkpoints()
+        if step not in files:
+            there = ", ".join(map(str, files)) or "none"
+            raise BadConfig(f"checkpoint = {step}: no such checkpoint of {self.path.stem} is there (but: {there})")
+        if files[step] == self.path:
+            return self.path
+        file, key = SafetensorsFile.open(files[step]), f"{self.run.path.name}-step{step:06d}"
+        for number in itertools.count(1):
+            path = checkpoint_path(self.path, step)
+            path = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
+            if not path.exists():
+                copy_with_metadata(file, path, file.metadata | {KEY: key, "ss_output_name": path.stem})
+                return path
+            if SafetensorsFile.open(path).metadata.get(MODEL_HASH) == file.metadata[MODEL_HASH]:
+                return path
+        raise AssertionError  # there is always another number
+
+    def _curve(self) -> dict[str, Any]:
+        """The measurements in its metadata; no points when there are none."""
+        return json.loads(LoraFile.read(self.path).metadata.get(LIKENESS_KEY, '{"points": []}'))
+
+
+def drawn_sample(lora: LoraFile) -> Image.Image | None:
+    """The sample that its training drew with the LoRA, or last before its step; None where there is none any more."""
+    match = re.fullmatch(r"([0-9a-f]{64})(-step\d+)?", lora.metadata.get(KEY, ""))
+    if match is None or not (folder := cache_folder() / "runs" / match[1]).is_dir():
+        return None
+    step = int(lora.metadata.get("ss_steps", 0))
+    drawn = [images[0] for at, images in RunFolder(folder).samples().items() if at <= step]
+    return drawn[-1] if drawn else None
 
 
 def find_or_train(
@@ -177,11 +242,7 @@ def find_or_train(
     which likeness was measured, and at most two others a second. Samples are kept in the run's folder in any case. Errors
     are subclasses of FaceLoraError; InUse says that another run is training the same job.
     """
-    if job.config.check_photos:
-        # What is trained depends on the good photos alone, and so the key too: of a good set it is as without the check.
-        report = report_on(job.photos, base, job.config, faces_if_installed(callbacks.on_warning))
-        photos = good_photos(report, callbacks.on_warning)
-        job = replace(job, photos=photos, config=for_good_photos(job.config, report, callbacks.on_warning))
+    job = job.with_good_photos(base, callbacks.on_warning)
     key = job.key(base)
     folder = made_folder("runs", key)
     with locked(folder / _OUTPUT):
@@ -216,6 +277,9 @@ def _train(
         if callbacks.on_sample:
             callbacks.on_sample(step, images)
 
+    def measured(step: int, lora: Trained) -> None:
+        run.add_measured(step, lora, PRECISIONS[job.config.save_precision])
+
     try:
         return train(
             job.photos,
@@ -226,7 +290,9 @@ def _train(
             continue_from=job.continue_from,
             resume=True,
             device=device,
-            callbacks=replace(callbacks, on_step=_recorded(run, on_point, callbacks.on_step), on_sample=sample),
+            callbacks=replace(
+                callbacks, on_step=_recorded(run, on_point, callbacks.on_step), on_sample=sample, on_measured=measured
+            ),
         )
     finally:
         run.save_history()
@@ -286,7 +352,7 @@ def _place(folder: Path, job: TrainingJob, key: str) -> Iterator[tuple[Path, boo
     for number in itertools.count(1):
         path = folder / f"{job.name}{f'-{number}' if number > 1 else ''}.safetensors"
         if path.exists():
-            if not _has_key(path, key):
+            if not has_key(path, key):
                 continue
             yield path, True
             return
@@ -302,10 +368,16 @@ def _place(folder: Path, job: TrainingJob, key: str) -> Iterator[tuple[Path, boo
                 return
 
 
-def _has_key(path: Path, key: str) -> bool:
-    """Whether the file is a LoRA with that key."""
+def has_key(path: Path, key: str) -> bool:
+    """Whether there is a LoRA at the path that has the key of a job (`TrainingJob.key`) in its metadata.
+
+    Its tensors must be those that were written, as far as the hash in the metadata says.
+    """
     try:
-        return LoraFile.read(path).metadata.get(KEY) == key
+        lora = LoraFile.read(path)
+        lora.check()
+        # A tool that has written the file anew may have left the hash out.
+        return lora.metadata.get(KEY) == key and lora.metadata.get(MODEL_HASH, lora.model_hash) == lora.model_hash
     except FaceLoraError:
         return False
 
@@ -314,8 +386,9 @@ def _with_tensors(made: str | None, folders: Sequence[Path]) -> LoraFile | None:
     """The first LoRA in the folders whose tensors have that hash, under any name."""
     for path in _files(folders) if made else ():
         with suppress(FaceLoraError):
-            if SafetensorsFile.open(path).metadata.get(MODEL_HASH) == made:
-                return LoraFile.read(path)
+            says_so = SafetensorsFile.open(path).metadata.get(MODEL_HASH) == made
+            if says_so and (lora := LoraFile.read(path)).model_hash == made:
+                return lora
     return None
 
 

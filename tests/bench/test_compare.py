@@ -1,6 +1,7 @@
 """Comparing methods: what is measured, kept, shown; one slow run over the demo's base."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -71,6 +72,13 @@ def test_results_of_other_settings_are_not_taken_for_known(base, tmp_path):
     other = replace(base, prediction_type="v_prediction")
     assert known_results(tmp_path / "a.json", replace(comparison, base=other).identity) == []
     assert known_results(tmp_path / "missing.json", comparison.identity) == []
+
+
+@pytest.mark.parametrize("value", ["0.5", None, [0.5], math.inf, 10**400])
+def test_results_that_are_no_numbers_are_measured_again(base, tmp_path, value):
+    comparison = Comparison(base, ("lora",), CONFIG)
+    write_results(tmp_path / "a.json", comparison.identity, [replace(result("a", "lora"), drift=value)])
+    assert known_results(tmp_path / "a.json", comparison.identity) == []
 
 
 def test_results_of_other_photos_in_a_folder_of_the_same_name_are_not_taken_for_known(base, tmp_path, monkeypatch):

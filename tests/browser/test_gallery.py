@@ -115,7 +115,7 @@ def test_a_prompt_is_copied(gallery) -> None:
 def test_a_command_that_draws_more_like_a_picture_is_copied(gallery, tmp_path) -> None:
     words = shlex.split(copied(gallery, 2, "more like this"))
     assert words[:5] == ["cd", f"{tmp_path}/", "&&", "facelora", "generate"]
-    options = build_parser("generate").parse_args(words[4:])
+    options = build_parser("generate")[0].parse_args(words[4:])
     assert options.base == "../it's a base.safetensors" and options.lora == ["anna.safetensors:1"]
     assert (options.prompt, options.negative, options.seed) == (["a <b>photo</b> in Office"], "blurry", 2)
     assert (options.size, options.count, options.output) == ((64, 80), 4, Path("more/2"))

@@ -157,4 +157,7 @@ def test_what_a_lora_is_stands_in_the_node_also_where_it_did_not_run_again(eithe
     assert len(result.cached) == 4
     page.page.wait_for_timeout(500)
     assert is_shown()
+
+    page.page.click(".facelora-about")
+    page.page.locator(".facelora-large[open]", has_text="arXiv:2106.09685").wait_for()
     assert page.complaints() == []

@@ -147,12 +147,31 @@ def test_the_likeness_that_a_training_measures_is_drawn_in_both_designs(page, se
         change_design()
         page.wait_for(f"() => document.querySelector('{STATUS}')?.textContent.startsWith('done')")
         assert points(page, "likeness") == 2
+        assert (
+            page.page.get_attribute(".facelora-likeness", "title")
+            == "From 0.55 on it is the same person, below 0.4 someone else"
+        )
         assert page.complaints() == []
     # Queued again, it is found, with all that there was to see.
     server.post("/free", {"free_memory": True, "unload_models": True})
     assert server.wait(page.queue(), 900).status == "success"
     assert points(page, "likeness") == 2
     assert page.page.locator(".facelora-samples img").count() >= 1
+    # Another checkpoint than the one that was kept.
+    offered = page.page.locator(".facelora-checkpoints button")
+    assert offered.all_inner_texts() == ["1", "2"]
+    pressed = [button.get_attribute("aria-pressed") for button in offered.all()]
+    other = pressed.index("false")
+    offered.nth(other).click()
+    assert page.widgets("FaceLoRATrain")["checkpoint"] == other + 1
+    assert server.wait(page.queue(), 900).status == "success"
+    page.wait_for(
+        f"() => document.querySelector('{STATUS}').textContent === 'done: measured-step00000{other + 1}.safetensors'"
+    )
+    assert (server.folder / "models" / "loras" / f"measured-step00000{other + 1}.safetensors").exists()
+    offered.nth(1 - other).click()
+    assert page.widgets("FaceLoRATrain")["checkpoint"] == 0
+    assert page.complaints() == []
 
 
 def test_a_freshly_opened_template_is_a_workflow_of_its_own(page):
@@ -190,6 +209,28 @@ def test_a_click_enlarges_a_picture_until_the_next_key(page):
     pixel = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
     hear(page, prompt="ours", phase="done", file="x.safetensors", samples=[pixel], samples_step=1)
     page.page.locator(".facelora-samples img").click()
-    page.wait_for("() => document.querySelector('.facelora-enlarged[open] img')")
+    page.wait_for("() => document.querySelector('.facelora-large[open] img')")
     page.page.keyboard.press("Escape")
-    page.wait_for("() => !document.querySelector('.facelora-enlarged')")
+    page.wait_for("() => !document.querySelector('.facelora-large')")
+
+
+def test_the_panel_speaks_the_language_of_comfyui(page, site):
+    site.post("/settings/Comfy.Locale", "zh")
+    try:
+        page.reload()
+        page.clear()
+        page.run(BUILD, train_node(seed=17))
+        assert page.page.locator(".facelora-add").inner_text() == "添加照片"
+        news = {
+            "steps": 60,
+            "loss": 0.1,
+            "learning_rate": 1e-4,
+            "likeness": 0.5,
+            "likeness_word": "perhaps",
+            "seconds": 75,
+        }
+        hear(page, prompt="ours", phase="training", step=30, **news)
+        assert status(page) == "第 30 / 60 步 · 损失 0.1 · 学习率 1e-4 · 相似度 0.50：也许是"
+        assert page.page.text_content(".facelora-time") == "1 分 15 秒"
+    finally:
+        site.post("/settings/Comfy.Locale", "en")

@@ -2,7 +2,8 @@
 
 import io
 import json
-from functools import partial
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -11,8 +12,9 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Locator
 
+from core.lora.file import LoraFile
 from core.pictures.style_pack import find_style_packs
-from tests.comfyui.server import running_server
+from tests.comfyui.server import ComfyServer, running_server
 from tests.comfyui.setup_comfyui import newest_frontend
 from tests.tooling import write_photos
 
@@ -52,21 +54,68 @@ def types(graph: dict[str, Any]) -> list[str]:
     return [node["type"] for node in flat]
 
 
-def test_every_workflow_opens_without_a_warning(page, server, lora, flows):
-    page.reload()  # so that the loaders' lists have all files
+FILLED = """(names) => {
+    for (const node of app.graph.nodes.filter((node) => node.type === "FaceLoRALoadPhotos")) {
+        const pictures = node.widgets.find((widget) => widget.name === "pictures")
+        pictures.value = names.join("\\n")
+        pictures.callback()
+        node.onExecuted({ facelora_photos: names.map((name) => ({ name, verdict: "good" })), facelora_headline: ["20 usable"] })
+    }
+}"""
+OVERLAPS = """() => {
+    const boxes = app.graph.nodes.map(({ title, pos: [x, y], size: [width, height] }) =>
+        ({ title, left: x, top: y - 30, right: x + width, bottom: y + height }))
+    return boxes.flatMap((one, index) => boxes.slice(index + 1)
+        .filter((other) => one.left < other.right && other.left < one.right && one.top < other.bottom && other.top < one.bottom)
+        .map((other) => `${one.title} lies on ${other.title}`))
+}"""
+
+
+def check_all(page: ComfyPage) -> None:
+    """Opens every workflow, and puts 20 photos and what a run says of them into it."""
     for name in NAMES:
         page.open(workflow_file(name), name)
+        page.run(FILLED, [f"my-photos/{number % 6}.png" for number in range(20)])
+        page.wait_for("() => [...document.querySelectorAll('.facelora-tile img')].every((one) => one.complete)")
+        assert page.run(OVERLAPS) == [], name
         assert page.complaints() == [], name
 
 
+def test_every_workflow_opens_without_a_warning_and_with_room_for_20_photos(page, server, lora, flows):
+    page.reload()  # so that the loaders' lists have all files
+    check_all(page)
+
+
 @pytest.mark.slow
-def test_every_workflow_opens_without_a_warning_in_the_newest_frontend(browser, site, lora, flows):
+def test_every_workflow_opens_without_a_warning_where_nodes_are_elements(page, server, lora, flows, nodes_2):
+    nodes_2()
+    check_all(page)
+
+
+@pytest.fixture(scope="module")
+def newest(site) -> Iterator[ComfyServer]:
+    """The server's folder behind the newest frontend."""
     with running_server(site.folder, "--front-end-root", str(newest_frontend())) as server:
         prepare(server)
-        page = ComfyPage(browser, server)
-        for name in NAMES:
-            page.open(workflow_file(name), name)
-            assert page.complaints() == [], name
+        yield server
+
+
+@pytest.fixture
+def newest_page(newest, browser) -> Iterator[ComfyPage]:
+    page = ComfyPage(browser, newest)
+    page.clear()
+    yield page
+    page.close()
+
+
+@pytest.mark.slow
+def test_every_workflow_opens_without_a_warning_in_the_newest_frontend(newest_page, newest, lora, flows):
+    newest_page.reload()
+    check_all(newest_page)
+    newest.post("/settings/Comfy.VueNodes.Enabled", True)
+    newest_page.reload()
+    check_all(newest_page)
+    newest.post("/settings/Comfy.VueNodes.Enabled", False)
 
 
 def workflow_file(name: str) -> dict[str, Any]:
@@ -77,7 +126,7 @@ class Hands:
     """What a user does on a page, counted."""
 
     def __init__(self, page: ComfyPage):
-        self.page = page.page
+        self.comfy, self.page = page, page.page
         self.actions = 0
 
     def click(self, what: Locator) -> None:
@@ -88,56 +137,130 @@ class Hands:
         self.actions += 1
         what.fill(text)
 
+    def type_into_node(self, node_type: str, widget: str, text: str) -> None:
+        """Clicks a widget on the canvas and types into what opens."""
+        self.actions += 1
+        x, y = self.comfy.run(
+            """([type, name]) => {
+                const node = app.graph.nodes.find((node) => node.type === type)
+                const widget = node.widgets.find((widget) => widget.name === name)
+                const { scale, offset } = app.canvas.ds
+                return [(node.pos[0] + node.size[0] / 2 + offset[0]) * scale, (node.pos[1] + widget.y + 8 + offset[1]) * scale]
+            }""",
+            [node_type, widget],
+        )
+        self.page.mouse.click(x, y)
+        field = self.page.locator(".graphdialog input, .graphdialog textarea")
+        field.fill(text)
+        field.press("Enter")
+
     def drop(self, what: Locator, files: list[Path]) -> None:
         self.actions += 1
         box = what.bounding_box()
         assert box
         drop_files(self.page, box["x"] + box["width"] + 20, box["y"] + 5, files)
 
+    def open_template(self) -> None:
+        """From an empty ComfyUI to the first template, whose card is the first."""
+        self.click(self.page.get_by_role("button", name="Templates").first)
+        self.click(self.page.get_by_text(PACK_NAME).first)
+        card = self.page.get_by_text(NAMES[0]).first
+        card.wait_for()
+        titles = dict.fromkeys(self.page.get_by_text(re.compile(r"^\d .*[a-z]")).all_inner_texts())
+        assert [title for title in titles if title in NAMES] == NAMES
+        self.comfy.problems.clear()  # the templates of ComfyUI itself are not there in tests
+        self.click(card)
+        self.comfy.wait_for("() => document.querySelector('.facelora-add')?.checkVisibility()")
+        assert self.comfy.complaints() == []
+
+    def add_photos(self, files: list[Path]) -> None:
+        self.drop(self.page.locator(".facelora-add"), files)
+        self.comfy.wait_for(f"() => document.querySelectorAll('.facelora-tile').length === {len(files)}")
+
+    def choose_style(self) -> None:
+        self.click(self.page.locator(".facelora-style").nth(1))
+
+    def press_run(self, button: Locator, server: ComfyServer) -> dict[str, Any]:
+        """The inputs of each node, by its type, once the run has succeeded without a complaint."""
+        haste = SHOWN if SCREENSHOTS else QUICK  # no action
+        self.comfy.set_widgets({name: haste[name] for name in ("FaceLoRATrain", "FaceLoRAStylePack")})
+        with self.page.expect_response(lambda answer: answer.url.endswith("/prompt")) as queued:
+            self.click(button)
+        prompt = queued.value.json()["prompt_id"]
+        result = server.wait(prompt)
+        assert result.status == "success", result.error
+        saved = [image["filename"] for output in result.outputs.values() for image in output.get("images", ())
+                 if image["filename"].startswith("my-face_0000")]  # fmt: skip
+        assert len(saved) >= 2
+        shown = """(names) => {
+            const pictures = [...document.images, ...app.graph.nodes.flatMap((node) => node.imgs ?? [])]
+            return names.every((name) => pictures.some((one) => one.src.includes(name)))
+        }"""
+        self.page.wait_for_function(shown, arg=saved[:2])
+        assert self.comfy.complaints() == []
+        nodes = server.get(f"/history/{prompt}")[prompt]["prompt"][2].values()
+        return {node["class_type"]: node["inputs"] for node in nodes}
+
+
+def my_photos(folder: Path) -> list[Path]:
+    """Eight drawn ones for a screenshot, else six of one person and one of another."""
+    if SCREENSHOTS:
+        return sorted(write_generated_photos(folder / "me").glob("*.png"))
+    write_photos(folder / "friend", count=1, scale=2, person=2)
+    photos = write_photos(folder / "me", count=6, scale=2)
+    (folder / "friend" / "0.png").rename(photos / "friend.png")
+    return sorted(photos.glob("*.png"))
+
+
+def lead_to_headshots(page: ComfyPage, server: ComfyServer, files: list[Path]) -> None:
+    """From an empty ComfyUI to headshots on the app's page, as a user does it and counted."""
+    hands = Hands(page)
+    hands.open_template()
+    opened = hands.actions
+    hands.add_photos(files)
+    hands.type(page.page.get_by_role("textbox").first, "woman")
+    hands.choose_style()
+    assert hands.actions - opened <= 3, "answers"
+    asked = hands.press_run(page.page.get_by_role("button", name="Run").last, server)
+    assert hands.actions <= 7
+    assert asked["FaceLoRATrain"]["class_word"] == "woman"
+    assert asked["FaceLoRAStylePack"]["styles"] == find_style_packs().pick("corporate").names[1]
+    rejected = page.page.locator(".facelora-rejected img").evaluate_all("(all) => all.map((one) => one.alt)")
+    assert SCREENSHOTS or [name.rpartition("/")[2] for name in rejected] == ["friend.png"]
+    trained = (page.page.text_content(".facelora-status") or "").removeprefix("done: ")
+    lora = LoraFile.read(server.folder / "models" / "loras" / trained)
+    assert SCREENSHOTS or lora.metadata["ss_num_train_images"] == "6"
+
 
 def test_the_app_leads_from_photos_to_headshots_in_seven_actions_of_which_three_are_answers(page, server, tmp_path):
-    hands, app = Hands(page), page.page
-    hands.click(app.get_by_role("button", name="Templates").first)
-    hands.click(app.get_by_text(PACK_NAME).first)
-    card = app.get_by_text(NAMES[0]).first
-    card.wait_for()
-    page.problems.clear()  # the templates of ComfyUI itself are not there in tests
-    hands.click(card)
-    page.wait_for("() => document.querySelector('.facelora-add')?.checkVisibility()")
-    assert page.complaints() == []
-
-    opened = hands.actions
-    write = write_generated_photos if SCREENSHOTS else partial(write_photos, count=6, scale=2)
-    files = sorted(write(tmp_path / "me").glob("*.png"))
-    hands.drop(app.locator(".facelora-add"), files)
-    page.wait_for(f"() => document.querySelectorAll('.facelora-tile').length === {len(files)}")
-    hands.type(app.get_by_role("textbox").first, "woman")
-    hands.click(app.locator(".facelora-style").nth(1))
-    assert hands.actions - opened <= 3, "answers"
-    haste = SHOWN if SCREENSHOTS else QUICK  # no action
-    page.set_widgets({name: haste[name] for name in ("FaceLoRATrain", "FaceLoRAStylePack")})
-    with app.expect_response(lambda answer: answer.url.endswith("/prompt")) as queued:
-        hands.click(app.get_by_role("button", name="Run").last)
-    assert hands.actions <= 7
-
-    result = server.wait(queued.value.json()["prompt_id"])
-    assert result.status == "success", result.error
-    page.wait_for("() => [...document.images].filter((one) => one.src.includes('my-face_0000')).length >= 2")
-    assert page.complaints() == []
-    first = next(iter(server.get("/history?max_items=1").values()))["prompt"][2]
-    trained, styles = (next(node["inputs"] for node in first.values() if node["class_type"] == kind)
-                       for kind in ("FaceLoRATrain", "FaceLoRAStylePack"))  # fmt: skip
-    assert trained["class_word"] == "woman"
-    assert styles["styles"] == find_style_packs().pick("corporate").names[1]
+    lead_to_headshots(page, server, my_photos(tmp_path))
     if SCREENSHOTS:
         save_screenshot(page, "app")
     page.run("() => app.extensionManager.command.execute('Comfy.ToggleLinear')")
-    app.wait_for_timeout(1000)
+    page.page.wait_for_timeout(1000)
     if SCREENSHOTS:
         page.run("() => app.canvas.deselectAll()")
         save_screenshot(page, "graph")
     last = page.run("() => app.graph.nodes.find((node) => node.type === 'FaceLoRATrain').widgets.at(-1).name")
     assert last == "training", "nothing repeats the panel below it"
+
+
+@pytest.mark.slow
+def test_the_app_leads_from_photos_to_headshots_in_the_newest_frontend(newest_page, newest, tmp_path):
+    lead_to_headshots(newest_page, newest, my_photos(tmp_path))
+
+
+def test_the_graph_leads_from_photos_to_headshots_in_nine_actions(page, server, tmp_path):
+    hands = Hands(page)
+    hands.open_template()
+    hands.click(page.page.get_by_role("button", name="Enter node graph"))
+    page.page.wait_for_timeout(1000)
+    hands.add_photos(my_photos(tmp_path))
+    hands.type_into_node("FaceLoRATrain", "class_word", "woman")
+    hands.choose_style()
+    asked = hands.press_run(page.page.get_by_test_id("queue-button"), server)
+    assert hands.actions <= 9
+    assert asked["FaceLoRATrain"]["class_word"] == "woman"
 
 
 def save_screenshot(page: ComfyPage, name: str) -> None:

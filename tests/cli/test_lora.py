@@ -264,6 +264,27 @@ def test_an_extraction_takes_no_more_memory_for_a_checkpoint_of_five_times_the_s
     assert peaks[1] - peaks[0] < 40e6, peaks
 
 
+@pytest.mark.parametrize("what", ["a LoRA", "another word", "a text"])
+def test_a_file_of_somebody_else_where_that_of_a_word_would_be_stays_and_nothing_is_written(tmp_path, capsys, what):
+    write_lora(tmp_path / "a.safetensors", 0)
+    word = {"bundle_emb.sks.string_to_param.*": torch.randn(2, 768)}
+    save_safetensors(tmp_path / "b.safetensors", dict(SafetensorsFile.open(tmp_path / "a.safetensors")) | word)
+    beside, output = tmp_path / "out-sks.safetensors", tmp_path / "out.safetensors"
+    if what == "another word":
+        save_safetensors(beside, {"emb_params": torch.randn(2, 768)}, {"facelora.word": "anna"})
+    else:
+        beside.write_bytes((tmp_path / "a.safetensors").read_bytes() if what == "a LoRA" else b"a text")
+    before = beside.read_bytes()
+    arguments = ["convert", str(tmp_path / "b.safetensors"), "--output", str(output), "--to", "diffusers"]
+    assert main(arguments) == 1
+    assert (
+        "out-sks.safetensors: is no file of the word 'sks', whose vectors would replace it" in capsys.readouterr().err
+    )
+    assert beside.read_bytes() == before and not output.exists()
+    beside.unlink()
+    assert main(arguments) == main(arguments) == 0  # its own it may replace
+
+
 def test_converted_for_diffusers_a_word_is_a_file_beside_it_whatever_the_word_is(tmp_path):
     write_lora(tmp_path / "a.safetensors", 0)
     word = {"bundle_emb.x/y.string_to_param.*": torch.randn(2, 768)}

@@ -255,10 +255,9 @@ def test_pictures_of_the_person_score_above_those_of_someone_else(server):
     assert server.drawn(result, "plot").size == (640, 400)
 
 
-def test_a_lora_is_saved_in_another_scheme_and_inspected(server):
-    graph = training(name="saved") | {
-        "save": node("FaceLoRASave", lora=["train", 0], name="by_facelora", scheme="comfy", precision="bf16"),
-    }
+def test_a_lora_is_saved_in_another_scheme_with_a_picture_and_inspected(server):
+    save = {"lora": ["train", 0], "name": "by_facelora", "scheme": "comfy", "precision": "bf16", "preview": True}
+    graph = training(name="saved", samples=1) | {"save": node("FaceLoRASave", **save)}
     result = server.run(graph)
     assert result.status == "success", result.error
     (file,) = (server.folder / "output" / "loras").glob("by_facelora*.safetensors")
@@ -268,6 +267,21 @@ def test_a_lora_is_saved_in_another_scheme_and_inspected(server):
     inspect = server.run({"inspect": node("FaceLoRAInspect", lora_name=file.name)})
     assert inspect.status == "success", inspect.error
     assert "sks person" in inspect.outputs["inspect"]["text"][0]
+    assert server.read(f"/facelora/lora?name={file.name}").decode() == inspect.outputs["inspect"]["text"][0]
+    with Image.open(file.with_suffix(".preview.png")) as picture:
+        assert picture.info == {} and min(picture.size) >= 32
+    assert result.outputs["save"]["text"] == [f"written: output/loras/{file.name}\npreview: {file.stem}.preview.png"]
+
+
+def test_the_address_about_loras_knows_those_of_the_list_alone(server):
+    broken = server.folder / "models" / "loras" / "no_lora.safetensors"
+    broken.write_text("<html>")
+    for name, said in (("../../x.safetensors", "no such file"), (broken.name, "truncated"), ("%00", "no such file")):
+        with pytest.raises(HTTPError) as refused:
+            server.read(f"/facelora/lora?name={name}")
+        answer = refused.value.read().decode()
+        assert said in answer and str(server.folder) not in answer
+    broken.unlink()
 
 
 def test_a_saved_lora_stays_below_its_folder_and_has_one_ending(server):
@@ -278,6 +292,7 @@ def test_a_saved_lora_stays_below_its_folder_and_has_one_ending(server):
         assert result.status == "success", result.error
         assert texts(result, "shown") == [f"by_name/one_0000{number}_.safetensors"]
         assert (server.folder / "output" / "loras" / texts(result, "shown")[0]).exists()
+    assert not list((server.folder / "output" / "loras" / "by_name").glob("*.png")), "nobody was asked"
     for name in ("../one", "", "a:b"):
         save = node("FaceLoRASave", lora=["train", 0], name=name, scheme="kohya", precision="fp16")
         assert f"name {name!r}: give a file name" in server.run(graph | {"save": save}).error

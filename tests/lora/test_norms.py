@@ -14,6 +14,8 @@ from core.lora.changes import weight_change
 from core.lora.convert import convert_lora, merge_loras, resize_lora, to_plain
 from core.lora.file import LoraFile
 from core.lora.inspect import inspect_lora
+from core.lora.low_rank import decomposed, factorise
+from core.lora.modules import LoraModule
 from core.lora.norms import change_norm, largest_change
 from core.lora.report import format_inspection
 from core.lora.verify import verify_lora
@@ -98,6 +100,47 @@ def test_to_inspect_a_file_no_tensor_is_made_that_is_much_larger_than_the_file(c
         verify_lora(tmp_path / "a.safetensors")
     assert not report["unknown_keys"] and report["norms"]["mid_block"] > 0
     assert 0 < seen.numbers <= 4 * sum(tensor.numel() for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("rank", [1, 3, 500])
+@pytest.mark.parametrize("case", [case for case in FACTORS if case.startswith(("lokr", "loha"))])
+def test_the_nearest_plain_lora_told_from_the_factors_is_that_of_the_product(case, rank):
+    kind, tensors = FACTORS[case]
+    change, found = weight_change(kind, tensors), decomposed(kind, tensors, rank)
+    if found is None:
+        assert case in ("loha", "loha, tucker")  # hardly larger than their factors
+        return
+    down, up, error = found.nearest(torch.arange(len(change)), rank)
+    wanted_down, wanted_up, wanted_error = factorise(change, rank, case)
+    assert down.shape[1:] == wanted_down.shape[1:] and up.shape[0] == wanted_up.shape[0] and up.ndim == wanted_up.ndim
+    made, wanted = (LoraModule(*pair, pair[0].shape[0]).delta() for pair in ((down, up), (wanted_down, wanted_up)))
+    assert torch.allclose(made, wanted, atol=1e-4 * float(change.norm()))
+    assert error == pytest.approx(wanted_error, abs=1e-3)
+
+
+def test_of_a_fused_kronecker_product_each_part_has_nearly_its_nearest():
+    name, rank = "lora_unet_double_blocks_0_img_attn_qkv", 4
+    lora = LoraFile(
+        "flux1", {}, {f"{name}.{role}": tensor for role, tensor in of(lokr_w1=(8, 4), lokr_w2=(24, 16)).items()}
+    )
+    plain, error = to_plain(lora, rank)
+    errors = []
+    for module, change in lora.changes():
+        found = plain.modules()[module].delta()
+        errors.append(((found - change).norm() / change.norm()).item())
+        assert errors[-1] <= 1.1 * factorise(change, rank, name)[2]
+    assert len(errors) == 3 and error == pytest.approx(max(errors), rel=1e-3)
+
+
+@pytest.mark.parametrize("claim", ["lokr", "loha", "core", "fused"])
+def test_to_make_a_plain_lora_no_tensor_is_made_that_is_much_larger_than_the_file_or_the_result(claim):
+    name, family = ("lora_unet_double_blocks_0_img_attn_qkv", "flux1") if claim == "fused" else (NAME, "sd15")
+    claims = CLAIMS | {"fused": {"lokr_w1": (180, 60), "lokr_w2": (50, 50)}}
+    tensors = {f"{name}.{role}": torch.full(shape, 0.01) for role, shape in claims[claim].items()}
+    with LargestTensor() as seen:
+        made, _ = to_plain(LoraFile(family, {}, tensors), rank=4)
+    results = [tensor for module in made.modules().values() for tensor in (module.down, module.up)]
+    assert 0 < seen.numbers <= 8 * sum(tensor.numel() for tensor in [*tensors.values(), *results])
 
 
 def plain(**changes: torch.Tensor) -> Tensors:

@@ -347,7 +347,15 @@ def sample_files():
     return files
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about damaged TIFF tags
+def test_what_pillow_says_of_damaged_tags_is_not_the_users_affair(tmp_path, recwarn):
+    exif = b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x02\x00\x12\x01\x03\x00\x01\x00\x00\x00\x06"
+    picture().save(tmp_path / "a.jpg", exif=exif)
+    photo = reading._read_photo(tmp_path / "a.jpg", 1)
+    photo.image()
+    photo.mask()
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(kind=st.sampled_from(KINDS), data=st.data())
 def test_a_damaged_file_is_a_photo_or_a_bad_photo_and_nothing_else(tmp_path, kind, data):

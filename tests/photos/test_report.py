@@ -190,7 +190,9 @@ def test_without_a_face_network_small_dark_and_repeated_pictures_are_found():
     grey, dark = Image.new("RGB", (64, 80), "grey"), Image.new("RGB", (64, 80), (20, 20, 20))
     report = check_photos([photo(grey), photo(dark), photo(grey), photo(Image.new("RGB", (9, 9)))], None, SMALL)
     assert [item.verdict for item in report.photos] == ["use", "reject", "reject", "reject"]
-    assert report.network is None and report.headline == "1 of 4 usable, and 5 are needed; add 4 more"
+    assert report.network is None and report.headline == (
+        "1 of 4 usable by size and brightness (no face was looked for), and 5 are needed; add 4 more"
+    )
     assert report.to_dict()["views"] == {} and "1 of 4 usable" in format_report(report)
 
 

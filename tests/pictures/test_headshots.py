@@ -516,6 +516,13 @@ def test_a_clip_skip_that_the_base_does_not_have_is_refused(base) -> None:
             next(generate(base, [], jobs(1), GenerateConfig(clip_skip=layer)))
 
 
+@pytest.mark.parametrize("strength", [math.nan, math.inf])
+def test_a_strength_that_is_not_finite_is_refused_also_of_a_file_that_holds_words_alone(base, strength) -> None:
+    word = LoraFile("sd15", {}, {"emb_params": torch.zeros(1, 64)}, name="word.safetensors")
+    with pytest.raises(BadConfig, match=f"word.safetensors: strength = {strength}: must be finite"):
+        next(generate(base, [(word, strength)], jobs(1)))
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_many_steps_are_taken_and_begin_near_pure_noise(base, sampler: str) -> None:
     noise = torch.zeros(1, 4, 4, 4)
@@ -584,7 +591,7 @@ def test_no_length_of_clip_is_minded_where_a_base_reads_with_another_encoder(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     options = ["generate", "--style-pack", "corporate", "--style", "Classic grey studio", "--subject", "sks person"]
-    parsed = build_parser("generate").parse_args([*options, "--count", "9"])
+    parsed = build_parser("generate")[0].parse_args([*options, "--count", "9"])
     with BarProgress() as progress:
         styled = pack_jobs(parsed, small_flow_base("flux1"), [], progress)
     assert max(len(caption_tokens(job.prompt)) for job in styled) > 75

@@ -5,23 +5,30 @@ A fault is told with its number: `--only NUMBER` and the same seed give it again
 
 import argparse
 import json
+import multiprocessing
+import multiprocessing.process
 import os
-import selectors
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
+from contextlib import suppress
 from itertools import count
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from .worker import name_of
+import torch
 
-ROOT = Path(__file__).parents[2]
-_PATIENCE = 60.0
+from .worker import name_of, work
+
+_CONTEXT: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+"""How the worker is started: as a copy of this process, which has most modules loaded, but not where that has a GPU open."""
+_MEMORY = Path("/dev/shm")
+"""A folder in memory: a trial writes many small files, each of which a disk would be waited for."""
+_PATIENCE = 300.0
 """Seconds until a trial is taken for one that hangs. (A busy machine is slow; the worker counts its own seconds.)"""
 
 
@@ -30,47 +37,53 @@ class _Worker:
 
     def __init__(self, folder: Path, seed: str):
         self._folder, self._seed, self._starts = folder, seed, 0
-        self._process: subprocess.Popen[str] | None = None
+        self._process: multiprocessing.process.BaseProcess | None = None
 
-    def _started(self) -> subprocess.Popen[str]:
+    def _start(self) -> multiprocessing.process.BaseProcess:
         self._starts += 1
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.soak.worker", str(self._folder / str(self._starts)), self._seed], cwd=ROOT,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert process.stdout is not None and process.stdout.readline() == "ready\n", "the worker does not start"
+        self._answers, theirs = multiprocessing.Pipe()
+        arguments = (self._folder / str(self._starts), self._seed, theirs, self._answers)
+        process = _CONTEXT.Process(target=_work, args=arguments, daemon=True)
+        process.start()
+        theirs.close()
+        self._answers.recv()  # modules and good files take a while, which is no trial's
         return process
 
     def __call__(self, number: int) -> dict[str, Any]:
         """What came of a trial."""
-        self._process = self._process or self._started()
-        assert self._process.stdin is not None and self._process.stdout is not None
-        print(number, file=self._process.stdin, flush=True)
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            answer = self._process.stdout.readline() if selector.select(_PATIENCE) else ""
-        if answer:
-            return json.loads(answer)
-        code = self._process.poll()
+        process = self._process = self._process or self._start()
+        self._answers.send(number)
+        try:
+            if self._answers.poll(_PATIENCE):
+                return self._answers.recv()
+            error = f"hangs for {_PATIENCE:.0f} seconds"
+        except (EOFError, ConnectionError):
+            process.join()
+            error = f"the process ended with {process.exitcode}"
         self.end()
-        error = f"hangs for {_PATIENCE:.0f} seconds" if code is None else f"the process ended with {code}"
         return {"number": number, "trial": name_of(self._seed, number)[0], "outcome": "failed", "error": error}
 
     def end(self) -> None:
         if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            assert self._process.pid
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.join()
             self._process = None
 
 
-def soak(seed: str, numbers: Iterator[int] | range, until: float = float("inf")) -> dict[str, Any]:
+def _work(folder: Path, seed: str, asks: Connection, answers: Connection) -> None:
+    answers.close()  # so that `asks` ends with the other process
+    work(folder, seed, asks)
+
+
+def soak(seed: str, numbers: Iterable[int], until: float = float("inf")) -> dict[str, Any]:
     """What came of the trials of these numbers, as far as the time (of time.monotonic) lasts."""
     outcomes: Counter[str] = Counter()
     tried: Counter[str] = Counter()
-    report: dict[str, Any] = {"seed": seed, "trials": 0, "kills": 0}
+    report: dict[str, Any] = {"seed": seed, "trials": 0, "damaged": 0, "kills": 0}
     failures: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+    with tempfile.TemporaryDirectory(prefix="soak-", dir=_MEMORY if os.access(_MEMORY, os.W_OK) else None) as folder:
         worker = _Worker(Path(folder), seed)
         try:
             for number in numbers:
@@ -78,6 +91,7 @@ def soak(seed: str, numbers: Iterator[int] | range, until: float = float("inf"))
                     break
                 found = worker(number)
                 report["trials"] += 1
+                report["damaged"] += found.get("damaged", 0)
                 report["kills"] += found.get("kills", 0)
                 tried[found["trial"]] += 1
                 outcomes[found["outcome"]] += 1
@@ -124,7 +138,7 @@ def main() -> int:
         for text, failure in report["failures"].items()
     ]
     faults += report.get("request_faults", [])
-    print(*(f"{key}: {report[key]}" for key in ("seed", "trials", "kills", "tried", "outcomes")), sep="\n")
+    print(*(f"{key}: {report[key]}" for key in ("seed", "trials", "damaged", "kills", "tried", "outcomes")), sep="\n")
     print(*faults or ["no fault"], sep="\n")
     return int(bool(faults))
 

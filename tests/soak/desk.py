@@ -7,26 +7,31 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from core.cli import main
+from core.config import TrainConfig
 from core.demo.people import person_photos
 from core.lora.convert import convert_lora
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
+from core.models.base import Base, load_base
+from core.photos import Photo, read_photos
 from core.pictures.style_pack import PACKAGE_FOLDER
 from core.storage.safetensors_file import SafetensorsFile
+from core.training.store import TrainingJob, find_or_train
 from tests.tooling import SMALL_SD15, write_checkpoint, write_photos
 
 _BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0."
 _NAME = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_"
 PHOTO_FORMATS = ("jpg", "png", "webp", "gif", "bmp", "tif", "avif")
 TRAINING = (
-    "--resolution", "32", "--rank", "2", "--steps", "5", "--state-interval", "0", "--no-check-photos", "--device", "cpu",
-    "--json",
+    "--resolution", "32", "--rank", "2", "--steps", "3", "--batch-size", "1", "--state-interval", "0", "--no-check-photos",
+    "--device", "cpu", "--json",
 )  # fmt: skip
 
 
@@ -46,6 +51,10 @@ class Desk:
         self.loras = [_saved(good / f"{name}.safetensors", tensors) for name, tensors in _loras().items()]
         self.packs = [path.read_bytes() for path in PACKAGE_FOLDER.glob("*.json") if "schema" not in path.name]
         self.pictures = dict(pictures())
+        self.entries: dict[Path, bytes] = {}
+        """The entries of the cache, by their path in it, of what is encoded for a training."""
+        self.encoded: list[torch.Tensor] = []
+        """What they hold."""
         self._trained: dict[str, torch.Tensor] = {}
 
     def fresh_room(self) -> None:
@@ -62,6 +71,19 @@ class Desk:
     def training(self, output: Path, *options: str) -> list[str]:
         """The arguments of a short training."""
         return ["train", str(self.photos), "--base", str(self.base), "--output", str(output), *TRAINING, *options]
+
+    @cached_property
+    def materials(self) -> tuple[list[Photo], Base, TrainConfig]:
+        """What `training` trains on, as values."""
+        config = TrainConfig(resolution=32, rank=2, steps=3, state_interval=0.0, check_photos=False)
+        return read_photos(self.photos), load_base(self.base), config
+
+    @cached_property
+    def kept_lora(self) -> Path:
+        """What the store makes of that."""
+        photos, base, config = self.materials
+        job = TrainingJob("kept", config, photos)
+        return find_or_train(job, base, [self.folder], device=torch.device("cpu")).path
 
     @property
     def trained(self) -> dict[str, torch.Tensor]:
@@ -88,12 +110,29 @@ def run(*arguments: object) -> tuple[int, str]:
     return code, text
 
 
+@contextlib.contextmanager
+def cache_in(folder: Path) -> Iterator[None]:
+    """A context in which the cache folder is that one."""
+    before = os.environ["FACELORA_CACHE"]
+    os.environ["FACELORA_CACHE"] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ["FACELORA_CACHE"] = before
+
+
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in SafetensorsFile.open(path).items()}
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    """Whether the tensors are the same; a single number may be a list of one, as it is for those who read it."""
+
+    def alike(name: str) -> bool:
+        pair = one[name], other[name]
+        return torch.equal(*(tensor.flatten() if tensor.numel() == 1 else tensor for tensor in pair))
+
+    return one.keys() == other.keys() and all(map(alike, one))
 
 
 def check_written(path: Path) -> None:

@@ -11,13 +11,17 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 
+from core.bench.compare import Result, known_results, plot_results, write_results
 from core.cli.settings import read_toml
 from core.config import config_from
 from core.errors import BadPhoto
@@ -28,10 +32,12 @@ from core.photos import prepare, read_photos
 from core.pictures.style_pack import Subject, find_style_packs, long_prompts, read_style_pack
 from core.pictures.style_picture import style_picture
 from core.storage import files, safetensors_file
-from tests.tooling import diffusers_pipeline
+from core.training.encode import encode
+from core.training.store import RunFolder, TrainingJob, find_or_train
+from tests.tooling import diffusers_pipeline, nodes_module
 
 from .damage import ODD, damaged_bytes, damaged_json, damaged_safetensors
-from .desk import Desk, check_written, names_in, run, same, tensors_of
+from .desk import Desk, cache_in, check_written, names_in, run, same, tensors_of
 
 Trial = Callable[[Desk, Random], None]
 
@@ -164,19 +170,28 @@ def photo(desk: Desk, draw: Random) -> None:
             prepared.images[0].mask()
         except BadPhoto as problem:
             assert one.name in str(problem)
-    if draw.random() < 0.03:
-        run("check", desk.room, "--resolution", "64")
+    if photos[-1].name == "good.png" and (changed := damaged_bytes(desk.pictures["png"], draw)) != desk.pictures["png"]:
+        desk.put("good.png", changed)
+        with suppress(BadPhoto):  # what would be encoded under its digest is another picture
+            photos[-1].image()
+            raise AssertionError("a photo that has changed is taken for what it was")
+    if draw.random() < 0.01:
+        command = draw.choice(
+            (["check", desk.room, "--resolution", "64"], ["score", desk.room, "--reference", desk.photos])
+        )
+        run(*command)
 
 
 def style_pack(desk: Desk, draw: Random) -> None:
     """A damaged style pack, read by itself and in a folder."""
     path = desk.put("pack.json", damaged_json(draw.choice(desk.packs), draw))
-    assert all("\n" not in problem for problem in find_style_packs([desk.room]).problems)
+    if draw.random() < 0.2:
+        assert all("\n" not in problem for problem in find_style_packs([desk.room]).problems)
     pack, _ = read_style_pack(path)
     prompts = pack.prompts(Subject("sks"), draw.choice(("sd15", "sdxl", "flux1")), 5, 1)
     assert len(prompts) == 5 and isinstance(long_prompts(prompts, len), list)
-    for style in pack.styles:
-        assert pack.picture(style) is None and style_picture(style)
+    style = draw.choice(pack.styles)
+    assert pack.picture(style) is None and style_picture(style)
 
 
 _TOML = (
@@ -211,7 +226,7 @@ def state(desk: Desk, draw: Random) -> None:
     if not good.exists():
         assert desk.trained  # so that everything is in the cache, and nothing but states is saved
         output = desk.room / "good.safetensors"
-        child(lambda: (_die_at(3), run(*desk.training(output))))
+        child(lambda: (_die_at(2), run(*desk.training(output))))
         output.with_name(good.name).rename(good)
     path = desk.put("a.state.safetensors", damaged_safetensors(good.read_bytes(), draw))
     before, output = path.read_bytes(), desk.room / "a.safetensors"
@@ -220,6 +235,165 @@ def state(desk: Desk, draw: Random) -> None:
         assert path.read_bytes() == before and names_in(desk.room) == [path.name], "the state is gone or changed"
     else:
         assert same(tensors_of(output), desk.trained), "wrong tensors from a damaged state"
+
+
+def continued(desk: Desk, draw: Random) -> None:
+    """A training that begins with a damaged LoRA."""
+    path = desk.put("a.safetensors", damaged_safetensors(draw.choice(desk.loras).read_bytes(), draw))
+    output = desk.room / "out.safetensors"
+    if run(*desk.training(output, "--continue-from", str(path)))[0] == 0:
+        check_written(output)
+    else:
+        assert names_in(desk.room) == [path.name], "a training that has not begun leaves something"
+
+
+def stored(desk: Desk, draw: Random) -> None:
+    """A LoRA that the store has kept is damaged, or what its run has noted: it is found as it was, or trained again."""
+    photos, base, config = desk.materials
+    desk.put("good.safetensors", desk.kept_lora)  # so that there is another file to look at
+    path = desk.put("me.safetensors", damaged_safetensors(desk.kept_lora.read_bytes(), draw))
+    before = path.read_bytes()
+    found = find_or_train(TrainingJob("me", config, photos), base, [desk.room], device=torch.device("cpu"))
+    assert path == found.path or path.read_bytes() == before, "a file that is somebody else's is written over"
+    assert same(tensors_of(found.path), tensors_of(desk.kept_lora)), "wrong tensors from the store"
+    found.likenesses()
+
+
+def run_folder(desk: Desk, draw: Random) -> None:
+    """What a run has kept for its node is damaged: history, samples, the hash of what it made."""
+    desk.put("history.json", damaged_json(b"[[1, 0.5], [2, 0.25]]", draw))
+    desk.put("sample-000001-0.png", damaged_bytes(desk.pictures["png"], draw))
+    desk.put("made.txt", damaged_bytes(b"0123456789abcdef", draw))
+    kept = RunFolder(desk.room)
+    assert all(len(point) == 2 for point in kept.history())
+    kept.add(3, 0.1)
+    kept.save_history()
+    kept.made()
+    kept.sample_sheet()
+
+
+def panel(desk: Desk, draw: Random) -> None:
+    """The state of the panels that a server finds when it starts is damaged."""
+    runs = nodes_module("runs")
+    run_ = runs.Run("anna", "p", "w", "5")
+    with cache_in(desk.room / "cache"):
+        first = runs.Runs()
+        first.begin(run_)
+        first.add(run_, {"begin": True, "phase": "training", "step": 1, "loss": 0.5, "photos": ["data:"]})
+        (file,) = (desk.room / "cache" / "panels").iterdir()
+        file.write_bytes(damaged_json(file.read_bytes(), draw))
+        second = runs.Runs()
+        json.dumps(second.of("anna"))
+        second.stop("anna", "p", "5")
+        second.begin(run_)
+        second.add(run_, {"begin": True, "phase": "training", "step": 1, "loss": 0.5})
+
+
+def reports(desk: Desk, draw: Random) -> None:
+    """What a comparison has measured before is damaged: it is measured again, or shown."""
+    identity = {"settings": "{}", "base": "0"}
+    result = Result("anna", "lora", 1e-4, 10, 0.5, 1.0, 1000, 0.9, 0.1, 2.0, 10**9)
+    path = desk.room / "anna.json"
+    write_results(path, identity, [result, replace(result, method="base")])
+    path.write_bytes(damaged_json(path.read_bytes(), draw))
+    if known := known_results(path, identity):
+        plot_results(known)
+        write_results(path, identity, known)
+
+
+def cache_entry(desk: Desk, draw: Random) -> None:
+    """A damaged entry of the cache is made anew, and never trained on."""
+    photos, base, config = desk.materials
+    dataset = prepare(
+        photos, resolution=32, size_multiple=base.size_multiple, trigger="sks", class_word="person", upscale=True
+    )
+
+    def encoded() -> list[torch.Tensor]:
+        found = encode(dataset, base, config, device=torch.device("cpu"))
+        texts = [tensor for text in sorted(found.text) for tensor in found.text[text].values()]
+        return [tensor for image in found.images for tensor in (image.mean, image.deviation)] + texts
+
+    cache = desk.room / "cache"
+    with cache_in(cache):
+        if not desk.entries:
+            good = encoded()
+            desk.entries = {path.relative_to(cache): path.read_bytes() for path in cache.rglob("*.safetensors")}
+            desk.encoded = good
+        for name, data in desk.entries.items():
+            (cache / name).parent.mkdir(parents=True, exist_ok=True)
+            (cache / name).write_bytes(data)
+        name = draw.choice(list(desk.entries))
+        path, others = cache / name, [other for other in desk.entries if other != name]
+        match draw.choice(("damage", "damage", "damage", "another", "folder", "pipe", "none")):
+            case "damage":
+                path.write_bytes(damaged_safetensors(desk.entries[name], draw))
+            case "another":
+                path.write_bytes(desk.entries[draw.choice(others)])
+            case kind:
+                path.unlink()
+                if kind == "folder":
+                    path.mkdir()
+                elif kind == "pipe":
+                    os.mkfifo(path)
+        for one, other in zip(encoded(), desk.encoded, strict=True):
+            assert torch.allclose(one, other, atol=1e-5), "a damaged entry is trained on"
+
+
+def cleared_cache(desk: Desk, draw: Random) -> None:
+    """clear-cache in a folder that holds other things too deletes what is ours, and nothing else."""
+    cache, outside = desk.room / "cache", desk.put("outside/photo.png", b"a photo")
+    names = (
+        "notes.txt",
+        "f" * 63,
+        "f" * 65,
+        ".git/config",
+        "latents/readme",
+        "runs/mine/a",
+        "panels/a.json",
+        "deep/class/" + "e" * 64,
+    )
+    theirs = [desk.put(f"cache/{name}", b"somebody's") for name in draw.sample(names, draw.randrange(1, 6))]
+    links = [cache / "latents" / "elsewhere", cache / "elsewhere"]
+    ours = [
+        f"{kind}/{'0123456789abcdef'[draw.randrange(16)] * 64}"
+        for kind in ("latents", "text", "class", "runs", "panels")
+    ]
+    for number, name in enumerate(ours):
+        desk.put(
+            f"cache/{name}" + draw.choice(("", ".safetensors", ".json") if number < 2 else ("/00000.png",)), b"ours"
+        )
+    for link in links:
+        link.symlink_to(outside.parent)
+    (cache / "runs" / ("0d" * 32)).symlink_to(outside.parent)
+    with cache_in(cache):
+        assert run("clear-cache")[0] == 0
+    assert outside.read_bytes() == b"a photo" and all(link.is_symlink() for link in links), "what is outside is lost"
+    assert all(path.read_bytes() == b"somebody's" for path in theirs), "a file of somebody else's is lost"
+    assert not any((cache / name).exists() for name in ours), "a file of ours is left"
+
+
+def drawn(desk: Desk, draw: Random) -> None:
+    """Pictures with a damaged LoRA or style pack, into a folder where earlier ones are damaged: none of those is lost."""
+    folder = desk.room / "pictures"
+    options = ["--size", "32x32", "--steps", "1", "--count", "2", "--device", "cpu", "--output", folder]
+    good = ["generate", "--base", desk.base, "--lora", desk.loras[0], *options]
+    assert run(*good)[0] == 0
+    path = folder / "001-1.png"
+    before = damaged_bytes(path.read_bytes(), draw)
+    path.write_bytes(before)
+    if draw.random() < 0.5:
+        lora_ = desk.put("a.safetensors", damaged_safetensors(draw.choice(desk.loras).read_bytes(), draw))
+        code, _ = run("generate", "--base", desk.base, "--lora", lora_, "--prompt", "a", *options)
+    else:
+        desk.put("packs/pack.json", damaged_json(draw.choice(desk.packs), draw))
+        packs = ["--style-pack", "pack", "--style-folder", desk.room / "packs"]
+        code, _ = run("generate", "--base", desk.base, "--lora", desk.loras[0], *packs, *options)
+    kept = [file.read_bytes() for file in folder.rglob("*.png")]
+    assert before in kept, "a picture is lost"
+    if code == 0:
+        for file in folder.glob("*.png"):
+            with Image.open(file) as image:
+                image.load()
 
 
 # --- kills
@@ -335,13 +509,15 @@ def full_disk(desk: Desk, draw: Random) -> None:
         ["merge", path, "--output", output, "--into", desk.base], ["metadata", path, "--title", "b"],
         desk.training(output, "--restart"),
     ))  # fmt: skip
+    cache = draw.choice((desk.room / "cache", Path(os.environ["FACELORA_CACHE"])))  # an empty one, or one that has all
     if command[0] == "train":
-        assert desk.trained  # so that everything is in the cache
+        assert desk.trained
     before = path.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(10 ** draw.uniform(0, 5)), limits[1]))
     try:
-        code, _ = run(*command)
+        with cache_in(cache):
+            code, _ = run(*command)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     if command[0] != "metadata":
@@ -393,14 +569,31 @@ def closed_folder(desk: Desk, draw: Random) -> None:
             ["metadata", inside, "--title", "a"], ["merge", path, inside, "--output", output],
         ))  # fmt: skip
         inside.write_bytes(shut_in.read_bytes())
+    cache = Path(os.environ["FACELORA_CACHE"])
+    if draw.random() < 0.2:
+        cache, command = closed, desk.training(desk.room / "out.safetensors")
     before = names_in(closed)
     closed.chmod(mode)
     try:
-        with bound_by_permissions():
+        with bound_by_permissions(), cache_in(cache):
             code, errors = run(*command)
     finally:
         closed.chmod(0o755)
     assert code == 1 and names_in(closed) == before, errors
+
+
+def at_once(*functions: Callable[[], int]) -> list[int]:
+    """The exit codes that functions give, each in a process of its own; 3 where one raises."""
+    processes = []
+    for function in functions:
+        if (process := os.fork()) == 0:
+            code = 3
+            try:
+                code = function()
+            finally:
+                os._exit(code)
+        processes.append(process)
+    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
 
 
 def two_at_once(desk: Desk, draw: Random) -> None:
@@ -416,25 +609,39 @@ def two_at_once(desk: Desk, draw: Random) -> None:
         if run(*command)[0] == 0:
             results.append(output.read_bytes())
             output.unlink()
-    processes = []
-    for command in chosen:
-        if (process := os.fork()) == 0:
-            code = 3
-            try:
-                code = run(*command)[0]
-            finally:
-                os._exit(code)
-        processes.append(process)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+    codes = at_once(*(partial(lambda command: run(*command)[0], command) for command in chosen))
     assert set(codes) <= {0, 1}, codes
     assert output.read_bytes() in results, "half of each"
     assert names_in(desk.room) == [path.name, output.name]
 
 
-TRIALS: dict[str, tuple[Trial, int]] = {
-    "lora": (lora, 40), "applied_lora": (applied_lora, 20), "photo": (photo, 20), "style_pack": (style_pack, 20),
-    "settings": (settings, 20), "checkpoint": (checkpoint, 4), "diffusers_folder": (diffusers_folder, 2), "state": (state, 1),
-    "killed_command": (killed_command, 2), "killed_training": (killed_training, 1), "full_disk": (full_disk, 4),
-    "closed_folder": (closed_folder, 1), "two_at_once": (two_at_once, 1),
+def two_trainings(desk: Desk, draw: Random) -> None:
+    """Of two trainings with one output, at once, one comes to its tensors, and the other says that it is in use."""
+    output = desk.room / "a.safetensors"
+    assert desk.trained
+    codes = at_once(*[lambda: run(*desk.training(output, "--restart"))[0]] * 2)
+    assert set(codes) <= {0, 1} and 0 in codes, codes
+    assert same(tensors_of(output), desk.trained), "wrong tensors of two at once"
+    assert names_in(desk.room) == [output.name]
+
+
+class Kind(NamedTuple):
+    """A kind of trial."""
+
+    trial: Trial
+    weight: int
+    """How often it is drawn. Those that train or draw pictures, which take longest, are drawn least."""
+    damaged: int = 0
+    """How many damaged inputs it gives to what it tries, at least."""
+
+
+TRIALS: dict[str, Kind] = {
+    "lora": Kind(lora, 400, 1), "applied_lora": Kind(applied_lora, 200, 1), "photo": Kind(photo, 200, 3),
+    "style_pack": Kind(style_pack, 150, 1), "settings": Kind(settings, 200, 1), "run_folder": Kind(run_folder, 40, 3),
+    "panel": Kind(panel, 20, 1), "reports": Kind(reports, 20, 1), "checkpoint": Kind(checkpoint, 20, 1),
+    "diffusers_folder": Kind(diffusers_folder, 10, 1), "cache_entry": Kind(cache_entry, 10, 1), "drawn": Kind(drawn, 2, 2),
+    "state": Kind(state, 3, 1), "stored": Kind(stored, 2, 1), "continued": Kind(continued, 2, 1),
+    "killed_command": Kind(killed_command, 15), "killed_training": Kind(killed_training, 3),
+    "full_disk": Kind(full_disk, 20), "closed_folder": Kind(closed_folder, 10), "cleared_cache": Kind(cleared_cache, 10),
+    "two_at_once": Kind(two_at_once, 8), "two_trainings": Kind(two_trainings, 2),
 }  # fmt: skip
-"""Name -> the trial, and how often it is drawn."""

@@ -1,21 +1,20 @@
-"""The process that runs the trials: it reads their numbers from stdin, and writes a line of JSON for each to stdout.
+"""The process that runs the trials: it is sent their numbers, and answers each with what came of it."""
 
-`python -m tests.soak.worker FOLDER SEED`
-"""
-
-import json
 import os
 import resource
-import sys
 import time
 import traceback
 import warnings
+from contextlib import suppress
+from functools import cache
+from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
 
+from core import cli
 from core.errors import FaceLoraError
 
 from .desk import Desk
@@ -32,19 +31,24 @@ _CEILING = 8 << 30
 def name_of(seed: str, number: int) -> tuple[str, Random]:
     """The trial of that number, and what it draws its damage with."""
     draw = Random(f"{seed} {number}")
-    return draw.choices(list(TRIALS), [weight for _, weight in TRIALS.values()])[0], draw
+    return draw.choices(list(TRIALS), [kind.weight for kind in TRIALS.values()])[0], draw
 
 
-def main(folder: Path, seed: str) -> None:
+def work(folder: Path, seed: str, asks: Connection) -> None:
+    """Answers the numbers that `asks` sends, until nobody is there any more; None first, when it can."""
+    os.setsid()  # so that what the trials start can be ended with it
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what has a GPU in use cannot be forked
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # of Pillow's about damaged photos
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    warnings.simplefilter("ignore")  # of diffusers about what it was built with
+    warnings.filterwarnings("error", module=r"PIL\.")  # about damaged photos, which we name ourselves
+    cli.build_parser = cache(cli.build_parser)  # which takes longer than most trials, and is the same each time
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     resource.setrlimit(resource.RLIMIT_DATA, (_CEILING, _CEILING))
     desk = Desk(folder)
-    print("ready", file=answers)
-    for line in sys.stdin:
-        print(json.dumps(_tried(desk, seed, int(line))), file=answers)
+    asks.send(None)
+    with suppress(EOFError):
+        while True:
+            asks.send(_tried(desk, seed, asks.recv()))
 
 
 def _tried(desk: Desk, seed: str, number: int) -> dict[str, Any]:
@@ -53,7 +57,7 @@ def _tried(desk: Desk, seed: str, number: int) -> dict[str, Any]:
     desk.counts.clear()
     before, started, error = _memory("VmRSS"), time.process_time(), ""
     try:
-        TRIALS[name][0](desk, draw)
+        TRIALS[name].trial(desk, draw)
         outcome = "done"
     except FaceLoraError as problem:
         outcome = "refused"
@@ -65,7 +69,14 @@ def _tried(desk: Desk, seed: str, number: int) -> dict[str, Any]:
         outcome, error = "failed", f"{error}{seconds:.0f} seconds"
     if memory > MOST_MEMORY + desk.base.stat().st_size:
         outcome, error = "failed", f"{error}{memory >> 20} MiB"
-    return {"number": number, "trial": name, "outcome": outcome, "error": error, **desk.counts}
+    return {
+        "number": number,
+        "trial": name,
+        "outcome": outcome,
+        "error": error,
+        "damaged": TRIALS[name].damaged,
+        **desk.counts,
+    }
 
 
 def _memory(field: str) -> int:
@@ -77,7 +88,3 @@ def _memory(field: str) -> int:
     except OSError:
         return 0
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import BadFile
-from core.storage.files import check_writable, read_bytes, remove_leftovers, write_text
+from core.storage.files import check_writable, read_bytes, read_json, remove_leftovers, write_text
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no pipes and other permissions")
 
@@ -40,6 +40,15 @@ def test_a_file_in_a_folder_of_its_owner_alone_is_its_owners_alone(tmp_path):
     finally:
         os.umask(before)
     assert modes == {0o700: 0o600, 0o755: 0o644, 0o711: 0o644}
+
+
+def test_nor_are_they_as_json(tmp_path):
+    """The settings of peft's files and of diffusers' folders come with them."""
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "large.json").write_bytes(b"[]" + b" " * 2**26)
+    for name, why in (("pipe.json", "is no regular file"), ("large.json", "has more than 64 MiB")):
+        with pytest.raises(BadFile, match=f"{name}: {why}"):
+            read_json(tmp_path / name)
 
 
 def test_leftovers_are_deleted_by_the_whole_name_alone(tmp_path):

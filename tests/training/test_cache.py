@@ -176,6 +176,18 @@ def test_what_is_kept_is_its_owners_alone(dataset, base, empty_cache, monkeypatc
     assert empty_cache.stat().st_mode & 0o777 == 0o700
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+def test_of_folders_that_were_readable_for_all_those_are_closed_that_hold_nothing_of_others(empty_cache):
+    ours, theirs = made_folder("latents"), made_folder("runs")
+    (ours / f"{content_key('a photo')}.safetensors").touch()
+    (theirs / "a notebook").mkdir()
+    for folder in (ours, theirs):
+        folder.chmod(0o755)
+        made_folder(folder.name)
+    assert ours.stat().st_mode & 0o777 == 0o700
+    assert theirs.stat().st_mode & 0o777 == 0o755
+
+
 @pytest.mark.parametrize("change", ["photo", "caption", "flip", "text encoder"])
 def test_the_digest_changes_with_everything_that_is_trained_on(photo_folder, base, change, tmp_path):
     photos = read_photos(photo_folder)

@@ -79,6 +79,20 @@ def test_pictures_are_measured_against_photos_that_were_held_out(watch, network)
     assert watch.measure(5, pictures(other[:2], other[2:4])).likeness < 0.4
 
 
+def test_a_judge_measures_the_same_pictures_and_changes_no_number(watch, tmp_path):
+    save_mean_colour(tmp_path / "mean.onnx")
+    photos, judge = photos_of(36), load_faces(tmp_path / "mean.onnx")
+    judged = LikenessWatch(watch.network, photos[:6], photos[6:8], CONFIG, judge)
+    alone = LikenessWatch(judge, photos[:6], photos[6:8], CONFIG)
+    other = person_photos(1)
+    drawn, of_base = pictures(person_photos(36)[8:], other[:2]), pictures(other[:2], other[2:4])
+    for each in (watch, judged, alone):
+        each.see_base(of_base)
+    measured = judged.measure(5, drawn)
+    assert measured.judged == alone.measure(5, drawn)
+    assert replace(measured, judged=None) == watch.measure(5, drawn)
+
+
 def test_copies_of_training_photos_leaks_and_drift_show(watch):
     own, other = person_photos(36), person_photos(1)
     watch.see_base(pictures(other[:2], other[2:4]))
@@ -163,7 +177,8 @@ def test_the_most_alike_checkpoints_are_remembered_and_a_selection_survives_pack
     selection = Selection(watch)
     for number in range(8):
         score = 0.1 * number
-        selection.add(point(number, score, score + 0.01, score - 0.01), {"x": torch.full((2,), float(number))})
+        measured = point(number, score, score + 0.01, score - 0.01)
+        selection.add(replace(measured, judged=point(number, 0.9)), {"x": torch.full((2,), float(number))})
     kept, values = selection.choose()
     assert kept.step == 7 and values["x"].tolist() == [7.0, 7.0]
     steps, mean = selection.average(2) or ((), {})
@@ -215,7 +230,9 @@ def test_what_repeats_a_photo_is_judged_by_the_networks_own_limit():
 
 def test_the_checkpoint_that_is_kept_comes_back_with_the_curve(tmp_path, base, network):
     # At this rate every pair of steps spoils more of the pictures: the last checkpoint cannot be the one to keep.
-    config = replace(CONFIG, steps=6, learning_rate=0.1, save_every=2, save_precision="fp32")
+    config = replace(
+        CONFIG, steps=6, learning_rate=0.1, save_every=2, save_precision="fp32", likeness_pictures=1, sample_steps=1
+    )
     seen = []
     lora = train(
         photos_of(35), base, config, faces=network, output=tmp_path / "a.safetensors",
@@ -287,7 +304,7 @@ def test_a_picture_that_is_shown_and_measured_is_drawn_once(base, network, monke
 
 
 def test_a_run_that_was_stopped_chooses_as_one_that_was_not(tmp_path, base, network):
-    config = replace(CONFIG, likeness_pictures=1)
+    config = replace(CONFIG, likeness_pictures=1, sample_steps=1)
     whole = train(photos_of(35), base, config, faces=network, output=tmp_path / "whole.safetensors")
 
     def stop(report):
@@ -383,15 +400,34 @@ def test_one_network_selects_and_another_judges_from_the_command_line(tmp_path, 
     training = ["train", str(photos), "--base", str(BASE_FILE), "--output", str(output), "--rank", "4", "--steps", "1"]
     measured = ["--hold-out", "2", "--sample-every", "1", "--sample-steps", "1", "--likeness-pictures", "1"]
     assert main([*training, "--no-check-photos", *network]) == 1 and "nothing to look at" in capsys.readouterr().err
-    assert main([*training, *measured, *network]) == 0
-    assert json.loads(LoraFile.read(output).metadata[LIKENESS_KEY])["network"] == "mean"
-    capsys.readouterr()
+    assert main([*training, *measured, *network, "--judge", "sface"]) == 0
+    curve = json.loads(LoraFile.read(output).metadata[LIKENESS_KEY])
+    assert (curve["network"], curve["judge"]["network"]) == ("mean", "sface")
+    (measurement,) = curve["points"]
+    assert measurement["judged"].keys() == measurement.keys() - {"judged"}
+    assert measurement["judged"]["likeness"] < 0.9 < curve["photos"]
+    assert "judged by sface" in capsys.readouterr().out
     score = ["score", str(photos), "--reference", str(photos), "--json"]
     assert main(score) == 0 and main([*score, *network]) == 0
     judged, selected = capsys.readouterr().out.split("]\n[")
     # The mean colour of grey pictures is grey: all of one likeness.
     assert len({entry["likeness"] for entry in json.loads(judged + "]")}) == 6
     assert {entry["likeness"] for entry in json.loads("[" + selected)} == {1.0}
+    assert main([*score, *network, "--judge", "sface"]) == 0
+    both = json.loads(capsys.readouterr().out)
+    assert {entry["likeness"] for entry in both} == {1.0} and len({entry["judged"] for entry in both}) == 6
+    assert main([*score[:-1], *network, "--judge", "sface"]) == 0
+    assert f" 1.00 {both[0]['judged']:5.2f} " in capsys.readouterr().out.splitlines()[0]
+
+
+def test_a_judge_that_would_judge_nothing_or_itself_is_refused(tmp_path, watch, capsys):
+    photos = str(write_photos(tmp_path / "photos", count=4))
+    training = ["train", photos, "--base", str(BASE_FILE), "--output", str(tmp_path / "a.safetensors")]
+    assert main([*training, "--judge", "sface"]) == 1 and "no photos are held out" in capsys.readouterr().err
+    assert main(["score", photos, "--reference", photos, "--judge", "sface"]) == 1
+    assert "judge sface: is the network that it is to judge beside" in capsys.readouterr().err
+    with pytest.raises(BadConfig, match="judge sface"):
+        LikenessWatch(watch.network, photos_of(36)[:6], photos_of(36)[6:8], CONFIG, watch.network)
 
 
 @pytest.mark.parametrize(

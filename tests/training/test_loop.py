@@ -239,7 +239,12 @@ def test_in_half_precision_the_adapter_stays_float32_and_learns(bases, caches, f
 
 @pytest.mark.parametrize(
     ("family", "text_encoder_lr", "accumulation"),
-    [("sd15", 0.0, 2), ("sd15", 1e-4, 2), ("sdxl", 1e-4, 1), pytest.param("sdxl", 0.0, 2, marks=pytest.mark.slow)],
+    [
+        ("sd15", 0.0, 2),
+        ("sd15", 1e-4, 2),
+        pytest.param("sdxl", 1e-4, 1, marks=pytest.mark.slow),
+        pytest.param("sdxl", 0.0, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_step_never_asks_the_device_for_a_value_nor_mixes_devices(
     bases, caches, family, text_encoder_lr, accumulation, monkeypatch

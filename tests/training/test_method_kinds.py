@@ -79,7 +79,7 @@ def reference_prediction(base, method, values, noisy, timesteps, text):
     return torch.func.functional_call(unet, weights, (noisy, timesteps), arguments).sample
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("family", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", KINDS)
 def test_the_gradient_of_a_step_is_that_of_the_papers_formula(bases, caches, family, method):
     base = bases[family]
@@ -131,7 +131,7 @@ def test_only_the_adapter_is_trained_on_every_network(bases, method):
     assert {p.dtype for p in parameters.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("family", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", KINDS)
 def test_the_saved_file_read_and_applied_draws_what_the_adapter_drew(bases, caches, family, method, tmp_path):
     base = bases[family]
@@ -244,7 +244,7 @@ def test_a_run_that_becomes_nan_stops_with_the_photo_and_the_learning_rate(bases
         run.check_finite()
 
 
-@pytest.mark.parametrize("method", mostly_slow(METHODS, "loha", "dreambooth", "textual-inversion"))
+@pytest.mark.parametrize("method", mostly_slow(METHODS, "loha", "textual-inversion"))
 def test_the_memory_of_a_step_is_predicted_and_more_vectors_or_a_larger_rank_take_more(bases, caches, method):
     base, plan = bases["sd15"], plans_for("off")[0]
     small, large = (

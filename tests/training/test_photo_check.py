@@ -6,16 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from core.cli import main
 from core.config import TrainConfig
 from core.demo import BASE_FILE
 from core.demo.people import person_photos
 from core.errors import BadPhoto
+from core.faces import load_faces
 from core.lora.file import LoraFile
 from core.models.base import load_base
-from core.photos import read_photos
-from core.training import Callbacks, TrainingJob, find_or_train, train
+from core.photos import Photo, Thresholds, check_photos, read_photos
+from core.training import Callbacks, TrainingJob, find_or_train, job, train
+from core.training.job import for_good_photos
 from tests.tooling import write_photos
 
 CONFIG = TrainConfig(steps=1, rank=2)
@@ -72,6 +75,33 @@ def test_fewer_than_five_usable_photos_stop_before_the_training_with_what_to_add
     assert isinstance(lora, LoraFile) and trained_on(lora) == 5
 
 
+@pytest.mark.parametrize(
+    ("count", "asked", "kept"), [(7, 2, 2), (8, 1, 1), (8, 3, 3), (8, 2, 0), (9, 2, 2)], ids=lambda value: str(value)
+)
+def test_photos_that_were_asked_to_be_held_out_are_and_a_recipes_where_enough_are_left(count, asked, kept):
+    """Of each set one photo is rejected. From 8 photos on recipes hold 2 out by themselves."""
+    pictures = [
+        Photo.from_image(Image.new("RGB", (99, 99), (200, 9 * number, 0)), f"{number}.png") for number in range(count)
+    ]
+    pictures[-1] = replace(pictures[0], name="copy.png")
+    report, warnings = check_photos(pictures, None, Thresholds(face_pixels_reject=9)), []
+    assert len(report.usable) == count - 1
+    config = for_good_photos(replace(CONFIG, hold_out=asked, sample_every=1, stop_early=True), report, warnings.append)
+    assert config.hold_out == kept and config.stop_early == bool(kept) and bool(warnings) == (not kept)
+
+
+def test_where_a_recipe_finds_no_photo_fit_to_be_held_out_it_does_without(photos):
+    """One picture eight times over, which nobody has checked."""
+    twins = [replace(read_photos(photos)[0], name=f"{number}.png") for number in range(8)]
+    network, base, warnings = load_faces(), load_base(BASE_FILE), []
+    config = replace(CONFIG, check_photos=False, hold_out=2, sample_every=1)
+    found = job._look_at_photos(twins, (), network, None, base, config, warnings.append)
+    assert len(found.photos) == 8 and found.watch is None
+    assert "hold_out = 2: of 8 photos 0 show a face" in warnings[0] and "likeness is not measured" in warnings[0]
+    with pytest.raises(BadPhoto, match="hold_out = 3: of 8 photos 0 show a face"):
+        job._look_at_photos(twins, (), network, None, base, replace(config, hold_out=3), warnings.append)
+
+
 def test_without_the_face_networks_what_needs_none_is_checked(photos, monkeypatch, capsys):
     (photos / "copy.png").write_bytes((photos / "1.png").read_bytes())
     found = importlib.util.find_spec
@@ -82,7 +112,10 @@ def test_without_the_face_networks_what_needs_none_is_checked(photos, monkeypatc
     lora = train(photos, BASE_FILE, CONFIG, callbacks=Callbacks(on_warning=warnings.append))
     assert isinstance(lora, LoraFile) and trained_on(lora) == 6
     assert "only the size, the light and exact copies" in warnings[0] and "pip install" in warnings[0]
-    assert warnings[1:] == ["copy.png is left out: the same picture as 1.png", "photos: 6 of 7 usable"]
+    assert warnings[1:] == [
+        "copy.png is left out: the same picture as 1.png",
+        "photos: 6 of 7 usable by size and brightness (no face was looked for)",
+    ]
     assert main(["check", str(photos), "--base", str(BASE_FILE), "--json"]) == 0
     checked = capsys.readouterr()
     assert "only the size" in checked.err and json.loads(checked.out)["network"] is None

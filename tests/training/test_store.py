@@ -13,7 +13,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
+from core.cli import main
 from core.config import TrainConfig
+from core.demo import BASE_FILE
 from core.errors import BadConfig, BadFile, InUse
 from core.lora.file import LoraFile
 from core.models.base import Base, load_base
@@ -24,7 +26,7 @@ from core.training import store
 from core.training.callbacks import Callbacks, StepReport, StopAndKeep
 from core.training.likeness import LIKENESS_KEY
 from core.training.methods import peak_rate
-from core.training.store import RunFolder, TrainedFile, TrainingJob, find_or_train
+from core.training.store import RunFolder, TrainedFile, TrainingJob, drawn_sample, find_or_train
 from tests.tooling import held_elsewhere, write_photos
 
 CONFIG = TrainConfig(steps=2, rank=2, learning_rate=0.01, resolution=32, batch_size=1, check_photos=False)
@@ -96,6 +98,26 @@ def same(one: Path | dict[str, Tensor], other: Path | dict[str, Tensor]) -> bool
 
 def files(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_command_line_trains_nothing_twice(small_sd15, tmp_path, capsys):
+    folder, output = write_photos(tmp_path / "photos", count=5), tmp_path / "anna.safetensors"
+    command = ["train", str(folder), "--base", str(small_sd15), "--output", str(output), "--recipe", "none"]
+    command += ["--rank", "2", "--resolution", "32", "--batch-size", "1"]
+
+    def run(*options: str) -> tuple[bool, int]:
+        """Whether the LoRA was found, and the last step that was made."""
+        assert main([*command, "--json", *options]) == 0
+        *reports, result = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        return result["found"], max((report["step"] for report in reports if "step" in report), default=0)
+
+    assert run("--steps", "1") == (False, 1)
+    before = output.read_bytes()
+    assert run("--steps", "1") == (True, 0) and output.read_bytes() == before
+    assert run("--steps", "1", "--restart") == (False, 1)
+    assert run("--steps", "2") == (False, 2)
+    next(folder.iterdir()).unlink()
+    assert run("--steps", "2", "--no-check-photos") == (False, 2)
 
 
 def test_the_same_job_again_is_found_and_nothing_is_trained(job, base, loras):
@@ -209,6 +231,16 @@ def test_a_damaged_file_does_not_stop_the_search(job, base, loras):
     (loras / "e.txt").write_text("of no interest")
     again = found(job, base, loras, loras / "a folder that is not there").path
     assert again == first and again.read_bytes() == data
+
+
+def test_a_file_with_a_bit_that_has_flipped_is_neither_taken_nor_copied(job, base, loras):
+    path = trained(job, base, loras).path
+    before, data = {key: value.clone() for key, value in tensors(path).items()}, bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+    again = trained(job, base, loras).path
+    assert again == loras / "anna-2.safetensors" and same(again, before)
+    assert path.read_bytes() == data
 
 
 def test_two_jobs_one_after_the_other_are_two_files(job, base, loras):
@@ -404,7 +436,7 @@ def test_two_runs_at_once_neither_share_a_job_nor_write_to_one_file(job, base, l
     assert files(loras) == ["anna-2.safetensors", "anna.safetensors"]
 
 
-@pytest.mark.parametrize("content", ["[[1, 2", "[1, 2]", "null", "\x80"])
+@pytest.mark.parametrize("content", ["[[1, 2", "[1, 2]", "[[Infinity, 2]]", "null", "\x80"])
 def test_a_history_that_is_damaged_is_begun_anew(tmp_path, content):
     (tmp_path / "history.json").write_bytes(content.encode("latin-1"))
     assert RunFolder(tmp_path).history() == []
@@ -575,3 +607,30 @@ def test_the_likeness_that_was_measured_is_read_from_the_file(job, base, loras):
     measured = made.path.with_name("measured.safetensors")
     lora.with_metadata({**lora.metadata, LIKENESS_KEY: json.dumps({"points": points})}).save(measured)
     assert replace(made, path=measured).likenesses() == [(2, 0.25), (4, 0.5)]
+
+
+def test_another_measured_checkpoint_can_be_taken(photos, loras):
+    config = replace(CONFIG, sample_every=1, hold_out=1, likeness_pictures=1, sample_steps=1, sample_guidance=1.0)
+    job, base = TrainingJob("anna", config, photos), load_base(BASE_FILE)
+    made = trained(job, base, loras)
+    ((step, file),) = [item for item in made.checkpoints().items() if item[1] != made.path]
+    assert sorted(made.checkpoints()) == [1, 2]
+    assert made.take_checkpoint(3 - step) == made.path
+
+    (loras / f"anna-step00000{step}.safetensors").symlink_to(made.path)  # of something else
+    taken = made.take_checkpoint(step)
+    assert taken == loras / f"anna-step00000{step}-2.safetensors"
+    lora = LoraFile.read(taken)
+    curve = json.loads(lora.metadata[LIKENESS_KEY])
+    assert int(lora.metadata["ss_steps"]) == step == curve["points"][curve["kept"]]["step"]
+    assert same(taken, file) and not same(taken, made.path)
+    assert made.take_checkpoint(step) == taken and len(files(loras)) == 3
+    with pytest.raises(BadConfig, match=r"checkpoint = 7: .* anna .*\(but: 1, 2\)"):
+        made.take_checkpoint(7)
+
+    for path, at in ((taken, step), (made.path, 3 - step)):
+        sample = drawn_sample(LoraFile.read(path))
+        assert sample is not None and sample.tobytes() == made.run.samples()[at][0].tobytes()
+    shutil.rmtree(made.run.path)
+    assert drawn_sample(lora) is None
+    assert list(found(job, base, loras).checkpoints()) == [3 - step]

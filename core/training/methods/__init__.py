@@ -45,4 +45,4 @@ def trains_text(config: TrainConfig) -> bool:
 
 def files_beside(file: Trained, base: Base, config: TrainConfig) -> Mapping[str, LoraFile]:
     """The files to write beside the trained file, by the addition to its name."""
-    return METHODS[config.method].beside(file, base, config)
+    return {addition: make(file, base, config) for addition, make in METHODS[config.method].beside.items()}

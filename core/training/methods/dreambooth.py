@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ...config import TrainConfig
 from ...device import free_memory
 from ...errors import BadConfig, LoraMisfit, OutOfMemory
-from ...lora.convert import factorise
 from ...lora.file import LoraFile
+from ...lora.low_rank import factorise
 from ...lora.modules import LoraModule
 from ...models.base import Base, load_base
 from ...models.memory_plan import OPTIMIZER_BYTES
@@ -105,7 +105,7 @@ def check_memory(count: int, config: TrainConfig, free: int) -> None:
     )
 
 
-def beside(file: Trained, base: Base, config: TrainConfig) -> dict[str, LoraFile]:
+def lora_beside(file: Trained, base: Base, config: TrainConfig) -> LoraFile:
     """The change of the weights as the nearest LoRA of the settings' rank on linear layers and convolutions.
 
     The changes of norms and biases are left out.
@@ -124,10 +124,10 @@ def beside(file: Trained, base: Base, config: TrainConfig) -> dict[str, LoraFile
             down, up, _ = factorise(change, rank, path)
             modules[part, path] = LoraModule(down, up, float(rank))
     metadata = file.metadata | {"modelspec.architecture": f"{base.family.architecture}/lora"}
-    return {"lora": LoraFile.from_modules(base.family.name, modules, metadata)}
+    return LoraFile.from_modules(base.family.name, modules, metadata)
 
 
 METHOD = Method(
-    "DreamBooth: all weights (arXiv:2208.12242)", attach, beside=beside, makes="checkpoint", rate_factor=0.1,
-    freezes_weights=False,
+    "DreamBooth: all weights (arXiv:2208.12242)", attach, beside={"lora": lora_beside}, makes="checkpoint",
+    rate_factor=0.1, freezes_weights=False,
 )  # fmt: skip

@@ -7,7 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -73,8 +73,8 @@ class Method:
     attach: Attach
     trains_text: Callable[[TrainConfig], bool] = lambda config: config.text_encoder_lr > 0
     """Whether captions are encoded anew in each step, since something on the text encoders is trained."""
-    beside: Callable[[Trained, Base, TrainConfig], Mapping[str, LoraFile]] = lambda file, base, config: {}
-    """The files to write beside the trained one, by the addition to its name."""
+    beside: Mapping[str, Callable[[Trained, Base, TrainConfig], LoraFile]] = field(default_factory=dict)
+    """What makes each file that is written beside the trained one, by the addition to its name."""
     makes: Literal["lora", "embedding", "checkpoint"] = "lora"
     """The type of the trained file."""
     rate_factor: float = 1.0

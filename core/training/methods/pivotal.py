@@ -54,13 +54,14 @@ def attach(
     return PivotalAdapter(networks, attach_lora(adapted, family, config), word)
 
 
-def beside(file: Trained, base: Base, config: TrainConfig) -> dict[str, LoraFile]:
+def embedding_beside(file: Trained, base: Base, config: TrainConfig) -> LoraFile:
     """The embedding as a file of its own, for ComfyUI and other tools that do not read it from the LoRA."""
     assert isinstance(file, LoraFile)
     (embedding,) = embedding_files(file).values()
-    return {"embedding": embedding}
+    return embedding
 
 
 METHOD = Method(
-    "pivotal tuning: a LoRA and vectors of a new word", attach, trains_text=lambda config: True, beside=beside
-)
+    "pivotal tuning: a LoRA and vectors of a new word", attach, trains_text=lambda config: True,
+    beside={"embedding": embedding_beside},
+)  # fmt: skip

@@ -1,0 +1,61 @@
+"""The command that makes LoRAs and headshots of many people: studio."""
+
+import argparse
+import dataclasses
+import json
+
+from .. import demo
+from ..pictures import find_style_packs
+from ..studio import Result, Terms, forget, read_people, run
+from .common import DEMO, BarProgress, JsonProgress, base_from, device_from
+from .headshots import COUNT, STYLE_PACK
+from .settings import schedule_from, settings_from
+from .train import StopOnSignal, shown
+
+
+def run_studio(options: argparse.Namespace) -> int:
+    """1 where somebody failed, else 0."""
+    people = read_people(options.people)
+    given = settings_from(options)
+    base, device = base_from(options, **schedule_from(given)), device_from(options)
+    is_demo = options.base == DEMO
+    terms = Terms(
+        packs=find_style_packs([*([demo.FOLDER] if is_demo else []), *options.style_folder]).packs,
+        style_pack=options.style_pack or (demo.STYLE_PACK if is_demo else STYLE_PACK),
+        count=COUNT if options.count is None else options.count,
+        seed=options.seed,
+        size=demo.PICTURE_SIZE if is_demo else None,
+        recipe=options.recipe,
+        settings=given,
+    )
+    stop, failed = StopOnSignal(), False
+    progress = JsonProgress() if options.json else BarProgress()
+
+    def check_stop() -> None:
+        if stop.asked:
+            raise KeyboardInterrupt  # an error of our own would be the person's
+
+    callbacks = shown(progress, check_stop)
+    with stop, progress:
+        for number, result in enumerate(
+            run(people, base, options.output, terms, device=device, callbacks=callbacks), start=1
+        ):
+            failed |= result.status == "failed"
+            if options.json:
+                print(json.dumps(dataclasses.asdict(result)), flush=True)
+            else:
+                progress.warning(f"{number} of {len(people)}: {_line(result)}")
+    if not options.json:
+        print(f"report: {options.output / 'report.html'}")
+    return 1 if failed else 0
+
+
+def _line(result: Result) -> str:
+    if result.status == "failed":
+        return f"{result.name}: failed: {result.reason}"
+    likeness = "" if result.likeness is None else f", mean likeness {result.likeness:.2f}"
+    return f"{result.name}: {result.status}, {result.kept} of {len(result.pictures)} pictures kept{likeness}"
+
+
+def run_forget(options: argparse.Namespace) -> None:
+    print(f"{forget(options.name, options.output)} files of {options.name} deleted from {options.output}")

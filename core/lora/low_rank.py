@@ -1,0 +1,127 @@
+"""The nearest change of low rank, and its factors: of a change that is known, and of one that only its factors tell."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import UnmatchedKeys
+from .changes import scale_of
+from .kinds import weight_shape
+from .norms import Product, factors_of, single_product
+
+Factorised = tuple[Tensor, Tensor, float]
+"""The down and up matrices of a change, and the relative error that it is kept with, 0 to 1."""
+
+
+def factorise(change: Tensor, rank: int, name: str) -> Factorised:
+    """The down and up matrices of the nearest change of at most that rank, and its relative error, 0 to 1.
+
+    The error is that of the Frobenius norm. Raises UnmatchedKeys, with `name` in the message, for NaN and infinity.
+    """
+    matrix = change.flatten(1)
+    total = torch.linalg.vector_norm(matrix, dtype=torch.float64).item() ** 2
+    if not math.isfinite(total):
+        raise UnmatchedKeys(f"{name}: its change holds NaN or infinity")
+    return _factorised(*truncated_svd(matrix, min(rank, *matrix.shape)), total, change.shape)
+
+
+def _factorised(left: Tensor, values: Tensor, right: Tensor, total: float, shape: tuple[int, ...]) -> Factorised:
+    """The factors of a change of that shape from its singular values and vectors; `total` is its squared norm."""
+    missing = max(total - values.double().square().sum().item(), 0.0)
+    roots = values.sqrt()
+    down = (roots[:, None] * right).reshape(-1, *shape[1:])
+    up = (left * roots).reshape(-1, len(values), *[1] * (len(shape) - 2))
+    return down, up, math.sqrt(missing / total) if total else 0.0
+
+
+_FULL_SVD_LIMIT = 512
+_OVERSAMPLING = 16
+_POWER_ITERATIONS = 6
+
+
+def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `rank` largest singular values (rank), falling, between the left (m, rank) and right (rank, n) singular vectors.
+
+    Large matrices are decomposed by subspace iteration (Halko, Martinsson and Tropp, arXiv:0909.4061) with a fixed seed,
+    so that the same input gives the same result.
+    """
+    columns = rank + _OVERSAMPLING
+    if min(matrix.shape) <= max(_FULL_SVD_LIMIT, 2 * columns):
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        return left[:, :rank], values[:rank], right[:rank]
+    start = torch.randn(matrix.shape[1], columns, generator=torch.Generator().manual_seed(0))
+    basis = torch.linalg.qr(matrix @ start)[0]
+    for _ in range(_POWER_ITERATIONS):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis)[0])[0]
+    left, values, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return (basis @ left)[:, :rank], values[:rank], right[:rank]
+
+
+@dataclass(frozen=True, eq=False)
+class Decomposed:
+    """A change that is not made, as `left @ right`; of a Kronecker product those singular values that are largest."""
+
+    left: Tensor  # (out, r)
+    right: Tensor  # (r, in * positions), whose rows are orthonormal
+    row_norms: Tensor  # (out), float64, of the whole change
+    shape: tuple[int, ...]
+
+    def nearest(self, rows: Tensor, rank: int) -> Factorised:
+        """The nearest change of at most that rank of some of the rows."""
+        left, values, right = torch.linalg.svd(self.left[rows], full_matrices=False)
+        size = min(rank, len(values))
+        total = self.row_norms[rows].square().sum().item()
+        return _factorised(left[:, :size], values[:size], right[:size] @ self.right, total, self.shape)
+
+
+def decomposed(kind: str, tensors: Mapping[str, Tensor], rank: int) -> Decomposed | None:
+    """The change of a LoKr or a LoHa for changes of at most that rank, told from its factors, since a small file can claim a
+    product of any size; None for another kind, and for a LoHa that is hardly larger than its factors."""
+    if kind not in ("loha", "lokr"):
+        return None
+    float32 = {role: tensor.float() for role, tensor in tensors.items() if role != "alpha"}
+    (first, second), _ = factors_of(kind, float32)
+    shape = weight_shape(kind, {role: tuple(tensor.shape) for role, tensor in tensors.items()})
+    assert shape is not None
+    if kind == "loha":
+        assert isinstance(first, Product) and isinstance(second, Product)
+        single = single_product(first, second)
+        if single is None:
+            return None
+        norms, left, values, right = _svd(single, min(shape[0], math.prod(shape[1:])))
+    else:
+        # The singular values of a Kronecker product are the products of those of its factors, and so are the vectors.
+        first_norms, first_left, first_values, first_right = _svd(first, rank)
+        second_norms, second_left, second_values, second_right = _svd(second, rank)
+        products = torch.outer(first_values, second_values).flatten()
+        values, places = products.topk(min(rank, len(products)))
+        one, other = places // len(second_values), places % len(second_values)
+        left = (first_left[:, None, one] * second_left[None, :, other]).flatten(0, 1)
+        right = (first_right[one, :, None] * second_right[other, None]).flatten(1)
+        norms = torch.outer(first_norms, second_norms).flatten()
+    scale = scale_of(kind, tensors)
+    return Decomposed(scale * left * values, right, abs(scale) * norms, shape)
+
+
+def _svd(factor: Product | Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The norms of a factor's rows in float64, and its largest singular values between the left and the right vectors."""
+    if isinstance(factor, Tensor):
+        matrix = factor.flatten(1)
+        return _row_norms(matrix), *truncated_svd(matrix, min(rank, *matrix.shape))
+    left_basis, left = torch.linalg.qr(factor.left)
+    right_basis, right = torch.linalg.qr(factor.right.T)
+    if factor.core is None:
+        inner = (left @ right.T)[:, :, None]
+    else:
+        inner = torch.einsum("ask,bs->abk", torch.einsum("ar,rsk->ask", left, factor.core), right)
+    inner_left, values, inner_right = torch.linalg.svd(inner.flatten(1), full_matrices=False)
+    left, size = left_basis @ inner_left, min(rank, len(values))
+    right = torch.einsum("qbk,ib->qik", inner_right[:size].unflatten(1, inner.shape[1:]), right_basis).flatten(1)
+    return _row_norms(left * values), left[:, :size], values[:size], right
+
+
+def _row_norms(matrix: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(matrix, dim=1, dtype=torch.float64)

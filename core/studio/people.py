@@ -1,0 +1,152 @@
+"""The people of a studio: a folder of folders of photos, or a manifest that names them."""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ..config import parse_toml
+from ..errors import BadConfig, FaceLoraError, one_line
+from ..storage.files import is_text, read_bytes
+
+PERSON_FILE = "person.toml"
+"""The file in a person's folder that says what is wanted, and that the person agreed."""
+_MAX_BYTES = 2**24
+_YES, _NO = ("true", "yes", "1"), ("false", "no", "0", "")
+
+
+@dataclass(frozen=True)
+class Person:
+    """Someone whose photos become a LoRA and headshots."""
+
+    name: str
+    """The name of the person's folder in the studio's output."""
+    photos: Path
+    """The folder of photos."""
+    agreed: bool = False
+    """Whether the person has agreed to it; nothing is made of anyone who has not."""
+    class_word: str | None = None
+    """What the person is one of, such as woman; None: what the studio's settings say. So are those below."""
+    trigger_word: str | None = None
+    style_pack: str | None = None
+    count: int | None = None
+    """The number of pictures."""
+    problem: str = ""
+    """What is wrong with what is said of the person; empty where nothing is."""
+
+
+_SAID = {field.name: field for field in fields(Person) if field.name not in ("name", "photos", "problem")}
+
+
+def read_people(place: Path) -> list[Person]:
+    """The people in the order of their names, from a folder of folders, or from a manifest in its own order.
+
+    Each folder has photos and a `person.toml`, such as `agreed = true` and `class_word = "woman"`. A manifest is a CSV file
+    with the columns `name`, `photos`, `agreed` and, where they are wanted, `class_word`, `trigger_word`, `style_pack` and
+    `count`, or a file of JSON lines with these names. Its `photos` are seen from its own folder.
+
+    What is wrong with one person is that person's `problem` and keeps no other from being made. Raises BadFile or BadConfig
+    for a place that cannot be read at all, and for a name that two people have.
+    """
+    if place.is_dir():
+        folders = sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
+        people = [_person(folder.name, folder, _said_in(folder)) for folder in folders]
+    else:
+        text = read_bytes(place, _MAX_BYTES).decode("utf-8-sig", errors="replace")
+        rows = _json_lines(place, text) if place.suffix in (".jsonl", ".json") else _csv_rows(place, text)
+        people = [_of_row(place, number, row) for number, row in enumerate(rows, start=1)]
+    if not people:
+        raise BadConfig(f"{place}: names no people; give a folder with a folder for each, or a manifest (.csv, .jsonl)")
+    _check_names(place, people)
+    return people
+
+
+def _said_in(folder: Path) -> Mapping[str, Any] | str:
+    """What the folder's file says, or what is wrong with the file."""
+    file = folder / PERSON_FILE
+    if not file.exists():
+        return f"has no {PERSON_FILE}, which says that the person agreed (agreed = true)"
+    try:
+        return parse_toml(read_bytes(file, _MAX_BYTES, name=PERSON_FILE).decode("utf-8-sig"))
+    except (FaceLoraError, UnicodeDecodeError) as error:
+        return one_line(f"{PERSON_FILE}: {error}")
+
+
+def _csv_rows(place: Path, text: str) -> Iterable[Mapping[str, Any]]:
+    rows = csv.DictReader(io.StringIO(text), skipinitialspace=True)
+    if missing := {"name", "photos", "agreed"} - {*(rows.fieldnames or ())}:
+        raise BadConfig(f"{place}: has no column {', '.join(sorted(missing))}")
+    try:
+        return [{key: value for key, value in row.items() if value not in ("", None)} for row in rows]
+    except csv.Error as error:
+        raise BadConfig(f"{place}: is no CSV file: {error}") from None
+
+
+def _json_lines(place: Path, text: str) -> Iterable[Mapping[str, Any]]:
+    rows = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise BadConfig(f"{place}, line {number}: is no JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise BadConfig(f"{place}, line {number}: expected an object with name, photos and agreed")
+        rows.append(row)
+    return rows
+
+
+def _of_row(place: Path, number: int, row: Mapping[str, Any]) -> Person:
+    name, photos = row.get("name"), row.get("photos")
+    if not isinstance(name, str) or not isinstance(photos, str):
+        raise BadConfig(f"{place}, person {number}: needs a name and photos, the folder of photos")
+    said = {key: value for key, value in row.items() if key not in ("name", "photos")}
+    return _person(name, place.parent / photos, said)
+
+
+def _person(name: str, photos: Path, said: Mapping[str, Any] | str) -> Person:
+    person = Person(name, photos)
+    if isinstance(said, str):
+        return replace(person, problem=said)
+    if unknown := said.keys() - _SAID.keys():
+        known = ", ".join(_SAID)
+        return replace(person, problem=f"{', '.join(sorted(map(str, unknown)))}: unknown; choose from {known}")
+    try:
+        return replace(person, **{key: _value(key, value) for key, value in said.items()})
+    except BadConfig as error:
+        return replace(person, problem=str(error))
+
+
+def _value(key: str, value: Any) -> Any:
+    """The value of what is said, from JSON, from TOML or from a text in a CSV file."""
+    if key == "agreed":
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.strip().lower() in (*_YES, *_NO):
+            return value.strip().lower() in _YES
+        raise BadConfig(f"agreed = {value!r}: choose true or false")
+    if key == "count":
+        number = int(value) if isinstance(value, str) and value.strip().isdigit() else value
+        if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= 10_000:
+            raise BadConfig(f"count = {value!r}: must be between 1 and 10000")
+        return number
+    if not isinstance(value, str) or not value.strip():
+        raise BadConfig(f"{key} = {value!r}: expected a text")
+    return value
+
+
+def _check_names(place: Path, people: Iterable[Person]) -> None:
+    """Raises BadConfig for a name that is no folder's, and for one that two people have (`Anna` and `anna` may be one)."""
+    seen: set[str] = set()
+    for person in people:
+        name = person.name
+        bad = not name.strip() or name != name.strip(" .") or set(name) & set('/\\:*?"<>|\0') or not is_text(name)
+        if bad or not name.isprintable():
+            raise BadConfig(f"{place}: {name!r} can be no folder's name; choose another for this person")
+        if name.casefold() in seen:
+            raise BadConfig(f"{place}: two people are called {name!r}; choose another name for one")
+        seen.add(name.casefold())

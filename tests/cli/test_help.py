@@ -1,0 +1,44 @@
+"""What the command line says of itself: all commands, the options that matter first, and the word that was meant."""
+
+import pytest
+
+from core.cli import COMMANDS, main
+
+
+def said(capsys, *arguments: str) -> tuple[int, str]:
+    """The exit code of a command that ends the program, and what it printed."""
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    printed = capsys.readouterr()
+    return int(end.value.code or 0), printed.out + printed.err
+
+
+def test_help_lists_every_command_once_in_a_terminal_of_80_columns(capsys):
+    code, text = said(capsys, "--help")
+    lines = text.splitlines()
+    assert code == 0 and max(map(len, lines)) < 80
+    assert sorted(line.split()[0] for line in lines if line[:3].strip() and line.startswith("  ")) == sorted(
+        ["-h,", "--version", *COMMANDS]
+    )
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_help_shows_what_matters_first_and_help_all_everything(capsys, command):
+    short, whole = (said(capsys, command, option)[1] for option in ("--help", "--help-all"))
+    assert len(short.splitlines()) < 60
+    assert all(option in short and option in whole for option in ("--base", "--steps", "--resolution"))
+    assert all(option not in short and option in whole for option in ("--vae", "--optimizer", "--caption-dropout"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian", "photos"], "there is no command 'trian'; did you mean train?"),
+        (["photos"], "there is no command 'photos' (--help lists them)"),
+        (["train", "photos", "--base", "demo", "--output", "a", "--stpes=3"], "--stpes=3; did you mean --steps?"),
+        (["inspect", "a", "--wholly-unknown"], "unknown: --wholly-unknown\n"),
+    ],
+)
+def test_the_word_that_was_meant_is_named(capsys, arguments, words):
+    code, text = said(capsys, *arguments)
+    assert code == 2 and words in text and text.count(" or ") <= 2

@@ -1,0 +1,233 @@
+"""Many people on one base: each made once, what fails fails alone, and all that is kept of one can be deleted."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from core.cli import main
+from core.demo import BASE_FILE
+from core.errors import BadConfig
+from core.models.base import Base, load_base
+from core.pictures import find_style_packs
+from core.storage.cache_folder import cache_folder
+from core.studio import Person, Result, Terms, forget, many, read_people, run
+from core.training import Callbacks
+from tests.tooling import write_photos
+
+QUICK = {"rank": 2, "steps": 3, "batch_size": 1, "warmup_steps": 0, "prior_prediction": 0.0, "state_interval": 0.0}
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return load_base(BASE_FILE)
+
+
+@pytest.fixture
+def terms(tmp_path) -> Terms:
+    """A picture of one step a person."""
+    prompts = {"tags": {"prompt": "{framing} photo of {subject}", "steps": 1, "guidance": 1}}
+    style = {"name": "Plain", "category": "Quick", "framing": "close-up", "aspect": "4:5", "prompts": prompts}
+    pack = {"id": "quick", "title": "Quick", "version": "1", "licence": "none", "styles": [style]}
+    (tmp_path / "packs").mkdir()
+    (tmp_path / "packs" / "quick.json").write_text(json.dumps(pack))
+    packs = find_style_packs([tmp_path / "packs"]).packs
+    return Terms(packs, "quick", count=1, settings=QUICK)
+
+
+@pytest.fixture
+def people(tmp_path) -> list[Person]:
+    """Anna and Ben, of five photos each."""
+    return [
+        Person(name, write_photos(tmp_path / "people" / name, count=5, person=person), agreed=True)
+        for name, person in (("anna", 35), ("ben", 36))
+    ]
+
+
+def agree(folder: Path, text: str = "agreed = true") -> None:
+    (folder / "person.toml").write_text(text)
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def forbid(monkeypatch) -> None:
+    def not_now(*_: object, **__: object) -> None:
+        raise AssertionError("something was made")
+
+    monkeypatch.setattr(many, "make", not_now)
+
+
+def test_each_is_made_once_and_what_fails_fails_alone(tmp_path, base, terms, people, monkeypatch):
+    few = Person("carl", write_photos(tmp_path / "people" / "carl", count=3, person=37), agreed=True)
+    others = [replace(people[1], name="dora", agreed=False), replace(people[1], name="ed", style_pack="none")]
+    everyone, output = [people[0], few, *others, people[1]], tmp_path / "out"
+    kept_before = files(cache_folder())
+    first = {result.name: result for result in run(everyone, base, output, terms)}
+    assert [result.status for result in first.values()] == ["made", "failed", "failed", "failed", "made"]
+    for name, words in (("carl", "3 of 3 usable"), ("dora", "agreed"), ("ed", "choose one of")):
+        assert words in first[name].reason
+    assert sorted(path.name for path in output.iterdir()) == ["anna", "ben", "report.html", "report.json"]
+    assert (output / (first["anna"].lora or "")).is_file() and len(first["anna"].pictures) == 1
+    # What is kept while one is made lies with the person, and goes with the end of it.
+    assert files(cache_folder()) == kept_before and not (output / "anna" / ".cache").exists()
+    report = json.loads((output / "report.json").read_text())
+    assert (report["made"], report["failed"]) == (2, 3) and report["people"][0]["status"] == "failed"
+
+    with monkeypatch.context() as patch:
+        forbid(patch)
+        again = list(run(people, base, output, terms))
+    assert again == [replace(first[name], status="found") for name in ("anna", "ben")]
+    os.replace(people[1].photos / "4.png", people[1].photos / "0.png")
+    assert [result.status for result in run(people, base, output, terms)] == ["found", "failed"]
+    write_photos(people[1].photos, count=6, person=36)
+    assert [result.status for result in run(people, base, output, terms)] == ["found", "made"]
+
+
+def test_interrupted_it_goes_on_in_the_middle_of_a_person(tmp_path, base, terms, people, monkeypatch):
+    steps: list[int] = []
+
+    def stop(report) -> None:
+        steps.append(report.step)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(run(people, base, tmp_path / "out", terms, callbacks=Callbacks(on_step=stop)))
+    ended = list(run(people, base, tmp_path / "out", terms, callbacks=Callbacks(on_step=stop)))
+    assert steps == [1, 2, 3, 1, 2, 3] and [result.status for result in ended] == ["found", "made"]
+
+
+def test_all_that_is_kept_of_a_person_is_deleted_and_nothing_of_others(tmp_path, base, terms, people, capsys):
+    output = tmp_path / "out"
+    (output / "mine").mkdir(parents=True)
+    (output / "mine" / "letter.txt").write_text("dear")
+
+    def stop(report) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(run(people[:1], base, output, terms, callbacks=Callbacks(on_step=stop)))
+    assert any(name.endswith(".state.safetensors") for name in files(output / "anna" / ".cache"))
+    mine = [replace(people[1], name="mine")]
+    assert "holds files of others" in next(run(mine, base, output, terms)).reason
+    assert [result.status for result in run(people, base, output, terms)] == ["made", "made"]
+    assert main(["forget", "anna", "--output", str(output)]) == 0
+    assert "files of anna deleted" in capsys.readouterr().out
+    assert not (output / "anna").exists() and (output / "ben").exists() and (people[0].photos / "1.png").exists()
+    assert "anna" not in (output / "report.json").read_text() + (output / "report.html").read_text()
+    for name in ("mine", "nobody", "../people/anna", "."):
+        with pytest.raises(BadConfig, match="has nothing of"):
+            forget(name, output)
+    assert (output / "mine" / "letter.txt").read_text() == "dear"
+
+
+def test_the_command_makes_everybody_in_a_folder(tmp_path, terms, capsys):
+    for name, person in (("anna", 35), ("ben & co", 36)):
+        agree(write_photos(tmp_path / "people" / name, count=5 if person == 35 else 2, person=person))
+    (tmp_path / "quick.toml").write_text("\n".join(f"{name} = {value}" for name, value in QUICK.items()))
+    command = ["studio", str(tmp_path / "people"), "--base", "demo", "--output", str(tmp_path / "out"), "--count", "1"]
+    command += [
+        "--config",
+        str(tmp_path / "quick.toml"),
+        "--style-folder",
+        str(tmp_path / "packs"),
+        "--style-pack",
+        "quick",
+    ]
+    assert main(command) == 1
+    printed = capsys.readouterr()
+    said = printed.out + printed.err
+    assert "1 of 2: anna: made" in said and "2 of 2: ben & co: failed: 2 of 2 usable" in said
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "ben &amp; co" in page and "ben & co" not in page and 'href="anna/gallery.html"' in page
+    assert (tmp_path / "out" / "anna" / "gallery.html").exists()
+
+
+def row(**values: object) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        (folder / "people.jsonl").write_text(json.dumps(values) + "\n\n")
+        return folder / "people.jsonl"
+
+    return write
+
+
+def table(text: str) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        (folder / "people.csv").write_text(text)
+        return folder / "people.csv"
+
+    return write
+
+
+def a_folder(text: str) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        (folder / "people" / "anna").mkdir(parents=True)
+        agree(folder / "people" / "anna", text)
+        (folder / "people" / ".hidden").mkdir()
+        return folder / "people"
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("write", "expected"),
+    [
+        (a_folder('agreed = true\nclass_word = "woman"\ncount = 3'), Person("anna", Path(), True, "woman", count=3)),
+        (table("name, photos, agreed, count\nanna, a, yes, 3\n"), Person("anna", Path("a"), True, count=3)),
+        (table("name,photos,agreed\nanna,a,\n"), Person("anna", Path("a"))),
+        (row(name="anna", photos="a", agreed=True, style_pack="casual"), Person("anna", Path("a"), True, style_pack="casual")),
+    ],
+)  # fmt: skip
+def test_people_are_read_from_folders_and_manifests(tmp_path, write, expected):
+    place = write(tmp_path)
+    photos = place / "anna" if place.is_dir() else tmp_path / expected.photos
+    assert read_people(place) == [replace(expected, photos=photos)]
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (a_folder("agreed"), "person.toml: "),
+        (a_folder("agreed = 1"), "agreed = 1: choose true or false"),
+        (a_folder("agreed = true\ncount = 0"), "count = 0: must be between 1 and 10000"),
+        (a_folder("agreed = true\nage = 3"), "age: unknown; choose from agreed"),
+        (row(name="anna", photos="a", agreed="perhaps"), "agreed = 'perhaps': choose true or false"),
+        (row(name="anna", photos="a", agreed=True, class_word=""), "class_word = '': expected a text"),
+    ],
+)
+def test_what_is_wrong_with_one_person_is_that_persons_problem(tmp_path, write, words):
+    (person,) = read_people(write(tmp_path))
+    assert words in person.problem and person.name == "anna"
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (table("name,photos\nanna,a\n"), "has no column agreed"),
+        (table("name,photos,agreed\n"), "names no people"),
+        (table("name,photos,agreed\nAnna,a,yes\nanna,b,yes\n"), "two people are called 'anna'"),
+        (row(photos="a"), "person 1: needs a name and photos"),
+        (row(name="../anna", photos="a"), "'../anna' can be no folder's name"),
+        (row(name=".", photos="a"), "'.' can be no folder's name"),
+        (row(name=".cache", photos="a"), "'.cache' can be no folder's name"),
+        (row(name="a\x1b[2J", photos="a"), "can be no folder's name"),
+    ],
+)
+def test_a_manifest_that_cannot_be_used_is_refused(tmp_path, write, words):
+    with pytest.raises(BadConfig, match=words.replace(".", r"\.")):
+        read_people(write(tmp_path))
+
+
+def test_a_damaged_record_is_made_anew_and_most_of_it_found(tmp_path, base, terms, people):
+    (made,) = run(people[:1], base, tmp_path / "out", terms)
+    (tmp_path / "out" / "anna" / "studio.json").write_text('{"key": 3')
+    steps: list[int] = []
+    (again,) = run(
+        people[:1], base, tmp_path / "out", terms, callbacks=Callbacks(on_step=lambda report: steps.append(report.step))
+    )
+    assert isinstance(again, Result) and again.status == "made" and not steps and again.pictures == made.pictures

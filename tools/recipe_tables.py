@@ -1,0 +1,215 @@
+"""The tables of recipes in docs/likeness.md: `python -m tools.recipe_tables` writes them there.
+
+Each row is the command `facelora train PHOTOS --base demo` with some options, run on eight photos of people whom the demo's
+base model has never seen. What comes out is judged by two further photos and by pictures of other seeds, by SFace, which
+the training may select by, and by dlib's network, which nothing selects by. A run takes three to four
+minutes of one core. Finished runs are lines of the records' file: what is there is not measured again, and `--options`,
+`--person` and `--seed` add others. It needs dlib: pip install dlib-bin && pip install --no-deps face_recognition_models
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import shlex
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from core.cli import main as facelora
+from core.demo import BASE_FILE, GUIDANCE, PICTURE_SIZE, Judge
+from core.demo.people import UNSEEN_PEOPLE, person_photos
+from core.faces import FaceNetwork, load_faces
+from core.lora.file import LoraFile
+from core.models.base import load_base
+from core.photos.captions import class_caption, default_caption
+from core.pictures.generate import GenerateConfig, Job, generate
+from core.storage.files import write_text
+from core.training.likeness import picture_change
+from tools.photo_tables import replace_table, table
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "likeness.md"
+RECORDS = Path(__file__).with_name("recipe_runs.jsonl")
+SEEDS = range(101, 117)
+"""Of the pictures to judge by; the selection's count from the training's seed."""
+SAMPLE_STEPS = 10
+TEST = 2
+"""Photos of each person to judge by; the others are what the command is given."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one face network says of one run."""
+
+    likeness: float
+    """Mean cosine to the test photos of pictures with the trigger word; 0 where no face is found."""
+    own: float
+    """The same of the photos that the command was given: what a perfect LoRA would have."""
+    stranger: float
+    """The same of the base model's pictures of the class."""
+    leakage: float
+    """Rise of `stranger` by the LoRA."""
+    rank1: float
+    """Share of the pictures that are more like the test photos than like any other person of the set."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One finished run."""
+
+    options: str
+    """Of the command, beside photos, base, output and seed."""
+    person: int
+    seed: int
+    step: int
+    """That was kept."""
+    drift: float
+    """Mean change of pictures of the class from the base's, in grey levels."""
+    verdicts: dict[str, Verdict]
+    """By the network's name."""
+
+
+def run(options: str, person: int, seed: int, judges: Sequence[FaceNetwork]) -> Row:
+    """The Row of one run of the command."""
+    photos = person_photos(person)
+    with tempfile.TemporaryDirectory() as folder:
+        output, given = Path(folder) / "lora.safetensors", Path(folder) / "photos"
+        given.mkdir()
+        for number, photo in enumerate(photos[:-TEST], start=1):
+            photo.save(given / f"{number}.png")
+        command = ["train", str(given), "--base", "demo", "--output", str(output), "--seed", str(seed), "--json"]
+        if code := facelora([*command, *shlex.split(options)]):
+            raise SystemExit(f"facelora ended with {code}")
+        lora = LoraFile.read(output)
+        subject, of_class = default_caption("sks", "person"), class_caption("person")
+        of_person, before, after = draw(subject, lora), by_base(of_class), draw(of_class, lora)
+    verdicts = {}
+    for network in judges:
+        judge = Judge(network, person, photos[-TEST:])
+        stranger = mean(judge.likeness(before))
+        verdicts[network.name] = Verdict(
+            likeness=mean(judge.likeness(of_person)),
+            own=mean(judge.likeness(photos[:-TEST])),
+            stranger=stranger,
+            leakage=round(mean(judge.likeness(after)) - stranger, 4),
+            rank1=judge.recognised(of_person) / len(of_person),
+        )
+    drift = mean([picture_change(a, b) for a, b in zip(before, after, strict=True)])
+    return Row(options, person, seed, int(lora.metadata["ss_steps"]), drift, verdicts)
+
+
+def mean(values: Sequence[float]) -> float:
+    return round(float(np.mean(values)), 4)
+
+
+@functools.cache
+def by_base(prompt: str) -> list[Image.Image]:
+    return draw(prompt, None)
+
+
+def draw(prompt: str, lora: LoraFile | None) -> list[Image.Image]:
+    jobs = [Job(prompt, seed, size=PICTURE_SIZE, guidance=GUIDANCE, steps=SAMPLE_STEPS) for seed in SEEDS]
+    loras = [] if lora is None else [(lora, 1.0)]
+    return [p.image for p in generate(load_base(BASE_FILE), loras, jobs, GenerateConfig(batch_size=len(jobs)))]
+
+
+def read_records(path: Path) -> list[Row]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return [
+        Row(**row | {"verdicts": {name: Verdict(**verdict) for name, verdict in row["verdicts"].items()}})
+        for row in rows
+    ]
+
+
+def people_and_seeds(rows: Sequence[Row]) -> str:
+    people, seeds = (", ".join(map(str, sorted({getattr(row, name) for row in rows}))) for name in ("person", "seed"))
+    return f"{people}; {seeds}"
+
+
+def summary(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Of the command without options, what each network says: means over all runs, standard errors over the people."""
+    plain, cells = [row for row in rows if not row.options], []
+    for name in plain[0].verdicts if plain else ():
+        each = [row.verdicts[name] for row in plain]
+        by_person: dict[int, list[float]] = {}
+        for row in plain:
+            by_person.setdefault(row.person, []).append(row.verdicts[name].likeness)
+        of_people = [float(np.mean(scores)) for scores in by_person.values()]
+        cells.append(
+            (
+                name, people_and_seeds(plain), with_error(of_people, sign=""), f"{np.mean([v.own for v in each]):.3f}",
+                f"{np.mean([v.stranger for v in each]):.3f}", f"{np.mean([v.rank1 for v in each]):.0%}",
+                with_error([v.leakage for v in each]), f"{np.mean([row.drift for row in plain]):.1f}",
+            )
+        )  # fmt: skip
+    return cells
+
+
+def differences(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Of each choice of options, what it changes on the same people and seeds: means and standard errors of the pairs."""
+    plain = {(row.person, row.seed): row for row in rows if not row.options}
+    choices: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.options and (row.person, row.seed) in plain:
+            choices.setdefault(row.options, []).append(row)
+    cells = []
+    for options, group in choices.items():
+        pairs = [(row, plain[row.person, row.seed]) for row in group]
+        changes = {
+            (network, name): [getattr(a.verdicts[network], name) - getattr(b.verdicts[network], name) for a, b in pairs]
+            for network in group[0].verdicts
+            for name in ("likeness", "leakage")
+        }
+        cells.append(
+            (
+                f"`{options}`", people_and_seeds(group), f"{np.mean([a.verdicts['sface'].likeness for a, _ in pairs]):.3f}",
+                with_error(changes["sface", "likeness"]), with_error(changes["sface", "leakage"]),
+                with_error(changes["dlib", "likeness"], digits=4), f"{np.mean([a.drift - b.drift for a, b in pairs]):+.1f}",
+            )
+        )  # fmt: skip
+    return cells
+
+
+def with_error(values: Sequence[float], digits: int = 3, sign: str = "+") -> str:
+    """Mean and standard error, the latter from two values on."""
+    error = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):{sign}.{digits}f}{error}"
+
+
+def tables(rows: Sequence[Row]) -> dict[str, str]:
+    measured = ("judge", "people; seeds", "likeness", "photos", "base", "rank-1", "leakage", "drift")
+    tried = ("options", "people; seeds", "likeness", "change", "leakage", "dlib's likeness", "drift")
+    filled = {"defaults": (measured, summary(rows)), "tried": (tried, differences(rows))}
+    return {name: table(header, cells) for name, (header, cells) in filled.items() if cells}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=Path, default=RECORDS, metavar="FILE", help="default: %(default)s")
+    parser.add_argument("--options", action="append", metavar="TEXT", help="measure the command with these; repeatable")
+    parser.add_argument("--person", action="append", type=int, choices=UNSEEN_PEOPLE, help="default: all; repeatable")
+    parser.add_argument("--seed", action="append", type=int, help="default: 1; repeatable")
+    options = parser.parse_args()
+    finished = {(row.options, row.person, row.seed) for row in read_records(options.records)}
+    judges = [load_faces(), load_faces("dlib")] if options.options else []
+    for text in options.options or ():
+        for seed in options.seed or [1]:
+            for person in options.person or UNSEEN_PEOPLE:
+                if (text, person, seed) not in finished:
+                    line = json.dumps(asdict(run(text, person, seed, judges)))
+                    with options.records.open("a", encoding="utf-8") as records:
+                        records.write(line + "\n")
+    text = DOCUMENT.read_text(encoding="utf-8")
+    for name, content in tables(read_records(options.records)).items():
+        text = replace_table(text, name, content)
+    write_text(DOCUMENT, text)
+
+
+if __name__ == "__main__":
+    main()
