@@ -17,7 +17,8 @@ from ..core.errors import BadPhoto, FaceLoraError, MissingPackage
 from ..core.faces import Reference
 from ..core.lora.convert import convert_lora
 from ..core.lora.file import LoraFile
-from ..core.lora.inspect import format_inspection, inspect_lora
+from ..core.lora.inspect import inspect_lora
+from ..core.lora.report import format_inspection
 from ..core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
 from ..core.pictures.sheet import contact_sheet
 from ..core.storage.files import write_file

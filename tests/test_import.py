@@ -1,8 +1,11 @@
 """What importing pulls in, and what an installation puts where."""
 
 import ast
+import json
+import math
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
@@ -49,6 +52,20 @@ def test_what_core_hands_out_is_loaded_when_it_is_asked_for_and_needs_no_heavy_l
     modules = modules_after("import core; assert callable(core.train) and callable(core.lora.LoraFile.read)")
     assert "torch" in modules
     assert not modules & {*HEAVY, *COMFYUI}
+
+
+def test_what_the_header_of_a_lora_says_is_told_without_any_library(tmp_path):
+    module = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    sizes = {f"{module}.lora_down.weight": [1, 1280], f"{module}.lora_up.weight": [1280, 1], f"{module}.alpha": []}
+    header, end = {}, 0
+    for key, shape in sizes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[key] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
+    for path in (tmp_path / "a.safetensors", tmp_path):
+        modules = modules_after(f"from core.cli import main; assert main(['inspect', {str(path)!r}, '--fast']) == 0")
+        assert not modules & {*LIBRARIES, *HEAVY, *COMFYUI, "tqdm"}
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *([command, "--help"] for command in COMMANDS)], ids=" ".join)

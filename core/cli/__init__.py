@@ -77,7 +77,7 @@ COMMANDS: dict[str, Command] = {
         "picture_arguments:add_score",
         "pictures:run_score",
     ),
-    "inspect": Command(FILES, "say what is in a LoRA file", "lora_arguments:add_inspect", "lora:run_inspect"),
+    "inspect": Command(FILES, "say what is in a LoRA file", "lora_arguments:add_inspect", "inspect:run_inspect"),
     "verify": Command(FILES, "look for what is wrong with a LoRA file", "lora_arguments:add_verify", "lora:run_verify"),
     "convert": Command(
         FILES, "write a LoRA with the names that another tool wants", "lora_arguments:add_convert", "lora:run_convert"

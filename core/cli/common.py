@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from .. import models  # the package loads its modules only when a name is used
@@ -113,6 +113,21 @@ def split_strength(text: str) -> tuple[str, float]:
 
 def print_warning(message: str) -> None:
     print(f"warning: {one_line(message)}", file=sys.stderr)
+
+
+def progress_bar(name: str) -> Callable[[int, int], None]:
+    """A function that is told (done, total) and shows a bar, unless everything is done within a second."""
+    from tqdm import tqdm
+
+    bar = tqdm(desc=name, dynamic_ncols=True, delay=1)
+
+    def update(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    return update
 
 
 class BarProgress:

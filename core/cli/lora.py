@@ -1,9 +1,9 @@
-"""The commands that work on LoRA files: inspect, verify, convert, merge, resize, extract and metadata."""
+"""The commands that work on LoRA files but inspect: verify, convert, merge, resize, extract and metadata."""
 
 import argparse
-import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,16 +12,13 @@ from ..errors import BadConfig, BadFile, FaceLoraError, one_line
 from ..lora import (
     WORD_KEY,
     LoraFile,
+    convert_for,
     convert_lora,
     edit_metadata,
     embedding_files,
     extract_lora,
     file_word,
     fit,
-    format_inspection,
-    format_line,
-    inspect_folder,
-    inspect_lora,
     merge_into_checkpoint,
     merge_loras,
     resize_lora,
@@ -30,22 +27,8 @@ from ..lora import (
 )
 from ..models import BaseWeights
 from ..storage import check_output
-from .common import print_warning, split_strength
+from .common import print_warning, progress_bar, split_strength
 from .lora_arguments import EDITABLE
-
-
-def _progress(name: str) -> Callable[[int, int], None]:
-    from tqdm import tqdm
-
-    bar = tqdm(desc=name, dynamic_ncols=True, delay=1)
-
-    def update(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-        if done == total:
-            bar.close()
-
-    return update
 
 
 def _save(lora, error: float, options: argparse.Namespace, sources: Sequence[LoraFile] = ()) -> None:
@@ -53,7 +36,7 @@ def _save(lora, error: float, options: argparse.Namespace, sources: Sequence[Lor
     words = [(source, embedding_files(source)) for source in sources]  # where they are broken, nothing is written
     for word in (word for _, files in words for word in files):
         _check_place_of_word(_beside(options.output, word), word)
-    lora.save(options.output, PRECISIONS[options.precision], on_progress=_progress("writing"))
+    lora.save(options.output, PRECISIONS[options.precision], on_progress=progress_bar("writing"))
     size = options.output.stat().st_size / 1e6
     lost = f"; largest relative error of a module's change: {error:.2g}" if error else ""
     print(f"{options.output}  ({lora.family}, {lora.scheme} names, {size:.1f} MB){lost}")
@@ -61,17 +44,8 @@ def _save(lora, error: float, options: argparse.Namespace, sources: Sequence[Lor
         _save_words(source, files, options)
 
 
-def run_inspect(options: argparse.Namespace) -> None:
-    if os.path.isdir(options.file):
-        for report in inspect_folder(options.file, read_tensors=not options.fast):
-            print(json.dumps(report) if options.json else format_line(report), flush=True)
-        return
-    found = inspect_lora(options.file, read_tensors=not options.fast, on_progress=_progress("reading"))
-    print(json.dumps(found, indent=1) if options.json else format_inspection(found))
-
-
 def run_verify(options: argparse.Namespace) -> int:
-    faults = verify_lora(options.file, options.base, on_progress=_progress("reading"))
+    faults = verify_lora(options.file, options.base, on_progress=progress_bar("reading"))
     for fault in faults:
         print(f"{'error' if fault.is_error else 'odd'}: {one_line(fault.text)}")
     if not faults:
@@ -95,8 +69,15 @@ def run_convert(options: argparse.Namespace) -> None:
         base = BaseWeights.open(options.base)
         fit(lora, base.family, base.shapes).check(lora.name)
         weight = base.read
-    converted, error = convert_lora(lora, options.to, options.plain_rank, weight, _progress("converting"))
+    settings = options.plain_rank, weight, progress_bar("converting")
+    if options.readers is None:
+        converted, error = convert_lora(lora, options.to, *settings)
+    else:
+        converted, error = convert_for(lora, options.readers.split(","), *settings)
+        options.to = converted.scheme
     _save(converted, error, options, [lora] if options.to == "diffusers" else [])
+    for scheme, count in Counter(entry.scheme for entry in lora.entries if entry.scheme != options.to).items():
+        print(f"  {count} modules had {scheme} names")
 
 
 def _save_words(lora, files: Mapping[str, LoraFile], options: argparse.Namespace) -> None:
@@ -128,26 +109,28 @@ def run_merge(options: argparse.Namespace) -> None:
     loras = [(LoraFile.read(path), strength) for path, strength in named]
     if options.into is None:
         sources = [lora for lora, _ in loras] if options.to == "diffusers" else []
-        _save(*merge_loras(loras, options.rank, options.to, on_progress=_progress("merging")), options, sources)
+        _save(*merge_loras(loras, options.rank, options.to, on_progress=progress_bar("merging")), options, sources)
         return
     if options.rank is not None:
         raise BadConfig("--rank and --into are both given: a checkpoint has no rank")
     count = merge_into_checkpoint(
-        options.into, loras, options.output, on_progress=_progress("merging"), on_warning=print_warning
+        options.into, loras, options.output, on_progress=progress_bar("merging"), on_warning=print_warning
     )
     print(f"{options.output}  ({count} tensors of {options.into.name} changed)")
 
 
 def run_resize(options: argparse.Namespace) -> None:
     _check_output(options.output, options.file)
-    resized = resize_lora(LoraFile.read(options.file), options.rank, options.energy, on_progress=_progress("resizing"))
+    resized = resize_lora(
+        LoraFile.read(options.file), options.rank, options.energy, on_progress=progress_bar("resizing")
+    )
     _save(*resized, options)
 
 
 def run_extract(options: argparse.Namespace) -> None:
     _check_output(options.output, options.original, options.tuned)
     extracted = extract_lora(
-        options.original, options.tuned, options.rank, on_progress=_progress("extracting"), on_warning=print_warning
+        options.original, options.tuned, options.rank, on_progress=progress_bar("extracting"), on_warning=print_warning
     )
     _save(*extracted, options)
 
@@ -162,7 +145,7 @@ def run_metadata(options: argparse.Namespace) -> None:
         tags=options.tag,
         thumbnail=options.thumbnail,
         remove=options.remove,
-        on_progress=_progress("hashing"),
+        on_progress=progress_bar("hashing"),
         **texts,
     )
     print(options.output or options.file)

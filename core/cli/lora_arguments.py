@@ -37,7 +37,12 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
 def add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="IN", help="a LoRA of any naming")
     _add_output(parser)
-    parser.add_argument("--to", choices=SCHEMES, required=True, help=_SCHEMES_HELP)
+    naming = parser.add_mutually_exclusive_group(required=True)
+    naming.add_argument("--to", choices=SCHEMES, help=_SCHEMES_HELP)
+    naming.add_argument(
+        "--for", dest="readers", metavar="PROGRAM,...",
+        help="or: the naming with which all of these programs load it (comfyui, diffusers, peft, sd-scripts, invokeai)",
+    )  # fmt: skip
     parser.add_argument("--plain-rank", type=int, metavar="N", help="make LoHa, LoKr, ... a plain LoRA of that rank")
     parser.add_argument("--base", type=Path, metavar="CHECKPOINT", help="what a DoRA or OFT was trained on, to do that")
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from ..errors import BadConfig
 from ..tensor_names import NAME_TABLES
-from .file import Entry, LoraFile
+from .file import LoraFile
+from .names import Entry
 
 
 def _labels(text: str) -> tuple[str, ...]:

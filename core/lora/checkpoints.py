@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,11 +11,13 @@ from torch import Tensor
 from ..errors import LoraMisfit, UnmatchedKeys
 from ..models.base_weights import BaseWeights, bias_name
 from ..storage.safetensors_file import write_safetensors
-from ..tensor_names import ModuleId, Place, bundled_embedding
-from .convert import check_rank, convert_lora
-from .file import Entry, LoraFile, fit
-from .inspect import OnProgress, silent
+from ..tensor_names import Fusion, ModuleId, Place, bundled_embedding
+from .convert import check_rank, metadata_for
+from .file import LoraFile, fit
 from .low_rank import factorise
+from .modules import LoraModule, name_modules
+from .names import Entry
+from .progress import OnProgress, silent
 
 
 def extract_lora(
@@ -36,7 +39,7 @@ def extract_lora(
         raise LoraMisfit(
             f"{before.file.path} is {before.family}, but {after.file.path} is {after.family}: no LoRA between them"
         )
-    tensors: dict[str, Tensor] = {}
+    found: dict[ModuleId, LoraModule] = {}
     left_out: list[str] = []
     worst = 0.0
     of_layers = before.places.keys() | {bias_name(name) for name in before.places}
@@ -57,12 +60,15 @@ def extract_lora(
             if change.ndim == 1:
                 left_out += [name] if change.any() else []
             elif change.any():
-                for path, part in _paths_in_lora(place, change):
+                # What the original model joins has one rank in the denoiser, and q, k and v of CLIP have one each.
+                parts = [(place, change)] if place.part == "denoiser" else _apart(place, change)
+                for place_of_part, part in parts:
                     down, up, error = factorise(part, rank, f"{after.file.path}: {name}")
-                    tensors |= {f"{path}.lora_A.weight": down, f"{path}.lora_B.weight": up}
+                    ups = place_of_part.split(up, inputs=down.shape[1])
+                    found |= {module: LoraModule(down, rows, float(down.shape[0])) for module, rows in ups}
                     worst = max(worst, error)
         on_progress(done, len(names))
-    if not tensors:
+    if not found:
         raise LoraMisfit(
             f"{before.file.path} and {after.file.path} have the same weights wherever a LoRA changes one: there is nothing to "
             "extract"
@@ -76,8 +82,10 @@ def extract_lora(
         on_warning(
             f"{len(alone)} modules are in one of the files only and left out, e.g. {alone[0][1]} of {alone[0][0]}"
         )
-    lora = LoraFile(before.family, {"ss_sd_model_name": before.file.path.name}, tensors)
-    return convert_lora(lora, "kohya")[0], worst
+    metadata = {"ss_sd_model_name": before.file.path.name}
+    lora = LoraFile(before.family, metadata, dict(name_modules(before.names, found, "kohya")))
+    fit(lora, before.family, before.shapes).check(str(after.file.path))  # as a reader of the file will find it
+    return replace(lora, metadata=metadata_for(lora, "kohya")), worst
 
 
 def _is_equal(old: Tensor, new: Tensor) -> bool:
@@ -90,12 +98,9 @@ def _difference(name: str, old: Tensor, new: Tensor) -> Tensor:
     return new.float() - old.float()
 
 
-def _paths_in_lora(place: Place, change: Tensor) -> list[tuple[str, Tensor]]:
-    """The changes of a weight with their names in a LoRA: one whole change in the denoiser, q, k and v apart in CLIP."""
-    if place.part == "denoiser":
-        path = place.fusion.original if place.index is None else place.modules[0][1]
-        return [(f"diffusion_model.{path}", change)]
-    return [(f"{part}.{path}", rows) for (part, path), rows in place.split(change)]
+def _apart(place: Place, change: Tensor) -> list[tuple[Place, Tensor]]:
+    """The change of each module of a place, with its own place."""
+    return [(Place(part, Fusion(path, (path,)), None), rows) for (part, path), rows in place.split(change)]
 
 
 def merge_into_checkpoint(

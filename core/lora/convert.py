@@ -14,11 +14,16 @@ from torch import Tensor
 
 from ..errors import BadConfig, LoraMisfit, UnmatchedKeys
 from ..tensor_names import NAME_TABLES, SCHEMES, ModuleId, bundled_embedding
-from .file import KEY, Entry, LoraFile
-from .inspect import MODELSPEC_VERSION, OnProgress, silent, trigger_words
-from .kinds import BIAS_ROLES, bias_change, needs_base
+from .changes import bias_change
+from .file import KEY, LoraFile
+from .kinds import BIAS_ROLES, needs_base
 from .low_rank import Factorised, decomposed, factorise
+from .metadata import MODELSPEC_VERSION
 from .modules import LoraModule, name_in_scheme, name_modules, suffix_of, without_tucker
+from .names import Entry
+from .progress import OnProgress, silent
+from .readers import READERS, not_loaded_by
+from .words import trigger_words
 
 _OF_THE_ORIGINAL = ("lora_adapter_metadata", KEY)
 """The metadata that are not true of a changed copy of a LoRA."""
@@ -56,8 +61,41 @@ def convert_lora(
         modules, kept = _plain_modules(lora), _renamed(lora, others, scheme)
     # diffusers refuses a file that holds anything but adapters.
     words = {} if scheme == "diffusers" else {key: lora.sound_vectors(key) for key in lora.embedding_keys}
-    tensors = name_modules(lora.family, modules, scheme, kept | words)
-    return replace(lora, tensors=tensors, metadata=_metadata_for(converted, scheme)), error
+    tensors = name_modules(NAME_TABLES[lora.family], modules, scheme, kept | words)
+    return replace(lora, tensors=tensors, metadata=metadata_for(converted, scheme)), error
+
+
+def convert_for(
+    lora: LoraFile,
+    readers: Sequence[str],
+    plain_rank: int | None = None,
+    base_weight: BaseWeight | None = None,
+    on_progress: OnProgress = silent,
+) -> tuple[LoraFile, float]:
+    """The LoRA in the first of SCHEMES with which all these programs load it whole, and the error as of `convert_lora`.
+
+    `readers` are names in `readers.READERS`, in any case. Raises BadConfig for an unknown one, and UnmatchedKeys, which says
+    what each naming fails at, when there is no such scheme.
+    """
+    known = {reader.lower(): reader for reader in READERS}
+    if wrong := [name for name in readers if name.strip().lower() not in known]:
+        raise BadConfig(f"no program {wrong[0]!r} is known here; known: {', '.join(known)}")
+    asked = [known[name.strip().lower()] for name in readers]
+    failures = []
+    for scheme in SCHEMES:
+        try:
+            converted, error = convert_lora(lora, scheme, plain_rank, base_weight, on_progress)
+        except UnmatchedKeys as problem:
+            failures.append(f"{scheme}: {str(problem).removeprefix(f'{lora.name}: ')}")
+            continue
+        objections = {reader: not_loaded_by(reader, converted) for reader in asked}
+        refusing = [
+            f"{reader} does not know {next(iter(found.values()))}" for reader, found in objections.items() if found
+        ]
+        if not refusing:
+            return converted, error
+        failures.append(f"{scheme}: {' and '.join(refusing)}")
+    raise UnmatchedKeys(f"{lora.name}: no naming is loaded whole by {', '.join(asked)}: {'; '.join(failures)}")
 
 
 def _is_plain(entry: Entry) -> bool:
@@ -70,7 +108,7 @@ def _plain_modules(lora: LoraFile) -> dict[ModuleId, LoraModule]:
     return replace(lora, tensors={key: lora.tensors[key] for key in keys}).modules()
 
 
-def _metadata_for(lora: LoraFile, scheme: str) -> dict[str, str]:
+def metadata_for(lora: LoraFile, scheme: str) -> dict[str, str]:
     """The metadata for the LoRA in a scheme: without what is only true of its old names, with what the new ones need."""
     family = NAME_TABLES[lora.family]
     known = {"modelspec.sai_model_spec": MODELSPEC_VERSION, "modelspec.architecture": f"{family.architecture}/lora"}
@@ -305,11 +343,11 @@ def merge_loras(
     phrases = [words[0] for lora, _ in loras if (words := trigger_words(lora.metadata))]
     if phrases:
         metadata["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(phrases))
-    tensors = name_modules(family, _Sums(collected), scheme, {} if scheme == "diffusers" else vectors)
+    tensors = name_modules(NAME_TABLES[family], _Sums(collected), scheme, {} if scheme == "diffusers" else vectors)
     whole, error = LoraFile(family, metadata, tensors), 0.0
     if rank is not None:
         whole, error = resize_lora(whole, rank=rank, on_progress=on_progress)
-    return replace(whole, metadata=_metadata_for(whole, scheme)), error
+    return replace(whole, metadata=metadata_for(whole, scheme)), error
 
 
 class _Sums(Mapping[ModuleId, LoraModule]):

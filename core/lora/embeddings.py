@@ -15,9 +15,8 @@ from ..errors import BadFile
 from ..models.clip import add_word, remove_words
 from ..tensor_names import NAME_TABLES, bundled_embedding
 from .file import LoraFile
+from .words import WORD_KEY, word_of
 
-WORD_KEY = "facelora.word"
-"""The key in an embedding file's metadata of the word by which prompts name it."""
 _STRING_TO_PARAM = "string_to_param.*"
 """The name of `emb_params` in a LoRA file."""
 
@@ -62,11 +61,6 @@ def _vectors(lora: LoraFile, key: str) -> Tensor:
             f"{lora.name}: {key} has the shape {list(tensor.shape)}; that of an embedding is [vectors, width]"
         )
     return tensor.reshape(-1, tensor.shape[-1])
-
-
-def word_of(lora: LoraFile, key: str) -> str:
-    """The word that a tensor of a file, one of its `embedding_keys`, has the vectors of."""
-    return bundled_embedding(key) or lora.metadata.get(WORD_KEY) or Path(lora.name).stem
 
 
 def embedding_files(lora: LoraFile) -> dict[str, LoraFile]:

@@ -4,38 +4,24 @@ Facts about the format are in docs/formats.md.
 """
 
 import hashlib
-import json
 import math
 import os
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ..errors import BadFile, LoraMisfit, UnknownFamily, UnmatchedKeys
-from ..storage.files import read_json
+from ..errors import LoraMisfit, UnknownFamily, UnmatchedKeys
 from ..storage.safetensors_file import Layout, SafetensorsFile, cast_tensor, layout_in, layout_of, write_safetensors
-from ..tensor_names import (
-    EMBEDDING_KEYS,
-    NAME_TABLES,
-    Identity,
-    ModuleId,
-    Place,
-    bundled_embedding,
-    families_of,
-    families_of_embedding,
-    identify,
-    other_model,
-    parse_key,
-)
+from ..tensor_names import NAME_TABLES, ModuleId
+from .changes import bias_change, weight_change
 from .hashes import LegacyHash, model_hash
-from .kinds import BIAS_ROLES, bias_change, kind_of, needs_base, rank_of, weight_change, weight_shape
+from .kinds import needs_base
 from .modules import LoraModule, name_modules
+from .names import Entry, LoraNames, Types, has_pefts_magnitude, peft_metadata, recognised, shortened
 from .norms import LARGEST_VALUE, largest_change
 
 KEY = "facelora.key"
@@ -43,56 +29,8 @@ KEY = "facelora.key"
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One adapted module as it stands in a file."""
-
-    name: str
-    """The module's name in the file, without the suffixes of its tensors."""
-    scheme: str
-    """The naming scheme of the file's name for it."""
-    place: Place
-    """The weight that the entry changes."""
-    kind: str
-    """The kind of adapter, one of kinds.KINDS."""
-    keys: Mapping[str, str]
-    """The name of each tensor in the file, by its role."""
-    shapes: Mapping[str, tuple[int, ...]]
-    """The shape of each tensor, by its role."""
-
-    @property
-    def part(self) -> str:
-        """The part of the model that the module is in, e.g. "denoiser"."""
-        return self.place.part
-
-    @property
-    def modules(self) -> tuple[ModuleId, ...]:
-        """The modules whose weights the entry changes."""
-        return self.place.modules
-
-    @property
-    def rank(self) -> int | None:
-        """The rank by which alpha is divided; None for a kind without a rank."""
-        return rank_of(self.kind, self.shapes)
-
-    @property
-    def changes_bias(self) -> bool:
-        """Whether the entry changes the bias, with the weight or alone."""
-        return self.bias_size is not None
-
-    @property
-    def bias_size(self) -> int | None:
-        """The size of the bias that the entry changes, None if it changes none."""
-        return next((self.shapes[role][0] for role in BIAS_ROLES if role in self.shapes), None)
-
-    @property
-    def weight_shape(self) -> tuple[int, ...] | None:
-        """The shape of the weight that the entry changes, None where the file does not tell."""
-        return weight_shape(self.kind, self.shapes)
-
-
 @dataclass(frozen=True, eq=False)
-class LoraFile:
+class LoraFile(LoraNames):
     """A LoRA as it stands in a file: its tensors under their names in the file, and what they mean."""
 
     family: str
@@ -110,7 +48,7 @@ class LoraFile:
         BadFile when a file is damaged, UnknownFamily when it is no LoRA or for a family that is not known.
         """
         file = SafetensorsFile.open(path)
-        return cls.from_tensors(file, _peft_metadata(file.path) | file.metadata, name=str(file.path))
+        return cls.from_tensors(file, peft_metadata(file.path) | file.metadata, name=str(file.path))
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str = "LoRA") -> "LoraFile":
@@ -118,7 +56,8 @@ class LoraFile:
 
         Raises UnknownFamily when they are no LoRA, or one for a family that is not known.
         """
-        return cls(_detect_family(tensors, metadata, name), dict(metadata), tensors, name)
+        types = types_of(tensors)
+        return recognised(types, metadata, name, lambda family: cls(family, dict(metadata), tensors, name))
 
     @classmethod
     def from_modules(
@@ -130,7 +69,7 @@ class LoraFile:
         """
         if family not in NAME_TABLES:
             raise UnknownFamily(f"no family {family!r}; known: {', '.join(NAME_TABLES)}")
-        return cls(family, dict(metadata), dict(name_modules(family, modules, scheme)))
+        return cls(family, dict(metadata), dict(name_modules(NAME_TABLES[family], modules, scheme)))
 
     @cached_property
     def layout(self) -> Layout:
@@ -138,9 +77,9 @@ class LoraFile:
         return layout_of(self.tensors)
 
     @cached_property
-    def identity(self) -> Identity:
-        """The published models that have all the modules that the LoRA changes, in its shapes."""
-        return identify(_named_modules(self.layout))
+    def types(self) -> Types:
+        """torch's name of the type, and the shape, of each tensor by name."""
+        return types_of(self.tensors)
 
     @cached_property
     def model_hash(self) -> str:
@@ -149,82 +88,18 @@ class LoraFile:
             return self.tensors.sha256(with_header=False)  # in the file's order, which need not be ours
         return model_hash(self.tensors)
 
-    @cached_property
-    def _sorted_keys(self) -> tuple[tuple[Entry, ...], tuple[str, ...], tuple[str, ...]]:
-        """The entries, the keys of bundled embeddings, and the keys that are not understood."""
-        family = NAME_TABLES[self.family]
-        found: dict[str, dict[str, str]] = {}
-        named = {}
-        embeddings, unknown = [], []
-        for key in self.layout:
-            if key in EMBEDDING_KEYS or bundled_embedding(key):
-                embeddings.append(key)
-            elif (parsed := parse_key(key)) is None:
-                unknown.append(key)
-            else:
-                found.setdefault(parsed.module_name, {})[parsed.role] = key
-                named[parsed.module_name] = parsed
-        entries: list[Entry] = []
-        for module_name, keys in found.items():
-            shapes = {role: self.layout[key][1] for role, key in keys.items()}
-            kind = kind_of(shapes)
-            if kind is None or any(self.layout[key][0].is_complex for key in keys.values()):
-                unknown.extend(keys.values())
-                continue
-            parsed = named[module_name]
-            place = family.locate(parsed.part, parsed.path)
-            entries.append(Entry(module_name, parsed.scheme, place, kind, keys, shapes))
-        return tuple(entries), tuple(embeddings), tuple(unknown)
-
-    @property
-    def entries(self) -> tuple[Entry, ...]:
-        """The adapted modules, in the file's order."""
-        return self._sorted_keys[0]
-
-    @property
-    def embedding_keys(self) -> tuple[str, ...]:
-        """The names of the tensors that hold textual-inversion embeddings."""
-        return self._sorted_keys[1]
-
-    @property
-    def unknown_keys(self) -> tuple[str, ...]:
-        """The names of tensors that are not understood, or whose module lacks a tensor or has shapes that do not match."""
-        return self._sorted_keys[2]
-
-    @property
-    def scheme(self) -> str:
-        """The naming scheme of most modules, "kohya" for a file without modules."""
-        return _most_common(entry.scheme for entry in self.entries) if self.entries else "kohya"
-
-    @property
-    def kind(self) -> str:
-        """The kind of adapter, one of kinds.KINDS or "mixed"; a LoRA with some convolutions is "locon"."""
-        kinds = {entry.kind for entry in self.entries} or ({"embedding"} if self.embedding_keys else set())
-        if kinds == {"lora", "locon"}:
-            return "locon"
-        return kinds.pop() if len(kinds) == 1 else "mixed"
-
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of most tensors, where single numbers such as alphas do not count."""
-        return _most_common([dtype for dtype, shape in self.layout.values() if shape] or [torch.float32])
-
-    @cached_property
-    def _peft_config(self) -> dict[str, Any]:
-        """The configuration of peft in the metadata, empty when there is none or when it is damaged."""
-        try:
-            config = json.loads(self.metadata.get("lora_adapter_metadata", "null"))
-        except (ValueError, RecursionError):
-            return {}
-        return config if isinstance(config, dict) else {}
+        return getattr(torch, self.type_name)
 
     def tensors_of(self, entry: Entry) -> dict[str, Tensor]:
         """The tensors of an entry by role, scaled as peft's metadata say where the file itself has no alpha."""
         tensors = {role: self.tensors[key] for role, key in entry.keys.items()}
-        if "lora_magnitude_vector" in entry.keys.get("dora", ""):
+        if has_pefts_magnitude(entry):
             # A convolution's is (1, out, 1, 1), which in LyCORIS' layout would be one magnitude for each input.
             tensors["dora"] = tensors["dora"].flatten()
-        scale = None if "alpha" in tensors else _scale_in_config(self._peft_config, entry)
+        scale = self.scale_in_config(entry)
         if scale is not None and entry.rank is not None:
             tensors["alpha"] = torch.tensor(scale * entry.rank)
         elif scale is not None and entry.kind == "lokr":
@@ -338,7 +213,7 @@ class LoraFile:
             count, example = len(self.unknown_keys), self.unknown_keys[0]
             raise UnmatchedKeys(
                 f"{self.name}: {count} tensors are not understood, or not a complete module of matching shapes, "
-                f"e.g. {example!r} of shape {list(self.layout[example][1])}"
+                f"e.g. {shortened(example)!r} of shape {list(self.layout[example][1])}"
             )
         seen: set[ModuleId] = set()
         for entry in self.entries:
@@ -376,99 +251,11 @@ class LoraFile:
         return replace(self, metadata=dict(metadata))
 
 
-def _most_common(values: Iterable[_T]) -> _T:
-    return Counter(values).most_common(1)[0][0]
-
-
-def _named_modules(layout: Layout) -> list[tuple[str, str, tuple[int, ...] | None]]:
-    """The (part, path, shape of the weight) of each module, as the names of its tensors say; no shape where none is known."""
-    roles: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
-    for key, (_, shape) in layout.items():
-        if named := parse_key(key):
-            roles.setdefault((named.part, named.path), {})[named.role] = shape
-    kinds = {module: kind_of(shapes) for module, shapes in roles.items()}
-    return [(*module, weight_shape(kind, roles[module]) if kind else None) for module, kind in kinds.items()]
-
-
-def _detect_family(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str) -> str:
-    """The family of a published model that has all the modules; where none has, the one whose names fit best.
-
-    Metadata only decide between equals, since many tools write them wrong. Raises UnknownFamily when no family fits, or when
-    the modules are rather those of a model that is not trained here.
-    """
-    layout = layout_of(tensors)
-    modules = _named_modules(layout)
-    identity = identify(modules)
-    other = other_model(modules)
-    if identity.models:
-        claim = identity.of_claim((metadata.get("ss_base_model_version", ""), _architecture(metadata)))
-        other = claim or (None if identity.families else " or ".join(identity.models))
-    elif identity.nearest_family is None and 2 * len(identity.misfits) < len(modules):
-        other = other or identity.nearest
-    if other:
-        raise UnknownFamily(f"{name}: is for {other}, which is not supported; known: {', '.join(NAME_TABLES)}")
-    candidates = families_of(modules)
-    if identity.families:
-        candidates = [family for family in candidates if family in identity.families] or list(identity.families)
-    if not candidates and set(tensors) <= set(EMBEDDING_KEYS):
-        candidates = families_of_embedding({key: shape for key, (_, shape) in layout.items()})
-    if not candidates:
-        example = next(iter(tensors), "none")
-        if not modules:
-            raise UnknownFamily(f"{name}: no LoRA: no adapter's tensor is among its {len(tensors)}, e.g. {example!r}")
-        raise UnknownFamily(
-            f"{name}: no family matches its {len(tensors)} keys, e.g. {example!r}; known: {', '.join(NAME_TABLES)}"
-        )
-    claimed = family_in_metadata(metadata)
-    return claimed if claimed and claimed in (identity.families or candidates) else candidates[0]
-
-
-def _architecture(metadata: Mapping[str, str]) -> str:
-    """The architecture in modelspec's metadata, without the adapter's kind behind it."""
-    return metadata.get("modelspec.architecture", "").partition("/")[0]
-
-
-def family_in_metadata(metadata: Mapping[str, str]) -> str | None:
-    """The family that the metadata claim, None when they claim no family that is known."""
-    version = metadata.get("ss_base_model_version", "")
-    architecture = _architecture(metadata)
-    by_version = [family.name for family in NAME_TABLES.values() if version in family.base_versions]
-    by_architecture = [f.name for f in NAME_TABLES.values() if architecture == f.architecture]
-    return next(iter(by_version + by_architecture), None)
-
-
-def _peft_metadata(path: Path) -> dict[str, str]:
-    """The configuration that peft writes beside its file, in diffusers' form for metadata; empty for other files."""
-    beside = path.with_name("adapter_config.json")
-    if path.name != "adapter_model.safetensors" or not beside.exists():
-        return {}
-    try:
-        config = read_json(beside)
-    except BadFile as error:
-        raise BadFile(f"{error}; the alpha of {path.name} stands in it") from None
-    named = {f"base_model.{key}": value for key, value in config.items()} if isinstance(config, dict) else {}
-    return {"lora_adapter_metadata": json.dumps(named)}
-
-
-def _scale_in_config(config: Mapping[str, Any], entry: Entry) -> float | None:
-    """The factor on a module's change in peft's configuration, None when the configuration does not say."""
-    prefix, _, path = entry.name.partition(".")
-
-    def number(name: str, patterns: str) -> float | None:
-        by_path = config.get(f"{prefix}.{patterns}")
-        found = config.get(f"{prefix}.{name}")
-        if isinstance(by_path, dict):
-            matching = (value for pattern, value in by_path.items() if f".{path}".endswith(f".{pattern}"))
-            found = next(matching, found)
-        return float(found) if isinstance(found, (int, float)) else None
-
-    is_lora = entry.kind in ("lora", "locon", "dora")
-    alpha = number("lora_alpha" if is_lora else "alpha", "alpha_pattern")
-    rank = entry.rank or number("r", "rank_pattern")
-    if alpha is None or not rank:
-        return None
-    # rsLoRA (arXiv:2312.03732) divides by the square root of the rank.
-    return alpha / (math.sqrt(rank) if config.get(f"{prefix}.use_rslora") is True else rank)
+def types_of(tensors: Mapping[str, Tensor]) -> Types:
+    """torch's name of the type, and the shape, of each tensor by name."""
+    if isinstance(tensors, SafetensorsFile):
+        return tensors.types
+    return {name: (str(dtype).removeprefix("torch."), shape) for name, (dtype, shape) in layout_of(tensors).items()}
 
 
 def _in_weight_form(down: Tensor, up: Tensor, kernel: int | None) -> tuple[Tensor, Tensor]:
@@ -505,7 +292,7 @@ class Fit:
         """Raises LoraMisfit, naming the families and some keys, unless everything in the file has its place."""
         if self.fits:
             return
-        examples = "; ".join(f"{key}: {why}" for key, why in list(self.left_over.items())[:3])
+        examples = "; ".join(f"{shortened(key)}: {why}" for key, why in list(self.left_over.items())[:3])
         differ = self.family != self.base_family
         families = f"it is for {self.family}, the base model is {self.base_family}; " if differ else ""
         count = len(self.left_over)

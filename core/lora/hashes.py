@@ -1,11 +1,23 @@
 """The hashes by which the community's tools tell LoRA files apart."""
 
 import hashlib
-from collections.abc import Mapping
+import os
+import struct
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from torch import Tensor
 
-from ..storage.safetensors_file import Layout, header_bytes, layout_of, storage_order, tensor_bytes
+from ..storage.safetensors_file import (
+    CHUNK_BYTES,
+    Layout,
+    SafetensorsFile,
+    header_bytes,
+    layout_of,
+    storage_order,
+    tensor_bytes,
+)
 
 
 def model_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -53,3 +65,63 @@ def legacy_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> s
             break
         digest.update(tensor_bytes(tensors[name]))
     return digest.hexdigest()
+
+
+def chunks(path: str | os.PathLike[str]) -> int:
+    """The number of steps in which a file is hashed."""
+    return 1 + Path(path).stat().st_size // CHUNK_BYTES
+
+
+class _Others:
+    """The running hashes of a whole file that Civitai has beside SHA-256."""
+
+    _BEGIN, _END = 0x100000, 0x110000
+
+    def __init__(self) -> None:
+        self._crc32, self._start, self._position = 0, hashlib.sha256(), 0
+        try:
+            from blake3 import blake3  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            self._blake3 = None
+        else:
+            self._blake3 = blake3()
+
+    def update(self, data: bytes) -> None:
+        self._crc32 = zlib.crc32(data, self._crc32)
+        self._start.update(data[max(self._BEGIN - self._position, 0) : max(self._END - self._position, 0)])
+        self._position += len(data)
+        if self._blake3 is not None:
+            self._blake3.update(data)
+
+    def found(self) -> dict[str, str]:
+        known = {"crc32": f"{self._crc32:08x}", "autov1": self._start.hexdigest()[:8]}
+        return known if self._blake3 is None else known | {"blake3": self._blake3.hexdigest()}
+
+
+def file_hashes(path: str | os.PathLike[str], step: Callable[[], None] = lambda: None) -> dict[str, str]:
+    """The hashes by which the community knows a file, computed from its bytes; `step` is called `chunks` times.
+
+    `autov3` and A1111's short hash are the first 12 digits of `sshs_model_hash`, `autov2` is the first 10 of `sha256`,
+    `autov1` the first 8 of the SHA-256 of bytes 0x100000 to 0x110000. `blake3` is there where
+    the package of that name is installed.
+    """
+    file = SafetensorsFile.open(path)
+    whole, model, others = hashlib.sha256(), hashlib.sha256(), _Others()
+    with file.path.open("rb") as stream:
+        start = stream.read(8)
+        header = stream.read(struct.unpack("<Q", start)[0])
+        whole.update(start + header)
+        others.update(start + header)
+        for _ in range(chunks(path)):
+            chunk = stream.read(CHUNK_BYTES)
+            whole.update(chunk)
+            model.update(chunk)
+            others.update(chunk)
+            step()
+    return others.found() | {
+        "sha256": whole.hexdigest(),
+        "autov2": whole.hexdigest()[:10],
+        "sshs_model_hash": model.hexdigest(),
+        "autov3": model.hexdigest()[:12],
+        "sshs_legacy_hash": legacy_hash(file, file.metadata),
+    }

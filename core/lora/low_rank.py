@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UnmatchedKeys
-from .kinds import scale_of, weight_shape
+from .changes import scale_of
+from .kinds import weight_shape
 from .norms import Product, factors_of, single_product
 
 Factorised = tuple[Tensor, Tensor, float]

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import UnmatchedKeys
 from ..storage.safetensors_file import ComputedTensors
 from ..tensor_names import NAME_TABLES, SCHEMES, Fusion, ModuleId, NameTable
-from .kinds import weight_change
+from .changes import weight_change
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +44,11 @@ class LoraModule:
 
 
 def name_modules(
-    family: str, modules: Mapping[ModuleId, LoraModule], scheme: str, extra: Mapping[str, Tensor] | None = None
+    table: NameTable, modules: Mapping[ModuleId, LoraModule], scheme: str, extra: Mapping[str, Tensor] | None = None
 ) -> ComputedTensors:
     """The tensors of a file in a scheme (one of SCHEMES), fused where the scheme names the original model's modules.
+
+    `table` has the names of the model, one of NAME_TABLES or like one.
 
     Only Kohya's scheme has alpha: readers of the other two drop it or fail at it for some families, so it is multiplied
     in. `modules` are asked again each time that a tensor is. `extra` tensors keep their names. Raises UnmatchedKeys for
@@ -54,10 +56,9 @@ def name_modules(
     """
     if scheme not in SCHEMES:
         raise UnmatchedKeys(f"no scheme {scheme!r} to write; known: {', '.join(SCHEMES)}")
-    keys = NAME_TABLES[family]
     fusions: dict[str, tuple[Fusion, dict[int, ModuleId]]] = {}
     for part, path in modules:
-        name, fusion, index = name_in_scheme(keys, part, path, scheme)
+        name, fusion, index = name_in_scheme(table, part, path, scheme)
         fusions.setdefault(name, (fusion, {}))[1][index] = (part, path)
 
     def tensors_of(name: str, fusion: Fusion, parts: Mapping[int, ModuleId]) -> dict[str, Tensor]:
@@ -67,7 +68,7 @@ def name_modules(
             up = module.up if module.scale == 1 else module.up.float() * module.scale
             return {f"{name}.lora_A.weight": module.down, f"{name}.lora_B.weight": up}
         in_denoiser = all(part == "denoiser" for part, _ in parts.values())
-        if in_denoiser and keys.kernel_in_kohya(fusion.parts[0]) == 1 and module.down.ndim == 2:
+        if in_denoiser and table.kernel_in_kohya(fusion.parts[0]) == 1 and module.down.ndim == 2:
             module = replace(module, down=module.down[:, :, None, None], up=module.up[:, :, None, None])
         tensors = {f"{name}.lora_down.weight": module.down, f"{name}.lora_up.weight": module.up}
         tensors[f"{name}.alpha"] = torch.tensor(module.alpha)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kinds import scale_of
+from .changes import scale_of
 
 LARGEST_VALUE = torch.finfo(torch.float16).max
 """The largest change of a number in a weight that makes sense, 65504: more does not fit into 16 bits, and draws black."""

@@ -1,48 +1,175 @@
-"""The modules of a file that ComfyUI 0.30, diffusers 0.42 and peft 0.21 would not load, and the reasons.
+"""What other programs make of a LoRA: ComfyUI 0.30, diffusers 0.42, peft 0.21, sd-scripts 0.10.1 and InvokeAI 6.14.
 
 All of them skip unknown names, at best with a line in a log, so a file with other names loads and does nothing. The names
 of a family that they know are in its name table (`LoadedNames`). tests/comfyui/test_lora_readers.py compares all this
-with the programs themselves.
+with the programs themselves, sd-scripts with the lists of its modules.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 
-from ..tensor_names.keys import NamedTensor, parse_key
-from ..tensor_names.table import NameTable
+from ..tensor_names import NAME_TABLES, NamedTensor, NameTable, is_published, parse_key
+from .names import Entry, LoraNames, has_pefts_magnitude
 
-READERS = ("ComfyUI", "diffusers", "peft")
+READERS = ("ComfyUI", "diffusers", "peft", "sd-scripts", "InvokeAI")
 
 
-def not_loaded(reader: str, family: NameTable, module_name: str, kind: str, keys: Collection[str]) -> str | None:
-    """The reason why one of READERS would not load a module; None when it loads it.
+@dataclass(frozen=True)
+class Objection:
+    """Why a program does not make of a module what it means."""
 
-    `module_name`, `kind` and `keys` (names of its tensors) are those of a `LoraFile`'s entry.
-    """
-    named = parse_key(f"{module_name}.alpha")
+    reason: str
+    loads: bool = False
+    """Whether the program loads the module all the same, as another change."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a program makes of a LoRA."""
+
+    modules: int
+    """How many modules the LoRA changes."""
+    objections: Mapping[str, Objection]
+    """The objections to modules, by their names in the file."""
+
+    @property
+    def verdict(self) -> str:
+        """The result: "loads", "loads in part", "loads as another change" (all or a part of it), or "not at all"."""
+        if not self.objections:
+            return "loads"
+        if any(objection.loads for objection in self.objections.values()):
+            return "loads as another change"
+        return "loads in part" if len(self.objections) < self.modules else "not at all"
+
+
+def read_by(reader: str, lora: LoraNames) -> Reading:
+    """What a program, one of READERS, makes of a LoRA."""
+    found = {entry.name: objection for entry in lora.entries if (objection := _objection(reader, lora.family, entry))}
+    refusal = _refusal_by_invokeai(lora, found) if reader == "InvokeAI" else None
+    if refusal:
+        found = {entry.name: Objection(refusal) for entry in lora.entries}
+    return Reading(len(lora.entries), found)
+
+
+def not_loaded_by(reader: str, lora: LoraNames) -> dict[str, str]:
+    """The reason for each module, by name, why a program, one of READERS, would not load it or not as it is meant."""
+    return {name: objection.reason for name, objection in read_by(reader, lora).objections.items()}
+
+
+@lru_cache(maxsize=1 << 17)  # the files of a folder have mostly the same modules
+def _objection(reader: str, family: str, entry: Entry) -> Objection | None:
+    if not all(is_published(family, *module) for module in entry.modules):
+        return Objection(f"a module that no published {family} model has")
+    named = parse_key(f"{entry.name}.alpha")
     assert named is not None
-    if reader == "ComfyUI":
-        if any(re.search(r"\.lora_(up|B(\.\w+)?)\.bias$", key) for key in keys):
-            return "a bias of the up matrix"
-        if any("lora_magnitude_vector" in key for key in keys):
-            return "lora_magnitude_vector, without which it is another change"
-        return _not_loaded_by_comfyui(family, named)
-    if any(key.endswith((".diff_b", ".b_norm")) for key in keys):
+    found = _RULES[reader](NAME_TABLES[family], named, entry)
+    return Objection(found) if isinstance(found, str) else found
+
+
+def _by_comfyui(family: NameTable, named: NamedTensor, entry: Entry) -> Objection | str | None:
+    if any(re.search(r"\.lora_(up|B(\.\w+)?)\.bias$", key) for key in entry.keys.values()):
+        return "a bias of the up matrix"
+    if any(re.search(r"\.lora_[AB]\.(?!default\.)\w+\.weight$", key) for key in entry.keys.values()):
+        return "an adapter's name in the tensors' names, except default"
+    reason = _name_not_known_to_comfyui(family, named)
+    if reason is None and has_pefts_magnitude(entry):
+        return Objection("peft's magnitude, without which it is another change", loads=True)
+    return reason
+
+
+def _by_diffusers(family: NameTable, named: NamedTensor, entry: Entry) -> Objection | str | None:
+    if _changes_bias(entry):
         return "changes of a bias"
-    if reader == "peft":
-        if named.scheme not in ("diffusers", "peft"):
-            return f"{named.scheme} names"
-    elif _is_t5(named):
+    if _is_t5(named):
         return "T5 as a text encoder"
-    elif kind == "lokr":
-        return _lokr_not_loaded_by_diffusers(family, named, any(key.endswith(".alpha") for key in keys))
-    elif named.scheme not in family.loaded.diffusers:
+    if entry.kind == "lokr":
+        return _lokr_not_loaded_by_diffusers(family, named, "alpha" in entry.keys)
+    if named.scheme not in family.loaded.diffusers:
         return f"{named.scheme} names of {family.name}"
-    elif named.part == "denoiser" and named.scheme in family.loaded.diffusers_denoiser_lacks:
+    if named.part == "denoiser" and named.scheme in family.loaded.diffusers_denoiser_lacks:
         return family.loaded.diffusers_denoiser_lacks[named.scheme]
-    if kind == "dora" and not any("lora_magnitude_vector" in key for key in keys):
-        return "dora_scale, without which it is another change"
-    return None if kind in ("lora", "locon", "dora") else f"adapters of kind {kind}"
+    return _kind_not_loaded_by_peft(entry)
+
+
+def _by_peft(family: NameTable, named: NamedTensor, entry: Entry) -> Objection | str | None:
+    if _changes_bias(entry):
+        return "changes of a bias"
+    if named.scheme not in ("diffusers", "peft"):
+        return f"{named.scheme} names"
+    return _kind_not_loaded_by_peft(entry)
+
+
+def _kind_not_loaded_by_peft(entry: Entry) -> Objection | str | None:
+    if entry.kind == "dora" and not has_pefts_magnitude(entry):
+        return Objection("dora_scale, without which it is another change", loads=True)
+    return None if entry.kind in ("lora", "locon", "dora") else f"adapters of kind {entry.kind}"
+
+
+def _by_sd_scripts(family: NameTable, named: NamedTensor, entry: Entry) -> Objection | str | None:
+    known = family.loaded.sd_scripts
+    if known is None:
+        return f"{family.name} at all"
+    if entry.kind not in ("lora", "locon") or entry.changes_bias:
+        return f"adapters of kind {entry.kind} in its plain network"
+    if named.part != "denoiser":
+        prefix = family.kohya_prefixes.get(entry.part, "?")
+        is_right = named.module_name.startswith(prefix) and (_is_t5(named) or "text_model" in named.module_name)
+        return None if is_right else f"{named.scheme} names of text encoders"
+    whose = "original" if family.original_in_kohya else "diffusers"
+    if named.scheme != "kohya" or whose not in _whose_paths(family, named):
+        return f"{named.scheme} names" if named.scheme != "kohya" else f"names that are not {whose}'s"
+    return None if re.search(known, named.path) else "modules outside the blocks"
+
+
+def _by_invokeai(family: NameTable, named: NamedTensor, entry: Entry) -> Objection | str | None:
+    known = family.loaded.invokeai
+    if not known:
+        return f"{family.name} at all"
+    if entry.kind == "dora":
+        if has_pefts_magnitude(entry) or entry.shapes["dora"][:1] != (1,):
+            return Objection("a magnitude for each output, which makes another change", loads=True)
+    elif entry.kind not in ("lora", "locon", "loha", "lokr") or entry.changes_bias:
+        return f"adapters of kind {entry.kind}"
+    if entry.kind in ("loha", "lokr", "dora") and named.scheme != "kohya":
+        return f"adapters of kind {entry.kind} with {named.scheme} names, as far as it is known"
+    if named.part != "denoiser":
+        return None if named.module_name.startswith(family.loaded.invokeai_text or "?") else "such text encoder names"
+    patterns = [known[named.scheme, whose] for whose in _whose_paths(family, named) if (named.scheme, whose) in known]
+    if not patterns:
+        return f"{named.scheme} names of {family.name}"
+    return None if any(re.search(pattern, named.path) for pattern in patterns) else "modules outside the blocks"
+
+
+def _refusal_by_invokeai(lora: LoraNames, objections: Mapping[str, Objection]) -> str | None:
+    """The reason why InvokeAI refuses a whole file; None when it goes by modules."""
+    loaded = NAME_TABLES[lora.family].loaded
+    if not loaded.invokeai:
+        return None
+    if lora.unknown_keys:
+        return "a file with tensors that it does not understand"
+    skipped = [e for e in lora.entries if e.name in objections and not objections[e.name].loads]
+    if unknown := next((e for e in skipped if e.scheme not in loaded.invokeai_skips or e.part != "denoiser"), None):
+        return f"a file with {objections[unknown.name].reason}"
+    places = [(m.part, m.path, m.weight_shape) for m in lora.content.modules]
+    known = loaded.invokeai_signs
+    if known and not any(all(any(sign.matches(*p) for p in places) for sign in signs) for signs in known):
+        return "a file without the modules by which it recognises the family"
+    return None
+
+
+_RULES = {
+    "ComfyUI": _by_comfyui,
+    "diffusers": _by_diffusers,
+    "peft": _by_peft,
+    "sd-scripts": _by_sd_scripts,
+    "InvokeAI": _by_invokeai,
+}
+
+
+def _changes_bias(entry: Entry) -> bool:
+    return "diff_b" in entry.keys or "b_norm" in entry.keys
 
 
 def _lokr_not_loaded_by_diffusers(family: NameTable, named: NamedTensor, has_alpha: bool) -> str | None:
@@ -68,7 +195,7 @@ def _is_t5(named: NamedTensor) -> bool:
     return named.path.startswith("encoder.block.")
 
 
-def _not_loaded_by_comfyui(family: NameTable, named: NamedTensor) -> str | None:
+def _name_not_known_to_comfyui(family: NameTable, named: NamedTensor) -> str | None:
     if named.part != "denoiser":
         if named.scheme == "comfy" or (named.scheme == "kohya" if _is_t5(named) else "text_model" in named.module_name):
             return None

@@ -8,6 +8,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -30,6 +31,10 @@ _OTHER_PARTS = (
 )  # fmt: skip
 
 
+_PUBLISHED_LAYERS = 2
+"""The residual blocks in a level of all published UNets."""
+
+
 class BaseLayers:
     """The layers of a base model that a LoRA can change, for `lora.file.fit`."""
 
@@ -41,6 +46,8 @@ class BaseLayers:
     """The shape of each module's weight in diffusers."""
     biased: set[ModuleId]
     """The modules that have a bias."""
+    names: NameTable
+    """The names of its modules in LoRA files; those of UNets with other blocks than the published ones are diffusers'."""
 
     def __init__(self, tensor_shapes: Mapping[str, tuple[int, ...]], name: str, family: str | None = None):
         """Finds the layers by the shapes of a model's tensors, in original or diffusers naming.
@@ -54,6 +61,10 @@ class BaseLayers:
         self.biased = set()
         self._names: dict[ModuleId, str] = {}
         layers = _layers_per_block(paths.values())
+        self.names = NAME_TABLES[self.family]
+        if self.names.is_unet and layers != _PUBLISHED_LAYERS:
+            # The table numbers the original model's blocks as the published models have them.
+            self.names = replace(self.names, original_in_kohya=False)
         for weight, (part, path) in paths.items():
             place, shape = _place(NAME_TABLES[self.family], part, path, layers), tensor_shapes[weight]
             if place is None or not _fits(place, shape):
@@ -156,9 +167,14 @@ def _fits(place: Place, shape: tuple[int, ...]) -> bool:
 
 
 def _layers_per_block(paths: Iterable[tuple[str, str]]) -> int:
-    """The number of residual blocks in a level of an original UNet, by the place of the first downsampler; 2 without one."""
-    numbers = [int(match[1]) for _, path in paths if (match := re.fullmatch(r"input_blocks\.(\d+)\.0\.op", path))]
-    return min(numbers, default=3) - 1
+    """The number of residual blocks in a level of a UNet, by the place of the first downsampler or of the last block."""
+    before, last = [], []
+    for _, path in paths:
+        if match := re.fullmatch(r"input_blocks\.(\d+)\.0\.op", path):
+            before.append(int(match[1]) - 1)
+        elif match := re.match(r"down_blocks\.\d+\.resnets\.(\d+)\.", path):
+            last.append(int(match[1]) + 1)
+    return min(before, default=max(last, default=_PUBLISHED_LAYERS))
 
 
 def _place(family: NameTable, part: str, path: str, layers: int) -> Place | None:

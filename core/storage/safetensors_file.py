@@ -10,12 +10,9 @@ import math
 import mmap
 import os
 import shutil
-import stat
 import struct
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -23,13 +20,9 @@ import torch
 from torch import Tensor
 
 from ..errors import BadFile
-from .files import is_text, write_file
+from .files import write_file
+from .header import TYPES, Header, parse_header
 
-MAX_HEADER_BYTES = 100_000_000
-"""The largest header, in bytes: the safetensors library refuses larger ones, so nobody could read such a file."""
-MAX_HEADER_VALUES = 1_000_000
-"""The most commas and brackets in a header. Files have far fewer, and three bytes of JSON can take a hundred in memory."""
-MAX_DIMENSIONS = 16
 CHUNK_BYTES = 1 << 20
 SMALL_BYTES = 64
 """The size up to which a tensor is read, not mapped: touching a mapped page makes the system read its neighbours too."""
@@ -39,27 +32,7 @@ _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 # torch has gained the unsigned and the small float types over time, so only those that this torch has are listed.
 DTYPES: dict[str, torch.dtype] = {
-    code: getattr(torch, name)
-    for code, name in {
-        "F64": "float64",
-        "F32": "float32",
-        "F16": "float16",
-        "BF16": "bfloat16",
-        "F8_E4M3": "float8_e4m3fn",
-        "F8_E5M2": "float8_e5m2",
-        "F8_E8M0": "float8_e8m0fnu",
-        "C64": "complex64",
-        "I64": "int64",
-        "I32": "int32",
-        "I16": "int16",
-        "I8": "int8",
-        "U64": "uint64",
-        "U32": "uint32",
-        "U16": "uint16",
-        "U8": "uint8",
-        "BOOL": "bool",
-    }.items()
-    if hasattr(torch, name)
+    code: getattr(torch, name) for code, (name, _) in TYPES.items() if hasattr(torch, name)
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 # The safetensors library stores tensors by falling rank of this list, then by name. The order is only visible in the
@@ -70,16 +43,13 @@ _STORAGE_ORDER = [
 ]  # fmt: skip
 
 
-class SafetensorsFile(Mapping[str, Tensor]):
+class SafetensorsFile(Header, Mapping[str, Tensor]):
     """A safetensors file with a checked header, as a mapping from names to tensors.
 
     Tensors are mapped from the file without a copy when they are asked for. They are cheap to ask for twice, and private
     to this process: writing into one never changes the file. `SafetensorsFile.open(path)` opens a file.
     """
 
-    path: Path
-    metadata: dict[str, str]
-    shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
 
     def __init__(
@@ -87,40 +57,23 @@ class SafetensorsFile(Mapping[str, Tensor]):
         path: Path,
         metadata: dict[str, str],
         shapes: dict[str, tuple[int, ...]],
-        dtypes: dict[str, torch.dtype],
+        codes: dict[str, str],
         offsets: dict[str, int],
         size: int,
     ):
-        self.path = path
-        self.metadata = metadata
-        self.shapes = shapes
-        self.dtypes = dtypes
-        self._offsets = offsets
-        self._size = size
+        super().__init__(path, metadata, shapes, codes, offsets, size)
+        if unknown := next((name for name, code in codes.items() if code not in DTYPES), None):
+            raise BadFile(
+                f"{path}: tensor {unknown[:80]!r} has dtype {codes[unknown]!r}, which this torch lacks; "
+                f"known: {', '.join(DTYPES)}"
+            )
+        self.dtypes = {name: DTYPES[code] for name, code in codes.items()}
         self._memory: mmap.mmap | None = None
 
     @property
     def layout(self) -> "Layout":
         """The dtype and shape of each tensor by name, as the header states them."""
         return {name: (self.dtypes[name], shape) for name, shape in self.shapes.items()}
-
-    @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> "SafetensorsFile":
-        """The file at `path`. Raises BadFile when it is missing, a pickle, truncated or not what its header says."""
-        path = Path(path)
-        try:
-            if stat.S_ISFIFO(path.stat().st_mode):  # to open it would wait for whoever writes into it
-                raise BadFile(f"{path}: is no regular file")
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                start = file.read(8)
-                header_size = _header_size(path, start, size)
-                header = file.read(header_size)
-        except OSError as error:
-            raise BadFile(f"{path}: cannot be read: {error.strerror or error}") from None
-        entries, metadata = _parse_header(path, header)
-        shapes, dtypes, offsets = _check_entries(path, entries, first_byte=8 + header_size, file_size=size)
-        return cls(path, metadata, shapes, dtypes, offsets, size)
 
     def tensor(self, name: str) -> Tensor:
         """The tensor called `name`, mapped from the file.
@@ -168,16 +121,6 @@ class SafetensorsFile(Mapping[str, Tensor]):
                     self._memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         return self._memory
 
-    @contextmanager
-    def _reopened(self) -> Iterator[BinaryIO]:
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                if os.fstat(file.fileno()).st_size != self._size:
-                    raise BadFile(f"{self.path}: has changed on disk since it was opened")
-                yield file
-        except OSError as error:
-            raise BadFile(f"{self.path}: cannot be read: {error.strerror or error}") from None
-
     def __getitem__(self, name: str) -> Tensor:
         return self.tensor(name)
 
@@ -192,124 +135,6 @@ class SafetensorsFile(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         return f"SafetensorsFile({str(self.path)!r}, {len(self)} tensors)"
-
-
-def _header_size(path: Path, start: bytes, file_size: int) -> int:
-    if file_size == 0:
-        raise BadFile(f"{path}: the file is empty")
-    size = struct.unpack("<Q", start)[0] if len(start) == 8 else None
-    if size is not None and size <= MAX_HEADER_BYTES and 8 + size <= file_size:
-        return size
-    if start[:4] == b"GGUF":
-        raise BadFile(
-            f"{path}: this is a GGUF file under whatever name, which is quantised; give it as a safetensors file"
-        )
-    # Only now: the length of a good header may have the same bytes as the start of a pickle.
-    if start[:2] == b"PK" or start[:1] == b"\x80":
-        raise BadFile(
-            f"{path}: this is a Python pickle (.pt, .ckpt, .bin) under whatever name, not a safetensors file; "
-            "opening a pickle can run any program, so convert it to .safetensors first with a tool that you trust"
-        )
-    if size is None:
-        raise BadFile(f"{path}: truncated: {file_size} bytes, a safetensors file begins with 8 bytes of header length")
-    if start == b"version ":
-        raise BadFile(
-            f"{path}: this is a Git LFS pointer, which stands for the file; get the file itself (git lfs pull)"
-        )
-    text = start.decode("utf-8", "replace").lstrip("\ufeff \t\r\n")
-    if text.isprintable() and "\ufffd" not in text:
-        kind = "a web page" if text.startswith("<") else "text"
-        raise BadFile(
-            f"{path}: this is {kind} under another name, not a safetensors file: perhaps what a site answered instead of "
-            "the file, because it wants a login; download it again"
-        )
-    if size > MAX_HEADER_BYTES:
-        raise BadFile(f"{path}: not a safetensors file: it claims a header of {size} bytes (limit {MAX_HEADER_BYTES})")
-    raise BadFile(f"{path}: truncated: the header needs {8 + size} bytes, the file has {file_size}")
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the name {twice[:80]!r} appears twice")
-    return result
-
-
-def _parse_header(path: Path, header: bytes) -> tuple[dict[str, object], dict[str, str]]:
-    if header[:1] != b"{":
-        raise BadFile(f"{path}: not a safetensors file: its header does not start with '{{'")
-    values = sum(header.count(mark) for mark in b",[{")
-    if values > MAX_HEADER_VALUES:
-        raise BadFile(f"{path}: its header has {values} commas and brackets (limit {MAX_HEADER_VALUES})")
-    try:
-        entries = json.loads(header.decode("utf-8"), object_pairs_hook=_unique)
-    except UnicodeDecodeError:
-        raise BadFile(f"{path}: damaged header: not UTF-8") from None
-    except RecursionError:
-        raise BadFile(f"{path}: damaged header: nested too deeply") from None
-    except ValueError as error:
-        raise BadFile(f"{path}: damaged header: {error}") from None
-    metadata = entries.pop("__metadata__", None)
-    if metadata is None:
-        metadata = {}
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise BadFile(f"{path}: damaged header: __metadata__ must map strings to strings")
-    for text in (*entries, *metadata, *metadata.values()):
-        if not is_text(text):
-            raise BadFile(f"{path}: damaged header: {text[:80]!r} is no Unicode text")
-    return entries, metadata
-
-
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _check_entries(
-    path: Path, entries: dict[str, object], first_byte: int, file_size: int
-) -> tuple[dict[str, tuple[int, ...]], dict[str, torch.dtype], dict[str, int]]:
-    """The shapes, dtypes and byte offsets that a header states, if its tensors fill the file without gap or overlap.
-
-    Raises BadFile otherwise.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    dtypes: dict[str, torch.dtype] = {}
-    offsets: dict[str, int] = {}
-    ranges: list[tuple[int, int, str]] = []
-    for name, entry in entries.items():
-        where = f"{path}: damaged header: tensor {name[:80]!r}"
-        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-            raise BadFile(f"{where} must have exactly dtype, shape and data_offsets")
-        dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
-        if dtype is None:
-            known = ", ".join(DTYPES)
-            raise BadFile(f"{path}: tensor {name[:80]!r} has dtype {str(entry['dtype'])[:20]!r}; known: {known}")
-        shape = entry["shape"]
-        if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(_is_size(side) for side in shape):
-            raise BadFile(f"{where} has a shape that is not a list of at most {MAX_DIMENSIONS} sizes")
-        span = entry["data_offsets"]
-        if not isinstance(span, list) or len(span) != 2 or not all(_is_size(value) for value in span):
-            raise BadFile(f"{where} has data_offsets that are not two byte positions")
-        begin, end = span
-        if begin > end or first_byte + end > file_size:
-            raise BadFile(
-                f"{path}: truncated or damaged: tensor {name[:80]!r} lies at bytes {begin} to {end}, "
-                f"the file has {file_size - first_byte} bytes of tensors"
-            )
-        # Sizes are bounded by the file before they are multiplied: no absurd dimension survives.
-        if any(side > file_size for side in shape) or math.prod(shape) * dtype.itemsize != end - begin:
-            raise BadFile(f"{where} of shape {shape} and dtype {entry['dtype']} does not take {end - begin} bytes")
-        shapes[name], dtypes[name], offsets[name] = tuple(shape), dtype, first_byte + begin
-        ranges.append((begin, end, name))
-    position = 0
-    for begin, end, name in sorted(ranges):
-        if begin != position:
-            fault = "overlaps another" if begin < position else "leaves a gap before it"
-            raise BadFile(f"{path}: damaged header: tensor {name[:80]!r} {fault}")
-        position = end
-    if first_byte + position != file_size:
-        raise BadFile(f"{path}: damaged: {file_size - first_byte - position} bytes after the last tensor")
-    return shapes, dtypes, offsets
 
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -495,7 +320,7 @@ def copy_with_metadata(file: SafetensorsFile, path: str | os.PathLike[str], meta
     def write(output: BinaryIO) -> None:
         with file.path.open("rb") as source:
             size = struct.unpack("<Q", source.read(8))[0]
-            entries, _ = _parse_header(file.path, source.read(size))
+            entries, _ = parse_header(file.path, source.read(size))
             output.write(_pack_header(entries, metadata))
             shutil.copyfileobj(source, output, CHUNK_BYTES)
 

@@ -24,17 +24,21 @@ NAME_TABLES: dict[str, NameTable] = {
 """The tables of all families by name. When a file fits several families equally, the first one counts."""
 
 
-def families_of(modules: Iterable[tuple[str, str, tuple[int, ...] | None]]) -> list[str]:
+def families_of(
+    modules: Iterable[tuple[str, str, tuple[int, ...] | None]], among: Iterable[str] | None = None
+) -> list[str]:
     """The names of the families with the most signs among the modules (part, path, shape of the weight); empty without any.
+
+    Only the families `among` these count, of all for None.
 
     Signs in text encoders, which families share, only decide between families that fit equally without them.
     """
-    scores = {name: [0, 0, 0, 0] for name in NAME_TABLES}
+    scores = {name: [0, 0, 0, 0] for name in NAME_TABLES if among is None or name in among}
     for part, path, shape in modules:
-        for family in NAME_TABLES.values():
-            for sign in family.signs:
+        for name in scores:
+            for sign in NAME_TABLES[name].signs:
                 if sign.matches(part, path, shape):
-                    scores[family.name][2 * (part != "denoiser") + (not sign.decisive)] += 1
+                    scores[name][2 * (part != "denoiser") + (not sign.decisive)] += 1
     best = max(scores.values())
     return [name for name, score in scores.items() if score == best and any(score)]
 

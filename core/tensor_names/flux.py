@@ -40,6 +40,8 @@ _of_original, _of_diffusers = by_rules(
         (*(f"{_SINGLE}.attn.to_{x}" for x in "qkv"), f"{_SINGLE}.proj_mlp"),
         (1, 1, 1, 4),
     ),
+    # After linear1, which is the name of its parts when they are written.
+    Fusion("single_blocks.{}.linear1_qkv", tuple(f"{_SINGLE}.attn.to_{x}" for x in "qkv"), _QKV),
     Fusion("single_blocks.{}.linear2", (f"{_SINGLE}.proj_out",)),
     Fusion("single_blocks.{}.modulation.lin", (f"{_SINGLE}.norm.linear",)),
     *_embedders(
@@ -68,6 +70,7 @@ _of_original_2, _of_diffusers_2 = by_rules(
 _STRUCTURE = Sign(r"^(double_blocks|single_blocks|single_transformer_blocks)\.\d+\.")
 _DOUBLE_ATTENTION = r"^(double_blocks\.\d+\.(img|txt)_attn|transformer_blocks\.(\d|1[0-8])\.attn)\."
 """The attention of up to 19 double blocks. Qwen-Image has 60 blocks of the same name and width in diffusers."""
+_ORIGINAL_BLOCKS, _DIFFUSERS_BLOCKS = r"^(double|single)_blocks\.", r"^(single_)?transformer_blocks\."
 _WIDTH_1 = frozenset({3072})
 _WIDTHS_2 = frozenset({3072, 4096, 6144})
 """The hidden widths of FLUX.2 klein 4B, klein 9B and dev."""
@@ -98,6 +101,14 @@ FLUX1 = NameTable(
     loaded=LoadedNames(
         _IN_COMFYUI,
         diffusers=frozenset({"kohya", "diffusers"}),
+        sd_scripts=_ORIGINAL_BLOCKS,
+        invokeai={
+            ("kohya", "original"): _ORIGINAL_BLOCKS,
+            ("comfy", "original"): "",
+            ("diffusers", "diffusers"): _DIFFUSERS_BLOCKS,
+            ("peft", "diffusers"): _DIFFUSERS_BLOCKS,
+        },
+        invokeai_text=("lora_te1_text_model_", "lora_te2_encoder_block_"),
     ),
     kohya_prefixes={"denoiser": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te3_"},
     comfy_prefixes={
@@ -144,6 +155,24 @@ FLUX2 = NameTable(
     loaded=LoadedNames(
         _IN_COMFYUI,
         diffusers=frozenset({"kohya", "diffusers", "comfy", "peft"}),
+        invokeai={
+            ("kohya", "original"): _ORIGINAL_BLOCKS,
+            ("comfy", "original"): _ORIGINAL_BLOCKS,
+            ("diffusers", "diffusers"): "",
+            ("peft", "diffusers"): "",
+            ("bare", "diffusers"): "",
+        },
+        invokeai_skips=frozenset({"comfy"}),
+        # The smallest is as wide as FLUX.1, and told from it by the rows of another layer.
+        invokeai_signs=(
+            (Sign(r"^double_blocks\.\d+\.img_attn\.proj$", frozenset({4096, 6144})),),
+            (
+                Sign(r"^double_blocks\.\d+\.img_attn\.proj$", frozenset({3072})),
+                Sign(r"^double_blocks\.\d+\.img_mlp\.0$", frozenset({3072}), ratio=6),
+            ),
+            (Sign(r"^(single_transformer_blocks\.0\.attn\.to_qkv_mlp_proj|transformer_blocks\.0\.ff\.linear_in)$"),),
+            (Sign(r"^context_embedder$"),),
+        ),
         comfyui_lacks=("double_stream_modulation_", "single_stream_modulation.", "time_guidance_embed."),
         diffusers_lokr=frozenset(
             {

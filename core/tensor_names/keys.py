@@ -32,22 +32,32 @@ _LONGEST_COMPOUND = max(word.count("_") for word in COMPOUND_WORDS) + 1
 
 # The role of a tensor in its module, and a pattern of the suffixes that mean it.
 _SUFFIXES = {
-    # peft may write the adapter's name after A and B, and the first files of diffusers have `to_q_lora.down.weight`.
-    "down": r"\.lora_down\.weight|\.lora_A((\.\w+)?\.weight)?|[._]lora\.down\.weight|\.lora_linear_layer\.down\.weight",
-    "up": r"\.lora_up\.weight|\.lora_B((\.\w+)?\.weight)?|[._]lora\.up\.weight|\.lora_linear_layer\.up\.weight",
+    # peft may write the adapter's name after A and B, the first files of diffusers have `to_q_lora.down.weight`, and those
+    # of XLabs `qkv_lora1.down.weight`.
+    "down": r"\.lora_down\.weight|\.lora_A((\.\w+)?\.weight)?|([._]lora|\.lora_linear_layer|(?<=_lora[12]))\.down\.weight",
+    "up": r"\.lora_up\.weight|\.lora_B((\.\w+)?\.weight)?|([._]lora|\.lora_linear_layer|(?<=_lora[12]))\.up\.weight",
     "mid": r"\.lora_mid\.weight",
     "alpha": r"\.alpha",
     "bias": r"\.lora_(up|B(\.\w+)?)\.bias",
-    "dora": r"\.dora_scale|\.lora_magnitude_vector(\.\w+){0,2}",
+    "dora": r"\.dora_scale|\.magnitude|\.lora_magnitude_vector(\.\w+){0,2}",
     **{role: rf"\.{role}" for role in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")},
     **{role: rf"\.{role}" for role in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")},
     **{role: rf"\.{role}" for role in ("lokr_t2", "oft_blocks", "oft_diag", "rescale")},
     **{role: rf"\.{role}" for role in ("diff", "diff_b", "w_norm", "b_norm", "set_weight", "reshape_weight")},
 }
 _SUFFIX = re.compile("|".join(rf"(?P<{role}>(?:{pattern})$)" for role, pattern in _SUFFIXES.items()))
+# Nearly all tensors have one of these, which are found without searching.
+_EXACT_SUFFIXES = {
+    "lora_down.weight": "down",
+    "lora_up.weight": "up",
+    "lora_A.weight": "down",
+    "lora_B.weight": "up",
+    "alpha": "alpha",
+}
 
 # (prefix, scheme, part, whether the rest of the name is flattened); the first prefix that fits counts.
 _PREFIXES = [
+    ("lora_unet__", "invokeai", "denoiser", True),
     ("lora_unet_", "kohya", "denoiser", True),
     ("oft_unet_", "kohya", "denoiser", True),
     ("lora_te1_", "kohya", "text_encoder", True),
@@ -72,6 +82,19 @@ _PREFIXES = [
 ]
 
 
+# The LoRAs of XLabs and USO for FLUX.1 hang on attention processors under names of their own.
+_XLABS = re.compile(r"(?:diffusion_model\.)?((?:double|single)_blocks\.\d+)\.processor\.((?:qkv|proj)(?:_lora[12])?)")
+_XLABS_MODULES = {
+    "qkv_lora1": "img_attn.qkv",
+    "qkv_lora2": "txt_attn.qkv",
+    "proj_lora1": "img_attn.proj",
+    "proj_lora2": "txt_attn.proj",
+    "qkv": "linear1_qkv",
+    "proj": "linear2",
+}
+_UNFINISHED = re.compile(r"(double_blocks\.\d+\.(?:img|txt)_(?:attn|mlp|mod))_(qkv|proj|0|2|lin)")
+
+
 @dataclass(frozen=True)
 class NamedTensor:
     """The parsed name of a LoRA tensor, such as `lora_unet_mid_block_attentions_0_proj_in.alpha`."""
@@ -81,7 +104,7 @@ class NamedTensor:
     role: str
     """The role of the tensor in its module: down, up, mid, alpha, dora, hada_w1_a, ..."""
     scheme: str
-    """The naming scheme: kohya, diffusers, peft, comfy, lycoris, onetrainer or bare (no prefix)."""
+    """The naming scheme: kohya, diffusers, peft, comfy, lycoris, onetrainer, bare (no prefix), invokeai, xlabs or musubi."""
     part: str
     """The part of the model: denoiser, text_encoder, text_encoder_2 or text_encoder_3."""
     path: str
@@ -102,21 +125,38 @@ def unflatten(flat: str) -> str:
     return ".".join(components)
 
 
-@lru_cache(maxsize=1 << 16)
+@lru_cache(maxsize=1 << 17)
 def parse_key(key: str) -> NamedTensor | None:
     """The parsed name of a tensor, or None when it is not the name of a LoRA tensor."""
-    suffix = _SUFFIX.search(key)
-    if suffix is None:
-        return None
-    module_name, role = key[: suffix.start()], str(suffix.lastgroup)
+    module_name, _, suffix = key.rpartition(".")
+    if suffix == "weight":
+        module_name, _, kind = module_name.rpartition(".")
+        suffix = f"{kind}.weight"
+    role = _EXACT_SUFFIXES.get(suffix)
+    if role is None:
+        match = _SUFFIX.search(key)
+        if match is None:
+            return None
+        module_name, role = key[: match.start()], str(match.lastgroup)
+    return NamedTensor(module_name, role, *_parse_module_name(module_name))
+
+
+@lru_cache(maxsize=1 << 16)
+def _parse_module_name(module_name: str) -> tuple[str, str, str]:
+    """The scheme, the part of the model and the dotted path that the name of a module has."""
     prefix, scheme, part, flat = next(entry for entry in _PREFIXES if module_name.startswith(entry[0]))
     path = module_name.removeprefix(prefix)
     if flat:
         path = unflatten(path)
+    elif match := _XLABS.fullmatch(path):
+        scheme, path = "xlabs", f"{match[1]}.{_XLABS_MODULES[match[2]]}"
+    elif match := _UNFINISHED.fullmatch(path):
+        # musubi's converter leaves "_" for the dot before the last component.
+        scheme, path = "musubi", f"{match[1]}.{match[2]}"
     elif ".processor." in path:
         # Old versions of diffusers had LoRAs on attention processors, where `attn1.processor.to_out` is `attn1.to_out.0`.
         path = re.sub(r"\.to_out$", ".to_out.0", path.replace(".processor.", "."))
-    return NamedTensor(module_name, role, scheme, part, path)
+    return scheme, part, path
 
 
 EMBEDDING_KEYS = ("emb_params", "clip_l", "clip_g")

@@ -58,6 +58,7 @@ LUMINA2 = NameTable(
     loaded=LoadedNames(
         frozenset({("kohya", "original"), ("comfy", "original")}),
         diffusers=frozenset({"diffusers", "comfy"}),
+        sd_scripts=r"^(layers|noise_refiner|context_refiner|final_layer)\.",
     ),
 )
 ZIMAGE = NameTable(
@@ -75,6 +76,7 @@ ZIMAGE = NameTable(
         diffusers=frozenset({"kohya", "diffusers", "comfy"}),
         diffusers_lokr=frozenset({("comfy", "diffusers"), ("bare", "diffusers"), ("diffusers", "diffusers")}),
         diffusers_lokr_with_alpha=frozenset({"bare"}),
+        invokeai={("diffusers", "diffusers"): "", ("comfy", "diffusers"): ""},
     ),
     # ComfyUI, diffusers and InvokeAI all read unfused q, k and v under "diffusion_model.".
     original_in_comfy=False,

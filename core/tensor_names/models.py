@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 Shape = tuple[int, ...]
+_RUN = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?", re.ASCII)
 
 
 class Row(NamedTuple):
@@ -70,9 +71,9 @@ def identify(modules: Iterable[tuple[str, str, Shape | None]]) -> Identity:
     """
     variants, _ = _tables()
     fitting: Counter[int] = Counter()
-    having: list[tuple[str, set[int]]] = []
+    having: list[tuple[str, frozenset[int]]] = []
     for part, path, shape in modules:
-        found = {row.variant for row in _rows(part, path) if shape is None or _same_weight(row.shape, shape)}
+        found = _having(part, path, shape)
         fitting.update(found)
         having.append((path, found))
     whole = [variant for variant, count in fitting.items() if count == len(having)]
@@ -89,10 +90,17 @@ def identify(modules: Iterable[tuple[str, str, Shape | None]]) -> Identity:
     return Identity((), (), title, family, tuple(misfits))
 
 
+@lru_cache(1 << 16)
 def is_published(family: str, part: str, path: str) -> bool:
     """Whether a published model of the family has a module with that path, in any shape."""
     variants, _ = _tables()
     return any(variants[row.variant].family == family for row in _rows(part, path))
+
+
+@lru_cache(1 << 16)
+def _having(part: str, path: str, shape: Shape | None) -> frozenset[int]:
+    """The numbers of the variants that have the module, with a weight of the shape if one is given."""
+    return frozenset(row.variant for row in _rows(part, path) if shape is None or _same_weight(row.shape, shape))
 
 
 @lru_cache(1 << 16)
@@ -122,7 +130,7 @@ def _template(path: str) -> tuple[str, tuple[tuple[int, int], ...]]:
     """
     words, numbers = [], []
     for word in path.replace(".", "_").split("_"):
-        run = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", word, re.ASCII)
+        run = _RUN.fullmatch(word) if word[:1].isdigit() else None
         first, last = (int(run[1]), int(run[2] or run[1])) if run else (1, 0)
         if first <= last:
             numbers.append((first, last))

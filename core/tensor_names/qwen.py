@@ -18,5 +18,11 @@ QWEN_IMAGE = NameTable(
     loaded=LoadedNames(
         TRANSFORMER_IN_COMFYUI | {("bare", "diffusers"), ("kohya", "diffusers"), ("comfy", "diffusers")},
         diffusers=frozenset({"kohya", "diffusers", "comfy"}),
+        invokeai={
+            ("kohya", "diffusers"): r"^transformer_blocks\.",
+            ("diffusers", "diffusers"): "",
+            ("bare", "diffusers"): "",
+        },
+        invokeai_skips=frozenset({"kohya"}),
     ),
 )

@@ -45,6 +45,7 @@ SD3 = NameTable(
     loaded=LoadedNames(
         TRANSFORMER_IN_COMFYUI | {("peft", "diffusers"), ("onetrainer", "diffusers")},
         diffusers=frozenset({"diffusers"}),
+        sd_scripts=r"^joint_blocks\.",
     ),
     kohya_prefixes={
         "denoiser": "lora_unet_",

@@ -39,6 +39,16 @@ def _signs(context_width: int, text_width: int) -> tuple[Sign, ...]:
     )
 
 
+_IN_SD_SCRIPTS = r"\.(attentions|resnets|downsamplers|upsamplers)\."
+
+
+def _invokeai_signs(context_width: int) -> tuple[tuple[Sign, ...], ...]:
+    return (
+        (Sign(r"attn2\.to_[kv]$", frozenset({context_width})),),
+        (Sign(r"self_attn\.", part="text_encoder"),),
+    )
+
+
 _BLOCK_LISTS = ("BASE IN01-02 IN04-05 IN07-08 M00 OUT03-11", "BASE IN00-11 M00 OUT00-11")
 """The lists with the blocks that have attention, and with all blocks."""
 _SD2_TEXT_WIDTH = 1024
@@ -51,7 +61,15 @@ SD15 = NameTable(
     signs=_signs(context_width=768, text_width=768),
     of_original=_of_original,
     of_diffusers=_of_diffusers_sd1,
-    loaded=LoadedNames(UNET_IN_COMFYUI, diffusers=frozenset({"kohya", "diffusers"})),
+    loaded=LoadedNames(
+        UNET_IN_COMFYUI,
+        diffusers=frozenset({"kohya", "diffusers"}),
+        sd_scripts=_IN_SD_SCRIPTS,
+        invokeai={("kohya", "diffusers"): ""},
+        invokeai_text=("lora_te_text_model_",),
+        invokeai_skips=frozenset({"kohya"}),
+        invokeai_signs=_invokeai_signs(768),
+    ),
     kernel=partial(_kernel, linear_projections=False),
     diffusers_prefix="unet.",
     kohya_prefixes={"denoiser": "lora_unet_", "text_encoder": "lora_te_"},
@@ -72,6 +90,11 @@ SD2 = NameTable(
         UNET_IN_COMFYUI,
         diffusers=frozenset({"kohya", "diffusers"}),
         diffusers_denoiser_lacks={"kohya": "convolutions that sd-scripts has where SD2 has Linear layers"},
+        sd_scripts=_IN_SD_SCRIPTS,
+        invokeai={("kohya", "diffusers"): ""},
+        invokeai_text=("lora_te_text_model_",),
+        invokeai_skips=frozenset({"kohya"}),
+        invokeai_signs=_invokeai_signs(1024),
     ),
     kernel=partial(_kernel, linear_projections=True),
     # sd-scripts builds SD2 with convolutions as in SD1, where the original and diffusers have Linear layers.
@@ -97,7 +120,14 @@ SDXL = NameTable(
     ),
     of_original=_of_original,
     of_diffusers=_of_diffusers_sdxl,
-    loaded=LoadedNames(UNET_IN_COMFYUI, diffusers=frozenset({"kohya", "diffusers"})),
+    loaded=LoadedNames(
+        UNET_IN_COMFYUI,
+        diffusers=frozenset({"kohya", "diffusers"}),
+        sd_scripts=r"^(input_blocks\.[1-9]\d*|middle_block|output_blocks)\.",
+        invokeai={("kohya", "original"): "", ("kohya", "diffusers"): ""},
+        invokeai_text=("lora_te1_text_model_", "lora_te2_text_model_"),
+        invokeai_signs=((Sign(r"attn2\.to_[kv]$", frozenset({2048})),), (Sign(r"\.transformer_blocks\.[2-9]\."),)),
+    ),
     kernel=partial(_kernel, linear_projections=True),
     diffusers_prefix="unet.",
     kohya_prefixes={"denoiser": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"},

@@ -152,6 +152,16 @@ class LoadedNames:
     """The names of LoKr files that diffusers' pipelines load, as in `comfyui`."""
     diffusers_lokr_with_alpha: frozenset[str] = frozenset()
     """The schemes of LoKr files that diffusers loads only when they have an alpha."""
+    sd_scripts: str | None = None
+    """A regular expression of the denoiser's paths in Kohya names that sd-scripts loads; None for a family it lacks."""
+    invokeai: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    """A regular expression of the denoiser's paths that InvokeAI loads, by names as in `comfyui`; empty without the family."""
+    invokeai_text: tuple[str, ...] = ()
+    """The beginnings of the names of text encoders' modules that InvokeAI loads."""
+    invokeai_skips: frozenset[str] = frozenset()
+    """The schemes in which InvokeAI skips a name that it does not know; in others it refuses the whole file."""
+    invokeai_signs: tuple[tuple[Sign, ...], ...] = ()
+    """The modules by which it recognises a file: all of one of these; without any it goes by the names alone."""
 
 
 @dataclass(frozen=True)

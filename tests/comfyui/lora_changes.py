@@ -9,6 +9,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -23,6 +24,7 @@ from core.lora.modules import LoraModule
 from core.tensor_names import NAME_TABLES, ModuleId
 
 from .setup_comfyui import COMFYUI, PYTHON
+from .setup_invokeai import INVOKEAI
 
 EXACT = 1e-3
 """Relative deviation that float32 sums of thousands of products can have, where they cancel."""
@@ -317,6 +319,22 @@ def run_comfyui(files: Iterable[tuple[str, Path]], base: str = "zero") -> list[d
     result = subprocess.run(
         [str(PYTHON), str(Path(__file__).with_name("lora_reader.py")), *arguments],
         env={**os.environ, "PYTHONPATH": str(COMFYUI), "OMP_NUM_THREADS": "1", "LORA_READER_BASE": base},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return [json.loads(line[7:]) for line in result.stdout.splitlines() if line.startswith("RESULT ")]
+
+
+def run_invokeai(files: Iterable[tuple[str, Path]], root: Path) -> list[dict]:
+    """What invokeai_reader.py says of each file; `root` is a folder for what InvokeAI itself may write."""
+    result = subprocess.run(
+        [
+            sys.executable,
+            str(Path(__file__).with_name("invokeai_reader.py")),
+            *(str(v) for pair in files for v in pair),
+        ],
+        env={**os.environ, "PYTHONPATH": str(INVOKEAI), "OMP_NUM_THREADS": "1", "INVOKEAI_ROOT": str(root)},
         capture_output=True,
         text=True,
     )

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from core.lora.file import LoraFile
-from core.lora.inspect import not_loaded_by
 from core.lora.modules import LoraModule
+from core.lora.readers import not_loaded_by
 from core.tensor_names import NAME_TABLES as FAMILIES
 from core.tensor_names import SCHEMES, ModuleId
 
@@ -36,6 +36,7 @@ from .lora_changes import (
     of_peft,
     probed,
     run_comfyui,
+    run_invokeai,
     text_loras_of,
     text_of_diffusers,
     text_of_peft,
@@ -162,10 +163,10 @@ def of_project(family: str, lora: LoraFile) -> Changes:
 
 
 def documented() -> dict[tuple[str, str], list[str]]:
-    """(family, contents) -> cells: this project, ComfyUI, diffusers, peft."""
+    """(family, contents) -> cells: this project, ComfyUI, diffusers, peft, InvokeAI."""
     rows = {}
     for line in DOCUMENT.read_text().splitlines():
-        if line.count("|") == 7:
+        if line.count("|") == 8:
             family, scheme, *cells = (cell.strip() for cell in line.strip("|").split("|"))
             family, *text = family.split()
             rows[family, " ".join([*text, scheme])] = cells
@@ -255,6 +256,30 @@ def test_comfyui_changes_the_weights_of_published_widths_as_the_document_says(fi
             assert scheme == "diffusers" or (cell.matched == cell.total and cell.deviation < EXACT), kind + scheme
             cells[family, kind + scheme] = (str(cell),)
     assert_documented(cells, (1,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name, table in FAMILIES.items() if table.loaded.invokeai])
+def test_it_is_known_what_invokeai_loads(family, tmp_path):
+    """Of whole denoisers, their blocks and text encoders, in every scheme: the modules, and for blocks how they change."""
+    loras = {contents: lora_of(family, contents) for contents in (*contents_of(family), *OTHER_SCHEMES)}
+    whole = loras_of(family, blocks_only=False)
+    loras |= {f"whole {scheme}": LoraFile.from_modules(family, whole, {}, scheme) for scheme in SCHEMES}
+    for name, lora in loras.items():
+        lora.save(tmp_path / f"{name}.safetensors", torch.float32)
+    results = run_invokeai([(family, tmp_path / f"{name}.safetensors") for name in loras], tmp_path)
+    known = documented()
+    for (contents, lora), result in zip(loras.items(), results, strict=True):
+        loaded = [entry for entry in lora.entries if entry.name not in not_loaded_by("InvokeAI", lora)]
+        found = {path.removeprefix("denoiser."): torch.tensor(change) for path, change in result["changes"].items()}
+        assert bool(loaded) == bool(found), (contents, result["refused"])
+        assert not loaded or len(found) >= len(loaded) or len(found) == len({e.place.fusion.original for e in loaded})
+        if contents in SCHEMES:
+            blocks = loras_of(family, blocks_only=True)
+            wanted = changes_of(blocks) if set(found) & {p for _, p in blocks} else in_original_names(family, blocks)
+            cell = compare(found, wanted)
+            assert (f"{cell.matched}/{cell.total}" if cell.matched else "-") == known[family, contents][4], contents
+            assert cell.deviation < EXACT, contents
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import json
 import math
 import time
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from core.lora.file import KEY, LoraFile
 from core.lora.hashes import legacy_hash, model_hash
 from core.lora.low_rank import truncated_svd
 from core.lora.modules import LoraModule
+from core.models import load_base
 from core.storage.safetensors_file import SafetensorsFile, save_safetensors
 from core.tensor_names import NAME_TABLES
 from core.tensor_names.unet import ldm_unet_path
 from tests.tensor_names.test_keys import REFERENCE
+from tests.tooling import SMALL_SD15, SMALL_SDXL, write_checkpoint
 
 from .test_file import kohya_tensors, some
 
@@ -601,6 +604,23 @@ def test_the_difference_of_two_checkpoints_is_extracted_and_only_that(small_sdxl
     assert set(modules) == set(changes)
     for module_id, change in changes.items():
         assert torch.allclose(modules[module_id].delta(), change, atol=1e-2)
+
+
+@pytest.mark.parametrize("shape", [SMALL_SD15, SMALL_SDXL], ids=lambda shape: shape.family)
+def test_what_is_extracted_from_a_unet_with_one_block_a_level_has_names_that_it_has(shape, tmp_path):
+    """The published models have two, and so other numbers in the original names."""
+    path = write_checkpoint(tmp_path / "base", replace(shape, unet=shape.unet | {"layers_per_block": 1}), torch.float32)
+    file = SafetensorsFile.open(path)
+    of_unet = [name for name, sides in file.shapes.items() if name.startswith("model.diffusion") and len(sides) > 1]
+    tuned = {name: tensor + (name in of_unet) for name, tensor in file.items()}
+    save_safetensors(tmp_path / "tuned", tuned)
+    lora, _ = extract_lora(path, tmp_path / "tuned", rank=1)
+    layers = load_base(path).load("denoiser", torch.device("cpu"), torch.float32).named_modules()
+    flat = {f"lora_unet_{name.replace('.', '_')}" for name, layer in layers if hasattr(layer, "weight")}
+    assert {entry.name for entry in lora.entries} <= flat and len(lora.entries) == len(of_unet)
+    merge_into_checkpoint(path, [(lora, 1.0)], tmp_path / "merged")
+    merged = SafetensorsFile.open(tmp_path / "merged")
+    assert all(torch.allclose(merged[name], tuned[name], atol=1e-3) for name in of_unet)
 
 
 def test_checkpoints_with_names_of_the_original_and_of_diffusers_are_compared(tmp_path):

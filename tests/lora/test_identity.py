@@ -11,9 +11,8 @@ import torch
 
 from core.cli import main
 from core.errors import UnknownFamily
-from core.lora import LoraFile, inspect_lora
-from core.lora.inspect import format_inspection, not_loaded_by
-from core.lora.readers import READERS
+from core.lora import LoraFile, format_inspection, inspect_header
+from core.lora.readers import READERS, not_loaded_by
 from core.tensor_names import identify, models
 from tests.tensor_names.test_keys import KOHYA_LISTS, kohya_names
 
@@ -141,7 +140,7 @@ def test_the_report_says_how_certain_it_is(tmp_path):
         tensors |= {f"{other}.lora_A.weight": down, f"{other}.lora_B.weight": torch.ones(4 * outputs, 1)}
         path = tmp_path / f"{name}.safetensors"
         LoraFile("flux1", {}, tensors).save(path)
-        report = inspect_lora(path, read_tensors=False)
+        report = inspect_header(path)
         lines[name] = report["identity"]["verdict"], format_inspection(report)
     verdict, text = lines["attn"]
     assert verdict == "ambiguous" and "its modules are in several models alike: FLUX.1, Chroma" in text

@@ -6,6 +6,8 @@ import random
 import struct
 import time
 import tracemalloc
+import zlib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,16 +18,13 @@ from PIL.PngImagePlugin import PngInfo
 from core.errors import BadFile, FaceLoraError, UnmatchedKeys
 from core.lora.convert import convert_lora, merge_loras, resize_lora
 from core.lora.file import LoraFile
-from core.lora.inspect import (
-    block_norms,
-    edit_metadata,
-    file_hashes,
-    format_inspection,
-    inspect_lora,
-    trigger_words,
-    verify_lora,
-)
+from core.lora.hashes import file_hashes
+from core.lora.inspect import block_norms, inspect_lora
+from core.lora.metadata import edit_metadata
 from core.lora.modules import SCHEMES, LoraModule
+from core.lora.report import format_inspection, inspect_header
+from core.lora.verify import verify_lora
+from core.lora.words import trigger_words
 from core.storage.safetensors_file import SafetensorsFile, save_safetensors
 
 from .test_file import kohya_tensors, some
@@ -89,17 +88,20 @@ def test_of_a_file_of_words_the_word_is_named(tmp_path):
 
 
 def test_an_inspection_of_the_header_alone_has_no_hashes_and_norms(saved):
-    report = inspect_lora(saved, read_tensors=False)
+    report = inspect_header(saved)
     assert "hashes" not in report and "norms" not in report and "hashes" not in format_inspection(report)
 
 
-def test_the_four_hashes_are_those_of_the_bytes(saved):
+def test_the_hashes_are_those_of_the_bytes(saved):
     data = saved.read_bytes()
     header = int.from_bytes(data[:8], "little")
     hashes = file_hashes(saved)
     assert hashes["autov2"] == hashlib.sha256(data).hexdigest()[:10]
     assert hashes["sshs_model_hash"] == hashlib.sha256(data[8 + header :]).hexdigest()
     assert hashes["autov3"] == hashes["sshs_model_hash"][:12]
+    assert hashes["crc32"] == f"{zlib.crc32(data):08x}"
+    assert hashes["autov1"] == hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
+    assert ("blake3" in hashes) == (find_spec("blake3") is not None)
     assert hashes["sshs_legacy_hash"] == SafetensorsFile.open(saved).metadata["sshs_legacy_hash"]
 
 
@@ -172,7 +174,9 @@ def test_metadata_of_another_family_are_found(saved):
 def test_names_that_comfyui_would_skip_are_found(saved):
     lora = LoraFile.read(saved)
     LoraFile.from_modules("sd15", lora.modules(), lora.metadata, "diffusers").save(saved)
-    refused = inspect_lora(saved)["not_loaded_by"]["ComfyUI"]
+    reading = inspect_lora(saved)["readers"]["ComfyUI"]
+    refused = reading["names"]
+    assert reading["verdict"] == "loads in part" and sum(reading["reasons"].values()) == len(refused)
     # Of diffusers' UNet names it is the attention's that ComfyUI does not know.
     assert set(refused) == {e.name for e in LoraFile.read(saved).entries if e.part == "denoiser" and ".to_" in e.name}
     assert any(f"ComfyUI would not load {len(refused)} modules" in text for text in texts(saved))
@@ -327,9 +331,9 @@ def test_two_gigabytes_are_inspected_in_under_a_second_without_reading_them(tmp_
         file.truncate(8 + len(header) + position)  # sparse: takes no room on the disk
     assert path.stat().st_size > 2e9
     tracemalloc.start()
-    inspect_lora(path, read_tensors=False)
+    inspect_header(path)
     assert tracemalloc.get_traced_memory()[1] < 20_000_000
     tracemalloc.stop()
     started = time.process_time()
-    inspect_lora(path, read_tensors=False)
+    inspect_header(path)
     assert time.process_time() - started < 1

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from core.lora.kinds import kind_of, needs_base, weight_change, weight_shape
+from core.lora.changes import weight_change
+from core.lora.kinds import kind_of, needs_base, weight_shape
 from core.storage.safetensors_file import SafetensorsFile
 from core.tensor_names import parse_key
 

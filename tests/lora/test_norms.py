@@ -10,13 +10,15 @@ from torch.overrides import TorchFunctionMode
 from core.cli import main
 from core.errors import UnmatchedKeys
 from core.lora.apply import apply
+from core.lora.changes import weight_change
 from core.lora.convert import convert_lora, merge_loras, resize_lora, to_plain
 from core.lora.file import LoraFile
-from core.lora.inspect import format_inspection, inspect_lora, verify_lora
-from core.lora.kinds import weight_change
+from core.lora.inspect import inspect_lora
 from core.lora.low_rank import decomposed, factorise
 from core.lora.modules import LoraModule
 from core.lora.norms import change_norm, largest_change
+from core.lora.report import format_inspection
+from core.lora.verify import verify_lora
 from core.storage.safetensors_file import save_safetensors
 
 NAME = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"

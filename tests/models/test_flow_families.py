@@ -14,7 +14,7 @@ import transformers
 from core.config import TrainConfig
 from core.errors import BadConfig, MissingPackage
 from core.lora.file import LoraFile
-from core.lora.inspect import not_loaded_by
+from core.lora.readers import not_loaded_by
 from core.models.base import Base, load_base
 from core.models.families import FAMILIES
 from core.models.objective import FlowSchedule

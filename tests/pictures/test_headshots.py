@@ -29,7 +29,7 @@ from core.demo import BASE_FILE
 from core.demo.people import person_photos
 from core.errors import BadConfig, BadPhoto, InUse
 from core.faces import Face, Reference
-from core.lora.inspect import file_hashes
+from core.lora.hashes import file_hashes
 from core.models.clip import caption_tokens
 from core.pictures.face_pass import FacePass, blend, cut_out
 from core.pictures.gallery import SAME_PERSON

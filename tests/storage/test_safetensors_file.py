@@ -1,6 +1,7 @@
 import contextlib
 import errno
 import json
+import math
 import os
 import random
 import struct
@@ -13,6 +14,7 @@ import safetensors.torch
 import torch
 
 from core.errors import BadFile
+from core.storage.header import Header
 from core.storage.safetensors_file import (
     DTYPES,
     ComputedTensors,
@@ -53,6 +55,22 @@ def test_every_dtype_is_read_back_bit_by_bit(tensors, tmp_path):
     for name, tensor in tensors.items():
         assert file[name].dtype == tensor.dtype and file.shapes[name] == tuple(tensor.shape)
         assert torch.equal(file[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+
+
+@pytest.mark.parametrize("code", [code for code in DTYPES if code != "C64"])
+def test_single_numbers_are_read_as_torch_reads_them(code, tmp_path):
+    data = bytes(range(256)) if DTYPES[code].itemsize == 1 and code != "BOOL" else random.Random(0).randbytes(800)
+    values = (
+        torch.tensor([0, 1], dtype=torch.uint8)
+        if code == "BOOL"
+        else torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    )
+    tensors = {str(number): value for number, value in enumerate(values.view(DTYPES[code]).unbind())}
+    save_safetensors(tmp_path / "a", {name: tensor.reshape(()) for name, tensor in tensors.items()})
+    found = Header.open(tmp_path / "a").numbers(tensors)
+    for name, tensor in tensors.items():
+        expected = float(tensor.float() if tensor.is_floating_point() and tensor.itemsize < 8 else tensor)
+        assert found[name] == expected or (math.isnan(found[name]) and math.isnan(expected))
 
 
 def test_unaligned_tensors_are_read(tmp_path):

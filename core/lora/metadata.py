@@ -1,0 +1,77 @@
+"""Changes to the metadata of LoRA files alone."""
+
+import base64
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import BadConfig, BadFile, BadPhoto
+from ..photos.reading import read_photo_files
+from ..storage.safetensors_file import SafetensorsFile, copy_with_metadata
+from .hashes import chunks, file_hashes, legacy_hash
+from .progress import OnProgress, silent, steps
+
+MODELSPEC_VERSION = "1.0.1"
+
+
+def edit_metadata(
+    path: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    title: str | None = None,
+    author: str | None = None,
+    description: str | None = None,
+    trigger_phrase: str | None = None,
+    tags: Sequence[str] | None = None,
+    license: str | None = None,
+    usage_hint: str | None = None,
+    thumbnail: str | os.PathLike[str] | None = None,
+    remove: Sequence[str] = (),
+    on_progress: OnProgress = silent,
+) -> dict[str, str]:
+    """The new metadata, after the file is written with them to `output`, or over itself; tensors stay byte for byte.
+
+    None leaves a value, "" deletes it, and `remove` deletes any keys. `thumbnail` is a picture file, which is shrunk to a
+    JPEG without its EXIF data. Both `sshs_*` hashes are brought up to date; that of the tensors does not change. Raises
+    BadConfig when there is nothing to change, BadFile when a file cannot be read or written.
+    """
+    file = SafetensorsFile.open(path)
+    values = {
+        "title": title,
+        "author": author,
+        "description": description,
+        "trigger_phrase": trigger_phrase,
+        "tags": None if tags is None else ", ".join(tags),
+        "license": license,
+        "usage_hint": usage_hint,
+        "thumbnail": None if thumbnail is None else _thumbnail(thumbnail),
+    }
+    if not remove and all(value is None for value in values.values()):
+        raise BadConfig("nothing to change: give a title, author, ... or keys to remove")
+    given = {f"modelspec.{key}": value for key, value in values.items() if value is not None}
+    removed = {*remove, *(key for key, value in given.items() if value == "")}
+    metadata = {key: value for key, value in (file.metadata | given).items() if key not in removed}
+    if any(key.startswith("modelspec.") for key in metadata):
+        # No program reads modelspec's other keys without its version.
+        metadata.setdefault("modelspec.sai_model_spec", MODELSPEC_VERSION)
+    metadata["sshs_model_hash"] = file_hashes(path, steps(on_progress, chunks(path)))["sshs_model_hash"]
+    metadata["sshs_legacy_hash"] = legacy_hash(file, metadata)
+    copy_with_metadata(file, path if output is None else output, metadata)
+    return metadata
+
+
+THUMBNAIL_SIDE = 256
+"""The longest side of a thumbnail in pixels: it travels in the header, which every program parses."""
+
+
+def _thumbnail(picture: str | os.PathLike[str]) -> str:
+    """The picture as a data URL of a JPEG with sides of at most THUMBNAIL_SIDE pixels. Raises BadFile."""
+    try:
+        small = read_photo_files([Path(picture)], strict=True)[0].image(shorter_side=THUMBNAIL_SIDE)
+    except BadPhoto as error:
+        raise BadFile(f"{Path(picture)}: cannot be read as a picture: {error}") from None
+    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    data = io.BytesIO()
+    small.save(data, "JPEG", quality=85, comment="")  # else the picture's own comment comes along
+    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode("ascii")

@@ -1,0 +1,375 @@
+"""What the names, shapes and metadata of a LoRA file say. Nothing here reads a tensor or needs torch.
+
+`LoraHeader` is a file of which only this is read; `LoraFile` in file.py has the tensors too.
+"""
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import BadFile, UnknownFamily
+from ..storage.files import read_json
+from ..storage.header import Header
+from ..tensor_names import (
+    EMBEDDING_KEYS,
+    NAME_TABLES,
+    Identity,
+    ModuleId,
+    Place,
+    bundled_embedding,
+    families_of,
+    families_of_embedding,
+    identify,
+    other_model,
+    parse_key,
+)
+from .kinds import BIAS_ROLES, kind_of, rank_of, weight_shape
+
+Types = Mapping[str, tuple[str, tuple[int, ...]]]
+"""torch's name of the type, and the shape, of each tensor by name."""
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, eq=False)
+class NamedModule:
+    """The tensors of a file that belong to one module, whatever the family is."""
+
+    name: str
+    """The module's name in the file, without the suffixes of its tensors."""
+    scheme: str
+    """The naming scheme of that name."""
+    part: str
+    """The part of the model, e.g. "denoiser", as the name's prefix numbers it."""
+    path: str
+    """The dotted path in the original or diffusers' naming, as it stands in the name."""
+    kind: str | None
+    """The kind of adapter, one of kinds.KINDS; None when the tensors do not make one up."""
+    keys: Mapping[str, str]
+    """The name of each tensor in the file, by its role."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """The shape of each tensor, by its role."""
+
+    @cached_property
+    def weight_shape(self) -> tuple[int, ...] | None:
+        """The shape of the weight that is changed, None where the file does not tell."""
+        return weight_shape(self.kind, self.shapes) if self.kind else None
+
+
+@dataclass(frozen=True)
+class Content:
+    """The tensors of a file, sorted by what their names mean."""
+
+    modules: tuple[NamedModule, ...]
+    """The modules in the file's order."""
+    embedding_keys: tuple[str, ...]
+    """The names of the tensors that hold textual-inversion embeddings."""
+    strange_keys: tuple[str, ...]
+    """The names of tensors that are no adapter's."""
+
+    @property
+    def places(self) -> list[tuple[str, str, tuple[int, ...] | None]]:
+        """The (part, path, shape of the weight or None) of each module, as tables of models want it."""
+        return [(module.part, module.path, module.weight_shape) for module in self.modules]
+
+
+def content_of(types: Types) -> Content:
+    """The tensors of a file, sorted by what their names mean."""
+    found: dict[str, list[tuple[str, str, str, tuple[int, ...]]]] = {}
+    embeddings, strange = [], []
+    for key in types:
+        if key in EMBEDDING_KEYS or (key.startswith("bundle_emb.") and bundled_embedding(key)):
+            embeddings.append(key)
+        elif (parsed := parse_key(key)) is None:
+            strange.append(key)
+        else:
+            found.setdefault(parsed.module_name, []).append((key, parsed.role, *types[key]))
+    modules = tuple(_named_module(tuple(tensors)) for tensors in found.values())
+    return Content(modules, tuple(embeddings), tuple(strange))
+
+
+# The files of a folder have mostly modules of the same names and sizes.
+@lru_cache(maxsize=1 << 16)
+def _named_module(tensors: tuple[tuple[str, str, str, tuple[int, ...]], ...]) -> NamedModule:
+    """The module that has these tensors, each given by its name, role, type and shape."""
+    keys = {role: key for key, role, _, _ in tensors}
+    shapes = {role: shape for _, role, _, shape in tensors}
+    is_complex = any(type_name.startswith("complex") for _, _, type_name, _ in tensors)
+    named = parse_key(tensors[0][0])
+    assert named is not None
+    kind = None if is_complex else kind_of(shapes)
+    return NamedModule(named.module_name, named.scheme, named.part, named.path, kind, keys, shapes)
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One adapted module as it stands in a file."""
+
+    name: str
+    """The module's name in the file, without the suffixes of its tensors."""
+    scheme: str
+    """The naming scheme of the file's name for it."""
+    place: Place
+    """The weight that the entry changes."""
+    kind: str
+    """The kind of adapter, one of kinds.KINDS."""
+    keys: Mapping[str, str]
+    """The name of each tensor in the file, by its role."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """The shape of each tensor, by its role."""
+
+    @property
+    def part(self) -> str:
+        """The part of the model that the module is in, e.g. "denoiser"."""
+        return self.place.part
+
+    @cached_property
+    def modules(self) -> tuple[ModuleId, ...]:
+        """The modules whose weights the entry changes."""
+        return self.place.modules
+
+    @cached_property
+    def rank(self) -> int | None:
+        """The rank by which alpha is divided; None for a kind without a rank."""
+        return rank_of(self.kind, self.shapes)
+
+    @property
+    def changes_bias(self) -> bool:
+        """Whether the entry changes the bias, with the weight or alone."""
+        return self.bias_size is not None
+
+    @property
+    def bias_size(self) -> int | None:
+        """The size of the bias that the entry changes, None if it changes none."""
+        return next((self.shapes[role][0] for role in BIAS_ROLES if role in self.shapes), None)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...] | None:
+        """The shape of the weight that the entry changes, None where the file does not tell."""
+        return weight_shape(self.kind, self.shapes)
+
+
+def has_pefts_magnitude(entry: Entry) -> bool:
+    """Whether an entry is a DoRA whose magnitudes have the name, and so the meaning, that peft gives them."""
+    key = entry.keys.get("dora", "")
+    return "lora_magnitude_vector" in key or key.endswith(".magnitude")
+
+
+@lru_cache(maxsize=1 << 16)
+def _entry(family: str, module: NamedModule) -> Entry:
+    place = NAME_TABLES[family].locate(module.part, module.path)
+    return Entry(module.name, module.scheme, place, module.kind or "", module.keys, module.shapes)
+
+
+class LoraNames:
+    """A LoRA as its names, shapes and metadata describe it."""
+
+    family: str
+    """The model family that the LoRA is for, a name in tensor_names.NAME_TABLES."""
+    metadata: dict[str, str]
+    name: str
+    """The name of the LoRA in messages: the file's path, if it is from a file."""
+
+    @cached_property
+    def types(self) -> Types:
+        """torch's name of the type, and the shape, of each tensor by name."""
+        raise NotImplementedError
+
+    @cached_property
+    def content(self) -> Content:
+        """The tensors, sorted by what their names mean."""
+        return content_of(self.types)
+
+    @cached_property
+    def identity(self) -> Identity:
+        """The published models that have all the modules that the LoRA changes, in its shapes."""
+        return identify(self.content.places)
+
+    @cached_property
+    def entries(self) -> tuple[Entry, ...]:
+        """The adapted modules, in the file's order."""
+        return tuple(_entry(self.family, module) for module in self.content.modules if module.kind)
+
+    @property
+    def embedding_keys(self) -> tuple[str, ...]:
+        """The names of the tensors that hold textual-inversion embeddings."""
+        return self.content.embedding_keys
+
+    @cached_property
+    def unknown_keys(self) -> tuple[str, ...]:
+        """The names of tensors that are not understood, or whose module lacks a tensor or has shapes that do not match."""
+        broken = (key for module in self.content.modules if not module.kind for key in module.keys.values())
+        return (*self.content.strange_keys, *broken)
+
+    @property
+    def scheme(self) -> str:
+        """The naming scheme of most modules, "kohya" for a file without modules."""
+        return most_common(entry.scheme for entry in self.entries) if self.entries else "kohya"
+
+    @property
+    def kind(self) -> str:
+        """The kind of adapter, one of kinds.KINDS or "mixed"; a LoRA with some convolutions is "locon"."""
+        kinds = {entry.kind for entry in self.entries} or ({"embedding"} if self.embedding_keys else set())
+        if kinds == {"lora", "locon"}:
+            return "locon"
+        return kinds.pop() if len(kinds) == 1 else "mixed"
+
+    @property
+    def type_name(self) -> str:
+        """torch's name of the type of most tensors, where single numbers such as alphas do not count."""
+        return most_common([name for name, shape in self.types.values() if shape] or ["float32"])
+
+    @cached_property
+    def _peft_config(self) -> dict[str, Any]:
+        """The configuration of peft in the metadata, empty when there is none or when it is damaged."""
+        try:
+            config = json.loads(self.metadata.get("lora_adapter_metadata", "null"))
+        except (ValueError, RecursionError):
+            return {}
+        return config if isinstance(config, dict) else {}
+
+    def scale_in_config(self, entry: Entry) -> float | None:
+        """The factor on a module's change in peft's configuration, None when it does not say or the file has an alpha."""
+        if "alpha" in entry.keys:
+            return None
+        config = self._peft_config
+        prefix, _, path = entry.name.partition(".")
+
+        def number(name: str, patterns: str) -> float | None:
+            by_path = config.get(f"{prefix}.{patterns}")
+            found = config.get(f"{prefix}.{name}")
+            if isinstance(by_path, dict):
+                matching = (value for pattern, value in by_path.items() if f".{path}".endswith(f".{pattern}"))
+                found = next(matching, found)
+            return float(found) if isinstance(found, (int, float)) else None
+
+        is_lora = entry.kind in ("lora", "locon", "dora")
+        alpha = number("lora_alpha" if is_lora else "alpha", "alpha_pattern")
+        rank = entry.rank or number("r", "rank_pattern")
+        if alpha is None or not rank:
+            return None
+        # rsLoRA (arXiv:2312.03732) divides by the square root of the rank.
+        return alpha / (math.sqrt(rank) if config.get(f"{prefix}.use_rslora") is True else rank)
+
+
+@dataclass(frozen=True, eq=False)
+class LoraHeader(LoraNames):
+    """A LoRA file of which only the header is read, and the alphas when they are asked for."""
+
+    family: str
+    metadata: dict[str, str]
+    file: Header = field(repr=False)
+    name: str
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> "LoraHeader":
+        """The LoRA in a file. Raises BadFile when it is damaged, UnknownFamily when it is no LoRA or for an unknown family."""
+        file = Header.open(path)
+        metadata = peft_metadata(file.path) | file.metadata
+        name = str(file.path)
+        return recognised(file.types, metadata, name, lambda family: cls(family, metadata, file, name))
+
+    @cached_property
+    def types(self) -> Types:
+        """torch's name of the type, and the shape, of each tensor by name."""
+        return self.file.types
+
+    def alphas(self) -> list[float | None]:
+        """The alpha of each entry that has a rank; None where neither the file nor peft's configuration has one."""
+        ranked = [entry for entry in self.entries if entry.rank is not None]
+        numbers = self.file.numbers(entry.keys["alpha"] for entry in ranked if "alpha" in entry.keys)
+        found = []
+        for entry in ranked:
+            scale = self.scale_in_config(entry)
+            alpha = numbers[entry.keys["alpha"]] if "alpha" in entry.keys else None
+            found.append(alpha if scale is None else scale * (entry.rank or 0))
+        return found
+
+
+_Lora = TypeVar("_Lora", bound=LoraNames)
+
+
+def recognised(types: Types, metadata: Mapping[str, str], name: str, make: Callable[[str], _Lora]) -> _Lora:
+    """What `make` returns for the family that tensors of these names and shapes are for.
+
+    `name` is what messages call the LoRA. Raises UnknownFamily when it is no LoRA, or one for a family that is not known.
+    """
+    content = content_of(types)
+    identity = identify(content.places)
+    lora = make(_detect_family(content, identity, types, metadata, name))
+    lora.__dict__.update(content=content, identity=identity)  # these properties are looked up once
+    return lora
+
+
+def _detect_family(content: Content, identity: Identity, types: Types, metadata: Mapping[str, str], name: str) -> str:
+    """The family of a published model that has all the modules; where none has, the one whose names fit best.
+
+    Metadata only decide between equals, since many tools write them wrong. Raises UnknownFamily when no family fits, or when
+    the modules are rather those of a model that is not trained here.
+    """
+    modules = content.places
+    if identity.models:
+        claim = identity.of_claim((metadata.get("ss_base_model_version", ""), _architecture(metadata)))
+        other = claim or (None if identity.families else " or ".join(identity.models))
+    else:
+        other = other_model(modules)
+        if identity.nearest_family is None and 2 * len(identity.misfits) < len(modules):
+            other = other or identity.nearest
+    if other:
+        raise UnknownFamily(f"{name}: is for {other}, which is not supported; known: {', '.join(NAME_TABLES)}")
+    candidates = list(identity.families)
+    if len(candidates) != 1:
+        candidates = families_of(modules, candidates or None) or candidates
+    if not candidates and types.keys() <= set(EMBEDDING_KEYS):
+        candidates = families_of_embedding({key: shape for key, (_, shape) in types.items()})
+    if not candidates:
+        example = shortened(next(iter(types), "none"))
+        if not modules:
+            raise UnknownFamily(f"{name}: no LoRA: no adapter's tensor is among its {len(types)}, e.g. {example!r}")
+        raise UnknownFamily(
+            f"{name}: no family matches its {len(types)} keys, e.g. {example!r}; known: {', '.join(NAME_TABLES)}"
+        )
+    claimed = family_in_metadata(metadata)
+    return claimed if claimed and claimed in (identity.families or candidates) else candidates[0]
+
+
+def _architecture(metadata: Mapping[str, str]) -> str:
+    """The architecture in modelspec's metadata, without the adapter's kind behind it."""
+    return metadata.get("modelspec.architecture", "").partition("/")[0]
+
+
+def family_in_metadata(metadata: Mapping[str, str]) -> str | None:
+    """The family that the metadata claim, None when they claim no family that is known."""
+    version = metadata.get("ss_base_model_version", "")
+    architecture = _architecture(metadata)
+    by_version = [family.name for family in NAME_TABLES.values() if version in family.base_versions]
+    by_architecture = [f.name for f in NAME_TABLES.values() if architecture == f.architecture]
+    return next(iter(by_version + by_architecture), None)
+
+
+def peft_metadata(path: Path) -> dict[str, str]:
+    """The configuration that peft writes beside its file, in diffusers' form for metadata; empty for other files."""
+    beside = path.with_name("adapter_config.json")
+    if path.name != "adapter_model.safetensors" or not beside.exists():
+        return {}
+    try:
+        config = read_json(beside)
+    except BadFile as error:
+        raise BadFile(f"{error}; the alpha of {path.name} stands in it") from None
+    named = {f"base_model.{key}": value for key, value in config.items()} if isinstance(config, dict) else {}
+    return {"lora_adapter_metadata": json.dumps(named)}
+
+
+def most_common(values: Iterable[_T]) -> _T:
+    """The value that comes most often, the first of several such. `values` must not be empty."""
+    return Counter(values).most_common(1)[0][0]
+
+
+def shortened(name: str) -> str:
+    """The name of a tensor or module for a message: of a long one, which only a damaged file has, the beginning."""
+    return name if len(name) <= 120 else f"{name[:117]}..."

@@ -1,0 +1,204 @@
+"""What the header of a LoRA file says, as values for JSON and as text for a person. It needs no torch."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import FaceLoraError, one_line
+from .kinds import KINDS
+from .names import LoraHeader, shortened
+from .readers import READERS, Reading, read_by
+from .words import trigger_words, word_of
+
+_SETTINGS = {
+    "network_module": "network",
+    "network_dim": "rank",
+    "network_alpha": "alpha",
+    "steps": "steps",
+    "num_epochs": "epochs",
+    "num_train_images": "images",
+    "resolution": "resolution",
+    "total_batch_size": "batch size",
+    "learning_rate": "learning rate",
+    "text_encoder_lr": "text encoder learning rate",
+    "lr_scheduler": "schedule",
+    "optimizer": "optimizer",
+    "min_snr_gamma": "min-SNR gamma",
+    "noise_offset": "noise offset",
+    "clip_skip": "clip skip",
+    "mixed_precision": "precision",
+    "seed": "seed",
+}
+_MODELSPEC = ("title", "author", "description", "trigger_phrase", "tags", "license", "usage_hint", "date")
+_SHOWN_CHARACTERS = 200
+
+
+def inspect_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A report of everything that the header of a LoRA file says, as values for JSON.
+
+    Only the header and the alphas are read, whatever the size of the file, and torch is not loaded. Raises BadFile or
+    UnknownFamily when it is no LoRA file.
+    """
+    path = Path(path)
+    lora = LoraHeader.read(path)
+    entries = lora.entries
+    ranks = Counter(entry.rank for entry in entries if entry.rank is not None)
+    return {
+        "file": path.name,
+        "bytes": path.stat().st_size,
+        "tensors": len(lora.types),
+        "dtype": lora.type_name,
+        "family": lora.family,
+        "identity": _identity(lora),
+        "scheme": lora.scheme,
+        "kind": lora.kind,
+        "kinds": _histogram(entry.kind for entry in entries),
+        "parts": _histogram(entry.part for entry in entries),
+        "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
+        "alphas": _histogram("none (as rank)" if alpha is None else f"{alpha:g}" for alpha in lora.alphas()),
+        "embeddings": sorted({word_of(lora, key) for key in lora.embedding_keys}),
+        "unknown_keys": list(lora.unknown_keys),
+        "readers": {reader: _reading(read_by(reader, lora)) for reader in READERS} if entries else {},
+        "base_model": _known(
+            version=lora.metadata.get("ss_base_model_version"),
+            name=lora.metadata.get("ss_sd_model_name"),
+            hash=lora.metadata.get("ss_new_sd_model_hash") or lora.metadata.get("ss_sd_model_hash"),
+            architecture=lora.metadata.get("modelspec.architecture"),
+        ),
+        "trigger_words": trigger_words(lora.metadata),
+        "training": _known(**{label: lora.metadata.get(f"ss_{key}") for key, label in _SETTINGS.items()}),
+        "about": _known(**{key: lora.metadata.get(f"modelspec.{key}") for key in _MODELSPEC}),
+        "thumbnail": "modelspec.thumbnail" in lora.metadata,
+    }
+
+
+def _identity(lora: LoraHeader) -> dict[str, Any]:
+    """The published models that the LoRA is for, as values for JSON."""
+    found = lora.identity
+    return {
+        "verdict": found.verdict,
+        "models": list(found.models),
+        "nearest": found.nearest,
+        "misfits": list(found.misfits),
+    }
+
+
+def _reading(reading: Reading) -> dict[str, Any]:
+    """What a program makes of the LoRA, as values for JSON, with the modules' names where only some are at fault."""
+    objections = reading.objections
+    return {
+        "verdict": reading.verdict,
+        "modules": reading.modules,
+        "not_as_meant": len(objections),
+        "reasons": _histogram(objection.reason for objection in objections.values()),
+        "names": list(objections) if len(objections) < reading.modules else [],
+    }
+
+
+def _histogram(values) -> dict[str, int]:
+    return dict(Counter(values).most_common())
+
+
+def _known(**values: str | None) -> dict[str, str]:
+    return {key: value for key, value in values.items() if value not in (None, "", "None", "null")}
+
+
+def inspect_folder(
+    folder: str | os.PathLike[str], inspect: Callable[[Path], dict[str, Any]] = inspect_header
+) -> Iterator[dict[str, Any]]:
+    """The report that `inspect` makes of every safetensors file in and below a folder, in the order of their names.
+
+    `file` is the path from the folder on. A file that is no LoRA, or damaged, has a report of its `file` and the `error`.
+    """
+    folder = Path(folder)
+    for path in sorted(folder.rglob("*.safetensors")):
+        name = {"file": path.relative_to(folder).as_posix()}
+        try:
+            yield inspect(path) | name
+        except FaceLoraError as error:
+            yield name | {"error": str(error).removeprefix(f"{path}: ")}
+
+
+def format_line(report: Mapping[str, Any]) -> str:
+    """A report of `inspect_folder` as a line for a person."""
+    if "error" in report:
+        return one_line(f"{report['file']}: {report['error']}")
+    models = " or ".join(report["identity"]["models"]) or f"named like {report['family']}"
+    trigger = f", trigger: {_short(report['trigger_words'][0])}" if report["trigger_words"] else ""
+    return one_line(f"{report['file']}: {models}, {report['kind']} of rank {counts(report['ranks'])}{trigger}")
+
+
+def format_inspection(report: Mapping[str, Any]) -> str:
+    """The report of `inspect_header` or `inspect_lora` as text for a person."""
+    lines = [
+        f"{report['file']}  ({report['bytes'] / 1e6:.1f} MB, {report['tensors']} tensors, {report['dtype']})",
+        f"  for           {report['family']}, {report['scheme']} names",
+        *([f"                {_doubt(report['identity'])}"] if report["identity"]["verdict"] != "certain" else []),
+        f"  kind          {report['kind']}: {KINDS.get(report['kind'], 'several kinds of adapters')}",
+    ]
+    if report["parts"]:
+        lines.append(f"  modules       {counts(report['parts'])}")
+        lines.append(f"  rank          {counts(report['ranks'])}")
+        lines.append(f"  alpha         {counts(report['alphas'])}")
+    if report["trigger_words"]:
+        lines.append(f"  trigger       {_short(', '.join(report['trigger_words'][:10]))}")
+    for title, section in (("base", "base_model"), ("about", "about"), ("training", "training"), ("hashes", "hashes")):
+        rows = report.get(section) or {}
+        lines += [f"  {title if first else '':<13} {key}: {_short(value)}" for first, key, value in _rows(rows)]
+    norms = report.get("norms") or {}
+    largest = max((norm for norm in norms.values() if norm is not None), default=0.0) or 1.0
+    for first, block, norm in _rows(norms):
+        value = "NaN or infinity" if norm is None else f"{norm:9.4f} {'#' * round(24 * norm / largest)}"
+        lines.append(f"  {'change' if first else '':<13} {block:<28} {value}")
+    if report["embeddings"]:
+        lines.append(f"  embeddings    {_short(', '.join(report['embeddings']))}")
+    if report["unknown_keys"]:
+        lines.append(f"  not understood: {len(report['unknown_keys'])}, e.g. {some_of(report['unknown_keys'])}")
+    loads = {reader: _loads(reading) for reader, reading in report["readers"].items()}
+    lines += [f"  {'loads' if first else '':<13} {reader}: {text}" for first, reader, text in _rows(loads)]
+    return "\n".join(map(one_line, lines))
+
+
+def _doubt(identity: Mapping[str, Any]) -> str:
+    """A sentence on an identity that is not certain."""
+    if identity["models"]:
+        return f"its modules are in several models alike: {', '.join(identity['models'])}"
+    if not identity["nearest"]:
+        return "by its names alone: no published model has modules of such sizes"
+    return (
+        f"by its names alone; the nearest published model is {identity['nearest']}, where "
+        f"{len(identity['misfits'])} modules do not fit: {some_of(identity['misfits'])}"
+    )
+
+
+def _loads(reading: Mapping[str, Any]) -> str:
+    total, faulty = reading["modules"], reading["not_as_meant"]
+    if not faulty:
+        return f"all {total} modules"
+    reason = next(iter(reading["reasons"]))
+    if reading["verdict"] == "loads as another change":
+        return f"{faulty} of {total} modules not as they are meant: {reason}"
+    return f"{total - faulty} of {total} modules; it does not know {reason}"
+
+
+def some_of(names: Sequence[str]) -> str:
+    """At most three of the names, each shortened, for a message."""
+    return ", ".join(map(shortened, names[:3])) + (", ..." if len(names) > 3 else "")
+
+
+def _rows(section: Mapping[str, Any]) -> list[tuple[bool, str, Any]]:
+    return [(number == 0, key, value) for number, (key, value) in enumerate(section.items())]
+
+
+def counts(histogram: Mapping[str, int]) -> str:
+    """A histogram as text: the value alone, where there is one, else each with how often it is there."""
+    if len(histogram) == 1:
+        return next(iter(histogram))
+    return ", ".join(f"{key} ({count}x)" for key, count in histogram.items()) or "none"
+
+
+def _short(value: object) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."

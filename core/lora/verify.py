@@ -1,0 +1,135 @@
+"""The faults of LoRA files."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..models.base_weights import BaseWeights
+from .file import LoraFile, fit
+from .hashes import chunks, file_hashes
+from .kinds import needs_base
+from .names import family_in_metadata, shortened
+from .norms import LARGEST_VALUE, change_norm, largest_change
+from .progress import OnProgress, silent, steps
+from .readers import not_loaded_by
+from .report import counts
+from .words import trigger_words
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault of a LoRA file that `verify_lora` has found."""
+
+    is_error: bool
+    """Whether the file does not do what it should; other faults are only worth a look."""
+    text: str
+
+
+SUSPICIOUS_NORM = 20.0
+"""The multiple of the median from which a module's change is suspicious."""
+
+
+def verify_lora(
+    path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None, on_progress: OnProgress = silent
+) -> list[Fault]:
+    """The faults of a LoRA file: none, if it is what its metadata say and every module has a sane change.
+
+    With a checkpoint `base`, modules that have no place there are faults too. Raises BadFile or UnknownFamily when it is
+    no LoRA file.
+    """
+    lora = LoraFile.read(path)
+    step = steps(on_progress, chunks(path) + len(lora.tensors) + len(lora.entries))
+    faults = [
+        *_verify_names(lora),
+        *_verify_metadata(lora, file_hashes(path, step)),
+    ]
+    if base is not None:
+        weights = BaseWeights.open(base)
+        left_over = fit(lora, weights.family, weights.shapes, weights.biased).left_over
+        examples = "; ".join(f"{shortened(key)} {why}" for key, why in list(left_over.items())[:3])
+        if left_over:
+            text = (
+                f"{len(left_over)} keys have no place in {weights.file.path.name} ({weights.family}), e.g. {examples}"
+            )
+            faults.append(Fault(True, text))
+    broken = []
+    for name, tensor in lora.tensors.items():
+        broken += [] if _is_finite(tensor) else [name]
+        step()
+    if broken:
+        faults.append(Fault(True, f"{len(broken)} tensors hold NaN or infinity, e.g. {broken[0]}"))
+        return faults
+    return faults + _verify_norms(lora, step)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor.float()).all())
+
+
+def _verify_names(lora: LoraFile) -> list[Fault]:
+    faults = []
+    if lora.unknown_keys:
+        text = f"{len(lora.unknown_keys)} tensors are not understood or not complete, e.g. {lora.unknown_keys[0]}"
+        faults.append(Fault(True, text))
+    schemes = Counter(entry.scheme for entry in lora.entries)
+    if len(schemes) > 1:
+        faults.append(Fault(False, f"its names are of several schemes: {counts(schemes)}"))
+    modules = Counter(module for entry in lora.entries for module in entry.modules)
+    twice = [module for module, count in modules.items() if count > 1]
+    if twice:
+        faults.append(Fault(True, f"{len(twice)} modules are changed twice, e.g. {twice[0][1]}"))
+    refused = list(not_loaded_by("ComfyUI", lora))
+    if refused:
+        faults.append(Fault(False, f"ComfyUI would not load {len(refused)} modules, e.g. {refused[0]}; convert it"))
+    return faults
+
+
+def _verify_metadata(lora: LoraFile, hashes: Mapping[str, str]) -> list[Fault]:
+    faults = []
+    claimed = family_in_metadata(lora.metadata)
+    if claimed not in (None, lora.family):
+        faults.append(Fault(True, f"its metadata say {claimed}, its tensors are for {lora.family}"))
+    in_fact: dict[str, str] = {**hashes, "modelspec.hash_sha256": hashes["sshs_model_hash"]}
+    for key in ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"):
+        claimed_hash = lora.metadata.get(key, in_fact[key]).removeprefix("0x")
+        if claimed_hash != in_fact[key]:
+            text = f"{key} is {claimed_hash[:12]} in the metadata, but {in_fact[key][:12]} in fact"
+            faults.append(Fault(key == "sshs_model_hash", text))
+    ranks = {str(entry.rank) for entry in lora.entries if entry.rank is not None}
+    stated = lora.metadata.get("ss_network_dim", "")
+    if stated.isdecimal() and ranks and stated not in ranks:
+        faults.append(Fault(False, f"its metadata say rank {stated}, its modules have {', '.join(sorted(ranks))}"))
+    if not trigger_words(lora.metadata):
+        faults.append(Fault(False, "its metadata name no trigger word"))
+    return faults
+
+
+def _verify_norms(lora: LoraFile, step: Callable[[], None]) -> list[Fault]:
+    norms, huge = {}, []
+    for entry in lora.entries:
+        tensors = lora.tensors_of(entry)
+        huge += [] if largest_change(entry.kind, tensors) <= LARGEST_VALUE else [entry.name]
+        if entry.kind != "bias" and not needs_base(entry.kind, entry.keys):
+            norms[entry.name] = change_norm(entry.kind, tensors)
+        step()
+    faults = []
+    if huge:
+        text = f"the changes of {len(huge)} modules hold numbers that are too large for a weight, e.g. {huge[0]}"
+        faults.append(Fault(True, text))
+    zero = [name for name, norm in norms.items() if norm == 0]
+    if zero:
+        everything = len(zero) == len(norms)
+        text = "no module changes anything" if everything else f"{len(zero)} modules change nothing, e.g. {zero[0]}"
+        faults.append(Fault(everything, text))
+    sizes = sorted(norm for norm in norms.values() if norm > 0)
+    if sizes:
+        median = sizes[len(sizes) // 2]
+        large = [name for name, norm in norms.items() if norm > SUSPICIOUS_NORM * median]
+        if large:
+            text = f"{len(large)} modules change far more than the others ({SUSPICIOUS_NORM:g} times the median), e.g. "
+            faults.append(Fault(False, text + large[0]))
+    return faults

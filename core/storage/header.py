@@ -1,0 +1,273 @@
+"""The header of a safetensors file, read and checked without the tensors behind it, and without torch.
+
+It trusts nothing: what does not describe the file exactly is refused, and nothing is allocated for what it claims.
+"""
+
+import json
+import math
+import os
+import stat
+import struct
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+from ..errors import BadFile
+from .files import is_text
+
+MAX_HEADER_BYTES = 100_000_000
+"""The largest header, in bytes: the safetensors library refuses larger ones, so nobody could read such a file."""
+MAX_HEADER_VALUES = 1_000_000
+"""The most commas and brackets in a header. Files have far fewer, and three bytes of JSON can take a hundred in memory."""
+MAX_DIMENSIONS = 16
+TYPES: dict[str, tuple[str, int]] = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E8M0": ("float8_e8m0fnu", 1),
+    "C64": ("complex64", 8),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U64": ("uint64", 8),
+    "U32": ("uint32", 4),
+    "U16": ("uint16", 2),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+}
+"""torch's name and the bytes of each type, by its code in headers."""
+_FIELDS = {"dtype", "shape", "data_offsets"}
+_FORMATS = {
+    "F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b",
+    "U64": "<Q", "U32": "<I", "U16": "<H", "U8": "<B", "BOOL": "<?",
+}  # fmt: skip
+
+
+_File = TypeVar("_File", bound="Header")
+
+
+class Header:
+    """The checked header of a safetensors file. `Header.open(path)` reads one."""
+
+    path: Path
+    metadata: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+    """The shape of each tensor by name."""
+    codes: dict[str, str]
+    """The code of each tensor's type by name, one of TYPES."""
+
+    def __init__(
+        self,
+        path: Path,
+        metadata: dict[str, str],
+        shapes: dict[str, tuple[int, ...]],
+        codes: dict[str, str],
+        offsets: dict[str, int],
+        size: int,
+    ):
+        self.path = path
+        self.metadata = metadata
+        self.shapes = shapes
+        self.codes = codes
+        self._offsets = offsets
+        self._size = size
+
+    @classmethod
+    def open(cls: type[_File], path: str | os.PathLike[str]) -> _File:
+        """The file at `path`. Raises BadFile when it is missing, a pickle, truncated or not what its header says."""
+        path = Path(path)
+        try:
+            if stat.S_ISFIFO(path.stat().st_mode):  # to open it would wait for whoever writes into it
+                raise BadFile(f"{path}: is no regular file")
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                start = file.read(8)
+                header_size = _header_size(path, start, size)
+                header = file.read(header_size)
+        except OSError as error:
+            raise BadFile(f"{path}: cannot be read: {error.strerror or error}") from None
+        entries, metadata = parse_header(path, header)
+        shapes, codes, offsets = _check_entries(path, entries, first_byte=8 + header_size, file_size=size)
+        return cls(path, metadata, shapes, codes, offsets, size)
+
+    @cached_property
+    def types(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """torch's name of the type, and the shape, of each tensor by name."""
+        return {name: (TYPES[self.codes[name]][0], shape) for name, shape in self.shapes.items()}
+
+    def numbers(self, names: Iterable[str]) -> dict[str, float]:
+        """The values of tensors that hold one real number each, by name. Nothing else of the file is read.
+
+        Raises BadFile when the file has changed or gone since it was opened, KeyError for an unknown name.
+        """
+        found = {}
+        with self._reopened() as file:
+            for name in names:
+                file.seek(self._offsets[name])
+                found[name] = _number(self.codes[name], file.read(TYPES[self.codes[name]][1]))
+        return found
+
+    @contextmanager
+    def _reopened(self) -> Iterator[BinaryIO]:
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                if os.fstat(file.fileno()).st_size != self._size:
+                    raise BadFile(f"{self.path}: has changed on disk since it was opened")
+                yield file
+        except OSError as error:
+            raise BadFile(f"{self.path}: cannot be read: {error.strerror or error}") from None
+
+
+def _number(code: str, data: bytes) -> float:
+    """The real number that a tensor of one element holds. ValueError for a complex one."""
+    # Two types are others cut short, whose last bytes are zeros.
+    if code == "BF16":
+        code, data = "F32", b"\0\0" + data
+    elif code == "F8_E5M2":
+        code, data = "F16", b"\0" + data
+    if code in _FORMATS:
+        return float(struct.unpack(_FORMATS[code], data)[0])
+    if code == "F8_E8M0":
+        return math.ldexp(1.0, data[0] - 127) if data[0] < 255 else math.nan
+    if code != "F8_E4M3":
+        raise ValueError(f"a tensor of type {code} holds no real number")
+    sign, exponent, fraction = -1.0 if data[0] >> 7 else 1.0, data[0] >> 3 & 15, data[0] & 7
+    if exponent == 15 and fraction == 7:
+        return math.nan
+    return sign * (math.ldexp(8 + fraction, exponent - 10) if exponent else math.ldexp(fraction, -9))
+
+
+def _header_size(path: Path, start: bytes, file_size: int) -> int:
+    if file_size == 0:
+        raise BadFile(f"{path}: the file is empty")
+    size = struct.unpack("<Q", start)[0] if len(start) == 8 else None
+    if size is not None and size <= MAX_HEADER_BYTES and 8 + size <= file_size:
+        return size
+    if start[:4] == b"GGUF":
+        raise BadFile(
+            f"{path}: this is a GGUF file under whatever name, which is quantised; give it as a safetensors file"
+        )
+    # Only now: the length of a good header may have the same bytes as the start of a pickle.
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        raise BadFile(
+            f"{path}: this is a Python pickle (.pt, .ckpt, .bin) under whatever name, not a safetensors file; "
+            "opening a pickle can run any program, so convert it to .safetensors first with a tool that you trust"
+        )
+    if size is None:
+        raise BadFile(f"{path}: truncated: {file_size} bytes, a safetensors file begins with 8 bytes of header length")
+    if start == b"version ":
+        raise BadFile(
+            f"{path}: this is a Git LFS pointer, which stands for the file; get the file itself (git lfs pull)"
+        )
+    text = start.decode("utf-8", "replace").lstrip("\ufeff \t\r\n")
+    if text.isprintable() and "\ufffd" not in text:
+        kind = "a web page" if text.startswith("<") else "text"
+        raise BadFile(
+            f"{path}: this is {kind} under another name, not a safetensors file: perhaps what a site answered instead of "
+            "the file, because it wants a login; download it again"
+        )
+    if size > MAX_HEADER_BYTES:
+        raise BadFile(f"{path}: not a safetensors file: it claims a header of {size} bytes (limit {MAX_HEADER_BYTES})")
+    raise BadFile(f"{path}: truncated: the header needs {8 + size} bytes, the file has {file_size}")
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the name {twice[:80]!r} appears twice")
+    return result
+
+
+def parse_header(path: Path, header: bytes) -> tuple[dict[str, object], dict[str, str]]:
+    if header[:1] != b"{":
+        raise BadFile(f"{path}: not a safetensors file: its header does not start with '{{'")
+    values = sum(header.count(mark) for mark in b",[{")
+    if values > MAX_HEADER_VALUES:
+        raise BadFile(f"{path}: its header has {values} commas and brackets (limit {MAX_HEADER_VALUES})")
+    try:
+        entries = json.loads(header.decode("utf-8"), object_pairs_hook=_unique)
+    except UnicodeDecodeError:
+        raise BadFile(f"{path}: damaged header: not UTF-8") from None
+    except RecursionError:
+        raise BadFile(f"{path}: damaged header: nested too deeply") from None
+    except ValueError as error:
+        raise BadFile(f"{path}: damaged header: {error}") from None
+    metadata = entries.pop("__metadata__", None)
+    if metadata is None:
+        metadata = {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise BadFile(f"{path}: damaged header: __metadata__ must map strings to strings")
+    texts = (*entries, *metadata, *metadata.values())
+    if not is_text("".join(texts)):
+        wrong = next(text for text in texts if not is_text(text))
+        raise BadFile(f"{path}: damaged header: {wrong[:80]!r} is no Unicode text")
+    return entries, metadata
+
+
+def _where(path: Path, name: str) -> str:
+    return f"{path}: damaged header: tensor {name[:80]!r}"
+
+
+def _bytes_taken(shape: object, width: int, limit: int) -> int | None:
+    """The bytes of a tensor whose values take `width` each; None where `shape` is no list of sizes.
+
+    It is -1 where a side is above `limit`: sizes are bounded before they are multiplied, so no absurd one survives.
+    """
+    if type(shape) is not list or len(shape) > MAX_DIMENSIONS:
+        return None
+    for side in shape:  # plain comparisons: a folder of LoRAs has millions of entries
+        if type(side) is not int or side < 0:
+            return None
+    return math.prod(shape) * width if max(shape, default=0) <= limit else -1
+
+
+def _check_entries(
+    path: Path, entries: dict[str, object], first_byte: int, file_size: int
+) -> tuple[dict[str, tuple[int, ...]], dict[str, str], dict[str, int]]:
+    """The shapes, types and byte offsets that a header states, if its tensors fill the file without gap or overlap.
+
+    Raises BadFile otherwise.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    codes: dict[str, str] = {}
+    offsets: dict[str, int] = {}
+    ranges: list[tuple[int, int, str]] = []
+    for name, entry in entries.items():
+        if not isinstance(entry, dict) or entry.keys() != _FIELDS:
+            raise BadFile(f"{_where(path, name)} must have exactly dtype, shape and data_offsets")
+        code, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(code, str) or code not in TYPES:
+            known = ", ".join(TYPES)
+            raise BadFile(f"{path}: tensor {name[:80]!r} has dtype {str(code)[:20]!r}; known: {known}")
+        taken = _bytes_taken(shape, TYPES[code][1], file_size)
+        if taken is None:
+            raise BadFile(f"{_where(path, name)} has a shape that is not a list of at most {MAX_DIMENSIONS} sizes")
+        begin, end = span if type(span) is list and len(span) == 2 else (None, None)
+        if type(begin) is not int or type(end) is not int or begin < 0:
+            raise BadFile(f"{_where(path, name)} has data_offsets that are not two byte positions")
+        if begin > end or first_byte + end > file_size:
+            raise BadFile(
+                f"{path}: truncated or damaged: tensor {name[:80]!r} lies at bytes {begin} to {end}, "
+                f"the file has {file_size - first_byte} bytes of tensors"
+            )
+        if taken != end - begin:
+            raise BadFile(f"{_where(path, name)} of shape {shape} and dtype {code} does not take {end - begin} bytes")
+        shapes[name], codes[name], offsets[name] = tuple(shape), code, first_byte + begin
+        ranges.append((begin, end, name))
+    position = 0
+    for begin, end, name in sorted(ranges):
+        if begin != position:
+            fault = "overlaps another" if begin < position else "leaves a gap before it"
+            raise BadFile(f"{_where(path, name)} {fault}")
+        position = end
+    if first_byte + position != file_size:
+        raise BadFile(f"{path}: damaged: {file_size - first_byte - position} bytes after the last tensor")
+    return shapes, codes, offsets

@@ -1,0 +1,87 @@
+"""Names and forms of other trainers, each read, and converted without a difference."""
+
+import pytest
+import torch
+
+from core.lora import LoraFile, convert_lora
+from core.lora.readers import not_loaded_by, read_by
+
+KLEIN = 4096
+
+
+def factors(outputs: int, inputs: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, inputs, generator=generator), torch.randn(outputs, 2, generator=generator)
+
+
+# Dialect: its names of down, up and perhaps more, and the same module's name in ComfyUI's scheme, with its size.
+DIALECTS = {
+    "musubi's half flattened names of klein": (
+        "diffusion_model.double_blocks.0.img_attn_proj.lora_A.weight",
+        "diffusion_model.double_blocks.0.img_attn_proj.lora_B.weight",
+        "diffusion_model.double_blocks.0.img_attn.proj",
+        (KLEIN, KLEIN),
+    ),
+    "an adapter's name of peft": (
+        "transformer.transformer_blocks.0.attn.to_out.0.lora_A.default_0.weight",
+        "transformer.transformer_blocks.0.attn.to_out.0.lora_B.default_0.weight",
+        "diffusion_model.double_blocks.0.img_attn.proj",
+        (KLEIN, KLEIN),
+    ),
+    "two underlines, of InvokeAI and newer Kohya names": (
+        "lora_unet__layers_3_attention_to_k.lora_down.weight",
+        "lora_unet__layers_3_attention_to_k.lora_up.weight",
+        "diffusion_model.layers.3.attention.to_k",
+        (3840, 3840),
+    ),
+    "XLabs' processors of double blocks": (
+        "double_blocks.0.processor.qkv_lora2.down.weight",
+        "double_blocks.0.processor.qkv_lora2.up.weight",
+        "diffusion_model.double_blocks.0.txt_attn.qkv",
+        (9216, 3072),
+    ),
+    "USO's processors of single blocks": (
+        "single_blocks.0.processor.proj_lora.down.weight",
+        "single_blocks.0.processor.proj_lora.up.weight",
+        "diffusion_model.single_blocks.0.linear2",
+        (3072, 15360),
+    ),
+}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_dialect_is_read_and_converted_without_a_difference(dialect):
+    down_key, up_key, module, size = DIALECTS[dialect]
+    down, up = factors(*size)
+    lora = LoraFile.from_tensors({down_key: down, up_key: up}, {})
+    assert lora.identity.verdict != "unknown" and lora.unknown_keys == ()
+    assert not_loaded_by("ComfyUI", lora)
+    converted, error = convert_lora(lora, "comfy")
+    assert error == 0 and read_by("ComfyUI", converted).verdict == "loads"
+    assert set(converted.tensors) == {f"{module}.lora_A.weight", f"{module}.lora_B.weight"}
+    assert torch.equal(converted.tensors[f"{module}.lora_A.weight"], down)
+    assert torch.equal(converted.tensors[f"{module}.lora_B.weight"], up)
+
+
+def test_the_part_of_a_fused_layer_that_xlabs_changes_finds_its_rows():
+    down, up = factors(9216, 3072)
+    prefix = "single_blocks.0.processor.qkv_lora"
+    lora = LoraFile.from_tensors({f"{prefix}.down.weight": down, f"{prefix}.up.weight": up}, {})
+    converted, _ = convert_lora(lora, "comfy")
+    name = "diffusion_model.single_blocks.0.linear1"
+    assert torch.equal(converted.tensors[f"{name}.lora_A.weight"], down)
+    rows = converted.tensors[f"{name}.lora_B.weight"]
+    assert torch.equal(rows[:9216], up) and rows.shape == (21504, 2) and not rows[9216:].any()
+
+
+def test_a_magnitude_by_its_short_name_is_pefts(tmp_path):
+    down, up = factors(KLEIN, KLEIN)
+    module = "diffusion_model.double_blocks.0.img_attn.proj"
+    tensors = {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
+    magnitude = torch.rand(KLEIN) + 1
+    lora = LoraFile.from_tensors(tensors | {f"{module}.magnitude": magnitude}, {})
+    assert lora.kind == "dora" and read_by("ComfyUI", lora).verdict == "loads as another change"
+    base = torch.randn(KLEIN, KLEIN, generator=torch.Generator().manual_seed(1)) / 64
+    same = LoraFile.from_tensors(tensors | {f"{module}.lora_magnitude_vector": magnitude}, {})
+    changes = [next(file.changes(lambda _: base))[1] for file in (lora, same, convert_lora(lora, "comfy")[0])]
+    assert torch.equal(changes[0], changes[1]) and torch.equal(changes[0], changes[2])

@@ -1,0 +1,102 @@
+"""What is said of other programs without asking them: sd-scripts by the lists of its modules, and what is written for whom."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from core.cli import main
+from core.errors import BadConfig, UnmatchedKeys
+from core.lora import LoraFile
+from core.lora.convert import convert_for
+from core.lora.modules import LoraModule
+from core.lora.readers import READERS, not_loaded_by, read_by
+from tests.tensor_names.test_keys import KOHYA_LISTS, kohya_names
+
+from .test_file import kohya_tensors
+from .test_identity import TABLES, lora_of, whole
+
+TITLES = {
+    "sd3": "SD3.5 Medium",
+    "flux1": "FLUX.1",
+    "lumina2": "Lumina 2",
+    "sdxl": "SDXL",
+    "sd15": "SD 1.5",
+    "sd2": "SD 2",
+}
+
+
+@pytest.mark.parametrize("family", KOHYA_LISTS)
+def test_sd_scripts_is_said_to_load_the_modules_of_its_own_list_and_no_others(family):
+    listed = kohya_names(family)
+    of_list = LoraFile.from_tensors(kohya_tensors(listed, rank=1), {})
+    assert read_by("sd-scripts", of_list).verdict == "loads"
+    names = "original" if family not in ("sd15", "sd2") else "diffusers"
+    (model,) = (model for model in TABLES["models"] if model["title"] == TITLES[family])
+    of_model = lora_of(
+        {path: shape for path, shape in whole(model["denoiser"][names]).items() if len(shape) > 1}, "lora_unet_"
+    )
+    refused = not_loaded_by("sd-scripts", of_model)
+    denoiser = {name for name in listed if name.startswith("lora_unet_")}
+    loaded = {entry.name for entry in of_model.entries} - refused.keys()
+    # The lists without convolutions are those of its default network.
+    assert loaded >= denoiser & {entry.name for entry in of_model.entries}
+    if "conv" in KOHYA_LISTS[family][-1] or family in ("flux1", "sd3", "lumina2"):
+        assert loaded == denoiser
+
+
+def zimage() -> LoraFile:
+    module = LoraModule(torch.ones(1, 3840), torch.ones(3840, 1), 1.0)
+    return LoraFile.from_modules("zimage", {("denoiser", "layers.0.attention.to_q"): module}, {})
+
+
+def test_a_naming_is_chosen_that_all_programs_load():
+    assert not_loaded_by("InvokeAI", zimage())
+    converted, error = convert_for(zimage(), ["comfyui", "InvokeAI"])
+    assert error == 0 and not any(not_loaded_by(reader, converted) for reader in ("ComfyUI", "InvokeAI"))
+    with pytest.raises(
+        UnmatchedKeys, match=r"no naming is loaded whole by sd-scripts: kohya: sd-scripts does not know"
+    ):
+        convert_for(zimage(), ["sd-scripts"])
+    with pytest.raises(BadConfig, match="no program 'forge' is known here; known: comfyui, diffusers, peft"):
+        convert_for(zimage(), ["forge"])
+
+
+def test_the_command_writes_for_the_programs_it_is_told(tmp_path, capsys):
+    zimage().save(tmp_path / "a.safetensors")
+    output = tmp_path / "b.safetensors"
+    assert main(["convert", str(tmp_path / "a.safetensors"), "--output", str(output), "--for", "invokeai,comfyui"]) == 0
+    assert LoraFile.read(output).scheme in capsys.readouterr().out
+    assert main(["inspect", str(output), "--fast", "--json"]) == 0
+    readers = json.loads(capsys.readouterr().out)["readers"]
+    assert set(readers) == set(READERS) and readers["InvokeAI"]["verdict"] == "loads"
+
+
+@pytest.mark.clock
+def test_one_lora_is_inspected_in_a_fifth_of_a_second_and_a_thousand_in_ten(tmp_path):
+    """Of usual kinds: the lists of sd-scripts' networks, whose files in the folder are links."""
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    kinds = {"sd15": False, "sdxl": True, "flux1": True, "sd2": False}
+    for number, (family, large) in enumerate(kinds.items()):
+        listed = json.loads((Path(__file__).parents[1] / "reference" / KOHYA_LISTS[family][0]).read_text())
+        file = tmp_path / f"{family}.safetensors"
+        LoraFile.from_tensors(kohya_tensors(listed, rank=1 + large), {}).save(file)
+        for copy in range(250):
+            os.symlink(file, folder / f"{copy}-{number}.safetensors")
+
+    def seconds(*arguments: object) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, "-m", "core", "inspect", *map(str, arguments), "--fast", "--json"]
+        done = subprocess.run(command, cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL, check=True)
+        assert done.returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(seconds(tmp_path / "sd15.safetensors") for _ in range(5)) < 0.2
+    assert seconds(folder) < 10
