@@ -7,6 +7,7 @@ from typing import get_args
 
 import pytest
 
+from core.cli.common import HelpAll
 from core.cli.training_arguments import add_train
 from core.config import Group, TrainConfig, config_from, name_matches
 from core.errors import BadConfig
@@ -71,6 +72,11 @@ def test_every_group_has_settings_and_its_heading_in_the_help_in_this_order():
 
 
 def test_every_setting_is_an_option_with_its_help():
-    actions = {action.dest: action.help or "" for action in train_parser()._actions}
+    parser = train_parser()
+    actions = {action.dest: action for action in parser._actions}
+    everything = actions["help_all"]
+    assert isinstance(everything, HelpAll)
+    told = {action.dest: text or "" for action, text in everything.hidden}
+    told |= {name: action.help or "" for name, action in actions.items() if name not in told}
     for name, item in SETTINGS.items():
-        assert actions[f"setting_{name}"].replace("%%", "%").startswith(item.metadata["help"])
+        assert told[f"setting_{name}"].replace("%%", "%").startswith(item.metadata["help"])

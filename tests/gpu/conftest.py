@@ -6,9 +6,11 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
+from tests.gpu import trials
+
 
 @pytest.fixture(scope="session")
 def fake_process() -> Iterator[ProcessPoolExecutor]:
     """A process of its own, since tests/gpu/fake_cuda.py must be imported before torch. It runs functions of `trials.py`."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=trials.begin) as process:
         yield process

@@ -32,8 +32,12 @@ from core.training.memory_prediction import predicted_memory
 from core.training.step import Run
 from tests.tooling import encoded_cache, encoded_image, small_flow_base
 
-eight_bit.SMALLEST = 1  # so that the small networks have weights in 8 bits
 PLAIN = MemoryPlan()
+
+
+def begin() -> None:
+    """What the process does first."""
+    eight_bit.SMALLEST = 1  # so that the small networks have weights in 8 bits
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def test_the_memory_of_each_plan_is_predicted_and_falls():
     cache = encoded_cache(base, [encoded_image(base, "0.png", "a photo of sks person", 0, shape=(16, 32, 32))])
     config = TrainConfig(rank=2, precision="bf16")
     plans = (PLANS[0], PLANS[2], PLANS[-1])
-    needs = [predicted_memory(cache, base, config, torch.bfloat16, plan) for plan in plans]
+    needs = [predicted_memory(cache, base, config, CPU, torch.bfloat16, plan) for plan in plans]
     assert needs == sorted(needs, reverse=True) and needs[0] > needs[1]
 
 
