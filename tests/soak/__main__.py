@@ -16,16 +16,15 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from itertools import count
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .worker import name_of, work
 
-_CONTEXT: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
-"""How the worker is started: as a copy of this process, which has most modules loaded, but not where that has a GPU open."""
+_CONTEXT: Any = multiprocessing.get_context("forkserver")
+"""How the worker is started: as a copy of a process that has loaded its modules, and nothing else. (This one may be a run of
+all tests, so large that the system refuses to copy it, or have a GPU open.)"""
+_CONTEXT.set_forkserver_preload(["tests.soak.worker"])
 _MEMORY = Path("/dev/shm")
 """A folder in memory: a trial writes many small files, each of which a disk would be waited for."""
 _PATIENCE = 300.0
@@ -43,7 +42,7 @@ class _Worker:
         self._starts += 1
         self._answers, theirs = multiprocessing.Pipe()
         arguments = (self._folder / str(self._starts), self._seed, theirs, self._answers)
-        process = _CONTEXT.Process(target=_work, args=arguments, daemon=True)
+        process = _CONTEXT.Process(target=work, args=arguments, daemon=True)
         process.start()
         theirs.close()
         self._answers.recv()  # modules and good files take a while, which is no trial's
@@ -70,11 +69,6 @@ class _Worker:
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.join()
             self._process = None
-
-
-def _work(folder: Path, seed: str, asks: Connection, answers: Connection) -> None:
-    answers.close()  # so that `asks` ends with the other process
-    work(folder, seed, asks)
 
 
 def soak(seed: str, numbers: Iterable[int], until: float = float("inf")) -> dict[str, Any]:

@@ -34,8 +34,9 @@ def name_of(seed: str, number: int) -> tuple[str, Random]:
     return draw.choices(list(TRIALS), [kind.weight for kind in TRIALS.values()])[0], draw
 
 
-def work(folder: Path, seed: str, asks: Connection) -> None:
+def work(folder: Path, seed: str, asks: Connection, others: Connection) -> None:
     """Answers the numbers that `asks` sends, until nobody is there any more; None first, when it can."""
+    others.close()  # the other end, so that `asks` ends with the other process
     os.setsid()  # so that what the trials start can be ended with it
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what has a GPU in use cannot be forked
     torch.set_num_threads(1)
