@@ -80,12 +80,13 @@ LIBRARIES = Path(__file__).parents[1] / ".downloads"
 
 
 def _loaded_library() -> ctypes.CDLL:
-    """The library, compiled once for each version of torch."""
+    """The library, compiled once for each torch: it knows where that one's own libraries are."""
     found = importlib.util.find_spec("torch")
     assert found and found.origin
-    home = Path(found.origin).parent
-    version = (home / "version.py").read_bytes()
-    library = LIBRARIES / f"fake_cuda-{hashlib.sha256(version + DEVICE_GUARD.encode()).hexdigest()[:12]}.so"
+    home = Path(found.origin).resolve().parent
+    version = (home / "version.py").read_text()
+    key = hashlib.sha256(f"{home} {version} {DEVICE_GUARD}".encode()).hexdigest()
+    library = LIBRARIES / f"fake_cuda-{key[:12]}.so"
     if not library.exists():
         LIBRARIES.mkdir(exist_ok=True)
         source, built = (library.with_suffix(f".{os.getpid()}{ending}") for ending in (".cpp", ".so"))
