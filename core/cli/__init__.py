@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from ..errors import FaceLoraError
+from .common import end_bars
 
 
 class Command(NamedTuple):
@@ -153,6 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return function_of(options.command.run)(options) or 0
     except FaceLoraError as error:
+        end_bars()
         print(f"facelora: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

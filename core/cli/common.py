@@ -130,6 +130,15 @@ def progress_bar(name: str) -> Callable[[int, int], None]:
     return update
 
 
+def end_bars() -> None:
+    """Ends the lines of bars that an error has interrupted, so that its message stands on one of its own."""
+    if "tqdm" in sys.modules:
+        from tqdm import tqdm
+
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()
+
+
 class BarProgress:
     """Progress bars on stderr. They read the loss at most twice a second, since that waits for the device."""
 

@@ -3,6 +3,7 @@
 import pytest
 
 from core.cli import COMMANDS, main
+from core.cli.common import BarProgress, end_bars
 
 
 def said(capsys, *arguments: str) -> tuple[int, str]:
@@ -42,3 +43,13 @@ def test_help_shows_what_matters_first_and_help_all_everything(capsys, command):
 def test_the_word_that_was_meant_is_named(capsys, arguments, words):
     code, text = said(capsys, *arguments)
     assert code == 2 and words in text and text.count(" or ") <= 2
+
+
+def test_a_message_stands_on_a_line_of_its_own_below_a_bar(capsys):
+    progress = BarProgress()
+    progress.phase("merging", 1, 3)
+    end_bars()
+    assert capsys.readouterr().err.endswith("\n")
+    with progress:  # which is ended once
+        pass
+    assert capsys.readouterr().err == ""
