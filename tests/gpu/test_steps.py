@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from core.errors import UnmatchedKeys
-from core.models.memory_plan import PLANS
+from core.models.memory_plan import PLANS, SMALLEST_SLAB
 from core.training.methods import METHODS
 from tests.gpu import trials
 from tests.gpu.fake_cuda import MESSAGES
@@ -33,7 +33,9 @@ SLOW = (
     *(
         (family, 0, {"method": method})
         for family, method in product(FAMILIES, METHODS)
-        if family in UNETS or method not in ("pivotal", "textual-inversion")
+        # Refused: words and checkpoints of flows, and blocks of a narrow Z-Image's odd rows.
+        if family in UNETS or method not in ("dreambooth", "pivotal", "textual-inversion")
+        if (family, method) != ("zimage", "oft")
     ),
     *((family, 5, {"precision": precision}) for family, precision in product(FAMILIES, ("fp16", "fp32"))),
     *((family, 2, {"prior_prediction": 0.9, "ema_decay": 0.9, "dropout": 0.1}) for family in FAMILIES),
@@ -68,7 +70,7 @@ def test_a_step_on_a_gpu(family, plan, settings: dict[str, Any], checkpoints, fa
     assert all(copy.direction == "to device" and copy.place in KNOWN_COPIES and copy.size < 2**16 for copy in others)
 
     assert step.early == 0
-    assert step.pinned <= max(2**22, 1.1 * step.home)
+    assert step.pinned <= 1.1 * step.home + SMALLEST_SLAB
     if method == "lora" and "text_encoder_lr" not in settings:  # peft's layers are predicted by those of a LoRA
         assert step.predicted == pytest.approx(step.peak, rel=0.06)
 
