@@ -133,12 +133,11 @@ def function_of(place: str) -> Callable[..., Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command. The exit code: 0 when it is done, 1 when it failed with a message on stderr, 2 for wrong usage."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    # Before the command there are only --help and --version, which end the program, so the first name of a command is the
-    # command.
-    called = next((argument for argument in arguments if argument in COMMANDS), None)
+    # Before the command there are only --help and --version, which end the program.
+    called = next((argument for argument in arguments if not argument.startswith("-")), None)
     parser, below = build_parser(called)
-    if called is None and arguments and not arguments[0].startswith("-"):
-        parser.error(f"there is no command {arguments[0]!r}{did_you_mean(arguments[0], COMMANDS)} (--help lists them)")
+    if called is not None and called not in COMMANDS:
+        parser.error(f"there is no command {called!r}{did_you_mean(called, COMMANDS)} (--help lists them)")
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         known = [name for action in below._actions for name in action.option_strings]
@@ -153,12 +152,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         return function_of(options.command.run)(options) or 0
-    except FaceLoraError as error:
+    except (FaceLoraError, KeyboardInterrupt) as error:
         end_bars()
-        print(f"facelora: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("facelora: stopped", file=sys.stderr)
+        print(f"facelora: {error if isinstance(error, FaceLoraError) else 'stopped'}", file=sys.stderr)
         return 1
     except BrokenPipeError:
         return 1

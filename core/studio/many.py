@@ -179,13 +179,15 @@ def forget(name: str, output: Path) -> int:
     """The number of files deleted: all that the studio keeps of a person, and the person's line in the report.
 
     Photos elsewhere, such as those that the LoRA was trained on, are not the studio's and stay. Raises BadConfig when there
-    is no such person in the output, and BadFile when something cannot be deleted, or the report is damaged: then nothing is.
+    is no such person in the output, InUse while the person is being made, and BadFile when something cannot be deleted, or
+    the report is damaged: then nothing is.
     """
     folders = {path.parent.name: path.parent for path in output.glob(f"*/{RECORD}")}
     folders |= {path.parent.name: path.parent for path in output.glob(f"*/{_CACHE}")}
     if name not in folders:
         raise BadConfig(f"{output}: has nothing of {name!r}; it has {', '.join(sorted(folders)) or 'nobody'}")
-    left = _reported(output / REPORT)
+    with locked(folders[name] / RECORD):  # not while it is deleted: Windows deletes no lock that is held
+        left = _reported(output / REPORT)
     count = sum(path.is_file() for path in folders[name].rglob("*"))
     try:
         shutil.rmtree(folders[name])

@@ -35,6 +35,7 @@ def test_help_shows_what_matters_first_and_help_all_everything(capsys, command):
     ("arguments", "words"),
     [
         (["trian", "photos"], "there is no command 'trian'; did you mean train?"),
+        (["trian", "demo"], "there is no command 'trian'; did you mean train?"),
         (["photos"], "there is no command 'photos' (--help lists them)"),
         (["train", "photos", "--base", "demo", "--output", "a", "--stpes=3"], "--stpes=3; did you mean --steps?"),
         (["inspect", "a", "--wholly-unknown"], "unknown: --wholly-unknown\n"),

@@ -10,13 +10,13 @@ import pytest
 
 from core.cli import main
 from core.demo import BASE_FILE
-from core.errors import BadConfig, BadFile
+from core.errors import BadConfig, BadFile, InUse
 from core.models.base import Base, load_base
 from core.pictures import find_style_packs
 from core.storage.cache_folder import cache_folder
 from core.studio import Person, Result, Terms, forget, many, read_people, run
 from core.training import Callbacks
-from tests.tooling import write_photos
+from tests.tooling import held_elsewhere, write_photos
 
 QUICK = {"rank": 2, "steps": 3, "batch_size": 1, "warmup_steps": 0, "prior_prediction": 0.0, "state_interval": 0.0}
 
@@ -251,3 +251,17 @@ def test_a_damaged_record_is_made_anew_and_most_of_it_found(tmp_path, base, term
         people[:1], base, tmp_path / "out", terms, callbacks=Callbacks(on_step=lambda report: steps.append(report.step))
     )
     assert isinstance(again, Result) and again.status == "made" and not steps and again.pictures == made.pictures
+
+
+def test_a_person_whom_another_run_is_making_is_left_alone(tmp_path, base, terms, people, monkeypatch):
+    output = tmp_path / "out"
+    list(run(people[:1], base, output, terms))
+    before = {path: path.read_bytes() for path in (output / "anna").rglob("*") if path.is_file()}
+    write_photos(people[0].photos, count=6, person=35)
+    forbid(monkeypatch)
+    with held_elsewhere(output / "anna" / "studio.json"):
+        (refused,) = run(people[:1], base, output, terms)
+        assert refused.status == "failed" and "another run is writing it" in refused.reason
+        with pytest.raises(InUse):
+            forget("anna", output)
+    assert {path: path.read_bytes() for path in before} == before
