@@ -195,15 +195,13 @@ class TrainedFile:
         if files[step] == self.path:
             return self.path
         file, key = SafetensorsFile.open(files[step]), f"{self.run.path.name}-step{step:06d}"
-        for number in itertools.count(1):
-            path = checkpoint_path(self.path, step)
-            path = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
-            if not path.exists():
-                copy_with_metadata(file, path, file.metadata | {KEY: key, "ss_output_name": path.stem})
-                return path
-            if SafetensorsFile.open(path).metadata.get(MODEL_HASH) == file.metadata[MODEL_HASH]:
-                return path
-        raise AssertionError  # there is always another number
+        first = checkpoint_path(self.path, step)
+        numbered = (first.with_stem(f"{first.stem}-{number}") for number in itertools.count(2))
+        made = file.metadata[MODEL_HASH]
+        path = next(p for p in itertools.chain([first], numbered) if not p.exists() or _has_tensors(p, made))
+        if not path.exists():
+            copy_with_metadata(file, path, file.metadata | {KEY: key, "ss_output_name": path.stem})
+        return path
 
     def _curve(self) -> dict[str, Any]:
         """The measurements in its metadata; no points when there are none."""
@@ -384,12 +382,15 @@ def has_key(path: Path, key: str) -> bool:
 
 def _with_tensors(made: str | None, folders: Sequence[Path]) -> LoraFile | None:
     """The first LoRA in the folders whose tensors have that hash, under any name."""
-    for path in _files(folders) if made else ():
-        with suppress(FaceLoraError):
-            says_so = SafetensorsFile.open(path).metadata.get(MODEL_HASH) == made
-            if says_so and (lora := LoraFile.read(path)).model_hash == made:
-                return lora
-    return None
+    found = (path for path in _files(folders) if _has_tensors(path, made)) if made else ()
+    return next(map(LoraFile.read, found), None)
+
+
+def _has_tensors(path: Path, made: str) -> bool:
+    """Whether the file is a LoRA whose tensors have that hash; only one whose metadata say so is read."""
+    with suppress(FaceLoraError):
+        return SafetensorsFile.open(path).metadata.get(MODEL_HASH) == made and LoraFile.read(path).model_hash == made
+    return False
 
 
 def _files(folders: Sequence[Path]) -> Iterator[Path]:

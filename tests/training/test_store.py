@@ -618,13 +618,14 @@ def test_another_measured_checkpoint_can_be_taken(photos, loras):
     assert made.take_checkpoint(3 - step) == made.path
 
     (loras / f"anna-step00000{step}.safetensors").symlink_to(made.path)  # of something else
+    (loras / f"anna-step00000{step}-2.safetensors").write_text("no LoRA at all")
     taken = made.take_checkpoint(step)
-    assert taken == loras / f"anna-step00000{step}-2.safetensors"
+    assert taken == loras / f"anna-step00000{step}-3.safetensors"
     lora = LoraFile.read(taken)
     curve = json.loads(lora.metadata[LIKENESS_KEY])
     assert int(lora.metadata["ss_steps"]) == step == curve["points"][curve["kept"]]["step"]
     assert same(taken, file) and not same(taken, made.path)
-    assert made.take_checkpoint(step) == taken and len(files(loras)) == 3
+    assert made.take_checkpoint(step) == taken and len(files(loras)) == 4
     with pytest.raises(BadConfig, match=r"checkpoint = 7: .* anna .*\(but: 1, 2\)"):
         made.take_checkpoint(7)
 
