@@ -380,38 +380,25 @@ def test_a_second_run_on_one_output_is_refused_and_takes_nothing_from_the_first(
     assert os.listdir(desk.folder / "results") == [".face.state.safetensors.1a2b3c4d.tmp"]
 
 
-def test_a_checkpoint_replaces_one_of_its_own_run_and_nothing_else(desk, capsys):
-    checkpoint = desk.output.with_name("face-step000001.safetensors")
-    saving = [*desk.arguments(), "--steps", "2", "--save-every", "1"]
-    assert main(saving) == 0
-    before = checkpoint.read_bytes()
-    assert main([*saving, "--seed", "2"]) == 0
-    assert checkpoint.read_bytes() != before
-    lora = LoraFile.read(checkpoint)
-    lora.with_metadata(lora.metadata | {"ss_output_name": "face-step000001"}).save(checkpoint)
-    before = checkpoint.read_bytes()
-    capsys.readouterr()
-    assert main(saving) == 1
-    assert "face-step000001.safetensors: is called like a checkpoint of save_every" in capsys.readouterr().err
-    assert checkpoint.read_bytes() == before
-
-
-def test_a_file_beside_the_output_replaces_one_of_its_own_run_and_nothing_else(desk, capsys):
-    beside = desk.output.with_name("face-embedding.safetensors")
-    training = [*desk.arguments(), "--method", "pivotal"]
+@pytest.mark.parametrize(
+    ("name", "options", "called"),
+    [
+        ("face-step000001", ["--steps", "2", "--save-every", "1"], "a checkpoint of save_every"),
+        ("face-embedding", ["--method", "pivotal"], "the embedding that the method pivotal makes"),
+    ],
+)
+def test_a_file_beside_the_output_replaces_one_of_its_own_run_and_nothing_else(desk, capsys, name, options, called):
+    beside, training = desk.output.with_name(f"{name}.safetensors"), [*desk.arguments(), *options]
     assert main(training) == 0
     before = beside.read_bytes()
     assert main([*training, "--seed", "2"]) == 0
     assert beside.read_bytes() != before
-    word = LoraFile.read(beside)
-    word.with_metadata(word.metadata | {"ss_output_name": "face-embedding"}).save(beside)
+    lora = LoraFile.read(beside)
+    lora.with_metadata(lora.metadata | {"ss_output_name": name}).save(beside)
     before = beside.read_bytes()
     capsys.readouterr()
     assert main(training) == 1
-    assert (
-        "face-embedding.safetensors: is called like the embedding that the method pivotal makes"
-        in capsys.readouterr().err
-    )
+    assert f"{name}.safetensors: is called like {called}" in capsys.readouterr().err
     assert beside.read_bytes() == before
 
 
