@@ -207,10 +207,12 @@ def whole_training(
         return Whole(error, tuple(warnings), len(done), card.allocations, sum(sampled))
 
 
-def out_of_memory_in_steps(case: Case, points: int, forms: Sequence[OutOfMemoryForm]) -> list[tuple[str, str]]:
+def out_of_memory_in_steps(
+    case: Case, shares: Sequence[float], forms: Sequence[OutOfMemoryForm]
+) -> list[tuple[str, str]]:
     """The plan that a run goes over to where an allocation fails in its first step, and the error, for several allocations.
 
-    The allocations lie evenly over a step, and each time a run begins anew with the fastest plan.
+    They are those after these shares of all allocations of a step. Each time a run begins anew with the fastest plan.
     """
     found = []
     with fake_cuda(case.size, case.capability) as card:
@@ -221,11 +223,11 @@ def out_of_memory_in_steps(case: Case, points: int, forms: Sequence[OutOfMemoryF
         card.watch()
         run.accumulate()
         allocations = card.allocations
-        for point in range(points):
+        for number, share in enumerate(shares):
             run = Run(cache, base, config, DEVICE)
             gc.collect()
             card.watch()
-            card.fails_at, card.form = 1 + point * (allocations - 1) // (points - 1), forms[point % len(forms)]
+            card.fails_at, card.form = 1 + int(share * (allocations - 1)), forms[number % len(forms)]
             error = ""
             try:
                 run.accumulate_within_memory(lambda _: None)

@@ -45,7 +45,9 @@ class LoraAdapter(Adapter):
             yield
             return
         if not self._cast:
-            self._cast.update((value, torch.empty_like(value, dtype=dtype)) for value in self.parameters().values())
+            # All or none: where memory runs out among them, the step is made again.
+            buffers = {value: torch.empty_like(value, dtype=dtype) for value in self.parameters().values()}
+            self._cast.update(buffers)
         with torch.no_grad():
             torch._foreach_copy_(list(self._cast.values()), list(self._cast))  # a few kernels for all of them
         for layer in self.layers.values():
