@@ -4,6 +4,7 @@ Content decides: someone whose photos, wishes, base model and settings are uncha
 on. What fails, fails alone. All that is kept of a person lies in that person's folder, so that it can be deleted whole.
 """
 
+import hashlib
 import html
 import json
 import shutil
@@ -129,7 +130,7 @@ def _one(
     with locked(record), cache_in(folder / _CACHE):
         outcome = make(report, base, order, folder, device=device, callbacks=callbacks)
     result = _result(person, outcome, output, time.monotonic() - started)
-    write_text(record, json.dumps({"key": key, "result": asdict(result)}, indent=1))
+    write_text(record, json.dumps({"result": asdict(result), "digest": _digest(key, result, output)}, indent=1))
     shutil.rmtree(folder / _CACHE, ignore_errors=True)  # nothing of it is wanted any more
     return result
 
@@ -162,17 +163,31 @@ def _seen_from(output: Path, path: Path) -> str:
 
 
 def _recorded(record: Path, key: str, output: Path) -> Result | None:
-    """The result that the record holds, where it is of that key and its files are there."""
+    """The result that the record holds, where it is of that key, and its files are there and as they were made."""
     if not record.exists():
         return None
     try:
         values = read_json(record)
-        if values["key"] != key:
-            return None
-        result = Result(**{**values["result"], "pictures": tuple(values["result"]["pictures"])})
-        return result if all((output / file).is_file() for file in (result.lora or "", *result.pictures)) else None
-    except (FaceLoraError, TypeError, KeyError):  # damaged: it is made anew, of which most is found
+        result = _result_of(values["result"])
+        return result if values["digest"] == _digest(key, result, output) else None
+    except (FaceLoraError, TypeError, KeyError, OSError):  # damaged: it is made anew, of which most is found
         return None
+
+
+def _digest(key: str, result: Result, output: Path) -> str:
+    """A hash of the result of that key and of its files. Raises OSError where a file is not there."""
+    files = (result.lora or "", *result.pictures)
+    return content_key(key, result, *(hashlib.sha256((output / file).read_bytes()).hexdigest() for file in files))
+
+
+def _result_of(values: Any) -> Result:
+    """The result of which the values were read from a file. Raises TypeError or KeyError where it is damaged."""
+    result = Result(**{**values, "pictures": tuple(values["pictures"])})
+    texts = (result.name, result.status, result.reason, result.lora or "", *result.pictures)
+    numbers = (result.kept, result.seconds, result.likeness or 0.0)
+    if not all(isinstance(one, str) for one in texts) or not all(isinstance(one, (int, float)) for one in numbers):
+        raise TypeError("a value is of another type")
+    return result
 
 
 def forget(name: str, output: Path) -> int:
@@ -201,7 +216,7 @@ def forget(name: str, output: Path) -> int:
 def _reported(report: Path) -> list[Result]:
     """The results in a report; none where there is no report. Raises BadFile when it is damaged."""
     try:
-        return [Result(**one) for one in read_json(report)["people"]] if report.exists() else []
+        return [_result_of(one) for one in read_json(report)["people"]] if report.exists() else []
     except (TypeError, KeyError):
         raise BadFile(f"{report}: is damaged; delete it, and the next run of the studio writes it anew") from None
 

@@ -76,10 +76,10 @@ def _said_in(folder: Path) -> Mapping[str, Any] | str:
 
 
 def _csv_rows(place: Path, text: str) -> Iterable[Mapping[str, Any]]:
-    rows = csv.DictReader(io.StringIO(text), skipinitialspace=True)
-    if missing := {"name", "photos", "agreed"} - {*(rows.fieldnames or ())}:
-        raise BadConfig(f"{place}: has no column {', '.join(sorted(missing))}")
+    rows = csv.DictReader(io.StringIO(text, newline=None), skipinitialspace=True)  # lines may end in CR alone
     try:
+        if missing := {"name", "photos", "agreed"} - {*(rows.fieldnames or ())}:
+            raise BadConfig(f"{place}: has no column {', '.join(sorted(missing))}")
         return [{key: value for key, value in row.items() if value not in ("", None)} for row in rows]
     except csv.Error as error:
         raise BadConfig(f"{place}: is no CSV file: {error}") from None

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from core.cli import main
 from core.demo import BASE_FILE
@@ -14,7 +15,7 @@ from core.errors import BadConfig, BadFile, InUse
 from core.models.base import Base, load_base
 from core.pictures import find_style_packs
 from core.storage.cache_folder import cache_folder
-from core.studio import Person, Result, Terms, forget, many, read_people, run
+from core.studio import Person, Terms, forget, many, read_people, run
 from core.training import Callbacks
 from tests.tooling import held_elsewhere, write_photos
 
@@ -178,7 +179,7 @@ def row(**values: object) -> Callable[[Path], Path]:
 
 def table(text: str) -> Callable[[Path], Path]:
     def write(folder: Path) -> Path:
-        (folder / "people.csv").write_text(text)
+        (folder / "people.csv").write_bytes(text.encode())
         return folder / "people.csv"
 
     return write
@@ -200,6 +201,7 @@ def a_folder(text: str) -> Callable[[Path], Path]:
         (a_folder('agreed = true\nclass_word = "woman"\ncount = 3'), Person("anna", Path(), True, "woman", count=3)),
         (table("name, photos, agreed, count\nanna, a, yes, 3\n"), Person("anna", Path("a"), True, count=3)),
         (table("name,photos,agreed\nanna,a,\n"), Person("anna", Path("a"))),
+        (table("name,photos,agreed\ranna,a,yes\r"), Person("anna", Path("a"), True)),
         (row(name="anna", photos="a", agreed=True, style_pack="casual"), Person("anna", Path("a"), True, style_pack="casual")),
     ],
 )  # fmt: skip
@@ -243,14 +245,24 @@ def test_a_manifest_that_cannot_be_used_is_refused(tmp_path, write, words):
         read_people(write(tmp_path))
 
 
-def test_a_damaged_record_is_made_anew_and_most_of_it_found(tmp_path, base, terms, people):
-    (made,) = run(people[:1], base, tmp_path / "out", terms)
-    (tmp_path / "out" / "anna" / "studio.json").write_text('{"key": 3')
+def test_what_is_damaged_of_a_person_is_made_anew_and_the_rest_found(tmp_path, base, terms, people):
+    folder = tmp_path / "out" / "anna"
+    (made,) = run(people[:1], base, folder.parent, terms)
+    record, picture = folder / "studio.json", folder.parent / made.pictures[0]
+    values = json.loads(record.read_text())
+    nameless = json.dumps(values | {"result": values["result"] | {"name": None}})
+    flattered = json.dumps(values | {"result": values["result"] | {"likeness": 0.99}})
     steps: list[int] = []
-    (again,) = run(
-        people[:1], base, tmp_path / "out", terms, callbacks=Callbacks(on_step=lambda report: steps.append(report.step))
-    )
-    assert isinstance(again, Result) and again.status == "made" and not steps and again.pictures == made.pictures
+    callbacks = Callbacks(on_step=lambda report: steps.append(report.step))
+    for path, damaged in (
+        (record, b'{"result": 3'), (record, nameless.encode()), (record, flattered.encode()),
+        (picture, picture.read_bytes()[:-100]),
+    ):  # fmt: skip
+        path.write_bytes(damaged)
+        (again,) = run(people[:1], base, folder.parent, terms, callbacks=callbacks)
+        assert (again.status, again.pictures, again.likeness) == ("made", made.pictures, made.likeness) and not steps
+        with Image.open(picture) as image:
+            image.load()
 
 
 def test_a_person_whom_another_run_is_making_is_left_alone(tmp_path, base, terms, people, monkeypatch):
