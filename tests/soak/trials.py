@@ -24,6 +24,7 @@ from PIL import Image
 from core.bench.compare import Result, known_results, plot_results, write_results
 from core.cli.settings import read_toml
 from core.config import config_from
+from core.demo import BASE_FILE
 from core.errors import BadPhoto
 from core.lora.apply import apply
 from core.lora.file import LoraFile
@@ -32,6 +33,7 @@ from core.photos import prepare, read_photos
 from core.pictures.style_pack import Subject, find_style_packs, long_prompts, read_style_pack
 from core.pictures.style_picture import style_picture
 from core.storage import files, safetensors_file
+from core.studio import read_people
 from core.training.encode import encode
 from core.training.store import RunFolder, TrainingJob, find_or_train
 from tests.tooling import diffusers_pipeline, nodes_module
@@ -193,6 +195,16 @@ def style_pack(desk: Desk, draw: Random) -> None:
     style = draw.choice(pack.styles)
     assert pack.picture(style) is None and style_picture(style)
 
+
+_QUICK = b"rank = 2\nsteps = 3\nbatch_size = 1\nwarmup_steps = 0\nprior_prediction = 0.0\nstate_interval = 0.0\n"
+_QUICK_PACK = json.dumps({
+    "id": "quick", "title": "Quick", "version": "1", "licence": "none",
+    "styles": [{
+        "name": "Plain", "category": "Quick", "framing": "close-up", "aspect": "4:5",
+        "prompts": {"tags": {"prompt": "{framing} photo of {subject}", "steps": 1, "guidance": 1}},
+    }],
+}).encode()  # fmt: skip
+"""Settings and styles with which a person is made in a second."""
 
 _TOML = (
     "steps = 800\nlearning-rate = 1e-4\nrank = 16\nalpha = 8.0\nmethod = 'lora'\ntargets = 'attention'\n"
@@ -394,6 +406,66 @@ def drawn(desk: Desk, draw: Random) -> None:
         for file in folder.glob("*.png"):
             with Image.open(file) as image:
                 image.load()
+
+
+def people(desk: Desk, draw: Random) -> None:
+    """A damaged list of people, or a damaged word of one of them, is read or refused."""
+    for name in ("anna", "ben"):
+        desk.put(f"people/{name}/1.png", desk.pictures["png"])
+        desk.put(f"people/{name}/person.toml", b"agreed = true\ntrigger = 'sks'\n")
+    rows = [
+        {"name": name, "photos": f"people/{name}", "agreed": "yes", "class_word": "man"} for name in ("anna", "ben")
+    ]
+    match draw.choice(("csv", "jsonl", "folder")):
+        case "csv":
+            lines = [",".join(line) for line in (list(rows[0]), *(list(row.values()) for row in rows))]
+            place = desk.put("people.csv", damaged_bytes("\n".join(lines).encode(), draw))
+        case "jsonl":
+            place = desk.put("people.jsonl", b"\n".join(damaged_json(json.dumps(row).encode(), draw) for row in rows))
+        case _:
+            place = desk.room / "people"
+            desk.put("people/ben/person.toml", damaged_bytes(b"agreed = true\ntrigger = 'sks'\n", draw))
+    for person in read_people(place):
+        assert person.name and "/" not in person.name and "\n" not in person.name
+
+
+def studio(desk: Desk, draw: Random) -> None:
+    """Two people, of one of whom something is damaged, before or between two runs: the other has her pictures both times."""
+    place, output = desk.room / "people", desk.room / "made"
+    for name in ("anna", "ben"):
+        desk.put(f"people/{name}/person.toml", b"agreed = true\n")
+        for photo_ in sorted(desk.photos.glob("*.png")):
+            desk.put(f"people/{name}/{photo_.name}", photo_)
+    packs = desk.put("packs/quick.json", _QUICK_PACK).parent
+    settings_ = desk.put("settings.toml", _QUICK)
+    command = [
+        "studio", place, "--base", BASE_FILE, "--output", output, "--style-pack", "quick", "--style-folder", packs,
+        "--count", "1", "--config", settings_, "--no-check-photos", "--device", "cpu",
+    ]  # fmt: skip
+
+    def damage(folder: Path) -> None:
+        path = draw.choice(sorted(path for path in folder.rglob("*") if path.is_file()))
+        data = path.read_bytes()
+        damaged = {".safetensors": damaged_safetensors, ".json": damaged_json}.get(path.suffix, damaged_bytes)
+        path.write_bytes(damaged(data, draw))
+
+    if draw.random() < 0.5:
+        damage(place / "ben")
+    theirs = [desk.put("made/mine.txt", b"somebody's")]
+    photos = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    for is_first in (True, False):
+        run(*command)
+        made = {one["name"]: one for one in json.loads((output / "report.json").read_text())["people"]}
+        assert made["anna"]["status"] in ("made", "found"), made["anna"]
+        check_written(output / made["anna"]["lora"])
+        for name in made["anna"]["pictures"]:
+            with Image.open(output / name) as image:
+                image.load()
+        assert all(path.read_bytes() == b"somebody's" for path in theirs), "a file of somebody else's is lost"
+        assert all(path.read_bytes() == data for path, data in photos.items()), "a photo is changed"
+        if is_first:
+            damage(output / draw.choice([name for name in ("anna", "ben") if (output / name).exists()]))
+            theirs += [desk.put(f"made/anna/{name}", b"somebody's") for name in ("mine.txt", "001-9.png")]
 
 
 # --- kills
@@ -640,6 +712,7 @@ TRIALS: dict[str, Kind] = {
     "style_pack": Kind(style_pack, 150, 1), "settings": Kind(settings, 200, 1), "run_folder": Kind(run_folder, 40, 3),
     "panel": Kind(panel, 20, 1), "reports": Kind(reports, 20, 1), "checkpoint": Kind(checkpoint, 20, 1),
     "diffusers_folder": Kind(diffusers_folder, 10, 1), "cache_entry": Kind(cache_entry, 10, 1), "drawn": Kind(drawn, 2, 2),
+    "people": Kind(people, 40, 1), "studio": Kind(studio, 1, 2),
     "state": Kind(state, 3, 1), "stored": Kind(stored, 2, 1), "continued": Kind(continued, 2, 1),
     "killed_command": Kind(killed_command, 15), "killed_training": Kind(killed_training, 3),
     "full_disk": Kind(full_disk, 20), "closed_folder": Kind(closed_folder, 10), "cleared_cache": Kind(cleared_cache, 10),
