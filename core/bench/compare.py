@@ -283,7 +283,7 @@ class Judge:
         A noisy picture is predicted best with the prompt that describes it (diffusion classifier, arXiv:2303.16203).
         """
         base, config, settings = self.comparison.base, self.comparison.config, self.comparison.settings
-        device, dtype = device_and_dtype(config, self.device)
+        device, dtype = device_and_dtype(config, self.device, base.family.overflows_in_fp16)
         latents = encode_pictures(base, base.load("vae", device, torch.float32), images)
         encoders = base.load_text_encoders(device, torch.float32)
         texts = encode_prompts(base, encoders, [f"{self._class}, {setting}" for setting in settings], config.clip_skip)
