@@ -14,6 +14,7 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
+from core import faces
 from core.demo import BASE_FILE
 from core.faces import OnnxFaces, YuNet
 from tests.comfyui.flow_files import write_flow_models
@@ -27,7 +28,8 @@ settings.load_profile("without deadlines")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Where tests run in several processes (`-n 2`): those of the server in one of them, the others file by file.
+    """Where tests run in several processes (`-n 2`): those of the server in one of them, and those of the fake GPU, the
+    others file by file.
 
     A group of xdist's own would do, but those are without effect since pytest 9.2.
     """
@@ -36,7 +38,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class FileByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "server" if needs_server(config.rootpath / file) else file
+            if needs_server(config.rootpath / file):
+                return "server"
+            return "gpu" if file.startswith("tests/gpu/") else file
 
     return FileByFile(config, log)
 
@@ -64,8 +68,24 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def faces_looked_at_once():
-    """What the face networks say of a picture is computed once, in however many tests it is shown to them."""
+    """What the face networks say of a picture is computed once, in however many tests it is shown to them.
+
+    The networks that come with a package are loaded once.
+    """
     detect, embed, known = YuNet._detect_at, OnnxFaces._run, {}
+    read, start = faces._mended, faces._session
+    models: dict[Path, Any] = {}
+    sessions: dict[int, Any] = {}
+
+    def read_once(path: Path, free_dimensions: dict[int, str]) -> Any:
+        if not free_dimensions:  # a file that a test names
+            return read(path, free_dimensions)
+        return models.get(path) or models.setdefault(path, read(path, free_dimensions))
+
+    def start_once(model: Any, providers: Sequence[str]) -> Any:
+        if all(model is not one for one in models.values()):
+            return start(model, providers)
+        return sessions.get(id(model)) or sessions.setdefault(id(model), start(model, providers))
 
     def once(key: Any, compute: Callable[[], Any]) -> Any:
         if key not in known:
@@ -83,6 +103,8 @@ def faces_looked_at_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(YuNet, "_detect_at", detect_once)
         patch.setattr(OnnxFaces, "_run", embed_once)
+        patch.setattr(faces, "_mended", read_once)
+        patch.setattr(faces, "_session", start_once)
         yield
 
 
