@@ -1,6 +1,6 @@
 """Families, memory plans and methods on a fake GPU: dtypes, copies, memory, and a lack of it.
 
-The products of families, plans and methods are for full runs; in every run each plan is tried with another family.
+The products of families, plans and methods are for full runs; in every run a UNet and a transformer show them.
 """
 
 from collections.abc import Mapping
@@ -25,10 +25,10 @@ KNOWN_COPIES = ("models/families/chroma.py:predict", "models/clip.py:encode_chun
 """Where a step copies something small to the device: Chroma's mask of text and picture, tokens for trained text encoders."""
 FAST = (
     ("sd15", 1, {"precision": "fp16", "ema_decay": 0.9}),
-    ("chroma", 3, {"accumulation": 2}),
     ("flux1", 5, {}),
 )
 SLOW = (
+    ("chroma", 3, {"accumulation": 2}),
     *((family, plan, {}) for family, plan in product(FAMILIES, range(len(PLANS)))),
     *(
         (family, 0, {"method": method})
@@ -77,7 +77,7 @@ def test_a_step_on_a_gpu(family, plan, settings: dict[str, Any], checkpoints, fa
 
 # 0.005: among the adapter's copies in the arithmetic's dtype, the first to be made.
 @pytest.mark.parametrize(
-    "shares", [(0, 0.005, 0.5, 1), pytest.param([at / 199 for at in range(200)], marks=pytest.mark.slow)], ids=len
+    "shares", [(0.005, 0.5), pytest.param([at / 199 for at in range(200)], marks=pytest.mark.slow)], ids=len
 )
 def test_out_of_memory_anywhere_in_a_step_leads_to_the_next_plan(shares, fake_process):
     forms = tuple(MESSAGES)
