@@ -2,6 +2,9 @@
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any, Literal
 
@@ -19,19 +22,33 @@ from core.models.base import Base
 from core.models.families import FAMILIES
 
 CPU = torch.device("cpu")
-RESOLUTION = {"sd15": 128, "sdxl": 64}
+RESOLUTION = 64
 """Pixels at which 2 x 2 latents are left in the middle: on a single one, attention has nothing to choose and to learn."""
+SHALLOW = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+
+
+@contextmanager
+def shallow_sd15() -> Iterator[None]:
+    """Here the denoiser of SD1.x has two levels instead of four."""
+    shape = shapes.SHAPES["sd15"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(shapes.SHAPES, "sd15", replace(shape, config={**shape.config, **SHALLOW}, widths=(1, 2)))
+        yield
 
 
 @cache
 def small_base(family: str, dtype: torch.dtype) -> Base:
     """A base model whose weights, which no loop changes, all tests share."""
-    return loops.random_base(family, 64, CPU, dtype)
+    with shallow_sd15():
+        return loops.random_base(family, 64, CPU, dtype)
 
 
 def small_loops(family="sd15", precision: Literal["fp32", "bf16"] = "fp32"):
     """Our loop and the peer's on one small denoiser, as the benchmark makes them."""
-    config = TrainConfig(rank=4, resolution=RESOLUTION[family], precision=precision, gradient_checkpointing="off")
+    config = TrainConfig(rank=4, resolution=RESOLUTION, precision=precision, gradient_checkpointing="off")
     _, dtype = bench.device_and_dtype(config, CPU)
     base = small_base(family, dtype)
     images = loops.random_cache(base, config)
@@ -48,7 +65,7 @@ def options(*arguments):
 def report():
     """A report from options as the command line gives them; the rate of products is that of small ones, which take no time."""
     arguments = "--channels 64 --resolution 64 --rank 4 --batch-size 2 --precision fp32 --steps 2"
-    with pytest.MonkeyPatch.context() as patch:
+    with shallow_sd15(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench, "MATRIX_SECONDS", 0.0)
         return bench.run(options(*arguments.split()), CPU)
 
