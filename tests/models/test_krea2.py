@@ -90,6 +90,7 @@ def test_the_norms_weights_stay_in_float32():
     assert kinds == {True: torch.float32, False: torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_the_memory_of_each_plan_is_predicted_and_falls():
     base = small_flow_base("krea2")
     cache = encoded_cache(base, [encoded_image(base, "0.png", "a photo of sks person", 0, shape=(16, 32, 32))])
