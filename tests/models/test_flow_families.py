@@ -179,7 +179,7 @@ def test_in_half_precision_the_adapter_stays_float32_and_learns(bases, family):
     assert all(re.fullmatch(rf"denoiser\.({SMALL_FLOWS[family].unused})\.(up|down)", name) for name in unchanged)
 
 
-@pytest.mark.parametrize("family", SMALL_FLOWS)
+@pytest.mark.parametrize("family", mostly_slow(SMALL_FLOWS, "flux1", "qwen-image"))
 def test_photos_become_a_lora_that_changes_the_pictures(bases, family, photo_folder, tmp_path):
     base, output = bases[family], tmp_path / "me.safetensors"
     config = TrainConfig(

@@ -37,7 +37,7 @@ from core.pictures.generate import Picture, generate, parameters_text
 from core.pictures.headshots import batch_summary, make_headshots
 from core.pictures.sampling import SAMPLER_TITLES, SAMPLERS, build_sampler, encode_pairs, sample_latents
 from core.pictures.sheet import contact_sheet
-from tests.tooling import held_elsewhere, small_flow_base, write_photos
+from tests.tooling import held_elsewhere, mostly_slow, small_flow_base, write_photos
 
 STYLES = ("Classic grey studio", "Navy backdrop executive", "Bright open office", "Warm beige studio")
 
@@ -523,7 +523,7 @@ def test_a_strength_that_is_not_finite_is_refused_also_of_a_file_that_holds_word
         next(generate(base, [(word, strength)], jobs(1)))
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", mostly_slow(SAMPLERS, "dpmpp_2m_sde_karras"))
 def test_many_steps_are_taken_and_begin_near_pure_noise(base, sampler: str) -> None:
     noise = torch.zeros(1, 4, 4, 4)
     firsts = [float(build_sampler(sampler, base, steps, noise).timesteps[0]) for steps in (30, 150, 300, 501, 1000)]
@@ -545,7 +545,7 @@ def test_jobs_that_cannot_be_drawn_are_refused(wrong) -> None:
         Job(**{"prompt": "a photo", "seed": 1, **wrong})
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", mostly_slow(SAMPLERS, "euler", "dpmpp_2m_sde_karras"))
 def test_drawing_anew_with_few_steps_stays_near_the_picture(base, sampler: str) -> None:
     photo = person_photos(1)[0].convert("RGB").resize((64, 80), Image.Resampling.LANCZOS)
     job = Job("a photo of person", 1, size=(64, 80), steps=10, guidance=1)

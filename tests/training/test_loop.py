@@ -30,7 +30,7 @@ from core.training.methods import peak_rate
 from core.training.optimizer import learning_rate_factor
 from core.training.samples import Samples
 from core.training.step import Run
-from tests.tooling import UNETS, encoded_cache, encoded_image, started_run
+from tests.tooling import UNETS, encoded_cache, encoded_image, mostly_slow, started_run
 
 CPU = torch.device("cpu")
 PLAIN = TrainConfig(rank=3, alpha=2.0, min_snr_gamma=0.0, precision="fp32")
@@ -76,7 +76,7 @@ def conditioning_of(run: Run, images):
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-@pytest.mark.parametrize("targets", ["transformer", "transformer+conv"])
+@pytest.mark.parametrize("targets", mostly_slow(("transformer", "transformer+conv"), "transformer+conv"))
 @pytest.mark.parametrize("family", UNETS)
 def test_the_gradient_of_a_step_is_that_of_plain_torch(bases, caches, family, targets):
     base, config = bases[family], replace(PLAIN, batch_size=2, targets=targets)
@@ -208,7 +208,7 @@ def test_caption_dropout_trains_on_the_empty_caption(bases, caches):
     assert loss.item() == expected.item()
 
 
-@pytest.mark.parametrize("family", UNETS)
+@pytest.mark.parametrize("family", mostly_slow(UNETS, "sd15"))
 def test_recomputing_activations_gives_the_same_step(bases, caches, family):
     cache = person_only(caches[family])
     plain = started_run(cache, bases[family], replace(PLAIN, dropout=0.2, gradient_checkpointing="off"))
@@ -222,7 +222,7 @@ def test_recomputing_activations_gives_the_same_step(bases, caches, family):
         torch.testing.assert_close(saving.parameters[name], parameter, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", UNETS)
+@pytest.mark.parametrize("family", mostly_slow(UNETS, "sd15"))
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_in_half_precision_the_adapter_stays_float32_and_learns(bases, caches, family, precision):
     config = replace(
@@ -242,8 +242,8 @@ def test_in_half_precision_the_adapter_stays_float32_and_learns(bases, caches, f
 @pytest.mark.parametrize(
     ("family", "text_encoder_lr", "accumulation"),
     [
-        ("sd15", 0.0, 2),
         ("sd15", 1e-4, 2),
+        pytest.param("sd15", 0.0, 2, marks=pytest.mark.slow),
         pytest.param("sdxl", 1e-4, 1, marks=pytest.mark.slow),
         pytest.param("sdxl", 0.0, 2, marks=pytest.mark.slow),
     ],
@@ -454,7 +454,7 @@ def test_stop_and_keep_ends_the_run_with_what_it_has_learned(bases, caches):
     assert all(torch.equal(module.up, kept.modules()[name].up) for name, module in short.modules().items())  # pyright: ignore
 
 
-@pytest.mark.parametrize("recompute", ["off", "on"])
+@pytest.mark.parametrize("recompute", mostly_slow(("off", "on"), "on"))
 def test_a_run_that_is_cancelled_within_a_step_goes_on_exactly(bases, caches, tmp_path, recompute):
     class Interrupt(BaseException):
         pass

@@ -198,7 +198,7 @@ def test_a_file_of_another_method_or_rank_to_go_on_from_is_refused(bases, method
         adapter_of(base, replace(config_of(method), rank=2), continue_from=same.export(same.parameters(), base, {}))
 
 
-@pytest.mark.parametrize("method", KINDS)
+@pytest.mark.parametrize("method", mostly_slow(KINDS, "dora"))
 def test_a_run_that_is_cancelled_goes_on_exactly(bases, caches, method, tmp_path):
     def cancel(report):
         if report.step == 2:
@@ -244,7 +244,7 @@ def test_a_run_that_becomes_nan_stops_with_the_photo_and_the_learning_rate(bases
         run.check_finite()
 
 
-@pytest.mark.parametrize("method", mostly_slow(METHODS, "loha", "textual-inversion"))
+@pytest.mark.parametrize("method", mostly_slow(METHODS, "textual-inversion"))
 def test_the_memory_of_a_step_is_predicted_and_more_vectors_or_a_larger_rank_take_more(bases, caches, method):
     base, plan = bases["sd15"], plans_for("off")[0]
     small, large = (
