@@ -83,10 +83,11 @@ def test_no_picture_gives_an_empty_array(network):
     assert embed_images(network, []).shape == (0, 128)
 
 
-def test_a_batch_gives_what_single_faces_give(network):
-    images = [orl(person, 1) for person in range(1, 41)]  # more than one batch of 32
+def test_a_batch_gives_what_single_faces_give(network, monkeypatch):
+    monkeypatch.setattr(network, "_batch", 4)
+    images = [orl(person, 1) for person in range(1, 7)]  # more than one batch
     together = embed_images(network, images)
-    assert np.allclose(together[37], embed_images(network, [images[37]])[0], atol=1e-5)
+    assert np.allclose(together[5], embed_images(network, [images[5]])[0], atol=1e-5)
     assert np.allclose(np.linalg.norm(together, axis=1), 1, atol=1e-6)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from core.cli import main
 from core.config import TrainConfig, config_from
@@ -410,10 +411,12 @@ def test_settings_that_begin_with_a_byte_order_mark_are_read(desk):
 
 
 def test_small_photos_are_enlarged_when_told(desk):
-    desk.options += ["--resolution", "128", "--upscale"]
-    assert main(desk.arguments()) == 0
+    desk.photos = desk.folder / "small"
+    desk.photos.mkdir()
+    Image.new("RGB", (23, 28), "teal").save(desk.photos / "1.png")
+    assert main([*desk.arguments(), "--upscale"]) == 0
     (bucket,) = json.loads(LoraFile.read(desk.output).metadata["ss_bucket_info"])["buckets"].values()
-    assert math.prod(bucket["resolution"]) > 92 * 112
+    assert math.prod(bucket["resolution"]) > 23 * 28
 
 
 def test_settings_that_make_no_sense_are_refused_by_name():
