@@ -33,8 +33,13 @@ from tools.house import (
 
 
 @pytest.fixture(scope="module")
-def imports():
-    return imports_of(read_sources())
+def sources():
+    return read_sources()
+
+
+@pytest.fixture(scope="module")
+def imports(sources):
+    return imports_of(sources)
 
 
 def test_nothing_imports_in_a_circle_not_even_inside_functions(imports):
@@ -51,8 +56,8 @@ def test_hardly_anything_imports_the_projects_modules_inside_functions(imports):
     assert len([(one.importer, one.line) for one in imports if one.late]) <= 5
 
 
-def test_no_function_is_a_hall():
-    functions = functions_of(read_sources())
+def test_no_function_is_a_hall(sources):
+    functions = functions_of(sources)
     assert [(one.module, one.name, one.lines) for one in functions if one.lines > MOST_LINES] == []
     assert [(one.module, one.name, one.branches) for one in functions if one.branches > MOST_BRANCHES] == []
 
@@ -74,8 +79,8 @@ def test_six_lines_that_stand_again_are_one_pair_however_long_they_go_on_and_fiv
     assert (found.first, found.first_line, found.second, found.second_line) == ("a.py", 2, "b.py", 3)
 
 
-def test_every_module_has_a_room():
-    assert all(storey_of(module) >= 0 for module in read_sources())
+def test_every_module_has_a_room(sources):
+    assert all(storey_of(module) >= 0 for module in sources)
 
 
 @pytest.mark.parametrize("page", ["docs/architecture.md", "docs/add-a-family.md", "CONTRIBUTING.md"])
@@ -87,7 +92,7 @@ def test_what_a_page_about_the_source_names_is_there(page):
         assert re.search(rf"\b{name}\b", (ROOT / path).read_text(encoding="utf-8")), f"{path} has no {name}"
 
 
-def test_the_page_of_the_house_says_where_each_step_is_and_names_every_room():
+def test_the_page_of_the_house_says_where_each_step_is_and_names_every_room(sources):
     text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     steps = re.findall(r"^\| [^|]+ \| `(core/[\w/]+\.py)` \| ((?:`[\w.]+`(?:, )?)+) \|", text, re.MULTILINE)
     assert len(steps) > 8
@@ -96,7 +101,7 @@ def test_the_page_of_the_house_says_where_each_step_is_and_names_every_room():
         for name in re.findall(r"[\w.]+", names):
             for part in name.split("."):
                 assert re.search(rf"^ *(def|class) {part}\b", source, re.MULTILINE), f"{path} has no {part}"
-    rooms = {room_of(module) for module in read_sources() if module.startswith("core.")}
+    rooms = {room_of(module) for module in sources if module.startswith("core.")}
     assert set(re.findall(r"^\| \d? ?\| `(\w+)` \|", text, re.MULTILINE)) == rooms
 
 
@@ -112,16 +117,14 @@ def test_an_import_that_runs_late_is_seen_and_closes_a_circle():
     assert {one.imported for one in upward(found)} == {"core.training.__init__", "core.training.loop"}
 
 
-def test_nothing_but_a_familys_own_files_knows_it_by_name():
-    modules = read_sources()
-    assert misplaced_mentions(modules) == []
-    assert {one.module for one in family_mentions(modules)} >= set(FAMILY_EXCEPTIONS), "an exception without need"
+def test_nothing_but_a_familys_own_files_knows_it_by_name(sources):
+    assert misplaced_mentions(sources) == []
+    assert {one.module for one in family_mentions(sources)} >= set(FAMILY_EXCEPTIONS), "an exception without need"
 
 
-def test_a_family_touches_four_source_files():
-    modules = read_sources()
-    assert set(families_of(modules)) == set(NAME_TABLES)
-    touched = touched_by_family(modules)
+def test_a_family_touches_four_source_files(sources):
+    assert set(families_of(sources)) == set(NAME_TABLES)
+    touched = touched_by_family(sources)
     assert set(touched) == set(FAMILIES)
     assert {len(files) for files in touched.values()} == {4}, touched
 

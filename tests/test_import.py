@@ -36,10 +36,24 @@ PACKAGES = (
 
 def modules_after(statement: str) -> set[str]:
     """Top-level names of the modules that a fresh process has after the statement."""
-    code = f"import sys\n{statement}\nprint(' '.join(sorted({{name.partition('.')[0] for name in sys.modules}})))"
+    return modules_after_each(statement)[-1]
+
+
+def modules_after_each(*statements: str) -> list[set[str]]:
+    """Those that it has after each of the statements, one after the other; top-level names and full ones."""
+    said = "print(' '.join({part for name in sys.modules for part in (name.partition('.')[0], name)}))"
+    code = "\n".join(["import sys", *(line for statement in statements for line in (statement, said))])
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return set(done.stdout.splitlines()[-1].split())
+    return [set(line.split()) for line in done.stdout.splitlines()[-len(statements) :]]
+
+
+@pytest.fixture(scope="module")
+def loaded() -> list[set[str]]:
+    """What the commands of LoRA files load, then what a script loads; in one process, which torch keeps busy for a while."""
+    return modules_after_each(
+        "import core.cli.lora", "import core; assert callable(core.train) and callable(core.lora.LoraFile.read)"
+    )
 
 
 def test_importing_core_loads_neither_torch_nor_any_other_heavy_library():
@@ -48,8 +62,8 @@ def test_importing_core_loads_neither_torch_nor_any_other_heavy_library():
     assert not modules & {*LIBRARIES, *HEAVY, *COMFYUI}
 
 
-def test_what_core_hands_out_is_loaded_when_it_is_asked_for_and_needs_no_heavy_library():
-    modules = modules_after("import core; assert callable(core.train) and callable(core.lora.LoraFile.read)")
+def test_what_core_hands_out_is_loaded_when_it_is_asked_for_and_needs_no_heavy_library(loaded):
+    *_, modules = loaded
     assert "torch" in modules
     assert not modules & {*HEAVY, *COMFYUI}
 
@@ -85,10 +99,10 @@ def test_the_arguments_offer_the_recipes_and_precisions_that_there_are():
     assert set(get_args(SavePrecision)) == {*PRECISIONS}
 
 
-def test_the_commands_of_lora_files_load_nothing_of_the_training():
-    code = "import sys, core.cli.lora; print([name for name in sys.modules if name.startswith('core.training')])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stderr
+def test_the_commands_of_lora_files_load_nothing_of_the_training(loaded):
+    modules, after_training = loaded
+    assert "core.cli.lora" in modules and not [name for name in modules if name.startswith("core.training")]
+    assert "core.training" in after_training
 
 
 def test_the_version_is_the_one_of_the_project_file(capsys):
