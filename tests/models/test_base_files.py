@@ -31,7 +31,7 @@ from core.models.families.sd3 import CONTEXT_WIDTH
 from core.storage.lazy import LazyTensors
 from core.storage.safetensors_file import SafetensorsFile, save_safetensors
 from core.training.step import Run
-from tests.tooling import SMALL_FLOWS, UNETS, RandomTensors, encoded_cache, encoded_image
+from tests.tooling import SMALL_FLOWS, UNETS, RandomTensors, encoded_cache, encoded_image, mostly_slow
 
 CPU = torch.device("cpu")
 WIDTH = 128
@@ -386,7 +386,7 @@ def sd_files(small_sd15, small_sdxl, tmp_path) -> Callable[[str, str], dict[str,
 
 
 @pytest.mark.parametrize("naming", ["bare", "prefixed", "diffusers"])
-@pytest.mark.parametrize("family", UNETS)
+@pytest.mark.parametrize("family", mostly_slow(UNETS, "sd15"))
 def test_stable_diffusions_files_apart_are_the_same_base(sd_files, small_sd15, small_sdxl, family, naming):
     whole = load_base({"sd15": small_sd15, "sdxl": small_sdxl}[family])
     apart = load_base(**sd_files(family, naming))
@@ -398,7 +398,7 @@ def test_stable_diffusions_files_apart_are_the_same_base(sd_files, small_sd15, s
     }
 
 
-@pytest.mark.parametrize("family", UNETS)
+@pytest.mark.parametrize("family", mostly_slow(UNETS, "sdxl"))
 def test_a_step_on_stable_diffusions_files_apart_is_that_on_the_checkpoint(sd_files, small_sd15, small_sdxl, family):
     def read(path: Path) -> dict[str, Tensor]:
         # Where in memory a weight begins changes the last digit of what is computed with it.

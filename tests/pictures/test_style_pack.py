@@ -338,7 +338,7 @@ def test_a_byte_order_mark_is_no_reason_to_refuse_a_pack(tmp_path):
 
 
 # Each example writes a file, which may take long on a machine that has other work.
-@settings(suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.recursive(
         st.none()

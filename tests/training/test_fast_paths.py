@@ -18,7 +18,7 @@ from core.training.step import Run
 from tests.tooling import UNETS, assert_trained_alike, encoded_cache, encoded_image, mostly_slow
 
 CPU = torch.device("cpu")
-STEPS = 20
+STEPS = 10
 CONFIG = TrainConfig(rank=4, learning_rate=1e-3, batch_size=2, precision="fp32", gradient_checkpointing="off")
 Path = Callable[[Base], Run]
 
@@ -42,7 +42,7 @@ def base(request, small_sd15, small_sdxl) -> Base:
 
 @pytest.fixture(scope="module")
 def plain(base) -> Run:
-    """After 20 steps without anything fast."""
+    """After STEPS steps without anything fast."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LoraLayer, "forward", plain_forward)
         return after_steps(Run(cache_of(base), base, CONFIG, CPU))

@@ -19,7 +19,7 @@ from core.models.base import load_base
 from core.models.families import FAMILIES
 from core.storage.safetensors_file import SafetensorsFile
 from core.training.methods.lora import attach as attach_lora
-from tests.tooling import FULL_SD15, FULL_SDXL, configs, diffusers_pipeline, write_checkpoint, write_photos
+from tests.tooling import FULL_SD15, FULL_SDXL, configs, diffusers_pipeline, mostly_slow, write_checkpoint, write_photos
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,7 @@ def reference_shapes(family: str, targets: str, rank: int) -> dict[str, tuple[in
     return result
 
 
-@pytest.mark.parametrize("targets", ["transformer", "transformer+conv"])
+@pytest.mark.parametrize("targets", mostly_slow(("transformer", "transformer+conv"), "transformer+conv"))
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_names_and_shapes_are_those_of_sd_scripts(family, targets):
     networks = {}

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 CONFIG = TrainConfig(method="dreambooth", rank=8, min_snr_gamma=0.0, precision="fp32", learning_rate=1e-3, steps=3)
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("family", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_a_step_is_one_of_adamw_on_all_weights_of_diffusers_network(bases, caches, family):
     base = bases[family]
     run = Run(caches[family], base, replace(CONFIG, weight_decay=0.1), CPU)
@@ -80,7 +80,7 @@ def test_prior_prediction_holds_the_class_to_the_frozen_weights(bases, caches):
     assert next(iter(run._losses(1))).item() > 1e-6
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("family", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_the_checkpoint_has_the_names_and_shapes_of_its_base_and_the_trained_weights_which_diffusers_finds_too(
     bases, caches, family, tmp_path
 ):

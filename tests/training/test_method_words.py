@@ -59,7 +59,7 @@ def test_an_encoder_looks_new_words_up_behind_its_table_and_forgets_them_again(b
     assert torch.equal(encode_prompts(bases["sd15"], {"text_encoder": encoder}, ["a sks b"])[0]["context"], plain)
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("family", [pytest.param("sd15", marks=pytest.mark.slow), "sdxl"])
 def test_the_gradient_of_a_step_is_that_of_vectors_put_into_the_table_itself(bases, caches, family):
     """Independently: the vectors overwrite rows of other words in transformers' own table, and captions name those."""
     base, run = bases[family], started_run(bases, caches, family)
