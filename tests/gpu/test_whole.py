@@ -25,7 +25,7 @@ def test_samples_are_drawn_in_the_precision_that_is_trained_in(family, fake_proc
     [
         pytest.param(0.03, "nothing", marks=pytest.mark.slow),
         pytest.param(0.012, "half", marks=pytest.mark.slow),
-        (0.0085, "everything"),
+        pytest.param(0.0085, "everything", marks=pytest.mark.slow),
     ],
 )
 def test_a_small_card_draws_with_as_much_of_the_denoiser_as_it_can_hold(size, offload, fake_process):

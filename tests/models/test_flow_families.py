@@ -147,7 +147,8 @@ def test_a_prediction_never_waits_for_the_device(bases, family):
     assert prediction.shape == latents.shape
 
 
-@pytest.mark.parametrize("family", mostly_slow(SMALL_FLOWS, "flux1"))
+@pytest.mark.slow
+@pytest.mark.parametrize("family", SMALL_FLOWS)
 def test_the_loss_falls_over_100_steps_on_two_pictures(bases, family):
     run = run_on_two(bases[family], replace(PLAIN, rank=8, learning_rate=1e-2))
     losses = []

@@ -270,6 +270,7 @@ def test_nothing_is_left_of_a_weight_that_is_in_8_bits(base, cache, method, monk
     assert full and all(weight() is None for weight in full)
 
 
+@pytest.mark.slow
 def test_trained_text_encoders_are_in_the_prediction(base, cache):
     without, trained = (
         predicted_memory(cache, base, replace(CONFIG, text_encoder_lr=rate), CPU, torch.float32, PLANS[0])

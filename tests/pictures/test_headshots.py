@@ -48,7 +48,7 @@ def base():
 
 
 def jobs(count: int) -> list[Job]:
-    return [Job("a photo of person", seed, size=(64, 80), steps=2) for seed in range(count)]
+    return [Job("a photo of person", seed, size=(64, 80), steps=1, guidance=1.0) for seed in range(count)]
 
 
 def times(folder: Path) -> dict[str, int]:
@@ -204,7 +204,7 @@ def test_a_png_carries_its_parameters_as_a1111_and_comfyui_read_them(base, tmp_p
     # ComfyUI's reader takes nothing from a text without a line for the negative prompt, so it is there when empty too.
     assert (prompt, negative) == ("a photo of person", "Negative prompt: ")
     assert settings == (
-        f"Steps: 2, Sampler: DPM++ 2M Karras, CFG scale: 6, Seed: 0, Size: 64x80, Model: base, "
+        f"Steps: 1, Sampler: DPM++ 2M Karras, CFG scale: 1, Seed: 0, Size: 64x80, Model: base, "
         f"Model hash: {base.sha256[:10]}"
     )
 
@@ -284,6 +284,7 @@ def test_a_picture_of_another_embedding_is_made_again(base, tmp_path: Path) -> N
     assert pictures[0] != pictures[1]
 
 
+@pytest.mark.slow
 def test_a_picture_of_another_vae_file_is_made_again(tmp_path: Path) -> None:
     tensors = load_file(BASE_FILE)
     vae = {name: tensor for name, tensor in tensors.items() if name.startswith("first_stage_model.")}
@@ -495,6 +496,7 @@ def test_a_new_face_that_is_more_like_the_person_is_taken_once(base, tmp_path: P
     assert plain.face_pass is None and times(tmp_path) != first
 
 
+@pytest.mark.slow
 def test_a_new_face_that_is_less_like_the_person_is_not_taken(base, tmp_path: Path) -> None:
     photos = person_photos(36)  # whom the base has never seen
     job = Job("a photo of person", 3, size=(160, 200), steps=5, guidance=2.5)
@@ -545,7 +547,7 @@ def test_jobs_that_cannot_be_drawn_are_refused(wrong) -> None:
         Job(**{"prompt": "a photo", "seed": 1, **wrong})
 
 
-@pytest.mark.parametrize("sampler", mostly_slow(SAMPLERS, "euler", "dpmpp_2m_sde_karras"))
+@pytest.mark.parametrize("sampler", mostly_slow(SAMPLERS, "dpmpp_2m_sde_karras"))
 def test_drawing_anew_with_few_steps_stays_near_the_picture(base, sampler: str) -> None:
     photo = person_photos(1)[0].convert("RGB").resize((64, 80), Image.Resampling.LANCZOS)
     job = Job("a photo of person", 1, size=(64, 80), steps=10, guidance=1)

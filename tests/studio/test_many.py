@@ -89,6 +89,7 @@ def test_each_is_made_once_and_what_fails_fails_alone(tmp_path, base, terms, peo
     assert [result.status for result in run(people, base, output, terms)] == ["found", "made"]
 
 
+@pytest.mark.slow
 def test_interrupted_it_goes_on_in_the_middle_of_a_person(tmp_path, base, terms, people, monkeypatch):
     steps: list[int] = []
 

@@ -110,6 +110,7 @@ def assert_the_same_files_and_nothing_done_twice(folder: Path, whole: Path) -> N
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_interrupted_the_job_goes_on_where_it_was(desk):
     whole = desk("whole")
     outcome = do(whole, "", lambda: None)

@@ -300,6 +300,7 @@ def test_a_picture_that_is_shown_and_measured_is_drawn_once(base, network, monke
     assert shown == [2] and drawn == [measured, measured + 1]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_chooses_as_one_that_was_not(tmp_path, base, network):
     config = replace(CONFIG, likeness_pictures=1)
     whole = train(photos_of(35), base, config, faces=network, output=tmp_path / "whole.safetensors")

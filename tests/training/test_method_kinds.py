@@ -121,7 +121,7 @@ def test_a_new_adapter_changes_nothing_and_disabled_is_the_frozen_network(bases,
     assert torch.equal(draw(run.denoiser), changed)
 
 
-@pytest.mark.parametrize("method", KINDS)
+@pytest.mark.parametrize("method", mostly_slow(KINDS, "loha"))
 def test_only_the_adapter_is_trained_on_every_network(bases, method):
     adapter = adapter_of(bases["sdxl"], config_of(method), ("denoiser", "text_encoder", "text_encoder_2"))
     trained = {id(p) for network in adapter.networks.values() for p in network.parameters() if p.requires_grad}
@@ -132,7 +132,7 @@ def test_only_the_adapter_is_trained_on_every_network(bases, method):
 
 
 @pytest.mark.parametrize("family", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("method", KINDS)
+@pytest.mark.parametrize("method", mostly_slow(KINDS, "dora", "loha"))
 def test_the_saved_file_read_and_applied_draws_what_the_adapter_drew(bases, caches, family, method, tmp_path):
     base = bases[family]
     run = Run(caches[family], base, config_of(method), CPU)
@@ -187,7 +187,7 @@ def test_going_on_from_a_file_starts_with_its_change_whatever_its_alpha(bases, m
     assert all(torch.allclose(found[module], wanted[module], rtol=1e-4, atol=1e-6) for module in wanted)
 
 
-@pytest.mark.parametrize("method", KINDS)
+@pytest.mark.parametrize("method", mostly_slow(KINDS, "lokr"))
 def test_a_file_of_another_method_or_rank_to_go_on_from_is_refused(bases, method):
     base = bases["sd15"]
     other = adapter_of(base, config_of("lora"))

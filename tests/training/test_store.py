@@ -509,6 +509,7 @@ def test_cancelled_again_and_again_it_goes_on_and_gives_the_same_tensors(long_jo
     assert not state_of(long_job, base).exists()
 
 
+@pytest.mark.slow
 def test_cancelled_in_the_middle_of_a_step_it_makes_that_step_again(long_job, base, loras, tmp_path):
     whole, _ = whole_run(long_job, base, tmp_path / "whole")
     steps: list[int] = []
@@ -536,6 +537,7 @@ def test_under_another_name_an_unfinished_run_goes_on(long_job, base, loras):
     assert cancelled_at(5, replace(long_job, name="berta"), base, loras) == [5]
 
 
+@pytest.mark.slow
 def test_a_history_longer_than_the_state_is_cut_back_to_it(photos, base, loras, tmp_path, every_loss):
     job = TrainingJob("anna", replace(LONG, state_interval=0.0), photos)
     whole, history = whole_run(job, base, tmp_path / "whole")
@@ -592,6 +594,7 @@ def test_samples_are_kept_and_handed_on(job, base, loras):
     assert made.run.sample_sheet().height > RunFolder(loras).sample_sheet().height
 
 
+@pytest.mark.slow
 def test_samples_of_a_run_that_was_cancelled_are_still_there(photos, base, loras):
     config = replace(LONG, sample_every=2, sample_steps=1, sample_guidance=1.0)
     job = TrainingJob("anna", config, photos)
