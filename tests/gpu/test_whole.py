@@ -57,8 +57,8 @@ def test_on_windows_a_command_takes_no_more_than_is_free(fake_process):
     assert fake_process.submit(trials.share_on_windows, 12, 3).result() == 0.75
 
 
-def test_a_training_goes_from_photos_to_its_samples(fake_process, photo_folder, tmp_path):
-    case = trials.Case("flux1", settings=SHORT)
+def test_a_training_goes_from_photos_to_its_samples(fake_process, small_sd15, photo_folder, tmp_path):
+    case = trials.Case("sd15", small_sd15, settings=SHORT)
     whole = fake_process.submit(trials.whole_training, case, photo_folder, tmp_path / "me.safetensors").result()
     assert (whole.error, whole.warnings, whole.steps, whole.sampled) == ("", (), 2, 1)
     assert (tmp_path / "me.safetensors").exists()

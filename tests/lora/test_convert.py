@@ -606,7 +606,9 @@ def test_the_difference_of_two_checkpoints_is_extracted_and_only_that(small_sdxl
         assert torch.allclose(modules[module_id].delta(), change, atol=1e-2)
 
 
-@pytest.mark.parametrize("shape", [SMALL_SD15, SMALL_SDXL], ids=lambda shape: shape.family)
+@pytest.mark.parametrize(
+    "shape", [SMALL_SD15, pytest.param(SMALL_SDXL, marks=pytest.mark.slow)], ids=lambda shape: shape.family
+)
 def test_what_is_extracted_from_a_unet_with_one_block_a_level_has_names_that_it_has(shape, tmp_path):
     """The published models have two, and so other numbers in the original names."""
     path = write_checkpoint(tmp_path / "base", replace(shape, unet=shape.unet | {"layers_per_block": 1}), torch.float32)

@@ -472,11 +472,11 @@ def small_face(base, job: Job, folder: Path, photo: Image.Image) -> Path:
 
 
 def test_a_new_face_that_is_more_like_the_person_is_taken_once(base, tmp_path: Path) -> None:
-    drawn = Job("a photo of person", 3, size=(64, 80), steps=5, guidance=2.5)
+    drawn = Job("a photo of person", 3, size=(64, 80), steps=3, guidance=2.5)
     while not Reference([person_photos(1)[0]]).network.detect(person := next(generate(base, [], [drawn])).image):
-        drawn = Job(drawn.prompt, drawn.seed + 1, size=drawn.size, steps=5, guidance=2.5)
+        drawn = Job(drawn.prompt, drawn.seed + 1, size=drawn.size, steps=3, guidance=2.5)
     # To draw the whole of the face anew from the same seed makes the person that the base draws there: the reference.
-    job = Job(drawn.prompt, drawn.seed, size=(160, 200), steps=5, guidance=2.5)
+    job = Job(drawn.prompt, drawn.seed, size=(160, 200), steps=3, guidance=2.5)
     path = small_face(base, job, tmp_path, person_photos(2)[0])
     before = np.asarray(Image.open(path), int)
     settings = FacePass(below=0.6, denoise=1.0)

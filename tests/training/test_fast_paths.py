@@ -69,7 +69,7 @@ def test_matrices_cast_once_a_step(base, monkeypatch):
 
     What is cast for a step is gone in the next one: three show it, and a CPU is slow in half precision.
     """
-    config = replace(CONFIG, precision="bf16", prior_prediction=1.0, accumulation=2)
+    config = replace(CONFIG, precision="bf16", prior_prediction=1.0, accumulation=2, batch_size=1)
     once = after_steps(Run(cache_of(base, 8), base, config, CPU), 3)
     layers = [module for module in once.denoiser.modules() if isinstance(module, LoraLayer)]
     assert all(layer.cast is None for layer in layers)
