@@ -4,6 +4,7 @@ import ast
 import json
 import math
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -151,6 +152,13 @@ def test_what_trains_is_loaded_quickly_beside_torch():
     code = "import torch, PIL.Image, time; t = time.process_time(); import core; core.train; print(time.process_time() - t)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert float(done.stdout) < 1.0, done.stdout  # CPU seconds, on any machine that runs tests
+
+
+def test_the_wheel_has_each_package_of_the_library_and_the_folders_of_data():
+    named = set(re.findall(r'^    "facelora\.([\w.]+)",$', (ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE))
+    packages = {str(file.parent.relative_to(ROOT)).replace(os.sep, ".") for file in ROOT.glob("core/**/__init__.py")}
+    assert packages <= named
+    assert all((ROOT / name.replace(".", os.sep)).is_dir() for name in named)
 
 
 @pytest.mark.slow
