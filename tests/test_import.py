@@ -30,7 +30,7 @@ HEAVY = ("diffusers", "peft", "transformers", "cv2", "onnxruntime", "bitsandbyte
 COMFYUI = ("comfy", "comfy_api", "comfy_extras", "nodes", "folder_paths", "server", "execution")
 PACKAGES = (
     "core",
-    *(f"core.{room}" for room in ("bench", "lora", "models", "photos", "pictures", "storage", "training")),
+    *(f"core.{room}" for room in ("bench", "lora", "models", "photos", "pictures", "storage", "studio", "training")),
 )
 """Those that load a name when it is asked for."""
 
