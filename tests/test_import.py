@@ -9,8 +9,10 @@ import shutil
 import struct
 import subprocess
 import sys
+import venv
 import zipfile
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import iter_modules
 from types import ModuleType
@@ -161,15 +163,54 @@ def test_the_wheel_has_each_package_of_the_library_and_the_folders_of_data():
     assert all((ROOT / name.replace(".", os.sep)).is_dir() for name in named)
 
 
-@pytest.mark.slow
-def test_the_wheel_has_one_top_level_name_and_everything_that_is_needed(tmp_path):
-    copy = tmp_path / "source"
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel of the last commit, built without the network where setuptools is installed."""
+    folder = tmp_path_factory.mktemp("wheel")
     # Built from a copy: setuptools leaves build folders beside the source.
-    subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", str(ROOT), str(copy)], check=True)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(tmp_path), str(copy)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", str(ROOT), str(folder / "source")], check=True)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(folder)]
+    alone = ["--no-build-isolation"] if find_spec("setuptools") else []
+    done = subprocess.run([*command, *alone, str(folder / "source")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """A Python whose site-packages have nothing but the wheel, and then what this Python has."""
+    folder = tmp_path_factory.mktemp("installed")
+    venv.create(folder, symlinks=os.name != "nt")
+    python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site, ours = (
+        Path(subprocess.run([one, "-c", ask], capture_output=True, text=True, check=True).stdout.strip())
+        for one in (python, sys.executable)
+    )
+    zipfile.ZipFile(wheel).extractall(site)
+    (site / "others.pth").write_text(f"{ours}\n", encoding="utf-8")
+    return python
+
+
+def pyright(python: Path, folder: Path, *arguments: str) -> dict:
+    """What pyright says of code, with this Python's packages, in a folder without settings."""
+    # It looks for the Python itself: --verifytypes takes no notice of --pythonpath.
+    path = os.environ | {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
+    command = [sys.executable, "-m", "pyright", "--outputjson", *arguments]
+    return json.loads(subprocess.run(command, cwd=folder, env=path, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.slow
+def test_every_type_of_the_installed_library_is_known(installed, tmp_path):
+    found = pyright(installed, tmp_path, "--verifytypes", "facelora", "--ignoreexternal")["typeCompleteness"]
+    assert "facelora.core.studio.person" in {module["name"] for module in found["modules"]}
+    unknown = [symbol["name"] for symbol in found["symbols"] if symbol["isExported"] and not symbol["isTypeKnown"]]
+    assert unknown == [] and found["completenessScore"] == 1
+
+
+@pytest.mark.slow
+def test_the_wheel_has_one_top_level_name_and_everything_that_is_needed(wheel, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     top_level = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
     # ComfyUI has a top-level module called nodes: ours must not stand in its way.
@@ -177,6 +218,7 @@ def test_the_wheel_has_one_top_level_name_and_everything_that_is_needed(tmp_path
     assert "facelora/core/models/clip_tokenizer/vocab.json" in names
     assert any(name.startswith("facelora/core/pictures/style_packs/") for name in names)
     assert any(name.endswith("entry_points.txt") for name in names)
+    assert "facelora/py.typed" in names and not [name for name in names if name.startswith("facelora/nodes/")]
     unpacked = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(unpacked)
     code = (
