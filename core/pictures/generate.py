@@ -5,7 +5,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -240,16 +240,12 @@ def _applied(
     base: Base, loras: Sequence[tuple[LoraFile, float]], strength: float, networks: Mapping[str, nn.Module]
 ) -> Iterator[None]:
     """A context in which the networks have the LoRAs applied, and know the words that the files bring along."""
-    applied = []
-    try:
+    with ExitStack() as contexts:
         for lora, factor in loras:
             present = lora.of_parts(networks)
-            applied.append(apply(present, {"family": base.family.name, **networks}, factor * strength))
-        with new_words(networks, [lora for lora, _ in loras]):
-            yield
-    finally:
-        for lora in reversed(applied):
-            lora.remove()
+            contexts.enter_context(apply(present, {"family": base.family.name, **networks}, factor * strength))
+        contexts.enter_context(new_words(networks, [lora for lora, _ in loras]))
+        yield
 
 
 def in_batches(
