@@ -29,7 +29,6 @@ from ..pictures import (
     find_style_packs,
     long_prompts,
     make_headshots,
-    style_jobs,
 )
 from ..storage import write_file
 from ..training import Score
@@ -159,7 +158,7 @@ def pack_jobs(
             steps=job.steps if options.steps is None else options.steps,
             guidance=job.guidance if options.guidance is None else options.guidance,
         )
-        for job in style_jobs(styled)
+        for job in map(Job.from_style, styled)
     ]
 
 

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from .headshots import OVERVIEW as OVERVIEW
     from .headshots import batch_summary as batch_summary
     from .headshots import make_headshots as make_headshots
-    from .headshots import style_jobs as style_jobs
     from .sampling import decode_latents as decode_latents
     from .sampling import encode_pictures as encode_pictures
     from .sampling import encode_prompts as encode_prompts
@@ -34,7 +33,7 @@ else:
             ".gallery": ("SAME_PERSON", "SOMEONE_ELSE"),
             ".generate": ("GenerateConfig", "Job"),
             ".headshot": ("Headshot",),
-            ".headshots": ("CONTACT_SHEET", "OVERVIEW", "batch_summary", "make_headshots", "style_jobs"),
+            ".headshots": ("CONTACT_SHEET", "OVERVIEW", "batch_summary", "make_headshots"),
             ".sampling": ("decode_latents", "encode_pictures", "encode_prompts", "sample_latents"),
             ".sheet": ("contact_sheet",),
             ".style_pack": ("FAMILY_DEFAULTS", "FoundPacks", "Subject", "find_style_packs", "long_prompts"),

@@ -45,6 +45,7 @@ from .sampling import (
     sampler_name,
 )
 from .sizes import SMALLEST_SIDE, checked_size
+from .style_pack import StyledPrompt
 
 _Item = TypeVar("_Item", bound=Hashable)
 
@@ -65,6 +66,20 @@ class Job:
     """The factor by which the strengths of all LoRAs are multiplied."""
     style: str = ""
     """The name of the style that the prompt is from, if any."""
+
+    @classmethod
+    def from_style(cls, styled: StyledPrompt) -> "Job":
+        """The job that a style pack's prompt stands for."""
+        return cls(
+            styled.prompt,
+            styled.seed,
+            styled.negative,
+            (styled.width, styled.height),
+            styled.steps,
+            styled.guidance,
+            styled.strength,
+            styled.style,
+        )
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative"):
