@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .checkpoints import extract_lora as extract_lora
     from .checkpoints import merge_into_checkpoint as merge_into_checkpoint
     from .convert import convert_for as convert_for
+    from .convert import NewLora as NewLora
     from .convert import convert_lora as convert_lora
     from .convert import merge_loras as merge_loras
     from .convert import resize_lora as resize_lora
@@ -38,7 +39,7 @@ else:
         {
             ".blocks": ("BLOCK_LISTS", "block_strengths"),
             ".checkpoints": ("extract_lora", "merge_into_checkpoint"),
-            ".convert": ("convert_for", "convert_lora", "merge_loras", "resize_lora"),
+            ".convert": ("NewLora", "convert_for", "convert_lora", "merge_loras", "resize_lora"),
             ".embeddings": ("embedding_files", "file_word"),
             ".file": ("LoraFile", "fit"),
             ".hashes": ("model_hash",),
