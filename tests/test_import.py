@@ -25,6 +25,7 @@ from core.cli import COMMANDS, function_of, main
 from core.config import RecipeName, SavePrecision
 from core.device import PRECISIONS
 from core.training import RECIPES
+from tests.test_readme import SCRIPTS
 
 ROOT = Path(__file__).parent.parent
 LIBRARIES = ("torch", "numpy", "PIL", "safetensors")
@@ -207,6 +208,16 @@ def test_every_type_of_the_installed_library_is_known(installed, tmp_path):
     assert "facelora.core.studio.person" in {module["name"] for module in found["modules"]}
     unknown = [symbol["name"] for symbol in found["symbols"] if symbol["isExported"] and not symbol["isTypeKnown"]]
     assert unknown == [] and found["completenessScore"] == 1
+
+
+@pytest.mark.slow
+def test_the_scripts_of_the_pages_are_right_by_the_types_of_the_installed_library(installed, tmp_path):
+    for page, code in SCRIPTS.items():
+        (tmp_path / f"{page.removesuffix('.md').replace('-', '_')}.py").write_text(code, encoding="utf-8")
+    (tmp_path / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict"}', encoding="utf-8")
+    found = pyright(installed, tmp_path)
+    assert found["summary"]["filesAnalyzed"] == len(SCRIPTS)
+    assert [(one["file"], one["range"]["start"]["line"], one["message"]) for one in found["generalDiagnostics"]] == []
 
 
 @pytest.mark.slow
