@@ -25,9 +25,13 @@ class HelpAll(argparse.Action):
 
     hidden: Sequence[tuple[argparse.Action, str | None]] = ()
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+    def show(self) -> None:
+        """Takes the options back in."""
         for action, text in self.hidden:
             action.help = text
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        self.show()
         parser.print_help()
         parser.exit()
 
