@@ -151,6 +151,13 @@ def test_the_command_line_answers_for_help_at_once():
 
 
 @pytest.mark.clock
+def test_the_package_itself_is_loaded_at_once():
+    code = "import time; t = time.process_time(); import core; core.lora, core.studio; print(time.process_time() - t)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert float(done.stdout) < 0.15, done.stdout
+
+
+@pytest.mark.clock
 def test_what_trains_is_loaded_quickly_beside_torch():
     code = "import torch, PIL.Image, time; t = time.process_time(); import core; core.train; print(time.process_time() - t)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
