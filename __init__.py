@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .core import *  # noqa: F403
+    from .core import __version__ as __version__
 elif __package__:  # pytest also imports this file by itself, as a module of no package
     from . import core as _core
     from .core.lazy_names import lazy_names
@@ -19,7 +20,7 @@ WEB_DIRECTORY = "web"
 """Scripts for ComfyUI's pages, and the help pages of the nodes."""
 
 
-async def comfy_entrypoint():
+async def comfy_entrypoint() -> object:
     """What ComfyUI asks for the nodes. Nothing of ComfyUI is imported before."""
     from .nodes import FaceLoraExtension
 

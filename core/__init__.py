@@ -4,6 +4,9 @@ from core import train
 
 lora = train("photos", "sd15.safetensors", output="me.safetensors")
 
+More is in its rooms, `lora`, `photos`, `pictures`, `training`, `studio` and others: `core.lora.merge_loras`. Where it is
+installed, `facelora` hands out all of this, as `facelora.train` and `facelora.lora.merge_loras`.
+
 Importing it loads nothing else, not even torch; each name is loaded when it is used.
 """
 
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from . import photos as photos
     from . import pictures as pictures
     from . import storage as storage
+    from . import studio as studio
     from . import tensor_names as tensor_names
     from . import training as training
     from .cli.version import __version__ as __version__
@@ -60,5 +64,16 @@ else:
             ".training": ("Callbacks", "StepReport", "recipe_config", "train", "train_lora"),
             ".training.encode": ("encode",),
         },
-        modules=("bench", "faces", "lora", "models", "photos", "pictures", "storage", "tensor_names", "training"),
+        modules=(
+            "bench",
+            "faces",
+            "lora",
+            "models",
+            "photos",
+            "pictures",
+            "storage",
+            "studio",
+            "tensor_names",
+            "training",
+        ),
     )

@@ -162,7 +162,9 @@ class Reference:
         BadPhoto when no photo shows a face.
         """
         self.network: FaceNetwork = network or load_faces()
-        vectors, shares, count = [], [], 0
+        vectors: list[np.ndarray] = []
+        shares: list[float] = []
+        count = 0
         for count, photo in enumerate(photos, start=1):  # noqa: B007, it is told when there is no face
             if faces := self.network.detect(photo):
                 vectors.append(self.network.embed([photo], faces[:1]))
@@ -171,7 +173,7 @@ class Reference:
         if face is None:
             raise BadPhoto(f"no face was found in the {count} photos to compare with")
         self._face = face
-        self.share = median(shares)
+        self.share: float = median(shares)
         """The median share of a photo that the face fills: the square root of the face's area over the photo's."""
 
     def likeness(self, images: Iterable[Image.Image]) -> list[float | None]:

@@ -4,12 +4,15 @@ import ast
 import json
 import math
 import os
+import re
 import shutil
 import struct
 import subprocess
 import sys
+import venv
 import zipfile
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import iter_modules
 from types import ModuleType
@@ -22,6 +25,7 @@ from core.cli import COMMANDS, function_of, main
 from core.config import RecipeName, SavePrecision
 from core.device import PRECISIONS
 from core.training import RECIPES
+from tests.test_readme import SCRIPTS
 
 ROOT = Path(__file__).parent.parent
 LIBRARIES = ("torch", "numpy", "PIL", "safetensors")
@@ -29,7 +33,7 @@ HEAVY = ("diffusers", "peft", "transformers", "cv2", "onnxruntime", "bitsandbyte
 COMFYUI = ("comfy", "comfy_api", "comfy_extras", "nodes", "folder_paths", "server", "execution")
 PACKAGES = (
     "core",
-    *(f"core.{room}" for room in ("bench", "lora", "models", "photos", "pictures", "storage", "training")),
+    *(f"core.{room}" for room in ("bench", "lora", "models", "photos", "pictures", "storage", "studio", "training")),
 )
 """Those that load a name when it is asked for."""
 
@@ -161,21 +165,84 @@ def test_the_command_line_answers_for_help_at_once():
 
 
 @pytest.mark.clock
+def test_the_package_itself_is_loaded_at_once():
+    code = "import time; t = time.process_time(); import core; core.lora, core.studio; print(time.process_time() - t)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert float(done.stdout) < 0.15, done.stdout
+
+
+@pytest.mark.clock
 def test_what_trains_is_loaded_quickly_beside_torch():
     code = "import torch, PIL.Image, time; t = time.process_time(); import core; core.train; print(time.process_time() - t)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert float(done.stdout) < 1.0, done.stdout  # CPU seconds, on any machine that runs tests
 
 
-@pytest.mark.slow
-def test_the_wheel_has_one_top_level_name_and_everything_that_is_needed(tmp_path):
-    copy = tmp_path / "source"
+def test_the_wheel_has_each_package_of_the_library_and_the_folders_of_data():
+    named = set(re.findall(r'^    "facelora\.([\w.]+)",$', (ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE))
+    packages = {str(file.parent.relative_to(ROOT)).replace(os.sep, ".") for file in ROOT.glob("core/**/__init__.py")}
+    assert packages <= named
+    assert all((ROOT / name.replace(".", os.sep)).is_dir() for name in named)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel of the last commit, built without the network where setuptools is installed."""
+    folder = tmp_path_factory.mktemp("wheel")
     # Built from a copy: setuptools leaves build folders beside the source.
-    subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", str(ROOT), str(copy)], check=True)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(tmp_path), str(copy)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", str(ROOT), str(folder / "source")], check=True)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(folder)]
+    alone = ["--no-build-isolation"] if find_spec("setuptools") else []
+    done = subprocess.run([*command, *alone, str(folder / "source")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """A Python whose site-packages have nothing but the wheel, and then what this Python has."""
+    folder = tmp_path_factory.mktemp("installed")
+    venv.create(folder, symlinks=os.name != "nt")
+    python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site, ours = (
+        Path(subprocess.run([one, "-c", ask], capture_output=True, text=True, check=True).stdout.strip())
+        for one in (python, sys.executable)
+    )
+    zipfile.ZipFile(wheel).extractall(site)
+    (site / "others.pth").write_text(f"{ours}\n", encoding="utf-8")
+    return python
+
+
+def pyright(python: Path, folder: Path, *arguments: str) -> dict:
+    """What pyright says of code, with this Python's packages, in a folder without settings."""
+    # It looks for the Python itself: --verifytypes takes no notice of --pythonpath.
+    path = os.environ | {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
+    command = [sys.executable, "-m", "pyright", "--outputjson", *arguments]
+    return json.loads(subprocess.run(command, cwd=folder, env=path, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.slow
+def test_every_type_of_the_installed_library_is_known(installed, tmp_path):
+    found = pyright(installed, tmp_path, "--verifytypes", "facelora", "--ignoreexternal")["typeCompleteness"]
+    assert "facelora.core.studio.person" in {module["name"] for module in found["modules"]}
+    unknown = [symbol["name"] for symbol in found["symbols"] if symbol["isExported"] and not symbol["isTypeKnown"]]
+    assert unknown == [] and found["completenessScore"] == 1
+
+
+@pytest.mark.slow
+def test_the_scripts_of_the_pages_are_right_by_the_types_of_the_installed_library(installed, tmp_path):
+    for page, code in SCRIPTS.items():
+        (tmp_path / f"{page.removesuffix('.md').replace('-', '_')}.py").write_text(code, encoding="utf-8")
+    (tmp_path / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict"}', encoding="utf-8")
+    found = pyright(installed, tmp_path)
+    assert found["summary"]["filesAnalyzed"] == len(SCRIPTS)
+    assert [(one["file"], one["range"]["start"]["line"], one["message"]) for one in found["generalDiagnostics"]] == []
+
+
+@pytest.mark.slow
+def test_the_wheel_has_one_top_level_name_and_everything_that_is_needed(wheel, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     top_level = {name.partition("/")[0] for name in names if ".dist-info/" not in name}
     # ComfyUI has a top-level module called nodes: ours must not stand in its way.
@@ -183,6 +250,7 @@ def test_the_wheel_has_one_top_level_name_and_everything_that_is_needed(tmp_path
     assert "facelora/core/models/clip_tokenizer/vocab.json" in names
     assert any(name.startswith("facelora/core/pictures/style_packs/") for name in names)
     assert any(name.endswith("entry_points.txt") for name in names)
+    assert "facelora/py.typed" in names and not [name for name in names if name.startswith("facelora/nodes/")]
     unpacked = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(unpacked)
     code = (

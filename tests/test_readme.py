@@ -1,33 +1,102 @@
-"""What the README tells its readers to type, typed."""
+"""What the README and the pages of docs/ tell their readers to type, typed."""
 
+import ast
 import json
 import re
 import runpy
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
+import pytest
+import torch
 from PIL import Image
 
+import core
 from core.lora.file import LoraFile
 from core.models.recipe import RECIPES_KEY
 from core.storage.safetensors_file import SafetensorsFile, copy_with_metadata
 from tests.tooling import write_photos
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+
+
+def scripts_of(page: Path) -> str:
+    """All Python code of a page, as one script."""
+    return "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL))
+
+
+SCRIPTS = {
+    page.name: code for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))) if (code := scripts_of(page))
+}
+"""The Python code of each page that has any."""
+
+
+def run(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "script.py").write_text(code, encoding="utf-8")
+    monkeypatch.chdir(folder)
+    runpy.run_path("script.py", run_name="__main__")
 
 
 def test_the_python_of_the_readme_runs(tmp_path, small_sd15, monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     # The same code on small numbers: those of the training are the base's own.
-    short, changed = re.subn(r"negative=", "size=(64, 64), steps=2, negative=", code)
+    short, changed = re.subn(r"negative=", "size=(64, 64), steps=2, negative=", SCRIPTS["README.md"])
     assert changed == 1
     recipe = {"photos": 2, "rate": 1e-3, "rank": 4, "settings": {"resolution": 64}}
     metadata = {RECIPES_KEY: json.dumps({"balanced": recipe})}
     copy_with_metadata(SafetensorsFile.open(small_sd15), tmp_path / "sd15.safetensors", metadata)
     write_photos(tmp_path / "photos", count=5)
-    (tmp_path / "readme.py").write_text(short, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    runpy.run_path("readme.py", run_name="__main__")
+    run(short, tmp_path, monkeypatch)
     assert LoraFile.read(tmp_path / "me.safetensors").metadata["ss_steps"] == "2"
     for seed in range(4):
         with Image.open(tmp_path / f"{seed}.png") as picture:
-            assert "sks person" in picture.info["parameters"]
+            assert "sks person" in picture.info["parameters"] and "<lora:me:0.9>" in picture.info["parameters"]
+
+
+def test_the_python_about_lora_files_runs(tmp_path, monkeypatch, capsys):
+    path = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {f"{path}.lora_down.weight": torch.randn(4, 1280), f"{path}.lora_up.weight": torch.randn(1280, 4)}
+    LoraFile.from_tensors(tensors, {}).save(tmp_path / "face.safetensors")
+    run(SCRIPTS["formats.md"], tmp_path, monkeypatch)
+    assert "denoiser mid_block.attentions.0.transformer_blocks.0.attn1.to_q 4 " in capsys.readouterr().out
+    (small,) = LoraFile.read(tmp_path / "small.safetensors").modules().values()
+    assert small.rank == 2
+
+
+def test_the_python_about_style_packs_runs(tmp_path, monkeypatch, capsys):
+    run(SCRIPTS["style-packs.md"], tmp_path, monkeypatch)
+    assert "sks person" in capsys.readouterr().out
+
+
+def names_in(code: str) -> Iterator[tuple[str, ...]]:
+    """The names that code takes from facelora, each as ("room", "name") or ("name",)."""
+    tree, aliases = ast.parse(code), {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module = node.module if isinstance(node, ast.ImportFrom) else None
+            for alias in node.names:
+                assert (module or alias.name).partition(".")[0] in {"facelora", *sys.stdlib_module_names}
+                if "facelora" in (module, alias.name):
+                    aliases[alias.asname or alias.name] = (alias.name,) if module else ()
+    yield from (path for path in aliases.values() if path)
+    for node in ast.walk(tree):
+        path, inner = [], node
+        while isinstance(inner, ast.Attribute):
+            path.insert(0, inner.attr)
+            inner = inner.value
+        if path and isinstance(inner, ast.Name) and inner.id in aliases:
+            yield *aliases[inner.id], *path
+
+
+@pytest.mark.parametrize("page", SCRIPTS)
+def test_scripts_take_only_what_the_package_and_its_rooms_hand_out(page):
+    found = {*names_in(SCRIPTS[page])}
+    assert found
+    for names in found:
+        place: object = core
+        for name in names:
+            if isinstance(place, ModuleType):  # what is in a class is its own
+                handed_out = getattr(place, "__all__", None) or [one for one in vars(place) if not one.startswith("_")]
+                assert name in handed_out, f"{page}: {'.'.join(names)}"
+            place = getattr(place, name)

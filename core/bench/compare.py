@@ -201,7 +201,10 @@ class Judge:
         device: torch.device,
     ):
         config = comparison.config
-        self.comparison, self.faces, self.training, self.device = comparison, faces, training, device
+        self.comparison: Comparison = comparison
+        self.faces: FaceNetwork = faces
+        self.training: Sequence[Photo] = training
+        self.device: torch.device = device
         centre = mean_face(embed_images(faces, [photo.image() for photo in held_out]))
         assert centre is not None, "photos are held out for the face that they show"
         self._person = centre

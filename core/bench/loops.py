@@ -21,7 +21,7 @@ from ..device import device_and_dtype, precision_name
 from ..errors import BadConfig, BadFile
 from ..models.base import Base
 from ..models.families import FAMILIES
-from ..models.spec import Component, Conditioning
+from ..models.spec import Component, Conditioning, FamilySpec
 from ..training.encode import EncodedImage, LatentCache
 from ..training.methods import peak_rate
 from ..training.step import Run
@@ -100,10 +100,10 @@ class OurLoop:
     """The loop of this project, as `train_lora` runs it."""
 
     def __init__(self, cache: LatentCache, base: Base, config: TrainConfig, device: torch.device):
-        self.run = Run(cache, base, config, device)
+        self.run: Run = Run(cache, base, config, device)
         if self.run.why_not_compiled:
             raise BadConfig(f"--compile: not possible here: {self.run.why_not_compiled}")
-        self.generator = torch.Generator(device).manual_seed(0)
+        self.generator: torch.Generator = torch.Generator(device).manual_seed(0)
 
     def step(self) -> None:
         self.run.train_step()
@@ -128,8 +128,11 @@ class PlainLoop:
         from diffusers.optimization import get_scheduler
         from peft import LoraConfig
 
+        self.device: torch.device
+        self.dtype: torch.dtype
         self.device, self.dtype = device_and_dtype(config, device)
-        self.family, self.max_grad_norm = base.family, config.max_grad_norm
+        self.family: FamilySpec = base.family
+        self.max_grad_norm: float = config.max_grad_norm
         self.denoiser: Any = base.load("denoiser", self.device, self.dtype)
         self.denoiser.add_adapter(
             LoraConfig(
@@ -140,21 +143,25 @@ class PlainLoop:
             )
         )
         self.denoiser.train()
-        self.parameters = [parameter for parameter in self.denoiser.parameters() if parameter.requires_grad]
+        self.parameters: list[nn.Parameter] = [
+            parameter for parameter in self.denoiser.parameters() if parameter.requires_grad
+        ]
         for parameter in self.parameters:
             parameter.data = parameter.data.float()
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=peak_rate(config), weight_decay=config.weight_decay)
-        self.lr_scheduler = get_scheduler("constant", self.optimizer)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.optimizer: torch.optim.AdamW = torch.optim.AdamW(
+            self.parameters, lr=peak_rate(config), weight_decay=config.weight_decay
+        )
+        self.lr_scheduler: torch.optim.lr_scheduler.LambdaLR = get_scheduler("constant", self.optimizer)
+        self.scaler: torch.amp.GradScaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.noise_scheduler: Any = DDPMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000
         )
-        self.latents = torch.stack([image.mean for image in cache.images]).to(self.device)
+        self.latents: Tensor = torch.stack([image.mean for image in cache.images]).to(self.device)
         parts = [{**cache.text[image.caption], **image.conditioning} for image in cache.images]
         self.conditioning: Conditioning = {
             name: torch.cat([part[name] for part in parts]).to(self.device, self.dtype) for name in parts[0]
         }
-        self.shown_loss = 0.0
+        self.shown_loss: float = 0.0
 
     def loss(self) -> Tensor:
         noise = torch.randn_like(self.latents)
@@ -169,7 +176,7 @@ class PlainLoop:
         self.optimizer.zero_grad()
         loss = self.loss()
         self.scaler.scale(loss).backward()
-        self.last_loss = loss.detach()
+        self.last_loss: Tensor = loss.detach()
 
     def step(self) -> None:
         self.gradients()

@@ -95,7 +95,7 @@ def count_flops(work: Callable[[], object]) -> int:
 class OperationCount(TorchDispatchMode):
     """A context that counts the operations that torch is asked for, apart from views of memory."""
 
-    count = 0
+    count: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name().partition("::")[2]

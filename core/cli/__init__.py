@@ -114,6 +114,12 @@ COMMANDS: dict[str, Command] = {
         "training_arguments:add_doctor",
         "doctor:run_doctor",
     ),
+    "completion": Command(
+        MACHINE,
+        "print what makes a shell complete commands, options and files",
+        "training_arguments:add_completion",
+        "completion:run_completion",
+    ),
     "clear-cache": Command(
         MACHINE,
         "delete everything that was kept of photos and captions",
@@ -135,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     # Before the command there are only --help and --version, which end the program.
     called = next((argument for argument in arguments if not argument.startswith("-")), None)
-    parser, below = build_parser(called)
+    parser, below = build_parser(*([called] if called else ()))
     if called is not None and called not in COMMANDS:
         parser.error(f"there is no command {called!r}{did_you_mean(called, COMMANDS)} (--help lists them)")
     options, unknown = parser.parse_known_args(arguments)
@@ -174,10 +180,10 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(alike)}?" if alike else ""
 
 
-def build_parser(called: str | None) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+def build_parser(*called: str) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     """A parser that knows all commands, and the parser of the called one, which alone has its arguments.
 
-    Where no command is called, the second one is the first.
+    Where no command is called, the second one is the first; of several it is the last one's.
     """
     parser = argparse.ArgumentParser(
         prog="facelora",
@@ -192,9 +198,9 @@ def build_parser(called: str | None) -> tuple[argparse.ArgumentParser, argparse.
     below = parser
     for name, command in COMMANDS.items():
         text = command.help
-        one = commands.add_parser(name, description=text[0].upper() + text[1:] + ".")
+        one = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         one.set_defaults(command=command)
-        if name == called:
+        if name in called:
             below = one
             function_of(command.arguments)(below)
     return parser, below

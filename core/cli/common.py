@@ -7,11 +7,14 @@ import math
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import models  # the package loads its modules only when a name is used
 from ..errors import BadConfig, one_line
 from ..storage.files import is_text
+
+if TYPE_CHECKING:
+    from ..training import StepReport
 
 DEMO = "demo"
 """What `--base` calls the small base model that comes with the package."""
@@ -22,9 +25,13 @@ class HelpAll(argparse.Action):
 
     hidden: Sequence[tuple[argparse.Action, str | None]] = ()
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+    def show(self) -> None:
+        """Takes the options back in."""
         for action, text in self.hidden:
             action.help = text
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        self.show()
         parser.print_help()
         parser.exit()
 
@@ -59,7 +66,7 @@ def add_base(parser: argparse.ArgumentParser, required: bool) -> None:
     )  # fmt: skip
 
 
-def base_from(options: argparse.Namespace, **schedule: Any):
+def base_from(options: argparse.Namespace, **schedule: Any) -> "models.Base":
     files = {"vae": options.vae, "text_encoders": options.text_encoder, "tokenizer": options.tokenizer}
     return models.load_base(_source(options.base), **files, **schedule)
 
@@ -164,7 +171,7 @@ class BarProgress:
         bar = self._bar_for(name, total)
         bar.update(done - bar.n)
 
-    def step(self, report) -> None:
+    def step(self, report: "StepReport") -> None:
         bar = self._bar_for("training", report.steps)
         if bar.n == 0 and report.step > 1:
             bar.initial = bar.n = report.step - 1  # resumed: the rate counts the steps of this session alone
@@ -197,7 +204,7 @@ class JsonProgress:
     def phase(self, name: str, done: int, total: int) -> None:
         self._print(done == total, phase=name, done=done, total=total)
 
-    def step(self, report) -> None:
+    def step(self, report: "StepReport") -> None:
         now = time.monotonic()
         if report.step == report.steps or now - self._shown > 0.5:
             loss = report.loss if math.isfinite(report.loss) else None  # JSON has no NaN

@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from ..errors import BadConfig, BadStylePack, one_line
 from ..faces import Reference, check_judge, faces_if_installed, load_faces
 from ..lora import LoraFile
-from ..models import caption_tokens
+from ..models import Base, caption_tokens
 from ..photos import Photo, Thresholds, check_photos, format_report, read_photos, save_sheet
 from ..pictures import (
     CONTACT_SHEET,
@@ -29,7 +29,6 @@ from ..pictures import (
     find_style_packs,
     long_prompts,
     make_headshots,
-    style_jobs,
 )
 from ..storage import write_file
 from ..training import Score
@@ -112,7 +111,7 @@ def trigger_phrase(loras: Sequence[tuple[Any, float]]) -> str | None:
     return next((phrase for phrase in phrases if phrase), None)
 
 
-def prompt_jobs(options: argparse.Namespace, base, loras: Sequence[tuple[Any, float]]) -> list[Any]:
+def prompt_jobs(options: argparse.Namespace, base: Base, loras: Sequence[tuple[Any, float]]) -> list[Any]:
     if options.style or options.subject:
         raise BadConfig("--style and --subject go with --style-pack")
     prompts = options.prompt or [f"a photo of {phrase}" for phrase in [trigger_phrase(loras)] if phrase]
@@ -134,7 +133,7 @@ def prompt_jobs(options: argparse.Namespace, base, loras: Sequence[tuple[Any, fl
 
 
 def pack_jobs(
-    options: argparse.Namespace, base, loras: Sequence[tuple[Any, float]], progress: BarProgress
+    options: argparse.Namespace, base: Base, loras: Sequence[tuple[Any, float]], progress: BarProgress
 ) -> list[Any]:
     if options.prompt:
         raise BadConfig("--prompt and --style-pack are both given; choose one")
@@ -159,7 +158,7 @@ def pack_jobs(
             steps=job.steps if options.steps is None else options.steps,
             guidance=job.guidance if options.guidance is None else options.guidance,
         )
-        for job in style_jobs(styled)
+        for job in map(Job.from_style, styled)
     ]
 
 

@@ -142,7 +142,7 @@ def shown(progress: BarProgress | JsonProgress, check_stop: Callable[[], None]) 
 class StopOnSignal:
     """A context in which Ctrl-C and SIGTERM only set `asked`, for a stop between two steps. A second signal stops at once."""
 
-    asked = False
+    asked: bool = False
 
     def __enter__(self) -> "StopOnSignal":
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}

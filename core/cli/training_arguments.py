@@ -117,5 +117,12 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true")
 
 
+def add_completion(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `completion`."""
+    parser.add_argument(
+        "shell", choices=("bash", "zsh", "tcsh"), help='for bash: eval "$(facelora completion bash)" in ~/.bashrc'
+    )
+
+
 def add_clear_cache(parser: argparse.ArgumentParser) -> None:
     """Adds nothing, since the command has no arguments."""

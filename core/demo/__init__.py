@@ -24,7 +24,7 @@ from ..photos import Photo
 from ..pictures.generate import GenerateConfig, Job, generate
 from ..pictures.sheet import contact_sheet
 from ..storage.files import make_folder, write_text
-from ..training.callbacks import NO_CALLBACKS, Callbacks
+from ..training.callbacks import NO_CALLBACKS, Callbacks, StepReport
 from ..training.job import train
 from ..training.likeness import picture_change
 from .people import SEEN_PEOPLE, UNSEEN_PEOPLE, person_photos
@@ -61,7 +61,7 @@ class Progress(Protocol):
         """Called as a phase goes on, with its name and how much of it is done."""
         ...
 
-    def step(self, report) -> None:
+    def step(self, report: StepReport) -> None:
         """Called after each step of the training, with a StepReport."""
         ...
 
@@ -193,9 +193,9 @@ class Judge:
 
     def __init__(self, faces: FaceNetwork, person: int, held_out: Sequence[Image.Image]):
         self.faces = faces
-        self.reference = _centre(faces, held_out)
+        self.reference: np.ndarray = _centre(faces, held_out)
         others = [other for other in (*SEEN_PEOPLE, *UNSEEN_PEOPLE) if other != person]
-        self.others = np.stack([_centre_of(faces, other) for other in others])
+        self.others: np.ndarray = np.stack([_centre_of(faces, other) for other in others])
 
     def likeness(self, images: Sequence[Image.Image]) -> list[float]:
         """The cosine of each picture to the held-out photos; 0 where no face is found."""

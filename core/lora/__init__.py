@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING
 from ..lazy_names import lazy_names
 
 if TYPE_CHECKING:
+    from .apply import AppliedLora as AppliedLora
     from .blocks import BLOCK_LISTS as BLOCK_LISTS
     from .blocks import block_strengths as block_strengths
     from .checkpoints import extract_lora as extract_lora
     from .checkpoints import merge_into_checkpoint as merge_into_checkpoint
+    from .convert import NewLora as NewLora
     from .convert import convert_for as convert_for
     from .convert import convert_lora as convert_lora
     from .convert import merge_loras as merge_loras
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from .report import format_line as format_line
     from .report import inspect_folder as inspect_folder
     from .report import inspect_header as inspect_header
+    from .verify import Fault as Fault
     from .verify import verify_lora as verify_lora
     from .words import WORD_KEY as WORD_KEY
     from .words import trigger_words as trigger_words
@@ -36,9 +39,10 @@ else:
     __getattr__, __dir__, __all__ = lazy_names(
         __name__,
         {
+            ".apply": ("AppliedLora",),
             ".blocks": ("BLOCK_LISTS", "block_strengths"),
             ".checkpoints": ("extract_lora", "merge_into_checkpoint"),
-            ".convert": ("convert_for", "convert_lora", "merge_loras", "resize_lora"),
+            ".convert": ("NewLora", "convert_for", "convert_lora", "merge_loras", "resize_lora"),
             ".embeddings": ("embedding_files", "file_word"),
             ".file": ("LoraFile", "fit"),
             ".hashes": ("model_hash",),
@@ -47,7 +51,7 @@ else:
             ".modules": ("LoraModule", "name_kinds"),
             ".names": ("Entry", "LoraHeader"),
             ".report": ("format_inspection", "format_line", "inspect_folder", "inspect_header"),
-            ".verify": ("verify_lora",),
+            ".verify": ("Fault", "verify_lora"),
             ".words": ("WORD_KEY", "trigger_words", "word_of"),
         },
     )

@@ -27,11 +27,12 @@ _PIPELINE_FAMILIES = {family.pipeline_class: name for name, family in FAMILIES.i
 
 @dataclass(frozen=True, eq=False)
 class AppliedLora:
-    """A LoRA that is merged into the weights and biases of networks, and the way back."""
+    """A LoRA that is merged into the weights and biases of networks, and the way back: a context at whose end it is removed."""
 
     name: str
     """The name of the LoRA in messages."""
     layers: Mapping[ModuleId, nn.Module]
+    """The layers that it can change."""
     originals: dict[tuple[ModuleId, str], Tensor] = field(default_factory=dict)
     """(module, "weight" or "bias") -> the changed parameter as it was."""
 
@@ -55,12 +56,18 @@ class AppliedLora:
             parameter: Tensor = getattr(self.layers[module_id], name)
             parameter.data = original.to(parameter.device, parameter.dtype)
 
+    def __enter__(self) -> "AppliedLora":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
 
 def apply(
     lora: LoraFile, target: Any, strength: float = 1.0, text_encoder_strength: float | None = None
 ) -> AppliedLora:
     """The applied LoRA: every weight W of `target` that it names becomes W + strength * alpha / rank * up @ down; other
-    kinds of adapters change it, and the bias, as they mean to.
+    kinds of adapters change it, and the bias, as they mean to. `remove`, or the end of a `with apply(...):`, undoes it.
 
     `target` is a diffusers pipeline, or a mapping part -> network (`denoiser`, `text_encoder`, ...; see `Base.load`) with
     the family's name under `family`. Text encoders that are not among the parts are left alone.

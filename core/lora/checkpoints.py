@@ -12,7 +12,7 @@ from ..errors import LoraMisfit, UnmatchedKeys
 from ..models.base_weights import BaseWeights, bias_name
 from ..storage.safetensors_file import write_safetensors
 from ..tensor_names import Fusion, ModuleId, Place, bundled_embedding
-from .convert import check_rank, metadata_for
+from .convert import NewLora, check_rank, metadata_for
 from .file import LoraFile, fit
 from .low_rank import factorise
 from .modules import LoraModule, name_modules
@@ -26,7 +26,7 @@ def extract_lora(
     rank: int,
     on_progress: OnProgress = silent,
     on_warning: Callable[[str], None] = lambda message: None,
-) -> tuple[LoraFile, float]:
+) -> NewLora:
     """The difference of two checkpoints as a LoRA, and the largest relative error of a module's change.
 
     Both checkpoints are single files of the same family. Only the LoRA and one pair of weights at a time are in memory.
@@ -85,7 +85,7 @@ def extract_lora(
     metadata = {"ss_sd_model_name": before.file.path.name}
     lora = LoraFile(before.family, metadata, dict(name_modules(before.names, found, "kohya")))
     fit(lora, before.family, before.shapes).check(str(after.file.path))  # as a reader of the file will find it
-    return replace(lora, metadata=metadata_for(lora, "kohya")), worst
+    return NewLora(replace(lora, metadata=metadata_for(lora, "kohya")), worst)
 
 
 def _is_equal(old: Tensor, new: Tensor) -> bool:

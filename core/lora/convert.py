@@ -8,6 +8,7 @@ rank are held in memory, but not those that they are made of. `on_progress(done,
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,13 +32,21 @@ BaseWeight = Callable[[ModuleId], Tensor]
 """A function that gives the weight of a base model's module, for adapters whose change depends on it (DoRA, OFT)."""
 
 
+class NewLora(NamedTuple):
+    """A LoRA that was made from others or from checkpoints, and how near it comes to what it was made from."""
+
+    lora: LoraFile
+    error: float
+    """The largest relative error of a module's change, by the Frobenius norm: 0 to 1."""
+
+
 def convert_lora(
     lora: LoraFile,
     scheme: str,
     plain_rank: int | None = None,
     base_weight: BaseWeight | None = None,
     on_progress: OnProgress = silent,
-) -> tuple[LoraFile, float]:
+) -> NewLora:
     """The LoRA in another naming scheme (one of SCHEMES), and the largest relative error of a module's change.
 
     The error is 0 unless `plain_rank` is given: then adapters that are no plain LoRA become one of at most that rank.
@@ -62,7 +71,7 @@ def convert_lora(
     # diffusers refuses a file that holds anything but adapters.
     words = {} if scheme == "diffusers" else {key: lora.sound_vectors(key) for key in lora.embedding_keys}
     tensors = name_modules(NAME_TABLES[lora.family], modules, scheme, kept | words)
-    return replace(lora, tensors=tensors, metadata=metadata_for(converted, scheme)), error
+    return NewLora(replace(lora, tensors=tensors, metadata=metadata_for(converted, scheme)), error)
 
 
 def convert_for(
@@ -71,7 +80,7 @@ def convert_for(
     plain_rank: int | None = None,
     base_weight: BaseWeight | None = None,
     on_progress: OnProgress = silent,
-) -> tuple[LoraFile, float]:
+) -> NewLora:
     """The LoRA in the first of SCHEMES with which all these programs load it whole, and the error as of `convert_lora`.
 
     `readers` are names in `readers.READERS`, in any case. Raises BadConfig for an unknown one, and UnmatchedKeys, which says
@@ -84,16 +93,16 @@ def convert_for(
     failures = []
     for scheme in SCHEMES:
         try:
-            converted, error = convert_lora(lora, scheme, plain_rank, base_weight, on_progress)
+            converted = convert_lora(lora, scheme, plain_rank, base_weight, on_progress)
         except UnmatchedKeys as problem:
             failures.append(f"{scheme}: {str(problem).removeprefix(f'{lora.name}: ')}")
             continue
-        objections = {reader: not_loaded_by(reader, converted) for reader in asked}
+        objections = {reader: not_loaded_by(reader, converted.lora) for reader in asked}
         refusing = [
             f"{reader} does not know {next(iter(found.values()))}" for reader, found in objections.items() if found
         ]
         if not refusing:
-            return converted, error
+            return converted
         failures.append(f"{scheme}: {' and '.join(refusing)}")
     raise UnmatchedKeys(f"{lora.name}: no naming is loaded whole by {', '.join(asked)}: {'; '.join(failures)}")
 
@@ -179,7 +188,7 @@ def _pefts_dora(lora: LoraFile, entry: Entry) -> dict[str, Tensor]:
 
 def to_plain(
     lora: LoraFile, rank: int, base_weight: BaseWeight | None = None, on_progress: OnProgress = silent
-) -> tuple[LoraFile, float]:
+) -> NewLora:
     """A plain LoRA in Kohya's scheme with the nearest change of at most that rank, and the largest relative error.
 
     Modules that are plain already are kept as they are. The error is that of the Frobenius norm, 0 to 1. `base_weight` is
@@ -201,7 +210,7 @@ def to_plain(
             worst = max(worst, error)
         on_progress(done, len(others))
     metadata = {k: v for k, v in lora.metadata.items() if not k.startswith("ss_network_")}
-    return LoraFile.from_modules(lora.family, modules, metadata), worst
+    return NewLora(LoraFile.from_modules(lora.family, modules, metadata), worst)
 
 
 def _nearest(
@@ -236,7 +245,7 @@ def resize_lora(
     rank: int | None = None,
     energy: float | None = None,
     on_progress: OnProgress = silent,
-) -> tuple[LoraFile, float]:
+) -> NewLora:
     """The LoRA with smaller modules under the same names, and the largest relative error of a module's change.
 
     One of two limits is given: `rank`, the most that a module may have, or `energy`, in (0, 1], the share of each module's
@@ -273,7 +282,7 @@ def resize_lora(
     size = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
     metadata = {key: value for key, value in lora.metadata.items() if key not in _OF_THE_ORIGINAL}
     metadata |= {"ss_network_dim": size, "ss_network_alpha": size}
-    return replace(lora, tensors=tensors, metadata=metadata), worst
+    return NewLora(replace(lora, tensors=tensors, metadata=metadata), worst)
 
 
 def _resize(module: LoraModule, rank: int | None, energy: float | None) -> tuple[LoraModule, float]:
@@ -302,7 +311,7 @@ def merge_loras(
     rank: int | None = None,
     scheme: str = "kohya",
     on_progress: OnProgress = silent,
-) -> tuple[LoraFile, float]:
+) -> NewLora:
     """One LoRA with the sum of the changes, each times its weight, and the largest relative error of a module's change.
 
     Without `rank` the sum is exact, by concatenation: the ranks add up. With `rank` it is resized to that afterwards.
@@ -347,7 +356,7 @@ def merge_loras(
     whole, error = LoraFile(family, metadata, tensors), 0.0
     if rank is not None:
         whole, error = resize_lora(whole, rank=rank, on_progress=on_progress)
-    return replace(whole, metadata=metadata_for(whole, scheme)), error
+    return NewLora(replace(whole, metadata=metadata_for(whole, scheme)), error)
 
 
 class _Sums(Mapping[ModuleId, LoraModule]):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from ..errors import BadConfig, LoraMisfit, UnmatchedKeys
 from ..storage.lazy import LazyTensors, Stored, shape_of
 from .ldm import count_children
 from .spec import Component, replace_module
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 TOKENIZER_FOLDER = Path(__file__).parent / "clip_tokenizer"
 START, END = 49406, 49407
@@ -37,7 +40,7 @@ TEXT_TARGETS = r"text_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|
 
 
 @lru_cache(maxsize=1)
-def load_tokenizer():
+def load_tokenizer() -> "CLIPTokenizer":
     """transformers' CLIPTokenizer with CLIP's 49,408 tokens."""
     from transformers import CLIPTokenizer
 
@@ -96,7 +99,7 @@ class WordEmbedding(nn.Module):
         super().__init__()
         self.table = table
         self.words: list[str] = []
-        self.vectors = nn.ParameterList()
+        self.vectors: nn.ParameterList = nn.ParameterList()
         """The vectors of each word, (count, width)."""
         self.enabled = True
 

@@ -35,10 +35,10 @@ class EightBitLayer(nn.Module):
         super().__init__()
         # Rounded on the device, which is much faster, and back to where the weight was: all of them may not fit there.
         narrow, scale = (part.to(layer.weight.device) for part in narrowed(layer.weight.to(device)))
-        self.narrow = nn.Parameter(narrow, requires_grad=False)
-        self.scale = nn.Parameter(scale, requires_grad=False)
-        self.bias = layer.bias
-        self.dtype = layer.weight.dtype
+        self.narrow: nn.Parameter = nn.Parameter(narrow, requires_grad=False)
+        self.scale: nn.Parameter = nn.Parameter(scale, requires_grad=False)
+        self.bias: Tensor | None = layer.bias
+        self.dtype: torch.dtype = layer.weight.dtype
 
     @property
     def weight(self) -> Tensor:
@@ -53,8 +53,10 @@ class EightBitLinear(EightBitLayer):
 class EightBitConv2d(EightBitLayer):
     def __init__(self, layer: nn.Conv2d, device: torch.device):
         super().__init__(layer, device)
-        self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
-        self.groups = layer.groups
+        self.stride: tuple[int, ...] = layer.stride
+        self.padding: str | tuple[int, ...] = layer.padding
+        self.dilation: tuple[int, ...] = layer.dilation
+        self.groups: int = layer.groups
 
     def forward(self, x: Tensor) -> Tensor:
         places = (self.stride, self.padding, self.dilation, self.groups)

@@ -105,7 +105,7 @@ class MemorySaver:
     """Applies a memory plan to a denoiser, and a smaller one between two steps when memory runs out."""
 
     def __init__(self, denoiser: nn.Module, device: torch.device):
-        self.plan = MemoryPlan()
+        self.plan: MemoryPlan = MemoryPlan()
         self._denoiser, self._device = denoiser, device
         self._blocks = blocks_of(denoiser)
         self._recomputed: set[nn.Module] = set()
@@ -274,7 +274,8 @@ class MemoryCount(TorchDispatchMode):
 
     def __init__(self, device: torch.device):
         super().__init__()
-        self.live = self.peak = 0
+        self.live: int = 0
+        self.peak: int = 0
         self._device = device.type
         self._seen: set[int] = set()
 

@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     from .gallery import SOMEONE_ELSE as SOMEONE_ELSE
     from .generate import GenerateConfig as GenerateConfig
     from .generate import Job as Job
+    from .generate import Picture as Picture
     from .headshot import Headshot as Headshot
     from .headshots import CONTACT_SHEET as CONTACT_SHEET
     from .headshots import OVERVIEW as OVERVIEW
     from .headshots import batch_summary as batch_summary
     from .headshots import make_headshots as make_headshots
-    from .headshots import style_jobs as style_jobs
     from .sampling import decode_latents as decode_latents
     from .sampling import encode_pictures as encode_pictures
     from .sampling import encode_prompts as encode_prompts
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from .sheet import contact_sheet as contact_sheet
     from .style_pack import FAMILY_DEFAULTS as FAMILY_DEFAULTS
     from .style_pack import FoundPacks as FoundPacks
+    from .style_pack import StyledPrompt as StyledPrompt
+    from .style_pack import StylePack as StylePack
     from .style_pack import Subject as Subject
     from .style_pack import find_style_packs as find_style_packs
     from .style_pack import long_prompts as long_prompts
@@ -32,11 +34,19 @@ else:
         {
             ".face_pass": ("FacePass",),
             ".gallery": ("SAME_PERSON", "SOMEONE_ELSE"),
-            ".generate": ("GenerateConfig", "Job"),
+            ".generate": ("GenerateConfig", "Job", "Picture"),
             ".headshot": ("Headshot",),
-            ".headshots": ("CONTACT_SHEET", "OVERVIEW", "batch_summary", "make_headshots", "style_jobs"),
+            ".headshots": ("CONTACT_SHEET", "OVERVIEW", "batch_summary", "make_headshots"),
             ".sampling": ("decode_latents", "encode_pictures", "encode_prompts", "sample_latents"),
             ".sheet": ("contact_sheet",),
-            ".style_pack": ("FAMILY_DEFAULTS", "FoundPacks", "Subject", "find_style_packs", "long_prompts"),
+            ".style_pack": (
+                "FAMILY_DEFAULTS",
+                "FoundPacks",
+                "StylePack",
+                "StyledPrompt",
+                "Subject",
+                "find_style_packs",
+                "long_prompts",
+            ),
         },
     )

@@ -5,7 +5,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -45,6 +45,7 @@ from .sampling import (
     sampler_name,
 )
 from .sizes import SMALLEST_SIDE, checked_size
+from .style_pack import StyledPrompt
 
 _Item = TypeVar("_Item", bound=Hashable)
 
@@ -65,6 +66,20 @@ class Job:
     """The factor by which the strengths of all LoRAs are multiplied."""
     style: str = ""
     """The name of the style that the prompt is from, if any."""
+
+    @classmethod
+    def from_style(cls, styled: StyledPrompt) -> "Job":
+        """The job that a style pack's prompt stands for."""
+        return cls(
+            styled.prompt,
+            styled.seed,
+            styled.negative,
+            (styled.width, styled.height),
+            styled.steps,
+            styled.guidance,
+            styled.strength,
+            styled.style,
+        )
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative"):
@@ -240,16 +255,12 @@ def _applied(
     base: Base, loras: Sequence[tuple[LoraFile, float]], strength: float, networks: Mapping[str, nn.Module]
 ) -> Iterator[None]:
     """A context in which the networks have the LoRAs applied, and know the words that the files bring along."""
-    applied = []
-    try:
+    with ExitStack() as contexts:
         for lora, factor in loras:
             present = lora.of_parts(networks)
-            applied.append(apply(present, {"family": base.family.name, **networks}, factor * strength))
-        with new_words(networks, [lora for lora, _ in loras]):
-            yield
-    finally:
-        for lora in reversed(applied):
-            lora.remove()
+            contexts.enter_context(apply(present, {"family": base.family.name, **networks}, factor * strength))
+        contexts.enter_context(new_words(networks, [lora for lora, _ in loras]))
+        yield
 
 
 def in_batches(

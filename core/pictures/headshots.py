@@ -28,7 +28,6 @@ from .generate import GenerateConfig, Job, Picture, generate, parameters_text
 from .headshot import FaceOutcome, Headshot
 from .sheet import contact_sheet
 from .sizes import checked_size
-from .style_pack import StyledPrompt
 
 OVERVIEW = "headshots.json"
 CONTACT_SHEET = "contact_sheet.png"
@@ -271,23 +270,6 @@ def _write_overview(shots: Sequence[Headshot], folder: Path, compared: bool, mod
     labels = [[_label(shot) for shot in group] for group in styles.values()] if compared else None
     sheet = contact_sheet(rows, tile=TILE, labels=labels, title=batch_summary(shots), columns=COLUMNS)
     write_file(folder / CONTACT_SHEET, lambda file: sheet.save(file, "PNG"))
-
-
-def style_jobs(prompts: Iterable[StyledPrompt]) -> list[Job]:
-    """The jobs of a style pack's prompts, in their order."""
-    return [
-        Job(
-            one.prompt,
-            one.seed,
-            one.negative,
-            (one.width, one.height),
-            one.steps,
-            one.guidance,
-            one.strength,
-            one.style,
-        )
-        for one in prompts
-    ]
 
 
 def batch_summary(shots: Sequence[Headshot]) -> str:

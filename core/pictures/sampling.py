@@ -57,11 +57,11 @@ SAMPLER_TITLES = {
 class FlowEuler:
     """Euler's method along a rectified flow's velocity, with the interface of diffusers' schedulers."""
 
-    init_noise_sigma = 1.0
+    init_noise_sigma: float = 1.0
 
     def __init__(self, times: Tensor):
         """Takes the `times` (steps + 1,) between which the steps lie, falling from 1, which is noise, to 0."""
-        self.timesteps = TIMESTEPS * times[:-1]
+        self.timesteps: Tensor = TIMESTEPS * times[:-1]
         self._times = times
         self._index = 0
 

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from ..lazy_names import lazy_names
 
 if TYPE_CHECKING:
-    from .estimate import Estimate as Estimate
-    from .estimate import estimate as estimate
+    from .estimates import Estimate as Estimate
+    from .estimates import estimate as estimate
     from .many import Result as Result
     from .many import Terms as Terms
     from .many import forget as forget
@@ -22,7 +22,7 @@ else:
     __getattr__, __dir__, __all__ = lazy_names(
         __name__,
         {
-            ".estimate": ("Estimate", "estimate"),
+            ".estimates": ("Estimate", "estimate"),
             ".many": ("Result", "Terms", "forget", "run"),
             ".people": ("Person", "read_people"),
             ".person": ("Order", "Outcome", "check", "make", "trained_on"),

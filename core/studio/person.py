@@ -18,7 +18,7 @@ from ..photos import Photo, SetReport
 from ..pictures.gallery import SAME_PERSON
 from ..pictures.generate import Job
 from ..pictures.headshot import Headshot
-from ..pictures.headshots import make_headshots, style_jobs
+from ..pictures.headshots import make_headshots
 from ..pictures.style_pack import StylePack, Subject
 from ..training.callbacks import NO_CALLBACKS, Callbacks
 from ..training.job import for_good_photos, good_photos, report_on
@@ -45,7 +45,7 @@ class Order:
         """The pictures to draw, in rounds over the styles of the pack."""
         subject = Subject(self.config.trigger_word, self.config.class_word)
         prompts = self.pack.prompts(subject, base.family.name, self.count, self.seed, resolution=base.resolution)
-        return [replace(job, size=self.size or job.size) for job in style_jobs(prompts)]
+        return [replace(job, size=self.size or job.size) for job in map(Job.from_style, prompts)]
 
 
 @dataclass(frozen=True)

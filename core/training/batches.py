@@ -19,7 +19,7 @@ class Batches:
         self.buckets: dict[tuple[int, ...], list[int]] = {}
         for index, image in enumerate(images):
             self.buckets.setdefault(tuple(image.mean.shape), []).extend([index] * image.repeats)
-        self.per_epoch = sum(-(-len(indices) // batch_size) for indices in self.buckets.values())
+        self.per_epoch: int = sum(-(-len(indices) // batch_size) for indices in self.buckets.values())
         self._epoch, self._order = -1, []
 
     def at(self, number: int) -> list[int]:

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..config import TrainConfig
 from ..models.base import Base
 from .callbacks import Callbacks
 from .encode import LatentCache
@@ -35,7 +36,8 @@ class Checkpoints:
         extra_metadata: Mapping[str, str],
     ):
         """Without `samples` no picture is drawn; without a watch in them, likeness is not measured and the last one is kept."""
-        self.run, self.config = run, run.config
+        self.run: Run = run
+        self.config: TrainConfig = run.config
         self._cache, self._base, self._extra_metadata = cache, base, extra_metadata
         self._samples, self._callbacks = samples, callbacks
         self._selection = Selection(samples.watch) if samples and samples.watch else None

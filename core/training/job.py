@@ -133,6 +133,7 @@ def train(
             lora = lora.with_metadata({**lora.metadata, **metadata})
         if output is not None:
             _write(lora, base, config, output)
+            lora = replace(lora, name=str(output))
         return lora
 
 

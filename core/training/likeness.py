@@ -119,7 +119,7 @@ class LikenessWatch:
         if judge:
             check_judge(judge, network)
         self.network = network
-        self.judge = LikenessWatch(judge, training, held_out, config) if judge else None
+        self.judge: LikenessWatch | None = LikenessWatch(judge, training, held_out, config) if judge else None
         self._training = _seen(_faces_of(network, training))
         self._held_out = _seen(_faces_of(network, held_out))
         person = mean_face(self._held_out)
@@ -139,11 +139,11 @@ class LikenessWatch:
             *((prompt, config.seed) for prompt in NEUTRAL_PROMPTS),
         ]
         """The (prompt, seed) of each picture that `measure` takes, in its order."""
-        self.own = float(np.mean(self._alike(self._training)))
+        self.own: float = float(np.mean(self._alike(self._training)))
         """The likeness of the training photos themselves, which a perfect LoRA would have."""
         nearest = likeness(self._training, self._training)
         np.fill_diagonal(nearest, -1)
-        self.own_copying = (
+        self.own_copying: float = (
             float(np.mean(nearest.max(axis=1) - likeness(self._training, self._held_out).max(axis=1)))
             if len(nearest) > 1
             else 0.0

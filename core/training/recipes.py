@@ -17,7 +17,7 @@ from .methods import METHODS
 
 COMMON = {"prior_prediction": 0.5}
 """The settings of every recipe: prior prediction keeps the class from turning into the person."""
-MEASURED = {"hold_out": 2, "stop_early": True}
+MEASURED: dict[str, Any] = {"hold_out": 2, "stop_early": True}
 """The settings of every recipe when photos can be held out: the training keeps the best checkpoint, and stops when the class
 is lost."""
 ENOUGH = 8

@@ -18,11 +18,12 @@ from ..lora.file import LoraFile
 from ..models.base import Base
 from ..models.compiled import CompiledBlocks, why_not_compiled
 from ..models.memory_plan import MemoryPlan, MemorySaver, blocks_of, plans_for
-from ..models.objective import draw_noise, sample_losses
-from ..models.spec import Conditioning, placed, stack_conditioning
+from ..models.objective import Schedule, draw_noise, sample_losses
+from ..models.spec import Conditioning, FamilySpec, placed, stack_conditioning
 from .batches import Batches
 from .encode import EncodedImage, LatentCache
 from .methods import METHODS, attach, peak_rate, trains_text
+from .methods.method import Adapter
 from .optimizer import build_optimizer, learning_rate_factor
 from .state import RunState, pack_optimizer, unpack_optimizer
 
@@ -55,48 +56,54 @@ class Run:
         plan: MemoryPlan | None = None,
     ):
         self.config = config
-        self.family = base.family
+        self.family: FamilySpec = base.family
+        self.device: torch.device
+        self.dtype: torch.dtype
         self.device, self.dtype = device_and_dtype(config, device, base.family.overflows_in_fp16)
-        self.plans = memory_plans(config)
+        self.plans: tuple[MemoryPlan, ...] = memory_plans(config)
         plan = plan or self.plans[0]
         # Weights that the plan offloads or narrows need not fit on the device in full, so they are loaded on the CPU.
         place = torch.device("cpu") if plan.offload != "nothing" or plan.weights != "full" else self.device
-        self.denoiser = base.load("denoiser", place, self.dtype)
+        self.denoiser: nn.Module = base.load("denoiser", place, self.dtype)
         self.encoders: dict[str, nn.Module] = {}
         if trains_text(config):
             self.encoders = base.load_text_encoders(self.device, self.dtype)
-        self.adapter = attach({"denoiser": self.denoiser, **self.encoders}, base.family, config, continue_from)
+        self.adapter: Adapter = attach({"denoiser": self.denoiser, **self.encoders}, base.family, config, continue_from)
         self._set_training(True)
         if check_cancelled:
             _check_often(self.denoiser, check_cancelled, blocks_of(self.denoiser) if config.compile else ())
-        self.memory = MemorySaver(self.denoiser, self.device)
+        self.memory: MemorySaver = MemorySaver(self.denoiser, self.device)
         self.memory.adopt(plan)
-        self.why_not_compiled = why_not_compiled(self.device) if config.compile else None
+        self.why_not_compiled: str | None = why_not_compiled(self.device) if config.compile else None
         """The reason why blocks are not compiled although the settings want it, or None."""
         compiled = config.compile and not self.why_not_compiled
-        self.compiled = CompiledBlocks(blocks_of(self.denoiser)) if compiled else None
-        self.parameters = self.adapter.parameters()
-        self.average = (
+        self.compiled: CompiledBlocks | None = CompiledBlocks(blocks_of(self.denoiser)) if compiled else None
+        self.parameters: dict[str, nn.Parameter] = self.adapter.parameters()
+        self.average: dict[str, Tensor] | None = (
             {name: value.detach().clone() for name, value in self.parameters.items()} if config.ema_decay else None
         )
-        self.optimizer = build_optimizer(self.adapter, config)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.schedule = base.schedule().to(self.device)
-        self.images = [_to_device(image, self.device) for image in cache.images if not image.is_class]
-        self.class_images = [_to_device(image, self.device) for image in cache.images if image.is_class]
-        self.text = {
+        self.optimizer: torch.optim.Optimizer = build_optimizer(self.adapter, config)
+        self.scaler: torch.amp.GradScaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.schedule: Schedule = base.schedule().to(self.device)
+        self.images: list[EncodedImage] = [
+            _to_device(image, self.device) for image in cache.images if not image.is_class
+        ]
+        self.class_images: list[EncodedImage] = [
+            _to_device(image, self.device) for image in cache.images if image.is_class
+        ]
+        self.text: dict[str, Conditioning] = {
             caption: placed(conditioning, self.device, self.dtype) for caption, conditioning in cache.text.items()
         }
-        self.chunks = cache.chunks
-        self.batches = Batches(self.images, config.batch_size, config.seed)
-        self.class_batches = (
+        self.chunks: int = cache.chunks
+        self.batches: Batches = Batches(self.images, config.batch_size, config.seed)
+        self.class_batches: Batches | None = (
             Batches(self.class_images, config.batch_size, config.seed + 1) if self.class_images else None
         )
-        self.step = 0
+        self.step: int = 0
         self.narrowed_after: int | None = None
         """The number of steps done before the frozen weights were narrowed to 8 bits; None: they never were."""
-        self.loss = torch.zeros((), device=self.device)
-        self.first_bad_step = torch.full((), -1, device=self.device)
+        self.loss: Tensor = torch.zeros((), device=self.device)
+        self.first_bad_step: Tensor = torch.full((), -1, device=self.device)
 
     def train_step(self) -> None:
         """Makes one optimizer step, without waiting for the device."""

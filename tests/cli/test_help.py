@@ -1,5 +1,7 @@
 """What the command line says of itself: all commands, the options that matter first, and the word that was meant."""
 
+import sys
+
 import pytest
 
 from core.cli import COMMANDS, main
@@ -44,6 +46,19 @@ def test_help_shows_what_matters_first_and_help_all_everything(capsys, command):
 def test_the_word_that_was_meant_is_named(capsys, arguments, words):
     code, text = said(capsys, *arguments)
     assert code == 2 and words in text and text.count(" or ") <= 2
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_a_shell_completes_every_command_and_the_options_that_help_leaves_out(capsys, shell):
+    assert main(["completion", shell]) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in (*COMMANDS, "--optimizer", "--caption-dropout", "adafactor"))
+
+
+def test_completion_says_which_package_it_lacks(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["completion", "bash"]) == 1
+    assert capsys.readouterr().err == "facelora: completion needs the package shtab: pip install shtab\n"
 
 
 def test_a_message_stands_on_a_line_of_its_own_below_a_bar(capsys):

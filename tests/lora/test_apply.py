@@ -93,6 +93,18 @@ def test_what_was_applied_can_be_removed_bit_for_bit(bases, loras):
         assert all(torch.equal(weight, before[name]) for name, weight in network.named_parameters())
 
 
+def test_at_the_end_of_a_context_the_lora_is_removed_whatever_happened_in_it(bases, loras):
+    denoiser = bases["sd15"].load("denoiser", CPU, torch.float32)
+    before = {name: weight.clone() for name, weight in denoiser.state_dict().items()}
+    with (
+        pytest.raises(RuntimeError),
+        apply(loras["sd15"].of_parts({"denoiser"}), {"family": "sd15", "denoiser": denoiser}),
+    ):
+        assert not all(torch.equal(weight, before[name]) for name, weight in denoiser.state_dict().items())
+        raise RuntimeError
+    assert all(torch.equal(weight, before[name]) for name, weight in denoiser.state_dict().items())
+
+
 def test_the_applied_lora_draws_what_the_adapter_drew_in_training(bases, tmp_path):
     base = bases["sd15"]
     config = replace(CONFIG, text_encoder_lr=0.0, learning_rate=1e-2, max_grad_norm=0.0)

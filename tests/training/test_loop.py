@@ -569,6 +569,12 @@ def test_what_a_callback_takes_is_not_written_beside_the_output(bases, photo_fol
     assert [path.name for path in tmp_path.iterdir()] == ["me.safetensors"]
 
 
+def test_what_was_written_has_the_files_name(bases, photo_folder, tmp_path):
+    config = TrainConfig(rank=2, steps=1, resolution=32, check_photos=False)
+    lora = train(photo_folder, bases["sd15"], config, output=tmp_path / "me.safetensors", device=CPU)
+    assert lora.name == LoraFile.read(tmp_path / "me.safetensors").name
+
+
 def test_a_resumed_run_keeps_the_thumbnail_of_before(bases, caches, tmp_path):
     config = replace(PLAIN, steps=5, sample_every=3, thumbnail=True)
     drawn = Samples(lambda *_: [Image.new("RGB", (64, 80), "red")], [("a", 1)])

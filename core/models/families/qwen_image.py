@@ -4,7 +4,7 @@ The text encoder is Qwen2.5-VL-7B. The VAE is that of Wan 2.1, for video, and a 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -126,7 +126,7 @@ def build_denoiser(config: dict[str, Any]) -> nn.Module:
     return denoiser
 
 
-build_vae = partial(transformer.build, "AutoencoderKLQwenImage", (0, 35))
+build_vae: Callable[[dict[str, Any]], nn.Module] = partial(transformer.build, "AutoencoderKLQwenImage", (0, 35))
 
 
 def latent_shape(components: Mapping[str, Component]) -> LatentShape:

@@ -31,7 +31,7 @@ class MagnitudeLayer(nn.Module):
     def __init__(self, lora_layer: LoraLayer):
         super().__init__()
         self.lora_layer = lora_layer
-        self.magnitude = nn.Parameter(column_norms(lora_layer.weight.detach()))
+        self.magnitude: nn.Parameter = nn.Parameter(column_norms(lora_layer.weight.detach()))
         self._enabled = True
 
     def enable(self, enabled: bool) -> None:

@@ -23,14 +23,18 @@ class LoraLayer(nn.Module):
         weight = base_layer.weight
         assert isinstance(weight, Tensor)
         self.base_layer = base_layer
-        self.scale = alpha / (math.sqrt(rank) if rslora else rank)
+        self.scale: float = alpha / (math.sqrt(rank) if rslora else rank)
         self.dropout = dropout
         self.enabled = True
         self.cast: tuple[Tensor, Tensor] | None = None
         """A and B in the dtype of the arithmetic, while the adapter keeps them up to date (`cast_once`)."""
-        self.down = nn.Parameter(torch.empty(rank, *weight.shape[1:], device=weight.device, dtype=torch.float32))
+        self.down: nn.Parameter = nn.Parameter(
+            torch.empty(rank, *weight.shape[1:], device=weight.device, dtype=torch.float32)
+        )
         ones = (1,) * (weight.ndim - 2)
-        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank, *ones, device=weight.device, dtype=torch.float32))
+        self.up: nn.Parameter = nn.Parameter(
+            torch.zeros(weight.shape[0], rank, *ones, device=weight.device, dtype=torch.float32)
+        )
 
     @property
     def weight(self) -> Tensor:

@@ -23,7 +23,7 @@ class RotatedLayer(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         weight: Tensor = base_layer.weight  # pyright: ignore
-        self.oft_blocks = nn.Parameter(weight.new_zeros(weight.shape[0] // size, size, size))
+        self.oft_blocks: nn.Parameter = nn.Parameter(weight.new_zeros(weight.shape[0] // size, size, size))
         self._enabled = True
 
     def enable_adapters(self, enabled: bool) -> None:
