@@ -338,7 +338,13 @@ def merge_loras(
             if not torch.equal(vectors.setdefault(key, lora.sound_vectors(key)), lora.tensors[key]):
                 raise LoraMisfit(f"{lora.name}: another file brings along the word {bundled_embedding(key)!r} too")
         for module_id, module in lora.modules(weight).items():
-            collected.setdefault(module_id, []).append(module)
+            others = collected.setdefault(module_id, [])
+            if others and (here := module.weight_size) != (there := others[0].weight_size):
+                raise LoraMisfit(
+                    f"{lora.name}: {module_id[1]} changes a weight of {here[0]} x {here[1]} numbers, and another file one of "
+                    f"{there[0]} x {there[1]}"
+                )
+            others.append(module)
     titles = [
         lora.metadata.get("modelspec.title") or lora.metadata.get("ss_output_name") or "LoRA" for lora, _ in loras
     ]

@@ -37,6 +37,12 @@ class LoraModule:
         """The factor on `up @ down`: alpha / rank."""
         return self.alpha / self.rank
 
+    @property
+    def weight_size(self) -> tuple[int, int]:
+        """The outputs of the weight that it changes, and the numbers of each: inputs times the kernel's size."""
+        kernel = 1 if self.mid is None else self.mid[0, 0].numel()
+        return self.up.shape[0], self.down[0].numel() * kernel
+
     def delta(self) -> Tensor:
         """The change of the weight, float32, in the weight's shape."""
         tensors = {"down": self.down, "up": self.up} | ({} if self.mid is None else {"mid": self.mid})

@@ -32,6 +32,8 @@ def largest_change(kind: str, tensors: Mapping[str, Tensor]) -> float:
     factors, others = factors_of(kind, float32)
     peak = scale_of(kind, tensors) * torch.stack([_peak(factor) for factor in factors]).prod() if factors else 0.0
     peaks = [torch.linalg.vector_norm(other, math.inf) for other in others if other.numel()]
+    if "alpha" in tensors:
+        peaks.append(0.0 * tensors["alpha"].float().max())  # NaN where it is not finite, also where it scales nothing
     return torch.stack([torch.as_tensor(peak).abs(), *peaks]).max().item()  # of torch, which lets no NaN go under
 
 

@@ -473,6 +473,28 @@ def test_nan_is_not_merged_into_good_weights(broken, tmp_path):
     assert not (tmp_path / "merged.safetensors").exists()
 
 
+@pytest.mark.parametrize("inputs", [33, 384])
+def test_changes_of_two_widths_are_not_merged(inputs):
+    """384 is half of 768: the numbers could be taken for a change of twice the rank."""
+    one, two = (
+        LoraFile("sd15", {}, {f"{NAME}.lora_down.weight": torch.ones(2, n), f"{NAME}.lora_up.weight": torch.ones(64, 2)}, name)
+        for n, name in ((768, "one"), (inputs, "two"))
+    )  # fmt: skip
+    for pair in ([(one, 1.0), (two, 1.0)], [(two, 1.0), (one, 1.0)]):
+        with pytest.raises(
+            LoraMisfit, match=rf"{pair[1][0].name}: .*to_k changes a weight of 64 x .*another file one of 64 x"
+        ):
+            merge_loras(pair)
+
+
+@pytest.mark.parametrize("roles", [{"oft_blocks": (4, 16, 16)}, {"lokr_w1": (8, 8), "lokr_w2": (8, 96)}])
+def test_an_alpha_that_scales_nothing_is_not_carried_on_where_it_is_infinite(roles):
+    tensors = {f"{NAME}.{role}": torch.full(shape, 0.1) for role, shape in roles.items()}
+    lora = LoraFile("sd15", {}, tensors | {f"{NAME}.alpha": torch.tensor(math.inf)}, name="odd")
+    with pytest.raises(UnmatchedKeys, match=r"odd: .*to_k: its change holds NaN or infinity"):
+        convert_lora(lora, "comfy")
+
+
 def test_loras_of_two_families_are_not_merged():
     other = LoraFile.from_tensors(kohya_tensors(some("sdxl")), {})
     with pytest.raises(LoraMisfit, match="only LoRAs for the same family"):
