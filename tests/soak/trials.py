@@ -550,10 +550,10 @@ def killed_training(desk: Desk, draw: Random) -> None:
     output = desk.room / "a.safetensors"
     arguments = desk.training(output, "--resume")
     assert desk.trained
-    for _ in range(draw.randrange(1, 4)):
-        if draw.random() < 0.5:
+    for number in range(draw.randrange(1, 4)):
+        if number == 0 or draw.random() < 0.5:  # the first one always meets a save
             place, count = draw.choice(
-                (("data", draw.randrange(1, 200)), ("before", draw.randrange(1, 6)), ("after", 2))
+                (("data", draw.randrange(1, 200 if number else 20)), ("before", draw.randrange(1, 4)), ("after", 2))
             )
             status = child(lambda place=place, count=count: (_die_at(count, place), run(*arguments)))
         else:
