@@ -273,11 +273,13 @@ def _make(job: TrainingJob, base: Base, checkpoint: int, node_id: str, notes: Se
 
     Its path is that of the measured step `checkpoint`, where that is not 0.
     """
-    run = panel.begin(node_id, job.photos)
+    run = panel.begin(node_id)
     watch = Watch(run, job.name)
     for note in notes:
         watch.warning(note)
     try:
+        job = job.with_good_photos(base, watch.warning)
+        watch.show(photos=panel.photo_urls(job.photos))
         made = find_or_train(
             job,
             base,

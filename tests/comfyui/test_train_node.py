@@ -352,6 +352,18 @@ def test_a_training_that_fails_says_why_in_its_panel(server, trained):
     assert state["phase"] == "failed" and "has rank 4" in state["error"]
 
 
+def test_the_panel_shows_the_photos_that_are_trained_on(server):
+    folder = write_photos(server.folder / "input" / "hanna", count=1, scale=2, person=2)
+    (folder / "0.png").rename(folder / "a friend.png")
+    write_photos(folder, count=6, scale=2)
+    graph = training(name="hanna", folder="hanna")
+    graph["train"]["inputs"]["settings"] = "batch_size = 1"
+    result = server.run(graph)
+    assert result.status == "success", result.error
+    assert LoraFile.read(loras(server) / "hanna.safetensors").metadata["ss_num_train_images"] == "6"
+    assert len(training_state(server)["photos"]) == 6
+
+
 def test_masks_class_photos_and_a_lora_to_go_on_from_change_what_is_learned(server, trained):
     write_photos(server.folder / "input" / "others", count=2, person=36)
     graph = training(
