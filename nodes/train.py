@@ -89,8 +89,8 @@ class TrainFaceLora(io.ComfyNode):
                 ),
                 io.Mask.Input(
                     "masks", optional=True,
-                    tooltip="A mask for each photo, in the same order: white where the loss counts in full. Those beside "
-                    "the files come with the photos.",
+                    tooltip="A mask for each photo, in the same order: white where the loss counts in full (Load Image has it "
+                    "the other way round), all black for none. Those beside the files come with the photos.",
                 ),
                 LoraModel.Input("continue_from", optional=True, tooltip="A LoRA to go on from, instead of a new one."),
                 io.Combo.Input(

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from core.cli.training_arguments import add_train
 from core.config import config_from
-from core.lora.file import LoraFile
+from core.lora.file import KEY, LoraFile
 from core.models.families import FAMILIES
 from core.storage.safetensors_file import SafetensorsFile
 from core.training.job import train
@@ -383,6 +383,21 @@ def test_masks_class_photos_and_a_lora_to_go_on_from_change_what_is_learned(serv
     result = server.run(graph)
     assert result.status == "success", result.error
     assert not same(tensors(server, "more"), tensors(server, "anna"))
+
+
+def test_masks_of_photos_that_are_opaque_are_none(server, trained):
+    graph = training(name="opaque", masks=["masks", 0]) | {
+        "mask": node("SolidMask", value=0.0, width=64, height=64),
+        "mask image": node("MaskToImage", mask=["mask", 0]),
+        "three": node("RepeatImageBatch", image=["mask image", 0], amount=3),
+        "masks": node("ImageToMask", image=["three", 0], channel="red"),
+    }
+    result = server.run(graph)
+    assert result.status == "success", result.error
+    assert (
+        LoraFile.read(loras(server) / "opaque.safetensors").metadata[KEY]
+        == LoraFile.read(loras(server) / "anna.safetensors").metadata[KEY]
+    )
 
 
 def test_the_recipe_that_nobody_chooses_is_the_command_lines(server):
