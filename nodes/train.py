@@ -106,7 +106,7 @@ class TrainFaceLora(io.ComfyNode):
             ],
             outputs=[
                 LoraModel.Output(
-                    display_name="lora", tooltip="The LoRA, for Apply LoRA or ComfyUI's Load LoRA Model and Save LoRA."
+                    display_name="lora", tooltip="The LoRA, for Apply LoRA or ComfyUI's Load LoRA Model and Save LoRA Weights."
                 ),
                 io.String.Output(display_name="lora_name", tooltip="Its name in the loras folder, as loaders list it."),
                 io.Image.Output(display_name="loss_plot", tooltip="The smoothed loss over the steps."),
@@ -201,8 +201,7 @@ def _settings_inputs() -> list[Any]:
         io.String.Input(
             "settings", default="", multiline=True, advanced=True,
             placeholder="any other setting, e.g. text_encoder_lr = 1e-5",
-            tooltip="Any setting of the training as lines of TOML; it wins over the recipe. There are: "
-            + ", ".join(TrainConfig.__dataclass_fields__),
+            tooltip="Any setting of the training as lines of TOML; it wins over the recipe. The node's help page lists them.",
         ),
     ]  # fmt: skip
 
