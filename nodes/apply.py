@@ -73,7 +73,11 @@ class ApplyLora(io.ComfyNode):
                     tooltip="Share of the sampling after which it ends. With a range the LoRA is computed beside the weights.",
                 ),
                 io.Clip.Input("clip", optional=True, tooltip="The text encoder, for LoRAs that change it."),
-                LoraModel.Input("lora", optional=True, tooltip="A LoRA from Train Face LoRA or from a loader."),
+                LoraModel.Input(
+                    "lora",
+                    optional=True,
+                    tooltip="A LoRA from Train Face LoRA, Inspect LoRA or ComfyUI's Train LoRA.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="MODEL with the LoRA on it."),

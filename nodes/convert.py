@@ -219,7 +219,8 @@ def photos_of(
 ) -> list[Photo]:
     """The photos wired to an input of type FACE_PHOTOS or IMAGE, with the captions and masks given in the same order.
 
-    Raises BadPhoto when there is not one caption or mask for each photo.
+    A mask that is all black, as Load Image makes of a picture without transparency, is none. Raises BadPhoto
+    when there is not one caption or mask for each photo.
     """
     photos: list[Photo] = []
     for value in values or ():
@@ -237,7 +238,9 @@ def photos_of(
         texts = [" ".join(caption.split()) or None for caption in captions]
         photos = [replace(photo, caption=text) for photo, text in zip(photos, texts, strict=True)]
     if drawn:
-        photos = [photo.with_mask(_mask(mask)) for photo, mask in zip(photos, drawn, strict=True)]
+        photos = [
+            photo.with_mask(_mask(mask)) if mask.any() else photo for photo, mask in zip(photos, drawn, strict=True)
+        ]
     return photos
 
 

@@ -40,7 +40,7 @@ class SaveLora(io.ComfyNode):
             search_aliases=["export lora", "convert lora"],
             is_output_node=True,
             inputs=[
-                LoraModel.Input("lora", tooltip="A LoRA from Train Face LoRA or from a loader."),
+                LoraModel.Input("lora", tooltip="A LoRA from Train Face LoRA, Inspect LoRA or ComfyUI's Train LoRA."),
                 io.String.Input(
                     "name", default="lora", tooltip="Name of the file, or FOLDER/NAME; a number is added to it."
                 ),

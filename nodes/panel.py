@@ -38,14 +38,11 @@ _asking: ContextVar[str | None] = ContextVar("asking", default=None)
 """The user whose request is being answered."""
 
 
-def begin(node_id: str, photos: Sequence[Photo]) -> Run:
-    """The node's run in the prompt that is running now, with a new state that shows the photos."""
+def begin(node_id: str) -> Run:
+    """The node's run in the prompt that is running now, with a new state."""
     run = _running(node_id)
     _runs.begin(run)
-    shown = [photo.image(shorter_side=PHOTO_SIDE) for photo in photos[:PHOTOS]]
-    publish(
-        run, {"begin": True, "phase": "reading the model", "photos": data_urls(shown, PHOTO_SIDE), "limits": LIMITS}
-    )
+    publish(run, {"begin": True, "phase": "reading the model", "limits": LIMITS})
     return run
 
 
@@ -81,6 +78,11 @@ def data_urls(images: Sequence[Image.Image], side: int) -> list[str]:
         small.save(buffer, "JPEG", quality=85)
         urls.append("data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode())
     return urls
+
+
+def photo_urls(photos: Sequence[Photo]) -> list[str]:
+    """The first of the photos, as many as the panel shows, as `data_urls` gives them."""
+    return data_urls([photo.image(shorter_side=PHOTO_SIDE) for photo in photos[:PHOTOS]], PHOTO_SIDE)
 
 
 def _user_of(request: web.Request) -> str | None:

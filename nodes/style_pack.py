@@ -32,19 +32,19 @@ class HeadshotStylePack(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         found = find_packs()
-        packs, problems = found.packs, "".join(f"\nNot used: {problem}" for problem in found.problems)
-        styles = "\n".join(f"{name}: {', '.join(pack.names)}" for name, pack in packs.items())
+        problems = "".join(f"\nNot used: {problem}" for problem in found.problems)
         return io.Schema(
             node_id="FaceLoRAStylePack",
             display_name="Headshot Style Pack",
             category="FaceLoRA",
             description="Prompts, negative prompts, seeds and sizes for a whole batch of headshots, as lists: wired to "
-            f"CLIP Text Encode, Empty Latent Image and KSampler, each picture is drawn in turn.\n\n{styles}{problems}",
+            "CLIP Text Encode, Empty Latent Image and KSampler, each picture is drawn in turn.\n"
+            f"Your own packs go into models/style_packs.{problems}",
             search_aliases=["style", "prompt styler", "headshots", "prompts"],
             inputs=[
                 io.Combo.Input(
                     "pack",
-                    options=list(packs),
+                    options=list(found.packs),
                     default="corporate",
                     tooltip="A pack of styles. Your own packs go into models/style_packs and replace those of the same id.",
                 ),

@@ -89,8 +89,8 @@ class TrainFaceLora(io.ComfyNode):
                 ),
                 io.Mask.Input(
                     "masks", optional=True,
-                    tooltip="A mask for each photo, in the same order: white where the loss counts in full. Those beside "
-                    "the files come with the photos.",
+                    tooltip="A mask for each photo, in the same order: white where the loss counts in full (Load Image has it "
+                    "the other way round), all black for none. Those beside the files come with the photos.",
                 ),
                 LoraModel.Input("continue_from", optional=True, tooltip="A LoRA to go on from, instead of a new one."),
                 io.Combo.Input(
@@ -106,7 +106,7 @@ class TrainFaceLora(io.ComfyNode):
             ],
             outputs=[
                 LoraModel.Output(
-                    display_name="lora", tooltip="The LoRA, for Apply LoRA or ComfyUI's Load LoRA Model and Save LoRA."
+                    display_name="lora", tooltip="The LoRA, for Apply LoRA or ComfyUI's Load LoRA Model and Save LoRA Weights."
                 ),
                 io.String.Output(display_name="lora_name", tooltip="Its name in the loras folder, as loaders list it."),
                 io.Image.Output(display_name="loss_plot", tooltip="The smoothed loss over the steps."),
@@ -201,8 +201,7 @@ def _settings_inputs() -> list[Any]:
         io.String.Input(
             "settings", default="", multiline=True, advanced=True,
             placeholder="any other setting, e.g. text_encoder_lr = 1e-5",
-            tooltip="Any setting of the training as lines of TOML; it wins over the recipe. There are: "
-            + ", ".join(TrainConfig.__dataclass_fields__),
+            tooltip="Any setting of the training as lines of TOML; it wins over the recipe. The node's help page lists them.",
         ),
     ]  # fmt: skip
 
@@ -273,11 +272,13 @@ def _make(job: TrainingJob, base: Base, checkpoint: int, node_id: str, notes: Se
 
     Its path is that of the measured step `checkpoint`, where that is not 0.
     """
-    run = panel.begin(node_id, job.photos)
+    run = panel.begin(node_id)
     watch = Watch(run, job.name)
     for note in notes:
         watch.warning(note)
     try:
+        job = job.with_good_photos(base, watch.warning)
+        watch.show(photos=panel.photo_urls(job.photos))
         made = find_or_train(
             job,
             base,

@@ -1,27 +1,17 @@
-"""What a page of the server needs, and a browser, for the whole session.
-
-With FACELORA_SCREENSHOTS=1 the tests also take the pictures of `docs/images/`. The photos are then generated ones, since no
-photo of a person may be seen in them.
-"""
+"""What a page of the server needs, and a browser, for the whole session."""
 
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from core.errors import MissingPackage
 from tests.comfyui.graphs import training
-from tests.comfyui.server import PACK, ComfyServer
+from tests.comfyui.server import ComfyServer
 from tests.tooling import write_photos
 
 from .page import ComfyPage, prepare, running_browser
 from .workflows import FLOWS, LORA, SD15, SDXL
-
-SCREENSHOTS = os.environ.get("FACELORA_SCREENSHOTS") == "1"
-IMAGES = PACK / "docs" / "images"
 
 
 @pytest.fixture(scope="session")
@@ -31,10 +21,7 @@ def site(server) -> ComfyServer:
     (checkpoints / SD15["name"]).symlink_to(checkpoints / "sd15.safetensors")
     (checkpoints / SDXL["name"]).symlink_to(checkpoints / "sdxl.safetensors")
     for name, person in (("my-photos", 35), ("class-photos", 36)):
-        if SCREENSHOTS:
-            write_generated_photos(photos / name)
-        else:
-            write_photos(photos / name, count=6, scale=2, person=person)
+        write_photos(photos / name, count=6, scale=2, person=person)
     prepare(server)
     return server
 
@@ -99,14 +86,3 @@ def nodes_2(page, site) -> Iterator[Callable[[], None]]:
 
     yield change
     site.post("/settings/Comfy.VueNodes.Enabled", False)
-
-
-def write_generated_photos(folder: Path) -> Path:
-    """Pictures of one person that the demo's base has drawn (the second row of docs/demo.png), with grain as photos have it."""
-    folder.mkdir(parents=True)
-    sheet, grain = Image.open(PACK / "docs" / "demo.png").convert("RGB"), np.random.default_rng(1)
-    for number in range(8):
-        face = sheet.crop((8 + 136 * number, 284, 136 + 136 * number, 444)).resize((400, 500), Image.Resampling.LANCZOS)
-        noise = grain.normal(0, 0 if number == 4 else 10, (500, 400, 1))
-        Image.fromarray((np.asarray(face) + noise).clip(0, 255).astype(np.uint8)).save(folder / f"{number}.png")
-    return folder

@@ -1,13 +1,11 @@
 """ComfyUI's real frontend in headless chromium: workflows opened, prompts made and queued as a user's page does it."""
 
-import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 from core.errors import MissingPackage
@@ -193,43 +191,6 @@ class ComfyPage:
     def complaints(self) -> list[str]:
         """All that a user would call a warning."""
         return self.problems + [f"toast: {text}" for text in self.toasts()] + [f"dialog: {d}" for d in self.dialogs()]
-
-    def fit(self) -> None:
-        """Shows the whole graph."""
-        self.run(
-            """() => {
-                const SIDE = 70, TOP = 100, BOTTOM = 20
-                const { nodes, groups } = window.app.graph
-                const all = [...groups.map((group) => [...group.pos, ...group.size]),
-                             ...nodes.map((node) => [node.pos[0], node.pos[1] - 30, node.size[0], node.size[1] + 30])]
-                const left = Math.min(...all.map((box) => box[0])), top = Math.min(...all.map((box) => box[1]))
-                const width = Math.max(...all.map((box) => box[0] + box[2])) - left
-                const height = Math.max(...all.map((box) => box[1] + box[3])) - top
-                const scale = Math.min((innerWidth - SIDE - 20) / width, (innerHeight - TOP - BOTTOM) / height)
-                const { ds } = window.app.canvas
-                ds.scale = scale
-                ds.offset = [SIDE / scale - left, TOP / scale - top]
-                window.app.canvas.setDirty(true, true)
-            }"""
-        )
-        self._page.wait_for_timeout(1000)
-
-    def screenshot(self, node_type: str = "") -> Image.Image:
-        """What the page shows, or the part with the first node of a type."""
-        shown = Image.open(io.BytesIO(self._page.screenshot())).convert("RGB")
-        if not node_type:
-            return shown
-        left, top, right, bottom = self.run(
-            """(type) => {
-                const node = window.app.graph.nodes.find((node) => node.type === type)
-                const { scale, offset } = window.app.canvas.ds
-                const corner = (x, y) => [(x + offset[0]) * scale, (y + offset[1]) * scale]
-                const [x, y] = node.pos, [width, height] = node.size
-                return [...corner(x - 10, y - 40), ...corner(x + width + 10, y + height + 10)]
-            }""",
-            node_type,
-        )
-        return shown.crop((round(left), round(top), round(right), round(bottom)))
 
     def close(self) -> None:
         self._page.context.close()

@@ -9,7 +9,6 @@ from core.lora.file import LoraFile
 from core.training.likeness import LIKENESS_KEY
 from tests.tooling import write_photos
 
-from .conftest import IMAGES, SCREENSHOTS
 from .workflows import BUILD, FOLDER, SD15, WORKFLOWS
 
 pytestmark = pytest.mark.browser
@@ -22,9 +21,9 @@ ENDLESS = 20_000
 def train_node(seed: int, folder: str = "my-photos", **widgets) -> list[dict]:
     """A graph for BUILD: photos -> Train Face LoRA."""
     quick = {
-        "name": f"panel-{seed}", "steps": 60 if SCREENSHOTS else ENDLESS, "resolution": 64, "samples": 100,
+        "name": f"panel-{seed}", "steps": ENDLESS, "resolution": 64, "samples": 100,
         "training_seed": seed,
-        "settings": f"sample_every = {6 if SCREENSHOTS else 10}\nsample_steps = {12 if SCREENSHOTS else 4}",
+        "settings": "sample_every = 10\nsample_steps = 4",
     } | widgets  # fmt: skip
     quick["settings"] = f"batch_size = 1\ncheck_photos = false\n{quick['settings']}"
     base = {"key": "base", "type": "CheckpointLoaderSimple", "widgets": {"ckpt_name": SD15["name"]}, "links": {}}
@@ -86,10 +85,6 @@ def test_a_training_is_followed_on_two_pages_through_a_reload_and_kept(page, bro
     wait_for_step(page, 6)
     assert points(page, "loss") >= before, "the curve begins where the training began"
     assert page.page.locator(".facelora-photos img").count() >= 3
-    if SCREENSHOTS:
-        wait_for_step(page, 30, 600)
-        page.fit()
-        page.screenshot("FaceLoRATrain").save(IMAGES / "panel.jpg", quality=88)
 
     other.page.click(".facelora-keep")
     result = server.wait(prompt_id, 900)

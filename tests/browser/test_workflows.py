@@ -18,7 +18,6 @@ from tests.comfyui.server import ComfyServer, running_server
 from tests.comfyui.setup_comfyui import newest_frontend
 from tests.tooling import write_photos
 
-from .conftest import IMAGES, SCREENSHOTS, write_generated_photos
 from .page import ComfyPage, drop_files, prepare
 from .workflows import BLUEPRINTS, FOLDER, WORKFLOWS, subgraphs
 
@@ -32,17 +31,6 @@ QUICK: dict[str, dict[str, Any]] = {
     "FaceLoRALoadPhotos": {"folder": "my-photos", "check": False},
     "KSampler": {"steps": 2},
 }
-SHOWN = QUICK | {
-    "FaceLoRATrain": {
-        "resolution": 64,
-        "steps": 150,
-        "learning_rate": 2e-3,
-        "samples": 4,
-        "settings": "batch_size = 1\nsample_guidance = 2.5",
-    },
-    "FaceLoRAStylePack": {"count": 4, "resolution": 144},
-}
-"""For the pictures, where there is something to see: not of the models whose weights are random."""
 NAMES = [workflow.name for workflow in WORKFLOWS]
 PACK_NAME = "ComfyUI-FaceLoRA"
 
@@ -160,8 +148,8 @@ class Hands:
         assert box
         drop_files(self.page, box["x"] + box["width"] + 20, box["y"] + 5, files)
 
-    def open_template(self) -> None:
-        """From an empty ComfyUI to the first template, whose card is the first."""
+    def find_template(self) -> Locator:
+        """The card of the first template, which is the first of them, from an empty ComfyUI."""
         self.click(self.page.get_by_role("button", name="Templates").first)
         self.click(self.page.get_by_text(PACK_NAME).first)
         card = self.page.get_by_text(NAMES[0]).first
@@ -169,7 +157,10 @@ class Hands:
         titles = dict.fromkeys(self.page.get_by_text(re.compile(r"^\d .*[a-z]")).all_inner_texts())
         assert [title for title in titles if title in NAMES] == NAMES
         self.comfy.problems.clear()  # the templates of ComfyUI itself are not there in tests
-        self.click(card)
+        return card
+
+    def open_template(self) -> None:
+        self.click(self.find_template())
         self.comfy.wait_for("() => document.querySelector('.facelora-add')?.checkVisibility()")
         assert self.comfy.complaints() == []
 
@@ -182,8 +173,7 @@ class Hands:
 
     def press_run(self, button: Locator, server: ComfyServer) -> dict[str, Any]:
         """The inputs of each node, by its type, once the run has succeeded without a complaint."""
-        haste = SHOWN if SCREENSHOTS else QUICK  # no action
-        self.comfy.set_widgets({name: haste[name] for name in ("FaceLoRATrain", "FaceLoRAStylePack")})
+        self.comfy.set_widgets({name: QUICK[name] for name in ("FaceLoRATrain", "FaceLoRAStylePack")})  # no action
         with self.page.expect_response(lambda answer: answer.url.endswith("/prompt")) as queued:
             self.click(button)
         prompt = queued.value.json()["prompt_id"]
@@ -203,9 +193,7 @@ class Hands:
 
 
 def my_photos(folder: Path) -> list[Path]:
-    """Eight drawn ones for a screenshot, else six of one person and one of another."""
-    if SCREENSHOTS:
-        return sorted(write_generated_photos(folder / "me").glob("*.png"))
+    """Six of one person and one of another."""
     write_photos(folder / "friend", count=1, scale=2, person=2)
     photos = write_photos(folder / "me", count=6, scale=2)
     (folder / "friend" / "0.png").rename(photos / "friend.png")
@@ -226,21 +214,16 @@ def lead_to_headshots(page: ComfyPage, server: ComfyServer, files: list[Path]) -
     assert asked["FaceLoRATrain"]["class_word"] == "woman"
     assert asked["FaceLoRAStylePack"]["styles"] == find_style_packs().pick("corporate").names[1]
     rejected = page.page.locator(".facelora-rejected img").evaluate_all("(all) => all.map((one) => one.alt)")
-    assert SCREENSHOTS or [name.rpartition("/")[2] for name in rejected] == ["friend.png"]
+    assert [name.rpartition("/")[2] for name in rejected] == ["friend.png"]
     trained = (page.page.text_content(".facelora-status") or "").removeprefix("done: ")
     lora = LoraFile.read(server.folder / "models" / "loras" / trained)
-    assert SCREENSHOTS or lora.metadata["ss_num_train_images"] == "6"
+    assert lora.metadata["ss_num_train_images"] == "6"
 
 
 def test_the_app_leads_from_photos_to_headshots_in_seven_actions_of_which_three_are_answers(page, server, tmp_path):
     lead_to_headshots(page, server, my_photos(tmp_path))
-    if SCREENSHOTS:
-        save_screenshot(page, "app")
     page.run("() => app.extensionManager.command.execute('Comfy.ToggleLinear')")
     page.page.wait_for_timeout(1000)
-    if SCREENSHOTS:
-        page.run("() => app.canvas.deselectAll()")
-        save_screenshot(page, "graph")
     last = page.run("() => app.graph.nodes.find((node) => node.type === 'FaceLoRATrain').widgets.at(-1).name")
     assert last == "training", "nothing repeats the panel below it"
 
@@ -263,23 +246,17 @@ def test_the_graph_leads_from_photos_to_headshots_in_nine_actions(page, server, 
     assert asked["FaceLoRATrain"]["class_word"] == "woman"
 
 
-def save_screenshot(page: ComfyPage, name: str) -> None:
-    page.page.wait_for_timeout(2000)
-    page.screenshot().resize((1200, 750), Image.Resampling.LANCZOS).save(IMAGES / f"{name}.jpg", quality=85)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_workflow_runs(name, page, server, lora, request):
     workflow = workflow_file(name)
-    is_flow = "UNETLoader" in types(workflow)
-    if is_flow:
+    if "UNETLoader" in types(workflow):
         request.getfixturevalue("flows")
         page.reload()
         page.clear()
     page.open(workflow, name)
     assert page.complaints() == []
-    page.set_widgets(SHOWN if SCREENSHOTS and not is_flow else QUICK)  # what random weights draw is nothing to see
+    page.set_widgets(QUICK)
     result = server.wait(page.queue(), 900)
     assert result.status == "success", result.error + result.log
     assert "not loaded" not in result.log

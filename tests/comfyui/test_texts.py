@@ -42,6 +42,24 @@ def test_every_input_and_output_has_a_tooltip(infos):
         assert all(info["output_tooltips"]), name
 
 
+def test_what_is_shown_as_a_tooltip_fits_one(infos):
+    for name, info in infos.items():
+        shown = [
+            info["description"].partition("\nNot used")[0],
+            *(options["tooltip"] for _, options in inputs(info).values()),
+            *info["output_tooltips"],
+        ]
+        assert max(map(len, shown)) <= 300, name
+
+
+@pytest.mark.parametrize("name", ["FaceLoRAApply", "FaceLoRASave"])
+def test_a_lora_is_said_to_come_from_the_nodes_that_give_one(infos, server, name):
+    everything = server.get("/object_info").values()
+    _, options = inputs(infos[name])["lora"]
+    assert all(info["display_name"] in options["tooltip"] for info in everything if "LORA_MODEL" in info["output"])
+    assert "loader" not in options["tooltip"]
+
+
 def test_the_english_texts_are_the_nodes_own(infos, server):
     assert definitions("en") == {name: english(info) for name, info in infos.items()}
     assert server.get("/i18n")["en"]["nodeDefs"]["FaceLoRATrain"] == english(infos["FaceLoRATrain"])

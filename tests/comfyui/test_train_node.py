@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from core.cli.training_arguments import add_train
 from core.config import config_from
-from core.lora.file import LoraFile
+from core.lora.file import KEY, LoraFile
 from core.models.families import FAMILIES
 from core.storage.safetensors_file import SafetensorsFile
 from core.training.job import train
@@ -352,6 +352,18 @@ def test_a_training_that_fails_says_why_in_its_panel(server, trained):
     assert state["phase"] == "failed" and "has rank 4" in state["error"]
 
 
+def test_the_panel_shows_the_photos_that_are_trained_on(server):
+    folder = write_photos(server.folder / "input" / "hanna", count=1, scale=2, person=2)
+    (folder / "0.png").rename(folder / "a friend.png")
+    write_photos(folder, count=6, scale=2)
+    graph = training(name="hanna", folder="hanna")
+    graph["train"]["inputs"]["settings"] = "batch_size = 1"
+    result = server.run(graph)
+    assert result.status == "success", result.error
+    assert LoraFile.read(loras(server) / "hanna.safetensors").metadata["ss_num_train_images"] == "6"
+    assert len(training_state(server)["photos"]) == 6
+
+
 def test_masks_class_photos_and_a_lora_to_go_on_from_change_what_is_learned(server, trained):
     write_photos(server.folder / "input" / "others", count=2, person=36)
     graph = training(
@@ -371,6 +383,21 @@ def test_masks_class_photos_and_a_lora_to_go_on_from_change_what_is_learned(serv
     result = server.run(graph)
     assert result.status == "success", result.error
     assert not same(tensors(server, "more"), tensors(server, "anna"))
+
+
+def test_masks_of_photos_that_are_opaque_are_none(server, trained):
+    graph = training(name="opaque", masks=["masks", 0]) | {
+        "mask": node("SolidMask", value=0.0, width=64, height=64),
+        "mask image": node("MaskToImage", mask=["mask", 0]),
+        "three": node("RepeatImageBatch", image=["mask image", 0], amount=3),
+        "masks": node("ImageToMask", image=["three", 0], channel="red"),
+    }
+    result = server.run(graph)
+    assert result.status == "success", result.error
+    assert (
+        LoraFile.read(loras(server) / "opaque.safetensors").metadata[KEY]
+        == LoraFile.read(loras(server) / "anna.safetensors").metadata[KEY]
+    )
 
 
 def test_the_recipe_that_nobody_chooses_is_the_command_lines(server):

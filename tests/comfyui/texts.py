@@ -44,7 +44,7 @@ def english(info: Info) -> dict[str, Any]:
         "outputs": {str(index): {"name": name, "tooltip": tooltip} for index, (name, tooltip) in enumerate(outputs)},
     }
     if "\n" in info["description"]:
-        # It lists what this installation has, e.g. the style packs: a text from here would hide that.
+        # It says what this installation has, e.g. style packs that are not used: a text from here would hide that.
         del entry["description"]
     return entry
 
