@@ -150,6 +150,7 @@ class Panel {
       return button
     })
     const title = make("span", "facelora-quiet", say("Use the checkpoint of step"))
+    title.title = title.textContent
     this.checkpoints.replaceChildren(title, ...buttons)
     this.mark()
   }
