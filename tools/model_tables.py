@@ -129,7 +129,7 @@ MODELS = (
     Model("FLUX.2 klein 9B", "flux2", "Flux2Transformer2DModel", {
         "num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288,
         "guidance_embeds": False}),
-    Model("Lumina 2", "lumina2", "Lumina2Transformer2DModel"),
+    Model("Lumina 2", "lumina2", "Lumina2Transformer2DModel", {"cap_feat_dim": 2304}),
     Model("Z-Image", "zimage", "ZImageTransformer2DModel"),
     Model("Qwen-Image", "qwen-image", "QwenImageTransformer2DModel"),
     Model("Krea 2", "krea2", "Krea2Transformer2DModel"),

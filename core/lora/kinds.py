@@ -69,7 +69,9 @@ def _fit_together(kind: str, shapes: Shapes) -> bool:
         blocks = shapes["oft_blocks"]
         return len(blocks) in (3, 4) and blocks[-1] == blocks[-2] > 0
     if kind in ("full", "norm", "bias"):
-        return all(shape and math.prod(shape) > 0 for shape in shapes.values())
+        changed = weight_shape(kind, shapes)
+        sound = all(shape and math.prod(shape) > 0 for shape in shapes.values())
+        return sound and (changed is None or biases <= {changed[:1]})
     tensors = {role: shape for role, shape in shapes.items() if role not in ("alpha", "dora", *BIAS_ROLES)}
     is_sensible = all(
         len(shape) in (2, 4) and math.prod(shape) > 0 and math.prod(shape[2:]) <= LARGEST_KERNEL
@@ -90,7 +92,9 @@ def _fit_together(kind: str, shapes: Shapes) -> bool:
         whole = [_product(shapes, f"lokr_w{n}", "lokr_t2" if n == "2" else None) for n in "12"]
         fits = None not in whole
     shape = weight_shape(kind, shapes) if fits else None
-    return shape is not None and math.prod(shape) <= LARGEST_WEIGHT
+    if shape is None or math.prod(shape) > LARGEST_WEIGHT or not biases <= {shape[:1]}:
+        return False
+    return "dora" not in shapes or math.prod(shapes["dora"]) in shape[:2]
 
 
 def _product(shapes: Shapes, name: str, core_name: str | None) -> tuple[int, ...] | None:
@@ -137,3 +141,12 @@ def weight_shape(kind: str, shapes: Shapes) -> tuple[int, ...] | None:
     if kind == "norm":
         return shapes["w_norm"]
     return None
+
+
+def known_shape(kind: str, shapes: Shapes) -> tuple[int, ...] | None:
+    """What `weight_shape` gives, or (out, 0) for a kind that tells the outputs of the weight alone."""
+    if kind in ("oft", "boft"):
+        return (shapes["oft_blocks"][-3] * shapes["oft_blocks"][-1], 0)
+    if kind == "bias":
+        return (next(shapes[role][0] for role in BIAS_ROLES if role in shapes), 0)
+    return weight_shape(kind, shapes)

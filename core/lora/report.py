@@ -81,7 +81,7 @@ def _identity(lora: LoraHeader) -> dict[str, Any]:
         "verdict": found.verdict,
         "models": list(found.models),
         "nearest": found.nearest,
-        "misfits": list(found.misfits),
+        "misfits": list(lora.misfits),
     }
 
 
@@ -175,12 +175,14 @@ def _doubt(identity: Mapping[str, Any]) -> str:
 
 def _loads(reading: Mapping[str, Any]) -> str:
     total, faulty = reading["modules"], reading["not_as_meant"]
+    by_names = ", by their names alone" if reading["verdict"] == "knows the names" else ""
     if not faulty:
-        return f"all {total} modules"
+        return f"all {total} modules{by_names}"
     reason = next(iter(reading["reasons"]))
+    example = f", e.g. {some_of(reading['names'])}" if reading["names"] else ""
     if reading["verdict"] == "loads as another change":
-        return f"{faulty} of {total} modules not as they are meant: {reason}"
-    return f"{total - faulty} of {total} modules; it does not know {reason}"
+        return f"{faulty} of {total} modules not as they are meant: {reason}{example}"
+    return f"{total - faulty} of {total} modules{by_names}; it does not know {reason}{example}"
 
 
 def some_of(names: Sequence[str]) -> str:

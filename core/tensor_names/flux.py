@@ -100,6 +100,7 @@ FLUX1 = NameTable(
     of_diffusers=_of_diffusers,
     loaded=LoadedNames(
         _IN_COMFYUI,
+        comfyui_t5=("lora_te2_", "lora_te3_"),
         diffusers=frozenset({"kohya", "diffusers"}),
         sd_scripts=_ORIGINAL_BLOCKS,
         invokeai={
@@ -131,6 +132,7 @@ CHROMA = NameTable(
     loaded=LoadedNames(
         _IN_COMFYUI,
         diffusers=frozenset({"kohya", "diffusers"}),
+        comfyui_t5=("lora_te1_",),
         comfyui_lacks=("distilled_guidance_layer.",),
     ),
     kohya_prefixes={"denoiser": "lora_unet_", "text_encoder": "lora_te1_"},

@@ -144,7 +144,10 @@ def parse_key(key: str) -> NamedTensor | None:
 @lru_cache(maxsize=1 << 16)
 def _parse_module_name(module_name: str) -> tuple[str, str, str]:
     """The scheme, the part of the model and the dotted path that the name of a module has."""
-    prefix, scheme, part, flat = next(entry for entry in _PREFIXES if module_name.startswith(entry[0]))
+    is_dotted = "." in module_name  # which no flattened name is
+    prefix, scheme, part, flat = next(
+        entry for entry in _PREFIXES if module_name.startswith(entry[0]) and not (entry[3] and is_dotted)
+    )
     path = module_name.removeprefix(prefix)
     if flat:
         path = unflatten(path)

@@ -144,6 +144,8 @@ class LoadedNames:
     """The names of the denoiser that ComfyUI loads, as (scheme, "original" or "diffusers" for its paths)."""
     diffusers: frozenset[str]
     """The schemes that diffusers' pipelines load."""
+    comfyui_t5: tuple[str, ...] = ()
+    """The prefixes of Kohya's names of T5 that ComfyUI loads."""
     comfyui_lacks: tuple[str, ...] = ()
     """Prefixes of paths that are missing in ComfyUI's table of diffusers' names."""
     diffusers_denoiser_lacks: Mapping[str, str] = field(default_factory=dict)
@@ -212,7 +214,7 @@ class NameTable:
 
     def locate(self, part: str, path: str) -> Place:
         """The place in the model of a path in a file, in original or diffusers naming."""
-        if part == "denoiser" and not path.startswith("text_model."):
+        if part == "denoiser" and not is_text_path(path):
             fusion = self.of_original(path)
             if fusion is not None:
                 return Place(part, fusion, None)
@@ -222,6 +224,15 @@ class NameTable:
         part = "text_encoder" if part == "denoiser" else self.part_names.get(part, part)
         path = text_encoder_path(path)
         return Place(part, Fusion(path, (path,)), None)
+
+
+T5_PATHS = ("encoder.block.", "encoder.final_layer_norm", "shared")
+"""The beginnings of T5's paths, of which a model has one at most."""
+
+
+def is_text_path(path: str) -> bool:
+    """Whether a path is a text encoder's, where the prefix of a name does not tell: peft's has one for all parts."""
+    return path.startswith(("text_model.", "encoder.layers.", "text_projection", *T5_PATHS))
 
 
 def text_encoder_path(path: str) -> str:

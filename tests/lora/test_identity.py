@@ -124,7 +124,7 @@ def test_a_made_up_module_is_never_said_to_load(path, shape):
     known = {"single_blocks.0.linear1": (21504, 3072), "double_blocks.0.img_mod.lin": (18432, 3072)}
     lora = lora_of(known | {path: shape})
     assert lora.family == "flux1" and lora.identity.verdict == "unknown"
-    assert (lora.identity.nearest, lora.identity.misfits) == ("FLUX.1", (path,))
+    assert (lora.identity.nearest, lora.identity.misfits) == ("FLUX.1", (("denoiser", path),))
     for reader in READERS:
         assert not_loaded_by(reader, lora).get(f"diffusion_model.{path}")
 
