@@ -26,6 +26,7 @@ original transformers:
     guidance_in in_layer out_layer final_layer adaLN_modulation query_norm key_norm double_stream_modulation_img
     double_stream_modulation_txt single_stream_modulation distilled_guidance_layer in_proj joint_blocks x_block
     context_block y_embedder t_embedder ln_q ln_k feed_forward noise_refiner context_refiner cap_embedder q_norm k_norm
+    ffn_norm1 ffn_norm2 attention_norm1 attention_norm2
 """
 COMPOUND_WORDS = frozenset(word for word in _VOCABULARY.split() if "_" in word)
 _LONGEST_COMPOUND = max(word.count("_") for word in COMPOUND_WORDS) + 1
