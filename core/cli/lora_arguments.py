@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from ..config import SavePrecision
 from ..tensor_names import SCHEMES
 from .common import unicode_text
 
@@ -17,6 +16,8 @@ _SCHEMES_HELP = (
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
+    from ..config import SavePrecision  # inspect does without: it is called for one file after another
+
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.safetensors", help="the file to write")
     parser.add_argument(
         "--precision", choices=get_args(SavePrecision), default="fp16", help="of the tensors (default: fp16)"
