@@ -25,7 +25,10 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, metavar="FILE|FOLDER", help="a LoRA, or a folder of them: a line for each")
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE|FOLDER",
+        help="a LoRA; of several, and of a folder of them, a line for each",
+    )  # fmt: skip
     parser.add_argument("--fast", action="store_true", help="read no tensors: without the norms of the blocks")
     parser.add_argument("--json", action="store_true", help="as JSON, with everything that is known")
 

@@ -155,16 +155,52 @@ def test_metadata_say_which_of_several_models_is_meant():
     assert found.of_claim(["krea2"]) is None
 
 
-def test_a_folder_is_inspected_file_by_file_and_a_bad_one_stops_nothing(tmp_path, capsys):
+def test_a_folder_is_inspected_file_by_file_and_a_bad_one_stops_nothing_but_is_told(tmp_path, capsys):
     (tmp_path / "below").mkdir()
     matrices = [entry for entry in kohya_names("sd15").items() if len(entry[1]) == 2]
     tensors = kohya_tensors(dict(matrices[::9]), rank=1)
     LoraFile.from_tensors(tensors, {"modelspec.trigger_phrase": "sks"}).save(tmp_path / "below" / "a.safetensors")
     (tmp_path / "b.safetensors").write_text("<html>")
-    assert main(["inspect", str(tmp_path), "--fast"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    assert main(["inspect", str(tmp_path), "--fast"]) == 1
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert "1 of 2 files are refused, the first is b.safetensors: " in err and err.count("\n") == 1
     assert lines[0].startswith("b.safetensors: ") and str(tmp_path) not in lines[0]
     assert lines[1].startswith("below/a.safetensors: SD 1.5, lora of rank 1, trigger: sks")
-    assert main(["inspect", str(tmp_path), "--fast", "--json"]) == 0
+    assert main(["inspect", str(tmp_path), "--fast", "--json"]) == 1
     bad, good = map(json.loads, capsys.readouterr().out.splitlines())
-    assert bad["error"] and good["identity"]["models"] == ["SD 1.5"]
+    assert bad["error"] and bad["identity"]["verdict"] == "refused"
+    assert good["identity"]["models"] == ["SD 1.5"] and good["identity"]["verdict"] == "certain"
+
+
+def test_of_several_files_each_has_its_verdict_and_the_exit_code_says_that_some_are_refused(tmp_path, capsys):
+    names = ["page", "pickle", "cut", "other model", "missing", "good"]
+    paths = {name: tmp_path / f"{name}.safetensors" for name in names}
+    paths["page"].write_text("<!DOCTYPE html><html>")
+    paths["pickle"].write_bytes(b"PK\x03\x04" + bytes(100))
+    LoraFile.from_tensors(kohya_tensors(dict(list(kohya_names("sd15").items())[:4]), rank=1), {}).save(paths["good"])
+    paths["cut"].write_bytes(paths["good"].read_bytes()[:-10])
+    wan = {
+        "blocks.0.self_attn.q.lora_A.weight": torch.ones(1, 5120),
+        "blocks.0.self_attn.q.lora_B.weight": torch.ones(5120, 1),
+    }
+    LoraFile("sd15", {}, {f"diffusion_model.{name}": tensor for name, tensor in wan.items()}).save(paths["other model"])
+    command = ["inspect", *map(str, paths.values()), "--fast", "--json"]
+    assert main(command) == 1
+    out, err = capsys.readouterr()
+    reports = dict(zip(names, map(json.loads, out.splitlines()), strict=True))
+    assert [report["identity"]["verdict"] for report in reports.values()] == ["refused"] * 5 + ["ambiguous"]
+    assert [report["file"] for report in reports.values()] == [str(path) for path in paths.values()]
+    for name, reason in {
+        "page": "web page",
+        "pickle": "pickle",
+        "cut": "truncated",
+        "other model": "is for Wan",
+    }.items():
+        assert reason in reports[name]["error"]
+    assert f"5 of 6 files are refused, the first is {paths['page']}: " in err
+    assert main(["inspect", str(paths["good"]), str(paths["good"]), "--fast"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(paths["page"]), "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["identity"]["verdict"] == "refused" and "web page" in err
