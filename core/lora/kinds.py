@@ -35,7 +35,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 def kind_of(shapes: Shapes) -> str | None:
     """The kind of adapter, one of KINDS, for tensors with these roles and shapes; None when they do not make one up."""
     kind = _kind_by_roles(shapes)
-    return kind if kind is not None and _fit_together(kind, shapes) else None
+    return kind if kind and _fit_together(kind, shapes) and _fit_beside(kind, shapes) else None
 
 
 def _kind_by_roles(shapes: Shapes) -> str | None:
@@ -69,9 +69,7 @@ def _fit_together(kind: str, shapes: Shapes) -> bool:
         blocks = shapes["oft_blocks"]
         return len(blocks) in (3, 4) and blocks[-1] == blocks[-2] > 0
     if kind in ("full", "norm", "bias"):
-        changed = weight_shape(kind, shapes)
-        sound = all(shape and math.prod(shape) > 0 for shape in shapes.values())
-        return sound and (changed is None or biases <= {changed[:1]})
+        return all(shape and math.prod(shape) > 0 for shape in shapes.values())
     tensors = {role: shape for role, shape in shapes.items() if role not in ("alpha", "dora", *BIAS_ROLES)}
     is_sensible = all(
         len(shape) in (2, 4) and math.prod(shape) > 0 and math.prod(shape[2:]) <= LARGEST_KERNEL
@@ -92,9 +90,16 @@ def _fit_together(kind: str, shapes: Shapes) -> bool:
         whole = [_product(shapes, f"lokr_w{n}", "lokr_t2" if n == "2" else None) for n in "12"]
         fits = None not in whole
     shape = weight_shape(kind, shapes) if fits else None
-    if shape is None or math.prod(shape) > LARGEST_WEIGHT or not biases <= {shape[:1]}:
-        return False
-    return "dora" not in shapes or math.prod(shapes["dora"]) in shape[:2]
+    return shape is not None and math.prod(shape) <= LARGEST_WEIGHT
+
+
+def _fit_beside(kind: str, shapes: Shapes) -> bool:
+    """Whether a bias or magnitude beside the factors has a size of the changed weight, where the factors tell it."""
+    shape = weight_shape(kind, shapes)
+    if shape is None:
+        return True
+    biases = all(shapes[role] == shape[:1] for role in BIAS_ROLES if role in shapes)
+    return biases and ("dora" not in shapes or math.prod(shapes["dora"]) in shape[:2])
 
 
 def _product(shapes: Shapes, name: str, core_name: str | None) -> tuple[int, ...] | None:

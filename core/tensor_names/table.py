@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -166,6 +166,10 @@ class LoadedNames:
     """The modules by which it recognises a file: all of one of these; without any it goes by the names alone."""
 
 
+PUBLISHED_BLOCKS = 2
+"""The residual blocks in a level of the published UNets."""
+
+
 @dataclass(frozen=True)
 class NameTable:
     """The names of a family, the names of its modules in every scheme, and the signs by which its LoRAs are recognised."""
@@ -211,6 +215,13 @@ class NameTable:
     def is_unet(self) -> bool:
         """Whether the denoiser is a UNet; otherwise it is a transformer."""
         return self.diffusers_prefix == "unet."
+
+    def for_blocks(self, layers: int) -> NameTable:
+        """The names for a model with that many residual blocks in a level of its UNet; a transformer has none.
+
+        The original names number the blocks as the published models have them, two in a level. Others have diffusers' names.
+        """
+        return replace(self, original_in_kohya=False) if self.is_unet and layers != PUBLISHED_BLOCKS else self
 
     def locate(self, part: str, path: str) -> Place:
         """The place in the model of a path in a file, in original or diffusers naming."""
