@@ -106,6 +106,8 @@ def _by_diffusers(family: NameTable, named: NamedTensor, entry: Entry) -> Object
     if _is_t5(named):
         return "T5 as a text encoder"
     if entry.kind == "lokr":
+        if "lokr_w1_a" in entry.keys:
+            return "adapters of kind lokr whose first factor is a product"
         return _lokr_not_loaded_by_diffusers(family, named, "alpha" in entry.keys)
     if named.scheme not in family.loaded.diffusers:
         return f"{named.scheme} names of {family.name}"

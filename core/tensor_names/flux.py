@@ -110,6 +110,7 @@ FLUX1 = NameTable(
             ("peft", "diffusers"): _DIFFUSERS_BLOCKS,
         },
         invokeai_text=("lora_te1_text_model_", "lora_te2_encoder_block_"),
+        invokeai_prefixes={"text_encoder_2": "lora_te2_"},
     ),
     kohya_prefixes={"denoiser": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te3_"},
     comfy_prefixes={

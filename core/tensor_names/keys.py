@@ -163,8 +163,11 @@ def _parse_module_name(module_name: str) -> tuple[str, str, str]:
     return scheme, part, path
 
 
-EMBEDDING_KEYS = ("emb_params", "clip_l", "clip_g")
-"""The names of tensors in a file that is only a textual-inversion embedding."""
+EMBEDDING_KEYS = ("emb_params", "clip_l", "clip_g", "clip_l_out", "clip_g_out")
+"""The names of tensors in a file that is only a textual-inversion embedding.
+
+OneTrainer's `_out` are vectors that take the place of a text encoder's output. No other program uses them.
+"""
 
 
 def bundled_embedding(key: str) -> str | None:

@@ -160,6 +160,8 @@ class LoadedNames:
     """A regular expression of the denoiser's paths that InvokeAI loads, by names as in `comfyui`; empty without the family."""
     invokeai_text: tuple[str, ...] = ()
     """The beginnings of the names of text encoders' modules that InvokeAI loads."""
+    invokeai_prefixes: Mapping[str, str] = field(default_factory=dict)
+    """The prefixes of Kohya's names by part that InvokeAI loads, where it does not load those that are written."""
     invokeai_skips: frozenset[str] = frozenset()
     """The schemes in which InvokeAI skips a name that it does not know; in others it refuses the whole file."""
     invokeai_signs: tuple[tuple[Sign, ...], ...] = ()
