@@ -19,8 +19,9 @@ from core.lora.readers import READERS, read_by
 from core.lora.report import format_inspection, inspect_header
 from core.storage.safetensors_file import save_safetensors
 from core.tensor_names import NAME_TABLES, SCHEMES, text_encoder_path
+from tools.model_tables import whole
 
-from .test_identity import CASES, PREFIXES, TABLES, Shapes, subsets, whole
+from .test_identity import CASES, PREFIXES, TABLES, Shapes, subsets
 
 
 def understood(path: str, shape: tuple[int, ...]) -> bool:

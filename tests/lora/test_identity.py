@@ -1,6 +1,5 @@
 """Which model a LoRA is for: the tables of published models, whole files and parts of them, under every naming scheme."""
 
-import itertools
 import json
 import random
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from core.lora import LoraFile, format_inspection, inspect_header
 from core.lora.readers import READERS, not_loaded_by
 from core.tensor_names import identify, models
 from tests.tensor_names.test_keys import KOHYA_LISTS, kohya_names
+from tools.model_tables import whole
 
 from .test_file import kohya_tensors
 
@@ -22,20 +22,6 @@ Shapes = dict[str, tuple[int, ...]]
 TABLES = json.loads(Path(models.__file__).with_name("model_tables.json").read_text())
 CASES = [(model, names) for model in TABLES["models"] for names in model["denoiser"]]
 PREFIXES = ["lora_unet_", "lycoris_", "lora_transformer_", "diffusion_model.", "transformer.", "base_model.model.", ""]
-
-
-def whole(table: dict[str, list[int]]) -> Shapes:
-    """The table with a path for each module, as tools/model_tables.py had it before it wrote runs of numbers."""
-
-    def words(path: str) -> Iterator[str]:
-        options = []
-        for word in path.split("."):
-            first, _, last = word.partition("-")
-            is_run = first.isdecimal() and last.isdecimal() and int(first) < int(last)
-            options.append([str(n) for n in range(int(first), int(last) + 1)] if is_run else [word])
-        return map(".".join, itertools.product(*options))
-
-    return {path: tuple(shape) for run, shape in table.items() for path in words(run)}
 
 
 def subsets(shapes: Shapes) -> Iterator[Shapes]:
