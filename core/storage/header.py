@@ -226,7 +226,7 @@ def _where(path: Path, name: str) -> str:
 Row = tuple[str, str, tuple[int, ...], int, int]
 """What a header says of a tensor: name, dtype, shape, and the data's begin and end."""
 
-# An entry as all writers write it. json takes several times as long, and a folder of LoRAs has millions of entries.
+# An entry as all writers write it. json takes twice as long, and a folder of LoRAs has millions of entries.
 _SIZE = r"(?:0|[1-9]\d{0,17})"
 _USUAL = re.compile(
     r'"([^"\\\x00-\x1f]*)":\{"dtype":"(\w+)",'
