@@ -9,10 +9,11 @@ What is written are names and sizes alone: a path whose numbers run is one entry
 """
 
 import importlib.metadata
+import itertools
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -129,7 +130,7 @@ MODELS = (
     Model("FLUX.2 klein 9B", "flux2", "Flux2Transformer2DModel", {
         "num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288,
         "guidance_embeds": False}),
-    Model("Lumina 2", "lumina2", "Lumina2Transformer2DModel"),
+    Model("Lumina 2", "lumina2", "Lumina2Transformer2DModel", {"cap_feat_dim": 2304}),
     Model("Z-Image", "zimage", "ZImageTransformer2DModel"),
     Model("Qwen-Image", "qwen-image", "QwenImageTransformer2DModel"),
     Model("Krea 2", "krea2", "Krea2Transformer2DModel"),
@@ -303,6 +304,20 @@ def runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
         else:
             found.append((number, number))
     return found
+
+
+def whole(table: Mapping[str, list[int]]) -> Shapes:
+    """The table with a path for each module, as it was before `compact`."""
+
+    def words(path: str) -> Iterator[str]:
+        options = []
+        for word in path.split("."):
+            first, _, last = word.partition("-")
+            is_run = first.isdecimal() and last.isdecimal() and int(first) < int(last)
+            options.append([str(n) for n in range(int(first), int(last) + 1)] if is_run else [word])
+        return map(".".join, itertools.product(*options))
+
+    return {path: tuple(shape) for run, shape in table.items() for path in words(run)}
 
 
 def entry(model: Model) -> dict[str, Any]:

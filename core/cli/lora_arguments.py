@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from ..config import SavePrecision
 from ..tensor_names import SCHEMES
 from .common import unicode_text
 
@@ -17,6 +16,8 @@ _SCHEMES_HELP = (
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
+    from ..config import SavePrecision  # inspect does without: it is called for one file after another
+
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.safetensors", help="the file to write")
     parser.add_argument(
         "--precision", choices=get_args(SavePrecision), default="fp16", help="of the tensors (default: fp16)"
@@ -24,7 +25,10 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, metavar="FILE|FOLDER", help="a LoRA, or a folder of them: a line for each")
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE|FOLDER",
+        help="a LoRA; of several, and of a folder of them, a line for each",
+    )  # fmt: skip
     parser.add_argument("--fast", action="store_true", help="read no tensors: without the norms of the blocks")
     parser.add_argument("--json", action="store_true", help="as JSON, with everything that is known")
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .names import LoraHeader as LoraHeader
     from .report import format_inspection as format_inspection
     from .report import format_line as format_line
-    from .report import inspect_folder as inspect_folder
+    from .report import inspect_files as inspect_files
     from .report import inspect_header as inspect_header
     from .verify import Fault as Fault
     from .verify import verify_lora as verify_lora
@@ -50,7 +50,7 @@ else:
             ".metadata": ("edit_metadata",),
             ".modules": ("LoraModule", "name_kinds"),
             ".names": ("Entry", "LoraHeader"),
-            ".report": ("format_inspection", "format_line", "inspect_folder", "inspect_header"),
+            ".report": ("format_inspection", "format_line", "inspect_files", "inspect_header"),
             ".verify": ("Fault", "verify_lora"),
             ".words": ("WORD_KEY", "trigger_words", "word_of"),
         },

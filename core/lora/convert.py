@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import BadConfig, LoraMisfit, UnmatchedKeys
-from ..tensor_names import NAME_TABLES, SCHEMES, ModuleId, bundled_embedding
-from .changes import bias_change
+from ..tensor_names import NAME_TABLES, SCHEMES, ModuleId, NameTable, bundled_embedding
+from .changes import bias_change, scale_of
 from .file import KEY, LoraFile
 from .kinds import BIAS_ROLES, needs_base
 from .low_rank import Factorised, decomposed, factorise
@@ -56,6 +56,17 @@ def convert_lora(
     """
     if scheme not in SCHEMES:
         raise BadConfig(f"no naming scheme {scheme!r}; known: {', '.join(SCHEMES)}")
+    return _convert(lora, NAME_TABLES[lora.family], scheme, plain_rank, base_weight, on_progress)
+
+
+def _convert(
+    lora: LoraFile,
+    names: NameTable,
+    scheme: str,
+    plain_rank: int | None,
+    base_weight: BaseWeight | None,
+    on_progress: OnProgress,
+) -> NewLora:
     if plain_rank is not None:
         check_rank(plain_rank)
     lora.check()
@@ -67,10 +78,10 @@ def convert_lora(
         modules, kept = converted.modules(), {}
     else:
         converted, error = lora, 0.0
-        modules, kept = _plain_modules(lora), _renamed(lora, others, scheme)
+        modules, kept = _plain_modules(lora), _renamed(lora, names, others, scheme)
     # diffusers refuses a file that holds anything but adapters.
     words = {} if scheme == "diffusers" else {key: lora.sound_vectors(key) for key in lora.embedding_keys}
-    tensors = name_modules(NAME_TABLES[lora.family], modules, scheme, kept | words)
+    tensors = name_modules(names, modules, scheme, kept | words)
     return NewLora(replace(lora, tensors=tensors, metadata=metadata_for(converted, scheme)), error)
 
 
@@ -81,7 +92,9 @@ def convert_for(
     base_weight: BaseWeight | None = None,
     on_progress: OnProgress = silent,
 ) -> NewLora:
-    """The LoRA in the first of SCHEMES with which all these programs load it whole, and the error as of `convert_lora`.
+    """The LoRA in the first naming with which all these programs load it whole, and the error as of `convert_lora`.
+
+    The namings are SCHEMES, and Kohya's with the prefixes that InvokeAI expects where it has others.
 
     `readers` are names in `readers.READERS`, in any case. Raises BadConfig for an unknown one, and UnmatchedKeys, which says
     what each naming fails at, when there is no such scheme.
@@ -91,9 +104,13 @@ def convert_for(
         raise BadConfig(f"no program {wrong[0]!r} is known here; known: {', '.join(known)}")
     asked = [known[name.strip().lower()] for name in readers]
     failures = []
-    for scheme in SCHEMES:
+    names = NAME_TABLES[lora.family]
+    namings = [(scheme, names) for scheme in SCHEMES]
+    if prefixes := names.loaded.invokeai_prefixes:
+        namings.append(("kohya", replace(names, kohya_prefixes={**names.kohya_prefixes, **prefixes})))
+    for scheme, names in namings:
         try:
-            converted = convert_lora(lora, scheme, plain_rank, base_weight, on_progress)
+            converted = _convert(lora, names, scheme, plain_rank, base_weight, on_progress)
         except UnmatchedKeys as problem:
             failures.append(f"{scheme}: {str(problem).removeprefix(f'{lora.name}: ')}")
             continue
@@ -130,16 +147,18 @@ def metadata_for(lora: LoraFile, scheme: str) -> dict[str, str]:
     return known | {key: value for key, value in lora.metadata.items() if key not in _OF_THE_ORIGINAL}
 
 
-def _renamed(lora: LoraFile, entries: Sequence[Entry], scheme: str) -> dict[str, Tensor]:
+def _renamed(lora: LoraFile, family: NameTable, entries: Sequence[Entry], scheme: str) -> dict[str, Tensor]:
     """The tensors of entries under the names of a scheme, with their kinds of adapter unchanged.
 
     Raises UnmatchedKeys for a kind that the scheme cannot express.
     """
-    family = NAME_TABLES[lora.family]
     tensors: dict[str, Tensor] = {}
     for entry in entries:
         if scheme == "diffusers" and _has_pefts_magnitude(lora, entry):
             tensors |= _pefts_dora(lora, entry)
+            continue
+        if scheme == "diffusers" and _is_lokr_of_diffusers(entry, family):
+            tensors |= _lokr_of_diffusers(lora, entry, family)
             continue
         original = family.original_in_kohya if scheme == "kohya" else family.original_in_comfy
         fusion, index = entry.place.fusion, entry.place.index
@@ -170,6 +189,27 @@ def _has_pefts_magnitude(lora: LoraFile, entry: Entry) -> bool:
         return False
     shape = lora.tensors_of(entry)["dora"].shape
     return math.prod(shape) == shape[0] == entry.shapes["up"][0]
+
+
+def _is_lokr_of_diffusers(entry: Entry, family: NameTable) -> bool:
+    """Whether an entry is a LoKr of one of diffusers' modules, with rows in its order, in a family whose LoKr it reads."""
+    place = entry.place
+    is_whole = place.index is None and (len(place.modules) > 1 or place.fusion.halves_swapped)
+    is_plain = entry.kind == "lokr" and "dora" not in entry.keys and not entry.changes_bias
+    return is_plain and not is_whole and ("diffusers", "diffusers") in family.loaded.diffusers_lokr
+
+
+def _lokr_of_diffusers(lora: LoraFile, entry: Entry, family: NameTable) -> dict[str, Tensor]:
+    """The tensors of a LoKr as diffusers reads them: without an alpha and with a whole first factor, which has the scale."""
+    name = name_in_scheme(family, *entry.modules[0], "diffusers")[0]
+    found = lora.sound_tensors_of(entry)
+    scale = scale_of("lokr", found)
+    if "lokr_w1" not in found:
+        found["lokr_w1"] = found["lokr_w1_a"].float() @ found["lokr_w1_b"].float()
+    if scale != 1:
+        found["lokr_w1"] = found["lokr_w1"].float() * scale
+    left_out = ("alpha", "lokr_w1_a", "lokr_w1_b")
+    return {f"{name}.{role}": tensor for role, tensor in found.items() if role not in left_out}
 
 
 def _pefts_dora(lora: LoraFile, entry: Entry) -> dict[str, Tensor]:

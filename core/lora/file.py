@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import LoraMisfit, UnknownFamily, UnmatchedKeys
 from ..storage.safetensors_file import Layout, SafetensorsFile, cast_tensor, layout_in, layout_of, write_safetensors
-from ..tensor_names import NAME_TABLES, ModuleId
+from ..tensor_names import NAME_TABLES, ModuleId, NameTable
 from .changes import bias_change, weight_change
 from .hashes import LegacyHash, model_hash
 from .kinds import needs_base
@@ -61,15 +61,21 @@ class LoraFile(LoraNames):
 
     @classmethod
     def from_modules(
-        cls, family: str, modules: Mapping[ModuleId, LoraModule], metadata: Mapping[str, str], scheme: str = "kohya"
+        cls,
+        family: str,
+        modules: Mapping[ModuleId, LoraModule],
+        metadata: Mapping[str, str],
+        scheme: str = "kohya",
+        names: NameTable | None = None,
     ) -> "LoraFile":
         """A LoRA from the low-rank changes of modules, named in a scheme, which is one of modules.SCHEMES.
 
-        Raises UnknownFamily for an unknown family, UnmatchedKeys for an unknown scheme.
+        `names` are those of the base's modules, where they are not the published models' (`Base.names`). Raises
+        UnknownFamily for an unknown family, UnmatchedKeys for an unknown scheme.
         """
         if family not in NAME_TABLES:
             raise UnknownFamily(f"no family {family!r}; known: {', '.join(NAME_TABLES)}")
-        return cls(family, dict(metadata), dict(name_modules(NAME_TABLES[family], modules, scheme)))
+        return cls(family, dict(metadata), dict(name_modules(names or NAME_TABLES[family], modules, scheme)))
 
     @cached_property
     def layout(self) -> Layout:

@@ -35,7 +35,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 def kind_of(shapes: Shapes) -> str | None:
     """The kind of adapter, one of KINDS, for tensors with these roles and shapes; None when they do not make one up."""
     kind = _kind_by_roles(shapes)
-    return kind if kind is not None and _fit_together(kind, shapes) else None
+    return kind if kind and _fit_together(kind, shapes) and _fit_beside(kind, shapes) else None
 
 
 def _kind_by_roles(shapes: Shapes) -> str | None:
@@ -93,6 +93,15 @@ def _fit_together(kind: str, shapes: Shapes) -> bool:
     return shape is not None and math.prod(shape) <= LARGEST_WEIGHT
 
 
+def _fit_beside(kind: str, shapes: Shapes) -> bool:
+    """Whether a bias or magnitude beside the factors has a size of the changed weight, where the factors tell it."""
+    shape = weight_shape(kind, shapes)
+    if shape is None:
+        return True
+    biases = all(shapes[role] == shape[:1] for role in BIAS_ROLES if role in shapes)
+    return biases and ("dora" not in shapes or math.prod(shapes["dora"]) in shape[:2])
+
+
 def _product(shapes: Shapes, name: str, core_name: str | None) -> tuple[int, ...] | None:
     """The shape of a factor that is stored whole, as `a` times `b`, or as both around a core; None when they do not fit."""
     if name in shapes:
@@ -137,3 +146,12 @@ def weight_shape(kind: str, shapes: Shapes) -> tuple[int, ...] | None:
     if kind == "norm":
         return shapes["w_norm"]
     return None
+
+
+def known_shape(kind: str, shapes: Shapes) -> tuple[int, ...] | None:
+    """What `weight_shape` gives, or (out, 0) for a kind that tells the outputs of the weight alone."""
+    if kind in ("oft", "boft"):
+        return (shapes["oft_blocks"][-3] * shapes["oft_blocks"][-1], 0)
+    if kind == "bias":
+        return (next(shapes[role][0] for role in BIAS_ROLES if role in shapes), 0)
+    return weight_shape(kind, shapes)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import UnmatchedKeys
 from ..storage.safetensors_file import ComputedTensors
-from ..tensor_names import NAME_TABLES, SCHEMES, Fusion, ModuleId, NameTable
+from ..tensor_names import SCHEMES, Fusion, ModuleId, NameTable
 from .changes import weight_change
 
 
@@ -97,17 +97,18 @@ def suffix_of(role: str) -> str:
     return _KOHYA_SUFFIXES.get(role, role)
 
 
-def name_kinds(family: str, modules: Mapping[ModuleId, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def name_kinds(names: NameTable, modules: Mapping[ModuleId, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors of a file in Kohya's scheme, from each module's tensors by role, whatever their kind of adapter.
 
-    Raises UnmatchedKeys where the family's files have several modules in one: only plain LoRAs can be fused.
+    `names` are those of the base's modules (`Base.names`). Raises UnmatchedKeys where the family's files have several
+    modules in one: only plain LoRAs can be fused.
     """
     tensors = {}
     for (part, path), roles in modules.items():
-        name, fusion, _ = name_in_scheme(NAME_TABLES[family], part, path, "kohya")
+        name, fusion, _ = name_in_scheme(names, part, path, "kohya")
         if len(fusion.parts) > 1:
             raise UnmatchedKeys(
-                f"{path} is one with {len(fusion.parts) - 1} others in files of {family}, where only a plain LoRA fits"
+                f"{path} is one with {len(fusion.parts) - 1} others in files of {names.name}, where only a plain LoRA fits"
             )
         tensors |= {f"{name}.{suffix_of(role)}": tensor for role, tensor in roles.items()}
     return tensors

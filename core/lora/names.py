@@ -29,7 +29,7 @@ from ..tensor_names import (
     other_model,
     parse_key,
 )
-from .kinds import BIAS_ROLES, kind_of, rank_of, weight_shape
+from .kinds import BIAS_ROLES, kind_of, known_shape, rank_of, weight_shape
 
 Types = Mapping[str, tuple[str, tuple[int, ...]]]
 """torch's name of the type, and the shape, of each tensor by name."""
@@ -56,9 +56,9 @@ class NamedModule:
     """The shape of each tensor, by its role."""
 
     @cached_property
-    def weight_shape(self) -> tuple[int, ...] | None:
-        """The shape of the weight that is changed, None where the file does not tell."""
-        return weight_shape(self.kind, self.shapes) if self.kind else None
+    def known_shape(self) -> tuple[int, ...] | None:
+        """The shape of the changed weight, (out, 0) where the file tells the outputs alone, None for a broken module."""
+        return known_shape(self.kind, self.shapes) if self.kind else None
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,12 @@ class Content:
 
     @property
     def places(self) -> list[tuple[str, str, tuple[int, ...] | None]]:
-        """The (part, path, shape of the weight or None) of each module, as tables of models want it."""
-        return [(module.part, module.path, module.weight_shape) for module in self.modules]
+        """The (part, path, shape of the weight as it is known) of each module, as tables of models want it."""
+        return [(module.part, module.path, module.known_shape) for module in self.modules]
+
+    def identity(self, claimed: str | None) -> Identity:
+        """The published models that have all the modules, broken ones left out; `claimed` is the family in the metadata."""
+        return identify((place for place in self.places if place[2] is not None), claimed)
 
 
 def content_of(types: Types) -> Content:
@@ -188,7 +192,13 @@ class LoraNames:
     @cached_property
     def identity(self) -> Identity:
         """The published models that have all the modules that the LoRA changes, in its shapes."""
-        return identify(self.content.places)
+        return self.content.identity(self.family)
+
+    @cached_property
+    def misfits(self) -> tuple[str, ...]:
+        """The names of the modules that the nearest published model lacks, or has in another shape; empty where one fits."""
+        places = set(self.identity.misfits)
+        return tuple(module.name for module in self.content.modules if (module.part, module.path) in places)
 
     @cached_property
     def entries(self) -> tuple[Entry, ...]:
@@ -300,7 +310,7 @@ def recognised(types: Types, metadata: Mapping[str, str], name: str, make: Calla
     `name` is what messages call the LoRA. Raises UnknownFamily when it is no LoRA, or one for a family that is not known.
     """
     content = content_of(types)
-    identity = identify(content.places)
+    identity = content.identity(family_in_metadata(metadata))
     lora = make(_detect_family(content, identity, types, metadata, name))
     lora.__dict__.update(content=content, identity=identity)  # these properties are looked up once
     return lora
@@ -316,13 +326,15 @@ def _detect_family(content: Content, identity: Identity, types: Types, metadata:
     if identity.models:
         claim = identity.of_claim((metadata.get("ss_base_model_version", ""), _architecture(metadata)))
         other = claim or (None if identity.families else " or ".join(identity.models))
+    elif identity.is_near:
+        other = None if identity.nearest_family else identity.nearest
     else:
         other = other_model(modules)
-        if identity.nearest_family is None and 2 * len(identity.misfits) < len(modules):
-            other = other or identity.nearest
     if other:
         raise UnknownFamily(f"{name}: is for {other}, which is not supported; known: {', '.join(NAME_TABLES)}")
     candidates = list(identity.families)
+    if identity.is_near and identity.nearest_family:
+        candidates = [identity.nearest_family]
     if len(candidates) != 1:
         candidates = families_of(modules, candidates or None) or candidates
     if not candidates and types.keys() <= set(EMBEDDING_KEYS):

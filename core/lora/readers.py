@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ..tensor_names import NAME_TABLES, NamedTensor, NameTable, is_published, parse_key
+from ..tensor_names import NAME_TABLES, T5_PATHS, NamedTensor, NameTable, is_published, is_text_path, parse_key
 from .names import Entry, LoraNames, has_pefts_magnitude
 
 READERS = ("ComfyUI", "diffusers", "peft", "sd-scripts", "InvokeAI")
@@ -33,24 +33,40 @@ class Reading:
     """How many modules the LoRA changes."""
     objections: Mapping[str, Objection]
     """The objections to modules, by their names in the file."""
+    of_published: bool = True
+    """Whether there is a published model that the LoRA fits, or all but some of its modules."""
 
     @property
     def verdict(self) -> str:
-        """The result: "loads", "loads in part", "loads as another change" (all or a part of it), or "not at all"."""
-        if not self.objections:
-            return "loads"
+        """The result: "loads", "loads in part", "loads as another change" (all or a part of it), or "not at all".
+
+        It is "knows the names" in place of the first three for a LoRA that fits no published model: whether it loads then
+        depends on the model that it is put on.
+        """
+        if self.modules == sum(not objection.loads for objection in self.objections.values()):
+            return "not at all"
+        if not self.of_published:
+            return "knows the names"
         if any(objection.loads for objection in self.objections.values()):
             return "loads as another change"
-        return "loads in part" if len(self.objections) < self.modules else "not at all"
+        return "loads in part" if self.objections else "loads"
 
 
 def read_by(reader: str, lora: LoraNames) -> Reading:
     """What a program, one of READERS, makes of a LoRA."""
     found = {entry.name: objection for entry in lora.entries if (objection := _objection(reader, lora.family, entry))}
     refusal = _refusal_by_invokeai(lora, found) if reader == "InvokeAI" else None
+    identity = lora.identity
+    misfits = [name for name in lora.misfits if name not in found] if identity.is_near else []
+    if misfits:
+        others = f"modules of other sizes than those of {identity.nearest}"
+        if reader == "ComfyUI":
+            found |= dict.fromkeys(misfits, Objection(others))
+        else:  # to all others one such module is an error, at which they stop
+            refusal = refusal or f"a file with {others}"
     if refusal:
         found = {entry.name: Objection(refusal) for entry in lora.entries}
-    return Reading(len(lora.entries), found)
+    return Reading(len(lora.entries), found, bool(identity.models or identity.is_near))
 
 
 def not_loaded_by(reader: str, lora: LoraNames) -> dict[str, str]:
@@ -64,6 +80,9 @@ def _objection(reader: str, family: str, entry: Entry) -> Objection | None:
         return Objection(f"a module that no published {family} model has")
     named = parse_key(f"{entry.name}.alpha")
     assert named is not None
+    prefix = "transformer." if NAME_TABLES[family].is_unet else "unet."
+    if named.part == "denoiser" and entry.name.startswith(prefix):
+        return Objection(f"names of {family} that begin with {prefix}")
     found = _RULES[reader](NAME_TABLES[family], named, entry)
     return Objection(found) if isinstance(found, str) else found
 
@@ -73,6 +92,8 @@ def _by_comfyui(family: NameTable, named: NamedTensor, entry: Entry) -> Objectio
         return "a bias of the up matrix"
     if any(re.search(r"\.lora_[AB]\.(?!default\.)\w+\.weight$", key) for key in entry.keys.values()):
         return "an adapter's name in the tensors' names, except default"
+    if entry.kind == "norm" and not family.is_unet and entry.part == "denoiser":
+        return f"normalisation layers of {family.name}, as far as it is known"
     reason = _name_not_known_to_comfyui(family, named)
     if reason is None and has_pefts_magnitude(entry):
         return Objection("peft's magnitude, without which it is another change", loads=True)
@@ -85,6 +106,8 @@ def _by_diffusers(family: NameTable, named: NamedTensor, entry: Entry) -> Object
     if _is_t5(named):
         return "T5 as a text encoder"
     if entry.kind == "lokr":
+        if "lokr_w1_a" in entry.keys:
+            return "adapters of kind lokr whose first factor is a product"
         return _lokr_not_loaded_by_diffusers(family, named, "alpha" in entry.keys)
     if named.scheme not in family.loaded.diffusers:
         return f"{named.scheme} names of {family.name}"
@@ -116,7 +139,9 @@ def _by_sd_scripts(family: NameTable, named: NamedTensor, entry: Entry) -> Objec
     if named.part != "denoiser":
         prefix = family.kohya_prefixes.get(entry.part, "?")
         is_right = named.module_name.startswith(prefix) and (_is_t5(named) or "text_model" in named.module_name)
-        return None if is_right else f"{named.scheme} names of text encoders"
+        if not is_right:
+            return f"{named.scheme} names of text encoders"
+        return None if _is_t5(named) or _CLIP_LAYERS.fullmatch(named.path) else "modules outside the layers"
     whose = "original" if family.original_in_kohya else "diffusers"
     if named.scheme != "kohya" or whose not in _whose_paths(family, named):
         return f"{named.scheme} names" if named.scheme != "kohya" else f"names that are not {whose}'s"
@@ -135,7 +160,9 @@ def _by_invokeai(family: NameTable, named: NamedTensor, entry: Entry) -> Objecti
     if entry.kind in ("loha", "lokr", "dora") and named.scheme != "kohya":
         return f"adapters of kind {entry.kind} with {named.scheme} names, as far as it is known"
     if named.part != "denoiser":
-        return None if named.module_name.startswith(family.loaded.invokeai_text or "?") else "such text encoder names"
+        if named.module_name.startswith(family.loaded.invokeai_text or "?"):
+            return None
+        return f"text encoder names that begin with {named.module_name[: -len(named.path)]}"
     patterns = [known[named.scheme, whose] for whose in _whose_paths(family, named) if (named.scheme, whose) in known]
     if not patterns:
         return f"{named.scheme} names of {family.name}"
@@ -152,7 +179,7 @@ def _refusal_by_invokeai(lora: LoraNames, objections: Mapping[str, Objection]) -
     skipped = [e for e in lora.entries if e.name in objections and not objections[e.name].loads]
     if unknown := next((e for e in skipped if e.scheme not in loaded.invokeai_skips or e.part != "denoiser"), None):
         return f"a file with {objections[unknown.name].reason}"
-    places = [(m.part, m.path, m.weight_shape) for m in lora.content.modules]
+    places = lora.content.places
     known = loaded.invokeai_signs
     if known and not any(all(any(sign.matches(*p) for p in places) for sign in signs) for signs in known):
         return "a file without the modules by which it recognises the family"
@@ -192,14 +219,35 @@ def _whose_paths(family: NameTable, named: NamedTensor) -> set[str]:
 
 
 def _is_t5(named: NamedTensor) -> bool:
-    return named.path.startswith("encoder.block.")
+    return named.path.startswith(T5_PATHS)
+
+
+# What the Kohya and diffusers names of CLIP stand for in ComfyUI and sd-scripts.
+_CLIP_LAYERS = re.compile(r"text_model\.encoder\.layers\.\d+\.(mlp\.fc[12]|self_attn\.\w+_proj)")
+
+
+def _text_not_known_to_comfyui(family: NameTable, named: NamedTensor) -> str | None:
+    if named.scheme == "comfy":
+        prefix = family.comfy_prefixes.get(family.part_names.get(named.part, named.part), "?")
+        if not named.module_name.startswith(prefix) or ("t5" in prefix) != _is_t5(named):
+            return f"text encoder names that begin with {named.module_name[: -len(named.path)]}"
+        if _is_t5(named) or named.path.startswith(("text_model.", "text_projection")):
+            return None
+    if _is_t5(named):
+        if named.module_name.startswith(family.loaded.comfyui_t5 or "?"):
+            return None
+        return f"{named.scheme} names of T5 that begin with {named.module_name.partition('encoder')[0]}"
+    if not named.path.startswith(("text_model.", "text_projection")):
+        return "text encoder names without text_model"
+    if named.scheme not in ("kohya", "diffusers"):
+        return f"{named.scheme} names of text encoders"
+    is_known = _CLIP_LAYERS.fullmatch(named.path) or (named.scheme, named.path) == ("kohya", "text_projection")
+    return None if is_known else f"{named.scheme} names of text encoders outside the layers"
 
 
 def _name_not_known_to_comfyui(family: NameTable, named: NamedTensor) -> str | None:
-    if named.part != "denoiser":
-        if named.scheme == "comfy" or (named.scheme == "kohya" if _is_t5(named) else "text_model" in named.module_name):
-            return None
-        return f"{named.scheme} names of T5" if _is_t5(named) else "text encoder names without text_model"
+    if named.part != "denoiser" or is_text_path(named.path):
+        return _text_not_known_to_comfyui(family, named)
     if named.module_name.startswith("oft_unet_"):
         return "names that begin with oft_unet_"
     known, whose = family.loaded.comfyui, _whose_paths(family, named)

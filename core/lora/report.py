@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def _identity(lora: LoraHeader) -> dict[str, Any]:
         "verdict": found.verdict,
         "models": list(found.models),
         "nearest": found.nearest,
-        "misfits": list(found.misfits),
+        "misfits": list(lora.misfits),
     }
 
 
@@ -105,24 +105,27 @@ def _known(**values: str | None) -> dict[str, str]:
     return {key: value for key, value in values.items() if value not in (None, "", "None", "null")}
 
 
-def inspect_folder(
-    folder: str | os.PathLike[str], inspect: Callable[[Path], dict[str, Any]] = inspect_header
+def inspect_files(
+    paths: Iterable[str | os.PathLike[str]], inspect: Callable[[Path], dict[str, Any]] = inspect_header
 ) -> Iterator[dict[str, Any]]:
-    """The report that `inspect` makes of every safetensors file in and below a folder, in the order of their names.
+    """The report that `inspect` makes of every file, and of every safetensors file in and below a folder, in order of names.
 
-    `file` is the path from the folder on. A file that is no LoRA, or damaged, has a report of its `file` and the `error`.
+    `file` is the path as given, or from the folder on. A file that is no LoRA, or damaged, or for a model that is not known,
+    has a report of its `file`, an `identity` whose verdict is "refused", and the `error`.
     """
-    folder = Path(folder)
-    for path in sorted(folder.rglob("*.safetensors")):
-        name = {"file": path.relative_to(folder).as_posix()}
-        try:
-            yield inspect(path) | name
-        except FaceLoraError as error:
-            yield name | {"error": str(error).removeprefix(f"{path}: ")}
+    for given in map(Path, paths):
+        is_folder = given.is_dir()
+        for path in sorted(given.rglob("*.safetensors")) if is_folder else [given]:
+            name = path.relative_to(given).as_posix() if is_folder else os.fspath(path)
+            try:
+                yield inspect(path) | {"file": name}
+            except FaceLoraError as error:
+                identity = {"verdict": "refused", "models": [], "nearest": None, "misfits": []}
+                yield {"file": name, "identity": identity, "error": str(error).removeprefix(f"{path}: ")}
 
 
 def format_line(report: Mapping[str, Any]) -> str:
-    """A report of `inspect_folder` as a line for a person."""
+    """A report of `inspect_files` as a line for a person."""
     if "error" in report:
         return one_line(f"{report['file']}: {report['error']}")
     models = " or ".join(report["identity"]["models"]) or f"named like {report['family']}"
@@ -175,12 +178,14 @@ def _doubt(identity: Mapping[str, Any]) -> str:
 
 def _loads(reading: Mapping[str, Any]) -> str:
     total, faulty = reading["modules"], reading["not_as_meant"]
+    by_names = ", by their names alone" if reading["verdict"] == "knows the names" else ""
     if not faulty:
-        return f"all {total} modules"
+        return f"all {total} modules{by_names}"
     reason = next(iter(reading["reasons"]))
+    example = f", e.g. {some_of(reading['names'])}" if reading["names"] else ""
     if reading["verdict"] == "loads as another change":
-        return f"{faulty} of {total} modules not as they are meant: {reason}"
-    return f"{total - faulty} of {total} modules; it does not know {reason}"
+        return f"{faulty} of {total} modules not as they are meant: {reason}{example}"
+    return f"{total - faulty} of {total} modules{by_names}; it does not know {reason}{example}"
 
 
 def some_of(names: Sequence[str]) -> str:

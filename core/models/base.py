@@ -19,6 +19,7 @@ from ..errors import BadConfig, BadFile, FaceLoraError, UnknownFamily, Unmatched
 from ..storage.files import read_json
 from ..storage.lazy import LazyTensors, Stored, dtype_and_shape
 from ..storage.safetensors_file import SafetensorsFile, tensor_bytes
+from ..tensor_names import NAME_TABLES, PUBLISHED_BLOCKS, NameTable
 from . import text
 from .families import FAMILIES, detect_family
 from .ldm import VAE_PREFIXES, current_vae_path, original_unet_names
@@ -94,6 +95,12 @@ class Base:
     @cached_property
     def latent_shape(self) -> LatentShape:
         return self.family.latent_shape(self.components)
+
+    @property
+    def names(self) -> NameTable:
+        """The names of its modules in LoRA files."""
+        blocks = self.components["denoiser"].config.get("layers_per_block", PUBLISHED_BLOCKS)
+        return NAME_TABLES[self.family.name].for_blocks(blocks)
 
     @property
     def size_multiple(self) -> int:

@@ -8,13 +8,12 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
 from torch import Tensor
 
 from ..errors import BadFile, UnknownFamily
 from ..storage.safetensors_file import SafetensorsFile
-from ..tensor_names import NAME_TABLES, Fusion, ModuleId, NameTable, Place, families_of, other_model
+from ..tensor_names import NAME_TABLES, PUBLISHED_BLOCKS, Fusion, ModuleId, NameTable, Place, families_of, other_model
 from ..tensor_names.unet import diffusers_unet_path
 from .clip import OPENCLIP_LAYER
 from .quantised import sign_of_quantisation
@@ -29,10 +28,6 @@ _TEXT_ENCODERS = {
 _OTHER_PARTS = (
     "cond_stage_model.", "conditioner.", "text_encoder", "first_stage_model.", "vae.", "model_ema.", "control_model.",
 )  # fmt: skip
-
-
-_PUBLISHED_LAYERS = 2
-"""The residual blocks in a level of all published UNets."""
 
 
 class BaseLayers:
@@ -61,10 +56,7 @@ class BaseLayers:
         self.biased = set()
         self._names: dict[ModuleId, str] = {}
         layers = _layers_per_block(paths.values())
-        self.names = NAME_TABLES[self.family]
-        if self.names.is_unet and layers != _PUBLISHED_LAYERS:
-            # The table numbers the original model's blocks as the published models have them.
-            self.names = replace(self.names, original_in_kohya=False)
+        self.names = NAME_TABLES[self.family].for_blocks(layers)
         for weight, (part, path) in paths.items():
             place, shape = _place(NAME_TABLES[self.family], part, path, layers), tensor_shapes[weight]
             if place is None or not _fits(place, shape):
@@ -174,7 +166,7 @@ def _layers_per_block(paths: Iterable[tuple[str, str]]) -> int:
             before.append(int(match[1]) - 1)
         elif match := re.match(r"down_blocks\.\d+\.resnets\.(\d+)\.", path):
             last.append(int(match[1]) + 1)
-    return min(before, default=max(last, default=_PUBLISHED_LAYERS))
+    return min(before, default=max(last, default=PUBLISHED_BLOCKS))
 
 
 def _place(family: NameTable, part: str, path: str, layers: int) -> Place | None:

@@ -6,6 +6,7 @@ It trusts nothing: what does not describe the file exactly is refused, and nothi
 import json
 import math
 import os
+import re
 import stat
 import struct
 from collections import Counter
@@ -93,8 +94,10 @@ class Header:
                 header = file.read(header_size)
         except OSError as error:
             raise BadFile(f"{path}: cannot be read: {error.strerror or error}") from None
-        entries, metadata = parse_header(path, header)
-        shapes, codes, offsets = _check_entries(path, entries, first_byte=8 + header_size, file_size=size)
+        rest, rows = _usual_rows(header)
+        entries, metadata = parse_header(path, rest)
+        rows += _rows_of(path, entries)
+        shapes, codes, offsets = _check_rows(path, rows, first_byte=8 + header_size, file_size=size)
         return cls(path, metadata, shapes, codes, offsets, size)
 
     @cached_property
@@ -186,11 +189,15 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return result
 
 
+def _values(header: bytes) -> int:
+    """The number of commas and brackets, of which every value in JSON has one."""
+    return sum(header.count(mark) for mark in b",[{")
+
+
 def parse_header(path: Path, header: bytes) -> tuple[dict[str, object], dict[str, str]]:
     if header[:1] != b"{":
         raise BadFile(f"{path}: not a safetensors file: its header does not start with '{{'")
-    values = sum(header.count(mark) for mark in b",[{")
-    if values > MAX_HEADER_VALUES:
+    if (values := _values(header)) > MAX_HEADER_VALUES:
         raise BadFile(f"{path}: its header has {values} commas and brackets (limit {MAX_HEADER_VALUES})")
     try:
         entries = json.loads(header.decode("utf-8"), object_pairs_hook=_unique)
@@ -216,58 +223,97 @@ def _where(path: Path, name: str) -> str:
     return f"{path}: damaged header: tensor {name[:80]!r}"
 
 
-def _bytes_taken(shape: object, width: int, limit: int) -> int | None:
-    """The bytes of a tensor whose values take `width` each; None where `shape` is no list of sizes.
+Row = tuple[str, str, tuple[int, ...], int, int]
+"""What a header says of a tensor: name, dtype, shape, and the data's begin and end."""
 
-    It is -1 where a side is above `limit`: sizes are bounded before they are multiplied, so no absurd one survives.
+# An entry as all writers write it. json takes twice as long, and a folder of LoRAs has millions of entries.
+_SIZE = r"(?:0|[1-9]\d{0,17})"
+_USUAL = re.compile(
+    r'"([^"\\\x00-\x1f]*)":\{"dtype":"(\w+)",'
+    rf'"shape":\[((?:{_SIZE}(?:,{_SIZE})*)?)\],"data_offsets":\[({_SIZE}),({_SIZE})\]\}}(,|\}} *\Z)',
+    re.ASCII,
+)
+
+
+def _usual_rows(header: bytes) -> tuple[bytes, list[Row]]:
+    """A header without its entries, and these, if all after the metadata are in the usual form; else it whole, and none."""
+    whole = header, list[Row]()
+    try:
+        head, *found = _USUAL.split(header.decode("utf-8")) if _values(header) <= MAX_HEADER_VALUES else ("",)
+    except UnicodeDecodeError:
+        return whole
+    names, codes, shapes, begins, ends, marks, between = (found[field::7] for field in range(7))
+    if any(between) or not marks or marks[-1] == "," or any(mark != "," for mark in marks[:-1]):
+        return whole
+    if "__metadata__" in names or not (head == "{" or head.endswith("},")):
+        return whole
+    sizes = {shape: tuple(map(int, shape.split(","))) if shape else () for shape in set(shapes)}
+    numbers = (map(int, begins), map(int, ends))
+    rows = list(zip(names, codes, (sizes[shape] for shape in shapes), *numbers, strict=True))
+    return head.removesuffix(",").encode() + b"}", rows
+
+
+def _rows_of(path: Path, entries: dict[str, object]) -> list[Row]:
+    """The entries as json reads them. Raises BadFile where one is not made like all others."""
+    rows = []
+    for name, entry in entries.items():
+        if not isinstance(entry, dict) or entry.keys() != _FIELDS:
+            raise BadFile(f"{_where(path, name)} must have exactly dtype, shape and data_offsets")
+        code, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if type(shape) is not list or any(type(side) is not int or side < 0 for side in shape):
+            raise BadFile(f"{_where(path, name)} {_BAD_SHAPE}")
+        begin, end = span if type(span) is list and len(span) == 2 else (None, None)
+        if type(begin) is not int or type(end) is not int or begin < 0:
+            raise BadFile(f"{_where(path, name)} has data_offsets that are not two byte positions")
+        rows.append((name, str(code), tuple(shape), begin, end))
+    return rows
+
+
+def _bytes_taken(path: Path, name: str, code: str, shape: tuple[int, ...], limit: int) -> int:
+    """The bytes of a tensor, or -1 where a side is above `limit`: only bounded sizes are multiplied, so no absurd one survives.
+
+    Raises BadFile for an unknown dtype and too many dimensions.
     """
-    if type(shape) is not list or len(shape) > MAX_DIMENSIONS:
-        return None
-    for side in shape:  # plain comparisons: a folder of LoRAs has millions of entries
-        if type(side) is not int or side < 0:
-            return None
-    return math.prod(shape) * width if max(shape, default=0) <= limit else -1
+    if code not in TYPES:
+        raise BadFile(f"{path}: tensor {name[:80]!r} has dtype {code[:20]!r}; known: {', '.join(TYPES)}")
+    if len(shape) > MAX_DIMENSIONS:
+        raise BadFile(f"{_where(path, name)} {_BAD_SHAPE}")
+    return math.prod(shape) * TYPES[code][1] if max(shape, default=0) <= limit else -1
 
 
-def _check_entries(
-    path: Path, entries: dict[str, object], first_byte: int, file_size: int
+_BAD_SHAPE = f"has a shape that is not a list of at most {MAX_DIMENSIONS} sizes"
+
+
+def _check_rows(
+    path: Path, rows: list[Row], first_byte: int, file_size: int
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, str], dict[str, int]]:
     """The shapes, types and byte offsets that a header states, if its tensors fill the file without gap or overlap.
 
     Raises BadFile otherwise.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    codes: dict[str, str] = {}
-    offsets: dict[str, int] = {}
-    ranges: list[tuple[int, int, str]] = []
-    for name, entry in entries.items():
-        if not isinstance(entry, dict) or entry.keys() != _FIELDS:
-            raise BadFile(f"{_where(path, name)} must have exactly dtype, shape and data_offsets")
-        code, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(code, str) or code not in TYPES:
-            known = ", ".join(TYPES)
-            raise BadFile(f"{path}: tensor {name[:80]!r} has dtype {str(code)[:20]!r}; known: {known}")
-        taken = _bytes_taken(shape, TYPES[code][1], file_size)
+    sizes: dict[tuple[str, tuple[int, ...]], int] = {}
+    for name, code, shape, begin, end in rows:
+        taken = sizes.get((code, shape))
         if taken is None:
-            raise BadFile(f"{_where(path, name)} has a shape that is not a list of at most {MAX_DIMENSIONS} sizes")
-        begin, end = span if type(span) is list and len(span) == 2 else (None, None)
-        if type(begin) is not int or type(end) is not int or begin < 0:
-            raise BadFile(f"{_where(path, name)} has data_offsets that are not two byte positions")
+            taken = sizes[code, shape] = _bytes_taken(path, name, code, shape, file_size)
         if begin > end or first_byte + end > file_size:
             raise BadFile(
                 f"{path}: truncated or damaged: tensor {name[:80]!r} lies at bytes {begin} to {end}, "
                 f"the file has {file_size - first_byte} bytes of tensors"
             )
         if taken != end - begin:
-            raise BadFile(f"{_where(path, name)} of shape {shape} and dtype {code} does not take {end - begin} bytes")
-        shapes[name], codes[name], offsets[name] = tuple(shape), code, first_byte + begin
-        ranges.append((begin, end, name))
+            where = _where(path, name)
+            raise BadFile(f"{where} of shape {list(shape)} and dtype {code} does not take {end - begin} bytes")
     position = 0
-    for begin, end, name in sorted(ranges):
+    for begin, end, name in sorted((begin, end, name) for name, _, _, begin, end in rows):
         if begin != position:
             fault = "overlaps another" if begin < position else "leaves a gap before it"
             raise BadFile(f"{_where(path, name)} {fault}")
         position = end
     if first_byte + position != file_size:
         raise BadFile(f"{path}: damaged: {file_size - first_byte - position} bytes after the last tensor")
-    return shapes, codes, offsets
+    codes = {name: code for name, code, *_ in rows}
+    if len(codes) != len(rows):
+        twice = Counter(name for name, *_ in rows).most_common(1)[0][0]
+        raise BadFile(f"{path}: damaged header: the name {twice[:80]!r} appears twice")
+    return {name: shape for name, _, shape, _, _ in rows}, codes, {row[0]: first_byte + row[3] for row in rows}

@@ -16,7 +16,18 @@ from .others import other_model
 from .qwen import QWEN_IMAGE
 from .sd3 import SD3
 from .stable_diffusion import SD2, SD15, SDXL, families_of_embedding
-from .table import SCHEMES, Fusion, ModuleId, NameTable, Place, Sign, text_encoder_path
+from .table import (
+    PUBLISHED_BLOCKS,
+    SCHEMES,
+    T5_PATHS,
+    Fusion,
+    ModuleId,
+    NameTable,
+    Place,
+    Sign,
+    is_text_path,
+    text_encoder_path,
+)
 
 NAME_TABLES: dict[str, NameTable] = {
     family.name: family for family in (SD15, SD2, SDXL, SD3, FLUX1, CHROMA, FLUX2, LUMINA2, ZIMAGE, QWEN_IMAGE, KREA2)
@@ -46,7 +57,9 @@ def families_of(
 __all__ = [
     "EMBEDDING_KEYS",
     "NAME_TABLES",
+    "PUBLISHED_BLOCKS",
     "SCHEMES",
+    "T5_PATHS",
     "Fusion",
     "Identity",
     "ModuleId",
@@ -59,6 +72,7 @@ __all__ = [
     "families_of_embedding",
     "identify",
     "is_published",
+    "is_text_path",
     "other_model",
     "parse_key",
     "text_encoder_path",

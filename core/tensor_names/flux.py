@@ -100,6 +100,7 @@ FLUX1 = NameTable(
     of_diffusers=_of_diffusers,
     loaded=LoadedNames(
         _IN_COMFYUI,
+        comfyui_t5=("lora_te2_", "lora_te3_"),
         diffusers=frozenset({"kohya", "diffusers"}),
         sd_scripts=_ORIGINAL_BLOCKS,
         invokeai={
@@ -109,6 +110,7 @@ FLUX1 = NameTable(
             ("peft", "diffusers"): _DIFFUSERS_BLOCKS,
         },
         invokeai_text=("lora_te1_text_model_", "lora_te2_encoder_block_"),
+        invokeai_prefixes={"text_encoder_2": "lora_te2_"},
     ),
     kohya_prefixes={"denoiser": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te3_"},
     comfy_prefixes={
@@ -131,6 +133,7 @@ CHROMA = NameTable(
     loaded=LoadedNames(
         _IN_COMFYUI,
         diffusers=frozenset({"kohya", "diffusers"}),
+        comfyui_t5=("lora_te1_",),
         comfyui_lacks=("distilled_guidance_layer.",),
     ),
     kohya_prefixes={"denoiser": "lora_unet_", "text_encoder": "lora_te1_"},

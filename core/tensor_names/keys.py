@@ -26,6 +26,7 @@ original transformers:
     guidance_in in_layer out_layer final_layer adaLN_modulation query_norm key_norm double_stream_modulation_img
     double_stream_modulation_txt single_stream_modulation distilled_guidance_layer in_proj joint_blocks x_block
     context_block y_embedder t_embedder ln_q ln_k feed_forward noise_refiner context_refiner cap_embedder q_norm k_norm
+    ffn_norm1 ffn_norm2 attention_norm1 attention_norm2
 """
 COMPOUND_WORDS = frozenset(word for word in _VOCABULARY.split() if "_" in word)
 _LONGEST_COMPOUND = max(word.count("_") for word in COMPOUND_WORDS) + 1
@@ -144,7 +145,10 @@ def parse_key(key: str) -> NamedTensor | None:
 @lru_cache(maxsize=1 << 16)
 def _parse_module_name(module_name: str) -> tuple[str, str, str]:
     """The scheme, the part of the model and the dotted path that the name of a module has."""
-    prefix, scheme, part, flat = next(entry for entry in _PREFIXES if module_name.startswith(entry[0]))
+    is_dotted = "." in module_name  # which no flattened name is
+    prefix, scheme, part, flat = next(
+        entry for entry in _PREFIXES if module_name.startswith(entry[0]) and not (entry[3] and is_dotted)
+    )
     path = module_name.removeprefix(prefix)
     if flat:
         path = unflatten(path)
@@ -159,8 +163,11 @@ def _parse_module_name(module_name: str) -> tuple[str, str, str]:
     return scheme, part, path
 
 
-EMBEDDING_KEYS = ("emb_params", "clip_l", "clip_g")
-"""The names of tensors in a file that is only a textual-inversion embedding."""
+EMBEDDING_KEYS = ("emb_params", "clip_l", "clip_g", "clip_l_out", "clip_g_out")
+"""The names of tensors in a file that is only a textual-inversion embedding.
+
+OneTrainer's `_out` are vectors that take the place of a text encoder's output. No other program uses them.
+"""
 
 
 def bundled_embedding(key: str) -> str | None:

@@ -13,14 +13,20 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from .table import T5_PATHS, is_text_path
+
 Shape = tuple[int, ...]
-_RUN = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?", re.ASCII)
+# Numbers that are a whole word of a path, between dots or "_", and in the tables runs of them.
+_NUMBER_WORD = re.compile(r"(?<![^._])(?:0|[1-9]\d{0,3})(?![^._])", re.ASCII)
+_RUN_WORD = re.compile(r"(?<![^._])(\d{1,4})(?:-(\d{1,4}))?(?![^._])", re.ASCII)
 
 
 class Row(NamedTuple):
     """The modules of a variant whose paths differ only in numbers."""
 
     variant: int
+    path: str
+    """The dotted path with "#" for each number, a text encoder's without `text_model.`."""
     numbers: tuple[tuple[int, int], ...]
     """The first and the last of each number in the path."""
     shape: Shape
@@ -49,8 +55,10 @@ class Identity:
     """The model that has most of the modules of an unknown LoRA; None when no model has any of them."""
     nearest_family: str | None = None
     """The family of the nearest model; None where it is not trained here."""
-    misfits: tuple[str, ...] = ()
-    """The paths of the modules that the nearest model lacks, or has in another shape."""
+    misfits: tuple[tuple[str, str], ...] = ()
+    """The (part, path) of the modules that the nearest model lacks, or has in another shape."""
+    is_near: bool = False
+    """Whether the nearest model has more than half of the modules, so that only the others are at fault."""
 
     @property
     def verdict(self) -> str:
@@ -64,18 +72,19 @@ class Identity:
         return next((title for title in claimed if title in self.models), None)
 
 
-def identify(modules: Iterable[tuple[str, str, Shape | None]]) -> Identity:
+def identify(modules: Iterable[tuple[str, str, Shape | None]], claimed: str | None = None) -> Identity:
     """The models that have all the modules (part, path, shape of the weight or None when the file does not tell).
 
-    A path may be the original model's or that of diffusers, with dots or with "_" in their place.
+    A path may be the original model's or that of diffusers, for a model of no family also with "_" for its dots. Where none
+    fits and several are equally near, one of the family `claimed` is the nearest. Of a shape (out, 0) the inputs are unknown.
     """
     variants, _ = _tables()
     fitting: Counter[int] = Counter()
-    having: list[tuple[str, frozenset[int]]] = []
+    having: list[tuple[tuple[str, str], frozenset[int]]] = []
     for part, path, shape in modules:
         found = _having(part, path, shape)
         fitting.update(found)
-        having.append((path, found))
+        having.append(((part, path), found))
     whole = [variant for variant, count in fitting.items() if count == len(having)]
     if whole:
         fits = [variants[number] for number in sorted(whole)]
@@ -84,10 +93,10 @@ def identify(modules: Iterable[tuple[str, str, Shape | None]]) -> Identity:
     if not fitting:
         return Identity((), ())
     # Models that are trained here come first in the tables, and so win when two are equally near.
-    nearest = max(sorted(fitting), key=lambda number: fitting[number])
-    misfits = [path for path, found in having if nearest not in found]
+    nearest = max(sorted(fitting), key=lambda n: (fitting[n], claimed is not None and variants[n].family == claimed))
+    misfits = [place for place, found in having if nearest not in found]
     title, family = variants[nearest].title, variants[nearest].family
-    return Identity((), (), title, family, tuple(misfits))
+    return Identity((), (), title, family, tuple(misfits), 2 * len(misfits) < len(having))
 
 
 @lru_cache(1 << 16)
@@ -106,57 +115,73 @@ def _having(part: str, path: str, shape: Shape | None) -> frozenset[int]:
 @lru_cache(1 << 16)
 def _rows(part: str, path: str) -> tuple[Row, ...]:
     """The rows of the tables that include the path."""
-    template, numbers = _template(path)
-    is_text = part != "denoiser" or path.startswith(("text_model.", "encoder.block.", "encoder.layers."))
-    if is_text:
-        template = template.removeprefix("text_model_")
-    rows = _tables()[1].get((is_text, template), ())
-    return tuple(row for row in rows if all(map(_is_inside, numbers, row.numbers)))
-
-
-def _is_inside(run: tuple[int, int], whole: tuple[int, int]) -> bool:
-    return whole[0] <= run[0] and run[1] <= whole[1]
+    if part == "denoiser" and is_text_path(path):
+        part = "text_encoder"
+    if part != "denoiser":
+        path = path.removeprefix("text_model.")
+        part = "" if path.startswith(T5_PATHS) else part
+    dotted, numbers = _template(path)
+    variants, rows = _tables()
+    return tuple(
+        row
+        for row in rows.get((part, dotted.replace(".", "_")), ())
+        if all(first <= number <= last for number, (first, last) in zip(numbers, row.numbers, strict=True))
+        and (row.path == dotted or variants[row.variant].family is None)
+    )
 
 
 def _same_weight(shape: Shape, other: Shape) -> bool:
     # 1x1 convolutions may be written as Linear and kernels flattened, so only the sizes count.
-    return shape[0] == other[0] and math.prod(shape[1:]) == math.prod(other[1:])
+    return shape[0] == other[0] and (0 in shape[1:] or math.prod(shape[1:]) == math.prod(other[1:]))
 
 
-def _template(path: str) -> tuple[str, tuple[tuple[int, int], ...]]:
-    """The path with "_" for each dot and "#" for each number or range, and these numbers: `b.0-3.q` gives b_#_q and (0, 3).
+def _template(path: str) -> tuple[str, list[int]]:
+    """The path with "#" for each number, and these numbers: `b.0.q` gives b.#.q and [0]."""
+    numbers: list[int] = []
+
+    def number(match: re.Match[str]) -> str:
+        numbers.append(int(match[0]))
+        return "#"
+
+    return _NUMBER_WORD.sub(number, path), numbers
+
+
+def _runs(path: str) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """What `_template` gives, of a path in the tables, where `b.0-3.q` gives b.#.q and the first and last number, (0, 3).
 
     A falling range is a name and stays, such as Z-Image's `all_x_embedder.2-1`.
     """
-    words, numbers = [], []
-    for word in path.replace(".", "_").split("_"):
-        run = _RUN.fullmatch(word) if word[:1].isdigit() else None
-        first, last = (int(run[1]), int(run[2] or run[1])) if run else (1, 0)
-        if first <= last:
-            numbers.append((first, last))
-            word = "#"
-        words.append(word)
-    return "_".join(words), tuple(numbers)
+    numbers: list[tuple[int, int]] = []
+
+    def run(match: re.Match[str]) -> str:
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            return match[0]
+        numbers.append((first, last))
+        return "#"
+
+    return _RUN_WORD.sub(run, path), tuple(numbers)
 
 
 @cache
-def _tables() -> tuple[tuple[Variant, ...], dict[tuple[bool, str], list[Row]]]:
-    """The variants, and all rows by (whether they are of a text encoder, template of the path)."""
+def _tables() -> tuple[tuple[Variant, ...], dict[tuple[str, str], list[Row]]]:
+    """The variants, and all rows by part and path, with "#" for numbers and "_" for dots."""
     data = json.loads(Path(__file__).with_name("model_tables.json").read_text(encoding="utf-8"))
     variants: list[Variant] = []
-    rows: dict[tuple[bool, str], list[Row]] = {}
+    rows: dict[tuple[str, str], list[Row]] = {}
 
-    def add(table: dict[str, list[int]], is_text: bool) -> None:
+    def add(table: dict[str, list[int]], part: str) -> None:
         for path, shape in table.items():
-            template, numbers = _template(path)
-            if is_text:
-                template = template.removeprefix("text_model_")
-            rows.setdefault((is_text, template), []).append(Row(len(variants), numbers, tuple(shape)))
+            name, numbers = _runs(path.removeprefix("text_model.") if part != "denoiser" else path)
+            of_part = "" if part != "denoiser" and path.startswith(T5_PATHS) else part
+            rows.setdefault((of_part, name.replace(".", "_")), []).append(
+                Row(len(variants), name, numbers, tuple(shape))
+            )
 
     for model in data["models"]:
         for table in model["denoiser"].values():
-            add(table, is_text=False)
-        for name in filter(None, model["text"]):
-            add(data["text_encoders"][name], is_text=True)
+            add(table, "denoiser")
+        for part, name in zip(("text_encoder", "text_encoder_2", "text_encoder_3"), model["text"], strict=False):
+            add(data["text_encoders"].get(name, {}), part)
         variants.append(Variant(model["title"], model["family"], frozenset(model["claims"])))
     return tuple(variants), rows

@@ -44,6 +44,7 @@ SD3 = NameTable(
     of_diffusers=_of_diffusers,
     loaded=LoadedNames(
         TRANSFORMER_IN_COMFYUI | {("peft", "diffusers"), ("onetrainer", "diffusers")},
+        comfyui_t5=("lora_te3_",),
         diffusers=frozenset({"diffusers"}),
         sd_scripts=r"^joint_blocks\.",
     ),

@@ -147,7 +147,7 @@ SDXL = NameTable(
 
 def families_of_embedding(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """The families that an embedding file may be for, the likeliest first, by the names and shapes of its tensors."""
-    if shapes.keys() & set(SDXL.embedding_names.values()):
+    if any(name.startswith(tuple(SDXL.embedding_names.values())) for name in shapes):
         return [SDXL.name]
     is_wide = shapes.get("emb_params", ())[-1:] == (_SD2_TEXT_WIDTH,)
     return [SD2.name, SD15.name] if is_wide else [SD15.name, SD2.name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -144,6 +144,8 @@ class LoadedNames:
     """The names of the denoiser that ComfyUI loads, as (scheme, "original" or "diffusers" for its paths)."""
     diffusers: frozenset[str]
     """The schemes that diffusers' pipelines load."""
+    comfyui_t5: tuple[str, ...] = ()
+    """The prefixes of Kohya's names of T5 that ComfyUI loads."""
     comfyui_lacks: tuple[str, ...] = ()
     """Prefixes of paths that are missing in ComfyUI's table of diffusers' names."""
     diffusers_denoiser_lacks: Mapping[str, str] = field(default_factory=dict)
@@ -158,10 +160,16 @@ class LoadedNames:
     """A regular expression of the denoiser's paths that InvokeAI loads, by names as in `comfyui`; empty without the family."""
     invokeai_text: tuple[str, ...] = ()
     """The beginnings of the names of text encoders' modules that InvokeAI loads."""
+    invokeai_prefixes: Mapping[str, str] = field(default_factory=dict)
+    """The prefixes of Kohya's names by part that InvokeAI loads, where it does not load those that are written."""
     invokeai_skips: frozenset[str] = frozenset()
     """The schemes in which InvokeAI skips a name that it does not know; in others it refuses the whole file."""
     invokeai_signs: tuple[tuple[Sign, ...], ...] = ()
     """The modules by which it recognises a file: all of one of these; without any it goes by the names alone."""
+
+
+PUBLISHED_BLOCKS = 2
+"""The residual blocks in a level of the published UNets."""
 
 
 @dataclass(frozen=True)
@@ -210,9 +218,16 @@ class NameTable:
         """Whether the denoiser is a UNet; otherwise it is a transformer."""
         return self.diffusers_prefix == "unet."
 
+    def for_blocks(self, layers: int) -> NameTable:
+        """The names for a model with that many residual blocks in a level of its UNet; a transformer has none.
+
+        The original names number the blocks as the published models have them, two in a level. Others have diffusers' names.
+        """
+        return replace(self, original_in_kohya=False) if self.is_unet and layers != PUBLISHED_BLOCKS else self
+
     def locate(self, part: str, path: str) -> Place:
         """The place in the model of a path in a file, in original or diffusers naming."""
-        if part == "denoiser" and not path.startswith("text_model."):
+        if part == "denoiser" and not is_text_path(path):
             fusion = self.of_original(path)
             if fusion is not None:
                 return Place(part, fusion, None)
@@ -222,6 +237,15 @@ class NameTable:
         part = "text_encoder" if part == "denoiser" else self.part_names.get(part, part)
         path = text_encoder_path(path)
         return Place(part, Fusion(path, (path,)), None)
+
+
+T5_PATHS = ("encoder.block.", "encoder.final_layer_norm", "shared")
+"""The beginnings of T5's paths, of which a model has one at most."""
+
+
+def is_text_path(path: str) -> bool:
+    """Whether a path is a text encoder's, where the prefix of a name does not tell: peft's has one for all parts."""
+    return path.startswith(("text_model.", "encoder.layers.", "text_projection", *T5_PATHS))
 
 
 def text_encoder_path(path: str) -> str:

@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from core.lora import LoraFile, convert_lora
+from core.lora.convert import convert_for
+from core.lora.embeddings import embeddings_of
+from core.lora.modules import LoraModule
 from core.lora.readers import not_loaded_by, read_by
 
 KLEIN = 4096
@@ -85,3 +88,54 @@ def test_a_magnitude_by_its_short_name_is_pefts(tmp_path):
     same = LoraFile.from_tensors(tensors | {f"{module}.lora_magnitude_vector": magnitude}, {})
     changes = [next(file.changes(lambda _: base))[1] for file in (lora, same, convert_lora(lora, "comfy")[0])]
     assert torch.equal(changes[0], changes[1]) and torch.equal(changes[0], changes[2])
+
+
+WHOLE = {"lokr_w1": (4, 4), "lokr_w2": (KLEIN // 4, KLEIN // 4)}
+LOKR = [
+    WHOLE,
+    WHOLE | {"alpha": ()},
+    {"lokr_w1": (4, 4), "lokr_w2_a": (KLEIN // 4, 2), "lokr_w2_b": (2, KLEIN // 4), "alpha": ()},
+    {"lokr_w1_a": (4, 2), "lokr_w1_b": (2, 4), "lokr_w2": (KLEIN // 4, KLEIN // 4), "alpha": ()},
+]
+
+
+@pytest.mark.parametrize("roles", LOKR)
+@pytest.mark.parametrize(("scheme", "reader"), [("kohya", "ComfyUI"), ("comfy", "ComfyUI"), ("diffusers", "diffusers")])
+def test_a_lokr_stays_one_where_the_program_reads_it(roles, scheme, reader):
+    generator = torch.Generator().manual_seed(0)
+    name = "diffusion_model.double_blocks.0.img_attn.proj"
+    tensors = {f"{name}.{role}": torch.randn(shape, generator=generator) for role, shape in roles.items()}
+    lora = LoraFile.from_tensors(tensors, {})
+    converted, error = convert_lora(lora, scheme)
+    assert converted.kind == "lokr" and error == 0 and read_by(reader, converted).verdict == "loads"
+    ((_, before),), ((_, after),) = lora.changes(), converted.changes()
+    assert torch.allclose(before, after, rtol=1e-5, atol=1e-5)
+
+
+def test_diffusers_does_not_load_a_lokr_whose_first_factor_is_a_product():
+    name = "transformer.transformer_blocks.0.attn.to_out.0"
+    tensors = {f"{name}.{role}": torch.ones(shape) for role, shape in LOKR[3].items() if role != "alpha"}
+    assert read_by("diffusers", LoraFile.from_tensors(tensors, {})).verdict == "not at all"
+
+
+def test_t5_of_flux1_gets_the_name_that_invokeai_looks_for():
+    t5 = "encoder.block.0.layer.0.SelfAttention.q"
+    modules = {}
+    for place, size in {("denoiser", "transformer_blocks.0.attn.to_out.0"): 3072, ("text_encoder_2", t5): 4096}.items():
+        modules[place] = LoraModule(*factors(size, size), 2.0)
+    lora = LoraFile.from_modules("flux1", modules, {"ss_base_model_version": "flux1"})
+    reasons = set(not_loaded_by("InvokeAI", lora).values())
+    assert reasons == {"a file with text encoder names that begin with lora_te3_"}
+    converted, error = convert_for(lora, ["invokeai", "comfyui"])
+    assert error == 0 and "lora_te2_encoder_block_0_layer_0_SelfAttention_q.alpha" in converted.tensors
+    assert read_by("InvokeAI", converted).verdict == read_by("ComfyUI", converted).verdict == "loads"
+    assert LoraFile.from_tensors(converted.tensors, converted.metadata).modules().keys() == modules.keys()
+
+
+@pytest.mark.parametrize("names", [["clip_l_out", "clip_g_out"], ["clip_l", "clip_g", "clip_l_out", "clip_g_out"]])
+def test_onetrainer_s_vectors_of_a_text_encoder_s_output_are_understood(names):
+    vectors = {name: torch.ones(2, 768 if "_l" in name else 1280) for name in names}
+    lora = LoraFile.from_tensors(vectors, {}, "sks.safetensors")
+    assert (lora.family, lora.kind, lora.unknown_keys) == ("sdxl", "embedding", ())
+    taken = embeddings_of(lora).get("sks", {})
+    assert set(taken) == ({"text_encoder", "text_encoder_2"} if "clip_l" in names else set())

@@ -1,6 +1,5 @@
 """Which model a LoRA is for: the tables of published models, whole files and parts of them, under every naming scheme."""
 
-import itertools
 import json
 import random
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from core.lora import LoraFile, format_inspection, inspect_header
 from core.lora.readers import READERS, not_loaded_by
 from core.tensor_names import identify, models
 from tests.tensor_names.test_keys import KOHYA_LISTS, kohya_names
+from tools.model_tables import whole
 
 from .test_file import kohya_tensors
 
@@ -22,20 +22,6 @@ Shapes = dict[str, tuple[int, ...]]
 TABLES = json.loads(Path(models.__file__).with_name("model_tables.json").read_text())
 CASES = [(model, names) for model in TABLES["models"] for names in model["denoiser"]]
 PREFIXES = ["lora_unet_", "lycoris_", "lora_transformer_", "diffusion_model.", "transformer.", "base_model.model.", ""]
-
-
-def whole(table: dict[str, list[int]]) -> Shapes:
-    """The table with a path for each module, as tools/model_tables.py had it before it wrote runs of numbers."""
-
-    def words(path: str) -> Iterator[str]:
-        options = []
-        for word in path.split("."):
-            first, _, last = word.partition("-")
-            is_run = first.isdecimal() and last.isdecimal() and int(first) < int(last)
-            options.append([str(n) for n in range(int(first), int(last) + 1)] if is_run else [word])
-        return map(".".join, itertools.product(*options))
-
-    return {path: tuple(shape) for run, shape in table.items() for path in words(run)}
 
 
 def subsets(shapes: Shapes) -> Iterator[Shapes]:
@@ -124,7 +110,7 @@ def test_a_made_up_module_is_never_said_to_load(path, shape):
     known = {"single_blocks.0.linear1": (21504, 3072), "double_blocks.0.img_mod.lin": (18432, 3072)}
     lora = lora_of(known | {path: shape})
     assert lora.family == "flux1" and lora.identity.verdict == "unknown"
-    assert (lora.identity.nearest, lora.identity.misfits) == ("FLUX.1", (path,))
+    assert (lora.identity.nearest, lora.identity.misfits) == ("FLUX.1", (("denoiser", path),))
     for reader in READERS:
         assert not_loaded_by(reader, lora).get(f"diffusion_model.{path}")
 
@@ -155,16 +141,52 @@ def test_metadata_say_which_of_several_models_is_meant():
     assert found.of_claim(["krea2"]) is None
 
 
-def test_a_folder_is_inspected_file_by_file_and_a_bad_one_stops_nothing(tmp_path, capsys):
+def test_a_folder_is_inspected_file_by_file_and_a_bad_one_stops_nothing_but_is_told(tmp_path, capsys):
     (tmp_path / "below").mkdir()
     matrices = [entry for entry in kohya_names("sd15").items() if len(entry[1]) == 2]
     tensors = kohya_tensors(dict(matrices[::9]), rank=1)
     LoraFile.from_tensors(tensors, {"modelspec.trigger_phrase": "sks"}).save(tmp_path / "below" / "a.safetensors")
     (tmp_path / "b.safetensors").write_text("<html>")
-    assert main(["inspect", str(tmp_path), "--fast"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    assert main(["inspect", str(tmp_path), "--fast"]) == 1
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert "1 of 2 files are refused, the first is b.safetensors: " in err and err.count("\n") == 1
     assert lines[0].startswith("b.safetensors: ") and str(tmp_path) not in lines[0]
     assert lines[1].startswith("below/a.safetensors: SD 1.5, lora of rank 1, trigger: sks")
-    assert main(["inspect", str(tmp_path), "--fast", "--json"]) == 0
+    assert main(["inspect", str(tmp_path), "--fast", "--json"]) == 1
     bad, good = map(json.loads, capsys.readouterr().out.splitlines())
-    assert bad["error"] and good["identity"]["models"] == ["SD 1.5"]
+    assert bad["error"] and bad["identity"]["verdict"] == "refused"
+    assert good["identity"]["models"] == ["SD 1.5"] and good["identity"]["verdict"] == "certain"
+
+
+def test_of_several_files_each_has_its_verdict_and_the_exit_code_says_that_some_are_refused(tmp_path, capsys):
+    names = ["page", "pickle", "cut", "other model", "missing", "good"]
+    paths = {name: tmp_path / f"{name}.safetensors" for name in names}
+    paths["page"].write_text("<!DOCTYPE html><html>")
+    paths["pickle"].write_bytes(b"PK\x03\x04" + bytes(100))
+    LoraFile.from_tensors(kohya_tensors(dict(list(kohya_names("sd15").items())[:4]), rank=1), {}).save(paths["good"])
+    paths["cut"].write_bytes(paths["good"].read_bytes()[:-10])
+    wan = {
+        "blocks.0.self_attn.q.lora_A.weight": torch.ones(1, 5120),
+        "blocks.0.self_attn.q.lora_B.weight": torch.ones(5120, 1),
+    }
+    LoraFile("sd15", {}, {f"diffusion_model.{name}": tensor for name, tensor in wan.items()}).save(paths["other model"])
+    command = ["inspect", *map(str, paths.values()), "--fast", "--json"]
+    assert main(command) == 1
+    out, err = capsys.readouterr()
+    reports = dict(zip(names, map(json.loads, out.splitlines()), strict=True))
+    assert [report["identity"]["verdict"] for report in reports.values()] == ["refused"] * 5 + ["ambiguous"]
+    assert [report["file"] for report in reports.values()] == [str(path) for path in paths.values()]
+    for name, reason in {
+        "page": "web page",
+        "pickle": "pickle",
+        "cut": "truncated",
+        "other model": "is for Wan",
+    }.items():
+        assert reason in reports[name]["error"]
+    assert f"5 of 6 files are refused, the first is {paths['page']}: " in err
+    assert main(["inspect", str(paths["good"]), str(paths["good"]), "--fast"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(paths["page"]), "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["identity"]["verdict"] == "refused" and "web page" in err

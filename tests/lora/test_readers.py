@@ -17,9 +17,11 @@ from core.lora.convert import convert_for
 from core.lora.modules import LoraModule
 from core.lora.readers import READERS, not_loaded_by, read_by
 from tests.tensor_names.test_keys import KOHYA_LISTS, kohya_names
+from tools import reader_tables
+from tools.model_tables import whole
 
 from .test_file import kohya_tensors
-from .test_identity import TABLES, lora_of, whole
+from .test_identity import TABLES, lora_of
 
 TITLES = {
     "sd3": "SD3.5 Medium",
@@ -48,6 +50,10 @@ def test_sd_scripts_is_said_to_load_the_modules_of_its_own_list_and_no_others(fa
     assert loaded >= denoiser & {entry.name for entry in of_model.entries}
     if "conv" in KOHYA_LISTS[family][-1] or family in ("flux1", "sd3", "lumina2"):
         assert loaded == denoiser
+
+
+def test_the_table_of_what_programs_load_is_up_to_date():
+    assert reader_tables.document() == reader_tables.DOCUMENT.read_text("utf-8"), "run python -m tools.reader_tables"
 
 
 def zimage() -> LoraFile:

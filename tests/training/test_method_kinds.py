@@ -12,13 +12,15 @@ from core.lora.apply import apply
 from core.lora.convert import convert_lora
 from core.lora.file import LoraFile
 from core.lora.modules import name_kinds
+from core.models import load_base
 from core.models.memory_plan import plans_for
+from core.tensor_names import NAME_TABLES
 from core.training.callbacks import Callbacks
 from core.training.loop import train_lora
 from core.training.memory_prediction import predicted_memory
 from core.training.methods import METHODS, attach
 from core.training.step import Run
-from tests.tooling import mostly_slow
+from tests.tooling import SMALL_SDXL, mostly_slow, write_checkpoint
 
 CPU = torch.device("cpu")
 KINDS = ("dora", "loha", "lokr", "oft")
@@ -231,7 +233,7 @@ def test_modules_that_are_one_in_the_familys_files_are_refused_by_name():
     with pytest.raises(
         UnmatchedKeys, match="to_k is one with 2 others in files of flux1, where only a plain LoRA fits"
     ):
-        name_kinds("flux1", {("denoiser", "transformer_blocks.0.attn.to_k"): {}})
+        name_kinds(NAME_TABLES["flux1"], {("denoiser", "transformer_blocks.0.attn.to_k"): {}})
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -284,3 +286,18 @@ def test_methods_are_the_files_of_their_folder():
     assert all(method.title for method in METHODS.values())
     with pytest.raises(BadConfig, match="method = 'ia3': choose one of dora, "):
         TrainConfig(method="ia3")  # pyright: ignore
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "loha"])
+def test_what_is_trained_on_an_sdxl_with_one_block_a_level_has_names_that_it_has(method, tmp_path):
+    """The published models have two, and so other numbers in the original names, which Kohya's are made of."""
+    shape = replace(SMALL_SDXL, unet=SMALL_SDXL.unet | {"layers_per_block": 1})
+    base = load_base(write_checkpoint(tmp_path / "base", shape, torch.float32))
+    networks = {"denoiser": base.load("denoiser", CPU, torch.float32)}
+    paths = {name.replace(".", "_") for name, layer in networks["denoiser"].named_modules() if hasattr(layer, "weight")}
+    config = replace(config_of(method), targets="transformer+conv")
+    adapter = METHODS[method].attach(networks, base.family, config, None)
+    lora = adapter.export(adapter.parameters(), base, {})
+    assert isinstance(lora, LoraFile)
+    names = {entry.name for entry in lora.entries}
+    assert len(names) > 20 and names <= {f"lora_unet_{path}" for path in paths}

@@ -18,7 +18,7 @@ from ...lora.file import LoraFile
 from ...lora.modules import LoraModule, name_kinds
 from ...models.base import Base
 from ...models.spec import FamilySpec, replace_module
-from ...tensor_names import ModuleId
+from ...tensor_names import NAME_TABLES, ModuleId
 from .lora import LoraAdapter
 from .lora import attach as attach_lora
 from .lora_layer import LoraLayer
@@ -83,7 +83,7 @@ class DoraAdapter(Adapter):
             "ss_network_module": "lycoris.kohya",
             "ss_network_args": json.dumps({"algo": "lora", "dora_wd": True, "wd_on_out": False}),
         }
-        return LoraFile(base.family.name, {**metadata, **described}, name_kinds(base.family.name, tensors))
+        return LoraFile(base.family.name, {**metadata, **described}, name_kinds(base.names, tensors))
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -122,7 +122,9 @@ def attach(
     A new one changes no prediction: B is 0, and the magnitudes are the norms of the frozen columns.
     """
     targets = target_modules(family, config, networks)
-    name_kinds(family.name, {module: {} for module in targets})  # raises now when the file could not be written later
+    name_kinds(
+        NAME_TABLES[family.name], {module: {} for module in targets}
+    )  # raises now when the file could not be written later
     adapter = attach_lora(networks, family, config)
     layers = {module: MagnitudeLayer(layer) for module, layer in adapter.layers.items()}
     for (part, path), layer in layers.items():

@@ -124,7 +124,7 @@ def lora_beside(file: Trained, base: Base, config: TrainConfig) -> LoraFile:
             down, up, _ = factorise(change, rank, path)
             modules[part, path] = LoraModule(down, up, float(rank))
     metadata = file.metadata | {"modelspec.architecture": f"{base.family.architecture}/lora"}
-    return LoraFile.from_modules(base.family.name, modules, metadata)
+    return LoraFile.from_modules(base.family.name, modules, metadata, names=base.names)
 
 
 METHOD = Method(

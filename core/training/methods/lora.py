@@ -70,7 +70,9 @@ class LoraAdapter(Adapter):
         return result
 
     def export(self, values: Mapping[str, Tensor], base: Base, metadata: Mapping[str, str]) -> LoraFile:
-        return LoraFile.from_modules(base.family.name, self.modules(values), metadata, base.family.lora_scheme)
+        return LoraFile.from_modules(
+            base.family.name, self.modules(values), metadata, base.family.lora_scheme, base.names
+        )
 
     def rate(self, name: str, config: TrainConfig, peak: float) -> float:
         return super().rate(name, config, peak) * (config.lora_plus_ratio if name.endswith(".up") else 1.0)

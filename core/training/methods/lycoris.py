@@ -15,7 +15,7 @@ from ...lora.file import LoraFile
 from ...lora.kinds import rank_of
 from ...lora.modules import name_kinds
 from ...models.base import Base
-from ...tensor_names import ModuleId
+from ...tensor_names import NAME_TABLES, ModuleId
 from .method import Adapter, refuse_settings_of_lora
 
 Roles = Mapping[str, nn.Parameter]
@@ -56,7 +56,7 @@ class LycorisAdapter(Adapter):
         """
         refuse_settings_of_lora(config)
         name_kinds(
-            family, {module: {} for module in self.layers}
+            NAME_TABLES[family], {module: {} for module in self.layers}
         )  # raises now when the file could not be written later
         generator = torch.Generator().manual_seed(config.seed)
         for name, parameter in sorted(self.parameters().items()):
@@ -80,7 +80,7 @@ class LycorisAdapter(Adapter):
             for (part, path), layer in self.layers.items()
         }
         described = {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(dict(self.network_arguments))}
-        return LoraFile(base.family.name, {**metadata, **described}, name_kinds(base.family.name, tensors))
+        return LoraFile(base.family.name, {**metadata, **described}, name_kinds(base.names, tensors))
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
