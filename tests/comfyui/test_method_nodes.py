@@ -63,7 +63,9 @@ def test_a_butterfly_of_rotations_is_applied_as_core_applies_it(server, base):
     """BOFT (arXiv:2311.06243), which nothing here trains; without an alpha ComfyUI's own loader fails at it."""
     blocks = 0.1 * torch.randn(3, 16, 8, 8, generator=torch.Generator().manual_seed(1))  # of 128 rows
     module = ("denoiser", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
-    file = LoraFile("sd15", {"ss_base_model_version": "sd_v1"}, name_kinds("sd15", {module: {"oft_blocks": blocks}}))
+    file = LoraFile(
+        "sd15", {"ss_base_model_version": "sd_v1"}, name_kinds(base.names, {module: {"oft_blocks": blocks}})
+    )
     file.save(server.folder / "models" / "loras" / "boft.safetensors", torch.float32)
     check_applied(server, base, "boft")
 
@@ -82,7 +84,7 @@ TRANSFORMER = "mid_block.attentions.0"
 )
 def test_a_magnitude_in_any_layout_is_applied_as_core_applies_it(server, base, name, path, layout):
     roles = dora(base.components["denoiser"].tensors[f"{path}.weight"].float(), layout)
-    file = LoraFile("sd15", {"ss_base_model_version": "sd_v1"}, name_kinds("sd15", {("denoiser", path): roles}))
+    file = LoraFile("sd15", {"ss_base_model_version": "sd_v1"}, name_kinds(base.names, {("denoiser", path): roles}))
     file.save(server.folder / "models" / "loras" / f"{name}.safetensors", torch.float32)
     check_applied(server, base, name)
 
