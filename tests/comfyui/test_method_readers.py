@@ -15,6 +15,7 @@ from core.lora.embeddings import bundled_tensors, embedding_tensors
 from core.lora.file import LoraFile
 from core.models.base import Base, load_base
 from core.models.families import FAMILIES
+from core.models.spec import Component
 from core.storage.safetensors_file import SafetensorsFile
 from core.tensor_names import NAME_TABLES as KEYS
 from core.training.methods import METHODS
@@ -88,7 +89,7 @@ def read_all(models: tuple[str, ...], folder: Path) -> dict[tuple[str, str], tup
             generator = torch.Generator().manual_seed(5)
             for parameter in adapter.parameters().values():
                 parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-            base = Base(family, "base", {}, "epsilon", False, 512)
+            base = Base(family, "base", {"denoiser": Component({}, {})}, "epsilon", False, 512)
             path = folder / f"{method}-{model}.safetensors"
             metadata = {"ss_base_model_version": family.base_model_version}
             adapter.export(adapter.parameters(), base, metadata).save(path, torch.float32)
