@@ -185,7 +185,8 @@ def pooled(output: Any) -> Tensor:
 def text_component(stored: Mapping[str, Stored], what: str, activation: str, projection: bool) -> Component:
     """A text encoder from tensors in OpenAI's naming (`text_model.…`) or OpenCLIP's (`transformer.resblocks.…`).
 
-    Its config follows from their shapes. Raises UnmatchedKeys, with `what` in the message, when a tensor is missing.
+    Its config follows from their shapes. Raises UnmatchedKeys, with `what` in the message, when a tensor is missing or one of
+    these is no matrix.
     """
     is_openclip = any(name.startswith("transformer.resblocks.") for name in stored)
     readers = _openclip_readers(stored) if is_openclip else library_readers(stored)
@@ -196,7 +197,9 @@ def text_component(stored: Mapping[str, Stored], what: str, activation: str, pro
     def shape(name: str) -> tuple[int, ...]:
         if name not in tensors:
             raise UnmatchedKeys(f"the text encoder {what} lacks {name}")
-        return shape_of(tensors, name)
+        if len(found := shape_of(tensors, name)) != 2:
+            raise UnmatchedKeys(f"the text encoder {what}: {name} has shape {list(found)}, expected a matrix")
+        return found
 
     vocabulary, width = shape("text_model.embeddings.token_embedding.weight")
     config = {

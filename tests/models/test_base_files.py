@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -494,6 +495,18 @@ def test_a_text_encoder_that_the_family_does_not_have_is_refused(parts, small_sd
         UnknownFamily, match=r"small\.safetensors: given tensors is T5 v1\.1 XXL; .* 1\.x takes CLIP ViT-L/14$"
     ):
         load_base(small_sd15, text_encoders=[parts["t5xxl"]])
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (2, 3, 4)])
+@pytest.mark.parametrize("name", ["embeddings.token_embedding", "encoder.layers.0.mlp.fc1"])
+def test_a_text_encoder_whose_weight_is_no_matrix_is_refused_by_its_name(small_sd15, tmp_path, name, shape):
+    tensors = dict(SafetensorsFile.open(small_sd15))
+    (key,) = (key for key in tensors if key.endswith(f"{name}.weight"))
+    save_safetensors(tmp_path / "odd.safetensors", tensors | {key: torch.zeros(shape)})
+    with pytest.raises(
+        UnmatchedKeys, match=rf"{re.escape(name)}\.weight has shape {re.escape(str(list(shape)))}, expected a matrix"
+    ):
+        load_base(tmp_path / "odd.safetensors")
 
 
 def test_a_text_encoder_that_is_not_whole_is_refused_with_what_it_lacks(parts):
