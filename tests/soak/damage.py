@@ -120,7 +120,8 @@ def _damage_a_tensor(tensors: dict[str, list[Any]], draw: Random) -> None:
         case "fill":
             formats = {"F64": "<d", "F32": "<f", "F16": "<e"}
             number = struct.pack(formats.get(dtype, "<f"), draw.choice((math.nan, math.inf, 0.0, -1.0, 6e4)))
-            tensors[name][2] = (number * count)[: len(values)] if name in tensors else values
+            if name in tensors:
+                tensors[name][2] = (number * count)[: len(values)]
         case "remove":
             tensors.pop(name, None)
         case "rename":

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import threading
 import time
 import traceback
 import warnings
@@ -13,6 +14,7 @@ from random import Random
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from core import cli
 from core.errors import FaceLoraError
@@ -40,6 +42,9 @@ def work(folder: Path, seed: str, asks: Connection, others: Connection) -> None:
     os.setsid()  # so that what the trials start can be ended with it
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what has a GPU in use cannot be forked
     torch.set_num_threads(1)
+    tqdm.set_lock(
+        threading.RLock()
+    )  # the usual one is shared by processes: one that is killed within it keeps it for ever
     warnings.simplefilter("ignore")  # of diffusers about what it was built with
     warnings.filterwarnings("error", module=r"PIL\.")  # about damaged photos, which we name ourselves
     cli.build_parser = cache(cli.build_parser)  # which takes longer than most trials, and is the same each time
