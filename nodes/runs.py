@@ -80,7 +80,11 @@ class Runs:
                 # Where the server was killed, steps after the last saved state are done again.
                 state[series] = [*(point for point in state.get(series, ()) if point[0] < step), (step, value)]
             state.update(news)
-            if "begin" in news or state.get("phase") in ENDED or time.monotonic() - self._saved > SAVE_INTERVAL:
+            if (
+                news.keys() & {"begin", "photos"}
+                or state.get("phase") in ENDED
+                or time.monotonic() - self._saved > SAVE_INTERVAL
+            ):
                 self._saved = time.monotonic()
                 self._save(run.user)
         return points
