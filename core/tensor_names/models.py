@@ -132,7 +132,9 @@ def _rows(part: str, path: str) -> tuple[Row, ...]:
 
 def _same_weight(shape: Shape, other: Shape) -> bool:
     # 1x1 convolutions may be written as Linear and kernels flattened, so only the sizes count.
-    return shape[0] == other[0] and (0 in shape[1:] or math.prod(shape[1:]) == math.prod(other[1:]))
+    # Where one has a size of 0 its inputs are unknown.
+    inputs, others = math.prod(shape[1:]), math.prod(other[1:])
+    return shape[0] == other[0] and (inputs == others or 0 in (inputs, others))
 
 
 def _template(path: str) -> tuple[str, list[int]]:

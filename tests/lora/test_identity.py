@@ -134,6 +134,14 @@ def test_the_report_says_how_certain_it_is(tmp_path):
     assert verdict == "unknown" and "by its names alone: no published model has modules of such sizes" in text
 
 
+@pytest.mark.parametrize("rows, fits", [(1280, True), (1296, False)])
+def test_a_rotation_fits_where_its_rows_are_the_outputs_of_the_weight(rows, fits):
+    """OFT tells the outputs of the weight that it rotates, and not the inputs."""
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_q"
+    lora = LoraFile("sd15", {}, {f"{name}.oft_blocks": torch.zeros(16, rows // 16, rows // 16)})
+    assert ("SD 1.5" in lora.identity.models) == fits
+
+
 def test_metadata_say_which_of_several_models_is_meant():
     shapes = {"blocks.0.self_attn.q_proj": (2048, 2048), "blocks.0.mlp.layer1": (8192, 2048)}
     found = identify(("denoiser", *module) for module in shapes.items())
