@@ -4,9 +4,11 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
+# What Python compiles is kept, whatever the environment says: tests start many processes, and measure how long that takes.
+export PYTHONDONTWRITEBYTECODE :=
+
 # Two processes, each computing with one thread. The tests of one server, and those of one file, stay together.
-# What Python compiles is kept, whatever the environment says: tests start many processes.
-PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(RUN) -m pytest -n 2
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 
 # How long `make soak` goes on.
 MINUTES ?= 5
