@@ -120,6 +120,8 @@ class _Batch:
                 self.on_progress("pictures", done, len(paths))
 
     def _is_made(self, job: Job, path: Path, face_pass: FacePass) -> bool:
+        if not path.is_file():  # nor any other thing of that name: whoever opens a pipe waits
+            return False
         try:
             with Image.open(path) as image:
                 image.load()  # fails for a file that was cut short

@@ -23,7 +23,7 @@ from ..photos import Photo, read_photos
 from ..pictures.headshot import Headshot
 from ..pictures.style_pack import StylePack
 from ..storage.cache_folder import cache_in, content_key
-from ..storage.files import make_folder, read_json, write_text
+from ..storage.files import make_folder, read_bytes, read_json, write_text
 from ..storage.locks import locked
 from ..training.callbacks import NO_CALLBACKS, Callbacks
 from ..training.recipes import recipe_config
@@ -34,6 +34,8 @@ RECORD, REPORT, PAGE = "studio.json", "report.json", "report.html"
 """A person's record in the person's folder; the report on all of them in the studio's output, as JSON and as a page."""
 _CACHE = ".facelora-cache"
 """What is kept of an unfinished person; `.cache` would be any user's, and with it the user's folder a person's."""
+_MOST_BYTES = 2**33
+"""The most that a LoRA or a picture may have."""
 
 
 @dataclass(frozen=True)
@@ -170,14 +172,14 @@ def _recorded(record: Path, key: str, output: Path) -> Result | None:
         values = read_json(record)
         result = _result_of(values["result"])
         return result if values["digest"] == _digest(key, result, output) else None
-    except (FaceLoraError, TypeError, KeyError, OSError):  # damaged: it is made anew, of which most is found
+    except (FaceLoraError, TypeError, KeyError):  # damaged: it is made anew, of which most is found
         return None
 
 
 def _digest(key: str, result: Result, output: Path) -> str:
-    """A hash of the result of that key and of its files. Raises OSError where a file is not there."""
-    files = (result.lora or "", *result.pictures)
-    return content_key(key, result, *(hashlib.sha256((output / file).read_bytes()).hexdigest() for file in files))
+    """A hash of the result of that key and of its files. Raises BadFile where one is not there, or is no regular file."""
+    files = [read_bytes(output / file, _MOST_BYTES) for file in (result.lora or "", *result.pictures)]
+    return content_key(key, result, *(hashlib.sha256(file).hexdigest() for file in files))
 
 
 def _result_of(values: Any) -> Result:

@@ -257,9 +257,13 @@ def test_what_is_damaged_of_a_person_is_made_anew_and_the_rest_found(tmp_path, b
     callbacks = Callbacks(on_step=lambda report: steps.append(report.step))
     for path, damaged in (
         (record, b'{"result": 3'), (record, nameless.encode()), (record, flattered.encode()),
-        (picture, picture.read_bytes()[:-100]),
+        (picture, picture.read_bytes()[:-100]), (picture, None),
     ):  # fmt: skip
-        path.write_bytes(damaged)
+        if damaged is None:
+            path.unlink()
+            os.mkfifo(path)  # whoever opens it waits
+        else:
+            path.write_bytes(damaged)
         (again,) = run(people[:1], base, folder.parent, terms, callbacks=callbacks)
         assert (again.status, again.pictures, again.likeness) == ("made", made.pictures, made.likeness) and not steps
         with Image.open(picture) as image:
