@@ -145,7 +145,7 @@ def damaged(shapes: Shapes, prefix: str, chance: random.Random, size: int) -> It
             yield {path: shape} | {other: shapes[other] for other in others}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.integers(0, len(WHOLE) - 1),
     st.sampled_from(PREFIXES),
@@ -168,7 +168,7 @@ def test_of_many_damaged_files_none_is_said_to_load():
                     said = wrongly_said(modules, prefix)
                     tried += 1
                     wrong += [(title, prefix, next(iter(modules.items())), said)] if said else []
-    assert tried > 30_000 and not wrong, (tried, len(wrong), wrong[:10])
+    assert tried > 34_900 and not wrong, (tried, len(wrong), wrong[:10])
 
 
 def fitting(shapes: Shapes) -> tuple[str, ...]:
@@ -200,7 +200,7 @@ def assert_told(title: str, family: str | None, shapes: Shapes, prefix: str) -> 
     assert lora.family in families and (family is None or len(models) > 1 or lora.family == family)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, len(WHOLE) - 1), st.sampled_from(PREFIXES), st.randoms(use_true_random=False))
 def test_of_a_whole_model_and_of_its_parts_exactly_the_models_that_have_them_are_named(model, prefix, chance):
     title, family, shapes = WHOLE[model]
@@ -222,7 +222,7 @@ def test_of_every_model_in_every_naming_exactly_the_models_that_have_its_modules
 TRAINED = [(title, family, shapes) for title, family, shapes in WHOLE if family][::2]  # in diffusers' names
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.integers(0, len(TRAINED) - 1),
     st.sampled_from(SCHEMES),

@@ -296,7 +296,7 @@ def test_damaged_adapters_are_explained_or_refused_by_name(count, tmp_path):
                 written += 1
             except FaceLoraError as error:
                 assert "\n" not in str(error)
-    assert written > 0.05 * count  # most are damaged in a way that is refused
+    assert written > 0.09 * count  # most are damaged in a way that is refused
     assert inspected > 0.9 * count
 
 
