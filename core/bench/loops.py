@@ -39,8 +39,7 @@ def random_base(family: str, channels: int, device: torch.device, dtype: torch.d
     Weights have a deviation of 1 / sqrt(fan in), so that activations keep their size and do not overflow in fp16.
     """
     spec, config = FAMILIES[family], denoiser_config(family, channels)
-    with torch.device("meta"):
-        shapes = spec.build("denoiser", config).state_dict()
+    shapes = spec.build_empty("denoiser", config).state_dict()
     generator = torch.Generator(device).manual_seed(0)
     tensors = {}
     for name, place in shapes.items():

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..device import free_memory
 from ..errors import BadConfig, BadFile, FaceLoraError, UnknownFamily, UnmatchedKeys
@@ -49,15 +48,6 @@ class CaptionEncoder:
     """A function that gives the conditioning of a caption, a batch of 1, as the family's `encode_text` does."""
     fingerprint: str
     """A hash that is equal for equal encoders, as a part of the cache's keys."""
-
-
-class _Uninitialised(TorchFunctionMode):
-    """A context in which layers are made without their first weights: for tensors on the meta device, a third of the time."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
 
 
 LARGE_ENCODER = 2 * 2**30
@@ -135,8 +125,7 @@ class Base:
         if max(layers, default=0) > len(component.tensors):
             raise BadFile(f"{what} has {max(layers)} layers, and there are {len(component.tensors)} tensors")
         try:
-            with torch.device("meta"), _Uninitialised():
-                return self.family.build(part, component.config)
+            return self.family.build_empty(part, component.config)
         except FaceLoraError:
             raise
         except Exception as error:  # what diffusers and transformers raise for a config with odd values can be anything

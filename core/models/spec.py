@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import BadFile, UnmatchedKeys
 from ..tensor_names import NameTable
@@ -237,6 +238,11 @@ class FamilySpec:
         """The name of the denoiser's folder in a pipeline saved by diffusers: unet or transformer."""
         return "unet" if self.names.is_unet else "transformer"
 
+    def build_empty(self, part: str, config: dict[str, Any]) -> nn.Module:
+        """The network of a part on the meta device: shapes without numbers, which `materialise` gives it."""
+        with torch.device("meta"), _Uninitialised():
+            return self.build(part, config)
+
     def prediction_type(self, named: str) -> PredictionType:
         """The prediction type of a model whose file or settings name it so; always "flow" for a rectified flow."""
         if not self.predicts_noise:
@@ -251,6 +257,15 @@ class FamilySpec:
             return FlowSchedule(self.flow_shift, self.latent_shape(components).positions_side)
         assert prediction_type != "flow"
         return NoiseSchedule.scaled_linear(prediction_type, zero_terminal_snr)
+
+
+class _Uninitialised(TorchFunctionMode):
+    """A context in which layers are made without their first weights: for tensors on the meta device, a third of the time."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if kwargs else args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def replace_module(network: nn.Module, path: str, module: nn.Module) -> None:

@@ -31,8 +31,7 @@ def predicted_memory(
     with FakeTensorMode() as mode:
         components = dict(base.components)
         for part in ("denoiser", *(base.family.text_encoders if trained_text else ())):
-            with torch.device("meta"):
-                state = base.family.build(part, components[part].config).state_dict()
+            state = base.family.build_empty(part, components[part].config).state_dict()
             tensors = {name: torch.empty(tensor.shape, dtype=dtype) for name, tensor in state.items()}
             components[part] = replace(components[part], tensors=tensors)
         image = replace(

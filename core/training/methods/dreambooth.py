@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
 from ...config import TrainConfig
@@ -113,8 +112,7 @@ def lora_beside(file: Trained, base: Base, config: TrainConfig) -> LoraFile:
     trained = load_base(file.tensors).components
     networks = {}
     for part in ("denoiser", *(base.family.text_encoders if config.text_encoder_lr else ())):
-        with torch.device("meta"):
-            networks[part] = base.family.build(part, base.components[part].config)
+        networks[part] = base.family.build_empty(part, base.components[part].config)
     modules: dict[ModuleId, LoraModule] = {}
     for (part, path), (rank, _) in target_modules(
         base.family, replace(config, targets="transformer+conv"), networks
