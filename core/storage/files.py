@@ -70,7 +70,7 @@ def read_bytes(path: Path, limit: int, *, name: str | None = None, error: type[F
                 raise error(f"{name}: is no regular file")
             if about.st_size > limit:
                 raise error(f"{name}: has more than {limit >> 20} MiB, the most that is read")
-            return file.read(limit)
+            return file.read(about.st_size)  # reading takes as much memory as it is asked for
     except OSError as problem:
         raise error(f"{name}: cannot be read: {problem.strerror or problem}") from None
 

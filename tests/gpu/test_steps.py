@@ -74,8 +74,9 @@ def test_a_step_on_a_gpu(family, plan, settings: dict[str, Any], checkpoints, fa
 
 
 # 0.005: among the adapter's copies in the arithmetic's dtype, the first to be made.
-@pytest.mark.slow
-@pytest.mark.parametrize("shares", [(0, 0.005, 0.5, 1), [at / 199 for at in range(200)]], ids=len)
+@pytest.mark.parametrize(
+    "shares", [(0, 0.005, 0.5, 1), pytest.param([at / 199 for at in range(200)], marks=pytest.mark.slow)], ids=len
+)
 def test_out_of_memory_anywhere_in_a_step_leads_to_the_next_plan(shares, fake_process):
     forms = tuple(MESSAGES)
     found = fake_process.submit(trials.out_of_memory_in_steps, trials.Case("qwen-image"), shares, forms).result()

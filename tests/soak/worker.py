@@ -42,9 +42,8 @@ def work(folder: Path, seed: str, asks: Connection, others: Connection) -> None:
     os.setsid()  # so that what the trials start can be ended with it
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what has a GPU in use cannot be forked
     torch.set_num_threads(1)
-    tqdm.set_lock(
-        threading.RLock()
-    )  # the usual one is shared by processes: one that is killed within it keeps it for ever
+    # The usual one is shared by processes: one that is killed within it keeps it for ever.
+    tqdm.set_lock(threading.RLock())
     warnings.simplefilter("ignore")  # of diffusers about what it was built with
     warnings.filterwarnings("error", module=r"PIL\.")  # about damaged photos, which we name ourselves
     cli.build_parser = cache(cli.build_parser)  # which takes longer than most trials, and is the same each time

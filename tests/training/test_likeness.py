@@ -334,32 +334,9 @@ def test_photos_that_the_report_rejects_are_left_out_and_faces_come_closer():
 
 def test_the_command_line_shows_the_curve(tmp_path, capsys):
     photos = write_photos(tmp_path / "photos", count=6)
-    options = [
-        "--rank",
-        "4",
-        "--steps",
-        "1",
-        "--sample-every",
-        "1",
-        "--sample-steps",
-        "1",
-        "--likeness-pictures",
-        "1",
-        "--sample-guidance",
-        "1",
-        "--batch-size",
-        "1",
-    ]
-    command = [
-        "train",
-        str(photos),
-        "--base",
-        str(BASE_FILE),
-        "--output",
-        str(tmp_path / "a.safetensors"),
-        "--hold-out",
-        "2",
-    ]
+    settings = "--rank 4 --batch-size 1 --steps 1 --hold-out 2 --sample-every 1 --sample-steps 1 --sample-guidance 1"
+    options = [*settings.split(), "--likeness-pictures", "1"]
+    command = ["train", str(photos), "--base", str(BASE_FILE), "--output", str(tmp_path / "a.safetensors")]
     assert main([*command, *options]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum("<- kept" in line for line in lines) == 1 and any("held-out" in line for line in lines)
