@@ -3,6 +3,7 @@
 import copy
 import gc
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
@@ -42,7 +43,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
                 return "server"
             return "gpu" if file.startswith("tests/gpu/") else file
 
+    config.option.loadscopereorder = False
     return FileByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest starts first, so that processes end together: the server, the fake GPU and the soak, then the files
+    with the most tests.
+    """
+    tests = Counter(item.path for item in items)
+    long = {"browser", "comfyui", "gpu", "test_soak.py"}
+    items.sort(key=lambda item: (long.isdisjoint(item.path.parts), -tests[item.path], item.path))
 
 
 def pytest_collection_finish() -> None:

@@ -108,7 +108,6 @@ def _loaded_library() -> ctypes.CDLL:
 
 _LIBRARY = None if "torch" in sys.modules else _loaded_library()
 
-import peft  # noqa: E402, F401  # imports bitsandbytes, which calls CUDA's library where it finds a card
 import torch  # noqa: E402
 import torch.utils._foreach_utils as foreach_utils  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -435,6 +434,8 @@ def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool 
 def fake_cuda(size: float = 80, capability: tuple[int, int] = (9, 0)) -> Iterator[Card]:
     """A context in which torch finds a card of `size` GiB and that compute capability, and nothing else has changed."""
     assert _LIBRARY, "torch was imported before: fake_cuda needs a process of its own, which imports it first"
+    import peft  # noqa: F401  # imports bitsandbytes, which calls CUDA's library where it finds a card
+
     card = Card(size, capability)
     _LIBRARY.set_capability(capability[0])
     properties = SimpleNamespace(

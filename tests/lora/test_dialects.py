@@ -99,8 +99,10 @@ LOKR = [
 ]
 
 
-@pytest.mark.parametrize("roles", LOKR)
-@pytest.mark.parametrize(("scheme", "reader"), [("kohya", "ComfyUI"), ("comfy", "ComfyUI"), ("diffusers", "diffusers")])
+@pytest.mark.parametrize(
+    ("roles", "scheme", "reader"),
+    [*((roles, "comfy", "ComfyUI") for roles in LOKR), (WHOLE, "kohya", "ComfyUI"), (WHOLE, "diffusers", "diffusers")],
+)
 def test_a_lokr_stays_one_where_the_program_reads_it(roles, scheme, reader):
     generator = torch.Generator().manual_seed(0)
     name = "diffusion_model.double_blocks.0.img_attn.proj"

@@ -121,6 +121,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_while_it_writes_its_state_goes_on_from_the_one_before(
     tmp_path, small_sd15, photo_folder, monkeypatch
 ):
