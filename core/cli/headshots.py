@@ -44,7 +44,7 @@ def run_headshots(options: argparse.Namespace) -> int:
         config = recipe_config(options.recipe, base, len(photos), given, progress.warning)
         report = check(photos, base, config, callbacks)
         asks = sys.stdin.isatty() and not (options.yes or options.json)
-        if asks:
+        if asks and len(trained_on(report, config)) == len(report.photos):  # else the check has said so
             print(f"photos: {report.headline}")
         order = _order(options, name, config, asks)
         if asks:

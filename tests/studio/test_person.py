@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from core.cli import main
 from core.config import TrainConfig
@@ -172,13 +173,15 @@ def test_too_few_photos_stop_the_job_before_anything_is_made(desk):
 @pytest.mark.slow
 def test_on_a_terminal_three_questions_are_asked_and_an_estimate_is_given(desk, monkeypatch, capsys):
     folder = desk("anna")
+    Image.new("RGB", (8, 8)).save(folder / "photos" / "small.png")
     answers = iter(["woman", "quick", "1"])
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda question: next(answers))
     command = ["headshots", str(folder / "photos"), "--base", "demo", *quickly(folder)]
     main([*command, "--output", str(folder / "out")])
     assert next(answers, "none") == "none"
-    assert "about 1 min and 0." in capsys.readouterr().out
+    said = "".join(capsys.readouterr())
+    assert "about 1 min and 0." in said and said.count("5 of 6 usable") == 1 and "small.png is left out" in said
     lora = LoraFile.read(folder / "out" / "photos.safetensors")
     assert lora.metadata["modelspec.trigger_phrase"] == "sks woman"
     assert len(list((folder / "out").glob("0*.png"))) == 1
