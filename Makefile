@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 # How long `make soak` goes on.
 MINUTES ?= 5
 
-.PHONY: demo test test-fast test-all soak setup-test lint bench gpu
+.PHONY: demo test test-fast test-all soak setup-test lint bench docs gpu
 
 demo: $(STAMP)
 	$(RUN) -m core demo --output demo_output
@@ -48,6 +48,10 @@ lint: $(STAMP)
 # All that has to be measured on a GPU, on a machine that has one and a torch that is built for it.
 gpu:
 	$(PYTHON) -m tests.gpu_day --minutes 9 --append docs/benchmarks.md
+
+# The pages of docs/ and the library's docstrings as a site, in site/.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet --config-file tools/mkdocs.yml --site-dir $(CURDIR)/site
 
 bench: $(STAMP)
 	$(RUN) -m core bench
