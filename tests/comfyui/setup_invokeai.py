@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 INVOKEAI = Path(__file__).parents[1] / ".downloads" / "invokeai"
-PACKAGES = (
-    "invokeai==6.14.2", "diffusers==0.40.0", "transformers>=5.5,<5.6", "tokenizers>=0.22,<=0.23.0",
+PACKAGE = "invokeai==6.14.2"
+"""Taken whatever Python it asks for."""
+OTHERS = (
+    "diffusers==0.40.0", "transformers>=5.5,<5.6", "tokenizers>=0.22,<=0.23.0",
     "huggingface-hub>=1.5,<2", "pydantic-settings", "python-dotenv", "gguf", "semver", "einops", "picklescan", "spandrel",
     "blake3", "torchvision", "deprecated", "wrapt", "opencv-python-headless", "compel", "pyparsing", "httpx", "httpcore",
     "h11", "anyio", "sniffio", "certifi", "idna",
@@ -20,8 +22,9 @@ PACKAGES = (
 def main() -> None:
     if (INVOKEAI / "invokeai").exists():
         return
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--ignore-requires-python"]
-    subprocess.run([*pip, "--target", str(INVOKEAI), *PACKAGES], check=True)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(INVOKEAI)]
+    subprocess.run([*pip, *OTHERS], check=True)  # the releases that this Python can read
+    subprocess.run([*pip, "--ignore-requires-python", PACKAGE], check=True)
 
 
 if __name__ == "__main__":
