@@ -22,7 +22,6 @@ from torch import Tensor
 from core.config import TrainConfig
 from core.demo.people import person_photos
 from core.models.base import Base, CaptionEncoder
-from core.models.clip import TOKENIZER_FOLDER
 from core.models.families import FAMILIES
 from core.models.ldm import ldm_vae_path
 from core.models.spec import Component, Conditioning
@@ -344,40 +343,6 @@ def write_photos(folder: Path, count: int = 4, scale: int = 1, person: int = 35)
         photo.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(folder / f"{index}.png")
     (folder / "0.txt").write_text("a photo of sks person, facing the camera")
     return folder
-
-
-def diffusers_pipeline(base: Base, dtype: torch.dtype = torch.float32):
-    """diffusers' own pipeline with the base's weights, as a user of diffusers would have it."""
-    import diffusers
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
-    cpu = torch.device("cpu")
-    encoders = {}
-    for part, network in base.load_text_encoders(cpu, dtype).items():
-        # Built by transformers itself, so that its module names are those of the installed version.
-        text_config = CLIPTextConfig(**base.components[part].config)
-        theirs = (CLIPTextModelWithProjection if part == "text_encoder_2" else CLIPTextModel)(text_config).eval()
-        flat = not hasattr(theirs, "text_model")
-        state = network.state_dict()
-        theirs.load_state_dict({name.removeprefix("text_model.") if flat else name: state[name] for name in state})
-        encoders[part] = theirs.to(dtype=dtype)  # pyright: ignore
-    # The published SDXL pads its second tokenizer with "!", number 0.
-    paddings = {"tokenizer": "<|endoftext|>"} | ({"tokenizer_2": "!"} if "text_encoder_2" in encoders else {})
-    tokenizers = {
-        name: CLIPTokenizer.from_pretrained(TOKENIZER_FOLDER, pad_token=token) for name, token in paddings.items()
-    }
-    parts = {
-        "unet": base.load("denoiser", cpu, dtype),
-        "vae": base.load("vae", cpu, dtype),
-        "scheduler": diffusers.DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False
-        ),
-        **encoders,
-        **tokenizers,
-    }
-    if base.family.name == "sd15":
-        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return getattr(diffusers, base.family.pipeline_class)(**parts)
 
 
 @cache

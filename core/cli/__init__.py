@@ -96,6 +96,12 @@ COMMANDS: dict[str, Command] = {
         "lora_arguments:add_metadata",
         "lora:run_metadata",
     ),
+    "publish": Command(
+        FILES,
+        "make a folder with a LoRA, a page of text and pictures to upload, without anything personal in them",
+        "lora_arguments:add_publish",
+        "publish:run_publish",
+    ),
     "bench": Command(
         MACHINE,
         "time training steps on a full-size denoiser, beside a plain diffusers and peft loop",

@@ -1,4 +1,4 @@
-"""The commands that work on LoRA files but inspect: verify, convert, merge, resize, extract and metadata."""
+"""The commands that work on LoRA files but inspect and publish: verify, convert, merge, resize, extract and metadata."""
 
 import argparse
 import os

@@ -89,3 +89,22 @@ def add_metadata(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--remove", action="append", default=[], metavar="KEY", help="a metadata key to remove; may be repeated"
     )
+
+
+def add_publish(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="LORA", help="the LoRA, which stays as it is")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to make")
+    parser.add_argument(
+        "--pictures", nargs="+", type=Path, default=[], metavar="FILE|FOLDER",
+        help="example pictures; what they were drawn from stays in them, everything else in their metadata goes",
+    )  # fmt: skip
+    parser.add_argument(
+        "--title", type=unicode_text, metavar="TEXT", help="default: the title in the LoRA's metadata; names the files"
+    )
+    parser.add_argument(
+        "--description", type=unicode_text, metavar="TEXT", help="default: the description in the LoRA's metadata"
+    )
+    parser.epilog = (
+        "The page says that the person shown has agreed: publish nobody who has not. Civitai takes no models of real "
+        "people since May 2025, whoever agrees; ask the rules of the site first."
+    )

@@ -3,7 +3,7 @@
 import base64
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import BadConfig, BadFile, BadPhoto
@@ -45,7 +45,7 @@ def edit_metadata(
         "tags": None if tags is None else ", ".join(tags),
         "license": license,
         "usage_hint": usage_hint,
-        "thumbnail": None if thumbnail is None else _thumbnail(thumbnail),
+        "thumbnail": None if thumbnail is None else small_picture(thumbnail),
     }
     if not remove and all(value is None for value in values.values()):
         raise BadConfig("nothing to change: give a title, author, ... or keys to remove")
@@ -55,9 +55,23 @@ def edit_metadata(
     if any(key.startswith("modelspec.") for key in metadata):
         # No program reads modelspec's other keys without its version.
         metadata.setdefault("modelspec.sai_model_spec", MODELSPEC_VERSION)
-    metadata["sshs_model_hash"] = file_hashes(path, steps(on_progress, chunks(path)))["sshs_model_hash"]
+    return copy_with_hashes(file, path if output is None else output, metadata, on_progress)
+
+
+def copy_with_hashes(
+    file: SafetensorsFile,
+    output: str | os.PathLike[str],
+    metadata: Mapping[str, str],
+    on_progress: OnProgress = silent,
+) -> dict[str, str]:
+    """The metadata with both `sshs_*` hashes, after the tensors are written with them to `output`, byte for byte.
+
+    Raises BadFile when it cannot be written.
+    """
+    hashes = file_hashes(file.path, steps(on_progress, chunks(file.path)))
+    metadata = {**metadata, "sshs_model_hash": hashes["sshs_model_hash"]}
     metadata["sshs_legacy_hash"] = legacy_hash(file, metadata)
-    copy_with_metadata(file, path if output is None else output, metadata)
+    copy_with_metadata(file, output, metadata)
     return metadata
 
 
@@ -65,7 +79,7 @@ THUMBNAIL_SIDE = 256
 """The longest side of a thumbnail in pixels: it travels in the header, which every program parses."""
 
 
-def _thumbnail(picture: str | os.PathLike[str]) -> str:
+def small_picture(picture: str | os.PathLike[str]) -> str:
     """The picture as a data URL of a JPEG with sides of at most THUMBNAIL_SIDE pixels. Raises BadFile."""
     try:
         small = read_photo_files([Path(picture)], strict=True)[0].image(shorter_side=THUMBNAIL_SIDE)

@@ -12,7 +12,7 @@ from .names import LoraHeader, shortened
 from .readers import READERS, Reading, read_by
 from .words import trigger_words, word_of
 
-_SETTINGS = {
+SETTINGS = {
     "network_module": "network",
     "network_dim": "rank",
     "network_alpha": "alpha",
@@ -31,6 +31,7 @@ _SETTINGS = {
     "mixed_precision": "precision",
     "seed": "seed",
 }
+"""The settings of a training that are shown, by their `ss_*` keys without that prefix, with what they are called."""
 _MODELSPEC = ("title", "author", "description", "trigger_phrase", "tags", "license", "usage_hint", "date")
 _SHOWN_CHARACTERS = 200
 
@@ -68,7 +69,7 @@ def inspect_header(path: str | os.PathLike[str]) -> dict[str, Any]:
             architecture=lora.metadata.get("modelspec.architecture"),
         ),
         "trigger_words": trigger_words(lora.metadata),
-        "training": _known(**{label: lora.metadata.get(f"ss_{key}") for key, label in _SETTINGS.items()}),
+        "training": _known(**{label: lora.metadata.get(f"ss_{key}") for key, label in SETTINGS.items()}),
         "about": _known(**{key: lora.metadata.get(f"modelspec.{key}") for key in _MODELSPEC}),
         "thumbnail": "modelspec.thumbnail" in lora.metadata,
     }

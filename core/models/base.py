@@ -24,6 +24,7 @@ from .families import FAMILIES, detect_family
 from .ldm import VAE_PREFIXES, current_vae_path, original_unet_names
 from .memory_plan import MemoryPlan, MemorySaver
 from .objective import Schedule
+from .pipeline import assemble, encoder_classes, encoder_component, pipeline_class
 from .quantised import dequantised
 from .recipe import RECIPES_KEY
 from .spec import (
@@ -167,6 +168,25 @@ class Base:
             if not fits:
                 MemorySaver(encoders[part], device).adopt(MemoryPlan(offload="everything"))
         return encoders
+
+    def pipeline(self, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Any:
+        """A diffusers pipeline of the base model, such as StableDiffusionXLPipeline, on the device (the CPU for None).
+
+        Each network is loaded once, and a weight that has the dtype already is not copied. Any scheduler of diffusers can be
+        made from the config of its own. Raises BadFile when a part is missing, MissingPackage when the installed diffusers has
+        no such pipeline, and BadConfig for a family of which none can be made.
+        """
+        made = pipeline_class(self.family, dtype)
+        wanted = encoder_classes(made)
+        encoders = {
+            part: encoder_component(self.family.text_encoders[part], self._component(part), wanted[part])
+            for part in self.text_encoders
+        }
+        whole = replace(self, components={**self.components, **encoders})
+        networks = {
+            part: whole.load(part, device or torch.device("cpu"), dtype) for part in ("denoiser", "vae", *encoders)
+        }
+        return assemble(made, self.family, networks, whole.components, self.schedule(), self.zero_terminal_snr)
 
     @property
     def text_encoders(self) -> tuple[str, ...]:

@@ -272,6 +272,11 @@ class _WithPrefix(nn.Module):
         return self.text_model(tokens, output_hidden_states=output_hidden_states)
 
 
+def without_prefix(encoder: nn.Module) -> nn.Module:
+    """The text encoder as its library makes it, whose modules may have other names."""
+    return encoder.text_model if isinstance(encoder, _WithPrefix) else encoder
+
+
 def build_text_encoder(config: dict[str, Any], projection: bool) -> nn.Module:
     """A CLIPTextModel or CLIPTextModelWithProjection of transformers, with module names that begin with `text_model.`."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection

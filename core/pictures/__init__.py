@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .headshots import OVERVIEW as OVERVIEW
     from .headshots import batch_summary as batch_summary
     from .headshots import make_headshots as make_headshots
+    from .publication import Publication as Publication
+    from .publication import publish as publish
     from .sampling import decode_latents as decode_latents
     from .sampling import encode_pictures as encode_pictures
     from .sampling import encode_prompts as encode_prompts
@@ -37,6 +39,7 @@ else:
             ".generate": ("GenerateConfig", "Job", "Picture"),
             ".headshot": ("Headshot",),
             ".headshots": ("CONTACT_SHEET", "OVERVIEW", "batch_summary", "make_headshots"),
+            ".publication": ("Publication", "publish"),
             ".sampling": ("decode_latents", "encode_pictures", "encode_prompts", "sample_latents"),
             ".sheet": ("contact_sheet",),
             ".style_pack": (

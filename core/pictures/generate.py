@@ -1,9 +1,7 @@
 """Pictures from a base model and LoRAs."""
 
-import json
 import math
 import os
-import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -12,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from torch import nn
 
 from ..config import Precision, TrainConfig
@@ -31,8 +29,9 @@ from ..lora.file import LoraFile
 from ..models.base import Base
 from ..models.memory_plan import DRAWING_PLANS, MemorySaver
 from ..models.spec import Pair, stacked_with
-from ..storage.files import is_text, write_file
+from ..storage.files import is_text
 from ..storage.safetensors_file import SafetensorsFile
+from .parameters import Parameters, save_png
 from .sampling import (
     FLOW_SAMPLERS,
     SAMPLER_TITLES,
@@ -131,11 +130,7 @@ class Picture:
 
         Raises BadFile when it cannot be written.
         """
-        info = PngImagePlugin.PngInfo()
-        for name, text in {"parameters": self.parameters, **(texts or {})}.items():
-            # iTXt, which is UTF-8, is written only where it must be: not every program reads it.
-            (info.add_text if text.isascii() else info.add_itxt)(name, text)
-        write_file(path, lambda file: self.image.save(file, "PNG", pnginfo=info))
+        save_png(path, self.image, {"parameters": self.parameters, **(texts or {})})
 
 
 def generate(
@@ -299,12 +294,12 @@ def parameters_text(base: Base, loras: Sequence[tuple[LoraFile, float]], job: Jo
         **guidance,
         "Seed": f"{job.seed}",
         "Size": f"{width}x{height}",
-        "Model": _quoted(base.name.removesuffix(".safetensors")),
+        "Model": base.name.removesuffix(".safetensors"),
     }
     if base.sha256:
         settings["Model hash"] = base.sha256[:10]
     if base.vae_file and base.vae_sha256:
-        settings |= {"VAE hash": base.vae_sha256[:10], "VAE": _quoted(base.vae_file.path.name)}
+        settings |= {"VAE hash": base.vae_sha256[:10], "VAE": base.vae_file.path.name}
     # A1111 has no names for the next two: it reads them from a file beside the checkpoint.
     if base.prediction_type == "v_prediction":
         settings["Prediction"] = "v"
@@ -314,25 +309,13 @@ def parameters_text(base: Base, loras: Sequence[tuple[LoraFile, float]], job: Jo
         settings["Clip skip"] = f"{config.clip_skip}"
     if loras:
         hashes = [f"{name}: {lora.model_hash[:12]}" for name, (lora, _) in zip(names, loras, strict=True)]
-        settings["Lora hashes"] = f'"{", ".join(hashes)}"'
+        settings["Lora hashes"] = ", ".join(hashes)
     if embeddings:
         hashes = [f"{Path(lora.name).stem}: {_embedding_hash(lora)[:12]}" for lora in embeddings]
-        settings["TI hashes"] = f'"{", ".join(hashes)}"'
-    lines = [
-        " ".join([job.prompt, *used]),
-        # The line stands there even when it is empty: ComfyUI reads nothing from a text without it.
-        f"Negative prompt: {_texts(job, base)[1]}",
-        ", ".join(f"{name}: {value}" for name, value in settings.items()),
-    ]
-    # File names need not be Unicode text.
-    return "\n".join(lines).encode("utf-8", "replace").decode()
+        settings["TI hashes"] = ", ".join(hashes)
+    return str(Parameters(" ".join([job.prompt, *used]), _texts(job, base)[1], settings))
 
 
 def _embedding_hash(lora: LoraFile) -> str:
     """The hash by which A1111 tells embeddings apart: the SHA-256 of the whole file, or of the tensors without a file."""
     return lora.tensors.sha256() if isinstance(lora.tensors, SafetensorsFile) else lora.model_hash
-
-
-def _quoted(value: str) -> str:
-    """The value as A1111 writes it: in quotes where it would be taken for several values."""
-    return json.dumps(value, ensure_ascii=False) if re.search(r'[,:\n"]', value) else value

@@ -1,6 +1,6 @@
 """Names of FLUX.1, Chroma and FLUX.2, which have double blocks (image and text streams), then single blocks."""
 
-from .table import TRANSFORMER_IN_COMFYUI, Fusion, LoadedNames, NameTable, Sign, by_rules, clip_signs
+from .table import TRANSFORMER_IN_COMFYUI, Fusion, Listing, LoadedNames, NameTable, Sign, by_rules, clip_signs
 
 _DOUBLE, _SINGLE = "transformer_blocks.{}", "single_transformer_blocks.{}"
 _QKV = (1, 1, 1)
@@ -98,6 +98,7 @@ FLUX1 = NameTable(
     ),
     of_original=_of_original,
     of_diffusers=_of_diffusers,
+    listings={"FLUX.1": Listing("Flux.1 D", "FLUX.1 [dev] Non-Commercial License")},
     loaded=LoadedNames(
         _IN_COMFYUI,
         comfyui_t5=("lora_te2_", "lora_te3_"),
@@ -130,6 +131,7 @@ CHROMA = NameTable(
     ),
     of_original=_of_original,
     of_diffusers=_of_diffusers,
+    listings={"Chroma": Listing("Chroma", "Apache-2.0")},
     loaded=LoadedNames(
         _IN_COMFYUI,
         diffusers=frozenset({"kohya", "diffusers"}),
@@ -155,6 +157,11 @@ FLUX2 = NameTable(
     ),
     of_original=_of_original_2,
     of_diffusers=_of_diffusers_2,
+    listings={
+        "FLUX.2 dev": Listing("Flux.2 D", "FLUX Non-Commercial License"),
+        "FLUX.2 klein 4B": Listing("Flux.2 Klein 4B-base", "Apache-2.0"),
+        "FLUX.2 klein 9B": Listing("Flux.2 Klein 9B-base", "FLUX Non-Commercial License"),
+    },
     loaded=LoadedNames(
         _IN_COMFYUI,
         diffusers=frozenset({"kohya", "diffusers", "comfy", "peft"}),

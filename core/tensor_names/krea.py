@@ -1,6 +1,6 @@
 """Names of Krea 2, which has blocks of one stream after a small transformer that joins the layers of the text's states."""
 
-from .table import TRANSFORMER_IN_COMFYUI, Fusion, LoadedNames, NameTable, Sign, by_rules
+from .table import TRANSFORMER_IN_COMFYUI, Fusion, Listing, LoadedNames, NameTable, Sign, by_rules
 
 _BLOCKS = {
     "blocks.{}": "transformer_blocks.{}",
@@ -45,6 +45,7 @@ KREA2 = NameTable(
     ),
     of_original=_of_original,
     of_diffusers=_of_diffusers,
+    listings={"Krea 2": Listing("Krea 2", "Krea 2 Community License")},
     loaded=LoadedNames(
         TRANSFORMER_IN_COMFYUI | {("comfy", "diffusers"), ("bare", "diffusers")},
         diffusers=frozenset({"diffusers", "comfy"}),

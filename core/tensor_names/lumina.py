@@ -1,6 +1,6 @@
 """Names of Lumina-Image 2 and Z-Image, which have one stack of layers after two refiners."""
 
-from .table import TRANSFORMER_IN_COMFYUI, Fusion, LoadedNames, NameTable, Sign, by_rules
+from .table import TRANSFORMER_IN_COMFYUI, Fusion, Listing, LoadedNames, NameTable, Sign, by_rules
 
 _STACKS = ("layers.{}", "noise_refiner.{}", "context_refiner.{}")
 
@@ -55,6 +55,7 @@ LUMINA2 = NameTable(
     of_original=_of_original,
     of_diffusers=_of_diffusers,
     # ComfyUI uses its table of Z-Image's diffusers names for Lumina 2 too, where it misses the attention's other name.
+    listings={"Lumina 2": Listing("Lumina", "Apache-2.0")},
     loaded=LoadedNames(
         frozenset({("kohya", "original"), ("comfy", "original")}),
         diffusers=frozenset({"diffusers", "comfy"}),
@@ -71,6 +72,7 @@ ZIMAGE = NameTable(
     ),
     of_original=_of_original_z,
     of_diffusers=_of_diffusers_z,
+    listings={"Z-Image": Listing("ZImageBase", "Apache-2.0")},
     loaded=LoadedNames(
         TRANSFORMER_IN_COMFYUI | {("comfy", "diffusers"), ("bare", "diffusers")},
         diffusers=frozenset({"kohya", "diffusers", "comfy"}),

@@ -1,6 +1,6 @@
 """Names of Qwen-Image, which are the same in the original model and in diffusers."""
 
-from .table import TRANSFORMER_IN_COMFYUI, LoadedNames, NameTable, Sign, by_rules
+from .table import TRANSFORMER_IN_COMFYUI, Listing, LoadedNames, NameTable, Sign, by_rules
 
 _of_original, _of_diffusers = by_rules()
 
@@ -15,6 +15,7 @@ QWEN_IMAGE = NameTable(
     ),
     of_original=_of_original,
     of_diffusers=_of_diffusers,
+    listings={"Qwen-Image": Listing("Qwen", "Apache-2.0")},
     loaded=LoadedNames(
         TRANSFORMER_IN_COMFYUI | {("bare", "diffusers"), ("kohya", "diffusers"), ("comfy", "diffusers")},
         diffusers=frozenset({"kohya", "diffusers", "comfy"}),

@@ -1,6 +1,16 @@
 """Names of SD3 and SD3.5, which have joint blocks of an image and a text ("context") stream."""
 
-from .table import CLIP_G_SIGN, TRANSFORMER_IN_COMFYUI, Fusion, LoadedNames, NameTable, Sign, by_rules, clip_signs
+from .table import (
+    CLIP_G_SIGN,
+    TRANSFORMER_IN_COMFYUI,
+    Fusion,
+    Listing,
+    LoadedNames,
+    NameTable,
+    Sign,
+    by_rules,
+    clip_signs,
+)
 
 _BLOCK = "transformer_blocks.{}"
 _JOINT = "joint_blocks.{}"
@@ -42,6 +52,11 @@ SD3 = NameTable(
     ),
     of_original=_of_original,
     of_diffusers=_of_diffusers,
+    listings={
+        "SD3": Listing("SD 3", "Stability AI Community License"),
+        "SD3.5 Medium": Listing("SD 3.5 Medium", "Stability AI Community License"),
+        "SD3.5 Large": Listing("SD 3.5 Large", "Stability AI Community License"),
+    },
     loaded=LoadedNames(
         TRANSFORMER_IN_COMFYUI | {("peft", "diffusers"), ("onetrainer", "diffusers")},
         comfyui_t5=("lora_te3_",),

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from functools import partial
 
-from .table import CLIP_G_SIGN, UNET_IN_COMFYUI, Fusion, LoadedNames, NameTable, Sign, clip_signs
+from .table import CLIP_G_SIGN, UNET_IN_COMFYUI, Fusion, Listing, LoadedNames, NameTable, Sign, clip_signs
 from .unet import diffusers_unet_path, ldm_unet_path
 
 _ORIGINAL_ROOTS = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
@@ -61,6 +61,7 @@ SD15 = NameTable(
     signs=_signs(context_width=768, text_width=768),
     of_original=_of_original,
     of_diffusers=_of_diffusers_sd1,
+    listings={"SD 1.5": Listing("SD 1.5", "CreativeML Open RAIL-M")},
     loaded=LoadedNames(
         UNET_IN_COMFYUI,
         diffusers=frozenset({"kohya", "diffusers"}),
@@ -86,6 +87,7 @@ SD2 = NameTable(
     signs=_signs(context_width=1024, text_width=_SD2_TEXT_WIDTH),
     of_original=_of_original,
     of_diffusers=_of_diffusers_sd1,
+    listings={"SD 2": Listing("SD 2.1", "CreativeML Open RAIL++-M")},
     loaded=LoadedNames(
         UNET_IN_COMFYUI,
         diffusers=frozenset({"kohya", "diffusers"}),
@@ -120,6 +122,7 @@ SDXL = NameTable(
     ),
     of_original=_of_original,
     of_diffusers=_of_diffusers_sdxl,
+    listings={"SDXL": Listing("SDXL 1.0", "CreativeML Open RAIL++-M")},
     loaded=LoadedNames(
         UNET_IN_COMFYUI,
         diffusers=frozenset({"kohya", "diffusers"}),

@@ -168,6 +168,16 @@ class LoadedNames:
     """The modules by which it recognises a file: all of one of these; without any it goes by the names alone."""
 
 
+@dataclass(frozen=True)
+class Listing:
+    """What somebody who publishes a LoRA has to say of the model that it was trained on."""
+
+    civitai: str
+    """The name of the base model in Civitai's list."""
+    licence: str
+    """The licence under which the model was published."""
+
+
 PUBLISHED_BLOCKS = 2
 """The residual blocks in a level of the published UNets."""
 
@@ -189,6 +199,8 @@ class NameTable:
     """The fusion that a denoiser path in diffusers naming belongs to."""
     loaded: LoadedNames
     """The names that other programs load."""
+    listings: Mapping[str, Listing]
+    """What is said of each published model of the family where a LoRA is published, by the model's title in the tables."""
     kernel: Callable[[str], int | None] = lambda path: None
     """The kernel size of a denoiser module in diffusers; None for a Linear."""
     kernel_in_kohya: Callable[[str], int | None] = lambda path: None

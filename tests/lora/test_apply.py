@@ -13,7 +13,7 @@ from core.lora.modules import LoraModule
 from core.models.base import load_base
 from core.training.methods.lora import attach as attach_lora
 from core.training.step import Run
-from tests.tooling import UNETS, diffusers_pipeline, encoded_cache, encoded_image, mostly_slow
+from tests.tooling import UNETS, encoded_cache, encoded_image, mostly_slow
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(rank=4, alpha=2.0, targets="transformer+conv", text_encoder_lr=1e-4)
@@ -64,7 +64,7 @@ def test_every_named_weight_changes_by_strength_times_alpha_over_rank_b_a(bases,
 
 @pytest.mark.parametrize("family", mostly_slow(UNETS, "sd15"))
 def test_a_diffusers_pipeline_gets_the_same_weights_as_from_diffusers_own_loader(bases, loras, family):
-    untouched, ours, theirs = (diffusers_pipeline(bases[family]) for _ in range(3))
+    untouched, ours, theirs = (bases[family].pipeline() for _ in range(3))
     parts = ("unet", *bases[family].family.text_encoders)
     for part in parts:
         for weight in getattr(theirs, part).parameters():
@@ -133,7 +133,7 @@ def test_a_denoiser_that_is_not_there_is_missed(bases, loras):
 
 
 def test_what_is_removed_has_the_precision_that_the_pipeline_has_by_then(bases, loras):
-    pipeline = diffusers_pipeline(bases["sd15"])
+    pipeline = bases["sd15"].pipeline()
     before = {name: weight.to(torch.bfloat16) for name, weight in pipeline.unet.state_dict().items()}
     applied = apply(loras["sd15"], pipeline)
     pipeline.to(torch.bfloat16)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from core.errors import BadConfig, BadFile, UnknownFamily, UnmatchedKeys
 from core.models.base import Base, load_base
 from core.storage.safetensors_file import SafetensorsFile
-from tests.tooling import SMALL_SD15, UNETS, diffusers_pipeline, write_checkpoint
+from tests.tooling import SMALL_SD15, UNETS, write_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -38,7 +38,7 @@ def folders(tmp_path_factory, small_sd15, small_sdxl) -> dict[str, Path]:
     result = {}
     for family, path in (("sd15", small_sd15), ("sdxl", small_sdxl)):
         result[family] = tmp_path_factory.mktemp("folder") / family
-        diffusers_pipeline(load_base(path)).save_pretrained(result[family])
+        load_base(path).pipeline().save_pretrained(result[family])
     return result
 
 

@@ -15,7 +15,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, SD3Transfor
 from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
-    CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     PreTrainedTokenizerFast,
@@ -168,19 +167,21 @@ def pipelines_t5_tokenizer(folder: Path) -> Any:
 
 
 def test_captions_are_encoded_as_by_diffusers_pipeline(files, tokenizer):
-    base = load_base(files["flux"], text_encoders=[files["t5xxl"], files["clip_l"]], tokenizer=tokenizer)
-    encoders = base.load_text_encoders(CPU, torch.float32)
-    clip = pipelines_clip(encoders["text_encoder"], base.components["text_encoder"].config, CLIPTextModel)
-    pipeline = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(), vae=None, transformer=None,  # pyright: ignore
-        text_encoder=clip, tokenizer=CLIPTokenizer.from_pretrained(TOKENIZER_FOLDER),
-        text_encoder_2=encoders["text_encoder_2"], tokenizer_2=pipelines_t5_tokenizer(tokenizer),  # pyright: ignore
-    )  # fmt: skip
+    encoder_files = [files["t5xxl"], files["clip_l"]]
+    base = load_base(files["flux"], text_encoders=encoder_files, vae=files["ae"], tokenizer=tokenizer)
+    encoders, pipeline = base.load_text_encoders(CPU, torch.float32), base.pipeline()
+    assert isinstance(pipeline, FluxPipeline)
     prompts = ["a photo of sks person", "sks"]
     context, pooled, _ = pipeline.encode_prompt(prompts, prompts, max_sequence_length=512)
     ours = base.family.encode_text(encoders, prompts, 1, 1)
     torch.testing.assert_close(ours["context"], context, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours["pooled"], pooled, rtol=1e-4, atol=1e-5)
+    expected = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
+    assert expected.items() <= pipeline.scheduler.config.items()  # those of FLUX.1-dev
+    side = 4 * base.latent_shape.pixels
+    settings: dict[str, Any] = {"num_inference_steps": 2, "height": side, "width": side, "output_type": "np"}
+    drawn: Any = pipeline("sks", **settings, return_dict=False)[0]
+    assert drawn.shape == (1, side, side, 3) and drawn.std() > 0
 
 
 @pytest.mark.parametrize("with_t5", [True, False])

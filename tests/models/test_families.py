@@ -25,7 +25,6 @@ from tests.tooling import (
     UNETS,
     Shape,
     configs,
-    diffusers_pipeline,
     original_shapes,
     write_checkpoint,
 )
@@ -108,7 +107,7 @@ def test_names_of_unet_and_vae_go_to_the_original_and_back(shape):
 
 @pytest.mark.parametrize("skip", [1, 2])
 def test_prompts_are_encoded_as_diffusers_sd15_pipeline_does(small_bases, skip, monkeypatch):
-    pipeline, base = diffusers_pipeline(small_bases["sd15"]), small_bases["sd15"]
+    pipeline, base = small_bases["sd15"].pipeline(), small_bases["sd15"]
     encoders = base.load_text_encoders(CPU, torch.float32)
     if not hasattr(pipeline.text_encoder, "text_model"):
         # diffusers 0.42 looks for it in transformers 5, which has dropped it.
@@ -120,7 +119,7 @@ def test_prompts_are_encoded_as_diffusers_sd15_pipeline_does(small_bases, skip, 
 
 
 def test_prompts_are_encoded_as_diffusers_sdxl_pipeline_does(small_bases):
-    pipeline, base = diffusers_pipeline(small_bases["sdxl"]), small_bases["sdxl"]
+    pipeline, base = small_bases["sdxl"].pipeline(), small_bases["sdxl"]
     encoders = base.load_text_encoders(CPU, torch.float32)
     with torch.no_grad():
         ours = base.family.encode_text(encoders, ["a photo of sks person"], 1, 1)

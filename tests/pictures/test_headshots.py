@@ -231,16 +231,16 @@ def read_as_a1111_does(text: str) -> tuple[str, str, dict[str, str]]:
 def test_a1111_reads_back_what_was_drawn_however_the_files_are_called(base, tmp_path: Path) -> None:
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     tensors = {f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(8, 2)}
-    lora = LoraFile.from_tensors(tensors, {"ss_base_model_version": "sd_v1"}, name="sks, the woman.safetensors")
+    lora = LoraFile.from_tensors(tensors, {"ss_base_model_version": "sd_v1"}, name='sks, the "woman".safetensors')
     odd = replace(base, name='mix: "A", fp16.safetensors')
     job = Job("a photo of sks woman,\n(smiling:1.2)", 2**40, "blurry,\nugly", (64, 80), 20, 4.5)
     text = parameters_text(odd, [(lora, 0.75)], job, GenerateConfig("euler_ancestral", clip_skip=2))
     prompt, negative, settings = read_as_a1111_does(text)
-    assert prompt == f"{job.prompt} <lora:sks, the woman:0.75>" and negative == job.negative
+    assert prompt == f'{job.prompt} <lora:sks, the "woman":0.75>' and negative == job.negative
     assert settings == {
         "Steps": "20", "Sampler": "Euler a", "CFG scale": "4.5", "Seed": str(2**40), "Size": "64x80",
         "Model": 'mix: "A", fp16', "Model hash": base.sha256[:10], "Clip skip": "2",
-        "Lora hashes": f"sks, the woman: {lora.model_hash[:12]}",
+        "Lora hashes": f'sks, the "woman": {lora.model_hash[:12]}',
     }  # fmt: skip
 
 

@@ -36,7 +36,7 @@ from core.storage import files, safetensors_file
 from core.studio import read_people
 from core.training.encode import encode
 from core.training.store import RunFolder, TrainingJob, find_or_train
-from tests.tooling import diffusers_pipeline, nodes_module
+from tests.tooling import nodes_module
 
 from .damage import ODD, damaged_bytes, damaged_json, damaged_safetensors
 from .desk import Desk, cache_in, check_written, names_in, run, same, tensors_of
@@ -140,7 +140,7 @@ def diffusers_folder(desk: Desk, draw: Random) -> None:
     """A diffusers folder with a damaged file."""
     good = desk.folder / "diffusers"
     if not good.exists():
-        diffusers_pipeline(load_base(desk.base), torch.float16).save_pretrained(good)
+        load_base(desk.base).pipeline(dtype=torch.float16).save_pretrained(good)
     folder = shutil.copytree(good, desk.room / "base", copy_function=os.link)
     damaged = draw.choice([path for path in folder.rglob("*.json") if "tokenizer" not in path.parts])
     if draw.random() < 0.3:

@@ -19,7 +19,7 @@ from core.models.base import load_base
 from core.models.families import FAMILIES
 from core.storage.safetensors_file import SafetensorsFile
 from core.training.methods.lora import attach as attach_lora
-from tests.tooling import FULL_SD15, FULL_SDXL, configs, diffusers_pipeline, mostly_slow, write_checkpoint, write_photos
+from tests.tooling import FULL_SD15, FULL_SDXL, configs, mostly_slow, write_checkpoint, write_photos
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 ROOT = Path(__file__).parents[2]
@@ -128,7 +128,7 @@ def check_file(output: Path, family: str, targets: str, base_path: Path) -> None
 
 def check_diffusers(lora: LoraFile, base_path: Path, family: str) -> None:
     """diffusers reads the file into its own layers, and their weight change is alpha / rank * B * A."""
-    pipeline = diffusers_pipeline(load_base(base_path), torch.float32 if family == "sd15" else torch.bfloat16)
+    pipeline = load_base(base_path).pipeline(dtype=torch.float32 if family == "sd15" else torch.bfloat16)
     pipeline.load_lora_weights(str(lora.name), adapter_name="face")
     networks = {"denoiser": pipeline.unet, "text_encoder": pipeline.text_encoder}
     if family == "sdxl":

@@ -19,7 +19,6 @@ from core.training.callbacks import Callbacks
 from core.training.loop import train_lora
 from core.training.methods import files_beside
 from core.training.step import Run
-from tests.tooling import diffusers_pipeline
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(
@@ -235,7 +234,7 @@ def test_half_of_sdxls_embedding_is_no_sd15s():
 def test_diffusers_reads_the_embedding_file_and_encodes_its_word_alike(bases, caches, tmp_path):
     base, run = bases["sd15"], started_run(bases, caches, "sd15")
     run.adapter.export(run.parameters, base, {}).save(tmp_path / "sks.safetensors", torch.float32)
-    pipeline = diffusers_pipeline(base)
+    pipeline = base.pipeline()
     pipeline.load_textual_inversion(str(tmp_path / "sks.safetensors"), token="sks")
     theirs, _ = pipeline.encode_prompt("a photo of sks person", CPU, 1, False)
     with torch.no_grad():
@@ -258,7 +257,7 @@ def test_diffusers_reads_a_pivotal_file_that_is_converted_and_its_word_beside_it
         "fp32",
     ]
     assert main([str(argument) for argument in command]) == 0
-    pipeline = diffusers_pipeline(base)
+    pipeline = base.pipeline()
     pipeline.load_lora_weights(str(tmp_path / "b.safetensors"))
     pipeline.load_textual_inversion(str(tmp_path / "b-sks.safetensors"), token="sks")
     text, _ = pipeline.encode_prompt("a photo of sks person", CPU, 1, False)

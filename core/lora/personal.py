@@ -1,0 +1,77 @@
+"""What in the metadata of a LoRA, and in other texts, tells of a person or of a computer."""
+
+import getpass
+import json
+import os
+import re
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from typing import Any
+
+from .report import SETTINGS
+from .words import WORD_KEY, trigger_words
+
+PHRASE_KEY = "modelspec.trigger_phrase"
+_PEFT = "lora_adapter_metadata"
+_MODELSPEC = (
+    "sai_model_spec", "architecture", "implementation", "implementation_version", "title", "description",
+    "trigger_phrase", "tags", "license", "usage_hint", "resolution", "prediction_type", "timestep_range", "encoder_layer",
+)  # fmt: skip
+_OTHERS = ("base_model_version", "new_sd_model_hash", "sd_model_hash", "network_args", "v2", "zero_terminal_snr")
+_SETTINGS = tuple(f"ss_{name}" for name in (*SETTINGS, *_OTHERS))
+_SHARED = {*(f"modelspec.{name}" for name in _MODELSPEC), *_SETTINGS, WORD_KEY, "format"}
+"""The keys that stay. All others go, since nobody knows what another program has written into them."""
+_PEFT_NUMBERS = re.compile(r"(?:.*\.)?(?:r|lora_alpha|alpha|rank_pattern|alpha_pattern|use_rslora)")
+_PATH = re.compile(
+    r"""(?<![\w/:.<>)])(?:[A-Za-z]:[\\/]|\\\\|~[\\/]|/(?=[^\s/,"']+/))[^\s,"']+|\bfile://[^\s,"']+""", re.ASCII
+)
+_PHOTO = re.compile(r"""[^\s\\/:,"'(<]+\.(?:jpe?g|jfif|png|webp|bmp|tiff?|gif|avif|hei[cf])\b""", re.IGNORECASE)
+_NOBODY = {"root", "user", "admin", "administrator", "ubuntu"}
+"""Names of users that many computers have."""
+
+
+def shared_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata without what other people have no use for, or what tells of a person or a computer.
+
+    Settings, texts of modelspec and the trigger words stay. Names of folders, files and authors, captions, times and
+    everything that is not known go, and so do settings with a path in them. Texts are not looked into.
+    """
+    shared = {key: value for key, value in metadata.items() if key in _SHARED}
+    shared = {key: value for key, value in shared.items() if key not in _SETTINGS or not personal_part(value)}
+    if _PEFT in metadata:  # the scale of the modules may stand there alone
+        shared[_PEFT] = json.dumps(_numbers(metadata[_PEFT]))
+    if words := trigger_words(metadata):
+        # Each reader looks in one of these two for the trigger words.
+        phrase = metadata.get(PHRASE_KEY) or words[0]
+        shared |= {PHRASE_KEY: phrase, "ss_tag_frequency": json.dumps({words[0]: {words[0]: 1}})}
+    return shared
+
+
+def _numbers(config: str) -> dict[str, Any]:
+    """The ranks and alphas in peft's configuration, which else names the base model's path."""
+    with suppress(ValueError, RecursionError):
+        known = json.loads(config)
+        if isinstance(known, dict):
+            return {key: value for key, value in known.items() if _PEFT_NUMBERS.fullmatch(key)}
+    return {}
+
+
+def personal_part(text: str, known: Collection[str] = ()) -> str | None:
+    """The first part of a text that tells of a computer or a photo, in words for a message; None where there is none.
+
+    That is a path, a picture's file name, or the name of this computer's user, unless that is one of the `known` words.
+    """
+    for what, pattern in (("the path", _PATH), ("the file name", _PHOTO)):
+        if found := pattern.search(text):
+            return f"{what} {found[0]!r}"
+    for name in _users() - {word.lower() for word in known}:
+        if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text.lower()):
+            return f"the name of this computer's user, {name!r}"
+    return None
+
+
+def _users() -> set[str]:
+    names = {os.path.basename(os.path.expanduser("~"))}
+    with suppress(KeyError, OSError, ImportError):  # a computer need not know its user
+        names.add(getpass.getuser())
+    return {name.lower() for name in names if len(name) > 2} - _NOBODY

@@ -1,0 +1,129 @@
+"""A pipeline of diffusers, made of a base model's networks."""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import BadConfig, MissingPackage
+from ..storage.lazy import LazyTensors, Stored
+from . import text
+from .clip import TOKENIZER_FOLDER, without_prefix
+from .objective import FlowSchedule, Schedule
+from .spec import Component, FamilySpec
+
+_PAD_TOKENS = {"clip_l": "<|endoftext|>", "clip_g": "!"}
+_FEW_POSITIONS, _MANY_POSITIONS = 256, 4096
+"""Where the shift of a flow is measured, in positions. Between them its logarithm is linear."""
+
+
+def pipeline_class(family: FamilySpec, dtype: torch.dtype) -> Any:
+    """The class of the family's pipeline in diffusers.
+
+    Raises MissingPackage where the installed version has none, BadConfig for a family or a dtype that it cannot have here.
+    """
+    import diffusers
+
+    found = getattr(diffusers, family.pipeline_class, None)
+    if found is None:
+        raise MissingPackage(f"{family.title}: diffusers {diffusers.__version__} has no {family.pipeline_class}")
+    halves = [text.KINDS[kind] for kind in family.text_encoders.values() if kind.startswith("qwen")]
+    if halves:
+        raise BadConfig(
+            f"{family.title}: no pipeline can be made of it: {family.pipeline_class} takes the whole of {halves[0]}, of which "
+            "only the part that reads text is loaded here"
+        )
+    if dtype == torch.float16 and "t5xxl" in family.text_encoders.values():
+        raise BadConfig(f"{family.title}: dtype = {dtype}: T5 overflows in it; choose torch.bfloat16 or torch.float32")
+    return found
+
+
+def encoder_component(kind: str, component: Component, wanted: Any) -> Component:
+    """The text encoder in the form of the class `wanted`, which a pipeline says that it takes.
+
+    A CLIP without a projection gets one that changes nothing, as SD3's has in diffusers.
+    """
+    if not kind.startswith("clip") or "WithProjection" not in str(wanted):
+        return component
+    tensors, width = component.tensors, component.config["hidden_size"]
+    if "text_projection.weight" in tensors:
+        return component
+    readers: dict[str, Callable[[], torch.Tensor]] = {name: Stored(tensors, name) for name in tensors}
+    config = component.config | {"architectures": ["CLIPTextModelWithProjection"], "projection_dim": width}
+    return replace(
+        component, config=config, tensors=LazyTensors(readers | {"text_projection.weight": lambda: torch.eye(width)})
+    )
+
+
+def encoder_classes(pipeline: Any) -> dict[str, Any]:
+    """The class of each part that a pipeline of this class takes, as its signature names it."""
+    return {name: given.annotation for name, given in inspect.signature(pipeline.__init__).parameters.items()}
+
+
+def assemble(
+    pipeline: Any,
+    family: FamilySpec,
+    networks: Mapping[str, nn.Module],
+    components: Mapping[str, Component],
+    schedule: Schedule,
+    is_zero_snr: bool,
+) -> Any:
+    """A pipeline of that class, of networks by part, with its tokenizers and a scheduler on the base model's schedule.
+
+    Parts that the family can do without, and others that no base model has, are None.
+    """
+    parts: dict[str, Any] = {"scheduler": _scheduler(schedule, is_zero_snr), "vae": networks["vae"]}
+    parts[family.denoiser_folder] = networks["denoiser"]
+    for part, kind in family.text_encoders.items():
+        there = part in networks
+        parts[part] = without_prefix(networks[part]) if there else None
+        folder = components[part].config.get("tokenizer") if there else None
+        parts[part.replace("text_encoder", "tokenizer")] = _tokenizer(kind, folder) if there else None
+    taken = inspect.signature(pipeline.__init__).parameters
+    lacking = {name for name, given in taken.items() if given.default is given.empty and name != "self"} - parts.keys()
+    parts |= dict.fromkeys(lacking, None)
+    if "requires_safety_checker" in taken:
+        parts["requires_safety_checker"] = False
+    return pipeline(**parts)
+
+
+def _tokenizer(kind: str, folder: str | None) -> Any:
+    if kind in _PAD_TOKENS:
+        from transformers import CLIPTokenizer
+
+        return CLIPTokenizer.from_pretrained(TOKENIZER_FOLDER, pad_token=_PAD_TOKENS[kind])
+    tokenizer = text.load_tokenizer(folder, kind)
+    tokenizer.pad_token = tokenizer.pad_token or "<pad>"
+    return tokenizer
+
+
+def _scheduler(schedule: Schedule, is_zero_snr: bool) -> Any:
+    """Euler's method for a rectified flow, else DDIM: what is made from its config has the same noise schedule."""
+    import diffusers
+
+    if isinstance(schedule, FlowSchedule):
+        few, many = (schedule.shift(positions) for positions in (_FEW_POSITIONS, _MANY_POSITIONS))
+        if few == many:
+            return diffusers.FlowMatchEulerDiscreteScheduler(shift=few)
+        return diffusers.FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True,
+            base_shift=math.log(few),
+            max_shift=math.log(many),
+            base_image_seq_len=_FEW_POSITIONS,
+            max_image_seq_len=_MANY_POSITIONS,
+        )
+    return diffusers.DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=schedule.prediction_type,
+        steps_offset=1,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        rescale_betas_zero_snr=is_zero_snr,
+        timestep_spacing="trailing" if is_zero_snr else "leading",
+    )

@@ -1,0 +1,225 @@
+"""The folder to upload: what the site needs is in it, and nothing personal."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
+
+from core import GenerateConfig, Job, LoraFile, TrainConfig, generate, load_base, train
+from core.cli import main
+from core.errors import BadConfig, BadFile, BadPhoto
+from core.lora import inspect_lora
+from core.lora.modules import LoraModule
+from core.pictures import publish
+from core.pictures.parameters import Parameters
+from core.tensor_names import NAME_TABLES
+from core.tensor_names.models import _tables
+
+MODULE = ("denoiser", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
+SETTINGS = {"Steps": "5", "Sampler": "Euler a", "CFG scale": "6", "Seed": "1", "Size": "64x64"}
+
+
+@pytest.fixture
+def nobody(monkeypatch):
+    """A computer whose user has a name."""
+    monkeypatch.setenv("LOGNAME", "janedoe77")
+
+
+def write_lora(path: Path, **metadata: str) -> Path:
+    path.parent.mkdir(exist_ok=True, parents=True)
+    generator = torch.Generator().manual_seed(0)
+    module = LoraModule(torch.randn(2, 64, generator=generator), torch.randn(32, 2, generator=generator), 1.0)
+    known = {
+        "ss_base_model_version": "sd_v1",
+        "modelspec.title": "A sks person",
+        "modelspec.trigger_phrase": "sks person",
+    }
+    texts = {key.replace("__", "."): value for key, value in metadata.items()}
+    LoraFile.from_modules("sd15", {MODULE: module}, known | texts).save(path, torch.float32)
+    return path
+
+
+def write_picture(path: Path, prompt: str = "sks person", **settings: str) -> Path:
+    info = PngInfo()
+    info.add_text("parameters", str(Parameters(prompt, "", SETTINGS | settings)))
+    info.add_text("workflow", '{"image": "/home/jane/IMG_2031.jpg"}')
+    Image.new("RGB", (64, 64), "red").save(path, pnginfo=info)
+    return path
+
+
+def contents(folder: Path) -> bytes:
+    return b"\n".join(path.name.encode() + path.read_bytes() for path in sorted(folder.iterdir()))
+
+
+@pytest.mark.usefixtures("nobody")
+def test_a_trained_lora_and_its_pictures_become_a_folder_to_upload(photo_folder, small_sd15, tmp_path, capsys):
+    path, base = tmp_path / "jane_doe.safetensors", load_base(small_sd15)
+    config = TrainConfig(steps=1, rank=2, resolution=64, check_photos=False)
+    train(photo_folder, base, config, output=path)
+    lora, job = LoraFile.read(path), Job("studio headshot of sks person", 3, "blurry", (64, 64), 2, 4.5)
+    drawn = next(iter(generate(base, [(lora, 0.9)], [job], GenerateConfig("euler_ancestral"))))
+    drawn.save(tmp_path / "jane-1.png", {"face_pass": "{}"})
+    assert (
+        main(["publish", str(path), "--output", str(tmp_path / "out"), "--pictures", str(tmp_path / "jane-1.png")]) == 0
+    )
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "page.txt", "sks_person-01.png", "sks_person.safetensors",
+    ]  # fmt: skip
+
+    before, after = inspect_lora(path), inspect_lora(tmp_path / "out/sks_person.safetensors")
+    assert after["trigger_words"] == ["sks person"] and after["thumbnail"]
+    assert after["training"] == before["training"] and after["norms"] == before["norms"]
+    assert after["hashes"]["autov3"] == before["hashes"]["autov3"]
+    page = (tmp_path / "out/page.txt").read_text()
+    hashes = {name: after["hashes"][name.lower()].upper() for name in ("AutoV2", "AutoV3", "CRC32", "BLAKE3")}
+    assert all(f"{name}: {number}\n" in page for name, number in hashes.items())
+    for text in (
+        "Title\n-----\nsks person\n", "The person shown has agreed", "Base model\n----------\nSD 1.5\n",
+        "Trigger words\n-------------\nsks person\n", "Strength\n--------\n0.9\n", "CreativeML Open RAIL-M",
+        "Sampler: Euler a, Steps: 2, CFG scale: 4.5, Size: 64x64\n",
+    ):  # fmt: skip
+        assert text in page, text
+
+    with Image.open(tmp_path / "out/sks_person-01.png") as image:
+        assert image.tobytes() == drawn.image.tobytes() and set(image.info) == {"parameters"}
+        prompt, negative, settings = image.info["parameters"].split("\n")
+    assert prompt == "studio headshot of sks person <lora:sks_person:0.9>" and negative == "Negative prompt: blurry"
+    assert settings.endswith(f'Lora hashes: "sks_person: {after["hashes"]["autov3"]}"')
+    # The caption of a photo, the folders, the file's own name.
+    for personal in (b"facing", b"jane", photo_folder.parent.name.encode(), tmp_path.name.encode()):
+        assert personal not in contents(tmp_path / "out"), personal
+    assert "of its metadata are left out" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("nobody")
+def test_nothing_of_another_programs_metadata_gets_out(tmp_path):
+    path = write_lora(
+        tmp_path / "jane/jane_doe.safetensors",
+        ss_output_name="jane_doe", ss_dataset_dirs='{"10_jane": {}}', ss_tag_frequency='{"10_jane": {"jane at home": 3}}',
+        ss_sd_model_name="/home/jane/model.safetensors", ss_training_comment="of jane", ss_optimizer="x(/home/jane/y=1)",
+        ss_steps="40", modelspec__author="Jane", ot_config='{"path": "C:\\\\jane"}', modelspec__thumbnail="data:jane",
+    )  # fmt: skip
+    photo, exif = tmp_path / "jane/IMG_2031.jpg", Image.Exif()
+    exif[0x010F], exif[0x9286] = "Jane's telephone", b"by jane"
+    exif.get_ifd(0x8825)[1] = "N"
+    Image.new("RGB", (64, 32), "red").save(photo, exif=exif, comment=b"jane")
+    hash_ = LoraFile.read(path).model_hash[:10]
+    png = write_picture(
+        tmp_path / "jane/1.png", "sks person <lora:jane_doe:0.8><lora:bob:0.2> <lora:janes:1>",
+        **{"Lora hashes": f"jane_doe: {hash_}, bob: 0123456789ab", "Model": "janes-folder", "Note": "jane", "VAE": "janes"},
+    )  # fmt: skip
+    told = []
+    made = publish(path, tmp_path / "out", [photo, png], on_warning=told.append)
+    assert b"jane" not in contents(made.folder).lower() and b"bob" not in contents(made.folder)
+    assert told == ["IMG_2031.jpg: has no parameters of A1111 in it, so nobody will see how it was made"]
+    assert {"ss_output_name", "ss_optimizer", "modelspec.author", "ot_config"} <= set(made.left_out)
+    assert inspect_lora(made.lora)["training"] == {"steps": "40"}
+    first, second = map(Image.open, made.pictures)
+    assert first.info == {} and not first.getexif() and first.size == (64, 32)
+    assert second.text == {  # pyright: ignore
+        "parameters": "sks person <lora:A_sks_person:0.8> <lora:0123456789ab:0.2>\nNegative prompt: \n"
+        "Steps: 5, Sampler: Euler a, CFG scale: 6, Seed: 1, Size: 64x64, "
+        f'Lora hashes: "A_sks_person: {hash_}, 0123456789ab: 0123456789ab"'
+    }
+
+
+@pytest.mark.usefixtures("nobody")
+@pytest.mark.parametrize(
+    ("description", "part"),
+    [
+        ("from /home/jane/photos", "the path '/home/jane/photos'"),
+        ("from D:\\faces\\jane", r"the path 'D:\\faces\\jane'"),
+        ("like ~/x", "the path '~/x'"),
+        ("like Anna 2.HEIC", "the file name '2.HEIC'"),
+        ("by JaneDoe77!", "the name of this computer's user, 'janedoe77'"),
+    ],
+)
+def test_a_text_with_something_personal_is_refused_by_its_name_and_nothing_is_left(tmp_path, description, part):
+    path = write_lora(tmp_path / "a.safetensors", modelspec__description=description)
+    with pytest.raises(BadFile) as refused:
+        publish(path, tmp_path / "out")
+    assert str(refused.value) == (
+        f"the LoRA's modelspec.description has {part} in it, which should not be published; "
+        "change the text or leave it out"
+    )
+    assert list(tmp_path.iterdir()) == [path]
+    made = publish(path, tmp_path / "out", description="A person, 1/2 of a pair: https://example.org/a/b (50mm f/1.8)")
+    assert b"jane" not in contents(made.folder).lower()
+
+
+@pytest.mark.usefixtures("nobody")
+def test_a_prompt_with_something_personal_is_refused_unless_it_is_the_trigger_word(tmp_path):
+    path = write_lora(tmp_path / "a.safetensors", modelspec__trigger_phrase="janedoe77 person")
+    publish(
+        path, tmp_path / "out", [write_picture(tmp_path / "1.png", "janedoe77 person")], on_warning=lambda text: None
+    )
+    picture = write_picture(tmp_path / "2.png", "as on DSC_0001.jpg")
+    with pytest.raises(BadFile, match=r"^2\.png: what it was drawn from has the file name 'DSC_0001\.jpg' in it"):
+        publish(path, tmp_path / "other", [picture], on_warning=lambda text: None)
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_cannot_be_published_is_refused_in_one_line_and_no_file_is_touched(tmp_path, capsys):
+    path, out = write_lora(tmp_path / "a.safetensors"), tmp_path / "out"
+    untitled = write_lora(tmp_path / "untitled.safetensors", modelspec__title="")
+    save_file({"emb_params": torch.zeros(2, 768)}, tmp_path / "word.safetensors")
+    broken = write_lora(tmp_path / "broken.safetensors")
+    tensors = {name: tensor * float("nan") for name, tensor in LoraFile.read(broken).tensors.items()}
+    save_file(tensors, broken, {"ss_base_model_version": "sd_v1"})
+    (tmp_path / "there").mkdir()
+    (tmp_path / "empty").mkdir()
+    for lora, output, pictures, error in (
+        (path, tmp_path / "there", [], BadFile), (path, path, [], BadFile), (untitled, out, [], BadConfig),
+        (tmp_path / "word.safetensors", out, [], BadFile), (broken, out, [], BadFile), (tmp_path / "no", out, [], BadFile),
+        (path, out, [tmp_path / "no.png"], BadPhoto), (path, out, [tmp_path / "empty"], BadPhoto),
+        (path, out, [path], BadPhoto),
+    ):  # fmt: skip
+        before = {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+        with pytest.raises(error):
+            publish(lora, output, pictures)
+        assert (
+            main(
+                [
+                    "publish",
+                    str(lora),
+                    "--output",
+                    str(output),
+                    *(["--pictures", *map(str, pictures)] if pictures else []),
+                ]
+            )
+            == 1
+        )
+        assert capsys.readouterr().err.count("\n") == 1
+        assert before == {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} and not out.exists()
+        assert {file.name for file in tmp_path.iterdir() if file.is_dir()} == {"there", "empty"}
+
+
+def test_a_folder_of_pictures_is_taken_in_order_but_for_its_contact_sheet(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("b.png", "a.png", "contact_sheet.png"):
+        write_picture(folder / name, name[0])
+    told = []
+    made = publish(write_lora(tmp_path / "a.safetensors"), tmp_path / "out", [folder], on_warning=told.append)
+    assert [Image.open(picture).info["parameters"][0] for picture in made.pictures] == ["a", "b"]
+    assert told == [f"{name}.png: was drawn without this LoRA, by the hashes in its parameters" for name in "ab"]
+    # These pictures say nothing of the LoRA's strength, so the page says what suits the family.
+    assert "Strength\n--------\n1\n" in made.page.read_text() and "Steps: 30" in made.page.read_text()
+
+
+def test_alphas_in_pefts_configuration_stay_without_the_path_in_it(tmp_path):
+    save_file({f"unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.lora_{letter}.weight": torch.ones(shape)
+               for letter, shape in (("A", (2, 64)), ("B", (32, 2)))}, tmp_path / "a.safetensors", {
+        "ss_base_model_version": "sd_v1", "lora_adapter_metadata": json.dumps(
+            {"unet.r": 2, "unet.lora_alpha": 8, "unet.base_model_name_or_path": "/home/jane/model"})})  # fmt: skip
+    made = publish(tmp_path / "a.safetensors", tmp_path / "out", title="A person")
+    assert inspect_lora(made.lora)["alphas"] == {"8": 1} and b"jane" not in contents(made.folder)
+
+
+def test_every_published_model_of_every_family_has_a_listing():
+    titles = {name: {variant.title for variant in _tables()[0] if variant.family == name} for name in NAME_TABLES}
+    assert {name: set(table.listings) for name, table in NAME_TABLES.items()} == titles
