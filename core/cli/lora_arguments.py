@@ -104,7 +104,11 @@ def add_publish(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--description", type=unicode_text, metavar="TEXT", help="default: the description in the LoRA's metadata"
     )
+    parser.add_argument(
+        "--agreed",
+        action="store_true",
+        help="the person shown has agreed to it, which the page says; else nothing is made",
+    )
     parser.epilog = (
-        "The page says that the person shown has agreed: publish nobody who has not. Civitai takes no models of real "
-        "people since May 2025, whoever agrees; ask the rules of the site first."
+        "Civitai takes no models of real people since May 2025, whoever agrees; read the rules of the site first."
     )

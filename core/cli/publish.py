@@ -11,6 +11,7 @@ def run_publish(options: argparse.Namespace) -> None:
         options.file,
         options.output,
         options.pictures,
+        agreed=options.agreed,
         title=options.title,
         description=options.description,
         on_progress=progress_bar("hashing"),

@@ -74,6 +74,7 @@ def publish(
     output: str | os.PathLike[str],
     pictures: Sequence[str | os.PathLike[str]] = (),
     *,
+    agreed: bool = False,
     title: str | None = None,
     description: str | None = None,
     on_progress: OnProgress = silent,
@@ -82,11 +83,17 @@ def publish(
     """The files of a new folder `output`, made for a site such as Civitai: the LoRA, a page of text, and example pictures.
 
     `pictures` are files and folders of them. Their A1111 parameters stay where they have some, with names of LoRA files
-    replaced; all other metadata go, as do those of the LoRA that tell of a person or a computer. `title` and `description`
-    are else those in the LoRA's metadata. `on_warning` is told of pictures without parameters, and of those that were drawn
-    without this LoRA. Raises BadFile when the folder is there already, the LoRA has faults, or a text that would be
-    published names a path, a photo or this computer's user; BadConfig without a title; BadPhoto for an unreadable picture.
+    replaced; all other metadata go, as do those of the LoRA that tell of a person or a computer. `agreed` says that the person
+    shown has agreed to it, which the page then says too. `title` and `description` are else those in the LoRA's metadata.
+    `on_warning` is told of pictures without parameters, and of those that were drawn without this LoRA.
+
+    Raises BadFile when the folder is there already, the LoRA has faults, or a text that would be published names a path, a
+    photo or this computer's user; BadConfig without a title, or where nobody has agreed; BadPhoto for an unreadable picture.
     """
+    if not agreed:
+        raise BadConfig(
+            "nothing is published of anyone who has not agreed; agreed = True, or --agreed, says that the person has"
+        )
     source, folder = LoraFile.read(lora), Path(output)
     if os.path.lexists(folder):
         raise BadFile(f"{folder}: is there already; choose another output")

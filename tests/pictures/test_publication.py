@@ -1,6 +1,7 @@
 """The folder to upload: what the site needs is in it, and nothing personal."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from core.tensor_names import NAME_TABLES
 from core.tensor_names.models import _tables
 
 MODULE = ("denoiser", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
+publish_agreed = partial(publish, agreed=True)
 SETTINGS = {"Steps": "5", "Sampler": "Euler a", "CFG scale": "6", "Seed": "1", "Size": "64x64"}
 
 
@@ -63,9 +65,8 @@ def test_a_trained_lora_and_its_pictures_become_a_folder_to_upload(photo_folder,
     lora, job = LoraFile.read(path), Job("studio headshot of sks person", 3, "blurry", (64, 64), 2, 4.5)
     drawn = next(iter(generate(base, [(lora, 0.9)], [job], GenerateConfig("euler_ancestral"))))
     drawn.save(tmp_path / "jane-1.png", {"face_pass": "{}"})
-    assert (
-        main(["publish", str(path), "--output", str(tmp_path / "out"), "--pictures", str(tmp_path / "jane-1.png")]) == 0
-    )
+    pictures = ["--pictures", str(tmp_path / "jane-1.png")]
+    assert main(["publish", str(path), "--output", str(tmp_path / "out"), *pictures, "--agreed"]) == 0
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
         "page.txt", "sks_person-01.png", "sks_person.safetensors",
     ]  # fmt: skip
@@ -113,7 +114,7 @@ def test_nothing_of_another_programs_metadata_gets_out(tmp_path):
         **{"Lora hashes": f"jane_doe: {hash_}, bob: 0123456789ab", "Model": "janes-folder", "Note": "jane", "VAE": "janes"},
     )  # fmt: skip
     told = []
-    made = publish(path, tmp_path / "out", [photo, png], on_warning=told.append)
+    made = publish_agreed(path, tmp_path / "out", [photo, png], on_warning=told.append)
     assert b"jane" not in contents(made.folder).lower() and b"bob" not in contents(made.folder)
     assert told == ["IMG_2031.jpg: has no parameters of A1111 in it, so nobody will see how it was made"]
     assert {"ss_output_name", "ss_optimizer", "modelspec.author", "ot_config"} <= set(made.left_out)
@@ -141,25 +142,27 @@ def test_nothing_of_another_programs_metadata_gets_out(tmp_path):
 def test_a_text_with_something_personal_is_refused_by_its_name_and_nothing_is_left(tmp_path, description, part):
     path = write_lora(tmp_path / "a.safetensors", modelspec__description=description)
     with pytest.raises(BadFile) as refused:
-        publish(path, tmp_path / "out")
+        publish_agreed(path, tmp_path / "out")
     assert str(refused.value) == (
         f"the LoRA's modelspec.description has {part} in it, which should not be published; "
         "change the text or leave it out"
     )
     assert list(tmp_path.iterdir()) == [path]
-    made = publish(path, tmp_path / "out", description="A person, 1/2 of a pair: https://example.org/a/b (50mm f/1.8)")
+    made = publish_agreed(
+        path, tmp_path / "out", description="A person, 1/2 of a pair: https://example.org/a/b (50mm f/1.8)"
+    )
     assert b"jane" not in contents(made.folder).lower()
 
 
 @pytest.mark.usefixtures("nobody")
 def test_a_prompt_with_something_personal_is_refused_unless_it_is_the_trigger_word(tmp_path):
     path = write_lora(tmp_path / "a.safetensors", modelspec__trigger_phrase="janedoe77 person")
-    publish(
+    publish_agreed(
         path, tmp_path / "out", [write_picture(tmp_path / "1.png", "janedoe77 person")], on_warning=lambda text: None
     )
     picture = write_picture(tmp_path / "2.png", "as on DSC_0001.jpg")
     with pytest.raises(BadFile, match=r"^2\.png: what it was drawn from has the file name 'DSC_0001\.jpg' in it"):
-        publish(path, tmp_path / "other", [picture], on_warning=lambda text: None)
+        publish_agreed(path, tmp_path / "other", [picture], on_warning=lambda text: None)
     assert not (tmp_path / "other").exists()
 
 
@@ -180,22 +183,15 @@ def test_what_cannot_be_published_is_refused_in_one_line_and_no_file_is_touched(
     ):  # fmt: skip
         before = {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
         with pytest.raises(error):
-            publish(lora, output, pictures)
-        assert (
-            main(
-                [
-                    "publish",
-                    str(lora),
-                    "--output",
-                    str(output),
-                    *(["--pictures", *map(str, pictures)] if pictures else []),
-                ]
-            )
-            == 1
-        )
+            publish_agreed(lora, output, pictures)
+        options = ["--pictures", *map(str, pictures)] if pictures else []
+        assert main(["publish", str(lora), "--output", str(output), "--agreed", *options]) == 1
         assert capsys.readouterr().err.count("\n") == 1
         assert before == {file: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} and not out.exists()
         assert {file.name for file in tmp_path.iterdir() if file.is_dir()} == {"there", "empty"}
+    with pytest.raises(BadConfig, match="nothing is published of anyone who has not agreed"):
+        publish(path, out)
+    assert not out.exists()
 
 
 def test_a_folder_of_pictures_is_taken_in_order_but_for_its_contact_sheet(tmp_path):
@@ -204,7 +200,7 @@ def test_a_folder_of_pictures_is_taken_in_order_but_for_its_contact_sheet(tmp_pa
     for name in ("b.png", "a.png", "contact_sheet.png"):
         write_picture(folder / name, name[0])
     told = []
-    made = publish(write_lora(tmp_path / "a.safetensors"), tmp_path / "out", [folder], on_warning=told.append)
+    made = publish_agreed(write_lora(tmp_path / "a.safetensors"), tmp_path / "out", [folder], on_warning=told.append)
     assert [Image.open(picture).info["parameters"][0] for picture in made.pictures] == ["a", "b"]
     assert told == [f"{name}.png: was drawn without this LoRA, by the hashes in its parameters" for name in "ab"]
     # These pictures say nothing of the LoRA's strength, so the page says what suits the family.
@@ -216,7 +212,7 @@ def test_alphas_in_pefts_configuration_stay_without_the_path_in_it(tmp_path):
                for letter, shape in (("A", (2, 64)), ("B", (32, 2)))}, tmp_path / "a.safetensors", {
         "ss_base_model_version": "sd_v1", "lora_adapter_metadata": json.dumps(
             {"unet.r": 2, "unet.lora_alpha": 8, "unet.base_model_name_or_path": "/home/jane/model"})})  # fmt: skip
-    made = publish(tmp_path / "a.safetensors", tmp_path / "out", title="A person")
+    made = publish_agreed(tmp_path / "a.safetensors", tmp_path / "out", title="A person")
     assert inspect_lora(made.lora)["alphas"] == {"8": 1} and b"jane" not in contents(made.folder)
 
 
