@@ -146,8 +146,8 @@ class LoadedNames:
     """The schemes that diffusers' pipelines load."""
     comfyui_t5: tuple[str, ...] = ()
     """The prefixes of Kohya's names of T5 that ComfyUI loads."""
-    comfyui_lacks: tuple[str, ...] = ()
-    """Prefixes of paths that are missing in ComfyUI's table of diffusers' names."""
+    comfyui_lacks: str = r"$^"
+    """A regular expression that is found in the paths that are missing in ComfyUI's table of diffusers' names."""
     diffusers_denoiser_lacks: Mapping[str, str] = field(default_factory=dict)
     """The reason why diffusers does not load the denoiser in a scheme whose text encoders it loads, by scheme."""
     diffusers_lokr: frozenset[tuple[str, str]] = frozenset()
