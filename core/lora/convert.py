@@ -6,6 +6,7 @@ rank are held in memory, but not those that they are made of. `on_progress(done,
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadConfig, LoraMisfit, UnmatchedKeys
-from ..tensor_names import NAME_TABLES, SCHEMES, ModuleId, NameTable, bundled_embedding
+from ..tensor_names import NAME_TABLES, PUBLISHED_BLOCKS, SCHEMES, ModuleId, NameTable, bundled_embedding
 from .changes import bias_change, scale_of
 from .file import KEY, LoraFile
 from .kinds import BIAS_ROLES, needs_base
@@ -56,7 +57,22 @@ def convert_lora(
     """
     if scheme not in SCHEMES:
         raise BadConfig(f"no naming scheme {scheme!r}; known: {', '.join(SCHEMES)}")
-    return _convert(lora, NAME_TABLES[lora.family], scheme, plain_rank, base_weight, on_progress)
+    return _convert(lora, _names_of(lora), scheme, plain_rank, base_weight, on_progress)
+
+
+def _names_of(lora: LoraFile) -> NameTable:
+    """The names of the modules of a LoRA's model in every scheme.
+
+    Raises UnmatchedKeys for the original names of a UNet whose blocks these number otherwise than those of published models.
+    """
+    for entry in lora.entries if lora.table.has_other_blocks else ():
+        numbered = re.match(r"(input|output)_blocks\.[1-9]", entry.place.fusion.original)
+        if entry.part == "denoiser" and entry.place.index is None and numbered:
+            raise UnmatchedKeys(
+                f"{lora.name}: {entry.name} is of a UNet that has not the {PUBLISHED_BLOCKS} residual blocks in a level of the "
+                f"published {lora.family} models; which module that is its number does not tell, diffusers' names would"
+            )
+    return lora.table
 
 
 def _convert(
@@ -104,7 +120,7 @@ def convert_for(
         raise BadConfig(f"no program {wrong[0]!r} is known here; known: {', '.join(known)}")
     asked = [known[name.strip().lower()] for name in readers]
     failures = []
-    names = NAME_TABLES[lora.family]
+    names = _names_of(lora)
     namings = [(scheme, names) for scheme in SCHEMES]
     if prefixes := names.loaded.invokeai_prefixes:
         namings.append(("kohya", replace(names, kohya_prefixes={**names.kohya_prefixes, **prefixes})))
@@ -250,7 +266,7 @@ def to_plain(
             worst = max(worst, error)
         on_progress(done, len(others))
     metadata = {k: v for k, v in lora.metadata.items() if not k.startswith("ss_network_")}
-    return NewLora(LoraFile.from_modules(lora.family, modules, metadata), worst)
+    return NewLora(LoraFile.from_modules(lora.family, modules, metadata, names=_names_of(lora)), worst)
 
 
 def _nearest(
@@ -398,7 +414,10 @@ def merge_loras(
     phrases = [words[0] for lora, _ in loras if (words := trigger_words(lora.metadata))]
     if phrases:
         metadata["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(phrases))
-    tensors = name_modules(NAME_TABLES[family], _Sums(collected), scheme, {} if scheme == "diffusers" else vectors)
+    names = next(
+        (names for names in map(_names_of, (lora for lora, _ in loras)) if names.has_other_blocks), NAME_TABLES[family]
+    )
+    tensors = name_modules(names, _Sums(collected), scheme, {} if scheme == "diffusers" else vectors)
     whole, error = LoraFile(family, metadata, tensors), 0.0
     if rank is not None:
         whole, error = resize_lora(whole, rank=rank, on_progress=on_progress)

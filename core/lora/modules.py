@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import UnmatchedKeys
 from ..storage.safetensors_file import ComputedTensors
-from ..tensor_names import SCHEMES, Fusion, ModuleId, NameTable
+from ..tensor_names import PUBLISHED_BLOCKS, SCHEMES, Fusion, ModuleId, NameTable
 from .changes import weight_change
 
 
@@ -128,6 +128,11 @@ def name_in_scheme(keys: NameTable, part: str, path: str, scheme: str) -> tuple[
         raise UnmatchedKeys(f"{keys.name} has no {part} in the {scheme} scheme, but the LoRA changes its {path}")
     original = keys.original_in_kohya if in_kohya else keys.original_in_comfy
     fusion = keys.of_diffusers(path) if part == "denoiser" and original else alone
+    if keys.is_unet and fusion is not alone and keys.of_original(fusion.original) not in (None, fusion):
+        raise UnmatchedKeys(
+            f"{path} is of a UNet with more than the {PUBLISHED_BLOCKS} residual blocks in a level of the published "
+            f"{keys.name} models, by which the {scheme} scheme numbers its modules"
+        )
     name = fusion.original.replace(".", "_") if in_kohya else fusion.original
     return prefixes[part] + name, fusion, fusion.parts.index(path)
 

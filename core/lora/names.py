@@ -19,8 +19,10 @@ from ..storage.header import Header
 from ..tensor_names import (
     EMBEDDING_KEYS,
     NAME_TABLES,
+    PUBLISHED_BLOCKS,
     Identity,
     ModuleId,
+    NameTable,
     Place,
     bundled_embedding,
     families_of,
@@ -28,6 +30,7 @@ from ..tensor_names import (
     identify,
     other_model,
     parse_key,
+    shows_other_blocks,
 )
 from .kinds import BIAS_ROLES, kind_of, known_shape, rank_of, weight_shape
 
@@ -193,6 +196,15 @@ class LoraNames:
     def identity(self) -> Identity:
         """The published models that have all the modules that the LoRA changes, in its shapes."""
         return self.content.identity(self.family)
+
+    @cached_property
+    def table(self) -> NameTable:
+        """The names of the model's modules in every scheme, as far as the modules tell which model it is."""
+        table = NAME_TABLES[self.family]
+        if not table.is_unet or self.identity.models:
+            return table
+        paths = (module.path for module in self.content.modules if module.part == "denoiser")
+        return table.for_other_blocks() if shows_other_blocks(paths, PUBLISHED_BLOCKS) else table
 
     @cached_property
     def misfits(self) -> tuple[str, ...]:

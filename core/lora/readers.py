@@ -92,8 +92,6 @@ def _by_comfyui(family: NameTable, named: NamedTensor, entry: Entry) -> Objectio
         return "a bias of the up matrix"
     if any(re.search(r"\.lora_[AB]\.(?!default\.)\w+\.weight$", key) for key in entry.keys.values()):
         return "an adapter's name in the tensors' names, except default"
-    if entry.kind == "norm" and not family.is_unet and entry.part == "denoiser":
-        return f"normalisation layers of {family.name}, as far as it is known"
     reason = _name_not_known_to_comfyui(family, named)
     if reason is None and has_pefts_magnitude(entry):
         return Objection("peft's magnitude, without which it is another change", loads=True)
@@ -251,9 +249,11 @@ def _name_not_known_to_comfyui(family: NameTable, named: NamedTensor) -> str | N
     if named.module_name.startswith("oft_unet_"):
         return "names that begin with oft_unet_"
     known, whose = family.loaded.comfyui, _whose_paths(family, named)
+    if named.path.endswith(".scale") and named.scheme != "comfy":
+        return f"{named.scheme} names of a tensor that is no module's weight"
     if "original" in whose and (named.scheme, "original") in known:
         return None
-    is_lacking = named.path.startswith(family.loaded.comfyui_lacks)
+    is_lacking = re.search(family.loaded.comfyui_lacks, named.path)
     if "diffusers" in whose and (named.scheme, "diffusers") in known and not is_lacking:
         return None
     # Of diffusers' UNet names it knows all but attentions, which it expects as once hung on their processors.

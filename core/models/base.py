@@ -88,10 +88,17 @@ class Base:
         return self.family.latent_shape(self.components)
 
     @property
+    def blocks_in_a_level(self) -> int | None:
+        """The number of residual blocks in each down level of its UNet; None where the levels differ."""
+        blocks = self.components["denoiser"].config.get("layers_per_block", PUBLISHED_BLOCKS)
+        levels = {blocks} if isinstance(blocks, int) else set(blocks)
+        return levels.pop() if len(levels) == 1 else None
+
+    @property
     def names(self) -> NameTable:
         """The names of its modules in LoRA files."""
-        blocks = self.components["denoiser"].config.get("layers_per_block", PUBLISHED_BLOCKS)
-        return NAME_TABLES[self.family.name].for_blocks(blocks)
+        table = NAME_TABLES[self.family.name]
+        return table if self.blocks_in_a_level == PUBLISHED_BLOCKS else table.for_other_blocks()
 
     @property
     def size_multiple(self) -> int:

@@ -56,7 +56,8 @@ class BaseLayers:
         self.biased = set()
         self._names: dict[ModuleId, str] = {}
         layers = _layers_per_block(paths.values())
-        self.names = NAME_TABLES[self.family].for_blocks(layers)
+        table = NAME_TABLES[self.family]
+        self.names = table if layers == PUBLISHED_BLOCKS else table.for_other_blocks()
         for weight, (part, path) in paths.items():
             place, shape = _place(NAME_TABLES[self.family], part, path, layers), tensor_shapes[weight]
             if place is None or not _fits(place, shape):

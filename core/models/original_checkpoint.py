@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..errors import BadConfig
 from ..storage.safetensors_file import cast_tensor, layout_in, write_safetensors
 from ..tensor_names.unet import ldm_unet_path
 from .base import Base
@@ -56,13 +57,17 @@ def original_tensors(base: Base, parts: Mapping[str, Mapping[str, Tensor]]) -> d
     """The tensors of a checkpoint by their original names.
 
     `parts` has the tensors of the denoiser, the VAE and the text encoders by their names in diffusers and transformers.
+    Raises BadConfig for a UNet with other numbers of residual blocks from level to level.
     """
     result: dict[str, Tensor] = {}
     unet, levels = base.components["denoiser"].config, len(base.components["vae"].config["block_out_channels"])
     attention_above = [kind.startswith("CrossAttn") for kind in unet["up_block_types"]]
-    in_unet = partial(
-        ldm_unet_path, layers_per_block=unet["layers_per_block"], attention_above=attention_above.__getitem__
-    )
+    blocks = base.blocks_in_a_level
+    if blocks is None:
+        raise BadConfig(
+            f"{base.family.title}: the original names have no place for a UNet whose levels have unlike blocks"
+        )
+    in_unet = partial(ldm_unet_path, layers_per_block=blocks, attention_above=attention_above.__getitem__)
     for name, tensor in parts["denoiser"].items():
         result[f"model.diffusion_model.{in_unet(name)}"] = tensor
     for name, tensor in parts["vae"].items():

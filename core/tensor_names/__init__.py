@@ -28,6 +28,7 @@ from .table import (
     is_text_path,
     text_encoder_path,
 )
+from .unet import shows_other_blocks
 
 NAME_TABLES: dict[str, NameTable] = {
     family.name: family for family in (SD15, SD2, SDXL, SD3, FLUX1, CHROMA, FLUX2, LUMINA2, ZIMAGE, QWEN_IMAGE, KREA2)
@@ -75,5 +76,6 @@ __all__ = [
     "is_text_path",
     "other_model",
     "parse_key",
+    "shows_other_blocks",
     "text_encoder_path",
 ]

@@ -10,6 +10,15 @@ _ATTENTION = (
     Fusion("double_blocks.{}.txt_attn.qkv", tuple(f"{_DOUBLE}.attn.add_{x}_proj" for x in "qkv"), _QKV),
     Fusion("double_blocks.{}.img_attn.proj", (f"{_DOUBLE}.attn.to_out.0",)),
     Fusion("double_blocks.{}.txt_attn.proj", (f"{_DOUBLE}.attn.to_add_out",)),
+    *(
+        Fusion(f"{block}.norm.{original}_norm", (f"{new_block}.attn.norm_{added}{original[0]}",))
+        for block, new_block, added in (
+            ("double_blocks.{}.img_attn", _DOUBLE, ""),
+            ("double_blocks.{}.txt_attn", _DOUBLE, "added_"),
+            ("single_blocks.{}", _SINGLE, ""),
+        )
+        for original in ("query", "key")
+    ),
 )
 _ENDS = (
     Fusion("img_in", ("x_embedder",)),
@@ -136,7 +145,7 @@ CHROMA = NameTable(
         _IN_COMFYUI,
         diffusers=frozenset({"kohya", "diffusers"}),
         comfyui_t5=("lora_te1_",),
-        comfyui_lacks=("distilled_guidance_layer.",),
+        comfyui_lacks=r"^distilled_guidance_layer\.",
     ),
     kohya_prefixes={"denoiser": "lora_unet_", "text_encoder": "lora_te1_"},
     comfy_prefixes={"denoiser": "diffusion_model.", "text_encoder": "text_encoders.t5xxl.transformer."},
@@ -183,7 +192,7 @@ FLUX2 = NameTable(
             (Sign(r"^(single_transformer_blocks\.0\.attn\.to_qkv_mlp_proj|transformer_blocks\.0\.ff\.linear_in)$"),),
             (Sign(r"^context_embedder$"),),
         ),
-        comfyui_lacks=("double_stream_modulation_", "single_stream_modulation.", "time_guidance_embed."),
+        comfyui_lacks=r"^(double_stream_modulation_|single_stream_modulation\.|time_guidance_embed\.)",
         diffusers_lokr=frozenset(
             {
                 ("comfy", "original"),

@@ -14,7 +14,7 @@ original UNets:
     input_blocks middle_block output_blocks in_layers emb_layers out_layers skip_connection time_embed label_emb
 CLIP and T5:
     text_model self_attn q_proj k_proj v_proj out_proj layer_norm1 layer_norm2 final_layer_norm text_projection
-    token_embedding position_embedding layer_norm wi_0 wi_1
+    token_embedding position_embedding layer_norm wi_0 wi_1 relative_attention_bias
 diffusers' transformers:
     single_transformer_blocks add_q_proj add_k_proj add_v_proj to_add_out ff_context norm_q norm_k norm_added_q
     norm_added_k norm1_context norm_out proj_mlp x_embedder context_embedder pos_embed time_text_embed

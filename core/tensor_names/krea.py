@@ -10,6 +10,9 @@ _BLOCKS = {
 _LAYERS = {
     "attn.wq": "attn.to_q", "attn.wk": "attn.to_k", "attn.wv": "attn.to_v", "attn.wo": "attn.to_out.0",
     "attn.gate": "attn.to_gate", "mlp.gate": "ff.gate", "mlp.up": "ff.up", "mlp.down": "ff.down",
+    # A norm of the original model has no weight: its scale is a tensor with a name of its own.
+    "prenorm.scale": "norm1", "postnorm.scale": "norm2",
+    "attn.qknorm.qnorm.scale": "attn.norm_q", "attn.qknorm.knorm.scale": "attn.norm_k",
 }  # fmt: skip
 _of_original, _of_diffusers = by_rules(
     *(
@@ -22,8 +25,10 @@ _of_original, _of_diffusers = by_rules(
     Fusion("tmlp.2", ("time_embed.linear_2",)),
     Fusion("tproj.1", ("time_mod_proj",)),
     Fusion("txtfusion.projector", ("text_fusion.projector",)),
+    Fusion("txtmlp.0.scale", ("txt_in.norm",)),
     Fusion("txtmlp.1", ("txt_in.linear_1",)),
     Fusion("txtmlp.3", ("txt_in.linear_2",)),
+    Fusion("last.norm.scale", ("final_layer.norm",)),
     Fusion("last.linear", ("final_layer.linear",)),
 )
 _WIDTH = frozenset({6144})
@@ -49,5 +54,6 @@ KREA2 = NameTable(
     loaded=LoadedNames(
         TRANSFORMER_IN_COMFYUI | {("comfy", "diffusers"), ("bare", "diffusers")},
         diffusers=frozenset({"diffusers", "comfy"}),
+        comfyui_lacks="norm",
     ),
 )

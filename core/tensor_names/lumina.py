@@ -12,6 +12,10 @@ def _lumina_layer(stack: str) -> tuple[Fusion, ...]:
         Fusion(f"{stack}.attention.out", (f"{stack}.attn.to_out.0",)),
         *(Fusion(f"{stack}.feed_forward.w{n}", (f"{stack}.feed_forward.linear_{n}",)) for n in (1, 2, 3)),
         Fusion(f"{stack}.adaLN_modulation.1", (f"{stack}.norm1.linear",)),
+        *(Fusion(f"{stack}.attention.{x}_norm", (f"{stack}.attn.norm_{x}",)) for x in "qk"),
+        # The text alone is not modulated.
+        Fusion(f"{stack}.attention_norm1", (f"{stack}.norm1" if "context" in stack else f"{stack}.norm1.norm",)),
+        Fusion(f"{stack}.attention_norm2", (f"{stack}.norm2",)),
     )
 
 
@@ -19,6 +23,7 @@ def _z_image_layer(stack: str) -> tuple[Fusion, ...]:
     return (
         Fusion(f"{stack}.attention.qkv", tuple(f"{stack}.attention.to_{x}" for x in "qkv"), (1, 1, 1)),
         Fusion(f"{stack}.attention.out", (f"{stack}.attention.to_out.0",)),
+        *(Fusion(f"{stack}.attention.{x}_norm", (f"{stack}.attention.norm_{x}",)) for x in "qk"),
     )
 
 
@@ -26,7 +31,7 @@ _of_original, _of_diffusers = by_rules(
     *(rule for stack in _STACKS for rule in _lumina_layer(stack)),
     Fusion("final_layer.adaLN_modulation.1", ("norm_out.linear_1",)),
     Fusion("final_layer.linear", ("norm_out.linear_2",)),
-    Fusion("cap_embedder.1", ("time_caption_embed.caption_embedder.1",)),
+    *(Fusion(f"cap_embedder.{n}", (f"time_caption_embed.caption_embedder.{n}",)) for n in (0, 1)),
     Fusion("t_embedder.mlp.0", ("time_caption_embed.timestep_embedder.linear_1",)),
     Fusion("t_embedder.mlp.2", ("time_caption_embed.timestep_embedder.linear_2",)),
 )

@@ -23,6 +23,8 @@ _of_original, _of_diffusers = by_rules(
     Fusion(f"{_JOINT}.x_block.attn.proj", (f"{_BLOCK}.attn.to_out.0",)),
     Fusion(f"{_JOINT}.context_block.attn.proj", (f"{_BLOCK}.attn.to_add_out",)),
     Fusion(f"{_JOINT}.x_block.attn2.proj", (f"{_BLOCK}.attn2.to_out.0",)),
+    *(Fusion(f"{_JOINT}.x_block.{a}.ln_{x}", (f"{_BLOCK}.{a}.norm_{x}",)) for a in ("attn", "attn2") for x in "qk"),
+    *(Fusion(f"{_JOINT}.context_block.attn.ln_{x}", (f"{_BLOCK}.attn.norm_added_{x}",)) for x in "qk"),
     Fusion(f"{_JOINT}.x_block.mlp.fc1", (f"{_BLOCK}.ff.net.0.proj",)),
     Fusion(f"{_JOINT}.x_block.mlp.fc2", (f"{_BLOCK}.ff.net.2",)),
     Fusion(f"{_JOINT}.context_block.mlp.fc1", (f"{_BLOCK}.ff_context.net.0.proj",)),

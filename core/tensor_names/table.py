@@ -146,8 +146,8 @@ class LoadedNames:
     """The schemes that diffusers' pipelines load."""
     comfyui_t5: tuple[str, ...] = ()
     """The prefixes of Kohya's names of T5 that ComfyUI loads."""
-    comfyui_lacks: tuple[str, ...] = ()
-    """Prefixes of paths that are missing in ComfyUI's table of diffusers' names."""
+    comfyui_lacks: str = r"$^"
+    """A regular expression that is found in the paths that are missing in ComfyUI's table of diffusers' names."""
     diffusers_denoiser_lacks: Mapping[str, str] = field(default_factory=dict)
     """The reason why diffusers does not load the denoiser in a scheme whose text encoders it loads, by scheme."""
     diffusers_lokr: frozenset[tuple[str, str]] = frozenset()
@@ -222,6 +222,8 @@ class NameTable:
     Checkpoints can be written only for families that have them."""
     embedding_names: Mapping[str, str] = field(default_factory=dict)
     """The name of each part's tensor in a textual-inversion embedding file; empty for families without such files."""
+    has_other_blocks: bool = False
+    """Whether the UNet has other numbers of residual blocks in a level than the published ones (`for_other_blocks`)."""
     block_lists: tuple[str, ...] = ()
     """The blocks in each form of list of the LoRA Block Weight extension, where IN04-05 stands for IN04 and IN05."""
 
@@ -230,12 +232,12 @@ class NameTable:
         """Whether the denoiser is a UNet; otherwise it is a transformer."""
         return self.diffusers_prefix == "unet."
 
-    def for_blocks(self, layers: int) -> NameTable:
-        """The names for a model with that many residual blocks in a level of its UNet; a transformer has none.
+    def for_other_blocks(self) -> NameTable:
+        """The names for a UNet that has not PUBLISHED_BLOCKS residual blocks in each level, which are diffusers' alone.
 
-        The original names number the blocks as the published models have them, two in a level. Others have diffusers' names.
+        The original names number the blocks as the published models have them. A transformer's names are the same.
         """
-        return replace(self, original_in_kohya=False) if self.is_unet and layers != PUBLISHED_BLOCKS else self
+        return replace(self, original_in_kohya=False, has_other_blocks=True) if self.is_unet else self
 
     def locate(self, part: str, path: str) -> Place:
         """The place in the model of a path in a file, in original or diffusers naming."""

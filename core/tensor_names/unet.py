@@ -5,7 +5,7 @@ number of residual blocks in a level.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 # The original names of the modules in a residual block, by their diffusers names.
 _UNET_RESNET = {
@@ -96,3 +96,21 @@ def diffusers_unet_path(path: str, layers_per_block: int = 2) -> str:
             return f"mid_block.attentions.0.{match[2]}"
         return f"mid_block.resnets.{int(match[1]) // 2}.{replace_head(match[2], inverse(_UNET_RESNET))}"
     return replace_head(path, inverse(_UNET_OUTSIDE_BLOCKS))
+
+
+def shows_other_blocks(paths: Iterable[str], published: int) -> bool:
+    """Whether the paths of modules are those of a UNet that has not `published` residual blocks in each down level.
+
+    An up level has one more. Modules of some blocks alone do not tell, but where their numbers are too high.
+    """
+    blocks = {"down": 0, "up": 0}
+    for path in paths:
+        if match := re.match(r"(down|up)_blocks\.\d+\.(?:resnets|attentions)\.(\d+)\.", path):
+            blocks[match[1]] = max(blocks[match[1]], int(match[2]) + 1)
+        # In the original names each level ends with a downsampler, the first after the blocks of the first level.
+        elif match := re.match(r"input_blocks\.(\d+)\.(?:0\.op|1\.|0\.in_layers\.)", path):
+            is_downsampler = match[0].endswith("op")
+            if (int(match[1]) % (published + 1) == 0) != is_downsampler:
+                return True
+    down, up = blocks["down"], blocks["up"] - 1
+    return down > published or up > published or 0 < down == up < published

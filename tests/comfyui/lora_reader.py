@@ -131,20 +131,27 @@ def base_weight(shape: torch.Size) -> torch.Tensor:
     return torch.randn(shape, generator=generator) / math.prod(shape[1:]) ** 0.5
 
 
-@functools.cache
-def read(name: str) -> tuple[dict, dict]:
-    """Of a model: shapes of the weights, and ComfyUI's map from names in LoRA files."""
-    cls, config = MODELS[name]
+def names_of(cls, config: dict, clip=None) -> tuple[dict, dict]:
+    """Of a model and its text encoders: shapes of the weights, and ComfyUI's map from names in LoRA files."""
     model = cls(dict(config)).get_model({}, "", device=torch.device("meta"))
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
     key_map = comfy.lora.model_lora_keys_unet(model, {})
-    family = name.removeprefix("small-")
-    if family in TEXT_ENCODERS:
-        options = SMALL_TEXTS if name != family else {}
-        clip = TEXT_ENCODERS[family](device="meta", dtype=torch.float32, model_options=options)
+    if clip is not None:
         shapes |= {key: tensor.shape for key, tensor in clip.state_dict().items()}
         key_map = comfy.lora.model_lora_keys_clip(clip, key_map)
     return shapes, key_map
+
+
+def text_encoders_of(family: str, options: dict):
+    """Of a family that has CLIP or T5, without weights; None for another."""
+    make = TEXT_ENCODERS.get(family)
+    return make and make(device="meta", dtype=torch.float32, model_options=options)
+
+
+@functools.cache
+def read(name: str) -> tuple[dict, dict]:
+    family = name.removeprefix("small-")
+    return names_of(*MODELS[name], text_encoders_of(family, SMALL_TEXTS if name != family else {}))
 
 
 def report(model: str, path: str) -> dict:
@@ -170,5 +177,6 @@ def report(model: str, path: str) -> dict:
     return {"not_loaded": warnings.messages, "changes": changes}
 
 
-for model, path in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
-    print("RESULT " + json.dumps(report(model, path)), flush=True)
+if __name__ == "__main__":
+    for model, path in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        print("RESULT " + json.dumps(report(model, path)), flush=True)

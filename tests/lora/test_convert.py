@@ -17,6 +17,7 @@ from core.lora.hashes import legacy_hash, model_hash
 from core.lora.low_rank import truncated_svd
 from core.lora.modules import LoraModule
 from core.models import load_base
+from core.models.base_weights import BaseWeights
 from core.storage.safetensors_file import SafetensorsFile, save_safetensors
 from core.tensor_names import NAME_TABLES
 from core.tensor_names.unet import ldm_unet_path
@@ -645,6 +646,52 @@ def test_what_is_extracted_from_a_unet_with_one_block_a_level_has_names_that_it_
     merge_into_checkpoint(path, [(lora, 1.0)], tmp_path / "merged")
     merged = SafetensorsFile.open(tmp_path / "merged")
     assert all(torch.allclose(merged[name], tuned[name], atol=1e-3) for name in of_unet)
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocks"),
+    [
+        (SMALL_SDXL, 1),
+        (SMALL_SD15, 3),
+        pytest.param(SMALL_SD15, 1, marks=pytest.mark.slow),
+        pytest.param(SMALL_SDXL, 3, marks=pytest.mark.slow),
+    ],
+)
+def test_a_lora_for_a_unet_with_other_numbers_of_blocks_is_converted_and_back_and_merged_or_refused(
+    shape, blocks, tmp_path
+):
+    shape = replace(shape, unet=shape.unet | {"layers_per_block": blocks})
+    base = BaseWeights.open(write_checkpoint(tmp_path / "base", shape, torch.float32))
+    modules = {
+        module: LoraModule(torch.ones(1, *sides[1:]), torch.ones(sides[0], 1, *[1] * (len(sides) - 2)), 0.5)
+        for module, sides in base.shapes.items()
+        if len(sides) > 1 and module[0] == "denoiser"
+    }
+    kohya = LoraFile.from_modules(shape.family, modules, {}, names=base.names)
+    diffusers = convert_lora(kohya, "diffusers").lora
+    back = convert_lora(diffusers, "kohya").lora
+    assert set(back.tensors) == set(kohya.tensors) and set(diffusers.modules()) == set(modules)
+    both = merge_loras([(kohya, 0.5), (diffusers, 0.5)]).lora
+    assert {entry.name for entry in both.entries} == {entry.name for entry in kohya.entries}
+    assert merge_into_checkpoint(tmp_path / "base", [(both, 1.0)], tmp_path / "merged") == len(modules)
+    for lora in (kohya, diffusers):
+        if blocks == 1:
+            assert set(convert_lora(lora, "comfy").lora.modules()) == set(modules)
+        else:
+            with pytest.raises(UnmatchedKeys, match="more than the 2 residual blocks in a level of the published"):
+                convert_lora(lora, "comfy")
+    numbered = {
+        f"diffusion_model.{base.name_of(m).removeprefix('model.diffusion_model.').removesuffix('.weight')}": m
+        for m in modules
+    }
+    tensors = {f"{name}.lora_A.weight": modules[module].down for name, module in numbered.items()}
+    tensors |= {f"{name}.lora_B.weight": modules[module].up for name, module in numbered.items()}
+    original = LoraFile(shape.family, {}, tensors)
+    for attempt in (lambda: convert_lora(original, "kohya"), lambda: merge_loras([(original, 1.0)])):
+        with pytest.raises(UnmatchedKeys, match="diffusers' names would"):
+            attempt()
+    with pytest.raises(LoraMisfit):
+        merge_into_checkpoint(tmp_path / "base", [(original, 1.0)], tmp_path / "merged")
 
 
 def test_checkpoints_with_names_of_the_original_and_of_diffusers_are_compared(tmp_path):

@@ -13,7 +13,7 @@ import torch
 from core.cli import main
 from core.errors import BadConfig, UnmatchedKeys
 from core.lora import LoraFile
-from core.lora.convert import convert_for
+from core.lora.convert import convert_for, convert_lora
 from core.lora.modules import LoraModule
 from core.lora.readers import READERS, not_loaded_by, read_by
 from tests.tensor_names.test_keys import KOHYA_LISTS, kohya_names
@@ -106,3 +106,46 @@ def test_one_lora_is_inspected_in_a_fifth_of_a_second_and_a_thousand_in_ten(tmp_
 
     assert min(seconds(tmp_path / "sd15.safetensors") for _ in range(5)) < 0.2
     assert seconds(folder) < 10
+
+
+# Of each family a norm's name in the original model and in diffusers, and the namings in which ComfyUI knows it.
+NORMS = {
+    "flux1": ("double_blocks.0.txt_attn.norm.query_norm", "transformer_blocks.0.attn.norm_added_q", "kohya comfy diffusers"),
+    "chroma": ("single_blocks.0.norm.key_norm", "single_transformer_blocks.0.attn.norm_k", "kohya comfy diffusers"),
+    "flux2": ("double_blocks.0.img_attn.norm.key_norm", "transformer_blocks.0.attn.norm_k", "kohya comfy diffusers"),
+    "sd3": ("joint_blocks.0.x_block.attn2.ln_q", "transformer_blocks.0.attn2.norm_q", "kohya comfy diffusers"),
+    "lumina2": ("layers.0.attention.q_norm", "layers.0.attn.norm_q", "kohya comfy"),
+    "zimage": ("layers.0.attention.q_norm", "layers.0.attention.norm_q", "kohya comfy diffusers"),
+    "qwen-image": ("transformer_blocks.0.attn.norm_added_k", "transformer_blocks.0.attn.norm_added_k", "kohya comfy diffusers"),
+    "krea2": ("blocks.0.attn.qknorm.qnorm.scale", "transformer_blocks.0.attn.norm_q", "comfy"),
+}  # fmt: skip
+WIDTHS = {"sd3": 64, "lumina2": 96}
+
+
+@pytest.mark.parametrize("role", ["diff", "w_norm"])
+@pytest.mark.parametrize("family", NORMS)
+def test_norms_of_transformers_are_known_by_both_names_and_load_in_comfyui_where_its_map_has_them(family, role):
+    original, diffusers, known = NORMS[family]
+    names = {
+        "kohya": f"lora_unet_{original.replace('.', '_')}",
+        "comfy": f"diffusion_model.{original}",
+        "diffusers": f"transformer.{diffusers}",
+    }
+    for scheme, name in names.items():
+        lora = LoraFile(family, {}, {f"{name}.{role}": torch.ones(WIDTHS.get(family, 128))})
+        assert [entry.modules for entry in lora.entries] == [(("denoiser", diffusers),)]
+        assert family in lora.identity.families, scheme
+        assert (read_by("ComfyUI", lora).verdict == "loads") == (scheme in known.split()), scheme
+        for other in ("kohya", "comfy"):
+            converted = convert_lora(lora, other).lora
+            assert [entry.modules for entry in converted.entries] == [(("denoiser", diffusers),)]
+            assert (read_by("ComfyUI", converted).verdict == "loads") == (other in known.split()), (scheme, other)
+
+
+@pytest.mark.parametrize("family", [family for family, (a, b, _) in NORMS.items() if a != b])
+def test_diffusers_names_of_norms_behind_prefixes_of_original_names_load_nowhere(family):
+    _, diffusers, _ = NORMS[family]
+    for name in (f"lora_unet_{diffusers.replace('.', '_')}", f"diffusion_model.{diffusers}"):
+        lora = LoraFile(family, {}, {f"{name}.diff": torch.ones(WIDTHS.get(family, 128))})
+        loads = read_by("ComfyUI", lora).verdict == "loads"
+        assert loads == (family == "zimage" and name.startswith("diffusion_model.")), name

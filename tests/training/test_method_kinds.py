@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
 
 from core.config import TrainConfig
 from core.errors import BadConfig, LoraMisfit, TrainingDiverged, UnmatchedKeys
@@ -14,6 +15,7 @@ from core.lora.file import LoraFile
 from core.lora.modules import name_kinds
 from core.models import load_base
 from core.models.memory_plan import plans_for
+from core.models.original_checkpoint import original_tensors
 from core.tensor_names import NAME_TABLES
 from core.training.callbacks import Callbacks
 from core.training.loop import train_lora
@@ -301,3 +303,23 @@ def test_what_is_trained_on_an_sdxl_with_one_block_a_level_has_names_that_it_has
     assert isinstance(lora, LoraFile)
     names = {entry.name for entry in lora.entries}
     assert len(names) > 20 and names <= {f"lora_unet_{path}" for path in paths}
+
+
+@pytest.mark.parametrize(("blocks", "of_published"), [([2, 2, 2], True), ([1, 1, 1], False), ([1, 2, 2], False)])
+def test_a_unet_whose_config_lists_its_blocks_has_the_names_of_one_that_has_so_many(blocks, of_published, tmp_path):
+    base = load_base(write_checkpoint(tmp_path / "base", SMALL_SDXL, torch.float32))
+    base.components["denoiser"].config["layers_per_block"] = blocks
+    assert base.names.original_in_kohya == of_published
+
+
+def test_no_checkpoint_is_written_of_a_unet_whose_levels_have_unlike_blocks(tmp_path):
+    """The original names have no place for it, which is said before anything is trained."""
+    base = load_base(write_checkpoint(tmp_path / "base", SMALL_SDXL, torch.float32))
+    base.components["denoiser"].config["layers_per_block"] = [1, 2, 2]
+    with torch.device("meta"):
+        network = UNet2DConditionModel.from_config(base.components["denoiser"].config)
+    assert isinstance(network, torch.nn.Module)
+    with pytest.raises(BadConfig, match=r"'dreambooth'.* levels have unlike blocks"):
+        METHODS["dreambooth"].attach({"denoiser": network}, base.family, TrainConfig(method="dreambooth"), None)
+    with pytest.raises(BadConfig, match="levels have unlike blocks"):
+        original_tensors(base, {"denoiser": {}})

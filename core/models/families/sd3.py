@@ -28,11 +28,7 @@ SHIFT = 3.0
 TEXT = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
 HEAD_WIDTH = 64
 
-_RENAMES = (
-    ("pos_embed", "pos_embed.pos_embed"),
-    (r"joint_blocks\.(\d+)\.x_block\.(attn2?)\.ln_(q|k)\.weight", r"transformer_blocks.\1.\2.norm_\3.weight"),
-    (r"joint_blocks\.(\d+)\.context_block\.attn\.ln_(q|k)\.weight", r"transformer_blocks.\1.attn.norm_added_\2.weight"),
-)
+_RENAMES = (("pos_embed", "pos_embed.pos_embed"),)
 _BLOCK = r"transformer_blocks\.\d+"
 _ATTENTION = rf"{_BLOCK}\.(attn2?\.(to_[qkv]|to_out\.0)|attn\.(add_[qkv]_proj|to_add_out))"
 _TRANSFORMER = rf"{_ATTENTION}|{_BLOCK}\.(ff(_context)?\.net\.(0\.proj|2)|norm1(_context)?\.linear)"

@@ -24,7 +24,6 @@ _TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 ROTARY_AXES, ROTARY_LENGTHS = (32, 48, 48), (1536, 512, 512)
 """The widths of an attention head that are rotated by a position's number, row and column, and the most of each."""
 
-_RENAMES = ((r"(.+\.attention)\.([qk])_norm\.weight", r"\1.norm_\2.weight"),)
 _ATTENTION = r"layers\.\d+\.attention\.to_([qkv]|out\.0)"
 # Refiners and modulation layers are not adapted, as in musubi-tuner.
 _TRANSFORMER = rf"{_ATTENTION}|layers\.\d+\.feed_forward\.w[123]"
@@ -52,7 +51,7 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
         "axes_lens": ROTARY_LENGTHS,
     }
     # Some files have an unused norm from Lumina 2.
-    denoiser = transformer.transformer_component(tensors, config, NAMES, _RENAMES, left_out=r"^norm_final\.")
+    denoiser = transformer.transformer_component(tensors, config, NAMES, left_out=r"^norm_final\.")
     return {"denoiser": denoiser} | text.other_parts(tensors, transformer.flux1_vae, TEXT)
 
 

@@ -3,6 +3,8 @@
 The result is a checkpoint in the original naming, as ComfyUI loads it, and beside it the same change as a LoRA.
 """
 
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -74,6 +76,12 @@ def attach(
     """
     if not family.names.checkpoint_prefixes:
         raise BadConfig(f"method 'dreambooth': no checkpoint of {family.title} can be written; use 'lora'")
+    paths = "\n".join(path for path, _ in networks["denoiser"].named_modules())
+    blocks = Counter(re.findall(r"^down_blocks\.(\d+)\.resnets\.\d+$", paths, re.MULTILINE))
+    if len(set(blocks.values())) > 1:
+        raise BadConfig(
+            "method 'dreambooth': no checkpoint of a UNet whose levels have unlike blocks can be written; use 'lora'"
+        )
     if continue_from is not None:
         raise LoraMisfit(f"{continue_from.name}: method 'dreambooth' goes on from a checkpoint: give it as the base")
     refuse_settings_of_lora(config)
