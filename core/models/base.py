@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -129,9 +129,8 @@ class Base:
         component = self._component(part)
         what = f"{self.name}: the config of the {part.replace('_', ' ')}"
         named = {key: count for key, count in component.config.items() if "layers" in key and "window" not in key}
-        layers = [count for count in named.values() if isinstance(count, int)]
-        if max(layers, default=0) > len(component.tensors):
-            raise BadFile(f"{what} has {max(layers)} layers, and there are {len(component.tensors)} tensors")
+        if (layers := max(_numbers_in(list(named.values())), default=0)) > len(component.tensors):
+            raise BadFile(f"{what} has {layers} layers, and there are {len(component.tensors)} tensors")
         try:
             return self.family.build_empty(part, component.config)
         except FaceLoraError:
@@ -506,3 +505,12 @@ def _folder_tensors(folder: Path, part: str) -> Mapping[str, Tensor]:
                 continue
             readers[current_vae_path(name) if part == "vae" else name] = Stored(file, name)
     return LazyTensors(text.library_tensors(readers) if part.startswith("text_encoder") else readers)
+
+
+def _numbers_in(value: Any) -> Iterator[int]:
+    """The integers in a value of a config, which may be lists within lists."""
+    if isinstance(value, list):
+        for one in value:
+            yield from _numbers_in(one)
+    elif isinstance(value, int):
+        yield value

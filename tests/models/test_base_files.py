@@ -620,7 +620,7 @@ def test_t5s_embedding_is_in_memory_once(parts):
     ("part", "odd"),
     [
         ("vae", {"act_fn": "x"}), ("vae", {"layers_per_block": 2**40}), ("unet", {"in_channels": []}),
-        ("unet", {"block_out_channels": None}), ("unet", []),
+        ("unet", {"block_out_channels": None}), ("unet", []), ("unet", {"transformer_layers_per_block": [[1, 2**31], 1]}),
     ],
 )  # fmt: skip
 def test_a_config_that_makes_no_sense_is_named(tmp_path, small_sd15, part, odd):
