@@ -25,7 +25,7 @@ from .modules import LoraModule, name_in_scheme, name_modules, suffix_of, withou
 from .names import Entry
 from .progress import OnProgress, silent
 from .readers import READERS, not_loaded_by
-from .words import trigger_words
+from .words import PHRASE_KEY, trigger_words
 
 _OF_THE_ORIGINAL = ("lora_adapter_metadata", KEY)
 """The metadata that are not true of a changed copy of a LoRA."""
@@ -413,7 +413,7 @@ def merge_loras(
     metadata["modelspec.merged_from"] = ", ".join(titles)
     phrases = [words[0] for lora, _ in loras if (words := trigger_words(lora.metadata))]
     if phrases:
-        metadata["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(phrases))
+        metadata[PHRASE_KEY] = ", ".join(dict.fromkeys(phrases))
     names = next(
         (names for names in map(_names_of, (lora for lora, _ in loras)) if names.has_other_blocks), NAME_TABLES[family]
     )

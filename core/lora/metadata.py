@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from PIL import Image
+
 from ..errors import BadConfig, BadFile, BadPhoto
 from ..photos.reading import read_photo_files
 from ..storage.safetensors_file import SafetensorsFile, copy_with_metadata
@@ -85,7 +87,12 @@ def small_picture(picture: str | os.PathLike[str]) -> str:
         small = read_photo_files([Path(picture)], strict=True)[0].image(shorter_side=THUMBNAIL_SIDE)
     except BadPhoto as error:
         raise BadFile(f"{Path(picture)}: cannot be read as a picture: {error}") from None
+    return thumbnail_url(small)
+
+
+def thumbnail_url(image: Image.Image) -> str:
+    """The picture as a data URL of a JPEG, its longer side at most THUMBNAIL_SIDE pixels."""
+    small, data = image.convert("RGB"), io.BytesIO()
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    data = io.BytesIO()
     small.save(data, "JPEG", quality=85, comment="")  # else the picture's own comment comes along
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode("ascii")

@@ -9,9 +9,8 @@ from contextlib import suppress
 from typing import Any
 
 from .report import SETTINGS
-from .words import WORD_KEY, trigger_words
+from .words import PHRASE_KEY, WORD_KEY, trigger_words
 
-PHRASE_KEY = "modelspec.trigger_phrase"
 _PEFT = "lora_adapter_metadata"
 _MODELSPEC = (
     "sai_model_spec", "architecture", "implementation", "implementation_version", "title", "description",

@@ -8,6 +8,8 @@ from typing import Any
 from ..tensor_names import bundled_embedding
 from .names import LoraNames
 
+PHRASE_KEY = "modelspec.trigger_phrase"
+"""The key in a LoRA's metadata of the words that call it up."""
 WORD_KEY = "facelora.word"
 """The key in an embedding file's metadata of the word by which prompts name it."""
 
@@ -19,7 +21,7 @@ def word_of(lora: LoraNames, key: str) -> str:
 
 def trigger_words(metadata: Mapping[str, str]) -> list[str]:
     """The trigger words that the metadata name, best first: those of modelspec and the subsets, then frequent tags."""
-    words = [word.strip() for word in metadata.get("modelspec.trigger_phrase", "").split(",")]
+    words = [word.strip() for word in metadata.get(PHRASE_KEY, "").split(",")]
     for dataset in _json(metadata, "ss_datasets", list):
         subsets = dataset.get("subsets") if isinstance(dataset, dict) else None
         for subset in subsets if isinstance(subsets, list) else []:

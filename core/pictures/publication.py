@@ -17,10 +17,10 @@ from ..errors import BadConfig, BadFile
 from ..lora.file import LoraFile
 from ..lora.hashes import file_hashes
 from ..lora.metadata import copy_with_hashes, small_picture
-from ..lora.personal import PHRASE_KEY, personal_part, shared_metadata
+from ..lora.personal import personal_part, shared_metadata
 from ..lora.progress import OnProgress, silent
 from ..lora.verify import verify_lora
-from ..lora.words import trigger_words
+from ..lora.words import PHRASE_KEY, trigger_words
 from ..models.families import FAMILIES
 from ..photos.reading import DAMAGED, Photo, read_photo_files, read_photos
 from ..storage.files import make_folder, write_text, writing

@@ -1,7 +1,5 @@
 """The metadata of a trained LoRA: `ss_*` as sd-scripts writes them, and those of the ModelSpec standard, as tools read them."""
 
-import base64
-import io
 import json
 import random
 import time
@@ -12,6 +10,7 @@ import torch
 from PIL import Image
 
 from ..config import TrainConfig
+from ..lora.metadata import thumbnail_url
 from ..models.base import Base
 from ..models.memory_plan import MemoryPlan
 from ..models.objective import TIMESTEPS
@@ -29,8 +28,6 @@ _PRECISION_NAMES = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: 
 IMPLEMENTATION = "comfyui-facelora"
 WEIGHTS_KEY = "facelora.frozen_weights"
 """The key for the precision of frozen weights that were narrowed, which makes the LoRA a little different."""
-THUMBNAIL_SIDE = 256
-"""The longer side of the thumbnail, in pixels. It is small, since every reader parses the header that it stands in."""
 
 
 _NOT_OURS: dict[str, Any] = {
@@ -131,7 +128,7 @@ def _modelspec(base: Base, config: TrainConfig, finished_at: float, thumbnail: I
         "modelspec.trigger_phrase": _phrase(config),
         "modelspec.timestep_range": None if limits == (0, TIMESTEPS - 1) else f"{limits[0]},{limits[1] + 1}",
         "modelspec.encoder_layer": config.clip_skip if config.clip_skip > 1 else None,
-        "modelspec.thumbnail": _data_url(thumbnail) if thumbnail else None,
+        "modelspec.thumbnail": thumbnail_url(thumbnail) if thumbnail else None,
     }
 
 
@@ -284,12 +281,3 @@ def _of_network(config: TrainConfig) -> dict[str, Any]:
         "ss_network_dropout": config.dropout or None,
         "ss_network_module": "networks.lora",
     }
-
-
-def _data_url(image: Image.Image) -> str:
-    """A JPEG of the picture, its longer side at most THUMBNAIL_SIDE pixels, as a `data:` URL."""
-    image = image.convert("RGB")
-    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
