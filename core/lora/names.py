@@ -19,7 +19,6 @@ from ..storage.header import Header
 from ..tensor_names import (
     EMBEDDING_KEYS,
     NAME_TABLES,
-    PUBLISHED_BLOCKS,
     Identity,
     ModuleId,
     NameTable,
@@ -204,7 +203,7 @@ class LoraNames:
         if not table.is_unet or self.identity.models:
             return table
         paths = (module.path for module in self.content.modules if module.part == "denoiser")
-        return table.for_other_blocks() if shows_other_blocks(paths, PUBLISHED_BLOCKS) else table
+        return table.for_other_blocks() if shows_other_blocks(paths) else table
 
     @cached_property
     def misfits(self) -> tuple[str, ...]:

@@ -1,7 +1,6 @@
 """Base models from a checkpoint file, a mapping of tensors, a diffusers folder or a hub id, whose networks load on demand."""
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,13 +14,13 @@ from torch import Tensor, nn
 
 from ..device import free_memory
 from ..errors import BadConfig, BadFile, FaceLoraError, UnknownFamily, UnmatchedKeys
-from ..storage.files import read_json
 from ..storage.lazy import LazyTensors, Stored, dtype_and_shape
 from ..storage.safetensors_file import SafetensorsFile, tensor_bytes
-from ..tensor_names import NAME_TABLES, PUBLISHED_BLOCKS, NameTable
+from ..tensor_names import NAME_TABLES, PUBLISHED_BLOCKS, NameTable, blocks_in_a_level
 from . import text
-from .families import FAMILIES, detect_family
-from .ldm import VAE_PREFIXES, current_vae_path, original_unet_names
+from .diffusers_folder import download, is_hub_id, read_folder
+from .families import detect_family
+from .ldm import VAE_PREFIXES, original_unet_names
 from .memory_plan import MemoryPlan, MemorySaver
 from .objective import Schedule
 from .pipeline import assemble, encoder_classes, encoder_component, pipeline_class
@@ -29,7 +28,6 @@ from .quantised import dequantised
 from .recipe import RECIPES_KEY
 from .spec import (
     DENOISER_PREFIX,
-    UNQUANTISED,
     Component,
     Conditioning,
     FamilySpec,
@@ -88,17 +86,11 @@ class Base:
         return self.family.latent_shape(self.components)
 
     @property
-    def blocks_in_a_level(self) -> int | None:
-        """The number of residual blocks in each down level of its UNet; None where the levels differ."""
-        blocks = self.components["denoiser"].config.get("layers_per_block", PUBLISHED_BLOCKS)
-        levels = {blocks} if isinstance(blocks, int) else set(blocks)
-        return levels.pop() if len(levels) == 1 else None
-
-    @property
     def names(self) -> NameTable:
         """The names of its modules in LoRA files."""
         table = NAME_TABLES[self.family.name]
-        return table if self.blocks_in_a_level == PUBLISHED_BLOCKS else table.for_other_blocks()
+        blocks = blocks_in_a_level(self.components["denoiser"].config)
+        return table if blocks == PUBLISHED_BLOCKS else table.for_other_blocks()
 
     @property
     def size_multiple(self) -> int:
@@ -285,13 +277,13 @@ def load_base(
     if not isinstance(source, Mapping):
         path = Path(source)
         # Of os.path: Path's own raise for a folder that may not be looked into, or a name that is too long.
-        is_on_hub = not os.path.exists(path) and _is_hub_id(str(source))
+        is_on_hub = not os.path.exists(path) and is_hub_id(str(source))
         if os.path.isdir(path) or is_on_hub:
             parts = {"vae": vae, "text_encoders": text_encoders, "tokenizer": tokenizer}
             if given := [what for what, one in parts.items() if one]:
                 raise BadConfig(f"{source}: a folder of diffusers has all parts itself: leave out {', '.join(given)}")
-            folder = _download(str(source)) if is_on_hub else path
-            return replace(_read_folder(folder, prediction_type, zero_terminal_snr), caption_encoder=caption_encoder)
+            folder = download(str(source)) if is_on_hub else path
+            return replace(_of_folder(folder, prediction_type, zero_terminal_snr), caption_encoder=caption_encoder)
     name, file = _opened(source)
     metadata = file.metadata if isinstance(file, SafetensorsFile) else {}
     vae_file = None if vae is None else _opened(vae)[1]
@@ -397,17 +389,6 @@ def _check_variant(family: FamilySpec, components: Mapping[str, Component]) -> N
         )
 
 
-def _check_scheduler(family: FamilySpec, scheduler: Mapping[str, Any]) -> None:
-    """Raises UnknownFamily when the scheduler of a folder shows that the model predicts in another way than its family."""
-    name, predicted = str(scheduler.get("_class_name")), scheduler.get("prediction_type", "epsilon")
-    on_other_noise = name.startswith(("EDM", "FlowMatch"))  # EDM: Playground v2.5, CosXL
-    if family.predicts_noise and (on_other_noise or predicted not in ("epsilon", "v_prediction")):
-        raise UnknownFamily(
-            f"its scheduler is {name} with prediction_type {predicted!r}, and a model that is trained so is not supported; "
-            "supported: epsilon and v_prediction on the noise of Stable Diffusion"
-        )
-
-
 def _side(resolution: str | None, default: int) -> int:
     """The side of a square as large as `WIDTHxHEIGHT` in modelspec; the default when that is missing or makes no sense."""
     sides = (resolution or "").lower().split("x")
@@ -416,95 +397,26 @@ def _side(resolution: str | None, default: int) -> int:
     return default
 
 
-def _is_hub_id(source: str) -> bool:
-    parts = source.split("/")
-    return len(parts) == 2 and all(parts) and not source.endswith((".safetensors", ".ckpt", ".pt", ".bin"))
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
+def _of_folder(folder: Path, prediction_type: str, zero_terminal_snr: bool) -> Base:
+    read = read_folder(folder)
     try:
-        # Only these folders, since a repository may hold the same weights again as a single file.
-        parts = ("scheduler", "unet", "transformer", "vae", "text_encoder*", "tokenizer*")
-        wanted = [f"{part}/*.{ending}" for part in parts for ending in ("json", "safetensors", "txt", "model")]
-        return Path(snapshot_download(hub_id, allow_patterns=["model_index.json", *wanted]))
-    except Exception as error:  # the hub client raises many kinds, down to those of its HTTP library
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadFile(f"{hub_id}: no such file or folder, and the hub does not give it: {reason}") from error
-
-
-def _read_folder(folder: Path, prediction_type: str, zero_terminal_snr: bool) -> Base:
-    """The base model in a folder written by diffusers' `save_pretrained`. Only safetensors weights are read."""
-    index = _read_config(folder / "model_index.json")
-    class_name = index.get("_class_name")
-    family = next((family for family in FAMILIES.values() if family.pipeline_class == class_name), None)
-    if family is None:
-        known = ", ".join(family.pipeline_class for family in FAMILIES.values())
-        raise UnknownFamily(f"{folder.name}: model_index.json says {class_name}; supported: {known}")
-    components = {}
-    for part in ("denoiser", "vae", *family.text_encoders):
-        subfolder = folder / (family.denoiser_folder if part == "denoiser" else part)
-        if part in family.optional_encoders and not os.path.exists(subfolder):
-            continue
-        config = _read_config(subfolder / "config.json")
-        if quantisation := config.get("quantization_config"):
-            raise BadFile(
-                f"{folder.name}: its {subfolder.name} is quantised ({json.dumps(quantisation)[:80]}); {UNQUANTISED}"
-            )
-        if part.startswith("text_encoder"):
-            config["tokenizer"] = str(folder / part.replace("text_encoder", "tokenizer"))
-        components[part] = Component(config, _folder_tensors(subfolder, part))
-    scheduler_path = folder / "scheduler" / "scheduler_config.json"
-    scheduler = _read_config(scheduler_path) if os.path.exists(scheduler_path) else {}
-    found = scheduler.get("prediction_type", "epsilon")
-    try:
-        _check_variant(family, components)
-        _check_scheduler(family, scheduler)
+        _check_variant(read.family, read.components)
     except UnknownFamily as error:
         raise UnknownFamily(f"{folder.name}: {error}") from None
-    latent_side = components["denoiser"].config.get("sample_size")
+    found = read.scheduler.get("prediction_type", "epsilon")
+    latent_side = read.components["denoiser"].config.get("sample_size")
     base = Base(
-        family=family,
+        family=read.family,
         name=folder.name,
-        components=components,
-        prediction_type=family.prediction_type(found if prediction_type == "auto" else prediction_type),
-        zero_terminal_snr=zero_terminal_snr or bool(scheduler.get("rescale_betas_zero_snr")),
-        resolution=family.resolution,
-        says_distilled=index.get("is_distilled") is True,
+        components=read.components,
+        prediction_type=read.family.prediction_type(found if prediction_type == "auto" else prediction_type),
+        zero_terminal_snr=zero_terminal_snr or bool(read.scheduler.get("rescale_betas_zero_snr")),
+        resolution=read.family.resolution,
+        says_distilled=read.says_distilled,
     )
-    if isinstance(latent_side, int) and family.names.is_unet:
+    if isinstance(latent_side, int) and read.family.names.is_unet:
         return replace(base, resolution=latent_side * base.latent_shape.pixels)
     return base
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """The content of a JSON file in a diffusers folder. Raises BadFile when it is missing."""
-    if not os.path.exists(path):
-        raise BadFile(f"{path.parent.name}: not a whole diffusers folder, {path.name} is missing")
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise BadFile(f"{path}: is no JSON object")
-    return config
-
-
-def _folder_tensors(folder: Path, part: str) -> Mapping[str, Tensor]:
-    paths = sorted(folder.glob("*.safetensors"))
-    # Beside the plain weights, a folder may hold them in fp16, or a running average of them.
-    plain = [path for path in paths if not any(f".{word}" in path.name for word in ("fp16", "non_ema", "ema"))] or paths
-    if not plain:
-        others = ", ".join(path.name for path in folder.glob("*.bin")) or "no weights"
-        raise BadFile(
-            f"{folder.name}: no .safetensors in it ({others}); pickled weights are not read, convert them first"
-        )
-    readers: dict[str, Callable[[], Tensor]] = {}
-    for path in plain:
-        file = SafetensorsFile.open(path)
-        for name in file:
-            if name.endswith(("position_ids", "logit_scale")):
-                continue
-            readers[current_vae_path(name) if part == "vae" else name] = Stored(file, name)
-    return LazyTensors(text.library_tensors(readers) if part.startswith("text_encoder") else readers)
 
 
 def _numbers_in(value: Any) -> Iterator[int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import BadConfig
 from ..storage.safetensors_file import cast_tensor, layout_in, write_safetensors
-from ..tensor_names.unet import ldm_unet_path
+from ..tensor_names.unet import blocks_in_a_level, ldm_unet_path
 from .base import Base
 from .clip import OPENCLIP_LAYER
 from .ldm import ldm_vae_path
@@ -62,7 +62,7 @@ def original_tensors(base: Base, parts: Mapping[str, Mapping[str, Tensor]]) -> d
     result: dict[str, Tensor] = {}
     unet, levels = base.components["denoiser"].config, len(base.components["vae"].config["block_out_channels"])
     attention_above = [kind.startswith("CrossAttn") for kind in unet["up_block_types"]]
-    blocks = base.blocks_in_a_level
+    blocks = blocks_in_a_level(unet)
     if blocks is None:
         raise BadConfig(
             f"{base.family.title}: the original names have no place for a UNet whose levels have unlike blocks"

@@ -28,7 +28,7 @@ from .table import (
     is_text_path,
     text_encoder_path,
 )
-from .unet import shows_other_blocks
+from .unet import blocks_in_a_level, shows_other_blocks
 
 NAME_TABLES: dict[str, NameTable] = {
     family.name: family for family in (SD15, SD2, SDXL, SD3, FLUX1, CHROMA, FLUX2, LUMINA2, ZIMAGE, QWEN_IMAGE, KREA2)
@@ -68,6 +68,7 @@ __all__ = [
     "NamedTensor",
     "Place",
     "Sign",
+    "blocks_in_a_level",
     "bundled_embedding",
     "families_of",
     "families_of_embedding",

@@ -5,7 +5,10 @@ number of residual blocks in a level.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from .table import PUBLISHED_BLOCKS
 
 # The original names of the modules in a residual block, by their diffusers names.
 _UNET_RESNET = {
@@ -98,8 +101,8 @@ def diffusers_unet_path(path: str, layers_per_block: int = 2) -> str:
     return replace_head(path, inverse(_UNET_OUTSIDE_BLOCKS))
 
 
-def shows_other_blocks(paths: Iterable[str], published: int) -> bool:
-    """Whether the paths of modules are those of a UNet that has not `published` residual blocks in each down level.
+def shows_other_blocks(paths: Iterable[str]) -> bool:
+    """Whether the paths of modules are those of a UNet that has not PUBLISHED_BLOCKS residual blocks in each down level.
 
     An up level has one more. Modules of some blocks alone do not tell, but where their numbers are too high.
     """
@@ -110,7 +113,17 @@ def shows_other_blocks(paths: Iterable[str], published: int) -> bool:
         # In the original names each level ends with a downsampler, the first after the blocks of the first level.
         elif match := re.match(r"input_blocks\.(\d+)\.(?:0\.op|1\.|0\.in_layers\.)", path):
             is_downsampler = match[0].endswith("op")
-            if (int(match[1]) % (published + 1) == 0) != is_downsampler:
+            if (int(match[1]) % (PUBLISHED_BLOCKS + 1) == 0) != is_downsampler:
                 return True
     down, up = blocks["down"], blocks["up"] - 1
-    return down > published or up > published or 0 < down == up < published
+    return max(down, up) > PUBLISHED_BLOCKS or 0 < down == up < PUBLISHED_BLOCKS
+
+
+def blocks_in_a_level(config: Mapping[str, Any]) -> int | None:
+    """The number of residual blocks in each down level of a network of that config; None where the levels differ.
+
+    A transformer, whose config does not say it, has as many as a published UNet.
+    """
+    blocks = config.get("layers_per_block", PUBLISHED_BLOCKS)
+    levels = blocks if isinstance(blocks, (list, tuple)) else [blocks]
+    return levels[0] if levels and isinstance(levels[0], int) and levels.count(levels[0]) == len(levels) else None

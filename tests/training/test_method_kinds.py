@@ -305,7 +305,10 @@ def test_what_is_trained_on_an_sdxl_with_one_block_a_level_has_names_that_it_has
     assert len(names) > 20 and names <= {f"lora_unet_{path}" for path in paths}
 
 
-@pytest.mark.parametrize(("blocks", "of_published"), [([2, 2, 2], True), ([1, 1, 1], False), ([1, 2, 2], False)])
+@pytest.mark.parametrize(
+    ("blocks", "of_published"),
+    [([2, 2, 2], True), ([1, 1, 1], False), ([1, 2, 2], False), (None, False), ([], False), ([[2]], False)],
+)
 def test_a_unet_whose_config_lists_its_blocks_has_the_names_of_one_that_has_so_many(blocks, of_published, tmp_path):
     base = load_base(write_checkpoint(tmp_path / "base", SMALL_SDXL, torch.float32))
     base.components["denoiser"].config["layers_per_block"] = blocks

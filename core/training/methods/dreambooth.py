@@ -3,8 +3,6 @@
 The result is a checkpoint in the original naming, as ComfyUI loads it, and beside it the same change as a LoRA.
 """
 
-import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +19,7 @@ from ...models.base import Base, load_base
 from ...models.memory_plan import OPTIMIZER_BYTES
 from ...models.original_checkpoint import Checkpoint, original_tensors
 from ...models.spec import FamilySpec
-from ...tensor_names import ModuleId
+from ...tensor_names import ModuleId, blocks_in_a_level
 from .method import Adapter, Method, Trained, refuse_settings_of_lora, target_modules
 
 _PLAIN_BYTES = 8
@@ -76,9 +74,7 @@ def attach(
     """
     if not family.names.checkpoint_prefixes:
         raise BadConfig(f"method 'dreambooth': no checkpoint of {family.title} can be written; use 'lora'")
-    paths = "\n".join(path for path, _ in networks["denoiser"].named_modules())
-    blocks = Counter(re.findall(r"^down_blocks\.(\d+)\.resnets\.\d+$", paths, re.MULTILINE))
-    if len(set(blocks.values())) > 1:
+    if blocks_in_a_level(networks["denoiser"].config) is None:  # pyright: ignore
         raise BadConfig(
             "method 'dreambooth': no checkpoint of a UNet whose levels have unlike blocks can be written; use 'lora'"
         )

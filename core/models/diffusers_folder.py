@@ -1,0 +1,122 @@
+"""A base model in the folder that diffusers' `save_pretrained` writes, or that the hub has."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..errors import BadFile, UnknownFamily
+from ..storage.files import read_json
+from ..storage.lazy import LazyTensors, Stored
+from ..storage.safetensors_file import SafetensorsFile
+from . import text
+from .families import FAMILIES
+from .ldm import current_vae_path
+from .spec import UNQUANTISED, Component, FamilySpec
+
+
+class DiffusersFolder(NamedTuple):
+    """What is in a folder."""
+
+    family: FamilySpec
+    components: dict[str, Component]
+    """The networks by part, as in Base."""
+    scheduler: dict[str, Any]
+    """The config of its scheduler; empty where it has none."""
+    says_distilled: bool
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether the text has the form of a hub id, `owner/name`."""
+    parts = source.split("/")
+    return len(parts) == 2 and all(parts) and not source.endswith((".safetensors", ".ckpt", ".pt", ".bin"))
+
+
+def download(hub_id: str) -> Path:
+    """The folder of a model on the hub, downloaded unless it is there. Raises BadFile when it cannot be had."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        # Only these folders, since a repository may hold the same weights again as a single file.
+        parts = ("scheduler", "unet", "transformer", "vae", "text_encoder*", "tokenizer*")
+        wanted = [f"{part}/*.{ending}" for part in parts for ending in ("json", "safetensors", "txt", "model")]
+        return Path(snapshot_download(hub_id, allow_patterns=["model_index.json", *wanted]))
+    except Exception as error:  # the hub client raises many kinds, down to those of its HTTP library
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadFile(f"{hub_id}: no such file or folder, and the hub does not give it: {reason}") from error
+
+
+def read_folder(folder: Path) -> DiffusersFolder:
+    """What is in the folder; of its weights only safetensors are read.
+
+    Raises BadFile when something is missing or quantised, UnknownFamily for a pipeline or a scheduler that is not supported.
+    """
+    index = _read_config(folder / "model_index.json")
+    class_name = index.get("_class_name")
+    family = next((family for family in FAMILIES.values() if family.pipeline_class == class_name), None)
+    if family is None:
+        known = ", ".join(family.pipeline_class for family in FAMILIES.values())
+        raise UnknownFamily(f"{folder.name}: model_index.json says {class_name}; supported: {known}")
+    components = {}
+    for part in ("denoiser", "vae", *family.text_encoders):
+        subfolder = folder / (family.denoiser_folder if part == "denoiser" else part)
+        if part in family.optional_encoders and not os.path.exists(subfolder):
+            continue
+        config = _read_config(subfolder / "config.json")
+        if quantisation := config.get("quantization_config"):
+            raise BadFile(
+                f"{folder.name}: its {subfolder.name} is quantised ({json.dumps(quantisation)[:80]}); {UNQUANTISED}"
+            )
+        if part.startswith("text_encoder"):
+            config["tokenizer"] = str(folder / part.replace("text_encoder", "tokenizer"))
+        components[part] = Component(config, _folder_tensors(subfolder, part))
+    scheduler_path = folder / "scheduler" / "scheduler_config.json"
+    scheduler = _read_config(scheduler_path) if os.path.exists(scheduler_path) else {}
+    try:
+        _check_scheduler(family, scheduler)
+    except UnknownFamily as error:
+        raise UnknownFamily(f"{folder.name}: {error}") from None
+    return DiffusersFolder(family, components, scheduler, index.get("is_distilled") is True)
+
+
+def _check_scheduler(family: FamilySpec, scheduler: Mapping[str, Any]) -> None:
+    """Raises UnknownFamily when the scheduler of a folder shows that the model predicts in another way than its family."""
+    name, predicted = str(scheduler.get("_class_name")), scheduler.get("prediction_type", "epsilon")
+    on_other_noise = name.startswith(("EDM", "FlowMatch"))  # EDM: Playground v2.5, CosXL
+    if family.predicts_noise and (on_other_noise or predicted not in ("epsilon", "v_prediction")):
+        raise UnknownFamily(
+            f"its scheduler is {name} with prediction_type {predicted!r}, and a model that is trained so is not supported; "
+            "supported: epsilon and v_prediction on the noise of Stable Diffusion"
+        )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The content of a JSON file in a diffusers folder. Raises BadFile when it is missing."""
+    if not os.path.exists(path):
+        raise BadFile(f"{path.parent.name}: not a whole diffusers folder, {path.name} is missing")
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise BadFile(f"{path}: is no JSON object")
+    return config
+
+
+def _folder_tensors(folder: Path, part: str) -> Mapping[str, Tensor]:
+    paths = sorted(folder.glob("*.safetensors"))
+    # Beside the plain weights, a folder may hold them in fp16, or a running average of them.
+    plain = [path for path in paths if not any(f".{word}" in path.name for word in ("fp16", "non_ema", "ema"))] or paths
+    if not plain:
+        others = ", ".join(path.name for path in folder.glob("*.bin")) or "no weights"
+        raise BadFile(
+            f"{folder.name}: no .safetensors in it ({others}); pickled weights are not read, convert them first"
+        )
+    readers: dict[str, Callable[[], Tensor]] = {}
+    for path in plain:
+        file = SafetensorsFile.open(path)
+        for name in file:
+            if name.endswith(("position_ids", "logit_scale")):
+                continue
+            readers[current_vae_path(name) if part == "vae" else name] = Stored(file, name)
+    return LazyTensors(text.library_tensors(readers) if part.startswith("text_encoder") else readers)
