@@ -5,7 +5,8 @@ Run it with the Python of the ComfyUI that the tests set up, which sees the pack
     PYTHONPATH=tests/.downloads/ComfyUI tests/.downloads/comfyui-environment/bin/python tools/model_tables.py
 
 The models are built without weights by the classes of diffusers and ComfyUI, from the sizes of the published checkpoints.
-What is written are names and sizes alone: a path whose numbers run is one entry ("blocks.0-39.ffn.0": [13824, 5120]).
+What is written are names and sizes alone, and which modules have a bias: a path whose numbers run is one entry
+("blocks.0-39.ffn.0": [13824, 5120, "bias"]).
 """
 
 import importlib.metadata
@@ -27,6 +28,9 @@ sys.path.insert(0, str(ROOT))
 from core.tensor_names import NAME_TABLES  # noqa: E402
 
 Shapes = dict[str, tuple[int, ...]]
+Rows = dict[str, tuple[int | str, ...]]
+"""The shape of each module's weight by its path, with BIAS behind it where the module has one."""
+BIAS = "bias"
 OUTPUT = ROOT / "core" / "tensor_names" / "model_tables.json"
 SD_UNET = {"sample_size": 64, "in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280, 1280)}
 SDXL_UNET = {
@@ -235,20 +239,21 @@ TEXT_ENCODERS = {
 }  # fmt: skip
 
 
-def weights(module: torch.nn.Module) -> Shapes:
-    """Path -> shape of the weight, of every module that has one."""
+def weights(module: torch.nn.Module) -> Rows:
+    """The rows of all modules that have a weight."""
     state = module.state_dict()
-    return {key.removesuffix(".weight"): tuple(value.shape) for key, value in state.items() if key.endswith(".weight")}
+    paths = [key.removesuffix(".weight") for key in state if key.endswith(".weight")]
+    return {path: (*state[f"{path}.weight"].shape, *[BIAS] * (f"{path}.bias" in state)) for path in paths}
 
 
-def from_diffusers(model: Model) -> Shapes:
+def from_diffusers(model: Model) -> Rows:
     import diffusers
 
     with torch.device("meta"):
         return weights(getattr(diffusers, model.diffusers or "")(**model.config))
 
 
-def from_comfyui(model: Model) -> Shapes:
+def from_comfyui(model: Model) -> Rows:
     import_module("comfy.cli_args").args.cpu = True
     operations = import_module("comfy.ops").disable_weight_init
     module, _, name = (model.comfyui or "").partition(":")
@@ -257,16 +262,16 @@ def from_comfyui(model: Model) -> Shapes:
     return weights(build(**model.comfyui_config, **options))
 
 
-def original(family: str, shapes: Shapes) -> Shapes:
+def original(family: str, rows: Rows) -> Rows:
     """The modules under the original model's names, from diffusers': where the original joins several, rows are added."""
-    joined: Shapes = {}
-    for path, shape in shapes.items():
+    joined: Rows = {}
+    for path, (outputs, *others) in rows.items():
         name = NAME_TABLES[family].of_diffusers(path).original
-        joined[name] = (joined.get(name, (0,))[0] + shape[0], *shape[1:])
+        joined[name] = (joined[name][0] + outputs if name in joined else outputs, *others)  # pyright: ignore[reportOperatorIssue]
     return joined
 
 
-def from_transformers(name: str) -> Shapes:
+def from_transformers(name: str) -> Rows:
     import transformers
 
     model, config, sizes = TEXT_ENCODERS[name]
@@ -275,9 +280,9 @@ def from_transformers(name: str) -> Shapes:
     return {path: shape for path, shape in shapes.items() if path != "encoder.embed_tokens"}
 
 
-def compact(shapes: Shapes) -> dict[str, list[int]]:
+def compact(rows: Rows) -> dict[str, list[int | str]]:
     """The table with a path for each run of numbers: `blocks.0.q` to `blocks.3.q` of one shape are `blocks.0-3.q`."""
-    table = dict(shapes)
+    table = dict(rows)
     positions = max(path.count(".") for path in table) + 1
     for position in range(positions):
         groups: dict[tuple, list[int]] = defaultdict(list)
@@ -306,7 +311,17 @@ def runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
     return found
 
 
-def whole(table: Mapping[str, list[int]]) -> Shapes:
+def whole(table: Mapping[str, list[int | str]]) -> Shapes:
+    """The shape of each module's weight in a table as it is after `compact`."""
+    return {path: tuple(number for number in row if isinstance(number, int)) for path, row in expanded(table).items()}
+
+
+def biased(table: Mapping[str, list[int | str]]) -> set[str]:
+    """The paths of the modules with a bias in a table as it is after `compact`."""
+    return {path for path, row in expanded(table).items() if row[-1] == BIAS}
+
+
+def expanded(table: Mapping[str, list[int | str]]) -> Rows:
     """The table with a path for each module, as it was before `compact`."""
 
     def words(path: str) -> Iterator[str]:
@@ -317,11 +332,11 @@ def whole(table: Mapping[str, list[int]]) -> Shapes:
             options.append([str(n) for n in range(int(first), int(last) + 1)] if is_run else [word])
         return map(".".join, itertools.product(*options))
 
-    return {path: tuple(shape) for run, shape in table.items() for path in words(run)}
+    return {path: tuple(row) for run, row in table.items() for path in words(run)}
 
 
 def entry(model: Model) -> dict[str, Any]:
-    named: dict[str, Shapes] = {}
+    named: dict[str, Rows] = {}
     if model.diffusers:
         named["diffusers"] = from_diffusers(model)
     if naming := model.family or model.like:

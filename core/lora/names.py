@@ -81,7 +81,10 @@ class Content:
 
     def identity(self, claimed: str | None) -> Identity:
         """The published models that have all the modules, broken ones left out; `claimed` is the family in the metadata."""
-        return identify((place for place in self.places if place[2] is not None), claimed)
+        biased = {
+            (module.part, module.path) for module in self.modules if "diff_b" in module.keys or "b_norm" in module.keys
+        }
+        return identify((place for place in self.places if place[2] is not None), claimed, biased)
 
 
 def content_of(types: Types) -> Content:

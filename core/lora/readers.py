@@ -54,14 +54,17 @@ class Reading:
 
 def read_by(reader: str, lora: LoraNames) -> Reading:
     """What a program, one of READERS, makes of a LoRA."""
-    found = {entry.name: objection for entry in lora.entries if (objection := _objection(reader, lora.family, entry))}
+    rule = _USO_IN_COMFYUI if reader == "ComfyUI" and lora.types.keys() >= _USO_SIGNS else reader
+    found = {entry.name: objection for entry in lora.entries if (objection := _objection(rule, lora.family, entry))}
     refusal = _refusal_by_invokeai(lora, found) if reader == "InvokeAI" else None
     identity = lora.identity
     misfits = [name for name in lora.misfits if name not in found] if identity.is_near else []
     if misfits:
         others = f"modules of other sizes than those of {identity.nearest}"
         if reader == "ComfyUI":
-            found |= dict.fromkeys(misfits, Objection(others))
+            of_bias = {entry.name for entry in lora.entries if _changes_bias(entry)}
+            bias = f"changes of a bias where {identity.nearest} has none, or modules of another size"
+            found |= {name: Objection(bias if name in of_bias else others) for name in misfits}
         else:  # to all others one such module is an error, at which they stop
             refusal = refusal or f"a file with {others}"
     if refusal:
@@ -75,15 +78,17 @@ def not_loaded_by(reader: str, lora: LoraNames) -> dict[str, str]:
 
 
 @lru_cache(maxsize=1 << 17)  # the files of a folder have mostly the same modules
-def _objection(reader: str, family: str, entry: Entry) -> Objection | None:
+def _objection(rule: str, family: str, entry: Entry) -> Objection | None:
     if not all(is_published(family, *module) for module in entry.modules):
         return Objection(f"a module that no published {family} model has")
     named = parse_key(f"{entry.name}.alpha")
     assert named is not None
+    if named.path.endswith(".linear1_qkv") and (rule, named.scheme) not in _KNOWING_LINEAR1_QKV:
+        return Objection("names of a part of linear1")
     prefix = "transformer." if NAME_TABLES[family].is_unet else "unet."
     if named.part == "denoiser" and entry.name.startswith(prefix):
         return Objection(f"names of {family} that begin with {prefix}")
-    found = _RULES[reader](NAME_TABLES[family], named, entry)
+    found = _RULES[rule](NAME_TABLES[family], named, entry)
     return Objection(found) if isinstance(found, str) else found
 
 
@@ -96,6 +101,19 @@ def _by_comfyui(family: NameTable, named: NamedTensor, entry: Entry) -> Objectio
     if reason is None and has_pefts_magnitude(entry):
         return Objection("peft's magnitude, without which it is another change", loads=True)
     return reason
+
+
+# In a file with both, ComfyUI turns USO's names into its own and puts "diffusion_model." before all others.
+_USO_SIGNS = {"single_blocks.37.processor.qkv_lora.up.weight", "double_blocks.18.processor.qkv_lora2.up.weight"}
+_USO_KEY = re.compile(r"(double|single)_blocks\.\d+\.processor\.(qkv|proj)_lora[12]?\.(down|up)\.weight")
+_USO_IN_COMFYUI = "USO's file in ComfyUI"
+_KNOWING_LINEAR1_QKV = {("ComfyUI", "comfy"), (_USO_IN_COMFYUI, "xlabs"), ("diffusers", "xlabs")}
+"""The programs, and the naming schemes in which they know a name for the rows of q, k and v in FLUX's linear1."""
+
+
+def _of_uso_by_comfyui(family: NameTable, named: NamedTensor, entry: Entry) -> str | None:
+    is_usos = all(_USO_KEY.fullmatch(key) for key in entry.keys.values())
+    return None if is_usos else "other names in a file with those of USO"
 
 
 def _by_diffusers(family: NameTable, named: NamedTensor, entry: Entry) -> Objection | str | None:
@@ -186,6 +204,7 @@ def _refusal_by_invokeai(lora: LoraNames, objections: Mapping[str, Objection]) -
 
 _RULES = {
     "ComfyUI": _by_comfyui,
+    _USO_IN_COMFYUI: _of_uso_by_comfyui,
     "diffusers": _by_diffusers,
     "peft": _by_peft,
     "sd-scripts": _by_sd_scripts,

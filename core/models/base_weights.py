@@ -124,12 +124,12 @@ def _paths(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, str]]:
     denoiser = next((prefix for prefix in _DENOISER_PREFIXES if any(name.startswith(prefix) for name in shapes)), "")
     found = {}
     for name, shape in shapes.items():
-        if len(shape) not in (1, 2, 4) or not name.endswith("weight"):
+        if len(shape) not in (1, 2, 4) or not name.endswith(("weight", ".scale")):
             continue
         path = name.removesuffix("_weight").removesuffix(".weight")
         text = re.match(r"text_encoders\.\w+\.transformer\.", name)
         prefix = text[0] if text else next((p for p in _TEXT_ENCODERS if name.startswith(p)), None)
-        if prefix is not None:
+        if prefix is not None and name.endswith("weight"):
             found[name] = (prefix, path.removeprefix(prefix))
         elif name.startswith(denoiser) and (denoiser or not name.startswith(_OTHER_PARTS)):
             found[name] = ("denoiser", path.removeprefix(denoiser))
@@ -138,7 +138,8 @@ def _paths(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, str]]:
 
 def _family_of(shapes: Mapping[str, tuple[int, ...]], paths: Mapping[str, tuple[str, str]], model: str) -> str:
     prefixes = {prefix for prefix, _ in paths.values()}
-    modules = [(part, path, shapes[name]) for name, (part, path) in paths.items() if part == "denoiser"]
+    weights = {name: place for name, place in paths.items() if name.endswith("weight")}
+    modules = [(part, path, shapes[name]) for name, (part, path) in weights.items() if part == "denoiser"]
     if other := other_model(modules):
         raise UnknownFamily(f"{model}: is {other}, which is not supported; known: {', '.join(NAME_TABLES)}")
     families = [_TEXT_ENCODERS[prefix][0] for prefix in sorted(prefixes & set(_TEXT_ENCODERS))] or families_of(modules)
@@ -173,6 +174,11 @@ def _layers_per_block(paths: Iterable[tuple[str, str]]) -> int:
 def _place(family: NameTable, part: str, path: str, layers: int) -> Place | None:
     """The place of a path in the family; None when it is no module that LoRAs change."""
     if part == "denoiser":
+        if path.endswith(".scale") and family.of_original(path) is None:
+            # The weight of a norm in FLUX's files; in Krea 2's names it is no module's weight.
+            path = path.removesuffix(".scale")
+            if family.of_original(path) is None:
+                return None
         place = family.locate(part, path)
         if place.fusion.original == path and path != place.fusion.parts[0] and family.is_unet:
             # The family's table is for the published models, and smaller ones have fewer blocks in a level.

@@ -111,13 +111,14 @@ FLUX1 = NameTable(
     loaded=LoadedNames(
         _IN_COMFYUI,
         comfyui_t5=("lora_te2_", "lora_te3_"),
-        diffusers=frozenset({"kohya", "diffusers"}),
+        diffusers=frozenset({"kohya", "diffusers", "xlabs"}),
         sd_scripts=_ORIGINAL_BLOCKS,
         invokeai={
             ("kohya", "original"): _ORIGINAL_BLOCKS,
             ("comfy", "original"): "",
             ("diffusers", "diffusers"): _DIFFUSERS_BLOCKS,
             ("peft", "diffusers"): _DIFFUSERS_BLOCKS,
+            ("xlabs", "original"): r"^double_blocks\.",
         },
         invokeai_text=("lora_te1_text_model_", "lora_te2_encoder_block_"),
         invokeai_prefixes={"text_encoder_2": "lora_te2_"},
@@ -143,7 +144,7 @@ CHROMA = NameTable(
     listings={"Chroma": Listing("Chroma", "Apache-2.0")},
     loaded=LoadedNames(
         _IN_COMFYUI,
-        diffusers=frozenset({"kohya", "diffusers"}),
+        diffusers=frozenset({"kohya", "diffusers", "xlabs"}),
         comfyui_t5=("lora_te1_",),
         comfyui_lacks=r"^distilled_guidance_layer\.",
     ),

@@ -1,5 +1,7 @@
 """Recognises the published model that a LoRA is for, which has all its modules with weights of the same shapes.
 
+A module whose bias is changed must have one.
+
 The tables are in model_tables.json, made by tools/model_tables.py, and include models that are not trained here.
 """
 
@@ -7,11 +9,11 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .table import T5_PATHS, is_text_path
 
@@ -30,6 +32,7 @@ class Row(NamedTuple):
     numbers: tuple[tuple[int, int], ...]
     """The first and the last of each number in the path."""
     shape: Shape
+    has_bias: bool
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,14 @@ class Identity:
         return next((title for title in claimed if title in self.models), None)
 
 
-def identify(modules: Iterable[tuple[str, str, Shape | None]], claimed: str | None = None) -> Identity:
+def identify(
+    modules: Iterable[tuple[str, str, Shape | None]],
+    claimed: str | None = None,
+    biased: Collection[tuple[str, str]] = (),
+) -> Identity:
     """The models that have all the modules (part, path, shape of the weight or None when the file does not tell).
 
+    `biased` are the (part, path) of those whose bias is changed.
     A path may be the original model's or that of diffusers, for a model of no family also with "_" for its dots. Where none
     fits and several are equally near, one of the family `claimed` is the nearest. Of a shape (out, 0) the inputs are unknown.
     """
@@ -82,7 +90,7 @@ def identify(modules: Iterable[tuple[str, str, Shape | None]], claimed: str | No
     fitting: Counter[int] = Counter()
     having: list[tuple[tuple[str, str], frozenset[int]]] = []
     for part, path, shape in modules:
-        found = _having(part, path, shape)
+        found = _having(part, path, shape, (part, path) in biased)
         fitting.update(found)
         having.append(((part, path), found))
     whole = [variant for variant, count in fitting.items() if count == len(having)]
@@ -107,14 +115,22 @@ def is_published(family: str, part: str, path: str) -> bool:
 
 
 @lru_cache(1 << 16)
-def _having(part: str, path: str, shape: Shape | None) -> frozenset[int]:
-    """The numbers of the variants that have the module, with a weight of the shape if one is given."""
-    return frozenset(row.variant for row in _rows(part, path) if shape is None or _same_weight(row.shape, shape))
+def _having(part: str, path: str, shape: Shape | None, has_bias: bool) -> frozenset[int]:
+    """The numbers of the variants that have the module, with a weight of the shape, if one is given, and with the bias."""
+    return frozenset(
+        row.variant
+        for row in _rows(part, path)
+        if (shape is None or _same_weight(row.shape, shape)) and row.has_bias >= has_bias
+    )
 
 
 @lru_cache(1 << 16)
 def _rows(part: str, path: str) -> tuple[Row, ...]:
     """The rows of the tables that include the path."""
+    if path.endswith(".linear1_qkv"):
+        # XLabs' and ComfyUI's name for the rows of q, k and v, each as wide as the inputs, in FLUX's linear1.
+        rows = _rows(part, path.removesuffix("_qkv"))
+        return tuple(row._replace(shape=(3 * row.shape[1], row.shape[1])) for row in rows)
     if part == "denoiser" and is_text_path(path):
         part = "text_encoder"
     if part != "denoiser":
@@ -172,12 +188,12 @@ def _tables() -> tuple[tuple[Variant, ...], dict[tuple[str, str], list[Row]]]:
     variants: list[Variant] = []
     rows: dict[tuple[str, str], list[Row]] = {}
 
-    def add(table: dict[str, list[int]], part: str) -> None:
-        for path, shape in table.items():
+    def add(table: dict[str, list[Any]], part: str) -> None:
+        for path, (*shape, last) in table.items():
             name, numbers = _runs(path.removeprefix("text_model.") if part != "denoiser" else path)
             of_part = "" if part != "denoiser" and path.startswith(T5_PATHS) else part
             rows.setdefault((of_part, name.replace(".", "_")), []).append(
-                Row(len(variants), name, numbers, tuple(shape))
+                Row(len(variants), name, numbers, (*shape, *[last] * (last != "bias")), last == "bias")
             )
 
     for model in data["models"]:

@@ -35,8 +35,8 @@ BEYOND = (
     r"krea2 diffusion_model\.(blocks\.\d+\.mod|last\.modulation)\.lin",
     # A projection that these text encoders lack in the published models.
     r"\S+ (lora_te1_|lora_prior_te_|text_encoders\.clip_[lh]\.transformer\.)text_projection",
-    # T5 without its name, and the rows that the names of XLabs and USO are turned into.
-    r"\S+ text_encoders\.transformer\..+", r"(flux1|chroma|flux2) diffusion_model\.single_blocks\.\d+\.linear1_qkv",
+    # T5 without its name.
+    r"\S+ text_encoders\.transformer\..+",
     # Names of related models: FLUX.2 and FLUX.1 share a map, so do Z-Image and Lumina 2.
     r"(flux1|chroma) .*transformer_blocks.+(linear_in|linear_out|to_qkv_mlp_proj)",
     r"(flux1|chroma) .*single_transformer_blocks[._]\d+[._]attn[._]to_out",
@@ -51,6 +51,11 @@ def is_said_to_load(family: str, name: str, shape: tuple[int, ...]) -> bool:
     """Whether a file with a whole difference of that weight alone is said to load in ComfyUI."""
     types = {f"{name}.diff": ("float16", shape)}
     return read_by("ComfyUI", Named(family, types, {})).verdict == "loads"
+
+
+def is_said_to_load_a_bias(family: str, name: str, outputs: int) -> bool:
+    """Whether a file with a difference of that module's bias alone is said to load in ComfyUI."""
+    return read_by("ComfyUI", Named(family, {f"{name}.diff_b": ("float16", (outputs,))}, {})).verdict == "loads"
 
 
 def names_of(model: dict) -> dict[str, tuple[int, ...]]:
@@ -87,3 +92,7 @@ def test_exactly_the_names_in_comfyuis_own_map_are_said_to_load(key_maps, title)
     assert sorted(said - known.keys()) == []
     assert sorted(known.keys() - said - beyond) == []
     assert len(said) >= 700
+    biased = {name for name in said if name.startswith("diffusion_model.")}
+    assert {name for name in biased if is_said_to_load_a_bias(model["family"], name, asked[name][0])} == {
+        name for name in biased if f"{name}.bias" in known
+    }

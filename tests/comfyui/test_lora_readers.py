@@ -71,9 +71,16 @@ def contents_of(family: str) -> list[str]:
     return [*SCHEMES, *(f"text {scheme}" for scheme in SCHEMES if family in TEXT_ENCODERS)]
 
 
+def other_schemes_of(family: str) -> list[str]:
+    """The schemes that are only read, and have names for the family."""
+    return [*OTHER_SCHEMES, *["xlabs"] * (family == "flux1")]
+
+
 def lora_of(family: str, contents: str) -> LoraFile:
     """The LoRA in a scheme, of the denoiser's blocks or, after `text `, of the text encoders."""
     blocks = loras_of(family, blocks_only=True)
+    if contents == "xlabs":
+        return LoraFile(family, {}, in_xlabs_names(LoraFile.from_modules(family, blocks, {}, "comfy")))
     if contents in OTHER_SCHEMES:
         return LoraFile(family, {}, in_other_scheme(blocks, contents))
     if contents in SCHEMES:
@@ -102,13 +109,25 @@ def in_other_scheme(modules: Mapping[ModuleId, LoraModule], scheme: str) -> dict
     return tensors
 
 
+def in_xlabs_names(lora: LoraFile) -> dict[str, Tensor]:
+    """The tensors of the attention in double blocks; the numbers of XLabs' names are those of the streams."""
+    name = re.compile(r"diffusion_model\.(double_blocks\.\d+)\.(img|txt)_attn\.(qkv|proj)\.lora_([AB])\.weight")
+    found = {key: match for key in lora.tensors if (match := name.fullmatch(key))}
+    return {
+        f"{m[1]}.processor.{m[3]}_lora{1 if m[2] == 'img' else 2}.{'down' if m[4] == 'A' else 'up'}.weight": lora.tensors[
+            key
+        ]
+        for key, m in found.items()
+    }
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[tuple[str, str], Path]:
     """(model, scheme) -> a file for ComfyUI."""
     folder = tmp_path_factory.mktemp("loras")
     loras = {OTHER_KINDS: other_kinds()}
     for family in FAMILIES:
-        loras |= {(family, scheme): lora_of(family, scheme) for scheme in OTHER_SCHEMES}
+        loras |= {(family, scheme): lora_of(family, scheme) for scheme in other_schemes_of(family)}
         loras |= {(model, s): whole_lora_of(model, s) for model in (family, f"small-{family}") for s in SCHEMES}
     paths = {name: folder / f"{' '.join(name)}.safetensors" for name in loras}
     for name, lora in loras.items():
@@ -142,7 +161,8 @@ def in_comfyui(model: str) -> dict[str, Changes]:
 def by_diffusers(family: str) -> dict[str, Changes | str]:
     """Contents of a file -> the changes that it makes, or the error."""
     found = {
-        contents: attempt(of_diffusers, family, lora_of(family, contents)) for contents in (*SCHEMES, *OTHER_SCHEMES)
+        contents: attempt(of_diffusers, family, lora_of(family, contents))
+        for contents in (*SCHEMES, *other_schemes_of(family))
     }
     texts = [contents for contents in contents_of(family) if contents not in SCHEMES]
     return found | {contents: attempt(text_of_diffusers, family, lora_of(family, contents)) for contents in texts}
@@ -218,11 +238,14 @@ def test_it_is_known_what_diffusers_loads(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_is_known_what_comfyui_loads(files, by_comfyui, family):
     names = [name for name in files if family_of(name[0]) == family and name != OTHER_KINDS]
-    assert len(names) == 2 * len(SCHEMES) + len(OTHER_SCHEMES)
+    assert len(names) == 2 * len(SCHEMES) + len(other_schemes_of(family))
     for name in names:
         lora = LoraFile(family, {}, LoraFile.read(files[name]).tensors)
         reported = by_comfyui[name]["not_loaded"]
-        modules = {re.sub(r"\.(lora_\w+\.weight|alpha)$", "", message.split(": ")[-1]) for message in reported}
+        modules = {
+            re.sub(r"\.(lora_\w+\.weight|alpha|(down|up)\.weight)$", "", message.split(": ")[-1])
+            for message in reported
+        }
         assert modules == set(not_loaded_by("ComfyUI", lora)), name
 
 
@@ -258,16 +281,25 @@ def test_comfyui_changes_the_weights_of_published_widths_as_the_document_says(fi
     assert_documented(cells, (1,))
 
 
+def with_a_module_of_another_size(lora: LoraFile) -> LoraFile:
+    key = next(key for key in lora.tensors if key.endswith(("lora_down.weight", "lora_A.weight")))
+    return LoraFile(lora.family, {}, {**lora.tensors, key: torch.cat([lora.tensors[key]] * 2, dim=1)})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [name for name, table in FAMILIES.items() if table.loaded.invokeai])
 def test_it_is_known_what_invokeai_loads(family, tmp_path):
     """Of whole denoisers, their blocks and text encoders, in every scheme: the modules, and for blocks how they change."""
-    loras = {contents: lora_of(family, contents) for contents in (*contents_of(family), *OTHER_SCHEMES)}
+    loras = {contents: lora_of(family, contents) for contents in (*contents_of(family), *other_schemes_of(family))}
     whole = loras_of(family, blocks_only=False)
     loras |= {f"whole {scheme}": LoraFile.from_modules(family, whole, {}, scheme) for scheme in SCHEMES}
     for name, lora in loras.items():
         lora.save(tmp_path / f"{name}.safetensors", torch.float32)
-    results = run_invokeai([(family, tmp_path / f"{name}.safetensors") for name in loras], tmp_path)
+    scheme = next(s for s in SCHEMES if not not_loaded_by("InvokeAI", loras[s]))
+    with_a_module_of_another_size(loras[scheme]).save(tmp_path / "other size.safetensors", torch.float32)
+    files = [(family, tmp_path / f"{name}.safetensors") for name in (*loras, "other size")]
+    *results, of_other_size = run_invokeai(files, tmp_path)
+    assert "is invalid for input of size" in of_other_size["refused"] and not of_other_size["changes"]
     known = documented()
     for (contents, lora), result in zip(loras.items(), results, strict=True):
         loaded = [entry for entry in lora.entries if entry.name not in not_loaded_by("InvokeAI", lora)]

@@ -589,6 +589,25 @@ def test_changes_of_biases_and_normalisation_layers_are_merged_in(tmp_path):
         merge_into_checkpoint(tmp_path / "base", [(bare, 1.0)], tmp_path / "again")
 
 
+@pytest.mark.parametrize(
+    ("family", "norm", "layer", "shape", "key"),
+    [
+        ("flux1", "double_blocks.0.img_attn.norm.query_norm.scale", "double_blocks.0.img_attn.proj", (3072, 3072),
+         "double_blocks.0.img_attn.norm.query_norm.diff"),
+        ("krea2", "blocks.0.prenorm.scale", "blocks.0.attn.wk", (1536, 6144), "blocks.0.prenorm.scale.diff"),
+    ],
+)  # fmt: skip
+def test_changes_of_norms_are_merged_into_scales(family, norm, layer, shape, key, tmp_path):
+    """The files of FLUX and Krea 2 have a `.scale` where others have a weight."""
+    base = {norm: torch.zeros(8), f"{layer}.weight": torch.zeros(shape)}
+    save_safetensors(tmp_path / "base", base)
+    assert BaseWeights.open(tmp_path / "base").family == family
+    lora = LoraFile(family, {}, {f"diffusion_model.{key}": torch.full((8,), 2.0)})
+    assert merge_into_checkpoint(tmp_path / "base", [(lora, 0.5)], tmp_path / "merged") == 1
+    merged = SafetensorsFile.open(tmp_path / "merged")
+    assert torch.equal(merged[norm], torch.ones(8)) and not merged[f"{layer}.weight"].any()
+
+
 def test_a_lora_without_a_place_in_the_checkpoint_is_refused(tmp_path):
     save_safetensors(tmp_path / "base", tiny_sdxl_checkpoint(0))
     lora = LoraFile.from_tensors(kohya_tensors(some("sdxl")), {})

@@ -302,6 +302,18 @@ def test_readers_say_which_module_is_of_another_size_than_the_model_s_and_all_bu
     assert "InvokeAI: 0 of 9 modules; it does not know a file with modules of other sizes" in text
 
 
+def test_a_change_of_a_bias_that_the_module_lacks_is_not_said_to_load():
+    attention = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2"
+    types = {f"{attention}_{layer}.diff_b": ("float16", (1280,)) for layer in ("to_out_0", "to_q")}
+    types |= types_of({"conv_in": (320, 4, 3, 3), "conv_out": (4, 320, 3, 3)}, "lora_unet_")
+    lora = read(types)
+    assert lora is not None and (lora.identity.nearest, lora.misfits) == ("SD 1.5", (f"{attention}_to_q",))
+    objections = read_by("ComfyUI", lora).objections
+    assert [(name, o.reason) for name, o in objections.items()] == [
+        (f"{attention}_to_q", "changes of a bias where SD 1.5 has none, or modules of another size")
+    ]
+
+
 def test_of_a_file_in_no_published_sizes_it_is_said_that_the_names_are_known(tmp_path):
     shapes = {path: (outputs // 8, inputs // 8) for path, (outputs, inputs) in flux1().items()}
     report = report_of(shapes, tmp_path / "a.safetensors")

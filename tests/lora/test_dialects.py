@@ -77,6 +77,29 @@ def test_the_part_of_a_fused_layer_that_xlabs_changes_finds_its_rows():
     assert torch.equal(rows[:9216], up) and rows.shape == (21504, 2) and not rows[9216:].any()
 
 
+def usos_file(*others: str) -> LoraFile:
+    """A file with all modules of USO's LoRAs, and other ones."""
+    sizes = {f"double_blocks.{n}.processor.{p}_lora{s}": (3072 * (3 if p == "qkv" else 1), 3072)
+             for n in range(19) for s in (1, 2) for p in ("qkv", "proj")}  # fmt: skip
+    sizes |= {f"single_blocks.{n}.processor.qkv_lora": (9216, 3072) for n in range(38)}
+    sizes |= {f"single_blocks.{n}.processor.proj_lora": (3072, 15360) for n in range(38)}
+    names = {f"{name}.down.weight": f"{name}.up.weight" for name in sizes}
+    tensors = {down: torch.zeros(1, sizes[down[: -len(".down.weight")]][1]) for down in names}
+    tensors |= {up: torch.zeros(sizes[up[: -len(".up.weight")]][0], 1) for up in names.values()}
+    for name in others:
+        tensors |= {f"{name}.lora_down.weight": torch.zeros(1, 3072), f"{name}.lora_up.weight": torch.zeros(3072, 1)}
+    return LoraFile.from_tensors(tensors, {})
+
+
+def test_comfyui_loads_usos_files_that_are_whole_and_nothing_else_in_them():
+    whole = usos_file()
+    assert read_by("ComfyUI", whole).verdict == "loads"
+    other = "lora_unet_double_blocks_0_img_attn_proj"
+    assert set(not_loaded_by("ComfyUI", usos_file(other))) == {other}
+    part = {key: tensor for key, tensor in whole.tensors.items() if not key.startswith("single_blocks.37.")}
+    assert read_by("ComfyUI", LoraFile.from_tensors(part, {})).verdict == "not at all"
+
+
 def test_a_magnitude_by_its_short_name_is_pefts(tmp_path):
     down, up = factors(KLEIN, KLEIN)
     module = "diffusion_model.double_blocks.0.img_attn.proj"
