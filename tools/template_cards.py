@@ -18,10 +18,11 @@ CARDS = {
     "2": ["person 6", "person 0", "person 2", "person 5"],
     "3": ["person 4", "person 7", "person 3", "person 1"],
     "4": ["person 2", "person 5", "person 7", "person 0"],
-    "5": ["person 1", "person 2", "person 5", "person 3"],
-    "6": ["person 7", "person 4", "class 1", "class 4"],
-    "7": ["base 3", "person 3", "person 5", "person 7"],
-    "8": ["person 7"],
+    "5": ["person 3", "person 6", "person 1", "person 4"],
+    "6": ["person 1", "person 2", "person 5", "person 3"],
+    "7": ["person 7", "person 4", "class 1", "class 4"],
+    "8": ["base 3", "person 3", "person 5", "person 7"],
+    "9": ["person 7"],
 }
 """First letter of a workflow's name -> the faces of its card, by row and place."""
 

@@ -196,7 +196,7 @@ def _refusal_by_invokeai(lora: LoraNames, objections: Mapping[str, Objection]) -
     if unknown := next((e for e in skipped if e.scheme not in loaded.invokeai_skips or e.part != "denoiser"), None):
         return f"a file with {objections[unknown.name].reason}"
     places = lora.content.places
-    known = loaded.invokeai_signs
+    known = (*loaded.invokeai_signs, *loaded.invokeai_signs_in.get(lora.scheme, ()))
     if known and not any(all(any(sign.matches(*p) for p in places) for sign in signs) for signs in known):
         return "a file without the modules by which it recognises the family"
     return None

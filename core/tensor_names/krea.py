@@ -38,6 +38,8 @@ _WIDE = (
     r"|transformer_blocks\.\d+\.(attn\.to_(q|gate|out\.0)|ff\.(gate|up)))$"
 )
 
+_NO_NORM = r"^(?!.*norm)"
+
 KREA2 = NameTable(
     name="krea2",
     base_versions=("krea2",),
@@ -55,5 +57,14 @@ KREA2 = NameTable(
         TRANSFORMER_IN_COMFYUI | {("comfy", "diffusers"), ("bare", "diffusers")},
         diffusers=frozenset({"diffusers", "comfy"}),
         comfyui_lacks="norm",
+        invokeai={
+            ("kohya", "original"): _NO_NORM,
+            ("invokeai", "original"): _NO_NORM,
+            ("comfy", "original"): _NO_NORM,
+            ("diffusers", "diffusers"): _NO_NORM,
+            ("bare", "diffusers"): _NO_NORM,
+        },
+        invokeai_signs=((Sign(r"^(txtfusion|text_fusion)\.|^time_mod_proj$"),),),
+        invokeai_signs_in={"comfy": ((Sign(r"\.attn\.wq$"), Sign(r"\.attn\.gate$")),)},
     ),
 )

@@ -166,6 +166,8 @@ class LoadedNames:
     """The schemes in which InvokeAI skips a name that it does not know; in others it refuses the whole file."""
     invokeai_signs: tuple[tuple[Sign, ...], ...] = ()
     """The modules by which it recognises a file: all of one of these; without any it goes by the names alone."""
+    invokeai_signs_in: Mapping[str, tuple[tuple[Sign, ...], ...]] = field(default_factory=dict)
+    """More of these, by the scheme of the file's names."""
 
 
 @dataclass(frozen=True)

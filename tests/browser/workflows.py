@@ -263,7 +263,7 @@ def comparison() -> Workflow:
             )
         )  # fmt: skip
     return Workflow(
-        "7 Compare strengths and checkpoints",
+        "8 Compare strengths and checkpoints",
         [
             Step(
                 "Base model and reference",
@@ -333,7 +333,15 @@ ZIMAGE = transformer(
     latent="EmptySD3LatentImage",
     sampler={"sampler_name": "res_multistep", "scheduler": "simple"},
 )
-FLOWS = {"flux1": FLUX1, "flux2": KLEIN, "zimage": ZIMAGE}
+QWEN3_VL = file("text_encoders", "Comfy-Org/Krea-2/resolve/main/text_encoders/qwen3vl_4b_fp8_scaled.safetensors")
+KREA2 = transformer(
+    "Krea 2",
+    file("diffusion_models", "Comfy-Org/Krea-2/resolve/main/diffusion_models/krea2_raw_bf16.safetensors"),
+    Node("clip", "CLIPLoader", {"clip_name": QWEN3_VL["name"], "type": "krea2"}, models=[QWEN3_VL]),
+    file("vae", "Comfy-Org/Krea-2/resolve/main/vae/qwen_image_vae.safetensors"),
+    latent="EmptySD3LatentImage",
+)
+FLOWS = {"flux1": FLUX1, "flux2": KLEIN, "zimage": ZIMAGE, "krea2": KREA2}
 """Family -> the base that its workflow trains."""
 
 WORKFLOWS = [
@@ -353,8 +361,12 @@ WORKFLOWS = [
         "4 Photos to headshots Z-Image.app", ZIMAGE, "my-face-zimage",
         "Z-Image base; its LoRAs load into Z-Image-Turbo too",
     ),
+    photos_to_headshots(
+        "5 Photos to headshots Krea 2.app", KREA2, "my-face-krea2",
+        "Krea 2 Raw; its LoRAs load into Krea 2 Turbo too",
+    ),
     Workflow(
-        "5 Headshots with a LoRA you have",
+        "6 Headshots with a LoRA you have",
         [
             Step(
                 "Base model and LoRA",
@@ -378,7 +390,7 @@ WORKFLOWS = [
         ],
     ),
     Workflow(
-        "6 Prior preservation and masks",
+        "7 Prior preservation and masks",
         [
             Step(
                 "Photos of the person",
@@ -449,7 +461,7 @@ WORKFLOWS = [
     ),
     comparison(),
     Workflow(
-        "8 Inspect and convert a LoRA",
+        "9 Inspect and convert a LoRA",
         [
             Step(
                 "Inspect",

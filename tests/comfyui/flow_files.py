@@ -23,7 +23,7 @@ CLIPS: dict[str, Node] = {
     "flux2": node("CLIPLoader", clip_name="qwen_3_4b.safetensors", type="flux2"),
     "zimage": node("CLIPLoader", clip_name="qwen_3_4b.safetensors", type="lumina2"),
     "qwen-image": node("CLIPLoader", clip_name="qwen_2.5_vl_7b.safetensors", type="qwen_image"),
-    "krea2": node("CLIPLoader", clip_name="qwen3vl_4b.safetensors", type="krea2"),
+    "krea2": node("CLIPLoader", clip_name="qwen3vl_4b_fp8_scaled.safetensors", type="krea2"),
 }
 VAES = {"sd3": "ae.safetensors", "flux1": "ae.safetensors", "chroma": "ae.safetensors",
         "flux2": "flux2-vae.safetensors", "zimage": "ae.safetensors",

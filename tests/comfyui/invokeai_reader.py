@@ -72,6 +72,7 @@ MODELS: dict[str, tuple[str, dict[str, tuple[str, Callable[[], torch.nn.Module]]
     "zimage": ("z-image", {"denoiser": ("lora_transformer-", lambda: diffusers.ZImageTransformer2DModel(n_layers=2))}),
     "qwen-image": ("qwen-image", {
         "denoiser": ("lora_transformer-", lambda: diffusers.QwenImageTransformer2DModel(num_layers=2))}),
+    "krea2": ("krea-2", {"denoiser": ("lora_transformer-", lambda: diffusers.Krea2Transformer2DModel(num_layers=2))}),
 }  # fmt: skip
 
 
