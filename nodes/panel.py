@@ -2,6 +2,7 @@
 
 # pyright: reportMissingImports=false
 
+import asyncio
 import base64
 import io
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -12,9 +13,12 @@ from typing import Any
 import folder_paths
 from aiohttp import web
 from comfy.cli_args import args
+from comfy.model_management import get_torch_device
 from PIL import Image
 from server import PromptServer
 
+from ..core import __version__
+from ..core.bench import examine, format_doctor
 from ..core.photos import Photo
 from ..core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
 from .runs import Run, Runs
@@ -110,7 +114,11 @@ def _sign(queued: dict[str, Any]) -> dict[str, Any]:
 
 
 def add_routes() -> None:
-    """GET /facelora/training: the user's runs; POST /facelora/stop {"prompt": id, "node": id}: end now, keep the result."""
+    """Adds what the panel asks for.
+
+    GET /facelora/training: the user's runs; POST /facelora/stop {"prompt": id, "node": id}: end now, keep the result;
+    GET /facelora/machine: the text of `facelora doctor`.
+    """
     server = PromptServer.instance
     server.app.middlewares.append(_note_user)
     server.add_on_prompt_handler(_sign)
@@ -140,3 +148,8 @@ def add_routes() -> None:
             return web.json_response({"error": f"you have no training in node {node} of prompt {prompt}"}, status=404)
         publish(run, {"stopping": True})
         return web.json_response({"stopping": node})
+
+    @server.routes.get("/facelora/machine")
+    async def machine(request: web.Request) -> web.Response:
+        report = await asyncio.to_thread(examine, get_torch_device(), False, __version__)
+        return web.Response(text=format_doctor(report))

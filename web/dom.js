@@ -1,6 +1,7 @@
 /** What the widgets of the nodes share: elements, the style sheet, small talk with ComfyUI. */
 
 import { app } from "../../scripts/app.js"
+import { api } from "../../scripts/api.js"
 import { say } from "./words.js"
 
 document.head.append(Object.assign(document.createElement("link"), {
@@ -31,13 +32,21 @@ export function addElement(node, name, element, height) {
 
 export const widgetOf = (node, name) => node.widgets.find((widget) => widget.name === name)
 
-/** Shows an element in the middle of the page, until the next click or key. */
+/** Shows an element in the middle of the page, until the next click or key; a text, which can be copied, until one beside it. */
 export function showLarge(element) {
   const dialog = make("dialog", "facelora-large", element)
-  for (const event of ["click", "keydown"]) dialog.addEventListener(event, () => dialog.close())
+  const isText = element.tagName === "PRE"
+  dialog.addEventListener("click", ({ target }) => isText && target === element || dialog.close())
+  dialog.addEventListener("keydown", () => isText || dialog.close()) // Escape closes every dialog
   dialog.addEventListener("close", () => dialog.remove())
   document.body.append(dialog)
   dialog.showModal()
+}
+
+/** The text with which the server answers: a report, or the sentence that says why there is none. */
+export async function readReport(address) {
+  const answer = await api.fetchApi(address)
+  return answer.text()
 }
 
 /** Calls a function after whatever the node does when something is done to it, e.g. "onRemoved". */

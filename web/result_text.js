@@ -1,8 +1,7 @@
 /** The text that a node shows once it has run: which LoRA it is, where a file was written. */
 
 import { app } from "../../scripts/app.js"
-import { api } from "../../scripts/api.js"
-import { addElement, after, make, makeRoom, showLarge, widgetOf } from "./dom.js"
+import { addElement, after, make, makeRoom, readReport, showLarge, widgetOf } from "./dom.js"
 import { say } from "./words.js"
 
 const NODES = new Set(["FaceLoRAApply", "FaceLoRAInspect", "FaceLoRASave", "FaceLoRAStylePack"])
@@ -26,7 +25,7 @@ class ResultText {
     this.about.addEventListener("click", async () => {
       const { value } = widgetOf(this.node, "lora_name")
       const connected = value === CONNECTED || this.node.inputs.find((input) => input.name === "lora")?.link != null
-      const report = connected ? this.text.textContent : await readReport(value)
+      const report = connected ? this.text.textContent : await readReport(`/facelora/lora?name=${encodeURIComponent(value)}`)
       showLarge(make("pre", "", report || say("The connected LoRA is known when the node has run")))
     })
     return make("div", "facelora-row", this.about)
@@ -44,12 +43,6 @@ class ResultText {
     const lines = text.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / columns)), 0)
     return button + LINE * Math.min(lines, MOST_LINES) + 16
   }
-}
-
-/** The report of Inspect LoRA on a file, or the sentence that says why there is none. */
-async function readReport(name) {
-  const answer = await api.fetchApi(`/facelora/lora?name=${encodeURIComponent(name)}`)
-  return answer.text()
 }
 
 const panels = new Set()

@@ -3,7 +3,7 @@
 import { app } from "../../scripts/app.js"
 import { api } from "../../scripts/api.js"
 import { drawChart, short } from "./chart.js"
-import { addElement, after, make, makeRoom, showLarge, whenChanged, widgetOf } from "./dom.js"
+import { addElement, after, make, makeRoom, readReport, showLarge, whenChanged, widgetOf } from "./dom.js"
 import { say } from "./words.js"
 
 const NODE = "FaceLoRATrain"
@@ -61,6 +61,9 @@ class Panel {
     this.node = node
     this.status = make("div", "facelora-status facelora-quiet")
     this.status.textContent = say("The training shows here: loss, samples, likeness.")
+    this.machine = make("button", "facelora-machine", say("This machine"))
+    this.machine.title = say("What it has for training and what is missing, to paste into a question")
+    this.machine.addEventListener("click", async () => showLarge(make("pre", "", await readReport("/facelora/machine"))))
     this.keep = make("button", "facelora-keep", say("Stop and keep"))
     this.keep.title = say("Ends the training now and keeps what it has learned")
     this.cancel = make("button", "facelora-cancel", say("Cancel"))
@@ -78,7 +81,7 @@ class Panel {
       make("div", "facelora-quiet", say("photos")), this.samplesTitle, this.photos, this.samples)
     this.warning = make("div", "facelora-warning")
     this.root = make("div", "facelora-panel",
-      this.status, make("div", "facelora-row", this.progress, this.time, this.keep, this.cancel), this.warning, this.loss,
+      make("div", "facelora-row", this.status, this.machine), make("div", "facelora-row", this.progress, this.time, this.keep, this.cancel), this.warning, this.loss,
       this.likeness, this.checkpoints, this.pictures)
     this.pictures.addEventListener("click", ({ target }) => target.tagName === "IMG" && showLarge(target.cloneNode()))
     this.keep.addEventListener("click", () => this.stopAndKeep())
@@ -111,6 +114,7 @@ class Panel {
     this.time.textContent = timeText(state)
     this.bar.style.width = `${100 * doneShare(state)}%`
     this.keep.hidden = this.cancel.hidden = !active
+    this.machine.hidden = state.phase !== "failed"
     this.keep.disabled = !TRAINING.has(state.phase) || state.stopping === true
     this.warning.hidden = !state.warning
     this.warning.textContent = state.warning ?? ""

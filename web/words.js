@@ -5,6 +5,8 @@ import { app } from "../../scripts/app.js"
 const ZH = {
   // Train Face LoRA
   "The training shows here: loss, samples, likeness.": "训练情况显示在这里：损失、样图、相似度。",
+  "This machine": "本机",
+  "What it has for training and what is missing, to paste into a question": "本机可用于训练的条件和缺少的组件，可粘贴到提问中",
   "Stop and keep": "停止并保留",
   "Ends the training now and keeps what it has learned": "立即结束训练，并保留已学到的内容",
   "Cancel": "取消",

@@ -1,9 +1,11 @@
 """The live panel of Train Face LoRA, during a real training."""
 
+import getpass
 import json
 import re
 
 import pytest
+import torch
 
 from core.lora.file import LoraFile
 from core.training.likeness import LIKENESS_KEY
@@ -207,6 +209,20 @@ def test_a_click_enlarges_a_picture_until_the_next_key(page):
     page.wait_for("() => document.querySelector('.facelora-large[open] img')")
     page.page.keyboard.press("Escape")
     page.wait_for("() => !document.querySelector('.facelora-large')")
+
+
+def test_a_button_shows_what_the_machine_has_for_training(page, server):
+    page.run(BUILD, train_node(1))
+    page.page.click(".facelora-machine")
+    page.page.locator(".facelora-large[open] pre", has_text="facelora doctor").wait_for()
+    report = page.page.text_content(".facelora-large pre") or ""
+    assert f"torch {torch.__version__}" in report and "cpu: " in report
+    page.page.click(".facelora-large pre", click_count=3)  # which selects a line
+    assert page.run("() => String(getSelection())").strip() in report.splitlines()
+    page.page.mouse.click(5, 5)
+    page.wait_for("() => !document.querySelector('.facelora-large')")
+    assert str(server.folder) not in report and getpass.getuser() not in report.split()
+    assert page.complaints() == []
 
 
 def test_the_panel_speaks_the_language_of_comfyui(page, site):
