@@ -255,7 +255,7 @@ class Judge:
         counts = [PICTURES, PICTURES, *[1] * len(NEUTRAL_PROMPTS)]
         prompts += [f"{self._subject}, {setting}" for setting in self.comparison.settings]
         counts += [PICTURES // 2] * len(self.comparison.settings)
-        guidance = base.family.guidance if config.sample_guidance is None else config.sample_guidance
+        guidance = base.guidance if config.sample_guidance is None else config.sample_guidance
         jobs = [
             Job(prompt, seed, size=self._size, steps=config.sample_steps, guidance=guidance)
             for prompt, count in zip(prompts, counts, strict=True)

@@ -122,8 +122,8 @@ def prompt_jobs(options: argparse.Namespace, base: Base, loras: Sequence[tuple[A
             raise BadConfig(f"--prompt {prompt!r} is given twice; --count makes more pictures of each")
     if options.count < 1:
         raise BadConfig(f"--count {options.count}: must be at least 1")
-    steps = base.family.steps if options.steps is None else options.steps
-    guidance = base.family.guidance if options.guidance is None else options.guidance
+    steps = base.steps if options.steps is None else options.steps
+    guidance = base.guidance if options.guidance is None else options.guidance
     # All prompts with one seed, then the next seed: a larger --count then only adds pictures, and renumbers none.
     return [
         Job(prompt, options.seed + number, options.negative, options.size, steps, guidance)
@@ -158,7 +158,7 @@ def pack_jobs(
             steps=job.steps if options.steps is None else options.steps,
             guidance=job.guidance if options.guidance is None else options.guidance,
         )
-        for job in map(Job.from_style, styled)
+        for job in (Job.from_style(prompt).on(base) for prompt in styled)
     ]
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,7 +23,7 @@ from .diffusers_folder import download, is_hub_id, read_folder
 from .families import detect_family
 from .ldm import VAE_PREFIXES, original_unet_names
 from .memory_plan import MemoryPlan, MemorySaver
-from .objective import Schedule
+from .objective import FlowSchedule, Schedule
 from .pipeline import assemble, encoder_classes, encoder_component, pipeline_class
 from .quantised import dequantised
 from .recipe import RECIPES_KEY
@@ -31,6 +32,7 @@ from .spec import (
     Component,
     Conditioning,
     FamilySpec,
+    FewSteps,
     LatentShape,
     PredictionType,
     materialise,
@@ -107,9 +109,37 @@ class Base:
         """Whether the model is known to be distilled to a few steps, which training on it would undo."""
         return self.says_distilled or self.family.is_distilled(self.components["denoiser"].config)
 
+    @property
+    def is_named_distilled(self) -> bool:
+        """Whether the model's name is that of one that was distilled to a few steps."""
+        return re.search(self.family.distilled_names, self.name, re.IGNORECASE) is not None
+
+    @property
+    def few_steps(self) -> FewSteps | None:
+        """How the model draws where it, or else its name, says that it was distilled to a few steps; None for all others."""
+        named = self.is_named_distilled and not self.embeds_guidance
+        return self.family.few_steps if self.is_distilled or named else None
+
+    @property
+    def steps(self) -> int:
+        """The number of sampling steps that suits the model."""
+        return self.few_steps.steps if self.few_steps else self.family.steps
+
+    @property
+    def guidance(self) -> float:
+        """The scale of guidance that suits the model."""
+        return 1.0 if self.few_steps else self.family.guidance
+
     def schedule(self) -> Schedule:
-        """The noise schedule of the model, which also knows what it predicts."""
+        """The noise schedule that the model is trained on, which also knows what it predicts."""
         return self.family.schedule(self.prediction_type, self.zero_terminal_snr, self.components)
+
+    def sampling_schedule(self) -> Schedule:
+        """The noise schedule that the model draws on."""
+        schedule, shift = self.schedule(), self.few_steps and self.few_steps.shift
+        if shift is None or not isinstance(schedule, FlowSchedule):
+            return schedule
+        return replace(schedule, shift=lambda positions: shift)
 
     def load(self, part: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The network of a part with frozen weights, in evaluation mode. Raises BadFile when the base model lacks it."""

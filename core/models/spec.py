@@ -105,6 +105,15 @@ def placed(text: Conditioning, device: torch.device, dtype: torch.dtype) -> Cond
     return {name: value if name == "context_mask" else value.to(dtype) for name, value in there.items()}
 
 
+@dataclass(frozen=True)
+class FewSteps:
+    """How a model that was distilled to a few steps draws. Its guidance is in its weights, so that the scale is 1."""
+
+    steps: int
+    shift: float | None = None
+    """The shift of the times for pictures of all sizes; None where it is that of the family."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FamilySpec:
     """A model family: its data, and the functions that differ between families."""
@@ -185,6 +194,8 @@ class FamilySpec:
     """Tells by the denoiser's config whether the model was distilled to a few steps, which training would undo."""
     distilled_names: str = "turbo|lightning|schnell"
     """A regular expression for file names of distilled models, for those that nothing in the file tells from others."""
+    few_steps: FewSteps | None = None
+    """How its distilled models draw; None where they are not known, and draw like the others."""
     other_model: Callable[[dict[str, Any]], str | None] = lambda config: None
     """The name of another model with the same diffusers pipeline, by the denoiser's config; None if it is of this family."""
     other_pipelines: tuple[str, ...] = ()

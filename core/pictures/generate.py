@@ -80,6 +80,10 @@ class Job:
             styled.style,
         )
 
+    def on(self, base: Base) -> "Job":
+        """The job with the steps and the guidance of a base model that was distilled to a few steps; for others as it is."""
+        return replace(self, steps=base.steps, guidance=base.guidance) if base.few_steps else self
+
     def __post_init__(self) -> None:
         for name in ("prompt", "negative"):
             if not is_text(getattr(self, name)):

@@ -106,7 +106,7 @@ def build_sampler(name: str | None, base: Base, steps: int, latents: Tensor) -> 
     import diffusers
 
     name = sampler_name(name, base)
-    schedule = base.schedule()
+    schedule = base.sampling_schedule()
     if isinstance(schedule, FlowSchedule):
         if name == "euler":
             return FlowEuler(schedule.sampling_times(steps, latents))

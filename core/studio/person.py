@@ -45,7 +45,9 @@ class Order:
         """The pictures to draw, in rounds over the styles of the pack."""
         subject = Subject(self.config.trigger_word, self.config.class_word)
         prompts = self.pack.prompts(subject, base.family.name, self.count, self.seed, resolution=base.resolution)
-        return [replace(job, size=self.size or job.size) for job in map(Job.from_style, prompts)]
+        return [
+            replace(job, size=self.size or job.size) for job in (Job.from_style(prompt).on(base) for prompt in prompts)
+        ]
 
 
 @dataclass(frozen=True)

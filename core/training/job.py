@@ -423,7 +423,7 @@ _UNDONE = (
 
 def distilled_hint(base: Base, config: TrainConfig) -> str | None:
     """A warning when the base model's name says that it was distilled to a few steps; else None."""
-    if config.allow_distilled or not re.search(base.family.distilled_names, base.name, re.IGNORECASE):
+    if config.allow_distilled or not base.is_named_distilled:
         return None
     return f"{base.name}: by its name was distilled to a few steps{_UNDONE}"
 

@@ -76,7 +76,7 @@ def training_sampler(
                     base, denoiser, [prompt for _, (prompt, _) in part], [negative for _, (_, negative) in part],
                     device=device, dtype=dtype, autocast=not METHODS[config.method].keeps_dtype,
                     seeds=[seed for (_, seed), _ in part], size=width_height, steps=config.sample_steps,
-                    guidance=base.family.guidance if config.sample_guidance is None else config.sample_guidance,
+                    guidance=base.guidance if config.sample_guidance is None else config.sample_guidance,
                     on_step=on_step,
                 )  # fmt: skip
                 return decode_latents(base, vae, latents)
@@ -110,7 +110,7 @@ def make_class_images(
     prompt = class_caption(class_word)
     side = resolution or base.resolution
     size = min(bucket_sizes(side, base.size_multiple), key=lambda s: abs(s[0] - s[1]))
-    steps, guidance = base.family.steps, base.family.guidance
+    steps, guidance = base.steps, base.guidance
     folder = made_folder("class", content_key("class images", prompt, size, steps, guidance, base.identity))
     paths = [folder / f"{index:05d}.png" for index in range(count)]
     missing = [index for index, path in enumerate(paths) if not _is_whole(path)]

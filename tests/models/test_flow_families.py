@@ -20,7 +20,7 @@ from core.models.families import FAMILIES
 from core.models.objective import FlowSchedule
 from core.models.spec import on_device, stack_conditioning
 from core.pictures.generate import Job, generate
-from core.pictures.sampling import FLOW_SAMPLERS, encode_prompts, sample_latents
+from core.pictures.sampling import FLOW_SAMPLERS, build_sampler, encode_prompts, sample_latents
 from core.tensor_names import NAME_TABLES as KEYS
 from core.training.job import check_base_options, distilled_hint, train
 from core.training.step import Run
@@ -258,6 +258,41 @@ def test_a_model_that_was_distilled_to_few_steps_is_refused_unless_told_otherwis
     with pytest.raises(BadConfig, match=r"distilled to a few steps, .* set allow_distilled"):
         check_base_options(schnell, TrainConfig())
     check_base_options(schnell, TrainConfig(allow_distilled=True))
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "steps", "shift"),
+    [
+        ("krea2", "krea2_turbo_fp8.safetensors", 8, math.exp(1.15)),
+        ("zimage", "z_image_turbo_bf16.safetensors", 8, 3.0),
+        ("qwen-image", "qwen_image_lightning.safetensors", 8, 3.0),
+        ("sd3", "sd3.5_large_turbo.safetensors", 4, 3.0),
+        ("flux2", "flux-2-klein-4b.safetensors", 4, None),
+        ("krea2", "krea2_raw_bf16.safetensors", None, None),
+        ("chroma", "chroma-flash.safetensors", None, None),
+        ("flux1", "flux1-dev-turbo.safetensors", None, None),  # which takes its guidance as a number
+    ],
+)
+def test_a_model_that_was_distilled_by_its_name_draws_in_few_steps_without_guidance(bases, family, name, steps, shift):
+    base = replace(bases[family], name=name)
+    asked = Job("a photo", seed=1, steps=33, guidance=2.5)
+    job, spec = asked.on(base), base.family
+    assert job == (replace(asked, steps=steps, guidance=1.0) if steps else asked)
+    assert (base.steps, base.guidance) == ((steps, 1.0) if steps else (spec.steps, spec.guidance))
+    for latents in (torch.zeros(1, 16, 32, 32), torch.zeros(1, 16, 128, 96)):
+        expected = base.schedule().shift_for(latents) if shift is None else shift
+        assert base.sampling_schedule().shift_for(latents) == pytest.approx(expected)
+
+
+def test_schnell_draws_in_four_steps_that_are_not_shifted(bases):
+    base = bases["flux1"]
+    denoiser = replace(
+        base.components["denoiser"], config=base.components["denoiser"].config | {"guidance_embeds": False}
+    )
+    schnell = replace(base, components={**base.components, "denoiser": denoiser})
+    assert (schnell.steps, schnell.guidance) == (4, 1.0)
+    times = build_sampler(None, schnell, 4, torch.zeros(1, 16, 64, 64)).timesteps
+    assert times.tolist() == pytest.approx([1000, 750, 500, 250])
 
 
 @pytest.mark.parametrize("is_distilled", [True, False])

@@ -108,4 +108,5 @@ CHROMA = replace(
     embeds_guidance=lambda config: False,
     is_distilled=lambda config: False,
     distilled_names="flash",
+    few_steps=None,
 )

@@ -16,7 +16,7 @@ from .. import text, transformer
 from ..ldm import count_children
 from ..objective import linear_shift
 from ..recipe import Recipe
-from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec
+from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, FewSteps
 
 TEXT_TOKENS = 512
 """The number of T5 tokens that FLUX.1-dev was trained with, to which captions are padded."""
@@ -152,4 +152,5 @@ FLUX1 = FamilySpec(
     flow_shift=linear_shift(256, 0.5, 4096, 1.15),  # from FLUX.1-dev's scheduler
     embeds_guidance=embeds_guidance,
     is_distilled=is_distilled,
+    few_steps=FewSteps(4, shift=1.0),
 )

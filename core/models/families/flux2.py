@@ -19,7 +19,7 @@ from ...tensor_names.flux import FLUX2 as NAMES
 from .. import text, transformer
 from ..ldm import VAE_PREFIXES, kl_pixels, vae_component
 from ..recipe import Recipe
-from ..spec import Component, Conditioning, FamilySpec, LatentShape
+from ..spec import Component, Conditioning, FamilySpec, FewSteps, LatentShape
 from . import flux1
 
 TEXT_TOKENS = 512
@@ -174,5 +174,6 @@ FLUX2 = FamilySpec(
     decode_latents=decode_latents,
     embeds_guidance=flux1.embeds_guidance,
     distilled_names="klein(?!.*base)",
+    few_steps=FewSteps(4),
     lora_scheme="comfy",
 )

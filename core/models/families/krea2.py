@@ -5,6 +5,7 @@ Krea 2 Turbo, which is distilled to eight steps without guidance, has the same t
 that says `is_distilled`, tells it from Krea 2 Raw: train on Raw, and draw with Turbo.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from .. import text, transformer
 from ..ldm import count_children
 from ..objective import linear_shift
 from ..recipe import Recipe
-from ..spec import Component, Conditioning, FamilySpec, holds_numbers
+from ..spec import Component, Conditioning, FamilySpec, FewSteps, holds_numbers
 from . import qwen_image
 
 TEXT = {"text_encoder": "qwen3vl_4b"}
@@ -176,6 +177,7 @@ KREA2 = FamilySpec(
     encode_text=encode_text,
     predict=predict,
     flow_shift=linear_shift(256, 0.5, 6400, 1.15),  # from the authors' scheduler
+    few_steps=FewSteps(8, shift=math.exp(1.15)),
     encode_image=qwen_image.encode_image,
     decode_latents=qwen_image.decode_latents,
     lora_scheme="comfy",

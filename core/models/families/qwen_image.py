@@ -18,7 +18,7 @@ from .. import text, transformer
 from ..ldm import VAE_PREFIXES, count_children
 from ..objective import linear_shift
 from ..recipe import Recipe
-from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, LatentShape, holds_numbers
+from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, FewSteps, LatentShape, holds_numbers
 
 TEXT = {"text_encoder": "qwen25_7b"}
 TEXT_TOKENS = 1024
@@ -208,6 +208,7 @@ QWEN_IMAGE = FamilySpec(
     encode_text=encode_text,
     predict=predict,
     flow_shift=linear_shift(256, 0.5, 8192, 0.9),  # from the authors' scheduler
+    few_steps=FewSteps(8, shift=3.0),  # Qwen-Image-Lightning
     encode_image=encode_image,
     decode_latents=decode_latents,
     lora_scheme="comfy",

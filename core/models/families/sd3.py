@@ -15,7 +15,7 @@ from ...tensor_names.sd3 import SD3 as NAMES
 from .. import clip, text, transformer
 from ..ldm import count_children, vae_component
 from ..recipe import Recipe
-from ..spec import Component, Conditioning, FamilySpec
+from ..spec import Component, Conditioning, FamilySpec, FewSteps
 
 LATENT_SCALE, LATENT_SHIFT = 1.5305, 0.0609
 TEXT_TOKENS = 256
@@ -124,4 +124,5 @@ SD3 = FamilySpec(
     encode_text=encode_text,
     predict=predict,
     flow_shift=lambda positions: SHIFT,
+    few_steps=FewSteps(4),
 )

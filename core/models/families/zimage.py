@@ -15,7 +15,7 @@ from ...tensor_names.lumina import ZIMAGE as NAMES
 from .. import text, transformer
 from ..ldm import count_children
 from ..recipe import Recipe
-from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec
+from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, FewSteps
 
 TEXT = {"text_encoder": "qwen3_4b"}
 TEXT_TOKENS = 512
@@ -106,5 +106,6 @@ ZIMAGE = FamilySpec(
     predict=predict,
     # The shift in ComfyUI and in Turbo's scheduler. The base model's scheduler has 6.
     flow_shift=lambda positions: 3.0,
+    few_steps=FewSteps(8),
     lora_scheme="comfy",
 )
