@@ -30,7 +30,7 @@ def first_of_each(cheap: int, others: int) -> list[int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits and forks are Linux's")
-@pytest.mark.parametrize("cheap, others", [(30, 2), pytest.param(400, 30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cheap, others", [(15, 1), pytest.param(400, 30, marks=pytest.mark.slow)])
 def test_damage_kills_and_closed_disks_end_in_success_or_one_clear_error(cheap, others):
     report = soak(SEED, first_of_each(cheap, others))
     assert report["failures"] == {}

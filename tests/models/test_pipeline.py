@@ -46,7 +46,10 @@ def write_folder(folder: Path, shape: Shape, prediction: Literal["epsilon", "v_p
     ).save_pretrained(folder)  # fmt: skip
 
 
-@pytest.mark.parametrize(("shape", "prediction"), [(SMALL_SD15, "v_prediction"), (SMALL_SDXL, "epsilon")])
+@pytest.mark.parametrize(
+    ("shape", "prediction"),
+    [(SMALL_SD15, "v_prediction"), pytest.param(SMALL_SDXL, "epsilon", marks=pytest.mark.slow)],
+)
 def test_its_pictures_are_those_of_the_pipeline_that_diffusers_loads(tmp_path, shape, prediction):
     write_folder(tmp_path, shape, prediction)
     pictures = []

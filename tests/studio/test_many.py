@@ -246,6 +246,7 @@ def test_a_manifest_that_cannot_be_used_is_refused(tmp_path, write, words):
         read_people(write(tmp_path))
 
 
+@pytest.mark.slow
 def test_what_is_damaged_of_a_person_is_made_anew_and_the_rest_found(tmp_path, base, terms, people):
     folder = tmp_path / "out" / "anna"
     (made,) = run(people[:1], base, folder.parent, terms)

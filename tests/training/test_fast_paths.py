@@ -64,6 +64,7 @@ def test_the_fused_layer(base, plain):
     assert_runs_alike(after_steps(Run(cache_of(base), base, CONFIG, CPU)), plain)
 
 
+@pytest.mark.slow
 def test_matrices_cast_once_a_step(base, monkeypatch):
     """In half precision, with two passes a step, one of them with the adapter off: tensor for tensor the same.
 

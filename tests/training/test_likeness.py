@@ -272,6 +272,7 @@ def test_the_last_checkpoint_is_kept_where_it_is_asked_for_though_another_costs_
     assert last.metadata["ss_steps"] == "2" and curve["kept"] == 1
 
 
+@pytest.mark.slow
 def test_the_average_of_the_best_checkpoints_is_measured_after_them(base, network):
     config = replace(CONFIG, steps=2, sample_every=1, likeness_pictures=1, merge_best=2)
     average = train(photos_of(35), base, config, faces=network)
