@@ -241,6 +241,30 @@ def test_scaled_fp8_is_read_as_the_weights_that_it_stands_for(parts, layout, sha
     assert not any("scale" in key or "quant" in key for key in read)
 
 
+@pytest.mark.parametrize(
+    "said", [{"convrot": True, "convrot_groupsize": 64}, {"params": {"convrot": True, "convrot_groupsize": 16}}]
+)
+def test_int8_weights_that_were_rotated_are_turned_back(parts, said, tmp_path):
+    name, size = "double_blocks.0.img_attn.proj", said.get("params", said)["convrot_groupsize"]
+    weight = parts["flux"][f"{name}.weight"].float()
+    rotated = weight.clone().reshape(WIDTH, -1, size)
+    step = 1
+    while step < size:  # four numbers at a time: half their sum, less one of them
+        part = rotated.reshape(WIDTH, -1, 4, step)
+        rotated, step = (part.sum(dim=2, keepdim=True) / 2 - part.flip(2)).reshape(rotated.shape), 4 * step
+    rotated = rotated.reshape(weight.shape)
+    scale = rotated.abs().amax(dim=1, keepdim=True) / 127
+    description = json.dumps({"format": "int8_tensorwise", **said}).encode()
+    tensors = parts["flux"] | {
+        f"{name}.weight": (rotated / scale).round().to(torch.int8), f"{name}.weight_scale": scale,
+        f"{name}.comfy_quant": torch.tensor(list(description), dtype=torch.uint8),
+    }  # fmt: skip
+    save_safetensors(tmp_path / "int8.safetensors", tensors)
+    base = load_base(tmp_path / "int8.safetensors")
+    read = base.load("denoiser", CPU, torch.float32).get_parameter("transformer_blocks.0.attn.to_out.0.weight")
+    assert (read - weight).norm() < 0.02 * weight.norm()
+
+
 def test_other_quantisations_are_refused_by_name(parts, tmp_path):
     flux = parts["flux"]
 
@@ -254,19 +278,35 @@ def test_other_quantisations_are_refused_by_name(parts, tmp_path):
 
     fp8 = flux["img_in.weight"].to(torch.float8_e4m3fn)
     scale = {"img_in.weight_scale": torch.ones(())}
-    refused({"img_in.comfy_quant": description('{"format": "nvfp4"}'), **scale}, "img_in is quantised as nvfp4")
-    refused({"img_in.comfy_quant": description("[]"), **scale}, "what it says of how its layers are quantised")
+    refused({"img_in.comfy_quant": description('{"format": "int4"}'), **scale}, "img_in is quantised as int4, which")
     refused(
-        scale, "img_in is quantised as mxfp8", {"_quantization_metadata": '{"layers": {"img_in": {"format": "mxfp8"}}}'}
+        {"img_in.comfy_quant": description('{"format": "nvfp4"}'), **scale},
+        r"img_in\.weight is quantised as nvfp4 and lacks its scales",
     )
+    refused(
+        {
+            "img_in.comfy_quant": description(
+                '{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 48}'
+            ),
+            "img_in.weight": fp8.to(torch.int8),
+            **scale,
+        },
+        r"img_in\.weight .* has scales of \[\], which do not fit it as int8_tensorwise",
+    )
+    refused({"img_in.comfy_quant": description("[]"), **scale}, "what it says of how its layers are quantised")
+    mxfp8 = {"_quantization_metadata": '{"layers": {"img_in": {"format": "mxfp8"}}}'}
+    refused(scale, r"img_in\.weight .* has scales of \[\], which do not fit it as mxfp8", mxfp8)
     refused({}, "what it says of how", {"_quantization_metadata": '{"layers": 3}'})
     refused({"img_in.weight.absmax": torch.ones(4)}, r"cannot be read here, e\.g\. 'img_in\.weight\.absmax'")
-    refused({"img_in.weight": fp8.to(torch.int8), **scale}, r"is quantised, e\.g\. 'img_in\.weight' to torch\.int8")
+    refused({"img_in.weight": fp8.to(torch.int8)}, r"is quantised, e\.g\. 'img_in\.weight' to torch\.int8")
     refused(
-        {"img_in.weight": fp8, "img_in.weight_scale": torch.ones(WIDTH, 2)}, r"img_in\.weight .* a scale of \[128, 2\]"
+        {"img_in.weight": fp8, "img_in.weight_scale": torch.ones(WIDTH, 2)},
+        r"img_in\.weight .* has scales of \[128, 2\]",
     )
-    refused({"img_in.weight": fp8, "img_in.scale_weight": torch.ones(1, 64)}, r"img_in\.weight .* a scale of \[1, 64\]")
-    with pytest.raises(BadFile, match=r"img_in\.weight .* in torch\.int8 has a scale"):
+    refused(
+        {"img_in.weight": fp8, "img_in.scale_weight": torch.ones(1, 64)}, r"img_in\.weight .* has scales of \[1, 64\]"
+    )
+    with pytest.raises(BadFile, match=r"img_in\.weight .* in torch\.int8 has scales .* do not fit it as float8"):
         load_base({**flux, "img_in.weight": fp8.to(torch.int8), **scale})
     with pytest.raises(BadFile, match=r"the denoiser is quantised, e\.g\. x_embedder\.weight to torch\.int8; give"):
         load_base({**flux, "img_in.weight": fp8.to(torch.int8)}).load("denoiser", CPU, torch.float32)
