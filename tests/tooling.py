@@ -432,3 +432,17 @@ def held_elsewhere(path: Path) -> Iterator[None]:
             yield
         finally:
             another.submit(context.__exit__, None, None, None).result()
+
+
+def write_gguf(path: Path, tensors: Mapping[str, tuple[torch.Tensor, Any]]) -> Path:
+    """Writes a GGUF file as ComfyUI-GGUF has them: the tensors by name, each in the quantisation of gguf that is with it."""
+    import gguf
+
+    writer = gguf.GGUFWriter(str(path), "flux")
+    for name, (tensor, kind) in tensors.items():
+        writer.add_tensor(name, gguf.quants.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..device import free_memory
 from ..errors import BadConfig, BadFile, FaceLoraError, UnknownFamily, UnmatchedKeys
+from ..storage.gguf_file import SUFFIX, open_gguf
 from ..storage.lazy import LazyTensors, Stored, dtype_and_shape
 from ..storage.safetensors_file import SafetensorsFile, tensor_bytes
 from ..tensor_names import NAME_TABLES, PUBLISHED_BLOCKS, NameTable, blocks_in_a_level
@@ -359,6 +360,8 @@ _MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "ed
 def _opened(source: Source) -> tuple[str, Mapping[str, Tensor]]:
     if isinstance(source, Mapping):
         return "given tensors", source
+    if Path(source).suffix.lower() == SUFFIX:
+        return Path(source).name, open_gguf(source)
     file = SafetensorsFile.open(source)
     return file.path.name, file
 

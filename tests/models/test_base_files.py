@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -31,7 +32,7 @@ from core.models.families.sd3 import CONTEXT_WIDTH
 from core.storage.lazy import LazyTensors
 from core.storage.safetensors_file import SafetensorsFile, save_safetensors
 from core.training.step import Run
-from tests.tooling import SMALL_FLOWS, UNETS, RandomTensors, encoded_cache, encoded_image, mostly_slow
+from tests.tooling import SMALL_FLOWS, UNETS, RandomTensors, encoded_cache, encoded_image, mostly_slow, write_gguf
 
 CPU = torch.device("cpu")
 WIDTH = 128
@@ -239,6 +240,25 @@ def test_scaled_fp8_is_read_as_the_weights_that_it_stands_for(parts, layout, sha
     expected = (weight.float() * of_rows).to(torch.bfloat16)
     assert torch.equal(read["transformer_blocks.0.attn.to_out.0.weight"], expected)
     assert not any("scale" in key or "quant" in key for key in read)
+
+
+def test_a_denoiser_in_gguf_is_the_base_of_its_dequantised_weights(parts, tmp_path):
+    kinds = {name: gguf.GGMLQuantizationType.Q8_0 if name.endswith("attn.proj.weight") else gguf.GGMLQuantizationType.F32
+             for name in parts["flux"]}  # fmt: skip
+    path = write_gguf(
+        tmp_path / "flux1-q8.gguf", {name: (tensor, kinds[name]) for name, tensor in parts["flux"].items()}
+    )
+    base = load_base(path, vae=parts["ae"], text_encoders=[parts["clip_l"], parts["t5xxl"]])
+    assert (base.family.name, base.name) == ("flux1", "flux1-q8.gguf") and base.sha256 is None
+    read, plain = (
+        base.load("denoiser", CPU, torch.float32),
+        load_base(parts["flux"]).load("denoiser", CPU, torch.float32),
+    )
+    for name, parameter in read.named_parameters():
+        weight = plain.get_parameter(name)
+        is_quantised = name.endswith(("attn.to_out.0.weight", "attn.to_add_out.weight"))
+        assert torch.equal(parameter, weight) != is_quantised, name
+        assert (parameter - weight).norm() <= 0.01 * weight.norm(), name
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,86 @@
+"""The tensors of a GGUF file, the form in which llama.cpp and ComfyUI-GGUF have quantised models, through the package gguf."""
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import BadFile, MissingPackage
+from .lazy import LazyTensors, Stored
+
+SUFFIX = ".gguf"
+_PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
+"""The types that are no quantisations and numpy has too, by GGUF's names."""
+_ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
+"""The beginning of the name under which the shape stands that a tensor had before it was made a matrix."""
+
+
+def open_gguf(path: str | os.PathLike[str]) -> LazyTensors:
+    """The tensors in a GGUF file by name, mapped and dequantised (to bf16) when they are asked for.
+
+    Raises BadFile when it cannot be read as one, MissingPackage without the package gguf.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise MissingPackage(f"{path}: to read GGUF files needs the package gguf: pip install gguf") from None
+    path = Path(path)
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise BadFile(f"{path}: is no regular file")
+
+        class Reader(gguf.GGUFReader):
+            def _get(self, offset: int, dtype: Any, count: int = 1, *order: Any, **named: Any) -> Any:
+                # Beyond the end numpy gives nothing, and the package would count through arrays that are not there.
+                found = super()._get(offset, dtype, count, *order, **named)
+                if len(found) < count:
+                    raise ValueError("it ends before what it says is in it")
+                return found
+
+        reader = Reader(path)
+        return LazyTensors({tensor.name: _GgufTensor.of(reader, tensor) for tensor in reader.tensors})
+    except OSError as error:
+        raise BadFile(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, LookupError, TypeError, ArithmeticError, AttributeError, MemoryError) as error:
+        # The package does not check what a file says before it follows it.
+        raise BadFile(f"{path}: cannot be read as GGUF: {error or type(error).__name__}") from None
+
+
+@dataclass(frozen=True, eq=False)
+class _GgufTensor(Stored):
+    """A tensor that is dequantised when it is read."""
+
+    stored: Any
+    """The tensor as the package describes it."""
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, reader: Any, stored: Any) -> "_GgufTensor":
+        field = reader.get_field(f"{_ORIGINAL_SHAPE}{stored.name}")
+        sides = reversed(stored.shape.tolist()) if field is None else field.contents()
+        made = cls({}, stored.name, stored, tuple(int(side) for side in sides))
+        if torch.Size(made.shape).numel() != stored.n_elements:
+            raise ValueError(f"{stored.name[:80]!r} has {stored.n_elements} numbers and the shape {list(made.shape)}")
+        return made
+
+    def __call__(self) -> Tensor:
+        kind = self.stored.tensor_type.name
+        if kind in _PLAIN:
+            return torch.tensor(self.stored.data, dtype=_PLAIN[kind]).reshape(self.shape)
+        if kind == "BF16":
+            return torch.tensor(self.stored.data).view(torch.bfloat16).reshape(self.shape)
+        from gguf.quants import dequantize
+
+        try:
+            return (
+                torch.from_numpy(dequantize(self.stored.data, self.stored.tensor_type)).bfloat16().reshape(self.shape)
+            )
+        except NotImplementedError:
+            raise BadFile(f"{self.name}: is quantised as {kind}, which the package gguf cannot read") from None
+
+    def layout(self) -> tuple[torch.dtype, tuple[int, ...]]:
+        return _PLAIN.get(self.stored.tensor_type.name, torch.bfloat16), self.shape

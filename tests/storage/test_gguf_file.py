@@ -1,0 +1,91 @@
+"""GGUF files: what is in them, and what damaged ones end in."""
+
+import os
+import random
+import sys
+
+import gguf
+import pytest
+import torch
+
+from core.errors import BadFile, MissingPackage
+from core.storage.gguf_file import open_gguf
+from core.storage.lazy import dtype_and_shape
+from tests.tooling import write_gguf
+
+WEIGHT = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+Q = gguf.GGMLQuantizationType
+
+
+@pytest.fixture
+def path(tmp_path):
+    kinds = {"f32": Q.F32, "f16": Q.F16, "bf16": Q.BF16, "q8": Q.Q8_0, "q4": Q.Q4_0}
+    return write_gguf(tmp_path / "model.gguf", {name: (WEIGHT, kind) for name, kind in kinds.items()})
+
+
+def test_tensors_are_read_in_their_types_and_quantised_ones_as_bf16(path):
+    tensors = open_gguf(path)
+    dtypes = {"f32": torch.float32, "f16": torch.float16}
+    for name in ("f32", "f16", "bf16", "q8", "q4"):
+        dtype = dtypes.get(name, torch.bfloat16)
+        assert dtype_and_shape(tensors, name) == (dtype, (6, 64)) and tensors[name].dtype == dtype
+    assert torch.equal(tensors["f32"], WEIGHT) and torch.equal(tensors["f16"], WEIGHT.half())
+    assert torch.equal(tensors["bf16"], WEIGHT.bfloat16())
+    # Blocks of 32 numbers have a scale: their largest over 127, or over 8.
+    peaks = WEIGHT.reshape(-1, 32).abs().amax(dim=1, keepdim=True)
+    for name, steps in (("q8", 127), ("q4", 8)):
+        error = (tensors[name].float() - WEIGHT).reshape(-1, 32).abs()
+        assert (error <= 1.02 * peaks / steps).all() and error.mean() > 0.1 * peaks.mean() / steps / 4
+
+
+def test_a_tensor_that_was_made_a_matrix_has_its_shape_again(tmp_path):
+    writer = gguf.GGUFWriter(str(tmp_path / "model.gguf"), "flux")
+    writer.add_array("comfy.gguf.orig_shape.kernel", [3, 2, 64])
+    writer.add_tensor("kernel", WEIGHT.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert torch.equal(open_gguf(tmp_path / "model.gguf")["kernel"], WEIGHT.reshape(3, 2, 64))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_damaged_file_is_refused_or_read(path, tmp_path):
+    whole, rng, outcomes = path.read_bytes(), random.Random(0), {"read": 0, "refused": 0}
+    for number in range(120):
+        data = bytearray(whole if number % 3 else whole[: rng.randrange(len(whole))])
+        for _ in range(rng.choice((1, 2, 8))):
+            if data:
+                data[rng.randrange(min(len(data), 600))] = rng.randrange(256)
+        (tmp_path / "damaged.gguf").write_bytes(data)
+        try:
+            tensors = open_gguf(tmp_path / "damaged.gguf")
+            outcomes["read"] += all(isinstance(tensors[name], torch.Tensor) for name in tensors)
+        except BadFile as error:
+            assert str(error).startswith(f"{tmp_path / 'damaged.gguf'}: ")
+            outcomes["refused"] += 1
+    assert sum(outcomes.values()) == 120 and min(outcomes.values()) > 20
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes are not in the file system here")
+def test_what_is_no_file_is_said_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.gguf")
+    with pytest.raises(BadFile, match=r"pipe\.gguf: is no regular file"):
+        open_gguf(tmp_path / "pipe.gguf")
+    with pytest.raises(BadFile, match=r"none\.gguf: cannot be read: No such file"):
+        open_gguf(tmp_path / "none.gguf")
+    (tmp_path / "text.gguf").write_text("<html>")
+    with pytest.raises(BadFile, match=r"text\.gguf: cannot be read as GGUF: GGUF magic invalid"):
+        open_gguf(tmp_path / "text.gguf")
+
+
+def test_without_the_package_its_command_is_said(path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(MissingPackage, match=r"model\.gguf: .* pip install gguf$"):
+        open_gguf(path)
+
+
+def test_writing_into_a_tensor_changes_no_file(path):
+    tensors = open_gguf(path)
+    tensors["f32"][:] = 0
+    assert torch.equal(tensors["f32"], WEIGHT)
