@@ -14,6 +14,7 @@ import comfy.model_management
 import comfy.model_sampling
 import numpy as np
 import torch
+from comfy.model_patcher import get_key_weight
 from comfy.quant_ops import QuantizedTensor
 from comfy_api.latest import io
 from PIL import Image
@@ -113,12 +114,21 @@ _OF_QUANTISATION = ("comfy_quant", "input_scale", "pre_quant_scale", "weight_sca
 
 
 def _readers(patcher: Any, prefix: str = "") -> dict[str, Callable[[], Tensor]]:
-    """A function for each parameter of a ComfyUI ModelPatcher, by its name, that reads it with its patches merged."""
-    return {
-        name: partial(_merged, name, weight, convert, patches)
-        for name, ((weight, convert), *patches) in patcher.get_key_patches(prefix).items()
-        if isinstance(weight, Tensor) and not name.endswith(_OF_QUANTISATION)
-    }
+    """A function for each parameter of a ComfyUI ModelPatcher, by its name, that reads it with its patches merged.
+
+    ComfyUI's own `get_key_patches` fails at quantised weights, whose scales are in the state dict and are no attributes.
+    """
+    names = [name for name in patcher.model_state_dict(prefix) if not name.endswith(_OF_QUANTISATION)]
+    readers = {}
+    for name in names:
+        weight, _, convert = get_key_weight(patcher.model, name)
+        if name in patcher.backup:
+            weight = patcher.backup[name].weight
+        if name in patcher.hook_backup:
+            weight = patcher.hook_backup[name][0]
+        if isinstance(weight, Tensor):
+            readers[name] = partial(_merged, name, weight, convert, patcher.patches.get(name, []))
+    return readers
 
 
 def _encode_caption(clip: Any, title: str, width: int, pooled: int | None, caption: str) -> Conditioning:
@@ -153,14 +163,15 @@ def _clip_fingerprint(clip: Any) -> str:
     return digest.hexdigest()
 
 
-def _merged(name: str, weight: Any, convert: Callable[..., Any], patches: list) -> Tensor:
+def _merged(name: str, weight: Any, convert: Callable[..., Any] | None, patches: list) -> Tensor:
     """The weight with its patches merged, in its own dtype, or float16 where that has 8 bits. Raises when the user cancels."""
     comfy.model_management.throw_exception_if_processing_interrupted()
     value = (weight.dequantize() if isinstance(weight, QuantizedTensor) else weight).detach()
     if not patches:
-        return _trainable(convert(value, inplace=False))
+        return _trainable(convert(value, inplace=False) if convert else value)
     dtype = value.dtype if value.dtype.itemsize > 1 else torch.float16
-    value = convert(value.to(torch.float32, copy=True), inplace=True)
+    value = value.to(torch.float32, copy=True)
+    value = convert(value, inplace=True) if convert else value
     return _trainable(comfy.lora.calculate_weight(patches, value, name).to(dtype))
 
 
@@ -277,14 +288,13 @@ def loadable(lora: LoraFile, model: Any, clip: Any | None) -> tuple[LoraFile, li
 
     Raises LoraMisfit when it does not fit the models or no scheme will do. ComfyUI itself would only log that and go on.
     """
-    parts = {f"model.{name}": tensor for name, tensor in model.model.state_dict().items()}
+    shapes = _shapes("model.", model.model)
     names = comfy.lora.model_lora_keys_unet(model.model, {})
     if clip is None:
         lora = lora.of_parts({"denoiser"})
     else:
-        parts |= {f"text_encoders.{name}": tensor for name, tensor in clip.cond_stage_model.state_dict().items()}
+        shapes |= _shapes("text_encoders.", clip.cond_stage_model)
         names = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, names)
-    shapes = {name: tuple(tensor.shape) for name, tensor in parts.items()}
     base = BaseLayers(shapes, _file_name(model), FAMILY_OF_CLASS.get(_class_name(model)))
     fit(lora, base.family, base.shapes, base.biased).check(Path(lora.name).name)
     skipped: list[str] = []
@@ -296,6 +306,13 @@ def loadable(lora: LoraFile, model: Any, clip: Any | None) -> tuple[LoraFile, li
         f"{Path(lora.name).name}: ComfyUI would leave out {len(skipped)} of {len(lora.entries)} modules, e.g. "
         f"{', '.join(skipped[:3])}: it has no name for them, or they have a bias in the up matrix"
     )
+
+
+def _shapes(prefix: str, module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of a module, by its name after the prefix; of a quantised weight the one that it stands for."""
+    stored = {prefix + name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    weights = ((name, weight) for name, weight in module.named_parameters() if isinstance(weight, QuantizedTensor))
+    return stored | {prefix + name: tuple(weight.shape) for name, weight in weights}
 
 
 def _in_every_scheme(lora: LoraFile) -> Iterator[LoraFile]:

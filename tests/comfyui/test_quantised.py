@@ -1,5 +1,6 @@
 """Quantised files are read as ComfyUI reads them, bit for bit where it does not round on the way."""
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -7,23 +8,32 @@ from pathlib import Path
 import pytest
 import torch
 
+from core.lora.file import LoraFile
+from core.models.base import load_base
 from core.models.quantised import dequantised
 from core.storage.lazy import dtype_and_shape
 from core.storage.safetensors_file import SafetensorsFile
 
+from .graphs import node
 from .setup_comfyui import COMFYUI, PYTHON
+from .test_flow_nodes import loaders, picture, training_of
 
 pytestmark = pytest.mark.comfyui
+CPU = torch.device("cpu")
 
 
-def test_weights_in_each_format_are_those_that_comfyui_widens(tmp_path):
-    path = tmp_path / "quantised.safetensors"
+def written(*paths: Path) -> SafetensorsFile:
+    """The file that quantised_writer.py writes."""
     subprocess.run(
-        [str(PYTHON), str(Path(__file__).with_name("quantised_writer.py")), str(path)],
+        [str(PYTHON), str(Path(__file__).with_name("quantised_writer.py")), *map(str, paths)],
         env={**os.environ, "PYTHONPATH": str(COMFYUI), "OMP_NUM_THREADS": "1"},
         check=True,
     )
-    file = SafetensorsFile.open(path)
+    return SafetensorsFile.open(paths[0])
+
+
+def test_weights_in_each_format_are_those_that_comfyui_widens(tmp_path):
+    file = written(tmp_path / "quantised.safetensors")
     read = dequantised(file, "the file")
     layers = [name.removeprefix("widened.") for name in file if name.startswith("widened.")]
     assert len(layers) == 10 and {name for name in read if name in file} == {*read}
@@ -35,3 +45,28 @@ def test_weights_in_each_format_are_those_that_comfyui_widens(tmp_path):
             torch.testing.assert_close(read[name], widened, rtol=2**-7, atol=0)
         else:
             assert torch.equal(read[name], widened), layer
+
+
+@pytest.mark.parametrize("family", ["flux1", pytest.param("krea2", marks=pytest.mark.slow)])
+def test_a_quantised_model_is_trained_on_and_drawn_with_and_the_library_reads_it(server, flow_models, family):
+    folder = server.folder / "models" / "diffusion_models"
+    file = written(folder / f"quantised-{family}.safetensors", folder / f"{family}.safetensors")
+    said = [bytes(file[name].tolist()).decode() for name in file if name.endswith(".comfy_quant")]
+    assert {json.loads(one)["format"] for one in said} == {"float8_e4m3fn", "int8_tensorwise", "mxfp8", "nvfp4"}
+    graph = training_of(family)
+    graph["unet"]["inputs"]["unet_name"] = file.path.name
+    graph["train"]["inputs"]["name"] = f"quantised-{family}"
+    apply = node("FaceLoRAApply", model=["unet", 0], lora=["train", 0], lora_name="(the connected LoRA)",
+                 strength_model=1.0, strength_clip=1.0)  # fmt: skip
+    result = server.run(graph | {"apply": apply} | picture(family, ["apply", 0]))
+    assert result.status == "success", result.error + result.log
+    plain = server.run(loaders(family) | {"unet": graph["unet"]} | picture(family, ["unet", 0]))
+    assert "not loaded" not in result.log and server.drawn(result).tobytes() != server.drawn(plain).tobytes()
+    lora = LoraFile.read(server.folder / "models" / "loras" / f"quantised-{family}.safetensors")
+    assert lora.family == family and lora.metadata["ss_sd_model_name"] == file.path.name
+
+    ours, whole = (
+        load_base(path).load("denoiser", CPU, torch.float32) for path in (file.path, folder / f"{family}.safetensors")
+    )
+    for name, weight in whole.named_parameters():
+        assert (ours.get_parameter(name) - weight).norm() < 0.2 * weight.norm(), name
