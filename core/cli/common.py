@@ -75,9 +75,9 @@ def _source(name: str):
     """What `load_base` opens: of `demo` the embedded base, else what was named."""
     if name != DEMO:
         return name
-    from ..demo import BASE_FILE
+    from ..demo import embedded_base
 
-    return BASE_FILE
+    return embedded_base()
 
 
 def add_face_network(parser: argparse.ArgumentParser, default: str | None = "sface") -> None:
