@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -116,6 +117,11 @@ def split_strength(text: str) -> tuple[str, float]:
     if not math.isfinite(strength):
         raise BadConfig(f"{text}: the strength of a LoRA must be finite")
     return path, strength
+
+
+def terminal_width() -> int | None:
+    """The columns of the terminal that is written to; None for a file or a pipe, whose lines may be of any length."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def print_warning(message: str) -> None:
