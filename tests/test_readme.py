@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import runpy
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 import core
+from core.cli import build_parser
 from core.lora.file import LoraFile
 from core.models.recipe import RECIPES_KEY
 from core.storage.safetensors_file import SafetensorsFile, copy_with_metadata
@@ -31,6 +33,16 @@ SCRIPTS = {
     page.name: code for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))) if (code := scripts_of(page))
 }
 """The Python code of each page that has any."""
+
+
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")))
+
+
+def commands_of(page: Path) -> list[list[str]]:
+    """The words of each line of a page's blocks of code that calls `facelora`."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    lines = "\n".join(code for language, code in blocks if not language).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("facelora ")]
 
 
 def run(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,6 +99,14 @@ def names_in(code: str) -> Iterator[tuple[str, ...]]:
             inner = inner.value
         if path and isinstance(inner, ast.Name) and inner.id in aliases:
             yield *aliases[inner.id], *path
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page)], ids=lambda page: page.stem)
+def test_commands_have_the_options_that_the_pages_give_them(page):
+    for words in commands_of(page):
+        parser, _ = build_parser(words[0])
+        _, unknown = parser.parse_known_args(words)
+        assert not unknown, " ".join(words)
 
 
 @pytest.mark.parametrize("page", SCRIPTS)
