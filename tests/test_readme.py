@@ -5,6 +5,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,8 @@ import torch
 from PIL import Image
 
 import core
-from core.cli import build_parser
+from core.cli import build_parser, main
+from core.demo import BASE_FILE
 from core.lora.file import LoraFile
 from core.models.recipe import RECIPES_KEY
 from core.storage.safetensors_file import SafetensorsFile, copy_with_metadata
@@ -79,6 +81,60 @@ def test_the_python_about_lora_files_runs(tmp_path, monkeypatch, capsys):
 def test_the_python_about_style_packs_runs(tmp_path, monkeypatch, capsys):
     run(SCRIPTS["style-packs.md"], tmp_path, monkeypatch)
     assert "sks person" in capsys.readouterr().out
+
+
+def write_quick_base(path: Path) -> Path:
+    """The demo's base model with a recipe of seconds."""
+    recipe = {"photos": 2, "rate": 1e-3, "rank": 4, "settings": {"min_snr_gamma": 0.0}}
+    whole = SafetensorsFile.open(BASE_FILE)
+    copy_with_metadata(whole, path, {**whole.metadata, RECIPES_KEY: json.dumps({"balanced": recipe})})
+    return path
+
+
+@pytest.mark.slow
+def test_the_tutorials_on_the_small_base_can_be_followed(tmp_path, monkeypatch, capsys):
+    page = ROOT / "docs" / "tutorials.md"
+    monkeypatch.setattr("core.demo.BASE_FILE", write_quick_base(tmp_path / "base.safetensors"))
+    write_photos(tmp_path / "photos", count=6)
+    agreement = re.findall(r"```toml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    for name, person in (("anna", 36), ("ben", 37)):
+        (write_photos(tmp_path / "people" / name, count=5, person=person) / "person.toml").write_text(*agreement)
+    monkeypatch.chdir(tmp_path)
+    followed = set()
+    for words in commands_of(page):
+        if words[0] == "demo":
+            words = [*words, "--steps", "2"]
+        elif "sd_xl_base_1.0.safetensors" in words or "--measure" in words:
+            continue  # what 12 GB are for
+        elif words[0] == "publish":  # of which a training of two steps keeps nothing
+            shutil.copy(next(Path("pictures").glob("0*.png")), Path("pictures", "kept"))
+        assert main(words) == 0, (words, capsys.readouterr().err)
+        followed.add(words[0])
+    assert followed == {
+        "demo", "check", "train", "generate", "inspect", "verify", "convert", "publish", "studio", "forget",
+    }  # fmt: skip
+    made = (
+        "report.html",
+        "pictures/gallery.html",
+        "for-diffusers.safetensors",
+        "upload/page.txt",
+        "studio/report.html",
+    )
+    assert all(Path(name).exists() for name in made)
+    assert Path("studio", "ben", "ben.safetensors").exists() and not Path("studio", "anna").exists()
+
+
+@pytest.mark.slow
+def test_the_script_of_the_tutorials_runs(tmp_path, monkeypatch, capsys):
+    write_quick_base(tmp_path / "sd15.safetensors")
+    write_photos(tmp_path / "photos", count=6)
+    short, changed = re.subn(r"count=40", "count=3", SCRIPTS["tutorials.md"])
+    assert changed == 1
+    run(short, tmp_path, monkeypatch)
+    assert "6 of 6 usable" in capsys.readouterr().out
+    assert (
+        len(list((tmp_path / "headshots").glob("0*.png"))) == 3 and (tmp_path / "headshots" / "gallery.html").exists()
+    )
 
 
 def names_in(code: str) -> Iterator[tuple[str, ...]]:
