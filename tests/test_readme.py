@@ -4,6 +4,8 @@ import ast
 import json
 import re
 import runpy
+import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,8 @@ import torch
 from PIL import Image
 
 import core
+from core.cli import build_parser, main
+from core.demo import BASE_FILE
 from core.lora.file import LoraFile
 from core.models.recipe import RECIPES_KEY
 from core.storage.safetensors_file import SafetensorsFile, copy_with_metadata
@@ -31,6 +35,16 @@ SCRIPTS = {
     page.name: code for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))) if (code := scripts_of(page))
 }
 """The Python code of each page that has any."""
+
+
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")))
+
+
+def commands_of(page: Path) -> list[list[str]]:
+    """The words of each line of a page's blocks of code that calls `facelora`."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    lines = "\n".join(code for language, code in blocks if not language).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("facelora ")]
 
 
 def run(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,6 +83,60 @@ def test_the_python_about_style_packs_runs(tmp_path, monkeypatch, capsys):
     assert "sks person" in capsys.readouterr().out
 
 
+def write_quick_base(path: Path) -> Path:
+    """The demo's base model with a recipe of seconds."""
+    recipe = {"photos": 2, "rate": 1e-3, "rank": 4, "settings": {"min_snr_gamma": 0.0}}
+    whole = SafetensorsFile.open(BASE_FILE)
+    copy_with_metadata(whole, path, {**whole.metadata, RECIPES_KEY: json.dumps({"balanced": recipe})})
+    return path
+
+
+@pytest.mark.slow
+def test_the_tutorials_on_the_small_base_can_be_followed(tmp_path, monkeypatch, capsys):
+    page = ROOT / "docs" / "tutorials.md"
+    monkeypatch.setattr("core.demo.BASE_FILE", write_quick_base(tmp_path / "base.safetensors"))
+    write_photos(tmp_path / "photos", count=6)
+    agreement = re.findall(r"```toml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    for name, person in (("anna", 36), ("ben", 37)):
+        (write_photos(tmp_path / "people" / name, count=5, person=person) / "person.toml").write_text(*agreement)
+    monkeypatch.chdir(tmp_path)
+    followed = set()
+    for words in commands_of(page):
+        if words[0] == "demo":
+            words = [*words, "--steps", "2"]
+        elif "sd_xl_base_1.0.safetensors" in words or "--measure" in words:
+            continue  # what 12 GB are for
+        elif words[0] == "publish":  # of which a training of two steps keeps nothing
+            shutil.copy(next(Path("pictures").glob("0*.png")), Path("pictures", "kept"))
+        assert main(words) == 0, (words, capsys.readouterr().err)
+        followed.add(words[0])
+    assert followed == {
+        "demo", "check", "train", "generate", "inspect", "verify", "convert", "publish", "studio", "forget",
+    }  # fmt: skip
+    made = (
+        "report.html",
+        "pictures/gallery.html",
+        "for-diffusers.safetensors",
+        "upload/page.txt",
+        "studio/report.html",
+    )
+    assert all(Path(name).exists() for name in made)
+    assert Path("studio", "ben", "ben.safetensors").exists() and not Path("studio", "anna").exists()
+
+
+@pytest.mark.slow
+def test_the_script_of_the_tutorials_runs(tmp_path, monkeypatch, capsys):
+    write_quick_base(tmp_path / "sd15.safetensors")
+    write_photos(tmp_path / "photos", count=6)
+    short, changed = re.subn(r"count=40", "count=3", SCRIPTS["tutorials.md"])
+    assert changed == 1
+    run(short, tmp_path, monkeypatch)
+    assert "6 of 6 usable" in capsys.readouterr().out
+    assert (
+        len(list((tmp_path / "headshots").glob("0*.png"))) == 3 and (tmp_path / "headshots" / "gallery.html").exists()
+    )
+
+
 def names_in(code: str) -> Iterator[tuple[str, ...]]:
     """The names that code takes from facelora, each as ("room", "name") or ("name",)."""
     tree, aliases = ast.parse(code), {}
@@ -87,6 +155,14 @@ def names_in(code: str) -> Iterator[tuple[str, ...]]:
             inner = inner.value
         if path and isinstance(inner, ast.Name) and inner.id in aliases:
             yield *aliases[inner.id], *path
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page)], ids=lambda page: page.stem)
+def test_commands_have_the_options_that_the_pages_give_them(page):
+    for words in commands_of(page):
+        parser, _ = build_parser(words[0])
+        _, unknown = parser.parse_known_args(words)
+        assert not unknown, " ".join(words)
 
 
 @pytest.mark.parametrize("page", SCRIPTS)

@@ -164,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         return function_of(options.command.run)(options) or 0
-    except (FaceLoraError, KeyboardInterrupt) as error:
+    except (FaceLoraError, KeyboardInterrupt, EOFError) as error:  # the last from Ctrl-D at a question
         end_bars()
         print(f"facelora: {error if isinstance(error, FaceLoraError) else 'stopped'}", file=sys.stderr)
         return 1

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -75,9 +76,9 @@ def _source(name: str):
     """What `load_base` opens: of `demo` the embedded base, else what was named."""
     if name != DEMO:
         return name
-    from ..demo import BASE_FILE
+    from ..demo import embedded_base
 
-    return BASE_FILE
+    return embedded_base()
 
 
 def add_face_network(parser: argparse.ArgumentParser, default: str | None = "sface") -> None:
@@ -116,6 +117,11 @@ def split_strength(text: str) -> tuple[str, float]:
     if not math.isfinite(strength):
         raise BadConfig(f"{text}: the strength of a LoRA must be finite")
     return path, strength
+
+
+def terminal_width() -> int | None:
+    """The columns of the terminal that is written to; None for a file or a pipe, whose lines may be of any length."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def print_warning(message: str) -> None:

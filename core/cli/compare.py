@@ -52,8 +52,10 @@ def run_compare(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps([dataclasses.asdict(result) for result in results], indent=1))
         return
-    for row in summary_rows(results):
-        print(one_line("| " + " | ".join(row) + " |"))
+    methods = summary_rows(results)
+    widths = [max(map(len, method)) for method in methods]
+    for cells in zip(*methods, strict=True):  # a line each, of which there are more than methods
+        print(one_line("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()))
     print(f"{options.output / REPORT}, compare.png and a sheet of pictures for each person", file=sys.stderr)
 
 

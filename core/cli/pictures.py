@@ -32,7 +32,7 @@ from ..pictures import (
 )
 from ..storage import write_file
 from ..training import Score
-from .common import BarProgress, base_from, print_warning, split_strength
+from .common import BarProgress, base_from, print_warning, split_strength, terminal_width
 from .computing import device_from
 from .settings import given_settings
 
@@ -237,7 +237,7 @@ def run_check(options: argparse.Namespace) -> int:
     network = faces_if_installed(print_warning, options.face_network)
     thresholds = Thresholds.for_resolution(resolution, network.name if network else "sface")
     report = check_photos(photos, network, dataclasses.replace(thresholds, **dict(options.threshold)))
-    print(json.dumps(report.to_dict(), indent=1) if options.json else format_report(report))
+    print(json.dumps(report.to_dict(), indent=1) if options.json else format_report(report, terminal_width()))
     if options.sheet:
         save_sheet(report, options.sheet)
     return 0 if report.usable else 1

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ..config import TrainConfig
-from ..errors import BadConfig
+from ..errors import BadConfig, BadFile
 from ..faces import FaceNetwork, embed_images, likeness, load_faces, mean_face
 from ..lora.file import LoraFile
 from ..models.base import load_base
@@ -110,18 +110,28 @@ class DemoReport:
         )
 
 
+def embedded_base() -> Path:
+    """The file of the base model. Raises BadFile where it was not installed with the rest, as in the registry's package."""
+    if not BASE_FILE.exists():
+        raise BadFile(
+            f"{BASE_FILE.name}: the demo's base model is not in the package of ComfyUI's registry; "
+            "a clone of the repository and `pip install` of it have it"
+        )
+    return BASE_FILE
+
+
 def run(
     output: Path,
     *,
     person: int = 35,
     config: TrainConfig | None = None,
     progress: Progress | None = None,
-    base_file: Path = BASE_FILE,
 ) -> DemoReport:
     """The report of a training on eight photos of a person, with lora.safetensors and a contact sheet in `output`.
 
     `person` is one of UNSEEN_PEOPLE. The report is written to `output`/report.json, the sheet to `output`/contact_sheet.png.
-    Raises BadConfig for another person, MissingPackage when the photos or the face networks are not installed.
+    Raises BadConfig for another person, BadFile without the base model, MissingPackage when the photos or the face networks
+    are not installed.
     """
     if person not in UNSEEN_PEOPLE:
         raise BadConfig(f"--person {person}: the base has seen people 1 to 34; choose one from 35 to 40")
@@ -130,7 +140,7 @@ def run(
     faces = load_faces()
     photos = person_photos(person)
     training, held_out = photos[:-HELD_OUT], photos[-HELD_OUT:]
-    base = load_base(base_file)
+    base = load_base(embedded_base())
     lora_path = output / "lora.safetensors"
     started = time.monotonic()
     train(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -18,8 +19,11 @@ THUMBNAIL = 360
 COLOURS = {USE: "#1a7f37", CROP: "#0969da", REVIEW: "#9a6700", REJECT: "#cf222e"}
 
 
-def format_report(report: SetReport) -> str:
-    """The report as lines for a terminal: one per photo with its verdict and reasons, then the set and what to add."""
+def format_report(report: SetReport, width: int | None = None) -> str:
+    """The report as lines for a terminal: one per photo with its verdict and reasons, then the set and what to add.
+
+    Where a line would have more than `width` characters, the reasons stand below their photos.
+    """
     rows = [("photo", "verdict", "face", "likeness", "sharp", "view", "framing", "why")]
     for photo in report.photos:
         rows.append(
@@ -34,11 +38,16 @@ def format_report(report: SetReport) -> str:
                 "; ".join(finding.sentence for finding in photo.findings),
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
-    lines = [
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]) for row in rows
-    ]
-    return "\n".join([*(line.rstrip() for line in lines), "", *_summary(report)])
+    sizes = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
+    starts = ["  ".join(cell.ljust(size) for cell, size in zip(row, sizes, strict=False)) for row in rows]
+    lines = [f"{start}  {row[-1]}".rstrip() for start, row in zip(starts, rows, strict=True)]
+    summary = _summary(report)
+    if width is not None and max(map(len, lines)) > width:
+        room = max(width, 24)
+        below = [textwrap.fill(row[-1], room, initial_indent="    ", subsequent_indent="    ") for row in rows]
+        lines = [f"{start.rstrip()}\n{why}".rstrip() for start, why in zip(starts, below, strict=True)]
+        summary = [textwrap.fill(line, room) for line in summary]
+    return "\n".join([*lines, "", *summary])
 
 
 def save_sheet(report: SetReport, path: str | Path) -> None:

@@ -140,6 +140,18 @@ def test_a_person_has_the_folders_name_however_it_is_given(photo_folder, tmp_pat
     assert list(given[0]) == [photo_folder.name]
 
 
+def test_the_command_prints_a_line_for_each_measure_that_fits_a_narrow_terminal(
+    photo_folder, tmp_path, monkeypatch, capsys
+):
+    results = [result("a", method) for method in ("lora", "dreambooth", "textual-inversion")]
+    monkeypatch.setattr("core.cli.compare.compare", lambda *_, **__: results)
+    assert main(["compare", str(photo_folder), "--base", str(BASE_FILE), "--output", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) < 80 and lines[0].split() == ["method", "lora", "dreambooth", "textual-inversion"]
+    leakage = next(line for line in lines if line.startswith("leakage (into the class)"))
+    assert leakage.count("0.10 ± 0.00") == 3 and leakage.index("0.10") == lines[0].index("lora")
+
+
 def test_the_plot_has_a_panel_for_each_column_and_takes_values_below_zero(base):
     image = plot_results([result("a", "base", leakage=0.0), result("a", "lora", leakage=-0.2)])
     assert image.width > 600 and image.getextrema() != ((255, 255),) * 3

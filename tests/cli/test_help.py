@@ -69,3 +69,13 @@ def test_a_message_stands_on_a_line_of_its_own_below_a_bar(capsys):
     with progress:  # which is ended once
         pass
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
+def test_control_d_and_control_c_stop_a_command_in_one_line(end, capsys, monkeypatch):
+    def asks(_: object) -> None:
+        raise end
+
+    monkeypatch.setattr("core.cli.clear_cache.run_clear_cache", asks)
+    assert main(["clear-cache"]) == 1
+    assert capsys.readouterr().err == "facelora: stopped\n"

@@ -204,6 +204,10 @@ def test_the_report_is_json_and_a_table(network):
     lines = format_report(report).splitlines()
     assert lines[8].split()[:4] == ["intruder.png", "reject", "74", "px"]
     assert any(line.startswith("7 of 8 usable; add ") for line in lines)
+    narrow = format_report(report, 80).splitlines()
+    assert max(map(len, lines)) > 80 >= max(map(len, narrow)) and max(map(len, format_report(report, 0).split())) < 24
+    assert narrow[9].split()[:2] == ["intruder.png", "reject"] and narrow[10].startswith("    this seems to be someone")
+    assert " ".join(format_report(report, 200).split()) == " ".join(format_report(report).split())
 
 
 def test_the_sheet_is_one_page_with_every_photo_and_escaped_names(network, tmp_path):
