@@ -31,6 +31,7 @@ from ..core.models.families import FAMILIES
 from ..core.models.spec import Conditioning
 from ..core.models.text import context_width, pooled_width
 from ..core.photos import Photo
+from ..core.storage.gguf_file import dequantised
 from ..core.storage.lazy import LazyTensors
 from ..core.storage.safetensors_file import tensor_bytes
 
@@ -116,12 +117,15 @@ _OF_QUANTISATION = ("comfy_quant", "input_scale", "pre_quant_scale", "weight_sca
 def _readers(patcher: Any, prefix: str = "") -> dict[str, Callable[[], Tensor]]:
     """A function for each parameter of a ComfyUI ModelPatcher, by its name, that reads it with its patches merged.
 
-    ComfyUI's own `get_key_patches` fails at quantised weights, whose scales are in the state dict and are no attributes.
+    ComfyUI's own `get_key_patches` fails at quantised weights, which have more in the state dict than attributes.
     """
-    names = [name for name in patcher.model_state_dict(prefix) if not name.endswith(_OF_QUANTISATION)]
+    model = patcher.model
+    attributes = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     readers = {}
-    for name in names:
-        weight, _, convert = get_key_weight(patcher.model, name)
+    for name in patcher.model_state_dict(prefix):
+        if name not in attributes or name.endswith(_OF_QUANTISATION):
+            continue
+        weight, _, convert = get_key_weight(model, name)
         if name in patcher.backup:
             weight = patcher.backup[name].weight
         if name in patcher.hook_backup:
@@ -166,13 +170,23 @@ def _clip_fingerprint(clip: Any) -> str:
 def _merged(name: str, weight: Any, convert: Callable[..., Any] | None, patches: list) -> Tensor:
     """The weight with its patches merged, in its own dtype, or float16 where that has 8 bits. Raises when the user cancels."""
     comfy.model_management.throw_exception_if_processing_interrupted()
-    value = (weight.dequantize() if isinstance(weight, QuantizedTensor) else weight).detach()
+    value = _widened(name, weight).detach()
     if not patches:
         return _trainable(convert(value, inplace=False) if convert else value)
     dtype = value.dtype if value.dtype.itemsize > 1 else torch.float16
     value = value.to(torch.float32, copy=True)
     value = convert(value, inplace=True) if convert else value
     return _trainable(comfy.lora.calculate_weight(patches, value, name).to(dtype))
+
+
+def _widened(name: str, weight: Any) -> Tensor:
+    """The weight that a quantised one stands for: one of ComfyUI's, or of the pack ComfyUI-GGUF."""
+    if isinstance(weight, QuantizedTensor):
+        return weight.dequantize()
+    if getattr(weight, "tensor_type", None) is not None:
+        data = weight.as_subclass(Tensor).cpu().numpy()
+        return dequantised(data, weight.tensor_type, tuple(weight.tensor_shape), name)
+    return weight
 
 
 def _trainable(tensor: Tensor) -> Tensor:
@@ -311,8 +325,7 @@ def loadable(lora: LoraFile, model: Any, clip: Any | None) -> tuple[LoraFile, li
 def _shapes(prefix: str, module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor of a module, by its name after the prefix; of a quantised weight the one that it stands for."""
     stored = {prefix + name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    weights = ((name, weight) for name, weight in module.named_parameters() if isinstance(weight, QuantizedTensor))
-    return stored | {prefix + name: tuple(weight.shape) for name, weight in weights}
+    return stored | {prefix + name: tuple(weight.shape) for name, weight in module.named_parameters()}
 
 
 def _in_every_scheme(lora: LoraFile) -> Iterator[LoraFile]:

@@ -68,19 +68,24 @@ class _GgufTensor(Stored):
         return made
 
     def __call__(self) -> Tensor:
-        kind = self.stored.tensor_type.name
-        if kind in _PLAIN:
-            return torch.tensor(self.stored.data, dtype=_PLAIN[kind]).reshape(self.shape)
-        if kind == "BF16":
-            return torch.tensor(self.stored.data).view(torch.bfloat16).reshape(self.shape)
-        from gguf.quants import dequantize
-
-        try:
-            return (
-                torch.from_numpy(dequantize(self.stored.data, self.stored.tensor_type)).bfloat16().reshape(self.shape)
-            )
-        except NotImplementedError:
-            raise BadFile(f"{self.name}: is quantised as {kind}, which the package gguf cannot read") from None
+        return dequantised(self.stored.data, self.stored.tensor_type, self.shape, self.name)
 
     def layout(self) -> tuple[torch.dtype, tuple[int, ...]]:
         return _PLAIN.get(self.stored.tensor_type.name, torch.bfloat16), self.shape
+
+
+def dequantised(data: Any, kind: Any, shape: tuple[int, ...], name: str) -> Tensor:
+    """The tensor that a numpy array of the package's type `kind` stands for: bf16, or the type that the array has.
+
+    Raises BadFile, with the tensor's `name`, for a quantisation that the package cannot read.
+    """
+    if kind.name in _PLAIN:
+        return torch.tensor(data, dtype=_PLAIN[kind.name]).reshape(shape)
+    if kind.name == "BF16":
+        return torch.tensor(data).view(torch.bfloat16).reshape(shape)
+    from gguf.quants import dequantize
+
+    try:
+        return torch.from_numpy(dequantize(data, kind)).bfloat16().reshape(shape)
+    except NotImplementedError:
+        raise BadFile(f"{name}: is quantised as {kind.name}, which the package gguf cannot read") from None
