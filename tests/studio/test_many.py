@@ -15,7 +15,7 @@ from core.errors import BadConfig, BadFile, InUse
 from core.models.base import Base, load_base
 from core.pictures import find_style_packs
 from core.storage.cache_folder import cache_folder
-from core.studio import Person, Terms, forget, many, read_people, run
+from core.studio import Person, Terms, forget, read_people, run
 from core.training import Callbacks
 from tests.tooling import held_elsewhere, write_photos
 
@@ -60,7 +60,7 @@ def forbid(monkeypatch) -> None:
     def not_now(*_: object, **__: object) -> None:
         raise AssertionError("something was made")
 
-    monkeypatch.setattr(many, "make", not_now)
+    monkeypatch.setattr("core.studio.result.make", not_now)
 
 
 def test_each_is_made_once_and_what_fails_fails_alone(tmp_path, base, terms, people, monkeypatch):
