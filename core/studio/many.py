@@ -1,6 +1,6 @@
-"""Many people, one after the other on one base model that is loaded once: each one's LoRA and gallery, and a report.
+"""Many people on one base model that a process loads once: each one's LoRA and gallery, and a report.
 
-What fails, fails alone.
+On one machine they are made one after the other, on a cluster as many at a time as there are workers. What fails, fails alone.
 """
 
 import shutil
@@ -15,8 +15,10 @@ from ..storage.files import make_folder
 from ..storage.locks import locked
 from ..training.callbacks import NO_CALLBACKS, Callbacks
 from .people import Person
+from .queue import hand_out
+from .ray_crew import RayCrew
 from .report import read_report, write_report
-from .result import CACHE, RECORD, Result, Terms, find_or_make
+from .result import CACHE, RECORD, Result, Terms, find, find_or_make
 
 
 def run(
@@ -27,15 +29,23 @@ def run(
     *,
     device: torch.device | None = None,
     callbacks: Callbacks = NO_CALLBACKS,
+    ray: str | None = None,
 ) -> Iterator[Result]:
     """The result of each person, as soon as it is there; after each the report in `output` is written anew.
 
     A person's files lie in the folder of that name in `output`. Errors of one person are that person's result. What is not
     of the project's own errors, such as an interrupt that a callback raises, ends the run; called again it goes on there.
+
+    With `ray`, HOST:PORT of a Ray cluster's head node, the cluster's workers make the people, each on a device of its own.
+    All its machines have photos, base model and `output` under the same paths. Of the callbacks `on_warning` is called, and
+    `on_phase` with ("people", done, all).
     """
     make_folder(output)
     results: list[Result] = []
-    for result in _here(people, base, output, terms, device, callbacks):
+    made = _here(people, base, output, terms, device, callbacks)
+    if ray is not None:
+        made = _on_cluster(people, base, output, terms, callbacks, ray)
+    for result in made:
         results.append(result)
         write_report(output, results)
         yield result
@@ -54,6 +64,19 @@ def _here(
             yield find_or_make(person, base, output, terms, device, callbacks)
         except FaceLoraError as error:
             yield Result(person.name, "failed", str(error))
+
+
+def _on_cluster(
+    people: Iterable[Person], base: Base, output: Path, terms: Terms, callbacks: Callbacks, address: str
+) -> Iterator[Result]:
+    def look(person: Person) -> Result | None:
+        try:
+            return find(person, base, output, terms)
+        except FaceLoraError as error:
+            return Result(person.name, "failed", str(error))
+
+    with RayCrew(address, base, output, terms) as crew:
+        yield from hand_out(people, crew, look, callbacks)
 
 
 def forget(name: str, output: Path) -> int:

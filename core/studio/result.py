@@ -84,6 +84,14 @@ class Result:
     """How long it took to make."""
 
 
+def find(person: Person, base: Base, output: Path, terms: Terms) -> Result | None:
+    """The result of someone of whom all has been made; None where something is to do.
+
+    Raises FaceLoraError for what keeps anything from being made.
+    """
+    return _asked(person, base, output, terms, NO_CALLBACKS).recorded(output)
+
+
 def find_or_make(
     person: Person,
     base: Base,
