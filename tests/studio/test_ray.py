@@ -190,8 +190,8 @@ class Watch:
     def _look_on(self) -> None:
         while self.process.poll() is None:
             found = {}
-            for file in self.output.glob("*/.facelora-cache/runs/*/*.state.safetensors"):
-                with suppress(BadFile):  # the person is done
+            with suppress(BadFile, OSError):  # a person is done, and the folder goes while it is looked at
+                for file in self.output.glob("*/.facelora-cache/runs/*/*.state.safetensors"):
                     name, step = file.parents[3].name, int(SafetensorsFile.open(file).metadata["step"])
                     found[name] = step
                     seen = self.steps.setdefault(name, [])
