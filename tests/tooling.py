@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import json
 import math
 import re
 import sys
@@ -342,6 +343,16 @@ def write_photos(folder: Path, count: int = 4, scale: int = 1, person: int = 35)
         size = (photo.width * scale, photo.height * scale)
         photo.convert("RGB").resize(size, Image.Resampling.LANCZOS).save(folder / f"{index}.png")
     (folder / "0.txt").write_text("a photo of sks person, facing the camera")
+    return folder
+
+
+def write_quick_pack(folder: Path) -> Path:
+    """A folder with the style pack `quick`, whose only style takes one step a picture."""
+    prompts = {"tags": {"prompt": "{framing} photo of {subject}", "steps": 1, "guidance": 1}}
+    style = {"name": "Plain", "category": "Quick", "framing": "close-up", "aspect": "4:5", "prompts": prompts}
+    pack = {"id": "quick", "title": "Quick", "version": "1", "licence": "none", "styles": [style]}
+    folder.mkdir()
+    (folder / "quick.json").write_text(json.dumps(pack))
     return folder
 
 

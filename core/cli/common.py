@@ -7,7 +7,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import models  # the package loads its modules only when a name is used
@@ -200,6 +200,8 @@ class JsonProgress:
 
     def __init__(self) -> None:
         self._shown = 0.0
+        self._file = sys.stdout
+        """Where it prints, also while what others print is sent elsewhere."""
 
     def __enter__(self) -> "JsonProgress":
         return self
@@ -224,7 +226,10 @@ class JsonProgress:
     def warning(self, message: str) -> None:
         self._print(True, warning=message)
 
+    def print(self, values: Mapping[str, Any]) -> None:
+        print(json.dumps(values), file=self._file, flush=True)
+
     def _print(self, always: bool, **values: Any) -> None:
         if always or time.monotonic() - self._shown > 0.5:
             self._shown = time.monotonic()
-            print(json.dumps(values), flush=True)
+            self.print(values)

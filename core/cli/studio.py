@@ -2,9 +2,11 @@
 
 import argparse
 import dataclasses
-import json
+import sys
+from contextlib import redirect_stdout
 
 from .. import demo
+from ..errors import BadConfig
 from ..pictures import find_style_packs
 from ..studio import Result, Terms, forget, read_people, run
 from .common import DEMO, BarProgress, JsonProgress, base_from
@@ -16,9 +18,11 @@ from .train import StopOnSignal, shown
 
 def run_studio(options: argparse.Namespace) -> int:
     """1 where somebody failed, else 0."""
+    if options.ray and options.device:
+        raise BadConfig("--device: each worker of a Ray cluster has its own device; leave it out")
     people = read_people(options.people)
     given = settings_from(options)
-    base, device = base_from(options, **schedule_from(given)), device_from(options)
+    base, device = base_from(options, **schedule_from(given)), None if options.ray else device_from(options)
     is_demo = options.base == DEMO
     terms = Terms(
         packs=find_style_packs([*([demo.FOLDER] if is_demo else []), *options.style_folder]).packs,
@@ -37,13 +41,13 @@ def run_studio(options: argparse.Namespace) -> int:
             raise KeyboardInterrupt  # an error of our own would be the person's
 
     callbacks = shown(progress, check_stop)
-    with stop, progress:
+    with stop, progress, redirect_stdout(sys.stderr):  # Ray prints there what ends on the cluster
         for number, result in enumerate(
-            run(people, base, options.output, terms, device=device, callbacks=callbacks), start=1
+            run(people, base, options.output, terms, device=device, callbacks=callbacks, ray=options.ray), start=1
         ):
             failed |= result.status == "failed"
-            if options.json:
-                print(json.dumps(dataclasses.asdict(result)), flush=True)
+            if isinstance(progress, JsonProgress):
+                progress.print(dataclasses.asdict(result))
             else:
                 progress.warning(f"{number} of {len(people)}: {_line(result)}")
     if not options.json:

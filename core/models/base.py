@@ -81,6 +81,8 @@ class Base:
     """The encoder of captions that takes the place of the base model's own text encoders."""
     own_recipes: str = field(default="{}", repr=False)
     """The recipes in the metadata of its file, as JSON that `recipe.read_recipes` reads."""
+    opened_with: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
+    """The arguments with which `load_base` opens it in another process too; None where it is not from files alone."""
     _digests: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
     """The sha256 over a part's tensors, by part, for the parts asked for so far."""
 
@@ -305,6 +307,8 @@ def load_base(
     unless the options say otherwise. Raises BadFile, UnknownFamily or UnmatchedKeys when it is not a usable base model, and
     BadConfig for other files beside a folder or hub id, which has its own.
     """
+    schedule = {"prediction_type": prediction_type, "zero_terminal_snr": zero_terminal_snr}
+    opened_with = None if caption_encoder else _from_files(source, vae, text_encoders, tokenizer, **schedule)
     if not isinstance(source, Mapping):
         path = Path(source)
         # Of os.path: Path's own raise for a folder that may not be looked into, or a name that is too long.
@@ -314,7 +318,8 @@ def load_base(
             if given := [what for what, one in parts.items() if one]:
                 raise BadConfig(f"{source}: a folder of diffusers has all parts itself: leave out {', '.join(given)}")
             folder = download(str(source)) if is_on_hub else path
-            return replace(_of_folder(folder, prediction_type, zero_terminal_snr), caption_encoder=caption_encoder)
+            base = _of_folder(folder, prediction_type, zero_terminal_snr)
+            return replace(base, caption_encoder=caption_encoder, opened_with=opened_with)
     name, file = _opened(source)
     metadata = file.metadata if isinstance(file, SafetensorsFile) else {}
     vae_file = None if vae is None else _opened(vae)[1]
@@ -347,7 +352,31 @@ def load_base(
         files=tuple(one for one in opened if isinstance(one, SafetensorsFile)),
         caption_encoder=caption_encoder,
         own_recipes=metadata.get(RECIPES_KEY, "{}"),
+        opened_with=opened_with,
     )
+
+
+def _from_files(
+    source: Source,
+    vae: Source | None,
+    text_encoders: Sequence[Source],
+    tokenizer: str | os.PathLike[str] | None,
+    **schedule: Any,
+) -> Mapping[str, Any] | None:
+    """These arguments of `load_base` with absolute paths; None where one of them is a mapping of tensors."""
+    if any(isinstance(one, Mapping) for one in (source, vae, *text_encoders)):
+        return None
+
+    def placed(path: Any) -> Any:
+        return os.path.abspath(path) if path is not None and os.path.exists(path) else path  # else it is a hub id
+
+    encoders = [placed(one) for one in text_encoders]
+    return {
+        "source": placed(source),
+        "vae": placed(vae),
+        "text_encoders": encoders,
+        "tokenizer": placed(tokenizer),
+    } | schedule
 
 
 _PARTS = (DENOISER_PREFIX, *VAE_PREFIXES, "cond_stage_model.", "conditioner.", "text_encoders.", "unet.")

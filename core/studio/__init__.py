@@ -7,8 +7,6 @@ from ..lazy_names import lazy_names
 if TYPE_CHECKING:
     from .estimates import Estimate as Estimate
     from .estimates import estimate as estimate
-    from .many import Result as Result
-    from .many import Terms as Terms
     from .many import forget as forget
     from .many import run as run
     from .people import Person as Person
@@ -18,13 +16,16 @@ if TYPE_CHECKING:
     from .person import check as check
     from .person import make as make
     from .person import trained_on as trained_on
+    from .result import Result as Result
+    from .result import Terms as Terms
 else:
     __getattr__, __dir__, __all__ = lazy_names(
         __name__,
         {
             ".estimates": ("Estimate", "estimate"),
-            ".many": ("Result", "Terms", "forget", "run"),
+            ".many": ("forget", "run"),
             ".people": ("Person", "read_people"),
             ".person": ("Order", "Outcome", "check", "make", "trained_on"),
+            ".result": ("Result", "Terms"),
         },
     )

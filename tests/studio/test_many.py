@@ -15,9 +15,9 @@ from core.errors import BadConfig, BadFile, InUse
 from core.models.base import Base, load_base
 from core.pictures import find_style_packs
 from core.storage.cache_folder import cache_folder
-from core.studio import Person, Terms, forget, many, read_people, run
+from core.studio import Person, Terms, forget, read_people, run
 from core.training import Callbacks
-from tests.tooling import held_elsewhere, write_photos
+from tests.tooling import held_elsewhere, write_photos, write_quick_pack
 
 QUICK = {"rank": 2, "steps": 3, "batch_size": 1, "warmup_steps": 0, "prior_prediction": 0.0, "state_interval": 0.0}
 
@@ -30,12 +30,7 @@ def base() -> Base:
 @pytest.fixture
 def terms(tmp_path) -> Terms:
     """A picture of one step a person."""
-    prompts = {"tags": {"prompt": "{framing} photo of {subject}", "steps": 1, "guidance": 1}}
-    style = {"name": "Plain", "category": "Quick", "framing": "close-up", "aspect": "4:5", "prompts": prompts}
-    pack = {"id": "quick", "title": "Quick", "version": "1", "licence": "none", "styles": [style]}
-    (tmp_path / "packs").mkdir()
-    (tmp_path / "packs" / "quick.json").write_text(json.dumps(pack))
-    packs = find_style_packs([tmp_path / "packs"]).packs
+    packs = find_style_packs([write_quick_pack(tmp_path / "packs")]).packs
     return Terms(packs, "quick", count=1, settings=QUICK)
 
 
@@ -60,7 +55,7 @@ def forbid(monkeypatch) -> None:
     def not_now(*_: object, **__: object) -> None:
         raise AssertionError("something was made")
 
-    monkeypatch.setattr(many, "make", not_now)
+    monkeypatch.setattr("core.studio.result.make", not_now)
 
 
 def test_each_is_made_once_and_what_fails_fails_alone(tmp_path, base, terms, people, monkeypatch):

@@ -22,7 +22,7 @@ from core.photos import read_photos
 from core.pictures import find_style_packs, headshots
 from core.studio import Order, Outcome, check, make
 from core.training import Callbacks, store
-from tests.tooling import write_photos
+from tests.tooling import write_photos, write_quick_pack
 
 ROOT = Path(__file__).parents[2]
 CONFIG = TrainConfig(steps=4, rank=2, learning_rate=1e-3, min_snr_gamma=0.0, state_interval=0.0)
@@ -65,7 +65,7 @@ def do(folder: Path, place: str, end: Callable[[], None]) -> Outcome:
             on_phase=lambda phase, done, total: note(f"{phase} {done}"),
             check_cancelled=within_step,
         )
-        base, pack = load_base(BASE_FILE), find_style_packs([folder]).pick("quick")
+        base, pack = load_base(BASE_FILE), find_style_packs([folder / "packs"]).pick("quick")
         report = check(read_photos(folder / "photos"), base, CONFIG, callbacks)
         return make(report, base, Order("anna", CONFIG, pack, count=3), folder / "out", callbacks=callbacks)
 
@@ -87,10 +87,7 @@ def desk(tmp_path, monkeypatch) -> Callable[[str], Path]:
     def make_desk(name: str) -> Path:
         folder = tmp_path / name
         write_photos(folder / "photos", count=5)
-        prompts = {"tags": {"prompt": "{framing} photo of {subject}", "steps": 1, "guidance": 1}}
-        style = {"name": "Plain", "category": "Quick", "framing": "close-up", "aspect": "4:5", "prompts": prompts}
-        pack = {"id": "quick", "title": "Quick", "version": "1", "licence": "none", "styles": [style]}
-        (folder / "quick.json").write_text(json.dumps(pack))
+        write_quick_pack(folder / "packs")
         monkeypatch.setenv("FACELORA_CACHE", str(folder / "cache"))
         return folder
 
@@ -144,7 +141,7 @@ def quickly(folder: Path) -> list[str]:
     (folder / "quick.toml").write_text(
         "rank = 2\nsteps = 2\nbatch_size = 1\nwarmup_steps = 0\nprior_prediction = 0.0\n"
     )
-    return ["--config", str(folder / "quick.toml"), "--style-folder", str(folder)]
+    return ["--config", str(folder / "quick.toml"), "--style-folder", str(folder / "packs")]
 
 
 def test_where_no_picture_is_the_person_it_says_what_would_help(desk, capsys):

@@ -1,0 +1,229 @@
+"""The workers of a Ray cluster: an actor for each GPU, or for each node of a cluster that has none."""
+
+import logging
+import math
+import os
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadConfig, FaceLoraError, InUse, MissingPackage
+from ..models.base import Base, load_base
+from ..training.callbacks import Callbacks
+from .people import Person
+from .queue import News
+from .result import Result, Terms, find_or_make
+
+INSTALL_RAY = 'pip install "comfyui-facelora[ray]"'
+_ANSWER = 5.0
+"""Seconds in which a cluster must answer."""
+_LOOK = 5.0
+"""Seconds between two looks at what nodes there are."""
+_LOCK = 150.0
+"""Seconds to wait for the lock of a worker that is no more: NFS releases it after 90."""
+_LAST_STEP = 20.0
+"""Seconds in which workers that are to stop may end their step and write its state."""
+
+
+class Stopped(Exception):
+    """The driver has asked the worker to stop."""
+
+
+class Worker:
+    """What an actor does. Its other thread listens whether it is to stop."""
+
+    def __init__(self, base: dict[str, Any], output: Path, terms: Terms):
+        self._opened_with, self._output, self._terms = base, output, terms
+        self._stop = threading.Event()
+
+    def open(self) -> str:
+        """The identity of the base model, which this opens."""
+        self._base = load_base(**self._opened_with)
+        return self._base.identity
+
+    def make(self, person: Person, again: bool) -> tuple[Result, list[str]]:
+        """The result of a person, and warnings."""
+        warnings: list[str] = []
+        callbacks = Callbacks(on_step=self._check, on_phase=self._check, on_warning=warnings.append)
+        deadline = time.monotonic() + (_LOCK if again else 0)
+        while True:
+            try:
+                return find_or_make(person, self._base, self._output, self._terms, callbacks=callbacks), warnings
+            except FaceLoraError as error:
+                if not isinstance(error, InUse) or time.monotonic() > deadline:
+                    return Result(person.name, "failed", str(error)), warnings
+            self._check()
+            time.sleep(1)
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def _check(self, *_: object) -> None:
+        if self._stop.is_set():
+            raise Stopped
+
+
+class RayCrew:
+    """The workers of a cluster to which this machine belongs. It is connected to when the first worker is wanted."""
+
+    def __init__(self, address: str, base: Base, output: Path, terms: Terms):
+        """`address` is that of the head node, as HOST:PORT. Raises BadConfig or MissingPackage where it cannot work."""
+        if find_spec("ray") is None:
+            raise MissingPackage(f"a cluster needs Ray, which is not installed: {INSTALL_RAY}")
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdecimal() or "/" in address:
+            raise BadConfig(f"ray = {address!r}: expected the head node's HOST:PORT, such as 10.0.0.5:6379")
+        if base.opened_with is None:
+            raise BadConfig(
+                "a cluster's workers open the base model from its files, and this one was not made from files"
+            )
+        self._address, self._host, self._port = address, host, int(port)
+        self._arguments = (dict(base.opened_with), output.absolute(), terms)
+        self._identity = base.identity
+        self._ray: Any = None
+        self._owns_connection = False
+        self._actors: dict[str, Any] = {}
+        """The workers by name."""
+        self._nodes: dict[str, str] = {}
+        """The node of each."""
+        self._calls: dict[Any, str] = {}
+        """The worker of each call that has not been answered."""
+        self._open: set[str] = set()
+        """The workers that have opened the base model."""
+        self._started, self._looked = 0, -math.inf
+
+    def __enter__(self) -> "RayCrew":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stops the workers, which keep the state of what they are at."""
+        if self._ray is None:
+            return
+        try:
+            busy = [call for call, name in self._calls.items() if name in self._open]
+            for actor in self._actors.values() if busy else ():
+                actor.stop.remote()
+            if busy:
+                self._ray.wait(busy, num_returns=len(busy), timeout=_LAST_STEP)
+            for actor in self._actors.values():
+                self._ray.kill(actor)
+        finally:
+            if self._owns_connection:
+                self._ray.shutdown()
+
+    def hire(self, wanted: int) -> int:
+        if wanted > len(self._actors) and time.monotonic() > self._looked + _LOOK:
+            self._connect()
+            self._start(wanted)
+            self._looked = time.monotonic()
+        return len(self._actors)
+
+    def give(self, worker: str, person: Person, again: bool) -> None:
+        placed = replace(person, photos=person.photos.absolute())
+        self._calls[self._actors[worker].make.remote(placed, again)] = worker
+
+    def news(self, seconds: float) -> Sequence[News]:
+        if not self._calls:
+            time.sleep(seconds)
+            return ()
+        answered, _ = self._ray.wait(list(self._calls), timeout=seconds)
+        return [self._read(call) for call in answered]
+
+    def _read(self, call: Any) -> News:
+        """The news that a call brings. Raises what a worker has raised, as it would be raised on one machine."""
+        worker = self._calls.pop(call)
+        try:
+            answer = self._ray.get(call)
+        except self._ray.exceptions.RayError as error:
+            if isinstance(error, self._ray.exceptions.RayTaskError) and worker in self._open:
+                raise
+            return self._lose(worker, _reason(error))
+        if worker in self._open:
+            result, warnings = answer
+            return News(worker, result, tuple(warnings))
+        if answer != self._identity:
+            return self._lose(worker, "its base model is another one")
+        self._open.add(worker)
+        return News(worker)
+
+    def _lose(self, worker: str, why: str) -> News:
+        self._ray.kill(self._actors.pop(worker))  # it may have been out of reach alone
+        self._open.discard(worker)
+        del self._nodes[worker]
+        return News(worker, death=why)
+
+    def _start(self, wanted: int) -> None:
+        """Starts workers on nodes with room for them, until there are as many as are wanted."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        nodes = [node for node in self._ray.nodes() if node["Alive"]]
+        has_gpus = any(node["Resources"].get("GPU", 0) >= 1 for node in nodes)
+        taken = Counter(self._nodes.values())
+        for node in nodes:
+            name, resources = node["NodeID"], node["Resources"]
+            gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+            room = gpus if has_gpus else min(cpus, 1)
+            # Without GPUs a worker has a whole node, for all of whose CPUs Ray then sets the number of threads.
+            needs = {"num_gpus": 1, "num_cpus": 1} if has_gpus else {"num_cpus": cpus}
+            for _ in range(min(room - taken[name], wanted - len(self._actors))):
+                self._started += 1
+                worker = f"worker {self._started} on {node['NodeManagerAddress']}"
+                place = NodeAffinitySchedulingStrategy(name, soft=False)
+                actor = self._remote.options(scheduling_strategy=place, max_concurrency=2, **needs)
+                self._actors[worker] = actor.remote(*self._arguments)
+                self._nodes[worker] = name
+                self._calls[self._actors[worker].open.remote()] = worker
+
+    def _connect(self) -> None:
+        if self._ray is not None:
+            return
+        self._check_answer()
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported: it tells nobody that it is used
+        import ray
+
+        if not ray.is_initialized():
+            with _own_handler():
+                try:
+                    ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR)
+                except (ConnectionError, RuntimeError, ValueError) as error:
+                    raise BadConfig(f"ray = {self._address!r}: {_reason(error)}") from None
+            self._owns_connection = True
+        self._ray = ray
+        self._remote = ray.remote(Worker)
+
+    def _check_answer(self) -> None:
+        """Raises BadConfig where nobody answers, which takes Ray minutes to say."""
+        try:
+            socket.create_connection((self._host, self._port), timeout=_ANSWER).close()
+        except OSError as error:
+            begin = "`ray start --head` begins a cluster, and says its address"
+            raise BadConfig(
+                f"ray = {self._address!r}: nobody answers there ({error.strerror or error}); {begin}"
+            ) from None
+
+
+@contextmanager
+def _own_handler() -> Iterator[None]:
+    """Within it SIGTERM's handler may be changed, as Ray does; afterwards it is the one that it was."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is not handler:
+            signal.signal(signal.SIGTERM, handler)
+
+
+def _reason(error: Exception) -> str:
+    """What an error of Ray says in one line, or the project's own error that is its cause."""
+    cause = getattr(error, "cause", None)
+    lines = [line.strip() for line in str(cause if isinstance(cause, FaceLoraError) else error).strip().splitlines()]
+    # Of memory that has run out the first line says it, and advice follows; others end with what they have to say.
+    return (lines[0] if "memory" in lines[0] else lines[-1]) if lines else type(error).__name__

@@ -1,0 +1,267 @@
+"""Many people on a Ray cluster: what is refused without one, and a real one whose workers and nodes are killed."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from core.cli import main
+from core.demo import BASE_FILE
+from core.errors import BadConfig, BadFile
+from core.lora.file import LoraFile
+from core.models.base import load_base
+from core.pictures import find_style_packs
+from core.storage.safetensors_file import SafetensorsFile
+from core.studio import Person, Result, Terms, run
+from tests.tooling import write_photos, write_quick_pack
+
+ROOT = Path(__file__).parents[2]
+WITHOUT_RAY = pytest.mark.skipif(find_spec("ray") is None, reason='needs Ray: pip install "comfyui-facelora[ray]"')
+STEPS, PEOPLE = 40, 12
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # else the machine's other work comes first
+    "RAY_memory_monitor_refresh_ms": "0",  # else workers die of what others take
+}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def somebody(tmp_path: Path) -> list[Person]:
+    return [Person("anna", write_photos(tmp_path / "anna", count=5), agreed=True)]
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [("10.0.0.5", "expected the head node's HOST:PORT"), ("ray://10.0.0.5:10001", "expected the head node's HOST:PORT"),
+     ("127.0.0.1:{free}", "nobody answers there")],
+)  # fmt: skip
+def test_an_address_without_a_cluster_is_refused_in_seconds(tmp_path, monkeypatch, address, words):
+    monkeypatch.setattr("core.studio.ray_crew.find_spec", lambda name: name)
+    address = address.format(free=free_port())
+    terms = Terms(find_style_packs().packs, "corporate")
+    with pytest.raises(BadConfig, match=words):
+        list(run(somebody(tmp_path), load_base(BASE_FILE), tmp_path / "out", terms, ray=address))
+
+
+def test_a_base_that_is_not_from_files_cannot_be_opened_by_other_machines(tmp_path, monkeypatch):
+    monkeypatch.setattr("core.studio.ray_crew.find_spec", lambda name: name)
+    base = load_base(dict(SafetensorsFile.open(BASE_FILE)))
+    with pytest.raises(BadConfig, match="was not made from files"):
+        list(run(somebody(tmp_path), base, tmp_path / "out", Terms({}, "none"), ray="127.0.0.1:6379"))
+
+
+def test_a_base_from_files_is_opened_anew_with_what_it_was_opened_with(tmp_path, monkeypatch):
+    monkeypatch.chdir(BASE_FILE.parent)
+    base = load_base(BASE_FILE.name, zero_terminal_snr=True)
+    identity, opened_with = base.identity, base.opened_with
+    monkeypatch.chdir(tmp_path)
+    assert opened_with is not None and load_base(**opened_with).identity == identity
+
+
+def test_without_ray_one_line_says_how_to_install_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("core.studio.ray_crew.find_spec", lambda name: None)
+    (write_photos(tmp_path / "people" / "anna") / "person.toml").write_text("agreed = true")
+    command = ["studio", str(tmp_path / "people"), "--base", "demo", "--output", str(tmp_path / "out")]
+    assert main([*command, "--ray", "127.0.0.1:6379"]) == 1
+    assert capsys.readouterr().err == (
+        'facelora: a cluster needs Ray, which is not installed: pip install "comfyui-facelora[ray]"\n'
+    )
+    assert main([*command, "--ray", "127.0.0.1:6379", "--device", "cpu"]) == 1
+    assert "--device" in capsys.readouterr().err
+
+
+def test_what_ray_prints_is_not_among_the_results(tmp_path, monkeypatch, capsys):
+    def noisy(*_: object, **__: object) -> Iterator[Result]:
+        print("(raylet) A worker died")
+        yield Result("anna", "found")
+
+    monkeypatch.setattr("core.cli.studio.run", noisy)
+    write_photos(tmp_path / "people" / "anna")
+    assert (
+        main(["studio", str(tmp_path / "people"), "--base", "demo", "--output", str(tmp_path / "out"), "--json"]) == 0
+    )
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["name"] == "anna" and "(raylet)" in printed.err
+
+
+class Cluster:
+    """A Ray cluster on this machine, each of whose nodes `ray start` begins, as on machines of their own."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.address = folder, f"127.0.0.1:{free_port()}"
+        self.nodes: list[subprocess.Popen[bytes]] = []
+
+    def add(self) -> int:
+        """The process of the raylet of a new node, of one CPU. The first node is the head."""
+        port, before = self.address.rpartition(":")[2], set(self._raylets())
+        head = ["--head", "--port", port, "--include-dashboard", "false", "--temp-dir", str(self.folder)]
+        place = ["--address", self.address] if self.nodes else head
+        size = ["--num-cpus", "1", "--num-gpus", "0", "--object-store-memory", "80000000"]
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", *place, *size, "--block"]
+        with (self.folder / f"node{len(self.nodes)}.txt").open("wb") as log:
+            self.nodes.append(subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=log))
+        for _ in range(1200):
+            if new := set(self._raylets()) - before:
+                return new.pop()
+            time.sleep(0.1)
+        raise AssertionError(f"no node after two minutes: {(self.folder / 'node0.txt').read_text()}")
+
+    def _raylets(self) -> list[int]:
+        return [pid for pid, command in processes() if f"--raylet_socket_name={self.folder}" in command]
+
+    def end(self) -> None:
+        for node in reversed(self.nodes):
+            node.terminate()
+        for node in self.nodes:
+            node.wait(60)
+        for pid, command in processes():
+            if str(self.folder) in command:
+                kill(pid)
+
+
+def processes() -> Iterator[tuple[int, str]]:
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has ended
+            yield int(path.parent.name), path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+
+
+def workers_of(raylet: int) -> list[int]:
+    """The actors on a node."""
+
+    def parent(pid: int) -> int:
+        with suppress(OSError):
+            return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        return 0
+
+    return [pid for pid, command in processes() if command.startswith("ray::Worker.") and parent(pid) == raylet]
+
+
+def kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # the paths of its sockets must be short
+    cluster = Cluster(folder)
+    try:
+        yield cluster
+    finally:
+        cluster.end()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class Watch:
+    """A command, and the steps of the states that it is seen to leave on disk."""
+
+    def __init__(self, command: Sequence[str], output: Path):
+        self.output = output
+        self.steps: dict[str, list[int]] = {}
+        """The steps of each person's states, one after the other."""
+        self.now: dict[str, int] = {}
+        """The step of each state that there is."""
+        self._printed = output.with_suffix(".txt")
+        with self._printed.open("wb") as file:
+            self.process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdout=file)
+        threading.Thread(target=self._look_on, daemon=True).start()
+
+    def _look_on(self) -> None:
+        while self.process.poll() is None:
+            found = {}
+            with suppress(BadFile, OSError):  # a person is done, and the folder goes while it is looked at
+                for file in self.output.glob("*/.facelora-cache/runs/*/*.state.safetensors"):
+                    name, step = file.parents[3].name, int(SafetensorsFile.open(file).metadata["step"])
+                    found[name] = step
+                    seen = self.steps.setdefault(name, [])
+                    if seen[-1:] != [step]:
+                        seen.append(step)
+            self.now = found
+            time.sleep(0.02)
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            assert self.process.poll() is None, "the command has ended before"
+            time.sleep(0.01)
+
+    def ended(self) -> list[dict[str, Any]]:
+        """What it has printed, when it has ended: results and warnings."""
+        self.process.wait()
+        return [json.loads(line) for line in self._printed.read_text().splitlines()]
+
+
+@WITHOUT_RAY
+@pytest.mark.slow
+def test_a_cluster_that_loses_a_worker_and_a_node_makes_everybody_once_and_as_one_machine_does(tmp_path, cluster):
+    for person in range(1, PEOPLE + 1):
+        folder = write_photos(tmp_path / "people" / f"p{person:02}", count=5, person=person)
+        (folder / "person.toml").write_text("agreed = true")
+    lines = ["rank = 2", f"steps = {STEPS}", "batch_size = 1", "warmup_steps = 0", "prior_prediction = 0.0"]
+    (tmp_path / "quick.toml").write_text("\n".join([*lines, "state_interval = 0.0", "check_photos = false"]))
+    packs = write_quick_pack(tmp_path / "packs")
+    order = ["--style-pack", "quick", "--style-folder", str(packs), "--count", "1", "--json"]
+    command = [sys.executable, "-m", "core", "studio", str(tmp_path / "people"), "--base", "demo", *order]
+    command += ["--config", str(tmp_path / "quick.toml"), "--output"]
+    output, on_cluster = tmp_path / "out", ["--ray", cluster.address]
+
+    def finished() -> int:
+        return len(list(output.glob("*/studio.json")))
+
+    def trained_now() -> int:
+        return sum(3 <= step < STEPS // 2 for step in watch.now.values())
+
+    head, second = cluster.add(), cluster.add()
+    watch = Watch([*command, str(output), *on_cluster], output)
+    watch.until(lambda: trained_now() == 2)
+    kill(workers_of(head)[0])
+    half = dict(watch.now)
+    watch.until(lambda: finished() >= 3 and trained_now() >= 1)
+    kill(second)
+    half |= watch.now
+    third = cluster.add()
+    watch.until(lambda: bool(workers_of(third)))
+    said = watch.ended()
+    assert watch.process.returncode == 0
+    results = {one["name"]: one for one in said if "status" in one}
+    assert len(results) == PEOPLE and {one["status"] for one in results.values()} == {"made"}
+    # And perhaps one that was to be started on the lost node before it was known to be lost.
+    assert sum("has ended" in one.get("warning", "") for one in said) >= 2
+    for name, steps in watch.steps.items():
+        assert steps == sorted(steps), f"{name} was trained from the start again: {steps}"
+    assert len(half) >= 2 and all(watch.steps[name][-1] > step for name, step in half.items())
+
+    alone_too = [*command, str(tmp_path / "alone")]
+    subprocess.run(alone_too, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    for name, result in results.items():
+        made, alone = (LoraFile.read(folder / result["lora"]).tensors for folder in (output, tmp_path / "alone"))
+        assert made.keys() == alone.keys() and all(torch.equal(made[key], alone[key]) for key in alone), name
+
+    def again() -> list[str]:
+        ended = subprocess.run([*command, str(output), *on_cluster], env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE)
+        values = [json.loads(line) for line in ended.stdout.splitlines()]
+        return sorted(one["name"] for one in values if one.get("status") == "made")
+
+    assert again() == []
+    write_photos(tmp_path / "people" / "p05", count=1, person=40)
+    assert again() == ["p05"]
