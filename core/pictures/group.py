@@ -259,15 +259,16 @@ def group_parameters(
 ) -> str:
     """The text in which A1111 describes the picture, with everyone's words and LoRA.
 
-    A1111 draws another picture from it, since it adds the LoRAs up: a setting of our own, `People`, says who is where.
+    A1111 draws another picture from it, since it adds the LoRAs up: a setting of our own, `Regions`, says what is where.
+    The people's names are not in it.
     """
     places = [
-        f"{person.name} at {' '.join(f'{share:g}' for share in box)}: {group.words_of(person, job.prompt)}"
+        f"{' '.join(f'{share:g}' for share in box)}: {group.words_of(person, job.prompt)}"
         for person, box in zip(group.people, group.layout, strict=True)
     ]
     everyone = [*loras, *((person.lora, person.strength) for person in group.people)]
     named = replace(job, prompt=group.everyones_words(job.prompt))
-    return parameters_text(base, everyone, named, config, {"People": one_line("; ".join(places))})
+    return parameters_text(base, everyone, named, config, {"Regions": one_line("; ".join(places))})
 
 
 def _encode(

@@ -120,8 +120,8 @@ class Batch:
             remove_leftovers(folder, r".*\.png")
             self.draw_missing(paths, face_pass)
             if person and face_pass.below:
-                missing = [path for path in paths.values() if not _is_passed(path, face_pass)]
-                self.improve_faces({job: path for job, path in paths.items() if path in missing}, face_pass, person)
+                left = {job: path for job, path in paths.items() if not _is_passed(path, face_pass)}
+                self.improve_faces(left, face_pass, person)
             shots = [Headshot(path, job, face_pass=_face_outcome(path)) for job, path in paths.items()]
             if person:
                 shots = ranked(shots, person, -(-len(shots) // 4) if keep is None else keep)
