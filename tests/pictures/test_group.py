@@ -145,31 +145,22 @@ def test_one_person_who_fills_the_picture_is_drawn_as_without_a_group(base) -> N
     assert np.array_equal(np.asarray(alone.image), np.asarray(grouped.image))
 
 
-def latents_of(base, group: Group, monkeypatch: pytest.MonkeyPatch, **job) -> torch.Tensor:
+def latents_of(base, group: Group, monkeypatch: pytest.MonkeyPatch, loras=()) -> torch.Tensor:
     """The latents that a group's picture is decoded from."""
     seen = []
-    decode = group_module.decode_latents
     with monkeypatch.context() as patched:
-        patched.setattr(
-            group_module, "decode_latents", lambda base, vae, latents: (seen.append(latents), decode(base, vae, latents))[1]
-        )  # fmt: skip
-        list(generate_group(base, group, [replace(JOB, **job)]))
+        patched.setattr(group_module, "decode_latents", lambda base, vae, latents: [seen.append(latents)])
+        list(generate_group(base, group, [JOB], loras=loras))
     return seen[0]
 
 
-def test_a_lora_changes_its_own_region_and_no_other(base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lora_changes_its_own_region_and_no_other_and_one_for_everything_both(base, monkeypatch) -> None:
     first = latents_of(base, COUPLE, monkeypatch)
     other = latents_of(base, Group((ANNA, replace(BEN, lora=lora(7)))), monkeypatch)
     assert torch.equal(first[..., :16], other[..., :16])
     assert (first[..., 16:] != other[..., 16:]).any()
-
-
-def test_a_lora_for_everything_is_in_every_region(base, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = latents_of(base, COUPLE, monkeypatch)
-    pictures = list(generate_group(base, COUPLE, [JOB], loras=[(lora(9), 1.0)]))
-    (plain,) = generate_group(base, COUPLE, [JOB])
-    changed = np.asarray(pictures[0].image, int) - np.asarray(plain.image, int)
-    assert changed[:, :40].any() and changed[:, -40:].any() and first.shape[-1] == 32
+    styled = latents_of(base, COUPLE, monkeypatch, loras=[(lora(9), 1.0)])
+    assert (first[..., :10] != styled[..., :10]).any() and (first[..., -10:] != styled[..., -10:]).any()
 
 
 @pytest.mark.parametrize("where", ["never", "between two steps", "while a LoRA is applied"])
@@ -258,7 +249,10 @@ def test_photos_of_nobody_or_not_of_everyone_are_refused() -> None:
         GroupReference(COUPLE, {"anna": person_photos(1)[:1], "ben": person_photos(2)[:1], "bob": []})
 
 
-@pytest.mark.parametrize(("drawn", "taken", "tries"), [((1, 2), True, 1), ((5, 6), False, faces_module.TRIES)])
+@pytest.mark.parametrize(
+    ("drawn", "taken", "tries"),
+    [((1, 2), True, 1), pytest.param((5, 6), False, faces_module.TRIES, marks=pytest.mark.slow)],
+)
 def test_a_face_that_is_not_alike_is_drawn_again_until_it_is(
     base, reference: GroupReference, drawn, taken: bool, tries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,10 +290,8 @@ def test_a_batch_of_a_group_is_ranked_and_made_once(base, tmp_path: Path) -> Non
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("0*.png")} == written
     said = Image.open(shots[0].path).info["parameters"]
     assert "0 0 0.5 1: a photo of sks woman; 0.5 0 1 1: a photo of ohwx man" in said and "anna" not in said
-    # Other regions are another picture.
     elsewhere = Group(COUPLE.people, COUPLE.layout[::-1])
-    make_group_pictures(base, elsewhere, jobs[:1], tmp_path)
-    assert (tmp_path / "earlier" / "001-1.png").exists()
+    assert said != group_parameters(base, elsewhere, [], shots[0].job, GenerateConfig())
 
 
 @pytest.fixture
