@@ -11,7 +11,7 @@ from PIL import Image
 
 import core.pictures.group as group_module
 import core.pictures.group_faces as faces_module
-from core import GenerateConfig, Job, LoraFile, generate, load_base
+from core import GenerateConfig, Job, LoraFile, LoraModule, generate, load_base
 from core.cli import main
 from core.demo import BASE_FILE
 from core.demo.people import person_photos
@@ -22,6 +22,7 @@ from core.pictures import FacePass, Group, GroupReference, Person, generate_grou
 from core.pictures.generate import Picture
 from core.pictures.group import MOST_PEOPLE, group_parameters, side_by_side, soft_masks
 from core.pictures.group_faces import assign_faces
+from tests.tooling import small_flow_base
 
 PROMPT = "a photo of {anna} and {ben}"
 CPU = torch.device("cpu")
@@ -143,6 +144,22 @@ def test_one_person_who_fills_the_picture_is_drawn_as_without_a_group(base) -> N
     (alone,) = generate(base, [(ANNA.lora, 0.8)], [replace(job, prompt="a photo of sks woman")])
     (grouped,) = generate_group(base, Group((replace(ANNA, strength=0.8),)), [job])
     assert np.array_equal(np.asarray(alone.image), np.asarray(grouped.image))
+
+
+@pytest.mark.slow
+def test_so_is_one_on_a_flow_family_and_two_fit_beside_each_other() -> None:
+    flow, config = small_flow_base("zimage"), GenerateConfig(precision="fp32")
+    path = "noise_refiner.0.attention.to_q"
+    outputs, inputs = flow.load("denoiser", CPU, torch.float32).get_submodule(path).weight.shape  # pyright: ignore
+    change = LoraModule(torch.ones(1, inputs), torch.linspace(-1, 1, outputs)[:, None], 1.0, None)
+    anna = replace(ANNA, lora=LoraFile.from_modules("zimage", {("denoiser", path): change}, {}))
+    job = Job("{anna}", 1, size=(16, 16), steps=2, guidance=1.0)
+    (alone,) = generate(flow, [(anna.lora, 1.0)], [replace(job, prompt="sks woman")], config, device=CPU)
+    (grouped,) = generate_group(flow, Group((anna,)), [job], config, device=CPU)
+    assert np.array_equal(np.asarray(alone.image), np.asarray(grouped.image))
+    both = Group((anna, replace(anna, name="ben")))
+    (two,) = generate_group(flow, both, [Job("{anna} and {ben}", 1, size=(32, 16), steps=2)], config, device=CPU)
+    assert two.image.size == (32, 16)
 
 
 def latents_of(base, group: Group, monkeypatch: pytest.MonkeyPatch, loras=()) -> torch.Tensor:
