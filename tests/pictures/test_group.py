@@ -150,7 +150,7 @@ def test_one_person_who_fills_the_picture_is_drawn_as_without_a_group(base) -> N
 def test_so_is_one_on_a_flow_family_and_two_fit_beside_each_other() -> None:
     flow, config = small_flow_base("zimage"), GenerateConfig(precision="fp32")
     path = "noise_refiner.0.attention.to_q"
-    outputs, inputs = flow.load("denoiser", CPU, torch.float32).get_submodule(path).weight.shape  # pyright: ignore
+    outputs, inputs = flow.load("denoiser", CPU, torch.float32).get_parameter(f"{path}.weight").shape
     change = LoraModule(torch.ones(1, inputs), torch.linspace(-1, 1, outputs)[:, None], 1.0, None)
     anna = replace(ANNA, lora=LoraFile.from_modules("zimage", {("denoiser", path): change}, {}))
     job = Job("{anna}", 1, size=(16, 16), steps=2, guidance=1.0)
