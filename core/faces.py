@@ -188,8 +188,12 @@ class Reference:
         found = self.network.detect(image)
         if not found:
             return None, None
-        vector = self.network.embed([image], found[:1])
-        return round(float(likeness(vector, self._face[None])[0, 0]), 4), found[0]
+        return self.of_faces(image, found[:1])[0], found[0]
+
+    def of_faces(self, image: Image.Image, faces: Sequence[Face]) -> list[float]:
+        """The cosine of each of the picture's faces to the person's."""
+        vectors = self.network.embed([image] * len(faces), faces)
+        return [round(float(score), 4) for score in likeness(vectors, self._face[None])[:, 0]]
 
 
 def embed_one_by_one(network: FaceNetwork, images: Iterable[Image.Image]) -> np.ndarray:

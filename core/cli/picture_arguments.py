@@ -69,11 +69,23 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     add_base(parser, required=False)
     add_settings(parser, SCHEDULE)
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[:STRENGTH]", help="may be repeated")
+    _add_people(parser)
     _add_prompts(parser)
     _add_output(parser)
     _add_drawing(parser)
     add_device(parser)
     parser.add_argument("--json", action="store_true", help="list the pictures as JSON")
+
+
+def _add_people(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--person", action="append", default=[], type=unicode_text, metavar="NAME=FILE[:STRENGTH]",
+        help="the LoRA of one of several people, for each; prompts name them in braces: '{anna} and {ben} in an office'",
+    )  # fmt: skip
+    parser.add_argument(
+        "--region", action="append", default=[], type=unicode_text, metavar="NAME=LEFT,TOP,RIGHT,BOTTOM",
+        help="where a --person is, as shares of the picture, for each (default: side by side)",
+    )  # fmt: skip
 
 
 def _add_prompts(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +121,11 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         help="folder for the pictures; what is there is not made again, and moves to DIR/earlier where it was made otherwise",
     )
     parser.add_argument(
-        "--reference", type=Path, metavar="PHOTOS", help="photos of the person: sorts the pictures by likeness"
+        "--reference",
+        action="append",
+        default=[],
+        metavar="PHOTOS",
+        help="photos of the person: sorts the pictures by likeness; NAME=PHOTOS for each --person",
     )
     parser.add_argument(
         "--keep",

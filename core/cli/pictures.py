@@ -28,12 +28,14 @@ from ..pictures import (
     contact_sheet,
     find_style_packs,
     long_prompts,
+    make_group_pictures,
     make_headshots,
 )
 from ..storage import write_file
 from ..training import Score
 from .common import BarProgress, base_from, print_warning, split_strength, terminal_width
 from .computing import device_from
+from .group import group_from, photos_from
 from .settings import given_settings
 
 SHEET_KEY = "facelora.sheet"
@@ -50,6 +52,7 @@ def run_generate(options: argparse.Namespace) -> None:
         FacePass.below if options.face_pass is None else options.face_pass,
         FacePass.denoise if options.face_denoise is None else options.face_denoise,
     )
+    group = group_from(options) if options.person else None
     loras = [(LoraFile.read(path), strength) for path, strength in map(split_strength, options.lora)]
     base = base_from(options, **given_settings(options))
     with BarProgress() as progress:
@@ -58,12 +61,20 @@ def run_generate(options: argparse.Namespace) -> None:
         jobs = pack_jobs(options, base, loras, progress) if options.style_pack else prompt_jobs(options, base, loras)
         for line in unread_syntax([text for job in jobs for text in (job.prompt, job.negative)]):
             progress.warning(line)
-        photos = read_photos(options.reference, on_warning=progress.warning) if options.reference else None
-        shots = make_headshots(
-            base, loras, jobs, options.output, config,
-            reference=None if photos is None else (photo.image() for photo in photos), face_pass=face_pass, keep=options.keep,
-            device=device_from(options), on_progress=progress.phase,
-        )  # fmt: skip
+        device = device_from(options)
+        if group:
+            people = photos_from(group, options.reference, progress.warning) if options.reference else None
+            shots = make_group_pictures(
+                base, group, jobs, options.output, config, loras=loras, reference=people, face_pass=face_pass,
+                keep=options.keep, device=device, on_progress=progress.phase,
+            )  # fmt: skip
+        else:
+            photos = read_photos(*options.reference, on_warning=progress.warning) if options.reference else None
+            shots = make_headshots(
+                base, loras, jobs, options.output, config,
+                reference=None if photos is None else (photo.image() for photo in photos), face_pass=face_pass,
+                keep=options.keep, device=device, on_progress=progress.phase,
+            )  # fmt: skip
     if options.json:
         print((options.output / OVERVIEW).read_text("utf-8"), end="")
     else:
@@ -76,12 +87,17 @@ def _check_generate(options: argparse.Namespace) -> None:
         if value is None:
             raise BadConfig(f"{option} is missing")
     given = {name: getattr(options, name) for name in ("keep", "face_pass", "face_denoise")}
-    if options.reference is None and (wanting := [name for name, value in given.items() if value is not None]):
+    if not options.reference and (wanting := [name for name, value in given.items() if value is not None]):
         raise BadConfig(f"--{wanting[0].replace('_', '-')} needs --reference PHOTOS, to measure likeness")
-    if options.reference is not None and options.reference.resolve() == options.output.resolve():
-        raise BadConfig(
-            f"--output {options.output}: is the folder of the --reference photos, to which pictures would be added"
-        )
+    if len(options.reference) > 1 and not options.person:
+        raise BadConfig("--reference is given twice; photos of several people go with --person")
+    if options.region and not options.person:
+        raise BadConfig("--region goes with --person")
+    for reference in options.reference:
+        if Path(reference.partition("=")[2] if options.person else reference).resolve() == options.output.resolve():
+            raise BadConfig(
+                f"--output {options.output}: is the folder of the --reference photos, to which pictures would be added"
+            )
 
 
 def _print_headshots(shots: Sequence[Headshot], folder: Path) -> None:

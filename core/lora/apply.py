@@ -56,6 +56,16 @@ class AppliedLora:
             parameter: Tensor = getattr(self.layers[module_id], name)
             parameter.data = original.to(parameter.device, parameter.dtype)
 
+    def swap(self) -> None:
+        """Takes the LoRA off without forgetting it, and puts it on when called again: the changed parameters are kept too.
+
+        While it is off nothing else may be removed that was applied before it.
+        """
+        for (module_id, name), other in self.originals.items():
+            parameter: Tensor = getattr(self.layers[module_id], name)
+            self.originals[module_id, name] = parameter.data
+            parameter.data = other.to(parameter.device, parameter.dtype)
+
     def __enter__(self) -> "AppliedLora":
         return self
 

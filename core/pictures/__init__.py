@@ -11,6 +11,14 @@ if TYPE_CHECKING:
     from .generate import GenerateConfig as GenerateConfig
     from .generate import Job as Job
     from .generate import Picture as Picture
+    from .group import Box as Box
+    from .group import Group as Group
+    from .group import Person as Person
+    from .group import generate_group as generate_group
+    from .group import side_by_side as side_by_side
+    from .group_batch import make_group_pictures as make_group_pictures
+    from .group_faces import GroupReference as GroupReference
+    from .group_faces import redraw_faces as redraw_faces
     from .headshot import Headshot as Headshot
     from .headshots import CONTACT_SHEET as CONTACT_SHEET
     from .headshots import OVERVIEW as OVERVIEW
@@ -37,6 +45,9 @@ else:
             ".face_pass": ("FacePass",),
             ".gallery": ("SAME_PERSON", "SOMEONE_ELSE"),
             ".generate": ("GenerateConfig", "Job", "Picture"),
+            ".group": ("Box", "Group", "Person", "generate_group", "side_by_side"),
+            ".group_batch": ("make_group_pictures",),
+            ".group_faces": ("GroupReference", "redraw_faces"),
             ".headshot": ("Headshot",),
             ".headshots": ("CONTACT_SHEET", "OVERVIEW", "batch_summary", "make_headshots"),
             ".publication": ("Publication", "publish"),

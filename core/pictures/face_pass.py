@@ -4,13 +4,21 @@ The face is cut out with what is around it, enlarged, drawn again lightly, and b
 that works on latents of eight pixels has little more than ten of them for a face of a hundred.
 """
 
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
+import torch
 from PIL import Image, ImageDraw, ImageFilter
 
 from ..errors import BadConfig
 from ..faces import Face, Reference
+from ..lora.file import LoraFile
+from ..models.base import Base
+from .generate import GenerateConfig, Job, generate
 from .sizes import size_near
+
+_Key = TypeVar("_Key", bound=Hashable)
 
 FACE_SHARES = (0.4, 0.85)
 """The least and the most of its cut-out that a face fills, as a ratio of the square roots of the areas."""
@@ -57,23 +65,53 @@ def face_share(person: Reference) -> float:
     return min(max(person.share, FACE_SHARES[0]), FACE_SHARES[1])
 
 
-def cut_out(picture: Image.Image, face: Face, share: float, resolution: int, size_multiple: int) -> CutOut | None:
+def cut_out(
+    picture: Image.Image,
+    face: Face,
+    share: float,
+    resolution: int,
+    size_multiple: int,
+    aspect: str | None = None,
+    also_large: bool = False,
+) -> CutOut | None:
     """The part of a picture in which the face fills `share`, enlarged to the area that the base model is trained at.
 
-    It has the picture's aspect, and sides that are multiples of `size_multiple` pixels. None where that would enlarge
-    nothing.
+    It has the `aspect`, by default the picture's, and sides that are multiples of `size_multiple` pixels. None where that
+    would enlarge nothing, unless the face is wanted `also_large`, in its own size.
     """
-    size = size_near(f"{picture.width}:{picture.height}", resolution, size_multiple)
+    size = size_near(aspect or f"{picture.width}:{picture.height}", resolution, size_multiple)
     scale = face.size / share / (size[0] * size[1]) ** 0.5
     width, height = (min(round(side * scale), limit) for side, limit in zip(size, picture.size, strict=True))
     if width >= size[0] or height >= size[1]:
-        return None
+        if not also_large:
+            return None
+        width, height = size = (width // size_multiple * size_multiple, height // size_multiple * size_multiple)
     left, top, right, bottom = face.box
     # Where the picture ends the part is moved and not cut, so that the aspect stays.
     x = min(max(round((left + right - width) / 2), 0), picture.width - width)
     y = min(max(round((top + bottom - height) / 2), 0), picture.height - height)
     box = (x, y, x + width, y + height)
     return CutOut(picture.crop(box).resize(size, Image.Resampling.LANCZOS), box, face)
+
+
+def drawn_again(
+    base: Base,
+    loras: Sequence[tuple[LoraFile, float]],
+    parts: Mapping[_Key, tuple[Job, CutOut]],
+    config: GenerateConfig,
+    denoise: float,
+    device: torch.device | None,
+) -> Iterator[tuple[_Key, Image.Image]]:
+    """Each cut-out's key and picture after the last `denoise` of its job's steps have been taken again."""
+    # Without the number, one prompt and seed at two sizes would be the same job here.
+    keys = {
+        replace(job, size=part.image.size, style=str(number)): key
+        for number, (key, (job, part)) in enumerate(parts.items())
+    }
+    starts = {job: parts[key][1].image for job, key in keys.items()}
+    if keys:
+        for picture in generate(base, loras, list(keys), config, starts=starts, denoise=denoise, device=device):
+            yield keys[picture.job], picture.image
 
 
 def blend(picture: Image.Image, part: CutOut, drawn: Image.Image) -> Image.Image:

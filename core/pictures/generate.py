@@ -2,11 +2,12 @@
 
 import math
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 import torch
@@ -157,23 +158,17 @@ def generate(
     does not have, OutOfMemory when the device has too little memory.
     """
     config = config or GenerateConfig()
-    for lora, strength in loras:
-        if not math.isfinite(strength):
-            raise BadConfig(f"{lora.name}: strength = {strength}: must be finite")
-    if config.clip_skip > 1 and not base.family.has_clip_skip:
-        raise BadConfig(f"clip_skip = {config.clip_skip}: {base.family.title} has no choice of layers; leave it at 1")
+    check_drawing(base, loras, config)
     jobs = [replace(job, size=checked_size(base, job.size)) for job in jobs]
     device, dtype = device_and_dtype(TrainConfig(precision=config.precision), device, base.family.overflows_in_fp16)
-    groups: dict[float, list[Job]] = {}
-    for job in jobs:
-        groups.setdefault(job.strength, []).append(job)
+    groups = by_strength(jobs)
     with explained_memory_error("batch_size 1, smaller pictures or the device cpu"):
         encoded = _encode(base, loras, groups, config, device)
-        denoiser, memory = _load_denoiser(base, device, dtype)
+        denoiser, memory = load_denoiser(base, device, dtype)
         vae = load_vae(base, device, dtype)
         for strength, group in groups.items():
-            with _applied(base, loras, strength, {"denoiser": denoiser}):
-                texts = [encoded[strength, _texts(job, base)] for job in group]
+            with applied(base, loras, strength, {"denoiser": denoiser}):
+                texts = [encoded[strength, texts_of(job, base)] for job in group]
                 for batch, pairs in in_batches(group, texts, config.batch_size, _settings):
 
                     def draw(part: Sequence[tuple[Job, Pair]], first: Job = batch[0]) -> list[Image.Image]:
@@ -188,17 +183,39 @@ def generate(
                         )  # fmt: skip
                         return decode_latents(base, vae, latents)
 
-                    images = _within_memory(
+                    images = within_memory(
                         memory, partial(in_parts_that_fit, draw, list(zip(batch, pairs, strict=True)))
                     )
                     for job, image in zip(batch, images, strict=True):
                         yield Picture(image, job, parameters_text(base, loras, job, config))
 
 
-def _load_denoiser(base: Base, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, MemorySaver]:
-    """The denoiser, and the holder of the plan by which it draws: the first whose share of the free GPU memory suffices."""
+def check_drawing(base: Base, loras: Sequence[tuple[LoraFile, float]], config: GenerateConfig) -> None:
+    """Raises BadConfig for a strength that is not finite and for a clip_skip that the base model does not have."""
+    for lora, strength in loras:
+        if not math.isfinite(strength):
+            raise BadConfig(f"{lora.name}: strength = {strength}: must be finite")
+    if config.clip_skip > 1 and not base.family.has_clip_skip:
+        raise BadConfig(f"clip_skip = {config.clip_skip}: {base.family.title} has no choice of layers; leave it at 1")
+
+
+def by_strength(jobs: Sequence[Job]) -> dict[float, list[Job]]:
+    """The jobs of each strength of the LoRAs."""
+    groups: dict[float, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(job.strength, []).append(job)
+    return groups
+
+
+def load_denoiser(
+    base: Base, device: torch.device, dtype: torch.dtype, copies: int = 1
+) -> tuple[nn.Module, MemorySaver]:
+    """The denoiser, and the holder of the plan by which it draws: the first whose share of the free GPU memory suffices.
+
+    `copies` is how many times its weights will be in memory at most.
+    """
     free = free_memory(device) if device.type == "cuda" else None
-    size = base.weight_bytes("denoiser", dtype)
+    size = copies * base.weight_bytes("denoiser", dtype)
     plan = next(plan for plan, share in DRAWING_PLANS.items() if free is None or size <= share * free)
     denoiser = base.load("denoiser", device if plan.offload == "nothing" else torch.device("cpu"), dtype)
     memory = MemorySaver(denoiser, device)
@@ -206,7 +223,7 @@ def _load_denoiser(base: Base, device: torch.device, dtype: torch.dtype) -> tupl
     return denoiser, memory
 
 
-def _within_memory(memory: MemorySaver, draw: Callable[[], list[Image.Image]]) -> list[Image.Image]:
+def within_memory(memory: MemorySaver, draw: Callable[[], list[Image.Image]]) -> list[Image.Image]:
     """What `draw` makes; where memory runs out, it is called again under the next of the plans, as long as there is one."""
     plans = list(DRAWING_PLANS)
     while True:
@@ -231,12 +248,26 @@ def _encode(
     The text encoders are gone from memory when this returns, before the denoiser is loaded.
     """
     encoders = base.load_text_encoders(device, torch.float32)
-    encoded = {}
-    for strength, group in groups.items():
-        with _applied(base, loras, strength, encoders):
-            pairs = encode_pairs(base, encoders, {_texts(job, base) for job in group}, config.clip_skip)
-        encoded |= {(strength, pair): parts for pair, parts in pairs.items()}
-    return encoded
+    return {
+        (strength, texts): pair
+        for strength, group in groups.items()
+        for texts, pair in encode_texts(
+            base, encoders, loras, strength, {texts_of(job, base) for job in group}, config
+        ).items()
+    }
+
+
+def encode_texts(
+    base: Base,
+    encoders: Mapping[str, nn.Module],
+    loras: Sequence[tuple[LoraFile, float]],
+    strength: float,
+    texts: Collection[tuple[str, str]],
+    config: GenerateConfig,
+) -> dict[tuple[str, str], Pair]:
+    """The conditioning of each (prompt, negative prompt), as the encoders read it with the LoRAs at that strength."""
+    with applied(base, loras, strength, encoders):
+        return encode_pairs(base, encoders, texts, config.clip_skip)
 
 
 def _settings(job: Job) -> tuple:
@@ -244,13 +275,13 @@ def _settings(job: Job) -> tuple:
     return job.size, job.steps, job.guidance
 
 
-def _texts(job: Job, base: Base) -> tuple[str, str]:
+def texts_of(job: Job, base: Base) -> tuple[str, str]:
     """The prompt and the negative prompt; the latter is "" where it is not used, so that not even its length matters."""
     return job.prompt, "" if base.embeds_guidance or job.guidance == 1 else job.negative
 
 
 @contextmanager
-def _applied(
+def applied(
     base: Base, loras: Sequence[tuple[LoraFile, float]], strength: float, networks: Mapping[str, nn.Module]
 ) -> Iterator[None]:
     """A context in which the networks have the LoRAs applied, and know the words that the files bring along."""
@@ -278,11 +309,17 @@ def in_batches(
             yield batch, pairs
 
 
-def parameters_text(base: Base, loras: Sequence[tuple[LoraFile, float]], job: Job, config: GenerateConfig) -> str:
+def parameters_text(
+    base: Base,
+    loras: Sequence[tuple[LoraFile, float]],
+    job: Job,
+    config: GenerateConfig,
+    more: Mapping[str, str] = MappingProxyType({}),
+) -> str:
     """The text in which A1111 describes a picture, and from which the picture can be made again.
 
     The LoRAs stand in the prompt as `<lora:file name:strength>`, which A1111 and ComfyUI load them by; an embedding is in
-    the prompt already, by its word.
+    the prompt already, by its word. `more` are settings for which A1111 has no name.
     """
     width, height = checked_size(base, job.size)
     embeddings = [lora for lora, _ in loras if lora.embedding_keys and not lora.entries]
@@ -317,7 +354,7 @@ def parameters_text(base: Base, loras: Sequence[tuple[LoraFile, float]], job: Jo
     if embeddings:
         hashes = [f"{Path(lora.name).stem}: {_embedding_hash(lora)[:12]}" for lora in embeddings]
         settings["TI hashes"] = ", ".join(hashes)
-    return str(Parameters(" ".join([job.prompt, *used]), _texts(job, base)[1], settings))
+    return str(Parameters(" ".join([job.prompt, *used]), texts_of(job, base)[1], settings | dict(more)))
 
 
 def _embedding_hash(lora: LoraFile) -> str:

@@ -6,10 +6,11 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from ..models.base import Base
 from ..photos.reading import DAMAGED
 from ..storage.files import make_folder, remove_leftovers, write_file, write_text, writing
 from ..storage.locks import locked
-from .face_pass import CutOut, FacePass, blend, cut_out, face_share
+from .face_pass import CutOut, FacePass, blend, cut_out, drawn_again, face_share
 from .gallery import SAME_PERSON, Models, gallery_page
 from .generate import GenerateConfig, Job, Picture, generate, parameters_text
 from .headshot import FaceOutcome, Headshot
@@ -69,51 +70,80 @@ def make_headshots(
     BadFile when the folder cannot be written, InUse when another batch is drawn into it, BadPhoto when no reference photo
     shows a face, and BadConfig when two jobs are the same or `keep` is given without `reference` or below 1.
     """
-    config, face_pass = config or GenerateConfig(), face_pass or FacePass()
-    if keep is not None and reference is None:
+    check_keep(keep, reference is not None)
+    person = None if reference is None else Reference(reference)
+    jobs = [replace(job, size=checked_size(base, job.size)) for job in jobs]
+    batch = Batch(
+        base, loras, config or GenerateConfig(), device, on_progress or (lambda phase, done, total: None), person
+    )
+    return batch.make(jobs, folder, face_pass or FacePass(), keep)
+
+
+def check_keep(keep: int | None, compared: bool) -> None:
+    """Raises BadConfig for a number of pictures to keep that is below 1, or given where nothing is compared."""
+    if keep is not None and not compared:
         raise BadConfig("keep needs photos of the person to compare with")
     if keep is not None and keep < 1:
         raise BadConfig(f"keep = {keep}: must be at least 1")
-    person = None if reference is None else Reference(reference)
-    make_folder(folder)
-    batch = _Batch(base, loras, config, device, on_progress or (lambda phase, done, total: None))
-    jobs = [replace(job, size=checked_size(base, job.size)) for job in jobs]
-    for job, count in Counter(jobs).items():
-        if count > 1:
-            raise BadConfig(
-                f"{count} pictures of {job.prompt!r} with seed {job.seed} would be the same; give other seeds"
-            )
-    paths = {job: folder / f"{number:03d}-{job.seed}.png" for number, job in enumerate(jobs, start=1)}
-    with locked(folder / OVERVIEW):
-        remove_leftovers(folder, r".*\.png")
-        batch.draw_missing(paths, face_pass)
-        if person and face_pass.below:
-            batch.improve_faces(paths, face_pass, person, face_share(person))
-        shots = [Headshot(path, job, face_pass=_face_outcome(path)) for job, path in paths.items()]
-        if person:
-            shots = ranked(shots, person, -(-len(shots) // 4) if keep is None else keep)
-        if person or (folder / KEPT).is_dir():
-            _fill_kept(shots, folder / KEPT, ranked=person is not None)
-        _write_overview(shots, folder, person is not None, partial(_model_options, base, loras, folder))
-        return shots
+
+
+class Compared(Protocol):
+    """Whoever pictures are compared with: `Reference`, or everyone in a group."""
+
+    def likeness(self, images: Iterable[Image.Image]) -> list[float | None]:
+        """The likeness of each picture; None where a face is missing."""
+        ...
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """The models and settings that the pictures of a batch are drawn with."""
+class Batch:
+    """The models and settings that the pictures of a batch are drawn with, and who is to be on them."""
 
     base: Base
     loras: Sequence[tuple[LoraFile, float]]
     config: GenerateConfig
     device: torch.device | None
     on_progress: Callable[[str, int, int], None]
+    person: Compared | None
+
+    def make(self, jobs: Sequence[Job], folder: Path, face_pass: FacePass, keep: int | None) -> list[Headshot]:
+        """The pictures of the jobs in the folder, as `make_headshots` says; the jobs have sizes."""
+        make_folder(folder)
+        for job, count in Counter(jobs).items():
+            if count > 1:
+                raise BadConfig(
+                    f"{count} pictures of {job.prompt!r} with seed {job.seed} would be the same; give other seeds"
+                )
+        paths = {job: folder / f"{number:03d}-{job.seed}.png" for number, job in enumerate(jobs, start=1)}
+        person = self.person
+        with locked(folder / OVERVIEW):
+            remove_leftovers(folder, r".*\.png")
+            self.draw_missing(paths, face_pass)
+            if person and face_pass.below:
+                left = {job: path for job, path in paths.items() if not _is_passed(path, face_pass)}
+                self.improve_faces(left, face_pass, person)
+            shots = [Headshot(path, job, face_pass=_face_outcome(path)) for job, path in paths.items()]
+            if person:
+                shots = ranked(shots, person, -(-len(shots) // 4) if keep is None else keep)
+            if person or (folder / KEPT).is_dir():
+                _fill_kept(shots, folder / KEPT, ranked=person is not None)
+            _write_overview(shots, folder, person is not None, partial(self.model_options, folder))
+            return shots
+
+    def draw(self, jobs: Sequence[Job]) -> Iterator[Picture]:
+        """The pictures of the jobs."""
+        return generate(self.base, self.loras, jobs, self.config, device=self.device)
+
+    def parameters(self, job: Job) -> str:
+        """The text by which a picture of the job is known."""
+        return parameters_text(self.base, self.loras, job, self.config)
 
     def draw_missing(self, paths: dict[Job, Path], face_pass: FacePass) -> None:
         """Draws the pictures that are not there yet, or were made otherwise, to their paths."""
         missing = [job for job, path in paths.items() if not self._is_made(job, path, face_pass)]
         done = len(paths) - len(missing)
         if missing:
-            for picture in generate(self.base, self.loras, missing, self.config, device=self.device):
+            for picture in self.draw(missing):
                 _set_aside(paths[picture.job])
                 picture.save(paths[picture.job])
                 done += 1
@@ -125,43 +155,47 @@ class _Batch:
         try:
             with Image.open(path) as image:
                 image.load()  # fails for a file that was cut short
-                same = image.info.get("parameters") == parameters_text(self.base, self.loras, job, self.config)
+                same = image.info.get("parameters") == self.parameters(job)
         except (*DAMAGED, Image.DecompressionBombError):
             return False
         outcome = _face_outcome(path)
         # A face that was drawn with other settings has to go, and the picture before it is no longer there.
         return same and (outcome is None or not outcome.kept or _settings(outcome) == face_pass)
 
-    def improve_faces(self, paths: dict[Job, Path], face_pass: FacePass, person: Reference, share: float) -> None:
+    def improve_faces(self, paths: Mapping[Job, Path], face_pass: FacePass, person: Compared) -> None:
         """Draws the small faces again, and writes the outcome into each picture, also when the picture stays as it was."""
-        parts: dict[Job, tuple[Path, CutOut]] = {}
+        assert isinstance(person, Reference)
+        parts: dict[Path, tuple[Job, CutOut]] = {}
         for job, path in paths.items():
-            outcome = _face_outcome(path)
-            if outcome and _settings(outcome) == face_pass:
-                continue
-            image = _picture(path)
+            image = read_picture(path)
             faces = person.network.detect(image)
             if faces and face_pass.wants(faces[0], self.base.resolution):
-                part = cut_out(image, faces[0], share, self.base.resolution, self.base.size_multiple)
+                part = cut_out(image, faces[0], face_share(person), self.base.resolution, self.base.size_multiple)
                 if part:
-                    # Without the file's name, one prompt and seed at two sizes would be the same job here.
-                    parts[replace(job, size=part.image.size, style=path.name)] = (path, part)
-        starts = {job: part.image for job, (_, part) in parts.items()}
-        drawn = generate(
-            self.base, self.loras, list(parts), self.config, starts=starts, denoise=face_pass.denoise, device=self.device
-        )  # fmt: skip
-        for done, picture in enumerate(drawn if parts else (), start=1):
-            path, part = parts[picture.job]
-            first = _picture(path)
-            second = blend(first, part, picture.image)
+                    parts[path] = (job, part)
+        drawn = drawn_again(self.base, self.loras, parts, self.config, face_pass.denoise, self.device)
+        for done, (path, image) in enumerate(drawn, start=1):
+            job, part = parts[path]
+            first = read_picture(path)
+            second = blend(first, part, image)
             before, after = person.likeness([first, second])
             assert before is not None, "the face was found a moment ago"
             outcome = FaceOutcome(face_pass.below, face_pass.denoise, before, after)
-            with Image.open(path) as image:
-                parameters = image.info["parameters"]
-            result = Picture(second if outcome.kept else first, picture.job, parameters)
-            result.save(path, {"face_pass": json.dumps(asdict(outcome))})
+            save_outcome(path, job, second if outcome.kept else first, outcome)
             self.on_progress("faces", done, len(parts))
+
+    def model_options(self, folder: Path, job: Job) -> list[str]:
+        """The options of `facelora generate` that name a job's models as seen from the folder; none where not all are files."""
+        named = base_options(self.base, folder, [lora for lora, _ in self.loras])
+        loras = [lora_option(lora, strength * job.strength, folder) for lora, strength in self.loras]
+        return named and [*named, *(f"--lora={lora}" for lora in loras)]
+
+
+def save_outcome(path: Path, job: Job, image: Image.Image, outcome: FaceOutcome) -> None:
+    """Writes what a face pass has made of a picture in place of it, with the outcome."""
+    with Image.open(path) as first:
+        parameters = first.info["parameters"]
+    Picture(image, job, parameters).save(path, {"face_pass": json.dumps(asdict(outcome))})
 
 
 def _set_aside(path: Path) -> None:
@@ -179,6 +213,12 @@ def _settings(outcome: FaceOutcome) -> FacePass:
     return FacePass(outcome.below, outcome.denoise)
 
 
+def _is_passed(path: Path, face_pass: FacePass) -> bool:
+    """Whether the face pass has been done on the picture with these settings."""
+    outcome = _face_outcome(path)
+    return outcome is not None and _settings(outcome) == face_pass
+
+
 def _face_outcome(path: Path) -> FaceOutcome | None:
     """The outcome of the face pass that a picture has stored; None where there is none, or a text of another program."""
     with Image.open(path) as image:
@@ -194,17 +234,18 @@ def _face_outcome(path: Path) -> FaceOutcome | None:
     return outcome
 
 
-def _picture(path: Path) -> Image.Image:
+def read_picture(path: Path) -> Image.Image:
+    """The picture in a file, in RGB."""
     with Image.open(path) as image:
         return image.convert("RGB")
 
 
-def ranked(shots: Sequence[Headshot], person: Reference, keep: int) -> list[Headshot]:
+def ranked(shots: Sequence[Headshot], person: Compared, keep: int) -> list[Headshot]:
     """The pictures with their likeness to the person, most alike first and those without a face last.
 
     The first `keep` are marked as kept, but for those that are somebody else by their likeness, or show no face.
     """
-    scores = person.likeness(_picture(shot.path) for shot in shots)
+    scores = person.likeness(read_picture(shot.path) for shot in shots)
     judged = [replace(shot, likeness=score) for shot, score in zip(shots, scores, strict=True)]
     judged.sort(key=lambda shot: -2 if shot.likeness is None else shot.likeness, reverse=True)
     return [
@@ -238,16 +279,19 @@ def _fill_kept(shots: Sequence[Headshot], folder: Path, ranked: bool) -> None:
             write_file(folder / shot.path.name, lambda file, path=shot.path: file.write(path.read_bytes()))
 
 
-def _model_options(base: Base, loras: Sequence[tuple[LoraFile, float]], folder: Path, job: Job) -> list[str]:
-    """The options of `facelora generate` that name a job's models as seen from the folder; none where not all are files."""
-    named = [(Path(lora.name), strength) for lora, strength in loras]
+def base_options(base: Base, folder: Path, loras: Sequence[LoraFile]) -> list[str]:
+    """The options that name the base model as seen from the folder; none where it or one of the LoRAs is no file."""
     # Where a tokenizer's folder is, a base does not remember.
-    if base.file is None or base.family.tokenizer or not all(path.is_file() for path, _ in named):
+    if base.file is None or base.family.tokenizer or not all(Path(lora.name).is_file() for lora in loras):
         return []
     encoders = [file for file in base.files if file not in (base.file, base.vae_file)]
     files = [("base", base.file), ("vae", base.vae_file), *(("text-encoder", file) for file in encoders)]
-    options = [f"--{name}={_from(folder, file.path)}" for name, file in files if file]
-    return options + [f"--lora={_from(folder, path)}:{strength * job.strength:g}" for path, strength in named]
+    return [f"--{name}={_from(folder, file.path)}" for name, file in files if file]
+
+
+def lora_option(lora: LoraFile, strength: float, folder: Path) -> str:
+    """The value of an option for the LoRA's file as seen from the folder, with its strength."""
+    return f"{_from(folder, Path(lora.name))}:{strength:g}"
 
 
 def _from(folder: Path, path: Path) -> str:
@@ -297,7 +341,7 @@ def _findings(shot: Headshot) -> dict:
 
 
 def _tile(path: Path) -> Image.Image:
-    image = _picture(path)
+    image = read_picture(path)
     image.thumbnail((image.width, TILE), Image.Resampling.LANCZOS)  # all of them are in memory at once
     return image
 

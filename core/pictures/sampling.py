@@ -173,7 +173,10 @@ def _chunks_of(texts: Sequence[str], encoders: Mapping[str, nn.Module]) -> int:
     return max((chunk_count(texts, words_of(encoder)) for encoder in encoders.values()), default=1)
 
 
-@torch.no_grad()
+Prediction = Callable[[Tensor, Tensor], Tensor]
+"""What a denoiser says of latents (N, C, h, w), scaled as the sampler wants them, at a timestep: float32 of the same shape."""
+
+
 def sample_latents(
     base: Base,
     denoiser: nn.Module,
@@ -201,6 +204,64 @@ def sample_latents(
     With `start`, latents (N, C, h, w) of pictures, these are drawn again: they are noised to where the last `denoise`
     (above 0 to 1) of the steps begins, and only those steps are taken. `on_step(done, total)` may raise to cancel.
     """
+    predict = guided_prediction(
+        base, denoiser, positive, negative, device=device, dtype=dtype, size=size, guidance=guidance
+    )
+    with torch.autocast(device.type, dtype, enabled=autocast and dtype != torch.float32):
+        return denoised(
+            base, predict, device=device, seeds=seeds, size=size, steps=steps, sampler=sampler, start=start,
+            denoise=denoise, on_step=on_step,
+        )  # fmt: skip
+
+
+def guided_prediction(
+    base: Base,
+    denoiser: nn.Module,
+    positive: Sequence[Conditioning],
+    negative: Sequence[Conditioning],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    size: tuple[int, int],
+    guidance: float,
+) -> Prediction:
+    """The denoiser's prediction for pictures of that size with these texts, under guidance as in `sample_latents`."""
+    picture = base.family.image_conditioning(size, (0, 0), size)
+    scale = guidance
+    if base.embeds_guidance:
+        picture, scale = picture | {"guidance": torch.tensor([guidance])}, 1.0
+    conditioning = _stack(positive, picture, device, dtype)
+    if scale != 1:
+        without = _stack(negative, picture, device, dtype)
+        conditioning = stack_conditioning([without, conditioning])
+
+    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+        model_input = (torch.cat([latents, latents]) if scale != 1 else latents).to(dtype)
+        at = timestep.expand(len(model_input)).to(device)
+        prediction = base.family.predict(denoiser, model_input, at, conditioning).float()
+        if scale == 1:
+            return prediction
+        negative_part, positive_part = prediction.chunk(2)
+        return negative_part + scale * (positive_part - negative_part)
+
+    return predict
+
+
+@torch.no_grad()
+def denoised(
+    base: Base,
+    predict: Prediction,
+    *,
+    device: torch.device,
+    seeds: Sequence[int],
+    size: tuple[int, int],
+    steps: int,
+    sampler: str | None = None,
+    start: Tensor | None = None,
+    denoise: float = 1.0,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """The latents that the sampler comes to by the predictions; the arguments are those of `sample_latents`."""
     shape = base.latent_shape
     width, height = (side // shape.pixels for side in size)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -216,27 +277,13 @@ def sample_latents(
         latents = noise * scheduler.init_noise_sigma
     else:
         latents = scheduler.add_noise(start.to(device), noise, timesteps[:1])
-    picture = base.family.image_conditioning(size, (0, 0), size)
-    if base.embeds_guidance:
-        picture, guidance = picture | {"guidance": torch.tensor([guidance])}, 1.0
-    conditioning = _stack(positive, picture, device, dtype)
-    if guidance != 1:
-        without = _stack(negative, picture, device, dtype)
-        conditioning = stack_conditioning([without, conditioning])
     takes_generator = any(word in sampler_name(sampler, base) for word in ("ancestral", "sde"))
-    with torch.autocast(device.type, dtype, enabled=autocast and dtype != torch.float32):
-        for index, timestep in enumerate(timesteps):
-            model_input = torch.cat([latents, latents]) if guidance != 1 else latents
-            model_input = scheduler.scale_model_input(model_input, timestep).to(dtype)
-            at = timestep.expand(len(model_input)).to(device)
-            prediction = base.family.predict(denoiser, model_input, at, conditioning).float()
-            if guidance != 1:
-                negative_part, positive_part = prediction.chunk(2)
-                prediction = negative_part + guidance * (positive_part - negative_part)
-            extra = {"generator": generators} if takes_generator else {}
-            latents = scheduler.step(prediction, timestep, latents, return_dict=False, **extra)[0]
-            if on_step:
-                on_step(index + 1, len(timesteps))
+    extra = {"generator": generators} if takes_generator else {}
+    for index, timestep in enumerate(timesteps):
+        prediction = predict(scheduler.scale_model_input(latents, timestep), timestep)
+        latents = scheduler.step(prediction, timestep, latents, return_dict=False, **extra)[0]
+        if on_step:
+            on_step(index + 1, len(timesteps))
     return latents.float()
 
 

@@ -130,7 +130,7 @@ def _rows(part: str, path: str) -> tuple[Row, ...]:
     if path.endswith(".linear1_qkv"):
         # XLabs' and ComfyUI's name for the rows of q, k and v, each as wide as the inputs, in FLUX's linear1.
         rows = _rows(part, path.removesuffix("_qkv"))
-        return tuple(row._replace(shape=(3 * row.shape[1], row.shape[1])) for row in rows)
+        return tuple(row._replace(shape=(3 * row.shape[1], row.shape[1]), has_bias=False) for row in rows)
     if part == "denoiser" and is_text_path(path):
         part = "text_encoder"
     if part != "denoiser":

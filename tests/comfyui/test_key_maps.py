@@ -55,7 +55,8 @@ def is_said_to_load(family: str, name: str, shape: tuple[int, ...]) -> bool:
 
 def is_said_to_load_a_bias(family: str, name: str, outputs: int) -> bool:
     """Whether a file with a difference of that module's bias alone is said to load in ComfyUI."""
-    return read_by("ComfyUI", Named(family, {f"{name}.diff_b": ("float16", (outputs,))}, {})).verdict == "loads"
+    lora = Named(family, {f"{name}.diff_b": ("float16", (outputs,))}, {})
+    return family in lora.identity.families and read_by("ComfyUI", lora).verdict == "loads"
 
 
 def names_of(model: dict) -> dict[str, tuple[int, ...]]:

@@ -402,14 +402,14 @@ def test_pictures_are_the_same_whatever_of_the_denoiser_stays_in_the_computers_m
         return draw(base, denoiser, *arguments, **options) if plans[-1] == "everything" else out_of_memory()
 
     current: list[MemorySaver] = []
-    load = generate_module._load_denoiser
+    load = generate_module.load_denoiser
 
     def loaded(*arguments):
         denoiser, memory = load(*arguments)
         current.append(memory)
         return denoiser, memory
 
-    monkeypatch.setattr(generate_module, "_load_denoiser", loaded)
+    monkeypatch.setattr(generate_module, "load_denoiser", loaded)
     monkeypatch.setattr(generate_module, "sample_latents", fails_until_it_is_small)
     pressed = list(generate(base, [(lora, 1.0)], drawing, config, device=CPU))
     assert plans[:5] == ["nothing", "nothing", "half", "half", "everything"]  # each: both pictures, then one alone

@@ -1,0 +1,87 @@
+"""Who is in a picture of several people, as the options of `facelora generate` say it."""
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from ..errors import BadConfig
+from ..lora import LoraFile
+from ..photos import read_photos
+from ..pictures import Box, Group, Person
+from .common import split_strength
+
+
+def group_from(options: argparse.Namespace) -> Group:
+    """The people of --person with their regions of --region. Raises BadConfig, naming the option, where that makes no group."""
+    files = _by_name("--person", options.person, "FILE.safetensors")
+    if len(files) == 1:
+        raise BadConfig(f"--person {next(iter(files))}: is alone; for one person there is --lora FILE")
+    for name, value in (
+        ("--style-pack", options.style_pack),
+        ("--style", options.style),
+        ("--subject", options.subject),
+    ):
+        if value:
+            raise BadConfig(f"{name} is for one person; of the people of --person write a --prompt")
+    if not options.prompt:
+        raise BadConfig(f"no --prompt given: it says who does what, as in {_example(list(files))!r}")
+    boxes = _by_name("--region", options.region, "LEFT,TOP,RIGHT,BOTTOM")
+    if boxes and (differing := sorted({*files} ^ {*boxes})):
+        raise BadConfig(f"--region: give one for each --person, and for nobody else; see {differing[0]}")
+    group = Group(
+        tuple(_person(name, file) for name, file in files.items()),
+        tuple(_box(name, boxes[name]) for name in files) if boxes else (),
+    )
+    for prompt in options.prompt:
+        group.check_prompt(prompt)
+    return group
+
+
+def photos_from(
+    group: Group, references: Sequence[str], on_warning: Callable[[str], None]
+) -> dict[str, Iterator[Image.Image]]:
+    """The photos of --reference of everyone in the group. Raises BadConfig for photos of nobody or not of everyone."""
+    folders, names = _by_name("--reference", references, "PHOTOS"), [person.name for person in group.people]
+    if differing := sorted({*folders} ^ {*names}):
+        raise BadConfig(f"--reference: give NAME=PHOTOS for each --person, and for nobody else; see {differing[0]}")
+    read = {name: read_photos(folder, on_warning=on_warning) for name, folder in folders.items()}
+    return {name: (photo.image() for photo in photos) for name, photos in read.items()}
+
+
+def _by_name(option: str, given: Sequence[str], what: str) -> dict[str, str]:
+    """The values by name of an option that is given as NAME=VALUE."""
+    values: dict[str, str] = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        if not (name and value):
+            raise BadConfig(f"{option} {text}: must be NAME={what}")
+        if name in values:
+            raise BadConfig(f"{option} {name}: is given twice")
+        values[name] = value
+    return values
+
+
+def _example(names: Sequence[str]) -> str:
+    return " and ".join(f"{{{name}}}" for name in names) + " in an office"
+
+
+def _person(name: str, file: str) -> Person:
+    path, strength = split_strength(file)
+    lora = LoraFile.read(path)
+    phrase = lora.metadata.get("modelspec.trigger_phrase")
+    if not phrase:
+        raise BadConfig(
+            f"--person {name}: {Path(path).name} does not say its trigger words; "
+            f"`facelora metadata {path} --trigger-phrase 'sks woman'` writes them into it"
+        )
+    return Person(name, lora, phrase, strength)
+
+
+def _box(name: str, text: str) -> Box:
+    try:
+        left, top, right, bottom = (float(share) for share in text.split(","))
+    except ValueError:
+        raise BadConfig(f"--region {name}={text}: must be LEFT,TOP,RIGHT,BOTTOM, each from 0 to 1") from None
+    return left, top, right, bottom

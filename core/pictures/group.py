@@ -1,0 +1,355 @@
+"""Several people in one picture, each drawn with a LoRA and words of their own in a region of their own.
+
+At every sampling step the denoiser is called once for the scene, with nobody's LoRA, and once for each person on the part of
+the latents that is the person's, with that person's LoRA alone; the predictions are blended by soft masks. Blending
+predictions is MultiDiffusion (arXiv:2302.08113), and to give each region words of its own Mixture of Diffusers
+(arXiv:2302.02412). Two LoRAs that are added up instead blend two faces.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..config import TrainConfig
+from ..device import device_and_dtype, explained_memory_error
+from ..errors import BadConfig, LoraMisfit, one_line
+from ..lora.apply import AppliedLora, apply
+from ..lora.file import LoraFile
+from ..models.base import Base
+from ..models.spec import Pair
+from .generate import (
+    GenerateConfig,
+    Job,
+    Picture,
+    applied,
+    by_strength,
+    check_drawing,
+    encode_texts,
+    load_denoiser,
+    parameters_text,
+    texts_of,
+    within_memory,
+)
+from .sampling import Prediction, decode_latents, denoised, guided_prediction, load_vae
+from .sizes import checked_size
+
+Box = tuple[float, float, float, float]
+"""A part of a picture: left, top, right and bottom as shares of its width and height, 0 to 1."""
+FEATHER = 0.2
+"""The share of a region's shorter side over which it fades into the scene."""
+PORTRAIT = 0.75
+"""The width of a person's region over the base model's resolution, in pictures whose size nobody has said."""
+MOST_PEOPLE = 8
+_NAME = re.compile(r"\{([^{}]*)\}")
+_LISTED = re.compile(r"\{[^{}]*\}(?:(?:\s*,\s*|\s+)(?:(?:and|with|next to|beside)\s+)?\{[^{}]*\})*")
+"""People who are named one after the other, as in "{anna}, {ben} and {carl}"."""
+
+
+@dataclass(frozen=True)
+class Person:
+    """Someone in a group: the LoRA, and the words by which it was taught the person."""
+
+    name: str
+    """The name by which prompts call the person, in braces: {anna}."""
+    lora: LoraFile
+    phrase: str
+    """The words for the person in the person's own prompt: trigger word and class word, "sks woman"."""
+    strength: float = 1.0
+
+    @property
+    def class_words(self) -> str:
+        """The words for someone of the person's kind, without the trigger word: "woman"."""
+        return self.phrase.partition(" ")[2] or "person"
+
+
+def side_by_side(count: int) -> tuple[Box, ...]:
+    """The regions of `count` people beside each other, from left to right, of equal width and the picture's height."""
+    return tuple((number / count, 0.0, (number + 1) / count, 1.0) for number in range(count))
+
+
+@dataclass(frozen=True)
+class Group:
+    """People and their places in the picture.
+
+    Raises BadConfig for a name that is given twice or cannot stand in braces, for more than MOST_PEOPLE people, and for a
+    layout with another number of regions, or with one that is empty or not inside the picture.
+    """
+
+    people: tuple[Person, ...]
+    layout: tuple[Box, ...] = ()
+    """The region of each person; without any they are side by side, in the order of the people."""
+
+    def __post_init__(self) -> None:
+        names = [person.name for person in self.people]
+        for name in names:
+            if not name or re.search(r"[{}\s]", name):
+                raise BadConfig(f"person {name!r}: a name is one word without braces")
+            if names.count(name) > 1:
+                raise BadConfig(f"person {name!r} is given twice")
+        if not 1 <= len(names) <= MOST_PEOPLE:
+            raise BadConfig(f"{len(names)} people: there can be 1 to {MOST_PEOPLE} in a picture")
+        if not self.layout:
+            object.__setattr__(self, "layout", side_by_side(len(names)))
+        if len(self.layout) != len(names):
+            raise BadConfig(f"{len(self.layout)} regions for {len(names)} people: each needs one")
+        for name, (left, top, right, bottom) in zip(names, self.layout, strict=True):
+            if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+                raise BadConfig(
+                    f"region of {name}: {left:g},{top:g},{right:g},{bottom:g}: must be left,top,right,bottom "
+                    "as shares of the picture from 0 to 1, left before right and top before bottom"
+                )
+
+    # --- words ---
+
+    def check_prompt(self, prompt: str) -> None:
+        """Raises BadConfig for a name in braces that is nobody's, and for a person whom the prompt does not name."""
+        known, named = [person.name for person in self.people], _NAME.findall(prompt)
+        for name in named:
+            if name not in known:
+                raise BadConfig(f"prompt {prompt!r}: nobody is called {{{name}}}; there is {_in_braces(known)}")
+        if missing := [name for name in known if name not in named]:
+            raise BadConfig(f"prompt {prompt!r}: does not say where {_in_braces(missing)} comes in")
+
+    def scene_words(self, prompt: str) -> str:
+        """The prompt for what is around the people: with the class words in place of each."""
+        return self._filled(prompt, {person.name: person.class_words for person in self.people})
+
+    def everyones_words(self, prompt: str) -> str:
+        """The prompt with everyone's own words, as one would write it who adds the LoRAs up."""
+        return self._filled(prompt, {person.name: person.phrase for person in self.people})
+
+    def words_of(self, person: Person, prompt: str) -> str:
+        """The prompt for the person's region, where there is nobody else: of a list of names it keeps this one.
+
+        "{anna} and {ben} in an office" becomes "sks woman in an office".
+        """
+        own = f"{{{person.name}}}"
+        alone = _LISTED.sub(lambda found: own if own in found[0] else found[0], prompt)
+        return self._filled(alone, {one.name: one.phrase if one is person else one.class_words for one in self.people})
+
+    def _filled(self, prompt: str, words: Mapping[str, str]) -> str:
+        return _NAME.sub(lambda found: words[found[1]], prompt)
+
+    # --- places ---
+
+    def size(self, base: Base) -> tuple[int, int]:
+        """The size in pixels of a picture whose size nobody has said: so wide that each region is a portrait's."""
+        narrowest = min(right - left for left, _, right, _ in self.layout)
+        width, multiple = max(base.resolution, PORTRAIT * base.resolution / narrowest), base.size_multiple
+        of_all = multiple * len(self.people)  # people side by side then have regions of equal width
+        return round(width / of_all) * of_all, base.resolution // multiple * multiple
+
+    def regions(self, size: tuple[int, int], multiple: int) -> list[tuple[int, int, int, int]]:
+        """The (left, top, right, bottom) in pixels of each person's region of a picture, all multiples of `multiple`."""
+        regions = []
+        for person, box in zip(self.people, self.layout, strict=True):
+            sides = [size[axis % 2] / multiple for axis in range(4)]
+            left, top, right, bottom = (round(share * side) * multiple for share, side in zip(box, sides, strict=True))
+            if left >= right or top >= bottom:
+                raise BadConfig(f"region of {person.name}: has no width or height in {size[0]}x{size[1]} pixels")
+            regions.append((left, top, right, bottom))
+        return regions
+
+
+def _in_braces(names: Sequence[str]) -> str:
+    return ", ".join(f"{{{name}}}" for name in names)
+
+
+def soft_masks(regions: Sequence[tuple[int, int, int, int]], size: tuple[int, int]) -> Tensor:
+    """The weights (N + 1, h, w) of N regions of a picture of `size` (w, h), and last that of the scene; they add up to 1.
+
+    A region's weight is 1 in its middle and falls towards those of its edges that are not the picture's. Where regions
+    overlap they share.
+    """
+    width, height = size
+    weights = torch.zeros(len(regions) + 1, height, width)
+    for weight, (left, top, right, bottom) in zip(weights, regions, strict=False):
+        feather = FEATHER * min(right - left, bottom - top)
+        across = _ramp(left, right, width, feather)
+        down = _ramp(top, bottom, height, feather)
+        weight[top:bottom, left:right] = torch.minimum(down[:, None], across[None])
+    weights /= weights.sum(dim=0).clamp(min=1)
+    weights[-1] = (1 - weights.sum(dim=0)).clamp(min=0)
+    return weights
+
+
+def _ramp(start: int, end: int, side: int, feather: float) -> Tensor:
+    """The weights (end - start,) along one side: they fall towards its ends, but not where the picture ends."""
+    places = torch.arange(start, end) + 0.5
+    rising = torch.ones(end - start) if start == 0 else (places - start) / feather
+    falling = torch.ones(end - start) if end == side else (end - places) / feather
+    return torch.minimum(rising, falling).clamp(max=1)
+
+
+def generate_group(
+    base: Base,
+    group: Group,
+    jobs: Sequence[Job],
+    config: GenerateConfig | None = None,
+    *,
+    loras: Sequence[tuple[LoraFile, float]] = (),
+    device: torch.device | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Iterator[Picture]:
+    """The pictures of all jobs, one by one, whose prompts name everyone in braces: "{anna} and {ben} in an office".
+
+    `loras` are LoRAs with their strengths that everything is drawn with, such as a style's. A job's strength multiplies those
+    of all LoRAs. `on_step(done, total)` is called in each sampling step and may raise to cancel. Afterwards, also after an
+    error, nobody's LoRA is applied. Each person's changed weights are kept in memory beside the denoiser's own.
+
+    Raises BadConfig for a prompt that names somebody else or not everyone, and as `generate` does; LoraMisfit for a LoRA
+    of another family; OutOfMemory when the device has too little memory.
+    """
+    config = config or GenerateConfig()
+    check_group(base, group, jobs, loras, config)
+    jobs = [sized(base, group, job) for job in jobs]
+    device, dtype = device_and_dtype(TrainConfig(precision=config.precision), device, base.family.overflows_in_fp16)
+    with explained_memory_error("smaller pictures or the device cpu"):
+        encoded = _encode(base, group, loras, by_strength(jobs), config, device)
+        denoiser, memory = load_denoiser(base, device, dtype, copies=1 + len(group.people))
+        vae = load_vae(base, device, dtype)
+        for strength, some in by_strength(jobs).items():
+            with (
+                applied(base, loras, strength, {"denoiser": denoiser}),
+                _at_hand(base, group, strength, denoiser) as people,
+            ):
+                for job in some:
+
+                    def draw(job: Job = job, people: Sequence[AppliedLora] = people) -> list[Image.Image]:
+                        assert job.size is not None
+                        predict = _blended(base, denoiser, group, people, encoded[job], job, device, dtype)
+                        latents = denoised(
+                            base, predict, device=device, seeds=[job.seed], size=job.size, steps=job.steps,
+                            sampler=config.sampler, on_step=on_step,
+                        )  # fmt: skip
+                        return decode_latents(base, vae, latents)
+
+                    (image,) = within_memory(memory, draw)
+                    yield Picture(image, job, group_parameters(base, group, loras, job, config))
+
+
+def check_group(
+    base: Base, group: Group, jobs: Sequence[Job], loras: Sequence[tuple[LoraFile, float]], config: GenerateConfig
+) -> None:
+    """Raises what `generate_group` raises for things that cannot be drawn, before anything is loaded."""
+    check_drawing(base, [*loras, *((person.lora, person.strength) for person in group.people)], config)
+    for person in group.people:
+        if person.lora.family != base.family.name:
+            raise LoraMisfit(
+                f"{person.name}: {person.lora.name} is for {person.lora.family}, "
+                f"and the base model {base.name} is {base.family.name}"
+            )
+    for job in jobs:
+        group.check_prompt(job.prompt)
+        group.regions(sized(base, group, job).size or (0, 0), base.size_multiple)
+
+
+def sized(base: Base, group: Group, job: Job) -> Job:
+    """The job with a size that the base model can draw, the group's own where it has none."""
+    return replace(job, size=checked_size(base, job.size or group.size(base)))
+
+
+def group_parameters(
+    base: Base, group: Group, loras: Sequence[tuple[LoraFile, float]], job: Job, config: GenerateConfig
+) -> str:
+    """The text in which A1111 describes the picture, with everyone's words and LoRA.
+
+    A1111 draws another picture from it, since it adds the LoRAs up: a setting of our own, `Regions`, says what is where.
+    The people's names are not in it.
+    """
+    places = [
+        f"{' '.join(f'{share:g}' for share in box)}: {group.words_of(person, job.prompt)}"
+        for person, box in zip(group.people, group.layout, strict=True)
+    ]
+    everyone = [*loras, *((person.lora, person.strength) for person in group.people)]
+    named = replace(job, prompt=group.everyones_words(job.prompt))
+    return parameters_text(base, everyone, named, config, {"Regions": one_line("; ".join(places))})
+
+
+def _encode(
+    base: Base,
+    group: Group,
+    loras: Sequence[tuple[LoraFile, float]],
+    groups: Mapping[float, Sequence[Job]],
+    config: GenerateConfig,
+    device: torch.device,
+) -> dict[Job, list[Pair]]:
+    """The conditioning of each job's texts: the scene's, then each person's, read with that person's LoRA alone."""
+    encoders = base.load_text_encoders(device, torch.float32)
+    encoded: dict[Job, list[Pair]] = {}
+    for strength, jobs in groups.items():
+        for person in (None, *group.people):
+            worn = [*loras, (person.lora, person.strength)] if person else loras
+            texts = {
+                job: texts_of(
+                    replace(job, prompt=group.words_of(person, job.prompt) if person else group.scene_words(job.prompt)), base
+                )
+                for job in jobs
+            }  # fmt: skip
+            pairs = encode_texts(base, encoders, worn, strength, set(texts.values()), config)
+            for job in jobs:
+                encoded.setdefault(job, []).append(pairs[texts[job]])
+    return encoded
+
+
+@contextmanager
+def _at_hand(base: Base, group: Group, strength: float, denoiser: nn.Module) -> Iterator[list[AppliedLora]]:
+    """Everyone's LoRA, computed but not applied; `worn` puts one on."""
+    target = {"family": base.family.name, "denoiser": denoiser}
+    people = []
+    for person in group.people:
+        one = apply(person.lora.of_parts({"denoiser"}), target, person.strength * strength)
+        one.swap()
+        people.append(one)
+    yield people
+
+
+@contextmanager
+def _worn(lora: AppliedLora) -> Iterator[None]:
+    """A context in which the LoRA is applied."""
+    lora.swap()
+    try:
+        yield
+    finally:
+        lora.swap()
+
+
+def _blended(
+    base: Base,
+    denoiser: nn.Module,
+    group: Group,
+    people: Sequence[AppliedLora],
+    texts: Sequence[Pair],
+    job: Job,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Prediction:
+    """The predictions for the scene and for each person's region, blended."""
+    assert job.size is not None
+    regions = group.regions(job.size, base.size_multiple)
+    cell = base.latent_shape.pixels
+    cells = [tuple(side // cell for side in region) for region in regions]
+    weights = soft_masks(cells, (job.size[0] // cell, job.size[1] // cell)).to(device)  # pyright: ignore
+    sizes = [job.size, *((right - left, bottom - top) for left, top, right, bottom in regions)]
+    scene, *others = (
+        guided_prediction(
+            base, denoiser, [positive], [negative], device=device, dtype=dtype, size=size, guidance=job.guidance
+        )
+        for size, (positive, negative) in zip(sizes, texts, strict=True)
+    )
+
+    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+        has_scene = bool(weights[-1].any())
+        blended = weights[-1] * scene(latents, timestep) if has_scene else torch.zeros_like(latents)
+        for weight, own, lora, (left, top, right, bottom) in zip(weights, others, people, cells, strict=False):
+            part = (..., slice(top, bottom), slice(left, right))
+            with _worn(lora):
+                blended[part] += weight[part] * own(latents[part], timestep)
+        return blended
+
+    return predict

@@ -1,0 +1,85 @@
+"""A batch of pictures of a group in a folder, as a batch of headshots is of one person."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from ..lora.file import LoraFile
+from ..models.base import Base
+from .face_pass import FacePass
+from .generate import GenerateConfig, Job, Picture
+from .group import Group, check_group, generate_group, group_parameters, sized
+from .group_faces import GroupReference, redraw_faces
+from .headshot import FaceOutcome, Headshot
+from .headshots import Batch, Compared, base_options, check_keep, lora_option, read_picture, save_outcome
+
+
+def make_group_pictures(
+    base: Base,
+    group: Group,
+    jobs: Sequence[Job],
+    folder: Path,
+    config: GenerateConfig | None = None,
+    *,
+    loras: Sequence[tuple[LoraFile, float]] = (),
+    reference: Mapping[str, Iterable[Image.Image]] | None = None,
+    face_pass: FacePass | None = None,
+    keep: int | None = None,
+    device: torch.device | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> list[Headshot]:
+    """The pictures of all jobs, drawn by `generate_group` and written into `folder` as `make_headshots` does.
+
+    With `reference`, photos of everyone by name, each face that is small or not alike is drawn again by `redraw_faces`, and
+    the pictures are ranked by the likeness of the person who is least alike. Raises as these three do.
+    """
+    check_keep(keep, reference is not None)
+    config = config or GenerateConfig()
+    check_group(base, group, jobs, loras, config)
+    people = None if reference is None else GroupReference(group, reference)
+    batch = _GroupBatch(
+        base, loras, config, device, on_progress or (lambda phase, done, total: None), people, group
+    )  # fmt: skip
+    return batch.make([sized(base, group, job) for job in jobs], folder, face_pass or FacePass(), keep)
+
+
+@dataclass(frozen=True)
+class _GroupBatch(Batch):
+    group: Group
+
+    def draw(self, jobs: Sequence[Job]) -> Iterator[Picture]:
+        return generate_group(self.base, self.group, jobs, self.config, loras=self.loras, device=self.device)
+
+    def parameters(self, job: Job) -> str:
+        return group_parameters(self.base, self.group, self.loras, job, self.config)
+
+    def improve_faces(self, paths: Mapping[Job, Path], face_pass: FacePass, person: Compared) -> None:
+        """Draws faces again that are small or not alike, and writes the outcome into each picture."""
+        assert isinstance(person, GroupReference)
+        pictures = {job: (job, read_picture(path)) for job, path in paths.items()}
+        drawn = redraw_faces(
+            self.base, person, pictures, self.config, face_pass, loras=self.loras, device=self.device,
+            on_progress=lambda done, total: self.on_progress("faces", done, total),
+        )  # fmt: skip
+        for job, faces in drawn.items():
+            outcome = FaceOutcome(face_pass.below, face_pass.denoise, faces.before, faces.after)
+            save_outcome(paths[job], job, faces.image, outcome)
+
+    def model_options(self, folder: Path, job: Job) -> list[str]:
+        people = self.group.people
+        named = base_options(self.base, folder, [*(lora for lora, _ in self.loras), *(one.lora for one in people)])
+        loras = [lora_option(lora, strength * job.strength, folder) for lora, strength in self.loras]
+        own = [f"{one.name}={lora_option(one.lora, one.strength * job.strength, folder)}" for one in people]
+        regions = [
+            f"{one.name}={','.join(f'{share:g}' for share in box)}"
+            for one, box in zip(people, self.group.layout, strict=True)
+        ]
+        return named and [
+            *named,
+            *(f"--lora={lora}" for lora in loras),
+            *(f"--person={one}" for one in own),
+            *(f"--region={region}" for region in regions),
+        ]

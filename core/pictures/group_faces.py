@@ -1,0 +1,158 @@
+"""The faces of a group: whose is whose, how alike they are, and each drawn again with its own person's LoRA."""
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from PIL import Image
+
+from ..errors import BadConfig
+from ..faces import Face, FaceNetwork, Reference
+from ..lora.file import LoraFile
+from ..models.base import Base
+from .face_pass import CutOut, FacePass, blend, cut_out, drawn_again, face_share
+from .gallery import SAME_PERSON, SOMEONE_ELSE
+from .generate import GenerateConfig, Job
+from .group import Group, Person
+
+TRIES = 3
+"""How often at most a face is drawn again that is not alike yet."""
+_Key = TypeVar("_Key", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class FoundFace:
+    """A face of a picture that was taken for a person's."""
+
+    face: Face
+    likeness: float
+    """The cosine to the person's photos."""
+
+
+class GroupReference:
+    """The photos of everyone in a group, which pictures of the group are compared with."""
+
+    def __init__(self, group: Group, photos: Mapping[str, Iterable[Image.Image]], network: FaceNetwork | None = None):
+        """Takes the photos by the people's names. Raises BadConfig where they are not of exactly these people, and as
+        `Reference` does."""
+        names = [person.name for person in group.people]
+        if differing := sorted({*names} ^ {*photos}):
+            raise BadConfig(
+                f"photos to compare with: there must be some of each of {', '.join(names)}, see {differing[0]}"
+            )
+        self.group = group
+        self.people: list[Reference] = []
+        for name in names:
+            self.people.append(Reference(photos[name], network or (self.people[0].network if self.people else None)))
+        self.network: FaceNetwork = self.people[0].network
+
+    def find(self, image: Image.Image) -> list[FoundFace | None]:
+        """Each person's face in the picture, and None for a person who has none there."""
+        faces = self.network.detect(image)
+        alike = [reference.of_faces(image, faces) for reference in self.people]
+        places = assign_faces(faces, self.group.regions(image.size, 1), alike)
+        return [
+            None if index is None else FoundFace(faces[index], alike[number][index])
+            for number, index in enumerate(places)
+        ]
+
+    def likeness(self, images: Iterable[Image.Image]) -> list[float | None]:
+        """The likeness of the person who is least alike in each picture; None where somebody's face is missing."""
+        return [least_alike(self.find(image)) for image in images]
+
+
+def least_alike(found: Sequence[FoundFace | None]) -> float | None:
+    """The smallest likeness of all; None where a face is missing."""
+    return None if None in found else min(one.likeness for one in found if one)
+
+
+def assign_faces(
+    faces: Sequence[Face], regions: Sequence[tuple[int, int, int, int]], alike: Sequence[Sequence[float]]
+) -> list[int | None]:
+    """The number of each person's face, or None; no face is two people's.
+
+    A face whose middle is in a person's region is that person's, the largest of several. A face that is in nobody's region
+    then goes to whoever of the others it is most like, by `alike[person][face]`, but not to someone else than it shows.
+    """
+    places: list[int | None] = [None] * len(regions)
+    middles = [((face.box[0] + face.box[2]) / 2, (face.box[1] + face.box[3]) / 2) for face in faces]
+    by_size = sorted(range(len(faces)), key=lambda number: -faces[number].size)
+    for person, (left, top, right, bottom) in enumerate(regions):
+        inside = (
+            n for n in by_size if n not in places and left <= middles[n][0] < right and top <= middles[n][1] < bottom
+        )
+        places[person] = next(inside, None)
+    pairs = [(alike[person][n], person, n) for person in range(len(regions)) for n in range(len(faces))]
+    for score, person, number in sorted(pairs, reverse=True):
+        if score >= SOMEONE_ELSE and places[person] is None and number not in places:
+            places[person] = number
+    return places
+
+
+@dataclass(frozen=True)
+class GroupFaces:
+    """What came of a picture of a group by the face passes."""
+
+    image: Image.Image
+    before: float
+    """The likeness of the person who was least alike; 0 where a face was missing."""
+    after: float
+
+
+def redraw_faces(
+    base: Base,
+    reference: GroupReference,
+    pictures: Mapping[_Key, tuple[Job, Image.Image]],
+    config: GenerateConfig,
+    face_pass: FacePass,
+    *,
+    loras: Sequence[tuple[LoraFile, float]] = (),
+    device: torch.device | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[_Key, GroupFaces]:
+    """The pictures with the faces drawn again that the face pass calls small, or that are not alike.
+
+    Each face is drawn in a cut-out of its own, with the LoRA and the words of its person alone. A new face is taken where
+    likeness does not fall, and is drawn again with another seed, up to TRIES times, as long as it is not alike.
+    `on_progress(done, total)` is called after each try with each person, and may raise to cancel.
+    """
+    group = reference.group
+    found = {key: reference.find(image) for key, (_, image) in pictures.items()}
+    images = {key: image for key, (_, image) in pictures.items()}
+    before = {key: least_alike(faces) or 0.0 for key, faces in found.items()}
+    for number, person in enumerate(group.people):
+        own = [*loras, (person.lora, person.strength)]
+        for attempt in range(TRIES):
+            parts: dict[_Key, tuple[Job, CutOut]] = {}
+            for key, (job, _) in pictures.items():
+                seen = found[key][number]
+                small = attempt == 0 and seen is not None and face_pass.wants(seen.face, base.resolution)
+                if seen and (small or seen.likeness < SAME_PERSON):
+                    part = _part_of(base, reference, number, images[key], seen.face)
+                    parts[key] = (_job_of(group, person, job, attempt), part)
+            for key, drawn in drawn_again(base, own, parts, config, face_pass.denoise, device):
+                image = blend(images[key], parts[key][1], drawn)
+                now, was = reference.find(image), found[key][number]
+                new = now[number]
+                if was and new and new.likeness >= was.likeness:
+                    images[key], found[key] = image, now
+            if on_progress:
+                on_progress(number * TRIES + attempt + 1, len(group.people) * TRIES)
+    return {key: GroupFaces(images[key], before[key], least_alike(found[key]) or 0.0) for key in pictures}
+
+
+def _job_of(group: Group, person: Person, job: Job, attempt: int) -> Job:
+    """The job for a try with the person's face."""
+    return replace(job, prompt=group.words_of(person, job.prompt), seed=(job.seed + attempt) % 2**64)
+
+
+def _part_of(base: Base, reference: GroupReference, number: int, image: Image.Image, face: Face) -> CutOut:
+    """The cut-out with a person's face, in the aspect of the person's region."""
+    left, top, right, bottom = reference.group.regions(image.size, 1)[number]
+    part = cut_out(
+        image, face, face_share(reference.people[number]), base.resolution, base.size_multiple,
+        aspect=f"{right - left}:{bottom - top}", also_large=True,
+    )  # fmt: skip
+    assert part, "large faces are wanted too"
+    return part
