@@ -30,7 +30,7 @@ test-fast: $(STAMP)
 test-all: lint setup-test
 	$(RUN) tests/comfyui/setup_invokeai.py
 	$(RUN) tests/setup_comfy_cli.py
-	$(PYTEST) -m "not clock"
+	$(PYTEST) -m "not clock" --hypothesis-profile random
 	$(RUN) -m pytest -m clock
 
 # Random damage, kills and closed disks, and odd requests to a real server; what failed is in soak.json.

@@ -93,6 +93,7 @@ _XLABS_MODULES = {
     "qkv": "linear1_qkv",
     "proj": "linear2",
 }
+_ON_PROCESSORS = re.compile(r"(.+\.attn[12])\.processor\.(to_(?:[qkv]|out))")
 _UNFINISHED = re.compile(r"(double_blocks\.\d+\.(?:img|txt)_(?:attn|mlp|mod))_(qkv|proj|0|2|lin)")
 
 
@@ -157,9 +158,9 @@ def _parse_module_name(module_name: str) -> tuple[str, str, str]:
     elif match := _UNFINISHED.fullmatch(path):
         # musubi's converter leaves "_" for the dot before the last component.
         scheme, path = "musubi", f"{match[1]}.{match[2]}"
-    elif ".processor." in path:
+    elif match := _ON_PROCESSORS.fullmatch(path):
         # Old versions of diffusers had LoRAs on attention processors, where `attn1.processor.to_out` is `attn1.to_out.0`.
-        path = re.sub(r"\.to_out$", ".to_out.0", path.replace(".processor.", "."))
+        path = f"{match[1]}.{match[2]}" + ".0" * (match[2] == "to_out")
     return scheme, part, path
 
 

@@ -357,6 +357,15 @@ def test_of_kinds_that_tell_the_outputs_alone_these_are_compared(kind, shape):
     assert lora is not None and lora.misfits == ("lora_unet_double_blocks_1_txt_attn_proj",)
 
 
+def test_processor_stays_in_names_that_are_no_unet_s():
+    types = types_of({"double_stream_layers.0.img_instruct_attn.processor.img_out": (3360, 3360)}, "diffusion_model.")
+    with pytest.raises(UnknownFamily, match="is for Boogu, which is not supported"):
+        recognised(types, {}, "x", lambda family: Named(family, types, {}))
+    old = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora"
+    lora = read({f"{old}.down.weight": ("float16", (4, 1280)), f"{old}.up.weight": ("float16", (1280, 4))})
+    assert lora is not None and lora.entries[0].modules[0][1].endswith("attn1.to_out.0")
+
+
 def test_a_broken_module_is_no_evidence():
     lora = read(
         {"img_in.lora_down.weight": ("float16", (4, 65, 1, 1, 1)), "img_in.lora_up.weight": ("float16", (9, 4))}
