@@ -156,7 +156,8 @@ class BlockOffload:
         self._stream: torch.cuda.Stream | None = None
         self._store = PinnedStore(device)
         self._home: dict[nn.Module, dict[tuple[nn.Module, str], nn.Parameter]] = {}
-        self._coming: tuple[nn.Module, list[Tensor]] | None = None
+        self._coming: tuple[nn.Module, list[Tensor], list[Tensor]] | None = None
+        """The block that comes next, the copies of its weights, and what they were copied from."""
         self._present: list[Tensor] = []
         self._leaving: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
         self._visited: tuple[nn.Module | None, nn.Module | None] = (None, None)
@@ -204,8 +205,7 @@ class BlockOffload:
 
     def _bring(self, block: nn.Module, _: object) -> None:
         self._let_go(keep=1)
-        tensors = self._coming[1] if self._coming and self._coming[0] is block else self._start(block)
-        self._present = tensors
+        tensors = self._present = self._brought(block) or self._start(block)
         if self._stream:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
         for (module, name), tensor in zip(self._home[block], tensors, strict=True):
@@ -214,7 +214,18 @@ class BlockOffload:
         self._following[self._visited] = block
         self._visited = (self._visited[1], block)
         following = self._following.get(self._visited)
-        self._coming = (following, self._start(following)) if following else None
+        self._coming = (following, self._start(following), self._at_home(following)) if following else None
+
+    def _at_home(self, block: nn.Module) -> list[Tensor]:
+        return [parameter.data for parameter in self._home[block].values()]
+
+    def _brought(self, block: nn.Module) -> list[Tensor] | None:
+        """The copies that were made ahead; None where another block was expected, or weights have been replaced since."""
+        if self._coming is None or self._coming[0] is not block:
+            return None
+        _, tensors, sources = self._coming
+        unchanged = (now.is_set_to(then) for now, then in zip(self._at_home(block), sources, strict=True))
+        return tensors if all(unchanged) else None
 
     def _take_away(self, block: nn.Module, *_: object) -> None:
         for (module, name), parameter in self._home[block].items():

@@ -214,10 +214,8 @@ def generate_group(
         denoiser, memory = load_denoiser(base, device, dtype, copies=1 + len(group.people))
         vae = load_vae(base, device, dtype)
         for strength, some in by_strength(jobs).items():
-            with (
-                applied(base, loras, strength, {"denoiser": denoiser}),
-                _at_hand(base, group, strength, denoiser) as people,
-            ):
+            with applied(base, loras, strength, {"denoiser": denoiser}):
+                people = _at_hand(base, group, strength, denoiser)
                 for job in some:
 
                     def draw(job: Job = job, people: Sequence[AppliedLora] = people) -> list[Image.Image]:
@@ -297,16 +295,15 @@ def _encode(
     return encoded
 
 
-@contextmanager
-def _at_hand(base: Base, group: Group, strength: float, denoiser: nn.Module) -> Iterator[list[AppliedLora]]:
-    """Everyone's LoRA, computed but not applied; `worn` puts one on."""
+def _at_hand(base: Base, group: Group, strength: float, denoiser: nn.Module) -> list[AppliedLora]:
+    """Everyone's LoRA, computed but not applied; `_worn` puts one on."""
     target = {"family": base.family.name, "denoiser": denoiser}
     people = []
     for person in group.people:
         one = apply(person.lora.of_parts({"denoiser"}), target, person.strength * strength)
         one.swap()
         people.append(one)
-    yield people
+    return people
 
 
 @contextmanager
@@ -334,7 +331,8 @@ def _blended(
     regions = group.regions(job.size, base.size_multiple)
     cell = base.latent_shape.pixels
     cells = [tuple(side // cell for side in region) for region in regions]
-    weights = soft_masks(cells, (job.size[0] // cell, job.size[1] // cell)).to(device)  # pyright: ignore
+    masks = soft_masks(cells, (job.size[0] // cell, job.size[1] // cell))  # pyright: ignore
+    has_scene, weights = bool(masks[-1].any()), masks.to(device)
     sizes = [job.size, *((right - left, bottom - top) for left, top, right, bottom in regions)]
     scene, *others = (
         guided_prediction(
@@ -344,7 +342,6 @@ def _blended(
     )
 
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-        has_scene = bool(weights[-1].any())
         blended = weights[-1] * scene(latents, timestep) if has_scene else torch.zeros_like(latents)
         for weight, own, lora, (left, top, right, bottom) in zip(weights, others, people, cells, strict=False):
             part = (..., slice(top, bottom), slice(left, right))
