@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .kinds import needs_base, rank_of
+from .kinds import BIAS_DIFFERENCES, needs_base, rank_of
 
 
 def weight_change(kind: str, tensors: Mapping[str, Tensor], base: Tensor | None = None) -> Tensor:
@@ -29,7 +29,7 @@ def weight_change(kind: str, tensors: Mapping[str, Tensor], base: Tensor | None 
 
 def bias_change(kind: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
     """The change that the adapter makes to the bias, float32 (out,); None if it makes none."""
-    changes = [tensors[role].float() for role in ("diff_b", "b_norm") if role in tensors]
+    changes = [tensors[role].float() for role in BIAS_DIFFERENCES if role in tensors]
     if "bias" in tensors:
         # peft's lora_bias: the bias of the up matrix is scaled like the product.
         changes.append(scale_of(kind, tensors) * tensors["bias"].float())

@@ -21,7 +21,9 @@ KINDS = {
 }
 
 
-BIAS_ROLES = ("diff_b", "b_norm", "bias")
+BIAS_DIFFERENCES = ("diff_b", "b_norm")
+"""The roles of tensors that are the difference of a bias, which the module must have."""
+BIAS_ROLES = (*BIAS_DIFFERENCES, "bias")
 """The roles of tensors that change a bias, with a weight or alone; `bias` is the bias of the up matrix, which peft has."""
 LARGEST_WEIGHT = 1 << 30
 """The most elements of a weight: no model has such a layer, but two small tensors can claim a product of any size."""
@@ -57,7 +59,7 @@ def _kind_by_roles(shapes: Shapes) -> str | None:
         return "full"
     if "w_norm" in roles:
         return "norm"
-    return "bias" if roles and roles <= {"diff_b", "b_norm"} else None
+    return "bias" if roles and roles <= {*BIAS_DIFFERENCES} else None
 
 
 def _fit_together(kind: str, shapes: Shapes) -> bool:

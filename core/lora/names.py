@@ -31,7 +31,7 @@ from ..tensor_names import (
     parse_key,
     shows_other_blocks,
 )
-from .kinds import BIAS_ROLES, kind_of, known_shape, rank_of, weight_shape
+from .kinds import BIAS_DIFFERENCES, BIAS_ROLES, kind_of, known_shape, rank_of, weight_shape
 
 Types = Mapping[str, tuple[str, tuple[int, ...]]]
 """torch's name of the type, and the shape, of each tensor by name."""
@@ -81,9 +81,7 @@ class Content:
 
     def identity(self, claimed: str | None) -> Identity:
         """The published models that have all the modules, broken ones left out; `claimed` is the family in the metadata."""
-        biased = {
-            (module.part, module.path) for module in self.modules if "diff_b" in module.keys or "b_norm" in module.keys
-        }
+        biased = {(module.part, module.path) for module in self.modules if module.keys.keys() & BIAS_DIFFERENCES}
         return identify((place for place in self.places if place[2] is not None), claimed, biased)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..tensor_names import NAME_TABLES, T5_PATHS, NamedTensor, NameTable, is_published, is_text_path, parse_key
+from .kinds import BIAS_DIFFERENCES
 from .names import Entry, LoraNames, has_pefts_magnitude
 
 READERS = ("ComfyUI", "diffusers", "peft", "sd-scripts", "InvokeAI")
@@ -213,7 +214,7 @@ _RULES = {
 
 
 def _changes_bias(entry: Entry) -> bool:
-    return "diff_b" in entry.keys or "b_norm" in entry.keys
+    return bool(entry.keys.keys() & BIAS_DIFFERENCES)
 
 
 def _lokr_not_loaded_by_diffusers(family: NameTable, named: NamedTensor, has_alpha: bool) -> str | None:
