@@ -1,5 +1,6 @@
 """Rectified flows (FLUX.1 and later): one step against plain torch, learning, sampling, the file that comes out."""
 
+import argparse
 import json
 import math
 import re
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from core.cli.pictures import prompt_jobs
 from core.config import TrainConfig
 from core.errors import BadConfig, MissingPackage
 from core.lora.file import LoraFile
@@ -282,6 +284,17 @@ def test_a_model_that_was_distilled_by_its_name_draws_in_few_steps_without_guida
     for latents in (torch.zeros(1, 16, 32, 32), torch.zeros(1, 16, 128, 96)):
         expected = base.schedule().shift_for(latents) if shift is None else shift
         assert base.sampling_schedule().shift_for(latents) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("given", "drawn"), [((None, None), (8, 1.0)), ((12, 2.0), (12, 2.0))])
+def test_the_command_line_draws_a_distilled_model_in_its_steps_unless_they_are_given(bases, given, drawn):
+    base = replace(bases["zimage"], name="z_image_turbo_bf16.safetensors")
+    options = argparse.Namespace(
+        style=None, subject=None, prompt=["a photo"], count=1, seed=1, negative="", size=None,
+        steps=given[0], guidance=given[1],
+    )  # fmt: skip
+    (job,) = prompt_jobs(options, base, [])
+    assert (job.steps, job.guidance) == drawn
 
 
 def test_schnell_draws_in_four_steps_that_are_not_shifted(bases):
