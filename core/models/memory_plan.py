@@ -156,7 +156,7 @@ class BlockOffload:
         self._stream: torch.cuda.Stream | None = None
         self._store = PinnedStore(device)
         self._home: dict[nn.Module, dict[tuple[nn.Module, str], nn.Parameter]] = {}
-        self._coming: tuple[nn.Module, list[Tensor], list[Tensor]] | None = None
+        self._coming: tuple[nn.Module, list[Tensor], list[torch.UntypedStorage]] | None = None
         """The block that comes next, the copies of its weights, and what they were copied from."""
         self._present: list[Tensor] = []
         self._leaving: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
@@ -216,15 +216,15 @@ class BlockOffload:
         following = self._following.get(self._visited)
         self._coming = (following, self._start(following), self._at_home(following)) if following else None
 
-    def _at_home(self, block: nn.Module) -> list[Tensor]:
-        return [parameter.data for parameter in self._home[block].values()]
+    def _at_home(self, block: nn.Module) -> list[torch.UntypedStorage]:
+        return [parameter.untyped_storage() for parameter in self._home[block].values()]
 
     def _brought(self, block: nn.Module) -> list[Tensor] | None:
         """The copies that were made ahead; None where another block was expected, or weights have been replaced since."""
         if self._coming is None or self._coming[0] is not block:
             return None
         _, tensors, sources = self._coming
-        unchanged = (now.is_set_to(then) for now, then in zip(self._at_home(block), sources, strict=True))
+        unchanged = [now._cdata == then._cdata for now, then in zip(self._at_home(block), sources, strict=True)]
         return tensors if all(unchanged) else None
 
     def _take_away(self, block: nn.Module, *_: object) -> None:
