@@ -197,17 +197,22 @@ def test_without_a_face_network_small_dark_and_repeated_pictures_are_found():
 
 
 def test_the_report_is_json_and_a_table(network):
-    report = check_photos([*seven_of(5), photo(orl(6, 1), "intruder.png")], network, SMALL)
+    report = check_photos([*seven_of(5), photo(orl(6, 1), "unknown.png")], network, SMALL)
     data = json.loads(json.dumps(report.to_dict()))
     assert data["usable"] == 7 and data["network"] == "sface" and data["verdicts"] == {"use": 7, "reject": 1}
     assert data["photos"][7]["reasons"][0].startswith("this seems to be someone else")
     lines = format_report(report).splitlines()
-    assert lines[8].split()[:4] == ["intruder.png", "reject", "74", "px"]
+    assert lines[8].split()[:4] == ["unknown.png", "reject", "74", "px"]
     assert any(line.startswith("7 of 8 usable; add ") for line in lines)
     narrow = format_report(report, 80).splitlines()
     assert max(map(len, lines)) > 80 >= max(map(len, narrow)) and max(map(len, format_report(report, 0).split())) < 24
-    assert narrow[9].split()[:2] == ["intruder.png", "reject"] and narrow[10].startswith("    this seems to be someone")
+    assert narrow[9].split()[:2] == ["unknown.png", "reject"] and narrow[10].startswith("    this seems to be someone")
     assert " ".join(format_report(report, 200).split()) == " ".join(format_report(report).split())
+
+
+def test_photos_are_listed_as_people_count():
+    report = check_photos([photo(orl(6, at), f"{at} 03.png") for at in (10, 2, 1)], None, SMALL)
+    assert [line.split()[0] for line in format_report(report).splitlines()[1:4]] == ["1", "2", "10"]
 
 
 def test_the_sheet_is_one_page_with_every_photo_and_escaped_names(network, tmp_path):
