@@ -35,6 +35,7 @@ from .generate import (
     texts_of,
     within_memory,
 )
+from .parameters import Parameters
 from .sampling import Prediction, decode_latents, denoised, guided_prediction, load_vae
 from .sizes import checked_size
 
@@ -48,6 +49,8 @@ MOST_PEOPLE = 8
 _NAME = re.compile(r"\{([^{}]*)\}")
 _LISTED = re.compile(r"\{[^{}]*\}(?:(?:\s*,\s*|\s+)(?:(?:and|with|next to|beside)\s+)?\{[^{}]*\})*")
 """People who are named one after the other, as in "{anna}, {ben} and {carl}"."""
+_REGION = re.compile(r"(?:^|; )[\d.e-]+(?: [\d.e-]+){3}: ")
+"""The beginning of a person's region in the parameters of a picture."""
 
 
 @dataclass(frozen=True)
@@ -267,6 +270,11 @@ def group_parameters(
     everyone = [*loras, *((person.lora, person.strength) for person in group.people)]
     named = replace(job, prompt=group.everyones_words(job.prompt))
     return parameters_text(base, everyone, named, config, {"Regions": one_line("; ".join(places))})
+
+
+def shows_several(said: Parameters) -> bool:
+    """Whether a picture was drawn of several people, by the setting `Regions` of `group_parameters`."""
+    return len(_REGION.findall(said.settings.get("Regions", ""))) > 1
 
 
 def _encode(

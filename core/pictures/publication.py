@@ -26,6 +26,7 @@ from ..photos.reading import DAMAGED, Photo, read_photo_files, read_photos
 from ..storage.files import make_folder, write_text, writing
 from ..storage.safetensors_file import SafetensorsFile
 from ..tensor_names import NAME_TABLES
+from .group import shows_several
 from .headshots import CONTACT_SHEET
 from .parameters import Parameters, save_png
 
@@ -85,7 +86,8 @@ def publish(
     `pictures` are files and folders of them. Their A1111 parameters stay where they have some, with names of LoRA files
     replaced; all other metadata go, as do those of the LoRA that tell of a person or a computer. `agreed` says that the person
     shown has agreed to it, which the page then says too. `title` and `description` are else those in the LoRA's metadata.
-    `on_warning` is told of pictures without parameters, and of those that were drawn without this LoRA.
+    A picture whose parameters say that several people are in it is left out: one of them has not agreed to this.
+    `on_warning` is told of it, of pictures without parameters, and of those that were drawn without this LoRA.
 
     Raises BadFile when the folder is there already, the LoRA has faults, or a text that would be published names a path, a
     photo or this computer's user; BadConfig without a title, or where nobody has agreed; BadPhoto for an unreadable picture.
@@ -104,7 +106,8 @@ def publish(
     texts = {"modelspec.title": title, "modelspec.description": description}
     metadata = shared_metadata(source.metadata) | {key: text for key, text in texts.items() if text is not None}
     name = _file_name(metadata.get("modelspec.title", ""), source.name)
-    examples = [_example(photo, name, source.model_hash, on_warning) for photo in _photos(pictures, on_warning)]
+    found = [_example(photo, name, source.model_hash, on_warning) for photo in _photos(pictures, on_warning)]
+    examples = [example for example in found if example]
     with _new_folder(folder) as made:
         paths = [made / f"{name}-{number:02}.png" for number in range(1, len(examples) + 1)]
         for path, example in zip(paths, examples, strict=True):
@@ -139,7 +142,8 @@ def _photos(pictures: Sequence[str | os.PathLike[str]], on_warning: Callable[[st
         yield from (photo for photo in found if photo.name != CONTACT_SHEET)
 
 
-def _example(photo: Photo, name: str, model_hash: str, on_warning: Callable[[str], None]) -> _Example:
+def _example(photo: Photo, name: str, model_hash: str, on_warning: Callable[[str], None]) -> _Example | None:
+    """The picture as an example of the LoRA under its published name; None where it shows other people too."""
     assert isinstance(photo.source, Path)
     try:
         with Image.open(photo.source) as image:
@@ -150,6 +154,9 @@ def _example(photo: Photo, name: str, model_hash: str, on_warning: Callable[[str
     if said is None:
         on_warning(f"{photo.name}: has no parameters of A1111 in it, so nobody will see how it was made")
         return _Example(photo, None)
+    if shows_several(said):
+        on_warning(f"{photo.name}: is left out, since by its parameters it shows several people and this is one's LoRA")
+        return None
     hashes = {stem: number.lower() for stem, number in _LORA_HASH.findall(said.settings.get("Lora hashes", ""))}
     ours = {stem for stem, number in hashes.items() if model_hash.startswith(number)}
     if not ours:

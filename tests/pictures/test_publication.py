@@ -1,6 +1,7 @@
 """The folder to upload: what the site needs is in it, and nothing personal."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from core.cli import main
 from core.errors import BadConfig, BadFile, BadPhoto
 from core.lora import inspect_lora
 from core.lora.modules import LoraModule
-from core.pictures import publish
+from core.pictures import Group, Person, Picture, publish
+from core.pictures.group import group_parameters
 from core.pictures.parameters import Parameters
 from core.tensor_names import NAME_TABLES
 from core.tensor_names.models import _tables
@@ -205,6 +207,27 @@ def test_a_folder_of_pictures_is_taken_in_order_but_for_its_contact_sheet(tmp_pa
     assert told == [f"{name}.png: was drawn without this LoRA, by the hashes in its parameters" for name in "ab"]
     # These pictures say nothing of the LoRA's strength, so the page says what suits the family.
     assert "Strength\n--------\n1\n" in made.page.read_text() and "Steps: 30" in made.page.read_text()
+
+
+def test_a_picture_of_several_people_is_no_example_of_ones_lora(small_sd15, tmp_path):
+    path, folder, base = write_lora(tmp_path / "anna.safetensors"), tmp_path / "pictures", load_base(small_sd15)
+    folder.mkdir()
+    anna = Person("anna", LoraFile.read(path), "sks person")
+    groups = {
+        "alone": Group((anna,)),
+        "couple": Group((anna, replace(anna, name="ben", phrase="ohwx man; 1 2 3 4: x"))),
+    }
+    for name, group in groups.items():
+        said = group_parameters(
+            base, group, [], Job(" and ".join(f"{{{one.name}}}" for one in group.people), 1), GenerateConfig()
+        )
+        Picture(Image.new("RGB", (64, 64)), Job("", 1), said).save(folder / f"{name}.png")
+    told = []
+    made = publish_agreed(path, tmp_path / "out", [folder], on_warning=told.append)
+    assert told == ["couple.png: is left out, since by its parameters it shows several people and this is one's LoRA"]
+    (picture,) = made.pictures
+    assert Parameters.read(Image.open(picture).info["parameters"]).prompt.startswith("sks person <lora:")  # pyright: ignore
+    assert "ohwx" not in made.page.read_text()
 
 
 def test_alphas_in_pefts_configuration_stay_without_the_path_in_it(tmp_path):
