@@ -74,7 +74,8 @@ def train(
     metadata: Mapping[str, str] | None = None,
     callbacks: Callbacks = NO_CALLBACKS,
 ) -> Trained:
-    """The trained LoRA, which is also written to `output` (a `.safetensors` path) when one is given, and replaces what is there.
+    """The trained LoRA, which is also written to `output` (a `.safetensors` path) when one is given, in place of what is
+    there.
 
     `photos` is a folder, or a list of photos already read; so is `class_photos`, for prior preservation. Without a `config` the
     settings are those of the recipe `balanced`: see `core.training.recipe_config`. With `output`, the state of the run is kept
