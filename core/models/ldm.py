@@ -173,7 +173,7 @@ def vae_component(
     }
     if not levels or ("quant_conv.weight" in names) != quant_conv:
         odd = "has" if levels and not quant_conv else "lacks"
-        raise UnmatchedKeys(f"the VAE {odd} {prefix}{'quant_conv.weight' if levels else 'encoder.down.…'}")
+        raise UnmatchedKeys(f"the VAE {odd} {prefix}{'quant_conv.weight' if levels else 'encoder.down'}")
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in names:

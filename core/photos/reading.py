@@ -231,7 +231,7 @@ def _read_photo(path: Path, repeats: int) -> Photo:
     else:
         mask_path = None
     digest = hashlib.sha256(content).hexdigest()
-    return Photo(name, size, _read_caption(path.with_suffix(".txt")), repeats, digest, path, mask_path)
+    return Photo(name, size, _read_caption(path.with_suffix(".txt"), name), repeats, digest, path, mask_path)
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -242,14 +242,14 @@ def _content(source: Path | Image.Image) -> bytes | Image.Image:
     return source if isinstance(source, Image.Image) else _read_bytes(source)
 
 
-def _read_caption(path: Path) -> str | None:
+def _read_caption(path: Path, photo: str) -> str | None:
     if not path.is_file():
         return None
     try:
         text = read_bytes(path, MAX_CAPTION_BYTES, name=path.name, error=BadPhoto).decode("utf-8-sig")
         return " ".join(text.split()) or None
     except UnicodeDecodeError as problem:
-        raise BadPhoto(f"{path.name}: the caption is not readable UTF-8 text") from problem
+        raise BadPhoto(f"{photo}: its caption {path.name} is no UTF-8 text; save it as UTF-8") from problem
 
 
 @contextmanager

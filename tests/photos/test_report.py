@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import time
 
 import numpy as np
@@ -229,7 +230,7 @@ def test_the_sheet_is_one_page_with_every_photo_and_escaped_names(network, tmp_p
 def test_a_threshold_on_the_command_line_keeps_its_kind(tmp_path, capsys):
     orl(5, 1).save(tmp_path / "a.png")
     command = ["check", str(tmp_path), "--resolution", "64"]
-    assert main([*command, "--threshold", "photos_wanted=12", "--threshold", "turned_wanted=4"]) == 0
+    assert main([*command, "--threshold", "photos_wanted=12", "--threshold", "turned_wanted=4"]) == 1
     said = capsys.readouterr().out
     assert "12 to 20 work best" in said and "add 4 with the head turned" in said
 
@@ -258,7 +259,7 @@ def test_names_that_the_output_has_no_letters_for_do_not_end_a_command(tmp_path,
     orl(5, 1).save(tmp_path / "写真.png")
     output = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
     monkeypatch.setattr("sys.stdout", output)
-    assert main(["check", str(tmp_path), "--resolution", "64"]) == 0
+    assert main(["check", str(tmp_path), "--resolution", "64"]) == 1
     output.flush()
     assert rb"\u5199\u771f.png" in output.buffer.getvalue()
 
@@ -415,3 +416,12 @@ def test_a_base_says_at_which_resolution_photos_are_judged_and_nothing_usable_is
     assert main(["check", str(tmp_path)]) == 1  # 1024 pixels
     assert "0 of 7 usable, and 5 are needed; add " in capsys.readouterr().out
     assert main(["check", str(tmp_path), "--base", "demo", "--resolution", "1024"]) == 1
+    for number in (1, 2, 3):
+        (tmp_path / f"{number}.png").unlink()
+    capsys.readouterr()
+    assert main(["check", str(tmp_path), "--base", "demo"]) == 1
+    assert re.search(r"4 of 4 usable, and 5 are needed; add \d ", capsys.readouterr().out)
+    (tmp_path / "4.png").unlink()
+    (tmp_path / "5.png").unlink()
+    assert main(["check", str(tmp_path), "--base", "demo"]) == 1
+    assert "2 of 2 usable, and 5 are needed; add 3 " in capsys.readouterr().out
