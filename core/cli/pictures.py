@@ -203,7 +203,9 @@ def list_style_packs(options: argparse.Namespace) -> None:
 
 
 def run_score(options: argparse.Namespace) -> None:
-    images = [photo for photo in read_photos(options.images, on_warning=print_warning) if not _is_sheet(photo)]
+    images = [
+        photo for photo in read_photos(options.images, repeats=False, on_warning=print_warning) if not _is_sheet(photo)
+    ]
     reference = read_photos(options.reference, on_warning=print_warning)
     network = load_faces(options.face_network)
     person = Reference((photo.image() for photo in reference), network)

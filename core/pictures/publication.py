@@ -140,7 +140,9 @@ def _file_name(title: str, lora: str) -> str:
 def _photos(pictures: Sequence[str | os.PathLike[str]], on_warning: Callable[[str], None]) -> Iterator[Photo]:
     for path in map(Path, pictures):
         found = (
-            read_photos(path, on_warning=on_warning) if os.path.isdir(path) else read_photo_files([path], strict=True)
+            read_photos(path, repeats=False, on_warning=on_warning)
+            if os.path.isdir(path)
+            else read_photo_files([path], strict=True)
         )
         yield from (photo for photo in found if photo.name != CONTACT_SHEET)
 

@@ -214,6 +214,8 @@ def test_a_folder_of_pictures_is_taken_in_order_but_for_its_contact_sheet(tmp_pa
     folder.mkdir()
     for name in ("b.png", "a.png", "contact_sheet.png"):
         write_picture(folder / name, name[0])
+    (folder / "kept").mkdir()  # as it is beside headshots
+    write_picture(folder / "kept/a.png")
     told = []
     path = write_lora(tmp_path / "a.safetensors", 768, 1280)
     made = publish_agreed(path, tmp_path / "out", [folder], on_warning=told.append)
