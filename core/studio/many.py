@@ -38,7 +38,7 @@ def run(
 
     With `ray`, HOST:PORT of a Ray cluster's head node, the cluster's workers make the people, each on a device of its own.
     All its machines have photos, base model and `output` under the same paths. Of the callbacks `on_warning` is called, and
-    `on_phase` with ("people", done, all).
+    `on_phase` with ("people", done, all) and ("at work", workers, all).
     """
     make_folder(output)
     results: list[Result] = []

@@ -51,8 +51,9 @@ def hand_out(
 ) -> Iterator[Result]:
     """The result of each person as soon as it is there: what `look` finds, or else what a worker of the crew makes.
 
-    The person of a dead worker is the next to be given away. `callbacks.on_phase` is called with ("people", done, all) again
-    and again. Raises FaceLoraError when workers end before they are ready and there is no other.
+    The person of a dead worker is the next to be given away. `callbacks.on_phase` is called with ("people", done, all), and
+    with ("at work", workers, all), again and again. Raises FaceLoraError when workers end before they are ready and there is
+    no other.
     """
     unseen = deque(people)
     queue, done, everybody = _Queue(crew, callbacks), 0, len(unseen)
@@ -66,6 +67,7 @@ def hand_out(
                 queue.waiting.append(person)
         results += queue.turn(0 if unseen else PATIENCE)
         done += len(results)
+        callbacks.on_phase("at work", len(queue.busy), everybody)
         callbacks.on_phase("people", done, everybody)
         yield from results
 
