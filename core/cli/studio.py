@@ -21,7 +21,7 @@ from .train import StopOnSignal, shown
 def run_studio(options: argparse.Namespace) -> int:
     """1 where somebody failed, else 0."""
     if options.ray and options.device:
-        raise BadConfig("--device: each worker of a Ray cluster has its own device; leave it out")
+        raise BadConfig("--device: each of Ray's workers has its own device; leave it out")
     people = read_people(options.people)
     given = settings_from(options)
     base, device = base_from(options, **schedule_from(given)), None if options.ray else device_from(options)
