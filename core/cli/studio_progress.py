@@ -25,6 +25,10 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def _counted(number: int, one: str, more: str = "") -> str:
+    return f"{number:,} {one if number == 1 else more or one + 's'}"
+
+
 def planned(plan: Plan, workers: bool) -> list[str]:
     """The lines on what is before a run."""
     work, aside = plan.work, []
@@ -34,8 +38,8 @@ def planned(plan: Plan, workers: bool) -> list[str]:
         aside.append(f"{len(plan.refused)} refused")
     others = f" ({', '.join(aside)})" if aside else ""
     lines = [
-        f"to make: {work.people} people{others}: {work.photos:,} photos, "
-        f"at most {work.steps:,} steps, {work.pictures:,} pictures"
+        f"to make: {_counted(work.people, 'person', 'people')}{others}: {_counted(work.photos, 'photo')}, "
+        f"at most {_counted(work.steps, 'step')}, {_counted(work.pictures, 'picture')}"
     ]
     if work.people and plan.seconds is None:
         lines.append("time: known when the first is made")
@@ -76,7 +80,7 @@ class StudioProgress:
         failed = f", {self._failed} failed" if self._failed else ""
         parts = [f"{self._ended} of {len(self._people)} done{failed}"]
         left = seconds_for(Work.sum(self._left.values()), self._made or self._earlier)
-        if left is not None:
+        if left:
             parts.append(f"{duration(left / max(1, self._at_work))} left")
         if self._rate:
             parts.append(f"{self._rate:.3g} steps/s")

@@ -33,6 +33,7 @@ class Plan:
 
     @property
     def work(self) -> Work:
+        """Of all who are to be made."""
         return Work.sum(self.to_make.values())
 
     @property

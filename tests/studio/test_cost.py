@@ -143,6 +143,8 @@ def test_the_plan_counts_what_is_to_make_and_goes_by_those_made_on_the_same_base
     assert planned(later, workers=True)[1] == "time: about 2 min of one worker, going by 1 made here earlier"
     (output / "report.json").write_text("{")
     assert plan(everybody, base, output, terms).seconds is None
+    one = plan([replace(anna, count=1)], base, output, terms)
+    assert planned(one, workers=False)[0] == "to make: 1 person: 5 photos, at most 30 steps, 1 picture"
 
 
 def progress(capsys, terminal: bool = False, monkeypatch=None) -> StudioProgress:
@@ -169,6 +171,8 @@ def test_the_line_says_who_is_done_how_fast_it_goes_and_when_it_ends(capsys) -> 
     assert shown.line == "1 of 3 done | 9 min left | 2 steps/s | pictures 1/2: ben"
     shown.ended(Result("ben", "failed", "too dark"))
     assert shown.line.startswith("2 of 3 done, 1 failed | 8 min left")
+    shown.phase("pictures", 2, 2)
+    assert "left" not in shown.line
     printed = capsys.readouterr().err.splitlines()
     assert printed == [
         "1 of 3: anna: made, 1 of 2 pictures kept, mean likeness 0.60, 8 min",
