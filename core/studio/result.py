@@ -95,8 +95,12 @@ class Result:
 def find(person: Person, base: Base, output: Path, terms: Terms) -> Result | None:
     """The result of someone of whom all has been made; None where something is to do.
 
-    Raises FaceLoraError for what keeps anything from being made.
+    Photos are read only where there is something that has been made. Raises FaceLoraError for what keeps anything from being
+    made.
     """
+    _check_agreed(person)
+    if not (output / person.name / RECORD).exists():
+        return None
     return _asked(person, base, output, terms, NO_CALLBACKS).recorded(output)
 
 
@@ -154,11 +158,15 @@ class _Asked:
             return None
 
 
-def _asked(person: Person, base: Base, output: Path, terms: Terms, callbacks: Callbacks) -> _Asked:
+def _check_agreed(person: Person) -> None:
     if person.problem:
         raise BadConfig(person.problem)
     if not person.agreed:
         raise BadConfig("has not agreed (agreed = true says so)")
+
+
+def _asked(person: Person, base: Base, output: Path, terms: Terms, callbacks: Callbacks) -> _Asked:
+    _check_agreed(person)
     photos = read_photos(person.photos, on_warning=callbacks.on_warning)
     order = terms.order(person, len(photos), base, callbacks)
     folder = output / person.name
