@@ -1,9 +1,12 @@
 """The device and the precision of a computation, and the handling of a lack of memory."""
 
 import os
+import platform
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -52,6 +55,15 @@ def device_and_dtype(
             return device, torch.bfloat16
         return device, torch.float32 if overflows_in_fp16 else torch.float16
     return device, torch.float32
+
+
+def processor(device: torch.device) -> str:
+    """The name of the device's processor, as the system tells it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", names.read_text()) if names.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 @contextmanager

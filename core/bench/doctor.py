@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import TrainConfig
-from ..device import device_and_dtype, free_memory, is_out_of_memory, precision_name, release_memory
+from ..device import device_and_dtype, free_memory, is_out_of_memory, precision_name, processor, release_memory
 from ..models.base import Base
 from ..models.compiled import why_not_compiled
 from ..models.memory_plan import PLANS, MemoryPlan
@@ -26,7 +26,7 @@ from ..training.memory_prediction import predicted_memory
 from ..training.methods import attach
 from ..training.step import Run
 from .loops import random_base, random_cache
-from .report import peak_memory, processor, seconds
+from .report import peak_memory, seconds
 from .shapes import REAL_CHANNELS, SHAPES
 
 NEEDED = ("torch", "diffusers", "transformers", "peft", "safetensors", "accelerate")

@@ -25,7 +25,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..config import TrainConfig
-from ..device import device_and_dtype, precision_name
+from ..device import device_and_dtype, precision_name, processor
 from ..errors import BadConfig, BadFile
 from ..models.base import Base
 from ..models.families import FAMILIES
@@ -333,15 +333,6 @@ def _step_over(name: str, taken: Mapping[str, Sequence[float]], key: str) -> dic
 
 def _ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(above, below, strict=True)]
-
-
-def processor(device: torch.device) -> str:
-    """The name of the device's processor, as the system tells it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    names = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", names.read_text()) if names.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def _load() -> float | None:

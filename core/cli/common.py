@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .. import models  # the package loads its modules only when a name is used
 from ..errors import BadConfig, one_line
@@ -156,6 +156,16 @@ def end_bars() -> None:
 
         for bar in list(getattr(tqdm, "_instances", ())):
             bar.close()
+
+
+class Progress(Protocol):
+    """What shows how far a command is."""
+
+    def phase(self, name: str, done: int, total: int) -> None: ...
+
+    def step(self, report: "StepReport") -> None: ...
+
+    def warning(self, message: str) -> None: ...
 
 
 class BarProgress:

@@ -40,8 +40,8 @@ def add_studio(parser: argparse.ArgumentParser) -> None:
     _add_order(parser)
     add_device(parser)
     parser.add_argument(
-        "--ray", metavar="HOST:PORT",
-        help="the head node of a Ray cluster, whose machines make several people at a time, on a GPU each",
+        "--ray", metavar="HOST:PORT|local",
+        help="make several people at a time, on a GPU each: the head node of a Ray cluster, or local for this machine's GPUs",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object per report and person on stdout")
 

@@ -4,22 +4,24 @@ import argparse
 import dataclasses
 import sys
 from contextlib import redirect_stdout
+from typing import Any
 
 from .. import demo
 from ..errors import BadConfig
 from ..pictures import find_style_packs
-from ..studio import Result, Terms, forget, read_people, run
-from .common import DEMO, BarProgress, JsonProgress, base_from
+from ..studio import Plan, Terms, forget, plan, read_people, run
+from .common import DEMO, JsonProgress, base_from
 from .computing import device_from
 from .headshots import COUNT, STYLE_PACK
 from .settings import schedule_from, settings_from
+from .studio_progress import StudioProgress, planned
 from .train import StopOnSignal, shown
 
 
 def run_studio(options: argparse.Namespace) -> int:
     """1 where somebody failed, else 0."""
     if options.ray and options.device:
-        raise BadConfig("--device: each worker of a Ray cluster has its own device; leave it out")
+        raise BadConfig("--device: each of Ray's workers has its own device; leave it out")
     people = read_people(options.people)
     given = settings_from(options)
     base, device = base_from(options, **schedule_from(given)), None if options.ray else device_from(options)
@@ -34,32 +36,34 @@ def run_studio(options: argparse.Namespace) -> int:
         settings=given,
     )
     stop, failed = StopOnSignal(), False
-    progress = JsonProgress() if options.json else BarProgress()
+    before = plan(people, base, options.output, terms, device)
+    progress = JsonProgress() if options.json else StudioProgress([person.name for person in people], before)
 
     def check_stop() -> None:
         if stop.asked:
             raise KeyboardInterrupt  # an error of our own would be the person's
 
     callbacks = shown(progress, check_stop)
+    if isinstance(progress, JsonProgress):
+        progress.print(_described(before))
+    else:
+        print(*planned(before, bool(options.ray)), sep="\n", file=sys.stderr)
     with stop, progress, redirect_stdout(sys.stderr):  # Ray prints there what ends on the cluster
-        for number, result in enumerate(
-            run(people, base, options.output, terms, device=device, callbacks=callbacks, ray=options.ray), start=1
-        ):
+        for result in run(people, base, options.output, terms, device=device, callbacks=callbacks, ray=options.ray):
             failed |= result.status == "failed"
             if isinstance(progress, JsonProgress):
                 progress.print(dataclasses.asdict(result))
             else:
-                progress.warning(f"{number} of {len(people)}: {_line(result)}")
+                progress.ended(result)
     if not options.json:
         print(f"report: {options.output / 'report.html'}")
     return 1 if failed else 0
 
 
-def _line(result: Result) -> str:
-    if result.status == "failed":
-        return f"{result.name}: failed: {result.reason}"
-    likeness = "" if result.likeness is None else f", mean likeness {result.likeness:.2f}"
-    return f"{result.name}: {result.status}, {result.kept} of {len(result.pictures)} pictures kept{likeness}"
+def _described(before: Plan) -> dict[str, Any]:
+    """What is before the run as values for JSON."""
+    aside = {"made_before": len(before.made_before), "refused": len(before.refused)}
+    return {"to_make": dataclasses.asdict(before.work), **aside, "seconds": before.seconds}
 
 
 def run_forget(options: argparse.Namespace) -> None:

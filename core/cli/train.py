@@ -23,7 +23,7 @@ from ..training import (
     state_path,
     train,
 )
-from .common import BarProgress, JsonProgress, base_from
+from .common import BarProgress, JsonProgress, Progress, base_from
 from .computing import device_from
 from .settings import schedule_from, settings_from
 
@@ -130,7 +130,7 @@ def format_likeness(measured: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def shown(progress: BarProgress | JsonProgress, check_stop: Callable[[], None]) -> Callbacks:
+def shown(progress: Progress, check_stop: Callable[[], None]) -> Callbacks:
     """Callbacks that show progress and look for a stop. Samples are a part of the training, whose bar stays."""
 
     def on_step(report: StepReport) -> None:

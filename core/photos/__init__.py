@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .dataset import prepare as prepare
     from .reading import DAMAGED as DAMAGED
     from .reading import Photo as Photo
+    from .reading import count_photos as count_photos
     from .reading import read_photo_files as read_photo_files
     from .reading import read_photos as read_photos
     from .report import REJECT as REJECT
@@ -35,7 +36,7 @@ else:
             ".captions": ("class_caption", "default_caption", "trigger_hint"),
             ".crops": ("face_regions", "with_masks"),
             ".dataset": ("Dataset", "Region", "TrainingImage", "prepare"),
-            ".reading": ("DAMAGED", "Photo", "read_photo_files", "read_photos"),
+            ".reading": ("DAMAGED", "Photo", "count_photos", "read_photo_files", "read_photos"),
             ".report": ("PhotoReport", "REJECT", "SetReport", "Thresholds", "check_photos"),
             ".sheet": ("format_report", "save_sheet"),
         },

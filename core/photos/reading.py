@@ -176,6 +176,14 @@ def read_photo_files(
     return _read_each(((Path(path), 1) for path in paths), strict, on_warning)
 
 
+def count_photos(folder: Path) -> int:
+    """The number of files that `read_photos` would read, none of which is opened; 0 where the folder cannot be read."""
+    try:
+        return sum(1 for _ in _photo_paths(folder, lambda warning: None))
+    except OSError:
+        return 0
+
+
 def _read_each(paths: Iterable[tuple[Path, int]], strict: bool, on_warning: Callable[[str], None]) -> list[Photo]:
     photos = []
     for path, repeats in paths:

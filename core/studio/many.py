@@ -36,9 +36,10 @@ def run(
     A person's files lie in the folder of that name in `output`. Errors of one person are that person's result. What is not
     of the project's own errors, such as an interrupt that a callback raises, ends the run; called again it goes on there.
 
-    With `ray`, HOST:PORT of a Ray cluster's head node, the cluster's workers make the people, each on a device of its own.
+    With `ray`, HOST:PORT of a Ray cluster's head node, the cluster's workers make the people, each on a device of its own;
+    with "local" workers of this machine do, on its GPUs.
     All its machines have photos, base model and `output` under the same paths. Of the callbacks `on_warning` is called, and
-    `on_phase` with ("people", done, all).
+    `on_phase` with ("people", done, all) and ("at work", workers, all).
     """
     make_folder(output)
     results: list[Result] = []

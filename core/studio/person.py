@@ -94,10 +94,12 @@ def make(
         config = for_good_photos(config, report, callbacks.on_warning)
     job = TrainingJob(order.name, config, photos)
     trained = find_or_train(job, base, [folder], device=device, callbacks=callbacks)
+    jobs = order.jobs(base)
+    callbacks.on_phase("pictures", 0, len(jobs))  # the training has ended, though no picture is drawn yet
     shots = make_headshots(
         base,
         [(LoraFile.read(trained.path), 1.0)],
-        order.jobs(base),
+        jobs,
         folder,
         reference=(photo.image() for photo in photos) if report.network else None,
         device=device,

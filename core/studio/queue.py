@@ -52,10 +52,11 @@ def hand_out(
     """The result of each person as soon as it is there: what `look` finds, or else what a worker of the crew makes.
 
     The person of a dead worker is the next to be given away. `callbacks.on_phase` is called with ("people", done, all) again
-    and again. Raises FaceLoraError when workers end before they are ready and there is no other.
+    and again, and with ("at work", workers, all) where that has changed. Raises FaceLoraError when workers end before they
+    are ready and there is no other.
     """
     unseen = deque(people)
-    queue, done, everybody = _Queue(crew, callbacks), 0, len(unseen)
+    queue, done, at_work, everybody = _Queue(crew, callbacks), 0, 0, len(unseen)
     while unseen or queue.waiting or queue.busy:
         results = []
         if unseen:
@@ -66,6 +67,9 @@ def hand_out(
                 queue.waiting.append(person)
         results += queue.turn(0 if unseen else PATIENCE)
         done += len(results)
+        if len(queue.busy) != at_work:
+            at_work = len(queue.busy)
+            callbacks.on_phase("at work", at_work, everybody)
         callbacks.on_phase("people", done, everybody)
         yield from results
 

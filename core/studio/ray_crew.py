@@ -22,6 +22,8 @@ from .people import Person
 from .queue import News
 from .result import Result, Terms, find_or_make
 
+LOCAL = "local"
+"""In place of an address: a Ray of this machine's own, which begins and ends with the run."""
 INSTALL_RAY = 'pip install "comfyui-facelora[ray]"'
 _ANSWER = 5.0
 """Seconds in which a cluster must answer."""
@@ -29,6 +31,8 @@ _LOOK = 5.0
 """Seconds between two looks at what nodes there are."""
 _LOCK = 150.0
 """Seconds to wait for the lock of a worker that is no more: NFS releases it after 90."""
+_STORE = 100_000_000
+"""Bytes for what Ray's processes share, of which there is next to nothing, and by itself it takes a third of the memory."""
 _LAST_STEP = 20.0
 """Seconds in which workers that are to stop may end their step and write its state."""
 
@@ -72,20 +76,20 @@ class Worker:
 
 
 class RayCrew:
-    """The workers of a cluster to which this machine belongs. It is connected to when the first worker is wanted."""
+    """The workers of a cluster to which this machine belongs. It is connected to, or begun, when the first worker is wanted."""
 
     def __init__(self, address: str, base: Base, output: Path, terms: Terms):
-        """`address` is that of the head node, as HOST:PORT. Raises BadConfig or MissingPackage where it cannot work."""
+        """`address` is that of the head node, as HOST:PORT, or LOCAL. BadConfig or MissingPackage where it cannot work."""
         if find_spec("ray") is None:
             raise MissingPackage(f"a cluster needs Ray, which is not installed: {INSTALL_RAY}")
         host, _, port = address.rpartition(":")
-        if not host or not port.isdecimal() or "/" in address:
-            raise BadConfig(f"ray = {address!r}: expected the head node's HOST:PORT, such as 10.0.0.5:6379")
+        if address != LOCAL and (not host or not port.isdecimal() or "/" in address):
+            raise BadConfig(f"ray = {address!r}: expected the head node's HOST:PORT, such as 10.0.0.5:6379, or {LOCAL}")
         if base.opened_with is None:
             raise BadConfig(
                 "a cluster's workers open the base model from its files, and this one was not made from files"
             )
-        self._address, self._host, self._port = address, host, int(port)
+        self._address, self._server = address, None if address == LOCAL else (host, int(port))
         self._arguments = (dict(base.opened_with), output.absolute(), terms)
         self._identity = base.identity
         self._ray: Any = None
@@ -185,24 +189,26 @@ class RayCrew:
     def _connect(self) -> None:
         if self._ray is not None:
             return
-        self._check_answer()
+        if self._server:
+            self._check_answer(self._server)
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported: it tells nobody that it is used
         import ray
 
         if not ray.is_initialized():
             with _own_handler():
                 try:
-                    ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR)
+                    own = {} if self._server else {"include_dashboard": False, "object_store_memory": _STORE}
+                    ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR, **own)
                 except (ConnectionError, RuntimeError, ValueError) as error:
                     raise BadConfig(f"ray = {self._address!r}: {_reason(error)}") from None
             self._owns_connection = True
         self._ray = ray
         self._remote = ray.remote(Worker)
 
-    def _check_answer(self) -> None:
+    def _check_answer(self, server: tuple[str, int]) -> None:
         """Raises BadConfig where nobody answers, which takes Ray minutes to say."""
         try:
-            socket.create_connection((self._host, self._port), timeout=_ANSWER).close()
+            socket.create_connection(server, timeout=_ANSWER).close()
         except OSError as error:
             begin = "`ray start --head` begins a cluster, and says its address"
             raise BadConfig(

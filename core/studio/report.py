@@ -5,9 +5,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from ..errors import BadFile
 from ..storage.files import read_json, write_text
+from .cost import PHASES
 from .result import Result, result_of
 
 REPORT, PAGE = "report.json", "report.html"
@@ -24,43 +26,116 @@ def read_report(output: Path) -> list[Result]:
 
 
 def write_report(output: Path, results: Sequence[Result]) -> None:
-    """Writes the report on the results into the output, as JSON and as a page: what failed first, then the least alike."""
+    """Writes the report on the results into the output, as JSON and as a page, those to look at first at the top."""
+    ranked = sorted(results, key=_order)
+    write_text(output / REPORT, json.dumps({**_summary(ranked), "people": [asdict(one) for one in ranked]}, indent=1))
+    gpu = any(one.cost.gpu_hours for one in ranked if one.cost)
+    counts = [f"{number} {status}" for status in _STATUSES if (number := _count(ranked, status))]
+    parts = {
+        "TITLE": ", ".join(counts),
+        "COSTS": _costs(ranked),
+        "SECONDS": "".join(f'<th class="number">{head}' for head in (*PHASES, "GPU-hours" if gpu else "CPU-hours")),
+        "ROWS": "\n".join(_row(one, gpu) for one in ranked),
+    }
+    page = _PAGE
+    for name, text in parts.items():
+        page = page.replace(f"<!--{name}-->", text)
+    write_text(output / PAGE, page)
 
-    def order(result: Result) -> tuple[bool, float]:
-        return result.status != "failed", -1.0 if result.likeness is None else result.likeness
 
-    ranked = sorted(results, key=order)
-    counts = {status: sum(one.status == status for one in ranked) for status in ("made", "found", "failed")}
-    summary = {**counts, "seconds": round(sum(one.seconds for one in ranked if one.status == "made"), 1)}
-    write_text(output / REPORT, json.dumps({**summary, "people": [asdict(one) for one in ranked]}, indent=1))
-    rows = "\n".join(_row(one) for one in ranked)
-    title = ", ".join(f"{number} {status}" for status, number in counts.items() if number)
-    write_text(output / PAGE, _PAGE.replace("<!--TITLE-->", title).replace("<!--ROWS-->", rows))
+_STATUSES = ("made", "found", "failed")
 
 
-def _row(result: Result) -> str:
-    name = html.escape(result.name)
-    shown = name
-    if result.lora:
-        shown = f'<a href="{html.escape(Path(result.lora).parent.as_posix())}/gallery.html">{name}</a>'
-    likeness = "" if result.likeness is None else f"{result.likeness:.2f}"
+def _order(result: Result) -> tuple[bool, float]:
+    """Those that failed come first, then those whose likeness is least above what leaks into the class."""
+    likeness = -1.0 if result.likeness is None else result.likeness
+    return result.status != "failed", likeness - max(result.leakage or 0.0, 0.0)
+
+
+def _count(results: Sequence[Result], status: str) -> int:
+    return sum(one.status == status for one in results)
+
+
+def _summary(results: Sequence[Result]) -> dict[str, Any]:
+    """Counts, and what those who were made now have cost."""
+    costs = [one.cost for one in results if one.status == "made" and one.cost]
+    gpu = [hours for cost in costs if (hours := cost.gpu_hours) is not None]
+    return {
+        **{status: _count(results, status) for status in _STATUSES},
+        "seconds": round(sum(one.seconds for one in results if one.status == "made"), 1),
+        "phases": {phase: round(sum(cost.seconds[phase] for cost in costs), 1) for phase in PHASES},
+        "gpu_hours": round(sum(gpu), 4) if gpu else None,
+        "processor_hours": round(sum(cost.processor_hours for cost in costs), 4),
+    }
+
+
+def _costs(results: Sequence[Result]) -> str:
+    """What those who were made now have cost, in a sentence."""
+    summary = _summary(results)
+    if not (made := summary["made"]):
+        return ""
+    shares = ", ".join(f"{phase} {taken / (summary['seconds'] or 1):.0%}" for phase, taken in summary["phases"].items())
+    gpu = "" if summary["gpu_hours"] is None else f"{summary['gpu_hours']:.2f} GPU-hours and "
+    each = f"{summary['seconds'] / made:.0f} s for each of the {made} made"
+    return f"{each} ({shares}); {gpu}{summary['processor_hours']:.2f} processor hours."
+
+
+def _row(result: Result, gpu: bool) -> str:
+    name, folder = html.escape(result.name), html.escape(Path(result.lora or "").parent.as_posix())
+    shown = f'<a href="{folder}/gallery.html">{name}</a>' if result.lora else name
+    picture = f'<img src="{html.escape(result.pictures[0])}" alt="" loading="lazy">' if result.pictures else ""
     kept = f"{result.kept} of {len(result.pictures)}" if result.pictures else ""
-    seconds = f"{result.seconds:.0f}" if result.seconds else ""
-    cells = (shown, result.status, likeness, kept, seconds, html.escape(result.reason))
-    return f'<tr class="{result.status}">{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+    numbers = [_number(result.likeness), _number(result.leakage), kept, *_seconds(result, gpu)]
+    cells = [
+        f"<td>{picture}</td>",
+        f'<th>{shown}<div class="reason">{html.escape(result.reason)}</div></th>',
+        f"<td>{result.status}</td>",
+    ]
+    cells += [f'<td class="number">{cell}</td>' for cell in numbers]
+    return f'<tr class="{result.status}">{"".join(cells)}</tr>'
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _seconds(result: Result, gpu: bool) -> list[str]:
+    """Of the phases, and the hours of the GPU or else of the processor."""
+    if result.cost is None:
+        return [""] * (len(PHASES) + 1)
+    hours = result.cost.gpu_hours if gpu else result.cost.processor_hours
+    phases = [f"{result.cost.seconds[phase]:.1f}" for phase in PHASES]
+    return [*phases, "" if hours is None else f"{hours:.3f}"]
 
 
 _PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Studio: <!--TITLE--></title>
 <style>
-  body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; }
-  table { border-collapse: collapse; width: 100%; }
-  th, td { border-bottom: 1px solid #ddd; padding: .4rem .6rem; text-align: left; vertical-align: top; }
-  .failed td:nth-child(2) { color: #b00020; }
-</style>
-<h1><!--TITLE--></h1>
-<table><thead><tr><th>person<th>status<th>likeness<th>kept<th>seconds<th>reason</thead><tbody>
+:root { color-scheme: light dark; --paper: #f4f2ee; --card: #fff; --ink: #23211e; --soft: #6b665f; --line: #e2ded6;
+  --bad: #b00020; --accent: #20705a }
+@media (prefers-color-scheme: dark) { :root { --paper: #191816; --card: #24221f; --ink: #eceae5; --soft: #a39d93;
+  --line: #38352f; --bad: #ff8a80; --accent: #6fc3a6 } }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 2.5rem clamp(1rem, 4vw, 4rem); max-width: 1400px;
+  background: var(--paper); color: var(--ink) }
+h1 { font: 600 2.1rem/1.2 Georgia, "Times New Roman", serif; margin: 0 }
+p { margin: .3rem 0 1.2rem; color: var(--soft) }
+a { color: var(--accent) }
+.table { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: 10px }
+table { border-collapse: collapse; width: 100% }
+th, td { border-bottom: 1px solid var(--line); padding: .4rem .6rem; text-align: left; vertical-align: middle }
+thead th { color: var(--soft); font-weight: 400; white-space: nowrap }
+tbody th { font-weight: 600 }
+tbody tr:last-child > * { border-bottom: 0 }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+.reason { font-weight: 400; color: var(--soft); min-width: 11rem }
+.failed td:nth-child(3) { color: var(--bad) }
+img { height: 3.5rem; border-radius: 4px; display: block }
+</style></head>
+<body><header><h1><!--TITLE--></h1><p><!--COSTS--> Those to look at first are at the top; phases
+are in seconds.</p></header>
+<div class="table"><table><thead><tr><th><th>person<th>status<th class="number">likeness<th class="number">leakage
+<th class="number">kept<!--SECONDS--></thead><tbody>
 <!--ROWS-->
-</tbody></table></html>
+</tbody></table></div></body></html>
 """

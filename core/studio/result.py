@@ -7,7 +7,6 @@ on. All that is kept of a person lies in that person's folder, so that it can be
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from ..config import RecipeName
+from ..device import device_and_dtype
 from ..errors import BadConfig, BadFile, FaceLoraError
 from ..models.base import Base
 from ..photos import Photo, read_photos
@@ -26,6 +26,7 @@ from ..storage.files import make_folder, read_bytes, read_json, write_text
 from ..storage.locks import locked
 from ..training.callbacks import NO_CALLBACKS, Callbacks
 from ..training.recipes import recipe_config
+from .cost import Cost, Stopwatch, cost_of
 from .people import Person
 from .person import Order, Outcome, check, make
 
@@ -80,15 +81,26 @@ class Result:
     """How many of them are kept: those that are most alike, and the person."""
     likeness: float | None = None
     """The mean likeness of the kept pictures, of all where none is kept; None where it was not measured."""
-    seconds: float = 0.0
-    """How long it took to make."""
+    leakage: float | None = None
+    """How much the class has come to look like the person, measured in the training; None where it was not."""
+    cost: Cost | None = None
+    """What making it has cost; None where it failed."""
+
+    @property
+    def seconds(self) -> float:
+        """How long it took to make."""
+        return sum(self.cost.seconds.values()) if self.cost else 0.0
 
 
 def find(person: Person, base: Base, output: Path, terms: Terms) -> Result | None:
     """The result of someone of whom all has been made; None where something is to do.
 
-    Raises FaceLoraError for what keeps anything from being made.
+    Photos are read only where there is something that has been made. Raises FaceLoraError for what keeps anything from being
+    made.
     """
+    _check_agreed(person)
+    if not (output / person.name / RECORD).exists():
+        return None
     return _asked(person, base, output, terms, NO_CALLBACKS).recorded(output)
 
 
@@ -104,16 +116,19 @@ def find_or_make(
 
     InUse is raised while another run is making the person.
     """
+    watch = Stopwatch()
     asked = _asked(person, base, output, terms, callbacks)
     if (found := asked.recorded(output)) is not None:
         return found
-    started = time.monotonic()
+    callbacks = watch.listening(callbacks)
     report = check(asked.photos, base, asked.order.config, callbacks)
+    watch.enter("encode")
     folder = output / person.name
     make_folder(folder)
     with locked(folder / RECORD), cache_in(folder / CACHE):
         outcome = make(report, base, asked.order, folder, device=device, callbacks=callbacks)
-    result = _result(person, outcome, output, time.monotonic() - started)
+    used = device_and_dtype(asked.order.config, device)[0]
+    result = _result(person, outcome, output, watch.cost(used, base.identity, len(asked.photos)))
     digest = _digest(asked.key, result, output)
     write_text(folder / RECORD, json.dumps({"result": asdict(result), "digest": digest}, indent=1))
     shutil.rmtree(folder / CACHE, ignore_errors=True)  # nothing of it is wanted any more
@@ -143,11 +158,15 @@ class _Asked:
             return None
 
 
-def _asked(person: Person, base: Base, output: Path, terms: Terms, callbacks: Callbacks) -> _Asked:
+def _check_agreed(person: Person) -> None:
     if person.problem:
         raise BadConfig(person.problem)
     if not person.agreed:
         raise BadConfig("has not agreed (agreed = true says so)")
+
+
+def _asked(person: Person, base: Base, output: Path, terms: Terms, callbacks: Callbacks) -> _Asked:
+    _check_agreed(person)
     photos = read_photos(person.photos, on_warning=callbacks.on_warning)
     order = terms.order(person, len(photos), base, callbacks)
     folder = output / person.name
@@ -158,7 +177,7 @@ def _asked(person: Person, base: Base, output: Path, terms: Terms, callbacks: Ca
     return _Asked(photos, order, key)
 
 
-def _result(person: Person, outcome: Outcome, output: Path, seconds: float) -> Result:
+def _result(person: Person, outcome: Outcome, output: Path, cost: Cost) -> Result:
     shots: Sequence[Headshot] = outcome.shots
     kept = [shot for shot in shots if shot.kept]
     scores = [shot.likeness for shot in kept or shots if shot.likeness is not None]
@@ -170,7 +189,8 @@ def _result(person: Person, outcome: Outcome, output: Path, seconds: float) -> R
         tuple(_seen_from(output, shot.path) for shot in shots),
         len(kept),
         sum(scores) / len(scores) if scores else None,
-        round(seconds, 1),
+        outcome.trained.leakage(),
+        cost,
     )
 
 
@@ -186,9 +206,10 @@ def _digest(key: str, result: Result, output: Path) -> str:
 
 def result_of(values: Any) -> Result:
     """The result of which the values were read from a file. Raises TypeError or KeyError where it is damaged."""
-    result = Result(**{**values, "pictures": tuple(values["pictures"])})
+    cost = None if values["cost"] is None else cost_of(values["cost"])
+    result = Result(**{**values, "pictures": tuple(values["pictures"]), "cost": cost})
     texts = (result.name, result.status, result.reason, result.lora or "", *result.pictures)
-    numbers = (result.kept, result.seconds, result.likeness or 0.0)
+    numbers = (result.kept, result.likeness or 0.0, result.leakage or 0.0)
     if not all(isinstance(one, str) for one in texts) or not all(isinstance(one, (int, float)) for one in numbers):
         raise TypeError("a value is of another type")
     return result

@@ -177,6 +177,11 @@ class TrainedFile:
         """The likeness measured during its training; empty when none was."""
         return [(point["step"], point["likeness"]) for point in self._curve()["points"]]
 
+    def leakage(self) -> float | None:
+        """How much the class has come to look like the person, as measured during its training; None when it was not."""
+        curve = self._curve()
+        return curve["points"][curve["kept"]]["leakage"] if curve["points"] else None
+
     def checkpoints(self) -> dict[int, Path]:
         """The file of each measured checkpoint that can be chosen, by step: this one of the step that was kept; else empty."""
         curve = self._curve()

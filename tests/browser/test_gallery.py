@@ -11,6 +11,8 @@ from core import Job
 from core.cli import build_parser
 from core.pictures.gallery import gallery_page
 from core.pictures.headshot import FaceOutcome, Headshot
+from core.studio import Result
+from core.studio.report import write_report
 
 pytestmark = pytest.mark.browser
 
@@ -119,3 +121,19 @@ def test_a_command_that_draws_more_like_a_picture_is_copied(gallery, tmp_path) -
     assert options.base == "../it's a base.safetensors" and options.lora == ["anna.safetensors:1"]
     assert (options.prompt, options.negative, options.seed) == (["a <b>photo</b> in Office"], "blurry", 2)
     assert (options.size, options.count, options.output) == ((64, 80), 4, Path("more/2"))
+
+
+def test_the_report_of_a_studio_fits_a_phone_and_leads_to_each_gallery(browser, tmp_path: Path) -> None:
+    (tmp_path / "anna").mkdir()
+    Image.new("RGB", (64, 80)).save(tmp_path / "anna" / "001-1.png")
+    (tmp_path / "anna" / "gallery.html").write_text("<h1>Anna</h1>")
+    made = Result("anna", "made", "Add photos. " * 20, "anna/anna.safetensors", ("anna/001-1.png",), 1, 0.6, 0.1)
+    write_report(tmp_path, [made, Result("ben", "failed", "too dark")])
+    page = browser.new_page(viewport={"width": 390, "height": 800})
+    page.goto((tmp_path / "report.html").as_uri())
+    assert page.locator("tbody th").all_inner_texts()[0] == "ben\ntoo dark"
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    assert page.locator("img").evaluate("(image) => image.naturalWidth") == 64
+    page.get_by_role("link", name="anna").click()
+    assert page.locator("h1").inner_text() == "Anna"
+    page.close()

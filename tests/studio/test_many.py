@@ -16,6 +16,7 @@ from core.models.base import Base, load_base
 from core.pictures import find_style_packs
 from core.storage.cache_folder import cache_folder
 from core.studio import Person, Terms, forget, read_people, run
+from core.studio.result import find
 from core.training import Callbacks
 from tests.tooling import held_elsewhere, write_photos, write_quick_pack
 
@@ -264,6 +265,20 @@ def test_what_is_damaged_of_a_person_is_made_anew_and_the_rest_found(tmp_path, b
         assert (again.status, again.pictures, again.likeness) == ("made", made.pictures, made.likeness) and not steps
         with Image.open(picture) as image:
             image.load()
+
+
+def test_who_is_given_to_a_worker_has_no_photo_read_twice(tmp_path, base, terms, people, monkeypatch):
+    def not_now(*_: object, **__: object) -> None:
+        raise AssertionError("photos were read")
+
+    monkeypatch.setattr("core.studio.result.read_photos", not_now)
+    assert find(people[0], base, tmp_path / "out", terms) is None
+    with pytest.raises(BadConfig, match="has not agreed"):
+        find(replace(people[0], agreed=False), base, tmp_path / "out", terms)
+    (tmp_path / "out" / "anna").mkdir(parents=True)
+    (tmp_path / "out" / "anna" / "studio.json").touch()
+    with pytest.raises(AssertionError, match="photos were read"):
+        find(people[0], base, tmp_path / "out", terms)
 
 
 def test_a_person_whom_another_run_is_making_is_left_alone(tmp_path, base, terms, people, monkeypatch):

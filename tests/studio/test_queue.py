@@ -121,6 +121,7 @@ def test_where_there_is_no_room_it_is_said_once_and_waited_for():
     (result,) = hand_out(people("a"), crew, nobody, Callbacks(on_phase=make_room, on_warning=said.append))
     assert result.status == "made" and [line for line in said if "no room" in line] == said[:1]
     assert turns[0] == ("people", 0, 1) and turns[-1] == ("people", 1, 1)
+    assert [turn for turn in turns if turn[0] == "at work"] == [("at work", 1, 1), ("at work", 0, 1)]
 
 
 def test_the_caller_can_stop_between_two_looks():

@@ -1,0 +1,151 @@
+"""What is seen of a studio at work: one line on a terminal, plain lines elsewhere."""
+
+import math
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..studio import Cost, Plan, Result, Work, seconds_for
+from .common import print_warning
+
+if TYPE_CHECKING:
+    from ..training import StepReport
+
+WIDTH = 80
+"""The most columns of the line."""
+REDRAWN, PRINTED = 0.5, 60.0
+"""Seconds between two states of the line on a terminal, and between two lines elsewhere."""
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _counted(number: int, one: str, more: str = "") -> str:
+    return f"{number:,} {one if number == 1 else more or one + 's'}"
+
+
+def planned(plan: Plan, workers: bool) -> list[str]:
+    """The lines on what is before a run."""
+    work, aside = plan.work, []
+    if plan.made_before:
+        aside.append(f"{len(plan.made_before)} made before")
+    if plan.refused:
+        aside.append(f"{len(plan.refused)} refused")
+    others = f" ({', '.join(aside)})" if aside else ""
+    lines = [
+        f"to make: {_counted(work.people, 'person', 'people')}{others}: {_counted(work.photos, 'photo')}, "
+        f"at most {_counted(work.steps, 'step')}, {_counted(work.pictures, 'picture')}"
+    ]
+    if work.people and plan.seconds is None:
+        lines.append("time: known when the first is made")
+    elif work.people and plan.seconds is not None:
+        device = " of one worker" if workers else ""
+        lines.append(f"time: about {duration(plan.seconds)}{device}, going by {len(plan.earlier)} made here earlier")
+    return lines
+
+
+class StudioProgress:
+    """Shows who is done, what is being done, how fast, and how long it will go on."""
+
+    def __init__(self, people: Sequence[str], plan: Plan):
+        """The people in their order."""
+        self._people, self._left, self._earlier = people, dict(plan.to_make), plan.earlier
+        self._made: list[Cost] = []
+        self._failed, self._ended, self._at_work = 0, 0, 1
+        self._doing, self._rate = "", 0.0
+        self._bar, self._on_terminal = None, sys.stderr.isatty()
+        self._started = time.monotonic()
+        self._shown = -math.inf if self._on_terminal else self._started
+
+    def __enter__(self) -> "StudioProgress":
+        if self._on_terminal:
+            from tqdm import tqdm
+
+            self._bar = tqdm(bar_format="{desc}", file=sys.stderr, leave=False)
+        self._show()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    @property
+    def line(self) -> str:
+        """The state in one line, what matters most first."""
+        failed = f", {self._failed} failed" if self._failed else ""
+        parts = [f"{self._ended} of {len(self._people)} done{failed}"]
+        left = seconds_for(Work.sum(self._left.values()), self._made or self._earlier)
+        if left:
+            parts.append(f"{duration(left / max(1, self._at_work))} left")
+        if self._rate:
+            parts.append(f"{self._rate:.3g} steps/s")
+        return " | ".join([*parts, *([self._doing] if self._doing else [])])
+
+    def step(self, report: "StepReport") -> None:
+        name, left = self._person, report.steps - report.step
+        self._doing = f"training {report.step}/{report.steps}: {name}"
+        self._rate = 1 / max(report.seconds_per_step, 1e-6)
+        if name in self._left:
+            self._left[name] = Work(steps=left, pictures=self._left[name].pictures)
+        self._show()
+
+    def phase(self, name: str, done: int, total: int) -> None:
+        if name == "at work":
+            self._at_work, self._doing = done, f"{done} at work"
+        elif name != "people":
+            self._doing = f"{name} {done}/{total}: {self._person}"
+            if name == "pictures" and self._person in self._left:
+                self._left[self._person] = Work(pictures=total - done)
+        self._show()
+
+    def warning(self, message: str) -> None:
+        self._make_room()
+        print_warning(message)
+
+    def ended(self, result: Result) -> None:
+        """Prints the line of a person who has ended."""
+        self._ended += 1
+        self._failed += result.status == "failed"
+        self._left.pop(result.name, None)
+        if result.status == "made" and result.cost:
+            self._made.append(result.cost)
+            self._rate = Work.sum(cost.work for cost in self._made).steps / (time.monotonic() - self._started)
+        self._doing = ""
+        self._make_room()
+        print(f"{self._ended} of {len(self._people)}: {_line(result)}", file=sys.stderr, flush=True)
+        self._show()
+
+    @property
+    def _person(self) -> str:
+        """Who is being made, on one machine, where people are made in their order."""
+        return self._people[min(self._ended, len(self._people) - 1)]
+
+    def _make_room(self) -> None:
+        if self._bar is not None:
+            self._bar.clear()
+
+    def _show(self) -> None:
+        now = time.monotonic()
+        if now - self._shown < (REDRAWN if self._on_terminal else PRINTED):
+            return
+        self._shown = now
+        if self._bar is None:
+            print(self.line, file=sys.stderr, flush=True)
+            return
+        from tqdm.utils import disp_trim
+
+        columns = min(WIDTH, shutil.get_terminal_size().columns) - 1
+        self._bar.set_description_str(disp_trim(self.line, columns))
+
+
+def _line(result: Result) -> str:
+    if result.status == "failed":
+        return f"{result.name}: failed: {result.reason}"
+    likeness = "" if result.likeness is None else f", mean likeness {result.likeness:.2f}"
+    seconds = f", {duration(result.seconds)}" if result.status == "made" else ""
+    return f"{result.name}: {result.status}, {result.kept} of {len(result.pictures)} pictures kept{likeness}{seconds}"

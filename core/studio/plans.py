@@ -1,0 +1,66 @@
+"""What a run of a studio has before it: who is to be made, how much work that is, and how long others have taken."""
+
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..config import TrainConfig
+from ..device import device_and_dtype, processor
+from ..errors import BadFile, FaceLoraError
+from ..models.base import Base
+from ..photos import count_photos
+from .cost import Cost, Work, seconds_for
+from .people import Person
+from .report import read_report
+from .result import RECORD, Terms
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What there is to do. Photos are counted and not opened, so it is there at once."""
+
+    to_make: Mapping[str, Work]
+    """Of each person who is to be made, by name. A training that stops early makes fewer steps."""
+    made_before: tuple[str, ...]
+    """Who will be found, unless something has changed."""
+    refused: tuple[str, ...]
+    """Who will fail, since something is wrong with what is said of them."""
+    earlier: tuple[Cost, ...]
+    """What people in the output's report have cost on the same base model and processor."""
+
+    @property
+    def work(self) -> Work:
+        """Of all who are to be made."""
+        return Work.sum(self.to_make.values())
+
+    @property
+    def seconds(self) -> float | None:
+        """How long one device will take, as long as those made earlier did; None where there is none of them."""
+        return seconds_for(self.work, self.earlier)
+
+
+def plan(people: Iterable[Person], base: Base, output: Path, terms: Terms, device: torch.device | None = None) -> Plan:
+    """What `run` has before it with the same arguments."""
+    to_make: dict[str, Work] = {}
+    made_before, refused = [], []
+    for person in people:
+        photos = count_photos(person.photos)
+        try:
+            order = terms.order(person, photos, base)
+        except FaceLoraError:
+            order = None
+        if order is None or person.problem or not person.agreed or not photos:
+            refused.append(person.name)
+        elif (output / person.name / RECORD).exists():
+            made_before.append(person.name)
+        else:
+            to_make[person.name] = Work(1, photos, order.config.steps, order.count)
+    used = processor(device_and_dtype(TrainConfig(), device)[0])
+    earlier: list[Cost] = []
+    with suppress(BadFile):  # it is damaged, and will be written anew
+        costs = [result.cost for result in read_report(output) if result.cost]
+        earlier = [cost for cost in costs if (cost.base, cost.processor) == (base.identity, used)]
+    return Plan(to_make, tuple(made_before), tuple(refused), tuple(earlier))

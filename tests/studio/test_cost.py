@@ -1,0 +1,241 @@
+"""What a person costs, what others will by it, and where a user sees that: before a run, during it, and in the report."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tqdm.utils import disp_len
+
+from core.cli.studio_progress import StudioProgress, planned
+from core.demo import BASE_FILE
+from core.device import processor
+from core.models.base import load_base
+from core.pictures import find_style_packs
+from core.storage.files import read_json
+from core.studio import Cost, Person, Plan, Result, Terms, Work, plan, seconds_for
+from core.studio.cost import PHASES, Stopwatch, cost_of
+from core.studio.report import read_report, write_report
+from core.training import Callbacks
+from core.training.callbacks import StepReport
+from tests.tooling import write_photos
+
+
+class Clock:
+    """A clock that stands still until it is set forward."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def __call__(self) -> float:
+        return self.time
+
+
+def report(step: int, seconds_per_step: float = 1.0, steps: int = 3) -> StepReport:
+    return StepReport(step, steps, 1e-3, seconds_per_step, 0.0, 0, None, torch.zeros(()))
+
+
+WORK = Work(1, 5, 100, 2)
+
+
+def cost(seconds: float = 10.0, work: Work = WORK, device: str = "cpu", base: str = "b") -> Cost:
+    """A cost with as many seconds of each phase."""
+    same: dict[str, float] = dict.fromkeys(PHASES, seconds)
+    half: dict[str, float] = dict.fromkeys(PHASES, seconds / 2)
+    return Cost(device, processor(torch.device("cpu")), base, work, same, half)
+
+
+def test_each_phase_has_the_time_until_the_next_begins() -> None:
+    now, worked, heard = Clock(), Clock(), list[str]()
+    watch = Stopwatch(now, worked)
+    callbacks = watch.listening(Callbacks(on_phase=lambda name, done, total: heard.append(f"{name} {done}/{total}")))
+
+    def pass_by(seconds: float) -> None:
+        now.time += seconds
+        worked.time += seconds / 2
+
+    pass_by(1)
+    watch.enter("encode")
+    pass_by(2)
+    callbacks.on_phase("encoding", 1, 2)
+    pass_by(3)
+    callbacks.on_phase("encoding", 2, 2)
+    pass_by(6)  # the denoiser is loaded in 4, and the first step takes 2
+    callbacks.on_step(report(1, seconds_per_step=2))
+    pass_by(7)
+    callbacks.on_phase("pictures", 0, 1)
+    pass_by(11)
+    callbacks.on_phase("pictures", 1, 1)
+    pass_by(13)
+    measured = watch.cost(torch.device("cpu"), "b", photos=5)
+    assert measured.seconds == {"check": 1, "encode": 5, "load": 4, "train": 9, "draw": 24}
+    assert measured.processor_seconds == {"check": 0.5, "encode": 2.5, "load": 2, "train": 4.5, "draw": 12}
+    assert measured.work == Work(1, 5, 1, 1) and heard == [
+        "encoding 1/2",
+        "encoding 2/2",
+        "pictures 0/1",
+        "pictures 1/1",
+    ]
+
+
+def test_where_likeness_is_measured_first_the_training_begins_with_it() -> None:
+    now = Clock()
+    watch = Stopwatch(now, Clock())
+    callbacks = watch.listening(Callbacks())
+    callbacks.on_phase("encoding", 1, 1)
+    now.time += 4
+    callbacks.on_phase("samples", 1, 9)
+    now.time += 5
+    callbacks.on_step(report(1, seconds_per_step=2))
+    measured = watch.cost(torch.device("cpu"), "b", photos=5)
+    assert (measured.seconds["load"], measured.seconds["train"]) == (4, 5)
+
+
+def test_others_cost_by_their_photos_steps_and_pictures_what_these_have() -> None:
+    assert seconds_for(Work(1, 5, 100, 2), []) is None
+    assert seconds_for(Work(1, 5, 100, 2), [cost()]) == pytest.approx(50)
+    # Twice the steps, half the pictures; check, encode and load as before.
+    assert seconds_for(Work(1, 5, 200, 1), [cost(), cost()]) == pytest.approx(30 + 20 + 5)
+    assert seconds_for(Work(), [cost()]) == 0
+    # Of someone of whom the LoRA was found, no step was made.
+    assert seconds_for(Work(steps=10), [cost(0.0, Work(1, 5, 0, 2))]) == 0
+
+
+def test_a_cost_that_is_no_cost_is_refused() -> None:
+    values = json.loads(json.dumps({**vars(cost()), "work": vars(Work(1))}))
+    assert cost_of(values) == replace(cost(), work=Work(1))
+    for damaged in (
+        values | {"device": 3}, values | {"work": {"people": "many"}}, values | {"work": {"time": 1}},
+        values | {"seconds": {}}, values | {"seconds": dict.fromkeys(PHASES, "long")}, values | {"more": 1},
+    ):  # fmt: skip
+        with pytest.raises((TypeError, KeyError)):
+            cost_of(damaged)
+
+
+def test_the_plan_counts_what_is_to_make_and_goes_by_those_made_on_the_same_base(tmp_path) -> None:
+    base, output = load_base(BASE_FILE), tmp_path / "out"
+    terms = Terms(find_style_packs().packs, "corporate", count=4, settings={"steps": 30})
+    photos = write_photos(tmp_path / "photos", count=5)
+    anna, ben = Person("anna", photos, agreed=True), Person("ben", photos, agreed=True, count=7)
+    others = [
+        Person("dora", photos), Person("ed", tmp_path / "none", agreed=True),
+        Person("fay", photos, agreed=True, style_pack="none"), Person("gil", photos, agreed=True, problem="?"),
+    ]  # fmt: skip
+    (output / "carl").mkdir(parents=True)
+    (output / "carl" / "studio.json").touch()
+    everybody = [anna, ben, replace(anna, name="carl"), *others]
+    first = plan(everybody, base, output, terms)
+    assert first.to_make == {"anna": Work(1, 5, 30, 4), "ben": Work(1, 5, 30, 7)}
+    assert first.made_before == ("carl",) and first.refused == ("dora", "ed", "fay", "gil")
+    assert first.work == Work(2, 10, 60, 11) and first.seconds is None
+    lines = planned(first, workers=False)
+    assert lines[0] == (
+        "to make: 2 people (1 made before, 4 refused): 10 photos, at most 60 steps, 11 pictures"
+    ) and "known when the first is made" in lines[1]  # fmt: skip
+
+    ours, anothers = cost(base=base.identity), cost(1e6, base="another")
+    write_report(output, [Result("carl", "made", cost=ours), Result("zoe", "made", cost=anothers)])
+    later = plan(everybody, base, output, terms)
+    # As carl's: 50 s for 5 photos, 100 steps and 2 pictures, of each phase a fifth.
+    assert later.earlier == (ours,) and later.seconds == pytest.approx(2 * (10 + 10 + 10) + 6 + 11 * 5)
+    assert planned(later, workers=True)[1] == "time: about 2 min of one worker, going by 1 made here earlier"
+    (output / "report.json").write_text("{")
+    assert plan(everybody, base, output, terms).seconds is None
+    one = plan([replace(anna, count=1)], base, output, terms)
+    assert planned(one, workers=False)[0] == "to make: 1 person: 5 photos, at most 30 steps, 1 picture"
+
+
+def progress(capsys, terminal: bool = False, monkeypatch=None) -> StudioProgress:
+    if terminal and monkeypatch:
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    names = [
+        "anna",
+        "ben",
+        "a person with a very long name who needs more than a line of a terminal to be named in full",
+    ]
+    return StudioProgress(names, Plan(dict.fromkeys(names, Work(1, 5, 100, 2)), (), (), ()))
+
+
+def test_the_line_says_who_is_done_how_fast_it_goes_and_when_it_ends(capsys) -> None:
+    shown = progress(capsys)
+    shown.step(report(20, seconds_per_step=0.5, steps=100))
+    assert shown.line == "0 of 3 done | 2 steps/s | training 20/100: anna"
+    shown.ended(Result("anna", "made", pictures=("a", "b"), kept=1, likeness=0.6, cost=cost(100.0)))
+    assert shown.line.startswith("1 of 3 done | 17 min left | ")  # twice 500 s
+    shown.step(report(50, seconds_per_step=0.5, steps=100))
+    # Half of ben's steps, his pictures, and all of the third.
+    assert shown.line == "1 of 3 done | 11 min left | 2 steps/s | training 50/100: ben"
+    shown.phase("pictures", 1, 2)
+    assert shown.line == "1 of 3 done | 9 min left | 2 steps/s | pictures 1/2: ben"
+    shown.ended(Result("ben", "failed", "too dark"))
+    assert shown.line.startswith("2 of 3 done, 1 failed | 8 min left")
+    shown.phase("pictures", 2, 2)
+    assert "left" not in shown.line
+    printed = capsys.readouterr().err.splitlines()
+    assert printed == [
+        "1 of 3: anna: made, 1 of 2 pictures kept, mean likeness 0.60, 8 min",
+        "2 of 3: ben: failed: too dark",
+    ]
+
+
+def test_the_time_left_is_shared_by_those_at_work(capsys) -> None:
+    shown = progress(capsys)
+    shown.ended(Result("anna", "made", cost=cost(100.0)))
+    assert "| 17 min left |" in shown.line
+    shown.phase("people", 1, 3)
+    shown.phase("at work", 2, 3)
+    assert "| 8 min left |" in shown.line and shown.line.endswith("| 2 at work")
+
+
+def test_on_a_terminal_the_line_fits_into_80_columns_and_elsewhere_there_are_no_control_characters(
+    capsys, monkeypatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with progress(capsys, terminal=True, monkeypatch=monkeypatch) as shown:
+        for _ in range(2):
+            shown.ended(Result("anna", "found"))
+        monkeypatch.setattr("core.cli.studio_progress.REDRAWN", 0.0)
+        shown.step(report(20, steps=100))
+        assert disp_len(shown.line) > 80
+    drawn = capsys.readouterr().err
+    states = [part for part in drawn.replace("\n", "\r").split("\r") if "of 3 done" in part]
+    assert any("training 20/100: a person" in state for state in states)
+    assert all(disp_len(state.rstrip()) < 80 for state in states)
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    monkeypatch.setattr("core.cli.studio_progress.PRINTED", 0.0)
+    with progress(capsys) as shown:
+        shown.step(report(20, steps=100))
+    plain = capsys.readouterr().err
+    assert plain.endswith("training 20/100: anna\n") and all(
+        character >= " " or character == "\n" for character in plain
+    )
+
+
+def result(name: str, likeness: float, leakage: float | None = None, **others) -> Result:
+    return Result(name, "made", likeness=likeness, leakage=leakage, lora=f"{name}/{name}.safetensors", **others)
+
+
+def test_the_report_begins_with_those_to_look_at_and_says_what_all_have_cost(tmp_path: Path) -> None:
+    write_report(tmp_path, [
+        result("good", 0.7, 0.0, cost=cost(360.0)), result("leaks", 0.7, 0.5, cost=cost(360.0)), result("other", 0.3),
+        replace(result("old", 0.8, cost=cost(1e6)), status="found"), Result("bad", "failed", "too <few> photos"),
+    ])  # fmt: skip
+    values = read_json(tmp_path / "report.json")
+    assert [one["name"] for one in values["people"]] == ["bad", "leaks", "other", "good", "old"]
+    assert values["gpu_hours"] is None and values["processor_hours"] == 0.5 and values["seconds"] == 3600
+    assert values["phases"] == dict.fromkeys(PHASES, 720)
+    assert [one.leakage for one in read_report(tmp_path)] == [None, 0.5, None, 0.0, None]
+    page = (tmp_path / "report.html").read_text()
+    assert "<few>" not in page and "CPU-hours" in page and "GPU-hours" not in page
+    assert "0.50 processor hours" in page and "check 20%" in page
+
+
+def test_gpu_hours_are_said_where_there_is_a_gpu(tmp_path: Path) -> None:
+    write_report(tmp_path, [result("anna", 0.7, cost=cost(360.0, device="cuda"))])
+    page = (tmp_path / "report.html").read_text()
+    assert (
+        read_json(tmp_path / "report.json")["gpu_hours"] == 0.5 and "0.50 GPU-hours" in page and "CPU-hours" not in page
+    )
