@@ -26,7 +26,7 @@ from ..photos.reading import DAMAGED, Photo, read_photo_files, read_photos
 from ..storage.files import make_folder, write_text, writing
 from ..storage.safetensors_file import SafetensorsFile
 from ..tensor_names import NAME_TABLES
-from .group import shows_several
+from .group import GROUP_NODE, shows_several
 from .headshots import CONTACT_SHEET
 from .parameters import Parameters, save_png
 
@@ -147,16 +147,17 @@ def _example(photo: Photo, name: str, model_hash: str, on_warning: Callable[[str
     assert isinstance(photo.source, Path)
     try:
         with Image.open(photo.source) as image:
-            text = image.info.get("parameters")
+            texts = {name: text for name, text in image.info.items() if isinstance(text, str)}
     except DAMAGED:
-        text = None
-    said = Parameters.read(text) if isinstance(text, str) else None
+        texts = {}
+    said = Parameters.read(texts.get("parameters", ""))
+    of_comfyui = texts.get("prompt", "") + texts.get("workflow", "")
+    if (said and shows_several(said)) or f'"{GROUP_NODE}"' in of_comfyui:
+        on_warning(f"{photo.name}: is left out, since by its parameters it shows several people and this is one's LoRA")
+        return None
     if said is None:
         on_warning(f"{photo.name}: has no parameters of A1111 in it, so nobody will see how it was made")
         return _Example(photo, None)
-    if shows_several(said):
-        on_warning(f"{photo.name}: is left out, since by its parameters it shows several people and this is one's LoRA")
-        return None
     hashes = {stem: number.lower() for stem, number in _LORA_HASH.findall(said.settings.get("Lora hashes", ""))}
     ours = {stem for stem, number in hashes.items() if model_hash.startswith(number)}
     if not ours:
