@@ -158,6 +158,7 @@ class GroupPortrait(io.ComfyNode):
                 io.Conditioning.Output(display_name="negative", tooltip="To KSampler."),
                 io.Latent.Output(display_name="latent", tooltip="An empty picture of the size, to KSampler."),
             ],
+            has_intermediate_output=True,  # the text stays when ComfyUI need not run the node again
         )  # fmt: skip
 
     @classmethod
