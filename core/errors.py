@@ -31,6 +31,10 @@ class UnknownFamily(FaceLoraError):
     """No supported model family matches the tensors, or the named family is not supported."""
 
 
+class NoLora(UnknownFamily):
+    """A file without a single tensor of an adapter."""
+
+
 class UnmatchedKeys(FaceLoraError):
     """Tensors that have no place in the model, or places without a tensor."""
 

@@ -272,3 +272,27 @@ def test_the_registrys_package_has_what_comfyui_serves_and_nothing_of_the_tests(
     folders = {name.partition("/")[0] for name in packed if "/" in name}
     assert folders == {"core", "locales", "nodes", "subgraphs", "web", "workflows"}
     assert "web/docs/FaceLoRATrain.md" in packed and "core/demo/base.safetensors" not in packed
+
+
+def test_nothing_is_fetched_by_a_package_that_diffusers_imports(tmp_path):
+    """bitsandbytes asks `kernels`, a package that loads code from a hub, when it is imported on some CPUs; so does this one."""
+    asked = "import kernels; kernels.get_kernel('somewhere/else')"
+    (tmp_path / "kernels.py").write_text("def get_kernel(*_, **__):\n    raise SystemExit('asked for a kernel')\n")
+    (tmp_path / "bitsandbytes.py").write_text(f"try:\n    {asked}\nexcept ImportError:\n    pass\n")
+    code = (
+        "from core.models.packages import import_diffusers; import_diffusers()\n"
+        "import sys, kernels\n"
+        "assert 'bitsandbytes' in sys.modules and callable(kernels.get_kernel)"
+    )
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run([sys.executable, "-c", code], env=paths, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_diffusers_is_imported_in_one_place():
+    found = [
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "core").rglob("*.py")
+        if re.search(r"^\s*(from diffusers|import diffusers)", path.read_text(), re.MULTILINE)
+    ]
+    assert found == ["core/bench/loops.py"]  # the peer's step, made when a base model is there

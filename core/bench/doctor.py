@@ -225,8 +225,7 @@ def format_doctor(report: Report) -> str:
     """The report as Markdown."""
     lines = [
         f"facelora doctor: {', '.join(f'{name} {number}' for name, number in report.versions.items())}",
-        f"{report.device}: {report.processor}, memory {_gib(report.total_memory)} of which free {_gib(report.free_memory)}, "
-        f"precision auto is {report.precision}",
+        f"{report.device}: {report.processor}, {_memory(report)}precision auto is {report.precision}",
     ]
     lines += [f"missing: {name} ({use})" for name, use in report.missing.items()]
     lines += [f"note: {advice}" for advice in report.advice]
@@ -248,6 +247,12 @@ def _measurements(measured: Measured) -> list[str]:
         time_taken = one.error if one.seconds is None else f"{one.seconds:.3f}"
         lines.append(f"| {one.plan} | {time_taken} | {_gib(one.predicted)} | {_gib(one.measured)} |")
     return lines
+
+
+def _memory(report: Report) -> str:
+    """What is known of the device's memory, with a comma and a space behind it."""
+    known = [(report.total_memory, "memory"), (report.free_memory, "free")]
+    return "".join(f"{what} {_gib(size)} GiB, " for size, what in known if size is not None)
 
 
 def _gib(size: int | None) -> str:

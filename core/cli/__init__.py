@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import io
-import logging
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -160,8 +159,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not hasattr(options, "command"):
         parser.print_help()
         return 2
-    # Where bitsandbytes is installed, peft imports it, and it then warns about kernels that are not used here.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         return function_of(options.command.run)(options) or 0
     except (FaceLoraError, KeyboardInterrupt, EOFError) as error:  # the last from Ctrl-D at a question

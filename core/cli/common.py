@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import models  # the package loads its modules only when a name is used
@@ -79,6 +80,11 @@ def _source(name: str):
     from ..demo import embedded_base
 
     return embedded_base()
+
+
+def checkpoint(path: Path | None) -> Path | None:
+    """The path of the embedded base for `demo`, else what is given."""
+    return None if path is None else Path(_source(str(path)))
 
 
 def add_face_network(parser: argparse.ArgumentParser, default: str | None = "sface") -> None:

@@ -27,6 +27,8 @@ def run_inspect(options: argparse.Namespace) -> None:
         refused += [f"{report['file']}: {report['error']}"] if "error" in report else []
         text = json.dumps(report, indent=1 if is_one else None) if options.json else lora.format_line(report)
         print(text, flush=True)
+    if not count:
+        raise BadFile(f"{first}: there is no .safetensors file in it")
     if refused:
         raise BadFile(
             refused[0] if is_one else f"{len(refused)} of {count} files are refused, the first is {refused[0]}"

@@ -27,7 +27,7 @@ from ..lora import (
 )
 from ..models import BaseWeights
 from ..storage import check_output
-from .common import print_warning, progress_bar, split_strength
+from .common import checkpoint, print_warning, progress_bar, split_strength
 from .lora_arguments import EDITABLE
 
 
@@ -45,7 +45,7 @@ def _save(lora, error: float, options: argparse.Namespace, sources: Sequence[Lor
 
 
 def run_verify(options: argparse.Namespace) -> int:
-    faults = verify_lora(options.file, options.base, on_progress=progress_bar("reading"))
+    faults = verify_lora(options.file, checkpoint(options.base), on_progress=progress_bar("reading"))
     for fault in faults:
         print(f"{'error' if fault.is_error else 'odd'}: {one_line(fault.text)}")
     if not faults:
@@ -62,11 +62,12 @@ def _check_output(output: Path, *inputs: str | Path) -> None:
 
 
 def run_convert(options: argparse.Namespace) -> None:
-    _check_output(options.output, options.file, *([options.base] if options.base else ()))
+    path = checkpoint(options.base)
+    _check_output(options.output, options.file, *([path] if path else ()))
     lora = LoraFile.read(options.file)
     weight = None
-    if options.base is not None:
-        base = BaseWeights.open(options.base)
+    if path is not None:
+        base = BaseWeights.open(path)
         fit(lora, base.family, base.shapes).check(lora.name)
         weight = base.read
     settings = options.plain_rank, weight, progress_bar("converting")
@@ -105,18 +106,19 @@ def _check_place_of_word(path: Path, word: str) -> None:
 
 def run_merge(options: argparse.Namespace) -> None:
     named = [split_strength(name) for name in options.files]
-    _check_output(options.output, *(path for path, _ in named), *([options.into] if options.into else ()))
+    into = checkpoint(options.into)
+    _check_output(options.output, *(path for path, _ in named), *([into] if into else ()))
     loras = [(LoraFile.read(path), strength) for path, strength in named]
-    if options.into is None:
+    if into is None:
         sources = [lora for lora, _ in loras] if options.to == "diffusers" else []
         _save(*merge_loras(loras, options.rank, options.to, on_progress=progress_bar("merging")), options, sources)
         return
     if options.rank is not None:
         raise BadConfig("--rank and --into are both given: a checkpoint has no rank")
     count = merge_into_checkpoint(
-        options.into, loras, options.output, on_progress=progress_bar("merging"), on_warning=print_warning
+        into, loras, options.output, on_progress=progress_bar("merging"), on_warning=print_warning
     )
-    print(f"{options.output}  ({count} tensors of {options.into.name} changed)")
+    print(f"{options.output}  ({count} tensors of {into.name} changed)")
 
 
 def run_resize(options: argparse.Namespace) -> None:

@@ -189,7 +189,7 @@ def add_check(parser: argparse.ArgumentParser) -> None:
         help="where a verdict changes (docs/photos.md lists the names); may be repeated",
     )  # fmt: skip
     add_face_network(parser)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="as JSON")
 
 
 def _threshold(text: str) -> tuple[str, float]:
@@ -215,4 +215,4 @@ def add_score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="also write a sheet of the pictures, sorted")
     add_face_network(parser)
     add_judge(parser)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="as JSON")

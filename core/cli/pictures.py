@@ -214,7 +214,9 @@ def list_style_packs(options: argparse.Namespace) -> None:
 
 
 def run_score(options: argparse.Namespace) -> None:
-    images = [photo for photo in read_photos(options.images, on_warning=print_warning) if not _is_sheet(photo)]
+    images = [
+        photo for photo in read_photos(options.images, repeats=False, on_warning=print_warning) if not _is_sheet(photo)
+    ]
     reference = read_photos(options.reference, on_warning=print_warning)
     network = load_faces(options.face_network)
     person = Reference((photo.image() for photo in reference), network)
@@ -256,7 +258,7 @@ def _is_sheet(photo: Photo) -> bool:
 
 
 def run_check(options: argparse.Namespace) -> int:
-    """1 where no photo can be used, else 0."""
+    """1 where too few photos can be used to train on, else 0."""
     resolution = options.resolution
     if resolution is None:
         resolution = base_from(options).resolution if options.base else 1024
@@ -267,4 +269,4 @@ def run_check(options: argparse.Namespace) -> int:
     print(json.dumps(report.to_dict(), indent=1) if options.json else format_report(report, terminal_width()))
     if options.sheet:
         save_sheet(report, options.sheet)
-    return 0 if report.usable else 1
+    return 0 if report.enough else 1

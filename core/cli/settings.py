@@ -20,6 +20,8 @@ MAX_FILE_BYTES = 2**20
 def add_settings(parser: argparse.ArgumentParser, only: Collection[str] | None = None) -> None:
     """Adds an option for each field of TrainConfig under the heading of its group, or for the fields in `only` without one.
 
+    Commands with fields in `only` always have a recipe, whose steps take the place of TrainConfig's.
+
     An option that is not given does not appear among the parsed options, so that the value in a file stays.
     """
     hints = get_type_hints(TrainConfig)
@@ -31,10 +33,13 @@ def add_settings(parser: argparse.ArgumentParser, only: Collection[str] | None =
                 groups[title] = parser.add_argument_group(f"settings, {title}")
             _add_setting(groups[title], item, hints[item.name])
         elif item.name in only:
-            _add_setting(parser, item, hints[item.name])
+            _add_setting(parser, item, hints[item.name], "the recipe's" if item.name == "steps" else None)
 
 
-def _add_setting(group: argparse._ActionsContainer, item: dataclasses.Field, hint: Any) -> None:
+def _add_setting(
+    group: argparse._ActionsContainer, item: dataclasses.Field, hint: Any, default: str | None = None
+) -> None:
+    """Adds the option of a field; `default` is what its help says in place of the field's own."""
     flag = "--" + item.name.replace("_", "-")
     names = ["--trigger", flag] if item.name == "trigger_word" else [flag]
     text = item.metadata["help"]
@@ -56,7 +61,7 @@ def _add_setting(group: argparse._ActionsContainer, item: dataclasses.Field, hin
     else:
         kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
         if item.default is not None:
-            text = f"{text} (default: {item.default})"
+            text = f"{text} (default: {default or item.default})"
         metavar = {int: "N", float: "X", str: "TEXT"}[kinds[0]]
         kind = unicode_text if kinds[0] is str else kinds[0]
         group.add_argument(*names, type=kind, metavar=metavar, help=text.replace("%", "%%"), **common)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -79,6 +80,11 @@ def run_train(options: argparse.Namespace) -> None:
         found = key is not None and not options.restart and has_key(options.output, key)
         if found:
             lora = LoraFile.read(options.output)
+        elif os.path.isfile(options.output) and not (options.restart or options.resume):
+            raise BadConfig(
+                f"{options.output}: is there already, and this training would replace it; "
+                "let it with --restart, or choose another output"
+            )
         else:
             lora = train(
                 photos, base, config, faces=faces, judge=judge, output=options.output, class_photos=class_photos,

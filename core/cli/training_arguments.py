@@ -73,7 +73,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
         "--config", type=Path, metavar="FILE.toml", help="settings; options given here win over the file's"
     )
     add_device(parser)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="as JSON")
     add_settings(parser)
     show_first(
         parser,
@@ -105,7 +105,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         "--channels", type=int, default=REAL_CHANNELS, help=f"of the first level; real size: {REAL_CHANNELS} (default)"
     )
     add_device(parser)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="as JSON")
 
 
 def add_doctor(parser: argparse.ArgumentParser) -> None:
@@ -114,7 +114,7 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
         help="spend about a minute on computing: loss and gradient against the CPU, memory and time of steps by plan",
     )  # fmt: skip
     add_device(parser)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="as JSON")
 
 
 def add_completion(parser: argparse.ArgumentParser) -> None:

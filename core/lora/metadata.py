@@ -8,10 +8,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..errors import BadConfig, BadFile, BadPhoto
+from ..errors import BadConfig, BadFile, BadPhoto, NoLora, UnknownFamily
 from ..photos.reading import read_photo_files
 from ..storage.safetensors_file import SafetensorsFile, copy_with_metadata
 from .hashes import chunks, file_hashes, legacy_hash
+from .names import LoraHeader
 from .progress import OnProgress, silent, steps
 
 MODELSPEC_VERSION = "1.0.1"
@@ -36,9 +37,16 @@ def edit_metadata(
 
     None leaves a value, "" deletes it, and `remove` deletes any keys. `thumbnail` is a picture file, which is shrunk to a
     JPEG without its EXIF data. Both `sshs_*` hashes are brought up to date; that of the tensors does not change. Raises
-    BadConfig when there is nothing to change, BadFile when a file cannot be read or written.
+    BadConfig when there is nothing to change, BadFile when a file cannot be read or written, NoLora for a checkpoint and the
+    like, whose hash other programs know it by.
     """
     file = SafetensorsFile.open(path)
+    try:
+        LoraHeader.read(path)
+    except NoLora:
+        raise
+    except UnknownFamily:
+        pass  # of a model that is not known here
     values = {
         "title": title,
         "author": author,

@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import BadFile, UnknownFamily
+from ..errors import BadFile, NoLora, UnknownFamily
 from ..storage.files import read_json
 from ..storage.header import Header
 from ..tensor_names import (
@@ -354,7 +354,7 @@ def _detect_family(content: Content, identity: Identity, types: Types, metadata:
     if not candidates:
         example = shortened(next(iter(types), "none"))
         if not modules:
-            raise UnknownFamily(f"{name}: no LoRA: no adapter's tensor is among its {len(types)}, e.g. {example!r}")
+            raise NoLora(f"{name}: no LoRA: no adapter's tensor is among its {len(types)}, e.g. {example!r}")
         raise UnknownFamily(
             f"{name}: no family matches its {len(types)} keys, e.g. {example!r}; known: {', '.join(NAME_TABLES)}"
         )

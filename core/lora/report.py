@@ -17,7 +17,7 @@ SETTINGS = {
     "network_dim": "rank",
     "network_alpha": "alpha",
     "steps": "steps",
-    "num_epochs": "epochs",
+    "epoch": "epochs",
     "num_train_images": "images",
     "resolution": "resolution",
     "total_batch_size": "batch size",

@@ -84,7 +84,9 @@ def _verify_names(lora: LoraFile) -> list[Fault]:
         faults.append(Fault(True, f"{len(twice)} modules are changed twice, e.g. {twice[0][1]}"))
     refused = list(not_loaded_by("ComfyUI", lora))
     if refused:
-        faults.append(Fault(False, f"ComfyUI would not load {len(refused)} modules, e.g. {refused[0]}; convert it"))
+        # Where no published model has such modules, no other names would help.
+        advice = "; convert it" if lora.identity.models else ""
+        faults.append(Fault(False, f"ComfyUI would not load {len(refused)} modules, e.g. {refused[0]}{advice}"))
     return faults
 
 

@@ -197,7 +197,7 @@ class Base:
             fits = free is None or free > 1.2 * self.weight_bytes(part, kept)
             encoders[part] = self.load(part, device if fits else torch.device("cpu"), kept)
             if not fits:
-                MemorySaver(encoders[part], device).adopt(MemoryPlan(offload="everything"))
+                MemorySaver(encoders[part], device).adopt(MemoryPlan(offload=1))
         return encoders
 
     def pipeline(self, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Any:
@@ -331,7 +331,8 @@ def load_base(
         _check_variant(family, components)
         text.check_encoders(family, components, given)
     except (UnknownFamily, UnmatchedKeys) as error:
-        raise type(error)(f"{name}: {error}") from None
+        beside = "" if vae is None else f" with the VAE of {_opened(vae)[0]}"
+        raise type(error)(f"{name}{beside}: {error}") from None
     if tokenizer is not None:
         if family.tokenizer:
             text.load_tokenizer(os.fspath(tokenizer), family.tokenizer)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import UnknownFamily, UnmatchedKeys
 from ..storage.lazy import LazyTensors, Stored, shape_of
 from ..tensor_names.unet import diffusers_unet_path, inverse, ldm_unet_path, replace_head
+from .packages import import_diffusers
 from .spec import DENOISER_PREFIX, Component, LatentShape
 
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
@@ -172,7 +173,7 @@ def vae_component(
     }
     if not levels or ("quant_conv.weight" in names) != quant_conv:
         odd = "has" if levels and not quant_conv else "lacks"
-        raise UnmatchedKeys(f"the VAE {odd} {prefix}{'quant_conv.weight' if levels else 'encoder.down.…'}")
+        raise UnmatchedKeys(f"the VAE {odd} {prefix}{'quant_conv.weight' if levels else 'encoder.down'}")
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in names:
@@ -219,15 +220,11 @@ def kl_pixels(components: Mapping[str, Component]) -> int:
 
 
 def build_unet(config: dict[str, Any]) -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel.from_config(config)  # pyright: ignore[reportReturnType]
+    return import_diffusers().UNet2DConditionModel.from_config(config)
 
 
 def build_vae(config: dict[str, Any]) -> nn.Module:
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL.from_config(config)  # pyright: ignore[reportReturnType]
+    return import_diffusers().AutoencoderKL.from_config(config)
 
 
 _UNET_ATTENTION = r"(down_blocks|up_blocks)\.\d+\.attentions\.\d+|mid_block\.attentions\.\d+"

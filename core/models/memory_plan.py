@@ -2,8 +2,9 @@
 
 import math
 import weakref
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,48 +34,74 @@ OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0, "prodigy": 16}
 class MemoryPlan:
     """The ways in which a run saves memory."""
 
-    recompute: Literal["nothing", "half", "everything"] = "nothing"
-    """The blocks whose activations are recomputed in the backward pass instead of being kept.
+    recompute: float = 0.0
+    """The share of the blocks whose activations are recomputed in the backward pass instead of being kept, 0 to 1.
 
-    "half" means those with the fewest weights, whose activations are the largest for the arithmetic that they cost."""
+    They are those with the fewest weights, whose activations are the largest for the arithmetic that they cost."""
     weights: Literal["full", "8 bits"] = "full"
     """The storage of the denoiser's frozen weights: in the precision of the run, or in 8 bits (core/models/eight_bit.py)."""
-    offload: Literal["nothing", "half", "everything"] = "nothing"
-    """The blocks whose frozen weights stay in the computer's memory, and are copied to the device one block ahead.
-
-    "half" means every other block, so that each is copied while a block that is on the device works."""
+    offload: float = 0.0
+    """The share of the blocks whose frozen weights stay in the computer's memory, and are copied to the device one block
+    ahead, 0 to 1. They lie evenly among the others, so that each is copied while a block that is on the device works.
+    In a training they must be recomputed, since the backward pass would otherwise keep their weights on the device."""
 
     def __str__(self) -> str:
-        parts = [f"{self.recompute} recomputed"]
+        parts = [f"{SHARES.get(self.recompute, f'{self.recompute:.0%}')} recomputed"]
         if self.weights == "8 bits":
             parts.append("frozen weights in 8 bits")
-        if self.offload != "nothing":
-            parts.append(f"{'every other block' if self.offload == 'half' else 'blocks'} brought in one by one")
+        if self.offload:
+            which = (
+                "blocks" if self.offload == 1 else f"{SHARES.get(self.offload, f'{self.offload:.0%}')} of the blocks"
+            )
+            parts.append(f"{which} brought in one by one")
         return ", ".join(parts)
 
+    def saves_as_much_as(self, other: "MemoryPlan") -> bool:
+        """Whether this plan saves memory in each of the ways at least as much as another one."""
+        narrow = self.weights == "8 bits" or other.weights == "full"
+        return narrow and self.recompute >= other.recompute and self.offload >= other.offload
 
+
+SHARES = {0.0: "nothing", 0.25: "a quarter", 0.5: "half", 0.75: "three quarters", 1.0: "everything"}
 PLANS = (
-    MemoryPlan(),
-    MemoryPlan("half"),
-    MemoryPlan("everything"),
-    MemoryPlan("everything", "8 bits"),
-    MemoryPlan("everything", "8 bits", "half"),
-    MemoryPlan("everything", "8 bits", "everything"),
+    *(MemoryPlan(share) for share in (0.0, 0.5, 1.0)),
+    *(MemoryPlan(share, "8 bits") for share in (0.0, 0.5, 1.0)),
+    *(MemoryPlan(1.0, "8 bits", share) for share in (0.25, 0.5, 0.75, 1.0)),
 )
-"""The plans from the fastest to the smallest. Only 8 bits change the results."""
+"""The plans from the fastest to the smallest, but those with full weights, which alone do not change the results, come before
+those with 8 bits. Among the plans with the same weights each needs less memory than the one before."""
 
-DRAWING_PLANS = {MemoryPlan(): 0.7, MemoryPlan(offload="half"): 1.3, MemoryPlan(offload="everything"): math.inf}
-"""The plans by which pictures are drawn, from the fastest to the smallest, none of which changes the pictures. By each: how
-large all weights of the denoiser may be, as a share of the free memory; the rest is for activations and the VAE."""
+WEIGHTS_IN_DRAWING = 0.7
+"""How large the weights of the denoiser may be where pictures are drawn, as a share of the free memory. The rest is for
+activations, for the blocks that are just there, and for the VAE."""
 
 
 def plans_for(gradient_checkpointing: Literal["auto", "on", "off"], frozen: bool = True) -> tuple[MemoryPlan, ...]:
-    """The plans that the setting allows, from the fastest to the smallest. Without `frozen` weights they only recompute."""
-    plans = [plan for plan in PLANS if frozen or (plan.weights, plan.offload) == ("full", "nothing")]
+    """The plans that the setting allows, in the order of `PLANS`. Without `frozen` weights they only recompute."""
+    plans = [plan for plan in PLANS if frozen or (plan.weights, plan.offload) == ("full", 0)]
     if gradient_checkpointing == "auto":
         return tuple(plans)
-    wanted = "everything" if gradient_checkpointing == "on" else "nothing"
+    wanted = float(gradient_checkpointing == "on")
     return tuple(plan for plan in plans if plan.recompute == wanted)
+
+
+def first_that_fits(plans: Sequence[MemoryPlan], fits: Callable[[MemoryPlan], bool]) -> MemoryPlan:
+    """The first of the plans that fits, and the last one where none does; `fits` is asked about few of them, since a
+    prediction takes seconds."""
+    full = [plan for plan in plans if plan.weights == "full"]
+    narrow = plans[len(full) :]
+    found = next((plan for plan in full if fits(plan)), None)
+    return found or plans[min(len(full) + bisect_left(narrow, True, key=fits), len(plans) - 1)]
+
+
+def drawing_plan(weights: int, free: int | None) -> MemoryPlan:
+    """The fastest plan by which pictures are drawn, none of which changes them.
+
+    `weights` are the bytes of the denoiser's weights, `free` those of the device's free memory, None where it has no end.
+    """
+    if free is None or weights <= WEIGHTS_IN_DRAWING * free:
+        return MemoryPlan()
+    return MemoryPlan(offload=1 - WEIGHTS_IN_DRAWING * free / weights)
 
 
 # --- carrying a plan out ---
@@ -114,7 +141,7 @@ class MemorySaver:
     def adopt(self, plan: MemoryPlan) -> None:
         """Changes to a plan that saves at least as much memory as the current one."""
         by_size = sorted(self._blocks, key=lambda block: sum(p.numel() for p in block.parameters()))
-        count = {"nothing": 0, "half": len(by_size) // 2, "everything": len(by_size)}[plan.recompute]
+        count = int(plan.recompute * len(by_size))
         self._recomputed = set(by_size[:count])
         for module in self._denoiser.modules():
             if hasattr(module, "gradient_checkpointing"):
@@ -122,7 +149,8 @@ class MemorySaver:
                 module._gradient_checkpointing_func = self._run  # pyright: ignore
         if plan.weights == "8 bits":
             narrow_weights(self._denoiser, self._device)
-        self._offload.take({"nothing": [], "half": self._blocks[::2], "everything": self._blocks}[plan.offload])
+        away = math.ceil(plan.offload * len(self._blocks))
+        self._offload.take([self._blocks[at * len(self._blocks) // away] for at in range(away)])
         for tensor in self.resident():
             if tensor.device != self._device:
                 tensor.data = tensor.data.to(self._device)
@@ -156,7 +184,7 @@ class BlockOffload:
         self._stream: torch.cuda.Stream | None = None
         self._store = PinnedStore(device)
         self._home: dict[nn.Module, dict[tuple[nn.Module, str], nn.Parameter]] = {}
-        self._coming: tuple[nn.Module, list[Tensor], list[Tensor]] | None = None
+        self._coming: tuple[nn.Module, list[Tensor], list[torch.UntypedStorage]] | None = None
         """The block that comes next, the copies of its weights, and what they were copied from."""
         self._present: list[Tensor] = []
         self._leaving: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
@@ -216,15 +244,15 @@ class BlockOffload:
         following = self._following.get(self._visited)
         self._coming = (following, self._start(following), self._at_home(following)) if following else None
 
-    def _at_home(self, block: nn.Module) -> list[Tensor]:
-        return [parameter.data for parameter in self._home[block].values()]
+    def _at_home(self, block: nn.Module) -> list[torch.UntypedStorage]:
+        return [parameter.untyped_storage() for parameter in self._home[block].values()]
 
     def _brought(self, block: nn.Module) -> list[Tensor] | None:
         """The copies that were made ahead; None where another block was expected, or weights have been replaced since."""
         if self._coming is None or self._coming[0] is not block:
             return None
         _, tensors, sources = self._coming
-        unchanged = (now.is_set_to(then) for now, then in zip(self._at_home(block), sources, strict=True))
+        unchanged = [now._cdata == then._cdata for now, then in zip(self._at_home(block), sources, strict=True)]
         return tensors if all(unchanged) else None
 
     def _take_away(self, block: nn.Module, *_: object) -> None:

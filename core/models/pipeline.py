@@ -14,6 +14,7 @@ from ..storage.lazy import LazyTensors, Stored
 from . import text
 from .clip import TOKENIZER_FOLDER, without_prefix
 from .objective import FlowSchedule, Schedule
+from .packages import import_diffusers
 from .spec import Component, FamilySpec
 
 _PAD_TOKENS = {"clip_l": "<|endoftext|>", "clip_g": "!"}
@@ -26,8 +27,7 @@ def pipeline_class(family: FamilySpec, dtype: torch.dtype) -> Any:
 
     Raises MissingPackage where the installed version has none, BadConfig for a family or a dtype that it cannot have here.
     """
-    import diffusers
-
+    diffusers = import_diffusers()
     found = getattr(diffusers, family.pipeline_class, None)
     if found is None:
         raise MissingPackage(f"{family.title}: diffusers {diffusers.__version__} has no {family.pipeline_class}")
@@ -103,7 +103,7 @@ def _tokenizer(kind: str, folder: str | None) -> Any:
 
 def _scheduler(schedule: Schedule, is_zero_snr: bool) -> Any:
     """Euler's method for a rectified flow, else DDIM: what is made from its config has the same noise schedule."""
-    import diffusers
+    diffusers = import_diffusers()
 
     if isinstance(schedule, FlowSchedule):
         few, many = (schedule.shift(positions) for positions in (_FEW_POSITIONS, _MANY_POSITIONS))

@@ -13,6 +13,7 @@ from ..errors import MissingPackage, UnmatchedKeys
 from ..storage.lazy import LazyTensors, Stored, shape_of
 from ..tensor_names.table import NameTable, Place
 from .ldm import kl_pixels, vae_component
+from .packages import import_diffusers
 from .spec import DENOISER_PREFIX, Component, LatentShape, holds_numbers
 
 
@@ -87,8 +88,7 @@ def build(name: str, version: tuple[int, int], config: dict[str, Any]) -> Any:
     """A network of diffusers without weights, by the name of its class.
 
     Raises MissingPackage when the installed diffusers is older than the given version."""
-    import diffusers
-
+    diffusers = import_diffusers()
     installed = tuple(int(number) for number in diffusers.__version__.split(".")[:2])
     if installed < version:
         needed = ".".join(map(str, version))

@@ -136,9 +136,13 @@ class Photo:
 
 
 def read_photos(
-    folder: str | Path, *, strict: bool = False, on_warning: Callable[[str], None] = warnings.warn
+    folder: str | Path,
+    *,
+    repeats: bool = True,
+    strict: bool = False,
+    on_warning: Callable[[str], None] = warnings.warn,
 ) -> list[Photo]:
-    """The photos of a folder in the order of their names, then those of its Kohya-style `N_name` folders.
+    """The photos of a folder in the order of their names, then, with `repeats`, those of its Kohya-style `N_name` folders.
 
     A photo that cannot be read is named to `on_warning` and left out; with `strict` it raises. Captions come from
     `NAME.txt` beside the photo, masks from `NAME-masklabel.png` or from transparency.
@@ -151,7 +155,7 @@ def read_photos(
             raise BadPhoto(f"{folder}: there is no such folder of photos")
         if not folder.is_dir():
             raise BadPhoto(f"{folder}: photos are read from a folder, and this is a file")
-        paths = list(_photo_paths(folder, on_warning))
+        paths = list(_photo_paths(folder, repeats, on_warning))
     except OSError as problem:
         raise BadPhoto(f"{problem.filename or folder}: cannot be read ({problem.strerror or problem})") from problem
 
@@ -184,12 +188,14 @@ def _read_each(paths: Iterable[tuple[Path, int]], strict: bool, on_warning: Call
     return photos
 
 
-def _photo_paths(folder: Path, on_warning: Callable[[str], None]) -> Iterator[tuple[Path, int]]:
+def _photo_paths(folder: Path, repeats: bool, on_warning: Callable[[str], None]) -> Iterator[tuple[Path, int]]:
     """The path and the repeats of every file that is meant as a photo."""
     entries = sorted(folder.iterdir(), key=lambda path: path.name)
     for path in entries:
         if _is_photo_file(path):
             yield path, 1
+    if not repeats:
+        return
     for subfolder in (path for path in entries if path.is_dir() and not path.name.startswith(".")):
         inside = sorted(filter(_is_photo_file, subfolder.iterdir()), key=lambda path: path.name)
         match = _REPEATS_FOLDER.fullmatch(subfolder.name)
@@ -231,7 +237,7 @@ def _read_photo(path: Path, repeats: int) -> Photo:
     else:
         mask_path = None
     digest = hashlib.sha256(content).hexdigest()
-    return Photo(name, size, _read_caption(path.with_suffix(".txt")), repeats, digest, path, mask_path)
+    return Photo(name, size, _read_caption(path.with_suffix(".txt"), name), repeats, digest, path, mask_path)
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -242,14 +248,14 @@ def _content(source: Path | Image.Image) -> bytes | Image.Image:
     return source if isinstance(source, Image.Image) else _read_bytes(source)
 
 
-def _read_caption(path: Path) -> str | None:
+def _read_caption(path: Path, photo: str) -> str | None:
     if not path.is_file():
         return None
     try:
         text = read_bytes(path, MAX_CAPTION_BYTES, name=path.name, error=BadPhoto).decode("utf-8-sig")
         return " ".join(text.split()) or None
     except UnicodeDecodeError as problem:
-        raise BadPhoto(f"{path.name}: the caption is not readable UTF-8 text") from problem
+        raise BadPhoto(f"{photo}: its caption {path.name} is no UTF-8 text; save it as UTF-8") from problem
 
 
 @contextmanager

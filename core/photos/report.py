@@ -206,7 +206,9 @@ class SetReport:
         """
         usable, needed = len(self.usable), self.thresholds.photos_needed
         few = "" if self.enough else f", and {needed} are needed"
-        wish = next(iter(self.wishes), "" if self.enough else f"{needed - usable} more")
+        wish = next(iter(self.wishes), "")
+        if not self.enough and (not wish or int(wish.split()[0]) < needed - usable):
+            wish = f"{needed - usable} more" + (f", of them {wish}" if wish else "")
         by = "" if self.network else " by size and brightness (no face was looked for)"
         return f"{usable} of {len(self.photos)} usable{by}{few}" + (f"; add {wish}" if wish else "")
 

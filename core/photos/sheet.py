@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 import textwrap
 from collections import Counter
 from pathlib import Path
@@ -25,7 +26,7 @@ def format_report(report: SetReport, width: int | None = None) -> str:
     Where a line would have more than `width` characters, the reasons stand below their photos.
     """
     rows = [("photo", "verdict", "face", "likeness", "sharp", "view", "framing", "why")]
-    for photo in report.photos:
+    for photo in _in_order(report):
         rows.append(
             (
                 photo.photo.name,
@@ -50,12 +51,24 @@ def format_report(report: SetReport, width: int | None = None) -> str:
     return "\n".join([*lines, "", *summary])
 
 
+def _in_order(report: SetReport) -> list[PhotoReport]:
+    """The photos by name, with 2.png before 10.png."""
+
+    def parts(photo: PhotoReport) -> list[tuple[bool, int, str]]:
+        found = re.findall(r"[0-9]+|[^0-9]+", photo.photo.name)
+        return [(False, int(part), part) if part[0] in "0123456789" else (True, 0, part) for part in found]
+
+    return sorted(report.photos, key=parts)
+
+
 def save_sheet(report: SetReport, path: str | Path) -> None:
     """Writes one self-contained HTML page with each photo, its face framed, and its verdict and reasons.
 
     The page shows the photos: it is as personal as they are. Raises BadFile when it cannot be written.
     """
-    cards = "\n".join(_card(photo) for photo in sorted(report.photos, key=lambda photo: -VERDICTS.index(photo.verdict)))
+    cards = "\n".join(
+        _card(photo) for photo in sorted(_in_order(report), key=lambda photo: -VERDICTS.index(photo.verdict))
+    )
     summary = "".join(f"<p>{html.escape(line)}</p>" for line in _summary(report))
     page = _PAGE.replace("SUMMARY", summary).replace("CARDS", cards)
     write_text(path, page)

@@ -1,6 +1,7 @@
 """Pictures from a base model and LoRAs."""
 
 import math
+import operator
 import os
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,7 +29,7 @@ from ..lora.apply import apply
 from ..lora.embeddings import new_words
 from ..lora.file import LoraFile
 from ..models.base import Base
-from ..models.memory_plan import DRAWING_PLANS, MemorySaver
+from ..models.memory_plan import MemoryPlan, MemorySaver, drawing_plan
 from ..models.spec import Pair, stacked_with
 from ..storage.files import is_text
 from ..storage.safetensors_file import SafetensorsFile
@@ -86,6 +87,7 @@ class Job:
         return replace(self, steps=base.steps, guidance=base.guidance) if base.few_steps else self
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", operator.index(self.seed))  # also numpy's
         for name in ("prompt", "negative"):
             if not is_text(getattr(self, name)):
                 raise BadConfig(f"{name} = {getattr(self, name)!r}: has half a character in it")
@@ -191,8 +193,15 @@ def generate(
 
 
 def check_drawing(base: Base, loras: Sequence[tuple[LoraFile, float]], config: GenerateConfig) -> None:
-    """Raises BadConfig for a strength that is not finite and for a clip_skip that the base model does not have."""
-    for lora, strength in loras:
+    """Raises BadConfig for what is no loaded base model or LoRA with a strength, and for a clip_skip that the base lacks."""
+    if not isinstance(base, Base):
+        raise BadConfig(f"base = {base!r}: expected a Base, as load_base(path) gives it")
+    for pair in loras:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], LoraFile)):
+            raise BadConfig(
+                f"loras: {pair!r}: expected a pair of a LoraFile, as LoraFile.read(path) gives it, and a strength"
+            )
+        lora, strength = pair
         if not math.isfinite(strength):
             raise BadConfig(f"{lora.name}: strength = {strength}: must be finite")
     if config.clip_skip > 1 and not base.family.has_clip_skip:
@@ -210,29 +219,28 @@ def by_strength(jobs: Sequence[Job]) -> dict[float, list[Job]]:
 def load_denoiser(
     base: Base, device: torch.device, dtype: torch.dtype, copies: int = 1
 ) -> tuple[nn.Module, MemorySaver]:
-    """The denoiser, and the holder of the plan by which it draws: the first whose share of the free GPU memory suffices.
+    """The denoiser, and the holder of the plan by which it draws, for a GPU's free memory.
 
     `copies` is how many times its weights will be in memory at most.
     """
     free = free_memory(device) if device.type == "cuda" else None
     size = copies * base.weight_bytes("denoiser", dtype)
-    plan = next(plan for plan, share in DRAWING_PLANS.items() if free is None or size <= share * free)
-    denoiser = base.load("denoiser", device if plan.offload == "nothing" else torch.device("cpu"), dtype)
+    plan = drawing_plan(size, free)
+    denoiser = base.load("denoiser", torch.device("cpu") if plan.offload else device, dtype)
     memory = MemorySaver(denoiser, device)
     memory.adopt(plan)
     return denoiser, memory
 
 
 def within_memory(memory: MemorySaver, draw: Callable[[], list[Image.Image]]) -> list[Image.Image]:
-    """What `draw` makes; where memory runs out, it is called again under the next of the plans, as long as there is one."""
-    plans = list(DRAWING_PLANS)
+    """What `draw` makes; where memory runs out, it is called again with half of the blocks brought in, and then with all."""
     while True:
         try:
             return draw()
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) or memory.plan == plans[-1]:
+            if not is_out_of_memory(error) or memory.plan.offload == 1:
                 raise
-        memory.adopt(plans[plans.index(memory.plan) + 1])
+        memory.adopt(MemoryPlan(offload=0.5 if memory.plan.offload < 0.5 else 1))
         release_memory()
 
 

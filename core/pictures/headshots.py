@@ -305,7 +305,7 @@ def _from(folder: Path, path: Path) -> str:
 def _write_overview(shots: Sequence[Headshot], folder: Path, compared: bool, models: Models) -> None:
     kept = [shot for shot in shots if shot.kept]
     means = {"mean_likeness": mean_likeness(shots), "mean_likeness_kept": mean_likeness(kept)} if compared else {}
-    described = [asdict(shot.job) | _findings(shot) for shot in shots]
+    described = [asdict(shot.job) | _findings(shot) | {"models": models(shot.job)} for shot in shots]
     write_text(folder / OVERVIEW, json.dumps({**means, "headshots": described}, indent=1) + "\n")
     write_text(folder / "gallery.html", gallery_page(shots, batch_summary(shots), compared, models))
 

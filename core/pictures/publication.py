@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 from ..errors import BadConfig, BadFile
 from ..lora.file import LoraFile
@@ -40,6 +40,8 @@ _SETTINGS = (
 )  # fmt: skip
 """The settings of a picture that stay; others hold whatever an extension of A1111 writes."""
 _ADVICE = ("Sampler", "Schedule type", "Steps", "CFG scale", "Distilled CFG Scale", "Size", "Clip skip")
+_DRAWN = {"parameters", "prompt", "workflow", "invokeai_metadata", "sd-metadata"}
+"""The names of what A1111, ComfyUI and InvokeAI write into a PNG file that they draw."""
 _LORA_TAG = re.compile(r"\s*<lora:([^:>]*):?([^:>]*)[^>]*>")
 _LORA_HASH = re.compile(r"(.+?): (?:0x)?([0-9a-fA-F]+)(?:, |$)")
 _KINDS = {"lora": "LORA", "dora": "DoRA"}
@@ -87,7 +89,8 @@ def publish(
     replaced; all other metadata go, as do those of the LoRA that tell of a person or a computer. `agreed` says that the person
     shown has agreed to it, which the page then says too. `title` and `description` are else those in the LoRA's metadata.
     A picture whose parameters say that several people are in it is left out: one of them has not agreed to this.
-    `on_warning` is told of it, of pictures without parameters, and of those that were drawn without this LoRA.
+    So is one in which nothing says that a program has drawn it, since it may be a photo. `on_warning` is told of these, of
+    other pictures without parameters, and of those that were drawn without this LoRA.
 
     Raises BadFile when the folder is there already, the LoRA has faults, or a text that would be published names a path, a
     photo or this computer's user; BadConfig without a title, or where nobody has agreed; BadPhoto for an unreadable picture.
@@ -137,22 +140,27 @@ def _file_name(title: str, lora: str) -> str:
 def _photos(pictures: Sequence[str | os.PathLike[str]], on_warning: Callable[[str], None]) -> Iterator[Photo]:
     for path in map(Path, pictures):
         found = (
-            read_photos(path, on_warning=on_warning) if os.path.isdir(path) else read_photo_files([path], strict=True)
+            read_photos(path, repeats=False, on_warning=on_warning)
+            if os.path.isdir(path)
+            else read_photo_files([path], strict=True)
         )
         yield from (photo for photo in found if photo.name != CONTACT_SHEET)
 
 
 def _example(photo: Photo, name: str, model_hash: str, on_warning: Callable[[str], None]) -> _Example | None:
-    """The picture as an example of the LoRA under its published name; None where it shows other people too."""
+    """The picture as an example of the LoRA under its published name; None where it shows other people, or may be a photo."""
     assert isinstance(photo.source, Path)
     try:
         with Image.open(photo.source) as image:
-            texts = {name: text for name, text in image.info.items() if isinstance(text, str)}
+            text, is_drawn = image.info.get("parameters") or _comment(image), not _DRAWN.isdisjoint(image.info)
+            graph = "".join(str(image.info.get(name, "")) for name in ("prompt", "workflow"))
     except DAMAGED:
-        texts = {}
-    said = Parameters.read(texts.get("parameters", ""))
-    of_comfyui = texts.get("prompt", "") + texts.get("workflow", "")
-    if (said and shows_several(said)) or f'"{GROUP_NODE}"' in of_comfyui:
+        text, is_drawn, graph = None, False, ""
+    said = Parameters.read(text) if isinstance(text, str) else None
+    if said is None and not is_drawn:
+        on_warning(f"{photo.name}: is left out, since nothing in it says that it was drawn, and it may be a photo")
+        return None
+    if (said and shows_several(said)) or f'"{GROUP_NODE}"' in graph:
         on_warning(f"{photo.name}: is left out, since by its parameters it shows several people and this is one's LoRA")
         return None
     if said is None:
@@ -166,6 +174,13 @@ def _example(photo: Photo, name: str, model_hash: str, on_warning: Callable[[str
     names = {stem: name if stem in ours else number for stem, number in hashes.items()}
     strengths = [strength or "1" for stem, strength in _LORA_TAG.findall(said.prompt) if stem in ours]
     return _Example(photo, _without_names(said, names, hashes), next(iter(strengths), ""))
+
+
+def _comment(image: Image.Image) -> str:
+    """The EXIF comment of a picture as A1111 writes it into JPEG and WebP files; empty without one."""
+    comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+    is_ours = isinstance(comment, bytes) and comment.startswith(b"UNICODE\0")
+    return comment[8:].decode("utf-16-be", errors="replace") if is_ours else ""
 
 
 def _without_names(said: Parameters, names: Mapping[str, str], hashes: Mapping[str, str]) -> Parameters:
@@ -187,31 +202,36 @@ def _without_names(said: Parameters, names: Mapping[str, str], hashes: Mapping[s
 def _page(source: LoraFile, path: Path, metadata: Mapping[str, str], examples: Sequence[_Example]) -> str:
     """The texts to paste, each below the name of its field."""
     table = NAME_TABLES[source.family].listings
-    listings = [table[model] for model in source.identity.models if model in table] or list(table.values())
-    strength, settings = _advice(source.family, examples)
+    listings = [table[model] for model in source.identity.models if model in table]
+    strength, settings = _advice(source if listings else None, examples)
     fields = {
         "Title": metadata["modelspec.title"],
         "Description": "\n\n".join(filter(None, [metadata.get("modelspec.description"), CONSENT])),
         "Type": _KINDS.get(source.kind, "LyCORIS"),
-        "Base model": " or ".join(listing.civitai for listing in listings),
+        "Base model": " or ".join(listing.civitai for listing in listings) or "not known",
         "Trigger words": metadata.get(PHRASE_KEY, "none are known"),
         "Strength": strength,
         "Settings": ", ".join(f"{name}: {value}" for name, value in settings.items()) or "not known",
         f"Hashes of {path.name}": "\n".join(f"{name}: {value}" for name, value in _hashes(path).items()),
         "Licence of the base model": " or ".join(dict.fromkeys(listing.licence for listing in listings))
-        + "\n(a checkpoint that was made from it may have another one)",
+        + "\n(a checkpoint that was made from it may have another one)"
+        if listings
+        else "not known",
     }
     return "\n".join(f"{name}\n{'-' * len(name)}\n{text}\n" for name, text in fields.items())
 
 
-def _advice(family: str, examples: Sequence[_Example]) -> tuple[str, dict[str, str]]:
-    """The strength and the settings of most of the pictures that the LoRA has drawn, else those that suit the family."""
+def _advice(source: LoraFile | None, examples: Sequence[_Example]) -> tuple[str, dict[str, str]]:
+    """The strength and the settings of most of the pictures that the LoRA has drawn, else those that suit the family.
+
+    `source` is the LoRA, None where its base model is not known.
+    """
     drawn = [(example.strength, example.said) for example in examples if example.strength and example.said]
     if drawn:
         usual = Counter(strength for strength, _ in drawn).most_common(1)[0][0]
         seen = {key: Counter(said.settings[key] for _, said in drawn if key in said.settings) for key in _ADVICE}
         return usual, {key: counts.most_common(1)[0][0] for key, counts in seen.items() if counts}
-    spec = FAMILIES.get(family)
+    spec = FAMILIES.get(source.family) if source else None
     if spec is None:
         return "1", {}
     side = spec.resolution

@@ -17,6 +17,7 @@ from ..errors import BadConfig
 from ..models.base import Base
 from ..models.clip import chunk_count, words_of
 from ..models.objective import TIMESTEPS, FlowSchedule
+from ..models.packages import import_diffusers
 from ..models.spec import Conditioning, Pair, on_device, placed, stack_conditioning
 
 MOST_LEADING = 150
@@ -103,8 +104,7 @@ def build_sampler(name: str | None, base: Base, steps: int, latents: Tensor) -> 
 
     Raises BadConfig for a sampler that the family does not have.
     """
-    import diffusers
-
+    diffusers = import_diffusers()
     name = sampler_name(name, base)
     schedule = base.sampling_schedule()
     if isinstance(schedule, FlowSchedule):

@@ -74,7 +74,8 @@ def train(
     metadata: Mapping[str, str] | None = None,
     callbacks: Callbacks = NO_CALLBACKS,
 ) -> Trained:
-    """The trained LoRA, which is also written to `output` (a `.safetensors` path) when one is given.
+    """The trained LoRA, which is also written to `output` (a `.safetensors` path) when one is given, in place of what is
+    there.
 
     `photos` is a folder, or a list of photos already read; so is `class_photos`, for prior preservation. Without a `config` the
     settings are those of the recipe `balanced`: see `core.training.recipe_config`. With `output`, the state of the run is kept
@@ -96,6 +97,8 @@ def train(
         base, photos = _loaded(base, TrainConfig()), _read(photos, strict, callbacks.on_warning)
         given = {"hold_out": len(held_out)} if held_out else {}
         config = recipe_config("balanced", base, len(photos), given, callbacks.on_warning)
+    if not isinstance(config, TrainConfig):
+        raise BadConfig(f"config is a {type(config).__name__}: expected a TrainConfig, as recipe_config gives one too")
     place = nullcontext() if output is None else _place(output, config, state_is_wanted=resume or restart)
     with place, deterministic_if(config.deterministic):
         base = _checked_base(base, config, output)
@@ -208,7 +211,13 @@ def _read(
     """The photos as a list, read when `photos` is a folder."""
     if isinstance(photos, str | os.PathLike):
         return read_photos(Path(photos), strict=strict, on_warning=on_warning)
-    return list(photos)
+    photos = list(photos)
+    for number, photo in enumerate(photos):
+        if not isinstance(photo, Photo):
+            raise BadPhoto(
+                f"photos[{number}] is a {type(photo).__name__}: expected a folder, or Photos (read_photos, Photo.from_image)"
+            )
+    return photos
 
 
 def _needed_faces(

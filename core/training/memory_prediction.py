@@ -1,5 +1,6 @@
 """A prediction of the memory that a run needs under each memory plan, and the choice of the plan that it starts with."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import torch
 from ..config import TrainConfig
 from ..device import free_memory, precision_name
 from ..models.base import Base
-from ..models.memory_plan import OPTIMIZER_BYTES, RESERVE, MemoryCount, MemoryPlan, unique_bytes
+from ..models.memory_plan import OPTIMIZER_BYTES, RESERVE, MemoryCount, MemoryPlan, first_that_fits, unique_bytes
 from .encode import LatentCache
 from .methods import METHODS, trains_text
 from .step import Run, memory_plans
@@ -54,7 +55,7 @@ def predicted_memory(
         with MemoryCount(device) as count:
             for tensor in [*there, *run.denoiser.parameters()]:
                 count.leave_out(tensor)
-            if plan.offload != "nothing":
+            if plan.offload:
                 run.accumulate()  # only a second step prefetches blocks, in the order of the first
             run.accumulate()
     trained = sum(parameter.numel() for parameter in run.parameters.values())
@@ -69,7 +70,7 @@ def choose_plan(
     dtype: torch.dtype,
     on_warning: Callable[[str], None],
 ) -> MemoryPlan:
-    """The fastest plan that fits into `memory_limit`, or else into the free memory of a GPU; the smallest when none fits.
+    """The first of the plans that fits into `memory_limit`, or else into the free memory of a GPU; the last when none fits.
 
     `on_warning` is called when it is not the fastest of all.
     """
@@ -80,19 +81,26 @@ def choose_plan(
         room, whose = int(free * RESERVE), "free"
     else:
         return plans[0]
-    needs: list[int] = []
-    while not needs or (needs[-1] > room and len(needs) < len(plans)):
-        try:
-            needs.append(predicted_memory(cache, base, config, device, dtype, plans[len(needs)]))
-        except Exception as error:  # e.g. a network whose step depends on the numbers in its tensors
-            reason = str(error).partition("\n")[0]
-            on_warning(f"memory: cannot be predicted ({reason}); {plans[0]} until it runs out")
-            return plans[0]
-    plan = plans[len(needs) - 1]
-    if needs[0] > room:
-        too_much = ", which may still be too much: lower resolution or batch_size" if needs[-1] > room else ""
-        on_warning(
-            f"memory: a step would take {needs[0] / 2**30:.1f} GiB, and there are {room / 2**30:.1f} ({whose}); "
-            f"with {plan} it takes {needs[-1] / 2**30:.1f}{too_much}"
-        )
+
+    @functools.cache
+    def need(plan: MemoryPlan) -> int:
+        """The bytes that the plan needs; only those of its weights where they are too many already, which takes no time."""
+        least = 0 if plan.offload else base.weight_bytes("denoiser", dtype if plan.weights == "full" else torch.int8)
+        return least if least > room else predicted_memory(cache, base, config, device, dtype, plan)
+
+    def fits(plan: MemoryPlan) -> bool:
+        return need(plan) <= room
+
+    try:
+        plan = first_that_fits(plans, fits)
+        if not fits(plans[0]):
+            too_much = "" if fits(plan) else ", which may still be too much: lower resolution or batch_size"
+            on_warning(
+                f"memory: a step would take at least {need(plans[0]) / 2**30:.1f} GiB, and there are "
+                f"{room / 2**30:.1f} ({whose}); with {plan} it takes {need(plan) / 2**30:.1f}{too_much}"
+            )
+    except Exception as error:  # e.g. a network whose step depends on the numbers in its tensors
+        reason = str(error).partition("\n")[0]
+        on_warning(f"memory: cannot be predicted ({reason}); {plans[0]} until it runs out")
+        return plans[0]
     return plan

@@ -63,7 +63,7 @@ class Run:
         self.plans: tuple[MemoryPlan, ...] = memory_plans(config)
         plan = plan or self.plans[0]
         # Weights that the plan offloads or narrows need not fit on the device in full, so they are loaded on the CPU.
-        place = torch.device("cpu") if plan.offload != "nothing" or plan.weights != "full" else self.device
+        place = torch.device("cpu") if plan.offload or plan.weights != "full" else self.device
         self.denoiser: nn.Module = base.load("denoiser", place, self.dtype)
         self.encoders: dict[str, nn.Module] = {}
         if trains_text(config):
@@ -144,12 +144,13 @@ class Run:
 
         Raises OutOfMemory where there is no smaller one.
         """
-        if self.memory.plan == self.plans[-1]:
+        now = self.memory.plan
+        plan = next((plan for plan in self.plans if plan != now and plan.saves_as_much_as(now)), None)
+        if plan is None:
             raise OutOfMemory(
-                f"{what} does not fit the memory of the device ({self.memory.plan}); "
+                f"{what} does not fit the memory of the device ({now}); "
                 "use batch_size 1, a lower resolution, or gradient_checkpointing auto"
             )
-        plan = self.plans[self.plans.index(self.memory.plan) + 1]
         on_warning(f"out of memory in {what}: done again with {plan}")
         self.memory.adopt(plan)
         release_memory()

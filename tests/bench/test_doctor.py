@@ -28,6 +28,8 @@ def test_it_says_what_there_is_and_what_is_missing_for_what(report, capsys):
     assert main(["doctor", "--device", "cpu", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["versions"]["torch"] == torch.__version__ and said["precision"] == "fp32" and said["device"] == "cpu"
+    said = doctor.format_doctor(replace(report, free_memory=3 * 2**30)).splitlines()[1]
+    assert said.endswith(", free 3.00 GiB, precision auto is fp32")
     lacking = replace(report, missing={"onnxruntime": doctor.OPTIONAL["onnxruntime"]})
     assert "missing: onnxruntime (check photos" in doctor.format_doctor(lacking)
 

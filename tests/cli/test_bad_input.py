@@ -298,6 +298,8 @@ def test_files_may_have_names_that_are_no_unicode_text(desk):
 def test_the_base_model_is_not_written_over(desk, capsys):
     desk.output = desk.base = Path(shutil.copy(desk.base, desk.folder / "base.safetensors"))
     before = desk.base.read_bytes()
+    assert_refused(desk, capsys, "is there already, and this training would replace it")
+    desk.options.append("--restart")
     assert_refused(desk, capsys, "is a file of the base model, which the LoRA would replace; choose another output")
     assert desk.base.read_bytes() == before
 
@@ -392,13 +394,13 @@ def test_a_file_beside_the_output_replaces_one_of_its_own_run_and_nothing_else(d
     beside, training = desk.output.with_name(f"{name}.safetensors"), [*desk.arguments(), *options]
     assert main(training) == 0
     before = beside.read_bytes()
-    assert main([*training, "--seed", "2"]) == 0
+    assert main([*training, "--seed", "2", "--restart"]) == 0
     assert beside.read_bytes() != before
     lora = LoraFile.read(beside)
     lora.with_metadata(lora.metadata | {"ss_output_name": name}).save(beside)
     before = beside.read_bytes()
     capsys.readouterr()
-    assert main(training) == 1
+    assert main([*training, "--restart"]) == 1
     assert f"{name}.safetensors: is called like {called}" in capsys.readouterr().err
     assert beside.read_bytes() == before
 

@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 
 from core.cli import main
+from core.demo import BASE_FILE
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
+from core.models.base import load_base
 from core.storage.safetensors_file import SafetensorsFile, save_safetensors
 
 MODULE = ("denoiser", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
@@ -165,6 +167,7 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line_and_nothing_is_written(tm
     write_lora(tmp_path / "a.safetensors", 5)
     (tmp_path / "pickle.safetensors").write_bytes(b"\x80\x02}q\x00.")
     output = tmp_path / "out.safetensors"
+    (tmp_path / "empty").mkdir()
     good, pickle = tmp_path / "a.safetensors", tmp_path / "pickle.safetensors"
     for arguments, words in [
         (["convert", pickle, "--output", output, "--to", "comfy"], "pickle"),
@@ -173,6 +176,8 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line_and_nothing_is_written(tm
         (["merge", f"{good}:nan", "--output", output], "the strength of a LoRA must be finite"),
         (["metadata", good], "nothing to change"),
         (["metadata", good, "--title", "a", "--output", tmp_path / "out.pt"], "must end in .safetensors"),
+        (["metadata", BASE_FILE, "--title", "a", "--output", output], "no LoRA"),
+        (["inspect", tmp_path / "empty"], "no .safetensors file"),
         (["resize", good, "--output", output], "give either a rank or an energy"),
         (["resize", good, "--output", output, "--rank", 0], "a rank must be at least 1"),
         (["extract", good, good, "--output", output], "no base model"),
@@ -182,7 +187,21 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line_and_nothing_is_written(tm
         assert main([str(argument) for argument in arguments]) == 1
         error = capsys.readouterr().err
         assert words in error and error.startswith("facelora: ") and error.count("\n") == 1, error
-    assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", "pickle.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", "pickle.safetensors", "empty"}
+
+
+def test_the_small_base_is_called_demo_wherever_a_checkpoint_is_named(tmp_path, capsys):
+    """A LoRA of the demo's base is for no published model, so that no other names would have ComfyUI load it."""
+    adapted = ("denoiser", "up_blocks.0.attentions.0.proj_in")
+    (out, width, *_) = load_base(BASE_FILE).module_shapes()[adapted]
+    module = LoraModule(torch.ones(1, width, 1, 1), torch.ones(out, 1, 1, 1), 1.0)
+    lora = tmp_path / "a.safetensors"
+    LoraFile.from_modules("sd15", {adapted: module}, {}).save(lora, torch.float32)
+    assert main(["verify", str(lora), "--base", "demo"]) == 0
+    said = capsys.readouterr().out
+    assert "ComfyUI would not load 1 modules" in said and "convert it" not in said
+    run("merge", lora, "--into", "demo", "--output", tmp_path / "merged.safetensors")
+    assert "1 tensors of base.safetensors changed" in capsys.readouterr().out
 
 
 def test_no_command_writes_over_what_it_reads(small_sd15, tmp_path, capsys):

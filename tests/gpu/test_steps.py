@@ -23,11 +23,11 @@ COMPUTES_IN_FLOAT32 = ("loha", "oft")
 """Methods whose layers, which are peft's, multiply their own small matrices in float32."""
 KNOWN_COPIES = ("models/families/chroma.py:predict", "models/clip.py:encode_chunks")
 """Where a step copies something small to the device: Chroma's mask of text and picture, tokens for trained text encoders."""
-FAST = (("flux1", 5, {"precision": "fp16", "ema_decay": 0.9}),)
+FAST = (("flux1", -1, {"precision": "fp16", "ema_decay": 0.9}),)
 SLOW = (
     ("sd15", 1, {"precision": "fp16", "ema_decay": 0.9}),
-    ("chroma", 3, {"accumulation": 2}),
-    *((family, plan, {}) for family, plan in product(FAMILIES, range(len(PLANS)))),
+    ("chroma", 5, {"accumulation": 2}),
+    *((family, plan, {}) for family, plan in product(FAMILIES, (0, 1, 2, 3, 4, 5, 7, 9))),
     *(
         (family, 0, {"method": method})
         for family, method in product(FAMILIES, METHODS)
@@ -35,7 +35,7 @@ SLOW = (
         if family in UNETS or method not in ("dreambooth", "pivotal", "textual-inversion")
         if (family, method) != ("zimage", "oft")
     ),
-    *((family, 5, {"precision": precision}) for family, precision in product(FAMILIES, ("fp16", "fp32"))),
+    *((family, -1, {"precision": precision}) for family, precision in product(FAMILIES, ("fp16", "fp32"))),
     *((family, 2, {"prior_prediction": 0.9, "ema_decay": 0.9, "dropout": 0.1}) for family in FAMILIES),
     *((family, 0, {"text_encoder_lr": 1e-4}) for family in UNETS),
 )
@@ -63,7 +63,7 @@ def test_a_step_on_a_gpu(family, plan, settings: dict[str, Any], checkpoints, fa
 
     offloaded = [copy for copy in step.copies if copy.place.startswith("models/memory_plan.py")]
     assert all(copy.pinned and copy.direction == "to device" for copy in offloaded)
-    assert bool(offloaded) == (PLANS[plan].offload != "nothing")
+    assert bool(offloaded) == (PLANS[plan].offload > 0)
     others = [copy for copy in step.copies if copy not in offloaded]
     assert all(copy.direction == "to device" and copy.place in KNOWN_COPIES and copy.size < 2**16 for copy in others)
 

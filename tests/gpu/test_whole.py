@@ -9,6 +9,7 @@ from core.models.memory_plan import PLANS
 from tests.gpu import trials
 from tests.gpu.fake_cuda import MESSAGES
 from tests.gpu_day import STAGES
+from tests.tooling import SMALL_FLOWS, UNETS
 
 MANY_BLOCKS = {"num_layers": 6, "num_single_layers": 12}
 SHORT = {"steps": 2, "batch_size": 1, "check_photos": False, "sample_every": 2, "sample_steps": 1, "resolution": 64}
@@ -21,16 +22,25 @@ def test_samples_are_drawn_in_the_precision_that_is_trained_in(family, fake_proc
 
 
 @pytest.mark.parametrize(
-    ("size", "offload"),
+    ("size", "least", "most"),
     [
-        pytest.param(0.03, "nothing", marks=pytest.mark.slow),
-        pytest.param(0.012, "half", marks=pytest.mark.slow),
-        pytest.param(0.0085, "everything", marks=pytest.mark.slow),
+        pytest.param(0.03, 0, 0, marks=pytest.mark.slow),
+        pytest.param(0.012, 0.4, 0.8, marks=pytest.mark.slow),
+        pytest.param(0.0085, 0.8, 1, marks=pytest.mark.slow),
     ],
 )
-def test_a_small_card_draws_with_as_much_of_the_denoiser_as_it_can_hold(size, offload, fake_process):
+def test_a_small_card_draws_with_as_much_of_the_denoiser_as_it_can_hold(size, least, most, fake_process):
     drawn = fake_process.submit(trials.generated, trials.Case("flux1", size=size, denoiser=MANY_BLOCKS)).result()
-    assert drawn.offload == offload and drawn.sizes == ((64, 64),) * 2 and drawn.peak <= size * 2**30
+    assert least <= drawn.offload <= most and drawn.sizes == ((64, 64),) * 2 and drawn.peak <= size * 2**30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room", [0, 1])
+@pytest.mark.parametrize("family", [*UNETS, *SMALL_FLOWS])
+def test_each_family_draws_with_its_denoiser_there_and_away(family, room, fake_process, small_sd15, small_sdxl):
+    checkpoint = {"sd15": small_sd15, "sdxl": small_sdxl}.get(family)
+    drawn = fake_process.submit(trials.generated, trials.Case(family, checkpoint), 2, room).result()
+    assert drawn.offload == 1 - room and len(drawn.sizes) == 2
 
 
 def test_a_text_encoder_that_does_not_fit_is_run_on_the_gpu_layer_by_layer(fake_process):

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import core.bench.doctor as doctor
 import core.models.eight_bit as eight_bit
+import core.models.memory_plan as memory_plan
 import tests.gpu_day as gpu_day
 from core.config import TrainConfig
 from core.device import device_and_dtype, stay_within_free_memory
@@ -119,7 +120,7 @@ class Drawn:
     sizes: tuple[tuple[int, int], ...]
     operations: frozenset[tuple[str, tuple[torch.dtype, ...]]]
     peak: int
-    offload: str
+    offload: float
 
 
 def norms_and_products(work: Callable[[], object]) -> frozenset[tuple[str, tuple[torch.dtype, ...]]]:
@@ -160,9 +161,9 @@ def training_and_drawing(case: Case) -> tuple[frozenset, frozenset]:
         return trained, norms_and_products(draw)
 
 
-def generated(case: Case, jobs: int = 2) -> Drawn:
-    """What `generate` asks for."""
-    with fake_cuda(case.size, case.capability) as card:
+def generated(case: Case, jobs: int = 2, room: float = memory_plan.WEIGHTS_IN_DRAWING) -> Drawn:
+    """What `generate` asks for, where the weights may fill `room` of the free memory."""
+    with fake_cuda(case.size, case.capability) as card, patch.object(memory_plan, "WEIGHTS_IN_DRAWING", room):
         base = case.base()
         loaded: list[MemorySaver] = []
         adopt = MemorySaver.adopt
@@ -261,7 +262,7 @@ def encoded_by_layers(size: float) -> tuple[str, tuple[int, ...], int, int]:
 def without_pinned_memory() -> Step:
     """A step of a run whose weights come one by one from memory that cannot be page-locked."""
     with patch.object(Card, "most_pinned", 0):
-        return step(Case("flux1", plan=PLANS[5]))
+        return step(Case("flux1", plan=PLANS[-1]))
 
 
 def dtypes_of(family: str, capability: tuple[int, int]) -> tuple[torch.dtype, torch.dtype]:

@@ -595,7 +595,9 @@ def test_a_text_encoder_of_the_wrong_width_is_refused(parts, small_sd15, family)
 @pytest.mark.parametrize("without", ["encoder.down.0.block.0.conv1.weight", "decoder.conv_in.weight"])
 def test_a_vae_without_a_tensor_that_its_sizes_are_read_from_is_refused_by_name(parts, without):
     vae = {name: tensor for name, tensor in parts["ae"].items() if name != without}
-    with pytest.raises(UnmatchedKeys, match=rf"^given tensors: the VAE lacks .*{without[-12:]}"):
+    with pytest.raises(
+        UnmatchedKeys, match=rf"^given tensors with the VAE of given tensors: the VAE lacks .*{without[-12:]}"
+    ):
         load_base(parts["flux"], vae=vae)
 
 

@@ -33,7 +33,7 @@ from core.pictures.sampling import decode_latents, encode_pictures
 from core.training.callbacks import Callbacks
 from core.training.encode import LatentCache
 from core.training.loop import train_lora
-from core.training.memory_prediction import predicted_memory
+from core.training.memory_prediction import choose_plan, predicted_memory
 from core.training.metadata import WEIGHTS_KEY
 from core.training.methods import METHODS
 from core.training.samples import training_sampler
@@ -42,7 +42,8 @@ from tests.tooling import SMALL_FLOWS, assert_trained_alike, encoded_cache, enco
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(rank=4, learning_rate=1e-3, precision="fp32", steps=4)
-OFFLOADED = MemoryPlan("everything", offload="everything")
+OFFLOADED = MemoryPlan(1.0, offload=1.0)
+NARROW = MemoryPlan(1.0, "8 bits")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def measured_memory(base: Base, cache, config: TrainConfig, plan: MemoryPlan) ->
     return taken + sum(tensor.nbytes for tensor in run.memory.resident() if tensor.data_ptr() in own)
 
 
-MEASURED = (*PLANS[:4], OFFLOADED)
+MEASURED = (*PLANS[:3], NARROW, OFFLOADED)
 """(Of weights that are in 8 bits and at home as well, a CPU cannot tell home from device.)"""
 Needs = list[tuple[str, int, int]]
 """What was trained, the bytes predicted for it and the bytes measured."""
@@ -157,28 +158,66 @@ def test_what_lives_at_a_time_is_counted_and_what_is_gone_is_not():
 
 
 @pytest.mark.slow
-def test_each_plan_needs_less_than_the_one_before(base, cache):
+def test_each_plan_needs_less_than_the_one_before_with_the_same_weights(base, cache):
     large = replace(cache.images[0], mean=torch.zeros(4, 64, 64), deviation=torch.zeros(4, 64, 64))
-    needs = [
-        predicted_memory(replace(cache, images=(large,)), base, CONFIG, CPU, torch.float32, plan) for plan in PLANS
-    ]
-    assert needs == sorted(needs, reverse=True) and len(set(needs)) == len(PLANS)
+    large = replace(cache, images=(large,))
+    needs = {plan: predicted_memory(large, base, CONFIG, CPU, torch.float32, plan) for plan in PLANS}
+    for weights in ("full", "8 bits"):
+        alike = [need for plan, need in needs.items() if plan.weights == weights]
+        assert alike == sorted(alike, reverse=True) and len(set(alike)) == len(alike)
+    assert needs[NARROW] < needs[MemoryPlan(1.0)]
 
 
 def test_a_small_limit_chooses_a_smaller_plan_which_trains_the_same(base, cache, monkeypatch):
     # A prediction takes seconds: that each plan is predicted to need less than the one before is a test of its own.
-    monkeypatch.setattr(
-        "core.training.memory_prediction.predicted_memory", lambda *given: (9 - PLANS.index(given[-1])) * 2**30
-    )
+    asked = predict_by_place(monkeypatch)
     warnings: list[str] = []
-    tight = replace(CONFIG, memory_limit=7.5)  # the third takes 7
+    tight = replace(CONFIG, memory_limit=17.5)  # the third takes 17
     small = train_lora(cache, base, tight, device=CPU, callbacks=Callbacks(on_warning=warnings.append))
     assert len(warnings) == 1 and "everything recomputed" in warnings[0]
+    assert asked == [PLANS[0], PLANS[1], PLANS[2]]
     plain = train_lora(cache, base, CONFIG, device=CPU)
     assert small.metadata["ss_gradient_checkpointing"] == "True" != plain.metadata["ss_gradient_checkpointing"]
     assert small.metadata["ss_steps"] == plain.metadata["ss_steps"] == str(CONFIG.steps)
     for name, tensor in plain.tensors.items():
         torch.testing.assert_close(small.tensors[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def predict_by_place(monkeypatch) -> list[MemoryPlan]:
+    """Has the plans need 19, 18, ... 10 GiB, and notes which of them were asked for."""
+    asked: list[MemoryPlan] = []
+
+    def predicted(*given) -> int:
+        asked.append(given[-1])
+        return (19 - PLANS.index(given[-1])) * 2**30
+
+    monkeypatch.setattr("core.training.memory_prediction.predicted_memory", predicted)
+    return asked
+
+
+@pytest.mark.parametrize("last", range(1, len(PLANS)))
+def test_the_first_plan_that_fits_is_taken_and_few_are_predicted(last, base, cache, monkeypatch):
+    asked = predict_by_place(monkeypatch)
+    warnings: list[str] = []
+    config = replace(CONFIG, memory_limit=19.5 - last)
+    assert choose_plan(cache, base, config, CPU, torch.float32, warnings.append) == PLANS[last]
+    assert len(asked) <= 6 and len(set(asked)) == len(asked) and len(warnings) == 1
+
+
+def test_what_cannot_hold_the_weights_is_not_predicted(base, cache, monkeypatch):
+    asked = predict_by_place(monkeypatch)
+    weights = base.weight_bytes("denoiser", torch.float32)
+    config = replace(CONFIG, memory_limit=0.9 * weights / 2**30)
+    choose_plan(cache, base, config, CPU, torch.float32, lambda _: None)
+    assert asked and all(plan.weights == "8 bits" for plan in asked)
+
+
+def test_after_a_lack_of_memory_nothing_is_given_back_to_it(base, cache, monkeypatch):
+    """From everything recomputed it goes to 8 bits with everything recomputed, though others with 8 bits come before."""
+    run_out_of_memory(monkeypatch, lambda run: run.memory.plan.weights == "full")
+    run = Run(cache, base, CONFIG, CPU, plan=MemoryPlan(1.0))
+    run.accumulate_within_memory(lambda _: None)
+    assert run.memory.plan == NARROW
 
 
 def nothing_fits(monkeypatch) -> None:
@@ -264,7 +303,7 @@ def test_nothing_is_left_of_a_weight_that_is_in_8_bits(base, cache, method, monk
     monkeypatch.setattr("core.models.eight_bit.SMALLEST", 1)
     run = Run(cache, base, replace(CONFIG, method=method), CPU)
     full = [weakref.ref(p) for p in run.denoiser.parameters() if p.ndim > 1 and not p.requires_grad]
-    run.memory.adopt(PLANS[3])
+    run.memory.adopt(NARROW)
     run.train_step()
     gc.collect()
     assert full and all(weight() is None for weight in full)
@@ -309,7 +348,7 @@ def run_out_of_memory(monkeypatch, when) -> None:
 
 def test_out_of_memory_in_a_step_it_goes_on_from_there_with_a_smaller_plan(base, cache, monkeypatch):
     plain = train_lora(cache, base, CONFIG, device=CPU)
-    run_out_of_memory(monkeypatch, lambda run: run.step == 2 and run.memory.plan.recompute != "everything")
+    run_out_of_memory(monkeypatch, lambda run: run.step == 2 and run.memory.plan.recompute < 1)
     warnings: list[str] = []
     steps: list[int] = []
     lora = train_lora(
@@ -337,7 +376,7 @@ def test_samples_that_do_not_fit_are_drawn_again_under_a_smaller_plan(base, cach
     warnings: list[str] = []
 
     def sampler(*_):
-        return out_of_memory() if run.memory.plan.recompute != "everything" else [Image.new("RGB", (8, 8))]
+        return out_of_memory() if run.memory.plan.recompute < 1 else [Image.new("RGB", (8, 8))]
 
     assert len(run.sample(sampler, [("a photo", 1)], warnings.append)) == 1
     assert [warning.split(":")[0] for warning in warnings] == ["out of memory in a sample"] * 2
@@ -394,12 +433,12 @@ def test_pictures_are_the_same_whatever_of_the_denoiser_stays_in_the_computers_m
     ]
     config = GenerateConfig(batch_size=2, precision="fp32")
     whole = list(generate(base, [(lora, 1.0)], drawing, config, device=CPU))
-    plans: list[str] = []
+    shares: list[float] = []
     draw = generate_module.sample_latents
 
     def fails_until_it_is_small(base, denoiser, *arguments, **options):
-        plans.append(current[0].plan.offload)
-        return draw(base, denoiser, *arguments, **options) if plans[-1] == "everything" else out_of_memory()
+        shares.append(current[0].plan.offload)
+        return draw(base, denoiser, *arguments, **options) if shares[-1] == 1 else out_of_memory()
 
     current: list[MemorySaver] = []
     load = generate_module.load_denoiser
@@ -412,7 +451,7 @@ def test_pictures_are_the_same_whatever_of_the_denoiser_stays_in_the_computers_m
     monkeypatch.setattr(generate_module, "load_denoiser", loaded)
     monkeypatch.setattr(generate_module, "sample_latents", fails_until_it_is_small)
     pressed = list(generate(base, [(lora, 1.0)], drawing, config, device=CPU))
-    assert plans[:5] == ["nothing", "nothing", "half", "half", "everything"]  # each: both pictures, then one alone
+    assert shares[:5] == [0, 0, 0.5, 0.5, 1]  # each: both pictures, then one alone
     assert [p.job.strength for p in pressed] == [p.job.strength for p in whole]
 
     def difference(one, other) -> int:
@@ -466,8 +505,8 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(base, cache, monkeypatc
 
 
 def test_weights_that_come_block_by_block_train_the_same(base, cache):
-    half = replace(OFFLOADED, offload="half")
-    plain, offloaded = (Run(cache, base, CONFIG, CPU, plan=plan) for plan in (MemoryPlan(), half))
+    quarter = replace(OFFLOADED, offload=0.25)
+    plain, offloaded = (Run(cache, base, CONFIG, CPU, plan=plan) for plan in (MemoryPlan(), quarter))
     for step in range(4):
         if step == 2:
             offloaded.memory.adopt(OFFLOADED)

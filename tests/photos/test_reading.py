@@ -132,6 +132,15 @@ def test_a_broken_colour_profile_is_ignored(tmp_path):
     assert only_photo(tmp_path).image().getpixel((5, 5)) == RED
 
 
+def test_a_photo_whose_caption_cannot_be_read_is_named_with_it(tmp_path):
+    picture().save(tmp_path / "a.png")
+    picture().save(tmp_path / "b.png")
+    (tmp_path / "a.txt").write_bytes("café".encode("latin-1"))
+    told: list[str] = []
+    assert [photo.name for photo in read_photos(tmp_path, on_warning=told.append)] == ["b.png"]
+    assert told == ["left out: a.png: its caption a.txt is no UTF-8 text; save it as UTF-8"]
+
+
 def test_captions_come_from_text_files_as_one_line(tmp_path):
     picture().save(tmp_path / "a.png")
     picture().save(tmp_path / "b.png")

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import time
 
 import numpy as np
@@ -197,17 +198,22 @@ def test_without_a_face_network_small_dark_and_repeated_pictures_are_found():
 
 
 def test_the_report_is_json_and_a_table(network):
-    report = check_photos([*seven_of(5), photo(orl(6, 1), "intruder.png")], network, SMALL)
+    report = check_photos([*seven_of(5), photo(orl(6, 1), "unknown.png")], network, SMALL)
     data = json.loads(json.dumps(report.to_dict()))
     assert data["usable"] == 7 and data["network"] == "sface" and data["verdicts"] == {"use": 7, "reject": 1}
     assert data["photos"][7]["reasons"][0].startswith("this seems to be someone else")
     lines = format_report(report).splitlines()
-    assert lines[8].split()[:4] == ["intruder.png", "reject", "74", "px"]
+    assert lines[8].split()[:4] == ["unknown.png", "reject", "74", "px"]
     assert any(line.startswith("7 of 8 usable; add ") for line in lines)
     narrow = format_report(report, 80).splitlines()
     assert max(map(len, lines)) > 80 >= max(map(len, narrow)) and max(map(len, format_report(report, 0).split())) < 24
-    assert narrow[9].split()[:2] == ["intruder.png", "reject"] and narrow[10].startswith("    this seems to be someone")
+    assert narrow[9].split()[:2] == ["unknown.png", "reject"] and narrow[10].startswith("    this seems to be someone")
     assert " ".join(format_report(report, 200).split()) == " ".join(format_report(report).split())
+
+
+def test_photos_are_listed_as_people_count():
+    report = check_photos([photo(orl(6, at), f"{at} 03.png") for at in (10, 2, 1)], None, SMALL)
+    assert [line.split()[0] for line in format_report(report).splitlines()[1:4]] == ["1", "2", "10"]
 
 
 def test_the_sheet_is_one_page_with_every_photo_and_escaped_names(network, tmp_path):
@@ -224,7 +230,7 @@ def test_the_sheet_is_one_page_with_every_photo_and_escaped_names(network, tmp_p
 def test_a_threshold_on_the_command_line_keeps_its_kind(tmp_path, capsys):
     orl(5, 1).save(tmp_path / "a.png")
     command = ["check", str(tmp_path), "--resolution", "64"]
-    assert main([*command, "--threshold", "photos_wanted=12", "--threshold", "turned_wanted=4"]) == 0
+    assert main([*command, "--threshold", "photos_wanted=12", "--threshold", "turned_wanted=4"]) == 1
     said = capsys.readouterr().out
     assert "12 to 20 work best" in said and "add 4 with the head turned" in said
 
@@ -253,7 +259,7 @@ def test_names_that_the_output_has_no_letters_for_do_not_end_a_command(tmp_path,
     orl(5, 1).save(tmp_path / "写真.png")
     output = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
     monkeypatch.setattr("sys.stdout", output)
-    assert main(["check", str(tmp_path), "--resolution", "64"]) == 0
+    assert main(["check", str(tmp_path), "--resolution", "64"]) == 1
     output.flush()
     assert rb"\u5199\u771f.png" in output.buffer.getvalue()
 
@@ -410,3 +416,12 @@ def test_a_base_says_at_which_resolution_photos_are_judged_and_nothing_usable_is
     assert main(["check", str(tmp_path)]) == 1  # 1024 pixels
     assert "0 of 7 usable, and 5 are needed; add " in capsys.readouterr().out
     assert main(["check", str(tmp_path), "--base", "demo", "--resolution", "1024"]) == 1
+    for number in (1, 2, 3):
+        (tmp_path / f"{number}.png").unlink()
+    capsys.readouterr()
+    assert main(["check", str(tmp_path), "--base", "demo"]) == 1
+    assert re.search(r"4 of 4 usable, and 5 are needed; add \d ", capsys.readouterr().out)
+    (tmp_path / "4.png").unlink()
+    (tmp_path / "5.png").unlink()
+    assert main(["check", str(tmp_path), "--base", "demo"]) == 1
+    assert "2 of 2 usable, and 5 are needed; add 3 " in capsys.readouterr().out

@@ -525,6 +525,17 @@ def test_a_strength_that_is_not_finite_is_refused_also_of_a_file_that_holds_word
         next(generate(base, [(word, strength)], jobs(1)))
 
 
+def test_numpys_integers_are_seeds_and_what_is_not_loaded_is_named(base) -> None:
+    job = Job("a photo", np.int64(3), size=(64, 80), steps=1, guidance=1.0)  # pyright: ignore[reportArgumentType]
+    (picture,) = generate(base, [], [job])
+    assert picture.job.seed == 3 and type(picture.job.seed) is int
+    for wrong in (["me.safetensors"], [("me.safetensors", 1.0)]):
+        with pytest.raises(BadConfig, match=r"me\.safetensors.*LoraFile\.read"):
+            next(generate(base, wrong, [job]))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(BadConfig, match=r"sd15\.safetensors.*load_base"):
+        next(generate("sd15.safetensors", [], [job]))  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.parametrize("sampler", mostly_slow(SAMPLERS, "dpmpp_2m_sde_karras"))
 def test_many_steps_are_taken_and_begin_near_pure_noise(base, sampler: str) -> None:
     noise = torch.zeros(1, 4, 4, 4)

@@ -33,10 +33,10 @@ def nobody(monkeypatch):
     monkeypatch.setenv("LOGNAME", "janedoe77")
 
 
-def write_lora(path: Path, **metadata: str) -> Path:
+def write_lora(path: Path, width: int = 64, out: int = 32, **metadata: str) -> Path:
     path.parent.mkdir(exist_ok=True, parents=True)
     generator = torch.Generator().manual_seed(0)
-    module = LoraModule(torch.randn(2, 64, generator=generator), torch.randn(32, 2, generator=generator), 1.0)
+    module = LoraModule(torch.randn(2, width, generator=generator), torch.randn(out, 2, generator=generator), 1.0)
     known = {
         "ss_base_model_version": "sd_v1",
         "modelspec.title": "A sks person",
@@ -47,9 +47,10 @@ def write_lora(path: Path, **metadata: str) -> Path:
     return path
 
 
-def write_picture(path: Path, prompt: str = "sks person", **settings: str) -> Path:
+def write_picture(path: Path, prompt: str | None = "sks person", **settings: str) -> Path:
     info = PngInfo()
-    info.add_text("parameters", str(Parameters(prompt, "", SETTINGS | settings)))
+    if prompt is not None:
+        info.add_text("parameters", str(Parameters(prompt, "", SETTINGS | settings)))
     info.add_text("workflow", '{"image": "/home/jane/IMG_2031.jpg"}')
     Image.new("RGB", (64, 64), "red").save(path, pnginfo=info)
     return path
@@ -81,8 +82,9 @@ def test_a_trained_lora_and_its_pictures_become_a_folder_to_upload(photo_folder,
     hashes = {name: after["hashes"][name.lower()].upper() for name in ("AutoV2", "AutoV3", "CRC32", "BLAKE3")}
     assert all(f"{name}: {number}\n" in page for name, number in hashes.items())
     for text in (
-        "Title\n-----\nsks person\n", "The person shown has agreed", "Base model\n----------\nSD 1.5\n",
-        "Trigger words\n-------------\nsks person\n", "Strength\n--------\n0.9\n", "CreativeML Open RAIL-M",
+        "Title\n-----\nsks person\n", "The person shown has agreed", "Base model\n----------\nnot known\n",
+        "Trigger words\n-------------\nsks person\n", "Strength\n--------\n0.9\n",
+        f"Licence of the base model\n{25 * '-'}\nnot known\n",
         "Sampler: Euler a, Steps: 2, CFG scale: 4.5, Size: 64x64\n",
     ):  # fmt: skip
         assert text in page, text
@@ -116,14 +118,25 @@ def test_nothing_of_another_programs_metadata_gets_out(tmp_path):
         **{"Lora hashes": f"jane_doe: {hash_}, bob: 0123456789ab", "Model": "janes-folder", "Note": "jane", "VAE": "janes"},
     )  # fmt: skip
     told = []
-    made = publish_agreed(path, tmp_path / "out", [photo, png], on_warning=told.append)
+    of_comfyui, of_a1111 = write_picture(tmp_path / "jane/3.png", None), tmp_path / "jane/4.jpg"
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = (
+        b"UNICODE\0" + f'sks <lora:jane_doe:1>\nSteps: 7, Lora hashes: "jane_doe: {hash_}"'.encode("utf-16-be")
+    )
+    Image.new("RGB", (64, 32), "red").save(of_a1111, exif=exif)
+    given = [photo, png, of_comfyui, of_a1111]
+    made = publish_agreed(path, tmp_path / "out", given, on_warning=told.append)
     assert b"jane" not in contents(made.folder).lower() and b"bob" not in contents(made.folder)
-    assert told == ["IMG_2031.jpg: has no parameters of A1111 in it, so nobody will see how it was made"]
+    assert told == [
+        "IMG_2031.jpg: is left out, since nothing in it says that it was drawn, and it may be a photo",
+        "3.png: has no parameters of A1111 in it, so nobody will see how it was made",
+    ]
     assert {"ss_output_name", "ss_optimizer", "modelspec.author", "ot_config"} <= set(made.left_out)
     assert inspect_lora(made.lora)["training"] == {"steps": "40"}
-    first, second = map(Image.open, made.pictures)
-    assert first.info == {} and not first.getexif() and first.size == (64, 32)
-    assert second.text == {  # pyright: ignore
+    first, second, third = map(Image.open, made.pictures)
+    assert second.info == {} and not second.getexif() and second.size == (64, 64)
+    assert third.info["parameters"].startswith("sks <lora:A_sks_person:1>") and not third.getexif()
+    assert first.text == {  # pyright: ignore
         "parameters": "sks person <lora:A_sks_person:0.8> <lora:0123456789ab:0.2>\nNegative prompt: \n"
         "Steps: 5, Sampler: Euler a, CFG scale: 6, Seed: 1, Size: 64x64, "
         f'Lora hashes: "A_sks_person: {hash_}, 0123456789ab: 0123456789ab"'
@@ -201,12 +214,17 @@ def test_a_folder_of_pictures_is_taken_in_order_but_for_its_contact_sheet(tmp_pa
     folder.mkdir()
     for name in ("b.png", "a.png", "contact_sheet.png"):
         write_picture(folder / name, name[0])
+    (folder / "kept").mkdir()  # as it is beside headshots
+    write_picture(folder / "kept/a.png")
     told = []
-    made = publish_agreed(write_lora(tmp_path / "a.safetensors"), tmp_path / "out", [folder], on_warning=told.append)
+    path = write_lora(tmp_path / "a.safetensors", 768, 1280)
+    made = publish_agreed(path, tmp_path / "out", [folder], on_warning=told.append)
     assert [Image.open(picture).info["parameters"][0] for picture in made.pictures] == ["a", "b"]
     assert told == [f"{name}.png: was drawn without this LoRA, by the hashes in its parameters" for name in "ab"]
     # These pictures say nothing of the LoRA's strength, so the page says what suits the family.
-    assert "Strength\n--------\n1\n" in made.page.read_text() and "Steps: 30" in made.page.read_text()
+    page = made.page.read_text()
+    assert "Strength\n--------\n1\n" in page and "Steps: 30, CFG scale: 6, Size: 512x512" in page
+    assert "Base model\n----------\nSD 1.5\n" in page and "CreativeML Open RAIL-M" in page
 
 
 def test_a_picture_of_several_people_is_no_example_of_ones_lora(small_sd15, tmp_path):

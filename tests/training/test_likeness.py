@@ -341,7 +341,7 @@ def test_the_command_line_shows_the_curve(tmp_path, capsys):
     assert main([*command, *options]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert sum("<- kept" in line for line in lines) == 1 and any("held-out" in line for line in lines)
-    assert main([*command, *options, "--seed", "2", "--json"]) == 0
+    assert main([*command, *options, "--seed", "2", "--restart", "--json"]) == 0
     steps = [entry for line in capsys.readouterr().out.splitlines() if (entry := json.loads(line)).get("step")]
     assert steps[-1]["likeness"]["step"] == 1
 

@@ -52,7 +52,7 @@ def test_another_persons_photo_is_not_trained_on_by_the_command_line(photos, tmp
     assert main(command) == 0
     assert "friend.png is left out" in capsys.readouterr().err
     assert trained_on(LoraFile.read(output)) == 5
-    assert main([*command, "--no-check-photos"]) == 0
+    assert main([*command, "--no-check-photos", "--restart"]) == 0
     assert trained_on(LoraFile.read(output)) == 6
 
 

@@ -115,9 +115,12 @@ def test_the_command_line_trains_nothing_twice(small_sd15, tmp_path, capsys):
     before = output.read_bytes()
     assert run("--steps", "1") == (True, 0) and output.read_bytes() == before
     assert run("--steps", "1", "--restart") == (False, 1)
-    assert run("--steps", "2") == (False, 2)
+    again = output.read_bytes()
+    assert main([*command, "--steps", "2"]) == 1 and "would replace it" in capsys.readouterr().err
+    assert output.read_bytes() == again
+    assert run("--steps", "2", "--restart") == (False, 2)
     next(folder.iterdir()).unlink()
-    assert run("--steps", "2", "--no-check-photos") == (False, 2)
+    assert run("--steps", "2", "--no-check-photos", "--restart") == (False, 2)
 
 
 def test_the_same_job_again_is_found_and_nothing_is_trained(job, base, loras):
