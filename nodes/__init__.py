@@ -8,6 +8,7 @@ from comfy_api.latest import ComfyExtension
 from ..core import errors
 from . import helpers, panel, photos, style_pack
 from .apply import ApplyLora
+from .group import GroupPerson, GroupPortrait
 from .helpers import ContactSheet, InspectLora, LikenessScore, SaveLora
 from .photos import LoadFacePhotos
 from .style_pack import HeadshotStylePack
@@ -18,6 +19,8 @@ NODES = [
     TrainFaceLora,
     ApplyLora,
     HeadshotStylePack,
+    GroupPerson,
+    GroupPortrait,
     SaveLora,
     InspectLora,
     LikenessScore,

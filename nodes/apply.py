@@ -9,6 +9,7 @@ from typing import Any
 import comfy.lora
 import folder_paths
 from comfy_api.latest import io, ui
+from torch import Tensor
 
 from ..core.errors import BadConfig, BadFile, LoraMisfit
 from ..core.lora.blocks import BLOCK_LISTS, block_strengths
@@ -93,11 +94,7 @@ class ApplyLora(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora_name: str | None = None, **_: object) -> str:
-        path = _path(lora_name) if lora_name and lora_name != CONNECTED else None
-        if path is None:
-            return ""
-        state = path.stat()
-        return f"{state.st_size} {state.st_mtime_ns}"
+        return file_state(lora_name)
 
     @classmethod
     @says_no_server_paths
@@ -107,17 +104,7 @@ class ApplyLora(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         if start_percent >= end_percent:
             raise BadConfig(f"start_percent = {start_percent:g} is not below end_percent = {end_percent:g}")
-        if lora is not None:
-            found = lora_file(lora)
-        elif lora_name == CONNECTED:
-            raise BadFile("no LoRA: connect one, or choose a file in lora_name")
-        else:
-            found = LoraFile.read(_path(lora_name))
-        if not found.entries:
-            raise LoraMisfit(
-                f"{Path(found.name).name}: changes no weight: a file of words (textual inversion) belongs into the embeddings "
-                "folder, where prompts name it as embedding:NAME"
-            )
+        found = chosen_lora(lora_name, lora)
         if mode != "off":
             steps = (start_percent, end_percent)
             model, clip = _apply(
@@ -154,12 +141,16 @@ def _apply(
     if bypass or not whole:
         bypassed.attach(model)
     if clip is not None:
-        key_map = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
         clip = clip.clone()
         for factor, group in _by_factor([entry for entry in entries if entry.part != "denoiser"], factors):
-            strength = strength_clip * factor
-            _add_patches(clip, load_patches(lora, group, key_map, strength), strength, lora)
+            patch_clip(clip, lora, group, strength_clip * factor)
     return model, clip
+
+
+def patch_clip(clip: Any, lora: LoraFile, entries: list[Entry], strength: float) -> None:
+    """Adds the entries of text encoders to the CLIP."""
+    key_map = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
+    _add_patches(clip, load_patches(lora, entries, key_map, strength), strength, lora)
 
 
 def _sigmas(model: Any, steps: tuple[float, float]) -> tuple[float, float]:
@@ -196,6 +187,27 @@ def lora_summary(lora: LoraFile, phrase: str) -> str:
         f"{Path(lora.name).name}: {lora.family}{rank}\ntrigger: {phrase or 'not stated'}\n"
         f"base: {lora.metadata.get('ss_sd_model_name') or 'not stated'}"
     )
+
+
+def chosen_lora(lora_name: str, lora: Mapping[str, Tensor] | None) -> LoraFile:
+    """The connected LoRA, else that of the name. Raises BadFile where there is neither, LoraMisfit where it changes nothing."""
+    if lora is None and lora_name == CONNECTED:
+        raise BadFile("no LoRA: connect one, or choose a file in lora_name")
+    found = LoraFile.read(_path(lora_name)) if lora is None else lora_file(lora)
+    if not found.entries:
+        raise LoraMisfit(
+            f"{Path(found.name).name}: changes no weight: a file of words (textual inversion) belongs into the embeddings "
+            "folder, where prompts name it as embedding:NAME"
+        )
+    return found
+
+
+def file_state(lora_name: str | None) -> str:
+    """What changes when a file of the loras folders does; "" where none is chosen."""
+    if not lora_name or lora_name == CONNECTED:
+        return ""
+    state = _path(lora_name).stat()
+    return f"{state.st_size} {state.st_mtime_ns}"
 
 
 def _path(name: str) -> Path:

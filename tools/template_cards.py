@@ -1,7 +1,7 @@
-"""Makes the square pictures of the template browser from `docs/demo.png`: `python -m tools.template_cards`.
+"""Makes the square pictures of the template browser from pictures of the docs: `python -m tools.template_cards`.
 
-They are drawn by the demo's base model after the demo's training: its second row is the person with the LoRA, its fourth
-the class with it.
+They are drawn by the demo's base model after the demo's training: the second row of `docs/demo.png` is the person with the
+LoRA, its fourth the class with it.
 """
 
 from pathlib import Path
@@ -20,11 +20,15 @@ CARDS = {
     "4": ["person 2", "person 5", "person 7", "person 0"],
     "5": ["person 3", "person 6", "person 1", "person 4"],
     "6": ["person 1", "person 2", "person 5", "person 3"],
-    "7": ["person 7", "person 4", "class 1", "class 4"],
-    "8": ["base 3", "person 3", "person 5", "person 7"],
-    "9": ["person 7"],
+    "8": ["person 7", "person 4", "class 1", "class 4"],
+    "9": ["base 3", "person 3", "person 5", "person 7"],
+    "Inspect": ["person 7"],
 }
-"""First letter of a workflow's name -> the faces of its card, by row and place."""
+"""First word of a workflow's name -> the faces of its card, by row and place."""
+GROUPS = {"7": [(8, 371), (434, 371)]}
+"""The same of one for several people -> the corners in `docs/images/group.jpg` of two pictures, each half of its card."""
+PAIR = (204, 102)
+"""The size of what is taken of each, in pixels."""
 
 
 def face(sheet: Image.Image, name: str) -> Image.Image:
@@ -34,16 +38,30 @@ def face(sheet: Image.Image, name: str) -> Image.Image:
     return sheet.crop((left, top, left + FACE[0], top + FACE[0]))
 
 
+def card_of_faces(sheet: Image.Image, faces: list[str]) -> Image.Image:
+    columns = 1 if len(faces) == 1 else 2
+    side = SIDE // columns
+    card = Image.new("RGB", (SIDE, SIDE))
+    for index, name in enumerate(faces):
+        small = face(sheet, name).resize((side, side), Image.Resampling.LANCZOS)
+        card.paste(small, (index % columns * side, index // columns * side))
+    return card
+
+
+def card_of_pairs(sheet: Image.Image, corners: list[tuple[int, int]]) -> Image.Image:
+    card = Image.new("RGB", (SIDE, SIDE))
+    for index, (left, top) in enumerate(corners):
+        pair = sheet.crop((left, top, left + PAIR[0], top + PAIR[1]))
+        card.paste(pair.resize((SIDE, SIDE // 2), Image.Resampling.LANCZOS), (0, index * SIDE // 2))
+    return card
+
+
 def main() -> None:
-    sheet = Image.open(ROOT / "docs" / "demo.png").convert("RGB")
+    people = Image.open(ROOT / "docs" / "demo.png").convert("RGB")
+    groups = Image.open(ROOT / "docs" / "images" / "group.jpg").convert("RGB")
     for workflow in (ROOT / "workflows").glob("*.json"):
-        faces = CARDS[workflow.name[0]]
-        columns = 1 if len(faces) == 1 else 2
-        side = SIDE // columns
-        card = Image.new("RGB", (SIDE, SIDE))
-        for index, name in enumerate(faces):
-            small = face(sheet, name).resize((side, side), Image.Resampling.LANCZOS)
-            card.paste(small, (index % columns * side, index // columns * side))
+        word = workflow.name.partition(" ")[0]
+        card = card_of_pairs(groups, GROUPS[word]) if word in GROUPS else card_of_faces(people, CARDS[word])
         card.save(workflow.with_name(workflow.name.removesuffix(".json") + ".jpg"), quality=85)
 
 

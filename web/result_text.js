@@ -4,7 +4,7 @@ import { app } from "../../scripts/app.js"
 import { addElement, after, make, makeRoom, readReport, showLarge, widgetOf } from "./dom.js"
 import { say } from "./words.js"
 
-const NODES = new Set(["FaceLoRAApply", "FaceLoRAInspect", "FaceLoRASave", "FaceLoRAStylePack"])
+const NODES = new Set(["FaceLoRAApply", "FaceLoRAGroup", "FaceLoRAInspect", "FaceLoRASave", "FaceLoRAStylePack"])
 const APPLY = "FaceLoRAApply", CONNECTED = "(the connected LoRA)"
 const LETTER = 6.7, LINE = 15, BUTTON = 30, MOST_LINES = 44 // in pixels; it scrolls where there are more
 

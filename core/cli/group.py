@@ -9,7 +9,8 @@ from PIL import Image
 from ..errors import BadConfig
 from ..lora import LoraFile
 from ..photos import read_photos
-from ..pictures import Box, Group, Person
+from ..pictures import Group, Person
+from ..pictures.group import read_box
 from .common import split_strength
 
 
@@ -18,21 +19,16 @@ def group_from(options: argparse.Namespace) -> Group:
     files = _by_name("--person", options.person, "FILE.safetensors")
     if len(files) == 1:
         raise BadConfig(f"--person {next(iter(files))}: is alone; for one person there is --lora FILE")
-    for name, value in (
-        ("--style-pack", options.style_pack),
-        ("--style", options.style),
-        ("--subject", options.subject),
-    ):
-        if value:
-            raise BadConfig(f"{name} is for one person; of the people of --person write a --prompt")
-    if not options.prompt:
+    if options.subject:
+        raise BadConfig("--subject is for one person; the people of --person are the subject of a --style-pack")
+    if not (options.prompt or options.style_pack):
         raise BadConfig(f"no --prompt given: it says who does what, as in {_example(list(files))!r}")
     boxes = _by_name("--region", options.region, "LEFT,TOP,RIGHT,BOTTOM")
     if boxes and (differing := sorted({*files} ^ {*boxes})):
         raise BadConfig(f"--region: give one for each --person, and for nobody else; see {differing[0]}")
     group = Group(
         tuple(_person(name, file) for name, file in files.items()),
-        tuple(_box(name, boxes[name]) for name in files) if boxes else (),
+        tuple(read_box(name, boxes[name]) for name in files) if boxes else (),
     )
     for prompt in options.prompt:
         group.check_prompt(prompt)
@@ -77,11 +73,3 @@ def _person(name: str, file: str) -> Person:
             f"`facelora metadata {path} --trigger-phrase 'sks woman'` writes them into it"
         )
     return Person(name, lora, phrase, strength)
-
-
-def _box(name: str, text: str) -> Box:
-    try:
-        left, top, right, bottom = (float(share) for share in text.split(","))
-    except ValueError:
-        raise BadConfig(f"--region {name}={text}: must be LEFT,TOP,RIGHT,BOTTOM, each from 0 to 1") from None
-    return left, top, right, bottom

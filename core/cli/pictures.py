@@ -21,6 +21,7 @@ from ..pictures import (
     OVERVIEW,
     FacePass,
     GenerateConfig,
+    Group,
     Headshot,
     Job,
     Subject,
@@ -58,7 +59,11 @@ def run_generate(options: argparse.Namespace) -> None:
     with BarProgress() as progress:
         if options.negative and base.embeds_guidance:
             progress.warning(f"--negative has no effect: this {base.family.title} takes no negative prompt")
-        jobs = pack_jobs(options, base, loras, progress) if options.style_pack else prompt_jobs(options, base, loras)
+        jobs = (
+            pack_jobs(options, base, loras, progress, group)
+            if options.style_pack
+            else prompt_jobs(options, base, loras)
+        )
         for line in unread_syntax([text for job in jobs for text in (job.prompt, job.negative)]):
             progress.warning(line)
         device = device_from(options)
@@ -149,19 +154,25 @@ def prompt_jobs(options: argparse.Namespace, base: Base, loras: Sequence[tuple[A
 
 
 def pack_jobs(
-    options: argparse.Namespace, base: Base, loras: Sequence[tuple[Any, float]], progress: BarProgress
+    options: argparse.Namespace,
+    base: Base,
+    loras: Sequence[tuple[Any, float]],
+    progress: BarProgress,
+    group: Group | None = None,
 ) -> list[Any]:
+    """The jobs of a style pack; those of a group have the list of names for a subject, and the group's own size."""
     if options.prompt:
         raise BadConfig("--prompt and --style-pack are both given; choose one")
     found = find_style_packs(options.style_folder)
     for problem in found.problems:
         progress.warning(problem)
     phrase = options.subject or trigger_phrase(loras)
-    if not phrase:
+    if not (phrase or group):
         raise BadConfig("no --subject given, and no LoRA that names a trigger phrase")
-    trigger, _, class_word = phrase.partition(" ")
+    trigger, _, class_word = (phrase or "").partition(" ")
+    subject = Subject(group.listed, "") if group else Subject(trigger, class_word)
     styled = found.pick(options.style_pack).prompts(
-        Subject(trigger, class_word), base.family.name, options.count, options.seed, options.style, base.resolution
+        subject, base.family.name, options.count, options.seed, options.style, base.resolution
     )
     if base.family.wording == "tags":  # families with no text encoder but CLIP
         for line in long_prompts(styled, lambda text: len(caption_tokens(text)) + 2):
@@ -170,7 +181,7 @@ def pack_jobs(
         dataclasses.replace(
             job,
             negative=", ".join(part for part in (job.negative, options.negative) if part),
-            size=options.size or job.size,
+            size=options.size or (None if group else job.size),
             steps=job.steps if options.steps is None else options.steps,
             guidance=job.guidance if options.guidance is None else options.guidance,
         )

@@ -46,6 +46,8 @@ FEATHER = 0.2
 PORTRAIT = 0.75
 """The width of a person's region over the base model's resolution, in pictures whose size nobody has said."""
 MOST_PEOPLE = 8
+GROUP_NODE = "FaceLoRAGroup"
+"""The id of the node of ComfyUI that draws a group, which stands in the graph that its pictures hold."""
 _NAME = re.compile(r"\{([^{}]*)\}")
 _LISTED = re.compile(r"\{[^{}]*\}(?:(?:\s*,\s*|\s+)(?:(?:and|with|next to|beside)\s+)?\{[^{}]*\})*")
 """People who are named one after the other, as in "{anna}, {ben} and {carl}"."""
@@ -68,6 +70,15 @@ class Person:
     def class_words(self) -> str:
         """The words for someone of the person's kind, without the trigger word: "woman"."""
         return self.phrase.partition(" ")[2] or "person"
+
+
+def read_box(name: str, text: str) -> Box:
+    """The region of that person in the form LEFT,TOP,RIGHT,BOTTOM. Raises BadConfig for a text that is none."""
+    try:
+        left, top, right, bottom = (float(share) for share in text.split(","))
+    except ValueError:
+        raise BadConfig(f"region of {name}: {text!r}: must be LEFT,TOP,RIGHT,BOTTOM, each from 0 to 1") from None
+    return left, top, right, bottom
 
 
 def side_by_side(count: int) -> tuple[Box, ...]:
@@ -109,6 +120,12 @@ class Group:
 
     # --- words ---
 
+    @property
+    def listed(self) -> str:
+        """Everyone's names as a list in a prompt: "{anna}, {ben} and {carl}"."""
+        *others, last = (f"{{{person.name}}}" for person in self.people)
+        return f"{', '.join(others)} and {last}" if others else last
+
     def check_prompt(self, prompt: str) -> None:
         """Raises BadConfig for a name in braces that is nobody's, and for a person whom the prompt does not name."""
         known, named = [person.name for person in self.people], _NAME.findall(prompt)
@@ -140,12 +157,15 @@ class Group:
 
     # --- places ---
 
-    def size(self, base: Base) -> tuple[int, int]:
-        """The size in pixels of a picture whose size nobody has said: so wide that each region is a portrait's."""
+    def size(self, resolution: int, multiple: int) -> tuple[int, int]:
+        """The size in pixels of a picture whose size nobody has said: so wide that each region is a portrait's.
+
+        It is for a base model of that resolution, whose pictures have sides that are multiples of `multiple`.
+        """
         narrowest = min(right - left for left, _, right, _ in self.layout)
-        width, multiple = max(base.resolution, PORTRAIT * base.resolution / narrowest), base.size_multiple
-        of_all = multiple * len(self.people)  # people side by side then have regions of equal width
-        return round(width / of_all) * of_all, base.resolution // multiple * multiple
+        width, of_all = max(resolution, PORTRAIT * resolution / narrowest), multiple * len(self.people)
+        # People side by side then have regions of equal width.
+        return round(width / of_all) * of_all, resolution // multiple * multiple
 
     def regions(self, size: tuple[int, int], multiple: int) -> list[tuple[int, int, int, int]]:
         """The (left, top, right, bottom) in pixels of each person's region of a picture, all multiples of `multiple`."""
@@ -252,7 +272,7 @@ def check_group(
 
 def sized(base: Base, group: Group, job: Job) -> Job:
     """The job with a size that the base model can draw, the group's own where it has none."""
-    return replace(job, size=checked_size(base, job.size or group.size(base)))
+    return replace(job, size=checked_size(base, job.size or group.size(base.resolution, base.size_multiple)))
 
 
 def group_parameters(

@@ -26,7 +26,7 @@ from ..photos.reading import DAMAGED, Photo, read_photo_files, read_photos
 from ..storage.files import make_folder, write_text, writing
 from ..storage.safetensors_file import SafetensorsFile
 from ..tensor_names import NAME_TABLES
-from .group import shows_several
+from .group import GROUP_NODE, shows_several
 from .headshots import CONTACT_SHEET
 from .parameters import Parameters, save_png
 
@@ -153,18 +153,19 @@ def _example(photo: Photo, name: str, model_hash: str, on_warning: Callable[[str
     try:
         with Image.open(photo.source) as image:
             text, is_drawn = image.info.get("parameters") or _comment(image), not _DRAWN.isdisjoint(image.info)
+            graph = "".join(str(image.info.get(name, "")) for name in ("prompt", "workflow"))
     except DAMAGED:
-        text, is_drawn = None, False
+        text, is_drawn, graph = None, False, ""
     said = Parameters.read(text) if isinstance(text, str) else None
     if said is None and not is_drawn:
         on_warning(f"{photo.name}: is left out, since nothing in it says that it was drawn, and it may be a photo")
         return None
+    if (said and shows_several(said)) or f'"{GROUP_NODE}"' in graph:
+        on_warning(f"{photo.name}: is left out, since by its parameters it shows several people and this is one's LoRA")
+        return None
     if said is None:
         on_warning(f"{photo.name}: has no parameters of A1111 in it, so nobody will see how it was made")
         return _Example(photo, None)
-    if shows_several(said):
-        on_warning(f"{photo.name}: is left out, since by its parameters it shows several people and this is one's LoRA")
-        return None
     hashes = {stem: number.lower() for stem, number in _LORA_HASH.findall(said.settings.get("Lora hashes", ""))}
     ours = {stem for stem, number in hashes.items() if model_hash.startswith(number)}
     if not ours:

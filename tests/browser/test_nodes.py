@@ -163,3 +163,23 @@ def test_what_a_lora_is_stands_in_the_node_also_where_it_did_not_run_again(eithe
     page.page.click(".facelora-about")
     page.page.locator(".facelora-large[open]", has_text="arXiv:2106.09685").wait_for()
     assert page.complaints() == []
+
+
+def test_group_portrait_shows_what_is_read_in_which_place_and_takes_braces_as_they_are(page, server, lora):
+    page.reload()
+    page.clear()
+    nodes = [
+        node("base", "CheckpointLoaderSimple", {"ckpt_name": SD15["name"]}, {}),
+        node("anna", "FaceLoRAPerson", {"lora_name": lora}, {}),
+        node("group", "FaceLoRAGroup", {"prompt": "{anna} at home"},
+             {"model": "base.MODEL", "clip": "base.CLIP", "people.person0": "anna.person"}),
+        node("saved", "SaveLatent", {}, {"samples": "group.latent"}),
+    ]  # fmt: skip
+    page.run(BUILD, [{"title": "", "note": "", "width": 400, "nodes": nodes}])
+    result = server.wait(page.queue())
+    assert result.status == "success", result.error
+    page.wait_for(
+        "() => document.querySelector('.facelora-result-text')?.textContent.includes('scene: person at home')"
+    )
+    assert "anna: sks person at home" in (page.page.text_content(".facelora-result-text") or "")
+    assert page.complaints() == []

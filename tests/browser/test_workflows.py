@@ -29,6 +29,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "FaceLoRAStylePack": {"count": 2, "resolution": 64},
     "EmptyLatentImage": {"width": 128, "height": 160},
     "FaceLoRALoadPhotos": {"folder": "my-photos", "check": False},
+    "FaceLoRAGroup": {"width": 256, "height": 160},
     "KSampler": {"steps": 2},
 }
 NAMES = [workflow.name for workflow in WORKFLOWS]
@@ -154,7 +155,7 @@ class Hands:
         self.click(self.page.get_by_text(PACK_NAME).first)
         card = self.page.get_by_text(NAMES[0]).first
         card.wait_for()
-        titles = dict.fromkeys(self.page.get_by_text(re.compile(r"^\d .*[a-z]")).all_inner_texts())
+        titles = dict.fromkeys(self.page.get_by_text(re.compile(r"^(\d|Inspect) .*[a-z]")).all_inner_texts())
         assert [title for title in titles if title in NAMES] == NAMES
         self.comfy.problems.clear()  # the templates of ComfyUI itself are not there in tests
         return card

@@ -12,7 +12,7 @@ from typing import Any
 from tests.comfyui.server import PACK, running_server
 
 FOLDER, BLUEPRINTS = PACK / "workflows", PACK / "subgraphs"
-LORA = "my-face.safetensors"
+LORA, FRIEND = "my-face.safetensors", "my-friend.safetensors"
 HUB = "https://huggingface.co/"
 
 
@@ -263,7 +263,7 @@ def comparison() -> Workflow:
             )
         )  # fmt: skip
     return Workflow(
-        "8 Compare strengths and checkpoints",
+        "9 Compare strengths and checkpoints",
         [
             Step(
                 "Base model and reference",
@@ -294,6 +294,63 @@ def comparison() -> Workflow:
                     Node("shown", "PreviewImage", {}, {"images": "sheet.sheet"}, "In the order of the columns", height=420),
                 ],
                 width=460,
+            ),
+        ],
+    )  # fmt: skip
+
+
+def group_portrait() -> Workflow:
+    """Two people in one picture, by two LoRAs that one has."""
+    people = {"anna": LORA, "ben": FRIEND}
+    return Workflow(
+        "7 Several people in one picture",
+        [
+            Step(
+                "Base model and people",
+                note("""**A LoRA for each person.** Put the files into `models/loras`, press R, and choose them. The names are
+                those in the braces of the prompt; trigger and class words come from the files, else type them into `phrase`.
+
+                For more people, copy a **Group Person** and connect it to the next input."""),
+                [
+                    *BASE.nodes,
+                    *(
+                        Node(key, "FaceLoRAPerson", {"lora_name": file, "name": key}, title=f"Person {number}", height=280)
+                        for number, (key, file) in enumerate(people.items(), 1)
+                    ),
+                ],
+                note_height=190,
+            ),
+            Step(
+                "Group portrait",
+                note("""People are side by side, from left to right. Each is drawn in a region of the picture with one LoRA
+                alone, so that faces do not blend; what is around them knows nobody's.
+
+                Width and height 0: wide enough for a portrait of each."""),
+                [
+                    Node("group", "FaceLoRAGroup",
+                         {"prompt": "a photo of {anna} and {ben} in an office, soft light from the side, natural skin texture",
+                          "negative": "blurry, deformed, plastic skin, text, watermark"},
+                         {**BASE.links, **{f"people.person{number}": f"{key}.person" for number, key in enumerate(people)}},
+                         height=420),
+                ],
+                note_height=190,
+            ),
+            Step(
+                "Picture",
+                note("""Any sampler takes it. A step takes as long as one for the picture and one for each region, about twice
+                one without regions.
+
+                The people shown must have agreed."""),
+                [
+                    Node("sampler", "KSampler",
+                         {**BASE.sampler, "seed": 1, "steps": 25, "cfg": 6.0, "control_after_generate": "randomize"},
+                         {"model": BASE.model, "positive": "group.positive", "negative": "group.negative",
+                          "latent_image": "group.latent"}),
+                    Node("decoded", "VAEDecode", {}, {"samples": "sampler.LATENT", "vae": BASE.vae}),
+                    Node("saved", "SaveImage", {"filename_prefix": "groups/portrait"}, {"images": "decoded.IMAGE"}, height=420),
+                ],
+                width=460,
+                note_height=190,
             ),
         ],
     )  # fmt: skip
@@ -389,8 +446,9 @@ WORKFLOWS = [
             ),
         ],
     ),
+    group_portrait(),
     Workflow(
-        "7 Prior preservation and masks",
+        "8 Prior preservation and masks",
         [
             Step(
                 "Photos of the person",
@@ -461,7 +519,7 @@ WORKFLOWS = [
     ),
     comparison(),
     Workflow(
-        "9 Inspect and convert a LoRA",
+        "Inspect and convert a LoRA",
         [
             Step(
                 "Inspect",

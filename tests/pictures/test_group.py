@@ -1,6 +1,7 @@
 """Several people in one picture: whose words, whose region, whose LoRA and whose face."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,17 @@ from core.demo.people import person_photos
 from core.errors import BadConfig, LoraMisfit
 from core.faces import Face, Reference
 from core.models.families import FAMILIES
-from core.pictures import FacePass, Group, GroupReference, Person, generate_group, make_group_pictures, redraw_faces
+from core.pictures import (
+    FacePass,
+    Group,
+    GroupReference,
+    Person,
+    Subject,
+    find_style_packs,
+    generate_group,
+    make_group_pictures,
+    redraw_faces,
+)
 from core.pictures.generate import Picture
 from core.pictures.group import MOST_PEOPLE, group_parameters, side_by_side, soft_masks
 from core.pictures.group_faces import assign_faces
@@ -134,7 +145,7 @@ def test_a_region_does_not_fade_towards_the_pictures_edge_but_into_the_scene() -
 
 
 def test_a_picture_whose_size_nobody_has_said_is_wide_enough_for_all(base) -> None:
-    width, height = COUPLE.size(base)
+    width, height = COUPLE.size(base.resolution, base.size_multiple)
     assert (width, height) == (112, 72)
     assert COUPLE.regions((width, height), 8) == [(0, 0, 56, 72), (56, 0, 112, 72)]
 
@@ -330,6 +341,36 @@ def test_a_group_comes_from_the_command_line(files, tmp_path: Path, capsys: pyte
     assert "--person=anna=../anna.safetensors:1" in page and "--region=ben=0.5,0,1,1" in page
 
 
+def test_a_style_pack_draws_a_group_whose_list_of_names_is_the_subject(files, tmp_path: Path, capsys) -> None:
+    command = [
+        "generate",
+        "--base",
+        "demo",
+        *files,
+        "--style-pack",
+        "groups",
+        "--style",
+        "Family on the sofa",
+        "--json",
+    ]
+    assert main([*command, "--output", str(tmp_path / "out"), "--count", "1", "--steps", "1", "--guidance", "1"]) == 0
+    (picture,) = json.loads(capsys.readouterr().out)["headshots"]
+    assert picture["style"] == "Family on the sofa"
+    assert picture["prompt"].startswith("chest-up portrait photo of {anna} and {ben}, ")
+    with Image.open(tmp_path / "out" / picture["file"]) as image:
+        assert image.size == (112, 72)
+        assert "0 0 0.5 1: chest-up portrait photo of sks woman, " in image.info["parameters"]
+
+
+def test_no_group_style_says_how_many_there_are_since_each_is_drawn_alone() -> None:
+    pack = find_style_packs().pick("groups")
+    assert {style.category for style in pack.styles} == {"Couple", "Family", "Team"}
+    for styled in pack.prompts(Subject(COUPLE.listed, ""), "flux1", 40, 1) + pack.prompts(Subject("x"), "sdxl", 40, 1):
+        assert not re.search(
+            r"couple|famil|team|group|people|both|two|together|each other", styled.prompt + styled.negative
+        )
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -339,7 +380,8 @@ def test_a_group_comes_from_the_command_line(files, tmp_path: Path, capsys: pyte
         (["--prompt", PROMPT, "--person", "anna=b.safetensors"], "--person anna: is given twice"),
         (["--prompt", PROMPT, "--person", "carl"], "--person carl: must be NAME=FILE.safetensors"),
         (["--prompt", PROMPT, "--region", "anna=0,0,1,1"], "--region: give one for each --person, and for nobody else"),
-        (["--style-pack", "corporate"], "--style-pack is for one person; of the people of --person write a --prompt"),
+        (["--style-pack", "groups", "--subject", "sks woman"], "--subject is for one person; the people of --person are"),
+        (["--style-pack", "groups", "--prompt", PROMPT], "--prompt and --style-pack are both given; choose one"),
         (["--prompt", PROMPT, "--reference", "anna=photos"], "--reference: give NAME=PHOTOS for each --person, and for nobody"),
         (["--prompt", PROMPT, "--reference", "photos"], "--reference photos: must be NAME=PHOTOS"),
     ],

@@ -1,0 +1,264 @@
+"""The nodes Group Person and Group Portrait: several people in one picture, as `core.pictures.group` draws them.
+
+A KSampler calls the model for each entry of a conditioning, on the entry's area and with the LoRA of its hooks, and blends
+the predictions by their masks. That is what `generate_group` does, so the nodes make such entries: one for the scene and one
+for each person. Areas and masks depend on the size of the latents and are set when sampling begins.
+"""
+
+# pyright: reportMissingImports=false
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.hooks
+import comfy.lora
+import comfy.model_management
+import folder_paths
+import torch
+from comfy.patcher_extension import WrappersMP
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ..core.errors import BadConfig, LoraMisfit
+from ..core.lora.words import trigger_words
+from ..core.models.families import FAMILIES
+from ..core.pictures.group import GROUP_NODE, MOST_PEOPLE, Box, Group, Person, read_box, soft_masks
+from .apply import CONNECTED, chosen_lora, file_state, patch_clip
+from .convert import LoraModel, loadable, trained_family
+from .folders import prompt_phrase, says_no_server_paths
+from .weight_patches import load_patches
+
+GroupMember = io.Custom("FACELORA_PERSON")
+"""The type of `Member` between Group Person and Group Portrait."""
+PLACE = "facelora_place"
+"""The key in an entry of a conditioning of its `Place`."""
+
+
+@dataclass(frozen=True)
+class Member:
+    person: Person
+    region: Box | None
+    """None: beside the others."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an entry of a conditioning belongs in the picture."""
+
+    group: Group
+    number: int
+    """That of the person; the scene has the last."""
+    multiple: int
+    """The number of latents that sides of regions are multiples of, where the picture's are."""
+
+
+class GroupPerson(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FaceLoRAPerson",
+            display_name="Group Person",
+            category="FaceLoRA",
+            description="Someone in a picture of several people: a LoRA, and the name by which the prompt of Group Portrait "
+            "calls the person.",
+            search_aliases=["person", "character", "several people", "multiple loras"],
+            inputs=[
+                io.Combo.Input(
+                    "lora_name",
+                    options=[CONNECTED, *folder_paths.get_filename_list("loras")],
+                    tooltip="The person's file in the loras folders; not used when a LoRA is connected.",
+                ),
+                io.String.Input("name", default="anna", tooltip="One word, which stands in braces in the prompt: {anna}."),
+                io.Float.Input(
+                    "strength", default=1.0, min=-10.0, max=10.0, step=0.05,
+                    tooltip="How much of the LoRA is used in this person's region; elsewhere nothing of it is.",
+                ),
+                io.String.Input(
+                    "phrase", default="", placeholder="as the LoRA says, e.g. sks woman",
+                    tooltip="Trigger and class word, 'sks woman', where the LoRA's metadata do not say them. The class word "
+                    "stands for the person in everybody else's words.",
+                ),
+                io.String.Input(
+                    "region", default="", placeholder="beside the others, or e.g. 0, 0, 0.6, 1", optional=True, advanced=True,
+                    tooltip="Left, top, right and bottom of the person's part of the picture, as shares from 0 to 1. Give one "
+                    "to everyone or to nobody; without any, people are side by side in the order of the inputs.",
+                ),
+                LoraModel.Input(
+                    "lora",
+                    optional=True,
+                    tooltip="A LoRA from Train Face LoRA, Inspect LoRA or ComfyUI's Train LoRA.",
+                ),
+            ],
+            outputs=[GroupMember.Output(display_name="person", tooltip="To an input of Group Portrait.")],
+        )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str | None = None, **_: object) -> str:
+        return file_state(lora_name)
+
+    @classmethod
+    @says_no_server_paths
+    def execute(cls, lora_name, name, strength, phrase, region="", lora=None) -> io.NodeOutput:
+        found = chosen_lora(lora_name, lora)
+        words, missing = prompt_phrase(found, phrase.strip() or next(iter(trigger_words(found.metadata)), ""))
+        if not words:
+            raise BadConfig(f"{name}: {Path(found.name).name} does not say its trigger words; write them into phrase")
+        if missing:
+            raise BadConfig(f"{name}: {missing}")
+        member = Member(
+            Person(name.strip(), found, words, strength), read_box(name, region) if region.strip() else None
+        )
+        return io.NodeOutput(member)
+
+
+class GroupPortrait(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        people = io.Autogrow.TemplatePrefix(
+            GroupMember.Input("person", tooltip="Someone in the picture, from left to right."),
+            prefix="person", min=1, max=MOST_PEOPLE,
+        )  # fmt: skip
+        return io.Schema(
+            node_id=GROUP_NODE,
+            display_name="Group Portrait",
+            category="FaceLoRA",
+            description="Several people in one picture, each drawn with a LoRA and words of their own in a region of their "
+            "own; two LoRAs that follow each other blend the faces instead.",
+            search_aliases=["couple", "family", "multiple loras", "regional prompt", "attention couple", "several people"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that KSampler gets too, with no person's LoRA on it."),
+                io.Clip.Input("clip", tooltip="Its text encoder, with no person's LoRA on it."),
+                io.Autogrow.Input("people", template=people, tooltip="Everyone in the picture, from left to right."),
+                io.String.Input(
+                    "prompt", multiline=True, default="a photo of {anna} and {ben} in an office", dynamic_prompts=False,
+                    tooltip="Names everyone in braces. Of a list such as '{anna}, {ben} and {carl}' a person's own words keep "
+                    "that name alone; what else it says, it says of all.",
+                ),
+                io.String.Input(
+                    "negative", multiline=True, default="", dynamic_prompts=False,
+                    tooltip="What is not wanted, for the scene and for everyone.",
+                ),
+                io.Int.Input(
+                    "width", default=0, min=0, max=16384, step=8,
+                    tooltip="Of the picture, in pixels; 0: wide enough for a portrait of each.",
+                ),
+                io.Int.Input(
+                    "height", default=0, min=0, max=16384, step=8,
+                    tooltip="Of the picture, in pixels; 0: what the model was trained at.",
+                ),
+                io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Number of pictures."),
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    display_name="positive",
+                    tooltip="To KSampler. It brings along the regions and LoRAs, for a picture of any size.",
+                ),
+                io.Conditioning.Output(display_name="negative", tooltip="To KSampler."),
+                io.Latent.Output(display_name="latent", tooltip="An empty picture of the size, to KSampler."),
+            ],
+            has_intermediate_output=True,  # the text stays when ComfyUI need not run the node again
+        )  # fmt: skip
+
+    @classmethod
+    @says_no_server_paths
+    def execute(cls, model, clip, people, prompt, negative="", width=0, height=0, batch_size=1) -> io.NodeOutput:
+        members: list[Member] = [member for member in people.values() if member is not None]
+        group = _group(members)
+        group.check_prompt(prompt)
+        multiple = _multiple(model)
+        begin = comfy.hooks.TransformerOptionsHook(
+            {"wrappers": {WrappersMP.OUTER_SAMPLE: {"facelora.group": [_begin_in_places]}}}
+        )
+        texts = [(group.words_of(person, prompt), person) for person in group.people] + [
+            (group.scene_words(prompt), None)
+        ]
+        entries: tuple[list, list] = ([], [])
+        for number, (words, person) in enumerate(texts):
+            hooks, own_clip = comfy.hooks.HookGroup(), clip
+            hooks.add(begin)
+            if person:
+                hook, own_clip = _worn(person, model, clip)
+                hooks.add(hook)
+            # One group of hooks for both, so that KSampler changes the weights once a step.
+            values = {"hooks": hooks, PLACE: Place(group, number, multiple)}
+            for conditioning, text in zip(entries, (words, negative), strict=True):
+                encoded = own_clip.encode_from_tokens_scheduled(own_clip.tokenize(text))
+                conditioning += [[tensor, {**given, **values}] for tensor, given in encoded]
+        said = "\n".join(f"{person.name if person else 'scene'}: {words}" for words, person in texts)
+        size = _size(group, model, width, height, multiple)
+        return io.NodeOutput(*entries, _empty(model, size, batch_size), ui=ui.PreviewText(said))
+
+
+def _group(members: list[Member]) -> Group:
+    """The people in their places. Raises BadConfig where some have a region and some have none, and as `Group` does."""
+    people = tuple(member.person for member in members)
+    placed = [member.region for member in members if member.region]
+    if placed and len(placed) < len(members):
+        lacking = next(member.person.name for member in members if member.region is None)
+        raise BadConfig(f"region: give one to everyone or to nobody; {lacking} has none")
+    return Group(people, tuple(placed))
+
+
+def _worn(person: Person, model: Any, clip: Any) -> tuple[Any, Any]:
+    """The hook by which the person's LoRA is on MODEL, and CLIP with it. Raises LoraMisfit as Apply LoRA does."""
+    lora, entries = loadable(person.lora, model, clip)
+    key_map = comfy.lora.model_lora_keys_unet(model.model, {})
+    denoiser = [entry for entry in entries if entry.part == "denoiser"]
+    hook = comfy.hooks.WeightHook(strength_model=person.strength)
+    hook.weights, hook.need_weight_init = load_patches(lora, denoiser, key_map, person.strength), False
+    there = model.model.state_dict()
+    for place in hook.weights:
+        if (name := place if isinstance(place, str) else place[0]) not in there:
+            raise LoraMisfit(f"{Path(lora.name).name}: MODEL has no {name}, which it changes")
+    clip = clip.clone()
+    patch_clip(clip, lora, [entry for entry in entries if entry.part != "denoiser"], person.strength)
+    return hook, clip
+
+
+def _begin_in_places(executor: Any, noise: Tensor, *rest: Any, **others: Any) -> Any:
+    """Puts the entries of the conditionings into their places in latents of the noise's size, before sampling begins."""
+    conds: dict[str, list[dict]] = executor.class_obj.conds
+    for name, entries in conds.items():
+        placed = [_in_place(entry, noise) if PLACE in entry else entry for entry in entries]
+        conds[name] = [entry for entry in placed if entry is not None]
+    return executor(noise, *rest, **others)
+
+
+def _in_place(entry: Mapping[str, Any], noise: Tensor) -> dict[str, Any] | None:
+    """The entry with area and mask as ComfyUI reads them; None for a scene of which nothing is seen."""
+    place: Place = entry[PLACE]
+    height, width = noise.shape[-2:]
+    multiple = 1 if width % place.multiple or height % place.multiple else place.multiple
+    regions = place.group.regions((width, height), multiple)
+    masks = soft_masks(regions, (width, height))
+    left, top, right, bottom = [*regions, (0, 0, width, height)][place.number]
+    mask = masks[place.number]
+    if not mask.any():
+        return None
+    sides = {"width": 8 * (right - left), "height": 8 * (bottom - top)}  # in pixels, as ComfyUI says them to SDXL
+    area = {"area": (bottom - top, right - left, top, left), "mask": mask.expand(1, *noise.shape[2:]), "strength": 1.0}
+    return {**entry, **area, **sides, "mask_strength": 1.0, "set_area_to_bounds": False}
+
+
+def _multiple(model: Any) -> int:
+    """The number of latents that both sides of a picture are multiples of."""
+    levels = model.model.model_config.unet_config.get("channel_mult")
+    return 2 ** (len(levels) - 1) if levels else 16 // model.get_model_object("latent_format").spacial_downscale_ratio
+
+
+def _size(group: Group, model: Any, width: int, height: int, multiple: int) -> tuple[int, int]:
+    """The size in pixels: what is 0 is the group's own."""
+    pixels = model.get_model_object("latent_format").spacial_downscale_ratio
+    own = group.size(FAMILIES[trained_family(model)].resolution, multiple * pixels)
+    return width or own[0], height or own[1]
+
+
+def _empty(model: Any, size: tuple[int, int], count: int) -> dict[str, Any]:
+    """The empty latents of pictures of that size."""
+    form = model.get_model_object("latent_format")
+    ratio = form.spacial_downscale_ratio
+    shape = (count, form.latent_channels, size[1] // ratio, size[0] // ratio)
+    zeros = torch.zeros(shape, device=comfy.model_management.intermediate_device())
+    return {"samples": zeros, "downscale_ratio_spacial": ratio}
