@@ -1,6 +1,7 @@
-"""The table of memory plans in docs/benchmarks.md: `python -m tools.memory_tables` predicts it and writes it there (minutes).
+"""The tables of memory plans in docs/benchmarks.md: `python -m tools.memory_tables` predicts them and writes them there.
 
-Nothing is trained: the published models' sizes are gone through with tensors that hold no numbers.
+Nothing is trained: the published models' sizes are gone through with tensors that hold no numbers. It takes about a quarter of
+an hour.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from core.bench.shapes import denoiser_config
 from core.config import TrainConfig
 from core.models.base import Base
 from core.models.families import FAMILIES
-from core.models.memory_plan import PLANS
+from core.models.memory_plan import PLANS, RESERVE, MemoryPlan, drawing_plan, first_that_fits
 from core.models.spec import Component
 from core.training.encode import EncodedImage, LatentCache
 from core.training.memory_prediction import predicted_memory
@@ -21,6 +22,10 @@ from tools.photo_tables import replace_table, table
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 GIB = 2**30
+CARDS = (8, 12, 16, 24)
+"""GiB of the cards that the plans are chosen for."""
+TAKEN = 1
+"""GiB of a card that the screen, other programs and CUDA itself have."""
 
 
 @dataclass(frozen=True)
@@ -64,20 +69,30 @@ MODELS = {
 }  # fmt: skip
 
 
-def predictions(model: Model) -> list[int]:
-    """The bytes of each plan for a LoRA of rank 16 on one picture at a time, in bf16."""
+def base_of(model: Model) -> Base:
+    """The model without weights."""
     family = FAMILIES[model.family]
-    config = TrainConfig(rank=16, precision="bf16", resolution=model.resolution)
-    base = Base(
+    return Base(
         family=family, name="published size", components={"denoiser": Component(model.config, {})},
         prediction_type=family.prediction_type("epsilon"), zero_terminal_snr=False, resolution=model.resolution,
     )  # fmt: skip
+
+
+def weight_bytes(model: Model) -> int:
+    """The bytes of the denoiser's weights in bf16."""
+    state = FAMILIES[model.family].build_empty("denoiser", model.config).state_dict()
+    return sum(2 * tensor.numel() for tensor in state.values())
+
+
+def predictions(model: Model) -> dict[MemoryPlan, int]:
+    """The bytes of each plan for a LoRA of rank 16 on one picture at a time, in bf16."""
+    base, config = base_of(model), TrainConfig(rank=16, precision="bf16", resolution=model.resolution)
     channels, pixels = model.latent
     latent = torch.zeros(channels, model.resolution // pixels, model.resolution // pixels)
     side = (model.resolution, model.resolution)
     caption = "a photo of sks person"
     image = EncodedImage(
-        name="", mean=latent, deviation=latent, mask=None, conditioning=family.image_conditioning(side, (0, 0), side),
+        name="", mean=latent, deviation=latent, mask=None, conditioning=base.family.image_conditioning(side, (0, 0), side),
         caption=caption, class_caption="a photo of person", repeats=1, is_class=False,
     )  # fmt: skip
     text = {"context": torch.zeros(1, model.tokens, model.width)}
@@ -86,14 +101,50 @@ def predictions(model: Model) -> list[int]:
     if model.masked:
         text["context_mask"] = torch.ones(1, model.tokens)
     cache = LatentCache((image,), {caption: text}, chunks=1, digest="")
-    return [predicted_memory(cache, base, config, torch.device("cpu"), torch.bfloat16, plan) for plan in PLANS]
+    return {plan: predicted_memory(cache, base, config, torch.device("cpu"), torch.bfloat16, plan) for plan in PLANS}
+
+
+def column(plan: MemoryPlan) -> str:
+    """The plan in few words."""
+    brought = f", {plan.offload:.0%} brought in" if plan.offload else ""
+    bits = "8 bits, " if plan.weights == "8 bits" else ""
+    return f"{bits}{plan.recompute:.0%} recomputed{brought}"
+
+
+def training_on(card: int, needs: dict[MemoryPlan, int]) -> str:
+    """The plan that is chosen on a card of that many GiB, in few words, and the GiB that it needs."""
+    room = (card - TAKEN) * GIB * RESERVE
+    plan = first_that_fits(PLANS, lambda plan: needs[plan] <= room)
+    return f"{column(plan)} ({needs[plan] / GIB:.1f})" if needs[plan] <= room else "no plan fits"
+
+
+def drawing_on(card: int, weights: int) -> str:
+    """How much of the denoiser is brought in at each of its passes on a card of that many GiB, and how many GiB that are."""
+    away = drawing_plan(weights, (card - TAKEN) * GIB).offload
+    return f"{away:.0%} ({away * weights / GIB:.1f})" if away else "nothing"
 
 
 if __name__ == "__main__":
-    rows = [
-        [f"{name}, {model.resolution} px", *(f"{need / GIB:.1f}" for need in predictions(model))]
-        for name, model in MODELS.items()
-    ]
-    lines = table(["GiB", *map(str, PLANS)], rows)
-    DOCUMENT.write_text(replace_table(DOCUMENT.read_text(), "memory", lines))
-    print(lines)
+    needs = {f"{name}, {model.resolution} px": predictions(model) for name, model in MODELS.items()}
+    weights = {name: weight_bytes(model) for name, model in MODELS.items()}
+    cards = [f"{card} GB" for card in CARDS]
+    tables = {
+        "memory": table(
+            ["GiB", *map(column, PLANS)],
+            [[name, *(f"{found[plan] / GIB:.1f}" for plan in PLANS)] for name, found in needs.items()],
+        ),
+        "training on cards": table(
+            ["", *cards], [[name, *(training_on(card, found) for card in CARDS)] for name, found in needs.items()]
+        ),
+        "drawing on cards": table(
+            ["", "weights, GiB", *cards],
+            [
+                [name, f"{size / GIB:.1f}", *(drawing_on(card, size) for card in CARDS)]
+                for name, size in weights.items()
+            ],
+        ),
+    }
+    document = DOCUMENT.read_text()
+    for name, lines in tables.items():
+        document = replace_table(document, name, lines)
+    DOCUMENT.write_text(document)
