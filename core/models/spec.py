@@ -194,6 +194,8 @@ class FamilySpec:
     """Tells by the denoiser's config whether the model was distilled to a few steps, which training would undo."""
     distilled_names: str = "turbo|lightning|schnell"
     """A regular expression for file names of distilled models, for those that nothing in the file tells from others."""
+    training_adapter: str = ""
+    """The usual training adapter for its distilled models, by its name on Hugging Face; empty where none is known."""
     few_steps: FewSteps | None = None
     """How its distilled models draw; None where they are not known, and draw like the others."""
     other_model: Callable[[dict[str, Any]], str | None] = lambda config: None

@@ -257,7 +257,7 @@ def test_a_model_that_was_distilled_to_few_steps_is_refused_unless_told_otherwis
         base.components["denoiser"], config=base.components["denoiser"].config | {"guidance_embeds": False}
     )
     schnell = replace(base, components={**base.components, "denoiser": denoiser})
-    with pytest.raises(BadConfig, match=r"distilled to a few steps, .* set allow_distilled"):
+    with pytest.raises(BadConfig, match=r"distilled to a few steps, .* allow_distilled is for"):
         check_base_options(schnell, TrainConfig())
     check_base_options(schnell, TrainConfig(allow_distilled=True))
 
@@ -335,7 +335,7 @@ def test_a_klein_folder_that_says_it_is_distilled_is_refused_unless_told_otherwi
     read = load_base(tmp_path)
     assert read.is_distilled == is_distilled
     if is_distilled:
-        with pytest.raises(BadConfig, match=r"distilled to a few steps, .* set allow_distilled"):
+        with pytest.raises(BadConfig, match=r"distilled to a few steps, .* allow_distilled is for"):
             check_base_options(read, TrainConfig())
     check_base_options(read, TrainConfig(allow_distilled=True))
 
