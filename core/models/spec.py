@@ -202,6 +202,8 @@ class FamilySpec:
     """The name of another model with the same diffusers pipeline, by the denoiser's config; None if it is of this family."""
     other_pipelines: tuple[str, ...] = ()
     """Other diffusers pipelines with the same networks, which take the same LoRAs."""
+    other_folders: tuple[str, ...] = ()
+    """Other diffusers pipelines whose folders are base models of the family."""
     lookalikes: Mapping[str, str] = field(default_factory=dict)
     """The titles of models that look like this family but cannot be trained as it, by a tensor that only they have.
 
