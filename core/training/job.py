@@ -106,21 +106,13 @@ def train(
         base = _checked_base(base, config, output, training_adapter is not None)
         _check_pictures_asked_for(config, class_photos is not None, bool(held_out))
         start = _checked_start(continue_from, base)
-        if training_adapter is not None:
-            if not isinstance(training_adapter, TrainingAdapter):
-                training_adapter = TrainingAdapter.open(training_adapter, base)
-            base = base.as_distilled()
+        adapter = _opened(training_adapter, base)
+        base = base.as_distilled() if adapter else base
         photos = _read(photos, strict, callbacks.on_warning)
         if not photos:
             raise BadPhoto("no photos were given")
-        hints = (
-            trigger_hint(config.trigger_word, load_tokenizer()),
-            None if training_adapter else distilled_hint(base, config),
-            fp16_hint(base, config),
-        )
-        for hint in hints:
-            if hint:
-                callbacks.on_warning(hint)
+        for hint in _hints(base, config, adapted=adapter is not None):
+            callbacks.on_warning(hint)
         device, _ = device_and_dtype(config, device)
         faces = faces or _needed_faces(config, held_out, callbacks.on_warning)
         class_photos = _read_or_make_class_photos(class_photos, base, config, device, strict, callbacks)
@@ -132,7 +124,7 @@ def train(
             config,
             device=device,
             continue_from=start,
-            training_adapter=training_adapter,
+            training_adapter=adapter,
             state_path=None if output is None else state_path(output),
             resume=resume,
             extra_metadata=None if output is None else {"ss_output_name": output.stem},
@@ -210,6 +202,21 @@ def _checked_start(start: LoraFile | str | os.PathLike[str] | None, base: Base) 
     start = start if isinstance(start, LoraFile) else LoraFile.read(start)
     fit(start, base.family.name, base.module_shapes()).check(start.name)
     return start
+
+
+def _opened(source: TrainingAdapter | LoraFile | str | os.PathLike[str] | None, base: Base) -> TrainingAdapter | None:
+    """The training adapter, read if it is not yet. Raises a FaceLoraError when it is none for the base model."""
+    return source if source is None or isinstance(source, TrainingAdapter) else TrainingAdapter.open(source, base)
+
+
+def _hints(base: Base, config: TrainConfig, adapted: bool) -> list[str]:
+    """What is to be said of the trigger word, the base model and the precision before a training."""
+    hints = (
+        trigger_hint(config.trigger_word, load_tokenizer()),
+        None if adapted else distilled_hint(base, config),
+        fp16_hint(base, config),
+    )
+    return [hint for hint in hints if hint]
 
 
 def _read(
