@@ -26,6 +26,7 @@ from ..core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
 from ..core.training.callbacks import Callbacks, StepReport, StopAndKeep
 from ..core.training.recipes import MEASUREMENTS, RECIPES, recipe_settings
 from ..core.training.store import TrainedFile, TrainingJob, find_or_train
+from ..core.training.training_adapter import TrainingAdapter
 from . import panel
 from .convert import FacePhotos, LoraModel, base_from, image_tensor, lora_file, lora_model, photos_of, trained_family
 from .folders import lora_path, says_no_server_paths, without_server_paths, write_embedding
@@ -103,6 +104,12 @@ class TrainFaceLora(io.ComfyNode):
                     tooltip="A measured step, whose LoRA comes out and is written beside the kept one as NAME-stepNNNNNN; "
                     "0: the one kept. The panel has a button for each.",
                 ),
+                LoraModel.Input(
+                    "training_adapter", optional=True,
+                    tooltip="A LoRA that undoes the distillation of MODEL, for one that was distilled to a few steps "
+                    "(Z-Image-Turbo, FLUX.1-schnell): it is on while training, and not in samples and in the LoRA that "
+                    "comes out.",
+                ),
             ],
             outputs=[
                 LoraModel.Output(
@@ -141,7 +148,7 @@ class TrainFaceLora(io.ComfyNode):
     def execute(
         cls, model, clip, vae, photos, name, trigger_word, class_word, recipe, samples, steps, rank, learning_rate,
         resolution, training_seed, sample_prompts, settings, captions=None, class_photos=None, masks=None,
-        continue_from=None, use=(GOOD,), checkpoint=(0,),
+        continue_from=None, use=(GOOD,), checkpoint=(0,), training_adapter=None,
     ) -> io.NodeOutput:  # fmt: skip
         family, person = trained_family(model[0]), photos_of(photos, captions, masks)
         notes: list[str] = []
@@ -161,7 +168,10 @@ class TrainFaceLora(io.ComfyNode):
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
         with torch.inference_mode(False):
-            made = _make(job, base_from(model[0], clip[0], vae[0], config), checkpoint[0], cls.hidden.unique_id, notes)
+            base = base_from(model[0], clip[0], vae[0], config)
+            if training_adapter:
+                job = replace(job, training_adapter=TrainingAdapter.open(lora_file(training_adapter[0]), base))
+            made = _make(job, base, checkpoint[0], cls.hidden.unique_id, notes)
         _given_out.setdefault(name[0], set()).add(made.path)
         relative = str(made.path.relative_to(folder_paths.get_folder_paths("loras")[0]))
         plot = loss_plot(made.run.history(), f"{made.path.stem}: loss")

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from core.config import TrainConfig
 from core.demo.people import person_photos
+from core.lora.file import LoraFile
+from core.lora.modules import LoraModule
 from core.models.base import Base, CaptionEncoder
 from core.models.families import FAMILIES
 from core.models.ldm import ldm_vae_path
@@ -334,6 +336,21 @@ def small_flow_base(name: str, **denoiser: Any) -> Base:
         resolution=64,
         caption_encoder=CaptionEncoder(encode, "random"),
     )
+
+
+def random_lora(base: Base, pattern: str = ".*", scheme: str = "diffusers", seed: int = 1) -> LoraFile:
+    """A random LoRA on the linear layers and convolutions of the denoiser whose path matches, with an alpha of its own."""
+
+    def draw(number: int, *shape: int) -> Tensor:
+        return 0.2 * torch.randn(shape, generator=torch.Generator().manual_seed(seed + number))
+
+    modules = {
+        (part, path): LoraModule(draw(0, 3, *shape[1:]), draw(1, shape[0], 3, *[1] * (len(shape) - 2)), alpha=2.0)
+        for (part, path), shape in base.module_shapes().items()
+        if part == "denoiser" and len(shape) in (2, 4) and re.fullmatch(pattern, path)
+    }
+    claims = {"ss_base_model_version": base.family.base_model_version}  # small sizes do not tell Z-Image from Lumina 2
+    return LoraFile.from_modules(base.family.name, modules, claims, scheme, base.names)
 
 
 def write_photos(folder: Path, count: int = 4, scale: int = 1, person: int = 35) -> Path:

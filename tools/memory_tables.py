@@ -61,6 +61,12 @@ MODELS = {
          "guidance_embeds": False, "in_channels": 128},
         (128, 16), 512, 7680,
     ),
+    "FLUX.2 dev": Model(
+        "flux2", 1024,
+        {"num_layers": 8, "num_single_layers": 48, "num_attention_heads": 48, "joint_attention_dim": 15360,
+         "guidance_embeds": True, "in_channels": 128},
+        (128, 16), 512, 15360,
+    ),
     "Z-Image": Model("zimage", 1024, {"in_channels": 16}, (16, 8), 128, 2560, masked=True),
     "Qwen-Image": Model("qwen-image", 1024, {**QWEN, "in_channels": 64}, (16, 8), 128, 3584, masked=True),
     "Krea 2": Model(

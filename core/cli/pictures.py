@@ -64,6 +64,8 @@ def run_generate(options: argparse.Namespace) -> None:
             if options.style_pack
             else prompt_jobs(options, base, loras)
         )
+        if line := few_steps_hint(options, base):
+            progress.warning(line)
         for line in unread_syntax([text for job in jobs for text in (job.prompt, job.negative)]):
             progress.warning(line)
         device = device_from(options)
@@ -113,6 +115,18 @@ def _print_headshots(shots: Sequence[Headshot], folder: Path) -> None:
     if any(shot.kept for shot in shots):
         print(f"most alike: {shots[0].path} ({shots[0].likeness:.2f}); the kept ones are in {folder / 'kept'}")
     print(f"overview: {folder / 'gallery.html'} and contact_sheet.png")
+
+
+def few_steps_hint(options: argparse.Namespace, base: Base) -> str | None:
+    """A line on how a base model draws that is known to be distilled by its name alone; None where nothing follows from it."""
+    own = {"--steps": f"in {base.steps} steps", "--guidance": "without guidance"}
+    left = {option: how for option, how in own.items() if getattr(options, option[2:]) is None}
+    if not (base.few_steps and left) or base.is_distilled:
+        return None
+    return (
+        f"{base.name}: by its name was distilled to a few steps, and so draws {' '.join(left.values())}; "
+        f"if it was not, give {' and '.join(left)}"
+    )
 
 
 def unread_syntax(texts: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ from ..training import (
     METHODS,
     Callbacks,
     StepReport,
+    TrainingAdapter,
     TrainingJob,
     has_key,
     recipe_config,
@@ -70,11 +71,12 @@ def run_train(options: argparse.Namespace) -> None:
     judge = load_faces(options.judge) if options.judge else None
     class_photos = _class_photos(options, progress)
     start = LoraFile.read(options.continue_from) if options.continue_from else None
+    adapter = TrainingAdapter.open(options.training_adapter, base) if options.training_adapter else None
     key = None
     with stop, progress:
         # The key knows nothing of networks: a chosen one may let through and hold out other photos, a judge adds what it sees.
         if METHODS[config.method].makes == "lora" and not faces and not judge:
-            job = TrainingJob(options.output.stem, config, photos, class_photos or (), start)
+            job = TrainingJob(options.output.stem, config, photos, class_photos or (), start, adapter)
             job = job.with_good_photos(base, progress.warning)
             photos, config, key = job.photos, job.config, job.key(base)
         found = key is not None and not options.restart and has_key(options.output, key)
@@ -88,8 +90,8 @@ def run_train(options: argparse.Namespace) -> None:
         else:
             lora = train(
                 photos, base, config, faces=faces, judge=judge, output=options.output, class_photos=class_photos,
-                continue_from=start, resume=options.resume, restart=options.restart, device=device_from(options),
-                metadata={KEY: key} if key else {},
+                continue_from=start, training_adapter=adapter, resume=options.resume, restart=options.restart,
+                device=device_from(options), metadata={KEY: key} if key else {},
                 callbacks=Callbacks(on_step=on_step, on_phase=on_phase, on_warning=progress.warning),
             )  # fmt: skip
     size = options.output.stat().st_size

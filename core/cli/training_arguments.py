@@ -20,6 +20,10 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--class-photos", type=Path, metavar="DIR", help="photos of the class, for prior preservation")
     parser.add_argument("--continue-from", type=Path, metavar="FILE", help="LoRA to go on from")
     parser.add_argument(
+        "--training-adapter", type=Path, metavar="FILE",
+        help="LoRA that undoes the distillation of a base to a few steps (Turbo, schnell), on in the steps alone",
+    )  # fmt: skip
+    parser.add_argument(
         "--config", type=Path, metavar="FILE.toml", help="settings; options given here win over the file's"
     )
     parser.add_argument(

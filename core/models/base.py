@@ -112,6 +112,12 @@ class Base:
         """Whether the model is known to be distilled to a few steps, which training on it would undo."""
         return self.says_distilled or self.family.is_distilled(self.components["denoiser"].config)
 
+    def as_distilled(self) -> "Base":
+        """The base model as one that says that it was distilled to a few steps, for one of which that is known otherwise."""
+        base = replace(self, says_distilled=True)
+        base._digests.update(self._digests)
+        return base
+
     @property
     def is_named_distilled(self) -> bool:
         """Whether the model's name is that of one that was distilled to a few steps."""

@@ -56,7 +56,8 @@ def read_folder(folder: Path) -> DiffusersFolder:
     """
     index = _read_config(folder / "model_index.json")
     class_name = index.get("_class_name")
-    family = next((family for family in FAMILIES.values() if family.pipeline_class == class_name), None)
+    families = FAMILIES.values()
+    family = next((f for f in families if class_name in (f.pipeline_class, *f.other_folders)), None)
     if family is None:
         known = ", ".join(family.pipeline_class for family in FAMILIES.values())
         raise UnknownFamily(f"{folder.name}: model_index.json says {class_name}; supported: {known}")

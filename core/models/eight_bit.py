@@ -106,5 +106,7 @@ def narrow_weights(network: nn.Module, device: torch.device) -> None:
             continue
         if layer.weight.numel() < SMALLEST or getattr(layer, "padding_mode", "zeros") != "zeros":
             continue
-        narrow = EightBitLinear if isinstance(layer, nn.Linear) else EightBitConv2d
-        network.set_submodule(path, narrow(layer, device))  # pyright: ignore[reportArgumentType]
+        kind = EightBitLinear if isinstance(layer, nn.Linear) else EightBitConv2d
+        narrow = kind(layer, device)  # pyright: ignore[reportArgumentType]
+        narrow._forward_hooks.update(layer._forward_hooks)  # a training adapter's
+        network.set_submodule(path, narrow)

@@ -194,12 +194,16 @@ class FamilySpec:
     """Tells by the denoiser's config whether the model was distilled to a few steps, which training would undo."""
     distilled_names: str = "turbo|lightning|schnell"
     """A regular expression for file names of distilled models, for those that nothing in the file tells from others."""
+    training_adapter: str = ""
+    """The usual training adapter for its distilled models, by its name on Hugging Face; empty where none is known."""
     few_steps: FewSteps | None = None
     """How its distilled models draw; None where they are not known, and draw like the others."""
     other_model: Callable[[dict[str, Any]], str | None] = lambda config: None
     """The name of another model with the same diffusers pipeline, by the denoiser's config; None if it is of this family."""
     other_pipelines: tuple[str, ...] = ()
     """Other diffusers pipelines with the same networks, which take the same LoRAs."""
+    other_folders: tuple[str, ...] = ()
+    """Other diffusers pipelines whose folders are base models of the family."""
     lookalikes: Mapping[str, str] = field(default_factory=dict)
     """The titles of models that look like this family but cannot be trained as it, by a tensor that only they have.
 

@@ -1,10 +1,10 @@
-"""The text encoders of diffusion transformers: CLIP, T5 and Qwen, from files in the naming of transformers.
+"""The text encoders of diffusion transformers: CLIP, T5, Qwen and Mistral, from files in the naming of transformers.
 
-The package includes the tokenizer of CLIP. Those of T5 and Qwen are too large, so users give a folder that has one.
+The package includes the tokenizer of CLIP. Those of the others are too large, so users give a folder that has one.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import lru_cache
 from operator import itemgetter
 from pathlib import Path
@@ -34,15 +34,19 @@ KINDS = {
     "qwen3_8b": "Qwen3-8B",
     "qwen25_7b": "Qwen2.5-VL-7B",
     "qwen3vl_4b": "Qwen3-VL-4B",
+    "mistral3_24b": "Mistral Small 3.2 (24B)",
 }
 """The kinds of text encoders, as ComfyUI calls them, with the names that people know."""
 _HEAD_WIDTH_T5, _HEAD_WIDTH_QWEN = 64, 128
 _QWEN_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                "num_key_value_heads")  # fmt: skip
 _PAD_QWEN = 151643
+MISTRAL_LAYERS = 30
+"""The number of layers of Mistral Small 3 whose states are used; the ten after them, and the last norm, are not loaded."""
 _VOCABULARIES = {
     "t5": (32128, {"<pad>": 0, "</s>": 1}),
     "qwen": (151936, {"<|endoftext|>": _PAD_QWEN, "<|im_start|>": 151644}),
+    "mistral": (131072, {"<s>": 1, "<pad>": 11}),
 }
 """The number of rows in the models' token tables, and the numbers of some tokens, by which tokenizers are recognised."""
 
@@ -73,6 +77,9 @@ def _kind_of(tensors: Mapping[str, Tensor]) -> str:
         return "qwen3_8b" if is_large else "qwen3_4b"
     if "layers.0.self_attn.q_proj.bias" in qwen:
         return "qwen25_7b"
+    table = qwen.get("embed_tokens.weight")
+    if table and _is_mistral(qwen) and shape_of(tensors, table)[0] == _VOCABULARIES["mistral"][0]:
+        return "mistral3_24b"
     raise UnknownFamily(
         f"no text encoder that is known, e.g. {next(iter(tensors), 'no tensor')!r}; known: {', '.join(KINDS.values())}"
     )
@@ -170,14 +177,29 @@ def _width(encoder: Mapping[str, Any]) -> int:
 def library_tensors(readers: Mapping[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Tensor]]:
     """The tensors of a text encoder, written by any version of transformers, under the names of its network here."""
     # The parts of a language model that write words, T5's decoder too, or that see pictures are not used.
-    left_out = r"decoder\.|(.*\.)?(lm_head|visual)\."
+    left_out = r"decoder\.|(.*\.)?(lm_head|visual|vision_tower|multi_modal_projector)\.|tekken_model$"
     named = {
         _qwen_name(name): read for name, read in clip.library_readers(readers).items() if not re.match(left_out, name)
     }
+    if _is_mistral(named):
+        named = {name: read for name, read in named.items() if name != "norm.weight" and _layer(name) < MISTRAL_LAYERS}
     # T5's embedding has two names, and files have one of them.
     tied = ("shared.weight", "encoder.embed_tokens.weight")
     embedding = next((named[name] for name in tied if name in named), None)
     return named if embedding is None else named | dict.fromkeys(tied, embedding)
+
+
+def _is_mistral(names: Container[str]) -> bool:
+    """Whether a language model's tensors are those of a Mistral, whose attention has neither norms nor a bias like a Qwen's."""
+    attention = "layers.0.self_attn.q_"
+    others = (f"{attention}norm.weight", f"{attention}proj.bias")
+    return f"{attention}proj.weight" in names and not any(name in names for name in others)
+
+
+def _layer(name: str) -> int:
+    """The number of the layer that a tensor is in; -1 for one outside of them."""
+    match = re.match(r"layers\.(\d+)\.", name)
+    return int(match[1]) if match else -1
 
 
 def _qwen_name(name: str) -> str:
@@ -210,7 +232,8 @@ def _qwen_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     vocabulary, width = shape("embed_tokens.weight")
     heads, shared_heads = (rows(f"self_attn.{part}_proj") // _HEAD_WIDTH_QWEN for part in "qk")
     sizes = (vocabulary, width, rows("mlp.gate_proj"), count_children(tensors, "layers"), heads, shared_heads)
-    return dict(zip(_QWEN_SIZES, sizes, strict=True))
+    kind = {"model_type": "mistral"} if _is_mistral(tensors) else {}
+    return kind | dict(zip(_QWEN_SIZES, sizes, strict=True))
 
 
 def _shapes_of(tensors: Mapping[str, Tensor]) -> Callable[[str], tuple[int, ...]]:
@@ -241,7 +264,7 @@ def build(kind: str, config: dict[str, Any]) -> nn.Module:
 
 
 def _build_qwen(kind: str, config: dict[str, Any]) -> nn.Module:
-    from transformers import Qwen2Model, Qwen3Model
+    from transformers import MistralModel, Qwen2Model, Qwen3Model
 
     # For text alone, the models that see pictures equal those that do not, since their three kinds of positions are the same.
     network: Any = Qwen3Model if kind.startswith("qwen3") else Qwen2Model
@@ -249,7 +272,13 @@ def _build_qwen(kind: str, config: dict[str, Any]) -> nn.Module:
     # rope_theta and epsilon are the same in all models of a kind, but transformers 4 and 5 write them to different places.
     theta = 5e6 if kind.startswith("qwen3vl") else 1e6
     settings = {name: given[name] for name in _QWEN_SIZES} | {"rope_theta": theta, "rms_norm_eps": 1e-6}
+    if is_mistral := given.get("model_type") == "mistral":  # that of FLUX.2 dev, where klein's is a Qwen
+        network = MistralModel
+        layers = min(settings["num_hidden_layers"], MISTRAL_LAYERS)
+        settings |= {"rope_theta": 1e9, "rms_norm_eps": 1e-5, "sliding_window": None, "num_hidden_layers": layers}
     encoder = network(network.config_class(**settings, head_dim=_HEAD_WIDTH_QWEN))
+    if is_mistral:
+        encoder.norm = nn.Identity()  # it would be on the states of the last layer that is left
     with torch.device("cpu"):
         # No file has the rotary frequencies, so they must not stay on the meta device.
         encoder.rotary_emb = type(encoder.rotary_emb)(encoder.config)
@@ -275,7 +304,7 @@ def load_tokenizer(folder: str | None, kind: str) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the library raises many kinds, for files that are missing or damaged
         raise BadFile(f"{folder}: no tokenizer of {KINDS[kind]} in it: {str(error).splitlines()[0]}") from None
-    rows, special = _VOCABULARIES["t5" if kind == "t5xxl" else "qwen"]
+    rows, special = _VOCABULARIES[next(name for name in _VOCABULARIES if kind.startswith(name))]
     numbers = {token: tokenizer.convert_tokens_to_ids(token) for token in special}
     if numbers != special or len(tokenizer) > rows:
         raise BadFile(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .store import TrainingJob as TrainingJob
     from .store import find_or_train as find_or_train
     from .store import has_key as has_key
+    from .training_adapter import TrainingAdapter as TrainingAdapter
 else:
     __getattr__, __dir__, __all__ = lazy_names(
         __name__,
@@ -41,5 +42,6 @@ else:
             ".methods": ("METHODS", "peak_rate"),
             ".recipes": ("MEASUREMENTS", "RECIPES", "recipe_config", "recipe_settings"),
             ".store": ("TrainedFile", "TrainingJob", "find_or_train", "has_key"),
+            ".training_adapter": ("TrainingAdapter",),
         },
     )

@@ -16,6 +16,7 @@ from ..lora.hashes import model_hash
 from ..models.base import Base
 from .encode import LatentCache
 from .methods import peak_rate
+from .training_adapter import TrainingAdapter
 
 _NO_EFFECT = ("state_interval", "gradient_checkpointing", "memory_limit", "compile", "deterministic")
 _WHEN_SAMPLED = ("sample_every", "sample_prompts")
@@ -49,6 +50,7 @@ def run_identity(
     dtype: torch.dtype,
     continue_from: LoraFile | None = None,
     face_networks: Sequence[str] = (),
+    training_adapter: TrainingAdapter | None = None,
 ) -> dict[str, str]:
     """The settings, photos and base model of a run, each as a text that is equal when they are.
 
@@ -62,5 +64,7 @@ def run_identity(
         del settings["steps"]  # a constant rate does not depend on the number of steps, so a resumed run may have more
     if continue_from is not None:
         settings["continue_from"] = model_hash(continue_from.tensors)
+    if training_adapter is not None:
+        settings["training_adapter"] = training_adapter.digest
     fingerprint = base.fingerprint("denoiser") + base.prediction_type + str(base.zero_terminal_snr)
     return {"settings": json.dumps(settings, sort_keys=True), "photos": cache.digest, "base model": fingerprint}

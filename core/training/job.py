@@ -43,6 +43,7 @@ from .methods import METHODS, files_beside
 from .methods.method import Trained
 from .recipes import ENOUGH, MEASURED, recipe_config
 from .samples import Samples, make_class_images, sample_shots, training_sampler
+from .training_adapter import TrainingAdapter
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def train(
     output: str | os.PathLike[str] | None = None,
     class_photos: str | os.PathLike[str] | Sequence[Photo] | None = None,
     continue_from: LoraFile | str | os.PathLike[str] | None = None,
+    training_adapter: TrainingAdapter | LoraFile | str | os.PathLike[str] | None = None,
     held_out: Sequence[Photo] = (),
     faces: FaceNetwork | None = None,
     judge: FaceNetwork | None = None,
@@ -83,6 +85,9 @@ def train(
     is there is an error. Every `save_every` steps a numbered LoRA is written beside the output, and samples go into the folder
     `<name>-samples`, unless callbacks take them.
 
+    A `training_adapter` is a LoRA that undoes the distillation of a base model to a few steps, and is on in the steps of the
+    training alone. Samples and class images are drawn without it, and without guidance.
+
     Likeness is measured to the `held_out` photos, or to `config.hold_out` of `photos`, by `faces` (default: YuNet and SFace),
     which also selects the checkpoint to keep; a `judge` measures the same pictures and selects nothing. The measurements are in
     the metadata under `core.training.likeness.LIKENESS_KEY`. `metadata` is added to what the result, but no checkpoint, has of
@@ -101,20 +106,16 @@ def train(
         raise BadConfig(f"config is a {type(config).__name__}: expected a TrainConfig, as recipe_config gives one too")
     place = nullcontext() if output is None else _place(output, config, state_is_wanted=resume or restart)
     with place, deterministic_if(config.deterministic):
-        base = _checked_base(base, config, output)
+        base = _checked_base(base, config, output, training_adapter is not None)
         _check_pictures_asked_for(config, class_photos is not None, bool(held_out))
         start = _checked_start(continue_from, base)
+        adapter = _opened(training_adapter, base)
+        base = base.as_distilled() if adapter else base
         photos = _read(photos, strict, callbacks.on_warning)
         if not photos:
             raise BadPhoto("no photos were given")
-        hints = (
-            trigger_hint(config.trigger_word, load_tokenizer()),
-            distilled_hint(base, config),
-            fp16_hint(base, config),
-        )
-        for hint in hints:
-            if hint:
-                callbacks.on_warning(hint)
+        for hint in _hints(base, config, adapted=adapter is not None):
+            callbacks.on_warning(hint)
         device, _ = device_and_dtype(config, device)
         faces = faces or _needed_faces(config, held_out, callbacks.on_warning)
         class_photos = _read_or_make_class_photos(class_photos, base, config, device, strict, callbacks)
@@ -126,6 +127,7 @@ def train(
             config,
             device=device,
             continue_from=start,
+            training_adapter=adapter,
             state_path=None if output is None else state_path(output),
             resume=resume,
             extra_metadata=None if output is None else {"ss_output_name": output.stem},
@@ -170,14 +172,14 @@ def _place(output: Path, config: TrainConfig, state_is_wanted: bool) -> Iterator
 
 
 def _checked_base(
-    base: Base | str | os.PathLike[str] | Mapping[str, Tensor], config: TrainConfig, output: Path | None
+    base: Base | str | os.PathLike[str] | Mapping[str, Tensor], config: TrainConfig, output: Path | None, adapted: bool
 ) -> Base:
     """The base model, loaded if needed. Raises when the settings do not suit it or the output would replace its file."""
     base = _loaded(base, config)
     for file in base.files:
         if output is not None and output.exists() and output.samefile(file.path):
             raise BadFile(f"{output}: is a file of the base model, which the LoRA would replace; choose another output")
-    check_base_options(base, config)
+    check_base_options(base, config, adapted)
     return base
 
 
@@ -203,6 +205,21 @@ def _checked_start(start: LoraFile | str | os.PathLike[str] | None, base: Base) 
     start = start if isinstance(start, LoraFile) else LoraFile.read(start)
     fit(start, base.family.name, base.module_shapes()).check(start.name)
     return start
+
+
+def _opened(source: TrainingAdapter | LoraFile | str | os.PathLike[str] | None, base: Base) -> TrainingAdapter | None:
+    """The training adapter, read if it is not yet. Raises a FaceLoraError when it is none for the base model."""
+    return source if source is None or isinstance(source, TrainingAdapter) else TrainingAdapter.open(source, base)
+
+
+def _hints(base: Base, config: TrainConfig, adapted: bool) -> list[str]:
+    """What is to be said of the trigger word, the base model and the precision before a training."""
+    hints = (
+        trigger_hint(config.trigger_word, load_tokenizer()),
+        None if adapted else distilled_hint(base, config),
+        fp16_hint(base, config),
+    )
+    return [hint for hint in hints if hint]
 
 
 def _read(
@@ -424,17 +441,21 @@ _OF_FLOWS = ("timestep_sampling", "timestep_shift")
 """The settings that only rectified flows have."""
 
 
-_UNDONE = (
-    ", and training on it undoes that: train on the undistilled model, or merge a training adapter into it first and set "
-    "allow_distilled"
-)
+def _undone(base: Base) -> str:
+    """What is said of a distilled base model that is to be trained on as it is."""
+    usual = base.family.training_adapter
+    return (
+        ", and training on it undoes that: train on the undistilled model, or give a training adapter (training_adapter"
+        + (f"; the usual one is {usual}" if usual else "")
+        + "); allow_distilled is for a model that has one merged into it"
+    )
 
 
 def distilled_hint(base: Base, config: TrainConfig) -> str | None:
     """A warning when the base model's name says that it was distilled to a few steps; else None."""
     if config.allow_distilled or not base.is_named_distilled:
         return None
-    return f"{base.name}: by its name was distilled to a few steps{_UNDONE}"
+    return f"{base.name}: by its name was distilled to a few steps{_undone(base)}"
 
 
 def fp16_hint(base: Base, config: TrainConfig) -> str | None:
@@ -444,8 +465,11 @@ def fp16_hint(base: Base, config: TrainConfig) -> str | None:
     return f"precision fp16: numbers of {base.family.title} are too large for it; take auto, bf16 or fp32"
 
 
-def check_base_options(base: Base, config: TrainConfig) -> None:
-    """Raises BadConfig for settings that do not apply to the base model, or that it does not allow."""
+def check_base_options(base: Base, config: TrainConfig, adapted: bool = False) -> None:
+    """Raises BadConfig for settings that do not apply to the base model, or that it does not allow.
+
+    `adapted` says that it is trained on with a training adapter.
+    """
     family, default = base.family, TrainConfig()
     others = _OF_FLOWS if family.predicts_noise else _OF_NOISE
     if wrong := [name for name in others if getattr(config, name) != getattr(default, name)]:
@@ -453,8 +477,8 @@ def check_base_options(base: Base, config: TrainConfig) -> None:
         raise BadConfig(f"{', '.join(wrong)}: {family.title} is {kind} and has no such setting; leave it out")
     if config.clip_skip > 1 and not family.has_clip_skip:
         raise BadConfig(f"clip_skip = {config.clip_skip}: {family.title} has no choice of layers; leave it at 1")
-    if base.is_distilled and not config.allow_distilled:
-        raise BadConfig(f"{base.name}: was distilled to a few steps{_UNDONE}")
+    if base.is_distilled and not (config.allow_distilled or adapted):
+        raise BadConfig(f"{base.name}: was distilled to a few steps{_undone(base)}")
     if config.text_encoder_lr and (family.text_encoder_targets is None or base.caption_encoder):
         raise BadConfig(f"text_encoder_lr: the text encoders of {family.title} cannot be trained here; leave it at 0")
     multiple = base.size_multiple

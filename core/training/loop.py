@@ -20,6 +20,7 @@ from .methods.method import Trained
 from .samples import Samples
 from .state_file import StateFile
 from .step import Run
+from .training_adapter import METADATA_KEY, TrainingAdapter
 
 CHECK_EVERY = 10
 """Steps between two checks that the loss is finite, each of which waits for the device."""
@@ -32,6 +33,7 @@ def train_lora(
     *,
     device: torch.device | None = None,
     continue_from: LoraFile | None = None,
+    training_adapter: TrainingAdapter | None = None,
     state_path: Path | None = None,
     resume: bool = False,
     extra_metadata: Mapping[str, str] | None = None,
@@ -46,6 +48,8 @@ def train_lora(
     `deterministic` in the settings: without it a GPU adds up in another order each time. The caller deletes the state when
     the LoRA has been written.
 
+    A `training_adapter` is on in the steps alone, not in samples and not in the result; its hash is in the metadata.
+
     `on_save` is called every `save_every` steps (for the last one too, if another is kept), and `on_sample` every
     `sample_every` with the shots of `samples`. With a watch in `samples`, likeness is measured every `sample_every` steps
     and at the end, the checkpoint that the watch chooses is returned, and the curve is in its metadata.
@@ -59,13 +63,18 @@ def train_lora(
     explained = explained_memory_error("batch_size 1 or a lower resolution")
     same_numbers = deterministic_if(config.deterministic)
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(forked), explained, same_numbers:
-        plan = choose_plan(cache, base, config, device, dtype, callbacks.on_warning)
-        run = Run(cache, base, config, device, continue_from, callbacks.check_cancelled, plan)
+        plan = choose_plan(cache, base, config, device, dtype, callbacks.on_warning, training_adapter)
+        run = Run(cache, base, config, device, continue_from, callbacks.check_cancelled, plan, training_adapter)
         if run.why_not_compiled:
             callbacks.on_warning(f"compile: not possible here ({run.why_not_compiled}); the training goes on without")
-        checkpoints = Checkpoints(run, cache, base, samples, callbacks, extra_metadata or {})
+        known_by = {METADATA_KEY: training_adapter.digest} if training_adapter else {}
+        checkpoints = Checkpoints(run, cache, base, samples, callbacks, {**known_by, **(extra_metadata or {})})
         networks = checkpoints.face_networks
-        identity = {} if state_path is None else run_identity(cache, base, config, dtype, continue_from, networks)
+        identity = (
+            {}
+            if state_path is None
+            else run_identity(cache, base, config, dtype, continue_from, networks, training_adapter)
+        )
         state = StateFile(state_path, identity, checkpoints)
         if resume:
             state.restore()

@@ -13,10 +13,17 @@ from ..models.memory_plan import OPTIMIZER_BYTES, RESERVE, MemoryCount, MemoryPl
 from .encode import LatentCache
 from .methods import METHODS, trains_text
 from .step import Run, memory_plans
+from .training_adapter import TrainingAdapter
 
 
 def predicted_memory(
-    cache: LatentCache, base: Base, config: TrainConfig, device: torch.device, dtype: torch.dtype, plan: MemoryPlan
+    cache: LatentCache,
+    base: Base,
+    config: TrainConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    plan: MemoryPlan,
+    training_adapter: TrainingAdapter | None = None,
 ) -> int:
     """The most bytes that a run will use at a time on the device, where its kernels' workspace is not counted.
 
@@ -48,8 +55,13 @@ def predicted_memory(
             for caption, conditioning in cache.text.items()
         }
         small = replace(cache, images=(image,) * config.batch_size, text=text)
-        run = Run(small, replace(base, components=components), config, device, plan=plan)
-        there = [*run.memory.resident(), *(run.average or {}).values()]
+        if training_adapter:
+            changes = {path: change.map(mode.from_tensor) for path, change in training_adapter.changes.items()}
+            training_adapter = replace(training_adapter, changes=changes)
+        faked = replace(base, components=components)
+        run = Run(small, faked, config, device, plan=plan, training_adapter=training_adapter)
+        beside = run.training_adapter.tensors() if run.training_adapter else []
+        there = [*run.memory.resident(), *(run.average or {}).values(), *beside]
         for encoder in run.encoders.values():
             there += [*encoder.parameters(), *encoder.buffers()]
         with MemoryCount(device) as count:
@@ -69,6 +81,7 @@ def choose_plan(
     device: torch.device,
     dtype: torch.dtype,
     on_warning: Callable[[str], None],
+    training_adapter: TrainingAdapter | None = None,
 ) -> MemoryPlan:
     """The first of the plans that fits into `memory_limit`, or else into the free memory of a GPU; the last when none fits.
 
@@ -86,7 +99,7 @@ def choose_plan(
     def need(plan: MemoryPlan) -> int:
         """The bytes that the plan needs; only those of its weights where they are too many already, which takes no time."""
         least = 0 if plan.offload else base.weight_bytes("denoiser", dtype if plan.weights == "full" else torch.int8)
-        return least if least > room else predicted_memory(cache, base, config, device, dtype, plan)
+        return least if least > room else predicted_memory(cache, base, config, device, dtype, plan, training_adapter)
 
     def fits(plan: MemoryPlan) -> bool:
         return need(plan) <= room

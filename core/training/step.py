@@ -26,6 +26,7 @@ from .methods import METHODS, attach, peak_rate, trains_text
 from .methods.method import Adapter
 from .optimizer import build_optimizer, learning_rate_factor
 from .state import RunState, pack_optimizer, unpack_optimizer
+from .training_adapter import AttachedAdapter, TrainingAdapter
 
 SMOOTHING = 0.98
 """The decay of the running mean of the loss."""
@@ -54,6 +55,7 @@ class Run:
         continue_from: LoraFile | None = None,
         check_cancelled: CheckCancelled | None = None,
         plan: MemoryPlan | None = None,
+        training_adapter: TrainingAdapter | None = None,
     ):
         self.config = config
         self.family: FamilySpec = base.family
@@ -69,6 +71,9 @@ class Run:
         if trains_text(config):
             self.encoders = base.load_text_encoders(self.device, self.dtype)
         self.adapter: Adapter = attach({"denoiser": self.denoiser, **self.encoders}, base.family, config, continue_from)
+        self.training_adapter: AttachedAdapter | None = (
+            AttachedAdapter(training_adapter, self.denoiser, self.device, self.dtype) if training_adapter else None
+        )
         self._set_training(True)
         if check_cancelled:
             _check_often(self.denoiser, check_cancelled, blocks_of(self.denoiser) if config.compile else ())
@@ -215,7 +220,8 @@ class Run:
         """The loss between the predictions of the adapted and the frozen model for the class caption, a scalar.
 
         Both see the same noisy training pictures, so that prior preservation needs no class images. This is learning without
-        forgetting (arXiv:1606.09282), which ai-toolkit calls differential output preservation.
+        forgetting (arXiv:1606.09282), which ai-toolkit calls differential output preservation. A training adapter is a part of
+        both models.
         """
         _, _, noisy_latents, timesteps = self._noised(pictures, generator)
         captions = [picture.class_caption for picture in pictures]
@@ -272,6 +278,7 @@ class Run:
     ) -> list[Image.Image]:
         """An image of each shot, with the adapter as it would be saved now or with other `values` in it.
 
+        They are drawn by the model as it will be used, without its training adapter.
         Where they do not fit the memory they are drawn again under a smaller memory plan, of which `on_warning` hears.
         """
         before = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
@@ -280,7 +287,8 @@ class Run:
         try:
             while True:
                 try:
-                    return sampler(self.denoiser, self.encoders, shots)
+                    with self.training_adapter.off() if self.training_adapter else contextlib.nullcontext():
+                        return sampler(self.denoiser, self.encoders, shots)
                 except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                     if not is_out_of_memory(error):
                         raise

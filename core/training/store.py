@@ -40,6 +40,7 @@ from .job import checkpoint_path, delete_leftovers, for_good_photos, foreign_che
 from .likeness import LIKENESS_KEY
 from .methods import METHODS
 from .methods.method import Trained
+from .training_adapter import TrainingAdapter
 
 MODEL_HASH = "sshs_model_hash"
 """The key in a saved LoRA's metadata of the hash of its tensors."""
@@ -68,6 +69,7 @@ class TrainingJob:
     class_photos: Sequence[Photo] = ()
     """The class images for prior preservation; when empty, as many as `config.class_images` says are drawn."""
     continue_from: LoraFile | None = None
+    training_adapter: TrainingAdapter | None = None
 
     def __post_init__(self) -> None:
         if (made := METHODS[self.config.method].makes) != "lora":
@@ -80,7 +82,9 @@ class TrainingJob:
         settings = settings_of_the_file(self.config)
         photos = [[photo.fingerprint for photo in group] for group in (self.photos, self.class_photos)]
         start = model_hash(self.continue_from.tensors) if self.continue_from else None
-        return content_key("lora", TRAINING_VERSION, json.dumps(settings, sort_keys=True), photos, start, base.identity)
+        adapter = [self.training_adapter.digest] if self.training_adapter else []
+        written = json.dumps(settings, sort_keys=True)
+        return content_key("lora", TRAINING_VERSION, written, photos, start, base.identity, *adapter)
 
     def with_good_photos(self, base: Base, on_warning: Callable[[str], None] = lambda text: None) -> "TrainingJob":
         """The job without the photos that the report rejects, where its settings have them checked; else the job itself.
@@ -291,6 +295,7 @@ def _train(
             output=run.output,
             class_photos=job.class_photos or None,
             continue_from=job.continue_from,
+            training_adapter=job.training_adapter,
             resume=True,
             device=device,
             callbacks=replace(

@@ -16,11 +16,13 @@ from safetensors.torch import save_file
 from core.cli.training_arguments import add_train
 from core.config import config_from
 from core.lora.file import KEY, LoraFile
+from core.lora.hashes import model_hash
 from core.models.families import FAMILIES
 from core.storage.safetensors_file import SafetensorsFile
 from core.training.job import train
 from core.training.likeness import LIKENESS_KEY
 from core.training.recipes import recipe_settings
+from core.training.training_adapter import METADATA_KEY
 from tests.tooling import SMALL_SD15, write_checkpoint, write_photos
 
 from .graphs import drawing, load_photos, node, training
@@ -362,6 +364,15 @@ def test_the_panel_shows_the_photos_that_are_trained_on(server):
     assert result.status == "success", result.error
     assert LoraFile.read(loras(server) / "hanna.safetensors").metadata["ss_num_train_images"] == "6"
     assert len(training_state(server)["photos"]) == 6
+
+
+def test_a_training_adapter_is_beside_the_model_while_it_is_trained_on(server, trained):
+    graph = training(name="adapted", training_adapter=["train before", 0]) | {"train before": training()["train"]}
+    result = server.run(graph)
+    assert result.status == "success", result.error
+    adapter, made = (LoraFile.read(loras(server) / f"{name}.safetensors") for name in ("anna", "adapted"))
+    assert made.metadata[METADATA_KEY] == model_hash(adapter.tensors)
+    assert not same(tensors(server, "adapted"), tensors(server, "anna"))
 
 
 def test_masks_class_photos_and_a_lora_to_go_on_from_change_what_is_learned(server, trained):

@@ -28,6 +28,8 @@ def row(family: str) -> str:
         errors = []
         for case in cases_of(file):
             conditioning = conditioning_of(base, case)
+            if family == "flux2":  # whose texts are filled up to 512 tokens by their mask; the tests compare that
+                del conditioning["context_mask"]
             ours = base.family.predict(denoiser, case["latents"], 1000 * case["time"], conditioning)
             errors.append(((ours - case["prediction"]).norm() / case["prediction"].norm()).item())
         millions = sum(parameter.numel() for parameter in denoiser.parameters()) / 1e6

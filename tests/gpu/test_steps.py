@@ -4,6 +4,7 @@ The products of families, plans and methods are for full runs; in every run one 
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from core.errors import UnmatchedKeys
-from core.models.memory_plan import PLANS, SMALLEST_SLAB
+from core.models.memory_plan import PLANS, SMALLEST_SLAB, MemoryPlan
 from core.training.methods import METHODS
 from tests.gpu import trials
 from tests.gpu.fake_cuda import MESSAGES
@@ -60,17 +61,34 @@ def test_a_step_on_a_gpu(family, plan, settings: dict[str, Any], checkpoints, fa
 
     wanted = {"fp16": torch.float16, "fp32": torch.float32}.get(settings.get("precision", ""), torch.bfloat16)
     assert step.dtypes - ({torch.float32} if method in COMPUTES_IN_FLOAT32 else set()) == {wanted}
+    check_copies(step, PLANS[plan])
+    if method == "lora" and "text_encoder_lr" not in settings:  # peft's layers are predicted by those of a LoRA
+        assert step.predicted == pytest.approx(step.peak, rel=0.06)
 
+
+@pytest.mark.parametrize(
+    ("family", "plan"),
+    [("zimage", 5), *(pytest.param("flux1", plan, marks=pytest.mark.slow) for plan in range(len(PLANS)))],
+)
+def test_a_step_with_a_training_adapter_on_a_gpu(family, plan, fake_process):
+    case = trials.Case(family, plan=PLANS[plan], adapted=True)
+    step, without = (fake_process.submit(trials.step, one).result() for one in (case, replace(case, adapted=False)))
+    assert step.dtypes == {torch.bfloat16}
+    check_copies(step, PLANS[plan])
+    assert step.predicted == pytest.approx(step.peak, rel=0.06)
+    assert step.peak > without.peak
+
+
+def check_copies(step: trials.Step, plan: MemoryPlan) -> None:
+    """Nothing but the plan's blocks is copied, from page-locked memory, and nothing is freed too early."""
     offloaded = [copy for copy in step.copies if copy.place.startswith("models/memory_plan.py")]
     assert all(copy.pinned and copy.direction == "to device" for copy in offloaded)
-    assert bool(offloaded) == (PLANS[plan].offload > 0)
+    assert bool(offloaded) == (plan.offload > 0)
     others = [copy for copy in step.copies if copy not in offloaded]
     assert all(copy.direction == "to device" and copy.place in KNOWN_COPIES and copy.size < 2**16 for copy in others)
 
     assert step.early == 0
     assert step.pinned <= 1.1 * step.home + SMALLEST_SLAB
-    if method == "lora" and "text_encoder_lr" not in settings:  # peft's layers are predicted by those of a LoRA
-        assert step.predicted == pytest.approx(step.peak, rel=0.06)
 
 
 # 0.005: among the adapter's copies in the arithmetic's dtype, the first to be made.

@@ -31,7 +31,8 @@ from core.training.callbacks import Callbacks, StepReport
 from core.training.job import train
 from core.training.memory_prediction import predicted_memory
 from core.training.step import Run
-from tests.tooling import encoded_cache, encoded_image, small_flow_base
+from core.training.training_adapter import TrainingAdapter
+from tests.tooling import encoded_cache, encoded_image, random_lora, small_flow_base
 
 PLAIN = MemoryPlan()
 
@@ -57,6 +58,8 @@ class Case:
     settings: Mapping[str, Any] | None = None
     denoiser: Mapping[str, Any] | None = None
     """Settings of the denoiser's config that are to be others."""
+    adapted: bool = False
+    """Whether it is trained on with a training adapter, on all of its layers."""
 
     def base(self) -> Base:
         return load_base(self.checkpoint) if self.checkpoint else small_flow_base(self.family, **(self.denoiser or {}))
@@ -101,9 +104,10 @@ def step(case: Case) -> Step:
         base, config = case.base(), case.config()
         cache = cached(base, case)
         dtype = device_and_dtype(config, DEVICE)[1]
-        predicted = predicted_memory(cache, base, config, DEVICE, dtype, case.plan)
+        adapter = TrainingAdapter.open(random_lora(base), base) if case.adapted else None
+        predicted = predicted_memory(cache, base, config, DEVICE, dtype, case.plan, adapter)
         before = card.live
-        run = Run(cache, base, config, DEVICE, plan=case.plan)
+        run = Run(cache, base, config, DEVICE, plan=case.plan, training_adapter=adapter)
         run.train_step()
         card.watch()
         run.train_step()

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from core.cli.pictures import prompt_jobs
+from core.cli.pictures import few_steps_hint, prompt_jobs
 from core.config import TrainConfig
 from core.errors import BadConfig, MissingPackage
 from core.lora.file import LoraFile
@@ -257,7 +257,7 @@ def test_a_model_that_was_distilled_to_few_steps_is_refused_unless_told_otherwis
         base.components["denoiser"], config=base.components["denoiser"].config | {"guidance_embeds": False}
     )
     schnell = replace(base, components={**base.components, "denoiser": denoiser})
-    with pytest.raises(BadConfig, match=r"distilled to a few steps, .* set allow_distilled"):
+    with pytest.raises(BadConfig, match=r"distilled to a few steps, .* allow_distilled is for"):
         check_base_options(schnell, TrainConfig())
     check_base_options(schnell, TrainConfig(allow_distilled=True))
 
@@ -297,6 +297,22 @@ def test_the_command_line_draws_a_distilled_model_in_its_steps_unless_they_are_g
     assert (job.steps, job.guidance) == drawn
 
 
+@pytest.mark.parametrize(
+    ("name", "steps", "guidance", "hint"),
+    [
+        ("z_image_turbo.safetensors", None, None, "in 8 steps without guidance; if it was not, give --steps and --guidance"),
+        ("z_image_turbo.safetensors", 12, None, "draws without guidance; if it was not, give --guidance"),
+        ("z_image_turbo.safetensors", 12, 2.0, None),
+        ("z_image.safetensors", None, None, None),
+    ],
+)  # fmt: skip
+def test_that_a_name_alone_makes_a_model_draw_in_few_steps_is_said(bases, name, steps, guidance, hint):
+    base, options = replace(bases["zimage"], name=name), argparse.Namespace(steps=steps, guidance=guidance)
+    said = few_steps_hint(options, base)
+    assert said is None if hint is None else said is not None and said.startswith(name) and said.endswith(hint)
+    assert few_steps_hint(options, replace(base, says_distilled=True)) is None
+
+
 def test_schnell_draws_in_four_steps_that_are_not_shifted(bases):
     base = bases["flux1"]
     denoiser = replace(
@@ -319,7 +335,7 @@ def test_a_klein_folder_that_says_it_is_distilled_is_refused_unless_told_otherwi
     read = load_base(tmp_path)
     assert read.is_distilled == is_distilled
     if is_distilled:
-        with pytest.raises(BadConfig, match=r"distilled to a few steps, .* set allow_distilled"):
+        with pytest.raises(BadConfig, match=r"distilled to a few steps, .* allow_distilled is for"):
             check_base_options(read, TrainConfig())
     check_base_options(read, TrainConfig(allow_distilled=True))
 

@@ -152,5 +152,6 @@ FLUX1 = FamilySpec(
     flow_shift=linear_shift(256, 0.5, 4096, 1.15),  # from FLUX.1-dev's scheduler
     embeds_guidance=embeds_guidance,
     is_distilled=is_distilled,
+    training_adapter="ostris/FLUX.1-schnell-training-adapter",
     few_steps=FewSteps(4, shift=1.0),
 )

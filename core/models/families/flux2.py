@@ -1,7 +1,7 @@
 """FLUX.2 (Black Forest Labs, 2025): a rectified flow with FLUX.1's blocks and one modulation for all of a kind; 1024 px.
 
-The text encoder of klein is Qwen3, three of whose layers are used side by side. That of dev is a Mistral, which is not
-implemented here, so that captions have to be encoded elsewhere (ComfyUI). dev takes its guidance scale as an input.
+Three layers of the text encoder are used side by side: of Qwen3 for klein, of Mistral Small 3.2 for dev, which also takes its
+guidance scale as an input.
 """
 
 import math
@@ -27,9 +27,15 @@ TEXT_TOKENS = 512
 TEXT_LAYERS = (9, 18, 27)
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 """The form of a chat with one question in Qwen3, with thinking turned off."""
+DEV_TEXT_LAYERS = (10, 20, 30)
+DEV_CHAT = (
+    "<s>[SYSTEM_PROMPT]You are an AI that reasons about image descriptions. You give structured responses focusing on object "
+    "relationships, object\nattribution and actions without speculation.[/SYSTEM_PROMPT][INST]{}[/INST]"
+)
+"""The form of a chat with one question in Mistral Small 3.2, with what dev was trained to have before it."""
 
-TEXT, LARGER_TEXT = {"text_encoder": "qwen3_4b"}, "qwen3_8b"
-"""The text encoder of klein 4B, and that of klein 9B, a larger network of the same form."""
+TEXT, LARGER_TEXT, DEV_TEXT = {"text_encoder": "qwen3_4b"}, "qwen3_8b", "mistral3_24b"
+"""The text encoder of klein 4B, that of klein 9B, a larger network of the same form, and that of dev."""
 ROTARY_AXES = (32, 32, 32, 32)
 """The widths of an attention head that are rotated by a position's picture, row, column and word."""
 PATCH = 2
@@ -53,7 +59,7 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
         "guidance_embeds": "guidance_in.in_layer.weight" in transformer.denoiser_names(tensors),
     }
     denoiser = transformer.transformer_component(tensors, config, NAMES, flux1.RENAMES)
-    kinds = {"text_encoder": LARGER_TEXT} if text.has(tensors, LARGER_TEXT) else TEXT
+    kinds = next(({"text_encoder": kind} for kind in (LARGER_TEXT, DEV_TEXT) if text.has(tensors, kind)), TEXT)
     return {"denoiser": denoiser} | text.other_parts(tensors, _vae, kinds)
 
 
@@ -105,16 +111,33 @@ def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
 def encode_text(
     encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
 ) -> Conditioning:
+    encoder: Any = encoders["text_encoder"]
+    if encoder.config.model_type == "mistral":
+        chats = [DEV_CHAT.format(caption) for caption in captions]
+        return text.encode_qwen(encoder, DEV_TEXT, chats, TEXT_TOKENS, layers=DEV_TEXT_LAYERS)
     chats = [CHAT.format(caption) for caption in captions]
-    states = text.encode_qwen(
-        encoders["text_encoder"], TEXT["text_encoder"], chats, TEXT_TOKENS, layers=TEXT_LAYERS, filled=True
-    )
+    states = text.encode_qwen(encoder, TEXT["text_encoder"], chats, TEXT_TOKENS, layers=TEXT_LAYERS, filled=True)
     return {"context": states["context"]}
+
+
+def texts_at_the_end(conditioning: Conditioning) -> Tensor:
+    """The states (B, 512, D) of texts that end at the last of 512 tokens, with zeros before them, as ComfyUI draws dev.
+
+    Texts that are as long already, which those of klein are, or have no mask, are as they are.
+    """
+    context = conditioning["context"]
+    room = TEXT_TOKENS - context.shape[1]
+    if room <= 0 or "context_mask" not in conditioning:
+        return context
+    lengths = transformer.text_lengths(conditioning["context_mask"])
+    return torch.stack(
+        [F.pad(row[:length], (0, 0, TEXT_TOKENS - length, 0)) for row, length in zip(context, lengths, strict=True)]
+    )
 
 
 def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
     height, width = noisy_latents.shape[2:]
-    context, device = conditioning["context"].to(noisy_latents.dtype), noisy_latents.device
+    context, device = texts_at_the_end(conditioning).to(noisy_latents.dtype), noisy_latents.device
     positions = denoiser(
         noisy_latents.flatten(2).transpose(1, 2),
         encoder_hidden_states=context,
@@ -153,8 +176,10 @@ FLUX2 = FamilySpec(
         "best": Recipe(2400, 5e-5, 64),
     },
     pipeline_class="Flux2KleinPipeline",
+    other_pipelines=("Flux2Pipeline",),
+    other_folders=("Flux2Pipeline",),
     text_encoders=TEXT,
-    other_text_kinds=(LARGER_TEXT,),
+    other_text_kinds=(LARGER_TEXT, DEV_TEXT),
     context_from={"text_encoder": len(TEXT_LAYERS)},
     denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),
     in_channels=128,

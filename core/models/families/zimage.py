@@ -2,7 +2,7 @@
 
 The text encoder is Qwen3-4B. Z-Image-Turbo, which is distilled to eight steps without guidance, has the same tensors, so only
 its name tells it from the base model. A LoRA that is trained on it undoes the distillation: train on the base model, or on
-Turbo with a training adapter merged into it.
+Turbo with a training adapter.
 """
 
 from collections.abc import Mapping, Sequence
@@ -106,6 +106,7 @@ ZIMAGE = FamilySpec(
     predict=predict,
     # The shift in ComfyUI and in Turbo's scheduler. The base model's scheduler has 6.
     flow_shift=lambda positions: 3.0,
+    training_adapter="ostris/zimage_turbo_training_adapter",
     few_steps=FewSteps(8),
     lora_scheme="comfy",
 )

@@ -1,0 +1,161 @@
+"""Training adapters: LoRAs that undo a base model's distillation while it is trained on.
+
+Training on a model that was distilled to a few steps undoes the distillation, and that goes into what is trained. With such a
+LoRA beside its layers the model is already undone, so that only the person is learned. It is off where pictures are drawn,
+and no part of the trained file.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import FaceLoraError, LoraMisfit
+from ..lora.file import LoraFile, fit
+from ..lora.hashes import model_hash
+from ..lora.modules import without_tucker
+from ..lora.names import Entry
+from ..models.base import Base
+from ..tensor_names import ModuleId
+
+Places = tuple[Any, ...] | None
+"""A convolution's stride, padding, dilation and groups; None for a linear layer."""
+METADATA_KEY = "facelora.training_adapter"
+"""The key in a trained file's metadata of the hash of the training adapter's tensors."""
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What a training adapter adds to a layer."""
+
+    factors: tuple[Tensor, ...] = ()
+    """The change of the weight, or the matrices whose product it is, those nearest to the input first."""
+    bias: Tensor | None = None
+    """The change of the bias, (out,) or for a convolution (out, 1, 1)."""
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self.factors
+        if self.bias is not None:
+            yield self.bias
+
+    def map(self, function: Any) -> "Change":
+        """The change with `function` of each tensor in its place."""
+        return Change(tuple(map(function, self.factors)), None if self.bias is None else function(self.bias))
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingAdapter:
+    """A training adapter that fits a base model."""
+
+    digest: str
+    """The hash of its tensors."""
+    changes: Mapping[str, Change] = field(repr=False)
+    """The change of each layer of the denoiser, by its path."""
+
+    @classmethod
+    def open(cls, source: LoraFile | str | os.PathLike[str], base: Base) -> "TrainingAdapter":
+        """The training adapter in a LoRA file, of any kind and naming that is read.
+
+        Raises a FaceLoraError that names the file when it is none, or LoraMisfit when it does not fit the base model.
+        """
+        usual = base.family.training_adapter
+        expected = f"expected a LoRA for {base.family.title} in safetensors" + (f", such as {usual}" if usual else "")
+        try:
+            lora = source if isinstance(source, LoraFile) else LoraFile.read(source)
+            shapes = {module: shape for module, shape in base.module_shapes().items() if module[0] == "denoiser"}
+            names = base.components["denoiser"].tensors
+            biased = {("denoiser", name.removesuffix(".bias")) for name in names if name.endswith(".bias")}
+            fit(lora, base.family.name, shapes, biased).check(lora.name)
+            lora.check()
+            changes: dict[str, Change] = {}
+            for entry in lora.entries:
+                changes |= _changes(lora, entry, base, shapes)
+        except FaceLoraError as error:
+            raise type(error)(f"training adapter: {error} ({expected})") from None
+        return cls(model_hash(lora.tensors), changes)
+
+
+def _changes(lora: LoraFile, entry: Entry, base: Base, shapes: Mapping[ModuleId, tuple[int, ...]]) -> dict[str, Change]:
+    """The changes that an entry makes, by path. Raises LoraMisfit for one that cannot be added to a layer's output."""
+
+    def weight(module: ModuleId) -> Tensor:
+        return base.components["denoiser"].tensors[f"{module[1]}.weight"]
+
+    if odd := [path for _, path in entry.modules if len(shapes["denoiser", path]) not in (2, 4)]:
+        raise LoraMisfit(
+            f"{lora.name}: changes {odd[0]}, which is no linear layer and no convolution; merge it instead"
+        )
+    ones = (1,) * (len(shapes[entry.modules[0]]) - 2)
+    factors: dict[ModuleId, tuple[Tensor, ...]] = {}
+    if entry.kind in ("lora", "locon"):
+        for module, tucker in lora.low_rank_of(entry):
+            low = without_tucker(tucker)
+            down = low.down.float().reshape(low.rank, *shapes[module][1:])
+            factors[module] = down, low.scale * low.up.float().reshape(-1, low.rank, *ones)
+    else:
+        for module, change in lora.changes_of(entry, weight):
+            factors[module] = (change.reshape(shapes[module]),)
+    biases = dict(lora.bias_changes_of(entry, shapes[entry.modules[0]][1]))
+    return {
+        module[1]: Change(factors.get(module, ()), biases[module].reshape(-1, *ones) if module in biases else None)
+        for module in entry.modules
+    }
+
+
+class AttachedAdapter:
+    """A training adapter beside the layers of a denoiser, which are not changed: it adds to what they return."""
+
+    def __init__(self, adapter: TrainingAdapter, denoiser: nn.Module, device: torch.device, dtype: torch.dtype):
+        """Adds it to the layers as they are now, those that a method has put there included."""
+        self._on = True
+        self._changes = {path: change.map(lambda t: t.to(device, dtype)) for path, change in adapter.changes.items()}
+        for path, change in self._changes.items():
+            layer = denoiser.get_submodule(path)
+            layer.register_forward_hook(self._adding(change, _places(layer)))
+
+    def tensors(self) -> list[Tensor]:
+        """Its tensors, which stay on the device."""
+        return [tensor for change in self._changes.values() for tensor in change.tensors()]
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """A context in which the layers compute what they do without it."""
+        self._on = False
+        try:
+            yield
+        finally:
+            self._on = True
+
+    def _adding(self, change: Change, places: Places) -> Any:
+        def add(layer: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> Tensor | None:
+            return _added(change, places, inputs[0], output) if self._on else None
+
+        return add
+
+
+def _places(layer: nn.Module) -> Places:
+    """The places of the convolution that a layer is, or that a method has wrapped; none for a linear layer."""
+    convolution = next((module for module in layer.modules() if isinstance(module, nn.Conv2d)), None)
+    return convolution and (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
+
+
+def _added(change: Change, places: Places, x: Tensor, output: Tensor) -> Tensor:
+    """What a layer returns for `x` with the change in it, given what it returns without."""
+    factors = [factor.to(output.dtype) for factor in change.factors]
+    x = x.to(output.dtype)
+    if factors and places:
+        x = F.conv2d(x, factors[0], None, *places)
+        for factor in factors[1:]:
+            x = F.conv2d(x, factor)
+        output = output + x
+    elif factors:
+        for factor in factors[:-1]:
+            x = F.linear(x, factor)
+        # The product and the sum in one kernel, so that the sum is rounded once.
+        output = torch.addmm(output.flatten(0, -2), x.flatten(0, -2), factors[-1].t()).view(output.shape)
+    return output if change.bias is None else output + change.bias.to(output.dtype)

@@ -1,0 +1,141 @@
+"""FLUX.2 dev's text encoder, a Mistral: its states as transformers gives them, and where dev's denoiser sees a text."""
+
+import json
+import re
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from core.errors import BadFile
+from core.models import text
+from core.models.base import Base, load_base
+from core.models.families.flux2 import FLUX2, texts_at_the_end
+from core.models.spec import stack_conditioning
+from tests.tooling import small_flow_base
+
+CPU = torch.device("cpu")
+WIDTH, LAYERS, WORDS = 32, 32, 131072
+CAPTIONS = ["a photo of sks person", "sks person, outdoors, in the evening sun"]
+
+
+class Words:
+    """A tokenizer with a number for each word, each sign and each special token."""
+
+    def __call__(self, caption: str, **_: Any) -> Any:
+        words = re.findall(r"</?\w+>|\[/?\w+\]|\w+|\W", caption) if caption else []
+        return SimpleNamespace(input_ids=[1 + zlib.crc32(word.encode()) % (WORDS - 1) for word in words])
+
+
+def mistral() -> Any:
+    """The network that dev's diffusers folder has as its text encoder, narrow, and with two layers too many."""
+    sizes = {"vocab_size": WORDS, "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": LAYERS,
+             "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128, "rms_norm_eps": 1e-5,
+             "sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e9}}  # fmt: skip
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "head_dim": 16,
+    }
+    config = transformers.Mistral3Config(
+        text_config={"model_type": "mistral", **sizes}, vision_config={"model_type": "pixtral", **vision}
+    )
+    torch.manual_seed(0)
+    return transformers.Mistral3ForConditionalGeneration(config).eval()
+
+
+@pytest.fixture(scope="module")
+def network() -> Any:
+    return mistral()
+
+
+def dev_base() -> Base:
+    return small_flow_base("flux2", guidance_embeds=True, joint_attention_dim=3 * WIDTH)
+
+
+def folder_of(network: Any, folder: Path) -> Path:
+    base = dev_base()
+    for part, name in (("denoiser", "transformer"), ("vae", "vae")):
+        base.load(part, CPU, torch.float32).save_pretrained(folder / name)  # pyright: ignore
+    network.save_pretrained(folder / "text_encoder")
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "Flux2Pipeline"}))
+    return folder
+
+
+def expected_states(network: Any, caption: str) -> Tensor:
+    """The states of a caption in the form that Black Forest Labs gave it, by transformers."""
+    system = (
+        "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
+        "relationships, object\nattribution and actions without speculation."
+    )
+    chat = f"<s>[SYSTEM_PROMPT]{system}[/SYSTEM_PROMPT][INST]{caption}[/INST]"
+    tokens = torch.tensor([Words()(chat).input_ids])
+    with torch.no_grad():
+        states = network.model.language_model(tokens, output_hidden_states=True).hidden_states
+    return torch.cat([states[layer] for layer in (10, 20, 30)], -1)[0]
+
+
+def check_captions(base: Base, network: Any) -> None:
+    with torch.no_grad():
+        ours = FLUX2.encode_text(base.load_text_encoders(CPU, torch.float32), CAPTIONS, 1, 1)
+    for caption, states, mask in zip(CAPTIONS, ours["context"], ours["context_mask"], strict=True):
+        expected = expected_states(network, caption)
+        assert int(mask.sum()) == len(expected)
+        assert (states[: len(expected)] - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_a_diffusers_folder_encodes_captions_as_transformers_does(network, tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "load_tokenizer", lambda *_: Words())
+    base = load_base(folder_of(network, tmp_path))
+    assert base.family is FLUX2 and base.embeds_guidance
+    check_captions(base, network)
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_a_file_of_the_text_encoder_does_so_too_where_comfyui_has_left_out_its_last_layers(
+    pruned, network, monkeypatch
+):
+    monkeypatch.setattr(text, "load_tokenizer", lambda *_: Words())
+    tensors = {f"model.{name}": tensor for name, tensor in network.model.language_model.state_dict().items()}
+    if pruned:
+        tensors = {name: t for name, t in tensors.items() if not re.match(r"model\.(norm|layers\.3[01])\.", name)}
+        tensors["tekken_model"] = torch.zeros(4, dtype=torch.uint8)
+    (kind, stored), *others = text.encoders_of(tensors).items()
+    assert kind == "mistral3_24b" and not others
+    component = text._component(kind, stored)
+    assert component.config["num_hidden_layers"] == 30
+    base = dev_base()
+    base = Base(
+        **{
+            name: getattr(base, name)
+            for name in ("family", "name", "prediction_type", "zero_terminal_snr", "resolution")
+        },
+        components={**base.components, "text_encoder": component},
+    )
+    check_captions(base, network)
+
+
+def test_texts_end_at_the_last_of_512_tokens_with_zeros_before_them():
+    texts = [torch.randn(1, length, 6) for length in (3, 5)]
+    both = stack_conditioning([{"context": each, "context_mask": torch.ones(1, each.shape[1])} for each in texts])
+    moved = texts_at_the_end(both)
+    assert moved.shape == (2, 512, 6)
+    for row, alone in zip(moved, texts, strict=True):
+        assert torch.equal(row[-alone.shape[1] :], alone[0]) and not row[: -alone.shape[1]].any()
+    whole = {"context": torch.randn(1, 512, 6), "context_mask": torch.ones(1, 512)}
+    assert texts_at_the_end(whole) is whole["context"]
+
+
+def test_the_tokenizer_of_another_model_is_refused(tmp_path):
+    vocabulary = {"<s>": 2, "<pad>": 11, "a": 0}
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "a"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": []}))
+    with pytest.raises(BadFile, match=r"another model than Mistral Small 3.2 \(24B\): in its 3 tokens <s> is 2"):
+        text.load_tokenizer(str(tmp_path), "mistral3_24b")

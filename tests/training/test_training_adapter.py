@@ -1,0 +1,310 @@
+"""Training adapters: what is trained with one, where it is off, what becomes of the result, and what is refused."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import core.models.eight_bit as eight_bit
+from core.cli import main
+from core.config import TrainConfig
+from core.errors import BadConfig, BadFile, FaceLoraError, LoraMisfit, UnknownFamily
+from core.lora.apply import apply
+from core.lora.convert import convert_lora
+from core.lora.file import LoraFile
+from core.lora.modules import name_kinds
+from core.models.base import Base, load_base
+from core.models.memory_plan import PLANS, MemoryPlan
+from core.storage.safetensors_file import SafetensorsFile
+from core.training import TrainingJob
+from core.training.callbacks import Callbacks, StepReport
+from core.training.encode import LatentCache
+from core.training.job import train
+from core.training.loop import train_lora
+from core.training.step import Run
+from core.training.training_adapter import METADATA_KEY, TrainingAdapter
+from tests.tooling import (
+    SMALL_FLOWS,
+    assert_trained_alike,
+    encoded_cache,
+    encoded_image,
+    mostly_slow,
+    random_lora,
+    small_flow_base,
+    write_photos,
+)
+
+CPU = torch.device("cpu")
+CONFIG = TrainConfig(rank=2, precision="fp32", batch_size=2, learning_rate=1e-3, steps=2, prior_prediction=1.0)
+BOUND = 1e-5
+"""How far a prediction with an adapter may be from one with the adapter merged in, in float32 (relative, of norms)."""
+
+
+def draw(*shape: int, seed: int = 1) -> Tensor:
+    return 0.2 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def base_of(family: str, small_sd15: Path) -> Base:
+    return load_base(small_sd15) if family == "sd15" else small_flow_base(family)
+
+
+def merged(base: Base, lora: LoraFile) -> Base:
+    """The base with the LoRA in its weights."""
+    denoiser = base.load("denoiser", CPU, torch.float32)
+    apply(lora, {"family": base.family.name, "denoiser": denoiser})
+    component = replace(base.components["denoiser"], tensors=dict(denoiser.state_dict()))
+    return replace(base, components={**base.components, "denoiser": component})
+
+
+def cache_of(base: Base) -> LatentCache:
+    shape = (base.latent_shape.channels, 8, 8)
+    images = [encoded_image(base, f"{i}.png", "a photo of sks person", i, shape=shape) for i in range(2)]
+    return encoded_cache(base, images)
+
+
+def run_with(base: Base, lora: LoraFile | None, config: TrainConfig = CONFIG, plan: MemoryPlan = PLANS[0]) -> Run:
+    adapter = TrainingAdapter.open(lora, base) if lora else None
+    return Run(cache_of(base), base, config, CPU, plan=plan, training_adapter=adapter)
+
+
+def predicted(run: Run) -> Tensor:
+    """What the networks of a run predict now, as a sampler sees them."""
+
+    def sampler(*_: object) -> list:
+        pictures = run.images[:1]
+        conditioning = run._conditioning(pictures, [pictures[0].caption])
+        with torch.no_grad():
+            drawn.append(run._predict(pictures[0].mean[None], torch.tensor([500.0]), conditioning))
+        return []
+
+    drawn: list[Tensor] = []
+    run.sample(sampler, [], lambda warning: None)
+    return drawn[0]
+
+
+@pytest.mark.parametrize("family", mostly_slow(("sd15", *SMALL_FLOWS), "zimage"))
+def test_a_step_equals_one_on_a_base_with_the_adapter_merged_in(family, small_sd15):
+    """On every linear layer and convolution, with prior prediction, whose frozen model has the adapter too."""
+    base = base_of(family, small_sd15)
+    lora = random_lora(base)
+    ours, theirs = run_with(base, lora), run_with(merged(base, lora), None)
+    plain = run_with(base, None)
+    for run in (ours, theirs, plain):
+        run.train_step()
+    assert ours.loss.item() == pytest.approx(theirs.loss.item(), rel=BOUND)
+    assert plain.loss.item() != pytest.approx(theirs.loss.item(), rel=0.01)
+    for run in (ours, theirs):
+        run.train_step()
+    assert_trained_alike(ours.parameters, theirs.parameters)
+
+
+@pytest.mark.parametrize("method", mostly_slow(("lora", "lokr", "loha", "dora", "oft", "dreambooth"), "dora"))
+def test_it_adds_to_the_layers_of_every_method(method, small_sd15):
+    """DoRA and OFT multiply the weight, without the adapter's change in it, since their files are for the base without it."""
+    base = load_base(small_sd15)
+    lora = random_lora(base, r".*(attn1\.to_q|conv1|proj_in)")
+    config = replace(CONFIG, method=method, prior_prediction=0.0, targets="transformer+conv", rank=4)
+    ours, theirs = run_with(base, lora, config), run_with(merged(base, lora), None, config)
+    losses = []
+    for run in (ours, theirs):
+        run.train_step()
+        losses.append(run.loss.item())
+        run.train_step()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3 if method == "dora" else BOUND)
+
+
+def of_kind(base: Base, kind: str) -> LoraFile:
+    """An adapter of another kind on one layer, in Kohya's names."""
+    roles = {
+        "loha": {"hada_w1_a": draw(128, 2), "hada_w1_b": draw(2, 128), "hada_w2_a": draw(128, 2), "hada_w2_b": draw(2, 128)},
+        "lokr": {"lokr_w1": draw(4, 4), "lokr_w2": draw(32, 32)},
+        "dora": {"down": draw(2, 128), "up": draw(128, 2), "dora": 1 + draw(128).abs()},
+        "oft": {"oft_blocks": draw(4, 32, 32)},
+        "full": {"diff": draw(128, 128), "diff_b": draw(128)},
+        "bias": {"diff_b": draw(128)},
+    }[kind]  # fmt: skip
+    tensors = name_kinds(base.names, {("denoiser", "transformer_blocks.0.attn.to_out.0"): roles})
+    return LoraFile.from_tensors(tensors, {})
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr", "dora", "oft", "full", "bias"])
+def test_every_kind_of_lora_does_what_it_does_merged_in(kind):
+    base = small_flow_base("flux1")
+    lora = of_kind(base, kind)
+    ours, theirs = run_with(base, lora), run_with(merged(base, lora), None)
+    with torch.no_grad():
+        losses = [float(next(run._losses(0))) for run in (ours, theirs)]
+    assert losses[0] == pytest.approx(losses[1], rel=BOUND)
+
+
+@pytest.mark.parametrize("scheme", ["kohya", "diffusers", "comfy"])
+def test_every_naming_means_the_same_adapter(scheme):
+    base = small_flow_base("zimage")
+    pattern = base.family.denoiser_targets["transformer"]
+    named = TrainingAdapter.open(convert_lora(random_lora(base, pattern), scheme)[0], base)
+    plain = TrainingAdapter.open(random_lora(base, pattern), base)
+    assert named.changes.keys() == plain.changes.keys()
+    for path, change in plain.changes.items():
+        product, other = (up @ down for down, up in (change.factors, named.changes[path].factors))
+        torch.testing.assert_close(product, other)
+
+
+def test_samples_are_drawn_without_it():
+    base = small_flow_base("zimage")
+    adapted, plain = run_with(base, random_lora(base)), run_with(base, None)
+    assert torch.equal(predicted(adapted), predicted(plain))
+    adapted.train_step()
+    plain._put(adapted.parameters)
+    assert torch.equal(predicted(adapted), predicted(plain))
+
+
+def test_layers_in_8_bits_keep_it(monkeypatch):
+    """Those in the place of layers that the method does not train; the others stay inside of the method's."""
+    monkeypatch.setattr(eight_bit, "SMALLEST", 1)
+    base = small_flow_base("zimage")
+    lora = random_lora(base, r"(?!layers\.\d+\.(attention|feed_forward)).*")
+    plan = next(plan for plan in PLANS if plan.weights == "8 bits")
+    with torch.no_grad():
+        narrow, wide, without = (
+            float(next(run_with(base, each, replace(CONFIG, prior_prediction=0.0), each_plan)._losses(0)))
+            for each, each_plan in ((lora, plan), (lora, PLANS[0]), (None, PLANS[0]))
+        )
+    assert abs(narrow - wide) < 0.2 * abs(without - wide)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_have_it_in_steps():
+    base = small_flow_base("zimage")
+    plain, compiled = (run_with(base, random_lora(base), replace(CONFIG, compile=on)) for on in (False, True))
+    assert compiled.compiled
+    for run in (plain, compiled):
+        run.train_step()
+    assert compiled.loss.item() == pytest.approx(plain.loss.item(), rel=1e-4)
+
+
+@pytest.fixture
+def base() -> Base:
+    return small_flow_base("zimage")
+
+
+def trained(
+    base: Base, lora: LoraFile, state: Path | None = None, stop_after: int | None = None, resume: bool = False
+) -> LoraFile:
+    """What train_lora makes; stopped after a step, it leaves its state."""
+
+    def on_step(report: StepReport) -> None:
+        if report.step == stop_after:
+            raise KeyboardInterrupt
+
+    made = train_lora(
+        cache_of(base), base, CONFIG, device=CPU, training_adapter=TrainingAdapter.open(lora, base),
+        state_path=state, resume=resume, callbacks=Callbacks(on_step=on_step),
+    )  # fmt: skip
+    assert isinstance(made, LoraFile)
+    return made
+
+
+def test_a_resumed_run_gives_the_same_tensors_and_needs_the_same_adapter(base, tmp_path):
+    state, lora = tmp_path / "state.safetensors", random_lora(base)
+    with pytest.raises(KeyboardInterrupt):
+        trained(base, lora, state, stop_after=1)
+    with pytest.raises(BadConfig, match="training_adapter"):
+        trained(base, random_lora(base, seed=5), state, resume=True)
+    resumed, whole = trained(base, lora, state, resume=True), trained(base, lora)
+    assert resumed.tensors.keys() == whole.tensors.keys()
+    assert all(torch.equal(resumed.tensors[name], whole.tensors[name]) for name in whole.tensors)
+
+
+def test_the_file_has_nothing_of_it_but_its_hash(base, tmp_path):
+    path = tmp_path / "anna.safetensors"
+    random_lora(base).save(path, torch.float32)
+    adapter = TrainingAdapter.open(path, base)
+    made = trained(base, LoraFile.read(path))
+    assert made.metadata[METADATA_KEY] == adapter.digest
+    assert not any("anna" in value for value in made.metadata.values())
+    targets = base.family.denoiser_targets["transformer"]
+    modules = made.modules()
+    assert all(re.fullmatch(targets, module) for _, module in modules) and {m.rank for m in modules.values()} == {2}
+
+
+def test_the_key_of_a_training_knows_the_adapter_by_its_tensors(base, tmp_path):
+    for name, seed in (("one", 1), ("same", 1), ("other", 5)):
+        random_lora(base, seed=seed).save(tmp_path / f"{name}.safetensors", torch.float32)
+    one, same, other = (
+        TrainingAdapter.open(tmp_path / f"{name}.safetensors", base) for name in ("one", "same", "other")
+    )
+    wired = TrainingAdapter.open(
+        LoraFile.from_tensors(dict(random_lora(base).tensors), random_lora(base).metadata), base
+    )
+    keys = [TrainingJob("x", CONFIG, (), training_adapter=each).key(base) for each in (None, one, same, other, wired)]
+    assert keys[1] == keys[2] == keys[4] and len(set(keys)) == 3
+
+
+def wrong_files(folder: Path, base: Base) -> dict[str, tuple[Path, type[FaceLoraError], str]]:
+    """Files that are no training adapter for Z-Image, the class of the error, and what is said of each."""
+    pickle, other, unknown, norm = (
+        folder / name for name in ("a.pt", "b.safetensors", "c.safetensors", "d.safetensors")
+    )
+    pickle.write_bytes(b"\x80\x02}q\x00.")
+    random_lora(small_flow_base("flux1")).save(other)
+    tensors = {"something.lora_A.weight": draw(2, 8), "something.lora_B.weight": draw(8, 2)}
+    LoraFile("zimage", {}, tensors).save(unknown)
+    tensors = dict(random_lora(base, r"layers\.0\.attention\.to_[qkv]").tensors)
+    tensors["diffusion_model.layers.0.attention_norm1.w_norm"] = draw(128)
+    LoraFile("zimage", random_lora(base).metadata, tensors).save(norm)
+    return {
+        "pickle": (pickle, BadFile, "pickle"),
+        "another family": (other, LoraMisfit, ", the base model is zimage"),
+        "unknown names": (unknown, UnknownFamily, "something"),
+        "a norm": (norm, LoraMisfit, "which is no linear layer and no convolution"),
+    }
+
+
+@pytest.mark.parametrize("which", ["pickle", "another family", "unknown names", "a norm"])
+def test_a_file_that_is_no_adapter_for_the_base_is_refused_by_name(which, base, tmp_path):
+    path, kind, why = wrong_files(tmp_path, base)[which]
+    with pytest.raises(kind) as error:
+        TrainingAdapter.open(path, base)
+    message = str(error.value)
+    assert message.startswith("training adapter: ") and str(path) in message and why in message
+    assert "expected a LoRA for Z-Image in safetensors, such as ostris/zimage_turbo_training_adapter" in message
+
+
+def test_a_distilled_model_is_trained_with_it_and_refused_without(tmp_path):
+    base = small_flow_base("flux1", guidance_embeds=False)
+    photos, config = write_photos(tmp_path / "photos", 2), replace(CONFIG, steps=1, check_photos=False, resolution=64)
+    with pytest.raises(BadConfig, match=r"distilled .* the usual one is ostris/FLUX\.1-schnell-training-adapter"):
+        train(photos, base, config)
+    warnings: list[str] = []
+    made = train(
+        photos, base, config, training_adapter=random_lora(base), callbacks=Callbacks(on_warning=warnings.append)
+    )
+    assert METADATA_KEY in made.metadata and not any("distilled" in warning for warning in warnings)
+
+
+def test_the_command_line_takes_it_and_finds_what_was_trained_with_it(small_sd15, tmp_path, capsys):
+    adapter, output = tmp_path / "adapter.safetensors", tmp_path / "me.safetensors"
+    random_lora(load_base(small_sd15), r".*attn1\.to_q").save(adapter)
+    arguments = [
+        "train", str(write_photos(tmp_path / "photos", 2)), "--base", str(small_sd15), "--output", str(output), "--json",
+        "--recipe", "none", "--steps", "1", "--rank", "2", "--resolution", "32", "--no-check-photos",
+    ]  # fmt: skip
+    for given, found in (("--training-adapter", False), ("--training-adapter", True), (None, False)):
+        assert main([*arguments, *([given, str(adapter)] if given else [])]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["found"] is found
+        assert (METADATA_KEY in SafetensorsFile.open(output).metadata) is bool(given)
+
+
+def test_samples_are_drawn_as_a_distilled_model_draws(base, tmp_path, monkeypatch):
+    """Its file's name says nothing, as in ComfyUI, where it is not known: without guidance, on the few steps' own times."""
+    seen = []
+    monkeypatch.setattr("core.training.job.training_sampler", lambda base, *_: seen.append(base))
+    config = replace(CONFIG, steps=1, check_photos=False, resolution=64, sample_every=1)
+    with pytest.raises(TypeError):  # there is no sampler
+        train(write_photos(tmp_path / "photos", 2), base, config, training_adapter=random_lora(base),
+              callbacks=Callbacks(on_sample=lambda step, images: None))  # fmt: skip
+    assert (seen[0].guidance, seen[0].steps, base.guidance) == (1.0, 8, base.family.guidance)
