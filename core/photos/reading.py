@@ -179,7 +179,7 @@ def read_photo_files(
 def count_photos(folder: Path) -> int:
     """The number of files that `read_photos` would read, none of which is opened; 0 where the folder cannot be read."""
     try:
-        return sum(1 for _ in _photo_paths(folder, lambda warning: None))
+        return sum(1 for _ in _photo_paths(folder, True, lambda warning: None))
     except OSError:
         return 0
 

@@ -179,8 +179,9 @@ def _example(photo: Photo, name: str, model_hash: str, on_warning: Callable[[str
 def _comment(image: Image.Image) -> str:
     """The EXIF comment of a picture as A1111 writes it into JPEG and WebP files; empty without one."""
     comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
-    is_ours = isinstance(comment, bytes) and comment.startswith(b"UNICODE\0")
-    return comment[8:].decode("utf-16-be", errors="replace") if is_ours else ""
+    if not isinstance(comment, bytes) or not comment.startswith(b"UNICODE\0"):
+        return ""
+    return comment[8:].decode("utf-16-be", errors="replace")
 
 
 def _without_names(said: Parameters, names: Mapping[str, str], hashes: Mapping[str, str]) -> Parameters:

@@ -100,8 +100,7 @@ def train(
     output = None if output is None else Path(output)
     if config is None:
         base, photos = _loaded(base, TrainConfig()), _read(photos, strict, callbacks.on_warning)
-        given = {"hold_out": len(held_out)} if held_out else {}
-        config = recipe_config("balanced", base, len(photos), given, callbacks.on_warning)
+        config = _usual_config(base, photos, held_out, callbacks.on_warning)
     if not isinstance(config, TrainConfig):
         raise BadConfig(f"config is a {type(config).__name__}: expected a TrainConfig, as recipe_config gives one too")
     place = nullcontext() if output is None else _place(output, config, state_is_wanted=resume or restart)
@@ -111,8 +110,7 @@ def train(
         start = _checked_start(continue_from, base)
         adapter = _opened(training_adapter, base)
         base = base.as_distilled() if adapter else base
-        photos = _read(photos, strict, callbacks.on_warning)
-        if not photos:
+        if not (photos := _read(photos, strict, callbacks.on_warning)):
             raise BadPhoto("no photos were given")
         for hint in _hints(base, config, adapted=adapter is not None):
             callbacks.on_warning(hint)
@@ -140,6 +138,14 @@ def train(
             _write(lora, base, config, output)
             lora = replace(lora, name=str(output))
         return lora
+
+
+def _usual_config(
+    base: Base, photos: Sequence[Photo], held_out: Sequence[Photo], on_warning: Callable[[str], None]
+) -> TrainConfig:
+    """The settings where none are given: those of the recipe `balanced`."""
+    given = {"hold_out": len(held_out)} if held_out else {}
+    return recipe_config("balanced", base, len(photos), given, on_warning)
 
 
 _WOULD_REPLACE = "which would replace it; move it, or choose another output"
