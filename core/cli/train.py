@@ -82,12 +82,8 @@ def run_train(options: argparse.Namespace) -> None:
         found = key is not None and not options.restart and has_key(options.output, key)
         if found:
             lora = LoraFile.read(options.output)
-        elif os.path.isfile(options.output) and not (options.restart or options.resume):
-            raise BadConfig(
-                f"{options.output}: is there already, and this training would replace it; "
-                "let it with --restart, or choose another output"
-            )
         else:
+            _check_nothing_is_replaced(options)
             lora = train(
                 photos, base, config, faces=faces, judge=judge, output=options.output, class_photos=class_photos,
                 continue_from=start, training_adapter=adapter, resume=options.resume, restart=options.restart,
@@ -104,6 +100,15 @@ def run_train(options: argparse.Namespace) -> None:
         print(f"{options.output}  ({size / 1e6:.1f} MB, rank {config.rank}); prompt it with: a photo of {trigger}")
         if LIKENESS_KEY in lora.metadata:
             print(format_likeness(json.loads(lora.metadata[LIKENESS_KEY])))
+
+
+def _check_nothing_is_replaced(options: argparse.Namespace) -> None:
+    """Raises BadConfig where the output is there, and nobody has asked for another one in its place."""
+    if os.path.isfile(options.output) and not (options.restart or options.resume):
+        raise BadConfig(
+            f"{options.output}: is there already, and this training would replace it; "
+            "let it with --restart, or choose another output"
+        )
 
 
 def _class_photos(options: argparse.Namespace, progress: BarProgress | JsonProgress) -> list[Photo] | None:

@@ -107,8 +107,7 @@ def train(
     with place, deterministic_if(config.deterministic):
         base = _checked_base(base, config, output, training_adapter is not None)
         _check_pictures_asked_for(config, class_photos is not None, bool(held_out))
-        start = _checked_start(continue_from, base)
-        adapter = _opened(training_adapter, base)
+        start, adapter = _checked_start(continue_from, base), _opened(training_adapter, base)
         base = base.as_distilled() if adapter else base
         if not (photos := _read(photos, strict, callbacks.on_warning)):
             raise BadPhoto("no photos were given")
