@@ -188,8 +188,8 @@ def predict_by_place(monkeypatch) -> list[MemoryPlan]:
     asked: list[MemoryPlan] = []
 
     def predicted(*given) -> int:
-        asked.append(given[-1])
-        return (19 - PLANS.index(given[-1])) * 2**30
+        asked.append(given[5])
+        return (19 - PLANS.index(given[5])) * 2**30
 
     monkeypatch.setattr("core.training.memory_prediction.predicted_memory", predicted)
     return asked

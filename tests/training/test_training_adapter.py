@@ -293,10 +293,11 @@ def test_the_command_line_takes_it_and_finds_what_was_trained_with_it(small_sd15
         "train", str(write_photos(tmp_path / "photos", 2)), "--base", str(small_sd15), "--output", str(output), "--json",
         "--recipe", "none", "--steps", "1", "--rank", "2", "--resolution", "32", "--no-check-photos",
     ]  # fmt: skip
-    for given, found in (("--training-adapter", False), ("--training-adapter", True), (None, False)):
-        assert main([*arguments, *([given, str(adapter)] if given else [])]) == 0
+    adapted = ["--training-adapter", str(adapter)]
+    for given, found in ((adapted, False), (adapted, True), (["--restart"], False)):
+        assert main([*arguments, *given]) == 0
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["found"] is found
-        assert (METADATA_KEY in SafetensorsFile.open(output).metadata) is bool(given)
+        assert (METADATA_KEY in SafetensorsFile.open(output).metadata) is (given == adapted)
 
 
 def test_samples_are_drawn_as_a_distilled_model_draws(base, tmp_path, monkeypatch):
