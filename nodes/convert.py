@@ -264,12 +264,14 @@ def photos_of(
         photos = [replace(photo, caption=text) for photo, text in zip(photos, texts, strict=True)]
     if drawn:
         photos = [
-            photo.with_mask(_mask(mask)) if mask.any() else photo for photo, mask in zip(photos, drawn, strict=True)
+            photo.with_mask(mask_picture(mask)) if mask.any() else photo
+            for photo, mask in zip(photos, drawn, strict=True)
         ]
     return photos
 
 
-def _mask(mask: Tensor) -> Image.Image:
+def mask_picture(mask: Tensor) -> Image.Image:
+    """A mask (h, w) of ComfyUI, 0 to 1, as a grey picture."""
     return Image.fromarray((mask.detach().float().cpu().numpy() * 255).round().clip(0, 255).astype(np.uint8))
 
 

@@ -24,9 +24,10 @@ from torch import Tensor
 from ..core.errors import BadConfig, LoraMisfit
 from ..core.lora.words import trigger_words
 from ..core.models.families import FAMILIES
-from ..core.pictures.group import GROUP_NODE, MOST_PEOPLE, Box, Group, Person, read_box, soft_masks
+from ..core.pictures.group import GROUP_NODE, MOST_PEOPLE, Group, Mask, Person, read_box
+from ..core.pictures.group import Place as Region
 from .apply import CONNECTED, chosen_lora, file_state, patch_clip
-from .convert import LoraModel, loadable, trained_family
+from .convert import LoraModel, loadable, mask_picture, trained_family
 from .folders import prompt_phrase, says_no_server_paths
 from .weight_patches import load_patches
 
@@ -39,7 +40,7 @@ PLACE = "facelora_place"
 @dataclass(frozen=True)
 class Member:
     person: Person
-    region: Box | None
+    region: Region | None
     """None: beside the others."""
 
 
@@ -90,6 +91,10 @@ class GroupPerson(io.ComfyNode):
                     optional=True,
                     tooltip="A LoRA from Train Face LoRA, Inspect LoRA or ComfyUI's Train LoRA.",
                 ),
+                io.Mask.Input(
+                    "mask", optional=True,
+                    tooltip="In place of region: white where the person is, stretched over the picture; its grey fades.",
+                ),
             ],
             outputs=[GroupMember.Output(display_name="person", tooltip="To an input of Group Portrait.")],
         )  # fmt: skip
@@ -100,17 +105,19 @@ class GroupPerson(io.ComfyNode):
 
     @classmethod
     @says_no_server_paths
-    def execute(cls, lora_name, name, strength, phrase, region="", lora=None) -> io.NodeOutput:
+    def execute(cls, lora_name, name, strength, phrase, region="", lora=None, mask=None) -> io.NodeOutput:
         found = chosen_lora(lora_name, lora)
         words, missing = prompt_phrase(found, phrase.strip() or next(iter(trigger_words(found.metadata)), ""))
         if not words:
             raise BadConfig(f"{name}: {Path(found.name).name} does not say its trigger words; write them into phrase")
         if missing:
             raise BadConfig(f"{name}: {missing}")
-        member = Member(
-            Person(name.strip(), found, words, strength), read_box(name, region) if region.strip() else None
-        )
-        return io.NodeOutput(member)
+        if mask is not None and region.strip():
+            raise BadConfig(f"{name}: mask and region are both given; leave one out")
+        place = read_box(name, region) if region.strip() else None
+        if mask is not None:
+            place = Mask(mask_picture(mask.reshape(-1, *mask.shape[-2:])[0]))
+        return io.NodeOutput(Member(Person(name.strip(), found, words, strength), place))
 
 
 class GroupPortrait(io.ComfyNode):
@@ -232,7 +239,7 @@ def _in_place(entry: Mapping[str, Any], noise: Tensor) -> dict[str, Any] | None:
     height, width = noise.shape[-2:]
     multiple = 1 if width % place.multiple or height % place.multiple else place.multiple
     regions = place.group.regions((width, height), multiple)
-    masks = soft_masks(regions, (width, height))
+    masks = place.group.soft_masks(regions, (width, height))
     left, top, right, bottom = [*regions, (0, 0, width, height)][place.number]
     mask = masks[place.number]
     if not mask.any():

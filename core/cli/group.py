@@ -8,9 +8,10 @@ from PIL import Image
 
 from ..errors import BadConfig
 from ..lora import LoraFile
-from ..photos import read_photos
-from ..pictures import Group, Person
-from ..pictures.group import read_box
+from ..photos import read_photo_files, read_photos
+from ..photos.reading import PHOTO_SUFFIXES
+from ..pictures import Group, Mask, Person
+from ..pictures.group import Place, read_box
 from .common import split_strength
 
 
@@ -23,12 +24,12 @@ def group_from(options: argparse.Namespace) -> Group:
         raise BadConfig("--subject is for one person; the people of --person are the subject of a --style-pack")
     if not (options.prompt or options.style_pack):
         raise BadConfig(f"no --prompt given: it says who does what, as in {_example(list(files))!r}")
-    boxes = _by_name("--region", options.region, "LEFT,TOP,RIGHT,BOTTOM")
+    boxes = _by_name("--region", options.region, "LEFT,TOP,RIGHT,BOTTOM or NAME=MASK.png")
     if boxes and (differing := sorted({*files} ^ {*boxes})):
         raise BadConfig(f"--region: give one for each --person, and for nobody else; see {differing[0]}")
     group = Group(
         tuple(_person(name, file) for name, file in files.items()),
-        tuple(read_box(name, boxes[name]) for name in files) if boxes else (),
+        tuple(_place(name, boxes[name]) for name in files) if boxes else (),
     )
     for prompt in options.prompt:
         group.check_prompt(prompt)
@@ -44,6 +45,14 @@ def photos_from(
         raise BadConfig(f"--reference: give NAME=PHOTOS for each --person, and for nobody else; see {differing[0]}")
     read = {name: read_photos(folder, on_warning=on_warning) for name, folder in folders.items()}
     return {name: (photo.image() for photo in photos) for name, photos in read.items()}
+
+
+def _place(name: str, text: str) -> Place:
+    """The region in the form LEFT,TOP,RIGHT,BOTTOM, or the mask in the file of that name."""
+    if not text.lower().endswith(PHOTO_SUFFIXES):
+        return read_box(name, text)
+    (mask,) = read_photo_files([text], strict=True)
+    return Mask(mask.image())
 
 
 def _by_name(option: str, given: Sequence[str], what: str) -> dict[str, str]:

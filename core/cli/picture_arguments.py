@@ -84,7 +84,7 @@ def _add_people(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--region", action="append", default=[], type=unicode_text, metavar="NAME=LEFT,TOP,RIGHT,BOTTOM",
-        help="where a --person is, as shares of the picture, for each (default: side by side)",
+        help="where a --person is, as shares of the picture, or NAME=MASK.png, for each (default: side by side)",
     )  # fmt: skip
 
 

@@ -6,10 +6,13 @@ predictions is MultiDiffusion (arXiv:2302.08113), and to give each region words 
 (arXiv:2302.02412). Two LoRAs that are added up instead blend two faces.
 """
 
+import hashlib
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from PIL import Image
@@ -51,8 +54,36 @@ GROUP_NODE = "FaceLoRAGroup"
 _NAME = re.compile(r"\{([^{}]*)\}")
 _LISTED = re.compile(r"\{[^{}]*\}(?:(?:\s*,\s*|\s+)(?:(?:and|with|next to|beside)\s+)?\{[^{}]*\})*")
 """People who are named one after the other, as in "{anna}, {ben} and {carl}"."""
-_REGION = re.compile(r"(?:^|; )[\d.e-]+(?: [\d.e-]+){3}: ")
+_REGION = re.compile(r"(?:^|; )[\d.e-]+(?: [\d.e-]+){3}(?: mask \w+)?: ")
 """The beginning of a person's region in the parameters of a picture."""
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """A part of a picture in any form: white where the person is, black where not, grey where the person fades."""
+
+    image: Image.Image
+    """Of any size: it is stretched over the picture."""
+
+    @cached_property
+    def box(self) -> Box:
+        """The smallest box around all that is not black; without width where nothing is."""
+        left, top, right, bottom = self.image.convert("L").getbbox() or (0, 0, 0, 0)
+        width, height = self.image.size
+        return left / width, top / height, right / width, bottom / height
+
+    @cached_property
+    def digest(self) -> str:
+        """By which masks in the parameters of pictures are told apart."""
+        return hashlib.sha256(f"{self.image.size}".encode() + self.image.convert("L").tobytes()).hexdigest()[:10]
+
+    def weights(self, size: tuple[int, int]) -> Tensor:
+        """The weights (h, w), 0 to 1, of a picture of `size` (w, h)."""
+        stretched = self.image.convert("L").resize(size, Image.Resampling.BOX)
+        return torch.frombuffer(bytearray(stretched.tobytes()), dtype=torch.uint8).view(size[1], size[0]) / 255
+
+
+Place = Box | Mask
 
 
 @dataclass(frozen=True)
@@ -95,7 +126,7 @@ class Group:
     """
 
     people: tuple[Person, ...]
-    layout: tuple[Box, ...] = ()
+    layout: tuple[Place, ...] = ()
     """The region of each person; without any they are side by side, in the order of the people."""
 
     def __post_init__(self) -> None:
@@ -111,7 +142,7 @@ class Group:
             object.__setattr__(self, "layout", side_by_side(len(names)))
         if len(self.layout) != len(names):
             raise BadConfig(f"{len(self.layout)} regions for {len(names)} people: each needs one")
-        for name, (left, top, right, bottom) in zip(names, self.layout, strict=True):
+        for name, (left, top, right, bottom) in zip(names, self.boxes, strict=True):
             if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
                 raise BadConfig(
                     f"region of {name}: {left:g},{top:g},{right:g},{bottom:g}: must be left,top,right,bottom "
@@ -157,48 +188,61 @@ class Group:
 
     # --- places ---
 
+    @property
+    def boxes(self) -> list[Box]:
+        """The region of each person, for a mask the box around it."""
+        return [place.box if isinstance(place, Mask) else place for place in self.layout]
+
     def size(self, resolution: int, multiple: int) -> tuple[int, int]:
         """The size in pixels of a picture whose size nobody has said: so wide that each region is a portrait's.
 
         It is for a base model of that resolution, whose pictures have sides that are multiples of `multiple`.
         """
-        narrowest = min(right - left for left, _, right, _ in self.layout)
+        narrowest = min(right - left for left, _, right, _ in self.boxes)
         width, of_all = max(resolution, PORTRAIT * resolution / narrowest), multiple * len(self.people)
         # People side by side then have regions of equal width.
         return round(width / of_all) * of_all, resolution // multiple * multiple
 
     def regions(self, size: tuple[int, int], multiple: int) -> list[tuple[int, int, int, int]]:
-        """The (left, top, right, bottom) in pixels of each person's region of a picture, all multiples of `multiple`."""
+        """The (left, top, right, bottom) in pixels of each person's region of a picture, all multiples of `multiple`.
+
+        Boxes are rounded, and those around masks enlarged.
+        """
         regions = []
-        for person, box in zip(self.people, self.layout, strict=True):
+        for person, place, box in zip(self.people, self.layout, self.boxes, strict=True):
+            roundings = (math.floor, math.floor, math.ceil, math.ceil) if isinstance(place, Mask) else (round,) * 4
             sides = [size[axis % 2] / multiple for axis in range(4)]
-            left, top, right, bottom = (round(share * side) * multiple for share, side in zip(box, sides, strict=True))
+            left, top, right, bottom = (
+                to_whole(share * side) * multiple for to_whole, share, side in zip(roundings, box, sides, strict=True)
+            )
             if left >= right or top >= bottom:
                 raise BadConfig(f"region of {person.name}: has no width or height in {size[0]}x{size[1]} pixels")
             regions.append((left, top, right, bottom))
         return regions
 
+    def soft_masks(self, regions: Sequence[tuple[int, int, int, int]], size: tuple[int, int]) -> Tensor:
+        """The weights (N + 1, h, w) of these regions of a picture of `size` (w, h), and last that of the scene.
+
+        They add up to 1. A box's weight is 1 in its middle and falls towards those of its edges that are not the picture's; a
+        mask's is the mask. Where regions overlap they share.
+        """
+        width, height = size
+        weights = torch.zeros(len(regions) + 1, height, width)
+        for weight, place, (left, top, right, bottom) in zip(weights, self.layout, regions, strict=False):
+            if isinstance(place, Mask):
+                own = place.weights(size)[top:bottom, left:right]
+            else:
+                feather = FEATHER * min(right - left, bottom - top)
+                across, down = _ramp(left, right, width, feather), _ramp(top, bottom, height, feather)
+                own = torch.minimum(down[:, None], across[None])
+            weight[top:bottom, left:right] = own
+        weights /= weights.sum(dim=0).clamp(min=1)
+        weights[-1] = (1 - weights.sum(dim=0)).clamp(min=0)
+        return weights
+
 
 def _in_braces(names: Sequence[str]) -> str:
     return ", ".join(f"{{{name}}}" for name in names)
-
-
-def soft_masks(regions: Sequence[tuple[int, int, int, int]], size: tuple[int, int]) -> Tensor:
-    """The weights (N + 1, h, w) of N regions of a picture of `size` (w, h), and last that of the scene; they add up to 1.
-
-    A region's weight is 1 in its middle and falls towards those of its edges that are not the picture's. Where regions
-    overlap they share.
-    """
-    width, height = size
-    weights = torch.zeros(len(regions) + 1, height, width)
-    for weight, (left, top, right, bottom) in zip(weights, regions, strict=False):
-        feather = FEATHER * min(right - left, bottom - top)
-        across = _ramp(left, right, width, feather)
-        down = _ramp(top, bottom, height, feather)
-        weight[top:bottom, left:right] = torch.minimum(down[:, None], across[None])
-    weights /= weights.sum(dim=0).clamp(min=1)
-    weights[-1] = (1 - weights.sum(dim=0)).clamp(min=0)
-    return weights
 
 
 def _ramp(start: int, end: int, side: int, feather: float) -> Tensor:
@@ -284,12 +328,17 @@ def group_parameters(
     The people's names are not in it.
     """
     places = [
-        f"{' '.join(f'{share:g}' for share in box)}: {group.words_of(person, job.prompt)}"
-        for person, box in zip(group.people, group.layout, strict=True)
+        f"{_said(place)}: {group.words_of(person, job.prompt)}"
+        for person, place in zip(group.people, group.layout, strict=True)
     ]
     everyone = [*loras, *((person.lora, person.strength) for person in group.people)]
     named = replace(job, prompt=group.everyones_words(job.prompt))
     return parameters_text(base, everyone, named, config, {"Regions": one_line("; ".join(places))})
+
+
+def _said(place: Place) -> str:
+    box, mask = (place.box, f" mask {place.digest}") if isinstance(place, Mask) else (place, "")
+    return " ".join(f"{share:g}" for share in box) + mask
 
 
 def shows_several(said: Parameters) -> bool:
@@ -359,7 +408,7 @@ def _blended(
     regions = group.regions(job.size, base.size_multiple)
     cell = base.latent_shape.pixels
     cells = [tuple(side // cell for side in region) for region in regions]
-    masks = soft_masks(cells, (job.size[0] // cell, job.size[1] // cell))  # pyright: ignore
+    masks = group.soft_masks(cells, (job.size[0] // cell, job.size[1] // cell))  # pyright: ignore
     has_scene, weights = bool(masks[-1].any()), masks.to(device)
     sizes = [job.size, *((right - left, bottom - top) for left, top, right, bottom in regions)]
     scene, *others = (

@@ -11,7 +11,7 @@ from ..lora.file import LoraFile
 from ..models.base import Base
 from .face_pass import FacePass
 from .generate import GenerateConfig, Job, Picture
-from .group import Group, check_group, generate_group, group_parameters, sized
+from .group import Group, Mask, check_group, generate_group, group_parameters, sized
 from .group_faces import GroupReference, redraw_faces
 from .headshot import FaceOutcome, Headshot
 from .headshots import Batch, Compared, base_options, check_keep, lora_option, read_picture, save_outcome
@@ -69,13 +69,16 @@ class _GroupBatch(Batch):
             save_outcome(paths[job], job, faces.image, outcome)
 
     def model_options(self, folder: Path, job: Job) -> list[str]:
+        """As of one person's batch; none where regions are masks, whose files are not known."""
+        if any(isinstance(place, Mask) for place in self.group.layout):
+            return []
         people = self.group.people
         named = base_options(self.base, folder, [*(lora for lora, _ in self.loras), *(one.lora for one in people)])
         loras = [lora_option(lora, strength * job.strength, folder) for lora, strength in self.loras]
         own = [f"{one.name}={lora_option(one.lora, one.strength * job.strength, folder)}" for one in people]
         regions = [
             f"{one.name}={','.join(f'{share:g}' for share in box)}"
-            for one, box in zip(people, self.group.layout, strict=True)
+            for one, box in zip(people, self.group.boxes, strict=True)
         ]
         return named and [
             *named,

@@ -14,7 +14,7 @@ from torch import Tensor
 import core.pictures.group as group_module
 from core import Job, LoraFile, LoraModule, load_base
 from core.models.base import Base
-from core.pictures import Group, Person, generate_group, publish
+from core.pictures import Group, Mask, Person, generate_group, publish
 from core.tensor_names import NAME_TABLES
 from tests.tooling import mostly_slow
 
@@ -67,10 +67,10 @@ def people(server) -> dict[str, tuple[Person, Person]]:
     return {family: couple(server.folder, family, ATTENTION, WORDS) for family in ("sd15", "sdxl")}
 
 
-def one(person: Person, region: str = "") -> Node:
+def one(person: Person, region: str = "", **inputs: Any) -> Node:
     return node(
         "FaceLoRAPerson", lora_name=Path(person.lora.name).name, name=person.name, strength=person.strength, phrase="",
-        region=region,
+        region=region, **inputs,
     )  # fmt: skip
 
 
@@ -112,11 +112,18 @@ def distance(a: Image.Image, b: Image.Image) -> int:
     return int(np.abs(np.asarray(a, int) - np.asarray(b, int)).max())
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
-def test_ksampler_draws_the_picture_of_generate_group(family, server, people, monkeypatch):
+@pytest.mark.parametrize(("family", "masked"), [("sd15", False), ("sd15", True), ("sdxl", False)])
+def test_ksampler_draws_the_picture_of_generate_group(family, masked, server, people, monkeypatch):
     boxes = ((0, 0, 0.6, 1), (0.5, 0.2, 1, 1))
     nodes = {p.name: one(p, ", ".join(map(str, box))) for p, box in zip(people[family], boxes, strict=True)}
     loader = {"base": node("CheckpointLoaderSimple", ckpt_name=f"{family}.safetensors")}
+    if masked:
+        fading = Image.fromarray(np.linspace(255, 0, 64).astype(np.uint8)[None].repeat(48, 0))
+        boxes = (Mask(fading), Mask(fading.rotate(180)))
+        for person, mask in zip(people[family], boxes, strict=True):
+            mask.image.save(server.folder / "input" / f"{person.name}.png")
+            loader[f"mask of {person.name}"] = node("LoadImageMask", image=f"{person.name}.png", channel="red")
+            nodes[person.name] = one(person, mask=[f"mask of {person.name}", 0])
     result = server.run(loader | drawn(nodes, ["base", 0], ["base", 1], ["base", 2], cfg=3.0))
     assert result.status == "success", result.error + result.log
     base = load_base(server.folder / "models" / "checkpoints" / f"{family}.safetensors")

@@ -23,6 +23,7 @@ from core.pictures import (
     FacePass,
     Group,
     GroupReference,
+    Mask,
     Person,
     Subject,
     find_style_packs,
@@ -31,8 +32,9 @@ from core.pictures import (
     redraw_faces,
 )
 from core.pictures.generate import Picture
-from core.pictures.group import MOST_PEOPLE, group_parameters, side_by_side, soft_masks
+from core.pictures.group import MOST_PEOPLE, Box, group_parameters, shows_several, side_by_side
 from core.pictures.group_faces import assign_faces
+from core.pictures.parameters import Parameters
 from tests.tooling import small_flow_base
 
 PROMPT = "a photo of {anna} and {ben}"
@@ -128,9 +130,43 @@ def test_what_does_not_fit_the_base_is_refused_before_anything_is_loaded(base) -
 # Regions
 
 
+def weights_of(regions: list[tuple[int, int, int, int]], size: tuple[int, int]) -> torch.Tensor:
+    width, height = size
+    boxes: list[Box] = [
+        (left / width, top / height, right / width, bottom / height) for left, top, right, bottom in regions
+    ]
+    return Group((ANNA, BEN)[: len(boxes)], tuple(boxes)).soft_masks(regions, size)
+
+
+def disc(size: int, at: float) -> Image.Image:
+    """A white disc on black, half as wide as the picture, around that share of its width."""
+    across = np.linspace(0, 1, size)
+    return Image.fromarray((255 * ((across[None] - at) ** 2 + (across[:, None] - 0.5) ** 2 < 1 / 16)).astype(np.uint8))
+
+
+def test_a_mask_is_the_weight_of_its_person_and_its_box_the_region() -> None:
+    group = Group((ANNA, BEN), (Mask(disc(64, 0.25)), (0.5, 0.0, 1.0, 1.0)))
+    regions = group.regions((128, 128), 8)
+    assert regions == [(0, 32, 64, 96), (64, 0, 128, 128)]
+    anna, _, scene = group.soft_masks(regions, (128, 128))
+    assert anna[64, 32] == 1 and anna[36, 4] == 0 and scene[36, 4] == 1 and scene[64, 32] == 0
+    with pytest.raises(BadConfig, match="region of anna: 0,0,0,0"):
+        Group((ANNA,), (Mask(Image.new("L", (8, 8))),))
+
+
+def test_pictures_of_other_masks_are_not_taken_for_each_other_and_show_several_people(base) -> None:
+    said = [
+        group_parameters(base, Group((ANNA, BEN), (Mask(picture), (0.5, 0.0, 1.0, 1.0))), [], JOB, GenerateConfig())
+        for picture in (disc(64, 0.25), Image.eval(disc(64, 0.25), lambda value: value // 2))
+    ]
+    assert said[0] != said[1] and said[0].count("mask ") == 1
+    read = [Parameters.read(text) for text in said]
+    assert all(one and shows_several(one) for one in read)
+
+
 @pytest.mark.parametrize("regions", [[(0, 0, 8, 10), (8, 0, 16, 10)], [(0, 0, 10, 10), (6, 2, 16, 9)], [(2, 2, 9, 9)]])
 def test_the_masks_add_up_to_one_and_are_nobodys_elses_in_a_regions_middle(regions) -> None:
-    weights = soft_masks(regions, (16, 10))
+    weights = weights_of(regions, (16, 10))
     assert weights.shape == (len(regions) + 1, 10, 16) and weights.min() >= 0
     assert torch.allclose(weights.sum(dim=0), torch.ones(10, 16), atol=1e-6)
     left, top, right, bottom = regions[0]
@@ -139,7 +175,7 @@ def test_the_masks_add_up_to_one_and_are_nobodys_elses_in_a_regions_middle(regio
 
 
 def test_a_region_does_not_fade_towards_the_pictures_edge_but_into_the_scene() -> None:
-    anna, ben, scene = soft_masks([(0, 0, 8, 10), (8, 0, 16, 10)], (16, 10))
+    anna, ben, scene = weights_of([(0, 0, 8, 10), (8, 0, 16, 10)], (16, 10))
     assert anna[:, 0].eq(1).all() and ben[:, 15].eq(1).all() and scene[:, [0, 15]].eq(0).all()
     assert 0 < anna[5, 7] < 1 and 0 < ben[5, 8] < 1 and 0 < scene[5, 7] < 1
 
