@@ -39,7 +39,10 @@ SIZE = (64, 80)
 RECIPES = {
     name: {
         "photos": photos, "rate": 1.5e-3, "rank": 16, "batch_size": 4,
-        "settings": {"min_snr_gamma": 0.0, "sample_guidance": 2.5, "sample_steps": 10},
+        "settings": {
+            "targets": "transformer+conv", "prior_loss_weight": 2.0, "min_snr_gamma": 0.0, "sample_guidance": 2.5,
+            "sample_steps": 10,
+        },
     }
     for name, photos in (("fast", 600), ("balanced", 1200), ("best", 2400))
 }  # fmt: skip
