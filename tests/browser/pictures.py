@@ -26,7 +26,8 @@ RECIPE = {
         "rank": 16,
         "learning_rate": 3e-3,
         "resolution": 72,
-        "settings": "batch_size = 4\nmin_snr_gamma = 0.0\nsample_guidance = 2.5\nsample_steps = 10",
+        "settings": "batch_size = 4\ntargets = 'transformer+conv'\nprior_loss_weight = 2.0\nmin_snr_gamma = 0.0\n"
+        "sample_guidance = 2.5\nsample_steps = 10",
     },
     "FaceLoRAApply": {"strength_model": 1.0, "strength_clip": 1.0},
     "FaceLoRAStylePack": {"pack": STYLE_PACK},
