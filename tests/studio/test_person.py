@@ -96,7 +96,7 @@ def desk(tmp_path, monkeypatch) -> Callable[[str], Path]:
 
 def assert_the_same_files_and_nothing_done_twice(folder: Path, whole: Path) -> None:
     done = (folder / "done.txt").read_text().split("\n")
-    once = [line for line in done if line.startswith(("step", "pictures"))]
+    once = [line for line in done if line.startswith(("step", "pictures")) and line != "pictures 0"]  # begun, not made
     assert once == [f"step {number}" for number in (1, 2, 3, 4)] + [f"pictures {number}" for number in (1, 2, 3)]
     names = sorted(path.name for path in (whole / "out").iterdir())
     # The empty lock of a killed process, which locks nothing, may stay beside a LoRA that is found and not written again.
