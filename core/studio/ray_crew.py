@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import secrets
 import signal
 import socket
 import threading
@@ -192,6 +193,9 @@ class RayCrew:
         if self._server:
             self._check_answer(self._server)
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported: it tells nobody that it is used
+        if not self._server:
+            # Else Ray writes a token into the user's home folder, for which clusters that `ray start` begins later ask.
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         import ray
 
         if not ray.is_initialized():

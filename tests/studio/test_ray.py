@@ -36,6 +36,7 @@ ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",  # else nodes ask for the token of whoever runs the tests, where there is one
     "RAY_worker_niceness": "0",  # else the machine's other work comes first
     "RAY_memory_monitor_refresh_ms": "0",  # else workers die of what others take
 }
@@ -234,12 +235,16 @@ def test_a_ray_of_this_machines_own_begins_and_ends_with_the_run(tmp_path):
 
     before = rays()
     command = [*studio(tmp_path, people=2), str(tmp_path / "out"), "--ray", "local"]
-    process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE)
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "RAY_AUTH_MODE"} | {"HOME": str(home)}
+    process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE)
     while not (own := rays() - before):
         assert process.poll() is None, "the command has ended before"
         time.sleep(0.1)
     said = [json.loads(line) for line in process.communicate()[0].splitlines()]
     assert process.returncode == 0 and [one["status"] for one in said if "status" in one] == ["made", "made"]
+    assert not (home / ".ray").exists(), "a token, with which other clusters would ask for it"
     for _ in range(100):
         if not own & rays():
             return
