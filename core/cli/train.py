@@ -104,7 +104,8 @@ def run_train(options: argparse.Namespace) -> None:
 
 def _check_nothing_is_replaced(options: argparse.Namespace) -> None:
     """Raises BadConfig where the output is there, and nobody has asked for another one in its place."""
-    if os.path.isfile(options.output) and not (options.restart or options.resume):
+    goes_on = options.resume and state_path(options.output).exists()
+    if os.path.isfile(options.output) and not (options.restart or goes_on):
         raise BadConfig(
             f"{options.output}: is there already, and this training would replace it; "
             "let it with --restart, or choose another output"

@@ -63,6 +63,7 @@ class MemoryPlan:
 
 
 SHARES = {0.0: "nothing", 0.25: "a quarter", 0.5: "half", 0.75: "three quarters", 1.0: "everything"}
+"""What shares of the blocks are called."""
 PLANS = (
     *(MemoryPlan(share) for share in (0.0, 0.5, 1.0)),
     *(MemoryPlan(share, "8 bits") for share in (0.0, 0.5, 1.0)),

@@ -193,12 +193,12 @@ class RayCrew:
         if self._server:
             self._check_answer(self._server)
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported: it tells nobody that it is used
-        if not self._server:
-            # Else Ray writes a token into the user's home folder, for which clusters that `ray start` begins later ask.
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         import ray
 
         if not ray.is_initialized():
+            if not self._server:
+                # Else Ray writes a token into the user's home folder, for which clusters that `ray start` begins later ask.
+                os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             with _own_handler():
                 try:
                     own = {} if self._server else {"include_dashboard": False, "object_store_memory": _STORE}

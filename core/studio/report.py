@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ..errors import BadFile
 from ..storage.files import read_json, write_text
@@ -81,9 +82,9 @@ def _costs(results: Sequence[Result]) -> str:
 
 
 def _row(result: Result, gpu: bool) -> str:
-    name, folder = html.escape(result.name), html.escape(Path(result.lora or "").parent.as_posix())
+    name, folder = html.escape(result.name), quote(Path(result.lora or "").parent.as_posix())
     shown = f'<a href="{folder}/gallery.html">{name}</a>' if result.lora else name
-    picture = f'<img src="{html.escape(result.pictures[0])}" alt="" loading="lazy">' if result.pictures else ""
+    picture = f'<img src="{quote(result.pictures[0])}" alt="" loading="lazy">' if result.pictures else ""
     kept = f"{result.kept} of {len(result.pictures)}" if result.pictures else ""
     numbers = [_number(result.likeness), _number(result.leakage), kept, *_seconds(result, gpu)]
     cells = [

@@ -233,6 +233,12 @@ def test_the_report_begins_with_those_to_look_at_and_says_what_all_have_cost(tmp
     assert "0.50 processor hours" in page and "check 20%" in page
 
 
+def test_a_link_leads_to_the_folder_whatever_the_person_is_called(tmp_path: Path) -> None:
+    write_report(tmp_path, [result('eve #1 "50%"', 0.7, pictures=('eve #1 "50%"/001-1.png',))])
+    page = (tmp_path / "report.html").read_text()
+    assert 'href="eve%20%231%20%2250%25%22/gallery.html"' in page and 'src="eve%20%231%20%2250%25%22/001-1.png"' in page
+
+
 def test_gpu_hours_are_said_where_there_is_a_gpu(tmp_path: Path) -> None:
     write_report(tmp_path, [result("anna", 0.7, cost=cost(360.0, device="cuda"))])
     page = (tmp_path / "report.html").read_text()

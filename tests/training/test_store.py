@@ -116,7 +116,8 @@ def test_the_command_line_trains_nothing_twice(small_sd15, tmp_path, capsys):
     assert run("--steps", "1") == (True, 0) and output.read_bytes() == before
     assert run("--steps", "1", "--restart") == (False, 1)
     again = output.read_bytes()
-    assert main([*command, "--steps", "2"]) == 1 and "would replace it" in capsys.readouterr().err
+    for options in ((), ("--resume",)):  # there is no state to go on from
+        assert main([*command, "--steps", "2", *options]) == 1 and "would replace it" in capsys.readouterr().err
     assert output.read_bytes() == again
     assert run("--steps", "2", "--restart") == (False, 2)
     next(folder.iterdir()).unlink()
