@@ -227,7 +227,13 @@ class TrainConfig:
         100,
         group="output",
     )
-    sample_steps: int = option(20, "sampling steps of the sample images", 1, 1000, group="output")
+    sample_steps: int = option(
+        20,
+        "sampling steps of the sample images; at most those of a base that was distilled to a few",
+        1,
+        1000,
+        group="output",
+    )
     hold_out: int = option(
         0,
         "photos kept back from training, to measure likeness whenever samples are made; 0: not measured",

@@ -101,6 +101,13 @@ def add_judge(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_training_adapter(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--training-adapter", type=Path, metavar="FILE",
+        help="LoRA that undoes the distillation of a base to a few steps (Turbo, schnell), on in the steps alone",
+    )  # fmt: skip
+
+
 def unicode_text(argument: str) -> str:
     """The argument itself, when it is valid Unicode; argparse reports it otherwise, since file names may be any bytes."""
     if not is_text(argument):

@@ -17,7 +17,7 @@ from ..training import recipe_config
 from .common import DEMO, BarProgress, JsonProgress, base_from
 from .computing import device_from
 from .settings import schedule_from, settings_from
-from .train import Cancelled, StopOnSignal, shown
+from .train import Cancelled, StopOnSignal, shown, training_adapter_from
 
 STYLE_PACK, COUNT = "corporate", 20
 """What is drawn where nothing else is asked for; the demo's base knows one style alone."""
@@ -32,6 +32,7 @@ def run_headshots(options: argparse.Namespace) -> int:
         raise BadConfig(f"--output {folder}: is the folder of the photos, to which pictures would be added")
     given = settings_from(options)
     base, device = base_from(options, **schedule_from(given)), device_from(options)
+    adapter = training_adapter_from(options, base)
     stop, progress = StopOnSignal(), JsonProgress() if options.json else BarProgress()
 
     def check_stop() -> None:
@@ -46,7 +47,7 @@ def run_headshots(options: argparse.Namespace) -> int:
         asks = sys.stdin.isatty() and not (options.yes or options.json)
         if asks and len(trained_on(report, config)) == len(report.photos):  # else the check has said so
             print(f"photos: {report.headline}")
-        order = _order(options, name, config, asks)
+        order = dataclasses.replace(_order(options, name, config, asks), training_adapter=adapter)
         if asks:
             print(estimate(trained_on(report, config), base, order.config, order.jobs(base), device))
         with stop:

@@ -15,7 +15,7 @@ from .computing import device_from
 from .headshots import COUNT, STYLE_PACK
 from .settings import schedule_from, settings_from
 from .studio_progress import StudioProgress, planned
-from .train import StopOnSignal, shown
+from .train import StopOnSignal, shown, training_adapter_from
 
 
 def run_studio(options: argparse.Namespace) -> int:
@@ -34,6 +34,7 @@ def run_studio(options: argparse.Namespace) -> int:
         size=demo.PICTURE_SIZE if is_demo else None,
         recipe=options.recipe,
         settings=given,
+        training_adapter=training_adapter_from(options, base),
     )
     stop, failed = StopOnSignal(), False
     before = plan(people, base, options.output, terms, device)

@@ -11,6 +11,7 @@ from ..config import config_from
 from ..errors import BadConfig, FaceLoraError
 from ..faces import load_faces
 from ..lora.file import KEY, LoraFile
+from ..models.base import Base
 from ..photos import Photo, read_photos
 from ..training import (
     LIKENESS_KEY,
@@ -71,7 +72,7 @@ def run_train(options: argparse.Namespace) -> None:
     judge = load_faces(options.judge) if options.judge else None
     class_photos = _class_photos(options, progress)
     start = LoraFile.read(options.continue_from) if options.continue_from else None
-    adapter = TrainingAdapter.open(options.training_adapter, base) if options.training_adapter else None
+    adapter = training_adapter_from(options, base)
     key = None
     with stop, progress:
         # The key knows nothing of networks: a chosen one may let through and hold out other photos, a judge adds what it sees.
@@ -100,6 +101,10 @@ def run_train(options: argparse.Namespace) -> None:
         print(f"{options.output}  ({size / 1e6:.1f} MB, rank {config.rank}); prompt it with: a photo of {trigger}")
         if LIKENESS_KEY in lora.metadata:
             print(format_likeness(json.loads(lora.metadata[LIKENESS_KEY])))
+
+
+def training_adapter_from(options: argparse.Namespace, base: Base) -> TrainingAdapter | None:
+    return TrainingAdapter.open(options.training_adapter, base) if options.training_adapter else None
 
 
 def _check_nothing_is_replaced(options: argparse.Namespace) -> None:

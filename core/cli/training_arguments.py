@@ -7,7 +7,7 @@ from typing import get_args
 
 from ..bench.shapes import REAL_CHANNELS, SHAPES
 from ..config import Precision, RecipeName, Targets
-from .common import add_base, add_device, add_face_network, add_judge, show_first, unicode_text
+from .common import add_base, add_device, add_face_network, add_judge, add_training_adapter, show_first, unicode_text
 from .settings import add_settings
 
 
@@ -19,10 +19,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.safetensors", help="the LoRA to write")
     parser.add_argument("--class-photos", type=Path, metavar="DIR", help="photos of the class, for prior preservation")
     parser.add_argument("--continue-from", type=Path, metavar="FILE", help="LoRA to go on from")
-    parser.add_argument(
-        "--training-adapter", type=Path, metavar="FILE",
-        help="LoRA that undoes the distillation of a base to a few steps (Turbo, schnell), on in the steps alone",
-    )  # fmt: skip
+    add_training_adapter(parser)
     parser.add_argument(
         "--config", type=Path, metavar="FILE.toml", help="settings; options given here win over the file's"
     )

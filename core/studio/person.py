@@ -23,6 +23,7 @@ from ..pictures.style_pack import StylePack, Subject
 from ..training.callbacks import NO_CALLBACKS, Callbacks
 from ..training.job import for_good_photos, good_photos, report_on
 from ..training.store import TrainedFile, TrainingJob, find_or_train
+from ..training.training_adapter import TrainingAdapter
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,16 @@ class Order:
     """Of the first picture; the next ones count up."""
     size: tuple[int, int] | None = None
     """Width and height of the pictures in pixels; None: what each style and the base come to."""
+    training_adapter: TrainingAdapter | None = None
+    """On in the steps of the training alone."""
+
+    def on(self, base: Base) -> Base:
+        """The base model as it is trained on and drawn with."""
+        return base.as_distilled() if self.training_adapter else base
 
     def jobs(self, base: Base) -> list[Job]:
         """The pictures to draw, in rounds over the styles of the pack."""
-        subject = Subject(self.config.trigger_word, self.config.class_word)
+        base, subject = self.on(base), Subject(self.config.trigger_word, self.config.class_word)
         prompts = self.pack.prompts(subject, base.family.name, self.count, self.seed, resolution=base.resolution)
         return [
             replace(job, size=self.size or job.size) for job in (Job.from_style(prompt).on(base) for prompt in prompts)
@@ -89,10 +96,10 @@ def make(
     goes on; so does the drawing. Without the face networks the pictures are not ranked, and no small face is drawn again.
     Each callback may raise to cancel. Errors are subclasses of FaceLoraError.
     """
-    photos, config = trained_on(report, order.config), order.config
+    base, photos, config = order.on(base), trained_on(report, order.config), order.config
     if config.check_photos:
         config = for_good_photos(config, report, callbacks.on_warning)
-    job = TrainingJob(order.name, config, photos)
+    job = TrainingJob(order.name, config, photos, training_adapter=order.training_adapter)
     trained = find_or_train(job, base, [folder], device=device, callbacks=callbacks)
     jobs = order.jobs(base)
     callbacks.on_phase("pictures", 0, len(jobs))  # the training has ended, though no picture is drawn yet

@@ -26,6 +26,7 @@ from ..storage.files import make_folder, read_bytes, read_json, write_text
 from ..storage.locks import locked
 from ..training.callbacks import NO_CALLBACKS, Callbacks
 from ..training.recipes import recipe_config
+from ..training.training_adapter import TrainingAdapter
 from .cost import Cost, Stopwatch, cost_of
 from .people import Person
 from .person import Order, Outcome, check, make
@@ -52,6 +53,8 @@ class Terms:
     recipe: RecipeName = "balanced"
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the training that differ from the recipe's."""
+    training_adapter: TrainingAdapter | None = None
+    """On in the steps of everybody's training alone."""
 
     def order(self, person: Person, photos: int, base: Base, callbacks: Callbacks = NO_CALLBACKS) -> Order:
         """The order for a person with that number of photos. Raises BadConfig for a wish that cannot be met."""
@@ -61,7 +64,8 @@ class Terms:
         name = person.style_pack or self.style_pack
         if name not in self.packs:
             raise BadConfig(f"style_pack = {name!r}: choose one of {', '.join(sorted(self.packs))}")
-        return Order(person.name, config, self.packs[name], person.count or self.count, self.seed, self.size)
+        count = person.count or self.count
+        return Order(person.name, config, self.packs[name], count, self.seed, self.size, self.training_adapter)
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,8 @@ def _asked(person: Person, base: Base, output: Path, terms: Terms, callbacks: Ca
     if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).exists() and not (folder / CACHE).exists():
         raise BadFile(f"{folder}: holds files of others; choose another output, or another name for this person")
     fingerprints = [photo.fingerprint for photo in photos]
-    key = content_key("studio", repr(order.config), order.jobs(base), fingerprints, base.identity)
+    adapter = [order.training_adapter.digest] if order.training_adapter else []
+    key = content_key("studio", repr(order.config), order.jobs(base), fingerprints, base.identity, *adapter)
     return _Asked(photos, order, key)
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import core.models.eight_bit as eight_bit
 from core.cli import main
 from core.config import TrainConfig
+from core.demo import BASE_FILE
 from core.errors import BadConfig, BadFile, FaceLoraError, LoraMisfit, UnknownFamily
 from core.lora.apply import apply
 from core.lora.convert import convert_lora
@@ -19,12 +20,15 @@ from core.lora.file import LoraFile
 from core.lora.modules import name_kinds
 from core.models.base import Base, load_base
 from core.models.memory_plan import PLANS, MemoryPlan
+from core.pictures import find_style_packs
 from core.storage.safetensors_file import SafetensorsFile
+from core.studio import Order
 from core.training import TrainingJob
 from core.training.callbacks import Callbacks, StepReport
 from core.training.encode import LatentCache
 from core.training.job import train
 from core.training.loop import train_lora
+from core.training.samples import training_sampler
 from core.training.step import Run
 from core.training.training_adapter import METADATA_KEY, TrainingAdapter
 from tests.tooling import (
@@ -36,6 +40,7 @@ from tests.tooling import (
     random_lora,
     small_flow_base,
     write_photos,
+    write_quick_pack,
 )
 
 CPU = torch.device("cpu")
@@ -309,3 +314,41 @@ def test_samples_are_drawn_as_a_distilled_model_draws(base, tmp_path, monkeypatc
         train(write_photos(tmp_path / "photos", 2), base, config, training_adapter=random_lora(base),
               callbacks=Callbacks(on_sample=lambda step, images: None))  # fmt: skip
     assert (seen[0].guidance, seen[0].steps, base.guidance) == (1.0, 8, base.family.guidance)
+
+
+@pytest.mark.parametrize(("distilled", "asked", "steps"), [(False, 20, 20), (True, 20, 8), (True, 3, 3)])
+def test_samples_of_a_distilled_model_take_no_more_than_its_own_steps(distilled, asked, steps, base, monkeypatch):
+    seen = []
+    monkeypatch.setattr("core.training.samples.sample_latents", lambda *_, steps, **options: seen.append(steps))
+    monkeypatch.setattr("core.training.samples.decode_latents", lambda *_: [None])
+    drawn_with = base.as_distilled() if distilled else base
+    sampler = training_sampler(drawn_with, replace(CONFIG, sample_steps=asked), {"a": ({}, {})}, CPU)
+    sampler(nn.Identity(), {}, [("a", 1)])
+    assert seen == [steps]
+
+
+def test_headshots_and_a_studio_train_with_it(tmp_path):
+    """Who was made without it is made anew."""
+    folder, packs, adapter = tmp_path / "people" / "anna", tmp_path / "packs", tmp_path / "adapter.safetensors"
+    write_photos(folder, 5)
+    (folder / "person.toml").write_text("agreed = true")
+    write_quick_pack(packs)
+    random_lora(load_base(BASE_FILE), r".*attn1\.to_q").save(adapter)
+    order = ["--base", "demo", "--style-pack", "quick", "--style-folder", str(packs), "--count", "1", "--steps", "1"]
+    adapted = [*order, "--training-adapter", str(adapter)]
+    studio, shots = tmp_path / "studio", tmp_path / "shots"
+    for command, place, made in (
+        (["studio", str(folder.parent), *order], studio, [False]),
+        (["studio", str(folder.parent), *adapted], studio, [False, True]),
+        (["headshots", str(folder), "--yes", *adapted], shots, [True]),
+    ):
+        assert main([*command, "--output", str(place)]) in (0, 1)
+        loras = [SafetensorsFile.open(path) for path in place.rglob("*.safetensors")]
+        assert sorted(METADATA_KEY in lora.metadata for lora in loras) == made
+
+
+def test_pictures_of_an_order_with_it_are_drawn_as_a_distilled_model_draws(base, tmp_path):
+    pack = find_style_packs([write_quick_pack(tmp_path / "packs")]).pick("quick")
+    plain = Order("anna", CONFIG, pack, count=1)
+    adapted = replace(plain, training_adapter=TrainingAdapter.open(random_lora(base), base))
+    assert [order.jobs(base)[0].steps for order in (plain, adapted)] == [base.family.steps, 8]
