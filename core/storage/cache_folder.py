@@ -13,8 +13,9 @@ from pathlib import Path
 from ..errors import BadFile
 from .files import make_folder, writing
 
-KINDS = ("class", "latents", "panels", "runs", "text")
-"""The folders in the cache folder: drawn class images, encoded photos, what panels show, what is kept of runs, captions."""
+KINDS = ("class", "latents", "memory", "panels", "runs", "text")
+"""The folders in the cache folder: drawn class images, encoded photos, how much memory steps need, what panels show, what is
+kept of runs, captions."""
 _OURS = re.compile(r"\.?[0-9a-f]{64}(\..*)?")
 """What `content_key` makes, with endings, and what is left of a file whose writing was killed."""
 CACHE_VERSION = "2"
@@ -25,8 +26,11 @@ _INSTEAD: ContextVar[Path | None] = ContextVar("cache folder", default=None)
 
 
 @contextmanager
-def cache_in(folder: Path) -> Iterator[None]:
-    """A context in which this folder is the cache folder, so that what is kept of a person can be deleted with it."""
+def cache_in(folder: Path | None) -> Iterator[None]:
+    """A context in which this folder is the cache folder, so that what is kept of a person can be deleted with it.
+
+    None is the usual one, for what is about nobody.
+    """
     token = _INSTEAD.set(folder)
     try:
         yield

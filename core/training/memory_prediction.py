@@ -1,19 +1,31 @@
 """A prediction of the memory that a run needs under each memory plan, and the choice of the plan that it starts with."""
 
 import functools
-from collections.abc import Callable
-from dataclasses import replace
+import math
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import fields, replace
 
 import torch
+from torch import Tensor
 
 from ..config import TrainConfig
-from ..device import free_memory, precision_name
+from ..device import free_memory, precision_name, processor
+from ..errors import BadFile
 from ..models.base import Base
 from ..models.memory_plan import OPTIMIZER_BYTES, RESERVE, MemoryCount, MemoryPlan, first_that_fits, unique_bytes
+from ..storage.cache_folder import cache_in, content_key, made_folder
+from ..storage.files import read_json, write_text
+from ..storage.lazy import dtype_and_shape
 from .encode import LatentCache
 from .methods import METHODS, trains_text
 from .step import Run, memory_plans
 from .training_adapter import TrainingAdapter
+
+PREDICTION_VERSION = 1
+"""Raised whenever the same step is predicted to take another amount."""
+_SAME = ("person", "output", "machine")
+"""The groups of the settings without which a step takes the same: of those of the machine, precision and plan are known."""
 
 
 def predicted_memory(
@@ -74,6 +86,42 @@ def predicted_memory(
     return unique_bytes(there) + trained * OPTIMIZER_BYTES[config.optimizer] + count.peak
 
 
+def _layout(tensors: Mapping[str, Tensor]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    return [(name, *dtype_and_shape(tensors, name)) for name in tensors]
+
+
+def kept_prediction(
+    cache: LatentCache,
+    base: Base,
+    config: TrainConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    plan: MemoryPlan,
+    training_adapter: TrainingAdapter | None = None,
+) -> int:
+    """What `predicted_memory` gives, which takes seconds, many for a large model: from the cache folder where it is there."""
+    parts = ("denoiser", *(base.family.text_encoders if trains_text(config) else ()))
+    weights = {part: _layout(base.components[part].tensors) for part in parts}
+    settings = [getattr(config, setting.name) for setting in fields(config) if setting.metadata["group"] not in _SAME]
+    key = content_key(
+        "memory", PREDICTION_VERSION, torch.__version__, processor(device), dtype, plan, settings, weights,
+        [base.components[part].config for part in parts],
+        max((image.mean.shape for image in cache.images), key=math.prod),
+        [_layout(image.conditioning) for image in cache.images[:1]],
+        sorted({str(_layout(conditioning)) for conditioning in cache.text.values()}),
+        training_adapter and training_adapter.digest,
+    )  # fmt: skip
+    with cache_in(None):  # it is about nobody
+        with suppress(BadFile):  # there is none yet, or none can be kept
+            path = made_folder("memory") / f"{key}.json"
+            if isinstance(known := read_json(path), int):
+                return known
+        need = predicted_memory(cache, base, config, device, dtype, plan, training_adapter)
+        with suppress(BadFile):
+            write_text(made_folder("memory") / f"{key}.json", str(need))
+    return need
+
+
 def choose_plan(
     cache: LatentCache,
     base: Base,
@@ -99,7 +147,7 @@ def choose_plan(
     def need(plan: MemoryPlan) -> int:
         """The bytes that the plan needs; only those of its weights where they are too many already, which takes no time."""
         least = 0 if plan.offload else base.weight_bytes("denoiser", dtype if plan.weights == "full" else torch.int8)
-        return least if least > room else predicted_memory(cache, base, config, device, dtype, plan, training_adapter)
+        return least if least > room else kept_prediction(cache, base, config, device, dtype, plan, training_adapter)
 
     def fits(plan: MemoryPlan) -> bool:
         return need(plan) <= room

@@ -50,7 +50,7 @@ def test_a_step_is_one_of_adamw_on_all_weights_of_diffusers_network(bases, cache
 
 
 def test_only_recomputing_saves_memory_since_no_weight_is_frozen(bases, caches, monkeypatch):
-    monkeypatch.setattr("core.training.memory_prediction.predicted_memory", lambda *_: 2**31)
+    monkeypatch.setattr("core.training.memory_prediction.kept_prediction", lambda *_: 2**31)
     warnings: list[str] = []
     config = replace(CONFIG, memory_limit=1, steps=1)
     file = train_lora(
