@@ -18,7 +18,8 @@ from ..storage.cache_folder import cache_in, content_key, made_folder
 from ..storage.files import read_json, write_text
 from ..storage.lazy import dtype_and_shape
 from .encode import LatentCache
-from .methods import METHODS, trains_text
+from .methods import trains_text
+from .methods.lycoris import LycorisAdapter
 from .step import Run, memory_plans
 from .training_adapter import TrainingAdapter
 
@@ -44,8 +45,6 @@ def predicted_memory(
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     trained_text = trains_text(config)
-    if METHODS[config.method].has_pefts_layers:
-        config = replace(config, method="lora")
     config = replace(config, precision=precision_name(dtype), compile=False)
     largest = max(cache.images, key=lambda image: image.mean.numel())
     with FakeTensorMode() as mode:
@@ -72,7 +71,11 @@ def predicted_memory(
             training_adapter = replace(training_adapter, changes=changes)
         faked = replace(base, components=components)
         run = Run(small, faked, config, device, plan=plan, training_adapter=training_adapter)
-        beside = run.training_adapter.tensors() if run.training_adapter else []
+        if isinstance(run.adapter, LycorisAdapter):
+            for layer in run.adapter.layers.values():
+                layer.eval()  # else peft's draw a number to drop layers by, and a fake tensor has none
+        beside = [tensor for tensor in run.adapter.beside() if tensor.device == run.device]
+        beside += run.training_adapter.tensors() if run.training_adapter else []
         there = [*run.memory.resident(), *(run.average or {}).values(), *beside]
         for encoder in run.encoders.values():
             there += [*encoder.parameters(), *encoder.buffers()]

@@ -33,7 +33,8 @@ class FullAdapter(Adapter):
 
     networks: Mapping[str, nn.Module]
     originals: Mapping[str, Tensor]
-    """The values of the parameters before training, by name. On the CPU in float32 they share the base model's memory."""
+    """The values of the parameters before training, by name, in the computer's memory unless prior prediction needs them in
+    each step. On the CPU in float32 they share the base model's memory."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {
@@ -42,12 +43,15 @@ class FullAdapter(Adapter):
             for name, parameter in network.named_parameters()
         }
 
+    def beside(self) -> list[Tensor]:
+        return list(self.originals.values())
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         parameters = self.parameters()
         trained = {name: parameter.data for name, parameter in parameters.items()}
         for name, parameter in parameters.items():
-            parameter.data = self.originals[name]
+            parameter.data = self.originals[name].to(parameter.device)
         try:
             yield
         finally:
@@ -83,20 +87,27 @@ def attach(
     refuse_settings_of_lora(config)
     parameters = [parameter for network in networks.values() for parameter in network.parameters()]
     if (free := free_memory(parameters[0].device)) is not None:
-        check_memory(sum(parameter.numel() for parameter in parameters), config, free)
+        originals = parameters[0].dtype.itemsize if config.prior_prediction else 0
+        check_memory(sum(parameter.numel() for parameter in parameters), config, free, originals)
     adapter = FullAdapter(networks, {})
-    originals = {name: parameter.data for name, parameter in adapter.parameters().items()}
+    originals = {
+        name: parameter.data if config.prior_prediction else parameter.data.cpu()
+        for name, parameter in adapter.parameters().items()
+    }
     for parameter in parameters:
         parameter.data = parameter.data.float().clone()
         parameter.requires_grad_(True)
     return FullAdapter(networks, originals)
 
 
-def check_memory(count: int, config: TrainConfig, free: int) -> None:
-    """Raises OutOfMemory, with advice, when training `count` weights needs more than `free` bytes."""
+def check_memory(count: int, config: TrainConfig, free: int, originals: int = 0) -> None:
+    """Raises OutOfMemory, with advice, when training `count` weights needs more than `free` bytes.
+
+    `originals` are the bytes that are kept of each weight from before.
+    """
 
     def needed(optimizer: str) -> float:
-        return count * (_PLAIN_BYTES + OPTIMIZER_BYTES[optimizer] + (4 if config.ema_decay else 0))
+        return count * (_PLAIN_BYTES + OPTIMIZER_BYTES[optimizer] + (4 if config.ema_decay else 0) + originals)
 
     if needed(config.optimizer) <= free:
         return

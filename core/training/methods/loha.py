@@ -38,5 +38,4 @@ METHOD = Method(
     "LoHa, the product of two LoRAs element by element (arXiv:2108.06098)",
     attach,
     rate_factor=0.15,
-    has_pefts_layers=True,
 )

@@ -60,8 +60,6 @@ class LycorisAdapter(Adapter):
         )  # raises now when the file could not be written later
         generator = torch.Generator().manual_seed(config.seed)
         for name, parameter in sorted(self.parameters().items()):
-            parameter.data = parameter.data.float()
-            parameter.requires_grad_(True)
             deviation = deviations[name.rpartition(".")[2]]
             if deviation is None:
                 bound = 1 / math.sqrt(parameter[0].numel())

@@ -40,6 +40,10 @@ class Adapter(ABC):
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trained tensors, float32, by names that begin with their part and are the same in every run."""
 
+    def beside(self) -> list[Tensor]:
+        """The tensors that it keeps beside its parameters and the networks."""
+        return []
+
     @abstractmethod
     def disabled(self) -> AbstractContextManager[None]:
         """A context in which the networks compute what they did before the adapter was attached."""
@@ -79,8 +83,6 @@ class Method:
     """The type of the trained file."""
     rate_factor: float = 1.0
     """The factor on a LoRA's learning rate that suits this method."""
-    has_pefts_layers: bool = False
-    """Whether its layers are peft's. Those cannot be built from fake tensors, so memory is predicted with a LoRA instead."""
     freezes_weights: bool = True
     """Whether the networks' own weights stay frozen, so that a memory plan may narrow or offload them."""
     keeps_dtype: bool = False
@@ -157,6 +159,7 @@ def peft_layers(
     and alpha_pattern.
     """
     from peft import inject_adapter_in_model
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     layers: dict[ModuleId, nn.Module] = {}
     for part, network in networks.items():
@@ -169,8 +172,15 @@ def peft_layers(
             rank_pattern=_exceptions(ranks, config.rank),
             alpha_pattern=_exceptions(alphas, config.alpha_for(config.rank)),
         )
-        inject_adapter_in_model(configured, network, adapter_name=PEFT_NAME)
+        # Without numbers, which LycorisAdapter.start draws; nor fake ones, where memory is predicted, which peft cannot move.
+        with unset_fake_temporarily():
+            inject_adapter_in_model(configured, network, adapter_name=PEFT_NAME, low_cpu_mem_usage=True)
         layers |= {(part, path): network.get_submodule(path) for path in ranks}
+    for layer in layers.values():
+        for parameters in layer.children():
+            if isinstance(parameters, nn.ParameterDict) and PEFT_NAME in parameters:
+                numbers = torch.empty(parameters[PEFT_NAME].shape, device=layer.base_layer.weight.device)  # pyright: ignore
+                parameters[PEFT_NAME] = nn.Parameter(numbers)
     return layers
 
 
