@@ -12,6 +12,11 @@ def _is_shown(character: str) -> bool:
     return character.isprintable() or unicodedata.category(character) == "Zs"  # macOS writes times with narrow spaces
 
 
+def counted(number: int, one: str, more: str = "") -> str:
+    """The number and what it counts, such as "1 photo" or "12 photos". `more` is for what does not just get an s."""
+    return f"{number:,} {one if number == 1 else more or one + 's'}"
+
+
 class FaceLoraError(Exception):
     """The base of all errors that the user can fix. The command line prints the message and exits with code 1."""
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from PIL import Image
 
-from .errors import BadConfig, BadFile, BadPhoto, MissingPackage
+from .errors import BadConfig, BadFile, BadPhoto, MissingPackage, counted
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -171,7 +171,7 @@ class Reference:
                 shares.append(faces[0].size / (photo.width * photo.height) ** 0.5)
         face = mean_face(np.concatenate(vectors)) if vectors else None
         if face is None:
-            raise BadPhoto(f"no face was found in the {count} photos to compare with")
+            raise BadPhoto(f"no face was found in the {counted(count, 'photo')} to compare with")
         self._face = face
         self.share: float = median(shares)
         """The median share of a photo that the face fills: the square root of the face's area over the photo's."""

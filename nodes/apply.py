@@ -11,7 +11,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..core.errors import BadConfig, BadFile, LoraMisfit
+from ..core.errors import BadConfig, BadFile, LoraMisfit, counted
 from ..core.lora.blocks import BLOCK_LISTS, block_strengths
 from ..core.lora.file import LoraFile
 from ..core.lora.names import Entry
@@ -135,8 +135,8 @@ def _apply(
         _add_patches(model, load_patches(lora, rest, key_map, strength), strength, lora)
     if fixed and not whole:
         raise BadConfig(
-            f"start_percent, end_percent: {len(fixed)} modules of {Path(lora.name).name} can only go into the weights, for "
-            f"all steps, e.g. {fixed[0].name} of kind {fixed[0].kind}; set 0 and 1"
+            f"start_percent, end_percent: {counted(len(fixed), 'module')} of {Path(lora.name).name} can only go into the "
+            f"weights, for all steps, e.g. {fixed[0].name} of kind {fixed[0].kind}; set 0 and 1"
         )
     if bypass or not whole:
         bypassed.attach(model)

@@ -14,7 +14,7 @@ from aiohttp import web
 from comfy_api.latest import io
 from server import PromptServer
 
-from ..core.errors import BadPhoto
+from ..core.errors import BadPhoto, counted
 from ..core.faces import faces_if_installed
 from ..core.models.families import FAMILIES
 from ..core.photos import Photo, SetReport, Thresholds, check_photos, format_report, read_photo_files, read_photos
@@ -127,7 +127,7 @@ class LoadFacePhotos(io.ComfyNode):
         images = [photo.image(shorter_side=PREVIEW_SIDE) for photo in photos]
         for image in images:
             image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
-        report = without_server_paths("\n".join([f"{len(photos)} photos", *notes]))
+        report = without_server_paths("\n".join([counted(len(photos), "photo"), *notes]))
         return io.NodeOutput(
             photos,
             [image_tensor(image) for image in images],
@@ -197,7 +197,9 @@ def _checked(photos: list[Photo], resolution: int, on_warning: Callable[[str], N
     network = faces_if_installed(on_warning)
     checked = check_photos(photos, network, Thresholds.for_resolution(resolution))
     if network and not any(item.faces for item in checked.photos):
-        raise BadPhoto(f"none of the {len(photos)} photos shows a face; switch check off to use them all the same")
+        raise BadPhoto(
+            f"of {counted(len(photos), 'photo')} none shows a face; switch check off to use them all the same"
+        )
     return checked
 
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..device import PRECISIONS
-from ..errors import BadConfig, BadFile, FaceLoraError, one_line
+from ..errors import BadConfig, BadFile, FaceLoraError, counted, one_line
 from ..lora import (
     WORD_KEY,
     LoraFile,
@@ -78,7 +78,7 @@ def run_convert(options: argparse.Namespace) -> None:
         options.to = converted.scheme
     _save(converted, error, options, [lora] if options.to == "diffusers" else [])
     for scheme, count in Counter(entry.scheme for entry in lora.entries if entry.scheme != options.to).items():
-        print(f"  {count} modules had {scheme} names")
+        print(f"  {counted(count, 'module')} had {scheme} names")
 
 
 def _save_words(lora, files: Mapping[str, LoraFile], options: argparse.Namespace) -> None:
@@ -118,7 +118,7 @@ def run_merge(options: argparse.Namespace) -> None:
     count = merge_into_checkpoint(
         into, loras, options.output, on_progress=progress_bar("merging"), on_warning=print_warning
     )
-    print(f"{options.output}  ({count} tensors of {into.name} changed)")
+    print(f"{options.output}  ({counted(count, 'tensor')} of {into.name} changed)")
 
 
 def run_resize(options: argparse.Namespace) -> None:

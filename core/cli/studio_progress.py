@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..errors import counted
 from ..studio import Cost, Plan, Result, Work, seconds_for
 from .common import print_warning
 
@@ -25,10 +26,6 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _counted(number: int, one: str, more: str = "") -> str:
-    return f"{number:,} {one if number == 1 else more or one + 's'}"
-
-
 def planned(plan: Plan, workers: bool) -> list[str]:
     """The lines on what is before a run."""
     work, aside = plan.work, []
@@ -38,8 +35,8 @@ def planned(plan: Plan, workers: bool) -> list[str]:
         aside.append(f"{len(plan.refused)} refused")
     others = f" ({', '.join(aside)})" if aside else ""
     lines = [
-        f"to make: {_counted(work.people, 'person', 'people')}{others}: {_counted(work.photos, 'photo')}, "
-        f"at most {_counted(work.steps, 'step')}, {_counted(work.pictures, 'picture')}"
+        f"to make: {counted(work.people, 'person', 'people')}{others}: {counted(work.photos, 'photo')}, "
+        f"at most {counted(work.steps, 'step')}, {counted(work.pictures, 'picture')}"
     ]
     if work.people and plan.seconds is None:
         lines.append("time: known when the first is made")

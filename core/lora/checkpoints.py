@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..errors import LoraMisfit, UnmatchedKeys
+from ..errors import LoraMisfit, UnmatchedKeys, counted
 from ..models.base_weights import BaseWeights, bias_name
 from ..storage.safetensors_file import write_safetensors
 from ..tensor_names import Fusion, ModuleId, Place, bundled_embedding
@@ -75,12 +75,13 @@ def extract_lora(
         )
     if left_out:
         on_warning(
-            f"{len(left_out)} tensors that no LoRA can express (biases, normalisation, embeddings, VAE) differ too, "
-            f"e.g. {left_out[0]}"
+            f"{counted(len(left_out), 'tensor')} that no LoRA can express (biases, normalisation, embeddings, VAE): "
+            f"changed too, and left out, e.g. {left_out[0]}"
         )
     if alone := sorted(before.shapes.keys() ^ after.shapes.keys()):
         on_warning(
-            f"{len(alone)} modules are in one of the files only and left out, e.g. {alone[0][1]} of {alone[0][0]}"
+            f"{counted(len(alone), 'module is', 'modules are')} in one of the files only and left out, "
+            f"e.g. {alone[0][1]} of {alone[0][0]}"
         )
     metadata = {"ss_sd_model_name": before.file.path.name}
     lora = LoraFile(before.family, metadata, dict(name_modules(before.names, found, "kohya")))

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import LoraMisfit, UnknownFamily, UnmatchedKeys
+from ..errors import LoraMisfit, UnknownFamily, UnmatchedKeys, counted
 from ..storage.safetensors_file import Layout, SafetensorsFile, cast_tensor, layout_in, layout_of, write_safetensors
 from ..tensor_names import NAME_TABLES, ModuleId, NameTable
 from .changes import bias_change, weight_change
@@ -218,8 +218,8 @@ class LoraFile(LoraNames):
         if self.unknown_keys:
             count, example = len(self.unknown_keys), self.unknown_keys[0]
             raise UnmatchedKeys(
-                f"{self.name}: {count} tensors are not understood, or not a complete module of matching shapes, "
-                f"e.g. {shortened(example)!r} of shape {list(self.layout[example][1])}"
+                f"{self.name}: {counted(count, 'tensor is', 'tensors are')} not understood, or not a complete module of "
+                f"matching shapes, e.g. {shortened(example)!r} of shape {list(self.layout[example][1])}"
             )
         seen: set[ModuleId] = set()
         for entry in self.entries:

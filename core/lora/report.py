@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import FaceLoraError, one_line
+from ..errors import FaceLoraError, counted, one_line
 from .kinds import KINDS
 from .names import LoraHeader, shortened
 from .readers import READERS, Reading, read_by
@@ -173,7 +173,7 @@ def _doubt(identity: Mapping[str, Any]) -> str:
         return "by its names alone: no published model has modules of such sizes"
     return (
         f"by its names alone; the nearest published model is {identity['nearest']}, where "
-        f"{len(identity['misfits'])} modules do not fit: {some_of(identity['misfits'])}"
+        f"{counted(len(identity['misfits']), 'module does', 'modules do')} not fit: {some_of(identity['misfits'])}"
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import counted
 from ..models.base_weights import BaseWeights
 from .file import LoraFile, fit
 from .hashes import chunks, file_hashes
@@ -61,7 +62,9 @@ def verify_lora(
         broken += [] if _is_finite(tensor) else [name]
         step()
     if broken:
-        faults.append(Fault(True, f"{len(broken)} tensors hold NaN or infinity, e.g. {broken[0]}"))
+        faults.append(
+            Fault(True, f"{counted(len(broken), 'tensor holds', 'tensors hold')} NaN or infinity, e.g. {broken[0]}")
+        )
         return faults
     return faults + _verify_norms(lora, step)
 
@@ -73,7 +76,8 @@ def _is_finite(tensor: Tensor) -> bool:
 def _verify_names(lora: LoraFile) -> list[Fault]:
     faults = []
     if lora.unknown_keys:
-        text = f"{len(lora.unknown_keys)} tensors are not understood or not complete, e.g. {lora.unknown_keys[0]}"
+        which = counted(len(lora.unknown_keys), "tensor is", "tensors are")
+        text = f"{which} not understood or not complete, e.g. {lora.unknown_keys[0]}"
         faults.append(Fault(True, text))
     schemes = Counter(entry.scheme for entry in lora.entries)
     if len(schemes) > 1:
@@ -81,12 +85,15 @@ def _verify_names(lora: LoraFile) -> list[Fault]:
     modules = Counter(module for entry in lora.entries for module in entry.modules)
     twice = [module for module, count in modules.items() if count > 1]
     if twice:
-        faults.append(Fault(True, f"{len(twice)} modules are changed twice, e.g. {twice[0][1]}"))
+        faults.append(
+            Fault(True, f"{counted(len(twice), 'module is', 'modules are')} changed twice, e.g. {twice[0][1]}")
+        )
     refused = list(not_loaded_by("ComfyUI", lora))
     if refused:
         # Where no published model has such modules, no other names would help.
         advice = "; convert it" if lora.identity.models else ""
-        faults.append(Fault(False, f"ComfyUI would not load {len(refused)} modules, e.g. {refused[0]}{advice}"))
+        which = f"{counted(len(refused), 'module')}, e.g. {refused[0]}"
+        faults.append(Fault(False, f"ComfyUI would not load {which}{advice}"))
     return faults
 
 
@@ -120,18 +127,21 @@ def _verify_norms(lora: LoraFile, step: Callable[[], None]) -> list[Fault]:
         step()
     faults = []
     if huge:
-        text = f"the changes of {len(huge)} modules hold numbers that are too large for a weight, e.g. {huge[0]}"
+        which = counted(len(huge), "module")
+        text = f"the changes of {which} hold numbers that are too large for a weight, e.g. {huge[0]}"
         faults.append(Fault(True, text))
     zero = [name for name, norm in norms.items() if norm == 0]
     if zero:
         everything = len(zero) == len(norms)
-        text = "no module changes anything" if everything else f"{len(zero)} modules change nothing, e.g. {zero[0]}"
+        some = counted(len(zero), "module changes", "modules change")
+        text = "no module changes anything" if everything else f"{some} nothing, e.g. {zero[0]}"
         faults.append(Fault(everything, text))
     sizes = sorted(norm for norm in norms.values() if norm > 0)
     if sizes:
         median = sizes[len(sizes) // 2]
         large = [name for name, norm in norms.items() if norm > SUSPICIOUS_NORM * median]
         if large:
-            text = f"{len(large)} modules change far more than the others ({SUSPICIOUS_NORM:g} times the median), e.g. "
-            faults.append(Fault(False, text + large[0]))
+            some = counted(len(large), "module changes", "modules change")
+            text = f"{some} far more than the others ({SUSPICIOUS_NORM:g} times the median), e.g. {large[0]}"
+            faults.append(Fault(False, text))
     return faults

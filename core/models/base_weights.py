@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from ..errors import BadFile, UnknownFamily
+from ..errors import BadFile, UnknownFamily, counted
 from ..storage.safetensors_file import SafetensorsFile
 from ..tensor_names import NAME_TABLES, PUBLISHED_BLOCKS, Fusion, ModuleId, NameTable, Place, families_of, other_model
 from ..tensor_names.unet import diffusers_unet_path
@@ -146,7 +146,7 @@ def _family_of(shapes: Mapping[str, tuple[int, ...]], paths: Mapping[str, tuple[
     if not modules or not families:
         example = next(iter(shapes), "none")
         raise UnknownFamily(
-            f"{model}: no base model: no family matches its {len(shapes)} tensors, e.g. {example!r}; "
+            f"{model}: no base model: no family matches its {counted(len(shapes), 'tensor')}, e.g. {example!r}; "
             f"known: {', '.join(NAME_TABLES)}"
         )
     return families[0]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..errors import BadFile, UnmatchedKeys
+from ..errors import BadFile, UnmatchedKeys, counted
 from ..tensor_names import NameTable
 from .objective import FlowSchedule, NoiseSchedule, Schedule
 from .recipe import Recipe
@@ -304,7 +304,7 @@ def materialise(
     surplus = sorted(set(tensors) - set(wanted))
     if missing or surplus:
         kind, names = ("lacks", missing) if missing else ("has unknown", surplus)
-        raise UnmatchedKeys(f"{what} {kind} {len(names)} tensors, e.g. {', '.join(names[:3])}")
+        raise UnmatchedKeys(f"{what} {kind} {counted(len(names), 'tensor')}, e.g. {', '.join(names[:3])}")
     state = {}
     first_names: dict[int, str] = {}  # by weight, since T5's embedding has two names
     for name in tensors:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
-from ..errors import BadPhoto, one_line
+from ..errors import BadPhoto, counted, one_line
 from ..storage.files import read_bytes
 
 HEIF_SUFFIXES = (".heic", ".heif")
@@ -211,7 +211,7 @@ def _photo_paths(folder: Path, repeats: bool, on_warning: Callable[[str], None])
             yield from ((path, int(match[1])) for path in inside)
         elif inside:
             on_warning(
-                f"folder {subfolder.name!r} with {len(inside)} photos left out: "
+                f"folder {subfolder.name!r} with {counted(len(inside), 'photo')} left out: "
                 "only sub-folders with a name like '10_name' (10 repeats) are read"
             )
 

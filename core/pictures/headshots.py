@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..errors import BadConfig
+from ..errors import BadConfig, counted
 from ..faces import Reference
 from ..lora.file import LoraFile
 from ..models.base import Base
@@ -328,9 +328,9 @@ def batch_summary(shots: Sequence[Headshot]) -> str:
             if best is not None
             else ""
         )
-        return f"{len(shots)} pictures{none}"
+        return f"{counted(len(shots), 'picture')}{none}"
     return (
-        f"{len(shots)} pictures, the {len(kept)} most alike kept: "
+        f"{counted(len(shots), 'picture')}, the {len(kept)} most alike kept: "
         f"mean likeness {mean_likeness(kept):.2f}, that of all {mean_likeness(shots):.2f}"
     )
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
-from ..errors import BadFile
+from ..errors import BadFile, counted
 from .files import make_folder, writing
 
 KINDS = ("class", "latents", "memory", "panels", "runs", "text")
@@ -100,7 +100,8 @@ def clear_cache() -> int:
         _remove_if_empty(folder)
     _remove_if_empty(cache_folder())
     if left:
-        raise BadFile(f"{left[0]} ({count} files were deleted, {len(left)} files or folders were not)")
+        others = counted(len(left), "file or folder was", "files or folders were")
+        raise BadFile(f"{left[0]} ({counted(count, 'file was', 'files were')} deleted, {others} not)")
     return count
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..config import TrainConfig
 from ..device import PRECISIONS, deterministic_if, device_and_dtype
-from ..errors import BadConfig, BadFile, BadPhoto
+from ..errors import BadConfig, BadFile, BadPhoto, counted
 from ..faces import FaceNetwork, faces_if_installed, load_faces
 from ..lora.file import LoraFile, fit
 from ..models.base import Base, load_base
@@ -328,7 +328,7 @@ def for_good_photos(config: TrainConfig, report: SetReport, on_warning: Callable
     config, left = replace(config, check_photos=False), len(report.usable)
     if left >= ENOUGH or not _is_held_out_by_itself(config, len(report.photos)):
         return config
-    on_warning(f"only {left} photos are usable: none is held out, and likeness is not measured")
+    on_warning(f"only {counted(left, 'photo is', 'photos are')} usable: none is held out, and likeness is not measured")
     return replace(config, hold_out=0, stop_early=False, merge_best=0)
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import TrainConfig
-from ..errors import BadPhoto
+from ..errors import BadPhoto, counted
 from ..faces import Face, FaceNetwork, check_judge, embed_images, embed_one_by_one, likeness, mean_face
 from ..photos import Photo, Thresholds
 from ..photos.captions import class_caption, default_caption
@@ -124,11 +124,11 @@ class LikenessWatch:
         self._held_out = _seen(_faces_of(network, held_out))
         person = mean_face(self._held_out)
         if person is None:
-            raise BadPhoto(f"no face was found in the {len(held_out)} photos held out: likeness cannot be measured")
+            which = counted(len(held_out), "photo")
+            raise BadPhoto(f"no face was found in the {which} held out: likeness cannot be measured")
         if not len(self._training):
-            raise BadPhoto(
-                f"no face was found in the {len(training)} photos that are trained on: likeness cannot be measured"
-            )
+            which = counted(len(training), "photo")
+            raise BadPhoto(f"no face was found in the {which} trained on: likeness cannot be measured")
         self._person = person
         self._count = config.likeness_pictures
         seeds = range(config.seed, config.seed + self._count)

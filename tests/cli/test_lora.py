@@ -124,7 +124,7 @@ def test_what_is_merged_into_a_checkpoint_is_extracted_again(small_sd15, tmp_pat
     outputs, inputs = SafetensorsFile.open(small_sd15).shapes[name]
     module = write_lora(lora, 3, size=(outputs, inputs))
     run("merge", lora, "--output", tuned, "--into", small_sd15)
-    assert "(1 tensors of small.safetensors changed)" in capsys.readouterr().out
+    assert "(1 tensor of small.safetensors changed)" in capsys.readouterr().out
     run("extract", small_sd15, tuned, "--output", back, "--rank", 2, "--precision", "fp32")
     found = LoraFile.read(back).modules()
     assert set(found) == {MODULE}
@@ -199,9 +199,9 @@ def test_the_small_base_is_called_demo_wherever_a_checkpoint_is_named(tmp_path, 
     LoraFile.from_modules("sd15", {adapted: module}, {}).save(lora, torch.float32)
     assert main(["verify", str(lora), "--base", "demo"]) == 0
     said = capsys.readouterr().out
-    assert "ComfyUI would not load 1 modules" in said and "convert it" not in said
+    assert "ComfyUI would not load 1 module," in said and "convert it" not in said
     run("merge", lora, "--into", "demo", "--output", tmp_path / "merged.safetensors")
-    assert "1 tensors of base.safetensors changed" in capsys.readouterr().out
+    assert "1 tensor of base.safetensors changed" in capsys.readouterr().out
 
 
 def test_no_command_writes_over_what_it_reads(small_sd15, tmp_path, capsys):
@@ -245,7 +245,7 @@ def test_nothing_in_a_file_gives_a_terminal_commands_or_a_message_lines(tmp_path
     assert main(["verify", str(path)]) == 1
     assert main(["verify", str(path), "--base", str(path)]) == 1
     captured = capsys.readouterr()
-    assert "1 tensors are not understood" in captured.out and "\x1b" not in captured.out + captured.err
+    assert "1 tensor is not understood" in captured.out and "\x1b" not in captured.out + captured.err
     assert captured.err.count("\n") == 1
 
 

@@ -155,7 +155,7 @@ def test_dora_cannot_be_limited_to_some_steps_and_says_so(server, lora):
         BASE | {"apply": apply("one-dora.safetensors", model=["base", 0], end_percent=0.5)} | shown("apply")
     )
     assert result.status == "error"
-    assert "1 modules of one-dora.safetensors can only go into the weights" in result.error
+    assert "1 module of one-dora.safetensors can only go into the weights" in result.error
 
 
 def test_nothing_is_trained_on_what_is_computed_beside_the_weights(server, lora):

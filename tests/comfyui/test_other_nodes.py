@@ -166,7 +166,7 @@ def test_a_folder_that_is_not_there_does_not_matter_where_pictures_were_added(se
     result = server.run(graph)
     assert result.status == "success", result.error
     (report,) = texts(result, "report")
-    assert "1 photos" in report and "not-made-yet: there is no such folder" in report
+    assert "1 photo" in report and "not-made-yet: there is no such folder" in report
 
 
 def test_a_thumbnail_of_an_uploaded_picture_is_the_right_way_up(server):

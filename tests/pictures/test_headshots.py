@@ -402,7 +402,7 @@ def test_what_cannot_be_compared_is_refused(base, tmp_path: Path, capsys: pytest
         make_headshots(base, [], jobs(1), tmp_path, keep=1)
     with pytest.raises(BadConfig, match="keep = 0: must be at least 1"):
         make_headshots(base, [], jobs(1), tmp_path, keep=0, reference=person_photos(1)[:1])
-    with pytest.raises(BadPhoto, match="no face was found in the 1 photos"):
+    with pytest.raises(BadPhoto, match="no face was found in the 1 photo to"):
         make_headshots(base, [], jobs(1), tmp_path, reference=[Image.new("RGB", (64, 64))])
     assert not times(tmp_path)  # all of this is said before anything is drawn
     arguments = ["generate", "--base", str(BASE_FILE), "--prompt", "a", "--output", str(tmp_path)]

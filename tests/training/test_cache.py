@@ -335,8 +335,6 @@ def test_what_cannot_be_deleted_is_named_and_the_rest_is_gone(tmp_path, monkeypa
         delete(path)
 
     monkeypatch.setattr(shutil, "rmtree", refuse)
-    with pytest.raises(
-        BadFile, match=rf"{first.name}: cannot be deleted: Permission denied \(1 files were deleted, 1 "
-    ):
+    with pytest.raises(BadFile, match=rf"{first.name}: cannot be deleted: Permission denied \(1 file was deleted, 1 "):
         clear_cache()
     assert first.exists() and not second.exists()

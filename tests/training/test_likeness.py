@@ -115,9 +115,9 @@ def test_a_picture_without_a_face_counts_nothing(watch):
     measured = watch.measure(1, pictures([nothing, person_photos(36)[8]], [nothing] * 2))
     assert measured.scores[0] == 0 and measured.scores[1] > 0.5
     grey = [Photo.from_image(nothing, "grey.png")]
-    with pytest.raises(BadPhoto, match="no face was found in the 1 photos held out"):
+    with pytest.raises(BadPhoto, match="no face was found in the 1 photo held out"):
         LikenessWatch(watch.network, photos_of(36), grey, CONFIG)
-    with pytest.raises(BadPhoto, match="no face was found in the 1 photos that are trained on"):
+    with pytest.raises(BadPhoto, match="no face was found in the 1 photo trained on"):
         LikenessWatch(watch.network, grey, photos_of(36), CONFIG)
 
 

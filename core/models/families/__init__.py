@@ -6,7 +6,7 @@ from pkgutil import iter_modules
 
 from torch import Tensor
 
-from ...errors import UnknownFamily
+from ...errors import UnknownFamily, counted
 from ...storage.lazy import LazyTensors, Stored
 from ...tensor_names import NAME_TABLES
 from ..spec import DENOISER_PREFIX, FamilySpec
@@ -54,4 +54,6 @@ def detect_family(tensors: Mapping[str, Tensor]) -> FamilySpec:
             return family
     if any(name.removeprefix(DENOISER_PREFIX).startswith(("transformer_blocks.", "unet.")) for name in tensors):
         raise UnknownFamily("this is a denoiser in diffusers naming; give the whole diffusers folder instead")
-    raise UnknownFamily(f"no family matches its {len(tensors)} tensors, e.g. {next(iter(tensors))!r}; {supported}")
+    raise UnknownFamily(
+        f"no family matches its {counted(len(tensors), 'tensor')}, e.g. {next(iter(tensors))!r}; {supported}"
+    )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...config import TrainConfig
-from ...errors import LoraMisfit
+from ...errors import LoraMisfit, counted
 from ...lora.file import LoraFile
 from ...lora.modules import LoraModule, name_in_scheme
 from ...models.base import Base
@@ -83,7 +83,7 @@ class LoraAdapter(Adapter):
         if set(modules) != set(self.layers):
             odd = sorted(set(modules) ^ set(self.layers))[0]
             raise LoraMisfit(
-                f"the LoRA to go on from adapts {len(modules)} modules, these settings {len(self.layers)}; "
+                f"the LoRA to go on from adapts {counted(len(modules), 'module')}, these settings {len(self.layers)}; "
                 f"they differ at {odd[1]} of the {odd[0]}: choose the same targets"
             )
         for (part, path), module in modules.items():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...config import TrainConfig
-from ...errors import LoraMisfit
+from ...errors import LoraMisfit, counted
 from ...lora.file import LoraFile
 from ...lora.kinds import rank_of
 from ...lora.modules import name_kinds
@@ -96,7 +96,7 @@ class LycorisAdapter(Adapter):
         entries = {entry.modules[0]: entry for entry in file.entries if entry.kind == self.kind}
         if set(entries) != set(self.layers) or len(entries) != len(file.entries):
             raise LoraMisfit(
-                f"{file.name}: changes {len(file.entries)} modules (kind {file.kind}), these settings "
+                f"{file.name}: changes {counted(len(file.entries), 'module')} (kind {file.kind}), these settings "
                 f"{len(self.layers)} (kind {self.kind}): choose the same method and targets"
             )
         for module, layer in self.layers.items():
