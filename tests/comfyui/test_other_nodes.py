@@ -219,7 +219,7 @@ def test_photos_without_a_face_are_refused(server):
         Image.new("RGB", (256, 256), (shade, shade, shade)).save(folder / f"{shade}.png")
     result = server.run(training(folder="walls") | {"photos": load_photos("walls", check=True)})
     assert result.status == "error"
-    assert "none of the 2 photos shows a face" in result.error
+    assert "of 2 photos none shows a face" in result.error
 
 
 def test_a_folder_without_photos_is_one_clear_line(server):
