@@ -1,14 +1,17 @@
 """The tables of memory plans in docs/benchmarks.md: `python -m tools.memory_tables` predicts them and writes them there.
 
 Nothing is trained: the published models' sizes are gone through with tensors that hold no numbers. It takes about a quarter of
-an hour.
+an hour. How long a step takes is its arithmetic at a share of the card's rate, or the copies of blocks that are brought in, if
+these take longer.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from core.bench.shapes import denoiser_config
 from core.config import TrainConfig
@@ -16,16 +19,51 @@ from core.models.base import Base
 from core.models.families import FAMILIES
 from core.models.memory_plan import PLANS, RESERVE, MemoryPlan, drawing_plan, first_that_fits
 from core.models.spec import Component
+from core.studio.estimates import EFFICIENCY
 from core.training.encode import EncodedImage, LatentCache
 from core.training.memory_prediction import predicted_memory
 from tools.photo_tables import replace_table, table
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 GIB = 2**30
-CARDS = (8, 12, 16, 24)
-"""GiB of the cards that the plans are chosen for."""
 TAKEN = 1
 """GiB of a card that the screen, other programs and CUDA itself have."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A graphics card, by its maker's figures."""
+
+    name: str
+    memory: int
+    """GiB."""
+    rate: float
+    """Floating-point operations a second of products in bf16 that are added up in float32."""
+    copies: float
+    """Bytes a second from the computer's memory: of 16 or 32 GB/s over 8 or 16 lanes of PCIe 4, three quarters."""
+
+    @property
+    def room(self) -> float:
+        """The bytes that a training plans with."""
+        return (self.memory - TAKEN) * GIB * RESERVE
+
+
+CARDS = (
+    Card("RTX 4060, 8 GB", 8, 30e12, 12e9),
+    Card("RTX 3060, 12 GB", 12, 25e12, 24e9),
+    Card("RTX 4060 Ti, 16 GB", 16, 44e12, 12e9),
+    Card("RTX 4090, 24 GB", 24, 165e12, 24e9),
+)
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a step needs under a memory plan."""
+
+    memory: int
+    """Bytes."""
+    operations: int
+    """Floating-point operations, a multiplication and an addition as two."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +128,8 @@ def weight_bytes(model: Model) -> int:
     return sum(2 * tensor.numel() for tensor in state.values())
 
 
-def predictions(model: Model) -> dict[MemoryPlan, int]:
-    """The bytes of each plan for a LoRA of rank 16 on one picture at a time, in bf16."""
+def predictions(model: Model) -> dict[MemoryPlan, Need]:
+    """What each plan needs for a LoRA of rank 16 on one picture at a time, in bf16."""
     base, config = base_of(model), TrainConfig(rank=16, precision="bf16", resolution=model.resolution)
     channels, pixels = model.latent
     latent = torch.zeros(channels, model.resolution // pixels, model.resolution // pixels)
@@ -107,7 +145,13 @@ def predictions(model: Model) -> dict[MemoryPlan, int]:
     if model.masked:
         text["context_mask"] = torch.ones(1, model.tokens)
     cache = LatentCache((image,), {caption: text}, chunks=1, digest="")
-    return {plan: predicted_memory(cache, base, config, torch.device("cpu"), torch.bfloat16, plan) for plan in PLANS}
+    predict = partial(predicted_memory, cache, base, config, torch.device("cpu"), torch.bfloat16)
+    operations: dict[float, int] = {}
+    for plan in PLANS[:3]:  # apart from the memory, since the counter keeps activations that the plan would recompute
+        with FlopCounterMode(display=False) as count:
+            predict(plan)
+        operations[plan.recompute] = count.get_total_flops()
+    return {plan: Need(predict(plan), operations[plan.recompute]) for plan in PLANS}
 
 
 def column(plan: MemoryPlan) -> str:
@@ -117,33 +161,46 @@ def column(plan: MemoryPlan) -> str:
     return f"{bits}{plan.recompute:.0%} recomputed{brought}"
 
 
-def training_on(card: int, needs: dict[MemoryPlan, int]) -> str:
-    """The plan that is chosen on a card of that many GiB, in few words, and the GiB that it needs."""
-    room = (card - TAKEN) * GIB * RESERVE
-    plan = first_that_fits(PLANS, lambda plan: needs[plan] <= room)
-    return f"{column(plan)} ({needs[plan] / GIB:.1f})" if needs[plan] <= room else "no plan fits"
+def training_on(card: Card, needs: dict[MemoryPlan, Need], weights: int) -> str:
+    """The plan that is chosen on a card, in few words, with the GiB and the seconds that a step needs."""
+    plan = first_that_fits(PLANS, lambda plan: needs[plan].memory <= card.room)
+    need = needs[plan]
+    if need.memory > card.room:
+        return "no plan fits"
+    # Blocks in 8 bits come for the forward pass, and for the backward pass again.
+    copied = 2 * plan.offload * weights / 2
+    seconds = max(need.operations / (EFFICIENCY * card.rate), copied / card.copies)
+    return f"{column(plan)} ({need.memory / GIB:.1f}), {seconds:.2g} s"
 
 
-def drawing_on(card: int, weights: int) -> str:
-    """How much of the denoiser is brought in at each of its passes on a card of that many GiB, and how many GiB that are."""
-    away = drawing_plan(weights, (card - TAKEN) * GIB).offload
+def drawing_on(card: Card, weights: int) -> str:
+    """How much of the denoiser is brought in at each of its passes on a card, and how many GiB that are."""
+    away = drawing_plan(weights, (card.memory - TAKEN) * GIB).offload
     return f"{away:.0%} ({away * weights / GIB:.1f})" if away else "nothing"
 
 
 if __name__ == "__main__":
-    needs = {f"{name}, {model.resolution} px": predictions(model) for name, model in MODELS.items()}
+    needs = {name: predictions(model) for name, model in MODELS.items()}
     weights = {name: weight_bytes(model) for name, model in MODELS.items()}
-    cards = [f"{card} GB" for card in CARDS]
+    titles = {name: f"{name}, {model.resolution} px" for name, model in MODELS.items()}
     tables = {
         "memory": table(
             ["GiB", *map(column, PLANS)],
-            [[name, *(f"{found[plan] / GIB:.1f}" for plan in PLANS)] for name, found in needs.items()],
+            [[titles[name], *(f"{found[plan].memory / GIB:.1f}" for plan in PLANS)] for name, found in needs.items()],
         ),
         "training on cards": table(
-            ["", *cards], [[name, *(training_on(card, found) for card in CARDS)] for name, found in needs.items()]
+            ["", "TFLOP", *(card.name for card in CARDS)],
+            [
+                [
+                    titles[name],
+                    f"{found[PLANS[0]].operations / 1e12:.3g}",
+                    *(training_on(card, found, weights[name]) for card in CARDS),
+                ]
+                for name, found in needs.items()
+            ],
         ),
         "drawing on cards": table(
-            ["", "weights, GiB", *cards],
+            ["", "weights, GiB", *(f"{card.memory} GB" for card in CARDS)],
             [
                 [name, f"{size / GIB:.1f}", *(drawing_on(card, size) for card in CARDS)]
                 for name, size in weights.items()

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,7 +14,7 @@ from ..photos import Photo, prepare
 from ..pictures.generate import Job
 from ..training.callbacks import NO_CALLBACKS
 from ..training.encode import encode
-from ..training.memory_prediction import choose_plan, predicted_memory
+from ..training.memory_prediction import choose_plan, kept_prediction, predicted_memory
 
 EFFICIENCY = 0.4
 """The share of a matrix product's speed that a training step reaches.
@@ -64,8 +64,10 @@ def estimate(
     )
     cache = encode(dataset, base, config, device=device)
     plan = choose_plan(cache, base, config, device, dtype, NO_CALLBACKS.on_warning)
+    memory = kept_prediction(cache, base, config, device, dtype, plan)
+    # Apart from the memory, since it keeps activations that the plan would recompute.
     with FlopCounterMode(display=False) as count:
-        memory = predicted_memory(cache, base, config, device, dtype, plan)
+        predicted_memory(cache, base, config, device, dtype, replace(plan, weights="full", offload=0.0))
     step = count.get_total_flops()
     # Of frozen weights a step is a prediction and its gradient, which take the same.
     prediction = step / 2 / (config.batch_size * config.accumulation)
