@@ -9,7 +9,7 @@ from core.models.memory_plan import PLANS
 from tests.gpu import trials
 from tests.gpu.fake_cuda import MESSAGES
 from tests.gpu_day import STAGES
-from tests.tooling import SMALL_FLOWS, UNETS
+from tests.tooling import SMALL_FLOWS, UNETS, mostly_slow
 
 MANY_BLOCKS = {"num_layers": 6, "num_single_layers": 12}
 SHORT = {"steps": 2, "batch_size": 1, "check_photos": False, "sample_every": 2, "sample_steps": 1, "resolution": 64}
@@ -48,6 +48,16 @@ def test_a_text_encoder_that_does_not_fit_is_run_on_the_gpu_layer_by_layer(fake_
     assert (place, shape) == ("cuda", (1, 16, 64)) and peak < whole / 4
     place, _, peak, whole = fake_process.submit(trials.encoded_by_layers, 1).result()
     assert place == "cuda" and peak > whole
+
+
+@pytest.mark.parametrize("family", mostly_slow([*UNETS, *SMALL_FLOWS], "zimage"))
+def test_a_vae_works_on_tiles_where_the_whole_picture_does_not_fit(family, fake_process, small_sd15, small_sdxl):
+    checkpoint = {"sd15": small_sd15, "sdxl": small_sdxl}.get(family)
+    case = trials.Case(family, checkpoint, latents=640)
+    *whole, tiled, peak = fake_process.submit(trials.through_the_vae, case, 80).result()
+    assert not tiled
+    size = 0.7 * peak / 2**30
+    assert fake_process.submit(trials.through_the_vae, case, size).result()[:3] == (*whole, True)
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from core.models.base import Base, load_base
 from core.models.memory_plan import PLANS, MemoryPlan, MemorySaver
 from core.models.spec import Component
 from core.pictures.generate import GenerateConfig, Job, generate
-from core.pictures.sampling import load_vae, sample_latents
+from core.pictures.sampling import decode_latents, encode_pictures, load_vae, sample_latents
 from core.training.callbacks import Callbacks, StepReport
 from core.training.job import train
 from core.training.memory_prediction import predicted_memory
@@ -261,6 +261,19 @@ def encoded_by_layers(size: float) -> tuple[str, tuple[int, ...], int, int]:
         with torch.no_grad():
             states = encoder(torch.zeros(1, 16, dtype=torch.long, device=DEVICE)).last_hidden_state
         return states.device.type, tuple(states.shape), card.peak, sum(tensor.nbytes for tensor in tensors.values())
+
+
+def through_the_vae(case: Case, size: float) -> tuple[tuple[int, int], tuple[int, ...], bool, int]:
+    """On a card of that many GiB, of `case.latents` a side: the size of the picture that they decode to, the shape of the
+    latents that this picture is encoded to, whether the VAE has worked on tiles, and the peak in bytes.
+    """
+    base = case.base()
+    with fake_cuda(size) as card:
+        vae = load_vae(base, DEVICE, torch.float32)
+        latents = torch.zeros(1, base.latent_shape.channels, case.latents, case.latents, device=DEVICE)
+        (picture,) = decode_latents(base, vae, latents)
+        encoded = encode_pictures(base, vae, [picture])
+        return picture.size, tuple(encoded.shape), vae.use_tiling, card.peak  # pyright: ignore
 
 
 def without_pinned_memory() -> Step:
