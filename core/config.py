@@ -94,6 +94,9 @@ class TrainConfig:
     resolution: int | None = option(
         None, "side of the square with a bucket's area, in pixels; default: the base's own", 16, 8192, group="photos"
     )
+    more_resolutions: tuple[int, ...] = option(
+        (), "a resolution at which each photo is trained on too, such as 512 beside 1024", 16, 8192, group="photos"
+    )
     upscale: bool = option(False, "enlarge photos that are smaller than their bucket", group="photos")
     check_photos: bool = option(
         True,
@@ -343,9 +346,11 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
 
 
 def _numbers(name: str, value: Any) -> list[tuple[str, float]]:
-    """The numbers in a setting's value, the value itself or each number of a table, as (name for messages, number)."""
+    """The numbers in a setting's value, the value itself or each number of a table or list, as (name for messages, number)."""
     if isinstance(value, dict):
         return [(f"{name}: {key}", number) for key, number in value.items()]
+    if isinstance(value, tuple):
+        return [(name, number) for number in value if isinstance(number, int | float)]
     return [(name, value)] if isinstance(value, int | float) else []
 
 

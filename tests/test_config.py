@@ -22,7 +22,7 @@ def train_parser() -> argparse.ArgumentParser:
     return parser
 
 
-@pytest.mark.parametrize("name", sorted(BOUNDED.keys() - {"rank_pattern", "alpha_pattern"}))
+@pytest.mark.parametrize("name", sorted(BOUNDED.keys() - {"rank_pattern", "alpha_pattern", "more_resolutions"}))
 def test_a_value_out_of_range_is_refused_with_the_setting_the_value_and_the_range(name):
     low, high = BOUNDED[name]["low"], BOUNDED[name]["high"]
     kind = type(low) if SETTINGS[name].default is None else type(SETTINGS[name].default)
@@ -33,7 +33,11 @@ def test_a_value_out_of_range_is_refused_with_the_setting_the_value_and_the_rang
             config_from({name: value})
 
 
-def test_each_number_of_a_table_is_checked():
+def test_each_number_of_a_table_or_list_is_checked():
+    with pytest.raises(BadConfig, match="more_resolutions = 8: must be between 16 and 8192"):
+        config_from({"more_resolutions": [64, 8]})
+    with pytest.raises(BadConfig, match="more_resolutions = '512': expected int"):
+        config_from({"more_resolutions": ["512"]})
     with pytest.raises(BadConfig, match="rank_pattern: attn = 0: must be at least 1"):
         TrainConfig(rank_pattern={"mlp": 4, "attn": 0})
 

@@ -54,10 +54,9 @@ def _add_setting(
         kind = _pattern_of(get_args(hint)[1])
         group.add_argument(*names, action="append", type=kind, metavar="PATTERN=NUMBER", help=text, **common)
     elif get_origin(hint) is tuple:
+        kind, metavar = (int, "N") if get_args(hint)[0] is int else (unicode_text, "TEXT")
         text = f"{text}; may be repeated"
-        group.add_argument(
-            flag.removesuffix("s"), action="append", type=unicode_text, metavar="TEXT", help=text, **common
-        )
+        group.add_argument(flag.removesuffix("s"), action="append", type=kind, metavar=metavar, help=text, **common)
     else:
         kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
         if item.default is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -110,11 +111,13 @@ def prepare(
     flip: bool = False,
     class_photos: Sequence[Photo] = (),
     regions: Callable[[Photo], Sequence[Region]] | None = None,
+    more_resolutions: Sequence[int] = (),
 ) -> Dataset:
     """The Dataset of the photos: each photo, or each of its `regions`, cropped in the middle to a bucket.
 
     The caption is the region's, else the sidecar's, else "a photo of TRIGGER CLASS". With `flip` a mirrored copy of
-    each picture of the person is added. `class_photos` are captioned by their sidecars, else "a photo of CLASS".
+    each picture of the person is added. `class_photos` are captioned by their sidecars, else "a photo of CLASS". Of what is
+    large enough for it, a picture at each of `more_resolutions` is added too.
 
     Raises BadPhoto where a photo is too small for any bucket and `upscale` is off.
     """
@@ -124,8 +127,9 @@ def prepare(
             notes.append(f"{photo.name}: its caption does not have the trigger word {trigger!r}: {photo.caption!r}")
         for region in regions(photo) if regions else (_whole(photo),):
             caption = region.caption or photo.caption or default_caption(trigger, class_word)
-            bucket, crop = _fit(photo, region.box, resolution, size_multiple, upscale)
-            for mirrored in (False, True) if flip else (False,):
+            sides = (resolution, *more_resolutions)
+            fits = dict.fromkeys(_fit(photo, region.box, side, size_multiple, upscale) for side in sides)
+            for (bucket, crop), mirrored in product(fits, (False, True) if flip else (False,)):
                 images.append(
                     TrainingImage(photo, caption, bucket, region.box, crop, mirrored, photo.repeats, is_class=False)
                 )

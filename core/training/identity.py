@@ -40,6 +40,8 @@ def settings_of_the_steps(config: TrainConfig, measured: bool) -> dict[str, Any]
 def _settings_without(config: TrainConfig, names: tuple[str, ...]) -> dict[str, Any]:
     # The photos that a check leaves are compared themselves; without it (False) they are called as they always were.
     settings = {**dataclasses.asdict(config), "learning_rate": peak_rate(config), "check_photos": False}
+    if not config.more_resolutions:  # which versions without this setting do not name
+        del settings["more_resolutions"]
     return {name: value for name, value in settings.items() if name not in names}
 
 

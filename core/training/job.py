@@ -1,5 +1,6 @@
 """The whole training job, from a folder of photos and a base model to a LoRA file."""
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -359,6 +360,7 @@ def _prepared(
         flip=config.flip,
         class_photos=class_photos,
         regions=pictures.regions,
+        more_resolutions=config.more_resolutions,
     )
     for warning in dataset.warnings:
         callbacks.on_warning(warning)
@@ -369,9 +371,9 @@ def _prepared(
     )  # fmt: skip
     if not shots:
         return cache, None
-    # Samples have the size of the bucket with most photos of the person.
+    # Samples have the size of the bucket with most photos of the person, of several the largest.
     of_person = replace(dataset, images=tuple(image for image in dataset.images if not image.is_class))
-    size = max(of_person.bucket_counts().items(), key=lambda bucket: bucket[1])[0]
+    size = max(of_person.bucket_counts().items(), key=lambda bucket: (bucket[1], math.prod(bucket[0])))[0]
     sampler = training_sampler(base, config, cache.prompts, device, size, callbacks.progress("samples"))
     return cache, Samples(sampler, shots, pictures.watch)
 
@@ -487,5 +489,6 @@ def check_base_options(base: Base, config: TrainConfig, adapted: bool = False) -
     if config.text_encoder_lr and (family.text_encoder_targets is None or base.caption_encoder):
         raise BadConfig(f"text_encoder_lr: the text encoders of {family.title} cannot be trained here; leave it at 0")
     multiple = base.size_multiple
-    if config.resolution is not None and config.resolution < 2 * multiple:
-        raise BadConfig(f"resolution = {config.resolution}: {base.name} needs at least {2 * multiple}")
+    for name, sides in (("resolution", (config.resolution,)), ("more_resolutions", config.more_resolutions)):
+        if small := [side for side in sides if side is not None and side < 2 * multiple]:
+            raise BadConfig(f"{name} = {small[0]}: {base.name} needs at least {2 * multiple}")

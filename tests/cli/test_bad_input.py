@@ -216,6 +216,7 @@ CASES: dict[str, tuple[Callable[[Desk], None], str]] = {
     ),
     "samples never": (options("--thumbnail"), "need samples: set sample_every"),
     "no sample": (options("--thumbnail", "--sample-every", "9", "--steps", "8"), "no sample is drawn in 8 steps"),
+    "more resolution too low": (options("--more-resolution", "12"), "more_resolutions = 12: must be between 16 and 8192"),
     "resolution too low": (options("--resolution", "12"), "resolution = 12: must be between 16 and 8192"),
     "bad pattern": (options("--rank-pattern", "(a+)+$=4"), r"rank_pattern: '\(a\+\)\+\$' is no pattern: give a part of"),
     "rank 0 by pattern": (options("--rank-pattern", "attn=0"), "rank_pattern: attn = 0: must be at least 1"),

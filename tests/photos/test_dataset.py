@@ -54,6 +54,16 @@ def test_a_small_photo_gets_a_smaller_bucket_of_its_aspect():
     assert assign_bucket((300, 200), 512, 64, upscale=True) == (640, 384)
 
 
+def test_each_photo_is_trained_on_at_every_resolution_that_it_is_large_enough_for():
+    large, small = (Photo.from_image(gradient(size), name) for size, name in (((96, 64), "large"), ((48, 32), "small")))
+    images = dataset([large, small], resolution=64, more_resolutions=(48, 32), flip=True).images
+    found = [(image.photo.name, image.bucket) for image in images if not image.flip]
+    assert found == [
+        ("large", (80, 48)), ("large", (56, 40)), ("large", (40, 24)), ("small", (48, 32)), ("small", (40, 24)),
+    ]  # fmt: skip
+    assert sum(image.flip for image in images) == len(found)
+
+
 def test_too_small_photos_and_too_small_resolutions_are_refused():
     with pytest.raises(BadPhoto, match="63x200 pixels are too few: each side needs at least 64"):
         assign_bucket((63, 200), 512, 64)

@@ -556,6 +556,19 @@ def test_samples_have_the_shape_of_the_persons_photos_however_many_are_of_the_cl
     assert sizes and all(width < height for width, height in sizes)
 
 
+def test_photos_are_trained_on_at_several_resolutions_and_samples_have_the_largest(bases, photo_folder):
+    config = TrainConfig(
+        rank=2, steps=2, resolution=64, more_resolutions=(48, 32), sample_every=2, sample_steps=1, check_photos=False
+    )
+    sizes: list[tuple[int, int]] = []
+    drawn = Callbacks(on_sample=lambda step, images: sizes.extend(image.size for image in images))
+    lora = train(photo_folder, bases["sd15"], config, device=CPU, callbacks=drawn)
+    buckets = json.loads(lora.metadata["ss_bucket_info"])["buckets"].values()
+    areas = sorted({math.prod(bucket["resolution"]) for bucket in buckets})
+    assert len(areas) == 3 and areas[-1] <= 64 * 64 and areas[0] <= 32 * 32
+    assert math.prod(sizes[0]) == areas[-1]
+
+
 def test_what_a_callback_takes_is_not_written_beside_the_output(bases, photo_folder, tmp_path):
     config = TrainConfig(
         rank=2, steps=2, resolution=32, sample_every=1, sample_steps=1, save_every=1, check_photos=False

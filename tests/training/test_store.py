@@ -24,6 +24,7 @@ from core.storage.cache_folder import cache_folder, made_folder
 from core.storage.safetensors_file import SafetensorsFile
 from core.training import store
 from core.training.callbacks import Callbacks, StepReport, StopAndKeep
+from core.training.identity import settings_of_the_file
 from core.training.likeness import LIKENESS_KEY
 from core.training.methods import peak_rate
 from core.training.store import RunFolder, TrainedFile, TrainingJob, drawn_sample, find_or_train
@@ -300,6 +301,7 @@ CHANGES: dict[str, Callable[[TrainingJob], TrainingJob]] = {
     "trigger word": lambda job: replace(job, config=replace(job.config, trigger_word="ohwx")),
     "precision of the file": lambda job: replace(job, config=replace(job.config, save_precision="fp32")),
     "thumbnail": lambda job: replace(job, config=replace(job.config, sample_every=1, thumbnail=True)),
+    "more resolutions": lambda job: replace(job, config=replace(job.config, more_resolutions=(48,))),
     "fewer photos": lambda job: replace(job, photos=job.photos[1:]),
     "another photo": lambda job: replace(
         job, photos=[Photo.from_image(Image.new("RGB", (64, 64)), "x.png"), *job.photos[1:]]
@@ -325,6 +327,10 @@ def masked(job: TrainingJob, value: int) -> TrainingJob:
 def test_all_that_changes_the_file_changes_the_key(job, base):
     keys = {name: change(job).key(base) for name, change in CHANGES.items()} | {"none": job.key(base)}
     assert len(set(keys.values())) == len(keys), keys
+
+
+def test_a_setting_that_earlier_versions_did_not_have_leaves_their_keys_as_they_were(job):
+    assert "more_resolutions" not in settings_of_the_file(job.config)
 
 
 def renamed_photos(job: TrainingJob) -> TrainingJob:
