@@ -301,6 +301,13 @@ SMALL_FLOWS = {
         {"base_dim": 8, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [False]},
         context=3 * 32, masked=True,
     ),
+    "ernie-image": SmallFlow(
+        {"in_channels": 128, "hidden_size": 128, "num_attention_heads": 1, "num_layers": 2, "ffn_hidden_size": 192,
+         "text_in_dim": 32},
+        {"block_out_channels": (32, 32), "down_block_types": ("DownEncoderBlock2D",) * 2,
+         "up_block_types": ("UpDecoderBlock2D",) * 2, "layers_per_block": 1},
+        context=32, masked=True,
+    ),
 }  # fmt: skip
 
 

@@ -35,6 +35,7 @@ KINDS = {
     "qwen25_7b": "Qwen2.5-VL-7B",
     "qwen3vl_4b": "Qwen3-VL-4B",
     "mistral3_24b": "Mistral Small 3.2 (24B)",
+    "ministral3_3b": "Ministral 3 3B",
 }
 """The kinds of text encoders, as ComfyUI calls them, with the names that people know."""
 _HEAD_WIDTH_T5, _HEAD_WIDTH_QWEN = 64, 128
@@ -43,10 +44,18 @@ _QWEN_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_lay
 _PAD_QWEN = 151643
 MISTRAL_LAYERS = 30
 """The number of layers of Mistral Small 3 whose states are used; the ten after them, and the last norm, are not loaded."""
+_MINISTRAL_WIDTH = 3072
+_MINISTRAL_ROTARY = {
+    "rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 16384, "beta_fast": 32.0, "beta_slow": 1.0,
+    "mscale": 1.0, "mscale_all_dim": 1.0,
+}  # fmt: skip
+"""How Ministral 3's rotary frequencies differ from plain ones at all lengths (YaRN, arXiv:2309.00071)."""
+_TEKKEN = (131072, {"<s>": 1, "<pad>": 11})
 _VOCABULARIES = {
     "t5": (32128, {"<pad>": 0, "</s>": 1}),
     "qwen": (151936, {"<|endoftext|>": _PAD_QWEN, "<|im_start|>": 151644}),
-    "mistral": (131072, {"<s>": 1, "<pad>": 11}),
+    "mistral": _TEKKEN,
+    "ministral": _TEKKEN,
 }
 """The number of rows in the models' token tables, and the numbers of some tokens, by which tokenizers are recognised."""
 
@@ -79,7 +88,7 @@ def _kind_of(tensors: Mapping[str, Tensor]) -> str:
         return "qwen25_7b"
     table = qwen.get("embed_tokens.weight")
     if table and _is_mistral(qwen) and shape_of(tensors, table)[0] == _VOCABULARIES["mistral"][0]:
-        return "mistral3_24b"
+        return "ministral3_3b" if shape_of(tensors, table)[1] == _MINISTRAL_WIDTH else "mistral3_24b"
     raise UnknownFamily(
         f"no text encoder that is known, e.g. {next(iter(tensors), 'no tensor')!r}; known: {', '.join(KINDS.values())}"
     )
@@ -159,7 +168,7 @@ def check_encoders(
 
 def context_width(denoiser: Mapping[str, Any]) -> int:
     """The width of the text states that a denoiser takes, by its diffusers config."""
-    names = ("cross_attention_dim", "joint_attention_dim", "cap_feat_dim", "text_hidden_dim")
+    names = ("cross_attention_dim", "joint_attention_dim", "cap_feat_dim", "text_hidden_dim", "text_in_dim")
     return next(denoiser[name] for name in names if name in denoiser) * denoiser.get("num_text_layers", 1)
 
 
@@ -252,7 +261,7 @@ def build(kind: str, config: dict[str, Any]) -> nn.Module:
     if kind.startswith("clip"):
         with_projection = kind == "clip_g" or "CLIPTextModelWithProjection" in config.get("architectures", ())
         return clip.build_text_encoder(config, with_projection)
-    if kind.startswith("qwen"):
+    if kind != "t5xxl":
         return _build_qwen(kind, config)
     from transformers import T5Config, T5EncoderModel
 
@@ -272,10 +281,13 @@ def _build_qwen(kind: str, config: dict[str, Any]) -> nn.Module:
     # rope_theta and epsilon are the same in all models of a kind, but transformers 4 and 5 write them to different places.
     theta = 5e6 if kind.startswith("qwen3vl") else 1e6
     settings = {name: given[name] for name in _QWEN_SIZES} | {"rope_theta": theta, "rms_norm_eps": 1e-6}
-    if is_mistral := given.get("model_type") == "mistral":  # that of FLUX.2 dev, where klein's is a Qwen
+    # FLUX.2 dev has a Mistral where klein has a Qwen, so that the kind does not tell.
+    if is_mistral := given.get("model_type") in ("mistral", "ministral3"):
         network = MistralModel
         layers = min(settings["num_hidden_layers"], MISTRAL_LAYERS)
         settings |= {"rope_theta": 1e9, "rms_norm_eps": 1e-5, "sliding_window": None, "num_hidden_layers": layers}
+    if kind.startswith("ministral"):
+        settings |= {"rope_theta": 1e6, "rope_scaling": _MINISTRAL_ROTARY}
     encoder = network(network.config_class(**settings, head_dim=_HEAD_WIDTH_QWEN))
     if is_mistral:
         encoder.norm = nn.Identity()  # it would be on the states of the last layer that is left

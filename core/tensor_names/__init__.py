@@ -7,6 +7,7 @@ The names of a family and of its modules in every scheme are one `NameTable`, wh
 
 from collections.abc import Iterable
 
+from .ernie import ERNIE_IMAGE
 from .flux import CHROMA, FLUX1, FLUX2
 from .keys import EMBEDDING_KEYS, NamedTensor, bundled_embedding, parse_key
 from .krea import KREA2
@@ -30,9 +31,8 @@ from .table import (
 )
 from .unet import blocks_in_a_level, shows_other_blocks
 
-NAME_TABLES: dict[str, NameTable] = {
-    family.name: family for family in (SD15, SD2, SDXL, SD3, FLUX1, CHROMA, FLUX2, LUMINA2, ZIMAGE, QWEN_IMAGE, KREA2)
-}
+_ALL = (SD15, SD2, SDXL, SD3, FLUX1, CHROMA, FLUX2, LUMINA2, ZIMAGE, QWEN_IMAGE, KREA2, ERNIE_IMAGE)
+NAME_TABLES: dict[str, NameTable] = {family.name: family for family in _ALL}
 """The tables of all families by name. When a file fits several families equally, the first one counts."""
 
 

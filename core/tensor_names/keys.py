@@ -20,7 +20,8 @@ diffusers' transformers:
     norm_added_k norm1_context norm_out proj_mlp x_embedder context_embedder pos_embed time_text_embed
     timestep_embedder guidance_embedder text_embedder time_guidance_embed to_qkv_mlp_proj linear_in linear_out linear_3
     time_caption_embed caption_embedder all_final_layer all_x_embedder txt_norm text_fusion layerwise_blocks
-    refiner_blocks to_gate time_mod_proj
+    refiner_blocks to_gate time_mod_proj self_attention adaLN_sa_ln adaLN_mlp_ln gate_proj up_proj linear_fc2 text_proj
+    final_norm final_linear
 original transformers:
     double_blocks single_blocks img_attn txt_attn img_mlp txt_mlp img_mod txt_mod img_in txt_in time_in vector_in
     guidance_in in_layer out_layer final_layer adaLN_modulation query_norm key_norm double_stream_modulation_img

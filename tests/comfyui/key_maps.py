@@ -31,6 +31,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "Z-Image": ("zimage", {"n_layers": 30}),
     "Qwen-Image": ("qwen-image", {"num_layers": 60}),
     "Krea 2": ("krea2", {"layers": 28}),
+    "ERNIE-Image": ("ernie-image", {"num_layers": 36}),
 }  # fmt: skip
 
 

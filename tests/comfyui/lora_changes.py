@@ -75,6 +75,17 @@ MODELS = {
     "zimage": ("ZImageTransformer2DModel", {"n_layers": 2}, "ZImagePipeline"),
     "qwen-image": ("QwenImageTransformer2DModel", {"num_layers": 2}, "QwenImagePipeline"),
     "krea2": ("Krea2Transformer2DModel", {"num_layers": 2}, "Krea2Pipeline"),
+    "ernie-image": (
+        "ErnieImageTransformer2DModel",
+        {
+            "hidden_size": 4096,
+            "num_attention_heads": 32,
+            "num_layers": 2,
+            "ffn_hidden_size": 12288,
+            "text_in_dim": 3072,
+        },
+        "ErnieImagePipeline",
+    ),
 }
 # What the models that lora_reader.py calls small have otherwise.
 SMALL: dict[str, dict[str, Any]] = {
@@ -114,6 +125,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "text_num_key_value_heads": 2,
         "text_intermediate_size": 256,
     },
+    "ernie-image": {"hidden_size": 256, "num_attention_heads": 2, "ffn_hidden_size": 384, "text_in_dim": 64},
 }
 CLIP_L, CLIP_H, CLIP_G = (12, 768), (23, 1024), (32, 1280)
 TEXT_ENCODERS: dict[str, dict[str, tuple[int, int] | str]] = {

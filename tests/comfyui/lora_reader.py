@@ -87,6 +87,7 @@ MODELS = {
     ),
     "qwen-image": (supported.QwenImage, {"image_model": "qwen_image", "in_channels": 64, "num_layers": 2}),
     "krea2": (supported.Krea2, {"image_model": "krea2", "layers": 2}),
+    "ernie-image": (supported.ErnieImage, {"image_model": "ernie", "num_layers": 2}),
 }  # fmt: skip
 MODELS |= {f"small-{name}": (cls, config) for name, (cls, config, *_) in model_writer.MODELS.items()}
 # Attention takes 64 channels at least, but SD1.5's.

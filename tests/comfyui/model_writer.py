@@ -56,6 +56,8 @@ QWEN_IMAGE = {"image_model": "qwen_image", "in_channels": 64, "num_layers": 2, "
               "joint_attention_dim": 64}  # fmt: skip
 KREA2 = {"image_model": "krea2", "features": 256, "heads": 2, "kvheads": 1, "layers": 2, "channels": 16, "patch": 2,
          "txtlayers": 12, "txtdim": 64, "txtheads": 2, "txtkvheads": 2}  # fmt: skip
+ERNIE = {"image_model": "ernie", "hidden_size": 256, "num_attention_heads": 2, "num_layers": 2, "ffn_hidden_size": 384,
+         "text_in_dim": 64}  # fmt: skip
 # Family, and after a dot what kind of it: ComfyUI's class and what its model_detection reads off a checkpoint, narrower;
 # channels of the latents; widths of text.
 MODELS = {
@@ -71,6 +73,7 @@ MODELS = {
     "zimage": (supported.ZImage, Z_IMAGE, 16, {"context": 64}),
     "qwen-image": (supported.QwenImage, QWEN_IMAGE, 16, {"context": 64}),
     "krea2": (supported.Krea2, KREA2, 16, {"context": 12 * 64}),
+    "ernie-image": (supported.ErnieImage, ERNIE, 128, {"context": 64}),
 }  # fmt: skip
 # The same at the published models' widths, with one or two blocks of each kind: for wide_models.py.
 WIDE_FLUX = {"hidden_size": 3072, "num_heads": 24, "depth": 1, "depth_single_blocks": 1}
@@ -104,6 +107,11 @@ MODELS |= {
         supported.Krea2,
         {**KREA2, "features": 6144, "heads": 48, "kvheads": 12, "layers": 1, "txtdim": 2560, "txtheads": 20, "txtkvheads": 20},
         16, {"context": 12 * 2560},
+    ),
+    "ernie-image.wide": (
+        supported.ErnieImage,
+        {**ERNIE, "hidden_size": 4096, "num_attention_heads": 32, "ffn_hidden_size": 12288, "text_in_dim": 3072},
+        128, {"context": 3072},
     ),
 }  # fmt: skip
 CASES = ((5, (8, 12)), (32, (8, 12)), (40, (8, 12)), (16, (20, 6)))

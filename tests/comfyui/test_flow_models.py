@@ -89,7 +89,7 @@ def test_a_model_predicts_what_comfyuis_own_class_predicts(files, model, prefix)
         assert_same(prediction, case["prediction"])
 
 
-@pytest.mark.parametrize("family", [*TEXTS, "flux2.dev"])
+@pytest.mark.parametrize("family", [*TEXTS, "flux2.dev", "ernie-image"])
 def test_texts_of_different_lengths_in_a_batch_give_what_each_gives_alone(files, family):
     file = SafetensorsFile.open(files[family])
     base, cases = denoiser_base(file), cases_of(file)[:3]

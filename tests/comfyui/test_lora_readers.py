@@ -315,7 +315,7 @@ def test_it_is_known_what_invokeai_loads(family, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "model", ["small-flux2", pytest.param("flux2", marks=pytest.mark.slow), "zimage", "qwen-image"]
+    "model", ["small-flux2", pytest.param("flux2", marks=pytest.mark.slow), "zimage", "qwen-image", "small-ernie-image"]
 )
 @pytest.mark.parametrize("has_alpha", [True, False])
 def test_it_is_known_of_which_lokr_files_diffusers_loads_what(model, has_alpha):

@@ -275,6 +275,7 @@ SHAPES = {
     "zimage": [("layers.0.attention.to_k", (12, 12)), ("all_final_layer.2-1.linear", (4, 12))],
     "qwen-image": [("transformer_blocks.0.img_mlp.net.0.proj", (48, 12)), ("transformer_blocks.0.attn.to_q", (12, 12))],
     "krea2": [("transformer_blocks.0.attn.to_gate", (12, 12)), ("text_fusion.refiner_blocks.1.ff.down", (12, 36))],
+    "ernie-image": [("layers.0.self_attention.to_out.0", (12, 12)), ("layers.0.mlp.linear_fc2", (12, 36))],
 }
 
 
@@ -757,6 +758,7 @@ ORIGINAL_WEIGHTS = {
     "zimage": {"layers.0.feed_forward.w1": (8, 3840), "layers.0.attention.out": (8, 3840)},
     "qwen-image": {"transformer_blocks.0.attn.add_q_proj": (8, 3072), "transformer_blocks.0.img_mod.1": (8, 3072)},
     "krea2": {"blocks.0.attn.wk": (1536, 6144), "txtfusion.projector": (1, 12), "blocks.0.mlp.gate": (8, 6144)},
+    "ernie-image": {"layers.0.self_attention.to_k": (8, 4096), "text_proj": (8, 3072), "final_norm.linear": (8, 4096)},
 }
 
 

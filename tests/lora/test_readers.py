@@ -118,6 +118,7 @@ NORMS = {
     "zimage": ("layers.0.attention.q_norm", "layers.0.attention.norm_q", "kohya comfy diffusers"),
     "qwen-image": ("transformer_blocks.0.attn.norm_added_k", "transformer_blocks.0.attn.norm_added_k", "kohya comfy diffusers"),
     "krea2": ("blocks.0.attn.qknorm.qnorm.scale", "transformer_blocks.0.attn.norm_q", "comfy"),
+    "ernie-image": ("layers.0.self_attention.norm_k", "layers.0.self_attention.norm_k", "kohya comfy diffusers"),
 }  # fmt: skip
 WIDTHS = {"sd3": 64, "lumina2": 96}
 

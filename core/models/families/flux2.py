@@ -60,10 +60,10 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     }
     denoiser = transformer.transformer_component(tensors, config, NAMES, flux1.RENAMES)
     kinds = next(({"text_encoder": kind} for kind in (LARGER_TEXT, DEV_TEXT) if text.has(tensors, kind)), TEXT)
-    return {"denoiser": denoiser} | text.other_parts(tensors, _vae, kinds)
+    return {"denoiser": denoiser} | text.other_parts(tensors, vae, kinds)
 
 
-def _vae(tensors: Mapping[str, Tensor]) -> Component:
+def vae(tensors: Mapping[str, Tensor]) -> Component:
     """The KL VAE, with the mean and variance (128,) for normalising its latents: 32 channels times two by two latents."""
     prefix = next(prefix for prefix in VAE_PREFIXES if any(name.startswith(prefix) for name in tensors))
     readers = {}
@@ -85,6 +85,9 @@ def _vae(tensors: Mapping[str, Tensor]) -> Component:
     statistics = {name: readers[name] for name in ("bn.running_mean", "bn.running_var") if name in readers}
     counter = {"bn.num_batches_tracked": lambda: torch.tensor(0)}
     return Component(config, LazyTensors(tensors_of_vae | statistics | counter))
+
+
+build_vae = partial(transformer.build, "AutoencoderKLFlux2", (0, 37))
 
 
 def latent_shape(components: Mapping[str, Component]) -> LatentShape:
@@ -188,7 +191,7 @@ FLUX2 = FamilySpec(
     build=text.builder(
         partial(transformer.build, "Flux2Transformer2DModel", (0, 37)),
         TEXT,
-        vae=partial(transformer.build, "AutoencoderKLFlux2", (0, 37)),
+        vae=build_vae,
     ),
     latent_shape=latent_shape,
     encode_text=encode_text,

@@ -1,0 +1,100 @@
+"""ERNIE-Image (Baidu, 2026): a rectified flow with one stream of image and text, modulated alike in all layers; 1024 px.
+
+The text encoder is Ministral 3 3B, and the VAE is FLUX.2's. ERNIE-Image-Turbo, which is distilled to eight steps without
+guidance, has the same tensors, so only its name tells it from the base model: train on the base model, and draw with either.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ...tensor_names.ernie import ERNIE_IMAGE as NAMES
+from .. import text, transformer
+from ..ldm import count_children
+from ..recipe import Recipe
+from ..spec import Component, Conditioning, FamilySpec, FewSteps
+from . import flux2
+
+TEXT = {"text_encoder": "ministral3_3b"}
+TEXT_TOKENS = 2048
+"""The most tokens of a caption: as many as the authors' prompt enhancer writes in ComfyUI."""
+ROTARY_AXES = (32, 48, 48)
+"""The widths of an attention head that are rotated by a position's word, row and column."""
+
+_ATTENTION = r"layers\.\d+\.self_attention\.to_([qkv]|out\.0)"
+_TRANSFORMER = rf"{_ATTENTION}|layers\.\d+\.mlp\.(gate_proj|up_proj|linear_fc2)"
+
+
+def recognise(denoiser: Mapping[str, Tensor]) -> bool:
+    return "layers.0.mlp.linear_fc2.weight" in denoiser and "x_embedder.proj.weight" in denoiser
+
+
+def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
+    names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
+    width, channels, patch, _ = shape("x_embedder.proj.weight")
+    config = {
+        "hidden_size": width,
+        "num_attention_heads": width // sum(ROTARY_AXES),
+        "num_layers": count_children(names, "layers"),
+        "ffn_hidden_size": shape("layers.0.mlp.gate_proj.weight")[0],
+        "in_channels": channels,
+        "out_channels": channels,
+        "patch_size": patch,
+        "text_in_dim": shape("text_proj.weight")[1],
+        "rope_axes_dim": ROTARY_AXES,
+    }
+    denoiser = transformer.transformer_component(tensors, config, NAMES)
+    return {"denoiser": denoiser} | text.other_parts(tensors, flux2.vae, TEXT)
+
+
+def encode_text(
+    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
+) -> Conditioning:
+    texts = [f"<s>{caption}" for caption in captions]
+    return text.encode_qwen(encoders["text_encoder"], TEXT["text_encoder"], texts, TEXT_TOKENS, layers=(-2,))
+
+
+def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    lengths = transformer.text_lengths(conditioning["context_mask"])
+    return denoiser(
+        noisy_latents,
+        timesteps,
+        conditioning["context"].to(noisy_latents.dtype),
+        torch.tensor(lengths, device=noisy_latents.device),
+        return_dict=False,
+    )[0]
+
+
+ERNIE_IMAGE = FamilySpec(
+    names=NAMES,
+    title="ERNIE-Image",
+    overflows_in_fp16=True,  # ComfyUI computes it in bf16 or float32 alone
+    resolution=1024,
+    size_multiple=16,
+    wording="sentences",
+    guidance=4.0,  # diffusers' default, as are the steps
+    steps=50,
+    recipes={
+        # Starting points: those of Qwen-Image here, since no comparison for this model is known.
+        "fast": Recipe(600, 1e-4, 16, settings={"resolution": 512}),
+        "balanced": Recipe(1200, 1e-4, 16, settings={"resolution": 768}),
+        "best": Recipe(2400, 1e-4, 32),
+    },
+    pipeline_class="ErnieImagePipeline",
+    text_encoders=TEXT,
+    denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),
+    in_channels=128,
+    recognise=recognise,
+    split=split,
+    build=text.builder(partial(transformer.build, "ErnieImageTransformer2DModel", (0, 38)), TEXT, vae=flux2.build_vae),
+    latent_shape=flux2.latent_shape,
+    encode_text=encode_text,
+    predict=predict,
+    flow_shift=lambda positions: 3.0,  # that of ComfyUI and ai-toolkit
+    few_steps=FewSteps(8),
+    encode_image=flux2.encode_image,
+    decode_latents=flux2.decode_latents,
+    lora_scheme="comfy",
+)

@@ -1,0 +1,24 @@
+"""Names of ERNIE-Image, which are the same in the original model and in diffusers."""
+
+from .table import Listing, LoadedNames, NameTable, Sign, by_rules
+
+_of_original, _of_diffusers = by_rules()
+
+ERNIE_IMAGE = NameTable(
+    name="ernie-image",
+    base_versions=("ernie_image",),
+    architecture="ernie-image",
+    signs=(
+        # Two, since all layers of Lumina 2 and Z-Image have one sign.
+        Sign(r"^layers\.\d+\.(self_attention|mlp)\."),
+        Sign(r"^layers\.\d+\.(self_attention\.to_|mlp\.(gate_proj|up_proj|linear_fc2)$)"),
+        Sign(r"^layers\.\d+\.(self_attention\.to_([qkv]|out\.0)|mlp\.(gate_proj|up_proj))$", frozenset({4096})),
+    ),
+    of_original=_of_original,
+    of_diffusers=_of_diffusers,
+    listings={"ERNIE-Image": Listing("Ernie", "Apache-2.0")},
+    loaded=LoadedNames(
+        frozenset({("kohya", "diffusers"), ("comfy", "diffusers"), ("diffusers", "diffusers")}),
+        diffusers=frozenset({"diffusers", "comfy", "peft"}),
+    ),
+)

@@ -1,0 +1,163 @@
+"""ERNIE-Image against diffusers' pipeline: the same weights, the same captions; a run that goes on where it was stopped."""
+
+import json
+import re
+import zlib
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from core.config import TrainConfig
+from core.errors import BadConfig
+from core.models import text
+from core.models.base import Base, load_base
+from core.models.families import FAMILIES
+from core.models.memory_plan import PLANS
+from core.training.callbacks import Callbacks
+from core.training.job import check_base_options
+from core.training.loop import train_lora
+from core.training.memory_prediction import predicted_memory
+from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, small_flow_base
+
+CPU = torch.device("cpu")
+FAMILY = FAMILIES["ernie-image"]
+WIDTH = SMALL_FLOWS["ernie-image"].context
+CAPTIONS = ["", "a photo of sks person", "sks person, outdoors, in the evening sun"]
+
+
+def pipeline(**parts: Any) -> Any:
+    """diffusers' pipeline with some of its parts."""
+    names = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer")
+    return diffusers.ErnieImagePipeline(**dict.fromkeys(names, None) | parts)  # pyright: ignore
+
+
+@torch.no_grad()
+def random_denoiser() -> Any:
+    """diffusers' network; all of its weights are random, those too that begin at 0."""
+    denoiser: Any = small_flow_base("ernie-image").load("denoiser", CPU, torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in denoiser.parameters():
+        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return denoiser
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_a_published_file_predicts_what_diffusers_predicts_with_texts_filled_up(prefix):
+    theirs = random_denoiser()
+    base = load_base({prefix + name: tensor for name, tensor in theirs.state_dict().items()})
+    assert base.family is FAMILY
+    generator = torch.Generator().manual_seed(2)
+    latents = torch.randn(2, 128, 8, 12, generator=generator)
+    states = [torch.randn(length, WIDTH, generator=generator) for length in (9, 4)]
+    times = torch.tensor([200.0, 900.0])
+    filled, lengths = pipeline(transformer=theirs)._pad_text(states, CPU, torch.float32, WIDTH)
+    expected = theirs(latents, times, filled, lengths).sample
+    mask = torch.arange(9) < torch.tensor([[9], [4]])
+    denoiser = base.load("denoiser", CPU, torch.float32)
+    ours = base.family.predict(denoiser, latents, times, {"context": filled, "context_mask": mask.float()})
+    assert (ours - expected).norm() < 1e-4 * expected.norm()
+    alone = {"context": states[1][None], "context_mask": torch.ones(1, 4)}
+    ours = base.family.predict(denoiser, latents[1:], times[1:], alone)
+    assert (ours - expected[1:]).norm() < 1e-4 * expected[1:].norm()
+
+
+class Words:
+    """A tokenizer with a number for each word, each sign and each special token."""
+
+    def __call__(self, caption: str, add_special_tokens: bool = True, **_: Any) -> Any:
+        words = re.findall(r"<s>|\w+|\W", ("<s>" if add_special_tokens else "") + caption)
+        numbers = [1 if word == "<s>" else 2 + zlib.crc32(word.encode()) % 60 for word in words]
+        return SimpleNamespace(input_ids=numbers) if not add_special_tokens else {"input_ids": numbers}
+
+
+@pytest.fixture(scope="module")
+def vision_model() -> Any:
+    """The network that a diffusers folder has as its text encoder, narrow."""
+    sizes = {"model_type": "ministral3", "vocab_size": 64, "hidden_size": WIDTH, "intermediate_size": 48,
+             "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128}  # fmt: skip
+    vision = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+              "num_attention_heads": 1, "head_dim": 16}  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.Mistral3Model(transformers.Mistral3Config(text_config=sizes, vision_config=vision)).eval()
+
+
+@pytest.fixture
+def folder(tmp_path, vision_model):
+    """A diffusers folder."""
+    base = small_flow_base("ernie-image")
+    for part, name in (("denoiser", "transformer"), ("vae", "vae")):
+        base.load(part, CPU, torch.float32).save_pretrained(tmp_path / name)  # pyright: ignore
+    vision_model.save_pretrained(tmp_path / "text_encoder")
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": FAMILY.pipeline_class}))
+    return tmp_path
+
+
+def of_a_file(encoder: dict[str, Tensor]) -> Base:
+    """A whole checkpoint as ComfyUI saves it."""
+    prefix = text.PREFIX.format("ministral3_3b")
+    denoiser = small_flow_base("ernie-image").load("denoiser", CPU, torch.float32).state_dict()
+    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in denoiser.items()}
+    return load_base(tensors | {f"{prefix}model.{name}": tensor for name, tensor in encoder.items()})
+
+
+@pytest.mark.parametrize("source", ["folder", "file"])
+def test_captions_have_the_states_of_diffusers_pipeline(source, folder, vision_model, monkeypatch):
+    monkeypatch.setattr(text, "load_tokenizer", lambda *_: Words())
+    base = load_base(folder) if source == "folder" else of_a_file(vision_model.language_model.state_dict())
+    with torch.no_grad():
+        ours = FAMILY.encode_text(base.load_text_encoders(CPU, torch.float32), CAPTIONS, 1, 1)
+        theirs = pipeline(text_encoder=vision_model, tokenizer=Words()).encode_prompt(CAPTIONS, CPU)
+    for states, mask, expected in zip(ours["context"], ours["context_mask"], theirs, strict=True):
+        assert int(mask.sum()) == len(expected)
+        assert (states[: len(expected)] - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_a_file_of_the_text_encoder_is_known_by_its_width():
+    layer = {"model.layers.0.self_attn.q_proj.weight": torch.zeros(1)}
+    kinds = {
+        width: list(text.encoders_of({"model.embed_tokens.weight": torch.zeros(1).expand(131072, width)} | layer))
+        for width in (3072, 5120)
+    }
+    assert kinds == {3072: ["ministral3_3b"], 5120: ["mistral3_24b"]}
+
+
+def test_a_folder_that_says_it_is_distilled_is_refused_for_training_unless_told_otherwise(folder):
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": FAMILY.pipeline_class, "is_distilled": True}))
+    base = load_base(folder)
+    with pytest.raises(BadConfig, match=r"distilled to a few steps, .* allow_distilled is for"):
+        check_base_options(base, TrainConfig())
+    check_base_options(base, TrainConfig(), adapted=True)
+
+
+@pytest.mark.slow
+def test_the_memory_of_each_plan_is_predicted_and_falls():
+    base = small_flow_base("ernie-image")
+    cache = encoded_cache(base, [encoded_image(base, "0.png", "a photo of sks person", 0, shape=(128, 16, 16))])
+    config = TrainConfig(rank=2, precision="bf16")
+    plans = (PLANS[0], PLANS[2], PLANS[-1])
+    needs = [predicted_memory(cache, base, config, CPU, torch.bfloat16, plan) for plan in plans]
+    assert needs == sorted(needs, reverse=True) and needs[0] > needs[1]
+
+
+def test_a_run_that_is_cancelled_goes_on_to_the_same_tensors(tmp_path):
+    def cancel(report):
+        if report.step == 2:
+            raise KeyboardInterrupt
+
+    base, state = small_flow_base("ernie-image"), tmp_path / "run.state.safetensors"
+    captions = ("a photo of sks person", "sks person, outdoors in the evening sun")
+    cache = encoded_cache(base, [encoded_image(base, f"{i}.png", captions[i], i, shape=(128, 4, 6)) for i in range(2)])
+    run = partial(train_lora, cache, base, TrainConfig(steps=4, rank=2, precision="fp32", batch_size=2), device=CPU)
+    whole = run()
+    with pytest.raises(KeyboardInterrupt):
+        run(state_path=state, callbacks=Callbacks(on_step=cancel))
+    resumed = run(state_path=state, resume=True)
+    assert whole.tensors.keys() == resumed.tensors.keys()
+    assert all(torch.equal(tensor, resumed.tensors[name]) for name, tensor in whole.tensors.items())
