@@ -65,7 +65,7 @@ def trained_family(model: Any) -> str:
     kind = _class_name(model)
     family = FAMILY_OF_CLASS.get(kind)
     if family not in FAMILIES:
-        known = ", ".join(family.title for family in FAMILIES.values())
+        known = ", ".join(family.title for name, family in FAMILIES.items() if name in FAMILY_OF_CLASS.values())
         raise UnknownFamily(f"MODEL is {kind}; Train Face LoRA can train {known}")
     return family
 

@@ -126,7 +126,9 @@ def test_a_family_touches_four_source_files(sources):
     assert set(families_of(sources)) == set(NAME_TABLES)
     touched = touched_by_family(sources)
     assert set(touched) == set(FAMILIES)
-    assert {len(files) for files in touched.values()} == {4}, touched
+    # The fourth is the line for ComfyUI's class, where it has one.
+    expected = {name: 4 if table.loaded.comfyui else 3 for name, table in NAME_TABLES.items() if name in touched}
+    assert {name: len(files) for name, files in touched.items()} == expected, touched
 
 
 def test_a_family_that_is_named_elsewhere_is_seen_but_not_in_a_docstring():

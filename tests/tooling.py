@@ -293,6 +293,12 @@ SMALL_FLOWS = {
         {"base_dim": 8, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [False]},
         context=32, masked=True, unused=r"transformer_blocks\.1\.(attn\.(add_q_proj|to_add_out)|txt_mlp\..+)",
     ),
+    "qwen-image-21": SmallFlow(
+        {"in_channels": 64, "num_layers": 2, "attention_head_dim": 128, "num_attention_heads": 1, "context_in_dim": 32},
+        {"base_dim": 8, "decoder_base_dim": 12, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [False],
+         "scale_factor_spatial": 2},
+        context=32, masked=True,
+    ),
     "krea2": SmallFlow(
         {"in_channels": 64, "num_layers": 2, "attention_head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
          "intermediate_size": 96, "timestep_embed_dim": 32, "text_hidden_dim": 32, "num_text_layers": 3,

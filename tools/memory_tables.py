@@ -107,6 +107,7 @@ MODELS = {
     ),
     "Z-Image": Model("zimage", 1024, {"in_channels": 16}, (16, 8), 128, 2560, masked=True),
     "Qwen-Image": Model("qwen-image", 1024, {**QWEN, "in_channels": 64}, (16, 8), 128, 3584, masked=True),
+    "Qwen-Image 2.1": Model("qwen-image-21", 1024, {"in_channels": 64}, (64, 16), 128, 4096, masked=True),
     "Krea 2": Model(
         "krea2", 1024, {"num_layers": 28, "num_text_layers": 12, "in_channels": 64}, (16, 8), 128, 12 * 2560, masked=True
     ),

@@ -137,12 +137,12 @@ MODELS = (
     Model("Lumina 2", "lumina2", "Lumina2Transformer2DModel", {"cap_feat_dim": 2304}),
     Model("Z-Image", "zimage", "ZImageTransformer2DModel"),
     Model("Qwen-Image", "qwen-image", "QwenImageTransformer2DModel"),
+    Model("Qwen-Image 2.1", "qwen-image-21", "QwenImage21Transformer2DModel"),
     Model("Krea 2", "krea2", "Krea2Transformer2DModel"),
     Model("ERNIE-Image", "ernie-image", "ErnieImageTransformer2DModel", {
         "hidden_size": 4096, "num_attention_heads": 32, "num_layers": 36, "ffn_hidden_size": 12288,
         "text_in_dim": 3072}),
     # What follows is not trained here; its files must not be taken for one of the above.
-    Model("Qwen-Image 2.1", None, "QwenImage21Transformer2DModel", claims=("qwen_image_2.1", "qwen-image-2.1")),
     Model("FLUX.3", None, "Flux3Transformer2DModel", claims=("flux3", "flux-3", "flux3-klein")),
     Model("Ideogram 4", None, "Ideogram4Transformer2DModel", comfyui="ideogram4.model:Ideogram4Transformer2DModel",
           claims=("ideogram4", "ideogram-4")),

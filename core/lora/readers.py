@@ -98,6 +98,8 @@ def _by_comfyui(family: NameTable, named: NamedTensor, entry: Entry) -> Objectio
         return "a bias of the up matrix"
     if any(re.search(r"\.lora_[AB]\.(?!default\.)\w+\.weight$", key) for key in entry.keys.values()):
         return "an adapter's name in the tensors' names, except default"
+    if not family.loaded.comfyui:
+        return f"{family.name} at all"
     reason = _name_not_known_to_comfyui(family, named)
     if reason is None and has_pefts_magnitude(entry):
         return Objection("peft's magnitude, without which it is another change", loads=True)
@@ -128,6 +130,8 @@ def _by_diffusers(family: NameTable, named: NamedTensor, entry: Entry) -> Object
         return _lokr_not_loaded_by_diffusers(family, named, "alpha" in entry.keys)
     if named.scheme not in family.loaded.diffusers:
         return f"{named.scheme} names of {family.name}"
+    if named.scheme == "kohya" and re.search(family.loaded.diffusers_kohya_lacks, named.path):
+        return "kohya names of words that it does not know"
     if named.part == "denoiser" and named.scheme in family.loaded.diffusers_denoiser_lacks:
         return family.loaded.diffusers_denoiser_lacks[named.scheme]
     return _kind_not_loaded_by_peft(entry)

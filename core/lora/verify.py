@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import counted
 from ..models.base_weights import BaseWeights
+from ..tensor_names import NAME_TABLES
 from .file import LoraFile, fit
 from .hashes import chunks, file_hashes
 from .kinds import needs_base
@@ -89,7 +90,9 @@ def _verify_names(lora: LoraFile) -> list[Fault]:
             Fault(True, f"{counted(len(twice), 'module is', 'modules are')} changed twice, e.g. {twice[0][1]}")
         )
     refused = list(not_loaded_by("ComfyUI", lora))
-    if refused:
+    if refused and not NAME_TABLES[lora.family].loaded.comfyui:
+        faults.append(Fault(False, f"ComfyUI 0.30 does not have {lora.family}; later versions may"))
+    elif refused:
         # Where no published model has such modules, no other names would help.
         advice = "; convert it" if lora.identity.models else ""
         which = f"{counted(len(refused), 'module')}, e.g. {refused[0]}"

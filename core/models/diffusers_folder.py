@@ -41,7 +41,7 @@ def download(hub_id: str) -> Path:
 
     try:
         # Only these folders, since a repository may hold the same weights again as a single file.
-        parts = ("scheduler", "unet", "transformer", "vae", "text_encoder*", "tokenizer*")
+        parts = ("scheduler", "unet", "transformer", "vae", "text_encoder*", "tokenizer*", "processor")
         wanted = [f"{part}/*.{ending}" for part in parts for ending in ("json", "safetensors", "txt", "model")]
         return Path(snapshot_download(hub_id, allow_patterns=["model_index.json", *wanted]))
     except Exception as error:  # the hub client raises many kinds, down to those of its HTTP library
@@ -72,7 +72,10 @@ def read_folder(folder: Path) -> DiffusersFolder:
                 f"{folder.name}: its {subfolder.name} is quantised ({json.dumps(quantisation)[:80]}); {UNQUANTISED}"
             )
         if part.startswith("text_encoder"):
-            config["tokenizer"] = str(folder / part.replace("text_encoder", "tokenizer"))
+            tokenizer, processor = folder / part.replace("text_encoder", "tokenizer"), folder / "processor"
+            # A model that also sees pictures may have its tokenizer beside what prepares them.
+            beside = os.path.exists(processor) and not os.path.exists(tokenizer)
+            config["tokenizer"] = str(processor if beside else tokenizer)
         components[part] = Component(config, _folder_tensors(subfolder, part))
     scheduler_path = folder / "scheduler" / "scheduler_config.json"
     scheduler = _read_config(scheduler_path) if os.path.exists(scheduler_path) else {}

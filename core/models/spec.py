@@ -210,7 +210,7 @@ class FamilySpec:
     Names are those of original checkpoints, and the first match counts."""
     overflows_in_fp16: bool = False
     """Whether the denoiser's states exceed what fp16 holds (65504), so that it is computed in bf16 or float32 alone."""
-    lora_scheme: Literal["kohya", "comfy"] = "kohya"
+    lora_scheme: Literal["kohya", "diffusers", "comfy"] = "kohya"
     """The naming scheme of its LoRA files, the one that most programs load."""
 
     @property

@@ -34,6 +34,7 @@ KINDS = {
     "qwen3_8b": "Qwen3-8B",
     "qwen25_7b": "Qwen2.5-VL-7B",
     "qwen3vl_4b": "Qwen3-VL-4B",
+    "qwen3vl_8b": "Qwen3-VL-8B",
     "mistral3_24b": "Mistral Small 3.2 (24B)",
     "ministral3_3b": "Ministral 3 3B",
 }
@@ -79,11 +80,10 @@ def _kind_of(tensors: Mapping[str, Tensor]) -> str:
         return "clip_l" if shape_of(tensors, "transformer.resblocks.0.ln_1.weight")[0] == 768 else "clip_g"
     qwen = {_qwen_name(name): name for name in tensors}
     if "layers.0.self_attn.q_norm.weight" in qwen:
-        # Of its language model alone nothing tells it from Qwen3: only the half that sees pictures does.
-        if any("visual.deepstack_merger_list." in name for name in tensors):
-            return "qwen3vl_4b"
         is_large = "norm.weight" in qwen and shape_of(tensors, qwen["norm.weight"])[0] == 4096
-        return "qwen3_8b" if is_large else "qwen3_4b"
+        # Of its language model alone nothing tells it from Qwen3: only the half that sees pictures does.
+        kind = "qwen3vl" if any("visual.deepstack_merger_list." in name for name in tensors) else "qwen3"
+        return f"{kind}_8b" if is_large else f"{kind}_4b"
     if "layers.0.self_attn.q_proj.bias" in qwen:
         return "qwen25_7b"
     table = qwen.get("embed_tokens.weight")
@@ -168,7 +168,9 @@ def check_encoders(
 
 def context_width(denoiser: Mapping[str, Any]) -> int:
     """The width of the text states that a denoiser takes, by its diffusers config."""
-    names = ("cross_attention_dim", "joint_attention_dim", "cap_feat_dim", "text_hidden_dim", "text_in_dim")
+    names = (
+        "cross_attention_dim", "joint_attention_dim", "cap_feat_dim", "text_hidden_dim", "text_in_dim", "context_in_dim",
+    )  # fmt: skip
     return next(denoiser[name] for name in names if name in denoiser) * denoiser.get("num_text_layers", 1)
 
 

@@ -14,7 +14,7 @@ from .krea import KREA2
 from .lumina import LUMINA2, ZIMAGE
 from .models import Identity, identify, is_published
 from .others import other_model
-from .qwen import QWEN_IMAGE
+from .qwen import QWEN_IMAGE, QWEN_IMAGE_21
 from .sd3 import SD3
 from .stable_diffusion import SD2, SD15, SDXL, families_of_embedding
 from .table import (
@@ -31,7 +31,7 @@ from .table import (
 )
 from .unet import blocks_in_a_level, shows_other_blocks
 
-_ALL = (SD15, SD2, SDXL, SD3, FLUX1, CHROMA, FLUX2, LUMINA2, ZIMAGE, QWEN_IMAGE, KREA2, ERNIE_IMAGE)
+_ALL = (SD15, SD2, SDXL, SD3, FLUX1, CHROMA, FLUX2, LUMINA2, ZIMAGE, QWEN_IMAGE, QWEN_IMAGE_21, KREA2, ERNIE_IMAGE)
 NAME_TABLES: dict[str, NameTable] = {family.name: family for family in _ALL}
 """The tables of all families by name. When a file fits several families equally, the first one counts."""
 

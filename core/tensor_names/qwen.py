@@ -1,6 +1,6 @@
-"""Names of Qwen-Image, which are the same in the original model and in diffusers."""
+"""Names of Qwen-Image, which are the same in the original model and in diffusers, and of Qwen-Image 2.1."""
 
-from .table import TRANSFORMER_IN_COMFYUI, Listing, LoadedNames, NameTable, Sign, by_rules
+from .table import TRANSFORMER_IN_COMFYUI, Fusion, Listing, LoadedNames, NameTable, Sign, by_rules
 
 _of_original, _of_diffusers = by_rules()
 
@@ -25,5 +25,38 @@ QWEN_IMAGE = NameTable(
             ("bare", "diffusers"): "",
         },
         invokeai_skips=frozenset({"kohya"}),
+    ),
+)
+
+# ComfyUI joins two layers of an MLP, the gate first. LoRAs, and the model that was published, have them apart.
+_of_original_21, _of_diffusers_21 = by_rules(
+    Fusion(
+        "transformer_blocks.{}.img_mlp.gate_up",
+        ("transformer_blocks.{}.img_mlp.gate_layer", "transformer_blocks.{}.img_mlp.proj"),
+        (3, 3),
+    )
+)
+_WIDTH_21 = frozenset({4096})
+
+QWEN_IMAGE_21 = NameTable(
+    name="qwen-image-21",
+    base_versions=("qwen_image_2.1", "qwen_image_21"),
+    architecture="qwen-image-2.1",
+    signs=(
+        Sign(r"^transformer_blocks\.\d+\."),
+        Sign(r"^transformer_blocks\.\d+\.img_mlp\.(gate_layer|gate_up|proj|out)$"),
+        Sign(r"^transformer_blocks\.\d+\.img_mlp\.(gate_layer|proj)$", _WIDTH_21),
+        # FLUX.2 klein 9B has layers of these names and shapes in its eight blocks.
+        Sign(r"^transformer_blocks\.([89]|[12]\d|3[01])\.attn\.to_([qkv]|out\.0)$", _WIDTH_21, ratio=1),
+    ),
+    of_original=_of_original_21,
+    of_diffusers=_of_diffusers_21,
+    original_in_kohya=False,
+    original_in_comfy=False,
+    listings={"Qwen-Image 2.1": Listing("Qwen 2.1", "Qwen Research License")},
+    loaded=LoadedNames(
+        comfyui=frozenset(),
+        diffusers=frozenset({"kohya", "diffusers", "comfy"}),
+        diffusers_kohya_lacks=r"gate_(layer|up)$|^(txt_in|modulation)\.",
     ),
 )

@@ -141,13 +141,16 @@ class LoadedNames:
     """The names of a family's LoRAs that other programs load. core/lora/readers.py uses it, and states their versions."""
 
     comfyui: frozenset[tuple[str, str]]
-    """The names of the denoiser that ComfyUI loads, as (scheme, "original" or "diffusers" for its paths)."""
+    """The names of the denoiser that ComfyUI loads, as (scheme, "original" or "diffusers" for its paths); empty where its
+    version here does not have the family."""
     diffusers: frozenset[str]
     """The schemes that diffusers' pipelines load."""
     comfyui_t5: tuple[str, ...] = ()
     """The prefixes of Kohya's names of T5 that ComfyUI loads."""
     comfyui_lacks: str = r"$^"
     """A regular expression that is found in the paths that are missing in ComfyUI's table of diffusers' names."""
+    diffusers_kohya_lacks: str = r"$^"
+    """A regular expression that is found in the paths whose Kohya names diffusers misreads, and so does not load."""
     diffusers_denoiser_lacks: Mapping[str, str] = field(default_factory=dict)
     """The reason why diffusers does not load the denoiser in a scheme whose text encoders it loads, by scheme."""
     diffusers_lokr: frozenset[tuple[str, str]] = frozenset()

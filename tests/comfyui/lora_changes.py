@@ -74,6 +74,7 @@ MODELS = {
     "lumina2": ("Lumina2Transformer2DModel", {"num_layers": 2, "cap_feat_dim": 2304}, "Lumina2Pipeline"),
     "zimage": ("ZImageTransformer2DModel", {"n_layers": 2}, "ZImagePipeline"),
     "qwen-image": ("QwenImageTransformer2DModel", {"num_layers": 2}, "QwenImagePipeline"),
+    "qwen-image-21": ("QwenImage21Transformer2DModel", {"num_layers": 2}, "QwenImage21Pipeline"),
     "krea2": ("Krea2Transformer2DModel", {"num_layers": 2}, "Krea2Pipeline"),
     "ernie-image": (
         "ErnieImageTransformer2DModel",

@@ -22,13 +22,13 @@ from .flow_files import run_model_writer
 from .setup_comfyui import COMFYUI
 
 CPU = torch.device("cpu")
-MODELS = [name for name, family in FAMILIES.items() if family.flow_shift] + [
+MODELS = [name for name, family in FAMILIES.items() if family.flow_shift and family.names.loaded.comfyui] + [
     "sd3.large",
     "sd3.medium",
     "flux2.9b",
     "flux2.dev",
 ]
-"""Families, and other kinds of them."""
+"""Families that ComfyUI 0.30 has, and other kinds of them."""
 TEXTS = ["chroma", "zimage", "qwen-image", "krea2"]
 """Families whose texts keep their length, so that a mask says what is padding."""
 QWEN_TOKENIZER, T5_TOKENIZER = (COMFYUI / "comfy" / "text_encoders" / f"{name}_tokenizer" for name in ("qwen25", "t5"))

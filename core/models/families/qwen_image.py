@@ -135,7 +135,7 @@ def latent_shape(components: Mapping[str, Component]) -> LatentShape:
     return LatentShape(channels, pixels, multiple=2, positions_side=2)
 
 
-def _statistics(vae: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
+def statistics(vae: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
     """The mean and the deviation (1, C, 1, 1) of the VAE's latents over its training pictures."""
     config: Any = vae.config
     mean, deviation = (
@@ -146,12 +146,12 @@ def _statistics(vae: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
 
 def encode_image(vae: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
     distribution = vae.encode(pixels.unsqueeze(2)).latent_dist  # pyright: ignore
-    mean, deviation = _statistics(vae, pixels)
+    mean, deviation = statistics(vae, pixels)
     return (distribution.mean.squeeze(2) - mean) / deviation, distribution.std.squeeze(2) / deviation
 
 
 def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
-    mean, deviation = _statistics(vae, latents)
+    mean, deviation = statistics(vae, latents)
     return vae.decode((latents * deviation + mean).unsqueeze(2)).sample.squeeze(2)  # pyright: ignore
 
 

@@ -1,0 +1,264 @@
+"""Qwen-Image 2.1 (Alibaba, 2026): a rectified flow with one stream of text and picture, in which a text does not see what
+follows it; 1024 to 2048 px.
+
+The text encoder is Qwen3-VL-8B, of whose last layer the states before the norm are taken. A picture of the VAE has a fourth
+channel, its opacity, and 64 channels of latents at a sixteenth of its sides. The model also edits pictures that it is shown;
+here it is trained and drawn with from texts alone.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import UnmatchedKeys
+from ...storage.lazy import LazyTensors, Stored, shape_of
+from ...tensor_names.qwen import QWEN_IMAGE_21 as NAMES
+from .. import text, transformer
+from ..ldm import VAE_PREFIXES, count_children
+from ..objective import linear_shift
+from ..recipe import Recipe
+from ..spec import Component, Conditioning, FamilySpec, LatentShape
+from . import qwen_image
+
+TEXT = {"text_encoder": "qwen3vl_8b"}
+TEMPLATE = (
+    "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"
+    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+SYSTEM_TOKENS = 14
+"""The number of tokens in the template before the user's turn, whose states are dropped."""
+TEXT_TOKENS = 1024
+"""The most tokens of a caption, as in Qwen-Image; the authors' pipeline sets no limit."""
+_USER_TOKENS = 3
+"""The number of tokens in the template between the system's turn and the caption."""
+
+_ATTENTION = r"transformer_blocks\.\d+\.attn\.to_([qkv]|out\.0)"
+# All blocks share one modulation, which is not adapted, like those of the other families.
+_TRANSFORMER = rf"{_ATTENTION}|transformer_blocks\.\d+\.img_mlp\.(gate_layer|proj|out)"
+
+
+def recognise(denoiser: Mapping[str, Tensor]) -> bool:
+    return "txt_in.text_norm.weight" in denoiser and "transformer_blocks.0.attn.to_q.weight" in denoiser
+
+
+def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
+    names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
+    width, channels = shape("img_in.weight")
+    (head,) = shape("transformer_blocks.0.attn.norm_q.weight")
+    config = {
+        "in_channels": channels,
+        "out_channels": shape("proj_out.weight")[0],
+        "num_layers": count_children(names, "transformer_blocks"),
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "context_in_dim": shape("txt_in.in_layer.weight")[1],
+        "mlp_ratio": shape("transformer_blocks.0.img_mlp.out.weight")[1] // width,
+        "axes_dims_rope": qwen_image.ROTARY_AXES,
+    }
+    denoiser = transformer.transformer_component(tensors, config, NAMES)
+    return {"denoiser": denoiser} | text.other_parts(tensors, vae_component, TEXT)
+
+
+def diffusers_vae_path(path: str, resnets: int) -> str:
+    """The diffusers name of a tensor of the VAE as ComfyUI has it; names of diffusers stay as they are.
+
+    `resnets` is the number of residual blocks at a resolution of the encoder; the decoder has one more.
+    """
+    nested = r"(encoder|decoder)\.(down|up)samples\.(\d+)\.(?:down|up)samples\.(\d+)\.(.+)"
+    if match := re.fullmatch(nested, path):
+        side, way, level, index, rest = match.groups()
+        count = resnets if side == "encoder" else resnets + 1
+        block = f"resnets.{index}" if int(index) < count else f"{way}sampler"
+        path = f"{side}.{way}_blocks.{level}.{block}.{rest}"
+    return qwen_image.diffusers_vae_path(path, resnets)
+
+
+def vae_component(tensors: Mapping[str, Tensor]) -> Component:
+    """The VAE of a checkpoint in ComfyUI's or diffusers' naming, with a config that follows from the shapes of its tensors."""
+    prefix = next(prefix for prefix in VAE_PREFIXES if any(name.startswith(prefix) for name in tensors))
+    given = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
+    first_level = r"encoder\.down(?:samples\.0\.downsamples|_blocks\.0\.resnets)\.\d+\.(?:residual\.2|conv1)\.weight"
+    resnets = sum(re.fullmatch(first_level, short) is not None for short in given)
+    names = {diffusers_vae_path(short, resnets): full for short, full in given.items()}
+
+    def shape(name: str) -> tuple[int, ...]:
+        if f"{name}.weight" not in names:
+            raise UnmatchedKeys(f"the VAE is not Qwen-Image 2.1's: it lacks {name}.weight")
+        return shape_of(tensors, names[f"{name}.weight"])
+
+    base, levels = shape("encoder.conv_in")[0], count_children(names, "encoder.down_blocks")
+    config: dict[str, Any] = {
+        "base_dim": base,
+        "decoder_base_dim": shape("decoder.conv_out")[1],
+        "z_dim": shape("post_quant_conv")[0],
+        "dim_mult": [shape(f"encoder.down_blocks.{level}.resnets.0.conv2")[0] // base for level in range(levels)],
+        "num_res_blocks": resnets,
+        "temperal_downsample": [
+            f"encoder.down_blocks.{level}.downsampler.time_conv.weight" in names for level in range(levels - 1)
+        ],
+        "in_channels": shape("encoder.conv_in")[1],
+        "out_channels": shape("decoder.conv_out")[0],
+        "scale_factor_spatial": 2 ** (levels - 1),
+    }
+    readers = {name: partial(_of_one_frame, Stored(tensors, full)) for name, full in names.items()}
+    return Component(config, LazyTensors(readers))
+
+
+def _of_one_frame(read: Stored) -> Tensor:
+    """A weight of the VAE, which ComfyUI has as one for videos: its kernels are one frame deep."""
+    tensor = read()
+    return tensor.squeeze(2) if tensor.ndim == 5 else tensor
+
+
+def build_denoiser(config: dict[str, Any]) -> nn.Module:
+    denoiser = transformer.build("QwenImage21Transformer2DModel", (0, 42), config)
+    embedding = denoiser.time_text_embed
+    with torch.device("cpu"):
+        # No file has the frequencies of the time, so they must not stay on the meta device.
+        embedding.time_proj = type(embedding.time_proj)(timestep_dim=embedding.timestep_embedder.linear_1.in_features)
+    denoiser.forward = MethodType(_forward, denoiser)
+    return denoiser
+
+
+def _forward(denoiser: Any, latents: Tensor, context: Tensor, times: Tensor, size: tuple[int, int]) -> Tensor:
+    """The prediction (B, H W, C) for latents (B, H W, C) of `size` (H, W) and texts (B, L, D) without padding.
+
+    It is diffusers' forward pass for a text and then a picture. That of diffusers reads the order of texts and pictures off a
+    mask, for whose numbers a GPU would be waited for at every step.
+    """
+    states = torch.cat([denoiser.txt_in(context), denoiser.img_in(latents)], 1)
+    length = context.shape[1]
+    is_picture = torch.arange(states.shape[1], device=states.device) >= length
+    times = times.to(states.dtype)
+    embedded = denoiser.time_text_embed(torch.cat([times, times.new_zeros(1)]), states)  # the text's time is always 0
+    rotations = _rotations(length, size, denoiser.config.axes_dims_rope, states.device)
+    # Beside the states: modulation, rotations, mask, which rows are the picture's, three of a cache, texts, valid keys.
+    inputs = (denoiser.modulation(embedded), rotations, None, is_picture, None, None, None, [(0, length, True)], None)
+    for block in denoiser.transformer_blocks:
+        if torch.is_grad_enabled() and denoiser.gradient_checkpointing:
+            states = denoiser._gradient_checkpointing_func(block, states, *inputs)
+        else:
+            states = block(states, *inputs)
+    return denoiser.proj_out(denoiser.norm_out(states[:, length:], embedded[:-1]))
+
+
+def _rotations(length: int, size: tuple[int, int], axes: Sequence[int], device: torch.device) -> Tensor:
+    """The rotations (L + H W, D / 2) of an attention head by each position's frame, row and column, complex.
+
+    A text's tokens have their number on all three axes. A picture is at the number after them, its rows and columns are
+    counted from its centre.
+    """
+    tokens = torch.arange(float(length), device=device).unsqueeze(1).expand(-1, 3)
+    starts = (length, *(-((side + 1) // 2) for side in size))
+    picture = torch.cartesian_prod(
+        *(
+            torch.arange(start, start + count, dtype=torch.float32, device=device)
+            for start, count in zip(starts, (1, *size), strict=True)
+        )
+    )
+    positions = torch.cat([tokens, picture])
+    angles = [
+        torch.outer(positions[:, axis], 1 / 10000 ** (torch.arange(0, width, 2, device=device) / width))
+        for axis, width in enumerate(axes)
+    ]
+    return torch.polar(torch.ones((), device=device), torch.cat(angles, 1))
+
+
+def build_text_encoder(config: dict[str, Any]) -> nn.Module:
+    encoder: Any = text.build(TEXT["text_encoder"], config)
+    encoder.norm.register_forward_hook(_without_norm)
+    return encoder
+
+
+def _without_norm(_: nn.Module, inputs: tuple[Tensor], __: Tensor) -> Tensor:
+    return inputs[0]
+
+
+def build(part: str, config: dict[str, Any]) -> nn.Module:
+    if part == "denoiser":
+        return build_denoiser(config)
+    return (
+        transformer.build("AutoencoderKLQwenImage21", (0, 42), config) if part == "vae" else build_text_encoder(config)
+    )
+
+
+def latent_shape(components: Mapping[str, Component]) -> LatentShape:
+    pixels = 2 ** len(components["vae"].config["temperal_downsample"]) if "vae" in components else 16
+    return LatentShape(components["denoiser"].config["in_channels"], pixels, multiple=2)
+
+
+def encode_image(vae: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    opaque = torch.cat([pixels, torch.ones_like(pixels[:, :1])], 1)
+    return qwen_image.encode_image(vae, opaque)
+
+
+def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
+    return qwen_image.decode_latents(vae, latents)[:, :3]
+
+
+def encode_text(
+    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
+) -> Conditioning:
+    before, after = TEMPLATE.split("{}")
+    conditioning = text.encode_qwen(
+        encoders["text_encoder"],
+        TEXT["text_encoder"],
+        [before + (caption or " ") for caption in captions],
+        SYSTEM_TOKENS + _USER_TOKENS + TEXT_TOKENS,
+        ending=after,
+    )
+    return {name: value[:, SYSTEM_TOKENS:] for name, value in conditioning.items()}
+
+
+def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    context, mask = conditioning["context"].to(noisy_latents.dtype), conditioning["context_mask"]
+    lengths = transformer.text_lengths(mask)
+    if len(set(lengths)) > 1:
+        # One by one, since the place of a picture follows from the length of its text.
+        rows = [
+            {"context": context[i : i + 1, :length], "context_mask": mask[i : i + 1, :length]}
+            for i, length in enumerate(lengths)
+        ]
+        parts = zip(noisy_latents.split(1), timesteps.split(1), rows, strict=True)
+        return torch.cat([predict(denoiser, *part) for part in parts])
+    height, width = noisy_latents.shape[2:]
+    latents = noisy_latents.flatten(2).transpose(1, 2)
+    prediction = denoiser(latents, context[:, : lengths[0]], timesteps / 1000, (height, width))
+    return prediction.transpose(1, 2).unflatten(2, (height, width))
+
+
+QWEN_IMAGE_21 = FamilySpec(
+    names=NAMES,
+    title="Qwen-Image 2.1",
+    overflows_in_fp16=True,  # diffusers cuts the states off at what fp16 holds
+    resolution=1024,  # diffusers' default; the authors recommend sizes of about 2048 x 2048
+    size_multiple=32,
+    wording="sentences",
+    guidance=1.0,  # the authors', as are the steps
+    steps=40,
+    recipes={
+        # Starting points: those of Qwen-Image here, since no comparison for this model is known.
+        "fast": Recipe(600, 1e-4, 16, settings={"resolution": 512}),
+        "balanced": Recipe(1200, 1e-4, 16, settings={"resolution": 768}),
+        "best": Recipe(2400, 1e-4, 32),
+    },
+    pipeline_class="QwenImage21Pipeline",
+    text_encoders=TEXT,
+    denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),
+    in_channels=64,
+    recognise=recognise,
+    split=split,
+    build=build,
+    latent_shape=latent_shape,
+    encode_text=encode_text,
+    predict=predict,
+    flow_shift=linear_shift(256, 0.5, 8192, 0.9),  # from the authors' scheduler
+    encode_image=encode_image,
+    decode_latents=decode_latents,
+    lora_scheme="diffusers",
+)

@@ -1,0 +1,397 @@
+"""Qwen-Image 2.1 against diffusers: the same weights under the published names, the same captions."""
+
+import json
+import re
+import zlib
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+import transformers
+from diffusers.loaders.single_file_utils import convert_qwen_image21_transformer_checkpoint_to_diffusers
+from torch import Tensor
+
+from core.config import TrainConfig
+from core.errors import UnknownFamily
+from core.lora.file import LoraFile
+from core.lora.modules import LoraModule
+from core.lora.readers import not_loaded_by
+from core.lora.verify import verify_lora
+from core.models import text
+from core.models.base import Base, load_base
+from core.models.families import FAMILIES
+from core.models.spec import stack_conditioning
+from core.pictures.generate import Job, generate
+from core.tensor_names import NAME_TABLES
+from core.training.callbacks import Callbacks
+from core.training.loop import train_lora
+from tests.tooling import encoded_cache, encoded_image, random_lora, small_flow_base
+
+CPU = torch.device("cpu")
+FAMILY = FAMILIES["qwen-image-21"]
+WIDTH = 64
+CAPTIONS = ["", "a photo of sks person", "sks person, outdoors, in the evening sun"]
+
+
+def rough_weights(base: Base) -> Any:
+    """The denoiser as diffusers has it, with all weights and norms random."""
+    theirs: Any = diffusers.QwenImage21Transformer2DModel.from_config(base.components["denoiser"].config)  # pyright: ignore
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return theirs
+
+
+def published(denoiser: torch.nn.Module) -> dict[str, Tensor]:
+    """The weights as ComfyUI's file has them, which diffusers' own converter reads."""
+    state = {f"model.diffusion_model.{name}": tensor for name, tensor in denoiser.state_dict().items()}
+    for name in [name for name in state if name.endswith("gate_layer.weight")]:
+        parts = state.pop(name), state.pop(name.replace("gate_layer", "proj"))
+        state[name.replace("gate_layer", "gate_up")] = torch.cat(parts)
+    converted = convert_qwen_image21_transformer_checkpoint_to_diffusers(dict(state))
+    assert all(torch.equal(converted[name], tensor) for name, tensor in denoiser.state_dict().items())
+    return state
+
+
+def conditioning(lengths: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:
+    return stack_conditioning(
+        [
+            {"context": torch.randn(1, length, 32, generator=generator), "context_mask": torch.ones(1, length)}
+            for length in lengths
+        ]
+    )
+
+
+def their_prediction(denoiser: Any, latents: Tensor, times: Tensor, states: Tensor) -> Tensor:
+    """What diffusers' pipeline asks its denoiser for, with texts of one length."""
+    batch, _, height, width = latents.shape
+    slots = torch.arange(states.shape[1] + height * width // 4) >= states.shape[1]
+    patches = diffusers.QwenImage21Pipeline._pack_latents(latents, batch, 64, height, width)
+    prediction = denoiser(
+        patches, states, times, [[(1, height, width)]] * batch, slots.expand(batch, -1), return_dict=False
+    )[0]
+    unpacked = diffusers.QwenImage21Pipeline._unpack_latents(
+        prediction[:, -patches.shape[1] :], 16 * height, 16 * width, 16
+    )
+    return unpacked.squeeze(2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gate_layer", "gate_up"])
+def test_a_published_file_predicts_what_diffusers_predicts_with_texts_of_any_length(name):
+    theirs = rough_weights(small_flow_base("qwen-image-21"))
+    tensors = published(theirs)
+    if name == "gate_layer":
+        tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in theirs.state_dict().items()}
+    base = load_base(tensors)
+    assert base.family is FAMILY
+    generator = torch.Generator().manual_seed(2)
+    latents, times = torch.randn(3, 64, 4, 6, generator=generator), torch.tensor([0.2, 0.9, 0.5])
+    text_states = conditioning((9, 4, 9), generator)
+    ours = FAMILY.predict(base.load("denoiser", CPU, torch.float32), latents, 1000 * times, text_states)
+    for row, length in enumerate((9, 4, 9)):
+        each = slice(row, row + 1)
+        expected = their_prediction(theirs, latents[each], times[each], text_states["context"][each, :length])
+        assert (ours[each] - expected).norm() < 1e-5 * expected.norm()
+    same = {part: value[::2] for part, value in text_states.items()}
+    both = FAMILY.predict(base.load("denoiser", CPU, torch.float32), latents[::2], 1000 * times[::2], same)
+    expected = their_prediction(theirs, latents[::2], times[::2], same["context"])
+    assert (both - expected).norm() < 1e-5 * expected.norm()
+
+
+def wide_weights(layers: int) -> dict[str, Tensor]:
+    """Weights of the published width, which share the memory of the largest: each begins elsewhere in it."""
+    with torch.device("meta"):
+        state = diffusers.QwenImage21Transformer2DModel(num_layers=layers).state_dict()
+    largest = max(tensor.numel() for tensor in state.values())
+    pool = torch.randn(largest + 1009 * len(state), generator=torch.Generator().manual_seed(1)).mul_(0.7 / 4096**0.5)
+    # Scales of norms about 1, and times large enough that the blocks change the states.
+    return {
+        name: weight * (4096**0.5 if weight.ndim == 1 else 8) if weight.ndim == 1 or "time" in name else weight
+        for number, (name, tensor) in enumerate(state.items())
+        for weight in [pool[1009 * number :][: tensor.numel()].view(tensor.shape)]
+    }
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_at_the_published_width_it_predicts_what_diffusers_predicts(layers: int = 2):
+    tensors = wide_weights(layers)
+    with torch.device("meta"):
+        theirs: Any = diffusers.QwenImage21Transformer2DModel(num_layers=layers)
+    theirs.load_state_dict(tensors, assign=True)
+    theirs.time_text_embed.time_proj = type(theirs.time_text_embed.time_proj)(timestep_dim=256)
+    theirs.pos_embed = type(theirs.pos_embed)(theta=10000, axes_dim=[16, 56, 56])
+    base = load_base({f"model.diffusion_model.{name}": tensor for name, tensor in tensors.items()})
+    assert base.components["denoiser"].config.items() <= {**theirs.config, "axes_dims_rope": (16, 56, 56)}.items()
+    ours = base.load("denoiser", CPU, torch.float32)
+    generator = torch.Generator().manual_seed(2)
+    for length, size, time in ((5, (8, 12), 0.9), (40, (20, 6), 0.2)):
+        latents = torch.randn(1, 64, *size, generator=generator)
+        states = torch.randn(1, length, 4096, generator=generator)
+        text_states = {"context": states, "context_mask": torch.ones(1, length)}
+        prediction = FAMILY.predict(ours, latents, torch.tensor([1000 * time]), text_states)
+        expected = their_prediction(theirs, latents, torch.tensor([time]), states)
+        error = (prediction - expected).norm() / expected.norm()
+        print(f"{layers} blocks, {length} tokens, {size}: {error:.1e}")
+        assert error < 1e-4 and expected.isfinite().all() and expected.std() > 0.01
+
+
+class Words:
+    """A tokenizer with a number for each word, each sign and each special token, and the one for diffusers' template."""
+
+    def __call__(self, texts: Any = None, text: Any = None, **options: Any) -> Any:
+        if isinstance(texts, str):
+            words = re.findall(r"<\|\w+\|>|\w+|\W", texts)
+            return SimpleNamespace(input_ids=[1 + zlib.crc32(word.encode()) % 63 for word in words])
+        rows = [self(each).input_ids for each in text]
+        length = max(map(len, rows))
+        ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+        given = SimpleNamespace(input_ids=ids, attention_mask=mask)
+        given.to = lambda _: given
+        return given
+
+    def apply_chat_template(self, messages: Any, **_: Any) -> list[list[int]]:
+        (message,) = messages
+        return [self(f"<|im_start|>{message['role']}\n{message['content'][0]['text']}<|im_end|>\n").input_ids]
+
+    @property
+    def tokenizer(self) -> Any:
+        return SimpleNamespace(encode=lambda _: [0])
+
+
+def vision_model() -> Any:
+    """The network that a diffusers folder has as its text encoder, narrow, with a norm that changes its states."""
+    sizes = {"vocab_size": 64, "hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 3,
+             "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 128, "rms_norm_eps": 1e-6,
+             "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}}  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 1, "out_hidden_size": WIDTH,
+              "deepstack_visual_indexes": [0]}  # fmt: skip
+    torch.manual_seed(0)
+    config = transformers.Qwen3VLConfig(text_config=sizes, vision_config=vision)
+    model: Any = transformers.Qwen3VLForConditionalGeneration(config).eval()
+    model.model.language_model.norm.weight.data.uniform_(0.5, 3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def network() -> Any:
+    return vision_model()
+
+
+@pytest.fixture
+def folder(network, tmp_path):
+    """A diffusers folder, whose tokenizer is in that of the processor."""
+    base = small_flow_base("qwen-image-21", context_in_dim=WIDTH)
+    for part, name in (("denoiser", "transformer"), ("vae", "vae")):
+        base.load(part, CPU, torch.float32).save_pretrained(tmp_path / name)  # pyright: ignore
+    network.save_pretrained(tmp_path / "text_encoder")
+    (tmp_path / "processor").mkdir()
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": FAMILY.pipeline_class}))
+    return tmp_path
+
+
+def check_captions(base: Base, network: Any) -> None:
+    pipe: Any = diffusers.QwenImage21Pipeline(
+        scheduler=None, vae=None, text_encoder=network, processor=Words(), transformer=None  # pyright: ignore
+    )  # fmt: skip
+    with torch.no_grad():
+        states, mask, _ = pipe.encode_prompt(CAPTIONS, device=CPU)
+        ours = FAMILY.encode_text(base.load_text_encoders(CPU, torch.float32), CAPTIONS, 1, 1)
+    assert torch.equal(ours["context_mask"], mask)
+    assert (ours["context"] - states).norm() < 1e-5 * states.norm()
+
+
+@pytest.fixture
+def words(monkeypatch) -> Words:
+    """Tokens of words, of which the system's turn and what follows it have other numbers than Qwen's."""
+    words = Words()
+    system, user = text_before_caption(words)
+    monkeypatch.setattr(text, "load_tokenizer", lambda *_: words)
+    monkeypatch.setattr("core.models.families.qwen_image21.SYSTEM_TOKENS", system)
+    monkeypatch.setattr("core.models.families.qwen_image21._USER_TOKENS", user)
+    return words
+
+
+def text_before_caption(words: Words) -> tuple[int, int]:
+    system, user = "Comprehend and analyze the provided prompt.", "<|im_start|>user\n"
+    return len(words(f"<|im_start|>system\n{system}<|im_end|>\n").input_ids), len(words(user).input_ids)
+
+
+def test_a_diffusers_folder_encodes_captions_as_diffusers_does(folder, network, words):
+    base = load_base(folder)
+    assert base.family is FAMILY and base.components["text_encoder"].config["tokenizer"] == str(folder / "processor")
+    check_captions(base, network)
+
+
+def test_a_file_of_the_text_encoder_is_known_by_its_other_half_and_its_width(network, words):
+    tensors = {f"model.{name}": tensor for name, tensor in network.model.state_dict().items()}
+    wide = tensors | {"model.language_model.norm.weight": torch.ones(4096)}
+    assert list(text.encoders_of(wide)) == ["qwen3vl_8b"] and list(text.encoders_of(tensors)) == ["qwen3vl_4b"]
+    in_one_file = {f"text_encoders.qwen3vl_8b.transformer.{name}": tensor for name, tensor in tensors.items()}
+    denoiser = rough_weights(small_flow_base("qwen-image-21", context_in_dim=WIDTH))
+    check_captions(load_base({**published(denoiser), **in_one_file}, tokenizer=None), network)
+
+
+def test_the_text_encoder_of_krea_2_is_refused(network):
+    tensors = {f"model.{name}": tensor for name, tensor in network.model.state_dict().items()}
+    denoiser = published(rough_weights(small_flow_base("qwen-image-21")))
+    with pytest.raises(UnknownFamily, match=r"is Qwen3-VL-4B; Qwen-Image 2\.1 takes Qwen3-VL-8B"):
+        load_base(denoiser, text_encoders=[tensors])
+
+
+VAE_WORDS = (
+    (r"^quant_conv\.", "conv1."), (r"^post_quant_conv\.", "conv2."), (r"coder\.conv_in\.", "coder.conv1."),
+    (r"\.norm_out\.", ".head.0."), (r"\.conv_out\.", ".head.2."), (r"\.mid_block\.resnets\.0\.", ".middle.0."),
+    (r"\.mid_block\.attentions\.0\.", ".middle.1."), (r"\.mid_block\.resnets\.1\.", ".middle.2."),
+    (r"\.down_blocks\.(\d)\.resnets\.(\d)\.", r".downsamples.\1.downsamples.\2."),
+    (r"\.down_blocks\.(\d)\.downsampler\.", r".downsamples.\1.downsamples.2."),
+    (r"\.up_blocks\.(\d)\.resnets\.(\d)\.", r".upsamples.\1.upsamples.\2."),
+    (r"\.up_blocks\.(\d)\.upsampler\.", r".upsamples.\1.upsamples.3."),
+    (r"\.norm1\.", ".residual.0."), (r"(?<=\.\d)\.conv1\.", ".residual.2."), (r"\.norm2\.", ".residual.3."),
+    (r"\.conv2\.", ".residual.6."), (r"\.conv_shortcut\.", ".shortcut."),
+)  # fmt: skip
+
+
+def vae() -> Any:
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKLQwenImage21(
+        base_dim=8, decoder_base_dim=12, dim_mult=[1, 2, 2], temperal_downsample=[False, True], scale_factor_spatial=4
+    ).eval()  # fmt: skip
+
+
+def in_comfyui(name: str) -> str:
+    for pattern, new in VAE_WORDS:
+        name = re.sub(pattern, new, name)
+    return name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("naming", ["diffusers", "ComfyUI"])
+def test_pictures_are_encoded_and_decoded_as_by_diffusers_with_an_opacity_of_one(naming):
+    theirs = vae()
+    tensors = theirs.state_dict()
+    if naming == "ComfyUI":  # a VAE for videos of one frame
+        tensors = {
+            in_comfyui(name): tensor.unsqueeze(2) if tensor.ndim == 4 and ".to_qkv" not in name and ".proj" not in name
+            and ".resample." not in name and "gamma" not in name else tensor
+            for name, tensor in tensors.items()
+        }  # fmt: skip
+        assert "decoder.upsamples.1.upsamples.3.resample.1.weight" in tensors
+    base = load_base(published(rough_weights(small_flow_base("qwen-image-21"))), vae=tensors)
+    assert base.latent_shape.pixels == 4 and base.size_multiple == 8
+    ours = base.load("vae", CPU, torch.float32)
+    pixels = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    mean, deviation = FAMILY.encode_image(ours, pixels)
+    opaque = torch.cat([pixels, torch.ones(2, 1, 16, 24)], 1).unsqueeze(2)
+    pipe = SimpleNamespace(vae=theirs, latent_channels=64)
+    expected = diffusers.QwenImage21Pipeline._encode_vae_image(pipe, opaque, torch.Generator())  # pyright: ignore
+    assert mean.shape == deviation.shape == (2, 64, 4, 6)
+    torch.testing.assert_close(mean, expected.squeeze(2))
+    shape = (1, -1, 1, 1, 1)
+    latents = mean.unsqueeze(2) * torch.tensor(theirs.config.latents_std).view(shape)
+    decoded = theirs.decode(latents + torch.tensor(theirs.config.latents_mean).view(shape)).sample[:, :3, 0]
+    torch.testing.assert_close(FAMILY.decode_latents(ours, mean), decoded)
+
+
+def test_a_lora_loads_whole_in_diffusers_and_is_read_back(tmp_path):
+    base = small_flow_base("qwen-image-21")
+    lora = random_lora(base, FAMILY.denoiser_targets["transformer"])
+    lora.save(tmp_path / "a.safetensors", torch.float32)
+    read = LoraFile.read(tmp_path / "a.safetensors")
+    assert read.family == FAMILY.name and len(read.entries) == 2 * 7 and not read.unknown_keys
+    assert all(key.startswith("transformer.") for key in read.tensors)
+    theirs = rough_weights(base)
+    pipe: Any = diffusers.QwenImage21Pipeline(
+        scheduler=None, vae=None, text_encoder=None, processor=Words(), transformer=theirs  # pyright: ignore
+    )  # fmt: skip
+    before = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
+    pipe.load_lora_weights(str(tmp_path / "a.safetensors"))
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    for (part, path), module in read.modules().items():
+        assert part == "denoiser"
+        change = module.scale * module.up @ module.down
+        torch.testing.assert_close(theirs.state_dict()[f"{path}.weight"] - before[f"{path}.weight"], change)
+
+
+def published_lora(folder: Path, scheme: str, modules: Iterable[str]) -> LoraFile:
+    """A LoRA that changes nothing, of modules of the published width."""
+    shapes = {"to_q": (4096, 4096), "gate_layer": (12288, 4096), "proj": (12288, 4096), "gate_up": (24576, 4096)}
+    made = {
+        ("denoiser", path): LoraModule(torch.zeros(1, inputs), torch.zeros(outputs, 1), 1.0)
+        for path in modules
+        for outputs, inputs in [shapes[path.rpartition(".")[2]]]
+    }
+    file = folder / f"{scheme}.safetensors"
+    LoraFile.from_modules(FAMILY.name, made, {}, scheme).save(file)
+    return LoraFile.read(file)
+
+
+@pytest.mark.parametrize("scheme", ["kohya", "diffusers", "comfy"])
+def test_inspect_says_that_comfyui_030_does_not_have_it_and_what_diffusers_loads(scheme, tmp_path):
+    names = [f"transformer_blocks.31.{name}" for name in ("attn.to_q", "img_mlp.gate_layer", "img_mlp.proj")]
+    lora = published_lora(tmp_path, scheme, names)
+    assert (lora.family, lora.identity.models) == (FAMILY.name, ("Qwen-Image 2.1",))
+    assert set(not_loaded_by("ComfyUI", lora).values()) == {"qwen-image-21 at all"}
+    assert len(not_loaded_by("diffusers", lora)) == (scheme == "kohya")
+    faults = [fault.text for fault in verify_lora(tmp_path / f"{scheme}.safetensors")]
+    assert "ComfyUI 0.30 does not have qwen-image-21; later versions may" in faults
+    assert not any("convert it" in fault for fault in faults)
+
+
+def test_attention_that_flux_2_klein_has_too_is_of_the_model_that_the_metadata_say(tmp_path):
+    lora = published_lora(tmp_path, "diffusers", ["transformer_blocks.0.attn.to_q"])
+    assert lora.identity.models == ("FLUX.2 klein 9B", "Qwen-Image 2.1")
+    for family in ("flux2", FAMILY.name):
+        version = {"ss_base_model_version": NAME_TABLES[family].base_versions[0]}
+        assert LoraFile.from_tensors(lora.tensors, version).family == family
+
+
+def test_the_joined_layers_of_comfyuis_model_are_split_where_a_lora_is_read(tmp_path):
+    base, down, up = "diffusion_model.transformer_blocks.0.img_mlp.gate_up", torch.randn(2, 8), torch.randn(48, 2)
+    tensors = {f"{base}.lora_A.weight": down, f"{base}.lora_B.weight": up}
+    modules = LoraFile(FAMILY.name, {}, tensors).modules()
+    assert [path.rpartition(".")[2] for _, path in modules] == ["gate_layer", "proj"]
+    assert torch.equal(torch.cat([module.delta() for module in modules.values()]), up @ down)
+
+
+def test_a_run_that_is_cancelled_goes_on_to_the_same_tensors_and_learns(tmp_path):
+    def cancel(report):
+        if report.step == 2:
+            raise KeyboardInterrupt
+
+    base, state = small_flow_base("qwen-image-21"), tmp_path / "run.state.safetensors"
+    captions = ("a photo of sks person", "sks person, outdoors in the evening sun")
+    cache = encoded_cache(base, [encoded_image(base, f"{i}.png", captions[i], i, shape=(64, 4, 6)) for i in range(2)])
+    losses = []
+    config = TrainConfig(steps=8, rank=8, precision="fp32", batch_size=2, learning_rate=5e-2)
+    run = partial(train_lora, cache, base, config, device=CPU)
+    whole = run(callbacks=Callbacks(on_step=lambda report: losses.append(report.loss)))
+    assert sum(losses[4:]) < sum(losses[:4])
+    with pytest.raises(KeyboardInterrupt):
+        run(state_path=state, callbacks=Callbacks(on_step=cancel))
+    resumed = run(state_path=state, resume=True)
+    assert whole.tensors.keys() == resumed.tensors.keys()
+    assert all(torch.equal(tensor, resumed.tensors[name]) for name, tensor in whole.tensors.items())
+
+
+def test_pictures_are_drawn_through_its_own_vae_without_a_second_prediction():
+    base, calls = small_flow_base("qwen-image-21"), []
+
+    def counted(*given: Any) -> Tensor:
+        calls.append(given)
+        return FAMILY.predict(*given)
+
+    base = replace(base, family=replace(FAMILY, predict=counted))
+    job = Job("a photo of sks person", seed=1, steps=2, guidance=base.guidance, size=(64, 32))
+    (shot,) = generate(base, [], [job], device=CPU)
+    assert shot.image.size == (64, 32) and shot.image.mode == "RGB" and len(calls) == 2
