@@ -111,6 +111,12 @@ MODELS = {
     "Krea 2": Model(
         "krea2", 1024, {"num_layers": 28, "num_text_layers": 12, "in_channels": 64}, (16, 8), 128, 12 * 2560, masked=True
     ),
+    "ERNIE-Image": Model(
+        "ernie-image", 1024,
+        {"hidden_size": 4096, "num_attention_heads": 32, "num_layers": 36, "ffn_hidden_size": 12288, "text_in_dim": 3072,
+         "in_channels": 128},
+        (128, 16), 128, 3072, masked=True,
+    ),
 }  # fmt: skip
 
 

@@ -110,7 +110,8 @@ MODELS |= {
     ),
     "ernie-image.wide": (
         supported.ErnieImage,
-        {**ERNIE, "hidden_size": 4096, "num_attention_heads": 32, "ffn_hidden_size": 12288, "text_in_dim": 3072},
+        {**ERNIE, "hidden_size": 4096, "num_attention_heads": 32, "num_layers": 1, "ffn_hidden_size": 12288,
+         "text_in_dim": 3072},
         128, {"context": 3072},
     ),
 }  # fmt: skip

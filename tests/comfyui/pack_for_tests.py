@@ -19,6 +19,7 @@ import comfy.sd1_clip
 import comfy.sdxl_clip
 import comfy.supported_models
 import comfy.supported_models_base
+import comfy.text_encoders.ernie
 import comfy.text_encoders.flux
 import comfy.text_encoders.krea2
 import comfy.text_encoders.llama
@@ -29,6 +30,7 @@ import comfy.text_encoders.sd3_clip
 import comfy.text_encoders.z_image
 import comfy.utils
 import folder_paths
+import tokenizers
 import torch
 
 
@@ -80,6 +82,7 @@ SMALL_ZIMAGE = {
 SMALL = {
     "qwen_image": {"num_attention_heads": 2, "joint_attention_dim": 64},
     "krea2": {"txtheads": 2, "txtkvheads": 2},
+    "ernie": {"hidden_size": 256, "num_attention_heads": 2, "num_layers": 2, "ffn_hidden_size": 384, "text_in_dim": 64},
     "chroma": {
         "out_dim": 128,
         "hidden_dim": 64,
@@ -205,6 +208,7 @@ SIZES = {
     "lumina2": {"qwen3_4b": QWEN3},
     "qwen_image": {"qwen25_7b": {**QWEN3, "num_hidden_layers": 2}},
     "krea2": {"qwen3vl_4b": QWEN3},
+    "ernie": {"ministral3_3b": {**QWEN3, "num_hidden_layers": 3}},
     "sd3": {
         "clip_l": {"hidden_size": 16, "intermediate_size": 64, "num_attention_heads": 1, "num_hidden_layers": 3},
         "clip_g": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 1, "num_hidden_layers": 3},
@@ -217,11 +221,24 @@ TARGETS = {
     "lumina2": (comfy.text_encoders.z_image.te(torch.float32), comfy.text_encoders.z_image.ZImageTokenizer),
     "qwen_image": (comfy.text_encoders.qwen_image.te(torch.float32), comfy.text_encoders.qwen_image.QwenImageTokenizer),
     "krea2": (comfy.text_encoders.krea2.te(torch.float32), comfy.text_encoders.krea2.Krea2Tokenizer),
+    "ernie": (comfy.text_encoders.ernie.te(torch.float32), comfy.text_encoders.ernie.ErnieTokenizer),
     "sd3": (comfy.text_encoders.sd3_clip.sd3_clip(t5=False), comfy.text_encoders.sd3_clip.SD3Tokenizer),
 }
 # Hundreds of millions of weights that are for pictures.
 comfy.text_encoders.llama.qwen_vl.Qwen2VLVisionTransformer = lambda **_: torch.nn.Identity()
 comfy.text_encoders.qwen3vl.Qwen3VLVisionModel = lambda *_, **__: torch.nn.Identity()
+
+
+def byte_tokenizer(_):
+    """A token for each byte, in the place of a Mistral's: ComfyUI 0.30 does not make that with transformers 5.24."""
+    words = ["<unk>", "<s>", "</s>", *(f"<{number}>" for number in range(3, 11)), "<pad>"]
+    words += sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({word: number for number, word in enumerate(words)}, []))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return {"tokenizer_object": made, "legacy": False}
+
+
+comfy.text_encoders.flux.load_mistral_tokenizer = byte_tokenizer
 
 
 def small_clip(kind: str):
@@ -236,7 +253,8 @@ def small_clip(kind: str):
 
 
 def load_one(self, clip_name, type="stable_diffusion", device="default"):
-    return (small_clip(type),)
+    # ComfyUI has no type for ERNIE-Image, whose text encoder it knows by its width.
+    return (small_clip("ernie" if clip_name.startswith("ministral") else type),)
 
 
 def load_two(self, clip_name1, clip_name2, type, device="default"):

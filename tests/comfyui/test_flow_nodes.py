@@ -39,7 +39,8 @@ LINKS: dict[str, Any] = {"model": ["unet", 0], "clip": ["clip", 0], "vae": ["vae
 
 def picture(family: str, model: list) -> dict[str, Node]:
     graph = drawing(model, ["clip", 0], ["vae", 0])
-    graph["empty"]["class_type"] = "EmptyFlux2LatentImage" if family == "flux2" else "EmptySD3LatentImage"
+    of_flux2 = VAES[family].startswith("flux2")
+    graph["empty"]["class_type"] = "EmptyFlux2LatentImage" if of_flux2 else "EmptySD3LatentImage"
     return graph
 
 
