@@ -123,6 +123,7 @@ class Run:
             for number in range(self.step * config.accumulation, (self.step + 1) * config.accumulation):
                 for loss in self._losses(number):
                     self.scaler.scale(loss / config.accumulation).backward()
+                    self.adapter.take_gradients()
                     total += loss.detach() / config.accumulation
         return total
 
