@@ -90,9 +90,13 @@ def weight_bytes(model: Model) -> int:
     return sum(2 * tensor.numel() for tensor in state.values())
 
 
-def predictions(model: Model) -> dict[MemoryPlan, int]:
-    """The bytes of each plan for a LoRA of rank 16 on one picture at a time, in bf16."""
-    base, config = base_of(model), TrainConfig(rank=16, precision="bf16", resolution=model.resolution)
+def config_of(model: Model) -> TrainConfig:
+    """The settings of a LoRA of rank 16 on one picture at a time, in bf16."""
+    return TrainConfig(rank=16, precision="bf16", resolution=model.resolution)
+
+
+def cache_of(model: Model, base: Base) -> LatentCache:
+    """A picture of the model's resolution and its caption, without numbers of any meaning."""
     channels, pixels = model.latent
     latent = torch.zeros(channels, model.resolution // pixels, model.resolution // pixels)
     side = (model.resolution, model.resolution)
@@ -106,8 +110,14 @@ def predictions(model: Model) -> dict[MemoryPlan, int]:
         text["pooled"] = torch.zeros(1, model.pooled)
     if model.masked:
         text["context_mask"] = torch.ones(1, model.tokens)
-    cache = LatentCache((image,), {caption: text}, chunks=1, digest="")
-    return {plan: predicted_memory(cache, base, config, torch.device("cpu"), torch.bfloat16, plan) for plan in PLANS}
+    return LatentCache((image,), {caption: text}, chunks=1, digest="")
+
+
+def predictions(model: Model) -> dict[MemoryPlan, int]:
+    """The bytes of each plan for a LoRA of rank 16 on one picture at a time, in bf16."""
+    base, config = base_of(model), config_of(model)
+    cache, cpu = cache_of(model, base), torch.device("cpu")
+    return {plan: predicted_memory(cache, base, config, cpu, torch.bfloat16, plan) for plan in PLANS}
 
 
 def column(plan: MemoryPlan) -> str:
