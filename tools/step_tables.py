@@ -1,7 +1,8 @@
 """The table of a step's operations in docs/benchmarks.md: `python -m tools.step_tables` counts them and writes them there.
 
 They are counted on a CPU with networks of the published depths, but narrow ones: how many they are does not depend on widths,
-and a GPU is asked for as many (tests/gpu/test_steps.py). It takes two minutes.
+and a GPU is asked for as many (tests/gpu/test_steps.py). It takes two minutes
+of a core.
 """
 
 from dataclasses import replace
@@ -37,7 +38,7 @@ def frozen(layer: LoraLayer, x: Tensor) -> Tensor:
 
 
 def operations(name: str) -> list[int]:
-    """The operations of a step: of the denoiser alone, of the adapter, of the update, of all this, and of the peer."""
+    """The operations of a step: of the denoiser alone, of the adapter, of the update, of all this, and of the peer's passes."""
     model = replace(MODELS[name], resolution=64, config={**MODELS[name].config, **NARROW[name]})
     base, config = base_of(model), replace(config_of(model), gradient_checkpointing="off")
     state = base.family.build_empty("denoiser", model.config).state_dict()
@@ -52,10 +53,17 @@ def operations(name: str) -> list[int]:
         alone = count_operations(run.accumulate)
     peer = PlainLoop(cache, base, config, CPU)
     peer.step()
-    return [alone, passes - alone, step - passes, step, count_operations(peer.step)]
+    return [alone, passes - alone, step - passes, step, count_operations(peer.gradients)]
 
 
 if __name__ == "__main__":
     rows = [[name, *(f"{count:,}" for count in operations(name))] for name in NARROW]
-    header = ["", "the denoiser alone", "the adapter", "the update", "a step of ours", "diffusers + peft"]
+    header = [
+        "",
+        "the denoiser alone",
+        "the adapter",
+        "the update",
+        "a step of ours",
+        "diffusers + peft, without update",
+    ]
     DOCUMENT.write_text(replace_table(DOCUMENT.read_text(), "operations", table(header, rows)))
