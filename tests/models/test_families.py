@@ -66,7 +66,7 @@ def test_attention_computes_what_diffusers_own_does_to_the_bit(small_bases, fami
         given = context if attention.is_cross_attention else None
         outputs = []
         for processor in (attention.processor, AttnProcessor2_0()):
-            attention.set_processor(processor)
+            attention.set_processor(processor)  # pyright: ignore
             outputs.append(attention(states, encoder_hidden_states=given))
         assert torch.equal(*outputs)
         checked += 1

@@ -85,6 +85,7 @@ def test_matrices_cast_once_a_step(base, monkeypatch):
     assert all(layer.together.copies is None for layer in layers)
     with once.fast():
         for layer in layers:
+            assert layer.together.copies
             down, ups = layer.together.copies
             assert torch.equal(down, torch.cat(layer.together.downs()).bfloat16())
             assert torch.equal(ups[layer.together.layers.index(layer)], layer.up.bfloat16())

@@ -101,7 +101,7 @@ def test_layers_with_one_input_compute_what_each_does_alone(ranks, one_down):
     results = []
     for forward in (LoraLayer.forward, plainly):
         outputs = [forward(layer, x) for layer in layers]
-        loss = sum((output * weight).sum() for output, weight in zip(outputs, weights, strict=True))
+        loss = torch.cat([(output * weight).flatten() for output, weight in zip(outputs, weights, strict=True)]).sum()
         results.append([*outputs, *torch.autograd.grad(loss, (x, *parameters))])
     for ours, plain in zip(*results, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _unflatten_dense_tensors
 
 from ...config import TrainConfig
 from ...errors import LoraMisfit
@@ -76,7 +77,7 @@ class LoraAdapter(Adapter):
             return
         parameters = [parameter for stack, _ in found for parameter in stack]
         memory = parameters[0].new_empty(sum(map(torch.numel, parameters)))
-        gradients = torch._utils._unflatten_dense_tensors(memory, parameters)
+        gradients = _unflatten_dense_tensors(memory, parameters)
         torch._foreach_copy_(gradients, [part for stack, gradient in found for part in _parts(gradient, stack)])
         for copy in self._copies.values():
             copy.grad = None
