@@ -135,9 +135,13 @@ def weight_bytes(model: Model) -> int:
     return sum(2 * tensor.numel() for tensor in state.values())
 
 
-def predictions(model: Model) -> dict[MemoryPlan, Need]:
-    """What each plan needs for a LoRA of rank 16 on one picture at a time, in bf16."""
-    base, config = base_of(model), TrainConfig(rank=16, precision="bf16", resolution=model.resolution)
+def config_of(model: Model) -> TrainConfig:
+    """The settings of a LoRA of rank 16 on one picture at a time, in bf16."""
+    return TrainConfig(rank=16, precision="bf16", resolution=model.resolution)
+
+
+def cache_of(model: Model, base: Base) -> LatentCache:
+    """A picture of the model's resolution and its caption, without numbers of any meaning."""
     channels, pixels = model.latent
     latent = torch.zeros(channels, model.resolution // pixels, model.resolution // pixels)
     side = (model.resolution, model.resolution)
@@ -151,8 +155,13 @@ def predictions(model: Model) -> dict[MemoryPlan, Need]:
         text["pooled"] = torch.zeros(1, model.pooled)
     if model.masked:
         text["context_mask"] = torch.ones(1, model.tokens)
-    cache = LatentCache((image,), {caption: text}, chunks=1, digest="")
-    predict = partial(predicted_memory, cache, base, config, torch.device("cpu"), torch.bfloat16)
+    return LatentCache((image,), {caption: text}, chunks=1, digest="")
+
+
+def predictions(model: Model) -> dict[MemoryPlan, Need]:
+    """What each plan needs for a LoRA of rank 16 on one picture at a time, in bf16."""
+    base, config = base_of(model), config_of(model)
+    predict = partial(predicted_memory, cache_of(model, base), base, config, torch.device("cpu"), torch.bfloat16)
     operations: dict[float, int] = {}
     for plan in PLANS[:3]:  # apart from the memory, since the counter keeps activations that the plan would recompute
         with FlopCounterMode(display=False) as count:

@@ -124,6 +124,7 @@ class PlainLoop:
 
     def __init__(self, cache: LatentCache, base: Base, config: TrainConfig, device: torch.device):
         from diffusers import DDPMScheduler
+        from diffusers.models.attention_processor import AttnProcessor2_0
         from diffusers.optimization import get_scheduler
         from peft import LoraConfig
 
@@ -133,6 +134,8 @@ class PlainLoop:
         self.family: FamilySpec = base.family
         self.max_grad_norm: float = config.max_grad_norm
         self.denoiser: Any = base.load("denoiser", self.device, self.dtype)
+        if self.family.names.is_unet:
+            self.denoiser.set_attn_processor(AttnProcessor2_0())  # diffusers' own, which ours has replaced
         self.denoiser.add_adapter(
             LoraConfig(
                 r=config.rank,

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UnknownFamily, UnmatchedKeys
@@ -220,7 +221,32 @@ def kl_pixels(components: Mapping[str, Component]) -> int:
 
 
 def build_unet(config: dict[str, Any]) -> nn.Module:
-    return import_diffusers().UNet2DConditionModel.from_config(config)
+    unet = import_diffusers().UNet2DConditionModel.from_config(config)
+    unet.set_attn_processor(UnetAttention())
+    return unet
+
+
+class UnetAttention:
+    """The attention of these UNets, for diffusers' layers.
+
+    diffusers' own also divides each output by 1, and its gradient again, for networks that need another number.
+    """
+
+    def __call__(
+        self,
+        attention: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        assert attention_mask is None and attention.rescale_output_factor == 1 and not attention.residual_connection
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = (
+            layer(x).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+            for layer, x in ((attention.to_q, hidden_states), (attention.to_k, context), (attention.to_v, context))
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return attention.to_out[1](attention.to_out[0](mixed.transpose(1, 2).flatten(2)))
 
 
 def build_vae(config: dict[str, Any]) -> nn.Module:

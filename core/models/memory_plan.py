@@ -132,9 +132,10 @@ def _is_middle(owner: Any) -> bool:
 class MemorySaver:
     """Applies a memory plan to a denoiser, and a smaller one between two steps when memory runs out."""
 
-    def __init__(self, denoiser: nn.Module, device: torch.device):
+    def __init__(self, denoiser: nn.Module, device: torch.device, draws: bool = False):
+        """Takes a denoiser whose blocks draw random numbers or do not."""
         self.plan: MemoryPlan = MemoryPlan()
-        self._denoiser, self._device = denoiser, device
+        self._denoiser, self._device, self._draws = denoiser, device, draws
         self._blocks = blocks_of(denoiser)
         self._recomputed: set[nn.Module] = set()
         self._offload = BlockOffload(device)
@@ -165,7 +166,7 @@ class MemorySaver:
     def _run(self, block: Any, *inputs: Any) -> Any:
         """Runs a block, with recomputation if the plan says so. diffusers calls every block that can be recomputed by it."""
         if block in self._recomputed:
-            return checkpoint(block, *inputs, use_reentrant=False)
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=self._draws)
         return block(*inputs)
 
 

@@ -77,7 +77,7 @@ class Run:
         self._set_training(True)
         if check_cancelled:
             _check_often(self.denoiser, check_cancelled, blocks_of(self.denoiser) if config.compile else ())
-        self.memory: MemorySaver = MemorySaver(self.denoiser, self.device)
+        self.memory: MemorySaver = MemorySaver(self.denoiser, self.device, draws=config.dropout > 0)
         self.memory.adopt(plan)
         self.why_not_compiled: str | None = why_not_compiled(self.device) if config.compile else None
         """The reason why blocks are not compiled although the settings want it, or None."""
@@ -123,6 +123,7 @@ class Run:
             for number in range(self.step * config.accumulation, (self.step + 1) * config.accumulation):
                 for loss in self._losses(number):
                     self.scaler.scale(loss / config.accumulation).backward()
+                    self.adapter.take_gradients()
                     total += loss.detach() / config.accumulation
         return total
 

@@ -126,6 +126,8 @@ PRODUCTS = (
     aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_efficient_attention,
 )  # fmt: skip
 """The operations whose dtypes decide about speed."""
+KERNELS = (aten.silu_backward.default,)
+"""Operations that are one kernel on CUDA, and which a build for the CPU would take apart for want of it."""
 OutOfMemoryForm = Literal["allocator", "driver", "cublas", "cudnn"]
 MESSAGES: dict[str, tuple[type[Exception], str]] = {
     "allocator": (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate {size} bytes."),
@@ -134,6 +136,12 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
     "cudnn": (RuntimeError, "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
 }
 """The error that each form of a lack of memory is."""
+
+
+if _LIBRARY:
+    _REGISTERED = torch.library.Library("aten", "IMPL")
+    for _kernel in KERNELS:
+        _REGISTERED.impl(_kernel, lambda *_: None, "CUDA")  # never called: the card answers before
 
 
 @dataclass(frozen=True)
@@ -270,7 +278,7 @@ class Card(TorchDispatchMode):
             return result
         if not fakes and place != "cuda":
             return func(*args, **kwargs)
-        if func._can_decompose():  # in inference mode nothing has done that before
+        if func not in KERNELS and func._can_decompose():  # in inference mode nothing has done that before
             with self:
                 if (result := func.decompose(*args, **kwargs)) is not NotImplemented:
                     return result

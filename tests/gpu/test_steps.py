@@ -17,7 +17,7 @@ from core.models.memory_plan import PLANS, SMALLEST_SLAB, MemoryPlan
 from core.training.methods import METHODS
 from tests.gpu import trials
 from tests.gpu.fake_cuda import MESSAGES
-from tests.tooling import SMALL_FLOWS, UNETS
+from tests.tooling import SMALL_FLOWS, UNETS, mostly_slow
 
 FAMILIES = (*UNETS, *SMALL_FLOWS)
 COMPUTES_IN_FLOAT32 = ("loha", "oft")
@@ -77,6 +77,14 @@ def test_a_step_with_a_training_adapter_on_a_gpu(family, plan, fake_process):
     check_copies(step, PLANS[plan])
     assert step.predicted == pytest.approx(step.peak, rel=0.06)
     assert step.peak > without.peak
+
+
+@pytest.mark.parametrize("family", mostly_slow(("sdxl", "flux1"), "sdxl"))
+def test_a_gpu_is_asked_for_as_many_operations_as_a_cpu(family, checkpoints, fake_process):
+    """So that tools/step_tables.py may count them on a CPU. (A small SD1.5's heads are so narrow that a GPU pads them.)"""
+    case = trials.Case(family, checkpoints.get(family), latents=8, settings={"precision": "bf16", "batch_size": 1})
+    on_gpu, on_cpu = fake_process.submit(trials.operations, case).result()
+    assert on_gpu == pytest.approx(on_cpu, rel=0.02)
 
 
 def check_copies(step: trials.Step, plan: MemoryPlan) -> None:

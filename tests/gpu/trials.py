@@ -19,6 +19,7 @@ import core.bench.doctor as doctor
 import core.models.eight_bit as eight_bit
 import core.models.memory_plan as memory_plan
 import tests.gpu_day as gpu_day
+from core.bench.report import count_operations
 from core.config import TrainConfig
 from core.device import device_and_dtype, stay_within_free_memory
 from core.errors import FaceLoraError, OutOfMemory
@@ -115,6 +116,23 @@ def step(case: Case) -> Step:
         run.check_finite()
         home = sum(parameter.nbytes for parameter in run.memory._offload.parameters())
         return Step(dtypes, copies, launches, card.peak - before, predicted, card.early, card.pinned, home)
+
+
+def operations(case: Case) -> tuple[int, int]:
+    """The operations of a step of a run on the card, and on a CPU."""
+
+    def started(device: torch.device) -> Run:
+        base = case.base()
+        run = Run(cached(base, case), base, case.config(), device)
+        run.train_step()
+        return run
+
+    with fake_cuda(case.size, case.capability) as card:
+        run = started(DEVICE)
+        card.watch()
+        run.train_step()
+        launches = card.launches
+    return launches, count_operations(started(torch.device("cpu")).train_step)
 
 
 @dataclass(frozen=True)

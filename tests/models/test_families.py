@@ -9,6 +9,7 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
 )
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 from core.errors import BadFile, UnknownFamily, UnmatchedKeys
 from core.models import clip
@@ -49,6 +50,27 @@ def test_the_denoiser_has_the_weights_that_diffusers_conversion_gives(small_base
     state = denoiser.state_dict()
     assert set(converted) == set(state)
     assert all(torch.equal(converted[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("family", UNETS)
+def test_attention_computes_what_diffusers_own_does_to_the_bit(small_bases, family):
+    base = small_bases[family]
+    unet = base.load("denoiser", CPU, torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    context = torch.randn(2, 5, base.components["denoiser"].config["cross_attention_dim"], generator=generator)
+    checked = 0
+    for attention in unet.modules():
+        if not isinstance(attention, Attention):
+            continue
+        states = torch.randn(2, 9, attention.to_q.in_features, generator=generator)
+        given = context if attention.is_cross_attention else None
+        outputs = []
+        for processor in (attention.processor, AttnProcessor2_0()):
+            attention.set_processor(processor)  # pyright: ignore
+            outputs.append(attention(states, encoder_hidden_states=given))
+        assert torch.equal(*outputs)
+        checked += 1
+    assert checked
 
 
 @pytest.mark.parametrize("family", UNETS)

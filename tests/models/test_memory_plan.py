@@ -607,6 +607,15 @@ def test_from_the_second_step_on_every_block_is_under_way_before_it_is_needed(ba
     assert len(started) == len(visits)  # none was fetched twice, or fetched and not used
 
 
+def test_recomputing_without_dropout_asks_for_no_state_of_random_numbers(base, cache, monkeypatch):
+    def refuse() -> None:
+        raise AssertionError
+
+    run = Run(cache, base, CONFIG, CPU, plan=MemoryPlan(1.0))
+    monkeypatch.setattr(torch, "get_rng_state", refuse)
+    run.accumulate()
+
+
 @pytest.mark.parametrize("kind", ["linear", "convolution"])
 def test_a_layer_in_8_bits_computes_with_its_rounded_weight(kind):
     frozen = (nn.Linear(300, 300) if kind == "linear" else nn.Conv2d(64, 128, 3, stride=2, padding=1)).requires_grad_(

@@ -9,13 +9,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from core.bench.report import count_operations
 from core.config import TrainConfig
 from core.models.base import Base, load_base
 from core.training.methods.lora import LoraAdapter
-from core.training.methods.lora_layer import LoraLayer
+from core.training.methods.lora_layer import LoraLayer, SharedInput
 from core.training.methods.method import Adapter
 from core.training.step import Run
-from tests.tooling import UNETS, assert_trained_alike, encoded_cache, encoded_image, mostly_slow
+from tests.tooling import (
+    SMALL_FLOWS,
+    UNETS,
+    assert_trained_alike,
+    encoded_cache,
+    encoded_image,
+    mostly_slow,
+    small_flow_base,
+)
 
 CPU = torch.device("cpu")
 STEPS = 10
@@ -24,7 +33,7 @@ Path = Callable[[Base], Run]
 
 
 def cache_of(base: Base, side: int = 16):
-    shape = (4, side, side)
+    shape = (base.latent_shape.channels, side, side)
     images = [encoded_image(base, f"{seed}.png", "a photo of sks person", seed, shape=shape) for seed in range(4)]
     return encoded_cache(base, images)
 
@@ -73,12 +82,90 @@ def test_matrices_cast_once_a_step(base, monkeypatch):
     config = replace(CONFIG, precision="bf16", prior_prediction=1.0, accumulation=2, batch_size=1)
     once = after_steps(Run(cache_of(base, 8), base, config, CPU), 3)
     layers = [module for module in once.denoiser.modules() if isinstance(module, LoraLayer)]
-    assert all(layer.cast is None for layer in layers)
+    assert all(layer.together.copies is None for layer in layers)
     with once.fast():
-        assert all(layer.cast and torch.equal(layer.cast[1], layer.up.bfloat16()) for layer in layers)
+        for layer in layers:
+            assert layer.together.copies
+            down, ups = layer.together.copies
+            assert torch.equal(down, torch.cat(layer.together.downs()).bfloat16())
+            assert torch.equal(ups[layer.together.layers.index(layer)], layer.up.bfloat16())
     monkeypatch.setattr(LoraAdapter, "cast_once", Adapter.cast_once)
     each_time = after_steps(Run(cache_of(base, 8), base, config, CPU), 3)
     assert all(torch.equal(once.parameters[name], value) for name, value in each_time.parameters.items())
+
+
+@pytest.fixture(scope="module")
+def flow() -> Base:
+    """A network without convolutions, which a CPU computes fast in half precision. Some of its layers share an A."""
+    return small_flow_base("flux1")
+
+
+IN_BF16 = replace(CONFIG, precision="bf16", batch_size=1, accumulation=2)
+
+
+def test_gradients_of_the_copies_in_half_precision_are_those_of_each_pass(flow, monkeypatch):
+    """Tensor for tensor, summed up over two passes in float32."""
+    once = Run(cache_of(flow), flow, IN_BF16, CPU)
+    once.accumulate()
+    monkeypatch.setattr(LoraAdapter, "cast_once", Adapter.cast_once)
+    each_time = Run(cache_of(flow), flow, IN_BF16, CPU)
+    each_time.accumulate()
+    for name, parameter in each_time.parameters.items():
+        gradient = once.parameters[name].grad
+        assert gradient is not None and gradient.dtype == torch.float32
+        assert parameter.grad is not None and torch.equal(gradient, parameter.grad)
+
+
+def test_an_interrupted_pass_leaves_nothing_for_the_next(flow):
+    whole = Run(cache_of(flow), flow, IN_BF16, CPU)
+    whole.accumulate()
+    calls = 0
+
+    def cancel_once() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 6:  # in the backward pass
+            raise KeyboardInterrupt
+
+    run = Run(cache_of(flow), flow, IN_BF16, CPU, check_cancelled=cancel_once)
+    with pytest.raises(KeyboardInterrupt):
+        run.accumulate()
+    assert isinstance(run.adapter, LoraAdapter)
+    assert all(copy.grad is None for copy in run.adapter._copies.values())
+    run.accumulate()
+    for name, parameter in whole.parameters.items():
+        gradient = run.parameters[name].grad
+        assert gradient is not None and parameter.grad is not None and torch.equal(gradient, parameter.grad)
+
+
+def test_a_layer_asks_for_eight_operations_at_most(flow, monkeypatch):
+    """Two products for its own weight, two for the change, and four for their gradients; the cast is for all layers."""
+    run = Run(cache_of(flow), flow, replace(IN_BF16, accumulation=1), CPU)
+    run.accumulate()
+    with_adapter = count_operations(run.accumulate)
+    layers = [module for module in run.denoiser.modules() if isinstance(module, LoraLayer)]
+
+    def frozen(layer: LoraLayer, x: Tensor) -> Tensor:
+        output = layer.base_layer(x)
+        return output if output.requires_grad else output.requires_grad_()
+
+    monkeypatch.setattr(LoraLayer, "forward", frozen)
+    assert 4 * len(layers) < with_adapter - count_operations(run.accumulate) <= 6 * len(layers)
+
+
+@pytest.mark.parametrize("family", mostly_slow((*UNETS, *SMALL_FLOWS), "sd15", "flux1"))
+def test_layers_that_work_together_are_given_one_input(family, small_sd15, small_sdxl, monkeypatch):
+    """Otherwise each of them would compute the outputs of all."""
+    checkpoint = {"sd15": small_sd15, "sdxl": small_sdxl}.get(family)
+    base = load_base(checkpoint) if checkpoint else small_flow_base(family)
+    run = Run(cache_of(base), base, replace(CONFIG, batch_size=1), CPU)
+    computed: list[SharedInput] = []
+    outputs = SharedInput._outputs
+    monkeypatch.setattr(SharedInput, "_outputs", lambda shared, x: (computed.append(shared), outputs(shared, x))[1])
+    run.accumulate()
+    layers = [module for module in run.denoiser.modules() if isinstance(module, LoraLayer) and module.down.ndim == 2]
+    assert len(computed) == len({layer.together for layer in layers}) < 0.8 * len(layers)
+    assert set(computed) == {layer.together for layer in layers}
 
 
 class Waits(TorchDispatchMode):

@@ -1,11 +1,15 @@
 """core/training/methods/lora_layer.py: the fused layer computes what the plain formula does, and keeps less for it."""
 
+import weakref
+from collections.abc import Sequence
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from core.training.methods.lora_layer import LoraLayer
+from core.bench.report import OperationCount
+from core.training.methods.lora_layer import LoraLayer, SharedInput
 
 
 def layer_of(base_layer: nn.Module, **options) -> LoraLayer:
@@ -72,6 +76,63 @@ def test_dropout_only_drops_the_input_of_the_change():
     assert not torch.equal(layer(x), layer(x))
     layer.up.data.zero_()
     assert torch.equal(layer(x), layer.base_layer(x))
+
+
+def layers_of_one_input(ranks: Sequence[int], one_down: bool = False) -> list[LoraLayer]:
+    layers = []
+    for number, rank in enumerate(ranks):
+        layer = LoraLayer(nn.Linear(16, 8 + number).requires_grad_(False), rank, 2.0 + number)
+        for parameter in (layer.down, layer.up):
+            parameter.data.normal_(std=0.3)
+        layers.append(layer)
+    shared = SharedInput(layers)
+    for layer in layers:
+        layer.together = shared
+        layer.down = layers[0].down if one_down else layer.down
+    return layers
+
+
+@pytest.mark.parametrize(("ranks", "one_down"), [((4, 4, 4), False), ((4, 2), False), ((4, 4, 4), True)])
+def test_layers_with_one_input_compute_what_each_does_alone(ranks, one_down):
+    layers = layers_of_one_input(ranks, one_down)
+    x = torch.randn(2, 5, 16, requires_grad=True)
+    parameters = list(dict.fromkeys(p for layer in layers for p in (layer.down, layer.up)))
+    weights = [torch.randn(2, 5, 8 + number) for number in range(len(ranks))]
+    results = []
+    for forward in (LoraLayer.forward, plainly):
+        outputs = [forward(layer, x) for layer in layers]
+        loss = torch.cat([(output * weight).flatten() for output, weight in zip(outputs, weights, strict=True)]).sum()
+        results.append([*outputs, *torch.autograd.grad(loss, (x, *parameters))])
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_of_one_group_that_get_other_inputs_after_all_compute_with_these():
+    layers = layers_of_one_input((4, 4))
+    first, second = torch.randn(2, 3, 16)
+    for layer, x in (
+        (layers[0], first),
+        (layers[1], second),
+        (layers[1], first),
+        (layers[0], first),
+        (layers[0], second),
+    ):
+        torch.testing.assert_close(layer(x), plainly(layer, x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_outputs_for_one_input_are_computed_once_and_not_kept():
+    layers = layers_of_one_input((4, 4, 4))
+    x = torch.randn(3, 16)
+    with OperationCount() as first:
+        kept = weakref.ref(layers[0](x))
+    with OperationCount() as others:
+        outputs = [layer(x) for layer in layers[1:]]
+    assert first.count == 1 + 1 + 2 * 3  # A below each other, their product, and for each layer its own and its change
+    assert others.count == 0
+    assert kept() is None and len(outputs) == 2
+    outputs = weakref.ref(x)
+    del x
+    assert outputs() is None
 
 
 def kept_bytes(forward, x) -> int:

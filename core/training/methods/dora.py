@@ -6,7 +6,7 @@ each row instead, which ComfyUI reads as another change. Here `dora_scale` in th
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +19,7 @@ from ...lora.modules import LoraModule, name_kinds
 from ...models.base import Base
 from ...models.spec import FamilySpec, replace_module
 from ...tensor_names import NAME_TABLES, ModuleId
-from .lora import LoraAdapter
-from .lora import attach as attach_lora
+from .lora import LoraAdapter, attach_layers
 from .lora_layer import LoraLayer
 from .method import Adapter, Method, target_modules
 
@@ -65,6 +64,12 @@ class DoraAdapter(Adapter):
     def parameters(self) -> dict[str, nn.Parameter]:
         magnitudes = {f"{part}.{path}.dora": layer.magnitude for (part, path), layer in self.layers.items()}
         return self.lora.parameters() | magnitudes
+
+    def cast_once(self, dtype: torch.dtype) -> AbstractContextManager[None]:
+        return self.lora.cast_once(dtype)
+
+    def take_gradients(self) -> None:
+        self.lora.take_gradients()
 
     def rate(self, name: str, config: TrainConfig, peak: float) -> float:
         return self.lora.rate(name, config, peak)
@@ -125,7 +130,7 @@ def attach(
     name_kinds(
         NAME_TABLES[family.name], {module: {} for module in targets}
     )  # raises now when the file could not be written later
-    adapter = attach_lora(networks, family, config)
+    adapter = attach_layers(networks, family, config)
     layers = {module: MagnitudeLayer(layer) for module, layer in adapter.layers.items()}
     for (part, path), layer in layers.items():
         replace_module(networks[part], path, layer)

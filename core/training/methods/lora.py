@@ -1,12 +1,14 @@
 """LoRA (arXiv:2106.09685): each adapted weight W becomes W + alpha / rank * B A."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch._utils import _unflatten_dense_tensors
 
 from ...config import TrainConfig
 from ...errors import LoraMisfit, counted
@@ -15,7 +17,7 @@ from ...lora.modules import LoraModule, name_in_scheme
 from ...models.base import Base
 from ...models.spec import FamilySpec
 from ...tensor_names import ModuleId
-from .lora_layer import LoraLayer
+from .lora_layer import LoraLayer, SharedInput
 from .method import Adapter, Method, target_modules
 
 
@@ -28,8 +30,10 @@ class LoraAdapter(Adapter):
     """The layer in the place of each adapted module."""
     shared: Mapping[ModuleId, ModuleId]
     """The module whose A each module uses: itself, or the first of those that are one module in the file (q, k and v)."""
-    _cast: dict[nn.Parameter, Tensor] = field(default_factory=dict)
-    """A buffer for each parameter in the dtype of the arithmetic, when that is not float32."""
+    _copies: dict[tuple[nn.Parameter, ...], Tensor] = field(default_factory=dict)
+    """The parameters, some of them below each other, in the dtype of the arithmetic, when that is not float32."""
+    _places: list[Tensor] = field(default_factory=list)
+    """The place of each parameter in the copies, in their order."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         found = {}
@@ -41,22 +45,50 @@ class LoraAdapter(Adapter):
 
     @contextmanager
     def cast_once(self, dtype: torch.dtype) -> Iterator[None]:
-        if dtype == torch.float32:
-            yield
-            return
-        if not self._cast:
-            # All or none: where memory runs out among them, the step is made again.
-            buffers = {value: torch.empty_like(value, dtype=dtype) for value in self.parameters().values()}
-            self._cast.update(buffers)
-        with torch.no_grad():
-            torch._foreach_copy_(list(self._cast.values()), list(self._cast))  # a few kernels for all of them
-        for layer in self.layers.values():
-            layer.cast = self._cast[layer.down], self._cast[layer.up]
+        inputs = dict.fromkeys(layer.together for layer in self.layers.values())
+        if dtype != torch.float32:
+            self._cast(inputs, dtype)
         try:
             yield
         finally:
-            for layer in self.layers.values():
-                layer.cast = None
+            for shared in inputs:
+                shared.copies = None
+                shared.forget()
+            for copy in self._copies.values():
+                copy.grad = None
+
+    @torch.no_grad()
+    def _cast(self, inputs: Iterable[SharedInput], dtype: torch.dtype) -> None:
+        if not self._copies:
+            stacks = [*map(SharedInput.downs, inputs), *((layer.up,) for layer in self.layers.values())]
+            # All or none: where memory runs out among them, the step is made again.
+            self._copies.update({stack: _stacked(stack, dtype) for stack in stacks})
+            self._places.extend(part for stack, copy in self._copies.items() for part in _parts(copy.detach(), stack))
+        # A few kernels for all of them.
+        torch._foreach_copy_(self._places, [parameter for stack in self._copies for parameter in stack])
+        for shared in inputs:
+            ups = [self._copies[layer.up,] for layer in shared.layers]
+            shared.copies = self._copies[shared.downs()], ups
+
+    @torch.no_grad()
+    def take_gradients(self) -> None:
+        found = [(stack, copy.grad) for stack, copy in self._copies.items() if copy.grad is not None]
+        if not found:
+            return
+        parameters = [parameter for stack, _ in found for parameter in stack]
+        memory = parameters[0].new_empty(sum(map(torch.numel, parameters)))
+        gradients = _unflatten_dense_tensors(memory, parameters)
+        torch._foreach_copy_(gradients, [part for stack, gradient in found for part in _parts(gradient, stack)])
+        for copy in self._copies.values():
+            copy.grad = None
+        sums = []
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                sums.append((parameter.grad, gradient))
+        if sums:
+            torch._foreach_add_(*map(list, zip(*sums, strict=True)))
 
     def modules(self, values: Mapping[str, Tensor] | None = None) -> dict[ModuleId, LoraModule]:
         """The low-rank change of each module, from the parameters or from other `values`, float32 copies on the CPU."""
@@ -116,6 +148,19 @@ class LoraAdapter(Adapter):
 def attach(
     networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
 ) -> LoraAdapter:
+    """A LoraAdapter on the networks, by `attach_layers`, whose layers with the same input work together."""
+    adapter = attach_layers(networks, family, config, continue_from)
+    if not config.dropout:
+        for layers in _with_same_input(adapter):
+            shared = SharedInput(layers)
+            for layer in layers:
+                layer.together = shared
+    return adapter
+
+
+def attach_layers(
+    networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
+) -> LoraAdapter:
     """A LoraAdapter on the networks (denoiser, text encoders), which are changed in place.
 
     A is drawn Kaiming-uniform with a = sqrt 5 from the seed on the CPU, B is 0 (arXiv:2106.09685), so that a new adapter
@@ -152,6 +197,44 @@ def _shared(family: FamilySpec, layers: Mapping[ModuleId, LoraLayer]) -> dict[Mo
         name, _, _ = name_in_scheme(family.names, part, path, family.lora_scheme)
         shared[part, path] = firsts.setdefault((name, layer.down.shape[0]), (part, path))
     return shared
+
+
+_SAME_INPUT = (
+    ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"), ("q_proj", "k_proj", "v_proj"), ("w1", "w3"),
+)  # fmt: skip
+"""The names of layers side by side that are given the same input. In cross-attention to_q is given another one."""
+
+
+def _with_same_input(adapter: LoraAdapter) -> list[list[LoraLayer]]:
+    """The linear layers, those together that are given the same input: by their names, or since they are one in the file."""
+    users = Counter(adapter.shared.values())
+    found: dict[object, list[LoraLayer]] = {}
+    for module_id, layer in adapter.layers.items():
+        if layer.down.ndim == 2:
+            first = adapter.shared[module_id]
+            key = first if users[first] > 1 else _input_of(adapter.networks, module_id, layer.down.shape[1])
+            found.setdefault(key, []).append(layer)
+    return list(found.values())
+
+
+def _input_of(networks: Mapping[str, nn.Module], module_id: ModuleId, width: int) -> object:
+    """A key that is equal for layers that are given the same input, of that width."""
+    part, path = module_id
+    parent, _, name = path.rpartition(".")
+    crosses = getattr(networks[part].get_submodule(parent), "is_cross_attention", False)
+    names = next((names for names in _SAME_INPUT if name in names), None)
+    return module_id if names is None or (crosses and name == "to_q") else (part, parent, names, width)
+
+
+def _stacked(parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> Tensor:
+    """Memory for the parameters below each other in that dtype, a leaf of autograd."""
+    first = parameters[0]
+    return first.new_empty(sum(map(len, parameters)), *first.shape[1:], dtype=dtype, requires_grad=True)
+
+
+def _parts(stacked: Tensor, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor]:
+    """The parts of a tensor of `_stacked`, one for each of the parameters."""
+    return stacked.split([len(parameter) for parameter in parameters]) if len(parameters) > 1 else (stacked,)
 
 
 METHOD = Method("LoRA (arXiv:2106.09685)", attach, keeps_dtype=True)

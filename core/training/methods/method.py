@@ -49,8 +49,14 @@ class Adapter(ABC):
         """A context in which the networks compute what they did before the adapter was attached."""
 
     def cast_once(self, dtype: torch.dtype) -> AbstractContextManager[None]:
-        """A context in which no parameter changes, so that each is cast to the dtype of the arithmetic only once."""
+        """A context in which no parameter changes, so that each is cast to the dtype of the arithmetic only once.
+
+        The gradients of each backward pass in it are to be taken by `take_gradients`.
+        """
         return nullcontext()
+
+    def take_gradients(self) -> None:  # noqa: B027, most methods cast each parameter where it is used
+        """Adds the gradients that a backward pass has given to what `cast_once` has cast to those of the parameters."""
 
     @abstractmethod
     def export(self, values: Mapping[str, Tensor], base: Base, metadata: Mapping[str, str]) -> Trained:
