@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from core.bench.shapes import denoiser_config
 from core.config import TrainConfig
+from core.models.arithmetic import count_flops
 from core.models.base import Base
 from core.models.families import FAMILIES
 from core.models.memory_plan import PLANS, RESERVE, MemoryPlan, drawing_plan, first_that_fits
@@ -164,9 +164,7 @@ def predictions(model: Model) -> dict[MemoryPlan, Need]:
     predict = partial(predicted_memory, cache_of(model, base), base, config, torch.device("cpu"), torch.bfloat16)
     operations: dict[float, int] = {}
     for plan in PLANS[:3]:  # apart from the memory, since the counter keeps activations that the plan would recompute
-        with FlopCounterMode(display=False) as count:
-            predict(plan)
-        operations[plan.recompute] = count.get_total_flops()
+        operations[plan.recompute] = count_flops(partial(predict, plan))
     return {plan: Need(predict(plan), operations[plan.recompute]) for plan in PLANS}
 
 

@@ -6,7 +6,6 @@ neighbouring steps is compared.
 
 import argparse
 import ctypes
-import math
 import os
 import platform
 import re
@@ -27,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..config import TrainConfig
 from ..device import device_and_dtype, precision_name, processor
 from ..errors import BadConfig, BadFile
+from ..models.arithmetic import count_flops
 from ..models.base import Base
 from ..models.families import FAMILIES
 from ..models.memory_plan import MemoryPlan
@@ -68,28 +68,6 @@ def seconds(work: Callable[[], object], device: torch.device, times: int = 1) ->
     host = time.perf_counter() - start
     synchronize(device)
     return (time.perf_counter() - start) / times, host / times, (time.process_time() - used) / times
-
-
-def count_flops(work: Callable[[], object]) -> int:
-    """The floating-point operations of the matrix products, convolutions and attentions in `work`; a multiply-add is two."""
-    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-
-    aten: Any = torch.ops.aten
-    # torch counts neither the attention kernels of the CPU nor products in place. The functions take the shapes of the
-    # kernels' arguments.
-    more: dict[Any, Callable[..., int]] = {
-        aten.addmm_: lambda total, left, right, **__: 2 * math.prod(left) * right[1],
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
-            query, key, value
-        ),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda gradient, query, key, value, *_, **__: (
-            sdpa_backward_flop_count(gradient, query, key, value)
-        ),
-    }
-    counter = FlopCounterMode(display=False, custom_mapping=more)
-    with counter:
-        work()
-    return counter.get_total_flops()
 
 
 class OperationCount(TorchDispatchMode):

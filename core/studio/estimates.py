@@ -3,12 +3,13 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import TrainConfig
 from ..device import device_and_dtype
+from ..models.arithmetic import count_flops
 from ..models.base import Base
 from ..photos import Photo, prepare
 from ..pictures.generate import Job
@@ -65,10 +66,9 @@ def estimate(
     cache = encode(dataset, base, config, device=device)
     plan = choose_plan(cache, base, config, device, dtype, NO_CALLBACKS.on_warning)
     memory = kept_prediction(cache, base, config, device, dtype, plan)
-    # Apart from the memory, since it keeps activations that the plan would recompute.
-    with FlopCounterMode(display=False) as count:
-        predicted_memory(cache, base, config, device, dtype, replace(plan, weights="full", offload=0.0))
-    step = count.get_total_flops()
+    # Apart from the memory, since the counter keeps activations that the plan would recompute.
+    going_through = partial(predicted_memory, cache, base, config, device, dtype)
+    step = count_flops(lambda: going_through(replace(plan, weights="full", offload=0.0)))
     # Of frozen weights a step is a prediction and its gradient, which take the same.
     prediction = step / 2 / (config.batch_size * config.accumulation)
     drawn = sum(job.steps * (1 if base.embeds_guidance or job.guidance == 1 else 2) for job in jobs)

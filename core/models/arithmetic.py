@@ -1,0 +1,29 @@
+"""How much arithmetic a computation is."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def count_flops(work: Callable[[], object]) -> int:
+    """The floating-point operations of the matrix products, convolutions and attentions in `work`; a multiply-add is two."""
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+    aten: Any = torch.ops.aten
+    # torch counts neither the attention kernels of the CPU nor products in place. The functions take the shapes of the
+    # kernels' arguments.
+    more: dict[Any, Callable[..., int]] = {
+        aten.addmm_: lambda total, left, right, **__: 2 * math.prod(left) * right[1],
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
+            query, key, value
+        ),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda gradient, query, key, value, *_, **__: (
+            sdpa_backward_flop_count(gradient, query, key, value)
+        ),
+    }
+    counter = FlopCounterMode(display=False, custom_mapping=more)
+    with counter:
+        work()
+    return counter.get_total_flops()
