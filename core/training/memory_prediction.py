@@ -86,7 +86,19 @@ def predicted_memory(
                 run.accumulate()  # only a second step prefetches blocks, in the order of the first
             run.accumulate()
     trained = sum(parameter.numel() for parameter in run.parameters.values())
-    return unique_bytes(there) + trained * OPTIMIZER_BYTES[config.optimizer] + count.peak
+    kept = unique_bytes(there) + trained * OPTIMIZER_BYTES[config.optimizer]
+    return kept + count.peak + (0 if device.type == "cpu" else _bytes_of(cache))
+
+
+def _bytes_of(cache: LatentCache) -> int:
+    """The bytes of the encoded photos and captions, all of which lie on the device."""
+    of_images = (
+        tensor
+        for image in cache.images
+        for tensor in (image.mean, image.deviation, image.mask, *image.conditioning.values())
+    )
+    of_text = (tensor for conditioning in cache.text.values() for tensor in conditioning.values())
+    return sum(tensor.nbytes for tensor in (*of_images, *of_text) if tensor is not None)
 
 
 def _layout(tensors: Mapping[str, Tensor]) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
@@ -112,7 +124,7 @@ def kept_prediction(
         max((image.mean.shape for image in cache.images), key=math.prod),
         [_layout(image.conditioning) for image in cache.images[:1]],
         sorted({str(_layout(conditioning)) for conditioning in cache.text.values()}),
-        training_adapter and training_adapter.digest,
+        _bytes_of(cache), training_adapter and training_adapter.digest,
     )  # fmt: skip
     with cache_in(None):  # it is about nobody
         with suppress(BadFile):  # there is none yet, or none can be kept

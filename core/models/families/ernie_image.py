@@ -62,7 +62,8 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
         noisy_latents,
         timesteps,
         conditioning["context"].to(noisy_latents.dtype),
-        torch.tensor(lengths, device=noisy_latents.device),
+        # Made on the device, so that nothing is copied to it in a step.
+        torch.cat([torch.full((1,), length, device=noisy_latents.device) for length in lengths]),
         return_dict=False,
     )[0]
 
