@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from core.lora.readers import read_by
+from core.tensor_names import NAME_TABLES
 from tests.lora.test_damaged_names import Named
 from tools.model_tables import OUTPUT, whole
 
@@ -17,7 +18,12 @@ from .setup_comfyui import COMFYUI, PYTHON
 pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 
 TABLES = json.loads(OUTPUT.read_text())
-MODELS = {model["title"]: model for model in TABLES["models"] if model["family"]}
+MODELS = {
+    model["title"]: model
+    for model in TABLES["models"]
+    if model["family"] and NAME_TABLES[model["family"]].loaded.comfyui
+}
+"""Those that ComfyUI 0.30 has."""
 PREFIXES = (
     "lora_unet_", "lora_unet__", "oft_unet_", "lora_transformer_", "lycoris_", "unet.base_model.model.",
     "base_model.model.", "unet.", "transformer.", "diffusion_model.", "",
