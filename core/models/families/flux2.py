@@ -5,7 +5,7 @@ guidance scale as an input.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -87,7 +87,7 @@ def vae(tensors: Mapping[str, Tensor]) -> Component:
     return Component(config, LazyTensors(tensors_of_vae | statistics | counter))
 
 
-build_vae = partial(transformer.build, "AutoencoderKLFlux2", (0, 37))
+build_vae: Callable[[dict[str, Any]], nn.Module] = partial(transformer.build, "AutoencoderKLFlux2", (0, 37))
 
 
 def latent_shape(components: Mapping[str, Component]) -> LatentShape:
