@@ -186,7 +186,7 @@ def training_on(card: Card, needs: dict[MemoryPlan, Need], weights: int) -> str:
     # Blocks in 8 bits come for the forward pass, and for the backward pass again.
     copied = 2 * plan.offload * weights / 2
     seconds = max(need.operations / (SHARE * card.rate), copied / card.copies)
-    return f"{column(plan)} ({need.memory / GIB:.1f}), {seconds:.2g} s"
+    return f"{column(plan)} ({need.memory / GIB:.1f}), {seconds:{'.0f' if seconds > 9.5 else '.2g'}} s"
 
 
 def drawing_on(card: Card, weights: int) -> str:
