@@ -34,13 +34,13 @@ TAKEN = 1
 
 @dataclass(frozen=True)
 class Card:
-    """A graphics card, by its maker's figures."""
+    """A graphics card."""
 
     name: str
     memory: int
     """GiB."""
     rate: float
-    """Floating-point operations a second of products in bf16 that are added up in float32."""
+    """Floating-point operations a second of products in bf16 that are added up in float32: twice those in float32."""
     copies: float
     """Bytes a second from the computer's memory: of 16 or 32 GB/s over 8 or 16 lanes of PCIe 4, three quarters."""
 
