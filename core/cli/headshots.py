@@ -49,7 +49,7 @@ def run_headshots(options: argparse.Namespace) -> int:
             print(f"photos: {report.headline}")
         order = dataclasses.replace(_order(options, name, config, asks), training_adapter=adapter)
         if asks:
-            print(estimate(trained_on(report, config), base, order.config, order.jobs(base), device))
+            print(estimate(trained_on(report, config), base, order.config, order.jobs(base), device, adapter))
         with stop:
             outcome = make(report, base, order, folder, device=device, callbacks=callbacks)
     if options.json:

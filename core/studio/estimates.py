@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 
@@ -16,6 +15,7 @@ from ..pictures.generate import Job
 from ..training.callbacks import NO_CALLBACKS
 from ..training.encode import encode
 from ..training.memory_prediction import choose_plan, kept_prediction, predicted_memory
+from ..training.training_adapter import TrainingAdapter
 
 EFFICIENCY = 0.4
 """The share of a matrix product's speed that a training step reaches.
@@ -48,6 +48,7 @@ def estimate(
     config: TrainConfig,
     jobs: Sequence[Job],
     device: torch.device | None = None,
+    training_adapter: TrainingAdapter | None = None,
 ) -> Estimate:
     """The time and memory of training on the photos and drawing the jobs, where nothing of it has been done yet.
 
@@ -64,15 +65,17 @@ def estimate(
         upscale=config.upscale,
     )
     cache = encode(dataset, base, config, device=device)
-    plan = choose_plan(cache, base, config, device, dtype, NO_CALLBACKS.on_warning)
-    memory = kept_prediction(cache, base, config, device, dtype, plan)
+    plan = choose_plan(cache, base, config, device, dtype, NO_CALLBACKS.on_warning, training_adapter)
+    memory = kept_prediction(cache, base, config, device, dtype, plan, training_adapter)
     # Apart from the memory, since the counter keeps activations that the plan would recompute.
-    going_through = partial(predicted_memory, cache, base, config, device, dtype)
-    step = count_flops(lambda: going_through(replace(plan, weights="full", offload=0.0)))
-    # Of frozen weights a step is a prediction and its gradient, which take the same.
+    without_prior = replace(config, prior_prediction=0.0)
+    whole = replace(plan, weights="full", offload=0.0)
+    step = count_flops(lambda: predicted_memory(cache, base, without_prior, device, dtype, whole, training_adapter))
+    # Of frozen weights a step is a prediction and its gradient, which take the same. Prior prediction adds those of the class
+    # and the prediction that they are held to.
     prediction = step / 2 / (config.batch_size * config.accumulation)
     drawn = sum(job.steps * (1 if base.embeds_guidance or job.guidance == 1 else 2) for job in jobs)
-    work = config.steps * step + drawn * prediction
+    work = config.steps * step * (1 + 1.5 * config.prior_prediction) + drawn * prediction
     return Estimate(work / (EFFICIENCY * _speed(device, dtype)), memory)
 
 
