@@ -1,6 +1,6 @@
 """Low-rank changes of weights, and their tensors under the names of each naming scheme."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -98,20 +98,33 @@ def suffix_of(role: str) -> str:
 
 
 def name_kinds(names: NameTable, modules: Mapping[ModuleId, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of a file in Kohya's scheme, from each module's tensors by role, whatever their kind of adapter.
+    """The tensors of a file from each module's tensors by role, whatever their kind of adapter, in `scheme_of_kinds`.
 
-    `names` are those of the base's modules (`Base.names`). Raises UnmatchedKeys where the family's files have several
-    modules in one: only plain LoRAs can be fused.
+    `names` are those of the base's modules (`Base.names`). Raises UnmatchedKeys as `scheme_of_kinds` does.
     """
-    tensors = {}
-    for (part, path), roles in modules.items():
-        name, fusion, _ = name_in_scheme(names, part, path, "kohya")
+    scheme = scheme_of_kinds(names, modules)
+    return {
+        f"{name_in_scheme(names, part, path, scheme)[0]}.{suffix_of(role)}": tensor
+        for (part, path), roles in modules.items()
+        for role, tensor in roles.items()
+    }
+
+
+def scheme_of_kinds(names: NameTable, modules: Iterable[ModuleId]) -> str:
+    """The naming scheme in which each of the modules stands by itself, as any kind of adapter but a plain LoRA has to.
+
+    That is Kohya's; where its names join some of the modules (q, k and v), it is diffusers', if ComfyUI knows those names of
+    the family, and otherwise UnmatchedKeys is raised.
+    """
+    for part, path in modules:
+        _, fusion, _ = name_in_scheme(names, part, path, "kohya")
         if len(fusion.parts) > 1:
+            if ("diffusers", "diffusers") in names.loaded.comfyui:
+                return "diffusers"
             raise UnmatchedKeys(
                 f"{path} is one with {len(fusion.parts) - 1} others in files of {names.name}, where only a plain LoRA fits"
             )
-        tensors |= {f"{name}.{suffix_of(role)}": tensor for role, tensor in roles.items()}
-    return tensors
+    return "kohya"
 
 
 def name_in_scheme(keys: NameTable, part: str, path: str, scheme: str) -> tuple[str, Fusion, int]:

@@ -76,7 +76,7 @@ _of_original_2, _of_diffusers_2 = by_rules(
     *_ENDS,
 )
 
-_STRUCTURE = Sign(r"^(double_blocks|single_blocks|single_transformer_blocks)\.\d+\.")
+_STRUCTURE = Sign(r"^(double_blocks|single_blocks|(single_)?transformer_blocks)\.\d+\.")
 _DOUBLE_ATTENTION = r"^(double_blocks\.\d+\.(img|txt)_attn|transformer_blocks\.(\d|1[0-8])\.attn)\."
 """The attention of up to 19 double blocks. Qwen-Image has 60 blocks of the same name and width in diffusers."""
 _ORIGINAL_BLOCKS, _DIFFUSERS_BLOCKS = r"^(double|single)_blocks\.", r"^(single_)?transformer_blocks\."

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -97,6 +98,26 @@ def test_photos_become_a_lora_that_comfyui_loads_whole_and_that_changes_the_pict
     assert "not loaded" not in by_comfyui.log and "ERROR" not in by_comfyui.log
     plain = server.run(loaders(family) | picture(family, ["unet", 0]))
     assert server.drawn(by_comfyui).tobytes() == server.drawn(result).tobytes() != server.drawn(plain).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("family", "method"), [("flux1", "dora"), pytest.param("zimage", "lokr", marks=pytest.mark.slow)]
+)
+def test_another_kind_of_adapter_is_applied_as_comfyui_applies_it(server, flow_models, family, method):
+    name = f"{method}-{family}"
+    settings = f"method = '{method}'\nlearning_rate = 0.05"
+    run = training(name=name, steps=3, settings=settings, samples=0, **LINKS)
+    apply = node("FaceLoRAApply", model=["unet", 0], lora=["train", 0], lora_name="(the connected LoRA)",
+                 strength_model=1.0, strength_clip=1.0)  # fmt: skip
+    ours = server.run(loaders(family) | run | {"apply": apply} | picture(family, ["apply", 0]))
+    assert ours.status == "success", ours.error + ours.log
+    theirs = node("LoraLoaderModelOnly", model=["unet", 0], lora_name=f"{name}.safetensors", strength_model=1.0)
+    by_comfyui = server.run(loaders(family) | {"theirs": theirs} | picture(family, ["theirs", 0]))
+    assert "not loaded" not in by_comfyui.log and "ERROR" not in by_comfyui.log
+    plain = server.run(loaders(family) | picture(family, ["unet", 0]))
+    found, expected, before = (np.asarray(server.drawn(result), int) for result in (ours, by_comfyui, plain))
+    assert abs(found - expected).max() <= 2
+    assert abs(found - before).max() > 8
 
 
 def test_comfyui_and_diffusers_change_every_weight_as_the_trained_files_say(server, trained):

@@ -43,15 +43,52 @@ def layers_of(family: str, width: int) -> dict[str, nn.Module]:
     return layers if is_linear else {**layers, f"{BLOCK}transformer_blocks.0.ff.net.2": nn.Linear(4 * middle, middle)}
 
 
-WIDE, SMALL = ("sd15", "sdxl"), ("small-sd15", "small-sdxl")
-LAYERS = {name: layers_of(family_of(name), 32 if name in SMALL else 320) for name in (*WIDE, *SMALL)}
-"""Of the published models, and of those that lora_reader.py calls small."""
+# Some are one module in ComfyUI: q, k and v, and with them the MLP of FLUX's single blocks.
+OF_FLOWS = {
+    "sd3": (
+        "transformer_blocks.1.attn.to_q",
+        "transformer_blocks.1.attn.add_v_proj",
+        "transformer_blocks.1.attn.to_out.0",
+    ),
+    "flux1": (
+        "transformer_blocks.1.attn.to_k",
+        "single_transformer_blocks.0.attn.to_v",
+        "transformer_blocks.0.attn.to_out.0",
+    ),
+    "chroma": ("transformer_blocks.0.attn.to_v", "single_transformer_blocks.1.attn.to_q"),
+    "flux2": ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.add_k_proj"),
+    "zimage": ("layers.1.attention.to_k", "layers.1.attention.to_out.0"),
+}
+SMALL_WIDTHS = {"sd15": 32, "sdxl": 32, "sd3": 192, "flux1": 256, "chroma": 128, "flux2": 256, "zimage": 1152}
+"""Of the models that lora_reader.py calls small."""
+WIDTHS = {"sd15": 320, "sdxl": 320, "sd3": 1536, "flux1": 3072, "chroma": 3072, "flux2": 6144, "zimage": 3840}
+WIDE, SMALL = tuple(WIDTHS), tuple(f"small-{family}" for family in SMALL_WIDTHS)
+
+
+def layers_in(family: str, width: int) -> dict[str, nn.Module]:
+    if family not in OF_FLOWS:
+        return layers_of(family, width)
+    return {path: nn.Linear(width, width, bias=False) for path in OF_FLOWS[family]}
+
+
+LAYERS = {name: layers_in(name, WIDTHS[name]) for name in WIDE}
+LAYERS |= {name: layers_in(family_of(name), SMALL_WIDTHS[family_of(name)]) for name in SMALL}
 
 
 def base_weight(shape) -> torch.Tensor:
     """As in lora_reader.py."""
     generator = torch.Generator().manual_seed(math.prod(shape))
     return torch.randn(shape, generator=generator) / math.prod(shape[1:]) ** 0.5
+
+
+def weight_of(model: str, path: str) -> torch.Tensor:
+    """The weight of a layer: its rows of the weight that it is a part of in ComfyUI's model."""
+    shape: torch.Size = LAYERS[model][path].weight.shape  # pyright: ignore
+    fusion = KEYS[family_of(model)].of_diffusers(path)
+    if len(fusion.parts) == 1:
+        return base_weight(shape)
+    rows = [round(size * shape[1]) for size in fusion.sizes]
+    return base_weight((sum(rows), shape[1])).split(rows)[fusion.parts.index(path)].clone()
 
 
 def network_of(model: str) -> nn.Module:
@@ -65,7 +102,7 @@ def network_of(model: str) -> nn.Module:
                 parent.add_module(component, nn.Module())
             parent = getattr(parent, component)
         parent.add_module(name, type(layer)(**options_of(layer)))
-        parent.get_submodule(name).weight.data = base_weight(layer.weight.shape)
+        parent.get_submodule(name).weight.data = weight_of(model, path)
     return network.requires_grad_(False)
 
 
@@ -110,12 +147,15 @@ def of_published_widths(tmp_path_factory):
 
 def assert_changes_as_trained(model: str, file: LoraFile, report: dict) -> None:
     assert report["not_loaded"] == []
-    assert len(report["changes"]) == len(file.entries) == len(LAYERS[model])
-    for (_, path), change in file.changes(lambda module: base_weight(LAYERS[model][module[1]].weight.shape)):
-        original = KEYS[family_of(model)].of_diffusers(path).original
-        found = torch.tensor(report["changes"][f"diffusion_model.{original}.weight"])
+    assert len(file.entries) == len(LAYERS[model])
+    assert len(report["changes"]) == len({KEYS[family_of(model)].of_diffusers(path).original for path in LAYERS[model]})
+    for (_, path), change in file.changes(lambda module: weight_of(model, module[1])):
+        fusion = KEYS[family_of(model)].of_diffusers(path)
+        found = torch.tensor(report["changes"][f"diffusion_model.{fusion.original}.weight"])
         matrix = change.flatten(1) if change.ndim > 1 else change
         wanted = matrix @ probe(matrix.shape[1])
+        if len(fusion.parts) > 1:
+            found = found.split([round(size * matrix.shape[1]) for size in fusion.sizes])[fusion.parts.index(path)]
         assert (found - wanted).norm() <= EXACT * wanted.norm(), path
 
 

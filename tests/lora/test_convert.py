@@ -177,7 +177,7 @@ def test_a_plain_lora_is_regrouped_among_other_kinds():
 
 
 def test_a_part_without_a_name_in_a_scheme_is_refused_whatever_its_kind():
-    denoiser = lokr("transformer.transformer_blocks.0.attn.to_q", 3072, 3072)
+    denoiser = lokr("transformer.transformer_blocks.59.attn.to_q", 3072, 3072)
     lora = LoraFile.from_tensors(denoiser | lokr("text_encoder.model.layers.0.self_attn.q_proj"), {})
     with pytest.raises(UnmatchedKeys, match="has no text_encoder in the comfy scheme"):
         convert_lora(lora, "comfy")

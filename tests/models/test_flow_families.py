@@ -16,6 +16,7 @@ import transformers
 from core.cli.pictures import few_steps_hint, prompt_jobs
 from core.config import TrainConfig
 from core.errors import BadConfig, MissingPackage
+from core.lora.apply import apply
 from core.lora.file import LoraFile
 from core.lora.readers import not_loaded_by
 from core.models.base import Base, load_base
@@ -204,6 +205,35 @@ def test_photos_become_a_lora_that_changes_the_pictures(bases, family, photo_fol
     (plain,), (changed,) = (list(generate(base, loras, [job], device=CPU)) for loras in ([], [(lora, 1.0)]))
     assert plain.image.tobytes() != changed.image.tobytes()
     assert len(list((tmp_path / "me-samples").iterdir())) == 1
+
+
+@pytest.mark.parametrize("family", SMALL_FLOWS)
+@pytest.mark.parametrize("method", ["dora", "loha", "lokr", "oft"])
+def test_another_kind_of_adapter_is_saved_read_and_applied_module_by_module(bases, family, method, tmp_path):
+    """Where Kohya's names join q, k and v, the file has diffusers', which ComfyUI reads part by part."""
+    base = bases[family]
+    # The rows of a narrow Z-Image are odd.
+    config = replace(PLAIN, method=method, rank=11 if (family, method) == ("zimage", "oft") else 4)
+    run = run_on_two(base, config)
+    for parameter in run.parameters.values():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4))
+    metadata = {"ss_base_model_version": base.family.base_model_version}
+    run.adapter.export(run.parameters, base, metadata).save(tmp_path / "me.safetensors", torch.float32)
+    lora = LoraFile.read(tmp_path / "me.safetensors")
+    assert (lora.kind, lora.family, lora.unknown_keys) == (method, family, ())
+    assert bool(not_loaded_by("ComfyUI", lora)) == (not KEYS[family].loaded.comfyui)
+
+    applied = base.load("denoiser", CPU, torch.float32)
+    before = {name: value.clone() for name, value in applied.named_parameters()}
+    apply(lora, {"family": family, "denoiser": applied})
+    changed = [name for name, value in applied.named_parameters() if not torch.equal(value, before[name])]
+    assert len(changed) == len(lora.entries)
+    conditioning = run._conditioning(run.images, [image.caption for image in run.images])
+    noisy, timesteps = torch.randn(2, base.latent_shape.channels, 8, 12), torch.tensor([300, 700])
+    with torch.no_grad():
+        trained = base.family.predict(run.denoiser, noisy, timesteps, conditioning)
+        found = base.family.predict(applied, noisy, timesteps, conditioning)
+    torch.testing.assert_close(found, trained, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("sampler", FLOW_SAMPLERS)

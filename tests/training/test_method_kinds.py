@@ -231,11 +231,11 @@ def test_a_row_count_that_no_block_divides_is_refused(bases):
         adapter_of(bases["sd15"], replace(config_of("oft"), rank=1))
 
 
-def test_modules_that_are_one_in_the_familys_files_are_refused_by_name():
+def test_modules_that_are_one_in_all_names_that_comfyui_reads_are_refused_by_name():
     with pytest.raises(
-        UnmatchedKeys, match="to_k is one with 2 others in files of flux1, where only a plain LoRA fits"
+        UnmatchedKeys, match="to_k is one with 2 others in files of lumina2, where only a plain LoRA fits"
     ):
-        name_kinds(NAME_TABLES["flux1"], {("denoiser", "transformer_blocks.0.attn.to_k"): {}})
+        name_kinds(NAME_TABLES["lumina2"], {("denoiser", "layers.0.attn.to_k"): {}})
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...config import TrainConfig
 from ...errors import LoraMisfit
 from ...lora.file import LoraFile
-from ...lora.modules import LoraModule, name_kinds
+from ...lora.modules import LoraModule, name_kinds, scheme_of_kinds
 from ...models.base import Base
 from ...models.spec import FamilySpec, replace_module
 from ...tensor_names import NAME_TABLES, ModuleId
@@ -126,11 +126,8 @@ def attach(
 
     A new one changes no prediction: B is 0, and the magnitudes are the norms of the frozen columns.
     """
-    targets = target_modules(family, config, networks)
-    name_kinds(
-        NAME_TABLES[family.name], {module: {} for module in targets}
-    )  # raises now when the file could not be written later
-    adapter = attach_layers(networks, family, config)
+    scheme = scheme_of_kinds(NAME_TABLES[family.name], target_modules(family, config, networks))
+    adapter = attach_layers(networks, family, config, scheme=scheme)
     layers = {module: MagnitudeLayer(layer) for module, layer in adapter.layers.items()}
     for (part, path), layer in layers.items():
         replace_module(networks[part], path, layer)

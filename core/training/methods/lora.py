@@ -159,9 +159,15 @@ def attach(
 
 
 def attach_layers(
-    networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
+    networks: Mapping[str, nn.Module],
+    family: FamilySpec,
+    config: TrainConfig,
+    continue_from: LoraFile | None = None,
+    scheme: str | None = None,
 ) -> LoraAdapter:
     """A LoraAdapter on the networks (denoiser, text encoders), which are changed in place.
+
+    `scheme` is the naming scheme of the file that is to come, the family's own unless told otherwise.
 
     A is drawn Kaiming-uniform with a = sqrt 5 from the seed on the CPU, B is 0 (arXiv:2106.09685), so that a new adapter
     changes nothing and is the same on every machine.
@@ -171,7 +177,7 @@ def attach_layers(
         frozen = networks[part].get_submodule(path)
         layers[part, path] = LoraLayer(frozen, rank, alpha, rslora=config.rslora, dropout=config.dropout)
         networks[part].set_submodule(path, layers[part, path])
-    shared = _shared(family, layers)
+    shared = _shared(family, layers, scheme or family.lora_scheme)
     for module_id, first in shared.items():
         layers[module_id].down = layers[first].down
     adapter = LoraAdapter(networks, layers, shared)
@@ -186,15 +192,15 @@ def attach_layers(
     return adapter
 
 
-def _shared(family: FamilySpec, layers: Mapping[ModuleId, LoraLayer]) -> dict[ModuleId, ModuleId]:
+def _shared(family: FamilySpec, layers: Mapping[ModuleId, LoraLayer], scheme: str) -> dict[ModuleId, ModuleId]:
     """The module whose A each module uses.
 
-    Modules that are fused into one in the family's files share an A, since the file's rank would otherwise be their sum.
+    Modules that are fused into one in files of that scheme share an A, since the file's rank would otherwise be their sum.
     """
     firsts: dict[tuple[str, int], ModuleId] = {}
     shared = {}
     for (part, path), layer in layers.items():
-        name, _, _ = name_in_scheme(family.names, part, path, family.lora_scheme)
+        name, _, _ = name_in_scheme(family.names, part, path, scheme)
         shared[part, path] = firsts.setdefault((name, layer.down.shape[0]), (part, path))
     return shared
 

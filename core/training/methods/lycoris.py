@@ -13,7 +13,7 @@ from ...config import TrainConfig
 from ...errors import LoraMisfit, counted
 from ...lora.file import LoraFile
 from ...lora.kinds import rank_of
-from ...lora.modules import name_kinds
+from ...lora.modules import name_kinds, scheme_of_kinds
 from ...models.base import Base
 from ...tensor_names import NAME_TABLES, ModuleId
 from .method import Adapter, refuse_settings_of_lora
@@ -55,9 +55,7 @@ class LycorisAdapter(Adapter):
         have, and LoraMisfit when the file does not fit.
         """
         refuse_settings_of_lora(config)
-        name_kinds(
-            NAME_TABLES[family], {module: {} for module in self.layers}
-        )  # raises now when the file could not be written later
+        scheme_of_kinds(NAME_TABLES[family], self.layers)  # raises now when the file could not be written later
         generator = torch.Generator().manual_seed(config.seed)
         for name, parameter in sorted(self.parameters().items()):
             deviation = deviations[name.rpartition(".")[2]]
