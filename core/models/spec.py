@@ -192,6 +192,11 @@ class FamilySpec:
     """The text encoders that a base model may lack."""
     is_distilled: Callable[[dict[str, Any]], bool] = lambda config: False
     """Tells by the denoiser's config whether the model was distilled to a few steps, which training would undo."""
+    is_flow_map: Callable[[dict[str, Any]], bool] = lambda config: False
+    """Tells by the denoiser's config whether it is a flow map (arXiv:2505.13447).
+
+    It then predicts the mean velocity over a step, and takes the timestep (B,) that the step leads to as `target` in the
+    conditioning; without it, the velocity at the timestep itself, which is what is trained."""
     distilled_names: str = "turbo|lightning|schnell"
     """A regular expression for file names of distilled models, for those that nothing in the file tells from others."""
     training_adapter: str = ""

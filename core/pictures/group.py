@@ -418,12 +418,12 @@ def _blended(
         for size, (positive, negative) in zip(sizes, texts, strict=True)
     )
 
-    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-        blended = weights[-1] * scene(latents, timestep) if has_scene else torch.zeros_like(latents)
+    def predict(latents: Tensor, timestep: Tensor, following: Tensor) -> Tensor:
+        blended = weights[-1] * scene(latents, timestep, following) if has_scene else torch.zeros_like(latents)
         for weight, own, lora, (left, top, right, bottom) in zip(weights, others, people, cells, strict=False):
             part = (..., slice(top, bottom), slice(left, right))
             with _worn(lora):
-                blended[part] += weight[part] * own(latents[part], timestep)
+                blended[part] += weight[part] * own(latents[part], timestep, following)
         return blended
 
     return predict

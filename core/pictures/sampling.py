@@ -173,8 +173,9 @@ def _chunks_of(texts: Sequence[str], encoders: Mapping[str, nn.Module]) -> int:
     return max((chunk_count(texts, words_of(encoder)) for encoder in encoders.values()), default=1)
 
 
-Prediction = Callable[[Tensor, Tensor], Tensor]
-"""What a denoiser says of latents (N, C, h, w), scaled as the sampler wants them, at a timestep: float32 of the same shape."""
+Prediction = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""What a denoiser says of latents (N, C, h, w), scaled as the sampler wants them, in the step from a timestep to another:
+float32 of the same shape."""
 
 
 def sample_latents(
@@ -235,10 +236,13 @@ def guided_prediction(
         without = _stack(negative, picture, device, dtype)
         conditioning = stack_conditioning([without, conditioning])
 
-    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+    is_flow_map = base.family.is_flow_map(base.components["denoiser"].config)
+
+    def predict(latents: Tensor, timestep: Tensor, following: Tensor) -> Tensor:
         model_input = (torch.cat([latents, latents]) if scale != 1 else latents).to(dtype)
-        at = timestep.expand(len(model_input)).to(device)
-        prediction = base.family.predict(denoiser, model_input, at, conditioning).float()
+        at, target = (time.expand(len(model_input)).to(device) for time in (timestep, following))
+        given = conditioning | {"target": target} if is_flow_map else conditioning
+        prediction = base.family.predict(denoiser, model_input, at, given).float()
         if scale == 1:
             return prediction
         negative_part, positive_part = prediction.chunk(2)
@@ -279,8 +283,9 @@ def denoised(
         latents = scheduler.add_noise(start.to(device), noise, timesteps[:1])
     takes_generator = any(word in sampler_name(sampler, base) for word in ("ancestral", "sde"))
     extra = {"generator": generators} if takes_generator else {}
+    following = torch.cat([timesteps[1:], timesteps.new_zeros(1)])
     for index, timestep in enumerate(timesteps):
-        prediction = predict(scheduler.scale_model_input(latents, timestep), timestep)
+        prediction = predict(scheduler.scale_model_input(latents, timestep), timestep, following[index])
         latents = scheduler.step(prediction, timestep, latents, return_dict=False, **extra)[0]
         if on_step:
             on_step(index + 1, len(timesteps))
