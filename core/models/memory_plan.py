@@ -117,7 +117,8 @@ def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
         block: None
         for owner in denoiser.modules()
         if hasattr(owner, "gradient_checkpointing")
-        for name, children in owner.named_children()
+        for name, named in owner.named_children()
+        for children in (named.values() if isinstance(named, nn.ModuleDict) else [named])
         if isinstance(children, nn.ModuleList) and not name.endswith("samplers")
         for block in (children[1:] if name == "resnets" and _is_middle(owner) else children)
     }
