@@ -17,6 +17,9 @@ from .families import FAMILIES
 from .ldm import current_vae_path
 from .spec import UNQUANTISED, Component, FamilySpec
 
+_INDEXES = ("model_index.json", "modular_model_index.json")
+"""The files that say which pipeline a folder is for; the second is that of a pipeline that is put together of blocks."""
+
 
 class DiffusersFolder(NamedTuple):
     """What is in a folder."""
@@ -43,7 +46,7 @@ def download(hub_id: str) -> Path:
         # Only these folders, since a repository may hold the same weights again as a single file.
         parts = ("scheduler", "unet", "transformer", "vae", "text_encoder*", "tokenizer*", "processor")
         wanted = [f"{part}/*.{ending}" for part in parts for ending in ("json", "safetensors", "txt", "model")]
-        return Path(snapshot_download(hub_id, allow_patterns=["model_index.json", *wanted]))
+        return Path(snapshot_download(hub_id, allow_patterns=[*_INDEXES, *wanted]))
     except Exception as error:  # the hub client raises many kinds, down to those of its HTTP library
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadFile(f"{hub_id}: no such file or folder, and the hub does not give it: {reason}") from error
@@ -54,13 +57,14 @@ def read_folder(folder: Path) -> DiffusersFolder:
 
     Raises BadFile when something is missing or quantised, UnknownFamily for a pipeline or a scheduler that is not supported.
     """
-    index = _read_config(folder / "model_index.json")
+    index_name = next((name for name in _INDEXES if os.path.exists(folder / name)), _INDEXES[0])
+    index = _read_config(folder / index_name)
     class_name = index.get("_class_name")
     families = FAMILIES.values()
     family = next((f for f in families if class_name in (f.pipeline_class, *f.other_folders)), None)
     if family is None:
         known = ", ".join(family.pipeline_class for family in FAMILIES.values())
-        raise UnknownFamily(f"{folder.name}: model_index.json says {class_name}; supported: {known}")
+        raise UnknownFamily(f"{folder.name}: {index_name} says {class_name}; supported: {known}")
     components = {}
     for part in ("denoiser", "vae", *family.text_encoders):
         subfolder = folder / (family.denoiser_folder if part == "denoiser" else part)
