@@ -130,8 +130,10 @@ def _by_diffusers(family: NameTable, named: NamedTensor, entry: Entry) -> Object
         return _lokr_not_loaded_by_diffusers(family, named, "alpha" in entry.keys)
     if named.scheme not in family.loaded.diffusers:
         return f"{named.scheme} names of {family.name}"
-    if named.scheme == "kohya" and re.search(family.loaded.diffusers_kohya_lacks, named.path):
-        return "kohya names of words that it does not know"
+    if named.scheme in family.loaded.diffusers_lacks and re.search(
+        family.loaded.diffusers_lacks[named.scheme], named.path
+    ):
+        return f"{named.scheme} names of words that it does not know"
     if named.part == "denoiser" and named.scheme in family.loaded.diffusers_denoiser_lacks:
         return family.loaded.diffusers_denoiser_lacks[named.scheme]
     return _kind_not_loaded_by_peft(entry)

@@ -57,6 +57,6 @@ QWEN_IMAGE_21 = NameTable(
     loaded=LoadedNames(
         comfyui=frozenset(),
         diffusers=frozenset({"kohya", "diffusers", "comfy"}),
-        diffusers_kohya_lacks=r"gate_(layer|up)$|^(txt_in|modulation)\.",
+        diffusers_lacks={"kohya": r"gate_(layer|up)$|^(txt_in|modulation)\."},
     ),
 )

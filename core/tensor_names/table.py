@@ -149,8 +149,8 @@ class LoadedNames:
     """The prefixes of Kohya's names of T5 that ComfyUI loads."""
     comfyui_lacks: str = r"$^"
     """A regular expression that is found in the paths that are missing in ComfyUI's table of diffusers' names."""
-    diffusers_kohya_lacks: str = r"$^"
-    """A regular expression that is found in the paths whose Kohya names diffusers misreads, and so does not load."""
+    diffusers_lacks: Mapping[str, str] = field(default_factory=dict)
+    """A regular expression, by scheme, that is found in the paths whose names diffusers misreads, and so does not load."""
     diffusers_denoiser_lacks: Mapping[str, str] = field(default_factory=dict)
     """The reason why diffusers does not load the denoiser in a scheme whose text encoders it loads, by scheme."""
     diffusers_lokr: frozenset[tuple[str, str]] = frozenset()
