@@ -282,6 +282,13 @@ SMALL_FLOWS = {
          "up_block_types": ("UpDecoderBlock2D",) * 2, "layers_per_block": 1},
         context=32,
     ),
+    "flux3": SmallFlow(
+        {"in_channels": 128, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 128, "num_attention_heads": 1,
+         "joint_attention_dim": 32, "flow_map": False},
+        {"block_out_channels": (32, 32), "down_block_types": ("DownEncoderBlock2D",) * 2,
+         "up_block_types": ("UpDecoderBlock2D",) * 2, "layers_per_block": 1},
+        context=32, masked=True,
+    ),
     "zimage": SmallFlow(
         {"in_channels": 16, "dim": 128, "n_layers": 3, "n_refiner_layers": 1, "n_heads": 1, "n_kv_heads": 1,
          "cap_feat_dim": 32, "axes_dims": (32, 48, 48), "axes_lens": (1536, 512, 512)},

@@ -134,6 +134,7 @@ MODELS = (
     Model("FLUX.2 klein 9B", "flux2", "Flux2Transformer2DModel", {
         "num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32, "joint_attention_dim": 12288,
         "guidance_embeds": False}),
+    Model("FLUX.3 Klein", "flux3", "Flux3Transformer2DModel", {"flow_map": True}),
     Model("Lumina 2", "lumina2", "Lumina2Transformer2DModel", {"cap_feat_dim": 2304}),
     Model("Z-Image", "zimage", "ZImageTransformer2DModel"),
     Model("Qwen-Image", "qwen-image", "QwenImageTransformer2DModel"),
@@ -143,7 +144,6 @@ MODELS = (
         "hidden_size": 4096, "num_attention_heads": 32, "num_layers": 36, "ffn_hidden_size": 12288,
         "text_in_dim": 3072}),
     # What follows is not trained here; its files must not be taken for one of the above.
-    Model("FLUX.3", None, "Flux3Transformer2DModel", claims=("flux3", "flux-3", "flux3-klein")),
     Model("Ideogram 4", None, "Ideogram4Transformer2DModel", comfyui="ideogram4.model:Ideogram4Transformer2DModel",
           claims=("ideogram4", "ideogram-4")),
     Model("LongCat-Image", None, "LongCatImageTransformer2DModel", {"num_layers": 10, "num_single_layers": 20},

@@ -2,7 +2,8 @@
 
 This is regional compilation: the code around the blocks is not compiled. Blocks of equal widths share one compiled form,
 which torch keeps on disk for later runs. Each shape of picture has its own, and so has each length of text in families that
-do not pad captions to one length (Chroma, Qwen-Image, Qwen-Image 2.1). The limits set here are torch's, for the calling thread.
+do not pad captions to one length (Chroma, Qwen-Image, Qwen-Image 2.1, FLUX.3 Klein). The limits set here are torch's, for the
+calling thread.
 """
 
 import contextlib

@@ -347,14 +347,16 @@ def encode_qwen(
     limit: int,
     *,
     layers: Sequence[int] = (),
-    filled: bool = False,
+    multiple: int = 0,
+    padding_at: int | None = None,
     ending: str = "",
 ) -> Conditioning:
     """The states of a Qwen model as `context` (B, L, D), and `context_mask` (B, L) with 1 for text and 0 for padding.
 
     The states are the normed ones of the last layer, or those after each of `layers` (1 is the first, -2 the last but one)
-    side by side. Texts are cut to `limit` tokens, and with `filled` also padded to it by masked tokens with states of their
-    own; otherwise shorter texts of a batch are filled up with zeros. `ending` follows each text after it was cut.
+    side by side. Texts are cut to `limit` tokens, and with a `multiple` also padded to one by masked tokens with states of
+    their own, each at the position `padding_at` unless positions are counted on; what then differs in length in a batch is
+    filled up with zeros. `ending` follows each text after it was cut.
     """
     tokenizer = load_tokenizer(encoder.tokenizer_folder, kind)  # pyright: ignore
     device = next(encoder.parameters()).device
@@ -362,10 +364,13 @@ def encode_qwen(
     last = tokenizer(ending, add_special_tokens=False).input_ids
     for text in texts:
         row = tokenizer(text, add_special_tokens=False).input_ids[:limit] + last
-        padding = limit - len(row) if filled else 0
+        padding = min(-len(row) % multiple, limit - len(row)) if multiple else 0
         tokens = torch.tensor([row + [_PAD_QWEN] * padding], device=device)
         mask = torch.tensor([[1] * len(row) + [0] * padding], device=device)
-        output = encoder(tokens, attention_mask=mask, output_hidden_states=bool(layers), use_cache=False)
+        at = None if padding_at is None else mask.cumsum(1).sub(1).masked_fill(mask == 0, padding_at)
+        output = encoder(
+            tokens, attention_mask=mask, position_ids=at, output_hidden_states=bool(layers), use_cache=False
+        )
         states = (
             torch.cat([output.hidden_states[layer] for layer in layers], -1) if layers else output.last_hidden_state
         )

@@ -1,4 +1,4 @@
-"""Names of FLUX.1, Chroma and FLUX.2, which have double blocks (image and text streams), then single blocks."""
+"""Names of FLUX.1, Chroma, FLUX.2 and FLUX.3, which have blocks for image and text apart, then single blocks for both."""
 
 from .table import TRANSFORMER_IN_COMFYUI, Fusion, Listing, LoadedNames, NameTable, Sign, by_rules, clip_signs
 
@@ -74,6 +74,39 @@ _of_original_2, _of_diffusers_2 = by_rules(
     Fusion("single_stream_modulation.lin", ("single_stream_modulation.linear",)),
     *_embedders("time_guidance_embed", time_in="timestep_embedder", guidance_in="guidance_embedder"),
     *_ENDS,
+)
+_of_original_3, _of_diffusers_3 = by_rules(
+    *(
+        Fusion(f"{original}.{name}", (f"{block}.{new_name}",))
+        for original, block in (
+            ("content_mode_blocks.image.{}", "mode_blocks.image.{}"),
+            ("content_mode_blocks.image_cond.{}", "mode_blocks.image_cond.{}"),
+            ("txt_mode_blocks.{}", "txt_mode_blocks.{}"),
+            ("single_blocks.{}", _SINGLE),
+        )
+        for name, new_name in (
+            *((f"{x}_proj", f"attn.to_{x}") for x in "qkv"),
+            ("attn_out", "attn.to_out.0"),
+            ("mlp_in", "ff.linear_in"),
+            ("mlp_out", "ff.linear_out"),
+            ("norm.query_norm", "attn.norm_q"),
+            ("norm.key_norm", "attn.norm_k"),
+        )
+    ),
+    *(
+        Fusion(f"{kind}_stream_modulations.{of}.lin", (f"{kind}_stream_modulations.{of}.linear",))
+        for kind in ("early", "single")
+        for of in ("image", "image_cond", "txt")
+    ),
+    *(Fusion(f"emb_in.{of}", (f"x_embedders.{of}",)) for of in ("image", "image_cond")),
+    Fusion("txt_in", ("context_embedder",)),
+    *(
+        Fusion(f"{original}.{layer}", (f"{name}.linear_{number}",))
+        for original, name in (("time_in", "timestep_embedder"), ("ref_time_in", "target_timestep_embedder"))
+        for number, layer in ((1, "in_layer"), (2, "out_layer"))
+    ),
+    Fusion("final_layer.image.linear", ("proj_out",)),
+    Fusion("final_layer.image.adaLN_modulation.1", ("norm_out.linear",), halves_swapped=True),
 )
 
 _STRUCTURE = Sign(r"^(double_blocks|single_blocks|(single_)?transformer_blocks)\.\d+\.")
@@ -203,5 +236,25 @@ FLUX2 = NameTable(
                 ("diffusers", "diffusers"),
             }
         ),
+    ),
+)
+_BLOCKS_3 = r"((content_)?mode_blocks\.image(_cond)?|txt_mode_blocks|single_(transformer_)?blocks)\.\d+"
+FLUX3 = NameTable(
+    name="flux3",
+    base_versions=("flux3", "flux3_klein"),
+    architecture="flux-3-image-klein",
+    signs=(
+        Sign(rf"^{_BLOCKS_3}\."),
+        Sign(rf"^{_BLOCKS_3}\.([qkv]_proj|attn_out|attn\.to_([qkv]|out\.0))$", _WIDTH_1, ratio=1),
+        Sign(rf"^{_BLOCKS_3}\.(mlp_in|ff\.linear_in)$", _WIDTH_1, ratio=6),
+        Sign(r"^(early|single)_stream_modulations\.", _WIDTH_1),
+    ),
+    of_original=_of_original_3,
+    of_diffusers=_of_diffusers_3,
+    listings={"FLUX.3 Klein": Listing("Flux.3 Klein", "FLUX Kommunity License")},
+    loaded=LoadedNames(
+        comfyui=frozenset(),
+        diffusers=frozenset({"diffusers", "comfy"}),
+        diffusers_lacks={"comfy": r"^(emb_in|txt_in|(ref_)?time_in|(early|single)_stream_modulations|final_layer)\b"},
     ),
 )

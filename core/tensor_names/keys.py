@@ -21,13 +21,15 @@ diffusers' transformers:
     timestep_embedder guidance_embedder text_embedder time_guidance_embed to_qkv_mlp_proj linear_in linear_out linear_3
     time_caption_embed caption_embedder all_final_layer all_x_embedder txt_norm text_fusion layerwise_blocks
     refiner_blocks to_gate time_mod_proj self_attention adaLN_sa_ln adaLN_mlp_ln gate_proj up_proj linear_fc2 text_proj
-    final_norm final_linear gate_layer text_norm
+    final_norm final_linear gate_layer text_norm mode_blocks txt_mode_blocks
+    image_cond x_embedders target_timestep_embedder early_stream_modulations single_stream_modulations
 original transformers:
     double_blocks single_blocks img_attn txt_attn img_mlp txt_mlp img_mod txt_mod img_in txt_in time_in vector_in
     guidance_in in_layer out_layer final_layer adaLN_modulation query_norm key_norm double_stream_modulation_img
     double_stream_modulation_txt single_stream_modulation distilled_guidance_layer in_proj joint_blocks x_block
     context_block y_embedder t_embedder ln_q ln_k feed_forward noise_refiner context_refiner cap_embedder q_norm k_norm
     ffn_norm1 ffn_norm2 attention_norm1 attention_norm2 gate_up
+    content_mode_blocks attn_out mlp_in mlp_out emb_in ref_time_in
 """
 COMPOUND_WORDS = frozenset(word for word in _VOCABULARY.split() if "_" in word)
 _LONGEST_COMPOUND = max(word.count("_") for word in COMPOUND_WORDS) + 1

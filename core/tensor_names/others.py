@@ -9,8 +9,7 @@ _OTHERS = (
     # FLUX.1 has 19 double and 38 single blocks of the same width, HunyuanVideo 20 and 40.
     ("HunyuanVideo", Sign(r"^(double_blocks\.19|single_(transformer_)?blocks\.3[89])\.", frozenset({3072}))),
     ("HunyuanVideo 1.5", Sign(r"^(double_|transformer_)blocks\.\d+\.((img|txt)_)?attn[._]", frozenset({2048}))),
-    # FLUX.1 has fused layers in blocks of the same name. Of the names in diffusers the tables of models tell.
-    ("FLUX.3", Sign(r"^(content|txt)[._]mode[._]blocks[._]|^single_blocks\.\d+\.([qkv]_proj|attn[._]out|mlp[._](in|out))$")),
+    ("FLUX.3 for video or actions", Sign(r"^content[._]mode[._]blocks[._](?!image)")),
     ("Wan", Sign(r"^blocks\.\d+\.(self|cross)[._]attn\.[qkvo]$|^blocks\.\d+\.ffn\.net\.")),
     ("a model like LTX-Video, CogVideoX, Mochi or PixArt", Sign(r"^transformer_blocks\.\d+\.attn1\.")),
     ("AuraFlow", Sign(r"^(joint[._]transformer_blocks|double[._]layers)\.\d+\.")),

@@ -71,6 +71,7 @@ MODELS = {
     ),
     "chroma": ("ChromaTransformer2DModel", {"num_layers": 2, "num_single_layers": 2}, "ChromaPipeline"),
     "flux2": ("Flux2Transformer2DModel", {"num_layers": 2, "num_single_layers": 2}, "Flux2Pipeline"),
+    "flux3": ("Flux3Transformer2DModel", {"num_layers": 2, "num_single_layers": 2}, "Flux3ModularPipeline"),
     "lumina2": ("Lumina2Transformer2DModel", {"num_layers": 2, "cap_feat_dim": 2304}, "Lumina2Pipeline"),
     "zimage": ("ZImageTransformer2DModel", {"n_layers": 2}, "ZImagePipeline"),
     "qwen-image": ("QwenImageTransformer2DModel", {"num_layers": 2}, "QwenImagePipeline"),

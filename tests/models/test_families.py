@@ -209,7 +209,7 @@ def test_size_conditioning_is_height_first_and_in_full_precision(small_bases):
         ("nerf_blocks.0.norm.scale", "Chroma Radiance"),
         ("txt_in.individual_token_refiner.blocks.0.norm1.weight", "HunyuanVideo"),
         ("patchify_proj.weight", "LTX-Video"),
-        ("early_stream_modulations.image.lin.weight", "FLUX.3"),
+        ("emb_in.video.weight", "FLUX.3 for video"),
         ("noise_refiner.0.adaLN_modulation.1.weight", "Lumina 2"),
         ("siglip_embedder.1.weight", "Z-Image-Omni"),
         ("__index_timestep_zero__", "Qwen-Image-Edit"),

@@ -305,6 +305,7 @@ def test_a_model_that_was_distilled_to_few_steps_is_refused_unless_told_otherwis
         ("ernie-image", "ernie-image-turbo.safetensors", 8, 3.0),
         ("sd3", "sd3.5_large_turbo.safetensors", 4, 3.0),
         ("flux2", "flux-2-klein-4b.safetensors", 4, None),
+        ("flux3", "flux3-image-klein.safetensors", None, None),  # whose tensors tell
         ("krea2", "krea2_raw_bf16.safetensors", None, None),
         ("chroma", "chroma-flash.safetensors", None, None),
         ("flux1", "flux1-dev-turbo.safetensors", None, None),  # which takes its guidance as a number

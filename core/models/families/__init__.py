@@ -31,7 +31,6 @@ _OTHERS = {
     DENOISER_PREFIX + "double_layers.0.attn.w1q.weight": "AuraFlow",
     DENOISER_PREFIX + "double_stream_blocks.0.block.attn1.to_q.weight": "HiDream",
     DENOISER_PREFIX + "clip_mapper.weight": "Stable Cascade",
-    DENOISER_PREFIX + "early_stream_modulations.image.lin.weight": "FLUX.3",
 }
 """Tensors by which checkpoints of models outside of all families are recognised, so that errors can name the model."""
 

@@ -119,7 +119,9 @@ def encode_text(
         chats = [DEV_CHAT.format(caption) for caption in captions]
         return text.encode_qwen(encoder, DEV_TEXT, chats, TEXT_TOKENS, layers=DEV_TEXT_LAYERS)
     chats = [CHAT.format(caption) for caption in captions]
-    states = text.encode_qwen(encoder, TEXT["text_encoder"], chats, TEXT_TOKENS, layers=TEXT_LAYERS, filled=True)
+    states = text.encode_qwen(
+        encoder, TEXT["text_encoder"], chats, TEXT_TOKENS, layers=TEXT_LAYERS, multiple=TEXT_TOKENS
+    )
     return {"context": states["context"]}
 
 

@@ -1,0 +1,169 @@
+"""FLUX.3 Klein (Black Forest Labs, 2026): a rectified flow whose text and picture go through blocks of their own, and then
+through blocks that they share; 1024 px.
+
+The text encoder is Qwen3-VL-4B, eight of whose layers are used side by side; the VAE is FLUX.2's. Klein Base is for training.
+Klein itself was distilled to 16 steps without guidance as a flow map, whose network is also told the time that a step leads to.
+Both can be shown pictures, for which they have more blocks; here they are trained and drawn with from texts alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...tensor_names.flux import FLUX3 as NAMES
+from .. import text, transformer
+from ..ldm import count_children
+from ..recipe import Recipe
+from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, FewSteps
+from . import flux2
+
+TEXT = {"text_encoder": "qwen3vl_4b"}
+TEXT_LAYERS = (4, 8, 12, 16, 20, 24, 28, 32)
+CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+TEXT_TOKENS = 8192
+"""The most tokens of the whole chat, as in the authors' code."""
+WINDOW = 80
+"""The multiple of tokens to which the whole chat is padded. The denoiser sees the padding."""
+_PADDING_AT = 1
+"""The position of each token of padding in the text encoder, as transformers 4.57 gave them when the model was trained."""
+PICTURE_SCALE = 0.5
+"""How far a picture's rows and columns are apart as positions."""
+SHIFT = 6.93
+"""The authors' shift of the times for pictures of all sizes."""
+
+_NORM = r"norm\.(q|k)(?:uery|ey)_norm\.scale"
+_RENAMES = (
+    (rf"content_mode_blocks\.(image|image_cond)\.(\d+)\.{_NORM}", r"mode_blocks.\1.\2.attn.norm_\3.weight"),
+    (rf"txt_mode_blocks\.(\d+)\.{_NORM}", r"txt_mode_blocks.\1.attn.norm_\2.weight"),
+    (rf"single_blocks\.(\d+)\.{_NORM}", r"single_transformer_blocks.\1.attn.norm_\2.weight"),
+)
+_BLOCK = r"(mode_blocks\.image|txt_mode_blocks|single_transformer_blocks)\.\d+"
+_ATTENTION = rf"{_BLOCK}\.attn\.to_([qkv]|out\.0)"
+# All blocks of a kind share one modulation, which is not adapted, like those of the other families.
+_TRANSFORMER = rf"{_ATTENTION}|{_BLOCK}\.ff\.linear_(in|out)"
+
+
+def recognise(denoiser: Mapping[str, Tensor]) -> bool:
+    return "early_stream_modulations.image.lin.weight" in denoiser and "single_blocks.0.q_proj.weight" in denoiser
+
+
+def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
+    names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
+    width, channels = shape("emb_in.image.weight")
+    (head,) = shape("single_blocks.0.norm.query_norm.scale")
+    config = {
+        "in_channels": channels,
+        "cond_in_channels": shape("emb_in.image_cond.weight")[1],
+        "num_layers": count_children(names, "txt_mode_blocks"),
+        "num_single_layers": count_children(names, "single_blocks"),
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "joint_attention_dim": shape("txt_in.weight")[1],
+        "timestep_channels": shape("time_in.in_layer.weight")[1],
+        "mlp_ratio": shape("single_blocks.0.mlp_out.weight")[1] / width,
+        "axes_dims_rope": flux2.ROTARY_AXES,
+        "flow_map": "ref_time_in.in_layer.weight" in names,
+    }
+    # A file may also have what the authors' training compared the states of blocks by.
+    denoiser = transformer.transformer_component(tensors, config, NAMES, _RENAMES, left_out=r"^repa_projectors\.")
+    return {"denoiser": denoiser} | text.other_parts(tensors, flux2.vae, TEXT)
+
+
+def encode_text(
+    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
+) -> Conditioning:
+    states = text.encode_qwen(
+        encoders["text_encoder"],
+        TEXT["text_encoder"],
+        [CHAT.format(caption) for caption in captions],
+        TEXT_TOKENS,
+        layers=TEXT_LAYERS,
+        multiple=WINDOW,
+        padding_at=_PADDING_AT,
+    )
+    mask = states["context_mask"]
+    ends = (mask.sum(1, keepdim=True) + WINDOW - 1) // WINDOW * WINDOW
+    is_seen = torch.arange(mask.shape[1], device=mask.device) < ends
+    return {"context": states["context"], "context_mask": is_seen.to(mask.dtype)}
+
+
+def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    context, mask = conditioning["context"].to(noisy_latents.dtype), conditioning["context_mask"]
+    target = conditioning.get("target", timesteps)
+    lengths = transformer.text_lengths(mask)
+    if len(set(lengths)) > 1:
+        # One by one, since the denoiser has no mask for what the shorter texts are filled up with.
+        rows = [
+            {
+                "context": context[i : i + 1, :length],
+                "context_mask": mask[i : i + 1, :length],
+                "target": target[i : i + 1],
+            }
+            for i, length in enumerate(lengths)
+        ]
+        parts = zip(noisy_latents.split(1), timesteps.split(1), rows, strict=True)
+        return torch.cat([predict(denoiser, *part) for part in parts])
+    height, width = noisy_latents.shape[2:]
+    context, device = context[:, : lengths[0]], noisy_latents.device
+    positions = denoiser(
+        noisy_latents.flatten(2).transpose(1, 2),
+        encoder_hidden_states=context,
+        timestep=timesteps / 1000,
+        img_ids=F.pad(PICTURE_SCALE * transformer.grid_positions(height, width, device), (0, 1)),
+        txt_ids=F.pad(torch.arange(float(context.shape[1]), device=device)[:, None], (3, 0)),
+        # A flow map predicts the mean velocity from a time to its target: where they are equal, a rectified flow's.
+        target_timestep=target / 1000 if denoiser.config.flow_map else None,  # pyright: ignore
+        return_dict=False,
+    )[0]
+    return positions.transpose(1, 2).unflatten(2, (height, width))
+
+
+def is_flow_map(config: dict[str, Any]) -> bool:
+    return config.get("flow_map", False)
+
+
+FLUX3 = FamilySpec(
+    names=NAMES,
+    title="FLUX.3 Klein",
+    resolution=1024,
+    size_multiple=16,
+    wording="sentences",
+    guidance=4.0,  # the authors', as are the steps; diffusers has 3.5
+    steps=50,
+    recipes={
+        # Starting points: the rate of fal's trainer, which takes 1000 steps; else those of FLUX.2.
+        "fast": Recipe(600, 1e-4, 16, settings={"resolution": 512}),
+        "balanced": Recipe(1200, 1e-4, 16, settings={"resolution": 768}),
+        "best": Recipe(2400, 1e-4, 32),
+    },
+    pipeline_class="Flux3ModularPipeline",
+    other_pipelines=("Flux3DistilledModularPipeline",),
+    other_folders=("Flux3DistilledModularPipeline",),
+    text_encoders=TEXT,
+    context_from={"text_encoder": len(TEXT_LAYERS)},
+    denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),
+    in_channels=128,
+    recognise=recognise,
+    split=split,
+    build=text.builder(
+        partial(transformer.build, "Flux3Transformer2DModel", (0, 42)),
+        TEXT,
+        vae=flux2.build_vae,
+    ),
+    latent_shape=flux2.latent_shape,
+    encode_text=encode_text,
+    predict=predict,
+    flow_shift=lambda positions: SHIFT,
+    encode_image=flux2.encode_image,
+    decode_latents=flux2.decode_latents,
+    is_distilled=is_flow_map,
+    is_flow_map=is_flow_map,
+    distilled_names=r"$^",  # its tensors tell
+    few_steps=FewSteps(16),
+    lookalikes={DENOISER_PREFIX + "emb_in.video.weight": "FLUX.3 for video"},
+    lora_scheme="comfy",
+)
