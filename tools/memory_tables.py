@@ -1,10 +1,12 @@
 """The tables of memory plans in docs/benchmarks.md: `python -m tools.memory_tables` predicts them and writes them there.
 
 Nothing is trained: the published models' sizes are gone through with tensors that hold no numbers. It takes about a quarter of
-an hour. How long a step takes is its arithmetic at a share of the card's rate, or the copies of blocks that are brought in, if
-these take longer.
+an hour; `--model NAME`, once or more, does these models alone, and leaves the rows of the others as they are. How long a step
+takes is its arithmetic at a share of the card's rate, or the copies of blocks that are brought in, if these take longer.
 """
 
+import argparse
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -107,6 +109,7 @@ MODELS = {
          "guidance_embeds": True, "in_channels": 128},
         (128, 16), 512, 15360,
     ),
+    "FLUX.3 Klein": Model("flux3", 1024, {"in_channels": 128, "flow_map": False}, (128, 16), 160, 20480, masked=True),
     "Z-Image": Model("zimage", 1024, {"in_channels": 16}, (16, 8), 128, 2560, masked=True),
     "Qwen-Image": Model("qwen-image", 1024, {**QWEN, "in_channels": 64}, (16, 8), 128, 3584, masked=True),
     "Qwen-Image 2.1": Model("qwen-image-21", 1024, {"in_channels": 64}, (64, 16), 128, 4096, masked=True),
@@ -195,35 +198,58 @@ def drawing_on(card: Card, weights: int) -> str:
     return f"{away:.0%} ({away * weights / GIB:.1f})" if away else "nothing"
 
 
-if __name__ == "__main__":
-    needs = {name: predictions(model) for name, model in MODELS.items()}
-    weights = {name: weight_bytes(model) for name, model in MODELS.items()}
-    titles = {name: f"{name}, {model.resolution} px" for name, model in MODELS.items()}
-    tables = {
-        "memory": table(
-            ["GiB", *map(column, PLANS)],
-            [[titles[name], *(f"{found[plan].memory / GIB:.1f}" for plan in PLANS)] for name, found in needs.items()],
-        ),
-        "training on cards": table(
-            ["", "TFLOP", *(card.name for card in CARDS)],
-            [
-                [
-                    titles[name],
-                    f"{found[PLANS[0]].operations / 1e12:.3g}",
-                    *(training_on(card, found, weights[name]) for card in CARDS),
-                ]
-                for name, found in needs.items()
-            ],
-        ),
-        "drawing on cards": table(
-            ["", "weights, GiB", *(f"{card.memory} GB" for card in CARDS)],
-            [
-                [name, f"{size / GIB:.1f}", *(drawing_on(card, size) for card in CARDS)]
-                for name, size in weights.items()
-            ],
-        ),
+def rows_of(model_name: str) -> dict[str, list[str]]:
+    """The model's row of each table, by the table's name."""
+    model = MODELS[model_name]
+    needs, weights, title = predictions(model), weight_bytes(model), titled(model_name)
+    return {
+        "memory": [title, *(f"{needs[plan].memory / GIB:.1f}" for plan in PLANS)],
+        "training on cards": [
+            title,
+            f"{needs[PLANS[0]].operations / 1e12:.3g}",
+            *(training_on(card, needs, weights) for card in CARDS),
+        ],
+        "drawing on cards": [model_name, f"{weights / GIB:.1f}", *(drawing_on(card, weights) for card in CARDS)],
     }
-    document = DOCUMENT.read_text()
-    for name, lines in tables.items():
-        document = replace_table(document, name, lines)
-    DOCUMENT.write_text(document)
+
+
+def titled(model_name: str) -> str:
+    """What the model's rows begin with where a picture's size matters."""
+    return f"{model_name}, {MODELS[model_name].resolution} px"
+
+
+HEADERS = {
+    "memory": ["GiB", *map(column, PLANS)],
+    "training on cards": ["", "TFLOP", *(card.name for card in CARDS)],
+    "drawing on cards": ["", "weights, GiB", *(f"{card.memory} GB" for card in CARDS)],
+}
+
+
+def with_rows(document: str, found: Mapping[str, Mapping[str, Sequence[str]]]) -> str:
+    """The document with these rows, by model and table, in its tables; those of other models stay as they are."""
+    for name, header in HEADERS.items():
+        rows = {cells[0]: cells for cells in rows_in(document, name) if cells[0] in {*MODELS, *map(titled, MODELS)}} | {
+            rows[name][0]: rows[name] for rows in found.values()
+        }
+        order = [title for model in MODELS for title in (model, titled(model)) if title in rows]
+        document = replace_table(document, name, table(header, [rows[title] for title in order]))
+    return document
+
+
+def rows_in(document: str, name: str) -> list[list[str]]:
+    """The rows of a table of the document."""
+    lines = document.split(f"<!-- table: {name} -->\n")[1].split("<!-- end -->", 1)[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--model", action="append", choices=MODELS, help="a model whose rows are predicted; default all"
+    )
+    names = parser.parse_args().model or list(MODELS)
+    DOCUMENT.write_text(with_rows(DOCUMENT.read_text(), {name: rows_of(name) for name in names}))
+
+
+if __name__ == "__main__":
+    main()
