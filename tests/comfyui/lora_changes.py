@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
 from core.tensor_names import NAME_TABLES, ModuleId
+from tests.small_models import IN_DIFFUSERS
 
 from .setup_comfyui import COMFYUI, PYTHON
 from .setup_invokeai import INVOKEAI
@@ -89,46 +90,6 @@ MODELS = {
         "ErnieImagePipeline",
     ),
 }
-# What the models that lora_reader.py calls small have otherwise.
-SMALL: dict[str, dict[str, Any]] = {
-    "sd15": {"block_out_channels": (32, 64, 128, 128)},
-    "sd2": {"block_out_channels": (64, 128, 256, 256), "attention_head_dim": 8},
-    "sdxl": {
-        "block_out_channels": (32, 64, 128),
-        "attention_head_dim": 8,
-        "transformer_layers_per_block": [1, 1, 1],
-    },
-    "sd3": {
-        "num_layers": 3,
-        "num_attention_heads": 3,
-        "caption_projection_dim": 192,
-        "pooled_projection_dim": 48,
-        "dual_attention_layers": (0, 1),
-    },
-    "flux1": {"num_attention_heads": 2, "joint_attention_dim": 64, "pooled_projection_dim": 48},
-    "chroma": {
-        "num_layers": 19,
-        "num_single_layers": 38,
-        "num_attention_heads": 1,
-        "joint_attention_dim": 64,
-        "approximator_hidden_dim": 64,
-        "approximator_layers": 2,
-    },
-    "flux2": {"num_attention_heads": 2, "joint_attention_dim": 96, "guidance_embeds": False},
-    "lumina2": {"hidden_size": 288, "num_attention_heads": 3, "num_kv_heads": 1, "cap_feat_dim": 64},
-    "zimage": {"dim": 1152, "n_heads": 9, "n_kv_heads": 9, "cap_feat_dim": 64, "n_refiner_layers": 1},
-    "qwen-image": {"num_attention_heads": 2, "joint_attention_dim": 64},
-    "krea2": {
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "intermediate_size": 768,
-        "text_hidden_dim": 64,
-        "text_num_attention_heads": 2,
-        "text_num_key_value_heads": 2,
-        "text_intermediate_size": 256,
-    },
-    "ernie-image": {"hidden_size": 256, "num_attention_heads": 2, "ffn_hidden_size": 384, "text_in_dim": 64},
-}
 CLIP_L, CLIP_H, CLIP_G = (12, 768), (23, 1024), (32, 1280)
 TEXT_ENCODERS: dict[str, dict[str, tuple[int, int] | str]] = {
     "sd15": {"text_encoder": CLIP_L},
@@ -163,7 +124,7 @@ def model_of(name: str) -> nn.Module:
 
     cls, config, _ = MODELS[family_of(name)]
     with torch.device("meta"):
-        model = getattr(diffusers, cls)(**config | (SMALL[family_of(name)] if name != family_of(name) else {}))
+        model = getattr(diffusers, cls)(**config | (IN_DIFFUSERS[family_of(name)] if name != family_of(name) else {}))
     return model.to_empty(device="cpu")
 
 

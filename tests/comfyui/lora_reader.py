@@ -30,6 +30,7 @@ import comfy.text_encoders.sd3_clip  # noqa: E402
 import model_writer  # noqa: E402
 import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
+from small_models import IN_COMFYUI  # noqa: E402
 
 UNET = {"image_size": 32, "in_channels": 4, "out_channels": 4, "num_res_blocks": [2, 2, 2, 2], "dtype": torch.float32,
         "use_spatial_transformer": True, "legacy": False, "use_temporal_attention": False, "transformer_depth_middle": 1,
@@ -90,15 +91,11 @@ MODELS = {
     "ernie-image": (supported.ErnieImage, {"image_model": "ernie", "num_layers": 2}),
 }  # fmt: skip
 MODELS |= {f"small-{name}": (cls, config) for name, (cls, config, *_) in model_writer.MODELS.items()}
-# Attention takes 64 channels at least, but SD1.5's.
-for name, width in {"sd15": 32, "sd2": 64, "sdxl": 32}.items():
-    MODELS[f"small-{name}"] = (MODELS[name][0], {**MODELS[name][1], "model_channels": width})
-MODELS["small-sdxl"][1].update(
-    transformer_depth=[0, 0, 1, 1, 1, 1], transformer_depth_middle=1, transformer_depth_output=[0, 0, 0, *[1] * 6]
-)
-MODELS["small-lumina2"] = (
-    supported.Lumina2, {**MODELS["lumina2"][1], "dim": 288, "cap_feat_dim": 64, "n_heads": 3, "n_kv_heads": 1}
-)  # fmt: skip
+MODELS |= {
+    f"small-{family}": (MODELS[family][0], {**MODELS[family][1], **small.config})
+    for family, small in IN_COMFYUI.items()
+    if not small.kind
+}
 TEXT_ENCODERS = {
     "sd15": comfy.sd1_clip.SD1ClipModel,
     "sd2": comfy.text_encoders.sd2_clip.SD2ClipModel,

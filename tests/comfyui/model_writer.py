@@ -10,6 +10,7 @@ a checkpoint, and `text.case0.…` for the captions in the file's metadata) and 
 # pyright: reportMissingImports=false
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import comfy.cli_args
@@ -31,68 +32,44 @@ import comfy.text_encoders.z_image  # noqa: E402
 import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 
-FLUX = {"axes_dim": [16, 56, 56], "num_heads": 2, "mlp_ratio": 4.0, "theta": 10000, "out_channels": 16, "qkv_bias": True,
-        "txt_ids_dims": [], "patch_size": 2, "in_channels": 16, "hidden_size": 256, "context_in_dim": 64, "vec_in_dim": 48,
-        "depth": 2, "depth_single_blocks": 2, "yak_mlp": False, "txt_norm": False}  # fmt: skip
-FLUX2 = {**FLUX, "image_model": "flux2", "axes_dim": [32] * 4, "mlp_ratio": 3.0, "theta": 2000, "in_channels": 128,
-         "out_channels": 128, "patch_size": 1, "vec_in_dim": None, "qkv_bias": False, "ops_bias": False, "txt_ids_dims": [3],
-         "context_in_dim": 96,
-         "global_modulation": True, "mlp_silu_act": True, "default_ref_method": "index",
-         "ref_index_scale": 10.0}  # fmt: skip
-# ComfyUI counts the modulations of as many blocks as the published model has.
-CHROMA = {**{name: value for name, value in FLUX.items() if name not in ("yak_mlp", "txt_norm")},
-          "image_model": "chroma", "in_channels": 64, "out_channels": 64, "num_heads": 1, "hidden_size": 128, "depth": 19,
-          "depth_single_blocks": 38, "in_dim": 64, "out_dim": 128, "hidden_dim": 64, "n_layers": 2}  # fmt: skip
-SD3 = {"in_channels": 16, "out_channels": 16, "patch_size": 2, "depth": 3, "input_size": None,
-       "adm_in_channels": 48, "num_patches": 144, "pos_embed_max_size": 12, "pos_embed_scaling_factor": None,
-       "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 192}},
-       "x_block_self_attn_layers": []}  # fmt: skip
-SD3_WIDTHS = {"context": 4096, "pooled": 48}  # ComfyUI fills CLIP's states up to so many
-Z_IMAGE = {"image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 1152, "cap_feat_dim": 64, "n_layers": 2,
-           "n_refiner_layers": 1, "qk_norm": True, "n_heads": 9, "n_kv_heads": 9, "axes_dims": [32, 48, 48],
-           "axes_lens": [1536, 512, 512], "rope_theta": 256.0, "ffn_dim_multiplier": 8 / 3, "z_image_modulation": True,
-           "time_scale": 1000.0, "pad_tokens_multiple": 32}  # fmt: skip
-QWEN_IMAGE = {"image_model": "qwen_image", "in_channels": 64, "num_layers": 2, "num_attention_heads": 2,
-              "joint_attention_dim": 64}  # fmt: skip
-KREA2 = {"image_model": "krea2", "features": 256, "heads": 2, "kvheads": 1, "layers": 2, "channels": 16, "patch": 2,
-         "txtlayers": 12, "txtdim": 64, "txtheads": 2, "txtkvheads": 2}  # fmt: skip
-ERNIE = {"image_model": "ernie", "hidden_size": 256, "num_attention_heads": 2, "num_layers": 2, "ffn_hidden_size": 384,
-         "text_in_dim": 64}  # fmt: skip
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from small_models import IN_COMFYUI  # noqa: E402
+
+SMALL = {family: small for family, small in IN_COMFYUI.items() if small.kind}
+SD3, FLUX1, FLUX2, Z_IMAGE, QWEN_IMAGE, KREA2, ERNIE = (
+    dict(SMALL[family].config) for family in ("sd3", "flux1", "flux2", "zimage", "qwen-image", "krea2", "ernie-image")
+)
+PLAIN_SD3 = {name: value for name, value in SD3.items() if name != "qk_norm"} | {"x_block_self_attn_layers": []}
 # Family, and after a dot what kind of it: ComfyUI's class and what its model_detection reads off a checkpoint, narrower;
 # channels of the latents; widths of text.
 MODELS = {
-    # 3.5 medium
-    "sd3": (supported.SD3, {**SD3, "qk_norm": "rms", "x_block_self_attn_layers": [0, 1]}, 16, SD3_WIDTHS),
-    "sd3.large": (supported.SD3, {**SD3, "qk_norm": "rms"}, 16, SD3_WIDTHS),
-    "sd3.medium": (supported.SD3, SD3, 16, SD3_WIDTHS),
-    "flux1": (supported.Flux, {**FLUX, "image_model": "flux", "guidance_embed": True}, 16, {"context": 64, "pooled": 48}),
-    "chroma": (supported.Chroma, CHROMA, 16, {"context": 64}),
-    "flux2": (supported.Flux2, {**FLUX2, "guidance_embed": False}, 128, {"context": 96}),
-    "flux2.9b": (supported.Flux2, {**FLUX2, "guidance_embed": False, "num_heads": 3, "hidden_size": 384}, 128, {"context": 96}),
+    family: (getattr(supported, small.kind), dict(small.config), small.channels, small.widths)
+    for family, small in SMALL.items()
+}
+MODELS |= {
+    "sd3.large": (supported.SD3, {**PLAIN_SD3, "qk_norm": "rms"}, 16, SMALL["sd3"].widths),
+    "sd3.medium": (supported.SD3, PLAIN_SD3, 16, SMALL["sd3"].widths),
+    "flux2.9b": (supported.Flux2, {**FLUX2, "num_heads": 3, "hidden_size": 384}, 128, {"context": 96}),
     "flux2.dev": (supported.Flux2, {**FLUX2, "guidance_embed": True}, 128, {"context": 96}),
-    "zimage": (supported.ZImage, Z_IMAGE, 16, {"context": 64}),
-    "qwen-image": (supported.QwenImage, QWEN_IMAGE, 16, {"context": 64}),
-    "krea2": (supported.Krea2, KREA2, 16, {"context": 12 * 64}),
-    "ernie-image": (supported.ErnieImage, ERNIE, 128, {"context": 64}),
-}  # fmt: skip
+}
 # The same at the published models' widths, with one or two blocks of each kind: for wide_models.py.
 WIDE_FLUX = {"hidden_size": 3072, "num_heads": 24, "depth": 1, "depth_single_blocks": 1}
 MODELS |= {
     "sd3.wide": (
         supported.SD3,
-        {**SD3, "qk_norm": "rms", "depth": 38, "num_blocks": 2, "adm_in_channels": 2048, "num_patches": 36864,
+        {**PLAIN_SD3, "qk_norm": "rms", "depth": 38, "num_blocks": 2, "adm_in_channels": 2048, "num_patches": 36864,
          "pos_embed_max_size": 192,
          "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 2432}}},
         16, {"context": 4096, "pooled": 2048},
     ),
     "flux1.wide": (
         supported.Flux,
-        {**FLUX, **WIDE_FLUX, "image_model": "flux", "guidance_embed": True, "context_in_dim": 4096, "vec_in_dim": 768},
+        {**FLUX1, **WIDE_FLUX, "context_in_dim": 4096, "vec_in_dim": 768},
         16, {"context": 4096, "pooled": 768},
     ),
     "flux2.wide": (
         supported.Flux2,
-        {**FLUX2, **WIDE_FLUX, "guidance_embed": False, "hidden_size": 4096, "num_heads": 32, "context_in_dim": 12288},
+        {**FLUX2, **WIDE_FLUX, "hidden_size": 4096, "num_heads": 32, "context_in_dim": 12288},
         128, {"context": 12288},
     ),
     "zimage.wide": (

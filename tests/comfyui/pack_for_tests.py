@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -32,6 +33,9 @@ import comfy.utils
 import folder_paths
 import tokenizers
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from small_models import IN_COMFYUI
 
 
 class PartlyLoaded:
@@ -74,24 +78,12 @@ NODE_CLASS_MAPPINGS = {"TestPartlyLoaded": PartlyLoaded, "TestPatchedWeights": P
 
 # ComfyUI takes what is 3840 wide for a Z-Image, and every Qwen-Image and Chroma is 3072 wide; these are the narrow ones of
 # model_writer.py.
-SMALL_ZIMAGE = {
-    "dim": 1152, "n_heads": 9, "n_kv_heads": 9, "n_refiner_layers": 1, "axes_dims": [32, 48, 48],
-    "axes_lens": [1536, 512, 512], "rope_theta": 256.0, "ffn_dim_multiplier": 8 / 3, "z_image_modulation": True,
-    "time_scale": 1000.0, "pad_tokens_multiple": 32,
-}  # fmt: skip
 SMALL = {
-    "qwen_image": {"num_attention_heads": 2, "joint_attention_dim": 64},
-    "krea2": {"txtheads": 2, "txtkvheads": 2},
-    "ernie": {"hidden_size": 256, "num_attention_heads": 2, "num_layers": 2, "ffn_hidden_size": 384, "text_in_dim": 64},
-    "chroma": {
-        "out_dim": 128,
-        "hidden_dim": 64,
-        "n_layers": 2,
-        "hidden_size": 128,
-        "num_heads": 1,
-        "context_in_dim": 64,
-    },
+    small.config["image_model"]: {name: small.config[name] for name in small.undetected}
+    for small in IN_COMFYUI.values()
+    if small.undetected
 }
+SMALL_ZIMAGE = SMALL.pop("lumina2")
 detect = comfy.model_detection.detect_unet_config
 
 

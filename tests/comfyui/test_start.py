@@ -1,7 +1,6 @@
 """How the pack starts and comes back: quickly, from any folder, beside other packs, after the power was cut."""
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -44,7 +43,7 @@ def folder(comfy_folder, tmp_path_factory) -> Path:
     neighbour.mkdir(parents=True)
     (neighbour / "__init__.py").write_text(NEIGHBOUR)
     (neighbour / "nodes.py").write_text(NODES)
-    shutil.copy(TEST_PACK, base / "custom_nodes")
+    (base / "custom_nodes" / TEST_PACK.name).symlink_to(TEST_PACK)
     for name in ("core", "utils"):
         (neighbour / f"{name}.py").write_text("OWNER = 'neighbour'\n")
     (base / "models" / "loras").mkdir(parents=True)
