@@ -71,7 +71,8 @@ def conditioning_of(base: Base, case: Mapping[str, Tensor]) -> Conditioning:
 
 def assert_same(ours: Tensor, theirs: Tensor) -> None:
     assert ours.shape == theirs.shape
-    assert (ours - theirs).norm() < 1e-3 * theirs.norm()
+    # The most that was found: 2.3e-5 for FLUX.2, 5.6e-6 for Z-Image, 1.4e-6 for what is compared of all others.
+    assert (ours - theirs).norm() < 1e-4 * theirs.norm()
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
