@@ -112,6 +112,11 @@ class Base:
         """Whether the model is known to be distilled to a few steps, which training on it would undo."""
         return self.says_distilled or self.family.is_distilled(self.components["denoiser"].config)
 
+    @property
+    def is_flow_map(self) -> bool:
+        """Whether the model predicts the mean velocity over a step, of which it is told where it leads to."""
+        return self.family.is_flow_map(self.components["denoiser"].config)
+
     def as_distilled(self) -> "Base":
         """The base model as one that says that it was distilled to a few steps, for one of which that is known otherwise."""
         base = replace(self, says_distilled=True)

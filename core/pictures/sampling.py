@@ -89,13 +89,15 @@ class FlowEuler:
 def sampler_name(name: str | None, base: Base) -> str:
     """The sampler's name, for None the one that suits the base model's family.
 
-    Raises BadConfig for a sampler that the family does not have.
+    Raises BadConfig for a sampler that the family does not have, or that does more with a flow map's steps than take them.
     """
     known, usual = (SAMPLERS, "dpmpp_2m_karras") if base.family.predicts_noise else (FLOW_SAMPLERS, "euler")
     if name is None:
         return usual
     if name not in known:
         raise BadConfig(f"sampler = {name!r}: {base.family.title} has {', '.join(known)}")
+    if base.is_flow_map and name != usual:
+        raise BadConfig(f"sampler = {name!r}: {base.name} is a flow map, which is drawn with {usual} alone")
     return name
 
 
@@ -236,12 +238,10 @@ def guided_prediction(
         without = _stack(negative, picture, device, dtype)
         conditioning = stack_conditioning([without, conditioning])
 
-    is_flow_map = base.family.is_flow_map(base.components["denoiser"].config)
-
     def predict(latents: Tensor, timestep: Tensor, following: Tensor) -> Tensor:
         model_input = (torch.cat([latents, latents]) if scale != 1 else latents).to(dtype)
         at, target = (time.expand(len(model_input)).to(device) for time in (timestep, following))
-        given = conditioning | {"target": target} if is_flow_map else conditioning
+        given = conditioning | {"target": target} if base.is_flow_map else conditioning
         prediction = base.family.predict(denoiser, model_input, at, given).float()
         if scale == 1:
             return prediction

@@ -30,7 +30,7 @@ from core.models.base import Base, load_base
 from core.models.families import FAMILIES
 from core.models.memory_plan import blocks_of
 from core.models.spec import Conditioning, stack_conditioning
-from core.pictures.sampling import sample_latents
+from core.pictures.sampling import sample_latents, sampler_name
 from core.tensor_names import NAME_TABLES
 from core.training.callbacks import Callbacks
 from core.training.job import check_base_options
@@ -380,6 +380,13 @@ def test_pictures_are_drawn_along_diffusers_steps(flow_map):
         velocity = found[0] if flow_map else guider.forward(*found).pred
         latents = scheduler.step(velocity, time, latents, return_dict=False)[0]  # pyright: ignore
     assert error_of(ours, latents) < 1e-4
+
+
+def test_a_flow_map_is_drawn_with_eulers_method_alone():
+    base = small_flow_base("flux3", flow_map=True)
+    assert sampler_name(None, base) == "euler" and sampler_name("unipc", small_flow_base("flux3")) == "unipc"
+    with pytest.raises(BadConfig, match="is a flow map, which is drawn with euler alone"):
+        sampler_name("unipc", base)
 
 
 def test_a_flow_map_is_refused_for_training_and_learns_the_velocity_at_a_time_where_it_is_allowed():
