@@ -251,7 +251,8 @@ FLUX3 = NameTable(
     ),
     of_original=_of_original_3,
     of_diffusers=_of_diffusers_3,
-    listings={"FLUX.3 Klein": Listing("Flux.3 Klein", "FLUX Kommunity License")},
+    # No name of its own in Civitai's list is known here.
+    listings={"FLUX.3 Klein": Listing("Other", "FLUX Kommunity License")},
     loaded=LoadedNames(
         comfyui=frozenset(),
         diffusers=frozenset({"diffusers", "comfy"}),
