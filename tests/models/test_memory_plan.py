@@ -26,8 +26,9 @@ from core.errors import OutOfMemory
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
 from core.models.base import Base, load_base
-from core.models.eight_bit import EightBitConv2d, EightBitLinear, narrow_weights, narrowed, widened
+from core.models.eight_bit import narrow_weights, narrowed
 from core.models.memory_plan import PLANS, MemoryCount, MemoryPlan, MemorySaver, blocks_of
+from core.models.narrow_layers import NarrowConv2d, NarrowLinear
 from core.pictures.generate import GenerateConfig, Job, generate
 from core.pictures.sampling import decode_latents, encode_pictures
 from core.storage.cache_folder import cache_in, clear_cache
@@ -623,8 +624,8 @@ def test_a_layer_in_8_bits_computes_with_its_rounded_weight(kind):
     )
     network = nn.Sequential(frozen)
     narrow_weights(network, CPU)
-    assert isinstance(network[0], EightBitLinear if kind == "linear" else EightBitConv2d)
-    rounded = widened(*narrowed(frozen.weight), torch.float32)
+    assert isinstance(network[0], NarrowLinear if kind == "linear" else NarrowConv2d)
+    rounded = narrowed(frozen.weight).widened(torch.float32)
     x = torch.randn((5, 300) if kind == "linear" else (2, 64, 9, 9), requires_grad=True)
     again = x.detach().clone().requires_grad_()
     plain = F.linear if kind == "linear" else lambda x, weight, bias: F.conv2d(x, weight, bias, 2, 1)
@@ -637,7 +638,7 @@ def test_a_layer_in_8_bits_computes_with_its_rounded_weight(kind):
 
 def test_8_bits_with_a_scale_for_each_output_lose_less_than_fp8():
     weight = torch.randn(640, 640, generator=torch.Generator().manual_seed(1))
-    wide = widened(*narrowed(weight), torch.float32)
+    wide = narrowed(weight).widened(torch.float32)
     scale = weight.abs().amax(dim=1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
     fp8 = (weight / scale).to(torch.float8_e4m3fn).float() * scale
     errors = [((rounded - weight).norm() / weight.norm()).item() for rounded in (wide, fp8)]

@@ -1,7 +1,8 @@
 """The layer that LoRA puts in the place of a frozen one. It passes over its activations as few times as possible."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -9,7 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ...models.eight_bit import EightBitLinear, widened
+from ...models.narrow_layers import as_under_autocast, narrow_of
+from ...storage.narrow import Widen
+
+_Form = tuple[float, Widen, int]
+"""The factor on a layer's change, the way in which its weight is widened, and the number of the weight's parts."""
 
 
 class LoraLayer(nn.Module):
@@ -46,10 +51,10 @@ class LoraLayer(nn.Module):
         layer: Any = self.base_layer
         if not self.enabled:
             return layer(x)
-        linear = isinstance(layer, nn.Linear | EightBitLinear)
+        linear = isinstance(layer, nn.Linear)
         if linear and not (self.dropout and self.training):
             return self.together.output(self, x)
-        x = _as_under_autocast(x)
+        x = as_under_autocast(x)
         down, (up,) = self.together.matrices(x.dtype)
         dropped = F.dropout(x, self.dropout, self.training)
         if linear:
@@ -86,7 +91,7 @@ class SharedInput:
     def output(self, layer: LoraLayer, x: Tensor) -> Tensor:
         """The output of one of the layers."""
         if self._ahead is None or self._ahead[0] is not x or layer not in self._ahead[1]:
-            self._ahead = x, dict(zip(self.layers, self._outputs(_as_under_autocast(x)), strict=True))
+            self._ahead = x, dict(zip(self.layers, self._outputs(as_under_autocast(x)), strict=True))
         outputs = self._ahead[1]
         result = outputs.pop(layer)
         if not outputs:
@@ -100,41 +105,36 @@ class SharedInput:
     def _outputs(self, x: Tensor) -> tuple[Tensor, ...]:
         down, ups = self.matrices(x.dtype)
         bases: list[Any] = [layer.base_layer for layer in self.layers]
-        narrow = [isinstance(base, EightBitLinear) for base in bases]
-        weights = [base.narrow if small else base.weight for base, small in zip(bases, narrow, strict=True)]
-        scales = [base.scale if small else None for base, small in zip(bases, narrow, strict=True)]
+        weights = [narrow_of(base) for base in bases]
         biases = [base.bias for base in bases]
-        factors = [layer.scale for layer in self.layers]
-        return _AdaptedLinears.apply(x, factors, down, *ups, *weights, *scales, *biases)
-
-
-def _as_under_autocast(x: Tensor) -> Tensor:
-    """The input of a Linear under autocast, which would cast a norm's float32 output: sums in place need one dtype."""
-    kind = x.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return x.to(torch.get_autocast_dtype(kind)) if autocast else x
+        forms = [
+            (layer.scale, weight.widen, len(weight.parts)) for layer, weight in zip(self.layers, weights, strict=True)
+        ]
+        parts = [part for weight in weights for part in weight.parts]
+        return _AdaptedLinears.apply(x, forms, down, *ups, *biases, *parts)
 
 
 class _AdaptedLinears(torch.autograd.Function):
     """x W^T + bias + factor * (x A^T) B^T for several layers. Changes are added in place, and only x and x A^T are kept.
 
     `down` has the matrices A, one below the other, or the one that all layers share. The others are given as all matrices B,
-    all weights, all scales of weights in 8 bits, and all biases. Everything but these is in the dtype of x.
+    all biases, and the parts of all weights, which are widened for a product and again for the backward pass. Everything but
+    these parts is in the dtype of x.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factors: Sequence[float], down: Tensor, *others: Any) -> tuple[Tensor, ...]:
-        ups, weights, scales, biases = _parts(others, len(factors))
+    def forward(ctx: Any, x: Tensor, forms: Sequence[_Form], down: Tensor, *others: Any) -> tuple[Tensor, ...]:
+        ups, biases, parts = others[: len(forms)], others[len(forms) : 2 * len(forms)], others[2 * len(forms) :]
         low = F.linear(x, down)
         results = []
-        for part, factor, up, weight, scale, bias in zip(
-            _columns(low, ups), factors, ups, weights, scales, biases, strict=True
+        for column, (factor, widen, _), up, weight, bias in zip(
+            _columns(low, ups), forms, ups, _by_layer(parts, forms), biases, strict=True
         ):
-            result = F.linear(x, widened(weight, scale, x.dtype), bias)
-            result.view(-1, result.shape[-1]).addmm_(part, up.t(), alpha=factor)
+            result = F.linear(x, widen(weight, x.dtype), bias)
+            result.view(-1, result.shape[-1]).addmm_(column, up.t(), alpha=factor)
             results.append(result)
-        ctx.save_for_backward(x, low, down, *ups, *weights, *scales)
-        ctx.factors = factors
+        ctx.save_for_backward(x, low, down, *ups, *parts)
+        ctx.forms = forms
         return tuple(results)
 
     @staticmethod
@@ -143,29 +143,34 @@ class _AdaptedLinears(torch.autograd.Function):
         ctx: Any, *gradients: Tensor
     ) -> tuple[Any, ...]:
         x, low, down, *others = ctx.saved_tensors
-        ups, weights, scales = _parts(others, len(ctx.factors))
+        forms: Sequence[_Form] = ctx.forms
+        ups, weights = others[: len(forms)], _by_layer(others[len(forms) :], forms)
         low_gradient = torch.empty_like(low)
         parts, low_gradients = _columns(low, ups), _columns(low_gradient, ups)
         x_gradient, up_gradients = None, []
-        for number, (gradient, factor) in enumerate(zip(gradients, ctx.factors, strict=True)):
+        for number, (gradient, (factor, widen, _)) in enumerate(zip(gradients, forms, strict=True)):
             gradient, up = gradient.flatten(0, -2), ups[number]
             # With beta = 0 addmm ignores the values of its first argument, and multiplies a product by alpha in one kernel.
             summed = number > 0 and len(down) == up.shape[1]  # the layers share one matrix A
             low_gradients[number].addmm_(gradient, up, beta=int(summed), alpha=factor)
             up_gradients.append(torch.addmm(up, gradient.t(), parts[number], beta=0, alpha=factor))
             if ctx.needs_input_grad[0]:
-                weight = widened(weights[number], scales[number], x.dtype)
-                x_gradient = gradient @ weight if x_gradient is None else x_gradient.addmm_(gradient, weight)
+                x_gradient = _plus_product(x_gradient, gradient, widen(weights[number], x.dtype))
         low_gradient = low_gradient.flatten(0, -2)
         down_gradient = low_gradient.t() @ x.flatten(0, -2)
         if x_gradient is not None:
             x_gradient = x_gradient.addmm_(low_gradient, down).view(x.shape)
-        return x_gradient, None, down_gradient, *up_gradients, *(None,) * 3 * len(ups)
+        return x_gradient, None, down_gradient, *up_gradients, *(None,) * (len(ctx.needs_input_grad) - 3 - len(ups))
 
 
-def _parts(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    """The values in parts of that size."""
-    return (values[start : start + size] for start in range(0, len(values), size))
+def _plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    return left @ right if total is None else total.addmm_(left, right)
+
+
+def _by_layer(parts: Sequence[Tensor], forms: Sequence[_Form]) -> list[Sequence[Tensor]]:
+    """The parts of each layer's weight."""
+    ends = list(accumulate(count for _, _, count in forms))
+    return [parts[end - count : end] for end, (_, _, count) in zip(ends, forms, strict=True)]
 
 
 def _columns(low: Tensor, ups: Sequence[Tensor]) -> Sequence[Tensor]:

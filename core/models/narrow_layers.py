@@ -1,0 +1,127 @@
+"""Frozen layers whose weights are kept as they are stored, in few bits, and widened whenever they are used."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input
+
+from ..storage.narrow import NarrowTensor, Widen, as_stored
+
+
+class NarrowLayer(nn.Module):
+    """The base class of frozen layers whose weight is a NarrowTensor. Its parts are parameters, so that they can be moved."""
+
+    def _take(self, weight: NarrowTensor, bias: Any, dtype: torch.dtype) -> None:
+        self.dtype: torch.dtype = dtype
+        self._widen = weight.widen
+        self._shape = weight.shape
+        self._names = tuple(f"part_{number}" for number in range(len(weight.parts)))
+        for name, part in zip(self._names, weight.parts, strict=True):
+            self.register_parameter(name, nn.Parameter(part, requires_grad=False))
+        self.register_parameter("bias", bias)
+
+    @property
+    def narrow(self) -> NarrowTensor:
+        """The weight as it is kept, with its parts where they are now."""
+        return NarrowTensor(tuple(getattr(self, name) for name in self._names), self._widen, self._shape)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in the dtype of the network, widened for each call."""
+        return self.narrow.widened(self.dtype)
+
+
+class NarrowLinear(NarrowLayer, nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride]
+    def __init__(self, layer: nn.Linear, weight: NarrowTensor, dtype: torch.dtype):
+        """Takes the place of a layer with that weight, in a network of that dtype."""
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self._take(weight, layer.bias, dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.narrow
+        return _Linear.apply(as_under_autocast(input), weight.widen, self.bias, *weight.parts)
+
+
+class NarrowConv2d(NarrowLayer, nn.Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
+    def __init__(self, layer: nn.Conv2d, weight: NarrowTensor, dtype: torch.dtype):
+        """Takes the place of a layer with that weight, in a network of that dtype."""
+        nn.Module.__init__(self)
+        for name in (*nn.Conv2d.__constants__, "_reversed_padding_repeated_twice"):
+            setattr(self, name, getattr(layer, name))
+        self._take(weight, layer.bias, dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.narrow
+        places = (self.stride, self.padding, self.dilation, self.groups)
+        return _Conv2d.apply(as_under_autocast(input), weight.widen, places, self.bias, *weight.parts)
+
+
+def can_be_narrow(layer: nn.Module) -> bool:
+    """Whether a layer is one whose weight can be kept narrow, and is not yet."""
+    is_known = isinstance(layer, nn.Linear | nn.Conv2d) and not isinstance(layer, NarrowLayer)
+    return is_known and getattr(layer, "padding_mode", "zeros") == "zeros"
+
+
+def make_narrow(network: nn.Module, path: str, weight: NarrowTensor, dtype: torch.dtype) -> None:
+    """Replaces the layer of a network at that path by one that keeps its weight narrow."""
+    layer: Any = network.get_submodule(path)
+    kind: Any = NarrowLinear if isinstance(layer, nn.Linear) else NarrowConv2d
+    made = kind(layer, weight, dtype)
+    made._forward_hooks.update(layer._forward_hooks)  # a training adapter's
+    network.set_submodule(path, made)
+
+
+def narrow_of(layer: Any) -> NarrowTensor:
+    """The weight of a layer as it is kept; for a layer with a plain weight, that weight."""
+    if isinstance(layer, NarrowLayer):
+        return layer.narrow
+    return NarrowTensor((layer.weight,), as_stored, tuple(layer.weight.shape))
+
+
+def as_under_autocast(x: Tensor) -> Tensor:
+    """The input of a layer as autocast gives it to the product, which would cast a norm's float32 output."""
+    kind = x.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return x.to(torch.get_autocast_dtype(kind)) if autocast else x
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer that widens its weight again for the backward pass, instead of keeping it widened."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, widen: Widen, bias: Tensor | None, *parts: Tensor) -> Tensor:
+        ctx.save_for_backward(*parts)
+        ctx.widen = widen
+        return F.linear(x, widen(parts, x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        parts: Sequence[Tensor] = ctx.saved_tensors
+        return gradients[0] @ ctx.widen(parts, gradients[0].dtype), *(None,) * (2 + len(parts))
+
+
+class _Conv2d(torch.autograd.Function):
+    """A convolution that widens its weight again for the backward pass, instead of keeping it widened."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, widen: Widen, places: tuple, bias: Tensor | None, *parts: Tensor) -> Tensor:
+        ctx.save_for_backward(*parts)
+        ctx.widen, ctx.places, ctx.shape = widen, places, x.shape
+        return F.conv2d(x, widen(parts, x.dtype), bias, *places)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        parts: Sequence[Tensor] = ctx.saved_tensors
+        weight = ctx.widen(parts, gradients[0].dtype)
+        return conv2d_input(ctx.shape, weight, gradients[0], *ctx.places), *(None,) * (3 + len(parts))
