@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..device import free_memory
 from ..errors import BadConfig, BadFile, FaceLoraError, UnknownFamily, UnmatchedKeys
 from ..storage.gguf_file import SUFFIX, open_gguf
-from ..storage.lazy import LazyTensors, Stored, dtype_and_shape
+from ..storage.lazy import LazyTensors, Stored, dtype_and_shape, narrow_in
 from ..storage.safetensors_file import SafetensorsFile, tensor_bytes
 from ..tensor_names import NAME_TABLES, PUBLISHED_BLOCKS, NameTable, blocks_in_a_level
 from . import text
@@ -155,10 +155,20 @@ class Base:
             return schedule
         return replace(schedule, shift=lambda positions: shift)
 
-    def load(self, part: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The network of a part with frozen weights, in evaluation mode. Raises BadFile when the base model lacks it."""
+    def load(self, part: str, device: torch.device, dtype: torch.dtype, as_stored: bool = False) -> nn.Module:
+        """The network of a part with frozen weights, in evaluation mode. Raises BadFile when the base model lacks it.
+
+        With `as_stored`, weights that are quantised or in fp8 take the memory that they take in their file: layers widen them
+        whenever they are used, and compute the same. They cannot be trained then, nor changed.
+        """
         what = f"{self.name}: the {part.replace('_', ' ')}"
-        return materialise(self._empty(part), self._component(part).tensors, what, device, dtype)
+        return materialise(self._empty(part), self._component(part).tensors, what, device, dtype, as_stored)
+
+    @cached_property
+    def is_narrow(self) -> bool:
+        """Whether weights of the denoiser are stored in fewer bits than a training computes with."""
+        tensors = self._component("denoiser").tensors
+        return any(narrow_in(tensors, name) for name in tensors)
 
     def _empty(self, part: str) -> nn.Module:
         """The network of a part without numbers. Raises BadFile when the part is lacking or its config makes no sense."""
@@ -175,10 +185,14 @@ class Base:
             reason = next(iter(str(error).splitlines()), "")
             raise BadFile(f"{what} makes no sense: {type(error).__name__}: {reason}") from error
 
-    def weight_bytes(self, part: str, dtype: torch.dtype) -> int:
-        """The bytes of the part's weights in that dtype. BadFile when the base has no such part."""
+    def weight_bytes(self, part: str, dtype: torch.dtype, as_stored: bool = False) -> int:
+        """The bytes of the part's weights in that dtype, `as_stored` as in `load`. BadFile when the base has no such part."""
         tensors = self._component(part).tensors
-        return sum(dtype.itemsize * math.prod(dtype_and_shape(tensors, name)[1]) for name in tensors)
+        narrow = {name: narrow_in(tensors, name) if as_stored else None for name in tensors}
+        return sum(
+            weight.nbytes if weight else dtype.itemsize * math.prod(dtype_and_shape(tensors, name)[1])
+            for name, weight in narrow.items()
+        )
 
     def _component(self, part: str) -> Component:
         if part not in self.components:

@@ -5,7 +5,7 @@ import weakref
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -39,7 +39,9 @@ class MemoryPlan:
 
     They are those with the fewest weights, whose activations are the largest for the arithmetic that they cost."""
     weights: Literal["full", "8 bits"] = "full"
-    """The storage of the denoiser's frozen weights: in the precision of the run, or in 8 bits (core/models/eight_bit.py)."""
+    """The storage of the denoiser's frozen weights: in the precision of the run, or in 8 bits (core/models/eight_bit.py).
+
+    Weights that are narrow in the model's own file are kept as they are in it, and no other plan than "full" is for them."""
     offload: float = 0.0
     """The share of the blocks whose frozen weights stay in the computer's memory, and are copied to the device one block
     ahead, 0 to 1. They lie evenly among the others, so that each is copied while a block that is on the device works.
@@ -77,9 +79,16 @@ WEIGHTS_IN_DRAWING = 0.7
 activations, for the blocks that are just there, and for the VAE."""
 
 
-def plans_for(gradient_checkpointing: Literal["auto", "on", "off"], frozen: bool = True) -> tuple[MemoryPlan, ...]:
-    """The plans that the setting allows, in the order of `PLANS`. Without `frozen` weights they only recompute."""
+def plans_for(
+    gradient_checkpointing: Literal["auto", "on", "off"], frozen: bool = True, narrow: bool = False
+) -> tuple[MemoryPlan, ...]:
+    """The plans that the setting allows, in the order of `PLANS`. Without `frozen` weights they only recompute.
+
+    Weights that are `narrow` in the model's file are rounded no further, so that none of their plans changes the results.
+    """
     plans = [plan for plan in PLANS if frozen or (plan.weights, plan.offload) == ("full", 0)]
+    if narrow:
+        plans = list(dict.fromkeys(replace(plan, weights="full") for plan in plans))
     if gradient_checkpointing == "auto":
         return tuple(plans)
     wanted = float(gradient_checkpointing == "on")
@@ -89,10 +98,10 @@ def plans_for(gradient_checkpointing: Literal["auto", "on", "off"], frozen: bool
 def first_that_fits(plans: Sequence[MemoryPlan], fits: Callable[[MemoryPlan], bool]) -> MemoryPlan:
     """The first of the plans that fits, and the last one where none does; `fits` is asked about few of them, since a
     prediction takes seconds."""
-    full = [plan for plan in plans if plan.weights == "full"]
-    narrow = plans[len(full) :]
-    found = next((plan for plan in full if fits(plan)), None)
-    return found or plans[min(len(full) + bisect_left(narrow, True, key=fits), len(plans) - 1)]
+    first = [plan for plan in plans if plan.weights == "full" and not plan.offload]
+    others = plans[len(first) :]
+    found = next((plan for plan in first if fits(plan)), None)
+    return found or plans[min(len(first) + bisect_left(others, True, key=fits), len(plans) - 1)]
 
 
 def drawing_plan(weights: int, free: int | None) -> MemoryPlan:

@@ -1,14 +1,15 @@
 """Reads weights that are quantised, in the formats of ComfyUI's files, as the weights that they stand for.
 
-The formats and their names are those of comfy-kitchen: fp8 with scales, whole numbers (also rotated, as in ConvRot), MXFP8 and
-NVFP4. All is widened to bf16 when it is read: bit for bit as ComfyUI does, but for fp8, whose scale it rounds to bf16 before.
+The formats and their names are those of comfy-kitchen: fp8 with scales, whole numbers in 8 bits and in 4 (also rotated, as in
+ConvRot), MXFP8 and NVFP4. All of them are widened to bf16, bit for bit as ComfyUI does: when they are read, or by layers that
+keep them as they are whenever they are used (narrow_layers.py).
 """
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ..errors import BadFile
 from ..storage.lazy import LazyTensors, Stored, dtype_and_shape
+from ..storage.narrow import NarrowTensor, Widen
 from ..storage.safetensors_file import SafetensorsFile
 from .spec import UNQUANTISED
 
@@ -87,8 +89,10 @@ class _Format:
 
     fits: Callable[[torch.dtype, Shape, Mapping[str, Shape], Mapping[str, Any]], bool]
     """Whether a stored weight's dtype and shape fit the shapes of its scales and what is said of the layer."""
-    widen: Callable[[Tensor, Mapping[str, Tensor], Mapping[str, Any]], Tensor]
-    """The weight for (what is stored, its scales by the ends of their names, what is said of the layer)."""
+    parts: Callable[[Tensor, Mapping[str, Tensor]], tuple[Tensor, ...]]
+    """The parts of a NarrowTensor for (what is stored, its scales by the ends of their names)."""
+    widen: Callable[[Mapping[str, Any]], Widen]
+    """How these parts are widened, by what is said of the layer."""
     scales: tuple[str, ...] = ()
     """The ends of the names of its scales; for none it is one of _WEIGHT_SCALES."""
     numbers: int = 1
@@ -109,8 +113,12 @@ class _Quantised(Stored):
         return {end: self.layer + end for end in ends}
 
     def __call__(self) -> Tensor:
+        return self.narrow().widened(torch.bfloat16)
+
+    def narrow(self) -> NarrowTensor:
         scales = {end: self.tensors[name] for end, name in self._scales().items()}
-        return self.format.widen(self.tensors[self.name], scales, self.said).to(torch.bfloat16)
+        parts = self.format.parts(self.tensors[self.name], scales)
+        return NarrowTensor(parts, self.format.widen(self.said), self.layout()[1])
 
     def layout(self) -> tuple[torch.dtype, Shape]:
         *rows, columns = dtype_and_shape(self.tensors, self.name)[1]
@@ -146,9 +154,20 @@ def _fits_fp8(dtype: torch.dtype, shape: Shape, scales: Mapping[str, Shape], sai
     return dtype.is_floating_point and _has_scale_of_rows(shape, scales)
 
 
-def _times_scale(weight: Tensor, scales: Mapping[str, Tensor], said: Mapping[str, Any]) -> Tensor:
+def _with_scale_of_rows(weight: Tensor, scales: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     (scale,) = scales.values()
-    return weight.float() * scale.float().reshape(-1, *[1] * (weight.ndim - 1))
+    ones = [1] * (weight.ndim - 1)
+    return weight, scale.float().reshape([] if scale.numel() == 1 else [-1, *ones])
+
+
+def _widen_fp8(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    weight, scale = parts
+    # In bf16, as ComfyUI has it.
+    return weight.to(torch.bfloat16, copy=True).mul_(scale.bfloat16()).to(dtype)
+
+
+def _times_scale(weight: Tensor, scale: Tensor) -> Tensor:
+    return weight.float().mul_(scale)
 
 
 def _rotated_in(said: Mapping[str, Any]) -> int:
@@ -168,28 +187,36 @@ def _fits_int8(dtype: torch.dtype, shape: Shape, scales: Mapping[str, Shape], sa
     return dtype == torch.int8 and can_be_rotated and _has_scale_of_rows(shape, scales)
 
 
-def _widen_int8(weight: Tensor, scales: Mapping[str, Tensor], said: Mapping[str, Any]) -> Tensor:
-    widened = _times_scale(weight, scales, said)
-    if size := _rotated_in(said):
-        # ConvRot turns the inputs in groups before it rounds, by a matrix that is its own inverse.
-        return (widened.reshape(len(widened), -1, size) @ _rotation(size)).reshape(widened.shape)
-    return widened
+def _widen_int8(parts: Sequence[Tensor], dtype: torch.dtype, size: int) -> Tensor:
+    return _turned_back(_times_scale(*parts), size).bfloat16().to(dtype)
 
 
-@lru_cache(maxsize=4)
-def _rotation(size: int) -> Tensor:
-    """The symmetric orthogonal matrix (size, size) of ConvRot: a Kronecker power of a regular Hadamard matrix of order 4."""
-    of_four = torch.ones(4, 4) - 2 * torch.eye(4).flip(0)
+def _fits_int4(dtype: torch.dtype, shape: Shape, scales: Mapping[str, Shape], said: Mapping[str, Any]) -> bool:
+    return _fits_int8(dtype, (*shape[:-1], 2 * shape[-1]), scales, {**said, "convrot": True})
+
+
+def _widen_int4(parts: Sequence[Tensor], dtype: torch.dtype, size: int) -> Tensor:
+    pairs, scale = parts
+    # Two numbers from -8 to 7 in a byte, the first in its lower half.
+    numbers = torch.stack([pairs << 4 >> 4, pairs >> 4], dim=-1).flatten(-2)
+    return _turned_back(_times_scale(numbers, scale), size).bfloat16().to(dtype)
+
+
+def _turned_back(weight: Tensor, size: int) -> Tensor:
+    """The weight whose inputs ConvRot turned in groups of that size before it rounded them; as it is for 0.
+
+    The matrix is symmetric and orthogonal, and so its own inverse: a Kronecker power of a regular Hadamard matrix of order 4.
+    """
+    if not size:
+        return weight
+    of_four = torch.ones(4, 4, device=weight.device) - 2 * torch.eye(4, device=weight.device).flip(0)
     matrix = of_four
     while len(matrix) < size:
         matrix = torch.kron(matrix, of_four)
-    return matrix / math.sqrt(size)
+    return (weight.reshape(len(weight), -1, size) @ (matrix / math.sqrt(size))).reshape(weight.shape)
 
 
 # --- a scale for each block of a row ---
-
-_FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-"""The numbers that E2M1's 16 codes stand for."""
 
 
 def _fits_blocks(shape: Shape, blocks: Shape, size: int) -> bool:
@@ -207,7 +234,7 @@ def _in_rows(scales: Tensor, rows: int, columns: int) -> Tensor:
     """
     down, across = math.ceil(rows / 128), math.ceil(columns / 4)
     tiles = scales.reshape(down, across, 32, 4, 4)
-    return tiles.permute(0, 3, 2, 1, 4).reshape(down * 128, across * 4)[:rows, :columns]
+    return tiles.permute(0, 3, 2, 1, 4).reshape(down * 128, across * 4)[:rows, :columns].contiguous()
 
 
 def _fits_mxfp8(dtype: torch.dtype, shape: Shape, scales: Mapping[str, Shape], said: Mapping[str, Any]) -> bool:
@@ -215,12 +242,15 @@ def _fits_mxfp8(dtype: torch.dtype, shape: Shape, scales: Mapping[str, Shape], s
     return dtype == torch.float8_e4m3fn and _fits_blocks(shape, blocks, 32)
 
 
-def _widen_mxfp8(weight: Tensor, scales: Mapping[str, Tensor], said: Mapping[str, Any]) -> Tensor:
-    rows, columns = weight.shape
-    (scale,) = scales.values()
-    exponents = _in_rows(scale.view(torch.uint8), rows, columns // 32)
+def _mxfp8_parts(weight: Tensor, scales: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    (exponents,) = scales.values()
+    return weight, _in_rows(exponents.view(torch.uint8), len(weight), weight.shape[1] // 32)
+
+
+def _widen_mxfp8(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    weight, exponents = parts
     powers = (exponents.int() << 23).view(torch.float32)  # an exponent of float32, of which 0 is the number 0
-    return (weight.float().reshape(rows, -1, 32) * powers[..., None]).reshape(rows, columns)
+    return (weight.float().unflatten(1, (-1, 32)) * powers[..., None]).flatten(1).bfloat16().to(dtype)
 
 
 def _fits_nvfp4(dtype: torch.dtype, shape: Shape, scales: Mapping[str, Shape], said: Mapping[str, Any]) -> bool:
@@ -228,21 +258,43 @@ def _fits_nvfp4(dtype: torch.dtype, shape: Shape, scales: Mapping[str, Shape], s
     return dtype == torch.uint8 and math.prod(whole) == 1 and _fits_blocks((*shape[:-1], 2 * shape[-1]), blocks, 16)
 
 
-def _widen_nvfp4(weight: Tensor, scales: Mapping[str, Tensor], said: Mapping[str, Any]) -> Tensor:
-    rows, columns = len(weight), 2 * weight.shape[1]
+def _nvfp4_parts(weight: Tensor, scales: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     blocks, whole = scales.values()
-    codes = torch.stack([weight >> 4, weight & 15], dim=-1).reshape(rows, -1, 16)
-    of_blocks = _in_rows(blocks.view(torch.uint8), rows, columns // 16).contiguous().view(torch.float8_e4m3fn)
+    of_blocks = _in_rows(blocks.view(torch.uint8), len(weight), weight.shape[1] // 8)
+    return weight, of_blocks.view(torch.float8_e4m3fn), whole.reshape(())
+
+
+def _widen_nvfp4(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    weight, of_blocks, whole = parts
     # In bf16, as ComfyUI has it.
-    scale = whole.reshape(()).bfloat16() * of_blocks.bfloat16()
-    return (_FP4.bfloat16()[codes.int()] * scale[..., None]).reshape(rows, columns)
+    scale = whole.bfloat16() * of_blocks.bfloat16()
+    codes = torch.stack([weight >> 4, weight & 15], dim=-1).unflatten(1, (-1, 8)).flatten(2)
+    return (_of_e2m1(codes) * scale[..., None]).flatten(1).to(dtype)
+
+
+def _of_e2m1(codes: Tensor) -> Tensor:
+    """The numbers (bf16) that codes of 4 bits stand for: a sign, two bits of exponent and one of mantissa.
+
+    In fp16's places for these bits they are the same numbers divided by 2^14, the ratio of the exponents' biases.
+    """
+    codes = codes.to(torch.int16)
+    return ((codes & 7) << 9 | (codes & 8) << 12).view(torch.float16).bfloat16() * 2.0**14
 
 
 _FORMATS = {
-    "float8": _Format(_fits_fp8, _times_scale),
-    "int8_tensorwise": _Format(_fits_int8, _widen_int8, (".weight_scale",)),
-    "mxfp8": _Format(_fits_mxfp8, _widen_mxfp8, (".weight_scale",)),
-    "nvfp4": _Format(_fits_nvfp4, _widen_nvfp4, (".weight_scale", _WHOLE_SCALE), numbers=2),
+    "float8": _Format(_fits_fp8, _with_scale_of_rows, lambda said: _widen_fp8),
+    "int8_tensorwise": _Format(
+        _fits_int8, _with_scale_of_rows, lambda said: partial(_widen_int8, size=_rotated_in(said)), (".weight_scale",)
+    ),
+    "convrot_w4a4": _Format(
+        _fits_int4,
+        _with_scale_of_rows,
+        lambda said: partial(_widen_int4, size=_rotated_in({**said, "convrot": True})),
+        (".weight_scale",),
+        numbers=2,
+    ),
+    "mxfp8": _Format(_fits_mxfp8, _mxfp8_parts, lambda said: _widen_mxfp8, (".weight_scale",)),
+    "nvfp4": _Format(_fits_nvfp4, _nvfp4_parts, lambda said: _widen_nvfp4, (".weight_scale", _WHOLE_SCALE), numbers=2),
 }
 
 

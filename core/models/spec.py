@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import BadFile, UnmatchedKeys, counted
+from ..storage.lazy import narrow_in
+from ..storage.narrow import NarrowTensor
 from ..tensor_names import NameTable
+from .narrow_layers import can_be_narrow, make_narrow
 from .objective import FlowSchedule, NoiseSchedule, Schedule
 from .recipe import Recipe
 
@@ -295,14 +298,20 @@ def replace_module(network: nn.Module, path: str, module: nn.Module) -> None:
 
 
 def materialise(
-    module: nn.Module, tensors: Mapping[str, Tensor], what: str, device: torch.device, dtype: torch.dtype
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    what: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    as_stored: bool = False,
 ) -> nn.Module:
     """The module, built on the meta device, with the tensors as its frozen weights, in evaluation mode.
 
     A tensor that already has the device and the dtype is used without a copy, memory-mapped or not, unless it was made in
     inference mode, where autograd could not use it. Tensors are read in the order of the mapping, in which parts of one
-    tensor follow each other. Raises UnmatchedKeys when names or shapes are not exactly those of the module, and BadFile when
-    a weight is stored as whole numbers, with `what` in the message.
+    tensor follow each other. With `as_stored`, layers keep weights that are stored in fewer bits as they are, and widen them
+    when they are used; the numbers are the same. Raises UnmatchedKeys when names or shapes are not exactly those of the module,
+    and BadFile when a weight is stored as whole numbers, with `what` in the message.
     """
     wanted = module.state_dict(keep_vars=True)
     missing = sorted(set(wanted) - set(tensors))
@@ -310,7 +319,12 @@ def materialise(
     if missing or surplus:
         kind, names = ("lacks", missing) if missing else ("has unknown", surplus)
         raise UnmatchedKeys(f"{what} {kind} {counted(len(names), 'tensor')}, e.g. {', '.join(names[:3])}")
+
+    def usable(tensor: Tensor) -> Tensor:
+        return tensor if torch.is_inference_mode_enabled() or not tensor.is_inference() else tensor.clone()
+
     state = {}
+    narrow: dict[str, NarrowTensor] = {}
     first_names: dict[int, str] = {}  # by weight, since T5's embedding has two names
     for name in tensors:
         place = wanted[name]
@@ -318,15 +332,21 @@ def materialise(
         if first != name:
             state[name] = state[first]
             continue
+        path, _, kind = name.rpartition(".")
+        if as_stored and kind == "weight" and can_be_narrow(module.get_submodule(path)):
+            weight = narrow_in(tensors, name)
+            if weight and weight.shape == place.shape:
+                narrow[path] = weight.map(lambda part: usable(part.to(device)))
+                continue
         tensor = tensors[name]
         if tensor.shape != place.shape:
             raise UnmatchedKeys(f"{what}: {name} has shape {list(tensor.shape)}, expected {list(place.shape)}")
         if place.is_floating_point() and not tensor.is_floating_point():
             raise BadFile(f"{what} is quantised, e.g. {name} to {tensor.dtype}; {UNQUANTISED}")
-        tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
-        trainable = torch.is_inference_mode_enabled() or not tensor.is_inference()
-        state[name] = tensor if trainable else tensor.clone()
-    module.load_state_dict(state, assign=True)
+        state[name] = usable(tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None))
+    module.load_state_dict(state, assign=True, strict=False)  # strict means narrow weights too, which come now
+    for path, weight in narrow.items():
+        make_narrow(module, path, weight, dtype)
     # Buffers that no checkpoint has (CLIP's position numbers) were made on the CPU.
     if any(buffer.device != device for buffer in module.buffers()):
         module.to(device)

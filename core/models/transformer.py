@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..errors import MissingPackage, UnmatchedKeys
 from ..storage.lazy import LazyTensors, Stored, shape_of
+from ..storage.narrow import NarrowTensor
 from ..tensor_names.table import NameTable, Place
 from .ldm import kl_pixels, vae_component
 from .packages import import_diffusers
@@ -37,20 +39,10 @@ def transformer_component(
     names = {short: full for short, full in denoiser_names(tensors).items() if not re.search(left_out, short)}
     readers: dict[str, Callable[[], Tensor]] = {}
     kept: dict[str, Tensor] = {}
-    """The fused weight that was split last, kept until its last part is read, since dequantising or merging it is slow."""
 
     @cache
     def inputs_of(weight: str) -> int:
         return shape_of(tensors, weight)[1]
-
-    def part_of(full: str, place: Place, weight: str, index: int) -> Tensor:
-        whole = kept[full] if full in kept else tensors[full]
-        if full == weight:
-            kept.clear()
-            if index < len(place.modules) - 1:
-                kept[full] = whole
-        # The rows of a bias are split like those of its weight, which depend on the weight's inputs.
-        return place.split(whole, None if full == weight else inputs_of(weight))[index][1].contiguous()
 
     for short, full in names.items():
         renamed = next((re.sub(pattern, new, short) for pattern, new in renames if re.fullmatch(pattern, short)), None)
@@ -66,8 +58,40 @@ def transformer_component(
         else:
             weight = names[f"{path}.weight"]
             for index, part in enumerate(fusion.parts):
-                readers[f"{part}.{kind}"] = partial(part_of, full, Place("denoiser", fusion, None), weight, index)
+                place = Place("denoiser", fusion, None)
+                readers[f"{part}.{kind}"] = _Rows(tensors, full, place, index, partial(inputs_of, weight), kept)
     return Component(config, LazyTensors(readers))
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows(Stored):
+    """A reader of the rows of a fused weight or bias that belong to one module."""
+
+    place: Place
+    index: int
+    inputs: Callable[[], int]
+    """The weight's inputs, by which the rows of its bias are split too."""
+    kept: dict[str, Tensor]
+    """The fused weight that was split last, kept until its last part is read, since dequantising or merging it is slow."""
+
+    def __call__(self) -> Tensor:
+        whole = self.kept[self.name] if self.name in self.kept else self.tensors[self.name]
+        if whole.ndim > 1:
+            self.kept.clear()
+            if self.index < len(self.place.modules) - 1:
+                self.kept[self.name] = whole
+        return self._cut(whole)
+
+    def layout(self) -> tuple[torch.dtype, tuple[int, ...]]:
+        dtype, (rows, *others) = super().layout()
+        return dtype, (self.place.rows(rows, self.inputs())[self.index], *others)
+
+    def narrow(self) -> NarrowTensor | None:
+        whole = super().narrow()
+        return whole and whole.cut(self._cut)
+
+    def _cut(self, whole: Tensor) -> Tensor:
+        return self.place.split(whole, self.inputs())[self.index][1].contiguous()
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> Callable[[str], tuple[int, ...]]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .narrow import FLOAT8, NarrowTensor, as_stored
+
 
 @dataclass(frozen=True, eq=False)
 class Stored:
@@ -20,6 +22,10 @@ class Stored:
     def layout(self) -> tuple[torch.dtype, tuple[int, ...]]:
         """The dtype and shape of the tensor."""
         return dtype_and_shape(self.tensors, self.name)
+
+    def narrow(self) -> NarrowTensor | None:
+        """The tensor as it is stored, where that is in fewer bits than it stands for."""
+        return narrow_in(self.tensors, self.name)
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -53,3 +59,12 @@ def dtype_and_shape(tensors: Mapping[str, Tensor], name: str) -> tuple[torch.dty
 def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
     """The shape of a tensor. One that is only stored under a new name is looked up where it is stored."""
     return dtype_and_shape(tensors, name)[1]
+
+
+def narrow_in(tensors: Mapping[str, Tensor], name: str) -> NarrowTensor | None:
+    """A tensor as it is stored, where that is in fewer bits than it stands for; None for others and for computed ones."""
+    if isinstance(tensors, LazyTensors):
+        reader = tensors.readers[name]
+        return reader.narrow() if isinstance(reader, Stored) else None
+    tensor = tensors[name]
+    return NarrowTensor((tensor,), as_stored, tuple(tensor.shape)) if tensor.dtype in FLOAT8 else None

@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from ..models.base import Base
 from ..models.memory_plan import OPTIMIZER_BYTES, RESERVE, MemoryCount, MemoryPlan, first_that_fits, unique_bytes
 from ..storage.cache_folder import cache_in, content_key, made_folder
 from ..storage.files import read_json, write_text
-from ..storage.lazy import dtype_and_shape
+from ..storage.lazy import LazyTensors, Stored, dtype_and_shape, narrow_in
+from ..storage.narrow import NarrowTensor
 from .encode import LatentCache
-from .methods import trains_text
+from .methods import METHODS, trains_text
 from .methods.lycoris import LycorisAdapter
 from .step import Run, memory_plans
 from .training_adapter import TrainingAdapter
@@ -44,15 +45,19 @@ def predicted_memory(
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    trained_text = trains_text(config)
+    parts = ("denoiser", *(base.family.text_encoders if trains_text(config) else ()))
+    stored = {part: base.components[part].tensors for part in parts}
+    narrow = {part: {name: narrow_in(tensors, name) for name in tensors} for part, tensors in stored.items()}
     config = replace(config, precision=precision_name(dtype), compile=False)
     largest = max(cache.images, key=lambda image: image.mean.numel())
     with FakeTensorMode() as mode:
         components = dict(base.components)
-        for part in ("denoiser", *(base.family.text_encoders if trained_text else ())):
+        for part in parts:
             state = base.family.build_empty(part, components[part].config).state_dict()
-            tensors = {name: torch.empty(tensor.shape, dtype=dtype) for name, tensor in state.items()}
-            components[part] = replace(components[part], tensors=tensors)
+            readers = {
+                name: _Empty({}, name, dtype, tensor.shape, narrow[part].get(name)) for name, tensor in state.items()
+            }
+            components[part] = replace(components[part], tensors=LazyTensors(readers))
         image = replace(
             largest,
             mean=mode.from_tensor(largest.mean),
@@ -90,6 +95,25 @@ def predicted_memory(
     return kept + count.peak + (0 if device.type == "cpu" else _bytes_of(cache))
 
 
+@dataclass(frozen=True, eq=False)
+class _Empty(Stored):
+    """A reader of a tensor without numbers."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stored: NarrowTensor | None
+    """What is stored in its place."""
+
+    def __call__(self) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype)
+
+    def layout(self) -> tuple[torch.dtype, tuple[int, ...]]:
+        return self.dtype, self.shape
+
+    def narrow(self) -> NarrowTensor | None:
+        return self.stored and self.stored.map(lambda part: torch.empty(part.shape, dtype=part.dtype))
+
+
 def _bytes_of(cache: LatentCache) -> int:
     """The bytes of the encoded photos and captions, all of which lie on the device."""
     of_images = (
@@ -105,6 +129,14 @@ def _layout(tensors: Mapping[str, Tensor]) -> list[tuple[str, torch.dtype, tuple
     return [(name, *dtype_and_shape(tensors, name)) for name in tensors]
 
 
+def _stored_layout(tensors: Mapping[str, Tensor]) -> list[tuple[str, list[tuple[torch.dtype, tuple[int, ...]]]]]:
+    """The dtypes and shapes of what is stored of each weight that is stored in fewer bits than it stands for."""
+    narrow = {name: narrow_in(tensors, name) for name in tensors}
+    return [
+        (name, [(part.dtype, tuple(part.shape)) for part in weight.parts]) for name, weight in narrow.items() if weight
+    ]
+
+
 def kept_prediction(
     cache: LatentCache,
     base: Base,
@@ -116,7 +148,10 @@ def kept_prediction(
 ) -> int:
     """What `predicted_memory` gives, which takes seconds, many for a large model: from the cache folder where it is there."""
     parts = ("denoiser", *(base.family.text_encoders if trains_text(config) else ()))
-    weights = {part: _layout(base.components[part].tensors) for part in parts}
+    weights = {
+        part: [*_layout(base.components[part].tensors), *_stored_layout(base.components[part].tensors)]
+        for part in parts
+    }
     settings = [getattr(config, setting.name) for setting in fields(config) if setting.metadata["group"] not in _SAME]
     key = content_key(
         "memory", PREDICTION_VERSION, torch.__version__, processor(device), dtype, plan, settings, weights,
@@ -150,7 +185,7 @@ def choose_plan(
 
     `on_warning` is called when it is not the fastest of all.
     """
-    plans = memory_plans(config)
+    plans, frozen = memory_plans(config, base), METHODS[config.method].freezes_weights
     if config.memory_limit is not None:
         room, whose = int(config.memory_limit * 2**30), "memory_limit"
     elif device.type == "cuda" and (free := free_memory(device)) is not None:
@@ -161,7 +196,8 @@ def choose_plan(
     @functools.cache
     def need(plan: MemoryPlan) -> int:
         """The bytes that the plan needs; only those of its weights where they are too many already, which takes no time."""
-        least = 0 if plan.offload else base.weight_bytes("denoiser", dtype if plan.weights == "full" else torch.int8)
+        narrowest = dtype if plan.weights == "full" else torch.int8
+        least = 0 if plan.offload else base.weight_bytes("denoiser", narrowest, as_stored=frozen)
         return least if least > room else kept_prediction(cache, base, config, device, dtype, plan, training_adapter)
 
     def fits(plan: MemoryPlan) -> bool:

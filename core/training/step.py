@@ -38,9 +38,10 @@ Sampler = Callable[[nn.Module, Mapping[str, nn.Module], Sequence[Shot]], list[Im
 """A function of (denoiser, text encoders, shots) that draws an image of each shot with the adapter as it is now."""
 
 
-def memory_plans(config: TrainConfig) -> tuple[MemoryPlan, ...]:
-    """The memory plans that a run with these settings can use, from the fastest to the smallest."""
-    return plans_for(config.gradient_checkpointing, METHODS[config.method].freezes_weights)
+def memory_plans(config: TrainConfig, base: Base) -> tuple[MemoryPlan, ...]:
+    """The memory plans that a run on the base with these settings can use, from the fastest to the smallest."""
+    frozen = METHODS[config.method].freezes_weights
+    return plans_for(config.gradient_checkpointing, frozen, narrow=frozen and base.is_narrow)
 
 
 class Run:
@@ -62,11 +63,12 @@ class Run:
         self.device: torch.device
         self.dtype: torch.dtype
         self.device, self.dtype = device_and_dtype(config, device, base.family.overflows_in_fp16)
-        self.plans: tuple[MemoryPlan, ...] = memory_plans(config)
+        self.plans: tuple[MemoryPlan, ...] = memory_plans(config, base)
         plan = plan or self.plans[0]
         # Weights that the plan offloads or narrows need not fit on the device in full, so they are loaded on the CPU.
         place = torch.device("cpu") if plan.offload or plan.weights != "full" else self.device
-        self.denoiser: nn.Module = base.load("denoiser", place, self.dtype)
+        frozen = METHODS[config.method].freezes_weights
+        self.denoiser: nn.Module = base.load("denoiser", place, self.dtype, as_stored=frozen)
         self.encoders: dict[str, nn.Module] = {}
         if trains_text(config):
             self.encoders = base.load_text_encoders(self.device, self.dtype)

@@ -237,7 +237,7 @@ def test_scaled_fp8_is_read_as_the_weights_that_it_stands_for(parts, layout, sha
         description = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
         tensors |= {f"{name}.weight_scale": scale, f"{name}.comfy_quant": description}
     read = load_base(tensors).components["denoiser"].tensors
-    expected = (weight.float() * of_rows).to(torch.bfloat16)
+    expected = weight.to(torch.bfloat16) * of_rows.to(torch.bfloat16)
     assert torch.equal(read["transformer_blocks.0.attn.to_out.0.weight"], expected)
     assert not any("scale" in key or "quant" in key for key in read)
 

@@ -1,0 +1,104 @@
+"""Weights that are stored in few bits stay so through a training, which computes with the numbers that they stand for."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from core.config import TrainConfig
+from core.models.base import load_base
+from core.models.memory_plan import PLANS, MemoryCount, MemoryPlan
+from core.models.narrow_layers import NarrowConv2d, NarrowLayer, NarrowLinear
+from core.training.loop import train_lora
+from core.training.memory_prediction import predicted_memory
+from core.training.metadata import WEIGHTS_KEY
+from core.training.step import Run, memory_plans
+from tests.models.quantised_weights import FORMS, narrow_and_wide_base
+from tests.tooling import encoded_cache, encoded_image, mostly_slow
+
+CPU = torch.device("cpu")
+CONFIG = TrainConfig(rank=4, learning_rate=1e-3, steps=2, precision="bf16", prior_prediction=0.5)
+
+
+def cache_of(base):
+    shape = (base.latent_shape.channels, 16, 16)
+    return encoded_cache(base, [encoded_image(base, f"{n}.png", "a photo of sks", n, shape=shape) for n in (1, 2)])
+
+
+def step(run: Run) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
+    """The loss of the next step, the adapter's gradients, and the most bytes that were in use beside what was there."""
+    with MemoryCount(CPU) as count:
+        for tensor in run.denoiser.parameters():
+            count.leave_out(tensor)
+        loss = run.accumulate()
+    gradients = {name: parameter.grad for name, parameter in run.parameters.items() if parameter.grad is not None}
+    assert len(gradients) > 0.8 * len(run.parameters)  # the last block of some families makes nothing of the text
+    return loss, gradients, count.peak
+
+
+def assert_trains_as_wide(form: str, config: TrainConfig, plan: MemoryPlan = PLANS[0], family: str = "flux1") -> None:
+    narrow, wide = narrow_and_wide_base(form, family)
+    cache = cache_of(wide)
+    runs = [Run(cache, base, config, CPU, plan=plan) for base in (narrow, wide)]
+    for run in runs:
+        for name, parameter in run.parameters.items():
+            if name.endswith(".up"):  # zeros, behind which the others have no gradient
+                parameter.data.copy_(torch.linspace(-0.1, 0.1, parameter.numel()).reshape(parameter.shape))
+    (loss, gradients, peak), (wide_loss, wide_gradients, wide_peak) = map(step, runs)
+    assert torch.equal(loss, wide_loss) and loss.isfinite() and gradients.keys() == wide_gradients.keys()
+    assert all(torch.equal(gradient, wide_gradients[name]) for name, gradient in gradients.items())
+    layers = [layer for layer in runs[0].denoiser.modules() if isinstance(layer, NarrowLinear)]
+    widths = sorted(layer.in_features * layer.out_features * 4 for layer in layers)
+    assert len(layers) == sum(name.endswith(".weight") and "blocks." in name and tensor.ndim == 2
+                              for name, tensor in wide.components["denoiser"].tensors.items())  # fmt: skip
+    assert sum(layer.narrow.nbytes for layer in layers) < 0.3 * sum(widths)
+    # Of all widened weights only those that are being used are there: in float32 on the way, and in two other dtypes.
+    assert peak - wide_peak < 3 * widths[-1] < sum(widths) / 2
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_training_on_narrow_weights_is_bit_for_bit_that_on_wide_ones(form):
+    assert_trains_as_wide(form, CONFIG)
+
+
+@pytest.mark.parametrize("plan", [MemoryPlan(1.0), MemoryPlan(1.0, offload=1.0)], ids=str)
+def test_memory_plans_compute_the_same_on_narrow_weights(plan):
+    assert_trains_as_wide("scaled fp8", replace(CONFIG, precision="fp32"), plan)
+
+
+@pytest.mark.parametrize("method", mostly_slow(("dora", "loha", "lokr", "oft"), "lokr"))
+def test_methods_compute_the_same_on_narrow_weights(method):
+    assert_trains_as_wide("nvfp4", replace(CONFIG, method=method), family="qwen-image")
+
+
+def test_narrow_weights_are_rounded_no_further_and_need_less_memory(monkeypatch):
+    narrow, wide = narrow_and_wide_base("scaled fp8")
+    cache, plans = cache_of(wide), memory_plans(CONFIG, narrow)
+    assert [(plan.recompute, plan.offload) for plan in plans] == [
+        (0, 0), (0.5, 0), (1, 0), (1, 0.25), (1, 0.5), (1, 0.75), (1, 1)
+    ]  # fmt: skip
+    assert {plan.weights for plan in plans} == {"full"} and memory_plans(CONFIG, wide) == PLANS
+    saved = wide.weight_bytes("denoiser", torch.bfloat16) - narrow.weight_bytes(
+        "denoiser", torch.bfloat16, as_stored=True
+    )
+    needs = [predicted_memory(cache, base, CONFIG, CPU, torch.bfloat16, plans[0]) for base in (narrow, wide)]
+    largest = max(tensor.nbytes for tensor in wide.components["denoiser"].tensors.values())
+    assert needs[0] <= needs[1] - saved + 2 * largest < needs[1]
+    monkeypatch.setattr("core.training.memory_prediction.kept_prediction", lambda *_: 2**40)
+    lora = train_lora(cache, narrow, replace(CONFIG, memory_limit=0.001), device=CPU)
+    assert WEIGHTS_KEY not in lora.metadata
+
+
+def test_dreambooth_trains_what_narrow_weights_stand_for(small_sd15):
+    wide = load_base(small_sd15)
+    denoiser = wide.components["denoiser"]
+    fp8 = {name: denoiser.tensors[name].to(torch.float8_e4m3fn) for name in denoiser.tensors}
+    narrow = replace(wide, components={**wide.components, "denoiser": replace(denoiser, tensors=fp8)})
+    cache = encoded_cache(wide, [encoded_image(wide, "1.png", "a photo of sks", 1)])
+    config = replace(CONFIG, method="dreambooth", precision="fp32", prior_prediction=0)
+    run = Run(cache, narrow, config, CPU)
+    assert run.accumulate().isfinite() and memory_plans(config, narrow) == memory_plans(config, wide)
+    assert not any(isinstance(layer, NarrowLayer) for layer in run.denoiser.modules())
+    lora = Run(cache, narrow, CONFIG, CPU)
+    kinds = {type(layer) for layer in lora.denoiser.modules() if isinstance(layer, NarrowLayer)}
+    assert kinds == {NarrowLinear, NarrowConv2d} and lora.accumulate().isfinite()
