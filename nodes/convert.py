@@ -4,7 +4,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from ..core.models.spec import Conditioning
 from ..core.models.text import context_width, pooled_width
 from ..core.photos import Photo
 from ..core.storage.gguf_file import dequantised
-from ..core.storage.lazy import LazyTensors
+from ..core.storage.lazy import LazyTensors, Stored
 from ..core.storage.safetensors_file import tensor_bytes
 
 FacePhotos = io.Custom("FACE_PHOTOS")
@@ -77,8 +77,9 @@ def _class_name(model: Any) -> str:
 def base_from(model: Any, clip: Any, vae: Any, config: TrainConfig) -> Base:
     """The base model that MODEL, CLIP and VAE make up, with the patches on them merged in when a weight is read.
 
-    Nothing is loaded onto the device, and no weight is copied until it is used. Raises UnknownFamily for a model that cannot
-    be trained or a CLIP that does not belong to it, BadConfig when adapters are computed beside MODEL's weights.
+    MODEL's quantised weights stay as they are, but for those with patches, which are widened. Nothing is loaded onto the
+    device, and no weight is copied until it is used. Raises UnknownFamily for a model that cannot be trained or a CLIP that
+    does not belong to it, BadConfig when adapters are computed beside MODEL's weights.
     """
     model_config = model.model.model_config
     if model.injections:
@@ -87,9 +88,8 @@ def base_from(model: Any, clip: Any, vae: Any, config: TrainConfig) -> Base:
             "cannot be trained on; put the LoRA into the weights"
         )
     family = FAMILIES[trained_family(model)]
-    denoiser = {
-        name.removeprefix("diffusion_model."): read for name, read in _readers(model, "diffusion_model.").items()
-    }
+    stored = _readers_as_stored(model, "diffusion_model.")
+    denoiser = {name.removeprefix("diffusion_model."): read for name, read in stored.items()}
     readers: dict[str, Callable[[], Tensor]] = model_config.process_unet_state_dict_for_saving(denoiser)
     tensors = model_config.process_vae_state_dict_for_saving(dict(vae.get_sd()))
     if family.trains_text_encoders:
@@ -113,16 +113,32 @@ def base_from(model: Any, clip: Any, vae: Any, config: TrainConfig) -> Base:
 
 _OF_QUANTISATION = ("comfy_quant", "input_scale", "pre_quant_scale", "weight_scale", "weight_scale_2")
 """Endings of the tensors that belong to a quantised weight; dequantising the weight makes use of them."""
+_SAID = (".comfy_quant", ".pre_quant_scale")
+"""Endings of those that say how it is quantised, beside its scales. No weight with the latter can be read."""
 
 
-def _readers(patcher: Any, prefix: str = "") -> dict[str, Callable[[], Tensor]]:
-    """A function for each parameter of a ComfyUI ModelPatcher, by its name, that reads it with its patches merged.
+@dataclass(frozen=True)
+class _Weight:
+    """A parameter of a model of ComfyUI without its patches, and what is done to it."""
+
+    stored: Any
+    """A tensor, or one of the classes of quantised ones."""
+    convert: Callable[..., Any] | None
+    patches: list
+
+    def reader(self, name: str) -> Callable[[], Tensor]:
+        """A function that reads it widened, with its patches merged."""
+        return partial(_merged, name, self.stored, self.convert, self.patches)
+
+
+def _weights(patcher: Any, prefix: str = "") -> dict[str, _Weight]:
+    """The parameters of a ComfyUI ModelPatcher by name.
 
     ComfyUI's own `get_key_patches` fails at quantised weights, which have more in the state dict than attributes.
     """
     model = patcher.model
     attributes = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-    readers = {}
+    weights = {}
     for name in patcher.model_state_dict(prefix):
         if name not in attributes or name.endswith(_OF_QUANTISATION):
             continue
@@ -132,8 +148,48 @@ def _readers(patcher: Any, prefix: str = "") -> dict[str, Callable[[], Tensor]]:
         if name in patcher.hook_backup:
             weight = patcher.hook_backup[name][0]
         if isinstance(weight, Tensor):
-            readers[name] = partial(_merged, name, weight, convert, patcher.patches.get(name, []))
-    return readers
+            weights[name] = _Weight(weight, convert, patcher.patches.get(name, []))
+    return weights
+
+
+def _readers(patcher: Any) -> dict[str, Callable[[], Tensor]]:
+    """A function for each parameter of a ComfyUI ModelPatcher, by its name, that reads it with its patches merged."""
+    return {name: weight.reader(name) for name, weight in _weights(patcher).items()}
+
+
+def _readers_as_stored(patcher: Any, prefix: str) -> dict[str, Callable[[], Tensor]]:
+    """The same, but for quantised weights without patches, which are under the names and in the form of ComfyUI's files."""
+    readers: dict[str, Callable[[], Tensor]] = {}
+    stored: dict[str, Tensor] = {}
+    beside = patcher.model_state_dict(prefix)
+    for name, weight in _weights(patcher, prefix).items():
+        if isinstance(weight.stored, QuantizedTensor) and not weight.patches:
+            layer = name.removesuffix(".weight")
+            stored |= weight.stored.state_dict(name)
+            stored |= {name: beside[name] for end in _SAID if (name := layer + end) in beside}
+        elif weight.patches or weight.convert or getattr(weight.stored, "tensor_type", None) is not None:
+            readers[name] = weight.reader(name)
+        else:
+            stored[name] = weight.stored
+    usable = _Usable(stored)
+    return readers | {name: Stored(usable, name) for name in stored}
+
+
+class _Usable(Mapping[str, Tensor]):
+    """Tensors of ComfyUI as autograd accepts them."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        return _trainable(self._tensors[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def _encode_caption(clip: Any, title: str, width: int, pooled: int | None, caption: str) -> Conditioning:

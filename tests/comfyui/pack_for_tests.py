@@ -74,7 +74,28 @@ class PatchedWeights:
         return {}
 
 
-NODE_CLASS_MAPPINGS = {"TestPartlyLoaded": PartlyLoaded, "TestPatchedWeights": PatchedWeights}
+class HandedOver:
+    """Writes the tensors of a MODEL as Train Face LoRA takes them into a file of the output folder."""
+
+    CATEGORY = "tests"
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"model": ("MODEL",), "name": ("STRING", {})}})
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "write"
+
+    def write(self, model, name):
+        convert = next(module for path, module in sys.modules.items() if path.endswith(".nodes.convert"))
+        readers = convert._readers_as_stored(model, "diffusion_model.")
+        folder = folder_paths.get_output_directory()
+        os.makedirs(folder, exist_ok=True)
+        tensors = {key.removeprefix("diffusion_model."): read().contiguous() for key, read in readers.items()}
+        comfy.utils.save_torch_file(tensors, os.path.join(folder, name))
+        return {}
+
+
+NODE_CLASS_MAPPINGS = {
+    "TestPartlyLoaded": PartlyLoaded, "TestPatchedWeights": PatchedWeights, "TestHandedOver": HandedOver
+}  # fmt: skip
 
 # ComfyUI takes what is 3840 wide for a Z-Image, and every Qwen-Image and Chroma is 3072 wide; these are the narrow ones of
 # model_writer.py.

@@ -32,6 +32,12 @@ LAYERS = {
         INT8 | {"convrot": True, "convrot_groupsize": 64},
         (48, 192),
     ),
+    "convrot_w4a4": (
+        "TensorCoreConvRotW4A4Layout",
+        {"convrot_groupsize": 64},
+        {"format": "convrot_w4a4", "convrot_groupsize": 64},
+        (48, 192),
+    ),
     "mxfp8": ("TensorCoreMXFP8Layout", {}, {"format": "mxfp8"}, (256, 256)),
     "mxfp8_uneven": ("TensorCoreMXFP8Layout", {}, {"format": "mxfp8"}, (160, 96)),
     "nvfp4": ("TensorCoreNVFP4Layout", {}, {"format": "nvfp4"}, (256, 128)),
@@ -64,7 +70,7 @@ def write_model(path: str) -> None:
         if re.search(r"(attn|mlp|linear)[^.]*(\.\w+)?\.weight$", name) and tensors[name].ndim == 2
     ]
     for number, name in enumerate(matrices):
-        like = ("fp8", "int8", "int8_rows", "convrot_64", "mxfp8", "nvfp4")[number % 6]
+        like = ("fp8", "int8", "int8_rows", "convrot_64", "convrot_w4a4", "mxfp8", "nvfp4")[number % 7]
         quantise(name.removesuffix(".weight"), tensors.pop(name), like)
 
 

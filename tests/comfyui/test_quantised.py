@@ -1,4 +1,4 @@
-"""Quantised files are read as ComfyUI reads them, bit for bit where it does not round on the way."""
+"""Quantised files and MODELs are read as ComfyUI has them, bit for bit."""
 
 import json
 import os
@@ -11,8 +11,8 @@ import torch
 from core.lora.file import LoraFile
 from core.models.base import load_base
 from core.models.quantised import dequantised
-from core.storage.lazy import dtype_and_shape
-from core.storage.safetensors_file import SafetensorsFile
+from core.storage.lazy import dtype_and_shape, narrow_in
+from core.storage.safetensors_file import SafetensorsFile, tensor_bytes
 
 from .graphs import node
 from .setup_comfyui import COMFYUI, PYTHON
@@ -36,15 +36,14 @@ def test_weights_in_each_format_are_those_that_comfyui_widens(tmp_path):
     file = written(tmp_path / "quantised.safetensors")
     read = dequantised(file, "the file")
     layers = [name.removeprefix("widened.") for name in file if name.startswith("widened.")]
-    assert len(layers) == 10 and {name for name in read if name in file} == {*read}
+    assert len(layers) == 11 and {name for name in read if name in file} == {*read}
     assert {name.removesuffix(".weight") for name in read if name.endswith(".weight")} == set(layers)
     for layer in layers:
         name, widened = f"{layer}.weight", file[f"widened.{layer}"]
         assert dtype_and_shape(read, name) == (torch.bfloat16, tuple(widened.shape)), layer
-        if layer.startswith("fp8"):  # whose scale ComfyUI rounds to bf16 before it multiplies
-            torch.testing.assert_close(read[name], widened, rtol=2**-7, atol=0)
-        else:
-            assert torch.equal(read[name], widened), layer
+        assert torch.equal(read[name], widened), layer
+        narrow = narrow_in(read, name)
+        assert narrow and narrow.nbytes < 0.6 * widened.nbytes and torch.equal(narrow.widened(torch.bfloat16), widened)
 
 
 @pytest.mark.parametrize("family", ["flux1", pytest.param("krea2", marks=pytest.mark.slow)])
@@ -52,7 +51,8 @@ def test_a_quantised_model_is_trained_on_and_drawn_with_and_the_library_reads_it
     folder = server.folder / "models" / "diffusion_models"
     file = written(folder / f"quantised-{family}.safetensors", folder / f"{family}.safetensors")
     said = [bytes(file[name].tolist()).decode() for name in file if name.endswith(".comfy_quant")]
-    assert {json.loads(one)["format"] for one in said} == {"float8_e4m3fn", "int8_tensorwise", "mxfp8", "nvfp4"}
+    formats = {"float8_e4m3fn", "int8_tensorwise", "convrot_w4a4", "mxfp8", "nvfp4"}
+    assert {json.loads(one)["format"] for one in said} == formats
     graph = training_of(family)
     graph["unet"]["inputs"]["unet_name"] = file.path.name
     graph["train"]["inputs"]["name"] = f"quantised-{family}"
@@ -64,6 +64,21 @@ def test_a_quantised_model_is_trained_on_and_drawn_with_and_the_library_reads_it
     assert "not loaded" not in result.log and server.drawn(result).tobytes() != server.drawn(plain).tobytes()
     lora = LoraFile.read(server.folder / "models" / "loras" / f"quantised-{family}.safetensors")
     assert lora.family == family and lora.metadata["ss_sd_model_name"] == file.path.name
+
+    handed = node("TestHandedOver", model=["unet", 0], name="handed.safetensors")
+    result = server.run({"unet": graph["unet"], "handed": handed})
+    assert result.status == "success", result.error + result.log
+    taken = SafetensorsFile.open(server.folder / "output" / "handed.safetensors")
+    of_layers = {name.removesuffix("comfy_quant") for name in file if name.endswith(".comfy_quant")}
+    for name in file:
+        if name.startswith(tuple(of_layers)) and not name.endswith("bias"):
+            assert tensor_bytes(taken[name]) == tensor_bytes(file[name]), name
+    handed["inputs"]["model"] = ["apply", 0]
+    result = server.run(graph | {"apply": apply, "handed": handed})
+    assert result.status == "success", result.error + result.log
+    patched = SafetensorsFile.open(server.folder / "output" / "handed.safetensors")
+    assert set(patched) < set(taken) and {taken.dtypes[name] for name in set(taken) - set(patched)} >= {torch.uint8}
+    assert all(dtype.itemsize > 1 for name, dtype in patched.dtypes.items() if name.endswith("attn.qkv.weight"))
 
     ours, whole = (
         load_base(path).load("denoiser", CPU, torch.float32) for path in (file.path, folder / f"{family}.safetensors")
