@@ -33,6 +33,7 @@ from core.training.job import train
 from core.training.memory_prediction import predicted_memory
 from core.training.step import Run
 from core.training.training_adapter import TrainingAdapter
+from tests.models.quantised_weights import narrow_and_wide_base
 from tests.tooling import encoded_cache, encoded_image, random_lora, small_flow_base
 
 PLAIN = MemoryPlan()
@@ -61,8 +62,12 @@ class Case:
     """Settings of the denoiser's config that are to be others."""
     adapted: bool = False
     """Whether it is trained on with a training adapter, on all of its layers."""
+    form: str = ""
+    """The form in which the weights of its blocks are stored, of tests.models.quantised_weights.FORMS."""
 
     def base(self) -> Base:
+        if self.form:
+            return narrow_and_wide_base(self.form, self.family)[0]
         return load_base(self.checkpoint) if self.checkpoint else small_flow_base(self.family, **(self.denoiser or {}))
 
     def config(self) -> TrainConfig:
