@@ -32,7 +32,9 @@ from ..core.models.spec import Conditioning
 from ..core.models.text import context_width, pooled_width
 from ..core.photos import Photo
 from ..core.storage.gguf_file import dequantised
+from ..core.storage.gguf_types import narrow_gguf
 from ..core.storage.lazy import LazyTensors, Stored
+from ..core.storage.narrow import NarrowTensor
 from ..core.storage.safetensors_file import tensor_bytes
 
 FacePhotos = io.Custom("FACE_PHOTOS")
@@ -158,21 +160,43 @@ def _readers(patcher: Any) -> dict[str, Callable[[], Tensor]]:
 
 
 def _readers_as_stored(patcher: Any, prefix: str) -> dict[str, Callable[[], Tensor]]:
-    """The same, but for quantised weights without patches, which are under the names and in the form of ComfyUI's files."""
+    """The same, but for quantised weights without patches, which are under the names and in the form of ComfyUI's files.
+
+    (Those of the pack ComfyUI-GGUF are one tensor each.)"""
     readers: dict[str, Callable[[], Tensor]] = {}
-    stored: dict[str, Tensor] = {}
+    stored: dict[str, Any] = {}
     beside = patcher.model_state_dict(prefix)
     for name, weight in _weights(patcher, prefix).items():
         if isinstance(weight.stored, QuantizedTensor) and not weight.patches:
             layer = name.removesuffix(".weight")
             stored |= weight.stored.state_dict(name)
             stored |= {name: beside[name] for end in _SAID if (name := layer + end) in beside}
-        elif weight.patches or weight.convert or getattr(weight.stored, "tensor_type", None) is not None:
+        elif weight.patches or weight.convert:
             readers[name] = weight.reader(name)
+        elif getattr(weight.stored, "tensor_type", None) is not None:
+            readers[name] = _OfGguf({}, name, weight)
         else:
             stored[name] = weight.stored
     usable = _Usable(stored)
     return readers | {name: Stored(usable, name) for name in stored}
+
+
+@dataclass(frozen=True, eq=False)
+class _OfGguf(Stored):
+    """A reader of a weight of the pack ComfyUI-GGUF without patches."""
+
+    weight: _Weight
+
+    def __call__(self) -> Tensor:
+        return self.weight.reader(self.name)()
+
+    def layout(self) -> tuple[torch.dtype, tuple[int, ...]]:
+        known = self.narrow() or self()
+        return getattr(known, "dtype", torch.bfloat16), tuple(known.shape)
+
+    def narrow(self) -> NarrowTensor | None:
+        stored = self.weight.stored
+        return narrow_gguf(_trainable(stored.as_subclass(Tensor)), stored.tensor_type.name, tuple(stored.tensor_shape))
 
 
 class _Usable(Mapping[str, Tensor]):

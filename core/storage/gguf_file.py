@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import BadFile, MissingPackage
+from .gguf_types import narrow_gguf
 from .lazy import LazyTensors, Stored
+from .narrow import NarrowTensor
 
 SUFFIX = ".gguf"
 _PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
@@ -41,7 +43,9 @@ def open_gguf(path: str | os.PathLike[str]) -> LazyTensors:
                     raise ValueError("it ends before what it says is in it")
                 return found
 
-        reader = Reader(path)
+        reader = Reader(
+            path, "c"
+        )  # writing into what is mapped never changes the file; torch wants memory that can be written
         return LazyTensors({tensor.name: _GgufTensor.of(reader, tensor) for tensor in reader.tensors})
     except OSError as error:
         raise BadFile(f"{path}: cannot be read: {error.strerror or error}") from None
@@ -73,6 +77,10 @@ class _GgufTensor(Stored):
     def layout(self) -> tuple[torch.dtype, tuple[int, ...]]:
         return _PLAIN.get(self.stored.tensor_type.name, torch.bfloat16), self.shape
 
+    def narrow(self) -> NarrowTensor | None:
+        kind = self.stored.tensor_type.name
+        return None if kind in _PLAIN else narrow_gguf(torch.from_numpy(self.stored.data), kind, self.shape)
+
 
 def dequantised(data: Any, kind: Any, shape: tuple[int, ...], name: str) -> Tensor:
     """The tensor that a numpy array of the package's type `kind` stands for: bf16, or the type that the array has.
@@ -83,6 +91,8 @@ def dequantised(data: Any, kind: Any, shape: tuple[int, ...], name: str) -> Tens
         return torch.tensor(data, dtype=_PLAIN[kind.name]).reshape(shape)
     if kind.name == "BF16":
         return torch.tensor(data).view(torch.bfloat16).reshape(shape)
+    if narrow := narrow_gguf(torch.from_numpy(data), kind.name, shape):
+        return narrow.widened(torch.bfloat16)
     from gguf.quants import dequantize
 
     try:

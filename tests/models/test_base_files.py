@@ -29,6 +29,7 @@ from core.models import ldm, text
 from core.models.base import Base, load_base
 from core.models.clip import TOKENIZER_FOLDER
 from core.models.families.sd3 import CONTEXT_WIDTH
+from core.models.narrow_layers import NarrowLinear
 from core.storage.lazy import LazyTensors
 from core.storage.safetensors_file import SafetensorsFile, save_safetensors
 from core.training.step import Run
@@ -259,6 +260,11 @@ def test_a_denoiser_in_gguf_is_the_base_of_its_dequantised_weights(parts, tmp_pa
         is_quantised = name.endswith(("attn.to_out.0.weight", "attn.to_add_out.weight"))
         assert torch.equal(parameter, weight) != is_quantised, name
         assert (parameter - weight).norm() <= 0.01 * weight.norm(), name
+    kept = base.load("denoiser", CPU, torch.float32, as_stored=True)
+    layers = {path: layer for path, layer in kept.named_modules() if isinstance(layer, NarrowLinear)}
+    assert set(layers) == {f"transformer_blocks.0.attn.{path}" for path in ("to_out.0", "to_add_out")}
+    for path, layer in layers.items():
+        assert torch.equal(layer.weight, read.get_parameter(f"{path}.weight"))
 
 
 @pytest.mark.parametrize(

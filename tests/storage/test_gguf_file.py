@@ -5,11 +5,13 @@ import random
 import sys
 
 import gguf
+import numpy as np
 import pytest
 import torch
 
 from core.errors import BadFile, MissingPackage
 from core.storage.gguf_file import open_gguf
+from core.storage.gguf_types import narrow_gguf
 from core.storage.lazy import dtype_and_shape
 from tests.tooling import write_gguf
 
@@ -36,6 +38,21 @@ def test_tensors_are_read_in_their_types_and_quantised_ones_as_bf16(path):
     for name, steps in (("q8", 127), ("q4", 8)):
         error = (tensors[name].float() - WEIGHT).reshape(-1, 32).abs()
         assert (error <= 1.02 * peaks / steps).all() and error.mean() > 0.1 * peaks.mean() / steps / 4
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"])
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow)")
+def test_torch_widens_what_the_package_does_bit_for_bit(kind):
+    numbers, size = gguf.GGML_QUANT_SIZES[Q[kind]]
+    data = np.random.default_rng(0).integers(0, 256, (5, 3 * size), np.uint8)  # some factors are infinite or none
+    expected = torch.from_numpy(gguf.quants.dequantize(data, Q[kind]))
+    assert expected.isnan().float().mean() < 0.1 < expected.unique().numel()
+    narrow = narrow_gguf(torch.from_numpy(data), kind, (5, 3 * numbers))
+    assert narrow and narrow.nbytes == data.nbytes
+    for dtype in (torch.bfloat16, torch.float32):
+        widened = narrow.widened(dtype)
+        torch.testing.assert_close(widened, expected.bfloat16().to(dtype), rtol=0, atol=0, equal_nan=True)
+    assert narrow_gguf(torch.from_numpy(data), kind, (15, numbers)) is None
 
 
 def test_a_tensor_that_was_made_a_matrix_has_its_shape_again(tmp_path):
