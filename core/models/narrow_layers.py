@@ -1,6 +1,6 @@
 """Frozen layers whose weights are kept as they are stored, in few bits, and widened whenever they are used."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,15 @@ from torch.nn.grad import conv2d_input
 
 from ..storage.narrow import NarrowTensor, Widen, as_stored
 
+Change = Callable[[torch.device], Tensor]
+"""A function that gives what is added to a weight, float32 on a device."""
+
 
 class NarrowLayer(nn.Module):
     """The base class of frozen layers whose weight is a NarrowTensor. Its parts are parameters, so that they can be moved."""
+
+    changes: tuple[Change, ...] = ()
+    """What is added to the widened weight, one after the other: applied LoRAs, with which pictures are drawn."""
 
     def _take(self, weight: NarrowTensor, bias: Any, dtype: torch.dtype) -> None:
         self.dtype: torch.dtype = dtype
@@ -31,8 +37,11 @@ class NarrowLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight in the dtype of the network, widened for each call."""
-        return self.narrow.widened(self.dtype)
+        """The weight in the dtype of the network, widened and changed for each call."""
+        wide = self.narrow.widened(self.dtype)
+        for change in self.changes:
+            wide = (wide.float() + change(wide.device).reshape(wide.shape)).to(self.dtype)
+        return wide
 
 
 class NarrowLinear(NarrowLayer, nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -43,8 +52,10 @@ class NarrowLinear(NarrowLayer, nn.Linear):  # pyright: ignore[reportIncompatibl
         self._take(weight, layer.bias, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = self.narrow
-        return _Linear.apply(as_under_autocast(input), weight.widen, self.bias, *weight.parts)
+        x, weight = as_under_autocast(input), self.narrow
+        if self.changes:
+            return F.linear(x, self.weight.to(x.dtype), self.bias)
+        return _Linear.apply(x, weight.widen, self.bias, *weight.parts)
 
 
 class NarrowConv2d(NarrowLayer, nn.Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -56,9 +67,11 @@ class NarrowConv2d(NarrowLayer, nn.Conv2d):  # pyright: ignore[reportIncompatibl
         self._take(weight, layer.bias, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        weight = self.narrow
+        x, weight = as_under_autocast(input), self.narrow
         places = (self.stride, self.padding, self.dilation, self.groups)
-        return _Conv2d.apply(as_under_autocast(input), weight.widen, places, self.bias, *weight.parts)
+        if self.changes:
+            return self._conv_forward(x, self.weight.to(x.dtype), self.bias)
+        return _Conv2d.apply(x, weight.widen, places, self.bias, *weight.parts)
 
 
 def can_be_narrow(layer: nn.Module) -> bool:
@@ -79,6 +92,7 @@ def make_narrow(network: nn.Module, path: str, weight: NarrowTensor, dtype: torc
 def narrow_of(layer: Any) -> NarrowTensor:
     """The weight of a layer as it is kept; for a layer with a plain weight, that weight."""
     if isinstance(layer, NarrowLayer):
+        assert not layer.changes
         return layer.narrow
     return NarrowTensor((layer.weight,), as_stored, tuple(layer.weight.shape))
 

@@ -25,7 +25,7 @@ from ..device import (
     release_memory,
 )
 from ..errors import BadConfig
-from ..lora.apply import apply
+from ..lora.apply import LOW_RANK, apply
 from ..lora.embeddings import new_words
 from ..lora.file import LoraFile
 from ..models.base import Base
@@ -166,7 +166,7 @@ def generate(
     groups = by_strength(jobs)
     with explained_memory_error("batch_size 1, smaller pictures or the device cpu"):
         encoded = _encode(base, loras, groups, config, device)
-        denoiser, memory = load_denoiser(base, device, dtype)
+        denoiser, memory = load_denoiser(base, device, dtype, [lora for lora, _ in loras])
         vae = load_vae(base, device, dtype)
         for strength, group in groups.items():
             with applied(base, loras, strength, {"denoiser": denoiser}):
@@ -217,16 +217,18 @@ def by_strength(jobs: Sequence[Job]) -> dict[float, list[Job]]:
 
 
 def load_denoiser(
-    base: Base, device: torch.device, dtype: torch.dtype, copies: int = 1
+    base: Base, device: torch.device, dtype: torch.dtype, loras: Sequence[LoraFile], copies: int = 1
 ) -> tuple[nn.Module, MemorySaver]:
-    """The denoiser, and the holder of the plan by which it draws, for a GPU's free memory.
+    """The denoiser, and the holder of the plan by which it draws with these LoRAs, for a GPU's free memory.
 
-    `copies` is how many times its weights will be in memory at most.
+    `copies` is how many times its weights will be in memory at most. Quantised weights stay as they are, unless a LoRA is of a
+    kind whose changes are as large as the weights.
     """
     free = free_memory(device) if device.type == "cuda" else None
-    size = copies * base.weight_bytes("denoiser", dtype)
+    as_stored = all(entry.kind in LOW_RANK for lora in loras for entry in lora.of_parts({"denoiser"}).entries)
+    size = copies * base.weight_bytes("denoiser", dtype, as_stored)
     plan = drawing_plan(size, free)
-    denoiser = base.load("denoiser", torch.device("cpu") if plan.offload else device, dtype)
+    denoiser = base.load("denoiser", torch.device("cpu") if plan.offload else device, dtype, as_stored)
     memory = MemorySaver(denoiser, device)
     memory.adopt(plan)
     return denoiser, memory

@@ -278,7 +278,10 @@ def generate_group(
     device, dtype = device_and_dtype(TrainConfig(precision=config.precision), device, base.family.overflows_in_fp16)
     with explained_memory_error("smaller pictures or the device cpu"):
         encoded = _encode(base, group, loras, by_strength(jobs), config, device)
-        denoiser, memory = load_denoiser(base, device, dtype, copies=1 + len(group.people))
+        denoiser, memory = load_denoiser(
+            base, device, dtype, [*(lora for lora, _ in loras), *(person.lora for person in group.people)],
+            copies=1 + len(group.people),
+        )  # fmt: skip
         vae = load_vae(base, device, dtype)
         for strength, some in by_strength(jobs).items():
             with applied(base, loras, strength, {"denoiser": denoiser}):

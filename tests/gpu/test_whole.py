@@ -43,6 +43,12 @@ def test_each_family_draws_with_its_denoiser_there_and_away(family, room, fake_p
     assert drawn.offload == 1 - room and len(drawn.sizes) == 2
 
 
+@pytest.mark.parametrize("room", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_quantised_weights_with_a_lora_draw_there_and_away(room, fake_process):
+    drawn = fake_process.submit(trials.generated, trials.Case("flux1", form="scaled fp8"), 1, room).result()
+    assert drawn.offload == 1 - room and len(drawn.sizes) == 1
+
+
 def test_a_text_encoder_that_does_not_fit_is_run_on_the_gpu_layer_by_layer(fake_process):
     place, shape, peak, whole = fake_process.submit(trials.encoded_by_layers, 0.0012).result()
     assert (place, shape) == ("cuda", (1, 16, 64)) and peak < whole / 4

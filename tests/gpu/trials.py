@@ -196,7 +196,8 @@ def generated(case: Case, jobs: int = 2, room: float = memory_plan.WEIGHTS_IN_DR
         adopt = MemorySaver.adopt
         with patch.object(MemorySaver, "adopt", lambda saver, plan: (loaded.append(saver), adopt(saver, plan))[1]):
             wanted = [Job("a photo", seed, size=(64, 64), steps=2) for seed in range(jobs)]
-            pictures = list(generate(base, [], wanted, GenerateConfig(batch_size=jobs)))
+            loras = [(random_lora(base, r"transformer_blocks\..+"), 1.0)] if case.form else []
+            pictures = list(generate(base, loras, wanted, GenerateConfig(batch_size=jobs)))
         dtypes = frozenset((name, dtypes) for name, dtypes in card.products)
         return Drawn(tuple(p.image.size for p in pictures), dtypes, card.peak, loaded[-1].plan.offload)
 

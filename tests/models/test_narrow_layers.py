@@ -2,19 +2,24 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
+import core.pictures.generate as generate_module
 from core.config import TrainConfig
+from core.errors import UnmatchedKeys
+from core.lora.apply import apply
 from core.models.base import load_base
 from core.models.memory_plan import PLANS, MemoryCount, MemoryPlan
 from core.models.narrow_layers import NarrowConv2d, NarrowLayer, NarrowLinear
+from core.pictures.generate import Job, generate
 from core.training.loop import train_lora
 from core.training.memory_prediction import predicted_memory
 from core.training.metadata import WEIGHTS_KEY
 from core.training.step import Run, memory_plans
 from tests.models.quantised_weights import FORMS, narrow_and_wide_base
-from tests.tooling import encoded_cache, encoded_image, mostly_slow
+from tests.tooling import encoded_cache, encoded_image, mostly_slow, random_lora
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(rank=4, learning_rate=1e-3, steps=2, precision="bf16", prior_prediction=0.5)
@@ -102,3 +107,44 @@ def test_dreambooth_trains_what_narrow_weights_stand_for(small_sd15):
     lora = Run(cache, narrow, CONFIG, CPU)
     kinds = {type(layer) for layer in lora.denoiser.modules() if isinstance(layer, NarrowLayer)}
     assert kinds == {NarrowLinear, NarrowConv2d} and lora.accumulate().isfinite()
+
+
+def test_pictures_of_narrow_weights_with_loras_are_those_of_wide_ones(monkeypatch):
+    narrow, wide = narrow_and_wide_base("scaled fp8")
+    loras = [(random_lora(wide, r"transformer_blocks\..+", seed=seed), 0.5) for seed in (1, 2)]
+    layers: list[list[NarrowLayer]] = []
+    load = generate_module.load_denoiser
+
+    def loaded(*arguments):
+        denoiser, memory = load(*arguments)
+        layers.append([layer for layer in denoiser.modules() if isinstance(layer, NarrowLayer)])
+        return denoiser, memory
+
+    monkeypatch.setattr(generate_module, "load_denoiser", loaded)
+    jobs = [Job("a photo of sks", seed=1, size=(64, 64), steps=2)]
+
+    def draw(base, loras):
+        return [np.array(picture.image, np.int16) for picture in generate(base, loras, jobs, device=CPU)]
+
+    (drawn,), (expected,), (plain,) = draw(narrow, loras), draw(wide, loras), draw(wide, [])
+    assert abs(drawn - expected).max() <= 1 < abs(plain - expected).max()
+    assert layers[0] and not layers[1] and not any(layer.changes for layer in layers[0])
+
+
+def test_a_lora_on_narrow_weights_is_taken_off_again_and_other_kinds_are_refused():
+    narrow, _ = narrow_and_wide_base("nvfp4")
+    denoiser = narrow.load("denoiser", CPU, torch.float32, as_stored=True)
+    target = {"family": "flux1", "denoiser": denoiser}
+    layer = denoiser.get_submodule("transformer_blocks.0.attn.to_q")
+    assert isinstance(layer, NarrowLinear)
+    before, lora = layer.weight, random_lora(narrow, r"transformer_blocks\..+")
+    change = dict(lora.changes())["denoiser", "transformer_blocks.0.attn.to_q"]
+    applied = apply(lora, target, 0.5)
+    torch.testing.assert_close(layer.weight, before + 0.5 * change)
+    applied.swap()
+    assert torch.equal(layer.weight, before)
+    applied.swap()
+    applied.remove()
+    assert torch.equal(layer.weight, before) and not layer.changes
+    with pytest.raises(UnmatchedKeys, match=r"kept as it is stored, which only a plain LoRA"):
+        applied.add(("denoiser", "transformer_blocks.0.attn.to_q"), "weight", change)
