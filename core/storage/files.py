@@ -4,9 +4,11 @@ The helpers that many rooms need are here too: they make folders, read JSON and 
 """
 
 import json
+import mmap
 import os
 import re
 import stat
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +16,18 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import BadFile, FaceLoraError
+
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+"""The value of Linux's MAP_NORESERVE, which Python's mmap module has from version 3.13 on."""
+
+
+def map_file(file: BinaryIO) -> mmap.mmap:
+    """An open file as memory, in which writing is private to this process: torch wants writable memory."""
+    if sys.platform == "linux":
+        # Linux would else set memory aside for every page that could be written, perhaps more than there is.
+        flags, protection = mmap.MAP_PRIVATE | _NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+        return mmap.mmap(file.fileno(), 0, flags=flags, prot=protection)
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 @contextmanager

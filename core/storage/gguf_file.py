@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import BadFile, MissingPackage
-from .gguf_types import narrow_gguf
+from .files import map_file
+from .gguf_types import is_narrow, narrow_gguf
 from .lazy import LazyTensors, Stored
 from .narrow import NarrowTensor
 
@@ -43,10 +44,10 @@ def open_gguf(path: str | os.PathLike[str]) -> LazyTensors:
                     raise ValueError("it ends before what it says is in it")
                 return found
 
-        reader = Reader(
-            path, "c"
-        )  # writing into what is mapped never changes the file; torch wants memory that can be written
-        return LazyTensors({tensor.name: _GgufTensor.of(reader, tensor) for tensor in reader.tensors})
+        reader = Reader(path)
+        with path.open("rb") as file:
+            whole = torch.frombuffer(map_file(file), dtype=torch.uint8)
+        return LazyTensors({tensor.name: _GgufTensor.of(reader, tensor, whole) for tensor in reader.tensors})
     except OSError as error:
         raise BadFile(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, LookupError, TypeError, ArithmeticError, AttributeError, MemoryError) as error:
@@ -61,25 +62,32 @@ class _GgufTensor(Stored):
     stored: Any
     """The tensor as the package describes it."""
     shape: tuple[int, ...]
+    file: Tensor
+    """The bytes of the file."""
 
     @classmethod
-    def of(cls, reader: Any, stored: Any) -> "_GgufTensor":
+    def of(cls, reader: Any, stored: Any, file: Tensor) -> "_GgufTensor":
         field = reader.get_field(f"{_ORIGINAL_SHAPE}{stored.name}")
         sides = reversed(stored.shape.tolist()) if field is None else field.contents()
-        made = cls({}, stored.name, stored, tuple(int(side) for side in sides))
+        made = cls({}, stored.name, stored, tuple(int(side) for side in sides), file)
         if torch.Size(made.shape).numel() != stored.n_elements:
             raise ValueError(f"{stored.name[:80]!r} has {stored.n_elements} numbers and the shape {list(made.shape)}")
         return made
 
     def __call__(self) -> Tensor:
+        if narrow := self.narrow():
+            return narrow.widened(torch.bfloat16)
         return dequantised(self.stored.data, self.stored.tensor_type, self.shape, self.name)
 
     def layout(self) -> tuple[torch.dtype, tuple[int, ...]]:
         return _PLAIN.get(self.stored.tensor_type.name, torch.bfloat16), self.shape
 
     def narrow(self) -> NarrowTensor | None:
-        kind = self.stored.tensor_type.name
-        return None if kind in _PLAIN else narrow_gguf(torch.from_numpy(self.stored.data), kind, self.shape)
+        stored = self.stored
+        if not is_narrow(stored.tensor_type.name):
+            return None
+        data = self.file[stored.data_offset : stored.data_offset + stored.n_bytes].reshape(stored.data.shape)
+        return narrow_gguf(data, stored.tensor_type.name, self.shape)
 
 
 def dequantised(data: Any, kind: Any, shape: tuple[int, ...], name: str) -> Tensor:
@@ -91,8 +99,6 @@ def dequantised(data: Any, kind: Any, shape: tuple[int, ...], name: str) -> Tens
         return torch.tensor(data, dtype=_PLAIN[kind.name]).reshape(shape)
     if kind.name == "BF16":
         return torch.tensor(data).view(torch.bfloat16).reshape(shape)
-    if narrow := narrow_gguf(torch.from_numpy(data), kind.name, shape):
-        return narrow.widened(torch.bfloat16)
     from gguf.quants import dequantize
 
     try:

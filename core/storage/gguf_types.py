@@ -13,12 +13,17 @@ from torch import Tensor
 from .narrow import NarrowTensor
 
 
+def is_narrow(kind: str) -> bool:
+    """Whether torch can widen a quantisation of that name here."""
+    return kind in _BLOCKS
+
+
 def narrow_gguf(data: Tensor, kind: str, shape: tuple[int, ...]) -> NarrowTensor | None:
     """The weight of that shape in a quantisation, by GGUF's name; None for a quantisation that torch cannot widen here.
 
     `data` are bytes, (rows, bytes of a row). Nor are weights whose rows are not those of the data.
     """
-    if kind not in _BLOCKS or data.ndim != 2 or len(shape) != 2 or len(data) != shape[0]:
+    if not is_narrow(kind) or data.ndim != 2 or len(shape) != 2 or len(data) != shape[0]:
         return None
     return NarrowTensor((data,), partial(_widen, kind=kind), shape)
 

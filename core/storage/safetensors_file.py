@@ -11,7 +11,6 @@ import mmap
 import os
 import shutil
 import struct
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -20,15 +19,12 @@ import torch
 from torch import Tensor
 
 from ..errors import BadFile
-from .files import write_file
+from .files import map_file, write_file
 from .header import TYPES, Header, parse_header
 
 CHUNK_BYTES = 1 << 20
 SMALL_BYTES = 64
 """The size up to which a tensor is read, not mapped: touching a mapped page makes the system read its neighbours too."""
-
-_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
-"""The value of Linux's MAP_NORESERVE, which Python's mmap module has from version 3.13 on."""
 
 # torch has gained the unsigned and the small float types over time, so only those that this torch has are listed.
 DTYPES: dict[str, torch.dtype] = {
@@ -112,13 +108,7 @@ class SafetensorsFile(Header, Mapping[str, Tensor]):
     def _map(self) -> mmap.mmap:
         if self._memory is None:
             with self._reopened() as file:
-                # A private mapping: torch wants writable memory, the file must stay as it is.
-                if sys.platform == "linux":
-                    # Linux would else set memory aside for every page that could be written, perhaps more than there is.
-                    flags, protection = mmap.MAP_PRIVATE | _NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-                    self._memory = mmap.mmap(file.fileno(), 0, flags=flags, prot=protection)
-                else:
-                    self._memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                self._memory = map_file(file)
         return self._memory
 
     def __getitem__(self, name: str) -> Tensor:
