@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import torch
@@ -11,6 +12,8 @@ from core.models.base import Base
 from core.models.quantised import dequantised
 from tests.tooling import small_flow_base
 
+MATRICES = r"(blocks|layers|refiner)\."
+"""A pattern of the names of layers in a transformer's blocks."""
 FORMS = ("fp8", "scaled fp8", "fp8 by rows", "int8", "convrot", "convrot_w4a4", "mxfp8", "nvfp4")
 
 
@@ -52,11 +55,11 @@ def stored(name: str, weight: Tensor, form: str) -> dict[str, Tensor]:
     return {f"{name}.{part}": tensor for part, tensor in parts.items()}
 
 
-def quantised(tensors: dict[str, Tensor], form: str, pattern: str = "blocks.") -> dict[str, Tensor]:
+def quantised(tensors: dict[str, Tensor], form: str, pattern: str = MATRICES) -> dict[str, Tensor]:
     """The tensors with the matrices in a denoiser's blocks in that form."""
     result = {}
     for name, tensor in tensors.items():
-        is_matrix = pattern in name and name.endswith(".weight") and tensor.ndim == 2
+        is_matrix = re.search(pattern, name) and name.endswith(".weight") and tensor.ndim == 2
         result |= stored(name.removesuffix(".weight"), tensor, form) if is_matrix else {name: tensor}
     return result
 

@@ -1,5 +1,6 @@
 """Weights that are stored in few bits stay so through a training, which computes with the numbers that they stand for."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -18,8 +19,8 @@ from core.training.loop import train_lora
 from core.training.memory_prediction import predicted_memory
 from core.training.metadata import WEIGHTS_KEY
 from core.training.step import Run, memory_plans
-from tests.models.quantised_weights import FORMS, narrow_and_wide_base
-from tests.tooling import encoded_cache, encoded_image, mostly_slow, random_lora
+from tests.models.quantised_weights import FORMS, MATRICES, narrow_and_wide_base
+from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, mostly_slow, random_lora
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(rank=4, learning_rate=1e-3, steps=2, precision="bf16", prior_prediction=0.5)
@@ -54,11 +55,14 @@ def assert_trains_as_wide(form: str, config: TrainConfig, plan: MemoryPlan = PLA
     assert all(torch.equal(gradient, wide_gradients[name]) for name, gradient in gradients.items())
     layers = [layer for layer in runs[0].denoiser.modules() if isinstance(layer, NarrowLinear)]
     widths = sorted(layer.in_features * layer.out_features * 4 for layer in layers)
-    assert len(layers) == sum(name.endswith(".weight") and "blocks." in name and tensor.ndim == 2
-                              for name, tensor in wide.components["denoiser"].tensors.items())  # fmt: skip
+    tensors = wide.components["denoiser"].tensors
+    assert len(layers) == sum(
+        name.endswith(".weight") and tensor.ndim == 2 and bool(re.search(MATRICES, name))
+        for name, tensor in tensors.items()
+    )
     assert sum(layer.narrow.nbytes for layer in layers) < 0.3 * sum(widths)
     # Of all widened weights only those that are being used are there: in float32 on the way, and in two other dtypes.
-    assert peak - wide_peak < 3 * widths[-1] < sum(widths) / 2
+    assert peak - wide_peak < 3 * widths[-1] < 0.6 * sum(widths)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -69,6 +73,11 @@ def test_a_training_on_narrow_weights_is_bit_for_bit_that_on_wide_ones(form):
 @pytest.mark.parametrize("plan", [MemoryPlan(1.0), MemoryPlan(1.0, offload=1.0)], ids=str)
 def test_memory_plans_compute_the_same_on_narrow_weights(plan):
     assert_trains_as_wide("scaled fp8", replace(CONFIG, precision="fp32"), plan)
+
+
+@pytest.mark.parametrize("family", mostly_slow([family for family in SMALL_FLOWS if family != "flux1"], "zimage"))
+def test_families_compute_the_same_on_narrow_weights(family):
+    assert_trains_as_wide("scaled fp8", CONFIG, family=family)
 
 
 @pytest.mark.parametrize("method", mostly_slow(("dora", "loha", "lokr", "oft"), "lokr"))
