@@ -6,6 +6,7 @@ takes is its arithmetic at a share of the card's rate, or the copies of blocks t
 """
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from core.bench.shapes import denoiser_config
 from core.config import TrainConfig
 from core.models.arithmetic import count_flops
 from core.models.base import Base
 from core.models.families import FAMILIES
-from core.models.memory_plan import PLANS, RESERVE, MemoryPlan, drawing_plan, first_that_fits
+from core.models.memory_plan import PLANS, RESERVE, MemoryPlan, drawing_plan, first_that_fits, plans_for
+from core.models.quantised import dequantised
 from core.models.spec import Component
 from core.training.encode import EncodedImage, LatentCache
 from core.training.memory_prediction import predicted_memory
@@ -125,11 +128,42 @@ MODELS = {
 }  # fmt: skip
 
 
-def base_of(model: Model) -> Base:
-    """The model without weights."""
-    family = FAMILIES[model.family]
+STORED = {
+    "scaled fp8": ("float8_e4m3fn", torch.float8_e4m3fn, 1, {"weight_scale": (torch.float32, lambda rows, columns: ())}),
+    "NVFP4": (
+        "nvfp4", torch.uint8, 2,
+        {
+            "weight_scale": (torch.float8_e4m3fn, lambda rows, columns: (-(-rows // 128) * 128, columns // 16)),
+            "weight_scale_2": (torch.float32, lambda rows, columns: ()),
+        },
+    ),
+}  # fmt: skip
+"""What quantised files have of a layer: the format's name, the dtype of a weight and how many numbers are in one of it, and the
+dtype and the shape of each scale of a weight of (rows, columns)."""
+QUANTISED = tuple((name, form) for name in ("FLUX.1-dev",) for form in STORED)
+
+
+def stored_tensors(model: Model, form: str) -> Mapping[str, Tensor]:
+    """The denoiser's tensors in a file in which the matrices of blocks are quantised, without numbers."""
+    named, dtype, numbers, scales = STORED[form]
+    said = torch.tensor(list(json.dumps({"format": named}).encode()), dtype=torch.uint8)
+    tensors = FAMILIES[model.family].build_empty("denoiser", model.config).state_dict()
+    for name, tensor in list(tensors.items()):
+        if "blocks." in name and name.endswith(".weight") and tensor.ndim == 2:
+            rows, columns = tensor.shape
+            layer = name.removesuffix("weight")
+            tensors[name] = torch.empty(rows, columns // numbers, dtype=dtype, device="meta")
+            for end, (of_scale, shape) in scales.items():
+                tensors[layer + end] = torch.empty(shape(rows, columns), dtype=of_scale, device="meta")
+            tensors[f"{layer}comfy_quant"] = said
+    return dequantised(tensors, form)
+
+
+def base_of(model: Model, form: str = "") -> Base:
+    """The model without numbers; without any weights at all, if no form is given in which they are stored."""
+    family, tensors = FAMILIES[model.family], stored_tensors(model, form) if form else {}
     return Base(
-        family=family, name="published size", components={"denoiser": Component(model.config, {})},
+        family=family, name="published size", components={"denoiser": Component(model.config, tensors)},
         prediction_type=family.prediction_type("epsilon"), zero_terminal_snr=False, resolution=model.resolution,
     )  # fmt: skip
 
@@ -163,14 +197,15 @@ def cache_of(model: Model, base: Base) -> LatentCache:
     return LatentCache((image,), {caption: text}, chunks=1, digest="")
 
 
-def predictions(model: Model) -> dict[MemoryPlan, Need]:
+def predictions(model: Model, form: str = "") -> dict[MemoryPlan, Need]:
     """What each plan needs for a LoRA of rank 16 on one picture at a time, in bf16."""
-    base, config = base_of(model), config_of(model)
+    base, config = base_of(model, form), config_of(model)
     predict = partial(predicted_memory, cache_of(model, base), base, config, torch.device("cpu"), torch.bfloat16)
     operations: dict[float, int] = {}
     for plan in PLANS[:3]:  # apart from the memory, since the counter keeps activations that the plan would recompute
         operations[plan.recompute] = count_flops(partial(predict, plan))
-    return {plan: Need(predict(plan), operations[plan.recompute]) for plan in PLANS}
+    plans = plans_for("auto", narrow=base.is_narrow)
+    return {plan: Need(predict(plan), operations[plan.recompute]) for plan in plans}
 
 
 def column(plan: MemoryPlan) -> str:
@@ -180,16 +215,43 @@ def column(plan: MemoryPlan) -> str:
     return f"{bits}{plan.recompute:.0%} recomputed{brought}"
 
 
-def training_on(card: Card, needs: dict[MemoryPlan, Need], weights: int) -> str:
-    """The plan that is chosen on a card, in few words, with the GiB and the seconds that a step needs."""
-    plan = first_that_fits(PLANS, lambda plan: needs[plan].memory <= card.room)
+def training_on(card: Card, needs: dict[MemoryPlan, Need], stored: int) -> str:
+    """The plan that is chosen on a card, in few words, with the GiB and the seconds that a step needs.
+
+    `stored` are the bytes of the weights as plans bring them in."""
+    plan = first_that_fits(list(needs), lambda plan: needs[plan].memory <= card.room)
     need = needs[plan]
     if need.memory > card.room:
         return "no plan fits"
-    # Blocks in 8 bits come for the forward pass, and for the backward pass again.
-    copied = 2 * plan.offload * weights / 2
+    # Blocks come for the forward pass, and for the backward pass again.
+    copied = 2 * plan.offload * stored
     seconds = max(need.operations / (SHARE * card.rate), copied / card.copies)
     return f"{column(plan)} ({need.memory / GIB:.1f}), {seconds:{'.0f' if seconds > 9.5 else '.2g'}} s"
+
+
+def tables_of_quantised(rows: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """The tables of these models in these forms of storage."""
+    titles = [f"{name}, {form}, {MODELS[name].resolution} px" for name, form in rows]
+    needs = [predictions(MODELS[name], form) for name, form in rows]
+    sizes = [
+        base_of(MODELS[name], form).weight_bytes("denoiser", torch.bfloat16, as_stored=True) for name, form in rows
+    ]
+    return {
+        "memory of quantised files": table(
+            ["GiB", "weights", *map(column, needs[0])],
+            [
+                [title, f"{size / GIB:.1f}", *(f"{need.memory / GIB:.1f}" for need in found.values())]
+                for title, size, found in zip(titles, sizes, needs, strict=True)
+            ],
+        ),
+        "training on quantised files": table(
+            ["", *(card.name for card in CARDS)],
+            [
+                [title, *(training_on(card, found, size) for card in CARDS)]
+                for title, size, found in zip(titles, sizes, needs, strict=True)
+            ],
+        ),
+    }
 
 
 def drawing_on(card: Card, weights: int) -> str:
@@ -207,7 +269,7 @@ def rows_of(model_name: str) -> dict[str, list[str]]:
         "training on cards": [
             title,
             f"{needs[PLANS[0]].operations / 1e12:.3g}",
-            *(training_on(card, needs, weights) for card in CARDS),
+            *(training_on(card, needs, weights // 2) for card in CARDS),  # brought in, they are in 8 bits
         ],
         "drawing on cards": [model_name, f"{weights / GIB:.1f}", *(drawing_on(card, weights) for card in CARDS)],
     }
@@ -247,8 +309,11 @@ def main() -> None:
     parser.add_argument(
         "--model", action="append", choices=MODELS, help="a model whose rows are predicted; default all"
     )
-    names = parser.parse_args().model or list(MODELS)
-    DOCUMENT.write_text(with_rows(DOCUMENT.read_text(), {name: rows_of(name) for name in names}))
+    given = parser.parse_args().model
+    document = with_rows(DOCUMENT.read_text(), {name: rows_of(name) for name in given or MODELS})
+    for name, lines in {} if given else tables_of_quantised(QUANTISED).items():
+        document = replace_table(document, name, lines)
+    DOCUMENT.write_text(document)
 
 
 if __name__ == "__main__":
