@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
-from ..storage.narrow import NarrowTensor, Widen, as_stored
+from ..storage.narrow import NarrowTensor, as_stored
 
 Change = Callable[[torch.device], Tensor]
 """A function that gives what is added to a weight, float32 on a device."""
@@ -105,10 +105,15 @@ def as_under_autocast(x: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """A linear layer that widens its weight again for the backward pass, instead of keeping it widened."""
+    """A linear layer that widens its weight again for the backward pass, instead of keeping it widened.
+
+    It is given the input, how the weight is widened, the bias, and the weight's parts. (They have no names of their own, since
+    torch.compile takes the context for left out where there are as many arguments as names.)
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, widen: Widen, bias: Tensor | None, *parts: Tensor) -> Tensor:
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        x, widen, bias, *parts = given
         ctx.save_for_backward(*parts)
         ctx.widen = widen
         return F.linear(x, widen(parts, x.dtype), bias)
@@ -123,10 +128,14 @@ class _Linear(torch.autograd.Function):
 
 
 class _Conv2d(torch.autograd.Function):
-    """A convolution that widens its weight again for the backward pass, instead of keeping it widened."""
+    """A convolution that widens its weight again for the backward pass, instead of keeping it widened.
+
+    It is given what a linear layer is, and its places before the bias.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, widen: Widen, places: tuple, bias: Tensor | None, *parts: Tensor) -> Tensor:
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        x, widen, places, bias, *parts = given
         ctx.save_for_backward(*parts)
         ctx.widen, ctx.places, ctx.shape = widen, places, x.shape
         return F.conv2d(x, widen(parts, x.dtype), bias, *places)

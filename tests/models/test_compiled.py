@@ -10,6 +10,7 @@ from core.models.compiled import CompiledBlocks
 from core.training.callbacks import Callbacks
 from core.training.loop import train_lora
 from core.training.step import Run
+from tests.models.quantised_weights import narrow_and_wide_base
 from tests.tooling import encoded_cache, encoded_image, small_flow_base
 
 CPU = torch.device("cpu")
@@ -30,7 +31,9 @@ def cache(base):
 
 
 @pytest.mark.slow
-def test_compiled_blocks_train_as_plain_ones_do(base, cache):
+@pytest.mark.parametrize("form", ["", "scaled fp8"])
+def test_compiled_blocks_train_as_plain_ones_do(base, cache, form):
+    base = narrow_and_wide_base(form)[0] if form else base
     plain = Run(cache, base, CONFIG, CPU)
     compiled = Run(cache, base, replace(CONFIG, compile=True), CPU, check_cancelled=lambda: None)
     assert compiled.why_not_compiled is None and compiled.compiled
@@ -39,7 +42,8 @@ def test_compiled_blocks_train_as_plain_ones_do(base, cache):
         plain.train_step()
         compiled.train_step()
         torch.testing.assert_close(compiled.loss, plain.loss, rtol=1e-4, atol=0)
-    for name, parameter in plain.parameters.items():
+    # Compiled, a scaled weight need not be rounded to bf16 before it is used; the losses above say that no more differs.
+    for name, parameter in plain.parameters.items() if not form else ():
         torch.testing.assert_close(compiled.parameters[name], parameter, rtol=1e-3, atol=1e-4)
     counters = torch._dynamo.utils.counters
     assert not counters["graph_break"] and counters["frames"]["ok"] == counters["frames"]["total"]
