@@ -1,10 +1,13 @@
 """The table of a step's operations in docs/benchmarks.md: `python -m tools.step_tables` counts them and writes them there.
 
-They are counted on a CPU with networks of the published depths, but narrow ones: how many they are does not depend on widths,
-and a GPU is asked for as many (tests/gpu/test_steps.py). It takes two minutes
-of a core.
+They are counted on a GPU without numbers (tests/gpu/fake_cuda.py), which is asked for what a GPU is asked for by the installed
+torch, with networks of the published depths, but narrow ones: how many they are does not depend on widths. It takes two
+minutes of a core.
 """
 
+from tests.gpu.fake_cuda import DEVICE, Card, fake_cuda  # isort: skip  # before torch
+
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -13,7 +16,6 @@ import torch
 from torch import Tensor
 
 from core.bench.loops import PlainLoop
-from core.bench.report import count_operations
 from core.bench.shapes import denoiser_config
 from core.models.spec import Component
 from core.training.methods.lora_layer import LoraLayer
@@ -21,7 +23,6 @@ from core.training.step import Run
 from tools.memory_tables import DOCUMENT, MODELS, base_of, cache_of, config_of
 from tools.photo_tables import replace_table, table
 
-CPU = torch.device("cpu")
 NARROW: dict[str, dict[str, Any]] = {
     "SD1.5": denoiser_config("sd15", 64),
     "SDXL": denoiser_config("sdxl", 64),
@@ -37,7 +38,14 @@ def frozen(layer: LoraLayer, x: Tensor) -> Tensor:
     return output if output.requires_grad else output.requires_grad_()
 
 
-def operations(name: str) -> list[int]:
+def counted(card: Card, work: Callable[[], object]) -> int:
+    """The number of operations that `work` asks the card for, apart from views of memory."""
+    card.watch()
+    work()
+    return card.launches
+
+
+def operations(name: str, card: Card) -> list[int]:
     """The operations of a step: of the denoiser alone, of the adapter, of the update, of all this, and of the peer's passes."""
     model = replace(MODELS[name], resolution=64, config={**MODELS[name].config, **NARROW[name]})
     base, config = base_of(model), replace(config_of(model), gradient_checkpointing="off")
@@ -45,19 +53,20 @@ def operations(name: str) -> list[int]:
     weights = {key: torch.zeros(tensor.shape, dtype=torch.bfloat16) for key, tensor in state.items()}
     base = replace(base, components={"denoiser": Component(model.config, weights)})
     cache = cache_of(model, base)
-    run = Run(cache, base, config, CPU)
+    run = Run(cache, base, config, DEVICE)
     run.train_step()  # makes what stays
-    step = count_operations(run.train_step)
-    passes = count_operations(run.accumulate)
+    step = counted(card, run.train_step)
+    passes = counted(card, run.accumulate)
     with patch.object(LoraLayer, "forward", frozen):
-        alone = count_operations(run.accumulate)
-    peer = PlainLoop(cache, base, config, CPU)
+        alone = counted(card, run.accumulate)
+    peer = PlainLoop(cache, base, config, DEVICE)
     peer.step()
-    return [alone, passes - alone, step - passes, step, count_operations(peer.gradients)]
+    return [alone, passes - alone, step - passes, step, counted(card, peer.gradients)]
 
 
 if __name__ == "__main__":
-    rows = [[name, *(f"{count:,}" for count in operations(name))] for name in NARROW]
+    with fake_cuda(1000) as card:
+        rows = [[name, *(f"{count:,}" for count in operations(name, card))] for name in NARROW]
     header = [
         "",
         "the denoiser alone",

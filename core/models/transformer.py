@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import MissingPackage, UnmatchedKeys
 from ..storage.lazy import LazyTensors, Stored, shape_of
@@ -120,7 +120,44 @@ def build(name: str, version: tuple[int, int], config: dict[str, Any]) -> Any:
             f"{name} is in diffusers {needed} and later, and {diffusers.__version__} is installed: "
             f"pip install 'diffusers>={needed}'"
         )
-    return getattr(diffusers, name).from_config(config)
+    network = getattr(diffusers, name).from_config(config)
+    for path, module in list(network.named_modules()):
+        if type(module) is diffusers.models.normalization.RMSNorm and module.weight is not None and module.bias is None:
+            norm = RmsNorm(list(module.dim), module.eps)
+            norm.weight = module.weight
+            network.set_submodule(path, norm)
+    return network
+
+
+class RmsNorm(nn.RMSNorm):
+    """diffusers' RMSNorm by torch's own function, which is one kernel on a GPU (from torch 2.9 on)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, kind = x.to(self.weight.dtype), x.device.type
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+            return super().forward(x)
+        with torch.autocast(kind, enabled=False):  # which would hand on float32
+            return super().forward(x)
+
+
+def activate_once(denoiser: Any) -> None:
+    """Has the embedding of the time activated (SiLU) once for all blocks of a network of diffusers, each of which does it."""
+    denoiser.time_text_embed.register_forward_hook(lambda _, __, embedded: F.silu(embedded))
+    for path, module in list(denoiser.named_modules()):
+        if isinstance(module, nn.SiLU) and not path.startswith("time_text_embed."):
+            denoiser.set_submodule(path, nn.Identity())
+        elif type(module).__name__ in ("AdaLayerNormZero", "AdaLayerNormZeroSingle"):
+            module.forward = partial(_modulated_norm, module)  # pyright: ignore
+
+
+def _modulated_norm(module: Any, x: Tensor, emb: Tensor) -> tuple[Tensor, ...]:
+    """x (B, L, D) normalised, scaled and shifted by what a layer makes of `emb` (B, D'), and the gates (B, D) from it."""
+    made = module.linear(emb)
+    shift, scale, *gates = made.chunk(made.shape[-1] // x.shape[-1], 1)
+    norm = module.norm
+    if len(x) == 1:  # a single kernel, and one of its backward pass
+        return F.layer_norm(x, norm.normalized_shape, 1 + scale.squeeze(0), shift.squeeze(0), norm.eps), *gates
+    return torch.addcmul(shift[:, None], norm(x), 1 + scale[:, None]), *gates
 
 
 def flux1_vae(tensors: Mapping[str, Tensor]) -> Component:

@@ -126,7 +126,7 @@ PRODUCTS = (
     aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_efficient_attention,
 )  # fmt: skip
 """The operations whose dtypes decide about speed."""
-KERNELS = (aten.silu_backward.default,)
+KERNELS = (aten.silu_backward.default, *([aten._fused_rms_norm.default] if hasattr(aten, "_fused_rms_norm") else []))
 """Operations that are one kernel on CUDA, and which a build for the CPU would take apart for want of it."""
 OutOfMemoryForm = Literal["allocator", "driver", "cublas", "cudnn"]
 MESSAGES: dict[str, tuple[type[Exception], str]] = {

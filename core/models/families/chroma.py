@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...tensor_names.flux import CHROMA as NAMES
-from .. import text, transformer
+from .. import attention, text, transformer
 from ..ldm import count_children
 from ..spec import DENOISER_PREFIX, Component, Conditioning, stack_conditioning
 from . import flux1
@@ -41,6 +41,8 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
 
 def build_denoiser(config: dict[str, Any]) -> nn.Module:
     denoiser = transformer.build("ChromaTransformer2DModel", (0, 34), config)
+    attention.use_attention(denoiser, attention.JointAttention())
+    denoiser.pos_embed.register_forward_hook(attention.tables_of_flux)
     numbers = denoiser.time_text_embed
     with torch.device("cpu"):
         # No file has the buffers of the modulations, so they must not stay on the meta device.

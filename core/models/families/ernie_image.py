@@ -5,13 +5,13 @@ guidance, has the same tensors, so only its name tells it from the base model: t
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...tensor_names.ernie import ERNIE_IMAGE as NAMES
-from .. import text, transformer
+from .. import attention, text, transformer
 from ..ldm import count_children
 from ..recipe import Recipe
 from ..spec import Component, Conditioning, FamilySpec, FewSteps
@@ -47,6 +47,18 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     }
     denoiser = transformer.transformer_component(tensors, config, NAMES)
     return {"denoiser": denoiser} | text.other_parts(tensors, flux2.vae, TEXT)
+
+
+def build_denoiser(config: dict[str, Any]) -> nn.Module:
+    denoiser = transformer.build("ErnieImageTransformer2DModel", (0, 38), config)
+    attention.use_attention(denoiser, attention.StreamAttention(halves=True))
+    denoiser.pos_embed.register_forward_hook(_tables)
+    return denoiser
+
+
+def _tables(_: nn.Module, __: object, angles: Tensor) -> Tensor:
+    """The tables (B, S, 2, D) of angles (B, S, 1, D)."""
+    return torch.cat(attention.tables_of_halves(angles), -2)
 
 
 def encode_text(
@@ -89,7 +101,7 @@ ERNIE_IMAGE = FamilySpec(
     in_channels=128,
     recognise=recognise,
     split=split,
-    build=text.builder(partial(transformer.build, "ErnieImageTransformer2DModel", (0, 38)), TEXT, vae=flux2.build_vae),
+    build=text.builder(build_denoiser, TEXT, vae=flux2.build_vae),
     latent_shape=flux2.latent_shape,
     encode_text=encode_text,
     predict=predict,

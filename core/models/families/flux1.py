@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...tensor_names.flux import FLUX1 as NAMES
-from .. import text, transformer
+from .. import attention, text, transformer
 from ..ldm import count_children
 from ..objective import linear_shift
 from ..recipe import Recipe
@@ -74,6 +74,14 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     }
     denoiser = transformer.transformer_component(tensors, config, NAMES, RENAMES)
     return {"denoiser": denoiser} | text.other_parts(tensors, transformer.flux1_vae, TEXT)
+
+
+def build_denoiser(config: dict[str, Any]) -> nn.Module:
+    denoiser = transformer.build("FluxTransformer2DModel", (0, 30), config)
+    attention.use_attention(denoiser, attention.JointAttention())
+    denoiser.pos_embed.register_forward_hook(attention.tables_of_flux)
+    transformer.activate_once(denoiser)
+    return denoiser
 
 
 def encode_text(
@@ -144,7 +152,7 @@ FLUX1 = FamilySpec(
     recognise=recognise,
     lookalikes={DENOISER_PREFIX + "txt_in.individual_token_refiner.blocks.0.norm1.weight": "HunyuanVideo"},
     split=split,
-    build=text.builder(partial(transformer.build, "FluxTransformer2DModel", (0, 30)), TEXT),
+    build=text.builder(build_denoiser, TEXT),
     latent_shape=partial(transformer.patch_latent_shape, patched=True),
     encode_text=encode_text,
     image_conditioning=image_conditioning,

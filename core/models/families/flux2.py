@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...errors import UnmatchedKeys
 from ...storage.lazy import LazyTensors, Stored, shape_of
 from ...tensor_names.flux import FLUX2 as NAMES
-from .. import text, transformer
+from .. import attention, text, transformer
 from ..ldm import VAE_PREFIXES, kl_pixels, vae_component
 from ..recipe import Recipe
 from ..spec import Component, Conditioning, FamilySpec, FewSteps, LatentShape
@@ -85,6 +85,33 @@ def vae(tensors: Mapping[str, Tensor]) -> Component:
     statistics = {name: readers[name] for name in ("bn.running_mean", "bn.running_var") if name in readers}
     counter = {"bn.num_batches_tracked": lambda: torch.tensor(0)}
     return Component(config, LazyTensors(tensors_of_vae | statistics | counter))
+
+
+def build_denoiser(config: dict[str, Any]) -> nn.Module:
+    denoiser = transformer.build("Flux2Transformer2DModel", (0, 37), config)
+    attention.use_attention(denoiser.transformer_blocks, attention.JointAttention())
+    attention.use_attention(denoiser.single_transformer_blocks, _SingleAttention())
+    denoiser.pos_embed.register_forward_hook(attention.tables_of_flux)
+    return denoiser
+
+
+class _SingleAttention:
+    """The attention of a single block beside its feed-forward layers, in the place of diffusers'."""
+
+    def __call__(
+        self,
+        layers: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: attention.Tables | None = None,
+    ) -> Tensor:
+        assert image_rotary_emb is not None
+        both = layers.to_qkv_mlp_proj(hidden_states)
+        *parts, wide = both.split([layers.inner_dim] * 3 + [both.shape[-1] - 3 * layers.inner_dim], -1)
+        query, key, value = (part.unflatten(-1, (layers.heads, -1)) for part in parts)
+        query, key = layers.norm_q(query), layers.norm_k(key)
+        mixed = attention.attend([query], [key], [value], image_rotary_emb, attention_mask)
+        return layers.to_out(torch.cat([mixed, layers.mlp_act_fn(wide)], -1))
 
 
 build_vae: Callable[[dict[str, Any]], nn.Module] = partial(transformer.build, "AutoencoderKLFlux2", (0, 37))
@@ -190,11 +217,7 @@ FLUX2 = FamilySpec(
     in_channels=128,
     recognise=recognise,
     split=split,
-    build=text.builder(
-        partial(transformer.build, "Flux2Transformer2DModel", (0, 37)),
-        TEXT,
-        vae=build_vae,
-    ),
+    build=text.builder(build_denoiser, TEXT, vae=build_vae),
     latent_shape=latent_shape,
     encode_text=encode_text,
     image_conditioning=flux1.image_conditioning,  # what dev is told of guidance while it is trained

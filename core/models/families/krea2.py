@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...storage.lazy import LazyTensors, Stored
 from ...tensor_names.krea import KREA2 as NAMES
-from .. import text, transformer
+from .. import attention, text, transformer
 from ..ldm import count_children
 from ..objective import linear_shift
 from ..recipe import Recipe
@@ -110,7 +111,32 @@ def build_denoiser(config: dict[str, Any]) -> nn.Module:
         if type(module).__name__ == "Krea2RMSNorm":
             # The weight is what a scale differs from 1 by: rounding their sum to 16 bits would lose most of it.
             module.register_load_state_dict_post_hook(_in_float32)
+    attention.use_attention(denoiser.transformer_blocks, _Attention())
+    denoiser.rotary_emb.register_forward_hook(attention.tables_of_flux)
     return denoiser
+
+
+class _Attention:
+    """The attention of a block, in which several heads of queries share one of keys and values, in the place of diffusers'."""
+
+    def __call__(
+        self,
+        layers: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: attention.Tables | None = None,
+    ) -> Tensor:
+        assert image_rotary_emb is not None
+        counts = layers.num_heads, layers.num_kv_heads
+        (query,) = attention.heads(hidden_states, counts[0], layers.to_q)
+        key, value = attention.heads(hidden_states, counts[1], layers.to_k, layers.to_v)
+        gate = layers.to_gate(hidden_states)
+        both = torch.cat([layers.norm_q(query), layers.norm_k(key)], 2)
+        query, key = attention.rotated(both, image_rotary_emb).split(counts, 2)
+        if counts[0] > counts[1]:
+            key, value = (part.repeat_interleave(counts[0] // counts[1], 2) for part in (key, value))
+        mixed = attention.mixed(query, key, value, attention_mask)
+        return layers.to_out[0](mixed * torch.sigmoid(gate))
 
 
 def _in_float32(module: Any, _: object) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...errors import UnmatchedKeys
 from ...storage.lazy import LazyTensors, Stored, shape_of
 from ...tensor_names.qwen import QWEN_IMAGE as NAMES
-from .. import text, transformer
+from .. import attention, text, transformer
 from ..ldm import VAE_PREFIXES, count_children
 from ..objective import linear_shift
 from ..recipe import Recipe
@@ -123,7 +123,17 @@ def build_denoiser(config: dict[str, Any]) -> nn.Module:
     with torch.device("cpu"):
         # No file has the rotary embeddings, so they must not stay on the meta device.
         denoiser.pos_embed = type(denoiser.pos_embed)(theta=10000, axes_dim=list(ROTARY_AXES), scale_rope=True)
+    attention.use_attention(denoiser, attention.JointAttention())
+    denoiser.pos_embed.register_forward_hook(_tables)
+    transformer.activate_once(denoiser)
     return denoiser
+
+
+def _tables(_: nn.Module, __: object, rotations: tuple[Tensor, Tensor]) -> attention.Tables:
+    """The tables of a text and a picture, by their complex rotations."""
+    picture, text = rotations
+    both = torch.cat([text, picture])
+    return attention.tables_of_pairs(both.real, both.imag)
 
 
 build_vae: Callable[[dict[str, Any]], nn.Module] = partial(transformer.build, "AutoencoderKLQwenImage", (0, 35))

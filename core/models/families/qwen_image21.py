@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...errors import UnmatchedKeys
 from ...storage.lazy import LazyTensors, Stored, shape_of
 from ...tensor_names.qwen import QWEN_IMAGE_21 as NAMES
-from .. import text, transformer
+from .. import attention, text, transformer
 from ..ldm import VAE_PREFIXES, count_children
 from ..objective import linear_shift
 from ..recipe import Recipe
@@ -121,6 +121,7 @@ def build_denoiser(config: dict[str, Any]) -> nn.Module:
     with torch.device("cpu"):
         # No file has the frequencies of the time, so they must not stay on the meta device.
         embedding.time_proj = type(embedding.time_proj)(timestep_dim=embedding.timestep_embedder.linear_1.in_features)
+    attention.use_attention(denoiser, _Attention())
     denoiser.forward = MethodType(_forward, denoiser)
     return denoiser
 
@@ -147,8 +148,29 @@ def _forward(denoiser: Any, latents: Tensor, context: Tensor, times: Tensor, siz
     return denoiser.proj_out(denoiser.norm_out(states[:, length:], embedded[:-1]))
 
 
-def _rotations(length: int, size: tuple[int, int], axes: Sequence[int], device: torch.device) -> Tensor:
-    """The rotations (L + H W, D / 2) of an attention head by each position's frame, row and column, complex.
+class _Attention:
+    """The attention of a block: of a text to what is before it, and of the picture to all. It takes the place of diffusers'."""
+
+    def __call__(
+        self,
+        layers: Any,
+        hidden_states: Tensor,
+        *,
+        rotary_emb: attention.Tables,
+        segments: Sequence[tuple[int, int, bool]],
+        **_: object,
+    ) -> Tensor:
+        length = segments[0][1]  # of the text, the only one
+        query, key, value = attention.heads(hidden_states, layers.heads, layers.to_q, layers.to_k, layers.to_v)
+        both = torch.cat([layers.norm_q(query), layers.norm_k(key)], 1).unflatten(1, (2, -1))
+        query, key = attention.rotated(both, rotary_emb).unbind(1)
+        text = attention.mixed(*(part[:, :length] for part in (query, key, value)), causal=True)
+        picture = attention.mixed(query[:, length:], key, value)
+        return layers.to_out[0](torch.cat([text, picture], 1))
+
+
+def _rotations(length: int, size: tuple[int, int], axes: Sequence[int], device: torch.device) -> attention.Tables:
+    """The tables (L + H W, D) that rotate an attention head by each position's frame, row and column.
 
     A text's tokens have their number on all three axes. A picture is at the number after them, its rows and columns are
     counted from its centre.
@@ -166,7 +188,8 @@ def _rotations(length: int, size: tuple[int, int], axes: Sequence[int], device: 
         torch.outer(positions[:, axis], 1 / 10000 ** (torch.arange(0, width, 2, device=device) / width))
         for axis, width in enumerate(axes)
     ]
-    return torch.polar(torch.ones((), device=device), torch.cat(angles, 1))
+    together = torch.cat(angles, 1)
+    return attention.tables_of_pairs(together.cos(), together.sin())
 
 
 def build_text_encoder(config: dict[str, Any]) -> nn.Module:

@@ -5,7 +5,7 @@ models' own training.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,12 @@ def _vae(tensors: Mapping[str, Tensor]) -> Component:
     return vae_component(tensors, LATENT_SCALE, LATENT_SHIFT, quant_conv=False)
 
 
+def build_denoiser(config: dict[str, Any]) -> nn.Module:
+    denoiser = transformer.build("SD3Transformer2DModel", (0, 29), config)
+    transformer.activate_once(denoiser)
+    return denoiser
+
+
 def encode_text(
     encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
 ) -> Conditioning:
@@ -119,7 +125,7 @@ SD3 = FamilySpec(
     in_channels=16,
     recognise=recognise,
     split=split,
-    build=text.builder(partial(transformer.build, "SD3Transformer2DModel", (0, 29)), TEXT),
+    build=text.builder(build_denoiser, TEXT),
     latent_shape=transformer.patch_latent_shape,
     encode_text=encode_text,
     predict=predict,

@@ -5,14 +5,14 @@ its name tells it from the base model. A LoRA that is trained on it undoes the d
 Turbo with a training adapter.
 """
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...tensor_names.lumina import ZIMAGE as NAMES
-from .. import text, transformer
+from .. import attention, text, transformer
 from ..ldm import count_children
 from ..recipe import Recipe
 from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, FewSteps
@@ -53,6 +53,24 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
     # Some files have an unused norm from Lumina 2.
     denoiser = transformer.transformer_component(tensors, config, NAMES, left_out=r"^norm_final\.")
     return {"denoiser": denoiser} | text.other_parts(tensors, transformer.flux1_vae, TEXT)
+
+
+def build_denoiser(config: dict[str, Any]) -> nn.Module:
+    denoiser = transformer.build("ZImageTransformer2DModel", (0, 36), config)
+    attention.use_attention(denoiser, attention.StreamAttention())
+    denoiser.rope_embedder = _Tables(denoiser.rope_embedder)
+    return denoiser
+
+
+class _Tables:
+    """The tables (S, 2, D) of positions (S, 3), in the place of diffusers' complex numbers."""
+
+    def __init__(self, rotations: Callable[[Tensor], Tensor]):
+        self._rotations = rotations
+
+    def __call__(self, positions: Tensor) -> Tensor:
+        rotations = self._rotations(positions)
+        return torch.stack(attention.tables_of_pairs(rotations.real, rotations.imag), -2)
 
 
 def encode_text(
@@ -100,7 +118,7 @@ ZIMAGE = FamilySpec(
         DENOISER_PREFIX + "siglip_embedder.1.weight": "Z-Image-Omni",
     },
     split=split,
-    build=text.builder(partial(transformer.build, "ZImageTransformer2DModel", (0, 36)), TEXT),
+    build=text.builder(build_denoiser, TEXT),
     latent_shape=transformer.patch_latent_shape,
     encode_text=encode_text,
     predict=predict,
