@@ -48,7 +48,8 @@ class NarrowLinear(NarrowLayer, nn.Linear):  # pyright: ignore[reportIncompatibl
     def __init__(self, layer: nn.Linear, weight: NarrowTensor, dtype: torch.dtype):
         """Takes the place of a layer with that weight, in a network of that dtype."""
         nn.Module.__init__(self)
-        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.in_features: int = layer.in_features
+        self.out_features: int = layer.out_features
         self._take(weight, layer.bias, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
