@@ -101,7 +101,7 @@ def by_euler(base: Base, predict: Any, *, seeds: Any, size: tuple[int, int], **_
     latents = noise * float(table[999] ** 2 + 1) ** 0.5
     for at, following in ((999, float(table[499])), (499, 0.0)):
         sigma = float(table[at])
-        prediction = predict(latents / (sigma**2 + 1) ** 0.5, torch.tensor(at))
+        prediction = predict(latents / (sigma**2 + 1) ** 0.5, torch.tensor(at), torch.tensor(at - 500))
         latents = latents + (following - sigma) * prediction
     return latents
 
