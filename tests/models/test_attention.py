@@ -23,6 +23,7 @@ CLASSES = {
     "flux1": "FluxTransformer2DModel",
     "chroma": "ChromaTransformer2DModel",
     "flux2": "Flux2Transformer2DModel",
+    "flux3": "Flux3Transformer2DModel",
     "zimage": "ZImageTransformer2DModel",
     "qwen-image": "QwenImageTransformer2DModel",
     "krea2": "Krea2Transformer2DModel",
