@@ -2,6 +2,8 @@
 
 import ast
 import re
+import shutil
+import subprocess
 
 import pytest
 
@@ -143,3 +145,17 @@ def test_a_family_that_is_named_elsewhere_is_seen_but_not_in_a_docstring():
         ("core.lora.inspect", 1),
         ("core.lora.readers", 2),
     ]
+
+
+AT_THE_TOP = {
+    ".ci", ".comfyignore", ".editorconfig", ".github", ".gitignore", ".pre-commit-config.yaml", "CHANGELOG.md",
+    "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "NOTICE", "README.md", "SECURITY.md", "__init__.py",
+    "__main__.py", "core", "docs", "install.py", "locales", "nodes", "py.typed", "pyproject.toml", "requirements.txt",
+    "subgraphs", "tests", "tools", "web", "workflows",
+}  # fmt: skip
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists() or not shutil.which("git"), reason="needs git and a clone")
+def test_nothing_is_committed_beside_what_belongs_at_the_top():
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {name.partition("/")[0] for name in names.splitlines()} == AT_THE_TOP
