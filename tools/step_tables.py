@@ -17,7 +17,6 @@ from torch import Tensor
 
 from core.bench.loops import PlainLoop
 from core.bench.shapes import denoiser_config
-from core.models.base import Base
 from core.models.spec import Component
 from core.training.methods.lora_layer import LoraLayer
 from core.training.step import Run
@@ -46,12 +45,6 @@ def counted(card: Card, work: Callable[[], object]) -> int:
     return card.launches
 
 
-def of_diffusers(base: Base) -> Base:
-    """The base with its denoiser as diffusers makes it."""
-    network: Any = type(base.family.build_empty("denoiser", base.components["denoiser"].config))
-    return replace(base, family=replace(base.family, build=lambda _, config: network.from_config(config)))
-
-
 def operations(name: str, card: Card) -> list[int]:
     """The operations of a step: of the denoiser alone, of the adapter, of the update, of all this, and of the peer's passes."""
     model = replace(MODELS[name], resolution=64, config={**MODELS[name].config, **NARROW[name]})
@@ -66,7 +59,7 @@ def operations(name: str, card: Card) -> list[int]:
     passes = counted(card, run.accumulate)
     with patch.object(LoraLayer, "forward", frozen):
         alone = counted(card, run.accumulate)
-    peer = PlainLoop(cache, of_diffusers(base), config, DEVICE)
+    peer = PlainLoop(cache, base, config, DEVICE)
     peer.step()
     return [alone, passes - alone, step - passes, step, counted(card, peer.gradients)]
 

@@ -8,6 +8,7 @@ import json
 import subprocess
 import tempfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -116,6 +117,12 @@ class OurLoop:
             self.run.picture_loss(self.run.images, [CAPTION] * len(self.run.images), self.generator)
 
 
+def of_diffusers(base: Base) -> Base:
+    """The base with its denoiser as diffusers makes it: ours has parts that are faster."""
+    network: Any = type(base.family.build_empty("denoiser", base.components["denoiser"].config))
+    return replace(base, family=replace(base.family, build=lambda _, config: network.from_config(config)))
+
+
 class PlainLoop:
     """A loop with the steps of diffusers' DreamBooth-LoRA script, written with diffusers and peft alone.
 
@@ -124,7 +131,6 @@ class PlainLoop:
 
     def __init__(self, cache: LatentCache, base: Base, config: TrainConfig, device: torch.device):
         from diffusers import DDPMScheduler
-        from diffusers.models.attention_processor import AttnProcessor2_0
         from diffusers.optimization import get_scheduler
         from peft import LoraConfig
 
@@ -133,9 +139,7 @@ class PlainLoop:
         self.device, self.dtype = device_and_dtype(config, device)
         self.family: FamilySpec = base.family
         self.max_grad_norm: float = config.max_grad_norm
-        self.denoiser: Any = base.load("denoiser", self.device, self.dtype)
-        if self.family.names.is_unet:
-            self.denoiser.set_attn_processor(AttnProcessor2_0())  # diffusers' own, which ours has replaced
+        self.denoiser: Any = of_diffusers(base).load("denoiser", self.device, self.dtype)
         self.denoiser.add_adapter(
             LoraConfig(
                 r=config.rank,
