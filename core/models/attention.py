@@ -139,7 +139,9 @@ class StreamAttention:
         assert freqs_cis is not None and encoder_hidden_states is None
         layers = attention.to_q, attention.to_k, attention.to_v
         query, key, value = heads(hidden_states, attention.heads, *layers)
-        if attention_mask is not None and attention_mask.ndim == 2:
+        if len(hidden_states) == 1:
+            attention_mask = None  # one text is not filled up, and without a mask a GPU has faster kernels
+        elif attention_mask is not None and attention_mask.ndim == 2:
             attention_mask = attention_mask[:, None, None]
         cosines, sines = freqs_cis.unbind(-2)
         query, key = attention.norm_q(query), attention.norm_k(key)

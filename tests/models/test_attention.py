@@ -7,6 +7,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
 from torch import Tensor, nn
@@ -52,6 +53,20 @@ def results(network: nn.Module, name: str, batch: int) -> tuple[Tensor, dict[str
     prediction.square().sum().backward()
     gradients = {path: p.grad for path, p in network.named_parameters() if p.grad is not None}
     return prediction.detach(), gradients
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_one_picture_needs_no_mask(name, monkeypatch):
+    """With a mask a GPU has slower kernels for attention."""
+    masks, plain = [], F.scaled_dot_product_attention
+
+    def seen(*parts: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+        masks.append(attn_mask)
+        return plain(*parts, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
+    results(base_of(name).load("denoiser", CPU, torch.float32), name, 1)
+    assert masks and all(mask is None for mask in masks)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
