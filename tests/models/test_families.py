@@ -229,6 +229,7 @@ def test_size_conditioning_is_height_first_and_in_full_precision(small_bases):
         ("txt_in.individual_token_refiner.blocks.0.norm1.weight", "HunyuanVideo"),
         ("patchify_proj.weight", "LTX-Video"),
         ("emb_in.video.weight", "FLUX.3 for video"),
+        ("double_blocks.0.img_mlp.gate_proj.weight", "Ovis-Image"),
         ("noise_refiner.0.adaLN_modulation.1.weight", "Lumina 2"),
         ("siglip_embedder.1.weight", "Z-Image-Omni"),
         ("__index_timestep_zero__", "Qwen-Image-Edit"),

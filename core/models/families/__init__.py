@@ -31,6 +31,7 @@ _OTHERS = {
     DENOISER_PREFIX + "double_layers.0.attn.w1q.weight": "AuraFlow",
     DENOISER_PREFIX + "double_stream_blocks.0.block.attn1.to_q.weight": "HiDream",
     DENOISER_PREFIX + "clip_mapper.weight": "Stable Cascade",
+    DENOISER_PREFIX + "double_blocks.0.img_mlp.gate_proj.weight": "Ovis-Image",
 }
 """Tensors by which checkpoints of models outside of all families are recognised, so that errors can name the model."""
 

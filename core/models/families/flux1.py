@@ -46,8 +46,14 @@ _TRANSFORMER = (
 
 
 def recognise(denoiser: Mapping[str, Tensor]) -> bool:
-    # The modulation in its blocks tells it from FLUX.2 and Chroma.
-    return "double_blocks.0.img_mod.lin.weight" in denoiser and "single_blocks.0.linear1.weight" in denoiser
+    # The modulation in its blocks tells it from FLUX.2 and Chroma, the pooled text from models that were made after it.
+    return has_blocks(denoiser) and "vector_in.in_layer.weight" in denoiser
+
+
+def has_blocks(denoiser: Mapping[str, Tensor]) -> bool:
+    """Whether a checkpoint's denoiser has FLUX.1's blocks, as LongCat-Image has them too."""
+    names = ("double_blocks.0.img_mod.lin.weight", "double_blocks.0.img_mlp.0.weight", "single_blocks.0.linear1.weight")
+    return all(name in denoiser for name in names)
 
 
 def blocks_config(tensors: Mapping[str, Tensor], axes: tuple[int, ...]) -> dict[str, Any]:
