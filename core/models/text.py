@@ -6,6 +6,7 @@ The package includes the tokenizer of CLIP. Those of the others are too large, s
 import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from functools import lru_cache
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -350,20 +351,22 @@ def encode_qwen(
     multiple: int = 0,
     padding_at: int | None = None,
     ending: str = "",
+    pieces: Callable[[str], Sequence[str]] = lambda text: (text,),
 ) -> Conditioning:
     """The states of a Qwen model as `context` (B, L, D), and `context_mask` (B, L) with 1 for text and 0 for padding.
 
     The states are the normed ones of the last layer, or those after each of `layers` (1 is the first, -2 the last but one)
     side by side. Texts are cut to `limit` tokens, and with a `multiple` also padded to one by masked tokens with states of
     their own, each at the position `padding_at` unless positions are counted on; what then differs in length in a batch is
-    filled up with zeros. `ending` follows each text after it was cut.
+    filled up with zeros. `ending` follows each text after it was cut. `pieces` cuts a text into what is tokenised by itself.
     """
     tokenizer = load_tokenizer(encoder.tokenizer_folder, kind)  # pyright: ignore
     device = next(encoder.parameters()).device
     parts = []
     last = tokenizer(ending, add_special_tokens=False).input_ids
     for text in texts:
-        row = tokenizer(text, add_special_tokens=False).input_ids[:limit] + last
+        tokens_of = (tokenizer(piece, add_special_tokens=False).input_ids for piece in pieces(text))
+        row = [*chain.from_iterable(tokens_of)][:limit] + last
         padding = min(-len(row) % multiple, limit - len(row)) if multiple else 0
         tokens = torch.tensor([row + [_PAD_QWEN] * padding], device=device)
         mask = torch.tensor([[1] * len(row) + [0] * padding], device=device)

@@ -140,11 +140,11 @@ class RmsNorm(nn.RMSNorm):
             return super().forward(x)
 
 
-def activate_once(denoiser: Any) -> None:
+def activate_once(denoiser: Any, embedding: str = "time_text_embed") -> None:
     """Has the embedding of the time activated (SiLU) once for all blocks of a network of diffusers, each of which does it."""
-    denoiser.time_text_embed.register_forward_hook(lambda _, __, embedded: F.silu(embedded))
+    denoiser.get_submodule(embedding).register_forward_hook(lambda _, __, embedded: F.silu(embedded))
     for path, module in list(denoiser.named_modules()):
-        if isinstance(module, nn.SiLU) and not path.startswith("time_text_embed."):
+        if isinstance(module, nn.SiLU) and not path.startswith(f"{embedding}."):
             denoiser.set_submodule(path, nn.Identity())
         elif type(module).__name__ in ("AdaLayerNormZero", "AdaLayerNormZeroSingle"):
             module.forward = partial(_modulated_norm, module)  # pyright: ignore
