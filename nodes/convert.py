@@ -48,7 +48,7 @@ FAMILY_OF_CLASS = {
     "SD15": "sd15", "SDXL": "sdxl", "SD3": "sd3", "Flux": "flux1", "FluxSchnell": "flux1", "Flux2": "flux2",
     "Chroma": "chroma",
     "ZImage": "zimage", "QwenImage": "qwen-image", "Krea2": "krea2",
-    "ErnieImage": "ernie-image",
+    "ErnieImage": "ernie-image", "LongCatImage": "longcat-image",
 }  # fmt: skip
 """The family of a model, by the name of its class in comfy.supported_models."""
 

@@ -223,6 +223,18 @@ SMALL_MODELS = {
         ),
         {"hidden_size": 256, "num_attention_heads": 2, "ffn_hidden_size": 384, "text_in_dim": 64},
     ),
+    "longcat-image": SmallModel(
+        SmallFlow(
+            {"in_channels": 64, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 128, "num_attention_heads": 1,
+             "joint_attention_dim": 32, "axes_dims_rope": (16, 56, 56)},
+            _FLUX1_VAE, context=32,
+        ),
+        InComfyUI(
+            {**_FLUX, "image_model": "flux", "guidance_embed": False, "vec_in_dim": None, "txt_ids_dims": [1, 2]},
+            "LongCatImage", 16, {"context": 64}, ("txt_ids_dims",),
+        ),
+        {"num_attention_heads": 2, "joint_attention_dim": 64},
+    ),
 }  # fmt: skip
 SMALL_FLOWS = {family: model.flow for family, model in SMALL_MODELS.items() if model.flow}
 IN_COMFYUI = {family: model.comfyui for family, model in SMALL_MODELS.items() if model.comfyui}

@@ -1,4 +1,4 @@
-"""Names of FLUX.1, Chroma, FLUX.2 and FLUX.3, which have blocks for image and text apart, then single blocks for both."""
+"""Names of FLUX.1, Chroma, LongCat-Image, FLUX.2 and FLUX.3, which have blocks for image and text apart, then for both."""
 
 from .table import TRANSFORMER_IN_COMFYUI, Fusion, Listing, LoadedNames, NameTable, Sign, by_rules, clip_signs
 
@@ -36,7 +36,7 @@ def _embedders(name: str, **parts: str) -> tuple[Fusion, ...]:
     )
 
 
-_of_original, _of_diffusers = by_rules(
+_BLOCKS_1 = (
     *_ATTENTION,
     Fusion("double_blocks.{}.img_mlp.0", (f"{_DOUBLE}.ff.net.0.proj",)),
     Fusion("double_blocks.{}.img_mlp.2", (f"{_DOUBLE}.ff.net.2",)),
@@ -53,6 +53,9 @@ _of_original, _of_diffusers = by_rules(
     Fusion("single_blocks.{}.linear1_qkv", tuple(f"{_SINGLE}.attn.to_{x}" for x in "qkv"), _QKV),
     Fusion("single_blocks.{}.linear2", (f"{_SINGLE}.proj_out",)),
     Fusion("single_blocks.{}.modulation.lin", (f"{_SINGLE}.norm.linear",)),
+)
+_of_original, _of_diffusers = by_rules(
+    *_BLOCKS_1,
     *_embedders(
         "time_text_embed", time_in="timestep_embedder", vector_in="text_embedder", guidance_in="guidance_embedder"
     ),
@@ -60,6 +63,9 @@ _of_original, _of_diffusers = by_rules(
     Fusion("distilled_guidance_layer.layers.{}.in_layer", ("distilled_guidance_layer.layers.{}.linear_1",)),
     Fusion("distilled_guidance_layer.layers.{}.out_layer", ("distilled_guidance_layer.layers.{}.linear_2",)),
     *_ENDS,
+)
+_of_original_longcat, _of_diffusers_longcat = by_rules(
+    *_BLOCKS_1, *_embedders("time_embed", time_in="timestep_embedder"), *_ENDS
 )
 _of_original_2, _of_diffusers_2 = by_rules(
     *_ATTENTION,
@@ -184,6 +190,26 @@ CHROMA = NameTable(
     kohya_prefixes={"denoiser": "lora_unet_", "text_encoder": "lora_te1_"},
     comfy_prefixes={"denoiser": "diffusion_model.", "text_encoder": "text_encoders.t5xxl.transformer."},
     part_names={"text_encoder_2": "text_encoder", "text_encoder_3": "text_encoder"},
+)
+_BLOCKS_LONGCAT = r"^(double_blocks|transformer_blocks)\.\d\.|^single_(transformer_)?blocks\.1?\d\."
+LONGCAT_IMAGE = NameTable(
+    name="longcat-image",
+    base_versions=("longcat_image",),
+    architecture="longcat-image",
+    signs=(
+        _STRUCTURE,
+        # FLUX.1's blocks, of which it has 10 and 20. Where no other block follows the last of these, they decide.
+        *(Sign(f"(?={_BLOCKS_LONGCAT}){sign.path}", sign.inputs, sign.ratio) for sign in _SIGNS_1 if sign.decisive),
+        Sign(rf"(?={_BLOCKS_LONGCAT}).*\.(((img|txt)_mod|modulation)\.lin|norm(1|1_context)?\.linear)$", _WIDTH_1),
+        Sign(r"^((double|transformer)_blocks\.9|single_(transformer_)?blocks\.19)\.", _WIDTH_1),
+        Sign(r"^(txt_in|context_embedder)$", frozenset({3584})),
+    ),
+    of_original=_of_original_longcat,
+    of_diffusers=_of_diffusers_longcat,
+    # No name of its own in Civitai's list is known here.
+    listings={"LongCat-Image": Listing("Other", "Apache-2.0")},
+    # diffusers' pipeline loads no LoRAs; its denoiser does.
+    loaded=LoadedNames(_IN_COMFYUI, diffusers=frozenset(), comfyui_lacks=r"^time_embed\."),
 )
 FLUX2 = NameTable(
     name="flux2",

@@ -32,6 +32,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen-Image": ("qwen-image", {"num_layers": 60}),
     "Krea 2": ("krea2", {"layers": 28}),
     "ERNIE-Image": ("ernie-image", {"num_layers": 36}),
+    "LongCat-Image": ("longcat-image", {"depth": 10, "depth_single_blocks": 20}),
 }  # fmt: skip
 
 

@@ -89,6 +89,11 @@ MODELS = {
         },
         "ErnieImagePipeline",
     ),
+    "longcat-image": (
+        "LongCatImageTransformer2DModel",
+        {"num_layers": 2, "num_single_layers": 2},
+        "LongCatImagePipeline",
+    ),
 }
 CLIP_L, CLIP_H, CLIP_G = (12, 768), (23, 1024), (32, 1280)
 TEXT_ENCODERS: dict[str, dict[str, tuple[int, int] | str]] = {
@@ -198,10 +203,12 @@ def plain_model_of(family: str) -> Any:
 
 
 def of_diffusers(family: str, lora: LoraFile, model: Any = None) -> Changes:
-    """By diffusers' model, of the family's published width where none is given."""
+    """By diffusers' model, of the family's published width where none is given; empty where its pipeline loads no LoRAs."""
     import diffusers
 
     pipeline, model = getattr(diffusers, MODELS[family][2]), model or plain_model_of(family)
+    if not hasattr(pipeline, "lora_state_dict"):
+        return {}
     is_unet = lora.family in ("sd15", "sd2", "sdxl")
     state, alphas = converted_by(pipeline, lora, {"unet_config": model.config} if is_unet else {})
     load = pipeline.load_lora_into_unet if is_unet else pipeline.load_lora_into_transformer

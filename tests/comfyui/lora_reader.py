@@ -89,6 +89,11 @@ MODELS = {
     "qwen-image": (supported.QwenImage, {"image_model": "qwen_image", "in_channels": 64, "num_layers": 2}),
     "krea2": (supported.Krea2, {"image_model": "krea2", "layers": 2}),
     "ernie-image": (supported.ErnieImage, {"image_model": "ernie", "num_layers": 2}),
+    "longcat-image": (
+        supported.LongCatImage,
+        {**FLUX, "image_model": "flux", "guidance_embed": False, "vec_in_dim": None, "context_in_dim": 3584,
+         "txt_ids_dims": [1, 2]},
+    ),
 }  # fmt: skip
 MODELS |= {f"small-{name}": (cls, config) for name, (cls, config, *_) in model_writer.MODELS.items()}
 MODELS |= {

@@ -24,6 +24,7 @@ import comfy.supported_models as supported  # noqa: E402
 import comfy.text_encoders.flux as flux_text  # noqa: E402
 import comfy.text_encoders.krea2  # noqa: E402
 import comfy.text_encoders.llama  # noqa: E402
+import comfy.text_encoders.longcat_image  # noqa: E402
 import comfy.text_encoders.pixart_t5  # noqa: E402
 import comfy.text_encoders.qwen3vl  # noqa: E402
 import comfy.text_encoders.qwen_image  # noqa: E402
@@ -36,8 +37,9 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from small_models import IN_COMFYUI  # noqa: E402
 
 SMALL = {family: small for family, small in IN_COMFYUI.items() if small.kind}
-SD3, FLUX1, FLUX2, Z_IMAGE, QWEN_IMAGE, KREA2, ERNIE = (
-    dict(SMALL[family].config) for family in ("sd3", "flux1", "flux2", "zimage", "qwen-image", "krea2", "ernie-image")
+SD3, FLUX1, FLUX2, Z_IMAGE, QWEN_IMAGE, KREA2, ERNIE, LONGCAT = (
+    dict(SMALL[family].config)
+    for family in ("sd3", "flux1", "flux2", "zimage", "qwen-image", "krea2", "ernie-image", "longcat-image")
 )
 PLAIN_SD3 = {name: value for name, value in SD3.items() if name != "qk_norm"} | {"x_block_self_attn_layers": []}
 # Family, and after a dot what kind of it: ComfyUI's class and what its model_detection reads off a checkpoint, narrower;
@@ -91,6 +93,7 @@ MODELS |= {
          "text_in_dim": 3072},
         128, {"context": 3072},
     ),
+    "longcat-image.wide": (supported.LongCatImage, {**LONGCAT, **WIDE_FLUX, "context_in_dim": 3584}, 16, {"context": 3584}),
 }  # fmt: skip
 CASES = ((5, (8, 12)), (32, (8, 12)), (40, (8, 12)), (16, (20, 6)))
 """Tokens of text, and height and width of the latents."""
@@ -122,6 +125,10 @@ TEXTS = {
     "krea2": (
         comfy.text_encoders.krea2.Krea2Tokenizer, comfy.text_encoders.krea2.Krea2TEModel,
         {"qwen3vl_4b": {**SMALL_TEXT, "num_hidden_layers": 36}},
+    ),
+    "longcat-image": (
+        comfy.text_encoders.longcat_image.LongCatImageTokenizer, comfy.text_encoders.longcat_image.LongCatImageTEModel,
+        {"qwen25_7b": SMALL_TEXT},
     ),
 }  # fmt: skip
 CAPTIONS = ("", "a photo of sks person", "sks person (35), café at night, 東京, smiling: {close-up}")

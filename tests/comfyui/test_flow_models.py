@@ -14,7 +14,7 @@ from torch import Tensor
 
 from core.models import text
 from core.models.base import Base, load_base
-from core.models.families import FAMILIES, sd3
+from core.models.families import FAMILIES, longcat_image, sd3
 from core.models.spec import Conditioning, stack_conditioning
 from core.storage.safetensors_file import SafetensorsFile
 
@@ -133,6 +133,14 @@ def test_flux2s_captions_fill_512_tokens_as_in_comfyui(files, model):
     file = SafetensorsFile.open(files[model])
     ours, cases = encode_captions(file, whole_base(file, tokenizer=QWEN_TOKENIZER))
     assert_same(ours["context"], torch.cat([case["context"] for case in cases]))
+
+
+def test_longcat_images_captions_fill_512_tokens_as_in_comfyui(files, monkeypatch):
+    monkeypatch.setattr(longcat_image, "_PADDING_AT", None)  # ComfyUI counts the positions on
+    file = SafetensorsFile.open(files["longcat-image"])
+    ours, cases = encode_captions(file, whole_base(file, tokenizer=QWEN_TOKENIZER))
+    # In the place of no caption ComfyUI has a space.
+    assert_same(ours["context"][1:], torch.cat([case["context"] for case in cases[1:]]))
 
 
 def test_sd3s_captions_have_the_states_of_both_clips_and_of_t5_as_in_comfyui(files, monkeypatch):

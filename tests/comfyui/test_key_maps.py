@@ -43,9 +43,9 @@ BEYOND = (
     r"\S+ (lora_te1_|lora_prior_te_|text_encoders\.clip_[lh]\.transformer\.)text_projection",
     # T5 without its name.
     r"\S+ text_encoders\.transformer\..+",
-    # Names of related models: FLUX.2 and FLUX.1 share a map, so do Z-Image and Lumina 2.
-    r"(flux1|chroma) .*transformer_blocks.+(linear_in|linear_out|to_qkv_mlp_proj)",
-    r"(flux1|chroma) .*single_transformer_blocks[._]\d+[._]attn[._]to_out",
+    # Names of related models: FLUX.2, LongCat-Image and FLUX.1 share a map, so do Z-Image and Lumina 2.
+    r"(flux1|chroma|longcat-image) .*transformer_blocks.+(linear_in|linear_out|to_qkv_mlp_proj)",
+    r"(flux1|chroma|longcat-image) .*single_transformer_blocks[._]\d+[._]attn[._]to_out", r"longcat-image .*time_text_embed.+",
     r"flux2 .*(transformer_blocks[._]\d+[._]((attn[._]to_[qkv]|proj_mlp|proj_out)|ff(_context)?[._]net.+)|time_text_embed.+)",
     r"lumina2 (diffusion_model\.(.+\.attention\.(norm_[qk]|to_.+)|all_.+)|(?!diffusion_model|lora_unet).+)",
     # Not in diffusers' model of SDXL, and an output that diffusers gives a number.

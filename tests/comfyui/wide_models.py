@@ -37,5 +37,14 @@ def row(family: str) -> str:
 
 
 # Chroma's modulations depend on how many blocks there are, so that it is compared at its real depth, but narrow.
-for family in sys.argv[1:] or ("sd3", "flux1", "flux2", "zimage", "qwen-image", "krea2", "ernie-image"):
+for family in sys.argv[1:] or (
+    "sd3",
+    "flux1",
+    "flux2",
+    "zimage",
+    "qwen-image",
+    "krea2",
+    "ernie-image",
+    "longcat-image",
+):
     print(row(family), flush=True)

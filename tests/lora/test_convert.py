@@ -281,6 +281,12 @@ SHAPES = {
     ],
     "krea2": [("transformer_blocks.0.attn.to_gate", (12, 12)), ("text_fusion.refiner_blocks.1.ff.down", (12, 36))],
     "ernie-image": [("layers.0.self_attention.to_out.0", (12, 12)), ("layers.0.mlp.linear_fc2", (12, 36))],
+    "longcat-image": [
+        ("single_transformer_blocks.3.attn.to_v", (12, 12)),
+        ("single_transformer_blocks.3.proj_mlp", (48, 12)),
+        ("time_embed.timestep_embedder.linear_1", (12, 4)),
+        ("norm_out.linear", (24, 12)),
+    ],
 }
 
 
@@ -771,6 +777,12 @@ ORIGINAL_WEIGHTS = {
     "qwen-image-21": {"transformer_blocks.0.img_mlp.gate_up": (24576, 4096), "modulation.1": (8, 4096)},
     "krea2": {"blocks.0.attn.wk": (1536, 6144), "txtfusion.projector": (1, 12), "blocks.0.mlp.gate": (8, 6144)},
     "ernie-image": {"layers.0.self_attention.to_k": (8, 4096), "text_proj": (8, 3072), "final_norm.linear": (8, 4096)},
+    "longcat-image": {
+        "double_blocks.9.img_mod.lin": (8, 3072),
+        "single_blocks.19.linear2": (8, 15360),
+        "time_in.in_layer": (8, 256),
+        "txt_in": (8, 3584),
+    },
 }
 
 

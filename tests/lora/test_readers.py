@@ -119,6 +119,7 @@ NORMS = {
     "qwen-image": ("transformer_blocks.0.attn.norm_added_k", "transformer_blocks.0.attn.norm_added_k", "kohya comfy diffusers"),
     "krea2": ("blocks.0.attn.qknorm.qnorm.scale", "transformer_blocks.0.attn.norm_q", "comfy"),
     "ernie-image": ("layers.0.self_attention.norm_k", "layers.0.self_attention.norm_k", "kohya comfy diffusers"),
+    "longcat-image": ("single_blocks.0.norm.query_norm", "single_transformer_blocks.0.attn.norm_q", "kohya comfy diffusers"),
 }  # fmt: skip
 WIDTHS = {"sd3": 64, "lumina2": 96}
 

@@ -29,6 +29,7 @@ CLASSES = {
     "qwen-image": "QwenImageTransformer2DModel",
     "krea2": "Krea2Transformer2DModel",
     "ernie-image": "ErnieImageTransformer2DModel",
+    "longcat-image": "LongCatImageTransformer2DModel",
 }
 """The class of each family's denoiser in diffusers. (tests/models/test_qwen_image21.py compares Qwen-Image 2.1.)"""
 

@@ -1,0 +1,129 @@
+"""LongCat-Image (Meituan, 2025, arXiv:2512.07584): FLUX.1's blocks, half as many, with another text; 1024 px.
+
+The text encoder is Qwen2.5-VL-7B, and the VAE is FLUX.1's. There is no pooled text, and no guidance is distilled into it.
+LongCat-Image-Dev, a state before the last training, which its authors give for fine-tuning, and LongCat-Image-Edit have the
+same tensors, so that only a diffusers folder tells the latter from it.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...tensor_names.flux import LONGCAT_IMAGE as NAMES
+from .. import attention, text, transformer
+from ..objective import linear_shift
+from ..recipe import Recipe
+from ..spec import Component, Conditioning, FamilySpec
+from . import flux1
+
+TEXT = {"text_encoder": "qwen25_7b"}
+TEXT_TOKENS = 512
+"""The number of tokens to which captions are padded. The denoiser sees the padding."""
+TEMPLATE = (
+    "<|im_start|>system\nAs an image captioning expert, generate a descriptive text prompt based on an image content, "
+    "suitable for input to a text-to-image model.<|im_end|>\n<|im_start|>user\n"
+)
+"""What goes before a caption. What the authors have after it changes none of the states that are used."""
+TEMPLATE_TOKENS = 36
+"""The number of tokens in the template, whose states are dropped."""
+_PADDING_AT = 1
+"""The position of each token of padding in the text encoder, as transformers 4.57 gave them, which the authors use.
+
+ComfyUI and later versions of transformers count on."""
+
+_QUOTE = r"(?:(?<![a-zA-Z])'|'(?![a-zA-Z]))"
+"""A single quotation mark, which an apostrophe within a word is not."""
+_QUOTED = re.compile(rf"({_QUOTE}(?:[^']|(?<=[a-zA-Z])'(?=[a-zA-Z]))*{_QUOTE}|\"[^\"]*\"|‘[^‘’]*’|“[^“”]*”)")
+
+
+def recognise(denoiser: Mapping[str, Tensor]) -> bool:
+    return flux1.has_blocks(denoiser) and "vector_in.in_layer.weight" not in denoiser
+
+
+def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
+    config = flux1.blocks_config(tensors, flux1.ROTARY_AXES)
+    denoiser = transformer.transformer_component(tensors, config, NAMES, flux1.RENAMES)
+    return {"denoiser": denoiser} | text.other_parts(tensors, transformer.flux1_vae, TEXT)
+
+
+def build_denoiser(config: dict[str, Any]) -> nn.Module:
+    denoiser = transformer.build("LongCatImageTransformer2DModel", (0, 37), config)
+    attention.use_attention(denoiser, attention.JointAttention())
+    denoiser.pos_embed.register_forward_hook(attention.tables_of_flux)
+    transformer.activate_once(denoiser, "time_embed")
+    return denoiser
+
+
+def pieces(caption: str) -> list[str]:
+    """The template, and the pieces of a caption that are tokenised by themselves: what is quoted, character by character."""
+    parts = _QUOTED.split(caption)  # every second one is quoted
+    return [TEMPLATE, *(piece for index, part in enumerate(parts) for piece in (part if index % 2 else [part]))]
+
+
+def encode_text(
+    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
+) -> Conditioning:
+    length = TEMPLATE_TOKENS + TEXT_TOKENS
+    states = text.encode_qwen(
+        encoders["text_encoder"],
+        TEXT["text_encoder"],
+        captions,
+        length,
+        multiple=length,
+        padding_at=_PADDING_AT,
+        pieces=pieces,
+    )
+    return {"context": states["context"][:, TEMPLATE_TOKENS:]}
+
+
+def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    height, width = noisy_latents.shape[2:]
+    context, device = conditioning["context"].to(noisy_latents.dtype), noisy_latents.device
+    # The first number of a position is 0 for text and 1 for pictures, whose rows and columns are counted on from the text.
+    count = context.shape[1]
+    of_picture = transformer.grid_positions(height // 2, width // 2, device)
+    of_picture[:, 0] += 1
+    of_picture[:, 1:] += count
+    patches = denoiser(
+        transformer.cut_patches(noisy_latents),
+        encoder_hidden_states=context,
+        timestep=timesteps / 1000,
+        img_ids=of_picture,
+        txt_ids=F.pad(torch.arange(float(count), device=device)[:, None].expand(-1, 2), (1, 0)),
+        return_dict=False,
+    )[0]
+    return transformer.join_patches(patches, height, width)
+
+
+LONGCAT_IMAGE = FamilySpec(
+    names=NAMES,
+    title="LongCat-Image",
+    resolution=1024,
+    size_multiple=16,
+    wording="sentences",
+    guidance=4.5,  # diffusers' default, as are the steps
+    steps=50,
+    recipes={
+        # Starting points: the rate of the authors' LoRA example, which has a rank of 32; else those of Qwen-Image here.
+        "fast": Recipe(600, 1e-4, 16, settings={"resolution": 512}),
+        "balanced": Recipe(1200, 1e-4, 16, settings={"resolution": 768}),
+        "best": Recipe(2400, 1e-4, 32),
+    },
+    pipeline_class="LongCatImagePipeline",
+    text_encoders=TEXT,
+    denoiser_targets=flux1.FLUX1.denoiser_targets,
+    in_channels=64,
+    recognise=recognise,
+    split=split,
+    build=text.builder(build_denoiser, TEXT),
+    latent_shape=partial(transformer.patch_latent_shape, patched=True),
+    encode_text=encode_text,
+    predict=predict,
+    flow_shift=linear_shift(256, 0.5, 4096, 1.15),  # from the authors' pipeline
+    lora_scheme="diffusers",
+)

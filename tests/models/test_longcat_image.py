@@ -1,0 +1,279 @@
+"""LongCat-Image against diffusers' pipeline: the same weights, the same captions; files that look like it or are others'."""
+
+import json
+import re
+import zlib
+from collections.abc import Mapping
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+import transformers
+from diffusers.pipelines.longcat_image.pipeline_longcat_image import prepare_pos_ids, split_quotation
+from torch import Tensor, nn
+
+from core.config import TrainConfig
+from core.errors import UnknownFamily
+from core.lora.file import LoraFile
+from core.lora.modules import LoraModule
+from core.models import text
+from core.models.base import load_base
+from core.models.families import FAMILIES, longcat_image
+from core.models.memory_plan import PLANS
+from core.tensor_names import NAME_TABLES
+from core.training.callbacks import Callbacks
+from core.training.loop import train_lora
+from core.training.memory_prediction import predicted_memory
+from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, small_flow_base
+
+CPU = torch.device("cpu")
+FAMILY = FAMILIES["longcat-image"]
+WIDTH = 256
+CAPTIONS = [
+    "",
+    "a photo of sks person",
+    "sks person's shop, 'open' and \"24 hours\" on its door, dogs' toys, ‘晚安’ and “早安” "
+    + 130 * "in the evening sun ",
+]
+
+
+@torch.no_grad()
+def random_denoiser() -> Any:
+    """diffusers' network, all of whose weights are random."""
+    sizes = SMALL_FLOWS["longcat-image"].denoiser | {"joint_attention_dim": WIDTH}
+    denoiser: Any = diffusers.LongCatImageTransformer2DModel.from_config(sizes)  # pyright: ignore
+    generator = torch.Generator().manual_seed(1)
+    for parameter in denoiser.parameters():
+        parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator) + (parameter.ndim < 2))
+    return denoiser
+
+
+def in_original_names(denoiser: nn.Module, family: str = "longcat-image") -> dict[str, Tensor]:
+    """The weights as in ComfyUI's file, with q, k and v in one."""
+    parts: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in denoiser.state_dict().items():
+        path, _, kind = name.rpartition(".")
+        fusion = NAME_TABLES[family].of_diffusers(path)
+        if fusion.halves_swapped:
+            tensor = tensor.roll(len(tensor) // 2, 0)
+        is_norm = "norm.query_norm" in fusion.original or "norm.key_norm" in fusion.original
+        whole = f"{fusion.original}.{'scale' if is_norm else kind}"
+        parts.setdefault(whole, {})[fusion.parts.index(path)] = tensor
+    return {name: torch.cat([found[index] for index in sorted(found)]) for name, found in parts.items()}
+
+
+class Words:
+    """A tokenizer with a number for each word and each sign, which puts a caption's spaces before the words."""
+
+    def __call__(self, caption: str, add_special_tokens: bool = True, **_: Any) -> Any:
+        numbers = [1 + zlib.crc32(word.encode()) % 60 for word in re.findall(r"<\|\w+\|>| ?\w+|\W", caption)]
+        return transformers.BatchEncoding({"input_ids": numbers})
+
+    def pad(self, encoded: Any, max_length: int, **_: Any) -> Any:
+        rows = encoded["input_ids"]
+        return SimpleNamespace(
+            input_ids=torch.tensor([row + [text._PAD_QWEN] * (max_length - len(row)) for row in rows]),
+            attention_mask=torch.tensor([[1] * len(row) + [0] * (max_length - len(row)) for row in rows]),
+        )
+
+
+@pytest.fixture
+def language_model(monkeypatch) -> Any:
+    """The network that a diffusers folder has as its text encoder, narrow, and of few words."""
+    monkeypatch.setattr(text, "_PAD_QWEN", 63)
+    sizes = {"vocab_size": 64, "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "num_key_value_heads": 1, "rope_theta": 1e6, "rms_norm_eps": 1e-6,
+             "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 1, "out_hidden_size": WIDTH}
+    torch.manual_seed(0)
+    config = transformers.Qwen2_5_VLConfig(text_config=sizes, vision_config=vision)
+    return transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def pipeline(**parts: Any) -> Any:
+    """diffusers' pipeline with some of its parts."""
+    names = ("scheduler", "vae", "text_encoder", "tokenizer", "text_processor", "transformer")
+    return diffusers.LongCatImagePipeline(**dict.fromkeys(names, None) | parts)  # pyright: ignore
+
+
+def as_with_transformers_4(encoder: Any) -> Any:
+    """The encoder with the positions that transformers 4.57, the authors' version, gave texts with padding."""
+
+    def encode(input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
+        positions = (attention_mask.cumsum(1) - 1).masked_fill(attention_mask == 0, 1).expand(3, -1, -1)
+        return encoder(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, **options)
+
+    encode.dtype = torch.float32  # pyright: ignore
+    return encode
+
+
+@pytest.fixture
+def folder(tmp_path, language_model):
+    """A diffusers folder."""
+    random_denoiser().save_pretrained(tmp_path / "transformer")
+    small_flow_base("longcat-image").load("vae", CPU, torch.float32).save_pretrained(tmp_path / "vae")  # pyright: ignore
+    language_model.save_pretrained(tmp_path / "text_encoder")
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": FAMILY.pipeline_class}))
+    return tmp_path
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_a_file_in_original_names_predicts_what_diffusers_predicts(prefix):
+    theirs = random_denoiser()
+    base = load_base({prefix + name: tensor for name, tensor in in_original_names(theirs).items()})
+    assert base.family is FAMILY
+    denoiser = base.load("denoiser", CPU, torch.float32)
+    state = theirs.state_dict()
+    assert denoiser.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in denoiser.state_dict().items())
+    generator = torch.Generator().manual_seed(2)
+    latents, times = torch.randn(2, 16, 8, 12, generator=generator), torch.tensor([200.0, 900.0])
+    context = torch.randn(2, longcat_image.TEXT_TOKENS, WIDTH, generator=generator)
+    expected = theirs(
+        pipeline()._pack_latents(latents, 2, 16, 8, 12),
+        encoder_hidden_states=context,
+        timestep=times / 1000,
+        txt_ids=prepare_pos_ids(0, "text", num_token=512),
+        img_ids=prepare_pos_ids(1, "image", (512, 512), height=4, width=6),
+    ).sample
+    ours = FAMILY.predict(denoiser, latents, times, {"context": context})
+    assert (ours - pipeline()._unpack_latents(expected, 64, 96, 8)).norm() < 1e-5 * ours.norm()
+
+
+@pytest.mark.parametrize("source", ["folder", "file"])
+def test_captions_have_the_states_of_diffusers_pipeline_as_its_authors_run_it(
+    source, folder, language_model, monkeypatch
+):
+    monkeypatch.setattr(text, "load_tokenizer", lambda *_: Words())
+    count = len(Words()(longcat_image.TEMPLATE).input_ids)
+    monkeypatch.setattr(longcat_image, "TEMPLATE_TOKENS", count)
+    if source == "folder":
+        base = load_base(folder)
+    else:
+        prefix = text.PREFIX.format("qwen25_7b")
+        denoiser = {f"model.diffusion_model.{n}": t for n, t in in_original_names(random_denoiser()).items()}
+        base = load_base(denoiser | {prefix + name: tensor for name, tensor in language_model.state_dict().items()})
+    assert base.family is FAMILY
+    theirs = pipeline(tokenizer=Words())
+    theirs.text_encoder = as_with_transformers_4(language_model)
+    with torch.no_grad():
+        ours = FAMILY.encode_text(base.load_text_encoders(CPU, torch.float32), CAPTIONS, 1, 1)
+        expected, positions = theirs.encode_prompt(CAPTIONS)
+    assert ours.keys() == {"context"} and ours["context"].shape == expected.shape == (3, 512, WIDTH)
+    assert len(positions) == 512
+    for states, wanted in zip(ours["context"], expected, strict=True):
+        assert (states - wanted).norm() < 1e-5 * wanted.norm()
+
+
+def test_the_template_and_its_tokens_are_those_of_the_pipeline():
+    assert pipeline().prompt_template_encode_prefix == longcat_image.TEMPLATE
+    assert pipeline().tokenizer_max_length == longcat_image.TEXT_TOKENS
+
+
+@pytest.mark.parametrize("caption", [*CAPTIONS, "'one' 'two'", "don't say 'I don't'", "rock 'n' roll", "it's 6' tall"])
+def test_what_is_quoted_is_tokenised_character_by_character_as_in_diffusers(caption):
+    wanted = [piece for part, quoted in split_quotation(caption) for piece in (part if quoted else [part])]
+    template, *found = longcat_image.pieces(caption)
+    assert template == longcat_image.TEMPLATE
+    assert [piece for piece in found if piece] == wanted
+
+
+def test_two_words_with_an_apostrophe_stay_as_they_are():
+    # diffusers puts the one in the place of the other: there the second becomes the first, twice.
+    caption = "sks person's friend doesn't smile"
+    assert "".join(longcat_image.pieces(caption)[1:]) == caption
+
+
+def test_an_edit_folder_and_a_flux1_file_are_not_taken_for_it(folder):
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "LongCatImageEditPipeline"}))
+    with pytest.raises(UnknownFamily, match="LongCatImageEditPipeline"):
+        load_base(folder)
+    flux1 = small_flow_base("flux1").load("denoiser", CPU, torch.float32)
+    for name, denoiser in (("flux1", flux1), ("longcat-image", random_denoiser())):
+        tensors = in_original_names(denoiser, name)
+        assert [found for found, family in FAMILIES.items() if family.recognise(tensors)] == [name]
+
+
+def lora_of_blocks(double: int, single: int) -> Mapping[str, Tensor]:
+    """A LoRA file without metadata of so many of FLUX.1's blocks at their full width."""
+    modules = {
+        **{("denoiser", f"transformer_blocks.{i}.attn.{name}"): 3072 for i in range(double) for name in ("to_q", "to_out.0")},
+        **{("denoiser", f"single_transformer_blocks.{i}.proj_mlp"): 12288 for i in range(single)},
+    }  # fmt: skip
+    loras = {module: LoraModule(torch.zeros(1, 3072), torch.zeros(rows, 1), 1.0) for module, rows in modules.items()}
+    return LoraFile.from_modules("flux1", loras, {}, "diffusers").tensors
+
+
+@pytest.mark.parametrize(
+    ("double", "single", "family"),
+    [
+        (19, 38, "flux1"),
+        (19, 0, "flux1"),
+        (0, 38, "flux1"),
+        (3, 5, "flux1"),
+        (10, 20, "longcat-image"),
+        (10, 0, "longcat-image"),
+    ],
+)
+def test_a_lora_without_metadata_is_known_by_its_last_blocks(double, single, family):
+    assert LoraFile.from_tensors(lora_of_blocks(double, single), {}).family == family
+
+
+def test_a_lora_that_names_its_model_is_that_models_whatever_its_blocks():
+    for family in ("flux1", "longcat-image"):
+        said = {"ss_base_model_version": NAME_TABLES[family].base_versions[0]}
+        assert LoraFile.from_tensors(lora_of_blocks(3, 5), said).family == family
+
+
+@torch.no_grad()
+def test_diffusers_own_denoiser_loads_a_lora_whole():
+    base = small_flow_base("longcat-image")
+    cache = encoded_cache(base, [encoded_image(base, "0.png", "a photo of sks person", 0, shape=(16, 4, 6))])
+    with torch.enable_grad():
+        trained = train_lora(
+            cache, base, TrainConfig(steps=2, rank=2, precision="fp32", learning_rate=1e-2), device=CPU
+        )
+    lora = LoraFile.from_tensors(trained.tensors, trained.metadata)
+    assert lora.scheme == "diffusers"
+    theirs: Any = diffusers.LongCatImageTransformer2DModel.from_config(SMALL_FLOWS["longcat-image"].denoiser)  # pyright: ignore
+    theirs.load_state_dict(base.load("denoiser", CPU, torch.float32).state_dict())
+    weights = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
+    theirs.load_lora_adapter({name: tensor.clone() for name, tensor in lora.tensors.items()})
+    theirs.fuse_lora()
+    theirs.unload_lora()
+    changed = {name for name, tensor in theirs.state_dict().items() if not torch.equal(tensor, weights[name])}
+    modules = lora.modules()
+    assert changed == {f"{path}.weight" for _, path in modules}
+    for (_, path), module in modules.items():
+        torch.testing.assert_close(theirs.state_dict()[f"{path}.weight"], weights[f"{path}.weight"] + module.delta())
+
+
+@pytest.mark.slow
+def test_the_memory_of_each_plan_is_predicted_and_falls():
+    base = small_flow_base("longcat-image")
+    cache = encoded_cache(base, [encoded_image(base, "0.png", "a photo of sks person", 0, shape=(16, 16, 16))])
+    config = TrainConfig(rank=2, precision="bf16")
+    plans = (PLANS[0], PLANS[2], PLANS[-1])
+    needs = [predicted_memory(cache, base, config, CPU, torch.bfloat16, plan) for plan in plans]
+    assert needs == sorted(needs, reverse=True) and needs[0] > needs[1]
+
+
+def test_a_run_that_is_cancelled_goes_on_to_the_same_tensors(tmp_path):
+    def cancel(report):
+        if report.step == 2:
+            raise KeyboardInterrupt
+
+    base, state = small_flow_base("longcat-image"), tmp_path / "run.state.safetensors"
+    captions = ("a photo of sks person", "sks person, outdoors in the evening sun")
+    cache = encoded_cache(base, [encoded_image(base, f"{i}.png", captions[i], i, shape=(16, 4, 6)) for i in range(2)])
+    run = partial(train_lora, cache, base, TrainConfig(steps=4, rank=2, precision="fp32", batch_size=2), device=CPU)
+    whole = run()
+    with pytest.raises(KeyboardInterrupt):
+        run(state_path=state, callbacks=Callbacks(on_step=cancel))
+    resumed = run(state_path=state, resume=True)
+    assert whole.tensors.keys() == resumed.tensors.keys()
+    assert all(torch.equal(tensor, resumed.tensors[name]) for name, tensor in whole.tensors.items())
