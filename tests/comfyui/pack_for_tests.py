@@ -24,6 +24,7 @@ import comfy.text_encoders.ernie
 import comfy.text_encoders.flux
 import comfy.text_encoders.krea2
 import comfy.text_encoders.llama
+import comfy.text_encoders.longcat_image
 import comfy.text_encoders.pixart_t5
 import comfy.text_encoders.qwen3vl
 import comfy.text_encoders.qwen_image
@@ -97,14 +98,14 @@ NODE_CLASS_MAPPINGS = {
     "TestPartlyLoaded": PartlyLoaded, "TestPatchedWeights": PatchedWeights, "TestHandedOver": HandedOver
 }  # fmt: skip
 
-# ComfyUI takes what is 3840 wide for a Z-Image, and every Qwen-Image and Chroma is 3072 wide; these are the narrow ones of
-# model_writer.py.
+# ComfyUI takes what is 3840 wide for a Z-Image, every Qwen-Image and Chroma is 3072 wide, and LongCat-Image's texts are 3584
+# wide; these are the narrow ones of model_writer.py.
 SMALL = {
     small.config["image_model"]: {name: small.config[name] for name in small.undetected}
     for small in IN_COMFYUI.values()
     if small.undetected
 }
-SMALL_ZIMAGE = SMALL.pop("lumina2")
+SMALL_ZIMAGE, SMALL_LONGCAT = SMALL.pop("lumina2"), SMALL.pop("flux")
 detect = comfy.model_detection.detect_unet_config
 
 
@@ -114,11 +115,16 @@ def detect_also_small(*arguments, **options):
         return None
     if config.get("dim") == SMALL_ZIMAGE["dim"]:
         return config | SMALL_ZIMAGE
+    if config.get("image_model") == "flux" and config["vec_in_dim"] is None:
+        return config | SMALL_LONGCAT
     return config | SMALL.get(config.get("image_model"), {})
 
 
 comfy.model_detection.detect_unet_config = detect_also_small
 comfy.supported_models.ZImage.unet_config = {"image_model": "lumina2", "dim": SMALL_ZIMAGE["dim"]}
+comfy.supported_models.LongCatImage.unet_config |= {
+    "context_in_dim": IN_COMFYUI["longcat-image"].config["context_in_dim"]
+}
 
 # Small UNets: the demo's base, and SMALL_SDXL of tests/tooling.py. Nodes know a model by the name of its class.
 
@@ -222,6 +228,7 @@ SIZES = {
     "qwen_image": {"qwen25_7b": {**QWEN3, "num_hidden_layers": 2}},
     "krea2": {"qwen3vl_4b": QWEN3},
     "ernie": {"ministral3_3b": {**QWEN3, "num_hidden_layers": 3}},
+    "longcat_image": {"qwen25_7b": {**QWEN3, "num_hidden_layers": 2}},
     "sd3": {
         "clip_l": {"hidden_size": 16, "intermediate_size": 64, "num_attention_heads": 1, "num_hidden_layers": 3},
         "clip_g": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 1, "num_hidden_layers": 3},
@@ -235,6 +242,10 @@ TARGETS = {
     "qwen_image": (comfy.text_encoders.qwen_image.te(torch.float32), comfy.text_encoders.qwen_image.QwenImageTokenizer),
     "krea2": (comfy.text_encoders.krea2.te(torch.float32), comfy.text_encoders.krea2.Krea2Tokenizer),
     "ernie": (comfy.text_encoders.ernie.te(torch.float32), comfy.text_encoders.ernie.ErnieTokenizer),
+    "longcat_image": (
+        comfy.text_encoders.longcat_image.te(torch.float32),
+        comfy.text_encoders.longcat_image.LongCatImageTokenizer,
+    ),
     "sd3": (comfy.text_encoders.sd3_clip.sd3_clip(t5=False), comfy.text_encoders.sd3_clip.SD3Tokenizer),
 }
 # Hundreds of millions of weights that are for pictures.
