@@ -125,6 +125,9 @@ MODELS = {
          "in_channels": 128},
         (128, 16), 128, 3072, masked=True,
     ),
+    "LongCat-Image": Model(
+        "longcat-image", 1024, {"num_layers": 10, "num_single_layers": 20, "in_channels": 64}, (16, 8), 512, 3584
+    ),
 }  # fmt: skip
 
 
