@@ -31,7 +31,7 @@ from ..core.models.families import FAMILIES
 from ..core.models.spec import Conditioning
 from ..core.models.text import context_width, pooled_width
 from ..core.photos import Photo
-from ..core.storage.gguf_file import dequantised
+from ..core.storage.gguf_file import dequantised, dtype_of
 from ..core.storage.gguf_types import narrow_gguf
 from ..core.storage.lazy import LazyTensors, Stored
 from ..core.storage.narrow import NarrowTensor
@@ -191,8 +191,7 @@ class _OfGguf(Stored):
         return self.weight.reader(self.name)()
 
     def layout(self) -> tuple[torch.dtype, tuple[int, ...]]:
-        known = self.narrow() or self()
-        return getattr(known, "dtype", torch.bfloat16), tuple(known.shape)
+        return dtype_of(self.weight.stored.tensor_type), tuple(self.weight.stored.tensor_shape)
 
     def narrow(self) -> NarrowTensor | None:
         stored = self.weight.stored

@@ -80,7 +80,7 @@ class _GgufTensor(Stored):
         return dequantised(self.stored.data, self.stored.tensor_type, self.shape, self.name)
 
     def layout(self) -> tuple[torch.dtype, tuple[int, ...]]:
-        return _PLAIN.get(self.stored.tensor_type.name, torch.bfloat16), self.shape
+        return dtype_of(self.stored.tensor_type), self.shape
 
     def narrow(self) -> NarrowTensor | None:
         stored = self.stored
@@ -88,6 +88,11 @@ class _GgufTensor(Stored):
             return None
         data = self.file[stored.data_offset : stored.data_offset + stored.n_bytes].reshape(stored.data.shape)
         return narrow_gguf(data, stored.tensor_type.name, self.shape)
+
+
+def dtype_of(kind: Any) -> torch.dtype:
+    """The dtype in which a tensor of the package's type `kind` is read."""
+    return _PLAIN.get(kind.name, torch.bfloat16)
 
 
 def dequantised(data: Any, kind: Any, shape: tuple[int, ...], name: str) -> Tensor:

@@ -32,6 +32,7 @@ import comfy.text_encoders.sd3_clip
 import comfy.text_encoders.z_image
 import comfy.utils
 import folder_paths
+import gguf
 import tokenizers
 import torch
 
@@ -75,8 +76,40 @@ class PatchedWeights:
         return {}
 
 
+class InGguf(torch.Tensor):
+    """A weight as the pack ComfyUI-GGUF keeps it: the bytes of its blocks, its kind, and the shape that it stands for."""
+
+    def __new__(cls, stored):
+        return torch.from_numpy(stored.data).as_subclass(cls)
+
+    def __init__(self, stored):
+        self.tensor_type, self.tensor_shape = stored.tensor_type, torch.Size(stored.shape.tolist()[::-1])
+
+    def detach(self):
+        return self
+
+
+class LoadGguf:
+    """The MODEL of a file with the weights of another, in GGUF, in place of its own; for all but drawing."""
+
+    CATEGORY = "tests"
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"wide": ("STRING", {}), "name": ("STRING", {})}})
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "load"
+
+    def load(self, wide, name):
+        wide, name = (folder_paths.get_full_path("diffusion_models", file) for file in (wide, name))
+        model = comfy.sd.load_diffusion_model(wide)
+        for stored in gguf.GGUFReader(name).tensors:
+            comfy.utils.set_attr_param(model.model.diffusion_model, stored.name, InGguf(stored))
+        return (model,)
+
+
 class HandedOver:
-    """Writes the tensors of a MODEL as Train Face LoRA takes them into a file of the output folder."""
+    """Writes the tensors of a MODEL as Train Face LoRA takes them into a file of the output folder.
+
+    Shows the names of those that stay narrow.
+    """
 
     CATEGORY = "tests"
     INPUT_TYPES = classmethod(lambda cls: {"required": {"model": ("MODEL",), "name": ("STRING", {})}})
@@ -91,11 +124,13 @@ class HandedOver:
         os.makedirs(folder, exist_ok=True)
         tensors = {key.removeprefix("diffusion_model."): read().contiguous() for key, read in readers.items()}
         comfy.utils.save_torch_file(tensors, os.path.join(folder, name))
-        return {}
+        narrow = [key for key, read in readers.items() if isinstance(read, convert.Stored) and read.narrow()]
+        return {"ui": {"narrow": narrow}}
 
 
 NODE_CLASS_MAPPINGS = {
-    "TestPartlyLoaded": PartlyLoaded, "TestPatchedWeights": PatchedWeights, "TestHandedOver": HandedOver
+    "TestPartlyLoaded": PartlyLoaded, "TestPatchedWeights": PatchedWeights, "TestHandedOver": HandedOver,
+    "TestLoadGguf": LoadGguf,
 }  # fmt: skip
 
 # ComfyUI takes what is 3840 wide for a Z-Image, every Qwen-Image and Chroma is 3072 wide, and LongCat-Image's texts are 3584

@@ -5,14 +5,17 @@ import os
 import subprocess
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 
 from core.lora.file import LoraFile
 from core.models.base import load_base
 from core.models.quantised import dequantised
+from core.storage.gguf_file import open_gguf
 from core.storage.lazy import dtype_and_shape, narrow_in
 from core.storage.safetensors_file import SafetensorsFile, tensor_bytes
+from tests.tooling import write_gguf
 
 from .graphs import node
 from .setup_comfyui import COMFYUI, PYTHON
@@ -85,3 +88,28 @@ def test_a_quantised_model_is_trained_on_and_drawn_with_and_the_library_reads_it
     )
     for name, weight in whole.named_parameters():
         assert (ours.get_parameter(name) - weight).norm() < 0.2 * weight.norm(), name
+
+
+def test_a_model_in_the_form_of_comfyui_gguf_is_trained_on_as_it_is(server, flow_models):
+    folder = server.folder / "models" / "diffusion_models"
+    kinds = gguf.GGMLQuantizationType
+    wide = SafetensorsFile.open(folder / "flux1.safetensors")
+    of_layers = {name for name, shape in wide.shapes.items() if len(shape) == 2 and shape[1] % 32 == 0}
+    in_q8 = {name for name in of_layers if name.startswith("single_blocks.")}
+    path = write_gguf(
+        folder / "flux1-in-q8.gguf",
+        {
+            name: (weight, kinds.Q8_0 if name in in_q8 else kinds.BF16 if name in of_layers else kinds.F32)
+            for name, weight in wide.items()
+        },
+    )
+    graph = training_of("flux1")
+    graph["train"]["inputs"] |= {"name": "of-gguf", "steps": 1, "samples": 0}
+    graph["unet"] = node("TestLoadGguf", wide="flux1.safetensors", name=path.name)
+    graph["handed"] = node("TestHandedOver", model=["unet", 0], name="handed-gguf.safetensors")
+    result = server.run(graph)
+    assert result.status == "success", result.error + result.log
+    assert in_q8 and set(result.outputs["handed"]["narrow"]) == {f"diffusion_model.{name}" for name in in_q8}
+    taken, expected = SafetensorsFile.open(server.folder / "output" / "handed-gguf.safetensors"), open_gguf(path)
+    assert all(tensor_bytes(taken[name]) == tensor_bytes(expected[name]) for name in expected)
+    assert LoraFile.read(server.folder / "models" / "loras" / "of-gguf.safetensors").family == "flux1"
