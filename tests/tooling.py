@@ -393,11 +393,11 @@ def held_elsewhere(path: Path) -> Iterator[None]:
             another.submit(context.__exit__, None, None, None).result()
 
 
-def write_gguf(path: Path, tensors: Mapping[str, tuple[torch.Tensor, Any]]) -> Path:
+def write_gguf(path: Path, tensors: Mapping[str, tuple[torch.Tensor, Any]], architecture: str = "flux") -> Path:
     """Writes a GGUF file as ComfyUI-GGUF has them: the tensors by name, each in the quantisation of gguf that is with it."""
     import gguf
 
-    writer = gguf.GGUFWriter(str(path), "flux")
+    writer = gguf.GGUFWriter(str(path), architecture)
     for name, (tensor, kind) in tensors.items():
         writer.add_tensor(name, gguf.quants.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
     writer.write_header_to_file()

@@ -204,8 +204,8 @@ class Base:
         """The text encoders by part; empty when a `caption_encoder` takes their place.
 
         A language model (the encoders of FLUX.1 and later) is loaded in bf16, since T5 overflows in fp16, or in `dtype` when
-        it is stored in more than 16 bits. Where it does not fit on a GPU its layers stay in the computer's memory, and come to
-        the GPU one by one. Raises BadFile when one is missing.
+        most of it is stored in more than 16 bits. Where it does not fit on a GPU its layers stay in the computer's memory, and
+        come to the GPU one by one. Raises BadFile when one is missing.
         """
         if self.caption_encoder:
             return {}
@@ -213,11 +213,12 @@ class Base:
         for part in self.text_encoders:
             tensors = self._component(part).tensors
             layouts = [dtype_and_shape(tensors, name) for name in tensors]
-            if sum(dtype.itemsize * math.prod(shape) for dtype, shape in layouts) < LARGE_ENCODER:
+            if sum(stored.itemsize * math.prod(shape) for stored, shape in layouts) < LARGE_ENCODER:
                 encoders[part] = self.load(part, device, dtype)
                 continue
-            stored_in_more = any(dtype.itemsize > 2 for dtype, _ in layouts)
-            kept = dtype if stored_in_more else torch.bfloat16
+            # Files with weights in few bits have norms in float32.
+            in_more = sum(math.prod(shape) * (1 if stored.itemsize > 2 else -1) for stored, shape in layouts) > 0
+            kept = dtype if in_more else torch.bfloat16
             free = free_memory(device) if device.type == "cuda" else None
             fits = free is None or free > 1.2 * self.weight_bytes(part, kept)
             encoders[part] = self.load(part, device if fits else torch.device("cpu"), kept)

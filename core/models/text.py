@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadFile, UnknownFamily, UnmatchedKeys
+from ..storage.gguf_file import GgufTensors
 from ..storage.lazy import LazyTensors, Stored, shape_of
 from . import clip
 from .ldm import VAE_PREFIXES, build_vae, count_children
 from .spec import Component, Conditioning, FamilySpec, stack_conditioning
+from .text_gguf import in_transformers_names
 
 PREFIX = "text_encoders.{}.transformer."
 """The prefix of a text encoder's tensors in a checkpoint, by its kind, as ComfyUI writes it."""
@@ -67,11 +69,15 @@ def encoders_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Stored]]:
 
     The file has one encoder, or several under prefixes. Raises UnknownFamily when it is none that is known.
     """
+    sees_pictures = False
+    if isinstance(tensors, GgufTensors):
+        sees_pictures = tensors.architecture == "qwen3vl"
+        tensors = in_transformers_names(tensors)
     found = {kind: stored for kind in KINDS if (stored := _stored(tensors, kind, f"{kind}.transformer."))}
-    return found or {_kind_of(tensors): {name: Stored(tensors, name) for name in tensors}}
+    return found or {_kind_of(tensors, sees_pictures): {name: Stored(tensors, name) for name in tensors}}
 
 
-def _kind_of(tensors: Mapping[str, Tensor]) -> str:
+def _kind_of(tensors: Mapping[str, Tensor], sees_pictures: bool) -> str:
     if "encoder.block.0.layer.0.SelfAttention.q.weight" in tensors:
         return "t5xxl"
     for name in ("text_model.final_layer_norm.weight", "final_layer_norm.weight"):
@@ -82,8 +88,9 @@ def _kind_of(tensors: Mapping[str, Tensor]) -> str:
     qwen = {_qwen_name(name): name for name in tensors}
     if "layers.0.self_attn.q_norm.weight" in qwen:
         is_large = "norm.weight" in qwen and shape_of(tensors, qwen["norm.weight"])[0] == 4096
-        # Of its language model alone nothing tells it from Qwen3: only the half that sees pictures does.
-        kind = "qwen3vl" if any("visual.deepstack_merger_list." in name for name in tensors) else "qwen3"
+        # Nothing of its language model tells it from Qwen3: only the half that sees pictures does, or what the file says.
+        sees_pictures = sees_pictures or any("visual.deepstack_merger_list." in name for name in tensors)
+        kind = "qwen3vl" if sees_pictures else "qwen3"
         return f"{kind}_8b" if is_large else f"{kind}_4b"
     if "layers.0.self_attn.q_proj.bias" in qwen:
         return "qwen25_7b"

@@ -22,7 +22,14 @@ _ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 """The beginning of the name under which the shape stands that a tensor had before it was made a matrix."""
 
 
-def open_gguf(path: str | os.PathLike[str]) -> LazyTensors:
+class GgufTensors(LazyTensors):
+    """The tensors of a GGUF file."""
+
+    architecture: str
+    """What the file says that it holds, such as "flux" or "qwen3"; empty where it says nothing."""
+
+
+def open_gguf(path: str | os.PathLike[str]) -> GgufTensors:
     """The tensors in a GGUF file by name, mapped and dequantised (to bf16) when they are asked for.
 
     Raises BadFile when it cannot be read as one, MissingPackage without the package gguf.
@@ -47,7 +54,10 @@ def open_gguf(path: str | os.PathLike[str]) -> LazyTensors:
         reader = Reader(path)
         with path.open("rb") as file:
             whole = torch.frombuffer(map_file(file), dtype=torch.uint8)
-        return LazyTensors({tensor.name: _GgufTensor.of(reader, tensor, whole) for tensor in reader.tensors})
+        tensors = GgufTensors({tensor.name: _GgufTensor.of(reader, tensor, whole) for tensor in reader.tensors})
+        said = reader.get_field("general.architecture")
+        tensors.architecture = "" if said is None else str(said.contents())
+        return tensors
     except OSError as error:
         raise BadFile(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, LookupError, TypeError, ArithmeticError, AttributeError, MemoryError) as error:

@@ -267,6 +267,28 @@ def test_a_denoiser_in_gguf_is_the_base_of_its_dequantised_weights(parts, tmp_pa
         assert torch.equal(layer.weight, read.get_parameter(f"{path}.weight"))
 
 
+def test_a_t5_in_gguf_is_loaded_in_bf16_though_its_norms_have_more_bits(parts, tokenizer, tmp_path, monkeypatch):
+    kinds = gguf.GGMLQuantizationType
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, T5["num_layers"])
+    tensors = {
+        str(names.get_name(name, (".weight",))): (
+            tensor,
+            kinds.F32 if tensor.shape[-1] % 32 or tensor.ndim == 1 else kinds.Q8_0,
+        )
+        for name, tensor in parts["t5xxl"].items()
+    }
+    path = write_gguf(tmp_path / "t5xxl-encoder-Q8_0.gguf", tensors, "t5encoder")
+    monkeypatch.setattr("core.models.base.LARGE_ENCODER", 0)
+    states = []
+    for t5, dtype in ((path, torch.bfloat16), (parts["t5xxl"], torch.float32)):
+        base = load_base(parts["flux"], text_encoders=[parts["clip_l"], t5], tokenizer=tokenizer)
+        encoders = base.load_text_encoders(CPU, torch.float32)
+        assert {weight.dtype for weight in encoders["text_encoder_2"].parameters()} == {dtype}
+        with torch.no_grad():
+            states.append(base.family.encode_text(encoders, ["a photo"], 1, 1)["context"].float())
+    assert 0 < (states[0] - states[1]).norm() < 0.05 * states[1].norm()
+
+
 @pytest.mark.parametrize(
     "said", [{"convrot": True, "convrot_groupsize": 64}, {"params": {"convrot": True, "convrot_groupsize": 16}}]
 )
