@@ -34,7 +34,7 @@ from ..core.photos import Photo
 from ..core.storage.gguf_file import dequantised, dtype_of
 from ..core.storage.gguf_types import narrow_gguf
 from ..core.storage.lazy import LazyTensors, Stored
-from ..core.storage.narrow import NarrowTensor
+from ..core.storage.narrow import NarrowTensor, outline
 from ..core.storage.safetensors_file import tensor_bytes
 
 FacePhotos = io.Custom("FACE_PHOTOS")
@@ -193,9 +193,10 @@ class _OfGguf(Stored):
     def layout(self) -> tuple[torch.dtype, tuple[int, ...]]:
         return dtype_of(self.weight.stored.tensor_type), tuple(self.weight.stored.tensor_shape)
 
-    def narrow(self) -> NarrowTensor | None:
-        stored = self.weight.stored
-        return narrow_gguf(_trainable(stored.as_subclass(Tensor)), stored.tensor_type.name, tuple(stored.tensor_shape))
+    def narrow(self, read: bool = True) -> NarrowTensor | None:
+        stored, data = self.weight.stored, _trainable(self.weight.stored.as_subclass(Tensor))
+        data = data if read else outline(data)
+        return narrow_gguf(data, stored.tensor_type.name, tuple(stored.tensor_shape))
 
 
 class _Usable(Mapping[str, Tensor]):

@@ -168,7 +168,7 @@ class Base:
     def is_narrow(self) -> bool:
         """Whether weights of the denoiser are stored in fewer bits than a training computes with."""
         tensors = self._component("denoiser").tensors
-        return any(narrow_in(tensors, name) for name in tensors)
+        return any(narrow_in(tensors, name, read=False) for name in tensors)
 
     def _empty(self, part: str) -> nn.Module:
         """The network of a part without numbers. Raises BadFile when the part is lacking or its config makes no sense."""
@@ -188,7 +188,7 @@ class Base:
     def weight_bytes(self, part: str, dtype: torch.dtype, as_stored: bool = False) -> int:
         """The bytes of the part's weights in that dtype, `as_stored` as in `load`. BadFile when the base has no such part."""
         tensors = self._component(part).tensors
-        narrow = {name: narrow_in(tensors, name) if as_stored else None for name in tensors}
+        narrow = {name: narrow_in(tensors, name, read=False) if as_stored else None for name in tensors}
         return sum(
             weight.nbytes if weight else dtype.itemsize * math.prod(dtype_and_shape(tensors, name)[1])
             for name, weight in narrow.items()

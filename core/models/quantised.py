@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import BadFile
 from ..storage.lazy import LazyTensors, Stored, dtype_and_shape
-from ..storage.narrow import NarrowTensor, Widen
+from ..storage.narrow import NarrowTensor, Widen, outline
 from ..storage.safetensors_file import SafetensorsFile
 from .spec import UNQUANTISED
 
@@ -115,9 +115,12 @@ class _Quantised(Stored):
     def __call__(self) -> Tensor:
         return self.narrow().widened(torch.bfloat16)
 
-    def narrow(self) -> NarrowTensor:
+    def narrow(self, read: bool = True) -> NarrowTensor:
         scales = {end: self.tensors[name] for end, name in self._scales().items()}
-        parts = self.format.parts(self.tensors[self.name], scales)
+        weight = self.tensors[self.name]
+        if not read:
+            weight, scales = outline(weight), {end: outline(scale) for end, scale in scales.items()}
+        parts = self.format.parts(weight, scales)
         return NarrowTensor(parts, self.format.widen(self.said), self.layout()[1])
 
     def layout(self) -> tuple[torch.dtype, Shape]:

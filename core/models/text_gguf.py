@@ -93,8 +93,8 @@ class _InHalves(Stored):
     def __call__(self) -> Tensor:
         return _in_halves(super().__call__())
 
-    def narrow(self) -> NarrowTensor | None:
-        narrow = super().narrow()
+    def narrow(self, read: bool = True) -> NarrowTensor | None:
+        narrow = super().narrow(read)
         return narrow and narrow.cut(_in_halves)
 
 

@@ -86,8 +86,8 @@ class _Rows(Stored):
         dtype, (rows, *others) = super().layout()
         return dtype, (self.place.rows(rows, self.inputs())[self.index], *others)
 
-    def narrow(self) -> NarrowTensor | None:
-        whole = super().narrow()
+    def narrow(self, read: bool = True) -> NarrowTensor | None:
+        whole = super().narrow(read)
         return whole and whole.cut(self._cut)
 
     def _cut(self, whole: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from ..errors import BadFile, MissingPackage
 from .files import map_file
 from .gguf_types import is_narrow, narrow_gguf
 from .lazy import LazyTensors, Stored
-from .narrow import NarrowTensor
+from .narrow import NarrowTensor, outline
 
 SUFFIX = ".gguf"
 _PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
@@ -92,12 +92,12 @@ class _GgufTensor(Stored):
     def layout(self) -> tuple[torch.dtype, tuple[int, ...]]:
         return dtype_of(self.stored.tensor_type), self.shape
 
-    def narrow(self) -> NarrowTensor | None:
+    def narrow(self, read: bool = True) -> NarrowTensor | None:
         stored = self.stored
         if not is_narrow(stored.tensor_type.name):
             return None
         data = self.file[stored.data_offset : stored.data_offset + stored.n_bytes].reshape(stored.data.shape)
-        return narrow_gguf(data, stored.tensor_type.name, self.shape)
+        return narrow_gguf(data if read else outline(data), stored.tensor_type.name, self.shape)
 
 
 def dtype_of(kind: Any) -> torch.dtype:

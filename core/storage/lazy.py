@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .narrow import FLOAT8, NarrowTensor, as_stored
+from .narrow import FLOAT8, NarrowTensor, as_stored, outline
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,9 +23,9 @@ class Stored:
         """The dtype and shape of the tensor."""
         return dtype_and_shape(self.tensors, self.name)
 
-    def narrow(self) -> NarrowTensor | None:
-        """The tensor as it is stored, where that is in fewer bits than it stands for."""
-        return narrow_in(self.tensors, self.name)
+    def narrow(self, read: bool = True) -> NarrowTensor | None:
+        """The tensor as it is stored, where that is in fewer bits than it stands for; its parts' outlines without `read`."""
+        return narrow_in(self.tensors, self.name, read)
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -61,10 +61,15 @@ def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
     return dtype_and_shape(tensors, name)[1]
 
 
-def narrow_in(tensors: Mapping[str, Tensor], name: str) -> NarrowTensor | None:
-    """A tensor as it is stored, where that is in fewer bits than it stands for; None for others and for computed ones."""
+def narrow_in(tensors: Mapping[str, Tensor], name: str, read: bool = True) -> NarrowTensor | None:
+    """A tensor as it is stored, where that is in fewer bits than it stands for; None for others and for computed ones.
+
+    Without `read` its parts have no numbers, which takes no time: for questions about their dtypes, shapes and sizes.
+    """
     if isinstance(tensors, LazyTensors):
         reader = tensors.readers[name]
-        return reader.narrow() if isinstance(reader, Stored) else None
+        return reader.narrow(read) if isinstance(reader, Stored) else None
     tensor = tensors[name]
-    return NarrowTensor((tensor,), as_stored, tuple(tensor.shape)) if tensor.dtype in FLOAT8 else None
+    if tensor.dtype not in FLOAT8:
+        return None
+    return NarrowTensor((tensor if read else outline(tensor),), as_stored, tuple(tensor.shape))

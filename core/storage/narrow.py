@@ -40,6 +40,11 @@ class NarrowTensor:
         return replace(cut, shape=(len(cut.parts[0]), *self.shape[1:]))
 
 
+def outline(tensor: Tensor) -> Tensor:
+    """A tensor of the same dtype and shape without numbers, on the meta device."""
+    return torch.empty_like(tensor, device="meta")
+
+
 def as_stored(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The weight that is its only part, in that dtype."""
     return parts[0].to(dtype)

@@ -47,7 +47,9 @@ def predicted_memory(
 
     parts = ("denoiser", *(base.family.text_encoders if trains_text(config) else ()))
     stored = {part: base.components[part].tensors for part in parts}
-    narrow = {part: {name: narrow_in(tensors, name) for name in tensors} for part, tensors in stored.items()}
+    narrow = {
+        part: {name: narrow_in(tensors, name, read=False) for name in tensors} for part, tensors in stored.items()
+    }
     config = replace(config, precision=precision_name(dtype), compile=False)
     largest = max(cache.images, key=lambda image: image.mean.numel())
     with FakeTensorMode() as mode:
@@ -110,7 +112,7 @@ class _Empty(Stored):
     def layout(self) -> tuple[torch.dtype, tuple[int, ...]]:
         return self.dtype, self.shape
 
-    def narrow(self) -> NarrowTensor | None:
+    def narrow(self, read: bool = True) -> NarrowTensor | None:
         return self.stored and self.stored.map(lambda part: torch.empty(part.shape, dtype=part.dtype))
 
 
@@ -131,7 +133,7 @@ def _layout(tensors: Mapping[str, Tensor]) -> list[tuple[str, torch.dtype, tuple
 
 def _stored_layout(tensors: Mapping[str, Tensor]) -> list[tuple[str, list[tuple[torch.dtype, tuple[int, ...]]]]]:
     """The dtypes and shapes of what is stored of each weight that is stored in fewer bits than it stands for."""
-    narrow = {name: narrow_in(tensors, name) for name in tensors}
+    narrow = {name: narrow_in(tensors, name, read=False) for name in tensors}
     return [
         (name, [(part.dtype, tuple(part.shape)) for part in weight.parts]) for name, weight in narrow.items() if weight
     ]

@@ -11,12 +11,14 @@ import core.pictures.generate as generate_module
 from core.config import TrainConfig
 from core.errors import UnmatchedKeys
 from core.lora.apply import apply
+from core.models import quantised
 from core.models.base import load_base
 from core.models.memory_plan import PLANS, MemoryCount, MemoryPlan
 from core.models.narrow_layers import NarrowConv2d, NarrowLayer, NarrowLinear
 from core.pictures.generate import Job, generate
+from core.storage.lazy import narrow_in
 from core.training.loop import train_lora
-from core.training.memory_prediction import predicted_memory
+from core.training.memory_prediction import kept_prediction, predicted_memory
 from core.training.metadata import WEIGHTS_KEY
 from core.training.step import Run, memory_plans
 from tests.models.quantised_weights import FORMS, MATRICES, narrow_and_wide_base
@@ -101,6 +103,31 @@ def test_narrow_weights_are_rounded_no_further_and_need_less_memory(monkeypatch)
     monkeypatch.setattr("core.training.memory_prediction.kept_prediction", lambda *_: 2**40)
     lora = train_lora(cache, narrow, replace(CONFIG, memory_limit=0.001), device=CPU)
     assert WEIGHTS_KEY not in lora.metadata
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_stored_of_narrow_weights_is_known_without_reading_it(form):
+    base, _ = narrow_and_wide_base(form)
+    tensors = base.components["denoiser"].tensors
+    narrow = {name: weight for name in tensors if (weight := narrow_in(tensors, name))}
+    known = {name: weight for name in tensors if (weight := narrow_in(tensors, name, read=False))}
+    assert narrow and narrow.keys() == known.keys()
+    for name, weight in narrow.items():
+        assert all(part.is_meta for part in known[name].parts) and known[name].shape == weight.shape
+        layouts = ([(part.dtype, part.shape) for part in each.parts] for each in (weight, known[name]))
+        assert next(layouts) == next(layouts), name
+
+
+def test_predicting_memory_brings_no_scales_into_order(monkeypatch):
+    base, wide = narrow_and_wide_base("nvfp4")
+    cache, in_rows = cache_of(wide), quantised._in_rows
+    monkeypatch.setattr(
+        quantised, "_in_rows", lambda scales, *sizes: in_rows(scales, *sizes) if scales.is_meta else 1 / 0
+    )
+    assert base.is_narrow and base.weight_bytes("denoiser", torch.bfloat16, as_stored=True)
+    assert kept_prediction(cache, base, CONFIG, CPU, torch.bfloat16, PLANS[0])
+    with pytest.raises(ZeroDivisionError):
+        base.load("denoiser", CPU, torch.bfloat16, as_stored=True)
 
 
 def test_dreambooth_trains_what_narrow_weights_stand_for(small_sd15):
