@@ -26,6 +26,8 @@ _WEIGHT_SCALES = (".scale_weight", ".weight_scale")
 _WHOLE_SCALE = ".weight_scale_2"
 """The end of the name of NVFP4's scale of a whole weight, whose blocks have `.weight_scale`."""
 _NOT_WEIGHTS = (*_WEIGHT_SCALES, _WHOLE_SCALE, ".scale_input", ".input_scale", ".comfy_quant")
+_OF_ROWS = ("float32", "bfloat16", "float16", "float64")
+"""The dtypes that scales of rows and of whole weights may have."""
 _MARKER = "scaled_fp8"
 """An empty tensor by which ComfyUI marked its first scaled files."""
 _PACKED = (".absmax", ".qweight", ".SCB", "._data", ".pre_quant_scale")
@@ -97,6 +99,8 @@ class _Format:
     """The ends of the names of its scales; for none it is one of _WEIGHT_SCALES."""
     numbers: int = 1
     """How many numbers of the weight a stored one holds."""
+    of_blocks: tuple[str, ...] = ()
+    """The dtypes that the scales of blocks may have, by name (torch 2.5 lacks one); those of all other scales are _OF_ROWS."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +132,7 @@ class _Quantised(Stored):
         return torch.bfloat16, (*rows, columns * self.format.numbers)
 
     def check(self, what: str) -> None:
-        """Raises BadFile where scales are missing, or do not fit the weight."""
+        """Raises BadFile where scales are missing, have another dtype, or do not fit the weight."""
         scales = self._scales()
         missing = [name for name in scales.values() if name not in self.tensors]
         if missing or not scales:
@@ -136,13 +140,21 @@ class _Quantised(Stored):
                 f"{what}: {self.name} is quantised as {self.said['format']} and lacks its scales; {UNQUANTISED}"
             )
         dtype, shape = dtype_and_shape(self.tensors, self.name)
-        shapes = {end: dtype_and_shape(self.tensors, name)[1] for end, name in scales.items()}
+        layouts = {end: dtype_and_shape(self.tensors, name) for end, name in scales.items()}
+        shapes = {end: of_scale for end, (_, of_scale) in layouts.items()}
         if not self.format.fits(dtype, shape, shapes, self.said):
             sides = " and ".join(str(list(shape)) for shape in shapes.values())
             raise BadFile(
                 f"{what}: {self.name} of {list(shape)} in {dtype} has scales of {sides}, which do not fit it as "
                 f"{self.said['format']}; {UNQUANTISED}"
             )
+        for end, (found, _) in layouts.items():
+            wanted = _OF_ROWS if end == _WHOLE_SCALE else self.format.of_blocks or _OF_ROWS
+            if str(found).removeprefix("torch.") not in wanted:
+                raise BadFile(
+                    f"{what}: {scales[end]} is in {found}; such scales of {self.said['format']} are in "
+                    f"{' or '.join(wanted)}; {UNQUANTISED}"
+                )
 
 
 # --- one scale for a weight, or one for each row ---
@@ -296,8 +308,21 @@ _FORMATS = {
         (".weight_scale",),
         numbers=2,
     ),
-    "mxfp8": _Format(_fits_mxfp8, _mxfp8_parts, lambda said: _widen_mxfp8, (".weight_scale",)),
-    "nvfp4": _Format(_fits_nvfp4, _nvfp4_parts, lambda said: _widen_nvfp4, (".weight_scale", _WHOLE_SCALE), numbers=2),
+    "mxfp8": _Format(
+        _fits_mxfp8,
+        _mxfp8_parts,
+        lambda said: _widen_mxfp8,
+        (".weight_scale",),
+        of_blocks=("uint8", "float8_e8m0fnu"),
+    ),
+    "nvfp4": _Format(
+        _fits_nvfp4,
+        _nvfp4_parts,
+        lambda said: _widen_nvfp4,
+        (".weight_scale", _WHOLE_SCALE),
+        numbers=2,
+        of_blocks=("float8_e4m3fn", "uint8"),
+    ),
 }
 
 

@@ -33,6 +33,7 @@ from core.models.narrow_layers import NarrowLinear
 from core.storage.lazy import LazyTensors
 from core.storage.safetensors_file import SafetensorsFile, save_safetensors
 from core.training.step import Run
+from tests.models.quantised_weights import stored
 from tests.tooling import SMALL_FLOWS, UNETS, RandomTensors, encoded_cache, encoded_image, mostly_slow, write_gguf
 
 CPU = torch.device("cpu")
@@ -358,6 +359,29 @@ def test_other_quantisations_are_refused_by_name(parts, tmp_path):
         load_base({**flux, "img_in.weight": fp8.to(torch.int8), **scale})
     with pytest.raises(BadFile, match=r"the denoiser is quantised, e\.g\. x_embedder\.weight to torch\.int8; give"):
         load_base({**flux, "img_in.weight": fp8.to(torch.int8)}).load("denoiser", CPU, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("form", "scale", "wrong", "expected"),
+    [
+        ("scaled fp8", "weight_scale", torch.int32, "float8_e4m3fn are in float32 or"),
+        ("int8", "weight_scale", torch.uint8, "int8_tensorwise are in float32 or"),
+        ("convrot_w4a4", "weight_scale", torch.int64, "convrot_w4a4 are in float32 or"),
+        ("mxfp8", "weight_scale", torch.float32, "mxfp8 are in uint8 or float8_e8m0fnu"),
+        ("nvfp4", "weight_scale", torch.bfloat16, "nvfp4 are in float8_e4m3fn or uint8"),
+        ("nvfp4", "weight_scale_2", torch.int32, "nvfp4 are in float32 or"),
+    ],
+)
+def test_scales_in_another_dtype_are_refused_with_what_they_should_have(parts, tmp_path, form, scale, wrong, expected):
+    layer = "double_blocks.0.img_attn.proj"
+    weights = stored(layer, parts["flux"][f"{layer}.weight"], form)
+    save_safetensors(tmp_path / "good.safetensors", parts["flux"] | weights)
+    assert load_base(tmp_path / "good.safetensors").is_narrow
+    weights[f"{layer}.{scale}"] = weights[f"{layer}.{scale}"].float().to(wrong)
+    save_safetensors(tmp_path / "odd.safetensors", parts["flux"] | weights)
+    said = re.escape(f"odd.safetensors: {layer}.{scale} is in {wrong}; such scales of {expected}")
+    with pytest.raises(BadFile, match=rf"^{said}.*; give the model in bf16, fp16 or fp8"):
+        load_base(tmp_path / "odd.safetensors")
 
 
 def test_what_is_missing_is_said_when_it_is_needed(files, parts):
