@@ -200,12 +200,15 @@ class Base:
             raise BadFile(f"{self.name}: has no {part.replace('_', ' ')}; give its file too ({option})")
         return self.components[part]
 
-    def load_text_encoders(self, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
+    def load_text_encoders(
+        self, device: torch.device, dtype: torch.dtype, as_stored: bool = True
+    ) -> dict[str, nn.Module]:
         """The text encoders by part; empty when a `caption_encoder` takes their place.
 
         A language model (the encoders of FLUX.1 and later) is loaded in bf16, since T5 overflows in fp16, or in `dtype` when
-        most of it is stored in more than 16 bits. Where it does not fit on a GPU its layers stay in the computer's memory, and
-        come to the GPU one by one. Raises BadFile when one is missing.
+        most of it is stored in more than 16 bits. Where it does not fit, weights that are quantised or in fp8 stay as they are
+        stored (`as_stored`, as in `load`). Where that is too much for a GPU, its layers stay in the computer's memory, and come
+        to the GPU one by one. Raises BadFile when one is missing.
         """
         if self.caption_encoder:
             return {}
@@ -219,10 +222,12 @@ class Base:
             # Files with weights in few bits have norms in float32.
             in_more = sum(math.prod(shape) * (1 if stored.itemsize > 2 else -1) for stored, shape in layouts) > 0
             kept = dtype if in_more else torch.bfloat16
-            free = free_memory(device) if device.type == "cuda" else None
-            fits = free is None or free > 1.2 * self.weight_bytes(part, kept)
-            encoders[part] = self.load(part, device if fits else torch.device("cpu"), kept)
-            if not fits:
+            free = free_memory(device)
+            room = math.inf if free is None else free / 1.2
+            narrow = as_stored and self.weight_bytes(part, kept) >= room
+            stays = device.type != "cuda" or self.weight_bytes(part, kept, narrow) < room
+            encoders[part] = self.load(part, device if stays else torch.device("cpu"), kept, narrow)
+            if not stays:
                 MemorySaver(encoders[part], device).adopt(MemoryPlan(offload=1))
         return encoders
 

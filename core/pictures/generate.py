@@ -3,7 +3,7 @@
 import math
 import operator
 import os
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -216,6 +216,11 @@ def by_strength(jobs: Sequence[Job]) -> dict[float, list[Job]]:
     return groups
 
 
+def are_low_rank(loras: Iterable[LoraFile], parts: Collection[str]) -> bool:
+    """Whether what LoRAs change in these parts can be added to weights that are kept as they are stored."""
+    return all(entry.kind in LOW_RANK for lora in loras for entry in lora.of_parts(parts).entries)
+
+
 def load_denoiser(
     base: Base, device: torch.device, dtype: torch.dtype, loras: Sequence[LoraFile], copies: int = 1
 ) -> tuple[nn.Module, MemorySaver]:
@@ -225,7 +230,7 @@ def load_denoiser(
     kind whose changes are as large as the weights.
     """
     free = free_memory(device) if device.type == "cuda" else None
-    as_stored = all(entry.kind in LOW_RANK for lora in loras for entry in lora.of_parts({"denoiser"}).entries)
+    as_stored = are_low_rank(loras, {"denoiser"})
     size = copies * base.weight_bytes("denoiser", dtype, as_stored)
     plan = drawing_plan(size, free)
     denoiser = base.load("denoiser", torch.device("cpu") if plan.offload else device, dtype, as_stored)
@@ -257,7 +262,8 @@ def _encode(
 
     The text encoders are gone from memory when this returns, before the denoiser is loaded.
     """
-    encoders = base.load_text_encoders(device, torch.float32)
+    as_stored = are_low_rank([lora for lora, _ in loras], base.text_encoders)
+    encoders = base.load_text_encoders(device, torch.float32, as_stored)
     return {
         (strength, texts): pair
         for strength, group in groups.items()

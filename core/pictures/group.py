@@ -30,6 +30,7 @@ from .generate import (
     Job,
     Picture,
     applied,
+    are_low_rank,
     by_strength,
     check_drawing,
     encode_texts,
@@ -358,7 +359,8 @@ def _encode(
     device: torch.device,
 ) -> dict[Job, list[Pair]]:
     """The conditioning of each job's texts: the scene's, then each person's, read with that person's LoRA alone."""
-    encoders = base.load_text_encoders(device, torch.float32)
+    worn_by_some = [lora for lora, _ in loras] + [person.lora for person in group.people]
+    encoders = base.load_text_encoders(device, torch.float32, are_low_rank(worn_by_some, base.text_encoders))
     encoded: dict[Job, list[Pair]] = {}
     for strength, jobs in groups.items():
         for person in (None, *group.people):

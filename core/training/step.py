@@ -71,7 +71,7 @@ class Run:
         self.denoiser: nn.Module = base.load("denoiser", place, self.dtype, as_stored=frozen)
         self.encoders: dict[str, nn.Module] = {}
         if trains_text(config):
-            self.encoders = base.load_text_encoders(self.device, self.dtype)
+            self.encoders = base.load_text_encoders(self.device, self.dtype, as_stored=False)
         self.adapter: Adapter = attach({"denoiser": self.denoiser, **self.encoders}, base.family, config, continue_from)
         self.training_adapter: AttachedAdapter | None = (
             AttachedAdapter(training_adapter, self.denoiser, self.device, self.dtype) if training_adapter else None

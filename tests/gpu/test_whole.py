@@ -50,10 +50,19 @@ def test_quantised_weights_with_a_lora_draw_there_and_away(room, fake_process):
 
 
 def test_a_text_encoder_that_does_not_fit_is_run_on_the_gpu_layer_by_layer(fake_process):
-    place, shape, peak, whole = fake_process.submit(trials.encoded_by_layers, 0.0012).result()
+    place, shape, peak, whole = fake_process.submit(trials.encoded, 0.0012).result()
     assert (place, shape) == ("cuda", (1, 16, 64)) and peak < whole / 4
-    place, _, peak, whole = fake_process.submit(trials.encoded_by_layers, 1).result()
+    place, _, peak, whole = fake_process.submit(trials.encoded, 1).result()
     assert place == "cuda" and peak > whole
+
+
+def test_a_text_encoder_in_fp8_is_kept_so_where_it_does_not_fit_otherwise(fake_process):
+    place, shape, peak, whole = fake_process.submit(trials.encoded, 0.00125, torch.float8_e4m3fn).result()
+    assert (place, shape) == ("cuda", (1, 16, 64)) and whole < peak < 1.6 * whole
+    _, _, peak, whole = fake_process.submit(trials.encoded, 1, torch.float8_e4m3fn).result()
+    assert peak > 1.9 * whole  # in bf16
+    _, _, peak, whole = fake_process.submit(trials.encoded, 0.0005, torch.float8_e4m3fn).result()
+    assert peak < whole / 2  # layer by layer
 
 
 @pytest.mark.parametrize("family", mostly_slow([*UNETS, *SMALL_FLOWS], "zimage"))

@@ -267,8 +267,10 @@ def out_of_memory_in_steps(
     return found
 
 
-def encoded_by_layers(size: float) -> tuple[str, tuple[int, ...], int, int]:
-    """Of a T5 on a card of that size: where its states are, their shape, and the bytes of the peak and of all weights."""
+def encoded(size: float, stored: torch.dtype = torch.float32) -> tuple[str, tuple[int, ...], int, int]:
+    """Of a T5 with matrices in that dtype on a card of that size: where its states are, their shape, and the bytes of the
+    peak and of all that is stored.
+    """
     config = {
         "vocab_size": 32, "d_model": 64, "d_kv": 16, "d_ff": 256, "num_layers": 12, "num_heads": 4,
         "relative_attention_num_buckets": 8, "feed_forward_proj": "gated-gelu",
@@ -276,7 +278,10 @@ def encoded_by_layers(size: float) -> tuple[str, tuple[int, ...], int, int]:
     base = small_flow_base("flux1")
     with torch.device("meta"):
         shapes = base.family.build("text_encoder_2", config).state_dict()
-    tensors = {name: torch.zeros(tensor.shape) for name, tensor in shapes.items()}
+    tensors = {
+        name: torch.zeros(tensor.shape, dtype=stored if ".layer." in name and tensor.ndim == 2 else torch.float32)
+        for name, tensor in shapes.items()
+    }
     components = {**base.components, "text_encoder_2": Component(config, tensors)}
     family = replace(base.family, text_encoders={"text_encoder_2": "t5xxl"})
     base = replace(base, family=family, components=components, caption_encoder=None)

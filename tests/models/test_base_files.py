@@ -30,11 +30,21 @@ from core.models.base import Base, load_base
 from core.models.clip import TOKENIZER_FOLDER
 from core.models.families.sd3 import CONTEXT_WIDTH
 from core.models.narrow_layers import NarrowLinear
+from core.pictures.generate import Job, generate
 from core.storage.lazy import LazyTensors
 from core.storage.safetensors_file import SafetensorsFile, save_safetensors
 from core.training.step import Run
 from tests.models.quantised_weights import stored
-from tests.tooling import SMALL_FLOWS, UNETS, RandomTensors, encoded_cache, encoded_image, mostly_slow, write_gguf
+from tests.tooling import (
+    SMALL_FLOWS,
+    UNETS,
+    RandomTensors,
+    encoded_cache,
+    encoded_image,
+    mostly_slow,
+    random_lora,
+    write_gguf,
+)
 
 CPU = torch.device("cpu")
 WIDTH = 128
@@ -268,7 +278,9 @@ def test_a_denoiser_in_gguf_is_the_base_of_its_dequantised_weights(parts, tmp_pa
         assert torch.equal(layer.weight, read.get_parameter(f"{path}.weight"))
 
 
-def test_a_t5_in_gguf_is_loaded_in_bf16_though_its_norms_have_more_bits(parts, tokenizer, tmp_path, monkeypatch):
+@pytest.fixture
+def gguf_t5(parts, tmp_path) -> Path:
+    """The T5 in Q8_0, as llama.cpp's converter writes it."""
     kinds = gguf.GGMLQuantizationType
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, T5["num_layers"])
     tensors = {
@@ -278,16 +290,52 @@ def test_a_t5_in_gguf_is_loaded_in_bf16_though_its_norms_have_more_bits(parts, t
         )
         for name, tensor in parts["t5xxl"].items()
     }
-    path = write_gguf(tmp_path / "t5xxl-encoder-Q8_0.gguf", tensors, "t5encoder")
+    return write_gguf(tmp_path / "t5xxl-encoder-Q8_0.gguf", tensors, "t5encoder")
+
+
+def test_a_t5_in_gguf_is_loaded_in_bf16_though_its_norms_have_more_bits(parts, gguf_t5, tokenizer, monkeypatch):
     monkeypatch.setattr("core.models.base.LARGE_ENCODER", 0)
     states = []
-    for t5, dtype in ((path, torch.bfloat16), (parts["t5xxl"], torch.float32)):
+    for t5, dtype in ((gguf_t5, torch.bfloat16), (parts["t5xxl"], torch.float32)):
         base = load_base(parts["flux"], text_encoders=[parts["clip_l"], t5], tokenizer=tokenizer)
         encoders = base.load_text_encoders(CPU, torch.float32)
         assert {weight.dtype for weight in encoders["text_encoder_2"].parameters()} == {dtype}
         with torch.no_grad():
             states.append(base.family.encode_text(encoders, ["a photo"], 1, 1)["context"].float())
     assert 0 < (states[0] - states[1]).norm() < 0.05 * states[1].norm()
+
+
+def test_a_quantised_t5_is_widened_layer_by_layer_where_it_would_not_fit(parts, gguf_t5, tokenizer, monkeypatch):
+    monkeypatch.setattr("core.models.base.LARGE_ENCODER", 0)
+    base = load_base(parts["flux"], text_encoders=[parts["clip_l"], gguf_t5], tokenizer=tokenizer)
+    states = []
+    for free, asked, expected in ((2**40, True, False), (0, False, False), (0, True, True)):
+        monkeypatch.setattr("core.models.base.free_memory", lambda device, free=free: free)
+        encoders = base.load_text_encoders(CPU, torch.float32, asked)
+        layers = [layer for layer in encoders["text_encoder_2"].modules() if isinstance(layer, NarrowLinear)]
+        assert bool(layers) == expected
+        with torch.no_grad():
+            states.append(base.family.encode_text(encoders, ["a photo"], 1, 1)["context"])
+    assert torch.equal(states[0], states[1]) and torch.equal(states[0], states[2])
+
+
+@pytest.mark.parametrize(("kind", "stays"), [("lora", True), ("loha", False)])
+def test_pictures_are_drawn_with_a_widened_t5_where_a_lora_needs_it(parts, tokenizer, monkeypatch, kind, stays):
+    base = load_base(
+        parts["flux"], vae=parts["ae"], text_encoders=[parts["clip_l"], parts["t5xxl"]], tokenizer=tokenizer
+    )
+    layer = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
+    down, up = torch.ones(2, T5["d_model"]), torch.full((128, 2), 0.01)
+    tensors = {"lora": {"lora_down.weight": down, "lora_up.weight": up},
+               "loha": {"hada_w1_a": up, "hada_w1_b": down, "hada_w2_a": up, "hada_w2_b": down}}[kind]  # fmt: skip
+    of_denoiser = random_lora(base, r"transformer_blocks\..+", "kohya")
+    of_t5 = {f"{layer}.{end}": tensor for end, tensor in {**tensors, "alpha": torch.tensor(2.0)}.items()}
+    lora = LoraFile.from_tensors({**of_denoiser.tensors, **of_t5}, of_denoiser.metadata, "a LoRA")
+    asked, load = [], Base.load_text_encoders
+    monkeypatch.setattr(Base, "load_text_encoders", lambda *given: asked.append(given[3]) or load(*given))
+    assert list(
+        generate(base, [(lora, 1.0)], [Job("a photo", seed=1, size=(64, 64), steps=1)], device=CPU)
+    ) and asked == [stays]
 
 
 @pytest.mark.parametrize(
@@ -718,7 +766,7 @@ def test_whether_a_tensor_is_there_and_how_large_an_encoder_is_is_known_without_
     assert "encoder.block.0.layer.0.SelfAttention.q.weight" in base.components["text_encoder_2"].tensors
     monkeypatch.setattr("core.models.base.LARGE_ENCODER", 0)
     loaded = []
-    monkeypatch.setattr(Base, "load", lambda base, part, device, dtype: loaded.append((part, dtype)))
+    monkeypatch.setattr(Base, "load", lambda base, part, device, dtype, *_: loaded.append((part, dtype)))
     base.load_text_encoders(CPU, torch.float16)
     assert loaded == [("text_encoder", torch.float16), ("text_encoder_2", torch.float16)]
     assert not any(name.endswith("scale_weight") for name in scaled.reads)
