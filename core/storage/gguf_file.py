@@ -2,10 +2,12 @@
 
 import os
 import stat
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +20,8 @@ from .narrow import NarrowTensor, outline
 SUFFIX = ".gguf"
 _PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
 """The types that are no quantisations and numpy has too, by GGUF's names."""
+_MOST_SIDES = 16
+"""The length of lists from which they are not a tensor's shape, which alone is read of a file's lists."""
 _ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 """The beginning of the name under which the shape stands that a tensor had before it was made a matrix."""
 
@@ -51,6 +55,17 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufTensors:
                     raise ValueError("it ends before what it says is in it")
                 return found
 
+            def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+                # Of a tokenizer's words and numbers, which are hundreds of thousands, the package makes an array each.
+                if raw_type == gguf.GGUFValueType.ARRAY and self.byte_order == "I":
+                    (kind,), (count,) = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+                    if count > _MOST_SIDES and kind == gguf.GGUFValueType.STRING:
+                        size = _size_of_texts(self.data[orig_offs + 12 :].data, int(count))
+                        return 12 + size, [], [], [gguf.GGUFValueType.ARRAY]
+                    if count > _MOST_SIDES and (number := self.gguf_scalar_to_np.get(kind)):
+                        return 12 + int(count) * np.dtype(number).itemsize, [], [], [gguf.GGUFValueType.ARRAY]
+                return super()._get_field_parts(orig_offs, raw_type)
+
         reader = Reader(path)
         with path.open("rb") as file:
             whole = torch.frombuffer(map_file(file), dtype=torch.uint8)
@@ -63,6 +78,16 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufTensors:
     except (ValueError, LookupError, TypeError, ArithmeticError, AttributeError, MemoryError) as error:
         # The package does not check what a file says before it follows it.
         raise BadFile(f"{path}: cannot be read as GGUF: {error or type(error).__name__}") from None
+
+
+def _size_of_texts(data: memoryview, count: int) -> int:
+    """The bytes of texts that data begin with, each after the number of its bytes. Raises ValueError where they are cut off."""
+    at = 0
+    for _ in range(count):
+        if at + 8 > len(data):
+            raise ValueError("it ends before what it says is in it")
+        at += 8 + int.from_bytes(data[at : at + 8], sys.byteorder)
+    return at
 
 
 @dataclass(frozen=True, eq=False)

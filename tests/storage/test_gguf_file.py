@@ -55,6 +55,30 @@ def test_torch_widens_what_the_package_does_bit_for_bit(kind):
     assert narrow_gguf(torch.from_numpy(data), kind, (15, numbers)) is None
 
 
+def test_a_tokenizers_words_are_passed_over(tmp_path, monkeypatch):
+    writer = gguf.GGUFWriter(str(tmp_path / "model.gguf"), "qwen3")
+    writer.add_token_list(["", *map(str, range(1000)), "ü" * 40])
+    writer.add_token_types([1] * 1002)
+    writer.add_token_merges([f"{number} b" for number in range(1000)])
+    writer.add_tensor("weight", WEIGHT.numpy())
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
+        write()
+    texts, read = [], gguf.GGUFReader._get_str
+    monkeypatch.setattr(gguf.GGUFReader, "_get_str", lambda *given: texts.append(1) or read(*given))
+    tensors = open_gguf(tmp_path / "model.gguf")
+    assert tensors.architecture == "qwen3" and torch.equal(tensors["weight"], WEIGHT)
+    assert len(texts) < 20
+    data = (tmp_path / "model.gguf").read_bytes()
+    (tmp_path / "short.gguf").write_bytes(data[:9000])
+    with pytest.raises(BadFile, match=r"short\.gguf: cannot be read as GGUF: it ends before what it says is in it"):
+        open_gguf(tmp_path / "short.gguf")
+
+
 def test_a_tensor_that_was_made_a_matrix_has_its_shape_again(tmp_path):
     writer = gguf.GGUFWriter(str(tmp_path / "model.gguf"), "flux")
     writer.add_array("comfy.gguf.orig_shape.kernel", [3, 2, 64])
