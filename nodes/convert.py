@@ -36,6 +36,7 @@ from ..core.storage.gguf_types import narrow_gguf
 from ..core.storage.lazy import LazyTensors, Stored
 from ..core.storage.narrow import NarrowTensor, outline
 from ..core.storage.safetensors_file import tensor_bytes
+from ..core.tensor_names import NAME_TABLES
 
 FacePhotos = io.Custom("FACE_PHOTOS")
 """The type of list[Photo] between Load Face Photos and Train Face LoRA: photos without loss, decoded only when needed."""
@@ -44,12 +45,7 @@ LoraModel = io.Custom("LORA_MODEL")
 
 # --- models ---
 
-FAMILY_OF_CLASS = {
-    "SD15": "sd15", "SDXL": "sdxl", "SD3": "sd3", "Flux": "flux1", "FluxSchnell": "flux1", "Flux2": "flux2",
-    "Chroma": "chroma",
-    "ZImage": "zimage", "QwenImage": "qwen-image", "Krea2": "krea2",
-    "ErnieImage": "ernie-image", "LongCatImage": "longcat-image",
-}  # fmt: skip
+FAMILY_OF_CLASS = {kind: family for family, table in NAME_TABLES.items() for kind in table.comfyui_classes}
 """The family of a model, by the name of its class in comfy.supported_models."""
 
 

@@ -27,7 +27,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("cli", "nodes", "tools"),
 )
 """The rooms from the lowest storey to the highest. A module may import from its own storey and from those below."""
-FAMILY_ROOMS = ("core.models.families.", "core.tensor_names.", "nodes.convert")
+FAMILY_ROOMS = ("core.models.families.", "core.tensor_names.")
 """Where families may be known by name."""
 FAMILY_EXCEPTIONS = {
     "core.bench.shapes": "the shapes of two published models, which the bench builds without weights",

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from .ernie import ERNIE_IMAGE
 from .flux import CHROMA, FLUX1, FLUX2, FLUX3, LONGCAT_IMAGE
-from .keys import EMBEDDING_KEYS, NamedTensor, bundled_embedding, parse_key
+from .keys import EMBEDDING_KEYS, NamedTensor, bundled_embedding, learn_words, parse_key
 from .krea import KREA2
 from .lumina import LUMINA2, ZIMAGE
 from .models import Identity, identify, is_published
@@ -37,6 +37,7 @@ _ALL = (
 )  # fmt: skip
 NAME_TABLES: dict[str, NameTable] = {family.name: family for family in _ALL}
 """The tables of all families by name. When a file fits several families equally, the first one counts."""
+learn_words(word for family in _ALL for word in family.words)
 
 
 def families_of(

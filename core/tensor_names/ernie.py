@@ -8,6 +8,7 @@ ERNIE_IMAGE = NameTable(
     name="ernie-image",
     base_versions=("ernie_image",),
     architecture="ernie-image",
+    comfyui_classes=("ErnieImage",),
     signs=(
         # Two, since all layers of Lumina 2 and Z-Image have one sign.
         Sign(r"^layers\.\d+\.(self_attention|mlp)\."),

@@ -137,6 +137,7 @@ FLUX1 = NameTable(
     name="flux1",
     base_versions=("flux1",),
     architecture="flux-1-dev",
+    comfyui_classes=("Flux", "FluxSchnell"),
     signs=(
         *_SIGNS_1,
         # Chroma has no modulation layers.
@@ -174,6 +175,7 @@ CHROMA = NameTable(
     name="chroma",
     base_versions=("chroma",),
     architecture="chroma",
+    comfyui_classes=("Chroma",),
     signs=(
         *_SIGNS_1,
         Sign(r"^distilled_guidance_layer\.", frozenset({64, 5120})),
@@ -196,6 +198,7 @@ LONGCAT_IMAGE = NameTable(
     name="longcat-image",
     base_versions=("longcat_image",),
     architecture="longcat-image",
+    comfyui_classes=("LongCatImage",),
     signs=(
         _STRUCTURE,
         # FLUX.1's blocks, of which it has 10 and 20. Where no other block follows the last of these, they decide.
@@ -215,6 +218,7 @@ FLUX2 = NameTable(
     name="flux2",
     base_versions=("flux2", "flux2_klein_4b", "flux2_klein_9b"),
     architecture="flux-2-dev",
+    comfyui_classes=("Flux2",),
     signs=(
         _STRUCTURE,
         Sign(_DOUBLE_ATTENTION, _WIDTHS_2),

@@ -71,6 +71,7 @@ ZIMAGE = NameTable(
     name="zimage",
     base_versions=("zimage",),
     architecture="z-image",
+    comfyui_classes=("ZImage",),
     signs=(
         Sign(_LAYER),
         Sign(_Z_IMAGE_INPUTS, frozenset({3840})),

@@ -8,6 +8,7 @@ QWEN_IMAGE = NameTable(
     name="qwen-image",
     base_versions=("qwen_image",),
     architecture="qwen-image",
+    comfyui_classes=("QwenImage",),
     signs=(
         Sign(r"^transformer_blocks\.\d+\."),
         Sign(r"^transformer_blocks\.\d+\.(img|txt)_(mlp\.net\.0\.proj|mod\.1)$", frozenset({3072})),

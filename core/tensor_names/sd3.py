@@ -45,6 +45,7 @@ SD3 = NameTable(
     name="sd3",
     base_versions=("sd3", "sd3.5"),
     architecture="stable-diffusion-3-medium",
+    comfyui_classes=("SD3",),
     signs=(
         Sign(r"^(joint_blocks|transformer_blocks)\.\d+\."),
         Sign(r"^joint_blocks\.\d+\.(x|context)_block\.attn2?\.", frozenset({1536, 2432})),

@@ -58,6 +58,7 @@ SD15 = NameTable(
     name="sd15",
     base_versions=("sd_v1",),
     architecture="stable-diffusion-v1",
+    comfyui_classes=("SD15",),
     signs=_signs(context_width=768, text_width=768),
     of_original=_of_original,
     of_diffusers=_of_diffusers_sd1,
@@ -113,6 +114,7 @@ SDXL = NameTable(
     name="sdxl",
     base_versions=("sdxl_base_v1-0",),
     architecture="stable-diffusion-xl-v1-base",
+    comfyui_classes=("SDXL",),
     signs=(
         *_signs(context_width=2048, text_width=768),
         # SDXL has up to ten transformer blocks in a row, SD1.x and SD2.x have one.

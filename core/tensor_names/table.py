@@ -210,6 +210,10 @@ class NameTable:
     """The kernel size of a denoiser module in diffusers; None for a Linear."""
     kernel_in_kohya: Callable[[str], int | None] = lambda path: None
     """The kernel size in sd-scripts; only needed for 1x1 convolutions that are Linear in diffusers."""
+    words: tuple[str, ...] = ()
+    """The components of its modules' paths that have a "_" in them, beyond those in keys.py."""
+    comfyui_classes: tuple[str, ...] = ()
+    """The classes in comfy.supported_models of its models that can be trained; empty where ComfyUI here has none."""
     diffusers_prefix: str = "transformer."
     kohya_prefixes: Mapping[str, str] = field(default_factory=lambda: {"denoiser": "lora_unet_"})
     """The prefix of each part in Kohya names."""
