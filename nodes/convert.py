@@ -29,7 +29,7 @@ from ..core.models.base import Base, CaptionEncoder, load_base
 from ..core.models.base_weights import BaseLayers
 from ..core.models.families import FAMILIES
 from ..core.models.spec import Conditioning
-from ..core.models.text import context_width, pooled_width
+from ..core.models.text import pooled_width
 from ..core.photos import Photo
 from ..core.storage.gguf_file import dequantised, dtype_of
 from ..core.storage.gguf_types import narrow_gguf
@@ -103,7 +103,7 @@ def base_from(model: Any, clip: Any, vae: Any, config: TrainConfig) -> Base:
     )
     if not family.trains_text_encoders:
         denoiser = base.components["denoiser"].config
-        encode = partial(_encode_caption, clip, family.title, context_width(denoiser), pooled_width(denoiser))
+        encode = partial(_encode_caption, clip, family.title, family.context_width(denoiser), pooled_width(denoiser))
         base = replace(base, caption_encoder=CaptionEncoder(encode, _clip_fingerprint(clip)))
     # Samples are drawn at the resolution that is trained.
     return replace(base, name=_file_name(model), resolution=config.resolution or base.resolution)

@@ -117,6 +117,14 @@ class FewSteps:
     """The shift of the times for pictures of all sizes; None where it is that of the family."""
 
 
+def states_width(denoiser: Mapping[str, Any]) -> int:
+    """The width of the text states that a denoiser takes, by a name that it has in the diffusers config of several families."""
+    names = (
+        "cross_attention_dim", "joint_attention_dim", "cap_feat_dim", "text_hidden_dim", "text_in_dim", "context_in_dim",
+    )  # fmt: skip
+    return next(denoiser[name] for name in names if name in denoiser) * denoiser.get("num_text_layers", 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class FamilySpec:
     """A model family: its data, and the functions that differ between families."""
@@ -146,6 +154,8 @@ class FamilySpec:
     """The kinds of text encoder that other models of the family have instead."""
     context_from: Mapping[str, int] = field(default_factory=lambda: {"text_encoder": 1})
     """The text encoders whose hidden states the denoiser takes side by side, with the number of layers from each."""
+    context_width: Callable[[Mapping[str, Any]], int] = states_width
+    """The width of the text states that the denoiser takes, by its config."""
     pooled_from: Mapping[str, int] = field(default_factory=dict)
     """The text encoders whose pooled states the denoiser takes, with 1 for each."""
 
