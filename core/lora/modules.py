@@ -127,6 +127,12 @@ def scheme_of_kinds(names: NameTable, modules: Iterable[ModuleId]) -> str:
     return "kohya"
 
 
+def stands_alone(names: NameTable, path: str) -> bool:
+    """Whether a module of the denoiser can stand by itself in a file: by its own name, or by one that ComfyUI knows."""
+    known = names.is_unet or ("diffusers", "diffusers") in names.loaded.comfyui
+    return known or len(names.of_diffusers(path).parts) == 1
+
+
 def name_in_scheme(keys: NameTable, part: str, path: str, scheme: str) -> tuple[str, Fusion, int]:
     """The name of a module in a file, the fusion that the name stands for, and the module's index in the fusion.
 

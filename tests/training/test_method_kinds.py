@@ -12,7 +12,7 @@ from core.errors import BadConfig, LoraMisfit, TrainingDiverged, UnmatchedKeys
 from core.lora.apply import apply
 from core.lora.convert import convert_lora
 from core.lora.file import LoraFile
-from core.lora.modules import name_kinds
+from core.lora.modules import name_kinds, stands_alone
 from core.models import load_base
 from core.models.memory_plan import plans_for
 from core.models.original_checkpoint import original_tensors
@@ -236,6 +236,12 @@ def test_modules_that_are_one_in_all_names_that_comfyui_reads_are_refused_by_nam
         UnmatchedKeys, match="to_k is one with 2 others in files of lumina2, where only a plain LoRA fits"
     ):
         name_kinds(NAME_TABLES["lumina2"], {("denoiser", "layers.0.attn.to_k"): {}})
+
+
+def test_a_module_stands_alone_unless_comfyui_knows_it_as_one_with_others():
+    assert stands_alone(NAME_TABLES["zimage"], "layers.0.attention.to_k")  # whose diffusers names it knows
+    assert stands_alone(NAME_TABLES["lumina2"], "layers.0.attn.to_out.0")
+    assert not stands_alone(NAME_TABLES["lumina2"], "layers.0.attn.to_k")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...config import TrainConfig, name_matches
 from ...errors import BadConfig
 from ...lora.file import LoraFile
+from ...lora.modules import stands_alone
 from ...models.base import Base
 from ...models.original_checkpoint import Checkpoint
 from ...models.spec import FamilySpec
@@ -106,11 +107,16 @@ class Method:
         return float(f"{LORA_RATE * self.rate_factor:.1e}") if config.learning_rate is None else config.learning_rate
 
 
+_ALONE = ("dora", "loha", "lokr", "oft")
+"""The methods whose files have each module by itself, even where q, k and v are one layer of the original model."""
+
+
 def target_modules(
     family: FamilySpec, config: TrainConfig, networks: Mapping[str, nn.Module]
 ) -> dict[ModuleId, tuple[int, float]]:
     """The (rank, alpha) of every module that the settings adapt, by (part, path).
 
+    Left out are modules that could not stand by themselves in the file where the method wants that (`stands_alone`).
     Raises BadConfig when a rank is above its layer's, when a network has nothing to adapt, or when a pattern matches nothing.
     """
     result: dict[ModuleId, tuple[int, float]] = {}
@@ -120,6 +126,8 @@ def target_modules(
         before = len(result)
         for path, module in network.named_modules():
             if not re.fullmatch(pattern, path):
+                continue
+            if part == "denoiser" and config.method in _ALONE and not stands_alone(family.names, path):
                 continue
             rank = _by_pattern(config.rank_pattern, path, config.rank)
             alpha = _by_pattern(config.alpha_pattern, path, config.alpha_for(rank))
