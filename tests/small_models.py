@@ -235,6 +235,21 @@ SMALL_MODELS = {
         ),
         {"num_attention_heads": 2, "joint_attention_dim": 64},
     ),
+    "ideogram4": SmallModel(
+        SmallFlow(
+            {"in_channels": 128, "num_layers": 2, "attention_head_dim": 128, "num_attention_heads": 1,
+             "intermediate_size": 192, "adaln_dim": 32, "llm_features_dim": 13 * 8},
+            _FLUX2_VAE, context=13 * 8, masked=True,
+        ),
+        InComfyUI(
+            {"image_model": "ideogram4", "in_channels": 128, "num_layers": 2, "num_attention_heads": 2,
+             "attention_head_dim": 128, "intermediate_size": 384, "adaln_dim": 64, "llm_features_dim": 13 * 16},
+            "Ideogram4", 128, {"context": 13 * 16},
+            ("num_attention_heads", "attention_head_dim", "intermediate_size", "adaln_dim", "llm_features_dim"),
+        ),
+        {"num_attention_heads": 2, "attention_head_dim": 128, "intermediate_size": 384, "adaln_dim": 64,
+         "llm_features_dim": 13 * 16},
+    ),
 }  # fmt: skip
 SMALL_FLOWS = {family: model.flow for family, model in SMALL_MODELS.items() if model.flow}
 IN_COMFYUI = {family: model.comfyui for family, model in SMALL_MODELS.items() if model.comfyui}

@@ -128,6 +128,7 @@ MODELS = {
     "LongCat-Image": Model(
         "longcat-image", 1024, {"num_layers": 10, "num_single_layers": 20, "in_channels": 64}, (16, 8), 512, 3584
     ),
+    "Ideogram 4": Model("ideogram4", 1024, {"in_channels": 128, "num_layers": 34}, (128, 16), 128, 13 * 4096, masked=True),
 }  # fmt: skip
 
 

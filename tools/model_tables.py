@@ -144,9 +144,8 @@ MODELS = (
         "hidden_size": 4096, "num_attention_heads": 32, "num_layers": 36, "ffn_hidden_size": 12288,
         "text_in_dim": 3072}),
     Model("LongCat-Image", "longcat-image", "LongCatImageTransformer2DModel", {"num_layers": 10, "num_single_layers": 20}),
+    Model("Ideogram 4", "ideogram4", "Ideogram4Transformer2DModel"),
     # What follows is not trained here; its files must not be taken for one of the above.
-    Model("Ideogram 4", None, "Ideogram4Transformer2DModel", comfyui="ideogram4.model:Ideogram4Transformer2DModel",
-          claims=("ideogram4", "ideogram-4")),
     Model("HiDream-I1", None, "HiDreamImageTransformer2DModel", {
         "patch_size": 2, "in_channels": 16, "out_channels": 16, "caption_channels": [4096, 4096]},
         "hidream.model:HiDreamImageTransformer2DModel", {

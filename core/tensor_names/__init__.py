@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from .ernie import ERNIE_IMAGE
 from .flux import CHROMA, FLUX1, FLUX2, FLUX3, LONGCAT_IMAGE
+from .ideogram import IDEOGRAM4
 from .keys import EMBEDDING_KEYS, NamedTensor, bundled_embedding, learn_words, parse_key
 from .krea import KREA2
 from .lumina import LUMINA2, ZIMAGE
@@ -33,7 +34,7 @@ from .unet import blocks_in_a_level, shows_other_blocks
 
 _ALL = (
     SD15, SD2, SDXL, SD3, FLUX1, CHROMA, FLUX2, FLUX3, LUMINA2, ZIMAGE, QWEN_IMAGE, QWEN_IMAGE_21, KREA2, ERNIE_IMAGE,
-    LONGCAT_IMAGE,
+    LONGCAT_IMAGE, IDEOGRAM4,
 )  # fmt: skip
 NAME_TABLES: dict[str, NameTable] = {family.name: family for family in _ALL}
 """The tables of all families by name. When a file fits several families equally, the first one counts."""

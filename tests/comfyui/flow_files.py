@@ -26,11 +26,13 @@ CLIPS: dict[str, Node] = {
     "krea2": node("CLIPLoader", clip_name="qwen3vl_4b_fp8_scaled.safetensors", type="krea2"),
     "ernie-image": node("CLIPLoader", clip_name="ministral-3-3b.safetensors", type="flux2"),
     "longcat-image": node("CLIPLoader", clip_name="qwen_2.5_vl_7b.safetensors", type="longcat_image"),
+    "ideogram4": node("CLIPLoader", clip_name="qwen3vl_8b_fp8_scaled.safetensors", type="ideogram4"),
 }
 VAES = {"sd3": "ae.safetensors", "flux1": "ae.safetensors", "chroma": "ae.safetensors",
         "flux2": "flux2-vae.safetensors", "zimage": "ae.safetensors",
         "qwen-image": "qwen_image_vae.safetensors", "krea2": "qwen_image_vae.safetensors",
-        "ernie-image": "flux2-vae.safetensors", "longcat-image": "ae.safetensors"}  # fmt: skip
+        "ernie-image": "flux2-vae.safetensors", "longcat-image": "ae.safetensors",
+        "ideogram4": "flux2-vae.safetensors"}  # fmt: skip
 
 KL = {
     "block_out_channels": (32, 32, 32, 32), "down_block_types": ("DownEncoderBlock2D",) * 4,

@@ -33,6 +33,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "Krea 2": ("krea2", {"layers": 28}),
     "ERNIE-Image": ("ernie-image", {"num_layers": 36}),
     "LongCat-Image": ("longcat-image", {"depth": 10, "depth_single_blocks": 20}),
+    "Ideogram 4": ("ideogram4", {"num_layers": 34}),
 }  # fmt: skip
 
 

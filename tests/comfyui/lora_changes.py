@@ -94,6 +94,7 @@ MODELS = {
         {"num_layers": 2, "num_single_layers": 2},
         "LongCatImagePipeline",
     ),
+    "ideogram4": ("Ideogram4Transformer2DModel", {"num_layers": 2}, "Ideogram4Pipeline"),
 }
 CLIP_L, CLIP_H, CLIP_G = (12, 768), (23, 1024), (32, 1280)
 TEXT_ENCODERS: dict[str, dict[str, tuple[int, int] | str]] = {

@@ -94,6 +94,7 @@ MODELS = {
         {**FLUX, "image_model": "flux", "guidance_embed": False, "vec_in_dim": None, "context_in_dim": 3584,
          "txt_ids_dims": [1, 2]},
     ),
+    "ideogram4": (supported.Ideogram4, {"image_model": "ideogram4", "in_channels": 128, "num_layers": 2}),
 }  # fmt: skip
 MODELS |= {f"small-{name}": (cls, config) for name, (cls, config, *_) in model_writer.MODELS.items()}
 MODELS |= {
@@ -136,7 +137,7 @@ def base_weight(shape: torch.Size) -> torch.Tensor:
 
 def names_of(cls, config: dict, clip=None) -> tuple[dict, dict]:
     """Of a model and its text encoders: shapes of the weights, and ComfyUI's map from names in LoRA files."""
-    model = cls(dict(config)).get_model({}, "", device=torch.device("meta"))
+    model = model_writer.model_of(cls, config, "meta")
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
     key_map = comfy.lora.model_lora_keys_unet(model, {})
     if clip is not None:

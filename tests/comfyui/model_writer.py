@@ -22,6 +22,7 @@ import comfy.ldm.models.autoencoder as autoencoder  # noqa: E402
 import comfy.ldm.wan.vae  # noqa: E402
 import comfy.supported_models as supported  # noqa: E402
 import comfy.text_encoders.flux as flux_text  # noqa: E402
+import comfy.text_encoders.ideogram4  # noqa: E402
 import comfy.text_encoders.krea2  # noqa: E402
 import comfy.text_encoders.llama  # noqa: E402
 import comfy.text_encoders.longcat_image  # noqa: E402
@@ -37,9 +38,19 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from small_models import IN_COMFYUI  # noqa: E402
 
 SMALL = {family: small for family, small in IN_COMFYUI.items() if small.kind}
-SD3, FLUX1, FLUX2, Z_IMAGE, QWEN_IMAGE, KREA2, ERNIE, LONGCAT = (
+SD3, FLUX1, FLUX2, Z_IMAGE, QWEN_IMAGE, KREA2, ERNIE, LONGCAT, IDEOGRAM4 = (
     dict(SMALL[family].config)
-    for family in ("sd3", "flux1", "flux2", "zimage", "qwen-image", "krea2", "ernie-image", "longcat-image")
+    for family in (
+        "sd3",
+        "flux1",
+        "flux2",
+        "zimage",
+        "qwen-image",
+        "krea2",
+        "ernie-image",
+        "longcat-image",
+        "ideogram4",
+    )
 )
 PLAIN_SD3 = {name: value for name, value in SD3.items() if name != "qk_norm"} | {"x_block_self_attn_layers": []}
 # Family, and after a dot what kind of it: ComfyUI's class and what its model_detection reads off a checkpoint, narrower;
@@ -94,6 +105,12 @@ MODELS |= {
         128, {"context": 3072},
     ),
     "longcat-image.wide": (supported.LongCatImage, {**LONGCAT, **WIDE_FLUX, "context_in_dim": 3584}, 16, {"context": 3584}),
+    "ideogram4.wide": (
+        supported.Ideogram4,
+        {**IDEOGRAM4, "num_layers": 1, "num_attention_heads": 18, "attention_head_dim": 256, "intermediate_size": 12288,
+         "adaln_dim": 512, "llm_features_dim": 13 * 4096},
+        128, {"context": 13 * 4096},
+    ),
 }  # fmt: skip
 CASES = ((5, (8, 12)), (32, (8, 12)), (40, (8, 12)), (16, (20, 6)))
 """Tokens of text, and height and width of the latents."""
@@ -130,6 +147,11 @@ TEXTS = {
         comfy.text_encoders.longcat_image.LongCatImageTokenizer, comfy.text_encoders.longcat_image.LongCatImageTEModel,
         {"qwen25_7b": SMALL_TEXT},
     ),
+    "ideogram4": (
+        # Of the half that reads text; of the whole model ComfyUI 0.30 norms the last layer's states.
+        comfy.text_encoders.ideogram4.Ideogram4Tokenizer, comfy.text_encoders.ideogram4.te(),
+        {"qwen3vl_8b": {**SMALL_TEXT, "hidden_size": 16, "num_hidden_layers": 36}},
+    ),
 }  # fmt: skip
 CAPTIONS = ("", "a photo of sks person", "sks person (35), café at night, 東京, smiling: {close-up}")
 _KL = {"double_z": True, "resolution": 64, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1,
@@ -158,6 +180,13 @@ VAES = {
 }
 
 
+def model_of(cls: Any, config: dict[str, Any], device: str = "cpu") -> Any:
+    """A model of ComfyUI's own class, of the sizes in the config also where the class takes its own for granted."""
+    made = cls(dict(config))
+    made.unet_config |= config
+    return made.get_model({}, "", device=torch.device(device))
+
+
 def random_weights(model: torch.nn.Module) -> None:
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -176,7 +205,7 @@ def random_weights(model: torch.nn.Module) -> None:
 @torch.no_grad()
 def write(name: str, path: str, weights_alone: bool) -> None:
     cls, config, channels, widths = MODELS[name]
-    model = cls(dict(config)).get_model({}, "", device=torch.device("cpu")).float()
+    model = model_of(cls, config).float()
     random_weights(model.diffusion_model)
     tensors = {f"weights.{key}": value.contiguous() for key, value in model.diffusion_model.state_dict().items()}
     if name in VAES:

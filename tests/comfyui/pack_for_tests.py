@@ -22,6 +22,7 @@ import comfy.supported_models
 import comfy.supported_models_base
 import comfy.text_encoders.ernie
 import comfy.text_encoders.flux
+import comfy.text_encoders.ideogram4
 import comfy.text_encoders.krea2
 import comfy.text_encoders.llama
 import comfy.text_encoders.longcat_image
@@ -161,6 +162,9 @@ comfy.supported_models.LongCatImage.unet_config |= {
     "context_in_dim": IN_COMFYUI["longcat-image"].config["context_in_dim"]
 }
 
+# Whose widths it does not read off a checkpoint at all.
+comfy.supported_models.Ideogram4.unet_extra_config |= SMALL["ideogram4"]
+
 # Small UNets: the demo's base, and SMALL_SDXL of tests/tooling.py. Nodes know a model by the name of its class.
 
 
@@ -264,6 +268,7 @@ SIZES = {
     "krea2": {"qwen3vl_4b": QWEN3},
     "ernie": {"ministral3_3b": {**QWEN3, "num_hidden_layers": 3}},
     "longcat_image": {"qwen25_7b": {**QWEN3, "num_hidden_layers": 2}},
+    "ideogram4": {"qwen3vl_8b": {**QWEN3, "hidden_size": 16}},  # Ideogram 4 reads thirteen layers side by side
     "sd3": {
         "clip_l": {"hidden_size": 16, "intermediate_size": 64, "num_attention_heads": 1, "num_hidden_layers": 3},
         "clip_g": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 1, "num_hidden_layers": 3},
@@ -280,6 +285,10 @@ TARGETS = {
     "longcat_image": (
         comfy.text_encoders.longcat_image.te(torch.float32),
         comfy.text_encoders.longcat_image.LongCatImageTokenizer,
+    ),
+    "ideogram4": (
+        comfy.text_encoders.ideogram4.te_qwen3vl(torch.float32),
+        comfy.text_encoders.ideogram4.Ideogram4Qwen3VLTokenizer,
     ),
     "sd3": (comfy.text_encoders.sd3_clip.sd3_clip(t5=False), comfy.text_encoders.sd3_clip.SD3Tokenizer),
 }

@@ -29,7 +29,7 @@ MODELS = [name for name, family in FAMILIES.items() if family.flow_shift and fam
     "flux2.dev",
 ]
 """Families that ComfyUI 0.30 has, and other kinds of them."""
-TEXTS = ["chroma", "zimage", "qwen-image", "krea2"]
+TEXTS = ["chroma", "zimage", "qwen-image", "krea2", "ideogram4"]
 """Families whose texts keep their length, so that a mask says what is padding."""
 QWEN_TOKENIZER, T5_TOKENIZER = (COMFYUI / "comfy" / "text_encoders" / f"{name}_tokenizer" for name in ("qwen25", "t5"))
 pytestmark = pytest.mark.comfyui
@@ -114,14 +114,19 @@ def encode_captions(file: SafetensorsFile, base: Base) -> tuple[Conditioning, li
 @pytest.mark.parametrize("family", TEXTS)
 def test_captions_have_the_states_that_comfyuis_text_encoder_gives(files, family):
     file = SafetensorsFile.open(files[family])
-    kind = {"chroma": "t5xxl", "zimage": "qwen3_4b", "qwen-image": "qwen25_7b", "krea2": "qwen3vl_4b"}[family]
-    encoder = part_of(file, f"text.weights.text_encoders.{kind}.transformer")
-    if family != "chroma":
-        encoder |= {"lm_head.weight": torch.zeros(1), "visual.proj.weight": torch.zeros(1)}
-    if family == "krea2":  # the half that sees pictures tells Qwen3-VL from Qwen3
-        encoder["visual.deepstack_merger_list.0.norm.weight"] = torch.zeros(1)
     tokenizer = T5_TOKENIZER if family == "chroma" else QWEN_TOKENIZER
-    together, cases = encode_captions(file, denoiser_base(file, text_encoders=[encoder], tokenizer=tokenizer))
+    if family == "ideogram4":  # whose text encoder is known by its width, or by its name in a checkpoint
+        norm = "text.weights.text_encoders.qwen3vl_8b.transformer.model.norm.weight"  # which is not used
+        base = whole_base({name: file[name] for name in file} | {norm: torch.ones(16)}, tokenizer=tokenizer)
+    else:
+        kind = {"chroma": "t5xxl", "zimage": "qwen3_4b", "qwen-image": "qwen25_7b", "krea2": "qwen3vl_4b"}[family]
+        encoder = part_of(file, f"text.weights.text_encoders.{kind}.transformer")
+        if family != "chroma":
+            encoder |= {"lm_head.weight": torch.zeros(1), "visual.proj.weight": torch.zeros(1)}
+        if family == "krea2":  # the half that sees pictures tells Qwen3-VL from Qwen3
+            encoder["visual.deepstack_merger_list.0.norm.weight"] = torch.zeros(1)
+        base = denoiser_base(file, text_encoders=[encoder], tokenizer=tokenizer)
+    together, cases = encode_captions(file, base)
     padding = int(family == "chroma")  # the authors' one token, which ComfyUI leaves out
     for states, mask, case in zip(together["context"], together["context_mask"], cases, strict=True):
         assert_same(states[: int(mask.sum()) - padding], case["context"][0])

@@ -46,5 +46,6 @@ for family in sys.argv[1:] or (
     "krea2",
     "ernie-image",
     "longcat-image",
+    "ideogram4",
 ):
     print(row(family), flush=True)

@@ -287,6 +287,7 @@ SHAPES = {
         ("time_embed.timestep_embedder.linear_1", (12, 4)),
         ("norm_out.linear", (24, 12)),
     ],
+    "ideogram4": [("layers.0.attention.to_out.0", (12, 12)), ("layers.0.adaln_modulation", (48, 12))],
 }
 
 
@@ -783,6 +784,7 @@ ORIGINAL_WEIGHTS = {
         "time_in.in_layer": (8, 256),
         "txt_in": (8, 3584),
     },
+    "ideogram4": {"layers.0.attention.o": (8, 4608), "layers.0.feed_forward.w1": (8, 4608), "adaln_proj": (8, 4608)},
 }
 
 

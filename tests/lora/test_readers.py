@@ -120,8 +120,9 @@ NORMS = {
     "krea2": ("blocks.0.attn.qknorm.qnorm.scale", "transformer_blocks.0.attn.norm_q", "comfy"),
     "ernie-image": ("layers.0.self_attention.norm_k", "layers.0.self_attention.norm_k", "kohya comfy diffusers"),
     "longcat-image": ("single_blocks.0.norm.query_norm", "single_transformer_blocks.0.attn.norm_q", "kohya comfy diffusers"),
+    "ideogram4": ("layers.0.attention.norm_q", "layers.0.attention.norm_q", "kohya comfy"),
 }  # fmt: skip
-WIDTHS = {"sd3": 64, "lumina2": 96}
+WIDTHS = {"sd3": 64, "lumina2": 96, "ideogram4": 256}
 
 
 @pytest.mark.parametrize("role", ["diff", "w_norm"])

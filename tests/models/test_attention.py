@@ -31,7 +31,7 @@ CLASSES = {
     "ernie-image": "ErnieImageTransformer2DModel",
     "longcat-image": "LongCatImageTransformer2DModel",
 }
-"""The class of each family's denoiser in diffusers. (tests/models/test_qwen_image21.py compares Qwen-Image 2.1.)"""
+"""The class of each family's denoiser in diffusers. (Qwen-Image 2.1 and Ideogram 4 are compared in the tests of their own.)"""
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
@@ -147,4 +147,4 @@ def test_a_norm_under_autocast_hands_on_the_dtype_of_its_weight():
 
 def test_every_family_of_transformers_is_compared_with_diffusers():
     transformers = {name for name, family in FAMILIES.items() if family.prediction_type("epsilon") == "flow"}
-    assert transformers == {*CLASSES, "qwen-image-21"}
+    assert transformers == {*CLASSES, "qwen-image-21", "ideogram4"}

@@ -1,0 +1,271 @@
+"""Ideogram 4 (Ideogram, 2026): a rectified flow with one stream of text and picture, for sizes from 256 to 2048 px.
+
+The text encoder is Qwen3-VL-8B, thirteen of whose layers the denoiser takes side by side, and the VAE is FLUX.2's, whose
+latents are normalised otherwise. The published model has a second denoiser of the same form, which sees no text and takes the
+place of the prediction without the prompt where the authors draw. Here the first one alone is trained and drawn with, and
+predicts for the negative prompt too. It was trained on captions in JSON, and reads plain sentences as well.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...tensor_names.ideogram import IDEOGRAM4 as NAMES
+from .. import attention, text, transformer
+from ..ldm import count_children
+from ..recipe import Recipe
+from ..spec import Component, Conditioning, FamilySpec
+from . import flux2, qwen_image21
+
+TEXT = {"text_encoder": "qwen3vl_8b"}
+TEXT_LAYERS = (1, 4, 7, 10, 13, 16, 19, 22, 25, 28, 31, 34, 36)
+"""The layers of the text encoder whose states the denoiser takes, where 1 is the first; those of 36 are without the norm."""
+TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+_ENDING_TOKENS = 5
+"""The number of tokens in the template after the caption."""
+TEXT_TOKENS = 2048
+"""The most tokens of a caption and of the template, as in the authors' pipeline."""
+ROTARY_SECTIONS = (24, 20, 20)
+"""The numbers of frequencies that are for a position's place in the text, its row and its column."""
+PICTURE_POSITION = 65536
+"""The number at which a picture's rows and columns begin, so that they are no text's."""
+SHIFT_1_SIDE = 512
+"""The side in pixels of the square picture for which times are not shifted."""
+
+_ATTENTION = r"layers\.\d+\.attention\.to_([qkv]|out\.0)"
+# The modulations are not adapted, as in the other families.
+_TRANSFORMER = rf"{_ATTENTION}|layers\.\d+\.feed_forward\.w[123]"
+
+_MEANS = (
+    0.0198, 0.0258, 0.0192, 0.0258, 0.1015, 0.1019, 0.0765, 0.0799, 0.2969, 0.2840, 0.2996, 0.2864, 0.2719, 0.2695, 0.2628,
+    0.2604, -0.2145, -0.2163, -0.2201, -0.2246, -0.1598, -0.1794, -0.1272, -0.1482, 0.0502, 0.0436, 0.0488, 0.0406, -0.1508,
+    -0.1501, -0.1408, -0.1404, -0.1536, -0.1549, -0.1594, -0.1611, -0.2013, -0.1897, -0.2124, -0.2020, 0.0192, 0.0271, 0.0197,
+    0.0260, 0.0623, 0.0561, 0.0552, 0.0485, 0.1014, 0.1070, 0.1001, 0.1043, -0.0674, -0.0685, -0.0643, -0.0631, 0.3758, 0.3817,
+    0.3778, 0.3840, -0.2337, -0.2427, -0.2149, -0.2240, 0.3516, 0.3571, 0.3425, 0.3481, -0.0259, -0.0306, -0.0315, -0.0377,
+    -0.0272, -0.0295, -0.0310, -0.0338, -0.1083, -0.1124, -0.1076, -0.1125, -0.1477, -0.1434, -0.1473, -0.1413, -0.0113,
+    -0.0136, -0.0248, -0.0285, -0.2298, -0.2186, -0.2286, -0.2175, 0.2353, 0.2323, 0.2515, 0.2487, -0.1089, -0.1174, -0.1045,
+    -0.1140, 0.1196, 0.1169, 0.1245, 0.1223, 0.0405, 0.0256, 0.0706, 0.0562, 0.3135, 0.3136, 0.3088, 0.3092, -0.1723, -0.1742,
+    -0.1802, -0.1807, -0.1865, -0.1901, -0.1887, -0.1940, -0.3469, -0.3491, -0.3453, -0.3450, -0.0357, -0.0403, -0.0129,
+    -0.0176,
+)  # fmt: skip
+"""The mean of each channel of the latents, by which the authors normalise them: those of FLUX.2's VAE are for FLUX.2."""
+_DEVIATIONS = (
+    1.6393, 1.6349, 1.6471, 1.6534, 1.7020, 1.6951, 1.6816, 1.6754, 1.7364, 1.7293, 1.7400, 1.7330, 1.9000, 1.9131, 1.9278,
+    1.9407, 1.6675, 1.6704, 1.6741, 1.6789, 1.6906, 1.7229, 1.6740, 1.7064, 1.5685, 1.5672, 1.5741, 1.5731, 1.6231, 1.6193,
+    1.6220, 1.6193, 1.8911, 1.8863, 1.8762, 1.8715, 1.5809, 1.5691, 1.5584, 1.5624, 1.6082, 1.5946, 1.5744, 1.5670, 1.6096,
+    1.6083, 1.6171, 1.6158, 1.6332, 1.6247, 1.6309, 1.6276, 1.5607, 1.5605, 1.5564, 1.5548, 1.7342, 1.7368, 1.7312, 1.7348,
+    1.7919, 1.7756, 1.8067, 1.7906, 1.6404, 1.6373, 1.6464, 1.6469, 1.6680, 1.6637, 1.6593, 1.6612, 1.6039, 1.5951, 1.6082,
+    1.6014, 1.7548, 1.7515, 1.7568, 1.7525, 1.6319, 1.6303, 1.6470, 1.6480, 1.6433, 1.6452, 1.6312, 1.6299, 1.6172, 1.6166,
+    1.6138, 1.6138, 1.6015, 1.5972, 1.6048, 1.6079, 1.6346, 1.6410, 1.6340, 1.6394, 1.5529, 1.5409, 1.5351, 1.5308, 1.6877,
+    1.6861, 1.6553, 1.6537, 1.6842, 1.6777, 1.6713, 1.6680, 1.7897, 1.7900, 1.8032, 1.8003, 1.6663, 1.6662, 1.6767, 1.6759,
+    1.6563, 1.6546, 1.6570, 1.6566, 1.6598, 1.6604, 1.6843, 1.6853,
+)  # fmt: skip
+"""The deviation of each channel, from the same code."""
+
+
+def recognise(denoiser: Mapping[str, Tensor]) -> bool:
+    return "embed_image_indicator.weight" in denoiser and "layers.0.attention.qkv.weight" in denoiser
+
+
+def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
+    names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
+    width, channels = shape("input_proj.weight")
+    (head,) = shape("layers.0.attention.norm_q.weight")
+    config = {
+        "in_channels": channels,
+        "num_layers": count_children(names, "layers"),
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "intermediate_size": shape("layers.0.feed_forward.w1.weight")[0],
+        "adaln_dim": shape("adaln_proj.weight")[0],
+        "llm_features_dim": shape("llm_cond_proj.weight")[1],
+        "rope_theta": 5_000_000,
+        "mrope_section": ROTARY_SECTIONS,
+    }
+    denoiser = transformer.transformer_component(tensors, config, NAMES)
+    return {"denoiser": denoiser} | text.other_parts(tensors, flux2.vae, TEXT)
+
+
+def build_denoiser(config: dict[str, Any]) -> nn.Module:
+    denoiser = transformer.build("Ideogram4Transformer2DModel", (0, 39), config)
+    attention.use_attention(denoiser, _Attention())
+    del denoiser.rotary_emb  # whose frequencies no file has
+    denoiser.forward = MethodType(_forward, denoiser)
+    return denoiser
+
+
+def _forward(
+    denoiser: Any, latents: Tensor, context: Tensor, times: Tensor, size: tuple[int, int], mask: Tensor | None
+) -> Tensor:
+    """The prediction (B, H W, C) for latents (B, H W, C) of `size` (H, W), times from 0 (noise) to 1 and texts (B, L, D).
+
+    It is diffusers' forward pass for texts and then pictures. That of diffusers has a text's states for each position of the
+    picture too, half a gigabyte of zeros at 1024 px, and rounds times and rotations to 16 bits. `mask` (B, L + H W) is False
+    for what fills up a text.
+    """
+    length = context.shape[1]
+    for_text, for_picture = denoiser.embed_image_indicator(torch.arange(2, device=latents.device))
+    states = torch.cat(
+        [
+            denoiser.llm_cond_proj(denoiser.llm_cond_norm(context)) + for_text,
+            denoiser.input_proj(latents) + for_picture,
+        ],
+        1,
+    )
+    time = denoiser.t_embedding
+    embedded = time.mlp_out(F.silu(time.mlp_in(_waves(times, states.shape[-1]).to(states.dtype))))
+    modulation = F.silu(denoiser.adaln_proj(embedded.unsqueeze(1)))
+    keys = None if mask is None else mask[:, None, None]
+    inputs = keys, _rotations(length, size, denoiser.config, states.device), modulation
+    for block in denoiser.layers:
+        if torch.is_grad_enabled() and denoiser.gradient_checkpointing:
+            states = denoiser._gradient_checkpointing_func(block, states, *inputs)
+        else:
+            states = block(states, *inputs)
+    return denoiser.final_layer(states[:, length:], modulation)
+
+
+def _waves(times: Tensor, width: int) -> Tensor:
+    """The sines and cosines (B, width) of times from 0 to 1, float32."""
+    half = width // 2
+    steps = torch.arange(half, dtype=torch.float32, device=times.device)
+    angles = 1e4 * times.float().unsqueeze(1) * torch.exp(steps * -(math.log(1e4) / (half - 1)))
+    return F.pad(torch.cat([angles.sin(), angles.cos()], 1), (0, width % 2))
+
+
+def _rotations(length: int, size: tuple[int, int], config: Any, device: torch.device) -> attention.Tables:
+    """The tables (L + H W, D) that rotate an attention head by each position's place in the text, row and column.
+
+    A text's tokens have their number on all three axes. The rows and columns of a picture are counted from PICTURE_POSITION,
+    which is its place too; such numbers need float32.
+    """
+    head = config.attention_head_dim
+    tokens = torch.arange(float(length), device=device).unsqueeze(1).expand(-1, 3)
+    positions = torch.cat([tokens, transformer.grid_positions(*size, device) + PICTURE_POSITION])
+    place, row, column = positions.unsqueeze(2).unbind(1)
+    _, rows, columns = config.mrope_section
+    # The first frequencies are for the place, the row and the column in turns, the last for the place alone.
+    numbers = torch.arange(head // 2, device=device)
+    is_row, is_column = ((numbers % 3 == axis) & (numbers < 3 * count) for axis, count in ((1, rows), (2, columns)))
+    frequencies = 1 / config.rope_theta ** (2 * numbers.float() / head)
+    angles = torch.where(is_row, row, torch.where(is_column, column, place)) * frequencies
+    return attention.tables_of_halves(torch.cat([angles, angles], 1))
+
+
+class _Attention:
+    """The attention of a block, in the place of diffusers'."""
+
+    def __call__(
+        self,
+        layers: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: attention.Tables | None = None,
+    ) -> Tensor:
+        assert image_rotary_emb is not None
+        query, key, value = attention.heads(hidden_states, layers.num_heads, layers.to_q, layers.to_k, layers.to_v)
+        query, key = layers.norm_q(query), layers.norm_k(key)
+        mixed = attention.attend([query], [key], [value], image_rotary_emb, attention_mask, halves=True)
+        return layers.to_out[0](mixed)
+
+
+def build(part: str, config: dict[str, Any]) -> nn.Module:
+    if part == "denoiser":
+        return build_denoiser(config)
+    return flux2.build_vae(config) if part == "vae" else qwen_image21.build_text_encoder(config)
+
+
+def _statistics(like: Tensor) -> tuple[Tensor, Tensor]:
+    mean, deviation = (torch.tensor(values).to(like).view(1, -1, 1, 1) for values in (_MEANS, _DEVIATIONS))
+    return mean, deviation
+
+
+def encode_image(vae: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    distribution = vae.encode(pixels).latent_dist  # pyright: ignore
+    mean, deviation = _statistics(pixels)
+    means, deviations = (F.pixel_unshuffle(part, flux2.PATCH) for part in (distribution.mean, distribution.std))
+    return (means - mean) / deviation, deviations / deviation
+
+
+def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
+    mean, deviation = _statistics(latents)
+    return vae.decode(F.pixel_shuffle(latents * deviation + mean, flux2.PATCH)).sample  # pyright: ignore
+
+
+def encode_text(
+    encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
+) -> Conditioning:
+    before, after = TEMPLATE.split("{}")
+    conditioning = text.encode_qwen(
+        encoders["text_encoder"],
+        TEXT["text_encoder"],
+        [before + caption for caption in captions],
+        TEXT_TOKENS - _ENDING_TOKENS,
+        layers=TEXT_LAYERS,
+        ending=after,
+    )
+    states = conditioning["context"]
+    # The denoiser takes the layers' states number by number, and not layer by layer.
+    by_number = states.unflatten(2, (len(TEXT_LAYERS), -1)).transpose(2, 3).flatten(2)
+    return conditioning | {"context": by_number}
+
+
+def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    size, device = (noisy_latents.shape[2], noisy_latents.shape[3]), noisy_latents.device
+    lengths = transformer.text_lengths(conditioning["context_mask"])
+    context = conditioning["context"][:, : max(lengths)].to(noisy_latents.dtype)
+    mask = None
+    if len(set(lengths)) > 1:
+        # Made on the device, so that nothing is copied to it in a step.
+        places = torch.arange(max(lengths) + math.prod(size), device=device)
+        mask = torch.stack([(places < length) | (places >= max(lengths)) for length in lengths])
+    # The denoiser's channels are ordered by the place in a patch first, those of FLUX.2's latents by the VAE's channel.
+    patches = noisy_latents.unflatten(1, (-1, flux2.PATCH**2)).transpose(1, 2).flatten(1, 2)
+    times = 1 - timesteps.float() / 1000
+    velocity = denoiser(patches.flatten(2).transpose(1, 2), context, times, size, mask)
+    channels = velocity.transpose(1, 2).unflatten(1, (flux2.PATCH**2, -1)).transpose(1, 2).flatten(1, 2)
+    return -channels.unflatten(2, size)  # it is the one from noise to picture
+
+
+def flow_shift(positions: int) -> float:
+    """The shift exp(mu), with the mu by which the authors' schedule follows from a picture's size."""
+    return math.sqrt(positions) * flux2.PATCH * 8 / SHIFT_1_SIDE
+
+
+IDEOGRAM4 = FamilySpec(
+    names=NAMES,
+    title="Ideogram 4",
+    overflows_in_fp16=True,  # ComfyUI computes it in bf16 or float32 alone
+    resolution=1024,  # that of most pictures that are drawn; it was trained for 256 to 2048
+    size_multiple=16,
+    wording="sentences",
+    guidance=7.0,  # the authors', as are the steps
+    steps=20,
+    recipes={
+        # Starting points: those of Qwen-Image here, since no comparison for this model is known.
+        "fast": Recipe(600, 1e-4, 16, settings={"resolution": 512}),
+        "balanced": Recipe(1200, 1e-4, 16, settings={"resolution": 768}),
+        "best": Recipe(2400, 1e-4, 32),
+    },
+    pipeline_class="Ideogram4Pipeline",
+    text_encoders=TEXT,
+    context_from={"text_encoder": len(TEXT_LAYERS)},
+    context_width=lambda denoiser: denoiser["llm_features_dim"],
+    denoiser_targets=transformer.targets(_ATTENTION, _TRANSFORMER),
+    in_channels=128,
+    recognise=recognise,
+    split=split,
+    build=build,
+    latent_shape=flux2.latent_shape,
+    encode_text=encode_text,
+    predict=predict,
+    flow_shift=flow_shift,
+    encode_image=encode_image,
+    decode_latents=decode_latents,
+    lora_scheme="comfy",
+)

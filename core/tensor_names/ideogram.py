@@ -1,0 +1,39 @@
+"""Names of Ideogram 4, whose layers have q, k and v in one Linear in the original model."""
+
+from .table import Fusion, Listing, LoadedNames, NameTable, Sign, by_rules
+
+_of_original, _of_diffusers = by_rules(
+    Fusion("layers.{}.attention.qkv", tuple(f"layers.{{}}.attention.to_{x}" for x in "qkv"), (1, 1, 1)),
+    Fusion("layers.{}.attention.o", ("layers.{}.attention.to_out.0",)),
+)
+_LAYERS_OF_LORAS = r"layers\.\d+\.(attention\.(qkv|o)|feed_forward\.w[123]|adaln_modulation)"
+
+IDEOGRAM4 = NameTable(
+    name="ideogram4",
+    base_versions=("ideogram4",),
+    architecture="ideogram-4",
+    comfyui_classes=("Ideogram4",),
+    signs=(
+        # Z-Image's layers have the same names but for the output of the attention and the modulation.
+        Sign(r"^layers\.\d+\."),
+        Sign(r"^layers\.\d+\.(attention\.o|adaln_modulation)$"),
+        Sign(
+            r"^layers\.\d+\.(attention\.(qkv|o|to_([qkv]|out\.0))|feed_forward\.w[13])$",
+            frozenset({4608}),
+        ),
+    ),
+    of_original=_of_original,
+    of_diffusers=_of_diffusers,
+    # No name of its own in Civitai's list is known here.
+    listings={"Ideogram 4": Listing("Other", "Ideogram Non-Commercial Model Agreement")},
+    loaded=LoadedNames(
+        frozenset({("kohya", "original"), ("comfy", "original")}),
+        diffusers=frozenset({"diffusers", "comfy"}),
+        # It refuses the whole of a file with another module.
+        diffusers_lacks={"comfy": rf"^(?!{_LAYERS_OF_LORAS}$)"},
+    ),
+    words=(
+        "input_proj", "llm_cond_norm", "llm_cond_proj", "t_embedding", "adaln_proj", "adaln_modulation",
+        "embed_image_indicator", "norm_final",
+    ),
+)  # fmt: skip

@@ -1,0 +1,340 @@
+"""Ideogram 4 against diffusers' pipeline: the same weights under the original names, the same captions, the same picture."""
+
+import json
+import re
+import zlib
+from functools import partial
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+import transformers
+from diffusers.models.transformers.transformer_ideogram4 import Ideogram4MRoPE
+from diffusers.pipelines.ideogram4 import pipeline_ideogram4
+from torch import Tensor
+
+from core.config import TrainConfig
+from core.errors import UnknownFamily
+from core.lora.file import LoraFile
+from core.models import text
+from core.models.base import Base, load_base
+from core.models.families import FAMILIES, detect_family, ideogram4
+from core.models.memory_plan import PLANS
+from core.models.spec import stack_conditioning
+from core.pictures.sampling import decode_latents, encode_prompts, sample_latents
+from core.training.callbacks import Callbacks
+from core.training.loop import train_lora
+from core.training.memory_prediction import predicted_memory
+from core.training.methods.method import target_modules
+from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, small_flow_base
+
+CPU = torch.device("cpu")
+FAMILY = FAMILIES["ideogram4"]
+CONTEXT, LAYERS = SMALL_FLOWS["ideogram4"].context, 36
+CAPTIONS = ["", "a photo of sks person", "sks person, outdoors, in the evening sun"]
+
+
+def pipeline(**parts: Any) -> Any:
+    """diffusers' pipeline with some of its parts."""
+    names = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer", "unconditional_transformer")
+    return diffusers.Ideogram4Pipeline(**dict.fromkeys(names, None) | parts)  # pyright: ignore
+
+
+@torch.no_grad()
+def random_denoiser() -> Any:
+    """diffusers' network; all of its weights are random, those of norms too."""
+    theirs: Any = diffusers.Ideogram4Transformer2DModel(**SMALL_FLOWS["ideogram4"].denoiser)  # pyright: ignore
+    generator = torch.Generator().manual_seed(1)
+    for parameter in theirs.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+    return theirs
+
+
+def published(denoiser: torch.nn.Module) -> dict[str, Tensor]:
+    """The weights under the names of the published file."""
+    state = {name.replace("to_out.0", "o"): tensor for name, tensor in denoiser.state_dict().items()}
+    for name in [name for name in state if ".to_q." in name]:
+        parts = [state.pop(name.replace("to_q", f"to_{part}")) for part in "qkv"]
+        state[name.replace("to_q", "qkv")] = torch.cat(parts)
+    return state
+
+
+def their_prediction(denoiser: Any, latents: Tensor, times: Tensor, states: Tensor, lengths: list[int]) -> Tensor:
+    """What diffusers' pipeline asks its denoiser for: texts are at the end of what they are filled up to."""
+    batch, channels, height, width = latents.shape
+    most = states.shape[1]
+    ids = diffusers.Ideogram4Pipeline._prepare_ids(lengths, height, width, most, CPU)
+    moved = torch.zeros(batch, most + height * width, states.shape[2])
+    for row, length in enumerate(lengths):
+        moved[row, most - length : most] = states[row, :length]
+    # (B, H W, 4 x 32), where a VAE's channel runs the fastest.
+    patches = latents.unflatten(1, (32, 4)).permute(0, 3, 4, 2, 1).reshape(batch, height * width, channels)
+    packed = torch.cat([torch.zeros(batch, most, channels), patches], 1)
+    velocity = denoiser(packed, 1 - times, moved, *ids, return_dict=False)[0][:, most:]
+    return -velocity.view(batch, height, width, 4, 32).permute(0, 4, 3, 1, 2).reshape(latents.shape)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_a_published_file_predicts_and_learns_what_diffusers_does_with_texts_of_any_length(prefix):
+    theirs = random_denoiser()
+    base = load_base({prefix + name: tensor for name, tensor in published(theirs).items()})
+    assert base.family is FAMILY
+    generator = torch.Generator().manual_seed(2)
+    latents, times = torch.randn(2, 128, 6, 4, generator=generator), torch.tensor([0.2, 0.9])
+    states = [torch.randn(1, length, CONTEXT, generator=generator) for length in (9, 4)]
+    both = stack_conditioning([{"context": each, "context_mask": torch.ones(1, each.shape[1])} for each in states])
+    ours = base.load("denoiser", CPU, torch.float32).requires_grad_()
+    prediction = FAMILY.predict(ours, latents, 1000 * times, both)
+    expected = their_prediction(theirs, latents, times, both["context"], [9, 4])
+    assert (prediction - expected).norm() < 1e-5 * expected.norm()
+    prediction.square().sum().backward()
+    expected.square().sum().backward()
+    gradients = dict(ours.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        assert (gradients[name].grad - parameter.grad).norm() <= 1e-4 * parameter.grad.norm(), name
+    with torch.no_grad():
+        alone = {"context": states[1], "context_mask": torch.ones(1, 4)}
+        prediction = FAMILY.predict(ours, latents[1:], 1000 * times[1:], alone)
+    assert (prediction - expected[1:]).norm() < 1e-5 * expected[1:].norm()
+
+
+def test_positions_beyond_65536_are_told_apart_in_16_bits_too():
+    """The published model's rotary embedding, of which bf16 knows no two positions of a picture of 512 px."""
+    theirs = Ideogram4MRoPE(256, 5_000_000, ideogram4.ROTARY_SECTIONS)
+    ids, *_ = diffusers.Ideogram4Pipeline._prepare_ids([5], 3, 4, 5, CPU)
+    cosines, sines = theirs(ids)
+    sizes = type("Config", (), {"attention_head_dim": 256, "rope_theta": 5_000_000, "mrope_section": (24, 20, 20)})
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = ideogram4._rotations(5, (3, 4), sizes, CPU)
+    assert {table.dtype for table in ours} == {torch.float32}
+    torch.testing.assert_close(ours[0], cosines[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours[1][:, 128:], sines[0, :, 128:], rtol=0, atol=1e-5)
+    assert len(ours[0].unique(dim=0)) == 5 + 3 * 4
+
+
+class Words:
+    """A tokenizer with a number for each word, each sign and each special token, and Qwen3-VL's chat."""
+
+    def apply_chat_template(self, messages: Any, add_generation_prompt: bool, tokenize: bool) -> str:
+        (turn,) = messages
+        (part,) = turn["content"]
+        assert add_generation_prompt and not tokenize and turn["role"] == "user"
+        return f"<|im_start|>user\n{part['text']}<|im_end|>\n<|im_start|>assistant\n"
+
+    def __call__(self, words: str, return_tensors: str = "", **_: Any) -> Any:
+        numbers = [1 + zlib.crc32(word.encode()) % 63 for word in re.findall(r"<\|\w+\|>|\w+|\W", words)]
+        ids = torch.tensor([numbers]) if return_tensors else numbers
+        return transformers.BatchEncoding({"input_ids": ids})
+
+
+@pytest.fixture(scope="module")
+def vision_model() -> Any:
+    """The network that a diffusers folder has as its text encoder, narrow."""
+    sizes = {"vocab_size": 64, "hidden_size": CONTEXT // 13, "intermediate_size": 32, "num_hidden_layers": LAYERS,
+             "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 128, "rms_norm_eps": 1e-6,
+             "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}}  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 1, "out_hidden_size": CONTEXT // 13,
+              "deepstack_visual_indexes": [0]}  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Qwen3VLModel(transformers.Qwen3VLConfig(text_config=sizes, vision_config=vision)).eval()
+    model.language_model.norm.weight.data.fill_(3.0)  # which shows in states that are normed
+    return model
+
+
+@pytest.fixture
+def folder(tmp_path, vision_model):
+    """A diffusers folder with both denoisers."""
+    for name in ("transformer", "unconditional_transformer"):
+        random_denoiser().save_pretrained(tmp_path / name)
+    small_flow_base("ideogram4").load("vae", CPU, torch.float32).save_pretrained(tmp_path / "vae")  # pyright: ignore
+    vision_model.save_pretrained(tmp_path / "text_encoder")
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": FAMILY.pipeline_class}))
+    return tmp_path
+
+
+def of_a_file(encoder: dict[str, Tensor]) -> Base:
+    """A whole checkpoint as ComfyUI saves it."""
+    prefix = text.PREFIX.format("qwen3vl_8b")
+    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in published(random_denoiser()).items()}
+    return load_base(tensors | {f"{prefix}model.{name}": tensor for name, tensor in encoder.items()})
+
+
+@pytest.mark.parametrize("source", ["folder", "file"])
+def test_captions_have_the_states_of_diffusers_pipeline(source, folder, vision_model, monkeypatch):
+    monkeypatch.setattr(text, "load_tokenizer", lambda *_: Words())
+    base = load_base(folder) if source == "folder" else of_a_file(vision_model.language_model.state_dict())
+    with torch.no_grad():
+        ours = FAMILY.encode_text(base.load_text_encoders(CPU, torch.float32), CAPTIONS, 1, 1)
+        pipe = pipeline(text_encoder=vision_model, tokenizer=Words())
+        theirs, _, _, indicator = pipe.encode_prompt(CAPTIONS, 1, 1, 40, CPU)
+    for states, mask, expected, kinds in zip(ours["context"], ours["context_mask"], theirs, indicator, strict=True):
+        wanted = expected[kinds == 3]
+        assert int(mask.sum()) == len(wanted) and mask.tolist() == sorted(mask.tolist(), reverse=True)
+        assert (states[: len(wanted)] - wanted).norm() < 1e-5 * wanted.norm()
+
+
+def test_a_caption_that_is_too_long_keeps_the_end_of_the_chat(vision_model, monkeypatch):
+    monkeypatch.setattr(text, "load_tokenizer", lambda *_: Words())
+    monkeypatch.setattr(ideogram4, "TEXT_TOKENS", 12)
+    encoders = of_a_file(vision_model.language_model.state_dict()).load_text_encoders(CPU, torch.float32)
+    with torch.no_grad():
+        ours = FAMILY.encode_text(encoders, ["word " * 30, "word word"], 1, 1)
+    assert ours["context_mask"].sum(1).tolist() == [12, 11]
+
+
+def by_patch(values: tuple[float, ...]) -> Tensor:
+    """Numbers of the channels of our latents in the order of the authors', which is by the place in a patch."""
+    return torch.tensor(values).view(32, 4).T.flatten()
+
+
+@torch.no_grad()
+def test_the_steps_and_the_picture_are_those_of_diffusers_pipeline(folder, vision_model, monkeypatch):
+    """The folder's VAE has the authors' statistics in the order of their patches, FLUX.2's has others; none are read here."""
+    monkeypatch.setattr(text, "load_tokenizer", lambda *_: Words())
+    base = load_base(folder)
+    vae = base.load("vae", CPU, torch.float32)
+    their_vae: Any = base.load("vae", CPU, torch.float32)
+    their_vae.bn.running_mean.copy_(by_patch(ideogram4._MEANS))
+    their_vae.bn.running_var.copy_(by_patch(ideogram4._DEVIATIONS) ** 2)
+    their_vae.register_to_config(batch_norm_eps=0.0)
+    encoders = base.load_text_encoders(CPU, torch.float32)
+    positive, negative = (encode_prompts(base, encoders, [caption]) for caption in CAPTIONS[1:])
+    denoiser = base.load("denoiser", CPU, torch.float32)
+    latents = sample_latents(
+        base, denoiser, positive, negative, device=CPU, dtype=torch.float32, seeds=[3], size=(32, 48), steps=3, guidance=1.0
+    )  # fmt: skip
+    (picture,) = decode_latents(base, vae, latents)
+    scale = 32 // base.latent_shape.pixels, 48 // base.latent_shape.pixels
+    noise = torch.randn(128, scale[1], scale[0], generator=torch.Generator().manual_seed(3))
+    pipe = pipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=their_vae, text_encoder=vision_model, tokenizer=Words(),
+        transformer=random_denoiser(), unconditional_transformer=random_denoiser(),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    times = base.schedule().sampling_times(3, noise[None])[:-1]  # pyright: ignore
+    monkeypatch.setattr(pipeline_ideogram4, "_logit_normal_sigmas", lambda *_, **__: times)
+    tokens = noise.view(32, 4, -1).permute(2, 1, 0).reshape(1, -1, 128)
+    settings = {"height": 48, "width": 32, "num_inference_steps": 3, "guidance_scale": 1.0, "guidance_schedule": None,
+                "max_sequence_length": 40, "latents": tokens}  # fmt: skip
+    (theirs,) = pipe(CAPTIONS[1], **settings, output_type="latent").images
+    theirs = theirs.view(scale[1], scale[0], 4, 32).permute(3, 2, 0, 1).reshape(latents[0].shape)
+    assert (latents[0] - theirs).norm() < 1e-4 * theirs.norm()
+    (expected,) = pipe(CAPTIONS[1], **settings, output_type="pt").images
+    found = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(48, 32, 3).permute(2, 0, 1) / 255
+    assert (found - expected).abs().max() < 0.02 and expected.std() > 0.02
+
+
+def test_latents_are_normalised_by_the_authors_numbers():
+    """The first and last of `LATENT_SHIFT` and `LATENT_SCALE` in the authors' code, where a VAE's channel runs the fastest."""
+    means, deviations = by_patch(ideogram4._MEANS), by_patch(ideogram4._DEVIATIONS)
+    assert means[[0, 1, 127]].tolist() == pytest.approx([0.01984364, 0.10149707, -0.01760592], abs=5e-5)
+    assert deviations[[0, 1, 127]].tolist() == pytest.approx([1.63933691, 1.70204478, 1.68533454], abs=5e-5)
+
+
+@torch.no_grad()
+def test_a_decoded_picture_is_encoded_to_its_latents():
+    vae = small_flow_base("ideogram4").load("vae", CPU, torch.float32)
+    pixels = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    mean, deviation = FAMILY.encode_image(vae, pixels)
+    distribution: Any = vae.encode(pixels).latent_dist  # pyright: ignore
+    torch.testing.assert_close(FAMILY.decode_latents(vae, mean), vae.decode(distribution.mean).sample)  # pyright: ignore
+    other, _ = FAMILY.encode_image(vae, pixels.flip(3))
+    assert deviation.shape == mean.shape and not torch.allclose(mean, other)
+
+
+@pytest.mark.parametrize("side", [512, 1024, 2048])
+def test_times_are_close_to_those_of_the_authors_preset_of_20_steps(side):
+    base = small_flow_base("ideogram4")
+    positions = side // 16
+    ours = base.schedule().sampling_times(20, torch.zeros(1, 128, positions, positions))  # pyright: ignore
+    mu = 0.5 * torch.log(torch.tensor(side * side / 512**2)).item()
+    theirs = pipeline_ideogram4._logit_normal_sigmas(20, mu, std=1.75)  # the deviation of V4_DEFAULT_20
+    assert (ours[:-1] - theirs).abs().max() < 0.025
+
+
+@pytest.mark.parametrize("other", ["zimage", "ernie-image", "krea2"])
+def test_files_of_neighbours_are_not_taken_for_it(other):
+    names = small_flow_base(other).load("denoiser", CPU, torch.float32).state_dict()
+    try:
+        found = detect_family({f"model.diffusion_model.{name}": tensor for name, tensor in names.items()})
+    except UnknownFamily:
+        return
+    assert found is not FAMILY
+
+
+def lora_of(names: dict[str, int], suffixes: tuple[str, str], alpha: bool) -> dict[str, Tensor]:
+    """A LoRA of rank 2 on modules of the published width, by name -> outputs."""
+    tensors = {}
+    for name, outputs in names.items():
+        tensors[name + suffixes[0]] = torch.randn(2, 4608)
+        tensors[name + suffixes[1]] = torch.randn(outputs, 2)
+        if alpha:
+            tensors[f"{name}.alpha"] = torch.tensor(1.0)
+    return tensors
+
+
+NAMINGS = {
+    "ai-toolkit": (
+        {"diffusion_model.layers.3.attention.qkv": 3 * 4608, "diffusion_model.layers.3.attention.o": 4608},
+        (".lora_A.weight", ".lora_B.weight"), False,
+    ),
+    "musubi-tuner": (
+        {"lora_unet_layers_3_attention_qkv": 3 * 4608, "lora_unet_layers_3_attention_o": 4608},
+        (".lora_down.weight", ".lora_up.weight"), True,
+    ),
+    "OneTrainer": (
+        {f"transformer.layers.3.attention.{name}": 4608 for name in ("to_q", "to_k", "to_v", "to_out.0")},
+        (".lora_down.weight", ".lora_up.weight"), True,
+    ),
+    "diffusers": (
+        {f"transformer.layers.3.attention.{name}": 4608 for name in ("to_q", "to_k", "to_v", "to_out.0")},
+        (".lora_A.weight", ".lora_B.weight"), False,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_loras_of_other_trainers_are_known_by_their_width_and_have_the_same_modules(naming):
+    lora = LoraFile.from_tensors(lora_of(*NAMINGS[naming]), {}, naming)
+    assert lora.family == "ideogram4" and not lora.unknown_keys
+    paths = {path for entry in lora.entries for _, path in entry.modules}
+    assert paths == {f"layers.3.attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")}
+
+
+@pytest.mark.parametrize("method", ["dora", "loha", "lokr", "oft"])
+def test_other_kinds_of_adapter_leave_out_q_k_and_v_which_comfyui_knows_as_one(method):
+    denoiser = small_flow_base("ideogram4").load("denoiser", CPU, torch.float32)
+    ends = {}
+    for kind in ("lora", method):
+        config = TrainConfig(method=kind, rank=2, targets="attention")
+        adapted = target_modules(FAMILY, config, {"denoiser": denoiser})
+        ends[kind] = {path.rpartition("attention.")[2] for _, path in adapted}
+    assert ends == {"lora": {"to_q", "to_k", "to_v", "to_out.0"}, method: {"to_out.0"}}
+
+
+@pytest.mark.slow
+def test_the_memory_of_each_plan_is_predicted_and_falls():
+    base = small_flow_base("ideogram4")
+    cache = encoded_cache(base, [encoded_image(base, "0.png", "a photo of sks person", 0, shape=(128, 16, 16))])
+    config = TrainConfig(rank=2, precision="bf16")
+    plans = (PLANS[0], PLANS[2], PLANS[-1])
+    needs = [predicted_memory(cache, base, config, CPU, torch.bfloat16, plan) for plan in plans]
+    assert needs == sorted(needs, reverse=True) and needs[0] > needs[1]
+
+
+def test_a_run_that_is_cancelled_goes_on_to_the_same_tensors(tmp_path):
+    def cancel(report):
+        if report.step == 2:
+            raise KeyboardInterrupt
+
+    base, state = small_flow_base("ideogram4"), tmp_path / "run.state.safetensors"
+    captions = ("a photo of sks person", "sks person, outdoors in the evening sun")
+    cache = encoded_cache(base, [encoded_image(base, f"{i}.png", captions[i], i, shape=(128, 4, 6)) for i in range(2)])
+    run = partial(train_lora, cache, base, TrainConfig(steps=4, rank=2, precision="fp32", batch_size=2), device=CPU)
+    whole = run()
+    with pytest.raises(KeyboardInterrupt):
+        run(state_path=state, callbacks=Callbacks(on_step=cancel))
+    resumed = run(state_path=state, resume=True)
+    assert whole.tensors.keys() == resumed.tensors.keys()
+    assert all(torch.equal(tensor, resumed.tensors[name]) for name, tensor in whole.tensors.items())
