@@ -6,6 +6,7 @@ import math
 import re
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,12 +22,16 @@ from core.lora.file import LoraFile
 from core.lora.readers import not_loaded_by
 from core.models.base import Base, load_base
 from core.models.families import FAMILIES
+from core.models.memory_plan import PLANS
 from core.models.objective import FlowSchedule
 from core.models.spec import on_device, stack_conditioning
 from core.pictures.generate import Job, generate
 from core.pictures.sampling import FLOW_SAMPLERS, build_sampler, encode_prompts, sample_latents
 from core.tensor_names import NAME_TABLES as KEYS
+from core.training.callbacks import Callbacks
 from core.training.job import check_base_options, distilled_hint, train
+from core.training.loop import train_lora
+from core.training.memory_prediction import predicted_memory
 from core.training.step import Run
 from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, mostly_slow, small_flow_base, started_run
 
@@ -184,6 +189,37 @@ def test_in_half_precision_the_adapter_stays_float32_and_learns(bases, family):
     assert {value.dtype for value in run.parameters.values()} == {torch.float32}
     unchanged = [name for name, value in run.parameters.items() if torch.equal(value, before[name])]
     assert all(re.fullmatch(rf"denoiser\.({SMALL_FLOWS[family].unused})\.(up|down)", name) for name in unchanged)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name in SMALL_FLOWS if name != "sd3"])  # whose small blocks differ in size
+def test_the_memory_of_each_plan_is_predicted_and_falls(bases, family):
+    base = bases[family]
+    shape = (base.latent_shape.channels, 16 * base.latent_shape.positions_side, 16 * base.latent_shape.positions_side)
+    cache = encoded_cache(base, [encoded_image(base, "0.png", "a photo of sks person", 0, shape=shape)])
+    config = TrainConfig(rank=2, precision="bf16")
+    plans = (PLANS[0], PLANS[2], PLANS[-1])
+    needs = [predicted_memory(cache, base, config, CPU, torch.bfloat16, plan) for plan in plans]
+    assert needs == sorted(needs, reverse=True) and needs[0] > needs[1]
+
+
+@pytest.mark.parametrize("family", mostly_slow(SMALL_FLOWS, "krea2", "ernie-image", "longcat-image", "ideogram4"))
+def test_a_run_that_is_cancelled_goes_on_to_the_same_tensors(bases, family, tmp_path):
+    def cancel(report):
+        if report.step == 2:
+            raise KeyboardInterrupt
+
+    base, state = bases[family], tmp_path / "run.state.safetensors"
+    captions = ("a photo of sks person", "sks person, outdoors in the evening sun")
+    shape = (base.latent_shape.channels, 4, 6)
+    cache = encoded_cache(base, [encoded_image(base, f"{i}.png", captions[i], i, shape=shape) for i in range(2)])
+    run = partial(train_lora, cache, base, TrainConfig(steps=4, rank=2, precision="fp32", batch_size=2), device=CPU)
+    whole = run()
+    with pytest.raises(KeyboardInterrupt):
+        run(state_path=state, callbacks=Callbacks(on_step=cancel))
+    resumed = run(state_path=state, resume=True)
+    assert whole.tensors.keys() == resumed.tensors.keys()
+    assert all(torch.equal(tensor, resumed.tensors[name]) for name, tensor in whole.tensors.items())
 
 
 @pytest.mark.parametrize("family", mostly_slow(SMALL_FLOWS, "flux1", "qwen-image"))

@@ -3,7 +3,6 @@
 import json
 import re
 import zlib
-from functools import partial
 from typing import Any
 
 import diffusers
@@ -20,14 +19,10 @@ from core.lora.file import LoraFile
 from core.models import text
 from core.models.base import Base, load_base
 from core.models.families import FAMILIES, detect_family, ideogram4
-from core.models.memory_plan import PLANS
 from core.models.spec import stack_conditioning
 from core.pictures.sampling import decode_latents, encode_prompts, sample_latents
-from core.training.callbacks import Callbacks
-from core.training.loop import train_lora
-from core.training.memory_prediction import predicted_memory
 from core.training.methods.method import target_modules
-from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, small_flow_base
+from tests.tooling import SMALL_FLOWS, small_flow_base
 
 CPU = torch.device("cpu")
 FAMILY = FAMILIES["ideogram4"]
@@ -311,30 +306,3 @@ def test_other_kinds_of_adapter_leave_out_q_k_and_v_which_comfyui_knows_as_one(m
         adapted = target_modules(FAMILY, config, {"denoiser": denoiser})
         ends[kind] = {path.rpartition("attention.")[2] for _, path in adapted}
     assert ends == {"lora": {"to_q", "to_k", "to_v", "to_out.0"}, method: {"to_out.0"}}
-
-
-@pytest.mark.slow
-def test_the_memory_of_each_plan_is_predicted_and_falls():
-    base = small_flow_base("ideogram4")
-    cache = encoded_cache(base, [encoded_image(base, "0.png", "a photo of sks person", 0, shape=(128, 16, 16))])
-    config = TrainConfig(rank=2, precision="bf16")
-    plans = (PLANS[0], PLANS[2], PLANS[-1])
-    needs = [predicted_memory(cache, base, config, CPU, torch.bfloat16, plan) for plan in plans]
-    assert needs == sorted(needs, reverse=True) and needs[0] > needs[1]
-
-
-def test_a_run_that_is_cancelled_goes_on_to_the_same_tensors(tmp_path):
-    def cancel(report):
-        if report.step == 2:
-            raise KeyboardInterrupt
-
-    base, state = small_flow_base("ideogram4"), tmp_path / "run.state.safetensors"
-    captions = ("a photo of sks person", "sks person, outdoors in the evening sun")
-    cache = encoded_cache(base, [encoded_image(base, f"{i}.png", captions[i], i, shape=(128, 4, 6)) for i in range(2)])
-    run = partial(train_lora, cache, base, TrainConfig(steps=4, rank=2, precision="fp32", batch_size=2), device=CPU)
-    whole = run()
-    with pytest.raises(KeyboardInterrupt):
-        run(state_path=state, callbacks=Callbacks(on_step=cancel))
-    resumed = run(state_path=state, resume=True)
-    assert whole.tensors.keys() == resumed.tensors.keys()
-    assert all(torch.equal(tensor, resumed.tensors[name]) for name, tensor in whole.tensors.items())

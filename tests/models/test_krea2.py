@@ -3,7 +3,6 @@
 import json
 import re
 import zlib
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,12 +17,8 @@ from core.errors import BadConfig
 from core.models import text
 from core.models.base import load_base
 from core.models.families import FAMILIES
-from core.models.memory_plan import PLANS
-from core.training.callbacks import Callbacks
 from core.training.job import check_base_options
-from core.training.loop import train_lora
-from core.training.memory_prediction import predicted_memory
-from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, small_flow_base
+from tests.tooling import SMALL_FLOWS, small_flow_base
 
 CPU = torch.device("cpu")
 FAMILY = FAMILIES["krea2"]
@@ -90,16 +85,6 @@ def test_the_norms_weights_stay_in_float32():
     assert kinds == {True: torch.float32, False: torch.bfloat16}
 
 
-@pytest.mark.slow
-def test_the_memory_of_each_plan_is_predicted_and_falls():
-    base = small_flow_base("krea2")
-    cache = encoded_cache(base, [encoded_image(base, "0.png", "a photo of sks person", 0, shape=(16, 32, 32))])
-    config = TrainConfig(rank=2, precision="bf16")
-    plans = (PLANS[0], PLANS[2], PLANS[-1])
-    needs = [predicted_memory(cache, base, config, CPU, torch.bfloat16, plan) for plan in plans]
-    assert needs == sorted(needs, reverse=True) and needs[0] > needs[1]
-
-
 class Words:
     """A tokenizer with a number for each word, each sign and each special token."""
 
@@ -161,20 +146,3 @@ def test_turbo_is_refused_for_training_unless_told_otherwise(turbo_folder):
     with pytest.raises(BadConfig, match=r"distilled to a few steps, .* allow_distilled is for"):
         check_base_options(base, TrainConfig())
     check_base_options(base, TrainConfig(allow_distilled=True))
-
-
-def test_a_run_that_is_cancelled_goes_on_to_the_same_tensors(tmp_path):
-    def cancel(report):
-        if report.step == 2:
-            raise KeyboardInterrupt
-
-    base, state = small_flow_base("krea2"), tmp_path / "run.state.safetensors"
-    captions = ("a photo of sks person", "sks person, outdoors in the evening sun")
-    cache = encoded_cache(base, [encoded_image(base, f"{i}.png", captions[i], i, shape=(16, 8, 12)) for i in range(2)])
-    run = partial(train_lora, cache, base, TrainConfig(steps=4, rank=2, precision="fp32", batch_size=2), device=CPU)
-    whole = run()
-    with pytest.raises(KeyboardInterrupt):
-        run(state_path=state, callbacks=Callbacks(on_step=cancel))
-    resumed = run(state_path=state, resume=True)
-    assert whole.tensors.keys() == resumed.tensors.keys()
-    assert all(torch.equal(tensor, resumed.tensors[name]) for name, tensor in whole.tensors.items())

@@ -4,7 +4,6 @@ import json
 import re
 import zlib
 from collections.abc import Mapping
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,11 +21,8 @@ from core.lora.modules import LoraModule
 from core.models import text
 from core.models.base import load_base
 from core.models.families import FAMILIES, longcat_image
-from core.models.memory_plan import PLANS
 from core.tensor_names import NAME_TABLES
-from core.training.callbacks import Callbacks
 from core.training.loop import train_lora
-from core.training.memory_prediction import predicted_memory
 from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, small_flow_base
 
 CPU = torch.device("cpu")
@@ -250,30 +246,3 @@ def test_diffusers_own_denoiser_loads_a_lora_whole():
     assert changed == {f"{path}.weight" for _, path in modules}
     for (_, path), module in modules.items():
         torch.testing.assert_close(theirs.state_dict()[f"{path}.weight"], weights[f"{path}.weight"] + module.delta())
-
-
-@pytest.mark.slow
-def test_the_memory_of_each_plan_is_predicted_and_falls():
-    base = small_flow_base("longcat-image")
-    cache = encoded_cache(base, [encoded_image(base, "0.png", "a photo of sks person", 0, shape=(16, 16, 16))])
-    config = TrainConfig(rank=2, precision="bf16")
-    plans = (PLANS[0], PLANS[2], PLANS[-1])
-    needs = [predicted_memory(cache, base, config, CPU, torch.bfloat16, plan) for plan in plans]
-    assert needs == sorted(needs, reverse=True) and needs[0] > needs[1]
-
-
-def test_a_run_that_is_cancelled_goes_on_to_the_same_tensors(tmp_path):
-    def cancel(report):
-        if report.step == 2:
-            raise KeyboardInterrupt
-
-    base, state = small_flow_base("longcat-image"), tmp_path / "run.state.safetensors"
-    captions = ("a photo of sks person", "sks person, outdoors in the evening sun")
-    cache = encoded_cache(base, [encoded_image(base, f"{i}.png", captions[i], i, shape=(16, 4, 6)) for i in range(2)])
-    run = partial(train_lora, cache, base, TrainConfig(steps=4, rank=2, precision="fp32", batch_size=2), device=CPU)
-    whole = run()
-    with pytest.raises(KeyboardInterrupt):
-        run(state_path=state, callbacks=Callbacks(on_step=cancel))
-    resumed = run(state_path=state, resume=True)
-    assert whole.tensors.keys() == resumed.tensors.keys()
-    assert all(torch.equal(tensor, resumed.tensors[name]) for name, tensor in whole.tensors.items())
