@@ -203,6 +203,11 @@ class TrainConfig:
         "compile the denoiser's blocks: steps take less of a GPU's time, the first of each photo shape minutes",
         group="machine",
     )
+    cuda_graphs: bool = option(
+        False,
+        "ask a GPU for each pass of a step by one launch, a CUDA graph: helps where it waits for the host",
+        group="machine",
+    )
     deterministic: bool = option(
         False,
         "compute the same numbers each time on a GPU too, so that a resumed run equals an uninterrupted one; slower",

@@ -48,10 +48,11 @@ CPU = torch.device("cpu")
 CARDS = (8, 12, 16, 24)
 """The GiB of the cards that a larger one is bounded to."""
 SPEEDS = (
-    ("sd15", 512, 1, False), ("sd15", 512, 8, False), ("sdxl", 1024, 1, False), ("sdxl", 1024, 4, False),
-    ("sd15", 512, 1, True), ("sdxl", 1024, 1, True), ("sdxl", 1024, 4, True),
+    ("sd15", 512, 1, ""), ("sd15", 512, 8, ""), ("sdxl", 1024, 1, ""), ("sdxl", 1024, 4, ""),
+    ("sd15", 512, 1, "graph"), ("sdxl", 1024, 1, "graph"),
+    ("sd15", 512, 1, "compiled"), ("sdxl", 1024, 1, "compiled"), ("sdxl", 1024, 4, "compiled"),
 )  # fmt: skip
-"""(family, pixels, batch, compiled) of the table of speeds. (The bench has no published shapes of transformers.)"""
+"""(family, pixels, batch, way) of the table of speeds. (The bench has no published shapes of transformers.)"""
 
 
 @dataclass
@@ -123,11 +124,14 @@ def _small(name: str) -> tuple[Base, LatentCache]:
 
 
 def plans(day: Day) -> dict[str, Any]:
-    """How far the gradient under each plan, and of compiled blocks, is from that of the fastest plan on the same device."""
+    """How far the gradient under each plan, of compiled blocks, and by CUDA graphs is from that of the fastest plan on the
+    same device; and why graphs were given up, if they were."""
     base, cache = _small(next(iter(SMALL_FLOWS)))
     config, plain, found = TrainConfig(rank=4, precision="fp32"), None, {}
-    for name, plan, compiled in day.some((*((str(p), p, False) for p in PLANS), ("compiled", PLANS[0], True))):
-        run = Run(cache, base, replace(config, compile=compiled), day.device, plan=plan)
+    graphed, compiled = replace(config, cuda_graphs=True), replace(config, compile=True)
+    ways = ("compiled", PLANS[0], compiled), *((f"graph, {plan}", plan, graphed) for plan in (PLANS[0], PLANS[2]))
+    for name, plan, settings in day.some((*((str(p), p, config) for p in PLANS), *ways)):
+        run = Run(cache, base, settings, day.device, plan=plan)
         for parameter_name, parameter in run.parameters.items():
             if parameter_name.endswith(".up"):
                 parameter.data.fill_(0.01)
@@ -135,6 +139,8 @@ def plans(day: Day) -> dict[str, Any]:
         gradient = torch.cat([p.grad.flatten().cpu() for p in run.parameters.values() if p.grad is not None])
         plain = gradient if plain is None else plain
         found[name] = float((gradient - plain).norm() / plain.norm().clamp_min(1e-30))
+        if run.why_no_graphs:
+            found[f"{name}: given up"] = run.why_no_graphs
     return found
 
 
@@ -157,16 +163,17 @@ def resuming(day: Day) -> dict[str, Any]:
 def speeds(day: Day) -> dict[str, Any]:
     """The benchmark's reports beside a plain loop of diffusers and peft."""
     found = {}
-    for family, pixels, batch, compiled in day.some(SPEEDS):
+    for family, pixels, batch, way in day.some(SPEEDS):
         if day.is_over:
             continue
         config = TrainConfig(
-            resolution=64 if day.small else pixels, batch_size=batch, compile=compiled, gradient_checkpointing="off"
-        )
+            resolution=64 if day.small else pixels, batch_size=batch, compile=way == "compiled",
+            cuda_graphs=way == "graph", gradient_checkpointing="off",
+        )  # fmt: skip
         report = bench(
             family, config, steps=1 if day.small else 10, channels=64 if day.small else 320, device=day.device
         )
-        found[f"{family} {pixels} px, batch {batch}{', compiled' if compiled else ''}"] = report
+        found[f"{family} {pixels} px, batch {batch}{way and f', {way}'}"] = report
     return found
 
 

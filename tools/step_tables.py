@@ -46,7 +46,8 @@ def counted(card: Card, work: Callable[[], object]) -> int:
 
 
 def operations(name: str, card: Card) -> list[int]:
-    """The operations of a step: of the denoiser alone, of the adapter, of the update, of all this, and of the peer's passes."""
+    """The operations of a step: of the denoiser alone, of the adapter, of the update, of all this, of all this by CUDA graphs,
+    and of the peer's passes."""
     model = replace(MODELS[name], resolution=64, config={**MODELS[name].config, **NARROW[name]})
     base, config = base_of(model), replace(config_of(model), gradient_checkpointing="off")
     state = base.family.build_empty("denoiser", model.config).state_dict()
@@ -59,9 +60,16 @@ def operations(name: str, card: Card) -> list[int]:
     passes = counted(card, run.accumulate)
     with patch.object(LoraLayer, "forward", frozen):
         alone = counted(card, run.accumulate)
+<<<<<<< HEAD
     peer = PlainLoop(cache, base, config, DEVICE)
+=======
+    graphed = Run(cache, base, replace(config, cuda_graphs=True), DEVICE)
+    graphed.train_step()
+    launches = counted(card, graphed.train_step)
+    peer = PlainLoop(cache, of_diffusers(base), config, DEVICE)
+>>>>>>> 28a627f (Passes of a step can be made by CUDA graphs)
     peer.step()
-    return [alone, passes - alone, step - passes, step, counted(card, peer.gradients)]
+    return [alone, passes - alone, step - passes, step, launches, counted(card, peer.gradients)]
 
 
 if __name__ == "__main__":
@@ -73,6 +81,7 @@ if __name__ == "__main__":
         "the adapter",
         "the update",
         "a step of ours",
+        "by CUDA graphs",
         "diffusers + peft, without update",
     ]
     DOCUMENT.write_text(replace_table(DOCUMENT.read_text(), "operations", table(header, rows)))

@@ -103,6 +103,8 @@ class OurLoop:
         self.run: Run = Run(cache, base, config, device)
         if self.run.why_not_compiled:
             raise BadConfig(f"--compile: not possible here: {self.run.why_not_compiled}")
+        if self.run.why_no_graphs:
+            raise BadConfig(f"--cuda-graphs: not possible here: {self.run.why_no_graphs}")
         self.generator: torch.Generator = torch.Generator(device).manual_seed(0)
 
     def step(self) -> None:
@@ -114,7 +116,7 @@ class OurLoop:
     @torch.no_grad()
     def forward(self) -> None:
         with self.run.fast():
-            self.run.picture_loss(self.run.images, [CAPTION] * len(self.run.images), self.generator)
+            self.run.loss_of(self.run.picture_pass(self.run.images, [CAPTION] * len(self.run.images), self.generator))
 
 
 def of_diffusers(base: Base) -> Base:

@@ -64,7 +64,10 @@ def train_lora(
     same_numbers = deterministic_if(config.deterministic)
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(forked), explained, same_numbers:
         plan = choose_plan(cache, base, config, device, dtype, callbacks.on_warning, training_adapter)
-        run = Run(cache, base, config, device, continue_from, callbacks.check_cancelled, plan, training_adapter)
+        run = Run(
+            cache, base, config, device, continue_from, callbacks.check_cancelled, plan, training_adapter,
+            callbacks.on_warning,
+        )  # fmt: skip
         if run.why_not_compiled:
             callbacks.on_warning(f"compile: not possible here ({run.why_not_compiled}); the training goes on without")
         known_by = {METADATA_KEY: training_adapter.digest} if training_adapter else {}

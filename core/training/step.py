@@ -22,6 +22,7 @@ from ..models.objective import Schedule, draw_noise, sample_losses
 from ..models.spec import Conditioning, FamilySpec, placed, stack_conditioning
 from .batches import Batches
 from .encode import EncodedImage, LatentCache
+from .graphs import NotCaptured, Pass, PassGraphs, why_no_graphs
 from .methods import METHODS, attach, peak_rate, trains_text
 from .methods.method import Adapter
 from .optimizer import build_optimizer, learning_rate_factor
@@ -57,6 +58,7 @@ class Run:
         check_cancelled: CheckCancelled | None = None,
         plan: MemoryPlan | None = None,
         training_adapter: TrainingAdapter | None = None,
+        on_warning: Callable[[str], None] = lambda _: None,
     ):
         self.config = config
         self.family: FamilySpec = base.family
@@ -77,8 +79,10 @@ class Run:
             AttachedAdapter(training_adapter, self.denoiser, self.device, self.dtype) if training_adapter else None
         )
         self._set_training(True)
+        self._on_warning, self._check_cancelled = on_warning, check_cancelled
+        self.graphs: PassGraphs | None = None
         if check_cancelled:
-            _check_often(self.denoiser, check_cancelled, blocks_of(self.denoiser) if config.compile else ())
+            _check_often(self.denoiser, self._check_in_pass, blocks_of(self.denoiser) if config.compile else ())
         self.memory: MemorySaver = MemorySaver(self.denoiser, self.device, draws=config.dropout > 0)
         self.memory.adopt(plan)
         self.why_not_compiled: str | None = why_not_compiled(self.device) if config.compile else None
@@ -111,6 +115,10 @@ class Run:
         """The number of steps done before the frozen weights were narrowed to 8 bits; None: they never were."""
         self.loss: Tensor = torch.zeros((), device=self.device)
         self.first_bad_step: Tensor = torch.full((), -1, device=self.device)
+        self.why_no_graphs: str | None = None
+        """The reason why passes are not made by CUDA graphs although the settings want it, or None."""
+        if config.cuda_graphs:
+            self._begin_graphs()
 
     def train_step(self) -> None:
         """Makes one optimizer step, without waiting for the device."""
@@ -118,16 +126,59 @@ class Run:
 
     def accumulate(self) -> Tensor:
         """The loss of the next step, a scalar, with its gradients accumulated. An interruption leaves the run between steps."""
+        try:
+            return self._accumulated()
+        except NotCaptured as error:
+            reason = str(error)
+        # Outside the except clause, so that the error no longer keeps what has been computed alive.
+        self._go_on_without_graphs(reason)
+        return self._accumulated()
+
+    def _accumulated(self) -> Tensor:
         config = self.config
-        self.optimizer.zero_grad(set_to_none=True)
+        self._clear_gradients()
         total = torch.zeros((), device=self.device)
         with self.fast():
             for number in range(self.step * config.accumulation, (self.step + 1) * config.accumulation):
-                for loss in self._losses(number):
-                    self.scaler.scale(loss / config.accumulation).backward()
-                    self.adapter.take_gradients()
-                    total += loss.detach() / config.accumulation
+                for inputs in self.passes(number):
+                    if self.graphs and self._check_cancelled:
+                        self._check_cancelled()
+                    loss = self.graphs.make(inputs) if self.graphs else self._make(inputs)
+                    total += loss / config.accumulation
         return total
+
+    def _make(self, inputs: Pass) -> Tensor:
+        """The loss of a pass, detached, with its gradients added to those of the parameters."""
+        loss = self.loss_of(inputs)
+        self.scaler.scale(loss / self.config.accumulation).backward()
+        self.adapter.take_gradients()
+        return loss.detach()
+
+    def _clear_gradients(self) -> None:
+        if self.graphs:
+            self.graphs.clear_gradients()
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def _begin_graphs(self) -> None:
+        """Has passes made by CUDA graphs from now on, where that is possible."""
+        if reason := why_no_graphs(self.device, self.config, self.memory.plan):
+            self._go_on_without_graphs(reason)
+        else:
+            self.graphs = PassGraphs(self._make, self.parameters.values(), self.device)
+
+    def _go_on_without_graphs(self, reason: str) -> None:
+        self._release_graphs()
+        self.graphs, self.why_no_graphs = None, reason
+        self._on_warning(f"cuda_graphs: not possible here ({reason}); the training goes on without")
+
+    def _release_graphs(self) -> None:
+        if self.graphs:
+            self.graphs.release()
+
+    def _check_in_pass(self) -> None:
+        if self._check_cancelled and not (self.graphs and self.graphs.capturing):
+            self._check_cancelled()
 
     @contextlib.contextmanager
     def fast(self) -> Iterator[None]:
@@ -144,7 +195,7 @@ class Run:
                 if not is_out_of_memory(error):
                     raise
             # Outside the except clause, so that the error no longer keeps the step's activations alive.
-            self.optimizer.zero_grad(set_to_none=True)
+            self._clear_gradients()
             self._save_memory(f"step {self.step + 1}", on_warning)
 
     def _save_memory(self, what: str, on_warning: Callable[[str], None]) -> None:
@@ -160,7 +211,10 @@ class Run:
                 "use batch_size 1, a lower resolution, or gradient_checkpointing auto"
             )
         on_warning(f"out of memory in {what}: done again with {plan}")
+        self._release_graphs()
         self.memory.adopt(plan)
+        if self.graphs:
+            self._begin_graphs()
         release_memory()
 
     def update(self, loss: Tensor) -> None:
@@ -188,8 +242,8 @@ class Run:
         self.loss = loss if self.step == 0 else SMOOTHING * self.loss + (1 - SMOOTHING) * loss
         self.step += 1
 
-    def _losses(self, number: int):
-        """The losses of forward pass `number`, computed one at a time, so that only one graph is in memory."""
+    def passes(self, number: int) -> Iterator[Pass]:
+        """What the losses of forward pass `number` are computed from, one at a time, so that only one graph is in memory."""
         config = self.config
         generator = self._generator("noise", number)
         pictures = [self.images[index] for index in self.batches.at(number)]
@@ -197,40 +251,57 @@ class Run:
             config.prior_prediction
             and random.Random(f"{config.seed}/prior/{number}").random() < config.prior_prediction
         ):
-            yield config.prior_loss_weight * self.prior_prediction_loss(pictures, self._generator("prior", number))
+            yield self._prior_pass(pictures, self._generator("prior", number))
         dropped = random.Random(f"{config.seed}/dropout/{number}")
         captions = ["" if dropped.random() < config.caption_dropout else picture.caption for picture in pictures]
-        yield self.picture_loss(pictures, captions, generator)
+        yield self.picture_pass(pictures, captions, generator)
         if self.class_batches:
             pictures = [self.class_images[index] for index in self.class_batches.at(number)]
             captions = [picture.caption for picture in pictures]
-            yield config.prior_loss_weight * self.picture_loss(pictures, captions, self._generator("class", number))
+            yield replace(
+                self.picture_pass(pictures, captions, self._generator("class", number)), kind="class pictures"
+            )
 
-    def picture_loss(
+    def picture_pass(
         self, pictures: Sequence[EncodedImage], captions: Sequence[str], generator: torch.Generator
-    ) -> Tensor:
-        """The weighted denoising loss on pictures of one latent shape, a scalar."""
-        latents, noise, noisy_latents, timesteps = self._noised(pictures, generator)
-        prediction = self._predict(noisy_latents, timesteps, self._conditioning(pictures, captions))
-        target = self.schedule.target(latents, noise, timesteps)
+    ) -> Pass:
+        """A pass on pictures of one latent shape."""
         masks = None
         if any(picture.mask is not None for picture in pictures):
             masks = torch.stack([torch.ones_like(p.mean[:1]) if p.mask is None else p.mask for p in pictures])
-        losses = sample_losses(prediction, target, masks, self.config)
-        return (losses * self.schedule.loss_weights(timesteps, self.config)).mean()
+        return Pass("pictures", *self._noised(pictures, generator), self._conditioning(pictures, captions), masks)
 
-    def prior_prediction_loss(self, pictures: Sequence[EncodedImage], generator: torch.Generator) -> Tensor:
+    def _prior_pass(self, pictures: Sequence[EncodedImage], generator: torch.Generator) -> Pass:
+        """A pass of prior prediction, on the same noisy training pictures as both models see."""
+        noised = self._noised(pictures, generator)
+        captions = [picture.class_caption for picture in pictures]
+        frozen = None
+        if self.encoders:
+            with torch.no_grad(), self.adapter.disabled():
+                frozen = self._conditioning(pictures, captions)
+        return Pass("prior", *noised, self._conditioning(pictures, captions), frozen_conditioning=frozen)
+
+    def loss_of(self, inputs: Pass) -> Tensor:
+        """The weighted loss of a pass, a scalar."""
+        if inputs.kind == "prior":
+            return self.config.prior_loss_weight * self._prior_prediction_loss(inputs)
+        prediction = self._predict(inputs.noisy_latents, inputs.timesteps, inputs.conditioning)
+        target = self.schedule.target(inputs.latents, inputs.noise, inputs.timesteps)
+        losses = sample_losses(prediction, target, inputs.masks, self.config)
+        loss = (losses * self.schedule.loss_weights(inputs.timesteps, self.config)).mean()
+        return loss if inputs.kind == "pictures" else self.config.prior_loss_weight * loss
+
+    def _prior_prediction_loss(self, inputs: Pass) -> Tensor:
         """The loss between the predictions of the adapted and the frozen model for the class caption, a scalar.
 
         Both see the same noisy training pictures, so that prior preservation needs no class images. This is learning without
         forgetting (arXiv:1606.09282), which ai-toolkit calls differential output preservation. A training adapter is a part of
         both models.
         """
-        _, _, noisy_latents, timesteps = self._noised(pictures, generator)
-        captions = [picture.class_caption for picture in pictures]
+        frozen = inputs.frozen_conditioning or inputs.conditioning
         with torch.no_grad(), self.adapter.disabled():
-            target = self._predict(noisy_latents, timesteps, self._conditioning(pictures, captions))
-        prediction = self._predict(noisy_latents, timesteps, self._conditioning(pictures, captions))
+            target = self._predict(inputs.noisy_latents, inputs.timesteps, frozen)
+        prediction = self._predict(inputs.noisy_latents, inputs.timesteps, inputs.conditioning)
         return sample_losses(prediction, target, None, self.config).mean()
 
     def _noised(
@@ -284,6 +355,7 @@ class Run:
         They are drawn by the model as it will be used, without its training adapter.
         Where they do not fit the memory they are drawn again under a smaller memory plan, of which `on_warning` hears.
         """
+        self._release_graphs()
         before = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self._set_training(False)
         self._put(self.trained() if values is None else values)

@@ -3,7 +3,8 @@
 Tensors on the device have a shape, a dtype and a place, and no values (torch's fake tensors); those on the CPU are real, so
 that files are read and written as ever. What comes back from the device is 0 (an int: -1, a bool: True). The card counts
 what is alive as CUDA's allocator does, runs out of memory where a card of that size would, knows which operations and which
-copies between host and device were asked for, and has streams that do not advance before somebody waits for them.
+copies between host and device were asked for, and has streams that do not advance before somebody waits for them. While a CUDA
+graph is captured it refuses what a card would refuse, and a replay is one launch.
 
 torch's autograd engine looks for devices once, at its first backward pass, so a small library that registers one has to be
 loaded before. In a process that imports this module before torch (`fake_process` in tests/gpu/conftest.py) it is, and
@@ -197,6 +198,34 @@ class Event:
 
 
 @dataclass
+class Pool:
+    """The memory of graphs. It has the size of the most that was alive in it while any was captured, until the last is gone."""
+
+    size: int = 0
+    live: int = 0
+
+
+class Graph:
+    """In the place of torch.cuda.CUDAGraph."""
+
+    def __init__(self, card: "Card"):
+        self._card = card
+        self.pool: PoolHandle | None = None
+        self.operations = 0
+
+    def replay(self) -> None:
+        self._card.launch()
+
+
+class PoolHandle:
+    """What keeps a pool alive."""
+
+    def __init__(self, card: "Card"):
+        self.pool = Pool()
+        weakref.finalize(self, card.take_back, self.pool)
+
+
+@dataclass
 class Held:
     """What CUDA's allocator may not use again before a stream has come to a place, though nothing refers to it."""
 
@@ -236,11 +265,15 @@ class Card(TorchDispatchMode):
         self.fails_at: int | None = None
         """The number of an allocation, counted by `allocations`, that fails; None: none fails unless the card is full."""
         self.form: OutOfMemoryForm = "allocator"
+        self.capturing: Graph | None = None
+        self.captured: list[weakref.ref[Graph]] = []
+        self.outlasting = 0
+        """The bytes that were made while graphs were captured and were still alive afterwards."""
         self._storages: set[int] = set()
         self._pinned: set[int] = set()
         self._recorded: dict[int, Stream] = {}
-        self._used: dict[int, tuple[Stream, int]] = {}
-        """The last use in the compute stream of each storage that was made in another one."""
+        self._used: dict[int, tuple[Stream, Stream, int]] = {}
+        """The stream of each storage that was made beside the compute stream, and its last use in another one."""
         self._held: deque[Held] = deque()
         self.watch()
 
@@ -301,18 +334,25 @@ class Card(TorchDispatchMode):
             dtypes = tuple(tensor.dtype for tensor in _tensors(args, {}))
             self.products[str(packet), dtypes] += 1
         if not func.is_view and not func.name().startswith(("aten::empty", "aten::_unsafe_view", "aten::new_empty")):
-            self.launches += 1
-            self.current.asked += 1
+            self.launch()
         self._settle()
         for tensor in _tensors(args, kwargs) if self._used else ():
-            if (place := tensor.untyped_storage()._cdata) in self._used:
-                self._used[place] = self.current, self.current.asked
+            made_in, *_ = self._used.get(place := tensor.untyped_storage()._cdata, (self.current,))
+            if made_in is not self.current:
+                self._used[place] = made_in, self.current, self.current.asked
         with self.fake:
             result = func(*args, **kwargs)
         for tensor in _tensors((result,), {}):
             if isinstance(tensor, FakeTensor):
                 self._count(tensor)
         return result
+
+    def launch(self) -> None:
+        if self.capturing:
+            self.capturing.operations += 1
+        else:
+            self.launches += 1
+            self.current.asked += 1
 
     def _read(self, tensor: Tensor) -> Any:
         self._note("read", tensor)
@@ -334,6 +374,8 @@ class Card(TorchDispatchMode):
         return made
 
     def _note(self, direction: Any, tensor: Tensor) -> None:
+        if self.capturing:
+            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing\n{direction}")
         frame, place = sys._getframe(), "outside"
         while frame := frame.f_back:
             if "/core/" in frame.f_code.co_filename and "site-packages" not in frame.f_code.co_filename:
@@ -365,24 +407,53 @@ class Card(TorchDispatchMode):
             return
         size = -(-storage.nbytes() // GRAIN) * GRAIN
         self.allocations += 1
-        if self.live + size > self.total or self.allocations == self.fails_at:
+        pool = self.capturing.pool.pool if self.capturing and self.capturing.pool else None
+        more = size if pool is None else max(0, pool.live + size - pool.size)
+        if self.live + more > self.total or self.allocations == self.fails_at:
             kind, message = MESSAGES[self.form]
             raise kind(message.format(size=size))
         self._storages.add(place)
+        if pool:
+            pool.size, pool.live = pool.size + more, pool.live + size
+            self.live += more
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._gone_from, pool, place, size)
+            return
         if self.current is not self.compute:
-            self._used[place] = self.current, 0
+            self._used[place] = self.current, self.current, 0
         self.live += size
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._gone, place, size)
 
     def _gone(self, place: int, size: int) -> None:
         self._storages.discard(place)
-        stream, used = self._used.pop(place, (self.compute, 0))
+        _, stream, used = self._used.pop(place, (self.compute, self.compute, 0))
         self.early += stream.done < used and place not in self._recorded
         if stream := self._recorded.pop(place, None):
             self._held.append(Held(size, stream, stream.asked))
         else:
             self.live -= size
+
+    def _gone_from(self, pool: Pool, place: int, size: int) -> None:
+        self._storages.discard(place)
+        pool.live -= size
+
+    def take_back(self, pool: Pool) -> None:
+        self.live -= pool.size
+
+    @contextmanager
+    def capture(self, graph: Graph, pool: PoolHandle, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+        """In the place of torch.cuda.graph."""
+        self.synchronize()
+        graph.pool, alive = pool, pool.pool.live
+        self.capturing = graph
+        try:
+            with self.stream(stream):
+                yield
+        finally:
+            self.capturing = None
+        self.captured.append(weakref.ref(graph))
+        self.outlasting += pool.pool.live - alive
 
     def _settle(self) -> None:
         """Takes back what streams are done with."""
@@ -393,6 +464,7 @@ class Card(TorchDispatchMode):
         self._recorded[tensor.untyped_storage()._cdata] = stream
 
     def synchronize(self, *_: object) -> None:
+        assert not self.capturing
         for stream in {id(s): s for s in (self.compute, self.current, *(held.stream for held in self._held))}.values():
             stream.synchronize()
         self._settle()
@@ -477,6 +549,9 @@ def fake_cuda(size: float = 80, capability: tuple[int, int] = (9, 0)) -> Iterato
         "Event": Event,
         "current_stream": lambda *_: card.current,
         "stream": card.stream,
+        "CUDAGraph": lambda: Graph(card),
+        "graph_pool_handle": lambda: PoolHandle(card),
+        "graph": card.capture,
     }
 
     def pin_memory(tensor: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ def test_the_gradient_of_a_step_is_that_of_plain_torch(bases, family):
     run = run_on_two(base, PLAIN)
     images = [run.images[index] for index in run.batches.at(0)]
     latents, noise, noisy, timesteps = run._noised(images, run._generator("noise", 0))
-    (loss,) = run._losses(0)
+    (loss,) = map(run.loss_of, run.passes(0))
     loss.backward()
 
     # W + alpha / rank * up @ down in the place of each adapted weight; the velocity is noise - picture.

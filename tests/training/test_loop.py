@@ -83,7 +83,7 @@ def test_the_gradient_of_a_step_is_that_of_plain_torch(bases, caches, family, ta
     run = started_run(person_only(caches[family]), base, config)
     images = [run.images[index] for index in run.batches.at(0)]
     latents, noise, noisy, timesteps = run._noised(images, run._generator("noise", 0))
-    (loss,) = run._losses(0)
+    (loss,) = map(run.loss_of, run.passes(0))
     loss.backward()
 
     leaves = {name: value.detach().clone().requires_grad_() for name, value in run.parameters.items()}
@@ -107,7 +107,7 @@ def test_a_step_is_one_of_adamw_on_the_clipped_mean_gradient(bases, caches):
 
     optimizer = torch.optim.AdamW(reference.parameters.values(), lr=1e-3, weight_decay=0.1, foreach=False, fused=False)
     for number in (0, 1):
-        (loss,) = reference._losses(number)
+        (loss,) = map(reference.loss_of, reference.passes(number))
         (loss / 2).backward()
     norm = torch.stack([p.grad.norm() for p in reference.parameters.values() if p.grad is not None]).norm()
     assert norm > 0.01
@@ -125,7 +125,7 @@ def test_the_loss_with_min_snr_is_that_of_the_diffusers_training_script(bases, c
     run = started_run(person_only(caches["sd15"]), base, replace(PLAIN, batch_size=2, min_snr_gamma=5.0))
     images = [run.images[index] for index in run.batches.at(0)]
     latents, noise, noisy, timesteps = run._noised(images, run._generator("noise", 0))
-    (loss,) = run._losses(0)
+    (loss,) = map(run.loss_of, run.passes(0))
     with torch.no_grad():
         prediction = reference_prediction(
             base, run, run.parameters, noisy, timesteps, conditioning_of(run, images)
@@ -154,7 +154,7 @@ def test_prior_preservation_adds_the_weighted_loss_on_class_images(bases, caches
         with torch.no_grad():
             prediction = reference_prediction(base, run, run.parameters, noisy, timesteps, conditioning_of(run, chosen))
         expected.append(F.mse_loss(prediction, noise).item())
-    person, prior = (loss.item() for loss in run._losses(0))
+    person, prior = (loss.item() for loss in map(run.loss_of, run.passes(0)))
     assert person == pytest.approx(expected[0], rel=1e-4)
     assert prior == pytest.approx(0.7 * expected[1], rel=1e-4)
     run.train_step()
@@ -172,7 +172,7 @@ def test_prior_prediction_holds_the_class_caption_to_the_frozen_model(bases, cac
     with torch.no_grad():
         teacher = frozen(noisy, timesteps, conditioning["context"]).sample
         student = reference_prediction(base, run, run.parameters, noisy, timesteps, conditioning)
-    prior, _ = run._losses(0)
+    prior, _ = map(run.loss_of, run.passes(0))
     assert prior.item() == pytest.approx(0.5 * F.mse_loss(student, teacher).item(), rel=1e-3)
     prior.backward()
     assert all(parameter.grad is not None and parameter.requires_grad for parameter in run.parameters.values())
@@ -180,7 +180,7 @@ def test_prior_prediction_holds_the_class_caption_to_the_frozen_model(bases, cac
 
 def test_a_new_adapter_changes_nothing_so_its_prior_prediction_loss_is_zero(bases, caches):
     run = Run(person_only(caches["sd15"]), bases["sd15"], replace(PLAIN, prior_prediction=1.0), CPU)
-    prior, _ = run._losses(0)
+    prior, _ = map(run.loss_of, run.passes(0))
     assert prior.item() == 0
 
 
@@ -191,7 +191,7 @@ def test_a_masked_picture_counts_inside_its_mask(bases, caches):
     cache = replace(cache, images=(replace(cache.images[0], mask=mask),))
     run = started_run(cache, bases["sd15"], replace(PLAIN, background_weight=0.0))
     _, noise, noisy, timesteps = run._noised(run.images, run._generator("noise", 0))
-    (loss,) = run._losses(0)
+    (loss,) = map(run.loss_of, run.passes(0))
     with torch.no_grad():
         prediction = reference_prediction(
             bases["sd15"], run, run.parameters, noisy, timesteps, conditioning_of(run, run.images)
@@ -204,7 +204,8 @@ def test_caption_dropout_trains_on_the_empty_caption(bases, caches):
     cache, base = person_only(caches["sd15"]), bases["sd15"]
     dropped = started_run(cache, base, replace(PLAIN, caption_dropout=1.0))
     emptied = replace(cache, images=tuple(replace(image, caption="") for image in cache.images))
-    (loss,), (expected,) = dropped._losses(0), started_run(emptied, base, PLAIN)._losses(0)
+    runs = dropped, started_run(emptied, base, PLAIN)
+    loss, expected = (run.loss_of(*run.passes(0)) for run in runs)
     assert loss.item() == expected.item()
 
 

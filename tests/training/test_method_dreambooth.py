@@ -74,10 +74,10 @@ def test_the_base_itself_stays_as_it_is_and_disabled_is_the_frozen_network(bases
 
 def test_prior_prediction_holds_the_class_to_the_frozen_weights(bases, caches):
     run = Run(caches["sd15"], bases["sd15"], replace(CONFIG, prior_prediction=1.0), CPU)
-    prior, _ = run._losses(0)
+    prior, _ = map(run.loss_of, run.passes(0))
     assert prior.item() < 1e-10  # of other memory, a copy's rounding may be another
     run.train_step()
-    assert next(iter(run._losses(1))).item() > 1e-6
+    assert next(iter(map(run.loss_of, run.passes(1)))).item() > 1e-6
 
 
 @pytest.mark.parametrize("family", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])

@@ -91,7 +91,7 @@ def test_the_gradient_of_a_step_is_that_of_the_papers_formula(bases, caches, fam
     stir(run.parameters)
     images = [run.images[index] for index in run.batches.at(0)]
     _, noise, noisy, timesteps = run._noised(images, run._generator("noise", 0))
-    (loss,) = run._losses(0)
+    (loss,) = map(run.loss_of, run.passes(0))
     loss.backward()
     leaves = {name: value.detach().clone().requires_grad_() for name, value in run.parameters.items()}
     text = run._conditioning(images, [image.caption for image in images])

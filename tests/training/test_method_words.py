@@ -64,7 +64,7 @@ def test_the_gradient_of_a_step_is_that_of_vectors_put_into_the_table_itself(bas
     base, run = bases[family], started_run(bases, caches, family)
     images = [run.images[index] for index in run.batches.at(0)]
     _, noise, noisy, timesteps = run._noised(images, run._generator("noise", 0))
-    (loss,) = run._losses(0)
+    (loss,) = map(run.loss_of, run.passes(0))
     loss.backward()
     encoders, rows = base.load_text_encoders(CPU, torch.float32), caption_tokens("apple river stone")
     leaves = {}

@@ -142,7 +142,7 @@ def test_every_kind_of_lora_does_what_it_does_merged_in(kind):
     lora = of_kind(base, kind)
     ours, theirs = run_with(base, lora), run_with(merged(base, lora), None)
     with torch.no_grad():
-        losses = [float(next(run._losses(0))) for run in (ours, theirs)]
+        losses = [float(next(map(run.loss_of, run.passes(0)))) for run in (ours, theirs)]
     assert losses[0] == pytest.approx(losses[1], rel=BOUND)
 
 
@@ -173,11 +173,12 @@ def test_layers_in_8_bits_keep_it(monkeypatch):
     base = small_flow_base("zimage")
     lora = random_lora(base, r"(?!layers\.\d+\.(attention|feed_forward)).*")
     plan = next(plan for plan in PLANS if plan.weights == "8 bits")
+    config = replace(CONFIG, prior_prediction=0.0)
+    runs = [
+        run_with(base, *case) for case in ((lora, config, plan), (lora, config, PLANS[0]), (None, config, PLANS[0]))
+    ]
     with torch.no_grad():
-        narrow, wide, without = (
-            float(next(run_with(base, each, replace(CONFIG, prior_prediction=0.0), each_plan)._losses(0)))
-            for each, each_plan in ((lora, plan), (lora, PLANS[0]), (None, PLANS[0]))
-        )
+        narrow, wide, without = (float(run.loss_of(*run.passes(0))) for run in runs)
     assert abs(narrow - wide) < 0.2 * abs(without - wide)
 
 

@@ -94,6 +94,8 @@ class Method:
     """Whether the networks' own weights stay frozen, so that a memory plan may narrow or offload them."""
     keeps_dtype: bool = False
     """Whether its layers compute in the dtype of their inputs, so that no autocast is needed."""
+    is_captured: bool = True
+    """Whether a pass can be captured in a CUDA graph: it waits for nothing, and a copy of the gradients is small."""
 
     def peak_rate(self, config: TrainConfig) -> float:
         """The peak learning rate of a run: that of the settings, else the default of the method.
