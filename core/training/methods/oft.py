@@ -48,7 +48,8 @@ class RotatedLayer(nn.Module):
         """The rotation R of each block by the Cayley transform, (blocks, size, size)."""
         skew = self.oft_blocks - self.oft_blocks.transpose(1, 2)
         identity = torch.eye(skew.shape[-1], device=skew.device)
-        return torch.linalg.solve(identity - skew, identity + skew, left=False)
+        # Without a look for errors, for which the host would wait: the matrix cannot be singular.
+        return torch.linalg.solve_ex(identity - skew, identity + skew, left=False).result
 
 
 def attach(
