@@ -22,8 +22,8 @@ from tests.tooling import SMALL_FLOWS, UNETS
 FAMILIES = (*UNETS, *SMALL_FLOWS)
 COMPUTES_IN_FLOAT32 = ("loha", "oft")
 """Methods whose layers, which are peft's, multiply their own small matrices in float32."""
-KNOWN_COPIES = ("models/families/chroma.py:predict", "models/clip.py:encode_chunks")
-"""Where a step copies something small to the device: Chroma's mask of text and picture, tokens for trained text encoders."""
+KNOWN_COPIES = ("models/clip.py:encode_chunks",)
+"""Where a step copies something small to the device: tokens for trained text encoders."""
 FAST = (("flux1", -1, {"precision": "fp16", "ema_decay": 0.9}),)
 SLOW = (
     ("sd15", 1, {"precision": "fp16", "ema_decay": 0.9}),

@@ -46,7 +46,13 @@ def build_denoiser(config: dict[str, Any]) -> nn.Module:
     numbers = denoiser.time_text_embed
     with torch.device("cpu"):
         # No file has the buffers of the modulations, so they must not stay on the meta device.
-        denoiser.time_text_embed = type(numbers)(numbers.time_proj.num_channels, len(numbers.mod_proj))
+        numbers = denoiser.time_text_embed = type(numbers)(numbers.time_proj.num_channels, len(numbers.mod_proj))
+
+    def zeros_there(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        """The guidance, which is 0, where it is needed. diffusers copies it from the computer's memory in each pass."""
+        return torch.zeros_like(inputs[0], device=numbers.mod_proj.device)
+
+    numbers.guidance_proj.register_forward_pre_hook(zeros_there)
     return denoiser
 
 
