@@ -170,11 +170,17 @@ class PassGraphs:
         failed = None
         self.capturing = True
         try:
+            # The stream as it is, since torch.cuda.graph does not leave its own where the end of a capture fails.
             # "thread_local": other threads of the process, such as those of ComfyUI's server, may go on as they like.
-            with torch.cuda.graph(graph, self._pool, self._stream, "thread_local"):
+            with (
+                torch.cuda.stream(torch.cuda.current_stream(self._device)),
+                torch.cuda.graph(graph, self._pool, self._stream, "thread_local"),
+            ):
                 loss.copy_(self._make(static))
         except Exception as error:  # of several classes, by torch, CUDA and the driver
-            failed = "out of memory" if is_out_of_memory(error) else str(error).strip().partition("\n")[0]
+            cause = error.__context__ or error  # where the end of the capture has failed too, what failed in it
+            failed = "out of memory" if is_out_of_memory(cause) else str(cause).strip().partition("\n")[0]
+            del cause
         finally:
             self.capturing = False
         # Outside the except clause, so that the error no longer keeps the pass's activations alive.

@@ -317,6 +317,9 @@ class Card(TorchDispatchMode):
                     return result
         if func is aten._local_scalar_dense.default:
             return self._read(args[0])
+        if func is aten._linalg_check_errors.default:
+            self._read(args[0])
+            return None
         if func is aten._to_copy.default and (place is not None and place != args[0].device.type):
             return self._copied(args[0], place, kwargs)
         if func is aten.copy_.default and args[0].device.type != args[1].device.type:
@@ -446,12 +449,18 @@ class Card(TorchDispatchMode):
         """In the place of torch.cuda.graph."""
         self.synchronize()
         graph.pool, alive = pool, pool.pool.live
-        self.capturing = graph
+        self.capturing, before, self.current = graph, self.current, stream
         try:
-            with self.stream(stream):
-                yield
+            yield
+        except torch.OutOfMemoryError:
+            self.current = before
+            raise
+        except RuntimeError as error:
+            # The end of the capture fails then too, before torch has left the stream.
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture") from error
         finally:
             self.capturing = None
+        self.current = before
         self.captured.append(weakref.ref(graph))
         self.outlasting += pool.pool.live - alive
 

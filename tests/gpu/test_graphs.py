@@ -9,7 +9,7 @@ from tests.gpu import trials
 from tests.tooling import SMALL_FLOWS, UNETS
 
 ALL = {"prior_prediction": 1.0, "class_images": 1, "accumulation": 2, "precision": "fp16"}
-FAMILIES = (*UNETS, *(family for family in SMALL_FLOWS if family != "chroma"))
+FAMILIES = (*UNETS, *SMALL_FLOWS)
 FAST = (("flux1", PLANS[0], ALL),)
 SLOW = (
     *((family, plan, {}) for family, plan in product(FAMILIES, (PLANS[0], MemoryPlan(0.5, "8 bits")))),
@@ -33,18 +33,17 @@ def test_a_pass_is_one_launch(family, plan, settings, fake_process, small_sd15, 
     check_memory(step)
 
 
-@pytest.mark.slow
 def test_a_pass_that_copies_from_the_host_is_made_as_it_is(fake_process):
-    """diffusers' Chroma has a constant of the host in each pass."""
-    step = fake_process.submit(trials.graphed_steps, trials.Case("chroma")).result()
-    assert len(step.warnings) == 1 and "not permitted when stream is capturing" in step.warnings[0]
-    assert not step.operations and step.launches == step.plain
+    warning, graphs, on_own_stream = fake_process.submit(trials.copying_pass).result()
+    assert "(CUDA error: operation not permitted when stream is capturing)" in warning
+    assert not graphs and on_own_stream
 
 
 def check_memory(step: trials.GraphedSteps) -> None:
     """Nothing outlasts a pass, graphs need no more than is predicted, and a sample has the memory to itself."""
     assert step.outlasting == 0
-    assert step.peaks[0] < step.peaks[1] <= 1.06 * step.predicted
+    # Each graph has inputs of its own, and noise is drawn beside its memory: latents are large here, next to such networks.
+    assert step.peaks[0] < step.peaks[1] <= 1.06 * step.predicted + 2**19 * len(step.operations)
     assert step.left == 0 and step.released > 0
 
 

@@ -189,6 +189,20 @@ def graphed_steps(case: Case) -> GraphedSteps:
         )  # fmt: skip
 
 
+def copying_pass() -> tuple[str, bool, bool]:
+    """Where a pass copies from the host: the warning, whether graphs are still used, and whether the stream is as before."""
+    case, predict, warnings = Case("flux1"), Run._predict, []
+
+    def copy_and_predict(run: Run, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Any) -> torch.Tensor:
+        return predict(run, latents, timesteps + torch.zeros(1).to(DEVICE), conditioning)
+
+    with fake_cuda() as card, patch.object(Run, "_predict", copy_and_predict):
+        base, config = case.base(), replace(case.config(), cuda_graphs=True)
+        run = Run(cached(base, case), base, config, DEVICE, on_warning=warnings.append)
+        run.train_step()
+        return warnings[0], run.graphs is not None, card.current is card.compute
+
+
 def out_of_memory_with_graphs(case: Case, shares: Sequence[float]) -> list[tuple[str, bool, int]]:
     """The plan, whether passes are still made by graphs, and the steps done, after an allocation has failed in the first step.
 
