@@ -279,7 +279,7 @@ class Card(TorchDispatchMode):
 
     def watch(self) -> None:
         """Begins anew to note what is asked for."""
-        self.allocations = self.launches = 0
+        self.allocations = self.launches = self.moved = 0
         self.copies: list[Copy] = []
         self.products: Counter[tuple[str, tuple[torch.dtype, ...]]] = Counter()
         self.peak = self.live
@@ -336,7 +336,8 @@ class Card(TorchDispatchMode):
         if packet in PRODUCTS:
             dtypes = tuple(tensor.dtype for tensor in _tensors(args, {}))
             self.products[str(packet), dtypes] += 1
-        if not func.is_view and not func.name().startswith(("aten::empty", "aten::_unsafe_view", "aten::new_empty")):
+        no_kernel = ("aten::empty", "aten::_unsafe_view", "aten::new_empty")
+        if is_kernel := not func.is_view and not func.name().startswith(no_kernel):
             self.launch()
         self._settle()
         for tensor in _tensors(args, kwargs) if self._used else ():
@@ -348,6 +349,8 @@ class Card(TorchDispatchMode):
         for tensor in _tensors((result,), {}):
             if isinstance(tensor, FakeTensor):
                 self._count(tensor)
+        if is_kernel:
+            self.moved += sum(tensor.numel() * tensor.itemsize for tensor in _tensors((*args, result), kwargs))
         return result
 
     def launch(self) -> None:
