@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -118,7 +119,7 @@ def unicode_text(argument: str) -> str:
 def split_strength(text: str) -> tuple[str, float]:
     """The path and the strength in "face.safetensors:0.8"; without a number the strength is 1.
 
-    Raises BadConfig for a strength that is not finite.
+    Raises BadConfig for a strength that is not finite, and for what is no number after the name of a file.
     """
     path, separator, number = text.rpartition(":")
     try:
@@ -126,6 +127,8 @@ def split_strength(text: str) -> tuple[str, float]:
     except ValueError:
         strength = None
     if strength is None:
+        if os.path.isfile(path) and not os.path.exists(text):
+            raise BadConfig(f"{text}: the strength {number!r} is no number")
         return text, 1.0
     if not math.isfinite(strength):
         raise BadConfig(f"{text}: the strength of a LoRA must be finite")

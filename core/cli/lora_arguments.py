@@ -22,6 +22,11 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", choices=get_args(SavePrecision), default="fp16", help="of the tensors (default: fp16)"
     )
+    _add_overwrite(parser)
+
+
+def _add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace the output if there is one")
 
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -80,6 +85,7 @@ def add_extract(parser: argparse.ArgumentParser) -> None:
 def add_metadata(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="a LoRA, changed in place unless --output is given")
     parser.add_argument("--output", type=Path, metavar="FILE.safetensors", help="the file to write instead")
+    _add_overwrite(parser)
     for name in EDITABLE:
         parser.add_argument("--" + name.replace("_", "-"), type=unicode_text, metavar="TEXT", help='"" deletes it')
     parser.add_argument(

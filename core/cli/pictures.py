@@ -64,6 +64,8 @@ def run_generate(options: argparse.Namespace) -> None:
             if options.style_pack
             else prompt_jobs(options, base, loras)
         )
+        for line in without_trigger(loras, [job.prompt for job in jobs]):
+            progress.warning(line)
         if line := few_steps_hint(options, base):
             progress.warning(line)
         for line in unread_syntax([text for job in jobs for text in (job.prompt, job.negative)]):
@@ -137,6 +139,16 @@ def unread_syntax(texts: Sequence[str]) -> list[str]:
         f"{match!r} is read as these characters: "
         + ("give the file with --lora" if match.startswith("<") else "words have no weights here")
         for match in sorted(found)
+    ]
+
+
+def without_trigger(loras: Sequence[tuple[Any, float]], prompts: Sequence[str]) -> list[str]:
+    """A warning for each LoRA whose trigger phrase is in none of the prompts."""
+    phrases = {lora.name: lora.metadata.get("modelspec.trigger_phrase") for lora, _ in loras}
+    return [
+        f"no prompt has the trigger phrase of {Path(name).name}, {phrase!r}"
+        for name, phrase in phrases.items()
+        if phrase and not any(phrase.casefold() in prompt.casefold() for prompt in prompts)
     ]
 
 

@@ -351,6 +351,8 @@ def load_base(
             folder = download(str(source)) if is_on_hub else path
             base = _of_folder(folder, prediction_type, zero_terminal_snr)
             return replace(base, caption_encoder=caption_encoder, opened_with=opened_with)
+        if not path.suffix and path.name == str(source) and not os.path.lexists(path):
+            raise BadFile(f"{source}: there is no such file or folder, and a model on the hub is named owner/name")
     name, file = _opened(source)
     metadata = file.metadata if isinstance(file, SafetensorsFile) else {}
     vae_file = None if vae is None else _opened(vae)[1]
@@ -441,6 +443,8 @@ def _one_checkpoint(
         raise UnknownFamily("there is not a single tensor in it")
     if any(name.endswith((".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight")) for name in source):
         raise UnknownFamily("this is a LoRA, not a base model")
+    if not any(name.startswith(_PARTS) for name in source) and (encoder := text.encoder_in(source)):
+        raise UnknownFamily(f"this is a text encoder ({encoder}); give it beside a base model (text_encoders)")
     source = dequantised(source, what)
     names = {name: Stored(source, name) for name in source}
     if not any(name.startswith(_PARTS) for name in source):

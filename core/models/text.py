@@ -77,6 +77,14 @@ def encoders_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Stored]]:
     return found or {_kind_of(tensors, sees_pictures): {name: Stored(tensors, name) for name in tensors}}
 
 
+def encoder_in(tensors: Mapping[str, Tensor]) -> str | None:
+    """What people call the text encoders in a file without a denoiser; None where there are none."""
+    try:
+        return " and ".join(KINDS[kind] for kind in encoders_of(tensors))
+    except UnknownFamily:
+        return None
+
+
 def _kind_of(tensors: Mapping[str, Tensor], sees_pictures: bool) -> str:
     if "encoder.block.0.layer.0.SelfAttention.q.weight" in tensors:
         return "t5xxl"

@@ -154,13 +154,11 @@ def _header_size(path: Path, start: bytes, file_size: int) -> int:
     if size is not None and size <= MAX_HEADER_BYTES and 8 + size <= file_size:
         return size
     if start[:4] == b"GGUF":
-        raise BadFile(
-            f"{path}: this is a GGUF file under whatever name, which is quantised; give it as a safetensors file"
-        )
+        raise BadFile(f"{path}: this is a GGUF file, whose weights are quantised; give a safetensors file here")
     # Only now: the length of a good header may have the same bytes as the start of a pickle.
     if start[:2] == b"PK" or start[:1] == b"\x80":
         raise BadFile(
-            f"{path}: this is a Python pickle (.pt, .ckpt, .bin) under whatever name, not a safetensors file; "
+            f"{path}: this is a Python pickle (.pt, .ckpt, .bin), whatever its name ends in, and not a safetensors file; "
             "opening a pickle can run any program, so convert it to .safetensors first with a tool that you trust"
         )
     if size is None:

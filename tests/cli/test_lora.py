@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from core.cli import main
+from core.cli.pictures import without_trigger
 from core.demo import BASE_FILE
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
@@ -112,6 +113,7 @@ def test_a_merge_is_exact_and_its_ranks_add_up(tmp_path, capsys):
         1,
         "--precision",
         "fp32",
+        "--overwrite",
     )
     error = float(capsys.readouterr().out.rpartition(": ")[2].rstrip(")\n"))
     whole, nearest = first.delta() + second.delta(), LoraFile.read(merged).modules()[MODULE].delta()
@@ -226,12 +228,52 @@ def test_no_command_writes_over_what_it_reads(small_sd15, tmp_path, capsys):
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_no_command_replaces_a_file_unless_it_is_told_to(small_sd15, tmp_path, capsys):
+    first, second, output = (tmp_path / f"{name}.safetensors" for name in ("a", "b", "c"))
+    name = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+    for seed, path in enumerate((first, second)):
+        write_lora(path, seed, size=SafetensorsFile.open(small_sd15).shapes[name])
+    tuned = tmp_path / "tuned.safetensors"
+    run("merge", first, "--into", small_sd15, "--output", tuned)
+    shutil.copy(second, output)
+    for command in [
+        ["merge", first, second],
+        ["merge", first, "--into", small_sd15],
+        ["convert", first, "--to", "comfy"],
+        ["resize", first, "--rank", 1],
+        ["extract", small_sd15, tuned, "--rank", 2],
+        ["metadata", first, "--title", "a"],
+    ]:
+        arguments = [*map(str, command), "--output", str(output)]
+        assert main(arguments) == 1
+        assert "is there already; choose another output, or have it replaced" in capsys.readouterr().err
+        assert output.read_bytes() == second.read_bytes()
+        run(*arguments, "--overwrite")
+        assert output.read_bytes() != second.read_bytes()
+        shutil.copy(second, output)
+
+
 def test_a_word_of_a_family_without_files_of_words_is_not_left_out_silently(tmp_path, capsys):
     path, name = tmp_path / "a.safetensors", "lora_unet_single_blocks_0_linear1"
     tensors = {f"{name}.lora_down.weight": torch.ones(1, 3072), f"{name}.lora_up.weight": torch.ones(7 * 3072, 1)}
     save_safetensors(path, tensors | {"bundle_emb.sks.t5": torch.ones(1, 4096)})
     run("convert", path, "--output", tmp_path / "b.safetensors", "--to", "diffusers")
     assert "warning: the vectors of 'sks' are left out" in capsys.readouterr().err
+
+
+def test_a_prompt_without_the_trigger_phrase_is_warned_of(tmp_path):
+    write_lora(tmp_path / "me.safetensors", 0, metadata={"modelspec.trigger_phrase": "sks Person"})
+    write_lora(tmp_path / "style.safetensors", 1)
+    loras = [(LoraFile.read(tmp_path / f"{name}.safetensors"), 1.0) for name in ("me", "style")]
+    assert without_trigger(loras, ["a man in a hat", "SKS person in a hat"]) == []
+    assert without_trigger(loras, ["a man in a hat"]) == ["no prompt has the trigger phrase of me.safetensors, 'sks Person'"]
+
+
+def test_a_strength_that_is_no_number_is_said_to_be_none(tmp_path, capsys):
+    write_lora(path := tmp_path / "me.safetensors", 0)
+    for strength in ("abc", "0,9"):
+        assert main(["merge", f"{path}:{strength}", "--output", str(tmp_path / "out.safetensors")]) == 1
+        assert f"me.safetensors:{strength}: the strength '{strength}' is no number" in capsys.readouterr().err
 
 
 def test_nothing_in_a_file_gives_a_terminal_commands_or_a_message_lines(tmp_path, capsys):
@@ -301,7 +343,7 @@ def test_a_file_of_somebody_else_where_that_of_a_word_would_be_stays_and_nothing
     )
     assert beside.read_bytes() == before and not output.exists()
     beside.unlink()
-    assert main(arguments) == main(arguments) == 0  # its own it may replace
+    assert main(arguments) == main([*arguments, "--overwrite"]) == 0  # its own it may replace
 
 
 def test_converted_for_diffusers_a_word_is_a_file_beside_it_whatever_the_word_is(tmp_path):

@@ -445,6 +445,18 @@ def test_what_is_missing_is_said_when_it_is_needed(files, parts):
         load_base(files["flux"], text_encoders=[files["ae"]])
 
 
+def test_what_is_no_base_model_is_said_to_be_what_it_is(files, tmp_path):
+    with pytest.raises(UnknownFamily, match=r"this is a text encoder \(T5 v1\.1 XXL\); give it beside a base model"):
+        load_base(files["t5xxl"])
+    save_safetensors(tmp_path / "odd.safetensors", {"some.weight": torch.ones(1)})
+    with pytest.raises(UnknownFamily, match=r"no family matches its 1 tensor, e\.g\. 'some\.weight'; supported: "):
+        load_base(tmp_path / "odd.safetensors")
+    with pytest.raises(
+        BadFile, match=r"^sdxl: there is no such file or folder, and a model on the hub is named owner/name"
+    ):
+        load_base("sdxl")
+
+
 def test_the_tokenizer_of_another_model_is_refused_before_anything_is_encoded(files, tokenizer, tmp_path):
     with pytest.raises(BadFile, match=r"another model than T5 v1\.1 XXL: in its 49408 tokens <pad> is 49407"):
         load_base(files["flux"], tokenizer=TOKENIZER_FOLDER)

@@ -75,6 +75,8 @@ def lora(desk: Desk, draw: Random) -> None:
         ["metadata", path, "--title", "b", "--output", output],
         ["metadata", desk.loras[0], "--thumbnail", picture, "--output", output],
     ))  # fmt: skip
+    if "--output" in command and draw.random() < 0.8:
+        command.append("--overwrite")
     code, _ = run(*command)
     assert path.read_bytes() == before, "the input is changed"
     _check_output(desk, output, code, earlier)
@@ -519,6 +521,7 @@ def killed_command(desk: Desk, draw: Random) -> None:
         ["metadata", path, "--title", "b"], ["convert", path, "--output", output, "--to", "diffusers"],
         ["merge", path, "--output", output, "--into", desk.base], ["resize", path, "--output", output, "--rank", "1"],
     ))  # fmt: skip
+    command.append("--overwrite")
     target = path if command[0] == "metadata" else output
     earlier = path.read_bytes() if command[0] == "metadata" else draw.choice((None, desk.loras[1].read_bytes()))
     if earlier:
@@ -581,6 +584,8 @@ def full_disk(desk: Desk, draw: Random) -> None:
         ["merge", path, "--output", output, "--into", desk.base], ["metadata", path, "--title", "b"],
         desk.training(output, "--restart"),
     ))  # fmt: skip
+    if command[0] != "train":
+        command.append("--overwrite")
     cache = draw.choice((desk.room / "cache", Path(os.environ["FACELORA_CACHE"])))  # an empty one, or one that has all
     if command[0] == "train":
         assert desk.trained

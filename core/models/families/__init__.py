@@ -55,6 +55,5 @@ def detect_family(tensors: Mapping[str, Tensor]) -> FamilySpec:
             return family
     if any(name.removeprefix(DENOISER_PREFIX).startswith(("transformer_blocks.", "unet.")) for name in tensors):
         raise UnknownFamily("this is a denoiser in diffusers naming; give the whole diffusers folder instead")
-    raise UnknownFamily(
-        f"no family matches its {counted(len(tensors), 'tensor')}, e.g. {next(iter(tensors))!r}; {supported}"
-    )
+    example = next(iter(tensors)).removeprefix(DENOISER_PREFIX)
+    raise UnknownFamily(f"no family matches its {counted(len(tensors), 'tensor')}, e.g. {example!r}; {supported}")
