@@ -17,7 +17,7 @@ SAME_PERSON, SOMEONE_ELSE = Thresholds.likeness_review, Thresholds.likeness_reje
 VARIATIONS = 4
 """The pictures that the command for more like one draws: itself again, and others with the next seeds."""
 Models = Callable[[Job], Sequence[str]]
-"""Gives the options of `facelora generate` that name a job's base and LoRAs as seen from the page's folder, or none."""
+"""Gives the options of `facelora generate` that name a job's base and LoRAs on the page, or none."""
 
 
 def gallery_page(shots: Sequence[Headshot], summary: str, compared: bool, models: Models = lambda job: ()) -> str:

@@ -40,6 +40,8 @@ COLUMNS = 10
 """The number of pictures beside each other on the contact sheet."""
 TILE = 256
 """The height of a picture on the contact sheet, in pixels."""
+_EMBEDDED_BASE = Path(os.path.abspath(__file__)).parents[1] / "demo" / "base.safetensors"
+"""The base that the commands call demo."""
 
 
 def make_headshots(
@@ -185,7 +187,7 @@ class Batch:
             self.on_progress("faces", done, len(parts))
 
     def model_options(self, folder: Path, job: Job) -> list[str]:
-        """The options of `facelora generate` that name a job's models as seen from the folder; none where not all are files."""
+        """The options of `facelora generate` that name a job's models on the folder's page; none where not all are files."""
         named = base_options(self.base, folder, [lora for lora, _ in self.loras])
         loras = [lora_option(lora, strength * job.strength, folder) for lora, strength in self.loras]
         return named and [*named, *(f"--lora={lora}" for lora in loras)]
@@ -280,26 +282,29 @@ def _fill_kept(shots: Sequence[Headshot], folder: Path, ranked: bool) -> None:
 
 
 def base_options(base: Base, folder: Path, loras: Sequence[LoraFile]) -> list[str]:
-    """The options that name the base model as seen from the folder; none where it or one of the LoRAs is no file."""
+    """The options that name the base model's files, as `_named` does; none where it or one of the LoRAs is no file."""
     # Where a tokenizer's folder is, a base does not remember.
     if base.file is None or base.family.tokenizer or not all(Path(lora.name).is_file() for lora in loras):
         return []
     encoders = [file for file in base.files if file not in (base.file, base.vae_file)]
     files = [("base", base.file), ("vae", base.vae_file), *(("text-encoder", file) for file in encoders)]
-    return [f"--{name}={_from(folder, file.path)}" for name, file in files if file]
+    return [f"--{name}={_named(file.path, folder)}" for name, file in files if file]
 
 
 def lora_option(lora: LoraFile, strength: float, folder: Path) -> str:
-    """The value of an option for the LoRA's file as seen from the folder, with its strength."""
-    return f"{_from(folder, Path(lora.name))}:{strength:g}"
+    """The value of an option for the LoRA's file, named as `_named` does, with its strength."""
+    return f"{_named(Path(lora.name), folder)}:{strength:g}"
 
 
-def _from(folder: Path, path: Path) -> str:
-    """The path as seen from the folder; the whole path where they are on two drives of Windows."""
-    try:
-        return os.path.relpath(path, folder)
-    except ValueError:
-        return str(path.absolute())
+def _named(path: Path, folder: Path) -> str:
+    """What the command on the page in the folder calls the file, without the folders of this machine: pages are sent to others.
+
+    That is the path as seen from the folder where the file is in or below it, `demo` for the embedded base, else the name.
+    """
+    path, folder = (Path(os.path.abspath(one)) for one in (path, folder))
+    if path == _EMBEDDED_BASE:
+        return "demo"
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name
 
 
 def _write_overview(shots: Sequence[Headshot], folder: Path, compared: bool, models: Models) -> None:

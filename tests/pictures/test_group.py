@@ -374,7 +374,7 @@ def test_a_group_comes_from_the_command_line(files, tmp_path: Path, capsys: pyte
         assert image.size == (112, 72) and picture["prompt"] == PROMPT
         assert "0.5 0 1 1: a photo of ohwx man" in image.info["parameters"]
     page = (tmp_path / "out" / "gallery.html").read_text("utf-8")
-    assert "--person=anna=../anna.safetensors:1" in page and "--region=ben=0.5,0,1,1" in page
+    assert "--base=demo " in page and "--person=anna=anna.safetensors:1" in page and "--region=ben=0.5,0,1,1" in page
 
 
 def test_a_style_pack_draws_a_group_whose_list_of_names_is_the_subject(files, tmp_path: Path, capsys) -> None:

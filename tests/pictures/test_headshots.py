@@ -37,7 +37,7 @@ from core.pictures.generate import Picture, generate, parameters_text
 from core.pictures.headshots import batch_summary, make_headshots
 from core.pictures.sampling import SAMPLER_TITLES, SAMPLERS, build_sampler, encode_pairs, sample_latents
 from core.pictures.sheet import contact_sheet
-from tests.tooling import held_elsewhere, mostly_slow, small_flow_base, write_photos
+from tests.tooling import held_elsewhere, mostly_slow, random_lora, small_flow_base, write_photos
 
 STYLES = ("Classic grey studio", "Navy backdrop executive", "Bright open office", "Warm beige studio")
 
@@ -395,6 +395,23 @@ def test_what_an_earlier_batch_kept_is_set_aside(base, tmp_path: Path) -> None:
     (aside,) = (tmp_path / "kept" / "earlier").iterdir()  # the others are where they were, beside the folder
     assert aside.read_bytes() == kept["001-0.png"]
     assert all((tmp_path / name).read_bytes() == kept[name] for name in kept if name != "001-0.png")
+
+
+def test_neither_the_page_nor_its_data_name_a_folder_of_the_machine(base, tmp_path: Path) -> None:
+    home, folder = tmp_path / "janes-home", tmp_path / "janes-home" / "janes-pictures"
+    own, elsewhere = folder / "loras" / "anna.safetensors", home / "janes-models" / "grey.safetensors"
+    for path in (own, elsewhere):
+        path.parent.mkdir(parents=True)
+        random_lora(base, "attn1.to_q").save(path)
+    (home / "x.safetensors").symlink_to(BASE_FILE)
+    loras = [(LoraFile.read(path), 1.0) for path in (own, elsewhere)]
+    named = [f"--lora={Path('loras', 'anna.safetensors')}:1", "--lora=grey.safetensors:1"]
+    for used, name in ((load_base(home / "x.safetensors"), "x.safetensors"), (base, "demo")):
+        make_headshots(used, loras, jobs(1), folder)
+        page, data = ((folder / file).read_text("utf-8") for file in ("gallery.html", "headshots.json"))
+        assert json.loads(data)["headshots"][0]["models"] == [f"--base={name}", *named]
+        assert all(f"--base={name}" in text for text in (page, data))
+        assert not {*home.parts, "janes-pictures", "janes-models", ".."} & {*re.findall(r"[\w.-]+", page + data)}
 
 
 def test_what_cannot_be_compared_is_refused(base, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
