@@ -15,7 +15,7 @@ from ..photos import count_photos
 from .cost import Cost, Work, seconds_for
 from .people import Person
 from .report import read_report
-from .result import RECORD, Terms
+from .result import Terms, is_made
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Plan:
     to_make: Mapping[str, Work]
     """Of each person who is to be made, by name. A training that stops early makes fewer steps."""
     made_before: tuple[str, ...]
-    """Who will be found, unless something has changed."""
+    """Who will be found, unless a photo or one of the files has changed."""
     refused: tuple[str, ...]
     """Who will fail, since something is wrong with what is said of them."""
     earlier: tuple[Cost, ...]
@@ -54,7 +54,7 @@ def plan(people: Iterable[Person], base: Base, output: Path, terms: Terms, devic
             order = None
         if order is None or person.problem or not person.agreed or not photos:
             refused.append(person.name)
-        elif (output / person.name / RECORD).exists():
+        elif is_made(order, photos, base, output):
             made_before.append(person.name)
         else:
             to_make[person.name] = Work(1, photos, order.config.steps, order.count)

@@ -18,7 +18,7 @@ from ..config import RecipeName
 from ..device import device_and_dtype
 from ..errors import BadConfig, BadFile, FaceLoraError
 from ..models.base import Base
-from ..photos import Photo, read_photos
+from ..photos import Photo, count_photos, read_photos
 from ..pictures.headshot import Headshot
 from ..pictures.style_pack import StylePack
 from ..storage.cache_folder import cache_in, content_key
@@ -124,6 +124,8 @@ def find_or_make(
     asked = _asked(person, base, output, terms, callbacks)
     if (found := asked.recorded(output)) is not None:
         return found
+    number = count_photos(person.photos)
+    planned = _key(terms.order(person, number, base), number, base)
     callbacks = watch.listening(callbacks)
     report = check(asked.photos, base, asked.order.config, callbacks)
     watch.enter("encode")
@@ -133,10 +135,19 @@ def find_or_make(
         outcome = make(report, base, asked.order, folder, device=device, callbacks=callbacks)
     used = device_and_dtype(asked.order.config, device)[0]
     result = _result(person, outcome, output, watch.cost(used, base.identity, len(asked.photos)))
-    digest = _digest(asked.key, result, output)
-    write_text(folder / RECORD, json.dumps({"result": asdict(result), "digest": digest}, indent=1))
+    record = {"result": asdict(result), "digest": _digest(asked.key, result, output), "planned": planned}
+    write_text(folder / RECORD, json.dumps(record, indent=1))
     shutil.rmtree(folder / CACHE, ignore_errors=True)  # nothing of it is wanted any more
     return result
+
+
+def is_made(order: Order, photos: int, base: Base, output: Path) -> bool:
+    """Whether the record of a person holds this order on the same base, of as many photos, none of which is opened."""
+    record = output / order.name / RECORD
+    try:
+        return record.exists() and read_json(record)["planned"] == _key(order, photos, base)
+    except (FaceLoraError, TypeError, KeyError):  # damaged: it is made anew
+        return False
 
 
 @dataclass(frozen=True)
@@ -176,10 +187,13 @@ def _asked(person: Person, base: Base, output: Path, terms: Terms, callbacks: Ca
     folder = output / person.name
     if folder.is_dir() and any(folder.iterdir()) and not (folder / RECORD).exists() and not (folder / CACHE).exists():
         raise BadFile(f"{folder}: holds files of others; choose another output, or another name for this person")
-    fingerprints = [photo.fingerprint for photo in photos]
+    return _Asked(photos, order, _key(order, [photo.fingerprint for photo in photos], base))
+
+
+def _key(order: Order, photos: Sequence[str] | int, base: Base) -> str:
+    """A hash that is equal where the same is ordered, on the same base, of photos with these fingerprints or of as many."""
     adapter = [order.training_adapter.digest] if order.training_adapter else []
-    key = content_key("studio", repr(order.config), order.jobs(base), fingerprints, base.identity, *adapter)
-    return _Asked(photos, order, key)
+    return content_key("studio", repr(order.config), order.jobs(base), photos, base.identity, *adapter)
 
 
 def _result(person: Person, outcome: Outcome, output: Path, cost: Cost) -> Result:

@@ -15,7 +15,7 @@ from core.errors import BadConfig, BadFile, InUse
 from core.models.base import Base, load_base
 from core.pictures import find_style_packs
 from core.storage.cache_folder import cache_folder
-from core.studio import Person, Terms, forget, read_people, run
+from core.studio import Person, Terms, forget, plan, read_people, run
 from core.studio.result import find
 from core.training import Callbacks
 from tests.tooling import held_elsewhere, write_photos, write_quick_pack
@@ -79,9 +79,14 @@ def test_each_is_made_once_and_what_fails_fails_alone(tmp_path, base, terms, peo
         forbid(patch)
         again = list(run(people, base, output, terms))
     assert again == [replace(first[name], status="found") for name in ("anna", "ben")]
+    assert plan(people, base, output, terms).made_before == ("anna", "ben")
+    changed = [replace(terms, **what) for what in ({"count": 2}, {"seed": 2}, {"settings": QUICK | {"steps": 4}})]
+    others = [(base, terms) for terms in changed] + [(replace(base, zero_terminal_snr=True), terms)]
+    assert all([*plan(people, one, output, two).to_make] == ["anna", "ben"] for one, two in others)
     os.replace(people[1].photos / "4.png", people[1].photos / "0.png")
     assert [result.status for result in run(people, base, output, terms)] == ["found", "failed"]
     write_photos(people[1].photos, count=6, person=36)
+    assert [*plan(people, base, output, terms).to_make] == ["ben"]
     assert [result.status for result in run(people, base, output, terms)] == ["found", "made"]
 
 
