@@ -55,7 +55,7 @@ def run_headshots(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(_described(outcome)))
     else:
-        print(batch_summary(outcome.shots), *outcome.advice, sep="\n")
+        print(_summary(outcome), *outcome.advice, sep="\n")
         print(f"LoRA: {outcome.trained.path}\ngallery: {folder / 'gallery.html'}")
     return 1 if outcome.advice else 0
 
@@ -86,12 +86,16 @@ def _answer(question: str, usual: Answer, kind: Callable[[str], Answer]) -> Answ
         raise BadConfig(f"{text!r} is no number") from None
 
 
+def _summary(outcome: Outcome) -> str:
+    return batch_summary(outcome.shots, people=1 if outcome.report.network else 0)
+
+
 def _described(outcome: Outcome) -> dict[str, Any]:
     """The outcome as values for JSON."""
     return {
         "photos": outcome.report.headline,
         "lora": str(outcome.trained.path),
-        "summary": batch_summary(outcome.shots),
+        "summary": _summary(outcome),
         "kept": [str(shot.path) for shot in outcome.shots if shot.kept],
         "advice": list(outcome.advice),
     }

@@ -87,7 +87,7 @@ def run_generate(options: argparse.Namespace) -> None:
     if options.json:
         print((options.output / OVERVIEW).read_text("utf-8"), end="")
     else:
-        _print_headshots(shots, options.output)
+        _print_headshots(shots, options.output, people=len(options.reference))
 
 
 def _check_generate(options: argparse.Namespace) -> None:
@@ -109,8 +109,8 @@ def _check_generate(options: argparse.Namespace) -> None:
             )
 
 
-def _print_headshots(shots: Sequence[Headshot], folder: Path) -> None:
-    print(batch_summary(shots))
+def _print_headshots(shots: Sequence[Headshot], folder: Path, people: int) -> None:
+    print(batch_summary(shots, people))
     redrawn = [shot.face_pass for shot in shots if shot.face_pass]
     if redrawn:
         print(f"faces drawn anew: {len(redrawn)}, of which {sum(one.kept for one in redrawn)} were taken")

@@ -50,6 +50,10 @@ def make_group_pictures(
 class _GroupBatch(Batch):
     group: Group
 
+    @property
+    def compared_with(self) -> int:
+        return 0 if self.person is None else len(self.group.people)
+
     def draw(self, jobs: Sequence[Job]) -> Iterator[Picture]:
         return generate_group(self.base, self.group, jobs, self.config, loras=self.loras, device=self.device)
 

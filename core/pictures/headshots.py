@@ -129,8 +129,13 @@ class Batch:
                 shots = ranked(shots, person, -(-len(shots) // 4) if keep is None else keep)
             if person or (folder / KEPT).is_dir():
                 _fill_kept(shots, folder / KEPT, ranked=person is not None)
-            _write_overview(shots, folder, person is not None, partial(self.model_options, folder))
+            _write_overview(shots, folder, self.compared_with, partial(self.model_options, folder))
             return shots
+
+    @property
+    def compared_with(self) -> int:
+        """How many people a picture is compared with."""
+        return 0 if self.person is None else 1
 
     def draw(self, jobs: Sequence[Job]) -> Iterator[Picture]:
         """The pictures of the jobs."""
@@ -307,32 +312,36 @@ def _named(path: Path, folder: Path) -> str:
     return str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name
 
 
-def _write_overview(shots: Sequence[Headshot], folder: Path, compared: bool, models: Models) -> None:
+def _write_overview(shots: Sequence[Headshot], folder: Path, people: int, models: Models) -> None:
+    compared, summary = people > 0, batch_summary(shots, people)
     kept = [shot for shot in shots if shot.kept]
     means = {"mean_likeness": mean_likeness(shots), "mean_likeness_kept": mean_likeness(kept)} if compared else {}
     described = [asdict(shot.job) | _findings(shot) | {"models": models(shot.job)} for shot in shots]
     write_text(folder / OVERVIEW, json.dumps({**means, "headshots": described}, indent=1) + "\n")
-    write_text(folder / "gallery.html", gallery_page(shots, batch_summary(shots), compared, models))
+    write_text(folder / "gallery.html", gallery_page(shots, summary, compared, models))
 
     styles: dict[str, list[Headshot]] = {}
     for shot in shots:
         styles.setdefault(shot.job.style or shot.job.prompt, []).append(shot)
     rows = [(name, [_tile(shot.path) for shot in group]) for name, group in styles.items()]
     labels = [[_label(shot) for shot in group] for group in styles.values()] if compared else None
-    sheet = contact_sheet(rows, tile=TILE, labels=labels, title=batch_summary(shots), columns=COLUMNS)
+    sheet = contact_sheet(rows, tile=TILE, labels=labels, title=summary, columns=COLUMNS)
     write_file(folder / CONTACT_SHEET, lambda file: sheet.save(file, "PNG"))
 
 
-def batch_summary(shots: Sequence[Headshot]) -> str:
-    """One line on a batch: how many pictures there are, how many were kept, and how alike they are."""
+def batch_summary(shots: Sequence[Headshot], people: int = 0) -> str:
+    """One line on a batch: how many pictures there are, how many were kept, and how alike they are.
+
+    `people` is the number of those whom they were compared with, by which it says so where no likeness could be measured.
+    """
     kept = [shot for shot in shots if shot.kept]
     best = max((shot.likeness for shot in shots if shot.likeness is not None), default=None)
     if not kept:
-        none = (
-            f", none of them alike enough: the best has {best:.2f}, the same person {SAME_PERSON}"
-            if best is not None
-            else ""
-        )
+        none = ""
+        if best is not None:
+            none = f", none of them alike enough: the best has {best:.2f}, the same person {SAME_PERSON}"
+        elif people:
+            none = f", in none of which {'a face' if people == 1 else 'the face of everyone'} was found"
         return f"{counted(len(shots), 'picture')}{none}"
     return (
         f"{counted(len(shots), 'picture')}, the {len(kept)} most alike kept: "

@@ -34,6 +34,7 @@ from core.models.clip import caption_tokens
 from core.pictures.face_pass import FacePass, blend, cut_out
 from core.pictures.gallery import SAME_PERSON
 from core.pictures.generate import Picture, generate, parameters_text
+from core.pictures.headshot import Headshot
 from core.pictures.headshots import batch_summary, make_headshots
 from core.pictures.sampling import SAMPLER_TITLES, SAMPLERS, build_sampler, encode_pairs, sample_latents
 from core.pictures.sheet import contact_sheet
@@ -370,6 +371,22 @@ def test_pictures_of_somebody_else_are_not_kept_though_they_are_the_best_of_all(
     best = f"none of them alike enough: the best has {shots[0].likeness:.2f}, the same person {SAME_PERSON}"
     assert batch_summary(shots) == f"5 pictures, {best}"
     assert best in (tmp_path / "gallery.html").read_text("utf-8")
+
+
+def test_where_no_picture_has_a_face_the_line_on_the_batch_says_so(base, tmp_path: Path, capsys) -> None:
+    job = Job("a photo of person", 1, size=(64, 80), steps=1, guidance=1.0)
+    write_photos(tmp_path / "photos", count=1, person=1)
+    picture = Picture(Image.new("RGB", (64, 80)), job, parameters_text(base, [], job, GenerateConfig()))
+    command = ["generate", "--base", "demo", "--prompt", job.prompt, "--count", "1", "--steps", "1", "--guidance", "1"]
+    command += ["--size", "64x80", "--output", str(tmp_path / "out")]
+    (tmp_path / "out").mkdir()
+    picture.save(tmp_path / "out" / "001-1.png")
+    for options, said in (["--reference", str(tmp_path / "photos")], ", in none of which a face was found"), ([], ""):
+        assert main([*command, *options]) == 0
+        assert capsys.readouterr().out.startswith(f"1 picture{said}\n")
+        assert f"<p>1 picture{said}</p>" in (tmp_path / "out" / "gallery.html").read_text("utf-8")
+    nobody = [Headshot(tmp_path / "001-1.png", job, None)]
+    assert batch_summary(nobody, people=2) == "1 picture, in none of which the face of everyone was found"
 
 
 def test_a_second_choice_replaces_the_first_and_leaves_other_files_alone(base, tmp_path: Path) -> None:
