@@ -1,8 +1,12 @@
 """Contact sheets: many pictures on one, in titled rows."""
 
+import math
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
+
+WIDEST_TITLE = 2000
+"""The most pixels by which a sheet is widened to its title: anyone may type one."""
 
 
 def contact_sheet(
@@ -15,20 +19,22 @@ def contact_sheet(
 ) -> Image.Image:
     """One picture with a titled row per entry of `rows`, each image scaled to `tile` pixels high, its label below it.
 
-    A row of more than `columns` images goes on below.
+    A row of more than `columns` images goes on below. The sheet is as wide as its title, up to WIDEST_TITLE pixels.
     """
-    font, small = ImageFont.load_default(18), ImageFont.load_default(13)
+    font, small, large = (ImageFont.load_default(size) for size in (18, 13, 22))
     gap, line = 8, 26
     scaled = [[_to_height(image, tile) for image in images] for _, images in rows]
     lines = [[row[start : start + columns] for start in range(0, len(row) or 1, columns)] for row in scaled]
-    width = max([sum(image.width + gap for image in images) for row in lines for images in row] + [320]) + gap
+    titled = ImageDraw.Draw(Image.new("L", (1, 1))).textbbox((gap, 0), title, font=large)[2]
+    rows_width = max([sum(image.width + gap for image in images) for row in lines for images in row] + [320])
+    width = max(rows_width, min(math.ceil(titled), WIDEST_TITLE)) + gap
     step = tile + gap + (20 if labels else 0)
     height = (line + 10 if title else 0) + sum(line + len(row) * step for row in lines) + gap
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     y = gap
     if title:
-        draw.text((gap, y), title, fill="black", font=ImageFont.load_default(22))
+        draw.text((gap, y), title, fill="black", font=large)
         y += line + 10
     for index, ((name, _), row) in enumerate(zip(rows, lines, strict=True)):
         draw.text((gap, y), name, fill="black", font=font)

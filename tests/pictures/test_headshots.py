@@ -335,6 +335,20 @@ def test_a_long_row_of_a_sheet_goes_on_below() -> None:
     assert wrapped.getpixel((20, one.height + 20)) == (0, 0, 255)
 
 
+def test_a_sheet_of_few_pictures_is_as_wide_as_its_title_within_limits() -> None:
+    tiles = [Image.new("RGB", (40, 40), "red")]
+
+    def sheet(title: str) -> Image.Image:
+        return contact_sheet([("a", tiles)], tile=40, title=title)
+
+    title = f"5 pictures, none of them alike enough: the best has 0.49, the same person {SAME_PERSON}"
+    shown = np.asarray(sheet(title).convert("L"))
+    right = np.flatnonzero((shown < 128).any(axis=0)).max()
+    assert shown.shape[1] - 12 <= right < shown.shape[1] - 4
+    assert sheet("short").width == sheet("").width < sheet(f"{title}\n{title}").width == sheet(title).width
+    assert sheet(title * 1000).width < 2100
+
+
 # Ranked and kept
 
 
