@@ -266,7 +266,9 @@ def test_a_prompt_without_the_trigger_phrase_is_warned_of(tmp_path):
     write_lora(tmp_path / "style.safetensors", 1)
     loras = [(LoraFile.read(tmp_path / f"{name}.safetensors"), 1.0) for name in ("me", "style")]
     assert without_trigger(loras, ["a man in a hat", "SKS person in a hat"]) == []
-    assert without_trigger(loras, ["a man in a hat"]) == ["no prompt has the trigger phrase of me.safetensors, 'sks Person'"]
+    assert without_trigger(loras, ["a man in a hat"]) == [
+        "no prompt has the trigger phrase of me.safetensors, 'sks Person'"
+    ]
 
 
 def test_a_strength_that_is_no_number_is_said_to_be_none(tmp_path, capsys):

@@ -137,6 +137,8 @@ class GraphedSteps:
     peaks: tuple[int, int]
     """The most bytes of two steps without graphs and of three with them."""
     predicted: int
+    inputs: int
+    """The bytes of the inputs of all graphs."""
     outlasting: int
     early: int
     left: int
@@ -177,6 +179,8 @@ def graphed_steps(case: Case) -> GraphedSteps:
         run.train_step()
         launches, copies, operations = card.launches, tuple(card.copies), tuple(graph.operations for graph in alive())
         held, left = card.live, []
+        assert run.graphs
+        inputs = sum(t.nbytes for one in run.graphs._graphs.values() for t in one.inputs.tensors().values())
 
         def draw(*_: object) -> list[Any]:
             left.extend((len(alive()), held - card.live))
@@ -184,7 +188,7 @@ def graphed_steps(case: Case) -> GraphedSteps:
 
         run.sample(draw, [], warnings.append)
         return GraphedSteps(
-            plain, launches, operations, copies, (plain_peak, peak), predicted, card.outlasting, card.early,
+            plain, launches, operations, copies, (plain_peak, peak), predicted, inputs, card.outlasting, card.early,
             left[0], left[1], tuple(warnings),
         )  # fmt: skip
 
