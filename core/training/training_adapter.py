@@ -111,11 +111,16 @@ class AttachedAdapter:
     """A training adapter beside the layers of a denoiser, which are not changed: it adds to what they return."""
 
     def __init__(self, adapter: TrainingAdapter, denoiser: nn.Module, device: torch.device, dtype: torch.dtype):
-        """Adds it to the layers as they are now, those that a method has put there included."""
+        """Adds it to the layers as they are now, those that a method has put there included.
+
+        Raises LoraMisfit for an embedding.
+        """
         self._on = True
         self._changes = {path: change.map(lambda t: t.to(device, dtype)) for path, change in adapter.changes.items()}
         for path, change in self._changes.items():
             layer = denoiser.get_submodule(path)
+            if isinstance(layer, nn.Embedding):
+                raise LoraMisfit(f"the training adapter changes {path}, which is an embedding; merge it instead")
             layer.register_forward_hook(self._adding(change, _places(layer)))
 
     def tensors(self) -> list[Tensor]:
