@@ -351,8 +351,6 @@ def load_base(
             folder = download(str(source)) if is_on_hub else path
             base = _of_folder(folder, prediction_type, zero_terminal_snr)
             return replace(base, caption_encoder=caption_encoder, opened_with=opened_with)
-        if not path.suffix and path.name == str(source) and not os.path.lexists(path):
-            raise BadFile(f"{source}: there is no such file or folder, and a model on the hub is named owner/name")
     name, file = _opened(source)
     metadata = file.metadata if isinstance(file, SafetensorsFile) else {}
     vae_file = None if vae is None else _opened(vae)[1]
@@ -423,8 +421,11 @@ _MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "ed
 def _opened(source: Source) -> tuple[str, Mapping[str, Tensor]]:
     if isinstance(source, Mapping):
         return "given tensors", source
-    if Path(source).suffix.lower() == SUFFIX:
-        return Path(source).name, open_gguf(source)
+    path = Path(source)
+    if path.suffix.lower() == SUFFIX:
+        return path.name, open_gguf(source)
+    if not path.suffix and path.name == str(source) and not os.path.lexists(path):
+        raise BadFile(f"{source}: there is no such file or folder, and a model on the hub is named owner/name")
     file = SafetensorsFile.open(source)
     return file.path.name, file
 
