@@ -5,7 +5,6 @@ from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -224,28 +223,7 @@ def kl_pixels(components: Mapping[str, Component]) -> int:
 def build_unet(config: dict[str, Any]) -> nn.Module:
     unet = import_diffusers().UNet2DConditionModel.from_config(config)
     unet.set_attn_processor(UnetAttention())
-    for module in unet.modules():
-        if isinstance(module, nn.Conv2d) and module.weight.numel() > _LARGE_WEIGHT:
-            module.forward = partial(_convolved, module)  # pyright: ignore[reportAttributeAccessIssue]
     return unet
-
-
-_LARGE_WEIGHT = 10_000_000
-"""The number of weights beyond which oneDNN lays out a convolution's weight anew in each call."""
-_FEW_POSITIONS = {torch.float32: 256, torch.bfloat16: 64}
-"""The positions of an output for which that takes longer than what oneDNN then saves, by dtype."""
-
-
-def _convolved(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """The output of a convolution with a large weight, on a CPU as one matrix product where it has few positions."""
-    (kernel, _), (stride, _), padding = layer.kernel_size, layer.stride, layer.padding
-    assert not isinstance(padding, str)
-    height, width = ((size + 2 * padding[0] - kernel) // stride + 1 for size in x.shape[2:])
-    if x.device.type != "cpu" or len(x) * height * width > _FEW_POSITIONS.get(x.dtype, 0):
-        return nn.Conv2d.forward(layer, x)
-    columns = F.unfold(x, kernel, padding=padding, stride=stride).transpose(1, 2)
-    output = F.linear(columns.flatten(0, 1), layer.weight.flatten(1), layer.bias)
-    return output.view(len(x), height, width, -1).permute(0, 3, 1, 2)
 
 
 class UnetAttention:

@@ -16,6 +16,7 @@ from ..device import whole_or_in_tiles
 from ..errors import BadConfig
 from ..models.base import Base
 from ..models.clip import chunk_count, words_of
+from ..models.convolution import FrozenConvolutions
 from ..models.objective import TIMESTEPS, FlowSchedule
 from ..models.packages import import_diffusers
 from ..models.spec import Conditioning, Pair, on_device, placed, stack_conditioning
@@ -210,7 +211,10 @@ def sample_latents(
     predict = guided_prediction(
         base, denoiser, positive, negative, device=device, dtype=dtype, size=size, guidance=guidance
     )
-    with torch.autocast(device.type, dtype, enabled=autocast and dtype != torch.float32):
+    with (
+        FrozenConvolutions(denoiser, device).in_use(),
+        torch.autocast(device.type, dtype, enabled=autocast and dtype != torch.float32),
+    ):
         return denoised(
             base, predict, device=device, seeds=seeds, size=size, steps=steps, sampler=sampler, start=start,
             denoise=denoise, on_step=on_step,

@@ -17,6 +17,7 @@ from ..errors import OutOfMemory, TrainingDiverged
 from ..lora.file import LoraFile
 from ..models.base import Base
 from ..models.compiled import CompiledBlocks, why_not_compiled
+from ..models.convolution import FrozenConvolutions
 from ..models.memory_plan import MemoryPlan, MemorySaver, blocks_of, plans_for
 from ..models.objective import Schedule, draw_noise, sample_losses
 from ..models.spec import Conditioning, FamilySpec, placed, stack_conditioning
@@ -89,6 +90,7 @@ class Run:
         """The reason why blocks are not compiled although the settings want it, or None."""
         compiled = config.compile and not self.why_not_compiled
         self.compiled: CompiledBlocks | None = CompiledBlocks(blocks_of(self.denoiser)) if compiled else None
+        self.convolutions: FrozenConvolutions = FrozenConvolutions(self.denoiser, self.device)
         self.parameters: dict[str, nn.Parameter] = self.adapter.parameters()
         self.average: dict[str, Tensor] | None = (
             {name: value.detach().clone() for name, value in self.parameters.items()} if config.ema_decay else None
@@ -182,8 +184,9 @@ class Run:
 
     @contextlib.contextmanager
     def fast(self) -> Iterator[None]:
-        """A context for the passes of a step, in which blocks are compiled and the adapter is cast once for all passes."""
-        with self.compiled.in_use() if self.compiled else contextlib.nullcontext(), self.adapter.cast_once(self.dtype):
+        """A context for the passes of a step, in which blocks are fast and the adapter is cast once for all passes."""
+        blocks = self.compiled or self.convolutions
+        with blocks.in_use(), self.adapter.cast_once(self.dtype):
             yield
 
     def accumulate_within_memory(self, on_warning: Callable[[str], None]) -> Tensor:

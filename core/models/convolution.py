@@ -1,0 +1,178 @@
+"""Convolutions with frozen weights, computed by a CPU in less time than torch's take.
+
+Kernels of 3x3 take Winograd's minimal filtering F(2x2, 3x3) (Lavin and Gray, arXiv:1509.09308). A tile of four by four inputs
+is transformed by additions, and so is the kernel, once for all calls. Their sixteen products, each summed over the channels
+by a matrix product, are transformed to a tile of two by two outputs: 16 multiplications in the place of 36.
+
+Large weights take one matrix product each where there are few positions, since torch lays such weights out anew in each call.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_LARGE_WEIGHT = 10_000_000
+"""The number of weights beyond which oneDNN, which computes torch's convolutions, lays out a weight anew in each call."""
+_FEW_POSITIONS = {torch.float32: 256, torch.bfloat16: 64}
+"""The positions of an output for which that takes longer than what oneDNN then saves, by dtype."""
+_LEAST_CHANNELS, _LEAST_POSITIONS = 256, 256
+"""The channels, and the positions of an output, from which fewer multiplications save more than the transforms take."""
+_TILES = 256
+"""The number of tiles that are transformed at once, few enough to stay in a processor's cache."""
+# The transforms of one axis: B^T, G and A^T of the paper's equation 8.
+_INPUT = ((1.0, 0.0, -1.0, 0.0), (0.0, 1.0, 1.0, 0.0), (0.0, -1.0, 1.0, 0.0), (0.0, 1.0, 0.0, -1.0))
+_KERNEL = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+_OUTPUT = ((1.0, 1.0, 1.0, 0.0), (0.0, 1.0, -1.0, -1.0))
+
+
+class FrozenConvolutions:
+    """The convolutions of a network that can take less time while its weights stay as they are."""
+
+    def __init__(self, network: nn.Module, device: torch.device):
+        """Takes those which gain by it where the network computes on that device; on a GPU, none.
+
+        Transformed kernels take 16/9 of the memory of their weights. They are made when a layer is first used.
+        """
+        self._forwards: dict[nn.Conv2d, Callable[[Tensor], Tensor]] = {}
+        for layer in network.modules() if device.type == "cpu" else ():
+            if type(layer) is not nn.Conv2d or layer.weight.requires_grad or not _is_plain(layer):
+                continue
+            if layer.weight.numel() > _LARGE_WEIGHT:
+                self._forwards[layer] = partial(_with_one_product, layer)
+            elif _has_small_kernel(layer) and min(layer.in_channels, layer.out_channels) >= _LEAST_CHANNELS:
+                self._forwards[layer] = _WithFewerMultiplications(layer)
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """A context in which the network computes with them, which makes no difference beyond rounding."""
+        for layer, forward in self._forwards.items():
+            layer.forward = forward  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            yield
+        finally:
+            for layer in self._forwards:
+                del layer.forward
+
+
+def _is_plain(layer: nn.Conv2d) -> bool:
+    return (layer.dilation, layer.groups, layer.padding_mode) == ((1, 1), 1, "zeros")
+
+
+def _has_small_kernel(layer: nn.Conv2d) -> bool:
+    return (layer.kernel_size, layer.stride, layer.padding) == ((3, 3), (1, 1), (1, 1))
+
+
+def _with_one_product(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    window = {"kernel_size": layer.kernel_size, "padding": layer.padding, "stride": layer.stride}
+    size = [
+        (side + 2 * padding - kernel) // stride + 1
+        for side, kernel, padding, stride in zip(x.shape[2:], *window.values(), strict=True)
+    ]
+    if len(x) * size[0] * size[1] > _FEW_POSITIONS.get(x.dtype, 0) or torch.is_autocast_enabled("cpu"):
+        return nn.Conv2d.forward(layer, x)
+    output: Tensor = _Product.apply(x, layer.weight, layer.bias, window)
+    return output.unflatten(2, size)
+
+
+class _Product(torch.autograd.Function):
+    """Has the gradient of the inputs in the faster of the two orders; torch's own choice is the other one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, window: dict[str, Any]) -> Tensor:
+        ctx.weight, ctx.size, ctx.window = weight, x.shape[2:], window
+        columns = F.unfold(x, **window).transpose(0, 1)
+        output = weight.flatten(1) @ columns.flatten(1)
+        if bias is not None:
+            output += bias[:, None]
+        return output.unflatten(1, columns.shape[1:]).transpose(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        rows = gradients[0].mT.flatten(0, 1) @ ctx.weight.flatten(1)
+        columns = rows.unflatten(0, (len(gradients[0]), -1)).mT
+        return F.fold(columns, ctx.size, **ctx.window), None, None, None
+
+
+class _WithFewerMultiplications:
+    """The output of a convolution by Winograd's filtering."""
+
+    def __init__(self, layer: nn.Conv2d):
+        self._layer = layer
+        self._kernel: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        batch, _, height, width = x.shape
+        suits = x.dtype == torch.float32 and height % 2 == width % 2 == 0
+        if not suits or batch * height * width < _LEAST_POSITIONS or torch.is_autocast_enabled("cpu"):
+            return nn.Conv2d.forward(self._layer, x)
+        if self._kernel is None:
+            self._kernel = transformed_kernel(self._layer.weight)
+        output: Tensor = _Winograd.apply(x, self._kernel, self._layer.bias)
+        return output
+
+
+@torch.no_grad()
+def transformed_kernel(weight: Tensor) -> Tensor:
+    """The transform, of shape (16, O, I), of a kernel of shape (O, I, 3, 3)."""
+    return (_square(_KERNEL) @ weight.detach().flatten(2).permute(2, 0, 1).flatten(1)).unflatten(1, weight.shape[:2])
+
+
+def _square(transform: Sequence[Sequence[float]]) -> Tensor:
+    """The transform of both axes of a tile, as one matrix."""
+    rows = torch.tensor(transform)
+    return torch.kron(rows, rows)
+
+
+class _Winograd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.kernel = kernel
+        output = convolved(x, kernel)
+        return output if bias is None else output.add_(bias[:, None, None])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return convolved_back(gradients[0], ctx.kernel), None, None
+
+
+def convolved(x: Tensor, kernel: Tensor) -> Tensor:
+    """The 3x3 convolution, padded by 1, of x (B, I, H, W), where H and W are even, with a transformed kernel: (B, O, H, W)."""
+    (batch, _, height, width), channels = x.shape, kernel.shape[1]
+    padded, across = F.pad(x, (1, 1, 1, 1)), width // 2
+    output = x.new_empty(batch, channels, height // 2, 2, across, 2)
+    for start, end in _strips(batch, height, width):
+        tiles = padded[:, :, 2 * start : 2 * end + 2].unfold(2, 4, 2).unfold(3, 4, 2)
+        inputs = _square(_INPUT) @ tiles.permute(4, 5, 1, 0, 2, 3).reshape(16, -1)
+        products = torch.bmm(kernel, inputs.unflatten(1, (x.shape[1], -1)))
+        outputs = _square(_OUTPUT) @ products.flatten(1)
+        output[:, :, start:end] = outputs.view(2, 2, channels, batch, end - start, across).permute(3, 2, 4, 0, 5, 1)
+    return output.view(batch, channels, height, width)
+
+
+def convolved_back(gradient: Tensor, kernel: Tensor) -> Tensor:
+    """The gradient (B, I, H, W) of the input of `convolved`, by that of its output (B, O, H, W): each step transposed."""
+    (batch, _, height, width), channels = gradient.shape, kernel.shape[2]
+    outputs, across = gradient.reshape(batch, -1, height // 2, 2, width // 2, 2), width // 2
+    padded = gradient.new_zeros(batch, channels, height // 2 + 1, 2, across + 1, 2)
+    for start, end in _strips(batch, height, width):
+        tiles = outputs[:, :, start:end].permute(3, 5, 1, 0, 2, 4)
+        products = _square(_OUTPUT).T @ tiles.reshape(4, -1)
+        inputs = torch.bmm(kernel.mT, products.unflatten(1, (kernel.shape[1], -1)))
+        tiles = (_square(_INPUT).T @ inputs.flatten(1)).view(2, 2, 2, 2, channels, batch, end - start, across)
+        tiles = tiles.permute(0, 2, 5, 4, 6, 1, 7, 3)
+        for down in range(2):
+            for right in range(2):
+                padded[:, :, start + down : end + down, :, right : across + right] += tiles[down, right]
+    return padded.view(batch, channels, height + 2, width + 2)[:, :, 1:-1, 1:-1]
+
+
+def _strips(batch: int, height: int, width: int) -> Iterator[tuple[int, int]]:
+    """The rows of tiles, from and to, that are computed at once."""
+    rows = max(1, _TILES // (batch * width // 2))
+    for start in range(0, height // 2, rows):
+        yield start, min(start + rows, height // 2)
