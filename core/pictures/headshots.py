@@ -1,7 +1,6 @@
 """A batch of headshots in a folder: drawn, small faces improved, ranked by likeness, the best kept, and shown on a page."""
 
 import filecmp
-import itertools
 import json
 import os
 import re
@@ -21,7 +20,7 @@ from ..faces import Reference
 from ..lora.file import LoraFile
 from ..models.base import Base
 from ..photos.reading import DAMAGED
-from ..storage.files import make_folder, remove_leftovers, write_file, write_text, writing
+from ..storage.files import make_folder, remove_leftovers, set_aside, write_file, write_text, writing
 from ..storage.locks import locked
 from .face_pass import CutOut, FacePass, blend, cut_out, drawn_again, face_share
 from .gallery import SAME_PERSON, Models, gallery_page
@@ -32,7 +31,6 @@ from .sizes import checked_size
 
 OVERVIEW = "headshots.json"
 CONTACT_SHEET = "contact_sheet.png"
-EARLIER = "earlier"
 KEPT = "kept"
 PICTURE_NAME = r"\d{3,}-\d+\.png"
 """The pattern of a picture's file name: its number in the batch and its seed."""
@@ -151,7 +149,7 @@ class Batch:
         done = len(paths) - len(missing)
         if missing:
             for picture in self.draw(missing):
-                _set_aside(paths[picture.job])
+                set_aside(paths[picture.job])
                 picture.save(paths[picture.job])
                 done += 1
                 self.on_progress("pictures", done, len(paths))
@@ -203,17 +201,6 @@ def save_outcome(path: Path, job: Job, image: Image.Image, outcome: FaceOutcome)
     with Image.open(path) as first:
         parameters = first.info["parameters"]
     Picture(image, job, parameters).save(path, {"face_pass": json.dumps(asdict(outcome))})
-
-
-def _set_aside(path: Path) -> None:
-    """Moves a file, if there is one at `path`, into the folder `earlier` beside it, where it replaces no other file."""
-    if not path.exists():
-        return
-    folder = path.parent / EARLIER
-    make_folder(folder)
-    with writing(folder):
-        names = (f"{path.stem}{f' ({number})' if number > 1 else ''}{path.suffix}" for number in itertools.count(1))
-        path.rename(next(place for name in names if not (place := folder / name).exists()))
 
 
 def _settings(outcome: FaceOutcome) -> FacePass:
@@ -277,7 +264,7 @@ def _fill_kept(shots: Sequence[Headshot], folder: Path, ranked: bool) -> None:
             if re.fullmatch(PICTURE_NAME, path.name):
                 original = folder.parent / path.name
                 if not (original.exists() and filecmp.cmp(path, original, shallow=False)):
-                    _set_aside(path)
+                    set_aside(path)
                 elif path.name not in belonging:
                     path.unlink()
     make_folder(folder)

@@ -93,14 +93,15 @@ def make(
     """The pictures of the person on checked photos, in `folder` beside the LoRA that they are drawn with.
 
     `report` is what `check` gives. The LoRA is found where it has been trained before, and a training that was interrupted
-    goes on; so does the drawing. Without the face networks the pictures are not ranked, and no small face is drawn again.
-    Each callback may raise to cancel. Errors are subclasses of FaceLoraError.
+    goes on; so does the drawing. Another LoRA of that name moves into the folder `earlier`, and comes back when it is ordered
+    again. Without the face networks the pictures are not ranked, and no small face is drawn again. Each callback may raise
+    to cancel. Errors are subclasses of FaceLoraError.
     """
     base, photos, config = order.on(base), trained_on(report, order.config), order.config
     if config.check_photos:
         config = for_good_photos(config, report, callbacks.on_warning)
     job = TrainingJob(order.name, config, photos, training_adapter=order.training_adapter)
-    trained = find_or_train(job, base, [folder], device=device, callbacks=callbacks)
+    trained = find_or_train(job, base, [folder], own_name=True, device=device, callbacks=callbacks)
     jobs = order.jobs(base)
     callbacks.on_phase("pictures", 0, len(jobs))  # the training has ended, though no picture is drawn yet
     shots = make_headshots(
