@@ -20,7 +20,7 @@ from ..faces import Reference
 from ..lora.file import LoraFile
 from ..models.base import Base
 from ..photos.reading import DAMAGED
-from ..storage.files import make_folder, remove_leftovers, set_aside, write_file, write_text, writing
+from ..storage.files import EARLIER, make_folder, remove_leftovers, set_aside, write_file, write_text, writing
 from ..storage.locks import locked
 from .face_pass import CutOut, FacePass, blend, cut_out, drawn_again, face_share
 from .gallery import SAME_PERSON, Models, gallery_page
@@ -62,7 +62,8 @@ def make_headshots(
     likeness is below SAME_PERSON.
 
     A picture that is already there, made from the same job, models and settings, is not made again, so an interrupted
-    batch goes on where it was. Another picture of its name moves to `folder`/earlier, and what another batch left in
+    batch goes on where it was. Another picture of its name moves to `folder`/earlier, from where it comes back when it is
+    asked for again, and what another batch left in
     `folder`/kept moves to `folder`/kept/earlier. The files contact_sheet.png, gallery.html and headshots.json are written
     too.
 
@@ -145,7 +146,7 @@ class Batch:
 
     def draw_missing(self, paths: dict[Job, Path], face_pass: FacePass) -> None:
         """Draws the pictures that are not there yet, or were made otherwise, to their paths."""
-        missing = [job for job, path in paths.items() if not self._is_made(job, path, face_pass)]
+        missing = [job for job, path in paths.items() if not self._is_there(job, path, face_pass)]
         done = len(paths) - len(missing)
         if missing:
             for picture in self.draw(missing):
@@ -153,6 +154,19 @@ class Batch:
                 picture.save(paths[picture.job])
                 done += 1
                 self.on_progress("pictures", done, len(paths))
+
+    def _is_there(self, job: Job, path: Path, face_pass: FacePass) -> bool:
+        """Whether the job's picture is at its path, or was in the folder `earlier` beside it and is moved back."""
+        if self._is_made(job, path, face_pass):
+            return True
+        named = sorted((path.parent / EARLIER).glob(f"{path.stem}*{path.suffix}"))
+        earlier = next((file for file in named if self._is_made(job, file, face_pass)), None)
+        if earlier is None:
+            return False
+        set_aside(path)
+        with writing(path):
+            earlier.rename(path)
+        return True
 
     def _is_made(self, job: Job, path: Path, face_pass: FacePass) -> bool:
         if not path.is_file():  # nor any other thing of that name: whoever opens a pipe waits
@@ -194,6 +208,15 @@ class Batch:
         named = base_options(self.base, folder, [lora for lora, _ in self.loras])
         loras = [lora_option(lora, strength * job.strength, folder) for lora, strength in self.loras]
         return named and [*named, *(f"--lora={lora}" for lora in loras)]
+
+
+def set_others_aside(shots: Sequence[Headshot], folder: Path) -> None:
+    """Moves the pictures in the folder that are not of this batch into `folder`/earlier."""
+    names = {shot.path.name for shot in shots}
+    with locked(folder / OVERVIEW), writing(folder):
+        for path in sorted(folder.glob("*.png")):
+            if re.fullmatch(PICTURE_NAME, path.name) and path.name not in names:
+                set_aside(path)
 
 
 def save_outcome(path: Path, job: Job, image: Image.Image, outcome: FaceOutcome) -> None:

@@ -127,16 +127,16 @@ def test_a_picture_by_a_file_whose_name_is_no_unicode_text_is_made_once(base, tm
     assert times(tmp_path) == before
 
 
-def test_a_picture_that_was_made_otherwise_is_set_aside_and_none_is_lost(base, tmp_path: Path) -> None:
+def test_a_picture_that_was_made_otherwise_is_set_aside_and_comes_back(base, tmp_path: Path) -> None:
     (foreign := tmp_path / "001-0.png").write_bytes(b"somebody's")
-    made = []
-    for prompt in ("a photo of person", "a drawing of person", "a photo of person"):
-        make_headshots(base, [], [Job(prompt, 0, size=(64, 80), steps=1)], tmp_path)
+    made, drawn = [], []
+    for prompt in ("a photo of person", "a drawing of person", "a photo of person", "a drawing of person"):
+        job = Job(prompt, 0, size=(64, 80), steps=1)
+        make_headshots(base, [], [job], tmp_path, on_progress=lambda *_, prompt=prompt: drawn.append(prompt))
         made.append(foreign.read_bytes())
-    aside = [
-        path.read_bytes() for path in sorted((tmp_path / "earlier").iterdir(), key=lambda path: path.stat().st_ctime_ns)
-    ]
-    assert aside == [b"somebody's", *made[:2]] and made[2] == made[0] != made[1]
+    assert drawn == ["a photo of person", "a drawing of person"]
+    assert made[0] == made[2] != made[1] == made[3]
+    assert {path.read_bytes() for path in (tmp_path / "earlier").iterdir()} == {b"somebody's", made[0]}
 
 
 @pytest.mark.parametrize(
