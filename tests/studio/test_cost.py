@@ -233,6 +233,25 @@ def test_the_report_begins_with_those_to_look_at_and_says_what_all_have_cost(tmp
     assert "0.50 processor hours" in page and "check 20%" in page
 
 
+def test_someone_of_whom_no_picture_is_alike_is_not_just_called_made(tmp_path: Path, capsys) -> None:
+    results = [
+        Result("anna", "made", pictures=("anna/001-1.png",), kept=1), Result("ben", "found", "No picture is the person."),
+        Result("carl", "failed", "too few photos"),
+    ]  # fmt: skip
+    write_report(tmp_path, results)
+    page = (tmp_path / "report.html").read_text()
+    assert "<title>Studio: 1 made, 1 none alike, 1 failed</title>" in page and "<td>none alike</td>" in page
+    assert read_json(tmp_path / "report.json")["none_alike"] == 1
+    shown = StudioProgress(["anna", "ben", "carl"], Plan({}, (), (), ()))
+    for one in results:
+        shown.ended(one)
+    assert capsys.readouterr().err.splitlines() == [
+        "1 of 3: anna: made, 1 of 1 pictures kept, 0 s",
+        "2 of 3: ben: none alike, 0 of 0 pictures kept: No picture is the person.",
+        "3 of 3: carl: failed: too few photos",
+    ]  # fmt: skip
+
+
 def test_a_link_leads_to_the_folder_whatever_the_person_is_called(tmp_path: Path) -> None:
     write_report(tmp_path, [result('eve #1 "50%"', 0.7, pictures=('eve #1 "50%"/001-1.png',))])
     page = (tmp_path / "report.html").read_text()
