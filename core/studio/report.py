@@ -2,14 +2,16 @@
 
 import html
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from ..errors import BadFile
+from ..lora.personal import without_folders
 from ..storage.files import read_json, write_text
 from .cost import PHASES
 from .result import NONE_ALIKE, Result, result_of
@@ -28,8 +30,11 @@ def read_report(output: Path) -> list[Result]:
 
 
 def write_report(output: Path, results: Sequence[Result]) -> None:
-    """Writes the report on the results into the output, as JSON and as a page, those to look at first at the top."""
-    ranked = sorted(results, key=_order)
+    """Writes the report on the results into the output, as JSON and as a page, those to look at first at the top.
+
+    Reasons are in it without the folders of this machine: reports are sent to others.
+    """
+    ranked = sorted((replace(one, reason=_shared(one.reason, output)) for one in results), key=_order)
     write_text(output / REPORT, json.dumps({**_summary(ranked), "people": [asdict(one) for one in ranked]}, indent=1))
     gpu = any(one.cost.gpu_hours for one in ranked if one.cost)
     told = Counter(one.told for one in ranked)
@@ -44,6 +49,11 @@ def write_report(output: Path, results: Sequence[Result]) -> None:
     for name, text in parts.items():
         page = page.replace(f"<!--{name}-->", text)
     write_text(output / PAGE, page)
+
+
+def _shared(reason: str, output: Path) -> str:
+    """The reason with paths below the output as they are seen from there, and of others the last part alone."""
+    return without_folders(reason.replace(f"{output.absolute()}{os.sep}", ""))
 
 
 _STATUSES = ("made", "found", "failed")

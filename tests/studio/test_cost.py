@@ -1,5 +1,6 @@
 """What a person costs, what others will by it, and where a user sees that: before a run, during it, and in the report."""
 
+import html
 import json
 import sys
 from dataclasses import replace
@@ -250,6 +251,27 @@ def test_someone_of_whom_no_picture_is_alike_is_not_just_called_made(tmp_path: P
         "2 of 3: ben: none alike, 0 of 0 pictures kept: No picture is the person.",
         "3 of 3: carl: failed: too few photos",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("reason", "shown"),
+    [
+        ("/home/jane doe/photos/17: no readable photo in this folder", "17: no readable photo in this folder"),
+        ("cannot be read: [Errno 13] '/home/jane doe/17/a.jpg'", "cannot be read: [Errno 13] 'a.jpg'"),
+        ("OUTPUT/anna/studio.json: another run is writing it (its lock: OUTPUT/anna/.studio.json.lock)",
+         "anna/studio.json: another run is writing it (its lock: anna/.studio.json.lock)"),
+        (r"C:\Users\Jane Doe\17\: holds no photo", "17: holds no photo"),
+        ("../../jane/17: holds no photo", "17: holds no photo"),
+        ("the base is in /mnt/jane/sd15.safetensors, which is gone", "the base is in sd15.safetensors, which is gone"),
+        ("style_pack = 'a/b': choose one of x, y and/or z", "style_pack = 'a/b': choose one of x, y and/or z"),
+    ],
+)  # fmt: skip
+def test_a_reason_in_the_report_names_no_folder_of_the_machine(tmp_path: Path, reason: str, shown: str) -> None:
+    output = tmp_path / "jane doe" / "out"
+    output.mkdir(parents=True)
+    write_report(output, [Result("anna", "failed", reason.replace("OUTPUT", str(output)))])
+    assert [one.reason for one in read_report(output)] == [shown]
+    assert html.escape(shown) in (output / "report.html").read_text()
 
 
 def test_a_link_leads_to_the_folder_whatever_the_person_is_called(tmp_path: Path) -> None:
