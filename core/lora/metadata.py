@@ -97,7 +97,7 @@ def small_picture(picture: str | os.PathLike[str]) -> str:
     try:
         small = read_photo_files([Path(picture)], strict=True)[0].image(shorter_side=THUMBNAIL_SIDE)
     except BadPhoto as error:
-        raise BadFile(f"{Path(picture)}: cannot be read as a picture: {error}") from None
+        raise BadFile(f"{Path(picture)}: {str(error).removeprefix(f'{Path(picture).name}: ')}") from None
     return thumbnail_url(small)
 
 
