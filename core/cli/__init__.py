@@ -7,7 +7,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from ..errors import FaceLoraError
 from .common import end_bars
@@ -169,6 +169,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line, below the short usage of a command that has one."""
+
+    def error(self, message: str) -> NoReturn:
+        usage = self.format_usage() if self.usage else ""  # else it lists every option
+        hint = "" if usage else f" ({self.prog} --help lists the options)"
+        self.exit(2, f"{usage}{self.prog}: error: {message}{hint}\n")
+
+
 class _ShowVersion(argparse.Action):
     """Looks the version up only when it is asked for, since that can take a tenth of a second."""
 
@@ -188,7 +197,7 @@ def build_parser(*called: str) -> tuple[argparse.ArgumentParser, argparse.Argume
 
     Where no command is called, the second one is the first; of several it is the last one's.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="facelora",
         usage="facelora [-h] [--version] COMMAND ...",
         description="10-20 photos of a person in, a small LoRA in Kohya's format out, and pictures\n"

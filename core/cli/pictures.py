@@ -292,7 +292,14 @@ def run_check(options: argparse.Namespace) -> int:
     network = faces_if_installed(print_warning, options.face_network)
     thresholds = Thresholds.for_resolution(resolution, network.name if network else "sface")
     report = check_photos(photos, network, dataclasses.replace(thresholds, **dict(options.threshold)))
-    print(json.dumps(report.to_dict(), indent=1) if options.json else format_report(report, terminal_width()))
+    if options.json:
+        print(json.dumps(report.to_dict() | {"resolution": resolution}, indent=1))
+    else:
+        print(format_report(report, terminal_width()))
+        chosen = options.base or options.resolution
+        print(
+            f"Judged for a training at {resolution} px{'' if chosen else '; --base or --resolution chooses another size'}."
+        )
     if options.sheet:
         save_sheet(report, options.sheet)
     return 0 if report.enough else 1

@@ -145,4 +145,7 @@ def _line(result: Result) -> str:
         return f"{result.name}: failed: {result.reason}"
     likeness = "" if result.likeness is None else f", mean likeness {result.likeness:.2f}"
     seconds = f", {duration(result.seconds)}" if result.status == "made" else ""
-    return f"{result.name}: {result.status}, {result.kept} of {len(result.pictures)} pictures kept{likeness}{seconds}"
+    why = f": {result.reason}" if result.reason else ""
+    return (
+        f"{result.name}: {result.told}, {result.kept} of {len(result.pictures)} pictures kept{likeness}{seconds}{why}"
+    )

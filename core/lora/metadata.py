@@ -37,8 +37,8 @@ def edit_metadata(
 
     None leaves a value, "" deletes it, and `remove` deletes any keys. `thumbnail` is a picture file, which is shrunk to a
     JPEG without its EXIF data. Both `sshs_*` hashes are brought up to date; that of the tensors does not change. Raises
-    BadConfig when there is nothing to change, BadFile when a file cannot be read or written, NoLora for a checkpoint and the
-    like, whose hash other programs know it by.
+    BadConfig when there is nothing to change, or a key of `remove` is not there, BadFile when a file cannot be read or
+    written, NoLora for a checkpoint and the like, whose hash other programs know it by.
     """
     file = SafetensorsFile.open(path)
     try:
@@ -59,6 +59,9 @@ def edit_metadata(
     }
     if not remove and all(value is None for value in values.values()):
         raise BadConfig("nothing to change: give a title, author, ... or keys to remove")
+    if missing := [key for key in remove if key not in file.metadata]:
+        there = ", ".join(sorted(file.metadata)) or "none"
+        raise BadConfig(f"remove = {missing[0]!r}: {Path(path).name} has no such key (but: {there})")
     given = {f"modelspec.{key}": value for key, value in values.items() if value is not None}
     removed = {*remove, *(key for key, value in given.items() if value == "")}
     metadata = {key: value for key, value in (file.metadata | given).items() if key not in removed}
@@ -94,7 +97,7 @@ def small_picture(picture: str | os.PathLike[str]) -> str:
     try:
         small = read_photo_files([Path(picture)], strict=True)[0].image(shorter_side=THUMBNAIL_SIDE)
     except BadPhoto as error:
-        raise BadFile(f"{Path(picture)}: cannot be read as a picture: {error}") from None
+        raise BadFile(f"{Path(picture)}: {str(error).removeprefix(f'{Path(picture).name}: ')}") from None
     return thumbnail_url(small)
 
 

@@ -24,6 +24,9 @@ _PEFT_NUMBERS = re.compile(r"(?:.*\.)?(?:r|lora_alpha|alpha|rank_pattern|alpha_p
 _PATH = re.compile(
     r"""(?<![\w/:.<>)])(?:[A-Za-z]:[\\/]|\\\\|~[\\/]|/(?=[^\s/,"']+/))[^\s,"']+|\bfile://[^\s,"']+""", re.ASCII
 )
+_ROOT = r"(?:[A-Za-z]:[\\/]|\\\\|~[\\/]|\.{1,2}[\\/]|/)"
+_FIRST_PATH = re.compile(rf"^{_ROOT}[^\n]*?(?=: )")
+_QUOTED_PATH = re.compile(rf"""(?<=['"]){_ROOT}[^'"]*(?=['"])""")
 _PHOTO = re.compile(r"""[^\s\\/:,"'(<]+\.(?:jpe?g|jfif|png|webp|bmp|tiff?|gif|avif|hei[cf])\b""", re.IGNORECASE)
 _NOBODY = {"root", "user", "admin", "administrator", "ubuntu"}
 """Names of users that many computers have."""
@@ -67,6 +70,16 @@ def personal_part(text: str, known: Collection[str] = ()) -> str | None:
         if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text.lower()):
             return f"the name of this computer's user, {name!r}"
     return None
+
+
+def without_folders(text: str) -> str:
+    """The text with each path in it shortened to its last part, as far as a path can be told.
+
+    A path with spaces is known by what follows at the beginning of a text (`PATH: what is wrong`), else by its quotes.
+    """
+    for pattern in (_FIRST_PATH, _QUOTED_PATH, _PATH):
+        text = pattern.sub(lambda found: re.split(r"[\\/]", found[0].rstrip("\\/"))[-1], text)
+    return text
 
 
 def _users() -> set[str]:

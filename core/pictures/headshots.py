@@ -1,7 +1,6 @@
 """A batch of headshots in a folder: drawn, small faces improved, ranked by likeness, the best kept, and shown on a page."""
 
 import filecmp
-import itertools
 import json
 import os
 import re
@@ -21,7 +20,7 @@ from ..faces import Reference
 from ..lora.file import LoraFile
 from ..models.base import Base
 from ..photos.reading import DAMAGED
-from ..storage.files import make_folder, remove_leftovers, write_file, write_text, writing
+from ..storage.files import EARLIER, make_folder, remove_leftovers, set_aside, write_file, write_text, writing
 from ..storage.locks import locked
 from .face_pass import CutOut, FacePass, blend, cut_out, drawn_again, face_share
 from .gallery import SAME_PERSON, Models, gallery_page
@@ -32,7 +31,6 @@ from .sizes import checked_size
 
 OVERVIEW = "headshots.json"
 CONTACT_SHEET = "contact_sheet.png"
-EARLIER = "earlier"
 KEPT = "kept"
 PICTURE_NAME = r"\d{3,}-\d+\.png"
 """The pattern of a picture's file name: its number in the batch and its seed."""
@@ -64,7 +62,8 @@ def make_headshots(
     likeness is below SAME_PERSON.
 
     A picture that is already there, made from the same job, models and settings, is not made again, so an interrupted
-    batch goes on where it was. Another picture of its name moves to `folder`/earlier, and what another batch left in
+    batch goes on where it was. Another picture of its name moves to `folder`/earlier, from where it comes back when it is
+    asked for again, and what another batch left in
     `folder`/kept moves to `folder`/kept/earlier. The files contact_sheet.png, gallery.html and headshots.json are written
     too.
 
@@ -147,14 +146,27 @@ class Batch:
 
     def draw_missing(self, paths: dict[Job, Path], face_pass: FacePass) -> None:
         """Draws the pictures that are not there yet, or were made otherwise, to their paths."""
-        missing = [job for job, path in paths.items() if not self._is_made(job, path, face_pass)]
+        missing = [job for job, path in paths.items() if not self._is_there(job, path, face_pass)]
         done = len(paths) - len(missing)
         if missing:
             for picture in self.draw(missing):
-                _set_aside(paths[picture.job])
+                set_aside(paths[picture.job])
                 picture.save(paths[picture.job])
                 done += 1
                 self.on_progress("pictures", done, len(paths))
+
+    def _is_there(self, job: Job, path: Path, face_pass: FacePass) -> bool:
+        """Whether the job's picture is at its path, or was in the folder `earlier` beside it and is moved back."""
+        if self._is_made(job, path, face_pass):
+            return True
+        named = sorted((path.parent / EARLIER).glob(f"{path.stem}*{path.suffix}"))
+        earlier = next((file for file in named if self._is_made(job, file, face_pass)), None)
+        if earlier is None:
+            return False
+        set_aside(path)
+        with writing(path):
+            earlier.rename(path)
+        return True
 
     def _is_made(self, job: Job, path: Path, face_pass: FacePass) -> bool:
         if not path.is_file():  # nor any other thing of that name: whoever opens a pipe waits
@@ -198,22 +210,20 @@ class Batch:
         return named and [*named, *(f"--lora={lora}" for lora in loras)]
 
 
+def set_others_aside(shots: Sequence[Headshot], folder: Path) -> None:
+    """Moves the pictures in the folder that are not of this batch into `folder`/earlier."""
+    names = {shot.path.name for shot in shots}
+    with locked(folder / OVERVIEW), writing(folder):
+        for path in sorted(folder.glob("*.png")):
+            if re.fullmatch(PICTURE_NAME, path.name) and path.name not in names:
+                set_aside(path)
+
+
 def save_outcome(path: Path, job: Job, image: Image.Image, outcome: FaceOutcome) -> None:
     """Writes what a face pass has made of a picture in place of it, with the outcome."""
     with Image.open(path) as first:
         parameters = first.info["parameters"]
     Picture(image, job, parameters).save(path, {"face_pass": json.dumps(asdict(outcome))})
-
-
-def _set_aside(path: Path) -> None:
-    """Moves a file, if there is one at `path`, into the folder `earlier` beside it, where it replaces no other file."""
-    if not path.exists():
-        return
-    folder = path.parent / EARLIER
-    make_folder(folder)
-    with writing(folder):
-        names = (f"{path.stem}{f' ({number})' if number > 1 else ''}{path.suffix}" for number in itertools.count(1))
-        path.rename(next(place for name in names if not (place := folder / name).exists()))
 
 
 def _settings(outcome: FaceOutcome) -> FacePass:
@@ -277,7 +287,7 @@ def _fill_kept(shots: Sequence[Headshot], folder: Path, ranked: bool) -> None:
             if re.fullmatch(PICTURE_NAME, path.name):
                 original = folder.parent / path.name
                 if not (original.exists() and filecmp.cmp(path, original, shallow=False)):
-                    _set_aside(path)
+                    set_aside(path)
                 elif path.name not in belonging:
                     path.unlink()
     make_folder(folder)

@@ -8,6 +8,9 @@ from PIL import Image, ImageDraw, ImageFont
 WIDEST_TITLE = 2000
 """The most pixels by which a sheet is widened to its title: anyone may type one."""
 
+LONGEST_NAME = 400
+"""The most characters of a row's name that are shown: anyone may type one."""
+
 
 def contact_sheet(
     rows: Sequence[tuple[str, Sequence[Image.Image]]],
@@ -19,7 +22,8 @@ def contact_sheet(
 ) -> Image.Image:
     """One picture with a titled row per entry of `rows`, each image scaled to `tile` pixels high, its label below it.
 
-    A row of more than `columns` images goes on below. The sheet is as wide as its title, up to WIDEST_TITLE pixels.
+    A row of more than `columns` images goes on below, as does a name that is wider than the sheet. The sheet is as wide as its
+    title, up to WIDEST_TITLE pixels.
     """
     font, small, large = (ImageFont.load_default(size) for size in (18, 13, 22))
     gap, line = 8, 26
@@ -29,16 +33,18 @@ def contact_sheet(
     rows_width = max([sum(image.width + gap for image in images) for row in lines for images in row] + [320])
     width = max(rows_width, min(math.ceil(titled), WIDEST_TITLE)) + gap
     step = tile + gap + (20 if labels else 0)
-    height = (line + 10 if title else 0) + sum(line + len(row) * step for row in lines) + gap
+    names = [_wrapped(name, font, width - 2 * gap) for name, _ in rows]
+    height = (line + 10 if title else 0) + sum(map(len, names)) * line + sum(map(len, lines)) * step + gap
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     y = gap
     if title:
         draw.text((gap, y), title, fill="black", font=large)
         y += line + 10
-    for index, ((name, _), row) in enumerate(zip(rows, lines, strict=True)):
-        draw.text((gap, y), name, fill="black", font=font)
-        y += line
+    for index, (name, row) in enumerate(zip(names, lines, strict=True)):
+        for part in name:
+            draw.text((gap, y), part, fill="black", font=font)
+            y += line
         texts = iter(labels[index] if labels else ())
         for images in row:
             x = gap
@@ -48,6 +54,28 @@ def contact_sheet(
                 x += image.width + gap
             y += step
     return sheet
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """The text in lines of at most `width` pixels, broken between words where it can be.
+
+    Of more than LONGEST_NAME characters the middle is left out.
+    """
+    half = LONGEST_NAME // 2
+    text = text if len(text) <= LONGEST_NAME else f"{text[:half]} ... {text[-half:]}"
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".lstrip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+            continue
+        if lines[-1]:
+            lines.append("")
+        for character in word:
+            if lines[-1] and font.getlength(lines[-1] + character) > width:
+                lines.append("")
+            lines[-1] += character
+    return lines
 
 
 def _to_height(image: Image.Image, height: int) -> Image.Image:

@@ -3,6 +3,7 @@
 The helpers that many rooms need are here too: they make folders, read JSON and check text.
 """
 
+import itertools
 import json
 import mmap
 import os
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import BadFile, FaceLoraError
+
+EARLIER = "earlier"
+"""The folder beside files into which `set_aside` moves them."""
 
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 """The value of Linux's MAP_NORESERVE, which Python's mmap module has from version 3.13 on."""
@@ -63,6 +67,16 @@ def write_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def set_aside(path: Path) -> None:
+    """Moves a file, if there is one at `path`, into the folder `earlier` beside it, where it replaces no other file."""
+    if not path.exists():
+        return
+    folder = make_folder(path.parent / EARLIER)
+    with writing(folder):
+        names = (f"{path.stem}{f' ({number})' if number > 1 else ''}{path.suffix}" for number in itertools.count(1))
+        path.rename(next(place for name in names if not (place := folder / name).exists()))
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -18,7 +18,7 @@ from ..photos import Photo, SetReport
 from ..pictures.gallery import SAME_PERSON
 from ..pictures.generate import Job
 from ..pictures.headshot import Headshot
-from ..pictures.headshots import make_headshots
+from ..pictures.headshots import make_headshots, set_others_aside
 from ..pictures.style_pack import StylePack, Subject
 from ..training.callbacks import NO_CALLBACKS, Callbacks
 from ..training.job import for_good_photos, good_photos, report_on
@@ -93,14 +93,15 @@ def make(
     """The pictures of the person on checked photos, in `folder` beside the LoRA that they are drawn with.
 
     `report` is what `check` gives. The LoRA is found where it has been trained before, and a training that was interrupted
-    goes on; so does the drawing. Without the face networks the pictures are not ranked, and no small face is drawn again.
-    Each callback may raise to cancel. Errors are subclasses of FaceLoraError.
+    goes on; so does the drawing. Another LoRA of that name, and pictures that are not ordered, move into the folder
+    `earlier`, and come back when they are. Without the face networks the pictures are not ranked, and no small face is drawn
+    again. Each callback may raise to cancel. Errors are subclasses of FaceLoraError.
     """
     base, photos, config = order.on(base), trained_on(report, order.config), order.config
     if config.check_photos:
         config = for_good_photos(config, report, callbacks.on_warning)
     job = TrainingJob(order.name, config, photos, training_adapter=order.training_adapter)
-    trained = find_or_train(job, base, [folder], device=device, callbacks=callbacks)
+    trained = find_or_train(job, base, [folder], own_name=True, device=device, callbacks=callbacks)
     jobs = order.jobs(base)
     callbacks.on_phase("pictures", 0, len(jobs))  # the training has ended, though no picture is drawn yet
     shots = make_headshots(
@@ -112,6 +113,7 @@ def make(
         device=device,
         on_progress=callbacks.on_phase,
     )
+    set_others_aside(shots, folder)
     return Outcome(report, trained, shots, _advice(report, order, shots))
 
 

@@ -2,16 +2,19 @@
 
 import html
 import json
+import os
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from ..errors import BadFile
+from ..lora.personal import without_folders
 from ..storage.files import read_json, write_text
 from .cost import PHASES
-from .result import Result, result_of
+from .result import NONE_ALIKE, Result, result_of
 
 REPORT, PAGE = "report.json", "report.html"
 """Its files in the studio's output."""
@@ -27,11 +30,15 @@ def read_report(output: Path) -> list[Result]:
 
 
 def write_report(output: Path, results: Sequence[Result]) -> None:
-    """Writes the report on the results into the output, as JSON and as a page, those to look at first at the top."""
-    ranked = sorted(results, key=_order)
+    """Writes the report on the results into the output, as JSON and as a page, those to look at first at the top.
+
+    Reasons are in it without the folders of this machine: reports are sent to others.
+    """
+    ranked = sorted((replace(one, reason=_shared(one.reason, output)) for one in results), key=_order)
     write_text(output / REPORT, json.dumps({**_summary(ranked), "people": [asdict(one) for one in ranked]}, indent=1))
     gpu = any(one.cost.gpu_hours for one in ranked if one.cost)
-    counts = [f"{number} {status}" for status in _STATUSES if (number := _count(ranked, status))]
+    told = Counter(one.told for one in ranked)
+    counts = [f"{told[word]} {word}" for word in _TOLD if told[word]]
     parts = {
         "TITLE": ", ".join(counts),
         "COSTS": _costs(ranked),
@@ -44,7 +51,13 @@ def write_report(output: Path, results: Sequence[Result]) -> None:
     write_text(output / PAGE, page)
 
 
+def _shared(reason: str, output: Path) -> str:
+    """The reason with paths below the output as they are seen from there, and of others the last part alone."""
+    return without_folders(reason.replace(f"{output.absolute()}{os.sep}", ""))
+
+
 _STATUSES = ("made", "found", "failed")
+_TOLD = ("made", "found", NONE_ALIKE, "failed")
 
 
 def _order(result: Result) -> tuple[bool, float]:
@@ -63,6 +76,7 @@ def _summary(results: Sequence[Result]) -> dict[str, Any]:
     gpu = [hours for cost in costs if (hours := cost.gpu_hours) is not None]
     return {
         **{status: _count(results, status) for status in _STATUSES},
+        "none_alike": sum(one.told == NONE_ALIKE for one in results),
         "seconds": round(sum(one.seconds for one in results if one.status == "made"), 1),
         "phases": {phase: round(sum(cost.seconds[phase] for cost in costs), 1) for phase in PHASES},
         "gpu_hours": round(sum(gpu), 4) if gpu else None,
@@ -90,10 +104,10 @@ def _row(result: Result, gpu: bool) -> str:
     cells = [
         f"<td>{picture}</td>",
         f'<th>{shown}<div class="reason">{html.escape(result.reason)}</div></th>',
-        f"<td>{result.status}</td>",
+        f"<td>{result.told}</td>",
     ]
     cells += [f'<td class="number">{cell}</td>' for cell in numbers]
-    return f'<tr class="{result.status}">{"".join(cells)}</tr>'
+    return f'<tr class="{result.told.replace(" ", "-")}">{"".join(cells)}</tr>'
 
 
 def _number(value: float | None) -> str:
@@ -130,7 +144,7 @@ tbody th { font-weight: 600 }
 tbody tr:last-child > * { border-bottom: 0 }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 .reason { font-weight: 400; color: var(--soft); min-width: 11rem }
-.failed td:nth-child(3) { color: var(--bad) }
+.failed td:nth-child(3), .none-alike td:nth-child(3) { color: var(--bad) }
 img { height: 3.5rem; border-radius: 4px; display: block }
 </style></head>
 <body><header><h1><!--TITLE--></h1><p><!--COSTS--> Those to look at first are at the top; phases

@@ -35,6 +35,8 @@ RECORD = "studio.json"
 """A person's record in the person's folder."""
 CACHE = ".facelora-cache"
 """What is kept of an unfinished person; `.cache` would be any user's, and with it the user's folder a person's."""
+NONE_ALIKE = "none alike"
+"""What is said of someone of whom all is made, but no picture is like enough to the person."""
 _MOST_BYTES = 2**33
 """The most that a LoRA or a picture may have."""
 
@@ -89,6 +91,11 @@ class Result:
     """How much the class has come to look like the person, measured in the training; None where it was not."""
     cost: Cost | None = None
     """What making it has cost; None where it failed."""
+
+    @property
+    def told(self) -> str:
+        """What a person is told of the status: of someone made or found of whom no picture is alike, this."""
+        return NONE_ALIKE if self.reason and self.status != "failed" else self.status
 
     @property
     def seconds(self) -> float:

@@ -31,7 +31,17 @@ from ..photos import Photo
 from ..photos.reading import DAMAGED
 from ..pictures.sheet import contact_sheet
 from ..storage.cache_folder import cache_folder, content_key, made_folder
-from ..storage.files import check_writable, make_folder, read_json, remove_leftovers, write_file, write_text
+from ..storage.files import (
+    EARLIER,
+    check_writable,
+    make_folder,
+    read_json,
+    remove_leftovers,
+    set_aside,
+    write_file,
+    write_text,
+    writing,
+)
 from ..storage.locks import locked
 from ..storage.safetensors_file import SafetensorsFile, copy_with_metadata
 from .callbacks import NO_CALLBACKS, Callbacks, StepReport
@@ -232,6 +242,7 @@ def find_or_train(
     base: Base,
     folders: Sequence[Path],
     *,
+    own_name: bool = False,
     device: torch.device | None = None,
     on_history: Callable[[Curve], None] = lambda history: None,
     on_point: Callable[[StepReport], None] = lambda report: None,
@@ -242,6 +253,9 @@ def find_or_train(
     A file with the job's name and key is taken as it is. A file anywhere in or below the folders that has the tensors which
     this job made before is copied under the job's name. No other file is replaced: when the name is taken, or another run
     is about to write it, the new file is called NAME-2 and so on. The checkpoints of `save_every` are written beside it.
+
+    With `own_name` the file always has the job's name. What has that name already, and the checkpoints beside it, move into
+    the folder `earlier` as soon as the new LoRA is trained; a LoRA of the job that lies there is moved back.
 
     An exception from a callback cancels: the run is kept, and the next call goes on from there. StopAndKeep from `on_step`
     ends the training, and its file counts as the job's. Before anything is trained, `on_history` is called with the losses
@@ -256,11 +270,14 @@ def find_or_train(
         remove_leftovers(folder, ".*")
         run = RunFolder(folder)
         on_history(run.history())
-        with _place(folders[0], job, key) as (path, found):
+        with (_own_place if own_name else _place)(folders[0], job, key) as (path, found):
             if not found:
-                before = _with_tensors(run.made(), folders) or _unwritten(run.output)
+                before = _trained_before(run, folders)
                 found = before is not None
                 lora = before or _train(job, base, run, device, on_point, callbacks)
+                if own_name:
+                    _set_aside(path)
+                    lora = _trained_before(run, folders) or lora  # it may have been read from a file that has moved
                 metadata = lora.metadata | {KEY: key, "ss_output_name": path.stem}
                 lora.with_metadata(metadata).save(path, PRECISIONS[job.config.save_precision])
                 del before, lora  # Windows deletes no file that is still read
@@ -333,6 +350,11 @@ def _check_place(path: Path) -> None:
     check_writable(path)
 
 
+def _trained_before(run: RunFolder, folders: Sequence[Path]) -> LoraFile | None:
+    """The LoRA that the run trained in an earlier call, in the folders under any name or still in its own; None without one."""
+    return _with_tensors(run.made(), folders) or _unwritten(run.output)
+
+
 def _unwritten(output: Path) -> LoraFile | None:
     """The LoRA that the run trained but could not write into the folder of LoRAs, such as for a full disk; else None."""
     with suppress(FaceLoraError):
@@ -374,6 +396,37 @@ def _place(folder: Path, job: TrainingJob, key: str) -> Iterator[tuple[Path, boo
                 delete_leftovers(path)
                 yield path, False
                 return
+
+
+@contextmanager
+def _own_place(folder: Path, job: TrainingJob, key: str) -> Iterator[tuple[Path, bool]]:
+    """A context with the path of NAME, and whether a LoRA with the key is there, or was in `earlier` and is moved back.
+
+    Where none is, the path is locked within the context, whatever is there.
+    """
+    path = folder / f"{job.name}.safetensors"
+    if has_key(path, key):
+        yield path, True
+        return
+    _check_place(path)
+    with locked(path):
+        delete_leftovers(path)
+        earlier = next(
+            (file for file in sorted((path.parent / EARLIER).glob("*.safetensors")) if has_key(file, key)), None
+        )
+        if earlier:
+            _set_aside(path)
+            with writing(path):
+                earlier.rename(path)
+        yield path, earlier is not None
+
+
+def _set_aside(path: Path) -> None:
+    """Moves the LoRA at the path and its checkpoints, those that are there, into the folder `earlier` beside it."""
+    names = re.compile(rf"{re.escape(path.stem)}(-step\d{{6,}})?{re.escape(path.suffix)}")
+    with writing(path.parent):
+        for file in [file for file in path.parent.iterdir() if names.fullmatch(file.name)]:
+            set_aside(file)
 
 
 def has_key(path: Path, key: str) -> bool:

@@ -40,12 +40,32 @@ def test_help_shows_what_matters_first_and_help_all_everything(capsys, command):
         (["trian", "demo"], "there is no command 'trian'; did you mean train?"),
         (["photos"], "there is no command 'photos' (--help lists them)"),
         (["train", "photos", "--base", "demo", "--output", "a", "--stpes=3"], "--stpes=3; did you mean --steps?"),
-        (["inspect", "a", "--wholly-unknown"], "unknown: --wholly-unknown\n"),
+        (["inspect", "a", "--wholly-unknown"], "unknown: --wholly-unknown ("),
     ],
 )
 def test_the_word_that_was_meant_is_named(capsys, arguments, words):
     code, text = said(capsys, *arguments)
     assert code == 2 and words in text and text.count(" or ") <= 2
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_wrong_usage_is_one_line_below_a_usage_of_one_line(capsys, command):
+    code, text = said(capsys, command, *["a"] * 9, "--wholly-unknown")
+    lines = text.splitlines()
+    assert code == 2 and lines[-1].startswith(f"facelora {command}: error: ") and "--help" in text
+    assert len(lines) == 1 or (len(lines) == 2 and lines[0].startswith(f"usage: facelora {command} "))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--size", "64"], "error: argument --size: '64' is not WIDTHxHEIGHT in pixels, such as 512x640 ("),
+        (["--precision", "fp12"], "error: argument --precision: invalid choice: 'fp12' (choose from"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_may_stand_there(capsys, arguments, words):
+    code, text = said(capsys, "generate", *arguments)
+    assert code == 2 and words in text
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])

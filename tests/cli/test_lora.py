@@ -83,7 +83,20 @@ def test_metadata_are_edited_into_another_file_and_an_empty_text_deletes(tmp_pat
     assert path.read_bytes() == content
     assert inspected(other, capsys)["about"] == {"title": "new"}
     assert main(["metadata", str(path), "--thumbnail", str(path)]) == 1
-    assert "cannot be read as a picture" in capsys.readouterr().err and path.read_bytes() == content
+    said = capsys.readouterr().err
+    assert said.endswith(f"facelora: {path}: is not a picture that can be read\n") and path.read_bytes() == content
+
+
+def test_a_metadata_key_that_is_not_there_is_not_removed_in_silence(tmp_path, capsys):
+    path = tmp_path / "a.safetensors"
+    write_lora(path, 0, metadata={"note": "x", "modelspec.title": "old"})
+    content = path.read_bytes()
+    assert main(["metadata", str(path), "--remove", "note", "--remove", "nokey"]) == 1
+    said = capsys.readouterr().err
+    assert (
+        "remove = 'nokey': a.safetensors has no such key (but: modelspec.title, note" in said and said.count("\n") == 1
+    )
+    assert path.read_bytes() == content
 
 
 def test_a_merge_is_exact_and_its_ranks_add_up(tmp_path, capsys):

@@ -411,10 +411,13 @@ def test_twenty_photos_of_twelve_megapixels_take_under_ten_seconds(tmp_path):
 def test_a_base_says_at_which_resolution_photos_are_judged_and_nothing_usable_is_exit_code_1(tmp_path, capsys):
     for photo in seven_of(5):
         photo.image().save(tmp_path / photo.name)
-    assert main(["check", str(tmp_path), "--base", "demo", "--json"]) == 0  # whose pictures are 64 pixels
-    assert json.loads(capsys.readouterr().out)["usable"] == 7
-    assert main(["check", str(tmp_path)]) == 1  # 1024 pixels
-    assert "0 of 7 usable, and 5 are needed; add " in capsys.readouterr().out
+    assert main(["check", str(tmp_path), "--base", "demo", "--json"]) == 0  # whose pictures have 64 x 80 pixels
+    said = json.loads(capsys.readouterr().out)
+    assert (said["usable"], said["resolution"]) == (7, 72)
+    assert main(["check", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert "0 of 7 usable, and 5 are needed; add " in said
+    assert said.endswith("\nJudged for a training at 1024 px; --base or --resolution chooses another size.\n")
     assert main(["check", str(tmp_path), "--base", "demo", "--resolution", "1024"]) == 1
     for number in (1, 2, 3):
         (tmp_path / f"{number}.png").unlink()
@@ -424,4 +427,5 @@ def test_a_base_says_at_which_resolution_photos_are_judged_and_nothing_usable_is
     (tmp_path / "4.png").unlink()
     (tmp_path / "5.png").unlink()
     assert main(["check", str(tmp_path), "--base", "demo"]) == 1
-    assert "2 of 2 usable, and 5 are needed; add 3 " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 of 2 usable, and 5 are needed; add 3 " in said and said.endswith("\nJudged for a training at 72 px.\n")

@@ -127,16 +127,16 @@ def test_a_picture_by_a_file_whose_name_is_no_unicode_text_is_made_once(base, tm
     assert times(tmp_path) == before
 
 
-def test_a_picture_that_was_made_otherwise_is_set_aside_and_none_is_lost(base, tmp_path: Path) -> None:
+def test_a_picture_that_was_made_otherwise_is_set_aside_and_comes_back(base, tmp_path: Path) -> None:
     (foreign := tmp_path / "001-0.png").write_bytes(b"somebody's")
-    made = []
-    for prompt in ("a photo of person", "a drawing of person", "a photo of person"):
-        make_headshots(base, [], [Job(prompt, 0, size=(64, 80), steps=1)], tmp_path)
+    made, drawn = [], []
+    for prompt in ("a photo of person", "a drawing of person", "a photo of person", "a drawing of person"):
+        job = Job(prompt, 0, size=(64, 80), steps=1)
+        make_headshots(base, [], [job], tmp_path, on_progress=lambda *_, prompt=prompt: drawn.append(prompt))
         made.append(foreign.read_bytes())
-    aside = [
-        path.read_bytes() for path in sorted((tmp_path / "earlier").iterdir(), key=lambda path: path.stat().st_ctime_ns)
-    ]
-    assert aside == [b"somebody's", *made[:2]] and made[2] == made[0] != made[1]
+    assert drawn == ["a photo of person", "a drawing of person"]
+    assert made[0] == made[2] != made[1] == made[3]
+    assert {path.read_bytes() for path in (tmp_path / "earlier").iterdir()} == {b"somebody's", made[0]}
 
 
 @pytest.mark.parametrize(
@@ -347,6 +347,21 @@ def test_a_sheet_of_few_pictures_is_as_wide_as_its_title_within_limits() -> None
     assert shown.shape[1] - 12 <= right < shown.shape[1] - 4
     assert sheet("short").width == sheet("").width < sheet(f"{title}\n{title}").width == sheet(title).width
     assert sheet(title * 1000).width < 2100
+
+
+def test_names_of_rows_go_on_below_so_that_rows_can_be_told_apart() -> None:
+    tiles = [Image.new("RGB", (40, 40), "white")]
+
+    def sheet(name: str) -> Image.Image:
+        return contact_sheet([(name, tiles), ("b", tiles)], tile=40)
+
+    long = "studio portrait of sks woman, soft light from the left, grey background, in a {} scarf"
+    red, blue, one_word = sheet(long.format("red")), sheet(long.format("blue")), sheet("x" * 100)
+    assert red.size == blue.size and red.tobytes() != blue.tobytes()
+    assert red.width == sheet("a").width and sheet("a").height < red.height == sheet("a").height + 2 * 26
+    for image in (red, blue, one_word):
+        assert np.flatnonzero((np.asarray(image.convert("L")) < 128).any(axis=0)).max() < image.width - 8
+    assert sheet("word " * 10**5).height < 800 and sheet("x" * 10**5).height < 800
 
 
 # Ranked and kept

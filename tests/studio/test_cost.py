@@ -1,5 +1,6 @@
 """What a person costs, what others will by it, and where a user sees that: before a run, during it, and in the report."""
 
+import html
 import json
 import sys
 from dataclasses import replace
@@ -231,6 +232,46 @@ def test_the_report_begins_with_those_to_look_at_and_says_what_all_have_cost(tmp
     page = (tmp_path / "report.html").read_text()
     assert "<few>" not in page and "CPU-hours" in page and "GPU-hours" not in page
     assert "0.50 processor hours" in page and "check 20%" in page
+
+
+def test_someone_of_whom_no_picture_is_alike_is_not_just_called_made(tmp_path: Path, capsys) -> None:
+    results = [
+        Result("anna", "made", pictures=("anna/001-1.png",), kept=1), Result("ben", "found", "No picture is the person."),
+        Result("carl", "failed", "too few photos"),
+    ]  # fmt: skip
+    write_report(tmp_path, results)
+    page = (tmp_path / "report.html").read_text()
+    assert "<title>Studio: 1 made, 1 none alike, 1 failed</title>" in page and "<td>none alike</td>" in page
+    assert read_json(tmp_path / "report.json")["none_alike"] == 1
+    shown = StudioProgress(["anna", "ben", "carl"], Plan({}, (), (), ()))
+    for one in results:
+        shown.ended(one)
+    assert capsys.readouterr().err.splitlines() == [
+        "1 of 3: anna: made, 1 of 1 pictures kept, 0 s",
+        "2 of 3: ben: none alike, 0 of 0 pictures kept: No picture is the person.",
+        "3 of 3: carl: failed: too few photos",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("reason", "shown"),
+    [
+        ("/home/jane doe/photos/17: no readable photo in this folder", "17: no readable photo in this folder"),
+        ("cannot be read: [Errno 13] '/home/jane doe/17/a.jpg'", "cannot be read: [Errno 13] 'a.jpg'"),
+        ("OUTPUT/anna/studio.json: another run is writing it (its lock: OUTPUT/anna/.studio.json.lock)",
+         "anna/studio.json: another run is writing it (its lock: anna/.studio.json.lock)"),
+        (r"C:\Users\Jane Doe\17\: holds no photo", "17: holds no photo"),
+        ("../../jane/17: holds no photo", "17: holds no photo"),
+        ("the base is in /mnt/jane/sd15.safetensors, which is gone", "the base is in sd15.safetensors, which is gone"),
+        ("style_pack = 'a/b': choose one of x, y and/or z", "style_pack = 'a/b': choose one of x, y and/or z"),
+    ],
+)  # fmt: skip
+def test_a_reason_in_the_report_names_no_folder_of_the_machine(tmp_path: Path, reason: str, shown: str) -> None:
+    output = tmp_path / "jane doe" / "out"
+    output.mkdir(parents=True)
+    write_report(output, [Result("anna", "failed", reason.replace("OUTPUT", str(output)))])
+    assert [one.reason for one in read_report(output)] == [shown]
+    assert html.escape(shown) in (output / "report.html").read_text()
 
 
 def test_a_link_leads_to_the_folder_whatever_the_person_is_called(tmp_path: Path) -> None:

@@ -164,6 +164,33 @@ def test_where_no_picture_is_the_person_it_says_what_would_help(desk, capsys):
     assert outcome["lora"] == str(folder / "out" / "photos.safetensors")
 
 
+def test_what_is_not_in_force_any_more_is_set_aside_and_comes_back_untrained_and_undrawn(desk, monkeypatch):
+    folder = desk("anna")
+    base, pack = load_base(BASE_FILE), find_style_packs([folder / "packs"]).pick("quick")
+    report, done = check(read_photos(folder / "photos"), base, CONFIG), []
+    callbacks = Callbacks(
+        on_step=lambda report: done.append(f"step {report.step}"),
+        on_phase=lambda phase, number, total: (
+            done.append(f"{phase} {number}") if phase == "pictures" and number else None
+        ),
+    )
+
+    def made(steps: int, count: int, seed: int = 1) -> list[str]:
+        """What was done for it; the LoRA and the pictures in the folder are then these, and no others."""
+        done.clear()
+        order = Order("anna", replace(CONFIG, steps=steps), pack, count=count, seed=seed)
+        outcome = make(report, base, order, folder / "out", callbacks=callbacks)
+        assert outcome.trained.path == folder / "out" / "anna.safetensors"
+        assert sorted((folder / "out").glob("*-*.png")) == sorted(shot.path for shot in outcome.shots)
+        return list(done)
+
+    assert made(1, 2) == ["step 1", "pictures 1", "pictures 2"]
+    assert made(1, 1) == []
+    assert made(2, 1, seed=5) == ["step 1", "step 2", "pictures 1"]
+    assert made(1, 2) == []
+    assert sorted(path.name for path in (folder / "out" / "earlier").iterdir()) == ["001-5.png", "anna (2).safetensors"]
+
+
 def test_too_few_photos_stop_the_job_before_anything_is_made(desk):
     folder = desk("anna")
     (folder / "photos" / "4.png").unlink()

@@ -34,10 +34,14 @@ CONFIG = TrainConfig(steps=2, rank=2, learning_rate=0.01, resolution=32, batch_s
 LONG = replace(CONFIG, steps=6)
 
 
+def forget_runs() -> None:
+    shutil.rmtree(cache_folder() / "runs", ignore_errors=True)
+
+
 @pytest.fixture(autouse=True)
 def no_runs():
     """No test finds a run of another one; what is encoded is encoded once."""
-    shutil.rmtree(cache_folder() / "runs", ignore_errors=True)
+    forget_runs()
 
 
 @pytest.fixture(scope="module")
@@ -284,6 +288,74 @@ def test_a_file_whose_hash_a_tool_has_taken_out_is_found_by_its_key(job, base, l
     values = {name: file[name].clone() for name in file}
     save_file(values, path, {key: text for key, text in file.metadata.items() if key != "sshs_model_hash"})
     assert found(job, base, loras).path == path
+
+
+# One's own name
+
+
+def trained_under_its_own_name(job: TrainingJob, base: Base, loras: Path) -> list[int]:
+    """The steps that were made for the LoRA, which is the job's and has its name."""
+    steps: list[int] = []
+    callbacks = Callbacks(on_step=lambda report: steps.append(report.step))
+    made = find_or_train(job, base, [loras], own_name=True, callbacks=callbacks)
+    assert made.path == loras / "anna.safetensors" and made.found == (not steps)
+    lora = LoraFile.read(made.path)
+    assert (lora.metadata[store.KEY], lora.metadata["ss_output_name"]) == (job.key(base), "anna")
+    return steps
+
+
+def test_under_its_own_name_the_one_before_is_set_aside_and_comes_back_untrained(job, base, loras):
+    other = replace(job, config=replace(CONFIG, seed=2))
+    assert trained_under_its_own_name(job, base, loras) == [1, 2]
+    first = (loras / "anna.safetensors").read_bytes()
+    assert trained_under_its_own_name(other, base, loras) == [1, 2]
+    second = (loras / "anna.safetensors").read_bytes()
+    for item, here, aside in ((job, first, second), (other, second, first)):
+        forget_runs()  # as in a studio, where it goes with the person's end
+        assert trained_under_its_own_name(item, base, loras) == []
+        assert (loras / "anna.safetensors").read_bytes() == here
+        assert [path.read_bytes() for path in (loras / "earlier").iterdir()] == [aside]
+
+
+def test_what_is_set_aside_replaces_nothing_and_checkpoints_go_along(job, base, loras):
+    (loras / "earlier").mkdir(parents=True)
+    for name in (
+        "anna.safetensors",
+        "earlier/anna.safetensors",
+        "anna-step000001.safetensors",
+        "anna-stepson.safetensors",
+    ):
+        (loras / name).write_text(f"mine, {name}")
+    trained_under_its_own_name(replace(job, config=replace(CONFIG, save_every=1)), base, loras)
+    assert files(loras) == [
+        "anna-step000001.safetensors", "anna-stepson.safetensors", "anna.safetensors", "earlier/anna (2).safetensors",
+        "earlier/anna-step000001.safetensors", "earlier/anna.safetensors",
+    ]  # fmt: skip
+    mine = {path.read_text() for path in (loras / "earlier").iterdir()}
+    assert mine == {"mine, anna.safetensors", "mine, earlier/anna.safetensors", "mine, anna-step000001.safetensors"}
+    assert LoraFile.read(loras / "anna-step000001.safetensors").metadata["ss_steps"] == "1"
+
+
+def test_nothing_is_set_aside_before_the_new_one_is_trained(job, base, loras):
+    trained_under_its_own_name(job, base, loras)
+
+    def cancel(report: StepReport) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        find_or_train(replace(job, config=LONG), base, [loras], own_name=True, callbacks=Callbacks(on_step=cancel))
+    assert files(loras) == ["anna.safetensors"]
+    assert trained_under_its_own_name(job, base, loras) == []
+
+
+def test_where_only_its_key_is_gone_its_tensors_are_read_from_where_it_was_set_aside(job, base, loras):
+    trained_under_its_own_name(job, base, loras)
+    path = loras / "anna.safetensors"
+    file = SafetensorsFile.open(path)
+    values = {name: file[name].clone() for name in file}
+    save_file(values, path, {key: text for key, text in file.metadata.items() if key != store.KEY})
+    assert trained_under_its_own_name(job, base, loras) == []
+    assert files(loras) == ["anna.safetensors", "earlier/anna.safetensors"] and same(path, values)
 
 
 # What decides the key
