@@ -111,19 +111,20 @@ class LoadFacePhotos(io.ComfyNode):
     @says_no_server_paths
     def execute(cls, folder: str, check: bool, strict: bool, pictures: str, model: Any = None) -> io.NodeOutput:
         if folder == NO_FOLDER and not _names(pictures):
-            raise BadPhoto("no photos: choose a folder below ComfyUI's input folder, or upload pictures")
+            raise BadPhoto("no photos: add some to the node, or choose a folder below ComfyUI's input folder")
         list(_files(folder, pictures))  # what is not there is said before anything is read
         notes: list[str] = []
-        photos = _read(folder, pictures, strict=strict, on_warning=notes.append)
-        tiles, headline = [{"name": _name_below_input(photo)} for photo in photos], ""
+        photos, unread = _read(folder, pictures, strict=strict, on_warning=notes.append)
+        tiles, headline = [{"name": _name_below_input(photo)} for photo in photos], _in_short(notes)
         if check:
             resolution = FAMILIES[trained_family(model)].resolution if model else 1024
             checked = _checked(photos, resolution, notes.append)
             notes.append(format_report(checked))
-            headline = checked.headline
+            headline = "; ".join(filter(None, (checked.headline, headline)))
             for tile, item in zip(tiles, checked.photos, strict=True):
                 reasons = "; ".join(finding.sentence for finding in item.findings)
                 tile |= {"verdict": COLOURS[item.verdict], "reason": reasons}
+        tiles += [{"name": name, "verdict": COLOURS[REJECT], "reason": reason} for name, reason in unread.items()]
         images = [photo.image(shorter_side=PREVIEW_SIDE) for photo in photos]
         for image in images:
             image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
@@ -133,20 +134,35 @@ class LoadFacePhotos(io.ComfyNode):
             [image_tensor(image) for image in images],
             [photo.caption or "" for photo in photos],
             report,
-            ui={"facelora_photos": tiles, "facelora_headline": [headline]},
+            ui={"facelora_photos": tiles, "facelora_headline": [without_server_paths(headline)]},
         )
 
 
-def _read(folder: str, pictures: str, *, strict: bool, on_warning: Callable[[str], None]) -> list[Photo]:
+def _read(
+    folder: str, pictures: str, *, strict: bool, on_warning: Callable[[str], None]
+) -> tuple[list[Photo], dict[str, str]]:
+    """The photos, and the added pictures that cannot be read: name -> why. `on_warning` hears of all that is left out."""
     photos: list[Photo] = []
+    unread: dict[str, str] = {}
     if _is_left_out(folder, pictures):
         on_warning(f"{folder}: there is no such folder below ComfyUI's input folder; the added photos alone are taken")
     elif folder != NO_FOLDER:
         photos += read_photos(_path(folder), strict=strict, on_warning=on_warning)
-    photos += read_photo_files(map(_path, _names(pictures)), strict=strict, on_warning=on_warning)
+    for name in _names(pictures):
+        problems: list[str] = []
+        photos += read_photo_files([_path(name)], strict=strict, on_warning=problems.append)
+        for problem in problems:
+            unread[name] = problem
+            on_warning(problem)
     if not photos:
         raise BadPhoto(f"no readable photo among {', '.join(_names(pictures))}")
-    return photos
+    return photos, unread
+
+
+def _in_short(notes: list[str]) -> str:
+    """The first of the notes and the number of the others; "" where there are none."""
+    more = f" (and {counted(len(notes) - 1, 'more note')})" if len(notes) > 1 else ""
+    return notes[0] + more if notes else ""
 
 
 def _names(pictures: str) -> list[str]:
@@ -198,7 +214,8 @@ def _checked(photos: list[Photo], resolution: int, on_warning: Callable[[str], N
     checked = check_photos(photos, network, Thresholds.for_resolution(resolution))
     if network and not any(item.faces for item in checked.photos):
         raise BadPhoto(
-            f"of {counted(len(photos), 'photo')} none shows a face; switch check off to use them all the same"
+            f"of {counted(len(photos), 'photo')} none shows a face; to use them all the same, switch check off, and "
+            "choose 'all photos' in Train Face LoRA"
         )
     return checked
 

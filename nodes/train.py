@@ -309,7 +309,7 @@ def _make(job: TrainingJob, base: Base, checkpoint: int, node_id: str, notes: Se
             made = replace(made, path=made.take_checkpoint(checkpoint))
         write_embedding(made.path)
         watch.log(f"{made.path.name} {'was trained before' if made.found else 'is trained'}")
-        watch.show(phase="done", file=made.path.name, **(_looks(made) if made.found else {}))
+        watch.show(phase="done", file=made.path.name, **_looks(made))
     except Exception as error:  # the panel shows the user any error
         watch.show(phase="failed", error=without_server_paths(str(error)))
         raise
@@ -330,7 +330,7 @@ def _choices(made: TrainedFile) -> list[dict[str, Any]]:
 
 
 def _looks(made: TrainedFile) -> dict[str, Any]:
-    """The panel's news about a training that was done before: its likeness and its last samples."""
+    """The panel's news about a training that may have been done before, all of it or its beginning: likeness, last samples."""
     shown: dict[str, Any] = {}
     if likenesses := made.likenesses():
         shown["likenesses"] = likenesses

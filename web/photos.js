@@ -6,7 +6,7 @@ import { addElement, after, complain, make, makeRoom, whenChanged, widgetOf } fr
 import { say } from "./words.js"
 
 const NODE = "FaceLoRALoadPhotos"
-const TILE = 54, GAP = 4, LINE = 20 // in pixels; tiles are larger where a row has room
+const TILE = 54, GAP = 4, LINE = 16, LETTER = 6 // in pixels; tiles are larger where a row has room
 const HEIC = /\.(heic|heif|avif)$/i // for which some browsers know no type
 
 const isPicture = (file) => file.type.startsWith("image/") || HEIC.test(file.name)
@@ -92,14 +92,15 @@ class Pictures {
   height() {
     const width = this.node.size[0] - 30 + GAP
     const columns = Math.max(1, Math.floor(width / (TILE + GAP)))
-    const headline = this.headline.textContent ? LINE : 0
+    const letters = this.headline.textContent.length
+    const headline = letters ? GAP + LINE * Math.ceil((letters * LETTER) / width) : 0
     return 36 + headline + Math.ceil((Math.ceil(this.tiles.childElementCount / columns) * width) / columns)
   }
 
   /** Shows what a run has found: a verdict and its reason for each photo, and those of the folder too. */
   report({ facelora_photos = [], facelora_headline = [] } = {}) {
     this.reports = facelora_photos
-    this.headline.textContent = this.headline.title = facelora_headline[0] ?? ""
+    this.headline.textContent = facelora_headline[0] ?? ""
     this.show()
   }
 

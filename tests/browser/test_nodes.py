@@ -82,6 +82,17 @@ def test_a_tile_shows_the_verdict_on_its_photo_and_the_node_one_headline(either_
     assert page.complaints() == []
 
 
+def test_the_reason_why_a_node_failed_is_said_on_the_page(page, server):
+    nodes = [node("photos", PHOTOS, {}, {}), node("shown", "PreviewAny", {}, {"source": "photos.report"})]
+    page.run(BUILD, [{"title": "", "note": "", "width": 400, "nodes": nodes}])
+    assert server.wait(page.queue()).status == "error"
+    page.wait_for("() => document.querySelector('.p-toast-message')")
+    (message,) = page.toasts()
+    assert (
+        message == "Load Face Photos\nno photos: add some to the node, or choose a folder below ComfyUI's input folder"
+    )
+
+
 def test_the_pictures_of_a_dropped_folder_are_its_photos(page, files):
     page.add(PHOTOS)
     page.drop(PHOTOS, [files[0].parent])

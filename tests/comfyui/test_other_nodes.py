@@ -1,6 +1,7 @@
 """Load Face Photos, Headshot Style Pack and the helpers in a real server."""
 
 import json
+import re
 from io import BytesIO
 from urllib.error import HTTPError
 from urllib.parse import quote
@@ -141,7 +142,22 @@ def test_photos_are_reported_on_and_counted(server):
     shown = result.outputs["photos"]
     assert [tile["name"] for tile in shown["facelora_photos"]] == [f"clara/{index}.png" for index in range(3)]
     assert {tile["verdict"] for tile in shown["facelora_photos"]} <= {"good", "doubtful", "rejected"}
-    assert "of 3 usable" in shown["facelora_headline"][0]
+    assert re.search(r"of 3 usable.*; left out: broken\.jpg: ", shown["facelora_headline"][0])
+
+
+def test_an_added_picture_that_cannot_be_read_is_rejected_with_the_reason(server):
+    folder = write_photos(server.folder / "input" / "hugo", count=1, person=37)
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    for check in (True, False):
+        result = server.run({
+            "photos": load_photos(pictures="hugo/broken.jpg\nhugo/0.png", check=check),
+            "report": node("PreviewAny", source=["photos", 3]),
+        })  # fmt: skip
+        shown = result.outputs["photos"]
+        assert [tile["name"] for tile in shown["facelora_photos"]] == ["hugo/0.png", "hugo/broken.jpg"]
+        broken = shown["facelora_photos"][-1]
+        assert broken["verdict"] == "rejected" and broken["reason"].startswith("left out: broken.jpg: ")
+        assert broken["reason"] in shown["facelora_headline"][0]
 
 
 def test_uploaded_pictures_are_photos_too(server):

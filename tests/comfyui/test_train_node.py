@@ -435,6 +435,22 @@ def test_from_eight_photos_on_a_recipe_measures_and_keeps_the_best(server, train
     assert training_state(server)["likenesses"] == [[2, pytest.approx(measured["points"][0]["likeness"], abs=1e-4)]]
 
 
+def test_a_training_that_went_on_shows_the_likeness_of_all_steps_at_its_end(server, trained):
+    write_photos(server.folder / "input" / "frida", count=8, person=37, scale=2)
+    settings = "sample_steps = 1\nlikeness_pictures = 1\nsample_guidance = 1.0\nsample_every = 2"
+    graph = training(folder="frida", name="measured twice", recipe="best", steps=ENDLESS, settings=settings)
+    prompt_id = server.queue(graph)
+    wait_for(lambda: "likenesses" in training_state(server), "a measurement")
+    seconds_to_cancel(server, prompt_id)
+    prompt_id = server.queue(graph)
+    wait_for(lambda: "likenesses" in training_state(server), "another")
+    stop(server)
+    assert server.wait(prompt_id).status == "success"
+    metadata = LoraFile.read(loras(server) / "measured twice.safetensors").metadata
+    measured = [point["step"] for point in json.loads(metadata[LIKENESS_KEY])["points"]]
+    assert [step for step, _ in training_state(server)["likenesses"]] == measured and measured[0] == 2
+
+
 def states(server) -> list[Path]:
     """What is kept of the trainings that are not done."""
     return list((server.folder / "cache" / "runs").rglob("*.state.safetensors"))

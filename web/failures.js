@@ -1,0 +1,15 @@
+/** Why a node of this pack failed, as a message on the page: ComfyUI's app mode says no more than that it did. */
+
+import { app } from "../../scripts/app.js"
+import { api } from "../../scripts/api.js"
+
+app.registerExtension({
+  name: "facelora.failures",
+  setup() {
+    api.addEventListener("execution_error", ({ detail }) => {
+      if (!detail.node_type?.startsWith("FaceLoRA")) return
+      const summary = LiteGraph.registered_node_types[detail.node_type]?.title ?? detail.node_type
+      app.extensionManager.toast.add({ severity: "error", summary, detail: detail.exception_message.trim() }) // until it is closed
+    })
+  },
+})
