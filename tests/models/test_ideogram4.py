@@ -21,8 +21,11 @@ from core.models.base import Base, load_base
 from core.models.families import FAMILIES, detect_family, ideogram4
 from core.models.spec import stack_conditioning
 from core.pictures.sampling import decode_latents, encode_prompts, sample_latents
+from core.training.callbacks import Callbacks
+from core.training.loop import train_lora
+from core.training.methods import METHODS
 from core.training.methods.method import target_modules
-from tests.tooling import SMALL_FLOWS, small_flow_base
+from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, small_flow_base
 
 CPU = torch.device("cpu")
 FAMILY = FAMILIES["ideogram4"]
@@ -303,6 +306,19 @@ def test_other_kinds_of_adapter_leave_out_q_k_and_v_which_comfyui_knows_as_one(m
     ends = {}
     for kind in ("lora", method):
         config = TrainConfig(method=kind, rank=2, targets="attention")
-        adapted = target_modules(FAMILY, config, {"denoiser": denoiser})
+        adapted = target_modules(FAMILY, config, {"denoiser": denoiser}, METHODS[kind].joins_modules)
         ends[kind] = {path.rpartition("attention.")[2] for _, path in adapted}
     assert ends == {"lora": {"to_q", "to_k", "to_v", "to_out.0"}, method: {"to_out.0"}}
+
+
+@pytest.mark.parametrize("method", ["lora", "lokr"])
+def test_a_training_says_once_what_its_method_leaves_out(method):
+    base, warnings = small_flow_base("ideogram4"), []
+    cache = encoded_cache(base, [encoded_image(base, "0.png", "a photo of sks person", 0, shape=(128, 4, 4))])
+    config = TrainConfig(method=method, rank=2, steps=2, targets="attention", precision="fp32")
+    train_lora(cache, base, config, device=CPU, callbacks=Callbacks(on_warning=warnings.append))
+    left_out = (
+        "method 'lokr' leaves out 6 modules of targets = 'attention', such as layers.0.attention.to_q: they are parts of one "
+        "layer in files of ideogram4, where only a plain LoRA fits (method 'lora')"
+    )
+    assert warnings == ([] if method == "lora" else [left_out])
