@@ -18,8 +18,9 @@ from ..device import PRECISIONS, deterministic_if, device_and_dtype
 from ..errors import BadConfig, BadFile, BadPhoto, counted
 from ..faces import FaceNetwork, faces_if_installed, load_faces
 from ..lora.file import LoraFile, fit
-from ..models.base import Base, load_base
+from ..models.base import Base
 from ..models.clip import load_tokenizer
+from ..models.opening import load_base
 from ..photos import (
     Photo,
     Region,

@@ -22,7 +22,7 @@ from core.config import TrainConfig, config_from
 from core.errors import BadConfig
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
-from core.models.base import load_base
+from core.models import load_base
 from core.storage.safetensors_file import save_safetensors
 from core.training.identity import settings_of_the_file, settings_of_the_steps
 from tests.tooling import SMALL_SD15, held_elsewhere, write_checkpoint

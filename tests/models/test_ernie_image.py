@@ -14,8 +14,7 @@ from torch import Tensor
 
 from core.config import TrainConfig
 from core.errors import BadConfig
-from core.models import text
-from core.models.base import Base, load_base
+from core.models import Base, load_base, text
 from core.models.families import FAMILIES
 from core.training.job import check_base_options
 from tests.tooling import SMALL_FLOWS, caption_states, small_flow_base, whole_checkpoint

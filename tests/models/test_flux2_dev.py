@@ -13,8 +13,7 @@ import transformers
 from torch import Tensor
 
 from core.errors import BadFile
-from core.models import text
-from core.models.base import Base, load_base
+from core.models import Base, load_base, text
 from core.models.families.flux2 import FLUX2, texts_at_the_end
 from core.models.spec import stack_conditioning
 from tests.tooling import caption_states, small_flow_base

@@ -16,8 +16,7 @@ from torch import Tensor
 from core.config import TrainConfig
 from core.errors import UnknownFamily
 from core.lora.file import LoraFile
-from core.models import text
-from core.models.base import Base, load_base
+from core.models import Base, load_base, text
 from core.models.families import FAMILIES, detect_family, ideogram4
 from core.models.spec import stack_conditioning
 from core.pictures.sampling import decode_latents, encode_prompts, sample_latents

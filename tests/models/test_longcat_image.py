@@ -18,8 +18,7 @@ from core.config import TrainConfig
 from core.errors import UnknownFamily
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
-from core.models import text
-from core.models.base import load_base
+from core.models import load_base, text
 from core.models.families import FAMILIES, longcat_image
 from core.tensor_names import NAME_TABLES
 from core.training.loop import train_lora
