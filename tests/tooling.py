@@ -244,8 +244,7 @@ def small_flow_base(name: str, **denoiser: Any) -> Base:
     family, small = FAMILIES[name], SMALL_FLOWS[name]
     components = {}
     for part, config in (("denoiser", {**small.denoiser, **denoiser}), ("vae", small.vae)):
-        with torch.device("meta"):
-            state = family.build(part, config).state_dict()
+        state = family.build_empty(part, config).state_dict()
         draw = RandomTensors({name: tuple(tensor.shape) for name, tensor in state.items()}, torch.float32, seed=1)
         components[part] = Component(config, {name: draw(name) for name in state})
 
