@@ -101,17 +101,8 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
     target = conditioning.get("target", timesteps)
     lengths = transformer.text_lengths(mask)
     if len(set(lengths)) > 1:
-        # One by one, since the denoiser has no mask for what the shorter texts are filled up with.
-        rows = [
-            {
-                "context": context[i : i + 1, :length],
-                "context_mask": mask[i : i + 1, :length],
-                "target": target[i : i + 1],
-            }
-            for i, length in enumerate(lengths)
-        ]
-        parts = zip(noisy_latents.split(1), timesteps.split(1), rows, strict=True)
-        return torch.cat([predict(denoiser, *part) for part in parts])
+        # Since the denoiser has no mask for what the shorter texts are filled up with.
+        return transformer.one_by_one(predict, denoiser, noisy_latents, timesteps, conditioning)
     height, width = noisy_latents.shape[2:]
     context, device = context[:, : lengths[0]], noisy_latents.device
     positions = denoiser(
