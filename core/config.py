@@ -297,6 +297,8 @@ class TrainConfig:
             raise BadConfig("stop_early and merge_best go by likeness, which needs photos held out: set hold_out")
         if self.merge_best and self.keep == "last":
             raise BadConfig("merge_best averages the best checkpoints, keep = 'last' takes the last: choose one")
+        if self.compile and self.cuda_graphs:
+            raise BadConfig("compile and cuda_graphs are two ways to keep a GPU from waiting for the host: choose one")
         if self.warmup_steps >= self.steps:
             raise BadConfig(f"warmup_steps = {self.warmup_steps} leaves nothing of {self.steps} steps")
 

@@ -25,9 +25,10 @@ from ..core.errors import BadConfig, BadPhoto, FaceLoraError, LoraMisfit, Unknow
 from ..core.lora.convert import convert_lora
 from ..core.lora.file import LoraFile, fit
 from ..core.lora.names import Entry
-from ..core.models.base import Base, CaptionEncoder, load_base
+from ..core.models.base import Base, CaptionEncoder
 from ..core.models.base_weights import BaseLayers
 from ..core.models.families import FAMILIES
+from ..core.models.opening import load_base
 from ..core.models.spec import Conditioning
 from ..core.models.text import pooled_width
 from ..core.photos import Photo

@@ -25,7 +25,7 @@ from core.bench.shapes import REAL_CHANNELS
 from core.cli.version import __version__
 from core.config import TrainConfig
 from core.device import deterministic_if, device_and_dtype, precision_name
-from core.models.base import Base, load_base
+from core.models import Base, load_base
 from core.models.memory_plan import PLANS
 from core.pictures.generate import Job, generate
 from core.storage.files import write_file

@@ -27,7 +27,8 @@ from core.lora.modules import LoraModule
 from core.models.base import Base, CaptionEncoder
 from core.models.families import FAMILIES
 from core.models.ldm import ldm_vae_path
-from core.models.spec import Component, Conditioning
+from core.models.spec import DENOISER_PREFIX, Component, Conditioning
+from core.models.text import PREFIX
 from core.pictures.sampling import encode_prompts
 from core.storage.locks import locked
 from core.storage.safetensors_file import Layout, SafetensorsFile, save_safetensors, write_safetensors
@@ -243,8 +244,7 @@ def small_flow_base(name: str, **denoiser: Any) -> Base:
     family, small = FAMILIES[name], SMALL_FLOWS[name]
     components = {}
     for part, config in (("denoiser", {**small.denoiser, **denoiser}), ("vae", small.vae)):
-        with torch.device("meta"):
-            state = family.build(part, config).state_dict()
+        state = family.build_empty(part, config).state_dict()
         draw = RandomTensors({name: tuple(tensor.shape) for name, tensor in state.items()}, torch.float32, seed=1)
         components[part] = Component(config, {name: draw(name) for name in state})
 
@@ -313,6 +313,23 @@ def nodes_module(name: str) -> types.ModuleType:
         package.__path__ = [str(folder)]
         sys.modules[package_name] = package
     return importlib.import_module(f"pack.nodes.{name}")
+
+
+def whole_checkpoint(denoiser: Mapping[str, Tensor], kind: str, encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a denoiser under original names and of a text encoder of that kind, as ComfyUI saves them in one file."""
+    prefix = PREFIX.format(kind)
+    return {f"{DENOISER_PREFIX}{name}": tensor for name, tensor in denoiser.items()} | {
+        f"{prefix}{name}": tensor for name, tensor in encoder.items()
+    }
+
+
+@torch.no_grad()
+def caption_states(base: Base, captions: Sequence[str]) -> list[Tensor]:
+    """The states (L, D) of each caption by the base's own text encoders, float32, without what follows them in a batch."""
+    made = base.family.encode_text(base.load_text_encoders(torch.device("cpu"), torch.float32), captions, 1, 1)
+    lengths = made["context_mask"].sum(1).int().tolist()
+    assert all(mask[:length].all() for mask, length in zip(made["context_mask"], lengths, strict=True))
+    return [states[:length] for states, length in zip(made["context"], lengths, strict=True)]
 
 
 def encoded_image(

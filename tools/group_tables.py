@@ -23,7 +23,7 @@ from core.demo import BASE_FILE, GUIDANCE, PICTURE_SIZE
 from core.demo.people import UNSEEN_PEOPLE, person_photos
 from core.faces import FaceNetwork, Reference, load_faces
 from core.lora.file import LoraFile
-from core.models.base import Base, load_base
+from core.models import Base, load_base
 from core.pictures.face_pass import FacePass
 from core.pictures.generate import GenerateConfig, Job, generate
 from core.pictures.group import Group, Person, generate_group

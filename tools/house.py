@@ -35,7 +35,7 @@ FAMILY_EXCEPTIONS = {
 """Modules elsewhere that name a family, and why: none of them has to know a new one."""
 MOST_LINES, MOST_BRANCHES = 80, 25
 """What a function may have."""
-SAME_LINES, MOST_REPEATS = 6, 18
+SAME_LINES, MOST_REPEATS = 6, 16
 """How many lines in a row make a repeat, and how many repeats there may be, those of the tests among them."""
 SHOWN = 8
 """Longest functions that are listed."""

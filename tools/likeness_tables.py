@@ -26,7 +26,7 @@ from core.demo import BASE_FILE, CONFIG, GUIDANCE, PICTURE_SIZE, Judge
 from core.demo.people import UNSEEN_PEOPLE, person_photos
 from core.faces import load_faces
 from core.lora.file import LoraFile
-from core.models.base import Base, load_base
+from core.models import Base, load_base
 from core.photos import Photo
 from core.photos.captions import class_caption, default_caption
 from core.pictures.generate import GenerateConfig, Job, generate

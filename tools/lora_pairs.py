@@ -16,7 +16,7 @@ from core.demo import BASE_FILE
 from core.demo.people import SEEN_PEOPLE, person_photos
 from core.faces import embed_images, likeness, load_faces, mean_face
 from core.lora.file import LoraFile
-from core.models.base import load_base
+from core.models import load_base
 from core.photos import Photo, read_photos
 from core.pictures.generate import GenerateConfig, Job, generate
 from core.training.job import train

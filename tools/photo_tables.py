@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 
-import core.photos.report as report_module
 from core.cli.common import add_face_network
 from core.faces import Face, FaceNetwork, embed_images, likeness, load_faces
 from core.photos import Photo, Thresholds, check_photos
@@ -160,11 +159,8 @@ def try_real_photos(network: FaceNetwork) -> list[tuple[str, str, str]]:
 
 def threshold_rows() -> list[tuple[str, str, str]]:
     """(name, value, origin) of the thresholds, from the source code itself."""
-    (cls,) = (
-        node
-        for node in ast.parse(inspect.getsource(report_module)).body
-        if isinstance(node, ast.ClassDef) and node.name == "Thresholds"
-    )
+    (cls,) = ast.parse(inspect.getsource(Thresholds)).body
+    assert isinstance(cls, ast.ClassDef)
     rows = []
     for field, text in itertools.pairwise(cls.body):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from core.config import TrainConfig
 from core.demo.people import SEEN_PEOPLE, person_photos
 from core.faces import load_faces as load_network
-from core.models.base import load_base
+from core.models import load_base
 from core.models.clip import load_tokenizer
 from core.models.ldm import ldm_vae_path
 from core.models.objective import NoiseSchedule

@@ -26,7 +26,7 @@ from core.demo import BASE_FILE, GUIDANCE, PICTURE_SIZE, Judge
 from core.demo.people import UNSEEN_PEOPLE, person_photos
 from core.faces import FaceNetwork, load_faces
 from core.lora.file import LoraFile
-from core.models.base import load_base
+from core.models import load_base
 from core.photos.captions import class_caption, default_caption
 from core.pictures.generate import GenerateConfig, Job, generate
 from core.storage.files import write_text

@@ -25,7 +25,8 @@ from ..device import device_and_dtype
 from ..errors import BadConfig, BadFile
 from ..faces import FaceNetwork, embed_images, likeness, mean_face
 from ..lora.file import LoraFile
-from ..models.base import Base, load_base
+from ..models.base import Base
+from ..models.opening import load_base
 from ..photos import Photo, prepare
 from ..photos.captions import class_caption, default_caption
 from ..pictures.generate import GenerateConfig, Job, generate

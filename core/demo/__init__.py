@@ -19,7 +19,7 @@ from ..config import TrainConfig
 from ..errors import BadConfig, BadFile
 from ..faces import FaceNetwork, embed_images, likeness, load_faces, mean_face
 from ..lora.file import LoraFile
-from ..models.base import load_base
+from ..models.opening import load_base
 from ..photos import Photo
 from ..pictures.generate import GenerateConfig, Job, generate
 from ..pictures.sheet import contact_sheet

@@ -139,7 +139,8 @@ def apply(
     }
     shapes = {module_id: _weight_shape(layer) for module_id, layer in layers.items()}
     biased = {module_id for module_id, layer in layers.items() if isinstance(getattr(layer, "bias", None), Tensor)}
-    present = lora.of_parts({"denoiser", *networks})
+    unused = FAMILIES[family].unused if family in FAMILIES else r"$^"
+    present = lora.of_parts({"denoiser", *networks}).of_loaded(shapes, unused)
     fit(present, family, shapes, biased).check(lora.name)
     if text_encoder_strength is None:
         text_encoder_strength = strength

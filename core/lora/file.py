@@ -6,7 +6,8 @@ Facts about the format are in docs/formats.md.
 import hashlib
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TypeVar
@@ -175,7 +176,19 @@ class LoraFile(LoraNames):
 
     def of_parts(self, parts: Collection[str]) -> "LoraFile":
         """A copy of the LoRA that changes modules in these parts only; embeddings and unknown tensors stay."""
-        left_out = {key for entry in self.entries if entry.part not in parts for key in entry.keys.values()}
+        return self._without(entry for entry in self.entries if entry.part not in parts)
+
+    def of_loaded(self, modules: Collection[ModuleId], unused: str) -> "LoraFile":
+        """The LoRA without changes of modules that are not among these since nothing uses them (`FamilySpec.unused`).
+
+        One that changes no others stays as it is, and so fits no base model.
+        """
+        missing = [entry for entry in self.entries if not any(module in modules for module in entry.modules)]
+        left_out = [entry for entry in missing if all(re.search(unused, path) for _, path in entry.modules)]
+        return self._without(left_out) if 0 < len(left_out) < len(self.entries) else self
+
+    def _without(self, entries: Iterable[Entry]) -> "LoraFile":
+        left_out = {key for entry in entries for key in entry.keys.values()}
         return replace(self, tensors={key: tensor for key, tensor in self.tensors.items() if key not in left_out})
 
     def changes_of(

@@ -6,7 +6,6 @@ from ..lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from .base import Base as Base
-    from .base import load_base as load_base
     from .base_weights import BaseWeights as BaseWeights
     from .clip import caption_tokens as caption_tokens
     from .clip import chunk_count as chunk_count
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
     from .families import FAMILIES as FAMILIES
     from .memory_plan import MemoryCount as MemoryCount
     from .memory_plan import MemoryPlan as MemoryPlan
+    from .opening import load_base as load_base
     from .original_checkpoint import Checkpoint as Checkpoint
     from .original_checkpoint import original_tensors as original_tensors
     from .spec import Component as Component
@@ -24,11 +24,12 @@ else:
     __getattr__, __dir__, __all__ = lazy_names(
         __name__,
         {
-            ".base": ("Base", "load_base"),
+            ".base": ("Base",),
             ".base_weights": ("BaseWeights",),
             ".clip": ("caption_tokens", "chunk_count", "load_tokenizer"),
             ".families": ("FAMILIES",),
             ".memory_plan": ("MemoryCount", "MemoryPlan"),
+            ".opening": ("load_base",),
             ".original_checkpoint": ("Checkpoint", "original_tensors"),
             ".spec": ("Component", "Conditioning", "FamilySpec", "Pair"),
         },

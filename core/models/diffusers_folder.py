@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,7 +81,8 @@ def read_folder(folder: Path) -> DiffusersFolder:
             # A model that also sees pictures may have its tokenizer beside what prepares them.
             beside = os.path.exists(processor) and not os.path.exists(tokenizer)
             config["tokenizer"] = str(processor if beside else tokenizer)
-        components[part] = Component(config, _folder_tensors(subfolder, part))
+        left_out = family.unused if part == "denoiser" else r"$^"
+        components[part] = Component(config, _folder_tensors(subfolder, part, left_out))
     scheduler_path = folder / "scheduler" / "scheduler_config.json"
     scheduler = _read_config(scheduler_path) if os.path.exists(scheduler_path) else {}
     try:
@@ -111,7 +113,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _folder_tensors(folder: Path, part: str) -> Mapping[str, Tensor]:
+def _folder_tensors(folder: Path, part: str, left_out: str) -> Mapping[str, Tensor]:
+    """The tensors in a part's folder, without those in whose names `left_out` is found."""
     paths = sorted(folder.glob("*.safetensors"))
     # Beside the plain weights, a folder may hold them in fp16, or a running average of them.
     plain = [path for path in paths if not any(f".{word}" in path.name for word in ("fp16", "non_ema", "ema"))] or paths
@@ -124,7 +127,7 @@ def _folder_tensors(folder: Path, part: str) -> Mapping[str, Tensor]:
     for path in plain:
         file = SafetensorsFile.open(path)
         for name in file:
-            if name.endswith(("position_ids", "logit_scale")):
+            if name.endswith(("position_ids", "logit_scale")) or re.search(left_out, name):
                 continue
             readers[current_vae_path(name) if part == "vae" else name] = Stored(file, name)
     return LazyTensors(text.library_tensors(readers) if part.startswith("text_encoder") else readers)

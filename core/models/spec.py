@@ -1,5 +1,6 @@
 """The interface between the model families and the code that they share: `FamilySpec`, which describes one family."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -226,6 +227,10 @@ class FamilySpec:
     """The titles of models that look like this family but cannot be trained as it, by a tensor that only they have.
 
     Names are those of original checkpoints, and the first match counts."""
+    unused: str = r"$^"
+    """A regular expression that is found in the paths of the denoiser's modules that nothing here uses.
+
+    They are not loaded, and a LoRA's change of them is left out where it is put on what is loaded."""
     overflows_in_fp16: bool = False
     """Whether the denoiser's states exceed what fp16 holds (65504), so that it is computed in bf16 or float32 alone."""
     lora_scheme: Literal["kohya", "diffusers", "comfy"] = "kohya"
@@ -274,7 +279,10 @@ class FamilySpec:
     def build_empty(self, part: str, config: dict[str, Any]) -> nn.Module:
         """The network of a part on the meta device: shapes without numbers, which `materialise` gives it."""
         with torch.device("meta"), _Uninitialised():
-            return self.build(part, config)
+            network = self.build(part, config)
+        if part == "denoiser":
+            _leave_out(network, self.unused)
+        return network
 
     def prediction_type(self, named: str) -> PredictionType:
         """The prediction type of a model whose file or settings name it so; always "flow" for a rectified flow."""
@@ -290,6 +298,14 @@ class FamilySpec:
             return FlowSchedule(self.flow_shift, self.latent_shape(components).positions_side)
         assert prediction_type != "flow"
         return NoiseSchedule.scaled_linear(prediction_type, zero_terminal_snr)
+
+
+def _leave_out(network: nn.Module, unused: str) -> None:
+    """Takes out of a network the modules in whose paths the regular expression is found."""
+    for path, module in list(network.named_modules()):
+        for name, _ in list(module.named_children()):
+            if re.search(unused, f"{path}.{name}"):
+                delattr(module, name)
 
 
 class _Uninitialised(TorchFunctionMode):

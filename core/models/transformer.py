@@ -16,7 +16,7 @@ from ..storage.narrow import NarrowTensor
 from ..tensor_names.table import NameTable, Place
 from .ldm import kl_pixels, vae_component
 from .packages import import_diffusers
-from .spec import DENOISER_PREFIX, Component, LatentShape, holds_numbers
+from .spec import DENOISER_PREFIX, Component, Conditioning, LatentShape, holds_numbers
 
 
 def denoiser_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -191,6 +191,25 @@ def join_patches(patches: Tensor, height: int, width: int) -> Tensor:
 def grid_positions(height: int, width: int, device: torch.device) -> Tensor:
     """The coordinates of each position of a picture, (height * width, 3) float32: 0, its row and its column."""
     return torch.cartesian_prod(*(torch.arange(float(count), device=device) for count in (1, height, width)))
+
+
+def one_by_one(
+    predict: Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor],
+    denoiser: nn.Module,
+    noisy_latents: Tensor,
+    timesteps: Tensor,
+    conditioning: Conditioning,
+) -> Tensor:
+    """A family's predictions for a batch, each made alone, without what its text is filled up with."""
+    rows = [
+        {
+            name: value[i : i + 1, :length] if name in ("context", "context_mask") else value[i : i + 1]
+            for name, value in conditioning.items()
+        }
+        for i, length in enumerate(text_lengths(conditioning["context_mask"]))
+    ]
+    parts = zip(noisy_latents.split(1), timesteps.split(1), rows, strict=True)
+    return torch.cat([predict(denoiser, *part) for part in parts])
 
 
 def text_lengths(mask: Tensor) -> list[int]:

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from .report import REJECT as REJECT
     from .report import PhotoReport as PhotoReport
     from .report import SetReport as SetReport
-    from .report import Thresholds as Thresholds
     from .report import check_photos as check_photos
     from .sheet import format_report as format_report
     from .sheet import save_sheet as save_sheet
+    from .thresholds import Thresholds as Thresholds
 else:
     __getattr__, __dir__, __all__ = lazy_names(
         __name__,
@@ -37,7 +37,8 @@ else:
             ".crops": ("face_regions", "with_masks"),
             ".dataset": ("Dataset", "Region", "TrainingImage", "prepare"),
             ".reading": ("DAMAGED", "Photo", "count_photos", "read_photo_files", "read_photos"),
-            ".report": ("PhotoReport", "REJECT", "SetReport", "Thresholds", "check_photos"),
+            ".report": ("PhotoReport", "REJECT", "SetReport", "check_photos"),
             ".sheet": ("format_report", "save_sheet"),
+            ".thresholds": ("Thresholds",),
         },
     )

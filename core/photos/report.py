@@ -9,114 +9,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from ..errors import BadConfig
 from ..faces import Face, FaceNetwork, likeness
 from . import measure
+from .look import TURNS, Look, look_at
 from .reading import Photo
+from .thresholds import Thresholds
 
 USE, CROP, REVIEW, REJECT = VERDICTS = ("use", "use with crop", "review", "reject")
-TURNS = {
-    90: "the picture lies on its side: turn it to the left",
-    180: "the picture stands on its head: turn it round",
-    270: "the picture lies on its side: turn it to the right",
-}
-"""The advice for a picture that must be turned, by the degrees, counter-clockwise, that make it upright."""
-UPRIGHT_SCORE, UPRIGHT_MARGIN = 0.91, 0.03
-"""The detector's score from which a face counts as upright, and the lead that a turned picture's score must have over it.
-
-On ORL, YuNet gives upright faces 0.914 and more, and at least 0.035 more than the same faces turned.
-"""
 FRAMINGS = ("close-up", "chest-up", "body")
 VIEWS = ("front", "half-turned", "side")
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """The values at which verdicts change: starting points, each with its origin. docs/photos.md shows their effect."""
-
-    face_pixels_reject: float = 200
-    """The size of a face, in pixels of the photo, below which it is rejected: half of what headshot services ask for."""
-    face_pixels_review: float = 410
-    """The size of a face, in pixels, below which it is reviewed: HeadshotPro's minimum, 40 % of a 1024 pixel picture."""
-    in_frame_review: float = 0.95
-    """The share of the face's box inside the picture below which it is reviewed. Two photos cut beside an eye (package
-    face_recognition) have 0.87 and 0.92, whole faces 0.98 and more. With an eye or the mouth cut off a photo is rejected."""
-    sharpness_reject: float = 0.015
-    """The `measure.sharpness` below which a face is rejected: blurred by 2 pixels or enlarged 6 times it has 0.006 to 0.015."""
-    sharpness_review: float = 0.05
-    """The sharpness below which a face is reviewed. Sharp portraits and ORL have 0.06 to 1.4, soft group pictures 0.01 to
-    0.09."""
-    highlights_reject: float = 40
-    """The `measure.highlights` below which a face is rejected as dark: portraits darkened to 15 % have 24 to 29."""
-    highlights_review: float = 80
-    """The highlights below which a face is reviewed: portraits darkened to 30 % have 54 to 59, all of ORL is above 130."""
-    midtone_review: float = 225
-    """The `measure.midtone` above which a face is reviewed as bright: ordinary faces have 50 to 175."""
-    midtone_reject: float = 245
-    """The midtone above which a face is rejected: portraits brightened 2.5 times have 234 to 255."""
-    likeness_reject: float = 0.40
-    """The cosine to the set's most typical photo below which a face is someone else's: SFace's equal-error threshold."""
-    likeness_review: float = 0.55
-    """The cosine below which a face is reviewed: 98.7 % of ORL's photos reach it, and no photo of someone else does."""
-    same_picture: int = 2
-    """The bits, of 64, by which the hashes of copies differ: scaled, recompressed or recoloured by 0 to 2, rarely 4."""
-    similar_picture: int = 6
-    """The bits by which the hashes of similar pictures differ: copies cropped by 2 % or turned by 1 degree by 2 to 6."""
-    same_picture_likeness: float = 0.85
-    """The cosine of the faces from which pictures with equal hashes are copies: those have 0.90 to 0.99."""
-    face_share_crop: float = 0.12
-    """The share of the picture (square roots of the areas) below which a face is small: 120 of 1024 pixels are too few."""
-    other_face: float = 0.3
-    """The share of the largest face's size below which a face is taken for background."""
-    turned: float = 0.12
-    """The yaw (`measure.pose`) from which a face is half-turned: about 15 degrees; nine in ten ORL photos are below."""
-    side: float = 0.35
-    """The yaw from which a face is seen from the side: about 38 degrees."""
-    photos_needed: int = 5
-    """The number of usable photos below which there is nothing to train on: one less than headshot services accept."""
-    photos_wanted: int = 10
-    """The number of usable photos that is enough: headshot services ask for 6 to 20, and 8 to 15 do best."""
-    turned_wanted: int = 3
-    """The number of usable photos with a turned head, so that the LoRA learns the person and not the view."""
-    chest_up_wanted: int = 3
-    """The number of usable photos that show more than the face."""
-    lights_wanted: int = 3
-    """The number of kinds of light (`measure.light`) among the usable photos."""
-    backgrounds_wanted: int = 3
-    """The number of kinds of background (`measure.background`), so that no wall becomes part of the person."""
-
-    @classmethod
-    def for_resolution(cls, resolution: int, network: str = "sface") -> Thresholds:
-        """The thresholds for training at a resolution, in pixels, with likeness measured by a face network.
-
-        The defaults are for 1024 pixels: sizes of faces grow in proportion. A network that is not in LIKENESS_LIMITS is
-        taken to be like SFace. Raises BadConfig for a resolution below 1.
-        """
-        if resolution < 1:
-            raise BadConfig(f"resolution = {resolution}: must be at least 1")
-        default = cls()
-        reject, review, same_picture = LIKENESS_LIMITS.get(network, LIKENESS_LIMITS["sface"])
-        return replace(
-            default,
-            face_pixels_reject=default.face_pixels_reject * resolution / 1024,
-            face_pixels_review=default.face_pixels_review * resolution / 1024,
-            likeness_reject=reject,
-            likeness_review=review,
-            same_picture_likeness=same_picture,
-        )
-
-
-LIKENESS_LIMITS = {
-    "sface": (Thresholds.likeness_reject, Thresholds.likeness_review, Thresholds.same_picture_likeness),
-    "dlib": (0.93, 0.95, 0.985),
-}
-"""The (likeness_reject, likeness_review, same_picture_likeness) of each face network for which they were measured.
-
-On ORL dlib's equal-error threshold is 0.925; 98.0 % of the photos reach 0.95, and no photo of someone else exceeds 0.942.
-Copies that are scaled, recompressed, cropped by 2 % or turned by 1 degree have 0.992 and more.
-"""
 
 
 @dataclass(frozen=True)
@@ -252,7 +154,7 @@ def check_photos(
     thresholds = thresholds or Thresholds()
     if network is None:
         return _without_faces(photos, thresholds)
-    looks = [_look(photo, network, thresholds) for photo in photos]
+    looks = [look_at(photo, network, thresholds) for photo in photos]
     chosen = _recognise(looks)
     matches = [alike >= thresholds.likeness_reject for _, alike in chosen if alike is not None]
     # With no majority for one person, nobody can say who of them is the intruder.
@@ -297,67 +199,7 @@ def _without_faces(photos: Sequence[Photo], limits: Thresholds) -> SetReport:
     return SetReport(tuple(reports), limits, None, 0, 0, advice)
 
 
-@dataclass(frozen=True, eq=False)
-class _Look:
-    """The measurements of one photo before it is compared with the others; lists have one entry for each face."""
-
-    photo: Photo
-    hash: np.ndarray
-    turn: int
-    faces: list[Face]
-    """The faces in pixels of the photo, largest first, without those that are small beside the largest."""
-    vectors: np.ndarray
-    lumas: list[np.ndarray]
-    lights: list[np.ndarray]
-    backgrounds: list[np.ndarray]
-
-
-def _look(photo: Photo, network: FaceNetwork, thresholds: Thresholds) -> _Look:
-    # The detector works at 640 pixels; a face is judged at SHARPNESS_SIDE. Decode no more than that needs.
-    image = photo.image(shorter_side=640)
-    faces = network.detect(image)
-    if faces and faces[0].size < measure.SHARPNESS_SIDE and image.size != photo.size:
-        needed = min(image.size) * measure.SHARPNESS_SIDE / max(faces[0].size, 1)
-        larger = photo.image(shorter_side=int(min(needed, *photo.size)))
-        faces = [_scaled(face, image, larger.size) for face in faces]
-        image = larger
-    turn = _turn(image, faces, network)
-    # The landmarks of a face that is not upright are wrong.
-    faces = [] if turn else [face for face in faces if face.size >= thresholds.other_face * faces[0].size]
-    return _Look(
-        photo,
-        measure.perceptual_hash(image),
-        turn,
-        [_scaled(face, image, photo.size) for face in faces],
-        network.embed([image] * len(faces), faces),
-        [measure.face_luma(image, face) for face in faces],
-        [measure.light(image, face) for face in faces],
-        [measure.background(image, face) for face in faces],
-    )
-
-
-def _turn(image: Image.Image, faces: Sequence[Face], network: FaceNetwork) -> int:
-    """The degrees, counter-clockwise, that would make the faces upright; 0 where they are, or where there are none."""
-    upright = _surest(faces)
-    if upright >= UPRIGHT_SCORE:
-        return 0
-    scores = {degrees: _surest(network.detect(image.rotate(degrees, expand=True))) for degrees in TURNS}
-    best = max(scores, key=lambda degrees: scores[degrees])
-    return best if scores[best] > upright + UPRIGHT_MARGIN else 0
-
-
-def _surest(faces: Sequence[Face]) -> float:
-    return max((face.score for face in faces), default=0.0)
-
-
-def _scaled(face: Face, image: Image.Image, size: tuple[int, int]) -> Face:
-    """The face of `image` in pixels of the same picture at another size."""
-    factors = np.array(size) / image.size
-    left, top, right, bottom = (np.array(face.box) * np.tile(factors, 2)).tolist()
-    return Face((left, top, right, bottom), (face.landmarks * factors).astype(np.float32), face.score)
-
-
-def _recognise(looks: Sequence[_Look]) -> list[tuple[int, float | None]]:
+def _recognise(looks: Sequence[Look]) -> list[tuple[int, float | None]]:
     """The index of the person's face in each photo, and its likeness to the most typical face.
 
     The likeness is None in a photo without a face, and in all of them when fewer than two photos have one.
@@ -380,7 +222,7 @@ def _recognise(looks: Sequence[_Look]) -> list[tuple[int, float | None]]:
 
 
 def _mark_copies(
-    reports: Sequence[PhotoReport], looks: Sequence[_Look], chosen: Sequence[int], limits: Thresholds
+    reports: Sequence[PhotoReport], looks: Sequence[Look], chosen: Sequence[int], limits: Thresholds
 ) -> list[PhotoReport]:
     """The reports, with a finding added for each picture of which there is a better copy or a similar picture."""
     marked = list(reports)
@@ -412,7 +254,7 @@ def _mark_copies(
     return marked
 
 
-def _judge(look: _Look, index: int, alike: float | None, majority: bool, limits: Thresholds) -> PhotoReport:
+def _judge(look: Look, index: int, alike: float | None, majority: bool, limits: Thresholds) -> PhotoReport:
     if not look.faces:
         nothing = "no face was found; make sure that the whole face can be seen"
         nobody = Finding(REJECT, TURNS.get(look.turn, nothing))

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BadConfig, FaceLoraError, InUse, MissingPackage
-from ..models.base import Base, load_base
+from ..models.base import Base
+from ..models.opening import load_base
 from ..training.callbacks import Callbacks
 from .people import Person
 from .queue import News

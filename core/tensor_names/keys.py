@@ -1,9 +1,10 @@
 """Parsing of the names of LoRA tensors into prefix, module path and suffix, which is the same for all families."""
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+
+from .families import NAME_TABLES
 
 # Some schemes flatten paths by writing "_" for ".". These are the path components that contain "_" themselves, by which
 # the dots can be restored: the longest word of this list that fits is one component, and so is other text between two "_".
@@ -32,15 +33,12 @@ original transformers:
     ffn_norm1 ffn_norm2 attention_norm1 attention_norm2 gate_up
     content_mode_blocks attn_out mlp_in mlp_out emb_in ref_time_in
 """
-COMPOUND_WORDS = {word for word in _VOCABULARY.split() if "_" in word}
-_LONGEST_COMPOUND = 4
+COMPOUND_WORDS = frozenset(
+    {word for word in _VOCABULARY.split() if "_" in word}.union(*(table.words for table in NAME_TABLES.values()))
+)
+"""The vocabulary, with what the families' tables add to it."""
+_LONGEST_COMPOUND = 1 + max(word.count("_") for word in COMPOUND_WORDS)
 """The most parts, between two "_", that a component has."""
-
-
-def learn_words(words: Iterable[str]) -> None:
-    """Adds components of a family's own to the vocabulary. It is for the package itself, before any name is read."""
-    COMPOUND_WORDS.update(words)
-    assert max(word.count("_") for word in COMPOUND_WORDS) < _LONGEST_COMPOUND
 
 
 # The role of a tensor in its module, and a pattern of the suffixes that mean it.

@@ -18,8 +18,9 @@ from ..device import PRECISIONS, deterministic_if, device_and_dtype
 from ..errors import BadConfig, BadFile, BadPhoto, counted
 from ..faces import FaceNetwork, faces_if_installed, load_faces
 from ..lora.file import LoraFile, fit
-from ..models.base import Base, load_base
+from ..models.base import Base
 from ..models.clip import load_tokenizer
+from ..models.opening import load_base
 from ..photos import (
     Photo,
     Region,
@@ -208,8 +209,9 @@ def _checked_start(start: LoraFile | str | os.PathLike[str] | None, base: Base) 
     """The LoRA to go on from, read if it is not yet. Raises LoraMisfit when it does not fit the base model."""
     if start is None:
         return None
-    start = start if isinstance(start, LoraFile) else LoraFile.read(start)
-    fit(start, base.family.name, base.module_shapes()).check(start.name)
+    shapes = base.module_shapes()
+    start = (start if isinstance(start, LoraFile) else LoraFile.read(start)).of_loaded(shapes, base.family.unused)
+    fit(start, base.family.name, shapes).check(start.name)
     return start
 
 

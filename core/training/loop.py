@@ -1,7 +1,7 @@
 """The training loop, which trains one adapter on one base model from its first step to its file."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from .encode import LatentCache
 from .identity import run_identity
 from .likeness import LikenessPoint
 from .memory_prediction import choose_plan
+from .methods import what_is_left_out
 from .methods.method import Trained
 from .samples import Samples
 from .state_file import StateFile
@@ -68,8 +69,8 @@ def train_lora(
             cache, base, config, device, continue_from, callbacks.check_cancelled, plan, training_adapter,
             callbacks.on_warning,
         )  # fmt: skip
-        if run.why_not_compiled:
-            callbacks.on_warning(f"compile: not possible here ({run.why_not_compiled}); the training goes on without")
+        for limit in _limits_of(run):
+            callbacks.on_warning(limit)
         known_by = {METADATA_KEY: training_adapter.digest} if training_adapter else {}
         checkpoints = Checkpoints(run, cache, base, samples, callbacks, {**known_by, **(extra_metadata or {})})
         networks = checkpoints.face_networks
@@ -105,6 +106,14 @@ def train_lora(
         with state.saved_when_cancelled():
             checkpoints.measure_last()
         return checkpoints.chosen()
+
+
+def _limits_of(run: Run) -> Iterator[str]:
+    """What the run will not do of what its settings ask for, in sentences."""
+    if run.why_not_compiled:
+        yield f"compile: not possible here ({run.why_not_compiled}); the training goes on without"
+    if without := what_is_left_out(run.denoiser, run.family, run.config):
+        yield without
 
 
 def _report(run: Run, first_step: int, started: float, likeness: LikenessPoint | None) -> StepReport:

@@ -70,11 +70,12 @@ class TrainingAdapter:
             shapes = {module: shape for module, shape in base.module_shapes().items() if module[0] == "denoiser"}
             names = base.components["denoiser"].tensors
             biased = {("denoiser", name.removesuffix(".bias")) for name in names if name.endswith(".bias")}
-            fit(lora, base.family.name, shapes, biased).check(lora.name)
-            lora.check()
+            used = lora.of_loaded(shapes, base.family.unused)
+            fit(used, base.family.name, shapes, biased).check(lora.name)
+            used.check()
             changes: dict[str, Change] = {}
-            for entry in lora.entries:
-                changes |= _changes(lora, entry, base, shapes)
+            for entry in used.entries:
+                changes |= _changes(used, entry, base, shapes)
         except FaceLoraError as error:
             raise type(error)(f"training adapter: {error} ({expected})") from None
         return cls(model_hash(lora.tensors), changes)

@@ -15,7 +15,7 @@ from core.demo import BASE_FILE
 from core.demo.people import person_photos
 from core.errors import BadConfig
 from core.faces import load_faces
-from core.models.base import load_base
+from core.models import load_base
 from core.photos import Photo
 from core.training.methods import peak_rate
 

@@ -15,7 +15,7 @@ from core.cli.pictures import without_trigger
 from core.demo import BASE_FILE
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
-from core.models.base import load_base
+from core.models import load_base
 from core.storage.safetensors_file import SafetensorsFile, save_safetensors
 
 MODULE = ("denoiser", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k")

@@ -38,20 +38,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from small_models import IN_COMFYUI  # noqa: E402
 
 SMALL = {family: small for family, small in IN_COMFYUI.items() if small.kind}
-SD3, FLUX1, FLUX2, Z_IMAGE, QWEN_IMAGE, KREA2, ERNIE, LONGCAT, IDEOGRAM4 = (
-    dict(SMALL[family].config)
-    for family in (
-        "sd3",
-        "flux1",
-        "flux2",
-        "zimage",
-        "qwen-image",
-        "krea2",
-        "ernie-image",
-        "longcat-image",
-        "ideogram4",
-    )
-)
+SD3, FLUX2 = dict(SMALL["sd3"].config), dict(SMALL["flux2"].config)
 PLAIN_SD3 = {name: value for name, value in SD3.items() if name != "qk_norm"} | {"x_block_self_attn_layers": []}
 # Family, and after a dot what kind of it: ComfyUI's class and what its model_detection reads off a checkpoint, narrower;
 # channels of the latents; widths of text.
@@ -65,53 +52,16 @@ MODELS |= {
     "flux2.9b": (supported.Flux2, {**FLUX2, "num_heads": 3, "hidden_size": 384}, 128, {"context": 96}),
     "flux2.dev": (supported.Flux2, {**FLUX2, "guidance_embed": True}, 128, {"context": 96}),
 }
-# The same at the published models' widths, with one or two blocks of each kind: for wide_models.py.
-WIDE_FLUX = {"hidden_size": 3072, "num_heads": 24, "depth": 1, "depth_single_blocks": 1}
 MODELS |= {
-    "sd3.wide": (
-        supported.SD3,
-        {**PLAIN_SD3, "qk_norm": "rms", "depth": 38, "num_blocks": 2, "adm_in_channels": 2048, "num_patches": 36864,
-         "pos_embed_max_size": 192,
-         "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 2432}}},
-        16, {"context": 4096, "pooled": 2048},
-    ),
-    "flux1.wide": (
-        supported.Flux,
-        {**FLUX1, **WIDE_FLUX, "context_in_dim": 4096, "vec_in_dim": 768},
-        16, {"context": 4096, "pooled": 768},
-    ),
-    "flux2.wide": (
-        supported.Flux2,
-        {**FLUX2, **WIDE_FLUX, "hidden_size": 4096, "num_heads": 32, "context_in_dim": 12288},
-        128, {"context": 12288},
-    ),
-    "zimage.wide": (
-        supported.ZImage,
-        {**Z_IMAGE, "dim": 3840, "n_heads": 30, "n_kv_heads": 30, "cap_feat_dim": 2560, "n_layers": 1},
-        16, {"context": 2560},
-    ),
-    "qwen-image.wide": (
-        supported.QwenImage, {**QWEN_IMAGE, "num_attention_heads": 24, "joint_attention_dim": 3584}, 16, {"context": 3584},
-    ),
-    "krea2.wide": (
-        supported.Krea2,
-        {**KREA2, "features": 6144, "heads": 48, "kvheads": 12, "layers": 1, "txtdim": 2560, "txtheads": 20, "txtkvheads": 20},
-        16, {"context": 12 * 2560},
-    ),
-    "ernie-image.wide": (
-        supported.ErnieImage,
-        {**ERNIE, "hidden_size": 4096, "num_attention_heads": 32, "num_layers": 1, "ffn_hidden_size": 12288,
-         "text_in_dim": 3072},
-        128, {"context": 3072},
-    ),
-    "longcat-image.wide": (supported.LongCatImage, {**LONGCAT, **WIDE_FLUX, "context_in_dim": 3584}, 16, {"context": 3584}),
-    "ideogram4.wide": (
-        supported.Ideogram4,
-        {**IDEOGRAM4, "num_layers": 1, "num_attention_heads": 18, "attention_head_dim": 256, "intermediate_size": 12288,
-         "adaln_dim": 512, "llm_features_dim": 13 * 4096},
-        128, {"context": 13 * 4096},
-    ),
-}  # fmt: skip
+    f"{family}.wide": (
+        getattr(supported, small.kind),
+        {**small.config, **small.wide},
+        small.channels,
+        small.wide_widths,
+    )
+    for family, small in SMALL.items()
+    if small.wide
+}
 CASES = ((5, (8, 12)), (32, (8, 12)), (40, (8, 12)), (16, (20, 6)))
 """Tokens of text, and height and width of the latents."""
 SMALL_TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,

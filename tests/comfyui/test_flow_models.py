@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from core.models import text
-from core.models.base import Base, load_base
+from core.models import Base, load_base, text
 from core.models.families import FAMILIES, longcat_image, sd3
 from core.models.spec import Conditioning, stack_conditioning
 from core.storage.safetensors_file import SafetensorsFile

@@ -9,7 +9,7 @@ import torch
 
 from core.lora.convert import convert_lora
 from core.lora.file import LoraFile
-from core.models.base import load_base
+from core.models import load_base
 from core.tensor_names import NAME_TABLES
 
 from .flow_files import CLIPS, VAES

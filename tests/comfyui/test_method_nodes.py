@@ -9,7 +9,7 @@ import torch
 from core.lora.embeddings import WORD_KEY, embedding_tensors, embeddings_of
 from core.lora.file import LoraFile
 from core.lora.modules import name_kinds
-from core.models.base import load_base
+from core.models import load_base
 from core.models.original_checkpoint import original_tensors
 from core.storage.safetensors_file import SafetensorsFile
 

@@ -13,7 +13,7 @@ from torch import nn
 from core.config import TrainConfig
 from core.lora.embeddings import bundled_tensors, embedding_tensors
 from core.lora.file import LoraFile
-from core.models.base import Base, load_base
+from core.models import Base, load_base
 from core.models.families import FAMILIES
 from core.models.spec import Component
 from core.storage.safetensors_file import SafetensorsFile

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from core.lora.file import LoraFile
-from core.models.base import load_base
+from core.models import load_base
 from core.models.quantised import dequantised
 from core.storage.gguf_file import open_gguf
 from core.storage.lazy import dtype_and_shape, narrow_in

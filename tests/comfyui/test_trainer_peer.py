@@ -9,7 +9,7 @@ from core.bench.loops import ComfyLoop, random_cache
 from core.bench.report import bench
 from core.config import TrainConfig
 from core.errors import BadConfig, BadFile
-from core.models.base import load_base
+from core.models import load_base
 from tests.tooling import RandomTensors, original_shapes
 
 from .real_widths import COMFY_SD15

@@ -11,6 +11,7 @@ import torch
 
 from core.storage.safetensors_file import SafetensorsFile
 
+from ..small_models import IN_COMFYUI
 from .flow_files import run_model_writer
 from .test_flow_models import CPU, cases_of, conditioning_of, denoiser_base
 
@@ -37,15 +38,5 @@ def row(family: str) -> str:
 
 
 # Chroma's modulations depend on how many blocks there are, so that it is compared at its real depth, but narrow.
-for family in sys.argv[1:] or (
-    "sd3",
-    "flux1",
-    "flux2",
-    "zimage",
-    "qwen-image",
-    "krea2",
-    "ernie-image",
-    "longcat-image",
-    "ideogram4",
-):
+for family in sys.argv[1:] or [family for family, small in IN_COMFYUI.items() if small.wide]:
     print(row(family), flush=True)

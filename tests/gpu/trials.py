@@ -23,7 +23,7 @@ from core.bench.report import count_operations
 from core.config import TrainConfig
 from core.device import device_and_dtype, stay_within_free_memory
 from core.errors import FaceLoraError, OutOfMemory
-from core.models.base import Base, load_base
+from core.models import Base, load_base
 from core.models.memory_plan import PLANS, MemoryPlan, MemorySaver
 from core.models.spec import Component
 from core.pictures.generate import GenerateConfig, Job, generate

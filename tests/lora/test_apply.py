@@ -10,7 +10,7 @@ from core.errors import LoraMisfit, UnmatchedKeys
 from core.lora.apply import apply
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
-from core.models.base import load_base
+from core.models import load_base
 from core.training.methods.lora import attach as attach_lora
 from core.training.step import Run
 from tests.tooling import UNETS, encoded_cache, encoded_image, mostly_slow

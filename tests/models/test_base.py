@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from core.errors import BadConfig, BadFile, UnknownFamily, UnmatchedKeys
-from core.models.base import Base, load_base
+from core.models import Base, load_base
 from core.storage.safetensors_file import SafetensorsFile
 from tests.tooling import SMALL_SD15, UNETS, write_checkpoint
 

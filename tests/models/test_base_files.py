@@ -25,8 +25,7 @@ from core.cli import main
 from core.config import TrainConfig
 from core.errors import BadFile, FaceLoraError, UnknownFamily, UnmatchedKeys
 from core.lora.file import LoraFile
-from core.models import ldm, text
-from core.models.base import Base, load_base
+from core.models import Base, ldm, load_base, text
 from core.models.clip import TOKENIZER_FOLDER
 from core.models.families.sd3 import CONTEXT_WIDTH
 from core.models.narrow_layers import NarrowLinear

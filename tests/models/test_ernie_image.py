@@ -14,11 +14,10 @@ from torch import Tensor
 
 from core.config import TrainConfig
 from core.errors import BadConfig
-from core.models import text
-from core.models.base import Base, load_base
+from core.models import Base, load_base, text
 from core.models.families import FAMILIES
 from core.training.job import check_base_options
-from tests.tooling import SMALL_FLOWS, small_flow_base
+from tests.tooling import SMALL_FLOWS, caption_states, small_flow_base, whole_checkpoint
 
 CPU = torch.device("cpu")
 FAMILY = FAMILIES["ernie-image"]
@@ -95,23 +94,19 @@ def folder(tmp_path, vision_model):
 
 
 def of_a_file(encoder: dict[str, Tensor]) -> Base:
-    """A whole checkpoint as ComfyUI saves it."""
-    prefix = text.PREFIX.format("ministral3_3b")
     denoiser = small_flow_base("ernie-image").load("denoiser", CPU, torch.float32).state_dict()
-    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in denoiser.items()}
-    return load_base(tensors | {f"{prefix}model.{name}": tensor for name, tensor in encoder.items()})
+    tensors = {f"model.{name}": tensor for name, tensor in encoder.items()}
+    return load_base(whole_checkpoint(denoiser, "ministral3_3b", tensors))
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("source", ["folder", "file"])
 def test_captions_have_the_states_of_diffusers_pipeline(source, folder, vision_model, monkeypatch):
     monkeypatch.setattr(text, "load_tokenizer", lambda *_: Words())
     base = load_base(folder) if source == "folder" else of_a_file(vision_model.language_model.state_dict())
-    with torch.no_grad():
-        ours = FAMILY.encode_text(base.load_text_encoders(CPU, torch.float32), CAPTIONS, 1, 1)
-        theirs = pipeline(text_encoder=vision_model, tokenizer=Words()).encode_prompt(CAPTIONS, CPU)
-    for states, mask, expected in zip(ours["context"], ours["context_mask"], theirs, strict=True):
-        assert int(mask.sum()) == len(expected)
-        assert (states[: len(expected)] - expected).norm() < 1e-5 * expected.norm()
+    theirs = pipeline(text_encoder=vision_model, tokenizer=Words()).encode_prompt(CAPTIONS, CPU)
+    for states, expected in zip(caption_states(base, CAPTIONS), theirs, strict=True):
+        assert len(states) == len(expected) and (states - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_a_file_of_the_text_encoder_is_known_by_its_width():

@@ -14,8 +14,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import nn
 
 from core.errors import BadFile, UnknownFamily, UnmatchedKeys
-from core.models import clip, ldm
-from core.models.base import load_base
+from core.models import clip, ldm, load_base
 from core.models.families import FAMILIES
 from core.models.ldm import diffusers_vae_path, ldm_vae_path
 from core.storage.safetensors_file import SafetensorsFile

@@ -20,7 +20,7 @@ from core.errors import BadConfig, MissingPackage
 from core.lora.apply import apply
 from core.lora.file import LoraFile
 from core.lora.readers import not_loaded_by
-from core.models.base import Base, load_base
+from core.models import Base, load_base
 from core.models.families import FAMILIES
 from core.models.memory_plan import PLANS
 from core.models.objective import FlowSchedule

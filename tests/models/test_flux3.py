@@ -20,13 +20,13 @@ from diffusers.modular_pipelines.flux3 import before_denoise, decoders, encoders
 from torch import Tensor
 
 from core.config import TrainConfig
-from core.errors import BadConfig, UnknownFamily
+from core.errors import BadConfig, LoraMisfit, UnknownFamily
+from core.lora.apply import apply
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
 from core.lora.readers import not_loaded_by
 from core.lora.verify import verify_lora
-from core.models import text
-from core.models.base import Base, load_base
+from core.models import Base, load_base, text
 from core.models.families import FAMILIES
 from core.models.memory_plan import blocks_of
 from core.models.spec import Conditioning, stack_conditioning
@@ -295,8 +295,8 @@ def their_states(network: Any, words: Words, caption: str) -> Tensor:
 def folder(network, tmp_path) -> Path:
     """A folder of diffusers, with the index of a pipeline that is put together of blocks."""
     base = small_flow_base("flux3", joint_attention_dim=8 * WIDTH)
-    for part, name in (("denoiser", "transformer"), ("vae", "vae")):
-        base.load(part, CPU, torch.float32).save_pretrained(tmp_path / name)  # pyright: ignore
+    rough_weights(base).save_pretrained(tmp_path / "transformer")
+    base.load("vae", CPU, torch.float32).save_pretrained(tmp_path / "vae")  # pyright: ignore
     network.save_pretrained(tmp_path / "text_encoder")
     index = {"_class_name": "Flux3ModularPipeline", "_blocks_class_name": "Flux3AutoBlocks"}
     (tmp_path / "modular_model_index.json").write_text(json.dumps(index))
@@ -405,7 +405,7 @@ def test_a_flow_map_is_refused_for_training_and_learns_the_velocity_at_a_time_wh
 def test_blocks_of_the_picture_are_in_memory_plans_too():
     denoiser = small_flow_base("flux3", num_layers=2, num_single_layers=3).load("denoiser", CPU, torch.float32)
     paths = [path for path, module in denoiser.named_modules() if module in blocks_of(denoiser)]
-    kinds = ("mode_blocks.image", "mode_blocks.image_cond", "txt_mode_blocks", "single_transformer_blocks")
+    kinds = ("mode_blocks.image", "txt_mode_blocks", "single_transformer_blocks")
     assert paths == [f"{kind}.{index}" for kind in kinds for index in range(3 if kind.startswith("single") else 2)]
 
 
@@ -429,6 +429,29 @@ def test_a_lora_loads_whole_in_diffusers_and_is_read_back(tmp_path):
         module = modules.get(name.removesuffix(".weight"))
         change = 0 if module is None else module.scale * module.up @ module.down
         torch.testing.assert_close(after[name], tensor + change)
+
+
+def test_blocks_for_shown_pictures_are_not_loaded_and_a_loras_change_of_them_is_left_out_there():
+    base = small_flow_base("flux3")
+    lora = random_lora(base, FAMILY.denoiser_targets["attention"])
+    of_shown = {
+        ("denoiser", path.replace(".image.", ".image_cond.")): module
+        for (_, path), module in lora.modules().items()
+        if ".image." in path
+    }
+    whole = LoraFile.from_modules(FAMILY.name, lora.modules() | of_shown, {}, "comfy")
+
+    def weights(network: Any, file: LoraFile) -> dict[str, Tensor]:
+        with apply(file, {"family": FAMILY.name, "denoiser": network}):
+            return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+    loaded: Any = base.load("denoiser", CPU, torch.float32)
+    found, expected = weights(loaded, whole), weights(loaded, lora)
+    assert not any("image_cond" in name for name in found) and all(torch.equal(found[n], expected[n]) for n in expected)
+    theirs, changed = rough_weights(base), "mode_blocks.image_cond.0.attn.to_q.weight"
+    assert not torch.equal(weights(theirs, whole)[changed], theirs.state_dict()[changed])
+    with pytest.raises(LoraMisfit, match=r"has no mode_blocks\.image_cond"):
+        weights(loaded, LoraFile.from_modules(FAMILY.name, of_shown, {}, "comfy"))
 
 
 def published_lora(folder: Path, scheme: str, modules: Iterable[str]) -> LoraFile:

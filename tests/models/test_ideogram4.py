@@ -16,13 +16,15 @@ from torch import Tensor
 from core.config import TrainConfig
 from core.errors import UnknownFamily
 from core.lora.file import LoraFile
-from core.models import text
-from core.models.base import Base, load_base
+from core.models import Base, load_base, text
 from core.models.families import FAMILIES, detect_family, ideogram4
 from core.models.spec import stack_conditioning
 from core.pictures.sampling import decode_latents, encode_prompts, sample_latents
+from core.training.callbacks import Callbacks
+from core.training.loop import train_lora
+from core.training.methods import METHODS
 from core.training.methods.method import target_modules
-from tests.tooling import SMALL_FLOWS, small_flow_base
+from tests.tooling import SMALL_FLOWS, caption_states, encoded_cache, encoded_image, small_flow_base, whole_checkpoint
 
 CPU = torch.device("cpu")
 FAMILY = FAMILIES["ideogram4"]
@@ -149,24 +151,20 @@ def folder(tmp_path, vision_model):
 
 
 def of_a_file(encoder: dict[str, Tensor]) -> Base:
-    """A whole checkpoint as ComfyUI saves it."""
-    prefix = text.PREFIX.format("qwen3vl_8b")
-    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in published(random_denoiser()).items()}
-    return load_base(tensors | {f"{prefix}model.{name}": tensor for name, tensor in encoder.items()})
+    states = {f"model.{name}": tensor for name, tensor in encoder.items()}
+    return load_base(whole_checkpoint(published(random_denoiser()), "qwen3vl_8b", states))
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("source", ["folder", "file"])
 def test_captions_have_the_states_of_diffusers_pipeline(source, folder, vision_model, monkeypatch):
     monkeypatch.setattr(text, "load_tokenizer", lambda *_: Words())
     base = load_base(folder) if source == "folder" else of_a_file(vision_model.language_model.state_dict())
-    with torch.no_grad():
-        ours = FAMILY.encode_text(base.load_text_encoders(CPU, torch.float32), CAPTIONS, 1, 1)
-        pipe = pipeline(text_encoder=vision_model, tokenizer=Words())
-        theirs, _, _, indicator = pipe.encode_prompt(CAPTIONS, 1, 1, 40, CPU)
-    for states, mask, expected, kinds in zip(ours["context"], ours["context_mask"], theirs, indicator, strict=True):
+    pipe = pipeline(text_encoder=vision_model, tokenizer=Words())
+    theirs, _, _, indicator = pipe.encode_prompt(CAPTIONS, 1, 1, 40, CPU)
+    for states, expected, kinds in zip(caption_states(base, CAPTIONS), theirs, indicator, strict=True):
         wanted = expected[kinds == 3]
-        assert int(mask.sum()) == len(wanted) and mask.tolist() == sorted(mask.tolist(), reverse=True)
-        assert (states[: len(wanted)] - wanted).norm() < 1e-5 * wanted.norm()
+        assert len(states) == len(wanted) and (states - wanted).norm() < 1e-5 * wanted.norm()
 
 
 def test_a_caption_that_is_too_long_keeps_the_end_of_the_chat(vision_model, monkeypatch):
@@ -303,6 +301,19 @@ def test_other_kinds_of_adapter_leave_out_q_k_and_v_which_comfyui_knows_as_one(m
     ends = {}
     for kind in ("lora", method):
         config = TrainConfig(method=kind, rank=2, targets="attention")
-        adapted = target_modules(FAMILY, config, {"denoiser": denoiser})
+        adapted = target_modules(FAMILY, config, {"denoiser": denoiser}, METHODS[kind].joins_modules)
         ends[kind] = {path.rpartition("attention.")[2] for _, path in adapted}
     assert ends == {"lora": {"to_q", "to_k", "to_v", "to_out.0"}, method: {"to_out.0"}}
+
+
+@pytest.mark.parametrize("method", ["lora", "lokr"])
+def test_a_training_says_once_what_its_method_leaves_out(method):
+    base, warnings = small_flow_base("ideogram4"), []
+    cache = encoded_cache(base, [encoded_image(base, "0.png", "a photo of sks person", 0, shape=(128, 4, 4))])
+    config = TrainConfig(method=method, rank=2, steps=2, targets="attention", precision="fp32")
+    train_lora(cache, base, config, device=CPU, callbacks=Callbacks(on_warning=warnings.append))
+    left_out = (
+        "method 'lokr' leaves out 6 modules of targets = 'attention', such as layers.0.attention.to_q: they are parts of one "
+        "layer in files of ideogram4, where only a plain LoRA fits (method 'lora')"
+    )
+    assert warnings == ([] if method == "lora" else [left_out])

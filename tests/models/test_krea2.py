@@ -14,8 +14,7 @@ from diffusers.loaders.single_file_utils import convert_krea2_transformer_checkp
 
 from core.config import TrainConfig
 from core.errors import BadConfig
-from core.models import text
-from core.models.base import load_base
+from core.models import load_base, text
 from core.models.families import FAMILIES
 from core.training.job import check_base_options
 from tests.tooling import SMALL_FLOWS, small_flow_base

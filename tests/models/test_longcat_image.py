@@ -18,12 +18,11 @@ from core.config import TrainConfig
 from core.errors import UnknownFamily
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
-from core.models import text
-from core.models.base import load_base
+from core.models import load_base, text
 from core.models.families import FAMILIES, longcat_image
 from core.tensor_names import NAME_TABLES
 from core.training.loop import train_lora
-from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, small_flow_base
+from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, small_flow_base, whole_checkpoint
 
 CPU = torch.device("cpu")
 FAMILY = FAMILIES["longcat-image"]
@@ -150,9 +149,8 @@ def test_captions_have_the_states_of_diffusers_pipeline_as_its_authors_run_it(
     if source == "folder":
         base = load_base(folder)
     else:
-        prefix = text.PREFIX.format("qwen25_7b")
-        denoiser = {f"model.diffusion_model.{n}": t for n, t in in_original_names(random_denoiser()).items()}
-        base = load_base(denoiser | {prefix + name: tensor for name, tensor in language_model.state_dict().items()})
+        denoiser = in_original_names(random_denoiser())
+        base = load_base(whole_checkpoint(denoiser, "qwen25_7b", language_model.state_dict()))
     assert base.family is FAMILY
     theirs = pipeline(tokenizer=Words())
     theirs.text_encoder = as_with_transformers_4(language_model)

@@ -25,7 +25,7 @@ from core.device import in_parts_that_fit, is_out_of_memory
 from core.errors import OutOfMemory
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
-from core.models.base import Base, load_base
+from core.models import Base, load_base
 from core.models.eight_bit import narrow_weights, narrowed
 from core.models.memory_plan import PLANS, MemoryCount, MemoryPlan, MemorySaver, blocks_of
 from core.models.narrow_layers import NarrowConv2d, NarrowLinear

@@ -11,8 +11,7 @@ import core.pictures.generate as generate_module
 from core.config import TrainConfig
 from core.errors import UnmatchedKeys
 from core.lora.apply import apply
-from core.models import quantised
-from core.models.base import load_base
+from core.models import load_base, quantised
 from core.models.memory_plan import PLANS, MemoryCount, MemoryPlan
 from core.models.narrow_layers import NarrowConv2d, NarrowLayer, NarrowLinear
 from core.pictures.generate import Job, generate

@@ -12,7 +12,7 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from core.errors import BadConfig, FaceLoraError, MissingPackage
-from core.models.base import load_base
+from core.models import load_base
 from core.models.clip import TOKENIZER_FOLDER
 from core.models.spec import Component
 from tests.models.test_base_files import state_of

@@ -23,8 +23,7 @@ from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
 from core.lora.readers import not_loaded_by
 from core.lora.verify import verify_lora
-from core.models import text
-from core.models.base import Base, load_base
+from core.models import Base, load_base, text
 from core.models.families import FAMILIES
 from core.models.spec import stack_conditioning
 from core.pictures.generate import Job, generate

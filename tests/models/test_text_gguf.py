@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import UnknownFamily
-from core.models import text
-from core.models.base import load_base
+from core.models import load_base, text
 from core.models.narrow_layers import NarrowLinear
 from core.models.spec import materialise
 from core.models.text_gguf import NAMES

@@ -19,7 +19,7 @@ from core.demo.people import person_photos
 from core.lora.convert import convert_lora
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
-from core.models.base import Base, load_base
+from core.models import Base, load_base
 from core.photos import Photo, read_photos
 from core.pictures.style_pack import PACKAGE_FOLDER
 from core.storage.safetensors_file import SafetensorsFile

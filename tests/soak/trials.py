@@ -28,7 +28,7 @@ from core.demo import BASE_FILE
 from core.errors import BadPhoto
 from core.lora.apply import apply
 from core.lora.file import LoraFile
-from core.models.base import load_base
+from core.models import load_base
 from core.photos import prepare, read_photos
 from core.pictures.style_pack import Subject, find_style_packs, long_prompts, read_style_pack
 from core.pictures.style_picture import style_picture

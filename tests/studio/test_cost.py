@@ -13,7 +13,7 @@ from tqdm.utils import disp_len
 from core.cli.studio_progress import StudioProgress, planned
 from core.demo import BASE_FILE
 from core.device import processor
-from core.models.base import load_base
+from core.models import load_base
 from core.pictures import find_style_packs
 from core.storage.files import read_json
 from core.studio import Cost, Person, Plan, Result, Terms, Work, plan, seconds_for

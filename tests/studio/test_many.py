@@ -12,7 +12,7 @@ from PIL import Image
 from core.cli import main
 from core.demo import BASE_FILE
 from core.errors import BadConfig, BadFile, InUse
-from core.models.base import Base, load_base
+from core.models import Base, load_base
 from core.pictures import find_style_packs
 from core.storage.cache_folder import cache_folder
 from core.studio import Person, Terms, forget, plan, read_people, run

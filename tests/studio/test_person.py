@@ -19,8 +19,8 @@ from core.demo import BASE_FILE
 from core.errors import BadPhoto
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
+from core.models import load_base
 from core.models.arithmetic import count_flops
-from core.models.base import load_base
 from core.photos import prepare, read_photos
 from core.pictures import find_style_packs, headshots
 from core.studio import Order, Outcome, check, estimate, make

@@ -23,7 +23,7 @@ from core.cli import main
 from core.demo import BASE_FILE
 from core.errors import BadConfig, BadFile
 from core.lora.file import LoraFile
-from core.models.base import load_base
+from core.models import load_base
 from core.pictures import find_style_packs
 from core.storage.safetensors_file import SafetensorsFile
 from core.studio import Person, Result, Terms, run

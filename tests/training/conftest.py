@@ -2,7 +2,7 @@
 
 import pytest
 
-from core.models.base import Base, load_base
+from core.models import Base, load_base
 from core.training.encode import LatentCache
 from tests.tooling import encoded_cache, encoded_image
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from core.config import TrainConfig
 from core.errors import BadFile, BadPhoto, OutOfMemory
-from core.models.base import Base, load_base
+from core.models import Base, load_base
 from core.photos import Photo, prepare, read_photos
 from core.pictures.generate import Job, Picture, generate
 from core.storage.cache_folder import cache_folder, clear_cache, content_key, made_folder

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.bench.report import count_operations
 from core.config import TrainConfig
-from core.models.base import Base, load_base
+from core.models import Base, load_base
 from core.training.methods.lora import LoraAdapter
 from core.training.methods.lora_layer import LoraLayer, SharedInput
 from core.training.methods.method import Adapter

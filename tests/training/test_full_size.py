@@ -15,7 +15,7 @@ import torch
 
 from core.config import TrainConfig
 from core.lora.file import LoraFile
-from core.models.base import load_base
+from core.models import load_base
 from core.models.families import FAMILIES
 from core.storage.safetensors_file import SafetensorsFile
 from core.training.methods.lora import attach as attach_lora

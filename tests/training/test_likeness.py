@@ -18,7 +18,7 @@ from core.demo.people import person_photos
 from core.errors import BadConfig, BadPhoto
 from core.faces import Face, embed_images, likeness, load_faces, mean_face
 from core.lora.file import LoraFile
-from core.models.base import Base, load_base
+from core.models import Base, load_base
 from core.photos import Photo
 from core.training.callbacks import Callbacks
 from core.training.job import train

@@ -18,7 +18,7 @@ from core.config import TrainConfig
 from core.device import deterministic_if
 from core.errors import BadConfig, MissingPackage, TrainingDiverged
 from core.lora.file import LoraFile
-from core.models.base import Base, load_base
+from core.models import Base, load_base
 from core.photos import Photo
 from core.storage.safetensors_file import SafetensorsFile
 from core.training.batches import Batches

@@ -10,7 +10,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from core.config import TrainConfig
 from core.errors import BadConfig, LoraMisfit, OutOfMemory
 from core.lora.file import LoraFile
-from core.models.base import load_base
+from core.models import load_base
 from core.storage.safetensors_file import SafetensorsFile
 from core.training.callbacks import Callbacks
 from core.training.loop import train_lora

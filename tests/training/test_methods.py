@@ -11,7 +11,7 @@ import torch
 from core.config import MethodName, TrainConfig
 from core.errors import BadConfig, LoraMisfit
 from core.lora.file import LoraFile
-from core.models.base import load_base
+from core.models import load_base
 from core.models.families import FAMILIES
 from core.training.methods import METHODS
 from core.training.methods.lora import attach as attach_lora

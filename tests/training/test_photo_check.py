@@ -15,7 +15,7 @@ from core.demo.people import person_photos
 from core.errors import BadPhoto
 from core.faces import load_faces
 from core.lora.file import LoraFile
-from core.models.base import load_base
+from core.models import load_base
 from core.photos import Photo, Thresholds, check_photos, read_photos
 from core.training import Callbacks, TrainingJob, find_or_train, job, train
 from core.training.job import for_good_photos

@@ -15,7 +15,7 @@ from core.config import TrainConfig, config_from
 from core.demo.people import person_photos
 from core.errors import BadConfig
 from core.lora.file import LoraFile
-from core.models.base import load_base
+from core.models import load_base
 from core.models.families import FAMILIES
 from core.models.recipe import RECIPES_KEY
 from core.photos import read_photos

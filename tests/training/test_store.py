@@ -18,7 +18,7 @@ from core.config import TrainConfig
 from core.demo import BASE_FILE
 from core.errors import BadConfig, BadFile, InUse
 from core.lora.file import LoraFile
-from core.models.base import Base, load_base
+from core.models import Base, load_base
 from core.photos import Photo, read_photos
 from core.storage.cache_folder import cache_folder, made_folder
 from core.storage.safetensors_file import SafetensorsFile

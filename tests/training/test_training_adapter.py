@@ -18,7 +18,7 @@ from core.lora.apply import apply
 from core.lora.convert import convert_lora
 from core.lora.file import LoraFile
 from core.lora.modules import name_kinds
-from core.models.base import Base, load_base
+from core.models import Base, load_base
 from core.models.memory_plan import PLANS, MemoryPlan
 from core.pictures import find_style_packs
 from core.storage.safetensors_file import SafetensorsFile

@@ -76,13 +76,8 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
     context, mask = conditioning["context"].to(noisy_latents.dtype), conditioning["context_mask"]
     lengths = transformer.text_lengths(mask)
     if len(set(lengths)) > 1:
-        # One by one, since diffusers' single blocks drop the mask of padding when activations are recomputed.
-        rows = [
-            {"context": context[i : i + 1, :length], "context_mask": mask[i : i + 1, :length]}
-            for i, length in enumerate(lengths)
-        ]
-        parts = zip(noisy_latents.split(1), timesteps.split(1), rows, strict=True)
-        return torch.cat([predict(denoiser, *part) for part in parts])
+        # Since diffusers' single blocks drop the mask of padding when activations are recomputed.
+        return transformer.one_by_one(predict, denoiser, noisy_latents, timesteps, conditioning)
     height, width = noisy_latents.shape[2:]
     patches = denoiser(
         transformer.cut_patches(noisy_latents),

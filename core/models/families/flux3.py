@@ -3,7 +3,8 @@ through blocks that they share; 1024 px.
 
 The text encoder is Qwen3-VL-4B, eight of whose layers are used side by side; the VAE is FLUX.2's. Klein Base is for training.
 Klein itself was distilled to 16 steps without guidance as a flow map, whose network is also told the time that a step leads to.
-Both can be shown pictures, for which they have more blocks; here they are trained and drawn with from texts alone.
+Both can be shown pictures, for which they have more blocks; here they are trained and drawn with from texts alone, and these
+blocks are not loaded.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,9 +36,12 @@ PICTURE_SCALE = 0.5
 SHIFT = 6.93
 """The authors' shift of the times for pictures of all sizes."""
 
+UNUSED = r"\.image_cond\b"
+"""What is found in the names of all modules for pictures that the model is shown."""
+
 _NORM = r"norm\.(q|k)(?:uery|ey)_norm\.scale"
 _RENAMES = (
-    (rf"content_mode_blocks\.(image|image_cond)\.(\d+)\.{_NORM}", r"mode_blocks.\1.\2.attn.norm_\3.weight"),
+    (rf"content_mode_blocks\.image\.(\d+)\.{_NORM}", r"mode_blocks.image.\1.attn.norm_\2.weight"),
     (rf"txt_mode_blocks\.(\d+)\.{_NORM}", r"txt_mode_blocks.\1.attn.norm_\2.weight"),
     (rf"single_blocks\.(\d+)\.{_NORM}", r"single_transformer_blocks.\1.attn.norm_\2.weight"),
 )
@@ -69,7 +73,8 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
         "flow_map": "ref_time_in.in_layer.weight" in names,
     }
     # A file may also have what the authors' training compared the states of blocks by.
-    denoiser = transformer.transformer_component(tensors, config, NAMES, _RENAMES, left_out=r"^repa_projectors\.")
+    left_out = rf"^repa_projectors\.|{UNUSED}"
+    denoiser = transformer.transformer_component(tensors, config, NAMES, _RENAMES, left_out)
     return {"denoiser": denoiser} | text.other_parts(tensors, flux2.vae, TEXT)
 
 
@@ -96,17 +101,8 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
     target = conditioning.get("target", timesteps)
     lengths = transformer.text_lengths(mask)
     if len(set(lengths)) > 1:
-        # One by one, since the denoiser has no mask for what the shorter texts are filled up with.
-        rows = [
-            {
-                "context": context[i : i + 1, :length],
-                "context_mask": mask[i : i + 1, :length],
-                "target": target[i : i + 1],
-            }
-            for i, length in enumerate(lengths)
-        ]
-        parts = zip(noisy_latents.split(1), timesteps.split(1), rows, strict=True)
-        return torch.cat([predict(denoiser, *part) for part in parts])
+        # Since the denoiser has no mask for what the shorter texts are filled up with.
+        return transformer.one_by_one(predict, denoiser, noisy_latents, timesteps, conditioning)
     height, width = noisy_latents.shape[2:]
     context, device = context[:, : lengths[0]], noisy_latents.device
     positions = denoiser(
@@ -165,5 +161,6 @@ FLUX3 = FamilySpec(
     distilled_names=r"$^",  # its tensors tell
     few_steps=FewSteps(16),
     lookalikes={DENOISER_PREFIX + "emb_in.video.weight": "FLUX.3 for video"},
+    unused=UNUSED,
     lora_scheme="comfy",
 )

@@ -242,13 +242,8 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
     context, mask = conditioning["context"].to(noisy_latents.dtype), conditioning["context_mask"]
     lengths = transformer.text_lengths(mask)
     if len(set(lengths)) > 1:
-        # One by one, since the place of a picture follows from the length of its text.
-        rows = [
-            {"context": context[i : i + 1, :length], "context_mask": mask[i : i + 1, :length]}
-            for i, length in enumerate(lengths)
-        ]
-        parts = zip(noisy_latents.split(1), timesteps.split(1), rows, strict=True)
-        return torch.cat([predict(denoiser, *part) for part in parts])
+        # Since the place of a picture follows from the length of its text.
+        return transformer.one_by_one(predict, denoiser, noisy_latents, timesteps, conditioning)
     height, width = noisy_latents.shape[2:]
     latents = noisy_latents.flatten(2).transpose(1, 2)
     prediction = denoiser(latents, context[:, : lengths[0]], timesteps / 1000, (height, width))

@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from torch import nn
 
 from ...config import TrainConfig
+from ...errors import counted
 from ...lora.file import LoraFile
 from ...models.base import Base
 from ...models.spec import FamilySpec
 from . import dora, dreambooth, loha, lokr, lora, oft, pivotal, textual_inversion
-from .method import Adapter, Method, Trained
+from .method import Adapter, Method, Trained, left_out
 
 METHODS: dict[str, Method] = {
     "dora": dora.METHOD,
@@ -31,6 +32,16 @@ def attach(
     Raises BadConfig for settings that the method does not have, LoraMisfit when it cannot go on from the file.
     """
     return METHODS[config.method].attach(networks, family, config, continue_from)
+
+
+def what_is_left_out(denoiser: nn.Module, family: FamilySpec, config: TrainConfig) -> str | None:
+    """Which modules that the settings adapt the method leaves out, and why, in a sentence; None where it leaves out none."""
+    if METHODS[config.method].joins_modules or not (paths := left_out(family, config, denoiser)):
+        return None
+    return (
+        f"method {config.method!r} leaves out {counted(len(paths), 'module')} of targets = {config.targets!r}, such as "
+        f"{paths[0]}: they are parts of one layer in files of {family.name}, where only a plain LoRA fits (method 'lora')"
+    )
 
 
 def peak_rate(config: TrainConfig) -> float:

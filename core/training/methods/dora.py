@@ -126,8 +126,8 @@ def attach(
 
     A new one changes no prediction: B is 0, and the magnitudes are the norms of the frozen columns.
     """
-    scheme = scheme_of_kinds(NAME_TABLES[family.name], target_modules(family, config, networks))
-    adapter = attach_layers(networks, family, config, scheme=scheme)
+    targets = target_modules(family, config, networks, METHOD.joins_modules)
+    adapter = attach_layers(networks, family, config, targets, scheme_of_kinds(NAME_TABLES[family.name], targets))
     layers = {module: MagnitudeLayer(layer) for module, layer in adapter.layers.items()}
     for (part, path), layer in layers.items():
         replace_module(networks[part], path, layer)
@@ -137,4 +137,4 @@ def attach(
     return dora
 
 
-METHOD = Method("DoRA, a LoRA with a trained length of each column (arXiv:2402.09353)", attach)
+METHOD = Method("DoRA, a LoRA with a trained length of each column (arXiv:2402.09353)", attach, joins_modules=False)

@@ -15,8 +15,9 @@ from ...errors import BadConfig, LoraMisfit, OutOfMemory
 from ...lora.file import LoraFile
 from ...lora.low_rank import factorise
 from ...lora.modules import LoraModule
-from ...models.base import Base, load_base
+from ...models.base import Base
 from ...models.memory_plan import OPTIMIZER_BYTES
+from ...models.opening import load_base
 from ...models.original_checkpoint import Checkpoint, original_tensors
 from ...models.spec import FamilySpec
 from ...tensor_names import ModuleId, blocks_in_a_level

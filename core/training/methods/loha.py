@@ -18,7 +18,7 @@ def attach(
 ) -> LycorisAdapter:
     from peft import LoHaConfig
 
-    targets = target_modules(family, config, networks)
+    targets = target_modules(family, config, networks, METHOD.joins_modules)
     layers = peft_layers(networks, targets, config, lambda **options: LoHaConfig(**options, use_effective_conv2d=False))
     adapter = LycorisAdapter(
         networks,
@@ -38,4 +38,5 @@ METHOD = Method(
     "LoHa, the product of two LoRAs element by element (arXiv:2108.06098)",
     attach,
     rate_factor=0.15,
+    joins_modules=False,
 )

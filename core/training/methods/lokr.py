@@ -22,7 +22,7 @@ def attach(
 ) -> LycorisAdapter:
     from peft import LoKrConfig
 
-    targets = target_modules(family, config, networks)
+    targets = target_modules(family, config, networks, METHOD.joins_modules)
     layers = peft_layers(
         networks, targets, config,
         lambda **options: LoKrConfig(**options, decompose_factor=config.lokr_factor, use_effective_conv2d=False),
@@ -44,4 +44,4 @@ def _roles_of(layer: nn.Module) -> Roles:
     return {role: getattr(layer, role)[PEFT_NAME] for role in ROLES if PEFT_NAME in getattr(layer, role)}
 
 
-METHOD = Method("LoKr, a Kronecker product (arXiv:2309.14859)", attach, rate_factor=3.0)
+METHOD = Method("LoKr, a Kronecker product (arXiv:2309.14859)", attach, rate_factor=3.0, joins_modules=False)

@@ -149,7 +149,9 @@ def attach(
     networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
 ) -> LoraAdapter:
     """A LoraAdapter on the networks, by `attach_layers`, whose layers with the same input work together."""
-    adapter = attach_layers(networks, family, config, continue_from)
+    adapter = attach_layers(networks, family, config, target_modules(family, config, networks), family.lora_scheme)
+    if continue_from is not None:
+        adapter.load(continue_from.modules())
     if not config.dropout:
         for layers in _with_same_input(adapter):
             shared = SharedInput(layers)
@@ -162,22 +164,22 @@ def attach_layers(
     networks: Mapping[str, nn.Module],
     family: FamilySpec,
     config: TrainConfig,
-    continue_from: LoraFile | None = None,
-    scheme: str | None = None,
+    targets: Mapping[ModuleId, tuple[int, float]],
+    scheme: str,
 ) -> LoraAdapter:
-    """A LoraAdapter on the networks (denoiser, text encoders), which are changed in place.
+    """A LoraAdapter on the `target_modules` of the networks (denoiser, text encoders), which are changed in place.
 
-    `scheme` is the naming scheme of the file that is to come, the family's own unless told otherwise.
+    `scheme` is the naming scheme of the file that is to come.
 
     A is drawn Kaiming-uniform with a = sqrt 5 from the seed on the CPU, B is 0 (arXiv:2106.09685), so that a new adapter
     changes nothing and is the same on every machine.
     """
     layers: dict[ModuleId, LoraLayer] = {}
-    for (part, path), (rank, alpha) in target_modules(family, config, networks).items():
+    for (part, path), (rank, alpha) in targets.items():
         frozen = networks[part].get_submodule(path)
         layers[part, path] = LoraLayer(frozen, rank, alpha, rslora=config.rslora, dropout=config.dropout)
         networks[part].set_submodule(path, layers[part, path])
-    shared = _shared(family, layers, scheme or family.lora_scheme)
+    shared = _shared(family, layers, scheme)
     for module_id, first in shared.items():
         layers[module_id].down = layers[first].down
     adapter = LoraAdapter(networks, layers, shared)
@@ -187,8 +189,6 @@ def attach_layers(
             bound = 1 / math.sqrt(parameter[0].numel())  # Kaiming with a = sqrt 5: 1 / sqrt(fan in)
             drawn = (torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound
             parameter.data.copy_(drawn)
-    if continue_from is not None:
-        adapter.load(continue_from.modules())
     return adapter
 
 

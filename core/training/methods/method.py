@@ -96,6 +96,10 @@ class Method:
     """Whether its layers compute in the dtype of their inputs, so that no autocast is needed."""
     is_captured: bool = True
     """Whether a pass can be captured in a CUDA graph: it waits for nothing, and a copy of the gradients is small."""
+    joins_modules: bool = True
+    """Whether its change of several modules can be put together in a file where those are one layer, such as q, k and v.
+
+    Otherwise each has to stand there by itself, and modules that cannot are left out (`left_out`)."""
 
     def peak_rate(self, config: TrainConfig) -> float:
         """The peak learning rate of a run: that of the settings, else the default of the method.
@@ -109,27 +113,22 @@ class Method:
         return float(f"{LORA_RATE * self.rate_factor:.1e}") if config.learning_rate is None else config.learning_rate
 
 
-_ALONE = ("dora", "loha", "lokr", "oft")
-"""The methods whose files have each module by itself, even where q, k and v are one layer of the original model."""
-
-
 def target_modules(
-    family: FamilySpec, config: TrainConfig, networks: Mapping[str, nn.Module]
+    family: FamilySpec, config: TrainConfig, networks: Mapping[str, nn.Module], joined: bool = True
 ) -> dict[ModuleId, tuple[int, float]]:
-    """The (rank, alpha) of every module that the settings adapt, by (part, path).
+    """The (rank, alpha) of every module that the settings adapt, by (part, path), without those of `left_out`.
 
-    Left out are modules that could not stand by themselves in the file where the method wants that (`stands_alone`).
-    Raises BadConfig when a rank is above its layer's, when a network has nothing to adapt, or when a pattern matches nothing.
+    `joined` is the method's `joins_modules`: nothing is left out then. Raises BadConfig when a rank is above its layer's,
+    when a network has nothing to adapt, or when a pattern matches nothing.
     """
     result: dict[ModuleId, tuple[int, float]] = {}
     for part, network in networks.items():
         pattern = family.denoiser_targets[config.targets] if part == "denoiser" else family.text_encoder_targets
         assert pattern is not None
         before = len(result)
+        without = set() if joined or part != "denoiser" else set(left_out(family, config, network))
         for path, module in network.named_modules():
-            if not re.fullmatch(pattern, path):
-                continue
-            if part == "denoiser" and config.method in _ALONE and not stands_alone(family.names, path):
+            if path in without or not re.fullmatch(pattern, path):
                 continue
             rank = _by_pattern(config.rank_pattern, path, config.rank)
             alpha = _by_pattern(config.alpha_pattern, path, config.alpha_for(rank))
@@ -150,6 +149,13 @@ def target_modules(
                     f"{name}: {pattern!r} matches none of the {len(result)} adapted modules, e.g. {example}"
                 )
     return result
+
+
+def left_out(family: FamilySpec, config: TrainConfig, denoiser: nn.Module) -> list[str]:
+    """The paths of the modules that the settings adapt, but which cannot stand by themselves in a file (`stands_alone`)."""
+    pattern = family.denoiser_targets[config.targets]
+    paths = (path for path, _ in denoiser.named_modules() if re.fullmatch(pattern, path))
+    return [path for path in paths if not stands_alone(family.names, path)]
 
 
 def refuse_settings_of_lora(config: TrainConfig) -> None:

@@ -55,7 +55,7 @@ class RotatedLayer(nn.Module):
 def attach(
     networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
 ) -> LycorisAdapter:
-    targets = target_modules(family, config, networks)
+    targets = target_modules(family, config, networks, METHOD.joins_modules)
     layers = {}
     for (part, path), (rank, _) in targets.items():
         layer = networks[part].get_submodule(path)
@@ -74,4 +74,10 @@ def attach(
     return adapter
 
 
-METHOD = Method("OFT, blocks of rows are rotated (arXiv:2306.07280)", attach, rate_factor=0.3, is_captured=False)
+METHOD = Method(
+    "OFT, blocks of rows are rotated (arXiv:2306.07280)",
+    attach,
+    rate_factor=0.3,
+    is_captured=False,
+    joins_modules=False,
+)

@@ -1,0 +1,225 @@
+"""Opening a base model: a checkpoint file, a mapping of tensors, a diffusers folder or a hub id."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ..errors import BadConfig, BadFile, UnknownFamily, UnmatchedKeys
+from ..storage.gguf_file import SUFFIX, open_gguf
+from ..storage.lazy import LazyTensors, Stored
+from ..storage.safetensors_file import SafetensorsFile
+from . import text
+from .base import Base, CaptionEncoder
+from .diffusers_folder import download, is_hub_id, read_folder
+from .families import detect_family
+from .ldm import VAE_PREFIXES, original_unet_names
+from .quantised import dequantised
+from .recipe import RECIPES_KEY
+from .spec import DENOISER_PREFIX, Component, FamilySpec
+
+Source = str | os.PathLike[str] | Mapping[str, Tensor]
+
+
+def load_base(
+    source: Source,
+    *,
+    vae: Source | None = None,
+    text_encoders: Sequence[Source] = (),
+    tokenizer: str | os.PathLike[str] | None = None,
+    caption_encoder: CaptionEncoder | None = None,
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto",
+    zero_terminal_snr: bool = False,
+) -> Base:
+    """The base model in a `.safetensors` checkpoint, a mapping of tensors named as in one, a diffusers folder, or a hub id.
+
+    A checkpoint holds all parts, or the denoiser alone. `vae` and `text_encoders` give other parts as files or mappings, in
+    the place of those in the checkpoint. `tokenizer` is the folder of a T5 or Qwen tokenizer, for families that have one.
+    With a `caption_encoder`, neither text encoders nor a tokenizer are needed. The network is only used for a hub id
+    (`owner/name` that is no local path).
+
+    v-prediction and zero terminal SNR are recognised by the marker tensors `v_pred` and `ztsnr` and by modelspec metadata,
+    unless the options say otherwise. Raises BadFile, UnknownFamily or UnmatchedKeys when it is not a usable base model, and
+    BadConfig for other files beside a folder or hub id, which has its own.
+    """
+    schedule = {"prediction_type": prediction_type, "zero_terminal_snr": zero_terminal_snr}
+    opened_with = None if caption_encoder else _from_files(source, vae, text_encoders, tokenizer, **schedule)
+    if not isinstance(source, Mapping):
+        path = Path(source)
+        # Of os.path: Path's own raise for a folder that may not be looked into, or a name that is too long.
+        is_on_hub = not os.path.exists(path) and is_hub_id(str(source))
+        if os.path.isdir(path) or is_on_hub:
+            parts = {"vae": vae, "text_encoders": text_encoders, "tokenizer": tokenizer}
+            if given := [what for what, one in parts.items() if one]:
+                raise BadConfig(f"{source}: a folder of diffusers has all parts itself: leave out {', '.join(given)}")
+            folder = download(str(source)) if is_on_hub else path
+            base = _of_folder(folder, prediction_type, zero_terminal_snr)
+            return replace(base, caption_encoder=caption_encoder, opened_with=opened_with)
+    name, file = _opened(source)
+    metadata = file.metadata if isinstance(file, SafetensorsFile) else {}
+    vae_file = None if vae is None else _opened(vae)[1]
+    encoder_files = [_opened(text_encoder) for text_encoder in text_encoders]
+    try:
+        tensors, given = _one_checkpoint(name, file, vae_file, encoder_files)
+        family = detect_family(tensors)
+        components = family.split(tensors)
+        _check_variant(family, components)
+        text.check_encoders(family, components, given)
+    except (UnknownFamily, UnmatchedKeys) as error:
+        beside = "" if vae is None else f" with the VAE of {_opened(vae)[0]}"
+        raise type(error)(f"{name}{beside}: {error}") from None
+    if tokenizer is not None:
+        if family.tokenizer:
+            text.load_tokenizer(os.fspath(tokenizer), family.tokenizer)
+        for part in family.text_encoders:
+            if part in components:
+                components[part].config["tokenizer"] = os.fspath(tokenizer)
+    opened = (file, vae_file, *(encoder for _, encoder in encoder_files))
+    found = "v_prediction" if "v_pred" in tensors else metadata.get("modelspec.prediction_type", "epsilon")
+    return Base(
+        family=family,
+        name=name,
+        components=components,
+        prediction_type=family.prediction_type(found if prediction_type == "auto" else prediction_type),
+        zero_terminal_snr=zero_terminal_snr or "ztsnr" in tensors,
+        resolution=_side(metadata.get("modelspec.resolution"), family.resolution),
+        file=file if isinstance(file, SafetensorsFile) else None,
+        vae_file=vae_file if isinstance(vae_file, SafetensorsFile) else None,
+        files=tuple(one for one in opened if isinstance(one, SafetensorsFile)),
+        caption_encoder=caption_encoder,
+        own_recipes=metadata.get(RECIPES_KEY, "{}"),
+        opened_with=opened_with,
+    )
+
+
+def _from_files(
+    source: Source,
+    vae: Source | None,
+    text_encoders: Sequence[Source],
+    tokenizer: str | os.PathLike[str] | None,
+    **schedule: Any,
+) -> Mapping[str, Any] | None:
+    """These arguments of `load_base` with absolute paths; None where one of them is a mapping of tensors."""
+    if any(isinstance(one, Mapping) for one in (source, vae, *text_encoders)):
+        return None
+
+    def placed(path: Any) -> Any:
+        return os.path.abspath(path) if path is not None and os.path.exists(path) else path  # else it is a hub id
+
+    encoders = [placed(one) for one in text_encoders]
+    return {
+        "source": placed(source),
+        "vae": placed(vae),
+        "text_encoders": encoders,
+        "tokenizer": placed(tokenizer),
+    } | schedule
+
+
+_PARTS = (DENOISER_PREFIX, *VAE_PREFIXES, "cond_stage_model.", "conditioner.", "text_encoders.", "unet.")
+"""Prefixes of names in a checkpoint with several parts, or in another naming."""
+
+_MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+"""Tensors that belong to no network and say how a checkpoint predicts."""
+
+
+def _opened(source: Source) -> tuple[str, Mapping[str, Tensor]]:
+    if isinstance(source, Mapping):
+        return "given tensors", source
+    path = Path(source)
+    if path.suffix.lower() == SUFFIX:
+        return path.name, open_gguf(source)
+    if not path.suffix and path.name == str(source) and not os.path.lexists(path):
+        raise BadFile(f"{source}: there is no such file or folder, and a model on the hub is named owner/name")
+    file = SafetensorsFile.open(source)
+    return file.path.name, file
+
+
+def _one_checkpoint(
+    what: str,
+    source: Mapping[str, Tensor],
+    vae: Mapping[str, Tensor] | None,
+    text_encoders: Sequence[tuple[str, Mapping[str, Tensor]]],
+) -> tuple[Mapping[str, Tensor], list[tuple[str, list[str]]]]:
+    """The tensors of all files under the names that they would have in one checkpoint, read on demand.
+
+    Also the name of each file of text encoders, with the kinds of encoders in it.
+    """
+    if not source:
+        raise UnknownFamily("there is not a single tensor in it")
+    if any(name.endswith((".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight")) for name in source):
+        raise UnknownFamily("this is a LoRA, not a base model")
+    if not any(name.startswith(_PARTS) for name in source) and (encoder := text.encoder_in(source)):
+        raise UnknownFamily(f"this is a text encoder ({encoder}); give it beside a base model (text_encoders)")
+    source = dequantised(source, what)
+    names = {name: Stored(source, name) for name in source}
+    if not any(name.startswith(_PARTS) for name in source):
+        # The file has a denoiser alone, whose names have no prefix.
+        names = {name.removeprefix("diffusion_model."): read for name, read in names.items()}
+        originals = original_unet_names(names)
+        names = {
+            name if name in _MARKERS else DENOISER_PREFIX + originals.get(name, name): read
+            for name, read in names.items()
+        }
+    if vae is not None:
+        # The given VAE takes the place of one in the checkpoint.
+        names = {name: read for name, read in names.items() if not name.startswith(VAE_PREFIXES)}
+        for name in vae:
+            names[name if name.startswith(VAE_PREFIXES) else VAE_PREFIXES[0] + name] = Stored(vae, name)
+    given: list[tuple[str, list[str]]] = []
+    for encoder, tensors in text_encoders:
+        try:
+            encoders = text.encoders_of(dequantised(tensors, encoder))
+        except UnknownFamily as error:
+            raise UnknownFamily(f"{encoder}: {error}") from None
+        given.append((encoder, list(encoders)))
+        for kind, stored in encoders.items():
+            prefix = text.PREFIX.format(kind)
+            names = {name: read for name, read in names.items() if not name.startswith(prefix)}
+            names |= {prefix + name: read for name, read in stored.items()}
+    return LazyTensors(names), given
+
+
+def _check_variant(family: FamilySpec, components: Mapping[str, Component]) -> None:
+    config = components["denoiser"].config
+    if other := family.other_model(config):
+        raise UnknownFamily(f"this is {other}, which is not supported yet")
+    channels = config.get("in_channels", family.in_channels)
+    if channels != family.in_channels:
+        kinds = {"9": "an inpainting model", "8": "an InstructPix2Pix model", "384": "a fill (inpainting) model"}
+        raise UnknownFamily(
+            f"this is {kinds.get(str(channels), 'an unknown variant')} (its denoiser takes {channels} channels), "
+            "which is not supported; train on the model that it was made from"
+        )
+
+
+def _side(resolution: str | None, default: int) -> int:
+    """The side of a square as large as `WIDTHxHEIGHT` in modelspec; the default when that is missing or makes no sense."""
+    sides = (resolution or "").lower().split("x")
+    if len(sides) == 2 and all(side.isdecimal() and 8 <= int(side) <= 8192 for side in sides):
+        return round((int(sides[0]) * int(sides[1])) ** 0.5)
+    return default
+
+
+def _of_folder(folder: Path, prediction_type: str, zero_terminal_snr: bool) -> Base:
+    read = read_folder(folder)
+    try:
+        _check_variant(read.family, read.components)
+    except UnknownFamily as error:
+        raise UnknownFamily(f"{folder.name}: {error}") from None
+    found = read.scheduler.get("prediction_type", "epsilon")
+    latent_side = read.components["denoiser"].config.get("sample_size")
+    base = Base(
+        family=read.family,
+        name=folder.name,
+        components=read.components,
+        prediction_type=read.family.prediction_type(found if prediction_type == "auto" else prediction_type),
+        zero_terminal_snr=zero_terminal_snr or bool(read.scheduler.get("rescale_betas_zero_snr")),
+        resolution=read.family.resolution,
+        says_distilled=read.says_distilled,
+    )
+    if isinstance(latent_side, int) and read.family.names.is_unet:
+        return replace(base, resolution=latent_side * base.latent_shape.pixels)
+    return base

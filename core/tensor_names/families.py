@@ -1,0 +1,39 @@
+"""The names of all families, which are registered here, and the families that a set of modules is of."""
+
+from collections.abc import Iterable
+
+from .ernie import ERNIE_IMAGE
+from .flux import CHROMA, FLUX1, FLUX2, FLUX3, LONGCAT_IMAGE
+from .ideogram import IDEOGRAM4
+from .krea import KREA2
+from .lumina import LUMINA2, ZIMAGE
+from .qwen import QWEN_IMAGE, QWEN_IMAGE_21
+from .sd3 import SD3
+from .stable_diffusion import SD2, SD15, SDXL
+from .table import NameTable
+
+_ALL = (
+    SD15, SD2, SDXL, SD3, FLUX1, CHROMA, FLUX2, FLUX3, LUMINA2, ZIMAGE, QWEN_IMAGE, QWEN_IMAGE_21, KREA2, ERNIE_IMAGE,
+    LONGCAT_IMAGE, IDEOGRAM4,
+)  # fmt: skip
+NAME_TABLES: dict[str, NameTable] = {family.name: family for family in _ALL}
+"""The tables of all families by name. When a file fits several families equally, the first one counts."""
+
+
+def families_of(
+    modules: Iterable[tuple[str, str, tuple[int, ...] | None]], among: Iterable[str] | None = None
+) -> list[str]:
+    """The names of the families with the most signs among the modules (part, path, shape of the weight); empty without any.
+
+    Only the families `among` these count, of all for None.
+
+    Signs in text encoders, which families share, only decide between families that fit equally without them.
+    """
+    scores = {name: [0, 0, 0, 0] for name in NAME_TABLES if among is None or name in among}
+    for part, path, shape in modules:
+        for name in scores:
+            for sign in NAME_TABLES[name].signs:
+                if sign.matches(part, path, shape):
+                    scores[name][2 * (part != "denoiser") + (not sign.decisive)] += 1
+    best = max(scores.values())
+    return [name for name, score in scores.items() if score == best and any(score)]
