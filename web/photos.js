@@ -7,6 +7,7 @@ import { say } from "./words.js"
 
 const NODE = "FaceLoRALoadPhotos"
 const TILE = 54, GAP = 4, LINE = 16, LETTER = 6 // in pixels; tiles are larger where a row has room
+const NUMBER = /\/photo (\d+)[^/]*$/
 const HEIC = /\.(heic|heif|avif)$/i // for which some browsers know no type
 
 const isPicture = (file) => file.type.startsWith("image/") || HEIC.test(file.name)
@@ -31,10 +32,10 @@ const newFolder = () => `photos/${new Date().toISOString().slice(0, 23).replace(
 
 const folderOf = (name) => name.split("/").slice(0, -1).join("/")
 
-/** The name in the input folder of an uploaded file; the server gives another if that is taken by other content. */
-async function upload(file, folder) {
+/** The name in the input folder of a file uploaded under a name; the server gives another if that is taken by other content. */
+async function upload(file, folder, as) {
   const body = new FormData()
-  body.append("image", file)
+  body.append("image", file, as)
   body.append("subfolder", folder)
   const answer = await api.fetchApi("/upload/image", { method: "POST", body })
   if (!answer.ok) throw new Error(`${file.name}: ${answer.status} ${answer.statusText}`)
@@ -55,6 +56,8 @@ class Pictures {
     this.note = make("span", "facelora-quiet")
     this.headline = make("div", "facelora-headline")
     this.reports = []
+    this.numbers = new Map() // of photos by their names without endings
+    this.originals = new Map() // the files' own names, by those in the input folder
     this.tiles = make("div", "facelora-tiles")
     const accept = "image/*,.heic,.heif,.avif"
     this.chooser = Object.assign(document.createElement("input"), { type: "file", multiple: true, accept })
@@ -89,6 +92,14 @@ class Pictures {
     this.node.graph?.change?.()
   }
 
+  /** A name that does not say the file's own: ComfyUI writes the graph, and so these names, into pictures that it saves. */
+  nameFor(file) {
+    const [, stem, ending] = /^(.*?)(-masklabel\.png|\.[^.]*)?$/i.exec(file.name)
+    const last = Math.max(0, ...this.numbers.values(), ...this.names.map((name) => NUMBER.exec(name)?.[1] ?? 0))
+    if (!this.numbers.has(stem)) this.numbers.set(stem, last + 1)
+    return `photo ${String(this.numbers.get(stem)).padStart(2, "0")}${ending ?? ""}`
+  }
+
   height() {
     const width = this.node.size[0] - 30 + GAP
     const columns = Math.max(1, Math.floor(width / (TILE + GAP)))
@@ -111,7 +122,8 @@ class Pictures {
     for (const [index, file] of pictures.entries()) {
       this.note.textContent = say("uploading {} of {}", index + 1, pictures.length)
       try {
-        const name = await upload(file, folder)
+        const name = await upload(file, folder, this.nameFor(file))
+        this.originals.set(name, file.name)
         if (!this.names.includes(name)) this.names = [...this.names, name]
       } catch (error) {
         complain(say("The photo was not uploaded"), error.message)
@@ -140,11 +152,12 @@ class Pictures {
     const src = api.apiURL(`/facelora/photo?name=${encodeURIComponent(name)}`)
     const image = Object.assign(make("img", ""), { src, alt: name })
     const remove = make("button", "", "×")
-    remove.title = say("Take out {}", name)
+    const original = this.originals.get(name) ?? name
+    remove.title = say("Take out {}", original)
     remove.addEventListener("click", () => (this.names = this.names.filter((other) => other !== name)))
     const tile = make("div", `facelora-tile facelora-${report?.verdict ?? "unknown"}`, image)
     if (removable) tile.append(remove)
-    tile.title = [name, report?.reason].filter(Boolean).join("\n")
+    tile.title = [original, report?.reason].filter(Boolean).join("\n")
     return tile
   }
 }
