@@ -146,6 +146,4 @@ def _line(result: Result) -> str:
     likeness = "" if result.likeness is None else f", mean likeness {result.likeness:.2f}"
     seconds = f", {duration(result.seconds)}" if result.status == "made" else ""
     why = f": {result.reason}" if result.reason else ""
-    return (
-        f"{result.name}: {result.told}, {result.kept} of {len(result.pictures)} pictures kept{likeness}{seconds}{why}"
-    )
+    return f"{result.name}: {result.told}, pictures kept: {result.kept_of}{likeness}{seconds}{why}"

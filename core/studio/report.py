@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ..errors import BadFile
+from ..errors import BadFile, counted
 from ..lora.personal import without_folders
 from ..storage.files import read_json, write_text
 from .cost import PHASES
@@ -91,7 +91,7 @@ def _costs(results: Sequence[Result]) -> str:
         return ""
     shares = ", ".join(f"{phase} {taken / (summary['seconds'] or 1):.0%}" for phase, taken in summary["phases"].items())
     gpu = "" if summary["gpu_hours"] is None else f"{summary['gpu_hours']:.2f} GPU-hours and "
-    each = f"{summary['seconds'] / made:.0f} s for each of the {made} made"
+    each = f"{summary['seconds'] / made:.0f} s for each of {counted(made, 'person', 'people')} made now"
     return f"{each} ({shares}); {gpu}{summary['processor_hours']:.2f} processor hours."
 
 
@@ -99,7 +99,7 @@ def _row(result: Result, gpu: bool) -> str:
     name, folder = html.escape(result.name), quote(Path(result.lora or "").parent.as_posix())
     shown = f'<a href="{folder}/gallery.html">{name}</a>' if result.lora else name
     picture = f'<img src="{quote(result.pictures[0])}" alt="" loading="lazy">' if result.pictures else ""
-    kept = f"{result.kept} of {len(result.pictures)}" if result.pictures else ""
+    kept = result.kept_of if result.pictures else ""
     numbers = [_number(result.likeness), _number(result.leakage), kept, *_seconds(result, gpu)]
     cells = [
         f"<td>{picture}</td>",

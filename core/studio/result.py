@@ -98,6 +98,13 @@ class Result:
         return NONE_ALIKE if self.reason and self.status != "failed" else self.status
 
     @property
+    def kept_of(self) -> str:
+        """How many of its pictures are kept, such as "4 of 20"; of pictures that could not be ranked that they are not."""
+        return (
+            f"{self.kept} of {len(self.pictures)}" if self.kept or self.reason else f"{len(self.pictures)}, not ranked"
+        )
+
+    @property
     def seconds(self) -> float:
         """How long it took to make."""
         return sum(self.cost.seconds.values()) if self.cost else 0.0

@@ -176,7 +176,7 @@ def test_the_line_says_who_is_done_how_fast_it_goes_and_when_it_ends(capsys) -> 
     assert "left" not in shown.line
     printed = capsys.readouterr().err.splitlines()
     assert printed == [
-        "1 of 3: anna: made, 1 of 2 pictures kept, mean likeness 0.60, 8 min",
+        "1 of 3: anna: made, pictures kept: 1 of 2, mean likeness 0.60, 8 min",
         "2 of 3: ben: failed: too dark",
     ]
 
@@ -237,19 +237,20 @@ def test_the_report_begins_with_those_to_look_at_and_says_what_all_have_cost(tmp
 def test_someone_of_whom_no_picture_is_alike_is_not_just_called_made(tmp_path: Path, capsys) -> None:
     results = [
         Result("anna", "made", pictures=("anna/001-1.png",), kept=1), Result("ben", "found", "No picture is the person."),
-        Result("carl", "failed", "too few photos"),
+        Result("carl", "failed", "too few photos"), Result("eve", "made", pictures=("eve/001-1.png", "eve/002-2.png")),
     ]  # fmt: skip
     write_report(tmp_path, results)
     page = (tmp_path / "report.html").read_text()
-    assert "<title>Studio: 1 made, 1 none alike, 1 failed</title>" in page and "<td>none alike</td>" in page
+    assert "<title>Studio: 2 made, 1 none alike, 1 failed</title>" in page and "<td>none alike</td>" in page
     assert read_json(tmp_path / "report.json")["none_alike"] == 1
-    shown = StudioProgress(["anna", "ben", "carl"], Plan({}, (), (), ()))
+    shown = StudioProgress(["anna", "ben", "carl", "eve"], Plan({}, (), (), ()))
     for one in results:
         shown.ended(one)
     assert capsys.readouterr().err.splitlines() == [
-        "1 of 3: anna: made, 1 of 1 pictures kept, 0 s",
-        "2 of 3: ben: none alike, 0 of 0 pictures kept: No picture is the person.",
-        "3 of 3: carl: failed: too few photos",
+        "1 of 4: anna: made, pictures kept: 1 of 1, 0 s",
+        "2 of 4: ben: none alike, pictures kept: 0 of 0: No picture is the person.",
+        "3 of 4: carl: failed: too few photos",
+        "4 of 4: eve: made, pictures kept: 2, not ranked, 0 s",
     ]  # fmt: skip
 
 

@@ -166,7 +166,7 @@ def test_the_command_makes_everybody_in_a_folder(tmp_path, terms, capsys):
     printed = capsys.readouterr()
     said = printed.out + printed.err
     assert (
-        "1 of 2: anna: none alike, 0 of 1 pictures kept" in said and "2 of 2: ben & co: failed: 2 of 2 usable" in said
+        "1 of 2: anna: none alike, pictures kept: 0 of 1" in said and "2 of 2: ben & co: failed: 2 of 2 usable" in said
     )
     page = (tmp_path / "out" / "report.html").read_text()
     assert "ben &amp; co" in page and "ben & co" not in page and 'href="anna/gallery.html"' in page
