@@ -90,7 +90,10 @@ class Run:
         """The reason why blocks are not compiled although the settings want it, or None."""
         compiled = config.compile and not self.why_not_compiled
         self.compiled: CompiledBlocks | None = CompiledBlocks(blocks_of(self.denoiser)) if compiled else None
-        self.convolutions: FrozenConvolutions = FrozenConvolutions(self.denoiser, self.device)
+        # With a plan that brings blocks in, transformed kernels would stay beside weights that do not.
+        self.convolutions: FrozenConvolutions | None = (
+            None if plan.offload else FrozenConvolutions(self.denoiser, self.device)
+        )
         self.parameters: dict[str, nn.Parameter] = self.adapter.parameters()
         self.average: dict[str, Tensor] | None = (
             {name: value.detach().clone() for name, value in self.parameters.items()} if config.ema_decay else None
@@ -186,7 +189,7 @@ class Run:
     def fast(self) -> Iterator[None]:
         """A context for the passes of a step, in which blocks are fast and the adapter is cast once for all passes."""
         blocks = self.compiled or self.convolutions
-        with blocks.in_use(), self.adapter.cast_once(self.dtype):
+        with blocks.in_use() if blocks else contextlib.nullcontext(), self.adapter.cast_once(self.dtype):
             yield
 
     def accumulate_within_memory(self, on_warning: Callable[[str], None]) -> Tensor:
