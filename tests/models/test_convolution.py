@@ -113,6 +113,7 @@ def test_a_step_has_the_same_gradients_with_them(small_sd15, monkeypatch):
     assert calls == {"_Winograd", "_Product"}
     assert _error(_gradient(ours), _gradient(plain)) < 1e-5
     assert predicted_memory(cache, base, config, CPU, torch.float32, MemoryPlan()) > 0
+    assert Run(cache, base, config, CPU, plan=MemoryPlan(offload=1)).convolutions is None
 
 
 def _gradient(run: Run) -> torch.Tensor:
