@@ -21,6 +21,7 @@ TILE = 512
 _OUT_OF_MEMORY = (
     "out of memory",  # of CUDA, HIP, XPU and MPS, in errors of several classes
     "DefaultCPUAllocator: can't allocate",
+    "DefaultCPUAllocator: not enough memory",  # on Windows
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "HOST_ALLOCATION_FAILED",

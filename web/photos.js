@@ -7,6 +7,7 @@ import { say } from "./words.js"
 
 const NODE = "FaceLoRALoadPhotos"
 const TILE = 54, GAP = 4, LINE = 16, LETTER = 6 // in pixels; tiles are larger where a row has room
+const MASK = /-masklabel\.png$/i // of the photo of the same name, which the server finds beside it
 const NUMBER = /\/photo (\d+)[^/]*$/
 const HEIC = /\.(heic|heif|avif)$/i // for which some browsers know no type
 
@@ -124,7 +125,7 @@ class Pictures {
       try {
         const name = await upload(file, folder, this.nameFor(file))
         this.originals.set(name, file.name)
-        if (!this.names.includes(name)) this.names = [...this.names, name]
+        if (!MASK.test(name) && !this.names.includes(name)) this.names = [...this.names, name]
       } catch (error) {
         complain(say("The photo was not uploaded"), error.message)
       }

@@ -1,10 +1,11 @@
 """Convolutions with frozen weights, computed by a CPU in less time than torch's take.
 
-Kernels of 3x3 take Winograd's minimal filtering F(2x2, 3x3) (Lavin and Gray, arXiv:1509.09308). A tile of four by four inputs
-is transformed by additions, and so is the kernel, once for all calls. Their sixteen products, each summed over the channels
-by a matrix product, are transformed to a tile of two by two outputs: 16 multiplications in the place of 36.
+Kernels of 3x3 take Winograd's minimal filtering F(2x2, 3x3) (Lavin and Gray, arXiv:1509.09308), in float32. A tile of four by
+four inputs is transformed by additions, and so is the kernel, once for all calls. Their sixteen products, each summed over the
+channels by a matrix product, are transformed to a tile of two by two outputs: 16 multiplications in the place of 36.
 
-Large weights take one matrix product each where there are few positions, since torch lays such weights out anew in each call.
+Large weights, whose transforms would take too much memory, take one matrix product each where there are few positions, since
+torch lays such weights out anew in each call.
 """
 
 import contextlib
@@ -31,7 +32,10 @@ _OUTPUT = ((1.0, 1.0, 1.0, 0.0), (0.0, 1.0, -1.0, -1.0))
 
 
 class FrozenConvolutions:
-    """The convolutions of a network that can take less time while its weights stay as they are."""
+    """The convolutions of a network that can take less time while its weights stay as they are.
+
+    Where a weight changes, these give outputs of the weight before.
+    """
 
     def __init__(self, network: nn.Module, device: torch.device):
         """Takes those which gain by it where the network computes on that device; on a GPU, none.
@@ -49,18 +53,23 @@ class FrozenConvolutions:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """A context in which the network computes with them, which makes no difference beyond rounding."""
-        for layer, forward in self._forwards.items():
+        """A context in which the network computes with them, which makes no difference beyond rounding.
+
+        A layer whose `forward` somebody else has replaced stays as it is.
+        """
+        ours = {layer: forward for layer, forward in self._forwards.items() if "forward" not in vars(layer)}
+        for layer, forward in ours.items():
             layer.forward = forward  # pyright: ignore[reportAttributeAccessIssue]
         try:
             yield
         finally:
-            for layer in self._forwards:
+            for layer in ours:
                 del layer.forward
 
 
 def _is_plain(layer: nn.Conv2d) -> bool:
-    return (layer.dilation, layer.groups, layer.padding_mode) == ((1, 1), 1, "zeros")
+    options = (layer.dilation, layer.groups, layer.padding_mode)
+    return options == ((1, 1), 1, "zeros") and not isinstance(layer.padding, str)
 
 
 def _has_small_kernel(layer: nn.Conv2d) -> bool:
@@ -145,11 +154,12 @@ def convolved(x: Tensor, kernel: Tensor) -> Tensor:
     (batch, _, height, width), channels = x.shape, kernel.shape[1]
     padded, across = F.pad(x, (1, 1, 1, 1)), width // 2
     output = x.new_empty(batch, channels, height // 2, 2, across, 2)
+    before, after = _square(_INPUT), _square(_OUTPUT)
     for start, end in _strips(batch, height, width):
         tiles = padded[:, :, 2 * start : 2 * end + 2].unfold(2, 4, 2).unfold(3, 4, 2)
-        inputs = _square(_INPUT) @ tiles.permute(4, 5, 1, 0, 2, 3).reshape(16, -1)
+        inputs = before @ tiles.permute(4, 5, 1, 0, 2, 3).reshape(16, -1)
         products = torch.bmm(kernel, inputs.unflatten(1, (x.shape[1], -1)))
-        outputs = _square(_OUTPUT) @ products.flatten(1)
+        outputs = after @ products.flatten(1)
         output[:, :, start:end] = outputs.view(2, 2, channels, batch, end - start, across).permute(3, 2, 4, 0, 5, 1)
     return output.view(batch, channels, height, width)
 
@@ -159,11 +169,12 @@ def convolved_back(gradient: Tensor, kernel: Tensor) -> Tensor:
     (batch, _, height, width), channels = gradient.shape, kernel.shape[2]
     outputs, across = gradient.reshape(batch, -1, height // 2, 2, width // 2, 2), width // 2
     padded = gradient.new_zeros(batch, channels, height // 2 + 1, 2, across + 1, 2)
+    before, after = _square(_INPUT).T, _square(_OUTPUT).T
     for start, end in _strips(batch, height, width):
         tiles = outputs[:, :, start:end].permute(3, 5, 1, 0, 2, 4)
-        products = _square(_OUTPUT).T @ tiles.reshape(4, -1)
+        products = after @ tiles.reshape(4, -1)
         inputs = torch.bmm(kernel.mT, products.unflatten(1, (kernel.shape[1], -1)))
-        tiles = (_square(_INPUT).T @ inputs.flatten(1)).view(2, 2, 2, 2, channels, batch, end - start, across)
+        tiles = (before @ inputs.flatten(1)).view(2, 2, 2, 2, channels, batch, end - start, across)
         tiles = tiles.permute(0, 2, 5, 4, 6, 1, 7, 3)
         for down in range(2):
             for right in range(2):

@@ -63,9 +63,8 @@ def make_headshots(
 
     A picture that is already there, made from the same job, models and settings, is not made again, so an interrupted
     batch goes on where it was. Another picture of its name moves to `folder`/earlier, from where it comes back when it is
-    asked for again, and what another batch left in
-    `folder`/kept moves to `folder`/kept/earlier. The files contact_sheet.png, gallery.html and headshots.json are written
-    too.
+    asked for again, and what another batch left in `folder`/kept moves to `folder`/kept/earlier. The files
+    contact_sheet.png, gallery.html and headshots.json are written too.
 
     `on_progress(phase, done, total)` is called with the phases "pictures" and "faces", and may raise to cancel. Raises
     BadFile when the folder cannot be written, InUse when another batch is drawn into it, BadPhoto when no reference photo

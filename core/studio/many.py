@@ -5,6 +5,7 @@ On one machine they are made one after the other, on a cluster as many at a time
 
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -42,6 +43,8 @@ def run(
     `on_phase` with ("people", done, all) and ("at work", workers, all).
     """
     make_folder(output)
+    output = output.absolute()  # a report tells whole paths in a reason from other words, and leaves out the folders
+    people = [replace(person, photos=person.photos.absolute()) for person in people]
     results: list[Result] = []
     made = _here(people, base, output, terms, device, callbacks)
     if ray is not None:

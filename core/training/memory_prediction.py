@@ -25,7 +25,7 @@ from .methods.lycoris import LycorisAdapter
 from .step import Run, memory_plans
 from .training_adapter import TrainingAdapter
 
-PREDICTION_VERSION = 2
+PREDICTION_VERSION = 3
 """Raised whenever the same step is predicted to take another amount."""
 _SAME = ("person", "output", "machine")
 """The groups of the settings without which a step takes the same: of those of the machine, precision and plan are known."""

@@ -90,10 +90,7 @@ class Run:
         """The reason why blocks are not compiled although the settings want it, or None."""
         compiled = config.compile and not self.why_not_compiled
         self.compiled: CompiledBlocks | None = CompiledBlocks(blocks_of(self.denoiser)) if compiled else None
-        # With a plan that brings blocks in, transformed kernels would stay beside weights that do not.
-        self.convolutions: FrozenConvolutions | None = (
-            None if plan.offload else FrozenConvolutions(self.denoiser, self.device)
-        )
+        self.convolutions: FrozenConvolutions | None = self._frozen_convolutions()
         self.parameters: dict[str, nn.Parameter] = self.adapter.parameters()
         self.average: dict[str, Tensor] | None = (
             {name: value.detach().clone() for name, value in self.parameters.items()} if config.ema_decay else None
@@ -165,6 +162,10 @@ class Run:
         else:
             self.optimizer.zero_grad(set_to_none=True)
 
+    def _frozen_convolutions(self) -> FrozenConvolutions | None:
+        # Where blocks are brought in, transformed kernels would stay beside weights that do not.
+        return None if self.compiled or self.memory.plan.offload else FrozenConvolutions(self.denoiser, self.device)
+
     def _begin_graphs(self) -> None:
         """Has passes made by CUDA graphs from now on, where that is possible."""
         if reason := why_no_graphs(self.device, self.config, self.memory.plan):
@@ -219,6 +220,7 @@ class Run:
         on_warning(f"out of memory in {what}: done again with {plan}")
         self._release_graphs()
         self.memory.adopt(plan)
+        self.convolutions = self._frozen_convolutions()
         if self.graphs:
             self._begin_graphs()
         release_memory()

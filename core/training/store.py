@@ -255,7 +255,8 @@ def find_or_train(
     is about to write it, the new file is called NAME-2 and so on. The checkpoints of `save_every` are written beside it.
 
     With `own_name` the file always has the job's name. What has that name already, and the checkpoints beside it, move into
-    the folder `earlier` as soon as the new LoRA is trained; a LoRA of the job that lies there is moved back.
+    the folder `earlier` as soon as the new LoRA is trained; a LoRA of the job that lies there is moved back, without
+    its checkpoints.
 
     An exception from a callback cancels: the run is kept, and the next call goes on from there. StopAndKeep from `on_step`
     ends the training, and its file counts as the job's. Before anything is trained, `on_history` is called with the losses
@@ -423,7 +424,8 @@ def _own_place(folder: Path, job: TrainingJob, key: str) -> Iterator[tuple[Path,
 
 def _set_aside(path: Path) -> None:
     """Moves the LoRA at the path and its checkpoints, those that are there, into the folder `earlier` beside it."""
-    names = re.compile(rf"{re.escape(path.stem)}(-step\d{{6,}})?{re.escape(path.suffix)}")
+    set_aside(path)  # by that name, which on some disks is another spelling of the file's
+    names = re.compile(rf"{re.escape(path.stem)}-step\d{{6,}}{re.escape(path.suffix)}")
     with writing(path.parent):
         for file in [file for file in path.parent.iterdir() if names.fullmatch(file.name)]:
             set_aside(file)

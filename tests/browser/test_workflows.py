@@ -214,8 +214,8 @@ def lead_to_headshots(page: ComfyPage, server: ComfyServer, files: list[Path]) -
     assert hands.actions <= 7
     assert asked["FaceLoRATrain"]["class_word"] == "woman"
     assert asked["FaceLoRAStylePack"]["styles"] == find_style_packs().pick("corporate").names[1]
-    rejected = page.page.locator(".facelora-rejected img").evaluate_all("(all) => all.map((one) => one.alt)")
-    assert [name.rpartition("/")[2] for name in rejected] == ["friend.png"]
+    rejected = page.page.locator(".facelora-rejected").evaluate_all("(all) => all.map((one) => one.title)")
+    assert [title.split("\n")[0] for title in rejected] == ["friend.png"]
     trained = (page.page.text_content(".facelora-status") or "").removeprefix("done: ")
     lora = LoraFile.read(server.folder / "models" / "loras" / trained)
     assert lora.metadata["ss_num_train_images"] == "6"

@@ -216,7 +216,7 @@ def test_every_style_has_a_picture_its_own_if_the_pack_has_one(server):
 @pytest.mark.parametrize(
     ("choice", "words"),
     [
-        ({}, "choose a folder below ComfyUI's input folder, or upload pictures"),
+        ({}, "no photos: add some to the node, or choose a folder below ComfyUI's input folder"),
         ({"folder": "nowhere"}, "nowhere: there is no such folder"),
         ({"pictures": "gone.png"}, "gone.png: there is no such picture"),
         ({"pictures": "../../secret.png"}, "is not below ComfyUI's input folder"),

@@ -149,6 +149,20 @@ def test_where_the_report_is_damaged_nobody_is_forgotten_by_half(tmp_path, repor
     assert (tmp_path / "anna" / "studio.json").exists()
 
 
+def test_paths_that_were_given_as_seen_from_here_are_not_in_the_report(tmp_path, base, terms, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    output = Path("jane doe/out")
+    (output / "ben").mkdir(parents=True)
+    (output / "ben" / "theirs.txt").write_text("")
+    (tmp_path / "clients" / "jane").mkdir(parents=True)
+    photos = write_photos(tmp_path / "clients" / "ben").relative_to(tmp_path)
+    people = [Person("jane", Path("clients/jane"), agreed=True), Person("ben", photos, agreed=True)]
+    assert [result.status for result in run(people, base, output, terms)] == ["failed", "failed"]
+    report = (output / "report.json").read_text()
+    assert "jane: no readable photo" in report and "ben: holds files of others" in report
+    assert "clients" not in report and "jane doe" not in report
+
+
 def test_the_command_makes_everybody_in_a_folder(tmp_path, terms, capsys):
     for name, person in (("anna", 35), ("ben & co", 36)):
         agree(write_photos(tmp_path / "people" / name, count=5 if person == 35 else 2, person=person))

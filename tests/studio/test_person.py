@@ -164,7 +164,7 @@ def test_where_no_picture_is_the_person_it_says_what_would_help(desk, capsys):
     assert outcome["lora"] == str(folder / "out" / "photos.safetensors")
 
 
-def test_what_is_not_in_force_any_more_is_set_aside_and_comes_back_untrained_and_undrawn(desk, monkeypatch):
+def test_what_is_not_in_force_any_more_is_set_aside_and_comes_back_untrained_and_undrawn(desk):
     folder = desk("anna")
     base, pack = load_base(BASE_FILE), find_style_packs([folder / "packs"]).pick("quick")
     report, done = check(read_photos(folder / "photos"), base, CONFIG), []
