@@ -209,13 +209,21 @@ class Batch:
         return named and [*named, *(f"--lora={lora}" for lora in loras)]
 
 
-def set_others_aside(shots: Sequence[Headshot], folder: Path) -> None:
-    """Moves the pictures in the folder that are not of this batch into `folder`/earlier."""
+def set_others_aside(shots: Sequence[Headshot], folder: Path, lora: str) -> None:
+    """Moves the pictures in the folder that a LoRA of that name has drawn, but not in this batch, into `folder`/earlier."""
     names = {shot.path.name for shot in shots}
     with locked(folder / OVERVIEW), writing(folder):
         for path in sorted(folder.glob("*.png")):
-            if re.fullmatch(PICTURE_NAME, path.name) and path.name not in names:
+            if re.fullmatch(PICTURE_NAME, path.name) and path.name not in names and _is_drawn_with(lora, path):
                 set_aside(path)
+
+
+def _is_drawn_with(lora: str, path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            return f"<lora:{lora}:" in str(image.info.get("parameters"))
+    except (*DAMAGED, Image.DecompressionBombError):
+        return False
 
 
 def save_outcome(path: Path, job: Job, image: Image.Image, outcome: FaceOutcome) -> None:

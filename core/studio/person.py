@@ -113,7 +113,7 @@ def make(
         device=device,
         on_progress=callbacks.on_phase,
     )
-    set_others_aside(shots, folder)
+    set_others_aside(shots, folder, trained.path.stem)
     return Outcome(report, trained, shots, _advice(report, order, shots))
 
 

@@ -168,6 +168,9 @@ def test_what_is_not_in_force_any_more_is_set_aside_and_comes_back_untrained_and
     folder = desk("anna")
     base, pack = load_base(BASE_FILE), find_style_packs([folder / "packs"]).pick("quick")
     report, done = check(read_photos(folder / "photos"), base, CONFIG), []
+    theirs = folder / "out" / "900-1.png"
+    theirs.parent.mkdir()
+    theirs.write_text("somebody's, with a name as ours have")
     callbacks = Callbacks(
         on_step=lambda report: done.append(f"step {report.step}"),
         on_phase=lambda phase, number, total: (
@@ -181,7 +184,7 @@ def test_what_is_not_in_force_any_more_is_set_aside_and_comes_back_untrained_and
         order = Order("anna", replace(CONFIG, steps=steps), pack, count=count, seed=seed)
         outcome = make(report, base, order, folder / "out", callbacks=callbacks)
         assert outcome.trained.path == folder / "out" / "anna.safetensors"
-        assert sorted((folder / "out").glob("*-*.png")) == sorted(shot.path for shot in outcome.shots)
+        assert sorted((folder / "out").glob("*-*.png")) == sorted([*(shot.path for shot in outcome.shots), theirs])
         return list(done)
 
     assert made(1, 2) == ["step 1", "pictures 1", "pictures 2"]
