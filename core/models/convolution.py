@@ -48,7 +48,7 @@ class FrozenConvolutions:
                 continue
             if layer.weight.numel() > _LARGE_WEIGHT:
                 self._forwards[layer] = partial(_with_one_product, layer)
-            elif _has_small_kernel(layer) and min(layer.in_channels, layer.out_channels) >= _LEAST_CHANNELS:
+            elif _has_small_kernel(layer) and min(layer.weight.shape[:2]) >= _LEAST_CHANNELS:
                 self._forwards[layer] = _WithFewerMultiplications(layer)
 
     @contextlib.contextmanager
@@ -73,7 +73,8 @@ def _is_plain(layer: nn.Conv2d) -> bool:
 
 
 def _has_small_kernel(layer: nn.Conv2d) -> bool:
-    return (layer.kernel_size, layer.stride, layer.padding) == ((3, 3), (1, 1), (1, 1))
+    sizes = (layer.kernel_size, layer.stride, layer.padding)
+    return sizes == ((3, 3), (1, 1), (1, 1)) and layer.weight.dtype == torch.float32
 
 
 def _with_one_product(layer: nn.Conv2d, x: Tensor) -> Tensor:
@@ -116,17 +117,17 @@ class _WithFewerMultiplications:
 
     def __call__(self, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
-        suits = x.dtype == torch.float32 and height % 2 == width % 2 == 0
-        if not suits or batch * height * width < _LEAST_POSITIONS or torch.is_autocast_enabled("cpu"):
+        few = batch * height * width < _LEAST_POSITIONS
+        if few or height % 2 or width % 2 or torch.is_autocast_enabled("cpu"):
             return nn.Conv2d.forward(self._layer, x)
         if self._kernel is None:
-            self._kernel = transformed_kernel(self._layer.weight)
+            self._kernel = _transformed(self._layer.weight)
         output: Tensor = _Winograd.apply(x, self._kernel, self._layer.bias)
         return output
 
 
 @torch.no_grad()
-def transformed_kernel(weight: Tensor) -> Tensor:
+def _transformed(weight: Tensor) -> Tensor:
     """The transform, of shape (16, O, I), of a kernel of shape (O, I, 3, 3)."""
     return (_square(_KERNEL) @ weight.detach().flatten(2).permute(2, 0, 1).flatten(1)).unflatten(1, weight.shape[:2])
 
@@ -141,15 +142,15 @@ class _Winograd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
         ctx.kernel = kernel
-        output = convolved(x, kernel)
+        output = _convolved(x, kernel)
         return output if bias is None else output.add_(bias[:, None, None])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return convolved_back(gradients[0], ctx.kernel), None, None
+        return _convolved_back(gradients[0], ctx.kernel), None, None
 
 
-def convolved(x: Tensor, kernel: Tensor) -> Tensor:
+def _convolved(x: Tensor, kernel: Tensor) -> Tensor:
     """The 3x3 convolution, padded by 1, of x (B, I, H, W), where H and W are even, with a transformed kernel: (B, O, H, W)."""
     (batch, _, height, width), channels = x.shape, kernel.shape[1]
     padded, across = F.pad(x, (1, 1, 1, 1)), width // 2
@@ -164,8 +165,8 @@ def convolved(x: Tensor, kernel: Tensor) -> Tensor:
     return output.view(batch, channels, height, width)
 
 
-def convolved_back(gradient: Tensor, kernel: Tensor) -> Tensor:
-    """The gradient (B, I, H, W) of the input of `convolved`, by that of its output (B, O, H, W): each step transposed."""
+def _convolved_back(gradient: Tensor, kernel: Tensor) -> Tensor:
+    """The gradient (B, I, H, W) of the input of `_convolved`, by that of its output (B, O, H, W): each step transposed."""
     (batch, _, height, width), channels = gradient.shape, kernel.shape[2]
     outputs, across = gradient.reshape(batch, -1, height // 2, 2, width // 2, 2), width // 2
     padded = gradient.new_zeros(batch, channels, height // 2 + 1, 2, across + 1, 2)

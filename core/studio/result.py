@@ -100,9 +100,8 @@ class Result:
     @property
     def kept_of(self) -> str:
         """How many of its pictures are kept, such as "4 of 20"; of pictures that could not be ranked that they are not."""
-        return (
-            f"{self.kept} of {len(self.pictures)}" if self.kept or self.reason else f"{len(self.pictures)}, not ranked"
-        )
+        ranked = self.kept or self.reason
+        return f"{self.kept} of {len(self.pictures)}" if ranked else f"{len(self.pictures)}, not ranked"
 
     @property
     def seconds(self) -> float:

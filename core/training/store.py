@@ -277,7 +277,7 @@ def find_or_train(
                 found = before is not None
                 lora = before or _train(job, base, run, device, on_point, callbacks)
                 if own_name:
-                    _set_aside(path)
+                    _set_lora_aside(path)
                     lora = _trained_before(run, folders) or lora  # it may have been read from a file that has moved
                 metadata = lora.metadata | {KEY: key, "ss_output_name": path.stem}
                 lora.with_metadata(metadata).save(path, PRECISIONS[job.config.save_precision])
@@ -416,13 +416,13 @@ def _own_place(folder: Path, job: TrainingJob, key: str) -> Iterator[tuple[Path,
             (file for file in sorted((path.parent / EARLIER).glob("*.safetensors")) if has_key(file, key)), None
         )
         if earlier:
-            _set_aside(path)
+            _set_lora_aside(path)
             with writing(path):
                 earlier.rename(path)
         yield path, earlier is not None
 
 
-def _set_aside(path: Path) -> None:
+def _set_lora_aside(path: Path) -> None:
     """Moves the LoRA at the path and its checkpoints, those that are there, into the folder `earlier` beside it."""
     set_aside(path)  # by that name, which on some disks is another spelling of the file's
     names = re.compile(rf"{re.escape(path.stem)}-step\d{{6,}}{re.escape(path.suffix)}")

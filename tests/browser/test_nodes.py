@@ -46,9 +46,8 @@ def test_several_pictures_dropped_on_load_face_photos_are_its_photos(either_page
     names = queued["inputs"]["pictures"].split("\n")
     (folder,) = {name.rpartition("/")[0] for name in names}
     assert folder.startswith("photos/")
-    kept = [
-        f"photo {number:02}.png" for number in (1, 2, 3)
-    ]  # the graph is in saved pictures, and says no file's own name
+    # ComfyUI writes the graph into saved pictures: it says no file's own name.
+    kept = [f"photo {number:02}.png" for number in (1, 2, 3)]
     assert basenames(page) == kept == sorted(file.name for file in (server.folder / "input" / folder).iterdir())
     assert "holiday 0.png" in page.run("() => document.querySelector('.facelora-tile').title")
     Image.new("RGB", (300, 200)).save(files[0].with_name("another.webp"))
@@ -100,11 +99,15 @@ def test_the_reason_why_a_node_failed_is_said_on_the_page(page, server):
     )
 
 
-def test_the_pictures_of_a_dropped_folder_are_its_photos(page, files):
+def test_the_pictures_of_a_dropped_folder_are_its_photos_and_a_mask_is_none(page, server, files):
+    Image.new("L", (300, 200), 255).save(files[1].with_name("holiday 1-masklabel.png"))
     page.add(PHOTOS)
     page.drop(PHOTOS, [files[0].parent])
-    page.wait_for("() => document.querySelectorAll('.facelora-tile').length === 3")
+    page.wait_for("() => document.querySelector('.facelora-quiet').textContent === '3 added'")
     assert sorted(basenames(page)) == [f"photo {number:02}.png" for number in (1, 2, 3)]
+    titles = page.page.locator(".facelora-tile").evaluate_all("(all) => all.map((one) => one.title)")
+    masked = page.widgets(PHOTOS)["pictures"].split("\n")[titles.index("holiday 1.png")]
+    assert (server.folder / "input" / masked.replace(".png", "-masklabel.png")).exists()
     assert page.complaints() == []
 
 
