@@ -203,11 +203,6 @@ class TrainConfig:
         "compile the denoiser's blocks: steps take less of a GPU's time, the first of each photo shape minutes",
         group="machine",
     )
-    cuda_graphs: bool = option(
-        False,
-        "ask a GPU for each pass of a step by one launch, a CUDA graph: helps where it waits for the host",
-        group="machine",
-    )
     deterministic: bool = option(
         False,
         "compute the same numbers each time on a GPU too, so that a resumed run equals an uninterrupted one; slower",
@@ -297,8 +292,6 @@ class TrainConfig:
             raise BadConfig("stop_early and merge_best go by likeness, which needs photos held out: set hold_out")
         if self.merge_best and self.keep == "last":
             raise BadConfig("merge_best averages the best checkpoints, keep = 'last' takes the last: choose one")
-        if self.compile and self.cuda_graphs:
-            raise BadConfig("compile and cuda_graphs are two ways to keep a GPU from waiting for the host: choose one")
         if self.warmup_steps >= self.steps:
             raise BadConfig(f"warmup_steps = {self.warmup_steps} leaves nothing of {self.steps} steps")
 

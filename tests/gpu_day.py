@@ -49,7 +49,6 @@ CARDS = (8, 12, 16, 24)
 """The GiB of the cards that a larger one is bounded to."""
 SPEEDS = (
     ("sd15", 512, 1, ""), ("sd15", 512, 8, ""), ("sdxl", 1024, 1, ""), ("sdxl", 1024, 4, ""),
-    ("sd15", 512, 1, "graph"), ("sdxl", 1024, 1, "graph"),
     ("sd15", 512, 1, "compiled"), ("sdxl", 1024, 1, "compiled"), ("sdxl", 1024, 4, "compiled"),
 )  # fmt: skip
 """(family, pixels, batch, way) of the table of speeds. (The bench has no published shapes of transformers.)"""
@@ -124,13 +123,11 @@ def _small(name: str) -> tuple[Base, LatentCache]:
 
 
 def plans(day: Day) -> dict[str, Any]:
-    """How far the gradient under each plan, of compiled blocks, and by CUDA graphs is from that of the fastest plan on the
-    same device; and why graphs were given up, if they were."""
+    """How far the gradient under each plan, and of compiled blocks, is from that of the fastest plan on the same device."""
     base, cache = _small(next(iter(SMALL_FLOWS)))
     config, plain, found = TrainConfig(rank=4, precision="fp32"), None, {}
-    graphed, compiled = replace(config, cuda_graphs=True), replace(config, compile=True)
-    ways = ("compiled", PLANS[0], compiled), *((f"graph, {plan}", plan, graphed) for plan in (PLANS[0], PLANS[2]))
-    for name, plan, settings in day.some((*((str(p), p, config) for p in PLANS), *ways)):
+    compiled = ("compiled", PLANS[0], replace(config, compile=True))
+    for name, plan, settings in day.some((*((str(p), p, config) for p in PLANS), compiled)):
         run = Run(cache, base, settings, day.device, plan=plan)
         for parameter_name, parameter in run.parameters.items():
             if parameter_name.endswith(".up"):
@@ -139,8 +136,6 @@ def plans(day: Day) -> dict[str, Any]:
         gradient = torch.cat([p.grad.flatten().cpu() for p in run.parameters.values() if p.grad is not None])
         plain = gradient if plain is None else plain
         found[name] = float((gradient - plain).norm() / plain.norm().clamp_min(1e-30))
-        if run.why_no_graphs:
-            found[f"{name}: given up"] = run.why_no_graphs
     return found
 
 
@@ -168,7 +163,7 @@ def speeds(day: Day) -> dict[str, Any]:
             continue
         config = TrainConfig(
             resolution=64 if day.small else pixels, batch_size=batch, compile=way == "compiled",
-            cuda_graphs=way == "graph", gradient_checkpointing="off",
+            gradient_checkpointing="off",
         )  # fmt: skip
         report = bench(
             family, config, steps=1 if day.small else 10, channels=64 if day.small else 320, device=day.device

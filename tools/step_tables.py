@@ -47,7 +47,7 @@ def asked(card: Card, work: Callable[[], object]) -> Asked:
 
 
 def steps(name: str, card: Card) -> dict[str, Asked]:
-    """What each part of a step asks for: the denoiser alone, all passes, a step, one by CUDA graphs, and the peer's passes."""
+    """What each part of a step asks for: the denoiser alone, all passes, a step, and the peer's passes."""
     model = MODELS[name]
     base, config = base_of(model), replace(config_of(model), gradient_checkpointing="off")
     state = base.family.build_empty("denoiser", model.config).state_dict()
@@ -60,12 +60,9 @@ def steps(name: str, card: Card) -> dict[str, Asked]:
     step, passes = asked(card, run.train_step), asked(card, run.accumulate)
     with patch.object(LoraLayer, "forward", frozen):
         alone = asked(card, run.accumulate)
-    graphed = Run(cache, base, replace(config, cuda_graphs=True), DEVICE)
-    graphed.train_step()
-    by_graphs = asked(card, graphed.train_step)
     peer = PlainLoop(cache, base, config, DEVICE)
     peer.step()
-    return {"alone": alone, "passes": passes, "step": step, "graphs": by_graphs, "peer": asked(card, peer.gradients)}
+    return {"alone": alone, "passes": passes, "step": step, "peer": asked(card, peer.gradients)}
 
 
 if __name__ == "__main__":
@@ -73,17 +70,14 @@ if __name__ == "__main__":
         found = {name: steps(name, card) for name in COUNTED}
     rows = []
     for name, step in found.items():
-        alone, passes, whole, graphs, peer = (
-            step[part].operations for part in ("alone", "passes", "step", "graphs", "peer")
-        )
-        rows.append([name, *(f"{n:,}" for n in (alone, passes - alone, whole - passes, whole, graphs, peer))])
+        alone, passes, whole, peer = (step[part].operations for part in ("alone", "passes", "step", "peer"))
+        rows.append([name, *(f"{n:,}" for n in (alone, passes - alone, whole - passes, whole, peer))])
     header = [
         "",
         "the denoiser alone",
         "the adapter",
         "the update",
         "a step of ours",
-        "by CUDA graphs",
         "diffusers + peft, without update",
     ]
     moved = [

@@ -103,8 +103,6 @@ class OurLoop:
         self.run: Run = Run(cache, base, config, device)
         if self.run.why_not_compiled:
             raise BadConfig(f"--compile: not possible here: {self.run.why_not_compiled}")
-        if self.run.why_no_graphs:
-            raise BadConfig(f"--cuda-graphs: not possible here: {self.run.why_no_graphs}")
         self.generator: torch.Generator = torch.Generator(device).manual_seed(0)
 
     def step(self) -> None:

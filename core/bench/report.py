@@ -156,7 +156,7 @@ def bench(
     cache = random_cache(base, config)
     loops, first = _warm_loops(cache, base, config, device)
     comfy = ComfyLoop(cache, base, config, device, comfyui, comfyui_python) if comfyui else None
-    counts = _counts({**loops, **_without_graphs(cache, base, config, device)}, config, device)
+    counts = _counts(loops, config, device)
     product, product_flops = matmul(device, dtype)
     load = _load()
     # On a GPU the host runs ahead of the device over several steps, as it does in training.
@@ -174,7 +174,6 @@ def bench(
         "targets": config.targets,
         "rank": config.rank,
         "compiled": config.compile,
-        "cuda_graphs": config.cuda_graphs,
         "precision": precision_name(dtype),
         "device": device.type,
         "processor": processor(device),
@@ -229,11 +228,6 @@ def _warm_loops(
             loop.step()
             loop.forward()
     return loops, first
-
-
-def _without_graphs(cache: LatentCache, base: Base, config: TrainConfig, device: torch.device) -> dict[str, Loop]:
-    """Our loop as it is without CUDA graphs, whose work cannot be counted; none where they are not used."""
-    return {"ours": OurLoop(cache, base, replace(config, cuda_graphs=False), device)} if config.cuda_graphs else {}
 
 
 def _counts(loops: Mapping[str, Loop], config: TrainConfig, device: torch.device) -> dict[str, dict[str, int | None]]:
@@ -335,7 +329,6 @@ def format_report(report: Mapping[str, Any]) -> str:
         f"{FAMILIES[report['family']].title}, random weights ({report['parameters'] / 1e6:.1f} M), "
         f"{report['resolution']} px, batch {report['batch_size']}, {report['targets']} targets, rank {report['rank']}, "
         f"{report['precision']}{', our blocks compiled' if report['compiled'] else ''}"
-        f"{', our passes by CUDA graphs' if report['cuda_graphs'] else ''}",
         f"{report['device']}: {report['processor']}, {report['threads']} threads; {versions}; {report['date']}{load}",
     ]
     rows = [
@@ -399,7 +392,6 @@ def run(options: argparse.Namespace, device: torch.device | None = None) -> dict
         resolution=options.resolution,
         precision=options.precision,
         compile=options.compile,
-        cuda_graphs=options.cuda_graphs,
         gradient_checkpointing="off",
     )
     return bench(

@@ -96,7 +96,6 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--targets", choices=get_args(Targets), default="transformer", help="default: transformer")
     parser.add_argument("--precision", choices=get_args(Precision), default="auto", help="default: auto")
     parser.add_argument("--compile", action="store_true", help="compile the blocks of our loop")
-    parser.add_argument("--cuda-graphs", action="store_true", help="make the passes of our loop by CUDA graphs")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each loop (default: 20)")
     parser.add_argument("--comfyui", type=Path, metavar="FOLDER", help="also time the trainer of the ComfyUI there")
     parser.add_argument(

@@ -67,7 +67,6 @@ def train_lora(
         plan = choose_plan(cache, base, config, device, dtype, callbacks.on_warning, training_adapter)
         run = Run(
             cache, base, config, device, continue_from, callbacks.check_cancelled, plan, training_adapter,
-            callbacks.on_warning,
         )  # fmt: skip
         for limit in _limits_of(run):
             callbacks.on_warning(limit)

@@ -19,7 +19,6 @@ from ..storage.files import read_json, write_text
 from ..storage.lazy import LazyTensors, Stored, dtype_and_shape, narrow_in
 from ..storage.narrow import NarrowTensor
 from .encode import LatentCache
-from .graphs import why_no_graphs
 from .methods import METHODS, trains_text
 from .methods.lycoris import LycorisAdapter
 from .step import Run, memory_plans
@@ -46,13 +45,12 @@ def predicted_memory(
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    graphs = config.cuda_graphs and not why_no_graphs(device, config, plan)
     parts = ("denoiser", *(base.family.text_encoders if trains_text(config) else ()))
     stored = {part: base.components[part].tensors for part in parts}
     narrow = {
         part: {name: narrow_in(tensors, name, read=False) for name in tensors} for part, tensors in stored.items()
     }
-    config = replace(config, precision=precision_name(dtype), compile=False, cuda_graphs=False)
+    config = replace(config, precision=precision_name(dtype), compile=False)
     largest = max(cache.images, key=lambda image: image.mean.numel())
     with FakeTensorMode() as mode:
         components = dict(base.components)
@@ -95,8 +93,7 @@ def predicted_memory(
                 run.accumulate()  # only a second step prefetches blocks, in the order of the first
             run.accumulate()
     trained = sum(parameter.numel() for parameter in run.parameters.values())
-    # Graphs add to gradients that are there all the time, and are compared with others.
-    kept = unique_bytes(there) + trained * (OPTIMIZER_BYTES[config.optimizer] + (8 if graphs else 0))
+    kept = unique_bytes(there) + trained * OPTIMIZER_BYTES[config.optimizer]
     return kept + count.peak + (0 if device.type == "cpu" else _bytes_of(cache))
 
 
@@ -164,7 +161,7 @@ def kept_prediction(
         max((image.mean.shape for image in cache.images), key=math.prod),
         [_layout(image.conditioning) for image in cache.images[:1]],
         sorted({str(_layout(conditioning)) for conditioning in cache.text.values()}),
-        _bytes_of(cache), config.cuda_graphs, training_adapter and training_adapter.digest,
+        _bytes_of(cache), training_adapter and training_adapter.digest,
     )  # fmt: skip
     with cache_in(None):  # it is about nobody
         with suppress(BadFile):  # there is none yet, or none can be kept

@@ -4,8 +4,8 @@ import contextlib
 import hashlib
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -23,7 +23,6 @@ from ..models.objective import Schedule, draw_noise, sample_losses
 from ..models.spec import Conditioning, FamilySpec, placed, stack_conditioning
 from .batches import Batches
 from .encode import EncodedImage, LatentCache
-from .graphs import NotCaptured, Pass, PassGraphs, why_no_graphs
 from .methods import METHODS, attach, peak_rate, trains_text
 from .methods.method import Adapter
 from .optimizer import build_optimizer, learning_rate_factor
@@ -46,6 +45,22 @@ def memory_plans(config: TrainConfig, base: Base) -> tuple[MemoryPlan, ...]:
     return plans_for(config.gradient_checkpointing, frozen, narrow=frozen and base.is_narrow)
 
 
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """The inputs of one forward pass."""
+
+    kind: Literal["pictures", "class pictures", "prior"]
+    """Whether its loss is on photos, on class pictures, or that of prior prediction."""
+    latents: Tensor
+    noise: Tensor
+    noisy_latents: Tensor
+    timesteps: Tensor
+    conditioning: Conditioning
+    masks: Tensor | None = None
+    frozen_conditioning: Conditioning | None = None
+    """The frozen model's conditioning where it differs: in prior prediction with trained text encoders."""
+
+
 class Run:
     """A training run between two steps: the networks, the adapter, the optimizer and the schedules."""
 
@@ -59,7 +74,6 @@ class Run:
         check_cancelled: CheckCancelled | None = None,
         plan: MemoryPlan | None = None,
         training_adapter: TrainingAdapter | None = None,
-        on_warning: Callable[[str], None] = lambda _: None,
     ):
         self.config = config
         self.family: FamilySpec = base.family
@@ -80,10 +94,8 @@ class Run:
             AttachedAdapter(training_adapter, self.denoiser, self.device, self.dtype) if training_adapter else None
         )
         self._set_training(True)
-        self._on_warning, self._check_cancelled = on_warning, check_cancelled
-        self.graphs: PassGraphs | None = None
         if check_cancelled:
-            _check_often(self.denoiser, self._check_in_pass, blocks_of(self.denoiser) if config.compile else ())
+            _check_often(self.denoiser, check_cancelled, blocks_of(self.denoiser) if config.compile else ())
         self.memory: MemorySaver = MemorySaver(self.denoiser, self.device, draws=config.dropout > 0)
         self.memory.adopt(plan)
         self.why_not_compiled: str | None = why_not_compiled(self.device) if config.compile else None
@@ -117,10 +129,6 @@ class Run:
         """The number of steps done before the frozen weights were narrowed to 8 bits; None: they never were."""
         self.loss: Tensor = torch.zeros((), device=self.device)
         self.first_bad_step: Tensor = torch.full((), -1, device=self.device)
-        self.why_no_graphs: str | None = None
-        """The reason why passes are not made by CUDA graphs although the settings want it, or None."""
-        if config.cuda_graphs:
-            self._begin_graphs()
 
     def train_step(self) -> None:
         """Makes one optimizer step, without waiting for the device."""
@@ -128,63 +136,21 @@ class Run:
 
     def accumulate(self) -> Tensor:
         """The loss of the next step, a scalar, with its gradients accumulated. An interruption leaves the run between steps."""
-        try:
-            return self._accumulated()
-        except NotCaptured as error:
-            reason = str(error)
-        # Outside the except clause, so that the error no longer keeps what has been computed alive.
-        self._go_on_without_graphs(reason)
-        return self._accumulated()
-
-    def _accumulated(self) -> Tensor:
         config = self.config
-        self._clear_gradients()
+        self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         with self.fast():
             for number in range(self.step * config.accumulation, (self.step + 1) * config.accumulation):
                 for inputs in self.passes(number):
-                    if self.graphs and self._check_cancelled:
-                        self._check_cancelled()
-                    loss = self.graphs.make(inputs) if self.graphs else self._make(inputs)
-                    total += loss / config.accumulation
+                    loss = self.loss_of(inputs) / config.accumulation
+                    self.scaler.scale(loss).backward()
+                    self.adapter.take_gradients()
+                    total += loss.detach()
         return total
-
-    def _make(self, inputs: Pass) -> Tensor:
-        """The loss of a pass, detached, with its gradients added to those of the parameters."""
-        loss = self.loss_of(inputs)
-        self.scaler.scale(loss / self.config.accumulation).backward()
-        self.adapter.take_gradients()
-        return loss.detach()
-
-    def _clear_gradients(self) -> None:
-        if self.graphs:
-            self.graphs.clear_gradients()
-        else:
-            self.optimizer.zero_grad(set_to_none=True)
 
     def _frozen_convolutions(self) -> FrozenConvolutions | None:
         # Where blocks are brought in, transformed kernels would stay beside weights that do not.
         return None if self.compiled or self.memory.plan.offload else FrozenConvolutions(self.denoiser, self.device)
-
-    def _begin_graphs(self) -> None:
-        """Has passes made by CUDA graphs from now on, where that is possible."""
-        if reason := why_no_graphs(self.device, self.config, self.memory.plan):
-            self._go_on_without_graphs(reason)
-        else:
-            self.graphs = PassGraphs(self._make, self.parameters.values(), self.device)
-
-    def _go_on_without_graphs(self, reason: str) -> None:
-        self._release_graphs()
-        self.graphs, self.why_no_graphs = None, reason
-        self._on_warning(f"cuda_graphs: not possible here ({reason}); the training goes on without")
-
-    def _release_graphs(self) -> None:
-        if self.graphs:
-            self.graphs.release()
-
-    def _check_in_pass(self) -> None:
-        if self._check_cancelled and not (self.graphs and self.graphs.capturing):
-            self._check_cancelled()
 
     @contextlib.contextmanager
     def fast(self) -> Iterator[None]:
@@ -202,7 +168,7 @@ class Run:
                 if not is_out_of_memory(error):
                     raise
             # Outside the except clause, so that the error no longer keeps the step's activations alive.
-            self._clear_gradients()
+            self.optimizer.zero_grad(set_to_none=True)
             self._save_memory(f"step {self.step + 1}", on_warning)
 
     def _save_memory(self, what: str, on_warning: Callable[[str], None]) -> None:
@@ -218,11 +184,8 @@ class Run:
                 "use batch_size 1, a lower resolution, or gradient_checkpointing auto"
             )
         on_warning(f"out of memory in {what}: done again with {plan}")
-        self._release_graphs()
         self.memory.adopt(plan)
         self.convolutions = self._frozen_convolutions()
-        if self.graphs:
-            self._begin_graphs()
         release_memory()
 
     def update(self, loss: Tensor) -> None:
@@ -363,7 +326,6 @@ class Run:
         They are drawn by the model as it will be used, without its training adapter.
         Where they do not fit the memory they are drawn again under a smaller memory plan, of which `on_warning` hears.
         """
-        self._release_graphs()
         before = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self._set_training(False)
         self._put(self.trained() if values is None else values)

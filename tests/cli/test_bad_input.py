@@ -208,7 +208,6 @@ CASES: dict[str, tuple[Callable[[Desk], None], str]] = {
     "rank 0": (options("--rank", "0"), "rank = 0: must be between 1"),
     "class images twice": (class_photos_twice, "class_images and class_photos are both given"),
     "two weightings": (options("--debiased", "--min-snr-gamma", "3"), "choose one"),
-    "two ways to few launches": (options("--compile", "--cuda-graphs"), "compile and cuda_graphs are two ways .*: choose one"),
     "timesteps crossed": (options("--timestep-min", "800", "--timestep-max", "200"), "800 is above timestep_max = 200"),
     "all warm-up": (options("--warmup-steps", "5"), "leaves nothing of 1 steps"),
     "prodigy's rate": (options("--optimizer", "prodigy", "--learning-rate", "1e-4"), "finds the rate by itself; leave it"),

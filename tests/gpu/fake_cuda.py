@@ -3,8 +3,7 @@
 Tensors on the device have a shape, a dtype and a place, and no values (torch's fake tensors); those on the CPU are real, so
 that files are read and written as ever. What comes back from the device is 0 (an int: -1, a bool: True). The card counts
 what is alive as CUDA's allocator does, runs out of memory where a card of that size would, knows which operations and which
-copies between host and device were asked for, and has streams that do not advance before somebody waits for them. While a CUDA
-graph is captured it refuses what a card would refuse, and a replay is one launch.
+copies between host and device were asked for, and has streams that do not advance before somebody waits for them.
 
 torch's autograd engine looks for devices once, at its first backward pass, so a small library that registers one has to be
 loaded before. In a process that imports this module before torch (`fake_process` in tests/gpu/conftest.py) it is, and
@@ -198,34 +197,6 @@ class Event:
 
 
 @dataclass
-class Pool:
-    """The memory of graphs. It has the size of the most that was alive in it while any was captured, until the last is gone."""
-
-    size: int = 0
-    live: int = 0
-
-
-class Graph:
-    """In the place of torch.cuda.CUDAGraph."""
-
-    def __init__(self, card: "Card"):
-        self._card = card
-        self.pool: PoolHandle | None = None
-        self.operations = 0
-
-    def replay(self) -> None:
-        self._card.launch()
-
-
-class PoolHandle:
-    """What keeps a pool alive."""
-
-    def __init__(self, card: "Card"):
-        self.pool = Pool()
-        weakref.finalize(self, card.take_back, self.pool)
-
-
-@dataclass
 class Held:
     """What CUDA's allocator may not use again before a stream has come to a place, though nothing refers to it."""
 
@@ -265,10 +236,6 @@ class Card(TorchDispatchMode):
         self.fails_at: int | None = None
         """The number of an allocation, counted by `allocations`, that fails; None: none fails unless the card is full."""
         self.form: OutOfMemoryForm = "allocator"
-        self.capturing: Graph | None = None
-        self.captured: list[weakref.ref[Graph]] = []
-        self.outlasting = 0
-        """The bytes that were made while graphs were captured and were still alive afterwards."""
         self._storages: set[int] = set()
         self._pinned: set[int] = set()
         self._recorded: dict[int, Stream] = {}
@@ -354,11 +321,8 @@ class Card(TorchDispatchMode):
         return result
 
     def launch(self) -> None:
-        if self.capturing:
-            self.capturing.operations += 1
-        else:
-            self.launches += 1
-            self.current.asked += 1
+        self.launches += 1
+        self.current.asked += 1
 
     def _read(self, tensor: Tensor) -> Any:
         self._note("read", tensor)
@@ -380,8 +344,6 @@ class Card(TorchDispatchMode):
         return made
 
     def _note(self, direction: Any, tensor: Tensor) -> None:
-        if self.capturing:
-            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing\n{direction}")
         frame, place = sys._getframe(), "outside"
         while frame := frame.f_back:
             if "/core/" in frame.f_code.co_filename and "site-packages" not in frame.f_code.co_filename:
@@ -413,18 +375,10 @@ class Card(TorchDispatchMode):
             return
         size = -(-storage.nbytes() // GRAIN) * GRAIN
         self.allocations += 1
-        pool = self.capturing.pool.pool if self.capturing and self.capturing.pool else None
-        more = size if pool is None else max(0, pool.live + size - pool.size)
-        if self.live + more > self.total or self.allocations == self.fails_at:
+        if self.live + size > self.total or self.allocations == self.fails_at:
             kind, message = MESSAGES[self.form]
             raise kind(message.format(size=size))
         self._storages.add(place)
-        if pool:
-            pool.size, pool.live = pool.size + more, pool.live + size
-            self.live += more
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._gone_from, pool, place, size)
-            return
         if self.current is not self.compute:
             self._used[place] = self.current, self.current, 0
         self.live += size
@@ -440,33 +394,6 @@ class Card(TorchDispatchMode):
         else:
             self.live -= size
 
-    def _gone_from(self, pool: Pool, place: int, size: int) -> None:
-        self._storages.discard(place)
-        pool.live -= size
-
-    def take_back(self, pool: Pool) -> None:
-        self.live -= pool.size
-
-    @contextmanager
-    def capture(self, graph: Graph, pool: PoolHandle, stream: Stream, capture_error_mode: str) -> Iterator[None]:
-        """In the place of torch.cuda.graph."""
-        self.synchronize()
-        graph.pool, alive = pool, pool.pool.live
-        self.capturing, before, self.current = graph, self.current, stream
-        try:
-            yield
-        except torch.OutOfMemoryError:
-            self.current = before
-            raise
-        except RuntimeError as error:
-            # The end of the capture fails then too, before torch has left the stream.
-            raise RuntimeError("CUDA error: operation failed due to a previous error during capture") from error
-        finally:
-            self.capturing = None
-        self.current = before
-        self.captured.append(weakref.ref(graph))
-        self.outlasting += pool.pool.live - alive
-
     def _settle(self) -> None:
         """Takes back what streams are done with."""
         while self._held and self._held[0].stream.done >= self._held[0].place:
@@ -476,7 +403,6 @@ class Card(TorchDispatchMode):
         self._recorded[tensor.untyped_storage()._cdata] = stream
 
     def synchronize(self, *_: object) -> None:
-        assert not self.capturing
         for stream in {id(s): s for s in (self.compute, self.current, *(held.stream for held in self._held))}.values():
             stream.synchronize()
         self._settle()
@@ -561,9 +487,6 @@ def fake_cuda(size: float = 80, capability: tuple[int, int] = (9, 0)) -> Iterato
         "Event": Event,
         "current_stream": lambda *_: card.current,
         "stream": card.stream,
-        "CUDAGraph": lambda: Graph(card),
-        "graph_pool_handle": lambda: PoolHandle(card),
-        "graph": card.capture,
     }
 
     def pin_memory(tensor: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What is tried on the fake device. Each function runs in a process of its own, and returns plain values."""
 
-from tests.gpu.fake_cuda import DEVICE, Card, Copy, Graph, OutOfMemoryForm, fake_cuda  # isort: skip  # before torch
+from tests.gpu.fake_cuda import DEVICE, Card, Copy, OutOfMemoryForm, fake_cuda  # isort: skip  # before torch
 
 import gc
 import sys
@@ -121,117 +121,6 @@ def step(case: Case) -> Step:
         run.check_finite()
         home = sum(parameter.nbytes for parameter in run.memory._offload.parameters())
         return Step(dtypes, copies, launches, card.peak - before, predicted, card.early, card.pinned, home)
-
-
-@dataclass(frozen=True)
-class GraphedSteps:
-    """What steps by CUDA graphs asked of the card."""
-
-    plain: int
-    """The launches of a step without graphs."""
-    launches: int
-    """Those of a step whose passes have been captured."""
-    operations: tuple[int, ...]
-    """The operations of each graph that is there then."""
-    copies: tuple[Copy, ...]
-    peaks: tuple[int, int]
-    """The most bytes of two steps without graphs and of three with them."""
-    predicted: int
-    inputs: int
-    """The bytes of the inputs of all graphs."""
-    outlasting: int
-    early: int
-    left: int
-    """The graphs that are there while a picture is drawn."""
-    released: int
-    """The bytes that are given back then."""
-    warnings: tuple[str, ...]
-
-
-def graphed_steps(case: Case) -> GraphedSteps:
-    """Three steps by graphs, of which the first also makes its passes without, and a sample; and two without graphs."""
-    warnings: list[str] = []
-    with fake_cuda(case.size, case.capability) as card:
-        base, config = case.base(), case.config()
-        cache, dtype = cached(base, case), device_and_dtype(config, DEVICE)[1]
-        graphed = replace(config, cuda_graphs=True)
-
-        def alive() -> list[Graph]:
-            gc.collect()
-            return [graph for found in card.captured if (graph := found())]
-
-        before = card.live
-        run = Run(cache, base, config, DEVICE, plan=case.plan)
-        run.train_step()
-        card.watch()
-        run.train_step()
-        plain, plain_peak = card.launches, card.peak - before
-        del run
-        predicted = predicted_memory(cache, base, graphed, DEVICE, dtype, case.plan)
-        gc.collect()
-        before = card.live
-        run = Run(cache, base, graphed, DEVICE, plan=case.plan, on_warning=warnings.append)
-        card.watch()
-        run.train_step()
-        run.train_step()
-        peak = card.peak - before
-        card.watch()
-        run.train_step()
-        launches, copies, operations = card.launches, tuple(card.copies), tuple(graph.operations for graph in alive())
-        held, left = card.live, []
-        assert run.graphs
-        inputs = sum(t.nbytes for one in run.graphs._graphs.values() for t in one.inputs.tensors().values())
-
-        def draw(*_: object) -> list[Any]:
-            left.extend((len(alive()), held - card.live))
-            return []
-
-        run.sample(draw, [], warnings.append)
-        return GraphedSteps(
-            plain, launches, operations, copies, (plain_peak, peak), predicted, inputs, card.outlasting, card.early,
-            left[0], left[1], tuple(warnings),
-        )  # fmt: skip
-
-
-def copying_pass() -> tuple[str, bool, bool]:
-    """Where a pass copies from the host: the warning, whether graphs are still used, and whether the stream is as before."""
-    case, predict, warnings = Case("flux1"), Run._predict, []
-
-    def copy_and_predict(run: Run, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Any) -> torch.Tensor:
-        return predict(run, latents, timesteps + torch.zeros(1).to(DEVICE), conditioning)
-
-    with fake_cuda() as card, patch.object(Run, "_predict", copy_and_predict):
-        base, config = case.base(), replace(case.config(), cuda_graphs=True)
-        run = Run(cached(base, case), base, config, DEVICE, on_warning=warnings.append)
-        run.train_step()
-        return warnings[0], run.graphs is not None, card.current is card.compute
-
-
-def out_of_memory_with_graphs(case: Case, shares: Sequence[float]) -> list[tuple[str, bool, int]]:
-    """The plan, whether passes are still made by graphs, and the steps done, after an allocation has failed in the first step.
-
-    The allocations are those after these shares of all of a step. Each time a run begins anew, and makes two steps.
-    """
-    found = []
-    with fake_cuda(case.size, case.capability) as card:
-        base, config = case.base(), replace(case.config(), cuda_graphs=True)
-        cache = cached(base, case)
-        run = Run(cache, base, config, DEVICE)
-        card.watch()
-        run.accumulate()
-        allocations = card.allocations
-        for share in shares:
-            del run
-            gc.collect()
-            run = Run(cache, base, config, DEVICE)
-            card.watch()
-            card.fails_at = 1 + int(share * (allocations - 1))
-            run.update(run.accumulate_within_memory(lambda _: None))
-            assert card.allocations >= card.fails_at
-            card.fails_at = None
-            run.update(run.accumulate_within_memory(lambda _: None))
-            found.append((str(run.memory.plan), run.graphs is not None, run.step))
-    return found
 
 
 def operations(case: Case) -> tuple[int, int]:

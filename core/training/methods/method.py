@@ -94,8 +94,6 @@ class Method:
     """Whether the networks' own weights stay frozen, so that a memory plan may narrow or offload them."""
     keeps_dtype: bool = False
     """Whether its layers compute in the dtype of their inputs, so that no autocast is needed."""
-    is_captured: bool = True
-    """Whether a pass can be captured in a CUDA graph: it waits for nothing, and a copy of the gradients is small."""
     joins_modules: bool = True
     """Whether its change of several modules can be put together in a file where those are one layer, such as q, k and v.
 

@@ -78,6 +78,5 @@ METHOD = Method(
     "OFT, blocks of rows are rotated (arXiv:2306.07280)",
     attach,
     rate_factor=0.3,
-    is_captured=False,
     joins_modules=False,
 )
