@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from .errors import BadConfig, BadFile, BadPhoto, MissingPackage, counted
+from .threads import threads_for_small_networks
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -457,6 +458,7 @@ def _session(model: ModelProto, providers: Sequence[str]) -> InferenceSession:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = threads_for_small_networks()
     # Waiting threads would spin on cores that a training needs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=list(providers))

@@ -10,7 +10,8 @@ from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
 
 from ..errors import FaceLoraError
-from .common import end_bars
+from ..threads import set_threads
+from .common import DEMO, end_bars
 
 
 class Command(NamedTuple):
@@ -159,6 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not hasattr(options, "command"):
         parser.print_help()
         return 2
+    set_threads(few=DEMO in (called, getattr(options, "base", None)))
     try:
         return function_of(options.command.run)(options) or 0
     except (FaceLoraError, KeyboardInterrupt, EOFError) as error:  # the last from Ctrl-D at a question

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -178,11 +179,39 @@ class Progress(Protocol):
     def warning(self, message: str) -> None: ...
 
 
+class SlowSteps:
+    """Notices when steps begin to take many times the processor time of the first ones."""
+
+    FIRST, TIMES, IN_A_ROW = 5, 5, 3
+
+    def __init__(self) -> None:
+        self._first: list[float] = []
+        self._before, self._slow = time.process_time(), 0
+
+    def hint(self) -> str | None:
+        """After each step: a sentence for the user, once, when IN_A_ROW steps were slow. (One may have drawn samples.)"""
+        now = time.process_time()
+        taken, self._before = now - self._before, now
+        if len(self._first) < self.FIRST:
+            self._first.append(taken)
+            return None
+        usual = statistics.median(self._first)
+        self._slow = self._slow + 1 if taken > self.TIMES * usual else 0
+        if self._slow != self.IN_A_ROW:
+            return None
+        self._slow = -sys.maxsize
+        return (
+            f"a step takes {taken / usual:.0f} times the processor time of the first ones: other programs are using "
+            "the processor. OMP_NUM_THREADS=1 may be faster (stop, set it, and run the command again)"
+        )
+
+
 class BarProgress:
     """Progress bars on stderr. They read the loss at most twice a second, since that waits for the device."""
 
     def __init__(self) -> None:
         self._bar, self._name, self._shown = None, "", 0.0
+        self._slow_steps = SlowSteps()
 
     def __enter__(self) -> "BarProgress":
         return self
@@ -207,6 +236,8 @@ class BarProgress:
         bar = self._bar_for("training", report.steps)
         if bar.n == 0 and report.step > 1:
             bar.initial = bar.n = report.step - 1  # resumed: the rate counts the steps of this session alone
+        if not report.memory and (hint := self._slow_steps.hint()):  # on a processor
+            self.warning(hint)
         now = time.monotonic()
         if now - self._shown > 0.5 or report.step == report.steps:
             self._shown = now
