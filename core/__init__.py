@@ -10,9 +10,13 @@ installed, `facelora` hands out all of this, as `facelora.train` and `facelora.l
 Importing it loads nothing else, not even torch; each name is loaded when it is used.
 """
 
+import os
 from typing import TYPE_CHECKING
 
 from .lazy_names import lazy_names
+
+# Trainings with `deterministic` need it, and torch reads it once, at the first matrix product of the process.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 if TYPE_CHECKING:
     from . import bench as bench

@@ -200,7 +200,7 @@ class TrainConfig:
     )
     compile: bool = option(
         False,
-        "compile the denoiser's blocks: steps take less of a GPU's time, the first of each photo shape minutes",
+        "compile the denoiser's blocks: steps take less of a GPU's time, the first ones minutes",
         group="machine",
     )
     deterministic: bool = option(

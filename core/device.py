@@ -1,5 +1,6 @@
 """The device and the precision of a computation, and the handling of a lack of memory."""
 
+import gc
 import os
 import platform
 import re
@@ -25,8 +26,21 @@ _OUT_OF_MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
     "HOST_ALLOCATION_FAILED",
+    # cuDNN swallows the allocator's error, and then says that no way of computing a convolution was left.
+    "GET was unable to find an engine to execute this computation",
+    "FIND was unable to find an engine to execute this computation",
+    "ERROR_OUT_OF_DEVICE_MEMORY",  # of XPU's drivers: Level Zero, Unified Runtime
+    "ERROR_OUT_OF_HOST_MEMORY",
+    "ERROR_OUT_OF_RESOURCES",
 )
 """What messages say of a lack of memory where the class of the error does not."""
+# From ComfyUI's comfy/model_management.py, version 0.30:
+BROKEN_FP16 = (
+    "1660", "1650", "1630", "T500", "T550", "T600", "MX550", "MX450", "CMP 30HX", "T2000", "T1000", "T1200",
+)  # fmt: skip
+"""Parts of the names of NVIDIA's cards of compute capability 7.5 whose fp16 gives NaN."""
+NO_BF16 = ("gfx1030", "gfx1031", "gfx1035", "gfx1010", "gfx1011", "gfx1012", "gfx906", "gfx900", "gfx803")
+"""AMD's architectures without bf16, RDNA 2 and older. Their compute capability is the number in the name."""
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -41,21 +55,73 @@ def device_and_dtype(
 ) -> tuple[torch.device, torch.dtype]:
     """The device and the dtype to compute with.
 
-    Without `device` it is CUDA, else Apple's MPS, else the CPU. The precision "auto" is bf16 on GPUs of compute capability
-    8.0 and above, fp16 on older ones unless the model `overflows_in_fp16`, and fp32 everywhere else.
+    Without `device` it is CUDA, else Intel's XPU, else Apple's MPS, else the CPU. The precision "auto" is bf16 where the device
+    has it, else fp16 where the device has it and the model does not overflow in it, else fp32; on a CPU it is always fp32.
+    Raises BadConfig for a GPU for which this torch has no kernels.
     """
     if device is None:
-        device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-        if torch.cuda.is_available():
-            device = torch.device("cuda", torch.cuda.current_device())
+        device = best_device()
+    if reason := why_no_kernels(device):
+        raise BadConfig(reason)
     if config.precision != "auto":
         return device, PRECISIONS[config.precision]
-    if device.type == "cuda":
+    return device, fastest_dtype(device, overflows_in_fp16)
+
+
+def best_device() -> torch.device:
+    """The fastest kind of device that torch finds."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if torch.xpu.is_available():
+        return torch.device("xpu", torch.xpu.current_device())
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def fastest_dtype(device: torch.device, overflows_in_fp16: bool = False) -> torch.dtype:
+    """The fastest dtype whose results on the device are right."""
+    if device.type == "xpu":
+        return torch.bfloat16 if torch.xpu.is_bf16_supported() else torch.float32
+    if device.type == "mps":
+        return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float32
+    if device.type != "cuda":
+        return torch.float32
+    card = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        has_bf16 = not any(architecture in card.gcnArchName for architecture in NO_BF16)
+        has_fp16 = True
+    else:
         # Older cards only emulate bf16, and torch.cuda.is_bf16_supported() says yes to that.
-        if torch.cuda.get_device_capability(device) >= (8, 0):
-            return device, torch.bfloat16
-        return device, torch.float32 if overflows_in_fp16 else torch.float16
-    return device, torch.float32
+        has_bf16 = card.major >= 8
+        has_fp16 = not any(name in card.name for name in BROKEN_FP16)
+    if has_bf16:
+        return torch.bfloat16
+    return torch.float16 if has_fp16 and not overflows_in_fp16 else torch.float32
+
+
+def why_no_kernels(device: torch.device) -> str | None:
+    """Why nothing can be computed on an NVIDIA card: this torch has no kernels for it. None where it has."""
+    built_for = torch.cuda.get_arch_list() if device.type == "cuda" and not torch.version.hip else []
+    if not built_for:
+        return None
+    card = torch.cuda.get_device_properties(device)
+    for name in built_for:
+        kind, _, number = name.partition("_")
+        digits = "".join(filter(str.isdigit, number))
+        major, minor = int(digits[:-1]), int(digits[-1])
+        # Kernels run on cards of the same generation; those that are kept as PTX (compute_90) on all later ones.
+        if (kind == "sm" and card.major == major and card.minor >= minor) or (
+            kind == "compute" and (card.major, card.minor) >= (major, minor)
+        ):
+            return None
+    return (
+        f"this torch has no kernels for the {card.name} (compute capability {card.major}.{card.minor}): it is built for "
+        f"{', '.join(built_for)}; install a build for the card (older cards need one for an older CUDA), or compute on the cpu"
+    )
+
+
+def keeps_narrow_weights(device: torch.device) -> bool:
+    """Whether weights in fp8 can be on the device. MPS has no such dtype (pytorch#148420)."""
+    return device.type != "mps"
 
 
 def processor(device: torch.device) -> str:
@@ -71,15 +137,17 @@ def processor(device: torch.device) -> str:
 def deterministic_if(wanted: bool) -> Iterator[None]:
     """A context in which a GPU computes the same numbers from the same inputs each time, if that is wanted.
 
-    cuBLAS reads its setting when it is first used, so the first context should be entered before anything is computed.
-    Raises BadConfig for an operation that torch has no such form of.
+    cuBLAS reads its setting, which this package sets when it is imported, once per process. Raises BadConfig for an operation
+    that torch has no such form of.
     """
     if not wanted:
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
+    memory.fill_uninitialized_memory = False  # nothing here reads what it has not written
     try:
         yield
     except RuntimeError as error:
@@ -88,25 +156,62 @@ def deterministic_if(wanted: bool) -> Iterator[None]:
         raise BadConfig(f"deterministic = true: {str(error).partition('. ')[0]}; train without it") from None
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        memory.fill_uninitialized_memory = filled
+
+
+@contextmanager
+def exact_arithmetic(tf32: bool = True) -> Iterator[None]:
+    """A context without the inexact sums and the trials of kernels that ComfyUI's --fast sets for its whole process.
+
+    Without `tf32`, convolutions in float32 are not rounded to TF32 either, as cuDNN does by default.
+    """
+    products: Any = torch.backends.cuda.matmul
+    convolutions: Any = torch.backends.cudnn
+    settings = [(convolutions, "benchmark", False)]
+    if hasattr(products, "allow_fp16_accumulation"):  # torch 2.7 and later
+        settings.append((products, "allow_fp16_accumulation", False))
+    if not tf32:
+        settings += [(convolutions, "allow_tf32", False), (products, "allow_tf32", False)]
+    before = [getattr(place, name) for place, name, _ in settings]
+    try:
+        for place, name, value in settings:
+            setattr(place, name, value)
+        yield
+    finally:
+        for (place, name, _), value in zip(settings, before, strict=True):
+            setattr(place, name, value)
 
 
 def stay_within_free_memory(device: torch.device) -> None:
-    """On Windows, has an allocation fail that the GPU's free memory does not suffice for, for the rest of the process.
+    """On Windows, makes an allocation fail that does not fit into the GPU's free memory, for the rest of the process.
 
     There the driver would move memory of the GPU to the computer's without a word, and each step would take many times as
-    long, where a smaller memory plan takes a third more. For programs that have the process to themselves.
+    long, where a smaller memory plan takes a third more.
     """
     if sys.platform == "win32" and device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        torch.cuda.set_per_process_memory_fraction(free / total, device)
+        share = (free + torch.cuda.memory_reserved(device)) / total
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+
+
+@contextmanager
+def within_free_memory(device: torch.device) -> Iterator[None]:
+    """A context with the bound of `stay_within_free_memory`, for programs that have other work after it."""
+    stay_within_free_memory(device)
+    try:
+        yield
+    finally:
+        if sys.platform == "win32" and device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def free_memory(device: torch.device) -> int | None:
     """The bytes that can still be allocated on a device; None where the system does not say.
 
-    On a GPU they include what torch has reserved but does not use.
+    On a GPU they include what torch has reserved but does not use, and what nothing but reference cycles keeps alive.
     """
     if device.type == "cuda":
+        gc.collect()
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type == "cpu" and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
@@ -142,9 +247,19 @@ def in_parts_that_fit(compute: Callable[[Sequence[_Item]], list[_Result]], items
 
 
 def release_memory() -> None:
-    """Gives the GPU memory that torch has reserved and does not use back to the system."""
+    """Gives memory that is no longer used back to the system: a GPU's, and the computer's that was page-locked for it.
+
+    Networks of other libraries refer to themselves, so Python's garbage collector comes first.
+    """
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        if empty_host_cache := getattr(torch._C, "_host_emptyCache", None):  # in builds for a GPU
+            empty_host_cache()
+    if torch.xpu.is_available():
+        torch.xpu.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 @contextmanager

@@ -18,11 +18,13 @@ from comfy_api.latest import io
 from PIL import Image
 
 from ..core.config import TrainConfig, config_from, parse_toml
+from ..core.device import release_memory, within_free_memory
 from ..core.errors import BadConfig, FaceLoraError, one_line
 from ..core.lora.file import LoraFile
 from ..core.models.base import Base
 from ..core.models.families import FAMILIES
 from ..core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
+from ..core.threads import within_quota
 from ..core.training.callbacks import Callbacks, StepReport, StopAndKeep
 from ..core.training.recipes import MEASUREMENTS, RECIPES, recipe_settings
 from ..core.training.store import TrainedFile, TrainingJob, find_or_train
@@ -289,21 +291,24 @@ def _make(job: TrainingJob, base: Base, checkpoint: int, node_id: str, notes: Se
     try:
         job = job.with_good_photos(base, watch.warning)
         watch.show(photos=panel.photo_urls(job.photos))
-        made = find_or_train(
-            job,
-            base,
-            [Path(folder) for folder in folder_paths.get_folder_paths("loras")],
-            device=comfy.model_management.get_torch_device(),
-            on_history=watch.history,
-            on_point=watch.point,
-            callbacks=Callbacks(
-                on_step=watch.step,
-                on_phase=watch.phase,
-                on_sample=watch.sample,
-                on_warning=watch.warning,
-                check_cancelled=comfy.model_management.throw_exception_if_processing_interrupted,
-            ),
+        callbacks = Callbacks(
+            on_step=watch.step,
+            on_phase=watch.phase,
+            on_sample=watch.sample,
+            on_warning=watch.warning,
+            check_cancelled=comfy.model_management.throw_exception_if_processing_interrupted,
         )
+        device = comfy.model_management.get_torch_device()
+        with within_quota(), within_free_memory(device):
+            made = find_or_train(
+                job,
+                base,
+                [Path(folder) for folder in folder_paths.get_folder_paths("loras")],
+                device=device,
+                on_history=watch.history,
+                on_point=watch.point,
+                callbacks=callbacks,
+            )
         watch.show(checkpoints=_choices(made))
         if checkpoint:
             made = replace(made, path=made.take_checkpoint(checkpoint))
@@ -317,6 +322,8 @@ def _make(job: TrainingJob, base: Base, checkpoint: int, node_id: str, notes: Se
         watch.log("stopped; queued again, it goes on from there")
         watch.show(phase="stopped")
         raise
+    finally:
+        release_memory()  # for the nodes that follow: ComfyUI collects garbage only after a prompt
     return made
 
 

@@ -16,11 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import TrainConfig
-from ..device import device_and_dtype, free_memory, is_out_of_memory, precision_name, processor, release_memory
+from ..device import (
+    exact_arithmetic,
+    fastest_dtype,
+    free_memory,
+    is_out_of_memory,
+    precision_name,
+    processor,
+    release_memory,
+    why_no_kernels,
+)
 from ..models.base import Base
 from ..models.compiled import why_not_compiled
 from ..models.memory_plan import PLANS, MemoryPlan
 from ..models.spec import on_device, placed
+from ..threads import Threads, usable_threads
 from ..training.encode import LatentCache
 from ..training.memory_prediction import predicted_memory
 from ..training.methods import attach
@@ -96,6 +106,8 @@ class Report:
     """What each missing package is for."""
     device: str
     processor: str
+    threads: Threads
+    """Those that a processor computes with."""
     precision: str
     total_memory: int | None
     free_memory: int | None
@@ -113,7 +125,7 @@ def examine(
 
     `own_version` is that of this project, and `on_progress` hears what is being measured.
     """
-    _, dtype = device_and_dtype(TrainConfig(), device)
+    dtype, no_kernels = fastest_dtype(device), why_no_kernels(device)
     found = {name: _version(name) for name in (*NEEDED, *OPTIONAL)}
     versions = {"facelora": own_version, "python": platform.python_version(), "system": platform.system()}
     versions |= {name: number for name, number in found.items() if number}
@@ -128,11 +140,21 @@ def examine(
         missing={name: OPTIONAL.get(name, "everything") for name, number in found.items() if not number},
         device=device.type + (f", compute capability {capability}" if capability else ""),
         processor=processor(device),
+        threads=_threads(),
         precision=precision_name(dtype),
         total_memory=torch.cuda.get_device_properties(device).total_memory if is_gpu else None,
         free_memory=free_memory(device),
-        advice=_advice(device),
-        measured=_measured(device, dtype, on_progress) if measure else None,
+        advice=(no_kernels,) if no_kernels else _advice(device),
+        measured=_measured(device, dtype, on_progress) if measure and not no_kernels else None,
+    )
+
+
+def _threads() -> Threads:
+    count, usable = torch.get_num_threads(), usable_threads()
+    return (
+        usable
+        if count == usable.count
+        else Threads(count, f"set by the program or OMP_NUM_THREADS; {usable.count} are usable")
     )
 
 
@@ -178,7 +200,8 @@ def _measured(device: torch.device, dtype: torch.dtype, on_progress: Callable[[s
 def agreement(base: Base, cache: LatentCache, device: torch.device, dtype: torch.dtype) -> Agreement:
     """How the device in that dtype agrees with the CPU in float32, on the same weights, inputs and adapter."""
     loss, gradient = loss_and_gradient(base, cache, torch.device("cpu"), torch.float32)
-    other_loss, other = loss_and_gradient(base, cache, device, dtype)
+    with exact_arithmetic(tf32=dtype != torch.float32):
+        other_loss, other = loss_and_gradient(base, cache, device, dtype)
     difference = float((other - gradient).norm() / gradient.norm())
     relative = abs(other_loss / loss - 1)
     return Agreement(precision_name(dtype), relative, difference, max(difference, relative) < DIFFERENCES[dtype])
@@ -227,6 +250,7 @@ def format_doctor(report: Report) -> str:
         f"facelora doctor: {', '.join(f'{name} {number}' for name, number in report.versions.items())}",
         f"{report.device}: {report.processor}, {_memory(report)}precision auto is {report.precision}",
     ]
+    lines.append(f"processor threads: {report.threads.count} ({report.threads.why})")
     lines += [f"missing: {name} ({use})" for name, use in report.missing.items()]
     lines += [f"note: {advice}" for advice in report.advice]
     if report.measured:

@@ -5,7 +5,7 @@ import argparse
 import torch
 
 from ..config import TrainConfig
-from ..device import device_and_dtype, stay_within_free_memory
+from ..device import best_device, device_and_dtype, stay_within_free_memory
 from ..errors import BadConfig
 
 
@@ -14,12 +14,15 @@ def device_from(options: argparse.Namespace) -> torch.device:
 
     On Windows, what the process takes of a GPU is bounded by what is free.
     """
-    device = device_and_dtype(TrainConfig(), None if options.device is None else _named(options.device))[0]
+    device, _ = device_and_dtype(TrainConfig(), named_or_best(options.device))
     stay_within_free_memory(device)
     return device
 
 
-def _named(name: str) -> torch.device:
+def named_or_best(name: str | None) -> torch.device:
+    """The device of that name, else the best there is, even where this torch has no kernels for it."""
+    if name is None:
+        return best_device()
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # the device "meta" holds no values, so reading one fails

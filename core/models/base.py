@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..device import free_memory
+from ..device import free_memory, keeps_narrow_weights
 from ..errors import BadFile, FaceLoraError
 from ..storage.lazy import dtype_and_shape, narrow_in
 from ..storage.safetensors_file import SafetensorsFile, tensor_bytes
@@ -142,6 +142,7 @@ class Base:
         whenever they are used, and compute the same. They cannot be trained then, nor changed.
         """
         what = f"{self.name}: the {part.replace('_', ' ')}"
+        as_stored = as_stored and keeps_narrow_weights(device)
         return materialise(self._empty(part), self._component(part).tensors, what, device, dtype, as_stored)
 
     @cached_property

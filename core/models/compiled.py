@@ -1,14 +1,12 @@
 """The blocks of a denoiser compiled by torch, so that a GPU does not wait for the host to start its many small kernels.
 
-This is regional compilation: the code around the blocks is not compiled. Blocks of equal widths share one compiled form,
-which torch keeps on disk for later runs. Each shape of picture has its own, and so has each length of text in families that
-do not pad captions to one length (Chroma, Qwen-Image, Qwen-Image 2.1, FLUX.3 Klein). The limits set here are torch's, for the
-calling thread.
+This is regional compilation: the code around the blocks is not compiled. Blocks of equal widths share their compiled forms,
+which torch keeps on disk for later runs. The first shape of picture and text gets a form of its own. The second shape makes
+torch compile once more, for sizes that vary, and later shapes use that. The limits set here are for the calling thread.
 """
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +15,8 @@ from torch import nn
 MOST_FORMS = 1024
 """The number of compiled forms after which torch stops compiling a block.
 
-There is one for each kind of block and shape of picture, with the adapter on and off, with and without gradients. torch's
-own limit of 8 is meant for networks that are compiled once."""
+There are a few for each kind of block: for fixed and varying sizes, with the adapter on and off, with and without gradients.
+torch's own limit of 8 is meant for networks that are compiled once."""
 
 
 def why_not_compiled(device: torch.device) -> str | None:
@@ -34,20 +32,17 @@ class CompiledBlocks:
     """Blocks with a compiled forward pass beside their own. Hooks on a block itself are not compiled."""
 
     def __init__(self, blocks: Iterable[nn.Module]):
-        self._in_use = False
-        for block in blocks:
-            block.forward = partial(self._forward, block.forward, torch.compile(block.forward, dynamic=False))
-
-    def _forward(self, plain: Callable[..., Any], compiled: Callable[..., Any], *inputs: Any, **named: Any) -> Any:
-        return (compiled if self._in_use else plain)(*inputs, **named)
+        self._compiled: dict[nn.Module, Callable[..., Any]] = {block: torch.compile(block.forward) for block in blocks}
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
         """A context that uses the compiled forms, made when a shape is new; a block that fails to compile runs as it is."""
         limits = {"cache_size_limit": MOST_FORMS, "accumulated_cache_size_limit": MOST_FORMS, "suppress_errors": True}
-        self._in_use = True
+        for block, compiled in self._compiled.items():
+            block.forward = compiled
         try:
             with torch._dynamo.config.patch(**limits):
                 yield
         finally:
-            self._in_use = False
+            for block in self._compiled:
+                del block.forward

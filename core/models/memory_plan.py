@@ -4,8 +4,9 @@ import math
 import weakref
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from ..device import free_memory
 from .eight_bit import narrow_weights
 from .spec import holds_numbers
 
@@ -22,6 +24,9 @@ RESERVE = 0.9
 
 LARGEST_SLAB, SMALLEST_SLAB = 2**30, 2**22
 """The bytes of the largest and the smallest slab of page-locked memory, powers of two."""
+
+LEFT_FREE = 4 * 2**30
+"""The bytes of the computer's memory that page-locked memory leaves to other programs: the system cannot swap it out."""
 
 CUDA_GRAIN = 512
 """The bytes of which CUDA's allocator takes a multiple for each tensor."""
@@ -147,18 +152,18 @@ class MemorySaver:
         self.plan: MemoryPlan = MemoryPlan()
         self._denoiser, self._device, self._draws = denoiser, device, draws
         self._blocks = blocks_of(denoiser)
-        self._recomputed: set[nn.Module] = set()
         self._offload = BlockOffload(device)
 
     def adopt(self, plan: MemoryPlan) -> None:
         """Changes to a plan that saves at least as much memory as the current one."""
         by_size = sorted(self._blocks, key=lambda block: sum(p.numel() for p in block.parameters()))
         count = int(plan.recompute * len(by_size))
-        self._recomputed = set(by_size[:count])
+        # Not a method: the denoiser would refer to this object, which refers to it, and outlive the run.
+        run = partial(_run_block, weakref.WeakSet(by_size[:count]), self._draws)
         for module in self._denoiser.modules():
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = count > 0  # pyright: ignore
-                module._gradient_checkpointing_func = self._run  # pyright: ignore
+                module._gradient_checkpointing_func = run  # pyright: ignore
         if plan.weights == "8 bits":
             narrow_weights(self._denoiser, self._device)
         away = math.ceil(plan.offload * len(self._blocks))
@@ -168,16 +173,27 @@ class MemorySaver:
                 tensor.data = tensor.data.to(self._device)
         self.plan = plan
 
+    @property
+    def pageable(self) -> int:
+        """The bytes of weights that a GPU brings in from memory that is not page-locked."""
+        return self._offload.pageable
+
     def resident(self) -> list[Tensor]:
         """The tensors of the denoiser that stay on the device between two steps."""
         at_home = set(self._offload.parameters())
         return [t for t in [*self._denoiser.parameters(), *self._denoiser.buffers()] if t not in at_home]
 
-    def _run(self, block: Any, *inputs: Any) -> Any:
-        """Runs a block, with recomputation if the plan says so. diffusers calls every block that can be recomputed by it."""
-        if block in self._recomputed:
-            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=self._draws)
-        return block(*inputs)
+
+def _run_block(recomputed: Collection[nn.Module], draws: bool, block: Any, *inputs: Any) -> Any:
+    """Runs a block, with recomputation if it is among those. diffusers calls every block that can be recomputed by this."""
+    if block in recomputed:
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=draws)
+    return block(*inputs)
+
+
+_Slot = tuple[weakref.ref[nn.Module], str]
+"""A module, and the name of one of its parameters."""
+_Block = weakref.ref[nn.Module] | None
 
 
 class BlockOffload:
@@ -189,19 +205,21 @@ class BlockOffload:
     The host would start the copies of many blocks before the device has come to them, so it waits until the device is done
     with the last block but one: at most three blocks are there. It also holds on to the weights until then, since memory that
     one stream has given back may be filled by the next copy while another stream still reads it.
+
+    The blocks' hooks refer to this object, so it refers to the blocks weakly.
     """
 
     def __init__(self, device: torch.device):
         self._device = device
         self._stream: torch.cuda.Stream | None = None
         self._store = PinnedStore(device)
-        self._home: dict[nn.Module, dict[tuple[nn.Module, str], nn.Parameter]] = {}
-        self._coming: tuple[nn.Module, list[Tensor], list[torch.UntypedStorage]] | None = None
+        self._home: weakref.WeakKeyDictionary[nn.Module, dict[_Slot, nn.Parameter]] = weakref.WeakKeyDictionary()
+        self._coming: tuple[_Block, list[Tensor], list[torch.UntypedStorage]] | None = None
         """The block that comes next, the copies of its weights, and what they were copied from."""
         self._present: list[Tensor] = []
         self._leaving: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
-        self._visited: tuple[nn.Module | None, nn.Module | None] = (None, None)
-        self._following: dict[tuple[nn.Module | None, nn.Module | None], nn.Module] = {}
+        self._visited: tuple[_Block, _Block] = (None, None)
+        self._following: dict[tuple[_Block, _Block], weakref.ref[nn.Module]] = {}
 
     def take(self, blocks: Sequence[nn.Module]) -> None:
         """Starts to offload those of the blocks that are not offloaded yet."""
@@ -213,7 +231,7 @@ class BlockOffload:
         new = [block for block in blocks if block not in self._home]
         for block in new:
             self._home[block] = {
-                (module, name): parameter
+                (weakref.ref(module), name): parameter
                 for module in block.modules()
                 for name, parameter in module._parameters.items()
                 if parameter is not None and not parameter.requires_grad
@@ -222,6 +240,10 @@ class BlockOffload:
         for block in new:
             block.register_forward_pre_hook(self._bring)
             block.register_forward_hook(self._take_away, always_call=True)
+
+    @property
+    def pageable(self) -> int:
+        return self._store.pageable if self._device.type == "cuda" else 0
 
     def parameters(self) -> Iterable[nn.Parameter]:
         for parameters in self._home.values():
@@ -248,27 +270,35 @@ class BlockOffload:
         tensors = self._present = self._brought(block) or self._start(block)
         if self._stream:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        for (module, name), tensor in zip(self._home[block], tensors, strict=True):
-            module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+        _put(
+            dict(zip(self._home[block], (nn.Parameter(tensor, requires_grad=False) for tensor in tensors), strict=True))
+        )
         # The next block depends on the block before, since the backward pass goes through the blocks in reverse.
-        self._following[self._visited] = block
-        self._visited = (self._visited[1], block)
+        self._following[self._visited] = weakref.ref(block)
+        self._visited = (self._visited[1], weakref.ref(block))
         following = self._following.get(self._visited)
-        self._coming = (following, self._start(following), self._at_home(following)) if following else None
+        next_one = following and following()
+        self._coming = (following, self._start(next_one), self._at_home(next_one)) if next_one is not None else None
 
     def _at_home(self, block: nn.Module) -> list[torch.UntypedStorage]:
         return [parameter.untyped_storage() for parameter in self._home[block].values()]
 
     def _brought(self, block: nn.Module) -> list[Tensor] | None:
         """The copies that were made ahead; None where another block was expected, or weights have been replaced since."""
-        if self._coming is None or self._coming[0] is not block:
+        if self._coming is None or self._coming[0] != weakref.ref(block):
             return None
         _, tensors, sources = self._coming
         unchanged = [now._cdata == then._cdata for now, then in zip(self._at_home(block), sources, strict=True)]
         return tensors if all(unchanged) else None
 
     def _take_away(self, block: nn.Module, *_: object) -> None:
-        for (module, name), parameter in self._home[block].items():
+        _put(self._home[block])
+
+
+def _put(parameters: Mapping[_Slot, nn.Parameter]) -> None:
+    """Sets the parameters of modules."""
+    for (reference, name), parameter in parameters.items():
+        if (module := reference()) is not None:
             module._parameters[name] = parameter
 
 
@@ -276,13 +306,16 @@ class PinnedStore:
     """Page-locked memory of the computer for weights, from which a GPU copies while it works.
 
     torch rounds each page-locked piece up to a power of two, for FLUX.1's tensors from 11 to 17 GiB. Many tensors therefore
-    lie in one slab, whose size is a power of two. Where the system gives no more of it, the rest stays in usual memory.
+    lie in one slab, whose size is a power of two. Where the system gives no more of it, or less than LEFT_FREE would be left,
+    the rest stays in usual memory.
     """
 
     def __init__(self, device: torch.device):
         self._pins = device.type == "cuda"
         self._slab = torch.empty(0, dtype=torch.uint8)
         """What is left of the slab that is being filled."""
+        self.pageable: int = 0
+        """The bytes of weights in usual memory, from which copies are slower and are waited for."""
 
     def take(self, parameters: Sequence[nn.Parameter]) -> None:
         """Brings the values of parameters into this memory."""
@@ -292,6 +325,7 @@ class PinnedStore:
             left -= _aligned(parameter.nbytes)
             if place is None:
                 parameter.data = parameter.data.cpu()
+                self.pageable += parameter.nbytes
             else:
                 values = place[: parameter.nbytes].view(parameter.dtype).view(parameter.shape)
                 parameter.data = values.copy_(parameter.data)
@@ -300,6 +334,10 @@ class PinnedStore:
         """Bytes for a tensor, where `left` bytes are still to come with it; None where there is no more such memory."""
         if self._slab.nbytes < size:
             slab = max(min(LARGEST_SLAB, 1 << left.bit_length() - 1), SMALLEST_SLAB, 1 << (size - 1).bit_length())
+            room = free_memory(torch.device("cpu"))
+            if room is not None and room - slab < LEFT_FREE:
+                self._pins = False
+                return None
             try:
                 self._slab = torch.empty(slab, dtype=torch.uint8, pin_memory=True)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError):  # of several classes, by system and driver

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..device import keeps_narrow_weights
 from ..errors import BadFile, UnmatchedKeys, counted
 from ..storage.lazy import narrow_in
 from ..storage.narrow import NarrowTensor
@@ -369,6 +370,8 @@ def materialise(
             raise UnmatchedKeys(f"{what}: {name} has shape {list(tensor.shape)}, expected {list(place.shape)}")
         if place.is_floating_point() and not tensor.is_floating_point():
             raise BadFile(f"{what} is quantised, e.g. {name} to {tensor.dtype}; {UNQUANTISED}")
+        if not keeps_narrow_weights(device):  # nor can it be the place where they are widened
+            tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
         state[name] = usable(tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None))
     module.load_state_dict(state, assign=True, strict=False)  # strict means narrow weights too, which come now
     for path, weight in narrow.items():

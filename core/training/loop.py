@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from ..config import TrainConfig
-from ..device import deterministic_if, device_and_dtype, explained_memory_error
+from ..device import deterministic_if, device_and_dtype, exact_arithmetic, explained_memory_error
 from ..lora.file import LoraFile
 from ..models.base import Base
 from .callbacks import NO_CALLBACKS, Callbacks, StepReport, StopAndKeep
@@ -59,15 +60,9 @@ def train_lora(
     OutOfMemory when no plan fits, and TrainingDiverged when the loss is no longer finite; a saved state is from before then.
     """
     device, dtype = device_and_dtype(config, device, base.family.overflows_in_fp16)
-    forked = [device] if device.type == "cuda" else []
-    # A ComfyUI node runs in inference mode, in which nothing can be trained.
-    explained = explained_memory_error("batch_size 1 or a lower resolution")
-    same_numbers = deterministic_if(config.deterministic)
-    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(forked), explained, same_numbers:
+    with _on_its_own(device, config), explained_memory_error("batch_size 1 or a lower resolution"):
         plan = choose_plan(cache, base, config, device, dtype, callbacks.on_warning, training_adapter)
-        run = Run(
-            cache, base, config, device, continue_from, callbacks.check_cancelled, plan, training_adapter,
-        )  # fmt: skip
+        run = Run(cache, base, config, device, continue_from, callbacks.check_cancelled, plan, training_adapter)
         for limit in _limits_of(run):
             callbacks.on_warning(limit)
         known_by = {METADATA_KEY: training_adapter.digest} if training_adapter else {}
@@ -107,10 +102,27 @@ def train_lora(
         return checkpoints.chosen()
 
 
+@contextmanager
+def _on_its_own(device: torch.device, config: TrainConfig) -> Iterator[None]:
+    """A context in which nothing that the program has set for torch has an influence, and its random numbers stay."""
+    random_numbers = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    # A ComfyUI node runs in inference mode, in which nothing can be trained.
+    with (
+        torch.inference_mode(False), torch.enable_grad(), random_numbers, exact_arithmetic(),
+        deterministic_if(config.deterministic),
+    ):  # fmt: skip
+        yield
+
+
 def _limits_of(run: Run) -> Iterator[str]:
     """What the run will not do of what its settings ask for, in sentences."""
     if run.why_not_compiled:
         yield f"compile: not possible here ({run.why_not_compiled}); the training goes on without"
+    if pageable := run.memory.pageable:
+        yield (
+            f"memory: {pageable / 2**30:.1f} GiB of the weights are copied from memory that is not page-locked, because too "
+            "little of the computer's memory is free. Steps take longer; closing other programs helps"
+        )
     if without := what_is_left_out(run.denoiser, run.family, run.config):
         yield without
 

@@ -184,9 +184,9 @@ class Run:
                 "use batch_size 1, a lower resolution, or gradient_checkpointing auto"
             )
         on_warning(f"out of memory in {what}: done again with {plan}")
+        release_memory()
         self.memory.adopt(plan)
         self.convolutions = self._frozen_convolutions()
-        release_memory()
 
     def update(self, loss: Tensor) -> None:
         """Updates the adapter by the accumulated gradients of that loss, and counts the step."""

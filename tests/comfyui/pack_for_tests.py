@@ -5,6 +5,7 @@ ComfyUI knows models by their published widths. Here its own classes are also fo
 
 # pyright: reportMissingImports=false
 
+import gc
 import os
 import re
 import sys
@@ -129,9 +130,23 @@ class HandedOver:
         return {"ui": {"narrow": narrow}}
 
 
+class DenoisersOfTrainings:
+    """Shows how many of diffusers' UNets are alive, garbage included. ComfyUI's own MODEL is none of them."""
+
+    CATEGORY = "tests"
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"model": ("MODEL",)}})
+    RETURN_TYPES = ("MODEL",)
+    OUTPUT_NODE = True
+    FUNCTION = "count"
+
+    def count(self, model):
+        alive = [found for found in gc.get_objects() if type(found).__name__ == "UNet2DConditionModel"]
+        return {"ui": {"alive": [len(alive)]}, "result": (model,)}
+
+
 NODE_CLASS_MAPPINGS = {
     "TestPartlyLoaded": PartlyLoaded, "TestPatchedWeights": PatchedWeights, "TestHandedOver": HandedOver,
-    "TestLoadGguf": LoadGguf,
+    "TestLoadGguf": LoadGguf, "TestDenoisersOfTrainings": DenoisersOfTrainings,
 }  # fmt: skip
 
 # ComfyUI takes what is 3840 wide for a Z-Image, every Qwen-Image and Chroma is 3072 wide, and LongCat-Image's texts are 3584

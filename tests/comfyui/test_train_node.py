@@ -62,6 +62,16 @@ def test_photos_become_a_lora_in_the_loras_folder_and_a_picture(server, trained)
     )
 
 
+def test_the_denoiser_of_a_training_is_gone_when_ksampler_begins(server):
+    """ComfyUI collects garbage only after a prompt, so on a GPU it would take KSampler's memory."""
+    apply = {"apply": node("FaceLoRAApply", lora=["train", 0], lora_name=CONNECTED, **APPLY)}
+    count = {"count": node("TestDenoisersOfTrainings", model=["apply", 0])}
+    graph = training(name="gone", training_seed=78) | apply | count | drawing(["count", 0], ["apply", 1], ["base", 2])
+    result = server.run(graph)
+    assert result.status == "success", result.error + result.log
+    assert result.outputs["count"]["alive"] == [0]
+
+
 def test_the_log_says_how_far_a_training_is_for_those_without_a_page(server):
     result = server.run(training(name="logged", training_seed=77))
     assert "Train Face LoRA: logged: step 2 of 2, loss " in result.log

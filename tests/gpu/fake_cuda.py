@@ -11,6 +11,7 @@ loaded before. In a process that imports this module before torch (`fake_process
 """
 
 import ctypes
+import gc
 import hashlib
 import importlib.util
 import os
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,12 +129,14 @@ PRODUCTS = (
 """The operations whose dtypes decide about speed."""
 KERNELS = (aten.silu_backward.default, *([aten._fused_rms_norm.default] if hasattr(aten, "_fused_rms_norm") else []))
 """Operations that are one kernel on CUDA, and which a build for the CPU would take apart for want of it."""
-OutOfMemoryForm = Literal["allocator", "driver", "cublas", "cudnn"]
+OutOfMemoryForm = Literal["allocator", "driver", "cublas", "cudnn", "cudnn GET", "cudnn FIND"]
 MESSAGES: dict[str, tuple[type[Exception], str]] = {
     "allocator": (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate {size} bytes."),
     "driver": (RuntimeError, "CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"),
     "cublas": (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     "cudnn": (RuntimeError, "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    "cudnn GET": (RuntimeError, "GET was unable to find an engine to execute this computation"),
+    "cudnn FIND": (RuntimeError, "FIND was unable to find an engine to execute this computation"),
 }
 """The error that each form of a lack of memory is."""
 
@@ -226,6 +229,12 @@ class Card(TorchDispatchMode):
         """Takes the memory in GiB and the compute capability."""
         super().__init__()
         self.total, self.capability = int(size * GIB), capability
+        self.unpinned = 0
+        """The bytes of page-locked memory that torch keeps although nothing uses them any more."""
+        self.workspace: str | None = None
+        """The setting of cuBLAS, which it reads at its first product."""
+        self.refused: frozenset[torch.dtype] = frozenset()
+        """Dtypes that the device does not have."""
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.live = self.peak = self.pinned = 0
         self.share: float | None = None
@@ -249,6 +258,8 @@ class Card(TorchDispatchMode):
         self.allocations = self.launches = self.moved = 0
         self.copies: list[Copy] = []
         self.products: Counter[tuple[str, tuple[torch.dtype, ...]]] = Counter()
+        self.rounded = 0
+        """Convolutions in float32 whose inputs were rounded to TF32."""
         self.peak = self.live
 
     def product_dtypes(self) -> set[torch.dtype]:
@@ -303,6 +314,9 @@ class Card(TorchDispatchMode):
         if packet in PRODUCTS:
             dtypes = tuple(tensor.dtype for tensor in _tensors(args, {}))
             self.products[str(packet), dtypes] += 1
+            self._check_determinism(packet)
+            is_convolution = packet in (aten.convolution, aten.convolution_backward)
+            self.rounded += is_convolution and torch.float32 in dtypes and torch.backends.cudnn.allow_tf32
         no_kernel = ("aten::empty", "aten::_unsafe_view", "aten::new_empty")
         if is_kernel := not func.is_view and not func.name().startswith(no_kernel):
             self.launch()
@@ -319,6 +333,17 @@ class Card(TorchDispatchMode):
         if is_kernel:
             self.moved += sum(tensor.numel() * tensor.itemsize for tensor in _tensors((*args, result), kwargs))
         return result
+
+    def _check_determinism(self, packet: Any) -> None:
+        if packet not in (aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm):
+            return
+        if self.workspace is None:
+            self.workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG", "")
+        if torch.are_deterministic_algorithms_enabled() and self.workspace not in (":4096:8", ":16:8"):
+            raise RuntimeError(
+                "Deterministic behavior was enabled with `torch.use_deterministic_algorithms(True)`, but this operation is not "
+                "deterministic because it uses CuBLAS and you have CUDA >= 10.2."
+            )
 
     def launch(self) -> None:
         self.launches += 1
@@ -357,6 +382,7 @@ class Card(TorchDispatchMode):
         size = 1 << max(0, tensor.untyped_storage().nbytes() - 1).bit_length()
         if self.pinned + size > self.most_pinned:
             raise RuntimeError("CUDA error: out of memory")
+        self.unpinned -= min(size, self.unpinned)
         self.pinned += size
         place = tensor.untyped_storage()._cdata
         self._pinned.add(place)
@@ -365,6 +391,10 @@ class Card(TorchDispatchMode):
     def _unpin(self, place: int, size: int) -> None:
         self._pinned.discard(place)
         self.pinned -= size
+        self.unpinned += size
+
+    def empty_host_cache(self) -> None:
+        self.unpinned = 0
 
     # --- memory ---
 
@@ -373,6 +403,10 @@ class Card(TorchDispatchMode):
         place = storage._cdata
         if tensor.device.type != "cuda" or place in self._storages:
             return
+        if tensor.dtype in self.refused:
+            raise TypeError(
+                f"Trying to convert {tensor.dtype} to the MPS backend but it does not have support for that dtype."
+            )
         size = -(-storage.nbytes() // GRAIN) * GRAIN
         self.allocations += 1
         if self.live + size > self.total or self.allocations == self.fails_at:
@@ -449,15 +483,19 @@ def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool 
 
 
 @contextmanager
-def fake_cuda(size: float = 80, capability: tuple[int, int] = (9, 0)) -> Iterator[Card]:
-    """A context in which torch finds a card of `size` GiB and that compute capability, and nothing else has changed."""
+def fake_cuda(
+    size: float = 80, capability: tuple[int, int] = (9, 0), name: str = "Fake card", built_for: Sequence[str] = ()
+) -> Iterator[Card]:
+    """A context in which torch, with kernels for some architectures, finds a card of `size` GiB, that compute capability and
+    name. Nothing else has changed, but that Python collects no garbage unless it is told to: when it does by itself is chance.
+    """
     assert _LIBRARY, "torch was imported before: fake_cuda needs a process of its own, which imports it first"
     import peft  # noqa: F401  # imports bitsandbytes, which calls CUDA's library where it finds a card
 
     card = Card(size, capability)
     _LIBRARY.set_capability(capability[0])
     properties = SimpleNamespace(
-        name="Fake card", total_memory=card.total, major=capability[0], minor=capability[1], multi_processor_count=100
+        name=name, total_memory=card.total, major=capability[0], minor=capability[1], multi_processor_count=100
     )
     cuda: dict[str, Any] = {
         "is_available": lambda: True,
@@ -476,6 +514,7 @@ def fake_cuda(size: float = 80, capability: tuple[int, int] = (9, 0)) -> Iterato
         "max_memory_allocated": lambda *_: card.peak,
         "max_memory_reserved": lambda *_: card.peak,
         "reset_peak_memory_stats": lambda *_: setattr(card, "peak", card.live),
+        "get_arch_list": lambda: list(built_for),
         "empty_cache": lambda: None,
         "set_per_process_memory_fraction": lambda share, _: setattr(card, "share", share),
         "synchronize": card.synchronize,
@@ -495,6 +534,7 @@ def fake_cuda(size: float = 80, capability: tuple[int, int] = (9, 0)) -> Iterato
         return copy
 
     changes = [patch.object(torch.cuda, *item) for item in cuda.items()]
+    changes.append(patch.object(torch._C, "_host_emptyCache", card.empty_host_cache, create=True))
     changes += [
         patch.object(Tensor, "pin_memory", pin_memory),
         patch.object(Tensor, "record_stream", lambda tensor, stream: card.record_stream(tensor, stream)),
@@ -504,7 +544,10 @@ def fake_cuda(size: float = 80, capability: tuple[int, int] = (9, 0)) -> Iterato
         patch.object(FakeTensorMode, "may_turn_const", lambda *_: False),
         patch.object(foreach_utils, "_foreach_supported_types", [*foreach_utils._foreach_supported_types, FakeTensor]),
     ]
+    gc.collect()
+    gc.disable()
     with ExitStack() as stack:
+        stack.callback(gc.enable)
         for change in changes:
             stack.enter_context(change)
         # Else torch.tensor(..., device="cuda") copies where no mode sees it.

@@ -2,7 +2,6 @@
 
 from tests.gpu.fake_cuda import DEVICE, Card, Copy, OutOfMemoryForm, fake_cuda  # isort: skip  # before torch
 
-import gc
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -37,6 +36,8 @@ from tests.models.quantised_weights import narrow_and_wide_base
 from tests.tooling import encoded_cache, encoded_image, random_lora, small_flow_base
 
 PLAIN = MemoryPlan()
+SHORT = {"steps": 2, "batch_size": 1, "check_photos": False, "resolution": 64}
+"""Settings of a short training."""
 
 
 def begin() -> None:
@@ -254,7 +255,6 @@ def out_of_memory_in_steps(
         allocations = card.allocations
         for number, share in enumerate(shares):
             run = Run(cache, base, config, DEVICE)
-            gc.collect()
             card.watch()
             card.fails_at, card.form = 1 + int(share * (allocations - 1)), forms[number % len(forms)]
             error = ""
@@ -321,7 +321,11 @@ def dtypes_of(family: str, capability: tuple[int, int]) -> tuple[torch.dtype, to
 
 def share_on_windows(size: float, used: float) -> float | None:
     """The share of the card's memory that a command bounds itself to, in GiB, where `used` GiB are another program's."""
-    with fake_cuda(size) as card, patch.object(sys, "platform", "win32"):
+    with (
+        fake_cuda(size) as card,
+        patch.object(sys, "platform", "win32"),
+        patch("torch.cuda.memory_reserved", lambda _: 0),
+    ):
         other = torch.empty(int(used * 2**30), dtype=torch.uint8, device=DEVICE)
         stay_within_free_memory(DEVICE)
         del other

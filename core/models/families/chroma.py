@@ -3,6 +3,7 @@
 The text encoder is T5-XXL alone.
 """
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -50,8 +51,11 @@ def build_denoiser(config: dict[str, Any]) -> nn.Module:
 
     def zeros_there(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
         """The guidance, which is 0, where it is needed. diffusers copies it from the computer's memory in each pass."""
-        return torch.zeros_like(inputs[0], device=numbers.mod_proj.device)
+        modules = parent()
+        assert modules is not None, "it runs within a pass of its parent"
+        return torch.zeros_like(inputs[0], device=modules.mod_proj.device)
 
+    parent = weakref.ref(numbers)  # its own part must not keep it alive
     numbers.guidance_proj.register_forward_pre_hook(zeros_there)
     return denoiser
 

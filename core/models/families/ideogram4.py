@@ -8,7 +8,6 @@ predicts for the negative prompt too. It was trained on captions in JSON, and re
 
 import math
 from collections.abc import Mapping, Sequence
-from types import MethodType
 from typing import Any
 
 import torch
@@ -95,7 +94,7 @@ def build_denoiser(config: dict[str, Any]) -> nn.Module:
     denoiser = transformer.build("Ideogram4Transformer2DModel", (0, 39), config)
     attention.use_attention(denoiser, _Attention())
     del denoiser.rotary_emb  # whose frequencies no file has
-    denoiser.forward = MethodType(_forward, denoiser)
+    transformer.use_forward(denoiser, _forward)
     return denoiser
 
 

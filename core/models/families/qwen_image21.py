@@ -9,7 +9,6 @@ here it is trained and drawn with from texts alone.
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
@@ -122,7 +121,7 @@ def build_denoiser(config: dict[str, Any]) -> nn.Module:
         # No file has the frequencies of the time, so they must not stay on the meta device.
         embedding.time_proj = type(embedding.time_proj)(timestep_dim=embedding.timestep_embedder.linear_1.in_features)
     attention.use_attention(denoiser, _Attention())
-    denoiser.forward = MethodType(_forward, denoiser)
+    transformer.use_forward(denoiser, _forward)
     return denoiser
 
 

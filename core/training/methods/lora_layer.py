@@ -1,6 +1,7 @@
 """The layer that LoRA puts in the place of a frozen one. It passes over its activations as few times as possible."""
 
 import math
+import weakref
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -71,11 +72,17 @@ class SharedInput:
     """
 
     def __init__(self, layers: Sequence[LoraLayer]):
-        self.layers: tuple[LoraLayer, ...] = tuple(layers)
+        # Layers refer to this: a reference back would keep them, and frozen weights, until Python collects garbage.
+        self._layers: tuple[weakref.ref[LoraLayer], ...] = tuple(map(weakref.ref, layers))
         self.copies: tuple[Tensor, list[Tensor]] | None = None
         """What `matrices` returns, while the adapter keeps it up to date (`cast_once`)."""
         self._ahead: tuple[Tensor, dict[LoraLayer, Tensor]] | None = None
         """The input, and the outputs that have not been asked for yet."""
+
+    @property
+    def layers(self) -> list[LoraLayer]:
+        """The layers, as long as the network that has them is there."""
+        return [reference() for reference in self._layers]  # pyright: ignore
 
     def downs(self) -> tuple[nn.Parameter, ...]:
         """The matrices A. Layers that are one in the file have one."""
@@ -104,12 +111,11 @@ class SharedInput:
 
     def _outputs(self, x: Tensor) -> tuple[Tensor, ...]:
         down, ups = self.matrices(x.dtype)
-        bases: list[Any] = [layer.base_layer for layer in self.layers]
+        layers = self.layers
+        bases: list[Any] = [layer.base_layer for layer in layers]
         weights = [narrow_of(base) for base in bases]
         biases = [base.bias for base in bases]
-        forms = [
-            (layer.scale, weight.widen, len(weight.parts)) for layer, weight in zip(self.layers, weights, strict=True)
-        ]
+        forms = [(layer.scale, weight.widen, len(weight.parts)) for layer, weight in zip(layers, weights, strict=True)]
         parts = [part for weight in weights for part in weight.parts]
         return _AdaptedLinears.apply(x, forms, down, *ups, *biases, *parts)
 

@@ -1,0 +1,38 @@
+"""core/device.py: the precision that `auto` chooses, as ComfyUI 0.30 does (comfy/model_management.py, should_use_bf16)."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from core.device import fastest_dtype
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("architecture", "capability", "dtype"),
+    [
+        ("gfx1030", (10, 3), FP16),  # RX 6800: its compute capability looks newer than an H100's
+        ("gfx906:sramecc+:xnack-", (9, 0), FP16),  # Radeon VII
+        ("gfx1100", (11, 0), BF16),  # RX 7900
+        ("gfx942:sramecc+:xnack-", (9, 4), BF16),  # MI300
+    ],
+)
+def test_an_amd_card_has_bf16_from_rdna_3_and_cdna_on(architecture, capability, dtype, monkeypatch):
+    card = SimpleNamespace(name="AMD Radeon", gcnArchName=architecture, major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    assert fastest_dtype(torch.device("cuda", 0)) == dtype
+
+
+@pytest.mark.parametrize(("has", "dtype"), [(True, BF16), (False, FP32)])
+def test_an_intel_gpu_has_bf16_where_it_says_so(has, dtype, monkeypatch):
+    monkeypatch.setattr(torch.xpu, "is_bf16_supported", lambda: has)
+    assert fastest_dtype(torch.device("xpu", 0)) == dtype
+
+
+@pytest.mark.parametrize(("newer", "dtype"), [(True, BF16), (False, FP32)])
+def test_an_apple_gpu_has_bf16_from_macos_14_on(newer, dtype, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: newer)
+    assert fastest_dtype(torch.device("mps")) == dtype
