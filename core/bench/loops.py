@@ -62,8 +62,8 @@ def random_component(
     tensors = {}
     for name, place in shapes.items():
         tensor = torch.empty(place.shape, device=device, dtype=dtype)
-        if place.ndim == 1:
-            tensor.fill_(1.0 if name.endswith("weight") else 0.0)  # weights of norms, and all biases
+        if place.ndim < 2:
+            tensor.fill_(1.0 if name.endswith(("weight", "running_var")) else 0.0)  # of norms, and all biases
         else:
             tensor.normal_(std=place[0].numel() ** -0.5, generator=generator)
         tensors[name] = tensor
