@@ -29,7 +29,7 @@ def main() -> int:
     output = options.output or Path(f"gpu-{options.command}.json")
     session = Session(*device_and_dtype(TrainConfig()), until=time.monotonic() + 60 * options.minutes)
     found = measure(session, options.command, output, __version__, lambda what: print(what, file=sys.stderr))
-    text = as_markdown(found, f"python -m core.cli.gpu {options.command} --minutes {options.minutes:g}")
+    text = as_markdown(found, f"python -m {__package__}.gpu {options.command} --minutes {options.minutes:g}")
     if options.append:
         append_text(options.append, text)
     print(text)
