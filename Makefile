@@ -49,7 +49,7 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright
 
-# Measure a GPU, with a PYTHON whose torch is built for it: one command of at most eight minutes, or all of them in turn.
+# Measure a GPU, with a PYTHON whose torch is built for it: one command of about eight minutes, or all of them in turn.
 gpu:
 	$(MAKE) --keep-going -j1 $(GPU)
 

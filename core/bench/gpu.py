@@ -1,7 +1,7 @@
-"""What has to be measured on a GPU, as four commands that take minutes each: see COMMANDS. `core/cli/gpu.py` runs them.
+"""Measure a GPU in four commands, each within a time limit: COMMANDS, which `core/cli/gpu.py` runs.
 
-A command is a sequence of stages, and a stage yields its measurements one by one, the most important first. Each result is in
-a file as soon as there is one. A measurement that fails is noted, and the next one begins.
+A command runs stages, and a stage yields its measurements, the most important first. Each result is written to a file as soon
+as it is measured. A measurement that fails is recorded with its error, and the next one starts.
 """
 
 import functools
@@ -33,7 +33,7 @@ from ..storage.files import write_text
 from ..training.encode import LatentCache
 from ..training.memory_prediction import choose_plan, predicted_memory
 from ..training.step import Run
-from .doctor import SMALL_CHANNELS, agreement, examine, trial
+from .doctor import SMALL_CHANNELS, SMALL_RESOLUTION, agreement, examine, trial
 from .loops import CAPTION, OurLoop, random_base, random_cache, random_component, random_flow
 from .report import LEAST_ROUNDS, bench, format_report, matmul, peak_memory, seconds, take_turns
 from .shapes import REAL_CHANNELS, SHAPES
@@ -41,40 +41,41 @@ from .small_flows import FLOW, SMALL_FLOWS, WIDE_FLOW
 
 T = TypeVar("T")
 Measurements = Iterator[tuple[str, Callable[[], Mapping[str, Any]]]]
-"""The name of each measurement, and the function that makes it."""
+"""Names of measurements, each with the function that makes it."""
 CPU = torch.device("cpu")
 UNET, LARGE_UNET = SHAPES
 SPEEDS = ((LARGE_UNET, 1024, 1), (UNET, 512, 1), (LARGE_UNET, 1024, 4), (UNET, 512, 8))
-"""The family, pixels and batch of each row of the table of speeds."""
+"""The family, pixels and batch size of each benchmark."""
 CARDS = (8, 12, 16, 24, 4)
-"""The GiB of the cards that a larger one is bounded to."""
+"""The memory, in GiB, that the GPU is limited to."""
 FIRST_PLANS = (PLANS[0], PLANS[2], PLANS[5], PLANS[-1])
+"""The memory plans that are measured first."""
 BLOCK = 5
-"""The steps in a row of a round."""
+"""The steps that a loop makes in a round."""
 LONGEST = 30.0
-"""The seconds that a stage's first measurement is expected to take."""
+"""The expected seconds of a stage's first measurement."""
 ALIKE = 1e-3
-"""How far a gradient may be from another that is computed in another order, in fp32, as a share of its norm."""
+"""The largest difference of two gradients in fp32 that rounding explains, as a share of their norm."""
 
 
 @dataclass
 class Session:
-    """The GPU that is measured, and the time that is left for it."""
+    """The GPU to measure, and when to stop."""
 
     device: torch.device
     dtype: torch.dtype
     until: float
-    """The monotonic time after which nothing may go on."""
+    """The monotonic time of the limit."""
     small: bool = False
-    """Whether everything is small, for a rehearsal."""
+    """Whether models are small and cases few, for tests."""
 
     def some(self, cases: Sequence[T]) -> Sequence[T]:
-        """All cases; in a rehearsal the first alone."""
+        """All cases, or only the first if `small`."""
         return cases[:1] if self.small else cases
 
     @functools.cached_property
     def large_unet(self) -> tuple[Base, TrainConfig, LatentCache]:
-        """The largest UNet of the published size with random weights in the computer's memory, settings, and a picture."""
+        """LARGE_UNET in its published size with random weights on the CPU, settings, and a random picture."""
         family, channels = (UNET, SMALL_CHANNELS) if self.small else (LARGE_UNET, REAL_CHANNELS)
         base = _at_home(random_base(family, channels, self.device, self.dtype))
         config = TrainConfig(resolution=64 if self.small else 1024)
@@ -82,14 +83,14 @@ class Session:
 
     @functools.cached_property
     def wide_flow(self) -> tuple[Base, TrainConfig, LatentCache]:
-        """The same of a transformer with a quarter of the published one's blocks."""
+        """A transformer of the published width with a quarter of the blocks, settings, and a random picture."""
         base = _at_home(random_flow(FLOW, SMALL_FLOWS[FLOW] if self.small else WIDE_FLOW, self.device, self.dtype))
         config = TrainConfig(resolution=(16 if self.small else 128) * base.latent_shape.pixels)
         return base, config, random_cache(base, config)
 
 
 def _at_home(base: Base) -> Base:
-    """The base with its weights, which the GPU has drawn at random much faster, in the computer's memory."""
+    """Move the weights to the CPU. The GPU draws random ones much faster."""
     return replace(
         base,
         components={
@@ -100,20 +101,19 @@ def _at_home(base: Base) -> Base:
 
 
 def _small(name: str) -> tuple[Base, LatentCache]:
-    """A small base model on the CPU, and a picture."""
-    config = TrainConfig(resolution=64)
+    """A small base model with random weights on the CPU, and a random picture."""
     if name in SHAPES:
         base = random_base(name, SMALL_CHANNELS, CPU, torch.float32)
-    else:
-        base = random_flow(name, SMALL_FLOWS[name], CPU, torch.float32)
-    return base, random_cache(base, config)
+        return base, random_cache(base, TrainConfig(resolution=SMALL_RESOLUTION))
+    base = random_flow(name, SMALL_FLOWS[name], CPU, torch.float32)
+    return base, random_cache(base, TrainConfig())
 
 
 # --- correctness ---
 
 
 def families(session: Session) -> Measurements:
-    """How far loss and gradient of each family are from the CPU's in float32."""
+    """Compare loss and gradient of each family with the CPU's in fp32."""
     for dtype in session.some((torch.float32, torch.bfloat16, torch.float16)):
         for name in session.some((*SMALL_FLOWS, *SHAPES)):
             if not (dtype == torch.float16 and FAMILIES[name].overflows_in_fp16):
@@ -123,19 +123,19 @@ def families(session: Session) -> Measurements:
 def _agreement(name: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     small = _small(name)
     found, on_cpu = (agreement(*small, place, dtype) for place in (device, CPU))
-    # Rounding to bf16 adds up over the many blocks of the largest UNet, on a CPU too.
+    # Over the many blocks of LARGE_UNET rounding to bf16 adds up to more than the usual limit, on a CPU too.
     is_good = found.is_good or found.gradient < 2 * on_cpu.gradient
     return {**asdict(found), "gradient_on_cpu": on_cpu.gradient, "is_good": is_good}
 
 
 def plans(session: Session) -> Measurements:
-    """How far the gradient under each plan is from that of the fastest plan with weights as wide, on the same device."""
+    """Compare the gradient under each memory plan with that under the fastest plan that stores weights alike."""
     for name in session.some((FLOW, UNET)):
         yield from _beside_the_first(session, name, [(str(plan), {"plan": plan}) for plan in session.some(PLANS)])
 
 
 def compiled(session: Session) -> Measurements:
-    """How far the gradient of compiled blocks is from that of others."""
+    """Compare the gradient of compiled blocks with that of plain ones."""
     for name in session.some((FLOW, UNET)):
         ways = [("plain", {}), ("compiled", {"compile": not session.small})]
         yield from _beside_the_first(session, name, ways)
@@ -155,7 +155,7 @@ def _beside(
     plan: MemoryPlan = PLANS[0],
     compile: bool = False,
 ) -> dict[str, Any]:
-    """How far a gradient is from the one in `first` with weights as wide; where there is none yet, it is put there."""
+    """Compare a gradient with the first one whose plan stores weights alike. `first` keeps these."""
     config = TrainConfig(rank=4, precision="fp32", compile=compile)
     run = Run(cache, base, config, device, plan=plan)
     if run.why_not_compiled:
@@ -164,7 +164,7 @@ def _beside(
         if name.endswith(".up"):
             parameter.data.fill_(0.01)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        run.accumulate()  # only the second time are blocks brought in ahead
+        run.accumulate()  # blocks are prefetched only the second time
         run.accumulate()
     gradient = torch.cat([p.grad.flatten().cpu() for p in run.parameters.values() if p.grad is not None]).double()
     other = first.setdefault(plan.weights, gradient)
@@ -174,22 +174,22 @@ def _beside(
 
 
 def resuming(session: Session) -> Measurements:
-    """How far a run is from an equal one, and from one that was stopped and resumed, with and without `deterministic`."""
+    """Compare a training run with an equal one and with a resumed one, with and without `deterministic`."""
     for name in session.some((FLOW, UNET)):
-        # cuBLAS reads its setting once in a process.
+        # cuBLAS reads its setting once per process.
         yield f"{name}, deterministic", partial(apart, resumed, name, session.device, True)
         if not session.small:
             yield f"{name}, as it is", partial(resumed, name, session.device, False)
 
 
 def apart(work: Callable[..., T], *args: Any) -> T:
-    """What `work` returns in a process of its own. Raises TimeoutError when it takes minutes."""
+    """Call `work` in a new process, and return its result. Raises TimeoutError after two minutes."""
     with multiprocessing.get_context("spawn").Pool(1) as process:
         return process.apply_async(work, args).get(120)
 
 
 def resumed(name: str, device: torch.device, deterministic: bool) -> dict[str, float]:
-    """The largest difference of a number after six steps, between two runs and between one and a resumed one."""
+    """The largest difference of a trained number after six steps, between equal runs and after resuming."""
     base, cache = _small(name)
 
     def begun() -> Run:
@@ -213,7 +213,7 @@ def resumed(name: str, device: torch.device, deterministic: bool) -> dict[str, f
 
 
 def copies(session: Session) -> Measurements:
-    """How fast weights come to the GPU."""
+    """Measure how fast weights are copied to the GPU."""
     size = 2**20 if session.small else 2**28
     there = torch.empty(size, dtype=torch.uint8, device=session.device)
     pageable, locked = (torch.empty(size, dtype=torch.uint8, pin_memory=pin) for pin in (False, True))
@@ -232,7 +232,7 @@ def _rate(work: Callable[[], object], amount: float, device: torch.device) -> di
 
 
 def memory(which: Sequence[MemoryPlan], session: Session) -> Measurements:
-    """Seconds, predicted and measured memory of steps under plans, and the most that torch has reserved."""
+    """Measure time and memory of steps under memory plans, beside the predicted memory."""
     for plan in session.some(which):
         for base, config, cache in (session.large_unet, session.wide_flow):
             yield f"{base.family.title}, {plan}", partial(_trial, session, base, config, cache, plan)
@@ -245,7 +245,7 @@ def _trial(session: Session, base: Base, config: TrainConfig, cache: LatentCache
 
 
 def run_ahead(session: Session) -> Measurements:
-    """The memory of a step whose blocks are brought in one by one, on a GPU that is slowed down at each block."""
+    """Measure the memory of offloading on a GPU that is slowed down, so that the host runs ahead."""
     for base, config, cache in (session.wide_flow, session.large_unet):
         yield base.family.title, partial(_slowed, session, base, config, cache)
 
@@ -263,7 +263,7 @@ def _slowed(session: Session, base: Base, config: TrainConfig, cache: LatentCach
 
 
 def cards(session: Session) -> Measurements:
-    """The plan that is chosen on a card bounded to each size, and whether its steps fit."""
+    """Limit the GPU's memory, and record the memory plan that is chosen and whether its steps fit."""
     total = torch.cuda.get_device_properties(session.device).total_memory
     for size in session.some(CARDS):
         for base, config, cache in (session.large_unet, session.wide_flow):
@@ -296,7 +296,7 @@ def _bounded(
 
 
 def rates(session: Session) -> Measurements:
-    """How fast products of matrices are in each precision."""
+    """Measure how fast matrix products are in each precision."""
     for dtype in session.some((torch.bfloat16, torch.float16, torch.float32)):
         yield precision_name(dtype), partial(_product_rate, session.device, dtype)
 
@@ -306,7 +306,7 @@ def _product_rate(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 
 def speeds(compile: bool, which: Sequence[tuple[str, int, int]], session: Session) -> Measurements:
-    """The benchmark's reports beside a plain loop of diffusers and peft."""
+    """Run the benchmark against a plain loop of diffusers and peft."""
     for family, pixels, batch in session.some(which):
         channels, steps = REAL_CHANNELS, LEAST_ROUNDS * BLOCK
         if session.small:
@@ -321,7 +321,7 @@ def speeds(compile: bool, which: Sequence[tuple[str, int, int]], session: Sessio
 
 
 def compiled_flow(session: Session) -> Measurements:
-    """A step of a transformer with compiled blocks beside one without."""
+    """Measure a step of a transformer with compiled blocks against one with plain blocks."""
     yield "a quarter of the blocks", partial(_compiled_flow, session)
 
 
@@ -348,7 +348,7 @@ def _compiled_flow(session: Session) -> dict[str, Any]:
 
 
 def drawing(session: Session) -> Measurements:
-    """How long a picture takes, and its decoding whole and in tiles."""
+    """Measure drawing a picture, and decoding it whole and in tiles."""
     widths = (32,) * 4 if session.small else (128, 256, 512, 512)
     config = {
         "block_out_channels": widths, "down_block_types": ("DownEncoderBlock2D",) * 4, "layers_per_block": 2,
@@ -382,7 +382,7 @@ def _decoded(session: Session, base: Base, side: int, tiled: bool) -> dict[str, 
 
     def decode() -> Tensor:
         if tiled and not vae.use_tiling:
-            raise torch.OutOfMemoryError("out of memory")  # as if it were
+            raise torch.OutOfMemoryError("out of memory")  # pretend, so that tiles are used
         return base.family.decode_latents(vae, latents.to(next(vae.parameters())))
 
     with torch.no_grad():
@@ -414,10 +414,10 @@ COMMANDS: Mapping[str, Mapping[str, Stage]] = {
 def measure(
     session: Session, command: str, output: Path, own_version: str, say: Callable[[str], None] = lambda what: None
 ) -> dict[str, Any]:
-    """What the stages of a command found, under "stages", with the machine and the date; it is also in the file `output`.
+    """Run a command's stages, and return the date, the machine and the results, which are also written to `output`.
 
-    A measurement or a stage that failed has an "error". A stage begins no measurement that would take too long if it took as
-    long as the longest before it. `own_version` is that of this project, and `say` hears what is being measured.
+    No measurement starts if the longest one of its stage so far would not fit into the time left. `own_version` is this
+    project's version, and `say` is told what is being measured.
     """
     stages: dict[str, dict[str, Any]] = {}
     machine = examine(session.device, False, own_version).as_dict()
@@ -428,14 +428,14 @@ def measure(
             for row, work in stage(session):
                 begun = time.monotonic()
                 if begun + longest > session.until:
-                    rows[row] = {"error": "no time was left for this and what follows"}
+                    rows[row] = {"skipped": "no time left for this and the rest"}
                     break
                 say(f"{name}: {row}")
                 rows[row] = _result(work)
                 longest = max(longest, time.monotonic() - begun)
                 write_text(output, json.dumps(found, indent=1))
                 _forget(session.device)
-        except Exception as error:  # the next stage may well work
+        except Exception as error:  # the next stage may work
             rows["all"] = {"error": _described(error)}
         write_text(output, json.dumps(found, indent=1))
         _forget(session.device)
@@ -454,7 +454,7 @@ def _described(error: Exception) -> str:
 
 
 def _forget(device: torch.device) -> None:
-    """Frees what a measurement has left, which would count in the next one's peak."""
+    """Free what a measurement leaves behind, which would count in the next one's peak."""
     if dynamo := sys.modules.get("torch._dynamo"):
         dynamo.reset()
     gc.collect()
@@ -463,7 +463,7 @@ def _forget(device: torch.device) -> None:
 
 
 def as_markdown(found: Mapping[str, Any], command: str) -> str:
-    """What was found as a section of a page, which names the GPU, the date and the line that was run."""
+    """Format the results as a section of a page, with the GPU, the date and the command."""
     machine = found["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     lines = [
@@ -484,8 +484,8 @@ def as_markdown(found: Mapping[str, Any], command: str) -> str:
 
 
 def _cell(value: Any) -> str:
-    if isinstance(value, bool) or value is None or value == []:
-        return {True: "yes", False: "no"}.get(value, "") if isinstance(value, bool) else ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, int) and value >= 2**20:
         return f"{value / 2**30:.2f} GiB"
-    return f"{value:.3g}" if isinstance(value, float) else str(value).replace("|", "/")
+    return f"{value:.3g}" if isinstance(value, float) else str(value or "")

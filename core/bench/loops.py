@@ -71,14 +71,14 @@ def random_component(
 
 
 def random_flow(family: str, sizes: SmallFlow, device: torch.device, dtype: torch.dtype) -> Base:
-    """A rectified flow of these sizes with random weights, on the device in that dtype."""
+    """A rectified flow with random weights on the device in that dtype."""
     configs = {"denoiser": sizes.denoiser, "vae": sizes.vae}
     parts = {part: random_component(FAMILIES[family], part, configs[part], device, dtype) for part in configs}
     return flow_base(family, sizes, parts)
 
 
 def flow_base(family: str, sizes: SmallFlow, components: Mapping[str, Component]) -> Base:
-    """A rectified flow of these sizes with these weights, whose captions are encoded into random numbers."""
+    """A rectified flow with these weights, which encodes captions into random numbers."""
 
     def encode(caption: str) -> Conditioning:
         generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(caption.encode()).digest()[:4], "big"))

@@ -51,7 +51,7 @@ WARM_UP = 2
 MATRIX_SIZE, MATRIX_SECONDS = 8192, 0.05
 """The largest side of the matrices whose product gives the machine's rate; a product that takes the seconds is enough."""
 LEAST_ROUNDS = 8
-"""The number of rounds from which quartiles say something."""
+"""The number of rounds below which quartiles mean nothing."""
 
 
 def synchronize(device: torch.device) -> None:
@@ -146,10 +146,10 @@ def bench(
     """The report of a benchmark: a description of what was timed, and figures of the loops under `ours` and `peer`.
 
     Figures are medians over `steps`, in seconds and bytes. `step_over_peer` is the median of the ratios of neighbouring
-    steps, with its quartiles, or None for them if there are few rounds. After `until`, a monotonic time, no round begins but
-    the first. With the folder of a ComfyUI, and the Python that runs it, its trainer takes turns too, for
-    `comfyui` and `step_over_comfyui`. Raises BadFile when there is no such ComfyUI, and BadConfig for settings that the
-    random model cannot take.
+    steps, with its quartiles, which are None below LEAST_ROUNDS. No further round begins after `until`, a monotonic time.
+    With the folder of a ComfyUI, and the Python that runs it, its trainer takes turns too, for `comfyui` and
+    `step_over_comfyui`. Raises BadFile when there is no such ComfyUI, and BadConfig for settings that the random model
+    cannot take.
     """
     if comfyui and not (comfyui / "comfy_extras" / "nodes_train.py").is_file():
         raise BadFile(f"--comfyui {comfyui}: is no folder of a ComfyUI that can train")
@@ -266,7 +266,7 @@ def take_turns(
 ) -> dict[str, list[float]]:
     """The seconds of each thing that was timed, one number for each round of `block` runs in a row.
 
-    After `until`, a monotonic time, no round begins but the first.
+    After `until`, a monotonic time, no further round begins.
 
     The keys are "step" and "forward" of each loop, alone and with "host" and "processor"; for ComfyUI's trainer "step" alone
     and with "processor" and "peak", which is in bytes.

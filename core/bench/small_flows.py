@@ -1,6 +1,6 @@
-"""Small models of the rectified flows' families, with random weights: the sizes of their denoisers, VAEs and texts.
+"""The sizes of small rectified flows: their denoisers, VAEs and texts. Importing this loads no torch.
 
-The tests train on them, and `gpu.py` compares a GPU with the CPU on them. Importing this loads no torch.
+Tests train them, and `gpu.py` compares a GPU with the CPU on them.
 """
 
 from dataclasses import dataclass, replace
@@ -108,7 +108,7 @@ SMALL_FLOWS = {
 }  # fmt: skip
 
 FLOW = "flux1"
-"""The flow of which there is a larger model too."""
+"""The family of WIDE_FLOW."""
 WIDE_FLOW = replace(
     SMALL_FLOWS[FLOW],
     denoiser={

@@ -1,5 +1,6 @@
-"""Measures on a GPU what cannot be measured without one: `python -m facelora.core.cli.gpu COMMAND`, in a clone
-`python -m core.cli.gpu COMMAND`. It needs the package and a torch that is built for the GPU, nothing else.
+"""Measure a GPU: `python -m facelora.core.cli.gpu COMMAND`, or `python -m core.cli.gpu COMMAND` in a clone.
+
+It needs only the package and a torch that is built for the GPU.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from .version import __version__
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Measure on a GPU what cannot be measured without one.")
+    parser = argparse.ArgumentParser(description="Measure a GPU.")
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--minutes", type=float, default=8, help="default: %(default)s")
     parser.add_argument("--append", type=Path, metavar="FILE.md", help="also add the results to this file")
@@ -33,7 +34,8 @@ def main() -> int:
     if options.append:
         append_text(options.append, text)
     print(text)
-    return int(any("error" in row for stage in found["stages"].values() for row in stage.values()))
+    rows = [row for stage in found["stages"].values() for row in stage.values()]
+    return int(any("error" in row or row.get("is_good") is False for row in rows))
 
 
 if __name__ == "__main__":
