@@ -13,7 +13,10 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 # How long `make soak` goes on.
 MINUTES ?= 5
 
-.PHONY: demo test test-fast test-all soak setup-test lint bench docs gpu
+# The commands that measure a GPU.
+GPU := gpu-correctness gpu-memory gpu-speed gpu-compiled
+
+.PHONY: demo test test-fast test-all soak setup-test lint bench docs gpu $(GPU)
 
 demo: $(STAMP)
 	$(RUN) -m core demo --output demo_output
@@ -46,9 +49,12 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright
 
-# All that has to be measured on a GPU, on a machine that has one and a torch that is built for it.
+# Measure a GPU, with a PYTHON whose torch is built for it: one command of about eight minutes, or all of them in turn.
 gpu:
-	$(PYTHON) -m tests.gpu_day --minutes 9 --append docs/benchmarks.md
+	$(MAKE) --keep-going -j1 $(GPU)
+
+$(GPU):
+	$(PYTHON) -m core.cli.gpu $(@:gpu-%=%) --append docs/benchmarks.md
 
 # The pages of docs/ and the library's docstrings as a site, in site/.
 docs: $(STAMP)

@@ -1,8 +1,7 @@
-"""The sizes of the small models that tests use, of each family in one place.
+"""The sizes of the small models that tests use with ComfyUI. Those without it are in core/bench/small_flows.py.
 
-Programs that run with ComfyUI's Python read it too, so it imports nothing of this project. A family has up to three entries:
+Programs that run with ComfyUI's Python read it, so it imports nothing of this project. A family has up to two entries:
 
-- `flow`, for tests without ComfyUI: the whole configs of the smallest denoiser and VAE in diffusers (of rectified flows);
 - `comfyui`, what ComfyUI's own class is built with: narrow, but as wide as ComfyUI's attention takes;
 - `diffusers`, what the config of diffusers' class has otherwise for a model as narrow as that.
 """
@@ -10,22 +9,6 @@ Programs that run with ComfyUI's Python read it too, so it imports nothing of th
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-
-
-@dataclass(frozen=True)
-class SmallFlow:
-    """Configs of a small model of a rectified flow's family, and what its captions are encoded into."""
-
-    denoiser: dict[str, Any]
-    vae: dict[str, Any]
-    context: int
-    """Width of the text's states."""
-    pooled: int = 0
-    """Width of the pooled text; 0: there is none."""
-    masked: bool = False
-    """Whether texts keep their length, and a mask says what is padding."""
-    unused: str = r"$^"
-    """Pattern of the layers that the prediction does not depend on: what the last block makes of the text."""
 
 
 @dataclass(frozen=True)
@@ -52,25 +35,10 @@ class InComfyUI:
 class SmallModel:
     """A family's small models."""
 
-    flow: SmallFlow | None = None
     comfyui: InComfyUI | None = None
     diffusers: Mapping[str, Any] | None = None
 
 
-def _kl_config(scale: float, shift: float) -> dict[str, Any]:
-    return {
-        "block_out_channels": (32, 32), "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2, "layers_per_block": 1, "latent_channels": 16,
-        "scaling_factor": scale, "shift_factor": shift, "use_quant_conv": False, "use_post_quant_conv": False,
-    }  # fmt: skip
-
-
-_FLUX1_VAE = _kl_config(0.3611, 0.1159)
-_FLUX2_VAE = {
-    "block_out_channels": (32, 32), "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2, "layers_per_block": 1,
-}  # fmt: skip
-_QWEN_VAE = {"base_dim": 8, "dim_mult": [1, 2], "num_res_blocks": 1, "temperal_downsample": [False]}
 _FLUX = {"axes_dim": [16, 56, 56], "num_heads": 2, "mlp_ratio": 4.0, "theta": 10000, "out_channels": 16, "qkv_bias": True,
          "txt_ids_dims": [], "patch_size": 2, "in_channels": 16, "hidden_size": 256, "context_in_dim": 64, "vec_in_dim": 48,
          "depth": 2, "depth_single_blocks": 2, "yak_mlp": False, "txt_norm": False}  # fmt: skip
@@ -91,12 +59,6 @@ SMALL_MODELS = {
         diffusers={"block_out_channels": (32, 64, 128), "attention_head_dim": 8, "transformer_layers_per_block": [1, 1, 1]},
     ),
     "sd3": SmallModel(
-        SmallFlow(
-            {"sample_size": 32, "in_channels": 16, "num_layers": 2, "attention_head_dim": 64, "num_attention_heads": 1,
-             "joint_attention_dim": 32, "caption_projection_dim": 64, "pooled_projection_dim": 24, "pos_embed_max_size": 48,
-             "dual_attention_layers": (0,), "qk_norm": "rms_norm"},
-            _kl_config(1.5305, 0.0609), context=32, pooled=24,
-        ),
         InComfyUI(  # 3.5 medium
             {"in_channels": 16, "out_channels": 16, "patch_size": 2, "depth": 3, "input_size": None, "adm_in_channels": 48,
              "num_patches": 144, "pos_embed_max_size": 12, "pos_embed_scaling_factor": None,
@@ -114,11 +76,6 @@ SMALL_MODELS = {
          "dual_attention_layers": (0, 1)},
     ),
     "flux1": SmallModel(
-        SmallFlow(
-            {"in_channels": 64, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 128, "num_attention_heads": 1,
-             "joint_attention_dim": 32, "pooled_projection_dim": 24, "guidance_embeds": True, "axes_dims_rope": (16, 56, 56)},
-            _FLUX1_VAE, context=32, pooled=24,
-        ),
         InComfyUI(
             {**_FLUX, "image_model": "flux", "guidance_embed": True}, "Flux", 16, {"context": 64, "pooled": 48},
             wide={**_WIDE_FLUX, "context_in_dim": 4096, "vec_in_dim": 768}, wide_widths={"context": 4096, "pooled": 768},
@@ -126,12 +83,6 @@ SMALL_MODELS = {
         {"num_attention_heads": 2, "joint_attention_dim": 64, "pooled_projection_dim": 48},
     ),
     "chroma": SmallModel(
-        SmallFlow(
-            {"in_channels": 64, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 128, "num_attention_heads": 1,
-             "joint_attention_dim": 32, "axes_dims_rope": (16, 56, 56), "approximator_hidden_dim": 64,
-             "approximator_layers": 2},
-            _FLUX1_VAE, context=32, masked=True,
-        ),
         InComfyUI(  # it counts the modulations of as many blocks as the published model has
             {**{name: value for name, value in _FLUX.items() if name not in ("yak_mlp", "txt_norm")},
              "image_model": "chroma", "in_channels": 64, "out_channels": 64, "num_heads": 1, "hidden_size": 128, "depth": 19,
@@ -143,11 +94,6 @@ SMALL_MODELS = {
          "approximator_hidden_dim": 64, "approximator_layers": 2},
     ),
     "flux2": SmallModel(
-        SmallFlow(
-            {"in_channels": 128, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 128, "num_attention_heads": 1,
-             "joint_attention_dim": 32, "axes_dims_rope": (32, 32, 32, 32), "guidance_embeds": False},
-            _FLUX2_VAE, context=32,
-        ),
         InComfyUI(
             {**_FLUX, "image_model": "flux2", "axes_dim": [32] * 4, "mlp_ratio": 3.0, "theta": 2000, "in_channels": 128,
              "out_channels": 128, "patch_size": 1, "vec_in_dim": None, "qkv_bias": False, "ops_bias": False,
@@ -159,23 +105,11 @@ SMALL_MODELS = {
         ),
         {"num_attention_heads": 2, "joint_attention_dim": 96, "guidance_embeds": False},
     ),
-    "flux3": SmallModel(
-        SmallFlow(
-            {"in_channels": 128, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 128, "num_attention_heads": 1,
-             "joint_attention_dim": 32, "flow_map": False},
-            _FLUX2_VAE, context=32, masked=True,
-        ),
-    ),
     "lumina2": SmallModel(
         comfyui=InComfyUI({"dim": 288, "cap_feat_dim": 64, "n_heads": 3, "n_kv_heads": 1}),
         diffusers={"hidden_size": 288, "num_attention_heads": 3, "num_kv_heads": 1, "cap_feat_dim": 64},
     ),
     "zimage": SmallModel(
-        SmallFlow(
-            {"in_channels": 16, "dim": 128, "n_layers": 3, "n_refiner_layers": 1, "n_heads": 1, "n_kv_heads": 1,
-             "cap_feat_dim": 32, "axes_dims": (32, 48, 48), "axes_lens": (1536, 512, 512)},
-            _FLUX1_VAE, context=32, masked=True,
-        ),
         InComfyUI(
             {"image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 1152, "cap_feat_dim": 64, "n_layers": 2,
              "n_refiner_layers": 1, "qk_norm": True, "n_heads": 9, "n_kv_heads": 9, "axes_dims": [32, 48, 48],
@@ -190,12 +124,6 @@ SMALL_MODELS = {
         {"dim": 1152, "n_heads": 9, "n_kv_heads": 9, "cap_feat_dim": 64, "n_refiner_layers": 1},
     ),
     "qwen-image": SmallModel(
-        SmallFlow(
-            {"in_channels": 64, "num_layers": 2, "attention_head_dim": 128, "num_attention_heads": 1,
-             "joint_attention_dim": 32, "axes_dims_rope": (16, 56, 56)},
-            _QWEN_VAE, context=32, masked=True,
-            unused=r"transformer_blocks\.1\.(attn\.(add_q_proj|to_add_out)|txt_mlp\..+)",
-        ),
         InComfyUI(
             {"image_model": "qwen_image", "in_channels": 64, "num_layers": 2, "num_attention_heads": 2,
              "joint_attention_dim": 64},
@@ -204,22 +132,7 @@ SMALL_MODELS = {
         ),
         {"num_attention_heads": 2, "joint_attention_dim": 64},
     ),
-    "qwen-image-21": SmallModel(
-        SmallFlow(
-            {"in_channels": 64, "num_layers": 2, "attention_head_dim": 128, "num_attention_heads": 1, "context_in_dim": 32},
-            {"base_dim": 8, "decoder_base_dim": 12, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [False],
-             "scale_factor_spatial": 2},
-            context=32, masked=True,
-        ),
-    ),
     "krea2": SmallModel(
-        SmallFlow(
-            {"in_channels": 64, "num_layers": 2, "attention_head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
-             "intermediate_size": 96, "timestep_embed_dim": 32, "text_hidden_dim": 32, "num_text_layers": 3,
-             "text_num_attention_heads": 2, "text_num_key_value_heads": 2, "text_intermediate_size": 48,
-             "axes_dims_rope": (8, 12, 12)},
-            _QWEN_VAE, context=3 * 32, masked=True,
-        ),
         InComfyUI(
             {"image_model": "krea2", "features": 256, "heads": 2, "kvheads": 1, "layers": 2, "channels": 16, "patch": 2,
              "txtlayers": 12, "txtdim": 64, "txtheads": 2, "txtkvheads": 2},
@@ -232,11 +145,6 @@ SMALL_MODELS = {
          "text_num_attention_heads": 2, "text_num_key_value_heads": 2, "text_intermediate_size": 256},
     ),
     "ernie-image": SmallModel(
-        SmallFlow(
-            {"in_channels": 128, "hidden_size": 128, "num_attention_heads": 1, "num_layers": 2, "ffn_hidden_size": 192,
-             "text_in_dim": 32},
-            _FLUX2_VAE, context=32, masked=True,
-        ),
         InComfyUI(
             {"image_model": "ernie", "hidden_size": 256, "num_attention_heads": 2, "num_layers": 2, "ffn_hidden_size": 384,
              "text_in_dim": 64},
@@ -249,11 +157,6 @@ SMALL_MODELS = {
         {"hidden_size": 256, "num_attention_heads": 2, "ffn_hidden_size": 384, "text_in_dim": 64},
     ),
     "longcat-image": SmallModel(
-        SmallFlow(
-            {"in_channels": 64, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 128, "num_attention_heads": 1,
-             "joint_attention_dim": 32, "axes_dims_rope": (16, 56, 56)},
-            _FLUX1_VAE, context=32,
-        ),
         InComfyUI(
             {**_FLUX, "image_model": "flux", "guidance_embed": False, "vec_in_dim": None, "txt_ids_dims": [1, 2]},
             "LongCatImage", 16, {"context": 64}, ("txt_ids_dims",),
@@ -262,11 +165,6 @@ SMALL_MODELS = {
         {"num_attention_heads": 2, "joint_attention_dim": 64},
     ),
     "ideogram4": SmallModel(
-        SmallFlow(
-            {"in_channels": 128, "num_layers": 2, "attention_head_dim": 128, "num_attention_heads": 1,
-             "intermediate_size": 192, "adaln_dim": 32, "llm_features_dim": 13 * 8},
-            _FLUX2_VAE, context=13 * 8, masked=True,
-        ),
         InComfyUI(
             {"image_model": "ideogram4", "in_channels": 128, "num_layers": 2, "num_attention_heads": 2,
              "attention_head_dim": 128, "intermediate_size": 384, "adaln_dim": 64, "llm_features_dim": 13 * 16},
@@ -280,6 +178,5 @@ SMALL_MODELS = {
          "llm_features_dim": 13 * 16},
     ),
 }  # fmt: skip
-SMALL_FLOWS = {family: model.flow for family, model in SMALL_MODELS.items() if model.flow}
 IN_COMFYUI = {family: model.comfyui for family, model in SMALL_MODELS.items() if model.comfyui}
 IN_DIFFUSERS = {family: model.diffusers for family, model in SMALL_MODELS.items() if model.diffusers}

@@ -20,14 +20,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from core.bench.loops import flow_base
+from core.bench.small_flows import SMALL_FLOWS
 from core.config import TrainConfig
 from core.demo.people import person_photos
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
-from core.models.base import Base, CaptionEncoder
+from core.models.base import Base
 from core.models.families import FAMILIES
 from core.models.ldm import ldm_vae_path
-from core.models.spec import DENOISER_PREFIX, Component, Conditioning
+from core.models.spec import DENOISER_PREFIX, Component
 from core.models.text import PREFIX
 from core.pictures.sampling import encode_prompts
 from core.storage.locks import locked
@@ -35,7 +37,6 @@ from core.storage.safetensors_file import Layout, SafetensorsFile, save_safetens
 from core.tensor_names.unet import ldm_unet_path
 from core.training.encode import EncodedImage, LatentCache
 from core.training.step import Run
-from tests.small_models import SMALL_FLOWS
 
 
 @dataclass(frozen=True)
@@ -247,26 +248,7 @@ def small_flow_base(name: str, **denoiser: Any) -> Base:
         state = family.build_empty(part, config).state_dict()
         draw = RandomTensors({name: tuple(tensor.shape) for name, tensor in state.items()}, torch.float32, seed=1)
         components[part] = Component(config, {name: draw(name) for name in state})
-
-    def encode(caption: str) -> Conditioning:
-        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(caption.encode()).digest()[:4], "big"))
-        length = 4 + len(caption.split()) if small.masked else 16
-        conditioning = {"context": torch.randn(1, length, small.context, generator=generator)}
-        if small.pooled:
-            conditioning["pooled"] = torch.randn(1, small.pooled, generator=generator)
-        if small.masked:
-            conditioning["context_mask"] = torch.ones(1, length)
-        return conditioning
-
-    return Base(
-        family=family,
-        name=f"small-{name}.safetensors",
-        components=components,
-        prediction_type="flow",
-        zero_terminal_snr=False,
-        resolution=64,
-        caption_encoder=CaptionEncoder(encode, "random"),
-    )
+    return flow_base(name, small, components)
 
 
 def random_lora(base: Base, pattern: str = ".*", scheme: str = "diffusers", seed: int = 1) -> LoraFile:

@@ -4,10 +4,12 @@ The denoiser has the family's real architecture and random weights. Latents and 
 """
 
 import contextlib
+import hashlib
 import json
 import subprocess
 import tempfile
 import threading
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,50 +22,89 @@ from torch import Tensor, nn
 from ..config import TrainConfig
 from ..device import device_and_dtype, precision_name
 from ..errors import BadConfig, BadFile
-from ..models.base import Base
+from ..models.base import Base, CaptionEncoder
 from ..models.families import FAMILIES
 from ..models.spec import Component, Conditioning, FamilySpec
 from ..training.encode import EncodedImage, LatentCache
 from ..training.methods import peak_rate
 from ..training.step import Run
 from .shapes import SHAPES, denoiser_config
+from .small_flows import SmallFlow
 
 CAPTION = "a photo of sks person"
-LATENT_CHANNELS, LATENT_SIZE, TOKENS = 4, 8, 77
+LATENT_SIZE, TOKENS = 8, 77
 TRAINER = Path(__file__).parents[2] / "tools" / "comfyui_trainer.py"
 """The program that runs ComfyUI's own trainer."""
 
 
 def random_base(family: str, channels: int, device: torch.device, dtype: torch.dtype) -> Base:
-    """A base model with only a denoiser, whose random weights are on the device in that dtype.
-
-    Weights have a deviation of 1 / sqrt(fan in), so that activations keep their size and do not overflow in fp16.
-    """
+    """A base model with only a denoiser, whose random weights are on the device in that dtype."""
     spec, config = FAMILIES[family], denoiser_config(family, channels)
-    shapes = spec.build_empty("denoiser", config).state_dict()
-    generator = torch.Generator(device).manual_seed(0)
-    tensors = {}
-    for name, place in shapes.items():
-        tensor = torch.empty(place.shape, device=device, dtype=dtype)
-        if place.ndim == 1:
-            tensor.fill_(1.0 if name.endswith("weight") else 0.0)  # weights of norms, and all biases
-        else:
-            tensor.normal_(std=place[0].numel() ** -0.5, generator=generator)
-        tensors[name] = tensor
     return Base(
         family=spec,
         name="random weights",
-        components={"denoiser": Component(config, tensors)},
+        components={"denoiser": random_component(spec, "denoiser", config, device, dtype)},
         prediction_type="epsilon",
         zero_terminal_snr=False,
         resolution=spec.resolution,
     )
 
 
+def random_component(
+    family: FamilySpec, part: str, config: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> Component:
+    """A part of a base model with random weights, on the device in that dtype.
+
+    Weights have a deviation of 1 / sqrt(fan in), so that activations keep their size and do not overflow in fp16.
+    """
+    shapes = family.build_empty(part, config).state_dict()
+    generator = torch.Generator(device).manual_seed(0)
+    tensors = {}
+    for name, place in shapes.items():
+        tensor = torch.empty(place.shape, device=device, dtype=dtype)
+        if place.ndim < 2:
+            tensor.fill_(1.0 if name.endswith(("weight", "running_var")) else 0.0)  # of norms, and all biases
+        else:
+            tensor.normal_(std=place[0].numel() ** -0.5, generator=generator)
+        tensors[name] = tensor
+    return Component(config, tensors)
+
+
+def random_flow(family: str, sizes: SmallFlow, device: torch.device, dtype: torch.dtype) -> Base:
+    """A rectified flow with random weights on the device in that dtype."""
+    configs = {"denoiser": sizes.denoiser, "vae": sizes.vae}
+    parts = {part: random_component(FAMILIES[family], part, configs[part], device, dtype) for part in configs}
+    return flow_base(family, sizes, parts)
+
+
+def flow_base(family: str, sizes: SmallFlow, components: Mapping[str, Component]) -> Base:
+    """A rectified flow with these weights, which encodes captions into random numbers."""
+
+    def encode(caption: str) -> Conditioning:
+        generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(caption.encode()).digest()[:4], "big"))
+        length = 4 + len(caption.split()) if sizes.masked else 16
+        conditioning = {"context": torch.randn(1, length, sizes.context, generator=generator)}
+        if sizes.pooled:
+            conditioning["pooled"] = torch.randn(1, sizes.pooled, generator=generator)
+        if sizes.masked:
+            conditioning["context_mask"] = torch.ones(1, length)
+        return conditioning
+
+    return Base(
+        family=FAMILIES[family],
+        name=f"small-{family}.safetensors",
+        components=components,
+        prediction_type="flow",
+        zero_terminal_snr=False,
+        resolution=64,
+        caption_encoder=CaptionEncoder(encode, "random"),
+    )
+
+
 def random_cache(base: Base, config: TrainConfig) -> LatentCache:
     """A batch of random latents, and a random conditioning of one caption, in the shapes that the family's encoders make."""
-    side = config.resolution or base.resolution
-    latent = (LATENT_CHANNELS, side // LATENT_SIZE, side // LATENT_SIZE)
+    side, shape = config.resolution or base.resolution, base.latent_shape
+    latent = (shape.channels, side // shape.pixels, side // shape.pixels)
     generator = torch.Generator().manual_seed(0)
     image = EncodedImage(
         name="random",
@@ -76,10 +117,13 @@ def random_cache(base: Base, config: TrainConfig) -> LatentCache:
         repeats=1,
         is_class=False,
     )
-    width = base.components["denoiser"].config["cross_attention_dim"]
-    text = {"context": torch.randn(1, TOKENS, width, generator=generator)}
-    if pooled := SHAPES[base.family.name].pooled:
-        text["pooled"] = torch.randn(1, pooled, generator=generator)
+    if base.caption_encoder:
+        text = base.caption_encoder.encode(CAPTION)
+    else:
+        width = base.components["denoiser"].config["cross_attention_dim"]
+        text = {"context": torch.randn(1, TOKENS, width, generator=generator)}
+        if pooled := SHAPES[base.family.name].pooled:
+            text["pooled"] = torch.randn(1, pooled, generator=generator)
     return LatentCache((image,) * config.batch_size, {CAPTION: text}, chunks=1, digest="random")
 
 

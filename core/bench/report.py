@@ -6,6 +6,7 @@ neighbouring steps is compared.
 
 import argparse
 import ctypes
+import math
 import os
 import platform
 import re
@@ -49,6 +50,8 @@ WARM_UP = 2
 """The number of steps of each loop before the timed ones. The first is reported as the time to the first step."""
 MATRIX_SIZE, MATRIX_SECONDS = 8192, 0.05
 """The largest side of the matrices whose product gives the machine's rate; a product that takes the seconds is enough."""
+LEAST_ROUNDS = 8
+"""The number of rounds below which quartiles mean nothing."""
 
 
 def synchronize(device: torch.device) -> None:
@@ -138,13 +141,15 @@ def bench(
     device: torch.device | None = None,
     comfyui: Path | None = None,
     comfyui_python: Path = Path(sys.executable),
+    until: float = math.inf,
 ) -> dict[str, Any]:
     """The report of a benchmark: a description of what was timed, and figures of the loops under `ours` and `peer`.
 
     Figures are medians over `steps`, in seconds and bytes. `step_over_peer` is the median of the ratios of neighbouring
-    steps, with its quartiles. With the folder of a ComfyUI, and the Python that runs it, its trainer takes turns too, for
-    `comfyui` and `step_over_comfyui`. Raises BadFile when there is no such ComfyUI, and BadConfig for settings that the
-    random model cannot take.
+    steps, with its quartiles, which are None below LEAST_ROUNDS. No further round begins after `until`, a monotonic time.
+    With the folder of a ComfyUI, and the Python that runs it, its trainer takes turns too, for `comfyui` and
+    `step_over_comfyui`. Raises BadFile when there is no such ComfyUI, and BadConfig for settings that the random model
+    cannot take.
     """
     if comfyui and not (comfyui / "comfy_extras" / "nodes_train.py").is_file():
         raise BadFile(f"--comfyui {comfyui}: is no folder of a ComfyUI that can train")
@@ -160,9 +165,8 @@ def bench(
     product, product_flops = matmul(device, dtype)
     load = _load()
     # On a GPU the host runs ahead of the device over several steps, as it does in training.
-    block = 1 if device.type == "cpu" else 5
-    rounds = max(1, steps // block)
-    taken = _take_turns(loops, comfy, product, device, rounds, block)
+    block = 1 if device.type == "cpu" else min(5, max(1, steps // LEAST_ROUNDS))
+    taken = take_turns(loops, product, device, max(1, steps // block), block, comfy, until)
     if comfy:
         comfy.close()
     rate = product_flops / median(taken["matmul"])
@@ -182,7 +186,7 @@ def bench(
         | {name: version(name) for name in ("torch", "diffusers", "peft")},
         "date": date.today().isoformat(),
         "load": load,
-        "steps": rounds * block,
+        "steps": len(taken["matmul"]) * block,
         "parameters": sum(tensor.numel() for tensor in base.components["denoiser"].tensors.values()),
         "matmul_flops_per_second": rate,
         "predicted_bytes": predicted_memory(cache, base, config, device, dtype, MemoryPlan()),
@@ -251,21 +255,26 @@ def _counts(loops: Mapping[str, Loop], config: TrainConfig, device: torch.device
     }
 
 
-def _take_turns(
+def take_turns(
     loops: Mapping[str, Loop],
-    comfy: ComfyLoop | None,
     product: Callable[[], object],
     device: torch.device,
     rounds: int,
     block: int,
+    comfy: ComfyLoop | None = None,
+    until: float = math.inf,
 ) -> dict[str, list[float]]:
     """The seconds of each thing that was timed, one number for each round of `block` runs in a row.
+
+    After `until`, a monotonic time, no further round begins.
 
     The keys are "step" and "forward" of each loop, alone and with "host" and "processor"; for ComfyUI's trainer "step" alone
     and with "processor" and "peak", which is in bytes.
     """
     taken: dict[str, list[float]] = {}
     for number in range(rounds):
+        if number and time.monotonic() > until:
+            break
         for name in list(loops)[:: 1 if number % 2 == 0 else -1]:
             for what in ("step", "forward"):
                 measured = seconds(getattr(loops[name], what), device, block)
@@ -301,11 +310,11 @@ def _figures(
 
 
 def _step_over(name: str, taken: Mapping[str, Sequence[float]], key: str) -> dict[str, Any]:
-    """The median, with its quartiles, of the ratios of our steps to the neighbouring ones that `taken` has under `key`."""
+    """The median of the ratios of our steps to the neighbouring ones that `taken` has under `key`, and their quartiles."""
     ratios = _ratios(taken[f"ours {key.partition(' ')[2]}"], taken[key])
     return {
         f"step_over_{name}": median(ratios),
-        f"step_over_{name}_quartiles": quantiles(ratios)[::2] if len(ratios) > 1 else [ratios[0]] * 2,
+        f"step_over_{name}_quartiles": quantiles(ratios)[::2] if len(ratios) >= LEAST_ROUNDS else None,
     }
 
 
@@ -323,7 +332,6 @@ def format_report(report: Mapping[str, Any]) -> str:
     ours, peer = report["ours"], report["peer"]
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     load = "" if report["load"] is None else f", load {report['load']:.1f}"
-    low, high = report["step_over_peer_quartiles"]
     rate = report["matmul_flops_per_second"] / 1e9
     heading = [
         f"{FAMILIES[report['family']].title}, random weights ({report['parameters'] / 1e6:.1f} M), "
@@ -352,28 +360,36 @@ def format_report(report: Mapping[str, Any]) -> str:
             lines.append(f"| {title} | {ours[key] / unit:.{digits}f} | {peer[key] / unit:.{digits}f} |")
     verdict = (
         f"A step of ours takes {report['step_over_peer']:.3f} of the peer's "
-        f"(median of {report['steps']} steps in turns; quartiles {low:.3f} to {high:.3f}), "
-        f"in processor seconds {report['step_over_peer_processor']:.3f} "
-        f"({report['step_over_peer_processor_quartiles'][0]:.3f} to {report['step_over_peer_processor_quartiles'][1]:.3f})."
+        f"(median of {report['steps']} steps in turns{_quartiles(report, 'peer')}), "
+        f"in processor seconds {report['step_over_peer_processor']:.3f}{_quartiles(report, 'peer_processor')}."
     )
     memory = (
         f"Memory predicted for a run of ours: {report['predicted_bytes'] / 2**30:.2f} GiB, without Python's libraries."
     )
     others = []
     if comfy := report.get("comfyui"):
-        low, high = report["step_over_comfyui_quartiles"]
         others.append(
             f"ComfyUI's own trainer, which adapts every weight: {comfy['seconds_per_step']:.3f} s a step (processor "
             f"{comfy['processor_seconds_per_step']:.3f}), its process at most {comfy['peak_bytes'] / 2**30:.2f} GiB. A step "
-            f"of ours takes {report['step_over_comfyui']:.3f} of its (quartiles {low:.3f} to {high:.3f})."
+            f"of ours takes {report['step_over_comfyui']:.3f} of its{_quartiles(report, 'comfyui')}."
         )
     return "\n\n".join([*heading, "\n".join(lines), verdict, *others, memory])
+
+
+def _quartiles(report: Mapping[str, Any], name: str) -> str:
+    """The quartiles of the ratios, to stand after their median; "" if there are few rounds."""
+    found = report[f"step_over_{name}_quartiles"]
+    return f", quartiles {found[0]:.3f} to {found[1]:.3f}" if found else ""
 
 
 def append_report(path: Path, report: Mapping[str, Any], command: str) -> None:
     """Adds the report to a Markdown file, with a title and the command that made it. Raises BadFile when that fails."""
     title = f"{FAMILIES[report['family']].title}, {report['resolution']} px, {report['precision']}, {report['device']}"
-    text = f"\n### {title} ({report['date']})\n\n`{command}`\n\n{format_report(report)}\n"
+    append_text(path, f"\n### {title} ({report['date']})\n\n`{command}`\n\n{format_report(report)}\n")
+
+
+def append_text(path: Path, text: str) -> None:
+    """Adds text to a file. Raises BadFile when that fails."""
     try:
         before = path.read_bytes() if path.exists() else b""
     except OSError as error:

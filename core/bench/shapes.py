@@ -62,4 +62,4 @@ def denoiser_config(family: str, channels: int = REAL_CHANNELS) -> dict[str, Any
     shape = SHAPES[family]
     heads = shape.heads if isinstance(shape.heads, int) else tuple(n * channels // 64 for n in shape.heads)
     widths = tuple(n * channels for n in shape.widths)
-    return {**shape.config, "block_out_channels": widths, "attention_head_dim": heads}
+    return {**shape.config, "in_channels": 4, "block_out_channels": widths, "attention_head_dim": heads}

@@ -197,8 +197,7 @@ def test_the_figures_of_a_report_agree_with_each_other(report):
         assert figures["peak_bytes"] > report["parameters"] * 4
         rate = figures["flops_per_step"] / figures["seconds_per_step"]
         assert figures["matmul_rate_share"] == pytest.approx(rate / report["matmul_flops_per_second"])
-    low, high = report["step_over_peer_quartiles"]
-    assert low <= report["step_over_peer"] <= high
+    assert report["step_over_peer_quartiles"] is None  # of two rounds they would mean nothing
 
 
 def test_a_report_is_json_and_a_table(report):

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
+from core.bench.gpu import COMMANDS
 from core.models.memory_plan import PLANS
 from tests.gpu import trials
 from tests.gpu.fake_cuda import MESSAGES
-from tests.gpu_day import STAGES
 from tests.tooling import SMALL_FLOWS, UNETS, mostly_slow
 
 MANY_BLOCKS = {"num_layers": 6, "num_single_layers": 12}
@@ -130,11 +130,11 @@ def test_a_card_that_is_too_small_for_the_fastest_plan_trains_by_another(fake_pr
     assert "a step would take" in whole.warnings[0] and any(str(plan) in whole.warnings[0] for plan in PLANS[1:])
 
 
-@pytest.mark.slow
-def test_a_day_on_a_gpu_runs_to_its_end(fake_process, tmp_path):
-    output = tmp_path / "gpu_day.json"
-    assert fake_process.submit(trials.day_on_a_gpu, output).result() == dict.fromkeys(STAGES, "")
-    assert json.loads(output.read_text()).keys() == STAGES.keys()
+@pytest.mark.parametrize("command", mostly_slow(COMMANDS, "correctness"))
+def test_what_is_measured_on_a_gpu_is_measured_to_its_end(command, fake_process, tmp_path):
+    output = tmp_path / "found.json"
+    assert fake_process.submit(trials.measured_on_a_gpu, command, output).result() == []
+    assert json.loads(output.read_text())["stages"].keys() == COMMANDS[command].keys()
 
 
 @pytest.mark.slow

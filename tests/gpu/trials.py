@@ -3,6 +3,7 @@
 from tests.gpu.fake_cuda import DEVICE, Card, Copy, OutOfMemoryForm, fake_cuda  # isort: skip  # before torch
 
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import core.bench.doctor as doctor
+import core.bench.gpu as gpu
 import core.models.eight_bit as eight_bit
 import core.models.memory_plan as memory_plan
-import tests.gpu_day as gpu_day
 from core.bench.report import count_operations
 from core.config import TrainConfig
 from core.device import device_and_dtype, stay_within_free_memory
@@ -360,10 +361,12 @@ def examined() -> tuple[str, int, list[str]]:
     return doctor.format_doctor(report), len(trials), [trial.error for trial in trials]
 
 
-def day_on_a_gpu(output: Path) -> dict[str, str]:
-    """The error of each stage of a rehearsed day on a GPU, "" where it was done."""
-    # There is no profiler that could count the fake card's kernels.
-    with fake_cuda(), patch("core.bench.report.count_kernels", return_value=0):
-        found = gpu_day.spend(gpu_day.Day(DEVICE, torch.bfloat16, small=True), 60, output, lambda _: None)
-    assert gpu_day.as_markdown(found)
-    return {name: results.get("error", "") for name, results in found.items()}
+def measured_on_a_gpu(command: str, output: Path) -> list[tuple[str, str]]:
+    """The errors in a rehearsal of a command of core/bench/gpu.py, each with its stage."""
+    # There is no profiler that could count the fake card's kernels, and another process has no fake card.
+    own = patch.multiple(gpu, apart=lambda work, *args: work(*args))
+    with fake_cuda(), own, patch("core.bench.report.count_kernels", return_value=0):
+        session = gpu.Session(DEVICE, torch.bfloat16, time.monotonic() + 600, small=True)
+        found = gpu.measure(session, command, output, "1.2.3")
+    assert gpu.as_markdown(found, "make gpu")
+    return [(stage, row["error"]) for stage, rows in found["stages"].items() for row in rows.values() if "error" in row]
