@@ -245,7 +245,11 @@ class TrainConfig:
         group="output",
     )
     likeness_pictures: int = option(
-        8, "pictures with and without the trigger word that likeness is measured on", 1, 100, group="output"
+        8,
+        "pictures with the trigger word that likeness is measured on; half as many without it",
+        1,
+        100,
+        group="output",
     )
     keep: Literal["best", "last"] = option(
         "best", "checkpoint that is written, when likeness is measured", group="output"

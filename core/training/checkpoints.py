@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,12 +11,14 @@ from torch import Tensor
 
 from ..config import TrainConfig
 from ..models.base import Base
+from ..storage.cache_folder import content_key, made_folder
+from ..storage.files import write_file
 from .callbacks import Callbacks
 from .encode import LatentCache
 from .likeness import LikenessPoint, Selection
 from .metadata import training_metadata
 from .methods.method import Trained
-from .samples import Samples
+from .samples import Samples, is_whole
 from .state import RunState
 from .step import Run, Shot
 
@@ -58,11 +61,24 @@ class Checkpoints:
         return self._selection.points[-1] if self._selection and self._selection.points else None
 
     def see_base(self) -> None:
-        """Draws the base model's own pictures when likeness is measured; changes by the adapter are measured from them."""
-        if self._samples and self._selection:
-            watch = self._selection.watch
+        """Shows the watch the base model's own pictures, from which changes by the adapter are measured.
+
+        They are the same for every person, so they are kept in the cache folder.
+        """
+        if self._samples is None or self._selection is None:
+            return
+        shots = self._selection.watch.base_shots
+        key = content_key(
+            "base pictures", shots, self._samples.drawn_as, self.run.memory.plan.weights, self._base.identity
+        )
+        folder = made_folder("base", key)
+        paths = [folder / f"{number:02d}.png" for number in range(len(shots))]
+        if not all(map(is_whole, paths)):
             with self.run.adapter.disabled():
-                watch.see_base(self.run.sample(self._samples.sampler, watch.shots, self._callbacks.on_warning))
+                images = self.run.sample(self._samples.sampler, shots, self._callbacks.on_warning)
+            for path, image in zip(paths, images, strict=True):
+                write_file(path, partial(image.save, format="PNG"))
+        self._selection.watch.see_base([Image.open(path).convert("RGB") for path in paths])
 
     def save_when_due(self) -> None:
         """Calls `on_save` with the checkpoint every `save_every` steps, except after the last one, whose file is the result."""

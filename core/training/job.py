@@ -44,7 +44,7 @@ from .loop import train_lora
 from .methods import METHODS, files_beside
 from .methods.method import Trained
 from .recipes import ENOUGH, MEASURED, recipe_config
-from .samples import Samples, make_class_images, sample_shots, training_sampler
+from .samples import Samples, make_class_images, sample_shots, sample_size, training_sampler
 from .training_adapter import TrainingAdapter
 
 
@@ -379,8 +379,12 @@ def _prepared(
     # Samples have the size of the bucket with most photos of the person, of several the largest.
     of_person = replace(dataset, images=tuple(image for image in dataset.images if not image.is_class))
     size = max(of_person.bucket_counts().items(), key=lambda bucket: (bucket[1], math.prod(bucket[0])))[0]
+    size = sample_size(base, size)
     sampler = training_sampler(base, config, cache.prompts, device, size, callbacks.progress("samples"))
-    return cache, Samples(sampler, shots, pictures.watch)
+    dtype = device_and_dtype(config, device, base.family.overflows_in_fp16)[1]
+    settings = (config.sample_steps, config.sample_guidance, config.clip_skip)
+    drawn_as = f"{size} {settings} {device.type} {dtype} {base.few_steps}"
+    return cache, Samples(sampler, shots, pictures.watch, drawn_as)
 
 
 def _writing_beside(callbacks: Callbacks, output: Path, config: TrainConfig) -> Callbacks:

@@ -100,6 +100,15 @@ class Score:
         return number + second + (f"  ({self.doubt})" if self.doubt else "")
 
 
+def pictures_at_a_look(config: TrainConfig) -> tuple[int, int, int]:
+    """How many pictures are drawn at each measurement: of the trigger, of the class, and of NEUTRAL_PROMPTS.
+
+    Likeness chooses the checkpoint. The others are there to stop a run that leaks, for which half as many are enough.
+    """
+    half = (config.likeness_pictures + 1) // 2
+    return config.likeness_pictures, half, min(half, len(NEUTRAL_PROMPTS))
+
+
 class LikenessWatch:
     """Measures checkpoints of one person by the pictures that `train_lora` draws with them."""
 
@@ -130,13 +139,16 @@ class LikenessWatch:
             which = counted(len(training), "photo")
             raise BadPhoto(f"no face was found in the {which} trained on: likeness cannot be measured")
         self._person = person
-        self._count = config.likeness_pictures
-        seeds = range(config.seed, config.seed + self._count)
-        subject = default_caption(config.trigger_word, config.class_word)
+        of_person, self._of_class, of_nobody = pictures_at_a_look(config)
+        subject, of_class = default_caption(config.trigger_word, config.class_word), class_caption(config.class_word)
+        self.base_shots: list[tuple[str, int]] = [
+            *((of_class, config.seed + number) for number in range(self._of_class)),
+            *((prompt, config.seed) for prompt in NEUTRAL_PROMPTS[:of_nobody]),
+        ]
+        """The (prompt, seed) of each picture of the base model that `see_base` takes. None is about the person."""
         self.shots: list[tuple[str, int]] = [
-            *((subject, seed) for seed in seeds),
-            *((class_caption(config.class_word), seed) for seed in seeds),
-            *((prompt, config.seed) for prompt in NEUTRAL_PROMPTS),
+            *((subject, config.seed + number) for number in range(of_person)),
+            *self.base_shots,
         ]
         """The (prompt, seed) of each picture that `measure` takes, in its order."""
         self.own: float = float(np.mean(self._alike(self._training)))
@@ -149,19 +161,24 @@ class LikenessWatch:
             else 0.0
         )
         """The copying of each training photo from the others, which counts as none; 0 for a single photo."""
-        self._base: list[Image.Image] = []
+        self._base: Sequence[Image.Image] = ()
         self._base_class = 0.0
 
     def see_base(self, images: Sequence[Image.Image]) -> None:
-        """Takes the base model's pictures of `shots`, to measure leakage and drift from them."""
+        """Takes the base model's pictures of `base_shots`, to measure leakage and drift from them."""
         if self.judge:
             self.judge.see_base(images)
-        _, of_class, self._base = self._split(images)
+        of_class, self._base = images[: self._of_class], images[self._of_class :]
         self._base_class = float(np.mean(self._alike(embed_images(self.network, of_class))))
 
     def measure(self, step: int, images: Sequence[Image.Image], merged: tuple[int, ...] = ()) -> LikenessPoint:
         """The measurement of a checkpoint that drew these pictures of `shots`. Call `see_base` before."""
-        of_person, of_class, neutral = self._split(images)
+        first = len(images) - len(self.base_shots)
+        of_person, of_class, neutral = (
+            images[:first],
+            images[first:][: self._of_class],
+            images[first:][self._of_class :],
+        )
         embedded = embed_images(self.network, of_person)
         scores = self._alike(embedded)
         seen = _seen(embedded)
@@ -222,11 +239,6 @@ class LikenessWatch:
         shortfall = np.subtract(best.scores, point.scores)
         error = shortfall.std(ddof=1) / math.sqrt(len(shortfall)) if len(shortfall) > 1 else 0.0
         return bool(shortfall.mean() + error <= TOLERANCE * self.scale)
-
-    def _split(self, images: Sequence[Image.Image]) -> tuple[list[Image.Image], list[Image.Image], list[Image.Image]]:
-        """The pictures split into those of the trigger, of the class, and of the neutral prompts."""
-        images = list(images)
-        return images[: self._count], images[self._count : 2 * self._count], images[2 * self._count :]
 
     def _alike(self, embedded: np.ndarray) -> np.ndarray:
         """The cosine (N,) of each identity vector to the person; 0 where no face was found."""

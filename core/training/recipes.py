@@ -20,6 +20,8 @@ COMMON = {"prior_prediction": 0.5}
 MEASURED: dict[str, Any] = {"hold_out": 2, "stop_early": True}
 """The settings of every recipe when photos can be held out: the training keeps the best checkpoint, and stops when the class
 is lost."""
+CHEAP_LOOKS: dict[str, Any] = {"likeness_pictures": 4, "sample_steps": 12}
+"""The settings of the recipes `fast` and `balanced` when likeness is measured: see docs/likeness.md for what they cost."""
 ENOUGH = 8
 """The number of usable photos from which some are held out."""
 MEASUREMENTS = 4
@@ -69,10 +71,11 @@ def recipe_settings(
     defaults = {"batch_size": recipe.batch_size, "accumulation": 1, "steps": 1, "method": "lora", "rank": recipe.rank}
     checked = TrainConfig(**{name: given.get(name, value) for name, value in defaults.items()})
     method, seen = METHODS[checked.method], checked.batch_size * checked.accumulation
+    measured = MEASURED if name == "best" else MEASURED | CHEAP_LOOKS
     settings = {
         # Textual inversion changes no network, so no other prompt can turn into the person.
         **(COMMON if method.makes != "embedding" else {}),
-        **(MEASURED if given.get("hold_out", _can_hold_out(photos, given, on_warning)) else {}),
+        **(measured if given.get("hold_out", _can_hold_out(photos, given, on_warning)) else {}),
         "steps": math.ceil(recipe.photos / seen),
         "batch_size": checked.batch_size,
         "rank": recipe.rank,

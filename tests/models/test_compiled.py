@@ -1,6 +1,7 @@
 """core/models/compiled.py: compiled blocks train like plain ones, and are a choice that can fail."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -47,6 +48,25 @@ def test_compiled_blocks_train_as_plain_ones_do(base, cache, form):
         torch.testing.assert_close(compiled.parameters[name], parameter, rtol=1e-3, atol=1e-4)
     counters = torch._dynamo.utils.counters
     assert not counters["graph_break"] and counters["frames"]["ok"] == counters["frames"]["total"]
+
+
+@pytest.mark.slow
+def test_photos_of_many_shapes_are_compiled_a_few_times(base, monkeypatch):
+    """The first shape for its own size, the second for sizes that vary. (Without a code generator, which takes minutes.)"""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    shapes = [(8, 8), (8, 12), (12, 8), (8, 16), (16, 8), (12, 16)]
+    images = [
+        encoded_image(
+            base, f"{number}.png", "a photo of sks person", number, shape=(base.latent_shape.channels, *shape)
+        )
+        for number, shape in enumerate(shapes)
+    ]
+    run = Run(encoded_cache(base, images), base, replace(CONFIG, compile=True), CPU)
+    torch._dynamo.utils.counters.clear()
+    for _ in range(12):
+        run.train_step()
+    # Two kinds of blocks, with the adapter on and off, for a fixed and for varying sizes: 9 graphs for these and for 11 shapes.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 12
 
 
 def test_pictures_are_drawn_with_the_blocks_as_they_are():

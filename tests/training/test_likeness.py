@@ -20,9 +20,18 @@ from core.faces import Face, embed_images, likeness, load_faces, mean_face
 from core.lora.file import LoraFile
 from core.models import Base, load_base
 from core.photos import Photo
+from core.storage.cache_folder import made_folder
 from core.training.callbacks import Callbacks
 from core.training.job import train
-from core.training.likeness import LIKENESS_KEY, NEUTRAL_PROMPTS, LikenessPoint, LikenessWatch, Selection, hold_out
+from core.training.likeness import (
+    LIKENESS_KEY,
+    NEUTRAL_PROMPTS,
+    LikenessPoint,
+    LikenessWatch,
+    Selection,
+    hold_out,
+    pictures_at_a_look,
+)
 from core.training.samples import training_sampler
 from tests.tooling import save_mean_colour, write_photos
 
@@ -59,8 +68,13 @@ def watch(network) -> LikenessWatch:
     return LikenessWatch(network, photos[:6], photos[6:8], replace(CONFIG, likeness_pictures=2))
 
 
-def pictures(of_person: list[Image.Image], of_class: list[Image.Image], grey: int = 90) -> list[Image.Image]:
-    return [*of_person, *of_class, *[Image.new("RGB", (64, 80), (grey, grey, grey))] * 3]
+def pictures(of_person: list[Image.Image], of_class: Image.Image, grey: int = 90) -> list[Image.Image]:
+    """Those of a look with two pictures of the person: one of the class and one of nobody."""
+    return [*of_person, *base_pictures(of_class, grey)]
+
+
+def base_pictures(of_class: Image.Image, grey: int = 90) -> list[Image.Image]:
+    return [of_class, Image.new("RGB", (64, 80), (grey, grey, grey))]
 
 
 def point(step: int, *scores: float, copying=0.0, leakage=0.0, drift=0.0) -> LikenessPoint:
@@ -69,14 +83,14 @@ def point(step: int, *scores: float, copying=0.0, leakage=0.0, drift=0.0) -> Lik
 
 def test_pictures_are_measured_against_photos_that_were_held_out(watch, network):
     own, other = person_photos(36), person_photos(1)
-    watch.see_base(pictures(other[:2], other[2:4]))
-    measured = watch.measure(5, pictures(own[8:], other[2:4]))
+    watch.see_base(base_pictures(other[2]))
+    measured = watch.measure(5, pictures(own[8:], other[2]))
     person = mean_face(embed_images(network, own[6:8]))
     assert person is not None
     assert measured.scores == pytest.approx(likeness(embed_images(network, own[8:]), person[None])[:, 0].tolist())
     assert measured.likeness == pytest.approx(np.mean(measured.scores)) and measured.likeness > 0.55
     assert measured.leakage == pytest.approx(0, abs=1e-6) and measured.drift == 0
-    assert watch.measure(5, pictures(other[:2], other[2:4])).likeness < 0.4
+    assert watch.measure(5, pictures(other[:2], other[2])).likeness < 0.4
 
 
 def test_a_judge_measures_the_same_pictures_and_changes_no_number(watch, tmp_path):
@@ -85,7 +99,7 @@ def test_a_judge_measures_the_same_pictures_and_changes_no_number(watch, tmp_pat
     judged = LikenessWatch(watch.network, photos[:6], photos[6:8], CONFIG, judge)
     alone = LikenessWatch(judge, photos[:6], photos[6:8], CONFIG)
     other = person_photos(1)
-    drawn, of_base = pictures(person_photos(36)[8:], other[:2]), pictures(other[:2], other[2:4])
+    drawn, of_base = pictures(person_photos(36)[8:], other[0]), base_pictures(other[2])
     for each in (watch, judged, alone):
         each.see_base(of_base)
     measured = judged.measure(5, drawn)
@@ -95,9 +109,9 @@ def test_a_judge_measures_the_same_pictures_and_changes_no_number(watch, tmp_pat
 
 def test_copies_of_training_photos_leaks_and_drift_show(watch):
     own, other = person_photos(36), person_photos(1)
-    watch.see_base(pictures(other[:2], other[2:4]))
-    copied = watch.measure(5, pictures(own[:2], own[8:], grey=100))
-    fresh = watch.measure(5, pictures(own[8:], other[2:4], grey=93))
+    watch.see_base(base_pictures(other[2]))
+    copied = watch.measure(5, pictures(own[:2], own[8], grey=100))
+    fresh = watch.measure(5, pictures(own[8:], other[2], grey=93))
     assert copied.copying > fresh.copying + 0.05 and copied.copying > watch.own_copying
     assert copied.leakage > 0.4 and abs(fresh.leakage) < 1e-6
     assert (copied.drift, fresh.drift) == (10, 3)
@@ -111,8 +125,8 @@ def test_a_single_training_photo_copies_none_of_the_others(watch):
 
 def test_a_picture_without_a_face_counts_nothing(watch):
     nothing = Image.new("RGB", (64, 80), (120, 90, 60))
-    watch.see_base(pictures([nothing] * 2, [nothing] * 2))
-    measured = watch.measure(1, pictures([nothing, person_photos(36)[8]], [nothing] * 2))
+    watch.see_base(base_pictures(nothing))
+    measured = watch.measure(1, pictures([nothing, person_photos(36)[8]], nothing))
     assert measured.scores[0] == 0 and measured.scores[1] > 0.5
     grey = [Photo.from_image(nothing, "grey.png")]
     with pytest.raises(BadPhoto, match="no face was found in the 1 photo held out"):
@@ -141,7 +155,7 @@ def test_a_cheaper_checkpoint_that_may_be_less_alike_is_not_kept(watch):
 def test_the_scale_of_likeness_is_the_person_and_the_network(watch):
     """A network whose cosines are packed five times closer chooses the same."""
     other = person_photos(1)
-    watch.see_base(pictures(other[:2], other[2:4]))
+    watch.see_base(base_pictures(other[2]))
     points = [
         point(100, 0.50, 0.51, 0.52, leakage=0.02, drift=5),
         point(200, 0.60, 0.61, 0.62, leakage=0.05, drift=7),
@@ -162,7 +176,7 @@ def test_the_scale_of_likeness_is_the_person_and_the_network(watch):
 
 def test_a_run_has_enough_when_likeness_is_flat_or_the_class_is_lost(watch):
     other = person_photos(1)
-    watch.see_base(pictures(other[:2], other[2:4]))
+    watch.see_base(base_pictures(other[2]))
     rising = [point(step, step / 1000, step / 1000) for step in (100, 200, 300, 400)]
     assert watch.enough([]) is None  # of the steps before the first measurement
     assert watch.enough(rising[:1]) is None and watch.enough(rising) is None
@@ -280,7 +294,8 @@ def test_the_average_of_the_best_checkpoints_is_measured_after_them(base, networ
     assert [point["merged"] for point in measured] == [[], [], [1, 2]]
 
 
-def test_a_picture_that_is_shown_and_measured_is_drawn_once(base, network, monkeypatch):
+def test_a_picture_that_is_shown_and_measured_is_drawn_once(base, network, monkeypatch, tmp_path):
+    monkeypatch.setenv("FACELORA_CACHE", str(tmp_path))
     drawn = []
 
     def count(*arguments):
@@ -297,8 +312,40 @@ def test_a_picture_that_is_shown_and_measured_is_drawn_once(base, network, monke
         faces=network,
         callbacks=Callbacks(on_sample=lambda step, images: shown.append(len(images))),
     )
-    measured = 1 + 1 + len(NEUTRAL_PROMPTS)
-    assert shown == [2] and drawn == [measured, measured + 1]
+    assert shown == [2] and drawn == [2, 3 + 1]
+
+
+def test_the_base_models_pictures_are_drawn_once_for_all_people(base, network, monkeypatch, tmp_path):
+    monkeypatch.setenv("FACELORA_CACHE", str(tmp_path))
+    drawn = []
+
+    def count(*arguments):
+        sample = training_sampler(*arguments)
+        return lambda denoiser, encoders, shots: drawn.append(list(shots)) or sample(denoiser, encoders, shots)
+
+    monkeypatch.setattr("core.training.job.training_sampler", count)
+    config = replace(CONFIG, steps=1, sample_every=1, likeness_pictures=1)
+    first = train(photos_of(35), base, config, faces=network)
+    of_base = drawn.pop(0)
+    assert of_base == [("a photo of person", 1), (NEUTRAL_PROMPTS[0], 1)] and len(drawn) == 1
+    drawn.clear()
+    train(photos_of(36), base, config, faces=network)
+    assert len(drawn) == 1 and ("a photo of sks person", 1) in drawn[0]
+    # Another way to draw is another picture.
+    drawn.clear()
+    train(photos_of(36), base, replace(config, sample_steps=config.sample_steps + 1), faces=network)
+    assert drawn[0] == of_base
+    # A damaged file is drawn again, and what is measured by kept pictures is what is measured by new ones.
+    drawn.clear()
+    for kept in made_folder("base").glob("*/00.png"):
+        kept.write_bytes(b"no picture")
+    again = train(photos_of(35), base, config, faces=network)
+    assert drawn[0] == of_base and again.metadata[LIKENESS_KEY] == first.metadata[LIKENESS_KEY]
+
+
+@pytest.mark.parametrize(("pictures", "at_a_look"), [(1, (1, 1, 1)), (4, (4, 2, 2)), (8, (8, 4, 3))])
+def test_a_look_has_half_as_many_pictures_without_the_person(pictures, at_a_look):
+    assert pictures_at_a_look(replace(CONFIG, likeness_pictures=pictures)) == at_a_look
 
 
 @pytest.mark.slow
