@@ -219,11 +219,15 @@ class Run:
             )
         on_warning(f"out of memory in {what}: done again with {plan}")
         self._release_graphs()
-        self.memory.adopt(plan)
-        self.convolutions = self._frozen_convolutions()
+        self.adopt(plan)
         if self.graphs:
             self._begin_graphs()
         release_memory()
+
+    def adopt(self, plan: MemoryPlan) -> None:
+        """Changes to a memory plan. Weights that are in 8 bits stay so."""
+        self.memory.adopt(plan)
+        self.convolutions = self._frozen_convolutions()
 
     def update(self, loss: Tensor) -> None:
         """Updates the adapter by the accumulated gradients of that loss, and counts the step."""
