@@ -7,7 +7,7 @@ import math
 import re
 import sys
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,6 +29,7 @@ from core.lora.modules import LoraModule
 from core.models.base import Base
 from core.models.families import FAMILIES
 from core.models.ldm import ldm_vae_path
+from core.models.memory_plan import MemoryPlan
 from core.models.spec import DENOISER_PREFIX, Component
 from core.models.text import PREFIX
 from core.pictures.sampling import encode_prompts
@@ -235,6 +236,18 @@ def write_in_16_bits(source: Path, path: Path) -> Path:
     file = SafetensorsFile.open(source)
     save_safetensors(path, {name: file[name].half() for name in file}, file.metadata)
     return path
+
+
+def predict_by(monkeypatch: pytest.MonkeyPatch, predicted: Callable[[MemoryPlan], int]) -> None:
+    """Has the function say how many bytes a training run needs under a plan."""
+    monkeypatch.setattr(
+        "core.training.memory_prediction.StepPrediction", lambda *_: types.SimpleNamespace(bytes=predicted)
+    )
+
+
+def nothing_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has every plan need more than a limit of 1 GiB."""
+    predict_by(monkeypatch, lambda _: 2**31)
 
 
 def small_flow_base(name: str, **denoiser: Any) -> Base:

@@ -25,7 +25,7 @@ from core.models.memory_plan import PLANS, RESERVE, MemoryPlan, drawing_plan, fi
 from core.models.quantised import dequantised
 from core.models.spec import Component
 from core.training.encode import EncodedImage, LatentCache
-from core.training.memory_prediction import predicted_memory
+from core.training.memory_prediction import StepPrediction
 from tools.photo_tables import replace_table, table
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "benchmarks.md"
@@ -164,8 +164,9 @@ def stored_tensors(model: Model, form: str) -> Mapping[str, Tensor]:
 
 
 def base_of(model: Model, form: str = "") -> Base:
-    """The model without numbers; without any weights at all, if no form is given in which they are stored."""
-    family, tensors = FAMILIES[model.family], stored_tensors(model, form) if form else {}
+    """The model without numbers, in a form in which weights are stored if one is given."""
+    family = FAMILIES[model.family]
+    tensors = stored_tensors(model, form) if form else family.build_empty("denoiser", model.config).state_dict()
     return Base(
         family=family, name="published size", components={"denoiser": Component(model.config, tensors)},
         prediction_type=family.prediction_type("epsilon"), zero_terminal_snr=False, resolution=model.resolution,
@@ -204,12 +205,13 @@ def cache_of(model: Model, base: Base) -> LatentCache:
 def predictions(model: Model, form: str = "") -> dict[MemoryPlan, Need]:
     """What each plan needs for a LoRA of rank 16 on one picture at a time, in bf16."""
     base, config = base_of(model, form), config_of(model)
-    predict = partial(predicted_memory, cache_of(model, base), base, config, torch.device("cpu"), torch.bfloat16)
+    prepare = partial(StepPrediction, cache_of(model, base), base, config, torch.device("cpu"), torch.bfloat16)
     operations: dict[float, int] = {}
     for plan in PLANS[:3]:  # apart from the memory, since the counter keeps activations that the plan would recompute
-        operations[plan.recompute] = count_flops(partial(predict, plan))
+        operations[plan.recompute] = count_flops(partial(prepare(each_block=True).bytes, plan))
     plans = plans_for("auto", narrow=base.is_narrow)
-    return {plan: Need(predict(plan), operations[plan.recompute]) for plan in plans}
+    prediction = prepare()
+    return {plan: Need(prediction.bytes(plan), operations[plan.recompute]) for plan in plans}
 
 
 def column(plan: MemoryPlan) -> str:

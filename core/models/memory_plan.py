@@ -4,7 +4,8 @@ import math
 import weakref
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 from ..device import free_memory
 from .eight_bit import narrow_weights
@@ -155,7 +157,7 @@ class MemorySaver:
         self._offload = BlockOffload(device)
 
     def adopt(self, plan: MemoryPlan) -> None:
-        """Changes to a plan that saves at least as much memory as the current one."""
+        """Changes to a plan. Weights that are in 8 bits stay so."""
         by_size = sorted(self._blocks, key=lambda block: sum(p.numel() for p in block.parameters()))
         count = int(plan.recompute * len(by_size))
         # Not a method: the denoiser would refer to this object, which refers to it, and outlive the run.
@@ -214,6 +216,7 @@ class BlockOffload:
         self._stream: torch.cuda.Stream | None = None
         self._store = PinnedStore(device)
         self._home: weakref.WeakKeyDictionary[nn.Module, dict[_Slot, nn.Parameter]] = weakref.WeakKeyDictionary()
+        self._hooks: weakref.WeakKeyDictionary[nn.Module, tuple[RemovableHandle, ...]] = weakref.WeakKeyDictionary()
         self._coming: tuple[_Block, list[Tensor], list[torch.UntypedStorage]] | None = None
         """The block that comes next, the copies of its weights, and what they were copied from."""
         self._present: list[Tensor] = []
@@ -222,12 +225,16 @@ class BlockOffload:
         self._following: dict[tuple[_Block, _Block], weakref.ref[nn.Module]] = {}
 
     def take(self, blocks: Sequence[nn.Module]) -> None:
-        """Starts to offload those of the blocks that are not offloaded yet."""
+        """Offloads these blocks and no others. The weights of others stay where they are."""
         if blocks and self._stream is None and self._device.type == "cuda":
             self._stream = torch.cuda.Stream(self._device)
         self._following.clear()
         self._coming, self._visited = None, (None, None)
         self._let_go(keep=0)
+        for block in [block for block in self._home if block not in blocks]:
+            del self._home[block]
+            for hook in self._hooks.pop(block):
+                hook.remove()
         new = [block for block in blocks if block not in self._home]
         for block in new:
             self._home[block] = {
@@ -238,8 +245,10 @@ class BlockOffload:
             }
         self._store.take([parameter for block in new for parameter in self._home[block].values()])
         for block in new:
-            block.register_forward_pre_hook(self._bring)
-            block.register_forward_hook(self._take_away, always_call=True)
+            self._hooks[block] = (
+                block.register_forward_pre_hook(self._bring),
+                block.register_forward_hook(self._take_away, always_call=True),
+            )
 
     @property
     def pageable(self) -> int:
@@ -251,7 +260,7 @@ class BlockOffload:
 
     def _start(self, block: nn.Module) -> list[Tensor]:
         with torch.cuda.stream(self._stream) if self._stream else torch.no_grad():
-            return [p.detach().to(self._device, non_blocking=True, copy=True) for p in self._home[block].values()]
+            return [p.to(self._device, non_blocking=True, copy=True) for p in self._home[block].values()]
 
     def _let_go(self, keep: int) -> None:
         """Waits until the device is done with all but the last `keep` of the blocks that have run, and frees these."""
@@ -365,22 +374,40 @@ class MemoryCount(TorchDispatchMode):
         super().__init__()
         self.live: int = 0
         self.peak: int = 0
-        self._device = device.type
+        self.device: torch.device = device
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # of fake tensors, half of all calls
+            return args[0].fake_device
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.device.type == self._device:
+        for tensor in [result] if isinstance(result, Tensor) else tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.device.type == self.device.type:
                 self._count(tensor.untyped_storage())
         return result
 
     def leave_out(self, tensor: Tensor) -> None:
         """Does not count a tensor, made before, when an operation returns it."""
-        self._seen.add(tensor.untyped_storage()._cdata)
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            weakref.finalize(storage, self._seen.discard, storage._cdata)
+
+    def counts(self, place: int) -> bool:
+        """Whether the storage at that place (its `_cdata`) is alive and known."""
+        return place in self._seen
+
+    @contextmanager
+    def known(self, most: int) -> Iterator[None]:
+        """A context whose peak is known to be `most` bytes above what lives at its beginning, whatever is made in it."""
+        peak = max(self.peak, self.live + most)
+        try:
+            yield
+        finally:
+            self.peak = peak
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        place, size = storage._cdata, _allocated(storage.nbytes(), self._device)
+        place, size = storage._cdata, allocated(storage.nbytes(), self.device)
         if place in self._seen:
             return
         self._seen.add(place)
@@ -394,12 +421,12 @@ class MemoryCount(TorchDispatchMode):
         weakref.finalize(storage, gone)
 
 
-def _allocated(size: int, device: str) -> int:
-    """The bytes that the allocator of a type of device takes for a tensor of `size` bytes."""
-    return -(-size // CUDA_GRAIN) * CUDA_GRAIN if device == "cuda" else size
+def allocated(size: int, device: torch.device) -> int:
+    """The bytes that the allocator of a device takes for a tensor of `size` bytes."""
+    return -(-size // CUDA_GRAIN) * CUDA_GRAIN if device.type == "cuda" else size
 
 
 def unique_bytes(tensors: Iterable[Tensor]) -> int:
     """The bytes that the tensors take where they are, where memory that several share counts once."""
-    storages = {t.untyped_storage()._cdata: (t.untyped_storage().nbytes(), t.device.type) for t in tensors}
-    return sum(_allocated(*storage) for storage in storages.values())
+    storages = {t.untyped_storage()._cdata: (t.untyped_storage().nbytes(), t.device) for t in tensors}
+    return sum(allocated(*storage) for storage in storages.values())

@@ -14,7 +14,7 @@ from ..photos import Photo, prepare
 from ..pictures.generate import Job
 from ..training.callbacks import NO_CALLBACKS
 from ..training.encode import encode
-from ..training.memory_prediction import choose_plan, kept_prediction, predicted_memory
+from ..training.memory_prediction import choose_plan, predicted_memory
 from ..training.training_adapter import TrainingAdapter
 
 EFFICIENCY = 0.4
@@ -66,11 +66,13 @@ def estimate(
     )
     cache = encode(dataset, base, config, device=device)
     plan = choose_plan(cache, base, config, device, dtype, NO_CALLBACKS.on_warning, training_adapter)
-    memory = kept_prediction(cache, base, config, device, dtype, plan, training_adapter)
+    memory = predicted_memory(cache, base, config, device, dtype, plan, training_adapter)
     # Apart from the memory, since the counter keeps activations that the plan would recompute.
     without_prior = replace(config, prior_prediction=0.0)
     whole = replace(plan, weights="full", offload=0.0)
-    step = count_flops(lambda: predicted_memory(cache, base, without_prior, device, dtype, whole, training_adapter))
+    step = count_flops(
+        lambda: predicted_memory(cache, base, without_prior, device, dtype, whole, training_adapter, each_block=True)
+    )
     # Of frozen weights a step is a prediction and its gradient, which take the same. Prior prediction adds those of the class
     # and the prediction that they are held to.
     prediction = step / 2 / (config.batch_size * config.accumulation)

@@ -185,6 +185,10 @@ class Run:
             )
         on_warning(f"out of memory in {what}: done again with {plan}")
         release_memory()
+        self.adopt(plan)
+
+    def adopt(self, plan: MemoryPlan) -> None:
+        """Changes to a memory plan. Weights that are in 8 bits stay so."""
         self.memory.adopt(plan)
         self.convolutions = self._frozen_convolutions()
 

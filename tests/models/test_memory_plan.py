@@ -31,16 +31,24 @@ from core.models.memory_plan import PLANS, MemoryCount, MemoryPlan, MemorySaver,
 from core.models.narrow_layers import NarrowConv2d, NarrowLinear
 from core.pictures.generate import GenerateConfig, Job, generate
 from core.pictures.sampling import decode_latents, encode_pictures
-from core.storage.cache_folder import cache_in, clear_cache
 from core.training.callbacks import Callbacks
 from core.training.encode import LatentCache
 from core.training.loop import train_lora
-from core.training.memory_prediction import choose_plan, kept_prediction, predicted_memory
+from core.training.memory_prediction import choose_plan, predicted_memory
 from core.training.metadata import WEIGHTS_KEY
 from core.training.methods import METHODS
 from core.training.samples import training_sampler
 from core.training.step import Run
-from tests.tooling import SMALL_FLOWS, assert_trained_alike, encoded_cache, encoded_image, mostly_slow, small_flow_base
+from tests.tooling import (
+    SMALL_FLOWS,
+    assert_trained_alike,
+    encoded_cache,
+    encoded_image,
+    mostly_slow,
+    nothing_fits,
+    predict_by,
+    small_flow_base,
+)
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(rank=4, learning_rate=1e-3, precision="fp32", steps=4)
@@ -171,7 +179,7 @@ def test_each_plan_needs_less_than_the_one_before_with_the_same_weights(base, ca
 
 
 def test_a_small_limit_chooses_a_smaller_plan_which_trains_the_same(base, cache, monkeypatch):
-    # A prediction takes seconds: that each plan is predicted to need less than the one before is a test of its own.
+    # That each plan is predicted to need less than the one before is a test of its own.
     asked = predict_by_place(monkeypatch)
     warnings: list[str] = []
     tight = replace(CONFIG, memory_limit=17.5)  # the third takes 17
@@ -189,11 +197,11 @@ def predict_by_place(monkeypatch) -> list[MemoryPlan]:
     """Has the plans need 19, 18, ... 10 GiB, and notes which of them were asked for."""
     asked: list[MemoryPlan] = []
 
-    def predicted(*given) -> int:
-        asked.append(given[5])
-        return (19 - PLANS.index(given[5])) * 2**30
+    def predicted(plan: MemoryPlan) -> int:
+        asked.append(plan)
+        return (19 - PLANS.index(plan)) * 2**30
 
-    monkeypatch.setattr("core.training.memory_prediction.kept_prediction", predicted)
+    predict_by(monkeypatch, predicted)
     return asked
 
 
@@ -204,34 +212,6 @@ def test_the_first_plan_that_fits_is_taken_and_few_are_predicted(last, base, cac
     config = replace(CONFIG, memory_limit=19.5 - last)
     assert choose_plan(cache, base, config, CPU, torch.float32, warnings.append) == PLANS[last]
     assert len(asked) <= 6 and len(set(asked)) == len(asked) and len(warnings) == 1
-
-
-def test_a_step_is_predicted_once_for_all_runs_of_its_shapes(base, cache, monkeypatch, tmp_path):
-    """Also in a studio, where what is kept of a person is deleted; and nothing is kept where it cannot be written."""
-    monkeypatch.setenv("FACELORA_CACHE", str(tmp_path))
-    asked = []
-    monkeypatch.setattr(
-        "core.training.memory_prediction.predicted_memory", lambda *given: asked.append(given) or 1000 + len(asked)
-    )
-
-    def need(config: TrainConfig = CONFIG, plan: MemoryPlan = PLANS[0]) -> int:
-        return kept_prediction(cache, base, config, CPU, torch.float32, plan)
-
-    assert need() == need(replace(CONFIG, trigger_word="zwx", seed=7, memory_limit=3.0)) == 1001
-    with cache_in(tmp_path / "anna"):
-        assert need() == 1001 and not (tmp_path / "anna").exists()
-    assert [need(plan=PLANS[1]), need(replace(CONFIG, rank=3)), need(replace(CONFIG, batch_size=3))] == [
-        1002,
-        1003,
-        1004,
-    ]
-    for kept in (tmp_path / "memory").iterdir():
-        kept.write_text("{")
-    assert [need(), need()] == [1005, 1005]
-    assert clear_cache() == 4 and need() == 1006
-    monkeypatch.setenv("FACELORA_CACHE", str(tmp_path / "file"))
-    (tmp_path / "file").write_text("")
-    assert [need(), need()] == [1007, 1008]
 
 
 def test_what_cannot_hold_the_weights_is_not_predicted(base, cache, monkeypatch):
@@ -248,11 +228,6 @@ def test_after_a_lack_of_memory_nothing_is_given_back_to_it(base, cache, monkeyp
     run = Run(cache, base, CONFIG, CPU, plan=MemoryPlan(1.0))
     run.accumulate_within_memory(lambda _: None)
     assert run.memory.plan == NARROW
-
-
-def nothing_fits(monkeypatch) -> None:
-    """Has every plan take more than a limit of 1 GiB, without the seconds that predicting what each takes would cost."""
-    monkeypatch.setattr("core.training.memory_prediction.kept_prediction", lambda *_: 2**31)
 
 
 def test_with_a_limit_that_nothing_fits_it_trains_with_the_smallest_plan_and_says_so(base, cache, monkeypatch):
@@ -353,7 +328,7 @@ def test_where_nothing_can_be_predicted_it_starts_with_the_fastest_plan(base, ca
     def fail(*_):
         raise RuntimeError("aten._local_scalar_dense.default")
 
-    monkeypatch.setattr("core.training.memory_prediction.kept_prediction", fail)
+    predict_by(monkeypatch, fail)
     warnings: list[str] = []
     lora = train_lora(
         cache, base, replace(CONFIG, memory_limit=0.1), device=CPU, callbacks=Callbacks(on_warning=warnings.append)

@@ -17,11 +17,11 @@ from core.models.narrow_layers import NarrowConv2d, NarrowLayer, NarrowLinear
 from core.pictures.generate import Job, generate
 from core.storage.lazy import narrow_in
 from core.training.loop import train_lora
-from core.training.memory_prediction import kept_prediction, predicted_memory
+from core.training.memory_prediction import predicted_memory
 from core.training.metadata import WEIGHTS_KEY
 from core.training.step import Run, memory_plans
 from tests.models.quantised_weights import FORMS, MATRICES, narrow_and_wide_base
-from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, mostly_slow, random_lora
+from tests.tooling import SMALL_FLOWS, encoded_cache, encoded_image, mostly_slow, nothing_fits, random_lora
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(rank=4, learning_rate=1e-3, steps=2, precision="bf16", prior_prediction=0.5)
@@ -99,7 +99,7 @@ def test_narrow_weights_are_rounded_no_further_and_need_less_memory(monkeypatch)
     needs = [predicted_memory(cache, base, CONFIG, CPU, torch.bfloat16, plans[0]) for base in (narrow, wide)]
     largest = max(tensor.nbytes for tensor in wide.components["denoiser"].tensors.values())
     assert needs[0] <= needs[1] - saved + 2 * largest < needs[1]
-    monkeypatch.setattr("core.training.memory_prediction.kept_prediction", lambda *_: 2**40)
+    nothing_fits(monkeypatch)
     lora = train_lora(cache, narrow, replace(CONFIG, memory_limit=0.001), device=CPU)
     assert WEIGHTS_KEY not in lora.metadata
 
@@ -124,7 +124,7 @@ def test_predicting_memory_brings_no_scales_into_order(monkeypatch):
         quantised, "_in_rows", lambda scales, *sizes: in_rows(scales, *sizes) if scales.is_meta else 1 / 0
     )
     assert base.is_narrow and base.weight_bytes("denoiser", torch.bfloat16, as_stored=True)
-    assert kept_prediction(cache, base, CONFIG, CPU, torch.bfloat16, PLANS[0])
+    assert predicted_memory(cache, base, CONFIG, CPU, torch.bfloat16, PLANS[0])
     with pytest.raises(ZeroDivisionError):
         base.load("denoiser", CPU, torch.bfloat16, as_stored=True)
 

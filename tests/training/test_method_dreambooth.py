@@ -18,6 +18,7 @@ from core.training.metadata import WEIGHTS_KEY
 from core.training.methods import files_beside
 from core.training.methods.dreambooth import check_memory
 from core.training.step import Run
+from tests.tooling import nothing_fits
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(method="dreambooth", rank=8, min_snr_gamma=0.0, precision="fp32", learning_rate=1e-3, steps=3)
@@ -50,7 +51,7 @@ def test_a_step_is_one_of_adamw_on_all_weights_of_diffusers_network(bases, cache
 
 
 def test_only_recomputing_saves_memory_since_no_weight_is_frozen(bases, caches, monkeypatch):
-    monkeypatch.setattr("core.training.memory_prediction.kept_prediction", lambda *_: 2**31)
+    nothing_fits(monkeypatch)
     warnings: list[str] = []
     config = replace(CONFIG, memory_limit=1, steps=1)
     file = train_lora(

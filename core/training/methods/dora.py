@@ -5,7 +5,7 @@ each row instead, which ComfyUI reads as another change. Here `dora_scale` in th
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
@@ -64,6 +64,12 @@ class DoraAdapter(Adapter):
     def parameters(self) -> dict[str, nn.Parameter]:
         magnitudes = {f"{part}.{path}.dora": layer.magnitude for (part, path), layer in self.layers.items()}
         return self.lora.parameters() | magnitudes
+
+    def copies(self) -> Mapping[tuple[nn.Parameter, ...], Tensor]:
+        return self.lora.copies()
+
+    def copy(self, stacks: Iterable[tuple[nn.Parameter, ...]], dtype: torch.dtype) -> None:
+        self.lora.copy(stacks, dtype)
 
     def cast_once(self, dtype: torch.dtype) -> AbstractContextManager[None]:
         return self.lora.cast_once(dtype)

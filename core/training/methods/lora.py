@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch._utils import _unflatten_dense_tensors
 
 from ...config import TrainConfig
 from ...errors import LoraMisfit, counted
@@ -43,6 +42,16 @@ class LoraAdapter(Adapter):
             found[f"{part}.{path}.up"] = layer.up
         return found
 
+    def copies(self) -> Mapping[tuple[nn.Parameter, ...], Tensor]:
+        return self._copies
+
+    @torch.no_grad()
+    def copy(self, stacks: Iterable[tuple[nn.Parameter, ...]], dtype: torch.dtype) -> None:
+        # All or none: where memory runs out among them, the step is made again.
+        copies = {stack: _stacked(stack, dtype) for stack in stacks}
+        self._copies.update(copies)
+        self._places.extend(part for stack, copy in copies.items() for part in _parts(copy.detach(), stack))
+
     @contextmanager
     def cast_once(self, dtype: torch.dtype) -> Iterator[None]:
         inputs = dict.fromkeys(layer.together for layer in self.layers.values())
@@ -60,10 +69,7 @@ class LoraAdapter(Adapter):
     @torch.no_grad()
     def _cast(self, inputs: Iterable[SharedInput], dtype: torch.dtype) -> None:
         if not self._copies:
-            stacks = [*map(SharedInput.downs, inputs), *((layer.up,) for layer in self.layers.values())]
-            # All or none: where memory runs out among them, the step is made again.
-            self._copies.update({stack: _stacked(stack, dtype) for stack in stacks})
-            self._places.extend(part for stack, copy in self._copies.items() for part in _parts(copy.detach(), stack))
+            self.copy([*map(SharedInput.downs, inputs), *((layer.up,) for layer in self.layers.values())], dtype)
         # A few kernels for all of them.
         torch._foreach_copy_(self._places, [parameter for stack in self._copies for parameter in stack])
         for shared in inputs:
@@ -76,8 +82,9 @@ class LoraAdapter(Adapter):
         if not found:
             return
         parameters = [parameter for stack, _ in found for parameter in stack]
-        memory = parameters[0].new_empty(sum(map(torch.numel, parameters)))
-        gradients = _unflatten_dense_tensors(memory, parameters)
+        sizes = list(map(torch.numel, parameters))
+        places = parameters[0].new_empty(sum(sizes)).split(sizes)
+        gradients = [place.view(parameter.shape) for place, parameter in zip(places, parameters, strict=True)]
         torch._foreach_copy_(gradients, [part for stack, gradient in found for part in _parts(gradient, stack)])
         for copy in self._copies.values():
             copy.grad = None

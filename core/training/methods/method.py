@@ -5,7 +5,7 @@ A method is a file in core/training/methods/ with a `Method`, which puts an `Ada
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -44,6 +44,13 @@ class Adapter(ABC):
     def beside(self) -> list[Tensor]:
         """The tensors that it keeps beside its parameters and the networks."""
         return []
+
+    def copies(self) -> Mapping[tuple[nn.Parameter, ...], Tensor]:
+        """The tensors that `cast_once` has made, each by the parameters that it is a copy of."""
+        return {}
+
+    def copy(self, stacks: Iterable[tuple[nn.Parameter, ...]], dtype: torch.dtype) -> None:  # noqa: B027, as above
+        """Has `cast_once` copy other parameters, which are no part of the adapter, like its own."""
 
     @abstractmethod
     def disabled(self) -> AbstractContextManager[None]:

@@ -1,0 +1,341 @@
+"""Counts the memory of blocks that are alike once.
+
+A large network has many blocks of few kinds, and going through a step on torch's fake tensors takes long. So only the first
+block of each kind is gone through. The others have stand-ins: modules whose few tensors take the same memory. Whenever a block
+is called, tensors of the sizes that were found are made, so that all that is around the blocks (recomputation, offloading, the
+optimizer) works and is counted as in a real step.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from inspect import BoundArguments, signature
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .memory_plan import MemoryCount, allocated, blocks_of
+from .spec import replace_module
+
+
+class StandIn(nn.Module):
+    """In the place of a block that is like another one."""
+
+    def __init__(self, like: nn.Module):
+        super().__init__()
+        self.like: tuple[nn.Module] = (like,)  # in a tuple, since it is no part of this one
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.like[0], name)
+
+
+def put_stand_ins(network: nn.Module, marks: Callable[[str], object]) -> None:
+    """Puts stand-ins in the place of all but the first of the blocks that are alike.
+
+    `marks` gives what modules may differ in later, by their path.
+    """
+    paths = {module: path for path, module in network.named_modules()}
+    firsts: dict[object, nn.Module] = {}
+    for block in blocks_of(network):
+        kind = tuple((marks(paths[module]), _structure(path, module)) for path, module in block.named_modules())
+        first = firsts.setdefault(kind, block)
+        if first is not block:
+            replace_module(network, paths[block], StandIn(first))
+
+
+class AlikeBlocks:
+    """The blocks of a network, of which those without stand-ins are gone through once."""
+
+    def __init__(self, network: nn.Module, copies: Mapping[tuple[nn.Parameter, ...], Tensor]):
+        """Takes the tensors that passes compute with in the place of some of the trained parameters."""
+        self.count: MemoryCount
+        self.copied: list[nn.Parameter] = []
+        """The parameters of stand-ins that must be copied in the same way."""
+        self.trained: list[nn.Parameter] = []
+        """All trained parameters of stand-ins."""
+        self._copies = copies
+        self._kinds: dict[object, _Kind] = {}
+        self._leaves: dict[nn.Module, list[Tensor]] = {}
+        self._staying: dict[nn.Module, Tensor] = {}
+        self._stand_ins: list[StandIn] = []
+        for block in blocks_of(network):
+            like = block
+            if isinstance(block, StandIn):
+                like = block.like[0]
+                self._stand_ins.append(block)
+                self._train(block)
+            block.forward = partial(self._forward, block, like, type(like).forward.__get__(like))
+        self.fill()
+
+    def _train(self, block: StandIn) -> None:
+        """Has a stand-in train as many numbers as the other block, with and without a copy."""
+        copied = {parameter for stack in self._copies for parameter in stack}
+        trained = [parameter for parameter in block.like[0].parameters() if parameter.requires_grad]
+        for name, some in (("plain", set(trained) - copied), ("copied", set(trained) & copied)):
+            if some:
+                parameter = nn.Parameter(trained[0].new_empty(sum(map(torch.numel, some))))
+                block.register_parameter(name, parameter)
+                self.trained.append(parameter)
+                if name == "copied":
+                    self.copied.append(parameter)
+
+    def fill(self) -> None:
+        """Gives the stand-ins frozen weights of the size that the other blocks' have now."""
+        self._kinds.clear()
+        for block in self._stand_ins:
+            sizes: Counter[tuple[torch.dtype, torch.device]] = Counter()
+            for parameter in block.like[0].parameters():
+                if not parameter.requires_grad:
+                    sizes[parameter.dtype, parameter.device] += allocated(parameter.nbytes, parameter.device)
+            for name in [name for name, parameter in block.named_parameters() if not parameter.requires_grad]:
+                del block._parameters[name]
+            for number, ((dtype, device), size) in enumerate(sizes.items()):
+                weights = torch.empty(size // dtype.itemsize, dtype=dtype, device=device)
+                block.register_parameter(f"weights_{number}", nn.Parameter(weights, requires_grad=False))
+
+    def begin(self, count: MemoryCount) -> None:
+        """Begins to count steps."""
+        self.count = count
+        self._staying.clear()
+
+    def _forward(
+        self, block: nn.Module, like: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        call = signature(forward).bind(*args, **kwargs)  # the same may be given by place or by name
+        call.apply_defaults()
+        given, spec = tree_flatten(call.arguments)
+        key = like, torch.is_grad_enabled(), str(spec), tuple(map(_described, given))
+        if key not in self._kinds:
+            self._kinds[key] = self._measured(forward, call, self._leaves_of(like))
+            self._staying[like] = torch.empty(0)
+        kind = self._kinds[key]
+        if block not in self._staying:
+            self._staying[block] = torch.empty(kind.stays, dtype=torch.uint8, device=self.count.device)
+        tensors = [value for value in given if isinstance(value, Tensor)]
+        outputs = iter(_Block.apply(self.count, kind, *tensors, *self._leaves_of(block)))
+        with self.count.known(kind.forward):
+            pass  # above what is kept, which where it is recomputed is nothing
+        return tree_unflatten(
+            [next(outputs) if isinstance(value, _Layout) else value for value in kind.results], kind.spec
+        )
+
+    def _leaves_of(self, block: nn.Module) -> list[Tensor]:
+        """The tensors in a block that get gradients: its trained parameters, or the copies of them."""
+        if block not in self._leaves:
+            trained = dict.fromkeys(parameter for parameter in block.parameters() if parameter.requires_grad)
+            copies = {stack: copy for stack, copy in self._copies.items() if stack[0] in trained}
+            copied = {parameter for stack in copies for parameter in stack}
+            self._leaves[block] = [*(parameter for parameter in trained if parameter not in copied), *copies.values()]
+        return self._leaves[block]
+
+    def _measured(self, forward: Callable[..., Any], call: BoundArguments, leaves: Sequence[Tensor]) -> "_Kind":
+        """What a block does when it is called so, found by a forward and a backward pass."""
+        count = self.count
+        given, spec = tree_flatten(call.arguments)
+        layouts = [_Layout.of(value) for value in given if isinstance(value, Tensor)]
+        kind = _Kind(layouts, [None] * len(layouts))
+
+        packed: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+
+        def pack(tensor: Tensor) -> Tensor:
+            kind.again = count.peak - start
+            packed[_place(tensor)] = kept = tensor.detach()
+            return kept
+
+        first_unpacked: list[int] = []
+
+        def unpack(tensor: Tensor) -> Tensor:
+            if not first_unpacked:
+                first_unpacked.append(count.live)
+            return tensor
+
+        with count.known(0), saved_tensors_hooks(pack, unpack), _without_cached_casts():
+            before = count.live
+            root = torch.empty(0, requires_grad=True)
+            inputs = _Inputs.apply(kind, root)
+            replaced = iter(inputs)
+            given = [next(replaced) if isinstance(value, Tensor) else value for value in given]
+            call.arguments = tree_unflatten(given, spec)
+            start = count.peak = count.live
+            results, kind.spec = tree_flatten(forward(*call.args, **call.kwargs))
+            kind.forward = count.peak - count.live
+            outputs = [value for value in results if isinstance(value, Tensor)]
+            kind.results = [_Layout.of(value) if isinstance(value, Tensor) else value for value in results]
+            end = _Outputs.apply(count, kind, *outputs)
+            places = [list(map(_place, tensors)) for tensors in (inputs, outputs)]
+            sizes = {_place(tensor): tensor.untyped_storage().nbytes() for tensor in (*inputs, *outputs)}
+            del inputs, replaced, given, results, outputs
+            call.arguments.clear()
+            alive = {place: allocated(size, count.device) for place, size in sizes.items() if count.counts(place)}
+            kind.kept_inputs, kind.kept_outputs = (
+                [number for number, place in enumerate(some) if place in alive] for some in places
+            )
+            # What gets no gradient, such as rotary embeddings, is given to other blocks too, and so outlives the pass.
+            shared = [
+                packed.get(place) for place, layout in zip(places[0], layouts, strict=True) if not layout.requires_grad
+            ]
+            kind.kept = count.live - before - sum(alive.values())
+            kind.again -= count.live - before - sum(alive.get(place, 0) for place in set(places[0]))
+            if end.requires_grad:
+                torch.autograd.grad(end, [root, *leaves], torch.empty_like(end), allow_unused=True)
+                # A recomputation begins when the first of the kept tensors is needed, beside gradients made until then.
+                # (A GPU's gradients are made by a thread that lets go of the last ones when it comes to something else.)
+                other = torch.empty(0, device=count.device, requires_grad=True)
+                torch.autograd.grad(other.clone(), [other], torch.empty_like(other))
+                most = max(count.peak, kind.again + (first_unpacked or [0])[0])
+                kind.backward += most
+            del end, shared
+            kind.stays = count.live - before
+            kind.kept -= kind.stays
+        return kind
+
+
+class _Layout(NamedTuple):
+    """What a tensor is, apart from its numbers."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "_Layout":
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
+
+    def made(self) -> Tensor:
+        span = 1 + sum((length - 1) * step for length, step in zip(self.size, self.stride, strict=True))
+        if span > math.prod(self.size):  # it is a part of a tensor, whose other parts are made too
+            return torch.empty(self.size, dtype=self.dtype, device=self.device)
+        return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
+
+
+@dataclass
+class _Kind:
+    """What a block does with given inputs. Sizes are in bytes."""
+
+    inputs: list[_Layout]
+    gradients: list[_Layout | None]
+    """What the inputs get in the backward pass."""
+    results: list[Any] = field(default_factory=list)
+    """What is returned, with layouts in the place of tensors."""
+    spec: Any = None
+    """How the results are nested."""
+    forward: int = 0
+    """The most in use in the forward pass, beyond what is in use after it."""
+    again: int = 0
+    """The same until the last tensor is kept for the backward pass, at which a recomputation ends."""
+    backward: int = 0
+    """The most in use in the backward pass and a recomputation, beyond what is in use before it."""
+    kept: int = 0
+    """What is kept for the backward pass, beside inputs and outputs."""
+    kept_inputs: list[int] = field(default_factory=list)
+    kept_outputs: list[int] = field(default_factory=list)
+    stays: int = 0
+    """What the first call makes and no pass frees."""
+
+    @property
+    def outputs(self) -> list[_Layout]:
+        return [value for value in self.results if isinstance(value, _Layout)]
+
+
+class _Inputs(torch.autograd.Function):
+    """New tensors like a block's inputs, which nothing but the block holds on to."""
+
+    @staticmethod
+    def forward(ctx: Any, kind: _Kind, _: Tensor) -> tuple[Tensor, ...]:
+        ctx.kind = kind
+        return _made(ctx, kind.inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        ctx.kind.gradients = [None if gradient is None else _Layout.of(gradient) for gradient in gradients]
+        return None, None
+
+
+class _Outputs(torch.autograd.Function):
+    """What follows a block. It gives all outputs their gradients at once, after which the block's backward pass begins."""
+
+    @staticmethod
+    def forward(ctx: Any, count: MemoryCount, kind: _Kind, *outputs: Tensor) -> Tensor:
+        ctx.count, ctx.kind = count, kind
+        return torch.empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        gradients = [layout.made() if layout.requires_grad else None for layout in ctx.kind.outputs]
+        ctx.count.peak = ctx.count.live
+        ctx.kind.backward = -ctx.count.live
+        return None, None, *gradients
+
+
+class _Block(torch.autograd.Function):
+    """In the place of what a block does. It takes the inputs, and what is trained."""
+
+    @staticmethod
+    def forward(ctx: Any, count: MemoryCount, kind: _Kind, *tensors: Tensor) -> tuple[Tensor, ...]:
+        with count.known(0):
+            outputs = _made(ctx, kind.outputs)
+            kept = torch.empty(kind.kept, dtype=torch.uint8, device=count.device)
+        ctx.count, ctx.kind = count, kind
+        ctx.leaves = [_Layout.of(leaf) for leaf in tensors[len(kind.inputs) :]]
+        ctx.save_for_backward(kept, *(tensors[n] for n in kind.kept_inputs), *(outputs[n] for n in kind.kept_outputs))
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        kept = ctx.saved_tensors  # if the block is recomputed, now
+        with ctx.count.known(ctx.kind.backward):
+            gradients = [layout and layout.made() for layout in (*ctx.kind.gradients, *ctx.leaves)]
+        del kept
+        return None, None, *gradients
+
+
+def _made(ctx: Any, layouts: Iterable[_Layout]) -> tuple[Tensor, ...]:
+    """The outputs of an autograd function, of these layouts."""
+    made = tuple(layout.made() for layout in layouts)
+    ctx.mark_non_differentiable(*(t for t, layout in zip(made, layouts, strict=True) if not layout.requires_grad))
+    ctx.set_materialize_grads(False)
+    return made
+
+
+@contextmanager
+def _without_cached_casts() -> Iterator[None]:
+    """A context in which autocast keeps no cast weights, which would outlive a block's pass."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _structure(path: str, module: nn.Module) -> object:
+    """A value that is equal for modules at the same place of two blocks which do the same with inputs of the same layout."""
+    values = {**vars(module), **module._parameters, **module._buffers}
+    numbers = ("_id", "_idx", "_index")  # of blocks which know their place in the network
+    return path, type(module), *((n, _described(value)) for n, value in values.items() if not n.endswith(numbers))
+
+
+def _described(value: Any) -> object:
+    if isinstance(value, Tensor):
+        return _Layout.of(value)
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype):
+        return value
+    if isinstance(value, tuple):
+        return tuple(map(_described, value))
+    return type(value), len(value) if isinstance(value, dict | list | set) else 0
