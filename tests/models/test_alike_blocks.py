@@ -14,6 +14,7 @@ from core.config import TrainConfig
 from core.models import Base, load_base
 from core.models.memory_plan import PLANS, MemoryPlan, blocks_of
 from core.training.memory_prediction import StepPrediction, choose_plan
+from core.training.methods import METHODS
 from core.training.training_adapter import TrainingAdapter
 from tests.models.quantised_weights import narrow_and_wide_base
 from tests.tooling import UNETS, encoded_cache, encoded_image, mostly_slow, random_lora, small_flow_base
@@ -51,8 +52,12 @@ def assert_predicted_alike(
         StepPrediction(cache, base, config, CPU, dtype, adapter, each_block=each_block) for each_block in (False, True)
     )
     assert len(set(map(type, blocks_of(found._run.denoiser)))) > 1  # stand-ins among others
+    # Autocast keeps what it has cast of recomputed blocks until the forward pass ends. That isn't counted for stand-ins: two
+    # bytes for each trained number, which are much of these small models.
+    trained = sum(parameter.numel() for parameter in each._run.parameters.values())
+    casts = 0 if METHODS[config.method].keeps_dtype else 2 * trained
     for plan in plans:
-        assert found.bytes(plan) == pytest.approx(each.bytes(plan), rel=0.02), plan
+        assert found.bytes(plan) == pytest.approx(each.bytes(plan), rel=0.02, abs=casts), plan
 
 
 @pytest.fixture
