@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import TrainConfig, name_matches
 from ..device import free_memory, precision_name
@@ -61,7 +61,9 @@ class StepPrediction:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)  # such as what networks are built with
         self._blocks: AlikeBlocks | None = None
         alike = METHODS[config.method].freezes_weights and not each_block
-        empty = _empty_base(base, config, dtype, partial(_marks, base, config, training_adapter) if alike else None)
+        empty = _empty_base(
+            self._mode, base, config, dtype, partial(_marks, base, config, training_adapter) if alike else None
+        )
         with self._mode:
             self._run = _fake_run(self._mode, cache, empty, config, device, dtype, training_adapter)
             with self._run.fast():
@@ -128,7 +130,13 @@ def predicted_memory(
     return StepPrediction(cache, base, config, device, dtype, training_adapter, each_block).bytes(plan)
 
 
-def _empty_base(base: Base, config: TrainConfig, dtype: torch.dtype, marks: Callable[[str], object] | None) -> Base:
+def _empty_base(
+    mode: "FakeTensorMode",
+    base: Base,
+    config: TrainConfig,
+    dtype: torch.dtype,
+    marks: Callable[[str], object] | None,
+) -> Base:
     """The base model without numbers, and given `marks` with stand-ins for blocks that are alike (`put_stand_ins`)."""
     components, networks = dict(base.components), {}
     for part in ("denoiser", *(base.family.text_encoders if trains_text(config) else ())):
@@ -137,12 +145,22 @@ def _empty_base(base: Base, config: TrainConfig, dtype: torch.dtype, marks: Call
         networks[part] = base.family.build_empty(part, components[part].config)
         if marks and part == "denoiser":
             put_stand_ins(networks[part], marks)
+        _fake_constants(mode, networks[part])
         readers = {
             name: _Empty({}, name, dtype, tensor.shape, narrow.get(name))
             for name, tensor in networks[part].state_dict().items()
         }
         components[part] = replace(components[part], tensors=LazyTensors(readers))
     return replace(base, components=components, family=replace(base.family, build=lambda part, _: networks[part]))
+
+
+def _fake_constants(mode: "FakeTensorMode", network: nn.Module) -> None:
+    """Makes the tensors fake that a network is built with, such as tables of rotary embeddings. No file has them."""
+    for module in network.modules():
+        for values in (module._buffers, vars(module)):
+            for name, value in values.items():
+                if isinstance(value, Tensor) and not value.is_meta:
+                    values[name] = mode.from_tensor(value)
 
 
 def _fake_run(
