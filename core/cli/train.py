@@ -13,6 +13,7 @@ from ..faces import load_faces
 from ..lora.file import KEY, LoraFile
 from ..models.base import Base
 from ..photos import Photo, read_photos
+from ..studio import basis, device_rate
 from ..training import (
     LIKENESS_KEY,
     METHODS,
@@ -27,6 +28,7 @@ from ..training import (
 )
 from .common import BarProgress, JsonProgress, Progress, base_from
 from .computing import device_from
+from .dry_run import show
 from .settings import schedule_from, settings_from
 
 
@@ -73,6 +75,11 @@ def run_train(options: argparse.Namespace) -> None:
     class_photos = _class_photos(options, progress)
     start = LoraFile.read(options.continue_from) if options.continue_from else None
     adapter = training_adapter_from(options, base)
+    if options.dry_run:
+        job = TrainingJob(options.output.stem, config, photos).with_good_photos(base, progress.warning)
+        device, classes = device_from(options), len(class_photos or ())
+        ledger = basis(job.photos, base, job.config, device, adapter).ledger(job.photos, job.config, (), classes)
+        return show(ledger, device_rate(base, job.config, device), options.json)
     key = None
     with stop, progress:
         # The key knows nothing of networks: a chosen one may let through and hold out other photos, a judge adds what it sees.
