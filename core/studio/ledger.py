@@ -11,13 +11,14 @@ from ..config import TrainConfig
 from ..device import device_and_dtype
 from ..models.base import Base
 from ..models.memory_plan import MemoryPlan
-from ..photos import Dataset, Photo, bucket_sizes, prepare
+from ..photos import Dataset, Photo, bucket_sizes
 from ..photos.captions import class_caption
 from ..pictures.face_pass import FacePass
 from ..pictures.generate import Job, texts_of
 from ..pictures.sizes import checked_size, size_near
 from ..training.callbacks import NO_CALLBACKS
 from ..training.encode import without_trigger
+from ..training.job import dataset_of
 from ..training.likeness import NEUTRAL_PROMPTS
 from ..training.memory_prediction import choose_plan, kept_prediction
 from ..training.methods import trains_text
@@ -145,16 +146,7 @@ def basis(
 
 def _dataset(photos: Sequence[Photo], base: Base, config: TrainConfig) -> Dataset:
     """The photos as they are trained on. Which ones are held out is not known before their faces are compared."""
-    return prepare(
-        photos[config.hold_out :] or photos,
-        resolution=config.resolution or base.resolution,
-        size_multiple=base.size_multiple,
-        trigger=config.trigger_word,
-        class_word=config.class_word,
-        upscale=config.upscale,
-        flip=config.flip,
-        more_resolutions=config.more_resolutions,
-    )
+    return dataset_of(photos[config.hold_out :] or photos, base, config)
 
 
 def _texts(dataset: Dataset, base: Base, config: TrainConfig, jobs: Sequence[Job]) -> set[str]:

@@ -1,16 +1,23 @@
 """The work of a job is counted before it begins as it is counted while it is done, and a dry run prints it and does nothing."""
 
 import functools
+import json
+import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from core import demo
+from core.cli import main
 from core.config import TrainConfig
 from core.demo import BASE_FILE
+from core.device import processor
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
 from core.models import load_base
@@ -18,13 +25,17 @@ from core.models.arithmetic import count_flops
 from core.models.base import Base
 from core.models.memory_plan import MemoryPlan
 from core.photos import Photo, prepare, read_photos
+from core.pictures import find_style_packs
 from core.pictures.face_pass import FacePass
 from core.pictures.generate import Job, generate
 from core.storage.cache_folder import cache_in
-from core.studio import PARTS, Ledger, basis
+from core.studio import PARTS, Cost, Ledger, Order, Result, Work, basis, check, device_rate, ledger_of, make
+from core.studio.cost import PHASES
 from core.studio.passes import count_passes
+from core.studio.report import write_report
 from core.training import Callbacks, TrainingAdapter, train
 from core.training.encode import encode
+from core.training.recipes import recipe_config
 from core.training.step import Run
 from tests.tooling import mostly_slow, small_flow_base, write_photos
 
@@ -148,3 +159,77 @@ def test_a_training_adapter_takes_memory_and_work_in_steps_alone(photos, base):
     assert adapted.operations["training"] > 1.01 * plain.operations["training"]
     passes = [count_passes(base, PLAIN, (64, 64), one)[0] for one in (None, adapter)]
     assert passes[0].predict((64, 64)) == passes[1].predict((64, 64))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder with photos of two people, one of whom has agreed."""
+    for name in ("anna", "ben"):
+        write_photos(tmp_path / "people" / name, count=9, scale=2)
+    (tmp_path / "people" / "anna" / "person.toml").write_text("agreed = true\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", ["headshots", "studio", "train"])
+def test_a_dry_run_prints_the_work_and_writes_no_file(folder, capsys, command):
+    output = folder / ("anna.safetensors" if command == "train" else "out")
+    source = folder / "people" / ("anna" if command != "studio" else "")
+    given = [command, str(source), "--base", "demo", "--output", str(output), "--dry-run"]
+    before = sorted(folder.rglob("*"))
+    assert main(given) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in printed[:3]] == ["at", "encoding", "training"]
+    assert [row for row in printed if row.startswith("likeness ")] and "100%" in printed[-3]
+    assert printed[-2].startswith("memory: ") and printed[-1] == "Nothing was trained or drawn."
+    assert main([*given, "--json"]) == 0
+    values = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(values["parts"]) == list(PARTS) and values["memory"] > 0
+    assert sum(part["operations"] for part in values["parts"].values()) == pytest.approx(values["operations"])
+    assert bool(values["parts"]["headshots"]["operations"]) == (command != "train")
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_studio_where_somebody_was_measured_goes_by_that(folder, base, capsys):
+    same: dict[str, float] = dict.fromkeys(PHASES, 1000.0)
+    measured = Cost("cpu", processor(CPU), base.identity, Work(1, 9, 300, 20), same, same)
+    (folder / "out").mkdir()
+    write_report(folder / "out", [Result("carl", "made", cost=measured)])
+    given = ["studio", str(folder / "people"), "--base", "demo", "--output", str(folder / "out"), "--dry-run", "--json"]
+    assert main(given) == 0
+    counted, values = map(json.loads, capsys.readouterr().out.splitlines()[-2:])
+    assert values["seconds"] == pytest.approx(counted["seconds"]) == pytest.approx(5000, rel=0.2)
+
+
+@pytest.mark.clock
+def test_each_part_takes_the_time_that_was_counted_by_a_factor_of_two(folder, base, capsys):
+    """On the demo's base model, with a short training run."""
+    photos = read_photos(folder / "people" / "anna")
+    given = {"steps": 20, "stop_early": False, "sample_every": 10, "likeness_pictures": 4}
+    config = recipe_config("fast", base, len(photos), given)
+    report = check(photos, base, config)
+    order = Order("anna", config, find_style_packs([demo.FOLDER]).pick(demo.STYLE_PACK), 3, 1, demo.PICTURE_SIZE)
+    rate, ledger = device_rate(base, config, CPU), ledger_of(report, base, order, CPU)
+    taken, since = defaultdict[str, float](float), time.monotonic()
+
+    def until_now(part: str) -> None:
+        nonlocal since
+        now = time.monotonic()
+        taken[part] += now - since
+        since = now
+
+    names = {"samples": "likeness", "pictures": "headshots", "faces": "face pass"}
+    with cache_in(folder / "cache"):
+        make(
+            report, base, order, folder / "out", device=CPU,
+            callbacks=Callbacks(
+                on_step=lambda report: until_now("training"),
+                on_phase=lambda phase, done, total: until_now(names.get(phase, phase)),
+            ),
+        )  # fmt: skip
+    work = dict(ledger.operations)
+    work["training"] += work["prior prediction"] + work["recomputation"]
+    rows = {part: (taken[part], work[part] / rate) for part in ("training", "likeness", "headshots")}
+    with capsys.disabled():
+        print(*(f"\n{part}: {real:.1f} s, counted {counted:.1f} s" for part, (real, counted) in rows.items()))
+    for part, (real, counted) in rows.items():
+        assert 0.5 < real / counted < 2, part
