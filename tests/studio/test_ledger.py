@@ -35,6 +35,7 @@ from core.studio.passes import count_passes
 from core.studio.report import write_report
 from core.training import Callbacks, TrainingAdapter, train
 from core.training.encode import encode
+from core.training.methods import METHODS
 from core.training.recipes import recipe_config
 from core.training.step import Run
 from tests.tooling import mostly_slow, small_flow_base, write_photos
@@ -99,6 +100,14 @@ def test_each_part_of_a_training_run_is_counted_as_it_is_done(photos, base, plai
     added = counted(part) - counted()
     assert more.total - plain.total == pytest.approx(added, rel=0.03)
     assert more.operations[part] - plain.operations[part] == pytest.approx(added, rel=0.03 if part in ALONE else 0.15)
+
+
+@pytest.mark.parametrize("method", mostly_slow(METHODS, "pivotal"))
+def test_every_method_is_counted_as_it_is_done(photos, base, tmp_path, method):
+    config = replace(PLAIN, method=method)
+    with cache_in(tmp_path):
+        done = count_flops(lambda: train(photos, base, config, device=CPU))
+    assert expected(photos, base, config).total == pytest.approx(done, rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["flux1", "zimage"])
