@@ -80,11 +80,15 @@ def plan_ledger(
     shared: dict[str, Basis] = {}
     ledgers: list[Ledger] = []
     for person in people:
-        if person.name in before.to_make:
+        if person.name not in before.to_make:
+            continue
+        try:
             photos = read_photos(person.photos, on_warning=callbacks.on_warning)
             order = terms.order(person, len(photos), base, callbacks)
             alike = repr(replace(order.config, trigger_word="sks", class_word="person"))
             if alike not in shared:
                 shared[alike] = basis(photos, base, order.config, device, order.training_adapter)
             ledgers.append(shared[alike].ledger(photos, order.config, order.jobs(base)))
+        except FaceLoraError as error:
+            callbacks.on_warning(f"{person.name} is not counted: {error}")
     return Ledger.sum(ledgers) if ledgers else None

@@ -179,6 +179,15 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
+def test_someone_whose_photos_are_too_small_is_not_counted_and_others_are(folder, capsys):
+    (folder / "people" / "carl").mkdir()
+    (folder / "people" / "carl" / "person.toml").write_text("agreed = true\n")
+    Image.new("RGB", (4, 4)).save(folder / "people" / "carl" / "a.png")
+    assert main(["studio", str(folder / "people"), "--base", "demo", "--output", str(folder / "out"), "--dry-run"]) == 0
+    printed = capsys.readouterr()
+    assert "carl is not counted: a.png: " in printed.err and "likeness " in printed.out
+
+
 @pytest.mark.parametrize("command", ["headshots", "studio", "train"])
 def test_a_dry_run_prints_the_work_and_writes_no_file(folder, capsys, command):
     output = folder / ("anna.safetensors" if command == "train" else "out")
