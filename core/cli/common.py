@@ -55,6 +55,12 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; default: the best there is")
 
 
+def add_dry_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print how much work each part is, time and memory, and end"
+    )
+
+
 def add_base(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--base", required=required, help="checkpoint file, diffusers folder, hub id, or demo: "
                         "the small one that comes with the package")  # fmt: skip

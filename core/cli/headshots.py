@@ -12,10 +12,11 @@ from ..config import TrainConfig
 from ..errors import BadConfig
 from ..photos import read_photos
 from ..pictures import batch_summary, find_style_packs
-from ..studio import Order, Outcome, check, estimate, make, trained_on
+from ..studio import Order, Outcome, check, device_rate, ledger_of, make, trained_on
 from ..training import recipe_config
 from .common import DEMO, BarProgress, JsonProgress, base_from
 from .computing import device_from
+from .dry_run import in_short, show
 from .settings import schedule_from, settings_from
 from .train import Cancelled, StopOnSignal, shown, training_adapter_from
 
@@ -44,12 +45,16 @@ def run_headshots(options: argparse.Namespace) -> int:
         photos = read_photos(options.photos, on_warning=progress.warning)
         config = recipe_config(options.recipe, base, len(photos), given, progress.warning)
         report = check(photos, base, config, callbacks)
-        asks = sys.stdin.isatty() and not (options.yes or options.json)
+        asks = sys.stdin.isatty() and not (options.yes or options.json or options.dry_run)
         if asks and len(trained_on(report, config)) == len(report.photos):  # else the check has said so
             print(f"photos: {report.headline}")
         order = dataclasses.replace(_order(options, name, config, asks), training_adapter=adapter)
-        if asks:
-            print(estimate(trained_on(report, config), base, order.config, order.jobs(base), device, adapter))
+        if asks or options.dry_run:
+            ledger, rate = ledger_of(report, base, order, device), device_rate(base, order.config, device)
+            if options.dry_run:
+                show(ledger, rate, options.json)
+                return 0
+            print(in_short(ledger, rate))
         with stop:
             outcome = make(report, base, order, folder, device=device, callbacks=callbacks)
     if options.json:

@@ -7,7 +7,7 @@ from typing import get_args, get_type_hints
 
 from .. import photos  # the package loads its modules only when a name is used
 from ..config import Precision, RecipeName
-from .common import add_base, add_device, add_face_network, add_judge, add_training_adapter, unicode_text
+from .common import add_base, add_device, add_dry_run, add_face_network, add_judge, add_training_adapter, unicode_text
 from .settings import SCHEDULE, add_settings
 
 
@@ -21,6 +21,7 @@ def add_headshots(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     _add_order(parser)
     parser.add_argument("--yes", action="store_true", help="ask nothing, not even on a terminal")
+    add_dry_run(parser)
     add_device(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object per report on stdout; asks nothing")
 
@@ -43,6 +44,7 @@ def add_studio(parser: argparse.ArgumentParser) -> None:
         "--ray", metavar="HOST:PORT|local",
         help="make several people at a time, on a GPU each: the head node of a Ray cluster, or local for this machine's GPUs",
     )  # fmt: skip
+    add_dry_run(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object per report and person on stdout")
 
 

@@ -7,9 +7,11 @@ from contextlib import redirect_stdout
 from typing import Any
 
 from .. import demo
+from ..config import TrainConfig
 from ..errors import BadConfig
 from ..pictures import find_style_packs
-from ..studio import Plan, Terms, forget, plan, read_people, run
+from ..studio import Plan, Terms, device_rate, forget, plan, plan_ledger, read_people, run
+from . import dry_run
 from .common import DEMO, JsonProgress, base_from
 from .computing import device_from
 from .headshots import COUNT, STYLE_PACK
@@ -48,7 +50,15 @@ def run_studio(options: argparse.Namespace) -> int:
     if isinstance(progress, JsonProgress):
         progress.print(_described(before))
     else:
-        print(*planned(before, bool(options.ray)), sep="\n", file=sys.stderr)
+        # Where nobody was measured, a dry run counts.
+        lines = planned(before, bool(options.ray))[: 1 if options.dry_run and before.seconds is None else 2]
+        print(*lines, sep="\n", file=sys.stderr)
+    if options.dry_run:
+        if ledger := plan_ledger(before, people, base, terms, device, callbacks):
+            # People who were made here are a better measure than a matrix product.
+            rate = ledger.total / before.seconds if before.seconds else device_rate(base, TrainConfig(), device)
+            dry_run.show(ledger, rate, options.json)
+        return 0
     with stop, progress, redirect_stdout(sys.stderr):  # Ray prints there what ends on the cluster
         for result in run(people, base, options.output, terms, device=device, callbacks=callbacks, ray=options.ray):
             failed |= result.status == "failed"

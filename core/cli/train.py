@@ -13,6 +13,7 @@ from ..faces import load_faces
 from ..lora.file import KEY, LoraFile
 from ..models.base import Base
 from ..photos import Photo, read_photos
+from ..studio import basis, device_rate
 from ..training import (
     LIKENESS_KEY,
     METHODS,
@@ -27,6 +28,7 @@ from ..training import (
 )
 from .common import BarProgress, JsonProgress, Progress, base_from
 from .computing import device_from
+from .dry_run import show
 from .settings import schedule_from, settings_from
 
 
@@ -73,11 +75,13 @@ def run_train(options: argparse.Namespace) -> None:
     class_photos = _class_photos(options, progress)
     start = LoraFile.read(options.continue_from) if options.continue_from else None
     adapter = training_adapter_from(options, base)
+    job = TrainingJob(options.output.stem, config, photos, class_photos or (), start, adapter)
+    if options.dry_run:
+        return _show_work(options, base, job.with_good_photos(base, progress.warning))
     key = None
     with stop, progress:
         # The key knows nothing of networks: a chosen one may let through and hold out other photos, a judge adds what it sees.
         if METHODS[config.method].makes == "lora" and not faces and not judge:
-            job = TrainingJob(options.output.stem, config, photos, class_photos or (), start, adapter)
             job = job.with_good_photos(base, progress.warning)
             photos, config, key = job.photos, job.config, job.key(base)
         found = key is not None and not options.restart and has_key(options.output, key)
@@ -101,6 +105,14 @@ def run_train(options: argparse.Namespace) -> None:
         print(f"{options.output}  ({size / 1e6:.1f} MB, rank {config.rank}); prompt it with: a photo of {trigger}")
         if LIKENESS_KEY in lora.metadata:
             print(format_likeness(json.loads(lora.metadata[LIKENESS_KEY])))
+
+
+def _show_work(options: argparse.Namespace, base: Base, job: TrainingJob) -> None:
+    """Print the work of a job on checked photos."""
+    device = device_from(options)
+    shared = basis(job.photos, base, job.config, device, job.training_adapter)
+    ledger = shared.ledger(job.photos, job.config, class_photos=len(job.class_photos))
+    show(ledger, device_rate(base, job.config, device), options.json)
 
 
 def training_adapter_from(options: argparse.Namespace, base: Base) -> TrainingAdapter | None:

@@ -7,7 +7,16 @@ from typing import get_args
 
 from ..bench.shapes import REAL_CHANNELS, SHAPES
 from ..config import Precision, RecipeName, Targets
-from .common import add_base, add_device, add_face_network, add_judge, add_training_adapter, show_first, unicode_text
+from .common import (
+    add_base,
+    add_device,
+    add_dry_run,
+    add_face_network,
+    add_judge,
+    add_training_adapter,
+    show_first,
+    unicode_text,
+)
 from .settings import add_settings
 
 
@@ -40,6 +49,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     )
     add_face_network(parser, default=None)
     add_judge(parser)
+    add_dry_run(parser)
     add_device(parser)
     parser.add_argument(
         "--json", action="store_true", help="one JSON object per report on stdout instead of a progress bar"
@@ -48,7 +58,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     show_first(
         parser,
         ("--base", "--output", "--recipe", "--trigger", "--class-word", "--steps", "--rank", "--learning-rate", "--method",
-         "--resolution", "--memory-limit", "--resume", "--restart"),
+         "--resolution", "--memory-limit", "--dry-run", "--resume", "--restart"),
     )  # fmt: skip
 
 

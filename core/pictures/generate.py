@@ -42,6 +42,7 @@ from .sampling import (
     encode_pairs,
     encode_pictures,
     load_vae,
+    predictions_per_step,
     sample_latents,
     sampler_name,
 )
@@ -293,7 +294,7 @@ def _settings(job: Job) -> tuple:
 
 def texts_of(job: Job, base: Base) -> tuple[str, str]:
     """The prompt and the negative prompt; the latter is "" where it is not used, so that not even its length matters."""
-    return job.prompt, "" if base.embeds_guidance or job.guidance == 1 else job.negative
+    return job.prompt, job.negative if predictions_per_step(base, job.guidance) == 2 else ""
 
 
 @contextmanager

@@ -221,6 +221,11 @@ def sample_latents(
         )  # fmt: skip
 
 
+def predictions_per_step(base: Base, guidance: float) -> int:
+    """How often the denoiser predicts in a sampling step: with and without the prompt, where guidance needs both."""
+    return 1 if base.embeds_guidance or guidance == 1 else 2
+
+
 def guided_prediction(
     base: Base,
     denoiser: nn.Module,

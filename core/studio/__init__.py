@@ -8,8 +8,10 @@ if TYPE_CHECKING:
     from .cost import Cost as Cost
     from .cost import Work as Work
     from .cost import seconds_for as seconds_for
-    from .estimates import Estimate as Estimate
-    from .estimates import estimate as estimate
+    from .ledger import PARTS as PARTS
+    from .ledger import Ledger as Ledger
+    from .ledger import basis as basis
+    from .ledger import device_rate as device_rate
     from .many import forget as forget
     from .many import run as run
     from .people import Person as Person
@@ -17,10 +19,12 @@ if TYPE_CHECKING:
     from .person import Order as Order
     from .person import Outcome as Outcome
     from .person import check as check
+    from .person import ledger_of as ledger_of
     from .person import make as make
     from .person import trained_on as trained_on
     from .plans import Plan as Plan
     from .plans import plan as plan
+    from .plans import plan_ledger as plan_ledger
     from .result import Result as Result
     from .result import Terms as Terms
 else:
@@ -28,11 +32,11 @@ else:
         __name__,
         {
             ".cost": ("Cost", "Work", "seconds_for"),
-            ".estimates": ("Estimate", "estimate"),
+            ".ledger": ("PARTS", "Ledger", "basis", "device_rate"),
             ".many": ("forget", "run"),
             ".people": ("Person", "read_people"),
-            ".person": ("Order", "Outcome", "check", "make", "trained_on"),
-            ".plans": ("Plan", "plan"),
+            ".person": ("Order", "Outcome", "check", "ledger_of", "make", "trained_on"),
+            ".plans": ("Plan", "plan", "plan_ledger"),
             ".result": ("Result", "Terms"),
         },
     )

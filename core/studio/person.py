@@ -24,6 +24,7 @@ from ..training.callbacks import NO_CALLBACKS, Callbacks
 from ..training.job import for_good_photos, good_photos, report_on
 from ..training.store import TrainedFile, TrainingJob, find_or_train
 from ..training.training_adapter import TrainingAdapter
+from .ledger import Ledger, basis
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,15 @@ def make(
     )
     set_others_aside(shots, folder, trained.path.stem)
     return Outcome(report, trained, shots, _advice(report, order, shots))
+
+
+def ledger_of(report: SetReport, base: Base, order: Order, device: torch.device | None = None) -> Ledger:
+    """The work of `make` with the same arguments, where nothing of it has been done yet."""
+    photos, config = trained_on(report, order.config), order.config
+    if config.check_photos:
+        config = for_good_photos(config, report, NO_CALLBACKS.on_warning)
+    shared = basis(photos, base, config, device, order.training_adapter)
+    return shared.ledger(photos, config, order.jobs(base), redraws_faces=report.network is not None)
 
 
 def trained_on(report: SetReport, config: TrainConfig) -> list[Photo]:

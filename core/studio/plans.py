@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,8 +11,10 @@ from ..config import TrainConfig
 from ..device import device_and_dtype, processor
 from ..errors import BadFile, FaceLoraError
 from ..models.base import Base
-from ..photos import count_photos
+from ..photos import count_photos, read_photos
+from ..training.callbacks import NO_CALLBACKS, Callbacks
 from .cost import Cost, Work, seconds_for
+from .ledger import Basis, Ledger, basis
 from .people import Person
 from .report import read_report
 from .result import Terms, is_made
@@ -64,3 +66,29 @@ def plan(people: Iterable[Person], base: Base, output: Path, terms: Terms, devic
         costs = [result.cost for result in read_report(output) if result.cost]
         earlier = [cost for cost in costs if (cost.base, cost.processor) == (base.identity, used)]
     return Plan(to_make, tuple(made_before), tuple(refused), tuple(earlier))
+
+
+def plan_ledger(
+    before: Plan,
+    people: Iterable[Person],
+    base: Base,
+    terms: Terms,
+    device: torch.device | None = None,
+    callbacks: Callbacks = NO_CALLBACKS,
+) -> Ledger | None:
+    """The work of all who are to be made, whose photos are opened but not checked; None where nobody is."""
+    shared: dict[str, Basis] = {}
+    ledgers: list[Ledger] = []
+    for person in people:
+        if person.name not in before.to_make:
+            continue
+        try:
+            photos = read_photos(person.photos, on_warning=callbacks.on_warning)
+            order = terms.order(person, len(photos), base, callbacks)
+            alike = repr(replace(order.config, trigger_word="sks", class_word="person"))
+            if alike not in shared:
+                shared[alike] = basis(photos, base, order.config, device, order.training_adapter)
+            ledgers.append(shared[alike].ledger(photos, order.config, order.jobs(base)))
+        except FaceLoraError as error:
+            callbacks.on_warning(f"{person.name} is not counted: {error}")
+    return Ledger.sum(ledgers) if ledgers else None

@@ -22,6 +22,7 @@ from ..models.base import Base
 from ..models.clip import load_tokenizer
 from ..models.opening import load_base
 from ..photos import (
+    Dataset,
     Photo,
     Region,
     SetReport,
@@ -346,6 +347,28 @@ def _is_held_out_by_itself(config: TrainConfig, photos: int) -> bool:
     return config.hold_out == MEASURED["hold_out"] and photos >= ENOUGH
 
 
+def dataset_of(
+    photos: Sequence[Photo],
+    base: Base,
+    config: TrainConfig,
+    class_photos: Sequence[Photo] = (),
+    regions: Callable[[Photo], list[Region]] | None = None,
+) -> Dataset:
+    """The photos, or those regions of them, cropped and captioned by the settings."""
+    return prepare(
+        photos,
+        resolution=config.resolution or base.resolution,
+        size_multiple=base.size_multiple,
+        trigger=config.trigger_word,
+        class_word=config.class_word,
+        upscale=config.upscale,
+        flip=config.flip,
+        class_photos=class_photos,
+        regions=regions,
+        more_resolutions=config.more_resolutions,
+    )
+
+
 def _prepared(
     pictures: _Pictures,
     class_photos: Sequence[Photo],
@@ -355,18 +378,7 @@ def _prepared(
     callbacks: Callbacks,
 ) -> tuple[LatentCache, Samples | None]:
     """The encoded photos and captions, and the samples to draw during the training; None when no samples are wanted."""
-    dataset = prepare(
-        pictures.photos,
-        resolution=config.resolution or base.resolution,
-        size_multiple=base.size_multiple,
-        trigger=config.trigger_word,
-        class_word=config.class_word,
-        upscale=config.upscale,
-        flip=config.flip,
-        class_photos=class_photos,
-        regions=pictures.regions,
-        more_resolutions=config.more_resolutions,
-    )
+    dataset = dataset_of(pictures.photos, base, config, class_photos, pictures.regions)
     for warning in dataset.warnings:
         callbacks.on_warning(warning)
     shots = sample_shots(config) if config.sample_every else []

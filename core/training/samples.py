@@ -67,7 +67,7 @@ def training_sampler(
     """
     width_height = checked_size(base, size)
     dtype = device_and_dtype(config, device, base.family.overflows_in_fp16)[1]
-    sampling_steps = min(config.sample_steps, base.steps) if base.few_steps else config.sample_steps
+    steps_of_each = sampling_steps(base, config)
 
     def sample(denoiser: nn.Module, encoders: Mapping[str, nn.Module], shots: Sequence[Shot]) -> list[Image.Image]:
         texts = encoded
@@ -89,7 +89,7 @@ def training_sampler(
                 latents = sample_latents(
                     base, denoiser, [prompt for _, (prompt, _) in part], [negative for _, (_, negative) in part],
                     device=device, dtype=dtype, autocast=not METHODS[config.method].keeps_dtype,
-                    seeds=[seed for (_, seed), _ in part], size=width_height, steps=sampling_steps,
+                    seeds=[seed for (_, seed), _ in part], size=width_height, steps=steps_of_each,
                     guidance=base.guidance if config.sample_guidance is None else config.sample_guidance,
                     on_step=on_step,
                 )  # fmt: skip
@@ -99,6 +99,11 @@ def training_sampler(
         return [images[shot] for shot in shots]
 
     return sample
+
+
+def sampling_steps(base: Base, config: TrainConfig) -> int:
+    """The sampling steps of a picture that is drawn during a training run."""
+    return min(config.sample_steps, base.steps) if base.few_steps else config.sample_steps
 
 
 def sample_shots(config: TrainConfig) -> list[Shot]:

@@ -1,0 +1,208 @@
+"""The work of a whole job, part by part, counted before it begins: from encoding the photos to drawing faces again."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..config import TrainConfig
+from ..device import device_and_dtype
+from ..models.base import Base
+from ..models.memory_plan import MemoryPlan
+from ..photos import Dataset, Photo, bucket_sizes
+from ..photos.captions import class_caption
+from ..pictures.face_pass import FacePass
+from ..pictures.generate import Job, texts_of
+from ..pictures.sizes import checked_size, size_near
+from ..training.callbacks import NO_CALLBACKS
+from ..training.encode import without_trigger
+from ..training.job import dataset_of
+from ..training.likeness import NEUTRAL_PROMPTS, pictures_at_a_look
+from ..training.memory_prediction import choose_plan, predicted_memory
+from ..training.methods import trains_text
+from ..training.samples import sample_shots, sample_size, sampling_steps
+from ..training.training_adapter import TrainingAdapter
+from .passes import Passes, Size, count_passes
+
+PARTS = (
+    "encoding", "class images", "training", "prior prediction", "recomputation", "likeness", "samples", "headshots",
+    "face pass",
+)  # fmt: skip
+"""The parts of a job, in the order of tables."""
+EFFICIENCY = 0.4
+"""The share of a matrix product's speed that a training step reaches.
+
+On one core of a CPU it was 0.27 with the demo's narrow base model and 0.6 with a UNet of SD1.5's width. It has not been
+measured on a GPU.
+"""
+_SIDES = {"cpu": 1024, "cuda": 4096, "mps": 2048}
+"""The side of the matrices whose product is timed."""
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What a job takes at most: a run that stops early, and a batch with few small faces, take less."""
+
+    operations: Mapping[str, float]
+    """The floating-point operations of each of PARTS. A multiplication with an addition is two."""
+    memory: int
+    """The most bytes that the training has in use at a time."""
+    plan: MemoryPlan
+    """The memory plan that the training starts with."""
+
+    @property
+    def total(self) -> float:
+        return sum(self.operations.values())
+
+    @classmethod
+    def sum(cls, ledgers: Sequence["Ledger"]) -> "Ledger":
+        """The work of several jobs, one after the other."""
+        largest = max(ledgers, key=lambda one: one.memory)
+        return replace(largest, operations={part: sum(one.operations[part] for one in ledgers) for part in PARTS})
+
+
+@dataclass(frozen=True)
+class Look:
+    """The pictures that are drawn to measure likeness once."""
+
+    of_base: int
+    """The pictures that the base model draws, once in a training run."""
+    pictures: int
+    """The pictures that each checkpoint draws."""
+    size: Size
+    steps: int
+
+
+def look(base: Base, config: TrainConfig, photos: Size) -> Look:
+    """What a look at likeness takes in a training run on photos of that size."""
+    of_person, of_class, of_nobody = pictures_at_a_look(config)
+    of_base = of_class + of_nobody
+    return Look(of_base, of_person + of_base, sample_size(base, photos), sampling_steps(base, config))
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What jobs of several people on one base model have in common, as long as their settings differ in words alone."""
+
+    base: Base
+    passes: Passes
+    plan: MemoryPlan
+    memory: int
+
+    def ledger(
+        self,
+        photos: Sequence[Photo],
+        config: TrainConfig,
+        jobs: Sequence[Job] = (),
+        class_photos: int = 0,
+        redraws_faces: bool = True,
+    ) -> Ledger:
+        """The work of training on the photos and drawing the jobs, where nothing of it has been done yet."""
+        base, passes, dataset = self.base, self.passes, _dataset(photos, self.base, config)
+        counts = dataset.bucket_counts()
+        prediction = sum(count * passes.predict(size) for size, count in counts.items()) / sum(counts.values())
+        classes, side = config.class_images or class_photos, config.resolution or base.resolution
+        square = min(bucket_sizes(side, base.size_multiple), key=lambda size: abs(size[0] - size[1]))
+        pictures = config.steps * config.batch_size * config.accumulation * prediction
+        # With class images each pass on photos has another one beside it.
+        own, prior = pictures * (2 if classes else 1), pictures * config.prior_prediction
+        encoded = sum(passes.encode(image.bucket) for image in dataset.images) + classes * passes.encode(square)
+        headshots, faces = _drawn(passes, base, jobs)
+        likeness, samples = _while_training(passes, counts, base, config)
+        operations = {
+            "encoding": encoded + passes.caption * len(_texts(dataset, base, config, jobs)),
+            "class images": config.class_images * passes.draw(base, square, base.steps, base.guidance),
+            "training": own * passes.train,
+            "prior prediction": prior * (1 + passes.train),  # the frozen model predicts what the adapted one is held to
+            "recomputation": (own + prior) * passes.recompute(self.plan.recompute),
+            "likeness": likeness,
+            "samples": samples,
+            "headshots": headshots,
+            "face pass": faces if redraws_faces else 0.0,
+        }
+        return Ledger(operations, self.memory, self.plan)
+
+
+def basis(
+    photos: Sequence[Photo],
+    base: Base,
+    config: TrainConfig,
+    device: torch.device | None = None,
+    training_adapter: TrainingAdapter | None = None,
+) -> Basis:
+    """The passes, the memory plan and the memory of a training run on such photos.
+
+    Nothing is computed: passes are counted, and memory is predicted, on tensors without numbers.
+    """
+    device, dtype = device_and_dtype(config, device, base.family.overflows_in_fp16)
+    base = base.as_distilled() if training_adapter else base
+    largest = max((image.bucket for image in _dataset(photos, base, config).images), key=math.prod)
+    passes, cache = count_passes(base, config, largest, training_adapter)
+    plan = choose_plan(cache, base, config, device, dtype, NO_CALLBACKS.on_warning, training_adapter)
+    memory = predicted_memory(cache, base, config, device, dtype, plan, training_adapter)
+    return Basis(base, passes, plan, memory)
+
+
+def _dataset(photos: Sequence[Photo], base: Base, config: TrainConfig) -> Dataset:
+    """The photos as they are trained on. Which ones are held out is not known before their faces are compared."""
+    return dataset_of(photos[config.hold_out :] or photos, base, config)
+
+
+def _texts(dataset: Dataset, base: Base, config: TrainConfig, jobs: Sequence[Job]) -> set[str]:
+    """All that is encoded; nothing of the training where its captions are encoded anew in each step."""
+    drawn = {text for job in jobs for text in texts_of(job, base)}
+    if trains_text(config):
+        return drawn
+    captions = {image.caption for image in dataset.images}
+    if config.prior_prediction:
+        captions |= {without_trigger(caption, config) for caption in captions}
+    shown = {prompt for prompt, _ in sample_shots(config)} if config.sample_every else set()
+    measured = (
+        {class_caption(config.class_word), *NEUTRAL_PROMPTS[: pictures_at_a_look(config)[2]]}
+        if config.hold_out
+        else set()
+    )
+    return {"", *captions, *shown, *measured, *drawn}
+
+
+def _while_training(passes: Passes, counts: Mapping[Size, int], base: Base, config: TrainConfig) -> tuple[float, float]:
+    """The operations of the pictures for likeness, and of those that are shown beside them."""
+    if not config.sample_every:
+        return 0.0, 0.0
+    guidance = base.guidance if config.sample_guidance is None else config.sample_guidance
+    one = look(base, config, max(counts, key=lambda size: (counts[size], math.prod(size))))
+    picture = passes.draw(base, one.size, one.steps, guidance)
+    shown = config.steps // config.sample_every * len(sample_shots(config)) * picture
+    if not config.hold_out:
+        return 0.0, shown
+    looks = math.ceil(config.steps / config.sample_every)  # after the last step too
+    looks += bool(config.merge_best) and looks > 1
+    # The sample of the usual prompt is one of the pictures for likeness.
+    return (one.of_base + looks * one.pictures) * picture, shown if config.sample_prompts else 0.0
+
+
+def _drawn(passes: Passes, base: Base, jobs: Sequence[Job]) -> tuple[float, float]:
+    """The operations of the jobs, and of a face pass on each of their pictures."""
+    headshots = faces = 0.0
+    for job in jobs:
+        size = checked_size(base, job.size)
+        headshots += passes.draw(base, size, job.steps, job.guidance)
+        part = size_near(f"{size[0]}:{size[1]}", base.resolution, base.size_multiple)
+        again = max(1, round(FacePass().denoise * job.steps))
+        faces += passes.encode(part) + passes.draw(base, part, again, job.guidance)
+    return headshots, faces
+
+
+def device_rate(base: Base, config: TrainConfig, device: torch.device | None = None) -> float:
+    """The operations per second that a training step reaches, by the best of three products of two large matrices."""
+    device, dtype = device_and_dtype(config, device, base.family.overflows_in_fp16)
+    side = _SIDES.get(device.type, 1024)
+    matrix = torch.randn(side, side, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(4):  # the first one also loads what it runs on
+        started = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    return EFFICIENCY * 2 * side**3 / best

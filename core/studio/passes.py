@@ -1,0 +1,184 @@
+"""The floating-point operations of single passes through a base model's networks, counted on tensors without numbers."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..config import TrainConfig
+from ..models.arithmetic import count_flops
+from ..models.base import Base
+from ..models.memory_plan import MemoryPlan
+from ..models.spec import Component, Conditioning
+from ..photos.captions import class_caption, default_caption
+from ..pictures.sampling import guided_prediction, predictions_per_step
+from ..training.encode import EncodedImage, LatentCache
+from ..training.methods import trains_text
+from ..training.methods.lycoris import LycorisAdapter
+from ..training.step import Run
+from ..training.training_adapter import TrainingAdapter
+
+Size = tuple[int, int]
+"""Width and height of a picture in pixels."""
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The operations of single passes through the networks of a base model."""
+
+    predict: Callable[[Size], float]
+    """One prediction for a picture of that size."""
+    train: float
+    """A pass with gradients, as a multiple of a prediction."""
+    recompute: Callable[[float], float]
+    """What a memory plan that recomputes this share of the blocks adds to such a pass, as a share of a prediction."""
+    encode: Callable[[Size], float]
+    """The VAE's encoder for a picture of that size; 0 where the base model has no VAE."""
+    decode: Callable[[Size], float]
+    caption: float
+    """The text encoders for a caption."""
+
+    def draw(self, base: Base, size: Size, steps: int, guidance: float) -> float:
+        """The operations of drawing a picture."""
+        return steps * predictions_per_step(base, guidance) * self.predict(size) + self.decode(size)
+
+
+def count_passes(
+    base: Base,
+    config: TrainConfig,
+    size: Size,
+    training_adapter: TrainingAdapter | None = None,
+    text: Conditioning | None = None,
+) -> tuple[Passes, LatentCache]:
+    """The passes of a training run on pictures of at most that size, and a cache of one such picture and its caption.
+
+    All numbers in the cache are 0. `text` is the conditioning of a caption, for a base model without text encoders.
+
+    A prediction is counted at three sizes. The operations at all others follow, since they are a polynomial of the second
+    degree in the number of pixels: layers grow with the number, and attention with its square.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    # What differs in a machine or a batch changes no count for one picture.
+    config = replace(config, precision="fp32", compile=False, batch_size=1, accumulation=1, prior_prediction=0.0)
+    sizes = _three_sizes(size, base.size_multiple)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        faked = _without_numbers(base)
+        caption, made = _caption(faked, config) if text is None else (0, text)
+    cache = _cache(base, config, size, made)
+    with mode, torch.random.fork_rng([]):
+        run = Run(cache, faked, config, _CPU, plan=MemoryPlan(), training_adapter=training_adapter)
+        run.convolutions = None  # a processor's shortcuts belong to its speed
+        if isinstance(run.adapter, LycorisAdapter):
+            for layer in run.adapter.layers.values():
+                layer.eval()  # else peft's draw a number to drop layers by, and a fake tensor has none
+        train = count_flops(run.accumulate)
+        predictions = {math.prod(one): _prediction(run, faked, made, one) for one in sizes}
+        encode, decode = _vae(faked, sizes)
+    whole = predictions[math.prod(size)]
+
+    @functools.cache
+    def recompute(share: float) -> float:
+        if not share:
+            return 0.0
+        with mode:
+            run.memory.adopt(MemoryPlan(share))
+            return (count_flops(run.accumulate) - train) / whole
+
+    return Passes(_polynomial(predictions), train / whole, recompute, encode, decode, caption), cache
+
+
+def _three_sizes(size: Size, multiple: int) -> list[Size]:
+    """Two other squares, and the size itself."""
+    side = math.isqrt(math.prod(size)) // multiple
+    sides = (side // 2, 3 * side // 4) if side >= 4 else (side + 1, side + 2)
+    if side >= 24:  # some families fill up rows of positions to a multiple
+        sides = tuple(one // 8 * 8 for one in sides)
+    return [*((multiple * one, multiple * one) for one in sides), size]
+
+
+def _polynomial(points: Mapping[int, float]) -> Callable[[Size], float]:
+    """The polynomial of the lowest degree through the points (pixels, operations)."""
+
+    def value(size: Size) -> float:
+        pixels = math.prod(size)
+        return sum(
+            operations * math.prod((pixels - other) / (at - other) for other in points if other != at)
+            for at, operations in points.items()
+        )
+
+    return value
+
+
+def _without_numbers(base: Base) -> Base:
+    """The base model with empty tensors for weights: called with fake tensors they take no memory."""
+    components = {
+        part: Component(
+            component.config,
+            {
+                name: torch.empty(tensor.shape)
+                for name, tensor in base.family.build_empty(part, component.config).state_dict().items()
+            },
+        )
+        for part, component in base.components.items()
+    }
+    return replace(base, components=components)
+
+
+def _caption(base: Base, config: TrainConfig) -> tuple[int, Conditioning]:
+    """The operations of encoding a caption, and the shapes of what comes of it."""
+    caption = default_caption(config.trigger_word, config.class_word)
+    if base.caption_encoder:
+        return 0, base.caption_encoder.encode(caption)
+    encoders, made = base.load_text_encoders(_CPU, torch.float32), {}
+
+    @torch.no_grad()
+    def encode() -> None:
+        made.update(base.family.encode_text(encoders, [caption], config.clip_skip, 1))
+
+    return count_flops(encode), made
+
+
+def _cache(base: Base, config: TrainConfig, size: Size, text: Conditioning) -> LatentCache:
+    """A picture of that size with a caption, all numbers of which are 0."""
+    shape = base.latent_shape
+    latent = torch.zeros(shape.channels, size[1] // shape.pixels, size[0] // shape.pixels)
+    of_class = class_caption(config.class_word)
+    caption = default_caption(config.trigger_word, config.class_word)
+    conditioning = base.family.image_conditioning(size, (0, 0), size)
+    image = EncodedImage("", latent, latent, None, conditioning, caption, of_class, repeats=1, is_class=False)
+    zeros = {name: torch.zeros(value.shape, dtype=value.dtype) for name, value in text.items()}
+    captions = () if trains_text(config) else (caption, of_class, "")
+    return LatentCache((image,), dict.fromkeys(captions, zeros), chunks=1, digest="")
+
+
+def _prediction(run: Run, base: Base, text: Conditioning, size: Size) -> int:
+    """The operations of a prediction without gradients for a picture of that size."""
+    predict = guided_prediction(
+        base, run.denoiser, [text], [text], device=_CPU, dtype=torch.float32, size=size, guidance=1.0
+    )
+    shape, time = base.latent_shape, torch.zeros(())
+    latents = torch.zeros(1, shape.channels, size[1] // shape.pixels, size[0] // shape.pixels)
+    with torch.no_grad(), run.training_adapter.off() if run.training_adapter else nullcontext():
+        return count_flops(lambda: predict(latents, time, time))
+
+
+def _vae(base: Base, sizes: list[Size]) -> tuple[Callable[[Size], float], Callable[[Size], float]]:
+    """The operations of the VAE's encoder and decoder; 0 where the base model has none."""
+    if "vae" not in base.components:
+        return lambda size: 0.0, lambda size: 0.0
+    vae, shape = base.load("vae", _CPU, torch.float32), base.latent_shape
+    encoded, decoded = {}, {}
+    for width, height in sizes:
+        pixels: Tensor = torch.zeros(1, 3, height, width)
+        latents = torch.zeros(1, shape.channels, height // shape.pixels, width // shape.pixels)
+        with torch.no_grad():
+            encoded[width * height] = count_flops(lambda pixels=pixels: base.family.encode_image(vae, pixels))
+            decoded[width * height] = count_flops(lambda latents=latents: base.family.decode_latents(vae, latents))
+    return _polynomial(encoded), _polynomial(decoded)

@@ -1,0 +1,253 @@
+"""The work of a job is counted before it begins as it is counted while it is done, and a dry run prints it and does nothing."""
+
+import functools
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from core import demo
+from core.cli import main
+from core.config import TrainConfig
+from core.demo import BASE_FILE
+from core.device import processor
+from core.lora.file import LoraFile
+from core.lora.modules import LoraModule
+from core.models import load_base
+from core.models.arithmetic import count_flops
+from core.models.base import Base
+from core.models.memory_plan import MemoryPlan
+from core.photos import Photo, prepare, read_photos
+from core.pictures import find_style_packs
+from core.pictures.face_pass import FacePass
+from core.pictures.generate import Job, generate
+from core.storage.cache_folder import cache_in
+from core.studio import PARTS, Cost, Ledger, Order, Result, Work, basis, check, device_rate, ledger_of, make
+from core.studio.cost import PHASES
+from core.studio.passes import count_passes
+from core.studio.report import write_report
+from core.training import Callbacks, TrainingAdapter, train
+from core.training.encode import encode
+from core.training.methods import METHODS
+from core.training.recipes import recipe_config
+from core.training.step import Run
+from tests.tooling import mostly_slow, small_flow_base, write_photos
+
+CPU = torch.device("cpu")
+PLAIN = TrainConfig(steps=4, rank=2, batch_size=2, min_snr_gamma=0.0, check_photos=False, resolution=64)
+MEASURED: dict[str, Any] = {"sample_every": 2, "sample_steps": 3}
+LIKENESS: dict[str, Any] = {**MEASURED, "hold_out": 2, "likeness_pictures": 2, "merge_best": 2}
+VARIED: dict[str, dict[str, Any]] = {
+    "prior prediction": {"prior_prediction": 1.0},
+    "recomputation": {"gradient_checkpointing": "on"},
+    "samples": {**MEASURED, "sample_prompts": ("a street", "a dog")},
+    "likeness": LIKENESS,
+    "class images": {"class_images": 2},
+    "training": {"accumulation": 3},
+}
+"""Settings by the part of the work that they add the most to."""
+ALONE = VARIED.keys() - {"class images"}  # which are trained on too
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> list[Photo]:
+    return read_photos(write_photos(tmp_path_factory.mktemp("ledger") / "anna", count=8))
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return load_base(BASE_FILE)
+
+
+def expected(photos: Sequence[Photo], base: Base, config: TrainConfig, jobs: Sequence[Job] = ()) -> Ledger:
+    return basis(photos, base, config, CPU).ledger(photos, config, jobs)
+
+
+@pytest.fixture(scope="module")
+def counted(photos, base, tmp_path_factory) -> Callable[..., int]:
+    """Gives the operations of a real training run with other settings than PLAIN, for which nothing was kept before."""
+
+    @functools.cache
+    def count(part: str = "") -> int:
+        shown = Callbacks(on_sample=lambda step, images: None)
+        config = replace(PLAIN, **VARIED.get(part, {}))
+        with cache_in(tmp_path_factory.mktemp("cache")):
+            return count_flops(lambda: train(photos, base, config, device=CPU, callbacks=shown))
+
+    return count
+
+
+@pytest.fixture(scope="module")
+def plain(photos, base) -> Ledger:
+    return expected(photos, base, PLAIN)
+
+
+def test_a_training_run_is_counted_as_it_is_done(plain, counted):
+    assert set(plain.operations) == set(PARTS)
+    assert plain.total == pytest.approx(counted(), rel=0.02)
+
+
+@pytest.mark.parametrize("part", mostly_slow(VARIED, "likeness", "prior prediction"))
+def test_each_part_of_a_training_run_is_counted_as_it_is_done(photos, base, plain, counted, part):
+    more = expected(photos, base, replace(PLAIN, **VARIED[part]))
+    added = counted(part) - counted()
+    assert more.total - plain.total == pytest.approx(added, rel=0.03)
+    assert more.operations[part] - plain.operations[part] == pytest.approx(added, rel=0.03 if part in ALONE else 0.15)
+
+
+@pytest.mark.parametrize("method", mostly_slow(METHODS, "pivotal"))
+def test_every_method_is_counted_as_it_is_done(photos, base, tmp_path, method):
+    config = replace(PLAIN, method=method)
+    with cache_in(tmp_path):
+        done = count_flops(lambda: train(photos, base, config, device=CPU))
+    assert expected(photos, base, config).total == pytest.approx(done, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["flux1", "zimage"])
+def test_pictures_of_any_size_are_counted_as_they_are_drawn(name):
+    base = small_flow_base(name)
+    photo = Photo.from_image(Image.new("RGB", (256, 256)), "a.png")
+    config = TrainConfig(rank=2, resolution=256)
+    jobs = [Job("a", 1, size=(256, 320), steps=3, guidance=4.0), Job("b", 2, size=(192, 320), steps=2, guidance=1.0)]
+    drawn = count_flops(lambda: list(generate(base, [], jobs, device=CPU)))
+    assert expected([photo], base, config, jobs).operations["headshots"] == pytest.approx(drawn, rel=0.06)
+
+
+def test_a_face_pass_is_counted_as_it_is_drawn(photos, base):
+    job = Job("a photo of sks person", 1, size=(64, 64), steps=10, guidance=4.0)
+    size = base.resolution // base.size_multiple * base.size_multiple
+    part = replace(job, size=(size, size))
+    start = {part: Image.new("RGB", (size, size))}
+    again = count_flops(lambda: list(generate(base, [], [part], starts=start, denoise=FacePass().denoise, device=CPU)))
+    assert expected(photos, base, PLAIN, [job]).operations["face pass"] == pytest.approx(again, rel=0.06)
+
+
+def test_captions_and_photos_are_counted_as_they_are_encoded(photos, base, plain, tmp_path):
+    dataset = prepare(photos, resolution=64, size_multiple=base.size_multiple, trigger="sks", class_word="person")
+    with cache_in(tmp_path):
+        done = count_flops(lambda: encode(dataset, base, PLAIN, device=CPU))
+    assert plain.operations["encoding"] == pytest.approx(done, rel=0.02)
+
+
+def test_recomputation_is_that_of_the_plan(photos, base):
+    size = (64, 64)
+    passes, cache = count_passes(base, PLAIN, size)
+    once = replace(PLAIN, batch_size=1)
+    whole = count_flops(Run(cache, base, once, CPU).accumulate)
+    for share in (0.5, 1.0):
+        run = Run(cache, base, once, CPU, plan=MemoryPlan(share))
+        assert passes.recompute(share) * passes.predict(size) == pytest.approx(
+            count_flops(run.accumulate) - whole, rel=0.05
+        )
+    assert passes.recompute(0.0) == 0
+
+
+def test_a_smaller_memory_plan_takes_less_memory_and_more_work(photos, base):
+    plain, small = (expected(photos, base, replace(PLAIN, batch_size=8, memory_limit=limit)) for limit in (None, 0.001))
+    assert small.memory < 0.7 * plain.memory
+    assert small.operations["recomputation"] > plain.operations["recomputation"] == 0
+
+
+def test_a_training_adapter_takes_memory_and_work_in_steps_alone(photos, base):
+    layers = {module: torch.ones(shape) for module, shape in base.module_shapes().items() if len(shape) == 2}
+    path = max((path for part, path in layers if part == "denoiser"), key=lambda path: layers["denoiser", path].numel())
+    rows, columns = layers["denoiser", path].shape
+    modules = {("denoiser", path): LoraModule(torch.ones(512, columns), torch.ones(rows, 512), 1.0)}
+    adapter = TrainingAdapter.open(LoraFile.from_modules("sd15", modules, {}, names=base.names), base)
+    plain, adapted = (
+        basis(photos, base, PLAIN, CPU, one).ledger(photos, PLAIN, [Job("a", 1)]) for one in (None, adapter)
+    )
+    assert adapted.memory > plain.memory
+    assert adapted.operations["training"] > 1.01 * plain.operations["training"]
+    passes = [count_passes(base, PLAIN, (64, 64), one)[0] for one in (None, adapter)]
+    assert passes[0].predict((64, 64)) == passes[1].predict((64, 64))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder with photos of two people, one of whom has agreed."""
+    for name in ("anna", "ben"):
+        write_photos(tmp_path / "people" / name, count=9, scale=2)
+    (tmp_path / "people" / "anna" / "person.toml").write_text("agreed = true\n")
+    return tmp_path
+
+
+def test_someone_whose_photos_are_too_small_is_not_counted_and_others_are(folder, capsys):
+    (folder / "people" / "carl").mkdir()
+    (folder / "people" / "carl" / "person.toml").write_text("agreed = true\n")
+    Image.new("RGB", (4, 4)).save(folder / "people" / "carl" / "a.png")
+    assert main(["studio", str(folder / "people"), "--base", "demo", "--output", str(folder / "out"), "--dry-run"]) == 0
+    printed = capsys.readouterr()
+    assert "carl is not counted: a.png: " in printed.err and "likeness " in printed.out
+
+
+@pytest.mark.parametrize("command", ["headshots", "studio", "train"])
+def test_a_dry_run_prints_the_work_and_writes_no_file(folder, capsys, command):
+    output = folder / ("anna.safetensors" if command == "train" else "out")
+    source = folder / "people" / ("anna" if command != "studio" else "")
+    given = [command, str(source), "--base", "demo", "--output", str(output), "--dry-run"]
+    before = sorted(folder.rglob("*"))
+    assert main(given) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in printed[:3]] == ["at", "encoding", "training"]
+    assert [row for row in printed if row.startswith("likeness ")] and "100%" in printed[-3]
+    assert printed[-2].startswith("memory: ") and printed[-1] == "Nothing was trained or drawn."
+    assert main([*given, "--json"]) == 0
+    values = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(values["parts"]) == list(PARTS) and values["memory"] > 0
+    assert sum(part["operations"] for part in values["parts"].values()) == pytest.approx(values["operations"])
+    assert bool(values["parts"]["headshots"]["operations"]) == (command != "train")
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_studio_where_somebody_was_measured_goes_by_that(folder, base, capsys):
+    same: dict[str, float] = dict.fromkeys(PHASES, 1000.0)
+    measured = Cost("cpu", processor(CPU), base.identity, Work(1, 9, 300, 20), same, same)
+    (folder / "out").mkdir()
+    write_report(folder / "out", [Result("carl", "made", cost=measured)])
+    given = ["studio", str(folder / "people"), "--base", "demo", "--output", str(folder / "out"), "--dry-run", "--json"]
+    assert main(given) == 0
+    counted, values = map(json.loads, capsys.readouterr().out.splitlines()[-2:])
+    assert values["seconds"] == pytest.approx(counted["seconds"]) == pytest.approx(5000, rel=0.2)
+
+
+@pytest.mark.clock
+def test_each_part_takes_the_time_that_was_counted_by_a_factor_of_two(folder, base, capsys):
+    """On the demo's base model, with a short training run."""
+    photos = read_photos(folder / "people" / "anna")
+    given = {"steps": 20, "stop_early": False, "sample_every": 10, "likeness_pictures": 4}
+    config = recipe_config("fast", base, len(photos), given)
+    report = check(photos, base, config)
+    order = Order("anna", config, find_style_packs([demo.FOLDER]).pick(demo.STYLE_PACK), 3, 1, demo.PICTURE_SIZE)
+    rate, ledger = device_rate(base, config, CPU), ledger_of(report, base, order, CPU)
+    taken, since = defaultdict[str, float](float), time.monotonic()
+
+    def until_now(part: str) -> None:
+        nonlocal since
+        now = time.monotonic()
+        taken[part] += now - since
+        since = now
+
+    names = {"samples": "likeness", "pictures": "headshots", "faces": "face pass"}
+    with cache_in(folder / "cache"):
+        make(
+            report, base, order, folder / "out", device=CPU,
+            callbacks=Callbacks(
+                on_step=lambda report: until_now("training"),
+                on_phase=lambda phase, done, total: until_now(names.get(phase, phase)),
+            ),
+        )  # fmt: skip
+    work = dict(ledger.operations)
+    work["training"] += work["prior prediction"] + work["recomputation"]
+    rows = {part: (taken[part], work[part] / rate) for part in ("training", "likeness", "headshots")}
+    with capsys.disabled():
+        print(*(f"\n{part}: {real:.1f} s, counted {counted:.1f} s" for part, (real, counted) in rows.items()))
+    for part, (real, counted) in rows.items():
+        assert 0.5 < real / counted < 2, part

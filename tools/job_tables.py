@@ -1,0 +1,143 @@
+"""The tables of whole jobs in docs/benchmarks.md: `python -m tools.job_tables` counts them and writes them there.
+
+A job is what `facelora headshots` does: a LoRA of a recipe on 15 photos, and 20 headshots, each with a face pass. Nothing is
+computed: passes are counted on the published models' shapes, at the share of a card's rate that tools/memory_tables.py has.
+Counting takes seconds a model. Predicting the memory of each plan takes longer, but the cache folder keeps predictions.
+`--model NAME`, once or more, writes tables of these models alone; `--json` prints the seconds of each part instead.
+"""
+
+import argparse
+import functools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from PIL import Image
+
+from core.config import TrainConfig
+from core.models.base import Base
+from core.models.memory_plan import MemoryPlan, first_that_fits
+from core.models.recipe import RECIPES
+from core.models.spec import Component
+from core.photos import Photo
+from core.pictures import find_style_packs
+from core.studio import PARTS, Order
+from core.studio.ledger import Basis, Ledger
+from core.studio.passes import count_passes
+from core.training.encode import LatentCache
+from core.training.memory_prediction import predicted_memory
+from core.training.recipes import recipe_config
+from core.training.step import memory_plans
+from tools.memory_tables import CARDS, DOCUMENT, MODELS, SHARE, Card, base_of, cache_of, column, weight_bytes
+from tools.photo_tables import replace_table, table
+
+PHOTOS, HEADSHOTS, PACK = 15, 20, "corporate"
+SHOWN = ("SD1.5", "SDXL", "FLUX.1-dev", "Z-Image", "Krea 2")
+"""The models whose parts have columns."""
+_BLOCKS = {
+    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2,
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+}  # fmt: skip
+_QWEN = {"temperal_downsample": [False, True, True]}
+VAES: dict[str, dict[str, Any] | None] = {"Qwen-Image": _QWEN, "Krea 2": _QWEN, "Qwen-Image 2.1": None}
+"""The configurations of VAEs that differ from Stable Diffusion's, which the other models have but for the latents."""
+
+
+def with_vae(name: str) -> Base:
+    """The model with a VAE of the published size."""
+    model, base = MODELS[name], base_of(MODELS[name])
+    channels = {"latent_channels": model.latent[0], "scaling_factor": 1.0} if model.latent[1] == 8 else {}
+    config = VAES.get(name, {**_BLOCKS, **channels})
+    vae = {} if config is None else {"vae": Component(config, {})}
+    return replace(base, components={**base.components, **vae})
+
+
+def ledgers(name: str) -> dict[str, dict[str, Ledger]]:
+    """The work of a job by recipe and card; without cards on which no memory plan fits."""
+    base, weights = with_vae(name), weight_bytes(MODELS[name])
+    whole = cache_of(MODELS[name], base)
+    text = next(iter(whole.text.values()))
+    count = functools.cache(lambda rank, side: count_passes(base, TrainConfig(rank=rank), (side, side), None, text))
+    found: dict[str, dict[str, Ledger]] = {}
+    for recipe in RECIPES:
+        config = replace(recipe_config(recipe, base, PHOTOS), precision="bf16")
+        side = config.resolution or base.resolution
+        photos = [Photo.from_image(Image.new("RGB", (side, side)), f"{number}.png") for number in range(PHOTOS)]
+        passes, cache = count(config.rank, side)
+        jobs = Order("anna", config, find_style_packs().pick(PACK), HEADSHOTS).jobs(base)
+
+        @functools.cache
+        def need(plan: MemoryPlan, config: TrainConfig = config, cache: LatentCache = cache) -> int:
+            return predicted_memory(cache, base, config, torch.device("cpu"), torch.bfloat16, plan)
+
+        def fits(card: Card, plan: MemoryPlan, need: Callable[[MemoryPlan], int] = need) -> bool:
+            least = 0 if plan.offload else weights // (2 if plan.weights == "8 bits" else 1)
+            return least <= card.room and need(plan) <= card.room  # what cannot fit takes no time
+
+        found[recipe] = {}
+        for card in CARDS:
+            plan = first_that_fits(memory_plans(config, base), functools.partial(fits, card))
+            if fits(card, plan):
+                found[recipe][card.name] = Basis(base, passes, plan, need(plan)).ledger(photos, config, jobs)
+    return found
+
+
+def seconds(ledger: Ledger, card: Card) -> dict[str, float]:
+    """How long each part takes on a card."""
+    return {part: operations / (SHARE * card.rate) for part, operations in ledger.operations.items()}
+
+
+def hours(taken: float) -> str:
+    return f"{taken / 60:.0f} min" if taken < 5400 else f"{taken / 3600:.3g} h"
+
+
+def tables(found: Mapping[str, Mapping[str, Mapping[str, Ledger]]]) -> dict[str, str]:
+    """The tables by name: the parts of jobs on one card, and the sums on all cards."""
+    (card,) = (card for card in CARDS if card.memory == 12)
+    shown = {name: found[name]["balanced"][card.name] for name in SHOWN if name in found}
+    rows = [[part, *(hours(seconds(one, card)[part]) for one in shown.values())] for part in PARTS]
+    rows = [row for row in rows if set(row[1:]) != {"0 min"}]
+    rows += [
+        ["all", *(hours(sum(seconds(one, card).values())) for one in shown.values())],
+        ["TFLOP", *(f"{one.total / 1e12:,.0f}" for one in shown.values())],
+        ["memory plan", *(column(one.plan) for one in shown.values())],
+    ]
+
+    def sums(recipes: Mapping[str, Mapping[str, Ledger]], card: Card) -> str:
+        there = [recipes[recipe].get(card.name) for recipe in RECIPES]
+        return ", ".join(hours(sum(seconds(one, card).values())) if one else "–" for one in there)
+
+    whole = [[name, *(sums(recipes, card) for card in CARDS)] for name, recipes in found.items()]
+    return {
+        "a job by part": table([f"balanced, {card.name}", *shown], rows),
+        "whole jobs": table([", ".join(RECIPES), *(card.name for card in CARDS)], whole),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", choices=MODELS, help="a model of the tables; default all")
+    parser.add_argument("--json", action="store_true", help="print seconds instead of writing tables")
+    options = parser.parse_args()
+    found = {name: ledgers(name) for name in options.model or MODELS}
+    if options.json:
+        cards = {card.name: card for card in CARDS}
+        values = {
+            name: {
+                recipe: {card: seconds(one, cards[card]) for card, one in on_cards.items()}
+                for recipe, on_cards in recipes.items()
+            }
+            for name, recipes in found.items()
+        }
+        print(json.dumps(values, indent=1))
+        return
+    text = DOCUMENT.read_text("utf-8")
+    for name, lines in tables(found).items():
+        text = replace_table(text, name, lines)
+    DOCUMENT.write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    main()
