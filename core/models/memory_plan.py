@@ -158,7 +158,7 @@ class MemorySaver:
 
     def adopt(self, plan: MemoryPlan) -> None:
         """Changes to a plan. Weights that are in 8 bits stay so."""
-        by_size = sorted(self._blocks, key=lambda block: sum(p.numel() for p in block.parameters()))
+        by_size = sorted(self._blocks, key=_count_numbers)
         count = int(plan.recompute * len(by_size))
         # Not a method: the denoiser would refer to this object, which refers to it, and outlive the run.
         run = partial(_run_block, weakref.WeakSet(by_size[:count]), self._draws)
@@ -184,6 +184,12 @@ class MemorySaver:
         """The tensors of the denoiser that stay on the device between two steps."""
         at_home = set(self._offload.parameters())
         return [t for t in [*self._denoiser.parameters(), *self._denoiser.buffers()] if t not in at_home]
+
+
+def _count_numbers(block: nn.Module) -> int:
+    """The numbers in a block. One that stands in for another (alike_blocks.py) has as many as that one."""
+    (block,) = getattr(block, "like", (block,))
+    return sum(parameter.numel() for parameter in block.parameters())
 
 
 def _run_block(recomputed: Collection[nn.Module], draws: bool, block: Any, *inputs: Any) -> Any:

@@ -113,6 +113,8 @@ class StepPrediction:
             run.accumulate()
         trained = sum(parameter.numel() for group in run.optimizer.param_groups for parameter in group["params"])
         per_number = OPTIMIZER_BYTES[run.config.optimizer] + (4 if run.average else 0)
+        if self._blocks and not METHODS[run.config.method].keeps_dtype and run.dtype != torch.float32:
+            per_number += run.dtype.itemsize  # autocast's copies of weights, which stay until a forward pass ends
         return unique_bytes(there) + trained * per_number + count.peak
 
 

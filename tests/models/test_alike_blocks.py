@@ -12,6 +12,7 @@ import torch
 from core.bench.small_flows import SMALL_FLOWS
 from core.config import TrainConfig
 from core.models import Base, load_base
+from core.models.alike_blocks import StandIn
 from core.models.memory_plan import PLANS, MemoryPlan, blocks_of
 from core.training.memory_prediction import StepPrediction, choose_plan
 from core.training.methods import METHODS
@@ -51,7 +52,8 @@ def assert_predicted_alike(
     found, each = (
         StepPrediction(cache, base, config, CPU, dtype, adapter, each_block=each_block) for each_block in (False, True)
     )
-    assert len(set(map(type, blocks_of(found._run.denoiser)))) > 1  # stand-ins among others
+    # Each of the small SD3.5's blocks is of a kind of its own.
+    assert base.family.name == "sd3" or any(isinstance(block, StandIn) for block in blocks_of(found._run.denoiser))
     # Autocast keeps what it has cast of recomputed blocks until the forward pass ends. That isn't counted for stand-ins: two
     # bytes for each trained number, which are much of these small models.
     trained = sum(parameter.numel() for parameter in each._run.parameters.values())
