@@ -2,7 +2,7 @@
 
 A job is what `facelora headshots` does: a LoRA of a recipe on 15 photos, and 20 headshots, each with a face pass. Nothing is
 computed: passes are counted on the published models' shapes, at the share of a card's rate that tools/memory_tables.py has.
-Counting takes seconds a model. Predicting the memory of each plan takes longer, but the cache folder keeps predictions.
+It takes about 40 seconds a model, most of them to predict the memory of plans.
 `--model NAME`, once or more, writes tables of these models alone; `--json` prints the seconds of each part instead.
 """
 

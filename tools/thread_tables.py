@@ -1,4 +1,4 @@
-"""The table of threads in docs/benchmarks.md: `python -m tools.thread_tables` measures it and writes it there (10 minutes).
+"""The table of threads in docs/benchmarks.md: `python -m tools.thread_tables` measures it and writes it there (13 minutes).
 
 Each way of using threads has a process of its own, since OpenMP reads its settings once. The processes work in turns, first
 on a quiet machine and then beside three busy processes.
