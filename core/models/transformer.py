@@ -154,8 +154,13 @@ def use_forward(network: nn.Module, forward: Callable[..., Any]) -> None:
     """Gives a network another forward pass, by a class of its own. As an attribute, a method that is bound to the network
     would keep it, and its weights, alive until Python collects garbage.
     """
-    kind = type(network)
-    network.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    network.__class__ = _class_with(type(network), forward)
+
+
+@cache
+def _class_with(kind: type, forward: Callable[..., Any]) -> type:
+    """A class for all modules of a kind, so that blocks which are alike stay so."""
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
 
 def _modulated_norm(module: Any, x: Tensor, emb: Tensor) -> tuple[Tensor, ...]:
