@@ -5,6 +5,7 @@ import json
 import sys
 
 from ..bench import examine, format_doctor
+from ..device import stay_within_free_memory
 from .computing import named_or_best
 from .version import __version__
 
@@ -13,5 +14,7 @@ def run_doctor(options: argparse.Namespace) -> None:
     def say(what: str) -> None:
         print(f"measuring {what}", file=sys.stderr)
 
-    report = examine(named_or_best(options.device), options.measure, __version__, say)
+    device = named_or_best(options.device)
+    stay_within_free_memory(device)
+    report = examine(device, options.measure, __version__, say)
     print(json.dumps(report.as_dict(), indent=1) if options.json else format_doctor(report))

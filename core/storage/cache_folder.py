@@ -13,9 +13,9 @@ from pathlib import Path
 from ..errors import BadFile, counted
 from .files import make_folder, writing
 
-KINDS = ("class", "latents", "panels", "runs", "text")
-"""The folders in the cache folder: drawn class images, encoded photos, what panels show, what is kept of runs,
-captions."""
+KINDS = ("base", "class", "latents", "memory", "panels", "runs", "text")
+"""The folders in the cache folder: the base model's own pictures, class images, encoded photos, memory predictions (of earlier
+versions), what panels show, what is kept of runs, captions."""
 _OURS = re.compile(r"\.?[0-9a-f]{64}(\..*)?")
 """What `content_key` makes, with endings, and what is left of a file whose writing was killed."""
 CACHE_VERSION = "2"

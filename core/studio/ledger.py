@@ -68,7 +68,7 @@ class Look:
     """The pictures that are drawn to measure likeness once."""
 
     of_base: int
-    """The pictures that the base model draws, once in a training run."""
+    """The pictures that the base model draws, once for all people."""
     pictures: int
     """The pictures that each checkpoint draws."""
     size: Size

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..config import TrainConfig
 from ..models.base import Base
-from ..storage.cache_folder import content_key, made_folder
+from ..storage.cache_folder import cache_in, content_key, made_folder
 from ..storage.files import write_file
 from .callbacks import Callbacks
 from .encode import LatentCache
@@ -71,7 +71,8 @@ class Checkpoints:
         key = content_key(
             "base pictures", shots, self._samples.drawn_as, self.run.memory.plan.weights, self._base.identity
         )
-        folder = made_folder("base", key)
+        with cache_in(None):  # not a person's own: they show nobody
+            folder = made_folder("base", key)
         paths = [folder / f"{number:02d}.png" for number in range(len(shots))]
         if not all(map(is_whole, paths)):
             with self.run.adapter.disabled():

@@ -42,7 +42,7 @@ from .callbacks import NO_CALLBACKS, Callbacks
 from .encode import LatentCache, encode
 from .likeness import LikenessWatch, hold_out
 from .loop import train_lora
-from .methods import METHODS, files_beside
+from .methods import METHODS, files_beside, trains_text
 from .methods.method import Trained
 from .recipes import ENOUGH, MEASURED, recipe_config
 from .samples import Samples, make_class_images, sample_shots, sample_size, training_sampler
@@ -394,7 +394,7 @@ def _prepared(
     size = sample_size(base, size)
     sampler = training_sampler(base, config, cache.prompts, device, size, callbacks.progress("samples"))
     dtype = device_and_dtype(config, device, base.family.overflows_in_fp16)[1]
-    settings = (config.sample_steps, config.sample_guidance, config.clip_skip)
+    settings = (config.sample_steps, config.sample_guidance, config.clip_skip, config.method, trains_text(config))
     drawn_as = f"{size} {settings} {device.type} {dtype} {base.few_steps}"
     return cache, Samples(sampler, shots, pictures.watch, drawn_as)
 

@@ -20,7 +20,7 @@ from core.faces import Face, embed_images, likeness, load_faces, mean_face
 from core.lora.file import LoraFile
 from core.models import Base, load_base
 from core.photos import Photo
-from core.storage.cache_folder import made_folder
+from core.storage.cache_folder import KINDS, cache_in, made_folder
 from core.training.callbacks import Callbacks
 from core.training.job import train
 from core.training.likeness import (
@@ -325,7 +325,9 @@ def test_the_base_models_pictures_are_drawn_once_for_all_people(base, network, m
 
     monkeypatch.setattr("core.training.job.training_sampler", count)
     config = replace(CONFIG, steps=1, sample_every=1, likeness_pictures=1)
-    first = train(photos_of(35), base, config, faces=network)
+    with cache_in(tmp_path / "of a person"):  # as in a studio
+        first = train(photos_of(35), base, config, faces=network)
+    assert "base" in KINDS  # which clear-cache deletes
     of_base = drawn.pop(0)
     assert of_base == [("a photo of person", 1), (NEUTRAL_PROMPTS[0], 1)] and len(drawn) == 1
     drawn.clear()
