@@ -247,9 +247,9 @@ def in_parts_that_fit(compute: Callable[[Sequence[_Item]], list[_Result]], items
 
 
 def release_memory() -> None:
-    """Gives memory that is no longer used back to the system: a GPU's, and the computer's that was page-locked for it.
+    """Return unused memory to the system: the GPU's, and page-locked memory of the computer.
 
-    Networks of other libraries refer to themselves, so Python's garbage collector comes first.
+    Garbage is collected first, since networks of other libraries contain reference cycles.
     """
     gc.collect()
     if torch.cuda.is_available():

@@ -26,11 +26,13 @@ from .spec import replace_module
 
 
 class StandIn(nn.Module):
-    """In the place of a block that is like another one."""
+    """Stands in for a block that is like another one."""
 
     def __init__(self, like: nn.Module):
         super().__init__()
-        self.like: tuple[nn.Module] = (like,)  # in a tuple, since it is no part of this one
+        self.like: tuple[nn.Module] = (
+            like,
+        )  # a tuple hides it from torch, which would count it as a part of this module
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -40,7 +42,7 @@ class StandIn(nn.Module):
 
 
 def put_stand_ins(network: nn.Module, marks: Callable[[str], object]) -> None:
-    """Puts stand-ins in the place of all but the first of the blocks that are alike.
+    """Replace all but the first of each kind of block by stand-ins.
 
     `marks` gives what modules may differ in later, by their path.
     """
@@ -57,7 +59,7 @@ class AlikeBlocks:
     """The blocks of a network, of which those without stand-ins are gone through once."""
 
     def __init__(self, network: nn.Module, copies: Mapping[tuple[nn.Parameter, ...], Tensor]):
-        """Takes the tensors that passes compute with in the place of some of the trained parameters."""
+        """`copies` are the tensors that passes use instead of some of the trained parameters."""
         self.count: MemoryCount
         self.copied: list[nn.Parameter] = []
         """The parameters of stand-ins that must be copied in the same way."""
@@ -228,7 +230,7 @@ class _Kind:
     gradients: list[_Layout | None]
     """What the inputs get in the backward pass."""
     results: list[Any] = field(default_factory=list)
-    """What is returned, with layouts in the place of tensors."""
+    """What the block returns, with layouts instead of tensors."""
     spec: Any = None
     """How the results are nested."""
     forward: int = 0
@@ -280,7 +282,7 @@ class _Outputs(torch.autograd.Function):
 
 
 class _Block(torch.autograd.Function):
-    """In the place of what a block does. It takes the inputs, and what is trained."""
+    """Allocates and frees what a block would. Its arguments are the inputs and the trained tensors."""
 
     @staticmethod
     def forward(ctx: Any, count: MemoryCount, kind: _Kind, *tensors: Tensor) -> tuple[Tensor, ...]:
