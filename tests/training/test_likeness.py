@@ -20,7 +20,7 @@ from core.faces import Face, embed_images, likeness, load_faces, mean_face
 from core.lora.file import LoraFile
 from core.models import Base, load_base
 from core.photos import Photo
-from core.storage.cache_folder import KINDS, cache_in, made_folder
+from core.storage.cache_folder import cache_in, clear_cache, made_folder
 from core.training.callbacks import Callbacks
 from core.training.job import train
 from core.training.likeness import (
@@ -294,15 +294,21 @@ def test_the_average_of_the_best_checkpoints_is_measured_after_them(base, networ
     assert [point["merged"] for point in measured] == [[], [], [1, 2]]
 
 
-def test_a_picture_that_is_shown_and_measured_is_drawn_once(base, network, monkeypatch, tmp_path):
-    monkeypatch.setenv("FACELORA_CACHE", str(tmp_path))
-    drawn = []
+@pytest.fixture
+def drawn(monkeypatch, tmp_path) -> list[list[tuple[str, int]]]:
+    """The shots of each call of the sampler, with an empty cache folder."""
+    monkeypatch.setenv("FACELORA_CACHE", str(tmp_path / "cache"))
+    found: list[list[tuple[str, int]]] = []
 
     def count(*arguments):
         sample = training_sampler(*arguments)
-        return lambda denoiser, encoders, shots: drawn.append(len(shots)) or sample(denoiser, encoders, shots)
+        return lambda denoiser, encoders, shots: found.append(list(shots)) or sample(denoiser, encoders, shots)
 
     monkeypatch.setattr("core.training.job.training_sampler", count)
+    return found
+
+
+def test_a_picture_that_is_shown_and_measured_is_drawn_once(base, network, drawn):
     shown = []
     config = replace(CONFIG, steps=2, likeness_pictures=1, sample_prompts=("a photo of sks person", "another"))
     train(
@@ -312,22 +318,13 @@ def test_a_picture_that_is_shown_and_measured_is_drawn_once(base, network, monke
         faces=network,
         callbacks=Callbacks(on_sample=lambda step, images: shown.append(len(images))),
     )
-    assert shown == [2] and drawn == [2, 3 + 1]
+    assert shown == [2] and [len(shots) for shots in drawn] == [2, 3 + 1]
 
 
-def test_the_base_models_pictures_are_drawn_once_for_all_people(base, network, monkeypatch, tmp_path):
-    monkeypatch.setenv("FACELORA_CACHE", str(tmp_path))
-    drawn = []
-
-    def count(*arguments):
-        sample = training_sampler(*arguments)
-        return lambda denoiser, encoders, shots: drawn.append(list(shots)) or sample(denoiser, encoders, shots)
-
-    monkeypatch.setattr("core.training.job.training_sampler", count)
+def test_the_base_models_pictures_are_drawn_once_for_all_people(base, network, drawn, tmp_path):
     config = replace(CONFIG, steps=1, sample_every=1, likeness_pictures=1)
     with cache_in(tmp_path / "of a person"):  # as in a studio
         first = train(photos_of(35), base, config, faces=network)
-    assert "base" in KINDS  # which clear-cache deletes
     of_base = drawn.pop(0)
     assert of_base == [("a photo of person", 1), (NEUTRAL_PROMPTS[0], 1)] and len(drawn) == 1
     drawn.clear()
@@ -343,6 +340,8 @@ def test_the_base_models_pictures_are_drawn_once_for_all_people(base, network, m
         kept.write_bytes(b"no picture")
     again = train(photos_of(35), base, config, faces=network)
     assert drawn[0] == of_base and again.metadata[LIKENESS_KEY] == first.metadata[LIKENESS_KEY]
+    clear_cache()
+    assert not list(made_folder("base").iterdir())
 
 
 @pytest.mark.parametrize(("pictures", "at_a_look"), [(1, (1, 1, 1)), (4, (4, 2, 2)), (8, (8, 4, 3))])
