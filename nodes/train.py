@@ -18,7 +18,7 @@ from comfy_api.latest import io
 from PIL import Image
 
 from ..core.config import TrainConfig, config_from, parse_toml
-from ..core.device import release_memory, within_free_memory
+from ..core.device import within_free_memory
 from ..core.errors import BadConfig, FaceLoraError, one_line
 from ..core.lora.file import LoraFile
 from ..core.models.base import Base
@@ -322,8 +322,6 @@ def _make(job: TrainingJob, base: Base, checkpoint: int, node_id: str, notes: Se
         watch.log("stopped; queued again, it goes on from there")
         watch.show(phase="stopped")
         raise
-    finally:
-        release_memory()  # for the nodes that follow: ComfyUI collects garbage only after a prompt
     return made
 
 

@@ -151,8 +151,9 @@ def activate_once(denoiser: Any, embedding: str = "time_text_embed") -> None:
 
 
 def use_forward(network: nn.Module, forward: Callable[..., Any]) -> None:
-    """Gives a network another forward pass, by a class of its own. As an attribute, a method that is bound to the network
-    would keep it, and its weights, alive until Python collects garbage.
+    """Replace a network's forward pass, by changing its class.
+
+    A bound method as an attribute would be a reference cycle, which keeps the weights until Python collects garbage.
     """
     network.__class__ = _class_with(type(network), forward)
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import TrainConfig
-from ..device import PRECISIONS, deterministic_if, device_and_dtype
+from ..device import PRECISIONS, deterministic_if, device_and_dtype, release_memory
 from ..errors import BadConfig, BadFile, BadPhoto, counted
 from ..faces import FaceNetwork, faces_if_installed, load_faces
 from ..lora.file import LoraFile, fit
@@ -134,6 +134,7 @@ def train(
             samples=samples,
             callbacks=callbacks if output is None else _writing_beside(callbacks, output, config),
         )
+        release_memory()  # for what comes next: drawing, another person, ComfyUI's next node
         if metadata:
             lora = lora.with_metadata({**lora.metadata, **metadata})
         if output is not None:

@@ -20,7 +20,7 @@ import core.bench.doctor as doctor
 import core.models.memory_plan as memory_plan
 from core.bench.loops import random_base, random_cache
 from core.config import TrainConfig
-from core.device import device_and_dtype, release_memory, within_free_memory
+from core.device import device_and_dtype, within_free_memory
 from core.errors import FaceLoraError
 from core.faces import Face
 from core.lora.file import LoraFile
@@ -53,9 +53,7 @@ def left_after(case: Case, photos: Path, output: Path, end: str) -> tuple[str, i
             train(photos, base, case.config(), output=output, device=DEVICE, callbacks=Callbacks(on_step=step))
         except FaceLoraError as raised:
             error = f"{type(raised).__name__}: {raised}"
-        pinned = card.pinned
-        release_memory()
-        return error, card.live - before, pinned, card.unpinned
+        return error, card.live - before, card.pinned, card.unpinned
 
 
 @dataclass(frozen=True)
