@@ -32,7 +32,7 @@ from core.training.likeness import (
     hold_out,
     pictures_at_a_look,
 )
-from core.training.samples import training_sampler
+from core.training.samples import sample_size, training_sampler
 from tests.tooling import save_mean_colour, write_photos
 
 CONFIG = TrainConfig(
@@ -482,3 +482,12 @@ def test_a_judge_that_would_judge_nothing_or_itself_is_refused(tmp_path, watch, 
 def test_settings_that_contradict_each_other_are_refused(settings, words):
     with pytest.raises(BadConfig, match=words):
         replace(CONFIG, **settings)
+
+
+@pytest.mark.parametrize(
+    ("photos", "samples"),
+    [((64, 80), (64, 80)), ((512, 512), (512, 512)), ((1024, 1024), (768, 768)), ((576, 576), (512, 512))],
+)
+def test_samples_are_smaller_than_large_photos(photos, samples, base):
+    """Three quarters of the sides, but not below the 512 pixels that every base model draws."""
+    assert sample_size(replace(base, family=replace(base.family, size_multiple=8)), photos) == samples
