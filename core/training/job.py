@@ -137,10 +137,7 @@ def train(
         release_memory()  # for what comes next: drawing, another person, ComfyUI's next node
         if metadata:
             lora = lora.with_metadata({**lora.metadata, **metadata})
-        if output is not None:
-            _write(lora, base, config, output)
-            lora = replace(lora, name=str(output))
-        return lora
+        return lora if output is None else _written(lora, base, config, output)
 
 
 def _usual_config(
@@ -414,12 +411,13 @@ def _writing_beside(callbacks: Callbacks, output: Path, config: TrainConfig) -> 
     return replace(callbacks, on_save=callbacks.on_save or save, on_sample=callbacks.on_sample or save_samples)
 
 
-def _write(lora: Trained, base: Base, config: TrainConfig, output: Path) -> None:
-    """Writes the LoRA and the files that belong beside it, and deletes the state, since the run is done."""
+def _written(lora: Trained, base: Base, config: TrainConfig, output: Path) -> Trained:
+    """The LoRA under its file's name, written with the files that belong beside it; the state goes, since the run is done."""
     for addition, other in files_beside(lora, base, config).items():
         other.save(output.with_name(f"{output.stem}-{addition}{output.suffix}"), PRECISIONS[config.save_precision])
     lora.save(output, PRECISIONS[config.save_precision])
     state_path(output).unlink(missing_ok=True)
+    return replace(lora, name=str(output))
 
 
 def state_path(output: Path) -> Path:
