@@ -54,6 +54,10 @@ class Face:
         left, top, right, bottom = self.box
         return math.sqrt((right - left) * (bottom - top))
 
+    def share_of(self, picture: tuple[int, int]) -> float:
+        """The size of the face as a share of a picture of that width and height, which counts as a square."""
+        return self.size / math.sqrt(math.prod(picture))
+
 
 class FaceNetwork(Protocol):
     """A pair of networks that finds faces and tells people apart."""
@@ -156,26 +160,34 @@ def mean_face(embeddings: np.ndarray) -> np.ndarray | None:
 class Reference:
     """The mean face of a person on photos, which pictures are compared with."""
 
-    def __init__(self, photos: Iterable[Image.Image], network: FaceNetwork | None = None):
-        """Looks for the person's face in each photo; the network is `load_faces()` if None is given.
+    def __init__(self, network: FaceNetwork, vectors: Sequence[np.ndarray], shares: Sequence[float], photos: int):
+        """The mean of the identity vectors (D,) that the network found on so many photos; `shares` as in `share`.
 
-        The largest face of a photo counts. No photo is kept, so an iterator needs only one at a time in memory. Raises
-        BadPhoto when no photo shows a face.
+        Raises BadPhoto without a vector, when no photo shows a face.
         """
-        self.network: FaceNetwork = network or load_faces()
+        if not len(vectors):
+            raise BadPhoto(f"no face was found in the {counted(photos, 'photo')} to compare with")
+        self.network: FaceNetwork = network
+        self._face: np.ndarray = np.mean(vectors, axis=0)
+        self._face /= np.linalg.norm(self._face)
+        self.share: float = median(shares)
+        """The median share of a photo that the face fills: the square root of the face's area over the photo's."""
+
+    @classmethod
+    def on(cls, photos: Iterable[Image.Image], network: FaceNetwork | None = None) -> Reference:
+        """The person on photos, of each of which the largest face counts; the network is `load_faces()` if None is given.
+
+        No photo is kept, so an iterator needs only one at a time in memory. Raises BadPhoto when no photo shows a face.
+        """
+        network = network or load_faces()
         vectors: list[np.ndarray] = []
         shares: list[float] = []
         count = 0
         for count, photo in enumerate(photos, start=1):  # noqa: B007, it is told when there is no face
-            if faces := self.network.detect(photo):
-                vectors.append(self.network.embed([photo], faces[:1]))
-                shares.append(faces[0].size / (photo.width * photo.height) ** 0.5)
-        face = mean_face(np.concatenate(vectors)) if vectors else None
-        if face is None:
-            raise BadPhoto(f"no face was found in the {counted(count, 'photo')} to compare with")
-        self._face = face
-        self.share: float = median(shares)
-        """The median share of a photo that the face fills: the square root of the face's area over the photo's."""
+            if faces := network.detect(photo):
+                vectors.append(network.embed([photo], faces[:1])[0])
+                shares.append(faces[0].share_of(photo.size))
+        return cls(network, vectors, shares, count)
 
     def likeness(self, images: Iterable[Image.Image]) -> list[float | None]:
         """The cosine of each picture's largest face to the person's; None where a picture shows no face."""

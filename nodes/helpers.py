@@ -188,7 +188,7 @@ class LikenessScore(io.ComfyNode):
     def execute(cls, images, reference, required=(True,)) -> io.NodeOutput:
         judged, title = [image for batch in images for image in pictures(batch)], "likeness"
         try:
-            found = Reference([photo.image(shorter_side=640) for photo in photos_of(reference)]).likeness(judged)
+            found = Reference.on([photo.image(shorter_side=640) for photo in photos_of(reference)]).likeness(judged)
         except (MissingPackage, BadPhoto) as problem:
             if required[0]:
                 raise

@@ -289,8 +289,8 @@ def _make(job: TrainingJob, base: Base, checkpoint: int, node_id: str, notes: Se
     for note in notes:
         watch.warning(note)
     try:
-        job = job.with_good_photos(base, watch.warning)
-        watch.show(photos=panel.photo_urls(job.photos))
+        job = job.looked_at(base, watch.warning)
+        watch.show(photos=panel.photo_urls(job.used))
         callbacks = Callbacks(
             on_step=watch.step,
             on_phase=watch.phase,

@@ -33,7 +33,7 @@ from core.pictures.generate import GenerateConfig, Job, generate
 from core.storage.files import write_text
 from core.training.callbacks import Callbacks, StepReport
 from core.training.job import train
-from core.training.likeness import TOLERANCE, LikenessPoint, LikenessWatch, Selection, picture_change
+from core.training.likeness import TOLERANCE, LikenessPoint, LikenessWatch, Selection, faces_of, picture_change
 from tests.face_samples import sdist_photos
 from tools.photo_tables import replace_table, table
 
@@ -217,7 +217,9 @@ def read_record(path: Path) -> Record:
 
 def watch_of(record: Record, person: Person) -> LikenessWatch:
     """What has measured the record's points."""
-    return LikenessWatch(load_faces(), photos(person.training), photos(person.held_out), settings(record.prior))
+    network = load_faces()
+    training, held_out = (faces_of(network, photos(some)) for some in (person.training, person.held_out))
+    return LikenessWatch(network, training, held_out, settings(record.prior))
 
 
 def results_of(record: Record, watch: LikenessWatch) -> list[Result]:

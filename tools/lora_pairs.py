@@ -17,10 +17,9 @@ from core.demo.people import SEEN_PEOPLE, person_photos
 from core.faces import embed_images, likeness, load_faces, mean_face
 from core.lora.file import LoraFile
 from core.models import load_base
-from core.photos import Photo, read_photos
+from core.photos import Photo, Thresholds, make_ready, read_photos
 from core.pictures.generate import GenerateConfig, Job, generate
 from core.training.job import train
-from core.training.likeness import hold_out
 from core.training.samples import SAMPLE_BATCH
 from tools.method_tables import DOCUMENT
 from tools.photo_tables import replace_table, table
@@ -72,8 +71,8 @@ def main() -> None:
     measured: dict[tuple[float, float], list[tuple[float, float]]] = {}
     for folder in options.people:
         lora = LoraFile.read(options.folder / f"{folder.name}-lora.safetensors")
-        _, held_out = hold_out(read_photos(folder), 2, faces)
-        centre = mean_face(embed_images(faces, [photo.image() for photo in held_out]))
+        ready = make_ready(read_photos(folder), faces, Thresholds(), check=False, hold_out=2)
+        centre = mean_face(ready.vectors(ready.held_out))
         assert centre is not None
         for of_person in STRENGTHS["person"]:
             for of_style in STRENGTHS["style"]:

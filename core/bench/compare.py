@@ -27,7 +27,7 @@ from ..faces import FaceNetwork, embed_images, likeness, mean_face
 from ..lora.file import LoraFile
 from ..models.base import Base
 from ..models.opening import load_base
-from ..photos import Photo, prepare
+from ..photos import Photo, Thresholds, make_ready, prepare
 from ..photos.captions import class_caption, default_caption
 from ..pictures.generate import GenerateConfig, Job, generate
 from ..pictures.sampling import encode_pictures, encode_prompts
@@ -36,7 +36,7 @@ from ..storage.cache_folder import content_key
 from ..storage.files import make_folder, read_json, write_file, write_text
 from ..training.callbacks import Callbacks, StepReport
 from ..training.job import train
-from ..training.likeness import NEUTRAL_PROMPTS, hold_out, picture_change
+from ..training.likeness import NEUTRAL_PROMPTS, picture_change
 from ..training.methods import METHODS, peak_rate
 from ..training.samples import SAMPLE_BATCH
 from .report import peak_memory
@@ -146,7 +146,7 @@ def compare(
         identity = {**comparison.identity, "photos": content_key(*(photo.fingerprint for photo in photos))}
         found = {result.method: result for result in known_results(report, identity)}
         missing = [method for method in methods if method not in found]
-        judge = Judge(comparison, faces, *hold_out(photos, comparison.held_out, faces), device) if missing else None
+        judge = Judge(comparison, photos, faces, device) if missing else None
         for method in missing:
             assert judge
             found[method], pictures = judge.result(person, method, output)
@@ -196,17 +196,19 @@ class Judge:
     def __init__(
         self,
         comparison: Comparison,
+        photos: Sequence[Photo],
         faces: FaceNetwork,
-        training: Sequence[Photo],
-        held_out: Sequence[Photo],
         device: torch.device,
     ):
         config = comparison.config
+        limits = Thresholds.for_resolution(config.resolution or comparison.base.resolution, faces.name)
+        ready = make_ready(photos, faces, limits, check=False, hold_out=comparison.held_out)
+        training = [item.photo for item in ready.training]
         self.comparison: Comparison = comparison
         self.faces: FaceNetwork = faces
         self.training: Sequence[Photo] = training
         self.device: torch.device = device
-        centre = mean_face(embed_images(faces, [photo.image() for photo in held_out]))
+        centre = mean_face(ready.vectors(ready.held_out))
         assert centre is not None, "photos are held out for the face that they show"
         self._person = centre
         self._subject = default_caption(config.trigger_word, config.class_word)

@@ -12,7 +12,7 @@ from ..config import TrainConfig
 from ..errors import BadConfig
 from ..photos import read_photos
 from ..pictures import batch_summary, find_style_packs
-from ..studio import Order, Outcome, check, device_rate, ledger_of, make, trained_on
+from ..studio import Order, Outcome, check, device_rate, ledger_of, make
 from ..training import recipe_config
 from .common import DEMO, BarProgress, JsonProgress, base_from
 from .computing import device_from
@@ -44,19 +44,19 @@ def run_headshots(options: argparse.Namespace) -> int:
     with progress:
         photos = read_photos(options.photos, on_warning=progress.warning)
         config = recipe_config(options.recipe, base, len(photos), given, progress.warning)
-        report = check(photos, base, config, callbacks)
+        ready = check(photos, base, config, callbacks)
         asks = sys.stdin.isatty() and not (options.yes or options.json or options.dry_run)
-        if asks and len(trained_on(report, config)) == len(report.photos):  # else the check has said so
-            print(f"photos: {report.headline}")
+        if asks and len(ready.used) == len(ready.report.photos):  # else the check has said so
+            print(f"photos: {ready.report.headline}")
         order = dataclasses.replace(_order(options, name, config, asks), training_adapter=adapter)
         if asks or options.dry_run:
-            ledger, rate = ledger_of(report, base, order, device), device_rate(base, order.config, device)
+            ledger, rate = ledger_of(ready, base, order, device), device_rate(base, order.config, device)
             if options.dry_run:
                 show(ledger, rate, options.json)
                 return 0
             print(in_short(ledger, rate))
         with stop:
-            outcome = make(report, base, order, folder, device=device, callbacks=callbacks)
+            outcome = make(ready, base, order, folder, device=device, callbacks=callbacks)
     if options.json:
         print(json.dumps(_described(outcome)))
     else:

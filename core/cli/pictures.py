@@ -245,13 +245,13 @@ def run_score(options: argparse.Namespace) -> None:
     ]
     reference = read_photos(options.reference, on_warning=print_warning)
     network = load_faces(options.face_network)
-    person = Reference((photo.image() for photo in reference), network)
+    person = Reference.on((photo.image() for photo in reference), network)
     found = person.compare(photo.image() for photo in images)
     judged: Sequence[float | None] = [None] * len(images)
     if options.judge:
         judge = load_faces(options.judge)
         check_judge(judge, network)
-        judged = Reference((photo.image() for photo in reference), judge).likeness(photo.image() for photo in images)
+        judged = Reference.on((photo.image() for photo in reference), judge).likeness(photo.image() for photo in images)
     scores = [
         Score.of(photo.name, *seen, by_judge) for photo, seen, by_judge in zip(images, found, judged, strict=True)
     ]

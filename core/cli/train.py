@@ -77,20 +77,20 @@ def run_train(options: argparse.Namespace) -> None:
     adapter = training_adapter_from(options, base)
     job = TrainingJob(options.output.stem, config, photos, class_photos or (), start, adapter)
     if options.dry_run:
-        return _show_work(options, base, job.with_good_photos(base, progress.warning))
+        return _show_work(options, base, job.looked_at(base, progress.warning))
     key = None
     with stop, progress:
         # The key knows nothing of networks: a chosen one may let through and hold out other photos, a judge adds what it sees.
         if METHODS[config.method].makes == "lora" and not faces and not judge:
-            job = job.with_good_photos(base, progress.warning)
-            photos, config, key = job.photos, job.config, job.key(base)
+            job = job.looked_at(base, progress.warning)
+            key = job.key(base)
         found = key is not None and not options.restart and has_key(options.output, key)
         if found:
             lora = LoraFile.read(options.output)
         else:
             _check_nothing_is_replaced(options)
             lora = train(
-                photos, base, config, faces=faces, judge=judge, output=options.output, class_photos=class_photos,
+                job.photos, base, job.config, faces=faces, judge=judge, output=options.output, class_photos=class_photos,
                 continue_from=start, training_adapter=adapter, resume=options.resume, restart=options.restart,
                 device=device_from(options), metadata={KEY: key} if key else {},
                 callbacks=Callbacks(on_step=on_step, on_phase=on_phase, on_warning=progress.warning),
@@ -110,8 +110,8 @@ def run_train(options: argparse.Namespace) -> None:
 def _show_work(options: argparse.Namespace, base: Base, job: TrainingJob) -> None:
     """Print the work of a job on checked photos."""
     device = device_from(options)
-    shared = basis(job.photos, base, job.config, device, job.training_adapter)
-    ledger = shared.ledger(job.photos, job.config, class_photos=len(job.class_photos))
+    shared = basis(job.used, base, job.config, device, job.training_adapter)
+    ledger = shared.ledger(job.used, job.config, class_photos=len(job.class_photos))
     show(ledger, device_rate(base, job.config, device), options.json)
 
 

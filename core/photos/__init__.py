@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .reading import count_photos as count_photos
     from .reading import read_photo_files as read_photo_files
     from .reading import read_photos as read_photos
+    from .ready import Ready as Ready
+    from .ready import make_ready as make_ready
     from .report import REJECT as REJECT
     from .report import PhotoReport as PhotoReport
     from .report import SetReport as SetReport
@@ -37,6 +39,7 @@ else:
             ".crops": ("face_regions", "with_masks"),
             ".dataset": ("Dataset", "Region", "TrainingImage", "prepare"),
             ".reading": ("DAMAGED", "Photo", "count_photos", "read_photo_files", "read_photos"),
+            ".ready": ("Ready", "make_ready"),
             ".report": ("PhotoReport", "REJECT", "SetReport", "check_photos"),
             ".sheet": ("format_report", "save_sheet"),
             ".thresholds": ("Thresholds",),

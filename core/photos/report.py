@@ -53,6 +53,10 @@ class PhotoReport:
     framing: str | None = None
     turn: int = 0
     """The degrees, counter-clockwise, by which the photo must be turned to be upright."""
+    vector: np.ndarray | None = None
+    """The identity vector of the person's face, float32 (D,)."""
+    hash: np.ndarray | None = None
+    """The picture's perceptual hash; None where no network looked at it."""
 
     @property
     def verdict(self) -> str:
@@ -175,6 +179,11 @@ def check_photos(
     return SetReport(tuple(reports), thresholds, network.name, lights, backgrounds, advice, wishes)
 
 
+def unseen(photos: Sequence[Photo], thresholds: Thresholds) -> SetReport:
+    """The report on photos that nobody has looked at."""
+    return SetReport(tuple(PhotoReport(photo, (), 0, None) for photo in photos), thresholds, None, 0, 0, ())
+
+
 def _without_faces(photos: Sequence[Photo], limits: Thresholds) -> SetReport:
     """The report on what can be said of pictures without looking for faces."""
     first: dict[str, str] = {}
@@ -265,7 +274,7 @@ def _judge(look: Look, index: int, alike: float | None, majority: bool, limits: 
     in_frame = measure.share_in_frame(look.photo.size, face)
     sharp, bright, middle = measure.sharpness(luma), measure.highlights(luma), measure.midtone(luma)
     yaw, pitch = measure.pose(face)
-    share = face.size / (look.photo.size[0] * look.photo.size[1]) ** 0.5
+    share = face.share_of(look.photo.size)
 
     findings = []
     if face.size < limits.face_pixels_reject:
@@ -326,6 +335,8 @@ def _judge(look: Look, index: int, alike: float | None, majority: bool, limits: 
         pitch=pitch,
         view=VIEWS[(abs(yaw) >= limits.turned) + (abs(yaw) >= limits.side)],
         framing=framing(face, look.photo.size[1]),
+        vector=look.vectors[index],
+        hash=look.hash,
     )
 
 

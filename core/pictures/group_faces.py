@@ -44,7 +44,7 @@ class GroupReference:
         self.group = group
         self.people: list[Reference] = []
         for name in names:
-            self.people.append(Reference(photos[name], network or (self.people[0].network if self.people else None)))
+            self.people.append(Reference.on(photos[name], network or (self.people[0].network if self.people else None)))
         self.network: FaceNetwork = self.people[0].network
 
     def find(self, image: Image.Image) -> list[FoundFace | None]:

@@ -49,17 +49,17 @@ def make_headshots(
     folder: Path,
     config: GenerateConfig | None = None,
     *,
-    reference: Iterable[Image.Image] | None = None,
+    reference: Iterable[Image.Image] | Reference | None = None,
     face_pass: FacePass | None = None,
     keep: int | None = None,
     device: torch.device | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Headshot]:
-    """The pictures of all jobs, written as PNG files into `folder`; most alike first where there are `reference` photos.
+    """The pictures of all jobs, written as PNG files into `folder`; most alike first where there is a `reference`.
 
-    With `reference` photos, faces that `face_pass` calls small are drawn again, and the new face is kept where likeness
-    does not fall. The `keep` most alike pictures (None: a quarter) are then copied into `folder`/kept, but none whose
-    likeness is below SAME_PERSON.
+    With `reference`, photos of the person or what was seen on them, faces that `face_pass` calls small are drawn again, and
+    the new face is kept where likeness does not fall. The `keep` most alike pictures (None: a quarter) are then copied into
+    `folder`/kept, but none whose likeness is below SAME_PERSON.
 
     A picture that is already there, made from the same job, models and settings, is not made again, so an interrupted
     batch goes on where it was. Another picture of its name moves to `folder`/earlier, from where it comes back when it is
@@ -71,7 +71,7 @@ def make_headshots(
     shows a face, and BadConfig when two jobs are the same or `keep` is given without `reference` or below 1.
     """
     check_keep(keep, reference is not None)
-    person = None if reference is None else Reference(reference)
+    person = reference if reference is None or isinstance(reference, Reference) else Reference.on(reference)
     jobs = [replace(job, size=checked_size(base, job.size)) for job in jobs]
     batch = Batch(
         base, loras, config or GenerateConfig(), device, on_progress or (lambda phase, done, total: None), person

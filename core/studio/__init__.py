@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from .person import check as check
     from .person import ledger_of as ledger_of
     from .person import make as make
-    from .person import trained_on as trained_on
     from .plans import Plan as Plan
     from .plans import plan as plan
     from .plans import plan_ledger as plan_ledger
@@ -35,7 +34,7 @@ else:
             ".ledger": ("PARTS", "Ledger", "basis", "device_rate"),
             ".many": ("forget", "run"),
             ".people": ("Person", "read_people"),
-            ".person": ("Order", "Outcome", "check", "ledger_of", "make", "trained_on"),
+            ".person": ("Order", "Outcome", "check", "ledger_of", "make"),
             ".plans": ("Plan", "plan", "plan_ledger"),
             ".result": ("Result", "Terms"),
         },

@@ -11,17 +11,16 @@ from pathlib import Path
 import torch
 
 from ..config import TrainConfig
-from ..faces import faces_if_installed
 from ..lora.file import LoraFile
 from ..models.base import Base
-from ..photos import Photo, SetReport
+from ..photos import Photo, Ready, SetReport
 from ..pictures.gallery import SAME_PERSON
 from ..pictures.generate import Job
 from ..pictures.headshot import Headshot
 from ..pictures.headshots import make_headshots, set_others_aside
 from ..pictures.style_pack import StylePack, Subject
 from ..training.callbacks import NO_CALLBACKS, Callbacks
-from ..training.job import for_good_photos, good_photos, report_on
+from ..training.job import look, settled
 from ..training.store import TrainedFile, TrainingJob, find_or_train
 from ..training.training_adapter import TrainingAdapter
 from .ledger import Ledger, basis
@@ -71,19 +70,16 @@ class Outcome:
     """What would help, in sentences, where no picture is like enough to the person; empty where one is."""
 
 
-def check(photos: Sequence[Photo], base: Base, config: TrainConfig, callbacks: Callbacks = NO_CALLBACKS) -> SetReport:
-    """The report on the photos for that base. BadPhoto where too few can be used, unless `check_photos` is off.
+def check(photos: Sequence[Photo], base: Base, config: TrainConfig, callbacks: Callbacks = NO_CALLBACKS) -> Ready:
+    """The photos, looked at once for all of the job. BadPhoto where too few can be used, unless `check_photos` is off.
 
     `callbacks.on_warning` hears of the photos that will be left out, and of face networks that are not installed.
     """
-    report = report_on(photos, base, config, faces_if_installed(callbacks.on_warning))
-    if config.check_photos:
-        good_photos(report, callbacks.on_warning)
-    return report
+    return look(photos, base, config, on_warning=callbacks.on_warning, to_rank=True)
 
 
 def make(
-    report: SetReport,
+    ready: Ready,
     base: Base,
     order: Order,
     folder: Path,
@@ -93,15 +89,13 @@ def make(
 ) -> Outcome:
     """The pictures of the person on checked photos, in `folder` beside the LoRA that they are drawn with.
 
-    `report` is what `check` gives. The LoRA is found where it has been trained before, and a training that was interrupted
+    `ready` is what `check` gives. The LoRA is found where it has been trained before, and a training that was interrupted
     goes on; so does the drawing. Another LoRA of that name, and pictures that are not ordered, move into the folder
     `earlier`, and come back when they are. Without the face networks the pictures are not ranked, and no small face is drawn
     again. Each callback may raise to cancel. Errors are subclasses of FaceLoraError.
     """
-    base, photos, config = order.on(base), trained_on(report, order.config), order.config
-    if config.check_photos:
-        config = for_good_photos(config, report, callbacks.on_warning)
-    job = TrainingJob(order.name, config, photos, training_adapter=order.training_adapter)
+    base = order.on(base)
+    job = TrainingJob(order.name, settled(order.config, ready), ready, training_adapter=order.training_adapter)
     trained = find_or_train(job, base, [folder], own_name=True, device=device, callbacks=callbacks)
     jobs = order.jobs(base)
     callbacks.on_phase("pictures", 0, len(jobs))  # the training has ended, though no picture is drawn yet
@@ -110,26 +104,19 @@ def make(
         [(LoraFile.read(trained.path), 1.0)],
         jobs,
         folder,
-        reference=(photo.image() for photo in photos) if report.network else None,
+        reference=ready.reference(),
         device=device,
         on_progress=callbacks.on_phase,
     )
     set_others_aside(shots, folder, trained.path.stem)
-    return Outcome(report, trained, shots, _advice(report, order, shots))
+    return Outcome(ready.report, trained, shots, _advice(ready.report, order, shots))
 
 
-def ledger_of(report: SetReport, base: Base, order: Order, device: torch.device | None = None) -> Ledger:
+def ledger_of(ready: Ready, base: Base, order: Order, device: torch.device | None = None) -> Ledger:
     """The work of `make` with the same arguments, where nothing of it has been done yet."""
-    photos, config = trained_on(report, order.config), order.config
-    if config.check_photos:
-        config = for_good_photos(config, report, NO_CALLBACKS.on_warning)
+    photos, config = ready.photos, settled(order.config, ready)
     shared = basis(photos, base, config, device, order.training_adapter)
-    return shared.ledger(photos, config, order.jobs(base), redraws_faces=report.network is not None)
-
-
-def trained_on(report: SetReport, config: TrainConfig) -> list[Photo]:
-    """The photos of the report that the settings train on."""
-    return [item.photo for item in (report.usable if config.check_photos else report.photos)]
+    return shared.ledger(photos, config, order.jobs(base), redraws_faces=ready.network is not None)
 
 
 def _advice(report: SetReport, order: Order, shots: Sequence[Headshot]) -> tuple[str, ...]:

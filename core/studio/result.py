@@ -140,12 +140,12 @@ def find_or_make(
     number = count_photos(person.photos)
     planned = _key(terms.order(person, number, base), number, base)
     callbacks = watch.listening(callbacks)
-    report = check(asked.photos, base, asked.order.config, callbacks)
+    ready = check(asked.photos, base, asked.order.config, callbacks)
     watch.enter("encode")
     folder = output / person.name
     make_folder(folder)
     with locked(folder / RECORD), cache_in(folder / CACHE):
-        outcome = make(report, base, asked.order, folder, device=device, callbacks=callbacks)
+        outcome = make(ready, base, asked.order, folder, device=device, callbacks=callbacks)
     used = device_and_dtype(asked.order.config, device)[0]
     result = _result(person, outcome, output, watch.cost(used, base.identity, len(asked.photos)))
     record = {"result": asdict(result), "digest": _digest(asked.key, result, output), "planned": planned}

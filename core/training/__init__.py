@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from .callbacks import StopAndKeep as StopAndKeep
     from .encode import EncodedImage as EncodedImage
     from .encode import LatentCache as LatentCache
+    from .job import look as look
     from .job import state_path as state_path
     from .job import train as train
     from .likeness import LIKENESS_KEY as LIKENESS_KEY
     from .likeness import Score as Score
-    from .likeness import hold_out as hold_out
     from .likeness import picture_change as picture_change
     from .loop import train_lora as train_lora
     from .memory_prediction import predicted_memory as predicted_memory
@@ -35,8 +35,8 @@ else:
         {
             ".callbacks": ("Callbacks", "StepReport", "StopAndKeep"),
             ".encode": ("EncodedImage", "LatentCache"),
-            ".job": ("state_path", "train"),
-            ".likeness": ("LIKENESS_KEY", "Score", "hold_out", "picture_change"),
+            ".job": ("look", "state_path", "train"),
+            ".likeness": ("LIKENESS_KEY", "Score", "picture_change"),
             ".loop": ("train_lora",),
             ".memory_prediction": ("predicted_memory",),
             ".methods": ("METHODS", "peak_rate"),

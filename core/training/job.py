@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..config import TrainConfig
 from ..device import PRECISIONS, deterministic_if, device_and_dtype, release_memory
-from ..errors import BadConfig, BadFile, BadPhoto, counted
+from ..errors import BadConfig, BadFile, BadPhoto
 from ..faces import FaceNetwork, faces_if_installed, load_faces
 from ..lora.file import LoraFile, fit
 from ..models.base import Base
@@ -24,23 +24,22 @@ from ..models.opening import load_base
 from ..photos import (
     Dataset,
     Photo,
+    Ready,
     Region,
-    SetReport,
     Thresholds,
-    check_photos,
     face_regions,
+    make_ready,
     prepare,
     read_photos,
     trigger_hint,
     with_masks,
 )
-from ..photos.report import REJECT
 from ..storage.files import check_output, check_writable, make_folder, remove_leftovers, write_file
 from ..storage.locks import locked
 from ..storage.safetensors_file import SafetensorsFile
 from .callbacks import NO_CALLBACKS, Callbacks
 from .encode import LatentCache, encode
-from .likeness import LikenessWatch, hold_out
+from .likeness import LikenessWatch, faces_of
 from .loop import train_lora
 from .methods import METHODS, files_beside, trains_text
 from .methods.method import Trained
@@ -49,19 +48,8 @@ from .samples import Samples, make_class_images, sample_shots, sample_size, trai
 from .training_adapter import TrainingAdapter
 
 
-@dataclass(frozen=True)
-class _Pictures:
-    """The photos that are trained on, and what follows from looking at their faces."""
-
-    photos: Sequence[Photo]
-    regions: Callable[[Photo], list[Region]] | None = None
-    """A function that gives the regions of a photo that are trained on; None: photos are trained on whole."""
-    watch: LikenessWatch | None = None
-    """Measures likeness to the photos that are held out; None: no photos are held out."""
-
-
 def train(
-    photos: str | os.PathLike[str] | Sequence[Photo],
+    photos: str | os.PathLike[str] | Sequence[Photo] | Ready,
     base: Base | str | os.PathLike[str] | Mapping[str, Tensor],
     config: TrainConfig | None = None,
     *,
@@ -82,7 +70,8 @@ def train(
     """The trained LoRA, which is also written to `output` (a `.safetensors` path) when one is given, in place of what is
     there.
 
-    `photos` is a folder, or a list of photos already read; so is `class_photos`, for prior preservation. Without a `config` the
+    `photos` is a folder, a list of photos already read, or what `look` gives; `class_photos`, for prior preservation, is one of
+    the first two. Without a `config` the
     settings are those of the recipe `balanced`: see `core.training.recipe_config`. With `output`, the state of the run is kept
     beside it until the run is done: `resume=True` goes on from it, `restart=True` replaces it, and without either a state that
     is there is an error. Every `save_every` steps a numbered LoRA is written beside the output, and samples go into the folder
@@ -101,9 +90,10 @@ def train(
     the same output.
     """
     output = None if output is None else Path(output)
+    given = photos if isinstance(photos, Ready) else _read(photos, strict, callbacks.on_warning)
     if config is None:
-        base, photos = _loaded(base, TrainConfig()), _read(photos, strict, callbacks.on_warning)
-        config = _usual_config(base, photos, held_out, callbacks.on_warning)
+        base = _loaded(base, TrainConfig())
+        config = _usual_config(base, given, held_out, callbacks.on_warning)
     if not isinstance(config, TrainConfig):
         raise BadConfig(f"config is a {type(config).__name__}: expected a TrainConfig, as recipe_config gives one too")
     place = nullcontext() if output is None else _place(output, config, state_is_wanted=resume or restart)
@@ -112,15 +102,14 @@ def train(
         _check_pictures_asked_for(config, class_photos is not None, bool(held_out))
         start, adapter = _checked_start(continue_from, base), _opened(training_adapter, base)
         base = base.as_distilled() if adapter else base
-        if not (photos := _read(photos, strict, callbacks.on_warning)):
-            raise BadPhoto("no photos were given")
         for hint in _hints(base, config, adapted=adapter is not None):
             callbacks.on_warning(hint)
         device, _ = device_and_dtype(config, device)
-        faces = faces or _needed_faces(config, held_out, callbacks.on_warning)
+        ready = given if isinstance(given, Ready) else look(given, base, config, held_out, faces, callbacks.on_warning)
+        config = config if held_out else settled(config, ready)
+        watch = _watch(ready, held_out, faces, judge, config)
         class_photos = _read_or_make_class_photos(class_photos, base, config, device, strict, callbacks)
-        pictures = _look_at_photos(photos, held_out, faces, judge, base, config, callbacks.on_warning)
-        cache, samples = _prepared(pictures, class_photos, base, config, device, callbacks)
+        cache, samples = _prepared(ready, watch, class_photos, base, config, device, callbacks)
         lora = train_lora(
             cache,
             base,
@@ -141,11 +130,11 @@ def train(
 
 
 def _usual_config(
-    base: Base, photos: Sequence[Photo], held_out: Sequence[Photo], on_warning: Callable[[str], None]
+    base: Base, photos: Ready | Sequence[Photo], held_out: Sequence[Photo], on_warning: Callable[[str], None]
 ) -> TrainConfig:
     """The settings where none are given: those of the recipe `balanced`."""
-    given = {"hold_out": len(held_out)} if held_out else {}
-    return recipe_config("balanced", base, len(photos), given, on_warning)
+    count = len(photos.used if isinstance(photos, Ready) else photos)
+    return recipe_config("balanced", base, count, {"hold_out": len(held_out)} if held_out else {}, on_warning)
 
 
 _WOULD_REPLACE = "which would replace it; move it, or choose another output"
@@ -244,15 +233,6 @@ def _read(
     return photos
 
 
-def _needed_faces(
-    config: TrainConfig, held_out: Sequence[Photo], on_warning: Callable[[str], None]
-) -> FaceNetwork | None:
-    """The usual network that looks at faces; None where the settings have nothing to look at, or can do without it."""
-    if held_out or config.hold_out or config.face_crops or config.face_masks:
-        return load_faces()
-    return faces_if_installed(on_warning) if config.check_photos else None
-
-
 def _read_or_make_class_photos(
     class_photos: str | os.PathLike[str] | Sequence[Photo] | None,
     base: Base,
@@ -270,79 +250,64 @@ def _read_or_make_class_photos(
     return [] if class_photos is None else _read(class_photos, strict, callbacks.on_warning)
 
 
-def _look_at_photos(
+def look(
     photos: Sequence[Photo],
-    held_out: Sequence[Photo],
-    faces: FaceNetwork | None,
-    judge: FaceNetwork | None,
     base: Base,
     config: TrainConfig,
-    on_warning: Callable[[str], None],
-) -> _Pictures:
-    """The photos to train on, without those that are held out or that the report rejects; the latter are warned about."""
-    regions, count = None, 0 if held_out else config.hold_out
-    if config.check_photos or config.face_crops or config.face_masks:
-        report = report_on(photos, base, config, faces)
-        if config.check_photos:
-            photos = good_photos(report, on_warning)
-            count = count and for_good_photos(config, report, on_warning).hold_out
-        if config.face_crops:
-            regions = face_regions(report, config.resolution or base.resolution, config.trigger_word, config.class_word)
-        if config.face_masks:
-            photos = with_masks(photos, report, background=0.0)  # the loss replaces 0 by background_weight
-    if faces is None:
-        return _Pictures(photos)
-    if count:
-        try:
-            photos, held_out = hold_out(photos, count, faces)
-        except BadPhoto as problem:
-            if not _is_held_out_by_itself(config, len(photos)):
-                raise
-            on_warning(f"{problem}: none is held out, and likeness is not measured")
-    watch = LikenessWatch(faces, photos, held_out, config, judge) if held_out else None
-    return _Pictures(photos, regions, watch)
+    held_out: Sequence[Photo] = (),
+    faces: FaceNetwork | None = None,
+    on_warning: Callable[[str], None] = lambda message: None,
+    *,
+    to_rank: bool = False,
+) -> Ready:
+    """The photos for a training on the base model, looked at once: checked and held out as the settings say.
 
-
-def report_on(photos: Sequence[Photo], base: Base, config: TrainConfig, faces: FaceNetwork | None) -> SetReport:
-    """The report on the photos for a training on the base model; None for `faces` as in `check_photos`."""
-    network = faces.name if faces else "sface"
-    return check_photos(photos, faces, Thresholds.for_resolution(config.resolution or base.resolution, network))
-
-
-def good_photos(report: SetReport, on_warning: Callable[[str], None]) -> list[Photo]:
-    """The photos that the report does not reject; `on_warning` hears of the others. Raises BadPhoto when too few are left."""
-    rejected = [item for item in report.photos if item.verdict == REJECT]
-    for item in rejected:
-        on_warning(f"{item.photo.name} is left out: {' '.join(f.sentence for f in item.findings)}")
-    if not report.enough:
-        raise BadPhoto(
-            f"{report.headline} (check_photos = false, --no-check-photos, or 'all photos' in ComfyUI, trains on all that "
-            "there are)"
-        )
-    if rejected:
-        on_warning(f"photos: {report.headline}")
-    return [item.photo for item in report.usable]
-
-
-def for_good_photos(config: TrainConfig, report: SetReport, on_warning: Callable[[str], None]) -> TrainConfig:
-    """The settings for a training on what `good_photos` leaves: they check nothing again.
-
-    Where rejecting photos has left too few for what a recipe does by itself, none is held out either, and `on_warning` hears
-    of it.
+    With `held_out` photos, none of the others is. Faces are looked for by `faces` (default: YuNet and SFace), where a setting
+    needs it; `to_rank` pictures by them too. Raises BadPhoto when there is none, or when too few can be used or held out.
     """
-    config, left = replace(config, check_photos=False), len(report.usable)
-    if left >= ENOUGH or not _is_held_out_by_itself(config, len(report.photos)):
+    if not photos:
+        raise BadPhoto("no photos were given")
+    if faces is None and (held_out or config.hold_out or config.face_crops or config.face_masks):
+        faces = load_faces()
+    elif faces is None and (config.check_photos or to_rank):
+        faces = faces_if_installed(on_warning)
+    by_itself = (
+        config.hold_out == MEASURED["hold_out"] and len(photos) >= ENOUGH
+    )  # as a recipe does from this number on
+    return make_ready(
+        photos,
+        faces,
+        Thresholds.for_resolution(config.resolution or base.resolution, faces.name if faces else "sface"),
+        check=config.check_photos,
+        hold_out=0 if held_out else config.hold_out,
+        at_least=ENOUGH if by_itself else 0,
+        on_warning=on_warning,
+    )
+
+
+def settled(config: TrainConfig, ready: Ready) -> TrainConfig:
+    """The settings for these photos: without what is done by likeness where none could be held out."""
+    if not config.hold_out or ready.held_out:
         return config
-    on_warning(f"only {counted(left, 'photo is', 'photos are')} usable: none is held out, and likeness is not measured")
     return replace(config, hold_out=0, stop_early=False, merge_best=0)
 
 
-def _is_held_out_by_itself(config: TrainConfig, photos: int) -> bool:
-    """Whether as many photos are held out as a recipe does from this number on: where that cannot be, it does without.
-
-    Another number was asked for, and so was one from fewer photos.
-    """
-    return config.hold_out == MEASURED["hold_out"] and photos >= ENOUGH
+def _watch(
+    ready: Ready,
+    held_out: Sequence[Photo],
+    faces: FaceNetwork | None,
+    judge: FaceNetwork | None,
+    config: TrainConfig,
+) -> LikenessWatch | None:
+    """What measures likeness to the photos that are held out; None where none are."""
+    out = held_out or [item.photo for item in ready.held_out]
+    if not out:
+        return None
+    network = ready.network or faces or load_faces()
+    training = [item.photo for item in ready.training]
+    second = LikenessWatch(judge, faces_of(judge, training), faces_of(judge, out), config) if judge else None
+    seen = faces_of(network, out) if held_out else ready.vectors(ready.held_out)
+    return LikenessWatch(network, ready.vectors(ready.training), seen, config, second)
 
 
 def dataset_of(
@@ -368,7 +333,8 @@ def dataset_of(
 
 
 def _prepared(
-    pictures: _Pictures,
+    ready: Ready,
+    watch: LikenessWatch | None,
     class_photos: Sequence[Photo],
     base: Base,
     config: TrainConfig,
@@ -376,11 +342,16 @@ def _prepared(
     callbacks: Callbacks,
 ) -> tuple[LatentCache, Samples | None]:
     """The encoded photos and captions, and the samples to draw during the training; None when no samples are wanted."""
-    dataset = dataset_of(pictures.photos, base, config, class_photos, pictures.regions)
+    photos, regions, report = [item.photo for item in ready.training], None, ready.report
+    if config.face_crops:
+        regions = face_regions(report, config.resolution or base.resolution, config.trigger_word, config.class_word)
+    if config.face_masks:
+        photos = with_masks(photos, report, background=0.0)  # the loss replaces 0 by background_weight
+    dataset = dataset_of(photos, base, config, class_photos, regions)
     for warning in dataset.warnings:
         callbacks.on_warning(warning)
     shots = sample_shots(config) if config.sample_every else []
-    prompts = [prompt for prompt, _ in [*shots, *(pictures.watch.shots if pictures.watch else [])]]
+    prompts = [prompt for prompt, _ in [*shots, *(watch.shots if watch else [])]]
     cache = encode(
         dataset, base, config, device=device, extra_prompts=prompts, on_progress=callbacks.progress("encoding"),
     )  # fmt: skip
@@ -394,7 +365,7 @@ def _prepared(
     dtype = device_and_dtype(config, device, base.family.overflows_in_fp16)[1]
     settings = (config.sample_steps, config.sample_guidance, config.clip_skip, config.method, trains_text(config))
     drawn_as = f"{size} {settings} {device.type} {dtype} {base.few_steps}"
-    return cache, Samples(sampler, shots, pictures.watch, drawn_as)
+    return cache, Samples(sampler, shots, watch, drawn_as)
 
 
 def _writing_beside(callbacks: Callbacks, output: Path, config: TrainConfig) -> Callbacks:

@@ -22,13 +22,12 @@ from ..errors import BadPhoto, counted
 from ..faces import Face, FaceNetwork, check_judge, embed_images, embed_one_by_one, likeness, mean_face
 from ..photos import Photo, Thresholds
 from ..photos.captions import class_caption, default_caption
-from ..photos.measure import hash_distance, perceptual_hash, pose
+from ..photos.measure import pose
 
 NEUTRAL_PROMPTS = ("a photo of a street", "a photo of a dog", "a landscape with trees")
 """Prompts whose pictures a LoRA of a person should not change."""
 LIKENESS_KEY = "facelora.likeness"
 """The key in a LoRA's metadata of the measured curve, JSON with the index of the point that was kept."""
-MIN_TRAINING_PHOTOS = 3
 MAX_CANDIDATES = 4
 """The number of checkpoints, those most alike, that stay in memory until one is chosen."""
 TOLERANCE = 0.015
@@ -38,8 +37,8 @@ For comparison, SFace's cosine moves by 0.01 when a photo is recompressed.
 """
 SURE_FACE = 56
 """The size of a face, in pixels, below which its likeness says little: half of SFace's input. ORL's faces have 72 and more."""
-FACE_SIDE, HASH_SIDE = 640, 64
-"""The shorter side, in pixels, of a photo for finding its face and for its perceptual hash; smaller JPEGs decode faster."""
+FACE_SIDE = 640
+"""The shorter side, in pixels, of a photo for finding its face; smaller JPEGs decode faster."""
 PATIENCE = 3
 """The number of measurements without an improvement after which likeness counts as flat."""
 LEAK_LIMIT = 0.5
@@ -115,22 +114,22 @@ class LikenessWatch:
     def __init__(
         self,
         network: FaceNetwork,
-        training: Sequence[Photo],
-        held_out: Sequence[Photo],
+        training: np.ndarray,
+        held_out: np.ndarray,
         config: TrainConfig,
-        judge: FaceNetwork | None = None,
+        judge: LikenessWatch | None = None,
     ):
-        """`judge` measures the same pictures for `LikenessPoint.judged`, by which nothing is selected.
+        """`training` and `held_out` are the network's identity vectors of the photos, (N, D) with rows of NaN where no face
+        was found (`faces_of`). `judge` measures the same pictures for `LikenessPoint.judged`, by which nothing is selected.
 
         Raises BadPhoto when none of the photos that are trained on, or none of those held out, shows a face, BadConfig when
-        the judge is the same network.
+        the judge has the same network.
         """
         if judge:
-            check_judge(judge, network)
+            check_judge(judge.network, network)
         self.network = network
-        self.judge: LikenessWatch | None = LikenessWatch(judge, training, held_out, config) if judge else None
-        self._training = _seen(_faces_of(network, training))
-        self._held_out = _seen(_faces_of(network, held_out))
+        self.judge = judge
+        self._training, self._held_out = _seen(training), _seen(held_out)
         person = mean_face(self._held_out)
         if person is None:
             which = counted(len(held_out), "photo")
@@ -318,42 +317,7 @@ class Selection:
                 self._values.setdefault(int(index), {})[name] = value
 
 
-def hold_out(photos: Sequence[Photo], count: int, network: FaceNetwork) -> tuple[list[Photo], list[Photo]]:
-    """The photos to train on and the `count` photos held out, both in their order.
-
-    The photos nearest to the person's mean face are held out. One that nearly repeats another never is, since its twin
-    would be trained on. Raises BadPhoto when too few are left.
-    """
-    embedded = _faces_of(network, photos)
-    centre = mean_face(embedded)
-    typical = (
-        np.full(len(photos), -1.0) if centre is None else np.nan_to_num(likeness(embedded, centre[None])[:, 0], nan=-1)
-    )
-    hashes = [perceptual_hash(photo.image(shorter_side=HASH_SIDE)) for photo in photos]
-    limits = Thresholds.for_resolution(1024, network.name)
-
-    def repeats_another(index: int) -> bool:
-        return any(
-            i != index
-            and hash_distance(hashes[index], other) <= limits.similar_picture
-            and embedded[index] @ embedded[i] >= limits.same_picture_likeness
-            for i, other in enumerate(hashes)
-        )
-
-    fit = [index for index in np.argsort(-typical) if typical[index] > -1 and not repeats_another(index)]
-    if len(fit) < count or len(photos) - count < MIN_TRAINING_PHOTOS:
-        raise BadPhoto(
-            f"hold_out = {count}: of {len(photos)} photos {len(fit)} show a face and repeat no other, and at least "
-            f"{MIN_TRAINING_PHOTOS} must be left to train on; hold out fewer (0: none), or add photos"
-        )
-    chosen = set(fit[:count])
-    return (
-        [photo for index, photo in enumerate(photos) if index not in chosen],
-        [photo for index, photo in enumerate(photos) if index in chosen],
-    )
-
-
-def _faces_of(network: FaceNetwork, photos: Sequence[Photo]) -> np.ndarray:
+def faces_of(network: FaceNetwork, photos: Sequence[Photo]) -> np.ndarray:
     """The identity vector of each photo's largest face, float32 (N, D); a row of NaN for a photo without a face."""
     return embed_one_by_one(network, (photo.image(shorter_side=FACE_SIDE) for photo in photos))
 

@@ -23,11 +23,10 @@ from PIL import Image
 from ..config import TrainConfig
 from ..device import PRECISIONS
 from ..errors import BadConfig, BadFile, FaceLoraError, InUse
-from ..faces import faces_if_installed
 from ..lora.file import KEY, LoraFile
 from ..lora.hashes import model_hash
 from ..models.base import Base
-from ..photos import Photo
+from ..photos import Photo, Ready
 from ..photos.reading import DAMAGED
 from ..pictures.sheet import contact_sheet
 from ..storage.cache_folder import cache_folder, content_key, made_folder
@@ -46,7 +45,7 @@ from ..storage.locks import locked
 from ..storage.safetensors_file import SafetensorsFile, copy_with_metadata
 from .callbacks import NO_CALLBACKS, Callbacks, StepReport
 from .identity import settings_of_the_file
-from .job import checkpoint_path, delete_leftovers, for_good_photos, foreign_checkpoint, good_photos, report_on, train
+from .job import checkpoint_path, delete_leftovers, foreign_checkpoint, look, settled, train
 from .likeness import LIKENESS_KEY
 from .methods import METHODS
 from .methods.method import Trained
@@ -75,7 +74,7 @@ class TrainingJob:
     name: str
     """The name of its file below the folder of LoRAs, without the ending, with `/` between folders."""
     config: TrainConfig
-    photos: Sequence[Photo]
+    photos: Sequence[Photo] | Ready
     class_photos: Sequence[Photo] = ()
     """The class images for prior preservation; when empty, as many as `config.class_images` says are drawn."""
     continue_from: LoraFile | None = None
@@ -87,26 +86,30 @@ class TrainingJob:
                 f"method = {self.config.method!r} makes no LoRA (but: {made}); train it on the command line (facelora train)"
             )
 
+    @property
+    def used(self) -> Sequence[Photo]:
+        """The photos of the job; once they are looked at, without those that are rejected."""
+        return self.photos.photos if isinstance(self.photos, Ready) else self.photos
+
     def key(self, base: Base) -> str:
         """A hash that is equal when the same tensors would be trained, whatever the names of the files involved."""
         settings = settings_of_the_file(self.config)
-        photos = [[photo.fingerprint for photo in group] for group in (self.photos, self.class_photos)]
+        photos = [[photo.fingerprint for photo in group] for group in (self.used, self.class_photos)]
         start = model_hash(self.continue_from.tensors) if self.continue_from else None
         adapter = [self.training_adapter.digest] if self.training_adapter else []
         written = json.dumps(settings, sort_keys=True)
         return content_key("lora", TRAINING_VERSION, written, photos, start, base.identity, *adapter)
 
-    def with_good_photos(self, base: Base, on_warning: Callable[[str], None] = lambda text: None) -> "TrainingJob":
-        """The job without the photos that the report rejects, where its settings have them checked; else the job itself.
+    def looked_at(self, base: Base, on_warning: Callable[[str], None] = lambda text: None) -> "TrainingJob":
+        """The job with its photos looked at once, as `look` does; the job itself where they have been.
 
-        What is trained depends on the good photos alone, and so does the key: that of a good set is as without the check.
-        `on_warning` hears of each photo that is left out. Raises BadPhoto when too few are left.
+        What is trained depends on the photos that are used alone, and so does the key: that of a good set is as without
+        a check.
         """
-        if not self.config.check_photos:
+        if isinstance(self.photos, Ready):
             return self
-        report = report_on(self.photos, base, self.config, faces_if_installed(on_warning))
-        photos = good_photos(report, on_warning)
-        return replace(self, photos=photos, config=for_good_photos(self.config, report, on_warning))
+        ready = look(self.photos, base, self.config, on_warning=on_warning)
+        return replace(self, photos=ready, config=settled(self.config, ready))
 
 
 @dataclass
@@ -264,7 +267,7 @@ def find_or_train(
     which likeness was measured, and at most two others a second. Samples are kept in the run's folder in any case. Errors
     are subclasses of FaceLoraError; InUse says that another run is training the same job.
     """
-    job = job.with_good_photos(base, callbacks.on_warning)
+    job = job.looked_at(base, callbacks.on_warning)
     key = job.key(base)
     folder = made_folder("runs", key)
     with locked(folder / _OUTPUT):

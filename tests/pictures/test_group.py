@@ -302,7 +302,7 @@ def reference():
 def test_the_likeness_of_a_group_is_that_of_whoever_is_least_alike(reference: GroupReference) -> None:
     right, swapped, alone = side_by_side_picture(1, 2), side_by_side_picture(2, 1), person_photos(1)[5]
     scores = reference.likeness([right, swapped, alone])
-    each = [Reference(person_photos(person)[:2]).likeness([person_photos(person)[5]])[0] for person in (1, 2)]
+    each = [Reference.on(person_photos(person)[:2]).likeness([person_photos(person)[5]])[0] for person in (1, 2)]
     assert scores[0] == pytest.approx(min(score or 0 for score in each), abs=0.1)
     assert scores[0] is not None and scores[0] > 0.5
     assert scores[1] is not None and scores[1] < 0.4 and scores[2] is None

@@ -383,7 +383,7 @@ def test_pictures_are_ranked_by_likeness_and_the_best_are_kept(base, tmp_path: P
     assert shots[-1].likeness is None
     scores = [shot.likeness for shot in shots if shot.likeness is not None]
     assert scores == sorted(scores, reverse=True)
-    expected = Reference(photos).likeness([Image.open(shot.path) for shot in shots])
+    expected = Reference.on(photos).likeness([Image.open(shot.path) for shot in shots])
     assert [shot.likeness for shot in shots] == expected
     kept = [shot for shot in shots if shot.kept]
     assert kept == shots[:2]
@@ -536,7 +536,7 @@ def small_face(base, job: Job, folder: Path, photo: Image.Image) -> Path:
 
 def test_a_new_face_that_is_more_like_the_person_is_taken_once(base, tmp_path: Path) -> None:
     drawn = Job("a photo of person", 3, size=(64, 80), steps=3, guidance=2.5)
-    while not Reference([person_photos(1)[0]]).network.detect(person := next(generate(base, [], [drawn])).image):
+    while not Reference.on([person_photos(1)[0]]).network.detect(person := next(generate(base, [], [drawn])).image):
         drawn = Job(drawn.prompt, drawn.seed + 1, size=drawn.size, steps=3, guidance=2.5)
     # To draw the whole of the face anew from the same seed makes the person that the base draws there: the reference.
     job = Job(drawn.prompt, drawn.seed, size=(160, 200), steps=3, guidance=2.5)

@@ -17,6 +17,7 @@ from core.cli import main
 from core.config import TrainConfig
 from core.demo import BASE_FILE
 from core.errors import BadPhoto
+from core.faces import YuNet
 from core.lora.file import LoraFile
 from core.models import load_base
 from core.photos import read_photos
@@ -67,8 +68,8 @@ def do(folder: Path, place: str, end: Callable[[], None]) -> Outcome:
             check_cancelled=within_step,
         )
         base, pack = load_base(BASE_FILE), find_style_packs([folder / "packs"]).pick("quick")
-        report = check(read_photos(folder / "photos"), base, CONFIG, callbacks)
-        return make(report, base, Order("anna", CONFIG, pack, count=3), folder / "out", callbacks=callbacks)
+        ready = check(read_photos(folder / "photos"), base, CONFIG, callbacks)
+        return make(ready, base, Order("anna", CONFIG, pack, count=3), folder / "out", callbacks=callbacks)
 
 
 def kill() -> None:
@@ -218,3 +219,18 @@ def test_on_a_terminal_three_questions_are_asked_and_an_estimate_is_given(desk, 
     lora = LoraFile.read(folder / "out" / "photos.safetensors")
     assert lora.metadata["modelspec.trigger_phrase"] == "sks woman"
     assert len(list((folder / "out").glob("0*.png"))) == 1
+
+
+def test_faces_are_looked_for_once_in_each_photo_of_a_whole_job(desk, monkeypatch):
+    """Checked, held out, measured while training and compared with pictures: all from one look at each photo."""
+    folder = desk("anna")
+    write_photos(folder / "photos", count=8)
+    looked: list[tuple[int, int]] = []
+    detect = YuNet.detect
+    monkeypatch.setattr(YuNet, "detect", lambda self, image: looked.append(image.size) or detect(self, image))
+    config = replace(CONFIG, hold_out=2, sample_every=4, sample_steps=1, sample_guidance=1.0, likeness_pictures=1)
+    base, pack = load_base(BASE_FILE), find_style_packs([folder / "packs"]).pick("quick")
+    photos = read_photos(folder / "photos")
+    made = make(check(photos, base, config), base, Order("anna", config, pack, count=1), folder / "out")
+    assert made.trained.likenesses() and made.report.network
+    assert looked.count((92, 112)) == 8  # pictures are smaller

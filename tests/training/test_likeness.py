@@ -16,10 +16,10 @@ from core.config import TrainConfig
 from core.demo import BASE_FILE
 from core.demo.people import person_photos
 from core.errors import BadConfig, BadPhoto
-from core.faces import Face, embed_images, likeness, load_faces, mean_face
+from core.faces import Face, FaceNetwork, embed_images, likeness, load_faces, mean_face
 from core.lora.file import LoraFile
 from core.models import Base, load_base
-from core.photos import Photo
+from core.photos import Photo, Thresholds, make_ready
 from core.storage.cache_folder import cache_in, clear_cache, made_folder
 from core.training.callbacks import Callbacks
 from core.training.job import train
@@ -29,7 +29,7 @@ from core.training.likeness import (
     LikenessPoint,
     LikenessWatch,
     Selection,
-    hold_out,
+    faces_of,
     pictures_at_a_look,
 )
 from core.training.samples import sample_size, training_sampler
@@ -64,8 +64,17 @@ def photos_of(person: int) -> list[Photo]:
 
 @pytest.fixture(scope="module")
 def watch(network) -> LikenessWatch:
-    photos = photos_of(36)
-    return LikenessWatch(network, photos[:6], photos[6:8], replace(CONFIG, likeness_pictures=2))
+    return watch_on(network, photos_of(36)[:6], photos_of(36)[6:8], replace(CONFIG, likeness_pictures=2))
+
+
+def watch_on(
+    network: FaceNetwork,
+    training: list[Photo],
+    held_out: list[Photo],
+    config: TrainConfig = CONFIG,
+    judge: LikenessWatch | None = None,
+) -> LikenessWatch:
+    return LikenessWatch(network, faces_of(network, training), faces_of(network, held_out), config, judge)
 
 
 def pictures(of_person: list[Image.Image], of_class: Image.Image, grey: int = 90) -> list[Image.Image]:
@@ -96,8 +105,8 @@ def test_pictures_are_measured_against_photos_that_were_held_out(watch, network)
 def test_a_judge_measures_the_same_pictures_and_changes_no_number(watch, tmp_path):
     save_mean_colour(tmp_path / "mean.onnx")
     photos, judge = photos_of(36), load_faces(tmp_path / "mean.onnx")
-    judged = LikenessWatch(watch.network, photos[:6], photos[6:8], CONFIG, judge)
-    alone = LikenessWatch(judge, photos[:6], photos[6:8], CONFIG)
+    alone = watch_on(judge, photos[:6], photos[6:8])
+    judged = watch_on(watch.network, photos[:6], photos[6:8], judge=watch_on(judge, photos[:6], photos[6:8]))
     other = person_photos(1)
     drawn, of_base = pictures(person_photos(36)[8:], other[0]), base_pictures(other[2])
     for each in (watch, judged, alone):
@@ -119,7 +128,7 @@ def test_copies_of_training_photos_leaks_and_drift_show(watch):
 
 
 def test_a_single_training_photo_copies_none_of_the_others(watch):
-    assert LikenessWatch(watch.network, photos_of(36)[:1], photos_of(36)[8:], CONFIG).own_copying == 0
+    assert watch_on(watch.network, photos_of(36)[:1], photos_of(36)[8:]).own_copying == 0
     assert watch.own_copying > -0.5
 
 
@@ -130,9 +139,9 @@ def test_a_picture_without_a_face_counts_nothing(watch):
     assert measured.scores[0] == 0 and measured.scores[1] > 0.5
     grey = [Photo.from_image(nothing, "grey.png")]
     with pytest.raises(BadPhoto, match="no face was found in the 1 photo held out"):
-        LikenessWatch(watch.network, photos_of(36), grey, CONFIG)
+        watch_on(watch.network, photos_of(36), grey)
     with pytest.raises(BadPhoto, match="no face was found in the 1 photo trained on"):
-        LikenessWatch(watch.network, grey, photos_of(36), CONFIG)
+        watch_on(watch.network, grey, photos_of(36))
 
 
 def test_the_cheapest_of_those_shown_to_be_as_alike_as_the_best_is_kept(watch):
@@ -207,15 +216,22 @@ def test_the_most_alike_checkpoints_are_remembered_and_a_selection_survives_pack
     assert single.average(3) is None
 
 
+def held_out(photos: list[Photo], count: int, network: FaceNetwork) -> tuple[list[Photo], list[Photo]]:
+    """The photos that are left to train on, and those that are held out."""
+    limits = Thresholds.for_resolution(1024, network.name)
+    ready = make_ready(photos, network, limits, check=False, hold_out=count)
+    return [item.photo for item in ready.training], [item.photo for item in ready.held_out]
+
+
 def test_typical_photos_are_held_out_but_never_one_of_a_pair(network):
     photos = photos_of(37)
-    kept, out = hold_out(photos, 2, network)
+    kept, out = held_out(photos, 2, network)
     assert len(kept) == 8 and len(out) == 2 and not {p.name for p in kept} & {p.name for p in out}
     twins = [Photo.from_image(photo.image().resize((184, 224)), f"copy-{photo.name}") for photo in out]
-    _, others = hold_out([*photos, *twins], 2, network)
+    _, others = held_out([*photos, *twins], 2, network)
     assert not {p.name for p in others} & {p.name for p in (*out, *twins)}
     with pytest.raises(BadPhoto, match="hold_out = 8"):
-        hold_out(photos, 8, network)
+        held_out(photos, 8, network)
 
 
 class PackedFaces:
@@ -238,7 +254,7 @@ class PackedFaces:
 
 def test_what_repeats_a_photo_is_judged_by_the_networks_own_limit():
     photos = [Photo.from_image(person_photos(37)[0], str(number)) for number in range(5)]
-    kept, out = hold_out(photos, 2, PackedFaces())
+    kept, out = held_out(photos, 2, PackedFaces())
     assert len(kept) == 3 and len(out) == 2
 
 
@@ -467,7 +483,7 @@ def test_a_judge_that_would_judge_nothing_or_itself_is_refused(tmp_path, watch, 
     assert main(["score", photos, "--reference", photos, "--judge", "sface"]) == 1
     assert "judge sface: is the network that it is to judge beside" in capsys.readouterr().err
     with pytest.raises(BadConfig, match="judge sface"):
-        LikenessWatch(watch.network, photos_of(36)[:6], photos_of(36)[6:8], CONFIG, watch.network)
+        watch_on(watch.network, photos_of(36)[:6], photos_of(36)[6:8], judge=watch)
 
 
 @pytest.mark.parametrize(

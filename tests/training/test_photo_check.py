@@ -16,9 +16,9 @@ from core.errors import BadPhoto
 from core.faces import load_faces
 from core.lora.file import LoraFile
 from core.models import load_base
-from core.photos import Photo, Thresholds, check_photos, read_photos
-from core.training import Callbacks, TrainingJob, find_or_train, job, train
-from core.training.job import for_good_photos
+from core.photos import Photo, Thresholds, make_ready, read_photos
+from core.training import Callbacks, TrainingJob, find_or_train, train
+from core.training.job import look, settled
 from tests.tooling import write_photos
 
 CONFIG = TrainConfig(steps=1, rank=2)
@@ -80,16 +80,22 @@ def test_fewer_than_five_usable_photos_stop_before_the_training_with_what_to_add
 @pytest.mark.parametrize(
     ("count", "asked", "kept"), [(7, 2, 2), (8, 1, 1), (8, 3, 3), (8, 2, 0), (9, 2, 2)], ids=lambda value: str(value)
 )
-def test_photos_that_were_asked_to_be_held_out_are_and_a_recipes_where_enough_are_left(count, asked, kept):
+def test_photos_that_were_asked_to_be_held_out_are_and_a_recipes_where_enough_are_left(count, asked, kept, monkeypatch):
     """Of each set one photo is rejected. From 8 photos on recipes hold 2 out by themselves."""
     pictures = [
         Photo.from_image(Image.new("RGB", (99, 99), (200, 9 * number, 0)), f"{number}.png") for number in range(count)
     ]
     pictures[-1] = replace(pictures[0], name="copy.png")
-    report, warnings = check_photos(pictures, None, Thresholds(face_pixels_reject=9)), []
-    assert len(report.usable) == count - 1
-    config = for_good_photos(replace(CONFIG, hold_out=asked, sample_every=1, stop_early=True), report, warnings.append)
-    assert config.hold_out == kept and config.stop_early == bool(kept) and bool(warnings) == (not kept)
+    monkeypatch.setattr("core.photos.ready._typical", lambda used, count, limits: tuple(used[:count]))
+    warnings: list[str] = []
+    at_least = 8 if asked == 2 and count >= 8 else 0  # as `look` does
+    ready = make_ready(
+        pictures, None, Thresholds(face_pixels_reject=9), check=True, hold_out=asked, at_least=at_least,
+        on_warning=warnings.append,
+    )  # fmt: skip
+    assert len(ready.used) == count - 1 and len(ready.held_out) == kept
+    config = settled(replace(CONFIG, hold_out=asked, sample_every=1, stop_early=True), ready)
+    assert config.stop_early == bool(kept) and any("none is held out" in text for text in warnings) == (not kept)
 
 
 def test_where_a_recipe_finds_no_photo_fit_to_be_held_out_it_does_without(photos):
@@ -97,11 +103,11 @@ def test_where_a_recipe_finds_no_photo_fit_to_be_held_out_it_does_without(photos
     twins = [replace(read_photos(photos)[0], name=f"{number}.png") for number in range(8)]
     network, base, warnings = load_faces(), load_base(BASE_FILE), []
     config = replace(CONFIG, check_photos=False, hold_out=2, sample_every=1)
-    found = job._look_at_photos(twins, (), network, None, base, config, warnings.append)
-    assert len(found.photos) == 8 and found.watch is None
+    found = look(twins, base, config, faces=network, on_warning=warnings.append)
+    assert len(found.training) == 8 and not settled(config, found).hold_out
     assert "hold_out = 2: of 8 photos 0 show a face" in warnings[0] and "likeness is not measured" in warnings[0]
     with pytest.raises(BadPhoto, match="hold_out = 3: of 8 photos 0 show a face"):
-        job._look_at_photos(twins, (), network, None, base, replace(config, hold_out=3), warnings.append)
+        look(twins, base, replace(config, hold_out=3), faces=network, on_warning=warnings.append)
 
 
 def test_without_the_face_networks_what_needs_none_is_checked(photos, monkeypatch, capsys):

@@ -374,26 +374,26 @@ CHANGES: dict[str, Callable[[TrainingJob], TrainingJob]] = {
     "precision of the file": lambda job: replace(job, config=replace(job.config, save_precision="fp32")),
     "thumbnail": lambda job: replace(job, config=replace(job.config, sample_every=1, thumbnail=True)),
     "more resolutions": lambda job: replace(job, config=replace(job.config, more_resolutions=(48,))),
-    "fewer photos": lambda job: replace(job, photos=job.photos[1:]),
+    "fewer photos": lambda job: replace(job, photos=job.used[1:]),
     "another photo": lambda job: replace(
-        job, photos=[Photo.from_image(Image.new("RGB", (64, 64)), "x.png"), *job.photos[1:]]
+        job, photos=[Photo.from_image(Image.new("RGB", (64, 64)), "x.png"), *job.used[1:]]
     ),
-    "order": lambda job: replace(job, photos=job.photos[::-1]),
-    "caption": lambda job: replace(job, photos=[replace(job.photos[0], caption="sks"), *job.photos[1:]]),
-    "repeats": lambda job: replace(job, photos=[replace(job.photos[0], repeats=2), *job.photos[1:]]),
+    "order": lambda job: replace(job, photos=job.used[::-1]),
+    "caption": lambda job: replace(job, photos=[replace(job.used[0], caption="sks"), *job.used[1:]]),
+    "repeats": lambda job: replace(job, photos=[replace(job.used[0], repeats=2), *job.used[1:]]),
     "a mask": lambda job: masked(job, 128),
     "another mask": lambda job: masked(job, 129),
-    "class photos": lambda job: replace(job, class_photos=job.photos[:2]),
-    "other class photos": lambda job: replace(job, class_photos=job.photos[2:]),
-    "class photos as photos": lambda job: replace(job, photos=job.photos[:2], class_photos=job.photos[2:]),
+    "class photos": lambda job: replace(job, class_photos=job.used[:2]),
+    "other class photos": lambda job: replace(job, class_photos=job.used[2:]),
+    "class photos as photos": lambda job: replace(job, photos=job.used[:2], class_photos=job.used[2:]),
     "a LoRA to go on from": lambda job: replace(job, continue_from=a_lora(1.0)),
     "another LoRA to go on from": lambda job: replace(job, continue_from=a_lora(2.0)),
 }
 
 
 def masked(job: TrainingJob, value: int) -> TrainingJob:
-    mask = Image.new("L", job.photos[0].size, value)
-    return replace(job, photos=[job.photos[0].with_mask(mask), *job.photos[1:]])
+    mask = Image.new("L", job.used[0].size, value)
+    return replace(job, photos=[job.used[0].with_mask(mask), *job.used[1:]])
 
 
 def test_all_that_changes_the_file_changes_the_key(job, base):
@@ -406,7 +406,7 @@ def test_a_setting_that_earlier_versions_did_not_have_leaves_their_keys_as_they_
 
 
 def renamed_photos(job: TrainingJob) -> TrainingJob:
-    return replace(job, photos=[replace(photo, name=f"{index}.jpg") for index, photo in enumerate(job.photos)])
+    return replace(job, photos=[replace(photo, name=f"{index}.jpg") for index, photo in enumerate(job.used)])
 
 
 SAME: dict[str, Callable[[TrainingJob], TrainingJob]] = {
@@ -465,7 +465,7 @@ def test_masks_class_photos_and_a_lora_to_go_on_from_are_trained_with(job, base,
     plain = trained(job, base, loras).path
     others = read_photos(write_photos(tmp_path / "others", count=2, person=36))
     jobs = [
-        replace(job, photos=[photo.with_mask(half_white(photo.size)) for photo in job.photos]),
+        replace(job, photos=[photo.with_mask(half_white(photo.size)) for photo in job.used]),
         replace(job, class_photos=others),
         replace(job, continue_from=LoraFile.read(plain)),
     ]
