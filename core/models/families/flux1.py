@@ -139,9 +139,9 @@ FLUX1 = FamilySpec(
     guidance=3.5,  # diffusers' default, as are the steps
     steps=28,
     recipes={
-        # Trainers usually make 500 to 1,000 steps of one photo at 2e-4 to 4e-4 and 512 to 768 px, for Chroma too.
+        # Replicate's trainer: 1,000 steps of one photo at 4e-4, 512 to 1024 px; ai-toolkit: 2,000 at 1e-4. For Chroma too.
         "fast": Recipe(500, 4e-4, 16, settings={"resolution": 512}),
-        "balanced": Recipe(800, 2e-4, 16, settings={"resolution": 768}),
+        "balanced": Recipe(1000, 2e-4, 16, settings={"resolution": 768}),
         "best": Recipe(1600, 2e-4, 32),
     },
     pipeline_class="FluxPipeline",

@@ -204,7 +204,7 @@ FLUX2 = FamilySpec(
     recipes={
         # Based on the settings in ai-toolkit and diffusers.
         "fast": Recipe(600, 1e-4, 16, settings={"resolution": 512}),
-        "balanced": Recipe(1200, 1e-4, 32, settings={"resolution": 768}),
+        "balanced": Recipe(1000, 1e-4, 32, settings={"resolution": 768}),
         "best": Recipe(2400, 5e-5, 64),
     },
     pipeline_class="Flux2KleinPipeline",

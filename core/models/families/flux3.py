@@ -133,7 +133,7 @@ FLUX3 = FamilySpec(
     recipes={
         # Starting points: the rate of fal's trainer, which takes 1000 steps; else those of FLUX.2.
         "fast": Recipe(600, 1e-4, 16, settings={"resolution": 512}),
-        "balanced": Recipe(1200, 1e-4, 16, settings={"resolution": 768}),
+        "balanced": Recipe(1000, 1e-4, 16, settings={"resolution": 768}),
         "best": Recipe(2400, 1e-4, 32),
     },
     pipeline_class="Flux3ModularPipeline",

@@ -111,7 +111,7 @@ LONGCAT_IMAGE = FamilySpec(
     recipes={
         # Starting points: the rate of the authors' LoRA example, which has a rank of 32; else those of Qwen-Image here.
         "fast": Recipe(600, 1e-4, 16, settings={"resolution": 512}),
-        "balanced": Recipe(1200, 1e-4, 16, settings={"resolution": 768}),
+        "balanced": Recipe(1000, 1e-4, 16, settings={"resolution": 768}),
         "best": Recipe(2400, 1e-4, 32),
     },
     pipeline_class="LongCatImagePipeline",

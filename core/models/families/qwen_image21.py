@@ -261,7 +261,7 @@ QWEN_IMAGE_21 = FamilySpec(
     recipes={
         # Starting points: those of Qwen-Image here, since no comparison for this model is known.
         "fast": Recipe(600, 1e-4, 16, settings={"resolution": 512}),
-        "balanced": Recipe(1200, 1e-4, 16, settings={"resolution": 768}),
+        "balanced": Recipe(1000, 1e-4, 16, settings={"resolution": 768}),
         "best": Recipe(2400, 1e-4, 32),
     },
     pipeline_class="QwenImage21Pipeline",

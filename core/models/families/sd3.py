@@ -113,7 +113,7 @@ SD3 = FamilySpec(
     recipes={
         # Ranks as usual for SD3.5 in sd-scripts, 32 to 64.
         "fast": Recipe(600, 1e-4, 16, settings={"resolution": 768}),
-        "balanced": Recipe(1200, 1e-4, 32),
+        "balanced": Recipe(1000, 1e-4, 32, settings={"resolution": 768}),
         "best": Recipe(2000, 1e-4, 64),
     },
     pipeline_class="StableDiffusion3Pipeline",
