@@ -260,11 +260,12 @@ class LoraNames:
         if "alpha" in entry.keys:
             return None
         config = self._peft_config
-        prefix, _, path = entry.name.partition(".")
+        # diffusers' denoisers save names, and this configuration, without a prefix (`save_lora_adapter`).
+        prefix, dot, path = ("", "", entry.name) if entry.scheme == "bare" else entry.name.partition(".")
 
         def number(name: str, patterns: str) -> float | None:
-            by_path = config.get(f"{prefix}.{patterns}")
-            found = config.get(f"{prefix}.{name}")
+            by_path = config.get(prefix + dot + patterns)
+            found = config.get(prefix + dot + name)
             if isinstance(by_path, dict):
                 matching = (value for pattern, value in by_path.items() if f".{path}".endswith(f".{pattern}"))
                 found = next(matching, found)
@@ -276,7 +277,7 @@ class LoraNames:
         if alpha is None or not rank:
             return None
         # rsLoRA (arXiv:2312.03732) divides by the square root of the rank.
-        return alpha / (math.sqrt(rank) if config.get(f"{prefix}.use_rslora") is True else rank)
+        return alpha / (math.sqrt(rank) if config.get(prefix + dot + "use_rslora") is True else rank)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,5 +1,7 @@
 """Names and forms of other trainers, each read, and converted without a difference."""
 
+import json
+
 import pytest
 import torch
 
@@ -164,3 +166,18 @@ def test_onetrainer_s_vectors_of_a_text_encoder_s_output_are_understood(names):
     assert (lora.family, lora.kind, lora.unknown_keys) == ("sdxl", "embedding", ())
     taken = embeddings_of(lora).get("sks", {})
     assert set(taken) == ({"text_encoder", "text_encoder_2"} if "clip_l" in names else set())
+
+
+@pytest.mark.parametrize(
+    ("more", "scale"), [({}, 4.0), ({"use_rslora": True}, 8.0), ({"alpha_pattern": {"to_q": 2}}, 0.5)]
+)
+def test_the_strength_in_what_a_denoiser_of_diffusers_saves_is_kept(more, scale):
+    """`save_lora_adapter` writes names and a configuration of peft that have no prefix."""
+    path = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q"
+    down, up = torch.randn(4, 320), torch.randn(320, 4)
+    tensors = {f"{path}.lora_A.weight": down, f"{path}.lora_B.weight": up}
+    metadata = {"lora_adapter_metadata": json.dumps({"r": 4, "lora_alpha": 16} | more)}
+    lora = LoraFile.from_tensors(tensors, metadata)
+    assert lora.modules()["denoiser", path].scale == scale
+    converted, _ = convert_lora(lora, "kohya")
+    torch.testing.assert_close(converted.modules()["denoiser", path].delta(), scale * up @ down)
