@@ -67,7 +67,12 @@ def _check_output(options: argparse.Namespace, *inputs: str | Path) -> None:
 def run_convert(options: argparse.Namespace) -> None:
     path = checkpoint(options.base)
     _check_output(options, options.file, *([path] if path else ()))
-    lora = LoraFile.read(options.file)
+    lora = LoraFile.read(options.file, options.family)
+    if others := lora.other_families:
+        print_warning(
+            f"{options.file}: is taken for {lora.family}, but its modules fit {' and '.join(others)} as well, and its metadata "
+            "name none of them; choose one with --family"
+        )
     weight = None
     if path is not None:
         base = BaseWeights.open(path)

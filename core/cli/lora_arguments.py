@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from ..tensor_names import SCHEMES
+from ..tensor_names import NAME_TABLES, SCHEMES
 from .common import unicode_text
 
 EDITABLE = ("title", "author", "description", "trigger_phrase", "license", "usage_hint")
@@ -51,6 +51,10 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     naming.add_argument(
         "--for", dest="readers", metavar="PROGRAM,...",
         help="or: the naming with which all of these programs load it (comfyui, diffusers, peft, sd-scripts, invokeai)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--family", choices=NAME_TABLES, metavar="NAME",
+        help="what it is for, where it fits several families, as text encoders do (sd15, sdxl, flux1, ...)",
     )  # fmt: skip
     parser.add_argument("--plain-rank", type=int, metavar="N", help="make LoHa, LoKr, ... a plain LoRA of that rank")
     parser.add_argument("--base", type=Path, metavar="CHECKPOINT", help="what a DoRA or OFT was trained on, to do that")

@@ -42,14 +42,22 @@ class LoraFile(LoraNames):
     """The name of the LoRA in messages: the file's path, if it is from a file."""
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> "LoraFile":
+    def read(cls, path: str | os.PathLike[str], family: str | None = None) -> "LoraFile":
         """The LoRA in a file, with its tensors still on disk.
 
-        Beside peft's `adapter_model.safetensors`, the `adapter_config.json` that holds its alpha is read too. Raises
-        BadFile when a file is damaged, UnknownFamily when it is no LoRA or for a family that is not known.
+        `family` decides where its modules are those of several, whatever its metadata say. Beside peft's
+        `adapter_model.safetensors`, the `adapter_config.json` that holds its alpha is read too. Raises BadFile when a file is
+        damaged, UnknownFamily when it is no LoRA, for a family that is not known, or for another one than `family`.
         """
         file = SafetensorsFile.open(path)
-        return cls.from_tensors(file, peft_metadata(file.path) | file.metadata, name=str(file.path))
+        metadata = peft_metadata(file.path) | file.metadata
+        if family is not None:
+            _check_family(family)
+            metadata["ss_base_model_version"] = NAME_TABLES[family].base_versions[0]
+        lora = cls.from_tensors(file, metadata, name=str(file.path))
+        if family not in (None, lora.family):
+            raise UnknownFamily(f"{lora.name}: is for {lora.family}, not for {family}")
+        return lora
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str = "LoRA") -> "LoraFile":
@@ -74,8 +82,7 @@ class LoraFile(LoraNames):
         `names` are those of the base's modules, where they are not the published models' (`Base.names`). Raises
         UnknownFamily for an unknown family, UnmatchedKeys for an unknown scheme.
         """
-        if family not in NAME_TABLES:
-            raise UnknownFamily(f"no family {family!r}; known: {', '.join(NAME_TABLES)}")
+        _check_family(family)
         return cls(family, dict(metadata), dict(name_modules(names or NAME_TABLES[family], modules, scheme)))
 
     @cached_property
@@ -268,6 +275,11 @@ class LoraFile(LoraNames):
     def with_metadata(self, metadata: Mapping[str, str]) -> "LoraFile":
         """A copy of the LoRA with other metadata."""
         return replace(self, metadata=dict(metadata))
+
+
+def _check_family(name: str) -> None:
+    if name not in NAME_TABLES:
+        raise UnknownFamily(f"no family {name!r}; known: {', '.join(NAME_TABLES)}")
 
 
 def types_of(tensors: Mapping[str, Tensor]) -> Types:

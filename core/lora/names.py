@@ -26,6 +26,7 @@ from ..tensor_names import (
     bundled_embedding,
     families_of,
     families_of_embedding,
+    family_named,
     identify,
     other_model,
     parse_key,
@@ -248,12 +249,13 @@ class LoraNames:
 
     @cached_property
     def _peft_config(self) -> dict[str, Any]:
-        """The configuration of peft in the metadata, empty when there is none or when it is damaged."""
-        try:
-            config = json.loads(self.metadata.get("lora_adapter_metadata", "null"))
-        except (ValueError, RecursionError):
-            return {}
-        return config if isinstance(config, dict) else {}
+        return _peft_config(self.metadata)
+
+    @property
+    def other_families(self) -> tuple[str, ...]:
+        """The other families that the modules fit as well, where the metadata do not decide between them."""
+        fitting = self.identity.families
+        return () if family_in_metadata(self.metadata) in fitting else tuple(f for f in fitting if f != self.family)
 
     def scale_in_config(self, entry: Entry) -> float | None:
         """The factor on a module's change in peft's configuration, None when it does not say or the file has an alpha."""
@@ -368,13 +370,29 @@ def _architecture(metadata: Mapping[str, str]) -> str:
     return metadata.get("modelspec.architecture", "").partition("/")[0]
 
 
+def claims_of(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The family that each of the metadata names, by key, the best evidence first; without names that are not known."""
+    bases = (base for key, base in _peft_config(metadata).items() if key.endswith("base_model_name_or_path"))
+    names = {
+        "ss_base_model_version": metadata.get("ss_base_model_version", ""),
+        "modelspec.architecture": _architecture(metadata),
+        "lora_adapter_metadata": str(next(bases, "")),
+    }
+    return {key: family for key, name in names.items() if (family := family_named(name))}
+
+
 def family_in_metadata(metadata: Mapping[str, str]) -> str | None:
     """The family that the metadata claim, None when they claim no family that is known."""
-    version = metadata.get("ss_base_model_version", "")
-    architecture = _architecture(metadata)
-    by_version = [family.name for family in NAME_TABLES.values() if version in family.base_versions]
-    by_architecture = [f.name for f in NAME_TABLES.values() if architecture == f.architecture]
-    return next(iter(by_version + by_architecture), None)
+    return next(iter(claims_of(metadata).values()), None)
+
+
+def _peft_config(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The configuration of peft in the metadata, empty when there is none or when it is damaged."""
+    try:
+        config = json.loads(metadata.get("lora_adapter_metadata", "null"))
+    except (ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def peft_metadata(path: Path) -> dict[str, str]:

@@ -111,6 +111,11 @@ def _verify_metadata(lora: LoraFile, hashes: Mapping[str, str]) -> list[Fault]:
         if claimed_hash != in_fact[key]:
             text = f"{key} is {claimed_hash[:12]} in the metadata, but {in_fact[key][:12]} in fact"
             faults.append(Fault(key == "sshs_model_hash", text))
+    if lora.other_families:
+        text = (
+            f"its modules fit {' and '.join(lora.other_families)} as well as {lora.family}, and its metadata name none"
+        )
+        faults.append(Fault(False, text))
     ranks = {str(entry.rank) for entry in lora.entries if entry.rank is not None}
     stated = lora.metadata.get("ss_network_dim", "")
     if stated.isdecimal() and ranks and stated not in ranks:

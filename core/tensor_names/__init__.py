@@ -5,7 +5,7 @@ Everywhere else in the project a module is `(part, path)`, with the paths that d
 The names of a family and of its modules in every scheme are one `NameTable`, which families.py registers in `NAME_TABLES`.
 """
 
-from .families import NAME_TABLES, families_of
+from .families import NAME_TABLES, families_of, family_named
 from .keys import EMBEDDING_KEYS, NamedTensor, bundled_embedding, parse_key
 from .models import Identity, identify, is_published
 from .others import other_model
@@ -41,6 +41,7 @@ __all__ = [
     "bundled_embedding",
     "families_of",
     "families_of_embedding",
+    "family_named",
     "identify",
     "is_published",
     "is_text_path",

@@ -216,7 +216,7 @@ LONGCAT_IMAGE = NameTable(
 )
 FLUX2 = NameTable(
     name="flux2",
-    base_versions=("flux2", "flux2_klein_4b", "flux2_klein_9b"),
+    base_versions=("flux2",),
     architecture="flux-2-dev",
     comfyui_classes=("Flux2",),
     signs=(
@@ -271,7 +271,7 @@ FLUX2 = NameTable(
 _BLOCKS_3 = r"((content_)?mode_blocks\.image(_cond)?|txt_mode_blocks|single_(transformer_)?blocks)\.\d+"
 FLUX3 = NameTable(
     name="flux3",
-    base_versions=("flux3", "flux3_klein"),
+    base_versions=("flux3",),
     architecture="flux-3-image-klein",
     signs=(
         Sign(rf"^{_BLOCKS_3}\."),

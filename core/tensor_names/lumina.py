@@ -48,7 +48,7 @@ _Z_IMAGE_INPUTS = _LAYER + r"(attention\.(qkv|out|to_\w+(\.0)?)|feed_forward\.(w
 
 LUMINA2 = NameTable(
     name="lumina2",
-    base_versions=("lumina2",),
+    base_versions=("lumina2", "lumina-image-2"),
     architecture="lumina-2",
     signs=(
         Sign(_LAYER),

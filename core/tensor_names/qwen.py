@@ -41,7 +41,7 @@ _WIDTH_21 = frozenset({4096})
 
 QWEN_IMAGE_21 = NameTable(
     name="qwen-image-21",
-    base_versions=("qwen_image_2.1", "qwen_image_21"),
+    base_versions=("qwen_image_2.1",),
     architecture="qwen-image-2.1",
     signs=(
         Sign(r"^transformer_blocks\.\d+\."),

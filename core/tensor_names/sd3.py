@@ -43,7 +43,7 @@ _of_original, _of_diffusers = by_rules(
 
 SD3 = NameTable(
     name="sd3",
-    base_versions=("sd3", "sd3.5"),
+    base_versions=("sd3", "stable-diffusion-3", "stable-diffusion-v3"),
     architecture="stable-diffusion-3-medium",
     comfyui_classes=("SD3",),
     signs=(

@@ -56,7 +56,7 @@ _SD2_TEXT_WIDTH = 1024
 
 SD15 = NameTable(
     name="sd15",
-    base_versions=("sd_v1",),
+    base_versions=("sd_v1", "sd_1", "stable-diffusion-v1", "stable-diffusion-1"),
     architecture="stable-diffusion-v1",
     comfyui_classes=("SD15",),
     signs=_signs(context_width=768, text_width=768),
@@ -83,7 +83,7 @@ SD15 = NameTable(
 )
 SD2 = NameTable(
     name="sd2",
-    base_versions=("sd_v2", "sd_v2_v"),
+    base_versions=("sd_v2", "sd_2", "stable-diffusion-v2", "stable-diffusion-2"),
     architecture="stable-diffusion-v2-768-v",
     signs=_signs(context_width=1024, text_width=_SD2_TEXT_WIDTH),
     of_original=_of_original,
@@ -112,7 +112,7 @@ SD2 = NameTable(
 )
 SDXL = NameTable(
     name="sdxl",
-    base_versions=("sdxl_base_v1-0",),
+    base_versions=("sdxl_base_v1-0", "sdxl", "stable-diffusion-xl"),
     architecture="stable-diffusion-xl-v1-base",
     comfyui_classes=("SDXL",),
     signs=(

@@ -194,7 +194,9 @@ class NameTable:
     name: str
     """The short name in code and messages, such as sd15."""
     base_versions: tuple[str, ...]
-    """The values of `ss_base_model_version` that mean this family; the first is the one to write."""
+    """The beginnings of the names that metadata have for its models; the first is the `ss_base_model_version` to write.
+
+    `families.family_named` compares letters and digits alone."""
     architecture: str
     """The `modelspec.architecture` of its checkpoints; a LoRA adds `/lora`."""
     signs: tuple[Sign, ...]

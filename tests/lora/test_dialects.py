@@ -1,15 +1,19 @@
 """Names and forms of other trainers, each read, and converted without a difference."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from core.lora import LoraFile, convert_lora
+from core.cli import main
+from core.errors import UnknownFamily
+from core.lora import LoraFile, convert_lora, verify_lora
 from core.lora.convert import convert_for
 from core.lora.embeddings import embeddings_of
 from core.lora.modules import LoraModule
 from core.lora.readers import not_loaded_by, read_by
+from core.storage.safetensors_file import save_safetensors
 
 KLEIN = 4096
 
@@ -181,3 +185,42 @@ def test_the_strength_in_what_a_denoiser_of_diffusers_saves_is_kept(more, scale)
     assert lora.modules()["denoiser", path].scale == scale
     converted, _ = convert_lora(lora, "kohya")
     torch.testing.assert_close(converted.modules()["denoiser", path].delta(), scale * up @ down)
+
+
+def write_text_adapter(folder: Path, base: str) -> Path:
+    """Writes a LoRA of CLIP-L as peft does, with the base model that its configuration names."""
+    name = "base_model.model.text_model.encoder.layers.0.self_attn.q_proj"
+    down, up = factors(768, 768)
+    tensors = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 2, "base_model_name_or_path": base}))
+    save_safetensors(folder / "adapter_model.safetensors", tensors)
+    return folder / "adapter_model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("base", "family", "prefix"),
+    [
+        ("stabilityai/stable-diffusion-xl-base-1.0", "sdxl", "lora_te1_"),
+        ("runwayml/stable-diffusion-v1-5", "sd15", "lora_te_"),
+        ("black-forest-labs/FLUX.1-dev", "flux1", "lora_te1_"),
+    ],
+)
+def test_a_text_encoder_is_of_the_model_that_pefts_configuration_names(base, family, prefix, tmp_path):
+    lora = LoraFile.read(write_text_adapter(tmp_path, base))
+    assert lora.family == family and lora.other_families == ()
+    assert all(key.startswith(prefix) for key in convert_lora(lora, "kohya").lora.tensors)
+
+
+def test_a_text_encoder_of_an_unknown_model_is_ambiguous_until_its_family_is_given(tmp_path, capsys):
+    source, output = write_text_adapter(tmp_path, "somebody/a-model"), tmp_path / "a.safetensors"
+    assert LoraFile.read(source).other_families == ("sdxl", "sd3", "flux1")
+    assert any("fit sdxl and sd3 and flux1 as well as sd15" in fault.text for fault in verify_lora(source))
+    command = ["convert", str(source), "--output", str(output), "--overwrite", "--to", "kohya"]
+    assert main(command) == 0
+    assert "is taken for sd15, but its modules fit sdxl and sd3 and flux1 as well" in capsys.readouterr().err
+    assert main([*command, "--family", "sdxl"]) == 0
+    lora = LoraFile.read(output)
+    assert (lora.family, lora.metadata["ss_base_model_version"]) == ("sdxl", "sdxl_base_v1-0")
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UnknownFamily, match="is for sd15, not for zimage"):
+        LoraFile.read(source, "zimage")
