@@ -152,15 +152,18 @@ def _plain_modules(lora: LoraFile) -> dict[ModuleId, LoraModule]:
 
 def metadata_for(lora: LoraFile, scheme: str) -> dict[str, str]:
     """The metadata for the LoRA in a scheme: without what is only true of its old names, with what the new ones need."""
-    family = NAME_TABLES[lora.family]
-    known = {"modelspec.sai_model_spec": MODELSPEC_VERSION, "modelspec.architecture": f"{family.architecture}/lora"}
+    words = lora.base_words
+    known = {
+        "modelspec.sai_model_spec": MODELSPEC_VERSION,
+        "modelspec.architecture": f"{words['modelspec.architecture']}/lora",
+    }
     if scheme == "kohya":
         ranks = {entry.rank for entry in lora.entries}
         is_lora = all(entry.kind in ("lora", "locon") for entry in lora.entries)
-        known["ss_base_model_version"] = family.base_versions[0]
+        known["ss_base_model_version"] = words["ss_base_model_version"]
         known["ss_network_module"] = "networks.lora" if is_lora else "lycoris.kohya"
         known["ss_network_dim"] = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
-    return known | {key: value for key, value in lora.metadata.items() if key not in _OF_THE_ORIGINAL}
+    return known | {key: value for key, value in lora.true_metadata.items() if key not in _OF_THE_ORIGINAL}
 
 
 def _renamed(lora: LoraFile, family: NameTable, entries: Sequence[Entry], scheme: str) -> dict[str, Tensor]:
@@ -336,7 +339,7 @@ def resize_lora(
         worst = max(worst, error)
         on_progress(done, len(lora.entries))
     size = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
-    metadata = {key: value for key, value in lora.metadata.items() if key not in _OF_THE_ORIGINAL}
+    metadata = {key: value for key, value in lora.true_metadata.items() if key not in _OF_THE_ORIGINAL}
     metadata |= {"ss_network_dim": size, "ss_network_alpha": size}
     return NewLora(replace(lora, tensors=tensors, metadata=metadata), worst)
 

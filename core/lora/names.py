@@ -30,6 +30,7 @@ from ..tensor_names import (
     identify,
     other_model,
     parse_key,
+    plain_name,
     shows_other_blocks,
 )
 from .kinds import BIAS_DIFFERENCES, BIAS_ROLES, kind_of, known_shape, rank_of, weight_shape
@@ -228,6 +229,23 @@ class LoraNames:
         """The names of tensors that are not understood, or whose module lacks a tensor or has shapes that do not match."""
         broken = (key for module in self.content.modules if not module.kind for key in module.keys.values())
         return (*self.content.strange_keys, *broken)
+
+    @cached_property
+    def base_words(self) -> dict[str, str]:
+        """What metadata say of the base model that the tensors are for, by key; the architecture without the adapter's kind."""
+        return NAME_TABLES[self.family].words_of(self.identity.models)
+
+    @property
+    def true_metadata(self) -> dict[str, str]:
+        """The metadata, with the right base model where they name another family's or another published model."""
+        metadata, claims = dict(self.metadata), claims_of(self.metadata)
+        for key in self.base_words.keys() & claims.keys():
+            right = self.base_words[key]
+            said, slash, kind = metadata[key].partition("/")
+            is_told = key in NAME_TABLES[self.family].words_of_models and self.identity.verdict == "certain"
+            if claims[key] != self.family or (is_told and plain_name(said) != plain_name(right)):
+                metadata[key] = right + slash + kind
+        return metadata
 
     @property
     def scheme(self) -> str:

@@ -14,7 +14,7 @@ from ..tensor_names import NAME_TABLES
 from .file import LoraFile, fit
 from .hashes import chunks, file_hashes
 from .kinds import needs_base
-from .names import family_in_metadata, shortened
+from .names import shortened
 from .norms import LARGEST_VALUE, change_norm, largest_change
 from .progress import OnProgress, silent, steps
 from .readers import not_loaded_by
@@ -102,9 +102,10 @@ def _verify_names(lora: LoraFile) -> list[Fault]:
 
 def _verify_metadata(lora: LoraFile, hashes: Mapping[str, str]) -> list[Fault]:
     faults = []
-    claimed = family_in_metadata(lora.metadata)
-    if claimed not in (None, lora.family):
-        faults.append(Fault(True, f"its metadata say {claimed}, its tensors are for {lora.family}"))
+    for key, right in lora.true_metadata.items():
+        if key in lora.base_words and right != lora.metadata[key]:
+            text = f"its metadata say {lora.metadata[key]!r} ({key}), its tensors are for {right} ({lora.family})"
+            faults.append(Fault(False, text))
     in_fact: dict[str, str] = {**hashes, "modelspec.hash_sha256": hashes["sshs_model_hash"]}
     for key in ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"):
         claimed_hash = lora.metadata.get(key, in_fact[key]).removeprefix("0x")

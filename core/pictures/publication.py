@@ -107,7 +107,7 @@ def publish(
     if fault := next((fault for fault in verify_lora(lora) if fault.is_error), None):
         raise BadFile(f"{source.name}: {fault.text}; mend it before it is published")
     texts = {"modelspec.title": title, "modelspec.description": description}
-    metadata = shared_metadata(source.metadata) | {key: text for key, text in texts.items() if text is not None}
+    metadata = shared_metadata(source.true_metadata) | {key: text for key, text in texts.items() if text is not None}
     name = _file_name(metadata.get("modelspec.title", ""), source.name)
     found = [_example(photo, name, source.model_hash, on_warning) for photo in _photos(pictures, on_warning)]
     examples = [example for example in found if example]

@@ -5,7 +5,7 @@ Everywhere else in the project a module is `(part, path)`, with the paths that d
 The names of a family and of its modules in every scheme are one `NameTable`, which families.py registers in `NAME_TABLES`.
 """
 
-from .families import NAME_TABLES, families_of, family_named
+from .families import NAME_TABLES, families_of, family_named, plain_name
 from .keys import EMBEDDING_KEYS, NamedTensor, bundled_embedding, parse_key
 from .models import Identity, identify, is_published
 from .others import other_model
@@ -47,6 +47,7 @@ __all__ = [
     "is_text_path",
     "other_model",
     "parse_key",
+    "plain_name",
     "shows_other_blocks",
     "text_encoder_path",
 ]

@@ -21,11 +21,12 @@ NAME_TABLES: dict[str, NameTable] = {family.name: family for family in _ALL}
 """The tables of all families by name. When a file fits several families equally, the first one counts."""
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """The letters and digits of a base model's name, which programs write in several ways."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-_BY_NAME = {_plain(name): table.name for table in _ALL for name in table.base_versions}
+_BY_NAME = {plain_name(name): table.name for table in _ALL for name in table.base_versions}
 
 
 def family_named(name: str) -> str | None:
@@ -33,7 +34,7 @@ def family_named(name: str) -> str | None:
 
     Of a path or a hub id the last part counts.
     """
-    plain = _plain(name.rstrip("/").rpartition("/")[2])
+    plain = plain_name(name.rstrip("/").rpartition("/")[2])
     return _BY_NAME.get(max(filter(plain.startswith, _BY_NAME), key=len, default=""))
 
 

@@ -214,10 +214,16 @@ LONGCAT_IMAGE = NameTable(
     # diffusers' pipeline loads no LoRAs; its denoiser does.
     loaded=LoadedNames(_IN_COMFYUI, diffusers=frozenset(), comfyui_lacks=r"^time_embed\."),
 )
+
+
+def _klein(size: str) -> dict[str, str]:
+    return {"ss_base_model_version": f"flux2_klein_{size}", "modelspec.architecture": f"flux.2-klein-{size}"}
+
+
 FLUX2 = NameTable(
     name="flux2",
     base_versions=("flux2",),
-    architecture="flux-2-dev",
+    architecture="flux.2-dev",
     comfyui_classes=("Flux2",),
     signs=(
         _STRUCTURE,
@@ -232,8 +238,8 @@ FLUX2 = NameTable(
     of_diffusers=_of_diffusers_2,
     listings={
         "FLUX.2 dev": Listing("Flux.2 D", "FLUX Non-Commercial License"),
-        "FLUX.2 klein 4B": Listing("Flux.2 Klein 4B-base", "Apache-2.0"),
-        "FLUX.2 klein 9B": Listing("Flux.2 Klein 9B-base", "FLUX Non-Commercial License"),
+        "FLUX.2 klein 4B": Listing("Flux.2 Klein 4B-base", "Apache-2.0", _klein("4b")),
+        "FLUX.2 klein 9B": Listing("Flux.2 Klein 9B-base", "FLUX Non-Commercial License", _klein("9b")),
     },
     loaded=LoadedNames(
         _IN_COMFYUI,

@@ -181,6 +181,8 @@ class Listing:
     """The name of the base model in Civitai's list."""
     licence: str
     """The licence under which the model was published."""
+    words: Mapping[str, str] = field(default_factory=dict)
+    """What metadata say of the model instead of what they say of the family, by key (`NameTable.words_of`)."""
 
 
 PUBLISHED_BLOCKS = 2
@@ -242,6 +244,17 @@ class NameTable:
     def is_unet(self) -> bool:
         """Whether the denoiser is a UNet; otherwise it is a transformer."""
         return self.diffusers_prefix == "unet."
+
+    def words_of(self, models: Sequence[str] = ()) -> dict[str, str]:
+        """What metadata say of a base model by key, where it is one of these published ones."""
+        found = [self.listings[model].words for model in models if model in self.listings]
+        own = found[0] if len(found) == 1 else {}
+        return {"ss_base_model_version": self.base_versions[0], "modelspec.architecture": self.architecture, **own}
+
+    @property
+    def words_of_models(self) -> frozenset[str]:
+        """The keys under which metadata say which published model of the family is meant."""
+        return frozenset(key for listing in self.listings.values() for key in listing.words)
 
     def for_other_blocks(self) -> NameTable:
         """The names for a UNet that has not PUBLISHED_BLOCKS residual blocks in each level, which are diffusers' alone.

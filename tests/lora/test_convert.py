@@ -849,3 +849,64 @@ def test_a_conversion_holds_one_module_in_memory(tmp_path):
     saved = SafetensorsFile.open(tmp_path / "diffusers")
     assert saved.metadata["sshs_model_hash"] == model_hash(dict(saved))
     assert saved.metadata["sshs_legacy_hash"] == legacy_hash(dict(saved), saved.metadata)
+
+
+def saying(version: str, architecture: str, names: dict[str, tuple[int, int]]) -> LoraFile:
+    tensors = {}
+    for name, (outputs, inputs) in names.items():
+        tensors[f"{name}.lora_down.weight"] = torch.ones(2, inputs)
+        tensors[f"{name}.lora_up.weight"] = torch.ones(outputs, 2)
+    metadata = {"ss_base_model_version": version, "modelspec.architecture": architecture, "modelspec.title": "A face"}
+    return LoraFile.from_tensors(tensors, metadata)
+
+
+MADE_FROM_A_LORA = {
+    "convert": lambda lora: convert_lora(lora, "comfy")[0],
+    "resize": lambda lora: resize_lora(lora, rank=1)[0],
+    "merge": lambda lora: merge_loras([(lora, 1.0), (lora, 0.5)])[0],
+}
+
+
+@pytest.mark.parametrize("made", MADE_FROM_A_LORA)
+def test_a_wrong_base_model_in_the_metadata_is_put_right(made):
+    """ai-toolkit writes sd_1.5 when it is not told, whatever it has trained."""
+    lora = saying("sd_1.5", "stable-diffusion-v1/lora", {"lora_unet_single_blocks_0_linear1": (21504, 3072)})
+    metadata = MADE_FROM_A_LORA[made](lora).metadata
+    assert metadata["ss_base_model_version"] == "flux1" and metadata["modelspec.architecture"] == "flux-1-dev/lora"
+    assert metadata["modelspec.title"] == "A face"
+
+
+@pytest.mark.parametrize("word", ["flux1", "flux.1", "FLUX.1-schnell", "somebody's own words"])
+def test_what_does_not_contradict_the_tensors_is_left(word):
+    lora = saying(word, "flux-1-schnell/lora", {"lora_unet_single_blocks_0_linear1": (21504, 3072)})
+    assert lora.true_metadata == lora.metadata
+
+
+KLEIN = "diffusion_model.double_blocks.0.img_attn.proj"
+
+
+@pytest.mark.parametrize(
+    ("width", "version", "architecture"),
+    [
+        (3072, "flux2_klein_4b", "flux.2-klein-4b/lora"),
+        (4096, "flux2_klein_9b", "flux.2-klein-9b/lora"),
+        (6144, "flux2", "flux.2-dev/lora"),
+    ],
+)
+def test_the_metadata_name_the_published_model_that_the_sizes_tell(width, version, architecture):
+    """As SwarmUI and ai-toolkit know them."""
+    names = {KLEIN: (width, width), "diffusion_model.single_blocks.0.linear1": (9 * width, width)}
+    for said in ("", "flux2", "flux_2_klein_9b"):
+        lora = saying(said, "flux-2-dev/lora", names)
+        metadata = convert_lora(lora, "kohya")[0].metadata
+        assert metadata["ss_base_model_version"].replace("flux_2", "flux2") == version or not said
+        assert metadata["modelspec.architecture"].replace("flux-2", "flux.2") == architecture
+    of_none = LoraFile.from_tensors(lora.tensors, {})
+    assert convert_lora(of_none, "kohya")[0].metadata["modelspec.architecture"] == architecture
+
+
+def test_sd35_is_told_from_sd3_by_its_second_attention():
+    name = "lora_unet_joint_blocks_0_x_block_attn2_proj"
+    metadata = convert_lora(saying("sd3", "stable-diffusion-3-medium/lora", {name: (1536, 1536)}), "comfy")[0].metadata
+    assert metadata["modelspec.architecture"] == "stable-diffusion-3-3-5-medium/lora"
+    assert metadata["ss_base_model_version"] == "sd3"

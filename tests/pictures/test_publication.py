@@ -257,6 +257,13 @@ def test_alphas_in_pefts_configuration_stay_without_the_path_in_it(tmp_path):
     assert inspect_lora(made.lora)["alphas"] == {"8": 1} and b"jane" not in contents(made.folder)
 
 
+def test_a_base_model_that_contradicts_the_tensors_is_not_published(tmp_path):
+    path = write_lora(tmp_path / "a.safetensors", ss_base_model_version="flux1", modelspec__architecture="z-image/lora")
+    metadata = LoraFile.read(publish_agreed(path, tmp_path / "out").lora).metadata
+    assert metadata["ss_base_model_version"] == "sd_v1"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
+
+
 def test_every_published_model_of_every_family_has_a_listing():
     titles = {name: {variant.title for variant in _tables()[0] if variant.family == name} for name in NAME_TABLES}
     assert {name: set(table.listings) for name, table in NAME_TABLES.items()} == titles
