@@ -1,5 +1,6 @@
 """The faults of LoRA files."""
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -31,6 +32,7 @@ class Fault:
     text: str
 
 
+_HASH_OF_NOTHING = hashlib.sha256().hexdigest()
 SUSPICIOUS_NORM = 20.0
 """The multiple of the median from which a module's change is suspicious."""
 
@@ -111,7 +113,8 @@ def _verify_metadata(lora: LoraFile, hashes: Mapping[str, str]) -> list[Fault]:
         claimed_hash = lora.metadata.get(key, in_fact[key]).removeprefix("0x")
         if claimed_hash != in_fact[key]:
             text = f"{key} is {claimed_hash[:12]} in the metadata, but {in_fact[key][:12]} in fact"
-            faults.append(Fault(key == "sshs_model_hash", text))
+            is_placeholder = claimed_hash == _HASH_OF_NOTHING  # which tools write that have yet to hash the file
+            faults.append(Fault(key == "sshs_model_hash" and not is_placeholder, text))
     if lora.other_families:
         text = (
             f"its modules fit {' and '.join(lora.other_families)} as well as {lora.family}, and its metadata name none"

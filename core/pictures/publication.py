@@ -19,6 +19,7 @@ from ..lora.hashes import file_hashes
 from ..lora.metadata import copy_with_hashes, small_picture
 from ..lora.personal import personal_part, shared_metadata
 from ..lora.progress import OnProgress, silent
+from ..lora.readers import READERS, read_by
 from ..lora.verify import verify_lora
 from ..lora.words import PHRASE_KEY, trigger_words
 from ..models.families import FAMILIES
@@ -90,7 +91,7 @@ def publish(
     shown has agreed to it, which the page then says too. `title` and `description` are else those in the LoRA's metadata.
     A picture whose parameters say that several people are in it is left out: one of them has not agreed to this.
     So is one in which nothing says that a program has drawn it, since it may be a photo. `on_warning` is told of these, of
-    other pictures without parameters, and of those that were drawn without this LoRA.
+    other pictures without parameters, of those that were drawn without this LoRA, and of a LoRA that no program loads.
 
     Raises BadFile when the folder is there already, the LoRA has faults, or a text that would be published names a path, a
     photo or this computer's user; BadConfig without a title, or where nobody has agreed; BadPhoto for an unreadable picture.
@@ -106,6 +107,12 @@ def publish(
         raise BadFile(f"{source.name}: holds vectors of a word and no LoRA; only LoRAs are published")
     if fault := next((fault for fault in verify_lora(lora) if fault.is_error), None):
         raise BadFile(f"{source.name}: {fault.text}; mend it before it is published")
+    if _is_loaded_by_none(source):
+        spec = FAMILIES.get(source.family)
+        on_warning(
+            f"{source.name}: no program that draws pictures loads its {source.scheme} names; publish what this makes of it: "
+            f"facelora convert {Path(source.name).name} --to {spec.lora_scheme if spec else 'kohya'} --output NEW.safetensors"
+        )
     texts = {"modelspec.title": title, "modelspec.description": description}
     metadata = shared_metadata(source.true_metadata) | {key: text for key, text in texts.items() if text is not None}
     name = _file_name(metadata.get("modelspec.title", ""), source.name)
@@ -127,6 +134,12 @@ def publish(
     return Publication(
         folder, folder / path.name, folder / PAGE, tuple(folder / picture.name for picture in paths), left_out
     )
+
+
+def _is_loaded_by_none(lora: LoraFile) -> bool:
+    """Whether none of the programs that draw pictures loads any module of a LoRA for a published model."""
+    drawing = [reader for reader in READERS if reader not in ("peft", "sd-scripts")]
+    return bool(lora.identity.models) and all(read_by(reader, lora).verdict == "not at all" for reader in drawing)
 
 
 def _file_name(title: str, lora: str) -> str:
