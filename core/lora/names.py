@@ -28,6 +28,7 @@ from ..tensor_names import (
     families_of_embedding,
     family_named,
     identify,
+    is_published,
     other_model,
     parse_key,
     plain_name,
@@ -38,6 +39,8 @@ from .kinds import BIAS_DIFFERENCES, BIAS_ROLES, kind_of, known_shape, rank_of, 
 Types = Mapping[str, tuple[str, tuple[int, ...]]]
 """torch's name of the type, and the shape, of each tensor by name."""
 _T = TypeVar("_T")
+_FEW = 10
+"""The modules under names of no published model that a small model of one's own may have."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -352,13 +355,13 @@ def recognised(types: Types, metadata: Mapping[str, str], name: str, make: Calla
 def _detect_family(content: Content, identity: Identity, types: Types, metadata: Mapping[str, str], name: str) -> str:
     """The family of a published model that has all the modules; where none has, the one whose names fit best.
 
-    Metadata only decide between equals, since many tools write them wrong. Raises UnknownFamily when no family fits, or when
-    the modules are rather those of a model that is not trained here.
+    Metadata only decide between equals, since many tools write them wrong. Raises UnknownFamily when no family has the names
+    of half of the modules, or when the modules are rather those of a model that is not trained here.
     """
-    modules = content.places
+    modules, claimed = content.places, family_in_metadata(metadata)
     if identity.models:
         claim = identity.of_claim((metadata.get("ss_base_model_version", ""), _architecture(metadata)))
-        other = claim or (None if identity.families else " or ".join(identity.models))
+        other = claim or (None if claimed in identity.families else identity.stranger)
     elif identity.is_near:
         other = None if identity.nearest_family else identity.nearest
     else:
@@ -379,8 +382,15 @@ def _detect_family(content: Content, identity: Identity, types: Types, metadata:
         raise UnknownFamily(
             f"{name}: no family matches its {len(types)} keys, e.g. {example!r}; known: {', '.join(NAME_TABLES)}"
         )
-    claimed = family_in_metadata(metadata)
-    return claimed if claimed and claimed in (identity.families or candidates) else candidates[0]
+    family = claimed if claimed and claimed in (identity.families or candidates) else candidates[0]
+    by_names = not identity.models and not identity.is_near
+    strange = [path for part, path, _ in modules if by_names and not is_published(family, part, path)]
+    if len(strange) > max(len(modules) / 2, _FEW):
+        raise UnknownFamily(
+            f"{name}: is not recognised: by the names of its modules it is nearest to {family}, which lacks {len(strange)} of "
+            f"{len(modules)}, e.g. {shortened(strange[0])!r}; known: {', '.join(NAME_TABLES)}"
+        )
+    return family
 
 
 def _architecture(metadata: Mapping[str, str]) -> str:
