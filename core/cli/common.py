@@ -152,10 +152,10 @@ def print_warning(message: str) -> None:
 
 
 def progress_bar(name: str) -> Callable[[int, int], None]:
-    """A function that is told (done, total) and shows a bar, unless everything is done within a second."""
+    """A function that is told (done, total) and shows a bar on a terminal, unless everything is done within a second."""
     from tqdm import tqdm
 
-    bar = tqdm(desc=name, dynamic_ncols=True, delay=1)
+    bar = tqdm(desc=name, dynamic_ncols=True, delay=1, disable=None)  # None: unless stderr is a terminal
 
     def update(done: int, total: int) -> None:
         bar.total = total

@@ -378,7 +378,8 @@ def _detect_family(content: Content, identity: Identity, types: Types, metadata:
     if not candidates:
         example = shortened(next(iter(types), "none"))
         if not modules:
-            raise NoLora(f"{name}: no LoRA: no adapter's tensor is among its {len(types)}, e.g. {example!r}")
+            what = _what_else(types) or f"no adapter's tensor is among its {len(types)}, e.g. {example!r}"
+            raise NoLora(f"{name}: no LoRA: {what}")
         raise UnknownFamily(
             f"{name}: no family matches its {len(types)} keys, e.g. {example!r}; known: {', '.join(NAME_TABLES)}"
         )
@@ -391,6 +392,19 @@ def _detect_family(content: Content, identity: Identity, types: Types, metadata:
             f"{len(modules)}, e.g. {shortened(strange[0])!r}; known: {', '.join(NAME_TABLES)}"
         )
     return family
+
+
+_WORD_WIDTHS = {768, 1024, 1280, 4096}
+"""The widths of the text encoders that learn new words."""
+
+
+def _what_else(types: Types) -> str | None:
+    """What a file without any adapter's tensor holds instead, or is meant to; None where its names do not tell."""
+    if types and all("." not in key and shape[-1:] and shape[-1] in _WORD_WIDTHS for key, (_, shape) in types.items()):
+        return f"it holds the vectors of new words ({', '.join(map(repr, types))}), a textual inversion"
+    if key := next((key for key in types if "lora" in key.lower()), None):
+        return f"{shortened(key)!r} ends neither in .lora_down.weight nor in .lora_A.weight or another name of a LoRA's tensor"
+    return None
 
 
 def _architecture(metadata: Mapping[str, str]) -> str:

@@ -129,7 +129,11 @@ def _by_diffusers(family: NameTable, named: NamedTensor, entry: Entry) -> Object
             return "adapters of kind lokr whose first factor is a product"
         return _lokr_not_loaded_by_diffusers(family, named, "alpha" in entry.keys)
     if named.scheme not in family.loaded.diffusers:
-        return f"{named.scheme} names of {family.name}"
+        # What a denoiser of diffusers has saved (`save_lora_adapter`) it loads itself.
+        is_own = named.scheme == "bare" and "diffusers" in _whose_paths(family, named)
+        denoiser = family.diffusers_prefix.rstrip(".")
+        hint = f" (pipe.{denoiser}.load_lora_adapter(file, prefix=None) does)" if is_own else ""
+        return f"{named.scheme} names of {family.name}{hint}"
     if named.scheme in family.loaded.diffusers_lacks and re.search(
         family.loaded.diffusers_lacks[named.scheme], named.path
     ):

@@ -1,6 +1,8 @@
 """Names and forms of other trainers, each read, and converted without a difference."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -224,3 +226,48 @@ def test_a_text_encoder_of_an_unknown_model_is_ambiguous_until_its_family_is_giv
     assert capsys.readouterr().err == ""
     with pytest.raises(UnknownFamily, match="is for sd15, not for zimage"):
         LoraFile.read(source, "zimage")
+
+
+def factors_of(*names: str) -> dict[str, torch.Tensor]:
+    down, up = factors(640, 640)
+    return {f"{name}.lora_{letter}.weight": matrix for name in names for letter, matrix in (("A", down), ("B", up))}
+
+
+STRANGE = {
+    "a textual inversion of diffusers": (
+        {"<s1>": torch.zeros(2, 768)},
+        r"the vectors of new words \('<s1>'\), a textual",
+    ),
+    "the words of a training on SDXL": (
+        {"text_encoders_0": torch.zeros(2, 768), "text_encoders_1": torch.zeros(2, 1280)},
+        r"new words \('text_encoders_0', 'text_encoders_1'\)",
+    ),
+    "an underline in place of a dot": (
+        {"lora_unet_mid_block_attentions_0_proj_in_lora_down.weight": torch.zeros(2, 1280)},
+        r"_lora_down.weight' ends neither in \.lora_down\.weight nor in",
+    ),
+    "a language model": (factors_of("base_model.model.model.layers.0.self_attn.q_proj"), "is for a language model"),
+    "another language model": (factors_of("base_model.model.transformer.h.0.attn.c_attn"), "is for a language model"),
+    "SAM": (factors_of("base_model.model.vision_encoder.layers.0.attn.qkv"), "is for a vision model like SAM or ViT"),
+    "ViT": (factors_of("base_model.model.vit.encoder.layer.0.attention.attention.query"), "is for a vision model"),
+}
+
+
+@pytest.mark.parametrize("what", STRANGE)
+def test_a_file_of_something_else_is_named_as_what_it_is(what):
+    tensors, message = STRANGE[what]
+    with pytest.raises(UnknownFamily, match=message):
+        LoraFile.from_tensors(tensors, {})
+
+
+def test_what_a_denoiser_of_diffusers_saves_is_said_to_load_there():
+    lora = LoraFile.from_tensors(factors_of("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"), {})
+    (reason,) = set(not_loaded_by("diffusers", lora).values())
+    assert reason == "bare names of sd15 (pipe.unet.load_lora_adapter(file, prefix=None) does)"
+
+
+def test_nothing_but_results_and_warnings_is_printed_where_no_terminal_is(tmp_path):
+    """A bar would appear after a second."""
+    command = "import time; from core.cli.common import progress_bar; b = progress_bar('x'); time.sleep(1.2); b(1, 2); b(2, 2)"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
