@@ -27,8 +27,8 @@ from .progress import OnProgress, silent
 from .readers import READERS, not_loaded_by
 from .words import PHRASE_KEY, trigger_words
 
-_OF_THE_ORIGINAL = ("lora_adapter_metadata", KEY)
-"""The metadata that are not true of a changed copy of a LoRA."""
+_OF_THE_ORIGINAL = re.compile(rf"lora_adapter_metadata|{re.escape(KEY)}|<.*>|(unet|text_encoder)(:.*)?")
+"""The metadata that are not true of a changed copy of a LoRA, the last ones those of cloneofsimo/lora."""
 BaseWeight = Callable[[ModuleId], Tensor]
 """A function that gives the weight of a base model's module, for adapters whose change depends on it (DoRA, OFT)."""
 
@@ -96,7 +96,7 @@ def _convert(
         converted, error = lora, 0.0
         modules, kept = _plain_modules(lora), _renamed(lora, names, others, scheme)
     # diffusers refuses a file that holds anything but adapters.
-    words = {} if scheme == "diffusers" else {key: lora.sound_vectors(key) for key in lora.embedding_keys}
+    words = {} if scheme == "diffusers" else lora.bundled_words()
     tensors = name_modules(names, modules, scheme, kept | words)
     return NewLora(replace(lora, tensors=tensors, metadata=metadata_for(converted, scheme)), error)
 
@@ -163,7 +163,7 @@ def metadata_for(lora: LoraFile, scheme: str) -> dict[str, str]:
         known["ss_base_model_version"] = words["ss_base_model_version"]
         known["ss_network_module"] = "networks.lora" if is_lora else "lycoris.kohya"
         known["ss_network_dim"] = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
-    return known | {key: value for key, value in lora.true_metadata.items() if key not in _OF_THE_ORIGINAL}
+    return known | {key: value for key, value in lora.true_metadata.items() if not _OF_THE_ORIGINAL.fullmatch(key)}
 
 
 def _renamed(lora: LoraFile, family: NameTable, entries: Sequence[Entry], scheme: str) -> dict[str, Tensor]:
@@ -339,7 +339,7 @@ def resize_lora(
         worst = max(worst, error)
         on_progress(done, len(lora.entries))
     size = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
-    metadata = {key: value for key, value in lora.true_metadata.items() if key not in _OF_THE_ORIGINAL}
+    metadata = {key: value for key, value in lora.true_metadata.items() if not _OF_THE_ORIGINAL.fullmatch(key)}
     metadata |= {"ss_network_dim": size, "ss_network_alpha": size}
     return NewLora(replace(lora, tensors=tensors, metadata=metadata), worst)
 
@@ -393,8 +393,8 @@ def merge_loras(
     for lora, weight in loras:
         if not lora.entries:
             raise LoraMisfit(f"{lora.name}: has no module that could be merged")
-        for key in lora.embedding_keys:
-            if not torch.equal(vectors.setdefault(key, lora.sound_vectors(key)), lora.tensors[key]):
+        for key, found in lora.bundled_words().items():
+            if not torch.equal(vectors.setdefault(key, found), found):
                 raise LoraMisfit(f"{lora.name}: another file brings along the word {bundled_embedding(key)!r} too")
         for module_id, module in lora.modules(weight).items():
             others = collected.setdefault(module_id, [])

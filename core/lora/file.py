@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import LoraMisfit, UnknownFamily, UnmatchedKeys, counted
 from ..storage.safetensors_file import Layout, SafetensorsFile, cast_tensor, layout_in, layout_of, write_safetensors
-from ..tensor_names import NAME_TABLES, ModuleId, NameTable
+from ..tensor_names import NAME_TABLES, ModuleId, NameTable, bundled_name
 from .changes import bias_change, weight_change
 from .hashes import LegacyHash, model_hash
 from .kinds import needs_base
@@ -138,6 +138,10 @@ class LoraFile(LoraNames):
         if not self.tensors[key].float().isfinite().all():
             raise UnmatchedKeys(f"{self.name}: {key} holds NaN or infinity")
         return self.tensors[key]
+
+    def bundled_words(self) -> dict[str, Tensor]:
+        """The vectors of all words under the names of LoRA files. Raises UnmatchedKeys as `sound_vectors` does."""
+        return {bundled_name(key): self.sound_vectors(key) for key in self.embedding_keys}
 
     def modules(self, strength: float = 1.0) -> dict[ModuleId, LoraModule]:
         """The low-rank change of every module times `strength`, one for each of diffusers' modules.

@@ -19,6 +19,7 @@ from ..storage.header import Header
 from ..tensor_names import (
     EMBEDDING_KEYS,
     NAME_TABLES,
+    NUMBERED,
     Identity,
     ModuleId,
     NameTable,
@@ -29,6 +30,7 @@ from ..tensor_names import (
     family_named,
     identify,
     is_published,
+    numbered_paths,
     other_model,
     parse_key,
     plain_name,
@@ -92,6 +94,8 @@ class Content:
 
 def content_of(types: Types) -> Content:
     """The tensors of a file, sorted by what their names mean."""
+    if any(map(NUMBERED.fullmatch, types)):
+        return _content_of_numbers(types)
     found: dict[str, list[tuple[str, str, str, tuple[int, ...]]]] = {}
     embeddings, strange = [], []
     for key in types:
@@ -103,6 +107,28 @@ def content_of(types: Types) -> Content:
             found.setdefault(parsed.module_name, []).append((key, parsed.role, *types[key]))
     modules = tuple(_named_module(tuple(tensors)) for tensors in found.values())
     return Content(modules, tuple(embeddings), tuple(strange))
+
+
+def _content_of_numbers(types: Types) -> Content:
+    """The tensors of a file of the first LoRA format: all strange where the sizes fit no model in any order of its modules."""
+    found: dict[tuple[str, int], dict[str, str]] = {}
+    for key in types:
+        if match := NUMBERED.fullmatch(key):
+            found.setdefault((match[1], int(match[2])), {})[match[3]] = key
+    embeddings = tuple(key for key in types if key.startswith("<"))
+    for paths in numbered_paths():
+        modules = []
+        for (part, number), keys in found.items():
+            shapes = {role: types[key][1] for role, key in keys.items()}
+            path = paths.get((part, number), "")
+            part_of_model = "denoiser" if part == "unet" else part
+            modules.append(
+                NamedModule(f"{part}:{number}", "numbered", part_of_model, path, kind_of(shapes), keys, shapes)
+            )
+        content = Content(tuple(modules), embeddings, ())
+        if all(module.kind for module in modules) and content.identity(None).models:
+            return content
+    return Content((), (), tuple(types))
 
 
 # The files of a folder have mostly modules of the same names and sizes.
@@ -400,6 +426,8 @@ _WORD_WIDTHS = {768, 1024, 1280, 4096}
 
 def _what_else(types: Types) -> str | None:
     """What a file without any adapter's tensor holds instead, or is meant to; None where its names do not tell."""
+    if any(map(NUMBERED.fullmatch, types)):
+        return "its modules have numbers instead of names (cloneofsimo/lora), and in no order are they those of SD1.x or SD2.x"
     if types and all("." not in key and shape[-1:] and shape[-1] in _WORD_WIDTHS for key, (_, shape) in types.items()):
         return f"it holds the vectors of new words ({', '.join(map(repr, types))}), a textual inversion"
     if key := next((key for key in types if "lora" in key.lower()), None):
