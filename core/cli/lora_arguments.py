@@ -54,7 +54,7 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--family", choices=NAME_TABLES, metavar="NAME",
-        help="what it is for, where it fits several families, as text encoders do (sd15, sdxl, flux1, ...)",
+        help=f"what it is for, where it fits several families, as text encoders do: {', '.join(NAME_TABLES)}",
     )  # fmt: skip
     parser.add_argument("--plain-rank", type=int, metavar="N", help="make LoHa, LoKr, ... a plain LoRA of that rank")
     parser.add_argument("--base", type=Path, metavar="CHECKPOINT", help="what a DoRA or OFT was trained on, to do that")

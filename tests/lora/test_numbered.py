@@ -18,7 +18,7 @@ ATTENTION = {"Attention", "GEGLU"}
 def numbered(model: nn.Module, classes: set[str]) -> dict[str, tuple[int, int]]:
     """The Linears in modules of these classes, as cloneofsimo/lora finds them: in the order in which they are registered."""
     return {
-        f"{name}.{below}": tuple(layer.weight.shape)
+        f"{name}.{below}": (layer.out_features, layer.in_features)
         for name, parent in model.named_modules()
         if type(parent).__name__ in classes
         for below, layer in parent.named_modules()
