@@ -118,8 +118,8 @@ def run_merge(options: argparse.Namespace) -> None:
     _check_output(options, *(path for path, _ in named), *([into] if into else ()))
     loras = [(LoraFile.read(path), strength) for path, strength in named]
     if into is None:
-        sources = [lora for lora, _ in loras] if options.to == "diffusers" else []
-        _save(*merge_loras(loras, options.rank, options.to, on_progress=progress_bar("merging")), options, sources)
+        merged, error = merge_loras(loras, options.rank, options.to, on_progress=progress_bar("merging"))
+        _save(merged, error, options, [lora for lora, _ in loras] if merged.scheme == "diffusers" else [])
         return
     if options.rank is not None:
         raise BadConfig("--rank and --into are both given: a checkpoint has no rank")

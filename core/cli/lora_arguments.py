@@ -10,8 +10,8 @@ from .common import unicode_text
 EDITABLE = ("title", "author", "description", "trigger_phrase", "license", "usage_hint")
 """The texts in a LoRA's metadata that the command `metadata` can change."""
 _SCHEMES_HELP = (
-    "naming of the tensors: kohya is read by nearly everything, diffusers by its pipelines and peft, comfy (the original "
-    "model's names) by ComfyUI"
+    "naming of the tensors: kohya is what most programs load for SD1.5, SDXL and FLUX.1, diffusers what its pipelines and peft "
+    "load, comfy (the original model's names) what most load for later models"
 )
 
 
@@ -63,7 +63,9 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
 def add_merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE[:STRENGTH]", help="the LoRAs; without a strength it is 1")
     _add_output(parser)
-    parser.add_argument("--to", choices=SCHEMES, default="kohya", help=f"{_SCHEMES_HELP} (default: kohya)")
+    parser.add_argument(
+        "--to", choices=SCHEMES, help=f"{_SCHEMES_HELP} (default: what most programs load for the model)"
+    )
     parser.add_argument("--rank", type=int, metavar="N", help="of the result; default: exact, the ranks add up")
     parser.add_argument(
         "--into", type=Path, metavar="CHECKPOINT", help="merge into a copy of this checkpoint instead, in its own types"

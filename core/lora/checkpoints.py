@@ -85,9 +85,9 @@ def extract_lora(
             f"e.g. {alone[0][1]} of {alone[0][0]}"
         )
     metadata = {"ss_sd_model_name": before.file.path.name}
-    lora = LoraFile(before.family, metadata, dict(name_modules(before.names, found, "kohya")))
+    lora = LoraFile(before.family, metadata, dict(name_modules(before.names, found, before.names.scheme)))
     fit(lora, before.family, before.shapes).check(str(after.file.path))  # as a reader of the file will find it
-    return NewLora(replace(lora, metadata=metadata_for(lora, "kohya")), worst)
+    return NewLora(replace(lora, metadata=metadata_for(lora, before.names.scheme)), worst)
 
 
 def _is_equal(old: Tensor, new: Tensor) -> bool:

@@ -121,7 +121,7 @@ def convert_for(
     asked = [known[name.strip().lower()] for name in readers]
     failures = []
     names = _names_of(lora)
-    namings = [(scheme, names) for scheme in SCHEMES]
+    namings = [(scheme, names) for scheme in (names.scheme, *SCHEMES)]
     if prefixes := names.loaded.invokeai_prefixes:
         namings.append(("kohya", replace(names, kohya_prefixes={**names.kohya_prefixes, **prefixes})))
     for scheme, names in namings:
@@ -248,7 +248,7 @@ def _pefts_dora(lora: LoraFile, entry: Entry) -> dict[str, Tensor]:
 def to_plain(
     lora: LoraFile, rank: int, base_weight: BaseWeight | None = None, on_progress: OnProgress = silent
 ) -> NewLora:
-    """A plain LoRA in Kohya's scheme with the nearest change of at most that rank, and the largest relative error.
+    """A plain LoRA in the family's scheme with the nearest change of at most that rank, and the largest relative error.
 
     Modules that are plain already are kept as they are. The error is that of the Frobenius norm, 0 to 1. `base_weight` is
     needed for DoRA and OFT. Raises UnmatchedKeys for changes of biases and normalisation layers, which have no place in
@@ -368,10 +368,12 @@ def _resize(module: LoraModule, rank: int | None, energy: float | None) -> tuple
 def merge_loras(
     loras: Sequence[tuple[LoraFile, float]],
     rank: int | None = None,
-    scheme: str = "kohya",
+    scheme: str | None = None,
     on_progress: OnProgress = silent,
 ) -> NewLora:
     """One LoRA with the sum of the changes, each times its weight, and the largest relative error of a module's change.
+
+    It has the names of `scheme`, for None of the family's own, which most programs load.
 
     Without `rank` the sum is exact, by concatenation: the ranks add up. With `rank` it is resized to that afterwards.
     Words that the files bring along come along, except in diffusers' scheme. The metadata are the first file's, with
@@ -382,6 +384,7 @@ def merge_loras(
     if not loras:
         raise BadConfig("nothing to merge: give at least one LoRA")
     families = {lora.family: lora.name for lora, _ in loras}
+    scheme = scheme or NAME_TABLES[loras[0][0].family].scheme
     if len(families) > 1:
         found = ", ".join(f"{name} is for {family}" for family, name in families.items())
         raise LoraMisfit(f"only LoRAs for the same family can be merged, but {found}")

@@ -74,16 +74,17 @@ class LoraFile(LoraNames):
         family: str,
         modules: Mapping[ModuleId, LoraModule],
         metadata: Mapping[str, str],
-        scheme: str = "kohya",
+        scheme: str | None = None,
         names: NameTable | None = None,
     ) -> "LoraFile":
-        """A LoRA from the low-rank changes of modules, named in a scheme, which is one of modules.SCHEMES.
+        """A LoRA from the low-rank changes of modules, named in a scheme, one of modules.SCHEMES; None: the family's own.
 
         `names` are those of the base's modules, where they are not the published models' (`Base.names`). Raises
         UnknownFamily for an unknown family, UnmatchedKeys for an unknown scheme.
         """
         _check_family(family)
-        return cls(family, dict(metadata), dict(name_modules(names or NAME_TABLES[family], modules, scheme)))
+        names = names or NAME_TABLES[family]
+        return cls(family, dict(metadata), dict(name_modules(names, modules, scheme or names.scheme)))
 
     @cached_property
     def layout(self) -> Layout:

@@ -108,10 +108,9 @@ def publish(
     if fault := next((fault for fault in verify_lora(lora) if fault.is_error), None):
         raise BadFile(f"{source.name}: {fault.text}; mend it before it is published")
     if _is_loaded_by_none(source):
-        spec = FAMILIES.get(source.family)
         on_warning(
             f"{source.name}: no program that draws pictures loads its {source.scheme} names; publish what this makes of it: "
-            f"facelora convert {Path(source.name).name} --to {spec.lora_scheme if spec else 'kohya'} --output NEW.safetensors"
+            f"facelora convert {Path(source.name).name} --to {NAME_TABLES[source.family].scheme} --output NEW.safetensors"
         )
     texts = {"modelspec.title": title, "modelspec.description": description}
     metadata = shared_metadata(source.true_metadata) | {key: text for key, text in texts.items() if text is not None}

@@ -9,6 +9,7 @@ ERNIE_IMAGE = NameTable(
     base_versions=("ernie_image",),
     architecture="ernie-image",
     comfyui_classes=("ErnieImage",),
+    scheme="comfy",
     signs=(
         # Two, since all layers of Lumina 2 and Z-Image have one sign.
         Sign(r"^layers\.\d+\.(self_attention|mlp)\."),

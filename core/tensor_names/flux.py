@@ -199,6 +199,7 @@ LONGCAT_IMAGE = NameTable(
     base_versions=("longcat_image",),
     architecture="longcat-image",
     comfyui_classes=("LongCatImage",),
+    scheme="diffusers",
     signs=(
         _STRUCTURE,
         # FLUX.1's blocks, of which it has 10 and 20. Where no other block follows the last of these, they decide.
@@ -225,6 +226,7 @@ FLUX2 = NameTable(
     base_versions=("flux2",),
     architecture="flux.2-dev",
     comfyui_classes=("Flux2",),
+    scheme="comfy",
     signs=(
         _STRUCTURE,
         Sign(_DOUBLE_ATTENTION, _WIDTHS_2),
@@ -279,6 +281,7 @@ FLUX3 = NameTable(
     name="flux3",
     base_versions=("flux3",),
     architecture="flux-3-image-klein",
+    scheme="comfy",
     signs=(
         Sign(rf"^{_BLOCKS_3}\."),
         Sign(rf"^{_BLOCKS_3}\.([qkv]_proj|attn_out|attn\.to_([qkv]|out\.0))$", _WIDTH_1, ratio=1),

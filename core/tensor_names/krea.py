@@ -45,6 +45,7 @@ KREA2 = NameTable(
     base_versions=("krea2",),
     architecture="krea-2",
     comfyui_classes=("Krea2",),
+    scheme="comfy",
     signs=(
         Sign(r"^blocks\.\d+\.attn\.(w[qkvo]|gate)$|^transformer_blocks\.\d+\.(attn\.to_gate|ff\.(gate|up|down))$"),
         Sign(r"^(txtfusion|text_fusion)\."),

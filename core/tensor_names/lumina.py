@@ -72,6 +72,7 @@ ZIMAGE = NameTable(
     base_versions=("zimage",),
     architecture="z-image",
     comfyui_classes=("ZImage",),
+    scheme="comfy",
     signs=(
         Sign(_LAYER),
         Sign(_Z_IMAGE_INPUTS, frozenset({3840})),

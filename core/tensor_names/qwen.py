@@ -43,6 +43,7 @@ QWEN_IMAGE_21 = NameTable(
     name="qwen-image-21",
     base_versions=("qwen_image_2.1",),
     architecture="qwen-image-2.1",
+    scheme="diffusers",
     signs=(
         Sign(r"^transformer_blocks\.\d+\."),
         Sign(r"^transformer_blocks\.\d+\.img_mlp\.(gate_layer|gate_up|proj|out)$"),

@@ -47,6 +47,7 @@ SD3 = NameTable(
     base_versions=("sd3", "stable-diffusion-3", "stable-diffusion-v3"),
     architecture="stable-diffusion-3-medium",
     comfyui_classes=("SD3",),
+    scheme="diffusers",
     signs=(
         Sign(r"^(joint_blocks|transformer_blocks)\.\d+\."),
         Sign(r"^joint_blocks\.\d+\.(x|context)_block\.attn2?\.", frozenset({1536, 2432})),

@@ -218,6 +218,8 @@ class NameTable:
     """The components of its modules' paths that have a "_" in them, beyond those in keys.py."""
     comfyui_classes: tuple[str, ...] = ()
     """The classes in comfy.supported_models of its models that can be trained; empty where ComfyUI here has none."""
+    scheme: str = "kohya"
+    """The naming scheme in which its LoRAs are written unless another is asked for: the one that most programs load."""
     diffusers_prefix: str = "transformer."
     kohya_prefixes: Mapping[str, str] = field(default_factory=lambda: {"denoiser": "lora_unet_"})
     """The prefix of each part in Kohya names."""

@@ -738,7 +738,7 @@ def test_checkpoints_with_names_of_the_original_and_of_diffusers_are_compared(tm
     warnings = []
     lora, _ = extract_lora(tmp_path / "base", tmp_path / "tuned", rank=2, on_warning=warnings.append)
     torch.testing.assert_close(next(lora.changes())[1], change[:1536], rtol=0, atol=1e-2)
-    assert len(lora.entries) == 1 and [warning.split(" ")[0] for warning in warnings] == ["1", "1"]
+    assert len(lora.entries) == 3 and [warning.split(" ")[0] for warning in warnings] == ["1", "1"]
     assert warnings[0].endswith("qkv.bias") and "one of the files only" in warnings[1]
 
 
@@ -910,3 +910,16 @@ def test_sd35_is_told_from_sd3_by_its_second_attention():
     metadata = convert_lora(saying("sd3", "stable-diffusion-3-medium/lora", {name: (1536, 1536)}), "comfy")[0].metadata
     assert metadata["modelspec.architecture"] == "stable-diffusion-3-3-5-medium/lora"
     assert metadata["ss_base_model_version"] == "sd3"
+
+
+@pytest.mark.parametrize(
+    ("family", "scheme"),
+    [("sd15", "kohya"), ("flux1", "kohya"), ("qwen-image", "kohya"), ("sd3", "diffusers"), ("zimage", "comfy")],
+)
+def test_a_lora_is_written_in_the_names_that_most_programs_load_for_its_family(family, scheme):
+    path = {"sd15": "mid_block.attentions.0.proj_in", "zimage": "layers.0.attention.to_q"}
+    module = LoraModule(torch.ones(1, 3840), torch.ones(3840, 1), 1.0)
+    lora = LoraFile.from_modules(
+        family, {("denoiser", path.get(family, "transformer_blocks.0.attn.to_out.0")): module}, {}
+    )
+    assert NAME_TABLES[family].scheme == lora.scheme == merge_loras([(lora, 1.0)])[0].scheme == scheme

@@ -95,7 +95,7 @@ def test_separate_q_k_v_of_different_rank_and_scale_are_fused_exactly():
         ("denoiser", paths[0]): module_of([1536, 1536], 2, 1.0, generator),
         ("denoiser", paths[2]): module_of([1536, 1536], 3, 12.0, generator),
     }
-    lora = LoraFile.from_modules("sd3", modules, {})
+    lora = LoraFile.from_modules("sd3", modules, {}, "kohya")
     name = "lora_unet_joint_blocks_0_x_block_attn_qkv"
     assert lora.tensors[f"{name}.lora_down.weight"].shape == (5, 1536)
     back = lora.modules()

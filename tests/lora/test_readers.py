@@ -58,7 +58,7 @@ def test_the_table_of_what_programs_load_is_up_to_date():
 
 def zimage() -> LoraFile:
     module = LoraModule(torch.ones(1, 3840), torch.ones(3840, 1), 1.0)
-    return LoraFile.from_modules("zimage", {("denoiser", "layers.0.attention.to_q"): module}, {})
+    return LoraFile.from_modules("zimage", {("denoiser", "layers.0.attention.to_q"): module}, {}, "kohya")
 
 
 def test_a_naming_is_chosen_that_all_programs_load():
@@ -66,7 +66,7 @@ def test_a_naming_is_chosen_that_all_programs_load():
     converted, error = convert_for(zimage(), ["comfyui", "InvokeAI"])
     assert error == 0 and not any(not_loaded_by(reader, converted) for reader in ("ComfyUI", "InvokeAI"))
     with pytest.raises(
-        UnmatchedKeys, match=r"no naming is loaded whole by sd-scripts: kohya: sd-scripts does not know"
+        UnmatchedKeys, match=r"no naming is loaded whole by sd-scripts: comfy: sd-scripts does not know"
     ):
         convert_for(zimage(), ["sd-scripts"])
     with pytest.raises(BadConfig, match="no program 'forge' is known here; known: comfyui, diffusers, peft"):
