@@ -18,7 +18,7 @@ from ..errors import BadConfig, LoraMisfit, UnmatchedKeys
 from ..tensor_names import NAME_TABLES, PUBLISHED_BLOCKS, SCHEMES, ModuleId, NameTable, bundled_embedding
 from .changes import bias_change, scale_of
 from .file import KEY, LoraFile
-from .kinds import BIAS_ROLES, needs_base
+from .kinds import BIAS_ROLES, UNBOUND, needs_base
 from .low_rank import Factorised, decomposed, factorise
 from .metadata import MODELSPEC_VERSION
 from .modules import LoraModule, name_in_scheme, name_modules, suffix_of, without_tucker
@@ -190,6 +190,8 @@ def _renamed(lora: LoraFile, family: NameTable, entries: Sequence[Entry], scheme
             )
         name = name_in_scheme(family, *entry.modules[0], scheme)[0]
         found = lora.sound_tensors_of(entry)
+        if entry.kind in ("oft", "boft") and "alpha" in found and not found["alpha"].item():
+            found["alpha"] = torch.tensor(UNBOUND)
         for role, tensor in found.items():
             if role not in BIAS_ROLES:
                 tensors[f"{name}.{suffix_of(role)}"] = tensor

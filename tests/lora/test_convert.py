@@ -923,3 +923,18 @@ def test_a_lora_is_written_in_the_names_that_most_programs_load_for_its_family(f
         family, {("denoiser", path.get(family, "transformer_blocks.0.attn.to_out.0")): module}, {}
     )
     assert NAME_TABLES[family].scheme == lora.scheme == merge_loras([(lora, 1.0)])[0].scheme == scheme
+
+
+def test_a_rotation_without_a_bound_is_written_with_one_that_is_never_reached():
+    """SD.Next and sd-scripts clamp the norm to alpha times the outputs, which of alpha 0 leaves nothing."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randn(8, 40, 40, generator=generator)
+    tensors = {"lora_unet_mid_block_attentions_0_proj_in.oft_blocks": blocks}
+    tensors["lora_unet_mid_block_attentions_0_proj_in.alpha"] = torch.tensor(0.0)
+    lora, base = LoraFile.from_tensors(tensors, {}), torch.randn(320, 320, generator=generator)
+    for scheme in ("kohya", "comfy"):
+        converted, _ = convert_lora(lora, scheme)
+        (alpha,) = (tensor.item() for key, tensor in converted.tensors.items() if key.endswith("alpha"))
+        assert (blocks - blocks.transpose(1, 2)).norm() < alpha
+        ((_, change),), ((_, before),) = converted.changes(lambda _: base), lora.changes(lambda _: base)
+        assert torch.equal(change, before) and change.norm() > 1
