@@ -116,6 +116,12 @@ def add_training_adapter(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_sidecars_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--sidecars", action="store_true", help="also write the files in which other programs look for the LoRA's words"
+    )
+
+
 def unicode_text(argument: str) -> str:
     """The argument itself, when it is valid Unicode; argparse reports it otherwise, since file names may be any bytes."""
     if not is_text(argument):

@@ -24,6 +24,7 @@ from ..lora import (
     resize_lora,
     verify_lora,
     word_of,
+    write_sidecars,
 )
 from ..models import BaseWeights
 from ..storage import check_output
@@ -159,3 +160,8 @@ def run_metadata(options: argparse.Namespace) -> None:
         **texts,
     )
     print(options.output or options.file)
+
+
+def run_sidecars(options: argparse.Namespace) -> None:
+    written = write_sidecars(options.file, options.picture, on_progress=progress_bar("hashing"))
+    print("\n".join(map(str, written)) or f"everything is beside {options.file} already")

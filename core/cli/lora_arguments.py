@@ -103,6 +103,14 @@ def add_metadata(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_sidecars(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="a LoRA; what is beside it already is left as it is")
+    parser.add_argument(
+        "--picture", type=Path, metavar="PICTURE",
+        help="also write a copy as NAME.png and NAME.preview.png; it shows the person: only where they agree",
+    )  # fmt: skip
+
+
 def add_publish(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="LORA", help="the LoRA, which stays as it is")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to make")

@@ -16,7 +16,7 @@ from PIL import ExifTags, Image
 from ..errors import BadConfig, BadFile
 from ..lora.file import LoraFile
 from ..lora.hashes import file_hashes
-from ..lora.metadata import copy_with_hashes, small_picture
+from ..lora.metadata import copy_with_hashes, cover, small_picture
 from ..lora.personal import personal_part, shared_metadata
 from ..lora.progress import OnProgress, silent
 from ..lora.readers import READERS, read_by
@@ -33,7 +33,6 @@ from .parameters import Parameters, save_png
 
 PAGE = "page.txt"
 """The name of the file with the texts to paste."""
-THUMBNAIL_KEY = "modelspec.thumbnail"
 CONSENT = "The person shown has agreed to the training of this model and to its publication."
 _SETTINGS = (
     "Steps", "Sampler", "Schedule type", "CFG scale", "Distilled CFG Scale", "Seed", "Size", "Model hash", "Model",
@@ -122,7 +121,7 @@ def publish(
         for path, example in zip(paths, examples, strict=True):
             save_png(path, example.photo.image(), {"parameters": str(example.said)} if example.said else {})
         if paths:
-            metadata[THUMBNAIL_KEY] = small_picture(paths[0])
+            metadata |= cover(small_picture(paths[0]))
         path = made / f"{name}.safetensors"
         assert isinstance(source.tensors, SafetensorsFile)
         metadata = copy_with_hashes(source.tensors, path, metadata, on_progress)
@@ -264,7 +263,7 @@ def _check_nothing_personal(lora: Path, page: Path, pictures: Mapping[Path, str]
     `pictures` has the name that each picture had before, by which the message calls it.
     """
     metadata = SafetensorsFile.open(lora).metadata
-    texts = [(f"the LoRA's {key}", text) for key, text in metadata.items() if key != THUMBNAIL_KEY]
+    texts = [(f"the LoRA's {key}", text) for key, text in metadata.items() if key not in cover("")]
     texts += [("the page", page.read_text(encoding="utf-8"))]
     for path, name in pictures.items():
         with Image.open(path) as image:

@@ -138,6 +138,7 @@ FLUX1 = NameTable(
     base_versions=("flux1",),
     architecture="flux-1-dev",
     comfyui_classes=("Flux", "FluxSchnell"),
+    a1111_version="Flux",
     signs=(
         *_SIGNS_1,
         # Chroma has no modulation layers.

@@ -48,6 +48,7 @@ SD3 = NameTable(
     architecture="stable-diffusion-3-medium",
     comfyui_classes=("SD3",),
     scheme="diffusers",
+    a1111_version="SD3",
     signs=(
         Sign(r"^(joint_blocks|transformer_blocks)\.\d+\."),
         Sign(r"^joint_blocks\.\d+\.(x|context)_block\.attn2?\.", frozenset({1536, 2432})),

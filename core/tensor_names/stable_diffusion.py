@@ -59,6 +59,7 @@ SD15 = NameTable(
     base_versions=("sd_v1", "sd_1", "stable-diffusion-v1", "stable-diffusion-1"),
     architecture="stable-diffusion-v1",
     comfyui_classes=("SD15",),
+    a1111_version="SD1",
     signs=_signs(context_width=768, text_width=768),
     of_original=_of_original,
     of_diffusers=_of_diffusers_sd1,
@@ -85,6 +86,7 @@ SD2 = NameTable(
     name="sd2",
     base_versions=("sd_v2", "sd_2", "stable-diffusion-v2", "stable-diffusion-2"),
     architecture="stable-diffusion-v2-768-v",
+    a1111_version="SD2",
     signs=_signs(context_width=1024, text_width=_SD2_TEXT_WIDTH),
     of_original=_of_original,
     of_diffusers=_of_diffusers_sd1,
@@ -115,6 +117,7 @@ SDXL = NameTable(
     base_versions=("sdxl_base_v1-0", "sdxl", "stable-diffusion-xl"),
     architecture="stable-diffusion-xl-v1-base",
     comfyui_classes=("SDXL",),
+    a1111_version="SDXL",
     signs=(
         *_signs(context_width=2048, text_width=768),
         # SDXL has up to ten transformer blocks in a row, SD1.x and SD2.x have one.

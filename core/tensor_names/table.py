@@ -218,6 +218,8 @@ class NameTable:
     """The components of its modules' paths that have a "_" in them, beyond those in keys.py."""
     comfyui_classes: tuple[str, ...] = ()
     """The classes in comfy.supported_models of its models that can be trained; empty where ComfyUI here has none."""
+    a1111_version: str = "Unknown"
+    """The name of its models in the list of A1111 and Forge."""
     scheme: str = "kohya"
     """The naming scheme in which its LoRAs are written unless another is asked for: the one that most programs load."""
     diffusers_prefix: str = "transformer."
