@@ -50,7 +50,8 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     naming.add_argument("--to", choices=SCHEMES, help=_SCHEMES_HELP)
     naming.add_argument(
         "--for", dest="readers", metavar="PROGRAM,...",
-        help="or: the naming with which all of these programs load it (comfyui, diffusers, peft, sd-scripts, invokeai)",
+        help="or: the naming with which all of these programs load it (comfyui, diffusers, peft, sd-scripts, invokeai, a1111, "
+        "forge, sd.next, stable-diffusion.cpp, mflux, onetrainer, ai-toolkit, musubi-tuner)",
     )  # fmt: skip
     parser.add_argument(
         "--family", choices=NAME_TABLES, metavar="NAME",

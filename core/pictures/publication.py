@@ -19,7 +19,7 @@ from ..lora.hashes import file_hashes
 from ..lora.metadata import copy_with_hashes, cover, small_picture
 from ..lora.personal import personal_part, shared_metadata
 from ..lora.progress import OnProgress, silent
-from ..lora.readers import READERS, read_by
+from ..lora.readers import READERS, TRAINERS, read_by
 from ..lora.verify import verify_lora
 from ..lora.words import PHRASE_KEY, trigger_words
 from ..models.families import FAMILIES
@@ -136,7 +136,7 @@ def publish(
 
 def _is_loaded_by_none(lora: LoraFile) -> bool:
     """Whether none of the programs that draw pictures loads any module of a LoRA for a published model."""
-    drawing = [reader for reader in READERS if reader not in ("peft", "sd-scripts")]
+    drawing = [reader for reader in READERS if reader not in TRAINERS]
     return bool(lora.identity.models) and all(read_by(reader, lora).verdict == "not at all" for reader in drawing)
 
 

@@ -22,5 +22,11 @@ ERNIE_IMAGE = NameTable(
     loaded=LoadedNames(
         frozenset({("kohya", "diffusers"), ("comfy", "diffusers"), ("diffusers", "diffusers")}),
         diffusers=frozenset({"diffusers", "comfy", "peft"}),
+        others={
+            "SD.Next": "kohya diffusers comfy",
+            "stable-diffusion.cpp": "diffusers comfy",
+            "mflux": "kohya diffusers comfy",
+            "ai-toolkit": "comfy",
+        },
     ),
 )

@@ -163,6 +163,15 @@ FLUX1 = NameTable(
         },
         invokeai_text=("lora_te1_text_model_", "lora_te2_encoder_block_"),
         invokeai_prefixes={"text_encoder_2": "lora_te2_"},
+        others={
+            "Forge": "kohya+ diffusers+ comfy+",
+            "SD.Next": "kohya",
+            "stable-diffusion.cpp": "kohya+ diffusers+ comfy+",
+            "mflux": "diffusers",
+            "OneTrainer": "diffusers+",
+            "ai-toolkit": "diffusers",
+        },
+        others_lack={("SD.Next", "kohya"): r"^(?!double_blocks|single_blocks)"},
     ),
     kohya_prefixes={"denoiser": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te3_"},
     comfy_prefixes={
@@ -189,6 +198,14 @@ CHROMA = NameTable(
         diffusers=frozenset({"kohya", "diffusers", "xlabs"}),
         comfyui_t5=("lora_te1_",),
         comfyui_lacks=r"^distilled_guidance_layer\.",
+        others={
+            "Forge": "kohya comfy",
+            "SD.Next": "kohya diffusers comfy",
+            "stable-diffusion.cpp": "kohya diffusers comfy",
+            "OneTrainer": "diffusers",
+            "ai-toolkit": "comfy",
+        },
+        others_lack={("OneTrainer", "diffusers"): r"^(?!transformer_blocks|single_transformer_blocks)"},
     ),
     kohya_prefixes={"denoiser": "lora_unet_", "text_encoder": "lora_te1_"},
     comfy_prefixes={"denoiser": "diffusion_model.", "text_encoder": "text_encoders.t5xxl.transformer."},
@@ -275,6 +292,14 @@ FLUX2 = NameTable(
                 ("diffusers", "diffusers"),
             }
         ),
+        others={
+            "SD.Next": "kohya diffusers comfy",
+            "stable-diffusion.cpp": "kohya comfy",
+            "mflux": "diffusers",
+            "OneTrainer": "diffusers",
+            "ai-toolkit": "comfy",
+            "musubi-tuner": "kohya",
+        },
     ),
 )
 _BLOCKS_3 = r"((content_)?mode_blocks\.image(_cond)?|txt_mode_blocks|single_(transformer_)?blocks)\.\d+"

@@ -86,6 +86,19 @@ ZIMAGE = NameTable(
         diffusers_lokr=frozenset({("comfy", "diffusers"), ("bare", "diffusers"), ("diffusers", "diffusers")}),
         diffusers_lokr_with_alpha=frozenset({"bare"}),
         invokeai={("diffusers", "diffusers"): "", ("comfy", "diffusers"): ""},
+        others={
+            "SD.Next": "kohya diffusers comfy",
+            "stable-diffusion.cpp": "kohya diffusers comfy",
+            "mflux": "kohya diffusers comfy",
+            "OneTrainer": "diffusers comfy",
+            "ai-toolkit": "diffusers comfy",
+            "musubi-tuner": "kohya diffusers comfy",
+        },
+        others_lack={
+            ("stable-diffusion.cpp", "kohya"): r"feed_forward",
+            ("mflux", "kohya"): r"attention",
+            ("musubi-tuner", "kohya"): r"attention",
+        },
     ),
     # ComfyUI, diffusers and InvokeAI all read unfused q, k and v under "diffusion_model.".
     original_in_comfy=False,

@@ -26,6 +26,14 @@ QWEN_IMAGE = NameTable(
             ("bare", "diffusers"): "",
         },
         invokeai_skips=frozenset({"kohya"}),
+        others={
+            "SD.Next": "kohya diffusers comfy",
+            "stable-diffusion.cpp": "kohya diffusers comfy",
+            "mflux": "kohya comfy",
+            "OneTrainer": "kohya diffusers comfy",
+            "ai-toolkit": "diffusers comfy",
+            "musubi-tuner": "kohya",
+        },
     ),
 )
 

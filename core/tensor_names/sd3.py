@@ -68,6 +68,12 @@ SD3 = NameTable(
         comfyui_t5=("lora_te3_",),
         diffusers=frozenset({"diffusers"}),
         sd_scripts=r"^joint_blocks\.",
+        others={
+            "Forge": "kohya comfy",
+            "stable-diffusion.cpp": "diffusers comfy",
+            "OneTrainer": "diffusers",
+            "ai-toolkit": "diffusers",
+        },
     ),
     kohya_prefixes={
         "denoiser": "lora_unet_",

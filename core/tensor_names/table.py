@@ -172,6 +172,11 @@ class LoadedNames:
     invokeai_signs_in: Mapping[str, tuple[tuple[Sign, ...], ...]] = field(default_factory=dict)
     """More of these, by the scheme of the file's names."""
 
+    others: Mapping[str, str] = field(default_factory=dict)
+    """The schemes that each of the programs in `readers.OTHERS` loads, with a "+" where it loads CLIP's names as well."""
+    others_lack: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    """A regular expression, by program and scheme, that is found in the denoiser's paths that the program does not load."""
+
 
 @dataclass(frozen=True)
 class Listing:
