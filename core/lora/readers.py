@@ -71,6 +71,9 @@ class Reading:
 
 def read_by(reader: str, lora: LoraNames) -> Reading:
     """What a program, one of READERS, makes of a LoRA."""
+    if reader in OTHERS and reader not in NAME_TABLES[lora.family].loaded.others:
+        nothing = Objection(f"{lora.family} at all, as far as it is known")
+        return Reading(len(lora.entries), dict.fromkeys((entry.name for entry in lora.entries), nothing))
     rule = _USO_IN_COMFYUI if reader == "ComfyUI" and lora.types.keys() >= _USO_SIGNS else reader
     found = {entry.name: objection for entry in lora.entries if (objection := _objection(rule, lora.family, entry))}
     refusal = _refusal_by_invokeai(lora, found) if reader == "InvokeAI" else None
@@ -218,9 +221,7 @@ def _by_invokeai(family: NameTable, named: NamedTensor, entry: Entry) -> Objecti
 
 
 def _by_other(program: str, family: NameTable, named: NamedTensor, entry: Entry) -> Objection | str | None:
-    known = family.loaded.others.get(program, "").split()
-    if not known:
-        return f"{family.name} at all, as far as it is known"
+    known = family.loaded.others[program].split()
     is_original = {"kohya": family.original_in_kohya, "comfy": family.original_in_comfy}.get(named.scheme, False)
     of_texts = f"{named.scheme}+" in known
     if named.part != "denoiser" or is_text_path(named.path):
