@@ -47,7 +47,8 @@ class SaveLora(io.ComfyNode):
                 io.Combo.Input(
                     "scheme",
                     options=["kohya", "diffusers", "comfy"],
-                    tooltip="kohya: read by everything; diffusers: for its pipelines; comfy: the original model's names.",
+                    tooltip="kohya: what most programs load for SD1.5, SDXL and FLUX.1; diffusers: for its pipelines; comfy: "
+                    "what most load for Z-Image and other later models.",
                 ),
                 io.Combo.Input(
                     "precision", options=list(PRECISIONS), tooltip="fp16 is what is usually shared.", advanced=True

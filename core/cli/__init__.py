@@ -96,6 +96,12 @@ COMMANDS: dict[str, Command] = {
         "lora_arguments:add_metadata",
         "lora:run_metadata",
     ),
+    "sidecars": Command(
+        FILES,
+        "write the files beside a LoRA in which other programs look for its words and picture",
+        "lora_arguments:add_sidecars",
+        "lora:run_sidecars",
+    ),
     "publish": Command(
         FILES,
         "make a folder with a LoRA, a page of text and pictures to upload, without anything personal in them",

@@ -116,6 +116,12 @@ def add_training_adapter(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_sidecars_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--sidecars", action="store_true", help="also write the files in which other programs look for the LoRA's words"
+    )
+
+
 def unicode_text(argument: str) -> str:
     """The argument itself, when it is valid Unicode; argparse reports it otherwise, since file names may be any bytes."""
     if not is_text(argument):
@@ -152,10 +158,10 @@ def print_warning(message: str) -> None:
 
 
 def progress_bar(name: str) -> Callable[[int, int], None]:
-    """A function that is told (done, total) and shows a bar, unless everything is done within a second."""
+    """A function that is told (done, total) and shows a bar on a terminal, unless everything is done within a second."""
     from tqdm import tqdm
 
-    bar = tqdm(desc=name, dynamic_ncols=True, delay=1)
+    bar = tqdm(desc=name, dynamic_ncols=True, delay=1, disable=None)  # None: unless stderr is a terminal
 
     def update(done: int, total: int) -> None:
         bar.total = total

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from .. import demo
 from ..config import TrainConfig
 from ..errors import BadConfig
+from ..lora import write_sidecars
 from ..photos import read_photos
 from ..pictures import batch_summary, find_style_packs
 from ..studio import Order, Outcome, check, device_rate, ledger_of, make
@@ -57,6 +58,8 @@ def run_headshots(options: argparse.Namespace) -> int:
             print(in_short(ledger, rate))
         with stop:
             outcome = make(ready, base, order, folder, device=device, callbacks=callbacks)
+    if options.sidecars:
+        write_sidecars(outcome.trained.path)
     if options.json:
         print(json.dumps(_described(outcome)))
     else:

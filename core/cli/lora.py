@@ -24,6 +24,7 @@ from ..lora import (
     resize_lora,
     verify_lora,
     word_of,
+    write_sidecars,
 )
 from ..models import BaseWeights
 from ..storage import check_output
@@ -67,7 +68,12 @@ def _check_output(options: argparse.Namespace, *inputs: str | Path) -> None:
 def run_convert(options: argparse.Namespace) -> None:
     path = checkpoint(options.base)
     _check_output(options, options.file, *([path] if path else ()))
-    lora = LoraFile.read(options.file)
+    lora = LoraFile.read(options.file, options.family)
+    if others := lora.other_families:
+        print_warning(
+            f"{options.file}: is taken for {lora.family}, but its modules fit {' and '.join(others)} as well, and its metadata "
+            "name none of them; choose one with --family"
+        )
     weight = None
     if path is not None:
         base = BaseWeights.open(path)
@@ -113,8 +119,8 @@ def run_merge(options: argparse.Namespace) -> None:
     _check_output(options, *(path for path, _ in named), *([into] if into else ()))
     loras = [(LoraFile.read(path), strength) for path, strength in named]
     if into is None:
-        sources = [lora for lora, _ in loras] if options.to == "diffusers" else []
-        _save(*merge_loras(loras, options.rank, options.to, on_progress=progress_bar("merging")), options, sources)
+        merged, error = merge_loras(loras, options.rank, options.to, on_progress=progress_bar("merging"))
+        _save(merged, error, options, [lora for lora, _ in loras] if merged.scheme == "diffusers" else [])
         return
     if options.rank is not None:
         raise BadConfig("--rank and --into are both given: a checkpoint has no rank")
@@ -154,3 +160,8 @@ def run_metadata(options: argparse.Namespace) -> None:
         **texts,
     )
     print(options.output or options.file)
+
+
+def run_sidecars(options: argparse.Namespace) -> None:
+    written = write_sidecars(options.file, options.picture, on_progress=progress_bar("hashing"))
+    print("\n".join(map(str, written)) or f"everything is beside {options.file} already")

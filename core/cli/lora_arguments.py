@@ -4,14 +4,14 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from ..tensor_names import SCHEMES
+from ..tensor_names import NAME_TABLES, SCHEMES
 from .common import unicode_text
 
 EDITABLE = ("title", "author", "description", "trigger_phrase", "license", "usage_hint")
 """The texts in a LoRA's metadata that the command `metadata` can change."""
 _SCHEMES_HELP = (
-    "naming of the tensors: kohya is read by nearly everything, diffusers by its pipelines and peft, comfy (the original "
-    "model's names) by ComfyUI"
+    "naming of the tensors: kohya is what most programs load for SD1.5, SDXL and FLUX.1, diffusers what its pipelines and peft "
+    "load, comfy (the original model's names) what most load for later models"
 )
 
 
@@ -50,7 +50,12 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     naming.add_argument("--to", choices=SCHEMES, help=_SCHEMES_HELP)
     naming.add_argument(
         "--for", dest="readers", metavar="PROGRAM,...",
-        help="or: the naming with which all of these programs load it (comfyui, diffusers, peft, sd-scripts, invokeai)",
+        help="or: the naming with which all of these programs load it (comfyui, diffusers, peft, sd-scripts, invokeai, a1111, "
+        "forge, sd.next, stable-diffusion.cpp, mflux, onetrainer, ai-toolkit, musubi-tuner)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--family", choices=NAME_TABLES, metavar="NAME",
+        help=f"what it is for, where it fits several families, as text encoders do: {', '.join(NAME_TABLES)}",
     )  # fmt: skip
     parser.add_argument("--plain-rank", type=int, metavar="N", help="make LoHa, LoKr, ... a plain LoRA of that rank")
     parser.add_argument("--base", type=Path, metavar="CHECKPOINT", help="what a DoRA or OFT was trained on, to do that")
@@ -59,7 +64,9 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
 def add_merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="+", metavar="FILE[:STRENGTH]", help="the LoRAs; without a strength it is 1")
     _add_output(parser)
-    parser.add_argument("--to", choices=SCHEMES, default="kohya", help=f"{_SCHEMES_HELP} (default: kohya)")
+    parser.add_argument(
+        "--to", choices=SCHEMES, help=f"{_SCHEMES_HELP} (default: what most programs load for the model)"
+    )
     parser.add_argument("--rank", type=int, metavar="N", help="of the result; default: exact, the ranks add up")
     parser.add_argument(
         "--into", type=Path, metavar="CHECKPOINT", help="merge into a copy of this checkpoint instead, in its own types"
@@ -95,6 +102,14 @@ def add_metadata(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--remove", action="append", default=[], metavar="KEY", help="a metadata key to remove; may be repeated"
     )
+
+
+def add_sidecars(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE", help="a LoRA; what is beside it already is left as it is")
+    parser.add_argument(
+        "--picture", type=Path, metavar="PICTURE",
+        help="also write a copy as NAME.png and NAME.preview.png; it shows the person: only where they agree",
+    )  # fmt: skip
 
 
 def add_publish(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,16 @@ from typing import get_args, get_type_hints
 
 from .. import photos  # the package loads its modules only when a name is used
 from ..config import Precision, RecipeName
-from .common import add_base, add_device, add_dry_run, add_face_network, add_judge, add_training_adapter, unicode_text
+from .common import (
+    add_base,
+    add_device,
+    add_dry_run,
+    add_face_network,
+    add_judge,
+    add_sidecars_option,
+    add_training_adapter,
+    unicode_text,
+)
 from .settings import SCHEDULE, add_settings
 
 
@@ -65,6 +74,7 @@ def _add_order(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--config", type=Path, metavar="FILE.toml", help="other settings of the training")
     add_training_adapter(parser)
+    add_sidecars_option(parser)
     add_settings(parser, ("trigger_word", "class_word", "steps", "check_photos", *SCHEDULE))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from .. import demo
 from ..config import TrainConfig
 from ..errors import BadConfig
+from ..lora import write_sidecars
 from ..pictures import find_style_packs
 from ..studio import Plan, Terms, device_rate, forget, plan, plan_ledger, read_people, run
 from . import dry_run
@@ -62,6 +63,8 @@ def run_studio(options: argparse.Namespace) -> int:
     with stop, progress, redirect_stdout(sys.stderr):  # Ray prints there what ends on the cluster
         for result in run(people, base, options.output, terms, device=device, callbacks=callbacks, ray=options.ray):
             failed |= result.status == "failed"
+            if options.sidecars and result.lora:
+                write_sidecars(options.output / result.lora)
             if isinstance(progress, JsonProgress):
                 progress.print(dataclasses.asdict(result))
             else:

@@ -4,13 +4,14 @@ import argparse
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..config import config_from
+from ..config import TrainConfig, config_from
 from ..errors import BadConfig, FaceLoraError
 from ..faces import load_faces
 from ..lora.file import KEY, LoraFile
+from ..lora.sidecars import write_sidecars
 from ..models.base import Base
 from ..photos import Photo, read_photos
 from ..studio import basis, device_rate
@@ -95,16 +96,23 @@ def run_train(options: argparse.Namespace) -> None:
                 device=device_from(options), metadata={KEY: key} if key else {},
                 callbacks=Callbacks(on_step=on_step, on_phase=on_phase, on_warning=progress.warning),
             )  # fmt: skip
+    _end(options, lora.metadata, config, found)
+
+
+def _end(options: argparse.Namespace, metadata: Mapping[str, str], config: TrainConfig, found: bool) -> None:
+    """Write what belongs beside the file, and print what was made."""
+    if options.sidecars and METHODS[config.method].makes == "lora":
+        write_sidecars(options.output)
     size = options.output.stat().st_size
-    trigger = lora.metadata["modelspec.trigger_phrase"]
+    trigger = metadata["modelspec.trigger_phrase"]
     if options.json:
         print(json.dumps({"output": str(options.output), "bytes": size, "trigger_phrase": trigger, "found": found}))
     else:
         if found:
             print("trained before from the same photos and settings; --restart trains it again")
         print(f"{options.output}  ({size / 1e6:.1f} MB, rank {config.rank}); prompt it with: a photo of {trigger}")
-        if LIKENESS_KEY in lora.metadata:
-            print(format_likeness(json.loads(lora.metadata[LIKENESS_KEY])))
+        if LIKENESS_KEY in metadata:
+            print(format_likeness(json.loads(metadata[LIKENESS_KEY])))
 
 
 def _show_work(options: argparse.Namespace, base: Base, job: TrainingJob) -> None:

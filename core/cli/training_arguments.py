@@ -13,6 +13,7 @@ from .common import (
     add_dry_run,
     add_face_network,
     add_judge,
+    add_sidecars_option,
     add_training_adapter,
     show_first,
     unicode_text,
@@ -47,6 +48,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strict", action="store_true", help="fail on a photo that cannot be read, instead of skipping it"
     )
+    add_sidecars_option(parser)
     add_face_network(parser, default=None)
     add_judge(parser)
     add_dry_run(parser)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .report import format_line as format_line
     from .report import inspect_files as inspect_files
     from .report import inspect_header as inspect_header
+    from .sidecars import write_sidecars as write_sidecars
     from .verify import Fault as Fault
     from .verify import verify_lora as verify_lora
     from .words import WORD_KEY as WORD_KEY
@@ -51,6 +52,7 @@ else:
             ".modules": ("LoraModule", "name_kinds"),
             ".names": ("Entry", "LoraHeader"),
             ".report": ("format_inspection", "format_line", "inspect_files", "inspect_header"),
+            ".sidecars": ("write_sidecars",),
             ".verify": ("Fault", "verify_lora"),
             ".words": ("WORD_KEY", "trigger_words", "word_of"),
         },

@@ -11,13 +11,14 @@ from torch import Tensor
 from ..errors import LoraMisfit, UnmatchedKeys, counted
 from ..models.base_weights import BaseWeights, bias_name
 from ..storage.safetensors_file import write_safetensors
-from ..tensor_names import Fusion, ModuleId, Place, bundled_embedding
+from ..tensor_names import Fusion, ModuleId, Place
 from .convert import NewLora, check_rank, metadata_for
 from .file import LoraFile, fit
 from .low_rank import factorise
 from .modules import LoraModule, name_modules
 from .names import Entry
 from .progress import OnProgress, silent
+from .words import word_of
 
 
 def extract_lora(
@@ -84,9 +85,9 @@ def extract_lora(
             f"e.g. {alone[0][1]} of {alone[0][0]}"
         )
     metadata = {"ss_sd_model_name": before.file.path.name}
-    lora = LoraFile(before.family, metadata, dict(name_modules(before.names, found, "kohya")))
+    lora = LoraFile(before.family, metadata, dict(name_modules(before.names, found, before.names.scheme)))
     fit(lora, before.family, before.shapes).check(str(after.file.path))  # as a reader of the file will find it
-    return NewLora(replace(lora, metadata=metadata_for(lora, "kohya")), worst)
+    return NewLora(replace(lora, metadata=metadata_for(lora, before.names.scheme)), worst)
 
 
 def _is_equal(old: Tensor, new: Tensor) -> bool:
@@ -123,7 +124,7 @@ def merge_into_checkpoint(
     biases: dict[str, str] = {}
     for lora, strength in loras:
         fit(lora, base.family, base.shapes, base.biased).check(lora.name)
-        words = dict.fromkeys(str(bundled_embedding(key)) for key in lora.embedding_keys)
+        words = dict.fromkeys(word_of(lora, key) for key in lora.embedding_keys)
         if words:
             on_warning(f"{lora.name}: brings along what no checkpoint can hold: the vectors of {', '.join(words)}")
         for entry in lora.entries:

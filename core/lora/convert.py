@@ -18,7 +18,7 @@ from ..errors import BadConfig, LoraMisfit, UnmatchedKeys
 from ..tensor_names import NAME_TABLES, PUBLISHED_BLOCKS, SCHEMES, ModuleId, NameTable, bundled_embedding
 from .changes import bias_change, scale_of
 from .file import KEY, LoraFile
-from .kinds import BIAS_ROLES, needs_base
+from .kinds import BIAS_ROLES, UNBOUND, needs_base
 from .low_rank import Factorised, decomposed, factorise
 from .metadata import MODELSPEC_VERSION
 from .modules import LoraModule, name_in_scheme, name_modules, suffix_of, without_tucker
@@ -27,8 +27,8 @@ from .progress import OnProgress, silent
 from .readers import READERS, not_loaded_by
 from .words import PHRASE_KEY, trigger_words
 
-_OF_THE_ORIGINAL = ("lora_adapter_metadata", KEY)
-"""The metadata that are not true of a changed copy of a LoRA."""
+_OF_THE_ORIGINAL = re.compile(rf"lora_adapter_metadata|{re.escape(KEY)}|<.*>|(unet|text_encoder)(:.*)?")
+"""The metadata that are not true of a changed copy of a LoRA, the last ones those of cloneofsimo/lora."""
 BaseWeight = Callable[[ModuleId], Tensor]
 """A function that gives the weight of a base model's module, for adapters whose change depends on it (DoRA, OFT)."""
 
@@ -96,7 +96,7 @@ def _convert(
         converted, error = lora, 0.0
         modules, kept = _plain_modules(lora), _renamed(lora, names, others, scheme)
     # diffusers refuses a file that holds anything but adapters.
-    words = {} if scheme == "diffusers" else {key: lora.sound_vectors(key) for key in lora.embedding_keys}
+    words = {} if scheme == "diffusers" else lora.bundled_words()
     tensors = name_modules(names, modules, scheme, kept | words)
     return NewLora(replace(lora, tensors=tensors, metadata=metadata_for(converted, scheme)), error)
 
@@ -121,7 +121,7 @@ def convert_for(
     asked = [known[name.strip().lower()] for name in readers]
     failures = []
     names = _names_of(lora)
-    namings = [(scheme, names) for scheme in SCHEMES]
+    namings = [(scheme, names) for scheme in (names.scheme, *SCHEMES)]
     if prefixes := names.loaded.invokeai_prefixes:
         namings.append(("kohya", replace(names, kohya_prefixes={**names.kohya_prefixes, **prefixes})))
     for scheme, names in namings:
@@ -152,15 +152,18 @@ def _plain_modules(lora: LoraFile) -> dict[ModuleId, LoraModule]:
 
 def metadata_for(lora: LoraFile, scheme: str) -> dict[str, str]:
     """The metadata for the LoRA in a scheme: without what is only true of its old names, with what the new ones need."""
-    family = NAME_TABLES[lora.family]
-    known = {"modelspec.sai_model_spec": MODELSPEC_VERSION, "modelspec.architecture": f"{family.architecture}/lora"}
+    words = lora.base_words
+    known = {
+        "modelspec.sai_model_spec": MODELSPEC_VERSION,
+        "modelspec.architecture": f"{words['modelspec.architecture']}/lora",
+    }
     if scheme == "kohya":
         ranks = {entry.rank for entry in lora.entries}
         is_lora = all(entry.kind in ("lora", "locon") for entry in lora.entries)
-        known["ss_base_model_version"] = family.base_versions[0]
+        known["ss_base_model_version"] = words["ss_base_model_version"]
         known["ss_network_module"] = "networks.lora" if is_lora else "lycoris.kohya"
         known["ss_network_dim"] = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
-    return known | {key: value for key, value in lora.metadata.items() if key not in _OF_THE_ORIGINAL}
+    return known | {key: value for key, value in lora.true_metadata.items() if not _OF_THE_ORIGINAL.fullmatch(key)}
 
 
 def _renamed(lora: LoraFile, family: NameTable, entries: Sequence[Entry], scheme: str) -> dict[str, Tensor]:
@@ -187,6 +190,8 @@ def _renamed(lora: LoraFile, family: NameTable, entries: Sequence[Entry], scheme
             )
         name = name_in_scheme(family, *entry.modules[0], scheme)[0]
         found = lora.sound_tensors_of(entry)
+        if entry.kind in ("oft", "boft") and "alpha" in found and not found["alpha"].item():
+            found["alpha"] = torch.tensor(UNBOUND)
         for role, tensor in found.items():
             if role not in BIAS_ROLES:
                 tensors[f"{name}.{suffix_of(role)}"] = tensor
@@ -245,7 +250,7 @@ def _pefts_dora(lora: LoraFile, entry: Entry) -> dict[str, Tensor]:
 def to_plain(
     lora: LoraFile, rank: int, base_weight: BaseWeight | None = None, on_progress: OnProgress = silent
 ) -> NewLora:
-    """A plain LoRA in Kohya's scheme with the nearest change of at most that rank, and the largest relative error.
+    """A plain LoRA in the family's scheme with the nearest change of at most that rank, and the largest relative error.
 
     Modules that are plain already are kept as they are. The error is that of the Frobenius norm, 0 to 1. `base_weight` is
     needed for DoRA and OFT. Raises UnmatchedKeys for changes of biases and normalisation layers, which have no place in
@@ -336,7 +341,7 @@ def resize_lora(
         worst = max(worst, error)
         on_progress(done, len(lora.entries))
     size = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
-    metadata = {key: value for key, value in lora.metadata.items() if key not in _OF_THE_ORIGINAL}
+    metadata = {key: value for key, value in lora.true_metadata.items() if not _OF_THE_ORIGINAL.fullmatch(key)}
     metadata |= {"ss_network_dim": size, "ss_network_alpha": size}
     return NewLora(replace(lora, tensors=tensors, metadata=metadata), worst)
 
@@ -365,10 +370,12 @@ def _resize(module: LoraModule, rank: int | None, energy: float | None) -> tuple
 def merge_loras(
     loras: Sequence[tuple[LoraFile, float]],
     rank: int | None = None,
-    scheme: str = "kohya",
+    scheme: str | None = None,
     on_progress: OnProgress = silent,
 ) -> NewLora:
     """One LoRA with the sum of the changes, each times its weight, and the largest relative error of a module's change.
+
+    It has the names of `scheme`, for None of the family's own, which most programs load.
 
     Without `rank` the sum is exact, by concatenation: the ranks add up. With `rank` it is resized to that afterwards.
     Words that the files bring along come along, except in diffusers' scheme. The metadata are the first file's, with
@@ -379,6 +386,7 @@ def merge_loras(
     if not loras:
         raise BadConfig("nothing to merge: give at least one LoRA")
     families = {lora.family: lora.name for lora, _ in loras}
+    scheme = scheme or NAME_TABLES[loras[0][0].family].scheme
     if len(families) > 1:
         found = ", ".join(f"{name} is for {family}" for family, name in families.items())
         raise LoraMisfit(f"only LoRAs for the same family can be merged, but {found}")
@@ -390,8 +398,8 @@ def merge_loras(
     for lora, weight in loras:
         if not lora.entries:
             raise LoraMisfit(f"{lora.name}: has no module that could be merged")
-        for key in lora.embedding_keys:
-            if not torch.equal(vectors.setdefault(key, lora.sound_vectors(key)), lora.tensors[key]):
+        for key, found in lora.bundled_words().items():
+            if not torch.equal(vectors.setdefault(key, found), found):
                 raise LoraMisfit(f"{lora.name}: another file brings along the word {bundled_embedding(key)!r} too")
         for module_id, module in lora.modules(weight).items():
             others = collected.setdefault(module_id, [])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import BadFile
 from ..models.clip import add_word, remove_words
-from ..tensor_names import NAME_TABLES, bundled_embedding
+from ..tensor_names import NAME_TABLES, bundled_name
 from .file import LoraFile
 from .words import WORD_KEY, word_of
 
@@ -45,8 +45,8 @@ def embeddings_of(lora: LoraFile) -> dict[str, dict[str, Tensor]]:
     parts = {key: part for part, key in NAME_TABLES[lora.family].embedding_names.items()}
     words: dict[str, dict[str, Tensor]] = {}
     for key in lora.embedding_keys:
-        name = bundled_embedding(key)
-        tail = key.rpartition(".")[2] if name else key
+        name = bundled_name(key)
+        tail = name.rpartition(".")[2]
         part = parts.get("emb_params" if tail == "*" else tail)
         if part is not None:
             words.setdefault(word_of(lora, key), {})[part] = _vectors(lora, key)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import LoraMisfit, UnknownFamily, UnmatchedKeys, counted
 from ..storage.safetensors_file import Layout, SafetensorsFile, cast_tensor, layout_in, layout_of, write_safetensors
-from ..tensor_names import NAME_TABLES, ModuleId, NameTable
+from ..tensor_names import NAME_TABLES, ModuleId, NameTable, bundled_name
 from .changes import bias_change, weight_change
 from .hashes import LegacyHash, model_hash
 from .kinds import needs_base
@@ -42,14 +42,22 @@ class LoraFile(LoraNames):
     """The name of the LoRA in messages: the file's path, if it is from a file."""
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> "LoraFile":
+    def read(cls, path: str | os.PathLike[str], family: str | None = None) -> "LoraFile":
         """The LoRA in a file, with its tensors still on disk.
 
-        Beside peft's `adapter_model.safetensors`, the `adapter_config.json` that holds its alpha is read too. Raises
-        BadFile when a file is damaged, UnknownFamily when it is no LoRA or for a family that is not known.
+        `family` decides where its modules are those of several, whatever its metadata say. Beside peft's
+        `adapter_model.safetensors`, the `adapter_config.json` that holds its alpha is read too. Raises BadFile when a file is
+        damaged, UnknownFamily when it is no LoRA, for a family that is not known, or for another one than `family`.
         """
         file = SafetensorsFile.open(path)
-        return cls.from_tensors(file, peft_metadata(file.path) | file.metadata, name=str(file.path))
+        metadata = peft_metadata(file.path) | file.metadata
+        if family is not None:
+            _check_family(family)
+            metadata["ss_base_model_version"] = NAME_TABLES[family].base_versions[0]
+        lora = cls.from_tensors(file, metadata, name=str(file.path))
+        if family not in (None, lora.family):
+            raise UnknownFamily(f"{lora.name}: is for {lora.family}, not for {family}")
+        return lora
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str = "LoRA") -> "LoraFile":
@@ -66,17 +74,17 @@ class LoraFile(LoraNames):
         family: str,
         modules: Mapping[ModuleId, LoraModule],
         metadata: Mapping[str, str],
-        scheme: str = "kohya",
+        scheme: str | None = None,
         names: NameTable | None = None,
     ) -> "LoraFile":
-        """A LoRA from the low-rank changes of modules, named in a scheme, which is one of modules.SCHEMES.
+        """A LoRA from the low-rank changes of modules, named in a scheme, one of modules.SCHEMES; None: the family's own.
 
         `names` are those of the base's modules, where they are not the published models' (`Base.names`). Raises
         UnknownFamily for an unknown family, UnmatchedKeys for an unknown scheme.
         """
-        if family not in NAME_TABLES:
-            raise UnknownFamily(f"no family {family!r}; known: {', '.join(NAME_TABLES)}")
-        return cls(family, dict(metadata), dict(name_modules(names or NAME_TABLES[family], modules, scheme)))
+        _check_family(family)
+        names = names or NAME_TABLES[family]
+        return cls(family, dict(metadata), dict(name_modules(names, modules, scheme or names.scheme)))
 
     @cached_property
     def layout(self) -> Layout:
@@ -131,6 +139,10 @@ class LoraFile(LoraNames):
         if not self.tensors[key].float().isfinite().all():
             raise UnmatchedKeys(f"{self.name}: {key} holds NaN or infinity")
         return self.tensors[key]
+
+    def bundled_words(self) -> dict[str, Tensor]:
+        """The vectors of all words under the names of LoRA files. Raises UnmatchedKeys as `sound_vectors` does."""
+        return {bundled_name(key): self.sound_vectors(key) for key in self.embedding_keys}
 
     def modules(self, strength: float = 1.0) -> dict[ModuleId, LoraModule]:
         """The low-rank change of every module times `strength`, one for each of diffusers' modules.
@@ -268,6 +280,11 @@ class LoraFile(LoraNames):
     def with_metadata(self, metadata: Mapping[str, str]) -> "LoraFile":
         """A copy of the LoRA with other metadata."""
         return replace(self, metadata=dict(metadata))
+
+
+def _check_family(name: str) -> None:
+    if name not in NAME_TABLES:
+        raise UnknownFamily(f"no family {name!r}; known: {', '.join(NAME_TABLES)}")
 
 
 def types_of(tensors: Mapping[str, Tensor]) -> Types:

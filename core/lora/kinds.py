@@ -25,6 +25,8 @@ BIAS_DIFFERENCES = ("diff_b", "b_norm")
 """The roles of tensors that are the difference of a bias, which the module must have."""
 BIAS_ROLES = (*BIAS_DIFFERENCES, "bias")
 """The roles of tensors that change a bias, with a weight or alone; `bias` is the bias of the up matrix, which peft has."""
+UNBOUND = 1000.0
+"""The alpha of a rotation that is not bounded. SD.Next and sd-scripts take 0 for a bound, which leaves no rotation."""
 LARGEST_WEIGHT = 1 << 30
 """The most elements of a weight: no model has such a layer, but two small tensors can claim a product of any size."""
 LARGEST_KERNEL = 256

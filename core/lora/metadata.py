@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -55,15 +56,17 @@ def edit_metadata(
         "tags": None if tags is None else ", ".join(tags),
         "license": license,
         "usage_hint": usage_hint,
-        "thumbnail": None if thumbnail is None else small_picture(thumbnail),
     }
-    if not remove and all(value is None for value in values.values()):
+    covers = {} if thumbnail is None else cover(small_picture(thumbnail) if thumbnail else "")
+    if not (remove or covers) and all(value is None for value in values.values()):
         raise BadConfig("nothing to change: give a title, author, ... or keys to remove")
     if missing := [key for key in remove if key not in file.metadata]:
         there = ", ".join(sorted(file.metadata)) or "none"
         raise BadConfig(f"remove = {missing[0]!r}: {Path(path).name} has no such key (but: {there})")
-    given = {f"modelspec.{key}": value for key, value in values.items() if value is not None}
+    given = {f"modelspec.{key}": value for key, value in values.items() if value is not None} | covers
     removed = {*remove, *(key for key, value in given.items() if value == "")}
+    if removed & cover("").keys():  # both are the person's picture
+        removed |= cover("").keys()
     metadata = {key: value for key, value in (file.metadata | given).items() if key not in removed}
     if any(key.startswith("modelspec.") for key in metadata):
         # No program reads modelspec's other keys without its version.
@@ -94,11 +97,23 @@ THUMBNAIL_SIDE = 256
 
 def small_picture(picture: str | os.PathLike[str]) -> str:
     """The picture as a data URL of a JPEG with sides of at most THUMBNAIL_SIDE pixels. Raises BadFile."""
+    return thumbnail_url(opened_picture(picture, THUMBNAIL_SIDE))
+
+
+def opened_picture(picture: str | os.PathLike[str], side: int) -> Image.Image:
+    """The picture in a file, upright, RGB, its longer side at most `side` pixels, without its metadata. Raises BadFile."""
     try:
-        small = read_photo_files([Path(picture)], strict=True)[0].image(shorter_side=THUMBNAIL_SIDE)
+        image = read_photo_files([Path(picture)], strict=True)[0].image(shorter_side=side).convert("RGB")
     except BadPhoto as error:
         raise BadFile(f"{Path(picture)}: {str(error).removeprefix(f'{Path(picture).name}: ')}") from None
-    return thumbnail_url(small)
+    image.thumbnail((side, side))
+    image.info.clear()
+    return image
+
+
+def cover(url: str) -> dict[str, str]:
+    """The metadata in which programs look for a LoRA's picture, from its data URL; empty where that is."""
+    return {"modelspec.thumbnail": url, "ssmd_cover_images": json.dumps([url.partition(",")[2]]) if url else ""}
 
 
 def thumbnail_url(image: Image.Image) -> str:

@@ -19,6 +19,7 @@ from ..storage.header import Header
 from ..tensor_names import (
     EMBEDDING_KEYS,
     NAME_TABLES,
+    NUMBERED,
     Identity,
     ModuleId,
     NameTable,
@@ -26,9 +27,13 @@ from ..tensor_names import (
     bundled_embedding,
     families_of,
     families_of_embedding,
+    family_named,
     identify,
+    is_published,
+    numbered_paths,
     other_model,
     parse_key,
+    plain_name,
     shows_other_blocks,
 )
 from .kinds import BIAS_DIFFERENCES, BIAS_ROLES, kind_of, known_shape, rank_of, weight_shape
@@ -36,6 +41,8 @@ from .kinds import BIAS_DIFFERENCES, BIAS_ROLES, kind_of, known_shape, rank_of, 
 Types = Mapping[str, tuple[str, tuple[int, ...]]]
 """torch's name of the type, and the shape, of each tensor by name."""
 _T = TypeVar("_T")
+_FEW = 10
+"""The modules under names of no published model that a small model of one's own may have."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +94,8 @@ class Content:
 
 def content_of(types: Types) -> Content:
     """The tensors of a file, sorted by what their names mean."""
+    if any(map(NUMBERED.fullmatch, types)):
+        return _content_of_numbers(types)
     found: dict[str, list[tuple[str, str, str, tuple[int, ...]]]] = {}
     embeddings, strange = [], []
     for key in types:
@@ -98,6 +107,28 @@ def content_of(types: Types) -> Content:
             found.setdefault(parsed.module_name, []).append((key, parsed.role, *types[key]))
     modules = tuple(_named_module(tuple(tensors)) for tensors in found.values())
     return Content(modules, tuple(embeddings), tuple(strange))
+
+
+def _content_of_numbers(types: Types) -> Content:
+    """The tensors of a file of the first LoRA format: all strange where the sizes fit no model in any order of its modules."""
+    found: dict[tuple[str, int], dict[str, str]] = {}
+    for key in types:
+        if match := NUMBERED.fullmatch(key):
+            found.setdefault((match[1], int(match[2])), {})[match[3]] = key
+    embeddings = tuple(key for key in types if key.startswith("<"))
+    for paths in numbered_paths():
+        modules = []
+        for (part, number), keys in found.items():
+            shapes = {role: types[key][1] for role, key in keys.items()}
+            path = paths.get((part, number), "")
+            part_of_model = "denoiser" if part == "unet" else part
+            modules.append(
+                NamedModule(f"{part}:{number}", "numbered", part_of_model, path, kind_of(shapes), keys, shapes)
+            )
+        content = Content(tuple(modules), embeddings, ())
+        if all(module.kind for module in modules) and content.identity(None).models:
+            return content
+    return Content((), (), tuple(types))
 
 
 # The files of a folder have mostly modules of the same names and sizes.
@@ -228,6 +259,23 @@ class LoraNames:
         broken = (key for module in self.content.modules if not module.kind for key in module.keys.values())
         return (*self.content.strange_keys, *broken)
 
+    @cached_property
+    def base_words(self) -> dict[str, str]:
+        """What metadata say of the base model that the tensors are for, by key; the architecture without the adapter's kind."""
+        return NAME_TABLES[self.family].words_of(self.identity.models)
+
+    @property
+    def true_metadata(self) -> dict[str, str]:
+        """The metadata, with the right base model where they name another family's or another published model."""
+        metadata, claims = dict(self.metadata), claims_of(self.metadata)
+        for key in self.base_words.keys() & claims.keys():
+            right = self.base_words[key]
+            said, slash, kind = metadata[key].partition("/")
+            is_told = key in NAME_TABLES[self.family].words_of_models and self.identity.verdict == "certain"
+            if claims[key] != self.family or (is_told and plain_name(said) != plain_name(right)):
+                metadata[key] = right + slash + kind
+        return metadata
+
     @property
     def scheme(self) -> str:
         """The naming scheme of most modules, "kohya" for a file without modules."""
@@ -248,23 +296,25 @@ class LoraNames:
 
     @cached_property
     def _peft_config(self) -> dict[str, Any]:
-        """The configuration of peft in the metadata, empty when there is none or when it is damaged."""
-        try:
-            config = json.loads(self.metadata.get("lora_adapter_metadata", "null"))
-        except (ValueError, RecursionError):
-            return {}
-        return config if isinstance(config, dict) else {}
+        return _peft_config(self.metadata)
+
+    @property
+    def other_families(self) -> tuple[str, ...]:
+        """The other families that the modules fit as well, where the metadata do not decide between them."""
+        fitting = self.identity.families
+        return () if family_in_metadata(self.metadata) in fitting else tuple(f for f in fitting if f != self.family)
 
     def scale_in_config(self, entry: Entry) -> float | None:
         """The factor on a module's change in peft's configuration, None when it does not say or the file has an alpha."""
         if "alpha" in entry.keys:
             return None
         config = self._peft_config
-        prefix, _, path = entry.name.partition(".")
+        # diffusers' denoisers save names, and this configuration, without a prefix (`save_lora_adapter`).
+        prefix, dot, path = ("", "", entry.name) if entry.scheme == "bare" else entry.name.partition(".")
 
         def number(name: str, patterns: str) -> float | None:
-            by_path = config.get(f"{prefix}.{patterns}")
-            found = config.get(f"{prefix}.{name}")
+            by_path = config.get(prefix + dot + patterns)
+            found = config.get(prefix + dot + name)
             if isinstance(by_path, dict):
                 matching = (value for pattern, value in by_path.items() if f".{path}".endswith(f".{pattern}"))
                 found = next(matching, found)
@@ -276,7 +326,7 @@ class LoraNames:
         if alpha is None or not rank:
             return None
         # rsLoRA (arXiv:2312.03732) divides by the square root of the rank.
-        return alpha / (math.sqrt(rank) if config.get(f"{prefix}.use_rslora") is True else rank)
+        return alpha / (math.sqrt(rank) if config.get(prefix + dot + "use_rslora") is True else rank)
 
 
 @dataclass(frozen=True, eq=False)
@@ -331,13 +381,13 @@ def recognised(types: Types, metadata: Mapping[str, str], name: str, make: Calla
 def _detect_family(content: Content, identity: Identity, types: Types, metadata: Mapping[str, str], name: str) -> str:
     """The family of a published model that has all the modules; where none has, the one whose names fit best.
 
-    Metadata only decide between equals, since many tools write them wrong. Raises UnknownFamily when no family fits, or when
-    the modules are rather those of a model that is not trained here.
+    Metadata only decide between equals, since many tools write them wrong. Raises UnknownFamily when no family has the names
+    of half of the modules, or when the modules are rather those of a model that is not trained here.
     """
-    modules = content.places
+    modules, claimed = content.places, family_in_metadata(metadata)
     if identity.models:
         claim = identity.of_claim((metadata.get("ss_base_model_version", ""), _architecture(metadata)))
-        other = claim or (None if identity.families else " or ".join(identity.models))
+        other = claim or (None if claimed in identity.families else identity.stranger)
     elif identity.is_near:
         other = None if identity.nearest_family else identity.nearest
     else:
@@ -354,12 +404,35 @@ def _detect_family(content: Content, identity: Identity, types: Types, metadata:
     if not candidates:
         example = shortened(next(iter(types), "none"))
         if not modules:
-            raise NoLora(f"{name}: no LoRA: no adapter's tensor is among its {len(types)}, e.g. {example!r}")
+            what = _what_else(types) or f"no adapter's tensor is among its {len(types)}, e.g. {example!r}"
+            raise NoLora(f"{name}: no LoRA: {what}")
         raise UnknownFamily(
             f"{name}: no family matches its {len(types)} keys, e.g. {example!r}; known: {', '.join(NAME_TABLES)}"
         )
-    claimed = family_in_metadata(metadata)
-    return claimed if claimed and claimed in (identity.families or candidates) else candidates[0]
+    family = claimed if claimed and claimed in (identity.families or candidates) else candidates[0]
+    by_names = not identity.models and not identity.is_near
+    strange = [path for part, path, _ in modules if by_names and not is_published(family, part, path)]
+    if len(strange) > max(len(modules) / 2, _FEW):
+        raise UnknownFamily(
+            f"{name}: is not recognised: by the names of its modules it is nearest to {family}, which lacks {len(strange)} of "
+            f"{len(modules)}, e.g. {shortened(strange[0])!r}; known: {', '.join(NAME_TABLES)}"
+        )
+    return family
+
+
+_WORD_WIDTHS = {768, 1024, 1280, 4096}
+"""The widths of the text encoders that learn new words."""
+
+
+def _what_else(types: Types) -> str | None:
+    """What a file without any adapter's tensor holds instead, or is meant to; None where its names do not tell."""
+    if any(map(NUMBERED.fullmatch, types)):
+        return "its modules have numbers instead of names (cloneofsimo/lora), and in no order are they those of SD1.x or SD2.x"
+    if types and all("." not in key and shape[-1:] and shape[-1] in _WORD_WIDTHS for key, (_, shape) in types.items()):
+        return f"it holds the vectors of new words ({', '.join(map(repr, types))}), a textual inversion"
+    if key := next((key for key in types if "lora" in key.lower()), None):
+        return f"{shortened(key)!r} ends neither in .lora_down.weight nor in .lora_A.weight or another name of a LoRA's tensor"
+    return None
 
 
 def _architecture(metadata: Mapping[str, str]) -> str:
@@ -367,13 +440,29 @@ def _architecture(metadata: Mapping[str, str]) -> str:
     return metadata.get("modelspec.architecture", "").partition("/")[0]
 
 
+def claims_of(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The family that each of the metadata names, by key, the best evidence first; without names that are not known."""
+    bases = (base for key, base in _peft_config(metadata).items() if key.endswith("base_model_name_or_path"))
+    names = {
+        "ss_base_model_version": metadata.get("ss_base_model_version", ""),
+        "modelspec.architecture": _architecture(metadata),
+        "lora_adapter_metadata": str(next(bases, "")),
+    }
+    return {key: family for key, name in names.items() if (family := family_named(name))}
+
+
 def family_in_metadata(metadata: Mapping[str, str]) -> str | None:
     """The family that the metadata claim, None when they claim no family that is known."""
-    version = metadata.get("ss_base_model_version", "")
-    architecture = _architecture(metadata)
-    by_version = [family.name for family in NAME_TABLES.values() if version in family.base_versions]
-    by_architecture = [f.name for f in NAME_TABLES.values() if architecture == f.architecture]
-    return next(iter(by_version + by_architecture), None)
+    return next(iter(claims_of(metadata).values()), None)
+
+
+def _peft_config(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The configuration of peft in the metadata, empty when there is none or when it is damaged."""
+    try:
+        config = json.loads(metadata.get("lora_adapter_metadata", "null"))
+    except (ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def peft_metadata(path: Path) -> dict[str, str]:

@@ -1,8 +1,9 @@
-"""What other programs make of a LoRA: ComfyUI 0.30, diffusers 0.42, peft 0.21, sd-scripts 0.10.1 and InvokeAI 6.14.
+"""What other programs make of a LoRA: ComfyUI 0.30, diffusers 0.42, peft 0.21, sd-scripts 0.10.1, InvokeAI 6.14 and eight more.
 
 All of them skip unknown names, at best with a line in a log, so a file with other names loads and does nothing. The names
 of a family that they know are in its name table (`LoadedNames`). tests/comfyui/test_lora_readers.py compares all this
-with the programs themselves, sd-scripts with the lists of its modules.
+with the programs themselves, sd-scripts with the lists of its modules. The eight more were tried once, with whole LoRAs of
+published models (`LoadedNames.others`), and what was not tried with them is not said to load.
 """
 
 import re
@@ -14,7 +15,22 @@ from ..tensor_names import NAME_TABLES, T5_PATHS, NamedTensor, NameTable, is_pub
 from .kinds import BIAS_DIFFERENCES
 from .names import Entry, LoraNames, has_pefts_magnitude
 
-READERS = ("ComfyUI", "diffusers", "peft", "sd-scripts", "InvokeAI")
+OTHERS = {
+    "A1111": frozenset({"dora", "loha", "lokr", "oft"}),
+    "Forge": frozenset({"dora", "loha", "lokr"}),
+    "SD.Next": frozenset({"dora", "loha", "lokr", "oft"}),
+    "stable-diffusion.cpp": frozenset({"loha", "lokr"}),
+    "mflux": frozenset[str](),
+    "OneTrainer": frozenset[str](),
+    "ai-toolkit": frozenset[str](),
+    "musubi-tuner": frozenset[str](),
+}
+"""The kinds of adapters beside plain LoRAs that the programs load for families of `_KINDS_IN`."""
+_KINDS_IN = {"SD1", "SDXL"}
+"""The families, by A1111's name for them, with which other kinds were tried."""
+READERS = ("ComfyUI", "diffusers", "peft", "sd-scripts", "InvokeAI", *OTHERS)
+TRAINERS = ("peft", "sd-scripts", "OneTrainer", "ai-toolkit", "musubi-tuner")
+"""The readers that draw no pictures, or only to show how a training goes."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +71,16 @@ class Reading:
 
 def read_by(reader: str, lora: LoraNames) -> Reading:
     """What a program, one of READERS, makes of a LoRA."""
+    if reader in OTHERS and reader not in NAME_TABLES[lora.family].loaded.others:
+        nothing = Objection(f"{lora.family} at all, as far as it is known")
+        return Reading(len(lora.entries), dict.fromkeys((entry.name for entry in lora.entries), nothing))
     rule = _USO_IN_COMFYUI if reader == "ComfyUI" and lora.types.keys() >= _USO_SIGNS else reader
     found = {entry.name: objection for entry in lora.entries if (objection := _objection(rule, lora.family, entry))}
     refusal = _refusal_by_invokeai(lora, found) if reader == "InvokeAI" else None
+    if reader == "SD.Next" and found and (reader, lora.scheme) in NAME_TABLES[lora.family].loaded.others_lack:
+        refusal = "a file with modules outside the blocks or of text encoders"
     identity = lora.identity
-    misfits = [name for name in lora.misfits if name not in found] if identity.is_near else []
+    misfits = [name for name in lora.misfits if name not in found or found[name].loads] if identity.is_near else []
     if misfits:
         others = f"modules of other sizes than those of {identity.nearest}"
         if reader == "ComfyUI":
@@ -82,6 +103,8 @@ def not_loaded_by(reader: str, lora: LoraNames) -> dict[str, str]:
 def _objection(rule: str, family: str, entry: Entry) -> Objection | None:
     if not all(is_published(family, *module) for module in entry.modules):
         return Objection(f"a module that no published {family} model has")
+    if entry.scheme == "numbered":
+        return Objection("numbers in place of modules' names")
     named = parse_key(f"{entry.name}.alpha")
     assert named is not None
     if named.path.endswith(".linear1_qkv") and (rule, named.scheme) not in _KNOWING_LINEAR1_QKV:
@@ -89,7 +112,8 @@ def _objection(rule: str, family: str, entry: Entry) -> Objection | None:
     prefix = "transformer." if NAME_TABLES[family].is_unet else "unet."
     if named.part == "denoiser" and entry.name.startswith(prefix):
         return Objection(f"names of {family} that begin with {prefix}")
-    found = _RULES[rule](NAME_TABLES[family], named, entry)
+    table = NAME_TABLES[family]
+    found = _by_other(rule, table, named, entry) if rule in OTHERS else _RULES[rule](table, named, entry)
     return Objection(found) if isinstance(found, str) else found
 
 
@@ -129,7 +153,11 @@ def _by_diffusers(family: NameTable, named: NamedTensor, entry: Entry) -> Object
             return "adapters of kind lokr whose first factor is a product"
         return _lokr_not_loaded_by_diffusers(family, named, "alpha" in entry.keys)
     if named.scheme not in family.loaded.diffusers:
-        return f"{named.scheme} names of {family.name}"
+        # What a denoiser of diffusers has saved (`save_lora_adapter`) it loads itself.
+        is_own = named.scheme == "bare" and "diffusers" in _whose_paths(family, named)
+        denoiser = family.diffusers_prefix.rstrip(".")
+        hint = f" (pipe.{denoiser}.load_lora_adapter(file, prefix=None) does)" if is_own else ""
+        return f"{named.scheme} names of {family.name}{hint}"
     if named.scheme in family.loaded.diffusers_lacks and re.search(
         family.loaded.diffusers_lacks[named.scheme], named.path
     ):
@@ -190,6 +218,28 @@ def _by_invokeai(family: NameTable, named: NamedTensor, entry: Entry) -> Objecti
     if not patterns:
         return f"{named.scheme} names of {family.name}"
     return None if any(re.search(pattern, named.path) for pattern in patterns) else "modules outside the blocks"
+
+
+def _by_other(program: str, family: NameTable, named: NamedTensor, entry: Entry) -> Objection | str | None:
+    known = family.loaded.others[program].split()
+    is_original = {"kohya": family.original_in_kohya, "comfy": family.original_in_comfy}.get(named.scheme, False)
+    of_texts = f"{named.scheme}+" in known
+    if named.part != "denoiser" or is_text_path(named.path):
+        return None if of_texts and _CLIP_LAYERS.fullmatch(named.path) else f"{named.scheme} names of text encoders"
+    is_known = of_texts or named.scheme in known
+    if not is_known or ("original" if is_original else "diffusers") not in _whose_paths(family, named):
+        return f"{named.scheme} names of {family.name}"
+    lacks = family.loaded.others_lack.get((program, named.scheme))
+    if lacks and re.search(lacks, named.path):
+        return f"{named.scheme} names of such modules"
+    if entry.kind not in ("lora", "locon") or entry.changes_bias:
+        if program == "stable-diffusion.cpp" and entry.kind == "dora":
+            return Objection("dora_scale, without which it is another change", loads=True)
+        if entry.kind not in OTHERS[program] or family.a1111_version not in _KINDS_IN or entry.changes_bias:
+            return f"adapters of kind {entry.kind}, as far as it is known"
+    if program == "ai-toolkit" and len(entry.modules) > 1:
+        return "fused q, k and v beyond the rank that it is set to"
+    return None
 
 
 def _refusal_by_invokeai(lora: LoraNames, objections: Mapping[str, Objection]) -> str | None:

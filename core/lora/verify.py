@@ -1,5 +1,6 @@
 """The faults of LoRA files."""
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from ..tensor_names import NAME_TABLES
 from .file import LoraFile, fit
 from .hashes import chunks, file_hashes
 from .kinds import needs_base
-from .names import family_in_metadata, shortened
+from .names import shortened
 from .norms import LARGEST_VALUE, change_norm, largest_change
 from .progress import OnProgress, silent, steps
 from .readers import not_loaded_by
@@ -31,6 +32,7 @@ class Fault:
     text: str
 
 
+_HASH_OF_NOTHING = hashlib.sha256().hexdigest()
 SUSPICIOUS_NORM = 20.0
 """The multiple of the median from which a module's change is suspicious."""
 
@@ -102,15 +104,22 @@ def _verify_names(lora: LoraFile) -> list[Fault]:
 
 def _verify_metadata(lora: LoraFile, hashes: Mapping[str, str]) -> list[Fault]:
     faults = []
-    claimed = family_in_metadata(lora.metadata)
-    if claimed not in (None, lora.family):
-        faults.append(Fault(True, f"its metadata say {claimed}, its tensors are for {lora.family}"))
+    for key, right in lora.true_metadata.items():
+        if key in lora.base_words and right != lora.metadata[key]:
+            text = f"its metadata say {lora.metadata[key]!r} ({key}), its tensors are for {right} ({lora.family})"
+            faults.append(Fault(False, text))
     in_fact: dict[str, str] = {**hashes, "modelspec.hash_sha256": hashes["sshs_model_hash"]}
     for key in ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"):
         claimed_hash = lora.metadata.get(key, in_fact[key]).removeprefix("0x")
         if claimed_hash != in_fact[key]:
             text = f"{key} is {claimed_hash[:12]} in the metadata, but {in_fact[key][:12]} in fact"
-            faults.append(Fault(key == "sshs_model_hash", text))
+            is_placeholder = claimed_hash == _HASH_OF_NOTHING  # which tools write that have yet to hash the file
+            faults.append(Fault(key == "sshs_model_hash" and not is_placeholder, text))
+    if lora.other_families:
+        text = (
+            f"its modules fit {' and '.join(lora.other_families)} as well as {lora.family}, and its metadata name none"
+        )
+        faults.append(Fault(False, text))
     ranks = {str(entry.rank) for entry in lora.entries if entry.rank is not None}
     stated = lora.metadata.get("ss_network_dim", "")
     if stated.isdecimal() and ranks and stated not in ranks:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..tensor_names import bundled_embedding
+from ..tensor_names import bundled_embedding, bundled_name
 from .names import LoraNames
 
 PHRASE_KEY = "modelspec.trigger_phrase"
@@ -16,7 +16,7 @@ WORD_KEY = "facelora.word"
 
 def word_of(lora: LoraNames, key: str) -> str:
     """The word that a tensor of a file, one of its `embedding_keys`, has the vectors of."""
-    return bundled_embedding(key) or lora.metadata.get(WORD_KEY) or Path(lora.name).stem
+    return bundled_embedding(bundled_name(key)) or lora.metadata.get(WORD_KEY) or Path(lora.name).stem
 
 
 def trigger_words(metadata: Mapping[str, str]) -> list[str]:

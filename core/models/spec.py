@@ -234,8 +234,6 @@ class FamilySpec:
     They are not loaded, and a LoRA's change of them is left out where it is put on what is loaded."""
     overflows_in_fp16: bool = False
     """Whether the denoiser's states exceed what fp16 holds (65504), so that it is computed in bf16 or float32 alone."""
-    lora_scheme: Literal["kohya", "diffusers", "comfy"] = "kohya"
-    """The naming scheme of its LoRA files, the one that most programs load."""
 
     @property
     def name(self) -> str:

@@ -16,9 +16,10 @@ from PIL import ExifTags, Image
 from ..errors import BadConfig, BadFile
 from ..lora.file import LoraFile
 from ..lora.hashes import file_hashes
-from ..lora.metadata import copy_with_hashes, small_picture
+from ..lora.metadata import copy_with_hashes, cover, small_picture
 from ..lora.personal import personal_part, shared_metadata
 from ..lora.progress import OnProgress, silent
+from ..lora.readers import READERS, TRAINERS, read_by
 from ..lora.verify import verify_lora
 from ..lora.words import PHRASE_KEY, trigger_words
 from ..models.families import FAMILIES
@@ -32,7 +33,6 @@ from .parameters import Parameters, save_png
 
 PAGE = "page.txt"
 """The name of the file with the texts to paste."""
-THUMBNAIL_KEY = "modelspec.thumbnail"
 CONSENT = "The person shown has agreed to the training of this model and to its publication."
 _SETTINGS = (
     "Steps", "Sampler", "Schedule type", "CFG scale", "Distilled CFG Scale", "Seed", "Size", "Model hash", "Model",
@@ -90,7 +90,7 @@ def publish(
     shown has agreed to it, which the page then says too. `title` and `description` are else those in the LoRA's metadata.
     A picture whose parameters say that several people are in it is left out: one of them has not agreed to this.
     So is one in which nothing says that a program has drawn it, since it may be a photo. `on_warning` is told of these, of
-    other pictures without parameters, and of those that were drawn without this LoRA.
+    other pictures without parameters, of those that were drawn without this LoRA, and of a LoRA that no program loads.
 
     Raises BadFile when the folder is there already, the LoRA has faults, or a text that would be published names a path, a
     photo or this computer's user; BadConfig without a title, or where nobody has agreed; BadPhoto for an unreadable picture.
@@ -106,8 +106,13 @@ def publish(
         raise BadFile(f"{source.name}: holds vectors of a word and no LoRA; only LoRAs are published")
     if fault := next((fault for fault in verify_lora(lora) if fault.is_error), None):
         raise BadFile(f"{source.name}: {fault.text}; mend it before it is published")
+    if _is_loaded_by_none(source):
+        on_warning(
+            f"{source.name}: no program that draws pictures loads its {source.scheme} names; publish what this makes of it: "
+            f"facelora convert {Path(source.name).name} --to {NAME_TABLES[source.family].scheme} --output NEW.safetensors"
+        )
     texts = {"modelspec.title": title, "modelspec.description": description}
-    metadata = shared_metadata(source.metadata) | {key: text for key, text in texts.items() if text is not None}
+    metadata = shared_metadata(source.true_metadata) | {key: text for key, text in texts.items() if text is not None}
     name = _file_name(metadata.get("modelspec.title", ""), source.name)
     found = [_example(photo, name, source.model_hash, on_warning) for photo in _photos(pictures, on_warning)]
     examples = [example for example in found if example]
@@ -116,7 +121,7 @@ def publish(
         for path, example in zip(paths, examples, strict=True):
             save_png(path, example.photo.image(), {"parameters": str(example.said)} if example.said else {})
         if paths:
-            metadata[THUMBNAIL_KEY] = small_picture(paths[0])
+            metadata |= cover(small_picture(paths[0]))
         path = made / f"{name}.safetensors"
         assert isinstance(source.tensors, SafetensorsFile)
         metadata = copy_with_hashes(source.tensors, path, metadata, on_progress)
@@ -127,6 +132,12 @@ def publish(
     return Publication(
         folder, folder / path.name, folder / PAGE, tuple(folder / picture.name for picture in paths), left_out
     )
+
+
+def _is_loaded_by_none(lora: LoraFile) -> bool:
+    """Whether none of the programs that draw pictures loads any module of a LoRA for a published model."""
+    drawing = [reader for reader in READERS if reader not in TRAINERS]
+    return bool(lora.identity.models) and all(read_by(reader, lora).verdict == "not at all" for reader in drawing)
 
 
 def _file_name(title: str, lora: str) -> str:
@@ -252,7 +263,7 @@ def _check_nothing_personal(lora: Path, page: Path, pictures: Mapping[Path, str]
     `pictures` has the name that each picture had before, by which the message calls it.
     """
     metadata = SafetensorsFile.open(lora).metadata
-    texts = [(f"the LoRA's {key}", text) for key, text in metadata.items() if key != THUMBNAIL_KEY]
+    texts = [(f"the LoRA's {key}", text) for key, text in metadata.items() if key not in cover("")]
     texts += [("the page", page.read_text(encoding="utf-8"))]
     for path, name in pictures.items():
         with Image.open(path) as image:

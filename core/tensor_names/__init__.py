@@ -5,9 +5,10 @@ Everywhere else in the project a module is `(part, path)`, with the paths that d
 The names of a family and of its modules in every scheme are one `NameTable`, which families.py registers in `NAME_TABLES`.
 """
 
-from .families import NAME_TABLES, families_of
-from .keys import EMBEDDING_KEYS, NamedTensor, bundled_embedding, parse_key
+from .families import NAME_TABLES, families_of, family_named, plain_name
+from .keys import EMBEDDING_KEYS, NamedTensor, bundled_embedding, bundled_name, parse_key
 from .models import Identity, identify, is_published
+from .numbered import NUMBERED, numbered_paths
 from .others import other_model
 from .stable_diffusion import families_of_embedding
 from .table import (
@@ -27,6 +28,7 @@ from .unet import blocks_in_a_level, shows_other_blocks
 __all__ = [
     "EMBEDDING_KEYS",
     "NAME_TABLES",
+    "NUMBERED",
     "PUBLISHED_BLOCKS",
     "SCHEMES",
     "T5_PATHS",
@@ -39,13 +41,17 @@ __all__ = [
     "Sign",
     "blocks_in_a_level",
     "bundled_embedding",
+    "bundled_name",
     "families_of",
     "families_of_embedding",
+    "family_named",
     "identify",
     "is_published",
     "is_text_path",
+    "numbered_paths",
     "other_model",
     "parse_key",
+    "plain_name",
     "shows_other_blocks",
     "text_encoder_path",
 ]

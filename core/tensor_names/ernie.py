@@ -9,6 +9,7 @@ ERNIE_IMAGE = NameTable(
     base_versions=("ernie_image",),
     architecture="ernie-image",
     comfyui_classes=("ErnieImage",),
+    scheme="comfy",
     signs=(
         # Two, since all layers of Lumina 2 and Z-Image have one sign.
         Sign(r"^layers\.\d+\.(self_attention|mlp)\."),
@@ -21,5 +22,11 @@ ERNIE_IMAGE = NameTable(
     loaded=LoadedNames(
         frozenset({("kohya", "diffusers"), ("comfy", "diffusers"), ("diffusers", "diffusers")}),
         diffusers=frozenset({"diffusers", "comfy", "peft"}),
+        others={
+            "SD.Next": "kohya diffusers comfy",
+            "stable-diffusion.cpp": "diffusers comfy",
+            "mflux": "kohya diffusers comfy",
+            "ai-toolkit": "comfy",
+        },
     ),
 )

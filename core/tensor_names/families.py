@@ -1,5 +1,6 @@
-"""The names of all families, which are registered here, and the families that a set of modules is of."""
+"""The names of all families, which are registered here, and the families that a set of modules or a name is of."""
 
+import re
 from collections.abc import Iterable
 
 from .ernie import ERNIE_IMAGE
@@ -18,6 +19,23 @@ _ALL = (
 )  # fmt: skip
 NAME_TABLES: dict[str, NameTable] = {family.name: family for family in _ALL}
 """The tables of all families by name. When a file fits several families equally, the first one counts."""
+
+
+def plain_name(name: str) -> str:
+    """The letters and digits of a base model's name, which programs write in several ways."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+_BY_NAME = {plain_name(name): table.name for table in _ALL for name in table.base_versions}
+
+
+def family_named(name: str) -> str | None:
+    """The family that a base model's name in metadata means, whichever program wrote it; None for an unknown name.
+
+    Of a path or a hub id the last part counts.
+    """
+    plain = plain_name(name.rstrip("/").rpartition("/")[2])
+    return _BY_NAME.get(max(filter(plain.startswith, _BY_NAME), key=len, default=""))
 
 
 def families_of(

@@ -138,6 +138,7 @@ FLUX1 = NameTable(
     base_versions=("flux1",),
     architecture="flux-1-dev",
     comfyui_classes=("Flux", "FluxSchnell"),
+    a1111_version="Flux",
     signs=(
         *_SIGNS_1,
         # Chroma has no modulation layers.
@@ -162,6 +163,15 @@ FLUX1 = NameTable(
         },
         invokeai_text=("lora_te1_text_model_", "lora_te2_encoder_block_"),
         invokeai_prefixes={"text_encoder_2": "lora_te2_"},
+        others={
+            "Forge": "kohya+ diffusers+ comfy+",
+            "SD.Next": "kohya",
+            "stable-diffusion.cpp": "kohya+ diffusers+ comfy+",
+            "mflux": "diffusers",
+            "OneTrainer": "diffusers+",
+            "ai-toolkit": "diffusers",
+        },
+        others_lack={("SD.Next", "kohya"): r"^(?!double_blocks|single_blocks)"},
     ),
     kohya_prefixes={"denoiser": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te3_"},
     comfy_prefixes={
@@ -188,6 +198,14 @@ CHROMA = NameTable(
         diffusers=frozenset({"kohya", "diffusers", "xlabs"}),
         comfyui_t5=("lora_te1_",),
         comfyui_lacks=r"^distilled_guidance_layer\.",
+        others={
+            "Forge": "kohya comfy",
+            "SD.Next": "kohya diffusers comfy",
+            "stable-diffusion.cpp": "kohya diffusers comfy",
+            "OneTrainer": "diffusers",
+            "ai-toolkit": "comfy",
+        },
+        others_lack={("OneTrainer", "diffusers"): r"^(?!transformer_blocks|single_transformer_blocks)"},
     ),
     kohya_prefixes={"denoiser": "lora_unet_", "text_encoder": "lora_te1_"},
     comfy_prefixes={"denoiser": "diffusion_model.", "text_encoder": "text_encoders.t5xxl.transformer."},
@@ -199,6 +217,7 @@ LONGCAT_IMAGE = NameTable(
     base_versions=("longcat_image",),
     architecture="longcat-image",
     comfyui_classes=("LongCatImage",),
+    scheme="diffusers",
     signs=(
         _STRUCTURE,
         # FLUX.1's blocks, of which it has 10 and 20. Where no other block follows the last of these, they decide.
@@ -214,11 +233,18 @@ LONGCAT_IMAGE = NameTable(
     # diffusers' pipeline loads no LoRAs; its denoiser does.
     loaded=LoadedNames(_IN_COMFYUI, diffusers=frozenset(), comfyui_lacks=r"^time_embed\."),
 )
+
+
+def _klein(size: str) -> dict[str, str]:
+    return {"ss_base_model_version": f"flux2_klein_{size}", "modelspec.architecture": f"flux.2-klein-{size}"}
+
+
 FLUX2 = NameTable(
     name="flux2",
-    base_versions=("flux2", "flux2_klein_4b", "flux2_klein_9b"),
-    architecture="flux-2-dev",
+    base_versions=("flux2",),
+    architecture="flux.2-dev",
     comfyui_classes=("Flux2",),
+    scheme="comfy",
     signs=(
         _STRUCTURE,
         Sign(_DOUBLE_ATTENTION, _WIDTHS_2),
@@ -232,8 +258,8 @@ FLUX2 = NameTable(
     of_diffusers=_of_diffusers_2,
     listings={
         "FLUX.2 dev": Listing("Flux.2 D", "FLUX Non-Commercial License"),
-        "FLUX.2 klein 4B": Listing("Flux.2 Klein 4B-base", "Apache-2.0"),
-        "FLUX.2 klein 9B": Listing("Flux.2 Klein 9B-base", "FLUX Non-Commercial License"),
+        "FLUX.2 klein 4B": Listing("Flux.2 Klein 4B-base", "Apache-2.0", _klein("4b")),
+        "FLUX.2 klein 9B": Listing("Flux.2 Klein 9B-base", "FLUX Non-Commercial License", _klein("9b")),
     },
     loaded=LoadedNames(
         _IN_COMFYUI,
@@ -266,13 +292,22 @@ FLUX2 = NameTable(
                 ("diffusers", "diffusers"),
             }
         ),
+        others={
+            "SD.Next": "kohya diffusers comfy",
+            "stable-diffusion.cpp": "kohya comfy",
+            "mflux": "diffusers",
+            "OneTrainer": "diffusers",
+            "ai-toolkit": "comfy",
+            "musubi-tuner": "kohya",
+        },
     ),
 )
 _BLOCKS_3 = r"((content_)?mode_blocks\.image(_cond)?|txt_mode_blocks|single_(transformer_)?blocks)\.\d+"
 FLUX3 = NameTable(
     name="flux3",
-    base_versions=("flux3", "flux3_klein"),
+    base_versions=("flux3",),
     architecture="flux-3-image-klein",
+    scheme="comfy",
     signs=(
         Sign(rf"^{_BLOCKS_3}\."),
         Sign(rf"^{_BLOCKS_3}\.([qkv]_proj|attn_out|attn\.to_([qkv]|out\.0))$", _WIDTH_1, ratio=1),

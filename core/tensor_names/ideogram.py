@@ -13,6 +13,7 @@ IDEOGRAM4 = NameTable(
     base_versions=("ideogram4",),
     architecture="ideogram-4",
     comfyui_classes=("Ideogram4",),
+    scheme="comfy",
     signs=(
         # Z-Image's layers have the same names but for the output of the attention and the modulation.
         Sign(r"^layers\.\d+\."),

@@ -184,3 +184,8 @@ OneTrainer's `_out` are vectors that take the place of a text encoder's output. 
 def bundled_embedding(key: str) -> str | None:
     """The word of the textual-inversion embedding in a LoRA file that a tensor belongs to; None when it belongs to none."""
     return key.split(".")[1] if key.startswith("bundle_emb.") and key.count(".") >= 2 else None
+
+
+def bundled_name(key: str) -> str:
+    """The name of an embedding's tensor in a LoRA file; in files of cloneofsimo/lora it is the word itself, as `<s1>`."""
+    return f"bundle_emb.{key}.string_to_param.*" if key.startswith("<") else key

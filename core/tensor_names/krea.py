@@ -45,6 +45,7 @@ KREA2 = NameTable(
     base_versions=("krea2",),
     architecture="krea-2",
     comfyui_classes=("Krea2",),
+    scheme="comfy",
     signs=(
         Sign(r"^blocks\.\d+\.attn\.(w[qkvo]|gate)$|^transformer_blocks\.\d+\.(attn\.to_gate|ff\.(gate|up|down))$"),
         Sign(r"^(txtfusion|text_fusion)\."),
@@ -67,5 +68,13 @@ KREA2 = NameTable(
         },
         invokeai_signs=((Sign(r"^(txtfusion|text_fusion)\.|^time_mod_proj$"),),),
         invokeai_signs_in={"comfy": ((Sign(r"\.attn\.wq$"), Sign(r"\.attn\.gate$")),)},
+        others={
+            "SD.Next": "kohya diffusers comfy",
+            "stable-diffusion.cpp": "kohya diffusers comfy",
+            "mflux": "kohya diffusers comfy",
+            "OneTrainer": "kohya diffusers comfy",
+            "ai-toolkit": "comfy",
+            "musubi-tuner": "kohya comfy",
+        },
     ),
 )

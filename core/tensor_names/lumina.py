@@ -48,7 +48,7 @@ _Z_IMAGE_INPUTS = _LAYER + r"(attention\.(qkv|out|to_\w+(\.0)?)|feed_forward\.(w
 
 LUMINA2 = NameTable(
     name="lumina2",
-    base_versions=("lumina2",),
+    base_versions=("lumina2", "lumina-image-2"),
     architecture="lumina-2",
     signs=(
         Sign(_LAYER),
@@ -72,6 +72,7 @@ ZIMAGE = NameTable(
     base_versions=("zimage",),
     architecture="z-image",
     comfyui_classes=("ZImage",),
+    scheme="comfy",
     signs=(
         Sign(_LAYER),
         Sign(_Z_IMAGE_INPUTS, frozenset({3840})),
@@ -85,6 +86,19 @@ ZIMAGE = NameTable(
         diffusers_lokr=frozenset({("comfy", "diffusers"), ("bare", "diffusers"), ("diffusers", "diffusers")}),
         diffusers_lokr_with_alpha=frozenset({"bare"}),
         invokeai={("diffusers", "diffusers"): "", ("comfy", "diffusers"): ""},
+        others={
+            "SD.Next": "kohya diffusers comfy",
+            "stable-diffusion.cpp": "kohya diffusers comfy",
+            "mflux": "kohya diffusers comfy",
+            "OneTrainer": "diffusers comfy",
+            "ai-toolkit": "diffusers comfy",
+            "musubi-tuner": "kohya diffusers comfy",
+        },
+        others_lack={
+            ("stable-diffusion.cpp", "kohya"): r"feed_forward",
+            ("mflux", "kohya"): r"attention",
+            ("musubi-tuner", "kohya"): r"attention",
+        },
     ),
     # ComfyUI, diffusers and InvokeAI all read unfused q, k and v under "diffusion_model.".
     original_in_comfy=False,

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from .table import T5_PATHS, is_text_path
 
 Shape = tuple[int, ...]
+_OF_UNETS = ("down_blocks.", "mid_block.", "up_blocks.", "input_blocks.", "middle_block.", "output_blocks.")
 # Numbers that are a whole word of a path, between dots or "_", and in the tables runs of them.
 _NUMBER_WORD = re.compile(r"(?<![^._])(?:0|[1-9]\d{0,3})(?![^._])", re.ASCII)
 _RUN_WORD = re.compile(r"(?<![^._])(\d{1,4})(?:-(\d{1,4}))?(?![^._])", re.ASCII)
@@ -62,6 +63,8 @@ class Identity:
     """The (part, path) of the modules that the nearest model lacks, or has in another shape."""
     is_near: bool = False
     """Whether the nearest model has more than half of the modules, so that only the others are at fault."""
+    stranger: str | None = None
+    """The model of no family that is meant: no other fits, or it alone has no more blocks of those that are changed."""
 
     @property
     def verdict(self) -> str:
@@ -97,7 +100,15 @@ def identify(
     if whole:
         fits = [variants[number] for number in sorted(whole)]
         families = dict.fromkeys(variant.family for variant in fits if variant.family)
-        return Identity(tuple(dict.fromkeys(variant.title for variant in fits)), tuple(families))
+        titles = tuple(dict.fromkeys(variant.title for variant in fits))
+        stranger = None if families else " or ".join(titles)
+        # A smaller UNet, such as SSD-1B for SDXL, goes by its family's name everywhere.
+        if families and not any(place[1].startswith(_OF_UNETS) for place, _ in having):
+            places = {place for place, _ in having}
+            exact = [variants[number] for number in whole if _has_no_more(number, places)]
+            if exact and not any(variant.family for variant in exact):
+                stranger = " or ".join(dict.fromkeys(variant.title for variant in exact))
+        return Identity(titles, tuple(families), stranger=stranger)
     if not fitting:
         return Identity((), ())
     # Models that are trained here come first in the tables, and so win when two are equally near.
@@ -105,6 +116,12 @@ def identify(
     misfits = [place for place, found in having if nearest not in found]
     title, family = variants[nearest].title, variants[nearest].family
     return Identity((), (), title, family, tuple(misfits), 2 * len(misfits) < len(having))
+
+
+def _has_no_more(variant: int, places: Collection[tuple[str, str]]) -> bool:
+    """Whether all blocks of a variant are among the places, for each of the modules in a block, and there are several."""
+    seen = Counter(row for place in places for row in _rows(*place) if row.variant == variant)
+    return all(count == math.prod(last - first + 1 for first, last in row.numbers) > 1 for row, count in seen.items())
 
 
 @lru_cache(1 << 16)

@@ -16,6 +16,8 @@ _OTHERS = (
     ("Lumina-Next", Sign(r"^layers\.\d+\.attn[12]\.")),
     ("Stable Cascade", Sign(r"^(down|up)_blocks\.\d+\.\d+\.")),
     ("a video model like AnimateDiff or SVD", Sign(r"motion[._]modules|temporal[._]transformer")),
+    ("a language model", Sign(r"(^|\.)(model|text_model)\.layers\.\d+\.(self_attn|mlp)\.|(^|\.)h\.\d+\.(attn|mlp)\.c_")),
+    ("a vision model like SAM or ViT", Sign(r"(^|\.)(image|vision)_(encoder|model)\.|(^|\.)encoder\.layer\.\d+\.")),
     ("the SDXL refiner", Sign(r"attn2\.to_[kv]$", frozenset({1280}), ratio=0.6)),
 )  # fmt: skip
 

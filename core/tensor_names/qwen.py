@@ -26,6 +26,14 @@ QWEN_IMAGE = NameTable(
             ("bare", "diffusers"): "",
         },
         invokeai_skips=frozenset({"kohya"}),
+        others={
+            "SD.Next": "kohya diffusers comfy",
+            "stable-diffusion.cpp": "kohya diffusers comfy",
+            "mflux": "kohya comfy",
+            "OneTrainer": "kohya diffusers comfy",
+            "ai-toolkit": "diffusers comfy",
+            "musubi-tuner": "kohya",
+        },
     ),
 )
 
@@ -41,8 +49,9 @@ _WIDTH_21 = frozenset({4096})
 
 QWEN_IMAGE_21 = NameTable(
     name="qwen-image-21",
-    base_versions=("qwen_image_2.1", "qwen_image_21"),
+    base_versions=("qwen_image_2.1",),
     architecture="qwen-image-2.1",
+    scheme="diffusers",
     signs=(
         Sign(r"^transformer_blocks\.\d+\."),
         Sign(r"^transformer_blocks\.\d+\.img_mlp\.(gate_layer|gate_up|proj|out)$"),

@@ -41,11 +41,14 @@ _of_original, _of_diffusers = by_rules(
     Fusion("y_embedder.mlp.2", ("time_text_embed.text_embedder.linear_2",)),
 )
 
+_LICENCE = "Stability AI Community License"
 SD3 = NameTable(
     name="sd3",
-    base_versions=("sd3", "sd3.5"),
+    base_versions=("sd3", "stable-diffusion-3", "stable-diffusion-v3"),
     architecture="stable-diffusion-3-medium",
     comfyui_classes=("SD3",),
+    scheme="diffusers",
+    a1111_version="SD3",
     signs=(
         Sign(r"^(joint_blocks|transformer_blocks)\.\d+\."),
         Sign(r"^joint_blocks\.\d+\.(x|context)_block\.attn2?\.", frozenset({1536, 2432})),
@@ -56,15 +59,21 @@ SD3 = NameTable(
     of_original=_of_original,
     of_diffusers=_of_diffusers,
     listings={
-        "SD3": Listing("SD 3", "Stability AI Community License"),
-        "SD3.5 Medium": Listing("SD 3.5 Medium", "Stability AI Community License"),
-        "SD3.5 Large": Listing("SD 3.5 Large", "Stability AI Community License"),
+        "SD3": Listing("SD 3", _LICENCE),
+        "SD3.5 Medium": Listing("SD 3.5 Medium", _LICENCE, {"modelspec.architecture": "stable-diffusion-3-3-5-medium"}),
+        "SD3.5 Large": Listing("SD 3.5 Large", _LICENCE, {"modelspec.architecture": "stable-diffusion-3-3-5-large"}),
     },
     loaded=LoadedNames(
         TRANSFORMER_IN_COMFYUI | {("peft", "diffusers"), ("onetrainer", "diffusers")},
         comfyui_t5=("lora_te3_",),
         diffusers=frozenset({"diffusers"}),
         sd_scripts=r"^joint_blocks\.",
+        others={
+            "Forge": "kohya comfy",
+            "stable-diffusion.cpp": "diffusers comfy",
+            "OneTrainer": "diffusers",
+            "ai-toolkit": "diffusers",
+        },
     ),
     kohya_prefixes={
         "denoiser": "lora_unet_",

@@ -56,9 +56,10 @@ _SD2_TEXT_WIDTH = 1024
 
 SD15 = NameTable(
     name="sd15",
-    base_versions=("sd_v1",),
+    base_versions=("sd_v1", "sd_1", "stable-diffusion-v1", "stable-diffusion-1"),
     architecture="stable-diffusion-v1",
     comfyui_classes=("SD15",),
+    a1111_version="SD1",
     signs=_signs(context_width=768, text_width=768),
     of_original=_of_original,
     of_diffusers=_of_diffusers_sd1,
@@ -71,6 +72,14 @@ SD15 = NameTable(
         invokeai_text=("lora_te_text_model_",),
         invokeai_skips=frozenset({"kohya"}),
         invokeai_signs=_invokeai_signs(768),
+        others={
+            "A1111": "kohya+",
+            "Forge": "kohya+",
+            "SD.Next": "kohya+",
+            "stable-diffusion.cpp": "kohya+ diffusers comfy",
+            "OneTrainer": "kohya+ diffusers+ comfy+",
+            "ai-toolkit": "kohya",
+        },
     ),
     kernel=partial(_kernel, linear_projections=False),
     diffusers_prefix="unet.",
@@ -83,8 +92,9 @@ SD15 = NameTable(
 )
 SD2 = NameTable(
     name="sd2",
-    base_versions=("sd_v2", "sd_v2_v"),
+    base_versions=("sd_v2", "sd_2", "stable-diffusion-v2", "stable-diffusion-2"),
     architecture="stable-diffusion-v2-768-v",
+    a1111_version="SD2",
     signs=_signs(context_width=1024, text_width=_SD2_TEXT_WIDTH),
     of_original=_of_original,
     of_diffusers=_of_diffusers_sd1,
@@ -112,9 +122,10 @@ SD2 = NameTable(
 )
 SDXL = NameTable(
     name="sdxl",
-    base_versions=("sdxl_base_v1-0",),
+    base_versions=("sdxl_base_v1-0", "sdxl", "stable-diffusion-xl"),
     architecture="stable-diffusion-xl-v1-base",
     comfyui_classes=("SDXL",),
+    a1111_version="SDXL",
     signs=(
         *_signs(context_width=2048, text_width=768),
         # SDXL has up to ten transformer blocks in a row, SD1.x and SD2.x have one.
@@ -132,6 +143,13 @@ SDXL = NameTable(
         invokeai={("kohya", "original"): "", ("kohya", "diffusers"): ""},
         invokeai_text=("lora_te1_text_model_", "lora_te2_text_model_"),
         invokeai_signs=((Sign(r"attn2\.to_[kv]$", frozenset({2048})),), (Sign(r"\.transformer_blocks\.[2-9]\."),)),
+        others={
+            "A1111": "kohya+",
+            "Forge": "kohya+",
+            "SD.Next": "kohya+",
+            "stable-diffusion.cpp": "kohya+ diffusers comfy",
+            "OneTrainer": "kohya+ diffusers+ comfy+",
+        },
     ),
     kernel=partial(_kernel, linear_projections=True),
     diffusers_prefix="unet.",

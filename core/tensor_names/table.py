@@ -172,6 +172,11 @@ class LoadedNames:
     invokeai_signs_in: Mapping[str, tuple[tuple[Sign, ...], ...]] = field(default_factory=dict)
     """More of these, by the scheme of the file's names."""
 
+    others: Mapping[str, str] = field(default_factory=dict)
+    """The schemes that each of the programs in `readers.OTHERS` loads, with a "+" where it loads CLIP's names as well."""
+    others_lack: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    """A regular expression, by program and scheme, that is found in the denoiser's paths that the program does not load."""
+
 
 @dataclass(frozen=True)
 class Listing:
@@ -181,6 +186,8 @@ class Listing:
     """The name of the base model in Civitai's list."""
     licence: str
     """The licence under which the model was published."""
+    words: Mapping[str, str] = field(default_factory=dict)
+    """What metadata say of the model instead of what they say of the family, by key (`NameTable.words_of`)."""
 
 
 PUBLISHED_BLOCKS = 2
@@ -194,7 +201,9 @@ class NameTable:
     name: str
     """The short name in code and messages, such as sd15."""
     base_versions: tuple[str, ...]
-    """The values of `ss_base_model_version` that mean this family; the first is the one to write."""
+    """The beginnings of the names that metadata have for its models; the first is the `ss_base_model_version` to write.
+
+    `families.family_named` compares letters and digits alone."""
     architecture: str
     """The `modelspec.architecture` of its checkpoints; a LoRA adds `/lora`."""
     signs: tuple[Sign, ...]
@@ -214,6 +223,10 @@ class NameTable:
     """The components of its modules' paths that have a "_" in them, beyond those in keys.py."""
     comfyui_classes: tuple[str, ...] = ()
     """The classes in comfy.supported_models of its models that can be trained; empty where ComfyUI here has none."""
+    a1111_version: str = "Unknown"
+    """The name of its models in the list of A1111 and Forge."""
+    scheme: str = "kohya"
+    """The naming scheme in which its LoRAs are written unless another is asked for: the one that most programs load."""
     diffusers_prefix: str = "transformer."
     kohya_prefixes: Mapping[str, str] = field(default_factory=lambda: {"denoiser": "lora_unet_"})
     """The prefix of each part in Kohya names."""
@@ -240,6 +253,17 @@ class NameTable:
     def is_unet(self) -> bool:
         """Whether the denoiser is a UNet; otherwise it is a transformer."""
         return self.diffusers_prefix == "unet."
+
+    def words_of(self, models: Sequence[str] = ()) -> dict[str, str]:
+        """What metadata say of a base model by key, where it is one of these published ones."""
+        found = [self.listings[model].words for model in models if model in self.listings]
+        own = found[0] if len(found) == 1 else {}
+        return {"ss_base_model_version": self.base_versions[0], "modelspec.architecture": self.architecture, **own}
+
+    @property
+    def words_of_models(self) -> frozenset[str]:
+        """The keys under which metadata say which published model of the family is meant."""
+        return frozenset(key for listing in self.listings.values() for key in listing.words)
 
     def for_other_blocks(self) -> NameTable:
         """The names for a UNet that has not PUBLISHED_BLOCKS residual blocks in each level, which are diffusers' alone.

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import TrainConfig
+from ..lora.file import LoraFile
 from ..models.base import Base
 from ..storage.cache_folder import cache_in, content_key, made_folder
 from ..storage.files import write_file
@@ -164,7 +165,9 @@ class Checkpoints:
             plan=run.memory.plan, weights_narrowed=run.narrowed_after is not None and run.narrowed_after < step,
             thumbnail=self._thumbnail,
         )  # fmt: skip
-        return run.adapter.export(values, self._base, {**metadata, **self._extra_metadata})
+        file = run.adapter.export(values, self._base, {**metadata, **self._extra_metadata})
+        # The tensors tell which published model of the family it is for.
+        return file.with_metadata(file.true_metadata) if isinstance(file, LoraFile) else file
 
     def _draw(self, shots: Sequence[Shot], values: Mapping[str, Tensor]) -> dict[Shot, Image.Image]:
         """A picture of each distinct shot, drawn with these values in the adapter."""

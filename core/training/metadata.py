@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ..config import TrainConfig
-from ..lora.metadata import thumbnail_url
+from ..lora.metadata import cover, thumbnail_url
 from ..models.base import Base
 from ..models.memory_plan import MemoryPlan
 from ..models.objective import TIMESTEPS
@@ -128,7 +128,7 @@ def _modelspec(base: Base, config: TrainConfig, finished_at: float, thumbnail: I
         "modelspec.trigger_phrase": _phrase(config),
         "modelspec.timestep_range": None if limits == (0, TIMESTEPS - 1) else f"{limits[0]},{limits[1] + 1}",
         "modelspec.encoder_layer": config.clip_skip if config.clip_skip > 1 else None,
-        "modelspec.thumbnail": thumbnail_url(thumbnail) if thumbnail else None,
+        **(cover(thumbnail_url(thumbnail)) if thumbnail else {}),
     }
 
 

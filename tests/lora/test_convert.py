@@ -738,7 +738,7 @@ def test_checkpoints_with_names_of_the_original_and_of_diffusers_are_compared(tm
     warnings = []
     lora, _ = extract_lora(tmp_path / "base", tmp_path / "tuned", rank=2, on_warning=warnings.append)
     torch.testing.assert_close(next(lora.changes())[1], change[:1536], rtol=0, atol=1e-2)
-    assert len(lora.entries) == 1 and [warning.split(" ")[0] for warning in warnings] == ["1", "1"]
+    assert len(lora.entries) == 3 and [warning.split(" ")[0] for warning in warnings] == ["1", "1"]
     assert warnings[0].endswith("qkv.bias") and "one of the files only" in warnings[1]
 
 
@@ -849,3 +849,92 @@ def test_a_conversion_holds_one_module_in_memory(tmp_path):
     saved = SafetensorsFile.open(tmp_path / "diffusers")
     assert saved.metadata["sshs_model_hash"] == model_hash(dict(saved))
     assert saved.metadata["sshs_legacy_hash"] == legacy_hash(dict(saved), saved.metadata)
+
+
+def saying(version: str, architecture: str, names: dict[str, tuple[int, int]]) -> LoraFile:
+    tensors = {}
+    for name, (outputs, inputs) in names.items():
+        tensors[f"{name}.lora_down.weight"] = torch.ones(2, inputs)
+        tensors[f"{name}.lora_up.weight"] = torch.ones(outputs, 2)
+    metadata = {"ss_base_model_version": version, "modelspec.architecture": architecture, "modelspec.title": "A face"}
+    return LoraFile.from_tensors(tensors, metadata)
+
+
+MADE_FROM_A_LORA = {
+    "convert": lambda lora: convert_lora(lora, "comfy")[0],
+    "resize": lambda lora: resize_lora(lora, rank=1)[0],
+    "merge": lambda lora: merge_loras([(lora, 1.0), (lora, 0.5)])[0],
+}
+
+
+@pytest.mark.parametrize("made", MADE_FROM_A_LORA)
+def test_a_wrong_base_model_in_the_metadata_is_put_right(made):
+    """ai-toolkit writes sd_1.5 when it is not told, whatever it has trained."""
+    lora = saying("sd_1.5", "stable-diffusion-v1/lora", {"lora_unet_single_blocks_0_linear1": (21504, 3072)})
+    metadata = MADE_FROM_A_LORA[made](lora).metadata
+    assert metadata["ss_base_model_version"] == "flux1" and metadata["modelspec.architecture"] == "flux-1-dev/lora"
+    assert metadata["modelspec.title"] == "A face"
+
+
+@pytest.mark.parametrize("word", ["flux1", "flux.1", "FLUX.1-schnell", "somebody's own words"])
+def test_what_does_not_contradict_the_tensors_is_left(word):
+    lora = saying(word, "flux-1-schnell/lora", {"lora_unet_single_blocks_0_linear1": (21504, 3072)})
+    assert lora.true_metadata == lora.metadata
+
+
+KLEIN = "diffusion_model.double_blocks.0.img_attn.proj"
+
+
+@pytest.mark.parametrize(
+    ("width", "version", "architecture"),
+    [
+        (3072, "flux2_klein_4b", "flux.2-klein-4b/lora"),
+        (4096, "flux2_klein_9b", "flux.2-klein-9b/lora"),
+        (6144, "flux2", "flux.2-dev/lora"),
+    ],
+)
+def test_the_metadata_name_the_published_model_that_the_sizes_tell(width, version, architecture):
+    """As SwarmUI and ai-toolkit know them."""
+    names = {KLEIN: (width, width), "diffusion_model.single_blocks.0.linear1": (9 * width, width)}
+    for said in ("", "flux2", "flux_2_klein_9b"):
+        lora = saying(said, "flux-2-dev/lora", names)
+        metadata = convert_lora(lora, "kohya")[0].metadata
+        assert metadata["ss_base_model_version"].replace("flux_2", "flux2") == version or not said
+        assert metadata["modelspec.architecture"].replace("flux-2", "flux.2") == architecture
+    of_none = LoraFile.from_tensors(lora.tensors, {})
+    assert convert_lora(of_none, "kohya")[0].metadata["modelspec.architecture"] == architecture
+
+
+def test_sd35_is_told_from_sd3_by_its_second_attention():
+    name = "lora_unet_joint_blocks_0_x_block_attn2_proj"
+    metadata = convert_lora(saying("sd3", "stable-diffusion-3-medium/lora", {name: (1536, 1536)}), "comfy")[0].metadata
+    assert metadata["modelspec.architecture"] == "stable-diffusion-3-3-5-medium/lora"
+    assert metadata["ss_base_model_version"] == "sd3"
+
+
+@pytest.mark.parametrize(
+    ("family", "scheme"),
+    [("sd15", "kohya"), ("flux1", "kohya"), ("qwen-image", "kohya"), ("sd3", "diffusers"), ("zimage", "comfy")],
+)
+def test_a_lora_is_written_in_the_names_that_most_programs_load_for_its_family(family, scheme):
+    path = {"sd15": "mid_block.attentions.0.proj_in", "zimage": "layers.0.attention.to_q"}
+    module = LoraModule(torch.ones(1, 3840), torch.ones(3840, 1), 1.0)
+    lora = LoraFile.from_modules(
+        family, {("denoiser", path.get(family, "transformer_blocks.0.attn.to_out.0")): module}, {}
+    )
+    assert NAME_TABLES[family].scheme == lora.scheme == merge_loras([(lora, 1.0)])[0].scheme == scheme
+
+
+def test_a_rotation_without_a_bound_is_written_with_one_that_is_never_reached():
+    """SD.Next and sd-scripts clamp the norm to alpha times the outputs, which of alpha 0 leaves nothing."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randn(8, 40, 40, generator=generator)
+    tensors = {"lora_unet_mid_block_attentions_0_proj_in.oft_blocks": blocks}
+    tensors["lora_unet_mid_block_attentions_0_proj_in.alpha"] = torch.tensor(0.0)
+    lora, base = LoraFile.from_tensors(tensors, {}), torch.randn(320, 320, generator=generator)
+    for scheme in ("kohya", "comfy"):
+        converted, _ = convert_lora(lora, scheme)
+        (alpha,) = (tensor.item() for key, tensor in converted.tensors.items() if key.endswith("alpha"))
+        assert (blocks - blocks.transpose(1, 2)).norm() < alpha
+        ((_, change),), ((_, before),) = converted.changes(lambda _: base), lora.changes(lambda _: base)
+        assert torch.equal(change, before) and change.norm() > 1

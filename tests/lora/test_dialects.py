@@ -1,13 +1,21 @@
 """Names and forms of other trainers, each read, and converted without a difference."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from core.lora import LoraFile, convert_lora
+from core.cli import main
+from core.errors import UnknownFamily
+from core.lora import LoraFile, convert_lora, verify_lora
 from core.lora.convert import convert_for
 from core.lora.embeddings import embeddings_of
 from core.lora.modules import LoraModule
 from core.lora.readers import not_loaded_by, read_by
+from core.storage.safetensors_file import save_safetensors
 
 KLEIN = 4096
 
@@ -164,3 +172,102 @@ def test_onetrainer_s_vectors_of_a_text_encoder_s_output_are_understood(names):
     assert (lora.family, lora.kind, lora.unknown_keys) == ("sdxl", "embedding", ())
     taken = embeddings_of(lora).get("sks", {})
     assert set(taken) == ({"text_encoder", "text_encoder_2"} if "clip_l" in names else set())
+
+
+@pytest.mark.parametrize(
+    ("more", "scale"), [({}, 4.0), ({"use_rslora": True}, 8.0), ({"alpha_pattern": {"to_q": 2}}, 0.5)]
+)
+def test_the_strength_in_what_a_denoiser_of_diffusers_saves_is_kept(more, scale):
+    """`save_lora_adapter` writes names and a configuration of peft that have no prefix."""
+    path = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q"
+    down, up = torch.randn(4, 320), torch.randn(320, 4)
+    tensors = {f"{path}.lora_A.weight": down, f"{path}.lora_B.weight": up}
+    metadata = {"lora_adapter_metadata": json.dumps({"r": 4, "lora_alpha": 16} | more)}
+    lora = LoraFile.from_tensors(tensors, metadata)
+    assert lora.modules()["denoiser", path].scale == scale
+    converted, _ = convert_lora(lora, "kohya")
+    torch.testing.assert_close(converted.modules()["denoiser", path].delta(), scale * up @ down)
+
+
+def write_text_adapter(folder: Path, base: str) -> Path:
+    """Writes a LoRA of CLIP-L as peft does, with the base model that its configuration names."""
+    name = "base_model.model.text_model.encoder.layers.0.self_attn.q_proj"
+    down, up = factors(768, 768)
+    tensors = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 2, "base_model_name_or_path": base}))
+    save_safetensors(folder / "adapter_model.safetensors", tensors)
+    return folder / "adapter_model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("base", "family", "prefix"),
+    [
+        ("stabilityai/stable-diffusion-xl-base-1.0", "sdxl", "lora_te1_"),
+        ("runwayml/stable-diffusion-v1-5", "sd15", "lora_te_"),
+        ("black-forest-labs/FLUX.1-dev", "flux1", "lora_te1_"),
+    ],
+)
+def test_a_text_encoder_is_of_the_model_that_pefts_configuration_names(base, family, prefix, tmp_path):
+    lora = LoraFile.read(write_text_adapter(tmp_path, base))
+    assert lora.family == family and lora.other_families == ()
+    assert all(key.startswith(prefix) for key in convert_lora(lora, "kohya").lora.tensors)
+
+
+def test_a_text_encoder_of_an_unknown_model_is_ambiguous_until_its_family_is_given(tmp_path, capsys):
+    source, output = write_text_adapter(tmp_path, "somebody/a-model"), tmp_path / "a.safetensors"
+    assert LoraFile.read(source).other_families == ("sdxl", "sd3", "flux1")
+    assert any("fit sdxl and sd3 and flux1 as well as sd15" in fault.text for fault in verify_lora(source))
+    command = ["convert", str(source), "--output", str(output), "--overwrite", "--to", "kohya"]
+    assert main(command) == 0
+    assert "is taken for sd15, but its modules fit sdxl and sd3 and flux1 as well" in capsys.readouterr().err
+    assert main([*command, "--family", "sdxl"]) == 0
+    lora = LoraFile.read(output)
+    assert (lora.family, lora.metadata["ss_base_model_version"]) == ("sdxl", "sdxl_base_v1-0")
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UnknownFamily, match="is for sd15, not for zimage"):
+        LoraFile.read(source, "zimage")
+
+
+def factors_of(*names: str) -> dict[str, torch.Tensor]:
+    down, up = factors(640, 640)
+    return {f"{name}.lora_{letter}.weight": matrix for name in names for letter, matrix in (("A", down), ("B", up))}
+
+
+STRANGE = {
+    "a textual inversion of diffusers": (
+        {"<s1>": torch.zeros(2, 768)},
+        r"the vectors of new words \('<s1>'\), a textual",
+    ),
+    "the words of a training on SDXL": (
+        {"text_encoders_0": torch.zeros(2, 768), "text_encoders_1": torch.zeros(2, 1280)},
+        r"new words \('text_encoders_0', 'text_encoders_1'\)",
+    ),
+    "an underline in place of a dot": (
+        {"lora_unet_mid_block_attentions_0_proj_in_lora_down.weight": torch.zeros(2, 1280)},
+        r"_lora_down.weight' ends neither in \.lora_down\.weight nor in",
+    ),
+    "a language model": (factors_of("base_model.model.model.layers.0.self_attn.q_proj"), "is for a language model"),
+    "another language model": (factors_of("base_model.model.transformer.h.0.attn.c_attn"), "is for a language model"),
+    "SAM": (factors_of("base_model.model.vision_encoder.layers.0.attn.qkv"), "is for a vision model like SAM or ViT"),
+    "ViT": (factors_of("base_model.model.vit.encoder.layer.0.attention.attention.query"), "is for a vision model"),
+}
+
+
+@pytest.mark.parametrize("what", STRANGE)
+def test_a_file_of_something_else_is_named_as_what_it_is(what):
+    tensors, message = STRANGE[what]
+    with pytest.raises(UnknownFamily, match=message):
+        LoraFile.from_tensors(tensors, {})
+
+
+def test_what_a_denoiser_of_diffusers_saves_is_said_to_load_there():
+    lora = LoraFile.from_tensors(factors_of("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"), {})
+    (reason,) = set(not_loaded_by("diffusers", lora).values())
+    assert reason == "bare names of sd15 (pipe.unet.load_lora_adapter(file, prefix=None) does)"
+
+
+def test_nothing_but_results_and_warnings_is_printed_where_no_terminal_is(tmp_path):
+    """A bar would appear after a second."""
+    command = "import time; from core.cli.common import progress_bar; b = progress_bar('x'); time.sleep(1.2); b(1, 2); b(2, 2)"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")

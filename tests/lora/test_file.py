@@ -95,7 +95,7 @@ def test_separate_q_k_v_of_different_rank_and_scale_are_fused_exactly():
         ("denoiser", paths[0]): module_of([1536, 1536], 2, 1.0, generator),
         ("denoiser", paths[2]): module_of([1536, 1536], 3, 12.0, generator),
     }
-    lora = LoraFile.from_modules("sd3", modules, {})
+    lora = LoraFile.from_modules("sd3", modules, {}, "kohya")
     name = "lora_unet_joint_blocks_0_x_block_attn_qkv"
     assert lora.tensors[f"{name}.lora_down.weight"].shape == (5, 1536)
     back = lora.modules()
@@ -161,11 +161,12 @@ def test_alpha_and_rslora_in_the_metadata_of_peft_are_used():
 
 
 @pytest.mark.clock
-def test_an_alpha_for_each_of_a_thousand_modules_is_found_at_once():
-    paths = [f"mid_block.attentions.0.transformer_blocks.{i}.attn2.to_k" for i in range(1000)]
-    tensors = {f"unet.{path}.lora_A.weight": torch.zeros(1, 2048) for path in paths}
-    tensors |= {f"unet.{path}.lora_B.weight": torch.zeros(1280, 1) for path in paths}
-    metadata = {"lora_adapter_metadata": json.dumps({"unet.alpha_pattern": {path: 2 for path in paths}})}
+def test_an_alpha_for_each_of_hundreds_of_modules_is_found_at_once():
+    paths = [f"transformer_blocks.{i}.attn.to_{x}" for i in range(60) for x in ("q", "k", "v", "out.0")]
+    paths += [f"transformer_blocks.{i}.attn.{x}" for i in range(60) for x in ("add_q_proj", "add_k_proj", "add_v_proj")]
+    tensors = {f"transformer.{path}.lora_{letter}.weight": torch.zeros(shape) for path in paths
+               for letter, shape in (("A", (1, 3072)), ("B", (3072, 1)))}  # fmt: skip
+    metadata = {"lora_adapter_metadata": json.dumps({"transformer.alpha_pattern": {path: 2 for path in paths}})}
     lora = LoraFile.from_tensors(tensors, metadata)
     started = time.process_time()
     assert {module.scale for module in lora.modules().values()} == {2.0}

@@ -198,3 +198,37 @@ def test_of_several_files_each_has_its_verdict_and_the_exit_code_says_that_some_
     assert main(["inspect", str(paths["page"]), "--json"]) == 1
     out, err = capsys.readouterr()
     assert json.loads(out)["identity"]["verdict"] == "refused" and "web page" in err
+
+
+def blocks_of(title: str, part: str = "") -> Shapes:
+    (model,) = (model for model in TABLES["models"] if model["title"] == title)
+    shapes = whole(model["denoiser"]["original"])
+    return {path: shape for path, shape in shapes.items() if "blocks" in path and part in path and len(shape) > 1}
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", "diffusion_model.", "lora_unet_"])
+@pytest.mark.parametrize("part", ["", "attn"])
+def test_all_blocks_of_mage_flow_are_not_taken_for_the_first_of_qwen_image(part, prefix):
+    """Its twelve blocks are the same as Qwen-Image's first twelve, of sixty."""
+    with pytest.raises(UnknownFamily, match="is for Mage-Flow, which is not supported"):
+        lora_of(blocks_of("Mage-Flow", part), prefix)
+    few = {
+        path: shape for path, shape in blocks_of("Mage-Flow").items() if not path.startswith("transformer_blocks.3.")
+    }
+    assert lora_of(few, prefix).family == lora_of(blocks_of("Qwen-Image"), prefix).family == "qwen-image"
+
+
+def test_metadata_say_that_some_blocks_of_qwen_image_are_meant():
+    tensors = lora_of(blocks_of("Qwen-Image")).tensors
+    some = {key: tensor for key, tensor in tensors.items() if int(key.split(".")[2]) < 12}
+    assert LoraFile.from_tensors(some, {"ss_base_model_version": "qwen_image"}).family == "qwen-image"
+
+
+def test_a_file_of_which_most_modules_are_of_no_model_is_not_recognised():
+    strange = {f"double_blocks.{number}.img_attn.mixer_{number}": (640, 640) for number in range(30)}
+    few = {"double_blocks.0.img_attn.proj": (640, 640)}
+    with pytest.raises(
+        UnknownFamily, match=r"is not recognised: by the names .* nearest to flux1, which lacks 30 of 31"
+    ):
+        lora_of(strange | few)
+    assert lora_of(few | {"double_blocks.1.img_attn.proj": (640, 640)}).family == "flux1"

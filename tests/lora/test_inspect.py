@@ -169,7 +169,10 @@ def test_a_wrong_hash_of_modelspec_is_found(saved):
 def test_metadata_of_another_family_are_found(saved):
     file = SafetensorsFile.open(saved)
     save_safetensors(saved, dict(file), {**file.metadata, "ss_base_model_version": "sdxl_base_v1-0"})
-    assert any("its metadata say sdxl, its tensors are for sd15" in text for text in texts(saved))
+    assert any(
+        "its metadata say 'sdxl_base_v1-0' (ss_base_model_version), its tensors are for sd_v1 (sd15)" in text
+        for text in texts(saved)
+    )
 
 
 def test_names_that_comfyui_would_skip_are_found(saved):

@@ -234,10 +234,9 @@ def test_photos_become_a_lora_that_changes_the_pictures(bases, family, photo_fol
     assert {entry.rank for entry in lora.entries} == {2}  # q, k and v share one A: fused, the rank stays
     # ComfyUI 0.30 does not have all families.
     assert bool(not_loaded_by("ComfyUI", lora)) == (not KEYS[family].loaded.comfyui)
-    # diffusers loads nothing of SD3 in Kohya's names, which sd-scripts and the community's files have; its pipeline for
-    # LongCat-Image loads no LoRAs.
-    assert bool(not_loaded_by("diffusers", lora)) == (family in ("sd3", "longcat-image"))
-    assert any(key.endswith(".alpha") for key in lora.tensors) == (base.family.lora_scheme == "kohya")
+    # diffusers' pipeline for LongCat-Image loads no LoRAs.
+    assert bool(not_loaded_by("diffusers", lora)) == (family == "longcat-image")
+    assert any(key.endswith(".alpha") for key in lora.tensors) == (base.names.scheme == "kohya")
     job = Job("a photo of sks person", seed=1, steps=2, guidance=2.0)
     (plain,), (changed,) = (list(generate(base, loras, [job], device=CPU)) for loras in ([], [(lora, 1.0)]))
     assert plain.image.tobytes() != changed.image.tobytes()

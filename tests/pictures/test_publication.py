@@ -1,5 +1,6 @@
 """The folder to upload: what the site needs is in it, and nothing personal."""
 
+import hashlib
 import json
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from core import GenerateConfig, Job, LoraFile, TrainConfig, generate, load_base, train
 from core.cli import main
 from core.errors import BadConfig, BadFile, BadPhoto
-from core.lora import inspect_lora
+from core.lora import convert_lora, inspect_lora
 from core.lora.modules import LoraModule
 from core.pictures import Group, Person, Picture, publish
 from core.pictures.group import group_parameters
@@ -255,6 +256,43 @@ def test_alphas_in_pefts_configuration_stay_without_the_path_in_it(tmp_path):
             {"unet.r": 2, "unet.lora_alpha": 8, "unet.base_model_name_or_path": "/home/jane/model"})})  # fmt: skip
     made = publish_agreed(tmp_path / "a.safetensors", tmp_path / "out", title="A person")
     assert inspect_lora(made.lora)["alphas"] == {"8": 1} and b"jane" not in contents(made.folder)
+
+
+def test_a_base_model_that_contradicts_the_tensors_is_not_published(tmp_path):
+    path = write_lora(tmp_path / "a.safetensors", ss_base_model_version="flux1", modelspec__architecture="z-image/lora")
+    metadata = LoraFile.read(publish_agreed(path, tmp_path / "out").lora).metadata
+    assert metadata["ss_base_model_version"] == "sd_v1"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
+
+
+def test_a_placeholder_for_the_hash_is_replaced_and_any_other_wrong_hash_refused(tmp_path):
+    lora = LoraFile.read(write_lora(tmp_path / "a.safetensors"))
+    tensors = {key: tensor.clone() for key, tensor in lora.tensors.items()}
+    for number, digest in enumerate((hashlib.sha256().hexdigest(), "0" * 64)):
+        save_file(tensors, path := tmp_path / f"{number}.safetensors", lora.metadata | {"sshs_model_hash": digest})
+        if number:
+            with pytest.raises(BadFile, match="sshs_model_hash is 000000000000"):
+                publish_agreed(path, tmp_path / "refused")
+        else:
+            assert (
+                LoraFile.read(publish_agreed(path, tmp_path / "out").lora).metadata["sshs_model_hash"]
+                == lora.model_hash
+            )
+
+
+def test_a_lora_that_no_program_would_load_is_published_with_a_warning(tmp_path):
+    name = "base_model.model." + MODULE[1]
+    tensors = {f"{name}.lora_A.weight": torch.ones(2, 768), f"{name}.lora_B.weight": torch.ones(1280, 2)}
+    metadata = {"ss_base_model_version": "sd_v1", "modelspec.title": "A sks person"}
+    save_file(tensors, path := tmp_path / "a.safetensors", metadata)
+    told = []
+    publish_agreed(path, tmp_path / "out", on_warning=told.append)
+    (warning,) = told
+    assert "no program that draws pictures loads its peft names" in warning
+    assert "facelora convert a.safetensors --to kohya" in warning
+    convert_lora(LoraFile.read(path), "kohya")[0].save(path)
+    publish_agreed(path, tmp_path / "loaded", on_warning=told.append)
+    assert told == [warning]
 
 
 def test_every_published_model_of_every_family_has_a_listing():

@@ -109,5 +109,4 @@ ERNIE_IMAGE = FamilySpec(
     few_steps=FewSteps(8),
     encode_image=flux2.encode_image,
     decode_latents=flux2.decode_latents,
-    lora_scheme="comfy",
 )

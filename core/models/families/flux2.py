@@ -228,5 +228,4 @@ FLUX2 = FamilySpec(
     embeds_guidance=flux1.embeds_guidance,
     distilled_names="klein(?!.*base)",
     few_steps=FewSteps(4),
-    lora_scheme="comfy",
 )

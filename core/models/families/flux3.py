@@ -162,5 +162,4 @@ FLUX3 = FamilySpec(
     few_steps=FewSteps(16),
     lookalikes={DENOISER_PREFIX + "emb_in.video.weight": "FLUX.3 for video"},
     unused=UNUSED,
-    lora_scheme="comfy",
 )

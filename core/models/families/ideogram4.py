@@ -266,5 +266,4 @@ IDEOGRAM4 = FamilySpec(
     flow_shift=flow_shift,
     encode_image=encode_image,
     decode_latents=decode_latents,
-    lora_scheme="comfy",
 )

@@ -206,5 +206,4 @@ KREA2 = FamilySpec(
     few_steps=FewSteps(8, shift=math.exp(1.15)),
     encode_image=qwen_image.encode_image,
     decode_latents=qwen_image.decode_latents,
-    lora_scheme="comfy",
 )

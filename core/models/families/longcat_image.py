@@ -125,5 +125,4 @@ LONGCAT_IMAGE = FamilySpec(
     encode_text=encode_text,
     predict=predict,
     flow_shift=linear_shift(256, 0.5, 4096, 1.15),  # from the authors' pipeline
-    lora_scheme="diffusers",
 )

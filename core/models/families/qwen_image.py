@@ -221,5 +221,4 @@ QWEN_IMAGE = FamilySpec(
     few_steps=FewSteps(8, shift=3.0),  # Qwen-Image-Lightning
     encode_image=encode_image,
     decode_latents=decode_latents,
-    lora_scheme="comfy",
 )

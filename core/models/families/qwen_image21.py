@@ -277,5 +277,4 @@ QWEN_IMAGE_21 = FamilySpec(
     flow_shift=linear_shift(256, 0.5, 8192, 0.9),  # from the authors' scheduler
     encode_image=encode_image,
     decode_latents=decode_latents,
-    lora_scheme="diffusers",
 )

@@ -126,5 +126,4 @@ ZIMAGE = FamilySpec(
     flow_shift=lambda positions: 3.0,
     training_adapter="ostris/zimage_turbo_training_adapter",
     few_steps=FewSteps(8),
-    lora_scheme="comfy",
 )

@@ -109,9 +109,7 @@ class LoraAdapter(Adapter):
         return result
 
     def export(self, values: Mapping[str, Tensor], base: Base, metadata: Mapping[str, str]) -> LoraFile:
-        return LoraFile.from_modules(
-            base.family.name, self.modules(values), metadata, base.family.lora_scheme, base.names
-        )
+        return LoraFile.from_modules(base.family.name, self.modules(values), metadata, names=base.names)
 
     def rate(self, name: str, config: TrainConfig, peak: float) -> float:
         return super().rate(name, config, peak) * (config.lora_plus_ratio if name.endswith(".up") else 1.0)
@@ -156,7 +154,7 @@ def attach(
     networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
 ) -> LoraAdapter:
     """A LoraAdapter on the networks, by `attach_layers`, whose layers with the same input work together."""
-    adapter = attach_layers(networks, family, config, target_modules(family, config, networks), family.lora_scheme)
+    adapter = attach_layers(networks, family, config, target_modules(family, config, networks), family.names.scheme)
     if continue_from is not None:
         adapter.load(continue_from.modules())
     if not config.dropout:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...config import TrainConfig
 from ...errors import BadConfig
 from ...lora.file import LoraFile
+from ...lora.kinds import UNBOUND
 from ...models.spec import FamilySpec, replace_module
 from .lycoris import LycorisAdapter
 from .method import Method, target_modules
@@ -65,10 +66,10 @@ def attach(
             raise BadConfig(f"rank = {rank}: {path} has {rows} rows, which no block of 2 to {rank} divides evenly")
         layers[part, path] = RotatedLayer(layer, size)
         replace_module(networks[part], path, layers[part, path])
-    # In this kind, alpha is a bound on the rotation and not a scale; 0 means no bound.
+    # In this kind, alpha is a bound on the rotation and not a scale.
     adapter = LycorisAdapter(
         networks, "oft", layers, lambda layer: {"oft_blocks": layer.oft_blocks},  # pyright: ignore
-        alphas=dict.fromkeys(layers, 0.0), network_arguments={"algo": "diag-oft"},
+        alphas=dict.fromkeys(layers, UNBOUND), network_arguments={"algo": "diag-oft"},
     )  # fmt: skip
     adapter.start(family.name, config, {"oft_blocks": 0.0}, continue_from)
     return adapter

@@ -1,0 +1,105 @@
+"""The files beside a LoRA in which other programs look for its words and its picture. docs/formats.md says who reads which."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadFile
+from ..storage.files import write_file, write_text
+from ..tensor_names import NAME_TABLES
+from .hashes import chunks, file_hashes
+from .metadata import opened_picture
+from .names import LoraHeader
+from .progress import OnProgress, silent, steps
+from .words import PHRASE_KEY, trigger_words
+
+PICTURE_SIDE = 768
+"""The longest side of a picture beside a LoRA in pixels."""
+_PICTURES = (".png", ".preview.png")
+"""InvokeAI looks for the first alone, Stability Matrix for the second; all others take either."""
+
+
+def write_sidecars(
+    path: str | os.PathLike[str],
+    picture: str | os.PathLike[str] | None = None,
+    *,
+    on_progress: OnProgress = silent,
+) -> list[Path]:
+    """The files written beside a LoRA, with what its metadata say of it. A file that is there already is left as it is.
+
+    `picture` shows the person, so there is none unless it is given. It is written as PNG with sides of at most PICTURE_SIDE
+    pixels, without its metadata. Raises BadFile when a file cannot be read or written, UnknownFamily when it is no LoRA.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise BadFile(f"{path}: other programs find what is beside a LoRA by its name, which must end in .safetensors")
+    lora = LoraHeader.read(path)
+    hashes = file_hashes(path, steps(on_progress, chunks(path)))
+    made: dict[str, Callable[[Path], None]] = {
+        suffix: partial(_write_json, values=values) for suffix, values in _texts(lora, path, hashes).items()
+    }
+    if picture is not None:
+        image = opened_picture(picture, PICTURE_SIDE)
+        made |= {suffix: lambda to: write_file(to, partial(image.save, format="PNG")) for suffix in _PICTURES}
+    written = []
+    for suffix, write in made.items():
+        if not os.path.lexists(beside := path.with_suffix(suffix)):
+            write(beside)
+            written.append(beside)
+    return written
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def _texts(lora: LoraHeader, path: Path, hashes: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """What each program's file says, by the ending of its name."""
+    metadata, table = lora.metadata, NAME_TABLES[lora.family]
+    phrase = metadata.get(PHRASE_KEY) or next(iter(trigger_words(metadata)), "")
+    title = metadata.get("modelspec.title") or path.stem
+    description = metadata.get("modelspec.description", "")
+    tags = [tag.strip() for tag in metadata.get("modelspec.tags", "").split(",") if tag.strip()]
+    bases = [table.listings[model].civitai for model in lora.identity.models if model in table.listings]
+    base, words = bases[0] if len(bases) == 1 else "Other", [phrase] if phrase else []
+    status = path.stat()
+    # A1111, Forge, SD.Next, InvokeAI and SwarmUI; SD.Next alone reads the last two.
+    a1111 = {
+        "description": description,
+        "sd version": table.a1111_version,
+        "activation text": phrase,
+        "notes": metadata.get("modelspec.usage_hint", ""),
+        "tags": tags,
+        "modelVersions": [{"trainedWords": words}],
+    }
+    lora_manager = {
+        "file_name": path.stem,
+        "model_name": title,
+        "file_path": "",  # which the program fills in, and which would tell of this computer
+        "size": status.st_size,
+        "modified": status.st_mtime,
+        "sha256": hashes["sha256"],
+        "base_model": base,
+        "preview_url": "",
+        "from_civitai": False,
+        "civitai": {"trainedWords": words},
+        "tags": tags,
+        "modelDescription": description,
+    }
+    stability_matrix = {
+        "ModelName": title,
+        "ModelDescription": description,
+        "Nsfw": False,
+        "Tags": tags,
+        "ModelType": "LORA",
+        "VersionName": "",
+        "BaseModel": base,
+        "ImportedAt": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(status.st_mtime)),
+        "Hashes": {name: hashes[name.lower()] for name in ("SHA256", "CRC32", "BLAKE3") if name.lower() in hashes},
+        "TrainedWords": words,
+    }
+    return {".json": a1111, ".metadata.json": lora_manager, ".cm-info.json": stability_matrix}
