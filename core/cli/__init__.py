@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 from ..errors import FaceLoraError
 from ..threads import set_threads
 from .common import DEMO, end_bars
+from .outputs import checked_outputs
 
 
 class Command(NamedTuple):
@@ -162,7 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     set_threads(few=DEMO in (called, getattr(options, "base", None)))
     try:
-        return function_of(options.command.run)(options) or 0
+        with checked_outputs(below, options):
+            return function_of(options.command.run)(options) or 0
     except (FaceLoraError, KeyboardInterrupt, EOFError) as error:  # the last from Ctrl-D at a question
         end_bars()
         print(f"facelora: {error if isinstance(error, FaceLoraError) else 'stopped'}", file=sys.stderr)

@@ -29,8 +29,6 @@ def run_headshots(options: argparse.Namespace) -> int:
     """1 where no picture is like enough to the person, else 0."""
     name = options.photos.resolve().name
     folder = options.output or options.photos.resolve().with_name(f"{name}-headshots")
-    if folder.resolve() == options.photos.resolve():
-        raise BadConfig(f"--output {folder}: is the folder of the photos, to which pictures would be added")
     given = settings_from(options)
     base, device = base_from(options, **schedule_from(given)), device_from(options)
     adapter = training_adapter_from(options, base)

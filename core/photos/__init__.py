@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from .report import PhotoReport as PhotoReport
     from .report import SetReport as SetReport
     from .report import check_photos as check_photos
+    from .sheet import SHEET_KEY as SHEET_KEY
     from .sheet import format_report as format_report
+    from .sheet import is_sheet as is_sheet
     from .sheet import save_sheet as save_sheet
     from .thresholds import Thresholds as Thresholds
 else:
@@ -38,7 +40,7 @@ else:
             ".dataset": ("Dataset", "Region", "TrainingImage", "prepare"),
             ".reading": ("DAMAGED", "Photo", "count_photos", "read_photo_files", "read_photos"),
             ".report": ("PhotoReport", "REJECT", "SetReport", "check_photos"),
-            ".sheet": ("format_report", "save_sheet"),
+            ".sheet": ("SHEET_KEY", "format_report", "is_sheet", "save_sheet"),
             ".thresholds": ("Thresholds",),
         },
     )

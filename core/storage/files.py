@@ -12,7 +12,7 @@ import stat
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -53,20 +53,44 @@ def make_folder(path: Path) -> Path:
 def write_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
     """Makes or replaces the file at `path` with what `write` puts into the stream. Raises BadFile when that fails.
 
-    In a folder that only its owner can enter, only the owner can read the file.
+    A link stays, and the file that it leads to is replaced. A file that is replaced keeps its permissions. In a folder that
+    only its owner can enter, only the owner can read a new file. A folder, device or pipe is never replaced.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    with writing(path):
+    with writing(Path(path)):
+        path, before = _place(path)
+        temporary = _temporary(path)
         mode = 0o666 if path.parent.stat().st_mode & 0o077 else 0o600
         try:
             with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
+            if before is not None:
+                temporary.chmod(before)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _place(path: str | os.PathLike[str]) -> tuple[Path, int | None]:
+    """The path without links, and the permissions of the file there; None where there is none.
+
+    Raises BadFile for a folder, a device and the like.
+    """
+    place = Path(os.path.realpath(path))
+    try:
+        mode = place.stat().st_mode
+    except FileNotFoundError:
+        return place, None
+    if stat.S_ISDIR(mode):
+        raise BadFile(f"{path}: is a folder; give the name of a file in it")
+    if not stat.S_ISREG(mode):
+        raise BadFile(f"{path}: is no regular file")
+    return place, stat.S_IMODE(mode)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def set_aside(path: Path) -> None:
@@ -129,21 +153,21 @@ def is_text(text: str) -> bool:
 
 
 def check_writable(path: Path) -> None:
-    """Raises BadFile when `write_file` could not write to `path`: better before hours of training than after them."""
-    probe = path.with_name(f".{path.name}.probe")
+    """Makes the file's folder. Raises BadFile when `write_file` could not write to `path`: better before hours of training."""
     try:
-        if path.is_dir():
-            raise BadFile(f"{path}: is a folder; give the name of a file in it")
+        place, _ = _place(path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        probe = _temporary(place)
         probe.touch()
-        probe.unlink(missing_ok=True)  # another run may be looking too
+        probe.unlink()
     except OSError as error:
         raise BadFile(f"{path}: cannot be written there: {error.strerror or error}") from None
 
 
-def check_output(path: Path) -> None:
-    """Raises BadFile when no safetensors file could be written to `path`: its name must end so, too."""
-    if path.suffix != ".safetensors":
-        raise BadFile(f"{path}: the output's name must end in .safetensors")
+def check_output(path: Path, ending: str = ".safetensors") -> None:
+    """Raises BadFile when no file could be written to `path`, or when its name has another ending."""
+    if ending and path.suffix.lower() != ending:
+        raise BadFile(f"{path}: the output's name must end in {ending}")
     check_writable(path)
 
 
@@ -156,4 +180,10 @@ def remove_leftovers(folder: Path, names: str) -> None:
     pattern = re.compile(rf"\.(?:{names})\.[0-9a-f]{{8}}\.tmp")
     for leftover in folder.iterdir():
         if pattern.fullmatch(leftover.name):
-            leftover.unlink(missing_ok=True)
+            with suppress(OSError):
+                leftover.unlink()
+
+
+def clean_place(path: Path) -> None:
+    """Deletes the temporary files of the file at `path`, whose lock the caller must hold."""
+    remove_leftovers(path.parent, re.escape(path.name))

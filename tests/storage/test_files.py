@@ -36,6 +36,7 @@ def test_a_file_in_a_folder_of_its_owner_alone_is_its_owners_alone(tmp_path):
         modes = {}
         for folder in (0o700, 0o755, 0o711):
             tmp_path.chmod(folder)
+            (tmp_path / "file").unlink(missing_ok=True)
             write_text(tmp_path / "file", "text")
             modes[folder] = (tmp_path / "file").stat().st_mode & 0o777
     finally:
