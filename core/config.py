@@ -395,7 +395,7 @@ def parse_toml(text: str) -> dict[str, Any]:
     try:
         settings = tomllib.loads(text)
         repr(settings)  # fails for what is nested too deeply to be shown in a message
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # also for a number of thousands of digits
         raise BadConfig(str(error)) from None
     except RecursionError:
         raise BadConfig("values are nested too deeply") from None

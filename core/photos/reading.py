@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 import struct
 import warnings
@@ -180,7 +181,7 @@ def count_photos(folder: Path) -> int:
     """The number of files that `read_photos` would read, none of which is opened; 0 where the folder cannot be read."""
     try:
         return sum(1 for _ in _photo_paths(folder, True, lambda warning: None))
-    except OSError:
+    except (OSError, ValueError):  # the latter for a path with a NUL
         return 0
 
 
@@ -237,7 +238,7 @@ def _read_photo(path: Path, repeats: int) -> Photo:
             size = (size[1], size[0])
 
     mask_path = path.with_name(path.stem + MASK_ENDING)
-    if mask_path.is_file():
+    if os.path.isfile(mask_path):  # its name may be too long for the file system
         with _opened(mask_path.name, _read_bytes(mask_path)) as mask:
             mask_size = ImageOps.exif_transpose(mask).size
         if mask_size != size:

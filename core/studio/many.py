@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import BadConfig, BadFile, FaceLoraError
+from ..errors import BadConfig, BadFile
 from ..models.base import Base
 from ..storage.files import make_folder
 from ..storage.locks import locked
@@ -19,7 +19,7 @@ from .people import Person
 from .queue import hand_out
 from .ray_crew import RayCrew
 from .report import read_report, write_report
-from .result import CACHE, RECORD, Result, Terms, find, find_or_make
+from .result import CACHE, RECORD, Result, Terms, failed, find, find_or_make
 
 
 def run(
@@ -34,8 +34,8 @@ def run(
 ) -> Iterator[Result]:
     """The result of each person, as soon as it is there; after each the report in `output` is written anew.
 
-    A person's files lie in the folder of that name in `output`. Errors of one person are that person's result. What is not
-    of the project's own errors, such as an interrupt that a callback raises, ends the run; called again it goes on there.
+    A person's files lie in the folder of that name in `output`. Any error while a person is made is that person's result. What
+    is no Exception, such as the KeyboardInterrupt that a callback raises, ends the run; called again it goes on there.
 
     With `ray`, HOST:PORT of a Ray cluster's head node, the cluster's workers make the people, each on a device of its own;
     with "local" workers of this machine do, on its GPUs.
@@ -66,8 +66,8 @@ def _here(
     for person in people:
         try:
             yield find_or_make(person, base, output, terms, device, callbacks)
-        except FaceLoraError as error:
-            yield Result(person.name, "failed", str(error))
+        except Exception as error:
+            yield failed(person, error)
 
 
 def _on_cluster(
@@ -76,8 +76,8 @@ def _on_cluster(
     def look(person: Person) -> Result | None:
         try:
             return find(person, base, output, terms)
-        except FaceLoraError as error:
-            return Result(person.name, "failed", str(error))
+        except Exception as error:
+            return failed(person, error)
 
     with RayCrew(address, base, output, terms) as crew:
         yield from hand_out(people, crew, look, callbacks)

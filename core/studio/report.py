@@ -14,10 +14,8 @@ from ..errors import BadFile, counted
 from ..lora.personal import without_folders
 from ..storage.files import read_json, write_text
 from .cost import PHASES
+from .people import PAGE, REPORT
 from .result import NONE_ALIKE, Result, result_of
-
-REPORT, PAGE = "report.json", "report.html"
-"""Its files in the studio's output."""
 
 
 def read_report(output: Path) -> list[Result]:

@@ -16,7 +16,7 @@ import torch
 
 from ..config import RecipeName
 from ..device import device_and_dtype
-from ..errors import BadConfig, BadFile, FaceLoraError
+from ..errors import BadConfig, BadFile, FaceLoraError, one_line
 from ..models.base import Base
 from ..photos import Photo, count_photos, read_photos
 from ..pictures.headshot import Headshot
@@ -107,6 +107,12 @@ class Result:
     def seconds(self) -> float:
         """How long it took to make."""
         return sum(self.cost.seconds.values()) if self.cost else 0.0
+
+
+def failed(person: Person, error: Exception) -> Result:
+    """The result of a person whose making has raised the error."""
+    reason = str(error) if isinstance(error, FaceLoraError) else one_line(f"{type(error).__name__}: {error}")
+    return Result(person.name, "failed", reason)
 
 
 def find(person: Person, base: Base, output: Path, terms: Terms) -> Result | None:

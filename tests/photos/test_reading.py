@@ -389,3 +389,9 @@ def test_pictures_that_differ_in_their_palette_alone_are_two_photos():
     first, second = (Photo.from_image(picture, "palette") for picture in pictures)
     assert first.digest != second.digest
     assert [photo.image().getpixel((0, 0)) for photo in (first, second)] == [(10,) * 3, (200,) * 3]
+
+
+def test_a_photo_may_have_the_longest_name(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "a.png").rename(tmp_path / ("a" * 251 + ".png"))
+    assert len(read_photos(tmp_path)) == 1
