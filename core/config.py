@@ -386,8 +386,17 @@ def name_matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name, f"{start}{text.strip('^$')}{end}")
 
 
+_MOST_TOML, _MOST_DOTS = 2**18, 100
+"""The most characters of a TOML text, and the most dots in a line: a key takes memory with the square of its parts."""
+
+
 def parse_toml(text: str) -> dict[str, Any]:
     """The settings in a TOML text. Raises BadConfig, which says what is wrong with it."""
+    if len(text) > _MOST_TOML:
+        raise BadConfig(f"has {len(text):,} characters, and at most {_MOST_TOML:,} are read")
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.count(".") > _MOST_DOTS and not line.lstrip().startswith("#"):
+            raise BadConfig(f"line {number} has more than {_MOST_DOTS} dots")
     if sys.version_info >= (3, 11):
         import tomllib
     else:
