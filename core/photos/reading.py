@@ -33,6 +33,9 @@ MAX_SIDE = 65_535
 MAX_BYTES = 2**30
 """The largest file that is read: more than 178 megapixels of 16 bits take uncompressed."""
 
+MAX_REPEATS = 10_000
+"""The most repeats that a folder's name can give its photos."""
+
 MAX_CAPTION_BYTES = 2**20
 """The longest caption that is read: text encoders take a few hundred words."""
 
@@ -208,12 +211,12 @@ def _photo_paths(folder: Path, repeats: bool, on_warning: Callable[[str], None])
     for subfolder in (path for path in entries if path.is_dir() and not path.name.startswith(".")):
         inside = sorted(filter(_is_photo_file, subfolder.iterdir()), key=lambda path: path.name)
         match = _REPEATS_FOLDER.fullmatch(subfolder.name)
-        if match and int(match[1]) > 0:
+        if match and 0 < int(match[1]) <= MAX_REPEATS:
             yield from ((path, int(match[1])) for path in inside)
         elif inside:
             on_warning(
                 f"folder {subfolder.name!r} with {counted(len(inside), 'photo')} left out: "
-                "only sub-folders with a name like '10_name' (10 repeats) are read"
+                f"only sub-folders with a name like '10_name' (10 repeats, at most {MAX_REPEATS:,}) are read"
             )
 
 
