@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from .errors import BadConfig
+from .errors import BadConfig, check_length
 
 Targets = Literal["attention", "transformer", "transformer+conv"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -345,6 +345,8 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     if (isinstance(value, bool) and bool not in expected) or not isinstance(value, accepted):
         names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in expected if kind is not type(None))
         raise BadConfig(f"{name} = {value!r}: expected {names}")
+    if isinstance(value, str):
+        check_length(name, value)
     if isinstance(value, float) and not math.isfinite(value):
         raise BadConfig(f"{name} = {value}: must be finite")
 

@@ -34,6 +34,7 @@ from ..pictures import (
     Job,
     Subject,
     batch_summary,
+    check_count,
     contact_sheet,
     find_style_packs,
     long_prompts,
@@ -167,8 +168,7 @@ def prompt_jobs(options: argparse.Namespace, base: Base, loras: Sequence[tuple[A
     for prompt in prompts:
         if prompts.count(prompt) > 1:
             raise BadConfig(f"--prompt {prompt!r} is given twice; --count makes more pictures of each")
-    if options.count < 1:
-        raise BadConfig(f"--count {options.count}: must be at least 1")
+    check_count(options.count)
     steps = base.steps if options.steps is None else options.steps
     guidance = base.guidance if options.guidance is None else options.guidance
     # All prompts with one seed, then the next seed: a larger --count then only adds pictures, and renumbers none.

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
-from ..errors import BadPhoto, counted, one_line
+from ..errors import BadPhoto, check_length, counted, one_line
 from ..storage.files import read_bytes
 
 HEIF_SUFFIXES = (".heic", ".heif")
@@ -74,6 +74,9 @@ class Photo:
     """The SHA-256 of the picture (of the file, or of pixels in memory), without name, caption and mask."""
     source: Path | Image.Image = field(repr=False, compare=False)
     mask_source: Path | Image.Image | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_length(f"{self.name}: its caption", self.caption or "", BadPhoto)
 
     @property
     def fingerprint(self) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..config import parse_toml
 from ..errors import BadConfig, BadFile, FaceLoraError, one_line
+from ..pictures.style_pack import check_count
 from ..storage.files import is_text, read_bytes
 
 PERSON_FILE = "person.toml"
@@ -127,7 +128,7 @@ def _person(name: str, photos: Path, said: Mapping[str, Any] | str) -> Person:
         return replace(person, problem=f"{', '.join(sorted(map(str, unknown)))}: unknown; choose from {known}")
     try:
         return replace(person, **{key: _value(key, value) for key, value in said.items()})
-    except BadConfig as error:
+    except (BadConfig, ValueError) as error:  # the latter for a number of thousands of digits
         return replace(person, problem=str(error))
 
 
@@ -141,8 +142,9 @@ def _value(key: str, value: Any) -> Any:
         raise BadConfig(f"agreed = {value!r}: choose true or false")
     if key == "count":
         number = int(value) if isinstance(value, str) and value.strip().isdigit() else value
-        if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= 10_000:
-            raise BadConfig(f"count = {value!r}: must be between 1 and 10000")
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise BadConfig(f"count = {value!r}: expected a whole number")
+        check_count(number)
         return number
     if not isinstance(value, str) or not value.strip():
         raise BadConfig(f"{key} = {value!r}: expected a text")
