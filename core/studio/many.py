@@ -4,6 +4,7 @@ On one machine they are made one after the other, on a cluster as many at a time
 """
 
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,9 @@ from .ray_crew import RayCrew
 from .report import read_report, write_report
 from .result import CACHE, RECORD, Result, Terms, failed, find, find_or_make
 
+_REPORT_PAUSE = 20
+"""How many times as long as writing the report has taken passes before it is written again: with many people it is long."""
+
 
 def run(
     people: Iterable[Person],
@@ -32,7 +36,7 @@ def run(
     callbacks: Callbacks = NO_CALLBACKS,
     ray: str | None = None,
 ) -> Iterator[Result]:
-    """The result of each person, as soon as it is there; after each the report in `output` is written anew.
+    """The result of each person, as soon as it is there. The report in `output` is written anew now and then, and at the end.
 
     A person's files lie in the folder of that name in `output`. Any error while a person is made is that person's result. What
     is no Exception, such as the KeyboardInterrupt that a callback raises, ends the run; called again it goes on there.
@@ -49,10 +53,18 @@ def run(
     made = _here(people, base, output, terms, device, callbacks)
     if ray is not None:
         made = _on_cluster(people, base, output, terms, callbacks, ray)
-    for result in made:
-        results.append(result)
-        write_report(output, results)
-        yield result
+    due, written = 0.0, 0
+    try:
+        for result in made:
+            results.append(result)
+            begun = time.monotonic()
+            if begun >= due:
+                write_report(output, results)
+                due, written = begun + _REPORT_PAUSE * (time.monotonic() - begun), len(results)
+            yield result
+    finally:
+        if written < len(results):
+            write_report(output, results)
 
 
 def _here(

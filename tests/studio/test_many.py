@@ -15,7 +15,7 @@ from core.errors import BadConfig, BadFile, InUse
 from core.models import Base, load_base
 from core.pictures import find_style_packs
 from core.storage.cache_folder import cache_folder
-from core.studio import Person, Result, Terms, forget, plan, read_people, run
+from core.studio import Person, Result, Terms, forget, many, plan, read_people, run
 from core.studio.result import find
 from core.training import Callbacks
 from tests.tooling import held_elsewhere, write_photos, write_quick_pack
@@ -261,6 +261,23 @@ def test_a_name_that_no_folder_can_have_fails_that_person_alone(tmp_path, base, 
     results = list(run(people, base, tmp_path / "out", terms))
     assert words in results[0].reason and "no such folder of photos" in results[1].reason
     assert files(tmp_path / "out") == {"report.html", "report.json"}
+
+
+def test_the_report_on_many_people_is_not_written_after_each(tmp_path, base, terms, people, monkeypatch):
+    written: list[int] = []
+    write = many.write_report
+    monkeypatch.setattr(
+        many, "write_report", lambda output, results: (written.append(len(results)), write(output, results))
+    )
+    crowd = [replace(people[0], name=f"p{number}", agreed=False) for number in range(500)]
+    everyone = run(crowd, base, tmp_path / "out", terms)
+    assert next(everyone).name == "p0" and written == [1]
+    assert len(list(everyone)) == 499 and written[-1] == 500 and len(written) < 50
+    assert len(json.loads((tmp_path / "out" / "report.json").read_text())["people"]) == 500
+    stopped = run(crowd, base, tmp_path / "out", terms)
+    assert [next(stopped).name for _ in range(20)][-1] == "p19"
+    del stopped
+    assert written[-1] == 20
 
 
 def test_whatever_goes_wrong_with_one_person_the_others_are_made(tmp_path, base, terms, people, monkeypatch):
