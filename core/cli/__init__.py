@@ -181,6 +181,12 @@ class _Parser(argparse.ArgumentParser):
         hint = "" if usage else f" ({self.prog} --help lists the options)"
         self.exit(2, f"{usage}{self.prog}: error: {message}{hint}\n")
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        values = super()._get_values(action, arg_strings)
+        if values == [] and action.nargs in (None, "+"):  # Python up to 3.12 takes the value away from --rank=--
+            raise argparse.ArgumentError(action, "expected one argument")
+        return values
+
 
 class _ShowVersion(argparse.Action):
     """Looks the version up only when it is asked for, since that can take a tenth of a second."""

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -67,9 +68,15 @@ def checked_outputs(parser: argparse.ArgumentParser, options: argparse.Namespace
 
 
 def _check_folder(path: Path, inputs: Sequence[Any]) -> None:
-    if os.path.lexists(path) and not path.is_dir():
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        mode = 0
+    except OSError as error:
+        raise BadFile(f"{path}: cannot be written there: {error.strerror or error}") from None
+    if os.path.lexists(path) and not stat.S_ISDIR(mode):
         raise BadFile(f"{path}: is no folder; give the name of a folder to write into")
-    if any(one.is_dir() and path.is_dir() and one.samefile(path) for one in _paths(inputs)):
+    if mode and any(one.samefile(path) for one in _paths(inputs)):
         raise BadFile(f"{path}: is a folder that this command reads; choose another output")
 
 

@@ -104,8 +104,11 @@ def set_aside(path: Path) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Makes or replaces the file at `path` with the text, as UTF-8. Raises BadFile when that fails."""
-    write_file(path, lambda file: file.write(text.encode()))
+    """Makes or replaces the file at `path` with the text, as UTF-8. Raises BadFile when that fails.
+
+    What is no Unicode, as the names of files may have it, becomes a question mark.
+    """
+    write_file(path, lambda file: file.write(text.encode("utf-8", "replace")))
 
 
 def read_bytes(path: Path, limit: int, *, name: str | None = None, error: type[FaceLoraError] = BadFile) -> bytes:

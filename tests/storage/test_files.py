@@ -71,3 +71,8 @@ def test_an_error_without_words_of_the_system_is_told_by_its_own(tmp_path, monke
     monkeypatch.setattr(Path, "touch", refuse)
     with pytest.raises(BadFile, match="cannot be written there: the share is gone"):
         check_writable(tmp_path / "face.safetensors")
+
+
+def test_a_text_with_what_is_no_unicode_is_written(tmp_path):
+    write_text(tmp_path / "page.html", "b\udcffd")
+    assert (tmp_path / "page.html").read_text() == "b?d"
