@@ -8,6 +8,7 @@ import json
 import mmap
 import os
 import re
+import shutil
 import stat
 import sys
 import uuid
@@ -175,7 +176,7 @@ def check_output(path: Path, ending: str = ".safetensors") -> None:
 
 
 def remove_leftovers(folder: Path, names: str) -> None:
-    """Deletes the temporary files that `write_file` leaves in `folder` when its process is killed.
+    """Deletes the temporary files, or folders, that are left in `folder` by a process that was killed while it wrote.
 
     `names` is a regular expression for the names of the files that were to be written. The caller must hold their lock, so
     that no file of a living run is deleted.
@@ -184,9 +185,9 @@ def remove_leftovers(folder: Path, names: str) -> None:
     for leftover in folder.iterdir():
         if pattern.fullmatch(leftover.name):
             with suppress(OSError):
-                leftover.unlink()
+                shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
 
 
 def clean_place(path: Path) -> None:
-    """Deletes the temporary files of the file at `path`, whose lock the caller must hold."""
+    """Deletes what a killed process left of the file or folder at `path`, whose lock the caller must hold."""
     remove_leftovers(path.parent, re.escape(path.name))
