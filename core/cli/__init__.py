@@ -6,12 +6,13 @@ import io
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stdout
 from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
 
 from ..errors import FaceLoraError
 from ..threads import set_threads
-from .common import DEMO, end_bars
+from .common import DEMO, Shown, end_bars
 from .outputs import checked_outputs
 
 
@@ -163,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     set_threads(few=DEMO in (called, getattr(options, "base", None)))
     try:
-        with checked_outputs(below, options):
+        with redirect_stdout(Shown(sys.stdout)), checked_outputs(below, options):
             return function_of(options.command.run)(options) or 0
     except (FaceLoraError, KeyboardInterrupt, EOFError) as error:  # the last from Ctrl-D at a question
         end_bars()

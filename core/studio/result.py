@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -35,6 +35,8 @@ RECORD = "studio.json"
 """A person's record in the person's folder."""
 CACHE = ".facelora-cache"
 """What is kept of an unfinished person; `.cache` would be any user's, and with it the user's folder a person's."""
+Status = Literal["made", "found", "failed"]
+STATUSES: tuple[Status, ...] = get_args(Status)
 NONE_ALIKE = "none alike"
 """What is said of someone of whom all is made, but no picture is like enough to the person."""
 _MOST_BYTES = 2**33
@@ -75,7 +77,7 @@ class Result:
     """What has come of a person."""
 
     name: str
-    status: Literal["made", "found", "failed"]
+    status: Status
     """`found`: all of it had been made before, and nothing was done now."""
     reason: str = ""
     """Why it failed, or what would help where no picture is like enough to the person."""
@@ -250,4 +252,6 @@ def result_of(values: Any) -> Result:
     numbers = (result.kept, result.likeness or 0.0, result.leakage or 0.0)
     if not all(isinstance(one, str) for one in texts) or not all(isinstance(one, (int, float)) for one in numbers):
         raise TypeError("a value is of another type")
+    if result.status not in STATUSES:  # it is written into a page
+        raise TypeError(f"status = {result.status!r}")
     return result

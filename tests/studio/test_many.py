@@ -139,6 +139,17 @@ def test_a_users_own_folder_is_nobodys_in_the_studio_though_it_has_a_cache(tmp_p
     assert (home / "anna" / "letter.txt").exists() and (home / "anna" / ".cache").exists()
 
 
+def test_a_report_with_markup_for_a_status_is_damaged(tmp_path, base, terms, people):
+    list(run([replace(people[0], agreed=False)], base, tmp_path, terms))
+    report = tmp_path / "report.json"
+    report.write_text(report.read_text().replace('"status": "failed"', '"status": "<script>1</script>"'))
+    (tmp_path / "ben").mkdir()
+    (tmp_path / "ben" / "studio.json").touch()
+    with pytest.raises(BadFile, match="is damaged"):
+        forget("ben", tmp_path)
+    assert "<script>" not in (tmp_path / "report.html").read_text()
+
+
 @pytest.mark.parametrize("report", ["[]", '{"people": [1]}', '{"people": [{"who": 1}]}', "{"])
 def test_where_the_report_is_damaged_nobody_is_forgotten_by_half(tmp_path, report):
     (tmp_path / "anna").mkdir()
