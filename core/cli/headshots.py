@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from .. import demo
 from ..config import TrainConfig
 from ..errors import BadConfig
+from ..lora import file_word
 from ..photos import read_photos
 from ..pictures import batch_summary, find_style_packs
 from ..studio import Order, Outcome, check, device_rate, ledger_of, make, trained_on
@@ -27,8 +28,8 @@ Answer = TypeVar("Answer")
 
 def run_headshots(options: argparse.Namespace) -> int:
     """1 where no picture is like enough to the person, else 0."""
-    name = options.photos.resolve().name
-    folder = options.output or options.photos.resolve().with_name(f"{name}-headshots")
+    place = options.photos.resolve()
+    folder = options.output or place.with_name(f"{place.name}-headshots")
     given = settings_from(options)
     base, device = base_from(options, **schedule_from(given)), device_from(options)
     adapter = training_adapter_from(options, base)
@@ -46,7 +47,7 @@ def run_headshots(options: argparse.Namespace) -> int:
         asks = sys.stdin.isatty() and not (options.yes or options.json or options.dry_run)
         if asks and len(trained_on(report, config)) == len(report.photos):  # else the check has said so
             print(f"photos: {report.headline}")
-        order = dataclasses.replace(_order(options, name, config, asks), training_adapter=adapter)
+        order = dataclasses.replace(_order(options, config, asks), training_adapter=adapter)
         if asks or options.dry_run:
             ledger, rate = ledger_of(report, base, order, device), device_rate(base, order.config, device)
             if options.dry_run:
@@ -63,7 +64,7 @@ def run_headshots(options: argparse.Namespace) -> int:
     return 1 if outcome.advice else 0
 
 
-def _order(options: argparse.Namespace, name: str, config: TrainConfig, asks: bool) -> Order:
+def _order(options: argparse.Namespace, config: TrainConfig, asks: bool) -> Order:
     """What is wanted: what the options say, else what is answered, else the usual."""
     is_demo = options.base == DEMO
     usual = demo.STYLE_PACK if is_demo else STYLE_PACK
@@ -77,6 +78,8 @@ def _order(options: argparse.Namespace, name: str, config: TrainConfig, asks: bo
     if count is None:
         count = _answer("how many pictures", COUNT, int) if asks else COUNT
     size = demo.PICTURE_SIZE if is_demo else None
+    # The LoRA's name is in its metadata and in each picture, which the name of a private folder should not be.
+    name = file_word(config.trigger_word)[:32]
     return Order(name, config, found.pick(pack), count, options.seed, size)
 
 
