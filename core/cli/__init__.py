@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
 from importlib import import_module
+from itertools import takewhile
 from typing import Any, NamedTuple, NoReturn
 
 from ..errors import FaceLoraError
@@ -152,10 +153,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser, below = build_parser(*([called] if called else ()))
     if called is not None and called not in COMMANDS:
         parser.error(f"there is no command {called!r}{did_you_mean(called, COMMANDS)} (--help lists them)")
+    known = [name for action in below._actions for name in action.option_strings]
+
+    def refuse(unknown: Sequence[str]) -> NoReturn:
+        below.error(f"unknown: {' '.join(unknown)}{did_you_mean(unknown[0].partition('=')[0], known)}")
+
+    # A mistyped option is told before the option that is then missing.
+    after = arguments[arguments.index(called) + 1 :] if called else ()
+    names = [argument for argument in takewhile("--".__ne__, after) if argument.startswith("--")]
+    if wrong := [name for name in names if not any(one.startswith(name.partition("=")[0]) for one in known)]:
+        refuse(wrong)
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
-        known = [name for action in below._actions for name in action.option_strings]
-        below.error(f"unknown: {' '.join(unknown)}{did_you_mean(unknown[0].partition('=')[0], known)}")
+        refuse(unknown)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A name with characters that the terminal's encoding lacks is escaped, as on stderr, and does not end the program.
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO, overload
 
 from .. import models  # the package loads its modules only when a name is used
 from ..errors import BadConfig, one_line
@@ -91,6 +91,10 @@ def _source(name: str):
     return embedded_base()
 
 
+@overload
+def checkpoint(path: Path) -> Path: ...
+@overload
+def checkpoint(path: None) -> None: ...
 def checkpoint(path: Path | None) -> Path | None:
     """The path of the embedded base for `demo`, else what is given."""
     return None if path is None else Path(_source(str(path)))

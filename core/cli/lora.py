@@ -119,7 +119,11 @@ def run_resize(options: argparse.Namespace) -> None:
 
 def run_extract(options: argparse.Namespace) -> None:
     extracted = extract_lora(
-        options.original, options.tuned, options.rank, on_progress=progress_bar("extracting"), on_warning=print_warning
+        checkpoint(options.original),
+        checkpoint(options.tuned),
+        options.rank,
+        on_progress=progress_bar("extracting"),
+        on_warning=print_warning,
     )
     _save(*extracted, options)
 

@@ -166,6 +166,25 @@ class Photo:
         return content
 
 
+PhotoLike = Photo | Image.Image | np.ndarray
+"""What `as_photo` takes for a photo."""
+
+
+def as_photo(picture: PhotoLike, name: str) -> Photo:
+    """The photo itself, or one of that name made from a PIL image or an array, uint8 (height, width, 3) in RGB.
+
+    Raises BadPhoto for anything else.
+    """
+    if isinstance(picture, Photo):
+        return picture
+    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3:
+        picture = Image.fromarray(picture)
+    if isinstance(picture, Image.Image):
+        return Photo.from_image(picture, name)
+    what = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
+    raise BadPhoto(f"{name} is {what}: expected a Photo, a PIL image, or an array of uint8 (height, width, 3)")
+
+
 def read_photos(
     folder: str | Path,
     *,

@@ -463,3 +463,14 @@ def test_a_small_file_of_many_pixels_takes_at_most_a_gigabyte(tmp_path, mode):
         root = Path(__file__).parents[2]
         peaks.append(int(subprocess.run(command, capture_output=True, text=True, cwd=root).stdout.splitlines()[-1]))
     assert peaks[1] - peaks[0] < 1e9, peaks
+
+
+def test_arrays_and_pil_images_are_photos_too():
+    image = picture()
+    for one in (image, np.asarray(image)):
+        photo = reading.as_photo(one, "photos[3]")
+        assert (photo.name, photo.image().tobytes()) == ("photos[3]", image.tobytes())
+    assert reading.as_photo(photo, "b") is photo
+    for wrong, what in ((np.zeros((4, 4)), r"float64 \(4, 4\)"), ("a.jpg", "str")):
+        with pytest.raises(BadPhoto, match=rf"photos\[0\] is {what}: expected a Photo, a PIL image, or an array"):
+            reading.as_photo(wrong, "photos[0]")  # pyright: ignore[reportArgumentType]
