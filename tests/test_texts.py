@@ -1,5 +1,6 @@
 """Texts and numbers that would take minutes and gigabytes are refused in one short line, wherever they come from."""
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -7,6 +8,7 @@ from PIL import Image
 
 from core.config import TrainConfig
 from core.errors import BadConfig, BadPhoto, BadStylePack, FaceLoraError
+from core.lora.personal import personal_part
 from core.photos import Photo, read_photos
 from core.pictures import Job, Subject, find_style_packs
 from core.studio import Order
@@ -59,3 +61,14 @@ def test_the_number_of_pictures_has_a_limit(count, tmp_path):
 
 def test_a_message_is_short_whatever_it_quotes():
     assert len(str(BadConfig("a" * 10**6))) < 4000
+
+
+def test_a_long_word_is_searched_for_a_photos_name_in_linear_time():
+    begun = time.process_time()
+    assert personal_part("a" * 200_000, ["a"]) is None
+    assert personal_part(f"see {'a' * 200_000}.jpg") == f"the file name '{'a' * 200_000}.jpg'"
+    assert time.process_time() - begun < 3
+
+
+def test_a_folder_of_style_packs_with_a_long_name_is_a_problem_and_no_error(tmp_path):
+    assert "no such folder of style packs" in find_style_packs([tmp_path / ("a" * 300)]).problems[0]

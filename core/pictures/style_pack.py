@@ -360,6 +360,7 @@ def _packs_in(folder: Path, problems: list[str]) -> list[tuple[Path, StylePack]]
     """The packs of a folder with their paths, by file name. What cannot be used adds a line to `problems`."""
     if not os.path.isdir(folder):
         problems.append(f"{folder}: no such folder of style packs")
+        return []
     packs = []
     for path in sorted(folder.glob("*.json")):
         if path.name.endswith(SCHEMA_SUFFIX):
