@@ -106,6 +106,6 @@ def _files(paths: Iterator[Path]) -> Iterator[Path]:
     """The files, and of folders those in them and in folders below: photos lie no deeper, nor do parts of a base model."""
     for path in paths:
         if path.is_dir():
-            yield from (one for pattern in ("*", "*/*") for one in path.glob(pattern) if one.is_file())
+            yield from (one for pattern in ("*", "*/*") for one in path.glob(pattern) if os.path.isfile(one))
         else:
             yield path

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -119,7 +120,8 @@ def _of_row(place: Path, number: int, row: Mapping[str, Any]) -> Person:
 
 def _person(name: str, photos: Path, said: Mapping[str, Any] | str) -> Person:
     if problem := _problem_of(name):
-        return Person(one_line(name)[:_MOST_NAME_BYTES], photos, problem=problem)
+        shown = re.sub(r"[^\w .-]", "_", name).strip()[:50]
+        return Person(shown or "without a name", photos, problem=problem)
     person = Person(name, photos)
     if isinstance(said, str):
         return replace(person, problem=said)
