@@ -20,6 +20,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 if TYPE_CHECKING:
     from . import bench as bench
+    from . import demo as demo
     from . import faces as faces
     from . import lora as lora
     from . import models as models
@@ -70,6 +71,7 @@ else:
         },
         modules=(
             "bench",
+            "demo",
             "faces",
             "lora",
             "models",

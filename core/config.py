@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from .errors import BadConfig
+from .errors import BadConfig, check_length
 
 Targets = Literal["attention", "transformer", "transformer+conv"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -345,6 +345,8 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
     if (isinstance(value, bool) and bool not in expected) or not isinstance(value, accepted):
         names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in expected if kind is not type(None))
         raise BadConfig(f"{name} = {value!r}: expected {names}")
+    if isinstance(value, str):
+        check_length(name, value)
     if isinstance(value, float) and not math.isfinite(value):
         raise BadConfig(f"{name} = {value}: must be finite")
 
@@ -386,8 +388,17 @@ def name_matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name, f"{start}{text.strip('^$')}{end}")
 
 
+_MOST_TOML, _MOST_DOTS = 2**18, 100
+"""The most characters of a TOML text, and the most dots in a line: a key takes memory with the square of its parts."""
+
+
 def parse_toml(text: str) -> dict[str, Any]:
     """The settings in a TOML text. Raises BadConfig, which says what is wrong with it."""
+    if len(text) > _MOST_TOML:
+        raise BadConfig(f"has {len(text):,} characters, and at most {_MOST_TOML:,} are read")
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.count(".") > _MOST_DOTS and not line.lstrip().startswith("#"):
+            raise BadConfig(f"line {number} has more than {_MOST_DOTS} dots")
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -395,7 +406,7 @@ def parse_toml(text: str) -> dict[str, Any]:
     try:
         settings = tomllib.loads(text)
         repr(settings)  # fails for what is nested too deeply to be shown in a message
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # also for a number of thousands of digits
         raise BadConfig(str(error)) from None
     except RecursionError:
         raise BadConfig("values are nested too deeply") from None

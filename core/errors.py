@@ -2,6 +2,9 @@
 
 import unicodedata
 
+MOST_CHARACTERS = 4000
+"""The most characters of a caption, a prompt, the text of a setting, and a message: text encoders take a few hundred words."""
+
 
 def one_line(text: str) -> str:
     """The text with unprintable characters replaced: names in files may hold line breaks and terminal commands."""
@@ -21,7 +24,8 @@ class FaceLoraError(Exception):
     """The base of all errors that the user can fix. The command line prints the message and exits with code 1."""
 
     def __str__(self) -> str:
-        return one_line(super().__str__())
+        text = super().__str__()
+        return one_line(text if len(text) <= MOST_CHARACTERS else f"{text[:3000]} ... {text[-900:]}")
 
 
 class BadFile(FaceLoraError):
@@ -70,3 +74,9 @@ class MissingPackage(FaceLoraError):
 
 class BadStylePack(FaceLoraError):
     """A style pack or a style that cannot be used, or a name that no pack or style has."""
+
+
+def check_length(what: str, text: str, error: type[FaceLoraError] = BadConfig) -> None:
+    """Raises `error` for a text of more than MOST_CHARACTERS, which `what` names in the message."""
+    if len(text) > MOST_CHARACTERS:
+        raise error(f"{what}: has {len(text):,} characters, and at most {MOST_CHARACTERS:,} are read")

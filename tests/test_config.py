@@ -9,7 +9,7 @@ import pytest
 
 from core.cli.common import HelpAll
 from core.cli.training_arguments import add_train
-from core.config import Group, TrainConfig, config_from, name_matches
+from core.config import Group, TrainConfig, config_from, name_matches, parse_toml
 from core.errors import BadConfig
 
 SETTINGS = {item.name: item for item in dataclasses.fields(TrainConfig)}
@@ -84,3 +84,23 @@ def test_every_setting_is_an_option_with_its_help():
     told |= {name: action.help or "" for name, action in actions.items() if name not in told}
     for name, item in SETTINGS.items():
         assert told[f"setting_{name}"].replace("%%", "%").startswith(item.metadata["help"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (".".join("a" * 2000) + " = 1", "line 1 has more than 100 dots"),
+        ("[" + ".".join("a" * 2000) + "]", "line 1 has more than 100 dots"),
+        ("# a\n" * 2**16 + "a", "has 262,145 characters, and at most 262,144 are read"),
+        ("a = [" * 10_000, "nested too deeply|Invalid"),
+        ("a = " + "1" * 5000, "Exceeds the limit"),
+    ],
+    ids=["key", "heading", "size", "nesting", "digits"],
+)
+def test_a_toml_text_that_would_take_much_memory_is_refused(text, words):
+    with pytest.raises(BadConfig, match=words):
+        parse_toml(text)
+
+
+def test_comments_and_long_texts_are_no_keys():
+    assert parse_toml(f'# {"." * 200}\nprompt = "{"and. so. on. " * 30}"')["prompt"].startswith("and. so.")

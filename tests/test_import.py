@@ -296,3 +296,7 @@ def test_diffusers_is_imported_in_one_place():
         if re.search(r"^\s*(from diffusers|import diffusers)", path.read_text(), re.MULTILINE)
     ]
     assert found == ["core/bench/loops.py"]  # the peer's step, made when a base model is there
+
+
+def test_the_demos_base_is_there_for_scripts():
+    assert "demo" in vars(core)["__all__"] and core.load_base(core.demo.embedded_base()).family.name == "sd15"

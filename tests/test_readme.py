@@ -19,8 +19,11 @@ import core
 from core.cli import build_parser, main
 from core.demo import BASE_FILE
 from core.lora.file import LoraFile
+from core.models.families import FAMILIES
 from core.models.recipe import RECIPES_KEY
+from core.pictures import find_style_packs
 from core.storage.safetensors_file import SafetensorsFile, copy_with_metadata
+from tests.soak.worker import MOST_MEMORY, MOST_SECONDS
 from tests.tooling import write_photos
 
 ROOT = Path(__file__).parent.parent
@@ -176,3 +179,21 @@ def test_scripts_take_only_what_the_package_and_its_rooms_hand_out(page):
                 handed_out = getattr(place, "__all__", None) or [one for one in vars(place) if not one.startswith("_")]
                 assert name in handed_out, f"{page}: {'.'.join(names)}"
             place = getattr(place, name)
+
+
+def test_the_form_for_faults_lists_every_family():
+    form = (ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text()
+    options = re.findall(
+        r"^        - (.+)$", form.partition("id: family")[2].partition("validations:")[0], re.MULTILINE
+    )
+    assert options == [*(family.title for family in FAMILIES.values()), "the demo's base", "another, or none"]
+
+
+def test_the_style_packs_that_a_person_of_a_studio_wants_exist():
+    wanted = re.findall(r'^style_pack = "(.+)"$', (ROOT / "docs" / "studio.md").read_text(), re.MULTILINE)
+    assert wanted and {*wanted} <= find_style_packs().packs.keys()
+
+
+def test_the_limits_that_are_promised_are_those_of_the_soak():
+    page = (ROOT / "docs" / "security.md").read_text()
+    assert f"no hang over {MOST_SECONDS:.0f} s" in page and f"the file's size + {MOST_MEMORY >> 20} MB" in page

@@ -6,12 +6,15 @@ import io
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stdout
 from importlib import import_module
+from itertools import takewhile
 from typing import Any, NamedTuple, NoReturn
 
 from ..errors import FaceLoraError
 from ..threads import set_threads
-from .common import DEMO, end_bars
+from .common import DEMO, Shown, end_bars
+from .outputs import checked_outputs
 
 
 class Command(NamedTuple):
@@ -156,10 +159,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser, below = build_parser(*([called] if called else ()))
     if called is not None and called not in COMMANDS:
         parser.error(f"there is no command {called!r}{did_you_mean(called, COMMANDS)} (--help lists them)")
+    known = [name for action in below._actions for name in action.option_strings]
+
+    def refuse(unknown: Sequence[str]) -> NoReturn:
+        below.error(f"unknown: {' '.join(unknown)}{did_you_mean(unknown[0].partition('=')[0], known)}")
+
+    # A mistyped option is told before the option that is then missing.
+    after = arguments[arguments.index(called) + 1 :] if called else ()
+    names = [argument for argument in takewhile("--".__ne__, after) if argument.startswith("--")]
+    if wrong := [name for name in names if not any(one.startswith(name.partition("=")[0]) for one in known)]:
+        refuse(wrong)
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
-        known = [name for action in below._actions for name in action.option_strings]
-        below.error(f"unknown: {' '.join(unknown)}{did_you_mean(unknown[0].partition('=')[0], known)}")
+        refuse(unknown)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A name with characters that the terminal's encoding lacks is escaped, as on stderr, and does not end the program.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -168,7 +180,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     set_threads(few=DEMO in (called, getattr(options, "base", None)))
     try:
-        return function_of(options.command.run)(options) or 0
+        with redirect_stdout(Shown(sys.stdout)), checked_outputs(below, options):
+            return function_of(options.command.run)(options) or 0
     except (FaceLoraError, KeyboardInterrupt, EOFError) as error:  # the last from Ctrl-D at a question
         end_bars()
         print(f"facelora: {error if isinstance(error, FaceLoraError) else 'stopped'}", file=sys.stderr)
@@ -184,6 +197,12 @@ class _Parser(argparse.ArgumentParser):
         usage = self.format_usage() if self.usage else ""  # else it lists every option
         hint = "" if usage else f" ({self.prog} --help lists the options)"
         self.exit(2, f"{usage}{self.prog}: error: {message}{hint}\n")
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        values = super()._get_values(action, arg_strings)
+        if values == [] and action.nargs in (None, "+"):  # Python up to 3.12 takes the value away from --rank=--
+            raise argparse.ArgumentError(action, "expected one argument")
+        return values
 
 
 class _ShowVersion(argparse.Action):

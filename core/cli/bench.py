@@ -6,13 +6,10 @@ import shlex
 import sys
 
 from ..bench import append_report, format_report, run
-from ..storage import check_writable
 from .computing import device_from
 
 
 def run_bench(options: argparse.Namespace) -> None:
-    if options.append:
-        check_writable(options.append)
     report = run(options, device_from(options))
     print(json.dumps(report, indent=1) if options.json else format_report(report))
     if options.append:  # after printing, so that no measurement is lost when writing fails

@@ -5,13 +5,14 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import statistics
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TextIO, overload
 
 from .. import models  # the package loads its modules only when a name is used
 from ..errors import BadConfig, one_line
@@ -90,6 +91,10 @@ def _source(name: str):
     return embedded_base()
 
 
+@overload
+def checkpoint(path: Path) -> Path: ...
+@overload
+def checkpoint(path: None) -> None: ...
 def checkpoint(path: Path | None) -> Path | None:
     """The path of the embedded base for `demo`, else what is given."""
     return None if path is None else Path(_source(str(path)))
@@ -170,6 +175,22 @@ def progress_bar(name: str) -> Callable[[int, int], None]:
             bar.close()
 
     return update
+
+
+class Shown:
+    """A stream in which control characters, but for tabs and ends of lines, are replaced: a terminal obeys those in names."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text))
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def end_bars() -> None:

@@ -25,10 +25,6 @@ def run_compare(options: argparse.Namespace) -> None:
         raise BadConfig(
             f"one of the folders is called {reserved}, as the report on all people is; give it another name"
         )
-    if options.output.resolve() in (folder.resolve() for folder in options.photos):
-        raise BadConfig(
-            f"--output {options.output}: is a folder of photos, to which pictures would be added; choose another"
-        )
     rates = dict(map(_rate, options.rate))
     if len(rates) < len(options.rate):
         raise BadConfig(f"--rate {' --rate '.join(options.rate)}: give each method one rate")

@@ -14,6 +14,7 @@ from ..bench.gpu import COMMANDS, Session, as_markdown, measure
 from ..bench.report import append_text
 from ..config import TrainConfig
 from ..device import device_and_dtype
+from .outputs import checked_outputs, output_file
 from .version import __version__
 
 
@@ -21,18 +22,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Measure a GPU.")
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--minutes", type=float, default=8, help="default: %(default)s")
-    parser.add_argument("--append", type=Path, metavar="FILE.md", help="also add the results to this file")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="default: gpu-COMMAND.json")
+    parser.add_argument("--append", type=output_file, metavar="FILE.md", help="also add the results to this file")
+    parser.add_argument("--output", type=output_file, metavar="FILE.json", help="default: gpu-COMMAND.json")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu: torch finds no GPU here", file=sys.stderr)
         return 1
     output = options.output or Path(f"gpu-{options.command}.json")
     session = Session(*device_and_dtype(TrainConfig()), until=time.monotonic() + 60 * options.minutes)
-    found = measure(session, options.command, output, __version__, lambda what: print(what, file=sys.stderr))
-    text = as_markdown(found, f"python -m {__package__}.gpu {options.command} --minutes {options.minutes:g}")
-    if options.append:
-        append_text(options.append, text)
+    with checked_outputs(parser, options):
+        found = measure(session, options.command, output, __version__, lambda what: print(what, file=sys.stderr))
+        text = as_markdown(found, f"python -m {__package__}.gpu {options.command} --minutes {options.minutes:g}")
+        if options.append:
+            append_text(options.append, text)
     print(text)
     rows = [row for stage in found["stages"].values() for row in stage.values()]
     return int(any("error" in row or row.get("is_good") is False for row in rows))

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from .. import demo
 from ..config import TrainConfig
 from ..errors import BadConfig
-from ..lora import write_sidecars
+from ..lora import file_word, write_sidecars
 from ..photos import read_photos
 from ..pictures import batch_summary, find_style_packs
 from ..studio import Order, Outcome, check, device_rate, ledger_of, make
@@ -28,10 +28,8 @@ Answer = TypeVar("Answer")
 
 def run_headshots(options: argparse.Namespace) -> int:
     """1 where no picture is like enough to the person, else 0."""
-    name = options.photos.resolve().name
-    folder = options.output or options.photos.resolve().with_name(f"{name}-headshots")
-    if folder.resolve() == options.photos.resolve():
-        raise BadConfig(f"--output {folder}: is the folder of the photos, to which pictures would be added")
+    place = options.photos.resolve()
+    folder = options.output or place.with_name(f"{place.name}-headshots")
     given = settings_from(options)
     base, device = base_from(options, **schedule_from(given)), device_from(options)
     adapter = training_adapter_from(options, base)
@@ -49,7 +47,7 @@ def run_headshots(options: argparse.Namespace) -> int:
         asks = sys.stdin.isatty() and not (options.yes or options.json or options.dry_run)
         if asks and len(ready.used) == len(ready.report.photos):  # else the check has said so
             print(f"photos: {ready.report.headline}")
-        order = dataclasses.replace(_order(options, name, config, asks), training_adapter=adapter)
+        order = dataclasses.replace(_order(options, config, asks), training_adapter=adapter)
         if asks or options.dry_run:
             ledger, rate = ledger_of(ready, base, order, device), device_rate(base, order.config, device)
             if options.dry_run:
@@ -68,7 +66,7 @@ def run_headshots(options: argparse.Namespace) -> int:
     return 1 if outcome.advice else 0
 
 
-def _order(options: argparse.Namespace, name: str, config: TrainConfig, asks: bool) -> Order:
+def _order(options: argparse.Namespace, config: TrainConfig, asks: bool) -> Order:
     """What is wanted: what the options say, else what is answered, else the usual."""
     is_demo = options.base == DEMO
     usual = demo.STYLE_PACK if is_demo else STYLE_PACK
@@ -82,6 +80,8 @@ def _order(options: argparse.Namespace, name: str, config: TrainConfig, asks: bo
     if count is None:
         count = _answer("how many pictures", COUNT, int) if asks else COUNT
     size = demo.PICTURE_SIZE if is_demo else None
+    # The LoRA's name is in its metadata and in each picture, which the name of a private folder should not be.
+    name = file_word(config.trigger_word)[:32]
     return Order(name, config, found.pick(pack), count, options.seed, size)
 
 

@@ -27,7 +27,6 @@ from ..lora import (
     write_sidecars,
 )
 from ..models import BaseWeights
-from ..storage import check_output
 from .common import checkpoint, print_warning, progress_bar, split_strength
 from .lora_arguments import EDITABLE
 
@@ -54,20 +53,8 @@ def run_verify(options: argparse.Namespace) -> int:
     return int(any(fault.is_error for fault in faults))
 
 
-def _check_output(options: argparse.Namespace, *inputs: str | Path) -> None:
-    """Raises BadFile when the output cannot be written, is one of the files that the command reads, or is there already."""
-    output: Path = options.output
-    check_output(output)
-    for path in map(Path, inputs):
-        if os.path.exists(output) and os.path.exists(path) and output.samefile(path):
-            raise BadFile(f"{output}: is a file that this command reads; choose another output")
-    if os.path.lexists(output) and not options.overwrite:
-        raise BadFile(f"{output}: is there already; choose another output, or have it replaced with --overwrite")
-
-
 def run_convert(options: argparse.Namespace) -> None:
     path = checkpoint(options.base)
-    _check_output(options, options.file, *([path] if path else ()))
     lora = LoraFile.read(options.file, options.family)
     if others := lora.other_families:
         print_warning(
@@ -116,7 +103,6 @@ def _check_place_of_word(path: Path, word: str) -> None:
 def run_merge(options: argparse.Namespace) -> None:
     named = [split_strength(name) for name in options.files]
     into = checkpoint(options.into)
-    _check_output(options, *(path for path, _ in named), *([into] if into else ()))
     loras = [(LoraFile.read(path), strength) for path, strength in named]
     if into is None:
         merged, error = merge_loras(loras, options.rank, options.to, on_progress=progress_bar("merging"))
@@ -131,7 +117,6 @@ def run_merge(options: argparse.Namespace) -> None:
 
 
 def run_resize(options: argparse.Namespace) -> None:
-    _check_output(options, options.file)
     resized = resize_lora(
         LoraFile.read(options.file), options.rank, options.energy, on_progress=progress_bar("resizing")
     )
@@ -139,16 +124,17 @@ def run_resize(options: argparse.Namespace) -> None:
 
 
 def run_extract(options: argparse.Namespace) -> None:
-    _check_output(options, options.original, options.tuned)
     extracted = extract_lora(
-        options.original, options.tuned, options.rank, on_progress=progress_bar("extracting"), on_warning=print_warning
+        checkpoint(options.original),
+        checkpoint(options.tuned),
+        options.rank,
+        on_progress=progress_bar("extracting"),
+        on_warning=print_warning,
     )
     _save(*extracted, options)
 
 
 def run_metadata(options: argparse.Namespace) -> None:
-    if options.output is not None:
-        _check_output(options)
     texts = {name: getattr(options, name) for name in EDITABLE}
     edit_metadata(
         options.file,

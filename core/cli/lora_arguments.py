@@ -6,6 +6,7 @@ from typing import get_args
 
 from ..tensor_names import NAME_TABLES, SCHEMES
 from .common import unicode_text
+from .outputs import add_overwrite, edited_file, output_file, output_folder
 
 EDITABLE = ("title", "author", "description", "trigger_phrase", "license", "usage_hint")
 """The texts in a LoRA's metadata that the command `metadata` can change."""
@@ -18,15 +19,13 @@ _SCHEMES_HELP = (
 def _add_output(parser: argparse.ArgumentParser) -> None:
     from ..config import SavePrecision  # inspect does without: it is called for one file after another
 
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.safetensors", help="the file to write")
+    parser.add_argument(
+        "--output", type=output_file, required=True, metavar="FILE.safetensors", help="the file to write"
+    )
     parser.add_argument(
         "--precision", choices=get_args(SavePrecision), default="fp16", help="of the tensors (default: fp16)"
     )
-    _add_overwrite(parser)
-
-
-def _add_overwrite(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--overwrite", action="store_true", help="replace the output if there is one")
+    add_overwrite(parser)
 
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -90,9 +89,11 @@ def add_extract(parser: argparse.ArgumentParser) -> None:
 
 
 def add_metadata(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, metavar="FILE", help="a LoRA, changed in place unless --output is given")
-    parser.add_argument("--output", type=Path, metavar="FILE.safetensors", help="the file to write instead")
-    _add_overwrite(parser)
+    parser.add_argument(
+        "file", type=edited_file, metavar="FILE", help="a LoRA, changed in place unless --output is given"
+    )
+    parser.add_argument("--output", type=output_file, metavar="FILE.safetensors", help="the file to write instead")
+    add_overwrite(parser)
     for name in EDITABLE:
         parser.add_argument("--" + name.replace("_", "-"), type=unicode_text, metavar="TEXT", help='"" deletes it')
     parser.add_argument(
@@ -114,7 +115,7 @@ def add_sidecars(parser: argparse.ArgumentParser) -> None:
 
 def add_publish(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="LORA", help="the LoRA, which stays as it is")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the folder to make")
+    parser.add_argument("--output", type=output_folder, required=True, metavar="DIR", help="the folder to make")
     parser.add_argument(
         "--pictures", nargs="+", type=Path, default=[], metavar="FILE|FOLDER",
         help="example pictures; what they were drawn from stays in them, everything else in their metadata goes",

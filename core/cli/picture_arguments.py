@@ -17,6 +17,7 @@ from .common import (
     add_training_adapter,
     unicode_text,
 )
+from .outputs import add_overwrite, output_file, output_folder
 from .settings import SCHEDULE, add_settings
 
 
@@ -25,7 +26,7 @@ def add_headshots(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("photos", type=Path, metavar="PHOTOS", help="folder of 10 to 20 photos of one person")
     add_base(parser, required=True)
     parser.add_argument(
-        "--output", type=Path, metavar="DIR",
+        "--output", type=output_folder, metavar="DIR",
         help="folder for the LoRA, the pictures and their page; what is there is not made again (default: PHOTOS-headshots)",
     )  # fmt: skip
     _add_order(parser)
@@ -44,7 +45,7 @@ def add_studio(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_base(parser, required=True)
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR",
+        "--output", type=output_folder, required=True, metavar="DIR",
         help="a folder in it for each person's LoRA and pictures, and the report; what is there is not made again",
     )  # fmt: skip
     _add_order(parser)
@@ -59,7 +60,7 @@ def add_studio(parser: argparse.ArgumentParser) -> None:
 
 def add_forget(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="the name of the person's folder in the studio's output")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the studio's output")
+    parser.add_argument("--output", type=output_folder, required=True, metavar="DIR", help="the studio's output")
 
 
 def _add_order(parser: argparse.ArgumentParser) -> None:
@@ -129,7 +130,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     """Adds the options for the folder of the pictures, and for ranking and redrawing them by likeness to photos."""
     parser.add_argument(
         "--output",
-        type=Path,
+        type=output_folder,
         metavar="DIR",
         help="folder for the pictures; what is there is not made again, and moves to DIR/earlier where it was made otherwise",
     )
@@ -193,8 +194,9 @@ def _size(text: str) -> tuple[int, int]:
 def add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("photos", type=Path, metavar="PHOTOS", help="folder of photos of one person")
     parser.add_argument(
-        "--sheet", type=Path, metavar="FILE.html", help="also write a page with the faces and the reasons"
+        "--sheet", type=output_file, metavar="FILE.html", help="also write a page with the faces and the reasons"
     )
+    add_overwrite(parser)
     add_base(parser, required=False)
     parser.add_argument("--resolution", type=int, help="that is trained at, in pixels (default: the base's, else 1024)")
     parser.add_argument(
@@ -225,7 +227,10 @@ def add_score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference", type=Path, required=True, metavar="PHOTOS", help="folder of photos of the person"
     )
-    parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="also write a sheet of the pictures, sorted")
+    parser.add_argument(
+        "--sheet", type=output_file, metavar="FILE.png", help="also write a sheet of the pictures, sorted"
+    )
+    add_overwrite(parser)
     add_face_network(parser)
     add_judge(parser)
     parser.add_argument("--json", action="store_true", help="as JSON")

@@ -8,14 +8,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..errors import BadConfig, BadStylePack, one_line
 from ..faces import Reference, check_judge, faces_if_installed, load_faces
 from ..lora import LoraFile
 from ..models import Base, caption_tokens
-from ..photos import Photo, Thresholds, check_photos, format_report, read_photos, save_sheet
+from ..photos import (
+    SHEET_KEY,
+    Photo,
+    Thresholds,
+    check_photos,
+    format_report,
+    is_sheet,
+    read_photos,
+    save_sheet,
+)
 from ..pictures import (
     CONTACT_SHEET,
     OVERVIEW,
@@ -26,6 +34,7 @@ from ..pictures import (
     Job,
     Subject,
     batch_summary,
+    check_count,
     contact_sheet,
     find_style_packs,
     long_prompts,
@@ -38,9 +47,6 @@ from .common import BarProgress, base_from, print_warning, split_strength, termi
 from .computing import device_from
 from .group import group_from, photos_from
 from .settings import given_settings
-
-SHEET_KEY = "facelora.sheet"
-"""The text chunk of a PNG file by which `score` recognises its own sheets, which are no pictures to score."""
 
 
 def run_generate(options: argparse.Namespace) -> None:
@@ -102,11 +108,6 @@ def _check_generate(options: argparse.Namespace) -> None:
         raise BadConfig("--reference is given twice; photos of several people go with --person")
     if options.region and not options.person:
         raise BadConfig("--region goes with --person")
-    for reference in options.reference:
-        if Path(reference.partition("=")[2] if options.person else reference).resolve() == options.output.resolve():
-            raise BadConfig(
-                f"--output {options.output}: is the folder of the --reference photos, to which pictures would be added"
-            )
 
 
 def _print_headshots(shots: Sequence[Headshot], folder: Path, people: int) -> None:
@@ -167,8 +168,7 @@ def prompt_jobs(options: argparse.Namespace, base: Base, loras: Sequence[tuple[A
     for prompt in prompts:
         if prompts.count(prompt) > 1:
             raise BadConfig(f"--prompt {prompt!r} is given twice; --count makes more pictures of each")
-    if options.count < 1:
-        raise BadConfig(f"--count {options.count}: must be at least 1")
+    check_count(options.count)
     steps = base.steps if options.steps is None else options.steps
     guidance = base.guidance if options.guidance is None else options.guidance
     # All prompts with one seed, then the next seed: a larger --count then only adds pictures, and renumbers none.
@@ -276,11 +276,8 @@ def run_score(options: argparse.Namespace) -> None:
 
 def _is_sheet(photo: Photo) -> bool:
     """Whether a file in the folder of pictures is a contact sheet made by this program."""
-    if photo.name == CONTACT_SHEET:
-        return True
     assert isinstance(photo.source, Path), "it is read from a folder"
-    with Image.open(photo.source) as image:
-        return SHEET_KEY in image.info
+    return photo.name == CONTACT_SHEET or is_sheet(photo.source)
 
 
 def run_check(options: argparse.Namespace) -> int:

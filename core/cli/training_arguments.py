@@ -18,6 +18,7 @@ from .common import (
     show_first,
     unicode_text,
 )
+from .outputs import output_file, output_folder
 from .settings import add_settings
 
 
@@ -26,7 +27,9 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s PHOTOS --base BASE --output FILE.safetensors [OPTIONS] (--help-all lists them)"
     parser.add_argument("photos", type=Path, metavar="PHOTOS", help="folder of photos (jpg, png, webp, heic, ...)")
     add_base(parser, required=True)
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.safetensors", help="the LoRA to write")
+    parser.add_argument(
+        "--output", type=output_file, required=True, metavar="FILE.safetensors", help="the LoRA to write"
+    )
     parser.add_argument("--class-photos", type=Path, metavar="DIR", help="photos of the class, for prior preservation")
     parser.add_argument("--continue-from", type=Path, metavar="FILE", help="LoRA to go on from")
     add_training_adapter(parser)
@@ -71,7 +74,9 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods", default="lora,textual-inversion,dreambooth", metavar="A,B,...", help="(default: %(default)s)"
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="what is there is not made again")
+    parser.add_argument(
+        "--output", type=output_folder, required=True, metavar="DIR", help="what is there is not made again"
+    )
     parser.add_argument("--held-out", type=int, default=2, metavar="N", help="photos of each person (default: 2)")
     parser.add_argument(
         "--rate", action="append", default=[], metavar="METHOD=X",
@@ -95,7 +100,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
 
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, default=Path("demo_output"), metavar="DIR")
+    parser.add_argument("--output", type=output_folder, default=Path("demo_output"), metavar="DIR")
     parser.add_argument("--person", type=int, default=35, help="which of the unseen people, 35 to 40 (default: 35)")
     parser.add_argument("--steps", type=int, help="optimizer steps; default: the demo's own")
 
@@ -113,7 +118,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--comfyui-python", type=Path, metavar="FILE", default=Path(sys.executable), help="default: this one"
     )
-    parser.add_argument("--append", type=Path, metavar="FILE", help="also add the report to this Markdown file")
+    parser.add_argument("--append", type=output_file, metavar="FILE", help="also add the report to this Markdown file")
     parser.add_argument(
         "--channels", type=int, default=REAL_CHANNELS, help=f"of the first level; real size: {REAL_CHANNELS} (default)"
     )

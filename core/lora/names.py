@@ -40,6 +40,8 @@ from .kinds import BIAS_DIFFERENCES, BIAS_ROLES, kind_of, known_shape, rank_of, 
 
 Types = Mapping[str, tuple[str, tuple[int, ...]]]
 """torch's name of the type, and the shape, of each tensor by name."""
+MOST_TENSORS = 20_000
+"""The most tensors of a LoRA: the largest have half as many, and many small ones would take minutes."""
 _T = TypeVar("_T")
 _FEW = 10
 """The modules under names of no published model that a small model of one's own may have."""
@@ -371,6 +373,8 @@ def recognised(types: Types, metadata: Mapping[str, str], name: str, make: Calla
 
     `name` is what messages call the LoRA. Raises UnknownFamily when it is no LoRA, or one for a family that is not known.
     """
+    if len(types) > MOST_TENSORS:
+        raise BadFile(f"{name}: has {len(types):,} tensors, and a LoRA of at most {MOST_TENSORS:,} is read")
     content = content_of(types)
     identity = content.identity(family_in_metadata(metadata))
     lora = make(_detect_family(content, identity, types, metadata, name))

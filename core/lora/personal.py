@@ -27,7 +27,10 @@ _PATH = re.compile(
 _ROOT = r"(?:[A-Za-z]:[\\/]|\\\\|~[\\/]|\.{1,2}[\\/]|/)"
 _FIRST_PATH = re.compile(rf"^{_ROOT}[^\n]*?(?=: )")
 _QUOTED_PATH = re.compile(rf"""(?<=['"]){_ROOT}[^'"]*(?=['"])""")
-_PHOTO = re.compile(r"""[^\s\\/:,"'(<]+\.(?:jpe?g|jfif|png|webp|bmp|tiff?|gif|avif|hei[cf])\b""", re.IGNORECASE)
+# From the beginning of a word alone: a long word is else searched from each of its characters.
+_PHOTO = re.compile(
+    r"""(?<![^\s\\/:,"'(<])[^\s\\/:,"'(<]+\.(?:jpe?g|jfif|png|webp|bmp|tiff?|gif|avif|hei[cf])\b""", re.IGNORECASE
+)
 _NOBODY = {"root", "user", "admin", "administrator", "ubuntu"}
 """Names of users that many computers have."""
 

@@ -45,6 +45,11 @@ def load_base(
     unless the options say otherwise. Raises BadFile, UnknownFamily or UnmatchedKeys when it is not a usable base model, and
     BadConfig for other files beside a folder or hub id, which has its own.
     """
+    if not isinstance(source, str | os.PathLike | Mapping):
+        raise BadConfig(
+            f"the base model is a {type(source).__name__}: give a file, a folder, a hub id or a mapping of tensors; "
+            "a pipeline of diffusers becomes a folder by pipeline.save_pretrained(folder)"
+        )
     schedule = {"prediction_type": prediction_type, "zero_terminal_snr": zero_terminal_snr}
     opened_with = None if caption_encoder else _from_files(source, vae, text_encoders, tokenizer, **schedule)
     if not isinstance(source, Mapping):

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .dataset import prepare as prepare
     from .reading import DAMAGED as DAMAGED
     from .reading import Photo as Photo
+    from .reading import PhotoLike as PhotoLike
+    from .reading import as_photo as as_photo
     from .reading import count_photos as count_photos
     from .reading import read_photo_files as read_photo_files
     from .reading import read_photos as read_photos
@@ -27,7 +29,9 @@ if TYPE_CHECKING:
     from .report import PhotoReport as PhotoReport
     from .report import SetReport as SetReport
     from .report import check_photos as check_photos
+    from .sheet import SHEET_KEY as SHEET_KEY
     from .sheet import format_report as format_report
+    from .sheet import is_sheet as is_sheet
     from .sheet import save_sheet as save_sheet
     from .thresholds import Thresholds as Thresholds
 else:
@@ -38,10 +42,18 @@ else:
             ".captions": ("class_caption", "default_caption", "trigger_hint"),
             ".crops": ("face_regions", "with_masks"),
             ".dataset": ("Dataset", "Region", "TrainingImage", "prepare"),
-            ".reading": ("DAMAGED", "Photo", "count_photos", "read_photo_files", "read_photos"),
+            ".reading": (
+                "DAMAGED",
+                "Photo",
+                "PhotoLike",
+                "as_photo",
+                "count_photos",
+                "read_photo_files",
+                "read_photos",
+            ),
             ".ready": ("Ready", "make_ready"),
             ".report": ("PhotoReport", "REJECT", "SetReport", "check_photos"),
-            ".sheet": ("format_report", "save_sheet"),
+            ".sheet": ("SHEET_KEY", "format_report", "is_sheet", "save_sheet"),
             ".thresholds": ("Thresholds",),
         },
     )

@@ -193,4 +193,8 @@ def _caption(
         closer = shown == FRAMINGS[0] and report.framing != FRAMINGS[0]
         return f"{photo.caption}, {shown}" if closer else photo.caption
     caption = view_caption(trigger, class_word, shown, report.view)
-    return caption if captioner is None else f"{caption}, {captioner(photo.image().crop(box))}"
+    if captioner is None:
+        return caption
+    image = photo.image()
+    left, top, right, bottom = map(round, photo.box_in(image, box))
+    return f"{caption}, {captioner(image.crop((left, top, right, bottom)))}"

@@ -77,7 +77,8 @@ class TrainingImage:
         return round(margin * scale), round((top - self.region[1]) * scale)
 
     def _resized(self, image: Image.Image) -> Image.Image:
-        resized = image.resize(self.bucket, Image.Resampling.LANCZOS, box=self.crop)
+        box = self.photo.box_in(image, self.crop)
+        resized = image.resize(self.bucket, Image.Resampling.LANCZOS, box=box)
         return resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flip else resized
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 import struct
 import warnings
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
-from ..errors import BadPhoto, counted, one_line
+from ..errors import BadPhoto, check_length, counted, one_line
 from ..storage.files import read_bytes
 
 HEIF_SUFFIXES = (".heic", ".heif")
@@ -27,10 +28,19 @@ MASK_ENDING = "-masklabel.png"
 MAX_PIXELS = 2 * 89_478_485
 """The most pixels of a photo: Pillow refuses more as a decompression bomb. Large phone cameras have 108 megapixels."""
 
+MOST_PIXELS_AT_ONCE, _STRIP_PIXELS = 100_000_000, 2**22
+"""The most pixels of a picture that stays at its size beside its decoded file, and the pixels that are changed at once."""
+
+_MANY_COPIES = {"WEBP": 60_000_000, "AVIF": 60_000_000}
+"""The most pixels in formats of which the decoder holds several copies."""
+
 MAX_SIDE = 65_535
 """The longest side in pixels that is read: JPEG's own limit."""
 MAX_BYTES = 2**30
 """The largest file that is read: more than 178 megapixels of 16 bits take uncompressed."""
+
+MAX_REPEATS = 10_000
+"""The most repeats that a folder's name can give its photos."""
 
 MAX_CAPTION_BYTES = 2**20
 """The longest caption that is read: text encoders take a few hundred words."""
@@ -39,7 +49,11 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "HEIF")
 """Pillow's decoders of PHOTO_SUFFIXES. It has others, among them one that runs Ghostscript, and goes by a file's content."""
 _REPEATS_FOLDER = re.compile(r"(\d+)_.*")
 _ORIENTATION_TAG = 0x0112
-_TURNED_SIDEWAYS = (5, 6, 7, 8)
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+_SIDEWAYS = [turn for value, turn in _TURNS.items() if value > 4]
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error)
 """The exceptions that Pillow's decoders raise on damaged files, AVIF's a RuntimeError."""
 
@@ -60,6 +74,9 @@ class Photo:
     """The SHA-256 of the picture (of the file, or of pixels in memory), without name, caption and mask."""
     source: Path | Image.Image = field(repr=False, compare=False)
     mask_source: Path | Image.Image | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_length(f"{self.name}: its caption", self.caption or "", BadPhoto)
 
     @property
     def fingerprint(self) -> str:
@@ -102,14 +119,23 @@ class Photo:
         """The picture in mode RGB and in sRGB: upright, the first frame, with white behind transparent parts.
 
         With `shorter_side` it may come smaller, with no side below that many pixels: JPEG files then decode at a
-        half, a quarter or an eighth, many times faster. Raises BadPhoto when the file cannot be read any more, or has
-        another content than `digest` says.
+        half, a quarter or an eighth, many times faster. One of more than MOST_PIXELS_AT_ONCE comes smaller in any case.
+        Raises BadPhoto when the file cannot be read any more, or has another content than `digest` says.
         """
         with _opened(self.name, self._picture()) as image:
+            if shorter_side is None and _is_large(image):
+                shorter_side = min(image.size) // 2
             if shorter_side is not None:
                 # Pillow's draft keeps both sides at or above what is asked; a square asks the same of both.
                 image.draft("RGB", (shorter_side, shorter_side))
-            return _to_rgb(ImageOps.exif_transpose(image))
+            changed, turn = _in_strips(image, "RGB", _to_rgb), _turn(image)
+        del image  # its pixels, before there is another copy
+        return changed if turn is None else changed.transpose(turn)
+
+    def box_in(self, image: Image.Image, box: tuple[int, int, int, int]) -> tuple[float, float, float, float]:
+        """The box, in pixels of the photo, in those of `image`, which may have come smaller."""
+        x, y = image.width / self.size[0], image.height / self.size[1]
+        return box[0] * x, box[1] * y, box[2] * x, box[3] * y
 
     def mask(self) -> Image.Image | None:
         """The mask in mode L and in the photo's size, white where the loss counts; None where there is none.
@@ -118,14 +144,19 @@ class Photo:
         """
         if self.mask_source is not None:
             with _opened(self.name, _content(self.mask_source)) as image:
-                mask = ImageOps.exif_transpose(image).convert("L")
-            # A mask that was drawn (`with_mask`) is smaller than a large photo.
-            return mask if mask.size == self.size else mask.resize(self.size, Image.Resampling.BILINEAR)
-        with _opened(self.name, self._picture()) as image:
-            if not _is_transparent(image):
+                mask, turn = _in_strips(image, "L", lambda strip: strip.convert("L")), _turn(image)
+        else:
+            with _opened(self.name, self._picture()) as image:
+                if not _is_transparent(image):
+                    return None
+                mask = _in_strips(image, "L", lambda strip: strip.convert("RGBA").getchannel("A"))
+                turn = _turn(image)
+            if mask.getextrema() == (255, 255):
                 return None
-            alpha = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
-        return None if alpha.getextrema() == (255, 255) else alpha
+        del image
+        mask = mask if turn is None else mask.transpose(turn)
+        # A mask that was drawn (`with_mask`) is smaller than a large photo, and so is that of a very large one.
+        return mask if mask.size == self.size else mask.resize(self.size, Image.Resampling.BILINEAR)
 
     def _picture(self) -> bytes | Image.Image:
         """The content that the digest is of. Raises BadPhoto when it is another picture's by now."""
@@ -133,6 +164,25 @@ class Photo:
         if isinstance(content, bytes) and hashlib.sha256(content).hexdigest() != self.digest:
             raise BadPhoto(f"{self.name}: has changed since it was first read; start again")
         return content
+
+
+PhotoLike = Photo | Image.Image | np.ndarray
+"""What `as_photo` takes for a photo."""
+
+
+def as_photo(picture: PhotoLike, name: str) -> Photo:
+    """The photo itself, or one of that name made from a PIL image or an array, uint8 (height, width, 3) in RGB.
+
+    Raises BadPhoto for anything else.
+    """
+    if isinstance(picture, Photo):
+        return picture
+    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3:
+        picture = Image.fromarray(picture)
+    if isinstance(picture, Image.Image):
+        return Photo.from_image(picture, name)
+    what = f"{picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
+    raise BadPhoto(f"{name} is {what}: expected a Photo, a PIL image, or an array of uint8 (height, width, 3)")
 
 
 def read_photos(
@@ -180,7 +230,7 @@ def count_photos(folder: Path) -> int:
     """The number of files that `read_photos` would read, none of which is opened; 0 where the folder cannot be read."""
     try:
         return sum(1 for _ in _photo_paths(folder, True, lambda warning: None))
-    except OSError:
+    except (OSError, ValueError):  # the latter for a path with a NUL
         return 0
 
 
@@ -207,12 +257,12 @@ def _photo_paths(folder: Path, repeats: bool, on_warning: Callable[[str], None])
     for subfolder in (path for path in entries if path.is_dir() and not path.name.startswith(".")):
         inside = sorted(filter(_is_photo_file, subfolder.iterdir()), key=lambda path: path.name)
         match = _REPEATS_FOLDER.fullmatch(subfolder.name)
-        if match and int(match[1]) > 0:
+        if match and 0 < int(match[1]) <= MAX_REPEATS:
             yield from ((path, int(match[1])) for path in inside)
         elif inside:
             on_warning(
                 f"folder {subfolder.name!r} with {counted(len(inside), 'photo')} left out: "
-                "only sub-folders with a name like '10_name' (10 repeats) are read"
+                f"only sub-folders with a name like '10_name' (10 repeats, at most {MAX_REPEATS:,}) are read"
             )
 
 
@@ -232,20 +282,30 @@ def _read_photo(path: Path, repeats: int) -> Photo:
         # Decode once, at the lowest cost that still finds a truncated file now and not in the middle of a training.
         reduced = image.draft("RGB", (1, 1))
         image.load()
-        size = full_size if reduced else image.size  # TIFF files turn upright by themselves as they load
-        if image.getexif().get(_ORIENTATION_TAG) in _TURNED_SIDEWAYS:
-            size = (size[1], size[0])
+        size = _upright(
+            full_size if reduced else image.size, image
+        )  # TIFF files turn upright by themselves as they load
 
     mask_path = path.with_name(path.stem + MASK_ENDING)
-    if mask_path.is_file():
+    if os.path.isfile(mask_path):  # its name may be too long for the file system
         with _opened(mask_path.name, _read_bytes(mask_path)) as mask:
-            mask_size = ImageOps.exif_transpose(mask).size
+            mask.load()
+            mask_size = _upright(mask.size, mask)
         if mask_size != size:
             raise BadPhoto(f"{mask_path.name}: has {_times(mask_size)} pixels, its photo {_times(size)}")
     else:
         mask_path = None
     digest = hashlib.sha256(content).hexdigest()
     return Photo(name, size, _read_caption(path.with_suffix(".txt"), name), repeats, digest, path, mask_path)
+
+
+def _upright(size: tuple[int, int], image: Image.Image) -> tuple[int, int]:
+    return (size[1], size[0]) if _turn(image) in _SIDEWAYS else size
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes the picture upright; None for one that is."""
+    return _TURNS.get(image.getexif().get(_ORIENTATION_TAG, 1))
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -284,8 +344,9 @@ def _opened(name: str, source: bytes | Image.Image) -> Iterator[Image.Image]:
         with Image.open(io.BytesIO(source), formats=_formats()) as image:
             if max(image.size) > MAX_SIDE:
                 raise BadPhoto(f"{name}: has {_times(image.size)} pixels, and at most {MAX_SIDE} a side are read")
-            if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError
+            most = _MANY_COPIES.get(str(image.format), MAX_PIXELS)
+            if image.width * image.height > most:
+                raise BadPhoto(f"{name}: has more than {most // 10**6} megapixels; make it smaller first")
             _refuse_float_pixels(name, image)
             yield image
 
@@ -320,6 +381,22 @@ def _support_heif(name: str) -> None:
 def _refuse_float_pixels(name: str, image: Image.Image) -> None:
     if image.mode == "F":
         raise BadPhoto(f"{name}: has floating-point pixels; save it with 8 or 16 bits")
+
+
+def _is_large(image: Image.Image) -> bool:
+    return image.width * image.height > MOST_PIXELS_AT_ONCE
+
+
+def _in_strips(image: Image.Image, mode: str, change: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """The picture changed into that mode in strips, so that its copies are small. A large one comes at half its size."""
+    image.load()
+    factor = 2 if _is_large(image) else 1
+    changed = Image.new(mode, (-(-image.width // factor), -(-image.height // factor)))
+    rows = factor * max(1, _STRIP_PIXELS // (image.width * factor))
+    for top in range(0, image.height, rows):
+        strip = change(image.crop((0, top, image.width, min(top + rows, image.height))))
+        changed.paste(strip.reduce(factor), (0, top // factor))
+    return changed
 
 
 def _is_transparent(image: Image.Image) -> bool:

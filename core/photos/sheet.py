@@ -15,6 +15,8 @@ from PIL import Image, ImageDraw
 from ..storage.files import write_text
 from .report import CROP, REJECT, REVIEW, USE, VERDICTS, PhotoReport, SetReport
 
+SHEET_KEY = "facelora.sheet"
+"""What the beginning of a sheet has. A sheet is replaced without being asked for, and is no photo to score."""
 THUMBNAIL = 360
 """The long side of a picture on the sheet, in pixels."""
 COLOURS = {USE: "#1a7f37", CROP: "#0969da", REVIEW: "#9a6700", REJECT: "#cf222e"}
@@ -74,6 +76,14 @@ def save_sheet(report: SetReport, path: str | Path) -> None:
     write_text(path, page)
 
 
+def is_sheet(path: Path) -> bool:
+    """Whether the file is a sheet that `save_sheet`, or the command `score`, has made: its beginning has SHEET_KEY."""
+    try:
+        return path.is_file() and SHEET_KEY.encode() in path.open("rb").read(1024)
+    except OSError:
+        return False
+
+
 def _summary(report: SetReport) -> list[str]:
     def counts(values: list[str | None]) -> str:
         return ", ".join(f"{count} {value}" for value, count in Counter(values).most_common())
@@ -122,7 +132,7 @@ def _number(value: float | None) -> str:
 
 
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Photo report</title><style>
+<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="facelora.sheet"><title>Photo report</title><style>
 body { font: 15px/1.4 system-ui, sans-serif; margin: 24px; color: #1f2328; background: #f6f8fa; }
 main { display: grid; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); gap: 16px; }
 figure { margin: 0; background: #fff; border: 1px solid #d1d9e0; border-radius: 8px; overflow: hidden; }

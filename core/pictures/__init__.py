@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .style_pack import StyledPrompt as StyledPrompt
     from .style_pack import StylePack as StylePack
     from .style_pack import Subject as Subject
+    from .style_pack import check_count as check_count
     from .style_pack import find_style_packs as find_style_packs
     from .style_pack import long_prompts as long_prompts
 else:
@@ -60,6 +61,7 @@ else:
                 "StylePack",
                 "StyledPrompt",
                 "Subject",
+                "check_count",
                 "find_style_packs",
                 "long_prompts",
             ),

@@ -24,7 +24,7 @@ from ..device import (
     is_out_of_memory,
     release_memory,
 )
-from ..errors import BadConfig
+from ..errors import BadConfig, check_length
 from ..lora.apply import LOW_RANK, apply
 from ..lora.embeddings import new_words
 from ..lora.file import LoraFile
@@ -92,6 +92,7 @@ class Job:
         for name in ("prompt", "negative"):
             if not is_text(getattr(self, name)):
                 raise BadConfig(f"{name} = {getattr(self, name)!r}: has half a character in it")
+            check_length(name, getattr(self, name))
         if not 1 <= self.steps <= 1000:
             raise BadConfig(f"steps = {self.steps}: must be between 1 and 1000")
         if not 0 <= self.seed < 2**64:

@@ -24,7 +24,8 @@ from ..lora.verify import verify_lora
 from ..lora.words import PHRASE_KEY, trigger_words
 from ..models.families import FAMILIES
 from ..photos.reading import DAMAGED, Photo, read_photo_files, read_photos
-from ..storage.files import make_folder, write_text, writing
+from ..storage.files import clean_place, make_folder, write_text, writing
+from ..storage.locks import locked
 from ..storage.safetensors_file import SafetensorsFile
 from ..tensor_names import NAME_TABLES
 from .group import GROUP_NODE, shows_several
@@ -277,11 +278,17 @@ def _check_nothing_personal(lora: Path, page: Path, pictures: Mapping[Path, str]
 
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """A context with a folder that is renamed to `folder` at its end, and is gone where something fails."""
-    made = make_folder(folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp"))
-    try:
-        yield made
-        with writing(folder):
-            made.rename(folder)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+    """A context with a folder that is renamed to `folder` at its end, and is gone where something fails.
+
+    What a killed process left of it is deleted.
+    """
+    made = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    make_folder(folder.parent)
+    with locked(folder):
+        clean_place(folder)
+        try:
+            yield make_folder(made)
+            with writing(folder):
+                made.rename(folder)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)

@@ -15,12 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import BadConfig, BadStylePack, UnknownFamily
+from ..errors import BadConfig, BadStylePack, UnknownFamily, check_length
 from ..models.families import FAMILIES
 from ..storage.files import is_text, read_bytes
 from .sizes import size_near
 
 PACKAGE_FOLDER = Path(__file__).parent / "style_packs"
+MOST_PICTURES = 10_000
+"""The most pictures of a person, or of each prompt."""
 MAX_FILE_BYTES = 5 * 1024 * 1024
 SCHEMA_SUFFIX = ".schema.json"
 PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
@@ -115,6 +117,16 @@ class StyledPrompt:
     guidance: float
     steps: int
 
+    def __post_init__(self) -> None:
+        check_length(f"style {self.style!r}", self.prompt, BadStylePack)
+        check_length(f"the negative prompt of style {self.style!r}", self.negative, BadStylePack)
+
+
+def check_count(count: int) -> None:
+    """Raises BadConfig for a number of pictures that is out of range."""
+    if not 1 <= count <= MOST_PICTURES:
+        raise BadConfig(f"count = {count}: must be between 1 and {MOST_PICTURES}")
+
 
 @dataclass(frozen=True)
 class StylePack:
@@ -180,8 +192,7 @@ class StylePack:
         """
         if not str(subject):
             raise BadConfig("the subject is empty; it needs a trigger word, a class word or both")
-        if count < 1:
-            raise BadConfig(f"count is {count}; it must be 1 or more")
+        check_count(count)
         defaults = family_defaults(family)
         if resolution is None:
             resolution = defaults.resolution
@@ -349,6 +360,7 @@ def _packs_in(folder: Path, problems: list[str]) -> list[tuple[Path, StylePack]]
     """The packs of a folder with their paths, by file name. What cannot be used adds a line to `problems`."""
     if not os.path.isdir(folder):
         problems.append(f"{folder}: no such folder of style packs")
+        return []
     packs = []
     for path in sorted(folder.glob("*.json")):
         if path.name.endswith(SCHEMA_SUFFIX):

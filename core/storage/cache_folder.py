@@ -87,11 +87,16 @@ def clear_cache() -> int:
     """
     count, left = 0, []
     for folder in (cache_folder() / kind for kind in KINDS):
-        for path in list(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else ():
+        try:
+            paths = list(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
+        except OSError as error:  # it is another user's
+            left.append(f"{folder}: cannot be read: {error.strerror or error}")
+            continue
+        for path in paths:
             if not _OURS.fullmatch(path.name):
                 continue
-            files = sum(inner.is_file() for inner in path.rglob("*")) if path.is_dir() else 1
             try:
+                files = sum(inner.is_file() for inner in path.rglob("*")) if path.is_dir() else 1
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             except OSError as error:
                 left.append(f"{path}: cannot be deleted: {error.strerror or error}")

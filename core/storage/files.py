@@ -8,11 +8,12 @@ import json
 import mmap
 import os
 import re
+import shutil
 import stat
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -53,20 +54,44 @@ def make_folder(path: Path) -> Path:
 def write_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
     """Makes or replaces the file at `path` with what `write` puts into the stream. Raises BadFile when that fails.
 
-    In a folder that only its owner can enter, only the owner can read the file.
+    A link stays, and the file that it leads to is replaced. A file that is replaced keeps its permissions. In a folder that
+    only its owner can enter, only the owner can read a new file. A folder, device or pipe is never replaced.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    with writing(path):
+    with writing(Path(path)):
+        path, before = _place(path)
+        temporary = _temporary(path)
         mode = 0o666 if path.parent.stat().st_mode & 0o077 else 0o600
         try:
             with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
+            if before is not None:
+                temporary.chmod(before)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _place(path: str | os.PathLike[str]) -> tuple[Path, int | None]:
+    """The path without links, and the permissions of the file there; None where there is none.
+
+    Raises BadFile for a folder, a device and the like.
+    """
+    place = Path(os.path.realpath(path))
+    try:
+        mode = place.stat().st_mode
+    except FileNotFoundError:
+        return place, None
+    if stat.S_ISDIR(mode):
+        raise BadFile(f"{path}: is a folder; give the name of a file in it")
+    if not stat.S_ISREG(mode):
+        raise BadFile(f"{path}: is no regular file")
+    return place, stat.S_IMODE(mode)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def set_aside(path: Path) -> None:
@@ -80,8 +105,11 @@ def set_aside(path: Path) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Makes or replaces the file at `path` with the text, as UTF-8. Raises BadFile when that fails."""
-    write_file(path, lambda file: file.write(text.encode()))
+    """Makes or replaces the file at `path` with the text, as UTF-8. Raises BadFile when that fails.
+
+    What is no Unicode, as the names of files may have it, becomes a question mark.
+    """
+    write_file(path, lambda file: file.write(text.encode("utf-8", "replace")))
 
 
 def read_bytes(path: Path, limit: int, *, name: str | None = None, error: type[FaceLoraError] = BadFile) -> bytes:
@@ -129,26 +157,26 @@ def is_text(text: str) -> bool:
 
 
 def check_writable(path: Path) -> None:
-    """Raises BadFile when `write_file` could not write to `path`: better before hours of training than after them."""
-    probe = path.with_name(f".{path.name}.probe")
+    """Makes the file's folder. Raises BadFile when `write_file` could not write to `path`: better before hours of training."""
     try:
-        if path.is_dir():
-            raise BadFile(f"{path}: is a folder; give the name of a file in it")
+        place, _ = _place(path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        probe = _temporary(place)
         probe.touch()
-        probe.unlink(missing_ok=True)  # another run may be looking too
+        probe.unlink()
     except OSError as error:
         raise BadFile(f"{path}: cannot be written there: {error.strerror or error}") from None
 
 
-def check_output(path: Path) -> None:
-    """Raises BadFile when no safetensors file could be written to `path`: its name must end so, too."""
-    if path.suffix != ".safetensors":
-        raise BadFile(f"{path}: the output's name must end in .safetensors")
+def check_output(path: Path, ending: str = ".safetensors") -> None:
+    """Raises BadFile when no file could be written to `path`, or when its name has another ending."""
+    if ending and path.suffix.lower() != ending:
+        raise BadFile(f"{path}: the output's name must end in {ending}")
     check_writable(path)
 
 
 def remove_leftovers(folder: Path, names: str) -> None:
-    """Deletes the temporary files that `write_file` leaves in `folder` when its process is killed.
+    """Deletes the temporary files, or folders, that are left in `folder` by a process that was killed while it wrote.
 
     `names` is a regular expression for the names of the files that were to be written. The caller must hold their lock, so
     that no file of a living run is deleted.
@@ -156,4 +184,10 @@ def remove_leftovers(folder: Path, names: str) -> None:
     pattern = re.compile(rf"\.(?:{names})\.[0-9a-f]{{8}}\.tmp")
     for leftover in folder.iterdir():
         if pattern.fullmatch(leftover.name):
-            leftover.unlink(missing_ok=True)
+            with suppress(OSError):
+                shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
+
+
+def clean_place(path: Path) -> None:
+    """Deletes what a killed process left of the file or folder at `path`, whose lock the caller must hold."""
+    remove_leftovers(path.parent, re.escape(path.name))

@@ -23,6 +23,8 @@ MAX_HEADER_BYTES = 100_000_000
 """The largest header, in bytes: the safetensors library refuses larger ones, so nobody could read such a file."""
 MAX_HEADER_VALUES = 1_000_000
 """The most commas and brackets in a header. Files have far fewer, and three bytes of JSON can take a hundred in memory."""
+MAX_NAME = 1000
+"""The most characters of a tensor's name: models have names of at most 200."""
 MAX_DIMENSIONS = 16
 TYPES: dict[str, tuple[str, int]] = {
     "F64": ("float64", 8),
@@ -291,6 +293,10 @@ def _check_rows(
     """
     sizes: dict[tuple[str, tuple[int, ...]], int] = {}
     for name, code, shape, begin, end in rows:
+        if len(name) > MAX_NAME:
+            raise BadFile(
+                f"{_where(path, name)} has a name of {len(name):,} characters, and at most {MAX_NAME:,} are read"
+            )
         taken = sizes.get((code, shape))
         if taken is None:
             taken = sizes[code, shape] = _bytes_taken(path, name, code, shape, file_size)

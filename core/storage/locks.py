@@ -1,5 +1,6 @@
 """Locks that keep two runs from writing the same file."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ def locked(path: Path) -> Iterator[None]:
     The lock is the file `.NAME.lock` beside the other one, and is deleted at the end. The operating system releases the lock
     of a killed process; the empty file that stays behind locks nothing. On a file system without locks nothing is locked.
     """
+    path = Path(os.path.realpath(path))  # a file has one lock, whatever name it is called by
     lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=WAIT, is_singleton=True)
     if lock.is_locked or not _acquire(lock, path):
         yield

@@ -4,13 +4,14 @@ On one machine they are made one after the other, on a cluster as many at a time
 """
 
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from ..errors import BadConfig, BadFile, FaceLoraError
+from ..errors import BadConfig, BadFile
 from ..models.base import Base
 from ..storage.files import make_folder
 from ..storage.locks import locked
@@ -19,7 +20,10 @@ from .people import Person
 from .queue import hand_out
 from .ray_crew import RayCrew
 from .report import read_report, write_report
-from .result import CACHE, RECORD, Result, Terms, find, find_or_make
+from .result import CACHE, RECORD, Result, Terms, failed, find, find_or_make
+
+_REPORT_PAUSE = 20
+"""How many times as long as writing the report has taken passes before it is written again: with many people it is long."""
 
 
 def run(
@@ -32,10 +36,10 @@ def run(
     callbacks: Callbacks = NO_CALLBACKS,
     ray: str | None = None,
 ) -> Iterator[Result]:
-    """The result of each person, as soon as it is there; after each the report in `output` is written anew.
+    """The result of each person, as soon as it is there. The report in `output` is written anew now and then, and at the end.
 
-    A person's files lie in the folder of that name in `output`. Errors of one person are that person's result. What is not
-    of the project's own errors, such as an interrupt that a callback raises, ends the run; called again it goes on there.
+    A person's files lie in the folder of that name in `output`. Any error while a person is made is that person's result. What
+    is no Exception, such as the KeyboardInterrupt that a callback raises, ends the run; called again it goes on there.
 
     With `ray`, HOST:PORT of a Ray cluster's head node, the cluster's workers make the people, each on a device of its own;
     with "local" workers of this machine do, on its GPUs.
@@ -49,10 +53,18 @@ def run(
     made = _here(people, base, output, terms, device, callbacks)
     if ray is not None:
         made = _on_cluster(people, base, output, terms, callbacks, ray)
-    for result in made:
-        results.append(result)
-        write_report(output, results)
-        yield result
+    due, written = 0.0, 0
+    try:
+        for result in made:
+            results.append(result)
+            begun = time.monotonic()
+            if begun >= due:
+                write_report(output, results)
+                due, written = begun + _REPORT_PAUSE * (time.monotonic() - begun), len(results)
+            yield result
+    finally:
+        if written < len(results):
+            write_report(output, results)
 
 
 def _here(
@@ -66,8 +78,8 @@ def _here(
     for person in people:
         try:
             yield find_or_make(person, base, output, terms, device, callbacks)
-        except FaceLoraError as error:
-            yield Result(person.name, "failed", str(error))
+        except Exception as error:
+            yield failed(person, error)
 
 
 def _on_cluster(
@@ -76,8 +88,8 @@ def _on_cluster(
     def look(person: Person) -> Result | None:
         try:
             return find(person, base, output, terms)
-        except FaceLoraError as error:
-            return Result(person.name, "failed", str(error))
+        except Exception as error:
+            return failed(person, error)
 
     with RayCrew(address, base, output, terms) as crew:
         yield from hand_out(people, crew, look, callbacks)

@@ -3,17 +3,24 @@
 import csv
 import io
 import json
+import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..config import parse_toml
-from ..errors import BadConfig, FaceLoraError, one_line
+from ..errors import BadConfig, BadFile, FaceLoraError, one_line
+from ..pictures.style_pack import check_count
 from ..storage.files import is_text, read_bytes
 
 PERSON_FILE = "person.toml"
 """The file in a person's folder that says what is wanted, and that the person agreed."""
+REPORT, PAGE = "report.json", "report.html"
+"""The studio's files in its output, beside the people's folders."""
+_MOST_NAME_BYTES = 200
+"""The longest name: a file system takes 255 bytes, and files are called after the person with more behind the name."""
 _MAX_BYTES = 2**24
 _YES, _NO = ("true", "yes", "1"), ("false", "no", "0", "")
 
@@ -51,8 +58,11 @@ def read_people(place: Path) -> list[Person]:
     What is wrong with one person is that person's `problem` and keeps no other from being made. Raises BadFile or BadConfig
     for a place that cannot be read at all, and for a name that two people have.
     """
-    if place.is_dir():
-        folders = sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if os.path.isdir(place):
+        try:
+            folders = sorted(path for path in place.iterdir() if os.path.isdir(path) and not path.name.startswith("."))
+        except OSError as error:
+            raise BadFile(f"{place}: cannot be read: {error.strerror or error}") from None
         people = [_person(folder.name, folder, _said_in(folder)) for folder in folders]
     else:
         text = read_bytes(place, _MAX_BYTES).decode("utf-8-sig", errors="replace")
@@ -60,14 +70,14 @@ def read_people(place: Path) -> list[Person]:
         people = [_of_row(place, number, row) for number, row in enumerate(rows, start=1)]
     if not people:
         raise BadConfig(f"{place}: names no people; give a folder with a folder for each, or a manifest (.csv, .jsonl)")
-    _check_names(place, people)
+    _check_twice(place, people)
     return people
 
 
 def _said_in(folder: Path) -> Mapping[str, Any] | str:
     """What the folder's file says, or what is wrong with the file."""
     file = folder / PERSON_FILE
-    if not file.exists():
+    if os.access(folder, os.X_OK) and not os.path.lexists(file):
         return f"has no {PERSON_FILE}, which says that the person agreed (agreed = true)"
     try:
         return parse_toml(read_bytes(file, _MAX_BYTES, name=PERSON_FILE).decode("utf-8-sig"))
@@ -109,6 +119,9 @@ def _of_row(place: Path, number: int, row: Mapping[str, Any]) -> Person:
 
 
 def _person(name: str, photos: Path, said: Mapping[str, Any] | str) -> Person:
+    if problem := _problem_of(name):
+        shown = re.sub(r"[^\w .-]", "_", name).strip()[:50]
+        return Person(shown or "without a name", photos, problem=problem)
     person = Person(name, photos)
     if isinstance(said, str):
         return replace(person, problem=said)
@@ -117,7 +130,7 @@ def _person(name: str, photos: Path, said: Mapping[str, Any] | str) -> Person:
         return replace(person, problem=f"{', '.join(sorted(map(str, unknown)))}: unknown; choose from {known}")
     try:
         return replace(person, **{key: _value(key, value) for key, value in said.items()})
-    except BadConfig as error:
+    except (BadConfig, ValueError) as error:  # the latter for a number of thousands of digits
         return replace(person, problem=str(error))
 
 
@@ -131,22 +144,29 @@ def _value(key: str, value: Any) -> Any:
         raise BadConfig(f"agreed = {value!r}: choose true or false")
     if key == "count":
         number = int(value) if isinstance(value, str) and value.strip().isdigit() else value
-        if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= 10_000:
-            raise BadConfig(f"count = {value!r}: must be between 1 and 10000")
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise BadConfig(f"count = {value!r}: expected a whole number")
+        check_count(number)
         return number
     if not isinstance(value, str) or not value.strip():
         raise BadConfig(f"{key} = {value!r}: expected a text")
     return value
 
 
-def _check_names(place: Path, people: Iterable[Person]) -> None:
-    """Raises BadConfig for a name that is no folder's, and for one that two people have (`Anna` and `anna` may be one)."""
+def _problem_of(name: str) -> str:
+    """Why the name can be no folder's in the output; empty where it can."""
+    if len(name.encode("utf-8", "replace")) > _MOST_NAME_BYTES:
+        return f"its name is longer than {_MOST_NAME_BYTES} bytes; choose another for this person"
+    if name.casefold() in (REPORT, PAGE):
+        return f"{name!r} is a file of the studio; choose another name for this person"
+    bad = not name.strip() or name != name.strip(" .") or set(name) & set('/\\:*?"<>|') or not is_text(name)
+    return f"{name!r} can be no folder's name; choose another for this person" if bad or not name.isprintable() else ""
+
+
+def _check_twice(place: Path, people: Iterable[Person]) -> None:
+    """Raises BadConfig for a name that two people have (`Anna` and `anna` may be one)."""
     seen: set[str] = set()
     for person in people:
-        name = person.name
-        bad = not name.strip() or name != name.strip(" .") or set(name) & set('/\\:*?"<>|\0') or not is_text(name)
-        if bad or not name.isprintable():
-            raise BadConfig(f"{place}: {name!r} can be no folder's name; choose another for this person")
-        if name.casefold() in seen:
-            raise BadConfig(f"{place}: two people are called {name!r}; choose another name for one")
-        seen.add(name.casefold())
+        if not person.problem and person.name.casefold() in seen:
+            raise BadConfig(f"{place}: two people are called {person.name!r}; choose another name for one")
+        seen.add(person.name.casefold())

@@ -18,7 +18,7 @@ from ..pictures.gallery import SAME_PERSON
 from ..pictures.generate import Job
 from ..pictures.headshot import Headshot
 from ..pictures.headshots import make_headshots, set_others_aside
-from ..pictures.style_pack import StylePack, Subject
+from ..pictures.style_pack import StylePack, Subject, check_count
 from ..training.callbacks import NO_CALLBACKS, Callbacks
 from ..training.job import look, settled
 from ..training.store import TrainedFile, TrainingJob, find_or_train
@@ -43,6 +43,9 @@ class Order:
     """Width and height of the pictures in pixels; None: what each style and the base come to."""
     training_adapter: TrainingAdapter | None = None
     """On in the steps of the training alone."""
+
+    def __post_init__(self) -> None:
+        check_count(self.count)
 
     def on(self, base: Base) -> Base:
         """The base model as it is trained on and drawn with."""

@@ -9,7 +9,7 @@ import torch
 
 from ..config import TrainConfig
 from ..device import device_and_dtype, processor
-from ..errors import BadFile, FaceLoraError
+from ..errors import BadFile
 from ..models.base import Base
 from ..photos import count_photos, read_photos
 from ..training.callbacks import NO_CALLBACKS, Callbacks
@@ -49,17 +49,17 @@ def plan(people: Iterable[Person], base: Base, output: Path, terms: Terms, devic
     to_make: dict[str, Work] = {}
     made_before, refused = [], []
     for person in people:
-        photos = count_photos(person.photos)
+        photos = count_photos(person.photos) if person.agreed and not person.problem else 0
         try:
-            order = terms.order(person, photos, base)
-        except FaceLoraError:
-            order = None
-        if order is None or person.problem or not person.agreed or not photos:
+            order = terms.order(person, photos, base) if photos else None
+            if order is None:
+                refused.append(person.name)
+            elif is_made(order, photos, base, output):
+                made_before.append(person.name)
+            else:
+                to_make[person.name] = Work(1, photos, order.config.steps, order.count)
+        except Exception:  # which `run` will tell of
             refused.append(person.name)
-        elif is_made(order, photos, base, output):
-            made_before.append(person.name)
-        else:
-            to_make[person.name] = Work(1, photos, order.config.steps, order.count)
     used = processor(device_and_dtype(TrainConfig(), device)[0])
     earlier: list[Cost] = []
     with suppress(BadFile):  # it is damaged, and will be written anew
@@ -89,6 +89,6 @@ def plan_ledger(
             if alike not in shared:
                 shared[alike] = basis(photos, base, order.config, device, order.training_adapter)
             ledgers.append(shared[alike].ledger(photos, order.config, order.jobs(base)))
-        except FaceLoraError as error:
+        except Exception as error:
             callbacks.on_warning(f"{person.name} is not counted: {error}")
     return Ledger.sum(ledgers) if ledgers else None

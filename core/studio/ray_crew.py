@@ -22,7 +22,7 @@ from ..models.opening import load_base
 from ..training.callbacks import Callbacks
 from .people import Person
 from .queue import News
-from .result import Result, Terms, find_or_make
+from .result import Result, Terms, failed, find_or_make
 
 LOCAL = "local"
 """In place of an address: a Ray of this machine's own, which begins and ends with the run."""
@@ -63,9 +63,11 @@ class Worker:
         while True:
             try:
                 return find_or_make(person, self._base, self._output, self._terms, callbacks=callbacks), warnings
-            except FaceLoraError as error:
+            except Stopped:
+                raise
+            except Exception as error:
                 if not isinstance(error, InUse) or time.monotonic() > deadline:
-                    return Result(person.name, "failed", str(error)), warnings
+                    return failed(person, error), warnings
             self._check()
             time.sleep(1)
 

@@ -14,10 +14,8 @@ from ..errors import BadFile, counted
 from ..lora.personal import without_folders
 from ..storage.files import read_json, write_text
 from .cost import PHASES
-from .result import NONE_ALIKE, Result, result_of
-
-REPORT, PAGE = "report.json", "report.html"
-"""Its files in the studio's output."""
+from .people import PAGE, REPORT
+from .result import NONE_ALIKE, STATUSES, Result, result_of
 
 
 def read_report(output: Path) -> list[Result]:
@@ -56,7 +54,6 @@ def _shared(reason: str, output: Path) -> str:
     return without_folders(reason.replace(f"{output.absolute()}{os.sep}", ""))
 
 
-_STATUSES = ("made", "found", "failed")
 _TOLD = ("made", "found", NONE_ALIKE, "failed")
 
 
@@ -75,7 +72,7 @@ def _summary(results: Sequence[Result]) -> dict[str, Any]:
     costs = [one.cost for one in results if one.status == "made" and one.cost]
     gpu = [hours for cost in costs if (hours := cost.gpu_hours) is not None]
     return {
-        **{status: _count(results, status) for status in _STATUSES},
+        **{status: _count(results, status) for status in STATUSES},
         "none_alike": sum(one.told == NONE_ALIKE for one in results),
         "seconds": round(sum(one.seconds for one in results if one.status == "made"), 1),
         "phases": {phase: round(sum(cost.seconds[phase] for cost in costs), 1) for phase in PHASES},

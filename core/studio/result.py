@@ -10,13 +10,13 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from ..config import RecipeName
 from ..device import device_and_dtype
-from ..errors import BadConfig, BadFile, FaceLoraError
+from ..errors import BadConfig, BadFile, FaceLoraError, one_line
 from ..models.base import Base
 from ..photos import Photo, count_photos, read_photos
 from ..pictures.headshot import Headshot
@@ -35,6 +35,8 @@ RECORD = "studio.json"
 """A person's record in the person's folder."""
 CACHE = ".facelora-cache"
 """What is kept of an unfinished person; `.cache` would be any user's, and with it the user's folder a person's."""
+Status = Literal["made", "found", "failed"]
+STATUSES: tuple[Status, ...] = get_args(Status)
 NONE_ALIKE = "none alike"
 """What is said of someone of whom all is made, but no picture is like enough to the person."""
 _MOST_BYTES = 2**33
@@ -75,7 +77,7 @@ class Result:
     """What has come of a person."""
 
     name: str
-    status: Literal["made", "found", "failed"]
+    status: Status
     """`found`: all of it had been made before, and nothing was done now."""
     reason: str = ""
     """Why it failed, or what would help where no picture is like enough to the person."""
@@ -107,6 +109,12 @@ class Result:
     def seconds(self) -> float:
         """How long it took to make."""
         return sum(self.cost.seconds.values()) if self.cost else 0.0
+
+
+def failed(person: Person, error: Exception) -> Result:
+    """The result of a person whose making has raised the error."""
+    reason = str(error) if isinstance(error, FaceLoraError) else one_line(f"{type(error).__name__}: {error}")
+    return Result(person.name, "failed", reason)
 
 
 def find(person: Person, base: Base, output: Path, terms: Terms) -> Result | None:
@@ -244,4 +252,6 @@ def result_of(values: Any) -> Result:
     numbers = (result.kept, result.likeness or 0.0, result.leakage or 0.0)
     if not all(isinstance(one, str) for one in texts) or not all(isinstance(one, (int, float)) for one in numbers):
         raise TypeError("a value is of another type")
+    if result.status not in STATUSES:  # it is written into a page
+        raise TypeError(f"status = {result.status!r}")
     return result

@@ -126,13 +126,13 @@ class NamedTensor:
 def unflatten(flat: str) -> str:
     """The dotted path of a module from its flattened form, which has "_" for "."."""
     tokens = flat.split("_")
-    components = []
-    while tokens:
-        for length in range(min(_LONGEST_COMPOUND, len(tokens)), 0, -1):
-            word = "_".join(tokens[:length])
-            if length == 1 or word in COMPOUND_WORDS:
+    components, start = [], 0
+    while start < len(tokens):
+        for end in range(min(start + _LONGEST_COMPOUND, len(tokens)), start, -1):
+            word = "_".join(tokens[start:end])
+            if end == start + 1 or word in COMPOUND_WORDS:
                 components.append(word)
-                del tokens[:length]
+                start = end
                 break
     return ".".join(components)
 

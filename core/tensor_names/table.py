@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -97,9 +97,13 @@ class Sign:
     """The number of output rows per input feature; None for any."""
     part: str = "denoiser"
 
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        return re.compile(self.path)
+
     def matches(self, part: str, path: str, shape: tuple[int, ...] | None) -> bool:
         """Whether a module has the sign. `shape` is its weight's (out, in, ...), None when it cannot be known."""
-        if part != self.part or not re.search(self.path, path):
+        if part != self.part or not self._pattern.search(path):
             return False
         if self.inputs is None and self.ratio is None:
             return True

@@ -24,9 +24,11 @@ from ..models.opening import load_base
 from ..photos import (
     Dataset,
     Photo,
+    PhotoLike,
     Ready,
     Region,
     Thresholds,
+    as_photo,
     face_regions,
     make_ready,
     prepare,
@@ -49,7 +51,7 @@ from .training_adapter import TrainingAdapter
 
 
 def train(
-    photos: str | os.PathLike[str] | Sequence[Photo] | Ready,
+    photos: str | os.PathLike[str] | Sequence[PhotoLike] | Ready,
     base: Base | str | os.PathLike[str] | Mapping[str, Tensor],
     config: TrainConfig | None = None,
     *,
@@ -70,8 +72,8 @@ def train(
     """The trained LoRA, which is also written to `output` (a `.safetensors` path) when one is given, in place of what is
     there.
 
-    `photos` is a folder, a list of photos already read, or what `look` gives; `class_photos`, for prior preservation, is one of
-    the first two. Without a `config` the
+    `photos` is a folder, a list of Photos, PIL images or arrays (uint8, (height, width, 3) in RGB), or what `look` gives;
+    `class_photos`, for prior preservation, is one of the first two. Without a `config` the
     settings are those of the recipe `balanced`: see `core.training.recipe_config`. With `output`, the state of the run is kept
     beside it until the run is done: `resume=True` goes on from it, `restart=True` replaces it, and without either a state that
     is there is an error. Every `save_every` steps a numbered LoRA is written beside the output, and samples go into the folder
@@ -219,18 +221,14 @@ def _hints(base: Base, config: TrainConfig, adapted: bool) -> list[str]:
 
 
 def _read(
-    photos: str | os.PathLike[str] | Sequence[Photo], strict: bool, on_warning: Callable[[str], None]
+    photos: str | os.PathLike[str] | Sequence[PhotoLike],
+    strict: bool,
+    on_warning: Callable[[str], None],
 ) -> list[Photo]:
     """The photos as a list, read when `photos` is a folder."""
     if isinstance(photos, str | os.PathLike):
         return read_photos(Path(photos), strict=strict, on_warning=on_warning)
-    photos = list(photos)
-    for number, photo in enumerate(photos):
-        if not isinstance(photo, Photo):
-            raise BadPhoto(
-                f"photos[{number}] is a {type(photo).__name__}: expected a folder, or Photos (read_photos, Photo.from_image)"
-            )
-    return photos
+    return [as_photo(photo, f"photos[{number}]") for number, photo in enumerate(photos)]
 
 
 def _read_or_make_class_photos(

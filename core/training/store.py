@@ -33,7 +33,6 @@ from ..storage.cache_folder import cache_folder, content_key, made_folder
 from ..storage.files import (
     EARLIER,
     check_writable,
-    make_folder,
     read_json,
     remove_leftovers,
     set_aside,
@@ -348,12 +347,6 @@ def _recorded(
     return step
 
 
-def _check_place(path: Path) -> None:
-    """Makes the folder of the file. Raises BadFile when the file cannot be written, before anything is trained."""
-    make_folder(path.parent)
-    check_writable(path)
-
-
 def _trained_before(run: RunFolder, folders: Sequence[Path]) -> LoraFile | None:
     """The LoRA that the run trained in an earlier call, in the folders under any name or still in its own; None without one."""
     return _with_tensors(run.made(), folders) or _unwritten(run.output)
@@ -390,7 +383,7 @@ def _place(folder: Path, job: TrainingJob, key: str) -> Iterator[tuple[Path, boo
                 continue
             yield path, True
             return
-        _check_place(path)
+        check_writable(path)
         with ExitStack() as held:
             try:
                 held.enter_context(locked(path))
@@ -412,7 +405,7 @@ def _own_place(folder: Path, job: TrainingJob, key: str) -> Iterator[tuple[Path,
     if has_key(path, key):
         yield path, True
         return
-    _check_place(path)
+    check_writable(path)
     with locked(path):
         delete_leftovers(path)
         earlier = next(

@@ -99,3 +99,15 @@ def test_control_d_and_control_c_stop_a_command_in_one_line(end, capsys, monkeyp
     monkeypatch.setattr("core.cli.clear_cache.run_clear_cache", asks)
     assert main(["clear-cache"]) == 1
     assert capsys.readouterr().err == "facelora: stopped\n"
+
+
+@pytest.mark.parametrize("arguments", [("resize", "a", "--rank=--"), ("generate", "--count=--")])
+def test_two_dashes_are_no_value(capsys, arguments):
+    code, text = said(capsys, *arguments)
+    name = arguments[-1].partition("=")[0]
+    assert code == 2 and f"argument {name}: " in text
+
+
+def test_a_mistyped_option_is_told_before_the_one_that_is_missing(capsys):
+    code, text = said(capsys, "train", "photos", "--baes", "x.safetensors", "--output", "a.safetensors")
+    assert code == 2 and "unknown: --baes; did you mean --base" in text

@@ -197,7 +197,6 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line_and_nothing_is_written(tm
         (["resize", good, "--output", output, "--rank", 0], "a rank must be at least 1"),
         (["extract", good, good, "--output", output], "no base model"),
         (["inspect", tmp_path / "missing.safetensors"], "missing.safetensors"),
-        (["convert", good, "--output", tmp_path / "no" / "out.safetensors", "--to", "comfy"], "cannot be written"),
     ]:
         assert main([str(argument) for argument in arguments]) == 1
         error = capsys.readouterr().err
@@ -374,3 +373,10 @@ def test_converted_for_diffusers_a_word_is_a_file_beside_it_whatever_the_word_is
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "convert-x_y.safetensors", "convert.safetensors", "merge-x_y.safetensors", "merge.safetensors",
     }  # fmt: skip
+
+
+def test_no_name_of_a_file_gives_a_terminal_commands(tmp_path, capsys):
+    write_lora(tmp_path / "a.safetensors", 0)
+    run("convert", tmp_path / "a.safetensors", "--to", "comfy", "--output", tmp_path / "b\x1b[2J\x9b.safetensors")
+    shown = capsys.readouterr().out
+    assert "b\ufffd[2J\ufffd.safetensors" in shown and "\x1b" not in shown

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.errors import UnknownFamily
+from core.errors import BadFile, UnknownFamily
 from core.lora.file import LoraFile
 from core.lora.modules import LoraModule
 from core.lora.names import LoraNames, Types, recognised
@@ -373,3 +373,11 @@ def test_a_broken_module_is_no_evidence():
         {"img_in.lora_down.weight": ("float16", (4, 65, 1, 1, 1)), "img_in.lora_up.weight": ("float16", (9, 4))}
     )
     assert lora is None or not lora.identity.models
+
+
+def test_a_file_of_more_modules_than_any_lora_has_is_refused_at_once():
+    types = {
+        f"lora_unet_down_blocks_{number}_attentions_0_proj_in.diff": ("float16", (1, 1)) for number in range(20_001)
+    }
+    with pytest.raises(BadFile, match="many: has 20,001 tensors, and a LoRA of at most 20,000 is read"):
+        recognised(types, {}, "many", lambda family: pytest.fail(family))

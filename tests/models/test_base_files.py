@@ -23,7 +23,7 @@ from transformers import (
 
 from core.cli import main
 from core.config import TrainConfig
-from core.errors import BadFile, FaceLoraError, UnknownFamily, UnmatchedKeys
+from core.errors import BadConfig, BadFile, FaceLoraError, UnknownFamily, UnmatchedKeys
 from core.lora.file import LoraFile
 from core.models import Base, ldm, load_base, text
 from core.models.clip import TOKENIZER_FOLDER
@@ -811,3 +811,8 @@ def test_a_config_that_makes_no_sense_is_named(tmp_path, small_sd15, part, odd):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     with pytest.raises(FaceLoraError, match=r"config of the|is no JSON object|takes \[\] channels"):
         load_base(tmp_path).load("denoiser" if part == "unet" else part, torch.device("cpu"), torch.float32)
+
+
+def test_a_pipeline_as_a_base_model_is_refused_with_what_to_do():
+    with pytest.raises(BadConfig, match=r"the base model is a object: .* pipeline\.save_pretrained\(folder\)"):
+        load_base(object())  # pyright: ignore[reportArgumentType]

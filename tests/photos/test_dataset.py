@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from core.errors import BadConfig, BadPhoto
-from core.photos import Photo, Region, assign_bucket, bucket_sizes, prepare
+from core.photos import Photo, Region, assign_bucket, bucket_sizes, prepare, reading
 from core.photos.captions import names_trigger
 
 SIDE = st.integers(64, 5000)
@@ -110,6 +110,15 @@ def test_pixels_are_the_crop_scaled_to_the_bucket():
     assert pixels[1, 0, 30].item() == pytest.approx((32 + 6) / 320 - 1, abs=0.02)
     assert pixels[1, -1, 30].item() == pytest.approx((608 - 6) / 320 - 1, abs=0.02)
     assert pixels[0, 30, -1].item() == pytest.approx((960 - 6) / 480 - 1, abs=0.02)
+
+
+def test_pixels_of_a_very_large_photo_are_the_same_part(monkeypatch):
+    photo = Photo.from_image(gradient((192, 128)), "a")
+    (image,) = dataset([photo]).images
+    whole = image.pixels()
+    monkeypatch.setattr(reading, "MOST_PIXELS_AT_ONCE", 20_000)
+    assert photo.image().size == (96, 64)
+    assert torch.allclose(image.pixels(), whole, atol=0.02)
 
 
 def test_a_flipped_copy_mirrors_pixels_and_mask():

@@ -4,9 +4,11 @@ import hashlib
 import io
 import os
 import struct
+import subprocess
 import sys
 import zlib
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pillow_heif
@@ -389,3 +391,86 @@ def test_pictures_that_differ_in_their_palette_alone_are_two_photos():
     first, second = (Photo.from_image(picture, "palette") for picture in pictures)
     assert first.digest != second.digest
     assert [photo.image().getpixel((0, 0)) for photo in (first, second)] == [(10,) * 3, (200,) * 3]
+
+
+def test_a_photo_may_have_the_longest_name(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "a.png").rename(tmp_path / ("a" * 251 + ".png"))
+    assert len(read_photos(tmp_path)) == 1
+
+
+def test_a_folder_with_too_many_repeats_is_left_out_with_a_warning(tmp_path):
+    for name in ("a", "10000_me", "10001_me", f"{'1' * 180}_me"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (64, 64)).save(tmp_path / name / "1.png")
+    warnings: list[str] = []
+    (photo,) = read_photos(tmp_path, on_warning=warnings.append)
+    assert photo.repeats == 10_000
+    assert len(warnings) == 3 and all("(10 repeats, at most 10,000)" in warning for warning in warnings)
+
+
+def sample(mode):
+    noise = np.random.default_rng(0).integers(0, 2**16, (41, 37, 4), dtype=np.uint16)
+    if mode == "I;16":
+        return Image.fromarray(noise[..., 0])
+    image = Image.fromarray((noise >> 8).astype(np.uint8))
+    return image.convert("RGB").quantize(16) if mode == "P" else image.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "I;16"])
+def test_in_strips_a_picture_is_what_it_is_as_a_whole(tmp_path, monkeypatch, mode):
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    sample(mode).save(tmp_path / "a.png", exif=exif)
+    photo = only_photo(tmp_path)
+    image, mask = photo.image(), photo.mask()
+    monkeypatch.setattr(reading, "_STRIP_PIXELS", 100)
+    assert photo.image().tobytes() == image.tobytes()
+    again = photo.mask()
+    assert (again and again.tobytes()) == (mask and mask.tobytes())
+
+
+def test_a_very_large_photo_comes_at_half_its_size_and_its_parts_are_found_in_it(tmp_path, monkeypatch):
+    sample("RGBA").resize((640, 480)).save(tmp_path / "a.png")
+    picture((640, 480)).save(tmp_path / "b.jpg")
+    small = [photo.image() for photo in read_photos(tmp_path)]
+    monkeypatch.setattr(reading, "MOST_PIXELS_AT_ONCE", 300_000)
+    transparent, other = read_photos(tmp_path)
+    assert transparent.image().tobytes() == small[0].reduce(2).tobytes() and transparent.size == (640, 480)
+    mask = transparent.mask()
+    assert mask is not None and mask.size == (640, 480)
+    half = other.image()
+    assert half.size == (320, 240) and other.box_in(half, (64, 32, 128, 100)) == (32, 16, 64, 50)
+
+
+def test_formats_that_are_decoded_in_many_copies_have_a_lower_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "_MANY_COPIES", {"WEBP": 2_000_000})
+    for suffix in ("webp", "png"):
+        Image.new("RGB", (1500, 1500)).save(tmp_path / f"a.{suffix}")
+    warnings: list[str] = []
+    assert [photo.name for photo in read_photos(tmp_path, on_warning=warnings.append)] == ["a.png"]
+    assert warnings == ["left out: a.webp: has more than 2 megapixels; make it smaller first"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="only Linux says how much memory is anonymous")
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "I;16"])
+def test_a_small_file_of_many_pixels_takes_at_most_a_gigabyte(tmp_path, mode):
+    peaks = []
+    for side in (64, 13_370):
+        Image.new(mode, (side, side)).save(tmp_path / "a.png")
+        command = [sys.executable, "-m", "tests.peak_memory", "check", str(tmp_path), "--json"]
+        root = Path(__file__).parents[2]
+        peaks.append(int(subprocess.run(command, capture_output=True, text=True, cwd=root).stdout.splitlines()[-1]))
+    assert peaks[1] - peaks[0] < 1e9, peaks
+
+
+def test_arrays_and_pil_images_are_photos_too():
+    image = picture()
+    for one in (image, np.asarray(image)):
+        photo = reading.as_photo(one, "photos[3]")
+        assert (photo.name, photo.image().tobytes()) == ("photos[3]", image.tobytes())
+    assert reading.as_photo(photo, "b") is photo
+    for wrong, what in ((np.zeros((4, 4)), r"float64 \(4, 4\)"), ("a.jpg", "str")):
+        with pytest.raises(BadPhoto, match=rf"photos\[0\] is {what}: expected a Photo, a PIL image, or an array"):
+            reading.as_photo(wrong, "photos[0]")  # pyright: ignore[reportArgumentType]

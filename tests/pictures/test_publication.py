@@ -298,3 +298,13 @@ def test_a_lora_that_no_program_would_load_is_published_with_a_warning(tmp_path)
 def test_every_published_model_of_every_family_has_a_listing():
     titles = {name: {variant.title for variant in _tables()[0] if variant.family == name} for name in NAME_TABLES}
     assert {name: set(table.listings) for name, table in NAME_TABLES.items()} == titles
+
+
+@pytest.mark.usefixtures("nobody")
+def test_what_a_killed_process_left_of_the_folder_is_deleted(tmp_path):
+    stale, other = tmp_path / ".out.0123abcd.tmp", tmp_path / ".other.0123abcd.tmp"
+    for folder in (stale, other):
+        folder.mkdir()
+        (folder / "half.safetensors").touch()
+    publish_agreed(write_lora(tmp_path / "a.safetensors", 768, 1280), tmp_path / "out")
+    assert not stale.exists() and other.exists() and (tmp_path / "out").is_dir()

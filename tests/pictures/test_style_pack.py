@@ -560,7 +560,7 @@ def test_styles_are_chosen_by_name_in_any_case_and_named_twice_count_once():
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({"count": 0}, "count is 0"),
+        ({"count": 0}, "count = 0"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**64}, "seed is 18446744073709551616"),
         ({"styles": []}, "styles is empty; style pack 'outdoor' has: Park"),

@@ -75,7 +75,7 @@ def soak(seed: str, numbers: Iterable[int], until: float = float("inf")) -> dict
     """What came of the trials of these numbers, as far as the time (of time.monotonic) lasts."""
     outcomes: Counter[str] = Counter()
     tried: Counter[str] = Counter()
-    report: dict[str, Any] = {"seed": seed, "trials": 0, "damaged": 0, "kills": 0}
+    report: dict[str, Any] = {"seed": seed, "trials": 0, "damaged": 0, "kills": 0, "seconds": 0.0, "memory": 0}
     failures: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="soak-", dir=_MEMORY if os.access(_MEMORY, os.W_OK) else None) as folder:
         worker = _Worker(Path(folder), seed)
@@ -87,6 +87,8 @@ def soak(seed: str, numbers: Iterable[int], until: float = float("inf")) -> dict
                 report["trials"] += 1
                 report["damaged"] += found.get("damaged", 0)
                 report["kills"] += found.get("kills", 0)
+                for worst in ("seconds", "memory"):
+                    report[worst] = max(report[worst], found.get(worst, 0))
                 tried[found["trial"]] += 1
                 outcomes[found["outcome"]] += 1
                 if found["outcome"] == "failed":
@@ -132,7 +134,13 @@ def main() -> int:
         for text, failure in report["failures"].items()
     ]
     faults += report.get("request_faults", [])
-    print(*(f"{key}: {report[key]}" for key in ("seed", "trials", "damaged", "kills", "tried", "outcomes")), sep="\n")
+    print(
+        *(
+            f"{key}: {report[key]}"
+            for key in ("seed", "trials", "damaged", "kills", "seconds", "memory", "tried", "outcomes")
+        ),
+        sep="\n",
+    )
     print(*faults or ["no fault"], sep="\n")
     return int(bool(faults))
 

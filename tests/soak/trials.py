@@ -40,6 +40,7 @@ from tests.tooling import nodes_module
 
 from .damage import ODD, damaged_bytes, damaged_json, damaged_safetensors
 from .desk import Desk, cache_in, check_written, names_in, run, same, tensors_of
+from .odd_input import long_text, many_people, odd_name, odd_option, odd_size, odd_toml
 
 Trial = Callable[[Desk, Random], None]
 
@@ -721,5 +722,7 @@ TRIALS: dict[str, Kind] = {
     "state": Kind(state, 3, 1), "stored": Kind(stored, 2, 1), "continued": Kind(continued, 2, 1),
     "killed_command": Kind(killed_command, 15), "killed_training": Kind(killed_training, 3),
     "full_disk": Kind(full_disk, 20), "closed_folder": Kind(closed_folder, 10), "cleared_cache": Kind(cleared_cache, 10),
+    "odd_option": Kind(odd_option, 150, 1), "odd_name": Kind(odd_name, 60, 1), "odd_toml": Kind(odd_toml, 60, 1),
+    "long_text": Kind(long_text, 30, 1), "odd_size": Kind(odd_size, 10, 1), "many_people": Kind(many_people, 5, 1),
     "two_at_once": Kind(two_at_once, 8), "two_trainings": Kind(two_trainings, 2),
 }  # fmt: skip

@@ -80,6 +80,8 @@ def _tried(desk: Desk, seed: str, number: int) -> dict[str, Any]:
         "outcome": outcome,
         "error": error,
         "damaged": TRIALS[name].damaged,
+        "seconds": seconds,
+        "memory": memory,
         **desk.counts,
     }
 

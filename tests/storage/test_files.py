@@ -36,6 +36,7 @@ def test_a_file_in_a_folder_of_its_owner_alone_is_its_owners_alone(tmp_path):
         modes = {}
         for folder in (0o700, 0o755, 0o711):
             tmp_path.chmod(folder)
+            (tmp_path / "file").unlink(missing_ok=True)
             write_text(tmp_path / "file", "text")
             modes[folder] = (tmp_path / "file").stat().st_mode & 0o777
     finally:
@@ -70,3 +71,8 @@ def test_an_error_without_words_of_the_system_is_told_by_its_own(tmp_path, monke
     monkeypatch.setattr(Path, "touch", refuse)
     with pytest.raises(BadFile, match="cannot be written there: the share is gone"):
         check_writable(tmp_path / "face.safetensors")
+
+
+def test_a_text_with_what_is_no_unicode_is_written(tmp_path):
+    write_text(tmp_path / "page.html", "b\udcffd")
+    assert (tmp_path / "page.html").read_text() == "b?d"

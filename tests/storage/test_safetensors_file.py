@@ -356,3 +356,11 @@ def test_a_header_in_the_usual_form_is_read_as_json_reads_it(count, has_metadata
                     found.append(None)
     assert found[0] == found[1], text
     assert changes or found[0]
+
+
+def test_a_name_of_thousands_of_characters_is_refused(tmp_path):
+    save_safetensors(tmp_path / "a.safetensors", {"a" * 1000: torch.zeros(1)})
+    Header.open(tmp_path / "a.safetensors")
+    save_safetensors(tmp_path / "a.safetensors", {"a" * 1001: torch.zeros(1)})
+    with pytest.raises(BadFile, match="has a name of 1,001 characters, and at most 1,000 are read"):
+        Header.open(tmp_path / "a.safetensors")

@@ -15,7 +15,7 @@ from core.errors import BadConfig, BadFile, InUse
 from core.models import Base, load_base
 from core.pictures import find_style_packs
 from core.storage.cache_folder import cache_folder
-from core.studio import Person, Terms, forget, plan, read_people, run
+from core.studio import Person, Result, Terms, forget, many, plan, read_people, run
 from core.studio.result import find
 from core.training import Callbacks
 from tests.tooling import held_elsewhere, write_photos, write_quick_pack
@@ -139,6 +139,17 @@ def test_a_users_own_folder_is_nobodys_in_the_studio_though_it_has_a_cache(tmp_p
     assert (home / "anna" / "letter.txt").exists() and (home / "anna" / ".cache").exists()
 
 
+def test_a_report_with_markup_for_a_status_is_damaged(tmp_path, base, terms, people):
+    list(run([replace(people[0], agreed=False)], base, tmp_path, terms))
+    report = tmp_path / "report.json"
+    report.write_text(report.read_text().replace('"status": "failed"', '"status": "<script>1</script>"'))
+    (tmp_path / "ben").mkdir()
+    (tmp_path / "ben" / "studio.json").touch()
+    with pytest.raises(BadFile, match="is damaged"):
+        forget("ben", tmp_path)
+    assert "<script>" not in (tmp_path / "report.html").read_text()
+
+
 @pytest.mark.parametrize("report", ["[]", '{"people": [1]}', '{"people": [{"who": 1}]}', "{"])
 def test_where_the_report_is_damaged_nobody_is_forgotten_by_half(tmp_path, report):
     (tmp_path / "anna").mkdir()
@@ -238,11 +249,60 @@ def test_people_are_read_from_folders_and_manifests(tmp_path, write, expected):
         (a_folder("agreed = true\nage = 3"), "age: unknown; choose from agreed"),
         (row(name="anna", photos="a", agreed="perhaps"), "agreed = 'perhaps': choose true or false"),
         (row(name="anna", photos="a", agreed=True, class_word=""), "class_word = '': expected a text"),
+        (a_folder(f"agreed = {'1' * 5000}"), "person.toml: "),
     ],
 )
 def test_what_is_wrong_with_one_person_is_that_persons_problem(tmp_path, write, words):
     (person,) = read_people(write(tmp_path))
     assert words in person.problem and person.name == "anna"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        *((name, "can be no folder's name") for name in ("../anna", ".", ".cache", "a\x1b[2J", "a\0", "\ud800", " ")),
+        ("a" * 300, "its name is longer than 200 bytes"),
+        ("Report.html", "is a file of the studio"),
+    ],
+)
+def test_a_name_that_no_folder_can_have_fails_that_person_alone(tmp_path, base, terms, name, words):
+    lines = [{"name": one, "photos": "a", "agreed": True} for one in (name, "ben")]
+    (tmp_path / "people.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    people = read_people(tmp_path / "people.jsonl")
+    results = list(run(people, base, tmp_path / "out", terms))
+    assert words in results[0].reason and "no such folder of photos" in results[1].reason
+    assert files(tmp_path / "out") == {"report.html", "report.json"}
+
+
+def test_the_report_on_many_people_is_not_written_after_each(tmp_path, base, terms, people, monkeypatch):
+    written: list[int] = []
+    write = many.write_report
+    monkeypatch.setattr(
+        many, "write_report", lambda output, results: (written.append(len(results)), write(output, results))
+    )
+    crowd = [replace(people[0], name=f"p{number}", agreed=False) for number in range(500)]
+    everyone = run(crowd, base, tmp_path / "out", terms)
+    assert next(everyone).name == "p0" and written == [1]
+    assert len(list(everyone)) == 499 and written[-1] == 500 and len(written) < 50
+    assert len(json.loads((tmp_path / "out" / "report.json").read_text())["people"]) == 500
+    stopped = run(crowd, base, tmp_path / "out", terms)
+    assert [next(stopped).name for _ in range(20)][-1] == "p19"
+    del stopped
+    assert written[-1] == 20
+
+
+def test_whatever_goes_wrong_with_one_person_the_others_are_made(tmp_path, base, terms, people, monkeypatch):
+    def fail_for_anna(person: Person, *_: object) -> Result:
+        if person.name == "anna":
+            raise PermissionError(13, "Permission denied", "/home/anna\n")
+        return Result(person.name, "made")
+
+    monkeypatch.setattr("core.studio.many.find_or_make", fail_for_anna)
+    nowhere = Person("carl", Path("a\0b"), agreed=True)
+    assert plan([*people, nowhere], base, tmp_path / "out", terms).refused == ("carl",)
+    results = list(run(people, base, tmp_path / "out", terms))
+    assert [result.status for result in results] == ["failed", "made"]
+    assert results[0].reason == "PermissionError: [Errno 13] Permission denied: '/home/anna\\n'"
 
 
 @pytest.mark.parametrize(
@@ -252,10 +312,6 @@ def test_what_is_wrong_with_one_person_is_that_persons_problem(tmp_path, write, 
         (table("name,photos,agreed\n"), "names no people"),
         (table("name,photos,agreed\nAnna,a,yes\nanna,b,yes\n"), "two people are called 'anna'"),
         (row(photos="a"), "person 1: needs a name and photos"),
-        (row(name="../anna", photos="a"), "'../anna' can be no folder's name"),
-        (row(name=".", photos="a"), "'.' can be no folder's name"),
-        (row(name=".cache", photos="a"), "'.cache' can be no folder's name"),
-        (row(name="a\x1b[2J", photos="a"), "can be no folder's name"),
     ],
 )
 def test_a_manifest_that_cannot_be_used_is_refused(tmp_path, write, words):

@@ -148,7 +148,8 @@ def quickly(folder: Path) -> list[str]:
 
 def test_where_no_picture_is_the_person_it_says_what_would_help(desk, capsys):
     folder = desk("anna")
-    command = ["headshots", str(folder / "photos"), "--base", "demo", "--count", "2", "--yes", *quickly(folder)]
+    (folder / "photos").rename(folder / "mary-private")
+    command = ["headshots", str(folder / "mary-private"), "--base", "demo", "--count", "2", "--yes", *quickly(folder)]
     command += ["--style-pack", "quick", "--output", str(folder / "out")]
     assert main(command) == 1
     said = capsys.readouterr().out
@@ -158,7 +159,9 @@ def test_where_no_picture_is_the_person_it_says_what_would_help(desk, capsys):
     assert main([*command, "--json"]) == 1
     outcome = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert outcome["kept"] == [] and len(outcome["advice"]) == 3
-    assert outcome["lora"] == str(folder / "out" / "photos.safetensors")
+    files = [path for path in (folder / "out").rglob("*") if path.is_file()]
+    assert len(files) > 4 and not any(b"mary-private" in path.read_bytes() for path in files)
+    assert outcome["lora"] == str(folder / "out" / "sks.safetensors")
 
 
 def test_what_is_not_in_force_any_more_is_set_aside_and_comes_back_untrained_and_undrawn(desk):
@@ -216,7 +219,7 @@ def test_on_a_terminal_three_questions_are_asked_and_an_estimate_is_given(desk, 
         and said.count("5 of 6 usable") == 1
         and "small.png is left out" in said
     )
-    lora = LoraFile.read(folder / "out" / "photos.safetensors")
+    lora = LoraFile.read(folder / "out" / "sks.safetensors")
     assert lora.metadata["modelspec.trigger_phrase"] == "sks woman"
     assert len(list((folder / "out").glob("0*.png"))) == 1
 

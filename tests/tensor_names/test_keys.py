@@ -1,10 +1,12 @@
 import json
+import time
 from pathlib import Path
 
 import pytest
 
 from core.models.families import FAMILIES
 from core.tensor_names import NAME_TABLES, bundled_embedding, parse_key
+from core.tensor_names.keys import unflatten
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 # Module lists enumerated by running sd-scripts 0.10.1's network code on models without weights.
@@ -111,3 +113,9 @@ def test_a_name_beyond_the_full_size_model_follows_the_same_grammar():
 
 def test_a_family_has_the_names_that_are_registered():
     assert all(family.names is NAME_TABLES[name] for name, family in FAMILIES.items())
+
+
+def test_a_long_name_takes_linear_time():
+    begun = time.process_time()
+    assert unflatten("_" * 400_000) == "." * 400_000
+    assert time.process_time() - begun < 3

@@ -338,3 +338,19 @@ def test_what_cannot_be_deleted_is_named_and_the_rest_is_gone(tmp_path, monkeypa
     with pytest.raises(BadFile, match=rf"{first.name}: cannot be deleted: Permission denied \(1 file was deleted, 1 "):
         clear_cache()
     assert first.exists() and not second.exists()
+
+
+def test_a_folder_of_another_user_is_named_and_the_rest_is_gone(tmp_path, monkeypatch):
+    monkeypatch.setenv("FACELORA_CACHE", str(tmp_path))
+    closed, other = made_folder("latents"), made_folder("runs", content_key("one"))
+    look = Path.iterdir
+
+    def refuse(path):
+        if path == closed:
+            raise PermissionError(13, "Permission denied")
+        return look(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(BadFile, match="latents: cannot be read: Permission denied"):
+        clear_cache()
+    assert closed.exists() and not other.exists()
