@@ -19,7 +19,7 @@ from PIL import Image
 
 from ..core.config import TrainConfig, config_from, parse_toml
 from ..core.device import within_free_memory
-from ..core.errors import BadConfig, FaceLoraError, one_line
+from ..core.errors import BadConfig, BadPhoto, FaceLoraError, one_line
 from ..core.lora.file import LoraFile
 from ..core.models.base import Base
 from ..core.models.families import FAMILIES
@@ -289,7 +289,7 @@ def _make(job: TrainingJob, base: Base, checkpoint: int, node_id: str, notes: Se
     for note in notes:
         watch.warning(note)
     try:
-        job = job.looked_at(base, watch.warning)
+        job = _looked_at(job, base, watch)
         watch.show(photos=panel.photo_urls(job.used))
         callbacks = Callbacks(
             on_step=watch.step,
@@ -323,6 +323,14 @@ def _make(job: TrainingJob, base: Base, checkpoint: int, node_id: str, notes: Se
         watch.show(phase="stopped")
         raise
     return made
+
+
+def _looked_at(job: TrainingJob, base: Base, watch: "Watch") -> TrainingJob:
+    """The job with its photos looked at. Raises BadPhoto with the widget's option where too few can be used."""
+    try:
+        return job.looked_at(base, watch.warning)
+    except BadPhoto as error:
+        raise BadPhoto(str(error).replace("check_photos = false", f"use = {ALL}")) from None
 
 
 def _choices(made: TrainedFile) -> list[dict[str, Any]]:

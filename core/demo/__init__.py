@@ -134,7 +134,7 @@ def run(
     are not installed.
     """
     if person not in UNSEEN_PEOPLE:
-        raise BadConfig(f"--person {person}: the base has seen people 1 to 34; choose one from 35 to 40")
+        raise BadConfig(f"person {person}: the base has seen people 1 to 34; choose one from 35 to 40")
     config = config or CONFIG
     make_folder(output)
     faces = load_faces()

@@ -101,10 +101,7 @@ def _good(report: SetReport, on_warning: Callable[[str], None]) -> tuple[PhotoRe
     for item in rejected:
         on_warning(f"{item.photo.name} is left out: {' '.join(f.sentence for f in item.findings)}")
     if not report.enough:
-        raise BadPhoto(
-            f"{report.headline} (check_photos = false, --no-check-photos, or 'all photos' in ComfyUI, trains on all that "
-            "there are)"
-        )
+        raise BadPhoto(f"{report.headline} (check_photos = false trains on all that there are)")
     if rejected:
         on_warning(f"photos: {report.headline}")
     return report.usable

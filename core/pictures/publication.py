@@ -97,9 +97,7 @@ def publish(
     photo or this computer's user; BadConfig without a title, or where nobody has agreed; BadPhoto for an unreadable picture.
     """
     if not agreed:
-        raise BadConfig(
-            "nothing is published of anyone who has not agreed; agreed = True, or --agreed, says that the person has"
-        )
+        raise BadConfig("nothing is published of anyone who has not agreed; agreed says that the person has")
     source, folder = LoraFile.read(lora), Path(output)
     if os.path.lexists(folder):
         raise BadFile(f"{folder}: is there already; choose another output")

@@ -156,7 +156,7 @@ def _place(output: Path, config: TrainConfig, state_is_wanted: bool) -> Iterator
         if not state_is_wanted and state_path(output).exists():
             raise BadConfig(
                 f"{state_path(output)}: is the state of an unfinished run, which a new one would replace; go on with "
-                "--resume, begin anew with --restart, or choose another output"
+                "resume, begin anew with restart, or choose another output"
             )
         if other := foreign_checkpoint(output, config):
             raise BadFile(f"{other}: is called like a checkpoint of save_every, {_WOULD_REPLACE}")

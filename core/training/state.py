@@ -26,7 +26,7 @@ from ..storage.safetensors_file import (
 )
 
 STATE_VERSION = "1"
-_BEGIN_ANEW = "delete it or begin anew with --restart"
+_BEGIN_ANEW = "delete it, or begin anew with restart"
 
 
 @dataclass(frozen=True, eq=False)

@@ -350,8 +350,8 @@ def test_a_new_run_does_not_replace_the_state_of_an_unfinished_one_unless_told(d
     state.write_bytes(b"hours of work")
     assert main(desk.arguments()) == 1
     assert capsys.readouterr().err == (
-        f"facelora: {state}: is the state of an unfinished run, which a new one would replace; go on with --resume, begin "
-        "anew with --restart, or choose another output\n"
+        f"facelora: {state}: is the state of an unfinished run, which a new one would replace; go on with resume, begin "
+        "anew with restart, or choose another output\n"
     )
     assert [path.name for path in (desk.folder / "results").iterdir()] == [state.name]
     assert state.read_bytes() == b"hours of work"
