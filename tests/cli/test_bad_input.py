@@ -269,7 +269,7 @@ def test_an_unknown_option_is_wrong_usage(desk, capsys):
         main([*desk.arguments(), "--learning-rte", "1"])
     errors = capsys.readouterr().err
     assert exit_.value.code == 2
-    assert "unknown: --learning-rte 1; did you mean --learning-rate?" in errors and len(errors.splitlines()) == 2
+    assert "unknown: --learning-rte; did you mean --learning-rate?" in errors and len(errors.splitlines()) == 2
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])
