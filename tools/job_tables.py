@@ -46,12 +46,12 @@ VAES: dict[str, dict[str, Any] | None] = {"Qwen-Image": _QWEN, "Krea 2": _QWEN, 
 
 
 def with_vae(name: str) -> Base:
-    """The model with a VAE of the published size."""
+    """The model with a VAE of the published size, at its own resolution."""
     model, base = MODELS[name], base_of(MODELS[name])
     channels = {"latent_channels": model.latent[0], "scaling_factor": 1.0} if model.latent[1] == 8 else {}
     config = VAES.get(name, {**_BLOCKS, **channels})
     vae = {} if config is None else {"vae": Component(config, {})}
-    return replace(base, components={**base.components, **vae})
+    return replace(base, components={**base.components, **vae}, resolution=base.family.resolution)
 
 
 def ledgers(name: str) -> dict[str, dict[str, Ledger]]:

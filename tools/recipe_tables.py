@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import shlex
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +36,13 @@ from tools.photo_tables import replace_table, table
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "likeness.md"
 RECORDS = Path(__file__).with_name("recipe_runs.jsonl")
+SEEN = [str(count) for count in (100, 200, 300, 400, 500, 600, 800, 1000)]
+"""The photos seen for which curves have a column."""
 SEEDS = range(101, 117)
 """Of the pictures to judge by; the selection's count from the training's seed."""
 SAMPLE_STEPS = 10
+EVERY = 100
+"""Photos seen between the checkpoints of a run's curve."""
 TEST = 2
 """Photos of each person to judge by; the others are what the command is given."""
 
@@ -72,6 +77,8 @@ class Row:
     """Mean change of pictures of the class from the base's, in grey levels."""
     verdicts: dict[str, Verdict]
     """By the network's name."""
+    curve: dict[str, float] = field(default_factory=dict)
+    """Likeness by the first network after each EVERY photos, by the photos seen."""
 
 
 def run(options: str, person: int, seed: int, judges: Sequence[FaceNetwork]) -> Row:
@@ -82,12 +89,18 @@ def run(options: str, person: int, seed: int, judges: Sequence[FaceNetwork]) -> 
         given.mkdir()
         for number, photo in enumerate(photos[:-TEST], start=1):
             photo.save(given / f"{number}.png")
+        words = shlex.split(options)
+        batch = int(dict(itertools.pairwise(words)).get("--batch-size", "4"))
         command = ["train", str(given), "--base", "demo", "--output", str(output), "--seed", str(seed), "--json"]
-        if code := facelora([*command, *shlex.split(options)]):
+        if code := facelora([*command, "--save-every", str(EVERY // batch), *words]):
             raise SystemExit(f"facelora ended with {code}")
         lora = LoraFile.read(output)
         subject, of_class = default_caption("sks", "person"), class_caption("person")
         of_person, before, after = draw(subject, lora), by_base(of_class), draw(of_class, lora)
+        first, curve = Judge(judges[0], person, photos[-TEST:]), {}
+        for saved in sorted(output.parent.glob("lora-step*.safetensors")):
+            step = int(saved.stem.rpartition("step")[2])
+            curve[str(step * batch)] = mean(first.likeness(draw(subject, LoraFile.read(saved))))
     verdicts = {}
     for network in judges:
         judge = Judge(network, person, photos[-TEST:])
@@ -100,7 +113,7 @@ def run(options: str, person: int, seed: int, judges: Sequence[FaceNetwork]) -> 
             rank1=judge.recognised(of_person) / len(of_person),
         )
     drift = mean([picture_change(a, b) for a, b in zip(before, after, strict=True)])
-    return Row(options, person, seed, int(lora.metadata["ss_steps"]), drift, verdicts)
+    return Row(options, person, seed, int(lora.metadata["ss_steps"]), drift, verdicts, curve)
 
 
 def mean(values: Sequence[float]) -> float:
@@ -176,6 +189,24 @@ def differences(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     return cells
 
 
+def curves(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """The mean likeness of runs after so many photos seen, and what the checkpoints that they keep have."""
+    choices: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.curve:
+            choices.setdefault(row.options, []).append(row)
+    cells = []
+    for options, group in choices.items():
+        at = [
+            np.mean([row.curve[seen] for row in group]) if all(seen in r.curve for r in group) else None
+            for seen in SEEN
+        ]
+        kept = np.mean([next(iter(row.verdicts.values())).likeness for row in group])
+        figures = ("" if value is None else f"{value:.2f}" for value in at)
+        cells.append((f"`{options}`" if options else "the recipe", people_and_seeds(group), *figures, f"{kept:.3f}"))
+    return cells
+
+
 def with_error(values: Sequence[float], digits: int = 3, sign: str = "+") -> str:
     """Mean and standard error, the latter from two values on."""
     error = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
@@ -185,7 +216,10 @@ def with_error(values: Sequence[float], digits: int = 3, sign: str = "+") -> str
 def tables(rows: Sequence[Row]) -> dict[str, str]:
     measured = ("judge", "people; seeds", "likeness", "photos", "base", "rank-1", "leakage", "drift")
     tried = ("options", "people; seeds", "likeness", "change", "leakage", "dlib's likeness", "drift")
-    filled = {"defaults": (measured, summary(rows)), "tried": (tried, differences(rows))}
+    soon = ("options", "people; seeds", *SEEN, "kept")
+    filled = {
+        "defaults": (measured, summary(rows)), "tried": (tried, differences(rows)), "how soon": (soon, curves(rows)),
+    }  # fmt: skip
     return {name: table(header, cells) for name, (header, cells) in filled.items() if cells}
 
 

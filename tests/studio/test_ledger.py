@@ -39,6 +39,7 @@ from core.training.methods import METHODS
 from core.training.recipes import recipe_config
 from core.training.step import Run
 from tests.tooling import mostly_slow, small_flow_base, write_photos
+from tools.job_tables import with_vae
 
 CPU = torch.device("cpu")
 PLAIN = TrainConfig(steps=4, rank=2, batch_size=2, min_snr_gamma=0.0, check_photos=False, resolution=64)
@@ -251,3 +252,8 @@ def test_each_part_takes_the_time_that_was_counted_by_a_factor_of_two(folder, ba
         print(*(f"\n{part}: {real:.1f} s, counted {counted:.1f} s" for part, (real, counted) in rows.items()))
     for part, (real, counted) in rows.items():
         assert 0.5 < real / counted < 2, part
+
+
+def test_whole_jobs_of_published_models_are_counted_at_their_own_resolution():
+    """The tables of memory have FLUX.1 at 512 px, at which nobody's recipe `best` trains."""
+    assert {name: with_vae(name).resolution for name in ("SD1.5", "FLUX.1-dev")} == {"SD1.5": 512, "FLUX.1-dev": 1024}
