@@ -430,13 +430,16 @@ def _set_lora_aside(path: Path) -> None:
 def has_key(path: Path, key: str) -> bool:
     """Whether there is a LoRA at the path that has the key of a job (`TrainingJob.key`) in its metadata.
 
-    Its tensors must be those that were written, as far as the hash in the metadata says.
+    Its tensors must be those that were written, as far as the hash in the metadata says, and of one dtype, as they are
+    written: the hash is of their bytes alone.
     """
     try:
         lora = LoraFile.read(path)
         lora.check()
+        if lora.metadata.get(KEY) != key or len({tensor.dtype for tensor in lora.tensors.values()}) > 1:
+            return False
         # A tool that has written the file anew may have left the hash out.
-        return lora.metadata.get(KEY) == key and lora.metadata.get(MODEL_HASH, lora.model_hash) == lora.model_hash
+        return lora.metadata.get(MODEL_HASH, lora.model_hash) == lora.model_hash
     except FaceLoraError:
         return False
 

@@ -27,7 +27,7 @@ from core.training.callbacks import Callbacks, StepReport, StopAndKeep
 from core.training.identity import settings_of_the_file
 from core.training.likeness import LIKENESS_KEY
 from core.training.methods import peak_rate
-from core.training.store import RunFolder, TrainedFile, TrainingJob, drawn_sample, find_or_train
+from core.training.store import RunFolder, TrainedFile, TrainingJob, drawn_sample, find_or_train, has_key
 from tests.tooling import held_elsewhere, write_photos
 
 CONFIG = TrainConfig(steps=2, rank=2, learning_rate=0.01, resolution=32, batch_size=1, check_photos=False)
@@ -227,6 +227,19 @@ def test_what_somebody_else_has_under_that_name_is_never_written_over(job, base,
     assert trained(job, base, loras).path == loras / "anna-2.safetensors"
     assert (path.read_bytes() if path.is_file() else None) == before
     assert found(job, base, loras).path == loras / "anna-2.safetensors"
+
+
+def test_a_file_whose_header_names_another_dtype_is_not_taken(job, base, loras):
+    """The numbers are read from the same bytes, which are all that the hash knows of."""
+    made = trained(job, base, loras)
+    content = made.path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header[max(header)]["dtype"] = "BF16"
+    text = json.dumps(header).encode()
+    made.path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+    assert LoraFile.read(made.path).model_hash == LoraFile.read(made.path).metadata["sshs_model_hash"]
+    assert not has_key(made.path, job.key(base))
 
 
 def test_a_damaged_file_does_not_stop_the_search(job, base, loras):
