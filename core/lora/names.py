@@ -413,9 +413,15 @@ def _detect_family(content: Content, identity: Identity, types: Types, metadata:
         raise UnknownFamily(
             f"{name}: no family matches its {len(types)} keys, e.g. {example!r}; known: {', '.join(NAME_TABLES)}"
         )
-    family = claimed if claimed and claimed in (identity.families or candidates) else candidates[0]
     by_names = not identity.models and not identity.is_near
-    strange = [path for part, path, _ in modules if by_names and not is_published(family, part, path)]
+
+    def strange_in(family: str) -> list[str]:
+        return [path for part, path, _ in modules if by_names and not is_published(family, part, path)]
+
+    family = min(candidates, key=lambda one: len(strange_in(one)))
+    if claimed and claimed in (identity.families or candidates):
+        family = claimed
+    strange = strange_in(family)
     if len(strange) > max(len(modules) / 2, _FEW):
         raise UnknownFamily(
             f"{name}: is not recognised: by the names of its modules it is nearest to {family}, which lacks {len(strange)} of "

@@ -108,7 +108,7 @@ def test_folders_that_the_results_would_mix_with_are_refused(photo_folder, tmp_p
     shutil.copytree(photo_folder, photos := tmp_path / "anna")
     options = ["--base", str(BASE_FILE), "--methods", "lora", "--output"]
     assert main(["compare", str(photos), *options, str(photos)]) == 1
-    assert "is a folder of photos" in capsys.readouterr().err
+    assert "is a folder that this command reads" in capsys.readouterr().err
     assert main(["compare", str(photos), *options, str(tmp_path / "out"), "--rate", "lora=1", "--rate", "lora=2"]) == 1
     assert "give each method one rate" in capsys.readouterr().err
     photos = photos.rename(tmp_path / "compare")

@@ -193,9 +193,10 @@ def test_headshots_and_a_studio_write_them_too_and_forgetting_a_person_takes_the
     anna, packs = write_photos(tmp_path / "people" / "anna", 5), write_quick_pack(tmp_path / "packs")
     (anna / "person.toml").write_text("agreed = true")
     order = ["--base", "demo", "--style-pack", "quick", "--style-folder", str(packs), "--count", "1", "--steps", "1"]
-    for command, place in ((["studio", str(anna.parent)], "studio"), (["headshots", str(anna), "--yes"], "shots")):
+    studio, headshots = ["studio", str(anna.parent)], ["headshots", str(anna), "--yes"]
+    for command, place, name in ((studio, "studio", "anna"), (headshots, "shots", "sks")):
         assert main([*command, *order, "--sidecars", "--output", str(tmp_path / place)]) in (0, 1)
-        (lora,) = (tmp_path / place).rglob("anna.safetensors")
+        (lora,) = (tmp_path / place).rglob(f"{name}.safetensors")
         assert all(lora.with_suffix(f".{suffix}").exists() for suffix in SUFFIXES)
     assert main(["forget", "anna", "--output", str(tmp_path / "studio")]) == 0
     assert not list((tmp_path / "studio").rglob("anna*"))

@@ -224,7 +224,7 @@ def test_a_folder_of_pictures_is_taken_in_order_but_for_its_contact_sheet(tmp_pa
     assert told == [f"{name}.png: was drawn without this LoRA, by the hashes in its parameters" for name in "ab"]
     # These pictures say nothing of the LoRA's strength, so the page says what suits the family.
     page = made.page.read_text()
-    assert "Strength\n--------\n1\n" in page and "Steps: 30, CFG scale: 6, Size: 512x512" in page
+    assert "Strength\n--------\n1\n" in page and "Steps: 20, CFG scale: 6, Size: 512x512" in page
     assert "Base model\n----------\nSD 1.5\n" in page and "CreativeML Open RAIL-M" in page
 
 

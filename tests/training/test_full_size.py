@@ -76,7 +76,7 @@ def test_names_and_shapes_of_rectified_flows_are_those_of_sd_scripts(reference):
     with torch.device("meta"):
         adapter = attach_lora({"denoiser": family.build("denoiser", config)}, family, TrainConfig(rank=4))
     values = {name: torch.zeros(tensor.shape) for name, tensor in adapter.parameters().items()}
-    lora = LoraFile.from_modules(name, adapter.modules(values), {})
+    lora = LoraFile.from_modules(name, adapter.modules(values), {}, scheme="kohya")
     found = {name: tuple(tensor.shape) for name, tensor in lora.tensors.items()}
     wanted = reference_shapes(reference, "transformer", 4)
     assert found == {name: shape for name, shape in wanted.items() if name.startswith("lora_unet_")}
