@@ -418,11 +418,12 @@ def _detect_family(content: Content, identity: Identity, types: Types, metadata:
     def strange_in(family: str) -> list[str]:
         return [path for part, path, _ in modules if by_names and not is_published(family, part, path)]
 
-    family = min(candidates, key=lambda one: len(strange_in(one)))
+    most = max(len(modules) / 2, _FEW)
+    family = next((one for one in candidates if len(strange_in(one)) <= most), candidates[0])
     if claimed and claimed in (identity.families or candidates):
         family = claimed
     strange = strange_in(family)
-    if len(strange) > max(len(modules) / 2, _FEW):
+    if len(strange) > most:
         raise UnknownFamily(
             f"{name}: is not recognised: by the names of its modules it is nearest to {family}, which lacks {len(strange)} of "
             f"{len(modules)}, e.g. {shortened(strange[0])!r}; known: {', '.join(NAME_TABLES)}"
