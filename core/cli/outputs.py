@@ -75,7 +75,7 @@ def _check_folder(path: Path, inputs: Sequence[Any]) -> None:
     except OSError as error:
         raise BadFile(f"{path}: cannot be written there: {error.strerror or error}") from None
     if os.path.lexists(path) and not stat.S_ISDIR(mode):
-        raise BadFile(f"{path}: is no folder; give the name of a folder to write into")
+        raise BadFile(f"{path}: is not a folder; give the name of a folder to write into")
     if mode and any(one.samefile(path) for one in _paths(inputs)):
         raise BadFile(f"{path}: is a folder that this command reads; choose another output")
 

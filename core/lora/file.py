@@ -47,7 +47,7 @@ class LoraFile(LoraNames):
 
         `family` decides where its modules are those of several, whatever its metadata say. Beside peft's
         `adapter_model.safetensors`, the `adapter_config.json` that holds its alpha is read too. Raises BadFile when a file is
-        damaged, UnknownFamily when it is no LoRA, for a family that is not known, or for another one than `family`.
+        damaged, UnknownFamily when it is not a LoRA, when its family is not known, or when that is not `family`.
         """
         file = SafetensorsFile.open(path)
         metadata = peft_metadata(file.path) | file.metadata

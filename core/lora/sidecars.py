@@ -32,7 +32,7 @@ def write_sidecars(
     """The files written beside a LoRA, with what its metadata say of it. A file that is there already is left as it is.
 
     `picture` shows the person, so there is none unless it is given. It is written as PNG with sides of at most PICTURE_SIDE
-    pixels, without its metadata. Raises BadFile when a file cannot be read or written, UnknownFamily when it is no LoRA.
+    pixels, without its metadata. Raises BadFile when a file cannot be read or written, UnknownFamily when it is not a LoRA.
     """
     path = Path(path)
     if path.suffix != ".safetensors":

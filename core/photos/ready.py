@@ -38,7 +38,7 @@ class Ready:
 
     def vectors(self, items: Sequence[PhotoReport]) -> np.ndarray:
         """The identity vectors of some of the photos, float32 (N, D); a row of NaN where no face was found."""
-        dimensions = next((len(item.vector) for item in self.report.photos if item.vector is not None), 0)
+        dimensions = next((len(item.vector) for item in self.report.photos if item.vector is not None), 1)
         missing = np.full(dimensions, np.nan, np.float32)
         return np.stack([missing if item.vector is None else item.vector for item in items])
 

@@ -16,7 +16,7 @@ from ..storage.files import write_text
 from .report import CROP, REJECT, REVIEW, USE, VERDICTS, PhotoReport, SetReport
 
 SHEET_KEY = "facelora.sheet"
-"""What the beginning of a sheet has. A sheet is replaced without being asked for, and is no photo to score."""
+"""What marks a file as a sheet, near its beginning. A new sheet may replace it, and `score` leaves it out."""
 THUMBNAIL = 360
 """The long side of a picture on the sheet, in pixels."""
 COLOURS = {USE: "#1a7f37", CROP: "#0969da", REVIEW: "#9a6700", REJECT: "#cf222e"}
@@ -79,7 +79,10 @@ def save_sheet(report: SetReport, path: str | Path) -> None:
 def is_sheet(path: Path) -> bool:
     """Whether the file is a sheet that `save_sheet`, or the command `score`, has made: its beginning has SHEET_KEY."""
     try:
-        return path.is_file() and SHEET_KEY.encode() in path.open("rb").read(1024)
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return SHEET_KEY.encode() in file.read(1024)
     except OSError:
         return False
 

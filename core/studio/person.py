@@ -20,7 +20,7 @@ from ..pictures.headshot import Headshot
 from ..pictures.headshots import make_headshots, set_others_aside
 from ..pictures.style_pack import StylePack, Subject, check_count
 from ..training.callbacks import NO_CALLBACKS, Callbacks
-from ..training.job import look, settled
+from ..training.job import ready_for, settled
 from ..training.store import TrainedFile, TrainingJob, find_or_train
 from ..training.training_adapter import TrainingAdapter
 from .ledger import Ledger, basis
@@ -78,7 +78,7 @@ def check(photos: Sequence[Photo], base: Base, config: TrainConfig, callbacks: C
 
     `callbacks.on_warning` hears of the photos that will be left out, and of face networks that are not installed.
     """
-    return look(photos, base, config, on_warning=callbacks.on_warning, to_rank=True)
+    return ready_for(photos, base, config, on_warning=callbacks.on_warning, to_rank=True)
 
 
 def make(

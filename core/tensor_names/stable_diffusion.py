@@ -39,6 +39,11 @@ def _signs(context_width: int, text_width: int) -> tuple[Sign, ...]:
     )
 
 
+_IN_OTHERS = {
+    "A1111": "kohya+", "Forge": "kohya+", "SD.Next": "kohya+", "stable-diffusion.cpp": "kohya+ diffusers comfy",
+    "OneTrainer": "kohya+ diffusers+ comfy+",
+}  # fmt: skip
+"""The schemes that programs load for SD1.5 and SDXL alike, as in `LoadedNames.others`."""
 _IN_SD_SCRIPTS = r"\.(attentions|resnets|downsamplers|upsamplers)\."
 
 
@@ -72,14 +77,7 @@ SD15 = NameTable(
         invokeai_text=("lora_te_text_model_",),
         invokeai_skips=frozenset({"kohya"}),
         invokeai_signs=_invokeai_signs(768),
-        others={
-            "A1111": "kohya+",
-            "Forge": "kohya+",
-            "SD.Next": "kohya+",
-            "stable-diffusion.cpp": "kohya+ diffusers comfy",
-            "OneTrainer": "kohya+ diffusers+ comfy+",
-            "ai-toolkit": "kohya",
-        },
+        others=_IN_OTHERS | {"ai-toolkit": "kohya"},
     ),
     kernel=partial(_kernel, linear_projections=False),
     diffusers_prefix="unet.",
@@ -143,13 +141,7 @@ SDXL = NameTable(
         invokeai={("kohya", "original"): "", ("kohya", "diffusers"): ""},
         invokeai_text=("lora_te1_text_model_", "lora_te2_text_model_"),
         invokeai_signs=((Sign(r"attn2\.to_[kv]$", frozenset({2048})),), (Sign(r"\.transformer_blocks\.[2-9]\."),)),
-        others={
-            "A1111": "kohya+",
-            "Forge": "kohya+",
-            "SD.Next": "kohya+",
-            "stable-diffusion.cpp": "kohya+ diffusers comfy",
-            "OneTrainer": "kohya+ diffusers+ comfy+",
-        },
+        others=_IN_OTHERS,
     ),
     kernel=partial(_kernel, linear_projections=True),
     diffusers_prefix="unet.",

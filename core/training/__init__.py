@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .callbacks import StopAndKeep as StopAndKeep
     from .encode import EncodedImage as EncodedImage
     from .encode import LatentCache as LatentCache
-    from .job import look as look
+    from .job import ready_for as ready_for
     from .job import state_path as state_path
     from .job import train as train
     from .likeness import LIKENESS_KEY as LIKENESS_KEY
@@ -35,7 +35,7 @@ else:
         {
             ".callbacks": ("Callbacks", "StepReport", "StopAndKeep"),
             ".encode": ("EncodedImage", "LatentCache"),
-            ".job": ("look", "state_path", "train"),
+            ".job": ("ready_for", "state_path", "train"),
             ".likeness": ("LIKENESS_KEY", "Score", "picture_change"),
             ".loop": ("train_lora",),
             ".memory_prediction": ("predicted_memory",),

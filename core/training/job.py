@@ -72,7 +72,7 @@ def train(
     """The trained LoRA, which is also written to `output` (a `.safetensors` path) when one is given, in place of what is
     there.
 
-    `photos` is a folder, a list of Photos, PIL images or arrays (uint8, (height, width, 3) in RGB), or what `look` gives;
+    `photos` is a folder, a list of Photos, PIL images or arrays (uint8, (height, width, 3) in RGB), or what `ready_for` gives;
     `class_photos`, for prior preservation, is one of the first two. Without a `config` the
     settings are those of the recipe `balanced`: see `core.training.recipe_config`. With `output`, the state of the run is kept
     beside it until the run is done: `resume=True` goes on from it, `restart=True` replaces it, and without either a state that
@@ -107,7 +107,7 @@ def train(
         for hint in _hints(base, config, adapted=adapter is not None):
             callbacks.on_warning(hint)
         device, _ = device_and_dtype(config, device)
-        ready = given if isinstance(given, Ready) else look(given, base, config, held_out, faces, callbacks.on_warning)
+        ready = ready_for(given, base, config, held_out, faces, callbacks.on_warning)
         config = config if held_out else settled(config, ready)
         watch = _watch(ready, held_out, faces, judge, config)
         class_photos = _read_or_make_class_photos(class_photos, base, config, device, strict, callbacks)
@@ -248,8 +248,8 @@ def _read_or_make_class_photos(
     return [] if class_photos is None else _read(class_photos, strict, callbacks.on_warning)
 
 
-def look(
-    photos: Sequence[Photo],
+def ready_for(
+    photos: Sequence[Photo] | Ready,
     base: Base,
     config: TrainConfig,
     held_out: Sequence[Photo] = (),
@@ -258,11 +258,14 @@ def look(
     *,
     to_rank: bool = False,
 ) -> Ready:
-    """The photos for a training on the base model, looked at once: checked and held out as the settings say.
+    """The photos for a training on the base model, looked at once: checked and held out as the settings say. A Ready is that
+    already, and comes back as it is.
 
     With `held_out` photos, none of the others is. Faces are looked for by `faces` (default: YuNet and SFace), where a setting
     needs it; `to_rank` pictures by them too. Raises BadPhoto when there is none, or when too few can be used or held out.
     """
+    if isinstance(photos, Ready):
+        return photos
     if not photos:
         raise BadPhoto("no photos were given")
     if faces is None and (held_out or config.hold_out or config.face_crops or config.face_masks):
@@ -304,8 +307,9 @@ def _watch(
     network = ready.network or faces or load_faces()
     training = [item.photo for item in ready.training]
     second = LikenessWatch(judge, faces_of(judge, training), faces_of(judge, out), config) if judge else None
+    known = ready.vectors(ready.training) if ready.network else faces_of(network, training)
     seen = faces_of(network, out) if held_out else ready.vectors(ready.held_out)
-    return LikenessWatch(network, ready.vectors(ready.training), seen, config, second)
+    return LikenessWatch(network, known, seen, config, second)
 
 
 def dataset_of(

@@ -44,7 +44,7 @@ from ..storage.locks import locked
 from ..storage.safetensors_file import SafetensorsFile, copy_with_metadata
 from .callbacks import NO_CALLBACKS, Callbacks, StepReport
 from .identity import settings_of_the_file
-from .job import checkpoint_path, delete_leftovers, foreign_checkpoint, look, settled, train
+from .job import checkpoint_path, delete_leftovers, foreign_checkpoint, ready_for, settled, train
 from .likeness import LIKENESS_KEY
 from .methods import METHODS
 from .methods.method import Trained
@@ -100,14 +100,12 @@ class TrainingJob:
         return content_key("lora", TRAINING_VERSION, written, photos, start, base.identity, *adapter)
 
     def looked_at(self, base: Base, on_warning: Callable[[str], None] = lambda text: None) -> "TrainingJob":
-        """The job with its photos looked at once, as `look` does; the job itself where they have been.
+        """The job with its photos looked at once, as `ready_for` does.
 
         What is trained depends on the photos that are used alone, and so does the key: that of a good set is as without
         a check.
         """
-        if isinstance(self.photos, Ready):
-            return self
-        ready = look(self.photos, base, self.config, on_warning=on_warning)
+        ready = ready_for(self.photos, base, self.config, on_warning=on_warning)
         return replace(self, photos=ready, config=settled(self.config, ready))
 
 

@@ -119,7 +119,7 @@ def test_a_folder_is_no_file_and_none_that_is_read(command, action, desk, capsys
     os.mkfifo("pipe")
     Path("away").symlink_to("nowhere")
     for name in ("mine", "pipe", "away"):
-        assert "is no folder" in refused(command, action, name, capsys)
+        assert "is not a folder" in refused(command, action, name, capsys)
     assert "File name too long" in refused(command, action, "a" * 300, capsys)
     if command not in ("demo", "forget"):
         Path("link").symlink_to("photos")

@@ -18,7 +18,7 @@ from core.lora.file import LoraFile
 from core.models import load_base
 from core.photos import Photo, Thresholds, make_ready, read_photos
 from core.training import Callbacks, TrainingJob, find_or_train, train
-from core.training.job import look, settled
+from core.training.job import ready_for, settled
 from tests.tooling import write_photos
 
 CONFIG = TrainConfig(steps=1, rank=2)
@@ -86,7 +86,7 @@ def test_photos_that_were_asked_to_be_held_out_are_and_a_recipes_where_enough_ar
     pictures[-1] = replace(pictures[0], name="copy.png")
     monkeypatch.setattr("core.photos.ready._typical", lambda used, count, limits: tuple(used[:count]))
     warnings: list[str] = []
-    at_least = 8 if asked == 2 and count >= 8 else 0  # as `look` does
+    at_least = 8 if asked == 2 and count >= 8 else 0  # as `ready_for` does
     ready = make_ready(
         pictures, None, Thresholds(face_pixels_reject=9), check=True, hold_out=asked, at_least=at_least,
         on_warning=warnings.append,
@@ -101,11 +101,11 @@ def test_where_a_recipe_finds_no_photo_fit_to_be_held_out_it_does_without(photos
     twins = [replace(read_photos(photos)[0], name=f"{number}.png") for number in range(8)]
     network, base, warnings = load_faces(), load_base(BASE_FILE), []
     config = replace(CONFIG, check_photos=False, hold_out=2, sample_every=1)
-    found = look(twins, base, config, faces=network, on_warning=warnings.append)
+    found = ready_for(twins, base, config, faces=network, on_warning=warnings.append)
     assert len(found.training) == 8 and not settled(config, found).hold_out
     assert "hold_out = 2: of 8 photos 0 show a face" in warnings[0] and "likeness is not measured" in warnings[0]
     with pytest.raises(BadPhoto, match="hold_out = 3: of 8 photos 0 show a face"):
-        look(twins, base, replace(config, hold_out=3), faces=network, on_warning=warnings.append)
+        ready_for(twins, base, replace(config, hold_out=3), faces=network, on_warning=warnings.append)
 
 
 def test_without_the_face_networks_what_needs_none_is_checked(photos, monkeypatch, capsys):
@@ -125,3 +125,14 @@ def test_without_the_face_networks_what_needs_none_is_checked(photos, monkeypatc
     assert main(["check", str(photos), "--base", str(BASE_FILE), "--json"]) == 0
     checked = capsys.readouterr()
     assert "only the size" in checked.err and json.loads(checked.out)["network"] is None
+
+
+def test_photos_without_a_face_are_named_where_likeness_is_to_be_measured(photos):
+    grey = [Photo.from_image(Image.new("RGB", (92, 112), (90, 9 * number, 0)), f"{number}.png") for number in range(4)]
+    config, held_out = replace(CONFIG, check_photos=False, sample_every=1), read_photos(photos)[:1]
+    with pytest.raises(BadPhoto, match="no face was found in the 4 photos trained on"):
+        train(grey, BASE_FILE, config, held_out=held_out)
+    unseen = ready_for(grey, load_base(BASE_FILE), config)
+    assert unseen.network is None
+    with pytest.raises(BadPhoto, match="no face was found in the 4 photos trained on"):
+        train(unseen, BASE_FILE, config, held_out=held_out)
