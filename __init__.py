@@ -22,6 +22,6 @@ WEB_DIRECTORY = "web"
 
 async def comfy_entrypoint() -> object:
     """What ComfyUI asks for the nodes. Nothing of ComfyUI is imported before."""
-    from .nodes import FaceLoraExtension
+    from .nodes.comfyui import FaceLoraExtension
 
     return FaceLoraExtension()

@@ -1,4 +1,4 @@
-"""Whose training is whose (nodes/runs.py): who is shown a run, and who may end it. The same with pages: tests/browser."""
+"""Whose training is whose (nodes/comfyui/runs.py): who sees a run, and who may end it. With real pages: tests/browser."""
 
 import os
 import stat

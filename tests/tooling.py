@@ -301,13 +301,17 @@ def write_quick_pack(folder: Path) -> Path:
 
 @cache
 def nodes_module(name: str) -> types.ModuleType:
-    """A module of nodes/ in packages whose own `__init__` is not run, since that of the nodes needs ComfyUI."""
+    """A module of nodes/comfyui/, imported without the package's own `__init__`, which needs ComfyUI."""
     root = Path(__file__).parents[1]
-    for package_name, folder in (("pack", root), ("pack.nodes", root / "nodes")):
+    for package_name, folder in (
+        ("pack", root),
+        ("pack.nodes", root / "nodes"),
+        ("pack.nodes.comfyui", root / "nodes/comfyui"),
+    ):
         package = types.ModuleType(package_name)
         package.__path__ = [str(folder)]
         sys.modules[package_name] = package
-    return importlib.import_module(f"pack.nodes.{name}")
+    return importlib.import_module(f"pack.nodes.comfyui.{name}")
 
 
 def whole_checkpoint(denoiser: Mapping[str, Tensor], kind: str, encoder: Mapping[str, Tensor]) -> dict[str, Tensor]:

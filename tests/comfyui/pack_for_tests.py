@@ -120,7 +120,7 @@ class HandedOver:
     FUNCTION = "write"
 
     def write(self, model, name):
-        convert = next(module for path, module in sys.modules.items() if path.endswith(".nodes.convert"))
+        convert = next(module for path, module in sys.modules.items() if path.endswith(".nodes.comfyui.convert"))
         readers = convert._readers_as_stored(model, "diffusion_model.")
         folder = folder_paths.get_output_directory()
         os.makedirs(folder, exist_ok=True)

@@ -20,10 +20,10 @@ import comfy.model_patcher, torch
 from comfy.weight_adapter.lora import LoRAAdapter
 
 # As packages whose own __init__ is not run: that of the nodes needs a server.
-for name, folder in (("pack", pack), ("pack.nodes", pack + "/nodes")):
+for name, folder in (("pack", pack), ("pack.nodes", pack + "/nodes"), ("pack.nodes.comfyui", pack + "/nodes/comfyui")):
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [folder]
-module = importlib.import_module("pack.nodes.weight_patches")
+module = importlib.import_module("pack.nodes.comfyui.weight_patches")
 
 torch.manual_seed(1)
 model = torch.nn.Module()

@@ -15,10 +15,10 @@ from comfy.patcher_extension import PatcherInjection, WrappersMP
 from comfy.weight_adapter.bypass import BypassForwardHook
 from torch import Tensor
 
-from ..core.lora.changes import weight_change
-from ..core.lora.file import LoraFile
-from ..core.lora.kinds import needs_base
-from ..core.lora.names import Entry
+from ...core.lora.changes import weight_change
+from ...core.lora.file import LoraFile
+from ...core.lora.kinds import needs_base
+from ...core.lora.names import Entry
 
 Place = str | tuple[Any, ...]
 """The name of a weight, or (name, (dimension, start, length)) for a slice of it, as in ComfyUI's key maps."""

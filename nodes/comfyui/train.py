@@ -17,18 +17,18 @@ import torch
 from comfy_api.latest import io
 from PIL import Image
 
-from ..core.config import TrainConfig, config_from, parse_toml
-from ..core.device import within_free_memory
-from ..core.errors import BadConfig, BadPhoto, FaceLoraError, one_line
-from ..core.lora.file import LoraFile
-from ..core.models.base import Base
-from ..core.models.families import FAMILIES
-from ..core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
-from ..core.threads import within_quota
-from ..core.training.callbacks import Callbacks, StepReport, StopAndKeep
-from ..core.training.recipes import MEASUREMENTS, RECIPES, recipe_settings
-from ..core.training.store import TrainedFile, TrainingJob, find_or_train
-from ..core.training.training_adapter import TrainingAdapter
+from ...core.config import TrainConfig, config_from, parse_toml
+from ...core.device import within_free_memory
+from ...core.errors import BadConfig, BadPhoto, FaceLoraError, one_line
+from ...core.lora.file import LoraFile
+from ...core.models.base import Base
+from ...core.models.families import FAMILIES
+from ...core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
+from ...core.threads import within_quota
+from ...core.training.callbacks import Callbacks, StepReport, StopAndKeep
+from ...core.training.recipes import MEASUREMENTS, RECIPES, recipe_settings
+from ...core.training.store import TrainedFile, TrainingJob, find_or_train
+from ...core.training.training_adapter import TrainingAdapter
 from . import panel
 from .convert import FacePhotos, LoraModel, base_from, image_tensor, lora_file, lora_model, photos_of, trained_family
 from .folders import lora_path, says_no_server_paths, without_server_paths, write_embedding

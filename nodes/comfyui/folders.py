@@ -18,11 +18,11 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
-from ..core.errors import BadConfig, FaceLoraError
-from ..core.lora.embeddings import embedding_files, file_word
-from ..core.lora.file import LoraFile
-from ..core.storage.cache_folder import cache_folder
-from ..core.storage.files import make_folder
+from ...core.errors import BadConfig, FaceLoraError
+from ...core.lora.embeddings import embedding_files, file_word
+from ...core.lora.file import LoraFile
+from ...core.storage.cache_folder import cache_folder
+from ...core.storage.files import make_folder
 
 
 def lora_path(name: str) -> str:

@@ -9,9 +9,9 @@ from aiohttp import web
 from comfy_api.latest import io, ui
 from server import PromptServer
 
-from ..core.errors import BadConfig, BadStylePack
-from ..core.pictures.style_pack import FAMILY_DEFAULTS, FoundPacks, Subject, find_style_packs
-from ..core.pictures.style_picture import style_picture
+from ...core.errors import BadConfig, BadStylePack
+from ...core.pictures.style_pack import FAMILY_DEFAULTS, FoundPacks, Subject, find_style_packs
+from ...core.pictures.style_picture import style_picture
 from .convert import style_family
 from .folders import says_no_server_paths, without_server_paths
 

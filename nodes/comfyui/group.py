@@ -21,11 +21,11 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..core.errors import BadConfig, LoraMisfit
-from ..core.lora.words import trigger_words
-from ..core.models.families import FAMILIES
-from ..core.pictures.group import GROUP_NODE, MOST_PEOPLE, Group, Mask, Person, read_box
-from ..core.pictures.group import Place as Region
+from ...core.errors import BadConfig, LoraMisfit
+from ...core.lora.words import trigger_words
+from ...core.models.families import FAMILIES
+from ...core.pictures.group import GROUP_NODE, MOST_PEOPLE, Group, Mask, Person, read_box
+from ...core.pictures.group import Place as Region
 from .apply import CONNECTED, chosen_lora, file_state, patch_clip
 from .convert import LoraModel, loadable, mask_picture, trained_family
 from .folders import prompt_phrase, says_no_server_paths

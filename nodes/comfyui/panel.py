@@ -17,10 +17,10 @@ from comfy.model_management import get_torch_device
 from PIL import Image
 from server import PromptServer
 
-from ..core import __version__
-from ..core.bench import examine, format_doctor
-from ..core.photos import Photo
-from ..core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
+from ...core import __version__
+from ...core.bench import examine, format_doctor
+from ...core.photos import Photo
+from ...core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
 from .runs import Run, Runs
 
 EVENT = "facelora.training"

@@ -20,24 +20,24 @@ from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
-from ..core.config import TrainConfig
-from ..core.errors import BadConfig, BadPhoto, FaceLoraError, LoraMisfit, UnknownFamily
-from ..core.lora.convert import convert_lora
-from ..core.lora.file import LoraFile, fit
-from ..core.lora.names import Entry
-from ..core.models.base import Base, CaptionEncoder
-from ..core.models.base_weights import BaseLayers
-from ..core.models.families import FAMILIES
-from ..core.models.opening import load_base
-from ..core.models.spec import Conditioning
-from ..core.models.text import pooled_width
-from ..core.photos import Photo
-from ..core.storage.gguf_file import dequantised, dtype_of
-from ..core.storage.gguf_types import narrow_gguf
-from ..core.storage.lazy import LazyTensors, Stored
-from ..core.storage.narrow import NarrowTensor, outline
-from ..core.storage.safetensors_file import tensor_bytes
-from ..core.tensor_names import NAME_TABLES
+from ...core.config import TrainConfig
+from ...core.errors import BadConfig, BadPhoto, FaceLoraError, LoraMisfit, UnknownFamily
+from ...core.lora.convert import convert_lora
+from ...core.lora.file import LoraFile, fit
+from ...core.lora.names import Entry
+from ...core.models.base import Base, CaptionEncoder
+from ...core.models.base_weights import BaseLayers
+from ...core.models.families import FAMILIES
+from ...core.models.opening import load_base
+from ...core.models.spec import Conditioning
+from ...core.models.text import pooled_width
+from ...core.photos import Photo
+from ...core.storage.gguf_file import dequantised, dtype_of
+from ...core.storage.gguf_types import narrow_gguf
+from ...core.storage.lazy import LazyTensors, Stored
+from ...core.storage.narrow import NarrowTensor, outline
+from ...core.storage.safetensors_file import tensor_bytes
+from ...core.tensor_names import NAME_TABLES
 
 FacePhotos = io.Custom("FACE_PHOTOS")
 """The type of list[Photo] between Load Face Photos and Train Face LoRA: photos without loss, decoded only when needed."""

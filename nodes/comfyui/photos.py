@@ -14,12 +14,12 @@ from aiohttp import web
 from comfy_api.latest import io
 from server import PromptServer
 
-from ..core.errors import BadPhoto, counted
-from ..core.faces import faces_if_installed
-from ..core.models.families import FAMILIES
-from ..core.photos import Photo, SetReport, Thresholds, check_photos, format_report, read_photo_files, read_photos
-from ..core.photos.reading import MASK_ENDING
-from ..core.photos.report import CROP, REJECT, REVIEW, USE
+from ...core.errors import BadPhoto, counted
+from ...core.faces import faces_if_installed
+from ...core.models.families import FAMILIES
+from ...core.photos import Photo, SetReport, Thresholds, check_photos, format_report, read_photo_files, read_photos
+from ...core.photos.reading import MASK_ENDING
+from ...core.photos.report import CROP, REJECT, REVIEW, USE
 from .convert import FacePhotos, image_tensor, trained_family
 from .folders import says_no_server_paths, without_server_paths
 

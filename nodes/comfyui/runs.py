@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import BadFile
-from ..core.storage.cache_folder import content_key, made_folder
-from ..core.storage.files import read_json, write_text
+from ...core.errors import BadFile
+from ...core.storage.cache_folder import content_key, made_folder
+from ...core.storage.files import read_json, write_text
 
 SERIES = {"history": "loss", "learning_rates": "learning_rate", "likenesses": "likeness"}
 """The curves in a state, lists of (step, value), with the name of the value that each step's news has for it."""

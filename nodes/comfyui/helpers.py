@@ -12,17 +12,17 @@ from aiohttp import web
 from comfy_api.latest import io, ui
 from server import PromptServer
 
-from ..core.device import PRECISIONS
-from ..core.errors import BadPhoto, FaceLoraError, MissingPackage
-from ..core.faces import Reference
-from ..core.lora.convert import convert_lora
-from ..core.lora.file import LoraFile
-from ..core.lora.inspect import inspect_lora
-from ..core.lora.report import format_inspection
-from ..core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
-from ..core.pictures.sheet import contact_sheet
-from ..core.storage.files import write_file
-from ..core.training.store import drawn_sample
+from ...core.device import PRECISIONS
+from ...core.errors import BadPhoto, FaceLoraError, MissingPackage
+from ...core.faces import Reference
+from ...core.lora.convert import convert_lora
+from ...core.lora.file import LoraFile
+from ...core.lora.inspect import inspect_lora
+from ...core.lora.report import format_inspection
+from ...core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
+from ...core.pictures.sheet import contact_sheet
+from ...core.storage.files import write_file
+from ...core.training.store import drawn_sample
 from .convert import FacePhotos, LoraModel, image_tensor, lora_file, lora_model, photos_of, pictures
 from .folders import lora_path, says_no_server_paths, without_server_paths
 from .plot import score_plot

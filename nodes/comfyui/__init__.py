@@ -1,0 +1,42 @@
+"""The nodes that this pack adds to ComfyUI. Each reads its inputs, calls `core` and returns the result."""
+
+# comfy_api is importable only inside ComfyUI.
+# pyright: reportMissingImports=false
+
+from comfy_api.latest import ComfyExtension
+
+from ...core import errors
+from . import helpers, panel, photos, style_pack
+from .apply import ApplyLora
+from .group import GroupPerson, GroupPortrait
+from .helpers import ContactSheet, InspectLora, LikenessScore, SaveLora
+from .photos import LoadFacePhotos
+from .style_pack import HeadshotStylePack
+from .train import TrainFaceLora
+
+NODES = [
+    LoadFacePhotos,
+    TrainFaceLora,
+    ApplyLora,
+    HeadshotStylePack,
+    GroupPerson,
+    GroupPortrait,
+    SaveLora,
+    InspectLora,
+    LikenessScore,
+    ContactSheet,
+]
+
+# ComfyUI shows an error's module with its message, and names the modules of a pack after the path of its folder.
+for kind in vars(errors).values():
+    if isinstance(kind, type):
+        kind.__module__ = "FaceLoRA"
+
+
+class FaceLoraExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        for module in (panel, photos, style_pack, helpers):
+            module.add_routes()
+
+    async def get_node_list(self) -> list[type]:
+        return list(NODES)
