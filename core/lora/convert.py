@@ -24,7 +24,7 @@ from .metadata import MODELSPEC_VERSION
 from .modules import LoraModule, name_in_scheme, name_modules, suffix_of, without_tucker
 from .names import Entry
 from .progress import OnProgress, silent
-from .readers import READERS, not_loaded_by
+from .readers import PICTURE_PROGRAMS, READERS, not_loaded_by, read_by
 from .words import PHRASE_KEY, trigger_words
 
 _OF_THE_ORIGINAL = re.compile(rf"lora_adapter_metadata|{re.escape(KEY)}|<.*>|(unet|text_encoder)(:.*)?")
@@ -138,6 +138,26 @@ def convert_for(
             return converted
         failures.append(f"{scheme}: {' and '.join(refusing)}")
     raise UnmatchedKeys(f"{lora.name}: no naming is loaded whole by {', '.join(asked)}: {'; '.join(failures)}")
+
+
+def reading_limits(lora: LoraFile) -> list[str]:
+    """Sentences that name the programs of PICTURE_PROGRAMS that cannot load the LoRA as it is, or not all of it.
+
+    Each sentence says whether a conversion would help. The list is empty for a LoRA that fits no published model.
+    """
+    limits = []
+    for program in PICTURE_PROGRAMS if lora.entries else ():
+        reading = read_by(program, lora)
+        if not reading.objections or not reading.of_published:
+            continue
+        verb = "does not load" if reading.verdict == "not at all" else "loads only a part of"
+        try:
+            convert_for(lora, [program])
+            advice = f"unless you convert it for {program}"
+        except UnmatchedKeys:
+            advice = "in any naming"
+        limits.append(f"{program} {verb} the LoRA that this training run makes, {advice}")
+    return limits
 
 
 def _is_plain(entry: Entry) -> bool:

@@ -29,6 +29,8 @@ OTHERS = {
 _KINDS_IN = {"SD1", "SDXL"}
 """The families, by A1111's name for them, with which other kinds were tried."""
 READERS = ("ComfyUI", "diffusers", "peft", "sd-scripts", "InvokeAI", *OTHERS)
+PICTURE_PROGRAMS = ("ComfyUI", "diffusers", "InvokeAI")
+"""The readers that people are warned about before they train a LoRA that one of them cannot load."""
 TRAINERS = ("peft", "sd-scripts", "OneTrainer", "ai-toolkit", "musubi-tuner")
 """The readers that draw no pictures, or only to show how a training goes."""
 

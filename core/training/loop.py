@@ -9,6 +9,7 @@ import torch
 
 from ..config import TrainConfig
 from ..device import deterministic_if, device_and_dtype, exact_arithmetic, explained_memory_error
+from ..lora.convert import reading_limits
 from ..lora.file import LoraFile
 from ..models.base import Base
 from .callbacks import NO_CALLBACKS, Callbacks, StepReport, StopAndKeep
@@ -17,7 +18,7 @@ from .encode import LatentCache
 from .identity import run_identity
 from .likeness import LikenessPoint
 from .memory_prediction import choose_plan
-from .methods import what_is_left_out
+from .methods import METHODS, what_is_left_out
 from .methods.method import Trained
 from .samples import Samples
 from .state_file import StateFile
@@ -63,7 +64,7 @@ def train_lora(
     with _on_its_own(device, config), explained_memory_error("batch_size 1 or a lower resolution"):
         plan = choose_plan(cache, base, config, device, dtype, callbacks.on_warning, training_adapter)
         run = Run(cache, base, config, device, continue_from, callbacks.check_cancelled, plan, training_adapter)
-        for limit in _limits_of(run):
+        for limit in _limits_of(run, base):
             callbacks.on_warning(limit)
         known_by = {METADATA_KEY: training_adapter.digest} if training_adapter else {}
         checkpoints = Checkpoints(run, cache, base, samples, callbacks, {**known_by, **(extra_metadata or {})})
@@ -114,7 +115,7 @@ def _on_its_own(device: torch.device, config: TrainConfig) -> Iterator[None]:
         yield
 
 
-def _limits_of(run: Run) -> Iterator[str]:
+def _limits_of(run: Run, base: Base) -> Iterator[str]:
     """What the run will not do of what its settings ask for, in sentences."""
     if run.why_not_compiled:
         yield f"compile: not possible here ({run.why_not_compiled}); the training goes on without"
@@ -125,6 +126,10 @@ def _limits_of(run: Run) -> Iterator[str]:
         )
     if without := what_is_left_out(run.denoiser, run.family, run.config):
         yield without
+    if METHODS[run.config.method].makes == "lora":
+        file = run.adapter.export(run.adapter.parameters(), base, {})
+        assert isinstance(file, LoraFile)
+        yield from reading_limits(file)
 
 
 def _report(run: Run, first_step: int, started: float, likeness: LikenessPoint | None) -> StepReport:

@@ -14,7 +14,7 @@ import torch
 from core.cli import main
 from core.errors import BadConfig, UnmatchedKeys
 from core.lora import LoraFile
-from core.lora.convert import convert_for, convert_lora
+from core.lora.convert import convert_for, convert_lora, reading_limits
 from core.lora.modules import LoraModule
 from core.lora.readers import READERS, not_loaded_by, read_by
 from tests.tensor_names.test_keys import KOHYA_LISTS, kohya_names
@@ -219,3 +219,16 @@ def test_one_module_outside_the_blocks_spoils_a_file_of_flux1_for_sd_next():
     more = {f"{outside}.lora_down.weight": torch.ones(2, 64), f"{outside}.lora_up.weight": torch.ones(3072, 2)}
     assert read_by("SD.Next", LoraFile.from_tensors(tensors, {})).verdict == "loads"
     assert read_by("SD.Next", LoraFile.from_tensors(tensors | more, {})).verdict == "not at all"
+
+
+@pytest.mark.parametrize(
+    ("family", "limits"),
+    [
+        ("sdxl", []),
+        ("sd3", ["InvokeAI does not load the LoRA that this training run makes, in any naming"]),
+        ("flux1", ["InvokeAI does not load the LoRA that this training run makes, unless you convert it for InvokeAI"]),
+    ],
+)
+def test_the_programs_that_cannot_load_a_lora_are_named_and_whether_a_conversion_helps(family, limits):
+    loras = reader_tables.loras_of(family)
+    assert reading_limits(next(lora for lora in loras.values() if lora.scheme == lora.table.scheme)) == limits

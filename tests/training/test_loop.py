@@ -663,3 +663,11 @@ def test_a_training_is_deterministic_where_that_is_wanted(bases, caches):
         config = TrainConfig(rank=4, steps=1, precision="fp32", deterministic=wanted)
         train_lora(caches["sd15"], bases["sd15"], config, device=CPU, callbacks=Callbacks(on_step=see))
     assert found == [True, False]
+
+
+def test_before_the_first_step_the_programs_that_cannot_load_the_result_are_named(bases, caches, monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr("core.training.loop.reading_limits", lambda lora: [f"{len(lora.entries)} modules"])
+    callbacks = Callbacks(on_warning=told.append, on_step=lambda report: told.append("step"))
+    lora = train_lora(caches["sd15"], bases["sd15"], TrainConfig(steps=1, rank=2), callbacks=callbacks)
+    assert told.index(f"{len(lora.entries)} modules") < told.index("step")
