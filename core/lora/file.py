@@ -10,13 +10,21 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import LoraMisfit, UnknownFamily, UnmatchedKeys, counted
-from ..storage.safetensors_file import Layout, SafetensorsFile, cast_tensor, layout_in, layout_of, write_safetensors
+from ..storage.safetensors_file import (
+    Layout,
+    SafetensorsFile,
+    cast_tensor,
+    layout_in,
+    layout_of,
+    read_safetensors,
+    write_safetensors,
+)
 from ..tensor_names import NAME_TABLES, ModuleId, NameTable, bundled_name
 from .changes import bias_change, weight_change
 from .hashes import LegacyHash, model_hash
@@ -58,6 +66,14 @@ class LoraFile(LoraNames):
         if family not in (None, lora.family):
             raise UnknownFamily(f"{lora.name}: is for {lora.family}, not for {family}")
         return lora
+
+    @classmethod
+    def from_bytes(cls, data: bytes, name: str = "LoRA") -> "LoraFile":
+        """A LoRA from the bytes of a file, such as an upload. Its family is detected.
+
+        Raises BadFile when they are not those of a safetensors file, and what `from_tensors` raises.
+        """
+        return cls.from_tensors(*read_safetensors(data, name), name)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str = "LoRA") -> "LoraFile":
@@ -257,11 +273,11 @@ class LoraFile(LoraNames):
 
     def save(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | BinaryIO,
         dtype: torch.dtype = torch.float16,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """Writes the file, whole or not at all, with its hashes in the metadata.
+        """Writes the file, whole or not at all, with its hashes in the metadata. `path` may also be a stream such as a BytesIO.
 
         One tensor is written after another: neither those that are read from a file nor computed ones are together in
         memory. `dtype` is for floating-point tensors; `on_progress(done, total)` counts tensors. Raises BadFile when the

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -170,6 +171,15 @@ class ComputedTensors(Mapping[str, Tensor]):
         return len(self.layout)
 
 
+def read_safetensors(data: bytes, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata in the bytes of a safetensors file. Raises BadFile, naming it by `name`."""
+    try:
+        tensors = safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise BadFile(f"{name}: not the bytes of a safetensors file ({error})") from None
+    return tensors, json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]]).get("__metadata__", {})
+
+
 def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
     """The dtype and shape of each tensor by name. Tensors in a file are not read for it, nor are others computed again."""
     if isinstance(tensors, (SafetensorsFile, ComputedTensors)):
@@ -261,7 +271,7 @@ class Digest(Protocol):
 
 
 def write_safetensors(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | BinaryIO,
     layout: Layout,
     read: Callable[[str], Tensor],
     metadata: Mapping[str, str] | None = None,
@@ -269,6 +279,8 @@ def write_safetensors(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Writes a safetensors file, whole or not at all, from tensors that `read` gives one by one by their names.
+
+    `path` may also be a stream that can seek, such as a BytesIO.
 
     The tensors are never together in memory; each must have the dtype and shape that `layout` states. `digests` are hashes
     by their keys in the metadata: they are fed the bytes of the tensors as they are stored, and written into the metadata.
@@ -298,7 +310,10 @@ def write_safetensors(
             file.seek(0)
             file.write(header())
 
-    write_file(path, write)
+    if isinstance(path, str | os.PathLike):
+        write_file(path, write)
+    else:
+        write(path)
 
 
 def copy_with_metadata(file: SafetensorsFile, path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:

@@ -1,4 +1,5 @@
 import hashlib
+import io
 import json
 import time
 
@@ -392,3 +393,16 @@ def test_a_wrong_width_is_a_misfit():
     path = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
     result = fit(lora, "sd15", {("denoiser", path): (640, 768)})
     assert result.left_over == {name: "shape [1280, 768] does not fit [[640, 768]]"}
+
+
+def test_a_lora_goes_through_memory_as_it_goes_through_a_file(tmp_path):
+    lora = LoraFile.from_tensors(kohya_tensors(some("sd15")), {"ss_tag_frequency": "{}"})
+    lora.save(tmp_path / "face.safetensors")
+    stream = io.BytesIO()
+    lora.save(stream)
+    assert stream.getvalue() == (tmp_path / "face.safetensors").read_bytes()
+    back = LoraFile.from_bytes(stream.getvalue())
+    assert back.metadata == LoraFile.read(tmp_path / "face.safetensors").metadata
+    assert back.tensors.keys() == lora.tensors.keys()
+    with pytest.raises(BadFile, match="upload: not the bytes of a safetensors file"):
+        LoraFile.from_bytes(b"PK\x03\x04" * 9, "upload")
