@@ -50,7 +50,7 @@ def checked_outputs(parser: argparse.ArgumentParser, options: argparse.Namespace
     given = {name: value for name, value in vars(options).items() if name in kinds and value is not None}
     outputs = {name: path for name, path in given.items() if kinds[name].type in (output_file, output_folder)}
     inputs = [value for name, value in given.items() if name not in outputs]
-    edited = [path for name, path in given.items() if kinds[name].type is edited_file and path.is_file()]
+    edited = [path for name, path in given.items() if kinds[name].type is edited_file and os.path.isfile(path)]
     with ExitStack() as held:
         for name, path in {} if getattr(options, "dry_run", False) else outputs.items():
             if kinds[name].type is output_folder:

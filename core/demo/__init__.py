@@ -130,13 +130,15 @@ def run(
     """The report of a training on eight photos of a person, with lora.safetensors and a contact sheet in `output`.
 
     `person` is one of UNSEEN_PEOPLE. The report is written to `output`/report.json, the sheet to `output`/contact_sheet.png.
-    Raises BadConfig for another person, BadFile without the base model, MissingPackage when the photos or the face networks
+    Raises BadConfig for another person, BadFile without the base model or for a file of these names that is not a demo's,
+    MissingPackage when the photos or the face networks
     are not installed.
     """
     if person not in UNSEEN_PEOPLE:
         raise BadConfig(f"person {person}: the base has seen people 1 to 34; choose one from 35 to 40")
     config = config or CONFIG
     make_folder(output)
+    _check_files(output)
     faces = load_faces()
     photos = person_photos(person)
     training, held_out = photos[:-HELD_OUT], photos[-HELD_OUT:]
@@ -196,6 +198,20 @@ def run(
     contact_sheet(rows, labels=labels, title=title).save(output / "contact_sheet.png")
     write_text(output / "report.json", json.dumps(asdict(report), indent=1) + "\n")
     return report
+
+
+def _check_files(output: Path) -> None:
+    """Raises BadFile for a file in the folder that the demo would replace and has not made."""
+    lora, report, sheet = (output / name for name in ("lora.safetensors", "report.json", "contact_sheet.png"))
+    foreign = []
+    if lora.exists() and LoraFile.read(lora).metadata.get("ss_sd_model_name") != BASE_FILE.name:
+        foreign.append(lora)
+    if report.exists() and "class_likeness_before" not in report.read_text("utf-8", "replace"):
+        foreign.append(report)
+    if sheet.exists() and not report.exists():
+        foreign.append(sheet)
+    if foreign:
+        raise BadFile(f"{foreign[0]}: was not made by the demo, which would replace it; choose another output")
 
 
 class Judge:

@@ -47,6 +47,7 @@ def run(
     `on_phase` with ("people", done, all) and ("at work", workers, all).
     """
     make_folder(output)
+    read_report(output)  # raises for a file of that name which is not a report
     output = output.absolute()  # a report tells whole paths in a reason from other words, and leaves out the folders
     people = [replace(person, photos=person.photos.absolute()) for person in people]
     results: list[Result] = []

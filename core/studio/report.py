@@ -19,12 +19,19 @@ from .result import NONE_ALIKE, STATUSES, Result, result_of
 
 
 def read_report(output: Path) -> list[Result]:
-    """The results in the report of the studio's output; none where there is no report. Raises BadFile when it is damaged."""
+    """The results in the report of the studio's output; none where there is no report.
+
+    Raises BadFile when it is damaged or is another program's, or when only another program's page has its name.
+    """
     report = output / REPORT
+    if not report.exists() and (output / PAGE).exists():
+        raise BadFile(f"{output / PAGE}: is not the studio's page; move it, or choose another output")
     try:
         return [result_of(one) for one in read_json(report)["people"]] if report.exists() else []
     except (TypeError, KeyError):
-        raise BadFile(f"{report}: is damaged; delete it, and the next run of the studio writes it anew") from None
+        raise BadFile(
+            f"{report}: is not the studio's report, or is damaged; move it, and the next run writes one"
+        ) from None
 
 
 def write_report(output: Path, results: Sequence[Result]) -> None:

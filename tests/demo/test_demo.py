@@ -10,6 +10,7 @@ from PIL import Image
 from core import LoraFile, load_base, recipe_config
 from core.cli import main
 from core.demo import BASE_FILE, CONFIG
+from tests.lora.test_file import kohya_tensors, some
 from tools.pretrain_demo_base import RECIPES
 
 
@@ -37,6 +38,19 @@ def test_the_demo_takes_fewer_steps_than_its_own_warm_up(tmp_path: Path, monkeyp
     for steps in ("1", "40"):
         assert main(["demo", "--output", str(tmp_path), "--steps", steps]) == 0
     assert [(config.steps, config.warmup_steps) for config in configs] == [(1, 0), (40, CONFIG.warmup_steps)]
+
+
+@pytest.mark.parametrize("name", ["lora.safetensors", "report.json", "contact_sheet.png"])
+def test_the_demo_replaces_no_file_that_it_has_not_made(tmp_path, capsys, name):
+    if name == "lora.safetensors":
+        lora = LoraFile.from_tensors(kohya_tensors(some("sd15")), {"ss_sd_model_name": "mine.safetensors"})
+        lora.save(tmp_path / name)
+    else:
+        (tmp_path / name).write_text("mine")
+    before = (tmp_path / name).read_bytes()
+    assert main(["demo", "--output", str(tmp_path), "--steps", "1"]) == 1
+    assert f"{name}: was not made by the demo" in capsys.readouterr().err
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
 
 
 @pytest.mark.slow

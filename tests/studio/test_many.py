@@ -145,7 +145,7 @@ def test_a_report_with_markup_for_a_status_is_damaged(tmp_path, base, terms, peo
     report.write_text(report.read_text().replace('"status": "failed"', '"status": "<script>1</script>"'))
     (tmp_path / "ben").mkdir()
     (tmp_path / "ben" / "studio.json").touch()
-    with pytest.raises(BadFile, match="is damaged"):
+    with pytest.raises(BadFile, match="is not the studio's report, or is damaged"):
         forget("ben", tmp_path)
     assert "<script>" not in (tmp_path / "report.html").read_text()
 
@@ -370,3 +370,13 @@ def test_a_person_whom_another_run_is_making_is_left_alone(tmp_path, base, terms
         with pytest.raises(InUse):
             forget("anna", output)
     assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize(("name", "text"), [("report.json", '{"mine": 1}'), ("report.html", "<p>mine</p>")])
+def test_another_programs_report_is_not_replaced(tmp_path, base, terms, people, name, text):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / name).write_text(text)
+    with pytest.raises(BadFile, match=f"{name}: is not the studio's"):
+        list(run([replace(people[0], agreed=False)], base, output, terms))
+    assert files(output) == {name} and (output / name).read_text() == text
