@@ -19,13 +19,18 @@ from ...core.lora.convert import convert_lora
 from ...core.lora.file import LoraFile
 from ...core.lora.inspect import inspect_lora
 from ...core.lora.report import format_inspection
+from ...core.lora.sidecars import write_sidecars
 from ...core.pictures.gallery import SAME_PERSON, SOMEONE_ELSE
 from ...core.pictures.sheet import contact_sheet
 from ...core.storage.files import write_file
+from ...core.tensor_names import SCHEMES
 from ...core.training.store import drawn_sample
 from .convert import FacePhotos, LoraModel, image_tensor, lora_file, lora_model, photos_of, pictures
 from .folders import lora_path, says_no_server_paths, without_server_paths
 from .plot import score_plot
+
+AUTOMATIC = "automatic"
+"""The choice of the naming scheme that LoRAs of the family are written in by default."""
 
 
 class SaveLora(io.ComfyNode):
@@ -35,8 +40,7 @@ class SaveLora(io.ComfyNode):
             node_id="FaceLoRASave",
             display_name="Save Face LoRA",
             category="FaceLoRA",
-            description="Writes a LoRA with its metadata and hashes into ComfyUI's output/loras folder, in the naming "
-            "scheme that its readers want.",
+            description="Writes a LoRA with its metadata and hashes into ComfyUI's output/loras folder.",
             search_aliases=["export lora", "convert lora"],
             is_output_node=True,
             inputs=[
@@ -46,9 +50,9 @@ class SaveLora(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "scheme",
-                    options=["kohya", "diffusers", "comfy"],
-                    tooltip="kohya: what most programs load for SD1.5, SDXL and FLUX.1; diffusers: for its pipelines; comfy: "
-                    "what most load for Z-Image and other later models.",
+                    options=[AUTOMATIC, *SCHEMES],
+                    tooltip="The names of the tensors in the file. automatic: those that most programs load for this base "
+                    "model. kohya, diffusers, comfy: for a program that needs them.",
                 ),
                 io.Combo.Input(
                     "precision", options=list(PRECISIONS), tooltip="fp16 is what is usually shared.", advanced=True
@@ -60,15 +64,23 @@ class SaveLora(io.ComfyNode):
                     tooltip="Also write the last sample of the training beside it, as NAME.preview.png, which LoRA managers "
                     "show. It is a picture of the person: only where they agree.",
                 ),
+                io.Boolean.Input(
+                    "sidecars",
+                    default=False,
+                    optional=True,
+                    tooltip="Also write the files in which A1111, Forge, InvokeAI, LoRA Manager and Stability Matrix look for "
+                    "the trigger word and the description. With preview, also NAME.png.",
+                    advanced=True,
+                ),
             ],
             outputs=[io.String.Output(display_name="lora_name", tooltip="Its name in loaders' lists.")],
         )
 
     @classmethod
     @says_no_server_paths
-    def execute(cls, lora, name, scheme, precision, preview=False) -> io.NodeOutput:
-        prefix = f"loras/{lora_path(name)}"
-        converted, _ = convert_lora(lora_file(lora), scheme)
+    def execute(cls, lora, name, scheme, precision, preview=False, sidecars=False) -> io.NodeOutput:
+        prefix, file = f"loras/{lora_path(name)}", lora_file(lora)
+        converted, _ = convert_lora(file, file.table.scheme if scheme == AUTOMATIC else scheme)
         folder, stem, counter, subfolder, _ = folder_paths.get_save_image_path(
             prefix, folder_paths.get_output_directory()
         )
@@ -77,7 +89,11 @@ class SaveLora(io.ComfyNode):
         relative = str(Path(subfolder).relative_to("loras") / path.name)
         text = f"written: output/loras/{relative}"
         if preview:
-            text += f"\n{_write_preview(lora_file(lora), path)}"
+            text += f"\n{_write_preview(file, path)}"
+        if sidecars:
+            picture = path.with_suffix(".preview.png")
+            written = write_sidecars(path, picture if picture.exists() else None)
+            text += f"\nsidecars: {', '.join(one.name for one in written)}"
         return io.NodeOutput(relative, ui=ui.PreviewText(text))
 
 

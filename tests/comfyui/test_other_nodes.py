@@ -273,9 +273,16 @@ def test_pictures_of_the_person_score_above_those_of_someone_else(server):
 
 def test_a_lora_is_saved_in_another_scheme_with_a_picture_and_inspected(server):
     save = {"lora": ["train", 0], "name": "by_facelora", "scheme": "comfy", "precision": "bf16", "preview": True}
-    graph = training(name="saved", samples=1, training_seed=11) | {"save": node("FaceLoRASave", **save)}
+    told = {"lora": ["train", 0], "name": "as_usual", "scheme": "automatic", "precision": "fp16", "sidecars": True}
+    graph = training(name="saved", samples=1, training_seed=11)
+    graph |= {"save": node("FaceLoRASave", **save), "told": node("FaceLoRASave", **told)}
     result = server.run(graph)
     assert result.status == "success", result.error
+    beside = {path.name.partition(".")[2] for path in (server.folder / "output" / "loras").glob("as_usual*")}
+    assert beside == {"safetensors", "json", "metadata.json", "cm-info.json"}, "and no picture: nobody was asked"
+    (usual,) = (server.folder / "output" / "loras").glob("as_usual*.safetensors")
+    assert LoraFile.read(usual).scheme == "kohya", "SD1.5's"
+    assert json.loads(usual.with_suffix(".json").read_text())["activation text"] == "sks person"
     (file,) = (server.folder / "output" / "loras").glob("by_facelora*.safetensors")
     lora = LoraFile.read(file)
     assert lora.scheme == "comfy"
