@@ -1,15 +1,16 @@
 """The files beside a LoRA in which other programs look for its words and its picture. docs/formats.md says who reads which."""
 
+import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..errors import BadFile
-from ..storage.files import write_file, write_text
+from ..storage.files import read_json, write_file, write_text
 from ..tensor_names import NAME_TABLES
 from .hashes import chunks, file_hashes
 from .metadata import opened_picture
@@ -29,7 +30,9 @@ def write_sidecars(
     *,
     on_progress: OnProgress = silent,
 ) -> list[Path]:
-    """The files written beside a LoRA, with what its metadata say of it. A file that is there already is left as it is.
+    """Write the files beside a LoRA in which other programs look for what its metadata say, and return their paths.
+
+    A file that is there already stays, unless it is one of these for an older LoRA of that name and nobody has edited it.
 
     `picture` shows the person, so there is none unless it is given. It is written as PNG with sides of at most PICTURE_SIDE
     pixels, without its metadata. Raises BadFile when a file cannot be read or written, UnknownFamily when it is not a LoRA.
@@ -39,22 +42,37 @@ def write_sidecars(
         raise BadFile(f"{path}: other programs find what is beside a LoRA by its name, which must end in .safetensors")
     lora = LoraHeader.read(path)
     hashes = file_hashes(path, steps(on_progress, chunks(path)))
-    made: dict[str, Callable[[Path], None]] = {
-        suffix: partial(_write_json, values=values) for suffix, values in _texts(lora, path, hashes).items()
-    }
+    written = []
+    for suffix, values in _texts(lora, path, hashes).items():
+        beside, marked = path.with_suffix(suffix), values | {_MARK: _digest(values)}
+        if not os.path.lexists(beside) or ((before := _unedited(beside)) and before != marked):
+            write_text(beside, json.dumps(marked, indent=2, ensure_ascii=False) + "\n")
+            written.append(beside)
     if picture is not None:
         image = opened_picture(picture, PICTURE_SIDE)
-        made |= {suffix: lambda to: write_file(to, partial(image.save, format="PNG")) for suffix in _PICTURES}
-    written = []
-    for suffix, write in made.items():
-        if not os.path.lexists(beside := path.with_suffix(suffix)):
-            write(beside)
-            written.append(beside)
+        for beside in map(path.with_suffix, _PICTURES):
+            if not os.path.lexists(beside):
+                write_file(beside, partial(image.save, format="PNG"))
+                written.append(beside)
     return written
 
 
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+_MARK = "facelora"
+"""The key of the digest of all other values, which tells an unedited file of ours from one that holds somebody's work."""
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _unedited(path: Path) -> dict[str, Any] | None:
+    """The values in a file as `write_sidecars` has written it; None for any other file."""
+    try:
+        values = read_json(path)
+    except BadFile:
+        return None
+    others = {key: value for key, value in values.items() if key != _MARK} if isinstance(values, dict) else {}
+    return values if others and values.get(_MARK) == _digest(others) else None
 
 
 def _texts(lora: LoraHeader, path: Path, hashes: Mapping[str, str]) -> dict[str, dict[str, Any]]:

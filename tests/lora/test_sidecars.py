@@ -200,3 +200,16 @@ def test_headshots_and_a_studio_write_them_too_and_forgetting_a_person_takes_the
         assert all(lora.with_suffix(f".{suffix}").exists() for suffix in SUFFIXES)
     assert main(["forget", "anna", "--output", str(tmp_path / "studio")]) == 0
     assert not list((tmp_path / "studio").rglob("anna*"))
+
+
+def test_after_another_training_the_words_are_new_but_what_somebody_edited_stays(lora):
+    write_sidecars(lora)
+    edited = lora.with_suffix(".json")
+    edited.write_text(edited.read_text().replace("Best at 0.9.", "Best at 0.7."))
+    before = edited.read_bytes()
+    edit_metadata(lora, trigger_phrase="ohwx person")
+    assert {path.name for path in write_sidecars(lora)} == {"face.metadata.json", "face.cm-info.json"}
+    manager = json.loads(lora.with_suffix(".metadata.json").read_text())
+    assert manager["civitai"]["trainedWords"] == ["ohwx person"] and manager["sha256"] == file_hashes(lora)["sha256"]
+    assert edited.read_bytes() == before
+    assert write_sidecars(lora) == []
