@@ -293,6 +293,11 @@ def test_a_lora_is_saved_in_another_scheme_with_a_picture_and_inspected(server):
     assert server.read(f"/facelora/lora?name={file.name}").decode() == inspect.outputs["inspect"]["text"][0]
     with Image.open(file.with_suffix(".preview.png")) as picture:
         assert picture.info == {} and min(picture.size) >= 32
+        size = picture.size
+    listed = next(one for one in json.loads(server.read("/experiment/models/loras")) if one["name"] == file.name)
+    shown = server.read(f"/experiment/models/preview/loras/{listed['pathIndex']}/{file.name}")
+    with Image.open(BytesIO(shown)) as picture:
+        assert picture.size == size, "what ComfyUI's own list of models shows"
     assert result.outputs["save"]["text"] == [f"written: output/loras/{file.name}\npreview: {file.stem}.preview.png"]
 
 
