@@ -14,7 +14,7 @@ from torch import Tensor
 import core.pictures.group as group_module
 from core import Job, LoraFile, LoraModule, load_base
 from core.models.base import Base
-from core.pictures import Group, Mask, Person, generate_group, publish
+from core.pictures import Group, GroupMember, Mask, generate_group, publish
 from core.tensor_names import NAME_TABLES
 from tests.tooling import mostly_slow
 
@@ -54,20 +54,20 @@ OF_FLOWS = {"flux1": "transformer_blocks.0.attn.to_v", "flux2": "transformer_blo
 """A module of the denoiser of some flow families."""
 
 
-def couple(folder: Path, family: str, *modules: tuple[str, str]) -> tuple[Person, Person]:
+def couple(folder: Path, family: str, *modules: tuple[str, str]) -> tuple[GroupMember, GroupMember]:
     """Anna and Ben, with LoRAs of these modules."""
     words = ("sks woman", "ohwx man")
     files = [lora(folder, family, f"{family}-{phrase[:3]}.safetensors", phrase, *modules) for phrase in words]
-    return Person("anna", files[0], words[0]), Person("ben", files[1], words[1], 0.7)
+    return GroupMember("anna", files[0], words[0]), GroupMember("ben", files[1], words[1], 0.7)
 
 
 @pytest.fixture(scope="module")
-def people(server) -> dict[str, tuple[Person, Person]]:
+def people(server) -> dict[str, tuple[GroupMember, GroupMember]]:
     """Family -> Anna and Ben."""
     return {family: couple(server.folder, family, ATTENTION, WORDS) for family in ("sd15", "sdxl")}
 
 
-def one(person: Person, region: str = "", **inputs: Any) -> Node:
+def one(person: GroupMember, region: str = "", **inputs: Any) -> Node:
     return node(
         "FaceLoRAPerson", lora_name=Path(person.lora.name).name, name=person.name, strength=person.strength, phrase="",
         region=region, **inputs,
@@ -174,7 +174,7 @@ def test_on_a_flow_family_each_lora_stays_in_its_region_and_one_alone_is_that_of
     multiple = 16 if family == "flux2" else 8
     size = (16 * multiple, 8 * multiple)
 
-    def latents(*people: Person, name: str) -> Tensor:
+    def latents(*people: GroupMember, name: str) -> Tensor:
         graph = drawn({person.name: one(person) for person in people}, *links, size=size, steps=1,
                       prompt=" and ".join(f"{{{person.name}}}" for person in people))  # fmt: skip
         return latents_of(server, loaders(family) | graph, name)

@@ -2,6 +2,7 @@
 
 import os
 from random import Random
+from unittest.mock import patch
 
 import torch
 from PIL import Image
@@ -123,7 +124,9 @@ def odd_size(desk: Desk, draw: Random) -> None:
     mode, ending = draw.choice(
         (("RGB", "png"), ("RGBA", "png"), ("I;16", "png"), ("L", "jpg"), ("CMYK", "jpg"), ("1", "tif"))
     )
-    Image.new(mode, (width, height)).save(folder / f"1.{ending}")
+    # Pillow's own buffer for a JPEG is too small for some of the widest, so the file is written with a larger one.
+    with patch("PIL.ImageFile.MAXBLOCK", 1 << 20):
+        Image.new(mode, (width, height)).save(folder / f"1.{ending}")
     for photo in read_photos(desk.room, on_warning=lambda warning: None):
         photo.image(shorter_side=draw.choice((None, 100)))
         photo.mask()

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from core.bench.compare import Result, known_results, plot_results, write_results
+from core.bench.compare import MethodResult, known_results, plot_results, write_results
 from core.cli.settings import read_toml
 from core.config import config_from
 from core.demo import BASE_FILE
@@ -307,7 +307,7 @@ def panel(desk: Desk, draw: Random) -> None:
 def reports(desk: Desk, draw: Random) -> None:
     """What a comparison has measured before is damaged: it is measured again, or shown."""
     identity = {"settings": "{}", "base": "0"}
-    result = Result("anna", "lora", 1e-4, 10, 0.5, 1.0, 1000, 0.9, 0.1, 2.0, 10**9)
+    result = MethodResult("anna", "lora", 1e-4, 10, 0.5, 1.0, 1000, 0.9, 0.1, 2.0, 10**9)
     path = desk.room / "anna.json"
     write_results(path, identity, [result, replace(result, method="base")])
     path.write_bytes(damaged_json(path.read_bytes(), draw))

@@ -670,4 +670,5 @@ def test_before_the_first_step_the_programs_that_cannot_load_the_result_are_name
     monkeypatch.setattr("core.training.loop.reading_limits", lambda lora: [f"{len(lora.entries)} modules"])
     callbacks = Callbacks(on_warning=told.append, on_step=lambda report: told.append("step"))
     lora = train_lora(caches["sd15"], bases["sd15"], TrainConfig(steps=1, rank=2), callbacks=callbacks)
+    assert isinstance(lora, LoraFile)
     assert told.index(f"{len(lora.entries)} modules") < told.index("step")
