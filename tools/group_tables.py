@@ -26,7 +26,7 @@ from core.lora.file import LoraFile
 from core.models import Base, load_base
 from core.pictures.face_pass import FacePass
 from core.pictures.generate import GenerateConfig, Job, generate
-from core.pictures.group import Group, Person, generate_group
+from core.pictures.group import Group, GroupMember, generate_group
 from core.pictures.group_faces import GroupReference, redraw_faces
 from core.storage.files import write_text
 from tools.photo_tables import replace_table, table
@@ -93,7 +93,7 @@ def open_pair(numbers: tuple[int, int], work: Path, network: FaceNetwork) -> Pai
             ]
             if code := facelora([*command, "--resume"]):
                 raise SystemExit(f"facelora ended with {code}")
-        people.append(Person(name, LoraFile.read(path), f"{trigger} person"))
+        people.append(GroupMember(name, LoraFile.read(path), f"{trigger} person"))
     group = Group(tuple(people))
     return Pair(numbers, group, *(GroupReference(group, photos, network) for photos in (given, kept_back)))
 

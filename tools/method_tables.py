@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from core.bench.compare import REPORT, Result, summary_rows
+from core.bench.compare import REPORT, MethodResult, summary_rows
 from tools.photo_tables import replace_table, table
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "methods.md"
@@ -14,7 +14,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, metavar="DIR")
     reports = sorted(path for path in parser.parse_args().folder.glob("*.json") if path.name != REPORT)
-    results = [Result(**one) for path in reports for one in json.loads(path.read_text("utf-8"))["results"]]
+    results = [MethodResult(**one) for path in reports for one in json.loads(path.read_text("utf-8"))["results"]]
     header, *rows = summary_rows(results)
     DOCUMENT.write_text(replace_table(DOCUMENT.read_text("utf-8"), "methods", table(header, rows)), "utf-8")
 

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from .compare import REPORT as REPORT
     from .compare import SETTINGS as SETTINGS
     from .compare import Comparison as Comparison
-    from .compare import Result as Result
+    from .compare import MethodResult as MethodResult
     from .compare import summary_rows as summary_rows
     from .doctor import examine as examine
     from .doctor import format_doctor as format_doctor
@@ -22,7 +22,7 @@ else:
     __getattr__, __dir__, __all__ = lazy_names(
         __name__,
         {
-            ".compare": ("Comparison", "REPORT", "Result", "SETTINGS", "summary_rows"),
+            ".compare": ("Comparison", "REPORT", "MethodResult", "SETTINGS", "summary_rows"),
             ".doctor": ("examine", "format_doctor"),
             ".report": ("append_report", "format_report", "run"),
             ".shapes": ("REAL_CHANNELS", "SHAPES", "denoiser_config"),

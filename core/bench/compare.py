@@ -50,7 +50,7 @@ DRAWS = 8
 
 
 @dataclass(frozen=True)
-class Result:
+class MethodResult:
     """The measurements of one method on one person, or of the base model itself as the method "base"."""
 
     person: str
@@ -132,8 +132,8 @@ def compare(
     *,
     device: torch.device | None = None,
     on_phase: Callable[[str, int, int], None] | None = None,
-) -> list[Result]:
-    """A Result for each person and each method, the base model included.
+) -> list[MethodResult]:
+    """A MethodResult for each person and each method, the base model included.
 
     Results that `output` has from the same comparison are not made again. It gets compare.json and compare.png, a report for
     each person, and for each method its files and a row of pictures.
@@ -146,7 +146,7 @@ def compare(
         identity = {**comparison.identity, "photos": content_key(*(photo.fingerprint for photo in photos))}
         found = {result.method: result for result in known_results(report, identity)}
         missing = [method for method in methods if method not in found]
-        judge = Judge(comparison, photos, faces, device) if missing else None
+        judge = MethodTrial(comparison, photos, faces, device) if missing else None
         for method in missing:
             assert judge
             found[method], pictures = judge.result(person, method, output)
@@ -166,31 +166,31 @@ def compare(
 REPORT = "compare.json"
 
 
-def write_results(path: Path, identity: Mapping[str, str], results: Sequence[Result]) -> None:
+def write_results(path: Path, identity: Mapping[str, str], results: Sequence[MethodResult]) -> None:
     """Writes the results with the identity of their comparison."""
     described = {**identity, "results": [asdict(result) for result in results]}
     write_text(path, json.dumps(described, indent=1) + "\n")
 
 
-def known_results(path: Path, identity: Mapping[str, str]) -> list[Result]:
+def known_results(path: Path, identity: Mapping[str, str]) -> list[MethodResult]:
     """The results in a file from a comparison with this identity; empty when there is no such file."""
     try:
         found = read_json(path)
         same = all(found[name] == value for name, value in identity.items())
-        results = [Result(**result) for result in found["results"]] if same else []
+        results = [MethodResult(**result) for result in found["results"]] if same else []
         return results if all(map(_is_sound, results)) else []
     except (BadFile, KeyError, TypeError, OverflowError):
         return []
 
 
-def _is_sound(result: Result) -> bool:
+def _is_sound(result: MethodResult) -> bool:
     """Whether a result that was read from a file holds texts and finite numbers where it should."""
     values = asdict(result)
     texts = [values.pop(name) for name in ("person", "method")]
     return all(isinstance(text, str) for text in texts) and all(map(math.isfinite, values.values()))
 
 
-class Judge:
+class MethodTrial:
     """Trains methods on one person, and measures them by held-out photos and by the base model."""
 
     def __init__(
@@ -221,11 +221,13 @@ class Judge:
         self._size = max(dataset.bucket_counts().items(), key=lambda bucket: bucket[1])[0]
         self._before = self._pictures(comparison.base, [])
 
-    def result(self, person: str, method: str, output: Path) -> tuple[Result, list[Image.Image]]:
+    def result(self, person: str, method: str, output: Path) -> tuple[MethodResult, list[Image.Image]]:
         """The result of a method, or of "base", and its pictures of the person."""
         if method == "base":
             measured = self._measured(self._before)
-            return Result(person, method, 0.0, 0, seconds=0.0, file_bytes=0, memory=0, **measured), self._before[0]
+            return MethodResult(person, method, 0.0, 0, seconds=0.0, file_bytes=0, memory=0, **measured), self._before[
+                0
+            ]
         base, config = self.comparison.base, self.comparison.config_of(method)
         path, marks = output / f"{person}-{method}.safetensors", []
         clock = time.process_time if self.device.type == "cpu" else time.monotonic
@@ -245,7 +247,7 @@ class Judge:
         trained = base if file else load_base(path)
         pictures = self._pictures(trained, [(file, 1.0)] if file else [])
         return (
-            Result(
+            MethodResult(
                 person, method, peak_rate(config), len(marks), seconds=round(seconds, 1),
                 file_bytes=path.stat().st_size, memory=max(0, (used or 0) - used_before), **self._measured(pictures),
             ),
@@ -318,7 +320,7 @@ class Judge:
 
 # --- what is shown ---
 
-_COLUMNS: dict[str, tuple[str, Callable[[Result], float], str]] = {
+_COLUMNS: dict[str, tuple[str, Callable[[MethodResult], float], str]] = {
     "likeness": ("to held-out photos", lambda r: r.likeness, "{:.2f}"),
     "time": ("seconds", lambda r: r.seconds, "{:.0f}"),
     "file": ("MB", lambda r: r.file_bytes / 1e6, "{:.3f}"),
@@ -330,7 +332,7 @@ _COLUMNS: dict[str, tuple[str, Callable[[Result], float], str]] = {
 """The unit, the value and the number format of each column, by its title."""
 
 
-def summary_rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
+def summary_rows(results: Sequence[MethodResult]) -> list[tuple[str, ...]]:
     """The header, and a row for each method with the mean and the standard deviation over the people."""
     rows: list[tuple[str, ...]] = [
         ("method", "people", *(f"{name} ({unit})" for name, (unit, _, _) in _COLUMNS.items()))
@@ -344,7 +346,7 @@ def summary_rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
     return rows
 
 
-def plot_results(results: Sequence[Result]) -> Image.Image:
+def plot_results(results: Sequence[MethodResult]) -> Image.Image:
     """A picture with a bar chart of the means for each column, and a dot for each person."""
     methods = list(dict.fromkeys(result.method for result in results))
     width, line, panel = 300, 24, 24 * (len(methods) + 2)

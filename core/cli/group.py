@@ -10,8 +10,8 @@ from ..errors import BadConfig
 from ..lora import LoraFile
 from ..photos import read_photo_files, read_photos
 from ..photos.reading import PHOTO_SUFFIXES
-from ..pictures import Group, Mask, Person
-from ..pictures.group import Place, read_box
+from ..pictures import Group, GroupMember, Mask
+from ..pictures.group import Area, read_box
 from .common import split_strength
 
 
@@ -47,7 +47,7 @@ def photos_from(
     return {name: (photo.image() for photo in photos) for name, photos in read.items()}
 
 
-def _place(name: str, text: str) -> Place:
+def _place(name: str, text: str) -> Area:
     """The region in the form LEFT,TOP,RIGHT,BOTTOM, or the mask in the file of that name."""
     if not text.lower().endswith(PHOTO_SUFFIXES):
         return read_box(name, text)
@@ -72,7 +72,7 @@ def _example(names: Sequence[str]) -> str:
     return " and ".join(f"{{{name}}}" for name in names) + " in an office"
 
 
-def _person(name: str, file: str) -> Person:
+def _person(name: str, file: str) -> GroupMember:
     path, strength = split_strength(file)
     lora = LoraFile.read(path)
     phrase = lora.metadata.get("modelspec.trigger_phrase")
@@ -81,4 +81,4 @@ def _person(name: str, file: str) -> Person:
             f"--person {name}: {Path(path).name} does not say its trigger words; "
             f"`facelora metadata {path} --trigger-phrase 'sks woman'` writes them into it"
         )
-    return Person(name, lora, phrase, strength)
+    return GroupMember(name, lora, phrase, strength)

@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -24,7 +23,7 @@ from ..photos import Photo
 from ..pictures.generate import GenerateConfig, Job, generate
 from ..pictures.sheet import contact_sheet
 from ..storage.files import make_folder, write_text
-from ..training.callbacks import NO_CALLBACKS, Callbacks, StepReport
+from ..training.callbacks import NO_CALLBACKS, Callbacks
 from ..training.job import train
 from ..training.likeness import picture_change
 from .people import SEEN_PEOPLE, UNSEEN_PEOPLE, person_photos
@@ -52,18 +51,6 @@ CONFIG = TrainConfig(
 )
 """The demo's training. Its rate is higher than a full-size model's: the base is 200 times smaller than SD1.5's UNet."""
 GUIDANCE = 2.5
-
-
-class Progress(Protocol):
-    """The callbacks by which the demo tells how far it is."""
-
-    def phase(self, name: str, done: int, total: int) -> None:
-        """Called as a phase goes on, with its name and how much of it is done."""
-        ...
-
-    def step(self, report: StepReport) -> None:
-        """Called after each step of the training, with a StepReport."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -125,7 +112,7 @@ def run(
     *,
     person: int = 35,
     config: TrainConfig | None = None,
-    progress: Progress | None = None,
+    callbacks: Callbacks = NO_CALLBACKS,
 ) -> DemoReport:
     """The report of a training on eight photos of a person, with lora.safetensors and a contact sheet in `output`.
 
@@ -151,7 +138,7 @@ def run(
         config,
         output=lora_path,
         restart=True,
-        callbacks=Callbacks(on_step=progress.step, on_phase=progress.phase) if progress else NO_CALLBACKS,
+        callbacks=callbacks,
     )
     training_seconds = time.monotonic() - started
     lora = LoraFile.read(lora_path)

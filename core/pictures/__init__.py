@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from .generate import Picture as Picture
     from .group import Box as Box
     from .group import Group as Group
+    from .group import GroupMember as GroupMember
     from .group import Mask as Mask
-    from .group import Person as Person
     from .group import generate_group as generate_group
     from .group import side_by_side as side_by_side
     from .group_batch import make_group_pictures as make_group_pictures
@@ -47,7 +47,7 @@ else:
             ".face_pass": ("FacePass",),
             ".gallery": ("SAME_PERSON", "SOMEONE_ELSE"),
             ".generate": ("GenerateConfig", "Job", "Picture"),
-            ".group": ("Box", "Group", "Mask", "Person", "generate_group", "side_by_side"),
+            ".group": ("Box", "Group", "Mask", "GroupMember", "generate_group", "side_by_side"),
             ".group_batch": ("make_group_pictures",),
             ".group_faces": ("GroupReference", "redraw_faces"),
             ".headshot": ("Headshot",),

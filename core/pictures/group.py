@@ -84,11 +84,11 @@ class Mask:
         return torch.frombuffer(bytearray(stretched.tobytes()), dtype=torch.uint8).view(size[1], size[0]) / 255
 
 
-Place = Box | Mask
+Area = Box | Mask
 
 
 @dataclass(frozen=True)
-class Person:
+class GroupMember:
     """Someone in a group: the LoRA, and the words by which it was taught the person."""
 
     name: str
@@ -126,8 +126,8 @@ class Group:
     layout with another number of regions, or with one that is empty or not inside the picture.
     """
 
-    people: tuple[Person, ...]
-    layout: tuple[Place, ...] = ()
+    people: tuple[GroupMember, ...]
+    layout: tuple[Area, ...] = ()
     """The region of each person; without any they are side by side, in the order of the people."""
 
     def __post_init__(self) -> None:
@@ -175,7 +175,7 @@ class Group:
         """The prompt with everyone's own words, as one would write it who adds the LoRAs up."""
         return self._filled(prompt, {person.name: person.phrase for person in self.people})
 
-    def words_of(self, person: Person, prompt: str) -> str:
+    def words_of(self, person: GroupMember, prompt: str) -> str:
         """The prompt for the person's region, where there is nobody else: of a list of names it keeps this one.
 
         "{anna} and {ben} in an office" becomes "sks woman in an office".
@@ -340,7 +340,7 @@ def group_parameters(
     return parameters_text(base, everyone, named, config, {"Regions": one_line("; ".join(places))})
 
 
-def _said(place: Place) -> str:
+def _said(place: Area) -> str:
     box, mask = (place.box, f" mask {place.digest}") if isinstance(place, Mask) else (place, "")
     return " ".join(f"{share:g}" for share in box) + mask
 

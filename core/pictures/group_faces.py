@@ -14,7 +14,7 @@ from ..models.base import Base
 from .face_pass import CutOut, FacePass, blend, cut_out, drawn_again, face_share
 from .gallery import SAME_PERSON, SOMEONE_ELSE
 from .generate import GenerateConfig, Job
-from .group import Group, Person
+from .group import Group, GroupMember
 
 TRIES = 3
 """How often at most a face is drawn again that is not alike yet."""
@@ -142,7 +142,7 @@ def redraw_faces(
     return {key: GroupFaces(images[key], before[key], least_alike(found[key]) or 0.0) for key in pictures}
 
 
-def _job_of(group: Group, person: Person, job: Job, attempt: int) -> Job:
+def _job_of(group: Group, person: GroupMember, job: Job, attempt: int) -> Job:
     """The job for a try with the person's face."""
     return replace(job, prompt=group.words_of(person, job.prompt), seed=(job.seed + attempt) % 2**64)
 

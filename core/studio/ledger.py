@@ -64,7 +64,7 @@ class Ledger:
 
 
 @dataclass(frozen=True)
-class Look:
+class LikenessPictures:
     """The pictures that are drawn to measure likeness once."""
 
     of_base: int
@@ -75,11 +75,11 @@ class Look:
     steps: int
 
 
-def look(base: Base, config: TrainConfig, photos: Size) -> Look:
+def look(base: Base, config: TrainConfig, photos: Size) -> LikenessPictures:
     """What a look at likeness takes in a training run on photos of that size."""
     of_person, of_class, of_nobody = pictures_at_a_look(config)
     of_base = of_class + of_nobody
-    return Look(of_base, of_person + of_base, sample_size(base, photos), sampling_steps(base, config))
+    return LikenessPictures(of_base, of_person + of_base, sample_size(base, photos), sampling_steps(base, config))
 
 
 @dataclass(frozen=True)

@@ -24,28 +24,27 @@ from torch import Tensor
 from ...core.errors import BadConfig, LoraMisfit
 from ...core.lora.words import trigger_words
 from ...core.models.families import FAMILIES
-from ...core.pictures.group import GROUP_NODE, MOST_PEOPLE, Group, Mask, Person, read_box
-from ...core.pictures.group import Place as Region
+from ...core.pictures.group import GROUP_NODE, MOST_PEOPLE, Area, Group, GroupMember, Mask, read_box
 from .apply import CONNECTED, chosen_lora, file_state, patch_clip
 from .convert import LoraModel, loadable, mask_picture, trained_family
 from .folders import prompt_phrase, says_no_server_paths
 from .weight_patches import load_patches
 
-GroupMember = io.Custom("FACELORA_PERSON")
+MemberType = io.Custom("FACELORA_PERSON")
 """The type of `Member` between Group Person and Group Portrait."""
 PLACE = "facelora_place"
-"""The key in an entry of a conditioning of its `Place`."""
+"""The key in an entry of a conditioning of its `Slot`."""
 
 
 @dataclass(frozen=True)
 class Member:
-    person: Person
-    region: Region | None
+    person: GroupMember
+    region: Area | None
     """None: beside the others."""
 
 
 @dataclass(frozen=True)
-class Place:
+class Slot:
     """Where an entry of a conditioning belongs in the picture."""
 
     group: Group
@@ -96,7 +95,7 @@ class GroupPerson(io.ComfyNode):
                     tooltip="In place of region: white where the person is, stretched over the picture; its grey fades.",
                 ),
             ],
-            outputs=[GroupMember.Output(display_name="person", tooltip="To an input of Group Portrait.")],
+            outputs=[MemberType.Output(display_name="person", tooltip="To an input of Group Portrait.")],
         )  # fmt: skip
 
     @classmethod
@@ -117,14 +116,14 @@ class GroupPerson(io.ComfyNode):
         place = read_box(name, region) if region.strip() else None
         if mask is not None:
             place = Mask(mask_picture(mask.reshape(-1, *mask.shape[-2:])[0]))
-        return io.NodeOutput(Member(Person(name.strip(), found, words, strength), place))
+        return io.NodeOutput(Member(GroupMember(name.strip(), found, words, strength), place))
 
 
 class GroupPortrait(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         people = io.Autogrow.TemplatePrefix(
-            GroupMember.Input("person", tooltip="Someone in the picture, from left to right."),
+            MemberType.Input("person", tooltip="Someone in the picture, from left to right."),
             prefix="person", min=1, max=MOST_PEOPLE,
         )  # fmt: skip
         return io.Schema(
@@ -189,7 +188,7 @@ class GroupPortrait(io.ComfyNode):
                 hook, own_clip = _worn(person, model, clip)
                 hooks.add(hook)
             # One group of hooks for both, so that KSampler changes the weights once a step.
-            values = {"hooks": hooks, PLACE: Place(group, number, multiple)}
+            values = {"hooks": hooks, PLACE: Slot(group, number, multiple)}
             for conditioning, text in zip(entries, (words, negative), strict=True):
                 encoded = own_clip.encode_from_tokens_scheduled(own_clip.tokenize(text))
                 conditioning += [[tensor, {**given, **values}] for tensor, given in encoded]
@@ -208,7 +207,7 @@ def _group(members: list[Member]) -> Group:
     return Group(people, tuple(placed))
 
 
-def _worn(person: Person, model: Any, clip: Any) -> tuple[Any, Any]:
+def _worn(person: GroupMember, model: Any, clip: Any) -> tuple[Any, Any]:
     """The hook by which the person's LoRA is on MODEL, and CLIP with it. Raises LoraMisfit as Apply LoRA does."""
     lora, entries = loadable(person.lora, model, clip)
     key_map = comfy.lora.model_lora_keys_unet(model.model, {})
@@ -235,7 +234,7 @@ def _begin_in_places(executor: Any, noise: Tensor, *rest: Any, **others: Any) ->
 
 def _in_place(entry: Mapping[str, Any], noise: Tensor) -> dict[str, Any] | None:
     """The entry with area and mask as ComfyUI reads them; None for a scene of which nothing is seen."""
-    place: Place = entry[PLACE]
+    place: Slot = entry[PLACE]
     height, width = noise.shape[-2:]
     multiple = 1 if width % place.multiple or height % place.multiple else place.multiple
     regions = place.group.regions((width, height), multiple)

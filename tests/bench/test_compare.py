@@ -8,7 +8,15 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from core.bench.compare import Comparison, Result, compare, known_results, plot_results, summary_rows, write_results
+from core.bench.compare import (
+    Comparison,
+    MethodResult,
+    compare,
+    known_results,
+    plot_results,
+    summary_rows,
+    write_results,
+)
 from core.cli import main
 from core.config import TrainConfig
 from core.demo import BASE_FILE
@@ -22,7 +30,7 @@ from core.training.methods import peak_rate
 CONFIG = TrainConfig(steps=2, batch_size=2, sample_steps=2, sample_guidance=2.5, learning_rate=1e-3, precision="fp32")
 
 
-def result(person: str, method: str, **changes) -> Result:
+def result(person: str, method: str, **changes) -> MethodResult:
     values = {
         "likeness": 0.5,
         "seconds": 10.0,
@@ -31,7 +39,7 @@ def result(person: str, method: str, **changes) -> Result:
         "leakage": 0.1,
         "drift": 3.0,
     }
-    return Result(person, method, 1e-3, 2, memory=10**8, **{**values, **changes})
+    return MethodResult(person, method, 1e-3, 2, memory=10**8, **{**values, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +91,7 @@ def test_results_that_are_no_numbers_are_measured_again(base, tmp_path, value):
 
 def test_results_of_other_photos_in_a_folder_of_the_same_name_are_not_taken_for_known(base, tmp_path, monkeypatch):
     judged = []
-    monkeypatch.setattr("core.bench.compare.Judge", lambda *_: judged.append(1) or Stub())
+    monkeypatch.setattr("core.bench.compare.MethodTrial", lambda *_: judged.append(1) or Stub())
     photos = [Photo.from_image(image, f"{index}.png") for index, image in enumerate(person_photos(35)[:6])]
     others = [*photos[:5], replace(photos[5], caption="sks person at the sea")]
     comparison, faces = Comparison(base, ("lora",), CONFIG), load_faces()
@@ -93,7 +101,7 @@ def test_results_of_other_photos_in_a_folder_of_the_same_name_are_not_taken_for_
 
 
 def test_progress_counts_the_methods_of_this_comparison_alone(base, tmp_path, monkeypatch):
-    monkeypatch.setattr("core.bench.compare.Judge", lambda *_: Stub())
+    monkeypatch.setattr("core.bench.compare.MethodTrial", lambda *_: Stub())
     photos = [Photo.from_image(image, f"{index}.png") for index, image in enumerate(person_photos(35)[:6])]
     seen, faces = [], load_faces()
     for methods in (("lora", "dora"), ("oft",)):

@@ -22,9 +22,9 @@ from core.models.families import FAMILIES
 from core.pictures import (
     FacePass,
     Group,
+    GroupMember,
     GroupReference,
     Mask,
-    Person,
     Subject,
     find_style_packs,
     generate_group,
@@ -58,7 +58,7 @@ def lora(seed: int, phrase: str = "") -> LoraFile:
     return LoraFile.from_tensors(tensors, metadata, name=f"{seed}.safetensors")
 
 
-ANNA, BEN = Person("anna", lora(1), "sks woman"), Person("ben", lora(2), "ohwx man")
+ANNA, BEN = GroupMember("anna", lora(1), "sks woman"), GroupMember("ben", lora(2), "ohwx man")
 COUPLE = Group((ANNA, BEN))
 JOB = Job(PROMPT, 3, size=(128, 80), steps=1, guidance=1.0)
 

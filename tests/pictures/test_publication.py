@@ -17,7 +17,7 @@ from core.cli import main
 from core.errors import BadConfig, BadFile, BadPhoto
 from core.lora import convert_lora, inspect_lora
 from core.lora.modules import LoraModule
-from core.pictures import Group, Person, Picture, publish
+from core.pictures import Group, GroupMember, Picture, publish
 from core.pictures.group import group_parameters
 from core.pictures.parameters import Parameters
 from core.tensor_names import NAME_TABLES
@@ -231,7 +231,7 @@ def test_a_folder_of_pictures_is_taken_in_order_but_for_its_contact_sheet(tmp_pa
 def test_a_picture_of_several_people_is_no_example_of_ones_lora(small_sd15, tmp_path):
     path, folder, base = write_lora(tmp_path / "anna.safetensors"), tmp_path / "pictures", load_base(small_sd15)
     folder.mkdir()
-    anna = Person("anna", LoraFile.read(path), "sks person")
+    anna = GroupMember("anna", LoraFile.read(path), "sks person")
     groups = {
         "alone": Group((anna,)),
         "couple": Group((anna, replace(anna, name="ben", phrase="ohwx man; 1 2 3 4: x"))),
