@@ -79,6 +79,8 @@ def read_by(reader: str, lora: LoraNames) -> Reading:
     rule = _USO_IN_COMFYUI if reader == "ComfyUI" and lora.types.keys() >= _USO_SIGNS else reader
     found = {entry.name: objection for entry in lora.entries if (objection := _objection(rule, lora.family, entry))}
     refusal = _refusal_by_invokeai(lora, found) if reader == "InvokeAI" else None
+    if reader == "diffusers":
+        refusal = _refusal_by_diffusers(lora)
     if reader == "SD.Next" and found and (reader, lora.scheme) in NAME_TABLES[lora.family].loaded.others_lack:
         refusal = "a file with modules outside the blocks or of text encoders"
     identity = lora.identity
@@ -241,6 +243,16 @@ def _by_other(program: str, family: NameTable, named: NamedTensor, entry: Entry)
             return f"adapters of kind {entry.kind}, as far as it is known"
     if program == "ai-toolkit" and len(entry.modules) > 1:
         return "fused q, k and v beyond the rank that it is set to"
+    return None
+
+
+def _refusal_by_diffusers(lora: LoraNames) -> str | None:
+    """The reason why diffusers refuses a whole file; None when it goes by modules."""
+    refuses = NAME_TABLES[lora.family].loaded.diffusers_refuses
+    for entry in lora.entries if refuses else ():
+        named = parse_key(f"{entry.name}.alpha")
+        if named and named.part == "denoiser" and re.search(refuses.get(named.scheme, "$^"), named.path):
+            return f"a file in {named.scheme} names with layers such as {named.path}"
     return None
 
 

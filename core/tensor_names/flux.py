@@ -153,6 +153,7 @@ FLUX1 = NameTable(
         _IN_COMFYUI,
         comfyui_t5=("lora_te2_", "lora_te3_"),
         diffusers=frozenset({"kohya", "diffusers", "xlabs"}),
+        diffusers_lacks={"kohya": r"^((time|guidance|vector|txt|img)_in|final_layer)\b"},
         sd_scripts=_ORIGINAL_BLOCKS,
         invokeai={
             ("kohya", "original"): _ORIGINAL_BLOCKS,
@@ -196,6 +197,8 @@ CHROMA = NameTable(
     loaded=LoadedNames(
         _IN_COMFYUI,
         diffusers=frozenset({"kohya", "diffusers", "xlabs"}),
+        diffusers_lacks={"kohya": r"^((txt|img)_in|final_layer)\b"},
+        diffusers_refuses={"kohya": r"^distilled_guidance_layer\."},
         comfyui_t5=("lora_te1_",),
         comfyui_lacks=r"^distilled_guidance_layer\.",
         others={
@@ -264,6 +267,9 @@ FLUX2 = NameTable(
     loaded=LoadedNames(
         _IN_COMFYUI,
         diffusers=frozenset({"kohya", "diffusers", "comfy", "peft"}),
+        diffusers_lacks={
+            "kohya": r"^(guidance_in|(double|single)_stream_modulation(_img|_txt)?|final_layer\.adaLN_modulation)\."
+        },
         invokeai={
             ("kohya", "original"): _ORIGINAL_BLOCKS,
             ("comfy", "original"): _ORIGINAL_BLOCKS,

@@ -31,7 +31,7 @@ IDEOGRAM4 = NameTable(
         frozenset({("kohya", "original"), ("comfy", "original")}),
         diffusers=frozenset({"diffusers", "comfy"}),
         # It refuses the whole of a file with another module.
-        diffusers_lacks={"comfy": rf"^(?!{_LAYERS_OF_LORAS}$)"},
+        diffusers_refuses={"comfy": rf"^(?!{_LAYERS_OF_LORAS}$)"},
     ),
     words=(
         "input_proj", "llm_cond_norm", "llm_cond_proj", "t_embedding", "adaln_proj", "adaln_modulation",

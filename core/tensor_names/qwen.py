@@ -67,6 +67,7 @@ QWEN_IMAGE_21 = NameTable(
     loaded=LoadedNames(
         comfyui=frozenset(),
         diffusers=frozenset({"kohya", "diffusers", "comfy"}),
-        diffusers_lacks={"kohya": r"gate_(layer|up)$|^(txt_in|modulation)\."},
+        diffusers_lacks={"kohya": r"gate_(layer|up)$"},
+        diffusers_refuses={"kohya": r"^(txt_in|modulation)\."},
     ),
 )

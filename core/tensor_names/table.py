@@ -155,6 +155,8 @@ class LoadedNames:
     """A regular expression that is found in the paths that are missing in ComfyUI's table of diffusers' names."""
     diffusers_lacks: Mapping[str, str] = field(default_factory=dict)
     """A regular expression, by scheme, that is found in the paths whose names diffusers misreads, and so does not load."""
+    diffusers_refuses: Mapping[str, str] = field(default_factory=dict)
+    """A regular expression, by scheme. diffusers refuses a whole file when it is found in a path of the denoiser."""
     diffusers_denoiser_lacks: Mapping[str, str] = field(default_factory=dict)
     """The reason why diffusers does not load the denoiser in a scheme whose text encoders it loads, by scheme."""
     diffusers_lokr: frozenset[tuple[str, str]] = frozenset()

@@ -236,6 +236,15 @@ def test_it_is_known_what_diffusers_loads(family):
         assert (set() if isinstance(found, str) else set(found)) == names, contents
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_known_what_diffusers_makes_of_layers_outside_the_blocks(family):
+    for scheme in SCHEMES:
+        lora = LoraFile.from_modules(family, loras_of(family, blocks_only=False), {}, scheme)
+        found, refused = attempt(of_diffusers, family, lora), not_loaded_by("diffusers", lora)
+        names = {path for entry in lora.entries if entry.name not in refused for _, path in entry.modules}
+        assert (set() if isinstance(found, str) else set(found)) == names, (scheme, found)
+
+
 @pytest.mark.parametrize("family", IN_COMFYUI)
 def test_it_is_known_what_comfyui_loads(files, by_comfyui, family):
     names = [name for name in files if family_of(name[0]) == family and name != OTHER_KINDS]
