@@ -45,224 +45,264 @@ class TrainConfig:
     Raises BadConfig for a value of the wrong type or out of range, and for settings that contradict each other.
     """
 
-    trigger_word: str = option("sks", "word that names the person in captions and prompts", group="person")
-    class_word: str = option("person", "what the person is one of: person, woman, man, ...", group="person")
+    trigger_word: str = option("sks", "Word that names the person in captions and prompts", group="person")
+    class_word: str = option("person", "Noun for the person, such as person, woman or man", group="person")
 
-    method: MethodName = option("lora", "what is trained", group="method")
+    method: MethodName = option("lora", "Training method", group="method")
     rank: int = option(
-        16, "rank of B·A, the size of the adapter (oft: most rows that are rotated together)", 1, 4096, group="method"
+        16, "Rank of B·A: the size of the adapter. For oft, the most rows rotated together", 1, 4096, group="method"
     )
     alpha: float | None = option(
-        None, "the weight change is alpha / rank · B·A; default: equal to the rank", 1e-6, 1e6, group="method"
+        None,
+        "Scale of the adapter: the weight change is alpha / rank · B·A (default: the rank)",
+        1e-6,
+        1e6,
+        group="method",
     )
     targets: Targets = option(
-        "transformer", "layers that are adapted: 'transformer' is Kohya's default set", group="method"
+        "transformer", "Layers that get an adapter. transformer is Kohya's default set", group="method"
     )
     rank_pattern: dict[str, int] = option(
-        {}, "part of a module's name (* any text, ^ its beginning, $ its end) -> its own rank", 1, group="method"
+        {},
+        "Rank of modules with this part in their name (* any text, ^ beginning, $ end of the name)",
+        1,
+        group="method",
     )
     alpha_pattern: dict[str, float] = option(
-        {}, "part of a module's name, as for rank_pattern -> its own alpha", 1e-6, group="method"
+        {}, "Alpha of modules with this part in their name, as for rank_pattern", 1e-6, group="method"
     )
-    dropout: float = option(0.0, "share of the adapter's inputs that are dropped, 0 to 1", 0, 0.99, group="method")
+    dropout: float = option(0.0, "Fraction of the adapter's inputs that is dropped, 0 to 1", 0, 0.99, group="method")
     rslora: bool = option(
-        False, "scale by alpha / sqrt(rank) (arXiv:2312.03732); the file's alpha is adjusted to match", group="method"
+        False,
+        "Scale by alpha / sqrt(rank) (arXiv:2312.03732). The alpha in the file is adjusted to match",
+        group="method",
     )
     embedding_vectors: int = option(
-        2, "textual inversion and pivotal tuning: vectors of the trigger word per encoder", 1, 64, group="method"
+        2,
+        "Textual inversion and pivotal tuning: vectors of the trigger word in each text encoder",
+        1,
+        64,
+        group="method",
     )
     embedding_words: str | None = option(
-        None, "words whose vectors they start from; default: the class word", group="method"
+        None,
+        "Textual inversion and pivotal tuning: words that the trigger word starts from (default: the class word)",
+        group="method",
     )
     embedding_lr: float = option(
-        5e-3, "peak learning rate of the vectors; with prodigy: that of the rest", 0, 100, group="method"
+        5e-3,
+        "Peak learning rate of the trigger word's vectors. With prodigy, the rate of everything else is used",
+        0,
+        100,
+        group="method",
     )
     lokr_factor: int = option(
         -1,
-        "size of LoKr's small matrix, where it divides a layer's; -1: near the square root",
+        "Size of LoKr's small matrix, if it divides the layer's size; -1: near its square root",
         -1,
         4096,
         group="method",
     )
     lora_plus_ratio: float = option(
-        1.0, "learning rate of B over that of A (LoRA+, arXiv:2402.12354)", 1e-3, 1e3, group="method"
+        1.0, "Learning rate of B divided by that of A (LoRA+, arXiv:2402.12354)", 1e-3, 1e3, group="method"
     )
 
-    steps: int = option(800, "optimizer steps", 1, 10_000_000, group="photos")
-    batch_size: int = option(1, "photos in a forward pass", 1, 1024, group="photos")
-    accumulation: int = option(1, "forward passes in an optimizer step", 1, 1024, group="photos")
+    steps: int = option(800, "Optimizer steps", 1, 10_000_000, group="photos")
+    batch_size: int = option(1, "Photos in a forward pass", 1, 1024, group="photos")
+    accumulation: int = option(1, "Forward passes in an optimizer step", 1, 1024, group="photos")
     resolution: int | None = option(
-        None, "side of the square with a bucket's area, in pixels; default: the base's own", 16, 8192, group="photos"
-    )
-    more_resolutions: tuple[int, ...] = option(
-        (), "a resolution at which each photo is trained on too, such as 512 beside 1024", 16, 8192, group="photos"
-    )
-    upscale: bool = option(False, "enlarge photos that are smaller than their bucket", group="photos")
-    check_photos: bool = option(
-        True,
-        "leave out photos that the photo report rejects (facelora check); no: train on all of them",
+        None,
+        "Training resolution: side in pixels of a square with a bucket's area (default: the base model's)",
+        16,
+        8192,
         group="photos",
     )
-    face_crops: bool = option(
-        False, "also train on close-ups of the face, without other people in them", group="photos"
+    more_resolutions: tuple[int, ...] = option(
+        (), "Also train each photo at this resolution, such as 512 besides 1024", 16, 8192, group="photos"
     )
+    upscale: bool = option(False, "Enlarge photos that are smaller than their bucket", group="photos")
+    check_photos: bool = option(
+        True,
+        "Leave out photos that the photo check rejects (facelora check). If off, train on all of them",
+        group="photos",
+    )
+    face_crops: bool = option(False, "Also train on close-ups of the face without other people", group="photos")
     face_masks: bool = option(
-        False, "draw masks, so that the loss counts the person more than the background", group="photos"
+        False, "Draw masks, so that the loss counts the person more than the background", group="photos"
     )
-    flip: bool = option(False, "also train on mirrored photos (faces are asymmetric: costs likeness)", group="photos")
+    flip: bool = option(
+        False, "Also train on mirrored photos. This costs likeness, because faces are asymmetric", group="photos"
+    )
 
-    optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy"] = option("adamw", "optimizer", group="optimizer")
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy"] = option("adamw", "Optimizer", group="optimizer")
     learning_rate: float | None = option(
         None,
-        "peak learning rate of what is trained on the denoiser; default: 1e-4 times what suits the method; prodigy: 1.0",
+        "Peak learning rate of the denoiser (default: 1e-4 times what suits the method; with prodigy 1.0)",
         0,
         100,
         group="optimizer",
     )
     text_encoder_lr: float = option(
-        0.0, "learning rate of the text encoders' adapter; 0: not trained", 0, 100, group="optimizer"
+        0.0, "Learning rate of the text encoders' adapter; 0: they are not trained", 0, 100, group="optimizer"
     )
-    weight_decay: float = option(0.01, "decoupled weight decay", 0, 10, group="optimizer")
+    weight_decay: float = option(0.01, "Decoupled weight decay", 0, 10, group="optimizer")
     schedule: Literal["constant", "linear", "cosine"] = option(
-        "constant", "learning rate over the run", group="optimizer"
+        "constant", "How the learning rate changes during training", group="optimizer"
     )
-    warmup_steps: int = option(0, "steps over which the learning rate rises from 0", 0, 10_000_000, group="optimizer")
-    max_grad_norm: float = option(1.0, "largest norm of the gradient; 0: not clipped", 0, group="optimizer")
+    warmup_steps: int = option(0, "Steps during which the learning rate rises from 0", 0, 10_000_000, group="optimizer")
+    max_grad_norm: float = option(1.0, "Largest norm of the gradient; 0: no limit", 0, group="optimizer")
     ema_decay: float = option(
-        0.0, "decay of the running average of the adapter that is saved instead; 0: none", 0, 0.99999, group="optimizer"
+        0.0,
+        "Save a running average of the adapter with this decay; 0: save the adapter itself",
+        0,
+        0.99999,
+        group="optimizer",
     )
 
-    loss: Literal["mse", "huber"] = option("mse", "loss between prediction and target", group="loss")
-    huber_delta: float = option(0.1, "where the Huber loss turns from square to linear", 1e-6, 1e3, group="loss")
-    min_snr_gamma: float = option(5.0, "min-SNR loss weighting (arXiv:2303.09556); 0: none", 0, 1e3, group="loss")
-    debiased: bool = option(
-        False, "weight the loss by 1 / sqrt(SNR) (arXiv:2310.08442) instead of min-SNR", group="loss"
+    loss: Literal["mse", "huber"] = option("mse", "Loss between prediction and target", group="loss")
+    huber_delta: float = option(
+        0.1, "Error at which the Huber loss turns from quadratic to linear", 1e-6, 1e3, group="loss"
     )
-    noise_offset: float = option(0.0, "constant added to each channel's noise, times a normal draw", 0, 1, group="loss")
-    input_perturbation: float = option(0.0, "extra noise on the input only (arXiv:2301.11706)", 0, 1, group="loss")
-    timestep_min: int = option(0, "lowest timestep drawn, 0 to 999", 0, 999, group="loss")
-    timestep_max: int = option(999, "highest timestep drawn, 0 to 999", 0, 999, group="loss")
+    min_snr_gamma: float = option(
+        5.0, "Gamma of the min-SNR loss weighting (arXiv:2303.09556); 0: off", 0, 1e3, group="loss"
+    )
+    debiased: bool = option(
+        False, "Weight the loss by 1 / sqrt(SNR) (arXiv:2310.08442) instead of min-SNR", group="loss"
+    )
+    noise_offset: float = option(
+        0.0, "Strength of a random constant added to the noise of each channel", 0, 1, group="loss"
+    )
+    input_perturbation: float = option(
+        0.0, "Extra noise on the model's input only (arXiv:2301.11706)", 0, 1, group="loss"
+    )
+    timestep_min: int = option(0, "Lowest timestep drawn, 0 to 999", 0, 999, group="loss")
+    timestep_max: int = option(999, "Highest timestep drawn, 0 to 999", 0, 999, group="loss")
     timestep_bias: float = option(
-        0.0, "above 0 draws late (noisy) timesteps more often, below 0 early ones; 0: uniform", -10, 10, group="loss"
+        0.0, "Above 0, late (noisy) timesteps are drawn more often; below 0, early ones", -10, 10, group="loss"
     )
     timestep_sampling: Literal["auto", "uniform", "logit-normal"] = option(
         "auto",
-        "how a rectified flow's times are drawn (FLUX.1 and later): logit-normal unless told otherwise",
+        "How timesteps are drawn for rectified flows (FLUX.1 and later). auto is logit-normal",
         group="loss",
     )
     timestep_shift: float | None = option(
         None,
-        "how far a rectified flow's times are shifted towards noise, 1: not; default: the family's, by picture size",
+        "How far the timesteps of rectified flows are shifted towards noise; 1: not at all (default: the "
+        "family's, by picture size)",
         0.01,
         100,
         group="loss",
     )
-    caption_dropout: float = option(0.0, "share of the photos whose caption is left out", 0, 1, group="loss")
-    background_weight: float = option(0.1, "weight of the loss outside a photo's mask, 0 to 1", 0, 1, group="loss")
+    caption_dropout: float = option(0.0, "Fraction of the photos whose caption is left out", 0, 1, group="loss")
+    background_weight: float = option(0.1, "Weight of the loss outside a photo's mask, 0 to 1", 0, 1, group="loss")
 
     prior_loss_weight: float = option(
-        1.0, "weight of the loss on class images and of prior prediction", 0, 100, group="prior preservation"
+        1.0, "Weight of the loss on class images and of prior prediction", 0, 100, group="prior preservation"
     )
     class_images: int = option(
         0,
-        "class images that the base model makes when none are given (prior preservation)",
+        "Class images that the base model draws if you give none (prior preservation)",
         0,
         10_000,
         group="prior preservation",
     )
     prior_prediction: float = option(
         0.0,
-        "share of the steps that hold the class caption to the frozen model's prediction",
+        "Fraction of the steps that hold the class caption to the frozen model's prediction",
         0,
         1,
         group="prior preservation",
     )
 
     clip_skip: int = option(
-        1, "1 uses the text encoder's last layer, 2 the one before (SD1.x only)", 1, 4, group="base"
+        1, "Layer of the text encoder to use: 1 is the last, 2 the second to last (SD1.x only)", 1, 4, group="base"
     )
-    prediction_type: Literal["auto", "epsilon", "v_prediction"] = option("auto", "what the base predicts", group="base")
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = option(
+        "auto", "What the base model predicts", group="base"
+    )
     allow_distilled: bool = option(
         False,
-        "train on a model that was distilled to a few steps (schnell, klein, Turbo); only with a training adapter in it",
+        "Train on a model distilled to a few steps (schnell, klein, Turbo). Only for a model with a training "
+        "adapter merged into it",
         group="base",
     )
     zero_terminal_snr: bool = option(
-        False, "the base was trained to zero terminal SNR (arXiv:2305.08891)", group="base"
+        False, "The base model was trained to zero terminal SNR (arXiv:2305.08891)", group="base"
     )
 
-    seed: int = option(1, "seed of everything random", 0, 2**63 - 1, group="machine")
+    seed: int = option(1, "Seed of everything random", 0, 2**63 - 1, group="machine")
     precision: Precision = option(
-        "auto", "of the frozen weights and the arithmetic; the adapter is always fp32", group="machine"
+        "auto", "Precision of the frozen weights and the arithmetic. The adapter is always fp32", group="machine"
     )
     gradient_checkpointing: Literal["auto", "on", "off"] = option(
-        "auto", "recompute activations to save memory; auto: as much as the memory plan needs", group="machine"
+        "auto", "Recompute activations to save memory. auto: as much as the memory plan needs", group="machine"
     )
     compile: bool = option(
         False,
-        "compile the denoiser's blocks: steps take less of a GPU's time, the first ones minutes",
+        "Compile the denoiser's blocks. Steps take less GPU time, but the first ones take minutes",
         group="machine",
     )
     deterministic: bool = option(
         False,
-        "compute the same numbers each time on a GPU too, so that a resumed run equals an uninterrupted one; slower",
+        "Compute the same numbers each time on a GPU too, so that a resumed training run equals an uninterrupted "
+        "one. Steps are slower",
         group="machine",
     )
     memory_limit: float | None = option(
         None,
-        "GiB that the training may take; default: what is free on a GPU, and no limit on a CPU",
+        "GiB that training may use (default: what is free on a GPU; no limit on a CPU)",
         1e-3,
         1e6,
         group="machine",
     )
-    save_precision: SavePrecision = option("fp16", "of the tensors in the file", group="output")
+    save_precision: SavePrecision = option("fp16", "Precision of the tensors in the file", group="output")
     save_every: int = option(
-        0, "also save the LoRA every so many steps; 0: only at the end", 0, 10_000_000, group="output"
+        0, "Also save the LoRA every so many steps; 0: only at the end", 0, 10_000_000, group="output"
     )
-    sample_every: int = option(0, "make sample images every so many steps; 0: never", 0, 10_000_000, group="output")
+    sample_every: int = option(0, "Draw sample images every so many steps; 0: never", 0, 10_000_000, group="output")
     sample_prompts: tuple[str, ...] = option(
-        (), "prompts of the sample images; default: the trigger's caption", group="output"
+        (), "Prompts of the sample images (default: a photo of the trigger and class word)", group="output"
     )
     sample_guidance: float | None = option(
         None,
-        "scale of classifier-free guidance (CFG) of the sample images; default: what suits the family",
+        "Guidance, the CFG scale, of the sample images (default: what suits the base model)",
         0,
         100,
         group="output",
     )
     sample_steps: int = option(
         20,
-        "sampling steps of the sample images; at most those of a base that was distilled to a few",
+        "Sampling steps of the sample images. A base model distilled to a few steps takes no more than those",
         1,
         1000,
         group="output",
     )
     hold_out: int = option(
         0,
-        "photos kept back from training, to measure likeness whenever samples are made; 0: not measured",
+        "Photos kept back from training, to measure likeness whenever samples are drawn; 0: not measured",
         0,
         1000,
         group="output",
     )
     likeness_pictures: int = option(
         8,
-        "pictures with the trigger word that likeness is measured on; half as many without it",
+        "Pictures with the trigger word that likeness is measured on. Half as many are drawn without it",
         1,
         100,
         group="output",
     )
     keep: Literal["best", "last"] = option(
-        "best", "checkpoint that is written, when likeness is measured", group="output"
+        "best", "Which LoRA to write when likeness is measured: the best or the last", group="output"
     )
     merge_best: int = option(
-        0, "also try the average of so many of the best checkpoints; 0: do not", 0, 100, group="output"
+        0, "Also try the average of so many of the best intermediate LoRAs; 0: off", 0, 100, group="output"
     )
     stop_early: bool = option(
-        False, "stop when likeness no longer rises, or the class turns into the person", group="output"
+        False, "Stop when likeness no longer rises, or when the class turns into the person", group="output"
     )
-    thumbnail: bool = option(False, "put the last sample image into the file's metadata", group="output")
+    thumbnail: bool = option(False, "Put the last sample image into the file's metadata", group="output")
     state_interval: float = option(
-        60.0, "seconds between the states from which a killed run can resume", 0, 1e9, group="output"
+        60.0, "Seconds between saved states. A killed training run resumes from the last one", 0, 1e9, group="output"
     )
 
     def __post_init__(self) -> None:

@@ -29,25 +29,25 @@ class Command(NamedTuple):
     """The function that runs it with the parsed options; it returns the exit code, or None for 0."""
 
 
-PICTURES, JUDGING = "from photos to pictures", "photos, pictures and methods judged"
+PICTURES, JUDGING = "from photos to pictures", "check and compare"
 FILES, MACHINE = "LoRA files", "this machine"
 
 COMMANDS: dict[str, Command] = {
     "demo": Command(
         PICTURES,
-        "the whole job on the small base model that comes with the package, without GPU or download",
+        "run the whole job on the small base model of the package, without GPU or download",
         "training_arguments:add_demo",
         "demo:run_demo",
     ),
     "headshots": Command(
         PICTURES,
-        "from photos to a gallery of headshots in one command, which goes on where it was interrupted",
+        "turn photos of one person into a gallery of headshots; run it again to continue",
         "picture_arguments:add_headshots",
         "headshots:run_headshots",
     ),
     "studio": Command(
         PICTURES,
-        "the same for many people on one base model, each in a folder, with a report on all",
+        "make LoRAs and headshots of many people on one base model, with a report on all",
         "picture_arguments:add_studio",
         "studio:run_studio",
     ),
@@ -59,85 +59,91 @@ COMMANDS: dict[str, Command] = {
     ),
     "compare": Command(
         JUDGING,
-        "train several methods on the same photos, and measure what each gives and costs",
+        "train several methods on the same photos, and measure likeness and cost of each",
         "training_arguments:add_compare",
         "compare:run_compare",
     ),
     "generate": Command(
         PICTURES,
-        "make pictures with a base model and LoRAs, from prompts or in the styles of a pack",
+        "draw pictures with a base model and LoRAs, from prompts or the styles of a pack",
         "picture_arguments:add_generate",
         "pictures:run_generate",
     ),
     "check": Command(
         JUDGING,
-        "say which photos will teach the person well, which not, and what is missing",
+        "check the photos: which ones help, which ones don't, and what to add",
         "picture_arguments:add_check",
         "pictures:run_check",
     ),
     "score": Command(
         JUDGING,
-        "measure how much pictures look like the person on photos",
+        "measure how much pictures look like the person in your photos",
         "picture_arguments:add_score",
         "pictures:run_score",
     ),
-    "inspect": Command(FILES, "say what is in a LoRA file", "lora_arguments:add_inspect", "inspect:run_inspect"),
-    "verify": Command(FILES, "look for what is wrong with a LoRA file", "lora_arguments:add_verify", "lora:run_verify"),
+    "inspect": Command(FILES, "show what is in a LoRA file", "lora_arguments:add_inspect", "inspect:run_inspect"),
+    "verify": Command(FILES, "check a LoRA file for faults", "lora_arguments:add_verify", "lora:run_verify"),
     "convert": Command(
-        FILES, "write a LoRA with the names that another tool wants", "lora_arguments:add_convert", "lora:run_convert"
+        FILES,
+        "write a LoRA with the tensor names that another program needs",
+        "lora_arguments:add_convert",
+        "lora:run_convert",
     ),
     "merge": Command(
-        FILES, "add LoRAs up, to one LoRA or into a checkpoint", "lora_arguments:add_merge", "lora:run_merge"
+        FILES, "merge LoRAs into one LoRA or into a checkpoint", "lora_arguments:add_merge", "lora:run_merge"
     ),
-    "resize": Command(FILES, "make the rank of a LoRA smaller", "lora_arguments:add_resize", "lora:run_resize"),
+    "resize": Command(FILES, "reduce the rank of a LoRA", "lora_arguments:add_resize", "lora:run_resize"),
     "extract": Command(
-        FILES, "make a LoRA of the difference of two checkpoints", "lora_arguments:add_extract", "lora:run_extract"
+        FILES,
+        "make a LoRA from the difference between two checkpoints",
+        "lora_arguments:add_extract",
+        "lora:run_extract",
     ),
     "metadata": Command(
         FILES,
-        "change title, author, trigger phrase, thumbnail, ... of a LoRA file",
+        "change title, author, trigger phrase, thumbnail and other metadata of a LoRA file",
         "lora_arguments:add_metadata",
         "lora:run_metadata",
     ),
     "sidecars": Command(
         FILES,
-        "write the files beside a LoRA in which other programs look for its words and picture",
+        "write files beside a LoRA that tell other programs its words and picture",
         "lora_arguments:add_sidecars",
         "lora:run_sidecars",
     ),
     "publish": Command(
         FILES,
-        "make a folder with a LoRA, a page of text and pictures to upload, without anything personal in them",
+        "make a folder to upload: a LoRA, a page of text and pictures, without personal data",
         "lora_arguments:add_publish",
         "publish:run_publish",
     ),
     "bench": Command(
         MACHINE,
-        "time training steps on a full-size denoiser, beside a plain diffusers and peft loop",
+        "time training steps on a full-size denoiser, compared with a plain diffusers and peft loop",
         "training_arguments:add_bench",
         "bench:run_bench",
     ),
     "forget": Command(
         MACHINE,
-        "delete all that a studio keeps of a person",
+        "delete everything that a studio keeps of a person",
         "picture_arguments:add_forget",
         "studio:run_forget",
     ),
     "doctor": Command(
         MACHINE,
-        "say what this machine has for training and what is missing; with --measure, also how it computes",
+        "show what this machine has for training and what is missing; --measure also tests it",
         "training_arguments:add_doctor",
         "doctor:run_doctor",
     ),
     "completion": Command(
         MACHINE,
-        "print what makes a shell complete commands, options and files",
+        "print a shell completion script",
         "training_arguments:add_completion",
         "completion:run_completion",
     ),
     "clear-cache": Command(
         MACHINE,
-        "delete everything that was kept of photos and captions",
+        "delete everything in the cache folder that was kept of photos and captions",
         "training_arguments:add_clear_cache",
         "clear_cache:run_clear_cache",
     ),
@@ -158,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     called = next((argument for argument in arguments if not argument.startswith("-")), None)
     parser, below = build_parser(*([called] if called else ()))
     if called is not None and called not in COMMANDS:
-        parser.error(f"there is no command {called!r}{did_you_mean(called, COMMANDS)} (--help lists them)")
+        parser.error(f"unknown command {called!r}{did_you_mean(called, COMMANDS)} (--help lists the commands)")
     known = [name for action in below._actions for name in action.option_strings]
 
     def refuse(unknown: Sequence[str]) -> NoReturn:
@@ -192,6 +198,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 class _Parser(argparse.ArgumentParser):
     """A parser that says what is wrong in one line, below the short usage of a command that has one."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._actions[0].help = "Show this help and exit"
 
     def error(self, message: str) -> NoReturn:
         usage = self.format_usage() if self.usage else ""  # else it lists every option
@@ -227,12 +237,12 @@ def build_parser(*called: str) -> tuple[argparse.ArgumentParser, argparse.Argume
     parser = _Parser(
         prog="facelora",
         usage="facelora [-h] [--version] COMMAND ...",
-        description="10-20 photos of a person in, a small LoRA in Kohya's format out, and pictures\n"
-        "of the person from it. Train only people who have agreed to it.",
+        description="Train a small LoRA from 10 to 20 photos of a person, and draw pictures with it.\n"
+        "Train only people who have agreed to it.",
         epilog=_listed_commands(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the program's version and exit")
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="Show the version and exit")
     commands = parser.add_subparsers(prog="facelora", help=argparse.SUPPRESS)
     below = parser
     for name, command in COMMANDS.items():

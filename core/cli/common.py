@@ -45,7 +45,7 @@ def show_first(parser: argparse.ArgumentParser, first: Collection[str]) -> None:
     """Leaves only the options of these names in --help, and adds --help-all, which shows every option."""
     shown = {"--help", *first}
     hidden = [action for action in parser._actions if action.option_strings and not shown & {*action.option_strings}]
-    more = parser.add_argument("--help-all", action=HelpAll, nargs=0, help=f"show the {len(hidden)} other options too")
+    more = parser.add_argument("--help-all", action=HelpAll, nargs=0, help=f"Show {len(hidden)} more options")
     assert isinstance(more, HelpAll)
     more.hidden = [(action, action.help) for action in hidden]
     for action in hidden:
@@ -53,26 +53,26 @@ def show_first(parser: argparse.ArgumentParser, first: Collection[str]) -> None:
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps, ...; default: the best there is")
+    parser.add_argument("--device", help="Device: cpu, cuda, cuda:1, mps, ... (default: the best available)")
 
 
 def add_dry_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--dry-run", action="store_true", help="print how much work each part is, time and memory, and end"
+        "--dry-run", action="store_true", help="Print the work of each part, the time and the memory, then exit"
     )
 
 
 def add_base(parser: argparse.ArgumentParser, required: bool) -> None:
-    parser.add_argument("--base", required=required, help="checkpoint file, diffusers folder, hub id, or demo: "
-                        "the small one that comes with the package")  # fmt: skip
-    parser.add_argument("--vae", metavar="FILE", help="VAE, where the base's file is the denoiser alone")
+    parser.add_argument("--base", required=required, help="Base model: checkpoint file, diffusers folder, hub id, "
+                        "or demo, the small one of the package")  # fmt: skip
+    parser.add_argument("--vae", metavar="FILE", help="VAE, if the base model's file has only the denoiser")
     parser.add_argument(
         "--text-encoder", action="append", default=[], metavar="FILE",
-        help="text encoder, where the base's file has none; repeated for a family that has several (FLUX.1: CLIP-L and T5)",
+        help="Text encoder, if the base model's file has none; repeat it for each (FLUX.1: CLIP-L and T5)",
     )  # fmt: skip
     parser.add_argument(
         "--tokenizer", metavar="DIR",
-        help="folder with the tokenizer of T5 or Qwen (FLUX.1 and later), from a diffusers folder or from ComfyUI's "
+        help="Folder with the tokenizer of T5 or Qwen (FLUX.1 and later), from a diffusers folder or ComfyUI's "
         "comfy/text_encoders",
     )  # fmt: skip
 
@@ -103,34 +103,34 @@ def checkpoint(path: Path | None) -> Path | None:
 def add_face_network(parser: argparse.ArgumentParser, default: str | None = "sface") -> None:
     parser.add_argument(
         "--face-network", default=default, metavar="NAME|FILE.onnx",
-        help="what tells people apart: sface, dlib, or a network in ArcFace's form (default: sface)",
+        help="Face network that tells people apart: sface, dlib, or a file in ArcFace's format (default: sface)",
     )  # fmt: skip
 
 
 def add_judge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--judge", metavar="NAME|FILE.onnx",
-        help="a second face network that reports likeness too, and by which nothing is selected or sorted",
+        help="Second face network. It only reports likeness, and selects or sorts nothing",
     )  # fmt: skip
 
 
 def add_training_adapter(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--training-adapter", type=Path, metavar="FILE",
-        help="LoRA that undoes the distillation of a base to a few steps (Turbo, schnell), on in the steps alone",
+        help="LoRA that undoes the distillation of a base model (Turbo, schnell). Used only during training steps",
     )  # fmt: skip
 
 
 def add_sidecars_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--sidecars", action="store_true", help="also write the files in which other programs look for the LoRA's words"
+        "--sidecars", action="store_true", help="Also write files that tell other programs the LoRA's words"
     )
 
 
 def unicode_text(argument: str) -> str:
     """The argument itself, when it is valid Unicode; argparse reports it otherwise, since file names may be any bytes."""
     if not is_text(argument):
-        raise argparse.ArgumentTypeError(f"{argument!r} is no UTF-8 text")
+        raise argparse.ArgumentTypeError(f"{argument!r} is not valid UTF-8")
     return argument
 
 

@@ -21,9 +21,13 @@ from .version import __version__
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure a GPU.")
     parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("--minutes", type=float, default=8, help="default: %(default)s")
-    parser.add_argument("--append", type=output_file, metavar="FILE.md", help="also add the results to this file")
-    parser.add_argument("--output", type=output_file, metavar="FILE.json", help="default: gpu-COMMAND.json")
+    parser.add_argument("--minutes", type=float, default=8, help="Minutes to spend (default: %(default)s)")
+    parser.add_argument(
+        "--append", type=output_file, metavar="FILE.md", help="Also append the results to this Markdown file"
+    )
+    parser.add_argument(
+        "--output", type=output_file, metavar="FILE.json", help="File for the results (default: gpu-COMMAND.json)"
+    )
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu: torch finds no GPU here", file=sys.stderr)

@@ -35,7 +35,7 @@ def _named(text: str) -> Path:
 
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--overwrite", action="store_true", help="replace the output if there is one")
+    parser.add_argument("--overwrite", action="store_true", help="Replace the output if it exists")
 
 
 @contextmanager

@@ -284,7 +284,7 @@ def test_words_that_are_no_unicode_text_are_wrong_usage(desk, capsys, option):
     with pytest.raises(SystemExit) as exit_:
         main([*desk.arguments(), option, os.fsdecode(b"sk\xff")])
     assert exit_.value.code == 2
-    assert r"'sk\udcff' is no UTF-8 text" in capsys.readouterr().err
+    assert r"'sk\udcff' is not valid UTF-8" in capsys.readouterr().err
 
 
 def test_files_may_have_names_that_are_no_unicode_text(desk):

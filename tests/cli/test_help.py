@@ -1,11 +1,13 @@
 """What the command line says of itself: all commands, the options that matter first, and the word that was meant."""
 
+import argparse
 import sys
 
 import pytest
 
-from core.cli import COMMANDS, main
-from core.cli.common import BarProgress, end_bars
+from core.cli import COMMANDS, build_parser, main
+from core.cli.common import BarProgress, HelpAll, end_bars
+from tests.prose import faults
 
 
 def said(capsys, *arguments: str) -> tuple[int, str]:
@@ -33,12 +35,25 @@ def test_help_shows_what_matters_first_and_help_all_everything(capsys, command):
     assert all(option not in short and option in whole for option in ("--vae", "--optimizer", "--caption-dropout"))
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_has_short_sentences_and_explains_every_option(command):
+    _, parser = build_parser(command)
+    for action in parser._actions:
+        if isinstance(action, HelpAll):
+            action.show()
+    texts = [action.help for action in parser._actions]
+    assert all(text and text != argparse.SUPPRESS and not text[0].islower() for text in texts)
+    assert [
+        fault for text in (*texts, parser.description or "", parser.epilog or "") for fault in faults(text or "")
+    ] == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["trian", "photos"], "there is no command 'trian'; did you mean train?"),
-        (["trian", "demo"], "there is no command 'trian'; did you mean train?"),
-        (["photos"], "there is no command 'photos' (--help lists them)"),
+        (["trian", "photos"], "unknown command 'trian'; did you mean train?"),
+        (["trian", "demo"], "unknown command 'trian'; did you mean train?"),
+        (["photos"], "unknown command 'photos' (--help lists the commands)"),
         (["train", "photos", "--base", "demo", "--output", "a", "--stpes=3"], "--stpes=3; did you mean --steps?"),
         (["inspect", "a", "--wholly-unknown"], "unknown: --wholly-unknown ("),
     ],

@@ -241,7 +241,7 @@ def test_a_threshold_on_the_command_line_keeps_its_kind(tmp_path, capsys):
         ("likeness_reject=nan", "'nan' in 'likeness_reject=nan' is not a number"),
         ("turned=inf", "'inf' in 'turned=inf' is not a number"),
         ("photos_needed=2.5", "'2.5' in 'photos_needed=2.5' is not a whole number"),
-        ("likeness=0.3", "'likeness' is no threshold: face_pixels_reject, "),
+        ("likeness=0.3", "unknown threshold 'likeness'; choose from face_pixels_reject, "),
     ],
 )
 def test_a_threshold_that_cannot_be_is_wrong_usage(threshold, reason, capsys):
