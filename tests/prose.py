@@ -1,5 +1,10 @@
-"""How readable the pages are: `python -m tests.prose [FILE ...]` prints sentences to rewrite, and how long all are."""
+"""How readable the texts are: `python -m tests.prose [FILE ...]` prints sentences to rewrite, and how long all are.
 
+Of a page it reads the prose, of a Python file the docstrings and the errors. Without files it reads all pages.
+"""
+
+import ast
+import inspect
 import re
 import sys
 from collections.abc import Iterator
@@ -49,10 +54,30 @@ def faults(text: str) -> list[str]:
     return found
 
 
+def texts_of(path: Path) -> str:
+    """Return the text of a page, or the docstrings and the errors of a Python file as paragraphs."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        return text
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            found.append(inspect.cleandoc(node.value.value))
+        elif isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            found += [_spoken(argument) for argument in node.exc.args[:1]]
+    return "\n\n".join(found)
+
+
+def _spoken(message: ast.expr) -> str:
+    """Return the text of a message, with `x` for each value that is put into it."""
+    parts = message.values if isinstance(message, ast.JoinedStr) else [message]
+    return "".join(str(part.value) if isinstance(part, ast.Constant) else "`x`" for part in parts)
+
+
 def main(pages: list[Path]) -> None:
     lengths = []
     for page in pages or PAGES:
-        text = page.read_text(encoding="utf-8")
+        text = texts_of(page)
         lengths += [words(sentence) for sentence in sentences(text)]
         for fault in faults(text):
             print(f"{page.name}: {fault}")
