@@ -85,7 +85,8 @@ def _lokr(t: Mapping[str, Tensor]) -> Tensor:
         second = _tucker(t["lokr_t2"], t["lokr_w2_a"], t["lokr_w2_b"])
     else:
         second = t["lokr_w2_a"] @ t["lokr_w2_b"]
-    return scale_of("lokr", t) * torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - 2)), second)
+    first = first.reshape(*first.shape, *[1] * (second.ndim - 2))
+    return scale_of("lokr", t) * torch.kron(first.contiguous(), second.contiguous())  # torch 2.5 takes no other
 
 
 def _with_magnitude(weight: Tensor, magnitude: Tensor) -> Tensor:
