@@ -159,6 +159,9 @@ def function_of(place: str) -> Callable[..., Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command. The exit code: 0 when it is done, 1 when it failed with a message on stderr, 2 for wrong usage."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Characters that the terminal's encoding lacks are escaped, as on stderr, and don't end the program.
+        sys.stdout.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:] if arguments is None else arguments
     # Before the command there are only --help and --version, which end the program.
     called = next((argument for argument in arguments if not argument.startswith("-")), None)
@@ -178,9 +181,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         refuse(unknown)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A name with characters that the terminal's encoding lacks is escaped, as on stderr, and does not end the program.
-        sys.stdout.reconfigure(errors="backslashreplace")
     if not hasattr(options, "command"):
         parser.print_help()
         return 2
