@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import BadFile
 from ..models.clip import add_word, remove_words
+from ..storage.files import RESERVED
 from ..tensor_names import NAME_TABLES, bundled_name
 from .file import LoraFile
 from .words import WORD_KEY, word_of
@@ -37,7 +38,8 @@ def bundled_tensors(family: str, word: str, vectors: Mapping[str, Tensor]) -> di
 
 def file_word(word: str) -> str:
     """The word in a form that the name of a file or a tensor can have, with _ for other characters."""
-    return re.sub(r"[^\w-]+", "_", word)
+    name = re.sub(r"[^\w-]+", "_", word)
+    return f"{name}_" if RESERVED.fullmatch(name) else name
 
 
 def embeddings_of(lora: LoraFile) -> dict[str, dict[str, Tensor]]:

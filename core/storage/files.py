@@ -11,6 +11,7 @@ import re
 import shutil
 import stat
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,9 +26,15 @@ EARLIER = "earlier"
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 """The value of Linux's MAP_NORESERVE, which Python's mmap module has from version 3.13 on."""
 
+IS_WINDOWS = sys.platform == "win32"
+READ_ON_WINDOWS = 512 << 20
+"""The size in bytes up to which a file is read on Windows, not mapped: a mapped file can't be replaced or deleted there."""
 
-def map_file(file: BinaryIO) -> mmap.mmap:
+
+def map_file(file: BinaryIO) -> mmap.mmap | bytearray:
     """An open file as memory, in which writing is private to this process: torch wants writable memory."""
+    if IS_WINDOWS and os.fstat(file.fileno()).st_size <= READ_ON_WINDOWS:
+        return bytearray(file.read())
     if sys.platform == "linux":
         # Linux would else set memory aside for every page that could be written, perhaps more than there is.
         flags, protection = mmap.MAP_PRIVATE | _NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
@@ -41,7 +48,32 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise BadFile(f"{path}: cannot be written: {error.strerror or error}") from None
+        raise BadFile(f"{path}: cannot be written: {error.strerror or error}{_hint(path, error)}") from None
+
+
+LONGEST_ON_WINDOWS = 259 - len(".01234567.tmp")
+"""The length of the longest path that can be written on Windows where long paths aren't enabled."""
+
+
+def _hint(path: Path, error: OSError) -> str:
+    """What to do about an error on Windows whose text doesn't give the reason; empty elsewhere."""
+    if not IS_WINDOWS:
+        return ""
+    if len(os.path.abspath(path)) > LONGEST_ON_WINDOWS:
+        return f"; its path has more than {LONGEST_ON_WINDOWS} characters: choose a shorter one, or enable long paths"
+    return "; close the programs that have it open" if isinstance(error, PermissionError) else ""
+
+
+def replace(source: Path, target: Path) -> None:
+    """Renames a file, and replaces the one at `target`.
+
+    On Windows this is tried for two seconds, since virus scanners and indexers open new files for a moment.
+    """
+    for wait in (0.1, 0.2, 0.4, 0.8, 0.5) if IS_WINDOWS else ():
+        with suppress(PermissionError):
+            return os.replace(source, target)
+        time.sleep(wait)
+    os.replace(source, target)
 
 
 def make_folder(path: Path) -> Path:
@@ -68,7 +100,7 @@ def write_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]
                 os.fsync(file.fileno())
             if before is not None:
                 temporary.chmod(before)
-            os.replace(temporary, path)
+            replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -154,6 +186,10 @@ def is_text(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+"""The names that no file or folder can have on Windows, with any ending."""
 
 
 def check_writable(path: Path) -> None:

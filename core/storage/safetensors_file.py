@@ -65,7 +65,7 @@ class SafetensorsFile(Header, Mapping[str, Tensor]):
                 f"known: {', '.join(DTYPES)}"
             )
         self.dtypes = {name: DTYPES[code] for name, code in codes.items()}
-        self._memory: mmap.mmap | None = None
+        self._memory: mmap.mmap | bytearray | None = None
 
     @property
     def layout(self) -> "Layout":
@@ -106,7 +106,7 @@ class SafetensorsFile(Header, Mapping[str, Tensor]):
             file.seek(offset)
             return bytearray(file.read(count))
 
-    def _map(self) -> mmap.mmap:
+    def _map(self) -> mmap.mmap | bytearray:
         if self._memory is None:
             with self._reopened() as file:
                 self._memory = map_file(file)

@@ -13,7 +13,7 @@ from typing import Any
 from ..config import parse_toml
 from ..errors import BadConfig, BadFile, FaceLoraError, one_line
 from ..pictures.style_pack import check_count
-from ..storage.files import is_text, read_bytes
+from ..storage.files import RESERVED, is_text, read_bytes
 
 PERSON_FILE = "person.toml"
 """The file in a person's folder that says what is wanted, and that the person agreed."""
@@ -160,6 +160,7 @@ def _problem_of(name: str) -> str:
     if name.casefold() in (REPORT, PAGE):
         return f"{name!r} is a file of the studio; choose another name for this person"
     bad = not name.strip() or name != name.strip(" .") or set(name) & set('/\\:*?"<>|') or not is_text(name)
+    bad = bad or RESERVED.fullmatch(name)
     return f"{name!r} can be no folder's name; choose another for this person" if bad or not name.isprintable() else ""
 
 

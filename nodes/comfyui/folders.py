@@ -22,7 +22,7 @@ from ...core.errors import BadConfig, FaceLoraError
 from ...core.lora.embeddings import embedding_files, file_word
 from ...core.lora.file import LoraFile
 from ...core.storage.cache_folder import cache_folder
-from ...core.storage.files import make_folder
+from ...core.storage.files import RESERVED, make_folder
 
 
 def lora_path(name: str) -> str:
@@ -31,7 +31,9 @@ def lora_path(name: str) -> str:
     Raises BadConfig for a name that leads out of the folder or that some operating system does not allow.
     """
     parts = re.split(r"[\\/]", name.removesuffix(".safetensors"))
-    if any(part.strip() in ("", ".", "..") for part in parts) or re.search(r'[<>:"|?*\x00-\x1f]', name):
+    if any(part.strip() in ("", ".", "..") or RESERVED.fullmatch(part) for part in parts) or re.search(
+        r'[<>:"|?*\x00-\x1f]', name
+    ):
         raise BadConfig(f"name {name!r}: give a file name, or FOLDER/NAME below the loras folder")
     return "/".join(parts)
 
