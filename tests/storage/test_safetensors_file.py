@@ -47,6 +47,8 @@ def tensors() -> dict[str, torch.Tensor]:
 
 def test_the_safetensors_library_writes_the_same_bytes(tensors, tmp_path):
     metadata = {'quotes " and \\': "line\nbreak, tab\t, é, \x01, \x7f"}
+    if tuple(map(int, safetensors.__version__.split(".")[:2])) < (0, 6):
+        del tensors["of C64"]
     save_safetensors(tmp_path / "a", tensors, metadata)
     assert (tmp_path / "a").read_bytes() == safetensors.torch.save(tensors, metadata)
 

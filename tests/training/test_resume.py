@@ -228,6 +228,8 @@ def prodigy(parameters):
 
 
 def eight_bit(parameters):
+    if torch.version.cuda and not torch.cuda.is_available():
+        pytest.skip("bitsandbytes needs the GPU that this torch is built for")
     from bitsandbytes.optim import AdamW8bit
 
     return AdamW8bit(parameters, lr=0.01)
