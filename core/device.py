@@ -129,7 +129,7 @@ def processor(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     names = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", names.read_text()) if names.exists() else None
+    found = re.search(r"model name\s*:\s*(.+)", names.read_text(encoding="utf-8")) if names.exists() else None
     return found[1] if found else platform.processor() or platform.machine()
 
 

@@ -40,7 +40,7 @@ class Turns:
 
 def _peak_of_the_process() -> int | None:
     status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8")) if status.exists() else None
     return int(found[1]) * 1024 if found else None
 
 

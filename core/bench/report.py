@@ -114,9 +114,9 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> int | None:
     if libc is None or not hasattr(libc, "malloc_trim"):
         return None
     libc.malloc_trim(0)  # returns freed memory that the C library still holds, which must not count
-    Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's record of the peak
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the kernel's record of the peak
     work()
-    peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
     return int(peak[1]) * 1024 if peak else None
 
 
