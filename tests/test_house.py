@@ -154,9 +154,9 @@ def test_a_family_that_is_named_elsewhere_is_seen_but_not_in_a_docstring():
 
 AT_THE_TOP = {
     ".ci", ".comfyignore", ".editorconfig", ".github", ".gitignore", ".pre-commit-config.yaml", "CHANGELOG.md",
-    "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "NOTICE", "README.md", "SECURITY.md", "__init__.py",
-    "__main__.py", "core", "docs", "install.py", "locales", "nodes", "py.typed", "pyproject.toml", "requirements.txt",
-    "subgraphs", "tests", "tools", "web", "workflows",
+    "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "NOTICE", "README.md", "SECURITY.md",
+    "__init__.py", "__main__.py", "core", "docs", "install.py", "locales", "nodes", "py.typed", "pyproject.toml",
+    "requirements.txt", "subgraphs", "tests", "tools", "web", "workflows",
 }  # fmt: skip
 
 
