@@ -18,6 +18,12 @@ NOT_ON_THE_SITE = re.compile(r"\[([^\]]+)\]\((?:\.\./)?(?:NOTICE|LICENSE|core/[^
 """A link to a file that is no page, of which the text stays."""
 
 
+def on_config(config: Any) -> Any:
+    """The settings of the site, with the version in its footer."""
+    config.copyright = f"Version {import_module('core').__version__}"
+    return config
+
+
 def on_files(files: Files, config: Any) -> Files:
     """Adds the pages that `docs/` does not have."""
     for source, page in PAGES.items():
