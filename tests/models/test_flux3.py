@@ -391,7 +391,7 @@ def test_a_flow_map_is_drawn_with_eulers_method_alone():
 
 def test_a_flow_map_is_refused_for_training_and_learns_the_velocity_at_a_time_where_it_is_allowed():
     base = small_flow_base("flux3", flow_map=True)
-    with pytest.raises(BadConfig, match=r"distilled to a few steps, .* allow_distilled is for"):
+    with pytest.raises(BadConfig, match=r"distilled to a few steps, .* set allow_distilled"):
         check_base_options(base, TrainConfig())
     check_base_options(base, TrainConfig(allow_distilled=True))
     denoiser, generator = rough_weights(base), torch.Generator().manual_seed(1)

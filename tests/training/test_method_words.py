@@ -187,7 +187,7 @@ def test_a_file_to_go_on_from_is_refused(bases, caches, method):
 
 def test_settings_of_a_lora_are_refused_by_vectors_alone(bases, caches):
     config = replace(CONFIG, method="textual-inversion", rslora=True)
-    with pytest.raises(BadConfig, match="rslora: method 'textual-inversion' has none"):
+    with pytest.raises(BadConfig, match="rslora: method 'textual-inversion' doesn't have this setting"):
         Run(caches["sd15"], bases["sd15"], config, CPU)
 
 
@@ -207,7 +207,7 @@ def test_vectors_of_another_width_are_refused(bases):
 
 
 def test_words_to_start_from_must_be_there(bases, caches):
-    with pytest.raises(BadConfig, match="there is no word in it"):
+    with pytest.raises(BadConfig, match="does not contain a word"):
         Run(caches["sd15"], bases["sd15"], replace(CONFIG, embedding_words=" "), CPU)
 
 
