@@ -199,7 +199,7 @@ CASES: dict[str, tuple[Callable[[Desk], None], str]] = {
     "base random bytes": (base_of("base.safetensors", lambda desk: bytes(range(256)) * 10), r"base\.safetensors"),
     "unknown family": (tensors_as_base("encoder.weight"), "strange.*no family matches its 1 tensor,"),
     "Wan": (tensors_as_base("blocks.0.self_attn.q.weight"), "this is Wan, which is not supported"),
-    "a UNet alone": (tensors_as_base("unet.down_blocks.0.weight"), "give the whole diffusers folder instead"),
+    "a UNet alone": (tensors_as_base("unet.down_blocks.0.weight"), "Use the whole diffusers folder instead"),
     "base incomplete": (incomplete_base, r"part\.safetensors: the denoiser lacks 1 tensor, e\.g\. mid_block"),
     "LoRA as base": (lora_as_base, r"lora\.safetensors: this is a LoRA, not a base model"),
     "continue: other family": (continue_from(lambda desk: lora_file(desk, "sdxl")), "it is for sdxl, the base model is sd15"),

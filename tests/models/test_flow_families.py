@@ -86,7 +86,7 @@ def test_a_diffusers_folder_with_a_language_model_is_the_same_base(bases, family
 def test_a_diffusers_that_is_too_old_for_a_model_is_named(bases, monkeypatch):
     monkeypatch.setattr("diffusers.__version__", "0.35.2")
     with pytest.raises(
-        MissingPackage, match=r"is in diffusers 0\.36 and later, and 0\.35\.2 is installed: pip install"
+        MissingPackage, match=r"needs diffusers 0\.36 or later, but 0\.35\.2 is installed\. Run: pip install"
     ):
         bases["zimage"].load("denoiser", CPU, torch.float32)
 

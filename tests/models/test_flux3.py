@@ -324,7 +324,7 @@ def test_captions_have_the_states_of_diffusers_pipeline_with_those_of_the_paddin
 def test_the_text_encoder_of_flux_2_klein_is_refused():
     denoiser = published(rough_weights(small_flow_base("flux3")).state_dict())
     encoder = {"model.layers.0.self_attn.q_norm.weight": torch.zeros(128), "model.norm.weight": torch.zeros(2560)}
-    with pytest.raises(UnknownFamily, match=r"is Qwen3-4B; FLUX\.3 Klein takes Qwen3-VL-4B"):
+    with pytest.raises(UnknownFamily, match=r"is Qwen3-4B, but FLUX\.3 Klein takes Qwen3-VL-4B"):
         load_base(denoiser, text_encoders=[encoder])
 
 

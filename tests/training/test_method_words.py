@@ -202,7 +202,7 @@ def test_a_file_of_another_family_does_not_fit(bases, caches, method):
 
 def test_vectors_of_another_width_are_refused(bases):
     encoder = bases["sd15"].load("text_encoder", CPU, torch.float32)
-    with pytest.raises(LoraMisfit, match="'sks' have 100 numbers each, the text encoder's words 64"):
+    with pytest.raises(LoraMisfit, match="'sks' have 100 numbers each, but the text encoder's words have 64"):
         add_word(encoder, "sks", torch.randn(2, 100))
 
 
