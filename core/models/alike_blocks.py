@@ -1,9 +1,9 @@
-"""Counts the memory of blocks that are alike once.
+"""Count the memory of blocks that are alike only once.
 
-A large network has many blocks of few kinds, and going through a step on torch's fake tensors takes long. So only the first
-block of each kind is gone through. The others have stand-ins: modules whose few tensors take the same memory. Whenever a block
-is called, tensors of the sizes that were found are made, so that all that is around the blocks (recomputation, offloading, the
-optimizer) works and is counted as in a real step.
+A large network has many blocks of few kinds, and executing a step on torch's fake tensors is slow. So only the first block of
+each kind is executed. The others are replaced by stand-ins: modules with few tensors that take the same memory. Each call of a
+block creates tensors of the measured sizes. So everything around the blocks (recomputation, offloading, the optimizer) works
+and is counted as in a real step.
 """
 
 import math
@@ -26,13 +26,13 @@ from .spec import replace_module
 
 
 class StandIn(nn.Module):
-    """Stands in for a block that is like another one."""
+    """A stand-in for a block that is like another one."""
 
     def __init__(self, like: nn.Module):
         super().__init__()
         self.like: tuple[nn.Module] = (
             like,
-        )  # a tuple hides it from torch, which would count it as a part of this module
+        )  # the tuple hides it from torch, which would otherwise treat it as a submodule
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -44,7 +44,7 @@ class StandIn(nn.Module):
 def put_stand_ins(network: nn.Module, marks: Callable[[str], object]) -> None:
     """Replace all but the first of each kind of block by stand-ins.
 
-    `marks` gives what modules may differ in later, by their path.
+    `marks` returns, for a module's path, whatever may make it differ from others later.
     """
     paths = {module: path for path, module in network.named_modules()}
     firsts: dict[object, nn.Module] = {}
@@ -56,7 +56,7 @@ def put_stand_ins(network: nn.Module, marks: Callable[[str], object]) -> None:
 
 
 class AlikeBlocks:
-    """The blocks of a network, of which those without stand-ins are gone through once."""
+    """The blocks of a network. Those without stand-ins are executed once."""
 
     def __init__(self, network: nn.Module, copies: Mapping[tuple[nn.Parameter, ...], Tensor]):
         """`copies` are the tensors that passes use instead of some of the trained parameters."""
@@ -80,7 +80,7 @@ class AlikeBlocks:
         self.fill()
 
     def _train(self, block: StandIn) -> None:
-        """Has a stand-in train as many numbers as the other block, with and without a copy."""
+        """Give a stand-in as many trainable numbers as the other block has, with and without a copy."""
         copied = {parameter for stack in self._copies for parameter in stack}
         trained = [parameter for parameter in block.like[0].parameters() if parameter.requires_grad]
         for name, some in (("plain", set(trained) - copied), ("copied", set(trained) & copied)):
@@ -92,7 +92,7 @@ class AlikeBlocks:
                     self.copied.append(parameter)
 
     def fill(self) -> None:
-        """Gives the stand-ins frozen weights of the size that the other blocks' have now."""
+        """Give the stand-ins frozen weights of the size that the other blocks' have now."""
         self._kinds.clear()
         for block in self._stand_ins:
             sizes: Counter[tuple[torch.dtype, torch.device]] = Counter()
@@ -106,14 +106,14 @@ class AlikeBlocks:
                 block.register_parameter(f"weights_{number}", nn.Parameter(weights, requires_grad=False))
 
     def begin(self, count: MemoryCount) -> None:
-        """Begins to count steps."""
+        """Begin to count steps."""
         self.count = count
         self._staying.clear()
 
     def _forward(
         self, block: nn.Module, like: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        call = signature(forward).bind(*args, **kwargs)  # the same may be given by place or by name
+        call = signature(forward).bind(*args, **kwargs)  # an argument may be passed by position or by name
         call.apply_defaults()
         given, spec = tree_flatten(call.arguments)
         key = like, torch.is_grad_enabled(), str(spec), tuple(map(_described, given))
@@ -126,13 +126,13 @@ class AlikeBlocks:
         tensors = [value for value in given if isinstance(value, Tensor)]
         outputs = iter(_Block.apply(self.count, kind, *tensors, *self._leaves_of(block)))
         with self.count.known(kind.forward):
-            pass  # above what is kept, which where it is recomputed is nothing
+            pass  # counted on top of what is kept, which is nothing if the block is recomputed
         return tree_unflatten(
             [next(outputs) if isinstance(value, _Layout) else value for value in kind.results], kind.spec
         )
 
     def _leaves_of(self, block: nn.Module) -> list[Tensor]:
-        """The tensors in a block that get gradients: its trained parameters, or the copies of them."""
+        """Return the tensors in a block that get gradients: its trained parameters, or their copies."""
         if block not in self._leaves:
             trained = dict.fromkeys(parameter for parameter in block.parameters() if parameter.requires_grad)
             copies = {stack: copy for stack, copy in self._copies.items() if stack[0] in trained}
@@ -141,7 +141,7 @@ class AlikeBlocks:
         return self._leaves[block]
 
     def _measured(self, forward: Callable[..., Any], call: BoundArguments, leaves: Sequence[Tensor]) -> "_Kind":
-        """What a block does when it is called so, found by a forward and a backward pass."""
+        """Measure a call of a block in a forward and a backward pass."""
         count = self.count
         given, spec = tree_flatten(call.arguments)
         layouts = [_Layout.of(value) for value in given if isinstance(value, Tensor)]
@@ -182,7 +182,7 @@ class AlikeBlocks:
             kind.kept_inputs, kind.kept_outputs = (
                 [number for number, place in enumerate(some) if place in alive] for some in places
             )
-            # What gets no gradient, such as rotary embeddings, is given to other blocks too, and so outlives the pass.
+            # Inputs without a gradient, such as rotary embeddings, are shared with other blocks and so outlive the pass.
             shared = [
                 packed.get(place) for place, layout in zip(places[0], layouts, strict=True) if not layout.requires_grad
             ]
@@ -190,8 +190,9 @@ class AlikeBlocks:
             kind.again -= count.live - before - sum(alive.get(place, 0) for place in set(places[0]))
             if end.requires_grad:
                 torch.autograd.grad(end, [root, *leaves], torch.empty_like(end), allow_unused=True)
-                # A recomputation begins when the first of the kept tensors is needed, beside gradients made until then.
-                # (A GPU's gradients are made by a thread that lets go of the last ones when it comes to something else.)
+                # A recomputation begins when the first of the kept tensors is needed. The gradients computed until then are
+                # also in memory. On a GPU, a separate thread computes gradients. It releases the last ones only when it gets
+                # another task.
                 other = torch.empty(0, device=count.device, requires_grad=True)
                 torch.autograd.grad(other.clone(), [other], torch.empty_like(other))
                 most = max(count.peak, kind.again + (first_unpacked or [0])[0])
@@ -203,7 +204,7 @@ class AlikeBlocks:
 
 
 class _Layout(NamedTuple):
-    """What a tensor is, apart from its numbers."""
+    """Everything about a tensor except its numbers."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -217,7 +218,7 @@ class _Layout(NamedTuple):
 
     def made(self) -> Tensor:
         span = 1 + sum((length - 1) * step for length, step in zip(self.size, self.stride, strict=True))
-        if span > math.prod(self.size):  # it is a part of a tensor, whose other parts are made too
+        if span > math.prod(self.size):  # the tensor is part of a larger one, whose other parts are created too
             return torch.empty(self.size, dtype=self.dtype, device=self.device)
         return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
 
@@ -228,23 +229,23 @@ class _Kind:
 
     inputs: list[_Layout]
     gradients: list[_Layout | None]
-    """What the inputs get in the backward pass."""
+    """The gradients of the inputs in the backward pass."""
     results: list[Any] = field(default_factory=list)
     """What the block returns, with layouts instead of tensors."""
     spec: Any = None
     """How the results are nested."""
     forward: int = 0
-    """The most in use in the forward pass, beyond what is in use after it."""
+    """The peak in the forward pass, beyond what is in use after it."""
     again: int = 0
-    """The same until the last tensor is kept for the backward pass, at which a recomputation ends."""
+    """The same until the last tensor is kept for the backward pass, where a recomputation ends."""
     backward: int = 0
-    """The most in use in the backward pass and a recomputation, beyond what is in use before it."""
+    """The peak in the backward pass and a recomputation, beyond what is in use before it."""
     kept: int = 0
-    """What is kept for the backward pass, beside inputs and outputs."""
+    """What is kept for the backward pass, not counting inputs and outputs."""
     kept_inputs: list[int] = field(default_factory=list)
     kept_outputs: list[int] = field(default_factory=list)
     stays: int = 0
-    """What the first call makes and no pass frees."""
+    """What the first call creates and no pass frees."""
 
     @property
     def outputs(self) -> list[_Layout]:
@@ -252,7 +253,7 @@ class _Kind:
 
 
 class _Inputs(torch.autograd.Function):
-    """New tensors like a block's inputs, which nothing but the block holds on to."""
+    """New tensors like a block's inputs. Only the block refers to them."""
 
     @staticmethod
     def forward(ctx: Any, kind: _Kind, _: Tensor) -> tuple[Tensor, ...]:
@@ -266,7 +267,7 @@ class _Inputs(torch.autograd.Function):
 
 
 class _Outputs(torch.autograd.Function):
-    """What follows a block. It gives all outputs their gradients at once, after which the block's backward pass begins."""
+    """What follows a block. It gives all outputs their gradients at once, and then the block's backward pass begins."""
 
     @staticmethod
     def forward(ctx: Any, count: MemoryCount, kind: _Kind, *outputs: Tensor) -> Tensor:
@@ -282,7 +283,7 @@ class _Outputs(torch.autograd.Function):
 
 
 class _Block(torch.autograd.Function):
-    """Allocates and frees what a block would. Its arguments are the inputs and the trained tensors."""
+    """Allocate and free what a block would. The arguments are the inputs and the trained tensors."""
 
     @staticmethod
     def forward(ctx: Any, count: MemoryCount, kind: _Kind, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -296,7 +297,7 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        kept = ctx.saved_tensors  # if the block is recomputed, now
+        kept = ctx.saved_tensors  # recomputes the block now, if it is to be recomputed
         with ctx.count.known(ctx.kind.backward):
             gradients = [layout and layout.made() for layout in (*ctx.kind.gradients, *ctx.leaves)]
         del kept
@@ -304,7 +305,7 @@ class _Block(torch.autograd.Function):
 
 
 def _made(ctx: Any, layouts: Iterable[_Layout]) -> tuple[Tensor, ...]:
-    """The outputs of an autograd function, of these layouts."""
+    """Create the outputs of an autograd function, with these layouts."""
     made = tuple(layout.made() for layout in layouts)
     ctx.mark_non_differentiable(*(t for t, layout in zip(made, layouts, strict=True) if not layout.requires_grad))
     ctx.set_materialize_grads(False)
@@ -313,7 +314,7 @@ def _made(ctx: Any, layouts: Iterable[_Layout]) -> tuple[Tensor, ...]:
 
 @contextmanager
 def _without_cached_casts() -> Iterator[None]:
-    """A context in which autocast keeps no cast weights, which would outlive a block's pass."""
+    """Keep autocast from caching cast weights in this context, since they would outlive a block's pass."""
     enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -327,9 +328,9 @@ def _place(tensor: Tensor) -> int:
 
 
 def _structure(path: str, module: nn.Module) -> object:
-    """A value that is equal for modules at the same place of two blocks which do the same with inputs of the same layout."""
+    """Return a key for a module in a block. Modules with equal keys behave equally on inputs of the same layout."""
     values = {**vars(module), **module._parameters, **module._buffers}
-    numbers = ("_id", "_idx", "_index")  # of blocks which know their place in the network
+    numbers = ("_id", "_idx", "_index")  # of blocks that store their own position in the network
     return path, type(module), *((n, _described(value)) for n, value in values.items() if not n.endswith(numbers))
 
 

@@ -1,4 +1,4 @@
-"""How much arithmetic a computation is."""
+"""Count the arithmetic of a computation."""
 
 import math
 from collections.abc import Callable
@@ -8,12 +8,12 @@ import torch
 
 
 def count_flops(work: Callable[[], object]) -> int:
-    """The floating-point operations of the matrix products, convolutions and attentions in `work`; a multiply-add is two."""
+    """Count the floating-point operations of matrix products, convolutions and attention in `work`. A multiply-add is two."""
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
     aten: Any = torch.ops.aten
-    # torch counts neither the attention kernels of the CPU nor products in place. The functions take the shapes of the
-    # kernels' arguments.
+    # torch counts neither the CPU's attention kernels nor in-place products. The functions take the shapes of the kernels'
+    # arguments.
     more: dict[Any, Callable[..., int]] = {
         aten.addmm_: lambda total, left, right, **__: 2 * math.prod(left) * right[1],
         aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(

@@ -1,7 +1,7 @@
-"""Attention with rotary embeddings for diffusers' transformers, in fewer operations than their own, which a GPU waits for.
+"""Attention with rotary embeddings for diffusers' transformers, with fewer operations, since a GPU waits for each one.
 
-Queries and keys are rotated together and in real numbers, by tables that are made once for all blocks. A table of cosines and
-one of sines are (S, D) or (B, S, D) float32; the sine of the number that is taken away from its partner has a minus.
+Queries and keys are rotated together and in real numbers, by tables that are computed once for all blocks. The tables of
+cosines and sines are (S, D) or (B, S, D) float32. A sine is negative where the rotation subtracts.
 """
 
 from collections.abc import Sequence
@@ -17,24 +17,24 @@ Tables = tuple[Tensor, Tensor]
 
 
 def tables_of_pairs(cosines: Tensor, sines: Tensor) -> Tables:
-    """The tables by the cosine and the sine (..., D / 2) of each pair of neighbours (arXiv:2104.09864)."""
+    """Build the tables from the cosine and the sine (..., D / 2) of each pair of neighbours (arXiv:2104.09864)."""
     return torch.stack([cosines, cosines], -1).flatten(-2), torch.stack([-sines, sines], -1).flatten(-2)
 
 
 def tables_of_flux(_: nn.Module, __: object, tables: Tables) -> Tables:
-    """A hook for diffusers' rotary embeddings of FLUX.1 and those like them, which have each pair's numbers twice."""
+    """Convert the rotary tables of diffusers' FLUX.1 and similar models, which list each pair's numbers twice (a hook)."""
     cosines, sines = tables
     return tables_of_pairs(cosines[..., ::2], sines[..., ::2])
 
 
 def tables_of_halves(angles: Tensor) -> Tables:
-    """The tables by the angle (..., D) of each number, where the partner of a number is in the other half."""
+    """Build the tables from the angle (..., D) of each number, where a number's partner is in the other half."""
     first, second = angles.sin().chunk(2, -1)
     return angles.cos(), torch.cat([-first, second], -1)
 
 
 def rotated(x: Tensor, tables: Tables, halves: bool = False) -> Tensor:
-    """x (B, S, H, D) or (B, N, S, H, D) with each number times its cosine, and its partner times its sine added.
+    """Multiply each number of x (B, S, H, D) or (B, N, S, H, D) by its cosine, and add its partner times its sine.
 
     It is computed in float32 and rounded once, as in diffusers.
     """
@@ -43,7 +43,7 @@ def rotated(x: Tensor, tables: Tables, halves: bool = False) -> Tensor:
 
 
 class _Rotation(torch.autograd.Function):
-    """`rotated` for tables that fit x. It keeps nothing but them."""
+    """`rotated` for tables that fit x. It saves nothing but the tables."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cosines: Tensor, sines: Tensor, halves: bool) -> Tensor:
@@ -60,7 +60,7 @@ class _Rotation(torch.autograd.Function):
 
 
 def _partners(x: Tensor, halves: bool) -> Tensor:
-    """The partner of each number of x, in its place."""
+    """Put each number of x in its partner's place."""
     return x.roll(x.shape[-1] // 2, -1) if halves else x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
 
 
@@ -72,27 +72,27 @@ def attend(
     mask: Tensor | None = None,
     halves: bool = False,
 ) -> Tensor:
-    """The output (B, S, H D) of the attention of parts (B, S_i, H, D) of a sequence, whose queries and keys it rotates."""
+    """Rotate queries and keys, and return the attention output (B, S, H D) of the parts (B, S_i, H, D) of a sequence."""
     both = torch.cat([*queries, *keys], 1).unflatten(1, (2, -1))
     query, key = rotated(both, tables, halves).unbind(1)
     return mixed(query, key, values[0] if len(values) == 1 else torch.cat([*values], 1), mask)
 
 
 def mixed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """The output (B, S, H D) of the attention of (B, S, H, D)."""
+    """Return the attention output (B, S, H D) of inputs (B, S, H, D)."""
     parts = (part.transpose(1, 2) for part in (query, key, value))
     return F.scaled_dot_product_attention(*parts, attn_mask=mask, is_causal=causal).transpose(1, 2).flatten(2)
 
 
 def heads(x: Tensor, count: int, *layers: Any) -> list[Tensor]:
-    """The outputs (B, S, H, D) of linear layers for one input, cut into heads."""
+    """Apply linear layers to the same input and cut their outputs into heads (B, S, H, D)."""
     return [layer(x).unflatten(-1, (count, -1)) for layer in layers]
 
 
 class JointAttention:
-    """The attention of a picture's and a text's stream together, text first, or of one stream with both in it.
+    """Attention of a picture's and a text's stream together, text first, or of one stream with both in it.
 
-    It takes the place of diffusers' in FLUX.1, Chroma, FLUX.2 and Qwen-Image; so do its arguments.
+    It replaces diffusers' processor in FLUX.1, Chroma, FLUX.2 and Qwen-Image, and has the same arguments.
     """
 
     def __call__(
@@ -122,7 +122,7 @@ class JointAttention:
 
 
 class StreamAttention:
-    """The attention of one stream with picture and text in it, in the place of diffusers' in Z-Image and ERNIE-Image."""
+    """Attention of one stream with picture and text in it. It replaces diffusers' in Z-Image and ERNIE-Image."""
 
     def __init__(self, halves: bool = False):
         self.halves = halves
@@ -135,12 +135,12 @@ class StreamAttention:
         freqs_cis: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
     ) -> Tensor:
-        """Takes both tables as one tensor (B, S, 2, D)."""
+        """Take both tables as one tensor (B, S, 2, D)."""
         assert freqs_cis is not None and encoder_hidden_states is None
         layers = attention.to_q, attention.to_k, attention.to_v
         query, key, value = heads(hidden_states, attention.heads, *layers)
         if len(hidden_states) == 1:
-            attention_mask = None  # one text is not filled up, and without a mask a GPU has faster kernels
+            attention_mask = None  # a single text has no padding, and a GPU has faster kernels without a mask
         elif attention_mask is not None and attention_mask.ndim == 2:
             attention_mask = attention_mask[:, None, None]
         cosines, sines = freqs_cis.unbind(-2)
@@ -149,7 +149,7 @@ class StreamAttention:
 
 
 def use_attention(denoiser: Any, processor: Any) -> None:
-    """Has all attention layers of a network of diffusers work by `processor`."""
+    """Make all attention layers of a diffusers network use `processor`."""
     for module in denoiser.modules():
         if hasattr(module, "set_processor"):
             module.set_processor(processor)

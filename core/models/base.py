@@ -24,16 +24,16 @@ from .spec import Component, Conditioning, FamilySpec, FewSteps, LatentShape, Pr
 
 @dataclass(frozen=True)
 class CaptionEncoder:
-    """Text encoders from outside of `core`, such as the CLIP that is wired to a node of ComfyUI."""
+    """Text encoders from outside `core`, such as the CLIP wired to a ComfyUI node."""
 
     encode: Callable[[str], Conditioning]
-    """A function that gives the conditioning of a caption, a batch of 1, as the family's `encode_text` does."""
+    """A function that returns the conditioning of a caption, a batch of 1, as the family's `encode_text` does."""
     fingerprint: str
-    """A hash that is equal for equal encoders, as a part of the cache's keys."""
+    """A hash that is equal for equal encoders. It is part of the cache's keys."""
 
 
 LARGE_ENCODER = 2 * 2**30
-"""The size in bytes from which a text encoder counts as a language model."""
+"""A text encoder of at least this many bytes counts as a language model."""
 
 
 @dataclass(frozen=True)
@@ -44,27 +44,27 @@ class Base:
     name: str
     """The name of its file or folder, without the path."""
     components: Mapping[str, Component]
-    """The networks by part: denoiser, vae, text_encoder, ..., as the family names them."""
+    """The networks by part: denoiser, vae, text_encoder, ..., as named by the family."""
     prediction_type: PredictionType
     zero_terminal_snr: bool
     resolution: int
     """The side of the square that the model was trained at, in pixels."""
     says_distilled: bool = False
-    """Whether its diffusers folder says that it was distilled to a few steps."""
+    """Whether its diffusers folder declares that it was distilled to a few steps."""
     file: SafetensorsFile | None = field(default=None, repr=False)
-    """The checkpoint file; None for a folder or a mapping."""
+    """The checkpoint file. None for a folder or a mapping."""
     vae_file: SafetensorsFile | None = field(default=None, repr=False)
-    """The VAE's own file; None when it has none."""
+    """The VAE's own file, or None."""
     files: tuple[SafetensorsFile, ...] = field(default=(), repr=False)
-    """All files that were opened, those of text encoders too."""
+    """All files that were opened, including those of text encoders."""
     caption_encoder: CaptionEncoder | None = field(default=None, repr=False)
-    """The encoder of captions that takes the place of the base model's own text encoders."""
+    """An encoder of captions that replaces the base model's own text encoders."""
     own_recipes: str = field(default="{}", repr=False)
-    """The recipes in the metadata of its file, as JSON that `recipe.read_recipes` reads."""
+    """The recipes in its file's metadata, as JSON for `recipe.read_recipes`."""
     opened_with: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
-    """The arguments with which `load_base` opens it in another process too; None where it is not from files alone."""
+    """The arguments for opening it with `load_base` in another process. None if it doesn't come from files only."""
     _digests: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """The sha256 over a part's tensors, by part, for the parts asked for so far."""
+    """The sha256 of a part's tensors, by part, for the parts requested so far."""
 
     @cached_property
     def latent_shape(self) -> LatentShape:
@@ -84,7 +84,7 @@ class Base:
 
     @property
     def embeds_guidance(self) -> bool:
-        """Whether the denoiser takes the guidance scale as an input, so that it predicts once and not twice a step."""
+        """Whether the denoiser takes the guidance scale as an input, and so needs one prediction per step instead of two."""
         return self.family.embeds_guidance(self.components["denoiser"].config)
 
     @property
@@ -94,23 +94,23 @@ class Base:
 
     @property
     def is_flow_map(self) -> bool:
-        """Whether the model predicts the mean velocity over a step, of which it is told where it leads to."""
+        """Whether the model predicts the mean velocity over a step. It is then also told where the step leads."""
         return self.family.is_flow_map(self.components["denoiser"].config)
 
     def as_distilled(self) -> "Base":
-        """The base model as one that says that it was distilled to a few steps, for one of which that is known otherwise."""
+        """Return the base model marked as distilled to a few steps, for models known to be distilled from another source."""
         base = replace(self, says_distilled=True)
         base._digests.update(self._digests)
         return base
 
     @property
     def is_named_distilled(self) -> bool:
-        """Whether the model's name is that of one that was distilled to a few steps."""
+        """Whether the model's name indicates distillation to a few steps."""
         return re.search(self.family.distilled_names, self.name, re.IGNORECASE) is not None
 
     @property
     def few_steps(self) -> FewSteps | None:
-        """How the model draws where it, or else its name, says that it was distilled to a few steps; None for all others."""
+        """How the model draws if it or its name declares distillation to a few steps. None for all others."""
         named = self.is_named_distilled and not self.embeds_guidance
         return self.family.few_steps if self.is_distilled or named else None
 
@@ -121,25 +121,25 @@ class Base:
 
     @property
     def guidance(self) -> float:
-        """The scale of guidance that suits the model."""
+        """The guidance scale that suits the model."""
         return 1.0 if self.few_steps else self.family.guidance
 
     def schedule(self) -> Schedule:
-        """The noise schedule that the model is trained on, which also knows what it predicts."""
+        """Return the noise schedule that the model is trained on. It also defines what the model predicts."""
         return self.family.schedule(self.prediction_type, self.zero_terminal_snr, self.components)
 
     def sampling_schedule(self) -> Schedule:
-        """The noise schedule that the model draws on."""
+        """Return the noise schedule that the model draws on."""
         schedule, shift = self.schedule(), self.few_steps and self.few_steps.shift
         if shift is None or not isinstance(schedule, FlowSchedule):
             return schedule
         return replace(schedule, shift=lambda positions: shift)
 
     def load(self, part: str, device: torch.device, dtype: torch.dtype, as_stored: bool = False) -> nn.Module:
-        """The network of a part with frozen weights, in evaluation mode. Raises BadFile when the base model lacks it.
+        """Load the network of a part with frozen weights, in evaluation mode. Raises BadFile when the base model lacks it.
 
-        With `as_stored`, weights that are quantised or in fp8 take the memory that they take in their file: layers widen them
-        whenever they are used, and compute the same. They cannot be trained then, nor changed.
+        With `as_stored`, weights that are quantised or in fp8 take as much memory as in their file: layers widen them whenever
+        they are used, and compute the same. They can then be neither trained nor changed.
         """
         what = f"{self.name}: the {part.replace('_', ' ')}"
         as_stored = as_stored and keeps_narrow_weights(device)
@@ -147,27 +147,27 @@ class Base:
 
     @cached_property
     def is_narrow(self) -> bool:
-        """Whether weights of the denoiser are stored in fewer bits than a training computes with."""
+        """Whether weights of the denoiser are stored in fewer bits than training computes with."""
         tensors = self._component("denoiser").tensors
         return any(narrow_in(tensors, name, read=False) for name in tensors)
 
     def _empty(self, part: str) -> nn.Module:
-        """The network of a part without numbers. Raises BadFile when the part is lacking or its config makes no sense."""
+        """Build the network of a part without weights. Raises BadFile when the part is missing or its config is invalid."""
         component = self._component(part)
         what = f"{self.name}: the config of the {part.replace('_', ' ')}"
         named = {key: count for key, count in component.config.items() if "layers" in key and "window" not in key}
         if (layers := max(_numbers_in(list(named.values())), default=0)) > len(component.tensors):
-            raise BadFile(f"{what} has {layers} layers, and there are {len(component.tensors)} tensors")
+            raise BadFile(f"{what} has {layers} layers, but there are only {len(component.tensors)} tensors")
         try:
             return self.family.build_empty(part, component.config)
         except FaceLoraError:
             raise
-        except Exception as error:  # what diffusers and transformers raise for a config with odd values can be anything
+        except Exception as error:  # diffusers and transformers raise many kinds of errors for an odd config
             reason = next(iter(str(error).splitlines()), "")
-            raise BadFile(f"{what} makes no sense: {type(error).__name__}: {reason}") from error
+            raise BadFile(f"{what} is invalid: {type(error).__name__}: {reason}") from error
 
     def weight_bytes(self, part: str, dtype: torch.dtype, as_stored: bool = False) -> int:
-        """The bytes of the part's weights in that dtype, `as_stored` as in `load`. BadFile when the base has no such part."""
+        """Return the bytes of the part's weights in that dtype, `as_stored` as in `load`. Raises BadFile without the part."""
         tensors = self._component(part).tensors
         narrow = {name: narrow_in(tensors, name, read=False) if as_stored else None for name in tensors}
         return sum(
@@ -178,18 +178,18 @@ class Base:
     def _component(self, part: str) -> Component:
         if part not in self.components:
             option = "vae" if part == "vae" else "text_encoders"
-            raise BadFile(f"{self.name}: has no {part.replace('_', ' ')}; give its file too ({option})")
+            raise BadFile(f"{self.name}: has no {part.replace('_', ' ')}. Give its file too ({option})")
         return self.components[part]
 
     def load_text_encoders(
         self, device: torch.device, dtype: torch.dtype, as_stored: bool = True
     ) -> dict[str, nn.Module]:
-        """The text encoders by part; empty when a `caption_encoder` takes their place.
+        """Load the text encoders by part. Empty when a `caption_encoder` replaces them.
 
-        A language model (the encoders of FLUX.1 and later) is loaded in bf16, since T5 overflows in fp16, or in `dtype` when
-        most of it is stored in more than 16 bits. Where it does not fit, weights that are quantised or in fp8 stay as they are
-        stored (`as_stored`, as in `load`). Where that is too much for a GPU, its layers stay in the computer's memory, and come
-        to the GPU one by one. Raises BadFile when one is missing.
+        A language model (the encoders of FLUX.1 and later) is loaded in bf16, since T5 overflows in fp16. If most of it is
+        stored in more than 16 bits, `dtype` is used instead. If it does not fit, quantised or fp8 weights stay as they are
+        stored (`as_stored`, as in `load`). If that is still too much for a GPU, its layers stay in the computer's memory and
+        are copied to the GPU one by one. Raises BadFile when one is missing.
         """
         if self.caption_encoder:
             return {}
@@ -213,11 +213,11 @@ class Base:
         return encoders
 
     def pipeline(self, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Any:
-        """A diffusers pipeline of the base model, such as StableDiffusionXLPipeline, on the device (the CPU for None).
+        """Build a diffusers pipeline of the base model, such as StableDiffusionXLPipeline, on the device (the CPU for None).
 
-        Each network is loaded once, and a weight that has the dtype already is not copied. Any scheduler of diffusers can be
-        made from the config of its own. Raises BadFile when a part is missing, MissingPackage when the installed diffusers has
-        no such pipeline, and BadConfig for a family of which none can be made.
+        Each network is loaded once, and a weight that already has the dtype is not copied. Any scheduler of diffusers can be
+        made from the config of the pipeline's own. Raises BadFile when a part is missing and MissingPackage when the installed
+        diffusers does not have the pipeline. Raises BadConfig for a family without pipeline support.
         """
         made = pipeline_class(self.family, dtype)
         wanted = encoder_classes(made)
@@ -233,12 +233,12 @@ class Base:
 
     @property
     def text_encoders(self) -> tuple[str, ...]:
-        """The parts that encode text: those of the family, without optional ones that are not there."""
+        """The parts that encode text: those of the family, without optional ones that are missing."""
         optional = self.family.optional_encoders
         return tuple(part for part in self.family.text_encoders if part in self.components or part not in optional)
 
     def fingerprint(self, *parts: str) -> str:
-        """A sha256 over the tensors of the parts, equal for equal weights from any source. The tensors are read once."""
+        """Return a sha256 over the tensors of the parts, equal for equal weights from any source. The tensors are read once."""
         for part in parts:
             if part not in self._digests:
                 self._digests[part] = _digest(part, self._component(part).tensors)
@@ -257,17 +257,17 @@ class Base:
 
     @cached_property
     def sha256(self) -> str | None:
-        """The sha256 of the checkpoint file (`ss_new_sd_model_hash`); None when there is no such file."""
+        """The sha256 of the checkpoint file (`ss_new_sd_model_hash`), or None without one."""
         return self.file.sha256() if self.file else None
 
     @cached_property
     def vae_sha256(self) -> str | None:
-        """The sha256 of the VAE's own file; None when it has none."""
+        """The sha256 of the VAE's own file, or None without one."""
         return self.vae_file.sha256() if self.vae_file else None
 
     @cached_property
     def legacy_hash(self) -> str | None:
-        """The old hash of A1111 for the checkpoint file (`ss_sd_model_hash`): 8 hex digits of the sha256 of 64 KiB at 1 MiB."""
+        """A1111's old hash of the checkpoint file (`ss_sd_model_hash`): 8 hex digits of the sha256 of 64 KiB at 1 MiB."""
         if self.file is None:
             return None
         with self.file.path.open("rb") as file:
@@ -275,11 +275,11 @@ class Base:
             return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
 
     def module_shapes(self) -> dict[tuple[str, str], tuple[int, ...]]:
-        """The shape of every weight of the denoiser and the text encoders, by (part, module path)."""
+        """Return the shape of every weight of the denoiser and the text encoders, by (part, module path)."""
         shapes = {}
         for part in ("denoiser", *self.family.text_encoders):
             if part in self.components:
-                # From the empty network, since a quantised tensor would have to be computed to know its shape.
+                # From the empty network, since the shape of a quantised tensor is only known after computing it.
                 state = self._empty(part).state_dict()
                 shapes |= {
                     (part, name.removesuffix(".weight")): tuple(tensor.shape)
@@ -299,7 +299,7 @@ def _digest(part: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _numbers_in(value: Any) -> Iterator[int]:
-    """The integers in a value of a config, which may be lists within lists."""
+    """Yield the integers in a value of a config, which may be lists within lists."""
     if isinstance(value, list):
         for one in value:
             yield from _numbers_in(one)

@@ -1,6 +1,6 @@
-"""The weights of a checkpoint by module, for every family that LoRA files are known for.
+"""The weights of a checkpoint by module, for every family with supported LoRA files.
 
-No network is built, and only the header is read: enough to check whether a LoRA fits, to merge it, and to compare two
+No network is built, and only the header is read. That is enough to check whether a LoRA fits, to merge it, and to compare two
 checkpoints.
 """
 
@@ -24,7 +24,7 @@ _TEXT_ENCODERS = {
     for family in NAME_TABLES.values()
     for part, prefix in family.checkpoint_prefixes.items()
 }
-"""The family and the part of a text encoder, by its prefix in a checkpoint, which only that family has."""
+"""The family and the part of a text encoder, by a prefix in checkpoints that only that family has."""
 _OTHER_PARTS = (
     "cond_stage_model.", "conditioner.", "text_encoder", "first_stage_model.", "vae.", "model_ema.", "control_model.",
 )  # fmt: skip
@@ -42,12 +42,12 @@ class BaseLayers:
     biased: set[ModuleId]
     """The modules that have a bias."""
     names: NameTable
-    """The names of its modules in LoRA files; those of UNets with other blocks than the published ones are diffusers'."""
+    """The names of its modules in LoRA files. UNets with other blocks than the published ones use diffusers' names."""
 
     def __init__(self, tensor_shapes: Mapping[str, tuple[int, ...]], name: str, family: str | None = None):
-        """Finds the layers by the shapes of a model's tensors, in original or diffusers naming.
+        """Find the layers by the shapes of a model's tensors, in original or diffusers naming.
 
-        The family is detected when it is not given. Raises UnknownFamily, with `name` in the message, when none matches.
+        The family is detected if it isn't given. Raises UnknownFamily, with `name` in the message, when none matches.
         """
         paths = _paths(tensor_shapes)
         self.family = family or _family_of(tensor_shapes, paths, name)
@@ -70,7 +70,7 @@ class BaseLayers:
                 self.biased.update(place.modules)
 
     def name_of(self, module: ModuleId) -> str:
-        """The name of the tensor that is, or includes, the weight of a module."""
+        """Return the name of the tensor that is, or includes, the weight of a module."""
         return self._names[module]
 
 
@@ -85,33 +85,33 @@ class BaseWeights(BaseLayers):
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "BaseWeights":
-        """The weights in a file that is a whole checkpoint or a denoiser alone, in original or diffusers naming.
+        """Open a file with a whole checkpoint or a denoiser alone, in original or diffusers naming.
 
-        Raises BadFile when it is damaged or quantised, UnknownFamily when it is no known base model.
+        Raises BadFile when it is damaged or quantised, UnknownFamily when the base model is not recognised.
         """
         file = SafetensorsFile.open(path)
         sign = sign_of_quantisation(file)
         if sign is not None:
             raise BadFile(
                 f"{file.path}: is quantised, e.g. by {sign!r}, so its tensors are not the weights themselves; "
-                "give the model in fp32, bf16, fp16 or plain fp8"
+                "use the model in fp32, bf16, fp16 or plain fp8"
             )
         return cls(file)
 
     def read(self, module: ModuleId) -> Tensor:
-        """The weight of a module, with its rows in diffusers' order."""
+        """Read the weight of a module, with its rows in diffusers' order."""
         name = self._names[module]
         return dict(self.places[name].split(self.file[name]))[module]
 
     def read_bias(self, module: ModuleId) -> Tensor:
-        """The bias of a module in `biased`, in diffusers' order."""
+        """Read the bias of a module in `biased`, in diffusers' order."""
         name = self._names[module]
         inputs = math.prod(self.file.shapes[name][1:2])
         return dict(self.places[name].split(self.file[bias_name(name)], inputs))[module]
 
 
 def bias_name(name: str) -> str:
-    """The name that the bias beside a weight would have."""
+    """Return the name of the bias that belongs to a weight."""
     return name.removesuffix("weight") + "bias"
 
 
@@ -120,7 +120,7 @@ def _rows(place: Place, shape: tuple[int, ...]) -> list[int]:
 
 
 def _paths(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[str, str]]:
-    """The part, or a prefix that stands for one, and the module path of each weight, by its name."""
+    """Return the part, or its prefix in the file, and the module path of each weight, by its name."""
     denoiser = next((prefix for prefix in _DENOISER_PREFIXES if any(name.startswith(prefix) for name in shapes)), "")
     found = {}
     for name, shape in shapes.items():
@@ -141,13 +141,13 @@ def _family_of(shapes: Mapping[str, tuple[int, ...]], paths: Mapping[str, tuple[
     weights = {name: place for name, place in paths.items() if name.endswith("weight")}
     modules = [(part, path, shapes[name]) for name, (part, path) in weights.items() if part == "denoiser"]
     if other := other_model(modules):
-        raise UnknownFamily(f"{model}: is {other}, which is not supported; known: {', '.join(NAME_TABLES)}")
+        raise UnknownFamily(f"{model}: is {other}, which is not supported. Supported: {', '.join(NAME_TABLES)}")
     families = [_TEXT_ENCODERS[prefix][0] for prefix in sorted(prefixes & set(_TEXT_ENCODERS))] or families_of(modules)
     if not modules or not families:
         example = next(iter(shapes), "none")
         raise UnknownFamily(
-            f"{model}: no base model: no family matches its {counted(len(shapes), 'tensor')}, e.g. {example!r}; "
-            f"known: {', '.join(NAME_TABLES)}"
+            f"{model}: is not a base model: no family matches its {counted(len(shapes), 'tensor')}, e.g. {example!r}. "
+            f"Supported: {', '.join(NAME_TABLES)}"
         )
     return families[0]
 
@@ -161,7 +161,7 @@ def _fits(place: Place, shape: tuple[int, ...]) -> bool:
 
 
 def _layers_per_block(paths: Iterable[tuple[str, str]]) -> int:
-    """The number of residual blocks in a level of a UNet, by the place of the first downsampler or of the last block."""
+    """Return the number of residual blocks per level of a UNet, from the position of the first downsampler or last block."""
     before, last = [], []
     for _, path in paths:
         if match := re.fullmatch(r"input_blocks\.(\d+)\.0\.op", path):
@@ -172,10 +172,10 @@ def _layers_per_block(paths: Iterable[tuple[str, str]]) -> int:
 
 
 def _place(family: NameTable, part: str, path: str, layers: int) -> Place | None:
-    """The place of a path in the family; None when it is no module that LoRAs change."""
+    """Return the place of a path in the family, or None when LoRAs don't change that module."""
     if part == "denoiser":
         if path.endswith(".scale") and family.of_original(path) is None:
-            # The weight of a norm in FLUX's files; in Krea 2's names it is no module's weight.
+            # The weight of a norm in FLUX's files. In Krea 2's names it is not a module's weight.
             path = path.removesuffix(".scale")
             if family.of_original(path) is None:
                 return None

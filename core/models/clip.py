@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 TOKENIZER_FOLDER = Path(__file__).parent / "clip_tokenizer"
 START, END = 49406, 49407
 CHUNK_TOKENS = 75
-"""The tokens of a caption that fit into one pass of the encoder, beside a start and an end token."""
+"""The tokens of a caption that fit into one pass of the encoder, not counting a start and an end token."""
 HEAD_WIDTH = 64
 """The width of an attention head in every CLIP text encoder of Stable Diffusion."""
 
@@ -34,27 +34,27 @@ OPENCLIP_LAYER = {
     "mlp.c_proj": "mlp.fc2",
     "attn.out_proj": "self_attn.out_proj",
 }
-"""The names in transformers of a layer's modules, by their names in OpenCLIP, where q, k and v are one module."""
+"""transformers' names of a layer's modules, by their names in OpenCLIP, where q, k and v are one module."""
 
 TEXT_TARGETS = r"text_model\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
 
 
 @lru_cache(maxsize=1)
 def load_tokenizer() -> "CLIPTokenizer":
-    """transformers' CLIPTokenizer with CLIP's 49,408 tokens."""
+    """Load transformers' CLIPTokenizer with CLIP's 49,408 tokens."""
     from transformers import CLIPTokenizer
 
     return CLIPTokenizer.from_pretrained(TOKENIZER_FOLDER)
 
 
 Words = Mapping[str, Sequence[int]]
-"""The numbers of the tokens that stand for each new word, as textual inversion adds them."""
+"""The token numbers of each new word, as added by textual inversion."""
 
 
 def caption_tokens(caption: str, words: Words | None = None) -> list[int]:
-    """The tokens of a caption of any length, without start and end tokens.
+    """Return the tokens of a caption of any length, without start and end tokens.
 
-    Each of `words`, alone or as `embedding:word`, stands for its own tokens.
+    Each of `words`, alone or as `embedding:word`, is replaced by its own tokens.
     """
     if words:
         longest_first = sorted(words, key=len, reverse=True)
@@ -68,15 +68,15 @@ def caption_tokens(caption: str, words: Words | None = None) -> list[int]:
 
 
 def chunk_count(captions: Sequence[str], words: Words | None = None) -> int:
-    """The number of chunks of 75 tokens that the longest caption needs, at least 1."""
+    """Return the number of 75-token chunks that the longest caption needs, at least 1."""
     longest = max((len(caption_tokens(caption, words)) for caption in captions), default=0)
     return max(1, -(-longest // CHUNK_TOKENS))
 
 
 def token_chunks(captions: Sequence[str], chunks: int, padding: int, words: Words | None = None) -> Tensor:
-    """The token numbers (captions, chunks, 77) of captions, each chunk with a start and an end, filled with `padding`.
+    """Return the token numbers (captions, chunks, 77), each chunk with a start and an end, filled up with `padding`.
 
-    There are more than `chunks` when the tokens of `words` need them.
+    There are more than `chunks` chunks if the tokens of `words` need them.
     """
     if words:
         chunks = max(chunks, chunk_count(captions, words))
@@ -104,7 +104,7 @@ class WordEmbedding(nn.Module):
         self.enabled = True
 
     def tokens(self) -> Words:
-        """The token numbers of each word, which continue those of the table; empty while not `enabled`."""
+        """Return the token numbers of each word, which continue those of the table. Empty while not `enabled`."""
         found, first = {}, len(self.table.weight)
         for word, vectors in zip(self.words, self.vectors, strict=True) if self.enabled else ():
             found[word] = range(first, first + len(vectors))
@@ -121,19 +121,19 @@ class WordEmbedding(nn.Module):
 
 
 def token_table(encoder: nn.Module) -> nn.Module:
-    """The module that embeds tokens in an encoder: an nn.Embedding, or the WordEmbedding in its place."""
+    """Return the module that embeds tokens in an encoder: an nn.Embedding, or the WordEmbedding that replaces it."""
     return encoder.get_submodule(_TOKEN_EMBEDDING)
 
 
 def words_of(encoder: nn.Module) -> Words:
-    """The new words of an encoder of any kind, with their tokens."""
+    """Return the new words of an encoder of any kind, with their tokens."""
     return next((module.tokens() for module in encoder.modules() if isinstance(module, WordEmbedding)), {})
 
 
 def add_word(encoder: nn.Module, word: str, vectors: Tensor) -> nn.Parameter:
-    """Adds a word with vectors (count, width) to the encoder, and returns the float32 parameter that holds them.
+    """Add a word with vectors (count, width) to the encoder, and return the float32 parameter that holds them.
 
-    Raises LoraMisfit when the encoder's vectors have another width.
+    Raises LoraMisfit when the encoder's vectors have a different width.
     """
     table = token_table(encoder)
     if not isinstance(table, WordEmbedding):
@@ -143,7 +143,7 @@ def add_word(encoder: nn.Module, word: str, vectors: Tensor) -> nn.Parameter:
     width = table.table.embedding_dim
     if vectors.shape[1] != width:
         raise LoraMisfit(
-            f"the vectors of {word!r} have {vectors.shape[1]} numbers each, the text encoder's words {width}"
+            f"the vectors of {word!r} have {vectors.shape[1]} numbers each, but the text encoder's words have {width}"
         )
     parameter = nn.Parameter(vectors.detach().float().to(table.table.weight.device, copy=True), requires_grad=False)
     table.words.append(word)
@@ -152,16 +152,16 @@ def add_word(encoder: nn.Module, word: str, vectors: Tensor) -> nn.Parameter:
 
 
 def remove_words(encoder: nn.Module) -> None:
-    """Removes all words that `add_word` added to the encoder."""
+    """Remove all words that `add_word` added to the encoder."""
     table = token_table(encoder)
     if isinstance(table, WordEmbedding):
         replace_module(encoder, _TOKEN_EMBEDDING, table.table)
 
 
 def encode_chunks(encoder: nn.Module, tokens: Tensor, layer: int, final_norm: bool) -> tuple[Tensor, Any]:
-    """The hidden states (B, chunks * 77, D) of a layer counted from the end (1 is the last), and the encoder's whole output.
+    """Return the hidden states (B, chunks * 77, D) of a layer counted from the end (1 is the last), and the whole output.
 
-    `final_norm` applies the final layer norm to them. Raises BadConfig when there is no such layer.
+    `final_norm` applies the final layer norm to them. Raises BadConfig when the encoder has fewer layers.
     """
     count, chunks, length = tokens.shape
     device = next(encoder.parameters()).device
@@ -178,15 +178,15 @@ def encode_chunks(encoder: nn.Module, tokens: Tensor, layer: int, final_norm: bo
 
 
 def pooled(output: Any) -> Tensor:
-    """The pooled state (B, D) of each text in an encoder's output, projected if the encoder has a projection."""
+    """Return the pooled state (B, D) of each text in an encoder's output, projected if the encoder has a projection."""
     return output.text_embeds if "text_embeds" in output else output.pooler_output
 
 
 def text_component(stored: Mapping[str, Stored], what: str, activation: str, projection: bool) -> Component:
-    """A text encoder from tensors in OpenAI's naming (`text_model.…`) or OpenCLIP's (`transformer.resblocks.…`).
+    """Build a text encoder from tensors in OpenAI's naming (`text_model.…`) or OpenCLIP's (`transformer.resblocks.…`).
 
-    Its config follows from their shapes. Raises UnmatchedKeys, with `what` in the message, when a tensor is missing or one of
-    these is no matrix.
+    Its config follows from their shapes. Raises UnmatchedKeys, with `what` in the message, when a tensor is missing or is not
+    a matrix.
     """
     is_openclip = any(name.startswith("transformer.resblocks.") for name in stored)
     readers = _openclip_readers(stored) if is_openclip else library_readers(stored)
@@ -216,7 +216,7 @@ def text_component(stored: Mapping[str, Stored], what: str, activation: str, pro
 
 
 def library_readers(readers: Mapping[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Tensor]]:
-    """The tensors of a text encoder in OpenAI's naming, under the names of its network here.
+    """Rename the tensors of a text encoder in OpenAI's naming to the names of its network here.
 
     Files written by some versions of transformers lack the leading `text_model.`, which is added. Tensors of CLIP's vision
     part, which some files and merging tools keep, are left out.
@@ -230,7 +230,7 @@ def library_readers(readers: Mapping[str, Callable[[], Tensor]]) -> dict[str, Ca
 
 
 def _openclip_readers(stored: Mapping[str, Stored]) -> dict[str, Callable[[], Tensor]]:
-    """The tensors of a text encoder in OpenCLIP's naming, under the names of its network here; other tensors are left out."""
+    """Rename the tensors of a text encoder from OpenCLIP's naming to the names of its network here, and drop others."""
     readers: dict[str, Callable[[], Tensor]] = {}
     outside = {
         "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
@@ -262,7 +262,7 @@ def _openclip_readers(stored: Mapping[str, Stored]) -> dict[str, Callable[[], Te
 
 
 class _WithPrefix(nn.Module):
-    """A text encoder under the name `text_model`, which transformers 5 has dropped, so that module names stay the same."""
+    """A text encoder under the name `text_model`, which transformers 5 dropped. It keeps module names the same."""
 
     def __init__(self, text_model: nn.Module):
         super().__init__()
@@ -273,22 +273,22 @@ class _WithPrefix(nn.Module):
 
 
 def without_prefix(encoder: nn.Module) -> nn.Module:
-    """The text encoder as its library makes it, whose modules may have other names."""
+    """Return the text encoder as its library creates it. Its modules may have other names."""
     return encoder.text_model if isinstance(encoder, _WithPrefix) else encoder
 
 
 def build_text_encoder(config: dict[str, Any], projection: bool) -> nn.Module:
-    """A CLIPTextModel or CLIPTextModelWithProjection of transformers, with module names that begin with `text_model.`."""
+    """Build transformers' CLIPTextModel or CLIPTextModelWithProjection, with module names that begin with `text_model.`."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     keep = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "max_position_embeddings", "hidden_act", "projection_dim")  # fmt: skip
-    # With 2, as in published configs, transformers pools at the largest token number, which an added word would have.
+    # With 2, as in published configs, transformers pools at the largest token number, which could be an added word.
     text_config = CLIPTextConfig(**{name: config[name] for name in keep if name in config}, eos_token_id=END)
     encoder = (CLIPTextModelWithProjection if projection else CLIPTextModel)(text_config)
     for module in encoder.modules():
         if "position_ids" in module._buffers:
-            # No checkpoint has it, so it must not stay on the meta device.
+            # Checkpoints don't contain it, so it must not stay on the meta device.
             module.register_buffer(
                 "position_ids", torch.arange(text_config.max_position_embeddings, device="cpu")[None], persistent=False
             )

@@ -1,8 +1,8 @@
 """The blocks of a denoiser compiled by torch, so that a GPU does not wait for the host to start its many small kernels.
 
 This is regional compilation: the code around the blocks is not compiled. Blocks of equal widths share their compiled forms,
-which torch keeps on disk for later runs. The first shape of picture and text gets a form of its own. The second shape makes
-torch compile once more, for sizes that vary, and later shapes use that. The limits set here are for the calling thread.
+which torch keeps on disk for later runs. The first shape of picture and text gets its own form. The second shape makes torch
+compile once more, for varying sizes, and later shapes use that form. The limits set here are for the calling thread.
 """
 
 import contextlib
@@ -16,11 +16,12 @@ MOST_FORMS = 1024
 """The number of compiled forms after which torch stops compiling a block.
 
 There are a few for each kind of block: for fixed and varying sizes, with the adapter on and off, with and without gradients.
-torch's own limit of 8 is meant for networks that are compiled once."""
+That is more than torch's own limit of 8, which is meant for networks that are compiled once.
+"""
 
 
 def why_not_compiled(device: torch.device) -> str | None:
-    """The reason why torch cannot compile for the device, such as no C++ compiler or no Triton; None if it can."""
+    """Return why torch cannot compile for the device, such as a missing C++ compiler or Triton. None if it can."""
     try:
         torch.compile(torch.sin, dynamic=False)(torch.ones(1, device=device))
     except Exception as error:  # torch raises a different class for each reason
@@ -29,14 +30,14 @@ def why_not_compiled(device: torch.device) -> str | None:
 
 
 class CompiledBlocks:
-    """Blocks with a compiled forward pass beside their own. Hooks on a block itself are not compiled."""
+    """Blocks with a compiled forward pass in addition to their own. Hooks on a block itself are not compiled."""
 
     def __init__(self, blocks: Iterable[nn.Module]):
         self._compiled: dict[nn.Module, Callable[..., Any]] = {block: torch.compile(block.forward) for block in blocks}
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """A context that uses the compiled forms, made when a shape is new; a block that fails to compile runs as it is."""
+        """Use the compiled forms in this context. New shapes are compiled. A block that fails to compile runs uncompiled."""
         limits = {"cache_size_limit": MOST_FORMS, "accumulated_cache_size_limit": MOST_FORMS, "suppress_errors": True}
         for block, compiled in self._compiled.items():
             block.forward = compiled

@@ -1,11 +1,11 @@
-"""Convolutions with frozen weights, computed by a CPU in less time than torch's take.
+"""Convolutions with frozen weights, computed faster on a CPU than by torch.
 
-Kernels of 3x3 take Winograd's minimal filtering F(2x2, 3x3) (Lavin and Gray, arXiv:1509.09308), in float32. A tile of four by
-four inputs is transformed by additions, and so is the kernel, once for all calls. Their sixteen products, each summed over the
-channels by a matrix product, are transformed to a tile of two by two outputs: 16 multiplications in the place of 36.
+Kernels of 3x3 use Winograd's minimal filtering F(2x2, 3x3) (Lavin and Gray, arXiv:1509.09308), in float32. A tile of four by
+four inputs is transformed by additions. So is the kernel, once for all calls. Their sixteen products, each summed over the
+channels by a matrix product, are transformed to a tile of two by two outputs: 16 multiplications instead of 36.
 
-Large weights, whose transforms would take too much memory, take one matrix product each where there are few positions, since
-torch lays such weights out anew in each call.
+For large weights, the transforms would take too much memory. These use one matrix product each if the output has few
+positions, since torch rearranges such weights in each call.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _LARGE_WEIGHT = 10_000_000
-"""The number of weights beyond which oneDNN, which computes torch's convolutions, lays out a weight anew in each call."""
+"""The number of weights above which oneDNN, which computes torch's convolutions, rearranges a weight in each call."""
 _FEW_POSITIONS = {torch.float32: 256, torch.bfloat16: 64}
-"""The positions of an output for which that takes longer than what oneDNN then saves, by dtype."""
+"""Up to this many output positions, by dtype, rearranging takes longer than oneDNN then saves."""
 _LEAST_CHANNELS, _LEAST_POSITIONS = 256, 256
-"""The channels, and the positions of an output, from which fewer multiplications save more than the transforms take."""
+"""With at least this many channels and output positions, fewer multiplications save more than the transforms cost."""
 _TILES = 256
-"""The number of tiles that are transformed at once, few enough to stay in a processor's cache."""
+"""The number of tiles transformed at once, few enough to stay in a processor's cache."""
 # The transforms of one axis: B^T, G and A^T of the paper's equation 8.
 _INPUT = ((1.0, 0.0, -1.0, 0.0), (0.0, 1.0, 1.0, 0.0), (0.0, -1.0, 1.0, 0.0), (0.0, 1.0, 0.0, -1.0))
 _KERNEL = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
@@ -32,15 +32,15 @@ _OUTPUT = ((1.0, 1.0, 1.0, 0.0), (0.0, 1.0, -1.0, -1.0))
 
 
 class FrozenConvolutions:
-    """The convolutions of a network that can take less time while its weights stay as they are.
+    """The convolutions of a network that can be made faster as long as its weights don't change.
 
-    Where a weight changes, these give outputs of the weight before.
+    If a weight changes, they still compute with the old weight.
     """
 
     def __init__(self, network: nn.Module, device: torch.device):
-        """Takes those which gain by it where the network computes on that device; on a GPU, none.
+        """Select the layers that get faster if the network computes on that device. On a GPU, none is selected.
 
-        Transformed kernels take 16/9 of the memory of their weights. They are made when a layer is first used.
+        Transformed kernels take 16/9 of the memory of their weights. They are computed when a layer is first used.
         """
         self._forwards: dict[nn.Conv2d, Callable[[Tensor], Tensor]] = {}
         for layer in network.modules() if device.type == "cpu" else ():
@@ -53,9 +53,9 @@ class FrozenConvolutions:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """A context in which the network computes with them, which makes no difference beyond rounding.
+        """Make the network use them within this context. Results are the same, except for rounding.
 
-        A layer whose `forward` somebody else has replaced stays as it is.
+        A layer whose `forward` has been replaced by other code stays unchanged.
         """
         ours = {layer: forward for layer, forward in self._forwards.items() if "forward" not in vars(layer)}
         for layer, forward in ours.items():
@@ -90,7 +90,7 @@ def _with_one_product(layer: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """Has the gradient of the inputs in the faster of the two orders; torch's own choice is the other one."""
+    """Compute the gradient of the inputs in the faster of the two orders. torch itself chooses the other one."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, window: dict[str, Any]) -> Tensor:
@@ -128,12 +128,12 @@ class _WithFewerMultiplications:
 
 @torch.no_grad()
 def _transformed(weight: Tensor) -> Tensor:
-    """The transform, of shape (16, O, I), of a kernel of shape (O, I, 3, 3)."""
+    """Transform a kernel of shape (O, I, 3, 3) to shape (16, O, I)."""
     return (_square(_KERNEL) @ weight.detach().flatten(2).permute(2, 0, 1).flatten(1)).unflatten(1, weight.shape[:2])
 
 
 def _square(transform: Sequence[Sequence[float]]) -> Tensor:
-    """The transform of both axes of a tile, as one matrix."""
+    """Return the transform of both axes of a tile, as one matrix."""
     rows = torch.tensor(transform)
     return torch.kron(rows, rows)
 
@@ -151,7 +151,7 @@ class _Winograd(torch.autograd.Function):
 
 
 def _convolved(x: Tensor, kernel: Tensor) -> Tensor:
-    """The 3x3 convolution, padded by 1, of x (B, I, H, W), where H and W are even, with a transformed kernel: (B, O, H, W)."""
+    """Convolve x (B, I, H, W), padded by 1, with a transformed 3x3 kernel. H and W are even. Returns (B, O, H, W)."""
     (batch, _, height, width), channels = x.shape, kernel.shape[1]
     padded, across = F.pad(x, (1, 1, 1, 1)), width // 2
     output = x.new_empty(batch, channels, height // 2, 2, across, 2)
@@ -166,7 +166,7 @@ def _convolved(x: Tensor, kernel: Tensor) -> Tensor:
 
 
 def _convolved_back(gradient: Tensor, kernel: Tensor) -> Tensor:
-    """The gradient (B, I, H, W) of the input of `_convolved`, by that of its output (B, O, H, W): each step transposed."""
+    """Return the gradient (B, I, H, W) of `_convolved`'s input from that of its output (B, O, H, W), each step transposed."""
     (batch, _, height, width), channels = gradient.shape, kernel.shape[2]
     outputs, across = gradient.reshape(batch, -1, height // 2, 2, width // 2, 2), width // 2
     padded = gradient.new_zeros(batch, channels, height // 2 + 1, 2, across + 1, 2)
@@ -184,7 +184,7 @@ def _convolved_back(gradient: Tensor, kernel: Tensor) -> Tensor:
 
 
 def _strips(batch: int, height: int, width: int) -> Iterator[tuple[int, int]]:
-    """The rows of tiles, from and to, that are computed at once."""
+    """Yield the first and last rows of tiles that are computed at once."""
     rows = max(1, _TILES // (batch * width // 2))
     for start in range(0, height // 2, rows):
         yield start, min(start + rows, height // 2)

@@ -1,4 +1,4 @@
-"""A base model in the folder that diffusers' `save_pretrained` writes, or that the hub has."""
+"""A base model in a folder written by diffusers' `save_pretrained`, or on the Hugging Face hub."""
 
 import json
 import os
@@ -19,42 +19,42 @@ from .ldm import current_vae_path
 from .spec import UNQUANTISED, Component, FamilySpec
 
 _INDEXES = ("model_index.json", "modular_model_index.json")
-"""The files that say which pipeline a folder is for; the second is that of a pipeline that is put together of blocks."""
+"""The files that name a folder's pipeline. The second belongs to pipelines assembled from blocks."""
 
 
 class DiffusersFolder(NamedTuple):
-    """What is in a folder."""
+    """The content of a folder."""
 
     family: FamilySpec
     components: dict[str, Component]
     """The networks by part, as in Base."""
     scheduler: dict[str, Any]
-    """The config of its scheduler; empty where it has none."""
+    """The config of its scheduler. Empty if it doesn't have one."""
     says_distilled: bool
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether the text has the form of a hub id, `owner/name`."""
+    """Return whether the text has the form of a hub id, `owner/name`."""
     parts = source.split("/")
     return len(parts) == 2 and all(parts) and not source.endswith((".safetensors", ".ckpt", ".pt", ".bin"))
 
 
 def download(hub_id: str) -> Path:
-    """The folder of a model on the hub, downloaded unless it is there. Raises BadFile when it cannot be had."""
+    """Download a model from the hub, unless it is cached, and return its folder. Raises BadFile when that fails."""
     from huggingface_hub import snapshot_download
 
     try:
-        # Only these folders, since a repository may hold the same weights again as a single file.
+        # Only these folders, since a repository may also hold the same weights in a single file.
         parts = ("scheduler", "unet", "transformer", "vae", "text_encoder*", "tokenizer*", "processor")
         wanted = [f"{part}/*.{ending}" for part in parts for ending in ("json", "safetensors", "txt", "model")]
         return Path(snapshot_download(hub_id, allow_patterns=[*_INDEXES, *wanted]))
-    except Exception as error:  # the hub client raises many kinds, down to those of its HTTP library
+    except Exception as error:  # the hub client raises many kinds of errors, down to those of its HTTP library
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadFile(f"{hub_id}: no such file or folder, and the hub does not give it: {reason}") from error
+        raise BadFile(f"{hub_id}: not found as a file or folder, and not available on the hub: {reason}") from error
 
 
 def read_folder(folder: Path) -> DiffusersFolder:
-    """What is in the folder; of its weights only safetensors are read.
+    """Read a folder. Only safetensors weights are read.
 
     Raises BadFile when something is missing or quantised, UnknownFamily for a pipeline or a scheduler that is not supported.
     """
@@ -65,7 +65,9 @@ def read_folder(folder: Path) -> DiffusersFolder:
     family = next((f for f in families if class_name in (f.pipeline_class, *f.other_folders)), None)
     if family is None:
         known = ", ".join(family.pipeline_class for family in FAMILIES.values())
-        raise UnknownFamily(f"{folder.name}: {index_name} says {class_name}; supported: {known}")
+        raise UnknownFamily(
+            f"{folder.name}: {index_name} names the pipeline {class_name}, which is not supported. Supported: {known}"
+        )
     components = {}
     for part in ("denoiser", "vae", *family.text_encoders):
         subfolder = folder / (family.denoiser_folder if part == "denoiser" else part)
@@ -78,7 +80,7 @@ def read_folder(folder: Path) -> DiffusersFolder:
             )
         if part.startswith("text_encoder"):
             tokenizer, processor = folder / part.replace("text_encoder", "tokenizer"), folder / "processor"
-            # A model that also sees pictures may have its tokenizer beside what prepares them.
+            # A model that also sees pictures may have its tokenizer in the folder of its processor.
             beside = os.path.exists(processor) and not os.path.exists(tokenizer)
             config["tokenizer"] = str(processor if beside else tokenizer)
         left_out = family.unused if part == "denoiser" else r"$^"
@@ -93,35 +95,35 @@ def read_folder(folder: Path) -> DiffusersFolder:
 
 
 def _check_scheduler(family: FamilySpec, scheduler: Mapping[str, Any]) -> None:
-    """Raises UnknownFamily when the scheduler of a folder shows that the model predicts in another way than its family."""
+    """Raise UnknownFamily when a folder's scheduler shows that the model predicts differently than its family."""
     name, predicted = str(scheduler.get("_class_name")), scheduler.get("prediction_type", "epsilon")
     on_other_noise = name.startswith(("EDM", "FlowMatch"))  # EDM: Playground v2.5, CosXL
     if family.predicts_noise and (on_other_noise or predicted not in ("epsilon", "v_prediction")):
         raise UnknownFamily(
-            f"its scheduler is {name} with prediction_type {predicted!r}, and a model that is trained so is not supported; "
-            "supported: epsilon and v_prediction on the noise of Stable Diffusion"
+            f"its scheduler is {name} with prediction_type {predicted!r}, which is not supported. "
+            "Supported: epsilon and v_prediction on the noise of Stable Diffusion"
         )
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """The content of a JSON file in a diffusers folder. Raises BadFile when it is missing."""
+    """Read a JSON file in a diffusers folder. Raises BadFile when it is missing."""
     if not os.path.exists(path):
-        raise BadFile(f"{path.parent.name}: not a whole diffusers folder, {path.name} is missing")
+        raise BadFile(f"{path.parent.name}: is not a complete diffusers folder. {path.name} is missing")
     config = read_json(path)
     if not isinstance(config, dict):
-        raise BadFile(f"{path}: is no JSON object")
+        raise BadFile(f"{path}: is not a JSON object")
     return config
 
 
 def _folder_tensors(folder: Path, part: str, left_out: str) -> Mapping[str, Tensor]:
-    """The tensors in a part's folder, without those in whose names `left_out` is found."""
+    """Read the tensors in a part's folder, except those whose names match `left_out`."""
     paths = sorted(folder.glob("*.safetensors"))
-    # Beside the plain weights, a folder may hold them in fp16, or a running average of them.
+    # In addition to the plain weights, a folder may hold them in fp16, or a running average of them.
     plain = [path for path in paths if not any(f".{word}" in path.name for word in ("fp16", "non_ema", "ema"))] or paths
     if not plain:
         others = ", ".join(path.name for path in folder.glob("*.bin")) or "no weights"
         raise BadFile(
-            f"{folder.name}: no .safetensors in it ({others}); pickled weights are not read, convert them first"
+            f"{folder.name}: has no .safetensors files ({others}). Pickled weights are not read. Convert them first"
         )
     readers: dict[str, Callable[[], Tensor]] = {}
     for path in plain:

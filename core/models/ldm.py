@@ -24,7 +24,7 @@ _VAE_OUTSIDE_BLOCKS = {
 
 
 def ldm_vae_path(path: str, levels: int = 4) -> str:
-    """The original name of a VAE module or tensor; `levels` is the number of resolutions (4 in SD1.x and SDXL)."""
+    """Return the original name of a VAE module or tensor. `levels` is the number of resolutions (4 in SD1.x and SDXL)."""
     side, _, rest = path.partition(".")
     if side not in ("encoder", "decoder"):
         return path
@@ -42,7 +42,7 @@ def ldm_vae_path(path: str, levels: int = 4) -> str:
 
 
 def diffusers_vae_path(path: str, levels: int = 4) -> str:
-    """The diffusers name of an original VAE module or tensor, the inverse of `ldm_vae_path`. Names of diffusers stay."""
+    """Return the diffusers name of an original VAE module or tensor. It inverts `ldm_vae_path`, and keeps diffusers names."""
     side, _, rest = path.partition(".")
     if side not in ("encoder", "decoder"):
         return path
@@ -62,13 +62,13 @@ _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_att
 
 
 def current_vae_path(path: str) -> str:
-    """The name in today's diffusers of a VAE's tensor, whose name may be that in an old diffusers."""
+    """Return today's diffusers name of a VAE's tensor, which may have the name of an old diffusers version."""
     head, attention, tail = path.rpartition(".attentions.0.")
     return head + attention + replace_head(tail, _OLD_VAE_ATTENTION)
 
 
 def count_children(names: Iterable[str], prefix: str) -> int:
-    """The number of numbered children of `prefix`: 1 + the largest n in `<prefix>.<n>.…`, 0 when there is none."""
+    """Count the numbered children of `prefix`: 1 + the largest n in `<prefix>.<n>.…`, or 0 without any."""
     pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
     numbers = [int(match[1]) for name in names if (match := pattern.match(name))]
     return max(numbers, default=-1) + 1
@@ -80,10 +80,10 @@ VAE_PREFIXES = ("first_stage_model.", "vae.")
 
 
 def unet_component(tensors: Mapping[str, Tensor], head_width: int | None) -> Component:
-    """The denoiser of an original checkpoint, with a diffusers config that follows from the shapes of its tensors.
+    """Build the denoiser of an original checkpoint, with a diffusers config that follows from the shapes of its tensors.
 
-    `head_width` is the width of an attention head (64 in SDXL); None means eight heads whatever the width (SD1.x). Raises
-    UnmatchedKeys or UnknownFamily when it is no such UNet.
+    `head_width` is the width of an attention head (64 in SDXL). None means eight heads whatever the width (SD1.x). Raises
+    UnmatchedKeys or UnknownFamily for other UNets.
     """
     prefix = DENOISER_PREFIX
     names = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
@@ -93,7 +93,9 @@ def unet_component(tensors: Mapping[str, Tensor], head_width: int | None) -> Com
             raise UnmatchedKeys(f"the denoiser lacks {prefix}{name}")
         found = shape_of(tensors, names[name])
         if len(found) < 2:
-            raise UnmatchedKeys(f"{prefix}{name} of the denoiser has shape {list(found)}, which is no layer's weight")
+            raise UnmatchedKeys(
+                f"{prefix}{name} of the denoiser has shape {list(found)}, which is not a layer's weight"
+            )
         return found
 
     widths, resnets, depths = [], [], []
@@ -145,7 +147,7 @@ def unet_component(tensors: Mapping[str, Tensor], head_width: int | None) -> Com
 
 
 def original_unet_names(names: Collection[str]) -> dict[str, str]:
-    """The original names of a UNet's tensors, by their diffusers names; empty when it is no UNet in diffusers naming."""
+    """Return the original names of a UNet's tensors by diffusers name. Empty unless it is a UNet in diffusers naming."""
     layers = count_children(names, "down_blocks.0.resnets")
     if not layers:
         return {}
@@ -159,9 +161,9 @@ def original_unet_names(names: Collection[str]) -> dict[str, str]:
 def vae_component(
     tensors: Mapping[str, Tensor], latent_scale: float, latent_shift: float | None = None, quant_conv: bool = True
 ) -> Component:
-    """The KL VAE of a checkpoint in original or diffusers naming, with a config that follows from the shapes of its tensors.
+    """Build a checkpoint's KL VAE, in original or diffusers naming, with a config that follows from the shapes of its tensors.
 
-    `quant_conv` says whether it has the convolutions around its latents. Raises UnmatchedKeys when it is not such a VAE.
+    `quant_conv` is whether it has the convolutions around its latents. Raises UnmatchedKeys when it is not such a VAE.
     """
     prefix = next((prefix for prefix in VAE_PREFIXES if any(name.startswith(prefix) for name in tensors)), "")
     parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
@@ -203,20 +205,20 @@ def vae_component(
 
 
 def other_model(config: dict[str, Any]) -> str | None:
-    """The name of another model whose diffusers folder has the pipeline of SD1.x or SDXL, by its UNet's config; else None."""
+    """Name another model whose diffusers folder has the pipeline of SD1.x or SDXL, by its UNet's config, or return None."""
     if config.get("cross_attention_dim") == 1024:
         return "Stable Diffusion 2.x"
     return "a latent consistency model, distilled to a few steps" if config.get("time_cond_proj_dim") else None
 
 
 def unet_latent_shape(components: Mapping[str, Component]) -> LatentShape:
-    """The shape of a UNet's latents. Every level but the last halves them, so their sides must be divisible by that."""
+    """Return the shape of a UNet's latents. Every level but the last halves them, so their sides must be divisible by that."""
     config = components["denoiser"].config
     return LatentShape(config["in_channels"], kl_pixels(components), 2 ** (len(config["block_out_channels"]) - 1))
 
 
 def kl_pixels(components: Mapping[str, Component]) -> int:
-    """The pixels along a side of one latent of AutoencoderKL; 8, as in the published models, when there is no VAE."""
+    """Return the pixels along a side of one latent of AutoencoderKL. Without a VAE it is 8, as in the published models."""
     return 2 ** (len(components["vae"].config["block_out_channels"]) - 1) if "vae" in components else 8
 
 
@@ -229,7 +231,7 @@ def build_unet(config: dict[str, Any]) -> nn.Module:
 class UnetAttention:
     """The attention of these UNets, for diffusers' layers.
 
-    diffusers' own also divides each output by 1, and its gradient again, for networks that need another number.
+    diffusers' own also divides each output, and its gradient again, by a factor. In these networks that factor is 1.
     """
 
     def __call__(

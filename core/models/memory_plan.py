@@ -1,4 +1,4 @@
-"""Memory plans: ways in which a training step needs less memory, and the counting of how much it will need."""
+"""Memory plans: how a training step saves memory, and how much it will need."""
 
 import math
 import weakref
@@ -28,31 +28,36 @@ LARGEST_SLAB, SMALLEST_SLAB = 2**30, 2**22
 """The bytes of the largest and the smallest slab of page-locked memory, powers of two."""
 
 LEFT_FREE = 4 * 2**30
-"""The bytes of the computer's memory that page-locked memory leaves to other programs: the system cannot swap it out."""
+"""The bytes of the computer's memory left to other programs, since the system cannot swap out page-locked memory."""
 
 CUDA_GRAIN = 512
-"""The bytes of which CUDA's allocator takes a multiple for each tensor."""
+"""CUDA's allocator rounds each tensor up to a multiple of this many bytes."""
 
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0, "prodigy": 16}
-"""The bytes of state that each optimizer keeps for a trained number. Adafactor keeps only a row and a column of each matrix."""
+"""The bytes of state that each optimizer keeps per trained number. Adafactor keeps only a row and a column per matrix."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The ways in which a run saves memory."""
+    """How a training run saves memory."""
 
     recompute: float = 0.0
     """The share of the blocks whose activations are recomputed in the backward pass instead of being kept, 0 to 1.
 
-    They are those with the fewest weights, whose activations are the largest for the arithmetic that they cost."""
+    Blocks with the fewest weights come first: their activations are the largest for the arithmetic that they cost.
+    """
     weights: Literal["full", "8 bits"] = "full"
     """The storage of the denoiser's frozen weights: in the precision of the run, or in 8 bits (core/models/eight_bit.py).
 
-    Weights that are narrow in the model's own file are kept as they are in it, and no other plan than "full" is for them."""
+    Weights that are narrow in the model's own file are kept that way, and only support "full".
+    """
     offload: float = 0.0
-    """The share of the blocks whose frozen weights stay in the computer's memory, and are copied to the device one block
-    ahead, 0 to 1. They lie evenly among the others, so that each is copied while a block that is on the device works.
-    In a training they must be recomputed, since the backward pass would otherwise keep their weights on the device."""
+    """The share of the blocks whose frozen weights stay in the computer's memory, 0 to 1.
+
+    Their weights are copied to the device one block ahead. These blocks are spread evenly among the others, so that each is
+    copied while a block on the device works. In training they must be recomputed, since the backward pass would otherwise
+    keep their weights on the device.
+    """
 
     def __str__(self) -> str:
         parts = [f"{SHARES.get(self.recompute, f'{self.recompute:.0%}')} recomputed"]
@@ -66,32 +71,36 @@ class MemoryPlan:
         return ", ".join(parts)
 
     def saves_as_much_as(self, other: "MemoryPlan") -> bool:
-        """Whether this plan saves memory in each of the ways at least as much as another one."""
+        """Return whether this plan saves at least as much memory as another one in each way."""
         narrow = self.weights == "8 bits" or other.weights == "full"
         return narrow and self.recompute >= other.recompute and self.offload >= other.offload
 
 
 SHARES = {0.0: "nothing", 0.25: "a quarter", 0.5: "half", 0.75: "three quarters", 1.0: "everything"}
-"""What shares of the blocks are called."""
+"""The names of the shares of the blocks."""
 PLANS = (
     *(MemoryPlan(share) for share in (0.0, 0.5, 1.0)),
     *(MemoryPlan(share, "8 bits") for share in (0.0, 0.5, 1.0)),
     *(MemoryPlan(1.0, "8 bits", share) for share in (0.25, 0.5, 0.75, 1.0)),
 )
-"""The plans from the fastest to the smallest, but those with full weights, which alone do not change the results, come before
-those with 8 bits. Among the plans with the same weights each needs less memory than the one before."""
+"""The plans from the fastest to the smallest, but full weights come first, since only these don't change the results.
+
+Among plans with the same weights, each needs less memory than the previous one.
+"""
 
 WEIGHTS_IN_DRAWING = 0.7
-"""How large the weights of the denoiser may be where pictures are drawn, as a share of the free memory. The rest is for
-activations, for the blocks that are just there, and for the VAE."""
+"""The largest size of the denoiser's weights when pictures are drawn, as a share of the free memory.
+
+The rest is for activations, for the blocks currently on the device, and for the VAE.
+"""
 
 
 def plans_for(
     gradient_checkpointing: Literal["auto", "on", "off"], frozen: bool = True, narrow: bool = False
 ) -> tuple[MemoryPlan, ...]:
-    """The plans that the setting allows, in the order of `PLANS`. Without `frozen` weights they only recompute.
+    """Return the plans that the setting allows, in the order of `PLANS`. Without `frozen` weights they only recompute.
 
-    Weights that are `narrow` in the model's file are rounded no further, so that none of their plans changes the results.
+    Weights that are `narrow` in the model's file are not rounded further, so none of their plans changes the results.
     """
     plans = [plan for plan in PLANS if frozen or (plan.weights, plan.offload) == ("full", 0)]
     if narrow:
@@ -103,8 +112,10 @@ def plans_for(
 
 
 def first_that_fits(plans: Sequence[MemoryPlan], fits: Callable[[MemoryPlan], bool]) -> MemoryPlan:
-    """The first of the plans that fits, and the last one where none does; `fits` is asked about few of them, since a
-    prediction takes seconds."""
+    """Return the first plan that fits, or the last one if none does.
+
+    `fits` is called for few of them, since a prediction takes seconds.
+    """
     first = [plan for plan in plans if plan.weights == "full" and not plan.offload]
     others = plans[len(first) :]
     found = next((plan for plan in first if fits(plan)), None)
@@ -112,20 +123,20 @@ def first_that_fits(plans: Sequence[MemoryPlan], fits: Callable[[MemoryPlan], bo
 
 
 def drawing_plan(weights: int, free: int | None) -> MemoryPlan:
-    """The fastest plan by which pictures are drawn, none of which changes them.
+    """Return the fastest plan for drawing pictures. None of these plans changes the pictures.
 
-    `weights` are the bytes of the denoiser's weights, `free` those of the device's free memory, None where it has no end.
+    `weights` is the size of the denoiser's weights and `free` the device's free memory, in bytes. None means unlimited.
     """
     if free is None or weights <= WEIGHTS_IN_DRAWING * free:
         return MemoryPlan()
     return MemoryPlan(offload=1 - WEIGHTS_IN_DRAWING * free / weights)
 
 
-# --- carrying a plan out ---
+# --- applying a plan ---
 
 
 def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
-    """The blocks of a diffusers network that can be recomputed: the innermost ones in its lists of modules.
+    """Return the blocks of a diffusers network that can be recomputed: the innermost ones in its lists of modules.
 
     Down- and upsamplers are in such lists too, but diffusers never recomputes them, nor the first layer of a UNet's middle.
     """
@@ -142,7 +153,7 @@ def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
 
 
 def _is_middle(owner: Any) -> bool:
-    """Whether a module of a UNet is its middle, which alone has a residual layer more than attentions."""
+    """Return whether a module of a UNet is its middle, the only one with one residual layer more than attentions."""
     return 0 < len(getattr(owner, "attentions", ())) < len(owner.resnets)
 
 
@@ -150,17 +161,17 @@ class MemorySaver:
     """Applies a memory plan to a denoiser, and a smaller one between two steps when memory runs out."""
 
     def __init__(self, denoiser: nn.Module, device: torch.device, draws: bool = False):
-        """Takes a denoiser whose blocks draw random numbers or do not."""
+        """`draws` is whether the denoiser's blocks draw random numbers."""
         self.plan: MemoryPlan = MemoryPlan()
         self._denoiser, self._device, self._draws = denoiser, device, draws
         self._blocks = blocks_of(denoiser)
         self._offload = BlockOffload(device)
 
     def adopt(self, plan: MemoryPlan) -> None:
-        """Changes to a plan. Weights that are in 8 bits stay so."""
+        """Switch to a plan. Weights that are already in 8 bits stay that way."""
         by_size = sorted(self._blocks, key=_count_numbers)
         count = int(plan.recompute * len(by_size))
-        # Not a method: the denoiser would refer to this object, which refers to it, and outlive the run.
+        # Not a method: the denoiser and this object would refer to each other, and outlive the run.
         run = partial(_run_block, weakref.WeakSet(by_size[:count]), self._draws)
         for module in self._denoiser.modules():
             if hasattr(module, "gradient_checkpointing"):
@@ -177,23 +188,23 @@ class MemorySaver:
 
     @property
     def pageable(self) -> int:
-        """The bytes of weights that a GPU brings in from memory that is not page-locked."""
+        """The bytes of weights that a GPU copies from memory that is not page-locked."""
         return self._offload.pageable
 
     def resident(self) -> list[Tensor]:
-        """The tensors of the denoiser that stay on the device between two steps."""
+        """Return the tensors of the denoiser that stay on the device between two steps."""
         at_home = set(self._offload.parameters())
         return [t for t in [*self._denoiser.parameters(), *self._denoiser.buffers()] if t not in at_home]
 
 
 def _count_numbers(block: nn.Module) -> int:
-    """The numbers in a block. One that stands in for another (alike_blocks.py) has as many as that one."""
+    """Count the numbers in a block. A stand-in for another block (alike_blocks.py) has as many as that one."""
     (block,) = getattr(block, "like", (block,))
     return sum(parameter.numel() for parameter in block.parameters())
 
 
 def _run_block(recomputed: Collection[nn.Module], draws: bool, block: Any, *inputs: Any) -> Any:
-    """Runs a block, with recomputation if it is among those. diffusers calls every block that can be recomputed by this."""
+    """Run a block, recomputing it if it is in `recomputed`. diffusers calls this for every block that can be recomputed."""
     if block in recomputed:
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=draws)
     return block(*inputs)
@@ -210,9 +221,9 @@ class BlockOffload:
     While a block runs, the weights of the next one are copied, in the order of the last pass. The blocks must also be
     recomputed, since the backward pass would otherwise keep their weights on the device.
 
-    The host would start the copies of many blocks before the device has come to them, so it waits until the device is done
-    with the last block but one: at most three blocks are there. It also holds on to the weights until then, since memory that
-    one stream has given back may be filled by the next copy while another stream still reads it.
+    The host could start copying many blocks before the device needs them. So it waits until the device is done with the last
+    block but one, and at most three blocks are on the device. It also holds on to the weights until then. Memory that one
+    stream has freed could otherwise be filled by the next copy while another stream still reads it.
 
     The blocks' hooks refer to this object, so it refers to the blocks weakly.
     """
@@ -224,14 +235,14 @@ class BlockOffload:
         self._home: weakref.WeakKeyDictionary[nn.Module, dict[_Slot, nn.Parameter]] = weakref.WeakKeyDictionary()
         self._hooks: weakref.WeakKeyDictionary[nn.Module, tuple[RemovableHandle, ...]] = weakref.WeakKeyDictionary()
         self._coming: tuple[_Block, list[Tensor], list[torch.UntypedStorage]] | None = None
-        """The block that comes next, the copies of its weights, and what they were copied from."""
+        """The next block, the copies of its weights, and what they were copied from."""
         self._present: list[Tensor] = []
         self._leaving: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
         self._visited: tuple[_Block, _Block] = (None, None)
         self._following: dict[tuple[_Block, _Block], weakref.ref[nn.Module]] = {}
 
     def take(self, blocks: Sequence[nn.Module]) -> None:
-        """Offloads these blocks and no others. The weights of others stay where they are."""
+        """Offload these blocks and no others. The weights of the others stay where they are."""
         if blocks and self._stream is None and self._device.type == "cuda":
             self._stream = torch.cuda.Stream(self._device)
         self._following.clear()
@@ -269,16 +280,16 @@ class BlockOffload:
             return [p.to(self._device, non_blocking=True, copy=True) for p in self._home[block].values()]
 
     def _let_go(self, keep: int) -> None:
-        """Waits until the device is done with all but the last `keep` of the blocks that have run, and frees these."""
+        """Wait until the device is done with all but the last `keep` of the blocks that have run, and free these."""
         if self._stream:
-            # All work on the last block has been asked for when the next one begins, its backward pass included.
+            # When the next block begins, all work on the last one has been queued, including its backward pass.
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self._device))
             self._leaving.append((event, self._present))
         self._present = []
         while len(self._leaving) > keep:
             self._leaving[0][0].synchronize()
-            self._leaving.popleft()  # only now nothing refers to them any more
+            self._leaving.popleft()  # drops the last reference to them
 
     def _bring(self, block: nn.Module, _: object) -> None:
         self._let_go(keep=1)
@@ -288,7 +299,7 @@ class BlockOffload:
         _put(
             dict(zip(self._home[block], (nn.Parameter(tensor, requires_grad=False) for tensor in tensors), strict=True))
         )
-        # The next block depends on the block before, since the backward pass goes through the blocks in reverse.
+        # The next block depends on the previous one, since the backward pass goes through the blocks in reverse.
         self._following[self._visited] = weakref.ref(block)
         self._visited = (self._visited[1], weakref.ref(block))
         following = self._following.get(self._visited)
@@ -299,7 +310,7 @@ class BlockOffload:
         return [parameter.untyped_storage() for parameter in self._home[block].values()]
 
     def _brought(self, block: nn.Module) -> list[Tensor] | None:
-        """The copies that were made ahead; None where another block was expected, or weights have been replaced since."""
+        """Return the copies that were made ahead. None if another block was expected, or weights were replaced since."""
         if self._coming is None or self._coming[0] != weakref.ref(block):
             return None
         _, tensors, sources = self._coming
@@ -311,29 +322,29 @@ class BlockOffload:
 
 
 def _put(parameters: Mapping[_Slot, nn.Parameter]) -> None:
-    """Sets the parameters of modules."""
+    """Set the parameters of modules."""
     for (reference, name), parameter in parameters.items():
         if (module := reference()) is not None:
             module._parameters[name] = parameter
 
 
 class PinnedStore:
-    """Page-locked memory of the computer for weights, from which a GPU copies while it works.
+    """Page-locked memory of the computer for weights, which a GPU can copy while it works.
 
-    torch rounds each page-locked piece up to a power of two, for FLUX.1's tensors from 11 to 17 GiB. Many tensors therefore
-    lie in one slab, whose size is a power of two. Where the system gives no more of it, or less than LEFT_FREE would be left,
-    the rest stays in usual memory.
+    torch rounds each page-locked piece up to a power of two: for FLUX.1's tensors, from 11 to 17 GiB. So many tensors share
+    one slab, whose size is a power of two. If the system doesn't provide more of it, or less than LEFT_FREE would be left, the
+    rest stays in ordinary memory.
     """
 
     def __init__(self, device: torch.device):
         self._pins = device.type == "cuda"
         self._slab = torch.empty(0, dtype=torch.uint8)
-        """What is left of the slab that is being filled."""
+        """The unused rest of the slab that is being filled."""
         self.pageable: int = 0
-        """The bytes of weights in usual memory, from which copies are slower and are waited for."""
+        """The bytes of weights in ordinary memory. Copies from it are slower, and the host waits for them."""
 
     def take(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Brings the values of parameters into this memory."""
+        """Move the values of parameters into this memory."""
         left = sum(_aligned(parameter.nbytes) for parameter in parameters)
         for parameter in parameters:
             place = self._place(_aligned(parameter.nbytes), left) if self._pins and holds_numbers(parameter) else None
@@ -346,7 +357,7 @@ class PinnedStore:
                 parameter.data = values.copy_(parameter.data)
 
     def _place(self, size: int, left: int) -> Tensor | None:
-        """Bytes for a tensor, where `left` bytes are still to come with it; None where there is no more such memory."""
+        """Allocate bytes for a tensor. `left` is what this and later tensors still need. None if the memory is used up."""
         if self._slab.nbytes < size:
             slab = max(min(LARGEST_SLAB, 1 << left.bit_length() - 1), SMALLEST_SLAB, 1 << (size - 1).bit_length())
             room = free_memory(torch.device("cpu"))
@@ -355,7 +366,7 @@ class PinnedStore:
                 return None
             try:
                 self._slab = torch.empty(slab, dtype=torch.uint8, pin_memory=True)
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError):  # of several classes, by system and driver
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError):  # the class varies by system and driver
                 self._pins = False
                 return None
         place, self._slab = self._slab[:size], self._slab[size:]
@@ -363,17 +374,17 @@ class PinnedStore:
 
 
 def _aligned(size: int) -> int:
-    """The bytes that a tensor of `size` bytes takes in a slab, in which any dtype may follow."""
+    """Return the bytes that a tensor of `size` bytes takes in a slab, so that a tensor of any dtype can follow."""
     return -(-size // 64) * 64
 
 
-# --- finding out what it needs ---
+# --- predicting how much memory is needed ---
 
 
 class MemoryCount(TorchDispatchMode):
-    """A context that counts the bytes of all tensors made in it on a device while they are alive.
+    """Counts the bytes of all tensors created in this context on a device, while they are alive.
 
-    `peak` is the most at a time. CUDA's allocator rounds each tensor up.
+    `peak` is the largest sum so far. CUDA's allocator rounds each tensor up.
     """
 
     def __init__(self, device: torch.device):
@@ -384,7 +395,7 @@ class MemoryCount(TorchDispatchMode):
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:  # of fake tensors, half of all calls
+        if func is torch.ops.prim.device.default:  # called for fake tensors, and half of all calls
             return args[0].fake_device
         result = func(*args, **(kwargs or {}))
         for tensor in [result] if isinstance(result, Tensor) else tree_leaves(result):
@@ -393,19 +404,19 @@ class MemoryCount(TorchDispatchMode):
         return result
 
     def leave_out(self, tensor: Tensor) -> None:
-        """Does not count a tensor, made before, when an operation returns it."""
+        """Ignore an existing tensor when an operation returns it."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self._seen:
             self._seen.add(storage._cdata)
             weakref.finalize(storage, self._seen.discard, storage._cdata)
 
     def counts(self, place: int) -> bool:
-        """Whether the storage at that place (its `_cdata`) is alive and known."""
+        """Return whether the storage with that address (its `_cdata`) is alive and counted."""
         return place in self._seen
 
     @contextmanager
     def known(self, most: int) -> Iterator[None]:
-        """A context whose peak is known to be `most` bytes above what lives at its beginning, whatever is made in it."""
+        """Set this context's peak to `most` bytes above what is alive at its beginning, whatever is created in it."""
         peak = max(self.peak, self.live + most)
         try:
             yield
@@ -428,11 +439,11 @@ class MemoryCount(TorchDispatchMode):
 
 
 def allocated(size: int, device: torch.device) -> int:
-    """The bytes that the allocator of a device takes for a tensor of `size` bytes."""
+    """Return the bytes that a device's allocator takes for a tensor of `size` bytes."""
     return -(-size // CUDA_GRAIN) * CUDA_GRAIN if device.type == "cuda" else size
 
 
 def unique_bytes(tensors: Iterable[Tensor]) -> int:
-    """The bytes that the tensors take where they are, where memory that several share counts once."""
+    """Return the bytes that the tensors take on their devices. Memory shared by several tensors counts once."""
     storages = {t.untyped_storage()._cdata: (t.untyped_storage().nbytes(), t.device) for t in tensors}
     return sum(allocated(*storage) for storage in storages.values())

@@ -12,14 +12,14 @@ from torch.nn.grad import conv2d_input
 from ..storage.narrow import NarrowTensor, as_stored
 
 Change = Callable[[torch.device], Tensor]
-"""A function that gives what is added to a weight, float32 on a device."""
+"""A function that returns what is added to a weight, float32 on a device."""
 
 
 class NarrowLayer(nn.Module):
     """The base class of frozen layers whose weight is a NarrowTensor. Its parts are parameters, so that they can be moved."""
 
     changes: tuple[Change, ...] = ()
-    """What is added to the widened weight, one after the other: applied LoRAs, with which pictures are drawn."""
+    """What is added to the widened weight, in order: applied LoRAs for drawing pictures."""
 
     def _take(self, weight: NarrowTensor, bias: Any, dtype: torch.dtype) -> None:
         self.dtype: torch.dtype = dtype
@@ -32,7 +32,7 @@ class NarrowLayer(nn.Module):
 
     @property
     def narrow(self) -> NarrowTensor:
-        """The weight as it is kept, with its parts where they are now."""
+        """The stored weight, with its parts on their current devices."""
         return NarrowTensor(tuple(getattr(self, name) for name in self._names), self._widen, self._shape)
 
     @property
@@ -46,7 +46,7 @@ class NarrowLayer(nn.Module):
 
 class NarrowLinear(NarrowLayer, nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride]
     def __init__(self, layer: nn.Linear, weight: NarrowTensor, dtype: torch.dtype):
-        """Takes the place of a layer with that weight, in a network of that dtype."""
+        """Replace a layer that has this weight, in a network of that dtype."""
         nn.Module.__init__(self)
         self.in_features: int = layer.in_features
         self.out_features: int = layer.out_features
@@ -61,7 +61,7 @@ class NarrowLinear(NarrowLayer, nn.Linear):  # pyright: ignore[reportIncompatibl
 
 class NarrowConv2d(NarrowLayer, nn.Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
     def __init__(self, layer: nn.Conv2d, weight: NarrowTensor, dtype: torch.dtype):
-        """Takes the place of a layer with that weight, in a network of that dtype."""
+        """Replace a layer that has this weight, in a network of that dtype."""
         nn.Module.__init__(self)
         for name in (*nn.Conv2d.__constants__, "_reversed_padding_repeated_twice"):
             setattr(self, name, getattr(layer, name))
@@ -76,13 +76,13 @@ class NarrowConv2d(NarrowLayer, nn.Conv2d):  # pyright: ignore[reportIncompatibl
 
 
 def can_be_narrow(layer: nn.Module) -> bool:
-    """Whether a layer is one whose weight can be kept narrow, and is not yet."""
+    """Return whether a layer's weight can be kept narrow and is not narrow yet."""
     is_known = isinstance(layer, nn.Linear | nn.Conv2d) and not isinstance(layer, NarrowLayer)
     return is_known and getattr(layer, "padding_mode", "zeros") == "zeros"
 
 
 def make_narrow(network: nn.Module, path: str, weight: NarrowTensor, dtype: torch.dtype) -> None:
-    """Replaces the layer of a network at that path by one that keeps its weight narrow."""
+    """Replace the layer of a network at that path by one that keeps its weight narrow."""
     layer: Any = network.get_submodule(path)
     kind: Any = NarrowLinear if isinstance(layer, nn.Linear) else NarrowConv2d
     made = kind(layer, weight, dtype)
@@ -91,7 +91,7 @@ def make_narrow(network: nn.Module, path: str, weight: NarrowTensor, dtype: torc
 
 
 def narrow_of(layer: Any) -> NarrowTensor:
-    """The weight of a layer as it is kept; for a layer with a plain weight, that weight."""
+    """Return the weight of a layer as it is stored. A plain weight is returned unchanged."""
     if isinstance(layer, NarrowLayer):
         assert not layer.changes
         return layer.narrow
@@ -99,7 +99,7 @@ def narrow_of(layer: Any) -> NarrowTensor:
 
 
 def as_under_autocast(x: Tensor) -> Tensor:
-    """The input of a layer as autocast gives it to the product, which would cast a norm's float32 output."""
+    """Cast a layer's input as autocast would for the product, for example a norm's float32 output."""
     kind = x.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return x.to(torch.get_autocast_dtype(kind)) if autocast else x
@@ -108,8 +108,8 @@ def as_under_autocast(x: Tensor) -> Tensor:
 class _Linear(torch.autograd.Function):
     """A linear layer that widens its weight again for the backward pass, instead of keeping it widened.
 
-    It is given the input, how the weight is widened, the bias, and the weight's parts. (They have no names of their own, since
-    torch.compile takes the context for left out where there are as many arguments as names.)
+    Its arguments are the input, the function that widens the weight, the bias, and the weight's parts. They don't have their
+    own names: if there are as many arguments as names, torch.compile assumes that the context was left out.
     """
 
     @staticmethod
@@ -131,7 +131,7 @@ class _Linear(torch.autograd.Function):
 class _Conv2d(torch.autograd.Function):
     """A convolution that widens its weight again for the backward pass, instead of keeping it widened.
 
-    It is given what a linear layer is, and its places before the bias.
+    Its arguments are those of a linear layer, with the convolution's places before the bias.
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
 """The training objective: how noise is added, what the denoiser predicts, and how its error is weighted.
 
-A training picture x_0 is mixed with noise e at timestep t: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e (DDPM, arXiv:2006.11239),
-where a_t is the cumulative product of the schedule's alphas and SNR_t = a_t / (1 - a_t).
+A training picture x_0 is mixed with noise e at timestep t (DDPM, arXiv:2006.11239): `x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e`.
+Here a_t is the cumulative product of the schedule's alphas, and `SNR_t = a_t / (1 - a_t)`.
 """
 
 import math
@@ -30,7 +30,7 @@ class NoiseSchedule:
     def scaled_linear(
         cls, prediction_type: Literal["epsilon", "v_prediction"] = "epsilon", zero_terminal_snr: bool = False
     ) -> "NoiseSchedule":
-        """SD's schedule: beta from 0.00085 to 0.012, linear in its square root (arXiv:2112.10752, the authors' code)."""
+        """Create SD's schedule: beta from 0.00085 to 0.012, linear in its square root (arXiv:2112.10752, the authors' code)."""
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, TIMESTEPS, dtype=torch.float64) ** 2
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         if zero_terminal_snr:
@@ -41,30 +41,30 @@ class NoiseSchedule:
         return NoiseSchedule(self.alphas_cumprod.to(device), self.prediction_type)
 
     def draw_timesteps(self, latents: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:
-        """A timestep (B,) for each of the latents (B, C, H, W), drawn by the function `draw_timesteps`."""
+        """Draw a timestep (B,) for each of the latents (B, C, H, W), with the function `draw_timesteps`."""
         return draw_timesteps(len(latents), config, generator, latents.device)
 
     def _signal(self, timesteps: Tensor) -> Tensor:
         return self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The noisy latents x_t, (B, C, H, W)."""
+        """Return the noisy latents x_t, (B, C, H, W)."""
         signal = self._signal(timesteps)
         return signal.sqrt() * latents + (1 - signal).sqrt() * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The target of the prediction, (B, C, H, W): the noise, or v = sqrt(a) e - sqrt(1 - a) x_0 (arXiv:2202.00512)."""
+        """Return the prediction's target, (B, C, H, W): the noise, or v = sqrt(a) e - sqrt(1 - a) x_0 (arXiv:2202.00512)."""
         if self.prediction_type == "epsilon":
             return noise
         signal = self._signal(timesteps)
         return signal.sqrt() * noise - (1 - signal).sqrt() * latents
 
     def loss_weights(self, timesteps: Tensor, config: TrainConfig) -> Tensor:
-        """The weight of each sample's loss, (B,).
+        """Return the weight of each sample's loss, (B,).
 
-        min-SNR-gamma (arXiv:2303.09556) clips the weight that a loss on x_0 would have at gamma, and so is
-        min(SNR, gamma) / SNR for epsilon and min(SNR, gamma) / (SNR + 1) for v. Debiased estimation (arXiv:2310.08442) is
-        1 / sqrt(SNR) for epsilon and 1 / (SNR + 1) for v.
+        min-SNR-gamma (arXiv:2303.09556) clips the weight that a loss on x_0 would have at gamma. This gives
+        `min(SNR, gamma) / SNR` for epsilon and `min(SNR, gamma) / (SNR + 1)` for v. Debiased estimation (arXiv:2310.08442) is
+        `1 / sqrt(SNR)` for epsilon and `1 / (SNR + 1)` for v.
         """
         signal = self.alphas_cumprod[timesteps]
         snr = signal / (1 - signal)
@@ -86,7 +86,7 @@ class FlowSchedule:
     """
 
     shift: Callable[[int], float]
-    """A function that gives s for the number of the denoiser's positions in a picture."""
+    """A function that returns s for the number of the denoiser's positions in a picture."""
     positions_side: int
     """The number of latents along a side of a position."""
 
@@ -94,13 +94,13 @@ class FlowSchedule:
         return self
 
     def shift_for(self, latents: Tensor, config: TrainConfig | None = None) -> float:
-        """The shift s for latents (B, C, H, W): that of the settings, else the family's."""
+        """Return the shift s for latents (B, C, H, W): that of the settings, else the family's."""
         if config is not None and config.timestep_shift is not None:
             return config.timestep_shift
         return self.shift(latents.shape[2] * latents.shape[3] // self.positions_side**2)
 
     def draw_timesteps(self, latents: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:
-        """A timestep (B,) for each of the latents, float32 in the range of the settings.
+        """Draw a timestep (B,) for each of the latents, float32 in the range of the settings.
 
         Times are drawn logit-normally, as the sigmoid of a normal (arXiv:2403.03206, section 3.1), or uniformly, and then
         shifted.
@@ -116,20 +116,20 @@ class FlowSchedule:
         return config.timestep_min + times * (config.timestep_max + 1 - config.timestep_min)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The noisy latents x_t, (B, C, H, W)."""
+        """Return the noisy latents x_t, (B, C, H, W)."""
         times = timesteps.view(-1, 1, 1, 1) / TIMESTEPS
         return (1 - times) * latents + times * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The velocity e - x_0, (B, C, H, W), which the denoiser predicts."""
+        """Return the velocity e - x_0, (B, C, H, W), which the denoiser predicts."""
         return noise - latents
 
     def loss_weights(self, timesteps: Tensor, config: TrainConfig) -> Tensor:
-        """A weight of 1 for each sample, (B,), since times are weighted by how often they are drawn."""
+        """Return a weight of 1 for each sample, (B,), since times are weighted by how often they are drawn."""
         return torch.ones_like(timesteps)
 
     def sampling_times(self, steps: int, latents: Tensor) -> Tensor:
-        """The times (steps + 1,) from 1 to 0 for sampling these latents, evenly spaced and then shifted as in training."""
+        """Return the times (steps + 1,) from 1 to 0 for sampling these latents, evenly spaced, then shifted as in training."""
         return shift_times(torch.linspace(1, 0, steps + 1, device=latents.device), self.shift_for(latents))
 
 
@@ -141,7 +141,7 @@ def shift_times(times: Tensor, shift: float) -> Tensor:
 
 
 def linear_shift(low: int, mu_low: float, high: int, mu_high: float) -> Callable[[int], float]:
-    """A function of a number of positions that gives exp(mu), with mu linear through (low, mu_low) and (high, mu_high).
+    """Return a function of the number of positions: exp(mu), with mu linear through (low, mu_low) and (high, mu_high).
 
     It is from Black Forest Labs' code for FLUX.1.
     """
@@ -150,14 +150,14 @@ def linear_shift(low: int, mu_low: float, high: int, mu_high: float) -> Callable
 
 
 def rescale_to_zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
-    """The schedule with sqrt(a_t) shifted and scaled so that its last timestep is pure noise (arXiv:2305.08891, alg. 1)."""
+    """Shift and scale sqrt(a_t) so that the last timestep is pure noise (arXiv:2305.08891, alg. 1)."""
     root = alphas_cumprod.sqrt()
     rescaled = (root - root[-1]) * root[0] / (root[0] - root[-1])
     return rescaled**2
 
 
 def draw_timesteps(count: int, config: TrainConfig, generator: torch.Generator, device: torch.device) -> Tensor:
-    """Whole timesteps (count,) in the range of the settings. A bias b draws u^(exp(-b)), which is uniform for 0."""
+    """Draw integer timesteps (count,) in the range of the settings. A bias b draws u^(exp(-b)), which is uniform for 0."""
     uniform = torch.rand(count, generator=generator, device=device)
     if config.timestep_bias:
         uniform = uniform ** math.exp(-config.timestep_bias)
@@ -166,10 +166,10 @@ def draw_timesteps(count: int, config: TrainConfig, generator: torch.Generator, 
 
 
 def draw_noise(like: Tensor, config: TrainConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The noise that is predicted and the noise that is added to the input, both (B, C, H, W).
+    """Draw the noise that is predicted and the noise that is added to the input, both (B, C, H, W).
 
-    They differ by the input perturbation (arXiv:2301.11706). Noise offset adds a random constant to each channel, so that
-    the model learns to change the overall brightness (crosslabs.org/blog/diffusion-with-offset-noise).
+    They differ by the input perturbation (arXiv:2301.11706). Noise offset adds a random constant to each channel, so that the
+    model learns to change the overall brightness (crosslabs.org/blog/diffusion-with-offset-noise).
     """
     noise = torch.randn(like.shape, generator=generator, device=like.device)
     if config.noise_offset:
@@ -182,10 +182,10 @@ def draw_noise(like: Tensor, config: TrainConfig, generator: torch.Generator) ->
 
 
 def sample_losses(prediction: Tensor, target: Tensor, mask: Tensor | None, config: TrainConfig) -> Tensor:
-    """The loss of each sample, (B,), a mean over channels and latents.
+    """Return the loss of each sample, (B,), a mean over channels and latents.
 
-    `mask` (B, 1, H, W) in [0, 1] weights the latents, where 0 counts as the settings' background weight. The sum is divided
-    by the sum of the weights, so that a small face does not make a small loss. The Huber loss is the pseudo-Huber of
+    `mask` (B, 1, H, W) in [0, 1] weights the latents, where 0 counts as the settings' background weight. The sum is divided by
+    the sum of the weights, so that a small face does not make a small loss. The Huber loss is the pseudo-Huber of
     arXiv:2310.14189, scaled to equal the squared error for small errors.
     """
     difference = prediction.float() - target.float()
@@ -202,5 +202,5 @@ def sample_losses(prediction: Tensor, target: Tensor, mask: Tensor | None, confi
 
 
 def shrink_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """A mask of pixels (1, H, W) averaged over each latent, (1, height, width) for `size` (height, width)."""
+    """Average a mask of pixels (1, H, W) over each latent. Returns (1, height, width) for `size` (height, width)."""
     return F.interpolate(mask.unsqueeze(0), size=size, mode="area").squeeze(0)

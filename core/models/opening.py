@@ -1,4 +1,4 @@
-"""Opening a base model: a checkpoint file, a mapping of tensors, a diffusers folder or a hub id."""
+"""Open a base model: a checkpoint file, a mapping of tensors, a diffusers folder or a hub id."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -34,32 +34,32 @@ def load_base(
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto",
     zero_terminal_snr: bool = False,
 ) -> Base:
-    """The base model in a `.safetensors` checkpoint, a mapping of tensors named as in one, a diffusers folder, or a hub id.
+    """Open a base model: a `.safetensors` checkpoint, a mapping of tensors named as in one, a diffusers folder, or a hub id.
 
-    A checkpoint holds all parts, or the denoiser alone. `vae` and `text_encoders` give other parts as files or mappings, in
-    the place of those in the checkpoint. `tokenizer` is the folder of a T5 or Qwen tokenizer, for families that have one.
-    With a `caption_encoder`, neither text encoders nor a tokenizer are needed. The network is only used for a hub id
-    (`owner/name` that is no local path).
+    A checkpoint holds all parts, or the denoiser alone. `vae` and `text_encoders` are files or mappings that replace those in
+    the checkpoint. `tokenizer` is the folder of a T5 or Qwen tokenizer, for families that have one. With a `caption_encoder`,
+    neither text encoders nor a tokenizer are needed. The internet is only used for a hub id (`owner/name` that does not exist
+    as a local path).
 
     v-prediction and zero terminal SNR are recognised by the marker tensors `v_pred` and `ztsnr` and by modelspec metadata,
-    unless the options say otherwise. Raises BadFile, UnknownFamily or UnmatchedKeys when it is not a usable base model, and
-    BadConfig for other files beside a folder or hub id, which has its own.
+    unless the options override them. Raises BadFile, UnknownFamily or UnmatchedKeys when it is not a usable base model. Raises
+    BadConfig for additional files with a folder or hub id, which has its own.
     """
     if not isinstance(source, str | os.PathLike | Mapping):
         raise BadConfig(
-            f"the base model is a {type(source).__name__}: give a file, a folder, a hub id or a mapping of tensors; "
-            "a pipeline of diffusers becomes a folder by pipeline.save_pretrained(folder)"
+            f"the base model is a {type(source).__name__}: use a file, a folder, a hub id or a mapping of tensors. "
+            "Save a diffusers pipeline to a folder with pipeline.save_pretrained(folder)"
         )
     schedule = {"prediction_type": prediction_type, "zero_terminal_snr": zero_terminal_snr}
     opened_with = None if caption_encoder else _from_files(source, vae, text_encoders, tokenizer, **schedule)
     if not isinstance(source, Mapping):
         path = Path(source)
-        # Of os.path: Path's own raise for a folder that may not be looked into, or a name that is too long.
+        # os.path, because Path's own methods raise for a folder without access or a name that is too long.
         is_on_hub = not os.path.exists(path) and is_hub_id(str(source))
         if os.path.isdir(path) or is_on_hub:
             parts = {"vae": vae, "text_encoders": text_encoders, "tokenizer": tokenizer}
             if given := [what for what, one in parts.items() if one]:
-                raise BadConfig(f"{source}: a folder of diffusers has all parts itself: leave out {', '.join(given)}")
+                raise BadConfig(f"{source}: a diffusers folder already has all parts. Leave out {', '.join(given)}")
             folder = download(str(source)) if is_on_hub else path
             base = _of_folder(folder, prediction_type, zero_terminal_snr)
             return replace(base, caption_encoder=caption_encoder, opened_with=opened_with)
@@ -107,7 +107,7 @@ def _from_files(
     tokenizer: str | os.PathLike[str] | None,
     **schedule: Any,
 ) -> Mapping[str, Any] | None:
-    """These arguments of `load_base` with absolute paths; None where one of them is a mapping of tensors."""
+    """Return these arguments of `load_base` with absolute paths, or None if one of them is a mapping of tensors."""
     if any(isinstance(one, Mapping) for one in (source, vae, *text_encoders)):
         return None
 
@@ -127,7 +127,7 @@ _PARTS = (DENOISER_PREFIX, *VAE_PREFIXES, "cond_stage_model.", "conditioner.", "
 """Prefixes of names in a checkpoint with several parts, or in another naming."""
 
 _MARKERS = ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
-"""Tensors that belong to no network and say how a checkpoint predicts."""
+"""Tensors that don't belong to a network but mark how a checkpoint predicts."""
 
 
 def _opened(source: Source) -> tuple[str, Mapping[str, Tensor]]:
@@ -137,7 +137,7 @@ def _opened(source: Source) -> tuple[str, Mapping[str, Tensor]]:
     if path.suffix.lower() == SUFFIX:
         return path.name, open_gguf(source)
     if not path.suffix and path.name == str(source) and not os.path.lexists(path):
-        raise BadFile(f"{source}: there is no such file or folder, and a model on the hub is named owner/name")
+        raise BadFile(f"{source}: not found as a file or folder. For a model on the hub, use owner/name")
     file = SafetensorsFile.open(source)
     return file.path.name, file
 
@@ -148,20 +148,20 @@ def _one_checkpoint(
     vae: Mapping[str, Tensor] | None,
     text_encoders: Sequence[tuple[str, Mapping[str, Tensor]]],
 ) -> tuple[Mapping[str, Tensor], list[tuple[str, list[str]]]]:
-    """The tensors of all files under the names that they would have in one checkpoint, read on demand.
+    """Combine the tensors of all files under the names that they would have in one checkpoint, read on demand.
 
-    Also the name of each file of text encoders, with the kinds of encoders in it.
+    Also returns the name of each text encoder file, with the kinds of encoders in it.
     """
     if not source:
-        raise UnknownFamily("there is not a single tensor in it")
+        raise UnknownFamily("it does not contain any tensors")
     if any(name.endswith((".lora_down.weight", ".lora_A.weight", ".lora_A.default.weight")) for name in source):
         raise UnknownFamily("this is a LoRA, not a base model")
     if not any(name.startswith(_PARTS) for name in source) and (encoder := text.encoder_in(source)):
-        raise UnknownFamily(f"this is a text encoder ({encoder}); give it beside a base model (text_encoders)")
+        raise UnknownFamily(f"this is a text encoder ({encoder}). Use it together with a base model (text_encoders)")
     source = dequantised(source, what)
     names = {name: Stored(source, name) for name in source}
     if not any(name.startswith(_PARTS) for name in source):
-        # The file has a denoiser alone, whose names have no prefix.
+        # The file contains only a denoiser, whose names have no prefix.
         names = {name.removeprefix("diffusion_model."): read for name, read in names.items()}
         originals = original_unet_names(names)
         names = {
@@ -169,7 +169,7 @@ def _one_checkpoint(
             for name, read in names.items()
         }
     if vae is not None:
-        # The given VAE takes the place of one in the checkpoint.
+        # The given VAE replaces the one in the checkpoint.
         names = {name: read for name, read in names.items() if not name.startswith(VAE_PREFIXES)}
         for name in vae:
             names[name if name.startswith(VAE_PREFIXES) else VAE_PREFIXES[0] + name] = Stored(vae, name)
@@ -196,12 +196,12 @@ def _check_variant(family: FamilySpec, components: Mapping[str, Component]) -> N
         kinds = {"9": "an inpainting model", "8": "an InstructPix2Pix model", "384": "a fill (inpainting) model"}
         raise UnknownFamily(
             f"this is {kinds.get(str(channels), 'an unknown variant')} (its denoiser takes {channels} channels), "
-            "which is not supported; train on the model that it was made from"
+            "which is not supported. Train on the model that it was made from"
         )
 
 
 def _side(resolution: str | None, default: int) -> int:
-    """The side of a square as large as `WIDTHxHEIGHT` in modelspec; the default when that is missing or makes no sense."""
+    """Return the side of a square as large as modelspec's `WIDTHxHEIGHT`, or the default if that is missing or invalid."""
     sides = (resolution or "").lower().split("x")
     if len(sides) == 2 and all(side.isdecimal() and 8 <= int(side) <= 8192 for side in sides):
         return round((int(sides[0]) * int(sides[1])) ** 0.5)

@@ -26,7 +26,7 @@ _OPENCLIP_OUTSIDE = {
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A whole base model as it is in a checkpoint file, with tensors in the original naming."""
+    """A whole base model, with tensors named as in a checkpoint file in the original naming."""
 
     family: str
     metadata: dict[str, str]
@@ -40,7 +40,7 @@ class Checkpoint:
         dtype: torch.dtype = torch.float16,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """Writes the file, whole or not at all, with floating-point tensors in that dtype. Raises BadFile when that fails."""
+        """Write the whole file or nothing, with floating-point tensors in that dtype. Raises BadFile when that fails."""
         layout = layout_in(self.tensors, dtype)
 
         def read(key: str) -> Tensor:
@@ -49,24 +49,22 @@ class Checkpoint:
         write_safetensors(path, layout, read, self.metadata, on_progress=on_progress)
 
     def with_metadata(self, metadata: Mapping[str, str]) -> "Checkpoint":
-        """A checkpoint with the same tensors and other metadata."""
+        """Return a checkpoint with the same tensors and other metadata."""
         return replace(self, metadata=dict(metadata))
 
 
 def original_tensors(base: Base, parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by their original names.
+    """Return the tensors of a checkpoint by their original names.
 
-    `parts` has the tensors of the denoiser, the VAE and the text encoders by their names in diffusers and transformers.
-    Raises BadConfig for a UNet with other numbers of residual blocks from level to level.
+    `parts` has the tensors of the denoiser, the VAE and the text encoders by their names in diffusers and transformers. Raises
+    BadConfig for a UNet whose levels have different numbers of residual blocks.
     """
     result: dict[str, Tensor] = {}
     unet, levels = base.components["denoiser"].config, len(base.components["vae"].config["block_out_channels"])
     attention_above = [kind.startswith("CrossAttn") for kind in unet["up_block_types"]]
     blocks = blocks_in_a_level(unet)
     if blocks is None:
-        raise BadConfig(
-            f"{base.family.title}: the original names have no place for a UNet whose levels have unlike blocks"
-        )
+        raise BadConfig(f"{base.family.title}: the original names don't support a UNet whose levels have unlike blocks")
     in_unet = partial(ldm_unet_path, layers_per_block=blocks, attention_above=attention_above.__getitem__)
     for name, tensor in parts["denoiser"].items():
         result[f"model.diffusion_model.{in_unet(name)}"] = tensor
@@ -78,7 +76,7 @@ def original_tensors(base: Base, parts: Mapping[str, Mapping[str, Tensor]]) -> d
     for part, prefix in base.family.names.checkpoint_prefixes.items():
         named = _openclip(parts[part]) if part == "text_encoder_2" else parts[part]
         result |= {prefix + name: tensor for name, tensor in named.items()}
-    # Readers of these files know by marker tensors how the model predicts.
+    # Marker tensors tell readers of these files how the model predicts.
     if base.prediction_type == "v_prediction":
         result["v_pred"] = torch.zeros(0)
     if base.zero_terminal_snr:
@@ -87,7 +85,7 @@ def original_tensors(base: Base, parts: Mapping[str, Mapping[str, Tensor]]) -> d
 
 
 def _openclip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a text encoder in OpenCLIP's naming, which joins q, k and v and transposes the projection."""
+    """Rename the tensors of a text encoder to OpenCLIP's naming, which joins q, k and v and transposes the projection."""
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name in _OPENCLIP_OUTSIDE:

@@ -1,4 +1,4 @@
-"""diffusers, imported without anything that another package would fetch."""
+"""Import diffusers without letting another package download code."""
 
 import functools
 import logging
@@ -8,12 +8,12 @@ from importlib.util import find_spec
 from types import ModuleType
 
 HUB_KERNELS = "kernels"
-"""A package that loads compiled code from a hub when it is asked to. bitsandbytes asks it on some CPUs when it is imported."""
+"""A package that downloads compiled code from a hub on request. On some CPUs, bitsandbytes requests it when imported."""
 
 
 @functools.cache
 def import_diffusers() -> ModuleType:
-    """The package diffusers. It imports bitsandbytes where that is installed, which is kept from fetching code by it."""
+    """Import diffusers. It imports an installed bitsandbytes, which is prevented from downloading code."""
     if "bitsandbytes" not in sys.modules and find_spec("bitsandbytes"):
         _import_bitsandbytes()
     return import_module("diffusers")
@@ -22,11 +22,11 @@ def import_diffusers() -> ModuleType:
 def _import_bitsandbytes() -> None:
     log = logging.getLogger("bitsandbytes")
     level, there = log.level, sys.modules.get(HUB_KERNELS)
-    log.setLevel(logging.CRITICAL)  # it warns that it has no kernels, which are not used here
-    sys.modules[HUB_KERNELS] = None  # pyright: ignore[reportArgumentType]  # by which importing it fails
+    log.setLevel(logging.CRITICAL)  # it warns that it lacks kernels, which are not used here
+    sys.modules[HUB_KERNELS] = None  # pyright: ignore[reportArgumentType]  # makes importing it fail
     try:
         import_module("bitsandbytes")
-    except Exception:  # a broken installation, which only its own optimizer needs
+    except Exception:  # a broken installation, which only matters to the optimizer that needs it
         pass
     finally:
         log.setLevel(level)

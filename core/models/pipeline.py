@@ -1,4 +1,4 @@
-"""A pipeline of diffusers, made of a base model's networks."""
+"""Build a diffusers pipeline from a base model's networks."""
 
 import inspect
 import math
@@ -19,33 +19,35 @@ from .spec import Component, FamilySpec
 
 _PAD_TOKENS = {"clip_l": "<|endoftext|>", "clip_g": "!"}
 _FEW_POSITIONS, _MANY_POSITIONS = 256, 4096
-"""Where the shift of a flow is measured, in positions. Between them its logarithm is linear."""
+"""The numbers of positions where a flow's shift is measured. Between them its logarithm is linear."""
 
 
 def pipeline_class(family: FamilySpec, dtype: torch.dtype) -> Any:
-    """The class of the family's pipeline in diffusers.
+    """Return the class of the family's pipeline in diffusers.
 
-    Raises MissingPackage where the installed version has none, BadConfig for a family or a dtype that it cannot have here.
+    Raises MissingPackage if the installed version lacks it, BadConfig for a family or a dtype that it does not support here.
     """
     diffusers = import_diffusers()
     found = getattr(diffusers, family.pipeline_class, None)
     if found is None:
-        raise MissingPackage(f"{family.title}: diffusers {diffusers.__version__} has no {family.pipeline_class}")
+        raise MissingPackage(
+            f"{family.title}: diffusers {diffusers.__version__} lacks {family.pipeline_class}. Install a newer diffusers"
+        )
     halves = [text.KINDS[kind] for kind in family.text_encoders.values() if kind.startswith("qwen")]
     if halves:
         raise BadConfig(
-            f"{family.title}: no pipeline can be made of it: {family.pipeline_class} takes the whole of {halves[0]}, of which "
+            f"{family.title}: a pipeline cannot be made of it: {family.pipeline_class} needs the whole of {halves[0]}, but "
             "only the part that reads text is loaded here"
         )
     if dtype == torch.float16 and "t5xxl" in family.text_encoders.values():
-        raise BadConfig(f"{family.title}: dtype = {dtype}: T5 overflows in it; choose torch.bfloat16 or torch.float32")
+        raise BadConfig(f"{family.title}: dtype = {dtype}: T5 overflows in it. Choose torch.bfloat16 or torch.float32")
     return found
 
 
 def encoder_component(kind: str, component: Component, wanted: Any) -> Component:
-    """The text encoder in the form of the class `wanted`, which a pipeline says that it takes.
+    """Convert the text encoder to the class `wanted` that a pipeline requires.
 
-    A CLIP without a projection gets one that changes nothing, as SD3's has in diffusers.
+    A CLIP without a projection gets an identity projection, as SD3's has in diffusers.
     """
     if not kind.startswith("clip") or "WithProjection" not in str(wanted):
         return component
@@ -60,7 +62,7 @@ def encoder_component(kind: str, component: Component, wanted: Any) -> Component
 
 
 def encoder_classes(pipeline: Any) -> dict[str, Any]:
-    """The class of each part that a pipeline of this class takes, as its signature names it."""
+    """Return the class of each part that a pipeline of this class takes, from its signature."""
     return {name: given.annotation for name, given in inspect.signature(pipeline.__init__).parameters.items()}
 
 
@@ -72,9 +74,9 @@ def assemble(
     schedule: Schedule,
     is_zero_snr: bool,
 ) -> Any:
-    """A pipeline of that class, of networks by part, with its tokenizers and a scheduler on the base model's schedule.
+    """Assemble a pipeline of that class from networks by part, with its tokenizers and a scheduler on the base's schedule.
 
-    Parts that the family can do without, and others that no base model has, are None.
+    Optional parts of the family, and parts that base models don't have, are None.
     """
     parts: dict[str, Any] = {"scheduler": _scheduler(schedule, is_zero_snr), "vae": networks["vae"]}
     parts[family.denoiser_folder] = networks["denoiser"]
@@ -102,7 +104,7 @@ def _tokenizer(kind: str, folder: str | None) -> Any:
 
 
 def _scheduler(schedule: Schedule, is_zero_snr: bool) -> Any:
-    """Euler's method for a rectified flow, else DDIM: what is made from its config has the same noise schedule."""
+    """Build Euler's method for a rectified flow, else DDIM. Schedulers made from its config have the same noise schedule."""
     diffusers = import_diffusers()
 
     if isinstance(schedule, FlowSchedule):

@@ -1,8 +1,8 @@
-"""Reads weights that are quantised, in the formats of ComfyUI's files, as the weights that they stand for.
+"""Read quantised weights, in the formats of ComfyUI's files, as plain weights.
 
 The formats and their names are those of comfy-kitchen: fp8 with scales, whole numbers in 8 bits and in 4 (also rotated, as in
-ConvRot), MXFP8 and NVFP4. All of them are widened to bf16, bit for bit as ComfyUI does: when they are read, or by layers that
-keep them as they are whenever they are used (narrow_layers.py).
+ConvRot), MXFP8 and NVFP4. All of them are widened to bf16, bit for bit as ComfyUI does. That happens when they are read, or in
+layers that keep them as stored and widen them whenever they are used (narrow_layers.py).
 """
 
 import json
@@ -24,34 +24,34 @@ from .spec import UNQUANTISED
 Shape = tuple[int, ...]
 _WEIGHT_SCALES = (".scale_weight", ".weight_scale")
 _WHOLE_SCALE = ".weight_scale_2"
-"""The end of the name of NVFP4's scale of a whole weight, whose blocks have `.weight_scale`."""
+"""The name suffix of NVFP4's scale of a whole weight, whose blocks have `.weight_scale`."""
 _NOT_WEIGHTS = (*_WEIGHT_SCALES, _WHOLE_SCALE, ".scale_input", ".input_scale", ".comfy_quant")
 _OF_ROWS = ("float32", "bfloat16", "float16", "float64")
 """The dtypes that scales of rows and of whole weights may have."""
 _MARKER = "scaled_fp8"
-"""An empty tensor by which ComfyUI marked its first scaled files."""
+"""An empty tensor that marked ComfyUI's first scaled files."""
 _PACKED = (".absmax", ".qweight", ".SCB", "._data", ".pre_quant_scale")
-"""Endings of tensors beside weights in 4 or 8 bits, by bitsandbytes, GPTQ and Nunchaku, quanto, and AWQ."""
+"""Name suffixes of tensors that go with weights in 4 or 8 bits, by bitsandbytes, GPTQ and Nunchaku, quanto, and AWQ."""
 _HEADERS_FORMATS = "_quantization_metadata"
-"""The key in the metadata under which ComfyUI names the format of each layer, when no tensors do."""
+"""The metadata key under which ComfyUI names the format of each layer, if no tensors do."""
 
 
 def sign_of_quantisation(file: SafetensorsFile) -> str | None:
-    """The name of a tensor or metadata key that shows that a file is quantised; None when it is not."""
+    """Return the name of a tensor or metadata key that shows that a file is quantised, or None."""
     endings = (*_NOT_WEIGHTS, *_PACKED, _MARKER)
     tensors = (name for name in file if name.endswith(endings) or _is_whole(file, name))
     return next(tensors, _HEADERS_FORMATS if _HEADERS_FORMATS in file.metadata else None)
 
 
 def _is_whole(file: SafetensorsFile, name: str) -> bool:
-    """Whether a tensor is a weight stored as whole numbers."""
+    """Return whether a tensor is a weight stored as whole numbers."""
     return name.endswith(".weight") and not file.dtypes[name].is_floating_point
 
 
 def dequantised(tensors: Mapping[str, Tensor], what: str) -> Mapping[str, Tensor]:
-    """The tensors with the weights that quantised ones stand for (bf16), on demand; the same mapping where none is quantised.
+    """Replace quantised tensors by the weights that they represent (bf16), on demand. Without any, return the same mapping.
 
-    A layer's format is in `X.comfy_quant` or in the metadata; one that only has `X.scale_weight` or `X.weight_scale` is fp8.
+    A layer's format is in `X.comfy_quant` or in the metadata. A layer with only `X.scale_weight` or `X.weight_scale` is fp8.
     Raises BadFile, with `what` in the message, for other formats and for scales that do not fit their weight.
     """
     plain: dict[str, Any] = {"format": "float8"}
@@ -87,20 +87,20 @@ def dequantised(tensors: Mapping[str, Tensor], what: str) -> Mapping[str, Tensor
 
 @dataclass(frozen=True)
 class _Format:
-    """A way in which weights are stored."""
+    """A format of stored weights."""
 
     fits: Callable[[torch.dtype, Shape, Mapping[str, Shape], Mapping[str, Any]], bool]
-    """Whether a stored weight's dtype and shape fit the shapes of its scales and what is said of the layer."""
+    """Whether a stored weight's dtype and shape fit the shapes of its scales and the layer's description."""
     parts: Callable[[Tensor, Mapping[str, Tensor]], tuple[Tensor, ...]]
-    """The parts of a NarrowTensor for (what is stored, its scales by the ends of their names)."""
+    """The parts of a NarrowTensor for (the stored weight, its scales by name suffix)."""
     widen: Callable[[Mapping[str, Any]], Widen]
-    """How these parts are widened, by what is said of the layer."""
+    """How these parts are widened, given the layer's description."""
     scales: tuple[str, ...] = ()
-    """The ends of the names of its scales; for none it is one of _WEIGHT_SCALES."""
+    """The name suffixes of its scales. Empty means one of _WEIGHT_SCALES."""
     numbers: int = 1
-    """How many numbers of the weight a stored one holds."""
+    """How many numbers of the weight a stored number holds."""
     of_blocks: tuple[str, ...] = ()
-    """The dtypes that the scales of blocks may have, by name (torch 2.5 lacks one); those of all other scales are _OF_ROWS."""
+    """The dtypes that the scales of blocks may have, by name (torch 2.5 lacks one). All other scales have _OF_ROWS."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +112,7 @@ class _Quantised(Stored):
     said: Mapping[str, Any]
 
     def _scales(self) -> dict[str, str]:
-        """The names of its scales, by their ends."""
+        """Return the names of its scales, by their suffixes."""
         ends = self.format.scales or [end for end in _WEIGHT_SCALES if self.layer + end in self.tensors]
         return {end: self.layer + end for end in ends}
 
@@ -132,7 +132,7 @@ class _Quantised(Stored):
         return torch.bfloat16, (*rows, columns * self.format.numbers)
 
     def check(self, what: str) -> None:
-        """Raises BadFile where scales are missing, have another dtype, or do not fit the weight."""
+        """Raise BadFile if scales are missing, have another dtype, or do not fit the weight."""
         scales = self._scales()
         missing = [name for name in scales.values() if name not in self.tensors]
         if missing or not scales:
@@ -152,7 +152,7 @@ class _Quantised(Stored):
             wanted = _OF_ROWS if end == _WHOLE_SCALE else self.format.of_blocks or _OF_ROWS
             if str(found).removeprefix("torch.") not in wanted:
                 raise BadFile(
-                    f"{what}: {scales[end]} is in {found}; such scales of {self.said['format']} are in "
+                    f"{what}: {scales[end]} is in {found}, but such scales of {self.said['format']} must be in "
                     f"{' or '.join(wanted)}; {UNQUANTISED}"
                 )
 
@@ -177,7 +177,7 @@ def _with_scale_of_rows(weight: Tensor, scales: Mapping[str, Tensor]) -> tuple[T
 
 def _widen_fp8(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     weight, scale = parts
-    # In bf16, as ComfyUI has it.
+    # In bf16, as in ComfyUI.
     return weight.to(torch.bfloat16, copy=True).mul_(scale.bfloat16()).to(dtype)
 
 
@@ -186,7 +186,7 @@ def _times_scale(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def _rotated_in(said: Mapping[str, Any]) -> int:
-    """The number of inputs that are rotated together; 0 where none is, and -1 for one that cannot be."""
+    """Return the number of inputs that are rotated together: 0 if none are, and -1 for an invalid number."""
     inner = said.get("params")
     said = {**(inner if isinstance(inner, dict) else {}), **said}
     if not said.get("convrot"):
@@ -212,13 +212,13 @@ def _fits_int4(dtype: torch.dtype, shape: Shape, scales: Mapping[str, Shape], sa
 
 def _widen_int4(parts: Sequence[Tensor], dtype: torch.dtype, size: int) -> Tensor:
     pairs, scale = parts
-    # Two numbers from -8 to 7 in a byte, the first in its lower half.
+    # A byte holds two numbers from -8 to 7, the first in its lower half.
     numbers = torch.stack([pairs << 4 >> 4, pairs >> 4], dim=-1).flatten(-2)
     return _turned_back(_times_scale(numbers, scale), size).bfloat16().to(dtype)
 
 
 def _turned_back(weight: Tensor, size: int) -> Tensor:
-    """The weight whose inputs ConvRot turned in groups of that size before it rounded them; as it is for 0.
+    """Undo ConvRot's rotation of the weight's inputs, done in groups of that size before rounding. 0 means unchanged.
 
     The matrix is symmetric and orthogonal, and so its own inverse: a Kronecker power of a regular Hadamard matrix of order 4.
     """
@@ -235,17 +235,17 @@ def _turned_back(weight: Tensor, size: int) -> Tensor:
 
 
 def _fits_blocks(shape: Shape, blocks: Shape, size: int) -> bool:
-    """Whether there is a scale for each block of `size` numbers in a row, in the layout of `_in_rows`."""
+    """Return whether there is a scale for each block of `size` numbers in a row, in the layout of `_in_rows`."""
     if len(shape) != 2 or shape[1] % size:
         return False
     return math.prod(blocks) == math.ceil(shape[0] / 128) * 128 * math.ceil(shape[1] / size / 4) * 4
 
 
 def _in_rows(scales: Tensor, rows: int, columns: int) -> Tensor:
-    """The scales (rows, columns) of blocks, which cuBLAS wants in tiles of 128 rows and 4 columns.
+    """Return the scales (rows, columns) of blocks, which cuBLAS requires in tiles of 128 rows and 4 columns.
 
-    The layout is in cuBLAS' documentation, "1D block scaling factors layout": in a tile of 512 numbers those of rows r,
-    r + 32, r + 64 and r + 96 are next to each other.
+    The layout is in cuBLAS' documentation, "1D block scaling factors layout". In a tile of 512 numbers, those of rows r, r +
+    32, r + 64 and r + 96 are next to each other.
     """
     down, across = math.ceil(rows / 128), math.ceil(columns / 4)
     tiles = scales.reshape(down, across, 32, 4, 4)
@@ -264,7 +264,7 @@ def _mxfp8_parts(weight: Tensor, scales: Mapping[str, Tensor]) -> tuple[Tensor, 
 
 def _widen_mxfp8(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     weight, exponents = parts
-    powers = (exponents.int() << 23).view(torch.float32)  # an exponent of float32, of which 0 is the number 0
+    powers = (exponents.int() << 23).view(torch.float32)  # as an exponent of float32, where 0 gives the number 0
     return (weight.float().unflatten(1, (-1, 32)) * powers[..., None]).flatten(1).bfloat16().to(dtype)
 
 
@@ -281,16 +281,16 @@ def _nvfp4_parts(weight: Tensor, scales: Mapping[str, Tensor]) -> tuple[Tensor, 
 
 def _widen_nvfp4(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     weight, of_blocks, whole = parts
-    # In bf16, as ComfyUI has it.
+    # In bf16, as in ComfyUI.
     scale = whole.bfloat16() * of_blocks.bfloat16()
     codes = torch.stack([weight >> 4, weight & 15], dim=-1).unflatten(1, (-1, 8)).flatten(2)
     return (_of_e2m1(codes) * scale[..., None]).flatten(1).to(dtype)
 
 
 def _of_e2m1(codes: Tensor) -> Tensor:
-    """The numbers (bf16) that codes of 4 bits stand for: a sign, two bits of exponent and one of mantissa.
+    """Return the numbers (bf16) that 4-bit codes represent: a sign, two bits of exponent and one of mantissa.
 
-    In fp16's places for these bits they are the same numbers divided by 2^14, the ratio of the exponents' biases.
+    Shifted to where fp16 has these bits, they are the same numbers divided by 2^14, the ratio of the exponents' biases.
     """
     codes = codes.to(torch.int16)
     return ((codes & 7) << 9 | (codes & 8) << 12).view(torch.float16).bfloat16() * 2.0**14
@@ -327,13 +327,13 @@ _FORMATS = {
 
 
 def _format(said: Mapping[str, Any]) -> _Format | None:
-    """The format of a layer, None for an unknown one; "float8_e4m3fn" and "float8_e5m2" are "float8"."""
+    """Return the format of a layer, None for an unknown one. "float8_e4m3fn" and "float8_e5m2" are "float8"."""
     name = said["format"]
     return _FORMATS.get("float8" if name.startswith("float8") else name)
 
 
 def _descriptions(tensors: Mapping[str, Tensor], what: str) -> dict[str, dict[str, Any]]:
-    """What tensors or the metadata say of each quantised layer, by layer. Raises BadFile when they are damaged."""
+    """Read each quantised layer's description from tensors or the metadata. Raises BadFile when they are damaged."""
     ending = ".comfy_quant"
     try:
         layers = {
@@ -345,4 +345,4 @@ def _descriptions(tensors: Mapping[str, Tensor], what: str) -> dict[str, dict[st
             layers |= json.loads(tensors.metadata.get(_HEADERS_FORMATS, '{"layers": {}}'))["layers"]
         return {layer: {**description, "format": str(description["format"])} for layer, description in layers.items()}
     except (ValueError, TypeError, LookupError, RecursionError):
-        raise BadFile(f"{what}: what it says of how its layers are quantised cannot be read; {UNQUANTISED}") from None
+        raise BadFile(f"{what}: the description of its quantised layers cannot be read; {UNQUANTISED}") from None

@@ -1,4 +1,4 @@
-"""The settings of a family's training for little, usual or much time."""
+"""The settings of a family for a quick, normal or thorough training run."""
 
 import dataclasses
 import json
@@ -14,20 +14,22 @@ RECIPES = ("fast", "balanced", "best")
 RECIPES_KEY = "facelora.recipes"
 """The key of a base model's own recipes in its metadata: JSON with the fields of a Recipe by the recipe's name."""
 _ITS_GROUPS = ("method", "photos", "optimizer", "loss", "prior preservation")
-"""The groups of the settings that such a recipe may have: not those of the person, the base, the machine and the output."""
+"""The groups of settings allowed in such a recipe. Those of the person, the base, the machine and the output are not."""
 _DERIVED = ("steps", "learning_rate", "rank", "batch_size", "accumulation", "method", "optimizer")
-"""The settings of these groups that follow from a Recipe's other fields, or that these depend on."""
+"""Settings of these groups that follow from a Recipe's other fields, or that these depend on."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The length and the settings of a training for one photo in a step; a batch size turns them into steps and a rate."""
+    """The length and the settings of a training run for one photo per step. A batch size turns them into steps and a rate."""
 
     photos: int
-    """The number of photos seen in the whole training; divided by the photos in a step it gives the steps."""
+    """The number of photos seen in the whole run. Divided by the photos per step, it gives the steps."""
     rate: float
-    """The learning rate for one photo in a step. It grows with the square root of the photos in a step
-    (arXiv:2205.10287, for Adam)."""
+    """The learning rate for one photo per step.
+
+    It grows with the square root of the photos per step (arXiv:2205.10287, for Adam).
+    """
     rank: int
     batch_size: int = 1
     """The photos in a forward pass, unless the user sets another number."""
@@ -36,14 +38,14 @@ class Recipe:
 
 
 def read_recipes(text: str) -> dict[str, Recipe]:
-    """The recipes that the value of RECIPES_KEY states, by name: some or all of RECIPES.
+    """Read the recipes in the value of RECIPES_KEY, by name: some or all of RECIPES.
 
-    Raises BadConfig when it is not JSON of that form, or has a setting that is no recipe's or a value that is out of range.
+    Raises BadConfig when it is not JSON of that form, has a setting that recipes don't allow, or has a value out of range.
     """
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise BadConfig(f"no JSON: {error}") from None
+        raise BadConfig(f"is not JSON: {error}") from None
     if (
         not isinstance(found, dict)
         or not found.keys() <= {*RECIPES}
@@ -62,10 +64,10 @@ def _read_recipe(name: str, values: Any) -> Recipe:
     groups = {item.name: item.metadata["group"] for item in dataclasses.fields(TrainConfig)}
     allowed = {key for key, group in groups.items() if group in _ITS_GROUPS and key not in _DERIVED}
     if wrong := settings.keys() - allowed - {"sample_guidance", "sample_steps"}:
-        raise BadConfig(f"recipe {name!r}: {', '.join(sorted(wrong))}: no settings of a recipe")
+        raise BadConfig(f"recipe {name!r}: {', '.join(sorted(wrong))}: not allowed in a recipe")
     if recipe.rate is None:
-        raise BadConfig(f"recipe {name!r}: has no rate")
-    # TrainConfig checks types and ranges; the number of photos has those of the steps.
+        raise BadConfig(f"recipe {name!r}: rate is missing")
+    # TrainConfig checks types and ranges. The number of photos is checked like the steps.
     of_the_run = {
         "steps": recipe.photos,
         "learning_rate": recipe.rate,

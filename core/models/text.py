@@ -1,6 +1,6 @@
 """The text encoders of diffusion transformers: CLIP, T5, Qwen and Mistral, from files in the naming of transformers.
 
-The package includes the tokenizer of CLIP. Those of the others are too large, so users give a folder that has one.
+The package includes CLIP's tokenizer. The others are too large, so users provide a folder that has one.
 """
 
 import re
@@ -41,13 +41,13 @@ KINDS = {
     "mistral3_24b": "Mistral Small 3.2 (24B)",
     "ministral3_3b": "Ministral 3 3B",
 }
-"""The kinds of text encoders, as ComfyUI calls them, with the names that people know."""
+"""The kinds of text encoders, as named by ComfyUI, with the names that people know."""
 _HEAD_WIDTH_T5, _HEAD_WIDTH_QWEN = 64, 128
 _QWEN_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                "num_key_value_heads")  # fmt: skip
 _PAD_QWEN = 151643
 MISTRAL_LAYERS = 30
-"""The number of layers of Mistral Small 3 whose states are used; the ten after them, and the last norm, are not loaded."""
+"""The number of layers of Mistral Small 3 whose states are used. The last ten and the last norm are not loaded."""
 _MINISTRAL_WIDTH = 3072
 _MINISTRAL_ROTARY = {
     "rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 16384, "beta_fast": 32.0, "beta_slow": 1.0,
@@ -61,13 +61,13 @@ _VOCABULARIES = {
     "mistral": _TEKKEN,
     "ministral": _TEKKEN,
 }
-"""The number of rows in the models' token tables, and the numbers of some tokens, by which tokenizers are recognised."""
+"""The number of rows in the models' token tables, and the numbers of some tokens, for recognising tokenizers."""
 
 
 def encoders_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Stored]]:
-    """The tensors of each text encoder in a file by its own names, by kind.
+    """Return the tensors of each text encoder in a file, under their names within the encoder, by kind.
 
-    The file has one encoder, or several under prefixes. Raises UnknownFamily when it is none that is known.
+    The file has one encoder, or several under prefixes. Raises UnknownFamily when it is not a known encoder.
     """
     sees_pictures = False
     if isinstance(tensors, GgufTensors):
@@ -78,7 +78,7 @@ def encoders_of(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Stored]]:
 
 
 def encoder_in(tensors: Mapping[str, Tensor]) -> str | None:
-    """What people call the text encoders in a file without a denoiser; None where there are none."""
+    """Name the text encoders in a file without a denoiser, as people call them. None if it contains no text encoder."""
     try:
         return " and ".join(KINDS[kind] for kind in encoders_of(tensors))
     except UnknownFamily:
@@ -96,7 +96,8 @@ def _kind_of(tensors: Mapping[str, Tensor], sees_pictures: bool) -> str:
     qwen = {_qwen_name(name): name for name in tensors}
     if "layers.0.self_attn.q_norm.weight" in qwen:
         is_large = "norm.weight" in qwen and shape_of(tensors, qwen["norm.weight"])[0] == 4096
-        # Nothing of its language model tells it from Qwen3: only the half that sees pictures does, or what the file says.
+        # Its language model equals Qwen3's. Only the half that sees pictures, or a declaration in the file, distinguishes
+        # them.
         sees_pictures = sees_pictures or any("visual.deepstack_merger_list." in name for name in tensors)
         kind = "qwen3vl" if sees_pictures else "qwen3"
         return f"{kind}_8b" if is_large else f"{kind}_4b"
@@ -106,12 +107,12 @@ def _kind_of(tensors: Mapping[str, Tensor], sees_pictures: bool) -> str:
     if table and _is_mistral(qwen) and shape_of(tensors, table)[0] == _VOCABULARIES["mistral"][0]:
         return "ministral3_3b" if shape_of(tensors, table)[1] == _MINISTRAL_WIDTH else "mistral3_24b"
     raise UnknownFamily(
-        f"no text encoder that is known, e.g. {next(iter(tensors), 'no tensor')!r}; known: {', '.join(KINDS.values())}"
+        f"unknown text encoder, e.g. {next(iter(tensors), 'no tensor')!r}. Supported: {', '.join(KINDS.values())}"
     )
 
 
 def _stored(tensors: Mapping[str, Tensor], kind: str, *prefixes: str) -> dict[str, Stored]:
-    """The tensors of a text encoder of that kind by its own names, under the first prefix that occurs; empty without one."""
+    """Return the tensors of a text encoder of that kind, without the first prefix that occurs. Empty if none occurs."""
     for prefix in (PREFIX.format(kind), *_PREFIXES.get(kind, ()), *prefixes):
         if names := [name for name in tensors if name.startswith(prefix)]:
             return {name.removeprefix(prefix): Stored(tensors, name) for name in names}
@@ -119,14 +120,14 @@ def _stored(tensors: Mapping[str, Tensor], kind: str, *prefixes: str) -> dict[st
 
 
 def has(tensors: Mapping[str, Tensor], kind: str) -> bool:
-    """Whether a checkpoint holds a text encoder of that kind."""
+    """Return whether a checkpoint holds a text encoder of that kind."""
     return bool(_stored(tensors, kind))
 
 
 def other_parts(
     tensors: Mapping[str, Tensor], vae: Callable[[Mapping[str, Tensor]], Component], kinds: Mapping[str, str]
 ) -> dict[str, Component]:
-    """The VAE and the text encoders in a checkpoint by part, as far as it has them. `kinds` has the kind of each encoder."""
+    """Return the VAE and the text encoders that a checkpoint has, by part. `kinds` has the kind of each encoder."""
     found = {part: (kind, _stored(tensors, kind)) for part, kind in kinds.items()}
     parts = {part: _component(kind, stored) for part, (kind, stored) in found.items() if stored}
     if any(name.startswith(VAE_PREFIXES) for name in tensors):
@@ -139,7 +140,7 @@ def builder(
     kinds: Mapping[str, str],
     vae: Callable[[dict[str, Any]], nn.Module] = build_vae,
 ) -> Callable[[str, dict[str, Any]], nn.Module]:
-    """A family's `build`: a denoiser and a VAE as these functions make them of a config, text encoders by part -> kind."""
+    """Return a family's `build`. The functions build a denoiser and a VAE from a config; `kinds` has text encoders by part."""
 
     def build_part(part: str, config: dict[str, Any]) -> nn.Module:
         networks = {"denoiser": denoiser, "vae": vae}
@@ -149,7 +150,7 @@ def builder(
 
 
 def _component(kind: str, stored: Mapping[str, Stored]) -> Component:
-    """A text encoder, with a config that follows from the shapes of its tensors."""
+    """Build a text encoder, with a config that follows from the shapes of its tensors."""
     if kind.startswith("clip"):
         projection = kind == "clip_g"
         return clip.text_component(stored, KINDS[kind], "gelu" if projection else "quick_gelu", projection)
@@ -160,14 +161,16 @@ def _component(kind: str, stored: Mapping[str, Stored]) -> Component:
 def check_encoders(
     family: FamilySpec, components: Mapping[str, Component], given: Sequence[tuple[str, Sequence[str]]]
 ) -> None:
-    """Raises UnknownFamily when the text encoders do not belong to the denoiser, by their kinds or their widths.
+    """Raise UnknownFamily when the text encoders do not belong to the denoiser, judging by their kinds or widths.
 
     `given` has the name of each file of text encoders with the kinds in it.
     """
     kinds = ", ".join(KINDS[kind] for kind in family.text_kinds)
     for what, of_file in given:
         if not set(of_file) & set(family.text_kinds):
-            raise UnknownFamily(f"{what} is {', '.join(KINDS[kind] for kind in of_file)}; {family.title} takes {kinds}")
+            raise UnknownFamily(
+                f"{what} is {', '.join(KINDS[kind] for kind in of_file)}, but {family.title} takes {kinds}"
+            )
     denoiser = components["denoiser"].config
     for name, parts, width_of, taken in (
         ("states", family.context_from, _width, family.context_width(denoiser)),
@@ -177,13 +180,13 @@ def check_encoders(
             made = sum(count * width_of(components[part].config) for part, count in parts.items())
             if made != taken:
                 raise UnknownFamily(
-                    f"the text encoder is not the one of this model, which takes {name} {taken} wide: they are {made} wide "
-                    f"(text encoders of {family.title}: {kinds})"
+                    f"the text encoder is not the one of this model, which takes {name} of width {taken}. These have width "
+                    f"{made} (text encoders of {family.title}: {kinds})"
                 )
 
 
 def pooled_width(denoiser: Mapping[str, Any]) -> int | None:
-    """The width of the pooled text that a denoiser takes, by its diffusers config; None when it takes none."""
+    """Return the width of the pooled text that a denoiser takes, from its diffusers config. None if it takes none."""
     if "projection_class_embeddings_input_dim" in denoiser:  # the input also has six embedded sizes
         return denoiser["projection_class_embeddings_input_dim"] - 6 * denoiser["addition_time_embed_dim"]
     return denoiser.get("pooled_projection_dim")
@@ -194,8 +197,8 @@ def _width(encoder: Mapping[str, Any]) -> int:
 
 
 def library_tensors(readers: Mapping[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Tensor]]:
-    """The tensors of a text encoder, written by any version of transformers, under the names of its network here."""
-    # The parts of a language model that write words, T5's decoder too, or that see pictures are not used.
+    """Rename the tensors of a text encoder, written by any version of transformers, to the names of its network here."""
+    # Unused: the parts of a language model that write words or see pictures, and T5's decoder.
     left_out = r"decoder\.|(.*\.)?(lm_head|visual|vision_tower|multi_modal_projector)\.|tekken_model$"
     named = {
         _qwen_name(name): read for name, read in clip.library_readers(readers).items() if not re.match(left_out, name)
@@ -209,20 +212,20 @@ def library_tensors(readers: Mapping[str, Callable[[], Tensor]]) -> dict[str, Ca
 
 
 def _is_mistral(names: Container[str]) -> bool:
-    """Whether a language model's tensors are those of a Mistral, whose attention has neither norms nor a bias like a Qwen's."""
+    """Return whether a language model is a Mistral. Its attention has neither a Qwen's norms nor its bias."""
     attention = "layers.0.self_attn.q_"
     others = (f"{attention}norm.weight", f"{attention}proj.bias")
     return f"{attention}proj.weight" in names and not any(name in names for name in others)
 
 
 def _layer(name: str) -> int:
-    """The number of the layer that a tensor is in; -1 for one outside of them."""
+    """Return the number of the layer that a tensor is in, or -1 outside layers."""
     match = re.match(r"layers\.(\d+)\.", name)
     return int(match[1]) if match else -1
 
 
 def _qwen_name(name: str) -> str:
-    """The name in the language model alone, without prefixes from the models for writing or vision that have it as a part."""
+    """Return the name within the language model, without the prefixes of larger models that contain it."""
     return re.sub(r"^(model\.)?(language_model\.)?(model\.)?", "", name)
 
 
@@ -256,7 +259,7 @@ def _qwen_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _shapes_of(tensors: Mapping[str, Tensor]) -> Callable[[str], tuple[int, ...]]:
-    """A function that gives the shape of a tensor by its name, and raises UnmatchedKeys when it is missing."""
+    """Return a function that looks up a tensor's shape by its name, and raises UnmatchedKeys when it is missing."""
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in tensors:
@@ -267,7 +270,7 @@ def _shapes_of(tensors: Mapping[str, Tensor]) -> Callable[[str], tuple[int, ...]
 
 
 def build(kind: str, config: dict[str, Any]) -> nn.Module:
-    """A text encoder without weights. Its `tokenizer_folder`, which CLIP does not have, is `config["tokenizer"]`."""
+    """Build a text encoder without weights. `config["tokenizer"]` becomes its `tokenizer_folder`, except for CLIP."""
     if kind.startswith("clip"):
         with_projection = kind == "clip_g" or "CLIPTextModelWithProjection" in config.get("architectures", ())
         return clip.build_text_encoder(config, with_projection)
@@ -285,13 +288,13 @@ def build(kind: str, config: dict[str, Any]) -> nn.Module:
 def _build_qwen(kind: str, config: dict[str, Any]) -> nn.Module:
     from transformers import MistralModel, Qwen2Model, Qwen3Model
 
-    # For text alone, the models that see pictures equal those that do not, since their three kinds of positions are the same.
+    # For text alone, models that see pictures equal those that don't, since their three kinds of positions are the same.
     network: Any = Qwen3Model if kind.startswith("qwen3") else Qwen2Model
     given = config.get("text_config", config)
     # rope_theta and epsilon are the same in all models of a kind, but transformers 4 and 5 write them to different places.
     theta = 5e6 if kind.startswith("qwen3vl") else 1e6
     settings = {name: given[name] for name in _QWEN_SIZES} | {"rope_theta": theta, "rms_norm_eps": 1e-6}
-    # FLUX.2 dev has a Mistral where klein has a Qwen, so that the kind does not tell.
+    # FLUX.2 dev has a Mistral where klein has a Qwen, so the kind is not enough.
     if is_mistral := given.get("model_type") in ("mistral", "ministral3"):
         network = MistralModel
         layers = min(settings["num_hidden_layers"], MISTRAL_LAYERS)
@@ -300,9 +303,9 @@ def _build_qwen(kind: str, config: dict[str, Any]) -> nn.Module:
         settings |= {"rope_theta": 1e6, "rope_scaling": _MINISTRAL_ROTARY}
     encoder = network(network.config_class(**settings, head_dim=_HEAD_WIDTH_QWEN))
     if is_mistral:
-        encoder.norm = nn.Identity()  # it would be on the states of the last layer that is left
+        encoder.norm = nn.Identity()  # it would normalise the states of the last remaining layer
     with torch.device("cpu"):
-        # No file has the rotary frequencies, so they must not stay on the meta device.
+        # Files don't contain the rotary frequencies, so they must not stay on the meta device.
         encoder.rotary_emb = type(encoder.rotary_emb)(encoder.config)
     encoder.tokenizer_folder = config.get("tokenizer")  # pyright: ignore
     return encoder
@@ -310,12 +313,12 @@ def _build_qwen(kind: str, config: dict[str, Any]) -> nn.Module:
 
 @lru_cache(maxsize=4)
 def load_tokenizer(folder: str | None, kind: str) -> Any:
-    """The tokenizer in a folder, as transformers loads it. Raises BadFile when there is none, or it is another model's."""
+    """Load the tokenizer in a folder with transformers. Raises BadFile when it is missing or another model's."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if folder is None:
         raise BadFile(
-            f"captions need the tokenizer of {KINDS[kind]}, which does not travel with this program: give its folder "
+            f"captions need the tokenizer of {KINDS[kind]}, which is not included. Give its folder "
             "(`tokenizer`), from a diffusers folder or from ComfyUI's comfy/text_encoders"
         )
     file = Path(folder) / "tokenizer.json"
@@ -324,14 +327,16 @@ def load_tokenizer(folder: str | None, kind: str) -> Any:
             tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
         else:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the library raises many kinds, for files that are missing or damaged
-        raise BadFile(f"{folder}: no tokenizer of {KINDS[kind]} in it: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # the library raises many kinds of errors for missing or damaged files
+        raise BadFile(
+            f"{folder}: does not contain the tokenizer of {KINDS[kind]}: {str(error).splitlines()[0]}"
+        ) from None
     rows, special = _VOCABULARIES[next(name for name in _VOCABULARIES if kind.startswith(name))]
     numbers = {token: tokenizer.convert_tokens_to_ids(token) for token in special}
     if numbers != special or len(tokenizer) > rows:
         raise BadFile(
-            f"{folder}: this is the tokenizer of another model than {KINDS[kind]}: in its {len(tokenizer)} tokens "
-            f"{_listed(numbers)}, expected at most {rows} in which {_listed(special)}"
+            f"{folder}: this is not the tokenizer of {KINDS[kind]}. It has {len(tokenizer)} tokens, and "
+            f"{_listed(numbers)}. Expected at most {rows}, where {_listed(special)}"
         )
     return tokenizer
 
@@ -341,7 +346,7 @@ def _listed(numbers: Mapping[str, Any]) -> str:
 
 
 def encode_t5(encoder: nn.Module, captions: Sequence[str], length: int) -> Tensor:
-    """The hidden states (B, length, D) of T5. The padding of captions is not masked, as when the models were trained."""
+    """Return the hidden states (B, length, D) of T5. The padding of captions is not masked, as in the models' training."""
     tokenizer = load_tokenizer(encoder.tokenizer_folder, "t5xxl")  # pyright: ignore
     rows = [tokenizer(caption, add_special_tokens=True).input_ids[:length] for caption in captions]
     tokens = torch.tensor([row + [0] * (length - len(row)) for row in rows])
@@ -360,12 +365,13 @@ def encode_qwen(
     ending: str = "",
     pieces: Callable[[str], Sequence[str]] = lambda text: (text,),
 ) -> Conditioning:
-    """The states of a Qwen model as `context` (B, L, D), and `context_mask` (B, L) with 1 for text and 0 for padding.
+    """Return a Qwen model's states as `context` (B, L, D), and `context_mask` (B, L) with 1 for text and 0 for padding.
 
     The states are the normed ones of the last layer, or those after each of `layers` (1 is the first, -2 the last but one)
-    side by side. Texts are cut to `limit` tokens, and with a `multiple` also padded to one by masked tokens with states of
-    their own, each at the position `padding_at` unless positions are counted on; what then differs in length in a batch is
-    filled up with zeros. `ending` follows each text after it was cut. `pieces` cuts a text into what is tokenised by itself.
+    side by side. Texts are cut to `limit` tokens. With a `multiple`, they are padded to one with masked tokens, which have
+    states too. With `padding_at`, all of these have that position; otherwise positions continue. Remaining differences in
+    length within a batch are padded with zeros. `ending` is added to each text after cutting. `pieces` cuts a text into pieces
+    that are tokenised separately.
     """
     tokenizer = load_tokenizer(encoder.tokenizer_folder, kind)  # pyright: ignore
     device = next(encoder.parameters()).device
@@ -389,7 +395,7 @@ def encode_qwen(
 
 
 def pooled_clip(encoder: nn.Module, captions: Sequence[str]) -> Tensor:
-    """The pooled state (B, D) of CLIP for the first 75 tokens of each caption."""
+    """Return CLIP's pooled state (B, D) for the first 75 tokens of each caption."""
     tokens = clip.token_chunks(captions, 1, padding=clip.END)
     _, output = clip.encode_chunks(encoder, tokens, layer=1, final_norm=True)
     return output.pooler_output

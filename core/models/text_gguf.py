@@ -1,4 +1,4 @@
-"""Text encoders in GGUF, under the names that llama.cpp gives their tensors, as files in the naming of transformers."""
+"""Convert text encoders in GGUF, with llama.cpp's tensor names, to the naming of transformers."""
 
 import re
 from collections.abc import Mapping
@@ -38,31 +38,31 @@ _DECODER = {
     "blk.{}.ffn_up": "model.layers.{}.mlp.up_proj",
     "blk.{}.ffn_down": "model.layers.{}.mlp.down_proj",
 }  # fmt: skip
-"""Module names with the numbers of layers left out, llama.cpp's and transformers'."""
+"""Module names without layer numbers, llama.cpp's and transformers'."""
 NAMES: Mapping[str, Mapping[str, str]] = {
     "t5": _T5, "t5encoder": _T5,
     "qwen2vl": _DECODER, "qwen3": _DECODER, "qwen3vl": _DECODER, "llama": _DECODER, "mistral3": _DECODER,
 }  # fmt: skip
-"""The names of the architectures that are read, by what GGUF calls these."""
+"""The module names of each supported architecture, by its name in GGUF."""
 _SIDE_BY_SIDE = ("llama", "mistral3")
-"""Those in whose queries and keys the two numbers that rotary embeddings turn together are next to each other."""
+"""Architectures where the two numbers that rotary embeddings rotate together are next to each other in queries and keys."""
 _HEAD_WIDTH = 128
 _LEFT_OUT = r"dec\.|output\.|rope_freqs\."
-"""The beginnings of the names of what writes words, and of numbers that are computed here."""
+"""Name prefixes of the parts that write words, and of numbers that are computed here."""
 
 
 def in_transformers_names(tensors: GgufTensors) -> LazyTensors:
-    """The tensors of a text encoder under transformers' names, on demand; as they are where the names are not llama.cpp's.
+    """Return a text encoder's tensors under transformers' names, on demand. Names that aren't llama.cpp's are kept.
 
-    Raises UnknownFamily for an architecture that is not known.
+    Raises UnknownFamily for an unknown architecture.
     """
     if "token_embd.weight" not in tensors:
         return tensors
     names = NAMES.get(tensors.architecture)
     if names is None:
         raise UnknownFamily(
-            f"a text encoder in GGUF of the architecture {tensors.architecture[:40]!r}, which is not known; "
-            f"known: {', '.join(NAMES)}"
+            f"a text encoder in GGUF of the unknown architecture {tensors.architecture[:40]!r}. "
+            f"Supported: {', '.join(NAMES)}"
         )
     renamed = {_renamed(name, names): Stored(tensors, name) for name in tensors if not re.match(_LEFT_OUT, name)}
     if tensors.architecture in _SIDE_BY_SIDE:
@@ -70,14 +70,14 @@ def in_transformers_names(tensors: GgufTensors) -> LazyTensors:
             name = renamed[own].name
             if shape_of(tensors, name)[0] % _HEAD_WIDTH:
                 raise UnknownFamily(
-                    f"{name} has {shape_of(tensors, name)[0]} rows, which are no heads of {_HEAD_WIDTH}"
+                    f"{name} has {shape_of(tensors, name)[0]} rows, which is not a multiple of the head width {_HEAD_WIDTH}"
                 )
             renamed[own] = _InHalves(tensors, name)
     return LazyTensors(renamed)
 
 
 def _renamed(name: str, names: Mapping[str, str]) -> str:
-    """The name of a tensor in transformers; the same for one that is not known."""
+    """Return the name of a tensor in transformers, or the same name if it isn't known."""
     path, _, kind = name.rpartition(".")
     layer = re.search(r"\.(\d+)\.", path)
     if layer is None:
@@ -88,7 +88,7 @@ def _renamed(name: str, names: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class _InHalves(Stored):
-    """The weight of queries or keys with the rows of a head in transformers' order: all first numbers, then all second ones."""
+    """The weight of queries or keys, with a head's rows in transformers' order: all first numbers, then all second ones."""
 
     def __call__(self) -> Tensor:
         return _in_halves(super().__call__())

@@ -20,7 +20,7 @@ from .spec import DENOISER_PREFIX, Component, Conditioning, LatentShape, holds_n
 
 
 def denoiser_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """The names of the denoiser's tensors in a checkpoint, by their original names without a prefix."""
+    """Return the names of the denoiser's tensors in a checkpoint, by their original names without a prefix."""
     return {name.removeprefix(DENOISER_PREFIX): name for name in tensors if name.startswith(DENOISER_PREFIX)}
 
 
@@ -31,10 +31,10 @@ def transformer_component(
     renames: Sequence[tuple[str, str]] = (),
     left_out: str = r"$^",
 ) -> Component:
-    """The denoiser of a checkpoint under diffusers' names, with fused layers split by the table that LoRA files use too.
+    """Return a checkpoint's denoiser under diffusers' names. Fused layers are split by the table that LoRA files use too.
 
-    `renames` are pairs of a regular expression for a whole original name and the diffusers name, and go before the table.
-    Names in which `left_out` is found are skipped.
+    `renames` are pairs of a regular expression for a whole original name and the diffusers name. They take precedence over the
+    table. Names that match `left_out` are skipped.
     """
     names = {short: full for short, full in denoiser_names(tensors).items() if not re.search(left_out, short)}
     readers: dict[str, Callable[[], Tensor]] = {}
@@ -70,7 +70,7 @@ class _Rows(Stored):
     place: Place
     index: int
     inputs: Callable[[], int]
-    """The weight's inputs, by which the rows of its bias are split too."""
+    """Returns the weight's number of inputs, which the rows of its bias are split by too."""
     kept: dict[str, Tensor]
     """The fused weight that was split last, kept until its last part is read, since dequantising or merging it is slow."""
 
@@ -95,7 +95,7 @@ class _Rows(Stored):
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> Callable[[str], tuple[int, ...]]:
-    """A function that gives the shape of a denoiser's tensor by its original name without a prefix.
+    """Return a function that looks up the shape of a denoiser's tensor by its original name without a prefix.
 
     It raises UnmatchedKeys when the tensor is missing.
     """
@@ -109,15 +109,16 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> Callable[[str], tuple[int, ...]]
 
 
 def build(name: str, version: tuple[int, int], config: dict[str, Any]) -> Any:
-    """A network of diffusers without weights, by the name of its class.
+    """Build a diffusers network without weights, by the name of its class.
 
-    Raises MissingPackage when the installed diffusers is older than the given version."""
+    Raises MissingPackage when the installed diffusers is older than the given version.
+    """
     diffusers = import_diffusers()
     installed = tuple(int(number) for number in diffusers.__version__.split(".")[:2])
     if installed < version:
         needed = ".".join(map(str, version))
         raise MissingPackage(
-            f"{name} is in diffusers {needed} and later, and {diffusers.__version__} is installed: "
+            f"{name} needs diffusers {needed} or later, but {diffusers.__version__} is installed. Run: "
             f"pip install 'diffusers>={needed}'"
         )
     network = getattr(diffusers, name).from_config(config)
@@ -130,18 +131,18 @@ def build(name: str, version: tuple[int, int], config: dict[str, Any]) -> Any:
 
 
 class RmsNorm(nn.RMSNorm):
-    """diffusers' RMSNorm by torch's own function, which is one kernel on a GPU (from torch 2.9 on)."""
+    """diffusers' RMSNorm, using torch's own function, which is one kernel on a GPU (from torch 2.9 on)."""
 
     def forward(self, x: Tensor) -> Tensor:
         x, kind = x.to(self.weight.dtype), x.device.type
         if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
             return super().forward(x)
-        with torch.autocast(kind, enabled=False):  # which would hand on float32
+        with torch.autocast(kind, enabled=False):  # autocast would return float32
             return super().forward(x)
 
 
 def activate_once(denoiser: Any, embedding: str = "time_text_embed") -> None:
-    """Has the embedding of the time activated (SiLU) once for all blocks of a network of diffusers, each of which does it."""
+    """Activate (SiLU) the time embedding of a diffusers network once for all blocks, instead of in each block."""
     denoiser.get_submodule(embedding).register_forward_hook(lambda _, __, embedded: F.silu(embedded))
     for path, module in list(denoiser.named_modules()):
         if isinstance(module, nn.SiLU) and not path.startswith(f"{embedding}."):
@@ -160,50 +161,51 @@ def use_forward(network: nn.Module, forward: Callable[..., Any]) -> None:
 
 @cache
 def _class_with(kind: type, forward: Callable[..., Any]) -> type:
-    """A class for all modules of a kind, so that blocks which are alike stay so."""
+    """Return one class for all modules of a kind, so that blocks that are alike stay alike."""
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
 
 def _modulated_norm(module: Any, x: Tensor, emb: Tensor) -> tuple[Tensor, ...]:
-    """x (B, L, D) normalised, scaled and shifted by what a layer makes of `emb` (B, D'), and the gates (B, D) from it."""
+    """Normalise x (B, L, D), then scale and shift it by the layer's output for `emb` (B, D'). Also returns the gates (B, D)."""
     made = module.linear(emb)
     shift, scale, *gates = made.chunk(made.shape[-1] // x.shape[-1], 1)
     norm = module.norm
-    if len(x) == 1:  # a single kernel, and one of its backward pass
+    if len(x) == 1:  # a single kernel, and one for its backward pass
         return F.layer_norm(x, norm.normalized_shape, 1 + scale.squeeze(0), shift.squeeze(0), norm.eps), *gates
     return torch.addcmul(shift[:, None], norm(x), 1 + scale[:, None]), *gates
 
 
 def flux1_vae(tensors: Mapping[str, Tensor]) -> Component:
-    """The VAE of FLUX.1 in a checkpoint, which Chroma and Z-Image use too."""
+    """Return the VAE of FLUX.1 in a checkpoint, which Chroma and Z-Image use too."""
     return vae_component(tensors, latent_scale=0.3611, latent_shift=0.1159, quant_conv=False)
 
 
 def patch_latent_shape(components: Mapping[str, Component], patched: bool = False) -> LatentShape:
-    """The shape of a KL VAE's latents for a denoiser that takes two by two of them as one position.
+    """Return the shape of a KL VAE's latents for a denoiser that takes two by two of them as one position.
 
-    `patched` says whether the channels in the denoiser's config are those of a position, four times those of a latent."""
+    `patched` is whether the channels in the denoiser's config are those of a position, four times those of a latent.
+    """
     channels = components["denoiser"].config["in_channels"] // (4 if patched else 1)
     return LatentShape(channels, kl_pixels(components), multiple=2, positions_side=2)
 
 
 def targets(attention: str, transformer: str) -> dict[str, str]:
-    """The `denoiser_targets` of a family whose denoiser has no convolutions to adapt."""
+    """Return the `denoiser_targets` of a family whose denoiser has no convolutions to adapt."""
     return {"attention": attention, "transformer": transformer, "transformer+conv": transformer}
 
 
 def cut_patches(latents: Tensor) -> Tensor:
-    """Latents (B, C, H, W) as positions (B, H/2 * W/2, 4 C) of two by two latents, channel by channel."""
+    """Cut latents (B, C, H, W) into positions (B, H/2 * W/2, 4 C) of two by two latents, channel by channel."""
     return F.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
 
 
 def join_patches(patches: Tensor, height: int, width: int) -> Tensor:
-    """Positions (B, H/2 * W/2, 4 C) as latents (B, C, H, W), the inverse of `cut_patches`."""
+    """Join positions (B, H/2 * W/2, 4 C) to latents (B, C, H, W), the inverse of `cut_patches`."""
     return F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
 
 
 def grid_positions(height: int, width: int, device: torch.device) -> Tensor:
-    """The coordinates of each position of a picture, (height * width, 3) float32: 0, its row and its column."""
+    """Return the coordinates of each position of a picture, (height * width, 3) float32: 0, its row and its column."""
     return torch.cartesian_prod(*(torch.arange(float(count), device=device) for count in (1, height, width)))
 
 
@@ -214,7 +216,7 @@ def one_by_one(
     timesteps: Tensor,
     conditioning: Conditioning,
 ) -> Tensor:
-    """A family's predictions for a batch, each made alone, without what its text is filled up with."""
+    """Predict each item of a batch alone, without the padding of its text."""
     rows = [
         {
             name: value[i : i + 1, :length] if name in ("context", "context_mask") else value[i : i + 1]
@@ -227,5 +229,5 @@ def one_by_one(
 
 
 def text_lengths(mask: Tensor) -> list[int]:
-    """The number of tokens of each text in a batch, from its `context_mask` (B, L)."""
+    """Return the number of tokens of each text in a batch, from its `context_mask` (B, L)."""
     return mask.sum(1).int().tolist() if holds_numbers(mask) else [mask.shape[1]] * len(mask)

@@ -1,4 +1,4 @@
-"""Training, from photos to a LoRA: encoding, the loop and its steps, methods, likeness, and the store of runs."""
+"""Train LoRAs from photos: encoding, the training loop, training methods, likeness, and the store of training runs."""
 
 from typing import TYPE_CHECKING
 

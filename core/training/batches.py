@@ -1,4 +1,4 @@
-"""The order in which a training takes its pictures."""
+"""Put the training pictures into order and batches."""
 
 import random
 from collections.abc import Sequence
@@ -7,10 +7,10 @@ from .encode import EncodedImage
 
 
 class Batches:
-    """The pictures of each forward pass, a function of the seed and the pass's number, so that no state has to be saved.
+    """The pictures of each forward pass. They depend only on the seed and the pass number, so no state has to be saved.
 
-    An epoch has every picture `repeats` times, in batches of one latent shape each. A batch that would be too small is filled
-    up from the start of its bucket.
+    An epoch contains every picture `repeats` times, in batches of one latent shape each. A batch that would be too small is
+    filled up from the start of its bucket.
     """
 
     def __init__(self, images: Sequence[EncodedImage], batch_size: int, seed: int):
@@ -23,7 +23,7 @@ class Batches:
         self._epoch, self._order = -1, []
 
     def at(self, number: int) -> list[int]:
-        """The indices of the pictures in forward pass `number`, counted from 0; `batch_size` of them."""
+        """Return the indices of the `batch_size` pictures in forward pass `number`, counted from 0."""
         epoch, position = divmod(number, self.per_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, self._shuffled(epoch)

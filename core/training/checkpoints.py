@@ -1,4 +1,4 @@
-"""The checkpoints of a run: their sample pictures, the likeness measured on these, their files, and which one is kept."""
+"""The checkpoints of a training run: draw and measure their samples, save their files, and choose the one to keep."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ THUMBNAIL = "thumbnail"
 
 
 class Checkpoints:
-    """Draws, measures and saves the checkpoints of a run, and chooses the one that the training returns."""
+    """Draw, measure and save the checkpoints of a training run, and choose the one to return."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class Checkpoints:
         callbacks: Callbacks,
         extra_metadata: Mapping[str, str],
     ):
-        """Without `samples` no picture is drawn; without a watch in them, likeness is not measured and the last one is kept."""
+        """Without `samples`, no pictures are drawn. Without a watch in them, likeness isn't measured and the last is kept."""
         self.run: Run = run
         self.config: TrainConfig = run.config
         self._cache, self._base, self._extra_metadata = cache, base, extra_metadata
@@ -50,7 +50,7 @@ class Checkpoints:
 
     @property
     def face_networks(self) -> list[str]:
-        """The names of the face networks that measure likeness, that of the judge last; none when it is not measured."""
+        """The names of the face networks that measure likeness, the judge's last. Empty if likeness isn't measured."""
         if self._selection is None:
             return []
         watch = self._selection.watch
@@ -58,13 +58,13 @@ class Checkpoints:
 
     @property
     def likeness(self) -> LikenessPoint | None:
-        """The last measurement, None when there is none."""
+        """The latest measurement, or None before the first one."""
         return self._selection.points[-1] if self._selection and self._selection.points else None
 
     def see_base(self) -> None:
-        """Shows the watch the base model's own pictures, from which changes by the adapter are measured.
+        """Show the base model's own pictures to the watch, which measures the adapter's changes against them.
 
-        They are the same for every person, so they are kept in the cache folder.
+        These pictures are the same for every person, so they are kept in the shared cache folder.
         """
         if self._samples is None or self._selection is None:
             return
@@ -72,7 +72,7 @@ class Checkpoints:
         key = content_key(
             "base pictures", shots, self._samples.drawn_as, self.run.memory.plan.weights, self._base.identity
         )
-        with cache_in(None):  # not a person's own: they show nobody
+        with cache_in(None):  # not in a personal cache: these pictures show nobody
             folder = made_folder("base", key)
         paths = [folder / f"{number:02d}.png" for number in range(len(shots))]
         if not all(map(is_whole, paths)):
@@ -83,14 +83,14 @@ class Checkpoints:
         self._selection.watch.see_base([Image.open(path).convert("RGB") for path in paths])
 
     def save_when_due(self) -> None:
-        """Calls `on_save` with the checkpoint every `save_every` steps, except after the last one, whose file is the result."""
+        """Call `on_save` every `save_every` steps, but not after the last step, whose file is the result."""
         run = self.run
         if _is_due(run.step, self.config.save_every) and self._callbacks.on_save and run.step < self.config.steps:
             run.check_finite()
             self._callbacks.on_save(run.step, self._file(run.trained(), run.step))
 
     def look_when_due(self) -> None:
-        """Draws pictures with the checkpoint every `sample_every` steps, for `on_sample` and to measure their likeness."""
+        """Draw pictures with the checkpoint every `sample_every` steps, for `on_sample` and for measuring likeness."""
         if self._samples is None or not _is_due(self.run.step, self.config.sample_every):
             return
         on_sample, selection = self._callbacks.on_sample, self._selection
@@ -105,12 +105,12 @@ class Checkpoints:
             self._measure(drawn, self.run.trained())
 
     def is_enough(self) -> bool:
-        """Whether the run may end early by its settings, and more steps would not help."""
+        """Return whether the settings allow the run to end early and more steps would not help."""
         selection = self._selection
         return bool(selection and self.config.stop_early and selection.watch.enough(selection.points))
 
     def measure_last(self) -> None:
-        """Measures the candidates that come up when the run ends: the last checkpoint, and the average of the best ones."""
+        """Measure the candidates that exist only when the run ends: the last checkpoint, and the average of the best ones."""
         selection = self._selection
         if selection is None:
             return
@@ -121,9 +121,9 @@ class Checkpoints:
             self._measure(self._draw(selection.watch.shots, values), values, merged=steps)
 
     def chosen(self) -> Trained:
-        """The file of the checkpoint that is kept, with the likeness curve in its metadata.
+        """Return the file of the checkpoint to keep, with the likeness curve in its metadata.
 
-        When another one than the last is kept, `on_save` is called with the last. `on_measured` gets the other candidates.
+        If it isn't the last checkpoint, `on_save` is called with the last one. `on_measured` gets the other candidates.
         """
         run, selection = self.run, self._selection
         if selection is None:
@@ -137,14 +137,14 @@ class Checkpoints:
         return self._measured_file(values, kept)
 
     def state(self, identity: Mapping[str, str]) -> RunState:
-        """The state of the run as it is now, with the measurements and the pictures that are still needed."""
+        """Return the current state of the run, including the measurements and the pictures that are still needed."""
         tensors, points = self._selection.pack() if self._selection else ({}, [])
         if self._thumbnail:
             tensors[THUMBNAIL] = torch.from_numpy(np.array(self._thumbnail))
         return self.run.state(identity, tensors, points)
 
     def restore(self, state: RunState) -> None:
-        """Brings the run to a state that `state` returned before."""
+        """Restore the run to a state that `state` returned."""
         self.run.restore(state)
         if self._selection:
             self._selection.unpack(state.tensors, state.scalars["likeness"])
@@ -152,13 +152,13 @@ class Checkpoints:
             self._thumbnail = Image.fromarray(state.tensors[THUMBNAIL].numpy())
 
     def _measured_file(self, values: Mapping[str, Tensor], point: LikenessPoint) -> Trained:
-        """The file of a measured checkpoint, with the likeness curve and its own point of it in its metadata."""
+        """Build the file of a measured checkpoint, with the likeness curve and its own point of it in its metadata."""
         assert self._selection
         file = self._file(values, point.step)
         return file.with_metadata({**file.metadata, **self._selection.metadata(point)})
 
     def _file(self, values: Mapping[str, Tensor], step: int) -> Trained:
-        """The file of an adapter with these parameter values, as of that step."""
+        """Build the file of an adapter with these parameter values after that step."""
         run = self.run
         metadata = training_metadata(
             self._cache, self._base, self.config, steps=step, started_at=self._started_at, precision=run.dtype,
@@ -166,11 +166,11 @@ class Checkpoints:
             thumbnail=self._thumbnail,
         )  # fmt: skip
         file = run.adapter.export(values, self._base, {**metadata, **self._extra_metadata})
-        # The tensors tell which published model of the family it is for.
+        # The tensors reveal which published model of the family the LoRA is for.
         return file.with_metadata(file.true_metadata) if isinstance(file, LoraFile) else file
 
     def _draw(self, shots: Sequence[Shot], values: Mapping[str, Tensor]) -> dict[Shot, Image.Image]:
-        """A picture of each distinct shot, drawn with these values in the adapter."""
+        """Draw each distinct shot with these values in the adapter."""
         assert self._samples
         distinct = list(dict.fromkeys(shots))
         images = self.run.sample(self._samples.sampler, distinct, self._callbacks.on_warning, values)
@@ -179,12 +179,12 @@ class Checkpoints:
     def _measure(
         self, drawn: Mapping[Shot, Image.Image], values: Mapping[str, Tensor], merged: tuple[int, ...] = ()
     ) -> None:
-        """Measures the checkpoint with these values on the pictures drawn with it, and adds it to those that may be kept."""
+        """Measure the checkpoint with these values on the pictures drawn with it, and add it to the candidates."""
         assert self._selection
         images = [drawn[shot] for shot in self._selection.watch.shots]
         self._selection.add(self._selection.watch.measure(self.run.step, images, merged), values)
 
 
 def _is_due(step: int, every: int) -> bool:
-    """Whether something that happens every `every` steps happens after this step; 0 means never."""
+    """Return whether something that happens every `every` steps is due after this step. 0 means never."""
     return bool(every) and step > 0 and step % every == 0

@@ -1,4 +1,4 @@
-"""Latents of photos and conditioning of captions, computed once before the training and kept on disk by content."""
+"""Encode photos to latents and captions to conditioning, once before training. Results are cached on disk by content."""
 
 import hashlib
 import re
@@ -28,18 +28,18 @@ class EncodedImage:
     """A training picture in the form that the training loop uses."""
 
     name: str
-    """The photo's file name, which is only used in messages."""
+    """The photo's file name, used only in messages."""
     mean: Tensor
     """(C, h, w) float32: the mean of the VAE's latent distribution, in the denoiser's scale."""
     deviation: Tensor
-    """(C, h, w) float32: the standard deviation of that distribution, so that every step can draw latents anew."""
+    """(C, h, w) float32: the standard deviation of that distribution, so that every step can draw new latents."""
     mask: Tensor | None
-    """(1, h, w) in [0, 1]: how much the loss counts at each place; None: the same everywhere."""
+    """(1, h, w) in [0, 1]: the weight of the loss at each position. None means equal weights."""
     conditioning: Conditioning
-    """The conditioning on the picture itself, a batch of 1: for SDXL its size and crop, for most families nothing."""
+    """The conditioning on the picture itself, a batch of 1: size and crop for SDXL, empty for most families."""
     caption: str
     class_caption: str
-    """The caption without the trigger word, for which prior prediction keeps the frozen model's predictions."""
+    """The caption without the trigger word. Prior prediction uses it to preserve the frozen model's predictions."""
     repeats: int
     is_class: bool
 
@@ -50,13 +50,13 @@ class LatentCache:
 
     images: tuple[EncodedImage, ...]
     text: dict[str, Conditioning]
-    """The conditioning of every caption that the run needs, each a batch of 1; empty when text encoders are trained."""
+    """The conditioning of every caption that the run needs, each a batch of 1. Empty when text encoders are trained."""
     chunks: int
-    """The number of chunks of 77 tokens that every caption is padded to."""
+    """The number of 77-token chunks that every caption is padded to."""
     digest: str
     """A hash that is equal for equal photos, crops, captions and encoders."""
     prompts: dict[str, Pair] = field(default_factory=dict)
-    """The conditioning of each sample prompt and of an empty negative prompt, as many chunks long as the prompt needs."""
+    """The conditioning of each sample prompt and of an empty negative prompt, with as many chunks as the prompt needs."""
 
 
 def encode(
@@ -68,11 +68,11 @@ def encode(
     extra_prompts: Sequence[str] = (),
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LatentCache:
-    """The latents and the text conditioning of a data set, each computed only when it is not in the cache folder.
+    """Compute the latents and the text conditioning of a data set, or read them from the cache folder.
 
-    The encoders are loaded one after the other, only when something has to be computed, and are freed afterwards.
-    `extra_prompts` are the prompts of samples. `on_progress(done, total)` may raise to cancel. Raises OutOfMemory when an
-    encoder does not fit into memory.
+    The encoders are loaded one after another, only when something has to be computed, and are then freed. `extra_prompts` are
+    the prompts of samples. `on_progress(done, total)` may raise to cancel. Raises OutOfMemory when an encoder does not fit
+    into memory.
     """
     captions = [image.caption for image in dataset.images]
     class_captions = [without_trigger(image.caption, config) for image in dataset.images]
@@ -124,7 +124,7 @@ def encode(
 
 
 def without_trigger(caption: str, config: TrainConfig) -> str:
-    """The caption without the trigger word, so that it is about the class; "a photo of CLASS" when it lacks the word."""
+    """Remove the trigger word, so that the caption describes the class. Without the word, return "a photo of CLASS"."""
     trigger = rf"(?<!\w){re.escape(config.trigger_word)}(?!\w)"
     remaining, count = re.subn(trigger, " ", caption, flags=re.IGNORECASE)
     return (" ".join(remaining.split()) if count else "") or class_caption(config.class_word)
@@ -147,14 +147,15 @@ def _encode_images(
     for index, (image, key) in enumerate(zip(images, keys, strict=True)):
         found = _read("latents", key)
         if not found:
-            # Always in fp32, since SDXL's VAE overflows in fp16, and this takes only seconds.
+            # Always in fp32, since SDXL's VAE overflows in fp16 and encoding takes only seconds.
             vae = vae or base.load("vae", device, torch.float32)
             with torch.inference_mode():
                 pixels = image.pixels().unsqueeze(0).to(device)
                 mean, deviation = whole_or_in_tiles(vae, partial(base.family.encode_image, vae, pixels))
                 found = {"mean": mean[0].cpu(), "deviation": deviation[0].cpu()}
             found = {name: tensor.clone() for name, tensor in found.items()}
-            if not vae.use_tiling:  # tiles differ a little, and a later run may have the memory for whole pictures
+            # tiles change the result a little, and a later run may have enough memory for whole pictures
+            if not vae.use_tiling:
                 _write("latents", key, found)
         results.append((found["mean"], found["deviation"]))
         progress(index + 1)
@@ -169,7 +170,7 @@ def _encode_prompts(
     device: torch.device,
     progress: Callable[[int], None],
 ) -> dict[tuple[str, int], Conditioning]:
-    """The conditioning of each prompt, by (prompt, number of chunks that it is padded to)."""
+    """Return the conditioning of each prompt, by (prompt, number of chunks it is padded to)."""
     encoders, results = None, {}
     for index, (prompt, chunks) in enumerate(prompts):
         key = content_key("text", prompt, base.family.name, config.clip_skip, chunks, text_print)
@@ -193,7 +194,7 @@ _CHECKSUM = "checksum"
 
 
 def _read(kind: str, key: str) -> dict[str, Tensor] | None:
-    """The tensors that are kept under the key; None when there are none, or when they are not those that were written."""
+    """Read the tensors cached under the key. Returns None when they are missing, damaged or not finite."""
     try:
         file = SafetensorsFile.open(cache_folder() / kind / f"{key}.safetensors")
         tensors = {name: tensor.clone() for name, tensor in file.items()}
@@ -208,7 +209,7 @@ def _write(kind: str, key: str, tensors: dict[str, Tensor]) -> None:
 
 
 def _checksum(key: str, tensors: Mapping[str, Tensor]) -> str:
-    """A hash of the tensors, of their names, types and shapes, and of the key that they are kept under."""
+    """Hash the tensors, their names, types and shapes, and the key they are cached under."""
     digest = hashlib.sha256(key.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())

@@ -1,6 +1,6 @@
-"""The identity of a run: everything that decides its result.
+"""The identity of a training run: everything that its result depends on.
 
-A run with the same identity need not be trained twice, and only such a run can go on from a saved state.
+A run with the same identity need not be trained twice, and a saved state can only be resumed with the same identity.
 """
 
 import dataclasses
@@ -22,25 +22,26 @@ _NO_EFFECT = ("state_interval", "gradient_checkpointing", "memory_limit", "compi
 _WHEN_SAMPLED = ("sample_every", "sample_prompts")
 _HOW_SAMPLED = ("sample_guidance", "sample_steps", "likeness_pictures")
 _WHICH_IS_SAVED = ("save_every", "save_precision", "thumbnail", "keep", "merge_best", "stop_early")
-# Every other setting decides the steps themselves.
+# Every other setting affects the steps themselves.
 
 
 def settings_of_the_file(config: TrainConfig) -> dict[str, Any]:
-    """The settings that the trained files depend on: all but those about memory, and about samples that are only shown."""
+    """Return the settings that affect the trained files. Memory settings, and samples that are only displayed, don't."""
     samples_matter = config.hold_out or config.thumbnail
     return _settings_without(config, _NO_EFFECT + (() if samples_matter else _WHEN_SAMPLED + _HOW_SAMPLED))
 
 
 def settings_of_the_steps(config: TrainConfig, measured: bool) -> dict[str, Any]:
-    """The settings that cannot change when a run is resumed; with likeness `measured`, those of how samples are drawn too."""
+    """Return the settings that cannot change on resume. With likeness `measured`, they include how samples are drawn."""
     changeable = _NO_EFFECT + _WHEN_SAMPLED + _WHICH_IS_SAVED
     return _settings_without(config, changeable + (() if measured else _HOW_SAMPLED))
 
 
 def _settings_without(config: TrainConfig, names: tuple[str, ...]) -> dict[str, Any]:
-    # The photos that a check leaves are compared themselves; without it (False) they are called as they always were.
+    # The photos that pass a check are compared themselves, so the setting has its value without a check (False). This keeps
+    # earlier keys valid.
     settings = {**dataclasses.asdict(config), "learning_rate": peak_rate(config), "check_photos": False}
-    if not config.more_resolutions:  # which versions without this setting do not name
+    if not config.more_resolutions:  # earlier versions don't have this setting
         del settings["more_resolutions"]
     return {name: value for name, value in settings.items() if name not in names}
 
@@ -54,16 +55,16 @@ def run_identity(
     face_networks: Sequence[str] = (),
     training_adapter: TrainingAdapter | None = None,
 ) -> dict[str, str]:
-    """The settings, photos and base model of a run, each as a text that is equal when they are.
+    """Describe the settings, photos and base model of a run, each as a text that is equal when they are equal.
 
-    `face_networks` are the names of the networks that measure likeness, none when it is not measured.
+    `face_networks` are the names of the networks that measure likeness, empty when it isn't measured.
     """
     settings = settings_of_the_steps(config, measured=bool(face_networks))
     if face_networks:
         settings["face_network"] = ", ".join(face_networks)
     settings["precision"] = str(dtype).removeprefix("torch.")
     if config.schedule == "constant":
-        del settings["steps"]  # a constant rate does not depend on the number of steps, so a resumed run may have more
+        del settings["steps"]  # a constant rate doesn't depend on the number of steps, so a resumed run may have more
     if continue_from is not None:
         settings["continue_from"] = model_hash(continue_from.tensors)
     if training_adapter is not None:

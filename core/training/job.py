@@ -1,4 +1,4 @@
-"""The whole training job, from a folder of photos and a base model to a LoRA file."""
+"""Train a LoRA file from a folder of photos and a base model, from start to finish."""
 
 import math
 import os
@@ -69,26 +69,24 @@ def train(
     metadata: Mapping[str, str] | None = None,
     callbacks: Callbacks = NO_CALLBACKS,
 ) -> Trained:
-    """The trained LoRA, which is also written to `output` (a `.safetensors` path) when one is given, in place of what is
-    there.
+    """Train a LoRA, write it to `output` (a `.safetensors` path) if that is given, and return it.
 
-    `photos` is a folder, a list of Photos, PIL images or arrays (uint8, (height, width, 3) in RGB), or what `ready_for` gives;
-    `class_photos`, for prior preservation, is one of the first two. Without a `config` the
-    settings are those of the recipe `balanced`: see `core.training.recipe_config`. With `output`, the state of the run is kept
-    beside it until the run is done: `resume=True` goes on from it, `restart=True` replaces it, and without either a state that
-    is there is an error. Every `save_every` steps a numbered LoRA is written beside the output, and samples go into the folder
-    `<name>-samples`, unless callbacks take them.
+    `photos` is a folder, a list of Photos, PIL images or arrays (uint8, (height, width, 3) in RGB), or a Ready from
+    `ready_for`. `class_photos`, for prior preservation, is a folder or a list. Without a `config`, the recipe `balanced` is
+    used: see `core.training.recipe_config`. With `output`, which is replaced if it exists, the state is kept beside it until
+    the run ends. If a state exists, `resume=True` continues from it and `restart=True` replaces it. Otherwise it is an error.
+    Every `save_every` steps a numbered LoRA is saved beside the output. Samples are saved in `<name>-samples`. Callbacks can
+    take over both.
 
-    A `training_adapter` is a LoRA that undoes the distillation of a base model to a few steps, and is on in the steps of the
-    training alone. Samples and class images are drawn without it, and without guidance.
+    A `training_adapter` is a LoRA that undoes a base model's distillation to a few steps. It is active in training steps only.
+    Samples and class images are drawn without it, and without guidance.
 
-    Likeness is measured to the `held_out` photos, or to `config.hold_out` of `photos`, by `faces` (default: YuNet and SFace),
-    which also selects the checkpoint to keep; a `judge` measures the same pictures and selects nothing. The measurements are in
-    the metadata under `core.training.likeness.LIKENESS_KEY`. `metadata` is added to what the result, but no checkpoint, has of
-    its own.
+    Likeness to the `held_out` photos, or to `config.hold_out` of `photos`, is measured by `faces` (default: YuNet and SFace).
+    It decides which checkpoint is kept. A `judge` measures the same pictures but selects nothing. The measurements are in the
+    metadata under `core.training.likeness.LIKENESS_KEY`. `metadata` is added to the result's own, but not to checkpoints.
 
-    Every callback may raise to cancel; `check_cancelled` is called many times a step. Raising StopAndKeep from `on_step`
-    ends the training with what has been learned. Errors are subclasses of FaceLoraError; InUse means that another run has
+    Every callback may raise to cancel; `check_cancelled` is called many times a step. Raising StopAndKeep from `on_step` ends
+    the training run and keeps what has been learned. Errors are subclasses of FaceLoraError. InUse means that another run has
     the same output.
     """
     output = None if output is None else Path(output)
@@ -97,7 +95,7 @@ def train(
         base = _loaded(base, TrainConfig())
         config = _usual_config(base, given, held_out, callbacks.on_warning)
     if not isinstance(config, TrainConfig):
-        raise BadConfig(f"config is a {type(config).__name__}: expected a TrainConfig, as recipe_config gives one too")
+        raise BadConfig(f"config is a {type(config).__name__}: expected a TrainConfig, such as recipe_config returns")
     place = nullcontext() if output is None else _place(output, config, state_is_wanted=resume or restart)
     with place, deterministic_if(config.deterministic):
         base = _checked_base(base, config, output, training_adapter is not None)
@@ -125,7 +123,7 @@ def train(
             samples=samples,
             callbacks=callbacks if output is None else _writing_beside(callbacks, output, config),
         )
-        release_memory()  # for what comes next: drawing, another person, ComfyUI's next node
+        release_memory()  # for whatever needs it next: drawing, another person, ComfyUI's next node
         if metadata:
             lora = lora.with_metadata({**lora.metadata, **metadata})
         return lora if output is None else _written(lora, base, config, output)
@@ -134,20 +132,20 @@ def train(
 def _usual_config(
     base: Base, photos: Ready | Sequence[Photo], held_out: Sequence[Photo], on_warning: Callable[[str], None]
 ) -> TrainConfig:
-    """The settings where none are given: those of the recipe `balanced`."""
+    """Return the default settings: those of the recipe `balanced`."""
     count = len(photos.used if isinstance(photos, Ready) else photos)
     return recipe_config("balanced", base, count, {"hold_out": len(held_out)} if held_out else {}, on_warning)
 
 
-_WOULD_REPLACE = "which would replace it; move it, or choose another output"
+_WOULD_REPLACE = "which would replace it. Move it, or choose another output"
 
 
 @contextmanager
 def _place(output: Path, config: TrainConfig, state_is_wanted: bool) -> Iterator[None]:
-    """A context in which no other run writes the output and the files beside it.
+    """Keep other runs from writing the output and the files beside it while the context is open.
 
-    Deletes a killed run's temporary files. Raises BadFile for an output that cannot be written, InUse while another run
-    writes it, BadConfig for a leftover state.
+    Deletes temporary files of a killed run. Raises BadFile for an output that cannot be written, InUse while another run
+    writes it, and BadConfig for a leftover state.
     """
     check_output(output)
     check_writable(state_path(output))
@@ -155,15 +153,15 @@ def _place(output: Path, config: TrainConfig, state_is_wanted: bool) -> Iterator
         delete_leftovers(output)
         if not state_is_wanted and state_path(output).exists():
             raise BadConfig(
-                f"{state_path(output)}: is the state of an unfinished run, which a new one would replace; go on with "
-                "resume, begin anew with restart, or choose another output"
+                f"{state_path(output)}: the state of an unfinished run, which a new run would replace. Continue it with "
+                "resume, start over with restart, or choose another output"
             )
         if other := foreign_checkpoint(output, config):
-            raise BadFile(f"{other}: is called like a checkpoint of save_every, {_WOULD_REPLACE}")
+            raise BadFile(f"{other}: has the name of a checkpoint of save_every, {_WOULD_REPLACE}")
         for addition in METHODS[config.method].beside:
             if other := _foreign(output, f"-{addition}"):
                 raise BadFile(
-                    f"{other}: is called like the {addition} that the method {config.method} makes, {_WOULD_REPLACE}"
+                    f"{other}: has the name of the {addition} that the method {config.method} writes, {_WOULD_REPLACE}"
                 )
         yield
 
@@ -171,32 +169,34 @@ def _place(output: Path, config: TrainConfig, state_is_wanted: bool) -> Iterator
 def _checked_base(
     base: Base | str | os.PathLike[str] | Mapping[str, Tensor], config: TrainConfig, output: Path | None, adapted: bool
 ) -> Base:
-    """The base model, loaded if needed. Raises when the settings do not suit it or the output would replace its file."""
+    """Load the base model if needed. Raises an error when the settings don't suit it or the output would replace its file."""
     base = _loaded(base, config)
     for file in base.files:
         if output is not None and output.exists() and output.samefile(file.path):
-            raise BadFile(f"{output}: is a file of the base model, which the LoRA would replace; choose another output")
+            raise BadFile(f"{output}: is a file of the base model, which the LoRA would replace. Choose another output")
     check_base_options(base, config, adapted)
     return base
 
 
 def _loaded(base: Base | str | os.PathLike[str] | Mapping[str, Tensor], config: TrainConfig) -> Base:
-    """The base model, loaded if needed."""
+    """Load the base model if needed."""
     if isinstance(base, Base):
         return base
     return load_base(base, prediction_type=config.prediction_type, zero_terminal_snr=config.zero_terminal_snr)
 
 
 def _check_pictures_asked_for(config: TrainConfig, class_photos: bool, held_out: bool) -> None:
-    """Raises BadConfig when the settings contradict the class photos or the held-out photos that are given."""
+    """Raise BadConfig when the settings contradict the given class photos or held-out photos."""
     if config.class_images and class_photos:
-        raise BadConfig("class_images and class_photos are both given; class images are either made or read")
+        raise BadConfig(
+            "class_images and class_photos are both given. Use class_images to draw class images, or class_photos to read them"
+        )
     if held_out and not config.sample_every:
-        raise BadConfig("held_out photos are for measuring likeness at samples: set sample_every")
+        raise BadConfig("held_out photos are only used to measure the likeness of samples. Set sample_every")
 
 
 def _checked_start(start: LoraFile | str | os.PathLike[str] | None, base: Base) -> LoraFile | None:
-    """The LoRA to go on from, read if it is not yet. Raises LoraMisfit when it does not fit the base model."""
+    """Read the LoRA to continue from, if needed. Raises LoraMisfit when it does not fit the base model."""
     if start is None:
         return None
     shapes = base.module_shapes()
@@ -206,12 +206,12 @@ def _checked_start(start: LoraFile | str | os.PathLike[str] | None, base: Base) 
 
 
 def _opened(source: TrainingAdapter | LoraFile | str | os.PathLike[str] | None, base: Base) -> TrainingAdapter | None:
-    """The training adapter, read if it is not yet. Raises a FaceLoraError when it is none for the base model."""
+    """Read the training adapter, if needed. Raises a FaceLoraError when it does not fit the base model."""
     return source if source is None or isinstance(source, TrainingAdapter) else TrainingAdapter.open(source, base)
 
 
 def _hints(base: Base, config: TrainConfig, adapted: bool) -> list[str]:
-    """What is to be said of the trigger word, the base model and the precision before a training."""
+    """List warnings about the trigger word, the base model and the precision to give before training."""
     hints = (
         trigger_hint(config.trigger_word, load_tokenizer()),
         None if adapted else distilled_hint(base, config),
@@ -225,7 +225,7 @@ def _read(
     strict: bool,
     on_warning: Callable[[str], None],
 ) -> list[Photo]:
-    """The photos as a list, read when `photos` is a folder."""
+    """Return the photos as a list. If `photos` is a folder, they are read from it."""
     if isinstance(photos, str | os.PathLike):
         return read_photos(Path(photos), strict=strict, on_warning=on_warning)
     return [as_photo(photo, f"photos[{number}]") for number, photo in enumerate(photos)]
@@ -239,7 +239,7 @@ def _read_or_make_class_photos(
     strict: bool,
     callbacks: Callbacks,
 ) -> list[Photo]:
-    """The class images: drawn by the base model when the settings ask for that, else the given ones, which may be none."""
+    """Draw class images with the base model if the settings ask for them. Otherwise return the given ones, possibly none."""
     if config.class_images:
         return make_class_images(
             base, config.class_word, config.class_images, resolution=config.resolution, device=device,
@@ -258,11 +258,11 @@ def ready_for(
     *,
     to_rank: bool = False,
 ) -> Ready:
-    """The photos for a training on the base model, looked at once: checked and held out as the settings say. A Ready is that
-    already, and comes back as it is.
+    """Check the photos and hold some out, as the settings ask, before training on the base model.
 
-    With `held_out` photos, none of the others is. Faces are looked for by `faces` (default: YuNet and SFace), where a setting
-    needs it; `to_rank` pictures by them too. Raises BadPhoto when there is none, or when too few can be used or held out.
+    A Ready is returned unchanged. If `held_out` photos are given, no others are held out. `faces` (default: YuNet and SFace)
+    finds faces if a setting needs them, or with `to_rank` for ranking pictures. Raises BadPhoto without photos, or with
+    too few to use or hold out.
     """
     if isinstance(photos, Ready):
         return photos
@@ -274,7 +274,7 @@ def ready_for(
         faces = faces_if_installed(on_warning)
     by_itself = (
         config.hold_out == MEASURED["hold_out"] and len(photos) >= ENOUGH
-    )  # as a recipe does from this number on
+    )  # as a recipe does from this number of photos
     return make_ready(
         photos,
         faces,
@@ -287,7 +287,7 @@ def ready_for(
 
 
 def settled(config: TrainConfig, ready: Ready) -> TrainConfig:
-    """The settings for these photos: without what is done by likeness where none could be held out."""
+    """Adjust the settings to these photos: turn off what depends on likeness when none could be held out."""
     if not config.hold_out or ready.held_out:
         return config
     return replace(config, hold_out=0, stop_early=False, merge_best=0)
@@ -300,7 +300,7 @@ def _watch(
     judge: FaceNetwork | None,
     config: TrainConfig,
 ) -> LikenessWatch | None:
-    """What measures likeness to the photos that are held out; None where none are."""
+    """Build the watch that measures likeness to the held-out photos. Returns None without such photos."""
     out = held_out or [item.photo for item in ready.held_out]
     if not out:
         return None
@@ -319,7 +319,7 @@ def dataset_of(
     class_photos: Sequence[Photo] = (),
     regions: Callable[[Photo], list[Region]] | None = None,
 ) -> Dataset:
-    """The photos, or those regions of them, cropped and captioned by the settings."""
+    """Crop and caption the photos, or the given regions of them, as the settings ask."""
     return prepare(
         photos,
         resolution=config.resolution or base.resolution,
@@ -343,7 +343,7 @@ def _prepared(
     device: torch.device,
     callbacks: Callbacks,
 ) -> tuple[LatentCache, Samples | None]:
-    """The encoded photos and captions, and the samples to draw during the training; None when no samples are wanted."""
+    """Encode the photos and captions, and prepare the samples to draw during training (None if not wanted)."""
     photos, regions, report = [item.photo for item in ready.training], None, ready.report
     if config.face_crops:
         regions = face_regions(report, config.resolution or base.resolution, config.trigger_word, config.class_word)
@@ -359,7 +359,7 @@ def _prepared(
     )  # fmt: skip
     if not shots:
         return cache, None
-    # Samples have the size of the bucket with most photos of the person, of several the largest.
+    # Samples take the size of the bucket with the most photos of the person. If several tie, the largest is used.
     of_person = replace(dataset, images=tuple(image for image in dataset.images if not image.is_class))
     size = max(of_person.bucket_counts().items(), key=lambda bucket: (bucket[1], math.prod(bucket[0])))[0]
     size = sample_size(base, size)
@@ -371,7 +371,7 @@ def _prepared(
 
 
 def _writing_beside(callbacks: Callbacks, output: Path, config: TrainConfig) -> Callbacks:
-    """The callbacks, completed by ones that write checkpoints and samples beside the output where they are None."""
+    """Replace missing callbacks with ones that write checkpoints and samples beside the output."""
 
     def save(step: int, lora: Trained) -> None:
         lora.save(checkpoint_path(output, step), PRECISIONS[config.save_precision])
@@ -385,7 +385,7 @@ def _writing_beside(callbacks: Callbacks, output: Path, config: TrainConfig) -> 
 
 
 def _written(lora: Trained, base: Base, config: TrainConfig, output: Path) -> Trained:
-    """The LoRA under its file's name, written with the files that belong beside it; the state goes, since the run is done."""
+    """Write the LoRA and the files that belong beside it, delete the state, and return the LoRA under its file's name."""
     for addition, other in files_beside(lora, base, config).items():
         other.save(output.with_name(f"{output.stem}-{addition}{output.suffix}"), PRECISIONS[config.save_precision])
     lora.save(output, PRECISIONS[config.save_precision])
@@ -394,12 +394,12 @@ def _written(lora: Trained, base: Base, config: TrainConfig, output: Path) -> Tr
 
 
 def state_path(output: Path) -> Path:
-    """The path at which the state of an unfinished run is kept: `NAME.state.safetensors` beside the output."""
+    """Return the path for the state of an unfinished run: `NAME.state.safetensors` beside the output."""
     return output.with_name(f"{output.stem}.state.safetensors")
 
 
 def delete_leftovers(output: Path) -> None:
-    """Deletes temporary files that a killed run left of this output and of the files beside it, under the output's lock."""
+    """Delete temporary files of a killed run for this output and the files beside it. Requires the output's lock."""
     names = rf"{re.escape(output.stem)}(\.state|-embedding|-lora|-step\d{{6,}})?{re.escape(output.suffix)}"
     remove_leftovers(output.parent, names)
     if (samples := _samples_folder(output)).is_dir():
@@ -407,17 +407,17 @@ def delete_leftovers(output: Path) -> None:
 
 
 def checkpoint_path(output: Path, step: int) -> Path:
-    """The path of the checkpoint after that step."""
+    """Return the path of the checkpoint after that step."""
     return output.with_name(f"{output.stem}-step{step:06d}{output.suffix}")
 
 
 def foreign_checkpoint(output: Path, config: TrainConfig) -> Path | None:
-    """A file that is named like a checkpoint of the run but does not come from a run with this output; None without one."""
+    """Find a file named like a checkpoint of the run that is not from a run with this output. None if there isn't one."""
     return _foreign(output, r"-step\d{6,}") if config.save_every else None
 
 
 def _foreign(output: Path, addition: str) -> Path | None:
-    """A file with the output's name and an addition, a regular expression, that does not come from a run with this output."""
+    """Find a file named like the output plus `addition` (a regular expression) that is not from a run with this output."""
     pattern = re.compile(rf"{re.escape(output.stem)}{addition}{re.escape(output.suffix)}")
     for path in output.parent.iterdir():
         if pattern.fullmatch(path.name) and _output_name(path) != output.stem:
@@ -436,51 +436,53 @@ def _samples_folder(output: Path) -> Path:
 
 
 _OF_NOISE = ("prediction_type", "zero_terminal_snr", "min_snr_gamma", "debiased", "clip_skip")
-"""The settings that only models with a noise schedule, such as Stable Diffusion, have."""
+"""The settings that apply only to models with a noise schedule, such as Stable Diffusion."""
 _OF_FLOWS = ("timestep_sampling", "timestep_shift")
-"""The settings that only rectified flows have."""
+"""The settings that apply only to rectified flows."""
 
 
 def _undone(base: Base) -> str:
-    """What is said of a distilled base model that is to be trained on as it is."""
+    """Explain, as the end of a sentence, what to do about training directly on a distilled base model."""
     usual = base.family.training_adapter
     return (
-        ", and training on it undoes that: train on the undistilled model, or give a training adapter (training_adapter"
+        ", and training on it undoes that. Train on the undistilled model, or use a training adapter (training_adapter"
         + (f"; the usual one is {usual}" if usual else "")
-        + "); allow_distilled is for a model that has one merged into it"
+        + "). If one is already merged into the model, set allow_distilled"
     )
 
 
 def distilled_hint(base: Base, config: TrainConfig) -> str | None:
-    """A warning when the base model's name says that it was distilled to a few steps; else None."""
+    """Return a warning when the base model's name indicates distillation to a few steps, else None."""
     if config.allow_distilled or not base.is_named_distilled:
         return None
-    return f"{base.name}: by its name was distilled to a few steps{_undone(base)}"
+    return f"{base.name}: judging by its name, was distilled to a few steps{_undone(base)}"
 
 
 def fp16_hint(base: Base, config: TrainConfig) -> str | None:
-    """A warning when the settings ask for fp16, and the base model's numbers are too large for it; else None."""
+    """Return a warning when the settings ask for fp16 but the base model's values overflow in it, else None."""
     if config.precision != "fp16" or not base.family.overflows_in_fp16:
         return None
-    return f"precision fp16: numbers of {base.family.title} are too large for it; take auto, bf16 or fp32"
+    return f"precision fp16: values of {base.family.title} overflow in it. Use auto, bf16 or fp32"
 
 
 def check_base_options(base: Base, config: TrainConfig, adapted: bool = False) -> None:
-    """Raises BadConfig for settings that do not apply to the base model, or that it does not allow.
+    """Raise BadConfig for settings that don't apply to the base model, or that it does not allow.
 
-    `adapted` says that it is trained on with a training adapter.
+    `adapted` means that a training adapter is used.
     """
     family, default = base.family, TrainConfig()
     others = _OF_FLOWS if family.predicts_noise else _OF_NOISE
     if wrong := [name for name in others if getattr(config, name) != getattr(default, name)]:
-        kind = "no rectified flow" if family.predicts_noise else "a rectified flow"
-        raise BadConfig(f"{', '.join(wrong)}: {family.title} is {kind} and has no such setting; leave it out")
+        kind = "not a rectified flow" if family.predicts_noise else "a rectified flow"
+        raise BadConfig(f"{', '.join(wrong)}: {family.title} is {kind} and does not have this setting. Leave it out")
     if config.clip_skip > 1 and not family.has_clip_skip:
-        raise BadConfig(f"clip_skip = {config.clip_skip}: {family.title} has no choice of layers; leave it at 1")
+        raise BadConfig(
+            f"clip_skip = {config.clip_skip}: {family.title} does not let you choose the layer. Leave it at 1"
+        )
     if base.is_distilled and not (config.allow_distilled or adapted):
         raise BadConfig(f"{base.name}: was distilled to a few steps{_undone(base)}")
     if config.text_encoder_lr and (family.text_encoder_targets is None or base.caption_encoder):
-        raise BadConfig(f"text_encoder_lr: the text encoders of {family.title} cannot be trained here; leave it at 0")
+        raise BadConfig(f"text_encoder_lr: the text encoders of {family.title} cannot be trained here. Leave it at 0")
     multiple = base.size_multiple
     for name, sides in (("resolution", (config.resolution,)), ("more_resolutions", config.more_resolutions)):
         if small := [side for side in sides if side is not None and side < 2 * multiple]:

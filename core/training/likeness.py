@@ -1,7 +1,7 @@
-"""Likeness during a training: how much each checkpoint's pictures look like the person, and which checkpoint to keep.
+"""Measure likeness during training: how much each checkpoint's pictures look like the person, and which one to keep.
 
-A checkpoint is judged by pictures of fixed prompts and seeds. Likeness is measured to photos that were held out from the
-training, since a network that has memorised its photos draws those, and not always the person.
+A checkpoint is judged by pictures of fixed prompts and seeds. Likeness is measured against photos held out from training,
+because a network that has memorised its photos reproduces those and not always the person.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from ..photos.measure import pose
 NEUTRAL_PROMPTS = ("a photo of a street", "a photo of a dog", "a landscape with trees")
 """Prompts whose pictures a LoRA of a person should not change."""
 LIKENESS_KEY = "facelora.likeness"
-"""The key in a LoRA's metadata of the measured curve, JSON with the index of the point that was kept."""
+"""The key of the measured curve in a LoRA's metadata: JSON with the index of the point that was kept."""
 MAX_CANDIDATES = 4
-"""The number of checkpoints, those most alike, that stay in memory until one is chosen."""
+"""The number of most alike checkpoints that stay in memory until one is chosen."""
 TOLERANCE = 0.015
 """A difference in likeness that nobody sees, as a share of `LikenessWatch.scale`.
 
 For comparison, SFace's cosine moves by 0.01 when a photo is recompressed.
 """
 SURE_FACE = 56
-"""The size of a face, in pixels, below which its likeness says little: half of SFace's input. ORL's faces have 72 and more."""
+"""The face size in pixels below which likeness is unreliable: half of SFace's input. ORL's faces have 72 and more."""
 FACE_SIDE = 640
-"""The shorter side, in pixels, of a photo for finding its face; smaller JPEGs decode faster."""
+"""The shorter side, in pixels, of photos when faces are searched for. Smaller JPEGs decode faster."""
 PATIENCE = 3
 """The number of measurements without an improvement after which likeness counts as flat."""
 LEAK_LIMIT = 0.5
@@ -47,39 +47,39 @@ LEAK_LIMIT = 0.5
 
 @dataclass(frozen=True)
 class LikenessPoint:
-    """The measurement of one checkpoint on its pictures. All cosines are by the watch's face network."""
+    """The measurement of one checkpoint on its pictures. All cosines are from the watch's face network."""
 
     step: int
     likeness: float
     """The mean of `scores`, -1 to 1."""
     scores: tuple[float, ...]
-    """The cosine of each picture of the trigger to the mean face of the held-out photos; 0 for a picture without a face."""
+    """The cosine of each trigger-word picture to the mean face of the held-out photos. 0 for a picture without a face."""
     copying: float
-    """The mean over pictures with a face of the cosine to the nearest training photo minus that to the nearest held-out one."""
+    """The cosine to the nearest training photo minus that to the nearest held-out photo, averaged over pictures with a face."""
     leakage: float
-    """The rise, from the base model's, of the cosine of "a photo of CLASS", without the trigger, to the person."""
+    """How much closer "a photo of CLASS", without the trigger word, is to the person than the base model's (in cosine)."""
     drift: float
     """The mean absolute change of the pictures of NEUTRAL_PROMPTS from the base model's, in grey levels, 0 to 255."""
     merged: tuple[int, ...] = ()
-    """The steps of the checkpoints that this one is the average of; empty for a single checkpoint."""
+    """The steps of the checkpoints that were averaged. Empty for a single checkpoint."""
     judged: LikenessPoint | None = None
-    """The same pictures measured by the watch's judge; None without one."""
+    """The same pictures measured by the watch's judge, or None without a judge."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """The likeness of one picture, and why it may say little."""
+    """The likeness of one picture, and why it may be unreliable."""
 
     image: str
     likeness: float | None
-    """The cosine to the person's mean face; None for a picture without a face."""
+    """The cosine to the person's mean face. None for a picture without a face."""
     face_pixels: float | None
     yaw: float | None
-    """The turn of the head by `photos.measure.pose`: 0 is frontal, 0.35 a side view."""
+    """The turn of the head from `photos.measure.pose`: 0 is frontal, 0.35 a side view."""
     doubt: str | None
-    """The reason why the number says little, or None."""
+    """The reason why the number is unreliable, or None."""
     judged: float | None = None
-    """The cosine by a second face network; None without one, and for a picture without a face."""
+    """The cosine from a second face network. None without one, and for a picture without a face."""
 
     @classmethod
     def of(cls, image: str, likeness: float | None, face: Face | None, judged: float | None = None) -> Score:
@@ -100,16 +100,16 @@ class Score:
 
 
 def pictures_at_a_look(config: TrainConfig) -> tuple[int, int, int]:
-    """How many pictures are drawn at each measurement: of the trigger, of the class, and of NEUTRAL_PROMPTS.
+    """Return how many pictures are drawn per measurement: of the trigger word, of the class, and of NEUTRAL_PROMPTS.
 
-    Likeness chooses the checkpoint. The others are there to stop a run that leaks, for which half as many are enough.
+    Likeness chooses the checkpoint. The other two only stop a run that leaks, so half as many pictures are enough.
     """
     half = (config.likeness_pictures + 1) // 2
     return config.likeness_pictures, half, min(half, len(NEUTRAL_PROMPTS))
 
 
 class LikenessWatch:
-    """Measures checkpoints of one person by the pictures that `train_lora` draws with them."""
+    """Measures checkpoints of one person on the pictures that `train_lora` draws with them."""
 
     def __init__(
         self,
@@ -119,11 +119,13 @@ class LikenessWatch:
         config: TrainConfig,
         judge: LikenessWatch | None = None,
     ):
-        """`training` and `held_out` are the network's identity vectors of the photos, (N, D) with rows of NaN where no face
-        was found (`faces_of`). `judge` measures the same pictures for `LikenessPoint.judged`, by which nothing is selected.
+        """Prepare to measure likeness to the held-out photos.
 
-        Raises BadPhoto when none of the photos that are trained on, or none of those held out, shows a face, BadConfig when
-        the judge has the same network.
+        `training` and `held_out` are the network's identity vectors of the photos, (N, D), with rows of NaN where no face was
+        found (`faces_of`). `judge` measures the same pictures for `LikenessPoint.judged`, but selects nothing.
+
+        Raises BadPhoto when none of the training photos, or none of the held-out photos, shows a face. Raises BadConfig when
+        the judge uses the same network.
         """
         if judge:
             check_judge(judge.network, network)
@@ -133,10 +135,10 @@ class LikenessWatch:
         person = mean_face(self._held_out)
         if person is None:
             which = counted(len(held_out), "photo")
-            raise BadPhoto(f"no face was found in the {which} held out: likeness cannot be measured")
+            raise BadPhoto(f"no face was found in the {which} held out, so likeness cannot be measured")
         if not len(self._training):
             which = counted(len(training), "photo")
-            raise BadPhoto(f"no face was found in the {which} trained on: likeness cannot be measured")
+            raise BadPhoto(f"no face was found in the {which} trained on, so likeness cannot be measured")
         self._person = person
         of_person, self._of_class, of_nobody = pictures_at_a_look(config)
         subject, of_class = default_caption(config.trigger_word, config.class_word), class_caption(config.class_word)
@@ -149,9 +151,9 @@ class LikenessWatch:
             *((subject, config.seed + number) for number in range(of_person)),
             *self.base_shots,
         ]
-        """The (prompt, seed) of each picture that `measure` takes, in its order."""
+        """The (prompt, seed) of each picture that `measure` takes, in order."""
         self.own: float = float(np.mean(self._alike(self._training)))
-        """The likeness of the training photos themselves, which a perfect LoRA would have."""
+        """The likeness of the training photos themselves, which a perfect LoRA would reach."""
         nearest = likeness(self._training, self._training)
         np.fill_diagonal(nearest, -1)
         self.own_copying: float = (
@@ -159,19 +161,19 @@ class LikenessWatch:
             if len(nearest) > 1
             else 0.0
         )
-        """The copying of each training photo from the others, which counts as none; 0 for a single photo."""
+        """How much each training photo appears copied from the others, which counts as no copying. 0 for a single photo."""
         self._base: Sequence[Image.Image] = ()
         self._base_class = 0.0
 
     def see_base(self, images: Sequence[Image.Image]) -> None:
-        """Takes the base model's pictures of `base_shots`, to measure leakage and drift from them."""
+        """Take the base model's pictures of `base_shots`, the reference for leakage and drift."""
         if self.judge:
             self.judge.see_base(images)
         of_class, self._base = images[: self._of_class], images[self._of_class :]
         self._base_class = float(np.mean(self._alike(embed_images(self.network, of_class))))
 
     def measure(self, step: int, images: Sequence[Image.Image], merged: tuple[int, ...] = ()) -> LikenessPoint:
-        """The measurement of a checkpoint that drew these pictures of `shots`. Call `see_base` before."""
+        """Measure a checkpoint that drew these pictures of `shots`. Call `see_base` first."""
         first = len(images) - len(self.base_shots)
         of_person, of_class, neutral = (
             images[:first],
@@ -202,30 +204,30 @@ class LikenessWatch:
     def scale(self) -> float:
         """How far the likeness of the person's photos is above that of the base model's class pictures, at least 0.01.
 
-        Differences are measured by it, since faces of some people are nearer to the class than others.
+        Differences are divided by it, since some people's faces are nearer to the class than others.
         """
         return max(self.own - self._base_class, 0.01)
 
     def cost(self, point: LikenessPoint) -> float:
-        """The damage that a checkpoint does, about 0 to 1: leakage, copying beyond `own_copying`, and drift over 255."""
+        """Return the damage a checkpoint does, about 0 to 1: leakage, copying beyond `own_copying`, and drift over 255."""
         spoiled = max(0.0, point.leakage) + max(0.0, point.copying - self.own_copying)
         return spoiled / self.scale + point.drift / 255
 
     def choose(self, points: Sequence[LikenessPoint]) -> LikenessPoint:
-        """The point to keep: of those that are shown to be as alike as the most alike one, the one that costs least.
+        """Choose the point to keep: among those shown to be as alike as the most alike one, the one with the lowest cost.
 
         A point is as alike when its mean shortfall over the same prompts and seeds, plus the standard error, is within
-        TOLERANCE. This tests non-inferiority: with few pictures most differences are within the noise, which proves nothing.
+        TOLERANCE. This tests non-inferiority. With few pictures most differences are within the noise, which proves nothing.
         """
         best = max(points, key=lambda point: point.likeness)
         return min((point for point in points if self._is_as_alike(point, best)), key=self.cost)
 
     def enough(self, points: Sequence[LikenessPoint]) -> str | None:
-        """The reason why more steps would not help, or None: likeness is flat, or the class is turning into the person."""
+        """Return why more steps would not help, or None: likeness is flat, or the class is turning into the person."""
         if not points:
             return None
         best = max(points, key=lambda point: point.likeness)
-        # The first point about as good as the best, so that a run whose likeness creeps up slowly ends all the same.
+        # Compare with the first point about as good as the best. Otherwise a slowly creeping likeness would never end the run.
         first = next(i for i, point in enumerate(points) if point.likeness >= best.likeness - TOLERANCE * self.scale)
         if len(points) - 1 - first >= PATIENCE:
             return f"likeness has not risen since step {points[first].step}"
@@ -240,7 +242,7 @@ class LikenessWatch:
         return bool(shortfall.mean() + error <= TOLERANCE * self.scale)
 
     def _alike(self, embedded: np.ndarray) -> np.ndarray:
-        """The cosine (N,) of each identity vector to the person; 0 where no face was found."""
+        """Return the cosine (N,) of each identity vector to the person, 0 where no face was found."""
         return np.nan_to_num(likeness(embedded, self._person[None])[:, 0])
 
 
@@ -254,17 +256,17 @@ class Selection:
         """The adapter's values at a point, on the CPU, by the point's index."""
 
     def add(self, point: LikenessPoint, values: Mapping[str, Tensor]) -> None:
-        """Adds a checkpoint, and drops the values of all but the MAX_CANDIDATES most alike."""
+        """Add a checkpoint, and drop the values of all but the MAX_CANDIDATES most alike."""
         self._values[len(self.points)] = {name: value.detach().cpu().clone() for name, value in values.items()}
         self.points.append(point)
         self._values = {index: self._values[index] for index in self._ranked()[:MAX_CANDIDATES]}
 
     def has(self, step: int) -> bool:
-        """Whether the checkpoint at that step was measured."""
+        """Return whether the checkpoint at that step was measured."""
         return any(point.step == step and not point.merged for point in self.points)
 
     def average(self, count: int) -> tuple[tuple[int, ...], dict[str, Tensor]] | None:
-        """The steps and the mean values of the `count` most alike candidates (arXiv:1803.05407); None for fewer than two."""
+        """Average the `count` most alike candidates (arXiv:1803.05407). Returns steps and means; None for fewer than two."""
         chosen = self._ranked()[:count]
         if len(chosen) < 2:
             return None
@@ -273,17 +275,17 @@ class Selection:
         return tuple(sorted(self.points[index].step for index in chosen)), mean
 
     def choose(self) -> tuple[LikenessPoint, dict[str, Tensor]]:
-        """The candidate to keep by the rule of `LikenessWatch.choose`, and its adapter's values."""
+        """Return the candidate that `LikenessWatch.choose` selects, and its adapter's values."""
         point = self.watch.choose([self.points[index] for index in self._values])
         return point, next(values for index, values in self._values.items() if self.points[index] is point)
 
     def others(self, kept: LikenessPoint) -> list[tuple[LikenessPoint, dict[str, Tensor]]]:
-        """The candidates of a single step but for the one that is kept, each with its adapter's values."""
+        """Return the single-step candidates except the kept one, each with its adapter's values."""
         candidates = ((self.points[index], values) for index, values in self._values.items())
         return [(point, values) for point, values in candidates if point is not kept and not point.merged]
 
     def metadata(self, kept: LikenessPoint) -> dict[str, str]:
-        """The curve for the file's metadata, as plain numbers, which do not reveal what the person looks like."""
+        """Describe the curve for the file's metadata in plain numbers, which don't reveal what the person looks like."""
         described = {
             "network": self.watch.network.name,
             "photos": round(self.watch.own, 4),
@@ -296,11 +298,11 @@ class Selection:
         return {LIKENESS_KEY: json.dumps(described)}
 
     def _ranked(self) -> list[int]:
-        """The indices of the candidates, the most alike first."""
+        """Return the indices of the candidates, the most alike first."""
         return sorted(self._values, key=lambda index: -self.points[index].likeness)
 
     def pack(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        """The selection as tensors and plain values for a run's state, from which `unpack` restores it."""
+        """Convert the selection to tensors and plain values for a run's state. `unpack` restores it."""
         tensors = {
             f"candidate.{index}.{name}": value
             for index, values in self._values.items()
@@ -309,7 +311,7 @@ class Selection:
         return tensors, [asdict(point) for point in self.points]
 
     def unpack(self, tensors: Mapping[str, Tensor], points: Sequence[Mapping[str, Any]]) -> None:
-        """Restores what `pack` returned; other tensors beside it are ignored."""
+        """Restore what `pack` returned. Other tensors are ignored."""
         self.points = [_unpacked(point) for point in points]
         for key, value in tensors.items():
             if key.startswith("candidate."):
@@ -318,29 +320,29 @@ class Selection:
 
 
 def faces_of(network: FaceNetwork, photos: Sequence[Photo]) -> np.ndarray:
-    """The identity vector of each photo's largest face, float32 (N, D); a row of NaN for a photo without a face."""
+    """Return the identity vector of each photo's largest face, float32 (N, D), with a row of NaN for a photo without a face."""
     return embed_one_by_one(network, (photo.image(shorter_side=FACE_SIDE) for photo in photos))
 
 
 def _seen(embedded: np.ndarray) -> np.ndarray:
-    """The rows that are not NaN, which stands for a missing face."""
+    """Return the rows without NaN, which marks a missing face."""
     return embedded[~np.isnan(embedded).any(axis=1)]
 
 
 def _unpacked(values: Mapping[str, Any]) -> LikenessPoint:
-    """The point of which `asdict` made the values, with lists for tuples, which JSON does not have."""
+    """Rebuild a point from its `asdict` values. JSON turned its tuples into lists."""
     judged = {"judged": _unpacked(values["judged"])} if values.get("judged") else {}
     tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     return LikenessPoint(**{**values, **tuples, **judged})
 
 
 def _described(point: LikenessPoint) -> dict[str, Any]:
-    """The point's numbers, rounded, without those of single pictures."""
+    """Return the point's numbers, rounded, without those of single pictures."""
     values = {name: getattr(point, name) for name in ("step", "likeness", "copying", "leakage", "drift", "merged")}
     described = {name: round(value, 4) if isinstance(value, float) else value for name, value in values.items()}
     return described | ({"judged": _described(point.judged)} if point.judged else {})
 
 
 def picture_change(a: Image.Image, b: Image.Image) -> float:
-    """The mean absolute difference of two pictures of one size, in grey levels, 0 to 255."""
+    """Return the mean absolute difference of two pictures of the same size, in grey levels, 0 to 255."""
     return float(np.abs(np.asarray(a, dtype=np.float32) - np.asarray(b, dtype=np.float32)).mean())

@@ -1,4 +1,4 @@
-"""The training loop, which trains one adapter on one base model from its first step to its file."""
+"""The training loop: train one adapter on one base model, from the first step to its file."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ from .step import Run
 from .training_adapter import METADATA_KEY, TrainingAdapter
 
 CHECK_EVERY = 10
-"""Steps between two checks that the loss is finite, each of which waits for the device."""
+"""Steps between two checks that the loss is finite. Each check waits for the device."""
 
 
 def train_lora(
@@ -43,22 +43,22 @@ def train_lora(
     samples: Samples | None = None,
     callbacks: Callbacks = NO_CALLBACKS,
 ) -> Trained:
-    """The trained LoRA, or the checkpoint or embedding that the method makes, with complete metadata.
+    """Train the LoRA, or the checkpoint or embedding that the method makes. The result has complete metadata.
 
-    A callback cancels by raising: the state is then saved to `state_path`, and the exception goes on. StopAndKeep instead
-    ends the run as if that had been its last step. With `resume` the run goes on from the state at that path, if there is
-    one. On the same machine the result then equals that of an uninterrupted run, tensor for tensor on a CPU, and on a GPU with
-    `deterministic` in the settings: without it a GPU adds up in another order each time. The caller deletes the state when
-    the LoRA has been written.
+    A callback cancels by raising: the state is then saved to `state_path`, and the exception is raised again. StopAndKeep
+    instead ends the run as if that had been its last step. With `resume`, the run continues from the state at that path, if it
+    exists. On the same machine the result then equals that of an uninterrupted run. On a CPU it is equal tensor for tensor. On
+    a GPU that requires the setting `deterministic`, because sums are otherwise computed in a different order each time. The
+    caller deletes the state after writing the LoRA.
 
-    A `training_adapter` is on in the steps alone, not in samples and not in the result; its hash is in the metadata.
+    A `training_adapter` is active in the steps only, not in samples or in the result. Its hash is in the metadata.
 
-    `on_save` is called every `save_every` steps (for the last one too, if another is kept), and `on_sample` every
-    `sample_every` with the shots of `samples`. With a watch in `samples`, likeness is measured every `sample_every` steps
-    and at the end, the checkpoint that the watch chooses is returned, and the curve is in its metadata.
+    `on_save` is called every `save_every` steps (also for the last, if another is kept). `on_sample` is called every
+    `sample_every` steps with the shots of `samples`. With a watch in `samples`, likeness is measured every `sample_every`
+    steps and at the end. The checkpoint that the watch chooses is returned, with the curve in its metadata.
 
-    A step that does not fit into memory is repeated with a smaller memory plan, with a call of `on_warning`. Raises
-    OutOfMemory when no plan fits, and TrainingDiverged when the loss is no longer finite; a saved state is from before then.
+    A step that does not fit into memory is repeated with a smaller memory plan, and `on_warning` is called. Raises OutOfMemory
+    when no plan fits. Raises TrainingDiverged when the loss is not finite; a saved state is from before that.
     """
     device, dtype = device_and_dtype(config, device, base.family.overflows_in_fp16)
     with _on_its_own(device, config), explained_memory_error("batch_size 1 or a lower resolution"):
@@ -105,7 +105,7 @@ def train_lora(
 
 @contextmanager
 def _on_its_own(device: torch.device, config: TrainConfig) -> Iterator[None]:
-    """A context in which nothing that the program has set for torch has an influence, and its random numbers stay."""
+    """Isolate the run from the program's torch settings, and leave the program's random numbers unchanged."""
     random_numbers = torch.random.fork_rng([device] if device.type == "cuda" else [])
     # A ComfyUI node runs in inference mode, in which nothing can be trained.
     with (
@@ -116,13 +116,13 @@ def _on_its_own(device: torch.device, config: TrainConfig) -> Iterator[None]:
 
 
 def _limits_of(run: Run, base: Base) -> Iterator[str]:
-    """What the run will not do of what its settings ask for, in sentences."""
+    """List, in sentences, what the run cannot do although its settings ask for it."""
     if run.why_not_compiled:
-        yield f"compile: not possible here ({run.why_not_compiled}); the training goes on without"
+        yield f"compile: not possible here ({run.why_not_compiled}). Training continues without it"
     if pageable := run.memory.pageable:
         yield (
-            f"memory: {pageable / 2**30:.1f} GiB of the weights are copied from memory that is not page-locked, because too "
-            "little of the computer's memory is free. Steps take longer; closing other programs helps"
+            f"memory: {pageable / 2**30:.1f} GiB of the weights are copied from memory that isn't page-locked, because too "
+            "little of the computer's memory is free. This makes steps slower. Close other programs to free memory"
         )
     if without := what_is_left_out(run.denoiser, run.family, run.config):
         yield without
@@ -133,7 +133,7 @@ def _limits_of(run: Run, base: Base) -> Iterator[str]:
 
 
 def _report(run: Run, first_step: int, started: float, likeness: LikenessPoint | None) -> StepReport:
-    """The report after the last step of a run that started at `first_step` at the monotonic time `started`."""
+    """Build the report after the last step of a run that started at `first_step` at the monotonic time `started`."""
     seconds = (time.monotonic() - started) / (run.step - first_step)
     return StepReport(
         step=run.step,

@@ -1,4 +1,4 @@
-"""A prediction of the memory that a run needs under each memory plan, and the choice of the plan that it starts with."""
+"""Predict how much memory a training run needs under each memory plan, and choose the plan to start with."""
 
 import functools
 import gc
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 
 
 class StepPrediction:
-    """The memory that a training run needs under its memory plans, where its kernels' workspace is not counted.
+    """The memory that a training run needs under its memory plans, not counting the kernels' workspace.
 
-    It is counted in steps on torch's fake tensors, which hold no data and follow the rules of the device. Of blocks that are
-    alike only one is gone through, unless `each_block` is set.
+    It is counted in steps on torch's fake tensors, which hold no data and follow the rules of the device. Of several alike
+    blocks only one is executed, unless `each_block` is set.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class StepPrediction:
         self._beside = 0 if device.type == "cpu" else _bytes_of(cache)
         for change in training_adapter.changes.values() if training_adapter else ():
             self._beside += sum(allocated(part.numel() * dtype.itemsize, device) for part in change.tensors())
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)  # such as what networks are built with
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)  # such as the tables that networks are built with
         self._blocks: AlikeBlocks | None = None
         alike = METHODS[config.method].freezes_weights and not each_block
         empty = _empty_base(
@@ -69,7 +69,7 @@ class StepPrediction:
         with self._mode:
             self._run = _fake_run(self._mode, cache, empty, config, device, dtype, training_adapter)
             with self._run.fast():
-                pass  # has the adapter make its copies, so that they are there under all plans
+                pass  # makes the adapter create its copies, so that they exist under all plans
             if alike:
                 self._blocks = AlikeBlocks(self._run.denoiser, self._run.adapter.copies())
                 self._run.adapter.copy([(parameter,) for parameter in self._blocks.copied], dtype)
@@ -78,7 +78,7 @@ class StepPrediction:
         self._known: dict[MemoryPlan, int] = {}
 
     def bytes(self, plan: MemoryPlan) -> int:
-        """The most bytes that are in use at a time under a plan. Plans with full weights come before those with 8 bits."""
+        """Return the peak memory use under a plan, in bytes. Ask for plans with full weights before those with 8 bits."""
         if plan not in self._known:
             narrows = plan.weights != self._run.memory.plan.weights
             assert not narrows or plan.weights != "full"
@@ -89,7 +89,7 @@ class StepPrediction:
                 if narrows and self._blocks:
                     self._blocks.fill()
                 if self._blocks and plan != plain:
-                    self.bytes(plain)  # goes through the blocks, which must not be recomputed or away for it
+                    self.bytes(plain)  # executes the blocks, which must be neither recomputed nor offloaded for this
                 self._known[plan] = self._counted(plan) + self._beside
         return self._known[plan]
 
@@ -101,7 +101,7 @@ class StepPrediction:
         there = [*run.memory.resident(), *beside, *run.adapter.copies().values()]
         for encoder in run.encoders.values():
             there += [*encoder.parameters(), *encoder.buffers()]
-        # The memory of these is known otherwise.
+        # The memory of these is computed separately.
         others = [*(run.average or {}).values(), *run.denoiser.parameters()]
         others += run.training_adapter.tensors() if run.training_adapter else []
         with self._count as count:
@@ -109,9 +109,9 @@ class StepPrediction:
                 count.leave_out(tensor)
             if self._blocks:
                 self._blocks.begin(count)
-            count.peak = count.live  # what former steps have made once, such as rotary embeddings
+            count.peak = count.live  # what earlier steps create once and keep, such as rotary embeddings
             if plan.offload:
-                run.accumulate()  # only a second step prefetches blocks, in the order of the first
+                run.accumulate()  # prefetching starts only in the second step, in the order of the first
             run.accumulate()
         trained = sum(parameter.numel() for group in run.optimizer.param_groups for parameter in group["params"])
         per_number = OPTIMIZER_BYTES[run.config.optimizer] + (4 if run.average else 0)
@@ -130,7 +130,7 @@ def predicted_memory(
     training_adapter: TrainingAdapter | None = None,
     each_block: bool = False,
 ) -> int:
-    """The most bytes that a training run uses at a time on the device under a plan (`StepPrediction`)."""
+    """Return the peak memory that a training run uses on the device under a plan, in bytes (see `StepPrediction`)."""
     return StepPrediction(cache, base, config, device, dtype, training_adapter, each_block).bytes(plan)
 
 
@@ -141,7 +141,7 @@ def _empty_base(
     dtype: torch.dtype,
     marks: Callable[[str], object] | None,
 ) -> Base:
-    """The base model without numbers, and given `marks` with stand-ins for blocks that are alike (`put_stand_ins`)."""
+    """Build the base model without data. With `marks`, alike blocks are replaced by stand-ins (see `put_stand_ins`)."""
     components, networks = dict(base.components), {}
     for part in ("denoiser", *(base.family.text_encoders if trains_text(config) else ())):
         stored = components[part].tensors
@@ -159,7 +159,7 @@ def _empty_base(
 
 
 def _fake_constants(mode: "FakeTensorMode", network: nn.Module) -> None:
-    """Makes the tensors fake that a network is built with, such as tables of rotary embeddings. No file has them."""
+    """Replace constant tensors, such as tables of rotary embeddings, with fake ones. They are not in any file."""
     for module in network.modules():
         for values in (module._buffers, vars(module)):
             for name, value in values.items():
@@ -176,7 +176,7 @@ def _fake_run(
     dtype: torch.dtype,
     training_adapter: TrainingAdapter | None,
 ) -> Run:
-    """A run on the largest picture, of a base without numbers, with nothing recomputed and full weights."""
+    """Build a run on the largest picture, on a base model without data, with no recomputation and full weights."""
     config = replace(config, precision=precision_name(dtype), compile=False)
     largest = max(cache.images, key=lambda image: image.mean.numel())
     image = replace(
@@ -199,12 +199,12 @@ def _fake_run(
     run = Run(small, base, config, device, plan=MemoryPlan(), training_adapter=training_adapter)
     if isinstance(run.adapter, LycorisAdapter):
         for layer in run.adapter.layers.values():
-            layer.eval()  # else peft's draw a number to drop layers by, and a fake tensor has none
+            layer.eval()  # else peft's layers draw a random number to drop layers, and a fake tensor doesn't have one
     return run
 
 
 def _marks(base: Base, config: TrainConfig, training_adapter: TrainingAdapter | None, path: str) -> object:
-    """What is put on the layer of the denoiser at that path."""
+    """Describe what will be attached to the denoiser's layer at that path."""
     change = training_adapter and training_adapter.changes.get(path)
     return (
         bool(re.fullmatch(base.family.denoiser_targets[config.targets], path))
@@ -216,12 +216,12 @@ def _marks(base: Base, config: TrainConfig, training_adapter: TrainingAdapter | 
 
 @dataclass(frozen=True, eq=False)
 class _Empty(Stored):
-    """A reader of a tensor without numbers."""
+    """A reader of a tensor without data."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     stored: NarrowTensor | None
-    """What is stored in its place."""
+    """What the file stores instead of it."""
 
     def __call__(self) -> Tensor:
         return torch.empty(self.shape, dtype=self.dtype)
@@ -234,7 +234,7 @@ class _Empty(Stored):
 
 
 def _bytes_of(cache: LatentCache) -> int:
-    """The bytes of the encoded photos and captions, all of which lie on the device."""
+    """Return the bytes of the encoded photos and captions, which are all kept on the device."""
     of_images = (
         tensor
         for image in cache.images
@@ -253,15 +253,15 @@ def choose_plan(
     on_warning: Callable[[str], None],
     training_adapter: TrainingAdapter | None = None,
 ) -> MemoryPlan:
-    """The first of the plans that fits into `memory_limit`, or else into the free memory of a GPU; the last when none fits.
+    """Choose the first plan that fits into `memory_limit`, or else into a GPU's free memory. If none fits, choose the last.
 
-    `on_warning` is called when it is not the fastest of all.
+    `on_warning` is called if it isn't the fastest plan.
     """
     plans, frozen = memory_plans(config, base), METHODS[config.method].freezes_weights
     if config.memory_limit is not None:
         room, whose = int(config.memory_limit * 2**30), "memory_limit"
     elif device.type == "cuda" and (free := free_memory(device)) is not None:
-        room, whose = int(free * RESERVE), "free"
+        room, whose = int(free * RESERVE), "free memory"
     else:
         return plans[0]
 
@@ -271,7 +271,7 @@ def choose_plan(
 
     @functools.cache
     def need(plan: MemoryPlan) -> int:
-        """The bytes that the plan needs; only those of its weights where they are too many already, which takes no time."""
+        """Return the bytes that the plan needs. If its weights alone are too large, only their size, which takes no time."""
         narrowest = dtype if plan.weights == "full" else torch.int8
         least = 0 if plan.offload else base.weight_bytes("denoiser", narrowest, as_stored=frozen)
         return least if least > room else prediction().bytes(plan)
@@ -283,21 +283,21 @@ def choose_plan(
         with _collector_paused():
             plan = first_that_fits(plans, fits)
         if not fits(plans[0]):
-            too_much = "" if fits(plan) else ", which may still be too much: lower resolution or batch_size"
+            too_much = "" if fits(plan) else ", which may still be too much. Lower resolution or batch_size"
             on_warning(
-                f"memory: a step would take at least {need(plans[0]) / 2**30:.1f} GiB, and there are "
-                f"{room / 2**30:.1f} ({whose}); with {plan} it takes {need(plan) / 2**30:.1f}{too_much}"
+                f"memory: a step would take at least {need(plans[0]) / 2**30:.1f} GiB, but the limit is "
+                f"{room / 2**30:.1f} GiB ({whose}). With {plan} it takes {need(plan) / 2**30:.1f} GiB{too_much}"
             )
-    except Exception as error:  # e.g. a network whose step depends on the numbers in its tensors
+    except Exception as error:  # e.g. a network whose step depends on the values in its tensors
         reason = str(error).partition("\n")[0]
-        on_warning(f"memory: cannot be predicted ({reason}); {plans[0]} until it runs out")
+        on_warning(f"memory: cannot be predicted ({reason}). Starting with {plans[0]}, and less if memory runs out")
         return plans[0]
     return plan
 
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """Python's cyclic garbage collector is off in here: going through all of torch's objects takes a fifth of the time."""
+    """Turn off Python's cyclic garbage collector in this context: traversing torch's objects takes a fifth of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

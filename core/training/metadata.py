@@ -1,4 +1,4 @@
-"""The metadata of a trained LoRA: `ss_*` as sd-scripts writes them, and those of the ModelSpec standard, as tools read them."""
+"""The metadata of a trained LoRA: the `ss_*` keys that sd-scripts writes and those of the ModelSpec standard."""
 
 import json
 import random
@@ -27,7 +27,7 @@ _OPTIMIZER_NAMES = {
 _PRECISION_NAMES = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 IMPLEMENTATION = "comfyui-facelora"
 WEIGHTS_KEY = "facelora.frozen_weights"
-"""The key for the precision of frozen weights that were narrowed, which makes the LoRA a little different."""
+"""The key for the precision of narrowed frozen weights. Narrowing them changes the LoRA a little."""
 
 
 _NOT_OURS: dict[str, Any] = {
@@ -57,7 +57,7 @@ _NOT_OURS: dict[str, Any] = {
     "ss_validation_seed": None,
     "ss_validation_split": 0.0,
 }
-"""Options of sd-scripts that this training does not have, with the values that sd-scripts writes when they are unused."""
+"""Options of sd-scripts that don't exist here, with the values that sd-scripts writes when they are unused."""
 
 
 def training_metadata(
@@ -72,7 +72,7 @@ def training_metadata(
     weights_narrowed: bool,
     thumbnail: Image.Image | None = None,
 ) -> dict[str, str]:
-    """The metadata of the checkpoint after `steps` steps, as strings. Hashes of the tensors are added when it is saved.
+    """Build the metadata of the checkpoint after `steps` steps, as strings. Hashes of the tensors are added on saving.
 
     None is written as "None", as in sd-scripts. The trigger word is in `modelspec.trigger_phrase`, `ss_tag_frequency` and
     `ss_datasets`, since each reader looks in one of them. `started_at` is in seconds since the epoch.
@@ -99,7 +99,7 @@ def training_metadata(
     }
     if weights_narrowed:
         values[WEIGHTS_KEY] = "8 bits"
-    # sd-scripts leaves out keys of modelspec and network arguments without a value, and writes "None" for others.
+    # For None, sd-scripts omits the keys of modelspec and network arguments, and writes "None" for all other keys.
     return {
         name: json.dumps(value) if isinstance(value, dict | list) else str(value)
         for name, value in values.items()
@@ -108,12 +108,12 @@ def training_metadata(
 
 
 def _phrase(config: TrainConfig) -> str:
-    """The trigger phrase: the trigger word and the class word."""
+    """Return the trigger phrase: the trigger word and the class word."""
     return f"{config.trigger_word} {config.class_word}"
 
 
 def _modelspec(base: Base, config: TrainConfig, finished_at: float, thumbnail: Image.Image | None) -> dict[str, Any]:
-    """The metadata of the ModelSpec standard, which Civitai and LoRA managers show."""
+    """Build the metadata of the ModelSpec standard, which Civitai and LoRA managers show."""
     resolution = config.resolution or base.resolution
     limits = (config.timestep_min, config.timestep_max)
     return {
@@ -133,7 +133,7 @@ def _modelspec(base: Base, config: TrainConfig, finished_at: float, thumbnail: I
 
 
 def _of_model(base: Base) -> dict[str, Any]:
-    """The metadata about the base model."""
+    """Describe the base model."""
     return {
         "ss_base_model_version": base.family.base_model_version,
         "ss_new_sd_model_hash": base.sha256,
@@ -144,7 +144,7 @@ def _of_model(base: Base) -> dict[str, Any]:
 
 
 def _of_photos(cache: LatentCache, base: Base, config: TrainConfig) -> dict[str, Any]:
-    """The metadata about the photos: their number, sizes and captions."""
+    """Describe the photos: their number, sizes and captions."""
     phrase, resolution = _phrase(config), config.resolution or base.resolution
     pictures, class_pictures = _pictures(cache)
     pixels = base.latent_shape.pixels
@@ -153,7 +153,7 @@ def _of_photos(cache: LatentCache, base: Base, config: TrainConfig) -> dict[str,
         for image in cache.images
         for _ in range(image.repeats)
     )
-    # A folder name in Kohya's form, made from the settings, since users' folder names must not get into the file.
+    # A folder name in Kohya's form, made from the settings because users' folder names must not get into the file.
     repeats = max((image.repeats for image in pictures), default=1)
     folder, class_folder = f"{repeats}_{phrase}", f"1_{config.class_word}"
     # Lora-Manager reads only the tags of the first folder, so the trigger phrase must be among them.
@@ -209,7 +209,7 @@ def _of_photos(cache: LatentCache, base: Base, config: TrainConfig) -> dict[str,
 
 
 def _pictures(cache: LatentCache) -> tuple[list[EncodedImage], list[EncodedImage]]:
-    """The pictures of the person and those of the class."""
+    """Return the pictures of the person and those of the class."""
     return (
         [image for image in cache.images if not image.is_class],
         [image for image in cache.images if image.is_class],
@@ -217,7 +217,7 @@ def _pictures(cache: LatentCache) -> tuple[list[EncodedImage], list[EncodedImage
 
 
 def _of_length(cache: LatentCache, config: TrainConfig, steps: int) -> dict[str, Any]:
-    """The metadata about the length of the training, in steps and epochs."""
+    """Describe the length of the training run, in steps and epochs."""
     seen = sum(image.repeats for image in _pictures(cache)[0])
     batches = -(-seen // config.batch_size)
     return {
@@ -234,7 +234,7 @@ def _of_length(cache: LatentCache, config: TrainConfig, steps: int) -> dict[str,
 
 
 def _of_objective(base: Base, config: TrainConfig) -> dict[str, Any]:
-    """The metadata about the objective: the loss, the noise and the captions."""
+    """Describe the objective: the loss, the noise and the captions."""
     flow = base.prediction_type == "flow"
     values = {
         "ss_caption_dropout_rate": config.caption_dropout,
@@ -259,7 +259,7 @@ def _of_objective(base: Base, config: TrainConfig) -> dict[str, Any]:
 
 
 def _of_optimizer(config: TrainConfig) -> dict[str, Any]:
-    """The metadata about the optimizer and its learning rates."""
+    """Describe the optimizer and its learning rates."""
     return {
         "ss_learning_rate": peak_rate(config),
         "ss_lr_scheduler": config.schedule,
@@ -272,7 +272,7 @@ def _of_optimizer(config: TrainConfig) -> dict[str, Any]:
 
 
 def _of_network(config: TrainConfig) -> dict[str, Any]:
-    """The metadata about the adapter, which sd-scripts calls a network."""
+    """Describe the adapter, which sd-scripts calls a network."""
     conv = {"conv_dim": str(config.rank), "conv_alpha": str(config.alpha_for(config.rank))}
     return {
         "ss_network_alpha": config.alpha_for(config.rank),

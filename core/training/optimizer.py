@@ -1,4 +1,4 @@
-"""The optimizer of a run and the schedule of its learning rate."""
+"""The optimizer of a training run and its learning rate schedule."""
 
 import contextlib
 import math
@@ -13,7 +13,7 @@ from .methods.method import Adapter
 
 
 def learning_rate_factor(step: int, config: TrainConfig) -> float:
-    """The factor, 0 to 1, on the peak learning rate in a step, counted from 0: a linear warm-up, then the schedule."""
+    """Return the factor, 0 to 1, on the peak learning rate in a step, counted from 0: linear warm-up, then the schedule."""
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
@@ -25,7 +25,7 @@ def learning_rate_factor(step: int, config: TrainConfig) -> float:
 
 
 def build_optimizer(adapter: Adapter, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer of the adapter's parameters, in groups of equal peak learning rate.
+    """Build the optimizer of the adapter's parameters, in groups of equal peak learning rate.
 
     `peak` in each group is that rate, which the schedule scales. Raises MissingPackage, with the command that installs the
     optimizer's package.
@@ -46,12 +46,14 @@ def build_optimizer(adapter: Adapter, config: TrainConfig) -> torch.optim.Optimi
         if config.optimizer == "prodigy":
             from prodigyopt import Prodigy
 
-            with contextlib.redirect_stdout(None):  # its constructor prints, which would mix with reports in JSON
+            with contextlib.redirect_stdout(None):  # its constructor prints, which would mix with JSON reports
                 return Prodigy(
                     described, weight_decay=decay, safeguard_warmup=True, use_bias_correction=True,  # pyright: ignore
                 )  # fmt: skip
         from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
     except ImportError:
         package = {"prodigy": "prodigyopt", "adamw8bit": "bitsandbytes"}[config.optimizer]
-        raise MissingPackage(f"optimizer {config.optimizer!r} needs a package: pip install {package}") from None
+        raise MissingPackage(
+            f"optimizer {config.optimizer!r} needs a package. Install it: pip install {package}"
+        ) from None
     return AdamW8bit(described, weight_decay=decay)

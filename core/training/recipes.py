@@ -1,7 +1,7 @@
-"""The settings that a recipe stands for, for a base model and a number of photos.
+"""The settings of each recipe for a base model and a number of photos.
 
-The length and the rate are starting points from other projects, not measurements of this one: each family has its own, in its
-file in core/models/families/. What all recipes have in common was measured: see docs/likeness.md.
+The length and the learning rate are starting points from other projects, not measurements of this one. Each family has its
+own, in its file in core/models/families/. The settings shared by all recipes were measured: see docs/likeness.md.
 """
 
 import math
@@ -18,12 +18,14 @@ from .methods import METHODS
 COMMON = {"prior_prediction": 0.5}
 """The settings of every recipe: prior prediction keeps the class from turning into the person."""
 MEASURED: dict[str, Any] = {"hold_out": 2, "stop_early": True}
-"""The settings of every recipe when photos can be held out: the training keeps the best checkpoint, and stops when the class
-is lost."""
+"""The settings of every recipe when photos can be held out.
+
+The best checkpoint is kept, and training stops early when more steps don't help or the class is lost.
+"""
 CHEAP_LOOKS: dict[str, Any] = {"likeness_pictures": 4, "sample_steps": 12}
-"""The settings of the recipes `fast` and `balanced` when likeness is measured: see docs/likeness.md for what they cost."""
+"""The settings of the recipes `fast` and `balanced` when likeness is measured. docs/likeness.md lists what they cost."""
 ENOUGH = 8
-"""The number of usable photos from which some are held out."""
+"""With this many usable photos or more, some are held out."""
 MEASUREMENTS = 4
 """The number of likeness measurements when photos are held out and `sample_every` is not given."""
 
@@ -35,21 +37,21 @@ def recipe_config(
     given: Mapping[str, Any] | None = None,
     on_warning: Callable[[str], None] = lambda message: None,
 ) -> TrainConfig:
-    """The TrainConfig of a recipe for a number of photos, overridden by the settings `given`.
+    """Build the TrainConfig of a recipe for a number of photos, overridden by the settings `given`.
 
-    The base model's own recipe, when its file has one, replaces its family's. `on_warning` hears of one that cannot be used,
-    and of face networks that are not installed. Raises BadConfig for a name that is no recipe, or a given setting that is
+    The base model's own recipe, if its file has one, replaces its family's. `on_warning` is called when that recipe cannot be
+    used, and when the face networks are not installed. Raises BadConfig for an unknown recipe, or a given setting that is
     unknown or out of range.
     """
     return config_from(recipe_settings(name, recipes_of(base, on_warning), given, photos, on_warning))
 
 
 def recipes_of(base: Base, on_warning: Callable[[str], None]) -> Mapping[str, Recipe]:
-    """The recipes by name: the base model's own, and its family's for names that it lacks or when its own cannot be used."""
+    """Return the recipes by name: the base model's own, or its family's where it has none or its own cannot be used."""
     try:
         return {**base.family.recipes, **read_recipes(base.own_recipes)}
     except BadConfig as error:
-        on_warning(f"{base.name}: the recipes in its metadata cannot be used, its family's are instead ({error})")
+        on_warning(f"{base.name}: the recipes in its metadata cannot be used ({error}). Using its family's instead")
         return base.family.recipes
 
 
@@ -60,13 +62,13 @@ def recipe_settings(
     photos: int = ENOUGH,
     on_warning: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
-    """The settings of one of `recipes` for a number of photos, overridden by those `given`.
+    """Return the settings of one of `recipes` for a number of photos, overridden by those `given`.
 
     Steps and learning rate are adapted to the batch size, the learning rate to the method, and alpha to the rank. Raises
-    BadConfig for a name that is no recipe, or a given setting that is unknown or, of these, out of range.
+    BadConfig for an unknown recipe or setting. Of the values, only those used here are checked.
     """
     if name not in RECIPES:
-        raise BadConfig(f"recipe {name!r}: choose one of {', '.join(RECIPES)}")
+        raise BadConfig(f"recipe {name!r}: unknown. Choose one of {', '.join(RECIPES)}")
     recipe, given = recipes[name], known_settings(given or {})
     defaults = {"batch_size": recipe.batch_size, "accumulation": 1, "steps": 1, "method": "lora", "rank": recipe.rank}
     checked = TrainConfig(**{name: given.get(name, value) for name, value in defaults.items()})
@@ -79,7 +81,7 @@ def recipe_settings(
         "steps": math.ceil(recipe.photos / seen),
         "batch_size": checked.batch_size,
         "rank": recipe.rank,
-        # Rounded to two digits. Prodigy finds the rate by itself.
+        # Rounded to two digits. Prodigy finds the rate itself.
         "learning_rate": (
             None
             if given.get("optimizer") == "prodigy"
@@ -96,7 +98,7 @@ def recipe_settings(
 
 
 def _can_hold_out(photos: int, given: Mapping[str, Any], on_warning: Callable[[str], None]) -> bool:
-    """Whether a recipe holds photos out: enough are there, and the face networks, which a warning says when they are not."""
+    """Return whether a recipe holds out photos: there must be enough. If the face networks are missing, warn about it."""
     if photos < ENOUGH or "hold_out" in given or given.get("sample_every") == 0:
         return False
     if missing := why_no_faces():

@@ -1,4 +1,4 @@
-"""Pictures that a training draws: samples with the adapter as it is at a step, and class images with the base model."""
+"""The pictures drawn during training: samples with the current adapter, and class images with the base model alone."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -27,25 +27,27 @@ from .step import Sampler, Shot
 SAMPLE_BATCH = 4
 """The number of pictures in a batch of samples."""
 SAMPLE_SCALE, SMALLEST_SAMPLE = 0.75, 512
-"""The sides of samples as a share of the photos', and the side below which they are not made smaller. A face network looks at
-112 pixels of a face, and a picture of 768 pixels takes half of the time of one of 1024."""
+"""The sides of samples as a share of the photos', and the side below which they are not made smaller.
+
+A face network looks at 112 pixels of a face, and a picture of 768 pixels takes half as long as one of 1024.
+"""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """The pictures that a run draws with its checkpoints."""
+    """The pictures that a training run draws with its checkpoints."""
 
     sampler: Sampler
     shots: Sequence[Shot] = ()
-    """The pictures that `on_sample` is given."""
+    """The pictures passed to `on_sample`."""
     watch: LikenessWatch | None = None
-    """Measures likeness, on shots of its own; a shot that is in both lists is drawn once."""
+    """Measures likeness, on shots of its own. A shot in both lists is drawn once."""
     drawn_as: str = ""
-    """All that a picture depends on beside its shot and the networks."""
+    """Everything a picture depends on besides its shot and the networks."""
 
 
 def sample_size(base: Base, size: tuple[int, int]) -> tuple[int, int]:
-    """The (width, height) of the samples of a training on photos of that size, in pixels."""
+    """Return the (width, height) of samples, in pixels, for training on photos of that size."""
     scale = min(1.0, max(SAMPLE_SCALE, SMALLEST_SAMPLE / math.sqrt(size[0] * size[1])))
     width, height = (max(1, round(scale * side / base.size_multiple)) * base.size_multiple for side in size)
     return width, height
@@ -59,9 +61,9 @@ def training_sampler(
     size: tuple[int, int] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Sampler:
-    """A function that draws shots with the networks of a run.
+    """Return a function that draws shots with the networks of a run.
 
-    `encoded` has the conditioning of each prompt and of an empty negative prompt; it is not used when the run trains text
+    `encoded` has the conditioning of each prompt and of an empty negative prompt. It is not used when the run trains text
     encoders. `size` is (width, height) in pixels, by default the square that the base model was trained at. `on_progress` is
     called with (done, total) at each sampling step.
     """
@@ -102,12 +104,12 @@ def training_sampler(
 
 
 def sampling_steps(base: Base, config: TrainConfig) -> int:
-    """The sampling steps of a picture that is drawn during a training run."""
+    """Return the number of sampling steps for a picture drawn during a training run."""
     return min(config.sample_steps, base.steps) if base.few_steps else config.sample_steps
 
 
 def sample_shots(config: TrainConfig) -> list[Shot]:
-    """The pictures that a training shows its user, as (prompt, seed)."""
+    """Return the pictures that a training run shows its user, as (prompt, seed)."""
     prompts = config.sample_prompts or (default_caption(config.trigger_word, config.class_word),)
     return [(prompt, config.seed + index) for index, prompt in enumerate(prompts)]
 
@@ -121,10 +123,10 @@ def make_class_images(
     device: torch.device | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Photo]:
-    """`count` pictures of "a photo of CLASS" by the base model, for prior preservation.
+    """Draw `count` pictures of "a photo of CLASS" with the base model, for prior preservation.
 
-    They are kept in the cache folder, so that later calls draw only the missing ones. `resolution` is the side of a square
-    with their area, in pixels. `on_progress(done, total)` may raise to cancel.
+    They are cached, so later calls draw only the missing ones. `resolution` is the side, in pixels, of a square with their
+    area. `on_progress(done, total)` may raise to cancel.
     """
     prompt = class_caption(class_word)
     side = resolution or base.resolution
@@ -143,7 +145,7 @@ def make_class_images(
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a picture is there and undamaged."""
+    """Return whether the picture exists and is undamaged."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             image.load()

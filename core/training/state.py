@@ -1,7 +1,6 @@
-"""The state of a run in one safetensors file: everything that it needs to go on exactly as if it had never stopped.
+"""The state of a training run in one safetensors file: everything needed to continue as if it had never stopped.
 
-The order of the photos, the noise and the timesteps are functions of the seed and the step, so only the step is saved for
-them.
+The order of the photos, the noise and the timesteps depend only on the seed and the step. For them, only the step is saved.
 """
 
 import hashlib
@@ -26,21 +25,21 @@ from ..storage.safetensors_file import (
 )
 
 STATE_VERSION = "1"
-_BEGIN_ANEW = "delete it, or begin anew with restart"
+_BEGIN_ANEW = "delete it, or start over with restart"
 
 
 @dataclass(frozen=True, eq=False)
 class RunState:
-    """The state of a run between two steps."""
+    """The state of a training run between two steps."""
 
     step: int
-    """The number of steps done."""
+    """The number of completed steps."""
     identity: Mapping[str, str]
-    """The settings, photos and base model of the run, as by `identity.run_identity`."""
+    """The settings, photos and base model of the run, from `identity.run_identity`."""
     tensors: Mapping[str, Tensor]
     """The tensors of the adapter, its running average, the optimizer and the measurements, by name."""
     scalars: Mapping[str, Any]
-    """The other values of the optimizer, the loss scaler and the measurements, as JSON can hold them."""
+    """The other values of the optimizer, the loss scaler and the measurements, in a form that JSON can hold."""
 
     def save(self, path: Path) -> None:
         header = {
@@ -54,35 +53,35 @@ class RunState:
 
 
 _DIGEST = "digest"
-"""In the metadata: the SHA-256 of all the rest, since training would go on from flipped bits without a word."""
+"""The metadata key for the SHA-256 of everything else. Without it, training would silently continue from flipped bits."""
 
 
 def _digest_of(header: Mapping[str, str], layout: Layout) -> Digest:
-    """The hash of a state's file before its tensors."""
+    """Start the hash of a state file with everything that comes before its tensors."""
     described = {name: (str(dtype), list(shape)) for name, (dtype, shape) in layout.items()}
     return hashlib.sha256(json.dumps([dict(header), described], sort_keys=True).encode())
 
 
 def _check_digest(file: SafetensorsFile) -> None:
-    """Raises BadFile when a file is not as it was written. (Version 0.1.0 has written no digest.)"""
+    """Raise BadFile when a file has changed since it was written. Version 0.1.0 wrote no digest."""
     written = file.metadata.get(_DIGEST)
     digest = _digest_of({key: text for key, text in file.metadata.items() if key != _DIGEST}, file.layout)
     for name in storage_order(file.layout) if written else ():
         digest.update(tensor_bytes(file[name]))
     if written not in (None, digest.hexdigest()):
-        raise BadFile(f"{file.path}: is damaged: its content is not what was written; {_BEGIN_ANEW}")
+        raise BadFile(f"{file.path}: the file is damaged, since its checksum doesn't match; {_BEGIN_ANEW}")
 
 
 def read_state(path: Path, identity: Mapping[str, str]) -> RunState:
-    """The saved state. Raises BadConfig when it is of a run with another identity, BadFile when it is damaged."""
+    """Read the saved state. Raises BadConfig when it is from a run with another identity, BadFile when it is damaged."""
     file = SafetensorsFile.open(path)
     try:
         step, saved = int(file.metadata["step"]), dict(json.loads(file.metadata["identity"]))
         scalars, version = dict(json.loads(file.metadata["scalars"])), file.metadata["version"]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise BadFile(f"{path}: not the state of a training run ({error})") from None
+        raise BadFile(f"{path}: is not the state of a training run ({error})") from None
     if version != STATE_VERSION:
-        raise BadConfig(f"{path}: was saved by another version of this program; {_BEGIN_ANEW}")
+        raise BadConfig(f"{path}: was saved by another version of this program, so it can't be resumed; {_BEGIN_ANEW}")
     _check_digest(file)
     changed = [name for name in identity if saved.get(name) != identity[name]]
     if changed:
@@ -90,12 +89,12 @@ def read_state(path: Path, identity: Mapping[str, str]) -> RunState:
             f"{path}: belongs to a run with other {' and '.join(changed)}"
             f"{_difference(saved, identity)}; use the same, {_BEGIN_ANEW}"
         )
-    # Copied into memory, since the file is replaced while the run goes on.
+    # Copied into memory, since the file is replaced while the run continues.
     return RunState(step, saved, {name: file[name].clone() for name in file}, scalars)
 
 
 def _difference(saved: Mapping[str, str], identity: Mapping[str, str]) -> str:
-    """A list of up to four settings that differ, for the error message; "" when none do."""
+    """List up to four settings that differ, for the error message. Returns "" when none do."""
     if saved.get("settings") == identity["settings"]:
         return ""
     try:
@@ -107,7 +106,7 @@ def _difference(saved: Mapping[str, str], identity: Mapping[str, str]) -> str:
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state of any optimizer as tensors by name, and plain values for JSON."""
+    """Convert the state of any optimizer to tensors by name, and plain values for JSON."""
     state = optimizer.state_dict()
     tensors, values = {}, {}
     for index, entries in state["state"].items():
@@ -127,7 +126,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
 def unpack_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]
 ) -> None:
-    """Restores an optimizer to the state that `pack_optimizer` returned."""
+    """Restore an optimizer to the state that `pack_optimizer` returned."""
     state: dict[int, dict[str, Any]] = {}
     for key, tensor in tensors.items():
         if key.startswith("optimizer."):
@@ -145,7 +144,7 @@ def unpack_optimizer(
 
 
 def _flat(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of nested dictionaries, which bitsandbytes has, under names joined by "/"."""
+    """Flatten nested dictionaries, which bitsandbytes uses, by joining their keys with "/"."""
     flat = {}
     for name, value in entries.items():
         flat |= (
@@ -155,7 +154,7 @@ def _flat(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _put(entries: dict[str, Any], name: str, value: Any) -> None:
-    """Puts one entry of `_flat` back into nested dictionaries."""
+    """Put one entry of `_flat` back into nested dictionaries."""
     outer, slash, inner = name.partition("/")
     if slash:
         _put(entries.setdefault(outer, {}), inner, value)

@@ -36,11 +36,11 @@ CheckCancelled = Callable[[], None]
 Shot = tuple[str, int]
 """The prompt and the seed of a picture."""
 Sampler = Callable[[nn.Module, Mapping[str, nn.Module], Sequence[Shot]], list[Image.Image]]
-"""A function of (denoiser, text encoders, shots) that draws an image of each shot with the adapter as it is now."""
+"""A function of (denoiser, text encoders, shots) that draws an image of each shot with the current adapter."""
 
 
 def memory_plans(config: TrainConfig, base: Base) -> tuple[MemoryPlan, ...]:
-    """The memory plans that a run on the base with these settings can use, from the fastest to the smallest."""
+    """Return the memory plans for training on the base model with these settings, from the fastest to the smallest."""
     frozen = METHODS[config.method].freezes_weights
     return plans_for(config.gradient_checkpointing, frozen, narrow=frozen and base.is_narrow)
 
@@ -50,7 +50,7 @@ class Pass:
     """The inputs of one forward pass."""
 
     kind: Literal["pictures", "class pictures", "prior"]
-    """Whether its loss is on photos, on class pictures, or that of prior prediction."""
+    """What the loss is computed on: photos, class pictures, or prior prediction."""
     latents: Tensor
     noise: Tensor
     noisy_latents: Tensor
@@ -58,7 +58,7 @@ class Pass:
     conditioning: Conditioning
     masks: Tensor | None = None
     frozen_conditioning: Conditioning | None = None
-    """The frozen model's conditioning where it differs: in prior prediction with trained text encoders."""
+    """The frozen model's conditioning if it differs, which happens in prior prediction with trained text encoders."""
 
 
 class Run:
@@ -99,7 +99,7 @@ class Run:
         self.memory: MemorySaver = MemorySaver(self.denoiser, self.device, draws=config.dropout > 0)
         self.memory.adopt(plan)
         self.why_not_compiled: str | None = why_not_compiled(self.device) if config.compile else None
-        """The reason why blocks are not compiled although the settings want it, or None."""
+        """Why blocks are not compiled although the settings ask for it, or None."""
         compiled = config.compile and not self.why_not_compiled
         self.compiled: CompiledBlocks | None = CompiledBlocks(blocks_of(self.denoiser)) if compiled else None
         self.convolutions: FrozenConvolutions | None = self._frozen_convolutions()
@@ -126,16 +126,16 @@ class Run:
         )
         self.step: int = 0
         self.narrowed_after: int | None = None
-        """The number of steps done before the frozen weights were narrowed to 8 bits; None: they never were."""
+        """The number of completed steps when the frozen weights were narrowed to 8 bits. None if they never were."""
         self.loss: Tensor = torch.zeros((), device=self.device)
         self.first_bad_step: Tensor = torch.full((), -1, device=self.device)
 
     def train_step(self) -> None:
-        """Makes one optimizer step, without waiting for the device."""
+        """Perform one optimizer step, without waiting for the device."""
         self.update(self.accumulate())
 
     def accumulate(self) -> Tensor:
-        """The loss of the next step, a scalar, with its gradients accumulated. An interruption leaves the run between steps."""
+        """Return the next step's loss, a scalar, and accumulate its gradients. An interruption leaves the run between steps."""
         config = self.config
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
@@ -149,18 +149,18 @@ class Run:
         return total
 
     def _frozen_convolutions(self) -> FrozenConvolutions | None:
-        # Where blocks are brought in, transformed kernels would stay beside weights that do not.
+        # With offloading, transformed kernels would stay on the device while the weights don't.
         return None if self.compiled or self.memory.plan.offload else FrozenConvolutions(self.denoiser, self.device)
 
     @contextlib.contextmanager
     def fast(self) -> Iterator[None]:
-        """A context for the passes of a step, in which blocks are fast and the adapter is cast once for all passes."""
+        """Speed up the passes of a step: blocks run in their fast form, and the adapter is cast once for all passes."""
         blocks = self.compiled or self.convolutions
         with blocks.in_use() if blocks else contextlib.nullcontext(), self.adapter.cast_once(self.dtype):
             yield
 
     def accumulate_within_memory(self, on_warning: Callable[[str], None]) -> Tensor:
-        """The loss of `accumulate`, with smaller memory plans until it fits. Raises OutOfMemory when no plan does."""
+        """Return the loss of `accumulate`, using smaller memory plans until it fits. Raises OutOfMemory when none does."""
         while True:
             try:
                 return self.accumulate()
@@ -172,28 +172,28 @@ class Run:
             self._save_memory(f"step {self.step + 1}", on_warning)
 
     def _save_memory(self, what: str, on_warning: Callable[[str], None]) -> None:
-        """Goes over to the next smaller memory plan, since `what` does not fit.
+        """Switch to the next smaller memory plan, since `what` does not fit.
 
-        Raises OutOfMemory where there is no smaller one.
+        Raises OutOfMemory when there isn't a smaller plan.
         """
         now = self.memory.plan
         plan = next((plan for plan in self.plans if plan != now and plan.saves_as_much_as(now)), None)
         if plan is None:
             raise OutOfMemory(
-                f"{what} does not fit the memory of the device ({now}); "
-                "use batch_size 1, a lower resolution, or gradient_checkpointing auto"
+                f"{what} does not fit into the device's memory ({now}). "
+                "Use batch_size 1, a lower resolution, or gradient_checkpointing auto"
             )
-        on_warning(f"out of memory in {what}: done again with {plan}")
+        on_warning(f"out of memory in {what}: repeating it with {plan}")
         release_memory()
         self.adopt(plan)
 
     def adopt(self, plan: MemoryPlan) -> None:
-        """Changes to a memory plan. Weights that are in 8 bits stay so."""
+        """Switch to a memory plan. Weights that are already in 8 bits stay that way."""
         self.memory.adopt(plan)
         self.convolutions = self._frozen_convolutions()
 
     def update(self, loss: Tensor) -> None:
-        """Updates the adapter by the accumulated gradients of that loss, and counts the step."""
+        """Update the adapter with the accumulated gradients of that loss, and count the step."""
         config = self.config
         if self.narrowed_after is None and self.memory.plan.weights != "full":
             self.narrowed_after = self.step
@@ -218,7 +218,7 @@ class Run:
         self.step += 1
 
     def passes(self, number: int) -> Iterator[Pass]:
-        """What the losses of forward pass `number` are computed from, one at a time, so that only one graph is in memory."""
+        """Yield the inputs of each loss in forward pass `number`, one by one so that only one graph is in memory."""
         config = self.config
         generator = self._generator("noise", number)
         pictures = [self.images[index] for index in self.batches.at(number)]
@@ -240,14 +240,14 @@ class Run:
     def picture_pass(
         self, pictures: Sequence[EncodedImage], captions: Sequence[str], generator: torch.Generator
     ) -> Pass:
-        """A pass on pictures of one latent shape."""
+        """Build a pass on pictures of one latent shape."""
         masks = None
         if any(picture.mask is not None for picture in pictures):
             masks = torch.stack([torch.ones_like(p.mean[:1]) if p.mask is None else p.mask for p in pictures])
         return Pass("pictures", *self._noised(pictures, generator), self._conditioning(pictures, captions), masks)
 
     def _prior_pass(self, pictures: Sequence[EncodedImage], generator: torch.Generator) -> Pass:
-        """A pass of prior prediction, on the same noisy training pictures as both models see."""
+        """Build a pass of prior prediction. Both models see the same noisy training pictures."""
         noised = self._noised(pictures, generator)
         captions = [picture.class_caption for picture in pictures]
         frozen = None
@@ -257,7 +257,7 @@ class Run:
         return Pass("prior", *noised, self._conditioning(pictures, captions), frozen_conditioning=frozen)
 
     def loss_of(self, inputs: Pass) -> Tensor:
-        """The weighted loss of a pass, a scalar."""
+        """Return the weighted loss of a pass, a scalar."""
         if inputs.kind == "prior":
             return self.config.prior_loss_weight * self._prior_prediction_loss(inputs)
         prediction = self._predict(inputs.noisy_latents, inputs.timesteps, inputs.conditioning)
@@ -267,10 +267,10 @@ class Run:
         return loss if inputs.kind == "pictures" else self.config.prior_loss_weight * loss
 
     def _prior_prediction_loss(self, inputs: Pass) -> Tensor:
-        """The loss between the predictions of the adapted and the frozen model for the class caption, a scalar.
+        """Return the loss between the adapted and the frozen model's predictions for the class caption, a scalar.
 
         Both see the same noisy training pictures, so that prior preservation needs no class images. This is learning without
-        forgetting (arXiv:1606.09282), which ai-toolkit calls differential output preservation. A training adapter is a part of
+        forgetting (arXiv:1606.09282), which ai-toolkit calls differential output preservation. A training adapter is part of
         both models.
         """
         frozen = inputs.frozen_conditioning or inputs.conditioning
@@ -302,7 +302,7 @@ class Run:
         return text | stack_conditioning([picture.conditioning for picture in pictures])
 
     def _autocast(self):
-        # On a GPU autocast gives norms float32 outputs, of which each later layer would cast and keep a copy of its own.
+        # On a GPU, autocast gives norms float32 outputs, and each later layer would cast and keep its own copy of them.
         if self.dtype == torch.float32 or METHODS[self.config.method].keeps_dtype:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
@@ -314,7 +314,7 @@ class Run:
         return torch.Generator(self.device).manual_seed(int.from_bytes(seed[:7], "big"))
 
     def _set_training(self, training: bool) -> None:
-        """Switches dropout on or off. Older versions of diffusers also recompute activations in training mode only."""
+        """Switch dropout on or off. Older versions of diffusers also recompute activations in training mode only."""
         for network in (self.denoiser, *self.encoders.values()):
             network.train(training)
 
@@ -325,10 +325,10 @@ class Run:
         on_warning: Callable[[str], None],
         values: Mapping[str, Tensor] | None = None,
     ) -> list[Image.Image]:
-        """An image of each shot, with the adapter as it would be saved now or with other `values` in it.
+        """Draw an image of each shot with the adapter as it would be saved now, or with other `values` in it.
 
-        They are drawn by the model as it will be used, without its training adapter.
-        Where they do not fit the memory they are drawn again under a smaller memory plan, of which `on_warning` hears.
+        The training adapter is off, because the LoRA will be used without it. Images that don't fit into memory are drawn
+        again under a smaller memory plan, and `on_warning` is called.
         """
         before = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self._set_training(False)
@@ -352,7 +352,7 @@ class Run:
             parameter.copy_(values[name])
 
     def check_finite(self) -> None:
-        """Raises TrainingDiverged if the loss of any step so far, or the adapter now, is not finite. Waits for the device."""
+        """Raise TrainingDiverged if the loss of any step so far, or the current adapter, isn't finite. Waits for the device."""
         step = int(self.first_bad_step)
         if step < 0:
             values = [parameter.detach() for parameter in self.parameters.values()]
@@ -362,15 +362,17 @@ class Run:
         names = sorted({self.images[i].name for n in range(self.config.accumulation)
                         for i in self.batches.at(step * self.config.accumulation + n)})  # fmt: skip
         advice = (
-            "lower the learning rate" if self.dtype != torch.float16 else "lower the learning rate, or precision bf16"
+            "Lower the learning rate"
+            if self.dtype != torch.float16
+            else "Lower the learning rate, or use precision bf16"
         )
         raise TrainingDiverged(
             f"the training became NaN or infinite in step {step + 1} on {', '.join(names)} at learning rate "
-            f"{peak_rate(self.config) * learning_rate_factor(step, self.config):g}; {advice}"
+            f"{peak_rate(self.config) * learning_rate_factor(step, self.config):g}. {advice}"
         )
 
     def trained(self) -> Mapping[str, Tensor]:
-        """The values to save: the running average if there is one, else the parameters."""
+        """Return the values to save: the running average if there is one, else the parameters."""
         return self.parameters if self.average is None else self.average
 
     def state(
@@ -379,7 +381,7 @@ class Run:
         more_tensors: Mapping[str, Tensor],
         likeness: Sequence[Mapping[str, Any]],
     ) -> RunState:
-        """The state of the run as it is now, with `more_tensors` and the measured likeness."""
+        """Return the current state of the run, with `more_tensors` and the measured likeness."""
         tensors = {f"adapter.{name}": value.detach().cpu() for name, value in self.parameters.items()}
         if self.average is not None:
             tensors |= {f"average.{name}": value.cpu() for name, value in self.average.items()}
@@ -394,7 +396,7 @@ class Run:
 
     @torch.no_grad()
     def restore(self, state: RunState) -> None:
-        """Brings the run to a state that `state` returned before."""
+        """Restore the run to a state that `state` returned."""
         self._put({name: state.tensors[f"adapter.{name}"] for name in self.parameters})
         for name, value in (self.average or {}).items():
             value.copy_(state.tensors[f"average.{name}"])
@@ -406,7 +408,7 @@ class Run:
 
 
 def _check_often(network: nn.Module, check_cancelled: CheckCancelled, whole: Collection[nn.Module]) -> None:
-    """Adds hooks that call `check_cancelled` at every block, forward and backward, but not inside of blocks in `whole`."""
+    """Add hooks that call `check_cancelled` at every block, forward and backward, but not inside blocks in `whole`."""
 
     def check(*_: object) -> None:
         check_cancelled()

@@ -1,7 +1,7 @@
-"""A store of trained LoRAs, so that nothing is trained twice and an interrupted training goes on.
+"""A store of trained LoRAs, so that nothing is trained twice and an interrupted training run is resumed.
 
-The key of a job is a hash of everything that its LoRA depends on. It is in the LoRA's metadata, by which the file is
-found among others, and is the name of the run's folder in the cache folder.
+The key of a job is a hash of everything that its LoRA depends on. It is in the LoRA's metadata, so the file can be found among
+others. It is also the name of the run's folder in the cache folder.
 """
 
 import itertools
@@ -51,47 +51,47 @@ from .methods.method import Trained
 from .training_adapter import TrainingAdapter
 
 MODEL_HASH = "sshs_model_hash"
-"""The key in a saved LoRA's metadata of the hash of its tensors."""
+"""The key of the tensors' hash in a saved LoRA's metadata."""
 TRAINING_VERSION = "2"
 """A part of every job's key. Raise it when the same inputs would train differently."""
 LOOK_INTERVAL = 0.5
-"""Seconds between two reads of the loss, each of which waits for the device."""
+"""Seconds between two reads of the loss. Each read waits for the device."""
 SAVE_INTERVAL = 10.0
-"""Seconds between two saves of the history; a killed process loses what came after the last."""
+"""Seconds between two saves of the history. If the process is killed, later entries are lost."""
 
 _OUTPUT = "lora.safetensors"
 """The name of the LoRA in the run's folder."""
 
 Curve = list[tuple[int, float]]
-"""A list of (step, value) in the order of the steps."""
+"""A list of (step, value), in the order of the steps."""
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """A LoRA to be trained, apart from the base model."""
+    """A LoRA to be trained, without the base model."""
 
     name: str
-    """The name of its file below the folder of LoRAs, without the ending, with `/` between folders."""
+    """The name of its file within the LoRA folder, without the suffix, with `/` between folders."""
     config: TrainConfig
     photos: Sequence[Photo] | Ready
     class_photos: Sequence[Photo] = ()
-    """The class images for prior preservation; when empty, as many as `config.class_images` says are drawn."""
+    """The class images for prior preservation. If empty, `config.class_images` pictures are drawn."""
     continue_from: LoraFile | None = None
     training_adapter: TrainingAdapter | None = None
 
     def __post_init__(self) -> None:
         if (made := METHODS[self.config.method].makes) != "lora":
             raise BadConfig(
-                f"method = {self.config.method!r} makes no LoRA (but: {made}); train it on the command line (facelora train)"
+                f"method = {self.config.method!r} doesn't make a LoRA (but: {made}). Use the command facelora train"
             )
 
     @property
     def used(self) -> Sequence[Photo]:
-        """The photos of the job; once they are looked at, without those that are rejected."""
+        """The photos of the job. After the check, rejected photos are not included."""
         return self.photos.photos if isinstance(self.photos, Ready) else self.photos
 
     def key(self, base: Base) -> str:
-        """A hash that is equal when the same tensors would be trained, whatever the names of the files involved."""
+        """Return a hash that is equal when the same tensors would be trained, whatever the files are called."""
         settings = settings_of_the_file(self.config)
         photos = [[photo.fingerprint for photo in group] for group in (self.used, self.class_photos)]
         start = model_hash(self.continue_from.tensors) if self.continue_from else None
@@ -100,10 +100,10 @@ class TrainingJob:
         return content_key("lora", TRAINING_VERSION, written, photos, start, base.identity, *adapter)
 
     def looked_at(self, base: Base, on_warning: Callable[[str], None] = lambda text: None) -> "TrainingJob":
-        """The job with its photos looked at once, as `ready_for` does.
+        """Check the photos once, as `ready_for` does, and return the job with the result.
 
-        What is trained depends on the photos that are used alone, and so does the key: that of a good set is as without
-        a check.
+        Only the photos that are used affect the training and the key. So a set without rejected photos has the same key with
+        and without a check.
         """
         ready = ready_for(self.photos, base, self.config, on_warning=on_warning)
         return replace(self, photos=ready, config=settled(self.config, ready))
@@ -120,7 +120,7 @@ class RunFolder:
     def __post_init__(self) -> None:
         with suppress(
             BadFile, TypeError, ValueError, OverflowError
-        ):  # there is none yet, or it is damaged: it is only shown
+        ):  # missing or damaged, which doesn't matter: the history is only displayed
             self._history = [(int(step), float(loss)) for step, loss in read_json(self.path / "history.json")]
 
     @property
@@ -129,35 +129,35 @@ class RunFolder:
         return self.path / _OUTPUT
 
     def history(self) -> Curve:
-        """The history of the smoothed loss."""
+        """Return the history of the smoothed loss."""
         return list(self._history)
 
     def add(self, step: int, loss: float) -> None:
-        """Adds a step to the history, and drops that step and later ones from before the process was killed."""
+        """Add a step to the history, and drop this and later steps that a killed process had recorded."""
         while self._history and self._history[-1][0] >= step:
             self._history.pop()
         self._history.append((step, loss))
 
     def save_history(self) -> None:
-        """Writes the history into the folder, from which a RunFolder reads it."""
+        """Write the history into the folder, where RunFolder reads it."""
         write_text(self.path / "history.json", json.dumps(self._history))
 
     def made(self) -> str | None:
-        """The hash of the tensors of the LoRA that the run made; None when it is unfinished."""
+        """Return the hash of the tensors of the LoRA that the run made, or None if it is unfinished."""
         file = self.path / "made.txt"
         return file.read_text("utf-8", errors="replace") if file.exists() else None
 
     def set_made(self, lora: LoraFile) -> None:
-        """Notes the hash of the LoRA that the run made, from its metadata; a file rewritten by a tool may lack it."""
+        """Record the hash of the LoRA that the run made, from its metadata. A file rewritten by a tool may lack it."""
         write_text(self.path / "made.txt", lora.metadata.get(MODEL_HASH, ""))
 
     def add_samples(self, step: int, images: Sequence[Image.Image]) -> None:
-        """Writes the samples of a step into the folder, and replaces those that are there."""
+        """Write the samples of a step into the folder, replacing earlier ones."""
         for index, image in enumerate(images):
             write_file(self.path / f"sample-{step:06d}-{index}.png", partial(image.save, format="PNG"))
 
     def samples(self) -> dict[int, list[Image.Image]]:
-        """The samples of each step, by step, in order."""
+        """Read the samples of each step, by step, in order."""
         found: dict[int, list[Image.Image]] = {}
         for file in sorted(self.path.glob("sample-*.png")):
             with suppress(*DAMAGED), Image.open(file) as image:
@@ -165,52 +165,52 @@ class RunFolder:
         return found
 
     def add_measured(self, step: int, lora: Trained, dtype: torch.dtype) -> None:
-        """Writes a measured checkpoint that is not the run's result into the folder."""
+        """Write a measured checkpoint that is not the run's result into the folder."""
         lora.save(self.path / f"measured-{step:06d}.safetensors", dtype)
 
     def measured(self) -> dict[int, Path]:
-        """The files that `add_measured` wrote, by step."""
+        """Find the files that `add_measured` wrote, by step."""
         return {int(file.stem.split("-")[1]): file for file in self.path.glob("measured-*.safetensors")}
 
     def sample_sheet(self) -> Image.Image:
-        """A sheet with a row of samples for each step, or with a sentence when there are none."""
+        """Draw a sheet with a row of samples for each step. Without samples, it contains a sentence that says so."""
         rows = [(f"step {step}", images) for step, images in self.samples().items()]
         return contact_sheet(rows, tile=256, title="" if rows else "no samples were drawn")
 
 
 @dataclass(frozen=True)
 class TrainedFile:
-    """A trained LoRA in the folder of LoRAs, and the folder of the run that made it."""
+    """A trained LoRA in the LoRA folder, and the folder of the run that made it."""
 
     path: Path
     run: RunFolder
     found: bool
-    """Whether it had been trained before, so that no step was made now."""
+    """Whether it had been trained before, so that no step was needed now."""
 
     def likenesses(self) -> Curve:
-        """The likeness measured during its training; empty when none was."""
+        """Return the likeness measured during its training, empty if it wasn't measured."""
         return [(point["step"], point["likeness"]) for point in self._curve()["points"]]
 
     def leakage(self) -> float | None:
-        """How much the class has come to look like the person, as measured during its training; None when it was not."""
+        """Return how much the class came to look like the person during training, or None if it wasn't measured."""
         curve = self._curve()
         return curve["points"][curve["kept"]]["leakage"] if curve["points"] else None
 
     def checkpoints(self) -> dict[int, Path]:
-        """The file of each measured checkpoint that can be chosen, by step: this one of the step that was kept; else empty."""
+        """Return the file of each measured checkpoint you can choose, by step, with this one. Empty if none was measured."""
         curve = self._curve()
         kept = {curve["points"][curve["kept"]]["step"]: self.path} if curve["points"] else {}
         return dict(sorted({**self.run.measured(), **kept}.items())) if kept else {}
 
     def take_checkpoint(self, step: int) -> Path:
-        """The path of the LoRA of a measured step: beside this one, as NAME-stepNNNNNN, where it is written if it is not yet.
+        """Return the path of a measured step's LoRA: NAME-stepNNNNNN beside this one. It is written if it doesn't exist yet.
 
-        Another file of that name is left, and -2 and so on added. Raises BadConfig for a step that is none of `checkpoints`.
+        A different file of that name is kept, and -2 and so on is added. Raises BadConfig for a step not in `checkpoints`.
         """
         files = self.checkpoints()
         if step not in files:
             there = ", ".join(map(str, files)) or "none"
-            raise BadConfig(f"checkpoint = {step}: no such checkpoint of {self.path.stem} is there (but: {there})")
+            raise BadConfig(f"checkpoint = {step}: {self.path.stem} does not have this checkpoint. Available: {there}")
         if files[step] == self.path:
             return self.path
         file, key = SafetensorsFile.open(files[step]), f"{self.run.path.name}-step{step:06d}"
@@ -223,12 +223,12 @@ class TrainedFile:
         return path
 
     def _curve(self) -> dict[str, Any]:
-        """The measurements in its metadata; no points when there are none."""
+        """Read the measurements from its metadata. Without any, the list of points is empty."""
         return json.loads(LoraFile.read(self.path).metadata.get(LIKENESS_KEY, '{"points": []}'))
 
 
 def drawn_sample(lora: LoraFile) -> Image.Image | None:
-    """The sample that its training drew with the LoRA, or last before its step; None where there is none any more."""
+    """Return the sample drawn with the LoRA during training, or else the last one before its step. None if it was deleted."""
     match = re.fullmatch(r"([0-9a-f]{64})(-step\d+)?", lora.metadata.get(KEY, ""))
     if match is None or not (folder := cache_folder() / "runs" / match[1]).is_dir():
         return None
@@ -248,21 +248,21 @@ def find_or_train(
     on_point: Callable[[StepReport], None] = lambda report: None,
     callbacks: Callbacks = NO_CALLBACKS,
 ) -> TrainedFile:
-    """The LoRA of the job as a file in the first of the folders, found if it has been trained before, else trained now.
+    """Find the LoRA of the job, or train it. Returns it as a file in the first of the folders.
 
-    A file with the job's name and key is taken as it is. A file anywhere in or below the folders that has the tensors which
-    this job made before is copied under the job's name. No other file is replaced: when the name is taken, or another run
-    is about to write it, the new file is called NAME-2 and so on. The checkpoints of `save_every` are written beside it.
+    A file with the job's name and key is used unchanged. A file in or below the folders that has the tensors this job made
+    earlier is copied under the job's name. No other file is replaced: if the name is taken, or another run is about to write
+    it, the new file is called NAME-2 and so on. The checkpoints of `save_every` are written beside it.
 
-    With `own_name` the file always has the job's name. What has that name already, and the checkpoints beside it, move into
-    the folder `earlier` as soon as the new LoRA is trained; a LoRA of the job that lies there is moved back, without
-    its checkpoints.
+    With `own_name` the file always has the job's name. As soon as the new LoRA is trained, an existing file with that name and
+    its checkpoints are moved into the folder `earlier`. A LoRA of the job that is in there is moved back, without its
+    checkpoints.
 
-    An exception from a callback cancels: the run is kept, and the next call goes on from there. StopAndKeep from `on_step`
-    ends the training, and its file counts as the job's. Before anything is trained, `on_history` is called with the losses
-    of steps made in earlier calls. `on_point` is called with each step whose loss is added to them: the last one, those after
-    which likeness was measured, and at most two others a second. Samples are kept in the run's folder in any case. Errors
-    are subclasses of FaceLoraError; InUse says that another run is training the same job.
+    An exception from a callback cancels: the run is kept, and the next call continues it. StopAndKeep from `on_step` ends the
+    training run, and its file counts as the job's. Before training, `on_history` is called with the losses of steps from
+    earlier calls. `on_point` is called with each step whose loss is added to them: the last one, those after which likeness
+    was measured, and at most two others per second. Samples are always kept in the run's folder. Errors are subclasses of
+    FaceLoraError. InUse means that another run is training the same job.
     """
     job = job.looked_at(base, callbacks.on_warning)
     key = job.key(base)
@@ -278,10 +278,10 @@ def find_or_train(
                 lora = before or _train(job, base, run, device, on_point, callbacks)
                 if own_name:
                     _set_lora_aside(path)
-                    lora = _trained_before(run, folders) or lora  # it may have been read from a file that has moved
+                    lora = _trained_before(run, folders) or lora  # it may have been read from a file that has now moved
                 metadata = lora.metadata | {KEY: key, "ss_output_name": path.stem}
                 lora.with_metadata(metadata).save(path, PRECISIONS[job.config.save_precision])
-                del before, lora  # Windows deletes no file that is still read
+                del before, lora  # Windows can't delete a file that is still open
                 _clear(run.output, path)
         run.set_made(LoraFile.read(path))
     return TrainedFile(path, run, found)
@@ -295,7 +295,7 @@ def _train(
     on_point: Callable[[StepReport], None],
     callbacks: Callbacks,
 ) -> Trained:
-    """What is trained, which is in the folder of the run too, with its history and samples."""
+    """Train the job. The result is also saved in the run's folder, with its history and samples."""
 
     def sample(step: int, images: list[Image.Image]) -> None:
         run.add_samples(step, images)
@@ -327,7 +327,7 @@ def _train(
 def _recorded(
     run: RunFolder, on_point: Callable[[StepReport], None], on_step: Callable[[StepReport], None]
 ) -> Callable[[StepReport], None]:
-    """A callback that adds to the history of the run, and then calls `on_step`."""
+    """Return a callback that adds to the history of the run, and then calls `on_step`."""
     looked = saved = -math.inf
 
     def step(report: StepReport) -> None:
@@ -346,19 +346,19 @@ def _recorded(
 
 
 def _trained_before(run: RunFolder, folders: Sequence[Path]) -> LoraFile | None:
-    """The LoRA that the run trained in an earlier call, in the folders under any name or still in its own; None without one."""
+    """Find the LoRA that the run trained in an earlier call: in the folders under any name, or in its own folder. Else None."""
     return _with_tensors(run.made(), folders) or _unwritten(run.output)
 
 
 def _unwritten(output: Path) -> LoraFile | None:
-    """The LoRA that the run trained but could not write into the folder of LoRAs, such as for a full disk; else None."""
+    """Read the LoRA that was trained but not written into the LoRA folder, for example because the disk was full. Else None."""
     with suppress(FaceLoraError):
         return LoraFile.read(output)
     return None
 
 
 def _clear(output: Path, path: Path) -> None:
-    """Deletes the output of a run, which is now in the LoRA at `path`, and moves its checkpoints beside that."""
+    """Delete the output of a run, which is now the LoRA at `path`, and move its checkpoints beside that."""
     output.unlink(missing_ok=True)
     output.with_name(f"{output.stem}-embedding{output.suffix}").unlink(missing_ok=True)
     for checkpoint in output.parent.glob(f"{output.stem}-step*.safetensors"):
@@ -370,9 +370,9 @@ def _clear(output: Path, path: Path) -> None:
 
 @contextmanager
 def _place(folder: Path, job: TrainingJob, key: str) -> Iterator[tuple[Path, bool]]:
-    """A context with the first path of NAME, NAME-2, ... that is free or has a LoRA with the key, and whether it is there.
+    """Choose the first path of NAME, NAME-2, ... that is free or has a LoRA with the key. Yields it and whether it exists.
 
-    A path that was free is locked within the context, so that no other run takes it.
+    A free path is locked within the context, so that no other run takes it.
     """
     for number in itertools.count(1):
         path = folder / f"{job.name}{f'-{number}' if number > 1 else ''}.safetensors"
@@ -395,9 +395,9 @@ def _place(folder: Path, job: TrainingJob, key: str) -> Iterator[tuple[Path, boo
 
 @contextmanager
 def _own_place(folder: Path, job: TrainingJob, key: str) -> Iterator[tuple[Path, bool]]:
-    """A context with the path of NAME, and whether a LoRA with the key is there, or was in `earlier` and is moved back.
+    """Yield the path of NAME, and whether it has a LoRA with the key. One found in `earlier` is moved back first.
 
-    Where none is, the path is locked within the context, whatever is there.
+    Without one, the path is locked within the context, whatever file it has.
     """
     path = folder / f"{job.name}.safetensors"
     if has_key(path, key):
@@ -417,8 +417,8 @@ def _own_place(folder: Path, job: TrainingJob, key: str) -> Iterator[tuple[Path,
 
 
 def _set_lora_aside(path: Path) -> None:
-    """Moves the LoRA at the path and its checkpoints, those that are there, into the folder `earlier` beside it."""
-    set_aside(path)  # by that name, which on some disks is another spelling of the file's
+    """Move the LoRA at the path and its checkpoints, if they exist, into the folder `earlier` beside it."""
+    set_aside(path)  # under this name, which some disks treat as another spelling of the file's name
     names = re.compile(rf"{re.escape(path.stem)}-step\d{{6,}}{re.escape(path.suffix)}")
     with writing(path.parent):
         for file in [file for file in path.parent.iterdir() if names.fullmatch(file.name)]:
@@ -426,37 +426,37 @@ def _set_lora_aside(path: Path) -> None:
 
 
 def has_key(path: Path, key: str) -> bool:
-    """Whether there is a LoRA at the path that has the key of a job (`TrainingJob.key`) in its metadata.
+    """Return whether the path has a LoRA with the key of a job (`TrainingJob.key`) in its metadata.
 
-    Its tensors must be those that were written, as far as the hash in the metadata says, and of one dtype, as they are
-    written: the hash is of their bytes alone.
+    Its tensors must match the hash in the metadata, if there is one. They must also have one dtype, as they were written,
+    because the hash covers only their bytes.
     """
     try:
         lora = LoraFile.read(path)
         lora.check()
         if lora.metadata.get(KEY) != key or len({tensor.dtype for tensor in lora.tensors.values()}) > 1:
             return False
-        # A tool that has written the file anew may have left the hash out.
+        # A tool that rewrote the file may have left out the hash.
         return lora.metadata.get(MODEL_HASH, lora.model_hash) == lora.model_hash
     except FaceLoraError:
         return False
 
 
 def _with_tensors(made: str | None, folders: Sequence[Path]) -> LoraFile | None:
-    """The first LoRA in the folders whose tensors have that hash, under any name."""
+    """Return the first LoRA in the folders whose tensors have that hash, under any name."""
     found = (path for path in _files(folders) if _has_tensors(path, made)) if made else ()
     return next(map(LoraFile.read, found), None)
 
 
 def _has_tensors(path: Path, made: str) -> bool:
-    """Whether the file is a LoRA whose tensors have that hash; only one whose metadata say so is read."""
+    """Return whether the file is a LoRA whose tensors have that hash. It is only read if its metadata has the hash too."""
     with suppress(FaceLoraError):
         return SafetensorsFile.open(path).metadata.get(MODEL_HASH) == made and LoraFile.read(path).model_hash == made
     return False
 
 
 def _files(folders: Sequence[Path]) -> Iterator[Path]:
-    """The files in and below the folders that may be LoRAs. Links to folders are followed, as in ComfyUI."""
+    """Yield the files in and below the folders that may be LoRAs. Links to folders are followed, as in ComfyUI."""
     for folder in folders:
         for parent, below, names in os.walk(folder, followlinks=True):
             below.sort()

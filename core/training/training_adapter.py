@@ -1,8 +1,8 @@
 """Training adapters: LoRAs that undo a base model's distillation while it is trained on.
 
-Training on a model that was distilled to a few steps undoes the distillation, and that goes into what is trained. With such a
-LoRA beside its layers the model is already undone, so that only the person is learned. It is off where pictures are drawn,
-and no part of the trained file.
+Training on a model that was distilled to a few steps undoes the distillation, and the trained file learns that too. With such
+a LoRA beside its layers, the distillation is already undone, so only the person is learned. The adapter is off while pictures
+are drawn, and is not part of the trained file.
 """
 
 import os
@@ -24,9 +24,9 @@ from ..models.base import Base
 from ..tensor_names import ModuleId
 
 Places = tuple[Any, ...] | None
-"""A convolution's stride, padding, dilation and groups; None for a linear layer."""
+"""A convolution's stride, padding, dilation and groups. None for a linear layer."""
 METADATA_KEY = "facelora.training_adapter"
-"""The key in a trained file's metadata of the hash of the training adapter's tensors."""
+"""The key of the training adapter's tensor hash in a trained file's metadata."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class Change:
     """What a training adapter adds to a layer."""
 
     factors: tuple[Tensor, ...] = ()
-    """The change of the weight, or the matrices whose product it is, those nearest to the input first."""
+    """The change of the weight, or the matrices whose product it is, starting at the input."""
     bias: Tensor | None = None
     """The change of the bias, (out,) or for a convolution (out, 1, 1)."""
 
@@ -44,7 +44,7 @@ class Change:
             yield self.bias
 
     def map(self, function: Any) -> "Change":
-        """The change with `function` of each tensor in its place."""
+        """Return the change with `function` applied to each tensor."""
         return Change(tuple(map(function, self.factors)), None if self.bias is None else function(self.bias))
 
 
@@ -59,9 +59,10 @@ class TrainingAdapter:
 
     @classmethod
     def open(cls, source: LoraFile | str | os.PathLike[str], base: Base) -> "TrainingAdapter":
-        """The training adapter in a LoRA file, of any kind and naming that is read.
+        """Read a training adapter from a LoRA file of any supported kind and naming.
 
-        Raises a FaceLoraError that names the file when it is none, or LoraMisfit when it does not fit the base model.
+        Raises a FaceLoraError that names the file when it is not a usable LoRA, or LoraMisfit when it does not fit the base
+        model.
         """
         usual = base.family.training_adapter
         expected = f"expected a LoRA for {base.family.title} in safetensors" + (f", such as {usual}" if usual else "")
@@ -82,14 +83,15 @@ class TrainingAdapter:
 
 
 def _changes(lora: LoraFile, entry: Entry, base: Base, shapes: Mapping[ModuleId, tuple[int, ...]]) -> dict[str, Change]:
-    """The changes that an entry makes, by path. Raises LoraMisfit for one that cannot be added to a layer's output."""
+    """Return the changes that an entry makes, by path. Raises LoraMisfit if one can't be added to a layer's output."""
 
     def weight(module: ModuleId) -> Tensor:
         return base.components["denoiser"].tensors[f"{module[1]}.weight"]
 
     if odd := [path for _, path in entry.modules if len(shapes["denoiser", path]) not in (2, 4)]:
         raise LoraMisfit(
-            f"{lora.name}: changes {odd[0]}, which is no linear layer and no convolution; merge it instead"
+            f"{lora.name}: changes {odd[0]}, which is neither a linear layer nor a convolution. Merge it into the base model "
+            "instead"
         )
     ones = (1,) * (len(shapes[entry.modules[0]]) - 2)
     factors: dict[ModuleId, tuple[Tensor, ...]] = {}
@@ -109,10 +111,10 @@ def _changes(lora: LoraFile, entry: Entry, base: Base, shapes: Mapping[ModuleId,
 
 
 class AttachedAdapter:
-    """A training adapter beside the layers of a denoiser, which are not changed: it adds to what they return."""
+    """A training adapter beside the layers of a denoiser. It adds to their outputs and leaves the layers unchanged."""
 
     def __init__(self, adapter: TrainingAdapter, denoiser: nn.Module, device: torch.device, dtype: torch.dtype):
-        """Adds it to the layers as they are now, those that a method has put there included.
+        """Attach it to the current layers, including those that a method has added.
 
         Raises LoraMisfit for an embedding.
         """
@@ -121,16 +123,18 @@ class AttachedAdapter:
         for path, change in self._changes.items():
             layer = denoiser.get_submodule(path)
             if isinstance(layer, nn.Embedding):
-                raise LoraMisfit(f"the training adapter changes {path}, which is an embedding; merge it instead")
+                raise LoraMisfit(
+                    f"the training adapter changes {path}, which is an embedding. Merge it into the base model instead"
+                )
             layer.register_forward_hook(self._adding(change, _places(layer)))
 
     def tensors(self) -> list[Tensor]:
-        """Its tensors, which stay on the device."""
+        """Return its tensors, which stay on the device."""
         return [tensor for change in self._changes.values() for tensor in change.tensors()]
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """A context in which the layers compute what they do without it."""
+        """Turn the training adapter off within this context."""
         self._on = False
         try:
             yield
@@ -145,13 +149,13 @@ class AttachedAdapter:
 
 
 def _places(layer: nn.Module) -> Places:
-    """The places of the convolution that a layer is, or that a method has wrapped; none for a linear layer."""
+    """Return the stride, padding, dilation and groups of a convolution, also a wrapped one. None for a linear layer."""
     convolution = next((module for module in layer.modules() if isinstance(module, nn.Conv2d)), None)
     return convolution and (convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
 
 
 def _added(change: Change, places: Places, x: Tensor, output: Tensor) -> Tensor:
-    """What a layer returns for `x` with the change in it, given what it returns without."""
+    """Return what a layer with the change in it outputs for `x`, given its `output` without the change."""
     factors = [factor.to(output.dtype) for factor in change.factors]
     x = x.to(output.dtype)
     if factors and places:

@@ -199,13 +199,13 @@ CASES: dict[str, tuple[Callable[[Desk], None], str]] = {
     "base random bytes": (base_of("base.safetensors", lambda desk: bytes(range(256)) * 10), r"base\.safetensors"),
     "unknown family": (tensors_as_base("encoder.weight"), "strange.*no family matches its 1 tensor,"),
     "Wan": (tensors_as_base("blocks.0.self_attn.q.weight"), "this is Wan, which is not supported"),
-    "a UNet alone": (tensors_as_base("unet.down_blocks.0.weight"), "give the whole diffusers folder instead"),
+    "a UNet alone": (tensors_as_base("unet.down_blocks.0.weight"), "Use the whole diffusers folder instead"),
     "base incomplete": (incomplete_base, r"part\.safetensors: the denoiser lacks 1 tensor, e\.g\. mid_block"),
     "LoRA as base": (lora_as_base, r"lora\.safetensors: this is a LoRA, not a base model"),
     "continue: other family": (continue_from(lambda desk: lora_file(desk, "sdxl")), "it is for sdxl, the base model is sd15"),
     "continue: other modules": (continue_from(lora_file), "adapts 1 module, these settings"),
     "continue: a checkpoint": (continue_from(lambda desk: desk.base), r"small\.safetensors: no LoRA: no adapter's tensor"),
-    "rank too large": (options("--rank", "999"), "rank 999 is larger than .* allows; use at most 32"),
+    "rank too large": (options("--rank", "999"), r"rank 999 is larger than .* allows\. Use at most 32"),
     "rank 0": (options("--rank", "0"), "rank = 0: must be between 1"),
     "class images twice": (class_photos_twice, "class_images and class_photos are both given"),
     "two weightings": (options("--debiased", "--min-snr-gamma", "3"), "choose one"),
@@ -253,7 +253,7 @@ def test_bad_input_is_refused_in_one_line(desk, capsys, case):
 def test_sdxl_has_no_clip_skip(desk, capsys, small_sdxl):
     desk.base = small_sdxl
     desk.options += ["--clip-skip", "2"]
-    assert_refused(desk, capsys, "clip_skip = 2: Stable Diffusion XL has no choice of layers")
+    assert_refused(desk, capsys, "clip_skip = 2: Stable Diffusion XL does not let you choose the layer")
 
 
 def test_a_bad_photo_among_good_ones_is_named_and_left_out(desk, capsys):
@@ -350,8 +350,8 @@ def test_a_new_run_does_not_replace_the_state_of_an_unfinished_one_unless_told(d
     state.write_bytes(b"hours of work")
     assert main(desk.arguments()) == 1
     assert capsys.readouterr().err == (
-        f"facelora: {state}: is the state of an unfinished run, which a new one would replace; go on with resume, begin "
-        "anew with restart, or choose another output\n"
+        f"facelora: {state}: the state of an unfinished run, which a new run would replace. Continue it with resume, "
+        "start over with restart, or choose another output\n"
     )
     assert [path.name for path in (desk.folder / "results").iterdir()] == [state.name]
     assert state.read_bytes() == b"hours of work"
@@ -390,7 +390,7 @@ def test_a_second_run_on_one_output_is_refused_and_takes_nothing_from_the_first(
     ("name", "options", "called"),
     [
         ("face-step000001", ["--steps", "2", "--save-every", "1"], "a checkpoint of save_every"),
-        ("face-embedding", ["--method", "pivotal"], "the embedding that the method pivotal makes"),
+        ("face-embedding", ["--method", "pivotal"], "the embedding that the method pivotal writes"),
     ],
 )
 def test_a_file_beside_the_output_replaces_one_of_its_own_run_and_nothing_else(desk, capsys, name, options, called):
@@ -404,7 +404,7 @@ def test_a_file_beside_the_output_replaces_one_of_its_own_run_and_nothing_else(d
     before = beside.read_bytes()
     capsys.readouterr()
     assert main([*training, "--restart"]) == 1
-    assert f"{name}.safetensors: is called like {called}" in capsys.readouterr().err
+    assert f"{name}.safetensors: has the name of {called}" in capsys.readouterr().err
     assert beside.read_bytes() == before
 
 

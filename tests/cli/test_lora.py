@@ -195,7 +195,7 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line_and_nothing_is_written(tm
         (["inspect", tmp_path / "empty"], "no .safetensors file"),
         (["resize", good, "--output", output], "give either a rank or an energy"),
         (["resize", good, "--output", output, "--rank", 0], "a rank must be at least 1"),
-        (["extract", good, good, "--output", output], "no base model"),
+        (["extract", good, good, "--output", output], "is not a base model"),
         (["inspect", tmp_path / "missing.safetensors"], "missing.safetensors"),
     ]:
         assert main([str(argument) for argument in arguments]) == 1

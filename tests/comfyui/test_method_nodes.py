@@ -166,5 +166,5 @@ def test_a_file_of_words_alone_is_no_lora_and_apply_says_where_it_belongs(server
 def test_a_method_that_makes_no_lora_is_refused_with_where_to_train_it(server, method):
     result = server.run(training(settings=f"method = '{method}'"))
     assert result.status == "error"
-    assert f"method = '{method}' makes no LoRA" in result.error
+    assert f"method = '{method}' doesn't make a LoRA" in result.error
     assert "facelora train" in result.error

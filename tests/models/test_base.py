@@ -92,7 +92,7 @@ def test_a_vae_file_takes_the_place_of_the_one_in_the_checkpoint(folder, small_s
 
 def test_a_part_beside_a_folder_that_has_it_is_refused_and_not_passed_over(folder):
     vae = folder / "vae" / "diffusion_pytorch_model.safetensors"
-    with pytest.raises(BadConfig, match="has all parts itself: leave out vae, tokenizer"):
+    with pytest.raises(BadConfig, match=r"already has all parts\. Leave out vae, tokenizer"):
         load_base(folder, vae=vae, tokenizer=folder / "tokenizer")
 
 
@@ -127,7 +127,7 @@ def test_folders_of_models_that_were_trained_in_another_way_are_refused(folder, 
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | scheduler))
     with pytest.raises(
-        UnknownFamily, match=f"^model: its scheduler is .*{said}.* is not supported; supported: epsilon"
+        UnknownFamily, match=f"^model: its scheduler is .*{said}.* is not supported\\. Supported: epsilon"
     ):
         load_base(folder)
 
@@ -151,20 +151,20 @@ def test_a_folder_with_a_quantised_part_is_refused_by_name(folder):
     path.write_text(
         json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "bitsandbytes"}})
     )
-    with pytest.raises(BadFile, match=r"^model: its unet is quantised .*bitsandbytes.*; give the model in bf16"):
+    with pytest.raises(BadFile, match=r"^model: its unet is quantised .*bitsandbytes.*; use the model in bf16"):
         load_base(folder)
 
 
 def test_folders_that_are_not_whole_or_not_supported_are_refused(folder):
     (folder / "vae" / "diffusion_pytorch_model.safetensors").rename(folder / "vae" / "diffusion_pytorch_model.bin")
-    with pytest.raises(BadFile, match=r"vae: no \.safetensors in it \(diffusion_pytorch_model\.bin\); pickled"):
+    with pytest.raises(BadFile, match=r"vae: has no \.safetensors files \(diffusion_pytorch_model\.bin\)\. Pickled"):
         load_base(folder)
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "WanPipeline"}))
-    with pytest.raises(UnknownFamily, match=r"model_index\.json says WanPipeline; supported: StableDiffusionPipeline"):
+    with pytest.raises(UnknownFamily, match=r"model_index\.json names the pipeline WanPipeline, .*Supported: Stable"):
         load_base(folder)
     (folder / "model_index.json").unlink()
-    with pytest.raises(BadFile, match=r"not a whole diffusers folder, model_index\.json is missing"):
+    with pytest.raises(BadFile, match=r"is not a complete diffusers folder\. model_index\.json is missing"):
         load_base(folder)
 
 
@@ -235,7 +235,7 @@ def test_a_name_that_is_no_file_is_only_taken_for_a_hub_id_when_it_looks_like_on
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     with pytest.raises(
-        BadFile, match=r"someone/model: no such file or folder, and the hub does not give it: no network"
+        BadFile, match=r"someone/model: not found as a file or folder, and not available on the hub: no network"
     ):
         load_base("someone/model")
     with pytest.raises(BadFile, match=r"missing\.safetensors: cannot be read: No such file"):

@@ -93,4 +93,4 @@ def test_where_nothing_can_be_compiled_the_training_goes_on_without(base, cache,
     config = replace(CONFIG, steps=1, compile=True)
     lora = train_lora(cache, base, config, device=CPU, callbacks=Callbacks(on_warning=warnings.append))
     assert lora.modules()  # pyright: ignore
-    assert warnings == ["compile: not possible here (no C++ compiler found); the training goes on without"]
+    assert warnings == ["compile: not possible here (no C++ compiler found). Training continues without it"]

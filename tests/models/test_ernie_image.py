@@ -121,6 +121,6 @@ def test_a_file_of_the_text_encoder_is_known_by_its_width():
 def test_a_folder_that_says_it_is_distilled_is_refused_for_training_unless_told_otherwise(folder):
     (folder / "model_index.json").write_text(json.dumps({"_class_name": FAMILY.pipeline_class, "is_distilled": True}))
     base = load_base(folder)
-    with pytest.raises(BadConfig, match=r"distilled to a few steps, .* allow_distilled is for"):
+    with pytest.raises(BadConfig, match=r"distilled to a few steps, .* set allow_distilled"):
         check_base_options(base, TrainConfig())
     check_base_options(base, TrainConfig(), adapted=True)

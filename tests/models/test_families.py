@@ -222,12 +222,12 @@ def test_models_of_other_families_are_refused_by_name(marker, name):
         tensors |= meta_checkpoint(SMALL_SDXL)
     if name == "Chroma Radiance":
         tensors["double_blocks.0.img_attn.norm.key_norm.scale"] = torch.zeros(1)  # it has FLUX.1's blocks too
-    with pytest.raises(UnknownFamily, match=f"this is .*{name}.* not supported yet; supported: Stable Diffusion 1"):
+    with pytest.raises(UnknownFamily, match=f"this is .*{name}.* not supported yet\\. Supported: Stable Diffusion 1"):
         load_base(tensors)
 
 
 def test_a_transformer_in_diffusers_naming_is_refused_with_what_to_give():
-    with pytest.raises(UnknownFamily, match="a denoiser in diffusers naming; give the whole diffusers folder"):
+    with pytest.raises(UnknownFamily, match=r"a denoiser in diffusers naming\. Use the whole diffusers folder"):
         load_base({"transformer_blocks.0.attn.to_q.weight": torch.zeros(1)})
 
 
@@ -266,7 +266,7 @@ def test_a_unet_alone_says_how_it_predicts_and_what_is_missing(small_bases):
     first = small_bases["sdxl"].components["text_encoder"].tensors
     base = load_base(alone | {"v_pred": torch.zeros(0)}, text_encoders=[first])
     assert (base.family.name, base.prediction_type) == ("sdxl", "v_prediction")
-    with pytest.raises(BadFile, match=r"has no text encoder 2; give its file too \(text_encoders\)"):
+    with pytest.raises(BadFile, match=r"has no text encoder 2\. Give its file too \(text_encoders\)"):
         base.load_text_encoders(CPU, torch.float32)
 
 

@@ -86,7 +86,7 @@ def test_a_diffusers_folder_with_a_language_model_is_the_same_base(bases, family
 def test_a_diffusers_that_is_too_old_for_a_model_is_named(bases, monkeypatch):
     monkeypatch.setattr("diffusers.__version__", "0.35.2")
     with pytest.raises(
-        MissingPackage, match=r"is in diffusers 0\.36 and later, and 0\.35\.2 is installed: pip install"
+        MissingPackage, match=r"needs diffusers 0\.36 or later, but 0\.35\.2 is installed\. Run: pip install"
     ):
         bases["zimage"].load("denoiser", CPU, torch.float32)
 
@@ -317,7 +317,9 @@ def test_times_are_drawn_with_the_shift_and_within_the_range(sampling, median):
     [{"min_snr_gamma": 1.0}, {"prediction_type": "v_prediction"}, {"zero_terminal_snr": True}, {"clip_skip": 2}],
 )
 def test_settings_of_models_that_predict_noise_are_refused(bases, wrong):
-    with pytest.raises(BadConfig, match=f"{next(iter(wrong))}: FLUX.1 is a rectified flow and has no such setting"):
+    with pytest.raises(
+        BadConfig, match=f"{next(iter(wrong))}: FLUX.1 is a rectified flow and does not have this setting"
+    ):
         check_base_options(bases["flux1"], TrainConfig(**wrong))
 
 
@@ -327,7 +329,7 @@ def test_a_model_that_was_distilled_to_few_steps_is_refused_unless_told_otherwis
         base.components["denoiser"], config=base.components["denoiser"].config | {"guidance_embeds": False}
     )
     schnell = replace(base, components={**base.components, "denoiser": denoiser})
-    with pytest.raises(BadConfig, match=r"distilled to a few steps, .* allow_distilled is for"):
+    with pytest.raises(BadConfig, match=r"distilled to a few steps, .* set allow_distilled"):
         check_base_options(schnell, TrainConfig())
     check_base_options(schnell, TrainConfig(allow_distilled=True))
 
@@ -407,7 +409,7 @@ def test_a_klein_folder_that_says_it_is_distilled_is_refused_unless_told_otherwi
     read = load_base(tmp_path)
     assert read.is_distilled == is_distilled
     if is_distilled:
-        with pytest.raises(BadConfig, match=r"distilled to a few steps, .* allow_distilled is for"):
+        with pytest.raises(BadConfig, match=r"distilled to a few steps, .* set allow_distilled"):
             check_base_options(read, TrainConfig())
     check_base_options(read, TrainConfig(allow_distilled=True))
 
@@ -428,4 +430,6 @@ def test_training_warns_where_only_the_name_says_that_a_model_is_distilled(bases
     base = replace(bases[family], name=name)
     hint = distilled_hint(base, TrainConfig())
     assert bool(hint) == distilled and distilled_hint(base, TrainConfig(allow_distilled=True)) is None
-    assert not hint or hint.startswith(f"{name}: by its name was distilled to a few steps, and training on it undoes")
+    assert not hint or hint.startswith(
+        f"{name}: judging by its name, was distilled to a few steps, and training on it undoes"
+    )

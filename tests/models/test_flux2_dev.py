@@ -133,5 +133,7 @@ def test_the_tokenizer_of_another_model_is_refused(tmp_path):
     vocabulary = {"<s>": 2, "<pad>": 11, "a": 0}
     model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "a"}
     (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": []}))
-    with pytest.raises(BadFile, match=r"another model than Mistral Small 3.2 \(24B\): in its 3 tokens <s> is 2"):
+    with pytest.raises(
+        BadFile, match=r"not the tokenizer of Mistral Small 3.2 \(24B\)\. It has 3 tokens, and <s> is 2"
+    ):
         text.load_tokenizer(str(tmp_path), "mistral3_24b")

@@ -324,7 +324,7 @@ def test_captions_have_the_states_of_diffusers_pipeline_with_those_of_the_paddin
 def test_the_text_encoder_of_flux_2_klein_is_refused():
     denoiser = published(rough_weights(small_flow_base("flux3")).state_dict())
     encoder = {"model.layers.0.self_attn.q_norm.weight": torch.zeros(128), "model.norm.weight": torch.zeros(2560)}
-    with pytest.raises(UnknownFamily, match=r"is Qwen3-4B; FLUX\.3 Klein takes Qwen3-VL-4B"):
+    with pytest.raises(UnknownFamily, match=r"is Qwen3-4B, but FLUX\.3 Klein takes Qwen3-VL-4B"):
         load_base(denoiser, text_encoders=[encoder])
 
 
@@ -391,7 +391,7 @@ def test_a_flow_map_is_drawn_with_eulers_method_alone():
 
 def test_a_flow_map_is_refused_for_training_and_learns_the_velocity_at_a_time_where_it_is_allowed():
     base = small_flow_base("flux3", flow_map=True)
-    with pytest.raises(BadConfig, match=r"distilled to a few steps, .* allow_distilled is for"):
+    with pytest.raises(BadConfig, match=r"distilled to a few steps, .* set allow_distilled"):
         check_base_options(base, TrainConfig())
     check_base_options(base, TrainConfig(allow_distilled=True))
     denoiser, generator = rough_weights(base), torch.Generator().manual_seed(1)

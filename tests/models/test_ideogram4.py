@@ -314,6 +314,6 @@ def test_a_training_says_once_what_its_method_leaves_out(method):
     train_lora(cache, base, config, device=CPU, callbacks=Callbacks(on_warning=warnings.append))
     left_out = (
         "method 'lokr' leaves out 6 modules of targets = 'attention', such as layers.0.attention.to_q: they are parts of one "
-        "layer in files of ideogram4, where only a plain LoRA fits (method 'lora')"
+        "layer in files of ideogram4, where only method 'lora' fits"
     )
     assert warnings == ([] if method == "lora" else [left_out])

@@ -142,6 +142,6 @@ def test_captions_have_the_states_of_diffusers_pipeline_even_where_they_are_cut(
 
 def test_turbo_is_refused_for_training_unless_told_otherwise(turbo_folder):
     base = load_base(turbo_folder)
-    with pytest.raises(BadConfig, match=r"distilled to a few steps, .* allow_distilled is for"):
+    with pytest.raises(BadConfig, match=r"distilled to a few steps, .* set allow_distilled"):
         check_base_options(base, TrainConfig())
     check_base_options(base, TrainConfig(allow_distilled=True))

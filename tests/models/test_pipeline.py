@@ -95,10 +95,10 @@ def test_of_a_family_without_a_pipeline_one_line_names_it(small_sd15):
     base = load_base(small_sd15)
     unknown = replace(base, family=replace(base.family, pipeline_class="NoSuchPipeline"))
     for asked, dtype, error, words in (
-        (unknown, torch.float32, MissingPackage, "Stable Diffusion 1.x: diffusers .* has no NoSuchPipeline"),
-        (small_flow_base("zimage"), torch.float32, BadConfig, "Z-Image: .* ZImagePipeline takes the whole of Qwen3-4B"),
+        (unknown, torch.float32, MissingPackage, "Stable Diffusion 1.x: diffusers .* lacks NoSuchPipeline"),
+        (small_flow_base("zimage"), torch.float32, BadConfig, "Z-Image: .* ZImagePipeline needs the whole of Qwen3-4B"),
         (small_flow_base("flux1"), torch.float16, BadConfig, "FLUX.1: .*T5 overflows in it"),
-        (small_flow_base("flux1"), torch.bfloat16, FaceLoraError, "has no text encoder; give its file too"),
+        (small_flow_base("flux1"), torch.bfloat16, FaceLoraError, "has no text encoder. Give its file too"),
     ):
         with pytest.raises(error, match=words):
             asked.pipeline(dtype=dtype)

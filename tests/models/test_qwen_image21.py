@@ -243,7 +243,7 @@ def test_a_file_of_the_text_encoder_is_known_by_its_other_half_and_its_width(net
 def test_the_text_encoder_of_krea_2_is_refused(network):
     tensors = {f"model.{name}": tensor for name, tensor in network.model.state_dict().items()}
     denoiser = published(rough_weights(small_flow_base("qwen-image-21")))
-    with pytest.raises(UnknownFamily, match=r"is Qwen3-VL-4B; Qwen-Image 2\.1 takes Qwen3-VL-8B"):
+    with pytest.raises(UnknownFamily, match=r"is Qwen3-VL-4B, but Qwen-Image 2\.1 takes Qwen3-VL-8B"):
         load_base(denoiser, text_encoders=[tensors])
 
 

@@ -110,10 +110,10 @@ def test_an_encoder_in_gguf_is_that_of_its_dequantised_weights(architecture, tmp
 def test_an_encoder_of_another_architecture_is_refused_with_those_that_are_known(tmp_path):
     path = write_gguf(tmp_path / "gemma.gguf", {"token_embd.weight": (torch.ones(8, 32), Q.Q8_0)}, "gemma3")
     with pytest.raises(
-        UnknownFamily, match=r"gemma\.gguf: .* architecture 'gemma3', which is not known; known: t5, .*qwen3vl"
+        UnknownFamily, match=r"gemma\.gguf: .* unknown architecture 'gemma3'\. Supported: t5, .*qwen3vl"
     ):
         load_base({"x": torch.ones(1)}, text_encoders=[path])
     llama = {"token_embd.weight": (torch.ones(8, 32), Q.Q8_0), "blk.0.attn_q.weight": (torch.ones(96, 32), Q.Q8_0)}
     path = write_gguf(tmp_path / "odd.gguf", llama, "llama")
-    with pytest.raises(UnknownFamily, match=r"odd\.gguf: blk\.0\.attn_q\.weight has 96 rows, .* no heads of 128"):
+    with pytest.raises(UnknownFamily, match=r"odd\.gguf: blk\.0\.attn_q\.weight has 96 rows, .* a multiple of .* 128"):
         load_base({"x": torch.ones(1)}, text_encoders=[path])

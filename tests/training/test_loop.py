@@ -513,7 +513,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_photo_and_learning_rate(bases
     cache = person_only(caches["sd15"])
     broken = replace(cache.images[0], mean=torch.full((4, 16, 16), math.nan))
     state = tmp_path / "run.state.safetensors"
-    with pytest.raises(TrainingDiverged, match=r"NaN or infinite in step 1 on a\.png at learning rate 0\.0001; lower"):
+    with pytest.raises(TrainingDiverged, match=r"NaN or infinite in step 1 on a\.png at learning rate 0\.0001\. Lower"):
         train_lora(replace(cache, images=(broken,)), bases["sd15"], PLAIN, device=CPU, state_path=state)
     assert not state.exists()
 

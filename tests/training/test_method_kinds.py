@@ -195,7 +195,7 @@ def test_going_on_from_a_file_starts_with_its_change_whatever_its_alpha(bases, m
 def test_a_file_of_another_method_or_rank_to_go_on_from_is_refused(bases, method):
     base = bases["sd15"]
     other = adapter_of(base, config_of("lora"))
-    with pytest.raises(LoraMisfit, match="choose the same"):
+    with pytest.raises(LoraMisfit, match="Choose the same"):
         adapter_of(base, config_of(method), continue_from=other.export(other.parameters(), base, {}))
     same = adapter_of(base, config_of(method))
     with pytest.raises(LoraMisfit):
@@ -222,7 +222,7 @@ def test_a_run_that_is_cancelled_goes_on_exactly(bases, caches, method, tmp_path
 @pytest.mark.parametrize("method", ["loha", "lokr", "oft"])
 def test_settings_that_a_method_does_not_have_are_refused_by_name(bases, method):
     for name, value in (("dropout", 0.1), ("lora_plus_ratio", 16.0)):
-        with pytest.raises(BadConfig, match=f"{name}: method '{method}' has none"):
+        with pytest.raises(BadConfig, match=f"{name}: method '{method}' doesn't have this setting"):
             adapter_of(bases["sd15"], replace(config_of(method), **{name: value}))
 
 

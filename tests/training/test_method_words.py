@@ -187,7 +187,7 @@ def test_a_file_to_go_on_from_is_refused(bases, caches, method):
 
 def test_settings_of_a_lora_are_refused_by_vectors_alone(bases, caches):
     config = replace(CONFIG, method="textual-inversion", rslora=True)
-    with pytest.raises(BadConfig, match="rslora: method 'textual-inversion' has none"):
+    with pytest.raises(BadConfig, match="rslora: method 'textual-inversion' doesn't have this setting"):
         Run(caches["sd15"], bases["sd15"], config, CPU)
 
 
@@ -202,12 +202,12 @@ def test_a_file_of_another_family_does_not_fit(bases, caches, method):
 
 def test_vectors_of_another_width_are_refused(bases):
     encoder = bases["sd15"].load("text_encoder", CPU, torch.float32)
-    with pytest.raises(LoraMisfit, match="'sks' have 100 numbers each, the text encoder's words 64"):
+    with pytest.raises(LoraMisfit, match="'sks' have 100 numbers each, but the text encoder's words have 64"):
         add_word(encoder, "sks", torch.randn(2, 100))
 
 
 def test_words_to_start_from_must_be_there(bases, caches):
-    with pytest.raises(BadConfig, match="there is no word in it"):
+    with pytest.raises(BadConfig, match="does not contain a word"):
         Run(caches["sd15"], bases["sd15"], replace(CONFIG, embedding_words=" "), CPU)
 
 

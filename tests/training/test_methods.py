@@ -100,7 +100,7 @@ def test_attention_targets_are_the_attentions_alone(base):
 
 
 def test_a_rank_above_the_layers_is_refused_with_the_layer_and_the_limit(base):
-    with pytest.raises(BadConfig, match=r"rank 33 is larger than .* \(32 x \d+\) allows; use at most 32"):
+    with pytest.raises(BadConfig, match=r"rank 33 is larger than .* \(32 x \d+\) allows\. Use at most 32"):
         attach(base, replace(CONFIG, rank=33))
 
 
@@ -129,7 +129,7 @@ def test_a_lora_of_another_rank_or_other_targets_to_go_on_from_is_refused(base):
     lora = LoraFile.from_modules("sd15", attach(base).modules(), {})
     with pytest.raises(LoraMisfit, match=r"has rank 4 at .*, these settings 8"):
         attach(base, replace(CONFIG, rank=8), continue_from=lora)
-    with pytest.raises(LoraMisfit, match=r"they differ at .*choose the same targets"):
+    with pytest.raises(LoraMisfit, match=r"They differ at .*Choose the same targets"):
         attach(base, replace(CONFIG, targets="attention"), continue_from=lora)
 
 

@@ -180,8 +180,8 @@ def test_the_recipe_none_is_train_config(tmp_path, photo_folder):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("{", "no JSON"),
-        ("[" * 100_000, "no JSON"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
         ("[]", "table"),
         ('{"slow": {}}', "table"),
         ('{"fast": []}', "table"),

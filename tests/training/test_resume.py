@@ -254,7 +254,7 @@ def saved_state(folder: Path) -> Path:
 def test_a_state_of_other_photos_or_another_base_is_refused(tmp_path, part):
     path = saved_state(tmp_path)
     with pytest.raises(
-        BadConfig, match=f"belongs to a run with other {part}; use the same, delete it, or begin anew with restart"
+        BadConfig, match=f"belongs to a run with other {part}; use the same, delete it, or start over with restart"
     ):
         read_state(path, IDENTITY | {part: "changed"})
 

@@ -272,7 +272,7 @@ def wrong_files(folder: Path, base: Base) -> dict[str, tuple[Path, type[FaceLora
         "pickle": (pickle, BadFile, "pickle"),
         "another family": (other, LoraMisfit, ", the base model is zimage"),
         "unknown names": (unknown, UnknownFamily, "something"),
-        "a norm": (norm, LoraMisfit, "which is no linear layer and no convolution"),
+        "a norm": (norm, LoraMisfit, "which is neither a linear layer nor a convolution"),
     }
 
 

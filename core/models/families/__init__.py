@@ -13,7 +13,7 @@ from ..spec import DENOISER_PREFIX, FamilySpec
 
 
 def _specs() -> Iterator[FamilySpec]:
-    """The FamilySpec in each file of this folder, so that only a family's names have to be registered, in NAME_TABLES."""
+    """Yield the FamilySpec in each file of this folder. Only a family's names have to be registered, in NAME_TABLES."""
     for file in iter_modules(__path__):
         values = vars(import_module(f".{file.name}", __name__)).values()
         yield from (value for value in values if isinstance(value, FamilySpec))
@@ -33,16 +33,16 @@ _OTHERS = {
     DENOISER_PREFIX + "clip_mapper.weight": "Stable Cascade",
     DENOISER_PREFIX + "double_blocks.0.img_mlp.gate_proj.weight": "Ovis-Image",
 }
-"""Tensors by which checkpoints of models outside of all families are recognised, so that errors can name the model."""
+"""Tensors that identify checkpoints of models outside all families, so that errors can name the model."""
 
 
 def detect_family(tensors: Mapping[str, Tensor]) -> FamilySpec:
-    """The family of a checkpoint in original naming, by its tensors. Raises UnknownFamily, which names the model if known."""
-    supported = f"supported: {', '.join(family.title for family in FAMILIES.values())}"
+    """Detect the family of a checkpoint in original naming from its tensors. UnknownFamily names the model if known."""
+    supported = f"Supported: {', '.join(family.title for family in FAMILIES.values())}"
     for others in (*(family.lookalikes for family in FAMILIES.values()), _OTHERS):
         for marker, title in others.items():
             if marker in tensors:
-                raise UnknownFamily(f"this is {title}, which is not supported yet; {supported}")
+                raise UnknownFamily(f"this is {title}, which is not supported yet. {supported}")
     denoiser = LazyTensors(
         {
             name.removeprefix(DENOISER_PREFIX): Stored(tensors, name)
@@ -54,6 +54,6 @@ def detect_family(tensors: Mapping[str, Tensor]) -> FamilySpec:
         if family.recognise(denoiser):
             return family
     if any(name.removeprefix(DENOISER_PREFIX).startswith(("transformer_blocks.", "unet.")) for name in tensors):
-        raise UnknownFamily("this is a denoiser in diffusers naming; give the whole diffusers folder instead")
+        raise UnknownFamily("this is a denoiser in diffusers naming. Use the whole diffusers folder instead")
     example = next(iter(tensors)).removeprefix(DENOISER_PREFIX)
-    raise UnknownFamily(f"no family matches its {counted(len(tensors), 'tensor')}, e.g. {example!r}; {supported}")
+    raise UnknownFamily(f"no family matches its {counted(len(tensors), 'tensor')}, e.g. {example!r}. {supported}")

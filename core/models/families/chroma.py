@@ -24,7 +24,7 @@ _RENAMES = (*flux1.RENAMES, (rf"{_MODULATOR}\.norms\.(\d+)\.(?:scale|weight)", r
 
 
 def recognise(denoiser: Mapping[str, Tensor]) -> bool:
-    # img_in tells it from Chroma Radiance, which works on pixels.
+    # img_in distinguishes it from Chroma Radiance, which works on pixels.
     return all(f"{name}.weight" in denoiser for name in ("img_in", f"{_MODULATOR}.in_proj", "single_blocks.0.linear1"))
 
 
@@ -46,11 +46,11 @@ def build_denoiser(config: dict[str, Any]) -> nn.Module:
     denoiser.pos_embed.register_forward_hook(attention.tables_of_flux)
     numbers = denoiser.time_text_embed
     with torch.device("cpu"):
-        # No file has the buffers of the modulations, so they must not stay on the meta device.
+        # Files don't contain the buffers of the modulations, so they must not stay on the meta device.
         numbers = denoiser.time_text_embed = type(numbers)(numbers.time_proj.num_channels, len(numbers.mod_proj))
 
     def zeros_there(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-        """The guidance, which is 0, where it is needed. diffusers copies it from the computer's memory in each pass."""
+        """Create the guidance, which is 0, on the right device. diffusers copies it from the computer's memory in each pass."""
         modules = parent()
         assert modules is not None, "it runs within a pass of its parent"
         return torch.zeros_like(inputs[0], device=modules.mod_proj.device)
@@ -63,7 +63,7 @@ def build_denoiser(config: dict[str, Any]) -> nn.Module:
 def encode_text(
     encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
 ) -> Conditioning:
-    """The states of T5 for each caption and one token of padding, which T5 masks and the denoiser does not."""
+    """Return the states of T5 for each caption and one token of padding, which is masked in T5 but not in the denoiser."""
     encoder = encoders["text_encoder"]
     tokenizer = text.load_tokenizer(encoder.tokenizer_folder, "t5xxl")  # pyright: ignore
     device = next(encoder.parameters()).device
@@ -80,7 +80,7 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
     context, mask = conditioning["context"].to(noisy_latents.dtype), conditioning["context_mask"]
     lengths = transformer.text_lengths(mask)
     if len(set(lengths)) > 1:
-        # Since diffusers' single blocks drop the mask of padding when activations are recomputed.
+        # diffusers' single blocks drop the mask of padding when activations are recomputed.
         return transformer.one_by_one(predict, denoiser, noisy_latents, timesteps, conditioning)
     height, width = noisy_latents.shape[2:]
     patches = denoiser(

@@ -1,7 +1,7 @@
 """ERNIE-Image (Baidu, 2026): a rectified flow with one stream of image and text, modulated alike in all layers; 1024 px.
 
-The text encoder is Ministral 3 3B, and the VAE is FLUX.2's. ERNIE-Image-Turbo, which is distilled to eight steps without
-guidance, has the same tensors, so only its name tells it from the base model: train on the base model, and draw with either.
+The text encoder is Ministral 3 3B, and the VAE is FLUX.2's. ERNIE-Image-Turbo is distilled to eight steps without guidance. It
+has the same tensors, so only its name distinguishes it from the base model. Train on the base model, and draw with either.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ TEXT = {"text_encoder": "ministral3_3b"}
 TEXT_TOKENS = 2048
 """The most tokens of a caption: as many as the authors' prompt enhancer writes in ComfyUI."""
 ROTARY_AXES = (32, 48, 48)
-"""The widths of an attention head that are rotated by a position's word, row and column."""
+"""The widths of the parts of an attention head that are rotated by a position's word, row and column."""
 
 _ATTENTION = r"layers\.\d+\.self_attention\.to_([qkv]|out\.0)"
 _TRANSFORMER = rf"{_ATTENTION}|layers\.\d+\.mlp\.(gate_proj|up_proj|linear_fc2)"
@@ -57,7 +57,7 @@ def build_denoiser(config: dict[str, Any]) -> nn.Module:
 
 
 def _tables(_: nn.Module, __: object, angles: Tensor) -> Tensor:
-    """The tables (B, S, 2, D) of angles (B, S, 1, D)."""
+    """Build the tables (B, S, 2, D) from angles (B, S, 1, D)."""
     return torch.cat(attention.tables_of_halves(angles), -2)
 
 
@@ -74,7 +74,7 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
         noisy_latents,
         timesteps,
         conditioning["context"].to(noisy_latents.dtype),
-        # Made on the device, so that nothing is copied to it in a step.
+        # Created on the device, so that nothing is copied to it in a step.
         torch.cat([torch.full((1,), length, device=noisy_latents.device) for length in lengths]),
         return_dict=False,
     )[0]
@@ -83,7 +83,7 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
 ERNIE_IMAGE = FamilySpec(
     names=NAMES,
     title="ERNIE-Image",
-    overflows_in_fp16=True,  # ComfyUI computes it in bf16 or float32 alone
+    overflows_in_fp16=True,  # ComfyUI only computes it in bf16 or float32
     resolution=1024,
     size_multiple=16,
     wording="sentences",

@@ -1,7 +1,7 @@
 """FLUX.1 (Black Forest Labs, 2024): a rectified flow with double blocks (image and text streams), then single blocks; 1024 px.
 
-FLUX.1-dev has guidance distilled into it, and takes its scale as an input. The text encoders are T5-XXL and, for pooled
-text, CLIP ViT-L/14.
+FLUX.1-dev has guidance distilled into it, and takes its scale as an input. The text encoders are T5-XXL and, for pooled text,
+CLIP ViT-L/14.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,16 +19,17 @@ from ..recipe import Recipe
 from ..spec import DENOISER_PREFIX, Component, Conditioning, FamilySpec, FewSteps
 
 TEXT_TOKENS = 512
-"""The number of T5 tokens that FLUX.1-dev was trained with, to which captions are padded."""
+"""The number of T5 tokens that FLUX.1-dev was trained with. Captions are padded to it."""
 TRAINING_GUIDANCE = 1.0
-"""The guidance scale that the distilled model is given in training.
+"""The guidance scale that the distilled model gets in training.
 
-At 1 it predicts what its teacher did without guidance, so that a LoRA does not undo the distillation. sd-scripts and
-ai-toolkit use 1 too."""
+At 1 it predicts what its teacher did without guidance, so a LoRA does not undo the distillation. sd-scripts and ai-toolkit use
+1 too.
+"""
 
 TEXT = {"text_encoder": "clip_l", "text_encoder_2": "t5xxl"}
 ROTARY_AXES = (16, 56, 56)
-"""The widths of an attention head that are rotated by a position's number, row and column."""
+"""The widths of the parts of an attention head that are rotated by a position's number, row and column."""
 
 _NORM = r"norm\.(q|k)(?:uery|ey)_norm\.(?:scale|weight)"
 RENAMES = (
@@ -46,20 +47,21 @@ _TRANSFORMER = (
 
 
 def recognise(denoiser: Mapping[str, Tensor]) -> bool:
-    # The modulation in its blocks tells it from FLUX.2 and Chroma, the pooled text from models that were made after it.
+    # The modulation in its blocks distinguishes it from FLUX.2 and Chroma, the pooled text from models derived from it.
     return has_blocks(denoiser) and "vector_in.in_layer.weight" in denoiser
 
 
 def has_blocks(denoiser: Mapping[str, Tensor]) -> bool:
-    """Whether a checkpoint's denoiser has FLUX.1's blocks, as LongCat-Image has them too."""
+    """Return whether a checkpoint's denoiser has FLUX.1's blocks. LongCat-Image has them too."""
     names = ("double_blocks.0.img_mod.lin.weight", "double_blocks.0.img_mlp.0.weight", "single_blocks.0.linear1.weight")
     return all(name in denoiser for name in names)
 
 
 def blocks_config(tensors: Mapping[str, Tensor], axes: tuple[int, ...]) -> dict[str, Any]:
-    """The part of the denoiser's config that follows from its blocks, which Chroma and FLUX.2 share.
+    """Return the part of the denoiser's config that follows from its blocks, which Chroma and FLUX.2 share.
 
-    `axes` are the widths of an attention head that are rotated by one number of a position each."""
+    `axes` are the widths of the parts of an attention head, each rotated by one number of a position.
+    """
     names, shape = transformer.denoiser_names(tensors), transformer.shapes_of(tensors)
     width, channels = shape("img_in.weight")
     return {

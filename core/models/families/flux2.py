@@ -1,6 +1,6 @@
 """FLUX.2 (Black Forest Labs, 2025): a rectified flow with FLUX.1's blocks and one modulation for all of a kind; 1024 px.
 
-Three layers of the text encoder are used side by side: of Qwen3 for klein, of Mistral Small 3.2 for dev, which also takes its
+Three layers of the text encoder are used side by side: of Qwen3 for klein, of Mistral Small 3.2 for dev. dev also takes its
 guidance scale as an input.
 """
 
@@ -23,7 +23,7 @@ from ..spec import Component, Conditioning, FamilySpec, FewSteps, LatentShape
 from . import flux1
 
 TEXT_TOKENS = 512
-"""The number of tokens of the whole chat, to which it is padded. The denoiser sees the padding."""
+"""The number of tokens that the whole chat is padded to. The denoiser sees the padding."""
 TEXT_LAYERS = (9, 18, 27)
 CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 """The form of a chat with one question in Qwen3, with thinking turned off."""
@@ -32,12 +32,12 @@ DEV_CHAT = (
     "<s>[SYSTEM_PROMPT]You are an AI that reasons about image descriptions. You give structured responses focusing on object "
     "relationships, object\nattribution and actions without speculation.[/SYSTEM_PROMPT][INST]{}[/INST]"
 )
-"""The form of a chat with one question in Mistral Small 3.2, with what dev was trained to have before it."""
+"""The form of a chat with one question in Mistral Small 3.2, with the system prompt of dev's training."""
 
 TEXT, LARGER_TEXT, DEV_TEXT = {"text_encoder": "qwen3_4b"}, "qwen3_8b", "mistral3_24b"
-"""The text encoder of klein 4B, that of klein 9B, a larger network of the same form, and that of dev."""
+"""The text encoders of klein 4B, of klein 9B (a larger network of the same form), and of dev."""
 ROTARY_AXES = (32, 32, 32, 32)
-"""The widths of an attention head that are rotated by a position's picture, row, column and word."""
+"""The widths of the parts of an attention head that are rotated by a position's picture, row, column and word."""
 PATCH = 2
 """The number of the VAE's latents along a side of one of the denoiser's."""
 
@@ -64,12 +64,12 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
 
 
 def vae(tensors: Mapping[str, Tensor]) -> Component:
-    """The KL VAE, with the mean and variance (128,) for normalising its latents: 32 channels times two by two latents."""
+    """Return the KL VAE, with the mean and variance (128,) for normalising its latents: 32 channels of two by two latents."""
     prefix = next(prefix for prefix in VAE_PREFIXES if any(name.startswith(prefix) for name in tensors))
     readers = {}
     for full in tensors:
         if full.startswith(prefix):
-            # In some files the convolutions between encoder and decoder have names inside of these.
+            # In some files the names of the convolutions between encoder and decoder are nested in these.
             name = full.removeprefix(prefix).replace("encoder.quant_conv.", "quant_conv.")
             readers[name.replace("decoder.post_quant_conv.", "post_quant_conv.")] = Stored(tensors, full)
     files = LazyTensors({prefix + name: read for name, read in readers.items()})
@@ -96,7 +96,7 @@ def build_denoiser(config: dict[str, Any]) -> nn.Module:
 
 
 class _SingleAttention:
-    """The attention of a single block beside its feed-forward layers, in the place of diffusers'."""
+    """Attention of a single block, parallel to its feed-forward layers. It replaces diffusers'."""
 
     def __call__(
         self,
@@ -153,9 +153,9 @@ def encode_text(
 
 
 def texts_at_the_end(conditioning: Conditioning) -> Tensor:
-    """The states (B, 512, D) of texts that end at the last of 512 tokens, with zeros before them, as ComfyUI draws dev.
+    """Return the states (B, 512, D) of texts moved to the end of 512 tokens, with zeros before them, as ComfyUI draws dev.
 
-    Texts that are as long already, which those of klein are, or have no mask, are as they are.
+    Texts that already have this length, like klein's, or that have no mask, are unchanged.
     """
     context = conditioning["context"]
     room = TEXT_TOKENS - context.shape[1]
@@ -186,7 +186,7 @@ STEPS = 50
 
 
 def flow_shift(positions: int) -> float:
-    """The shift exp(mu), with the mu that Black Forest Labs fitted to positions and sampling steps, for STEPS steps."""
+    """Return the shift exp(mu), with the mu that Black Forest Labs fitted to positions and sampling steps, for STEPS steps."""
     of_10, of_200 = 8.73809524e-05 * positions + 1.89833333, 0.00016927 * positions + 0.45666666
     if positions > 4300:
         return math.exp(of_200)
@@ -220,7 +220,7 @@ FLUX2 = FamilySpec(
     build=text.builder(build_denoiser, TEXT, vae=build_vae),
     latent_shape=latent_shape,
     encode_text=encode_text,
-    image_conditioning=flux1.image_conditioning,  # what dev is told of guidance while it is trained
+    image_conditioning=flux1.image_conditioning,  # the guidance input of dev during training
     predict=predict,
     flow_shift=flow_shift,
     encode_image=encode_image,

@@ -1,10 +1,9 @@
-"""FLUX.3 Klein (Black Forest Labs, 2026): a rectified flow whose text and picture go through blocks of their own, and then
-through blocks that they share; 1024 px.
+"""FLUX.3 Klein (Black Forest Labs, 2026): a rectified flow; text and picture have separate blocks, then shared ones; 1024 px.
 
-The text encoder is Qwen3-VL-4B, eight of whose layers are used side by side; the VAE is FLUX.2's. Klein Base is for training.
-Klein itself was distilled to 16 steps without guidance as a flow map, whose network is also told the time that a step leads to.
-Both can be shown pictures, for which they have more blocks; here they are trained and drawn with from texts alone, and these
-blocks are not loaded.
+The text encoder is Qwen3-VL-4B, eight of whose layers are used side by side. The VAE is FLUX.2's. Klein Base is for training.
+Klein itself was distilled to 16 steps without guidance as a flow map: its network also takes the time that a step leads to.
+Both have additional blocks for input pictures. Here they are trained and drawn with from texts alone, and these blocks are not
+loaded.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,16 +27,16 @@ CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 TEXT_TOKENS = 8192
 """The most tokens of the whole chat, as in the authors' code."""
 WINDOW = 80
-"""The multiple of tokens to which the whole chat is padded. The denoiser sees the padding."""
+"""The whole chat is padded to a multiple of this many tokens. The denoiser sees the padding."""
 _PADDING_AT = 1
-"""The position of each token of padding in the text encoder, as transformers 4.57 gave them when the model was trained."""
+"""The position of each padding token in the text encoder, as in transformers 4.57, which the model was trained with."""
 PICTURE_SCALE = 0.5
-"""How far a picture's rows and columns are apart as positions."""
+"""The distance between a picture's rows and columns as positions."""
 SHIFT = 6.93
 """The authors' shift of the times for pictures of all sizes."""
 
 UNUSED = r"\.image_cond\b"
-"""What is found in the names of all modules for pictures that the model is shown."""
+"""Matches the names of all modules for input pictures."""
 
 _NORM = r"norm\.(q|k)(?:uery|ey)_norm\.scale"
 _RENAMES = (
@@ -72,7 +71,7 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
         "axes_dims_rope": flux2.ROTARY_AXES,
         "flow_map": "ref_time_in.in_layer.weight" in names,
     }
-    # A file may also have what the authors' training compared the states of blocks by.
+    # A file may also have projectors that the authors' training used to compare the states of blocks.
     left_out = rf"^repa_projectors\.|{UNUSED}"
     denoiser = transformer.transformer_component(tensors, config, NAMES, _RENAMES, left_out)
     return {"denoiser": denoiser} | text.other_parts(tensors, flux2.vae, TEXT)
@@ -101,7 +100,7 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
     target = conditioning.get("target", timesteps)
     lengths = transformer.text_lengths(mask)
     if len(set(lengths)) > 1:
-        # Since the denoiser has no mask for what the shorter texts are filled up with.
+        # The denoiser can't mask the padding of shorter texts.
         return transformer.one_by_one(predict, denoiser, noisy_latents, timesteps, conditioning)
     height, width = noisy_latents.shape[2:]
     context, device = context[:, : lengths[0]], noisy_latents.device
@@ -111,7 +110,8 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
         timestep=timesteps / 1000,
         img_ids=F.pad(PICTURE_SCALE * transformer.grid_positions(height, width, device), (0, 1)),
         txt_ids=F.pad(torch.arange(float(context.shape[1]), device=device)[:, None], (3, 0)),
-        # A flow map predicts the mean velocity from a time to its target: where they are equal, a rectified flow's.
+        # A flow map predicts the mean velocity from a time to its target. If they are equal, that is a rectified flow's
+        # velocity.
         target_timestep=target / 1000 if denoiser.config.flow_map else None,  # pyright: ignore
         return_dict=False,
     )[0]
@@ -131,7 +131,7 @@ FLUX3 = FamilySpec(
     guidance=4.0,  # the authors', as are the steps; diffusers has 3.5
     steps=50,
     recipes={
-        # Starting points: the rate of fal's trainer, which takes 1000 steps; else those of FLUX.2.
+        # Starting points: the rate of fal's trainer, which takes 1000 steps, and otherwise those of FLUX.2.
         "fast": Recipe(600, 1e-4, 16, settings={"resolution": 512}),
         "balanced": Recipe(1000, 1e-4, 16, settings={"resolution": 768}),
         "best": Recipe(2400, 1e-4, 32),
@@ -158,7 +158,7 @@ FLUX3 = FamilySpec(
     decode_latents=flux2.decode_latents,
     is_distilled=is_flow_map,
     is_flow_map=is_flow_map,
-    distilled_names=r"$^",  # its tensors tell
+    distilled_names=r"$^",  # recognised by its tensors
     few_steps=FewSteps(16),
     lookalikes={DENOISER_PREFIX + "emb_in.video.weight": "FLUX.3 for video"},
     unused=UNUSED,

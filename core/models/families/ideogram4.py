@@ -1,9 +1,9 @@
 """Ideogram 4 (Ideogram, 2026): a rectified flow with one stream of text and picture, for sizes from 256 to 2048 px.
 
-The text encoder is Qwen3-VL-8B, thirteen of whose layers the denoiser takes side by side, and the VAE is FLUX.2's, whose
-latents are normalised otherwise. The published model has a second denoiser of the same form, which sees no text and takes the
-place of the prediction without the prompt where the authors draw. Here the first one alone is trained and drawn with, and
-predicts for the negative prompt too. It was trained on captions in JSON, and reads plain sentences as well.
+The text encoder is Qwen3-VL-8B, and the denoiser takes thirteen of its layers side by side. The VAE is FLUX.2's, with a
+different normalisation of the latents. The published model has a second denoiser of the same form that sees no text. The
+authors draw with it instead of predicting without the prompt. Here only the first one is trained and drawn with, and it
+predicts for the negative prompt too. It was trained on captions in JSON, and also understands plain sentences.
 """
 
 import math
@@ -23,18 +23,18 @@ from . import flux2, qwen_image21
 
 TEXT = {"text_encoder": "qwen3vl_8b"}
 TEXT_LAYERS = (1, 4, 7, 10, 13, 16, 19, 22, 25, 28, 31, 34, 36)
-"""The layers of the text encoder whose states the denoiser takes, where 1 is the first; those of 36 are without the norm."""
+"""The layers of the text encoder whose states the denoiser takes. 1 is the first. Those of 36 are without the norm."""
 TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 _ENDING_TOKENS = 5
 """The number of tokens in the template after the caption."""
 TEXT_TOKENS = 2048
 """The most tokens of a caption and of the template, as in the authors' pipeline."""
 ROTARY_SECTIONS = (24, 20, 20)
-"""The numbers of frequencies that are for a position's place in the text, its row and its column."""
+"""The numbers of frequencies for a position's place in the text, its row and its column."""
 PICTURE_POSITION = 65536
-"""The number at which a picture's rows and columns begin, so that they are no text's."""
+"""The number at which a picture's rows and columns begin, so that they differ from a text's."""
 SHIFT_1_SIDE = 512
-"""The side in pixels of the square picture for which times are not shifted."""
+"""The side in pixels of the square picture whose times are not shifted."""
 
 _ATTENTION = r"layers\.\d+\.attention\.to_([qkv]|out\.0)"
 # The modulations are not adapted, as in the other families.
@@ -52,7 +52,7 @@ _MEANS = (
     -0.1802, -0.1807, -0.1865, -0.1901, -0.1887, -0.1940, -0.3469, -0.3491, -0.3453, -0.3450, -0.0357, -0.0403, -0.0129,
     -0.0176,
 )  # fmt: skip
-"""The mean of each channel of the latents, by which the authors normalise them: those of FLUX.2's VAE are for FLUX.2."""
+"""The mean of each channel of the latents, for the authors' normalisation. The statistics in FLUX.2's VAE are for FLUX.2."""
 _DEVIATIONS = (
     1.6393, 1.6349, 1.6471, 1.6534, 1.7020, 1.6951, 1.6816, 1.6754, 1.7364, 1.7293, 1.7400, 1.7330, 1.9000, 1.9131, 1.9278,
     1.9407, 1.6675, 1.6704, 1.6741, 1.6789, 1.6906, 1.7229, 1.6740, 1.7064, 1.5685, 1.5672, 1.5741, 1.5731, 1.6231, 1.6193,
@@ -93,7 +93,7 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
 def build_denoiser(config: dict[str, Any]) -> nn.Module:
     denoiser = transformer.build("Ideogram4Transformer2DModel", (0, 39), config)
     attention.use_attention(denoiser, _Attention())
-    del denoiser.rotary_emb  # whose frequencies no file has
+    del denoiser.rotary_emb  # files don't contain its frequencies
     transformer.use_forward(denoiser, _forward)
     return denoiser
 
@@ -101,11 +101,11 @@ def build_denoiser(config: dict[str, Any]) -> nn.Module:
 def _forward(
     denoiser: Any, latents: Tensor, context: Tensor, times: Tensor, size: tuple[int, int], mask: Tensor | None
 ) -> Tensor:
-    """The prediction (B, H W, C) for latents (B, H W, C) of `size` (H, W), times from 0 (noise) to 1 and texts (B, L, D).
+    """Predict (B, H W, C) for latents (B, H W, C) of `size` (H, W), times from 0 (noise) to 1 and texts (B, L, D).
 
-    It is diffusers' forward pass for texts and then pictures. That of diffusers has a text's states for each position of the
-    picture too, half a gigabyte of zeros at 1024 px, and rounds times and rotations to 16 bits. `mask` (B, L + H W) is False
-    for what fills up a text.
+    This is the forward pass of diffusers for texts followed by pictures. The original also has a text's states for each
+    position of the picture, half a gigabyte of zeros at 1024 px, and rounds times and rotations to 16 bits. `mask`
+    (B, L + H W) is False for the padding of a text.
     """
     length = context.shape[1]
     for_text, for_picture = denoiser.embed_image_indicator(torch.arange(2, device=latents.device))
@@ -130,7 +130,7 @@ def _forward(
 
 
 def _waves(times: Tensor, width: int) -> Tensor:
-    """The sines and cosines (B, width) of times from 0 to 1, float32."""
+    """Return the sines and cosines (B, width) of times from 0 to 1, float32."""
     half = width // 2
     steps = torch.arange(half, dtype=torch.float32, device=times.device)
     angles = 1e4 * times.float().unsqueeze(1) * torch.exp(steps * -(math.log(1e4) / (half - 1)))
@@ -138,17 +138,17 @@ def _waves(times: Tensor, width: int) -> Tensor:
 
 
 def _rotations(length: int, size: tuple[int, int], config: Any, device: torch.device) -> attention.Tables:
-    """The tables (L + H W, D) that rotate an attention head by each position's place in the text, row and column.
+    """Return the tables (L + H W, D) that rotate an attention head by each position's place in the text, row and column.
 
     A text's tokens have their number on all three axes. The rows and columns of a picture are counted from PICTURE_POSITION,
-    which is its place too; such numbers need float32.
+    which is its place too. Such numbers need float32.
     """
     head = config.attention_head_dim
     tokens = torch.arange(float(length), device=device).unsqueeze(1).expand(-1, 3)
     positions = torch.cat([tokens, transformer.grid_positions(*size, device) + PICTURE_POSITION])
     place, row, column = positions.unsqueeze(2).unbind(1)
     _, rows, columns = config.mrope_section
-    # The first frequencies are for the place, the row and the column in turns, the last for the place alone.
+    # The first frequencies alternate between place, row and column. The last are for the place alone.
     numbers = torch.arange(head // 2, device=device)
     is_row, is_column = ((numbers % 3 == axis) & (numbers < 3 * count) for axis, count in ((1, rows), (2, columns)))
     frequencies = 1 / config.rope_theta ** (2 * numbers.float() / head)
@@ -157,7 +157,7 @@ def _rotations(length: int, size: tuple[int, int], config: Any, device: torch.de
 
 
 class _Attention:
-    """The attention of a block, in the place of diffusers'."""
+    """Attention of a block. It replaces diffusers'."""
 
     def __call__(
         self,
@@ -220,27 +220,27 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
     context = conditioning["context"][:, : max(lengths)].to(noisy_latents.dtype)
     mask = None
     if len(set(lengths)) > 1:
-        # Made on the device, so that nothing is copied to it in a step.
+        # Created on the device, so that nothing is copied to it in a step.
         places = torch.arange(max(lengths) + math.prod(size), device=device)
         mask = torch.stack([(places < length) | (places >= max(lengths)) for length in lengths])
-    # The denoiser's channels are ordered by the place in a patch first, those of FLUX.2's latents by the VAE's channel.
+    # The denoiser orders channels by the place in a patch first, FLUX.2's latents by the VAE's channel.
     patches = noisy_latents.unflatten(1, (-1, flux2.PATCH**2)).transpose(1, 2).flatten(1, 2)
     times = 1 - timesteps.float() / 1000
     velocity = denoiser(patches.flatten(2).transpose(1, 2), context, times, size, mask)
     channels = velocity.transpose(1, 2).unflatten(1, (flux2.PATCH**2, -1)).transpose(1, 2).flatten(1, 2)
-    return -channels.unflatten(2, size)  # it is the one from noise to picture
+    return -channels.unflatten(2, size)  # the denoiser's velocity is from noise to picture
 
 
 def flow_shift(positions: int) -> float:
-    """The shift exp(mu), with the mu by which the authors' schedule follows from a picture's size."""
+    """Return the shift exp(mu), with mu derived from a picture's size by the authors' schedule."""
     return math.sqrt(positions) * flux2.PATCH * 8 / SHIFT_1_SIDE
 
 
 IDEOGRAM4 = FamilySpec(
     names=NAMES,
     title="Ideogram 4",
-    overflows_in_fp16=True,  # ComfyUI computes it in bf16 or float32 alone
-    resolution=1024,  # that of most pictures that are drawn; it was trained for 256 to 2048
+    overflows_in_fp16=True,  # ComfyUI only computes it in bf16 or float32
+    resolution=1024,  # that of most drawn pictures; it was trained for 256 to 2048
     size_multiple=16,
     wording="sentences",
     guidance=7.0,  # the authors', as are the steps

@@ -1,8 +1,8 @@
 """Krea 2 (Krea AI, 2026): a rectified flow with one stream of text and image; 1024 px.
 
-The text encoder is Qwen3-VL-4B, twelve of whose layers a small transformer of the denoiser joins. The VAE is Qwen-Image's.
-Krea 2 Turbo, which is distilled to eight steps without guidance, has the same tensors, so only its name, or a diffusers folder
-that says `is_distilled`, tells it from Krea 2 Raw: train on Raw, and draw with Turbo.
+The text encoder is Qwen3-VL-4B. A small transformer of the denoiser joins twelve of its layers. The VAE is Qwen-Image's. Krea
+2 Turbo is distilled to eight steps without guidance. It has the same tensors as Krea 2 Raw, so only its name, or
+`is_distilled` in a diffusers folder, distinguishes them. Train on Raw, and draw with Turbo.
 """
 
 import math
@@ -27,7 +27,7 @@ TEXT = {"text_encoder": "qwen3vl_4b"}
 TEXT_LAYERS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)
 """The layers of the text encoder whose states the denoiser takes."""
 _ENDING_TOKENS = 5
-"""The number of tokens in the template after the caption, which count among its tokens."""
+"""The number of tokens in the template after the caption, which count as part of it."""
 TEXT_TOKENS = 512
 """The most tokens of a caption and of the template after it, as in diffusers' pipeline."""
 
@@ -101,7 +101,7 @@ def _in_rows(tensors: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def rotary_axes(head: int) -> tuple[int, int, int]:
-    """The widths of an attention head that are rotated by a position's number, row and column, as in ComfyUI."""
+    """Return the widths of the parts of a head that are rotated by a position's number, row and column, as in ComfyUI."""
     return (head - 12 * (head // 16), 6 * (head // 16), 6 * (head // 16))
 
 
@@ -109,7 +109,7 @@ def build_denoiser(config: dict[str, Any]) -> nn.Module:
     denoiser = transformer.build("Krea2Transformer2DModel", (0, 42), config)
     for module in denoiser.modules():
         if type(module).__name__ == "Krea2RMSNorm":
-            # The weight is what a scale differs from 1 by: rounding their sum to 16 bits would lose most of it.
+            # The weight is the difference of a scale from 1. Rounding their sum to 16 bits would lose most of it.
             module.register_load_state_dict_post_hook(_in_float32)
     attention.use_attention(denoiser.transformer_blocks, _Attention())
     denoiser.rotary_emb.register_forward_hook(attention.tables_of_flux)
@@ -117,7 +117,7 @@ def build_denoiser(config: dict[str, Any]) -> nn.Module:
 
 
 class _Attention:
-    """The attention of a block, in which several heads of queries share one of keys and values, in the place of diffusers'."""
+    """Attention of a block where several heads of queries share one of keys and values. It replaces diffusers'."""
 
     def __call__(
         self,
@@ -140,7 +140,7 @@ class _Attention:
 
 
 def _in_float32(module: Any, _: object) -> None:
-    # A new parameter, since the fake tensors by which memory is predicted cannot take the place of their values.
+    # A new parameter, since the values of the fake tensors for predicting memory cannot be replaced.
     module.weight = nn.Parameter(module.weight.detach().float(), requires_grad=False)
 
 
@@ -182,7 +182,7 @@ KREA2 = FamilySpec(
     resolution=1024,
     size_multiple=16,
     wording="sentences",
-    # diffusers' default, as are the steps; it writes 4.5, which is what is added to a guidance of 1.
+    # diffusers' default, as are the steps. diffusers writes 4.5, which is added to a guidance of 1.
     guidance=5.5,
     steps=28,
     recipes={

@@ -1,8 +1,8 @@
 """LongCat-Image (Meituan, 2025, arXiv:2512.07584): FLUX.1's blocks, half as many, with another text; 1024 px.
 
-The text encoder is Qwen2.5-VL-7B, and the VAE is FLUX.1's. There is no pooled text, and no guidance is distilled into it.
-LongCat-Image-Dev, a state before the last training, which its authors give for fine-tuning, and LongCat-Image-Edit have the
-same tensors, so that only a diffusers folder tells the latter from it.
+The text encoder is Qwen2.5-VL-7B, and the VAE is FLUX.1's. It uses neither pooled text nor distilled guidance.
+LongCat-Image-Dev is a state before the last training, published for fine-tuning. It and LongCat-Image-Edit have the same
+tensors, so only a diffusers folder distinguishes Edit.
 """
 
 import re
@@ -23,21 +23,22 @@ from . import flux1
 
 TEXT = {"text_encoder": "qwen25_7b"}
 TEXT_TOKENS = 512
-"""The number of tokens to which captions are padded. The denoiser sees the padding."""
+"""The number of tokens that captions are padded to. The denoiser sees the padding."""
 TEMPLATE = (
     "<|im_start|>system\nAs an image captioning expert, generate a descriptive text prompt based on an image content, "
     "suitable for input to a text-to-image model.<|im_end|>\n<|im_start|>user\n"
 )
-"""What goes before a caption. What the authors have after it changes none of the states that are used."""
+"""The text before a caption. What the authors add after it doesn't change the states that are used."""
 TEMPLATE_TOKENS = 36
 """The number of tokens in the template, whose states are dropped."""
 _PADDING_AT = 1
-"""The position of each token of padding in the text encoder, as transformers 4.57 gave them, which the authors use.
+"""The position of each padding token in the text encoder, as in transformers 4.57, which the authors use.
 
-ComfyUI and later versions of transformers count on."""
+In ComfyUI and later versions of transformers, positions continue instead.
+"""
 
 _QUOTE = r"(?:(?<![a-zA-Z])'|'(?![a-zA-Z]))"
-"""A single quotation mark, which an apostrophe within a word is not."""
+"""A single quotation mark. An apostrophe within a word does not count."""
 _QUOTED = re.compile(rf"({_QUOTE}(?:[^']|(?<=[a-zA-Z])'(?=[a-zA-Z]))*{_QUOTE}|\"[^\"]*\"|‘[^‘’]*’|“[^“”]*”)")
 
 
@@ -60,7 +61,7 @@ def build_denoiser(config: dict[str, Any]) -> nn.Module:
 
 
 def pieces(caption: str) -> list[str]:
-    """The template, and the pieces of a caption that are tokenised by themselves: what is quoted, character by character."""
+    """Split into the template and pieces of a caption that are tokenised separately. Quotations are split into characters."""
     parts = _QUOTED.split(caption)  # every second one is quoted
     return [TEMPLATE, *(piece for index, part in enumerate(parts) for piece in (part if index % 2 else [part]))]
 
@@ -84,7 +85,7 @@ def encode_text(
 def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
     height, width = noisy_latents.shape[2:]
     context, device = conditioning["context"].to(noisy_latents.dtype), noisy_latents.device
-    # The first number of a position is 0 for text and 1 for pictures, whose rows and columns are counted on from the text.
+    # The first number of a position is 0 for text and 1 for pictures. Rows and columns continue from the text's length.
     count = context.shape[1]
     of_picture = transformer.grid_positions(height // 2, width // 2, device)
     of_picture[:, 0] += 1
@@ -109,7 +110,7 @@ LONGCAT_IMAGE = FamilySpec(
     guidance=4.5,  # diffusers' default, as are the steps
     steps=50,
     recipes={
-        # Starting points: the rate of the authors' LoRA example, which has a rank of 32; else those of Qwen-Image here.
+        # Starting points: the rate of the authors' LoRA example, which has a rank of 32; otherwise those of Qwen-Image here.
         "fast": Recipe(600, 1e-4, 16, settings={"resolution": 512}),
         "balanced": Recipe(1000, 1e-4, 16, settings={"resolution": 768}),
         "best": Recipe(2400, 1e-4, 32),

@@ -1,6 +1,6 @@
 """Qwen-Image (Alibaba, 2025, arXiv:2508.02324): a rectified flow with blocks of a text and an image stream; 1328 px.
 
-The text encoder is Qwen2.5-VL-7B. The VAE is that of Wan 2.1, for video, and a picture is a video of one frame.
+The text encoder is Qwen2.5-VL-7B. The VAE is Wan 2.1's video VAE, and a picture is a video of one frame.
 """
 
 import re
@@ -31,7 +31,7 @@ TEMPLATE = (
 TEMPLATE_TOKENS = 34
 """The number of tokens in the template before the caption, whose states are dropped."""
 ROTARY_AXES = (16, 56, 56)
-"""The widths of an attention head that are rotated by a position's number, row and column."""
+"""The widths of the parts of an attention head that are rotated by a position's number, row and column."""
 
 _BLOCK = r"transformer_blocks\.\d+"
 _ATTENTION = rf"{_BLOCK}\.attn\.(to_[qkv]|add_[qkv]_proj|to_out\.0|to_add_out)"
@@ -75,7 +75,7 @@ _VAE_RESNET = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm
 
 
 def diffusers_vae_path(path: str, resnets: int) -> str:
-    """The diffusers name of a tensor of the original VAE; names of diffusers stay as they are.
+    """Return the diffusers name of a tensor of the original VAE. diffusers names are unchanged.
 
     `resnets` is the number of residual blocks at a resolution of the encoder.
     """
@@ -92,7 +92,7 @@ def diffusers_vae_path(path: str, resnets: int) -> str:
 
 
 def vae_component(tensors: Mapping[str, Tensor]) -> Component:
-    """The VAE of a checkpoint in original or diffusers naming, with a config that follows from the shapes of its tensors."""
+    """Read a checkpoint's VAE, in original or diffusers naming, with a config that follows from the shapes of its tensors."""
     prefix = next(prefix for prefix in VAE_PREFIXES if any(name.startswith(prefix) for name in tensors))
     given = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
     halving = r"encoder\.(?:downsamples|down_blocks)\.(\d+)\.resample\.1\.weight"
@@ -121,7 +121,7 @@ def vae_component(tensors: Mapping[str, Tensor]) -> Component:
 def build_denoiser(config: dict[str, Any]) -> nn.Module:
     denoiser = transformer.build("QwenImageTransformer2DModel", (0, 37), config)
     with torch.device("cpu"):
-        # No file has the rotary embeddings, so they must not stay on the meta device.
+        # Files don't contain the rotary embeddings, so they must not stay on the meta device.
         denoiser.pos_embed = type(denoiser.pos_embed)(theta=10000, axes_dim=list(ROTARY_AXES), scale_rope=True)
     attention.use_attention(denoiser, attention.JointAttention())
     denoiser.pos_embed.register_forward_hook(_tables)
@@ -130,7 +130,7 @@ def build_denoiser(config: dict[str, Any]) -> nn.Module:
 
 
 def _tables(_: nn.Module, __: object, rotations: tuple[Tensor, Tensor]) -> attention.Tables:
-    """The tables of a text and a picture, by their complex rotations."""
+    """Build the tables of a text and a picture from their complex rotations."""
     picture, text = rotations
     both = torch.cat([text, picture])
     return attention.tables_of_pairs(both.real, both.imag)
@@ -146,7 +146,7 @@ def latent_shape(components: Mapping[str, Component]) -> LatentShape:
 
 
 def statistics(vae: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean and the deviation (1, C, 1, 1) of the VAE's latents over its training pictures."""
+    """Return the mean and the deviation (1, C, 1, 1) of the VAE's latents over its training pictures."""
     config: Any = vae.config
     mean, deviation = (
         like.new_tensor(values).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std)

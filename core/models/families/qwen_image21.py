@@ -1,9 +1,8 @@
-"""Qwen-Image 2.1 (Alibaba, 2026): a rectified flow with one stream of text and picture, in which a text does not see what
-follows it; 1024 to 2048 px.
+"""Qwen-Image 2.1 (Alibaba, 2026): a rectified flow with one stream of causal text, then picture; 1024 to 2048 px.
 
-The text encoder is Qwen3-VL-8B, of whose last layer the states before the norm are taken. A picture of the VAE has a fourth
-channel, its opacity, and 64 channels of latents at a sixteenth of its sides. The model also edits pictures that it is shown;
-here it is trained and drawn with from texts alone.
+Each text token sees only earlier ones. The text encoder is Qwen3-VL-8B, whose last states are taken before the norm. A picture
+of the VAE has a fourth channel, its opacity, and 64 channels of latents at a sixteenth of its sides. The model can also edit
+pictures. Here it is trained and drawn with from texts alone.
 """
 
 import re
@@ -32,7 +31,7 @@ TEMPLATE = (
 SYSTEM_TOKENS = 14
 """The number of tokens in the template before the user's turn, whose states are dropped."""
 TEXT_TOKENS = 1024
-"""The most tokens of a caption, as in Qwen-Image; the authors' pipeline sets no limit."""
+"""The most tokens of a caption, as in Qwen-Image. The authors' pipeline sets no limit."""
 _USER_TOKENS = 3
 """The number of tokens in the template between the system's turn and the caption."""
 
@@ -64,9 +63,9 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
 
 
 def diffusers_vae_path(path: str, resnets: int) -> str:
-    """The diffusers name of a tensor of the VAE as ComfyUI has it; names of diffusers stay as they are.
+    """Return the diffusers name of a tensor of the VAE in ComfyUI's naming. diffusers names are unchanged.
 
-    `resnets` is the number of residual blocks at a resolution of the encoder; the decoder has one more.
+    `resnets` is the number of residual blocks at a resolution of the encoder. The decoder has one more.
     """
     nested = r"(encoder|decoder)\.(down|up)samples\.(\d+)\.(?:down|up)samples\.(\d+)\.(.+)"
     if match := re.fullmatch(nested, path):
@@ -78,7 +77,7 @@ def diffusers_vae_path(path: str, resnets: int) -> str:
 
 
 def vae_component(tensors: Mapping[str, Tensor]) -> Component:
-    """The VAE of a checkpoint in ComfyUI's or diffusers' naming, with a config that follows from the shapes of its tensors."""
+    """Read a checkpoint's VAE, in ComfyUI's or diffusers' naming, with a config that follows from the shapes of its tensors."""
     prefix = next(prefix for prefix in VAE_PREFIXES if any(name.startswith(prefix) for name in tensors))
     given = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
     first_level = r"encoder\.down(?:samples\.0\.downsamples|_blocks\.0\.resnets)\.\d+\.(?:residual\.2|conv1)\.weight"
@@ -109,7 +108,7 @@ def vae_component(tensors: Mapping[str, Tensor]) -> Component:
 
 
 def _of_one_frame(read: Stored) -> Tensor:
-    """A weight of the VAE, which ComfyUI has as one for videos: its kernels are one frame deep."""
+    """Return a weight of the VAE for pictures. ComfyUI stores weights for videos, with kernels one frame deep."""
     tensor = read()
     return tensor.squeeze(2) if tensor.ndim == 5 else tensor
 
@@ -118,7 +117,7 @@ def build_denoiser(config: dict[str, Any]) -> nn.Module:
     denoiser = transformer.build("QwenImage21Transformer2DModel", (0, 42), config)
     embedding = denoiser.time_text_embed
     with torch.device("cpu"):
-        # No file has the frequencies of the time, so they must not stay on the meta device.
+        # Files don't contain the frequencies of the time, so they must not stay on the meta device.
         embedding.time_proj = type(embedding.time_proj)(timestep_dim=embedding.timestep_embedder.linear_1.in_features)
     attention.use_attention(denoiser, _Attention())
     transformer.use_forward(denoiser, _forward)
@@ -126,10 +125,10 @@ def build_denoiser(config: dict[str, Any]) -> nn.Module:
 
 
 def _forward(denoiser: Any, latents: Tensor, context: Tensor, times: Tensor, size: tuple[int, int]) -> Tensor:
-    """The prediction (B, H W, C) for latents (B, H W, C) of `size` (H, W) and texts (B, L, D) without padding.
+    """Predict (B, H W, C) for latents (B, H W, C) of `size` (H, W) and texts (B, L, D) without padding.
 
-    It is diffusers' forward pass for a text and then a picture. That of diffusers reads the order of texts and pictures off a
-    mask, for whose numbers a GPU would be waited for at every step.
+    This is the forward pass of diffusers for a text followed by a picture. The original reads the order of texts and pictures
+    from a mask, and would wait for a GPU at every step to get its values.
     """
     states = torch.cat([denoiser.txt_in(context), denoiser.img_in(latents)], 1)
     length = context.shape[1]
@@ -137,7 +136,8 @@ def _forward(denoiser: Any, latents: Tensor, context: Tensor, times: Tensor, siz
     times = times.to(states.dtype)
     embedded = denoiser.time_text_embed(torch.cat([times, times.new_zeros(1)]), states)  # the text's time is always 0
     rotations = _rotations(length, size, denoiser.config.axes_dims_rope, states.device)
-    # Beside the states: modulation, rotations, mask, which rows are the picture's, three of a cache, texts, valid keys.
+    # In addition to the states: modulation, rotations, mask, which rows are the picture's, three of a cache, texts, valid
+    # keys.
     inputs = (denoiser.modulation(embedded), rotations, None, is_picture, None, None, None, [(0, length, True)], None)
     for block in denoiser.transformer_blocks:
         if torch.is_grad_enabled() and denoiser.gradient_checkpointing:
@@ -148,7 +148,7 @@ def _forward(denoiser: Any, latents: Tensor, context: Tensor, times: Tensor, siz
 
 
 class _Attention:
-    """The attention of a block: of a text to what is before it, and of the picture to all. It takes the place of diffusers'."""
+    """Attention of a block: a text attends to what is before it, a picture to everything. It replaces diffusers'."""
 
     def __call__(
         self,
@@ -169,9 +169,9 @@ class _Attention:
 
 
 def _rotations(length: int, size: tuple[int, int], axes: Sequence[int], device: torch.device) -> attention.Tables:
-    """The tables (L + H W, D) that rotate an attention head by each position's frame, row and column.
+    """Return the tables (L + H W, D) that rotate an attention head by each position's frame, row and column.
 
-    A text's tokens have their number on all three axes. A picture is at the number after them, its rows and columns are
+    A text's tokens have their number on all three axes. A picture's frame is the next number, and its rows and columns are
     counted from its centre.
     """
     tokens = torch.arange(float(length), device=device).unsqueeze(1).expand(-1, 3)
@@ -241,7 +241,7 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
     context, mask = conditioning["context"].to(noisy_latents.dtype), conditioning["context_mask"]
     lengths = transformer.text_lengths(mask)
     if len(set(lengths)) > 1:
-        # Since the place of a picture follows from the length of its text.
+        # The place of a picture depends on the length of its text.
         return transformer.one_by_one(predict, denoiser, noisy_latents, timesteps, conditioning)
     height, width = noisy_latents.shape[2:]
     latents = noisy_latents.flatten(2).transpose(1, 2)
@@ -252,7 +252,7 @@ def predict(denoiser: nn.Module, noisy_latents: Tensor, timesteps: Tensor, condi
 QWEN_IMAGE_21 = FamilySpec(
     names=NAMES,
     title="Qwen-Image 2.1",
-    overflows_in_fp16=True,  # diffusers cuts the states off at what fp16 holds
+    overflows_in_fp16=True,  # diffusers clips the states to fp16's range
     resolution=1024,  # diffusers' default; the authors recommend sizes of about 2048 x 2048
     size_multiple=32,
     wording="sentences",

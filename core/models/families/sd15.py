@@ -44,11 +44,11 @@ SD15 = FamilySpec(
     resolution=512,
     size_multiple=64,
     wording="tags",
-    guidance=6.0,  # a little less than the usual 7.5, which hardens skin
+    guidance=6.0,  # a little less than the usual 7.5, which makes skin look hard
     steps=20,  # enough for DPM++ 2M (arXiv:2211.01095: 15 to 20)
     recipes={
-        # As in diffusers' DreamBooth LoRA: 1,000 steps of one photo at 1e-4. The best: sd-scripts' usual rank 32, alpha 16 and
-        # 1e-4 at batch 4, for longer.
+        # As in diffusers' DreamBooth LoRA: 1,000 steps of one photo at 1e-4. For `best`, sd-scripts' usual rank 32, alpha 16
+        # and 1e-4 at batch 4, for longer.
         "fast": Recipe(500, 1e-4, 16),
         "balanced": Recipe(1000, 1e-4, 32, settings={"alpha": 16.0}),
         "best": Recipe(4000, 5e-5, 32, batch_size=4, settings={"alpha": 16.0}),

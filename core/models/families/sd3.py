@@ -1,6 +1,6 @@
 """Stable Diffusion 3 and 3.5 (arXiv:2403.03206): a rectified flow with joint blocks of image and text streams; 1024 px.
 
-The text encoders are CLIP ViT-L/14, OpenCLIP ViT-bigG/14 and T5-XXL. T5 is optional, as it was dropped at random in the
+The text encoders are CLIP ViT-L/14, OpenCLIP ViT-bigG/14 and T5-XXL. T5 is optional, because it was dropped at random in the
 models' own training.
 """
 
@@ -19,9 +19,9 @@ from ..spec import Component, Conditioning, FamilySpec, FewSteps
 
 LATENT_SCALE, LATENT_SHIFT = 1.5305, 0.0609
 TEXT_TOKENS = 256
-"""The number of T5 tokens, to which captions are padded, as in diffusers and sd-scripts."""
+"""The number of T5 tokens that captions are padded to, as in diffusers and sd-scripts."""
 CONTEXT_WIDTH = 4096
-"""The width of T5-XXL, to which the states of CLIP are padded with zeros."""
+"""The width of T5-XXL. The states of CLIP are padded to it with zeros."""
 SHIFT = 3.0
 """The authors' shift for 1024 px (arXiv:2403.03206, section 5.3.2), for all sizes as in SD3.5's scheduler and sd-scripts."""
 
@@ -76,7 +76,7 @@ def build_denoiser(config: dict[str, Any]) -> nn.Module:
 def encode_text(
     encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
 ) -> Conditioning:
-    # Both CLIPs use the layer before the last, as in the models' training. The second pads with 0.
+    # Both CLIPs use the second to last layer, as in the models' training. The second CLIP pads with 0.
     states, pooled = [], []
     for part, padding in (("text_encoder", clip.END), ("text_encoder_2", 0)):
         tokens = clip.token_chunks(captions, chunks, padding)
@@ -108,7 +108,7 @@ SD3 = FamilySpec(
     resolution=1024,
     size_multiple=16,
     wording="sentences",
-    guidance=4.5,  # SD3.5 Medium's model card, as are the steps
+    guidance=4.5,  # from SD3.5 Medium's model card, as are the steps
     steps=40,
     recipes={
         # Ranks as usual for SD3.5 in sd-scripts, 32 to 64.

@@ -28,7 +28,7 @@ def split(tensors: Mapping[str, Tensor]) -> dict[str, Component]:
 def encode_text(
     encoders: Mapping[str, nn.Module], captions: Sequence[str], clip_skip: int, chunks: int
 ) -> Conditioning:
-    # Both encoders use the layer before the last, as in the model's training. The second pads with 0.
+    # Both encoders use the second to last layer, as in the model's training. The second encoder pads with 0.
     of_first, of_second = encoders["text_encoder"], encoders["text_encoder_2"]
     tokens = clip.token_chunks(captions, chunks, clip.END, clip.words_of(of_first))
     first, _ = clip.encode_chunks(of_first, tokens, layer=2, final_norm=False)
@@ -69,7 +69,8 @@ SDXL = FamilySpec(
     steps=20,  # enough for DPM++ 2M (arXiv:2211.01095: 15 to 20)
     recipes={
         # As in diffusers' DreamBooth LoRA, 1e-4 for one photo. Replicate's SDXL trainer sees 4,000 photos at 512 px, Eden's
-        # face preset 1,440 at 512 px; 1,000 at 768 px are in between. The best: sd-scripts' usual 1e-4 at batch 4, for longer.
+        # face preset 1,440 at 512 px. 1,000 at 768 px are in between. For `best`, sd-scripts' usual 1e-4 at batch 4, for
+        # longer.
         "fast": Recipe(600, 1e-4, 16, settings={"resolution": 512}),
         "balanced": Recipe(1000, 1e-4, 32, settings={"resolution": 768}),
         "best": Recipe(4000, 5e-5, 32, batch_size=4),

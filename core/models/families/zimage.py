@@ -1,7 +1,7 @@
 """Z-Image (Alibaba, 2025): a rectified flow with one stream of text and image after a refiner for each; 1024 px.
 
-The text encoder is Qwen3-4B. Z-Image-Turbo, which is distilled to eight steps without guidance, has the same tensors, so only
-its name tells it from the base model. A LoRA that is trained on it undoes the distillation: train on the base model, or on
+The text encoder is Qwen3-4B. Z-Image-Turbo is distilled to eight steps without guidance. It has the same tensors, so only its
+name distinguishes it from the base model. A LoRA trained on Turbo undoes the distillation. Train on the base model, or on
 Turbo with a training adapter.
 """
 
@@ -22,7 +22,7 @@ TEXT_TOKENS = 512
 """The most tokens of a caption and its template, as in the authors' pipeline."""
 _TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 ROTARY_AXES, ROTARY_LENGTHS = (32, 48, 48), (1536, 512, 512)
-"""The widths of an attention head that are rotated by a position's number, row and column, and the most of each."""
+"""The widths of the parts of an attention head rotated by a position's number, row and column, and the maximum of each."""
 
 _ATTENTION = r"layers\.\d+\.attention\.to_([qkv]|out\.0)"
 # Refiners and modulation layers are not adapted, as in musubi-tuner.
@@ -30,7 +30,7 @@ _TRANSFORMER = rf"{_ATTENTION}|layers\.\d+\.feed_forward\.w[123]"
 
 
 def recognise(denoiser: Mapping[str, Tensor]) -> bool:
-    # Lumina 2 has an activation at the place of this modulation layer, and no padding token.
+    # Lumina 2 has an activation instead of this modulation layer, and no padding token.
     needed = ("layers.0.adaLN_modulation.0.weight", "layers.0.attention.qkv.weight", "cap_pad_token")
     return all(name in denoiser for name in needed)
 
@@ -63,7 +63,7 @@ def build_denoiser(config: dict[str, Any]) -> nn.Module:
 
 
 class _Tables:
-    """The tables (S, 2, D) of positions (S, 3), in the place of diffusers' complex numbers."""
+    """Return the tables (S, 2, D) of positions (S, 3), instead of diffusers' complex numbers."""
 
     def __init__(self, rotations: Callable[[Tensor], Tensor]):
         self._rotations = rotations

@@ -27,33 +27,33 @@ METHODS: dict[str, Method] = {
 def attach(
     networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
 ) -> Adapter:
-    """The adapter of the method in the settings, put on the networks, which are changed in place.
+    """Attach the adapter of the configured method to the networks, which are changed in place.
 
-    Raises BadConfig for settings that the method does not have, LoraMisfit when it cannot go on from the file.
+    Raises BadConfig for settings that the method doesn't support, LoraMisfit when it can't continue from the file.
     """
     return METHODS[config.method].attach(networks, family, config, continue_from)
 
 
 def what_is_left_out(denoiser: nn.Module, family: FamilySpec, config: TrainConfig) -> str | None:
-    """Which modules that the settings adapt the method leaves out, and why, in a sentence; None where it leaves out none."""
+    """Explain in a sentence which target modules the method leaves out and why. Returns None if it trains all of them."""
     if METHODS[config.method].joins_modules or not (paths := left_out(family, config, denoiser)):
         return None
     return (
         f"method {config.method!r} leaves out {counted(len(paths), 'module')} of targets = {config.targets!r}, such as "
-        f"{paths[0]}: they are parts of one layer in files of {family.name}, where only a plain LoRA fits (method 'lora')"
+        f"{paths[0]}: they are parts of one layer in files of {family.name}, where only method 'lora' fits"
     )
 
 
 def peak_rate(config: TrainConfig) -> float:
-    """The peak learning rate of a run: that of the settings, else the default of its method."""
+    """Return the peak learning rate of a run: the configured one, or else the method's default."""
     return METHODS[config.method].peak_rate(config)
 
 
 def trains_text(config: TrainConfig) -> bool:
-    """Whether captions are encoded anew in each step, so that their conditioning cannot be computed beforehand."""
+    """Return whether captions are encoded again in each step, so that their conditioning can't be computed in advance."""
     return METHODS[config.method].trains_text(config)
 
 
 def files_beside(file: Trained, base: Base, config: TrainConfig) -> Mapping[str, LoraFile]:
-    """The files to write beside the trained file, by the addition to its name."""
+    """Build the files to write beside the trained file, by the suffix added to its name."""
     return {addition: make(file, base, config) for addition, make in METHODS[config.method].beside.items()}

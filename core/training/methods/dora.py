@@ -1,7 +1,8 @@
 """DoRA (arXiv:2402.09353): a LoRA for the direction of each column of a weight, and a trained magnitude of the column.
 
-W' = m * (W + s B A) / |W + s B A|, with the norm of each column (input feature) as in the paper. peft has a magnitude for
-each row instead, which ComfyUI reads as another change. Here `dora_scale` in the file is (1, in), on which readers agree.
+`W' = m * (W + s B A) / |W + s B A|`, with the norm of each column (input feature), as in the paper. peft instead has a
+magnitude for each row, which ComfyUI reads as a different change. Here `dora_scale` in the file is (1, in), which all readers
+interpret the same way.
 """
 
 import json
@@ -41,7 +42,7 @@ class MagnitudeLayer(nn.Module):
             return self.lora_layer(x)
         # Read in every pass, since a memory plan may narrow the weight to 8 bits or move it to another device.
         weight, down, up = self.lora_layer.weight, self.lora_layer.down, self.lora_layer.up
-        with torch.no_grad():  # no gradient goes through the norm (section 4.3 of the paper)
+        with torch.no_grad():  # the norm gets no gradient (section 4.3 of the paper)
             change = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
             norms = column_norms(weight + self.lora_layer.scale * change)
         factors = (self.magnitude / norms).to(x.dtype)
@@ -49,7 +50,7 @@ class MagnitudeLayer(nn.Module):
 
 
 def column_norms(weight: Tensor) -> Tensor:
-    """The norm of each column of a weight (out, in, ...), i.e. over all but its inputs: (in,) float32."""
+    """Return the norm of each column of a weight (out, in, ...), i.e. over all dimensions but its inputs: (in,) float32."""
     return weight.float().transpose(0, 1).flatten(1).norm(dim=1).clamp_min(torch.finfo(torch.float32).eps)
 
 
@@ -109,15 +110,15 @@ class DoraAdapter(Adapter):
 
     @torch.no_grad()
     def load(self, file: LoraFile) -> None:
-        """Starts from a file. Raises LoraMisfit when it is no DoRA of the same modules and ranks with column magnitudes."""
+        """Start from a file. Raises LoraMisfit unless it is a DoRA of the same modules and ranks with column magnitudes."""
         modules = {}
         for entry in file.entries:
             tensors = file.tensors_of(entry)
             magnitude = self.layers[entry.modules[0]].magnitude if entry.modules[0] in self.layers else None
             if entry.kind != "dora" or magnitude is None or tensors["dora"].shape[:2] != (1, len(magnitude)):
                 raise LoraMisfit(
-                    f"{file.name}: {entry.name} (kind {entry.kind}) is no DoRA with a length for each column of a module "
-                    "that these settings train: choose the same method and targets"
+                    f"{file.name}: {entry.name} (kind {entry.kind}) is not a DoRA with a length for each column of a module "
+                    "that these settings train. Choose the same method and targets"
                 )
             magnitude.copy_(tensors["dora"].flatten())
             alpha = tensors["alpha"].item() if "alpha" in tensors else float(len(tensors["down"]))
@@ -128,9 +129,9 @@ class DoraAdapter(Adapter):
 def attach(
     networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
 ) -> DoraAdapter:
-    """A DoraAdapter on the networks, which are changed in place.
+    """Attach a DoraAdapter to the networks, which are changed in place.
 
-    A new one changes no prediction: B is 0, and the magnitudes are the norms of the frozen columns.
+    A new one doesn't change any prediction: B is 0, and the magnitudes are the norms of the frozen columns.
     """
     targets = target_modules(family, config, networks, METHOD.joins_modules)
     adapter = attach_layers(networks, family, config, targets, scheme_of_kinds(NAME_TABLES[family.name], targets))

@@ -1,6 +1,6 @@
-"""Full DreamBooth (arXiv:2208.12242): all weights of the denoiser are trained, and those of the text encoders with a rate.
+"""Full DreamBooth (arXiv:2208.12242): train all weights of the denoiser, and those of the text encoders if they have a rate.
 
-The result is a checkpoint in the original naming, as ComfyUI loads it, and beside it the same change as a LoRA.
+The result is a full model file in the original naming, which ComfyUI can load. The same change is saved beside it as a LoRA.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,12 +30,15 @@ _GIB = 2**30
 
 @dataclass(frozen=True, eq=False)
 class FullAdapter(Adapter):
-    """An adapter whose parameters are the networks' own weights. The weights from before are kept beside them."""
+    """An adapter whose parameters are the networks' own weights. The original weights are kept beside them."""
 
     networks: Mapping[str, nn.Module]
     originals: Mapping[str, Tensor]
-    """The values of the parameters before training, by name, in the computer's memory unless prior prediction needs them in
-    each step. On the CPU in float32 they share the base model's memory."""
+    """The values of the parameters before training, by name.
+
+    They are in the computer's memory unless prior prediction needs them in each step. On the CPU in float32 they share the
+    base model's memory.
+    """
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {
@@ -72,19 +75,21 @@ class FullAdapter(Adapter):
 def attach(
     networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
 ) -> FullAdapter:
-    """A FullAdapter on the networks, whose weights are replaced by trainable float32 copies.
+    """Attach a FullAdapter to the networks, whose weights are replaced by trainable float32 copies.
 
-    Raises OutOfMemory, before anything is copied, when they would not fit, BadConfig for a family or a setting that the
-    method does not have, and LoraMisfit for a LoRA to go on from.
+    Raises OutOfMemory before copying if the copies would not fit. Raises BadConfig for a family or a setting that the method
+    doesn't support, and LoraMisfit for a LoRA to continue from.
     """
     if not family.names.checkpoint_prefixes:
-        raise BadConfig(f"method 'dreambooth': no checkpoint of {family.title} can be written; use 'lora'")
+        raise BadConfig(f"method 'dreambooth': a checkpoint of {family.title} cannot be written. Use 'lora'")
     if blocks_in_a_level(networks["denoiser"].config) is None:  # pyright: ignore
         raise BadConfig(
-            "method 'dreambooth': no checkpoint of a UNet whose levels have unlike blocks can be written; use 'lora'"
+            "method 'dreambooth': a checkpoint of a UNet whose levels have unlike blocks cannot be written. Use 'lora'"
         )
     if continue_from is not None:
-        raise LoraMisfit(f"{continue_from.name}: method 'dreambooth' goes on from a checkpoint: give it as the base")
+        raise LoraMisfit(
+            f"{continue_from.name}: method 'dreambooth' continues from a checkpoint. Use that as base model"
+        )
     refuse_settings_of_lora(config)
     parameters = [parameter for network in networks.values() for parameter in network.parameters()]
     if (free := free_memory(parameters[0].device)) is not None:
@@ -102,9 +107,9 @@ def attach(
 
 
 def check_memory(count: int, config: TrainConfig, free: int, originals: int = 0) -> None:
-    """Raises OutOfMemory, with advice, when training `count` weights needs more than `free` bytes.
+    """Raise OutOfMemory, with advice, when training `count` weights needs more than `free` bytes.
 
-    `originals` are the bytes that are kept of each weight from before.
+    `originals` is the number of bytes kept per weight for its original value.
     """
 
     def needed(optimizer: str) -> float:
@@ -116,12 +121,12 @@ def check_memory(count: int, config: TrainConfig, free: int, originals: int = 0)
     advice = f"optimizer {smaller[0]} needs {needed(smaller[0]) / _GIB:.1f} GiB, or " if smaller else ""
     raise OutOfMemory(
         f"method 'dreambooth' needs {needed(config.optimizer) / _GIB:.1f} GiB for {count / 1e6:.0f} million weights, their "
-        f"gradients and {config.optimizer}, {free / _GIB:.1f} GiB are free; {advice}method 'lora' trains a hundredth of it"
+        f"gradients and {config.optimizer}, but {free / _GIB:.1f} GiB are free. {advice}method 'lora' trains a hundredth of it"
     )
 
 
 def lora_beside(file: Trained, base: Base, config: TrainConfig) -> LoraFile:
-    """The change of the weights as the nearest LoRA of the settings' rank on linear layers and convolutions.
+    """Approximate the change of the weights by a LoRA of the configured rank on linear layers and convolutions.
 
     The changes of norms and biases are left out.
     """

@@ -28,7 +28,7 @@ def attach(
         alphas={module: alpha for module, (_, alpha) in targets.items()},
         network_arguments={"algo": "loha"},
     )
-    # The same start as in LyCORIS: one factor is 0, and the others are large enough for the first step to have an effect.
+    # Start as in LyCORIS: one factor is 0, and the others are large enough for the first step to have an effect.
     deviations = {"hada_w1_a": 0.1, "hada_w1_b": 1.0, "hada_w2_a": 0.0, "hada_w2_b": 1.0}
     adapter.start(family.name, config, deviations, continue_from)
     return adapter

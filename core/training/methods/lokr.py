@@ -30,7 +30,7 @@ def attach(
     alphas = {module: alpha for module, (_, alpha) in targets.items()}
     for module, layer in layers.items():
         if _WHOLE in _roles_of(layer):
-            # Neither factor has a rank to divide by, and LyCORIS and ComfyUI then do not scale the product.
+            # Neither factor has a rank to divide by, so LyCORIS and ComfyUI don't scale the product.
             layer.scaling[PEFT_NAME] = 1.0  # pyright: ignore
             alphas[module] = float(targets[module][0])
     arguments = {"algo": "lokr", "factor": config.lokr_factor}

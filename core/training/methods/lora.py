@@ -26,13 +26,13 @@ class LoraAdapter(Adapter):
 
     networks: Mapping[str, nn.Module]
     layers: Mapping[ModuleId, LoraLayer]
-    """The layer in the place of each adapted module."""
+    """The layer that replaces each adapted module."""
     shared: Mapping[ModuleId, ModuleId]
-    """The module whose A each module uses: itself, or the first of those that are one module in the file (q, k and v)."""
+    """The module whose A each module uses: itself, or the first of the modules that are one in the file (q, k and v)."""
     _copies: dict[tuple[nn.Parameter, ...], Tensor] = field(default_factory=dict)
-    """The parameters, some of them below each other, in the dtype of the arithmetic, when that is not float32."""
+    """Copies of the parameters, some of them stacked, in the dtype of the arithmetic. Empty when that is float32."""
     _places: list[Tensor] = field(default_factory=list)
-    """The place of each parameter in the copies, in their order."""
+    """The part of the copies that belongs to each parameter, in their order."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         found = {}
@@ -47,7 +47,7 @@ class LoraAdapter(Adapter):
 
     @torch.no_grad()
     def copy(self, stacks: Iterable[tuple[nn.Parameter, ...]], dtype: torch.dtype) -> None:
-        # All or none: where memory runs out among them, the step is made again.
+        # Copy all or none: if memory runs out halfway, the step is repeated.
         copies = {stack: _stacked(stack, dtype) for stack in stacks}
         self._copies.update(copies)
         self._places.extend(part for stack, copy in copies.items() for part in _parts(copy.detach(), stack))
@@ -98,13 +98,13 @@ class LoraAdapter(Adapter):
             torch._foreach_add_(*map(list, zip(*sums, strict=True)))
 
     def modules(self, values: Mapping[str, Tensor] | None = None) -> dict[ModuleId, LoraModule]:
-        """The low-rank change of each module, from the parameters or from other `values`, float32 copies on the CPU."""
+        """Return the low-rank change of each module, from the parameters or other `values`, as float32 copies on the CPU."""
         values = values or self.parameters()
         result = {}
         for (part, path), layer in self.layers.items():
             down = values[f"{'.'.join(self.shared[part, path])}.down"].detach().float().cpu().clone()
             up = values[f"{part}.{path}.up"].detach().float().cpu().clone()
-            # Readers scale by alpha / rank, so rsLoRA's alpha / sqrt(rank) is written as another alpha.
+            # Readers scale by alpha / rank, so rsLoRA's alpha / sqrt(rank) is written as a different alpha.
             result[part, path] = LoraModule(down, up, layer.scale * down.shape[0])
         return result
 
@@ -116,25 +116,25 @@ class LoraAdapter(Adapter):
 
     @torch.no_grad()
     def load(self, modules: Mapping[ModuleId, LoraModule]) -> None:
-        """Starts from the given changes. Raises LoraMisfit when their modules or ranks are not those of this adapter."""
+        """Start from the given changes. Raises LoraMisfit when their modules or ranks are not those of this adapter."""
         if set(modules) != set(self.layers):
             odd = sorted(set(modules) ^ set(self.layers))[0]
             raise LoraMisfit(
-                f"the LoRA to go on from adapts {counted(len(modules), 'module')}, these settings {len(self.layers)}; "
-                f"they differ at {odd[1]} of the {odd[0]}: choose the same targets"
+                f"the LoRA to continue from adapts {counted(len(modules), 'module')}, these settings {len(self.layers)}. "
+                f"They differ at {odd[1]} of the {odd[0]}. Choose the same targets"
             )
         for (part, path), module in modules.items():
             layer = self.layers[part, path]
             if module.down.numel() != layer.down.numel() or module.up.numel() != layer.up.numel():
                 raise LoraMisfit(
-                    f"the LoRA to go on from has rank {module.rank} at {path}, these settings {layer.down.shape[0]}"
+                    f"the LoRA to continue from has rank {module.rank} at {path}, these settings {layer.down.shape[0]}"
                 )
-            # B takes up the ratio of the scales, so that the change is the same whatever alpha the file has.
+            # Scale B by the ratio of the scales, so that the change is the same whatever alpha the file has.
             ratio = module.scale / layer.scale
             first = self.shared[part, path]
             if first != (part, path) and not torch.equal(module.down, modules[first].down):
                 raise LoraMisfit(
-                    f"the LoRA to go on from has matrices A of their own at {first[1]} and {path}, here they share one"
+                    f"the LoRA to continue from has separate matrices A at {first[1]} and {path}, but here they share one"
                 )
             layer.down.copy_(module.down.reshape(layer.down.shape))
             layer.up.copy_(module.up.reshape(layer.up.shape).float() * ratio)
@@ -153,7 +153,7 @@ class LoraAdapter(Adapter):
 def attach(
     networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
 ) -> LoraAdapter:
-    """A LoraAdapter on the networks, by `attach_layers`, whose layers with the same input work together."""
+    """Attach a LoraAdapter to the networks with `attach_layers`. Layers with the same input work together."""
     adapter = attach_layers(networks, family, config, target_modules(family, config, networks), family.names.scheme)
     if continue_from is not None:
         adapter.load(continue_from.modules())
@@ -172,12 +172,12 @@ def attach_layers(
     targets: Mapping[ModuleId, tuple[int, float]],
     scheme: str,
 ) -> LoraAdapter:
-    """A LoraAdapter on the `target_modules` of the networks (denoiser, text encoders), which are changed in place.
+    """Attach a LoraAdapter to the `target_modules` of the networks (denoiser, text encoders), which are changed in place.
 
-    `scheme` is the naming scheme of the file that is to come.
+    `scheme` is the naming scheme of the file to be written.
 
-    A is drawn Kaiming-uniform with a = sqrt 5 from the seed on the CPU, B is 0 (arXiv:2106.09685), so that a new adapter
-    changes nothing and is the same on every machine.
+    A is drawn Kaiming-uniform with a = sqrt 5 from the seed on the CPU, and B is 0 (arXiv:2106.09685). So a new adapter
+    doesn't change anything and is the same on every machine.
     """
     layers: dict[ModuleId, LoraLayer] = {}
     for (part, path), (rank, alpha) in targets.items():
@@ -198,7 +198,7 @@ def attach_layers(
 
 
 def _shared(family: FamilySpec, layers: Mapping[ModuleId, LoraLayer], scheme: str) -> dict[ModuleId, ModuleId]:
-    """The module whose A each module uses.
+    """Return the module whose A each module uses.
 
     Modules that are fused into one in files of that scheme share an A, since the file's rank would otherwise be their sum.
     """
@@ -213,11 +213,11 @@ def _shared(family: FamilySpec, layers: Mapping[ModuleId, LoraLayer], scheme: st
 _SAME_INPUT = (
     ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"), ("q_proj", "k_proj", "v_proj"), ("w1", "w3"),
 )  # fmt: skip
-"""The names of layers side by side that are given the same input. In cross-attention to_q is given another one."""
+"""The names of sibling layers that get the same input. In cross-attention, to_q gets a different one."""
 
 
 def _with_same_input(adapter: LoraAdapter) -> list[list[LoraLayer]]:
-    """The linear layers, those together that are given the same input: by their names, or since they are one in the file."""
+    """Group the linear layers that get the same input, judging by their names or because they are one layer in the file."""
     users = Counter(adapter.shared.values())
     found: dict[object, list[LoraLayer]] = {}
     for module_id, layer in adapter.layers.items():
@@ -229,7 +229,7 @@ def _with_same_input(adapter: LoraAdapter) -> list[list[LoraLayer]]:
 
 
 def _input_of(networks: Mapping[str, nn.Module], module_id: ModuleId, width: int) -> object:
-    """A key that is equal for layers that are given the same input, of that width."""
+    """Return a key that is equal for layers that get the same input, of that width."""
     part, path = module_id
     parent, _, name = path.rpartition(".")
     crosses = getattr(networks[part].get_submodule(parent), "is_cross_attention", False)
@@ -238,13 +238,13 @@ def _input_of(networks: Mapping[str, nn.Module], module_id: ModuleId, width: int
 
 
 def _stacked(parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> Tensor:
-    """Memory for the parameters below each other in that dtype, a leaf of autograd."""
+    """Allocate a leaf tensor of autograd, in that dtype, for the stacked parameters."""
     first = parameters[0]
     return first.new_empty(sum(map(len, parameters)), *first.shape[1:], dtype=dtype, requires_grad=True)
 
 
 def _parts(stacked: Tensor, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor]:
-    """The parts of a tensor of `_stacked`, one for each of the parameters."""
+    """Split a tensor from `_stacked` into one part for each of the parameters."""
     return stacked.split([len(parameter) for parameter in parameters]) if len(parameters) > 1 else (stacked,)
 
 

@@ -1,4 +1,4 @@
-"""The layer that LoRA puts in the place of a frozen one. It passes over its activations as few times as possible."""
+"""The layer that replaces a frozen one in LoRA. It passes over its activations as few times as possible."""
 
 import math
 import weakref
@@ -15,14 +15,14 @@ from ...models.narrow_layers import as_under_autocast, narrow_of
 from ...storage.narrow import Widen
 
 _Form = tuple[float, Widen, int]
-"""The factor on a layer's change, the way in which its weight is widened, and the number of the weight's parts."""
+"""The factor on a layer's change, the function that widens its weight, and the number of the weight's parts."""
 
 
 class LoraLayer(nn.Module):
-    """A frozen Linear or Conv2d with W + scale * B A in the place of its weight W (arXiv:2106.09685).
+    """A frozen Linear or Conv2d whose weight W is replaced by W + scale * B A (arXiv:2106.09685).
 
     `down` is A, (rank, in) or (rank, in, height, width), and `up` is B, (out, rank) or (out, rank, 1, 1). Both are float32
-    whatever the dtype of W; the arithmetic is in the dtype of the input.
+    whatever the dtype of W. The arithmetic is in the dtype of the input.
     """
 
     def __init__(self, base_layer: nn.Module, rank: int, alpha: float, *, rslora: bool = False, dropout: float = 0.0):
@@ -34,7 +34,7 @@ class LoraLayer(nn.Module):
         self.dropout = dropout
         self.enabled = True
         self.together: SharedInput = SharedInput([self])
-        """The layers that are given the same input, this one among them."""
+        """The layers that get the same input, including this one."""
         self.down: nn.Parameter = nn.Parameter(
             torch.empty(rank, *weight.shape[1:], device=weight.device, dtype=torch.float32)
         )
@@ -45,7 +45,7 @@ class LoraLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight, whose dtype some networks look at."""
+        """The frozen weight. Some networks look at its dtype."""
         return self.base_layer.weight  # pyright: ignore
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,38 +65,39 @@ class LoraLayer(nn.Module):
 
 
 class SharedInput:
-    """Linear layers that are given one tensor, one after the other, as q, k and v are; or a layer alone.
+    """Linear layers that get the same tensor one after another, like q, k and v, or a single layer.
 
-    The first that is called with a tensor computes the outputs of all, which the others then hand out. So one product with
-    the matrices A serves all of them, and the gradients of the input are added up by the products that make them.
+    The first one called with a tensor computes the outputs of all, and the others then return theirs. So one product with the
+    matrices A serves all of them, and the gradients of the input are added up by the products that compute them.
     """
 
     def __init__(self, layers: Sequence[LoraLayer]):
-        # Layers refer to this: a reference back would keep them, and frozen weights, until Python collects garbage.
+        # Layers refer to this object. A strong reference back would keep them and their frozen weights until garbage
+        # collection.
         self._layers: tuple[weakref.ref[LoraLayer], ...] = tuple(map(weakref.ref, layers))
         self.copies: tuple[Tensor, list[Tensor]] | None = None
-        """What `matrices` returns, while the adapter keeps it up to date (`cast_once`)."""
+        """What `matrices` returns while the adapter keeps it up to date (`cast_once`)."""
         self._ahead: tuple[Tensor, dict[LoraLayer, Tensor]] | None = None
-        """The input, and the outputs that have not been asked for yet."""
+        """The input, and the outputs that have not been requested yet."""
 
     @property
     def layers(self) -> list[LoraLayer]:
-        """The layers, as long as the network that has them is there."""
+        """The layers, as long as their network exists."""
         return [reference() for reference in self._layers]  # pyright: ignore
 
     def downs(self) -> tuple[nn.Parameter, ...]:
-        """The matrices A. Layers that are one in the file have one."""
+        """Return the matrices A. Layers that are one in the file share one."""
         return tuple(dict.fromkeys(layer.down for layer in self.layers))
 
     def matrices(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-        """The matrices A, one below the other, and the matrices B, in that dtype."""
+        """Return the stacked matrices A and the matrices B, in that dtype."""
         if self.copies and self.copies[0].dtype == dtype:
             return self.copies
         downs = [down.to(dtype) for down in self.downs()]
         return torch.cat(downs) if len(downs) > 1 else downs[0], [layer.up.to(dtype) for layer in self.layers]
 
     def output(self, layer: LoraLayer, x: Tensor) -> Tensor:
-        """The output of one of the layers."""
+        """Return the output of one of the layers."""
         if self._ahead is None or self._ahead[0] is not x or layer not in self._ahead[1]:
             self._ahead = x, dict(zip(self.layers, self._outputs(as_under_autocast(x)), strict=True))
         outputs = self._ahead[1]
@@ -106,7 +107,7 @@ class SharedInput:
         return result
 
     def forget(self) -> None:
-        """Lets go of what an interrupted pass has left."""
+        """Release what an interrupted pass has left."""
         self._ahead = None
 
     def _outputs(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -123,9 +124,9 @@ class SharedInput:
 class _AdaptedLinears(torch.autograd.Function):
     """x W^T + bias + factor * (x A^T) B^T for several layers. Changes are added in place, and only x and x A^T are kept.
 
-    `down` has the matrices A, one below the other, or the one that all layers share. The others are given as all matrices B,
-    all biases, and the parts of all weights, which are widened for a product and again for the backward pass. Everything but
-    these parts is in the dtype of x.
+    `down` is the stacked matrices A, or the one that all layers share. The other arguments are all matrices B, all biases, and
+    the parts of all weights. The weights are widened for a product and again for the backward pass. Everything but their parts
+    is in the dtype of x.
     """
 
     @staticmethod
@@ -174,12 +175,12 @@ def _plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _by_layer(parts: Sequence[Tensor], forms: Sequence[_Form]) -> list[Sequence[Tensor]]:
-    """The parts of each layer's weight."""
+    """Return the parts of each layer's weight."""
     ends = list(accumulate(count for _, _, count in forms))
     return [parts[end - count : end] for end, (_, _, count) in zip(ends, forms, strict=True)]
 
 
 def _columns(low: Tensor, ups: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The part of x A^T that each B is multiplied by, (positions, rank)."""
+    """Return the part of x A^T that each B is multiplied by, (positions, rank)."""
     flat, ranks = low.flatten(0, -2), [up.shape[1] for up in ups]
     return flat.split(ranks, dim=1) if sum(ranks) == flat.shape[1] else (flat,) * len(ups)

@@ -1,4 +1,4 @@
-"""The adapter of LoHa, LoKr and OFT, whose files are in the form of LyCORIS."""
+"""The adapter of LoHa, LoKr and OFT, whose files have the form of LyCORIS."""
 
 import json
 import math
@@ -21,9 +21,9 @@ from .method import Adapter, refuse_settings_of_lora
 Roles = Mapping[str, nn.Parameter]
 """The trained tensors of a layer by role, such as `hada_w1_a`, as in lora.kinds."""
 KAIMING = None
-"""Given as a deviation, it means uniform within 1 / sqrt(fan in), which is Kaiming's initialisation with a = sqrt 5."""
+"""As a deviation, it means uniform within 1 / sqrt(fan in), which is Kaiming's initialisation with a = sqrt 5."""
 _SCALED_ROLES = ("hada_w2_a", "lokr_w2", "lokr_w2_a")
-"""The factor that takes up a ratio of scales is the first of these that a layer has."""
+"""A ratio of scales is applied to the first of these factors that a layer has."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,10 +34,10 @@ class LycorisAdapter(Adapter):
     kind: str
     layers: Mapping[ModuleId, nn.Module]
     roles_of: Callable[[nn.Module], Roles]
-    """The trained tensors of a layer."""
+    """Returns the trained tensors of a layer."""
     alphas: Mapping[ModuleId, float]
     network_arguments: Mapping[str, object]
-    """The arguments by which LyCORIS would train the same, for the metadata."""
+    """The arguments with which LyCORIS would train the same, for the metadata."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {
@@ -49,13 +49,13 @@ class LycorisAdapter(Adapter):
     def start(
         self, family: str, config: TrainConfig, deviations: Mapping[str, float | None], continue_from: LoraFile | None
     ) -> None:
-        """Sets the tensors, float32, from a file, or draws them from the seed on the CPU, so that every machine starts alike.
+        """Load the tensors, float32, from a file, or draw them from the seed on the CPU, so that all machines start alike.
 
-        `deviations` has the standard deviation of each role, or KAIMING. Raises BadConfig for settings that the kind does not
-        have, and LoraMisfit when the file does not fit.
+        `deviations` has the standard deviation of each role, or KAIMING. Raises BadConfig for settings that the kind doesn't
+        support, and LoraMisfit when the file does not fit.
         """
         refuse_settings_of_lora(config)
-        scheme_of_kinds(NAME_TABLES[family], self.layers)  # raises now when the file could not be written later
+        scheme_of_kinds(NAME_TABLES[family], self.layers)  # raise an error now if the file could not be written later
         generator = torch.Generator().manual_seed(config.seed)
         for name, parameter in sorted(self.parameters().items()):
             deviation = deviations[name.rpartition(".")[2]]
@@ -90,24 +90,24 @@ class LycorisAdapter(Adapter):
 
     @torch.no_grad()
     def _load(self, file: LoraFile) -> None:
-        """Starts from a file. Raises LoraMisfit when its kind, modules or shapes are not those of this adapter."""
+        """Start from a file. Raises LoraMisfit when its kind, modules or shapes are not those of this adapter."""
         entries = {entry.modules[0]: entry for entry in file.entries if entry.kind == self.kind}
         if set(entries) != set(self.layers) or len(entries) != len(file.entries):
             raise LoraMisfit(
                 f"{file.name}: changes {counted(len(file.entries), 'module')} (kind {file.kind}), these settings "
-                f"{len(self.layers)} (kind {self.kind}): choose the same method and targets"
+                f"{len(self.layers)} (kind {self.kind}). Choose the same method and targets"
             )
         for module, layer in self.layers.items():
             tensors, roles = file.tensors_of(entries[module]), self.roles_of(layer)
             for role, parameter in roles.items():
                 if role not in tensors or tensors[role].shape != parameter.shape:
                     raise LoraMisfit(
-                        f"{file.name}: {entries[module].name} has no {role} of shape {list(parameter.shape)}, which "
-                        "these settings train: choose the same rank and factor"
+                        f"{file.name}: {entries[module].name} does not have the {role} of shape {list(parameter.shape)} that "
+                        "these settings train. Choose the same rank and factor"
                     )
                 parameter.copy_(tensors[role])
             if rank := rank_of(self.kind, {role: tuple(tensor.shape) for role, tensor in tensors.items()}):
-                # One factor takes up the ratio of the alphas, so that the change is that of the file.
+                # One factor is scaled by the ratio of the alphas, so that the change is the same as in the file.
                 alpha = tensors["alpha"].item() if "alpha" in tensors else float(rank)
                 scaled = next(role for role in _SCALED_ROLES if role in roles)
                 roles[scaled].mul_(alpha / self.alphas[module])

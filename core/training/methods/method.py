@@ -1,6 +1,6 @@
-"""The interface between the training loop and the methods.
+"""The interface between the training loop and the training methods.
 
-A method is a file in core/training/methods/ with a `Method`, which puts an `Adapter` on the networks.
+A method is a file in core/training/methods/ with a `Method`, which attaches an `Adapter` to the networks.
 """
 
 import re
@@ -27,72 +27,72 @@ PEFT_NAME = "facelora"
 LORA_RATE = 1e-4
 """The default peak learning rate of a LoRA."""
 Trained = LoraFile | Checkpoint
-"""The result of a training."""
+"""The result of a training run."""
 _Number = TypeVar("_Number", int, float)
 
 
 class Adapter(ABC):
-    """The trainable part of a training, on one or more networks."""
+    """The trainable part of a training run, on one or more networks."""
 
     networks: Mapping[str, nn.Module]
-    """The networks that it is on, by part."""
+    """The networks that it is attached to, by part."""
 
     @abstractmethod
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The trained tensors, float32, by names that begin with their part and are the same in every run."""
+        """Return the trained tensors, float32, by name. Names begin with the part and are the same in every run."""
 
     def beside(self) -> list[Tensor]:
-        """The tensors that it keeps beside its parameters and the networks."""
+        """Return the tensors that it keeps in addition to its parameters and the networks."""
         return []
 
     def copies(self) -> Mapping[tuple[nn.Parameter, ...], Tensor]:
-        """The tensors that `cast_once` has made, each by the parameters that it is a copy of."""
+        """Return the tensors that `cast_once` has made, each by the parameters that it copies."""
         return {}
 
     def copy(self, stacks: Iterable[tuple[nn.Parameter, ...]], dtype: torch.dtype) -> None:  # noqa: B027, as above
-        """Has `cast_once` copy other parameters, which are no part of the adapter, like its own."""
+        """Make `cast_once` also copy other parameters that don't belong to the adapter."""
 
     @abstractmethod
     def disabled(self) -> AbstractContextManager[None]:
-        """A context in which the networks compute what they did before the adapter was attached."""
+        """Make the networks compute, within this context, what they did before the adapter was attached."""
 
     def cast_once(self, dtype: torch.dtype) -> AbstractContextManager[None]:
-        """A context in which no parameter changes, so that each is cast to the dtype of the arithmetic only once.
+        """Cast each parameter to the dtype of the arithmetic only once. No parameter may change within this context.
 
-        The gradients of each backward pass in it are to be taken by `take_gradients`.
+        Call `take_gradients` after each backward pass in it.
         """
         return nullcontext()
 
     def take_gradients(self) -> None:  # noqa: B027, most methods cast each parameter where it is used
-        """Adds the gradients that a backward pass has given to what `cast_once` has cast to those of the parameters."""
+        """Add the gradients of the copies that `cast_once` made to those of the parameters. Call it after a backward pass."""
 
     @abstractmethod
     def export(self, values: Mapping[str, Tensor], base: Base, metadata: Mapping[str, str]) -> Trained:
-        """The file to save, with these values in the place of the parameters, on the given base model."""
+        """Build the file to save, with these values instead of the parameters, on the given base model."""
 
     def constrain(self) -> None:  # noqa: B027, most methods have no constraint
-        """Brings the parameters back into their allowed range, after each optimizer step."""
+        """Bring the parameters back into their allowed range after each optimizer step."""
 
     def rate(self, name: str, config: TrainConfig, peak: float) -> float:
-        """The peak learning rate of a parameter: `peak` on the denoiser, the settings' own on text encoders."""
+        """Return a parameter's peak learning rate: `peak` on the denoiser, `text_encoder_lr` on text encoders."""
         return peak if name.startswith("denoiser.") else config.text_encoder_lr
 
 
 Attach = Callable[[Mapping[str, nn.Module], FamilySpec, TrainConfig, LoraFile | None], Adapter]
-"""A function of (networks by part, family, settings, file to go on from) that puts an adapter on the networks in place."""
+"""A function of (networks by part, family, settings, file to continue from) that attaches an adapter in place."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to teach a base model a person, and what the rest of the program needs to know about it."""
+    """A way to teach a person to a base model, and what the rest of the program needs to know about it."""
 
     title: str
     """A short description for people."""
     attach: Attach
     trains_text: Callable[[TrainConfig], bool] = lambda config: config.text_encoder_lr > 0
-    """Whether captions are encoded anew in each step, since something on the text encoders is trained."""
+    """Whether captions are encoded again in each step, because something on the text encoders is trained."""
     beside: Mapping[str, Callable[[Trained, Base, TrainConfig], LoraFile]] = field(default_factory=dict)
-    """What makes each file that is written beside the trained one, by the addition to its name."""
+    """The function that makes each file written beside the trained one, by the suffix added to the name."""
     makes: Literal["lora", "embedding", "checkpoint"] = "lora"
     """The type of the trained file."""
     rate_factor: float = 1.0
@@ -100,14 +100,15 @@ class Method:
     freezes_weights: bool = True
     """Whether the networks' own weights stay frozen, so that a memory plan may narrow or offload them."""
     keeps_dtype: bool = False
-    """Whether its layers compute in the dtype of their inputs, so that no autocast is needed."""
+    """Whether its layers compute in the dtype of their inputs, so that autocast isn't needed."""
     joins_modules: bool = True
-    """Whether its change of several modules can be put together in a file where those are one layer, such as q, k and v.
+    """Whether its changes of several modules can be joined in a file where these modules are one layer, such as q, k and v.
 
-    Otherwise each has to stand there by itself, and modules that cannot are left out (`left_out`)."""
+    Otherwise each module has its own entry in the file, and modules that can't have one are left out (`left_out`).
+    """
 
     def peak_rate(self, config: TrainConfig) -> float:
-        """The peak learning rate of a run: that of the settings, else the default of the method.
+        """Return the peak learning rate of a run: the configured one, or else the method's default.
 
         For textual inversion it is the rate of the vectors.
         """
@@ -121,10 +122,10 @@ class Method:
 def target_modules(
     family: FamilySpec, config: TrainConfig, networks: Mapping[str, nn.Module], joined: bool = True
 ) -> dict[ModuleId, tuple[int, float]]:
-    """The (rank, alpha) of every module that the settings adapt, by (part, path), without those of `left_out`.
+    """Return the (rank, alpha) of every target module of the settings, by (part, path), except those in `left_out`.
 
-    `joined` is the method's `joins_modules`: nothing is left out then. Raises BadConfig when a rank is above its layer's,
-    when a network has nothing to adapt, or when a pattern matches nothing.
+    With `joined`, the method's `joins_modules`, nothing is left out. Raises BadConfig when a rank is above its layer's, when a
+    network has nothing to adapt, or when a pattern matches nothing.
     """
     result: dict[ModuleId, tuple[int, float]] = {}
     for part, network in networks.items():
@@ -140,8 +141,8 @@ def target_modules(
             out_size, in_size = module.weight.shape[0], module.weight[0].numel()  # pyright: ignore
             if rank > min(out_size, in_size):
                 raise BadConfig(
-                    f"rank {rank} is larger than {path} ({out_size} x {in_size}) allows; "
-                    f"use at most {min(out_size, in_size)}, or rank_pattern for this layer"
+                    f"rank {rank} is larger than {path} ({out_size} x {in_size}) allows. "
+                    f"Use at most {min(out_size, in_size)}, or rank_pattern for this layer"
                 )
             result[part, path] = (rank, float(alpha))
         if len(result) == before:
@@ -157,17 +158,17 @@ def target_modules(
 
 
 def left_out(family: FamilySpec, config: TrainConfig, denoiser: nn.Module) -> list[str]:
-    """The paths of the modules that the settings adapt, but which cannot stand by themselves in a file (`stands_alone`)."""
+    """List the paths of target modules that can't have their own entry in a file (`stands_alone`)."""
     pattern = family.denoiser_targets[config.targets]
     paths = (path for path, _ in denoiser.named_modules() if re.fullmatch(pattern, path))
     return [path for path in paths if not stands_alone(family.names, path)]
 
 
 def refuse_settings_of_lora(config: TrainConfig) -> None:
-    """Raises BadConfig for a setting that only LoRA and DoRA have."""
+    """Raise BadConfig for a setting that only LoRA and DoRA have."""
     for name in ("dropout", "rslora", "lora_plus_ratio"):
         if getattr(config, name) != getattr(TrainConfig, name):
-            raise BadConfig(f"{name}: method {config.method!r} has none; it is for 'lora' and 'dora'")
+            raise BadConfig(f"{name}: method {config.method!r} doesn't have this setting. Only 'lora' and 'dora' do")
 
 
 def _by_pattern(patterns: Mapping[str, _Number], path: str, default: _Number) -> _Number:
@@ -180,10 +181,10 @@ def peft_layers(
     config: TrainConfig,
     peft_config: Callable[..., Any],
 ) -> dict[ModuleId, nn.Module]:
-    """The layers that peft puts in the place of the target modules, with the adapter name PEFT_NAME.
+    """Replace the target modules with peft's layers, under the adapter name PEFT_NAME, and return these.
 
-    `peft_config` makes peft's configuration from the options that all kinds share: r, alpha, target_modules, rank_pattern
-    and alpha_pattern.
+    `peft_config` makes peft's configuration from the options that all kinds share: r, alpha, target_modules, rank_pattern and
+    alpha_pattern.
     """
     from peft import inject_adapter_in_model
     from torch._subclasses.fake_tensor import unset_fake_temporarily
@@ -199,7 +200,8 @@ def peft_layers(
             rank_pattern=_exceptions(ranks, config.rank),
             alpha_pattern=_exceptions(alphas, config.alpha_for(config.rank)),
         )
-        # Without numbers, which LycorisAdapter.start draws; nor fake ones, where memory is predicted, which peft cannot move.
+        # Without data, which LycorisAdapter.start draws. Without fake tensors too, used in memory prediction: peft can't move
+        # them.
         with unset_fake_temporarily():
             inject_adapter_in_model(configured, network, adapter_name=PEFT_NAME, low_cpu_mem_usage=True)
         layers |= {(part, path): network.get_submodule(path) for path in ranks}
@@ -212,7 +214,7 @@ def peft_layers(
 
 
 def _exceptions(values: Mapping[str, _Number], default: _Number) -> dict[str, _Number]:
-    """A pattern in peft's form for each value other than the default, with that value.
+    """Return a pattern in peft's form for each value other than the default, with that value.
 
     peft tries every pattern on every module, so a pattern for each module would take minutes.
     """

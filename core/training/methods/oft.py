@@ -1,6 +1,6 @@
 """OFT (arXiv:2306.07280): blocks of a weight's output rows are rotated, which keeps the angles within a block.
 
-The layers are not peft's, since those rotate the inputs, which no reader of LoRA files does.
+The layers are not peft's, because those rotate the inputs, which readers of LoRA files don't support.
 """
 
 from collections.abc import Mapping
@@ -46,10 +46,10 @@ class RotatedLayer(nn.Module):
         return outputs.movedim(-1, channels)
 
     def rotations(self) -> Tensor:
-        """The rotation R of each block by the Cayley transform, (blocks, size, size)."""
+        """Compute the rotation R of each block by the Cayley transform, (blocks, size, size)."""
         skew = self.oft_blocks - self.oft_blocks.transpose(1, 2)
         identity = torch.eye(skew.shape[-1], device=skew.device)
-        # Without a look for errors, for which the host would wait: the matrix cannot be singular.
+        # Errors are not checked, because the host would wait for that. The matrix cannot be singular.
         return torch.linalg.solve_ex(identity - skew, identity + skew, left=False).result
 
 
@@ -63,7 +63,7 @@ def attach(
         rows: int = layer.weight.shape[0]  # pyright: ignore
         size = next(size for size in range(min(rank, rows), 0, -1) if rows % size == 0)
         if size == 1:
-            raise BadConfig(f"rank = {rank}: {path} has {rows} rows, which no block of 2 to {rank} divides evenly")
+            raise BadConfig(f"rank = {rank}: {path} has {rows} rows, which blocks of 2 to {rank} don't divide evenly")
         layers[part, path] = RotatedLayer(layer, size)
         replace_module(networks[part], path, layers[part, path])
     # In this kind, alpha is a bound on the rotation and not a scale.

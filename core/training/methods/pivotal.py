@@ -1,4 +1,4 @@
-"""Pivotal tuning (after arXiv:2106.05744): token vectors of the trigger word and a LoRA, trained together."""
+"""Pivotal tuning (after arXiv:2106.05744): train token vectors of the trigger word together with a LoRA."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -55,7 +55,7 @@ def attach(
 
 
 def embedding_beside(file: Trained, base: Base, config: TrainConfig) -> LoraFile:
-    """The embedding as a file of its own, for ComfyUI and other tools that do not read it from the LoRA."""
+    """Return the embedding as a separate file, for ComfyUI and other tools that don't read it from the LoRA."""
     assert isinstance(file, LoraFile)
     (embedding,) = embedding_files(file).values()
     return embedding

@@ -1,4 +1,4 @@
-"""Textual inversion (arXiv:2208.01618): the networks stay frozen, and token vectors of the trigger word are trained."""
+"""Textual inversion (arXiv:2208.01618): train token vectors of the trigger word while the networks stay frozen."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,7 +33,7 @@ class WordAdapter(Adapter):
         return {f"{part}.vectors": parameter for part, parameter in self.vectors.items()}
 
     def of_parts(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The vectors of each text encoder by part, as float32 copies on the CPU."""
+        """Return the vectors of each text encoder by part, as float32 copies on the CPU."""
         return {part: values[f"{part}.vectors"].detach().float().cpu().clone() for part in self.vectors}
 
     def export(self, values: Mapping[str, Tensor], base: Base, metadata: Mapping[str, str]) -> LoraFile:
@@ -68,21 +68,25 @@ class WordAdapter(Adapter):
 def attach(
     networks: Mapping[str, nn.Module], family: FamilySpec, config: TrainConfig, continue_from: LoraFile | None = None
 ) -> WordAdapter:
-    """A WordAdapter on the text encoders, which are changed in place.
+    """Attach a WordAdapter to the text encoders, which are changed in place.
 
     Its vectors start as those of the tokens of `embedding_words`, repeated as needed. Raises BadConfig for a family without
-    embedding files or a setting that the method does not have, LoraMisfit for a file to go on from.
+    embedding files or a setting that the method doesn't support, LoraMisfit for a file to continue from.
     """
     parts = family.names.embedding_names
     if not parts:
         known = ", ".join(name for name, names in NAME_TABLES.items() if names.embedding_names)
-        raise BadConfig(f"method {config.method!r}: no embeddings for {family.title}; known for {known}")
+        raise BadConfig(
+            f"method {config.method!r}: embeddings are not supported for {family.title}. Supported: {known}"
+        )
     if continue_from is not None:
-        raise LoraMisfit(f"{continue_from.name}: method {config.method!r} starts from words, not from a file")
+        raise LoraMisfit(
+            f"{continue_from.name}: method {config.method!r} starts from words, not from a file. Leave the file out"
+        )
     refuse_settings_of_lora(config)
     start = caption_tokens(config.embedding_words or config.class_word)
     if not start:
-        raise BadConfig(f"embedding_words = {config.embedding_words!r}: there is no word in it")
+        raise BadConfig(f"embedding_words = {config.embedding_words!r}: does not contain a word")
     tokens = torch.tensor([start[index % len(start)] for index in range(config.embedding_vectors)])
     vectors, longest = {}, {}
     for part in parts:
