@@ -179,7 +179,9 @@ def test_an_error_names_a_file_from_its_folder_on_and_not_where_that_is_on_the_s
     (server.folder / "models" / "loras" / "page.safetensors").write_text("<!DOCTYPE html><html></html>")
     result = server.run(BASE | {"apply": apply("page.safetensors", model=["base", 0])} | shown("apply"))
     (server.folder / "models" / "loras" / "page.safetensors").unlink()
-    assert result.error.startswith("FaceLoRA.BadFile: loras/page.safetensors: this is a web page under another name")
+    assert result.error.startswith(
+        "FaceLoRA.BadFile: loras/page.safetensors: this is a web page, not a safetensors file"
+    )
     assert str(server.folder) not in result.error
 
 

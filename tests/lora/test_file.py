@@ -286,7 +286,7 @@ def test_values_that_half_precision_cannot_hold_are_refused_and_nothing_is_writt
     path = tmp_path / "a.safetensors"
     tensors = kohya_tensors(some("sd15", 60), rank=1)
     tensors[next(iter(tensors))].fill_(1e6)
-    with pytest.raises(BadFile, match="do not fit"):
+    with pytest.raises(BadFile, match="are too large for torch"):
         LoraFile.from_tensors(tensors, {}).save(path)
     assert list(tmp_path.iterdir()) == []
 
@@ -404,5 +404,5 @@ def test_a_lora_goes_through_memory_as_it_goes_through_a_file(tmp_path):
     back = LoraFile.from_bytes(stream.getvalue())
     assert back.metadata == LoraFile.read(tmp_path / "face.safetensors").metadata
     assert back.tensors.keys() == lora.tensors.keys()
-    with pytest.raises(BadFile, match="upload: not the bytes of a safetensors file"):
+    with pytest.raises(BadFile, match="upload: not a valid safetensors file"):
         LoraFile.from_bytes(b"PK\x03\x04" * 9, "upload")

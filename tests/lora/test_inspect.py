@@ -229,7 +229,7 @@ def test_a_thumbnail_is_read_like_a_photo_without_ghostscript_or_waiting_for_a_p
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("Ghostscript is run"))
     (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n")
     os.mkfifo(tmp_path / "b.jpg")
-    for name, why in (("a.jpg", "is not a picture that can be read"), ("b.jpg", "is no regular file")):
+    for name, why in (("a.jpg", "is not a picture that can be read"), ("b.jpg", "is not a regular file")):
         with pytest.raises(BadFile, match=f"/{name}: {why}$"):
             edit_metadata(saved, thumbnail=tmp_path / name)
 
