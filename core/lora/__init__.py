@@ -1,4 +1,4 @@
-"""LoRA files: read, written, converted, merged, inspected, and applied to a network."""
+"""Read, write, convert, merge, inspect and apply LoRA files."""
 
 from typing import TYPE_CHECKING
 

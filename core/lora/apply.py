@@ -1,4 +1,4 @@
-"""Putting a LoRA on a model: on a diffusers pipeline, or on bare networks."""
+"""Apply a LoRA to a model: a diffusers pipeline or bare networks."""
 
 import math
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from .file import LoraFile, fit
 from .modules import LoraModule
 
 LOW_RANK = ("lora", "locon")
-"""The kinds of entries that can be applied to weights that are kept as they are stored."""
+"""The kinds of entries that can be applied to narrow weights, which stay as they are stored."""
 _PIPELINE_PARTS = {
     "unet": "denoiser",
     "transformer": "denoiser",
@@ -31,21 +31,22 @@ _PIPELINE_FAMILIES = {family.pipeline_class: name for name, family in FAMILIES.i
 
 @dataclass(frozen=True, eq=False)
 class AppliedLora:
-    """A LoRA that is merged into the weights and biases of networks, and the way back: a context at whose end it is removed."""
+    """A LoRA that is merged into the weights and biases of networks. As a context manager, it is removed at the end."""
 
     name: str
     """The name of the LoRA in messages."""
     layers: Mapping[ModuleId, nn.Module]
     """The layers that it can change."""
     originals: dict[tuple[ModuleId, str], Any] = field(default_factory=dict)
-    """(module, "weight" or "bias") -> the changed parameter as it was; of a weight that is narrow, its changes."""
+    """(module, "weight" or "bias") -> the original parameter; for a narrow weight, its original list of changes."""
 
     @torch.no_grad()
     def add(self, module_id: ModuleId, name: str, change: Tensor) -> None:
-        """Adds the change, in any shape, to a parameter. Raises UnmatchedKeys where the sum is not finite in its precision."""
+        """Add a change of any shape to a parameter. Raises UnmatchedKeys when the sum is not finite in its precision."""
         if name == "weight" and isinstance(self.layers[module_id], NarrowLayer):
             raise UnmatchedKeys(
-                f"{self.name}: the weight of {module_id[1]} is kept as it is stored, which only a plain LoRA can be added to"
+                f"{self.name}: the weight of {module_id[1]} is quantised or in fp8, so only a plain LoRA can change it; "
+                "convert the LoRA to a plain one"
             )
         parameter: Tensor = getattr(self.layers[module_id], name)
         changed = self._sum(module_id, name, parameter, change)
@@ -54,7 +55,7 @@ class AppliedLora:
 
     @torch.no_grad()
     def add_low_rank(self, module_id: ModuleId, module: LoraModule) -> None:
-        """Adds a change to a weight, as `add` does; to one that is kept as it is stored, whenever it is widened."""
+        """Add a change to a weight, as `add` does. A narrow weight is changed whenever it is widened."""
         layer = self.layers[module_id]
         if not isinstance(layer, NarrowLayer):
             self.add(module_id, "weight", module.delta())
@@ -72,23 +73,23 @@ class AppliedLora:
 
     @torch.no_grad()
     def remove(self) -> None:
-        """Puts back everything as it was, bit for bit, where the networks are now and in the precision they have now.
+        """Restore all parameters bit for bit, on the networks' current device and in their current precision.
 
-        Of several LoRAs the last applied must be removed first.
+        If several LoRAs are applied, remove the last one first.
         """
         for (module_id, name), original in self.originals.items():
             self._put(module_id, name, original)
 
     def swap(self) -> None:
-        """Takes the LoRA off without forgetting it, and puts it on when called again: the changed parameters are kept too.
+        """Take the LoRA off but keep its changed parameters. Call it again to put the LoRA back on.
 
-        While it is off nothing else may be removed that was applied before it.
+        While it is off, don't remove any LoRA that was applied before it.
         """
         for (module_id, name), other in self.originals.items():
             self.originals[module_id, name] = self._put(module_id, name, other)
 
     def _put(self, module_id: ModuleId, name: str, value: Any) -> Any:
-        """Puts back a value of `originals`, and returns the one that it replaces."""
+        """Set a parameter to a value of `originals`, and return the value it replaces."""
         layer = self.layers[module_id]
         if isinstance(value, tuple):
             assert isinstance(layer, NarrowLayer)
@@ -107,7 +108,7 @@ class AppliedLora:
 
 
 class _LowRank:
-    """A low-rank change that is computed on the device where it is added. Its matrices stay on the last one."""
+    """A low-rank change that is computed on the device of its weight. Its matrices stay on the last device used."""
 
     def __init__(self, module: LoraModule):
         self._module = module
@@ -122,13 +123,16 @@ class _LowRank:
 def apply(
     lora: LoraFile, target: Any, strength: float = 1.0, text_encoder_strength: float | None = None
 ) -> AppliedLora:
-    """The applied LoRA: every weight W of `target` that it names becomes W + strength * alpha / rank * up @ down; other
-    kinds of adapters change it, and the bias, as they mean to. `remove`, or the end of a `with apply(...):`, undoes it.
+    """Apply a LoRA. Each weight W that it changes becomes W + strength * alpha / rank * up @ down.
+
+    Other kinds of adapters change weights and biases in their own ways. `remove`, or the end of a `with apply(...):`, undoes
+    all changes.
 
     `target` is a diffusers pipeline, or a mapping part -> network (`denoiser`, `text_encoder`, ...; see `Base.load`) with
-    the family's name under `family`. Text encoders that are not among the parts are left alone.
-    LoraMisfit when any other key of the LoRA has no place in the target, UnmatchedKeys when one makes no sense or a
-    changed weight would not be finite; with an error nothing is changed.
+    the family's name under `family`. Changes of text encoders that the target doesn't have are ignored.
+
+    Raises LoraMisfit when the target lacks any other module that the LoRA changes. Raises UnmatchedKeys when a tensor cannot
+    be used or a changed weight would not be finite. After an error, the target is unchanged.
     """
     family, networks = _networks(target)
     layers: dict[ModuleId, nn.Module] = {
@@ -157,7 +161,7 @@ def apply(
                     applied.add(module_id, "weight", factor * change)
             for module_id, change in present.bias_changes_of(entry, inputs=math.prod(shapes[entry.modules[0]][1:2])):
                 applied.add(module_id, "bias", factor * change)
-    except BaseException:  # nothing stays half applied
+    except BaseException:  # Don't leave the LoRA half applied.
         applied.remove()
         raise
     return applied
@@ -173,6 +177,6 @@ def _networks(target: Any) -> tuple[str, dict[str, nn.Module]]:
         return target["family"], networks
     class_name = type(target).__name__
     if class_name not in _PIPELINE_FAMILIES:
-        raise LoraMisfit(f"{class_name} is no pipeline that is known here; known: {', '.join(_PIPELINE_FAMILIES)}")
+        raise LoraMisfit(f"the pipeline {class_name} is not supported; known: {', '.join(_PIPELINE_FAMILIES)}")
     found = [(part, getattr(target, name, None)) for name, part in _PIPELINE_PARTS.items()]
     return _PIPELINE_FAMILIES[class_name], {part: network for part, network in found if network is not None}

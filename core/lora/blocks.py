@@ -1,4 +1,4 @@
-"""Strengths of a LoRA's blocks, as people write them: by name, or as the lists of the LoRA Block Weight extension."""
+"""Parse the strengths of a LoRA's blocks, given by name or as a list for the LoRA Block Weight extension."""
 
 import math
 import re
@@ -11,7 +11,7 @@ from .names import Entry
 
 
 def _labels(text: str) -> tuple[str, ...]:
-    """The labels that a text means: `M00 OUT03-05` means M00, OUT03, OUT04 and OUT05."""
+    """Expand the ranges in a list of labels: `M00 OUT03-05` means M00, OUT03, OUT04 and OUT05."""
     found = []
     for word in text.split():
         name, first, last = re.fullmatch(r"([A-Z]+)(\d*)(?:-(\d+))?", word).groups()  # pyright: ignore
@@ -26,11 +26,11 @@ BLOCK_LISTS: dict[tuple[int, str], tuple[str, ...]] = {
 
 
 def block_strengths(lora: LoraFile, text: str) -> dict[str, float]:
-    """The factor on the strength of each entry of the LoRA, by the entry's name; 1 when the text does not mention it.
+    """Return the strength factor of each entry of the LoRA, by the entry's name; 1 if the text does not mention it.
 
-    The text is `BLOCK=NUMBER` with commas or lines between, where BLOCK is the beginning of a module's dotted path
-    (`up_blocks`, `up_blocks.1.attentions.0`), a part (`text_encoder`), or a label as in the lists (`BASE`, `IN04`, `M00`,
-    `OUT05`); the longest one counts. Or it is a list of numbers for BLOCK_LISTS. Raises BadConfig for anything else.
+    The text is either a list of numbers for BLOCK_LISTS, or `BLOCK=NUMBER` items separated by commas or line breaks. BLOCK
+    is the beginning of a module's dotted path (`up_blocks`, `up_blocks.1.attentions.0`), a part (`text_encoder`), or a label
+    of the lists (`BASE`, `IN04`, `M00`, `OUT05`). The longest match is used. Raises BadConfig for anything else.
     """
     items = [item.strip() for item in re.split(r"[,\n]", text) if item.strip()]
     named = dict.fromkeys(name for entry in lora.entries for name in _names(entry))
@@ -42,7 +42,7 @@ def block_strengths(lora: LoraFile, text: str) -> dict[str, float]:
             name, _, number = (part.strip() for part in item.partition("="))
             if name not in named:
                 shown = ", ".join(name for name in named if name.count(".") < 2)
-                raise BadConfig(f"block_weights: {name!r} is no block of {lora.name}; it has {shown}")
+                raise BadConfig(f"block_weights: {lora.name} has no block {name!r}; choose from {shown}")
             given[name] = _number(number, item)
     return {entry.name: _strength(entry, given) for entry in lora.entries}
 
@@ -51,7 +51,7 @@ def _listed(lora: LoraFile, items: list[str]) -> dict[str, float]:
     labels = BLOCK_LISTS.get((len(items), lora.family))
     if labels is None:
         counts = " or ".join(str(count) for count, family in BLOCK_LISTS if family == lora.family)
-        known = f"a list for {lora.family} has {counts}" if counts else f"there are no lists for {lora.family}"
+        known = f"a list for {lora.family} has {counts}" if counts else f"{lora.family} does not support lists"
         raise BadConfig(f"block_weights: {len(items)} numbers; {known}, or give BLOCK=NUMBER")
     return {label: _number(item, item) for label, item in zip(labels, items, strict=True)}
 
@@ -71,7 +71,7 @@ def _strength(entry: Entry, given: Mapping[str, float]) -> float:
 
 
 def _names(entry: Entry) -> Iterator[str]:
-    """The names of the blocks that an entry is in, the largest block first."""
+    """Yield the names of the blocks that an entry is in, the largest block first."""
     if entry.part != "denoiser":
         yield from ("BASE", entry.part)
         if layer := re.search(r"layers\.\d+", entry.modules[0][1]):

@@ -1,4 +1,4 @@
-"""The change of a weight that each kind of adapter means, from the tensors of a module by their roles."""
+"""Compute the weight and bias changes of each kind of adapter, from a module's tensors by role."""
 
 from collections.abc import Mapping
 
@@ -9,13 +9,13 @@ from .kinds import BIAS_DIFFERENCES, needs_base, rank_of
 
 
 def weight_change(kind: str, tensors: Mapping[str, Tensor], base: Tensor | None = None) -> Tensor:
-    """The change that the adapter makes to the weight, float32.
+    """Compute the change that the adapter makes to the weight, float32.
 
-    `base` is the weight itself, which is needed where `needs_base` says so: the change then has its shape, else that of
-    `weight_shape`. Raises ValueError when `base` is needed and missing.
+    `base` is the weight itself, required if `needs_base` returns True. The change then has its shape, else that of
+    `weight_shape`. Raises ValueError when a required `base` is missing.
     """
     if base is None and needs_base(kind, tensors):
-        raise ValueError(f"the change that this {kind} makes depends on the base weight: give it")
+        raise ValueError(f"the change of this {kind} depends on the base weight; pass it as `base`")
     float32 = {role: tensor.float() for role, tensor in tensors.items()}
     if kind in ("oft", "boft"):
         assert base is not None
@@ -28,10 +28,10 @@ def weight_change(kind: str, tensors: Mapping[str, Tensor], base: Tensor | None 
 
 
 def bias_change(kind: str, tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """The change that the adapter makes to the bias, float32 (out,); None if it makes none."""
+    """Compute the change that the adapter makes to the bias, float32 (out,); None if it makes none."""
     changes = [tensors[role].float() for role in BIAS_DIFFERENCES if role in tensors]
     if "bias" in tensors:
-        # peft's lora_bias: the bias of the up matrix is scaled like the product.
+        # With peft's lora_bias, the bias of the up matrix is scaled like the product.
         changes.append(scale_of(kind, tensors) * tensors["bias"].float())
     return torch.stack(changes).sum(0) if changes else None
 
@@ -47,15 +47,15 @@ def _additive_change(kind: str, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def scale_of(kind: str, tensors: Mapping[str, Tensor]) -> float:
-    """The factor on the product: alpha / rank, where there are both."""
-    # Without an .alpha key every program takes alpha = rank. Of a LoKr whose factors are whole, LyCORIS ignores it.
+    """Return the factor on the product: alpha / rank, or 1 if either is missing."""
+    # Without an .alpha key, every program uses alpha = rank. LyCORIS ignores alpha if both LoKr factors are whole.
     rank = rank_of(kind, {role: tuple(tensor.shape) for role, tensor in tensors.items()})
     return tensors["alpha"].item() / rank if rank and "alpha" in tensors else 1.0
 
 
 def _tucker(core: Tensor, outputs: Tensor, inputs: Tensor) -> Tensor:
-    """The kernel (out, in, kh, kw) of a core (r, s, kh, kw) with output factors (r, out) and input factors (s, in)."""
-    # In this order what is between is no larger than what is given or what comes back.
+    """Compute the kernel (out, in, kh, kw) of a core (r, s, kh, kw) with output factors (r, out) and input factors (s, in)."""
+    # This order keeps the intermediate result no larger than the inputs or the output.
     if core.shape[1] > inputs.shape[1]:
         return torch.einsum("rikl,ro->oikl", torch.einsum("rskl,si->rikl", core, inputs), outputs)
     return torch.einsum("oskl,si->oikl", torch.einsum("rskl,ro->oskl", core, outputs), inputs)
@@ -90,7 +90,7 @@ def _lokr(t: Mapping[str, Tensor]) -> Tensor:
 
 
 def _with_magnitude(weight: Tensor, magnitude: Tensor) -> Tensor:
-    """The weight with its norms replaced by trained magnitudes (DoRA, arXiv:2402.09353)."""
+    """Return the weight with its norms replaced by trained magnitudes (DoRA, arXiv:2402.09353)."""
     if magnitude.ndim > 1 and magnitude.shape[0] == 1 and magnitude.shape[1] == weight.shape[1]:
         # LyCORIS' first layout, (1, in): one magnitude for each input feature.
         norm = weight.transpose(0, 1).flatten(1).norm(dim=1).reshape(1, -1, *[1] * (weight.ndim - 2))
@@ -101,7 +101,7 @@ def _with_magnitude(weight: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def _rotation(t: Mapping[str, Tensor], base: Tensor) -> Tensor:
-    """The change that OFT and BOFT make: rotations by the Cayley transform, as in LyCORIS 4.1 and sd-scripts."""
+    """Compute the change of OFT and BOFT: rotations by the Cayley transform, as in LyCORIS 4.1 and sd-scripts."""
     blocks = t["oft_blocks"]
     skew = blocks - blocks.transpose(-1, -2)
     # Alpha bounds the rotation here instead of scaling it, and is stored per output feature.
@@ -116,7 +116,7 @@ def _rotation(t: Mapping[str, Tensor], base: Tensor) -> Tensor:
         rotated = torch.einsum("knm,kni->kmi", rotations, rotated.reshape(count, size, -1)).flatten(0, 1)
     else:
         for level, level_rotations in enumerate(rotations):
-            # A butterfly: level by level, rows that are further apart are rotated together.
+            # Butterfly: each level rotates rows together that are further apart.
             stride = 2**level * (blocks.shape[-1] // 2)
             mixed = rotated.unflatten(0, (-1, 2, stride)).transpose(1, 2).flatten(0, 2)
             mixed = torch.einsum("bij,bjk->bik", level_rotations, mixed.unflatten(0, (-1, blocks.shape[-1])))

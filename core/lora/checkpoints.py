@@ -1,4 +1,4 @@
-"""LoRAs from checkpoints and back: the difference of two checkpoints as a LoRA, and LoRAs merged into a checkpoint."""
+"""Extract a LoRA from the difference of two checkpoints, and merge LoRAs into a checkpoint."""
 
 import math
 import os
@@ -28,17 +28,18 @@ def extract_lora(
     on_progress: OnProgress = silent,
     on_warning: Callable[[str], None] = lambda message: None,
 ) -> NewLora:
-    """The difference of two checkpoints as a LoRA, and the largest relative error of a module's change.
+    """Extract the difference of two checkpoints as a LoRA, and return its largest relative error in a module.
 
-    Both checkpoints are single files of the same family. Only the LoRA and one pair of weights at a time are in memory.
-    Modules that are equal in both are left out, and `on_warning` is told of tensors that differ and have no place in a
-    LoRA. Raises BadConfig for a rank below 1, LoraMisfit when the families or shapes differ or nothing differs.
+    Both checkpoints are single files of the same family. Only the LoRA and one pair of weights are in memory. Modules that
+    are equal in both are left out. `on_warning` reports tensors that differ but don't fit into a LoRA. Raises BadConfig for a
+    rank below 1, LoraMisfit when the families or shapes differ or nothing differs.
     """
     check_rank(rank)
     before, after = BaseWeights.open(original), BaseWeights.open(tuned)
     if before.family != after.family:
         raise LoraMisfit(
-            f"{before.file.path} is {before.family}, but {after.file.path} is {after.family}: no LoRA between them"
+            f"{before.file.path} is {before.family}, but {after.file.path} is {after.family}; give two checkpoints of the "
+            "same family"
         )
     found: dict[ModuleId, LoraModule] = {}
     left_out: list[str] = []
@@ -61,7 +62,7 @@ def extract_lora(
             if change.ndim == 1:
                 left_out += [name] if change.any() else []
             elif change.any():
-                # What the original model joins has one rank in the denoiser, and q, k and v of CLIP have one each.
+                # A fused weight of the denoiser gets one rank. q, k and v of CLIP get one each.
                 parts = [(place, change)] if place.part == "denoiser" else _apart(place, change)
                 for place_of_part, part in parts:
                     down, up, error = factorise(part, rank, f"{after.file.path}: {name}")
@@ -71,22 +72,21 @@ def extract_lora(
         on_progress(done, len(names))
     if not found:
         raise LoraMisfit(
-            f"{before.file.path} and {after.file.path} have the same weights wherever a LoRA changes one: there is nothing to "
-            "extract"
+            f"{before.file.path} and {after.file.path}: nothing to extract, because all weights that a LoRA can change are the "
+            "same"
         )
     if left_out:
         on_warning(
-            f"{counted(len(left_out), 'tensor')} that no LoRA can express (biases, normalisation, embeddings, VAE): "
-            f"changed too, and left out, e.g. {left_out[0]}"
+            f"left out {counted(len(left_out), 'changed tensor')} that a LoRA cannot express (biases, normalisation, "
+            f"embeddings, VAE), e.g. {left_out[0]}"
         )
     if alone := sorted(before.shapes.keys() ^ after.shapes.keys()):
         on_warning(
-            f"{counted(len(alone), 'module is', 'modules are')} in one of the files only and left out, "
-            f"e.g. {alone[0][1]} of {alone[0][0]}"
+            f"left out {counted(len(alone), 'module')} that only one of the files has, e.g. {alone[0][1]} of {alone[0][0]}"
         )
     metadata = {"ss_sd_model_name": before.file.path.name}
     lora = LoraFile(before.family, metadata, dict(name_modules(before.names, found, before.names.scheme)))
-    fit(lora, before.family, before.shapes).check(str(after.file.path))  # as a reader of the file will find it
+    fit(lora, before.family, before.shapes).check(str(after.file.path))  # Readers of the file do the same check.
     return NewLora(replace(lora, metadata=metadata_for(lora, before.names.scheme)), worst)
 
 
@@ -101,7 +101,7 @@ def _difference(name: str, old: Tensor, new: Tensor) -> Tensor:
 
 
 def _apart(place: Place, change: Tensor) -> list[tuple[Place, Tensor]]:
-    """The change of each module of a place, with its own place."""
+    """Split the change of a place into the changes of its modules, each with its own place."""
     return [(Place(part, Fusion(path, (path,)), None), rows) for (part, path), rows in place.split(change)]
 
 
@@ -112,11 +112,11 @@ def merge_into_checkpoint(
     on_progress: OnProgress = silent,
     on_warning: Callable[[str], None] = lambda message: None,
 ) -> int:
-    """The number of changed tensors, after a checkpoint is written to `output` with LoRAs merged in, each times its strength.
+    """Merge LoRAs, each times its strength, into a checkpoint, write it to `output` and return the number of changed tensors.
 
-    The checkpoint is a single file, with text encoders if a LoRA changes them; the LoRAs may be of any kind. One weight at
-    a time is in memory, and dtypes stay as they are. `on_warning` is told of words, which no checkpoint can hold. Raises
-    LoraMisfit when a module or its bias has no place in the checkpoint, UnmatchedKeys when a merged weight is not finite.
+    The checkpoint is a single file, with text encoders if a LoRA changes them. The LoRAs may be of any kind. Only one weight
+    is in memory at once, and dtypes are kept. `on_warning` reports embeddings, which a checkpoint cannot hold. Raises
+    LoraMisfit when the checkpoint lacks a module or its bias, UnmatchedKeys when a merged weight is not finite.
     """
     base = BaseWeights.open(checkpoint)
     file = base.file
@@ -126,7 +126,9 @@ def merge_into_checkpoint(
         fit(lora, base.family, base.shapes, base.biased).check(lora.name)
         words = dict.fromkeys(word_of(lora, key) for key in lora.embedding_keys)
         if words:
-            on_warning(f"{lora.name}: brings along what no checkpoint can hold: the vectors of {', '.join(words)}")
+            on_warning(
+                f"{lora.name}: left out the embeddings of {', '.join(words)}, because a checkpoint cannot hold them"
+            )
         for entry in lora.entries:
             for name in dict.fromkeys(base.name_of(module) for module in entry.modules):
                 weights.setdefault(name, []).append((lora, strength, entry))

@@ -1,8 +1,8 @@
-"""New LoRAs from old ones: converted, merged, resized.
+"""Convert, merge and resize LoRAs.
 
-All of it is linear algebra on one module at a time. Modules that are only renamed or put together are computed when they
-are written (`LoraFile.save`), so a file of any size is converted or merged without being in memory. Modules with a new
-rank are held in memory, but not those that they are made of. `on_progress(done, total)` is called after each module.
+Each module is processed separately. Modules that are only renamed or concatenated are computed when they are written
+(`LoraFile.save`), so a file of any size is converted or merged without holding it in memory. Modules with a new rank are
+held in memory, but their originals are not. `on_progress(done, total)` is called after each module.
 """
 
 import math
@@ -28,13 +28,13 @@ from .readers import PICTURE_PROGRAMS, READERS, not_loaded_by, read_by
 from .words import PHRASE_KEY, trigger_words
 
 _OF_THE_ORIGINAL = re.compile(rf"lora_adapter_metadata|{re.escape(KEY)}|<.*>|(unet|text_encoder)(:.*)?")
-"""The metadata that are not true of a changed copy of a LoRA, the last ones those of cloneofsimo/lora."""
+"""The metadata that don't apply to a changed copy of a LoRA. The last two patterns are cloneofsimo/lora's."""
 BaseWeight = Callable[[ModuleId], Tensor]
-"""A function that gives the weight of a base model's module, for adapters whose change depends on it (DoRA, OFT)."""
+"""A function that returns the weight of a base model's module, for adapters whose change depends on it (DoRA, OFT)."""
 
 
 class NewLora(NamedTuple):
-    """A LoRA that was made from others or from checkpoints, and how near it comes to what it was made from."""
+    """A LoRA made from other LoRAs or from checkpoints, and its error compared with them."""
 
     lora: LoraFile
     error: float
@@ -48,29 +48,28 @@ def convert_lora(
     base_weight: BaseWeight | None = None,
     on_progress: OnProgress = silent,
 ) -> NewLora:
-    """The LoRA in another naming scheme (one of SCHEMES), and the largest relative error of a module's change.
+    """Convert a LoRA to another naming scheme (one of SCHEMES), and return the largest relative error in a module.
 
-    The error is 0 unless `plain_rank` is given: then adapters that are no plain LoRA become one of at most that rank.
-    Without it they keep their kind where the scheme can express it, and raise UnmatchedKeys where it cannot. Vectors of
-    words are left out of diffusers' scheme (`embeddings.embedding_files` gives them). Raises BadConfig for an unknown
-    scheme and for a rank below 1.
+    If `plain_rank` is given, other kinds of adapters become plain LoRAs of at most that rank. Without it, the error is 0:
+    they keep their kind, or UnmatchedKeys is raised if the scheme cannot express it. diffusers' scheme leaves out embeddings
+    (`embeddings.embedding_files` returns them). Raises BadConfig for an unknown scheme and for a rank below 1.
     """
     if scheme not in SCHEMES:
-        raise BadConfig(f"no naming scheme {scheme!r}; known: {', '.join(SCHEMES)}")
+        raise BadConfig(f"unknown naming scheme {scheme!r}; known: {', '.join(SCHEMES)}")
     return _convert(lora, _names_of(lora), scheme, plain_rank, base_weight, on_progress)
 
 
 def _names_of(lora: LoraFile) -> NameTable:
-    """The names of the modules of a LoRA's model in every scheme.
+    """Return the names of the modules of a LoRA's model in every scheme.
 
-    Raises UnmatchedKeys for the original names of a UNet whose blocks these number otherwise than those of published models.
+    Raises UnmatchedKeys for original names of a UNet with other numbers of blocks than the published models.
     """
     for entry in lora.entries if lora.table.has_other_blocks else ():
         numbered = re.match(r"(input|output)_blocks\.[1-9]", entry.place.fusion.original)
         if entry.part == "denoiser" and entry.place.index is None and numbered:
             raise UnmatchedKeys(
-                f"{lora.name}: {entry.name} is of a UNet that has not the {PUBLISHED_BLOCKS} residual blocks in a level of the "
-                f"published {lora.family} models; which module that is its number does not tell, diffusers' names would"
+                f"{lora.name}: {entry.name} is ambiguous, because this UNet does not have {PUBLISHED_BLOCKS} residual blocks "
+                f"per level like the published {lora.family} models. Export it again with diffusers' names"
             )
     return lora.table
 
@@ -87,7 +86,9 @@ def _convert(
         check_rank(plain_rank)
     lora.check()
     if scheme == "diffusers" and not lora.entries:
-        raise UnmatchedKeys(f"{lora.name}: has words and no module; diffusers reads such a file as it is")
+        raise UnmatchedKeys(
+            f"{lora.name}: has only embeddings, no modules; diffusers reads such a file without a conversion"
+        )
     others = [entry for entry in lora.entries if not _is_plain(entry)]
     if others and plain_rank is not None:
         converted, error = to_plain(lora, plain_rank, base_weight, on_progress)
@@ -95,7 +96,7 @@ def _convert(
     else:
         converted, error = lora, 0.0
         modules, kept = _plain_modules(lora), _renamed(lora, names, others, scheme)
-    # diffusers refuses a file that holds anything but adapters.
+    # diffusers refuses files with anything but adapters.
     words = {} if scheme == "diffusers" else lora.bundled_words()
     tensors = name_modules(names, modules, scheme, kept | words)
     return NewLora(replace(lora, tensors=tensors, metadata=metadata_for(converted, scheme)), error)
@@ -108,16 +109,16 @@ def convert_for(
     base_weight: BaseWeight | None = None,
     on_progress: OnProgress = silent,
 ) -> NewLora:
-    """The LoRA in the first naming with which all these programs load it whole, and the error as of `convert_lora`.
+    """Convert a LoRA to the first naming that all these programs load completely. The error is as in `convert_lora`.
 
-    The namings are SCHEMES, and Kohya's with the prefixes that InvokeAI expects where it has others.
+    The namings are SCHEMES, and Kohya's with InvokeAI's own prefixes if it has some.
 
-    `readers` are names in `readers.READERS`, in any case. Raises BadConfig for an unknown one, and UnmatchedKeys, which says
-    what each naming fails at, when there is no such scheme.
+    `readers` are names in `readers.READERS`, in upper or lower case. Raises BadConfig for an unknown one. Raises
+    UnmatchedKeys, with the reason for each naming, if no naming works for all programs.
     """
     known = {reader.lower(): reader for reader in READERS}
     if wrong := [name for name in readers if name.strip().lower() not in known]:
-        raise BadConfig(f"no program {wrong[0]!r} is known here; known: {', '.join(known)}")
+        raise BadConfig(f"unknown program {wrong[0]!r}; known: {', '.join(known)}")
     asked = [known[name.strip().lower()] for name in readers]
     failures = []
     names = _names_of(lora)
@@ -132,16 +133,16 @@ def convert_for(
             continue
         objections = {reader: not_loaded_by(reader, converted.lora) for reader in asked}
         refusing = [
-            f"{reader} does not know {next(iter(found.values()))}" for reader, found in objections.items() if found
+            f"{reader} does not support {next(iter(found.values()))}" for reader, found in objections.items() if found
         ]
         if not refusing:
             return converted
         failures.append(f"{scheme}: {' and '.join(refusing)}")
-    raise UnmatchedKeys(f"{lora.name}: no naming is loaded whole by {', '.join(asked)}: {'; '.join(failures)}")
+    raise UnmatchedKeys(f"{lora.name}: no naming works completely in {', '.join(asked)}: {'; '.join(failures)}")
 
 
 def reading_limits(lora: LoraFile) -> list[str]:
-    """Sentences that name the programs of PICTURE_PROGRAMS that cannot load the LoRA as it is, or not all of it.
+    """List the programs of PICTURE_PROGRAMS that cannot load the LoRA completely, with one sentence for each.
 
     Each sentence says whether a conversion would help. The list is empty for a LoRA that fits no published model.
     """
@@ -150,13 +151,13 @@ def reading_limits(lora: LoraFile) -> list[str]:
         reading = read_by(program, lora)
         if not reading.objections or not reading.of_published:
             continue
-        verb = "does not load" if reading.verdict == "not at all" else "loads only a part of"
+        verb = "does not load" if reading.verdict == "not at all" else "loads only part of"
         try:
             convert_for(lora, [program])
             advice = f"unless you convert it for {program}"
         except UnmatchedKeys:
             advice = "in any naming"
-        limits.append(f"{program} {verb} the LoRA that this training run makes, {advice}")
+        limits.append(f"{program} {verb} the LoRA of this training run, {advice}")
     return limits
 
 
@@ -165,13 +166,13 @@ def _is_plain(entry: Entry) -> bool:
 
 
 def _plain_modules(lora: LoraFile) -> dict[ModuleId, LoraModule]:
-    """The modules of a file that are plain LoRAs; the file may hold others too."""
+    """Return only the modules of a file that are plain LoRAs."""
     keys = [key for entry in lora.entries if _is_plain(entry) for key in entry.keys.values()]
     return replace(lora, tensors={key: lora.tensors[key] for key in keys}).modules()
 
 
 def metadata_for(lora: LoraFile, scheme: str) -> dict[str, str]:
-    """The metadata for the LoRA in a scheme: without what is only true of its old names, with what the new ones need."""
+    """Return the metadata for the LoRA in a scheme, with the keys that it needs and without those of the old scheme."""
     words = lora.base_words
     known = {
         "modelspec.sai_model_spec": MODELSPEC_VERSION,
@@ -187,7 +188,7 @@ def metadata_for(lora: LoraFile, scheme: str) -> dict[str, str]:
 
 
 def _renamed(lora: LoraFile, family: NameTable, entries: Sequence[Entry], scheme: str) -> dict[str, Tensor]:
-    """The tensors of entries under the names of a scheme, with their kinds of adapter unchanged.
+    """Rename the tensors of entries to a scheme without changing their kind of adapter.
 
     Raises UnmatchedKeys for a kind that the scheme cannot express.
     """
@@ -206,7 +207,7 @@ def _renamed(lora: LoraFile, family: NameTable, entries: Sequence[Entry], scheme
         if scheme == "diffusers" or moves_rows or swaps_rows:
             raise UnmatchedKeys(
                 f"{lora.name}: {entry.name} is of kind {entry.kind}, which {scheme} names cannot express; "
-                "give a rank to make it a plain LoRA"
+                "give a rank to convert it to a plain LoRA"
             )
         name = name_in_scheme(family, *entry.modules[0], scheme)[0]
         found = lora.sound_tensors_of(entry)
@@ -225,7 +226,7 @@ def _renamed(lora: LoraFile, family: NameTable, entries: Sequence[Entry], scheme
 
 
 def _has_pefts_magnitude(lora: LoraFile, entry: Entry) -> bool:
-    """Whether an entry is a DoRA with a magnitude for each output and nothing else, as peft's are."""
+    """Check that an entry is a DoRA with one magnitude per output and no bias, like peft's."""
     if entry.kind != "dora" or entry.changes_bias:
         return False
     shape = lora.tensors_of(entry)["dora"].shape
@@ -233,7 +234,7 @@ def _has_pefts_magnitude(lora: LoraFile, entry: Entry) -> bool:
 
 
 def _is_lokr_of_diffusers(entry: Entry, family: NameTable) -> bool:
-    """Whether an entry is a LoKr of one of diffusers' modules, with rows in its order, in a family whose LoKr it reads."""
+    """Check that an entry is a LoKr that diffusers supports: for its modules, its order of rows and this family."""
     place = entry.place
     is_whole = place.index is None and (len(place.modules) > 1 or place.fusion.halves_swapped)
     is_plain = entry.kind == "lokr" and "dora" not in entry.keys and not entry.changes_bias
@@ -241,7 +242,7 @@ def _is_lokr_of_diffusers(entry: Entry, family: NameTable) -> bool:
 
 
 def _lokr_of_diffusers(lora: LoraFile, entry: Entry, family: NameTable) -> dict[str, Tensor]:
-    """The tensors of a LoKr as diffusers reads them: without an alpha and with a whole first factor, which has the scale."""
+    """Return the tensors of a LoKr for diffusers: without alpha, and with a whole first factor that includes the scale."""
     name = name_in_scheme(family, *entry.modules[0], "diffusers")[0]
     found = lora.sound_tensors_of(entry)
     scale = scale_of("lokr", found)
@@ -270,11 +271,10 @@ def _pefts_dora(lora: LoraFile, entry: Entry) -> dict[str, Tensor]:
 def to_plain(
     lora: LoraFile, rank: int, base_weight: BaseWeight | None = None, on_progress: OnProgress = silent
 ) -> NewLora:
-    """A plain LoRA in the family's scheme with the nearest change of at most that rank, and the largest relative error.
+    """Convert to a plain LoRA of at most that rank in the family's scheme, and return the largest relative error.
 
-    Modules that are plain already are kept as they are. The error is that of the Frobenius norm, 0 to 1. `base_weight` is
-    needed for DoRA and OFT. Raises UnmatchedKeys for changes of biases and normalisation layers, which have no place in
-    a LoRA.
+    Modules that are already plain are unchanged. The error is that of the Frobenius norm, 0 to 1. DoRA and OFT require
+    `base_weight`. Raises UnmatchedKeys for changes of biases and normalisation layers, which a LoRA cannot express.
     """
     check_rank(rank)
     lora.check()
@@ -284,7 +284,7 @@ def to_plain(
     for done, entry in enumerate(others, 1):
         if entry.kind == "norm" or entry.changes_bias or len(entry.weight_shape or ()) == 1:
             raise UnmatchedKeys(
-                f"{lora.name}: {entry.name} changes a bias or a normalisation, which no LoRA can express"
+                f"{lora.name}: {entry.name} changes a bias or a normalisation layer, which a plain LoRA cannot express"
             )
         for module_id, (down, up, error) in _nearest(lora, entry, rank, base_weight):
             modules[module_id] = LoraModule(down, up, float(down.shape[0]))
@@ -297,8 +297,8 @@ def to_plain(
 def _nearest(
     lora: LoraFile, entry: Entry, rank: int, base_weight: BaseWeight | None
 ) -> Iterator[tuple[ModuleId, Factorised]]:
-    """The nearest low-rank change of each module of an entry."""
-    # Of the parts of a fused weight each has singular vectors of its own: twice as many of the whole come near to theirs.
+    """Yield the nearest low-rank change of each module of an entry."""
+    # The parts of a fused weight have different singular vectors. Twice as many vectors of the whole approximate them well.
     wanted = rank if len(entry.modules) == 1 else 2 * len(entry.modules) * rank
     try:
         known = (
@@ -316,7 +316,7 @@ def _nearest(
 
 
 def check_rank(rank: int) -> None:
-    """Raises BadConfig for a rank below 1."""
+    """Raise BadConfig for a rank below 1."""
     if rank < 1:
         raise BadConfig(f"a rank must be at least 1, not {rank}")
 
@@ -327,11 +327,11 @@ def resize_lora(
     energy: float | None = None,
     on_progress: OnProgress = silent,
 ) -> NewLora:
-    """The LoRA with smaller modules under the same names, and the largest relative error of a module's change.
+    """Reduce the ranks of a LoRA, with the same names, and return the largest relative error in a module.
 
-    One of two limits is given: `rank`, the most that a module may have, or `energy`, in (0, 1], the share of each module's
-    squared singular values that must remain. QR of the two factors comes first, so that only rank x rank matrices are
-    decomposed. Raises BadConfig for other limits, UnmatchedKeys for adapters that are no plain LoRA.
+    Give one of two limits: `rank`, the largest rank of a module, or `energy` in (0, 1], the share of each module's squared
+    singular values to keep. After a QR decomposition of both factors, only a rank x rank matrix needs an SVD. Raises
+    BadConfig for other limits, UnmatchedKeys for other kinds of adapters.
     """
     if (rank is None) == (energy is None):
         raise BadConfig("give either a rank or an energy")
@@ -341,14 +341,14 @@ def resize_lora(
         raise BadConfig(f"energy must be above 0 and at most 1, not {energy}")
     lora.check()
     if not lora.entries:
-        raise UnmatchedKeys(f"{lora.name}: has no module that could be made smaller")
+        raise UnmatchedKeys(f"{lora.name}: has no modules to resize")
     tensors = {**lora.tensors, **{key: lora.sound_vectors(key) for key in lora.embedding_keys}}
     ranks = set()
     worst = 0.0
     for done, entry in enumerate(lora.entries, 1):
         if entry.kind not in ("lora", "locon") or "bias" in entry.keys:
             what = "has a bias in its up matrix" if "bias" in entry.keys else f"is of kind {entry.kind}"
-            raise UnmatchedKeys(f"{lora.name}: {entry.name} {what}, not a plain LoRA; convert it first")
+            raise UnmatchedKeys(f"{lora.name}: {entry.name} {what}; convert it to a plain LoRA first")
         found = lora.sound_tensors_of(entry)
         alpha = found["alpha"].item() if "alpha" in found else float(found["down"].shape[0])
         module = without_tucker(LoraModule(found["down"].float(), found["up"].float(), alpha, found.get("mid")))
@@ -383,7 +383,7 @@ def _resize(module: LoraModule, rank: int | None, energy: float | None) -> tuple
     small_down = (roots[:, None] * (right[:size] @ right_basis.T)).reshape(size, *down.shape[1:])
     small_up = (left_basis @ left[:, :size] * roots).reshape(up.shape[0], size, *up.shape[2:])
     error = math.sqrt(max(1 - kept[size - 1].item() / total, 0.0)) if total else 0.0
-    # alpha = rank: the scale has gone into the singular values, evenly into both factors.
+    # alpha = rank, because the singular values already include the scale. Both factors get an equal share of them.
     return LoraModule(small_down, small_up, float(size)), error
 
 
@@ -393,15 +393,16 @@ def merge_loras(
     scheme: str | None = None,
     on_progress: OnProgress = silent,
 ) -> NewLora:
-    """One LoRA with the sum of the changes, each times its weight, and the largest relative error of a module's change.
+    """Merge LoRAs into the sum of their changes, each times its weight, and return the largest relative error in a module.
 
-    It has the names of `scheme`, for None of the family's own, which most programs load.
+    `scheme` is the naming scheme; None means the family's own, which most programs load.
 
-    Without `rank` the sum is exact, by concatenation: the ranks add up. With `rank` it is resized to that afterwards.
-    Words that the files bring along come along, except in diffusers' scheme. The metadata are the first file's, with
-    `modelspec.merged_from` and without what is true of one file only. Raises LoraMisfit for LoRAs of different families,
-    without modules, or with different words of one name; UnmatchedKeys for a change that is not finite; BadConfig without
-    LoRAs and for a rank below 1.
+    Without `rank`, the modules are concatenated: the sum is exact, and the ranks add up. With `rank`, the result is then
+    resized. Bundled embeddings are kept, except in diffusers' scheme. The metadata are the first file's, with
+    `modelspec.merged_from` and without keys that only apply to one file.
+
+    Raises LoraMisfit for LoRAs of different families, without modules, or with different embeddings for one word. Raises
+    UnmatchedKeys for a change that is not finite, BadConfig without LoRAs and for a rank below 1.
     """
     if not loras:
         raise BadConfig("nothing to merge: give at least one LoRA")
@@ -417,15 +418,15 @@ def merge_loras(
     vectors: dict[str, Tensor] = {}
     for lora, weight in loras:
         if not lora.entries:
-            raise LoraMisfit(f"{lora.name}: has no module that could be merged")
+            raise LoraMisfit(f"{lora.name}: has no modules to merge")
         for key, found in lora.bundled_words().items():
             if not torch.equal(vectors.setdefault(key, found), found):
-                raise LoraMisfit(f"{lora.name}: another file brings along the word {bundled_embedding(key)!r} too")
+                raise LoraMisfit(f"{lora.name}: another file has a different embedding for {bundled_embedding(key)!r}")
         for module_id, module in lora.modules(weight).items():
             others = collected.setdefault(module_id, [])
             if others and (here := module.weight_size) != (there := others[0].weight_size):
                 raise LoraMisfit(
-                    f"{lora.name}: {module_id[1]} changes a weight of {here[0]} x {here[1]} numbers, and another file one of "
+                    f"{lora.name}: {module_id[1]} changes a weight of size {here[0]} x {here[1]}, but in another file it is "
                     f"{there[0]} x {there[1]}"
                 )
             others.append(module)
@@ -453,7 +454,7 @@ def merge_loras(
 
 
 class _Sums(Mapping[ModuleId, LoraModule]):
-    """The sum of several changes of each module, computed when it is asked for."""
+    """The sum of several changes of each module, computed on access."""
 
     def __init__(self, summands: Mapping[ModuleId, Sequence[LoraModule]]):
         self._summands = summands
@@ -473,7 +474,7 @@ def _concatenate(modules: Sequence[LoraModule]) -> LoraModule:
         return modules[0]
     modules = [without_tucker(module) for module in modules]
     first = modules[0]
-    # A 1x1 convolution may be a Linear in another file: all take the shapes of the first.
+    # A 1x1 convolution may be a Linear in another file, so reshape all to the form of the first.
     downs = [module.down.float().reshape(-1, *first.down.shape[1:]) for module in modules]
     ups = [(module.scale * module.up.float()).reshape(first.up.shape[0], -1, *first.up.shape[2:]) for module in modules]
     down, up = torch.cat(downs), torch.cat(ups, dim=1)

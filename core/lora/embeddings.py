@@ -1,7 +1,7 @@
 """Textual-inversion embeddings (arXiv:2208.01618): the vectors of new words for CLIP text encoders, and their tensors in files.
 
-An embedding file holds `emb_params` (SD1.x, SD2.x) or `clip_l` and `clip_g` (SDXL), each (vectors, width), as A1111 and
-ComfyUI read it. Within a LoRA file the same stand under `bundle_emb.<word>.`.
+An embedding file holds `emb_params` (SD1.x, SD2.x) or `clip_l` and `clip_g` (SDXL), each (vectors, width). A1111 and ComfyUI
+read this format. In a LoRA file the same tensors have the prefix `bundle_emb.<word>.`.
 """
 
 import re
@@ -23,12 +23,12 @@ _STRING_TO_PARAM = "string_to_param.*"
 
 
 def embedding_tensors(family: str, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an embedding file, from the vectors (count, width) by part."""
+    """Return the tensors of an embedding file, from the vectors (count, width) by part."""
     return {NAME_TABLES[family].embedding_names[part]: tensor for part, tensor in vectors.items()}
 
 
 def bundled_tensors(family: str, word: str, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an embedding that is bundled in a LoRA file, from the vectors (count, width) by part."""
+    """Return the tensors of an embedding that is bundled in a LoRA file, from the vectors (count, width) by part."""
     name = file_word(word)
     return {
         f"bundle_emb.{name}.{_STRING_TO_PARAM if key == 'emb_params' else key}": tensor
@@ -37,13 +37,13 @@ def bundled_tensors(family: str, word: str, vectors: Mapping[str, Tensor]) -> di
 
 
 def file_word(word: str) -> str:
-    """The word in a form that the name of a file or a tensor can have, with _ for other characters."""
+    """Return the word with _ for all characters that are not allowed in the names of files and tensors."""
     name = re.sub(r"[^\w-]+", "_", word)
     return f"{name}_" if RESERVED.fullmatch(name) else name
 
 
 def embeddings_of(lora: LoraFile) -> dict[str, dict[str, Tensor]]:
-    """The vectors (count, width) of each embedding in a file, by word and by part."""
+    """Return the vectors (count, width) of each embedding in a file, by word and by part."""
     parts = {key: part for part, key in NAME_TABLES[lora.family].embedding_names.items()}
     words: dict[str, dict[str, Tensor]] = {}
     for key in lora.embedding_keys:
@@ -56,17 +56,17 @@ def embeddings_of(lora: LoraFile) -> dict[str, dict[str, Tensor]]:
 
 
 def _vectors(lora: LoraFile, key: str) -> Tensor:
-    """The tensor as (count, width), where a single vector may have one axis. Raises BadFile for another shape."""
+    """Return the tensor as (count, width), also if it is a single vector (width,). Raises BadFile for other shapes."""
     tensor = lora.sound_vectors(key)
     if tensor.ndim not in (1, 2) or not tensor.numel():
         raise BadFile(
-            f"{lora.name}: {key} has the shape {list(tensor.shape)}; that of an embedding is [vectors, width]"
+            f"{lora.name}: {key} has the shape {list(tensor.shape)}, but an embedding must have [vectors, width]"
         )
     return tensor.reshape(-1, tensor.shape[-1])
 
 
 def embedding_files(lora: LoraFile) -> dict[str, LoraFile]:
-    """The embeddings bundled in a LoRA file, each as a file of its own, by word."""
+    """Return each embedding bundled in a LoRA file as a separate file, by word."""
     keep = ("modelspec.", "ss_base_model_version", "ss_sd_model_", "ss_new_sd_model_hash", "ss_output_name")
     metadata = {key: value for key, value in lora.metadata.items() if key.startswith(keep)}
     return {
@@ -77,7 +77,7 @@ def embedding_files(lora: LoraFile) -> dict[str, LoraFile]:
 
 @contextmanager
 def new_words(encoders: Mapping[str, nn.Module], loras: list[LoraFile]) -> Iterator[None]:
-    """A context in which prompts are encoded with the vectors of the files' words, named as `word` or `embedding:word`."""
+    """Add the files' embeddings to text encoders within the context. Prompts name them as `word` or `embedding:word`."""
     changed = []
     try:
         for lora in loras:

@@ -1,6 +1,6 @@
-"""LoRA files as the community trains and shares them, read into values and written in any of its naming schemes.
+"""Read the LoRA files that the community trains and shares, and write them in any of their naming schemes.
 
-Facts about the format are in docs/formats.md.
+docs/formats.md describes the format.
 """
 
 import hashlib
@@ -34,28 +34,28 @@ from .names import Entry, LoraNames, Types, has_pefts_magnitude, peft_metadata, 
 from .norms import LARGEST_VALUE, largest_change
 
 KEY = "facelora.key"
-"""The key in a LoRA's metadata of the hash of what it was trained from. A changed copy of the LoRA does not have it."""
+"""The metadata key with the hash of everything that the LoRA was trained from. Changed copies of the LoRA don't have it."""
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, eq=False)
 class LoraFile(LoraNames):
-    """A LoRA as it stands in a file: its tensors under their names in the file, and what they mean."""
+    """A LoRA as in its file: its tensors under the file's names, and their meaning."""
 
     family: str
     """The model family that the LoRA is for, a name in tensor_names.NAME_TABLES."""
     metadata: dict[str, str]
     tensors: Mapping[str, Tensor] = field(repr=False)
     name: str = "LoRA"
-    """The name of the LoRA in messages: the file's path, if it is from a file."""
+    """The name of the LoRA in messages: the file's path, if it was read from a file."""
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], family: str | None = None) -> "LoraFile":
-        """The LoRA in a file, with its tensors still on disk.
+        """Read a LoRA from a file, without loading its tensors yet.
 
-        `family` decides where its modules are those of several, whatever its metadata say. Beside peft's
-        `adapter_model.safetensors`, the `adapter_config.json` that holds its alpha is read too. Raises BadFile when a file is
-        damaged, UnknownFamily when it is not a LoRA, when its family is not known, or when that is not `family`.
+        If its modules fit several families, `family` decides, whatever the metadata say. For peft's
+        `adapter_model.safetensors`, the `adapter_config.json` beside it is read too, because it holds the alpha. Raises BadFile
+        when a file is damaged. Raises UnknownFamily when it is not a LoRA, or its family is unknown or not `family`.
         """
         file = SafetensorsFile.open(path)
         metadata = peft_metadata(file.path) | file.metadata
@@ -69,17 +69,17 @@ class LoraFile(LoraNames):
 
     @classmethod
     def from_bytes(cls, data: bytes, name: str = "LoRA") -> "LoraFile":
-        """A LoRA from the bytes of a file, such as an upload. Its family is detected.
+        """Read a LoRA from the bytes of a file, such as an upload. Its family is detected.
 
-        Raises BadFile when they are not those of a safetensors file, and what `from_tensors` raises.
+        Raises BadFile when they are not a valid safetensors file, and the errors of `from_tensors`.
         """
         return cls.from_tensors(*read_safetensors(data, name), name)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str = "LoRA") -> "LoraFile":
-        """A LoRA from tensors under the names that they have in a file. Its family is detected by them.
+        """Make a LoRA from tensors with a file's names. Its family is detected.
 
-        Raises UnknownFamily when they are no LoRA, or one for a family that is not known.
+        Raises UnknownFamily when they are not a LoRA, or its family is unknown.
         """
         types = types_of(tensors)
         return recognised(types, metadata, name, lambda family: cls(family, dict(metadata), tensors, name))
@@ -93,9 +93,9 @@ class LoraFile(LoraNames):
         scheme: str | None = None,
         names: NameTable | None = None,
     ) -> "LoraFile":
-        """A LoRA from the low-rank changes of modules, named in a scheme, one of modules.SCHEMES; None: the family's own.
+        """Make a LoRA from the low-rank changes of modules. `scheme` is one of modules.SCHEMES; None means the family's own.
 
-        `names` are those of the base's modules, where they are not the published models' (`Base.names`). Raises
+        `names` are the names of the base model's modules, if they differ from the published models' (`Base.names`). Raises
         UnknownFamily for an unknown family, UnmatchedKeys for an unknown scheme.
         """
         _check_family(family)
@@ -114,71 +114,74 @@ class LoraFile(LoraNames):
 
     @cached_property
     def model_hash(self) -> str:
-        """The `sshs_model_hash` of the tensors, whatever the metadata say: SHA-256 in 64 hex digits."""
+        """The actual `sshs_model_hash` of the tensors, not the one in the metadata: SHA-256 as 64 hex digits."""
         if isinstance(self.tensors, SafetensorsFile):
-            return self.tensors.sha256(with_header=False)  # in the file's order, which need not be ours
+            return self.tensors.sha256(with_header=False)  # The file's order of tensors may differ from ours.
         return model_hash(self.tensors)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of most tensors, where single numbers such as alphas do not count."""
+        """The dtype of most tensors, ignoring single numbers such as alphas."""
         return getattr(torch, self.type_name)
 
     def tensors_of(self, entry: Entry) -> dict[str, Tensor]:
-        """The tensors of an entry by role, scaled as peft's metadata say where the file itself has no alpha."""
+        """Return the tensors of an entry by role. If the file has no alpha, they are scaled by peft's metadata."""
         tensors = {role: self.tensors[key] for role, key in entry.keys.items()}
         if has_pefts_magnitude(entry):
-            # A convolution's is (1, out, 1, 1), which in LyCORIS' layout would be one magnitude for each input.
+            # For a convolution it is (1, out, 1, 1), which LyCORIS' layout would take for one magnitude per input.
             tensors["dora"] = tensors["dora"].flatten()
         scale = self.scale_in_config(entry)
         if scale is not None and entry.rank is not None:
             tensors["alpha"] = torch.tensor(scale * entry.rank)
         elif scale is not None and entry.kind == "lokr":
-            # Both factors are whole: peft scales such a product like any other, all other programs do not.
+            # Both factors are whole. Only peft scales such a product.
             tensors["lokr_w1"] = scale * tensors["lokr_w1"].float()
         return tensors
 
     def sound_tensors_of(self, entry: Entry, strength: float = 1.0) -> dict[str, Tensor]:
-        """What `tensors_of` gives, if the change times `strength` is one that a weight can hold.
+        """Return the result of `tensors_of`, after a check that a weight can hold the change times `strength`.
 
-        Raises UnmatchedKeys for NaN, infinity and what 16 bits cannot hold: such a LoRA draws nothing but black.
+        Raises UnmatchedKeys for NaN, infinity and values that 16 bits cannot hold: such a LoRA draws only black pictures.
         """
         tensors = self.tensors_of(entry)
         largest = abs(strength) * largest_change(entry.kind, tensors)
         if not largest <= LARGEST_VALUE:
-            what = f"numbers of {largest:.1g}, too large for a weight" if math.isfinite(largest) else "NaN or infinity"
-            raise UnmatchedKeys(f"{self.name}: {entry.name}: its change holds {what}")
+            what = (
+                f"values up to {largest:.1g}, too large for a weight" if math.isfinite(largest) else "NaN or infinity"
+            )
+            raise UnmatchedKeys(f"{self.name}: {entry.name}: its change contains {what}")
         return tensors
 
     def sound_vectors(self, key: str) -> Tensor:
-        """The vectors of a word, one of `embedding_keys`. Raises UnmatchedKeys for NaN and infinity."""
+        """Return the vectors of a word by key, one of `embedding_keys`. Raises UnmatchedKeys for NaN and infinity."""
         if not self.tensors[key].float().isfinite().all():
-            raise UnmatchedKeys(f"{self.name}: {key} holds NaN or infinity")
+            raise UnmatchedKeys(f"{self.name}: {key} contains NaN or infinity")
         return self.tensors[key]
 
     def bundled_words(self) -> dict[str, Tensor]:
-        """The vectors of all words under the names of LoRA files. Raises UnmatchedKeys as `sound_vectors` does."""
+        """Return the vectors of all words by their bundled names. Raises UnmatchedKeys as `sound_vectors` does."""
         return {bundled_name(key): self.sound_vectors(key) for key in self.embedding_keys}
 
     def modules(self, strength: float = 1.0) -> dict[ModuleId, LoraModule]:
-        """The low-rank change of every module times `strength`, one for each of diffusers' modules.
+        """Return the low-rank change of every diffusers module, times `strength`.
 
-        Raises UnmatchedKeys when tensors are left over, when a module is there twice or not finite, or for a kind of adapter
-        that is no plain LoRA (`convert.to_plain` makes it one).
+        Raises UnmatchedKeys when tensors are left over, when a module appears twice or is not finite, and for other kinds of
+        adapters (`convert.to_plain` converts them).
         """
         self.check()
         modules: dict[ModuleId, LoraModule] = {}
         for entry in self.entries:
             if entry.kind not in ("lora", "locon") or entry.changes_bias:
                 what = "a LoRA with a bias" if entry.kind in ("lora", "locon") else f"of kind {entry.kind}"
-                raise UnmatchedKeys(f"{self.name}: {entry.name} is {what}, not a plain LoRA; convert it to one first")
+                raise UnmatchedKeys(f"{self.name}: {entry.name} is {what}; convert it to a plain LoRA first")
             modules |= self.low_rank_of(entry, strength)
         return modules
 
     def low_rank_of(self, entry: Entry, strength: float = 1.0) -> Iterator[tuple[ModuleId, LoraModule]]:
-        """The low-rank change of each module of an entry whose kind has one; a DoRA's is that without its magnitude.
+        """Yield the low-rank change of each module of an entry. For a DoRA, this is the change without the magnitude.
 
-        Raises UnmatchedKeys when its shapes do not fit the family, or when it is not finite.
+        The entry must be of a low-rank kind. Raises UnmatchedKeys when its shapes do not fit the family, or when it is not
+        finite.
         """
         tensors = self.sound_tensors_of(entry, strength)
         down, up, mid = tensors["down"], tensors["up"], tensors.get("mid")
@@ -193,23 +196,24 @@ class LoraFile(LoraNames):
             yield module_id, LoraModule(down, part_up, strength * alpha, mid)
 
     def changes(self, base_weight: Callable[[ModuleId], Tensor] | None = None) -> Iterator[tuple[ModuleId, Tensor]]:
-        """The change of every weight, float32, one at a time; biases are left to `bias_changes_of`.
+        """Yield the change of each weight, float32. `bias_changes_of` returns those of biases.
 
-        `base_weight` gives the weight of a module, for the kinds whose change depends on it (DoRA, OFT). Raises
-        UnmatchedKeys when it is missing, when tensors are left over, or when a change cannot be computed.
+        `base_weight` returns the weight of a module, for kinds whose change depends on it (DoRA, OFT). Raises UnmatchedKeys
+        when it is missing, when tensors are left over, or when a change cannot be computed.
         """
         self.check()
         for entry in self.entries:
             yield from self.changes_of(entry, base_weight)
 
     def of_parts(self, parts: Collection[str]) -> "LoraFile":
-        """A copy of the LoRA that changes modules in these parts only; embeddings and unknown tensors stay."""
+        """Return a copy of the LoRA with only the modules in these parts. Embeddings and unknown tensors are kept."""
         return self._without(entry for entry in self.entries if entry.part not in parts)
 
     def of_loaded(self, modules: Collection[ModuleId], unused: str) -> "LoraFile":
-        """The LoRA without changes of modules that are not among these since nothing uses them (`FamilySpec.unused`).
+        """Return the LoRA without changes of modules that are not loaded because nothing uses them.
 
-        One that changes no others stays as it is, and so fits no base model.
+        `unused` matches their paths (`FamilySpec.unused`). A LoRA that only changes such modules is returned unchanged, and
+        fits no base model.
         """
         missing = [entry for entry in self.entries if not any(module in modules for module in entry.modules)]
         left_out = [entry for entry in missing if all(re.search(unused, path) for _, path in entry.modules)]
@@ -222,10 +226,10 @@ class LoraFile(LoraNames):
     def changes_of(
         self, entry: Entry, base_weight: Callable[[ModuleId], Tensor] | None = None
     ) -> list[tuple[ModuleId, Tensor]]:
-        """The change of each weight that an entry changes, float32; a fused weight is split into its modules.
+        """Compute the change of each weight that an entry changes, float32. A fused weight is split into its modules.
 
-        `base_weight` gives the weight of a module, for the kinds whose change depends on it (DoRA, OFT). Raises
-        UnmatchedKeys when it is missing, or when a change cannot be computed or is not finite.
+        `base_weight` returns the weight of a module, for kinds whose change depends on it (DoRA, OFT). Raises UnmatchedKeys
+        when it is missing, or when a change cannot be computed or is not finite.
         """
         if entry.kind == "bias":
             return []
@@ -233,7 +237,7 @@ class LoraFile(LoraNames):
         if needs_base(entry.kind, entry.keys):
             if base_weight is None:
                 raise UnmatchedKeys(
-                    f"{self.name}: {entry.name} is of kind {entry.kind}, whose change depends on the base weights: "
+                    f"{self.name}: {entry.name} is of kind {entry.kind}, whose change depends on the base weights; "
                     "give the base model"
                 )
             weight = entry.place.join([base_weight(module).float() for module in entry.modules])
@@ -243,10 +247,10 @@ class LoraFile(LoraNames):
             raise UnmatchedKeys(f"{self.name}: {entry.name} cannot be computed: {error}") from None
 
     def bias_changes_of(self, entry: Entry, inputs: int) -> list[tuple[ModuleId, Tensor]]:
-        """The change of each bias that an entry changes, float32; a fused bias is split into its modules.
+        """Compute the change of each bias that an entry changes, float32. A fused bias is split into its modules.
 
-        `inputs` is the number of the weight's input features. Raises UnmatchedKeys when the bias does not fit the family, or
-        is not finite.
+        `inputs` is the weight's number of input features. Raises UnmatchedKeys when the bias does not fit the family, or is
+        not finite.
         """
         change = bias_change(entry.kind, self.sound_tensors_of(entry)) if entry.changes_bias else None
         try:
@@ -255,19 +259,19 @@ class LoraFile(LoraNames):
             raise UnmatchedKeys(f"{self.name}: the bias of {entry.name} does not fit {self.family}: {error}") from None
 
     def check(self) -> None:
-        """Raises UnmatchedKeys when there are tensors that are not understood, or when a module is there twice."""
+        """Raise UnmatchedKeys if any tensor is not recognised, or a module appears twice."""
         if self.unknown_keys:
             count, example = len(self.unknown_keys), self.unknown_keys[0]
             raise UnmatchedKeys(
-                f"{self.name}: {counted(count, 'tensor is', 'tensors are')} not understood, or not a complete module of "
-                f"matching shapes, e.g. {shortened(example)!r} of shape {list(self.layout[example][1])}"
+                f"{self.name}: {counted(count, 'tensor is', 'tensors are')} not recognised, or not part of a complete module "
+                f"with matching shapes, e.g. {shortened(example)!r} of shape {list(self.layout[example][1])}"
             )
         seen: set[ModuleId] = set()
         for entry in self.entries:
             for module_id in entry.modules:
                 if module_id in seen:
                     raise UnmatchedKeys(
-                        f"{self.name}: the change of {module_id[1]} is there twice, also as {entry.name}"
+                        f"{self.name}: the file changes {module_id[1]} twice, the second time as {entry.name}"
                     )
                 seen.add(module_id)
 
@@ -277,15 +281,15 @@ class LoraFile(LoraNames):
         dtype: torch.dtype = torch.float16,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """Writes the file, whole or not at all, with its hashes in the metadata. `path` may also be a stream such as a BytesIO.
+        """Write the file atomically, with its hashes in the metadata. `path` may also be a stream, such as a BytesIO.
 
-        One tensor is written after another: neither those that are read from a file nor computed ones are together in
-        memory. `dtype` is for floating-point tensors; `on_progress(done, total)` counts tensors. Raises BadFile when the
-        file cannot be written or a value does not fit `dtype`.
+        Tensors are read or computed, and written, one by one, so they are never all in memory. `dtype` is for floating-point
+        tensors; `on_progress(done, total)` counts tensors. Raises BadFile when the file cannot be written or a value does not
+        fit `dtype`.
         """
         layout = layout_in(self.tensors, dtype)
         digests = {"sshs_model_hash": hashlib.sha256(), "sshs_legacy_hash": LegacyHash(layout, self.metadata)}
-        # modelspec's hash is that of the tensors as they were read, perhaps in another dtype.
+        # modelspec's hash is of the tensors that were read, which may have had another dtype.
         metadata = {key: value for key, value in self.metadata.items() if key != "modelspec.hash_sha256"}
 
         def read(key: str) -> Tensor:
@@ -294,63 +298,61 @@ class LoraFile(LoraNames):
         write_safetensors(path, layout, read, metadata, digests, on_progress)
 
     def with_metadata(self, metadata: Mapping[str, str]) -> "LoraFile":
-        """A copy of the LoRA with other metadata."""
+        """Return a copy of the LoRA with other metadata."""
         return replace(self, metadata=dict(metadata))
 
 
 def _check_family(name: str) -> None:
     if name not in NAME_TABLES:
-        raise UnknownFamily(f"no family {name!r}; known: {', '.join(NAME_TABLES)}")
+        raise UnknownFamily(f"unknown family {name!r}; known: {', '.join(NAME_TABLES)}")
 
 
 def types_of(tensors: Mapping[str, Tensor]) -> Types:
-    """torch's name of the type, and the shape, of each tensor by name."""
+    """Return torch's name of the type, and the shape, of each tensor by name."""
     if isinstance(tensors, SafetensorsFile):
         return tensors.types
     return {name: (str(dtype).removeprefix("torch."), shape) for name, (dtype, shape) in layout_of(tensors).items()}
 
 
 def _in_weight_form(down: Tensor, up: Tensor, kernel: int | None) -> tuple[Tensor, Tensor]:
-    """The down and up matrices in the form of the module's weight in diffusers: two axes for a Linear, four for a convolution.
+    """Reshape the down and up matrices like diffusers' weight: two axes for a Linear, four for a convolution.
 
     `kernel` is the side of a convolution's kernel, None for a Linear. sd-scripts writes SD2's Linear projections as 1x1
-    convolutions, ComfyUI's trainer every convolution flattened. Raises ValueError when the sizes are not a convolution's.
+    convolutions, and ComfyUI's trainer flattens every convolution. Raises ValueError when the sizes don't fit the kernel.
     """
     if kernel is None:
         return (down, up) if down.ndim == 2 or math.prod(down.shape[2:]) != 1 else (down.flatten(1), up.flatten(1))
     if down.ndim == 2:
         if down.shape[1] % kernel**2:
-            raise ValueError(f"{down.shape[1]} inputs are no kernel of {kernel} times {kernel}")
+            raise ValueError(f"{down.shape[1]} inputs do not fit a kernel of {kernel} x {kernel}")
         down = down.reshape(down.shape[0], -1, kernel, kernel)
     return down, up if up.ndim == 4 else up[:, :, None, None]
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The result of `fit`: which parts of a LoRA have a place in a base model, and which have none."""
+    """The result of `fit`: which parts of a LoRA fit a base model, and which don't."""
 
     family: str
     base_family: str
     matched: tuple[ModuleId, ...]
     left_over: Mapping[str, str]
-    """The reason for each name in the file that has no place in the base model."""
+    """The reason, by name in the file, why a module does not fit the base model."""
 
     @property
     def fits(self) -> bool:
-        """Whether everything in the file has a place in the base model."""
+        """Whether everything in the file fits the base model."""
         return not self.left_over
 
     def check(self, name: str = "LoRA") -> None:
-        """Raises LoraMisfit, naming the families and some keys, unless everything in the file has its place."""
+        """Raise LoraMisfit, with the families and some keys, unless everything in the file fits."""
         if self.fits:
             return
         examples = "; ".join(f"{shortened(key)}: {why}" for key, why in list(self.left_over.items())[:3])
         differ = self.family != self.base_family
-        families = f"it is for {self.family}, the base model is {self.base_family}; " if differ else ""
+        families = f"it is for {self.family}, but the base model is {self.base_family}; " if differ else ""
         count = len(self.left_over)
-        raise LoraMisfit(
-            f"{name}: does not fit: {families}{count} keys have no place in the base model, e.g. {examples}"
-        )
+        raise LoraMisfit(f"{name}: does not fit the base model: {families}{count} keys are left over, e.g. {examples}")
 
 
 def fit(
@@ -359,14 +361,13 @@ def fit(
     shapes: Mapping[ModuleId, tuple[int, ...]],
     biased: Collection[ModuleId] | None = None,
 ) -> Fit:
-    """The modules of a base model that the LoRA changes, and the names in the file that have no place in it.
+    """Find the modules of a base model that the LoRA changes, and the names in the file that do not fit it.
 
-    `family`, `shapes` and `biased` describe the base model: the name of its family, the weight shapes of all its modules
-    (those of its text encoders too, or their part of the LoRA is left over), and the modules that have a bias (for None
-    biases are not checked). No tensor is read.
+    `family` is the base model's family. `shapes` are the weight shapes of all its modules; without those of its text encoders,
+    their part of the LoRA is left over. `biased` are the modules that have a bias; None skips this check. No tensor is read.
     """
     matched: list[ModuleId] = []
-    left_over: dict[str, str] = {key: "is not understood" for key in lora.unknown_keys}
+    left_over: dict[str, str] = {key: "is not recognised" for key in lora.unknown_keys}
     if lora.family != family:
         why = f"changes a {lora.family} model"
         names = [*(entry.name for entry in lora.entries), *lora.embedding_keys]
@@ -374,7 +375,7 @@ def fit(
     for entry in lora.entries:
         missing = [module for module in entry.modules if module not in shapes]
         if missing:
-            left_over[entry.name] = f"the base has no {missing[0][1]} in its {missing[0][0]}"
+            left_over[entry.name] = f"the base model has no {missing[0][1]} in its {missing[0][0]}"
             continue
         expected = [tuple(shapes[module]) for module in entry.modules]
         shape, outputs = entry.weight_shape, sum(rows for rows, *_ in expected)
@@ -385,12 +386,12 @@ def fit(
             left_over[entry.name] = f"a bias of {entry.bias_size} does not fit {outputs} outputs"
             continue
         if biased is not None and entry.changes_bias and (bare := [m for m in entry.modules if m not in biased]):
-            left_over[entry.name] = f"changes a bias, and {bare[0][1]} has none"
+            left_over[entry.name] = f"changes a bias, but {bare[0][1]} has none"
             continue
         matched.extend(entry.modules)
     return Fit(lora.family, family, tuple(matched), left_over)
 
 
 def _same_weight(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    # 1x1 convolutions may be written as Linear and kernels flattened, so only the sizes count.
+    # Files may have 1x1 convolutions as Linear layers, and flattened kernels, so compare only the sizes.
     return shape[0] == other[0] and math.prod(shape[1:]) == math.prod(other[1:])

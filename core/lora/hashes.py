@@ -1,4 +1,4 @@
-"""The hashes by which the community's tools tell LoRA files apart."""
+"""Compute the hashes that the community's tools identify LoRA files by."""
 
 import hashlib
 import os
@@ -21,7 +21,7 @@ from ..storage.safetensors_file import (
 
 
 def model_hash(tensors: Mapping[str, Tensor]) -> str:
-    """The `sshs_model_hash`: SHA-256 of everything after the header, so that it does not change with the metadata."""
+    """Compute the `sshs_model_hash`: SHA-256 of everything after the header, so that it is independent of the metadata."""
     digest = hashlib.sha256()
     for name in storage_order(layout_of(tensors)):
         digest.update(tensor_bytes(tensors[name]))
@@ -31,7 +31,7 @@ def model_hash(tensors: Mapping[str, Tensor]) -> str:
 class LegacyHash:
     """A running `sshs_legacy_hash`: 8 hex digits of the SHA-256 of bytes 0x100000 to 0x110000 of the file.
 
-    The file is taken with its `ss_*` metadata only.
+    The file is hashed as if it had only its `ss_*` metadata.
     """
 
     _BEGIN, _END = 0x100000, 0x110000
@@ -42,7 +42,7 @@ class LegacyHash:
         self.update(header_bytes(layout, {key: value for key, value in metadata.items() if key.startswith("ss_")}))
 
     def update(self, data: bytes | memoryview) -> None:
-        """Adds the bytes of the tensors, which must come in the order in which they are stored."""
+        """Add the bytes of the tensors. Call it in the order that they are stored in."""
         self._digest.update(data[max(self._BEGIN - self._position, 0) : max(self._END - self._position, 0)])
         self._position += len(data)
 
@@ -52,12 +52,12 @@ class LegacyHash:
         return self._position >= self._END
 
     def hexdigest(self) -> str:
-        """The hash of the bytes so far: 8 hex digits."""
+        """Return the hash of the bytes so far: 8 hex digits."""
         return self._digest.hexdigest()[:8]
 
 
 def legacy_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """The `sshs_legacy_hash` of tensors and metadata: 8 hex digits."""
+    """Compute the `sshs_legacy_hash` of tensors and metadata: 8 hex digits."""
     layout = layout_of(tensors)
     digest = LegacyHash(layout, metadata)
     for name in storage_order(layout):
@@ -68,12 +68,12 @@ def legacy_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> s
 
 
 def chunks(path: str | os.PathLike[str]) -> int:
-    """The number of steps in which a file is hashed."""
+    """Return the number of steps for hashing a file."""
     return 1 + Path(path).stat().st_size // CHUNK_BYTES
 
 
 class _Others:
-    """The running hashes of a whole file that Civitai has beside SHA-256."""
+    """The running hashes of a whole file that Civitai uses in addition to SHA-256."""
 
     _BEGIN, _END = 0x100000, 0x110000
 
@@ -99,11 +99,10 @@ class _Others:
 
 
 def file_hashes(path: str | os.PathLike[str], step: Callable[[], None] = lambda: None) -> dict[str, str]:
-    """The hashes by which the community knows a file, computed from its bytes; `step` is called `chunks` times.
+    """Compute the hashes of a file that the community uses, from its bytes. `step` is called `chunks` times.
 
-    `autov3` and A1111's short hash are the first 12 digits of `sshs_model_hash`, `autov2` is the first 10 of `sha256`,
-    `autov1` the first 8 of the SHA-256 of bytes 0x100000 to 0x110000. `blake3` is there where
-    the package of that name is installed.
+    `autov1` is the first 8 digits of the SHA-256 of bytes 0x100000 to 0x110000, and `autov2` the first 10 of `sha256`.
+    `autov3` and A1111's short hash are the first 12 of `sshs_model_hash`. `blake3` requires the package of that name.
     """
     file = SafetensorsFile.open(path)
     whole, model, others = hashlib.sha256(), hashlib.sha256(), _Others()

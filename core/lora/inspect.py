@@ -1,4 +1,4 @@
-"""What is in a LoRA file: its header's report, its hashes, and how much each block changes."""
+"""Inspect a LoRA file: its header, its hashes, and how much each block changes."""
 
 import math
 import os
@@ -16,9 +16,9 @@ from .report import inspect_header
 
 
 def inspect_lora(path: str | os.PathLike[str], on_progress: OnProgress = silent) -> dict[str, Any]:
-    """A report of everything that is known of a LoRA file, as values for JSON: `inspect_header`'s, `hashes` and `norms`.
+    """Report everything about a LoRA file, as values for JSON: the report of `inspect_header`, `hashes` and `norms`.
 
-    Raises BadFile or UnknownFamily when it is no LoRA file.
+    Raises BadFile or UnknownFamily when it is not a LoRA file.
     """
     report = inspect_header(path)
     lora = LoraFile.read(path)
@@ -27,7 +27,7 @@ def inspect_lora(path: str | os.PathLike[str], on_progress: OnProgress = silent)
 
 
 def block_norms(lora: LoraFile, step: Callable[[], None] = lambda: None) -> dict[str, float | None]:
-    """The Frobenius norm of each block's weight change, None if it is not finite; DoRA and OFT are left out.
+    """Compute the Frobenius norm of each block's weight change, None if it is not finite. DoRA and OFT are left out.
 
     `step` is called for each module.
     """

@@ -1,6 +1,6 @@
-"""The kinds of adapters that LoRA files hold, told by the roles and shapes of a module's tensors, without torch.
+"""Recognise the kinds of adapters in LoRA files by the roles and shapes of a module's tensors, without torch.
 
-The roles are `down`, `hada_w1_a`, ...: see tensor_names/keys.py. What a kind changes is in changes.py.
+The roles are `down`, `hada_w1_a`, ...: see tensor_names/keys.py. changes.py computes the change of each kind.
 """
 
 import math
@@ -22,22 +22,22 @@ KINDS = {
 
 
 BIAS_DIFFERENCES = ("diff_b", "b_norm")
-"""The roles of tensors that are the difference of a bias, which the module must have."""
+"""The roles of tensors that are the difference of a bias. The module must have a bias."""
 BIAS_ROLES = (*BIAS_DIFFERENCES, "bias")
-"""The roles of tensors that change a bias, with a weight or alone; `bias` is the bias of the up matrix, which peft has."""
+"""The roles of tensors that change a bias, with or without a weight. `bias` is the bias of peft's up matrix."""
 UNBOUND = 1000.0
-"""The alpha of a rotation that is not bounded. SD.Next and sd-scripts take 0 for a bound, which leaves no rotation."""
+"""The alpha of an unbounded rotation. SD.Next and sd-scripts would take 0 for a bound that allows no rotation."""
 LARGEST_WEIGHT = 1 << 30
-"""The most elements of a weight: no model has such a layer, but two small tensors can claim a product of any size."""
+"""The most elements of a weight. No model has a larger layer, but two small tensors can claim a product of any size."""
 LARGEST_KERNEL = 256
-"""The most positions of a convolution's kernel, 16 x 16 as of some patch embeddings."""
+"""The most positions in a convolution's kernel: 16 x 16, for some patch embeddings."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 """The shape of each tensor of a module, by its role."""
 
 
 def kind_of(shapes: Shapes) -> str | None:
-    """The kind of adapter, one of KINDS, for tensors with these roles and shapes; None when they do not make one up."""
+    """Return the kind of adapter, one of KINDS, of tensors with these roles and shapes; None if they don't form one."""
     kind = _kind_by_roles(shapes)
     return kind if kind and _fit_together(kind, shapes) and _fit_beside(kind, shapes) else None
 
@@ -65,7 +65,7 @@ def _kind_by_roles(shapes: Shapes) -> str | None:
 
 
 def _fit_together(kind: str, shapes: Shapes) -> bool:
-    """Whether tensors of these shapes can be multiplied as their kind says, to a weight that a model may have."""
+    """Check that tensors of these shapes can be multiplied as their kind requires, to a weight of a plausible size."""
     biases = {shapes[role] for role in BIAS_ROLES if role in shapes}
     if math.prod(shapes.get("alpha", ())) != 1 or len(biases) > 1 or any(len(shape) != 1 for shape in biases):
         return False
@@ -98,7 +98,7 @@ def _fit_together(kind: str, shapes: Shapes) -> bool:
 
 
 def _fit_beside(kind: str, shapes: Shapes) -> bool:
-    """Whether a bias or magnitude beside the factors has a size of the changed weight, where the factors tell it."""
+    """Check that a bias or magnitude beside the factors has the size of the changed weight, if the factors show it."""
     shape = weight_shape(kind, shapes)
     if shape is None:
         return True
@@ -107,7 +107,7 @@ def _fit_beside(kind: str, shapes: Shapes) -> bool:
 
 
 def _product(shapes: Shapes, name: str, core_name: str | None) -> tuple[int, ...] | None:
-    """The shape of a factor that is stored whole, as `a` times `b`, or as both around a core; None when they do not fit."""
+    """Return the shape of a factor that is stored whole, as `a` times `b`, or as both around a core; None if they don't fit."""
     if name in shapes:
         return shapes[name]
     first, second, core = shapes[f"{name}_a"], shapes[f"{name}_b"], shapes.get(core_name or "")
@@ -119,12 +119,12 @@ def _product(shapes: Shapes, name: str, core_name: str | None) -> tuple[int, ...
 
 
 def needs_base(kind: str, roles: Collection[str]) -> bool:
-    """Whether the change depends on the weight itself, as it does for rotations and for any kind with a magnitude."""
+    """Check whether the change depends on the weight itself, as for rotations and for any kind with a magnitude."""
     return kind in ("oft", "boft") or "dora" in roles
 
 
 def rank_of(kind: str, shapes: Shapes) -> int | None:
-    """The rank by which alpha is divided; None for a kind without a rank."""
+    """Return the rank that alpha is divided by; None for a kind without a rank."""
     if kind in ("lora", "locon", "dora"):
         return shapes["down"][0]
     if kind == "loha":
@@ -136,7 +136,7 @@ def rank_of(kind: str, shapes: Shapes) -> int | None:
 
 
 def weight_shape(kind: str, shapes: Shapes) -> tuple[int, ...] | None:
-    """The shape (out, in, ...) of the changed weight, where a kernel may be flattened into `in`; None if unknown."""
+    """Return the shape (out, in, ...) of the changed weight; None if unknown. A kernel may be flattened into `in`."""
     if kind in ("lora", "locon", "dora"):
         kernel = shapes["mid"][2:] if "mid" in shapes else shapes["down"][2:]
         return (shapes["up"][0], shapes["down"][1], *kernel)
@@ -153,7 +153,7 @@ def weight_shape(kind: str, shapes: Shapes) -> tuple[int, ...] | None:
 
 
 def known_shape(kind: str, shapes: Shapes) -> tuple[int, ...] | None:
-    """What `weight_shape` gives, or (out, 0) for a kind that tells the outputs of the weight alone."""
+    """Return the result of `weight_shape`, or (out, 0) for a kind that only shows the weight's outputs."""
     if kind in ("oft", "boft"):
         return (shapes["oft_blocks"][-3] * shapes["oft_blocks"][-1], 0)
     if kind == "bias":

@@ -1,4 +1,4 @@
-"""The nearest change of low rank, and its factors: of a change that is known, and of one that only its factors tell."""
+"""Find the nearest low-rank change and its factors, from a whole change or only from its factors."""
 
 import math
 from collections.abc import Mapping
@@ -13,23 +13,23 @@ from .kinds import weight_shape
 from .norms import Product, factors_of, single_product
 
 Factorised = tuple[Tensor, Tensor, float]
-"""The down and up matrices of a change, and the relative error that it is kept with, 0 to 1."""
+"""The down and up matrices of a change, and their relative error, 0 to 1."""
 
 
 def factorise(change: Tensor, rank: int, name: str) -> Factorised:
-    """The down and up matrices of the nearest change of at most that rank, and its relative error, 0 to 1.
+    """Find the nearest change of at most that rank: its down and up matrices, and its relative error, 0 to 1.
 
     The error is that of the Frobenius norm. Raises UnmatchedKeys, with `name` in the message, for NaN and infinity.
     """
     matrix = change.flatten(1)
     total = torch.linalg.vector_norm(matrix, dtype=torch.float64).item() ** 2
     if not math.isfinite(total):
-        raise UnmatchedKeys(f"{name}: its change holds NaN or infinity")
+        raise UnmatchedKeys(f"{name}: its change contains NaN or infinity")
     return _factorised(*truncated_svd(matrix, min(rank, *matrix.shape)), total, change.shape)
 
 
 def _factorised(left: Tensor, values: Tensor, right: Tensor, total: float, shape: tuple[int, ...]) -> Factorised:
-    """The factors of a change of that shape from its singular values and vectors; `total` is its squared norm."""
+    """Build the factors of a change of that shape from its singular values and vectors. `total` is its squared norm."""
     missing = max(total - values.double().square().sum().item(), 0.0)
     roots = values.sqrt()
     down = (roots[:, None] * right).reshape(-1, *shape[1:])
@@ -43,10 +43,10 @@ _POWER_ITERATIONS = 6
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `rank` largest singular values (rank), falling, between the left (m, rank) and right (rank, n) singular vectors.
+    """Compute the left singular vectors (m, rank), the `rank` largest singular values and the right vectors (rank, n).
 
-    Large matrices are decomposed by subspace iteration (Halko, Martinsson and Tropp, arXiv:0909.4061) with a fixed seed,
-    so that the same input gives the same result.
+    The values are in descending order. Large matrices are decomposed by subspace iteration (Halko, Martinsson and Tropp,
+    arXiv:0909.4061) with a fixed seed, so that the same input gives the same result.
     """
     columns = rank + _OVERSAMPLING
     if min(matrix.shape) <= max(_FULL_SVD_LIMIT, 2 * columns):
@@ -62,15 +62,15 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class Decomposed:
-    """A change that is not made, as `left @ right`; of a Kronecker product those singular values that are largest."""
+    """A change `left @ right` that is never multiplied. For a Kronecker product, only the largest singular values."""
 
     left: Tensor  # (out, r)
-    right: Tensor  # (r, in * positions), whose rows are orthonormal
+    right: Tensor  # (r, in * positions), with orthonormal rows
     row_norms: Tensor  # (out), float64, of the whole change
     shape: tuple[int, ...]
 
     def nearest(self, rows: Tensor, rank: int) -> Factorised:
-        """The nearest change of at most that rank of some of the rows."""
+        """Return the nearest change of at most that rank for some of the rows."""
         left, values, right = torch.linalg.svd(self.left[rows], full_matrices=False)
         size = min(rank, len(values))
         total = self.row_norms[rows].square().sum().item()
@@ -78,8 +78,11 @@ class Decomposed:
 
 
 def decomposed(kind: str, tensors: Mapping[str, Tensor], rank: int) -> Decomposed | None:
-    """The change of a LoKr or a LoHa for changes of at most that rank, told from its factors, since a small file can claim a
-    product of any size; None for another kind, and for a LoHa that is hardly larger than its factors."""
+    """Decompose a LoKr or a LoHa from its factors, to find its nearest changes of at most that rank.
+
+    The product is never computed, since a small file can claim one of any size. Returns None for other kinds, and for a LoHa
+    whose product is hardly larger than its factors.
+    """
     if kind not in ("loha", "lokr"):
         return None
     float32 = {role: tensor.float() for role, tensor in tensors.items() if role != "alpha"}
@@ -93,7 +96,7 @@ def decomposed(kind: str, tensors: Mapping[str, Tensor], rank: int) -> Decompose
             return None
         norms, left, values, right = _svd(single, min(shape[0], math.prod(shape[1:])))
     else:
-        # The singular values of a Kronecker product are the products of those of its factors, and so are the vectors.
+        # The singular values and vectors of a Kronecker product are the products of its factors' values and vectors.
         first_norms, first_left, first_values, first_right = _svd(first, rank)
         second_norms, second_left, second_values, second_right = _svd(second, rank)
         products = torch.outer(first_values, second_values).flatten()
@@ -107,7 +110,7 @@ def decomposed(kind: str, tensors: Mapping[str, Tensor], rank: int) -> Decompose
 
 
 def _svd(factor: Product | Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The norms of a factor's rows in float64, and its largest singular values between the left and the right vectors."""
+    """Compute the norms of a factor's rows in float64, and its left vectors, largest singular values and right vectors."""
     if isinstance(factor, Tensor):
         matrix = factor.flatten(1)
         return _row_norms(matrix), *truncated_svd(matrix, min(rank, *matrix.shape))

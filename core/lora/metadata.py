@@ -1,4 +1,4 @@
-"""Changes to the metadata of LoRA files alone."""
+"""Edit the metadata of LoRA files without changing their tensors."""
 
 import base64
 import io
@@ -34,12 +34,13 @@ def edit_metadata(
     remove: Sequence[str] = (),
     on_progress: OnProgress = silent,
 ) -> dict[str, str]:
-    """The new metadata, after the file is written with them to `output`, or over itself; tensors stay byte for byte.
+    """Edit a file's metadata, write it to `output` or over itself, and return the new metadata. The tensors are unchanged.
 
-    None leaves a value, "" deletes it, and `remove` deletes any keys. `thumbnail` is a picture file, which is shrunk to a
-    JPEG without its EXIF data. Both `sshs_*` hashes are brought up to date; that of the tensors does not change. Raises
-    BadConfig when there is nothing to change, or a key of `remove` is not there, BadFile when a file cannot be read or
-    written, NoLora for a checkpoint and the like, whose hash other programs know it by.
+    None keeps a value, "" deletes it, and `remove` deletes any keys. `thumbnail` is a picture file, which is saved as a small
+    JPEG without its EXIF data. Both `sshs_*` hashes are updated; that of the tensors stays the same.
+
+    Raises BadConfig when there is nothing to change, or the file lacks a key of `remove`; BadFile when a file cannot be read
+    or written. Raises NoLora for checkpoints and other files that are not LoRAs, because programs identify them by their hash.
     """
     file = SafetensorsFile.open(path)
     try:
@@ -47,7 +48,7 @@ def edit_metadata(
     except NoLora:
         raise
     except UnknownFamily:
-        pass  # of a model that is not known here
+        pass  # A LoRA for an unsupported model can be edited too.
     values = {
         "title": title,
         "author": author,
@@ -59,17 +60,17 @@ def edit_metadata(
     }
     covers = {} if thumbnail is None else cover(small_picture(thumbnail) if thumbnail else "")
     if not (remove or covers) and all(value is None for value in values.values()):
-        raise BadConfig("nothing to change: give a title, author, ... or keys to remove")
+        raise BadConfig("nothing to change; give a title, an author, ... or keys to remove")
     if missing := [key for key in remove if key not in file.metadata]:
         there = ", ".join(sorted(file.metadata)) or "none"
-        raise BadConfig(f"remove = {missing[0]!r}: {Path(path).name} has no such key (but: {there})")
+        raise BadConfig(f"remove = {missing[0]!r}: {Path(path).name} does not have this key; it has: {there}")
     given = {f"modelspec.{key}": value for key, value in values.items() if value is not None} | covers
     removed = {*remove, *(key for key, value in given.items() if value == "")}
-    if removed & cover("").keys():  # both are the person's picture
+    if removed & cover("").keys():  # Both keys hold the same picture of the person.
         removed |= cover("").keys()
     metadata = {key: value for key, value in (file.metadata | given).items() if key not in removed}
     if any(key.startswith("modelspec.") for key in metadata):
-        # No program reads modelspec's other keys without its version.
+        # Programs ignore modelspec's other keys if its version is missing.
         metadata.setdefault("modelspec.sai_model_spec", MODELSPEC_VERSION)
     return copy_with_hashes(file, path if output is None else output, metadata, on_progress)
 
@@ -80,9 +81,9 @@ def copy_with_hashes(
     metadata: Mapping[str, str],
     on_progress: OnProgress = silent,
 ) -> dict[str, str]:
-    """The metadata with both `sshs_*` hashes, after the tensors are written with them to `output`, byte for byte.
+    """Write the unchanged tensors with new metadata to `output`, and return the metadata with both `sshs_*` hashes.
 
-    Raises BadFile when it cannot be written.
+    Raises BadFile when the file cannot be written.
     """
     hashes = file_hashes(file.path, steps(on_progress, chunks(file.path)))
     metadata = {**metadata, "sshs_model_hash": hashes["sshs_model_hash"]}
@@ -92,16 +93,22 @@ def copy_with_hashes(
 
 
 THUMBNAIL_SIDE = 256
-"""The longest side of a thumbnail in pixels: it travels in the header, which every program parses."""
+"""The longest side of a thumbnail in pixels. It is small, because every program has to parse the header that contains it."""
 
 
 def small_picture(picture: str | os.PathLike[str]) -> str:
-    """The picture as a data URL of a JPEG with sides of at most THUMBNAIL_SIDE pixels. Raises BadFile."""
+    """Return the picture as a data URL of a JPEG with sides of at most THUMBNAIL_SIDE pixels.
+
+    Raises BadFile when it cannot be read.
+    """
     return thumbnail_url(opened_picture(picture, THUMBNAIL_SIDE))
 
 
 def opened_picture(picture: str | os.PathLike[str], side: int) -> Image.Image:
-    """The picture in a file, upright, RGB, its longer side at most `side` pixels, without its metadata. Raises BadFile."""
+    """Open a picture: upright, RGB, without its metadata, its longer side at most `side` pixels.
+
+    Raises BadFile when it cannot be read.
+    """
     try:
         image = read_photo_files([Path(picture)], strict=True)[0].image(shorter_side=side).convert("RGB")
     except BadPhoto as error:
@@ -112,13 +119,13 @@ def opened_picture(picture: str | os.PathLike[str], side: int) -> Image.Image:
 
 
 def cover(url: str) -> dict[str, str]:
-    """The metadata in which programs look for a LoRA's picture, from its data URL; empty where that is."""
+    """Return the metadata that programs read a LoRA's picture from. The values are empty for an empty data URL."""
     return {"modelspec.thumbnail": url, "ssmd_cover_images": json.dumps([url.partition(",")[2]]) if url else ""}
 
 
 def thumbnail_url(image: Image.Image) -> str:
-    """The picture as a data URL of a JPEG, its longer side at most THUMBNAIL_SIDE pixels."""
+    """Return the picture as a data URL of a JPEG, its longer side at most THUMBNAIL_SIDE pixels."""
     small, data = image.convert("RGB"), io.BytesIO()
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    small.save(data, "JPEG", quality=85, comment="")  # else the picture's own comment comes along
+    small.save(data, "JPEG", quality=85, comment="")  # Otherwise PIL copies the picture's own comment.
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode("ascii")

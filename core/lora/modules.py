@@ -1,4 +1,4 @@
-"""Low-rank changes of weights, and their tensors under the names of each naming scheme."""
+"""Low-rank changes of weights, and their tensors in each naming scheme."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..errors import UnmatchedKeys
+from ..errors import UnmatchedKeys, counted
 from ..storage.safetensors_file import ComputedTensors
 from ..tensor_names import PUBLISHED_BLOCKS, SCHEMES, Fusion, ModuleId, NameTable
 from .changes import weight_change
@@ -17,7 +17,7 @@ from .changes import weight_change
 class LoraModule:
     """A low-rank change of one weight: `delta = alpha / rank * up @ down`.
 
-    For a Linear, down is (rank, in) and up is (out, rank); for a convolution, they are (rank, in, kh, kw) and
+    For a Linear, down is (rank, in) and up is (out, rank). For a convolution, they are (rank, in, kh, kw) and
     (out, rank, 1, 1). With a Tucker core (LyCORIS), down is (rank, in, 1, 1), mid is (rank, rank, kh, kw) and up is
     (out, rank, 1, 1).
     """
@@ -39,12 +39,12 @@ class LoraModule:
 
     @property
     def weight_size(self) -> tuple[int, int]:
-        """The outputs of the weight that it changes, and the numbers of each: inputs times the kernel's size."""
+        """The size of the changed weight: (outputs, inputs times the kernel's size)."""
         kernel = 1 if self.mid is None else self.mid[0, 0].numel()
         return self.up.shape[0], self.down[0].numel() * kernel
 
     def delta(self) -> Tensor:
-        """The change of the weight, float32, in the weight's shape."""
+        """Compute the change of the weight, float32, in the weight's shape."""
         tensors = {"down": self.down, "up": self.up} | ({} if self.mid is None else {"mid": self.mid})
         return self.scale * weight_change("lora", tensors)
 
@@ -52,16 +52,16 @@ class LoraModule:
 def name_modules(
     table: NameTable, modules: Mapping[ModuleId, LoraModule], scheme: str, extra: Mapping[str, Tensor] | None = None
 ) -> ComputedTensors:
-    """The tensors of a file in a scheme (one of SCHEMES), fused where the scheme names the original model's modules.
+    """Return the tensors of a file in a scheme (one of SCHEMES), fused if the scheme uses the original model's names.
 
-    `table` has the names of the model, one of NAME_TABLES or like one.
+    `table` has the names of the model, as in NAME_TABLES.
 
-    Only Kohya's scheme has alpha: readers of the other two drop it or fail at it for some families, so it is multiplied
-    in. `modules` are asked again each time that a tensor is. `extra` tensors keep their names. Raises UnmatchedKeys for
-    an unknown scheme, or one that has no name for a module.
+    Only Kohya's scheme has alpha. Readers of the other two ignore it or fail for some families, so the up matrix includes it.
+    `modules` are looked up again for each access to a tensor. `extra` tensors keep their names. Raises UnmatchedKeys for an
+    unknown scheme, or one that lacks a name for a module.
     """
     if scheme not in SCHEMES:
-        raise UnmatchedKeys(f"no scheme {scheme!r} to write; known: {', '.join(SCHEMES)}")
+        raise UnmatchedKeys(f"unknown naming scheme {scheme!r}; known: {', '.join(SCHEMES)}")
     fusions: dict[str, tuple[Fusion, dict[int, ModuleId]]] = {}
     for part, path in modules:
         name, fusion, index = name_in_scheme(table, part, path, scheme)
@@ -93,14 +93,14 @@ _KOHYA_SUFFIXES = {
 
 
 def suffix_of(role: str) -> str:
-    """The end of the name that a tensor of that role has in Kohya's and ComfyUI's files."""
+    """Return the suffix for a tensor of that role in Kohya's and ComfyUI's names."""
     return _KOHYA_SUFFIXES.get(role, role)
 
 
 def name_kinds(names: NameTable, modules: Mapping[ModuleId, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The tensors of a file from each module's tensors by role, whatever their kind of adapter, in `scheme_of_kinds`.
+    """Name each module's tensors, given by role, for a file in `scheme_of_kinds`. They may be of any kind of adapter.
 
-    `names` are those of the base's modules (`Base.names`). Raises UnmatchedKeys as `scheme_of_kinds` does.
+    `names` are the names of the base model's modules (`Base.names`). Raises UnmatchedKeys as `scheme_of_kinds` does.
     """
     scheme = scheme_of_kinds(names, modules)
     return {
@@ -111,10 +111,10 @@ def name_kinds(names: NameTable, modules: Mapping[ModuleId, Mapping[str, Tensor]
 
 
 def scheme_of_kinds(names: NameTable, modules: Iterable[ModuleId]) -> str:
-    """The naming scheme in which each of the modules stands by itself, as any kind of adapter but a plain LoRA has to.
+    """Return the naming scheme that has a separate name for each module, which all kinds but a plain LoRA require.
 
-    That is Kohya's; where its names join some of the modules (q, k and v), it is diffusers', if ComfyUI knows those names of
-    the family, and otherwise UnmatchedKeys is raised.
+    This is Kohya's scheme unless it fuses some of the modules (q, k and v). Then it is diffusers', if ComfyUI supports these
+    names for the family. Otherwise, raises UnmatchedKeys.
     """
     for part, path in modules:
         _, fusion, _ = name_in_scheme(names, part, path, "kohya")
@@ -122,19 +122,20 @@ def scheme_of_kinds(names: NameTable, modules: Iterable[ModuleId]) -> str:
             if ("diffusers", "diffusers") in names.loaded.comfyui:
                 return "diffusers"
             raise UnmatchedKeys(
-                f"{path} is one with {len(fusion.parts) - 1} others in files of {names.name}, where only a plain LoRA fits"
+                f"{path} is fused with {counted(len(fusion.parts) - 1, 'other module')} in files of {names.name}; "
+                "only a plain LoRA can be saved for it"
             )
     return "kohya"
 
 
 def stands_alone(names: NameTable, path: str) -> bool:
-    """Whether a module of the denoiser can stand by itself in a file: by its own name, or by one that ComfyUI knows."""
+    """Check that a module of the denoiser can have a separate name in a file: its own, or one that ComfyUI supports."""
     known = names.is_unet or ("diffusers", "diffusers") in names.loaded.comfyui
     return known or len(names.of_diffusers(path).parts) == 1
 
 
 def name_in_scheme(keys: NameTable, part: str, path: str, scheme: str) -> tuple[str, Fusion, int]:
-    """The name of a module in a file, the fusion that the name stands for, and the module's index in the fusion.
+    """Return the name of a module in a file, the fusion that it names, and the module's index in the fusion.
 
     Raises UnmatchedKeys when the scheme has no name for that part of the model.
     """
@@ -144,23 +145,26 @@ def name_in_scheme(keys: NameTable, part: str, path: str, scheme: str) -> tuple[
     in_kohya = scheme == "kohya"
     prefixes = keys.kohya_prefixes if in_kohya else keys.comfy_prefixes
     if part not in prefixes:
-        raise UnmatchedKeys(f"{keys.name} has no {part} in the {scheme} scheme, but the LoRA changes its {path}")
+        raise UnmatchedKeys(
+            f"{path} cannot be saved, because the {scheme} scheme has no names for the {part} of {keys.name}; choose another "
+            "scheme"
+        )
     original = keys.original_in_kohya if in_kohya else keys.original_in_comfy
     fusion = keys.of_diffusers(path) if part == "denoiser" and original else alone
     if keys.is_unet and fusion is not alone and keys.of_original(fusion.original) not in (None, fusion):
         raise UnmatchedKeys(
-            f"{path} is of a UNet with more than the {PUBLISHED_BLOCKS} residual blocks in a level of the published "
-            f"{keys.name} models, by which the {scheme} scheme numbers its modules"
+            f"{path} has no {scheme} name, because this UNet has more than the {PUBLISHED_BLOCKS} residual blocks per level of "
+            f"the published {keys.name} models; use diffusers' names"
         )
     name = fusion.original.replace(".", "_") if in_kohya else fusion.original
     return prefixes[part] + name, fusion, fusion.parts.index(path)
 
 
 def fuse(fusion: Fusion, parts: Mapping[int, LoraModule]) -> LoraModule:
-    """The change of a module of the original model, from the changes of its parts; a missing part is not changed.
+    """Fuse the changes of diffusers' modules into the change of the original model's module. Missing parts don't change.
 
-    The rank stays when the parts share one down matrix, since they were fused once; else the ranks add up. Raises
-    UnmatchedKeys when a part changes another number of rows than it has.
+    If the parts share one down matrix because they were once fused, the rank is kept. Otherwise, the ranks add up. Raises
+    UnmatchedKeys when a part changes the wrong number of rows.
     """
     first = next(iter(parts.values()))
     if len(fusion.parts) == 1:
@@ -173,11 +177,11 @@ def fuse(fusion: Fusion, parts: Mapping[int, LoraModule]) -> LoraModule:
             raise UnmatchedKeys(
                 f"{fusion.parts[index]} changes {module.up.shape[0]} rows, but has {rows[index]} in {fusion.original}"
             )
-    shared = first.down.float()  # torch cannot compare tensors in fp8
+    shared = first.down.float()  # torch cannot compare fp8 tensors.
     if all(module.scale == first.scale and torch.equal(module.down.float(), shared) for module in parts.values()):
         ups = [parts[i].up if i in parts else first.up.new_zeros(rows[i], first.rank) for i in range(len(rows))]
         return LoraModule(first.down, torch.cat(ups), first.alpha)
-    # The fused module has one scale: the ratio to it goes into each part's up matrix.
+    # The fused module has one scale. Each part's up matrix is multiplied by the ratio of its own scale to this one.
     scale = max((module.scale for module in parts.values()), key=abs)
     rank = sum(module.rank for module in parts.values())
     up = torch.zeros(sum(rows), rank)
@@ -187,13 +191,13 @@ def fuse(fusion: Fusion, parts: Mapping[int, LoraModule]) -> LoraModule:
         factor = module.scale / scale if scale else 0.0
         up[start : start + rows[index], column : column + module.rank] = module.up.float() * factor
         column += module.rank
-    # The rank has grown by fusing, and alpha grows with it, so that the scale stays.
+    # Fusing has increased the rank, so increase alpha too, to keep the scale.
     down = torch.cat([module.down.float() for module in parts.values()])
     return LoraModule(down, up.to(first.up.dtype) if scale else up, scale * rank)
 
 
 def without_tucker(module: LoraModule) -> LoraModule:
-    """The change of a module without a Tucker core, which is multiplied into down: down is then (rank, in, kh, kw)."""
+    """Multiply the Tucker core of a module, if it has one, into down, which is then (rank, in, kh, kw)."""
     if module.mid is None:
         return module
     down = torch.einsum("rskl,si->rikl", module.mid.float(), module.down.flatten(1).float())

@@ -1,6 +1,6 @@
-"""What the names, shapes and metadata of a LoRA file say. Nothing here reads a tensor or needs torch.
+"""Interpret the names, shapes and metadata of a LoRA file, without reading tensors and without torch.
 
-`LoraHeader` is a file of which only this is read; `LoraFile` in file.py has the tensors too.
+`LoraHeader` reads only these; `LoraFile` in file.py has the tensors too.
 """
 
 import json
@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import BadFile, NoLora, UnknownFamily
+from ..errors import BadFile, NoLora, UnknownFamily, counted
 from ..storage.files import read_json
 from ..storage.header import Header
 from ..tensor_names import (
@@ -41,26 +41,26 @@ from .kinds import BIAS_DIFFERENCES, BIAS_ROLES, kind_of, known_shape, rank_of, 
 Types = Mapping[str, tuple[str, tuple[int, ...]]]
 """torch's name of the type, and the shape, of each tensor by name."""
 MOST_TENSORS = 20_000
-"""The most tensors of a LoRA: the largest have half as many, and many small ones would take minutes."""
+"""The most tensors in a LoRA. The largest real ones have half as many, and more small tensors would take minutes."""
 _T = TypeVar("_T")
 _FEW = 10
-"""The modules under names of no published model that a small model of one's own may have."""
+"""The number of modules with unpublished names that are allowed, for small custom models."""
 
 
 @dataclass(frozen=True, eq=False)
 class NamedModule:
-    """The tensors of a file that belong to one module, whatever the family is."""
+    """The tensors of a file that belong to one module, independent of the family."""
 
     name: str
     """The module's name in the file, without the suffixes of its tensors."""
     scheme: str
     """The naming scheme of that name."""
     part: str
-    """The part of the model, e.g. "denoiser", as the name's prefix numbers it."""
+    """The part of the model, e.g. "denoiser", that the name's prefix states."""
     path: str
-    """The dotted path in the original or diffusers' naming, as it stands in the name."""
+    """The dotted path in the name, in the original or diffusers' naming."""
     kind: str | None
-    """The kind of adapter, one of kinds.KINDS; None when the tensors do not make one up."""
+    """The kind of adapter, one of kinds.KINDS; None if the tensors don't form one."""
     keys: Mapping[str, str]
     """The name of each tensor in the file, by its role."""
     shapes: Mapping[str, tuple[int, ...]]
@@ -68,34 +68,34 @@ class NamedModule:
 
     @cached_property
     def known_shape(self) -> tuple[int, ...] | None:
-        """The shape of the changed weight, (out, 0) where the file tells the outputs alone, None for a broken module."""
+        """The shape of the changed weight, (out, 0) if the file only shows the outputs, None for a broken module."""
         return known_shape(self.kind, self.shapes) if self.kind else None
 
 
 @dataclass(frozen=True)
 class Content:
-    """The tensors of a file, sorted by what their names mean."""
+    """The tensors of a file, grouped by the meaning of their names."""
 
     modules: tuple[NamedModule, ...]
     """The modules in the file's order."""
     embedding_keys: tuple[str, ...]
     """The names of the tensors that hold textual-inversion embeddings."""
     strange_keys: tuple[str, ...]
-    """The names of tensors that are no adapter's."""
+    """The names of tensors that belong to neither."""
 
     @property
     def places(self) -> list[tuple[str, str, tuple[int, ...] | None]]:
-        """The (part, path, shape of the weight as it is known) of each module, as tables of models want it."""
+        """The (part, path, known shape of the weight) of each module, to look up in the tables of models."""
         return [(module.part, module.path, module.known_shape) for module in self.modules]
 
     def identity(self, claimed: str | None) -> Identity:
-        """The published models that have all the modules, broken ones left out; `claimed` is the family in the metadata."""
+        """Find the published models that have all unbroken modules. `claimed` is the family in the metadata."""
         biased = {(module.part, module.path) for module in self.modules if module.keys.keys() & BIAS_DIFFERENCES}
         return identify((place for place in self.places if place[2] is not None), claimed, biased)
 
 
 def content_of(types: Types) -> Content:
-    """The tensors of a file, sorted by what their names mean."""
+    """Group the tensors of a file by the meaning of their names."""
     if any(map(NUMBERED.fullmatch, types)):
         return _content_of_numbers(types)
     found: dict[str, list[tuple[str, str, str, tuple[int, ...]]]] = {}
@@ -112,7 +112,7 @@ def content_of(types: Types) -> Content:
 
 
 def _content_of_numbers(types: Types) -> Content:
-    """The tensors of a file of the first LoRA format: all strange where the sizes fit no model in any order of its modules."""
+    """Group the tensors of a file in the first LoRA format. All are strange if their sizes fit no model in any known order."""
     found: dict[tuple[str, int], dict[str, str]] = {}
     for key in types:
         if match := NUMBERED.fullmatch(key):
@@ -133,10 +133,10 @@ def _content_of_numbers(types: Types) -> Content:
     return Content((), (), tuple(types))
 
 
-# The files of a folder have mostly modules of the same names and sizes.
+# Most files in a folder have modules with the same names and sizes.
 @lru_cache(maxsize=1 << 16)
 def _named_module(tensors: tuple[tuple[str, str, str, tuple[int, ...]], ...]) -> NamedModule:
-    """The module that has these tensors, each given by its name, role, type and shape."""
+    """Make the module of these tensors, each given by its name, role, type and shape."""
     keys = {role: key for key, role, _, _ in tensors}
     shapes = {role: shape for _, role, _, shape in tensors}
     is_complex = any(type_name.startswith("complex") for _, _, type_name, _ in tensors)
@@ -148,12 +148,12 @@ def _named_module(tensors: tuple[tuple[str, str, str, tuple[int, ...]], ...]) ->
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """One adapted module as it stands in a file."""
+    """One adapted module in a file."""
 
     name: str
     """The module's name in the file, without the suffixes of its tensors."""
     scheme: str
-    """The naming scheme of the file's name for it."""
+    """The naming scheme of that name."""
     place: Place
     """The weight that the entry changes."""
     kind: str
@@ -175,12 +175,12 @@ class Entry:
 
     @cached_property
     def rank(self) -> int | None:
-        """The rank by which alpha is divided; None for a kind without a rank."""
+        """The rank that alpha is divided by; None for a kind without a rank."""
         return rank_of(self.kind, self.shapes)
 
     @property
     def changes_bias(self) -> bool:
-        """Whether the entry changes the bias, with the weight or alone."""
+        """Whether the entry changes the bias, with or without the weight."""
         return self.bias_size is not None
 
     @property
@@ -190,12 +190,12 @@ class Entry:
 
     @property
     def weight_shape(self) -> tuple[int, ...] | None:
-        """The shape of the weight that the entry changes, None where the file does not tell."""
+        """The shape of the weight that the entry changes, None if the file doesn't show it."""
         return weight_shape(self.kind, self.shapes)
 
 
 def has_pefts_magnitude(entry: Entry) -> bool:
-    """Whether an entry is a DoRA whose magnitudes have the name, and so the meaning, that peft gives them."""
+    """Check that an entry is a DoRA whose magnitudes have peft's name, and so peft's meaning."""
     key = entry.keys.get("dora", "")
     return "lora_magnitude_vector" in key or key.endswith(".magnitude")
 
@@ -207,13 +207,13 @@ def _entry(family: str, module: NamedModule) -> Entry:
 
 
 class LoraNames:
-    """A LoRA as its names, shapes and metadata describe it."""
+    """A LoRA, described by its names, shapes and metadata."""
 
     family: str
     """The model family that the LoRA is for, a name in tensor_names.NAME_TABLES."""
     metadata: dict[str, str]
     name: str
-    """The name of the LoRA in messages: the file's path, if it is from a file."""
+    """The name of the LoRA in messages: the file's path, if it was read from a file."""
 
     @cached_property
     def types(self) -> Types:
@@ -222,17 +222,17 @@ class LoraNames:
 
     @cached_property
     def content(self) -> Content:
-        """The tensors, sorted by what their names mean."""
+        """The tensors, grouped by the meaning of their names."""
         return content_of(self.types)
 
     @cached_property
     def identity(self) -> Identity:
-        """The published models that have all the modules that the LoRA changes, in its shapes."""
+        """The published models that have all modules of the LoRA, in the same shapes."""
         return self.content.identity(self.family)
 
     @cached_property
     def table(self) -> NameTable:
-        """The names of the model's modules in every scheme, as far as the modules tell which model it is."""
+        """The names of the model's modules in every scheme, for the model that the LoRA's modules suggest."""
         table = NAME_TABLES[self.family]
         if not table.is_unet or self.identity.models:
             return table
@@ -241,7 +241,7 @@ class LoraNames:
 
     @cached_property
     def misfits(self) -> tuple[str, ...]:
-        """The names of the modules that the nearest published model lacks, or has in another shape; empty where one fits."""
+        """The names of the modules that the nearest published model lacks, or has in another shape; empty if a model fits."""
         places = set(self.identity.misfits)
         return tuple(module.name for module in self.content.modules if (module.part, module.path) in places)
 
@@ -257,18 +257,18 @@ class LoraNames:
 
     @cached_property
     def unknown_keys(self) -> tuple[str, ...]:
-        """The names of tensors that are not understood, or whose module lacks a tensor or has shapes that do not match."""
+        """The names of tensors that are not recognised, or whose module lacks a tensor or has mismatched shapes."""
         broken = (key for module in self.content.modules if not module.kind for key in module.keys.values())
         return (*self.content.strange_keys, *broken)
 
     @cached_property
     def base_words(self) -> dict[str, str]:
-        """What metadata say of the base model that the tensors are for, by key; the architecture without the adapter's kind."""
+        """The metadata for the base model that the tensors fit, by key. The architecture is without the adapter's kind."""
         return NAME_TABLES[self.family].words_of(self.identity.models)
 
     @property
     def true_metadata(self) -> dict[str, str]:
-        """The metadata, with the right base model where they name another family's or another published model."""
+        """The metadata, with the base model corrected if they name another family or another published model."""
         metadata, claims = dict(self.metadata), claims_of(self.metadata)
         for key in self.base_words.keys() & claims.keys():
             right = self.base_words[key]
@@ -280,7 +280,7 @@ class LoraNames:
 
     @property
     def scheme(self) -> str:
-        """The naming scheme of most modules, "kohya" for a file without modules."""
+        """The naming scheme of most modules; "kohya" for a file without modules."""
         return most_common(entry.scheme for entry in self.entries) if self.entries else "kohya"
 
     @property
@@ -293,7 +293,7 @@ class LoraNames:
 
     @property
     def type_name(self) -> str:
-        """torch's name of the type of most tensors, where single numbers such as alphas do not count."""
+        """torch's name of the type of most tensors, ignoring single numbers such as alphas."""
         return most_common([name for name, shape in self.types.values() if shape] or ["float32"])
 
     @cached_property
@@ -302,16 +302,16 @@ class LoraNames:
 
     @property
     def other_families(self) -> tuple[str, ...]:
-        """The other families that the modules fit as well, where the metadata do not decide between them."""
+        """The other families that the modules fit too, if the metadata do not decide between them."""
         fitting = self.identity.families
         return () if family_in_metadata(self.metadata) in fitting else tuple(f for f in fitting if f != self.family)
 
     def scale_in_config(self, entry: Entry) -> float | None:
-        """The factor on a module's change in peft's configuration, None when it does not say or the file has an alpha."""
+        """Return the factor on a module's change from peft's configuration; None if it has none or the file has an alpha."""
         if "alpha" in entry.keys:
             return None
         config = self._peft_config
-        # diffusers' denoisers save names, and this configuration, without a prefix (`save_lora_adapter`).
+        # `save_lora_adapter` of diffusers' denoisers writes the names and this configuration without a prefix.
         prefix, dot, path = ("", "", entry.name) if entry.scheme == "bare" else entry.name.partition(".")
 
         def number(name: str, patterns: str) -> float | None:
@@ -333,7 +333,7 @@ class LoraNames:
 
 @dataclass(frozen=True, eq=False)
 class LoraHeader(LoraNames):
-    """A LoRA file of which only the header is read, and the alphas when they are asked for."""
+    """A LoRA file without its tensors. Only the header and, on access, the alphas are read."""
 
     family: str
     metadata: dict[str, str]
@@ -342,7 +342,10 @@ class LoraHeader(LoraNames):
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> "LoraHeader":
-        """The LoRA in a file. Raises BadFile when it is damaged, UnknownFamily when it is no LoRA or for an unknown family."""
+        """Read the header of a LoRA file.
+
+        Raises BadFile when it is damaged, UnknownFamily when it is not a LoRA or its family is unknown.
+        """
         file = Header.open(path)
         metadata = peft_metadata(file.path) | file.metadata
         name = str(file.path)
@@ -354,7 +357,7 @@ class LoraHeader(LoraNames):
         return self.file.types
 
     def alphas(self) -> list[float | None]:
-        """The alpha of each entry that has a rank; None where neither the file nor peft's configuration has one."""
+        """Read the alpha of each entry that has a rank; None if neither the file nor peft's configuration has one."""
         ranked = [entry for entry in self.entries if entry.rank is not None]
         numbers = self.file.numbers(entry.keys["alpha"] for entry in ranked if "alpha" in entry.keys)
         found = []
@@ -369,24 +372,25 @@ _Lora = TypeVar("_Lora", bound=LoraNames)
 
 
 def recognised(types: Types, metadata: Mapping[str, str], name: str, make: Callable[[str], _Lora]) -> _Lora:
-    """What `make` returns for the family that tensors of these names and shapes are for.
+    """Detect the family of tensors with these names and shapes, and return the LoRA that `make` returns for it.
 
-    `name` is what messages call the LoRA. Raises UnknownFamily when it is no LoRA, or one for a family that is not known.
+    `name` is the LoRA's name in messages. Raises UnknownFamily when it is not a LoRA, or its family is unknown. Raises BadFile
+    when it has more than MOST_TENSORS tensors.
     """
     if len(types) > MOST_TENSORS:
-        raise BadFile(f"{name}: has {len(types):,} tensors, and a LoRA of at most {MOST_TENSORS:,} is read")
+        raise BadFile(f"{name}: has {len(types):,} tensors, but a LoRA can have at most {MOST_TENSORS:,}")
     content = content_of(types)
     identity = content.identity(family_in_metadata(metadata))
     lora = make(_detect_family(content, identity, types, metadata, name))
-    lora.__dict__.update(content=content, identity=identity)  # these properties are looked up once
+    lora.__dict__.update(content=content, identity=identity)  # Fill the cached properties, to compute them only once.
     return lora
 
 
 def _detect_family(content: Content, identity: Identity, types: Types, metadata: Mapping[str, str], name: str) -> str:
-    """The family of a published model that has all the modules; where none has, the one whose names fit best.
+    """Return the family of a published model that has all the modules, or else the family whose names fit best.
 
-    Metadata only decide between equals, since many tools write them wrong. Raises UnknownFamily when no family has the names
-    of half of the modules, or when the modules are rather those of a model that is not trained here.
+    The metadata only break ties, since many tools write them wrong. Raises UnknownFamily when no family has the names of half
+    of the modules, or when an unsupported model fits better.
     """
     modules, claimed = content.places, family_in_metadata(metadata)
     if identity.models:
@@ -408,8 +412,8 @@ def _detect_family(content: Content, identity: Identity, types: Types, metadata:
     if not candidates:
         example = shortened(next(iter(types), "none"))
         if not modules:
-            what = _what_else(types) or f"no adapter's tensor is among its {len(types)}, e.g. {example!r}"
-            raise NoLora(f"{name}: no LoRA: {what}")
+            what = _what_else(types) or f"no adapter found in its {counted(len(types), 'tensor')}, e.g. {example!r}"
+            raise NoLora(f"{name}: not a LoRA: {what}")
         raise UnknownFamily(
             f"{name}: no family matches its {len(types)} keys, e.g. {example!r}; known: {', '.join(NAME_TABLES)}"
         )
@@ -425,7 +429,7 @@ def _detect_family(content: Content, identity: Identity, types: Types, metadata:
     strange = strange_in(family)
     if len(strange) > most:
         raise UnknownFamily(
-            f"{name}: is not recognised: by the names of its modules it is nearest to {family}, which lacks {len(strange)} of "
+            f"{name}: not recognised: its module names are most like those of {family}, which lacks {len(strange)} of "
             f"{len(modules)}, e.g. {shortened(strange[0])!r}; known: {', '.join(NAME_TABLES)}"
         )
     return family
@@ -436,23 +440,23 @@ _WORD_WIDTHS = {768, 1024, 1280, 4096}
 
 
 def _what_else(types: Types) -> str | None:
-    """What a file without any adapter's tensor holds instead, or is meant to; None where its names do not tell."""
+    """Describe what a file without an adapter's tensors contains instead; None if its names don't show it."""
     if any(map(NUMBERED.fullmatch, types)):
-        return "its modules have numbers instead of names (cloneofsimo/lora), and in no order are they those of SD1.x or SD2.x"
+        return "its modules are numbered (cloneofsimo/lora), but don't fit SD1.x or SD2.x in any known order"
     if types and all("." not in key and shape[-1:] and shape[-1] in _WORD_WIDTHS for key, (_, shape) in types.items()):
-        return f"it holds the vectors of new words ({', '.join(map(repr, types))}), a textual inversion"
+        return f"it is a textual-inversion embedding ({', '.join(map(repr, types))})"
     if key := next((key for key in types if "lora" in key.lower()), None):
-        return f"{shortened(key)!r} ends neither in .lora_down.weight nor in .lora_A.weight or another name of a LoRA's tensor"
+        return f"{shortened(key)!r} does not end like a LoRA's tensor, such as .lora_down.weight or .lora_A.weight"
     return None
 
 
 def _architecture(metadata: Mapping[str, str]) -> str:
-    """The architecture in modelspec's metadata, without the adapter's kind behind it."""
+    """Return the architecture in modelspec's metadata, without the adapter's kind that follows it."""
     return metadata.get("modelspec.architecture", "").partition("/")[0]
 
 
 def claims_of(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The family that each of the metadata names, by key, the best evidence first; without names that are not known."""
+    """Return the family that each metadata value names, by key, the best evidence first. Unknown names are left out."""
     bases = (base for key, base in _peft_config(metadata).items() if key.endswith("base_model_name_or_path"))
     names = {
         "ss_base_model_version": metadata.get("ss_base_model_version", ""),
@@ -463,12 +467,12 @@ def claims_of(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def family_in_metadata(metadata: Mapping[str, str]) -> str | None:
-    """The family that the metadata claim, None when they claim no family that is known."""
+    """Return the family that the metadata claim; None if they claim no known family."""
     return next(iter(claims_of(metadata).values()), None)
 
 
 def _peft_config(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The configuration of peft in the metadata, empty when there is none or when it is damaged."""
+    """Return peft's configuration in the metadata; empty if it is missing or damaged."""
     try:
         config = json.loads(metadata.get("lora_adapter_metadata", "null"))
     except (ValueError, RecursionError):
@@ -477,23 +481,23 @@ def _peft_config(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def peft_metadata(path: Path) -> dict[str, str]:
-    """The configuration that peft writes beside its file, in diffusers' form for metadata; empty for other files."""
+    """Read the configuration that peft writes beside its file, in diffusers' metadata format; empty for other files."""
     beside = path.with_name("adapter_config.json")
     if path.name != "adapter_model.safetensors" or not beside.exists():
         return {}
     try:
         config = read_json(beside)
     except BadFile as error:
-        raise BadFile(f"{error}; the alpha of {path.name} stands in it") from None
+        raise BadFile(f"{error}; it contains the alpha of {path.name}") from None
     named = {f"base_model.{key}": value for key, value in config.items()} if isinstance(config, dict) else {}
     return {"lora_adapter_metadata": json.dumps(named)}
 
 
 def most_common(values: Iterable[_T]) -> _T:
-    """The value that comes most often, the first of several such. `values` must not be empty."""
+    """Return the most common value, the first one of a tie. `values` must not be empty."""
     return Counter(values).most_common(1)[0][0]
 
 
 def shortened(name: str) -> str:
-    """The name of a tensor or module for a message: of a long one, which only a damaged file has, the beginning."""
+    """Shorten the name of a tensor or module for a message. Only damaged files have names that are too long."""
     return name if len(name) <= 120 else f"{name[:117]}..."

@@ -1,4 +1,4 @@
-"""How large the change of an adapter is, told from its factors: a product that a small file only claims is never made."""
+"""Measure the change of an adapter from its factors, without computing a huge product that a small file may claim."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,9 @@ from torch import Tensor
 from .changes import scale_of
 
 LARGEST_VALUE = torch.finfo(torch.float16).max
-"""The largest change of a number in a weight that makes sense, 65504: more does not fit into 16 bits, and draws black."""
+"""The largest plausible change of a value in a weight, 65504. Larger ones don't fit into 16 bits, and draw black pictures."""
 _BLOCK = 1 << 20
-"""The numbers that are computed at once where a product has to be made after all."""
+"""The number of values computed at once if a product has to be computed anyway."""
 
 
 class Product(NamedTuple):
@@ -24,21 +24,21 @@ class Product(NamedTuple):
 
 
 def largest_change(kind: str, tensors: Mapping[str, Tensor]) -> float:
-    """What no number of the adapter's change is above in size; NaN or infinity where a tensor or the scale is.
+    """Return an upper bound of the absolute values in the adapter's change; NaN or infinity if a tensor or the scale is.
 
-    `tensors` are those of a module by role. What the base weight has in it, for kinds that depend on it, does not count.
+    `tensors` are those of a module by role. For kinds that depend on the base weight, its values are not included.
     """
     float32 = {role: tensor.float() for role, tensor in tensors.items() if role != "alpha"}
     factors, others = factors_of(kind, float32)
     peak = scale_of(kind, tensors) * torch.stack([_peak(factor) for factor in factors]).prod() if factors else 0.0
     peaks = [torch.linalg.vector_norm(other, math.inf) for other in others if other.numel()]
     if "alpha" in tensors:
-        peaks.append(0.0 * tensors["alpha"].float().max())  # NaN where it is not finite, also where it scales nothing
-    return torch.stack([torch.as_tensor(peak).abs(), *peaks]).max().item()  # of torch, which lets no NaN go under
+        peaks.append(0.0 * tensors["alpha"].float().max())  # NaN if alpha is not finite, even if it scales nothing.
+    return torch.stack([torch.as_tensor(peak).abs(), *peaks]).max().item()  # Unlike Python's max, torch's keeps NaN.
 
 
 def change_norm(kind: str, tensors: Mapping[str, Tensor]) -> float:
-    """The Frobenius norm of the weight change that an adapter makes; for kinds that need the base, ValueError."""
+    """Compute the Frobenius norm of an adapter's weight change. Raises ValueError for kinds that need the base weight."""
     float32 = {role: tensor.float() for role, tensor in tensors.items() if role != "alpha"}
     factors, others = factors_of(kind, float32)
     if kind == "loha":
@@ -51,7 +51,7 @@ def change_norm(kind: str, tensors: Mapping[str, Tensor]) -> float:
 
 
 def factors_of(kind: str, t: Mapping[str, Tensor]) -> tuple[Sequence[Product | Tensor], list[Tensor]]:
-    """What is multiplied to the change, and the tensors that are added or say how it is changed."""
+    """Return the factors of the change, and the tensors that are added or modify it in another way."""
 
     def factor(name: str, core_name: str) -> Product | Tensor:
         if name in t:
@@ -71,7 +71,7 @@ def factors_of(kind: str, t: Mapping[str, Tensor]) -> tuple[Sequence[Product | T
 
 
 def _peak(factor: Product | Tensor) -> Tensor:
-    """What no number of the product is above in size: by Cauchy and Schwarz, that of the longest row and column."""
+    """Return an upper bound of the absolute values in the product: by Cauchy-Schwarz, the longest row times column."""
     if isinstance(factor, Tensor):
         return torch.linalg.vector_norm(factor, math.inf)
     peak = factor.left.norm(dim=1).max() * factor.right.norm(dim=0).max()
@@ -83,14 +83,14 @@ def _norm(factor: Product | Tensor) -> float:
         return factor.norm().item()
     left, right, core = factor
     if core is None and left.shape[1] >= min(left.shape[0], right.shape[1]):
-        return (left @ right).norm().item()  # no larger than the factors
+        return (left @ right).norm().item()  # The product is no larger than its factors.
     if core is not None:
-        # Nor is the product of the core and a factor that is longer there than at its other side.
+        # Multiplying the core by a factor whose inner side is the longer one makes it no larger either.
         if left.shape[1] > left.shape[0]:
             left, core = torch.eye(left.shape[0]), torch.tensordot(left, core, 1)
         if right.shape[0] > right.shape[1]:
             right, core = torch.eye(right.shape[1]), torch.einsum("rsk,si->rik", core, right)
-    # |L C R|^2 = trace(C^T L^T L C R R^T): two small matrices instead of a large one.
+    # |L C R|^2 = trace(C^T L^T L C R R^T) needs two small matrices instead of a large one.
     by_left, by_right = left.T @ left, right @ right.T
     if core is None:
         square = (by_left * by_right).sum().item()
@@ -100,7 +100,7 @@ def _norm(factor: Product | Tensor) -> float:
 
 
 def _norm_of_hadamard(first: Product, second: Product) -> float:
-    """The norm of the product of two products, number by number."""
+    """Compute the norm of the element-wise product of two products."""
     outputs, inputs = first.left.shape[0], first.right.shape[1]
     if single := single_product(first, second):
         return _norm(single)
@@ -114,12 +114,12 @@ def _norm_of_hadamard(first: Product, second: Product) -> float:
 
 
 def single_product(first: Product, second: Product) -> Product | None:
-    """The product of two products, number by number, as a single one; None where its factors would be the larger."""
+    """Return the element-wise product of two products as a single one; None if its factors would be larger than itself."""
     outputs, inputs = first.left.shape[0], first.right.shape[1]
     ranks = max(first.left.shape[1] * second.left.shape[1], first.right.shape[0] * second.right.shape[0])
     if ranks**2 * (outputs + inputs) >= outputs * inputs:
         return None
-    # It is that of the products of each pair of columns, of rows, and of numbers in the cores.
+    # Its factors are the products of each pair of columns, of rows, and of values in the cores.
     left = (first.left[:, :, None] * second.left[:, None]).flatten(1)
     right = (first.right[:, None] * second.right).flatten(0, 1)
     core = None

@@ -1,4 +1,4 @@
-"""What in the metadata of a LoRA, and in other texts, tells of a person or of a computer."""
+"""Find and remove data about a person or a computer in the metadata of a LoRA and in other texts."""
 
 import getpass
 import json
@@ -19,7 +19,7 @@ _MODELSPEC = (
 _OTHERS = ("base_model_version", "new_sd_model_hash", "sd_model_hash", "network_args", "v2", "zero_terminal_snr")
 _SETTINGS = tuple(f"ss_{name}" for name in (*SETTINGS, *_OTHERS))
 _SHARED = {*(f"modelspec.{name}" for name in _MODELSPEC), *_SETTINGS, WORD_KEY, "format"}
-"""The keys that stay. All others go, since nobody knows what another program has written into them."""
+"""The keys to keep. All others are removed, since other programs may have written anything into them."""
 _PEFT_NUMBERS = re.compile(r"(?:.*\.)?(?:r|lora_alpha|alpha|rank_pattern|alpha_pattern|use_rslora)")
 _PATH = re.compile(
     r"""(?<![\w/:.<>)])(?:[A-Za-z]:[\\/]|\\\\|~[\\/]|/(?=[^\s/,"']+/))[^\s,"']+|\bfile://[^\s,"']+""", re.ASCII
@@ -27,33 +27,33 @@ _PATH = re.compile(
 _ROOT = r"(?:[A-Za-z]:[\\/]|\\\\|~[\\/]|\.{1,2}[\\/]|/)"
 _FIRST_PATH = re.compile(rf"^{_ROOT}[^\n]*?(?=: )")
 _QUOTED_PATH = re.compile(rf"""(?<=['"]){_ROOT}[^'"]*(?=['"])""")
-# From the beginning of a word alone: a long word is else searched from each of its characters.
+# The match must start at the beginning of a word. Otherwise, a long word would be searched from each of its characters.
 _PHOTO = re.compile(
     r"""(?<![^\s\\/:,"'(<])[^\s\\/:,"'(<]+\.(?:jpe?g|jfif|png|webp|bmp|tiff?|gif|avif|hei[cf])\b""", re.IGNORECASE
 )
 _NOBODY = {"root", "user", "admin", "administrator", "ubuntu"}
-"""Names of users that many computers have."""
+"""User names that many computers have, and that identify nobody."""
 
 
 def shared_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The metadata without what other people have no use for, or what tells of a person or a computer.
+    """Return only the metadata that are useful to other people and reveal nothing about a person or a computer.
 
-    Settings, texts of modelspec and the trigger words stay. Names of folders, files and authors, captions, times and
-    everything that is not known go, and so do settings with a path in them. Texts are not looked into.
+    Settings, modelspec's texts and the trigger words are kept. Names of folders, files and authors, captions, times,
+    unknown keys and settings that contain a path are removed. The texts are not checked.
     """
     shared = {key: value for key, value in metadata.items() if key in _SHARED}
     shared = {key: value for key, value in shared.items() if key not in _SETTINGS or not personal_part(value)}
-    if _PEFT in metadata:  # the scale of the modules may stand there alone
+    if _PEFT in metadata:  # This may be the only place with the scale of the modules.
         shared[_PEFT] = json.dumps(_numbers(metadata[_PEFT]))
     if words := trigger_words(metadata):
-        # Each reader looks in one of these two for the trigger words.
+        # Each program reads the trigger words from one of these two keys.
         phrase = metadata.get(PHRASE_KEY) or words[0]
         shared |= {PHRASE_KEY: phrase, "ss_tag_frequency": json.dumps({words[0]: {words[0]: 1}})}
     return shared
 
 
 def _numbers(config: str) -> dict[str, Any]:
-    """The ranks and alphas in peft's configuration, which else names the base model's path."""
+    """Return only the ranks and alphas in peft's configuration, which also contains the base model's path."""
     with suppress(ValueError, RecursionError):
         known = json.loads(config)
         if isinstance(known, dict):
@@ -62,9 +62,9 @@ def _numbers(config: str) -> dict[str, Any]:
 
 
 def personal_part(text: str, known: Collection[str] = ()) -> str | None:
-    """The first part of a text that tells of a computer or a photo, in words for a message; None where there is none.
+    """Describe the first part of a text that reveals a computer or a photo, for a message; None if nothing does.
 
-    That is a path, a picture's file name, or the name of this computer's user, unless that is one of the `known` words.
+    This is a path, a picture's file name, or the name of this computer's user, unless it is one of the `known` words.
     """
     for what, pattern in (("the path", _PATH), ("the file name", _PHOTO)):
         if found := pattern.search(text):
@@ -76,9 +76,9 @@ def personal_part(text: str, known: Collection[str] = ()) -> str | None:
 
 
 def without_folders(text: str) -> str:
-    """The text with each path in it shortened to its last part, as far as a path can be told.
+    """Shorten each recognisable path in a text to its last part.
 
-    A path with spaces is known by what follows at the beginning of a text (`PATH: what is wrong`), else by its quotes.
+    A path with spaces is recognised at the beginning of a text (`PATH: what is wrong`), or if it is quoted.
     """
     for pattern in (_FIRST_PATH, _QUOTED_PATH, _PATH):
         text = pattern.sub(lambda found: re.split(r"[\\/]", found[0].rstrip("\\/"))[-1], text)
@@ -87,6 +87,6 @@ def without_folders(text: str) -> str:
 
 def _users() -> set[str]:
     names = {os.path.basename(os.path.expanduser("~"))}
-    with suppress(KeyError, OSError, ImportError):  # a computer need not know its user
+    with suppress(KeyError, OSError, ImportError):  # A computer may not know its user.
         names.add(getpass.getuser())
     return {name.lower() for name in names if len(name) > 2} - _NOBODY

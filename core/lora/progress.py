@@ -1,18 +1,18 @@
-"""How long work on a LoRA tells of its progress."""
+"""Report the progress of long operations on a LoRA."""
 
 import itertools
 from collections.abc import Callable
 
 OnProgress = Callable[[int, int], None]
-"""A function that is told (steps done, steps in all)."""
+"""A function that is called with (steps done, total steps)."""
 
 
 def silent(done: int, total: int) -> None:
-    """The OnProgress that tells nobody."""
+    """Do nothing: an OnProgress that reports nothing."""
     pass
 
 
 def steps(on_progress: OnProgress, total: int) -> Callable[[], None]:
-    """A function to be called after each step, which passes on how many of the `total` steps are done."""
+    """Return a function to call after each step, which reports how many of the `total` steps are done."""
     done = itertools.count(1)
     return lambda: on_progress(next(done), total)

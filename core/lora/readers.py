@@ -1,9 +1,11 @@
-"""What other programs make of a LoRA: ComfyUI 0.30, diffusers 0.42, peft 0.21, sd-scripts 0.10.1, InvokeAI 6.14 and eight more.
+"""Predict how other programs load a LoRA.
 
-All of them skip unknown names, at best with a line in a log, so a file with other names loads and does nothing. The names
-of a family that they know are in its name table (`LoadedNames`). tests/comfyui/test_lora_readers.py compares all this
-with the programs themselves, sd-scripts with the lists of its modules. The eight more were tried once, with whole LoRAs of
-published models (`LoadedNames.others`), and what was not tried with them is not said to load.
+They are ComfyUI 0.30, diffusers 0.42, peft 0.21, sd-scripts 0.10.1, InvokeAI 6.14 and eight more.
+
+Most of them skip unknown names, with a line in the log at best, so a file with other names loads and does nothing. A family's
+name table lists the names that each program supports (`LoadedNames`). tests/comfyui/test_lora_readers.py compares the
+predictions with the programs themselves, or with sd-scripts' lists of modules. The other eight were tested once, with complete
+LoRAs of published models (`LoadedNames.others`). Anything that was not tested with them counts as not loaded.
 """
 
 import re
@@ -25,42 +27,42 @@ OTHERS = {
     "ai-toolkit": frozenset[str](),
     "musubi-tuner": frozenset[str](),
 }
-"""The kinds of adapters beside plain LoRAs that the programs load for families of `_KINDS_IN`."""
+"""The kinds of adapters other than plain LoRAs that the programs load, for the families in `_KINDS_IN`."""
 _KINDS_IN = {"SD1", "SDXL"}
-"""The families, by A1111's name for them, with which other kinds were tried."""
+"""The families, by A1111's names, that were tested with other kinds."""
 READERS = ("ComfyUI", "diffusers", "peft", "sd-scripts", "InvokeAI", *OTHERS)
 PICTURE_PROGRAMS = ("ComfyUI", "diffusers", "InvokeAI")
-"""The readers that people are warned about before they train a LoRA that one of them cannot load."""
+"""The readers for drawing pictures. Training warns you if one of them cannot load the LoRA."""
 TRAINERS = ("peft", "sd-scripts", "OneTrainer", "ai-toolkit", "musubi-tuner")
-"""The readers that draw no pictures, or only to show how a training goes."""
+"""The readers that draw no pictures, except for samples during training."""
 
 
 @dataclass(frozen=True)
 class Objection:
-    """Why a program does not make of a module what it means."""
+    """The reason why a program does not load a module as intended."""
 
     reason: str
     loads: bool = False
-    """Whether the program loads the module all the same, as another change."""
+    """Whether the program loads the module anyway, as a different change."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a program makes of a LoRA."""
+    """How a program loads a LoRA."""
 
     modules: int
-    """How many modules the LoRA changes."""
+    """The number of modules that the LoRA changes."""
     objections: Mapping[str, Objection]
     """The objections to modules, by their names in the file."""
     of_published: bool = True
-    """Whether there is a published model that the LoRA fits, or all but some of its modules."""
+    """Whether the LoRA, or all but some of its modules, fits a published model."""
 
     @property
     def verdict(self) -> str:
-        """The result: "loads", "loads in part", "loads as another change" (all or a part of it), or "not at all".
+        """The result: "loads", "loads in part", "loads as another change" (all or part of it), or "not at all".
 
-        It is "knows the names" in place of the first three for a LoRA that fits no published model: whether it loads then
-        depends on the model that it is put on.
+        For a LoRA that fits no published model, "knows the names" replaces the first three, because whether it loads depends
+        on the model that you use.
         """
         if self.modules == sum(not objection.loads for objection in self.objections.values()):
             return "not at all"
@@ -72,9 +74,9 @@ class Reading:
 
 
 def read_by(reader: str, lora: LoraNames) -> Reading:
-    """What a program, one of READERS, makes of a LoRA."""
+    """Predict how a program, one of READERS, loads a LoRA."""
     if reader in OTHERS and reader not in NAME_TABLES[lora.family].loaded.others:
-        nothing = Objection(f"{lora.family} at all, as far as it is known")
+        nothing = Objection(f"{lora.family} at all, as far as we know")
         return Reading(len(lora.entries), dict.fromkeys((entry.name for entry in lora.entries), nothing))
     rule = _USO_IN_COMFYUI if reader == "ComfyUI" and lora.types.keys() >= _USO_SIGNS else reader
     found = {entry.name: objection for entry in lora.entries if (objection := _objection(rule, lora.family, entry))}
@@ -86,12 +88,12 @@ def read_by(reader: str, lora: LoraNames) -> Reading:
     identity = lora.identity
     misfits = [name for name in lora.misfits if name not in found or found[name].loads] if identity.is_near else []
     if misfits:
-        others = f"modules of other sizes than those of {identity.nearest}"
+        others = f"modules of other sizes than in {identity.nearest}"
         if reader == "ComfyUI":
             of_bias = {entry.name for entry in lora.entries if _changes_bias(entry)}
-            bias = f"changes of a bias where {identity.nearest} has none, or modules of another size"
+            bias = f"changes of a bias that {identity.nearest} does not have, or modules of another size"
             found |= {name: Objection(bias if name in of_bias else others) for name in misfits}
-        else:  # to all others one such module is an error, at which they stop
+        else:  # All other programs stop with an error at the first such module.
             refusal = refusal or f"a file with {others}"
     if refusal:
         found = {entry.name: Objection(refusal) for entry in lora.entries}
@@ -99,16 +101,16 @@ def read_by(reader: str, lora: LoraNames) -> Reading:
 
 
 def not_loaded_by(reader: str, lora: LoraNames) -> dict[str, str]:
-    """The reason for each module, by name, why a program, one of READERS, would not load it or not as it is meant."""
+    """Return, by module, the reason why a program, one of READERS, would not load it or not as intended."""
     return {name: objection.reason for name, objection in read_by(reader, lora).objections.items()}
 
 
-@lru_cache(maxsize=1 << 17)  # the files of a folder have mostly the same modules
+@lru_cache(maxsize=1 << 17)  # Most files in a folder have the same modules.
 def _objection(rule: str, family: str, entry: Entry) -> Objection | None:
     if not all(is_published(family, *module) for module in entry.modules):
         return Objection(f"a module that no published {family} model has")
     if entry.scheme == "numbered":
-        return Objection("numbers in place of modules' names")
+        return Objection("numbers instead of module names")
     named = parse_key(f"{entry.name}.alpha")
     assert named is not None
     if named.path.endswith(".linear1_qkv") and (rule, named.scheme) not in _KNOWING_LINEAR1_QKV:
@@ -130,21 +132,21 @@ def _by_comfyui(family: NameTable, named: NamedTensor, entry: Entry) -> Objectio
         return f"{family.name} at all"
     reason = _name_not_known_to_comfyui(family, named)
     if reason is None and has_pefts_magnitude(entry):
-        return Objection("peft's magnitude, without which it is another change", loads=True)
+        return Objection("peft's magnitude, and loads a different change without it", loads=True)
     return reason
 
 
-# In a file with both, ComfyUI turns USO's names into its own and puts "diffusion_model." before all others.
+# If a file has USO's and other names, ComfyUI converts USO's to its own and prefixes all others with "diffusion_model.".
 _USO_SIGNS = {"single_blocks.37.processor.qkv_lora.up.weight", "double_blocks.18.processor.qkv_lora2.up.weight"}
 _USO_KEY = re.compile(r"(double|single)_blocks\.\d+\.processor\.(qkv|proj)_lora[12]?\.(down|up)\.weight")
 _USO_IN_COMFYUI = "USO's file in ComfyUI"
 _KNOWING_LINEAR1_QKV = {("ComfyUI", "comfy"), (_USO_IN_COMFYUI, "xlabs"), ("diffusers", "xlabs")}
-"""The programs, and the naming schemes in which they know a name for the rows of q, k and v in FLUX's linear1."""
+"""The (program, naming scheme) pairs that have a name for the rows of q, k and v in FLUX's linear1."""
 
 
 def _of_uso_by_comfyui(family: NameTable, named: NamedTensor, entry: Entry) -> str | None:
     is_usos = all(_USO_KEY.fullmatch(key) for key in entry.keys.values())
-    return None if is_usos else "other names in a file with those of USO"
+    return None if is_usos else "other names in a file with USO's names"
 
 
 def _by_diffusers(family: NameTable, named: NamedTensor, entry: Entry) -> Objection | str | None:
@@ -157,7 +159,7 @@ def _by_diffusers(family: NameTable, named: NamedTensor, entry: Entry) -> Object
             return "adapters of kind lokr whose first factor is a product"
         return _lokr_not_loaded_by_diffusers(family, named, "alpha" in entry.keys)
     if named.scheme not in family.loaded.diffusers:
-        # What a denoiser of diffusers has saved (`save_lora_adapter`) it loads itself.
+        # A denoiser of diffusers loads the files that it has saved itself (`save_lora_adapter`).
         is_own = named.scheme == "bare" and "diffusers" in _whose_paths(family, named)
         denoiser = family.diffusers_prefix.rstrip(".")
         hint = f" (pipe.{denoiser}.load_lora_adapter(file, prefix=None) does)" if is_own else ""
@@ -165,7 +167,7 @@ def _by_diffusers(family: NameTable, named: NamedTensor, entry: Entry) -> Object
     if named.scheme in family.loaded.diffusers_lacks and re.search(
         family.loaded.diffusers_lacks[named.scheme], named.path
     ):
-        return f"{named.scheme} names of words that it does not know"
+        return f"{named.scheme} names that contain unknown words"
     if named.part == "denoiser" and named.scheme in family.loaded.diffusers_denoiser_lacks:
         return family.loaded.diffusers_denoiser_lacks[named.scheme]
     return _kind_not_loaded_by_peft(entry)
@@ -181,7 +183,7 @@ def _by_peft(family: NameTable, named: NamedTensor, entry: Entry) -> Objection |
 
 def _kind_not_loaded_by_peft(entry: Entry) -> Objection | str | None:
     if entry.kind == "dora" and not has_pefts_magnitude(entry):
-        return Objection("dora_scale, without which it is another change", loads=True)
+        return Objection("dora_scale, and loads a different change without it", loads=True)
     return None if entry.kind in ("lora", "locon", "dora") else f"adapters of kind {entry.kind}"
 
 
@@ -209,11 +211,11 @@ def _by_invokeai(family: NameTable, named: NamedTensor, entry: Entry) -> Objecti
         return f"{family.name} at all"
     if entry.kind == "dora":
         if has_pefts_magnitude(entry) or entry.shapes["dora"][:1] != (1,):
-            return Objection("a magnitude for each output, which makes another change", loads=True)
+            return Objection("a magnitude for each output, and loads a different change", loads=True)
     elif entry.kind not in ("lora", "locon", "loha", "lokr") or entry.changes_bias:
         return f"adapters of kind {entry.kind}"
     if entry.kind in ("loha", "lokr", "dora") and named.scheme != "kohya":
-        return f"adapters of kind {entry.kind} with {named.scheme} names, as far as it is known"
+        return f"adapters of kind {entry.kind} with {named.scheme} names, as far as we know"
     if named.part != "denoiser":
         if named.module_name.startswith(family.loaded.invokeai_text or "?"):
             return None
@@ -235,19 +237,19 @@ def _by_other(program: str, family: NameTable, named: NamedTensor, entry: Entry)
         return f"{named.scheme} names of {family.name}"
     lacks = family.loaded.others_lack.get((program, named.scheme))
     if lacks and re.search(lacks, named.path):
-        return f"{named.scheme} names of such modules"
+        return f"{named.scheme} names of these modules"
     if entry.kind not in ("lora", "locon") or entry.changes_bias:
         if program == "stable-diffusion.cpp" and entry.kind == "dora":
-            return Objection("dora_scale, without which it is another change", loads=True)
+            return Objection("dora_scale, and loads a different change without it", loads=True)
         if entry.kind not in OTHERS[program] or family.a1111_version not in _KINDS_IN or entry.changes_bias:
-            return f"adapters of kind {entry.kind}, as far as it is known"
+            return f"adapters of kind {entry.kind}, as far as we know"
     if program == "ai-toolkit" and len(entry.modules) > 1:
-        return "fused q, k and v beyond the rank that it is set to"
+        return "fused q, k and v above the rank that it is configured for"
     return None
 
 
 def _refusal_by_diffusers(lora: LoraNames) -> str | None:
-    """The reason why diffusers refuses a whole file; None when it goes by modules."""
+    """Return the reason why diffusers refuses a whole file; None if it doesn't."""
     refuses = NAME_TABLES[lora.family].loaded.diffusers_refuses
     for entry in lora.entries if refuses else ():
         named = parse_key(f"{entry.name}.alpha")
@@ -257,19 +259,19 @@ def _refusal_by_diffusers(lora: LoraNames) -> str | None:
 
 
 def _refusal_by_invokeai(lora: LoraNames, objections: Mapping[str, Objection]) -> str | None:
-    """The reason why InvokeAI refuses a whole file; None when it goes by modules."""
+    """Return the reason why InvokeAI refuses a whole file; None if it doesn't."""
     loaded = NAME_TABLES[lora.family].loaded
     if not loaded.invokeai:
         return None
     if lora.unknown_keys:
-        return "a file with tensors that it does not understand"
+        return "a file with unknown tensors"
     skipped = [e for e in lora.entries if e.name in objections and not objections[e.name].loads]
     if unknown := next((e for e in skipped if e.scheme not in loaded.invokeai_skips or e.part != "denoiser"), None):
         return f"a file with {objections[unknown.name].reason}"
     places = lora.content.places
     known = (*loaded.invokeai_signs, *loaded.invokeai_signs_in.get(lora.scheme, ()))
     if known and not any(all(any(sign.matches(*p) for p in places) for sign in signs) for signs in known):
-        return "a file without the modules by which it recognises the family"
+        return "a file without the modules that identify the family"
     return None
 
 
@@ -300,7 +302,7 @@ def _lokr_not_loaded_by_diffusers(family: NameTable, named: NamedTensor, has_alp
 
 
 def _whose_paths(family: NameTable, named: NamedTensor) -> set[str]:
-    """Whose path a name has: the original model's, diffusers', or both."""
+    """Return the naming of a path: the original model's, diffusers', or both."""
     if family.of_original(named.path) is not None:
         return {"original"}
     return {"original", "diffusers"} if family.of_diffusers(named.path).original == named.path else {"diffusers"}
@@ -310,7 +312,7 @@ def _is_t5(named: NamedTensor) -> bool:
     return named.path.startswith(T5_PATHS)
 
 
-# What the Kohya and diffusers names of CLIP stand for in ComfyUI and sd-scripts.
+# The CLIP modules that ComfyUI and sd-scripts support in Kohya and diffusers names.
 _CLIP_LAYERS = re.compile(r"text_model\.encoder\.layers\.\d+\.(mlp\.fc[12]|self_attn\.\w+_proj)")
 
 
@@ -340,13 +342,13 @@ def _name_not_known_to_comfyui(family: NameTable, named: NamedTensor) -> str | N
         return "names that begin with oft_unet_"
     known, whose = family.loaded.comfyui, _whose_paths(family, named)
     if named.path.endswith(".scale") and named.scheme != "comfy":
-        return f"{named.scheme} names of a tensor that is no module's weight"
+        return f"{named.scheme} names of a tensor that is not a module's weight"
     if "original" in whose and (named.scheme, "original") in known:
         return None
     is_lacking = re.search(family.loaded.comfyui_lacks, named.path)
     if "diffusers" in whose and (named.scheme, "diffusers") in known and not is_lacking:
         return None
-    # Of diffusers' UNet names it knows all but attentions, which it expects as once hung on their processors.
+    # It supports all diffusers names of a UNet except those of attentions, which must be on their processors, as in old files.
     is_unet_of_diffusers = family.is_unet and "diffusers" in whose and named.scheme in ("diffusers", "bare")
     if is_unet_of_diffusers and (".processor." in named.module_name or ".to_" not in named.path):
         return None

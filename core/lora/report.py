@@ -1,4 +1,4 @@
-"""What the header of a LoRA file says, as values for JSON and as text for a person. It needs no torch."""
+"""Report the header of a LoRA file, as values for JSON and as readable text, without torch."""
 
 import os
 from collections import Counter
@@ -31,16 +31,16 @@ SETTINGS = {
     "mixed_precision": "precision",
     "seed": "seed",
 }
-"""The settings of a training that are shown, by their `ss_*` keys without that prefix, with what they are called."""
+"""The training settings to show: labels by `ss_*` keys without that prefix."""
 _MODELSPEC = ("title", "author", "description", "trigger_phrase", "tags", "license", "usage_hint", "date")
 _SHOWN_CHARACTERS = 200
 
 
 def inspect_header(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A report of everything that the header of a LoRA file says, as values for JSON.
+    """Report everything in the header of a LoRA file, as values for JSON.
 
     Only the header and the alphas are read, whatever the size of the file, and torch is not loaded. Raises BadFile or
-    UnknownFamily when it is no LoRA file.
+    UnknownFamily when it is not a LoRA file.
     """
     path = Path(path)
     lora = LoraHeader.read(path)
@@ -76,7 +76,7 @@ def inspect_header(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _identity(lora: LoraHeader) -> dict[str, Any]:
-    """The published models that the LoRA is for, as values for JSON."""
+    """Return the published models that the LoRA is for, as values for JSON."""
     found = lora.identity
     return {
         "verdict": found.verdict,
@@ -87,7 +87,7 @@ def _identity(lora: LoraHeader) -> dict[str, Any]:
 
 
 def _reading(reading: Reading) -> dict[str, Any]:
-    """What a program makes of the LoRA, as values for JSON, with the modules' names where only some are at fault."""
+    """Return how a program loads the LoRA, as values for JSON. The modules are only named if some of them load."""
     objections = reading.objections
     return {
         "verdict": reading.verdict,
@@ -109,10 +109,10 @@ def _known(**values: str | None) -> dict[str, str]:
 def inspect_files(
     paths: Iterable[str | os.PathLike[str]], inspect: Callable[[Path], dict[str, Any]] = inspect_header
 ) -> Iterator[dict[str, Any]]:
-    """The report that `inspect` makes of every file, and of every safetensors file in and below a folder, in order of names.
+    """Yield the report of `inspect` for each file, and for all safetensors files in each folder and its subfolders, by name.
 
-    `file` is the path as given, or from the folder on. A file that is no LoRA, or damaged, or for a model that is not known,
-    has a report of its `file`, an `identity` whose verdict is "refused", and the `error`.
+    `file` is the given path, or the path relative to the folder. If a file is not a LoRA, is damaged or is for an unknown
+    model, its report has only `file`, `error` and an `identity` with the verdict "refused".
     """
     for given in map(Path, paths):
         is_folder = given.is_dir()
@@ -126,7 +126,7 @@ def inspect_files(
 
 
 def format_line(report: Mapping[str, Any]) -> str:
-    """A report of `inspect_files` as a line for a person."""
+    """Format a report of `inspect_files` as one readable line."""
     if "error" in report:
         return one_line(f"{report['file']}: {report['error']}")
     models = " or ".join(report["identity"]["models"]) or f"named like {report['family']}"
@@ -135,7 +135,7 @@ def format_line(report: Mapping[str, Any]) -> str:
 
 
 def format_inspection(report: Mapping[str, Any]) -> str:
-    """The report of `inspect_header` or `inspect_lora` as text for a person."""
+    """Format the report of `inspect_header` or `inspect_lora` as readable text."""
     lines = [
         f"{report['file']}  ({report['bytes'] / 1e6:.1f} MB, {report['tensors']} tensors, {report['dtype']})",
         f"  for           {report['family']}, {report['scheme']} names",
@@ -159,38 +159,38 @@ def format_inspection(report: Mapping[str, Any]) -> str:
     if report["embeddings"]:
         lines.append(f"  embeddings    {_short(', '.join(report['embeddings']))}")
     if report["unknown_keys"]:
-        lines.append(f"  not understood: {len(report['unknown_keys'])}, e.g. {some_of(report['unknown_keys'])}")
+        lines.append(f"  not recognised: {len(report['unknown_keys'])}, e.g. {some_of(report['unknown_keys'])}")
     loads = {reader: _loads(reading) for reader, reading in report["readers"].items()}
     lines += [f"  {'loads' if first else '':<13} {reader}: {text}" for first, reader, text in _rows(loads)]
     return "\n".join(map(one_line, lines))
 
 
 def _doubt(identity: Mapping[str, Any]) -> str:
-    """A sentence on an identity that is not certain."""
+    """Explain an identity that is not certain."""
     if identity["models"]:
-        return f"its modules are in several models alike: {', '.join(identity['models'])}"
+        return f"its modules fit several models: {', '.join(identity['models'])}"
     if not identity["nearest"]:
-        return "by its names alone: no published model has modules of such sizes"
+        return "only by its names: no published model has modules of these sizes"
     return (
-        f"by its names alone; the nearest published model is {identity['nearest']}, where "
+        f"only by its names; the nearest published model is {identity['nearest']}, where "
         f"{counted(len(identity['misfits']), 'module does', 'modules do')} not fit: {some_of(identity['misfits'])}"
     )
 
 
 def _loads(reading: Mapping[str, Any]) -> str:
     total, faulty = reading["modules"], reading["not_as_meant"]
-    by_names = ", by their names alone" if reading["verdict"] == "knows the names" else ""
+    by_names = ", only by their names" if reading["verdict"] == "knows the names" else ""
     if not faulty:
         return f"all {total} modules{by_names}"
     reason = next(iter(reading["reasons"]))
     example = f", e.g. {some_of(reading['names'])}" if reading["names"] else ""
     if reading["verdict"] == "loads as another change":
-        return f"{faulty} of {total} modules not as they are meant: {reason}{example}"
-    return f"{total - faulty} of {total} modules{by_names}; it does not know {reason}{example}"
+        return f"{faulty} of {total} modules not as intended; it does not support {reason}{example}"
+    return f"{total - faulty} of {total} modules{by_names}; it does not support {reason}{example}"
 
 
 def some_of(names: Sequence[str]) -> str:
-    """At most three of the names, each shortened, for a message."""
+    """List at most three of the names, each shortened, for a message."""
     return ", ".join(map(shortened, names[:3])) + (", ..." if len(names) > 3 else "")
 
 
@@ -199,7 +199,7 @@ def _rows(section: Mapping[str, Any]) -> list[tuple[bool, str, Any]]:
 
 
 def counts(histogram: Mapping[str, int]) -> str:
-    """A histogram as text: the value alone, where there is one, else each with how often it is there."""
+    """Format a histogram as text: a single value alone, several values each with its count."""
     if len(histogram) == 1:
         return next(iter(histogram))
     return ", ".join(f"{key} ({count}x)" for key, count in histogram.items()) or "none"

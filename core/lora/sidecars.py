@@ -1,4 +1,4 @@
-"""The files beside a LoRA in which other programs look for its words and its picture. docs/formats.md says who reads which."""
+"""Write files beside a LoRA for programs that read its words and picture from there. docs/formats.md lists who reads which."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from .words import PHRASE_KEY, trigger_words
 PICTURE_SIDE = 768
 """The longest side of a picture beside a LoRA in pixels."""
 _PICTURES = (".png", ".preview.png")
-"""InvokeAI looks for the first alone, Stability Matrix for the second; all others take either."""
+"""InvokeAI only reads the first, Stability Matrix the second. All others accept either."""
 
 
 def write_sidecars(
@@ -30,16 +30,19 @@ def write_sidecars(
     *,
     on_progress: OnProgress = silent,
 ) -> list[Path]:
-    """Write the files beside a LoRA in which other programs look for what its metadata say, and return their paths.
+    """Write a LoRA's metadata to the files beside it that other programs read, and return their paths.
 
-    A file that is there already stays, unless it is one of these for an older LoRA of that name and nobody has edited it.
+    An existing file is kept, unless it was written here for an older LoRA of that name and nobody has edited it.
 
-    `picture` shows the person, so there is none unless it is given. It is written as PNG with sides of at most PICTURE_SIDE
-    pixels, without its metadata. Raises BadFile when a file cannot be read or written, UnknownFamily when it is not a LoRA.
+    `picture` shows the person, so no picture is written unless you give one. It is saved as PNG with sides of at most
+    PICTURE_SIDE pixels, without its metadata. Raises BadFile when a file cannot be read or written, UnknownFamily when it is
+    not a LoRA.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise BadFile(f"{path}: other programs find what is beside a LoRA by its name, which must end in .safetensors")
+        raise BadFile(
+            f"{path}: the name must end in .safetensors, so that other programs find the files beside the LoRA"
+        )
     lora = LoraHeader.read(path)
     hashes = file_hashes(path, steps(on_progress, chunks(path)))
     written = []
@@ -58,7 +61,7 @@ def write_sidecars(
 
 
 _MARK = "facelora"
-"""The key of the digest of all other values, which tells an unedited file of ours from one that holds somebody's work."""
+"""The key of the digest of all other values. It shows whether a file was written here and has not been edited."""
 
 
 def _digest(values: Mapping[str, Any]) -> str:
@@ -66,7 +69,7 @@ def _digest(values: Mapping[str, Any]) -> str:
 
 
 def _unedited(path: Path) -> dict[str, Any] | None:
-    """The values in a file as `write_sidecars` has written it; None for any other file."""
+    """Return the values of an unedited file from `write_sidecars`; None for any other file."""
     try:
         values = read_json(path)
     except BadFile:
@@ -76,7 +79,7 @@ def _unedited(path: Path) -> dict[str, Any] | None:
 
 
 def _texts(lora: LoraHeader, path: Path, hashes: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """What each program's file says, by the ending of its name."""
+    """Return the values for each program's file, by the ending of its name."""
     metadata, table = lora.metadata, NAME_TABLES[lora.family]
     phrase = metadata.get(PHRASE_KEY) or next(iter(trigger_words(metadata)), "")
     title = metadata.get("modelspec.title") or path.stem
@@ -85,7 +88,7 @@ def _texts(lora: LoraHeader, path: Path, hashes: Mapping[str, str]) -> dict[str,
     bases = [table.listings[model].civitai for model in lora.identity.models if model in table.listings]
     base, words = bases[0] if len(bases) == 1 else "Other", [phrase] if phrase else []
     status = path.stat()
-    # A1111, Forge, SD.Next, InvokeAI and SwarmUI; SD.Next alone reads the last two.
+    # For A1111, Forge, SD.Next, InvokeAI and SwarmUI. Only SD.Next reads the last two values.
     a1111 = {
         "description": description,
         "sd version": table.a1111_version,
@@ -97,7 +100,7 @@ def _texts(lora: LoraHeader, path: Path, hashes: Mapping[str, str]) -> dict[str,
     lora_manager = {
         "file_name": path.stem,
         "model_name": title,
-        "file_path": "",  # which the program fills in, and which would tell of this computer
+        "file_path": "",  # The program fills this in. A path from here would reveal this computer's folders.
         "size": status.st_size,
         "modified": status.st_mtime,
         "sha256": hashes["sha256"],

@@ -1,4 +1,4 @@
-"""The faults of LoRA files."""
+"""Check LoRA files for faults."""
 
 import hashlib
 import os
@@ -28,22 +28,22 @@ class Fault:
     """A fault of a LoRA file that `verify_lora` has found."""
 
     is_error: bool
-    """Whether the file does not do what it should; other faults are only worth a look."""
+    """Whether the fault keeps the file from working as it should. Other faults are warnings."""
     text: str
 
 
 _HASH_OF_NOTHING = hashlib.sha256().hexdigest()
 SUSPICIOUS_NORM = 20.0
-"""The multiple of the median from which a module's change is suspicious."""
+"""A module's change is suspicious above this multiple of the median."""
 
 
 def verify_lora(
     path: str | os.PathLike[str], base: str | os.PathLike[str] | None = None, on_progress: OnProgress = silent
 ) -> list[Fault]:
-    """The faults of a LoRA file: none, if it is what its metadata say and every module has a sane change.
+    """Check that a LoRA file matches its metadata and that its changes are plausible, and return its faults.
 
-    With a checkpoint `base`, modules that have no place there are faults too. Raises BadFile or UnknownFamily when it is
-    no LoRA file.
+    With a checkpoint `base`, modules that do not fit it are faults too. Raises BadFile or UnknownFamily when it is not a LoRA
+    file.
     """
     lora = LoraFile.read(path)
     step = steps(on_progress, chunks(path) + len(lora.tensors) + len(lora.entries))
@@ -56,9 +56,7 @@ def verify_lora(
         left_over = fit(lora, weights.family, weights.shapes, weights.biased).left_over
         examples = "; ".join(f"{shortened(key)} {why}" for key, why in list(left_over.items())[:3])
         if left_over:
-            text = (
-                f"{len(left_over)} keys have no place in {weights.file.path.name} ({weights.family}), e.g. {examples}"
-            )
+            text = f"{len(left_over)} keys do not fit {weights.file.path.name} ({weights.family}), e.g. {examples}"
             faults.append(Fault(True, text))
     broken = []
     for name, tensor in lora.tensors.items():
@@ -66,7 +64,9 @@ def verify_lora(
         step()
     if broken:
         faults.append(
-            Fault(True, f"{counted(len(broken), 'tensor holds', 'tensors hold')} NaN or infinity, e.g. {broken[0]}")
+            Fault(
+                True, f"{counted(len(broken), 'tensor contains', 'tensors contain')} NaN or infinity, e.g. {broken[0]}"
+            )
         )
         return faults
     return faults + _verify_norms(lora, step)
@@ -80,11 +80,11 @@ def _verify_names(lora: LoraFile) -> list[Fault]:
     faults = []
     if lora.unknown_keys:
         which = counted(len(lora.unknown_keys), "tensor is", "tensors are")
-        text = f"{which} not understood or not complete, e.g. {lora.unknown_keys[0]}"
+        text = f"{which} not recognised or incomplete, e.g. {lora.unknown_keys[0]}"
         faults.append(Fault(True, text))
     schemes = Counter(entry.scheme for entry in lora.entries)
     if len(schemes) > 1:
-        faults.append(Fault(False, f"its names are of several schemes: {counts(schemes)}"))
+        faults.append(Fault(False, f"it mixes several naming schemes: {counts(schemes)}"))
     modules = Counter(module for entry in lora.entries for module in entry.modules)
     twice = [module for module, count in modules.items() if count > 1]
     if twice:
@@ -93,9 +93,9 @@ def _verify_names(lora: LoraFile) -> list[Fault]:
         )
     refused = list(not_loaded_by("ComfyUI", lora))
     if refused and not NAME_TABLES[lora.family].loaded.comfyui:
-        faults.append(Fault(False, f"ComfyUI 0.30 does not have {lora.family}; later versions may"))
+        faults.append(Fault(False, f"ComfyUI 0.30 does not support {lora.family}; later versions may"))
     elif refused:
-        # Where no published model has such modules, no other names would help.
+        # If no published model has these modules, other names would not help.
         advice = "; convert it" if lora.identity.models else ""
         which = f"{counted(len(refused), 'module')}, e.g. {refused[0]}"
         faults.append(Fault(False, f"ComfyUI would not load {which}{advice}"))
@@ -106,26 +106,24 @@ def _verify_metadata(lora: LoraFile, hashes: Mapping[str, str]) -> list[Fault]:
     faults = []
     for key, right in lora.true_metadata.items():
         if key in lora.base_words and right != lora.metadata[key]:
-            text = f"its metadata say {lora.metadata[key]!r} ({key}), its tensors are for {right} ({lora.family})"
+            text = f"its metadata say {lora.metadata[key]!r} ({key}), but its tensors are for {right} ({lora.family})"
             faults.append(Fault(False, text))
     in_fact: dict[str, str] = {**hashes, "modelspec.hash_sha256": hashes["sshs_model_hash"]}
     for key in ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"):
         claimed_hash = lora.metadata.get(key, in_fact[key]).removeprefix("0x")
         if claimed_hash != in_fact[key]:
-            text = f"{key} is {claimed_hash[:12]} in the metadata, but {in_fact[key][:12]} in fact"
-            is_placeholder = claimed_hash == _HASH_OF_NOTHING  # which tools write that have yet to hash the file
+            text = f"{key} is {claimed_hash[:12]} in the metadata, but the file's hash is {in_fact[key][:12]}"
+            is_placeholder = claimed_hash == _HASH_OF_NOTHING  # Some tools write this before they hash the file.
             faults.append(Fault(key == "sshs_model_hash" and not is_placeholder, text))
     if lora.other_families:
-        text = (
-            f"its modules fit {' and '.join(lora.other_families)} as well as {lora.family}, and its metadata name none"
-        )
+        text = f"its modules fit {' and '.join(lora.other_families)} as well as {lora.family}, and its metadata don't say which"
         faults.append(Fault(False, text))
     ranks = {str(entry.rank) for entry in lora.entries if entry.rank is not None}
     stated = lora.metadata.get("ss_network_dim", "")
     if stated.isdecimal() and ranks and stated not in ranks:
-        faults.append(Fault(False, f"its metadata say rank {stated}, its modules have {', '.join(sorted(ranks))}"))
+        faults.append(Fault(False, f"its metadata say rank {stated}, but its modules have {', '.join(sorted(ranks))}"))
     if not trigger_words(lora.metadata):
-        faults.append(Fault(False, "its metadata name no trigger word"))
+        faults.append(Fault(False, "its metadata contain no trigger word"))
     return faults
 
 
@@ -140,7 +138,7 @@ def _verify_norms(lora: LoraFile, step: Callable[[], None]) -> list[Fault]:
     faults = []
     if huge:
         which = counted(len(huge), "module")
-        text = f"the changes of {which} hold numbers that are too large for a weight, e.g. {huge[0]}"
+        text = f"the changes of {which} are too large for a weight, e.g. {huge[0]}"
         faults.append(Fault(True, text))
     zero = [name for name, norm in norms.items() if norm == 0]
     if zero:

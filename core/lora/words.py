@@ -1,4 +1,4 @@
-"""The words that a LoRA file names: those that call it up, and those whose vectors it brings along."""
+"""Find the words of a LoRA file: its trigger words, and the words of its bundled embeddings."""
 
 import json
 from collections.abc import Mapping
@@ -9,18 +9,18 @@ from ..tensor_names import bundled_embedding, bundled_name
 from .names import LoraNames
 
 PHRASE_KEY = "modelspec.trigger_phrase"
-"""The key in a LoRA's metadata of the words that call it up."""
+"""The metadata key of a LoRA's trigger words."""
 WORD_KEY = "facelora.word"
-"""The key in an embedding file's metadata of the word by which prompts name it."""
+"""The metadata key of an embedding's word in prompts."""
 
 
 def word_of(lora: LoraNames, key: str) -> str:
-    """The word that a tensor of a file, one of its `embedding_keys`, has the vectors of."""
+    """Return the word of an embedding's tensor, one of the file's `embedding_keys`."""
     return bundled_embedding(bundled_name(key)) or lora.metadata.get(WORD_KEY) or Path(lora.name).stem
 
 
 def trigger_words(metadata: Mapping[str, str]) -> list[str]:
-    """The trigger words that the metadata name, best first: those of modelspec and the subsets, then frequent tags."""
+    """Return the trigger words in the metadata, best first: from modelspec and the subsets, then frequent tags."""
     words = [word.strip() for word in metadata.get(PHRASE_KEY, "").split(",")]
     for dataset in _json(metadata, "ss_datasets", list):
         subsets = dataset.get("subsets") if isinstance(dataset, dict) else None
@@ -35,7 +35,7 @@ def trigger_words(metadata: Mapping[str, str]) -> list[str]:
 
 
 def _json(metadata: Mapping[str, str], key: str, kind: type) -> Any:
-    """The JSON value of type `kind` that a metadata value holds, an empty one where it is damaged or of another type."""
+    """Return the JSON value of type `kind` in a metadata value; an empty one if it is damaged or of another type."""
     try:
         value = json.loads(metadata.get(key, ""))
     except (ValueError, RecursionError):

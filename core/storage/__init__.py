@@ -1,4 +1,4 @@
-"""Reading and writing: atomic files, safetensors, tensors that are read when they are used, and the cache folder."""
+"""Read and write files: atomic writes, safetensors, GGUF, lazily read tensors, locks and the cache folder."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""The cache folder, which keeps results under names made from the content that they were computed from."""
+"""The cache folder. Each result is saved under a name derived from the content it was computed from."""
 
 import hashlib
 import os
@@ -14,12 +14,15 @@ from ..errors import BadFile, counted
 from .files import make_folder, writing
 
 KINDS = ("base", "class", "latents", "memory", "panels", "runs", "text")
-"""The folders in the cache folder: the base model's own pictures, class images, encoded photos, memory predictions (of earlier
-versions), what panels show, what is kept of runs, captions."""
+"""The folders in the cache folder.
+
+In order: the base model's own pictures, class images, encoded photos, memory predictions (of earlier versions), contents of
+panels, records of training runs, captions.
+"""
 _OURS = re.compile(r"\.?[0-9a-f]{64}(\..*)?")
-"""What `content_key` makes, with endings, and what is left of a file whose writing was killed."""
+"""Matches names from `content_key`, with any ending, and the temporary files of killed processes."""
 CACHE_VERSION = "2"
-"""A part of every cache key, to be raised whenever the same input would be encoded differently."""
+"""Part of every cache key. Raise it whenever the same input would be encoded differently."""
 
 
 _INSTEAD: ContextVar[Path | None] = ContextVar("cache folder", default=None)
@@ -27,9 +30,9 @@ _INSTEAD: ContextVar[Path | None] = ContextVar("cache folder", default=None)
 
 @contextmanager
 def cache_in(folder: Path | None) -> Iterator[None]:
-    """A context in which this folder is the cache folder, so that what is kept of a person can be deleted with it.
+    """Use this folder as the cache folder within the context, so that a person's data can be deleted with it.
 
-    None is the usual one, for what is about nobody.
+    None selects the usual folder, for data that isn't about a person.
     """
     token = _INSTEAD.set(folder)
     try:
@@ -39,9 +42,9 @@ def cache_in(folder: Path | None) -> Iterator[None]:
 
 
 def cache_folder() -> Path:
-    """The folder for encoded photos and captions.
+    """Return the cache folder.
 
-    It is that of `cache_in`, else $FACELORA_CACHE, else `facelora` in the user's cache folder.
+    This is the folder set by `cache_in`, else $FACELORA_CACHE, else `facelora` in the user's cache folder.
     """
     if instead := _INSTEAD.get():
         return instead
@@ -53,9 +56,9 @@ def cache_folder() -> Path:
 
 
 def made_folder(*names: str) -> Path:
-    """A folder inside the cache folder, made where it is missing. Raises BadFile when it cannot be made.
+    """Return a folder inside the cache folder, creating it if needed. Raises BadFile when it cannot be created.
 
-    The cache is about a person, so only the owner can read the folders that are made, and the files that are written there.
+    The cache holds personal data, so only the owner can read the new folders and the files written to them.
     """
     folder = cache_folder()
     try:
@@ -64,32 +67,32 @@ def made_folder(*names: str) -> Path:
             folder = folder / name
             with writing(folder):
                 folder.mkdir(mode=0o700, exist_ok=True)
-            with suppress(OSError):  # it belongs to another user
-                # Version 0.1.0 left them readable for all.
+            with suppress(OSError):  # The folder belongs to another user.
+                # Version 0.1.0 created these folders readable for everyone.
                 if folder.stat().st_mode & 0o077 and _is_ours(folder):
                     folder.chmod(0o700)
     except BadFile as error:
-        raise BadFile(f"{error}; set FACELORA_CACHE to a folder for the cache") from None
+        raise BadFile(f"{error}; set FACELORA_CACHE to a folder that you can write to") from None
     return folder
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether the cache folder or one in it holds nothing of other programs, which it may in a folder that the user chose."""
+    """Check that a cache folder holds no other program's files. A folder that the user chose may hold some."""
     if "FACELORA_CACHE" not in os.environ or _OURS.fullmatch(folder.name):
         return True
     return folder.name in KINDS and all(_OURS.fullmatch(path.name) for path in folder.iterdir())
 
 
 def clear_cache() -> int:
-    """The number of files that were deleted: all that this project has put into the cache folder, and nothing else.
+    """Delete everything that this project has put into the cache folder, and return the number of deleted files.
 
-    The cache folder may be one that holds other things. BadFile names what could not be deleted, when the rest is gone.
+    Other files in the folder are kept. If some files cannot be deleted, the rest are, and then BadFile names the first one.
     """
     count, left = 0, []
     for folder in (cache_folder() / kind for kind in KINDS):
         try:
             paths = list(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
-        except OSError as error:  # it is another user's
+        except OSError as error:  # The folder belongs to another user.
             left.append(f"{folder}: cannot be read: {error.strerror or error}")
             continue
         for path in paths:
@@ -111,10 +114,10 @@ def clear_cache() -> int:
 
 
 def _remove_if_empty(folder: Path) -> None:
-    with suppress(OSError):  # it is not there, or holds something
+    with suppress(OSError):  # The folder is missing or not empty.
         folder.rmdir()
 
 
 def content_key(*parts: object) -> str:
-    """A file name for content that is made from these parts: 64 hex digits of SHA-256, different for other parts."""
+    """Return a file name for content made from these parts: their SHA-256 as 64 hex digits."""
     return hashlib.sha256("\0".join(map(str, (CACHE_VERSION, *parts))).encode()).hexdigest()

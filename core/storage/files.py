@@ -1,6 +1,6 @@
-"""Files that are written whole or not at all, so that a reader never finds half of one.
+"""Write files atomically, so that a reader never finds half of one.
 
-The helpers that many rooms need are here too: they make folders, read JSON and check text.
+This module also has the helpers that create folders, read JSON and check text.
 """
 
 import itertools
@@ -21,10 +21,10 @@ from typing import Any, BinaryIO
 from ..errors import BadFile, FaceLoraError
 
 EARLIER = "earlier"
-"""The folder beside files into which `set_aside` moves them."""
+"""The folder that `set_aside` moves files to."""
 
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
-"""The value of Linux's MAP_NORESERVE, which Python's mmap module has from version 3.13 on."""
+"""Linux's MAP_NORESERVE, which Python's mmap module only defines since version 3.13."""
 
 IS_WINDOWS = sys.platform == "win32"
 READ_ON_WINDOWS = 512 << 20
@@ -32,11 +32,11 @@ READ_ON_WINDOWS = 512 << 20
 
 
 def map_file(file: BinaryIO) -> mmap.mmap | bytearray:
-    """An open file as memory, in which writing is private to this process: torch wants writable memory."""
+    """Map an open file into memory. torch requires writable memory, so writes stay private to this process."""
     if IS_WINDOWS and os.fstat(file.fileno()).st_size <= READ_ON_WINDOWS:
         return bytearray(file.read())
     if sys.platform == "linux":
-        # Linux would else set memory aside for every page that could be written, perhaps more than there is.
+        # Otherwise Linux would reserve memory for every writable page, perhaps more than the machine has.
         flags, protection = mmap.MAP_PRIVATE | _NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
         return mmap.mmap(file.fileno(), 0, flags=flags, prot=protection)
     return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -44,7 +44,7 @@ def map_file(file: BinaryIO) -> mmap.mmap | bytearray:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """A context in which an error of the operating system raises BadFile, which says that `path` cannot be written."""
+    """Raise BadFile for any OSError within the context, with the message that `path` cannot be written."""
     try:
         yield
     except OSError as error:
@@ -77,17 +77,17 @@ def replace(source: Path, target: Path) -> None:
 
 
 def make_folder(path: Path) -> Path:
-    """The folder at `path`, made with its parents where it is missing. Raises BadFile when it cannot be made."""
+    """Return the folder at `path`, creating it and its parents if needed. Raises BadFile when it cannot be created."""
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
 
 
 def write_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
-    """Makes or replaces the file at `path` with what `write` puts into the stream. Raises BadFile when that fails.
+    """Create or replace the file at `path` with what `write` puts into the stream. Raises BadFile when that fails.
 
-    A link stays, and the file that it leads to is replaced. A file that is replaced keeps its permissions. In a folder that
-    only its owner can enter, only the owner can read a new file. A folder, device or pipe is never replaced.
+    If `path` is a link, its target is replaced. A replaced file keeps its permissions. In a folder that only its owner can
+    enter, only the owner can read a new file. A folder, device or pipe is never replaced.
     """
     with writing(Path(path)):
         path, before = _place(path)
@@ -106,9 +106,9 @@ def write_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]
 
 
 def _place(path: str | os.PathLike[str]) -> tuple[Path, int | None]:
-    """The path without links, and the permissions of the file there; None where there is none.
+    """Return the path with links resolved, and the permissions of its file, or None if the file doesn't exist.
 
-    Raises BadFile for a folder, a device and the like.
+    Raises BadFile for anything but a regular file, such as a folder or a device.
     """
     place = Path(os.path.realpath(path))
     try:
@@ -118,7 +118,7 @@ def _place(path: str | os.PathLike[str]) -> tuple[Path, int | None]:
     if stat.S_ISDIR(mode):
         raise BadFile(f"{path}: is a folder; give the name of a file in it")
     if not stat.S_ISREG(mode):
-        raise BadFile(f"{path}: is no regular file")
+        raise BadFile(f"{path}: is not a regular file")
     return place, stat.S_IMODE(mode)
 
 
@@ -127,7 +127,7 @@ def _temporary(path: Path) -> Path:
 
 
 def set_aside(path: Path) -> None:
-    """Moves a file, if there is one at `path`, into the folder `earlier` beside it, where it replaces no other file."""
+    """Move the file at `path`, if it exists, to the folder `earlier` beside it, without replacing another file."""
     if not path.exists():
         return
     folder = make_folder(path.parent / EARLIER)
@@ -137,42 +137,42 @@ def set_aside(path: Path) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Makes or replaces the file at `path` with the text, as UTF-8. Raises BadFile when that fails.
+    """Create or replace the file at `path` with the text, as UTF-8. Raises BadFile when that fails.
 
-    What is no Unicode, as the names of files may have it, becomes a question mark.
+    Characters that are not valid Unicode, which file names may contain, become question marks.
     """
     write_file(path, lambda file: file.write(text.encode("utf-8", "replace")))
 
 
 def read_bytes(path: Path, limit: int, *, name: str | None = None, error: type[FaceLoraError] = BadFile) -> bytes:
-    """The content of a regular file of at most `limit` bytes.
+    """Read a regular file of at most `limit` bytes.
 
-    Raises `error` for any other file, since a pipe may wait forever and a device may never end. `name` is what the message
-    calls the file; None means its path.
+    Raises `error` for any other file, since a pipe may wait forever and a device may never end. `name` is the file's name in
+    the message; None means its path.
     """
     name = str(path) if name is None else name
     try:
         with open(path, "rb", opener=_open_without_waiting) as file:
             about = os.fstat(file.fileno())
             if not stat.S_ISREG(about.st_mode):
-                raise error(f"{name}: is no regular file")
+                raise error(f"{name}: is not a regular file")
             if about.st_size > limit:
-                raise error(f"{name}: has more than {limit >> 20} MiB, the most that is read")
-            return file.read(about.st_size)  # reading takes as much memory as it is asked for
+                raise error(f"{name}: the file is larger than {limit >> 20} MiB, the maximum")
+            return file.read(about.st_size)  # read() allocates as many bytes as it is asked for.
     except OSError as problem:
         raise error(f"{name}: cannot be read: {problem.strerror or problem}") from None
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
-    """Opens a file like `os.open`, but does not wait for a writer when it is a pipe."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has no such pipes
+    """Open a file like `os.open`, but without waiting for a writer if it is a pipe."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has no named pipes in folders.
 
 
 _MAX_JSON_BYTES = 64 << 20
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file. Raises BadFile when it cannot be read, is larger than 64 MiB or is not JSON."""
+    """Read a JSON file. Raises BadFile when it cannot be read, is larger than 64 MiB or is not JSON."""
     try:
         return json.loads(read_bytes(path, _MAX_JSON_BYTES).decode())
     except (ValueError, RecursionError) as error:
@@ -180,7 +180,7 @@ def read_json(path: Path) -> Any:
 
 
 def is_text(text: str) -> bool:
-    """Whether the text can be written as UTF-8: JSON and file names can hold half of a surrogate pair."""
+    """Check that the text can be written as UTF-8. JSON and file names can contain unpaired surrogates, which cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -193,7 +193,7 @@ RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
 def check_writable(path: Path) -> None:
-    """Makes the file's folder. Raises BadFile when `write_file` could not write to `path`: better before hours of training."""
+    """Create the file's folder. Raises BadFile when `write_file` could not write to `path`, before hours of training."""
     try:
         place, _ = _place(path)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -205,17 +205,17 @@ def check_writable(path: Path) -> None:
 
 
 def check_output(path: Path, ending: str = ".safetensors") -> None:
-    """Raises BadFile when no file could be written to `path`, or when its name has another ending."""
+    """Raise BadFile when a file cannot be written to `path`, or when its name has a different ending."""
     if ending and path.suffix.lower() != ending:
-        raise BadFile(f"{path}: the output's name must end in {ending}")
+        raise BadFile(f"{path}: the name of the output file must end in {ending}")
     check_writable(path)
 
 
 def remove_leftovers(folder: Path, names: str) -> None:
-    """Deletes the temporary files, or folders, that are left in `folder` by a process that was killed while it wrote.
+    """Delete the temporary files and folders that a killed process left in `folder`.
 
-    `names` is a regular expression for the names of the files that were to be written. The caller must hold their lock, so
-    that no file of a living run is deleted.
+    `names` is a regular expression for the names of the finished files. The caller must hold their lock, so that the files
+    of a running process are kept.
     """
     pattern = re.compile(rf"\.(?:{names})\.[0-9a-f]{{8}}\.tmp")
     for leftover in folder.iterdir():
@@ -225,5 +225,5 @@ def remove_leftovers(folder: Path, names: str) -> None:
 
 
 def clean_place(path: Path) -> None:
-    """Deletes what a killed process left of the file or folder at `path`, whose lock the caller must hold."""
+    """Delete a killed process's temporary files of the file or folder at `path`. The caller must hold its lock."""
     remove_leftovers(path.parent, re.escape(path.name))

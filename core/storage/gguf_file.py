@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file, the form in which llama.cpp and ComfyUI-GGUF have quantised models, through the package gguf."""
+"""Read GGUF files, the quantised format of llama.cpp and ComfyUI-GGUF, through the package gguf."""
 
 import os
 import stat
@@ -19,44 +19,44 @@ from .narrow import NarrowTensor, outline
 
 SUFFIX = ".gguf"
 _PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
-"""The types that are no quantisations and numpy has too, by GGUF's names."""
+"""The unquantised types that numpy supports too, by GGUF's names."""
 _MOST_SIDES = 16
-"""The length of lists from which they are not a tensor's shape, which alone is read of a file's lists."""
+"""Longer lists are skipped, because the only lists that are needed are the shapes of tensors."""
 _ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
-"""The beginning of the name under which the shape stands that a tensor had before it was made a matrix."""
+"""The prefix of the fields that hold the original shape of each tensor that was saved as a matrix."""
 
 
 class GgufTensors(LazyTensors):
     """The tensors of a GGUF file."""
 
     architecture: str
-    """What the file says that it holds, such as "flux" or "qwen3"; empty where it says nothing."""
+    """The architecture that the file states, such as "flux" or "qwen3"; empty if it states none."""
 
 
 def open_gguf(path: str | os.PathLike[str]) -> GgufTensors:
-    """The tensors in a GGUF file by name, mapped and dequantised (to bf16) when they are asked for.
+    """Open a GGUF file as a mapping from names to tensors, which are read and dequantised (to bf16) on access.
 
-    Raises BadFile when it cannot be read as one, MissingPackage without the package gguf.
+    Raises BadFile when the file cannot be read as GGUF, MissingPackage without the package gguf.
     """
     try:
         import gguf
     except ImportError:
-        raise MissingPackage(f"{path}: to read GGUF files needs the package gguf: pip install gguf") from None
+        raise MissingPackage(f"{path}: reading GGUF files requires the package gguf: pip install gguf") from None
     path = Path(path)
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise BadFile(f"{path}: is no regular file")
+            raise BadFile(f"{path}: is not a regular file")
 
         class Reader(gguf.GGUFReader):
             def _get(self, offset: int, dtype: Any, count: int = 1, *order: Any, **named: Any) -> Any:
-                # Beyond the end numpy gives nothing, and the package would count through arrays that are not there.
+                # Past the end of the file numpy returns too few values, and the package would loop over missing arrays.
                 found = super()._get(offset, dtype, count, *order, **named)
                 if len(found) < count:
-                    raise ValueError("it ends before what it says is in it")
+                    raise ValueError("the file is truncated")
                 return found
 
             def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
-                # Of a tokenizer's words and numbers, which are hundreds of thousands, the package makes an array each.
+                # The package would create one array for each of a tokenizer's hundreds of thousands of words and numbers.
                 if raw_type == gguf.GGUFValueType.ARRAY and self.byte_order == "I":
                     (kind,), (count,) = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
                     if count > _MOST_SIDES and kind == gguf.GGUFValueType.STRING:
@@ -76,16 +76,16 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufTensors:
     except OSError as error:
         raise BadFile(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, LookupError, TypeError, ArithmeticError, AttributeError, MemoryError) as error:
-        # The package does not check what a file says before it follows it.
+        # The package uses values from the file without checking them.
         raise BadFile(f"{path}: cannot be read as GGUF: {error or type(error).__name__}") from None
 
 
 def _size_of_texts(data: memoryview, count: int) -> int:
-    """The bytes of texts that data begin with, each after the number of its bytes. Raises ValueError where they are cut off."""
+    """Return the size in bytes of the length-prefixed texts at the start of `data`. Raises ValueError when they are cut off."""
     at = 0
     for _ in range(count):
         if at + 8 > len(data):
-            raise ValueError("it ends before what it says is in it")
+            raise ValueError("the file is truncated")
         at += 8 + int.from_bytes(data[at : at + 8], sys.byteorder)
     return at
 
@@ -106,7 +106,7 @@ class _GgufTensor(Stored):
         sides = reversed(stored.shape.tolist()) if field is None else field.contents()
         made = cls({}, stored.name, stored, tuple(int(side) for side in sides), file)
         if torch.Size(made.shape).numel() != stored.n_elements:
-            raise ValueError(f"{stored.name[:80]!r} has {stored.n_elements} numbers and the shape {list(made.shape)}")
+            raise ValueError(f"{stored.name[:80]!r} has {stored.n_elements} values but the shape {list(made.shape)}")
         return made
 
     def __call__(self) -> Tensor:
@@ -126,14 +126,14 @@ class _GgufTensor(Stored):
 
 
 def dtype_of(kind: Any) -> torch.dtype:
-    """The dtype in which a tensor of the package's type `kind` is read."""
+    """Return the dtype that tensors of the package's type `kind` are read as."""
     return _PLAIN.get(kind.name, torch.bfloat16)
 
 
 def dequantised(data: Any, kind: Any, shape: tuple[int, ...], name: str) -> Tensor:
-    """The tensor that a numpy array of the package's type `kind` stands for: bf16, or the type that the array has.
+    """Dequantise a numpy array of the package's type `kind` to bf16. Unquantised arrays keep their type.
 
-    Raises BadFile, with the tensor's `name`, for a quantisation that the package cannot read.
+    Raises BadFile, with the tensor's `name`, for a quantisation that the package does not support.
     """
     if kind.name in _PLAIN:
         return torch.tensor(data, dtype=_PLAIN[kind.name]).reshape(shape)
@@ -144,4 +144,4 @@ def dequantised(data: Any, kind: Any, shape: tuple[int, ...], name: str) -> Tens
     try:
         return torch.from_numpy(dequantize(data, kind)).bfloat16().reshape(shape)
     except NotImplementedError:
-        raise BadFile(f"{name}: is quantised as {kind.name}, which the package gguf cannot read") from None
+        raise BadFile(f"{name}: is quantised as {kind.name}, which the package gguf does not support") from None

@@ -1,7 +1,7 @@
-"""The commonest quantisations of GGUF as parts of narrow weights, which torch widens on any device.
+"""Dequantise the most common GGUF types with torch, on any device.
 
-Their blocks of numbers in a row are those of ggml: the layouts stand in the package gguf (quants.py), whose results are the
-same bit for bit, on the CPU alone.
+Rows consist of ggml's blocks. Their layouts are defined in the package gguf (quants.py), which dequantises them on the CPU
+only. The results are the same, bit for bit.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,14 +14,15 @@ from .narrow import NarrowTensor
 
 
 def is_narrow(kind: str) -> bool:
-    """Whether torch can widen a quantisation of that name here."""
+    """Check whether this module can widen the quantisation with that GGUF name."""
     return kind in _BLOCKS
 
 
 def narrow_gguf(data: Tensor, kind: str, shape: tuple[int, ...]) -> NarrowTensor | None:
-    """The weight of that shape in a quantisation, by GGUF's name; None for a quantisation that torch cannot widen here.
+    """Return a quantised weight that torch can widen. `kind` is GGUF's name of the quantisation.
 
-    `data` are bytes, (rows, bytes of a row). Nor are weights whose rows are not those of the data.
+    `data` are bytes, (rows, bytes per row). The result is None for other quantisations, and for a `shape` whose rows are not
+    those of `data`.
     """
     if not is_narrow(kind) or data.ndim != 2 or len(shape) != 2 or len(data) != shape[0]:
         return None
@@ -34,23 +35,23 @@ def _widen(parts: Sequence[Tensor], dtype: torch.dtype, kind: str) -> Tensor:
 
 
 def _half(blocks: Tensor, place: int) -> Tensor:
-    """The number in fp16 at a place of each block, (..., 1) float32."""
+    """Return the fp16 number at byte `place` of each block as float32, (..., 1)."""
     return blocks[..., place : place + 2].contiguous().view(torch.float16).float()
 
 
 def _nibbles(blocks: Tensor) -> Tensor:
-    """The lower halves of bytes (..., n), and after them the upper ones: (..., 2, n)."""
+    """Return the lower halves of bytes (..., n), followed by the upper halves: (..., 2, n)."""
     return torch.stack([blocks & 15, blocks >> 4], dim=-2)
 
 
 def _bits(blocks: Tensor, width: int = 1) -> Tensor:
-    """Numbers of `width` bits in bytes (..., n), the lowest of all bytes first: (..., 8 / width, n)."""
+    """Unpack numbers of `width` bits from bytes (..., n), the lowest bits of all bytes first: (..., 8 / width, n)."""
     shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=blocks.device)
     return blocks[..., None, :] >> shifts[:, None] & 2**width - 1
 
 
 def _fifth_bits(blocks: Tensor) -> Tensor:
-    """The bits of 4 bytes as the fifth bits of 32 numbers."""
+    """Unpack 4 bytes into the fifth bits of 32 numbers."""
     return _bits(blocks).transpose(-1, -2).flatten(-2) << 4
 
 
@@ -77,7 +78,10 @@ def _q5_1(blocks: Tensor) -> Tensor:
 
 
 def _of_eight(blocks: Tensor, numbers: Tensor) -> Tensor:
-    """The numbers (..., 8, 32) of eight parts of a block, which begins with two factors and each part's scale and minimum."""
+    """Scale the numbers (..., 8, 32) of a block's eight parts.
+
+    The block begins with two factors, followed by the scale and the minimum of each part.
+    """
     first, second, third = blocks[..., 4:16].unflatten(-1, (3, 4)).unbind(-2)
     scales = torch.cat([first & 63, third & 15 | first >> 6 << 4], dim=-1)
     minima = torch.cat([second & 63, third >> 4 | second >> 6 << 4], dim=-1)
@@ -105,4 +109,4 @@ _BLOCKS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
     "Q8_0": (34, _q8_0), "Q4_0": (18, _q4_0), "Q4_1": (20, _q4_1), "Q5_0": (22, _q5_0), "Q5_1": (24, _q5_1),
     "Q4_K": (144, _q4_k), "Q5_K": (176, _q5_k), "Q6_K": (210, _q6_k),
 }  # fmt: skip
-"""The bytes of a block, and the function that gives the numbers of blocks (..., bytes)."""
+"""The size of a block in bytes, and the function that dequantises blocks (..., bytes)."""

@@ -1,6 +1,6 @@
-"""The header of a safetensors file, read and checked without the tensors behind it, and without torch.
+"""Read and check the header of a safetensors file, without reading its tensors and without torch.
 
-It trusts nothing: what does not describe the file exactly is refused, and nothing is allocated for what it claims.
+A header that does not describe the file exactly is refused. No memory is allocated for the sizes that it claims.
 """
 
 import json
@@ -20,11 +20,11 @@ from ..errors import BadFile
 from .files import is_text
 
 MAX_HEADER_BYTES = 100_000_000
-"""The largest header, in bytes: the safetensors library refuses larger ones, so nobody could read such a file."""
+"""The largest header, in bytes. The safetensors library refuses larger ones."""
 MAX_HEADER_VALUES = 1_000_000
-"""The most commas and brackets in a header. Files have far fewer, and three bytes of JSON can take a hundred in memory."""
+"""The most commas and brackets in a header. Real files have far fewer, and three bytes of JSON can take a hundred in memory."""
 MAX_NAME = 1000
-"""The most characters of a tensor's name: models have names of at most 200."""
+"""The most characters in a tensor's name. Names in real models have at most 200."""
 MAX_DIMENSIONS = 16
 TYPES: dict[str, tuple[str, int]] = {
     "F64": ("float64", 8),
@@ -45,7 +45,7 @@ TYPES: dict[str, tuple[str, int]] = {
     "U8": ("uint8", 1),
     "BOOL": ("bool", 1),
 }
-"""torch's name and the bytes of each type, by its code in headers."""
+"""torch's name and the size in bytes of each type, by its code in headers."""
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _FORMATS = {
     "F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b",
@@ -64,7 +64,7 @@ class Header:
     shapes: dict[str, tuple[int, ...]]
     """The shape of each tensor by name."""
     codes: dict[str, str]
-    """The code of each tensor's type by name, one of TYPES."""
+    """The type code of each tensor by name, a key of TYPES."""
 
     def __init__(
         self,
@@ -84,11 +84,11 @@ class Header:
 
     @classmethod
     def open(cls: type[_File], path: str | os.PathLike[str]) -> _File:
-        """The file at `path`. Raises BadFile when it is missing, a pickle, truncated or not what its header says."""
+        """Open the file at `path`. Raises BadFile when it is missing, a pickle, truncated, or doesn't match its header."""
         path = Path(path)
         try:
-            if stat.S_ISFIFO(path.stat().st_mode):  # to open it would wait for whoever writes into it
-                raise BadFile(f"{path}: is no regular file")
+            if stat.S_ISFIFO(path.stat().st_mode):  # Opening a pipe would wait for a writer.
+                raise BadFile(f"{path}: is not a regular file")
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 start = file.read(8)
@@ -108,9 +108,9 @@ class Header:
         return {name: (TYPES[self.codes[name]][0], shape) for name, shape in self.shapes.items()}
 
     def numbers(self, names: Iterable[str]) -> dict[str, float]:
-        """The values of tensors that hold one real number each, by name. Nothing else of the file is read.
+        """Read the values of tensors that hold one real number each, by name. Nothing else in the file is read.
 
-        Raises BadFile when the file has changed or gone since it was opened, KeyError for an unknown name.
+        Raises BadFile when the file was changed or removed after it was opened, KeyError for an unknown name.
         """
         found = {}
         with self._reopened() as file:
@@ -124,15 +124,15 @@ class Header:
         try:
             with self.path.open("rb", buffering=0) as file:
                 if os.fstat(file.fileno()).st_size != self._size:
-                    raise BadFile(f"{self.path}: has changed on disk since it was opened")
+                    raise BadFile(f"{self.path}: the file has changed since it was opened")
                 yield file
         except OSError as error:
             raise BadFile(f"{self.path}: cannot be read: {error.strerror or error}") from None
 
 
 def _number(code: str, data: bytes) -> float:
-    """The real number that a tensor of one element holds. ValueError for a complex one."""
-    # Two types are others cut short, whose last bytes are zeros.
+    """Return the value of a tensor with one real element. Raises ValueError for a complex one."""
+    # These two types are the upper bytes of wider ones, so zeros complete them.
     if code == "BF16":
         code, data = "F32", b"\0\0" + data
     elif code == "F8_E5M2":
@@ -142,7 +142,7 @@ def _number(code: str, data: bytes) -> float:
     if code == "F8_E8M0":
         return math.ldexp(1.0, data[0] - 127) if data[0] < 255 else math.nan
     if code != "F8_E4M3":
-        raise ValueError(f"a tensor of type {code} holds no real number")
+        raise ValueError(f"tensors of type {code} do not hold real numbers")
     sign, exponent, fraction = -1.0 if data[0] >> 7 else 1.0, data[0] >> 3 & 15, data[0] & 7
     if exponent == 15 and fraction == 7:
         return math.nan
@@ -156,29 +156,31 @@ def _header_size(path: Path, start: bytes, file_size: int) -> int:
     if size is not None and size <= MAX_HEADER_BYTES and 8 + size <= file_size:
         return size
     if start[:4] == b"GGUF":
-        raise BadFile(f"{path}: this is a GGUF file, whose weights are quantised; give a safetensors file here")
-    # Only now: the length of a good header may have the same bytes as the start of a pickle.
+        raise BadFile(f"{path}: this is a GGUF file (quantised weights); give a safetensors file instead")
+    # This check must come after the length check: a valid header length can have the same bytes as the start of a pickle.
     if start[:2] == b"PK" or start[:1] == b"\x80":
         raise BadFile(
-            f"{path}: this is a Python pickle (.pt, .ckpt, .bin), whatever its name ends in, and not a safetensors file; "
-            "opening a pickle can run any program, so convert it to .safetensors first with a tool that you trust"
+            f"{path}: this is a Python pickle (.pt, .ckpt, .bin), not a safetensors file, whatever its name says. "
+            "Opening a pickle can run any program: convert it to .safetensors first, with a tool that you trust"
         )
     if size is None:
-        raise BadFile(f"{path}: truncated: {file_size} bytes, a safetensors file begins with 8 bytes of header length")
-    if start == b"version ":
         raise BadFile(
-            f"{path}: this is a Git LFS pointer, which stands for the file; get the file itself (git lfs pull)"
+            f"{path}: truncated: the file has {file_size} bytes, but the header length alone takes 8; download it again"
         )
+    if start == b"version ":
+        raise BadFile(f"{path}: this is a Git LFS pointer, not the file itself; download the file with: git lfs pull")
     text = start.decode("utf-8", "replace").lstrip("\ufeff \t\r\n")
     if text.isprintable() and "\ufffd" not in text:
         kind = "a web page" if text.startswith("<") else "text"
         raise BadFile(
-            f"{path}: this is {kind} under another name, not a safetensors file: perhaps what a site answered instead of "
-            "the file, because it wants a login; download it again"
+            f"{path}: this is {kind}, not a safetensors file. The site may have sent an error or a login page instead of "
+            "the file: log in and download it again"
         )
     if size > MAX_HEADER_BYTES:
         raise BadFile(f"{path}: not a safetensors file: it claims a header of {size} bytes (limit {MAX_HEADER_BYTES})")
-    raise BadFile(f"{path}: truncated: the header needs {8 + size} bytes, the file has {file_size}")
+    raise BadFile(
+        f"{path}: truncated: the header needs {8 + size} bytes, but the file has {file_size}; download it again"
+    )
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -190,7 +192,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _values(header: bytes) -> int:
-    """The number of commas and brackets, of which every value in JSON has one."""
+    """Count the commas and brackets, an upper limit for the number of JSON values."""
     return sum(header.count(mark) for mark in b",[{")
 
 
@@ -215,7 +217,7 @@ def parse_header(path: Path, header: bytes) -> tuple[dict[str, object], dict[str
     texts = (*entries, *metadata, *metadata.values())
     if not is_text("".join(texts)):
         wrong = next(text for text in texts if not is_text(text))
-        raise BadFile(f"{path}: damaged header: {wrong[:80]!r} is no Unicode text")
+        raise BadFile(f"{path}: damaged header: {wrong[:80]!r} is not valid Unicode")
     return entries, metadata
 
 
@@ -224,9 +226,9 @@ def _where(path: Path, name: str) -> str:
 
 
 Row = tuple[str, str, tuple[int, ...], int, int]
-"""What a header says of a tensor: name, dtype, shape, and the data's begin and end."""
+"""A tensor's entry in a header: name, dtype, shape, and where its data begin and end."""
 
-# An entry as all writers write it. json takes twice as long, and a folder of LoRAs has millions of entries.
+# Matches an entry as all common tools write it. The json module takes twice as long, and a folder of LoRAs has millions.
 _SIZE = r"(?:0|[1-9]\d{0,17})"
 _USUAL = re.compile(
     r'"([^"\\\x00-\x1f]*)":\{"dtype":"(\w+)",'
@@ -236,7 +238,10 @@ _USUAL = re.compile(
 
 
 def _usual_rows(header: bytes) -> tuple[bytes, list[Row]]:
-    """A header without its entries, and these, if all after the metadata are in the usual form; else it whole, and none."""
+    """Split a header into the part with the metadata and its entries, if all of these are in the usual form.
+
+    Otherwise, return the whole header and no entries.
+    """
     whole = header, list[Row]()
     try:
         head, *found = _USUAL.split(header.decode("utf-8")) if _values(header) <= MAX_HEADER_VALUES else ("",)
@@ -254,7 +259,7 @@ def _usual_rows(header: bytes) -> tuple[bytes, list[Row]]:
 
 
 def _rows_of(path: Path, entries: dict[str, object]) -> list[Row]:
-    """The entries as json reads them. Raises BadFile where one is not made like all others."""
+    """Convert the entries that the json module has read. Raises BadFile for a malformed one."""
     rows = []
     for name, entry in entries.items():
         if not isinstance(entry, dict) or entry.keys() != _FIELDS:
@@ -270,9 +275,9 @@ def _rows_of(path: Path, entries: dict[str, object]) -> list[Row]:
 
 
 def _bytes_taken(path: Path, name: str, code: str, shape: tuple[int, ...], limit: int) -> int:
-    """The bytes of a tensor, or -1 where a side is above `limit`: only bounded sizes are multiplied, so no absurd one survives.
+    """Return the size of a tensor in bytes, or -1 if a side exceeds `limit`, so that absurd sizes are never multiplied.
 
-    Raises BadFile for an unknown dtype and too many dimensions.
+    Raises BadFile for an unknown dtype or too many dimensions.
     """
     if code not in TYPES:
         raise BadFile(f"{path}: tensor {name[:80]!r} has dtype {code[:20]!r}; known: {', '.join(TYPES)}")
@@ -287,23 +292,21 @@ _BAD_SHAPE = f"has a shape that is not a list of at most {MAX_DIMENSIONS} sizes"
 def _check_rows(
     path: Path, rows: list[Row], first_byte: int, file_size: int
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, str], dict[str, int]]:
-    """The shapes, types and byte offsets that a header states, if its tensors fill the file without gap or overlap.
+    """Return the shapes, types and byte offsets that a header states.
 
-    Raises BadFile otherwise.
+    Raises BadFile unless the tensors fill the file without gaps or overlaps.
     """
     sizes: dict[tuple[str, tuple[int, ...]], int] = {}
     for name, code, shape, begin, end in rows:
         if len(name) > MAX_NAME:
-            raise BadFile(
-                f"{_where(path, name)} has a name of {len(name):,} characters, and at most {MAX_NAME:,} are read"
-            )
+            raise BadFile(f"{_where(path, name)} has a name of {len(name):,} characters (limit {MAX_NAME:,})")
         taken = sizes.get((code, shape))
         if taken is None:
             taken = sizes[code, shape] = _bytes_taken(path, name, code, shape, file_size)
         if begin > end or first_byte + end > file_size:
             raise BadFile(
-                f"{path}: truncated or damaged: tensor {name[:80]!r} lies at bytes {begin} to {end}, "
-                f"the file has {file_size - first_byte} bytes of tensors"
+                f"{path}: truncated or damaged: tensor {name[:80]!r} is at bytes {begin} to {end}, "
+                f"but the file has only {file_size - first_byte} bytes of tensors; download it again"
             )
         if taken != end - begin:
             where = _where(path, name)

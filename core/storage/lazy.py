@@ -1,4 +1,4 @@
-"""Tensors that are read or computed only when they are asked for."""
+"""Tensors that are read or computed on access."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from .narrow import FLOAT8, NarrowTensor, as_stored, outline
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """A reader of one tensor of a mapping, which reads it when it is called."""
+    """A callable that reads one tensor of a mapping."""
 
     tensors: Mapping[str, Tensor]
     name: str
@@ -20,16 +20,16 @@ class Stored:
         return self.tensors[self.name]
 
     def layout(self) -> tuple[torch.dtype, tuple[int, ...]]:
-        """The dtype and shape of the tensor."""
+        """Return the dtype and shape of the tensor."""
         return dtype_and_shape(self.tensors, self.name)
 
     def narrow(self, read: bool = True) -> NarrowTensor | None:
-        """The tensor as it is stored, where that is in fewer bits than it stands for; its parts' outlines without `read`."""
+        """Return the tensor in its narrow stored form, as `narrow_in` does."""
         return narrow_in(self.tensors, self.name, read)
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors under new names, each read (and reshaped) only when asked for."""
+    """Tensors under new names, each read (and reshaped) on access."""
 
     def __init__(self, readers: Mapping[str, Callable[[], Tensor]]):
         self.readers = readers
@@ -48,7 +48,7 @@ class LazyTensors(Mapping[str, Tensor]):
 
 
 def dtype_and_shape(tensors: Mapping[str, Tensor], name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-    """The dtype and shape of a tensor. One that is only stored under a new name is looked up where it is stored."""
+    """Return the dtype and shape of a tensor. They are looked up without reading a tensor that is only renamed."""
     reader = tensors.readers[name] if isinstance(tensors, LazyTensors) else None
     if isinstance(reader, Stored):
         return reader.layout()
@@ -57,14 +57,14 @@ def dtype_and_shape(tensors: Mapping[str, Tensor], name: str) -> tuple[torch.dty
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
-    """The shape of a tensor. One that is only stored under a new name is looked up where it is stored."""
+    """Return the shape of a tensor. It is looked up without reading a tensor that is only renamed."""
     return dtype_and_shape(tensors, name)[1]
 
 
 def narrow_in(tensors: Mapping[str, Tensor], name: str, read: bool = True) -> NarrowTensor | None:
-    """A tensor as it is stored, where that is in fewer bits than it stands for; None for others and for computed ones.
+    """Return a tensor that is stored in fewer bits than it has when widened; None for other and for computed tensors.
 
-    Without `read` its parts have no numbers, which takes no time: for questions about their dtypes, shapes and sizes.
+    Without `read`, its parts hold no values. This is instant, and enough to ask for dtypes, shapes and sizes.
     """
     if isinstance(tensors, LazyTensors):
         reader = tensors.readers[name]

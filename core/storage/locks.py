@@ -1,4 +1,4 @@
-"""Locks that keep two runs from writing the same file."""
+"""Locks that prevent two processes from writing the same file."""
 
 import os
 from collections.abc import Iterator
@@ -10,19 +10,19 @@ from filelock import FileLock, Timeout
 from ..errors import InUse
 
 WAIT = 1.0
-"""The number of seconds to wait for a lock, since some are held only for a moment."""
+"""Seconds to wait for a lock. Some are held only for a moment."""
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """A context for writing the file at `path`, which only one thread of one process can be in at a time.
+    """Lock the file at `path` for writing. Only one thread of one process can be in this context.
 
-    Raises InUse while another is in it. The same thread may enter it again.
+    Raises InUse while another one is. The same thread may enter the context again.
 
-    The lock is the file `.NAME.lock` beside the other one, and is deleted at the end. The operating system releases the lock
-    of a killed process; the empty file that stays behind locks nothing. On a file system without locks nothing is locked.
+    The lock is the file `.NAME.lock` beside the file, and is deleted at the end. The operating system releases the lock of a
+    killed process; the empty file that remains locks nothing. On a file system without locks, this does nothing.
     """
-    path = Path(os.path.realpath(path))  # a file has one lock, whatever name it is called by
+    path = Path(os.path.realpath(path))  # All links to a file share one lock.
     lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=WAIT, is_singleton=True)
     if lock.is_locked or not _acquire(lock, path):
         yield
@@ -30,21 +30,23 @@ def locked(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # Deleted while it is held, since afterwards it may be the next run's. On Windows filelock itself deletes it.
+        # Delete the file before releasing it: afterwards, another process may hold it. On Windows, filelock deletes it.
         with suppress(OSError):
             Path(lock.lock_file).unlink()
         lock.release()
 
 
 def _acquire(lock: FileLock, path: Path) -> bool:
-    """Whether the lock was acquired; False on a file system without locks. Raises InUse while another run holds it."""
+    """Acquire the lock; return False on a file system without locks. Raises InUse while another process holds it."""
     while True:
         try:
             lock.acquire()
         except Timeout:
-            raise InUse(f"{path}: another run is writing it (its lock: {lock.lock_file}); wait for its end") from None
+            raise InUse(
+                f"{path}: another process is writing this file (lock: {lock.lock_file}); wait until it has finished"
+            ) from None
         except (OSError, NotImplementedError):
             return False
         if Path(lock.lock_file).exists():
             return True
-        lock.release()  # the run before deleted this file after it was opened here
+        lock.release()  # The previous holder deleted this file after it was opened here.

@@ -1,7 +1,7 @@
 """Safetensors files: a strict, lazy reader and an atomic, deterministic writer.
 
-The reader trusts nothing: it looks at the header only, refuses what does not describe the file exactly, and maps
-tensors into memory one by one when they are asked for.
+The reader reads only the header and refuses one that doesn't describe the file exactly. Each tensor is mapped into memory
+on access.
 """
 
 import hashlib
@@ -25,15 +25,15 @@ from .header import TYPES, Header, parse_header
 
 CHUNK_BYTES = 1 << 20
 SMALL_BYTES = 64
-"""The size up to which a tensor is read, not mapped: touching a mapped page makes the system read its neighbours too."""
+"""Tensors up to this size are read, not mapped: touching a mapped page makes the system read its neighbours too."""
 
-# torch has gained the unsigned and the small float types over time, so only those that this torch has are listed.
+# Older versions of torch lack some unsigned and small float types.
 DTYPES: dict[str, torch.dtype] = {
     code: getattr(torch, name) for code, (name, _) in TYPES.items() if hasattr(torch, name)
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-# The safetensors library stores tensors by falling rank of this list, then by name. The order is only visible in the
-# bytes, but it makes equal tensors give equal files, and it keeps large types aligned.
+# The safetensors library stores tensors in the order of this list, then by name. The order makes equal tensors give equal
+# files, and keeps large types aligned.
 _STORAGE_ORDER = [
     "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
     "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
@@ -43,8 +43,8 @@ _STORAGE_ORDER = [
 class SafetensorsFile(Header, Mapping[str, Tensor]):
     """A safetensors file with a checked header, as a mapping from names to tensors.
 
-    Tensors are mapped from the file without a copy when they are asked for. They are cheap to ask for twice, and private
-    to this process: writing into one never changes the file. `SafetensorsFile.open(path)` opens a file.
+    Tensors are mapped from the file on access, without a copy, so reading one twice is cheap. They are private to this
+    process: writing to one never changes the file. `SafetensorsFile.open(path)` opens a file.
     """
 
     dtypes: dict[str, torch.dtype]
@@ -61,7 +61,7 @@ class SafetensorsFile(Header, Mapping[str, Tensor]):
         super().__init__(path, metadata, shapes, codes, offsets, size)
         if unknown := next((name for name, code in codes.items() if code not in DTYPES), None):
             raise BadFile(
-                f"{path}: tensor {unknown[:80]!r} has dtype {codes[unknown]!r}, which this torch lacks; "
+                f"{path}: tensor {unknown[:80]!r} has dtype {codes[unknown]!r}, which this version of torch lacks; "
                 f"known: {', '.join(DTYPES)}"
             )
         self.dtypes = {name: DTYPES[code] for name, code in codes.items()}
@@ -73,9 +73,9 @@ class SafetensorsFile(Header, Mapping[str, Tensor]):
         return {name: (self.dtypes[name], shape) for name, shape in self.shapes.items()}
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor called `name`, mapped from the file.
+        """Return the tensor called `name`, mapped from the file.
 
-        Raises BadFile when the file has changed or gone since it was opened, KeyError for an unknown name.
+        Raises BadFile when the file was changed or removed after it was opened, KeyError for an unknown name.
         """
         shape, dtype, offset = self.shapes[name], self.dtypes[name], self._offsets[name]
         count = math.prod(shape)
@@ -87,12 +87,12 @@ class SafetensorsFile(Header, Mapping[str, Tensor]):
         memory = self._map()
         if offset % dtype.itemsize == 0:
             return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).reshape(shape)
-        # Tensors of small types may come first and leave the next one unaligned: only a copy can be read safely.
+        # Tensors of small types may leave the next one unaligned, and then only a copy can be read safely.
         raw = torch.frombuffer(memory, dtype=torch.uint8, count=count * dtype.itemsize, offset=offset)
         return raw.clone().view(dtype).reshape(shape)
 
     def sha256(self, *, with_header: bool = True) -> str:
-        """The SHA-256 of the whole file, or of what comes after its header, as 64 hex digits."""
+        """Compute the SHA-256 of the whole file, or of everything after its header, as 64 hex digits."""
         digest = hashlib.sha256()
         with self.path.open("rb") as file:
             if not with_header:
@@ -133,10 +133,10 @@ Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 class ComputedTensors(Mapping[str, Tensor]):
-    """Tensors that are computed when they are asked for, so that a large file is written without being in memory.
+    """Tensors that are computed on access, so that a large file can be written without holding it in memory.
 
-    Each maker returns some tensors by name, the same ones in each call. All makers are called once to learn the layout.
-    Later the result of the last call is kept, because the tensors of a module are asked for one after another.
+    Each maker returns some tensors by name, the same ones in each call. All makers are called once to get the layout. Later,
+    the result of the last call is kept, because the tensors of a module are read one after another.
     """
 
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -172,31 +172,31 @@ class ComputedTensors(Mapping[str, Tensor]):
 
 
 def read_safetensors(data: bytes, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata in the bytes of a safetensors file. Raises BadFile, naming it by `name`."""
+    """Read the tensors and the metadata from the bytes of a safetensors file. Raises BadFile with `name`."""
     try:
         tensors = safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
-        raise BadFile(f"{name}: not the bytes of a safetensors file ({error})") from None
+        raise BadFile(f"{name}: not a valid safetensors file ({error})") from None
     return tensors, json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]]).get("__metadata__", {})
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
-    """The dtype and shape of each tensor by name. Tensors in a file are not read for it, nor are others computed again."""
+    """Return the dtype and shape of each tensor by name, without reading tensors of files or recomputing others."""
     if isinstance(tensors, (SafetensorsFile, ComputedTensors)):
         return tensors.layout
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def layout_in(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Layout:
-    """The layout of tensors that are saved with their floating-point values in `dtype`.
+    """Return the layout of tensors when floating-point values are saved in `dtype`.
 
-    Other types stay as they are, and a single number that `dtype` would round becomes float32.
+    Other types are kept, and a single number that `dtype` would round becomes float32.
     """
 
     def saved(name: str, own: torch.dtype, shape: tuple[int, ...]) -> torch.dtype:
         if not own.is_floating_point or own == dtype:
             return own
-        # A LoRA's alpha is one number: where the dtype would round it, the scale of the whole module would be off.
+        # Rounding a single number, such as a LoRA's alpha, would change the scale of the whole module.
         if shape == () and tensors[name].to(dtype).float() != tensors[name].float():
             return torch.float32
         return dtype
@@ -205,22 +205,22 @@ def layout_in(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Layout:
 
 
 def cast_tensor(key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in the dtype that it is saved in. Raises BadFile, naming it by `key`, when its values do not fit."""
+    """Convert a tensor to the dtype that it is saved in. Raises BadFile with `key` when its values do not fit."""
     if tensor.dtype == dtype:
         return tensor
     result = tensor.detach().to("cpu", dtype).contiguous()
     if not torch.isfinite(result.float()).all() and torch.isfinite(tensor.float()).all():
-        raise BadFile(f"{key}: its values do not fit {dtype}; save as bfloat16 or float32")
+        raise BadFile(f"{key}: its values are too large for {dtype}; save as bfloat16 or float32")
     return result
 
 
 def storage_order(layout: Layout) -> list[str]:
-    """The names of the tensors in the order in which they are written, which is the safetensors library's."""
+    """Return the names of the tensors in the order that they are written in, which is the safetensors library's."""
     return sorted(layout, key=lambda name: (_STORAGE_ORDER.index(_CODES[layout[name][0]]), name))
 
 
 def header_bytes(layout: Layout, metadata: Mapping[str, str] | None) -> bytes:
-    """The start of a safetensors file: the length of its header and the header, padded to a multiple of 8 bytes.
+    """Build the start of a safetensors file: the header's length and the header, padded to a multiple of 8 bytes.
 
     Equal input gives equal bytes.
     """
@@ -236,24 +236,24 @@ def header_bytes(layout: Layout, metadata: Mapping[str, str] | None) -> bytes:
 
 def _pack_header(entries: Mapping[str, object], metadata: Mapping[str, str] | None) -> bytes:
     head = {"__metadata__": {key: metadata[key] for key in sorted(metadata)}} if metadata else {}
-    # Metadata holds file names, which need not be Unicode text.
+    # Metadata can hold file names, which need not be valid Unicode.
     text = json.dumps({**head, **entries}, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor's values as they are stored in a file."""
+    """Return the bytes of a tensor as they are stored in a file."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def save_safetensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes tensors to a safetensors file, so that a reader sees the old file or the whole new one.
+    """Write tensors to a safetensors file atomically: a reader sees the old file or the whole new one.
 
-    Equal input gives equal bytes. Raises BadFile when the folder is missing or closed, the disk is full, or a dtype has
-    no safetensors name.
+    Equal input gives equal bytes. Raises BadFile when the folder is missing or not writable, the disk is full, or the
+    format does not support a dtype.
     """
     write_safetensors(path, layout_of(tensors), tensors.__getitem__, metadata)
 
@@ -262,11 +262,11 @@ class Digest(Protocol):
     """A running hash with the interface of hashlib's objects."""
 
     def update(self, data: bytes | memoryview, /) -> None:
-        """Adds data to the hash."""
+        """Add data to the hash."""
         ...
 
     def hexdigest(self) -> str:
-        """The hash of the data so far, as hex digits."""
+        """Return the hash of the data so far, as hex digits."""
         ...
 
 
@@ -278,17 +278,17 @@ def write_safetensors(
     digests: Mapping[str, Digest] | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Writes a safetensors file, whole or not at all, from tensors that `read` gives one by one by their names.
+    """Write a safetensors file atomically, one tensor at a time. `read` returns a tensor by its name.
 
-    `path` may also be a stream that can seek, such as a BytesIO.
+    `path` may also be a seekable stream, such as a BytesIO.
 
-    The tensors are never together in memory; each must have the dtype and shape that `layout` states. `digests` are hashes
-    by their keys in the metadata: they are fed the bytes of the tensors as they are stored, and written into the metadata.
-    `on_progress(done, total)` counts tensors. Raises BadFile when the file cannot be written or a dtype has no name.
+    Each tensor must have the dtype and shape that `layout` states. `digests` are hashes by their keys in the metadata: they
+    are updated with the stored bytes of all tensors, and written into the metadata. `on_progress(done, total)` counts
+    tensors. Raises BadFile when the file cannot be written or the format does not support a dtype.
     """
     for name, (dtype, _) in layout.items():
         if dtype not in _CODES:
-            raise BadFile(f"{path}: cannot be written: tensor {name!r} has dtype {dtype}")
+            raise BadFile(f"{path}: cannot be written: tensor {name!r} has the unsupported dtype {dtype}")
     digests = digests or {}
 
     def header() -> bytes:
@@ -306,7 +306,7 @@ def write_safetensors(
                 digest.update(data)
             on_progress(done, len(layout))
         if digests:
-            # The digests are known only now. They are as long as those in the first header, so the tensors stay in place.
+            # The digests are known only now. They have the same length as before, so the tensors don't move.
             file.seek(0)
             file.write(header())
 
@@ -317,7 +317,7 @@ def write_safetensors(
 
 
 def copy_with_metadata(file: SafetensorsFile, path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
-    """Writes the tensors of `file` to `path`, byte for byte in the same order, with other metadata.
+    """Copy `file` to `path` with new metadata. The tensors stay the same, byte for byte and in the same order.
 
     `path` may be the file itself. Raises BadFile when it cannot be written.
     """

@@ -1,8 +1,8 @@
-"""The names of LoRA tensors in every naming scheme, and which module of a model each of them means.
+"""Map the names of LoRA tensors in every naming scheme to the modules of a model.
 
 Everywhere else in the project a module is `(part, path)`, with the paths that diffusers and transformers use, such as
 `("denoiser", "down_blocks.0.attentions.0.proj_in")` or `("text_encoder", "text_model.encoder.layers.0.mlp.fc1")`.
-The names of a family and of its modules in every scheme are one `NameTable`, which families.py registers in `NAME_TABLES`.
+Each family has one `NameTable` with its names in every scheme, which families.py registers in `NAME_TABLES`.
 """
 
 from .families import NAME_TABLES, families_of, family_named, plain_name

@@ -1,4 +1,4 @@
-"""Names of ERNIE-Image, which are the same in the original model and in diffusers."""
+"""Names of ERNIE-Image. They are the same in the original model and in diffusers."""
 
 from .table import Listing, LoadedNames, NameTable, Sign, by_rules
 
@@ -11,7 +11,7 @@ ERNIE_IMAGE = NameTable(
     comfyui_classes=("ErnieImage",),
     scheme="comfy",
     signs=(
-        # Two, since all layers of Lumina 2 and Z-Image have one sign.
+        # Two structural signs outweigh the single one that all layers of Lumina 2 and Z-Image match.
         Sign(r"^layers\.\d+\.(self_attention|mlp)\."),
         Sign(r"^layers\.\d+\.(self_attention\.to_|mlp\.(gate_proj|up_proj|linear_fc2)$)"),
         Sign(r"^layers\.\d+\.(self_attention\.to_([qkv]|out\.0)|mlp\.(gate_proj|up_proj))$", frozenset({4096})),

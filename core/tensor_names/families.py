@@ -1,4 +1,4 @@
-"""The names of all families, which are registered here, and the families that a set of modules or a name is of."""
+"""Register the names of all families, and find the family of a set of modules or of a base model's name."""
 
 import re
 from collections.abc import Iterable
@@ -18,11 +18,11 @@ _ALL = (
     LONGCAT_IMAGE, IDEOGRAM4,
 )  # fmt: skip
 NAME_TABLES: dict[str, NameTable] = {family.name: family for family in _ALL}
-"""The tables of all families by name. When a file fits several families equally, the first one counts."""
+"""The tables of all families by name. When a file fits several families equally, the first one is used."""
 
 
 def plain_name(name: str) -> str:
-    """The letters and digits of a base model's name, which programs write in several ways."""
+    """Return only the letters and digits of a base model's name, because programs punctuate it differently."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
@@ -30,9 +30,9 @@ _BY_NAME = {plain_name(name): table.name for table in _ALL for name in table.bas
 
 
 def family_named(name: str) -> str | None:
-    """The family that a base model's name in metadata means, whichever program wrote it; None for an unknown name.
+    """Return the family of a base model named in metadata, whichever program wrote it; None for an unknown name.
 
-    Of a path or a hub id the last part counts.
+    Only the last part of a path or a hub id is compared.
     """
     plain = plain_name(name.rstrip("/").rpartition("/")[2])
     return _BY_NAME.get(max(filter(plain.startswith, _BY_NAME), key=len, default=""))
@@ -41,11 +41,11 @@ def family_named(name: str) -> str | None:
 def families_of(
     modules: Iterable[tuple[str, str, tuple[int, ...] | None]], among: Iterable[str] | None = None
 ) -> list[str]:
-    """The names of the families with the most signs among the modules (part, path, shape of the weight); empty without any.
+    """Return the names of the families with the most signs among the modules; empty if no sign matches.
 
-    Only the families `among` these count, of all for None.
+    Each module is (part, path, shape of the weight). `among` restricts the families; None means all.
 
-    Signs in text encoders, which families share, only decide between families that fit equally without them.
+    Families share text encoders, so their signs only break ties between families that fit equally without them.
     """
     scores = {name: [0, 0, 0, 0] for name in NAME_TABLES if among is None or name in among}
     for part, path, shape in modules:

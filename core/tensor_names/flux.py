@@ -1,4 +1,4 @@
-"""Names of FLUX.1, Chroma, LongCat-Image, FLUX.2 and FLUX.3, which have blocks for image and text apart, then for both."""
+"""Names of FLUX.1, Chroma, LongCat-Image, FLUX.2 and FLUX.3: blocks with separate image and text streams, then joint blocks."""
 
 from .table import TRANSFORMER_IN_COMFYUI, Fusion, Listing, LoadedNames, NameTable, Sign, by_rules, clip_signs
 
@@ -49,7 +49,7 @@ _BLOCKS_1 = (
         (*(f"{_SINGLE}.attn.to_{x}" for x in "qkv"), f"{_SINGLE}.proj_mlp"),
         (1, 1, 1, 4),
     ),
-    # After linear1, which is the name of its parts when they are written.
+    # This rule must come after linear1's: its parts are written under the first matching name, linear1.
     Fusion("single_blocks.{}.linear1_qkv", tuple(f"{_SINGLE}.attn.to_{x}" for x in "qkv"), _QKV),
     Fusion("single_blocks.{}.linear2", (f"{_SINGLE}.proj_out",)),
     Fusion("single_blocks.{}.modulation.lin", (f"{_SINGLE}.norm.linear",)),
@@ -59,7 +59,7 @@ _of_original, _of_diffusers = by_rules(
     *_embedders(
         "time_text_embed", time_in="timestep_embedder", vector_in="text_embedder", guidance_in="guidance_embedder"
     ),
-    # These two are modules of Chroma alone.
+    # Only Chroma has these two modules.
     Fusion("distilled_guidance_layer.layers.{}.in_layer", ("distilled_guidance_layer.layers.{}.linear_1",)),
     Fusion("distilled_guidance_layer.layers.{}.out_layer", ("distilled_guidance_layer.layers.{}.linear_2",)),
     *_ENDS,
@@ -117,7 +117,7 @@ _of_original_3, _of_diffusers_3 = by_rules(
 
 _STRUCTURE = Sign(r"^(double_blocks|single_blocks|(single_)?transformer_blocks)\.\d+\.")
 _DOUBLE_ATTENTION = r"^(double_blocks\.\d+\.(img|txt)_attn|transformer_blocks\.(\d|1[0-8])\.attn)\."
-"""The attention of up to 19 double blocks. Qwen-Image has 60 blocks of the same name and width in diffusers."""
+"""The attention of up to 19 double blocks. Qwen-Image has 60 blocks with the same name and width in diffusers."""
 _ORIGINAL_BLOCKS, _DIFFUSERS_BLOCKS = r"^(double|single)_blocks\.", r"^(single_)?transformer_blocks\."
 _WIDTH_1 = frozenset({3072})
 _WIDTHS_2 = frozenset({3072, 4096, 6144})
@@ -131,7 +131,7 @@ _SIGNS_1 = (
     Sign(r"^double_blocks\.\d+\.(img|txt)_mlp\.0$", _WIDTH_1, ratio=4),
     Sign(r"^transformer_blocks\.\d+\.ff(_context)?\.net\.0\.proj$", _WIDTH_1, ratio=4),
 )
-"""The signs of FLUX.1's blocks, which are Chroma's too."""
+"""The signs of the blocks of FLUX.1 and Chroma."""
 
 FLUX1 = NameTable(
     name="flux1",
@@ -223,7 +223,7 @@ LONGCAT_IMAGE = NameTable(
     scheme="diffusers",
     signs=(
         _STRUCTURE,
-        # FLUX.1's blocks, of which it has 10 and 20. Where no other block follows the last of these, they decide.
+        # It has 10 double and 20 single blocks with FLUX.1's names. These signs decide if no block has a higher number.
         *(Sign(f"(?={_BLOCKS_LONGCAT}){sign.path}", sign.inputs, sign.ratio) for sign in _SIGNS_1 if sign.decisive),
         Sign(rf"(?={_BLOCKS_LONGCAT}).*\.(((img|txt)_mod|modulation)\.lin|norm(1|1_context)?\.linear)$", _WIDTH_1),
         Sign(r"^((double|transformer)_blocks\.9|single_(transformer_)?blocks\.19)\.", _WIDTH_1),
@@ -231,9 +231,9 @@ LONGCAT_IMAGE = NameTable(
     ),
     of_original=_of_original_longcat,
     of_diffusers=_of_diffusers_longcat,
-    # No name of its own in Civitai's list is known here.
+    # We don't know of an entry for it in Civitai's list.
     listings={"LongCat-Image": Listing("Other", "Apache-2.0")},
-    # diffusers' pipeline loads no LoRAs; its denoiser does.
+    # In diffusers only the denoiser loads LoRAs, the pipeline doesn't.
     loaded=LoadedNames(_IN_COMFYUI, diffusers=frozenset(), comfyui_lacks=r"^time_embed\."),
 )
 
@@ -278,7 +278,7 @@ FLUX2 = NameTable(
             ("bare", "diffusers"): "",
         },
         invokeai_skips=frozenset({"comfy"}),
-        # The smallest is as wide as FLUX.1, and told from it by the rows of another layer.
+        # The smallest FLUX.2 is as wide as FLUX.1. The rows of another layer tell them apart.
         invokeai_signs=(
             (Sign(r"^double_blocks\.\d+\.img_attn\.proj$", frozenset({4096, 6144})),),
             (
@@ -322,7 +322,7 @@ FLUX3 = NameTable(
     ),
     of_original=_of_original_3,
     of_diffusers=_of_diffusers_3,
-    # No name of its own in Civitai's list is known here.
+    # We don't know of an entry for it in Civitai's list.
     listings={"FLUX.3 Klein": Listing("Other", "FLUX Kommunity License")},
     loaded=LoadedNames(
         comfyui=frozenset(),

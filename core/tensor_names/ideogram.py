@@ -1,4 +1,4 @@
-"""Names of Ideogram 4, whose layers have q, k and v in one Linear in the original model."""
+"""Names of Ideogram 4. The original model's layers fuse q, k and v in one Linear."""
 
 from .table import Fusion, Listing, LoadedNames, NameTable, Sign, by_rules
 
@@ -15,7 +15,7 @@ IDEOGRAM4 = NameTable(
     comfyui_classes=("Ideogram4",),
     scheme="comfy",
     signs=(
-        # Z-Image's layers have the same names but for the output of the attention and the modulation.
+        # Z-Image's layers have the same names, except for the attention's output and the modulation.
         Sign(r"^layers\.\d+\."),
         Sign(r"^layers\.\d+\.(attention\.o|adaln_modulation)$"),
         Sign(
@@ -25,12 +25,12 @@ IDEOGRAM4 = NameTable(
     ),
     of_original=_of_original,
     of_diffusers=_of_diffusers,
-    # No name of its own in Civitai's list is known here.
+    # We don't know of an entry for it in Civitai's list.
     listings={"Ideogram 4": Listing("Other", "Ideogram Non-Commercial Model Agreement")},
     loaded=LoadedNames(
         frozenset({("kohya", "original"), ("comfy", "original")}),
         diffusers=frozenset({"diffusers", "comfy"}),
-        # It refuses the whole of a file with another module.
+        # diffusers refuses the whole file if it has any other module.
         diffusers_refuses={"comfy": rf"^(?!{_LAYERS_OF_LORAS}$)"},
     ),
     words=(

@@ -1,4 +1,4 @@
-"""Parsing of the names of LoRA tensors into prefix, module path and suffix, which is the same for all families."""
+"""Parse the names of LoRA tensors into prefix, module path and suffix, in the same way for all families."""
 
 import re
 from dataclasses import dataclass
@@ -6,8 +6,8 @@ from functools import lru_cache
 
 from .families import NAME_TABLES
 
-# Some schemes flatten paths by writing "_" for ".". These are the path components that contain "_" themselves, by which
-# the dots can be restored: the longest word of this list that fits is one component, and so is other text between two "_".
+# Some schemes flatten paths by writing "_" for ".". To restore the dots, we need all path components that contain "_"
+# themselves: the longest matching word of this list is one component, and any other text between two "_" is another.
 _VOCABULARY = """
 diffusers' UNets:
     down_blocks up_blocks mid_block transformer_blocks to_q to_k to_v to_out proj_in proj_out time_emb_proj
@@ -36,15 +36,15 @@ original transformers:
 COMPOUND_WORDS = frozenset(
     {word for word in _VOCABULARY.split() if "_" in word}.union(*(table.words for table in NAME_TABLES.values()))
 )
-"""The vocabulary, with what the families' tables add to it."""
+"""The vocabulary, including the words of the families' tables."""
 _LONGEST_COMPOUND = 1 + max(word.count("_") for word in COMPOUND_WORDS)
-"""The most parts, between two "_", that a component has."""
+"""The most words, separated by "_", in one component."""
 
 
-# The role of a tensor in its module, and a pattern of the suffixes that mean it.
+# The role of a tensor in its module -> a pattern of the suffixes for that role.
 _SUFFIXES = {
-    # peft may write the adapter's name after A and B, the first files of diffusers have `to_q_lora.down.weight`, and those
-    # of XLabs `qkv_lora1.down.weight`.
+    # peft may write the adapter's name after A and B. Early diffusers files have `to_q_lora.down.weight`, and XLabs' files
+    # `qkv_lora1.down.weight`.
     "down": r"\.lora_down\.weight|\.lora_A((\.\w+)?\.weight)?|([._]lora|\.lora_linear_layer|(?<=_lora[12]))\.down\.weight",
     "up": r"\.lora_up\.weight|\.lora_B((\.\w+)?\.weight)?|([._]lora|\.lora_linear_layer|(?<=_lora[12]))\.up\.weight",
     "mid": r"\.lora_mid\.weight",
@@ -57,7 +57,7 @@ _SUFFIXES = {
     **{role: rf"\.{role}" for role in ("diff", "diff_b", "w_norm", "b_norm", "set_weight", "reshape_weight")},
 }
 _SUFFIX = re.compile("|".join(rf"(?P<{role}>(?:{pattern})$)" for role, pattern in _SUFFIXES.items()))
-# Nearly all tensors have one of these, which are found without searching.
+# Nearly all tensors have one of these suffixes, so look them up before searching with the patterns.
 _EXACT_SUFFIXES = {
     "lora_down.weight": "down",
     "lora_up.weight": "up",
@@ -66,7 +66,7 @@ _EXACT_SUFFIXES = {
     "alpha": "alpha",
 }
 
-# (prefix, scheme, part, whether the rest of the name is flattened); the first prefix that fits counts.
+# (prefix, scheme, part, whether the rest of the name is flattened). The first matching prefix is used.
 _PREFIXES = [
     ("lora_unet__", "invokeai", "denoiser", True),
     ("lora_unet_", "kohya", "denoiser", True),
@@ -93,7 +93,7 @@ _PREFIXES = [
 ]
 
 
-# The LoRAs of XLabs and USO for FLUX.1 hang on attention processors under names of their own.
+# The FLUX.1 LoRAs of XLabs and USO are attached to attention processors, under their own names.
 _XLABS = re.compile(r"(?:diffusion_model\.)?((?:double|single)_blocks\.\d+)\.processor\.((?:qkv|proj)(?:_lora[12])?)")
 _XLABS_MODULES = {
     "qkv_lora1": "img_attn.qkv",
@@ -120,11 +120,11 @@ class NamedTensor:
     part: str
     """The part of the model: denoiser, text_encoder, text_encoder_2 or text_encoder_3."""
     path: str
-    """The dotted path of the module as in the file, which has the names of diffusers or of the original model."""
+    """The dotted path of the module as in the file, in diffusers' or the original model's naming."""
 
 
 def unflatten(flat: str) -> str:
-    """The dotted path of a module from its flattened form, which has "_" for "."."""
+    """Restore the dotted path of a module from its flattened form, which has "_" for "."."""
     tokens = flat.split("_")
     components, start = [], 0
     while start < len(tokens):
@@ -139,7 +139,7 @@ def unflatten(flat: str) -> str:
 
 @lru_cache(maxsize=1 << 17)
 def parse_key(key: str) -> NamedTensor | None:
-    """The parsed name of a tensor, or None when it is not the name of a LoRA tensor."""
+    """Parse the name of a tensor. Returns None if it is not the name of a LoRA tensor."""
     module_name, _, suffix = key.rpartition(".")
     if suffix == "weight":
         module_name, _, kind = module_name.rpartition(".")
@@ -155,8 +155,8 @@ def parse_key(key: str) -> NamedTensor | None:
 
 @lru_cache(maxsize=1 << 16)
 def _parse_module_name(module_name: str) -> tuple[str, str, str]:
-    """The scheme, the part of the model and the dotted path that the name of a module has."""
-    is_dotted = "." in module_name  # which no flattened name is
+    """Return the scheme, the part of the model and the dotted path in the name of a module."""
+    is_dotted = "." in module_name  # Flattened names have no dots.
     prefix, scheme, part, flat = next(
         entry for entry in _PREFIXES if module_name.startswith(entry[0]) and not (entry[3] and is_dotted)
     )
@@ -166,7 +166,7 @@ def _parse_module_name(module_name: str) -> tuple[str, str, str]:
     elif match := _XLABS.fullmatch(path):
         scheme, path = "xlabs", f"{match[1]}.{_XLABS_MODULES[match[2]]}"
     elif match := _UNFINISHED.fullmatch(path):
-        # musubi's converter leaves "_" for the dot before the last component.
+        # musubi's converter leaves the last dot of the path as "_".
         scheme, path = "musubi", f"{match[1]}.{match[2]}"
     elif match := _ON_PROCESSORS.fullmatch(path):
         # Old versions of diffusers had LoRAs on attention processors, where `attn1.processor.to_out` is `attn1.to_out.0`.
@@ -177,15 +177,15 @@ def _parse_module_name(module_name: str) -> tuple[str, str, str]:
 EMBEDDING_KEYS = ("emb_params", "clip_l", "clip_g", "clip_l_out", "clip_g_out")
 """The names of tensors in a file that is only a textual-inversion embedding.
 
-OneTrainer's `_out` are vectors that take the place of a text encoder's output. No other program uses them.
+OneTrainer's `_out` vectors replace a text encoder's output. No other program uses them.
 """
 
 
 def bundled_embedding(key: str) -> str | None:
-    """The word of the textual-inversion embedding in a LoRA file that a tensor belongs to; None when it belongs to none."""
+    """Return the word of the bundled textual-inversion embedding that a tensor belongs to; None for other tensors."""
     return key.split(".")[1] if key.startswith("bundle_emb.") and key.count(".") >= 2 else None
 
 
 def bundled_name(key: str) -> str:
-    """The name of an embedding's tensor in a LoRA file; in files of cloneofsimo/lora it is the word itself, as `<s1>`."""
+    """Return the bundled name of an embedding's tensor. Files of cloneofsimo/lora name it by the word, such as `<s1>`."""
     return f"bundle_emb.{key}.string_to_param.*" if key.startswith("<") else key

@@ -1,4 +1,4 @@
-"""Names of Krea 2, which has blocks of one stream after a small transformer that joins the layers of the text's states."""
+"""Names of Krea 2: single-stream blocks, after a small transformer that fuses the text encoder's hidden states."""
 
 from .table import TRANSFORMER_IN_COMFYUI, Fusion, Listing, LoadedNames, NameTable, Sign, by_rules
 
@@ -10,7 +10,7 @@ _BLOCKS = {
 _LAYERS = {
     "attn.wq": "attn.to_q", "attn.wk": "attn.to_k", "attn.wv": "attn.to_v", "attn.wo": "attn.to_out.0",
     "attn.gate": "attn.to_gate", "mlp.gate": "ff.gate", "mlp.up": "ff.up", "mlp.down": "ff.down",
-    # A norm of the original model has no weight: its scale is a tensor with a name of its own.
+    # The original model's norms have no weight. Their scale is a separate tensor.
     "prenorm.scale": "norm1", "postnorm.scale": "norm2",
     "attn.qknorm.qnorm.scale": "attn.norm_q", "attn.qknorm.knorm.scale": "attn.norm_k",
 }  # fmt: skip
@@ -32,7 +32,7 @@ _of_original, _of_diffusers = by_rules(
     Fusion("last.linear", ("final_layer.linear",)),
 )
 _WIDTH = frozenset({6144})
-# FLUX.2 dev is as wide in diffusers, where its attention has the same names, but for the gate and fewer heads of k and v.
+# In diffusers, FLUX.2 dev has the same width and attention names. Only Krea 2 has the gate, and fewer heads for k and v.
 _WIDE = (
     r"^(blocks\.\d+\.(attn\.(w[qo]|gate)|mlp\.(gate|up))"
     r"|transformer_blocks\.\d+\.(attn\.to_(q|gate|out\.0)|ff\.(gate|up)))$"

@@ -1,4 +1,4 @@
-"""Names of Lumina-Image 2 and Z-Image, which have one stack of layers after two refiners."""
+"""Names of Lumina-Image 2 and Z-Image: one stack of layers after two refiners."""
 
 from .table import TRANSFORMER_IN_COMFYUI, Fusion, Listing, LoadedNames, NameTable, Sign, by_rules
 
@@ -7,13 +7,13 @@ _STACKS = ("layers.{}", "noise_refiner.{}", "context_refiner.{}")
 
 def _lumina_layer(stack: str) -> tuple[Fusion, ...]:
     return (
-        # q has 24 heads, k and v have 8.
+        # q has 24 heads; k and v have 8 each.
         Fusion(f"{stack}.attention.qkv", tuple(f"{stack}.attn.to_{x}" for x in "qkv"), (1, 1 / 3, 1 / 3)),
         Fusion(f"{stack}.attention.out", (f"{stack}.attn.to_out.0",)),
         *(Fusion(f"{stack}.feed_forward.w{n}", (f"{stack}.feed_forward.linear_{n}",)) for n in (1, 2, 3)),
         Fusion(f"{stack}.adaLN_modulation.1", (f"{stack}.norm1.linear",)),
         *(Fusion(f"{stack}.attention.{x}_norm", (f"{stack}.attn.norm_{x}",)) for x in "qk"),
-        # The text alone is not modulated.
+        # The text's refiner is not modulated.
         Fusion(f"{stack}.attention_norm1", (f"{stack}.norm1" if "context" in stack else f"{stack}.norm1.norm",)),
         Fusion(f"{stack}.attention_norm2", (f"{stack}.norm2",)),
     )
@@ -59,7 +59,7 @@ LUMINA2 = NameTable(
     ),
     of_original=_of_original,
     of_diffusers=_of_diffusers,
-    # ComfyUI uses its table of Z-Image's diffusers names for Lumina 2 too, where it misses the attention's other name.
+    # ComfyUI uses Z-Image's table of diffusers names for Lumina 2 too. It misses the attention, whose name differs.
     listings={"Lumina 2": Listing("Lumina", "Apache-2.0")},
     loaded=LoadedNames(
         frozenset({("kohya", "original"), ("comfy", "original")}),

@@ -1,8 +1,8 @@
-"""Recognises the published model that a LoRA is for, which has all its modules with weights of the same shapes.
+"""Recognise the published model that a LoRA is for: the one that has all its modules, with weights of the same shapes.
 
-A module whose bias is changed must have one.
+Where the LoRA changes a bias, the model's module must have one.
 
-The tables are in model_tables.json, made by tools/model_tables.py, and include models that are not trained here.
+tools/model_tables.py writes the tables, model_tables.json. They include models that this project cannot train.
 """
 
 import json
@@ -19,7 +19,7 @@ from .table import T5_PATHS, is_text_path
 
 Shape = tuple[int, ...]
 _OF_UNETS = ("down_blocks.", "mid_block.", "up_blocks.", "input_blocks.", "middle_block.", "output_blocks.")
-# Numbers that are a whole word of a path, between dots or "_", and in the tables runs of them.
+# Match numbers that are a whole word of a path, between dots or "_"; in the tables they can be ranges.
 _NUMBER_WORD = re.compile(r"(?<![^._])(?:0|[1-9]\d{0,3})(?![^._])", re.ASCII)
 _RUN_WORD = re.compile(r"(?<![^._])(\d{1,4})(?:-(\d{1,4}))?(?![^._])", re.ASCII)
 
@@ -29,50 +29,53 @@ class Row(NamedTuple):
 
     variant: int
     path: str
-    """The dotted path with "#" for each number, a text encoder's without `text_model.`."""
+    """The dotted path with "#" for each number. A text encoder's has no leading `text_model.`."""
     numbers: tuple[tuple[int, int], ...]
-    """The first and the last of each number in the path."""
+    """The range (first, last) of each number in the path."""
     shape: Shape
     has_bias: bool
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A published size or kind of a model."""
+    """A published size or version of a model."""
 
     title: str
     family: str | None
-    """The family that it belongs to, a name in NAME_TABLES; None when it is not trained here."""
+    """Its family, a name in NAME_TABLES; None if this project cannot train it."""
     claims: frozenset[str]
-    """The names that metadata have for it, for a model of no family."""
+    """Its names in metadata, for a model without a family."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """The published models that a LoRA fits, or that it fits best."""
+    """The published models that a LoRA fits, or the nearest one."""
 
     models: tuple[str, ...]
     """The titles of the models that have all its modules in these shapes; empty for an unknown LoRA."""
     families: tuple[str, ...]
-    """The families among them, names in NAME_TABLES."""
+    """The families of these models, names in NAME_TABLES."""
     nearest: str | None = None
-    """The model that has most of the modules of an unknown LoRA; None when no model has any of them."""
+    """The model that has the most modules of an unknown LoRA; None if no model has any of them."""
     nearest_family: str | None = None
-    """The family of the nearest model; None where it is not trained here."""
+    """The family of the nearest model; None if this project cannot train it."""
     misfits: tuple[tuple[str, str], ...] = ()
     """The (part, path) of the modules that the nearest model lacks, or has in another shape."""
     is_near: bool = False
-    """Whether the nearest model has more than half of the modules, so that only the others are at fault."""
+    """Whether the nearest model has more than half of the modules, so that only the others are wrong."""
     stranger: str | None = None
-    """The model of no family that is meant: no other fits, or it alone has no more blocks of those that are changed."""
+    """The model without a family that the LoRA is for.
+
+    Either no model of a family fits, or it is the only one whose changed blocks the LoRA covers completely.
+    """
 
     @property
     def verdict(self) -> str:
-        """The result in a word: "certain", "ambiguous" when several models fit, or "unknown" when none does."""
+        """The result: "certain", "ambiguous" when several models fit, or "unknown" when none does."""
         return ("unknown", "certain", "ambiguous")[min(len(self.models), 2)]
 
     def of_claim(self, metadata_names: Iterable[str]) -> str | None:
-        """The title of the fitting model that metadata call by one of these names; None when they name none."""
+        """Return the title of the fitting model that has one of these names in metadata; None if no name matches."""
         named = {name.lower() for name in metadata_names}
         claimed = (variant.title for variant in _tables()[0] if variant.claims & named)
         return next((title for title in claimed if title in self.models), None)
@@ -83,11 +86,11 @@ def identify(
     claimed: str | None = None,
     biased: Collection[tuple[str, str]] = (),
 ) -> Identity:
-    """The models that have all the modules (part, path, shape of the weight or None when the file does not tell).
+    """Find the models that have all the modules (part, path, shape of the weight, or None if the file doesn't show it).
 
-    `biased` are the (part, path) of those whose bias is changed.
-    A path may be the original model's or that of diffusers, for a model of no family also with "_" for its dots. Where none
-    fits and several are equally near, one of the family `claimed` is the nearest. Of a shape (out, 0) the inputs are unknown.
+    `biased` are the (part, path) of the modules whose bias is changed. A path may be in the original model's or in diffusers'
+    naming, and for a model without a family also have "_" for its dots. If no model fits and several are equally near, one
+    of the family `claimed` is preferred. A shape of (out, 0) means that the inputs are unknown.
     """
     variants, _ = _tables()
     fitting: Counter[int] = Counter()
@@ -102,7 +105,7 @@ def identify(
         families = dict.fromkeys(variant.family for variant in fits if variant.family)
         titles = tuple(dict.fromkeys(variant.title for variant in fits))
         stranger = None if families else " or ".join(titles)
-        # A smaller UNet, such as SSD-1B for SDXL, goes by its family's name everywhere.
+        # All programs treat a smaller UNet, such as SSD-1B, like its family (SDXL).
         if families and not any(place[1].startswith(_OF_UNETS) for place, _ in having):
             places = {place for place, _ in having}
             exact = [variants[number] for number in whole if _has_no_more(number, places)]
@@ -111,7 +114,7 @@ def identify(
         return Identity(titles, tuple(families), stranger=stranger)
     if not fitting:
         return Identity((), ())
-    # Models that are trained here come first in the tables, and so win when two are equally near.
+    # The models that this project can train come first in the tables, and so win a tie.
     nearest = max(sorted(fitting), key=lambda n: (fitting[n], claimed is not None and variants[n].family == claimed))
     misfits = [place for place, found in having if nearest not in found]
     title, family = variants[nearest].title, variants[nearest].family
@@ -119,21 +122,21 @@ def identify(
 
 
 def _has_no_more(variant: int, places: Collection[tuple[str, str]]) -> bool:
-    """Whether all blocks of a variant are among the places, for each of the modules in a block, and there are several."""
+    """Check that the places include every block of a variant that has their modules, and that there are several blocks."""
     seen = Counter(row for place in places for row in _rows(*place) if row.variant == variant)
     return all(count == math.prod(last - first + 1 for first, last in row.numbers) > 1 for row, count in seen.items())
 
 
 @lru_cache(1 << 16)
 def is_published(family: str, part: str, path: str) -> bool:
-    """Whether a published model of the family has a module with that path, in any shape."""
+    """Check that a published model of the family has a module with that path, in any shape."""
     variants, _ = _tables()
     return any(variants[row.variant].family == family for row in _rows(part, path))
 
 
 @lru_cache(1 << 16)
 def _having(part: str, path: str, shape: Shape | None, has_bias: bool) -> frozenset[int]:
-    """The numbers of the variants that have the module, with a weight of the shape, if one is given, and with the bias."""
+    """Return the indices of the variants that have the module, with the shape if one is given, and with a bias if needed."""
     return frozenset(
         row.variant
         for row in _rows(part, path)
@@ -143,9 +146,9 @@ def _having(part: str, path: str, shape: Shape | None, has_bias: bool) -> frozen
 
 @lru_cache(1 << 16)
 def _rows(part: str, path: str) -> tuple[Row, ...]:
-    """The rows of the tables that include the path."""
+    """Return the rows of the tables that include the path."""
     if path.endswith(".linear1_qkv"):
-        # XLabs' and ComfyUI's name for the rows of q, k and v, each as wide as the inputs, in FLUX's linear1.
+        # XLabs and ComfyUI give this name to the rows of q, k and v in FLUX's linear1, each as wide as the inputs.
         rows = _rows(part, path.removesuffix("_qkv"))
         return tuple(row._replace(shape=(3 * row.shape[1], row.shape[1]), has_bias=False) for row in rows)
     if part == "denoiser" and is_text_path(path):
@@ -164,14 +167,14 @@ def _rows(part: str, path: str) -> tuple[Row, ...]:
 
 
 def _same_weight(shape: Shape, other: Shape) -> bool:
-    # 1x1 convolutions may be written as Linear and kernels flattened, so only the sizes count.
-    # Where one has a size of 0 its inputs are unknown.
+    # Files may have 1x1 convolutions as Linear layers, and flattened kernels, so compare only the sizes.
+    # A size of 0 means that the inputs are unknown.
     inputs, others = math.prod(shape[1:]), math.prod(other[1:])
     return shape[0] == other[0] and (inputs == others or 0 in (inputs, others))
 
 
 def _template(path: str) -> tuple[str, list[int]]:
-    """The path with "#" for each number, and these numbers: `b.0.q` gives b.#.q and [0]."""
+    """Replace the numbers in a path by "#", and return the path and the numbers: `b.0.q` gives b.#.q and [0]."""
     numbers: list[int] = []
 
     def number(match: re.Match[str]) -> str:
@@ -182,9 +185,9 @@ def _template(path: str) -> tuple[str, list[int]]:
 
 
 def _runs(path: str) -> tuple[str, tuple[tuple[int, int], ...]]:
-    """What `_template` gives, of a path in the tables, where `b.0-3.q` gives b.#.q and the first and last number, (0, 3).
+    """Replace the ranges in a path of the tables by "#", and return both: `b.0-3.q` gives b.#.q and ((0, 3),).
 
-    A falling range is a name and stays, such as Z-Image's `all_x_embedder.2-1`.
+    A descending range is a name and is kept, such as Z-Image's `all_x_embedder.2-1`.
     """
     numbers: list[tuple[int, int]] = []
 
@@ -200,7 +203,7 @@ def _runs(path: str) -> tuple[str, tuple[tuple[int, int], ...]]:
 
 @cache
 def _tables() -> tuple[tuple[Variant, ...], dict[tuple[str, str], list[Row]]]:
-    """The variants, and all rows by part and path, with "#" for numbers and "_" for dots."""
+    """Read the variants, and all rows by part and path, with "#" for numbers and "_" for dots."""
     data = json.loads(Path(__file__).with_name("model_tables.json").read_text(encoding="utf-8"))
     variants: list[Variant] = []
     rows: dict[tuple[str, str], list[Row]] = {}

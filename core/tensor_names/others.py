@@ -1,4 +1,4 @@
-"""Models outside of all families whose LoRA files have names like those of a family here, so that errors can name them."""
+"""Recognise other models whose LoRA files look like those of a supported family, so that errors can name them."""
 
 from collections.abc import Iterable
 
@@ -23,6 +23,6 @@ _OTHERS = (
 
 
 def other_model(modules: Iterable[tuple[str, str, tuple[int, ...] | None]]) -> str | None:
-    """The name of a model outside of all families with such modules (as in `families_of`); None when none is recognised."""
+    """Return the name of the unsupported model with such modules (as in `families_of`); None if none is recognised."""
     given = list(modules)
     return next((title for title, sign in _OTHERS if any(sign.matches(*module) for module in given)), None)

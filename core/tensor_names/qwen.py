@@ -1,4 +1,4 @@
-"""Names of Qwen-Image, which are the same in the original model and in diffusers, and of Qwen-Image 2.1."""
+"""Names of Qwen-Image, the same in the original model and in diffusers, and of Qwen-Image 2.1."""
 
 from .table import TRANSFORMER_IN_COMFYUI, Fusion, Listing, LoadedNames, NameTable, Sign, by_rules
 
@@ -37,7 +37,7 @@ QWEN_IMAGE = NameTable(
     ),
 )
 
-# ComfyUI joins two layers of an MLP, the gate first. LoRAs, and the model that was published, have them apart.
+# ComfyUI fuses two layers of an MLP, the gate first. They are separate in LoRAs and in the published model.
 _of_original_21, _of_diffusers_21 = by_rules(
     Fusion(
         "transformer_blocks.{}.img_mlp.gate_up",

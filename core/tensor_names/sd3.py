@@ -1,4 +1,4 @@
-"""Names of SD3 and SD3.5, which have joint blocks of an image and a text ("context") stream."""
+"""Names of SD3 and SD3.5: joint blocks with an image and a text ("context") stream."""
 
 from .table import (
     CLIP_G_SIGN,

@@ -1,4 +1,4 @@
-"""Names of SD1.x, SD2.x and SDXL, UNets whose original (LDM) block numbers follow from those of diffusers."""
+"""Names of SD1.x, SD2.x and SDXL: UNets whose original (LDM) block numbers can be computed from those of diffusers."""
 
 import re
 from collections.abc import Mapping
@@ -43,7 +43,7 @@ _IN_OTHERS = {
     "A1111": "kohya+", "Forge": "kohya+", "SD.Next": "kohya+", "stable-diffusion.cpp": "kohya+ diffusers comfy",
     "OneTrainer": "kohya+ diffusers+ comfy+",
 }  # fmt: skip
-"""The schemes that programs load for SD1.5 and SDXL alike, as in `LoadedNames.others`."""
+"""The schemes that programs load for both SD1.5 and SDXL, as in `LoadedNames.others`."""
 _IN_SD_SCRIPTS = r"\.(attentions|resnets|downsamplers|upsamplers)\."
 
 
@@ -55,9 +55,9 @@ def _invokeai_signs(context_width: int) -> tuple[tuple[Sign, ...], ...]:
 
 
 _BLOCK_LISTS = ("BASE IN01-02 IN04-05 IN07-08 M00 OUT03-11", "BASE IN00-11 M00 OUT00-11")
-"""The lists with the blocks that have attention, and with all blocks."""
+"""The list of the blocks with attention, and the list of all blocks."""
 _SD2_TEXT_WIDTH = 1024
-"""The width of the text encoder of SD2.x, which tells its embeddings from those of SD1.x."""
+"""The width of SD2.x's text encoder, which distinguishes its embeddings from SD1.x's."""
 
 SD15 = NameTable(
     name="sd15",
@@ -108,7 +108,7 @@ SD2 = NameTable(
         invokeai_signs=_invokeai_signs(1024),
     ),
     kernel=partial(_kernel, linear_projections=True),
-    # sd-scripts builds SD2 with convolutions as in SD1, where the original and diffusers have Linear layers.
+    # As in SD1, sd-scripts builds SD2 with convolutions, but the original model and diffusers have Linear layers.
     kernel_in_kohya=partial(_kernel, linear_projections=False),
     diffusers_prefix="unet.",
     kohya_prefixes={"denoiser": "lora_unet_", "text_encoder": "lora_te_"},
@@ -126,7 +126,7 @@ SDXL = NameTable(
     a1111_version="SDXL",
     signs=(
         *_signs(context_width=2048, text_width=768),
-        # SDXL has up to ten transformer blocks in a row, SD1.x and SD2.x have one.
+        # SDXL has up to ten consecutive transformer blocks, SD1.x and SD2.x have one.
         Sign(r"\.transformer_blocks\.[1-9]\.", frozenset({640, 1280, 2048, 2560, 5120})),
         Sign(r"\.transformer_blocks\.[1-9]\."),
         CLIP_G_SIGN,
@@ -161,7 +161,7 @@ SDXL = NameTable(
 
 
 def families_of_embedding(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """The families that an embedding file may be for, the likeliest first, by the names and shapes of its tensors."""
+    """Return the families that an embedding file may be for, by the names and shapes of its tensors. The likeliest is first."""
     if any(name.startswith(tuple(SDXL.embedding_names.values())) for name in shapes):
         return [SDXL.name]
     is_wide = shapes.get("emb_params", ())[-1:] == (_SD2_TEXT_WIDTH,)

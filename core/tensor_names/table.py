@@ -1,4 +1,4 @@
-"""The `NameTable` of a model family, which maps module names between naming schemes, and the values that it is made of."""
+"""`NameTable`, which maps a model family's module names between naming schemes, and the classes it is made of."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ if TYPE_CHECKING:
 SCHEMES = ("kohya", "diffusers", "comfy")
 """The naming schemes that a LoRA can be written in."""
 ModuleId = tuple[str, str]
-"""The (part, path) by which a module is known in the whole project, see the package's docstring."""
+"""The (part, path) that identifies a module everywhere in the project. See the package's docstring."""
 
 
 @dataclass(frozen=True)
 class Fusion:
     """A module of the original model, and the diffusers modules that its output rows belong to.
 
-    There is mostly one diffusers module, but three where the original has a fused Linear for q, k and v.
+    Usually this is one diffusers module. If the original has a fused Linear for q, k and v, there are three.
     """
 
     original: str
     parts: tuple[str, ...]
     sizes: tuple[float, ...] = (1,)
-    """The output rows of each part, as multiples of the module's input features; unused when there is one part."""
+    """The output rows of each part, as multiples of the module's input features; unused for a single part."""
     halves_swapped: bool = False
-    """Whether diffusers stores the two halves of the rows (shift, scale) in the other order (scale, shift).
+    """Whether diffusers stores the two halves of the rows (shift, scale) in the opposite order (scale, shift).
 
-    It only applies to weights with two such parts. In other blocks of SD3 the layer has six or nine, in the same order."""
+    This only applies to weights with two such parts. In other blocks of SD3 the layer has six or nine, in the same order."""
 
 
 def _inputs(weight: Tensor) -> int:
-    """The input features of a weight; 1 for the weight of a normalisation layer."""
+    """Return the number of input features of a weight; 1 for a normalisation layer."""
     return weight.shape[1] if weight.ndim > 1 else 1
 
 
 @dataclass(frozen=True)
 class Place:
-    """The place of a weight in the model: a module of the original model, or a module of diffusers."""
+    """The place of a weight in the model: a module of the original model or of diffusers."""
 
     part: str
     fusion: Fusion
     index: int | None
-    """The index of the part of the fusion; None for the whole of it, with rows in the original model's order."""
+    """The index of the part of the fusion; None for the whole fusion, with rows in the original model's order."""
 
     @property
     def modules(self) -> tuple[ModuleId, ...]:
@@ -55,26 +55,29 @@ class Place:
         return tuple((self.part, path) for path in parts)
 
     def rows(self, outputs: int, inputs: int) -> list[int]:
-        """The number of rows that each of `modules` has in a weight of this size. Raises ValueError when they do not add up."""
+        """Return the number of rows of each of `modules` in a weight of this size.
+
+        Raises ValueError when they do not add up.
+        """
         if len(self.modules) == 1:
             return [outputs]
         rows = [round(size * inputs) for size in self.fusion.sizes]
         if sum(rows) != outputs:
-            raise ValueError(f"{outputs} rows are not {' + '.join(map(str, rows))}")
+            raise ValueError(f"it has {outputs} rows instead of {' + '.join(map(str, rows))}")
         return rows
 
     def split(self, tensor: Tensor, inputs: int | None = None) -> list[tuple[ModuleId, Tensor]]:
-        """The rows of a tensor by module, in diffusers' order.
+        """Split the rows of a tensor by module, in diffusers' order.
 
-        `inputs` is the number of the weight's input features, for tensors such as biases that do not have them. Raises
-        ValueError when the rows do not add up.
+        `inputs` is the weight's number of input features. It is needed for biases and other tensors that don't show it.
+        Raises ValueError when the rows do not add up.
         """
         inputs = _inputs(tensor) if inputs is None else inputs
         rows = self.rows(tensor.shape[0], inputs)
         return list(zip(self.modules, self._swapped(tensor, inputs).split(rows), strict=True))
 
     def join(self, tensors: Sequence[Tensor], inputs: int | None = None) -> Tensor:
-        """The weight with rows in the file's order, from the weights of `modules`. It is the inverse of `split`."""
+        """Join the weights of `modules` into one with rows in the file's order. This is the inverse of `split`."""
         import torch
 
         whole = torch.cat(list(tensors))
@@ -87,12 +90,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Sign:
-    """A module with a certain path and widths, which shows the family of a LoRA."""
+    """A module path and widths that are characteristic of a family."""
 
     path: str
-    """A regular expression that is searched in the dotted path of the module in the file."""
+    """A regular expression to search for in the dotted path of the module in the file."""
     inputs: frozenset[int] | None = None
-    """The allowed input features; None for any, when the sign only says that the structure fits."""
+    """The allowed numbers of input features; None for any, if the sign is only about the structure."""
     ratio: float | None = None
     """The number of output rows per input feature; None for any."""
     part: str = "denoiser"
@@ -102,7 +105,7 @@ class Sign:
         return re.compile(self.path)
 
     def matches(self, part: str, path: str, shape: tuple[int, ...] | None) -> bool:
-        """Whether a module has the sign. `shape` is its weight's (out, in, ...), None when it cannot be known."""
+        """Check that a module has the sign. `shape` is its weight's (out, in, ...), or None if unknown."""
         if part != self.part or not self._pattern.search(path):
             return False
         if self.inputs is None and self.ratio is None:
@@ -115,12 +118,12 @@ class Sign:
 
     @property
     def decisive(self) -> bool:
-        """Whether widths were compared, so that a match is evidence for this family and no other."""
+        """Whether the sign compares widths, so that a match is evidence for this family only."""
         return self.inputs is not None or self.ratio is not None
 
 
 def clip_signs(width: int) -> tuple[Sign, ...]:
-    """The signs of a CLIP of that width as the first text encoder."""
+    """Return the signs of a CLIP of that width as the first text encoder."""
     return (
         Sign(r"^(text_model\.)?encoder\.layers\.", part="text_encoder"),
         Sign(r"(self_attn\.\w+|mlp\.fc1)$", frozenset({width}), part="text_encoder"),
@@ -137,123 +140,126 @@ UNET_IN_COMFYUI = frozenset(
 TRANSFORMER_IN_COMFYUI = frozenset(
     {("kohya", "original"), ("comfy", "original"), ("diffusers", "diffusers"), ("lycoris", "diffusers")}
 )
-"""The names of all transformers that ComfyUI loads, as in `LoadedNames.comfyui`; families may add some."""
+"""The names that ComfyUI loads for every transformer, as in `LoadedNames.comfyui`; families may add more."""
 
 
 @dataclass(frozen=True)
 class LoadedNames:
-    """The names of a family's LoRAs that other programs load. core/lora/readers.py uses it, and states their versions."""
+    """The LoRA names of a family that other programs load. core/lora/readers.py uses it and lists the programs' versions."""
 
     comfyui: frozenset[tuple[str, str]]
-    """The names of the denoiser that ComfyUI loads, as (scheme, "original" or "diffusers" for its paths); empty where its
-    version here does not have the family."""
+    """The names of the denoiser that ComfyUI loads, as (scheme, "original" or "diffusers" for its paths).
+
+    Empty if the tested version lacks the family."""
     diffusers: frozenset[str]
     """The schemes that diffusers' pipelines load."""
     comfyui_t5: tuple[str, ...] = ()
     """The prefixes of Kohya's names of T5 that ComfyUI loads."""
     comfyui_lacks: str = r"$^"
-    """A regular expression that is found in the paths that are missing in ComfyUI's table of diffusers' names."""
+    """A regular expression for the paths that are missing in ComfyUI's table of diffusers' names."""
     diffusers_lacks: Mapping[str, str] = field(default_factory=dict)
-    """A regular expression, by scheme, that is found in the paths whose names diffusers misreads, and so does not load."""
+    """A regular expression, by scheme, for the paths that diffusers doesn't load because it misreads their names."""
     diffusers_refuses: Mapping[str, str] = field(default_factory=dict)
-    """A regular expression, by scheme. diffusers refuses a whole file when it is found in a path of the denoiser."""
+    """A regular expression, by scheme. If a path of the denoiser matches, diffusers refuses the whole file."""
     diffusers_denoiser_lacks: Mapping[str, str] = field(default_factory=dict)
-    """The reason why diffusers does not load the denoiser in a scheme whose text encoders it loads, by scheme."""
+    """The reason, by scheme, why diffusers loads a file's text encoders but not its denoiser."""
     diffusers_lokr: frozenset[tuple[str, str]] = frozenset()
     """The names of LoKr files that diffusers' pipelines load, as in `comfyui`."""
     diffusers_lokr_with_alpha: frozenset[str] = frozenset()
     """The schemes of LoKr files that diffusers loads only when they have an alpha."""
     sd_scripts: str | None = None
-    """A regular expression of the denoiser's paths in Kohya names that sd-scripts loads; None for a family it lacks."""
+    """A regular expression for the denoiser's paths in Kohya names that sd-scripts loads; None if it lacks the family."""
     invokeai: Mapping[tuple[str, str], str] = field(default_factory=dict)
-    """A regular expression of the denoiser's paths that InvokeAI loads, by names as in `comfyui`; empty without the family."""
+    """A regular expression, by names as in `comfyui`, for the denoiser's paths that InvokeAI loads.
+
+    Empty if InvokeAI lacks the family."""
     invokeai_text: tuple[str, ...] = ()
-    """The beginnings of the names of text encoders' modules that InvokeAI loads."""
+    """The prefixes of the text encoders' module names that InvokeAI loads."""
     invokeai_prefixes: Mapping[str, str] = field(default_factory=dict)
-    """The prefixes of Kohya's names by part that InvokeAI loads, where it does not load those that are written."""
+    """The Kohya prefixes, by part, that InvokeAI loads instead of those in `NameTable.kohya_prefixes`."""
     invokeai_skips: frozenset[str] = frozenset()
-    """The schemes in which InvokeAI skips a name that it does not know; in others it refuses the whole file."""
+    """The schemes whose unknown names InvokeAI skips. In other schemes, it refuses the whole file."""
     invokeai_signs: tuple[tuple[Sign, ...], ...] = ()
-    """The modules by which it recognises a file: all of one of these; without any it goes by the names alone."""
+    """The modules that InvokeAI recognises a file by: all signs of one group must match. If empty, only the names matter."""
     invokeai_signs_in: Mapping[str, tuple[tuple[Sign, ...], ...]] = field(default_factory=dict)
-    """More of these, by the scheme of the file's names."""
+    """More groups of signs, by the scheme of the file's names."""
 
     others: Mapping[str, str] = field(default_factory=dict)
-    """The schemes that each of the programs in `readers.OTHERS` loads, with a "+" where it loads CLIP's names as well."""
+    """The schemes that each program in `readers.OTHERS` loads, with a "+" if it loads CLIP's names too."""
     others_lack: Mapping[tuple[str, str], str] = field(default_factory=dict)
-    """A regular expression, by program and scheme, that is found in the denoiser's paths that the program does not load."""
+    """A regular expression, by program and scheme, for the denoiser's paths that the program does not load."""
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What somebody who publishes a LoRA has to say of the model that it was trained on."""
+    """What you have to state about the base model when you publish a LoRA."""
 
     civitai: str
     """The name of the base model in Civitai's list."""
     licence: str
-    """The licence under which the model was published."""
+    """The licence of the model."""
     words: Mapping[str, str] = field(default_factory=dict)
-    """What metadata say of the model instead of what they say of the family, by key (`NameTable.words_of`)."""
+    """The metadata of the model, by key, that replace those of the family (`NameTable.words_of`)."""
 
 
 PUBLISHED_BLOCKS = 2
-"""The residual blocks in a level of the published UNets."""
+"""The number of residual blocks per level in the published UNets."""
 
 
 @dataclass(frozen=True)
 class NameTable:
-    """The names of a family, the names of its modules in every scheme, and the signs by which its LoRAs are recognised."""
+    """The names of a family and of its modules in every scheme, and the signs that identify its LoRAs."""
 
     name: str
     """The short name in code and messages, such as sd15."""
     base_versions: tuple[str, ...]
-    """The beginnings of the names that metadata have for its models; the first is the `ss_base_model_version` to write.
+    """The prefixes of its models' names in metadata. The first is the `ss_base_model_version` to write.
 
-    `families.family_named` compares letters and digits alone."""
+    `families.family_named` compares only letters and digits."""
     architecture: str
     """The `modelspec.architecture` of its checkpoints; a LoRA adds `/lora`."""
     signs: tuple[Sign, ...]
     of_original: Callable[[str], Fusion | None]
-    """The fusion of a denoiser path in original naming; None when it is no such path."""
+    """The fusion of a denoiser path in original naming; None for any other path."""
     of_diffusers: Callable[[str], Fusion]
     """The fusion that a denoiser path in diffusers naming belongs to."""
     loaded: LoadedNames
     """The names that other programs load."""
     listings: Mapping[str, Listing]
-    """What is said of each published model of the family where a LoRA is published, by the model's title in the tables."""
+    """The listing of each published model of the family, by the model's title in the tables."""
     kernel: Callable[[str], int | None] = lambda path: None
     """The kernel size of a denoiser module in diffusers; None for a Linear."""
     kernel_in_kohya: Callable[[str], int | None] = lambda path: None
     """The kernel size in sd-scripts; only needed for 1x1 convolutions that are Linear in diffusers."""
     words: tuple[str, ...] = ()
-    """The components of its modules' paths that have a "_" in them, beyond those in keys.py."""
+    """The path components that contain "_", in addition to those in keys.py."""
     comfyui_classes: tuple[str, ...] = ()
-    """The classes in comfy.supported_models of its models that can be trained; empty where ComfyUI here has none."""
+    """The classes in comfy.supported_models of its trainable models; empty if the tested ComfyUI has none."""
     a1111_version: str = "Unknown"
-    """The name of its models in the list of A1111 and Forge."""
+    """The name of its models in A1111's and Forge's list."""
     scheme: str = "kohya"
-    """The naming scheme in which its LoRAs are written unless another is asked for: the one that most programs load."""
+    """The default naming scheme for writing its LoRAs: the one that most programs load."""
     diffusers_prefix: str = "transformer."
     kohya_prefixes: Mapping[str, str] = field(default_factory=lambda: {"denoiser": "lora_unet_"})
     """The prefix of each part in Kohya names."""
     comfy_prefixes: Mapping[str, str] = field(default_factory=lambda: {"denoiser": "diffusion_model."})
     """The prefix of each part in ComfyUI's own scheme."""
     original_in_kohya: bool = True
-    """Whether Kohya names are made from the original model's paths and not from those of diffusers."""
+    """Whether Kohya names use the original model's paths, not those of diffusers."""
     original_in_comfy: bool = True
-    """Whether names in ComfyUI's own scheme are made from the original model's paths and not from those of diffusers."""
+    """Whether names in ComfyUI's own scheme use the original model's paths, not those of diffusers."""
     part_names: Mapping[str, str] = field(default_factory=dict)
-    """The part of this family's pipeline for a part as prefixes in files number it, where they differ."""
+    """The part of this family's pipeline by the part that a file's prefix states, if they differ."""
     checkpoint_prefixes: Mapping[str, str] = field(default_factory=dict)
     """The prefix of each text encoder in a whole original checkpoint, for families that are recognised by it.
 
-    Checkpoints can be written only for families that have them."""
+    Checkpoints can only be written for families that have these prefixes."""
     embedding_names: Mapping[str, str] = field(default_factory=dict)
     """The name of each part's tensor in a textual-inversion embedding file; empty for families without such files."""
     has_other_blocks: bool = False
-    """Whether the UNet has other numbers of residual blocks in a level than the published ones (`for_other_blocks`)."""
+    """Whether the UNet's numbers of residual blocks per level differ from the published ones (`for_other_blocks`)."""
     block_lists: tuple[str, ...] = ()
-    """The blocks in each form of list of the LoRA Block Weight extension, where IN04-05 stands for IN04 and IN05."""
+    """The blocks in each kind of list of the LoRA Block Weight extension. IN04-05 means IN04 and IN05."""
 
     @property
     def is_unet(self) -> bool:
@@ -261,25 +267,26 @@ class NameTable:
         return self.diffusers_prefix == "unet."
 
     def words_of(self, models: Sequence[str] = ()) -> dict[str, str]:
-        """What metadata say of a base model by key, where it is one of these published ones."""
+        """Return the metadata of a base model by key. `models` are the titles of the published models it may be."""
         found = [self.listings[model].words for model in models if model in self.listings]
         own = found[0] if len(found) == 1 else {}
         return {"ss_base_model_version": self.base_versions[0], "modelspec.architecture": self.architecture, **own}
 
     @property
     def words_of_models(self) -> frozenset[str]:
-        """The keys under which metadata say which published model of the family is meant."""
+        """The metadata keys that distinguish the published models of the family."""
         return frozenset(key for listing in self.listings.values() for key in listing.words)
 
     def for_other_blocks(self) -> NameTable:
-        """The names for a UNet that has not PUBLISHED_BLOCKS residual blocks in each level, which are diffusers' alone.
+        """Return the names for a UNet whose levels don't have PUBLISHED_BLOCKS residual blocks each.
 
-        The original names number the blocks as the published models have them. A transformer's names are the same.
+        They are diffusers' names only, because the original names assume the published models' numbers of blocks. A
+        transformer's names stay the same.
         """
         return replace(self, original_in_kohya=False, has_other_blocks=True) if self.is_unet else self
 
     def locate(self, part: str, path: str) -> Place:
-        """The place in the model of a path in a file, in original or diffusers naming."""
+        """Return the place of a file's path in the model. The path may be in original or diffusers naming."""
         if part == "denoiser" and not is_text_path(path):
             fusion = self.of_original(path)
             if fusion is not None:
@@ -293,23 +300,23 @@ class NameTable:
 
 
 T5_PATHS = ("encoder.block.", "encoder.final_layer_norm", "shared")
-"""The beginnings of T5's paths, of which a model has one at most."""
+"""The prefixes of T5's paths. A model has one T5 at most."""
 
 
 def is_text_path(path: str) -> bool:
-    """Whether a path is a text encoder's, where the prefix of a name does not tell: peft's has one for all parts."""
+    """Check that a path is a text encoder's, if the name's prefix doesn't show it: peft has one prefix for all parts."""
     return path.startswith(("text_model.", "encoder.layers.", "text_projection", *T5_PATHS))
 
 
 def text_encoder_path(path: str) -> str:
-    """A path in a text encoder, with the leading `text_model.` that CLIP has lost in transformers 5."""
+    """Return a path in a text encoder, with the leading `text_model.` that transformers 5 dropped from CLIP."""
     return f"text_model.{path}" if path.startswith(("encoder.layers.", "embeddings.", "final_layer_norm")) else path
 
 
 def by_rules(*rules: Fusion) -> tuple[Callable[[str], Fusion | None], Callable[[str], Fusion]]:
-    """The functions `of_original` and `of_diffusers` of a family whose names are related by rules, where "{}" is a number.
+    """Make the functions `of_original` and `of_diffusers` of a family from rules. "{}" in a rule matches a number.
 
-    A path without a rule has the same name in both.
+    A path without a rule has the same name in both namings.
     """
 
     def compile_path(path: str) -> re.Pattern[str]:

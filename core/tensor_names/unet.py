@@ -1,7 +1,7 @@
-"""Conversion between the original (LDM) and the diffusers names of the UNets of SD1.x, SD2.x and SDXL.
+"""Convert between the original (LDM) and the diffusers names of the UNets of SD1.x, SD2.x and SDXL.
 
-The original code numbers the blocks of a UNet in one flat list, and diffusers in nested lists. The conversion needs only the
-number of residual blocks in a level.
+The original code numbers the blocks of a UNet in one flat list, diffusers in nested lists. The conversion only needs the
+number of residual blocks per level.
 """
 
 import re
@@ -32,7 +32,7 @@ _UNET_OUTSIDE_BLOCKS = {
 
 
 def replace_head(path: str, table: dict[str, str]) -> str:
-    """The path with its first component or components replaced by the table, unchanged when none of them is in it."""
+    """Replace the first components of a path by the table. The path is unchanged if they are not in it."""
     for old, new in table.items():
         if path == old or path.startswith(old + "."):
             return new + path[len(old) :]
@@ -44,10 +44,12 @@ def inverse(table: dict[str, str]) -> dict[str, str]:
 
 
 def ldm_unet_path(path: str, layers_per_block: int = 2, attention_above: Callable[[int], bool] = lambda _: True) -> str:
-    """The original name of a UNet module or tensor, e.g. `input_blocks.4.1.proj_in` for `down_blocks.1.attentions.0.proj_in`.
+    """Convert the diffusers name of a UNet module or tensor to the original one.
 
-    `layers_per_block` is the number of residual blocks in a down level (2 in SD1.x and SDXL). `attention_above(i)` says
-    whether up level i has attention, in which case its upsampler is entry 2 of its block and not entry 1.
+    For example, `down_blocks.1.attentions.0.proj_in` becomes `input_blocks.4.1.proj_in`.
+
+    `layers_per_block` is the number of residual blocks in a down level (2 in SD1.x and SDXL). `attention_above(i)` returns
+    whether up level i has attention. If it does, its upsampler is entry 2 of its block instead of entry 1.
     """
     match = re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", path)
     if match:
@@ -73,7 +75,7 @@ def ldm_unet_path(path: str, layers_per_block: int = 2, attention_above: Callabl
 
 
 def diffusers_unet_path(path: str, layers_per_block: int = 2) -> str:
-    """The diffusers name of an original UNet module or tensor: the inverse of `ldm_unet_path`."""
+    """Convert the original name of a UNet module or tensor to diffusers' name. This is the inverse of `ldm_unet_path`."""
     stride = layers_per_block + 1
     if path.startswith("input_blocks.0."):
         return replace_head(path, inverse(_UNET_OUTSIDE_BLOCKS))
@@ -102,15 +104,15 @@ def diffusers_unet_path(path: str, layers_per_block: int = 2) -> str:
 
 
 def shows_other_blocks(paths: Iterable[str]) -> bool:
-    """Whether the paths of modules are those of a UNet that has not PUBLISHED_BLOCKS residual blocks in each down level.
+    """Check whether module paths show that a UNet's down levels don't have PUBLISHED_BLOCKS residual blocks each.
 
-    An up level has one more. Modules of some blocks alone do not tell, but where their numbers are too high.
+    An up level has one more. If the paths cover only some blocks, only a number that is too high shows it.
     """
     blocks = {"down": 0, "up": 0}
     for path in paths:
         if match := re.match(r"(down|up)_blocks\.\d+\.(?:resnets|attentions)\.(\d+)\.", path):
             blocks[match[1]] = max(blocks[match[1]], int(match[2]) + 1)
-        # In the original names each level ends with a downsampler, the first after the blocks of the first level.
+        # In the original names, each level ends with a downsampler, so its number depends on the blocks per level.
         elif match := re.match(r"input_blocks\.(\d+)\.(?:0\.op|1\.|0\.in_layers\.)", path):
             is_downsampler = match[0].endswith("op")
             if (int(match[1]) % (PUBLISHED_BLOCKS + 1) == 0) != is_downsampler:
@@ -120,9 +122,9 @@ def shows_other_blocks(paths: Iterable[str]) -> bool:
 
 
 def blocks_in_a_level(config: Mapping[str, Any]) -> int | None:
-    """The number of residual blocks in each down level of a network of that config; None where the levels differ.
+    """Return the number of residual blocks in each down level of a network with that config; None if the levels differ.
 
-    A transformer, whose config does not say it, has as many as a published UNet.
+    A transformer's config doesn't have this number, so the result is that of a published UNet.
     """
     blocks = config.get("layers_per_block", PUBLISHED_BLOCKS)
     levels = blocks if isinstance(blocks, (list, tuple)) else [blocks]

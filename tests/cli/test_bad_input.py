@@ -202,9 +202,9 @@ CASES: dict[str, tuple[Callable[[Desk], None], str]] = {
     "a UNet alone": (tensors_as_base("unet.down_blocks.0.weight"), "Use the whole diffusers folder instead"),
     "base incomplete": (incomplete_base, r"part\.safetensors: the denoiser lacks 1 tensor, e\.g\. mid_block"),
     "LoRA as base": (lora_as_base, r"lora\.safetensors: this is a LoRA, not a base model"),
-    "continue: other family": (continue_from(lambda desk: lora_file(desk, "sdxl")), "it is for sdxl, the base model is sd15"),
+    "continue: other family": (continue_from(lambda desk: lora_file(desk, "sdxl")), "it is for sdxl, but the base model is"),
     "continue: other modules": (continue_from(lora_file), "adapts 1 module, these settings"),
-    "continue: a checkpoint": (continue_from(lambda desk: desk.base), r"small\.safetensors: no LoRA: no adapter's tensor"),
+    "continue: a checkpoint": (continue_from(lambda desk: desk.base), r"small\.safetensors: not a LoRA: no adapter"),
     "rank too large": (options("--rank", "999"), r"rank 999 is larger than .* allows\. Use at most 32"),
     "rank 0": (options("--rank", "0"), "rank = 0: must be between 1"),
     "class images twice": (class_photos_twice, "class_images and class_photos are both given"),
@@ -231,15 +231,15 @@ CASES: dict[str, tuple[Callable[[Desk], None], str]] = {
     "no TOML": (toml("steps = = 3"), r"settings\.toml: not a TOML file"),
     "deep TOML": (toml("rank = " + "[" * 5000), "not a TOML file: values are nested too deeply"),
     "deep TOML of tables": (toml("rank" + ".a" * 5000 + " = 1"), "not a TOML file: line 1 has more than 100 dots"),
-    "large TOML": (toml("#" * 2**21), r"settings\.toml: has more than 1 MiB, the most that is read"),
-    "endless config": (options("--config", "/dev/zero"), "/dev/zero: is no regular file"),
+    "large TOML": (toml("#" * 2**21), r"settings\.toml: the file is larger than 1 MiB, the maximum"),
+    "endless config": (options("--config", "/dev/zero"), "/dev/zero: is not a regular file"),
     "no config": (options("--config", "nowhere.toml"), r"nowhere\.toml: cannot be read"),
     "output under a file": (
         output(lambda d: d.write("file", "") / "a.safetensors"), "cannot be written there: Not a directory"
     ),
     "output a folder": (output(lambda d: d.folder), r"must end in \.safetensors"),
     "output's name too long": (output(lambda d: d.folder / f"{'a' * 300}.safetensors"), "cannot be written there: File name"),
-    "output's ending": (output(lambda d: d.folder / "a.pt"), r"a\.pt: the output's name must end in \.safetensors"),
+    "output's ending": (output(lambda d: d.folder / "a.pt"), r"a\.pt: the name of the output file must end in \.safetensors"),
 }  # fmt: skip
 
 
@@ -382,7 +382,7 @@ def test_a_second_run_on_one_output_is_refused_and_takes_nothing_from_the_first(
     with held_elsewhere(desk.output):
         assert main([*desk.arguments(), "--restart"]) == 1
     errors = capsys.readouterr().err
-    assert errors.count("\n") == 1 and "face.safetensors: another run is writing it (its lock: " in errors
+    assert errors.count("\n") == 1 and "face.safetensors: another process is writing this file (lock: " in errors
     assert os.listdir(desk.folder / "results") == [".face.state.safetensors.1a2b3c4d.tmp"]
 
 

@@ -94,7 +94,8 @@ def test_a_metadata_key_that_is_not_there_is_not_removed_in_silence(tmp_path, ca
     assert main(["metadata", str(path), "--remove", "note", "--remove", "nokey"]) == 1
     said = capsys.readouterr().err
     assert (
-        "remove = 'nokey': a.safetensors has no such key (but: modelspec.title, note" in said and said.count("\n") == 1
+        "remove = 'nokey': a.safetensors does not have this key; it has: modelspec.title, note" in said
+        and said.count("\n") == 1
     )
     assert path.read_bytes() == content
 
@@ -159,7 +160,7 @@ def test_words_that_a_checkpoint_cannot_hold_are_named(small_sd15, tmp_path, cap
     write_lora(lora, 3, size=SafetensorsFile.open(small_sd15).shapes[name])
     save_safetensors(lora, {key: t.clone() for key, t in SafetensorsFile.open(lora).items()} | word)
     run("merge", lora, "--output", tmp_path / "tuned.safetensors", "--into", small_sd15)
-    assert "what no checkpoint can hold: the vectors of sks" in capsys.readouterr().err
+    assert "left out the embeddings of sks, because a checkpoint cannot hold them" in capsys.readouterr().err
 
 
 def test_a_lora_is_converted_there_and_back_and_resized(tmp_path, capsys):
@@ -191,7 +192,7 @@ def test_what_is_wrong_with_a_file_is_said_in_one_line_and_nothing_is_written(tm
         (["merge", f"{good}:nan", "--output", output], "the strength of a LoRA must be finite"),
         (["metadata", good], "nothing to change"),
         (["metadata", good, "--title", "a", "--output", tmp_path / "out.pt"], "must end in .safetensors"),
-        (["metadata", BASE_FILE, "--title", "a", "--output", output], "no LoRA"),
+        (["metadata", BASE_FILE, "--title", "a", "--output", output], "not a LoRA"),
         (["inspect", tmp_path / "empty"], "no .safetensors file"),
         (["resize", good, "--output", output], "give either a rank or an energy"),
         (["resize", good, "--output", output, "--rank", 0], "a rank must be at least 1"),
@@ -297,11 +298,11 @@ def test_nothing_in_a_file_gives_a_terminal_commands_or_a_message_lines(tmp_path
     save_safetensors(path, tensors | {command: torch.ones(2)}, SafetensorsFile.open(path).metadata)
     assert main(["inspect", str(path)]) == 0
     shown = capsys.readouterr().out
-    assert "word" in shown and "not understood: 1, e.g." in shown and "\x1b" not in shown
+    assert "word" in shown and "not recognised: 1, e.g." in shown and "\x1b" not in shown
     assert main(["verify", str(path)]) == 1
     assert main(["verify", str(path), "--base", str(path)]) == 1
     captured = capsys.readouterr()
-    assert "1 tensor is not understood" in captured.out and "\x1b" not in captured.out + captured.err
+    assert "1 tensor is not recognised" in captured.out and "\x1b" not in captured.out + captured.err
     assert captured.err.count("\n") == 1
 
 

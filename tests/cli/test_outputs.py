@@ -92,9 +92,9 @@ def test_a_file_is_not_written_over_an_input_a_folder_a_device_or_a_pipe(command
     Path(named(action, "device")).symlink_to("/dev/zero")
     Path(named(action, "round")).symlink_to(named(action, "round"))
     kinds = {
-        "pipe": "no regular file",
+        "pipe": "not a regular file",
         "folder": "is a folder",
-        "device": "no regular file",
+        "device": "not a regular file",
         "round": "cannot be written",
     }
     for kind, why in kinds.items():
@@ -148,7 +148,7 @@ def test_a_link_stays_and_a_file_keeps_its_permissions(tmp_path):
     link.symlink_to("target")
     write_text(link, "after")
     assert link.is_symlink() and target.read_text() == "after" and target.stat().st_mode & 0o777 == 0o640
-    with pytest.raises(BadFile, match="null: is no regular file"):
+    with pytest.raises(BadFile, match="null: is not a regular file"):
         write_text("/dev/null", "after")
 
 

@@ -102,7 +102,7 @@ def test_blocks_at_zero_are_left_out(server, lora, plain, whole):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"block_weights": "up=1"}, ["block_weights: 'up' is no block", "up_blocks"]),
+        ({"block_weights": "up=1"}, ["has no block 'up'", "up_blocks"]),
         ({"start_percent": 0.6, "end_percent": 0.4}, ["start_percent = 0.6 is not below end_percent = 0.4"]),
     ],
 )
@@ -141,7 +141,7 @@ def test_a_lora_that_would_draw_black_is_an_error_in_the_node(server, lora):
         graph = {"apply": apply("black.safetensors", model=["base", 0], strength_model=10.0)}
         result = server.run(BASE | graph | shown("apply"))
         assert result.status == "error"
-        assert f"black.safetensors: {name}: its change holds" in result.error and words in result.error
+        assert f"black.safetensors: {name}: its change contains" in result.error and words in result.error
 
 
 def test_dora_cannot_be_limited_to_some_steps_and_says_so(server, lora):
@@ -172,14 +172,19 @@ def test_a_lora_of_another_family_is_an_error_in_the_node(server, lora):
     LoraFile.from_modules("sdxl", modules, {}).save(server.folder / "models" / "loras" / "xl.safetensors")
     result = server.run(BASE | {"apply": apply("xl.safetensors", model=["base", 0])} | shown("apply"))
     assert result.status == "error"
-    assert "LoraMisfit: xl.safetensors: does not fit: it is for sdxl, the base model is sd15" in result.error
+    assert (
+        "LoraMisfit: xl.safetensors: does not fit the base model: it is for sdxl, but the base model is sd15"
+        in result.error
+    )
 
 
 def test_an_error_names_a_file_from_its_folder_on_and_not_where_that_is_on_the_server(server):
     (server.folder / "models" / "loras" / "page.safetensors").write_text("<!DOCTYPE html><html></html>")
     result = server.run(BASE | {"apply": apply("page.safetensors", model=["base", 0])} | shown("apply"))
     (server.folder / "models" / "loras" / "page.safetensors").unlink()
-    assert result.error.startswith("FaceLoRA.BadFile: loras/page.safetensors: this is a web page under another name")
+    assert result.error.startswith(
+        "FaceLoRA.BadFile: loras/page.safetensors: this is a web page, not a safetensors file"
+    )
     assert str(server.folder) not in result.error
 
 

@@ -245,7 +245,10 @@ def test_a_lora_of_another_family_is_an_error_in_the_node(server, people):
     nodes = {"anna": one(people["sd15"][0]), "ben": one(people["sdxl"][1])}
     result = server.run(BASE | drawn(nodes, ["base", 0], ["base", 1], ["base", 2]))
     assert result.status == "error"
-    assert "LoraMisfit: sdxl-ohw.safetensors: does not fit: it is for sdxl, the base model is sd15" in result.error
+    assert (
+        "LoraMisfit: sdxl-ohw.safetensors: does not fit the base model: it is for sdxl, but the base model is sd15"
+        in result.error
+    )
 
 
 def test_the_picture_is_published_as_nobodys_example(server, people, tmp_path):

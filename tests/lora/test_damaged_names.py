@@ -300,8 +300,8 @@ def test_readers_say_which_module_is_of_another_size_than_the_model_s_and_all_bu
     verdicts = {reader: (found["verdict"], found["not_as_meant"]) for reader, found in report["readers"].items()}
     assert verdicts.pop("ComfyUI") == ("loads in part", 1) and set(verdicts.values()) == {("not at all", 9)}
     text = format_inspection(report)
-    assert f"8 of 9 modules; it does not know modules of other sizes than those of FLUX.1, e.g. {module}" in text
-    assert "InvokeAI: 0 of 9 modules; it does not know a file with modules of other sizes" in text
+    assert f"8 of 9 modules; it does not support modules of other sizes than in FLUX.1, e.g. {module}" in text
+    assert "InvokeAI: 0 of 9 modules; it does not support a file with modules of other sizes" in text
 
 
 def test_a_change_of_a_bias_that_the_module_lacks_is_not_said_to_load():
@@ -312,7 +312,7 @@ def test_a_change_of_a_bias_that_the_module_lacks_is_not_said_to_load():
     assert lora is not None and (lora.identity.nearest, lora.misfits) == ("SD 1.5", (f"{attention}_to_q",))
     objections = read_by("ComfyUI", lora).objections
     assert [(name, o.reason) for name, o in objections.items()] == [
-        (f"{attention}_to_q", "changes of a bias where SD 1.5 has none, or modules of another size")
+        (f"{attention}_to_q", "changes of a bias that SD 1.5 does not have, or modules of another size")
     ]
 
 
@@ -321,7 +321,7 @@ def test_of_a_file_in_no_published_sizes_it_is_said_that_the_names_are_known(tmp
     report = report_of(shapes, tmp_path / "a.safetensors")
     assert report["readers"]["ComfyUI"]["verdict"] == "knows the names"
     assert report["readers"]["sd-scripts"]["verdict"] == "not at all"
-    assert "ComfyUI: all 9 modules, by their names alone" in format_inspection(report)
+    assert "ComfyUI: all 9 modules, only by their names" in format_inspection(report)
 
 
 def test_one_module_of_another_model_does_not_make_the_file_that_model_s():
@@ -379,5 +379,5 @@ def test_a_file_of_more_modules_than_any_lora_has_is_refused_at_once():
     types = {
         f"lora_unet_down_blocks_{number}_attentions_0_proj_in.diff": ("float16", (1, 1)) for number in range(20_001)
     }
-    with pytest.raises(BadFile, match="many: has 20,001 tensors, and a LoRA of at most 20,000 is read"):
+    with pytest.raises(BadFile, match="many: has 20,001 tensors, but a LoRA can have at most 20,000"):
         recognised(types, {}, "many", lambda family: pytest.fail(family))

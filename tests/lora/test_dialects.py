@@ -236,15 +236,15 @@ def factors_of(*names: str) -> dict[str, torch.Tensor]:
 STRANGE = {
     "a textual inversion of diffusers": (
         {"<s1>": torch.zeros(2, 768)},
-        r"the vectors of new words \('<s1>'\), a textual",
+        r"it is a textual-inversion embedding \('<s1>'\)",
     ),
     "the words of a training on SDXL": (
         {"text_encoders_0": torch.zeros(2, 768), "text_encoders_1": torch.zeros(2, 1280)},
-        r"new words \('text_encoders_0', 'text_encoders_1'\)",
+        r"textual-inversion embedding \('text_encoders_0', 'text_encoders_1'\)",
     ),
     "an underline in place of a dot": (
         {"lora_unet_mid_block_attentions_0_proj_in_lora_down.weight": torch.zeros(2, 1280)},
-        r"_lora_down.weight' ends neither in \.lora_down\.weight nor in",
+        r"_lora_down.weight' does not end like a LoRA's tensor, such as \.lora_down\.weight",
     ),
     "a language model": (factors_of("base_model.model.model.layers.0.self_attn.q_proj"), "is for a language model"),
     "another language model": (factors_of("base_model.model.transformer.h.0.attn.c_attn"), "is for a language model"),

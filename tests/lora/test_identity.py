@@ -129,9 +129,9 @@ def test_the_report_says_how_certain_it_is(tmp_path):
         report = inspect_header(path)
         lines[name] = report["identity"]["verdict"], format_inspection(report)
     verdict, text = lines["attn"]
-    assert verdict == "ambiguous" and "its modules are in several models alike: FLUX.1, Chroma" in text
+    assert verdict == "ambiguous" and "its modules fit several models: FLUX.1, Chroma" in text
     verdict, text = lines["narrow"]
-    assert verdict == "unknown" and "by its names alone: no published model has modules of such sizes" in text
+    assert verdict == "unknown" and "only by its names: no published model has modules of these sizes" in text
 
 
 @pytest.mark.parametrize("rows, fits", [(1280, True), (1296, False)])
@@ -228,7 +228,7 @@ def test_a_file_of_which_most_modules_are_of_no_model_is_not_recognised():
     strange = {f"double_blocks.{number}.img_attn.mixer_{number}": (640, 640) for number in range(30)}
     few = {"double_blocks.0.img_attn.proj": (640, 640)}
     with pytest.raises(
-        UnknownFamily, match=r"is not recognised: by the names .* nearest to flux1, which lacks 30 of 31"
+        UnknownFamily, match=r"not recognised: its module names are most like those of flux1, which lacks 30 of 31"
     ):
         lora_of(strange | few)
     assert lora_of(few | {"double_blocks.1.img_attn.proj": (640, 640)}).family == "flux1"

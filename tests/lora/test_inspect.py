@@ -132,7 +132,7 @@ def test_a_good_file_has_no_findings(saved):
 
 def test_nan_is_found(saved):
     broken(saved, lambda tensors: tensors[next(iter(tensors))].fill_(float("nan")))
-    assert any("1 tensor holds NaN" in text for text in texts(saved))
+    assert any("1 tensor contains NaN" in text for text in texts(saved))
 
 
 def test_a_module_without_effect_is_found(saved):
@@ -170,7 +170,7 @@ def test_metadata_of_another_family_are_found(saved):
     file = SafetensorsFile.open(saved)
     save_safetensors(saved, dict(file), {**file.metadata, "ss_base_model_version": "sdxl_base_v1-0"})
     assert any(
-        "its metadata say 'sdxl_base_v1-0' (ss_base_model_version), its tensors are for sd_v1 (sd15)" in text
+        "its metadata say 'sdxl_base_v1-0' (ss_base_model_version), but its tensors are for sd_v1 (sd15)" in text
         for text in texts(saved)
     )
 
@@ -229,7 +229,7 @@ def test_a_thumbnail_is_read_like_a_photo_without_ghostscript_or_waiting_for_a_p
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("Ghostscript is run"))
     (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n")
     os.mkfifo(tmp_path / "b.jpg")
-    for name, why in (("a.jpg", "is not a picture that can be read"), ("b.jpg", "is no regular file")):
+    for name, why in (("a.jpg", "is not a picture that can be read"), ("b.jpg", "is not a regular file")):
         with pytest.raises(BadFile, match=f"/{name}: {why}$"):
             edit_metadata(saved, thumbnail=tmp_path / name)
 
@@ -316,7 +316,7 @@ def test_a_small_file_that_claims_a_huge_weight_allocates_none(tmp_path):
     save_safetensors(path, tensors)
     report = inspect_lora(path)
     assert len(report["unknown_keys"]) == 2 + 2 and list(report["norms"]) == ["mid_block"]
-    assert any("4 tensors are not understood" in text for text in texts(path))
+    assert any("4 tensors are not recognised" in text for text in texts(path))
 
 
 @pytest.mark.clock

@@ -149,17 +149,17 @@ def plain(**changes: torch.Tensor) -> Tensors:
 
 
 BROKEN: dict[str, tuple[Tensors, str]] = {
-    "NaN": (plain(lora_up_weight=torch.full((32, 2), math.nan)), "holds NaN or infinity"),
-    "infinity": (plain(lora_down_weight=torch.full((2, 32), math.inf)), "holds NaN or infinity"),
-    "alpha": (plain(alpha=torch.tensor(math.nan)), "holds NaN or infinity"),
-    "product": (plain(alpha=torch.tensor(2e6)), r"holds numbers of 2e\+06, too large for a weight"),
-    "product of 64 bits": (plain(alpha=torch.tensor(1e300, dtype=torch.float64)), "its change holds "),
+    "NaN": (plain(lora_up_weight=torch.full((32, 2), math.nan)), "contains NaN or infinity"),
+    "infinity": (plain(lora_down_weight=torch.full((2, 32), math.inf)), "contains NaN or infinity"),
+    "alpha": (plain(alpha=torch.tensor(math.nan)), "contains NaN or infinity"),
+    "product": (plain(alpha=torch.tensor(2e6)), r"contains values up to 2e\+06, too large for a weight"),
+    "product of 64 bits": (plain(alpha=torch.tensor(1e300, dtype=torch.float64)), "its change contains "),
     "loha": (
         {"hada_w1_a": torch.full((32, 1), 1e3), "hada_w1_b": torch.ones(1, 32), "hada_w2_a": torch.full((32, 1), 1e3),
          "hada_w2_b": torch.ones(1, 32)},
-        r"holds numbers of 1e\+06",
+        r"contains values up to 1e\+06",
     ),
-    "lokr": ({"lokr_w1": torch.full((4, 4), 1e3), "lokr_w2": torch.full((8, 8), 1e3)}, r"holds numbers of 1e\+06"),
+    "lokr": ({"lokr_w1": torch.full((4, 4), 1e3), "lokr_w2": torch.full((8, 8), 1e3)}, r"contains values up to 1e\+06"),
 }  # fmt: skip
 
 
@@ -187,7 +187,7 @@ TOOLS: dict[str, Callable[[LoraFile], object]] = {
 def test_a_broken_lora_is_refused_by_the_name_of_its_module(case, tool):
     roles, message = BROKEN[case]
     if tool in ("merge", "resize") and case in ("loha", "lokr"):
-        message = "not a plain LoRA"
+        message = "convert it to a plain LoRA"
     lora = LoraFile("sd15", {}, {f"{NAME}.{role}": tensor for role, tensor in roles.items()}, name="bad")
     with pytest.raises(UnmatchedKeys, match=f"bad: {NAME}.* {message}"):
         TOOLS[tool](lora)

@@ -103,5 +103,5 @@ def test_it_is_converted_with_its_word_and_without_its_own_metadata(tmp_path):
 def test_one_with_convolutions_is_refused_as_what_it_is():
     tensors, metadata, _ = written(unet(1), {})
     convolution = {"unet:144:up": torch.zeros(320, 1, 1, 1), "unet:144:down": torch.zeros(1, 320, 3, 3)}
-    with pytest.raises(NoLora, match=r"have numbers instead of names \(cloneofsimo/lora\), and in no order"):
+    with pytest.raises(NoLora, match=r"modules are numbered \(cloneofsimo/lora\), but don't fit"):
         LoraFile.from_tensors(tensors | convolution, metadata)

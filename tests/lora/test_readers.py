@@ -67,10 +67,10 @@ def test_a_naming_is_chosen_that_all_programs_load():
     converted, error = convert_for(zimage(), ["comfyui", "InvokeAI"])
     assert error == 0 and not any(not_loaded_by(reader, converted) for reader in ("ComfyUI", "InvokeAI"))
     with pytest.raises(
-        UnmatchedKeys, match=r"no naming is loaded whole by sd-scripts: comfy: sd-scripts does not know"
+        UnmatchedKeys, match=r"no naming works completely in sd-scripts: comfy: sd-scripts does not support"
     ):
         convert_for(zimage(), ["sd-scripts"])
-    with pytest.raises(BadConfig, match="no program 'krita' is known here; known: comfyui, diffusers, peft"):
+    with pytest.raises(BadConfig, match="unknown program 'krita'; known: comfyui, diffusers, peft"):
         convert_for(zimage(), ["krita"])
 
 
@@ -210,7 +210,9 @@ def test_a_fused_layer_is_said_to_be_cut_where_it_is():
     name = "diffusion_model.double_blocks.0.img_attn"
     tensors = {f"{name}.qkv.lora_A.weight": torch.ones(2, 3072), f"{name}.qkv.lora_B.weight": torch.ones(9216, 2)}
     lora = LoraFile.from_tensors(tensors, {"ss_base_model_version": "chroma"})
-    assert not_loaded_by("ai-toolkit", lora) == {f"{name}.qkv": "fused q, k and v beyond the rank that it is set to"}
+    assert not_loaded_by("ai-toolkit", lora) == {
+        f"{name}.qkv": "fused q, k and v above the rank that it is configured for"
+    }
 
 
 def test_one_module_outside_the_blocks_spoils_a_file_of_flux1_for_sd_next():
@@ -225,12 +227,12 @@ def test_one_module_outside_the_blocks_spoils_a_file_of_flux1_for_sd_next():
     ("family", "limits"),
     [
         ("sdxl", []),
-        ("sd3", ["InvokeAI does not load the LoRA that this training run makes, in any naming"]),
+        ("sd3", ["InvokeAI does not load the LoRA of this training run, in any naming"]),
         (
             "flux1",
             [
-                "diffusers loads only a part of the LoRA that this training run makes, unless you convert it for diffusers",
-                "InvokeAI does not load the LoRA that this training run makes, unless you convert it for InvokeAI",
+                "diffusers loads only part of the LoRA of this training run, unless you convert it for diffusers",
+                "InvokeAI does not load the LoRA of this training run, unless you convert it for InvokeAI",
             ],
         ),
     ],

@@ -181,5 +181,5 @@ def test_a_lora_on_narrow_weights_is_taken_off_again_and_other_kinds_are_refused
     applied.swap()
     applied.remove()
     assert torch.equal(layer.weight, before) and not layer.changes
-    with pytest.raises(UnmatchedKeys, match=r"kept as it is stored, which only a plain LoRA"):
+    with pytest.raises(UnmatchedKeys, match=r"quantised or in fp8, so only a plain LoRA"):
         applied.add(("denoiser", "transformer_blocks.0.attn.to_q"), "weight", change)

@@ -226,10 +226,10 @@ def test_what_is_no_regular_file_is_named_and_never_read(tmp_path):
     (tmp_path / "waits.jpg").symlink_to(tmp_path / "pipe")
     said: list[str] = []
     assert [photo.name for photo in read_photos(tmp_path, on_warning=said.append)] == ["good.png"]
-    wanted = ["left out: endless.jpg: is no regular file", "left out: waits.jpg: is no regular file"]
+    wanted = ["left out: endless.jpg: is not a regular file", "left out: waits.jpg: is not a regular file"]
     assert said == wanted
     assert read_photo_files([tmp_path / "endless.jpg", tmp_path / "pipe"], on_warning=said.append) == []
-    assert said[2:] == [wanted[0], "left out: pipe: is no regular file"]
+    assert said[2:] == [wanted[0], "left out: pipe: is not a regular file"]
 
 
 def test_a_program_for_printers_in_a_photos_name_is_not_run(tmp_path):
@@ -247,7 +247,7 @@ def test_a_file_or_a_side_that_is_too_long_is_refused_before_it_is_read(tmp_path
     monkeypatch.setattr(reading, "MAX_BYTES", 2**20)
     with (tmp_path / "long.png").open("wb") as file:
         file.truncate(3 * 2**20)
-    with pytest.raises(BadPhoto, match=r"long\.png: has more than 1 MiB, the most that is read"):
+    with pytest.raises(BadPhoto, match=r"long\.png: the file is larger than 1 MiB, the maximum"):
         read_photos(tmp_path, strict=True)
 
 

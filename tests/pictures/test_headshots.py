@@ -736,7 +736,10 @@ def test_a_job_that_makes_no_picture_is_refused(wrong, said) -> None:
 def test_a_second_batch_into_one_folder_is_refused(base, tmp_path: Path) -> None:
     leftover = tmp_path / ".001-1.png.0123abcd.tmp"
     leftover.touch()
-    with held_elsewhere(tmp_path / "headshots.json"), pytest.raises(InUse, match=r"headshots\.json: another run is"):
+    with (
+        held_elsewhere(tmp_path / "headshots.json"),
+        pytest.raises(InUse, match=r"headshots\.json: another process is"),
+    ):
         make_headshots(base, [], jobs(1), tmp_path)
     assert [*tmp_path.iterdir()] == [leftover]
 

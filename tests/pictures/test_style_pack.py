@@ -301,7 +301,7 @@ def test_a_bad_style_is_named_with_file_style_and_field_and_the_good_ones_load(c
         (b"[]", "bad.json: is empty"),
         (b"{}", "bad.json: the field 'id' is missing; the field 'title' is missing"),
         (b"\x80\x04\x95", "bad.json: not UTF-8 text"),
-        (b"[" + b" " * 5 * 2**20 + b"]", "bad.json: has more than 5 MiB, the most that is read"),
+        (b"[" + b" " * 5 * 2**20 + b"]", "bad.json: the file is larger than 5 MiB, the maximum"),
     ],
 )
 def test_a_file_that_is_no_pack_gets_one_clear_line(content, expected, tmp_path):
@@ -323,7 +323,7 @@ def test_a_pipe_and_a_device_in_the_place_of_a_pack_are_named_and_not_read(tmp_p
     os.mkfifo(tmp_path / "pipe.json")
     (tmp_path / "endless.json").symlink_to("/dev/zero")
     problems = find_style_packs([tmp_path]).problems
-    assert problems == ("endless.json: is no regular file", "pipe.json: is no regular file")
+    assert problems == ("endless.json: is not a regular file", "pipe.json: is not a regular file")
 
 
 def test_a_pack_whose_styles_are_all_bad_says_why(tmp_path):

@@ -17,9 +17,9 @@ def test_pipes_devices_folders_and_large_files_are_not_read(tmp_path):
     (tmp_path / "large").write_bytes(b"x" * (2**20 + 1))
     (tmp_path / "good").write_bytes(b"x" * 2**20)
     refused = {
-        "pipe": "is no regular file",
-        "link": "is no regular file",
-        "large": "has more than 1 MiB, the most that is read",
+        "pipe": "is not a regular file",
+        "link": "is not a regular file",
+        "large": "the file is larger than 1 MiB, the maximum",
         ".": "cannot be read: Is a directory",
         "none": "cannot be read: No such file or directory",
     }
@@ -48,7 +48,7 @@ def test_nor_are_they_as_json(tmp_path):
     """The settings of peft's files and of diffusers' folders come with them."""
     os.mkfifo(tmp_path / "pipe.json")
     (tmp_path / "large.json").write_bytes(b"[]" + b" " * 2**26)
-    for name, why in (("pipe.json", "is no regular file"), ("large.json", "has more than 64 MiB")):
+    for name, why in (("pipe.json", "is not a regular file"), ("large.json", "the file is larger than 64 MiB")):
         with pytest.raises(BadFile, match=f"{name}: {why}"):
             read_json(tmp_path / name)
 

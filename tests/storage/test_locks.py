@@ -40,7 +40,7 @@ def another_run(path: Path):
 
 def test_another_process_is_kept_out_and_named_the_lock(tmp_path):
     path = tmp_path / "face.safetensors"
-    said = r"face\.safetensors: another run is writing it \(its lock: .*\.face\.safetensors\.lock\)"
+    said = r"face\.safetensors: another process is writing this file \(lock: .*\.face\.safetensors\.lock\)"
     with another_run(path), pytest.raises(InUse, match=said), locked(path):
         pass
     with locked(path):

@@ -259,8 +259,8 @@ def test_someone_of_whom_no_picture_is_alike_is_not_just_called_made(tmp_path: P
     [
         ("/home/jane doe/photos/17: no readable photo in this folder", "17: no readable photo in this folder"),
         ("cannot be read: [Errno 13] '/home/jane doe/17/a.jpg'", "cannot be read: [Errno 13] 'a.jpg'"),
-        ("OUTPUT/anna/studio.json: another run is writing it (its lock: OUTPUT/anna/.studio.json.lock)",
-         "anna/studio.json: another run is writing it (its lock: anna/.studio.json.lock)"),
+        ("OUTPUT/anna/studio.json: another process is writing this file (lock: OUTPUT/anna/.studio.json.lock)",
+         "anna/studio.json: another process is writing this file (lock: anna/.studio.json.lock)"),
         (r"C:\Users\Jane Doe\17\: holds no photo", "17: holds no photo"),
         ("../../jane/17: holds no photo", "17: holds no photo"),
         ("the base is in /mnt/jane/sd15.safetensors, which is gone", "the base is in sd15.safetensors, which is gone"),

@@ -366,7 +366,7 @@ def test_a_person_whom_another_run_is_making_is_left_alone(tmp_path, base, terms
     forbid(monkeypatch)
     with held_elsewhere(output / "anna" / "studio.json"):
         (refused,) = run(people[:1], base, output, terms)
-        assert refused.status == "failed" and "another run is writing it" in refused.reason
+        assert refused.status == "failed" and "another process is writing this file" in refused.reason
         with pytest.raises(InUse):
             forget("anna", output)
     assert {path: path.read_bytes() for path in before} == before

@@ -233,7 +233,7 @@ def test_a_row_count_that_no_block_divides_is_refused(bases):
 
 def test_modules_that_are_one_in_all_names_that_comfyui_reads_are_refused_by_name():
     with pytest.raises(
-        UnmatchedKeys, match="to_k is one with 2 others in files of lumina2, where only a plain LoRA fits"
+        UnmatchedKeys, match="to_k is fused with 2 other modules in files of lumina2; only a plain LoRA"
     ):
         name_kinds(NAME_TABLES["lumina2"], {("denoiser", "layers.0.attn.to_k"): {}})
 

@@ -196,7 +196,7 @@ def test_a_file_of_another_family_does_not_fit(bases, caches, method):
     run = started_run(bases, caches, "sd15", method)
     file = run.adapter.export(run.parameters, bases["sd15"], {"ss_base_model_version": "sd_v1"})
     sdxl = {"family": "sdxl", **bases["sdxl"].load_text_encoders(CPU, torch.float32)}
-    with pytest.raises(LoraMisfit, match=r"it is for sd15, the base model is sdxl; .*changes a sd15 model"):
+    with pytest.raises(LoraMisfit, match=r"it is for sd15, but the base model is sdxl; .*changes a sd15 model"):
         apply(file, sdxl)  # pyright: ignore
 
 

@@ -522,7 +522,7 @@ def test_two_runs_at_once_neither_share_a_job_nor_write_to_one_file(job, base, l
     loras.mkdir()
     (loras / ".anna.safetensors.0123abcd.tmp").write_bytes(b"half")
     output = RunFolder(made_folder("runs", job.key(base))).output
-    with held_elsewhere(output), pytest.raises(InUse, match=r"lora\.safetensors: another run is writing it"):
+    with held_elsewhere(output), pytest.raises(InUse, match=r"lora\.safetensors: another process is writing this file"):
         find_or_train(job, base, [loras])
     with held_elsewhere(loras / "anna.safetensors"):
         assert trained(job, base, loras).path.stem == "anna-2"
