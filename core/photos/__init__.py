@@ -1,4 +1,4 @@
-"""Reading, checking, cropping, masking, captioning and bucketing of photos."""
+"""Read, check, crop, mask, caption and bucket photos."""
 
 from typing import TYPE_CHECKING
 

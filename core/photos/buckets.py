@@ -1,4 +1,4 @@
-"""Aspect buckets: the sizes that photos are scaled and cropped to, so that little of each is lost."""
+"""Aspect buckets: the sizes that photos are scaled and cropped to, chosen so that little of each photo is lost."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import math
 from ..errors import BadConfig, BadPhoto
 
 MAX_ASPECT = 2.0
-"""The largest ratio of longer to shorter side. Families are trained up to about this: SDXL's sizes are mostly under 2."""
+"""The largest ratio of longer to shorter side. Base models are trained up to about this: most of SDXL's sizes are below 2."""
 
 SMALLEST_SIDE = 16
-"""The shortest side of a photo in pixels, however much it may be enlarged."""
+"""The shortest side of a photo in pixels, even when it is enlarged."""
 
 Size = tuple[int, int]
 
 
 def bucket_sizes(resolution: int, multiple: int, within: Size | None = None) -> list[Size]:
-    """The sizes (width, height) to choose from, in pixels: multiples of `multiple`, with an area of at most resolution².
+    """Return the sizes (width, height) to choose from, in pixels: multiples of `multiple`, at most resolution² in area.
 
-    Of all such sizes with an aspect of at most 2:1, and no larger than `within` where it is given, these are the ones
-    that could not grow in any direction. The idea of one area and many aspects is NovelAI's aspect-ratio bucketing.
+    These are the largest sizes with an aspect of at most 2:1 and within `within`, if given: none of them could grow in any
+    direction. One area with many aspects is the idea of NovelAI's aspect-ratio bucketing.
     """
     area = resolution * resolution
     max_width, max_height = within or (math.inf, math.inf)
@@ -32,10 +32,10 @@ def bucket_sizes(resolution: int, multiple: int, within: Size | None = None) -> 
 
 
 def assign_bucket(size: Size, resolution: int, multiple: int, upscale: bool = False) -> Size:
-    """The bucket (width, height) whose aspect is closest to the photo's `size`; the larger of two equally close.
+    """Return the bucket (width, height) whose aspect is closest to the photo's `size`; the larger one of a tie.
 
     The bucket is never larger than the photo, unless `upscale` is set. Raises BadPhoto when a side of the photo is
-    shorter than `multiple`, with `upscale` than SMALLEST_SIDE, BadConfig when the resolution is below `multiple`.
+    shorter than `multiple` (with `upscale`, shorter than SMALLEST_SIDE), and BadConfig when the resolution is.
     """
     if resolution < multiple:
         raise BadConfig(f"resolution {resolution} is below {multiple}, the smallest that this model family can draw")

@@ -12,43 +12,42 @@ if TYPE_CHECKING:
 
 
 def subject(trigger: str, class_word: str) -> str:
-    """The words for the person, e.g. "sks person".
+    """Return the words for the person, e.g. "sks person".
 
-    The trigger word makes it this person, the class word brings what the model knows of people.
+    The trigger word stands for this person; the class word adds what the model has learned about people.
     """
     return f"{trigger} {class_word}".strip()
 
 
 def default_caption(trigger: str, class_word: str) -> str:
-    """The usual caption, e.g. "a photo of sks person": DreamBooth's instance prompt (arXiv:2208.12242, section 3.1)."""
+    """Return the usual caption, e.g. "a photo of sks person": DreamBooth's instance prompt (arXiv:2208.12242, section 3.1)."""
     return f"a photo of {subject(trigger, class_word)}"
 
 
 def class_caption(class_word: str) -> str:
-    """The caption without the trigger word, e.g. "a photo of person": the class prompt of DreamBooth's prior preservation."""
+    """Return the caption without the trigger word, e.g. "a photo of person": DreamBooth's class prompt."""
     return f"a photo of {class_word}"
 
 
 def names_trigger(caption: str, trigger: str) -> bool:
-    """Whether the caption has the trigger word as a word of its own ("sks" is not in "masks"), in upper or lower case."""
+    """Return whether the caption has the trigger word as a whole word ("sks" is not in "masks"), in any case."""
     return re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption, re.IGNORECASE) is not None
 
 
 def tag_counts(captions: Iterable[str]) -> dict[str, int]:
-    """The number of captions that have each tag, most frequent first.
+    """Return the number of captions that have each tag, most frequent first.
 
-    Tags are counted as Kohya's scripts count them: split at commas, in lower case.
+    Tags are counted as in Kohya's scripts: captions are split at commas and converted to lower case.
     """
     tags = (tag.strip().lower() for caption in captions for tag in caption.split(","))
     return dict(Counter(tag for tag in tags if tag).most_common())
 
 
 def view_caption(trigger: str, class_word: str, framing: str, view: str) -> str:
-    """A caption that names framing and view, e.g. "a close-up photo of sks person, facing the camera".
+    """Return a caption that names framing and view, e.g. "a close-up photo of sks person, facing the camera".
 
-    It names what varies between the photos, and nothing of the identity: what a caption names, the model need not learn
-    as part of the trigger word; what it leaves out, the trigger word takes on. `framing` is one of report.FRAMINGS,
-    `view` one of report.VIEWS.
+    It names what varies between the photos, and nothing of the identity: the trigger word takes on whatever the caption
+    leaves out. `framing` is one of report.FRAMINGS, `view` one of report.VIEWS.
     """
     shown = {"close-up": "a close-up photo of", "chest-up": "a chest-up photo of", "body": "a medium shot of"}
     turned = {"front": "facing the camera", "half-turned": "head half turned", "side": "in profile"}
@@ -56,10 +55,10 @@ def view_caption(trigger: str, class_word: str, framing: str, view: str) -> str:
 
 
 def trigger_hint(trigger: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A warning when the trigger word means something to CLIP already; None when it is as rare as it should be.
+    """Return a warning when the trigger word already means something to CLIP; None for a rare word.
 
-    CLIP's vocabulary is in order of frequency: a piece of three letters and more among its first 20,000 entries is a
-    word or name with many pictures behind it ("anna", "smith", "umbrella"); "sks" and "ohwx" are about number 48,000.
+    CLIP's vocabulary is sorted by frequency. A piece of three or more letters among its first 20,000 entries is a common
+    word or name with many pictures behind it ("anna", "smith", "umbrella"). "sks" and "ohwx" are at about 48,000.
     """
     ids = tokenizer(trigger, add_special_tokens=False).input_ids
     words = [str(piece).removesuffix("</w>") for piece in tokenizer.convert_ids_to_tokens(ids)]

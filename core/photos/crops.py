@@ -1,4 +1,4 @@
-"""Training pictures by the photo report: close-ups of the face, other people cut out, and masks."""
+"""Training pictures made from the photo report: close-ups of the face, crops without other people, and masks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .reading import Photo
 from .report import CROP, FRAMINGS, PhotoReport, SetReport, framing
 
 CLOSE_UP = (0.6, 0.5)
-"""The margins above and below the face's box, in face heights: with hair and the beginning of the shoulders."""
+"""The margins above and below the face's box, in face heights: includes hair and the top of the shoulders."""
 CHEST_UP = (0.8, 2.0)
 """The margins above and below the face's box, in face heights: down to the chest."""
 MASK_SIDE = 1024
@@ -30,12 +30,11 @@ def face_regions(
     *,
     captioner: Callable[[Image.Image], str] | None = None,
 ) -> Callable[[Photo], list[Region]]:
-    """A function for `prepare`'s `regions`, which gives the whole of a reported photo and a close-up of the face.
+    """Return a function for `prepare`'s `regions`. It selects the whole of a reported photo and a close-up of the face.
 
-    Where the face is small or other people are near, a chest-up part takes the place of the whole photo. No region has
-    fewer pixels than `resolution`², unless the photo itself has or other people leave no more: crops are never enlarged.
-    Captions name framing and view; a `captioner` (picture in, words out) can add what else is seen. A sidecar caption
-    stays.
+    Where the face is small or other people are near, a chest-up part replaces the whole photo. Crops are never enlarged: a
+    region has at least `resolution`² pixels, unless the photo is smaller or other people leave less room. Captions name
+    framing and view. A `captioner` (takes a picture, returns words) can add what else is visible. Sidecar captions are kept.
     """
     reports = {item.photo.digest: item for item in report.photos}
 
@@ -53,12 +52,12 @@ def face_regions(
 def with_masks(
     photos: Sequence[Photo], report: SetReport, *, part: str = "person", background: float = 0.1
 ) -> list[Photo]:
-    """The photos with masks for the masked loss.
+    """Return the photos with masks for the masked loss.
 
-    The person's head and shoulders (with part="face" the head alone) count fully, other people's heads count nothing,
-    and the rest counts `background`, 0 to 1: with 0, masked training fills the background with noise. A mask
-    is drawn from the face's box with soft edges: it says where the person is, not where each hair ends. A photo that
-    has a mask already, or in which no face was found, stays as it is. Raises BadConfig for an unknown `part`.
+    The person's head and shoulders count fully (with part="face", only the head). Other people's heads count nothing, and
+    the rest counts `background`, 0 to 1. With 0, masked training fills the background with noise. A mask is drawn from the
+    face's box with soft edges: it covers the person roughly, not hair by hair. Photos that already have a mask, or
+    show no face, are unchanged. Raises BadConfig for an unknown `part`.
     """
     reports = {item.photo.digest: item for item in report.photos}
     masked = []
@@ -74,20 +73,20 @@ def with_masks(
 def draw_mask(
     size: tuple[int, int], face: Face, other_faces: Sequence[Face], part: str = "person", background: float = 0.1
 ) -> Image.Image:
-    """A mask for a photo of that size: mode L, the photo's aspect, at most MASK_SIDE pixels long, white for the person.
+    """Return a mask for a photo of that size: mode L, the photo's aspect, at most MASK_SIDE pixels long, white for the person.
 
     `face` and `other_faces` are in pixels of the photo. Other people's heads are black, and `background` (0 to 1) is the
     brightness of the rest. Raises BadConfig unless `part` is "person" or "face".
     """
     if part not in ("person", "face"):
-        raise BadConfig(f"the part of a mask is 'person' or 'face', not {part!r}")
+        raise BadConfig(f"the part of a mask must be 'person' or 'face', not {part!r}")
     scale = min(1.0, MASK_SIDE / max(size))
     mask = Image.new("L", (max(1, round(size[0] * scale)), max(1, round(size[1] * scale))), round(255 * background))
     draw = ImageDraw.Draw(mask)
     left, top, right, bottom = (value * scale for value in face.box)
     width, height = right - left, bottom - top
     if part == "person":
-        # From the neck to shoulders three faces wide, and straight down from there.
+        # The shape runs from the neck to shoulders three faces wide, and straight down from there.
         shoulders = bottom + 0.9 * height
         outline = [
             (left + 0.1 * width, bottom - 0.2 * height), (right - 0.1 * width, bottom - 0.2 * height),
@@ -101,14 +100,14 @@ def draw_mask(
 
 
 def _head(face: Face, scale: float) -> tuple[float, float, float, float]:
-    """The box around a head with its hair: wider than the face's box by a quarter on each side, and higher."""
+    """Return the box around a head with its hair: a quarter wider than the face's box on each side, and higher."""
     left, top, right, bottom = (value * scale for value in face.box)
     width, height = right - left, bottom - top
     return left - 0.25 * width, top - 0.4 * height, right + 0.25 * width, bottom + 0.1 * height
 
 
 def _boxes(report: PhotoReport, resolution: int) -> list[Box]:
-    """The regions of one photo: the whole or a chest-up part, then a close-up where that differs enough."""
+    """Return the regions of one photo: the whole or a chest-up part, then a close-up if that differs enough."""
     assert report.face is not None, "checked by the caller"
     whole: Box = (0, 0, *report.photo.size)
     close_up = _around(report.face, CLOSE_UP, 1.0, whole, resolution)
@@ -117,18 +116,18 @@ def _boxes(report: PhotoReport, resolution: int) -> list[Box]:
     else:
         wide = whole
     boxes = [_without(box, report.face, report.other_faces, resolution) for box in (wide, close_up)]
-    # Half the area is a closer look; more is the same picture again.
+    # A close-up of at most half the area adds detail; a larger one repeats the same picture.
     return boxes if _area(boxes[1]) <= _area(boxes[0]) / 2 else boxes[:1]
 
 
 def _around(face: Face, margins: tuple[float, float], aspect: float, whole: Box, resolution: int) -> Box:
-    """The part of the photo around a face, with margins above and below it in face heights, grown to resolution²."""
+    """Return the part of the photo around a face, with margins above and below in face heights, grown to resolution²."""
     left, top, right, bottom = face.box
     height = (bottom - top) * (1 + sum(margins))
     width = height * aspect
     growth = max(1.0, resolution / math.sqrt(width * height))
     width, height = math.ceil(min(width * growth, whole[2])), math.ceil(min(height * growth, whole[3]))
-    # The margins keep their proportion as the part grows; at the photo's edge it moves inwards.
+    # The margins keep their proportion as the part grows; at the photo's edge, the part moves inwards.
     eye_level = top + (bottom - top) / 2
     above = (margins[0] + 0.5) / (1 + sum(margins))
     x = round(min(max(0, (left + right) / 2 - width / 2), whole[2] - width))
@@ -137,10 +136,10 @@ def _around(face: Face, margins: tuple[float, float], aspect: float, whole: Box,
 
 
 def _without(box: Box, face: Face, others: Sequence[Face], resolution: int) -> Box:
-    """The largest part of `box` with the whole face but not the others, one side cut per other person.
+    """Return the largest part of `box` with the whole face but without the others, cutting one side for each other person.
 
-    The cut is beside the other's hair if it can be, else beside the face. Where even that would cut the person's face,
-    or leave a side below half the resolution, the other stays: the mask takes care of it.
+    The cut is beside the other person's hair if possible, else beside the face. If even that would cut the person's face, or
+    leave a side below half the resolution, the other person stays in the crop and is left to the mask.
     """
     for other in others:
         for left, top, right, bottom in (_head(other, 1.0), other.box):
@@ -161,7 +160,7 @@ def _without(box: Box, face: Face, others: Sequence[Face], resolution: int) -> B
 
 
 def _keeps(part: Box, face: Face, box: Box) -> bool:
-    """Whether `part` has as much of the face as `box` has."""
+    """Return whether `part` contains as much of the face as `box` does."""
     left, top, right, bottom = face.box
     return (
         part[0] <= max(left, box[0])

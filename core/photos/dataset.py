@@ -1,4 +1,4 @@
-"""The pictures to train on: regions of photos, each cropped to its bucket and with its caption."""
+"""The pictures to train on: regions of photos, each cropped to its bucket and captioned."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Region:
-    """A part of a photo that is a training picture of its own: the whole photo, or a closer look at the face."""
+    """A part of a photo that becomes its own training picture: the whole photo, or a close-up of the face."""
 
     box: Box
     caption: str | None = None
-    """The caption of the region, in place of the photo's; None keeps the photo's own or the usual one."""
+    """The region's caption, which replaces the photo's. None keeps the photo's caption, or the default one."""
 
 
 @dataclass(frozen=True)
@@ -37,24 +37,24 @@ class TrainingImage:
     photo: Photo
     caption: str
     bucket: tuple[int, int]
-    """The width and height in pixels at which the denoiser sees the picture."""
+    """The width and height in pixels at which the model sees the picture."""
     region: Box
-    """The picture that the crop is cut from: the whole photo, or the part of it that was chosen as a picture."""
+    """The area that the crop is cut from: the whole photo, or the selected part of it."""
     crop: Box
     """The part of `region` that has the bucket's aspect."""
     flip: bool
     """Whether the picture is mirrored left to right."""
     repeats: int
-    """The number of times that the picture counts in an epoch."""
+    """How often the picture is used in an epoch."""
     is_class: bool
-    """Whether the picture shows the class and not the person, for prior preservation."""
+    """Whether the picture shows the class instead of the person, for prior preservation."""
 
     def pixels(self) -> Tensor:
-        """The pixels, float32 (3, height, width) in [-1, 1], scaled by Lanczos resampling."""
+        """Return the pixels, float32 (3, height, width) in [-1, 1], scaled by Lanczos resampling."""
         return _to_tensor(self._resized(self.photo.image())) * 2 - 1
 
     def mask(self) -> Tensor | None:
-        """The mask, float32 (1, height, width) in [0, 1], 1 where the loss counts; None when it counts everywhere."""
+        """Return the mask, float32 (1, height, width) in [0, 1], 1 where the loss counts; None if it counts everywhere."""
         mask = self.photo.mask()
         return None if mask is None else _to_tensor(self._resized(mask))
 
@@ -68,8 +68,8 @@ class TrainingImage:
     def crop_top_left(self) -> tuple[int, int]:
         """The (x, y) of the crop's top left corner in the scaled picture: SDXL's c_crop (arXiv:2307.01952, 2.2).
 
-        SDXL was taught with the pixels that were cut off after scaling to the training size, so the offsets in the
-        photo are scaled alike; in a mirrored picture the right margin is the left one.
+        SDXL was trained with the number of pixels cut off after scaling to the training size, so the offsets in the photo are
+        scaled too. In a mirrored picture, the right margin is used as the left one.
         """
         left, top, right, _ = self.crop
         margin = self.region[2] - right if self.flip else left - self.region[0]
@@ -84,13 +84,13 @@ class TrainingImage:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The pictures of a training, and warnings about them for the user."""
+    """The pictures of a training run, and warnings about them for the user."""
 
     images: tuple[TrainingImage, ...]
     warnings: tuple[str, ...] = ()
 
     def bucket_counts(self) -> dict[tuple[int, int], int]:
-        """The number of pictures, with repeats, in each bucket (width, height)."""
+        """Return the number of pictures, with repeats, in each bucket (width, height)."""
         counts: Counter[tuple[int, int]] = Counter()
         for image in self.images:
             counts[image.bucket] += image.repeats
@@ -114,18 +114,18 @@ def prepare(
     regions: Callable[[Photo], Sequence[Region]] | None = None,
     more_resolutions: Sequence[int] = (),
 ) -> Dataset:
-    """The Dataset of the photos: each photo, or each of its `regions`, cropped in the middle to a bucket.
+    """Return the Dataset of the photos: each photo, or each of its `regions`, cropped around its centre to a bucket.
 
-    The caption is the region's, else the sidecar's, else "a photo of TRIGGER CLASS". With `flip` a mirrored copy of
-    each picture of the person is added. `class_photos` are captioned by their sidecars, else "a photo of CLASS". Of what is
-    large enough for it, a picture at each of `more_resolutions` is added too.
+    The caption is the region's, else the sidecar's, else "a photo of TRIGGER CLASS". `flip` adds a mirrored copy of each
+    picture of the person. `class_photos` use their sidecar captions, else "a photo of CLASS". Regions that are large enough
+    are also added at each of `more_resolutions`.
 
-    Raises BadPhoto where a photo is too small for any bucket and `upscale` is off.
+    Raises BadPhoto if a photo is too small for any bucket and `upscale` is off.
     """
     images, notes = [], []
     for photo in photos:
         if photo.caption is not None and not names_trigger(photo.caption, trigger):
-            notes.append(f"{photo.name}: its caption does not have the trigger word {trigger!r}: {photo.caption!r}")
+            notes.append(f"{photo.name}: the caption lacks the trigger word {trigger!r}: {photo.caption!r}")
         for region in regions(photo) if regions else (_whole(photo),):
             caption = region.caption or photo.caption or default_caption(trigger, class_word)
             sides = (resolution, *more_resolutions)
@@ -147,7 +147,7 @@ def _whole(photo: Photo) -> Region:
 
 
 def _fit(photo: Photo, box: Box, resolution: int, multiple: int, upscale: bool) -> tuple[tuple[int, int], Box]:
-    """The bucket for a box of the photo, and the largest part in the middle of the box that has its aspect."""
+    """Return the bucket for a box of the photo, and the largest central part of the box with the bucket's aspect."""
     left, top, right, bottom = box
     width, height = right - left, bottom - top
     try:
@@ -162,6 +162,6 @@ def _fit(photo: Photo, box: Box, resolution: int, multiple: int, upscale: bool) 
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
-    """The picture's values, float32 (channels, height, width) in [0, 1]."""
+    """Return the picture's values, float32 (channels, height, width) in [0, 1]."""
     array = np.asarray(image, dtype=np.float32) / 255
     return torch.from_numpy(np.atleast_3d(array).transpose(2, 0, 1).copy())

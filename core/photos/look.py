@@ -1,4 +1,4 @@
-"""What is measured in one photo, before it is compared with the others."""
+"""Measure one photo, before it is compared with the others."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ TURNS = {
     180: "the picture stands on its head: turn it round",
     270: "the picture lies on its side: turn it to the right",
 }
-"""The advice for a picture that must be turned, by the degrees, counter-clockwise, that make it upright."""
+"""The advice for a picture that isn't upright, by the counter-clockwise degrees that would make it upright."""
 UPRIGHT_SCORE, UPRIGHT_MARGIN = 0.91, 0.03
-"""The detector's score from which a face counts as upright, and the lead that a turned picture's score must have over it.
+"""The lowest detector score at which a face counts as upright, and the margin by which a turned picture must beat it.
 
-On ORL, YuNet gives upright faces 0.914 and more, and at least 0.035 more than the same faces turned.
+On ORL, YuNet scores upright faces 0.914 or more, and at least 0.035 higher than the same faces turned.
 """
 
 
@@ -34,7 +34,7 @@ class Look:
     hash: np.ndarray
     turn: int
     faces: list[Face]
-    """The faces in pixels of the photo, largest first, without those that are small beside the largest."""
+    """The faces in pixels of the photo, largest first, without faces that are much smaller than the largest."""
     vectors: np.ndarray
     lumas: list[np.ndarray]
     lights: list[np.ndarray]
@@ -42,8 +42,8 @@ class Look:
 
 
 def look_at(photo: Photo, network: FaceNetwork, thresholds: Thresholds) -> Look:
-    """The measurements of a photo."""
-    # The detector works at 640 pixels; a face is judged at SHARPNESS_SIDE. Decode no more than that needs.
+    """Return the measurements of a photo."""
+    # The detector works at 640 pixels, and a face is judged at SHARPNESS_SIDE. Decoding more would waste time.
     image = photo.image(shorter_side=640)
     faces = network.detect(image)
     if faces and faces[0].size < measure.SHARPNESS_SIDE and image.size != photo.size:
@@ -52,7 +52,7 @@ def look_at(photo: Photo, network: FaceNetwork, thresholds: Thresholds) -> Look:
         faces = [_scaled(face, image, larger.size) for face in faces]
         image = larger
     turn = _turn(image, faces, network)
-    # The landmarks of a face that is not upright are wrong.
+    # Landmarks are wrong on a face that is not upright.
     faces = [] if turn else [face for face in faces if face.size >= thresholds.other_face * faces[0].size]
     return Look(
         photo,
@@ -67,7 +67,7 @@ def look_at(photo: Photo, network: FaceNetwork, thresholds: Thresholds) -> Look:
 
 
 def _turn(image: Image.Image, faces: Sequence[Face], network: FaceNetwork) -> int:
-    """The degrees, counter-clockwise, that would make the faces upright; 0 where they are, or where there are none."""
+    """Return the degrees, counter-clockwise, that would make the faces upright; 0 if they are upright or no face is found."""
     upright = _surest(faces)
     if upright >= UPRIGHT_SCORE:
         return 0
@@ -81,7 +81,7 @@ def _surest(faces: Sequence[Face]) -> float:
 
 
 def _scaled(face: Face, image: Image.Image, size: tuple[int, int]) -> Face:
-    """The face of `image` in pixels of the same picture at another size."""
+    """Return a face of `image` in the pixels of the same picture at another size."""
     factors = np.array(size) / image.size
     left, top, right, bottom = (np.array(face.box) * np.tile(factors, 2)).tolist()
     return Face((left, top, right, bottom), (face.landmarks * factors).astype(np.float32), face.score)

@@ -8,14 +8,14 @@ from PIL import Image
 from ..faces import Face
 
 SHARPNESS_SIDE = 256
-"""The size of a face, in pixels, at which its sharpness is judged: what a close-up is trained at, whatever the camera."""
+"""The face size, in pixels, at which sharpness is judged: the size a close-up is trained at, whatever the camera."""
 
 
 def perceptual_hash(image: Image.Image) -> np.ndarray:
-    """The perceptual hash, bool (64,): which of the 8 x 8 lowest frequencies of the 32 x 32 picture exceed their median.
+    """Return the perceptual hash, bool (64,): which of the 8 x 8 lowest frequencies of the 32 x 32 picture exceed the median.
 
-    Copies in other sizes, formats and brightness differ in few bits; unrelated pictures differ in about 32. It is "pHash"
-    of Zauner, "Implementation and benchmarking of perceptual image hash functions" (2010), and the package ImageHash.
+    Copies in other sizes, formats and brightness differ in a few bits; unrelated pictures differ in about 32. The method is
+    "pHash" of Zauner, "Implementation and benchmarking of perceptual image hash functions" (2010), as in package ImageHash.
     """
     grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), np.float64)
     positions, frequencies = np.arange(32), np.arange(8)[:, None]
@@ -25,14 +25,14 @@ def perceptual_hash(image: Image.Image) -> np.ndarray:
 
 
 def hash_distance(a: np.ndarray, b: np.ndarray) -> int:
-    """The number of bits, of 64, in which two perceptual hashes differ."""
+    """Return the number of differing bits, of 64, between two perceptual hashes."""
     return int((a != b).sum())
 
 
 def face_luma(image: Image.Image, face: Face) -> np.ndarray:
-    """The brightness of a face, float64 (h, w) in 0 to 255.
+    """Return the brightness of a face, float64 (h, w) in 0 to 255.
 
-    It is that of the part of the face's box inside the picture, shrunk to at most SHARPNESS_SIDE pixels on the long side.
+    It covers the part of the face's box inside the picture, shrunk to at most SHARPNESS_SIDE pixels on the long side.
     """
     crop = image.crop(_inside(image, face)).convert("L")
     crop.thumbnail((SHARPNESS_SIDE, SHARPNESS_SIDE), Image.Resampling.LANCZOS)
@@ -40,10 +40,10 @@ def face_luma(image: Image.Image, face: Face) -> np.ndarray:
 
 
 def sharpness(luma: np.ndarray) -> float:
-    """The variance of the Laplacian over the variance of `luma` (h, w): how much of the contrast is in fine detail.
+    """Return the variance of the Laplacian over the variance of `luma` (h, w): how much of the contrast is fine detail.
 
-    The division makes it independent of exposure, which the plain variance of the Laplacian (Pech-Pacheco 2000) is not.
-    It is 0 for a picture without contrast or with a side below 3 pixels.
+    Unlike the plain variance of the Laplacian (Pech-Pacheco 2000), the ratio doesn't depend on exposure. It is 0 for a
+    picture without contrast or with a side below 3 pixels.
     """
     if min(luma.shape) < 3 or luma.var() == 0:
         return 0.0
@@ -53,17 +53,17 @@ def sharpness(luma: np.ndarray) -> float:
 
 
 def highlights(luma: np.ndarray) -> float:
-    """The brightness that 5 % of the face exceeds, 0 to 255. A low one means underexposed for light and dark skin alike."""
+    """Return the brightness that 5 % of the face exceeds, 0 to 255. Low means underexposed, for light and dark skin alike."""
     return float(np.percentile(luma, 95))
 
 
 def midtone(luma: np.ndarray) -> float:
-    """The median brightness of the face, 0 to 255. A very high one means overexposed."""
+    """Return the median brightness of the face, 0 to 255. A very high one means overexposed."""
     return float(np.median(luma))
 
 
 def share_in_frame(image_size: tuple[int, int], face: Face) -> float:
-    """The share of the face's box that is inside the picture, 0 to 1."""
+    """Return the share of the face's box that is inside the picture, 0 to 1."""
     left, top, right, bottom = face.box
     width = min(right, image_size[0]) - max(left, 0)
     height = min(bottom, image_size[1]) - max(top, 0)
@@ -71,20 +71,20 @@ def share_in_frame(image_size: tuple[int, int], face: Face) -> float:
 
 
 def features_in_frame(image_size: tuple[int, int], face: Face) -> bool:
-    """Whether both eyes, the nose and both ends of the mouth are inside the picture.
+    """Return whether both eyes, the nose and both ends of the mouth are inside the picture.
 
-    The detector places features outside the picture where they are cut off: so it did on every ORL face cut in half.
+    The detector places features that are cut off outside the picture: it did so on every ORL face cut in half.
     """
     return bool(((face.landmarks >= 0) & (face.landmarks <= np.array(image_size))).all())
 
 
 def pose(face: Face) -> tuple[float, float]:
-    """The (yaw, pitch) of a head, without units, by the place of the nose tip between eyes and mouth.
+    """Return the (yaw, pitch) of a head, without units, from the position of the nose tip between eyes and mouth.
 
     Yaw is the nose's offset from the line between the middles of eyes and mouth, in eye distances: 0 in a frontal view,
-    negative towards the picture's left. With eyes 63 mm apart (Dodgson 2004, mean of adults) and a nose tip that stands
-    out by some 28 mm it is 0.44 times the tangent of the angle. Pitch is the nose's place between eyes (0) and mouth (1):
-    about 0.55 for a level look, less when looking up, more when looking down. A tilt of the head changes neither.
+    negative towards the picture's left. It is 0.44 times the tangent of the angle, for eyes 63 mm apart (Dodgson 2004, mean
+    of adults) and a nose about 28 mm long. Pitch is the nose's position between eyes (0) and mouth (1): about 0.55 for a
+    level look, less when looking up, more when looking down. Tilting the head changes neither.
     """
     left_eye, right_eye, nose, left_mouth, right_mouth = face.landmarks.astype(np.float64)
     eyes, mouth = (left_eye + right_eye) / 2, (left_mouth + right_mouth) / 2
@@ -97,10 +97,10 @@ def pose(face: Face) -> tuple[float, float]:
 
 
 def light(image: Image.Image, face: Face) -> np.ndarray:
-    """The light on a face as a vector (3,) of brightness, side and warmth; at a distance of 1 two lights look different.
+    """Return the light on a face as a vector (3,) of brightness, side and warmth; two lights look different at a distance of 1.
 
-    Each is in units of a visible difference: 15 % of brightness, 10 % between the halves of the face, 6 % of red
-    against blue.
+    Each is in units of a visible difference: 15 % of brightness, 10 % between the halves of the face, 6 % of red against
+    blue.
     """
     rgb = np.asarray(image.crop(_inside(image, face)).resize((32, 32), Image.Resampling.BOX), np.float64) / 255
     halves = rgb[:, :16].mean(), rgb[:, 16:].mean()
@@ -111,9 +111,9 @@ def light(image: Image.Image, face: Face) -> np.ndarray:
 
 
 def background(image: Image.Image, face: Face) -> np.ndarray:
-    """The background beside and above the head as a vector (4,) of mean colour (3) and spread of brightness.
+    """Return the background beside and above the head as a vector (4,): mean colour (3) and spread of brightness.
 
-    At a distance of 1 two backgrounds look different.
+    Two backgrounds look different at a distance of 1.
     """
     small = np.asarray(image.resize((64, 64), Image.Resampling.BOX), np.float64) / 255
     left, top, right, bottom = face.box
@@ -128,7 +128,7 @@ def background(image: Image.Image, face: Face) -> np.ndarray:
 
 
 def kinds(vectors: list[np.ndarray]) -> int:
-    """The number of kinds among the vectors: a vector is of a new kind if it is further than 1 from all kinds before it."""
+    """Return the number of kinds among the vectors: a vector starts a new kind if it is over 1 away from all earlier kinds."""
     kept: list[np.ndarray] = []
     for vector in vectors:
         if all(np.linalg.norm(vector - other) > 1 for other in kept):
@@ -137,7 +137,7 @@ def kinds(vectors: list[np.ndarray]) -> int:
 
 
 def _inside(image: Image.Image, face: Face) -> tuple[int, int, int, int]:
-    """The face's box, cut at the picture's edges, never empty."""
+    """Return the face's box, cut at the picture's edges, never empty."""
     left, top = (max(0, min(round(v), side - 1)) for v, side in zip(face.box[:2], image.size, strict=True))
     right, bottom = (min(side, round(v)) for v, side in zip(face.box[2:], image.size, strict=True))
     return left, top, max(left + 1, right), max(top + 1, bottom)

@@ -1,4 +1,4 @@
-"""Photos from a folder or from memory, as values: size, caption, repeats and digest at once, pixels on demand."""
+"""Photos from a folder or from memory: size, caption, repeats and digest are read at once, pixels on demand."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ from ..storage.files import read_bytes
 HEIF_SUFFIXES = (".heic", ".heif")
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", *HEIF_SUFFIXES)
 MASK_ENDING = "-masklabel.png"
-"""The end of a mask's file name, as in OneTrainer: `anna-masklabel.png` beside `anna.jpg`, white where the loss counts."""
+"""The ending of a mask's file name, as in OneTrainer: `anna-masklabel.png` beside `anna.jpg`, white where the loss counts."""
 
 MAX_PIXELS = 2 * 89_478_485
-"""The most pixels of a photo: Pillow refuses more as a decompression bomb. Large phone cameras have 108 megapixels."""
+"""The most pixels a photo may have: Pillow refuses more as a decompression bomb. Large phone cameras have 108 megapixels."""
 
 MOST_PIXELS_AT_ONCE, _STRIP_PIXELS = 100_000_000, 2**22
-"""The most pixels of a picture that stays at its size beside its decoded file, and the pixels that are changed at once."""
+"""The most pixels of a picture kept at full size beside its decoded file, and the pixels converted at once."""
 
 _MANY_COPIES = {"WEBP": 60_000_000, "AVIF": 60_000_000}
-"""The most pixels in formats of which the decoder holds several copies."""
+"""Lower limits for formats whose decoders hold several copies."""
 
 MAX_SIDE = 65_535
 """The longest side in pixels that is read: JPEG's own limit."""
 MAX_BYTES = 2**30
-"""The largest file that is read: more than 178 megapixels of 16 bits take uncompressed."""
+"""The largest file that is read: larger than 178 uncompressed megapixels at 16 bits."""
 
 MAX_REPEATS = 10_000
-"""The most repeats that a folder's name can give its photos."""
+"""The most repeats that a folder name can set."""
 
 MAX_CAPTION_BYTES = 2**20
-"""The longest caption that is read: text encoders take a few hundred words."""
+"""The longest caption that is read, in bytes: text encoders take a few hundred words."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "HEIF")
-"""Pillow's decoders of PHOTO_SUFFIXES. It has others, among them one that runs Ghostscript, and goes by a file's content."""
+"""The Pillow decoders for PHOTO_SUFFIXES. Pillow picks a decoder by content, and another one runs Ghostscript."""
 _REPEATS_FOLDER = re.compile(r"(\d+)_.*")
 _ORIENTATION_TAG = 0x0112
 _TURNS = {
@@ -55,21 +55,21 @@ _TURNS = {
 }  # fmt: skip
 _SIDEWAYS = [turn for value, turn in _TURNS.items() if value > 4]
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error, zlib.error)
-"""The exceptions that Pillow's decoders raise on damaged files, AVIF's a RuntimeError."""
+"""The exceptions that Pillow's decoders raise on damaged files; AVIF's raises RuntimeError."""
 
 
 @dataclass(frozen=True)
 class Photo:
-    """One photo, made by `read_photos` or `Photo.from_image`, and decoded each time that `image()` is called."""
+    """One photo, made by `read_photos` or `Photo.from_image`. It is decoded on every call of `image()`."""
 
     name: str
     """The file name without its folder, for messages only."""
     size: tuple[int, int]
     """The width and height in pixels, with the EXIF orientation applied."""
     caption: str | None
-    """The text of the sidecar .txt on one line; None where there is none."""
+    """The text of the sidecar .txt file on one line; None without one."""
     repeats: int
-    """The number of times that the photo counts in an epoch: N in a Kohya `N_name` folder, else 1."""
+    """How often the photo is used in an epoch: N in a Kohya `N_name` folder, else 1."""
     digest: str
     """The SHA-256 of the picture (of the file, or of pixels in memory), without name, caption and mask."""
     source: Path | Image.Image = field(repr=False, compare=False)
@@ -80,7 +80,7 @@ class Photo:
 
     @property
     def fingerprint(self) -> str:
-        """A hash, equal for photos that train alike: it covers picture, mask, caption and repeats, but not the name."""
+        """A hash of picture, mask, caption and repeats, without the name: equal for photos that train alike."""
         source = self.mask_source
         if isinstance(source, Image.Image):
             mask = f"{source.mode} {source.size}".encode() + source.tobytes()
@@ -98,49 +98,49 @@ class Photo:
         repeats: int = 1,
         mask: Image.Image | None = None,
     ) -> Photo:
-        """A photo made from pixels in memory, in any Pillow mode but the floating-point "F".
+        """Make a photo from pixels in memory, in any Pillow mode except the floating-point "F".
 
         The mask is white where the loss counts. Raises BadPhoto for mode "F" and for a mask of another size.
         """
         with _opened(name, image):
             image = ImageOps.exif_transpose(image)
-            if image.mode == "P":  # its pixels mean nothing without the palette
+            if image.mode == "P":  # Palette pixels mean nothing without the palette.
                 image = image.convert("RGBA" if image.has_transparency_data else "RGB")
         if mask is not None and mask.size != image.size:
-            raise BadPhoto(f"{name}: the mask has {_times(mask.size)} pixels, the photo {_times(image.size)}")
+            raise BadPhoto(f"{name}: the mask has {_times(mask.size)} pixels, but the photo {_times(image.size)}")
         digest = hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
         return cls(name, image.size, caption, repeats, digest, image, mask)
 
     def with_mask(self, mask: Image.Image) -> Photo:
-        """A copy of the photo with another mask, in mode L, white where the loss counts, stretched over the photo."""
+        """Return a copy of the photo with this mask, in mode L, white where the loss counts, stretched over the photo."""
         return replace(self, mask_source=mask)
 
     def image(self, shorter_side: int | None = None) -> Image.Image:
-        """The picture in mode RGB and in sRGB: upright, the first frame, with white behind transparent parts.
+        """Return the picture in mode RGB and in sRGB: upright, the first frame, with white behind transparent parts.
 
-        With `shorter_side` it may come smaller, with no side below that many pixels: JPEG files then decode at a
-        half, a quarter or an eighth, many times faster. One of more than MOST_PIXELS_AT_ONCE comes smaller in any case.
-        Raises BadPhoto when the file cannot be read any more, or has another content than `digest` says.
+        With `shorter_side`, the picture may be smaller, with no side below that many pixels: JPEG files then decode at a half,
+        a quarter or an eighth, many times faster. Pictures of more than MOST_PIXELS_AT_ONCE are always reduced. Raises BadPhoto
+        if the file can no longer be read, or its content no longer matches `digest`.
         """
         with _opened(self.name, self._picture()) as image:
             if shorter_side is None and _is_large(image):
                 shorter_side = min(image.size) // 2
             if shorter_side is not None:
-                # Pillow's draft keeps both sides at or above what is asked; a square asks the same of both.
+                # Pillow's draft keeps both sides at or above the requested size, so a square requests the same of both.
                 image.draft("RGB", (shorter_side, shorter_side))
             changed, turn = _in_strips(image, "RGB", _to_rgb), _turn(image)
-        del image  # its pixels, before there is another copy
+        del image  # Free its pixels before making another copy.
         return changed if turn is None else changed.transpose(turn)
 
     def box_in(self, image: Image.Image, box: tuple[int, int, int, int]) -> tuple[float, float, float, float]:
-        """The box, in pixels of the photo, in those of `image`, which may have come smaller."""
+        """Convert a box in pixels of the photo to pixels of `image`, which may be smaller."""
         x, y = image.width / self.size[0], image.height / self.size[1]
         return box[0] * x, box[1] * y, box[2] * x, box[3] * y
 
     def mask(self) -> Image.Image | None:
-        """The mask in mode L and in the photo's size, white where the loss counts; None where there is none.
+        """Return the mask in mode L and in the photo's size, white where the loss counts; None without a mask.
 
-        It is the mask beside the photo, else the photo's own transparency.
+        The mask beside the photo is used first, then the photo's own transparency.
         """
         if self.mask_source is not None:
             with _opened(self.name, _content(self.mask_source)) as image:
@@ -155,23 +155,23 @@ class Photo:
                 return None
         del image
         mask = mask if turn is None else mask.transpose(turn)
-        # A mask that was drawn (`with_mask`) is smaller than a large photo, and so is that of a very large one.
+        # A drawn mask (`with_mask`) is smaller than a large photo, and the mask of a very large photo is reduced.
         return mask if mask.size == self.size else mask.resize(self.size, Image.Resampling.BILINEAR)
 
     def _picture(self) -> bytes | Image.Image:
-        """The content that the digest is of. Raises BadPhoto when it is another picture's by now."""
+        """Return the content that the digest was made of. Raises BadPhoto if it has changed since."""
         content = _content(self.source)
         if isinstance(content, bytes) and hashlib.sha256(content).hexdigest() != self.digest:
-            raise BadPhoto(f"{self.name}: has changed since it was first read; start again")
+            raise BadPhoto(f"{self.name}: the file has changed since it was first read; start again")
         return content
 
 
 PhotoLike = Photo | Image.Image | np.ndarray
-"""What `as_photo` takes for a photo."""
+"""What `as_photo` accepts as a photo."""
 
 
 def as_photo(picture: PhotoLike, name: str) -> Photo:
-    """The photo itself, or one of that name made from a PIL image or an array, uint8 (height, width, 3) in RGB.
+    """Return a Photo unchanged, or make one of that name from a PIL image or an array, uint8 (height, width, 3) in RGB.
 
     Raises BadPhoto for anything else.
     """
@@ -192,19 +192,20 @@ def read_photos(
     strict: bool = False,
     on_warning: Callable[[str], None] = warnings.warn,
 ) -> list[Photo]:
-    """The photos of a folder in the order of their names, then, with `repeats`, those of its Kohya-style `N_name` folders.
+    """Read the photos of a folder in the order of their names, then those of its Kohya-style `N_name` folders.
 
-    A photo that cannot be read is named to `on_warning` and left out; with `strict` it raises. Captions come from
-    `NAME.txt` beside the photo, masks from `NAME-masklabel.png` or from transparency.
+    The latter are read only with `repeats`. A photo that cannot be read is skipped with a warning to `on_warning`; with
+    `strict` it raises instead. Captions come from `NAME.txt` beside the photo, masks from `NAME-masklabel.png` or from
+    transparency.
 
-    Raises BadPhoto where the folder is missing, is a file, may not be read, or holds no readable photo.
+    Raises BadPhoto if the folder is missing, is a file, cannot be accessed, or has no readable photo.
     """
     folder = Path(folder)
     try:
         if not folder.exists():
-            raise BadPhoto(f"{folder}: there is no such folder of photos")
+            raise BadPhoto(f"{folder}: this photo folder does not exist")
         if not folder.is_dir():
-            raise BadPhoto(f"{folder}: photos are read from a folder, and this is a file")
+            raise BadPhoto(f"{folder}: expected a folder of photos, but this is a file")
         paths = list(_photo_paths(folder, repeats, on_warning))
     except OSError as problem:
         raise BadPhoto(f"{problem.filename or folder}: cannot be read ({problem.strerror or problem})") from problem
@@ -218,19 +219,19 @@ def read_photos(
 def read_photo_files(
     paths: Iterable[str | Path], *, strict: bool = False, on_warning: Callable[[str], None] = warnings.warn
 ) -> list[Photo]:
-    """The photos in these files, in the order given, with the captions and masks that lie beside them.
+    """Read the photos in these files, in the order given, with the captions and masks beside them.
 
-    A photo that cannot be read is named to `on_warning` and left out, so the list may be empty; with `strict` it raises
-    BadPhoto.
+    A photo that cannot be read is skipped with a warning to `on_warning`, so the list may be empty. With `strict` it raises
+    BadPhoto instead.
     """
     return _read_each(((Path(path), 1) for path in paths), strict, on_warning)
 
 
 def count_photos(folder: Path) -> int:
-    """The number of files that `read_photos` would read, none of which is opened; 0 where the folder cannot be read."""
+    """Count the files that `read_photos` would read, without opening them; 0 if the folder cannot be read."""
     try:
         return sum(1 for _ in _photo_paths(folder, True, lambda warning: None))
-    except (OSError, ValueError):  # the latter for a path with a NUL
+    except (OSError, ValueError):  # Paths with a NUL raise ValueError.
         return 0
 
 
@@ -247,7 +248,7 @@ def _read_each(paths: Iterable[tuple[Path, int]], strict: bool, on_warning: Call
 
 
 def _photo_paths(folder: Path, repeats: bool, on_warning: Callable[[str], None]) -> Iterator[tuple[Path, int]]:
-    """The path and the repeats of every file that is meant as a photo."""
+    """Yield the path and the repeats of every file that looks like a photo."""
     entries = sorted(folder.iterdir(), key=lambda path: path.name)
     for path in entries:
         if _is_photo_file(path):
@@ -268,31 +269,29 @@ def _photo_paths(folder: Path, repeats: bool, on_warning: Callable[[str], None])
 
 def _is_photo_file(path: Path) -> bool:
     name = path.name.lower()
-    # macOS leaves files called "._x.jpg" beside "x.jpg" on disks of other systems.
+    # macOS creates files named "._x.jpg" beside "x.jpg" on disks of other systems.
     if not name.endswith(PHOTO_SUFFIXES) or name.endswith(MASK_ENDING) or name.startswith("."):
         return False
-    return path.is_file() or path.is_symlink()  # a broken link is reported, not passed over
+    return path.is_file() or path.is_symlink()  # Broken links are reported, not skipped.
 
 
 def _read_photo(path: Path, repeats: int) -> Photo:
-    name = one_line(path.name)  # it may hold terminal commands, or bytes that are no UTF-8 and that no page can show
+    name = one_line(path.name)  # It may contain terminal commands or invalid UTF-8.
     content = _read_bytes(path)
     with _opened(name, content) as image:
         full_size = image.size
-        # Decode once, at the lowest cost that still finds a truncated file now and not in the middle of a training.
+        # Decode once, as cheaply as possible, so that a truncated file is found now and not during training.
         reduced = image.draft("RGB", (1, 1))
         image.load()
-        size = _upright(
-            full_size if reduced else image.size, image
-        )  # TIFF files turn upright by themselves as they load
+        size = _upright(full_size if reduced else image.size, image)  # TIFF files are turned upright on loading.
 
     mask_path = path.with_name(path.stem + MASK_ENDING)
-    if os.path.isfile(mask_path):  # its name may be too long for the file system
+    if os.path.isfile(mask_path):  # The name may be too long for the file system.
         with _opened(mask_path.name, _read_bytes(mask_path)) as mask:
             mask.load()
             mask_size = _upright(mask.size, mask)
         if mask_size != size:
-            raise BadPhoto(f"{mask_path.name}: has {_times(mask_size)} pixels, its photo {_times(size)}")
+            raise BadPhoto(f"{mask_path.name}: the mask has {_times(mask_size)} pixels, but its photo {_times(size)}")
     else:
         mask_path = None
     digest = hashlib.sha256(content).hexdigest()
@@ -304,7 +303,7 @@ def _upright(size: tuple[int, int], image: Image.Image) -> tuple[int, int]:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What makes the picture upright; None for one that is."""
+    """Return the operation that makes the picture upright; None if it already is."""
     return _TURNS.get(image.getexif().get(_ORIENTATION_TAG, 1))
 
 
@@ -323,14 +322,14 @@ def _read_caption(path: Path, photo: str) -> str | None:
         text = read_bytes(path, MAX_CAPTION_BYTES, name=path.name, error=BadPhoto).decode("utf-8-sig")
         return " ".join(text.split()) or None
     except UnicodeDecodeError as problem:
-        raise BadPhoto(f"{photo}: its caption {path.name} is no UTF-8 text; save it as UTF-8") from problem
+        raise BadPhoto(f"{photo}: the caption {path.name} is not UTF-8 text; save it as UTF-8") from problem
 
 
 @contextmanager
 def _opened(name: str, source: bytes | Image.Image) -> Iterator[Image.Image]:
-    """A context with the Pillow image, not yet decoded; whatever goes wrong with it there raises BadPhoto.
+    """Open a picture, without decoding it; any failure inside the context raises BadPhoto.
 
-    `source` is the content of a file that has that name, or a picture in memory.
+    `source` is the content of the file with that name, or a picture in memory.
     """
     if isinstance(source, Image.Image):
         _refuse_float_pixels(name, source)
@@ -338,34 +337,34 @@ def _opened(name: str, source: bytes | Image.Image) -> Iterator[Image.Image]:
         return
     if name.lower().endswith(HEIF_SUFFIXES):
         _support_heif(name)
-    # Pillow warns of large pictures and of tags that it cannot read. A damaged photo is named by an error of ours.
+    # Pillow warns about large pictures and unreadable tags. Damaged photos are reported by our own errors.
     with warnings.catch_warnings(), _without_damage(name):
         warnings.filterwarnings("ignore", module=r"PIL\.")
         with Image.open(io.BytesIO(source), formats=_formats()) as image:
             if max(image.size) > MAX_SIDE:
-                raise BadPhoto(f"{name}: has {_times(image.size)} pixels, and at most {MAX_SIDE} a side are read")
+                raise BadPhoto(f"{name}: {_times(image.size)} pixels; at most {MAX_SIDE} per side can be read")
             most = _MANY_COPIES.get(str(image.format), MAX_PIXELS)
             if image.width * image.height > most:
-                raise BadPhoto(f"{name}: has more than {most // 10**6} megapixels; make it smaller first")
+                raise BadPhoto(f"{name}: more than {most // 10**6} megapixels; make it smaller first")
             _refuse_float_pixels(name, image)
             yield image
 
 
 @contextmanager
 def _without_damage(name: str) -> Iterator[None]:
-    """A context in which the errors of Pillow's decoders raise BadPhoto."""
+    """Raise BadPhoto for errors of Pillow's decoders in the context."""
     try:
         yield
     except Image.UnidentifiedImageError as problem:
-        raise BadPhoto(f"{name}: is not a picture that can be read") from problem
+        raise BadPhoto(f"{name}: this picture cannot be read") from problem
     except Image.DecompressionBombError as problem:
-        raise BadPhoto(f"{name}: has more than {MAX_PIXELS // 10**6} megapixels; make it smaller first") from problem
+        raise BadPhoto(f"{name}: more than {MAX_PIXELS // 10**6} megapixels; make it smaller first") from problem
     except DAMAGED as problem:
-        raise BadPhoto(f"{name}: is damaged or incomplete ({problem})") from problem
+        raise BadPhoto(f"{name}: the file is damaged or incomplete ({problem})") from problem
 
 
 def _formats() -> list[str]:
-    """The allowed decoders that this Pillow has."""
+    """Return the allowed decoders that this Pillow includes."""
     Image.init()
     return [name for name in _FORMATS if name in Image.OPEN]
 
@@ -374,13 +373,13 @@ def _support_heif(name: str) -> None:
     try:
         import pillow_heif
     except ImportError as problem:
-        raise BadPhoto(f"{name}: HEIC photos need a package: pip install pillow-heif") from problem
+        raise BadPhoto(f"{name}: HEIC photos require a package: pip install pillow-heif") from problem
     pillow_heif.register_heif_opener()
 
 
 def _refuse_float_pixels(name: str, image: Image.Image) -> None:
     if image.mode == "F":
-        raise BadPhoto(f"{name}: has floating-point pixels; save it with 8 or 16 bits")
+        raise BadPhoto(f"{name}: the picture has floating-point pixels; save it with 8 or 16 bits")
 
 
 def _is_large(image: Image.Image) -> bool:
@@ -388,7 +387,7 @@ def _is_large(image: Image.Image) -> bool:
 
 
 def _in_strips(image: Image.Image, mode: str, change: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """The picture changed into that mode in strips, so that its copies are small. A large one comes at half its size."""
+    """Return the picture changed to that mode in strips, to keep its copies small. Large pictures are halved in size."""
     image.load()
     factor = 2 if _is_large(image) else 1
     changed = Image.new(mode, (-(-image.width // factor), -(-image.height // factor)))
@@ -405,7 +404,7 @@ def _is_transparent(image: Image.Image) -> bool:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
-        # Pillow clips 16 bits to 255 on conversion instead of scaling them.
+        # Pillow clips 16-bit values to 255 on conversion instead of scaling them.
         return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
     if _is_transparent(image):
         layer = image.convert("RGBA")
@@ -417,17 +416,17 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
-    """The picture in mode RGB and in sRGB. Phones save Display P3 and printers CMYK, whose numbers mean other colours."""
+    """Return the picture in RGB and sRGB. Phones save Display P3 and printers CMYK, whose values mean other colours."""
     embedded = image.info.get("icc_profile")
     if embedded:
         try:
             profile = ImageCms.ImageCmsProfile(io.BytesIO(embedded))
             if not ImageCms.getProfileDescription(profile).startswith("sRGB"):
                 converted = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
-                assert converted is not None, "profileToProfile returns None only when it works in place"
+                assert converted is not None, "profileToProfile returns None only when working in place"
                 return converted
         except (ImageCms.PyCMSError, OSError, ValueError):
-            pass  # A damaged profile, or one for another mode, says nothing: take the numbers as sRGB.
+            pass  # Ignore a damaged profile, or one for another mode: treat the values as sRGB.
     return image.convert("RGB")
 
 

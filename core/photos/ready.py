@@ -1,4 +1,4 @@
-"""A person's photos after the one look that a job takes at them: which to train on, which to hold out, what was seen."""
+"""A person's photos after a job has checked them once: which to train on, which to hold out, what was measured."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from .report import REJECT, PhotoReport, SetReport, check_photos, unseen
 from .thresholds import Thresholds
 
 MIN_TRAINING_PHOTOS = 3
-"""The number of photos that must be left to train on when others are held out."""
+"""The number of photos that must remain to train on when others are held out."""
 
 
 @dataclass(frozen=True, eq=False)
 class Ready:
-    """Photos that have been looked at once. What needs their faces takes them from here."""
+    """Photos that have been checked once, with their measurements for everything that needs faces."""
 
     report: SetReport
-    """On all photos that were given."""
+    """The report on all photos that were given."""
     network: FaceNetwork | None
-    """The network that found the faces; None where none looked."""
+    """The network that found the faces; None if none was used."""
     used: tuple[PhotoReport, ...]
-    """The photos of the job: without rejected ones, and with those held out."""
+    """The photos of the job: without rejected photos, including those held out."""
     held_out: tuple[PhotoReport, ...] = ()
-    """The photos that likeness is measured to while training on the others."""
+    """The reference photos: likeness is measured to them while training on the others."""
 
     @property
     def photos(self) -> list[Photo]:
@@ -37,7 +37,7 @@ class Ready:
         return [item.photo for item in self.used]
 
     def vectors(self, items: Sequence[PhotoReport]) -> np.ndarray:
-        """The identity vectors of some of the photos, float32 (N, D); a row of NaN where no face was found."""
+        """Return the identity vectors of some of the photos, float32 (N, D); a row of NaN where no face was found."""
         dimensions = next((len(item.vector) for item in self.report.photos if item.vector is not None), 1)
         missing = np.full(dimensions, np.nan, np.float32)
         return np.stack([missing if item.vector is None else item.vector for item in items])
@@ -48,7 +48,7 @@ class Ready:
         return tuple(item for item in self.used if item not in self.held_out)
 
     def reference(self) -> Reference | None:
-        """The person's mean face on the photos of the job, to rank pictures by; None where no network looked.
+        """Return the person's mean face on the photos of the job, to rank pictures by; None without a face network.
 
         Raises BadPhoto when no photo shows a face.
         """
@@ -72,43 +72,43 @@ def make_ready(
     at_least: int = 0,
     on_warning: Callable[[str], None] = lambda message: None,
 ) -> Ready:
-    """The photos, looked at once by the network; without one, only `check` looks at their size and light.
+    """Check the photos once with the network; without one, `check` only looks at their size and light.
 
-    With `check`, photos that the report rejects are left out, and `on_warning` hears of each. `hold_out` photos are held
-    out: those nearest to the person's mean face, but never one that nearly repeats another, since its twin would be trained
-    on. With `at_least`, none is held out where fewer than that many photos are usable or too few are fit for it, and
-    `on_warning` hears why. Raises BadPhoto where too few photos are usable, or too few can be held out.
+    With `check`, photos that the report rejects are left out, and `on_warning` is told of each. `hold_out` photos are held
+    out: those nearest to the person's mean face. Near-copies of other photos are never held out, since the copy would be
+    trained on. With `at_least`, none is held out if fewer than that many photos are usable or suitable, and `on_warning` is
+    told why. Raises BadPhoto if too few photos are usable, or too few can be held out.
     """
     report = check_photos(photos, network, thresholds) if check or network else unseen(photos, thresholds)
     used = _good(report, on_warning) if check else report.photos
     held_out: tuple[PhotoReport, ...] = ()
     if hold_out and check and len(used) < at_least:
         left = counted(len(used), "photo is", "photos are")
-        on_warning(f"only {left} usable: none is held out, and likeness is not measured")
+        on_warning(f"only {left} usable, too few to hold any out: likeness is not measured")
     elif hold_out:
         try:
             held_out = _typical(used, hold_out, thresholds)
         except BadPhoto as problem:
             if not at_least:
                 raise
-            on_warning(f"{problem}: none is held out, and likeness is not measured")
+            on_warning(f"no photo is held out, and likeness is not measured: {problem}")
     return Ready(report, network, used, held_out)
 
 
 def _good(report: SetReport, on_warning: Callable[[str], None]) -> tuple[PhotoReport, ...]:
-    """The photos that the report does not reject. Raises BadPhoto when too few are left."""
+    """Return the photos that the report does not reject. Raises BadPhoto if too few remain."""
     rejected = [item for item in report.photos if item.verdict == REJECT]
     for item in rejected:
         on_warning(f"{item.photo.name} is left out: {' '.join(f.sentence for f in item.findings)}")
     if not report.enough:
-        raise BadPhoto(f"{report.headline} (check_photos = false trains on all that there are)")
+        raise BadPhoto(f"{report.headline} (check_photos = false trains on all photos anyway)")
     if rejected:
         on_warning(f"photos: {report.headline}")
     return report.usable
 
 
 def _typical(used: Sequence[PhotoReport], count: int, limits: Thresholds) -> tuple[PhotoReport, ...]:
-    """The `count` photos that are nearest to the person's mean face and repeat no other, in the order of `used`."""
+    """Return the `count` photos nearest to the person's mean face that don't repeat another, in the order of `used`."""
     seen = [item for item in used if item.vector is not None]
     fit: list[PhotoReport] = []
     if seen:
@@ -129,7 +129,7 @@ def _typical(used: Sequence[PhotoReport], count: int, limits: Thresholds) -> tup
         fit = [seen[i] for i in nearest if not repeats_another(i)]
     if len(fit) < count or len(used) - count < MIN_TRAINING_PHOTOS:
         raise BadPhoto(
-            f"hold_out = {count}: of {len(used)} photos {len(fit)} show a face and repeat no other, and at least "
-            f"{MIN_TRAINING_PHOTOS} must be left to train on; hold out fewer (0: none), or add photos"
+            f"hold_out = {count}: {len(fit)} of {len(used)} photos show a face and repeat no other, and "
+            f"{MIN_TRAINING_PHOTOS} must remain to train on. Hold out fewer (0 for none) or add photos"
         )
     return tuple(item for item in used if item in fit[:count])

@@ -1,4 +1,4 @@
-"""The photo report: which photos will teach the person well, which not, why, and what is missing."""
+"""The photo report: which photos will help in training, which won't, why, and what is missing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VIEWS = ("front", "half-turned", "side")
 
 @dataclass(frozen=True)
 class Finding:
-    """A fact that counts against a photo as it is, in a sentence for its owner."""
+    """A problem of a photo, in a sentence for its owner."""
 
     verdict: str
     """One of VERDICTS."""
@@ -37,7 +37,7 @@ class PhotoReport:
     photo: Photo
     findings: tuple[Finding, ...]
     faces: int
-    """The number of people in the picture, without small faces in the background."""
+    """The number of people in the picture, not counting small faces in the background."""
     face: Face | None
     """The person's face, in pixels of the photo."""
     other_faces: tuple[Face, ...] = ()
@@ -46,17 +46,17 @@ class PhotoReport:
     highlights: float | None = None
     midtone: float | None = None
     likeness: float | None = None
-    """The cosine to the most typical photo of the set; None where there is nothing to compare with."""
+    """The cosine to the most typical photo of the set; None if there is nothing to compare with."""
     yaw: float | None = None
     pitch: float | None = None
     view: str | None = None
     framing: str | None = None
     turn: int = 0
-    """The degrees, counter-clockwise, by which the photo must be turned to be upright."""
+    """The degrees, counter-clockwise, by which to turn the photo to make it upright."""
     vector: np.ndarray | None = None
     """The identity vector of the person's face, float32 (D,)."""
     hash: np.ndarray | None = None
-    """The picture's perceptual hash; None where no network looked at it."""
+    """The picture's perceptual hash; None if no network was used."""
 
     @property
     def verdict(self) -> str:
@@ -64,7 +64,7 @@ class PhotoReport:
         return max((finding.verdict for finding in self.findings), key=VERDICTS.index, default=USE)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report without pixels, as values for JSON."""
+        """Return the report without pixels, as values for JSON."""
         face = self.face
         return {
             "name": self.photo.name,
@@ -94,21 +94,21 @@ class SetReport:
     photos: tuple[PhotoReport, ...]
     thresholds: Thresholds
     network: str | None
-    """The name of the face network that measured the likeness; None where none looked at the photos."""
+    """The name of the face network that measured the likeness; None if none was used."""
     lights: int
     """The number of kinds of light in the usable photos."""
     backgrounds: int
     """The number of kinds of background in the usable photos."""
     advice: tuple[str, ...]
-    """Sentences on what to add, and on what is wrong with the set as a whole."""
+    """Sentences on what to add, and on problems of the set as a whole."""
     wishes: tuple[str, ...] = ()
-    """What to add, each with its number, as in "2 in other light"."""
+    """What to add, each with a count, as in "2 in other light"."""
 
     @property
     def headline(self) -> str:
         """The report in one line, as in "5 of 6 usable; add 1 with the head turned to a side".
 
-        Without a face network it says that no face was looked for.
+        Without a face network it mentions that faces were not looked for.
         """
         usable, needed = len(self.usable), self.thresholds.photos_needed
         few = "" if self.enough else f", and {needed} are needed"
@@ -129,7 +129,7 @@ class SetReport:
         return len(self.usable) >= self.thresholds.photos_needed
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as values for JSON."""
+        """Return the report as values for JSON."""
         return {
             "headline": self.headline,
             "network": self.network,
@@ -149,11 +149,11 @@ class SetReport:
 def check_photos(
     photos: Sequence[Photo], network: FaceNetwork | None, thresholds: Thresholds | None = None
 ) -> SetReport:
-    """The report on a set of photos, with a PhotoReport for each in the order given. No photo is changed or deleted.
+    """Check a set of photos, and return a report with a PhotoReport for each, in order. Photos are not changed or deleted.
 
-    The photos themselves decide who "the person" is: the face that is most like a face of each other photo is the most
-    typical one, and in every photo the face most like it is the person's. Without a network (None) nothing is known of
-    faces, and only pictures that are too small for one, too dark, or twice the same are found.
+    The photos themselves determine who "the person" is. The face most like a face in every other photo is the most typical
+    one, and the face most like it in each photo is the person's. Without a network (None), only copies and pictures that are
+    too small or too dark are found.
     """
     thresholds = thresholds or Thresholds()
     if network is None:
@@ -161,7 +161,7 @@ def check_photos(
     looks = [look_at(photo, network, thresholds) for photo in photos]
     chosen = _recognise(looks)
     matches = [alike >= thresholds.likeness_reject for _, alike in chosen if alike is not None]
-    # With no majority for one person, nobody can say who of them is the intruder.
+    # Without a majority for one person, nobody can tell who doesn't belong.
     majority = len(matches) > 2 and 2 * sum(matches) > len(matches)
     reports = [
         _judge(look, index, alike, majority, thresholds) for look, (index, alike) in zip(looks, chosen, strict=True)
@@ -180,12 +180,12 @@ def check_photos(
 
 
 def unseen(photos: Sequence[Photo], thresholds: Thresholds) -> SetReport:
-    """The report on photos that nobody has looked at."""
+    """Return a report on photos that have not been checked."""
     return SetReport(tuple(PhotoReport(photo, (), 0, None) for photo in photos), thresholds, None, 0, 0, ())
 
 
 def _without_faces(photos: Sequence[Photo], limits: Thresholds) -> SetReport:
-    """The report on what can be said of pictures without looking for faces."""
+    """Return a report on what can be measured without looking for faces."""
     first: dict[str, str] = {}
     reports = []
     for photo in photos:
@@ -209,9 +209,9 @@ def _without_faces(photos: Sequence[Photo], limits: Thresholds) -> SetReport:
 
 
 def _recognise(looks: Sequence[Look]) -> list[tuple[int, float | None]]:
-    """The index of the person's face in each photo, and its likeness to the most typical face.
+    """Return the index of the person's face in each photo, and its likeness to the most typical face.
 
-    The likeness is None in a photo without a face, and in all of them when fewer than two photos have one.
+    The likeness is None in a photo without a face, and in all photos when fewer than two have a face.
     """
     with_faces = [look for look in looks if look.faces]
     if len(with_faces) < 2:
@@ -233,7 +233,7 @@ def _recognise(looks: Sequence[Look]) -> list[tuple[int, float | None]]:
 def _mark_copies(
     reports: Sequence[PhotoReport], looks: Sequence[Look], chosen: Sequence[int], limits: Thresholds
 ) -> list[PhotoReport]:
-    """The reports, with a finding added for each picture of which there is a better copy or a similar picture."""
+    """Return the reports, with a finding added for each picture that has a better copy or a similar picture."""
     marked = list(reports)
     kept: list[int] = []
     with_faces = [i for i, report in enumerate(reports) if report.face]
@@ -341,10 +341,10 @@ def _judge(look: Look, index: int, alike: float | None, majority: bool, limits: 
 
 
 def framing(face: Face, bottom: float) -> str:
-    """The framing, one of FRAMINGS, by how much is seen between the chin and the picture's end at `bottom`.
+    """Return the framing, one of FRAMINGS, by how much is visible between the chin and the picture's end at `bottom`.
 
-    `bottom` is in pixels of the same picture as the face. Up to 0.8 face heights is a close-up (shoulders begin), up to
-    2.5 is chest-up, and more shows the body. A body is about ten face heights (forehead to chin) tall.
+    `bottom` is in pixels of the same picture as the face. Up to 0.8 face heights is a close-up (shoulders begin), up to 2.5
+    is chest-up, and more shows the body. A body is about ten face heights (forehead to chin) tall.
     """
     _, top, _, chin = face.box
     below = (bottom - chin) / (chin - top)
@@ -352,7 +352,7 @@ def framing(face: Face, bottom: float) -> str:
 
 
 def _wishes(usable: Sequence[PhotoReport], lights: int, backgrounds: int, limits: Thresholds) -> tuple[str, ...]:
-    """What the usable photos lack in variety, each with the number of photos to add."""
+    """Return what variety the usable photos lack, each with the number of photos to add."""
     missing = [
         (limits.turned_wanted - sum(report.view != VIEWS[0] for report in usable), "with the head turned to a side"),
         (

@@ -1,4 +1,4 @@
-"""The photo report in readable form: a table for the terminal, and an HTML page with the faces and the reasons."""
+"""Show the photo report: as a table for the terminal, or as an HTML page with the faces and the reasons."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ..storage.files import write_text
 from .report import CROP, REJECT, REVIEW, USE, VERDICTS, PhotoReport, SetReport
 
 SHEET_KEY = "facelora.sheet"
-"""What marks a file as a sheet, near its beginning. A new sheet may replace it, and `score` leaves it out."""
+"""Marks a file as a photo report, near its beginning. A new report may replace it, and `score` skips it."""
 THUMBNAIL = 360
-"""The long side of a picture on the sheet, in pixels."""
+"""The long side of a picture on the page, in pixels."""
 COLOURS = {USE: "#1a7f37", CROP: "#0969da", REVIEW: "#9a6700", REJECT: "#cf222e"}
 
 
 def format_report(report: SetReport, width: int | None = None) -> str:
-    """The report as lines for a terminal: one per photo with its verdict and reasons, then the set and what to add.
+    """Format the report as lines for a terminal: one per photo with its verdict and reasons, then the set and what to add.
 
-    Where a line would have more than `width` characters, the reasons stand below their photos.
+    If a line would have more than `width` characters, the reasons are printed below their photos.
     """
     rows = [("photo", "verdict", "face", "likeness", "sharp", "view", "framing", "why")]
     for photo in _in_order(report):
@@ -54,7 +54,7 @@ def format_report(report: SetReport, width: int | None = None) -> str:
 
 
 def _in_order(report: SetReport) -> list[PhotoReport]:
-    """The photos by name, with 2.png before 10.png."""
+    """Return the photos by name, with 2.png before 10.png."""
 
     def parts(photo: PhotoReport) -> list[tuple[bool, int, str]]:
         found = re.findall(r"[0-9]+|[^0-9]+", photo.photo.name)
@@ -64,9 +64,9 @@ def _in_order(report: SetReport) -> list[PhotoReport]:
 
 
 def save_sheet(report: SetReport, path: str | Path) -> None:
-    """Writes one self-contained HTML page with each photo, its face framed, and its verdict and reasons.
+    """Write one self-contained HTML page with each photo, its face framed, and its verdict and reasons.
 
-    The page shows the photos: it is as personal as they are. Raises BadFile when it cannot be written.
+    The page contains the photos and is as personal as they are. Raises BadFile if it cannot be written.
     """
     cards = "\n".join(
         _card(photo) for photo in sorted(_in_order(report), key=lambda photo: -VERDICTS.index(photo.verdict))
@@ -77,7 +77,7 @@ def save_sheet(report: SetReport, path: str | Path) -> None:
 
 
 def is_sheet(path: Path) -> bool:
-    """Whether the file is a sheet that `save_sheet`, or the command `score`, has made: its beginning has SHEET_KEY."""
+    """Return whether `save_sheet`, or the command `score`, wrote the file: SHEET_KEY is near its beginning."""
     try:
         if not path.is_file():
             return False
@@ -116,7 +116,7 @@ def _card(report: PhotoReport) -> str:
 
 
 def _thumbnail(report: PhotoReport) -> str:
-    """The photo as a small JPEG in base64, the person's face framed in the verdict's colour and others in grey."""
+    """Return the photo as a small JPEG in base64, the person's face framed in the verdict's colour and others in grey."""
     image = report.photo.image(shorter_side=THUMBNAIL)
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(image)
@@ -126,7 +126,7 @@ def _thumbnail(report: PhotoReport) -> str:
     if report.face is not None:
         draw.rectangle([value * scale for value in report.face.box], outline=COLOURS[report.verdict], width=3)
     data = io.BytesIO()
-    image.save(data, "jpeg", quality=85, comment="")  # else the photo's own comment comes along
+    image.save(data, "jpeg", quality=85, comment="")  # Without this, the photo's own comment is copied.
     return base64.b64encode(data.getvalue()).decode()
 
 

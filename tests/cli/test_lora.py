@@ -84,7 +84,7 @@ def test_metadata_are_edited_into_another_file_and_an_empty_text_deletes(tmp_pat
     assert inspected(other, capsys)["about"] == {"title": "new"}
     assert main(["metadata", str(path), "--thumbnail", str(path)]) == 1
     said = capsys.readouterr().err
-    assert said.endswith(f"facelora: {path}: is not a picture that can be read\n") and path.read_bytes() == content
+    assert said.endswith(f"facelora: {path}: this picture cannot be read\n") and path.read_bytes() == content
 
 
 def test_a_metadata_key_that_is_not_there_is_not_removed_in_silence(tmp_path, capsys):

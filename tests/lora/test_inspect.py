@@ -216,12 +216,12 @@ def test_a_thumbnail_is_small_and_carries_neither_exif_nor_a_comment(saved, tmp_
 
 
 def test_a_thumbnail_that_is_no_picture_or_one_that_pillow_refuses_is_refused(saved, tmp_path):
-    with pytest.raises(BadFile, match=f"^{re.escape(str(saved))}: is not a picture that can be read$"):
+    with pytest.raises(BadFile, match=f"^{re.escape(str(saved))}: this picture cannot be read$"):
         edit_metadata(saved, thumbnail=saved)
     text = PngInfo()
     text.add_text("comment", "a" * 2**21, zip=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=text)
-    with pytest.raises(BadFile, match=r"/a\.png: is damaged or incomplete"):
+    with pytest.raises(BadFile, match=r"/a\.png: the file is damaged or incomplete"):
         edit_metadata(saved, thumbnail=tmp_path / "a.png")
 
 
@@ -229,7 +229,7 @@ def test_a_thumbnail_is_read_like_a_photo_without_ghostscript_or_waiting_for_a_p
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("Ghostscript is run"))
     (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n")
     os.mkfifo(tmp_path / "b.jpg")
-    for name, why in (("a.jpg", "is not a picture that can be read"), ("b.jpg", "is not a regular file")):
+    for name, why in (("a.jpg", "this picture cannot be read"), ("b.jpg", "is not a regular file")):
         with pytest.raises(BadFile, match=f"/{name}: {why}$"):
             edit_metadata(saved, thumbnail=tmp_path / name)
 

@@ -91,7 +91,7 @@ def test_captions_are_the_sidecar_or_trigger_and_class_word():
 def test_a_caption_without_the_trigger_word_is_mentioned():
     photos = [Photo.from_image(gradient(), "a.jpg", caption="a person with masks")]
     (note,) = dataset(photos).warnings
-    assert note.startswith("a.jpg: its caption does not have the trigger word 'sks'")
+    assert note.startswith("a.jpg: the caption lacks the trigger word 'sks'")
 
 
 def test_the_trigger_is_found_as_a_word_in_any_case():

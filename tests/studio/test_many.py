@@ -270,7 +270,7 @@ def test_a_name_that_no_folder_can_have_fails_that_person_alone(tmp_path, base, 
     (tmp_path / "people.jsonl").write_text("\n".join(map(json.dumps, lines)))
     people = read_people(tmp_path / "people.jsonl")
     results = list(run(people, base, tmp_path / "out", terms))
-    assert words in results[0].reason and "no such folder of photos" in results[1].reason
+    assert words in results[0].reason and "this photo folder does not exist" in results[1].reason
     assert files(tmp_path / "out") == {"report.html", "report.json"}
 
 

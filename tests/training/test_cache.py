@@ -136,7 +136,7 @@ def test_nothing_is_kept_of_a_photo_that_has_changed_since_it_was_read(photo_fol
     shutil.copytree(photo_folder, tmp_path / "photos")
     photos = read_photos(tmp_path / "photos")
     shutil.copy(tmp_path / "photos" / photos[0].name, tmp_path / "photos" / photos[1].name)
-    with pytest.raises(BadPhoto, match=f"{photos[1].name}: has changed since it was first read"):
+    with pytest.raises(BadPhoto, match=f"{photos[1].name}: the file has changed since it was first read"):
         encode(dataset_of(photos, base), base, CONFIG, device=CPU)
     assert len(list((cache_folder() / "latents").iterdir())) == 1
 

@@ -221,7 +221,7 @@ def test_where_the_check_leaves_too_few_photos_none_is_held_out(tmp_path):
     )
     for lora in (train(photos, base, config, callbacks=callbacks), LoraFile.read(found.path)):
         assert (lora.metadata["ss_num_train_images"], LIKENESS_KEY in lora.metadata) == ("7", False)
-    assert sum("none is held out" in warning for warning in warnings) == 2
+    assert sum("likeness is not measured" in warning for warning in warnings) == 2
 
 
 @pytest.mark.slow
